@@ -19,6 +19,7 @@ from ringfence.messages.base import (
     TtlSeconds,
     Uuid,
 )
+from ringfence.messages.credential import Reason
 
 RunStatus = Literal["claimed", "started", "ended", "lost"]
 """`claimed`: the runner has taken it on, and nothing runs yet. `lost`: nobody knows how it ended."""
@@ -120,6 +121,8 @@ class Run(Claims):
     image_digest: ImageDigest | None = None
     mounts: Annotated[tuple[Mount, ...], Field(max_length=32)] = ()
     exit: RunExit | None = None
+    refused: Reason | None = None
+    """Why its runner does not start what was ordered: such a run is `ended` from the beginning."""
     remained: Annotated[tuple[NonEmpty, ...], Field(max_length=64)] = ()
     """What could not be destroyed, or was written to a mount and would be executed later."""
     at_ms: Millis

@@ -1,20 +1,25 @@
-"""Who may order a run, and of what: the check that a runner makes of an order before it claims the run. Pure.
+"""Who may order a run, and stop one: the checks that a runner makes of an order before it claims the run. Pure.
 
 What the runner's pool allows (agents, images, mounts) is the runner's own, and is not checked here.
 """
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
+from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import Reason
-from ringfence.messages.run import RunOrder
+from ringfence.messages.registry import AgentState, TaskState, UserState
+from ringfence.messages.run import RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory
+from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
 
+C = TypeVar("C", bound=ExpiringClaims)
 MAX_ORDER_BYTES = 192 * 1024
 
 
@@ -23,14 +28,25 @@ def verified_order(compact: str | bytes, directory: Directory, appended_at_ms: i
 
     Raises InvalidMessageError: SignatureError, ExpiredError, or the order is malformed or too large.
     """
+    return _verified(compact, RunOrder, directory, appended_at_ms)
+
+
+def verified_stop(compact: str | bytes, directory: Directory, appended_at_ms: int) -> Signed[RunStop]:
+    """Verify that a user signed a stop in time, with a key that counted at its append time. Raises as
+    `verified_order`.
+    """
+    return _verified(compact, RunStop, directory, appended_at_ms)
+
+
+def _verified(compact: str | bytes, model: type[C], directory: Directory, appended_at_ms: int) -> Signed[C]:
     if len(compact) > MAX_ORDER_BYTES:
         raise InvalidMessageError(
-            f"a run.order of {len(compact)} bytes; the limit is {MAX_ORDER_BYTES}", code="too_large"
+            f"a {model.typ} of {len(compact)} bytes; the limit is {MAX_ORDER_BYTES}", code="too_large"
         )
     try:
         return verify(
             parse(compact),
-            RunOrder,
+            model,
             lambda iss, kid: directory.user_key(iss, kid, appended_at_ms / 1000),
             audience=directory.trust.trust_domain,
             appended_at_ms=appended_at_ms,
@@ -67,11 +83,38 @@ def order_problem(order: RunOrder, directory: Directory, at_s: float) -> Reason 
         return Reason(code="task_other_agent", message=f"task {order.task_id} was assigned to another agent")
     if task.state.status != "active" or task.state.not_after <= at_s:
         return Reason(code="task_ended", message=f"task {order.task_id} has ended")
+    return _user_problem(order.iss, user, task, agent)
+
+
+def stop_problem(
+    stop: RunStop, directory: Directory, *, agent_id: str, task_id: str, ordered_by: str | None
+) -> Reason | None:
+    """Why a verified stop ends nothing, or None. It may come from whoever ordered the run, or may order one.
+
+    An unknown field does not hold it up: a stop takes rights away, and gives none.
+    """
+    if stop.iss == ordered_by:
+        return None
+    try:
+        task, agent = directory.task(task_id), directory.agent(agent_id)
+        user_id = subject_of(stop.aud, stop.iss, "user")
+        user = directory.user(user_id) if user_id is not None else None
+    except ChainError as error:
+        return Reason(code="record_untrusted", message=str(error)[:1000])
+    if task is None or agent is None:
+        return Reason(code="task_unknown", message=f"there is no task {task_id} of agent {agent_id}")
+    return _user_problem(stop.iss, user, task, agent)
+
+
+def _user_problem(
+    signer: str,
+    user: VerifiedRecord[UserState] | None,
+    task: VerifiedRecord[TaskState],
+    agent: VerifiedRecord[AgentState],
+) -> Reason | None:
     if user is None or user.state.status != "active" or user.state.delegation is not None:
-        return Reason(code="user_disabled", message=f"{order.iss} is no active user")
-    if user_id not in (task.state.assigned_by, task.state.on_behalf_of, agent.state.sponsor):
-        message = (
-            "a run is ordered by the task's assigner, the user it is on behalf of, or the agent's sponsor"
-        )
+        return Reason(code="user_disabled", message=f"{signer} is no active user")
+    if user.state.user_id not in (task.state.assigned_by, task.state.on_behalf_of, agent.state.sponsor):
+        message = "a run is ordered and stopped by the task's assigner, the user it is on behalf of, or the agent's sponsor"
         return Reason(code="not_entitled", message=message)
     return None

@@ -1,0 +1,218 @@
+"""The pool of a runner: what its owner lets orders ask for. And the rule that holds an order against it.
+
+An order names a pool, an image by its digest and mounts by their names. Paths of hosts and values of the environment
+stand in the pool's file alone.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.text import visible
+from ringfence.kernel.base.validation_problems import explain
+from ringfence.messages.base import Name
+from ringfence.messages.credential import Reason
+from ringfence.messages.run import ImageDigest, RunOrder
+from ringfence.runner.lifecycle.plan import PlannedMount, RunPlan
+from ringfence.runner.sandbox.backend import SandboxSpec, SandboxSpecError
+
+EVERY: Final = "*"
+"""In `agents`: every agent that lets this runner start runs of it."""
+_SETTING: Final = "RINGFENCE_RUNNER_POOL_FILE"
+_AGENT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]*$"
+_OF_THE_RUN: Final = ("RINGFENCE_",)
+"""Variables that the run sets itself begin so."""
+
+
+def _agent(name: str) -> str:
+    if name != EVERY and not _AGENT.fullmatch(name):
+        raise ValueError("must be the name of an agent, or '*' for every agent")
+    return name
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class PoolMount(_Strict):
+    """A folder of the host that orders may mount by its name. It stands at `/workspace/NAME` inside."""
+
+    path: Path
+    read_write: bool = False
+    """Whether an order may write to it."""
+
+
+class PoolLimits(_Strict):
+    """The most that one order may ask for."""
+
+    memory_bytes: Annotated[int, Field(ge=4 << 20, lt=2**53)] = 2 << 30
+    cpu_millis: Annotated[int, Field(ge=10, le=1_024_000)] = 1000
+    """In thousandths of one processor."""
+    pids: Annotated[int, Field(ge=4, le=4_194_304)] = 256
+    ttl_s: Annotated[int, Field(ge=1, le=86_400)] = 1800
+
+
+class Pool(_Strict):
+    """One pool. All its runners have the same file."""
+
+    name: Name
+    labels: dict[Name, Annotated[str, Field(max_length=256)]] = Field(default_factory=dict)
+    """For people and dashboards, for example region and hardware. No rule reads them."""
+    concurrency: Annotated[int, Field(ge=1, le=500)] = 4
+    """How many runs go on at once in this process."""
+    queue_length: Annotated[int, Field(ge=0, le=10_000)] = 100
+    """How many orders wait, at most. A further one is refused."""
+    backend: Literal["bubblewrap", "oci"] = "bubblewrap"
+    images: tuple[ImageDigest, ...] = ()
+    """The container images that orders may name, for `oci`."""
+    default_image: ImageDigest | None = None
+    """The image of orders that name none."""
+    agents: Annotated[tuple[Annotated[str, AfterValidator(_agent)], ...], Field(min_length=1)]
+    """The agents whose runs it takes; `["*"]`: all that let this runner start runs of them."""
+    commands: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    """The programs that orders may run, as the first word of their command; None: any."""
+    mounts: dict[Name, PoolMount] = Field(default_factory=dict)
+    limits: PoolLimits = PoolLimits()
+    environment: dict[Annotated[str, Field(pattern=_VARIABLE)], str] = Field(default_factory=dict)
+    """Variables of every run. No secrets: every command of the pool reads them."""
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Pool:
+        if self.backend == "bubblewrap" and (self.images or self.default_image):
+            raise ValueError("images are for the backend oci: remove them, or write backend = 'oci'")
+        if self.backend == "oci" and not self.images:
+            raise ValueError("the backend oci needs images: list the digests that orders may name")
+        if self.default_image is not None and self.default_image not in self.images:
+            raise ValueError("default_image is none of images: add it there")
+        if self.backend == "oci" and (writable := [n for n, one in self.mounts.items() if one.read_write]):
+            raise ValueError(
+                f"the backend oci has no writable mounts: remove read_write of {', '.join(sorted(writable))}"
+            )
+        if taken := [name for name in self.environment if name.startswith(_OF_THE_RUN)]:
+            raise ValueError(f"the run itself sets {', '.join(sorted(taken))}: remove it from environment")
+        try:
+            SandboxSpec(
+                "pool",
+                ("true",),
+                environment=self.environment,
+                mounts=tuple(mount.for_sandbox() for mount in self._planned(self.mounts)),
+            )
+        except SandboxSpecError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of everything that stands in the file: the `policy_digest` of its runs is made from it."""
+        return digest(json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")))
+
+    def problem(self, order: RunOrder) -> Reason | None:
+        """Why this pool does not run what a verified order asks for, or None."""
+        image = order.image or self.default_image
+        if order.pool != self.name:
+            return _reason("order_other_pool", f"the order is for pool {order.pool}, and this is {self.name}")
+        if EVERY not in self.agents and order.agent_id not in self.agents:
+            return _reason("agent_not_in_pool", f"pool {self.name} runs nothing for agent {order.agent_id}")
+        if self.commands is not None and order.command[0] not in self.commands:
+            what = visible(order.command[0])[:200]
+            return _reason("command_not_in_pool", f"pool {self.name} does not run {what!r}")
+        if self.backend == "bubblewrap" and order.image is not None:
+            return _reason(
+                "image_not_in_pool",
+                f"pool {self.name} has no images: leave the image out, or use another pool",
+            )
+        if self.backend == "oci" and image not in self.images:
+            message = (
+                f"pool {self.name} does not run the image {image}" if image else "the order names no image"
+            )
+            return _reason("image_not_in_pool", message)
+        return self._mount_problem(order) or self._limit_problem(order)
+
+    def _mount_problem(self, order: RunOrder) -> Reason | None:
+        names = [mount.name for mount in order.mounts]
+        if len(set(names)) < len(names):
+            return _reason("mount_repeated", "the order names a mount twice")
+        for mount in order.mounts:
+            known = self.mounts.get(mount.name)
+            if known is None:
+                return _reason("mount_not_in_pool", f"pool {self.name} has no mount {mount.name}")
+            if mount.read_write and not known.read_write:
+                return _reason("mount_read_only", f"mount {mount.name} of pool {self.name} is read-only")
+        return None
+
+    def _limit_problem(self, order: RunOrder) -> Reason | None:
+        asked = {**order.limits.model_dump(), "ttl_s": order.ttl_s}
+        for name, most in self.limits.model_dump().items():
+            if asked[name] > most:
+                message = f"{name} is {asked[name]}, and pool {self.name} allows {most} at most"
+                return _reason("limit_above_pool", message)
+        return None
+
+    def plan(self, order: RunOrder, *, order_id: str, run_id: str, deadline_s: int) -> RunPlan:
+        """The plan of a run for an order that has no problem. `deadline_s`: the end of the run at the latest."""
+        image = order.image or self.default_image
+        writable = {mount.name: mount.read_write for mount in order.mounts}
+        return RunPlan(
+            run_id=run_id,
+            agent_id=order.agent_id,
+            task_id=order.task_id,
+            argv=order.command,
+            deadline_s=deadline_s,
+            limits=order.limits,
+            order_id=order_id,
+            ordered_by=order.iss,
+            environment=self.environment,
+            mounts=tuple(
+                PlannedMount(name, self.mounts[name].path, read_write)
+                for name, read_write in writable.items()
+            ),
+            image=image,
+            image_digest=image,
+            policy_digest=self.digest,
+        )
+
+    @staticmethod
+    def _planned(mounts: Mapping[str, PoolMount]) -> tuple[PlannedMount, ...]:
+        return tuple(PlannedMount(name, one.path, one.read_write) for name, one in mounts.items())
+
+
+def _reason(code: str, message: str) -> Reason:
+    return Reason(code=code, message=message)
+
+
+def read_pool(file: Path) -> Pool:
+    """Read a pool from a file: TOML, or JSON if its name ends in `.json`. Raises SettingsError."""
+    try:
+        # As JSON: it has lists for tuples and texts for paths, and everything else is strict.
+        pool = Pool.model_validate_json(json.dumps(_parsed(file)))
+    except OSError as error:
+        raise SettingsError(f"{_SETTING}: cannot read {file}: {error.strerror}") from None
+    except ValidationError as error:
+        raise SettingsError(f"{_SETTING}: {file}: {explain(error)}") from None
+    for name, mount in pool.mounts.items():
+        if not mount.path.is_dir():
+            raise SettingsError(
+                f"{_SETTING}: {file}: mount {name}: there is no folder {mount.path}; make it, or correct the path"
+            )
+    return pool
+
+
+def _parsed(file: Path) -> Any:
+    data = file.read_bytes()
+    try:
+        text = data.decode()
+        return json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:  # of both kinds, and of what is no UTF-8
+        kind = "JSON" if file.suffix == ".json" else "TOML"
+        raise SettingsError(f"{_SETTING}: {file} is no {kind}: {error}") from None
