@@ -28,14 +28,16 @@ from ringfence.messages.run import Run, RunExit, RunStatus
 from ringfence.messages.topics import RUN
 from ringfence.model.identity.runners import enrolment_token
 from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
 from ringfence.runner.control.channel import CommandStartError, ControlChannel, ControlLostError
-from ringfence.runner.control.messages import StartCommand
+from ringfence.runner.control.messages import InitReport, Relay, StartCommand
+from ringfence.runner.control.relays import RelayError, hosts_of, needs_low_ports, relays_of
 from ringfence.runner.init.command import init_command
 from ringfence.runner.lifecycle.activity import RunActivity
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
 from ringfence.runner.lifecycle.mount_changes import executable_changes
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
-from ringfence.runner.lifecycle.raw_targets import relays_of
+from ringfence.runner.lifecycle.raw_targets import raw_addresses
 from ringfence.runner.lifecycle.report import RunReport
 from ringfence.runner.lifecycle.run_folder import make_run_folder, remove_run_folder
 from ringfence.runner.sandbox.backend import (
@@ -91,6 +93,7 @@ class _Progress:
     stop_reason: str | None = None
     exit: SandboxExit | None = None
     code: int | None = None
+    init: InitReport | None = None
     failure: RingfenceError | None = None
     destruction: Destruction | None = None
     published: bool = False
@@ -172,6 +175,8 @@ class RunExecution:
             left_in_mounts=tuple(self._at.left),
             live_leases=live,
             connections=self._relay.relayed if self._relay is not None else 0,
+            sent_bytes=self._at.init.sent_bytes if self._at.init is not None else None,
+            received_bytes=self._at.init.received_bytes if self._at.init is not None else None,
             unknown=activity.problem,
         )
 
@@ -186,9 +191,9 @@ class RunExecution:
         )
         try:
             await relay.listen()
-            relays = relays_of(await host.connection.directory(), plan.task_id)
+            relays = self._relays(await host.connection.directory())
             self._at.sandbox = sandbox = await host.backend.start(
-                self._spec(control.path, relay.path, {one.host: one.address for one in relays}), self._streams
+                self._spec(control.path, relay.path, relays), self._streams
             )
             await control.accept(_INIT_WITHIN_S)
             kid = thumbprint(await control.public_key())
@@ -200,7 +205,7 @@ class RunExecution:
             await control.start(self._start_command(enrolment, relays))
             await self._wait(sandbox, control)
         except CommandStartError as error:
-            self._at.code = error.shell_code
+            self._at.code = error.exit_code
             raise
         except ControlLostError as error:
             if self._at.exit is None:
@@ -211,7 +216,21 @@ class RunExecution:
         finally:
             control.close()
 
-    def _spec(self, control: Path, gateway: Path, hosts: dict[str, str]) -> SandboxSpec:
+    def _relays(self, directory: Directory) -> tuple[Relay, ...]:
+        """The relays of the task's targets that speak no HTTP. What has none is logged: the run goes on without."""
+        addresses, without = raw_addresses(directory, self._plan.task_id)
+        usable = []
+        for address in addresses:
+            try:
+                relays_of([address])
+                usable.append(address)
+            except RelayError as error:
+                without.append(str(error))
+        for reason in without:
+            log.warning("run %s: no relay: %s", self._plan.run_id, reason)
+        return relays_of(usable)
+
+    def _spec(self, control: Path, gateway: Path, relays: Sequence[Relay]) -> SandboxSpec:
         plan = self._plan
         init = init_command(self._host.backend.name)
         limits = ResourceLimits(
@@ -226,7 +245,8 @@ class RunExecution:
             mounts=(*init.mounts, *(mount.for_sandbox() for mount in plan.mounts)),
             socket=gateway,
             control=control,
-            hosts=hosts,
+            hosts=hosts_of(relays),
+            low_ports=needs_low_ports(relays),
             limits=limits,
             image=plan.image,
         )
@@ -245,9 +265,9 @@ class RunExecution:
             deadline_s=plan.deadline_s,
         )
         request = await control.enrol(token, trust_domain=domain, agent_id=plan.agent_id)
-        return await post_enrolment(connection.settings, request)
+        return await post_enrolment(connection.settings, request.decode())
 
-    def _start_command(self, enrolment: str, relays: Sequence[Any]) -> StartCommand:
+    def _start_command(self, enrolment: str, relays: Sequence[Relay]) -> StartCommand:
         plan, settings = self._plan, self._host.connection.settings
         ca_file = self._host.gateway_ca_file
         return StartCommand(
@@ -259,20 +279,28 @@ class RunExecution:
             trust_domain=settings.trust_domain,
             agent_id=plan.agent_id,
             task_id=plan.task_id,
-            run_id=plan.run_id,
             relays=tuple(relays),
             ca_pem=ca_file.read_text() if ca_file is not None else None,
         )
 
     async def _wait(self, sandbox: Sandbox, control: ControlChannel) -> None:
         """Wait for the end of the command, and end the run if its task or its agent ends before."""
-        watching = asyncio.create_task(self._watch_records())
+        watching, reporting = (
+            asyncio.create_task(work) for work in (self._watch_records(), self._read_report(control))
+        )
         try:
             self._at.exit = await sandbox.wait()
         finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+            # What init said last may still be on its way, after the end of its sandbox.
+            await asyncio.wait({reporting}, timeout=1)
+            for task in (watching, reporting):
+                task.cancel()
+            await asyncio.gather(watching, reporting, return_exceptions=True)
         self._at.code = self._at.exit.code
+
+    async def _read_report(self, control: ControlChannel) -> None:
+        with contextlib.suppress(ControlLostError):
+            self._at.init = await control.ended()
 
     async def _watch_records(self) -> None:
         directory = await self._host.connection.directory()
