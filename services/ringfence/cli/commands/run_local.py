@@ -20,11 +20,12 @@ from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import parse_scope
 from ringfence.cli.shared.options import duration_s, identity, run, settings, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
-from ringfence.kernel.base.errors import RingfenceError, SettingsError
+from ringfence.kernel.base.errors import SettingsError
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
     from ringfence.messages.run import RunLimits
+    from ringfence.model.records.directory import Directory
     from ringfence.runner.lifecycle.execution import RunExecution, RunnerHost
     from ringfence.runner.lifecycle.plan import PlannedMount
     from ringfence.runner.lifecycle.report import RunReport
@@ -106,7 +107,10 @@ async def _run(
 
     signals = _Signals()
     with signals.taken():
-        async with _host(backend) as host, _task(task, scope, agent, ttl_s, me, command) as task_id:
+        async with (
+            _host(backend) as host,
+            _task(task, scope, agent, host.name, ttl_s, me, command) as task_id,
+        ):
             entry = (await host.connection.current_directory()).task(task_id)
             if entry is None:
                 raise RunRefusedError(f"there is no task {task_id}", code="task_unknown").with_remedy(
@@ -189,6 +193,7 @@ async def _task(
     task: str | None,
     scope: Sequence[Any],
     agent: str | None,
+    runner: str,
     ttl_s: int,
     me: Path | None,
     command: tuple[str, ...],
@@ -197,8 +202,12 @@ async def _task(
     if task is not None:
         yield task
         return
-    assert agent is not None
     async with connect.administrator(me) as administrator:
+        agent = (
+            agent
+            or settings().agent
+            or _only_agent(await administrator.directory(), administrator.id, runner)
+        )
         purpose = visible(f"run {' '.join(command)}")[:200]
         task_id = await administrator.assign_task(
             agent, purpose=purpose, scope=scope, ends_in_s=ttl_s + _TASK_MARGIN_S
@@ -207,6 +216,32 @@ async def _task(
             yield task_id
         finally:
             await administrator.end_task(task_id, reason="its run has ended")
+
+
+def _only_agent(directory: Directory, user_id: str, runner: str) -> str:
+    """The agent that a task is assigned to where none is named: the only one that this runner may start runs of.
+
+    Of several, the only one whose sponsor the caller is. Raises RunRefusedError.
+    """
+    from ringfence.messages.registry import AgentState
+    from ringfence.runner.lifecycle.plan import RunRefusedError
+
+    states = [entry.state for entry in directory.entries("agent") if isinstance(entry.state, AgentState)]
+    possible = [
+        state
+        for state in states
+        if state.status == "active" and any(selector.runner == runner for selector in state.attestation)
+    ]
+    own = [state for state in possible if state.sponsor == user_id]
+    for found in (possible, own):
+        if len(found) == 1:
+            return found[0].agent_id
+    if possible:
+        names = ", ".join(state.agent_id for state in possible)
+        raise RunRefusedError(f"{runner} may start runs of {names}").with_remedy("name one: --agent AGENT")
+    raise RunRefusedError(f"no agent lets {runner} start runs of it").with_remedy(
+        f"its sponsor does: ringfence agent set-attestation AGENT --selector runner={runner}"
+    )
 
 
 class _Signals:
@@ -254,9 +289,7 @@ def _remarks(report: RunReport) -> Iterator[str]:
 def _bytes(text: str) -> int:
     match = _SIZE.fullmatch(text)
     if match is None or int(match[1]) == 0:
-        raise typer.BadParameter(
-            f"{text!r} is no size; write for example 512M or 2G", param_hint="--memory"
-        )
+        raise typer.BadParameter(f"{text!r} is no size; write for example 512M or 2G", param_hint="--memory")
     return int(match[1]) * _UNITS[match[2].upper()]
 
 

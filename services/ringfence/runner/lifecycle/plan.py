@@ -126,4 +126,6 @@ def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: s
     if plan.deadline_s - now_s > max(lives) + 1:
         raise RunRefusedError(
             f"agent {plan.agent_id} lets runs by {runner} last {max(lives)} s at most", code="run_too_long"
-        ).with_remedy(f"use a shorter --ttl, or let its sponsor allow more: --selector 'runner={runner} life=2h'")
+        ).with_remedy(
+            f"use a shorter --ttl, or let its sponsor allow more: --selector 'runner={runner} life=2h'"
+        )
