@@ -46,6 +46,14 @@ class ClientSettings(BusSettings):
     """The folder with the gateway's socket for each task, for `ringfence gateway connect`."""
     gateway_ca_file: Path | None = None
     """The gateway's CA certificate (PEM), for the programs that `ringfence gateway connect` is for."""
+    runner_key_file: Path | None = None
+    """The key file of this machine's runner, for `ringfence run`; `ringfence init --add-runner` makes it."""
+    runner_state: Path | None = None
+    """The folder with the runner's records of started sandboxes; `~/.local/state/ringfence/runner` where not set."""
+    runner_oci_socket: Path | None = None
+    """The API socket of Podman or Docker, for runs in containers; the usual ones are looked for where not set."""
+    runner_oci_runtime: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")] | None = None
+    """The container runtime, as the engine names it, such as `runsc`; the engine's default where not set."""
 
 
 def load_settings(settings: ClientSettings | None = None) -> ClientSettings:

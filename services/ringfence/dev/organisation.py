@@ -9,8 +9,10 @@ from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.trust_setup import TrustFolder
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, Role, VerbFloor
+from ringfence.model.identity.runners import runner_selector
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
 
 PLATFORM = "platform"
@@ -56,8 +58,13 @@ def key_of(folder: TrustFolder, trust_domain: str, kind: Kind, id: str) -> Signi
     return SigningKey.load(path)
 
 
-async def seed(folder: TrustFolder, settings: ClientSettings, operator: str = "olga") -> None:
-    """Create people, target and agents by signed commands. Raises RefusedError, UnavailableError."""
+async def seed(
+    folder: TrustFolder, settings: ClientSettings, operator: str = "olga", *, runner: str | None = None
+) -> None:
+    """Create people, target and agents by signed commands. Raises RefusedError, UnavailableError.
+
+    `runner`: the runner that may start runs of the agents.
+    """
     domain = settings.trust_domain
     async with Administrator.connect(folder.user_key(operator), settings) as olga:
         for person in PEOPLE:
@@ -85,6 +92,7 @@ async def seed(folder: TrustFolder, settings: ClientSettings, operator: str = "o
             description="deploys builds",
             keys=[key_of(folder, domain, "agent", "deploy-bot")],
             ceiling=[READ_ALL, DEPLOY_ALL],
+            attestation=_runs_by(runner, domain, "deploy-bot"),
         )
     async with Administrator.connect(folder.user_key("petra"), settings) as petra:
         await petra.register_agent(
@@ -92,7 +100,12 @@ async def seed(folder: TrustFolder, settings: ClientSettings, operator: str = "o
             description="reads what is deployed, for reviews",
             keys=[key_of(folder, domain, "agent", "review-bot")],
             ceiling=[READ_ALL],
+            attestation=_runs_by(runner, domain, "review-bot"),
         )
+
+
+def _runs_by(runner: str | None, domain: str, agent_id: str) -> list[AttestationSelector]:
+    return [runner_selector(domain, runner, agent_id)] if runner is not None else []
 
 
 async def assign_first_task(folder: TrustFolder, settings: ClientSettings) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 from ringfence.client.admin.trust_setup import (
     SERVICE_ROLES,
     TrustFolder,
+    add_runners,
     add_services,
     load_root_and_bundle,
     make_trust,
@@ -59,6 +60,8 @@ class StackOptions:
     topic_prefix: str = "ringfence"
     redis_prefix: str = "rf"
     services: Sequence[ServiceRole] = SERVICE_ROLES
+    runner: str | None = None
+    """The name of a runner to have a key for, for `ringfence run`. It is no process of the stack."""
     fixed_ports: bool = False
     """Use the services' default ports, so that other programs find them; else free ports."""
     kafka_port: int = 0
@@ -180,6 +183,9 @@ class Stack:
                 role for role in missing_on_demand_services(bundle) if role in self.options.services
             ]:
                 add_services(self.trust, older)
+            runner = self.options.runner
+            if runner is not None and not self.trust.service_key(runner).exists():
+                add_runners(self.trust, [runner])
         except RingfenceError as error:
             raise StackError(
                 f"{error.message.removesuffix('; run: ringfence init')}. Repair {self.options.state}, delete it to "

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ringfence.dev.stack import Stack
     from ringfence.messages.base import ServiceRole
 
+_RUNNER = "runner-1"
+"""The runner of this machine, for `ringfence run`."""
 _LOOK_AGAIN_S = 0.5
 _GRACE_S = 20.0
 """Longer than services take to shut down while the broker is running."""
@@ -67,11 +69,14 @@ def dev(
         fixed_ports=not free_ports,
         kafka_port=0 if free_ports else 9092,
         redis_port=0 if free_ports else 6379,
+        runner=_RUNNER,
     )
     with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[aside]{text} ...[/]")) as stack:
         reach = {
             "RINGFENCE_GATEWAY_SOCKETS": str(stack.sockets),
             "RINGFENCE_GATEWAY_CA_FILE": str(stack.gateway_ca),
+            "RINGFENCE_RUNNER_KEY_FILE": str(stack.trust.service_key(_RUNNER)),
+            "RINGFENCE_RUNNER_STATE": str(options.state / "runner"),
         }
         write_config(stack.environment() | reach, options.state / "ringfence.toml")
         task: str | None = None
@@ -131,7 +136,7 @@ async def _make_organisation(folder: TrustFolder, settings: ClientSettings, oper
     from ringfence.dev.organisation import assign_first_task
     from ringfence.dev.organisation import seed as make_organisation
 
-    await make_organisation(folder, settings, operator)
+    await make_organisation(folder, settings, operator, runner=_RUNNER)
     return await assign_first_task(folder, settings)
 
 

@@ -71,7 +71,10 @@ def run(
     agent: Annotated[
         str | None,
         typer.Option(
-            "--agent", metavar="AGENT", callback=check_name, help="With --assign: the agent that acts."
+            "--agent",
+            metavar="AGENT",
+            callback=check_name,
+            help="With --assign: the agent that acts; the only one that you may mean where not given.",
         ),
     ] = None,
     mount: Annotated[
@@ -126,8 +129,8 @@ def run(
         raise typer.BadParameter("write what to run: ringfence run --task TASK -- COMMAND")
     if (task is None) == (not assign):
         raise typer.BadParameter("give --task, or --assign for a task of this run alone", param_hint="--task")
-    if bool(assign) != (agent is not None):
-        raise typer.BadParameter("--assign and --agent go together", param_hint="--agent")
+    if agent is not None and not assign:
+        raise typer.BadParameter("--agent goes with --assign: a task has its agent", param_hint="--agent")
     from ringfence.cli.commands.run_local import run_local
 
     run_local(

@@ -1,10 +1,45 @@
-"""The local run of `ringfence run`."""
+"""The local run of `ringfence run`: a command in a fresh sandbox on this machine."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from ringfence.kernel.base.errors import RingfenceError
+import typer
+
+from ringfence.cli.shared import connect
+from ringfence.cli.shared.arguments import parse_scope
+from ringfence.cli.shared.options import duration_s, identity, run, settings, wants_json
+from ringfence.cli.shared.output import note, print_json_line, visible
+from ringfence.kernel.base.errors import SettingsError
+
+if TYPE_CHECKING:
+    from ringfence.client.settings import ClientSettings
+    from ringfence.messages.run import RunLimits
+    from ringfence.model.records.directory import Directory
+    from ringfence.runner.lifecycle.execution import RunExecution, RunnerHost
+    from ringfence.runner.lifecycle.plan import PlannedMount
+    from ringfence.runner.lifecycle.report import RunReport
+    from ringfence.runner.sandbox.backend import SandboxBackend
+
+_FORWARDED = (
+    signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH,
+)  # fmt: skip
+_SIZE = re.compile(r"(\d{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_VARIABLE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
+_NOT_A_NAME = re.compile(r"[^a-z0-9._-]+")
+_TASK_MARGIN_S = 60
+"""A task made for a run lasts so much longer: the run is destroyed by its own deadline, not by its task's."""
 
 
 def run_local(
@@ -25,4 +60,267 @@ def run_local(
     as_json: bool,
 ) -> None:
     """Run a command in a fresh sandbox on this machine, with the options of `ringfence run`."""
-    raise RingfenceError("this version has no local runs yet", code="not_supported")
+    from ringfence.messages.run import RunLimits
+
+    limits = RunLimits(memory_bytes=_bytes(memory), cpu_millis=max(1, round(cpus * 1000)), pids=pids)
+    work = _run(
+        command=tuple(command),
+        task=task,
+        scope=parse_scope(assign) if assign else (),
+        agent=agent,
+        mounts=_mounts(mount),
+        image=image,
+        environment=_environment(env),
+        ttl_s=duration_s(ttl),
+        limits=limits,
+        backend=backend,
+        me=identity(me),
+    )
+    report = run(work)
+    for line in _remarks(report):
+        note(visible(line), "warning")
+    if wants_json(as_json):
+        sys.stdout.flush()
+        with contextlib.redirect_stdout(sys.stderr):
+            print_json_line(report.as_json())
+    raise typer.Exit(report.code)
+
+
+async def _run(
+    *,
+    command: tuple[str, ...],
+    task: str | None,
+    scope: Sequence[Any],
+    agent: str | None,
+    mounts: tuple[PlannedMount, ...],
+    image: str | None,
+    environment: dict[str, str],
+    ttl_s: int,
+    limits: RunLimits,
+    backend: str | None,
+    me: Path | None,
+) -> RunReport:
+    from ringfence.model.records.runs import run_id_of
+    from ringfence.runner.lifecycle.execution import RunExecution
+    from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
+    from ringfence.runner.sandbox.backend import Streams
+
+    signals = _Signals()
+    with signals.taken():
+        async with (
+            _host(backend) as host,
+            _task(task, scope, agent, host.name, ttl_s, me, command) as task_id,
+        ):
+            entry = (await host.connection.current_directory()).task(task_id)
+            if entry is None:
+                raise RunRefusedError(f"there is no task {task_id}", code="task_unknown").with_remedy(
+                    "see: ringfence task list"
+                )
+            nonce = secrets.token_hex(16)
+            plan = RunPlan(
+                run_id=run_id_of(host.connection.key.id, nonce=nonce),
+                agent_id=entry.state.agent_id,
+                task_id=task_id,
+                argv=command,
+                deadline_s=min(int(time.time()) + ttl_s, entry.state.not_after),
+                limits=limits,
+                nonce=nonce,
+                environment=environment,
+                mounts=mounts,
+                image=image,
+                image_digest=image if image is not None and image.startswith("sha256:") else None,
+            )
+            execution = RunExecution(host, plan, Streams(0, 1, 2))
+            signals.execution = execution
+            return await execution.execute()
+
+
+@contextlib.asynccontextmanager
+async def _host(backend: str | None) -> AsyncIterator[RunnerHost]:
+    """Connect as this machine's runner, and remove what earlier ones left. Raises SettingsError, RunRefusedError."""
+    from ringfence.client.connection import Connection
+    from ringfence.runner.lifecycle.execution import RunnerHost
+    from ringfence.runner.lifecycle.sweep import sweep
+
+    own = settings()
+    if own.runner_key_file is None:
+        raise SettingsError(
+            "RINGFENCE_RUNNER_KEY_FILE is not set: a run needs the key of a runner. Add one with: ringfence init "
+            "--add-runner NAME --publish"
+        )
+    if own.gateway_sockets is None:
+        raise SettingsError(
+            "RINGFENCE_GATEWAY_SOCKETS is not set: a run reaches its targets through the gateway of this machine; set "
+            "it to the folder that the gateway has"
+        )
+    sandboxes = await _backend(backend, own)
+    async with Connection(own.runner_key_file, own) as connection:
+        await sweep(connection, [sandboxes])
+        yield RunnerHost(connection, sandboxes, own.gateway_sockets, own.gateway_ca_file)
+
+
+async def _backend(name: str | None, own: ClientSettings) -> SandboxBackend:
+    """The backend that was named, or the first that works here. Raises RunRefusedError with each reason."""
+    from ringfence.runner.lifecycle.backends import BACKENDS, make_backend
+    from ringfence.runner.lifecycle.plan import RunRefusedError
+
+    state = own.runner_state or _state_folder()
+    reasons = []
+    for one in (name,) if name is not None else BACKENDS:
+        try:
+            found = make_backend(
+                one, state, oci_socket=own.runner_oci_socket, oci_runtime=own.runner_oci_runtime
+            )
+            problems = await found.available()
+        except RunRefusedError as error:
+            problems = [str(error)]
+        if not problems:
+            return found
+        reasons.append(f"{one}: {'; '.join(problems)}")
+    raise RunRefusedError(
+        f"no sandbox can be made here. {' '.join(reasons)}", code="sandbox_unavailable"
+    ).with_remedy("see what this machine lacks: ringfence doctor")
+
+
+def _state_folder() -> Path:
+    """Where an ordinary user's programs keep their state (XDG Base Directory Specification)."""
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "ringfence" / "runner"
+
+
+@contextlib.asynccontextmanager
+async def _task(
+    task: str | None,
+    scope: Sequence[Any],
+    agent: str | None,
+    runner: str,
+    ttl_s: int,
+    me: Path | None,
+    command: tuple[str, ...],
+) -> AsyncIterator[str]:
+    """The task of the run: the named one, or one that is assigned now and ends with the run."""
+    if task is not None:
+        yield task
+        return
+    async with connect.administrator(me) as administrator:
+        agent = (
+            agent
+            or settings().agent
+            or _only_agent(await administrator.directory(), administrator.id, runner)
+        )
+        purpose = visible(f"run {' '.join(command)}")[:200]
+        task_id = await administrator.assign_task(
+            agent, purpose=purpose, scope=scope, ends_in_s=ttl_s + _TASK_MARGIN_S
+        )
+        try:
+            yield task_id
+        finally:
+            await administrator.end_task(task_id, reason="its run has ended")
+
+
+def _only_agent(directory: Directory, user_id: str, runner: str) -> str:
+    """The agent that a task is assigned to where none is named: the only one that this runner may start runs of.
+
+    Of several, the only one whose sponsor the caller is. Raises RunRefusedError.
+    """
+    from ringfence.messages.registry import AgentState
+    from ringfence.runner.lifecycle.plan import RunRefusedError
+
+    states = [entry.state for entry in directory.entries("agent") if isinstance(entry.state, AgentState)]
+    possible = [
+        state
+        for state in states
+        if state.status == "active" and any(selector.runner == runner for selector in state.attestation)
+    ]
+    own = [state for state in possible if state.sponsor == user_id]
+    for found in (possible, own):
+        if len(found) == 1:
+            return found[0].agent_id
+    if possible:
+        names = ", ".join(state.agent_id for state in possible)
+        raise RunRefusedError(f"{runner} may start runs of {names}").with_remedy("name one: --agent AGENT")
+    raise RunRefusedError(f"no agent lets {runner} start runs of it").with_remedy(
+        f"its sponsor does: ringfence agent set-attestation AGENT --selector runner={runner}"
+    )
+
+
+class _Signals:
+    """Signals to this process: they are the command's. Before there is one, each of them cancels what is under way."""
+
+    def __init__(self) -> None:
+        self.execution: RunExecution | None = None
+        self._task = asyncio.current_task()
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take them until the end of the block."""
+        loop = asyncio.get_running_loop()
+        for number in _FORWARDED:
+            loop.add_signal_handler(number, self._on_signal, number)
+        try:
+            yield
+        finally:
+            for number in _FORWARDED:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self.execution is not None:
+            self.execution.signal(number)
+        elif number not in (signal.SIGWINCH, signal.SIGUSR1, signal.SIGUSR2) and self._task is not None:
+            self._task.cancel()
+
+
+def _remarks(report: RunReport) -> Iterator[str]:
+    """What a person should know of the end. The command's own output is not repeated."""
+    if report.reason is not None:
+        yield f"run {report.run_id} was ended: {report.reason}"
+    if not report.destruction.complete:
+        gone = report.destruction
+        left = ", ".join((*gone.processes, *gone.mounts, *gone.cgroups, *gone.files))
+        yield f"not all of the run could be removed: {left}"
+    for change in report.left_in_mounts:
+        yield f"written by the run, and executed by others later: {change}"
+    if not report.published:
+        yield "the end of the run is not on Kafka: its leases end when the runner is silent, or at its deadline"
+    if report.live_leases:
+        yield f"leases that have not ended yet: {', '.join(report.live_leases)}"
+
+
+def _bytes(text: str) -> int:
+    match = _SIZE.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is no size; write for example 512M or 2G", param_hint="--memory")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _environment(given: list[str]) -> dict[str, str]:
+    found = {}
+    for text in given:
+        match = _VARIABLE.fullmatch(text)
+        if match is None:
+            name = visible(text.partition("=")[0])
+            raise typer.BadParameter(
+                f"{name!r} is no NAME=VALUE; nothing is inherited, so give the value too", param_hint="--env"
+            )
+        found[match[1]] = match[2]
+    return found
+
+
+def _mounts(given: list[str]) -> tuple[PlannedMount, ...]:
+    """Parse `DIR` and `DIR:rw`. Each folder stands inside at its own path."""
+    from ringfence.runner.lifecycle.plan import PlannedMount
+
+    found: dict[str, PlannedMount] = {}
+    for text in given:
+        folder, colon, mode = text.rpartition(":")
+        if not colon or mode not in ("rw", "ro"):
+            folder, mode = text, "ro"
+        path = Path(os.path.normpath(Path(folder).absolute()))
+        if not folder or not path.is_dir():
+            raise typer.BadParameter(f"{visible(folder)!r} is no folder", param_hint="--mount")
+        name = slug = _NOT_A_NAME.sub("-", path.name.lower()).strip("-._")[:60] or "mount"
+        number = 2
+        while name in found:
+            name, number = f"{slug}-{number}", number + 1
+        found[name] = PlannedMount(name, path, str(path), writable=mode == "rw")
+    return tuple(found.values())

@@ -1,4 +1,4 @@
-"""Checks of `ringfence doctor`: OPA, Kafka's replication, Redis, key files and the trust bundle."""
+"""Checks of `ringfence doctor`: OPA, Kafka's replication, Redis, key files, the trust bundle, and sandboxes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ringfence.cli.doctor.finding import CheckResult, clock
+from ringfence.cli.doctor.finding import CheckResult, Verdict, clock
 from ringfence.client.admin.trust_setup import SEAL, missing_on_demand_services
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.clock_skew import SkewCheck
@@ -21,6 +21,10 @@ from ringfence.kernel.kafka.replication import Replication
 from ringfence.messages.trust import ServiceIdentity
 
 _WITHIN_MS = 3_000
+
+
+_NEEDED_FOR_RUNS = frozenset({"bubblewrap", "libseccomp", "control groups"})
+"""Facts of a machine without which `ringfence run` with the defaults is refused."""
 
 
 async def opa_findings() -> AsyncIterator[CheckResult]:
@@ -161,6 +165,27 @@ def _key_file(file: Path) -> CheckResult:
     except RingfenceError as error:
         return CheckResult(f"key {file.stem}", "bad", str(error))
     return CheckResult(f"key {file.stem}", "good", f"{id}, {kind}, mode 0600")
+
+
+def sandbox_findings(runner_key_file: Path | None) -> Iterator[CheckResult]:
+    """Yield what this machine offers for sandboxes of runs: one finding for each fact where it has a runner, else one
+    for all. It starts `bwrap true` once.
+    """
+    # It looks at the kernel's filter of system calls, which other commands do without.
+    from ringfence.runner.sandbox.machine import facts
+
+    found = facts()
+    if runner_key_file is None:
+        problems = [f"{fact.name}: {fact.problem}" for fact in found if fact.problem]
+        says = "; ".join(problems) or "bubblewrap makes sandboxes here, and control groups limit them"
+        yield CheckResult("sandbox", "unknown" if problems else "good", f"{says} (no runner is set up here)")
+        return
+    for fact in found:
+        remedy = f"; {fact.remedy}" if fact.remedy else ""
+        says = f"{fact.value}: {fact.problem}{remedy}" if fact.problem else fact.value
+        needed = fact.name in _NEEDED_FOR_RUNS
+        verdict: Verdict = "good" if not fact.problem else "bad" if needed else "unknown"
+        yield CheckResult(f"sandbox, {fact.name}", verdict, says)
 
 
 def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> Iterator[CheckResult]:

@@ -15,6 +15,7 @@ from ringfence.cli.doctor.checks import (
     opa_findings,
     redis_findings,
     replication_findings,
+    sandbox_findings,
     versions,
 )
 from ringfence.cli.doctor.finding import CheckResult
@@ -107,6 +108,8 @@ async def examine(
         yield finding_of_all
     now_examining("examining OPA")
     async for finding in opa_findings():
+        yield finding
+    for finding in await asyncio.to_thread(list, sandbox_findings(client.runner_key_file)):
         yield finding
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +22,6 @@ from ringfence.messages.topics import ACTION, CREDENTIAL_DECISION, LEASE
 
 _MAX_LEASES = 10_000
 _MAX_DENIALS = 1000
-_LOOK_EVERY_S = 0.05
 
 
 class RunActivity:
@@ -35,6 +35,7 @@ class RunActivity:
         self._key_thumbprint = ""
         self._leases: BoundedDict[str, Lease] = BoundedDict(_MAX_LEASES)
         self._denials: BoundedDict[str, dict[str, Any]] = BoundedDict(_MAX_DENIALS)
+        self._changed = asyncio.Event()
         self.problem: str | None = None
         """Why the report does not know; None if it does."""
 
@@ -53,11 +54,12 @@ class RunActivity:
 
     async def leases_ended(self, within_s: float) -> tuple[str, ...]:
         """Wait until every lease of the run has ended. Returns the ids of those that have not."""
-        loop = asyncio.get_running_loop()
-        until = loop.time() + within_s
-        while (live := self._live()) and loop.time() < until:
-            await asyncio.sleep(_LOOK_EVERY_S)
-        return live
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                while self._live():
+                    self._changed.clear()
+                    await self._changed.wait()
+        return self._live()
 
     def allowed(self) -> list[dict[str, Any]]:
         """The leases, oldest first, as JSON values."""
@@ -105,12 +107,11 @@ class RunActivity:
         known = self._leases.get(lease.lease_id)
         if known is None or lease.seq > known.seq:
             self._leases[lease.lease_id] = lease
+            self._changed.set()
 
     def _on_decision(self, record: Received) -> None:
         domain = self._connection.settings.trust_domain
-        find = self._connection.trust.finder(
-            *CredentialDecision.signed_by, at_s=record.appended_at_ms / 1000
-        )
+        find = self._connection.trust.finder(*CredentialDecision.signed_by, at_s=record.appended_at_ms / 1000)
         decision = verify(parse(record.value), DecidedTerms, find, audience=domain).claims
         request = parse(decision.request)
         if decision.outcome != "denied" or request.header.kid != self._key_thumbprint:

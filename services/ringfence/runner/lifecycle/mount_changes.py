@@ -15,18 +15,20 @@ from ringfence.kernel.base.text import visible
 
 MAX_ENTRIES = 200_000
 """So many entries of a mount are looked at. Beyond it, the report says that it is not complete."""
+# fmt: off
 _EXECUTED_BY_NAME = frozenset({
     ".envrc", ".env", ".bashrc", ".bash_profile", ".bash_login", ".bash_logout", ".profile", ".zshrc", ".zshenv",
-    ".zprofile", ".zlogin", ".zlogout", ".kshrc", ".cshrc", ".tcshrc", ".login", ".xprofile", ".vimrc", ".exrc", ".nvimrc",
-    ".gitattributes", ".gitconfig", ".gitmodules", ".npmrc", ".pnpmfile.cjs", ".yarnrc", ".yarnrc.yml", ".pre-commit-config.yaml",
-    ".mcp.json", "sitecustomize.py", "usercustomize.py", "conftest.py", "setup.py", "makefile", "gnumakefile", "justfile",
-    "taskfile.yml", "rakefile", "dockerfile", "docker-compose.yml", "compose.yaml", "package.json", "build.gradle",
-    "build.rs", "tox.ini", "noxfile.py",
-})  # fmt: skip
+    ".zprofile", ".zlogin", ".zlogout", ".kshrc", ".cshrc", ".tcshrc", ".login", ".xprofile", ".vimrc", ".exrc",
+    ".nvimrc", ".gitattributes", ".gitconfig", ".gitmodules", ".npmrc", ".pnpmfile.cjs", ".yarnrc", ".yarnrc.yml",
+    ".pre-commit-config.yaml", ".mcp.json", "sitecustomize.py", "usercustomize.py", "conftest.py", "setup.py",
+    "makefile", "gnumakefile", "justfile", "taskfile.yml", "rakefile", "dockerfile", "docker-compose.yml",
+    "compose.yaml", "package.json", "build.gradle", "build.rs", "tox.ini", "noxfile.py",
+})
 _EXECUTED_BELOW = (
-    (".git", "hooks"), (".git", "config"), (".git", "modules"), (".husky",), (".githooks",), (".vscode",), (".idea",),
-    (".devcontainer",), (".github", "workflows"), (".claude",), (".cursor",), (".config", "fish"),
-)  # fmt: skip
+    (".git", "hooks"), (".git", "config"), (".git", "modules"), (".husky",), (".githooks",), (".vscode",),
+    (".idea",), (".devcontainer",), (".github", "workflows"), (".claude",), (".cursor",), (".config", "fish"),
+)
+# fmt: on
 """Folders, or files, of which each part of the path has to match, wherever they are in the mount."""
 _EXECUTED_SUFFIXES = (".pth",)
 _CLOCK_GRAIN_NS = 20_000_000
@@ -80,8 +82,8 @@ def _reason(path: Path, status: os.stat_result, entry: os.DirEntry[str]) -> str 
     if stat.S_ISDIR(status.st_mode):
         return None
     if stat.S_ISLNK(status.st_mode):
-        target = os.readlink(entry.path)
-        outside = os.path.isabs(target) or os.path.normpath(path.parent / target).startswith("..")
+        target = Path(entry.path).readlink()
+        outside = target.is_absolute() or os.path.normpath(path.parent / target).startswith("..")
         return "a symbolic link that leads out of the mount" if outside else None
     if stat.S_ISSOCK(status.st_mode) or stat.S_ISFIFO(status.st_mode):
         return "a socket or pipe"

@@ -15,11 +15,8 @@ from ringfence.model.identity.runners import runner_issuer
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.unknown_fields import is_understood
-from ringfence.runner.sandbox.backend import Mount
+from ringfence.runner.sandbox.backend import HOME, Mount
 from ringfence.runner.sandbox.syscall_policy import policy_text
-
-WORKSPACE = "/workspace"
-"""The folder inside that mounts stand in, each under its name."""
 
 
 class RunRefusedError(RingfenceError):
@@ -34,11 +31,8 @@ class PlannedMount:
 
     name: str
     host: Path
+    inside: str
     writable: bool = False
-
-    @property
-    def inside(self) -> str:
-        return f"{WORKSPACE}/{self.name}"
 
     def for_sandbox(self) -> Mount:
         return Mount(self.host, self.inside, self.writable)
@@ -71,9 +65,9 @@ class RunPlan:
     """Over the rules of the runner's pool. None: over the rules of the sandbox alone."""
 
     @property
-    def working_directory(self) -> str | None:
-        """The first mount; None is the home directory."""
-        return self.mounts[0].inside if self.mounts else None
+    def working_directory(self) -> str:
+        """The first mount, or the home directory."""
+        return self.mounts[0].inside if self.mounts else HOME
 
     def rules_digest(self, backend: str) -> str:
         """Return the digest of what the sandbox allows: backend, limits, mounts, system calls and the pool's rules."""
@@ -132,4 +126,6 @@ def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: s
     if plan.deadline_s - now_s > max(lives) + 1:
         raise RunRefusedError(
             f"agent {plan.agent_id} lets runs by {runner} last {max(lives)} s at most", code="run_too_long"
-        ).with_remedy(f"use a shorter --ttl, or let its sponsor allow more: --selector 'runner={runner} life=2h'")
+        ).with_remedy(
+            f"use a shorter --ttl, or let its sponsor allow more: --selector 'runner={runner} life=2h'"
+        )

@@ -31,6 +31,9 @@ class RunReport:
     """Leases that had not ended when the report was made."""
     connections: int = 0
     """Connections to the gateway."""
+    sent_bytes: int | None = None
+    """To the gateway, as counted inside."""
+    received_bytes: int | None = None
     unknown: str | None = None
     """Why `allowed` and `denied` may be incomplete."""
 
@@ -46,7 +49,13 @@ class RunReport:
             "allowed": self.allowed,
             "denied": self.denied,
             **({"incomplete": self.unknown} if self.unknown else {}),
-            "used": {"wall_s": round(self.wall_s, 3), **asdict(gone.usage), "connections": self.connections},
+            "used": {
+                "wall_s": round(self.wall_s, 3),
+                **asdict(gone.usage),
+                "connections": self.connections,
+                "sent_bytes": self.sent_bytes,
+                "received_bytes": self.received_bytes,
+            },
             "destroyed": {
                 "complete": gone.complete and not self.live_leases and self.published,
                 "processes": list(gone.processes),

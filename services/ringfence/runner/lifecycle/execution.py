@@ -1,0 +1,427 @@
+"""Executes the plan of a run: claim, sandbox, key, enrolment, gateway, command, destruction, end.
+
+    claimed (Kafka) → sandbox with our init → key made inside → started (Kafka) → enrolment → RUN-ID.sock → command
+    → destroy → ended (Kafka) → the revoker ends the leases
+
+A run is on Kafka before anything of it exists, so that whoever finds it unfinished knows that it may have started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from ringfence.client.connection import Connection
+from ringfence.client.instance_enrolment import post_enrolment
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.retry import backoff
+from ringfence.kernel.crypto.keys import thumbprint
+from ringfence.messages.enrolment import RunRef
+from ringfence.messages.run import Run, RunExit, RunStatus
+from ringfence.messages.topics import RUN
+from ringfence.model.identity.runners import enrolment_token
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.runner.control.channel import CommandStartError, ControlChannel, ControlLostError
+from ringfence.runner.control.messages import InitReport, Relay, StartCommand
+from ringfence.runner.control.relays import RelayError, hosts_of, needs_low_ports, relays_of
+from ringfence.runner.init.command import init_command
+from ringfence.runner.lifecycle.activity import RunActivity
+from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
+from ringfence.runner.lifecycle.mount_changes import executable_changes
+from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
+from ringfence.runner.lifecycle.raw_targets import raw_addresses
+from ringfence.runner.lifecycle.report import RunReport
+from ringfence.runner.lifecycle.run_folder import make_run_folder, remove_run_folder
+from ringfence.runner.sandbox.backend import (
+    NO_STREAMS,
+    Destruction,
+    ExitReason,
+    ResourceLimits,
+    Sandbox,
+    SandboxBackend,
+    SandboxExit,
+    SandboxSpec,
+    Streams,
+)
+
+log = logging.getLogger(__name__)
+
+_INIT_WITHIN_S: Final = 20.0
+_GATEWAY_WITHIN_S: Final = 15.0
+_PUBLISH_WITHIN_S: Final = 30.0
+_LEASES_END_WITHIN_S: Final = 15.0
+_LOOK_EVERY_S: Final = 0.5
+_REMAINED: Final = 64
+"""Entries of `remained` in the record of a run."""
+_KILLED: Final = 137
+_SIGNALLED: Final = 128
+
+
+@dataclass(frozen=True)
+class RunnerHost:
+    """What a runner has for all of its runs."""
+
+    connection: Connection
+    """Connected with the runner's key; its `id` is that of the runner's service."""
+    backend: SandboxBackend
+    gateway_sockets: Path
+    """The folder in which the gateway of this machine opens `RUN-ID.sock`."""
+    gateway_ca_file: Path | None = None
+    """The gateway's CA certificate (PEM)."""
+
+    @property
+    def name(self) -> str:
+        """The runner's name in the trust bundle."""
+        return self.connection.key.id.rpartition("/")[2]
+
+
+@dataclass
+class _Progress:
+    """How far a run has come, for its end."""
+
+    status: RunStatus | None = None
+    kid: str | None = None
+    sandbox: Sandbox | None = None
+    stop_reason: str | None = None
+    exit: SandboxExit | None = None
+    code: int | None = None
+    init: InitReport | None = None
+    failure: RingfenceError | None = None
+    destruction: Destruction | None = None
+    published: bool = False
+    left: list[str] = field(default_factory=list)
+
+
+class RunExecution:
+    """One run. Use it once."""
+
+    def __init__(self, host: RunnerHost, plan: RunPlan, streams: Streams = NO_STREAMS) -> None:
+        self._host = host
+        self._plan = plan
+        self._streams = streams
+        self._at = _Progress()
+        self._stopped = asyncio.Event()
+        self._relay: GatewayRelay | None = None
+
+    def signal(self, number: int) -> None:
+        """Send a signal to the command. Before it has started, the run is stopped instead."""
+        if self._at.sandbox is not None and self._at.status == "started":
+            self._at.sandbox.signal(number)
+        else:
+            self.stop(f"signal {number} before the command started")
+
+    def stop(self, reason: str) -> None:
+        """End the run at once: its sandbox is destroyed. `reason` stands in its record."""
+        self._at.stop_reason = self._at.stop_reason or reason
+        self._stopped.set()
+
+    async def freeze(self) -> None:
+        """Stop all processes of the sandbox where they are. Raises SandboxUnavailableError."""
+        if self._at.sandbox is not None:
+            await self._at.sandbox.freeze()
+
+    async def thaw(self) -> None:
+        """Let the processes of the sandbox go on."""
+        if self._at.sandbox is not None:
+            await self._at.sandbox.thaw()
+
+    async def execute(self) -> RunReport:
+        """Execute the run to its end, and report it.
+
+        Raises:
+            RunRefusedError, SandboxUnavailableError, SandboxSpecError: it may not start so; nothing was claimed.
+            UnavailableError: Kafka did not take the claim; nothing was started.
+            RingfenceError: it was claimed and could not be started. Everything of it is gone, and its end is published.
+        """
+        began, began_ns = time.monotonic(), time.time_ns()
+        connection, plan = self._host.connection, self._plan
+        directory = await connection.directory()
+        check_plan(plan, directory, connection.settings.trust_domain, self._host.name, self._now_s())
+        if reasons := await self._host.backend.available():
+            raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
+        activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
+        await activity.follow()
+        await self._publish("claimed")
+        try:
+            await self._until_stopped(self._carry_out(activity))
+        except RingfenceError as error:
+            self._at.failure = error
+        finally:
+            await asyncio.shield(self._end(began_ns))
+        if self._at.failure is not None and self._at.code is None:
+            raise self._at.failure
+        live = await activity.leases_ended(_LEASES_END_WITHIN_S) if self._at.published else ()
+        assert self._at.destruction is not None
+        return RunReport(
+            run_id=plan.run_id,
+            agent_id=plan.agent_id,
+            task_id=plan.task_id,
+            backend=self._host.backend.name,
+            code=_KILLED if self._at.code is None else self._at.code,
+            reason=self._reason(),
+            wall_s=time.monotonic() - began,
+            destruction=self._at.destruction,
+            published=self._at.published,
+            allowed=activity.allowed(),
+            denied=activity.denied(),
+            left_in_mounts=tuple(self._at.left),
+            live_leases=live,
+            connections=self._relay.relayed if self._relay is not None else 0,
+            sent_bytes=self._at.init.sent_bytes if self._at.init is not None else None,
+            received_bytes=self._at.init.received_bytes if self._at.init is not None else None,
+            unknown=activity.problem,
+        )
+
+    # --- the way to the command ---
+
+    async def _carry_out(self, activity: RunActivity) -> None:
+        plan, host = self._plan, self._host
+        folder = await asyncio.to_thread(make_run_folder, plan.run_id)
+        control = ControlChannel.listen(folder)
+        self._relay = relay = GatewayRelay(
+            folder / "gateway.sock", host.gateway_sockets / f"{plan.run_id}.sock"
+        )
+        try:
+            await relay.listen()
+            relays = self._relays(await host.connection.directory())
+            self._at.sandbox = sandbox = await host.backend.start(
+                self._spec(control.path, relay.path, relays), self._streams
+            )
+            await control.accept(_INIT_WITHIN_S)
+            kid = thumbprint(await control.public_key())
+            activity.started(kid)
+            await self._publish("started", kid)
+            enrolment, _ = await asyncio.gather(
+                self._enrol(control, kid), relay.wait_for_gateway(_GATEWAY_WITHIN_S)
+            )
+            await control.start(self._start_command(enrolment, relays))
+            await self._wait(sandbox, control)
+        except CommandStartError as error:
+            self._at.code = error.exit_code
+            raise
+        except ControlLostError as error:
+            if self._at.exit is None:
+                raise RingfenceError(
+                    f"the first program of the sandbox ended: {error}", code="sandbox_failed"
+                ) from None
+            raise
+        finally:
+            control.close()
+
+    def _relays(self, directory: Directory) -> tuple[Relay, ...]:
+        """The relays of the task's targets that speak no HTTP. What has none is logged: the run goes on without."""
+        addresses, without = raw_addresses(directory, self._plan.task_id)
+        usable = []
+        for address in addresses:
+            try:
+                relays_of([address])
+                usable.append(address)
+            except RelayError as error:
+                without.append(str(error))
+        for reason in without:
+            log.warning("run %s: no relay: %s", self._plan.run_id, reason)
+        return relays_of(usable)
+
+    def _spec(self, control: Path, gateway: Path, relays: Sequence[Relay]) -> SandboxSpec:
+        plan = self._plan
+        init = init_command(self._host.backend.name)
+        limits = ResourceLimits(
+            memory_bytes=plan.limits.memory_bytes,
+            cpus=plan.limits.cpu_millis / 1000,
+            pids=plan.limits.pids,
+            ttl_s=max(1.0, plan.deadline_s - time.time()),
+        )
+        return SandboxSpec(
+            run_id=plan.run_id,
+            argv=init.argv,
+            mounts=(*init.mounts, *(mount.for_sandbox() for mount in plan.mounts)),
+            socket=gateway,
+            control=control,
+            hosts=hosts_of(relays),
+            low_ports=needs_low_ports(relays),
+            limits=limits,
+            image=plan.image,
+        )
+
+    async def _enrol(self, control: ControlChannel, kid: str) -> str:
+        """Let the key that was made inside be enrolled. Returns the enrolment."""
+        connection, plan = self._host.connection, self._plan
+        domain = connection.settings.trust_domain
+        token = enrolment_token(
+            connection.key,
+            domain,
+            plan.agent_id,
+            RunRef(run_id=plan.run_id, task_id=plan.task_id),
+            kid,
+            now_s=int(self._now_s()),
+            deadline_s=plan.deadline_s,
+        )
+        request = await control.enrol(token, trust_domain=domain, agent_id=plan.agent_id)
+        return await post_enrolment(connection.settings, request.decode())
+
+    def _start_command(self, enrolment: str, relays: Sequence[Relay]) -> StartCommand:
+        plan, settings = self._plan, self._host.connection.settings
+        ca_file = self._host.gateway_ca_file
+        return StartCommand(
+            argv=plan.argv,
+            environment=dict(plan.environment),
+            working_directory=plan.working_directory,
+            enrolment=enrolment,
+            trust_root=settings.trust_root,
+            trust_domain=settings.trust_domain,
+            agent_id=plan.agent_id,
+            task_id=plan.task_id,
+            relays=tuple(relays),
+            ca_pem=ca_file.read_text() if ca_file is not None else None,
+        )
+
+    async def _wait(self, sandbox: Sandbox, control: ControlChannel) -> None:
+        """Wait for the end of the command, and end the run if its task or its agent ends before."""
+        watching, reporting = (
+            asyncio.create_task(work) for work in (self._watch_records(), self._read_report(control))
+        )
+        try:
+            self._at.exit = await sandbox.wait()
+        finally:
+            # What init said last may still be on its way, after the end of its sandbox.
+            await asyncio.wait({reporting}, timeout=1)
+            for task in (watching, reporting):
+                task.cancel()
+            await asyncio.gather(watching, reporting, return_exceptions=True)
+        self._at.code = self._at.exit.code
+
+    async def _read_report(self, control: ControlChannel) -> None:
+        with contextlib.suppress(ControlLostError):
+            self._at.init = await control.ended()
+
+    async def _watch_records(self) -> None:
+        directory = await self._host.connection.directory()
+        while True:
+            try:
+                task, agent = directory.task(self._plan.task_id), directory.agent(self._plan.agent_id)
+            except ChainError as error:
+                self.stop(f"a record does not verify: {error.code}")
+                return
+            if task is None or task.state.status != "active":
+                self.stop("its task has ended")
+            if agent is None or agent.state.status != "active":
+                self.stop(f"its agent is {agent.state.status if agent is not None else 'unknown'}")
+            await asyncio.sleep(_LOOK_EVERY_S)
+
+    async def _until_stopped(self, work: Any) -> None:
+        """Do the work, but leave it where the run is stopped."""
+        working, stopped = asyncio.create_task(work), asyncio.create_task(self._stopped.wait())
+        try:
+            await asyncio.wait({working, stopped}, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                await working
+        finally:
+            for one in (working, stopped):
+                one.cancel()
+            await asyncio.gather(working, stopped, return_exceptions=True)
+
+    # --- the end ---
+
+    async def _end(self, began_ns: int) -> None:
+        """Destroy everything, and publish the end."""
+        if self._at.sandbox is not None:
+            self._at.destruction = await self._at.sandbox.destroy()
+        else:
+            self._at.destruction = Destruction(self._plan.run_id)
+        if self._relay is not None:
+            await self._relay.close()
+            await asyncio.to_thread(remove_run_folder, self._relay.path.parent)
+        for mount in self._plan.mounts:
+            if mount.writable:
+                changes = await asyncio.to_thread(executable_changes, mount.host, began_ns)
+                self._at.left += [f"mount {mount.name}: {change}" for change in changes]
+        with contextlib.suppress(UnavailableError):
+            await self._publish("ended", self._at.kid, within_s=_PUBLISH_WITHIN_S)
+            self._at.published = True
+
+    def _reason(self) -> str | None:
+        if self._at.stop_reason is not None:
+            return self._at.stop_reason
+        if self._at.failure is not None:
+            return f"{self._at.failure.code}: {self._at.failure.message}"[:1000]
+        if self._at.exit is None or self._at.exit.reason is ExitReason.COMMAND:
+            return None
+        return {ExitReason.TTL: "its time was over", ExitReason.KILLED: "its sandbox was killed"}[
+            self._at.exit.reason
+        ]
+
+    def _exit(self) -> RunExit:
+        code, reason = self._at.code, self._reason()
+        if code is None:
+            return RunExit(reason=reason or "it was not started")
+        if _SIGNALLED < code <= _SIGNALLED + 64:
+            return RunExit(signal=code - _SIGNALLED, reason=reason)
+        return RunExit(code=code, reason=reason)
+
+    def _remained(self) -> tuple[str, ...]:
+        gone = self._at.destruction
+        assert gone is not None
+        found = [
+            *(f"process {one}" for one in gone.processes),
+            *(f"mount {one}" for one in gone.mounts),
+            *(f"cgroup {one}" for one in gone.cgroups),
+            *(f"file {one}" for one in gone.files),
+            *self._at.left,
+        ]
+        return tuple(found if len(found) <= _REMAINED else [*found[: _REMAINED - 1], "and more"])
+
+    # --- Kafka ---
+
+    async def _publish(
+        self, status: RunStatus, kid: str | None = None, *, within_s: float | None = None
+    ) -> None:
+        """Publish what becomes of the run. Returns once Kafka has acknowledged it. Raises UnavailableError.
+
+        `within_s`: try again for so long.
+        """
+        connection, plan = self._host.connection, self._plan
+        record = Run(
+            iss=connection.key.id,
+            aud=connection.settings.trust_domain,
+            iat=int(self._now_s()),
+            jti=str(uuid.uuid4()),
+            run_id=plan.run_id,
+            order_id=plan.order_id,
+            nonce=plan.nonce,
+            ordered_by=plan.ordered_by,
+            agent_id=plan.agent_id,
+            task_id=plan.task_id,
+            status=status,
+            key_thumbprint=kid,
+            deadline=plan.deadline_s,
+            backend=self._host.backend.name,
+            limits=plan.limits,
+            policy_digest=plan.rules_digest(self._host.backend.name),
+            image_digest=plan.image_digest,
+            mounts=tuple(mount.for_record() for mount in plan.mounts),
+            exit=self._exit() if status == "ended" else None,
+            remained=self._remained() if status == "ended" else (),
+            at_ms=connection.clock.now_ms(),
+        )
+        delays, until = backoff(0.2, 3.0), time.monotonic() + (within_s or 0)
+        while True:
+            try:
+                await connection.publish(RUN, plan.run_id, record)
+                break
+            except UnavailableError as error:
+                if time.monotonic() >= until:
+                    log.error("run %s is not published as %s: %s", plan.run_id, status, error)
+                    raise
+                await asyncio.sleep(next(delays))
+        self._at.status, self._at.kid = status, kid
+
+    def _now_s(self) -> float:
+        return self._host.connection.clock.now_ms() / 1000
