@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 
 from ringfence.gateway.dataplane.headers import request_head
-from ringfence.gateway.dataplane.http1_body import ChunkedBody, chunk
-from ringfence.gateway.dataplane.http1_head import parse_request, take_head
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
 from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.http1.body import ChunkedBody, chunk
+from ringfence.kernel.http1.head import parse_request, take_head
 from ringfence.model.http_targets.request_map import RequestMap
 from tests.gateway.conftest import Place, placed
 from tests.gateway.table_gate import RULES, SECRET

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from ringfence.cli.task_proxy.server import TaskProxy
+from ringfence.client.task_proxy.server import TaskProxy
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.agents import Sandbox, bridged, missing
 from tests.gateway.certificates import Certificates

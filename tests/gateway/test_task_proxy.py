@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import pytest_asyncio
 
-from ringfence.cli.task_proxy.server import ProxyLimits, SocketGoneError, TaskProxy
+from ringfence.client.task_proxy.server import ProxyLimits, SocketGoneError, TaskProxy
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected
 from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate

@@ -83,8 +83,8 @@ def _spec(fields: dict[str, Any]) -> SandboxSpec:
     )
     fields["files"] = {path: text.encode() for path, text in fields.pop("files", {}).items()}
     fields["limits"] = ResourceLimits(**fields.pop("limits", {}))
-    socket = fields.pop("socket", None)
-    return SandboxSpec(socket=Path(socket) if socket else None, **fields)
+    sockets = {name: Path(fields.pop(name)) for name in ("socket", "control") if fields.get(name)}
+    return SandboxSpec(**{**fields, **sockets})
 
 
 def _report(destruction: Any) -> dict[str, Any]:

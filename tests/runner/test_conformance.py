@@ -485,3 +485,71 @@ async def test_a_directory_as_a_stream_is_refused() -> None:
             check_streams(Streams(stdin=descriptor))
     finally:
         os.close(descriptor)
+
+
+async def test_the_control_socket_stands_inside_with_a_folder_for_the_instance(runner: Runner) -> None:
+    """The folder of the socket is closed to everybody but the runner."""
+    private = runner.own_folder("private")
+    private.chmod(0o700)
+    program = """
+import os, socket, stat
+peer = socket.socket(socket.AF_UNIX)
+peer.connect("/run/ringfence/control.sock")
+folder = "/run/ringfence/instance"
+found = os.stat(folder)
+kind = next(line.split()[2] for line in open("/proc/mounts") if line.split()[1] == folder)
+open(f"{folder}/made", "x").close()
+peer.sendall(f"{stat.S_IMODE(found.st_mode):o} {found.st_uid == os.getuid()} {kind}".encode())
+"""
+    async with Listener(private / "c.sock", runner.place.uid) as listener:
+        ended = await runner.python(program, control=str(listener.path))
+    assert ended.code == 0, ended.stderr
+    assert [*listener.peers] == ["700 True tmpfs"]
+
+
+async def test_without_a_control_socket_there_is_no_folder_for_an_instance(runner: Runner) -> None:
+    assert (await runner.run("ls", "/run/ringfence")).code != 0
+
+
+async def test_names_lead_to_loopback_addresses(runner: Runner) -> None:
+    program = "import socket; print(socket.gethostbyname('db.example'), socket.gethostbyname('localhost'))"
+    ended = await runner.python(program, hosts={"db.example": "127.0.1.7"})
+    assert ended.stdout == "127.0.1.7 127.0.0.1\n", ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "address"),
+    [
+        ("db.example", "10.0.0.1"),
+        ("db.example", "127.0.0.1\n10.0.0.1 other"),
+        ("db.example 127.0.0.1", "127.0.0.1"),
+        ("db\n10.0.0.1", "127.0.0.1"),
+        ("localhost", "127.0.1.1"),
+        ("10.0.0.1", "127.0.1.1"),
+    ],
+)
+async def test_no_other_line_gets_into_the_hosts_file(runner: Runner, name: str, address: str) -> None:
+    with pytest.raises(CallError) as refused:
+        await runner.call("start", spec=runner.spec("true", hosts={name: address}))
+    assert refused.value.code == "sandbox_spec_invalid"
+
+
+LOW_PORT = """
+import socket
+listener = socket.socket()
+try:
+    listener.bind(("127.0.1.7", 22))
+    print("listens")
+except PermissionError:
+    print("refused")
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("CapEff")))
+"""
+
+
+async def test_low_ports_are_open_where_asked_without_a_capability(runner: Runner) -> None:
+    before = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()
+    ended = await runner.python(LOW_PORT, low_ports=True)
+    assert ended.stdout.split() == ["listens", "0" * 16], ended.stderr
+    assert Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text() == before
+    if runner.place.backend == "bubblewrap":  # engines open them by themselves
+        assert (await runner.python(LOW_PORT)).stdout.split() == ["refused", "0" * 16]

@@ -14,13 +14,13 @@ import pytest
 from ringfence.gateway.agent_api.posted_messages import PostedMessage
 from ringfence.gateway.agent_api.publications import Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
-from ringfence.gateway.dataplane.http1_head import parse_request
 from ringfence.gateway.dataplane.request_reader import ApiTarget, ListenerContext, read_api_target
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.kernel.http1.head import parse_request
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialRequest

@@ -9,7 +9,6 @@ import pytest
 
 from ringfence.gateway.contract import Attempt, Headers
 from ringfence.gateway.dataplane.headers import forwarded_headers, request_head
-from ringfence.gateway.dataplane.http1_head import RequestHead, parse_request
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
 from ringfence.gateway.decision.approved_headers import (
     DROPPED,
@@ -20,6 +19,7 @@ from ringfence.gateway.decision.approved_headers import (
     shown_to_approver,
     unshowable_reason,
 )
+from ringfence.kernel.http1.head import RequestHead, parse_request
 from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS
 from ringfence.messages.registry import BackendSettings, TargetState
 

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.gateway.contract import McpExchange, McpOutcome
-from ringfence.gateway.dataplane.http1_head import FieldSection, ResponseHead
 from ringfence.gateway.dataplane.mcp_responses import (
     MAX_LISTED,
     MAX_MESSAGE_BYTES,
@@ -19,6 +18,7 @@ from ringfence.gateway.dataplane.mcp_responses import (
     media_type,
 )
 from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.http1.head import FieldSection, ResponseHead
 
 LIST = {
     "jsonrpc": "2.0",

@@ -18,13 +18,13 @@ from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import JsonOption, run, settings, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
 from ringfence.cli.shared.signals import not_ignored
-from ringfence.cli.task_proxy.environment import proxy_environment
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.settings import ClientSettings
+from ringfence.client.task_proxy.environment import proxy_environment
 from ringfence.kernel.base.errors import SettingsError
 
 if TYPE_CHECKING:
-    from ringfence.cli.task_proxy.server import TaskProxy
+    from ringfence.client.task_proxy.server import TaskProxy
 
 _MAX_PORT = 65_535
 _NOT_EXECUTABLE, _NOT_FOUND, _SIGNALLED = 126, 127, 128
@@ -117,7 +117,7 @@ async def _connect(
 ) -> int:
     """Serve until the end of the socket, of the command, or by a signal. Returns the exit status."""
     # It reads HTTP, which other commands of this group do without.
-    from ringfence.cli.task_proxy.server import LOOPBACK, SocketGoneError, TaskProxy
+    from ringfence.client.task_proxy.server import LOOPBACK, SocketGoneError, TaskProxy
 
     async with TaskProxy(socket) as proxy:
         try:

@@ -13,13 +13,6 @@ from ringfence.gateway.contract import ApiRequest, Attempt, BlockedRequest, Pres
 from ringfence.gateway.dataplane.exchange import ForwardedRequest, cut_error
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import is_forwarded
-from ringfence.gateway.dataplane.http1_body import Body, request_body
-from ringfence.gateway.dataplane.http1_head import (
-    MAX_HEAD_BYTES,
-    RequestHead,
-    parse_request,
-    take_head,
-)
 from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import (
     ApiTarget,
@@ -36,6 +29,13 @@ from ringfence.gateway.errors import RequestRefusedError, answer_head, problem_a
 from ringfence.gateway.events.destination import destination_of_line, unparsed_line
 from ringfence.gateway.hosts import AGENT_API, canonical, split_host_and_port
 from ringfence.kernel.base import metrics
+from ringfence.kernel.http1.body import Body, request_body
+from ringfence.kernel.http1.head import (
+    MAX_HEAD_BYTES,
+    RequestHead,
+    parse_request,
+    take_head,
+)
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """The most bytes of a body that are read before the decision."""

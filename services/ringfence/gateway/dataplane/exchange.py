@@ -13,20 +13,6 @@ from typing import Final, NoReturn
 
 from ringfence.gateway.contract import Attempt, Verdict
 from ringfence.gateway.dataplane.headers import request_head, response_head, switching_head
-from ringfence.gateway.dataplane.http1_body import (
-    LAST_CHUNK,
-    Body,
-    CloseDelimitedBody,
-    SizedBody,
-    chunk,
-    response_body,
-)
-from ringfence.gateway.dataplane.http1_head import (
-    RequestHead,
-    ResponseHead,
-    parse_response,
-    take_head,
-)
 from ringfence.gateway.dataplane.mcp_responses import (
     EVENTS,
     JSON,
@@ -42,6 +28,20 @@ from ringfence.gateway.dataplane.websockets import accepts_websocket, asks_for_w
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.http1.body import (
+    LAST_CHUNK,
+    Body,
+    CloseDelimitedBody,
+    SizedBody,
+    chunk,
+    response_body,
+)
+from ringfence.kernel.http1.head import (
+    RequestHead,
+    ResponseHead,
+    parse_response,
+    take_head,
+)
 from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})

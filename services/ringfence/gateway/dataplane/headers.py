@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Headers
-from ringfence.gateway.dataplane.http1_head import PROXY_FIELDS, FieldSection, RequestHead, ResponseHead
+from ringfence.kernel.http1.head import PROXY_FIELDS, FieldSection, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
 """The header in which the sender's tooling names the origin of a request. Used only in reports."""

@@ -12,9 +12,9 @@ from typing import Any, Final
 import orjson
 
 from ringfence.gateway.contract import McpExchange, McpOutcome
-from ringfence.gateway.dataplane.http1_head import ResponseHead
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.http1.head import ResponseHead
 from ringfence.model.http_targets.mcp import LISTED
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024

@@ -18,10 +18,10 @@ from ringfence.gateway.dataplane.headers import (
     forwarded_headers,
     is_handle,
 )
-from ringfence.gateway.dataplane.http1_head import FieldSection, RequestHead
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import AGENT_API, Scheme, canonical
+from ringfence.kernel.http1.head import FieldSection, RequestHead
 
 _HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
 _MCP_FIELDS: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})

@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable
 from typing import Final
 
-from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead
 from ringfence.gateway.dataplane.secret_redaction import Redactor
 from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.http1.head import RequestHead, ResponseHead
 
 _GUID: Final = b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11"
 

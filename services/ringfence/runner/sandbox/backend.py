@@ -6,6 +6,7 @@ command with less.
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import stat
@@ -21,9 +22,15 @@ HOME = "/home/agent"
 """The home directory inside: empty at start, in memory."""
 SOCKET = "/run/ringfence/gateway.sock"
 """Where the specification's socket stands inside."""
+CONTROL = "/run/ringfence/control.sock"
+"""Where the specification's control socket stands inside."""
+INSTANCE = "/run/ringfence/instance"
+"""A folder in memory that the sandbox's user alone can read; there where a control socket is."""
 
 _RUN_ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_HOST = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_][a-z0-9_-]{0,62})*")
+_OWN_NAMES = frozenset({"localhost", "sandbox"})
 # What the backend itself puts there. A mount below /tmp or the home directory is fine.
 _TAKEN_INSIDE = (
     *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib32", "/lib64", "/libx32"),
@@ -98,6 +105,12 @@ class SandboxSpec:
     """Read-only files by their path inside, such as a CA bundle."""
     socket: Path | None = None
     """The unix socket that is the only way out; it stands at `SOCKET`."""
+    control: Path | None = None
+    """The unix socket at which the runner waits for its init; it stands at `CONTROL`. With it there is `INSTANCE`."""
+    hosts: Mapping[str, str] = field(default_factory=dict)
+    """Loopback addresses by host name, for /etc/hosts: what listens there is inside."""
+    low_ports: bool = False
+    """Ports below 1024 may be listened at inside, without a privilege."""
     limits: ResourceLimits = ResourceLimits()
     working_directory: str = HOME
     home_bytes: int = 1 << 30
@@ -122,6 +135,13 @@ class SandboxSpec:
             _without_nul(value, f"the environment variable {name}")
         for argument in self.argv:
             _without_nul(argument, "an argument of the command")
+        for name, address in self.hosts.items():
+            if not _HOST.fullmatch(name) or name in _OWN_NAMES or _is_address(name):
+                raise SandboxSpecError(f"{name!r} is no host name in lower case that /etc/hosts may have")
+            if not _is_loopback(address):
+                raise SandboxSpecError(
+                    f"{name} has the address {address!r}, and has to have one of 127.0.0.0/8"
+                )
         _inside(self.working_directory)
         for path in (*self.files, *(mount.inside for mount in self.mounts)):
             _inside(path)
@@ -301,6 +321,27 @@ def open_host(path: Path, *, directory: bool | None = None) -> int:
     except SandboxSpecError:
         os.close(descriptor)
         raise
+
+
+def sockets(spec: SandboxSpec) -> list[tuple[Path, str]]:
+    """The unix sockets of a specification, each with its path inside."""
+    wanted = ((spec.socket, SOCKET), (spec.control, CONTROL))
+    return [(host, inside) for host, inside in wanted if host is not None]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _is_loopback(text: str) -> bool:
+    try:
+        return ipaddress.IPv4Address(text).is_loopback
+    except ValueError:
+        return False
 
 
 def _without_nul(text: str, what: str) -> None:

@@ -27,8 +27,8 @@ from typing import Any
 from ringfence.runner.sandbox import machine, seccomp
 from ringfence.runner.sandbox.backend import (
     HOME,
+    INSTANCE,
     NO_STREAMS,
-    SOCKET,
     Destruction,
     ExitReason,
     Mount,
@@ -41,6 +41,7 @@ from ringfence.runner.sandbox.backend import (
     check_mounts,
     check_streams,
     open_host,
+    sockets,
 )
 from ringfence.runner.sandbox.cgroups import (
     REMEDY,
@@ -60,6 +61,7 @@ from ringfence.runner.sandbox.processes import (
 )
 from ringfence.runner.sandbox.records import SandboxRecord, SandboxRecords
 from ringfence.runner.sandbox.root_filesystem import (
+    INSTANCE_BYTES,
     UID,
     default_environment,
     made_files,
@@ -68,6 +70,7 @@ from ringfence.runner.sandbox.root_filesystem import (
 )
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
+_LOW_PORTS = Path(__file__).with_name("low_ports.py")
 # The command's own error stream, while bwrap's is the runner's; a shell accepts descriptors of one digit alone.
 _STDERR = 3
 _SHELL = f'exec 2>&{_STDERR} {_STDERR}>&-; cd -- "$1" || exit 126; shift; unset PWD OLDPWD; exec "$@"'
@@ -332,6 +335,8 @@ class _Start:
         await self._made(init, errors[0])
         for mount in mounts:
             mount.compare(init)
+        if spec.low_ports:
+            await self._open_low_ports(init)
         try:
             if spec.limits.pids is not None and self._group.lacking(ResourceLimits(pids=spec.limits.pids)):
                 # The reaper counts too.
@@ -347,8 +352,7 @@ class _Start:
 
     def _mounts(self) -> list[_OpenMount]:
         wanted = [(mount, False) for mount in self._spec.mounts]
-        if self._spec.socket is not None:
-            wanted.append((Mount(self._spec.socket, SOCKET), True))
+        wanted += [(Mount(host, inside), True) for host, inside in sockets(self._spec)]
         opened: list[_OpenMount] = []
         for mount, is_socket in sorted(wanted, key=lambda one: one[0].inside):
             descriptor = high(open_host(mount.host))
@@ -420,7 +424,9 @@ class _Start:
             "--size", str(spec.tmp_bytes), "--perms", "1777", "--tmpfs", "/tmp", "--symlink", "/tmp", "/var/tmp",
             "--dir", "/run", "--size", str(spec.home_bytes), "--perms", "0700", "--tmpfs", HOME,
         ]  # fmt: skip
-        for path, content in {**made_files(uid), **spec.files}.items():
+        if spec.control is not None:
+            arguments += ["--size", str(INSTANCE_BYTES), "--perms", "0700", "--tmpfs", INSTANCE]
+        for path, content in {**made_files(uid, spec.hosts), **spec.files}.items():
             arguments += ["--perms", "0444", "--ro-bind-data", str(self._pass(content)), path]
         for mount in mounts:
             arguments += ["--bind" if mount.mount.writable else "--ro-bind", mount.source, mount.mount.inside]
@@ -453,6 +459,25 @@ class _Start:
                     f"the sandbox could not be made: {reason or 'bwrap gave no reason'}"
                 )
             await asyncio.sleep(0.001)
+
+    async def _open_low_ports(self, init: ProcessId) -> None:
+        """Let every process of the sandbox listen below 1024, in its network namespace.
+
+        A capability would not do it: the command's user namespace is below the one that owns the network.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", str(_LOW_PORTS), str(init.pid)),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd="/",
+            env={},
+        )
+        _, reason = await process.communicate()
+        if process.returncode:
+            raise SandboxUnavailableError(
+                f"ports below 1024 cannot be opened inside: {reason.decode(errors='replace').strip()}"
+            ).with_remedy("use targets at ports from 1024 on")
 
     def _pipe(self, child_reads: bool) -> tuple[int, int]:
         read, write = (high(end) for end in os.pipe2(os.O_CLOEXEC))

@@ -23,8 +23,8 @@ from typing import Any
 
 from ringfence.runner.sandbox.backend import (
     HOME,
+    INSTANCE,
     NO_STREAMS,
-    SOCKET,
     Destruction,
     ExitReason,
     SandboxExit,
@@ -35,17 +35,19 @@ from ringfence.runner.sandbox.backend import (
     check_mounts,
     check_streams,
     open_host,
+    sockets,
 )
 from ringfence.runner.sandbox.oci_client import Attachment, ContainerEngine, ContainerEngineError
 from ringfence.runner.sandbox.processes import describe, in_namespace
 from ringfence.runner.sandbox.records import SandboxRecord, SandboxRecords
-from ringfence.runner.sandbox.root_filesystem import UID, default_environment
+from ringfence.runner.sandbox.root_filesystem import INSTANCE_BYTES, UID, default_environment
 from ringfence.runner.sandbox.seccomp import oci_profile
 
 _NAMESPACE_SIZE = 65536
 _PROCESSES = 32768
 _GONE_WITHIN_S = 30
 _LABEL = "ringfence.run"
+_LOWEST_PORT = "net.ipv4.ip_unprivileged_port_start"
 _MASKED = ("/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/sched_debug", "/proc/scsi",
            "/proc/timer_list", "/proc/timer_stats", "/sys")  # fmt: skip
 
@@ -129,7 +131,7 @@ class OciBackend:
         body = _container(spec, str(image["Id"]), self._binds(spec, folder), self._runtime)
         body["HostConfig"]["SecurityOpt"].append(f"seccomp={profile if podman else profile.read_text()}")
         tmpfs, uid = body["HostConfig"]["Tmpfs"], _uid(spec)
-        for path in (HOME, "/tmp", "/var/tmp"):
+        for path in {HOME, "/tmp", "/var/tmp", INSTANCE} & tmpfs.keys():
             # Podman gives it to the user of the container, and copies nothing of the image into it.
             tmpfs[path] += ",U,notmpcopyup" if podman else f",mode=0700,uid={uid},gid={uid}"
         info = await self._engine.get("/info")
@@ -149,15 +151,15 @@ class OciBackend:
     def _binds(self, spec: SandboxSpec, folder: Path) -> Iterator[dict[str, Any]]:
         """The mounts, as Docker's API has them. Checked when the container is made: paths with links are refused."""
         wanted = [(mount.host, mount.inside) for mount in spec.mounts]
-        if spec.socket is not None:
-            wanted.append((spec.socket, SOCKET))
+        at_sockets = {inside for _, inside in sockets(spec)}
+        wanted += sockets(spec)
         for host, inside in wanted:
             descriptor = open_host(host)
             try:
                 mode = os.fstat(descriptor).st_mode
             finally:
                 os.close(descriptor)
-            if inside == SOCKET:
+            if inside in at_sockets:
                 if not stat.S_ISSOCK(mode):
                     raise SandboxSpecError(f"{host} is not a unix socket")
                 if not mode & stat.S_IWOTH:
@@ -371,7 +373,10 @@ def _container(
                 "/var/tmp": f"{flags},size={spec.tmp_bytes}",
                 "/run": f"{flags},size=65536,mode=0755",
                 HOME: f"{flags},size={spec.home_bytes}",
+                **({INSTANCE: f"{flags},size={INSTANCE_BYTES}"} if spec.control is not None else {}),
             },
+            "ExtraHosts": [f"{name}:{address}" for name, address in spec.hosts.items()],
+            "Sysctls": {_LOWEST_PORT: "0"} if spec.low_ports else {},
             "ShmSize": spec.shm_bytes,
             "MaskedPaths": [*_MASKED],
             "Ulimits": [

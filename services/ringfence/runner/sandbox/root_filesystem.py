@@ -6,12 +6,15 @@ without the folders of it in which administrators put settings with secrets.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from ringfence.runner.sandbox.backend import HOME
 
 USER = "agent"
 UID = 1000
+INSTANCE_BYTES = 1 << 20
+"""Size of the folder in memory with the key of a run's instance and the certificates that its programs trust."""
 
 _MERGED = ("/bin", "/lib", "/lib32", "/lib64", "/libx32", "/sbin")
 # Settings of programs for all users of the machine, which may hold tokens: npm, pip, git.
@@ -55,7 +58,17 @@ def proc_arguments() -> list[str]:
     return arguments
 
 
-def made_files(uid: int) -> dict[str, bytes]:
+def hosts_file(hosts: Mapping[str, str]) -> bytes:
+    """The file /etc/hosts (hosts(5)) with these addresses by name."""
+    lines = [
+        "127.0.0.1 localhost sandbox",
+        "::1 localhost",
+        *(f"{address} {name}" for name, address in hosts.items()),
+    ]
+    return "".join(f"{line}\n" for line in lines).encode()
+
+
+def made_files(uid: int, hosts: Mapping[str, str]) -> dict[str, bytes]:
     """The files of /etc that name nobody and nothing of this machine, by path inside."""
     return {
         "/etc/passwd": (
@@ -64,7 +77,7 @@ def made_files(uid: int) -> dict[str, bytes]:
             "nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin\n"
         ).encode(),
         "/etc/group": f"{USER}:x:{uid}:\nnogroup:x:65534:\n".encode(),
-        "/etc/hosts": b"127.0.0.1 localhost sandbox\n::1 localhost\n",
+        "/etc/hosts": hosts_file(hosts),
         "/etc/hostname": b"sandbox\n",
         # No name server: names are resolved by whoever answers at the socket.
         "/etc/resolv.conf": b"",

@@ -22,8 +22,6 @@ from ringfence.gateway.dataplane.fast_path.plans import (
     response_plan,
     route_key,
 )
-from ringfence.gateway.dataplane.http1_body import Body
-from ringfence.gateway.dataplane.http1_head import END_OF_HEAD, MAX_HEAD_BYTES, RequestHead, parse_request
 from ringfence.gateway.dataplane.limits import RequestSlot
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_api_target, read_request
 from ringfence.gateway.dataplane.secret_redaction import redact
@@ -32,6 +30,8 @@ from ringfence.gateway.dataplane.stream import Stream
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import origin_of
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.http1.body import Body
+from ringfence.kernel.http1.head import END_OF_HEAD, MAX_HEAD_BYTES, RequestHead, parse_request
 
 log = logging.getLogger(__name__)
 

@@ -14,12 +14,12 @@ from typing import Final
 from ringfence.gateway.contract import Attempt, CachedAllowance
 from ringfence.gateway.dataplane.exchange import BODYLESS_METHODS, is_compressed
 from ringfence.gateway.dataplane.headers import request_head, response_head
-from ringfence.gateway.dataplane.http1_body import Body, SizedBody, response_body
-from ringfence.gateway.dataplane.http1_head import RequestHead, parse_response
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.secret_redaction import needles_of
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
+from ringfence.kernel.http1.body import Body, SizedBody, response_body
+from ringfence.kernel.http1.head import RequestHead, parse_response
 
 MAX_PLANS: Final = 4096
 MAX_CACHED_BYTES: Final = 2048

@@ -1,6 +1,7 @@
 """A proxy on the loopback interface that forwards to the unix socket of one task.
 
-The socket authenticates by its file mode. Any local user can connect to a port, so here a random password does it:
+The socket authenticates by its file mode. Any local user can connect to a port, so here a random password does it.
+Inside a sandbox the loopback interface is the sandbox's own, and no password is needed. With the password:
 
 - Nothing reaches the socket before the credentials of that very request were checked (RFC 9110, 11.7). They are not
   forwarded.
@@ -23,22 +24,24 @@ import base64
 import contextlib
 import hmac
 import secrets
-from collections.abc import Coroutine
+import socket
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-from ringfence.gateway.dataplane.http1_body import LAST_CHUNK, chunk, request_body
-from ringfence.gateway.dataplane.http1_head import (
+from ringfence.client.task_proxy.traffic import Traffic
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.http1.body import LAST_CHUNK, chunk, request_body
+from ringfence.kernel.http1.head import (
     RequestHead,
     parse_request,
     parse_response,
     take_head,
 )
-from ringfence.gateway.errors import RequestRefusedError, answer_head, problem_answer
-from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.http1.refusal import RequestRefusedError, answer_head, problem_answer
 
 USER: Final = "ringfence"
 """The user in the proxy URL. It says nothing: the password is what counts."""
@@ -94,9 +97,16 @@ class _Client:
 class TaskProxy:
     """Serves one task's socket at a port of 127.0.0.1. An async context manager."""
 
-    def __init__(self, socket: Path, *, limits: ProxyLimits | None = None) -> None:
-        """`socket` is the gateway's unix socket of the task."""
+    def __init__(
+        self, socket: Path, *, limits: ProxyLimits | None = None, with_password: bool = True
+    ) -> None:
+        """`socket` is the gateway's unix socket of the task.
+
+        Without a password, everybody who can connect to the port acts for the task.
+        """
         self._socket = socket
+        self._with_password = with_password
+        self.traffic = Traffic()
         self._limits = limits or ProxyLimits()
         self._password = secrets.token_urlsafe(_PASSWORD_BYTES)
         self._expected = base64.b64encode(f"{USER}:{self._password}".encode())
@@ -109,6 +119,8 @@ class TaskProxy:
     @property
     def url(self) -> str:
         """The proxy URL, password included, in the form of `HTTPS_PROXY`."""
+        if not self._with_password:
+            return f"http://{LOOPBACK}:{self.port}"
         return f"http://{USER}:{self._password}@{LOOPBACK}:{self.port}"
 
     async def start(self, port: int = 0) -> None:
@@ -118,8 +130,15 @@ class TaskProxy:
         """
         _, ahead = await self._dial()
         ahead.transport.abort()
-        self._server = await asyncio.start_server(self._accept, LOOPBACK, port)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._set_server(await asyncio.start_server(self._accept, LOOPBACK, port))
+
+    async def serve(self, listener: socket.socket) -> None:
+        """Serve at a socket that listens already, and becomes this proxy's. Nothing has to listen at the task's yet."""
+        self._set_server(await asyncio.start_server(self._accept, sock=listener))
+
+    def _set_server(self, server: asyncio.Server) -> None:
+        self._server = server
+        self.port = server.sockets[0].getsockname()[1]
 
     async def close(self) -> None:
         """Stop listening, and abort all connections."""
@@ -199,6 +218,8 @@ class TaskProxy:
 
     def _authenticate(self, request: RequestHead) -> None:
         """Check the credentials of a request, in constant time. Raises RequestRefusedError (407)."""
+        if not self._with_password:
+            return
         given = request.values.get(b"proxy-authorization")
         scheme, _, value = (given or b"").partition(b" ")
         if hmac.compare_digest(value.strip(b" "), self._expected) and scheme.lower() == b"basic":
@@ -224,6 +245,7 @@ class TaskProxy:
         except SocketGoneError:
             raise _gateway_gone() from None
         writer.transport.set_write_buffer_limits(0)
+        self.traffic.connections += 1
         return reader, writer
 
     async def _tunnel(self, client: _Client, head: bytes) -> None:
@@ -248,9 +270,12 @@ class TaskProxy:
             client.writer.write(answer + b"\r\n" + buffer)
             await client.writer.drain()
             if parse_response(answer).status == HTTPStatus.OK:
-                await _first_of(_relay(reader, client.writer), _relay(client.reader, writer))
+                await _first_of(
+                    _relay(reader, client.writer, self.traffic.received),
+                    _relay(client.reader, writer, self.traffic.sent),
+                )
             else:
-                await _first_of(_relay(reader, client.writer), _discard(client))
+                await _first_of(_relay(reader, client.writer, self.traffic.received), _discard(client))
             await _linger(client)
         finally:
             writer.transport.abort()
@@ -260,7 +285,10 @@ class TaskProxy:
         reader, writer = await self._open()
         try:
             writer.write(head)
-            await _first_of(_answer(reader, client), _upload(client, request, writer))
+            await _first_of(
+                _answer(reader, client, self.traffic.received),
+                _upload(client, request, writer, self.traffic.sent),
+            )
             if not client.answered:
                 raise _gateway_gone()
             await _linger(client)
@@ -297,7 +325,9 @@ def _forwarded_head(head: bytes, request: RequestHead) -> bytes:
 # --- bodies ---
 
 
-async def _upload(client: _Client, request: RequestHead, writer: asyncio.StreamWriter) -> None:
+async def _upload(
+    client: _Client, request: RequestHead, writer: asyncio.StreamWriter, count: Callable[[int], None]
+) -> None:
     """Forward the body of a request, and discard what follows it.
 
     It never returns. Raises RequestRefusedError if the framing of the body is wrong, and OSError if the client is gone.
@@ -310,6 +340,7 @@ async def _upload(client: _Client, request: RequestHead, writer: asyncio.StreamW
             piece = (chunk(piece) if piece else b"") + (LAST_CHUNK if body.done else b"")
         if piece and listening:
             writer.write(piece)
+            count(len(piece))
             try:
                 await writer.drain()
             except OSError:
@@ -333,19 +364,23 @@ async def _read_client(client: _Client) -> bytes:
     return data
 
 
-async def _answer(reader: asyncio.StreamReader, client: _Client) -> None:
+async def _answer(reader: asyncio.StreamReader, client: _Client, count: Callable[[int], None]) -> None:
     """Pass an answer on, interim answers included, until the gateway closes."""
     with contextlib.suppress(ConnectionResetError):  # the gateway did not read all of the body
         while data := await reader.read(_READ_BYTES):
             client.answered = True
             client.writer.write(data)
+            count(len(data))
             await client.writer.drain()
 
 
-async def _relay(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _relay(
+    reader: asyncio.StreamReader, writer: asyncio.StreamWriter, count: Callable[[int], None]
+) -> None:
     """Pass bytes on until the sender ends. Raises OSError."""
     while data := await reader.read(_READ_BYTES):
         writer.write(data)
+        count(len(data))
         await writer.drain()
 
 

@@ -21,7 +21,7 @@ def proxy_environment(url: str, ca_file: Path | None) -> dict[str, str]:
     """Return the variables for the programs of a task.
 
     Args:
-        url: the proxy URL, with its password.
+        url: the proxy URL, with its password if it has one.
         ca_file: the gateway's CA certificate (PEM); None leaves out what concerns certificates.
     """
     variables = dict.fromkeys(_PROXY, url)

@@ -16,8 +16,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ringfence.gateway.dataplane.http1_head import RequestHead, ResponseHead, check_trailers
-from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.http1.head import RequestHead, ResponseHead, check_trailers
+from ringfence.kernel.http1.refusal import RequestRefusedError
 
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"

@@ -1,0 +1,14 @@
+"""The control channel between a runner and the init of its sandbox: one connection, one JSON message a line.
+
+The order is fixed. `R` is the runner, `I` the init:
+
+    I  public_key    the public half of the key that init made
+    R  enrol         the runner's enrolment token for that key
+    I  enrolment     the signed `instance.enrol` for the registry
+    R  start         the command, and all that it needs
+    I  started       or start_failed, with which the channel ends
+    I  ended         the command's exit code, and what its connections carried
+
+Everything that comes from inside is untrusted: a message out of order, too late, too long or of another form ends the
+channel. `messages` has the messages; both sides import it. `channel` is the runner's side.
+"""

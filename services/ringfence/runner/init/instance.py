@@ -1,0 +1,67 @@
+"""The instance of the run: what its key signs for the registry, and the files in memory that it is kept in."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Final
+
+from ringfence.kernel.base.private_files import write_private
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.enrolment import InstanceEnrol
+from ringfence.runner.control.messages import EnrolMessage, StartCommand
+
+KEY_FILE: Final = "key.json"
+ENROLMENT_FILE: Final = "enrolment.jws"
+CA_FILE: Final = "ca.pem"
+TRUST_STORE_FILE: Final = "ca.p12"
+TRUST_STORE_PASSWORD: Final = "ringfence"  # noqa: S105 - certificates are public; Java wants a password
+_LIFE_S: Final = 60
+
+
+def sign_enrolment(key: SigningKey, enrol: EnrolMessage) -> str:
+    """The signed `instance.enrol` (compact JWS) with which the registry enrols the key."""
+    now_s = int(time.time())
+    return sign(
+        InstanceEnrol(
+            iss=key.id,
+            aud=enrol.trust_domain,
+            iat=now_s,
+            exp=now_s + _LIFE_S,
+            jti=str(uuid.uuid4()),
+            key=key.public,
+            token=enrol.token,
+        ),
+        key,
+    )
+
+
+def keep(key: SigningKey, command: StartCommand, folder: str) -> None:
+    """Write key, enrolment and the gateway's certificates to a folder in memory.
+
+    Raises OSError, KeyFileError; ValueError for certificates that are none.
+    """
+    here = Path(folder)
+    key.save(here / KEY_FILE)
+    write_private(here / ENROLMENT_FILE, command.enrolment)
+    if command.ca_pem is not None:
+        write_private(here / CA_FILE, command.ca_pem)
+        write_private(here / TRUST_STORE_FILE, _java_trust_store(command.ca_pem.encode()))
+
+
+def _java_trust_store(pem: bytes) -> bytes:
+    """The certificates in the one form that Java trusts without a program of its own (PKCS #12)."""
+    from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
+    from cryptography.hazmat.primitives.serialization.pkcs12 import (
+        PKCS12Certificate,
+        serialize_java_truststore,
+    )
+    from cryptography.x509 import load_pem_x509_certificates
+
+    certificates = [
+        PKCS12Certificate(certificate, f"gateway-{number}".encode())
+        for number, certificate in enumerate(load_pem_x509_certificates(pem))
+    ]
+    return serialize_java_truststore(certificates, BestAvailableEncryption(TRUST_STORE_PASSWORD.encode()))

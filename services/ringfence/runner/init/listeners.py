@@ -1,0 +1,42 @@
+"""The listening sockets of init: opened before the command starts, so that its first connection finds them."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ringfence.runner.control.messages import Relay
+
+_LOOPBACK = "127.0.0.1"
+_BACKLOG = 128
+
+
+@dataclass(frozen=True)
+class Listeners:
+    proxy: socket.socket
+    relays: tuple[tuple[Relay, socket.socket], ...]
+
+    @property
+    def proxy_port(self) -> int:
+        port: int = self.proxy.getsockname()[1]
+        return port
+
+
+def open_listeners(relays: Sequence[Relay]) -> Listeners:
+    """Listen for the proxy at any port, and for each relay at its own address. Raises OSError."""
+    return Listeners(
+        _listen(_LOOPBACK, 0), tuple((relay, _listen(relay.address, relay.port)) for relay in relays)
+    )
+
+
+def _listen(address: str, port: int) -> socket.socket:
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        listener.bind((address, port))
+        listener.listen(_BACKLOG)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen at {address}:{port}: {error.strerror}") from None
+    return listener

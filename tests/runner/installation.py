@@ -1,0 +1,152 @@
+"""A real `ringfence dev`, a target behind its gateway, and commands of people: what runs on one machine are tried on."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+PROGRAM = Path(sys.executable).with_name("ringfence")
+WITHIN_S = 90
+SCOPE = "notes:read:note/*"
+
+
+class NotesServer:
+    """A target: it answers every request, and remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+        requests = self.requests
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                requests.append(f"{self.command} {self.path}")
+                body = b"buy milk\n"
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_DELETE = do_POST = do_PUT = do_HEAD = do_GET
+
+            def log_message(self, format: str, *args: Any) -> None:
+                """Say nothing."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.port = self._server.server_address[1]
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+
+    def __enter__(self) -> NotesServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@dataclass
+class Installation:
+    """A running stack in a folder, its target `notes`, and the agent `reader-bot` that may read there."""
+
+    folder: Path
+    notes: NotesServer
+    task: str = ""
+    _count: Iterator[int] = field(default_factory=lambda: iter(range(10**6)))
+
+    def environment(self, who: str = "sam") -> dict[str, str]:
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
+        return {
+            **inherited,
+            "PATH": f"{PROGRAM.parent}:{os.environ['PATH']}",
+            "RINGFENCE_CONFIG": str(self.folder / ".ringfence/ringfence.toml"),
+            "RINGFENCE_IDENTITY": str(self.folder / f".ringfence/users/{who}.json"),
+        }
+
+    def call(self, *words: str, who: str = "sam", **more: Any) -> subprocess.CompletedProcess[bytes]:
+        """Run `ringfence` with these words, as a person, to its end."""
+        return subprocess.run(
+            [PROGRAM, *words], cwd=self.folder, env=self.environment(who), capture_output=True,
+            timeout=WITHIN_S, check=False, **({"stdin": subprocess.DEVNULL} if "input" not in more else {}), **more,
+        )  # fmt: skip
+
+    def say(self, *words: str, who: str = "sam") -> Any:
+        """The same, which has to end well. Returns what it prints as JSON."""
+        done = self.call("--json", *words, who=who)
+        assert done.returncode == 0, f"{words}: {done.stdout.decode()}{done.stderr.decode()}"
+        return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def start(self, *words: str, who: str = "sam", **more: Any) -> subprocess.Popen[bytes]:
+        """Start `ringfence` with these words."""
+        given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
+        return subprocess.Popen([PROGRAM, *words], cwd=self.folder, env=self.environment(who), **given)
+
+    def run(self, *words: str, task: str | None = None, **more: Any) -> subprocess.CompletedProcess[bytes]:
+        """`ringfence run` of the task, to its end."""
+        return self.call("run", "--task", task or self.task, *words, **more)
+
+    def report(self, *words: str, **more: Any) -> tuple[int, dict[str, Any], bytes]:
+        """Exit code, report and standard output of `ringfence run --json`."""
+        done = self.run("--json", *words, **more)
+        lines = done.stderr.decode().strip().splitlines()
+        assert lines, f"{done.returncode}: it says nothing"
+        return done.returncode, json.loads(lines[-1]), done.stdout
+
+    def assign(self, agent: str = "reader-bot", *, scope: str = SCOPE, lasts: str = "30m") -> str:
+        """Assign a task on Maria's behalf. Returns its id."""
+        made = self.say(
+            "task", "assign", agent, "--purpose", "read notes", "--allow", scope, "--for", lasts, who="maria"
+        )
+        return str(made["task_id"])
+
+    async def _organise(self) -> None:
+        url = f"url=http://127.0.0.1:{self.notes.port}"
+        say = self.say
+        await asyncio.to_thread(
+            say, "target", "add", "notes", "--description", "notes", "--backend", "jwt", "--setting", url,
+            "--verb", "read", "--verb", "delete", "--request", "GET /notes/{name} read note/{name}",
+            "--request", "DELETE /notes/{name} delete note/{name}", who="olga",
+        )  # fmt: skip
+        await asyncio.to_thread(
+            say, "user", "set", "maria", "--add", "notes:read,delete:note/*", "--yes", who="olga"
+        )
+        await asyncio.to_thread(
+            say, "agent", "register", "reader-bot", "--description", "reads notes", "--allow", SCOPE,
+            "--selector", "runner=runner-1 life=1h",
+        )  # fmt: skip
+        self.task = await asyncio.to_thread(self.assign)
+
+
+@contextlib.asynccontextmanager
+async def installation() -> AsyncIterator[Installation]:
+    """`ringfence dev` in a folder with a short path, as those of sockets are short, with target and agent."""
+    with tempfile.TemporaryDirectory(prefix="rf-") as folder, NotesServer() as notes:
+        here = Installation(Path(folder), notes)
+        process = await asyncio.create_subprocess_exec(
+            PROGRAM, "dev", "--free-ports", cwd=folder, env=here.environment(),
+            stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        assert process.stdout is not None
+        try:
+            said = b""
+            while b"Ctrl-C ends everything" not in said:
+                line = await process.stdout.readline()
+                said += line
+                assert line, said.decode()
+            await here._organise()
+            yield here
+        finally:
+            if process.returncode is None:
+                process.terminate()
+            await process.communicate()
