@@ -36,6 +36,7 @@ PORTS = {
     "gateway": 8706,
     "scim": 8708,
     "signals": 8709,
+    "runner": 8710,
 }
 """The port that each service's HTTP listens on where no other is set."""
 GATEWAY_PORT = 8707

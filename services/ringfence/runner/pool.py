@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
@@ -31,6 +30,8 @@ EVERY: Final = "*"
 _SETTING: Final = "RINGFENCE_RUNNER_POOL_FILE"
 _AGENT: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 _VARIABLE: Final = r"^[A-Za-z_][A-Za-z0-9_]*$"
+WORKSPACE: Final = "/workspace"
+"""The folder inside that mounts stand in, each under its name."""
 _OF_THE_RUN: Final = ("RINGFENCE_",)
 """Variables that the run sets itself begin so."""
 
@@ -106,7 +107,10 @@ class Pool(_Strict):
                 "pool",
                 ("true",),
                 environment=self.environment,
-                mounts=tuple(mount.for_sandbox() for mount in self._planned(self.mounts)),
+                mounts=tuple(
+                    _planned(name, one.path, one.read_write).for_sandbox()
+                    for name, one in self.mounts.items()
+                ),
             )
         except SandboxSpecError as error:
             raise ValueError(str(error)) from None
@@ -182,9 +186,9 @@ class Pool(_Strict):
             policy_digest=self.digest,
         )
 
-    @staticmethod
-    def _planned(mounts: Mapping[str, PoolMount]) -> tuple[PlannedMount, ...]:
-        return tuple(PlannedMount(name, one.path, one.read_write) for name, one in mounts.items())
+
+def _planned(name: str, host: Path, read_write: bool) -> PlannedMount:
+    return PlannedMount(name, host, f"{WORKSPACE}/{name}", read_write)
 
 
 def _reason(code: str, message: str) -> Reason:

@@ -114,6 +114,16 @@ SIGNALS_STUCK = Gauge(
     "ringfence_signals_stuck_receivers",
     "Receivers of shared signals that have taken nothing for a while, though there is",
 )
+RUNS = Counter("ringfence_runs_total", "Ordered runs that ended at this runner", ["outcome"])
+"""`outcome`: ended, remained (something of it could not be removed), failed (it could not be started)."""
+RUNS_RUNNING = Gauge("ringfence_runs_running", "Ordered runs that go on at this runner")
+RUN_ORDERS_WAITING = Gauge("ringfence_run_orders_waiting", "Orders of runs that wait for room at this runner")
+RUN_ORDERS_REFUSED = Counter(
+    "ringfence_run_orders_refused_total", "Orders of runs that this runner refused", ["code"]
+)
+RUNS_SILENCED = Counter(
+    "ringfence_runs_silenced_total", "Runs whose leases the revoker ended because their runner was silent"
+)
 LEASES_ISSUED = Counter("ringfence_leases_issued_total", "Leases activated", ["backend"])
 ISSUE_REFUSED = Counter("ringfence_issue_refused_total", "Allowed requests that the issuer refused", ["code"])
 LEASES_ENDED = Counter("ringfence_leases_ended_total", "Terminal lease records written", ["status"])

@@ -138,6 +138,11 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             return False
         return TopicPartition(topic_name, partition) in self._consumer.assignment()
 
+    @property
+    def draining(self) -> bool:
+        """Whether no new records are taken any more. A handler whose batch waits for somebody else raises then."""
+        return self._draining.is_set()
+
     async def run(self) -> None:
         """Consume until cancelled. Connection failures are retried inside."""
         consumer = AIOKafkaConsumer(

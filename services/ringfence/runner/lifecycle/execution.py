@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -103,7 +103,23 @@ class _Progress:
 class RunExecution:
     """One run. Use it once."""
 
-    def __init__(self, host: RunnerHost, plan: RunPlan, streams: Streams = NO_STREAMS) -> None:
+    def __init__(
+        self,
+        host: RunnerHost,
+        plan: RunPlan,
+        streams: Streams = NO_STREAMS,
+        *,
+        on_claimed: Callable[[], Awaitable[None]] | None = None,
+        follows_activity: bool = True,
+    ) -> None:
+        """Args:
+            on_claimed: awaited once the claim is on Kafka, before anything exists. If it raises, nothing starts and
+                nothing more is published.
+            follows_activity: whether the report has what the run was allowed and denied. It takes readers of three
+                topics, until the connection is closed.
+        """  # fmt: skip
+        self._on_claimed = on_claimed
+        self._follows_activity = follows_activity
         self._host = host
         self._plan = plan
         self._streams = streams
@@ -148,8 +164,11 @@ class RunExecution:
         if reasons := await self._host.backend.available():
             raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
         activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
-        await activity.follow()
+        if self._follows_activity:
+            await activity.follow()
         await self._publish("claimed")
+        if self._on_claimed is not None:
+            await self._on_claimed()
         try:
             await self._until_stopped(self._carry_out(activity))
         except RingfenceError as error:

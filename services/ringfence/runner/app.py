@@ -1,0 +1,210 @@
+"""Wiring of the runner: runs for fleets, by signed orders over Kafka."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from faststream import FastStream
+
+from ringfence.client.connection import Connection
+from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, SettingsError, UnavailableError
+from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.service_description import describe, placeholder
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.topics import HEARTBEAT, RUN_ORDER
+from ringfence.model.records.alarms import report_alarms
+from ringfence.model.records.directory import RUN_TABLES, Directory
+from ringfence.runner.heartbeats import Heartbeats, SilenceGuard
+from ringfence.runner.lifecycle.backends import make_backend
+from ringfence.runner.lifecycle.execution import RunExecution, RunnerHost
+from ringfence.runner.lifecycle.plan import RunPlan
+from ringfence.runner.lifecycle.sweep import sweep
+from ringfence.runner.orders import OrderIntake
+from ringfence.runner.pool import read_pool
+from ringfence.runner.running import Claimed, RunningRuns
+from ringfence.runner.sandbox.backend import SandboxBackend
+from ringfence.runner.settings import RunnerSettings
+from ringfence.runner.stops import KEPT_MS, StopTable
+from ringfence.runner.subscribers import group_name, router
+from ringfence.runner.unfinished_runs import UnfinishedRuns
+
+log = logging.getLogger(__name__)
+
+_RECONCILE_EVERY_S = 5.0
+_LOOK_AGAIN_S = 1.0
+_STATE = Path(".ringfence/runner")
+
+
+def build(
+    settings: ServiceSettings,
+    own: RunnerSettings | None = None,
+    clock: Clock | None = None,
+    *,
+    client: ClientSettings | None = None,
+    backend: SandboxBackend | None = None,
+) -> Runtime:
+    """A runner of one pool, wired and not yet started. Raises SettingsError, KeyFileError, RunRefusedError.
+
+    Args:
+        client: where registry and gateway are. `backend`: makes the sandboxes. Both as settings and pool say, if None.
+    """  # fmt: skip
+    own = own or load(RunnerSettings)
+    runtime = Runtime("runner", settings, clock)
+    pool = read_pool(own.pool_file)
+    shared = {name: getattr(settings, name) for name in BusSettings.model_fields}
+    client = client or load(ClientSettings, **shared)
+    if client.gateway_sockets is None:
+        raise SettingsError(
+            "RINGFENCE_GATEWAY_SOCKETS: not set, so runs would reach no target. It is: the folder in which the gateway "
+            "of this machine opens its sockets, as that gateway has it"
+        )
+    backend = backend or make_backend(
+        pool.backend,
+        client.runner_state or _STATE,
+        oci_socket=client.runner_oci_socket,
+        oci_runtime=client.runner_oci_runtime,
+    )
+    directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
+    connection = Connection(runtime.key, client, clock)
+    host = RunnerHost(connection, backend, client.gateway_sockets, client.gateway_ca_file)
+
+    def execution_of(plan: RunPlan, on_claimed: Claimed) -> RunExecution:
+        return RunExecution(host, plan, on_claimed=on_claimed, follows_activity=False)
+
+    async def is_claimed_here(plan: RunPlan) -> bool:
+        """Whether the first claim of the run is this runner's. Its own is on Kafka, so one of them is in the table."""
+        if not await runtime.tables_caught_up(own.patience_s):
+            raise UnavailableError(f"nobody knows yet whose run {plan.run_id} is")
+        run = directory.runs.get(plan.run_id)
+        return run is not None and (run.iss, run.status) == (runtime.key.id, "claimed")
+
+    runs = RunningRuns(execution_of, is_claimed_here, concurrency=pool.concurrency)
+
+    async def send(heartbeat: Heartbeat) -> None:
+        connection.use_key(runtime.key)
+        await runtime.publisher.publish_signed(HEARTBEAT, runtime.key.id, heartbeat, runtime.key)
+
+    heartbeats = Heartbeats(send, runtime.key.id, settings.trust_domain, runtime.clock, runs.ids)
+    guard = SilenceGuard(heartbeats, runs, grace_s=settings.run_grace_s)
+    stops = StopTable(directory)
+
+    def stop_now(run_id: str) -> None:
+        plan = runs.plan_of(run_id)
+        if plan is not None:
+            reason = stops.reason(
+                run_id, agent_id=plan.agent_id, task_id=plan.task_id, ordered_by=plan.ordered_by
+            )
+            if reason is not None:
+                runs.stop(run_id, reason)
+
+    stops.on_stop(stop_now)
+    intake = OrderIntake(runtime, directory, pool, runs, stops, hold=guard.silent, patience_s=own.patience_s)
+    unfinished = UnfinishedRuns(runtime, directory, runs, connection, patience_s=own.patience_s)
+    obstacles = list[str]()
+    lock = _KeyLock(settings.key_file or settings.key_dir / "runner.json")
+    life = list[asyncio.Task[Any]]()
+
+    async def open_up() -> None:
+        """Connect. Heartbeats and their guard outlive the consumers: runs may go on after SIGTERM."""
+        lock.take()
+        await connection.start()
+        life.extend(
+            asyncio.create_task(job, name=name)
+            for name, job in (("heartbeats", heartbeats.run()), ("silence guard", guard.run()))
+        )
+
+    async def work() -> None:
+        """Report what was left unfinished, then take orders; and go on to report and to look for stops."""
+        await heartbeats.acknowledged()
+        while True:
+            obstacles[:] = await backend.available()
+            if not obstacles:
+                break
+            log.error("no order is taken: %s", "; ".join(obstacles))
+            await asyncio.sleep(_LOOK_AGAIN_S)
+        swept = False
+        while True:
+            try:
+                if not swept:
+                    await sweep(connection, [backend])
+                    swept = True
+                if await unfinished.report():
+                    intake.opened.set()
+                for run_id in runs.ids():
+                    stop_now(run_id)
+            except (RingfenceError, OSError) as error:
+                log.warning("what is unfinished is looked for again soon: %s", error)
+            await asyncio.sleep(_RECONCILE_EVERY_S if intake.opened.is_set() else _LOOK_AGAIN_S)
+
+    async def watch() -> None:
+        """End the process if a job of its whole life ends."""
+        done, _ = await asyncio.wait(life, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+
+    async def close() -> None:
+        await runs.close(wait_s=own.drain_s)
+        for task in life:
+            task.cancel()
+        await asyncio.gather(*life, return_exceptions=True)
+        await connection.close()
+        lock.release()
+
+    def unopened() -> str | None:
+        if obstacles:
+            return f"no sandbox can be made here: {'; '.join(obstacles)}"
+        return None if intake.opened.is_set() else "runs of before are not reported yet"
+
+    runtime.table(RUN_TABLES, directory.on_records)
+    since_ms = runtime.clock.now_ms() - KEPT_MS
+    runtime.history([RUN_ORDER], stops.on_records, since_ms=since_ms)
+    runtime.on_start(open_up)
+    runtime.on_stop(close)
+    runtime.background("runs", work)
+    runtime.background("heartbeats", watch)
+    runtime.ready_when(unopened)
+    runtime.warns_when(guard.silent)
+    consumers = runtime.consume(router(pool=pool.name, orders=intake))
+    intake.read_by(consumers[group_name(pool.name)])
+    return runtime
+
+
+class _KeyLock:
+    """An exclusive lock on the key file: two processes with one key would report each other's runs as lost."""
+
+    def __init__(self, key_file: Path) -> None:
+        self._key_file = key_file
+        self._descriptor: int | None = None
+
+    def take(self) -> None:
+        """Raises SettingsError if another process has it."""
+        if self._descriptor is not None:
+            return
+        descriptor = os.open(self._key_file, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise SettingsError(
+                f"another runner with the key {self._key_file} runs on this machine; give each runner a "
+                "key of its own: ringfence init --add-runner NAME --publish"
+            ) from None
+        self._descriptor = descriptor
+
+    def release(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def described() -> FastStream:
+    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    return describe("runner", router(pool="POOL", orders=placeholder))

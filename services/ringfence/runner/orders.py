@@ -1,0 +1,317 @@
+"""Takes orders from Kafka: verified, held against the pool, queued in their order, claimed, and started at most once.
+
+The queue is Kafka itself. An order's offset is committed once its run is claimed or refused on the topic `run`. Orders
+that wait are read, and not committed: they come again to whoever takes over. An order whose run is on `run` already
+starts nothing: this runner started it once, and reports it as lost if it does not go on here, or another runner has it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.text import visible
+from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.run import Run, RunExit, RunOrder
+from ringfence.messages.topics import RUN
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.runs import run_id_of
+from ringfence.model.requests.run_orders import order_id_of, order_problem, verified_order
+from ringfence.runner.pool import Pool
+from ringfence.runner.running import ClaimLostError, RunningRuns
+from ringfence.runner.stops import StopTable
+
+log = logging.getLogger(__name__)
+
+_LOOK_EVERY_S = 0.5
+_MAX_SETTLED = 10_000
+_MOST_READ_AHEAD = 20_000
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """An order that waits for room."""
+
+    record: Received
+    order: RunOrder
+    order_id: str
+    run_id: str
+
+
+@dataclass
+class _Settled:
+    """Records for which nothing is left to do, by topic and partition the last one."""
+
+    last: dict[tuple[str, int], Received] = field(default_factory=dict)
+
+
+class OrderIntake:
+    """The handler of the consumer group of a pool."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        pool: Pool,
+        runs: RunningRuns,
+        stops: StopTable,
+        *,
+        hold: Callable[[], str | None],
+        patience_s: float,
+    ) -> None:
+        """Args:
+            hold: why nothing is started now, or None.
+            patience_s: the longest wait for records that have not arrived in the local tables yet.
+        """  # fmt: skip
+        self._runtime = runtime
+        self._directory = directory
+        self._pool = pool
+        self._runs = runs
+        self._stops = stops
+        self._hold = hold
+        self._patience_s = patience_s
+        self._consumer: Consumer | None = None
+        self._line: deque[_Waiting | _Settled] = deque()
+        self._recent: BoundedDict[str, None] = BoundedDict(_MAX_SETTLED)
+        """Runs that were claimed or refused here, which the local table may not have yet."""
+        self.opened = asyncio.Event()
+        """Set once runs that this runner left unfinished are reported. No order is taken before."""
+
+    def read_by(self, consumer: Consumer) -> None:
+        """The consumer whose batches this handles."""
+        self._consumer = consumer
+
+    @property
+    def waiting(self) -> int:
+        """The number of orders that wait for room."""
+        return sum(isinstance(one, _Waiting) for one in self._line)
+
+    async def __call__(self, batch: Sequence[Received]) -> None:
+        """Return once every order of the batch, and of what was read behind it, is claimed or refused.
+
+        Raises UnavailableError if this runner stops, or no longer has the partition: what is left comes again.
+        """
+        await self._until(self.opened)
+        self._line.clear()
+        reading: asyncio.Task[list[Received]] | None = None
+        try:
+            await self._admit(batch)
+            while self._line or reading is not None:
+                changed = self._runs.changed
+                await self._advance()
+                if not self._line:
+                    if reading is None:
+                        return
+                    await asyncio.wait([reading])  # what it brings would be committed with this batch
+                elif reading is None and len(self._line) < _MOST_READ_AHEAD:
+                    reading = asyncio.create_task(self._read_ahead(), name="read ahead")
+                await self._wait(changed, reading)
+                if reading is not None and reading.done():
+                    records, reading = reading.result(), None
+                    await self._admit(records)
+        finally:
+            if reading is not None:
+                reading.cancel()
+            self._line.clear()
+            metrics.RUN_ORDERS_WAITING.set(0)
+
+    # --- the queue ---
+
+    async def _admit(self, records: Sequence[Received]) -> None:
+        """Take records into the queue: each order that has no problem, as far as there is room to wait."""
+        if not records:
+            return
+        if not await self._runtime.tables_caught_up(self._patience_s):
+            raise UnavailableError("the records that orders rest on could not be read to their end")
+        for record in records:
+            waiting = await self._judged(record) if record.key == self._pool.name else None
+            if waiting is not None:
+                self._line.append(waiting)
+                await self._advance()
+            else:
+                self._settle(record)
+        metrics.RUN_ORDERS_WAITING.set(self.waiting)
+
+    async def _judged(self, record: Received) -> _Waiting | None:
+        """The order in a record, if it may wait for its turn. Otherwise what becomes of it is on Kafka."""
+        try:
+            order = verified_order(record.value, self._directory, record.appended_at_ms).claims
+            if order.pool != record.key:
+                raise InvalidMessageError("the Kafka key of an order is its pool", code="key_unexpected")
+        except InvalidMessageError as error:
+            metrics.RUN_ORDERS_REFUSED.labels("invalid").inc()
+            await self._runtime.dead_letters.send(record, error)
+            return None
+        order_id = order_id_of(order)
+        run_id = run_id_of("", order_id=order_id)
+        if self._is_settled(run_id) or any(
+            isinstance(one, _Waiting) and one.run_id == run_id for one in self._line
+        ):
+            return None  # delivered twice
+        waiting = _Waiting(record, order, order_id, run_id)
+        problem = order_problem(order, self._directory, record.appended_at_ms / 1000) or self._pool.problem(
+            order
+        )
+        if problem is None and not self._has_room() and self.waiting >= self._pool.queue_length:
+            message = f"{self.waiting} orders of pool {self._pool.name} wait already; order again later"
+            problem = Reason(code="queue_full", message=message)
+        if problem is not None:
+            await self._refuse(waiting, problem)
+            return None
+        return waiting
+
+    async def _advance(self) -> None:
+        """Start what has room, in the order of the queue, and commit what is settled before the first that waits."""
+        settled = list[Received]()
+        while self._line:
+            first = self._line[0]
+            if isinstance(first, _Waiting):
+                if not self._has_room():
+                    self._refresh_waiting()
+                    if not await self._refuse_if_over(first):
+                        break
+                else:
+                    await self._take(first)
+                settled.append(first.record)
+            else:
+                settled += first.last.values()
+            self._line.popleft()
+        if settled and self._line and self._consumer is not None:
+            await self._consumer.settle_early(settled)
+        metrics.RUN_ORDERS_WAITING.set(self.waiting)
+
+    def _refresh_waiting(self) -> None:
+        """Let stops count whose signer was not known when they came."""
+        self._stops.retry()
+
+    async def _refuse_if_over(self, waiting: _Waiting) -> bool:
+        """Refuse an order at the head of the queue that was stopped, or has waited too long. Whether that was so."""
+        problem = self._waiting_problem(waiting)
+        if problem is not None:
+            await self._refuse(waiting, problem)
+        return problem is not None
+
+    async def _take(self, waiting: _Waiting) -> None:
+        """Claim and start the run of an order whose turn it is, or refuse it. It is on Kafka when this returns."""
+        if not await self._runtime.tables_caught_up(self._patience_s):
+            raise UnavailableError("the records that orders rest on could not be read to their end")
+        if self._is_settled(waiting.run_id):
+            return
+        order, now_s = waiting.order, self._runtime.broker_now_ms() / 1000
+        problem = self._waiting_problem(waiting) or order_problem(order, self._directory, now_s)
+        if problem is None:
+            task = self._directory.task(order.task_id)
+            assert task is not None
+            deadline_s = min(int(now_s) + order.ttl_s, task.state.not_after)
+            plan = self._pool.plan(
+                order, order_id=waiting.order_id, run_id=waiting.run_id, deadline_s=deadline_s
+            )
+            try:
+                problem = await self._runs.start(plan)
+            except ClaimLostError as error:
+                log.warning("%s", error)
+        if problem is not None:
+            await self._refuse(waiting, problem)
+        self._recent[waiting.run_id] = None
+
+    def _waiting_problem(self, waiting: _Waiting) -> Reason | None:
+        order = waiting.order
+        stopped = self._stops.reason(
+            waiting.run_id, agent_id=order.agent_id, task_id=order.task_id, ordered_by=order.iss
+        )
+        if stopped is not None:
+            return Reason(code="run_stopped", message=stopped[:1000])
+        if order.exp < self._runtime.broker_now_ms() // 1000:
+            return Reason(code="order_expired", message="the order waited for longer than it is valid")
+        return None
+
+    async def _refuse(self, waiting: _Waiting, reason: Reason) -> None:
+        """Say on the topic `run` why an order starts nothing. Its signer is known, so somebody looks there."""
+        order, now_ms = waiting.order, self._runtime.clock.now_ms()
+        key = self._runtime.believed_key()
+        record = Run(
+            iss=key.id,
+            aud=self._runtime.settings.trust_domain,
+            iat=now_ms // 1000,
+            jti=str(uuid.uuid4()),
+            run_id=waiting.run_id,
+            order_id=waiting.order_id,
+            ordered_by=order.iss,
+            agent_id=order.agent_id,
+            task_id=order.task_id,
+            status="ended",
+            deadline=now_ms // 1000,
+            backend=self._pool.backend,
+            limits=order.limits,
+            image_digest=order.image,
+            mounts=order.mounts,
+            exit=RunExit(reason=f"{reason.code}: {reason.message}"[:2048]),
+            refused=reason,
+            at_ms=now_ms,
+        )
+        await self._runtime.publisher.publish_signed(RUN, record.run_id, record, key)
+        self._recent[waiting.run_id] = None
+        metrics.RUN_ORDERS_REFUSED.labels(reason.code).inc()
+        log.warning(
+            "refused order %s by %s: %s (%s)",
+            waiting.order_id,
+            order.iss,
+            visible(reason.message),
+            reason.code,
+        )
+
+    def _is_settled(self, run_id: str) -> bool:
+        return run_id in self._recent or run_id in self._runs or self._directory.runs.get(run_id) is not None
+
+    def _has_room(self) -> bool:
+        return self._runs.has_room and self._hold() is None
+
+    def _settle(self, record: Received) -> None:
+        if not self._line or not isinstance(self._line[-1], _Settled):
+            self._line.append(_Settled())
+        last = self._line[-1]
+        assert isinstance(last, _Settled)
+        last.last[record.topic_name, record.partition] = record
+
+    # --- waiting ---
+
+    async def _read_ahead(self) -> list[Received]:
+        return await self._consumer.read_ahead() if self._consumer is not None else []
+
+    async def _wait(self, changed: asyncio.Event, reading: asyncio.Task[list[Received]] | None) -> None:
+        """Return when a run has ended, when something was read, or after a moment. Raises UnavailableError."""
+        ended = asyncio.create_task(changed.wait())
+        try:
+            await asyncio.wait(
+                {ended, *([reading] if reading is not None else [])},
+                timeout=_LOOK_EVERY_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        finally:
+            ended.cancel()
+        self._check()
+
+    async def _until(self, event: asyncio.Event) -> None:
+        while not event.is_set():
+            self._check()
+            await self._wait(event, None)
+
+    def _check(self) -> None:
+        """Raises UnavailableError if what is left is another member's work."""
+        if self._consumer is None:
+            return
+        if self._consumer.draining:
+            raise UnavailableError("the runner stops: orders that wait come again")
+        first = next((one for one in self._line if isinstance(one, _Waiting)), None)
+        if first is not None and not self._consumer.owns(first.record.topic_name, first.record.partition):
+            raise UnavailableError("another runner of the pool has its orders now")

@@ -1,0 +1,175 @@
+"""The runs that go on in this process: started up to the pool's concurrency, stopped, frozen, and ended with it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.messages.credential import Reason
+from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
+from ringfence.runner.lifecycle.report import RunReport
+from ringfence.runner.sandbox.backend import SandboxSpecError, SandboxUnavailableError
+
+log = logging.getLogger(__name__)
+
+
+class ClaimLostError(RingfenceError):
+    """Raised when another runner's claim of a run came first. Nothing was started here."""
+
+    code = "claim_lost"
+
+
+class Execution(Protocol):
+    """One run, as `RunExecution` is."""
+
+    async def execute(self) -> RunReport: ...
+
+    def stop(self, reason: str) -> None: ...
+
+    async def freeze(self) -> None: ...
+
+    async def thaw(self) -> None: ...
+
+
+Claimed = Callable[[], Awaitable[None]]
+"""Awaited by an execution once its claim is on Kafka, before anything starts. Raises ClaimLostError."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    plan: RunPlan
+    execution: Execution
+    task: asyncio.Task[None]
+
+
+class RunningRuns:
+    """Starts runs, and knows those that have not ended. What a silent runner freezes and destroys (`Freezable`)."""
+
+    def __init__(
+        self,
+        execution_of: Callable[[RunPlan, Claimed], Execution],
+        is_claimed_here: Callable[[RunPlan], Awaitable[bool]],
+        *,
+        concurrency: int,
+    ) -> None:
+        """Args:
+            execution_of: makes the execution of a plan.
+            is_claimed_here: whether the claim of a run that counts is this runner's, once its own is on Kafka.
+            concurrency: how many runs go on at once.
+        """  # fmt: skip
+        self._execution_of = execution_of
+        self._is_claimed_here = is_claimed_here
+        self._concurrency = concurrency
+        self._jobs: dict[str, _Job] = {}
+        self._changed = asyncio.Event()
+        self._closed = False
+
+    def ids(self) -> Iterable[str]:
+        """The ids of the runs that go on."""
+        return tuple(self._jobs)
+
+    def __contains__(self, run_id: object) -> bool:
+        return run_id in self._jobs
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another run may start now."""
+        return not self._closed and len(self._jobs) < self._concurrency
+
+    @property
+    def changed(self) -> asyncio.Event:
+        """Set when the next run ends. Take it before you look."""
+        return self._changed
+
+    async def start(self, plan: RunPlan) -> Reason | None:
+        """Start a run. Returns once it is claimed, or why it is refused.
+
+        Raises ClaimLostError, and UnavailableError if Kafka did not take the claim. Then it may be there all the same.
+        """
+        claimed = asyncio.Event()
+
+        async def on_claimed() -> None:
+            if not await self._is_claimed_here(plan):
+                raise ClaimLostError(f"run {plan.run_id} was claimed by another runner before")
+            claimed.set()
+
+        execution = self._execution_of(plan, on_claimed)
+        task = asyncio.create_task(self._execute(execution, plan, claimed), name=f"run {plan.run_id}")
+        self._jobs[plan.run_id] = _Job(plan, execution, task)
+        metrics.RUNS_RUNNING.set(len(self._jobs))
+        task.add_done_callback(lambda _: self._ended(plan.run_id))
+        waiting = asyncio.create_task(claimed.wait())
+        try:
+            await asyncio.wait({task, waiting}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            waiting.cancel()
+        if claimed.is_set():
+            return None
+        try:
+            await task
+        except (RunRefusedError, SandboxUnavailableError, SandboxSpecError) as error:
+            return Reason(code=error.code, message=error.message[:1000])
+        return None
+
+    def plan_of(self, run_id: str) -> RunPlan | None:
+        """The plan of a run that goes on; None if it does not."""
+        job = self._jobs.get(run_id)
+        return job.plan if job is not None else None
+
+    def stop(self, run_id: str, reason: str) -> None:
+        """End a run, if it goes on here."""
+        job = self._jobs.get(run_id)
+        if job is not None:
+            job.execution.stop(reason)
+
+    async def freeze(self) -> None:
+        """Stop all processes of all runs where they are. Raises SandboxUnavailableError."""
+        await gather_all(job.execution.freeze() for job in list(self._jobs.values()))
+
+    async def thaw(self) -> None:
+        """Let all runs go on."""
+        await gather_all(job.execution.thaw() for job in list(self._jobs.values()))
+
+    async def destroy(self, reason: str) -> None:
+        """End all runs: their sandboxes are destroyed first of all, whether or not Kafka answers."""
+        for job in list(self._jobs.values()):
+            job.execution.stop(reason)
+
+    async def close(self, *, wait_s: float) -> None:
+        """Start nothing any more, let runs go on for `wait_s`, then end them. Returns when all have ended."""
+        self._closed = True
+        tasks = {job.task for job in self._jobs.values()}
+        if tasks and wait_s > 0:
+            log.info("waiting for %d runs, for %g s at most", len(tasks), wait_s)
+            await asyncio.wait(tasks, timeout=wait_s)
+        await self.destroy("its runner was stopped")
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _execute(self, execution: Execution, plan: RunPlan, claimed: asyncio.Event) -> None:
+        try:
+            report = await execution.execute()
+        except RingfenceError as error:
+            if not claimed.is_set():
+                raise
+            metrics.RUNS.labels("failed").inc()
+            log.error("run %s of agent %s failed: %s", plan.run_id, plan.agent_id, error)
+        except Exception:
+            log.exception("run %s of agent %s failed", plan.run_id, plan.agent_id)
+            metrics.RUNS.labels("failed").inc()
+            if not claimed.is_set():
+                raise
+        else:
+            metrics.RUNS.labels("ended" if report.destruction.complete else "remained").inc()
+            log.info("run %s of agent %s ended with %d", plan.run_id, plan.agent_id, report.code)
+
+    def _ended(self, run_id: str) -> None:
+        self._jobs.pop(run_id, None)
+        metrics.RUNS_RUNNING.set(len(self._jobs))
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
