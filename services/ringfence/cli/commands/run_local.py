@@ -171,10 +171,10 @@ async def _backend(name: str | None, own: ClientSettings) -> SandboxBackend:
             found = make_backend(
                 one, state, oci_socket=own.runner_oci_socket, oci_runtime=own.runner_oci_runtime
             )
-            problems = await found.available()
         except RunRefusedError as error:
-            problems = [str(error)]
-        if not problems:
+            reasons.append(f"{one}: {error}")
+            continue
+        if not (problems := await found.available()):
             return found
         reasons.append(f"{one}: {'; '.join(problems)}")
     raise RunRefusedError(

@@ -1,0 +1,248 @@
+"""`ringfence run`: a command in a fresh sandbox, with an identity of its own, and nothing left of it at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runner.installation import SCOPE, WITHIN_S, Installation, installation
+
+REQUEST = f"ringfence request --task $RINGFENCE_TASK --allow '{SCOPE}' --reason look --delivery gateway"
+
+
+@pytest.fixture(scope="module")
+async def here() -> AsyncIterator[Installation]:
+    async with installation() as here:
+        yield here
+
+
+def until(found: Callable[[], Any], what: str) -> Any:
+    """Wait until something is found."""
+    over = time.monotonic() + WITHIN_S
+    while not (value := found()):
+        assert time.monotonic() < over, f"{what} did not come"
+        time.sleep(0.05)
+    return value
+
+
+# --- the command's own: exit code, signals, streams, environment -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [
+        ("exit 0", 0),
+        ("exit 3", 3),
+        ("kill -TERM $$", 143),
+        ("kill -KILL $$", 137),
+    ],
+)
+def test_the_exit_code_is_the_commands(here: Installation, command: str, code: int) -> None:
+    assert here.run("--", "sh", "-c", command).returncode == code
+
+
+def test_a_command_that_cannot_be_run_ends_as_in_a_shell(here: Installation) -> None:
+    missing = here.run("--", "no-such-program")
+    assert (missing.returncode, b"no-such-program" in missing.stderr) == (127, True)
+    assert here.run("--", "/etc/hosts").returncode == 126
+
+
+def test_streams_are_the_commands_to_the_byte(here: Installation) -> None:
+    data = os.urandom(300_000)
+    done = here.run("--", "sh", "-c", "cat; echo problem >&2", input=data)
+    assert (done.returncode, done.stdout) == (0, data)
+    assert done.stderr == b"problem\n"
+
+
+def test_nothing_of_outside_is_in_the_environment(here: Installation) -> None:
+    done = here.run("--env", "ASKED=for", "--", "env", "-0")
+    inside = dict(one.split("=", 1) for one in done.stdout.decode().split("\0") if one)
+    assert inside["ASKED"] == "for"
+    assert inside["HOME"] == "/home/agent"
+    outside = here.environment()
+    leaked = [name for name in inside if name in outside and inside[name] == outside[name] and name != "LANG"]
+    assert leaked == []
+    assert not any(name.startswith("RINGFENCE_") and "KAFKA" in name for name in inside)
+    assert str(here.folder) not in done.stdout.decode()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_reach_the_command(here: Installation, number: signal.Signals) -> None:
+    script = "import signal,sys,time\n"
+    script += f"signal.signal({int(number)}, lambda *_: (print('got it', flush=True), sys.exit(7)))\n"
+    script += "print('ready', flush=True)\nwhile True: time.sleep(60)"
+    process = here.start("run", "--task", here.task, "--", "python3", "-c", script)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(number)
+    out, err = process.communicate(timeout=WITHIN_S)
+    assert (process.returncode, out) == (7, b"got it\n"), err
+
+
+# --- identity, gateway, leases ----------------------------------------------------------------------------------------
+
+
+def test_a_run_asks_for_a_credential_uses_it_and_loses_it(here: Installation) -> None:
+    """The whole way: the instance's own key, the lease, the proxy, what is blocked; and the end of it all."""
+    before = len(here.notes.requests)
+    url = f"http://127.0.0.1:{here.notes.port}/notes"
+    script = (
+        f"{REQUEST} >/dev/null && curl -sS {url}/today; curl -sS -X DELETE {url}/today; curl -sS {url}/../x"
+    )
+    code, report, out = here.report("--", "sh", "-c", script)
+    assert code == 0, report
+    assert out.startswith(b"buy milk\n")
+    assert b"beyond_scope" in out
+    assert here.notes.requests[before:] == ["GET /notes/today"]
+    (lease,) = report["allowed"]
+    assert (lease["target_id"], lease["delivery"]) == ("notes", "gateway")
+    assert (lease["status"], lease["ended_by"]) == ("revoked", "run_ended")
+    assert "beyond_scope" in {reason["code"] for one in report["denied"] for reason in one["reasons"]}
+    assert report["destroyed"]["complete"] is True
+    assert report["used"]["connections"] >= 3
+    events = here.say("audit", "trace", report["run_id"], who="ali")
+    assert report["run_id"] in json.dumps(events)
+    trace = json.dumps(here.say("audit", "trace", lease["lease_id"], who="ali"))
+    assert report["run_id"] in trace
+    assert lease["lease_id"] not in {one["id"] for one in here.say("lease", "list", who="olga")["leases"]}
+
+
+def test_the_instance_of_a_run_acts_in_no_other_task(here: Installation) -> None:
+    other = here.assign()
+    script = REQUEST.replace("$RINGFENCE_TASK", other)
+    done = here.run("--", "sh", "-c", f"{script} 2>&1")
+    assert done.returncode != 0
+    assert re.search(rb"instance_other_task|socket_other_task|another task", done.stdout), done.stdout
+
+
+def test_a_denied_request_is_reported(here: Installation) -> None:
+    script = REQUEST.replace("read:", "delete:")
+    code, report, _ = here.report("--", "sh", "-c", script)
+    assert code != 0
+    (denied,) = [one for one in report["denied"] if one["what"] == "credential"]
+    assert denied["scope"][0]["verbs"] == ["delete"]
+    assert report["allowed"] == []
+
+
+def test_without_a_lease_nothing_is_reached(here: Installation) -> None:
+    before = len(here.notes.requests)
+    url = f"http://127.0.0.1:{here.notes.port}/notes/today"
+    done = here.run("--", "sh", "-c", f"curl -sS {url}; curl -sS --noproxy '*' -m 5 {url}")
+    assert b"no_lease" in done.stdout
+    assert done.returncode != 0
+    assert here.notes.requests[before:] == []
+
+
+# --- the end ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_time_of_a_run_is_limited(here: Installation) -> None:
+    code, report, _ = here.report("--ttl", "3s", "--", "sleep", "600")
+    assert (code, report["exit"]["reason"]) == (137, "its time was over")
+    assert report["destroyed"]["complete"] is True
+
+
+def test_a_run_ends_with_its_task(here: Installation) -> None:
+    task = here.assign()
+    process = here.start("run", "--json", "--task", task, "--", "sh", "-c", "echo ready; sleep 600")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    here.say("task", "end", task, "--reason", "enough", who="maria")
+    _, err = process.communicate(timeout=WITHIN_S)
+    report = json.loads(err.decode().strip().splitlines()[-1])
+    assert (process.returncode, report["exit"]["reason"]) == (137, "its task has ended")
+
+
+def test_a_task_for_one_run_ends_with_it(here: Installation) -> None:
+    before = {one["id"] for one in here.say("task", "list", who="maria")["tasks"]}
+    done = here.call(
+        "run", "--json", "--assign", SCOPE, "--agent", "reader-bot", "--", "sh", "-c", REQUEST, who="maria"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stderr.decode().strip().splitlines()[-1])
+    assert [one["target_id"] for one in report["allowed"]] == ["notes"]
+    task = here.say("task", "show", report["task_id"], who="maria")
+    assert report["task_id"] not in before
+    assert "ended" in json.dumps(task)
+
+
+@pytest.mark.parametrize("after", ["ready", "lease"])
+def test_a_runner_that_is_killed_leaves_nothing(here: Installation, after: str) -> None:
+    """The kernel ends the sandbox; the next run sweeps, reports the run as lost, and its leases end."""
+    script = "echo ready; sleep 601" if after == "ready" else f"{REQUEST} >/dev/null; echo ready; sleep 601"
+    process = here.start("run", "--task", here.task, "--", "sh", "-c", script)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    process.communicate(timeout=WITHIN_S)
+    until(lambda: not _running("sleep 601"), "the end of the sandbox's processes")
+    leases = here.say("lease", "list", who="olga")["leases"]
+    assert here.run("--", "true").returncode == 0
+    if after == "lease":
+        assert leases, "the lease of the killed run lives until somebody ends it"
+        until(lambda: not here.say("lease", "list", who="olga")["leases"], "the end of the leases")
+    assert not list((here.folder / ".ringfence/runner").glob("*.json"))
+
+
+def _running(command: str) -> bool:
+    found = subprocess.run(["pgrep", "-f", command], capture_output=True, check=False)
+    return found.returncode == 0
+
+
+# --- mounts -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves_in_a_writable_mount_is_reported(here: Installation, tmp_path: Path) -> None:
+    folder = here.folder / "work"
+    folder.mkdir()
+    script = "pwd; mkdir -p .git/hooks; echo 'curl evil' > .git/hooks/pre-commit; echo text > notes.txt"
+    code, report, out = here.report("--mount", f"{folder}:rw", "--", "sh", "-c", script)
+    assert (code, out.decode().strip()) == (0, str(folder))
+    (left,) = report["destroyed"]["left_in_mounts"]
+    assert ".git/hooks/pre-commit" in left
+    assert (folder / "notes.txt").read_text() == "text\n"
+    read_only = here.run("--mount", str(folder), "--", "sh", "-c", "cat notes.txt; echo x > y")
+    assert (read_only.returncode != 0, read_only.stdout) == (True, b"text\n")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+REFUSED: dict[str, tuple[list[str], bytes]] = {
+    "an agent that names no runner": ([], b"set-attestation"),
+    "more time than its selector has": (["--ttl", "2h"], b"--ttl"),
+    "a task that is not there": (["--task", "00000000-0000-4000-8000-000000000000"], b"no task"),
+    "a folder of the system": (["--mount", "/etc"], b"/etc"),
+    "the folder of the runner's records": (["--mount", ".ringfence"], b"records"),
+    "a variable without a value": (["--env", "HOME"], b"NAME=VALUE"),
+    "a size without sense": (["--memory", "much"], b"no size"),
+    "a backend that is not there": (["--backend", "magic"], b"no backend magic"),
+    "an image for bubblewrap": (["--backend", "bubblewrap", "--image", "sha256:" + "0" * 64], b"image"),
+}
+
+
+@pytest.mark.parametrize(("words", "says"), REFUSED.values(), ids=REFUSED.keys())
+def test_a_run_that_cannot_be_is_refused_with_a_remedy(
+    here: Installation, words: list[str], says: bytes
+) -> None:
+    task = here.task
+    if not words:
+        agent = "bot-without-runner"
+        here.call("key", "new", "bot.json", "--id", f"agent/{agent}")
+        here.say("agent", "register", agent, "--description", "x", "--key-file", "bot.json", "--allow", SCOPE)
+        task = here.assign(agent, lasts="3h")
+    elif "--ttl" in words:
+        task = here.assign(lasts="3h")
+    given = words if "--task" in words else ["--task", task, *words]
+    done = here.call("run", *given, "--", "true")
+    assert done.returncode not in (0, 137), done
+    assert says in done.stderr, done.stderr
+    assert b"Traceback" not in done.stderr
