@@ -36,8 +36,10 @@ from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import FenceHandler
 from ringfence.revoker.revocations.record_changes import RecordHandler
 from ringfence.revoker.revocations.revocations import RevocationHandler
-from ringfence.revoker.revocations.run_ends import RunEndHandler
+from ringfence.revoker.revocations.run_ends import RunEndHandler, RunRevoker
+from ringfence.revoker.revocations.runner_silence import RunnerSilence, SilentRunEnder
 from ringfence.revoker.revocations.verification import RevocationVerifier
+from ringfence.revoker.runs_http import RunsApi
 from ringfence.revoker.settings import RevokerSettings
 from ringfence.revoker.subscribers import GROUP, router
 
@@ -91,8 +93,14 @@ def build(
     since_ms = runtime.clock.now_ms() - BACK_MS
     watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, own_records, since_ms=since_ms)
 
+    silence = RunnerSilence(
+        runtime.trust, directory.runs, own_id=runtime.key.id, grace_ms=int(settings.run_grace_s * 1000)
+    )
+    run_revoker = RunRevoker(runtime, ender)
+
     def on_heartbeats(records: Sequence[Received]) -> None:
         directory.on_records(records)
+        silence.on_heartbeats(records)
         cuts.on_heartbeats(records)
 
     runtime.table(RUN_TABLES, directory.on_records)
@@ -137,7 +145,7 @@ def build(
             revocations=revocations,
             fences=FenceHandler(verifier, store, cuts),
             record_change=records,
-            run_end=RunEndHandler(runtime, directory, ender, patience_s=own.patience_s),
+            run_end=RunEndHandler(runtime, directory, run_revoker, patience_s=own.patience_s),
             issued=on_issued,
             dead_letters=runtime.dead_letters,
             run_dead_letters=DeadLetters(
@@ -160,12 +168,15 @@ def build(
         every_s=own.sweep_every_s, min_age_s=own.stranger_age_s,
     )  # fmt: skip
     tombstoner = LeaseTombstoner(runtime, is_leader, after_s=own.forget_after_s, every_s=own.forget_every_s)
+    silent_runs = SilentRunEnder(runtime, silence, run_revoker, is_leader, patience_s=own.patience_s)
     runtime.background("orphan-sweep", sweeper.run)
+    runtime.background("silent-runs", silent_runs.run)
     runtime.background("retention", tombstoner.run)
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += LeasesApi(
         store, ender, overdue, directory, verifier, runtime.clock, authenticator
     ).routes()
+    runtime.routes += RunsApi(directory, runtime.clock, authenticator).routes()
     return runtime
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ringfence.cli.commands.run_orders import list_runs, order, show, stop
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption
@@ -41,6 +42,10 @@ class RunGroup(TyperGroup):
 
 
 app = typer.Typer(cls=RunGroup, invoke_without_command=True)
+app.command()(order)
+app.command(name="list")(list_runs)
+app.command()(show)
+app.command()(stop)
 
 
 @app.callback()

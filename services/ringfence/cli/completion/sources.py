@@ -148,6 +148,13 @@ async def _leases(ask: Lookup) -> list[Candidate]:
     ]
 
 
+async def _runs(ask: Lookup) -> list[Candidate]:
+    """Return runs, the latest first. Those that are over are offered only where one may ask about them."""
+    async with ask.api() as api:
+        runs = (await api.runs(agent=ask.agent, all=ask.typed.path == ("run", "show")))["runs"]
+    return [Candidate(one["id"], f"{one['agent_id']}, {one['status']}, by {one['runner']}") for one in runs]
+
+
 async def _requests(ask: Lookup) -> list[Candidate]:
     """Return the requests that wait for the caller; for other commands those that they take."""
     if ask.typed.path == ("policy", "explain"):
@@ -223,6 +230,7 @@ SOURCES: Final[Mapping[str, Source]] = {
     "LEASE": _leases,
     "PROVISIONER": _provisioners,
     "REQUEST": _requests,
+    "RUN": _runs,
     "TARGET": _targets,
     "TASK": _tasks,
     "[TASK]": _tasks,

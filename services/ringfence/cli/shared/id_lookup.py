@@ -20,7 +20,7 @@ from ringfence.client.id_prefix import MIN_PREFIX_LENGTH
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import did_you_mean, visible
 
-IdKind = Literal["task", "lease", "request", "grant"]
+IdKind = Literal["task", "lease", "request", "grant", "run"]
 _WHOLE: Final = 36
 _EVENTS: Final = 1000
 """How many of the latest audit events are searched. Older leases and requests need their whole ids."""
@@ -30,6 +30,7 @@ _LIST_WITH: Final[Mapping[str, str]] = {
     "lease": "ringfence lease list",
     "request": "ringfence approvals list --everyone",
     "grant": "ringfence approvals grants",
+    "run": "ringfence run list --all",
 }
 
 
@@ -120,6 +121,8 @@ async def known_ids(api: ReadApi, kind: IdKind | None = None) -> dict[str, str]:
 
 
 async def _from_audit(api: ReadApi, kind: IdKind | None) -> dict[str, str]:
+    if kind == "run":
+        return {}
     events: list[Mapping[str, Any]] = (await api.events(limit=_EVENTS))["events"]
     kinds: tuple[IdKind, ...] = (kind,) if kind else ("task", "lease", "request")
     return {
@@ -141,6 +144,11 @@ async def _from_registry(api: ReadApi, kind: IdKind | None) -> dict[str, str]:
 
 
 async def _from_revoker(api: ReadApi, kind: IdKind | None) -> dict[str, str]:
+    if kind == "run":
+        return {
+            str(one["id"]): f"run of {one['agent_id']}, {one['status']}"
+            for one in (await api.runs(all=True))["runs"]
+        }
     if kind not in (None, "lease"):
         return {}
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from ringfence.client.admin.command_client import COMMAND_LIFE_S, UNKNOWN_OUTCOME, Accepted, CommandClient
@@ -50,15 +51,30 @@ from ringfence.messages.registry import (
     UserSet,
     VerbFloor,
 )
-from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
+from ringfence.messages.run import Mount, RunLimits, RunOrder, RunStop
+from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST, RUN_ORDER
 from ringfence.model.http_targets.request_map import RequestMap
 from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.runs import run_id_of
+from ringfence.model.requests.run_orders import order_id_of, order_problem, stop_problem
 from ringfence.model.scope.scope import validate_scope
 
 KEY_LIFE_S = 365 * 24 * 3600
 """The default validity of a key, in seconds."""
 
+ORDER_LIFE_S = 3600
+"""How long an order of a run may wait for a runner, unless said otherwise."""
+
 AnyKey = SigningKey | PublicJwk | KeyRecord
+
+
+@dataclass(frozen=True, slots=True)
+class OrderedRun:
+    """An order that is on Kafka, and the run that it will be."""
+
+    order_id: str
+    run_id: str
+    agent_id: str
 
 
 def _by_root(connection: Connection) -> bool:
@@ -503,6 +519,79 @@ class Administrator(CommandClient):
             REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s,
             timeout_hint=UNKNOWN_OUTCOME if lease_id else _REVOCATION_TIMEOUT_HINT,
         )  # fmt: skip
+
+    # --- runs ---
+
+    async def order_run(
+        self,
+        task_id: str,
+        *,
+        pool: str,
+        command: Sequence[str],
+        limits: RunLimits,
+        ttl_s: int,
+        mounts: Sequence[Mount] = (),
+        image: str | None = None,
+        valid_s: int = ORDER_LIFE_S,
+    ) -> OrderedRun:
+        """Order a run of a task's agent in a pool. Returns once Kafka has the order; a runner of the pool takes it.
+
+        Args:
+            command: the program, and its arguments.
+            ttl_s: how long the run may take.
+            mounts: folders, by the names that the pool has for them.
+            image: the digest of a container image; None: what the pool has as its own.
+            valid_s: how long the order may wait.
+
+        Raises RefusedError if no runner would follow it, by the records as they are now.
+        """
+        directory = await self.connection.current_directory()
+        task = directory.task(task_id)
+        if task is None:
+            raise InvalidCallError(f"there is no task {task_id}").with_remedy("ringfence task list")
+        with checked("the order"):
+            order = RunOrder(
+                **self.connection.stamp(valid_s),
+                pool=pool,
+                agent_id=task.state.agent_id,
+                task_id=task_id,
+                command=texts("command", command),
+                image=image,
+                mounts=instances("mounts", mounts, Mount, '[Mount(name="sources")]'),
+                limits=limits,
+                ttl_s=ttl_s,
+            )
+        problem = order_problem(order, directory, self.connection.clock.now_ms() / 1000)
+        if problem is not None:
+            raise RefusedError(order.typ, (problem,), "client")
+        order_id = order_id_of(order)
+        await self.connection.publish(RUN_ORDER, pool, order)
+        return OrderedRun(order_id, run_id_of("", order_id=order_id), order.agent_id)
+
+    async def stop_run(
+        self,
+        run_id: str,
+        *,
+        reason: str,
+        agent_id: str | None = None,
+        task_id: str | None = None,
+        ordered_by: str | None = None,
+    ) -> None:
+        """Order the end of a run, or of an order that waits. Returns once Kafka has it; the runner decides.
+
+        `agent_id`, `task_id`, `ordered_by`: of the run, if they are known. Then RefusedError is raised if the caller
+        may not stop it, by the records as they are now.
+        """
+        with checked("the stop"):
+            stop = RunStop(**self.connection.stamp(COMMAND_LIFE_S), run_id=run_id, reason=reason)
+        if agent_id is not None and task_id is not None:
+            directory = await self.connection.current_directory()
+            problem = stop_problem(
+                stop, directory, agent_id=agent_id, task_id=task_id, ordered_by=ordered_by
+            )
+            if problem is not None:
+                raise RefusedError(stop.typ, (problem,), "client")
+        await self.connection.publish(RUN_ORDER, run_id, stop)
 
     # --- ---
 

@@ -170,6 +170,29 @@ class ReadApi(Lifetime):
         """Return one lease, also for a while after its end. Raises ApiError (404) where there is none."""
         return await self.get("revoker", "leases", lease_id)
 
+    async def runs(
+        self,
+        *,
+        agent: str | None = None,
+        task: str | None = None,
+        runner: str | None = None,
+        all: bool = False,
+    ) -> Any:
+        """Return runs that are not over, the latest first: `{runs: [...], more}`; `more` is true where there are over
+        1000.
+
+        `all`: also those that ended in the last days.
+        """
+        return await self.get(
+            "revoker", "runs", agent=agent, task=task, runner=runner, all=1 if all else None
+        )
+
+    async def run(self, id: str) -> Any:
+        """Return one run, by its own id or by that of its order. Raises ApiError (404) where no runner has said
+        anything of it.
+        """
+        return await self.get("revoker", "runs", id)
+
     # --- audit ---
 
     async def trace(self, id: str, kind: str | None = None) -> Any:

@@ -1,0 +1,271 @@
+"""`ringfence run order|list|show|stop`: runs of fleets, and what became of all runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ringfence.cli.shared import connect
+from ringfence.cli.shared.arguments import check_id_prefix, check_name
+from ringfence.cli.shared.id_lookup import is_whole, whole_id
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    ReasonOption,
+    WideOption,
+    YesOption,
+    confirm,
+    credential_life_s,
+    duration_s,
+    identity,
+    run,
+    size_bytes,
+    wants_json,
+)
+from ringfence.cli.shared.output import note, print_fields, print_json, print_table, say, until, visible
+from ringfence.cli.shared.tables import ending, ids, prose, state
+from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.crypto.claims import MAX_LIFE_S
+
+if TYPE_CHECKING:
+    from ringfence.client.admin.administrator import OrderedRun
+    from ringfence.messages.run import Mount
+
+
+def order(
+    pool: Annotated[
+        str,
+        typer.Option(
+            "--pool", metavar="POOL", callback=check_name, help="The pool of runners that it is for."
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Option("--task", metavar="TASK", callback=check_id_prefix, help="The task that this is for."),
+    ],
+    command: Annotated[
+        list[str], typer.Argument(metavar="[-- COMMAND...]", help="What to run.", show_default=False)
+    ],
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount",
+            metavar="NAME[:rw]",
+            help="A folder of the pool, by its name there; read-only without :rw. Repeatable.",
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option("--image", metavar="DIGEST", help="The container image: sha256:... The pool's own if not given."),
+    ] = None,
+    ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long the run may take.")] = "30m",
+    memory: Annotated[
+        str,
+        typer.Option("--memory", metavar="SIZE", help="The most memory: a number of bytes, or with K, M or G."),
+    ] = "2G",
+    cpus: Annotated[
+        float, typer.Option("--cpus", metavar="NUMBER", min=0.01, max=1024, help="How many processors.")
+    ] = 1.0,
+    pids: Annotated[
+        int, typer.Option("--pids", metavar="NUMBER", min=4, max=4_194_304, help="How many processes.")
+    ] = 256,
+    valid: Annotated[
+        str, typer.Option("--valid", metavar="DURATION", help="How long the order may wait for its turn.")
+    ] = "1h",
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Order a run from a pool of runners, as the task's assigner, who it is on behalf of, or the agent's sponsor.
+
+    The order is signed with your key file. Its outcome: ringfence run show RUN.
+    """
+    from ringfence.messages.run import RunLimits
+
+    ttl_s, valid_s = credential_life_s(ttl), duration_s(valid)
+    if valid_s > MAX_LIFE_S:
+        raise typer.BadParameter(
+            f"{valid!r} is longer than an order may wait: {MAX_LIFE_S // 3600}h", param_hint="--valid"
+        )
+    mounts = tuple(map(_mount, mount or ()))
+    limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
+
+    async def work() -> OrderedRun:
+        task_id = await whole_id("task", task, identity(me))
+        async with connect.administrator(identity(me)) as person:
+            return await person.order_run(
+                task_id, pool=pool, command=command, limits=limits, ttl_s=ttl_s, mounts=mounts, image=image,
+                valid_s=valid_s,
+            )  # fmt: skip
+
+    ordered = run(work())
+    if wants_json(as_json):
+        print_json({"run_id": ordered.run_id, "order_id": ordered.order_id, "agent_id": ordered.agent_id})
+        return
+    say(ordered.run_id)
+    note(f"ordered from pool {pool}; see: ringfence run show {ordered.run_id}")
+
+
+def list_runs(
+    agent: Annotated[
+        str | None, typer.Option("--agent", metavar="AGENT", callback=check_name, help="Only this agent's.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", metavar="TASK", callback=check_id_prefix, help="Only this task's.")
+    ] = None,
+    runner: Annotated[
+        str | None,
+        typer.Option("--runner", metavar="RUNNER", callback=check_name, help="Only this runner's."),
+    ] = None,
+    all: Annotated[bool, typer.Option("--all", help="Also those that ended in the last days.")] = False,
+    wide: WideOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List runs that go on, the latest first: of your tasks and agents; or all."""
+
+    async def work() -> Any:
+        task_id = await whole_id("task", task, identity(me)) if task else None
+        async with ReadApi(identity(me)) as api:
+            return await api.runs(agent=agent, task=task_id, runner=runner, all=all)
+
+    found = run(work())
+    if wants_json(as_json):
+        print_json(found)
+        return
+    now_s = time.time()
+    print_table(
+        [ids("run"), "agent", "runner", state("status"), ending("ends"), prose("outcome"), ids("task", only_wide=True)],
+        (
+            (
+                one["id"],
+                one["agent_id"],
+                one["runner"],
+                one["status"],
+                "" if one["over"] else until(one["deadline"], now_s),
+                _outcome(one),
+                one["task_id"],
+            )
+            for one in found["runs"]
+        ),
+        empty="no run that you may see" if all else "no run goes on that you may see; see: ringfence run list --all",
+        wide=wide,
+    )
+    if found.get("more"):
+        note("there are more; narrow it with --agent, --task or --runner", "warning")
+
+
+def show(
+    id: Annotated[
+        str,
+        typer.Argument(metavar="RUN", callback=check_id_prefix, help="A run's id, or how it begins; or an order's."),
+    ],
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what became of a run or an order: its state, what it may use, how it ended, or why it was refused."""
+
+    async def work() -> Any:
+        run_id = await whole_id("run", id, identity(me))
+        async with ReadApi(identity(me)) as api:
+            return await api.run(run_id)
+
+    found = run(work())
+    if wants_json(as_json):
+        print_json(found)
+        return
+    print_fields(dict(_fields(found)), title=f"run {found['id']}")
+
+
+def stop(
+    id: Annotated[
+        str,
+        typer.Argument(metavar="RUN", callback=check_id_prefix, help="The run's id, or how it begins."),
+    ],
+    reason: ReasonOption,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """End a run, or an order that waits, as whoever may order it. The sandbox is destroyed, and its leases end."""
+
+    async def look() -> tuple[str, Any]:
+        run_id = await whole_id("run", id, identity(me))
+        async with ReadApi(identity(me)) as api:
+            try:
+                found = await api.run(run_id)
+            except ApiError as error:
+                if error.status != 404 or not is_whole(id):
+                    raise
+                return run_id, None  # no runner has said anything of it yet: it waits
+            return found["id"], found
+
+    run_id, found = run(look())
+    if found is not None and found["over"]:
+        say(f"run {run_id} is over: {_outcome(found)}") if not wants_json(as_json) else print_json(
+            {"run_id": run_id, "stopped": False}
+        )
+        return
+    of = f" of agent {visible(found['agent_id'])}" if found is not None else ""
+    confirm(f"End run {run_id}{of}?", yes)
+    known = {name: found.get(name) for name in ("agent_id", "task_id", "ordered_by")} if found else {}
+
+    async def work() -> None:
+        async with connect.administrator(identity(me)) as person:
+            await person.stop_run(run_id, reason=reason, **known)
+
+    run(work())
+    if wants_json(as_json):
+        print_json({"run_id": run_id, "stopped": True})
+        return
+    note(f"run {run_id} is to end; see: ringfence run show {run_id}")
+
+
+def _mount(text: str) -> Mount:
+    from ringfence.messages.run import Mount
+
+    name, colon, mode = text.partition(":")
+    if colon and mode not in ("rw", "ro"):
+        raise typer.BadParameter(
+            f"{text!r} is no NAME or NAME:rw; an order names a mount of the pool, and no path", param_hint="--mount"
+        )
+    return Mount(name=str(check_name(name)), read_write=mode == "rw")
+
+
+def _outcome(found: Mapping[str, Any]) -> str:
+    refused, exit = found.get("refused"), found.get("exit") or {}
+    if refused:
+        return f"refused: {refused['message']}"
+    parts = [f"exit {exit['code']}"] if exit.get("code") is not None else []
+    parts += [f"signal {exit['signal']}"] if exit.get("signal") is not None else []
+    parts += [str(exit["reason"])] if exit.get("reason") else []
+    return ", ".join(parts)
+
+
+def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    limits = found["limits"]
+    refused = found.get("refused")
+    fields = {
+        "status": found["status"],
+        "refused": f"{refused['code']}: {refused['message']}" if refused else "",
+        "outcome": "" if refused else _outcome(found),
+        "agent": found["agent_id"],
+        "task": found["task_id"],
+        "runner": found["runner"],
+        "ordered by": (found.get("ordered_by") or "").rpartition("/")[2],
+        "order": found.get("order_id", ""),
+        "ends": "" if found["over"] else until(found["deadline"], time.time()),
+        "limits": f"{limits['memory_bytes'] >> 20} MiB, {limits['cpu_millis'] / 1000:g} processors, "
+        f"{limits['pids']} processes",
+        "mounts": ", ".join(
+            f"{one['name']}{' (writable)' if one.get('read_write') else ''}" for one in found.get("mounts", ())
+        ),
+        "backend": found["backend"],
+        "image": found.get("image_digest", ""),
+        "rules": found.get("policy_digest", ""),
+        "remained": "; ".join(found.get("remained", ())),
+    }
+    yield from ((name, value) for name, value in fields.items() if value)

@@ -1,0 +1,155 @@
+"""Silent runners: the leases of a run end when no heartbeat has named the run for `RINGFENCE_RUN_GRACE_S`.
+
+The silence is counted in the broker's time, from the append time of the last heartbeat that named the run to that of
+this revoker's own last heartbeat that came back. So a revoker that is cut off itself ends nothing, and no clock but the
+broker's counts. The runner counts from the sending of a heartbeat, which is earlier: it has destroyed the sandbox by
+then, if it lives.
+
+The run stays `started`: only its own runner says something of it. So its leases are looked for as long as it is silent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, NoReturn
+
+from aiokafka.errors import KafkaError
+
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.retry import run_periodically
+from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.run import Run
+from ringfence.model.records.runs import OVER, RunTable
+from ringfence.revoker.revocations.run_ends import RunRevoker
+
+log = logging.getLogger(__name__)
+
+_EVERY_S: Final = 1.0
+_CLOCKS_DIFFER_MS: Final = 60_000
+"""The most by which a sender's clock may differ from the broker's. Beyond it, its heartbeats count as replays."""
+
+
+@dataclass(slots=True)
+class _LastHeartbeat:
+    sent_at_ms: int
+    appended_at_ms: int
+
+
+class RunnerSilence:
+    """When each run was last named by a heartbeat of its runner, in the broker's time. It does no I/O."""
+
+    def __init__(self, trust: TrustStore, runs: RunTable, *, own_id: str, grace_ms: int) -> None:
+        """`own_id`: the SPIFFE ID that this revoker's heartbeats are signed with."""
+        self._trust = trust
+        self._runs = runs
+        self._own_id = own_id
+        self._grace_ms = grace_ms
+        self._named: dict[str, _LastHeartbeat] = {}
+        """By run."""
+        self._seen_ms: dict[str, int] = {}
+        """By run: the broker's time when this revoker first looked at it."""
+        self._own = _LastHeartbeat(0, 0)
+
+    def on_heartbeats(self, records: Sequence[Received]) -> None:
+        """Take records of `heartbeat`; those of other services are ignored."""
+        for record in records:
+            try:
+                heartbeat = verify(
+                    parse(record.value), Heartbeat,
+                    self._trust.finder("runner", "revoker", at_s=record.appended_at_ms / 1000),
+                    audience=self._trust.trust_domain,
+                ).claims  # fmt: skip
+            except InvalidMessageError:
+                continue
+            if abs(heartbeat.at_ms - record.appended_at_ms) > _CLOCKS_DIFFER_MS:
+                continue
+            last = _LastHeartbeat(heartbeat.at_ms, record.appended_at_ms)
+            if heartbeat.iss == self._own_id:
+                # A replayed one must not make others look silent.
+                if last.sent_at_ms > self._own.sent_at_ms:
+                    self._own = last
+                continue
+            for run_id in heartbeat.runs:
+                self._on_named(run_id, heartbeat.iss, last)
+
+    def silent(self) -> list[tuple[Run, int]]:
+        """The runs that are not over and that no heartbeat has named for longer than the grace; for how long, in ms.
+
+        Empty before a heartbeat of this revoker came back.
+        """
+        now_ms = self._own.appended_at_ms
+        if not now_ms:
+            return []
+        living = [run for run in self._runs.all() if run.status not in OVER and run.deadline * 1000 > now_ms]
+        # Nobody knows here since when a run is silent that was never named: it counts from the first look on.
+        self._seen_ms = {run.run_id: self._seen_ms.get(run.run_id, now_ms) for run in living}
+        self._named = {
+            id: last
+            for id, last in self._named.items()
+            if id in self._seen_ms or now_ms - last.appended_at_ms <= self._grace_ms
+        }
+        silences = ((run, now_ms - self._since_ms(run.run_id)) for run in living)
+        return [(run, silence_ms) for run, silence_ms in silences if silence_ms > self._grace_ms]
+
+    def _since_ms(self, run_id: str) -> int:
+        named = self._named.get(run_id)
+        return max(self._seen_ms[run_id], named.appended_at_ms if named is not None else 0)
+
+    def _on_named(self, run_id: str, runner: str, heartbeat: _LastHeartbeat) -> None:
+        run = self._runs.get(run_id)
+        if run is not None and run.iss != runner:
+            return  # another runner's run
+        last = self._named.get(run_id)
+        if last is None or heartbeat.sent_at_ms > last.sent_at_ms:
+            self._named[run_id] = heartbeat
+
+
+class SilentRunEnder:
+    """Revokes the leases of runs whose runners are silent, as long as they are."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        silence: RunnerSilence,
+        revoker: RunRevoker,
+        is_leader: Callable[[], bool],
+        *,
+        patience_s: float,
+    ) -> None:
+        """`patience_s`: the longest wait for the local tables to catch up."""
+        self._runtime = runtime
+        self._silence = silence
+        self._revoker = revoker
+        self._is_leader = is_leader
+        self._patience_s = patience_s
+        self._reported: set[str] = set()
+
+    async def run(self) -> NoReturn:
+        """Look every second."""
+        await run_periodically(
+            _EVERY_S, self.look, "silent runners are looked for again soon", log,
+            expected=(RingfenceError, KafkaError, OSError),
+        )  # fmt: skip
+
+    async def look(self) -> None:
+        """Revoke what runs of silent runners hold now. Raises UnavailableError."""
+        # Heartbeats of a runner may be in a partition that is read later than that of this revoker.
+        if not self._silence.silent() or not self._is_leader():
+            return
+        if not await self._runtime.tables_caught_up(self._patience_s):
+            return
+        silent = self._silence.silent()
+        for run, silence_ms in silent:
+            reason = f"the runner of run {run.run_id} is silent"
+            if run.run_id not in self._reported:
+                metrics.RUNS_SILENCED.inc()
+                log.error("%s: no heartbeat has named it for %.0f s", reason, silence_ms / 1000)
+            await self._revoker.revoke(run, reason)
+        self._reported = {run.run_id for run, _ in silent}
