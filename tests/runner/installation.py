@@ -1,4 +1,4 @@
-"""A real `ringfence dev`, a target behind its gateway, and commands of people: what runs on one machine are tried on."""
+"""A real `ringfence dev`, a target behind its gateway, and commands of people: runs on one machine are tried on it."""
 
 from __future__ import annotations
 
