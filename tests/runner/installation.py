@@ -1,4 +1,4 @@
-"""A real `ringfence dev`, a target behind its gateway, and commands of people: what runs on one machine are tried on."""
+"""A real `ringfence dev`, a target behind its gateway, and commands of people: runs on one machine are tried on it."""
 
 from __future__ import annotations
 
@@ -65,10 +65,14 @@ class Installation:
     task: str = ""
     _count: Iterator[int] = field(default_factory=lambda: iter(range(10**6)))
 
+    def inherited(self) -> dict[str, str]:
+        """The environment without any setting of Ringfence."""
+        return {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
+
     def environment(self, who: str = "sam") -> dict[str, str]:
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
+        """The environment of a person of the installation."""
         return {
-            **inherited,
+            **self.inherited(),
             "PATH": f"{PROGRAM.parent}:{os.environ['PATH']}",
             "RINGFENCE_CONFIG": str(self.folder / ".ringfence/ringfence.toml"),
             "RINGFENCE_IDENTITY": str(self.folder / f".ringfence/users/{who}.json"),
@@ -134,7 +138,7 @@ async def installation() -> AsyncIterator[Installation]:
     with tempfile.TemporaryDirectory(prefix="rf-") as folder, NotesServer() as notes:
         here = Installation(Path(folder), notes)
         process = await asyncio.create_subprocess_exec(
-            PROGRAM, "dev", "--free-ports", cwd=folder, env=here.environment(),
+            PROGRAM, "dev", "--free-ports", cwd=folder, env=here.inherited(),
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         assert process.stdout is not None

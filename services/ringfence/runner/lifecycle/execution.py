@@ -37,7 +37,7 @@ from ringfence.runner.lifecycle.activity import RunActivity
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
 from ringfence.runner.lifecycle.mount_changes import executable_changes
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
-from ringfence.runner.lifecycle.raw_targets import raw_addresses
+from ringfence.runner.lifecycle.raw_targets import has_loopback_target, raw_addresses
 from ringfence.runner.lifecycle.report import RunReport
 from ringfence.runner.lifecycle.run_folder import make_run_folder, remove_run_folder
 from ringfence.runner.sandbox.backend import (
@@ -221,7 +221,8 @@ class RunExecution:
             enrolment, _ = await asyncio.gather(
                 self._enrol(control, kid), relay.wait_for_gateway(_GATEWAY_WITHIN_S)
             )
-            await control.start(self._start_command(enrolment, relays))
+            direct = not has_loopback_target(await host.connection.directory(), plan.task_id)
+            await control.start(self._start_command(enrolment, relays, loopback_direct=direct))
             await self._wait(sandbox, control)
         except CommandStartError as error:
             self._at.code = error.exit_code
@@ -286,12 +287,15 @@ class RunExecution:
         request = await control.enrol(token, trust_domain=domain, agent_id=plan.agent_id)
         return await post_enrolment(connection.settings, request.decode())
 
-    def _start_command(self, enrolment: str, relays: Sequence[Relay]) -> StartCommand:
+    def _start_command(
+        self, enrolment: str, relays: Sequence[Relay], *, loopback_direct: bool
+    ) -> StartCommand:
         plan, settings = self._plan, self._host.connection.settings
+        through_proxy = {} if loopback_direct else {"NO_PROXY": "", "no_proxy": ""}
         ca_file = self._host.gateway_ca_file
         return StartCommand(
             argv=plan.argv,
-            environment=dict(plan.environment),
+            environment={**through_proxy, **plan.environment},
             working_directory=plan.working_directory,
             enrolment=enrolment,
             trust_root=settings.trust_root,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import Final
+from urllib.parse import urlsplit
 
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
+_LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 RAW_KINDS: Final = frozenset({"postgres", "redis", "ssh"})
 
 
@@ -32,3 +34,20 @@ def raw_addresses(directory: Directory, task_id: str) -> tuple[list[tuple[str, i
         host, _, port = address.rpartition(":")
         found.append((host.strip("[]"), int(port)))
     return found, without
+
+
+def has_loopback_target(directory: Directory, task_id: str) -> bool:
+    """Whether the task has an HTTP target on this machine's loopback interface, as on a developer's machine.
+
+    Loopback inside is the sandbox's own. So requests to it have to go through the proxy as well.
+    """
+    task = directory.task(task_id)
+    for permission in task.state.scope if task else ():
+        try:
+            target = directory.target(permission.target)
+        except ChainError:
+            continue
+        url = (target.state.backend.model_extra or {}).get("url") if target is not None else None
+        if isinstance(url, str) and urlsplit(url).hostname in _LOOPBACK:
+            return True
+    return False
