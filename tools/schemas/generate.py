@@ -23,7 +23,7 @@ from tools.schemas.examples import EXAMPLES
 from ringfence.messages.topics import ALL
 
 
-SERVICES = ("registry", "policy", "issuer", "revoker", "audit", "signals")
+SERVICES = ("registry", "policy", "issuer", "revoker", "audit", "signals", "runner")
 """Those that consume in consumer groups."""
 
 

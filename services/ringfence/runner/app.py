@@ -57,10 +57,12 @@ def build(
         client: where registry and gateway are. `backend`: makes the sandboxes. Both as settings and pool say, if None.
     """  # fmt: skip
     own = own or load(RunnerSettings)
-    runtime = Runtime("runner", settings, clock)
-    pool = read_pool(own.pool_file)
     shared = {name: getattr(settings, name) for name in BusSettings.model_fields}
     client = client or load(ClientSettings, **shared)
+    key_file = settings.key_file or client.runner_key_file or settings.key_dir / "runner.json"
+    settings = settings.model_copy(update={"key_file": key_file})
+    runtime = Runtime("runner", settings, clock)
+    pool = read_pool(own.pool_file)
     if client.gateway_sockets is None:
         raise SettingsError(
             "RINGFENCE_GATEWAY_SOCKETS: not set, so runs would reach no target. It is: the folder in which the gateway "
@@ -109,7 +111,7 @@ def build(
     intake = OrderIntake(runtime, directory, pool, runs, stops, hold=guard.silent, patience_s=own.patience_s)
     unfinished = UnfinishedRuns(runtime, directory, runs, connection, patience_s=own.patience_s)
     obstacles = list[str]()
-    lock = _KeyLock(settings.key_file or settings.key_dir / "runner.json")
+    lock = _KeyLock(key_file)
     life = list[asyncio.Task[Any]]()
 
     async def open_up() -> None:

@@ -20,6 +20,12 @@ from ringfence.cli.shared.options import IdentityOption, JsonOption
 class RunGroup(TyperGroup):
     """A group that runs its own callback, with a command line of its own, unless the first word is a subcommand."""
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        for param in self.params:
+            if param.param_type_name == "argument":  # it does not stand before a subcommand
+                param.get_usage_pieces = lambda ctx: []  # type: ignore[method-assign]
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Parse the options of a local run, or leave all words to a subcommand."""
         if args and args[0] in self.commands:

@@ -18,7 +18,7 @@ import typer
 
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import parse_scope
-from ringfence.cli.shared.options import duration_s, identity, run, settings, wants_json
+from ringfence.cli.shared.options import duration_s, identity, run, settings, size_bytes, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
 from ringfence.kernel.base.errors import SettingsError
 
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 _FORWARDED = (
     signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGWINCH,
 )  # fmt: skip
-_SIZE = re.compile(r"(\d{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _VARIABLE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _NOT_A_NAME = re.compile(r"[^a-z0-9._-]+")
 _TASK_MARGIN_S = 60
@@ -62,7 +60,7 @@ def run_local(
     """Run a command in a fresh sandbox on this machine, with the options of `ringfence run`."""
     from ringfence.messages.run import RunLimits
 
-    limits = RunLimits(memory_bytes=_bytes(memory), cpu_millis=max(1, round(cpus * 1000)), pids=pids)
+    limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=max(1, round(cpus * 1000)), pids=pids)
     work = _run(
         command=tuple(command),
         task=task,
@@ -284,13 +282,6 @@ def _remarks(report: RunReport) -> Iterator[str]:
         yield "the end of the run is not on Kafka: its leases end when the runner is silent, or at its deadline"
     if report.live_leases:
         yield f"leases that have not ended yet: {', '.join(report.live_leases)}"
-
-
-def _bytes(text: str) -> int:
-    match = _SIZE.fullmatch(text)
-    if match is None or int(match[1]) == 0:
-        raise typer.BadParameter(f"{text!r} is no size; write for example 512M or 2G", param_hint="--memory")
-    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def _environment(given: list[str]) -> dict[str, str]:

@@ -60,12 +60,16 @@ def order(
     ] = None,
     image: Annotated[
         str | None,
-        typer.Option("--image", metavar="DIGEST", help="The container image: sha256:... The pool's own if not given."),
+        typer.Option(
+            "--image", metavar="DIGEST", help="The container image: sha256:... The pool's own if not given."
+        ),
     ] = None,
     ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long the run may take.")] = "30m",
     memory: Annotated[
         str,
-        typer.Option("--memory", metavar="SIZE", help="The most memory: a number of bytes, or with K, M or G."),
+        typer.Option(
+            "--memory", metavar="SIZE", help="The most memory: a number of bytes, or with K, M or G."
+        ),
     ] = "2G",
     cpus: Annotated[
         float, typer.Option("--cpus", metavar="NUMBER", min=0.01, max=1024, help="How many processors.")
@@ -138,7 +142,15 @@ def list_runs(
         return
     now_s = time.time()
     print_table(
-        [ids("run"), "agent", "runner", state("status"), ending("ends"), prose("outcome"), ids("task", only_wide=True)],
+        [
+            ids("run"),
+            "agent",
+            "runner",
+            state("status"),
+            ending("ends"),
+            prose("outcome"),
+            ids("task", only_wide=True),
+        ],
         (
             (
                 one["id"],
@@ -151,7 +163,9 @@ def list_runs(
             )
             for one in found["runs"]
         ),
-        empty="no run that you may see" if all else "no run goes on that you may see; see: ringfence run list --all",
+        empty="no run that you may see"
+        if all
+        else "no run goes on that you may see; see: ringfence run list --all",
         wide=wide,
     )
     if found.get("more"):
@@ -161,7 +175,9 @@ def list_runs(
 def show(
     id: Annotated[
         str,
-        typer.Argument(metavar="RUN", callback=check_id_prefix, help="A run's id, or how it begins; or an order's."),
+        typer.Argument(
+            metavar="RUN", callback=check_id_prefix, help="A run's id, or how it begins; or an order's."
+        ),
     ],
     me: IdentityOption = None,
     as_json: JsonOption = False,
@@ -230,7 +246,8 @@ def _mount(text: str) -> Mount:
     name, colon, mode = text.partition(":")
     if colon and mode not in ("rw", "ro"):
         raise typer.BadParameter(
-            f"{text!r} is no NAME or NAME:rw; an order names a mount of the pool, and no path", param_hint="--mount"
+            f"{text!r} is no NAME or NAME:rw; an order names a mount of the pool, and no path",
+            param_hint="--mount",
         )
     return Mount(name=str(check_name(name)), read_write=mode == "rw")
 
@@ -261,7 +278,8 @@ def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "limits": f"{limits['memory_bytes'] >> 20} MiB, {limits['cpu_millis'] / 1000:g} processors, "
         f"{limits['pids']} processes",
         "mounts": ", ".join(
-            f"{one['name']}{' (writable)' if one.get('read_write') else ''}" for one in found.get("mounts", ())
+            f"{one['name']}{' (writable)' if one.get('read_write') else ''}"
+            for one in found.get("mounts", ())
         ),
         "backend": found["backend"],
         "image": found.get("image_digest", ""),

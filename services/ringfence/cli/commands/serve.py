@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
+from ringfence.client.admin.trust_setup import BY_NAME, ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import RingfenceSettings, ServiceSettings, problems, wrong
 from ringfence.kernel.crypto.keys import SigningKey
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ringfence.kernel.base.settings import ServiceSettings
     from ringfence.kernel.service.runtime import Runtime
 
-_SERVED = (*SERVICE_ROLES, *ON_DEMAND)
+_SERVED = (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME)
 
 
 def serve(
@@ -76,6 +76,7 @@ _BESIDES = {
     "issuer": ("ringfence.backends.access",),
     "revoker": ("ringfence.backends.access",),
     "gateway": ("ringfence.rego.settings", "ringfence.backends.access"),
+    "runner": ("ringfence.client.settings",),
 }
 """Modules with further settings that a service reads."""
 
@@ -98,12 +99,30 @@ def check(services: Sequence[str]) -> None:
 
 def _key_path(name: str, settings: ServiceSettings) -> str | None:
     file = settings.key_file or settings.key_dir / f"{name}.json"
+    if name in BY_NAME:
+        return _key_path_by_name(name, settings)
     try:
         SigningKey.load(file)
     except RingfenceError as error:
         setting = "RINGFENCE_KEY_FILE" if settings.key_file else "RINGFENCE_KEY_DIR"
         older = f"; where the trust is older than it: ringfence init --add-service {name} --publish"
         return f"{setting}: {error}{older if name in ON_DEMAND and not file.exists() else ''}"
+    return None
+
+
+def _key_path_by_name(name: str, settings: ServiceSettings) -> str | None:
+    from ringfence.client.settings import ClientSettings
+    from ringfence.kernel.base.settings import load
+
+    if settings.key_file is None and load(ClientSettings).runner_key_file is None:
+        return (
+            f"RINGFENCE_KEY_FILE: not set. It is: the key of this {name}, which is made by: "
+            f"ringfence init --add-{name} NAME --publish"
+        )
+    try:
+        SigningKey.load(settings.key_file or load(ClientSettings).runner_key_file)  # type: ignore[arg-type]
+    except RingfenceError as error:
+        return f"RINGFENCE_KEY_FILE: {error}"
     return None
 
 

@@ -14,9 +14,9 @@ def words_of(path: Sequence[str]) -> Mapping[str, Sequence[str]]:
 
             return {"SERVICE": tuple(ON_DEMAND)}
         case ("serve",):
-            from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
+            from ringfence.client.admin.trust_setup import BY_NAME, ON_DEMAND, SERVICE_ROLES
 
-            return {"SERVICE...": (*SERVICE_ROLES, *ON_DEMAND)}
+            return {"SERVICE...": (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME)}
         case ("init",):
             from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 

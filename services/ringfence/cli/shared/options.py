@@ -116,6 +116,8 @@ KeyDaysOption = Annotated[
 
 _MAX_CREDENTIAL_S = 86_400
 """The most that a field of type `TtlSeconds` holds."""
+_SIZE = re.compile(r"(\d{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s)?", re.ASCII)
 
 
@@ -159,6 +161,14 @@ def duration_s(text: str) -> int:
     if total < 1:
         raise typer.BadParameter(f"{text!r} is no time at all; write for example 15m")
     return total
+
+
+def size_bytes(text: str) -> int:
+    """Parse `512M` or `2G` into bytes, in powers of 1024. Raises typer.BadParameter."""
+    match = _SIZE.fullmatch(text)
+    if match is None or int(match[1]) == 0:
+        raise typer.BadParameter(f"{text!r} is no size; write for example 512M or 2G", param_hint="--memory")
+    return int(match[1]) * _UNITS[match[2].upper()]
 
 
 def credential_life_s(text: str) -> int:

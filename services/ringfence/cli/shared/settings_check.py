@@ -25,6 +25,7 @@ DECLARED_IN = (
     "ringfence.signals.settings",
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
+    "ringfence.runner.settings",
 )
 _OTHER_READERS = (
     "RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS", "RINGFENCE_GATEWAY_FOLDER",

@@ -586,9 +586,7 @@ class Administrator(CommandClient):
             stop = RunStop(**self.connection.stamp(COMMAND_LIFE_S), run_id=run_id, reason=reason)
         if agent_id is not None and task_id is not None:
             directory = await self.connection.current_directory()
-            problem = stop_problem(
-                stop, directory, agent_id=agent_id, task_id=task_id, ordered_by=ordered_by
-            )
+            problem = stop_problem(stop, directory, agent_id=agent_id, task_id=task_id, ordered_by=ordered_by)
             if problem is not None:
                 raise RefusedError(stop.typ, (problem,), "client")
         await self.connection.publish(RUN_ORDER, run_id, stop)

@@ -37,6 +37,8 @@ runner has its own too, since agents name the runners that they trust."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
 ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
 """Optional services. They have a key from the beginning."""
+BY_NAME: tuple[ServiceRole, ...] = ("runner",)
+"""Services that not everybody runs, each process with a name and a key of its own (`init --add-runner`)."""
 TOKEN_KEY = "issuer-token"  # noqa: S105 - the name of a file
 """Signs access tokens. It is not the key that signs the issuer's messages."""
 _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
