@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -15,22 +14,20 @@ import pytest
 from ringfence.client.agent.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, RequestDeniedError
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.enrolment import InstanceEnrolment, RunRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings
-from ringfence.messages.run import Run, RunExit, RunOrder, RunStatus
-from ringfence.messages.topics import AUDIT, LEASE, RUN, RUN_ORDER
-from ringfence.messages.trust import ServiceIdentity
-from ringfence.model.identity.runners import enrolment_token, runner_issuer, runner_selector
-from ringfence.model.records.runs import run_id_of
+from ringfence.messages.run import RunExit, RunOrder, RunStatus
+from ringfence.messages.topics import AUDIT, LEASE, RUN_ORDER
+from ringfence.model.identity.runners import runner_issuer, runner_selector
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.attestation_bench import AttestationBench
 from tests.support.benches.gateway_flows import HUB, RULES, VERBS, gateway
+from tests.support.benches.live_runs import KEYS, OTHER, RUNNER, LiveRun, add_runner, agent_of
 from tests.support.runs import LIMITS
-from tests.support.world import DAY_S, WITHIN_S, Party, World, scope
+from tests.support.world import WITHIN_S, World, scope
 
 ASK: dict[str, Any] = {
     "target": "staging",
@@ -39,7 +36,6 @@ ASK: dict[str, Any] = {
     "reason": "a look",
     "timeout_s": 60,
 }
-RUNNER, OTHER = "runner", "runner-2"
 
 
 @pytest.fixture(scope="module")
@@ -56,70 +52,6 @@ async def yard(
             "registry", "policy", "issuer", "revoker", "audit", own={"registry": yard.own}
         ):
             yield await yard.staff()
-
-
-_KEYS: dict[str, SigningKey] = {}
-
-
-async def add_runner(world: World) -> None:
-    """The next trust bundle has a second runner."""
-    key = _KEYS[OTHER] = SigningKey.generate(f"spiffe://{world.td}/service/{OTHER}")
-    _KEYS[RUNNER] = world.key("runner")
-    record = key.record(int(time.time()) + 30 * DAY_S)
-    bundle = world.make_bundle(3)
-    another = ServiceIdentity(id=key.id, roles=("runner",), keys=(record,))
-    bundle = bundle.model_copy(update={"services": (*bundle.services, another)})
-    world.trust.load(sign(bundle, world.root.key, header_jwk=True), time.time())
-    await world.publish_trust(bundle)
-
-
-class LiveRun:
-    """A run, as its runner sees it. It is the source of tokens for the SDK inside, as its sandbox will be."""
-
-    def __init__(self, yard: AttestationBench, agent: Party, task: str, runner: str = RUNNER) -> None:
-        self.world, self.agent, self.task, self.key = yard.world, agent, task, _KEYS[runner]
-        self.nonce = uuid.uuid4().hex
-        self.id = run_id_of(self.key.id, nonce=self.nonce)
-        self.deadline = int(time.time()) + 1800
-        self.kid: str | None = None
-        self.starts = True
-
-    async def token(self, bound_audience: str) -> str:
-        self.kid = bound_audience.rpartition("/")[2]
-        if self.starts:
-            await self.say("claimed")
-            await self.say("started")
-        ref = RunRef(run_id=self.id, task_id=self.task)
-        return enrolment_token(
-            self.key,
-            self.world.td,
-            self.agent.name,
-            ref,
-            self.kid,
-            now_s=int(time.time()),
-            deadline_s=self.deadline,
-        )
-
-    def said(self, status: RunStatus, **fields: Any) -> Run:
-        given: dict[str, Any] = {
-            "iss": self.key.id, "aud": self.world.td, "iat": int(time.time()), "jti": str(uuid.uuid4()),
-            "run_id": self.id, "nonce": self.nonce, "agent_id": self.agent.name, "task_id": self.task,
-            "status": status, "key_thumbprint": None if status == "claimed" else self.kid or "none",
-            "deadline": self.deadline, "backend": "bubblewrap", "limits": LIMITS, "at_ms": int(time.time() * 1000),
-        }  # fmt: skip
-        return Run(**{**given, **fields})
-
-    async def say(self, status: RunStatus, by: SigningKey | None = None, **fields: Any) -> Coordinates:
-        return await self.world.send(RUN, self.id, sign(self.said(status, **fields), by or self.key))
-
-
-async def agent_of(yard: AttestationBench, runner: str = RUNNER) -> Party:
-    """An agent without keys whose runs by this runner are its instances."""
-    name = f"bot-{uuid.uuid4().hex[:8]}"
-    selector = runner_selector(yard.world.td, runner, name)
-    return await yard.world.agent(
-        name, yard.sam, scope("staging", ("read",), ("env/**",)), keys=(), attestation=(selector,)
-    )
 
 
 async def event_of(world: World, run: LiveRun, code: str) -> dict[str, Any]:
@@ -235,7 +167,7 @@ async def test_a_forged_record_of_a_run_changes_nothing_and_is_told(yard: Attest
     run = LiveRun(yard, agent, task)
     async with yard.connected(agent, run) as inside:
         credential = await inside.request(task=task, **ASK)
-        other = _KEYS[OTHER]
+        other = KEYS[OTHER]
         by_other = await run.say("ended", other, iss=other.id)
         as_runner = await run.say("ended", other)
         by_registry = await run.say("ended", world.key("registry"), iss=world.key("registry").id)

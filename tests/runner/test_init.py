@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
-from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.crypto.keys import SigningKey, public_key
 from ringfence.messages.enrolment import InstanceEnrol
 from ringfence.runner.control.channel import CommandStartError
-from tests.runner.runs import AGENT, ENROLMENT, TRUST_DOMAIN, RunHost, run_host
+from ringfence.runner.control.messages import EnrolMessage
+from ringfence.runner.init.instance import sign_enrolment
+from ringfence.runner.init.instance_key import InstanceKey
+from tests.runner.run_host import AGENT, ENROLMENT, TRUST_DOMAIN, RunHost, run_host
 
 
 @pytest.fixture
@@ -73,3 +79,20 @@ async def test_the_key_of_the_enrolment_is_the_one_in_memory_inside(host: RunHos
     assert key["jwk"]["x"] == run.key.x
     claims = parse(run.enrolment.decode()).unverified_claims(InstanceEnrol)
     assert (claims.iss, claims.key, claims.token) == (key["id"], run.key, "a token")
+
+
+def test_what_the_instance_key_writes_is_what_the_kernel_reads(tmp_path: Path) -> None:
+    key = InstanceKey()
+    key.save(tmp_path / "key.json", "spiffe://acme.example/agent/bot")
+    loaded = SigningKey.load(tmp_path / "key.json")
+    assert (loaded.id, loaded.kid) == ("spiffe://acme.example/agent/bot", key.kid)
+    assert loaded.public.model_dump(exclude_none=True) == key.jwk
+    text = sign_enrolment(key, EnrolMessage("a token", "acme.example", "bot"))
+    signed = verify(
+        parse(text),
+        InstanceEnrol,
+        lambda issuer, kid: public_key(loaded.public) if (issuer, kid) == (loaded.id, key.kid) else None,
+        audience="acme.example",
+        appended_at_ms=time.time_ns() // 1_000_000,
+    )
+    assert signed.claims.key == loaded.public

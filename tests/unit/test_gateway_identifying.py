@@ -85,7 +85,9 @@ def code(found: Sender | Refusal) -> str:
 
 
 async def test_a_handle_with_a_proof_by_the_agents_key_names_the_lease_and_its_task(door: Door) -> None:
-    assert await door.shown(door.proof()) == Sender("bot", door.task, door.lease.lease_id)
+    found = await door.shown(door.proof())
+    assert isinstance(found, Sender)
+    assert (found.agent_id, found.task_id, found.lease_id) == ("bot", door.task, door.lease.lease_id)
 
 
 async def test_a_handle_alone_counts_on_the_socket_of_its_task_and_nowhere_else(door: Door) -> None:
@@ -200,7 +202,7 @@ async def test_an_instance_is_told_by_the_key_that_it_enrolled(door: Door) -> No
     lease = instance(door, key)
     handle = lease.lease_id
     found = await door.shown(door.proof(key, handle), handle, address="10.0.0.7")
-    assert found == Sender("bot", door.task, handle)
+    assert found == Sender("bot", door.task, handle, key_proved=True)
     assert door.uses == [("bot", key.kid, "10.0.0.7")]
     # Its key is good for what it asked for, and for nothing else of the agent.
     for by, shown, refusal in (
@@ -221,7 +223,7 @@ async def test_a_record_that_has_an_instances_key_for_another_agent_takes_nothin
     lease = instance(door, key)
     door.ledger.give(door.ledger.register("sam", "squatter", "sam", keys=(door.ledger.key_record(key),)))
     found = await door.shown(door.proof(key, lease.lease_id), lease.lease_id)
-    assert found == Sender("bot", door.task, lease.lease_id)
+    assert found == Sender("bot", door.task, lease.lease_id, key_proved=True)
 
 
 async def test_a_lease_of_no_instance_is_bound_to_keys_of_the_record(door: Door) -> None:

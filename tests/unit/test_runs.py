@@ -141,17 +141,28 @@ class Place:
         }  # fmt: skip
         return leases.lease(**given).claims
 
-    def gateway(self, lease: Lease) -> list[str]:
-        """The codes of what a gateway has against an action by this lease."""
+    def gateway(self, lease: Lease, sender: Sender | None = None) -> list[str]:
+        """The codes of what a gateway has against an action by this lease; with a proof by its key if not said else."""
         self.table.apply(lease)
         entry = self.ledger.directory.target("staging")
         assert entry is not None
         found = authorize(
-            Sender("bot", None, lease.lease_id), entry.state, Action("read", "env/a"), self.table,
-            self.ledger.directory, now_s=self.now_s, entitlements_max_age_s=MAX_AGE_S,
+            sender or Sender("bot", None, lease.lease_id, key_proved=True), entry.state, Action("read", "env/a"),
+            self.table, self.ledger.directory, now_s=self.now_s, entitlements_max_age_s=MAX_AGE_S,
         )  # fmt: skip
         assert isinstance(found, ChosenLease | Refusal)
         return [reason.code for reason in found.reasons] if isinstance(found, Refusal) else []
+
+    def chosen(self, sender: Sender) -> str:
+        """The lease that a gateway chooses for an action."""
+        entry = self.ledger.directory.target("staging")
+        assert entry is not None
+        found = authorize(
+            sender, entry.state, Action("read", "env/a"), self.table, self.ledger.directory, now_s=self.now_s,
+            entitlements_max_age_s=MAX_AGE_S,
+        )  # fmt: skip
+        assert isinstance(found, ChosenLease), found
+        return found.lease.lease_id
 
     def revoker(self, lease: Lease) -> str | None:
         """The kind of end that the revoker has for a lease that was issued; None if it may stay."""
@@ -878,6 +889,32 @@ def test_what_a_run_uses_is_cut_when_it_ends(started: Place) -> None:
     assert not table.is_live(lease.lease_id, started.ledger.clock.ms)
     assert table.problem(other) is None
     assert started.gateway(lease) == ["run_ended"]
+
+
+def test_a_lease_counts_where_its_runs_key_is_shown_and_on_no_other_socket(started: Place) -> None:
+    by_run, by_agent = started.leased(), started.leased(instance=None)
+    run, other = started.run.id, str(uuid.uuid4())
+    for lease, socket, expected in (
+        (by_run, run, []),
+        (by_agent, run, ["socket_other_run"]),
+        (by_run, other, ["socket_other_run"]),
+        (by_run, None, ["lease_of_run"]),
+        (by_agent, None, []),
+    ):
+        by_handle = Sender("bot", started.task, lease.lease_id, socket)
+        assert started.gateway(lease, by_handle) == expected
+    # Without a handle only leases that count are candidates; if there are others alone, the answer says so.
+    assert started.gateway(by_run, Sender("bot", started.task, None, run)) == []
+    assert started.gateway(by_run, Sender("bot", started.task)) == []
+    chosen = started.chosen(Sender("bot", started.task, None, run))
+    assert chosen == by_run.lease_id
+    assert started.chosen(Sender("bot", started.task)) == by_agent.lease_id
+    assert started.gateway(by_run, Sender("bot", started.task, None, other)) == ["socket_other_run"]
+    started.table.revoke(by_agent.lease_id, 0)
+    assert started.gateway(by_run, Sender("bot", started.task)) == ["lease_of_run"]
+    # A certificate shows the agent, and not the key of the run.
+    assert started.gateway(by_run, Sender("bot", None, by_run.lease_id)) == ["lease_of_run"]
+    assert started.gateway(by_run, Sender("bot", None, by_run.lease_id, key_proved=True)) == []
 
 
 def test_runs_that_ended_long_ago_are_not_kept(started: Place) -> None:

@@ -43,7 +43,7 @@ from ringfence.model.identity.spiffe_ids import Kind, subject_of
 from ringfence.model.records.directory import Directory
 
 if TYPE_CHECKING:
-    from ringfence.client.instance_enrolment import Attested
+    from ringfence.client.instance_enrolment import EnrolledInstanceKey
     from ringfence.kernel.kafka.table_reader import Follower
 
 READY_TIMEOUT_S = 30.0
@@ -109,7 +109,7 @@ class Connection(Lifetime):
         settings: ClientSettings | None = None,
         clock: Clock | None = None,
         *,
-        attested: Attested | None = None,
+        attested: EnrolledInstanceKey | None = None,
     ) -> None:
         """Args:
             key: the identity, as a key or the path of its file; None takes the one in the settings.
@@ -152,7 +152,7 @@ class Connection(Lifetime):
             raise
 
     async def renew(self) -> None:
-        """Renew the enrolled key of a running instance where it ends soon. Raises as `Attested.current`."""
+        """Renew the enrolled key of a running instance where it ends soon. Raises as its `current`."""
         if self._attested is not None:
             enrolled = await self._attested.current()
             self.key, self.enrolment = enrolled.key, enrolled.enrolment

@@ -1,6 +1,6 @@
 """Workload attestation for a running agent instance: it enrols a key of its own at the registry.
 
-The enrolment is renewed before it ends.
+The enrolment is renewed before it ends. In a run of `ringfence run`, init has enrolled the key (`RunInstance`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import logging
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from ringfence.client.errors import EnrolmentRefusedError
+from ringfence.client.errors import EnrolmentRefusedError, IdentityError
 from ringfence.client.settings import ClientSettings
 from ringfence.client.token_sources import TokenSource
 from ringfence.kernel.base.clock import Clock
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+RUN_KEY_FILE = "key.json"
+RUN_ENROLMENT_FILE = "enrolment.jws"
+"""What a run's folder has (`RINGFENCE_RUN_INSTANCE`)."""
 _TIMEOUT_S = 10.0
 _TRIES = 4
 _PAUSE_S = 0.5
@@ -50,6 +53,58 @@ class Enrolled:
     not_after: int
     token: str
     """The digest of the platform token that was used."""
+
+
+class EnrolledInstanceKey(Protocol):
+    """Who has an enrolled key of a running instance."""
+
+    id: str
+    """The SPIFFE ID of the agent."""
+
+    async def current(self) -> Enrolled:
+        """Return an enrolled key that is still valid. Raises RingfenceError where there is none."""
+        ...
+
+
+class RunInstance:
+    """The instance of a run, whose key and enrolment the init of its sandbox has put into a folder.
+
+    They end with the run and are never renewed.
+    """
+
+    def __init__(self, agent_id: str, folder: Path, settings: ClientSettings, clock: Clock) -> None:
+        """`folder` is the value of `RINGFENCE_RUN_INSTANCE`."""
+        self.id = spiffe_id(settings.trust_domain, "agent", agent_id)
+        self._folder = folder
+        self._clock = clock
+        self._enrolled: Enrolled | None = None
+
+    async def current(self) -> Enrolled:
+        """Return the key of the run.
+
+        Raises KeyFileError, IdentityError where the folder does not have what a run has, and EnrolmentRefusedError
+        after its end.
+        """
+        enrolled = self._enrolled = self._enrolled or self._read()
+        if self._clock.now_ms() / 1000 >= enrolled.not_after:
+            raise EnrolmentRefusedError("the key of this run has ended, and is not renewed: start a new run")
+        return enrolled
+
+    def _read(self) -> Enrolled:
+        key = SigningKey.load(self._folder / RUN_KEY_FILE)
+        path = self._folder / RUN_ENROLMENT_FILE
+        try:
+            enrolment = path.read_text("ascii").strip()
+            claims = parse(enrolment).unverified_claims(InstanceEnrolment)
+        except (OSError, ValueError, InvalidMessageError):
+            raise IdentityError(
+                f"{path} holds no enrolment: RINGFENCE_RUN_INSTANCE is the folder that ringfence run makes"
+            ) from None
+        if not key.id == claims.sub == self.id or claims.key.kid != key.kid:
+            raise IdentityError(f"{self._folder} is not of an instance of {self.id}: correct RINGFENCE_AGENT")
+        return Enrolled(
+            key, enrolment, claims.instance_id, claims.iat, claims.key.not_after, claims.token_digest
+        )
 
 
 class Attested:

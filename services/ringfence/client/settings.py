@@ -28,6 +28,9 @@ class ClientSettings(BusSettings):
     """Where its platform's identity token comes from: `file:PATH`, `github` or `gcp`; `RINGFENCE_ATTEST`."""
     attest_key_file: Path | None = None
     """Where the enrolled key is kept for a process that starts again; in memory alone where not set."""
+    run_instance: Path | None = None
+    """The folder with the key and the enrolment of a run's instance, `RINGFENCE_RUN_INSTANCE`. The runner sets it in
+    the run's sandbox; `RINGFENCE_AGENT` says whose instance it is."""
     door: (
         Annotated[str, Field(pattern=r"^(unix:.*[^/]|https?://[A-Za-z0-9._\[\]:-]+/?)$", max_length=1024)]
         | None

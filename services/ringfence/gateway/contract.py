@@ -45,6 +45,8 @@ class PresentedIdentity:
     """The names, in lower case, of the agent's headers, without the one that shows its handle. Where none are known,
     observe mode forwards nothing.
     """
+    run_id: str | None = None
+    """The run whose own unix socket the request came through, besides its task. Only that run's instance counts."""
 
 
 @dataclass(frozen=True, slots=True)

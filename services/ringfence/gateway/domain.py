@@ -55,6 +55,11 @@ class Sender:
     """The task that the request counts for; None where it is that of the chosen lease."""
     lease_id: str | None = None
     """The only lease that the request may use; None where any lease of the task may be used."""
+    run_id: str | None = None
+    """The run whose own socket the request came through: only leases of its instance may be used."""
+    key_proved: bool = False
+    """Whether the request has a proof by the key of its lease. Without it, or the run's socket, no run's lease counts.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +149,10 @@ def authorize(
     named = _lease_of_handle(sender, target, leases)
     if isinstance(named, Refusal):
         return named
-    candidates = (
+    usable = (
         [named] if named is not None else leases.usable(sender.agent_id, sender.task_id, target.target_id)
     )
+    candidates = [one for one in usable if lease_elsewhere(sender, one) is None]
     lease = narrowest(one for one in candidates if not missing(wanted, one.scope))
     task_id = lease.task_id if lease is not None else sender.task_id or (named.task_id if named else None)
     reasons: list[Reason] = []
@@ -160,7 +166,8 @@ def authorize(
         except DeniedError as error:
             reasons.append(error.reason)
     if lease is None:
-        reasons.append(_no_lease_reason(sender, wanted[0], candidates))
+        elsewhere = lease_elsewhere(sender, usable[0]) if usable and not candidates else None
+        reasons.append(elsewhere or _no_lease_reason(sender, wanted[0], candidates))
     else:
         reasons += _unusable_reasons(lease, target)
         gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
@@ -202,6 +209,31 @@ def _breadth(lease: Lease) -> tuple[int, int, int, int, str]:
     return trees, segments, pairs, lease.deadline, lease.lease_id
 
 
+def lease_elsewhere(sender: Sender, lease: Lease) -> Reason | None:
+    """Why a lease does not count where the request came in, or None.
+
+    On a run's socket only leases of its instance count. They count nowhere else without a proof by their key: a task's
+    socket is open to all who can open the file, and a certificate is the agent's.
+    """
+    run_id = run_id_of_lease(lease)
+    if sender.run_id is not None and run_id != sender.run_id:
+        message = f"the socket is of run {sender.run_id}, and the lease is another's; ask for one here"
+        return Reason(code="socket_other_run", message=message, side="lease")
+    if run_id is not None and sender.run_id is None and not sender.key_proved:
+        message = (
+            f"the lease is of run {run_id}: use the run's own socket, or a listener with a proof by its key"
+        )
+        return Reason(code="lease_of_run", message=message, side="lease")
+    return None
+
+
+def run_id_of_lease(lease: Lease) -> str | None:
+    """The run whose instance asked for a lease; None if none did."""
+    return (
+        lease.instance.run.run_id if lease.instance is not None and lease.instance.run is not None else None
+    )
+
+
 def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lease | Refusal | None:
     """The lease that the handle names, if the sender has it at this target; None where there is no handle."""
     if sender.lease_id is None:
@@ -213,6 +245,8 @@ def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lea
         return refuse("handle_other_agent", f"the handle is a lease of agent {lease.agent_id}")
     if sender.task_id not in (None, lease.task_id):
         return refuse("handle_other_task", "the handle is a lease of another task")
+    if (elsewhere := lease_elsewhere(sender, lease)) is not None:
+        return Refusal(FORBIDDEN, (elsewhere,))
     if lease.target_id != target.target_id:
         message = (
             f"the handle is a lease for target {lease.target_id}, and this request is for {target.target_id}"

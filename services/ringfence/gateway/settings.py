@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from ringfence.kernel.base.settings import RingfenceSettings
-from ringfence.messages.base import TargetId
+from ringfence.messages.base import Name, TargetId
 from ringfence.rego.embedded import TIMEOUT_MS
 
 
@@ -58,7 +58,10 @@ class GatewaySettings(RingfenceSettings):
     tls_client_ca_file: Path | None = None
     """The CA (PEM) of agents' client certificates. The only URI in such a certificate is the agent's SPIFFE ID."""
     sockets: Path | None = None
-    """The folder in which each task with leases for gateways has a unix socket of its own, `TASK.sock`."""
+    """The folder in which each task with leases for gateways has a unix socket of its own, `TASK.sock`, and each run
+    that goes on has one, `RUN.sock`."""
+    runners: Annotated[tuple[Name, ...], NoDecode, BeforeValidator(_split_list)] = ()
+    """The runners whose runs have sockets there: `runner-1,runner-2`; every runner's by default."""
     agent_api: bool = True
     """Whether agents reach the HTTP API for agents there: they post signed requests to `http://ringfence/v1/requests`,
     and fetch sealed replies. Needs write access to `credential.request` and `revocation.request` on Kafka."""

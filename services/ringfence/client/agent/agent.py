@@ -33,7 +33,7 @@ from ringfence.client.errors import (
     RequestTimeoutError,
     checked,
 )
-from ringfence.client.instance_enrolment import Attested
+from ringfence.client.instance_enrolment import Attested, EnrolledInstanceKey, RunInstance
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.client.token_sources import TokenSource, source_of
@@ -86,7 +86,7 @@ def _connection(
     key: SigningKey | Path | str | None,
     settings: ClientSettings,
     clock: Clock,
-    attested: Attested | None = None,
+    attested: EnrolledInstanceKey | None = None,
 ) -> Connection:
     """By a gateway's HTTP API if `RINGFENCE_DOOR` says where, else by Kafka."""
     if settings.door is not None:
@@ -131,7 +131,8 @@ class Agent(Lifetime):
         """Return an agent, to be entered: `async with Agent.connect(...) as agent`.
 
         Args:
-            key: the agent's key, or the path of its file; None takes `RINGFENCE_IDENTITY`.
+            key: the agent's key, or the path of its file; None takes `RINGFENCE_RUN_INSTANCE`, which is set in a run of
+                `ringfence run`, or else `RINGFENCE_IDENTITY`.
             settings: where to connect to; None reads `RINGFENCE_*` and the settings file. With `RINGFENCE_DOOR` the
                 agent uses a gateway's HTTP API and needs no Kafka; `delegate`, `end_delegated`, and `release` with a
                 timeout raise InvalidCallError then.
@@ -144,13 +145,22 @@ class Agent(Lifetime):
             `attest` TokenSourceError and EnrolmentRefusedError.
         """
         settings, clock = load_settings(settings), clock or SystemClock()
+        run_folder = settings.run_instance if key is None and attest is None else None
         attest = attest or (settings.attest if key is None else None)
-        if attest is None:
+        if attest is None and run_folder is None:
             return cls(_connection(key, settings, clock))
         if key is not None:
             raise InvalidCallError("an instance enrols a key of its own: give a key or attest, and not both")
         if not (agent_id := agent_id or settings.agent):
             raise IdentityError("say which agent this is an instance of: agent_id, or RINGFENCE_AGENT")
+        if run_folder is not None:
+            if attest is not None:
+                raise InvalidCallError(
+                    "RINGFENCE_RUN_INSTANCE and RINGFENCE_ATTEST each say where the key is from: unset one of them"
+                )
+            run = RunInstance(agent_id, run_folder, settings, clock)
+            return cls(_connection(None, settings, clock, run))
+        assert attest is not None
         source = source_of(attest) if isinstance(attest, str) else attest
         attested = Attested(agent_id, source, settings, clock, key_file=settings.attest_key_file)
         return cls(_connection(None, settings, clock, attested))

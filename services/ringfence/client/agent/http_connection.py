@@ -19,7 +19,7 @@ from ringfence.client.agent.dpop import NONCE_HEADER, proof
 from ringfence.client.agent.httpx_auth import wants_nonce
 from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.errors import InvalidCallError, RefusedError, require_understood
-from ringfence.client.instance_enrolment import Attested
+from ringfence.client.instance_enrolment import EnrolledInstanceKey
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError
@@ -68,7 +68,7 @@ class HttpConnection(Connection):
         settings: ClientSettings,
         clock: Clock | None = None,
         *,
-        attested: Attested | None = None,
+        attested: EnrolledInstanceKey | None = None,
     ) -> None:
         """`door`: the value of `RINGFENCE_DOOR`; for the others, and what is raised, see `Connection`."""
         super().__init__(key, settings, clock, attested=attested)

@@ -1,8 +1,8 @@
 """The HTTP API for agents: `POST /v1/requests`, `GET /v1/requests/ID` and `GET /v1/trust`.
 
 It verifies who posts a message and publishes it; it hands out sealed replies to who posted it. It decides nothing else,
-and cannot read a reply. Over a task's socket only that task's messages count. Elsewhere each call needs a DPoP proof
-(RFC 9449) by the key that signed the message.
+and cannot read a reply. Over a task's socket only that task's messages count, over a run's socket only those of its
+instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the message.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ import orjson
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.dpop_proofs import ProofChecker
 from ringfence.gateway.agent_api.posted_messages import MAX_BYTES, PostedMessage, PostedMessageVerifier
-from ringfence.gateway.agent_api.publications import Publications
+from ringfence.gateway.agent_api.publications import Publication, Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.contract import Answer, ApiRequest, PresentedIdentity
 from ringfence.gateway.dataplane.limits import SenderLimits
 from ringfence.gateway.decision.sender import NONCE_REQUIRED, AgentKeys, unverified_thumbprint
+from ringfence.gateway.domain import run_id_of_lease
 from ringfence.gateway.errors import RequestRefusedError, problem_answer
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
@@ -36,6 +37,7 @@ from ringfence.messages.lease import RevocationRequest
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import enrolment_of
 
 JOSE: Final = "application/jose"
 MAX_WAIT_S: Final = 60.0
@@ -104,6 +106,8 @@ class AgentRequestsApi:
         message = await self._verifier.verify(body)
         presented = request.presented
         if presented.task_id is not None:
+            if presented.run_id is not None:
+                self._require_run(presented.run_id, message)
             self._require_task(presented.task_id, message)
         else:
             self._require_certificate_of(message.agent_id, presented)
@@ -144,6 +148,40 @@ class AgentRequestsApi:
                 403, "socket_other_task", "this socket is for another task of the agent"
             )
 
+    def _require_run(self, run_id: str, message: PostedMessage) -> None:
+        """On a run's socket only messages of its instance count, and only those about what is the instance's own."""
+        claims, is_own = message.claims, True
+        enrolment = enrolment_of(claims)
+        run = enrolment.run if enrolment is not None else None
+        self._require_run_key(run_id, message.kid if run is not None and run.run_id == run_id else None)
+        if isinstance(claims, RequestWithdraw):
+            request = self._publications.find(claims.request_id)
+            is_own = request is not None and request.kid == message.kid
+        elif isinstance(claims, RevocationRequest) and claims.lease_id is not None:
+            lease = self._leases.get(claims.lease_id)
+            is_own = lease is None or run_id_of_lease(lease) == run_id
+        if not is_own:
+            raise RequestRefusedError(
+                403, "socket_other_run", "the instance of a run withdraws and gives back only what it asked for "
+                "itself; after a restart of the gateway post the request again before it is withdrawn",
+            )  # fmt: skip
+
+    def _require_run_key(self, run_id: str, kid: str | None) -> None:
+        """Raise RequestRefusedError if the run does not go on, or if `kid` is not the key that was made in it."""
+        runs = self._directory.runs
+        run = runs.get(run_id)
+        if run is None or not runs.goes_on(run_id) or self._clock.now_ms() / 1000 >= run.deadline:
+            raise RequestRefusedError(
+                403, "run_ended", f"run {run_id} has ended, and with it everything that its instance may"
+            )
+        if run.key_thumbprint != kid:
+            raise RequestRefusedError(
+                403,
+                "socket_other_run",
+                "this socket is for the instance of one run: sign with the key that was made in "
+                "it, and send its enrolment",
+            )
+
     # --- GET /v1/requests/ID ---
 
     async def _get_reply(self, request: ApiRequest, id: str) -> Answer:
@@ -180,7 +218,9 @@ class AgentRequestsApi:
         presented, publication = request.presented, self._publications.find(id)
         if presented.task_id is not None:
             agent_id = self._agent_of(presented.task_id)
-            if publication is not None:
+            if presented.run_id is not None:
+                entitled = self._entitled_run(presented.run_id, agent_id, publication)
+            elif publication is not None:
                 entitled = agent_id == publication.agent_id and publication.task_id == presented.task_id
             else:
                 entitled = agent_id is not None and self._replies.has(agent_id, id)
@@ -201,6 +241,13 @@ class AgentRequestsApi:
             raise _unknown_request()
         self._require_certificate_of(agent_id, presented)
         return agent_id, await self._check_proof(request, kid)
+
+    def _entitled_run(self, run_id: str, agent_id: str | None, publication: Publication | None) -> bool:
+        """Whether a request is of a run's instance. Of forgotten ones that is unknown: to post it again proves it."""
+        if publication is None or publication.agent_id != agent_id:
+            return False
+        self._require_run_key(run_id, publication.kid)
+        return True
 
     # --- who calls ---
 

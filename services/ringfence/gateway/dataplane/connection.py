@@ -291,7 +291,9 @@ class AgentConnection:
     def _report_blocked(
         self, code: str, message: str, request: RequestHead | None, agent_id: str | None = None
     ) -> None:
-        shown = PresentedIdentity(self._listener.task_id, self._listener.certificate)
+        shown = PresentedIdentity(
+            self._listener.task_id, self._listener.certificate, run_id=self._listener.run_id
+        )
         if request is not None:
             host = request.values.get(b"host")
             method, target = request.method, request.target

@@ -16,7 +16,9 @@ _JSON: Final = "application/json"
 _HTTP_STATUSES: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND})
 """MCP clients act on these HTTP statuses: the sender is not authenticated, or the session has ended."""
 _TYPE: Final = "urn:ringfence:problem:"
-_FIXED_BY_NEW_CREDENTIAL: Final = frozenset({"no_lease", "beyond_lease", "lease_ended", "lease_cut"})
+_FIXED_BY_NEW_CREDENTIAL: Final = frozenset({
+    "no_lease", "beyond_lease", "lease_ended", "lease_cut", "socket_other_run",
+})  # fmt: skip
 """Refusal codes that a new credential may resolve."""
 
 

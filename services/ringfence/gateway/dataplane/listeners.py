@@ -1,4 +1,4 @@
-"""Opens the listeners that the settings configure, and keeps task sockets and CA up to date."""
+"""Opens the listeners that the settings configure, and keeps the sockets of tasks and runs, and the CA, up to date."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ringfence.gateway.contract import AgentApi
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
+from ringfence.gateway.dataplane.run_sockets import IN_TOTAL, RunSockets
 from ringfence.gateway.hosts import AGENT_API
 from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.gateway.wiring import Core
@@ -46,7 +47,7 @@ class Listeners:
         self._own = own
         self._tls = _tls_for_agents(own)
         allowance = Allowance(connections=own.connections)
-        _raise_file_limit(2 * own.connections + _OTHER_FILES)
+        _raise_file_limit(2 * own.connections + IN_TOTAL + _OTHER_FILES)
         self._plane = DataPlane(
             core.gate,
             is_target_host=core.targets.is_target_host,
@@ -62,6 +63,14 @@ class Listeners:
         self._own_hosts = frozenset({AGENT_API}) if agent_api is not None else frozenset[str]()
         self._sockets: dict[str, Path] = {}
         """By task id."""
+        self._run_sockets = RunSockets(
+            self._plane,
+            core.view.directory.runs,
+            runtime.clock,
+            trust_domain=runtime.settings.trust_domain,
+            is_active=self._is_active,
+            runners=own.runners,
+        )
         self._open = False
 
     async def run(self) -> None:
@@ -78,6 +87,8 @@ class Listeners:
         while True:
             self._update_ca()
             await self._update_task_sockets()
+            if self._own.sockets is not None:
+                await self._run_sockets.update(self._own.sockets)
             self._open = True
             await asyncio.sleep(_UPDATE_EVERY_S)
 

@@ -187,16 +187,17 @@ class DataPlane:
         self._servers.append(server)
         return int(server.sockets[0].getsockname()[1])
 
-    async def listen_for_task(self, path: Path, task_id: str) -> None:
-        """Listen on a unix socket for one task (mode 0600). Raises ListenError."""
+    async def listen_for_task(self, path: Path, task_id: str, *, run_id: str | None = None) -> None:
+        """Listen on a unix socket for one task, or for one run within it (mode 0600). Raises ListenError."""
         if path in self._tasks:
             await self.close_for_task(path)
         listening = _bind(path)
         streams: set[Stream] = set()
+        sender = f"run:{run_id}" if run_id is not None else f"task:{task_id}"
 
         def context_of(stream: Stream) -> ListenerContext:
             streams.add(stream)
-            return ListenerContext(f"task:{task_id}", "http", task_id=task_id)
+            return ListenerContext(sender, "http", task_id=task_id, run_id=run_id)
 
         def lost(stream: Stream) -> None:
             streams.discard(stream)
@@ -210,7 +211,9 @@ class DataPlane:
         self._tasks[path] = (server, streams)
 
     async def close_for_task(self, path: Path) -> None:
-        """Remove the socket of a task that is over, and drop its connections."""
+        """Remove the socket of a task or run that is over, and drop its connections. Nothing if there is none."""
+        if path not in self._tasks:
+            return
         server, streams = self._tasks.pop(path)
         server.close()
         _remove(path)
@@ -236,7 +239,7 @@ class DataPlane:
     def _serve(self, stream: Stream, context_of: Callable[[Stream], ListenerContext]) -> None:
         listener = context_of(stream)
         if not self.limits.open_connection(listener.sender):
-            shown = PresentedIdentity(listener.task_id, listener.certificate)
+            shown = PresentedIdentity(listener.task_id, listener.certificate, run_id=listener.run_id)
             self._shared.report_blocked(
                 BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown)
             )

@@ -49,6 +49,8 @@ class ListenerContext:
     """The authority of the CONNECT that the request came through."""
     handle: str | None = None
     """The handle that the CONNECT showed."""
+    run_id: str | None = None
+    """The run of the listener, besides its task."""
 
     @property
     def is_unauthenticated(self) -> bool:
@@ -216,6 +218,7 @@ def presented_by(
         _field_facts(request.section).header_names
         if htu is not None
         else frozenset(),  # a CONNECT is not forwarded
+        listener.run_id,
     )
 
 

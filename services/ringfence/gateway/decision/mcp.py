@@ -14,7 +14,15 @@ from typing import Final
 
 from ringfence.gateway.contract import Attempt, McpExchange, McpHeaders, McpOutcome, RpcErrorReply
 from ringfence.gateway.decision.targets import CompiledTarget
-from ringfence.gateway.domain import BAD_REQUEST, CONTENT_TOO_LARGE, NOT_FOUND, Refusal, Sender, refuse
+from ringfence.gateway.domain import (
+    BAD_REQUEST,
+    CONTENT_TOO_LARGE,
+    NOT_FOUND,
+    Refusal,
+    Sender,
+    lease_elsewhere,
+    refuse,
+)
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
@@ -141,6 +149,7 @@ class McpSessions:
                 intersect((_permission(target_id, offer),), usable_lease.scope)
                 for offer in target.map.mcp_offers(attempt.target, method, name)
                 for usable_lease in leases
+                if lease_elsewhere(mcp_request.sender, usable_lease) is None
             )
 
         def opened(session: str) -> bool:

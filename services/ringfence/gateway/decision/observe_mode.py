@@ -23,6 +23,7 @@ STILL_DENIED: Final = frozenset({
     "key_compromised",
     "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
     "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
+    "socket_other_run", "lease_of_run",
     "instance_other_task", "run_ended", "run_mismatch", "run_not_started", "run_not_understood", "run_unknown",
 })  # fmt: skip
 """Refusal codes that deny in observe mode too: what people ended, such as a suspended agent, and others' handles."""

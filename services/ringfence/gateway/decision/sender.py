@@ -85,7 +85,7 @@ class SenderAuthenticator:
         if handle is not None and not UUID.fullmatch(handle):
             return None
         if presented.task_id is not None:
-            sender = self._by_task(presented.task_id, handle)
+            sender = self._by_task(presented.task_id, handle, presented.run_id)
         elif presented.certificate is not None:
             sender = self._by_certificate(presented.certificate, handle)
         else:
@@ -100,7 +100,7 @@ class SenderAuthenticator:
         if handle is not None and not UUID.fullmatch(handle):
             return refuse("handle_malformed", "a handle is the id of a lease", status=UNAUTHORIZED)
         if presented.task_id is not None:
-            return self._by_task(presented.task_id, handle)
+            return self._by_task(presented.task_id, handle, presented.run_id)
         if presented.certificate is not None:
             return self._by_certificate(presented.certificate, handle)
         if handle is None:
@@ -111,14 +111,27 @@ class SenderAuthenticator:
             return refuse("proof_missing", message, status=UNAUTHORIZED)
         return await self._by_proof(handle, presented.proof, presented.htu, attempt.method, presented.address)
 
-    def _by_task(self, task_id: str, handle: str | None) -> Sender | Refusal:
+    def _by_task(self, task_id: str, handle: str | None, run_id: str | None) -> Sender | Refusal:
         try:
             task = self._directory.task(task_id)
         except ChainError as error:
             return refuse("record_untrusted", str(error))
         if task is None:
             return refuse("task_unknown", f"there is no task {task_id}; have one assigned")
-        return Sender(task.state.agent_id, task_id, handle)
+        if run_id is not None and (problem := self._run_problem(run_id, task_id, task.state.agent_id)):
+            return problem
+        return Sender(task.state.agent_id, task_id, handle, run_id)
+
+    def _run_problem(self, run_id: str, task_id: str, agent_id: str) -> Refusal | None:
+        """Why nothing counts on the socket of a run, or None. It may be open for a moment longer than its run."""
+        run, now_s = self._directory.runs.get(run_id), self._clock.now_ms() / 1000
+        if run is None or not self._directory.runs.goes_on(run_id) or now_s >= run.deadline:
+            return refuse(
+                "run_ended", f"run {run_id} has ended, and with it everything that its instance may"
+            )
+        if (run.agent_id, run.task_id) != (agent_id, task_id):
+            return refuse("run_mismatch", f"run {run_id} is of another agent or task")
+        return None
 
     def _by_certificate(self, certificate: str, handle: str | None) -> Sender | Refusal:
         agent_id = subject_of(self._trust_domain, certificate, "agent")
@@ -166,7 +179,8 @@ class SenderAuthenticator:
             message = "make the proof with the nonce of this answer"
             return refuse(NONCE_REQUIRED, message, status=UNAUTHORIZED)
         self._on_use(lease.agent_id, kid, address)
-        return Sender(lease.agent_id, lease.task_id, handle)
+        # A lease of a run names its key: `proof_other_key` has refused any other.
+        return Sender(lease.agent_id, lease.task_id, handle, key_proved=lease.key_thumbprint is not None)
 
 
 def _agent_of_instance_key(lease: Lease, kid: str, now_s: float) -> str | None:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.kernel.base.private_files import write_private
-from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.enrolment import InstanceEnrol
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.runner.control.messages import EnrolMessage, StartCommand
+from ringfence.runner.init.instance_key import InstanceKey
 
 KEY_FILE: Final = "key.json"
 ENROLMENT_FILE: Final = "enrolment.jws"
@@ -21,30 +20,30 @@ TRUST_STORE_PASSWORD: Final = "ringfence"  # noqa: S105 - certificates are publi
 _LIFE_S: Final = 60
 
 
-def sign_enrolment(key: SigningKey, enrol: EnrolMessage) -> str:
+def sign_enrolment(key: InstanceKey, enrol: EnrolMessage) -> str:
     """The signed `instance.enrol` (compact JWS) with which the registry enrols the key."""
     now_s = int(time.time())
-    return sign(
-        InstanceEnrol(
-            iss=key.id,
-            aud=enrol.trust_domain,
-            iat=now_s,
-            exp=now_s + _LIFE_S,
-            jti=str(uuid.uuid4()),
-            key=key.public,
-            token=enrol.token,
-        ),
-        key,
+    return key.sign(
+        "instance.enrol",
+        {
+            "iss": spiffe_id(enrol.trust_domain, "agent", enrol.agent_id),
+            "aud": enrol.trust_domain,
+            "iat": now_s,
+            "exp": now_s + _LIFE_S,
+            "jti": str(uuid.uuid4()),
+            "key": key.jwk,
+            "token": enrol.token,
+        },
     )
 
 
-def keep(key: SigningKey, command: StartCommand, folder: str) -> None:
+def write_instance(key: InstanceKey, command: StartCommand, folder: str) -> None:
     """Write key, enrolment and the gateway's certificates to a folder in memory.
 
-    Raises OSError, KeyFileError; ValueError for certificates that are none.
+    Raises OSError, NotPrivateError; ValueError for certificates that are none.
     """
     here = Path(folder)
-    key.save(here / KEY_FILE)
+    key.save(here / KEY_FILE, spiffe_id(command.trust_domain, "agent", command.agent_id))
     write_private(here / ENROLMENT_FILE, command.enrolment)
     if command.ca_pem is not None:
         write_private(here / CA_FILE, command.ca_pem)

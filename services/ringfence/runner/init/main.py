@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from typing import Final
@@ -18,6 +17,10 @@ from ringfence.runner.control.messages import (
 )
 from ringfence.runner.init import process
 from ringfence.runner.init.connection import RunnerConnection
+from ringfence.runner.init.environment import command_environment
+from ringfence.runner.init.instance import sign_enrolment, write_instance
+from ringfence.runner.init.instance_key import InstanceKey
+from ringfence.runner.init.listeners import open_listeners
 from ringfence.runner.sandbox.backend import CONTROL, INSTANCE
 
 FAILED: Final = 125
@@ -29,28 +32,19 @@ def main() -> int:
     try:
         process.prepare()
         return _run(RunnerConnection(CONTROL))
-    except (OSError, RingfenceError) as error:
+    except (OSError, RingfenceError, ValueError) as error:
         sys.stderr.write(f"ringfence init: {error}\n")
         return FAILED
 
 
 def _run(runner: RunnerConnection) -> int:
-    from ringfence.kernel.crypto.keys import SigningKey
-
-    # Its owner is not known yet.
-    key = SigningKey.generate("")
-    runner.send(PublicKeyMessage(key.public.model_dump(exclude_none=True)))
-    from ringfence.runner.init.instance import keep, sign_enrolment
-
-    enrol = runner.receive(EnrolMessage)
-    key = dataclasses.replace(key, id=agent_of(enrol.trust_domain, enrol.agent_id))
-    runner.send(EnrolmentMessage(sign_enrolment(key, enrol)))
+    key = InstanceKey()
+    runner.send(PublicKeyMessage(key.jwk))
+    runner.send(EnrolmentMessage(sign_enrolment(key, runner.receive(EnrolMessage))))
     command = runner.receive(StartCommand)
-    keep(key, command, INSTANCE)
-    from ringfence.runner.init import environment, listeners
-
-    opened = listeners.open_listeners(command.relays)
-    variables = environment.command_environment(dict(os.environ), command, opened.proxy_port)
+    write_instance(key, command, INSTANCE)
+    opened = open_listeners(command.relays)
+    variables = command_environment(dict(os.environ), command, opened.proxy_port)
     process.block_signals()
     try:
         pid = process.start(command.argv, variables, command.working_directory)
@@ -60,13 +54,7 @@ def _run(runner: RunnerConnection) -> int:
         return error.code
     process.release_streams()
     runner.send(StartedMessage())
+    # asyncio and HTTP: what takes longest to import, the command need not wait for.
     from ringfence.runner.init.supervisor import supervise
 
     return supervise(runner, pid, opened)
-
-
-def agent_of(trust_domain: str, agent_id: str) -> str:
-    """The SPIFFE ID of the agent that the run is an instance of."""
-    from ringfence.model.identity.spiffe_ids import spiffe_id
-
-    return spiffe_id(trust_domain, "agent", agent_id)

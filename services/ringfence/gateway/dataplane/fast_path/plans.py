@@ -102,6 +102,7 @@ def route_key(listener: ListenerContext) -> bytes:
         listener.scheme,
         names,
         listener.task_id,
+        listener.run_id,
         listener.certificate,
         listener.address,
         listener.connect_authority,

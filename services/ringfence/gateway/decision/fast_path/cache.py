@@ -90,7 +90,7 @@ def valid_until_s(chosen: ChosenLease, entitlements_max_age_s: int) -> float:
     return min(*ends, lease.instance.not_after) if lease.instance is not None else min(ends)
 
 
-_LeaseKey = tuple[str, str | None, str | None, str, str, str]
+_LeaseKey = tuple[str, str | None, str | None, str | None, bool, str, str, str]
 
 
 class ChosenLeaseCache:
@@ -113,7 +113,10 @@ class ChosenLeaseCache:
 
 
 def _lease_key(sender: Sender, target_id: str, action: Action) -> _LeaseKey:
-    return sender.agent_id, sender.task_id, sender.lease_id, target_id, action.verb, action.resource
+    return (
+        sender.agent_id, sender.task_id, sender.lease_id, sender.run_id, sender.key_proved,
+        target_id, action.verb, action.resource,
+    )  # fmt: skip
 
 
 _RequestKey = tuple[str | None, ...]
@@ -139,7 +142,7 @@ class RequestCache(Generic[V]):
 
 def _request_key(presented: PresentedIdentity, attempt: Attempt) -> _RequestKey:
     return (
-        presented.task_id, presented.certificate, presented.handle,
+        presented.task_id, presented.run_id, presented.certificate, presented.handle,
         attempt.authority, attempt.target_id, attempt.scheme, attempt.method, attempt.target,
         attempt.label,
     )  # fmt: skip

@@ -1,0 +1,108 @@
+"""The sockets of runs: one for each run that goes on, `RUN.sock`, on which only that run's instance counts.
+
+A run needs no lease for it: its instance asks for the first one there. The gateway does not know which runners share
+its machine, so it opens one for every run of the runners that its settings name.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Final
+
+from ringfence.gateway.dataplane.plane import DataPlane, ListenError
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.messages.run import Run
+from ringfence.model.identity.runners import runner_issuer_of, runner_name
+from ringfence.model.records.runs import RunTable
+
+log = logging.getLogger(__name__)
+
+PER_RUNNER: Final = 512
+"""The most sockets for runs of one runner at a time, so that no runner takes those of the others."""
+IN_TOTAL: Final = 2048
+
+
+class RunSockets:
+    """Opens the sockets of runs that go on, and closes those of all others, at each `update`."""
+
+    def __init__(
+        self,
+        plane: DataPlane,
+        runs: RunTable,
+        clock: Clock,
+        *,
+        trust_domain: str,
+        is_active: Callable[[str], bool],
+        runners: Collection[str] = (),
+        per_runner: int = PER_RUNNER,
+        in_total: int = IN_TOTAL,
+    ) -> None:
+        """Args:
+            plane: listens on the sockets.
+            runs: the table of runs; to be fed after this is made.
+            is_active: whether the task with this id is active.
+            runners: names of the runners whose runs have sockets; empty for all.
+        """  # fmt: skip
+        self._plane = plane
+        self._runs = runs
+        self._clock = clock
+        self._trust_domain = trust_domain
+        self._is_active = is_active
+        self._runners = frozenset(runners)
+        self._per_runner = per_runner
+        self._in_total = in_total
+        self._started: dict[str, Run] = {}
+        """Runs that had started when last heard of, in the order of their start."""
+        self._sockets: dict[str, tuple[Path, str]] = {}
+        """Path and runner of each socket, by run id."""
+        self._count_of: Counter[str] = Counter()
+        """The number of sockets, by runner."""
+        runs.on_change(self._on_run)
+
+    async def update(self, folder: Path) -> None:
+        """Close the sockets of runs that no longer go on, and open those of runs that do now."""
+        now_s = self._clock.now_ms() / 1000
+        self._started = {id: run for id, run in self._started.items() if now_s < run.deadline}
+        for run_id in [id for id in self._sockets if not self._goes_on(id)]:
+            path, runner = self._sockets.pop(run_id)
+            self._count_of[runner] -= 1
+            await self._plane.close_for_task(path)
+        for run_id, run in list(self._started.items()):
+            if run_id not in self._sockets and self._goes_on(run_id) and self._has_room(run):
+                await self._open(folder, run)
+
+    def _goes_on(self, run_id: str) -> bool:
+        run = self._started.get(run_id)
+        return run is not None and self._runs.goes_on(run_id) and self._is_active(run.task_id)
+
+    async def _open(self, folder: Path, run: Run) -> None:
+        path = folder / f"{run.run_id}.sock"
+        try:
+            await self._plane.listen_for_task(path, run.task_id, run_id=run.run_id)
+        except ListenError as error:
+            log.error("run %s has no socket: %s", run.run_id, error)
+        self._sockets[run.run_id] = path, run.iss
+        self._count_of[run.iss] += 1
+
+    def _has_room(self, run: Run) -> bool:
+        """Whether one more socket may be open. If not, the run gets its own once that of another run is closed."""
+        if self._count_of[run.iss] < self._per_runner and len(self._sockets) < self._in_total:
+            return True
+        log.warning(
+            "run %s of %s waits for a socket: that runner has %d, and there are %d in total",
+            run.run_id, run.iss, self._count_of[run.iss], len(self._sockets),
+            extra=rate_limited("run", run.iss),
+        )  # fmt: skip
+        return False
+
+    def _on_run(self, run: Run) -> None:
+        issuer = runner_issuer_of(run.iss)
+        name = runner_name(self._trust_domain, issuer) if issuer is not None else None
+        if run.status == "started" and (not self._runners or name in self._runners):
+            self._started[run.run_id] = run
+        else:
+            self._started.pop(run.run_id, None)
