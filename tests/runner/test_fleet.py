@@ -150,3 +150,95 @@ def test_an_order_becomes_a_run_with_what_the_pool_gives(fleet: Fleet) -> None:
     assert (fleet.reports / "out").read_text() == "read me\nhello\n"
     assert len(found["policy_digest"]) == 64
     assert str(fleet.folder) not in json.dumps(found)
+
+
+# --- orders that start nothing ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (("--mount", "secrets"), "mount_not_in_pool"),
+        (("--mount", "sources:rw"), "mount_read_only"),
+        (("--mount", "sources", "--mount", "sources"), "mount_repeated"),
+        (("--image", f"sha256:{'a' * 64}"), "image_not_in_pool"),
+        (("--memory", "64G"), "limit_above_pool"),
+        (("--cpus", "64"), "limit_above_pool"),
+        (("--pids", "100000"), "limit_above_pool"),
+        (("--ttl", "12h"), "limit_above_pool"),
+    ],
+    ids=str,
+)
+def test_what_the_pool_does_not_allow_is_refused_and_shown(
+    fleet: Fleet, words: tuple[str, ...], code: str
+) -> None:
+    found = fleet.ended(fleet.order(*words))
+    assert found["refused"]["code"] == code
+    assert "key_thumbprint" not in found
+    shown = fleet.here.call("run", "show", found["id"], who="maria")
+    assert code in shown.stdout.decode()
+
+
+def test_an_order_for_another_pool_starts_nothing(fleet: Fleet) -> None:
+    done = fleet.here.say(
+        "run", "order", "--pool", "elsewhere", "--task", fleet.here.task, "--", "true", who="maria"
+    )
+    fleet.ended(fleet.order())
+    assert fleet.run(done["run_id"]) is None
+
+
+def test_a_host_path_is_no_mount(fleet: Fleet) -> None:
+    done = fleet.here.call(
+        "run", "order", "--pool", POOL, "--task", fleet.here.task, "--mount", "/etc", "--", "true", who="maria"
+    )
+    assert done.returncode == 2, done.stderr
+
+
+def test_somebody_else_orders_and_stops_nothing(fleet: Fleet) -> None:
+    done = fleet.here.call(
+        "run", "order", "--pool", POOL, "--task", fleet.here.task, "--", "true", who="olga"
+    )
+    assert (done.returncode, b"assigner" in done.stderr) == (1, True), done.stderr
+    run_id = fleet.order(command="sleep 30")
+    fleet.until(lambda: fleet.status(run_id) == "started", "the start")
+    refused = fleet.here.call("run", "stop", run_id, "--reason", "x", "--yes", who="olga")
+    assert (refused.returncode, b"assigner" in refused.stderr) == (1, True), refused.stderr
+    fleet.here.say("run", "stop", run_id, "--reason", "enough", "--yes", who="sam")
+    found = fleet.ended(run_id)
+    assert found["exit"].get("reason") == "stopped by sam: enough", fleet.logs()
+
+
+def test_an_order_of_a_task_that_ended_between_is_refused(fleet: Fleet) -> None:
+    task = fleet.here.assign()
+    blockers = [fleet.order(command="sleep 60") for _ in range(2)]
+    for run_id in blockers:
+        fleet.until(lambda run_id=run_id: fleet.status(run_id) == "started", "the start")
+    waiting = fleet.order(task=task, command="true")
+    stopped = fleet.order(command="true")
+    fleet.here.say("task", "end", task, "--reason", "done", "--yes", who="maria")
+    fleet.here.say("run", "stop", stopped, "--reason", "not needed", "--yes", who="maria")
+    assert fleet.run(waiting) is None
+    for run_id in blockers:
+        fleet.here.say("run", "stop", run_id, "--reason", "room", "--yes", who="maria")
+    assert fleet.ended(waiting)["refused"]["code"] == "task_ended"
+    assert fleet.ended(stopped)["refused"]["code"] == "run_stopped"
+
+
+def test_a_full_queue_refuses_further_orders_and_keeps_its_order(fleet: Fleet) -> None:
+    (fleet.reports / "order").unlink(missing_ok=True)
+    blockers = [fleet.order(command="sleep 60") for _ in range(2)]
+    for run_id in blockers:
+        fleet.until(lambda run_id=run_id: fleet.status(run_id) == "started", "the start")
+    queued = [
+        fleet.order("--mount", "reports:rw", command=f"echo {number} >> /workspace/reports/order")
+        for number in range(3)
+    ]
+    one_more = fleet.order()
+    assert fleet.ended(one_more)["refused"]["code"] == "queue_full"
+    fleet.here.say("run", "stop", blockers[0], "--reason", "room", "--yes", who="maria")
+    for run_id in queued:
+        assert fleet.ended(run_id)["exit"] == {"code": 0}
+    assert (fleet.reports / "order").read_text().split() == ["0", "1", "2"]
+    fleet.here.say("run", "stop", blockers[1], "--reason", "room", "--yes", who="maria")
+    listed = fleet.here.say("run", "list", "--all", "--agent", "reader-bot", who="maria")["runs"]
+    assert {*queued, one_more} <= {one["id"] for one in listed}
