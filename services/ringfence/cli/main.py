@@ -447,7 +447,8 @@ def _report(error: RingfenceError, as_json: bool) -> None:
     """Print an error on stderr: a sentence, or with `--json` one line of JSON, which is then the last line."""
     message = with_options(error)
     if not as_json:
-        _say_error(message)
+        says_remedy = error.remedy is None or error.remedy in message
+        _say_error(message if says_remedy else f"{message}; {error.remedy}")
         return
     from ringfence.cli.shared.output import escaped_json
     from ringfence.cli.shared.remedies import REMEDIES
