@@ -215,7 +215,7 @@ def test_an_order_of_a_task_that_ended_between_is_refused(fleet: Fleet) -> None:
         fleet.until(lambda run_id=run_id: fleet.status(run_id) == "started", "the start")
     waiting = fleet.order(task=task, command="true")
     stopped = fleet.order(command="true")
-    fleet.here.say("task", "end", task, "--reason", "done", "--yes", who="maria")
+    fleet.here.say("task", "end", task, "--reason", "done", who="maria")
     fleet.here.say("run", "stop", stopped, "--reason", "not needed", "--yes", who="maria")
     assert fleet.run(waiting) is None
     for run_id in blockers:
