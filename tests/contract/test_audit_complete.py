@@ -106,7 +106,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
     "Run": {
         "claimed": {"run.claimed", "run.refused"},
         "started": {"run.started"},
-        "ended": {"run.ended", "run.remained"},
+        "ended": {"run.ended", "run.remained", "run.not_started"},
         "lost": {"run.lost"},
     },
     "UserRecord": {
@@ -179,7 +179,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
         (
             "action.denied", "action.observed", "action.failed", "grant.given", "grant.withdrawn", "task.assign",
             "task.delegate", "task.end", "task.assigned", "task.delegated", "task.ended", "revocation.requested",
-            "run.ordered", "run.claimed", "run.started", "run.ended", "run.remained", "run.lost", "run.refused",
+            "run.ordered", "run.stop_ordered", "run.claimed", "run.started", "run.ended", "run.remained", "run.lost",
+            "run.not_started", "run.refused",
             "cut.confirmed",
         ),
         OF_TASK,

@@ -11,7 +11,7 @@ import pytest
 from jsonschema.validators import validator_for
 
 from ringfence.cli.shared.settings_check import mistyped
-from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
+from ringfence.client.admin.trust_setup import BY_NAME, ON_DEMAND, SERVICE_ROLES
 from ringfence.client.settings import ClientSettings
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.base.settings import ServiceSettings, problems
@@ -72,7 +72,7 @@ def test_each_service_gets_its_own_key_and_no_other(compose: dict[str, Any], nam
 
 
 def test_each_service_has_a_usual_port() -> None:
-    assert PORTS.keys() == set(SERVICES)
+    assert PORTS.keys() == {*SERVICES, *BY_NAME}
     assert len(set(PORTS.values())) == len(PORTS)
 
 

@@ -244,6 +244,8 @@ def runs(office: AuditFixtures) -> dict[str, Received]:
         ("local run lost", "lost", {}),
     ):
         told(name, status, {"nonce": name}, **more)
+    refused = Reason(code="mount_not_in_pool", message="pool reviews has no mount secrets")
+    told("run not started", "ended", {"order_id": message_id(sam.id, "no"), "ordered_by": sam.id}, refused=refused)
     return found
 
 

@@ -38,6 +38,7 @@ from ringfence.messages.topics import (
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
     RUN,
+    RUN_ORDER,
     SIGNAL_STREAM,
     TARGET,
     TASK,
@@ -46,6 +47,7 @@ from ringfence.messages.topics import (
 from ringfence.policy import subscribers as policy
 from ringfence.registry import subscribers as registry
 from ringfence.revoker import subscribers as revoker
+from ringfence.runner import subscribers as runner
 from ringfence.signals import subscribers as signals
 
 SERVICES = {
@@ -55,9 +57,10 @@ SERVICES = {
     "revoker": revoker,
     "audit": audit,
     "signals": signals,
+    "runner": runner,
 }
 SETTINGS = ServiceSettings(kafka="localhost:1", topic_prefix="t")
-OPTIONS: dict[str, Any] = {"linger_ms": 7, "stream_id": "1"}
+OPTIONS: dict[str, Any] = {"linger_ms": 7, "stream_id": "1", "pool": "reviews"}
 
 
 class Spies:
@@ -115,6 +118,7 @@ BATCHES: Sequence[tuple[str, Topic[Any], str]] = (
     *(("audit", topic, "audited") for topic in AUDITED),
     ("audit", AUDIT_INTAKE, "intake"),
     ("signals", LEASE, "leases"),
+    ("runner", RUN_ORDER, "orders"),
 )
 RECORDS: Sequence[tuple[str, Topic[Any], str, str]] = (
     ("registry", REGISTRY_COMMAND, "command", "dead_letters"),
@@ -203,6 +207,7 @@ def test_groups_and_their_options_are_those_of_before() -> None:
         "audit-strays": (100, 70, False, False),
         "audit-chain": (1000, 7, True, True),
         "signals-1": (500, 0, True, False),
+        "runner-reviews": (32, 0, False, False),
     }
     strays = next(group for group in Spies().of("audit").groups if group.name == "audit-strays")
     assert (strays.read_uncommitted, strays.audit_data_loss, strays.report_initial_gap) == (

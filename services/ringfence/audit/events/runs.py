@@ -44,6 +44,10 @@ STATUSES: Final[Mapping[str, EventKind]] = {
 }
 REMAINED: Final = event_kind("run.remained", AUTHENTICATION, 2, severity=MEDIUM, status=FAILURE, alert=True)
 """A run that ended, and of which something is left."""
+NOT_STARTED: Final = event_kind(
+    "run.not_started", AUTHENTICATION, "Start Run", severity=LOW, status=FAILURE, action=DENIED
+)
+"""A runner refused an order, and says why."""
 REFUSED: Final = event_kind(
     "run.refused", AUTHENTICATION, "Refuse Run", severity=HIGH, status=FAILURE, action=DENIED, alert=True
 )
@@ -133,6 +137,13 @@ def told(
         why = "it takes the run back, or is about a run of another runner, agent, task or key"
         reasons = (Reason(code="run_refused", message=why),)
         message = f"what runner {runner['name']} said of run {claims.run_id} changes nothing: {why}"
+    elif claims.refused is not None:
+        kind = NOT_STARTED
+        reasons = (Reason(code=claims.refused.code, message=scrubbed(claims.refused.message)),)
+        message = (
+            f"runner {runner['name']} refused to start run {claims.run_id} of agent {claims.agent_id}: "
+            f"{reasons[0].message}"
+        )
     elif claims.remained:
         kind = REMAINED
         message = f"{message}, and something of it remained: {scrubbed('; '.join(claims.remained))}"
@@ -155,7 +166,7 @@ def told(
         "mounts": _mounts(claims.mounts),
         "exit": exit,
         "remained": [scrubbed(one) for one in claims.remained] or None,
-        "outcome": claims.status if counts else "refused",
+        "outcome": claims.status if counts and claims.refused is None else "refused",
         "verified": verified,
     }
     attributes = {

@@ -53,7 +53,7 @@ _ORDER = {
             "credential.refused", "credential.minting", "credential.issued", "message.accepted", "message.refused",
             "delivery.sent", "reply.sent", "release.requested", "revocation.requested", "lease.ending",
             "credential.released", "credential.revoked", "lease.expired", "credential.aborted", "run.ended",
-            "run.remained", "run.lost", "task.end",
+            "run.remained", "run.lost", "run.not_started", "task.end",
             "task.ended", "lease.forgotten",
         )
     )
