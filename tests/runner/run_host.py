@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime
 import os
 import secrets
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from ringfence.messages.keys import PublicJwk
 from ringfence.runner.control.channel import ControlChannel, ControlLostError
@@ -25,7 +31,26 @@ from ringfence.runner.sandbox.bubblewrap import BubblewrapBackend
 TRUST_DOMAIN = "acme.example"
 AGENT = "bot"
 ENROLMENT = "enrolment.of.this.run"
+TASK = "5b0e6a5e-61c5-4d4b-9f6a-5a1f6d7d3b52"
 WITHIN_S = 60.0
+
+
+def _certificate() -> str:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gateway")])
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now)
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .sign(key, hashes.SHA256())
+        .public_bytes(serialization.Encoding.PEM)
+        .decode()
+    )
+
+
+CA_PEM = _certificate()
+"""A certificate that nobody has the key of."""
 
 
 @dataclass
@@ -42,6 +67,36 @@ class Finished:
         return self.stdout.decode()
 
 
+class Output:
+    """What comes out of a pipe."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._data = bytearray()
+        self._arrived = asyncio.Condition()
+        self._reading = asyncio.create_task(self._read(descriptor))
+
+    async def until(self, text: bytes) -> None:
+        """Wait until this has come."""
+        async with asyncio.timeout(WITHIN_S), self._arrived:
+            await self._arrived.wait_for(lambda: text in self._data)
+
+    async def whole(self) -> bytes:
+        """Wait for the end."""
+        await self._reading
+        return bytes(self._data)
+
+    async def _read(self, descriptor: int) -> None:
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(descriptor, "rb", buffering=0)
+        )
+        while data := await reader.read(65536):
+            async with self._arrived:
+                self._data += data
+                self._arrived.notify_all()
+        transport.close()
+
+
 @dataclass
 class Run:
     """A run whose command has started."""
@@ -50,7 +105,8 @@ class Run:
     channel: ControlChannel
     key: PublicJwk
     enrolment: bytes
-    streams: list[asyncio.Task[bytes]] = field(default_factory=list)
+    stdout: Output
+    stderr: Output
 
     async def finish(self) -> Finished:
         """Wait for the end, and check that nothing is left."""
@@ -60,8 +116,7 @@ class Run:
             report = None
         ended: SandboxExit = await self.sandbox.wait()
         await self.close()
-        stdout, stderr = [await stream for stream in self.streams]
-        return Finished(ended.code, stdout, stderr, report)
+        return Finished(ended.code, await self.stdout.whole(), await self.stderr.whole(), report)
 
     async def close(self) -> None:
         self.channel.close()
@@ -76,6 +131,7 @@ class RunHost:
         self.folder = folder
         self._backend = BubblewrapBackend(folder / "state")
         self._open: list[Run] = []
+        self._writing: list[asyncio.Task[None]] = []
 
     async def start(
         self,
@@ -113,14 +169,13 @@ class RunHost:
         finally:
             for descriptor in (out, err, entrance):
                 os.close(descriptor)
-        streams = [asyncio.create_task(asyncio.to_thread(_read_all, read)) for read in (read_out, read_err)]
-        writing = asyncio.create_task(asyncio.to_thread(_write_all, feed, stdin))
-        streams[0].add_done_callback(lambda _: writing)  # keeps it alive
+        stdout, stderr = Output(read_out), Output(read_err)
+        self._writing.append(asyncio.create_task(asyncio.to_thread(_write_all, feed, stdin)))
         try:
             await channel.accept(WITHIN_S)
             key = await channel.public_key()
             enrolment = await channel.enrol("a token", trust_domain=TRUST_DOMAIN, agent_id=AGENT)
-            run = Run(sandbox, channel, key, enrolment, streams)
+            run = Run(sandbox, channel, key, enrolment, stdout, stderr)
             self._open.append(run)
             await channel.start(
                 StartCommand(
@@ -131,7 +186,7 @@ class RunHost:
                     trust_root="root-fingerprint",
                     trust_domain=TRUST_DOMAIN,
                     agent_id=AGENT,
-                    task_id="5b0e6a5e-61c5-4d4b-9f6a-5a1f6d7d3b52",
+                    task_id=TASK,
                     relays=tuple(relays),
                     ca_pem=ca_pem,
                 )
@@ -152,6 +207,7 @@ class RunHost:
     async def close(self) -> None:
         for run in self._open:
             await run.close()
+        await asyncio.gather(*self._writing)
 
 
 @asynccontextmanager
@@ -164,11 +220,6 @@ async def run_host() -> AsyncIterator[RunHost]:
     finally:
         await host.close()
         shutil.rmtree(folder)
-
-
-def _read_all(descriptor: int) -> bytes:
-    with os.fdopen(descriptor, "rb") as file:
-        return file.read()
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

@@ -37,6 +37,7 @@ ANSWER_WITHIN_S: Final = 30.0
 _MAX_PATH_BYTES: Final = 107
 _SHELL_CODES: Final = (126, 127)
 _MAX_REASON: Final = 500
+_PUBLIC_MEMBERS: Final = frozenset({"kty", "crv", "x", "y"})
 
 M = TypeVar("M", bound=Message)
 
@@ -115,6 +116,8 @@ class ControlChannel:
     async def public_key(self) -> PublicJwk:
         """The public key that was made inside."""
         message = await self._receive(PublicKeyMessage, within_s=ANSWER_WITHIN_S)
+        if not message.jwk.keys() <= _PUBLIC_MEMBERS:
+            raise self._lost("its key has members that no public key has")
         try:
             jwk = PublicJwk.model_validate(dict(message.jwk))
             public_key(jwk)

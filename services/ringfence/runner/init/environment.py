@@ -22,6 +22,8 @@ def command_environment(own: Mapping[str, str], command: StartCommand, proxy_por
     variables = {name: value for name, value in own.items() if name not in _OF_INIT}
     variables |= proxy_environment(f"http://{_LOOPBACK}:{proxy_port}", ca_file)
     variables["NO_PROXY"] = variables["no_proxy"] = ",".join(("localhost", "127.0.0.0/8", "127.0.0.1", "::1"))
+    # Without it, Node.js (22.21, 24 and later) knows no proxy.
+    variables["NODE_USE_ENV_PROXY"] = "1"
     variables["JAVA_TOOL_OPTIONS"] = " ".join(_java_options(proxy_port, ca_file is not None))
     variables |= {
         "RINGFENCE_DOOR": f"unix:{SOCKET}",

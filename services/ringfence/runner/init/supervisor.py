@@ -23,7 +23,11 @@ def supervise(runner: RunnerConnection, pid: int, listeners: Listeners) -> int:
 
     The command is killed where the runner is gone.
     """
-    return asyncio.run(_Supervisor(runner, pid, listeners).run())
+
+    async def run() -> int:
+        return await _Supervisor(runner, pid, listeners).run()
+
+    return asyncio.run(run())
 
 
 class _Supervisor:
@@ -31,7 +35,7 @@ class _Supervisor:
         self._runner = runner
         self._pid = pid
         self._listeners = listeners
-        self._status: asyncio.Future[int] = asyncio.Future()
+        self._status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def run(self) -> int:
         loop = asyncio.get_running_loop()
