@@ -319,7 +319,12 @@ class ChainWriter:
         """Fence the writer before this one, then recover the chains."""
         runtime = self._runtime
         publisher = TransactionalPublisher(
-            runtime.settings, runtime.key.id, GROUP, runtime.clock, runtime.tracing
+            runtime.settings,
+            runtime.key.id,
+            GROUP,
+            runtime.clock,
+            runtime.tracing,
+            owns=(AUDIT, AUDIT_CHECKPOINT),
         )
         await publisher.start()
         try:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import InvalidProducerEpoch, KafkaError, ProducerFenced
 
 from ringfence.kernel.base.clock import Clock
@@ -19,6 +19,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
+from ringfence.messages.base import Topic
 
 TRANSACTION_MS = 30_000
 """A transaction that takes longer is aborted by the broker: readers wait for one that is open."""
@@ -42,10 +43,17 @@ class TransactionalPublisher(Publisher):
         id: str,
         clock: Clock | None = None,
         tracing: Tracing = NOT_TRACING,
+        *,
+        owns: Sequence[Topic[Any]] = (),
     ) -> None:
-        """`id` is the `transactional.id`, without the topic prefix."""
+        """Args:
+            id: the `transactional.id`, without the topic prefix.
+            owns: topics in which only writers of this id have transactions. What a partition holds open is ended at
+                start.
+        """  # fmt: skip
         super().__init__(settings, source, clock, tracing)
         self._id = f"{settings.topic_prefix}.{id}"
+        self._owns = owns
 
     async def start(self) -> None:
         """Connect, and fence whoever wrote under this id before. Raises UnavailableError where that cannot be done."""
@@ -54,6 +62,8 @@ class TransactionalPublisher(Publisher):
         try:
             # The id is claimed by the first transaction.
             await producer.begin_transaction()
+            for topic in self._owns:
+                await self._mark(producer, topic)
             await producer.abort_transaction()
         except KafkaError as error:
             await self.abandon()
@@ -61,6 +71,17 @@ class TransactionalPublisher(Publisher):
         except BaseException:
             await self.abandon()
             raise
+
+    async def _mark(self, producer: AIOKafkaProducer, topic: Topic[Any]) -> None:
+        """Add all partitions to the transaction, so that its end writes a marker to each.
+
+        To claim the id aborts what its coordinator knows to be open. After a crash of the broker a partition may hold
+        a transaction open that the coordinator knows no more (a hanging transaction, KIP-664), and nobody reads on.
+        The marker ends it: it has the same producer id, and a later epoch.
+        """
+        name = topic.name(self._settings.topic_prefix)
+        for partition in await producer.partitions_for(name):
+            producer._txn_manager.maybe_add_partition_to_txn(TopicPartition(name, partition))
 
     def _producer_options(self) -> dict[str, Any]:
         return {"transactional_id": self._id, "transaction_timeout_ms": TRANSACTION_MS}

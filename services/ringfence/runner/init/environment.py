@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
 from ringfence.client.task_proxy.environment import proxy_environment
 from ringfence.runner.control.messages import StartCommand
-from ringfence.runner.init.instance import CA_FILE, TRUST_STORE_FILE, TRUST_STORE_PASSWORD
+from ringfence.runner.init.instance import CA_FILE, PROGRAMS, TRUST_STORE_FILE, TRUST_STORE_PASSWORD
 from ringfence.runner.sandbox.backend import INSTANCE, SOCKET
 
 _OF_INIT: Final = ("LD_LIBRARY_PATH",)
@@ -26,6 +27,7 @@ def command_environment(own: Mapping[str, str], command: StartCommand, proxy_por
     variables["NODE_USE_ENV_PROXY"] = "1"
     variables["JAVA_TOOL_OPTIONS"] = " ".join(_java_options(proxy_port, ca_file is not None))
     variables |= {
+        "PATH": f"{variables.get('PATH', os.defpath)}:{INSTANCE}/{PROGRAMS}",
         "RINGFENCE_DOOR": f"unix:{SOCKET}",
         "RINGFENCE_RUN_INSTANCE": INSTANCE,
         "RINGFENCE_AGENT": command.agent_id,

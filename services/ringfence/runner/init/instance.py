@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import shlex
+import shutil
+import sys
 import time
 import uuid
 from pathlib import Path
@@ -17,7 +22,10 @@ ENROLMENT_FILE: Final = "enrolment.jws"
 CA_FILE: Final = "ca.pem"
 TRUST_STORE_FILE: Final = "ca.p12"
 TRUST_STORE_PASSWORD: Final = "ringfence"  # noqa: S105 - certificates are public; Java wants a password
+PROGRAMS: Final = "bin"
+"""The folder of `ringfence`, for a sandbox that has no such program itself."""
 _LIFE_S: Final = 60
+_START: Final = "import sys; sys.path[:0] = {}; from ringfence.cli.main import main; sys.exit(main())"
 
 
 def sign_enrolment(key: InstanceKey, enrol: EnrolMessage) -> str:
@@ -48,6 +56,24 @@ def write_instance(key: InstanceKey, command: StartCommand, folder: str) -> None
     if command.ca_pem is not None:
         write_private(here / CA_FILE, command.ca_pem)
         write_private(here / TRUST_STORE_FILE, _java_trust_store(command.ca_pem.encode()))
+
+
+def write_program(folder: str) -> None:
+    """Write `ringfence`, by which a command without the SDK asks for credentials. A sandbox that has one keeps it.
+
+    It runs with the Python and the packages of init. Raises OSError, NotPrivateError.
+    """
+    if shutil.which("ringfence") is not None:
+        return
+    programs = Path(folder, PROGRAMS)
+    programs.mkdir(mode=0o700)
+    # The folders that bootstrap.py was given; in an image with Python's own there are none.
+    start = _START.format(json.dumps(sys.argv[1:]))
+    words = [sys.executable, "-I", *(["-S"] if sys.flags.no_site else []), "-B", "-c", start]
+    if (libraries := os.environ.get("LD_LIBRARY_PATH")) is not None:
+        words = ["/usr/bin/env", f"LD_LIBRARY_PATH={libraries}", *words]
+    write_private(programs / "ringfence", f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n')
+    (programs / "ringfence").chmod(0o700)
 
 
 def _java_trust_store(pem: bytes) -> bytes:

@@ -18,7 +18,7 @@ from ringfence.runner.control.messages import (
 from ringfence.runner.init import process
 from ringfence.runner.init.connection import RunnerConnection
 from ringfence.runner.init.environment import command_environment
-from ringfence.runner.init.instance import sign_enrolment, write_instance
+from ringfence.runner.init.instance import sign_enrolment, write_instance, write_program
 from ringfence.runner.init.instance_key import InstanceKey
 from ringfence.runner.init.listeners import open_listeners
 from ringfence.runner.sandbox.backend import CONTROL, INSTANCE
@@ -43,6 +43,7 @@ def _run(runner: RunnerConnection) -> int:
     runner.send(EnrolmentMessage(sign_enrolment(key, runner.receive(EnrolMessage))))
     command = runner.receive(StartCommand)
     write_instance(key, command, INSTANCE)
+    write_program(INSTANCE)
     opened = open_listeners(command.relays)
     variables = command_environment(dict(os.environ), command, opened.proxy_port)
     process.block_signals()
