@@ -16,6 +16,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, SettingsError, UnavailableError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.operations import Heartbeat
@@ -60,7 +61,9 @@ def build(
     shared = {name: getattr(settings, name) for name in BusSettings.model_fields}
     client = client or load(ClientSettings, **shared)
     key_file = settings.key_file or client.runner_key_file or settings.key_dir / "runner.json"
-    settings = settings.model_copy(update={"key_file": key_file})
+    # No two runners have one key: a restarted one takes its place in the consumer group again at once.
+    name = SigningKey.load(key_file).id.rpartition("/")[2]
+    settings = settings.model_copy(update={"key_file": key_file, "instance": settings.instance or name})
     runtime = Runtime("runner", settings, clock)
     pool = read_pool(own.pool_file)
     if client.gateway_sockets is None:
