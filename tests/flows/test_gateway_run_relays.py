@@ -21,6 +21,7 @@ from ringfence.gateway.dataplane import plane, run_relays
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import Lease, RevocationRequest
+from ringfence.messages.operations import Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TaskEnd, VerbFloor
 from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from tests.brokers import RedisServer
@@ -144,6 +145,12 @@ async def opened(yard: Yard, run: RunInside, target: Target | None = None) -> An
         while (await refused(run.socket, place))[0] != 200:
             await asyncio.sleep(0.02)
     return connect(run.socket, place)
+
+
+async def moved(yard: Yard, address: str) -> None:
+    """The record of the echoing target leads there from now on."""
+    backend = BackendSettings.model_validate({"kind": "postgres", "address": address})
+    await yard.bench.world.target("echo", backend=backend, verbs=(VerbFloor(verb="read"),))
 
 
 async def run_of(yard: Yard, **options: Any) -> RunInside:
@@ -287,33 +294,24 @@ async def known(yard: Yard, lease_id: str) -> None:
             await asyncio.sleep(0.02)
 
 
-async def test_once_its_target_is_removed_not_one_more_byte_passes(yard: Yard) -> None:
-    world, run = yard.bench.world, await run_of(yard)
+async def test_once_its_target_has_moved_not_one_more_byte_passes(yard: Yard) -> None:
+    run = await run_of(yard)
     async with run.started(), Target(script=echo).serving() as server:
-        backend = BackendSettings.model_validate({"kind": "postgres", "address": f"localhost:{server.port}"})
-        name = "echo"
-        await world.target(name, backend=backend, verbs=(VerbFloor(verb="read"),))
+        await moved(yard, f"localhost:{server.port}")
         try:
-            await raw_lease(yard, run, name, "postgres")
+            await raw_lease(yard, run, "echo", "postgres")
             async with await opened(yard, run, server) as relayed:
                 assert await relayed.line() == b"hello\n"
-                # The record leads elsewhere now: the old address is no target's any more.
-                moved = BackendSettings.model_validate(
-                    {"kind": "postgres", "address": f"localhost:{yard.echo.port}"}
-                )
-                await world.target(name, backend=moved, verbs=(VerbFloor(verb="read"),))
+                await moved(yard, f"localhost:{yard.echo.port}")
                 async with asyncio.timeout(WITHIN_S):
                     while (await refused(run.socket, f"localhost:{server.port}"))[1] != "target_unknown":
                         await asyncio.sleep(0.02)
-                before = len(server.raw[0])
+                before = sum(map(len, server.raw))
                 await relayed.raw.send(b"more\n")
                 assert await relayed.cut()
-                assert len(server.raw[0]) == before
+                assert sum(map(len, server.raw)) == before
         finally:
-            moved = BackendSettings.model_validate(
-                {"kind": "postgres", "address": f"localhost:{yard.echo.port}"}
-            )
-            await world.target(name, backend=moved, verbs=(VerbFloor(verb="read"),))
+            await moved(yard, f"localhost:{yard.echo.port}")
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -339,10 +337,10 @@ async def test_a_relay_leads_to_the_address_of_the_record_alone(yard: Yard) -> N
             "localhost": (400, "connect_refused"),
         }.items():
             assert await refused(run.socket, place) == expected, place
-        event = await action(yard.bench.world, allowed=False, method="CONNECT", task_id=run.live.task)
-        assert (event.agent_id, event.reasons[0].code) == (run.live.agent.name, "no_lease")
-        assert event.destination is not None
-        assert (event.destination.host, event.destination.port) == ("localhost", port)
+        to = Destination(scheme="https", host="localhost", port=yard.jump.port)
+        event = await action(yard.bench.world, allowed=False, task_id=run.live.task, destination=to)
+        assert (event.agent_id, event.method) == (run.live.agent.name, "CONNECT")
+        assert [reason.code for reason in event.reasons] == ["forward_not_relayed"]
 
 
 async def test_no_relay_leads_to_ssh_with_forwarding_whatever_lease_there_is(yard: Yard) -> None:
@@ -414,34 +412,29 @@ async def test_a_relay_on_which_nothing_happens_ends(
     run = await run_of(yard)
     sockets = tmp_path / "s"
     async with run.started():
-        await raw_lease(yard, run, "echo", "postgres")
+        await run.lease_of(target="cache", resources=["**"], delivery="agent", verbs=["read"])
         async with gateway(yard.bench.world, sockets=sockets, spool=tmp_path / "spool"):
-            socket, place = sockets / run.socket.name, f"localhost:{yard.echo.port}"
+            socket, place = sockets / run.socket.name, yard.cache.address
             await until_there(socket)
             async with asyncio.timeout(WITHIN_S):
                 while (await refused(socket, place))[0] != 200:
                     await asyncio.sleep(0.02)
-            async with connect(socket, place) as relayed:
-                assert await relayed.line() == b"hello\n"
+            async with connect(socket, place) as silent, connect(socket, place) as relayed:
+                assert await relayed.line(b"PING\r\n") == b"+PONG\r\n"
                 assert await relayed.cut()
+                assert await silent.cut(), "Valkey says nothing before it is asked"
 
 
 async def test_a_target_that_is_away_is_told(yard: Yard) -> None:
-    run = await run_of(yard)
+    run, nowhere = await run_of(yard), "localhost:1"
     async with run.started():
         await raw_lease(yard, run, "echo", "postgres")
         async with await opened(yard, run):
             pass
-        world, nowhere = yard.bench.world, "localhost:1"
-        settings = {"verbs": (VerbFloor(verb="read"),)}
-        moved = BackendSettings.model_validate({"kind": "postgres", "address": nowhere})
-        await world.target("echo", backend=moved, **settings)
+        await moved(yard, nowhere)
         try:
             async with asyncio.timeout(WITHIN_S):
                 while await refused(run.socket, nowhere) != (502, "target_unreachable"):
                     await asyncio.sleep(0.02)
         finally:
-            back = BackendSettings.model_validate(
-                {"kind": "postgres", "address": f"localhost:{yard.echo.port}"}
-            )
-            await world.target("echo", backend=back, **settings)
+            await moved(yard, f"localhost:{yard.echo.port}")
