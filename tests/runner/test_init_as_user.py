@@ -38,8 +38,9 @@ def installation() -> Iterator[Path]:
             shutil.copytree(origin.parent, folder / origin.parent.name, ignore=ignored)
         else:
             shutil.copy(origin, folder)
+    (folder / "tests" / "runner").mkdir(parents=True)
     for name in ("run_host.py", "user_run.py"):
-        shutil.copy(Path(__file__).with_name(name), folder)
+        shutil.copy(Path(__file__).with_name(name), folder / "tests" / "runner")
     folder.chmod(0o755)
     yield folder
     shutil.rmtree(folder)
@@ -55,7 +56,7 @@ def test_an_ordinary_user_has_runs_too(installation: Path) -> None:
             f"not provable here: {program} is of another version than the packages of this installation"
         )
     done = subprocess.run(
-        [program, str(installation / "user_run.py")],
+        [program, "-m", "tests.runner.user_run"],
         check=False,
         capture_output=True,
         text=True,

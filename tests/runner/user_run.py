@@ -1,4 +1,4 @@
-"""One run by an ordinary user, as a program of its own: `python user_run.py`. It imports nothing else of the tests."""
+"""One run by an ordinary user, as a program of its own. It imports `run_host` and nothing else of the tests."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import asyncio
 import json
 import sys
 
-from run_host import run_host
-
 from ringfence.runner.control.relays import relays_of
+from tests.runner.run_host import run_host
 
 PROGRAM = """
 import os, socket
