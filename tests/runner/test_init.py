@@ -343,8 +343,7 @@ async def test_init_lets_the_streams_go(host: RunHost) -> None:
     init = next(
         process.pid
         for process in descendants(run.sandbox.pid)
-        if b"bootstrap.py" in Path(f"/proc/{process.pid}/cmdline").read_bytes()
-        and not Path(f"/proc/{process.pid}/cmdline").read_bytes().startswith(b"/bin/sh")
+        if b"python" in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[0]
     )
     streams = [str(Path(f"/proc/{init}/fd/{number}").readlink()) for number in range(3)]
     assert streams == ["/dev/null"] * 3
