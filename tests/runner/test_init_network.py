@@ -76,22 +76,20 @@ async def inside(tmp_path: Path) -> AsyncIterator[Inside]:
     targets["git"].respond = lambda received: git_backend(repositories, received)
     targets["npm"].respond = registry
     targets["pip"].respond = index
-    rules: dict[str, Any] = {"git": GIT_RULES, "npm": NPM_RULES, "pip": PIP_RULES}
     async with contextlib.AsyncExitStack() as stack:
         tls = certificates.server("localhost")
         for target in targets.values():
             await stack.enter_async_context(target.serving(tls))
-        gate = TableGate(
-            {
-                name: Entry(
-                    f"https://localhost:{target.port}",
-                    frozenset({f"{name}.test"}),
-                    *([rules[name]] if name in rules else []),
-                    **({"verbs": frozenset({"fetch"})} if name == "git" else {}),
-                )
-                for name, target in targets.items()
-            }
-        )
+        hosts = {
+            name: (f"https://localhost:{one.port}", frozenset({f"{name}.test"}))
+            for name, one in targets.items()
+        }
+        gate = TableGate({
+            "api": Entry(*hosts["api"]),
+            "git": Entry(*hosts["git"], GIT_RULES, frozenset({"fetch"})),
+            "npm": Entry(*hosts["npm"], NPM_RULES),
+            "pip": Entry(*hosts["pip"], PIP_RULES),
+        })  # fmt: skip
         plane = DataPlane(
             gate, is_target_host=gate.is_target_host, hosts=gate.hosts, tls=certificates.trusting()
         )
