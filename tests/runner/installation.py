@@ -80,11 +80,11 @@ class Installation:
             "RINGFENCE_IDENTITY": str(self.folder / f".ringfence/users/{who}.json"),
         }
 
-    def call(self, *words: str, who: str = "sam", **more: Any) -> subprocess.CompletedProcess[bytes]:
+    def call(self, *words: str, who: str = "sam", input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
         """Run `ringfence` with these words, as a person, to its end."""
         return subprocess.run(
-            [PROGRAM, *words], cwd=self.folder, env=self.environment(who), capture_output=True,
-            timeout=WITHIN_S, check=False, **({"stdin": subprocess.DEVNULL} if "input" not in more else {}), **more,
+            [PROGRAM, *words], cwd=self.folder, env=self.environment(who), input=input, capture_output=True,
+            timeout=WITHIN_S, check=False,
         )  # fmt: skip
 
     def say(self, *words: str, who: str = "sam") -> Any:

@@ -9,7 +9,7 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ TRUST_DOMAIN = "acme.example"
 AGENT = "bot"
 ENROLMENT = "enrolment.of.this.run"
 TASK = "5b0e6a5e-61c5-4d4b-9f6a-5a1f6d7d3b52"
-WITHIN_S = 60.0
+WITHIN_S = 30.0
 
 
 def _certificate() -> str:
@@ -143,6 +143,7 @@ class RunHost:
         socket: Path | None = None,
         ca_pem: str | None = None,
         mounts: Sequence[Mount] = (),
+        enrol: Callable[[PublicJwk], str] = lambda jwk: ENROLMENT,
         **fields: Any,
     ) -> Run:
         """Raises CommandStartError, once its sandbox has been destroyed."""
@@ -182,7 +183,7 @@ class RunHost:
                     argv=argv,
                     environment=environment or {},
                     working_directory=working_directory,
-                    enrolment=ENROLMENT,
+                    enrolment=enrol(key),
                     trust_root="root-fingerprint",
                     trust_domain=TRUST_DOMAIN,
                     agent_id=AGENT,
@@ -191,9 +192,10 @@ class RunHost:
                     ca_pem=ca_pem,
                 )
             )
-        except BaseException:
+        except BaseException as error:
             channel.close()
             assert (await sandbox.destroy()).complete
+            error.add_note((await stderr.whole()).decode(errors="replace"))
             raise
         return run
 

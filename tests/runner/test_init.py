@@ -21,6 +21,7 @@ from ringfence.runner.control.messages import EnrolMessage
 from ringfence.runner.control.relays import relays_of
 from ringfence.runner.init.instance import sign_enrolment
 from ringfence.runner.init.instance_key import InstanceKey
+from ringfence.runner.sandbox.processes import descendants
 from tests.runner.run_host import AGENT, CA_PEM, ENROLMENT, TASK, TRUST_DOMAIN, RunHost, run_host
 
 
@@ -293,6 +294,7 @@ async def test_a_runner_that_lets_the_channel_go_ends_the_command(host: RunHost)
 
 ORPHANS = """
 import os, time
+init = os.getppid()
 for _ in range(20):
     if os.fork() == 0:
         if os.fork() == 0:
@@ -310,6 +312,16 @@ def zombies():
     return found
 while zombies():
     time.sleep(0.01)
+reading, writing = os.pipe()
+if os.fork() == 0:
+    if os.fork() == 0:
+        while os.getppid() not in (1, init):
+            time.sleep(0.01)
+        os.write(writing, b"i" if os.getppid() == init else b"1")
+        os._exit(0)
+    os._exit(0)
+os.wait()
+print("parent of orphans:", os.read(reading, 1).decode())
 if os.fork() == 0:
     os.setsid()
     while True:
@@ -320,4 +332,19 @@ print("reaped")
 
 async def test_orphans_are_reaped_and_daemons_end_with_the_command(host: RunHost) -> None:
     ended = await host.python(ORPHANS)
-    assert (ended.code, ended.text) == (0, "reaped\n")
+    assert (ended.code, ended.text) == (0, "parent of orphans: i\nreaped\n")
+
+
+async def test_init_lets_the_streams_go(host: RunHost) -> None:
+    """What init has to say of its own would stand among what the command says."""
+    if os.geteuid() != 0:
+        pytest.skip("not provable here: only root can look into init")
+    run = await host.start("sleep", "600")
+    init = next(
+        process.pid
+        for process in descendants(run.sandbox.pid)
+        if b"python" in Path(f"/proc/{process.pid}/cmdline").read_bytes().split(b"\0")[0]
+    )
+    streams = [str(Path(f"/proc/{init}/fd/{number}").readlink()) for number in range(3)]
+    assert streams == ["/dev/null"] * 3
+    await run.close()

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 
 from ringfence.dev.processes import StackError
 from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.runner.control.relays import RelayError, hosts_of, needs_low_ports, relays_of
 from ringfence.runner.sandbox.backend import Mount
 from tests.gateway.certificates import Certificates
@@ -31,7 +33,8 @@ from tests.gateway.test_programs import (
     index,
     registry,
 )
-from tests.runner.run_host import Finished, RunHost, run_host
+from tests.runner.run_host import AGENT, TRUST_DOMAIN, Finished, RunHost, run_host
+from tests.support.instance_enrolments import enrolment_of
 from tests.support.servers.postgres import PostgresServer, server_programs
 
 PYTHON = "/usr/bin/python3"
@@ -73,22 +76,20 @@ async def inside(tmp_path: Path) -> AsyncIterator[Inside]:
     targets["git"].respond = lambda received: git_backend(repositories, received)
     targets["npm"].respond = registry
     targets["pip"].respond = index
-    rules: dict[str, Any] = {"git": GIT_RULES, "npm": NPM_RULES, "pip": PIP_RULES}
     async with contextlib.AsyncExitStack() as stack:
         tls = certificates.server("localhost")
         for target in targets.values():
             await stack.enter_async_context(target.serving(tls))
-        gate = TableGate(
-            {
-                name: Entry(
-                    f"https://localhost:{target.port}",
-                    frozenset({f"{name}.test"}),
-                    *([rules[name]] if name in rules else []),
-                    **({"verbs": frozenset({"fetch"})} if name == "git" else {}),
-                )
-                for name, target in targets.items()
-            }
-        )
+        hosts = {
+            name: (f"https://localhost:{one.port}", frozenset({f"{name}.test"}))
+            for name, one in targets.items()
+        }
+        gate = TableGate({
+            "api": Entry(*hosts["api"]),
+            "git": Entry(*hosts["git"], GIT_RULES, frozenset({"fetch"})),
+            "npm": Entry(*hosts["npm"], NPM_RULES),
+            "pip": Entry(*hosts["pip"], PIP_RULES),
+        })  # fmt: skip
         plane = DataPlane(
             gate, is_target_host=gate.is_target_host, hosts=gate.hosts, tls=certificates.trusting()
         )
@@ -279,26 +280,37 @@ async def test_go(inside: Inside, tmp_path: Path) -> None:
     assert ended.text == "ok\n", ended
 
 
-async def test_the_sdk_asks_the_gateway_of_the_run(inside: Inside) -> None:
-    """With what init sets alone. There is no enrolment of a registry here, so it gets no further."""
-    gateway = RawGateway(inside.host.folder / "g.sock", {})
-    program = """
+SDK = """
 import asyncio
 from ringfence import Agent
 from ringfence.kernel.base.errors import RingfenceError
 async def main():
+    agent = Agent.connect()
     try:
-        await Agent.connect().start()
+        await agent.start()
     except RingfenceError as error:
-        print(error.code, error)
+        print(error)
+    print(agent.id, agent.connection.key.kid)
 asyncio.run(main())
 """
+
+
+async def test_the_sdk_acts_as_the_instance_by_the_gateway_of_the_run(inside: Inside) -> None:
+    """With what init sets alone. This gateway has no trust bundle, so it gets no further."""
+    gateway = RawGateway(inside.host.folder / "g.sock", {})
+    now_s, agent = int(time.time()), f"spiffe://{TRUST_DOMAIN}/agent/{AGENT}"
     async with gateway.serving():
-        ended = await inside.host.run(
-            *(PYTHON, "-c", program),
-            socket=gateway.path, environment={"PYTHONPATH": f"/opt/ringfence/lib:{packages()}"},
-        )  # fmt: skip
-    assert "enrolment.jws holds no enrolment" in ended.text, ended
+        run = await inside.host.start(
+            *(PYTHON, "-c", SDK),
+            socket=gateway.path,
+            environment={"PYTHONPATH": f"/opt/ringfence/lib:{packages()}"},
+            enrol=lambda jwk: enrolment_of(jwk, agent, now_s - 60, now_s + 600),
+        )
+        ended = await run.finish()
+    error, _, identity = ended.text.strip().rpartition("\n")
+    assert identity == f"{AGENT} {thumbprint(run.key)}", ended
+    assert "trust" in error
+    assert gateway.asked[0].startswith(b"GET /v1/trust HTTP/1.1\r\nHost: ringfence\r\n")
 
 
 # --- relays ---

@@ -239,6 +239,47 @@ async def test_an_agent_and_a_person_are_stories_too(desk: Desk) -> None:
     assert story.lease_id in [node["id"] for node in flat([maria])]
 
 
+async def test_a_run_is_a_story_without_what_other_runs_of_its_task_did(desk: Desk) -> None:
+    """By the instance of requests and leases, and by the events of the runs themselves."""
+    stories = [desk.office.credential("revoked"), desk.office.credential("revoked")]
+    for number, story in enumerate(stories):
+        events = await desk.office.audit(*story.all)
+        fields = next(event["unmapped"] for event in events if event["unmapped"].get("request"))
+        started = {**events[-1], "metadata": {"uid": f"started-{number}", "event_code": "run.started"}}
+        started |= {
+            "message": f"run-{number} is started",
+            "unmapped": {"task": fields["task"], "run": f"run-{number}"},
+        }
+        for event in events:
+            if event["unmapped"].get("request") == story.request_id:
+                event["unmapped"]["instance"] = {"run": {"run_id": f"run-{number}"}}
+        desk.index.add(as_records([*events, started], 1000 * (number + 1)))
+    told = {node["id"]: node["title"] for node in flat(desk.roots("run-0"))}
+    assert stories[0].request_id in told
+    assert stories[0].lease_id in told
+    assert stories[1].request_id not in told
+    assert "run-0 is started" in told.values()
+    assert "run-1 is started" not in told.values()
+    assert "maria" in told
+    assert desk.index.trace("run-0", "run", SAM, 50) is not None
+    assert desk.index.trace("run-0", "run", STRANGER, 50) is None
+    assert desk.index.trace("run-0", "task", None, 50) is None
+
+
+@pytest.mark.parametrize(
+    "fields", [{"run": 7}, {"instance": "x"}, {"instance": {"run": "x"}}, {"instance": {"run": {}}}]
+)
+async def test_a_run_of_another_shape_does_not_hide_its_event(desk: Desk, fields: dict[str, Any]) -> None:
+    events = await desk.office.audit(*desk.office.credential().all)
+    event = {
+        **events[0],
+        "metadata": {"uid": "odd", "event_code": "x"},
+        "unmapped": {"agent": "odd-bot", **fields},
+    }
+    desk.index.add(as_records([event], 5000))
+    assert desk.index.trace("odd-bot", "agent", None, 50) is not None
+
+
 async def test_the_latest_requests_come_first_where_there_are_too_many(desk: Desk) -> None:
     stories = [await desk.credential("expired", approved=False) for _ in range(4)]
     found = desk.index.trace("deploy-bot", "agent", None, 2)

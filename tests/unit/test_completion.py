@@ -102,7 +102,7 @@ def test_a_line_is_split_as_bash_does_and_nothing_is_expanded(line: str, words: 
         ("ringfence serve registry reg", []),
         ("ringfence completion ", ["bash", "zsh", "fish"]),
         ("ringfence target add x --backend po", ["postgres"]),
-        ("ringfence audit trace --kind ", ["lease", "request", "task", "agent", "user"]),
+        ("ringfence audit trace --kind ", ["lease", "request", "task", "agent", "user", "run"]),
         ("ringfence dev --no-s", ["--no-seed"]),
         ("ringfence nosuch ", []),
         ("ringfence agent register ", []),

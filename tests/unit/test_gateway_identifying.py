@@ -18,6 +18,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentRotateKey, AgentSuspend
 from tests.support import leases
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
+from tests.support.runs import OneRun, Runners
 
 URL = "https://hub.example/a"
 
@@ -96,6 +97,26 @@ async def test_a_handle_alone_counts_on_the_socket_of_its_task_and_nowhere_else(
     with_handle = await door.sender(task_id=door.task, handle=door.lease.lease_id)
     assert with_handle == Sender("bot", door.task, door.lease.lease_id)
     assert code(await door.sender(task_id="00000000-0000-5000-8000-000000000000")) == "task_unknown"
+
+
+async def test_nothing_counts_on_the_socket_of_a_run_that_does_not_go_on(door: Door) -> None:
+    runners = Runners(door.ledger)
+    run = OneRun(runners, "bot", door.task)
+    shown = {"task_id": door.task, "run_id": run.id}
+    assert code(await door.sender(**shown)) == "run_ended"
+    run.go("claimed")
+    assert code(await door.sender(**shown)) == "run_ended"
+    run.go("started")
+    assert await door.sender(**shown) == Sender("bot", door.task, None, run.id)
+    other = OneRun(runners, "thief", door.task, nonce="n2")
+    other.go("claimed", "started")
+    assert code(await door.sender(task_id=door.task, run_id=other.id)) == "run_mismatch"
+    before_ms = door.ledger.clock.ms
+    door.ledger.clock.ms = run.deadline_s * 1000
+    assert code(await door.sender(**shown)) == "run_ended"
+    door.ledger.clock.ms = before_ms
+    run.go("ended")
+    assert code(await door.sender(**shown)) == "run_ended"
 
 
 async def test_who_shows_nothing_is_nobody(door: Door) -> None:

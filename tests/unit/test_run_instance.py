@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 
 import pytest
@@ -12,9 +11,8 @@ from ringfence.client.errors import EnrolmentRefusedError, IdentityError, Invali
 from ringfence.client.instance_enrolment import RUN_ENROLMENT_FILE, RUN_KEY_FILE, RunInstance
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
-from ringfence.messages.enrolment import InstanceEnrolment, RunRef
+from tests.support.instance_enrolments import enrolment_of
 
 AGENT = "spiffe://acme.example/agent/bot"
 BEGINS_S, ENDS_S = 1_000_000, 1_000_600
@@ -28,27 +26,8 @@ class ClockAt(Clock):
         return self.now_s * 1000
 
 
-def enrolment_of(key: SigningKey, agent: str = AGENT) -> str:
-    registry = SigningKey.generate("spiffe://acme.example/service/registry")
-    run = RunRef(run_id=str(uuid.uuid4()), task_id=str(uuid.uuid4()))
-    claims = InstanceEnrolment(
-        iss=registry.id,
-        aud="acme.example",
-        iat=BEGINS_S,
-        jti="one",
-        sub=agent,
-        instance_id=str(uuid.uuid4()),
-        key=key.record(ENDS_S, BEGINS_S),
-        issuer="https://acme.example/runner/local",
-        subject=agent,
-        selector="0" * 64,
-        claims={"sub": agent},
-        token_digest="1" * 64,
-        key_bound=True,
-        agent_revision=1,
-        run=run,
-    )
-    return sign(claims, registry)
+def enrolment(key: SigningKey, agent: str = AGENT) -> str:
+    return enrolment_of(key.public, agent, BEGINS_S, ENDS_S)
 
 
 @pytest.fixture
@@ -59,7 +38,7 @@ def key() -> SigningKey:
 @pytest.fixture
 def folder(tmp_path: Path, key: SigningKey) -> Path:
     key.save(tmp_path / RUN_KEY_FILE)
-    (tmp_path / RUN_ENROLMENT_FILE).write_text(enrolment_of(key) + "\n")
+    (tmp_path / RUN_ENROLMENT_FILE).write_text(enrolment(key) + "\n")
     return tmp_path
 
 
@@ -116,18 +95,18 @@ async def test_files_that_do_not_belong_together_are_refused(folder: Path, key: 
 
     with pytest.raises(IdentityError, match="RINGFENCE_AGENT"):
         await current("other")
-    enrolment = folder / RUN_ENROLMENT_FILE
-    enrolment.write_text(enrolment_of(SigningKey.generate(AGENT)))
+    path = folder / RUN_ENROLMENT_FILE
+    path.write_text(enrolment(SigningKey.generate(AGENT)))
     with pytest.raises(IdentityError):
         await current()
-    enrolment.write_text(enrolment_of(key, "spiffe://acme.example/agent/other"))
+    path.write_text(enrolment(key, "spiffe://acme.example/agent/other"))
     with pytest.raises(IdentityError):
         await current()
     for text in ("", "a.b.c", "ä"):
-        enrolment.write_text(text)
+        path.write_text(text)
         with pytest.raises(IdentityError, match="RINGFENCE_RUN_INSTANCE"):
             await current()
-    enrolment.unlink()
+    path.unlink()
     with pytest.raises(IdentityError, match="RINGFENCE_RUN_INSTANCE"):
         await current()
     (folder / RUN_KEY_FILE).unlink()

@@ -308,6 +308,38 @@ class Gate(Protocol):
         ...
 
 
+# --- byte relays of runs, to targets whose protocol is not HTTP -------------------------------------------------------
+
+
+class RelayPermit(Protocol):
+    """A relay that was allowed just now, and recorded."""
+
+    def watch(self, on_ended: Callable[[], None]) -> Callable[[], None]:
+        """Call `on_ended` when a lease of the run at the target can no longer be used, maybe now; at least once then.
+
+        Returns a function that unsubscribes.
+        """
+        ...
+
+    def problem(self) -> Reason | None:
+        """Why nothing more may be relayed, or None. Cheap while no record changes: ask before each piece."""
+        ...
+
+
+class RelayGate(Protocol):
+    """The part of the decision core that decides on relays."""
+
+    def may_be_at(self, host: str, port: int) -> bool:
+        """Whether a target that relays go to may be at this address. Nothing is verified."""
+        ...
+
+    async def decide(
+        self, presented: PresentedIdentity, authority: str, host: str, port: int, rate_check: RateCheck
+    ) -> tuple[Verdict, RelayPermit | None]:
+        """Decide on a relay to this address, and record the decision. Never raises. A permit if it is allowed."""
+        ...
+
+
 # --- HTTP access for agents: the gateway answers these requests itself ------------------------------------------------
 
 Answer = tuple[int, Mapping[str, str], bytes]

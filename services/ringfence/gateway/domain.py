@@ -170,20 +170,26 @@ def authorize(
         reasons.append(elsewhere or _no_lease_reason(sender, wanted[0], candidates))
     else:
         reasons += _unusable_reasons(lease, target)
-        gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
-        reasons += [gone] if gone else []
-        reasons += run_violations(
-            lease.instance, directory.runs.of(lease.instance), agent_id=lease.agent_id, task_id=lease.task_id,
-            kid=lease.key_thumbprint, now_s=now_s,
-        )  # fmt: skip
-        reasons += _delegation_chain_reasons(
-            lease, wanted, directory, ground.act if ground is not None else ()
-        )
-        if ground is not None and is_lost(lease, ground.agent.state):
-            reasons.append(key_compromised(sender.agent_id))
+        reasons += lease_reasons(lease, ground, wanted, directory, now_s)
     if lease is None or ground is None or reasons:
         return Refusal(FORBIDDEN, tuple(reasons))
     return ChosenLease(lease, ground, wanted)
+
+
+def lease_reasons(
+    lease: Lease, ground: RecordContext | None, wanted: Scope, directory: Directory, now_s: float
+) -> list[Reason]:
+    """The reasons why a live lease may not be used by what the records are now, besides task, limits and statuses."""
+    gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
+    reasons = [gone] if gone else []
+    reasons += run_violations(
+        lease.instance, directory.runs.of(lease.instance), agent_id=lease.agent_id, task_id=lease.task_id,
+        kid=lease.key_thumbprint, now_s=now_s,
+    )  # fmt: skip
+    reasons += _delegation_chain_reasons(lease, wanted, directory, ground.act if ground is not None else ())
+    if ground is not None and is_lost(lease, ground.agent.state):
+        reasons.append(key_compromised(lease.agent_id))
+    return reasons
 
 
 @lru_cache(maxsize=4096)

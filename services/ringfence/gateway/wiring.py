@@ -18,6 +18,7 @@ from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
 from ringfence.gateway.decision.observe_mode import notice
+from ringfence.gateway.decision.relays import Relays
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.gateway.decision.targets import Targets
@@ -53,6 +54,7 @@ class Core:
     gate: DecisionGate
     view: View
     targets: Targets
+    relays: Relays
     blocked: BlockedRequests
     proofs: ProofChecker
     """Of all senders: a proof counts once at this gateway."""
@@ -99,6 +101,10 @@ def build_core(
         observe=own.observe, fast_path=fast_path,
     )  # fmt: skip
 
+    relays = Relays(
+        view, authenticator, gate.events, clock, entitlements_max_age_s=settings.entitlements_max_age_s
+    )
+
     async def bundle_refused(mark: str, message: str) -> None:
         reason = Reason(code="bundle_refused", message=message[:2000])
         await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
@@ -122,7 +128,7 @@ def build_core(
     runtime.on_stop(sealed.close)
     runtime.on_stop(secrets.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
-    return Core(gate, view, targets, blocked, proofs, reply_readers)
+    return Core(gate, view, targets, relays, blocked, proofs, reply_readers)
 
 
 def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:

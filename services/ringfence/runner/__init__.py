@@ -1,1 +1,4 @@
-"""The runner: runs a task's command in a fresh sandbox. So far it has the sandbox layer alone (`sandbox`)."""
+"""The runner: runs a task's command in a fresh sandbox.
+
+`sandbox` makes sandboxes. `init` is the first program inside, and `control` the channel between it and the runner.
+"""

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 
 from ringfence.client.agent.agent import Agent
+from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.dev.processes import free_port
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import sign
@@ -30,7 +31,10 @@ from tests.support.benches.gateway_flows import RULES, VERBS, gateway
 from tests.support.benches.live_runs import RUNNER, LiveRun, add_runner, agent_of
 from tests.support.world import WITHIN_S, Party, World, scope
 
-WIDE = scope("hub", ("read", "write"), ("path/**",))
+WIDE = (
+    *scope("hub", ("read", "write"), ("path/**",)),
+    *(one for name in ("cache", "echo", "jump") for one in scope(name, ("read", "forward"), ("**",))),
+)
 ASK: dict[str, Any] = {
     "target": "hub", "verbs": ["read"], "resources": ["path/**"], "reason": "a look", "delivery": "gateway",
     "timeout_s": WITHIN_S,
@@ -96,7 +100,11 @@ class RunInside:
 
     async def lease(self, **more: Any) -> str:
         """The handle of a lease for the gateway, asked for through the run's socket."""
-        return (await self.sdk.request(task=self.live.task, **{**ASK, **more})).lease_id
+        return (await self.lease_of(**more)).lease_id
+
+    async def lease_of(self, **more: Any) -> IssuedCredential:
+        """What the run gets for a request through its socket."""
+        return await self.sdk.request(task=self.live.task, **{**ASK, **more})
 
     async def get(self, path: str = "/a", *, handle: str | None = None, socket: Path | None = None) -> Any:
         """The answer to a request at the target, through the run's socket."""
@@ -135,8 +143,10 @@ class RunInside:
 
 
 @asynccontextmanager
-async def run_bench(kafka: Kafka, redis: RedisServer, folder: Path, **own: Any) -> AsyncIterator[RunBench]:
-    """`own`: settings of the gateway besides those of a usual one."""
+async def run_bench(
+    kafka: Kafka, redis: RedisServer, folder: Path, *, targets: dict[str, Any] | None = None, **own: Any
+) -> AsyncIterator[RunBench]:
+    """`targets`: more of them, by name; `own`: settings of the gateway besides those of a usual one."""
     yard_folder = folder / "platforms"
     yard_folder.mkdir(parents=True, exist_ok=True)
     certificates, port, sockets = Certificates(folder), free_port(), folder / "sockets"
@@ -155,6 +165,8 @@ async def run_bench(kafka: Kafka, redis: RedisServer, folder: Path, **own: Any) 
             backend = BackendSettings.model_validate(
                 {"kind": "jwt", "url": f"https://localhost:{target.port}"}
             )
+            for name, target_fields in (targets or {}).items():
+                await world.target(name, **target_fields)
             await world.target("hub", backend=backend, requests=RULES, verbs=VERBS)
             user = await world.user(f"u-{uuid.uuid4().hex[:8]}", entitlements=WIDE)
             async with gateway(world, **settings):

@@ -76,7 +76,7 @@ class AuditApi:
         trace = self._index.trace(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
         if trace is None:
             raise NotFoundError(
-                f"no lease, request, task, agent or user {id[:80]} that you may see was audited"
+                f"no lease, request, task, agent, user or run {id[:80]} that you may see was audited"
             )
         metrics.HTTP_REQUESTS.labels("/v1/trace", "200").inc()
         return JSONResponse({

@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 ISSUED = "credential.issued"
 ENDED = ("credential.released", "credential.revoked", "lease.expired", "credential.aborted")
 ALLOWED = ("request.allowed", "break_glass.used")
-TraceKind = Literal["lease", "request", "task", "agent", "user"]
+TraceKind = Literal["lease", "request", "task", "agent", "user", "run"]
 TRACE_KINDS: tuple[TraceKind, ...] = get_args(TraceKind)
 
 
@@ -50,7 +50,7 @@ class Viewer:
 
 @dataclass(frozen=True, slots=True)
 class EventTrace:
-    """The events of one lease, request, task, agent or user, oldest first. `truncated`: more exist than the limit."""
+    """The events of one object, oldest first. `truncated`: more exist than the limit."""
 
     kind: TraceKind
     id: str
@@ -178,7 +178,7 @@ _SCHEMA = """
 CREATE TABLE event (
     seq INTEGER PRIMARY KEY, uid TEXT NOT NULL, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
-    parent TEXT, above TEXT, status INTEGER, severity INTEGER, message TEXT NOT NULL, json BLOB NOT NULL,
+    parent TEXT, run TEXT, above TEXT, status INTEGER, severity INTEGER, message TEXT NOT NULL, json BLOB NOT NULL,
     conflict TEXT NOT NULL, UNIQUE (uid, conflict)
 );
 CREATE INDEX event_request ON event (request, code) WHERE request IS NOT NULL;
@@ -188,6 +188,7 @@ CREATE INDEX event_agent ON event (agent) WHERE agent IS NOT NULL;
 CREATE INDEX event_on_behalf_of ON event (on_behalf_of) WHERE on_behalf_of IS NOT NULL;
 CREATE INDEX event_revocation ON event (revocation) WHERE revocation IS NOT NULL;
 CREATE INDEX event_parent ON event (parent) WHERE parent IS NOT NULL;
+CREATE INDEX event_run ON event (run) WHERE run IS NOT NULL;
 CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
@@ -197,9 +198,9 @@ CREATE INDEX event_time ON event (time, uid, conflict);
 _INSERT = """
 INSERT OR IGNORE INTO event (
     seq, uid, time, class_uid, code,
-    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, above, status, severity,
-    message, json, conflict
-) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    request, lease, task, agent, target, sponsor, on_behalf_of, revocation, parent, run, above, status,
+    severity, message, json, conflict
+) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
 """
 _IDS = ("request", "lease", "task", "agent", "target", "sponsor", "on_behalf_of", "revocation", "parent")
 _CACHE_KIB = 64 * 1024
@@ -508,7 +509,11 @@ class SqliteIndex:
         self._collect(collected, "request", requests)
         tasks = [*tasks, *self._values("task", "request", requests)]
         tasks = sorted({*tasks, *self._reachable("parent", "task", tasks)})
-        self._collect(collected, "task", tasks, "request IS NULL")
+        if kind == "run":
+            # What the task's other runs did is theirs. A blocked action names no run: it is shown with each of them.
+            self._collect(collected, "task", tasks, "request IS NULL", "(run IS NULL OR run = :run)", run=id)
+        else:
+            self._collect(collected, "task", tasks, "request IS NULL")
         leases = self._values("lease", "request", requests)
         self._collect(collected, "lease", leases, "request IS NULL")
         # Revocations and their acknowledgements: a kill switch has ended leases of others as well.
@@ -576,7 +581,7 @@ def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
     try:
         fields = event["unmapped"]
         texts = (event["metadata"]["uid"], event["message"])
-        ids = [fields.get(name) for name in _IDS]
+        ids = [*(fields.get(name) for name in _IDS), _run_of(fields)]
         numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
         weight = (event.get("status_id"), event.get("severity_id"))
         above = [name for name in fields.get("act", ())[1:] if type(name) is str]
@@ -590,6 +595,14 @@ def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
     above_json = orjson.dumps(above).decode() if above else None
     weights = [number if _is_int64(number) else None for number in weight]
     return (seq, texts[0], *numbers, code, *ids, above_json, *weights, texts[1], value, "")
+
+
+def _run_of(fields: Mapping[str, Any]) -> str | None:
+    """The run that an event is about, or whose instance made the request or the lease."""
+    run, instance = fields.get("run"), fields.get("instance")
+    if run is None and isinstance(instance, Mapping) and isinstance(instance.get("run"), Mapping):
+        run = instance["run"].get("run_id")
+    return run if type(run) is str else None
 
 
 def _export_position(cursor: str) -> tuple[int, str, str]:

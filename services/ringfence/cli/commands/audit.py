@@ -173,31 +173,31 @@ def trace(
         typer.Argument(
             metavar="ID",
             callback=check_name,
-            help="The id of a lease, request or task, or how it begins; or an agent or user.",
+            help="The id of a lease, request or task, or how it begins; or an agent, user or run.",
         ),
     ],
     kind: Annotated[
-        Literal["lease", "request", "task", "agent", "user"] | None,
+        Literal["lease", "request", "task", "agent", "user", "run"] | None,
         typer.Option(
             "--kind",
             metavar="KIND",
-            help="What the id is of, where it could be several: lease, request, task, agent or user.",
+            help="What the id is of, where it could be several: lease, request, task, agent, user or run.",
         ),
     ] = None,
     wide: Annotated[bool, typer.Option("--wide", help="Print whole ids, and lines however long.")] = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the story of one credential (or of all of a task, agent, user) back to the human, as a tree with times."""
+    """Print the story of one credential (or of all of a task, agent, user, run) back to the human, as a tree with times."""
 
     async def work() -> Any:
         async with ReadApi(identity(me)) as api:
             try:
                 return await api.trace(id, kind)
             except ApiError as error:
-                if error.status != 404 or not is_prefix(id) or kind in ("agent", "user"):
+                if error.status != 404 or not is_prefix(id) or kind in ("agent", "user", "run"):
                     raise
-            sought: IdKind | None = None if kind is None or kind == "agent" or kind == "user" else kind
+            sought: IdKind | None = kind if kind in ("lease", "request", "task") else None
             known = await known_ids(api, sought)
             return await api.trace(only_one(kind or "lease, request or task", id, known), kind)
 

@@ -101,6 +101,7 @@ async def _run(
     from ringfence.model.records.runs import run_id_of
     from ringfence.runner.lifecycle.execution import RunExecution
     from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
+    from ringfence.runner.local_guard import guarded
     from ringfence.runner.sandbox.backend import Streams
 
     signals = _Signals()
@@ -130,7 +131,8 @@ async def _run(
             )
             execution = RunExecution(host, plan, Streams(0, 1, 2))
             signals.execution = execution
-            return await execution.execute()
+            async with guarded(host.connection, plan, execution):
+                return await execution.execute()
 
 
 @contextlib.asynccontextmanager

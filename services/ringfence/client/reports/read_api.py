@@ -196,7 +196,7 @@ class ReadApi(Lifetime):
     # --- audit ---
 
     async def trace(self, id: str, kind: str | None = None) -> Any:
-        """Return the history of a lease, request, task, agent or user: `{id, kind, truncated, roots: [node]}`.
+        """Return the history of a lease, request, task, agent, user or run: `{id, kind, truncated, roots: [node]}`.
 
         A node is `{id, kind, title, at_ms, duration_ms, actor, detail, children: [node]}`.
         """

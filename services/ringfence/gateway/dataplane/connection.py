@@ -22,6 +22,7 @@ from ringfence.gateway.dataplane.request_reader import (
     read_request,
     traceparent_in,
 )
+from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
@@ -254,6 +255,8 @@ class AgentConnection:
                     headers={"Proxy-Authenticate": 'Basic realm="ringfence"'},
                 )
             if not is_api and not shared.is_target_host(authority):
+                if (relays := self._relays_to(authority)) is not None:
+                    return await self._relay(relays, presented, authority, request)
                 verdict = await shared.gate.decide(
                     presented, Attempt(authority, "https", "CONNECT", request.target)
                 )
@@ -272,6 +275,30 @@ class AgentConnection:
         )
         self._fast_path.set_route(self._listener)
         return True
+
+    def _relays_to(self, authority: str) -> RunRelays | None:
+        """What opens relays, if this is the socket of a run and the address may be that of a target without HTTP."""
+        relays = self._shared.relays
+        if relays is None or self._listener.run_id is None:
+            return None
+        return relays if relays.may_be_at(authority) else None
+
+    async def _relay(
+        self, relays: RunRelays, presented: PresentedIdentity, authority: str, request: RequestHead
+    ) -> bool:
+        """Relay bytes to a target until one side or its permit ends. Nothing else follows on this connection."""
+        with relays.place(self._listener.sender):
+            try:
+                verdict, permit = await relays.decide(presented, authority, self._slot.check_agent)
+            finally:
+                self._slot.end()  # a relay takes no place of the agent's requests
+            if permit is None:
+                return await self._send_answer(self._shared.answer(verdict), request, close=True)
+            try:
+                await relays.run(self._client, permit, authority, CONNECT_ESTABLISHED)
+            except RequestRefusedError as error:
+                return await self._send_refusal(error, request, close=True)
+        return False
 
     def _unknown_host_answer(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
         if verdict.allowed:

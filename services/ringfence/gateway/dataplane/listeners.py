@@ -59,6 +59,7 @@ class Listeners:
             allowance=allowance,
             fast_path=fast_path,
             agent_api=agent_api,
+            relays=core.relays,
         )
         self._own_hosts = frozenset({AGENT_API}) if agent_api is not None else frozenset[str]()
         self._sockets: dict[str, Path] = {}

@@ -22,7 +22,14 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from ringfence.gateway.contract import AgentApi, BlockedRequest, Gate, PresentedIdentity, ReportBlocked
+from ringfence.gateway.contract import (
+    AgentApi,
+    BlockedRequest,
+    Gate,
+    PresentedIdentity,
+    RelayGate,
+    ReportBlocked,
+)
 from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
 from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
@@ -31,6 +38,7 @@ from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, SenderLimits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
+from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
 from ringfence.gateway.dataplane.tls_listener import TlsListener
@@ -73,6 +81,7 @@ class DataPlane:
         timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
         fast_path: bool = True,
         agent_api: AgentApi | None = None,
+        relays: RelayGate | None = None,
     ) -> None:
         """Args:
             gate: the decision core.
@@ -84,6 +93,7 @@ class DataPlane:
             tls: verifies targets; by default with the machine's authorities.
             fast_path: whether repeated requests are served without a coroutine.
             agent_api: answers requests to the gateway itself. Without it there is no such host.
+            relays: decides on byte relays for runs. Without it there are none.
         """  # fmt: skip
         self._deadline_timer, self._write_batcher = DeadlineTimer(), WriteBatcher()
         self.upstreams = UpstreamPool(
@@ -107,6 +117,7 @@ class DataPlane:
             timeouts,
             blocked,
             agent_api,
+            RunRelays(relays, self.upstreams, timeouts) if relays is not None else None,
         )
         self._fast_paths = FastPaths(self._shared, enabled=fast_path)
         self._servers: list[asyncio.Server] = []

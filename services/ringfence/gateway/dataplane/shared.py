@@ -10,6 +10,7 @@ from ringfence.gateway.dataplane.certificate_authority import CertificateAuthori
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import SenderLimits
+from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
 from ringfence.gateway.errors import AnswerVerdict
 
@@ -29,3 +30,5 @@ class DataPlaneContext:
     report_blocked: ReportBlocked
     agent_api: AgentApi | None = None
     """Answers agents that call the gateway itself; None if it is switched off."""
+    relays: RunRelays | None = None
+    """Opens relays for runs; None if there are none."""

@@ -118,6 +118,11 @@ class DecisionGate:
         self._observe_mode = ObserveMode(targets, observe)
         self._mcp_sessions = McpSessions(view.table)
 
+    @property
+    def events(self) -> DecisionEvents:
+        """Records decisions. Decisions on relays are recorded by it as well."""
+        return self._events
+
     # --- interface of data planes ---
 
     def reads_body(self, attempt: Attempt) -> bool:

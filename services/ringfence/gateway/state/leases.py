@@ -68,6 +68,8 @@ class LeaseTable:
         self._entries: dict[str, _Entry] = {}
         self._usable: dict[tuple[str, str], dict[str, dict[str, Lease]]] = {}
         """By agent and target: tasks, and their leases by id."""
+        self._of_runs: dict[str, dict[str, Lease]] = {}
+        """By run: the active leases that were delivered to its instance, by id."""
         self._versions: dict[tuple[str, str], int] = {}
         """By agent and target: a number that changes with each of their leases."""
         self._due: list[tuple[int, str]] = []
@@ -116,6 +118,8 @@ class LeaseTable:
                 self._versions[key] = next(self._numbers)
                 tasks = self._usable.setdefault(key, {})
                 tasks.setdefault(lease.task_id, {})[lease.lease_id] = lease
+            elif (run_id := _run_of(lease)) is not None:
+                self._of_runs.setdefault(run_id, {})[lease.lease_id] = lease
             if entry is None:
                 heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
         elif lease.status != "minting":
@@ -212,6 +216,10 @@ class LeaseTable:
         if not tasks:
             self._usable.pop(key, None)
             self._versions.pop(key, None)
+        if (run_id := _run_of(lease)) is not None and run_id in self._of_runs:
+            self._of_runs[run_id].pop(lease.lease_id, None)
+            if not self._of_runs[run_id]:
+                del self._of_runs[run_id]
 
     # --- queries ---
 
@@ -225,6 +233,10 @@ class LeaseTable:
         tasks = self._usable.get((agent_id, target_id), {})
         by_task = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
         return [lease for leases in by_task for lease in leases.values() if self.problem(lease) is None]
+
+    def delivered_to_run(self, run_id: str) -> list[Lease]:
+        """The leases whose credentials the instance of a run has itself, and may use now."""
+        return [lease for lease in self._of_runs.get(run_id, {}).values() if self.problem(lease) is None]
 
     def version(self, key: tuple[str, str]) -> int:
         """A number that changes with each lease of an agent at a target (`key`: their ids); -1 if it has none."""

@@ -14,7 +14,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.runner.sandbox.backend import Mount
 
 _INSIDE: Final = "/opt/ringfence"
-_NEEDED: Final = ("cryptography", "orjson")
+_NEEDED: Final = ("cryptography", "_cffi_backend", "orjson")
 """The packages that init imports, with what they need beside them."""
 _OF_THE_MACHINE: Final = Path("/usr")
 """bubblewrap shows it at the same path."""

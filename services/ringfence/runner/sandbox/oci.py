@@ -373,7 +373,9 @@ def _container(
                 "/var/tmp": f"{flags},size={spec.tmp_bytes}",
                 "/run": f"{flags},size=65536,mode=0755",
                 HOME: f"{flags},size={spec.home_bytes}",
-                **({INSTANCE: f"{flags},size={INSTANCE_BYTES}"} if spec.control is not None else {}),
+                **(
+                    {INSTANCE: f"{flags},size={INSTANCE_BYTES},mode=0700"} if spec.control is not None else {}
+                ),
             },
             "ExtraHosts": [f"{name}:{address}" for name, address in spec.hosts.items()],
             "Sysctls": {_LOWEST_PORT: "0"} if spec.low_ports else {},

@@ -1,0 +1,280 @@
+"""Decides on byte relays for runs: from a run's socket to a target whose protocol is not HTTP.
+
+A relay goes to the address in the target's record, and only while the run has a live lease there that was delivered to
+its instance. Statements inside are not seen, so nothing else is decided: what a statement may do, the target decides
+by the credential. The gateway cannot see which credential is used, so the end of any of these leases ends the relay.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Final
+
+from ringfence.gateway.contract import Attempt, PresentedIdentity, RateCheck, RelayPermit, Verdict
+from ringfence.gateway.decision.action_ids import ActionIds
+from ringfence.gateway.decision.context import DecisionContext
+from ringfence.gateway.decision.decision_events import DecisionEvents
+from ringfence.gateway.decision.sender import SenderAuthenticator
+from ringfence.gateway.domain import (
+    FORBIDDEN,
+    TOO_MANY_REQUESTS,
+    UNAVAILABLE,
+    ChosenLease,
+    Refusal,
+    Sender,
+    lease_elsewhere,
+    lease_reasons,
+    refuse,
+)
+from ringfence.gateway.errors import RequestRefusedError
+from ringfence.gateway.events.spool import SpoolFullError
+from ringfence.gateway.hosts import split_host_and_port
+from ringfence.gateway.state.view import View
+from ringfence.kernel.base.clock import Clock
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetRecord, TargetState
+from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.requests.facts import DeniedError, load_records, violations_of
+from ringfence.model.target_settings import CREDENTIAL_KINDS
+
+log = logging.getLogger(__name__)
+
+RELAYED: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if kind.tells_address)
+"""The kinds of targets that agents reach at an address, by a protocol of their own."""
+FORWARD: Final = "forward"
+"""The verb at an SSH target by which its server connects to other hosts."""
+_RETRY_S: Final = 5
+_MAX_REASONS: Final = 20
+
+Address = tuple[str, int]
+
+
+class RelayTargets:
+    """An index of targets that relays go to, by host and port. Addresses are unverified: `at` verifies."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+        self._ids: dict[Address, set[str]] = {}
+        self._addresses: dict[str, Address] = {}
+        directory.on_change(self._on_change)
+
+    def may_be_at(self, address: Address) -> bool:
+        """Whether the record of a target may name this address."""
+        return bool(self._ids.get(address))
+
+    def at(self, address: Address) -> list[TargetState]:
+        """The active targets whose verified records name exactly this address. Raises ChainError."""
+        found = []
+        for id in sorted(self._ids.get(address, ())):
+            entry = self._directory.target(id)
+            if entry is not None and entry.state.status == "active" and address_of(entry.state) == address:
+                found.append(entry.state)
+        return found
+
+    def _on_change(self, kind: SubjectKind, id: str) -> None:
+        record = self._directory.unverified(kind, id) if kind == "target" else None
+        if not isinstance(record, TargetRecord):
+            return
+        before = self._addresses.pop(id, None)
+        if before is not None:
+            self._ids[before].discard(id)
+            if not self._ids[before]:
+                del self._ids[before]
+        address = address_of(record.state)
+        if address is not None:
+            self._addresses[id] = address
+            self._ids.setdefault(address, set()).add(id)
+
+
+def address_of(target: TargetState) -> Address | None:
+    """Host and port in a target's record, in canonical form; None if it has none, or if no relay goes to its kind."""
+    address = (target.backend.model_extra or {}).get("address")
+    if target.backend.kind not in RELAYED or not isinstance(address, str) or ":" not in address:
+        return None
+    try:
+        return split_host_and_port(address, "https")
+    except RequestRefusedError:
+        return None
+
+
+class Relays:
+    """The `RelayGate` of this gateway. See the protocol for the contract of each method."""
+
+    def __init__(
+        self,
+        view: View,
+        authenticator: SenderAuthenticator,
+        events: DecisionEvents,
+        clock: Clock,
+        *,
+        entitlements_max_age_s: int,
+    ) -> None:
+        self._view = view
+        self._targets = RelayTargets(view.directory)
+        self._authenticator = authenticator
+        self._events = events
+        self._clock = clock
+        self._entitlements_max_age_s = entitlements_max_age_s
+        self._ids = ActionIds()
+
+    def may_be_at(self, host: str, port: int) -> bool:
+        return self._targets.may_be_at((host, port))
+
+    async def decide(
+        self, presented: PresentedIdentity, authority: str, host: str, port: int, rate_check: RateCheck
+    ) -> tuple[Verdict, RelayPermit | None]:
+        context = DecisionContext(self._ids.new(), Attempt(authority, "https", "CONNECT", authority))
+        began_ns = time.perf_counter_ns()
+        try:
+            found = await self._decide(context, presented, (host, port), rate_check)
+        except Exception:  # fail closed
+            log.exception("a relay could not be decided")
+            found = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
+        context.took_ns = time.perf_counter_ns() - began_ns
+        verdict = _verdict(context, found)
+        try:
+            self._events.record(context, presented, verdict)
+        except SpoolFullError as error:
+            log.error("no relay is opened: %s", error)
+            reason = Reason(
+                code=error.code, message="what is decided cannot be recorded now; ask again later"
+            )
+            return Verdict(context.id, allowed=False, status=UNAVAILABLE, reasons=(reason,)), None
+        if isinstance(found, Refusal) or context.sender is None:
+            return verdict, None
+        return verdict, _Permit(self, self._view, context.sender, (host, port), found)
+
+    async def _decide(
+        self, context: DecisionContext, presented: PresentedIdentity, address: Address, rate_check: RateCheck
+    ) -> RelayLeases | Refusal:
+        if (denial := self._view.denial()) is not None:
+            return Refusal(UNAVAILABLE, (denial,))
+        sender = await self._authenticator.authenticate(presented, context.attempt)
+        if isinstance(sender, Refusal):
+            context.sender = sender.sender
+            return sender
+        context.sender = sender
+        if (reason := rate_check(sender.agent_id)) is not None:
+            return Refusal(TOO_MANY_REQUESTS, (reason,))
+        found = self.leases(sender, address)
+        if not isinstance(found, Refusal):
+            context.chosen = found[0]
+        return found
+
+    def leases(self, sender: Sender, address: Address) -> RelayLeases | Refusal:
+        """The live leases that a relay of a run to this address rests on, at least one; or why there is no relay."""
+        now_s = self._clock.now_ms() / 1000
+        try:
+            targets = {target.target_id: target for target in self._targets.at(address)}
+        except ChainError as error:
+            return refuse("record_untrusted", str(error))
+        if not targets:
+            return refuse("target_unknown", "no target is there: have an operator add it, or ask for another")
+        for target in targets.values():
+            if target.backend.kind == "ssh" and any(verb.verb == FORWARD for verb in target.verbs):
+                message = (
+                    f"target {target.target_id} grants {FORWARD}, by which everything is reachable that its server "
+                    "reaches: no relay goes there; have an operator add the host without that verb"
+                )
+                return refuse("forward_not_relayed", message)
+        named = self._view.table.get(sender.lease_id) if sender.lease_id is not None else None
+        if named is not None and (elsewhere := lease_elsewhere(sender, named)) is not None:
+            return Refusal(FORBIDDEN, (elsewhere,))
+        leases = [
+            lease
+            for lease in self._view.table.delivered_to_run(sender.run_id or "")
+            if lease.target_id in targets and lease.backend == targets[lease.target_id].backend.kind
+        ]
+        if not leases or sender.lease_id not in (None, *(lease.lease_id for lease in leases)):
+            message = (
+                f"run {sender.run_id} has no live lease at {', '.join(sorted(targets))} that was delivered to it: ask "
+                "for one, with delivery to the agent"
+            )
+            return Refusal(FORBIDDEN, (Reason(code="no_lease", message=message[:1000], side="lease"),))
+        chosen = [self._chosen(sender, lease, now_s) for lease in leases]
+        reasons = [reason for one in chosen if isinstance(one, Refusal) for reason in one.reasons]
+        if reasons:
+            return Refusal(FORBIDDEN, tuple(reasons[:_MAX_REASONS]))
+        return tuple(one for one in chosen if isinstance(one, ChosenLease))
+
+    def _chosen(self, sender: Sender, lease: Lease, now_s: float) -> ChosenLease | Refusal:
+        """A lease, with the records by which all that its credential allows is still allowed."""
+        directory, wanted = self._view.directory, lease.scope
+        try:
+            ground = load_records(directory, sender.agent_id, lease.task_id, lease.target_id)
+        except DeniedError as error:
+            return Refusal(FORBIDDEN, (error.reason,))
+        reasons = [
+            *violations_of(ground, wanted, now_s, self._entitlements_max_age_s),
+            *lease_reasons(lease, ground, wanted, directory, now_s),
+        ]
+        if sender.task_id != lease.task_id:
+            reasons.append(Reason(code="handle_other_task", message="the lease is of another task"))
+        return Refusal(FORBIDDEN, tuple(reasons)) if reasons else ChosenLease(lease, ground, wanted)
+
+
+RelayLeases = tuple[ChosenLease, ...]
+
+
+class _Permit:
+    """The `RelayPermit` of one relay."""
+
+    def __init__(
+        self, relays: Relays, view: View, sender: Sender, address: Address, leases: RelayLeases
+    ) -> None:
+        self._relays = relays
+        self._view = view
+        self._sender = sender
+        self._address = address
+        self._leases = leases
+        self._checked: tuple[object, ...] = ()
+        """The versions of all records, and the second, at the last complete check."""
+
+    def watch(self, on_ended: Callable[[], None]) -> Callable[[], None]:
+        if self._view.stale() is not None:
+            on_ended()
+            return lambda: None
+        unsubscribing = [self._view.table.watch(one.lease.lease_id, on_ended) for one in self._leases]
+
+        def unsubscribe() -> None:
+            for each in unsubscribing:
+                each()
+
+        return unsubscribe
+
+    def problem(self) -> Reason | None:
+        table, directory = self._view.table, self._view.directory
+        if (denial := self._view.denial()) is not None:
+            return denial
+        for one in self._leases:
+            if (problem := table.problem(one.lease)) is not None:
+                return problem
+        versions = (*directory.versions, directory.trust.version, int(time.monotonic()))
+        if versions == self._checked:
+            return None
+        found = self._relays.leases(self._sender, self._address)
+        if isinstance(found, Refusal):
+            return found.reasons[0]
+        self._checked = versions
+        return None
+
+
+def _verdict(context: DecisionContext, found: RelayLeases | Refusal) -> Verdict:
+    refusal = found if isinstance(found, Refusal) else None
+    status = refusal.status if refusal is not None else HTTPStatus.OK.value
+    return Verdict(
+        context.id,
+        allowed=refusal is None,
+        status=status,
+        reasons=refusal.reasons if refusal is not None else (),
+        lease=context.lease,
+        target=context.chosen.ground.target.state if context.chosen is not None else None,
+        retry_after_s=_RETRY_S if status in (UNAVAILABLE, TOO_MANY_REQUESTS) else None,
+        task_id=context.task_id,
+    )
