@@ -94,6 +94,10 @@ class Fleet:
         found = self.run(run_id)
         return found["status"] if found else None
 
+    def started(self, run_id: str) -> None:
+        """Wait until a run has started."""
+        self.until(lambda: self.status(run_id) == "started", f"the start of run {run_id}")
+
     def ended(self, run_id: str) -> dict[str, Any]:
         self.until(lambda: self.status(run_id) in OVER, f"the end of run {run_id}")
         found = self.run(run_id)

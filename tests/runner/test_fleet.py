@@ -103,7 +103,7 @@ def test_somebody_else_orders_and_stops_nothing(fleet: Fleet) -> None:
     )
     assert (done.returncode, b"assigner" in done.stderr) == (1, True), done.stderr
     run_id = fleet.order(command="sleep 30")
-    fleet.until(lambda: fleet.status(run_id) == "started", "the start")
+    fleet.started(run_id)
     refused = fleet.here.call("run", "stop", run_id, "--reason", "x", "--yes", who="olga")
     assert (refused.returncode, b"assigner" in refused.stderr) == (1, True), refused.stderr
     fleet.here.say("run", "stop", run_id, "--reason", "enough", "--yes", who="sam")
@@ -115,7 +115,7 @@ def test_an_order_of_a_task_that_ended_between_is_refused(fleet: Fleet) -> None:
     task = fleet.here.assign()
     blockers = [fleet.order(command="sleep 60") for _ in range(2)]
     for run_id in blockers:
-        fleet.until(lambda run_id=run_id: fleet.status(run_id) == "started", "the start")
+        fleet.started(run_id)
     waiting = fleet.order(task=task, command="true")
     stopped = fleet.order(command="true")
     fleet.here.say("task", "end", task, "--reason", "done", who="maria")
@@ -131,7 +131,7 @@ def test_a_full_queue_refuses_further_orders_and_keeps_its_order(fleet: Fleet) -
     (fleet.reports / "order").unlink(missing_ok=True)
     blockers = [fleet.order(command="sleep 60") for _ in range(2)]
     for run_id in blockers:
-        fleet.until(lambda run_id=run_id: fleet.status(run_id) == "started", "the start")
+        fleet.started(run_id)
     queued = [
         fleet.order("--mount", "reports:rw", command=f"echo {number} >> /workspace/reports/order")
         for number in range(3)

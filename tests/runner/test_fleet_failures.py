@@ -20,7 +20,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.run import RunLimits, RunOrder
+from ringfence.messages.run import Mount, RunLimits, RunOrder
 from ringfence.messages.topics import RUN_ORDER
 from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.run_orders import order_id_of
@@ -103,6 +103,8 @@ async def test_a_runner_that_is_killed_reports_its_run_as_lost_and_never_starts_
     here: Installation, fleet: Fleet, step: str
 ) -> None:
     process = start(fleet)
+    seen = run_id = ""
+    before = 0
     for _ in range(10):
         run_id = fleet.order(*WRITABLE, command=f"{COUNTED}; sleep 60")
         seen = await status_of(here, run_id, step, *OVER)
@@ -164,7 +166,7 @@ async def test_an_order_that_is_delivered_twice_starts_once(here: Installation, 
         command = ("sh", "-c", "echo started >> /workspace/reports/starts")
         order = RunOrder(
             **maria.stamp(600), pool=fleet.name, agent_id="reader-bot", task_id=here.task, command=command,
-            limits=LIMITS, ttl_s=60, mounts=({"name": "reports", "read_write": True},),
+            limits=LIMITS, ttl_s=60, mounts=(Mount(name="reports", read_write=True),),
         )  # fmt: skip
         compact = sign(order, maria.key)
         for _ in range(3):
@@ -193,7 +195,7 @@ async def test_strangers_and_tampered_orders_start_nothing_and_hold_nothing_up(
             await who.publish(RUN_ORDER, fleet.name, order)
             ordered.append(run_id_of("", order_id=order_id_of(order)))
             elsewhere = order.model_copy(update={"jti": "x", "pool": "elsewhere"})
-            await who._publisher.send(  # type: ignore[union-attr]
+            await who._publisher.send(
                 RUN_ORDER, fleet.name, sign(elsewhere, signer), id="x", type="run.order"
             )
     assert fleet.ended(fleet.order())["exit"] == {"code": 0}
@@ -293,3 +295,54 @@ async def test_a_runner_without_kafka_destroys_its_runs_at_the_end_of_the_grace(
         assert "heartbeat" in found["exit"]["reason"]
     assert ticks.stat().st_size == size
     assert fleet.ended(fleet.order())["exit"] == {"code": 0}
+
+
+async def test_another_runner_of_the_pool_takes_over_what_waits_and_leaves_what_was_claimed(
+    here: Installation, fleet: Fleet
+) -> None:
+    added = await asyncio.to_thread(here.call, "init", "--add-runner", "runner-2", "--publish", who="olga")
+    assert added.returncode == 0, added.stderr
+    here.say(
+        "agent", "set-attestation", "reader-bot", "--yes",
+        "--selector", "runner=runner-1 life=1h", "--selector", "runner=runner-2 life=1h",
+    )  # fmt: skip
+    first = start(fleet)
+    blocker = fleet.order(command="sleep 600")
+    await status_of(here, blocker, "started")
+    waiting = [fleet.order(*WRITABLE, command=COUNTED) for _ in range(2)]
+    start(fleet, RINGFENCE_KEY_FILE=str(here.folder / ".ringfence/keys/runner-2.json"))
+    fleet.stop(first, signal.SIGKILL)
+    for run_id in waiting:
+        found = fleet.ended(run_id)
+        assert (found["exit"], found["runner"]) == ({"code": 0}, "runner-2")
+    assert starts(fleet) == 2
+    assert fleet.status(blocker) == "started"
+    start(fleet)
+    assert await status_of(here, blocker, *OVER) == "lost"
+
+
+async def test_two_processes_with_one_key_do_not_start(here: Installation, fleet: Fleet) -> None:
+    start(fleet)
+    with pytest.raises(AssertionError, match="give each runner a key of its own"):
+        start(fleet)
+
+
+async def test_the_trail_has_the_person_the_run_and_its_stop(here: Installation, fleet: Fleet) -> None:
+    start(fleet)
+    run_id = fleet.order(command="sleep 600")
+    await status_of(here, run_id, "started")
+    fleet.here.say("run", "stop", run_id, "--reason", "enough", "--yes", who="sam")
+    fleet.ended(run_id)
+    refused = fleet.order("--mount", "secrets")
+    fleet.ended(refused)
+
+    def story(id: str) -> str:
+        return here.call("audit", "trace", id, who="olga").stdout.decode()
+
+    fleet.until(
+        lambda: f"run {run_id} of agent reader-bot is ended" in story(run_id).replace("\\\n", ""), "the end"
+    )
+    told = story(run_id)
+    assert "maria ordered a run" in told
+    assert "sam ordered the end" in told
+    fleet.until(lambda: "refused to start" in story(refused), "the refusal")
