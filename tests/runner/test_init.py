@@ -162,7 +162,7 @@ async def test_the_environment_is_that_of_the_run_and_nothing_of_outside(
     assert "-Djavax.net.ssl.trustStore=/run/ringfence/instance/ca.p12" in variables.pop("JAVA_TOOL_OPTIONS")
     assert variables == {
         "HOME": "/home/agent",
-        "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
+        "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin:/run/ringfence/instance/bin",
         "LANG": "C",
         "TMPDIR": "/tmp",
         "USER": "agent",
