@@ -393,6 +393,7 @@ async def test_a_run_has_so_many_relays_at_a_time(yard: Yard) -> None:
     task, place = await yard.bench.task(agent), f"localhost:{yard.echo.port}"
     run, beside = yard.bench.run(agent, task), yard.bench.run(agent, task)
     async with run.started(), beside.started(), AsyncExitStack() as held:
+        relays: list[Relayed] = []
         for one in (run, beside):  # together as many as the agent may have requests in progress
             await raw_lease(yard, one, "echo", "postgres")
             first = await held.enter_async_context(await opened(yard, one))
@@ -402,7 +403,7 @@ async def test_a_run_has_so_many_relays_at_a_time(yard: Yard) -> None:
             assert await refused(one.socket, place) == (429, "relays_limit")
         assert Allowance().concurrent_each <= 2 * run_relays.PER_RUN
         assert (await run.get()).status_code == 200, "requests have places of their own"
-        first.raw.writer.transport.abort()
+        relays[0].raw.writer.transport.abort()
         async with asyncio.timeout(WITHIN_S):
             while (await refused(beside.socket, place))[0] != 200:
                 await asyncio.sleep(0.02)

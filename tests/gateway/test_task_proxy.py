@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,23 @@ async def place(tmp_path: Path) -> AsyncIterator[Place]:
 
 def get(*lines: bytes, path: str = "/files/a") -> bytes:
     return b"GET http://api.test%b HTTP/1.1\r\nHost: api.test\r\n%b\r\n" % (path.encode(), b"".join(lines))
+
+
+async def test_inside_a_sandbox_no_password_is_asked_for_and_none_is_forwarded(tmp_path: Path) -> None:
+    """And the listening socket may be older than the proxy, and than the gateway's."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    fake = FakeGateway(tmp_path / "task.sock")
+    async with TaskProxy(fake.path, with_password=False) as proxy:
+        await proxy.serve(listener)
+        assert proxy.url == f"http://127.0.0.1:{proxy.port}"
+        async with fake.serving(), connected(proxy.port) as raw:
+            assert (await raw.ask(get(authorization("ringfence", "x")))).status == 200
+            assert await raw.ended()
+    assert len(fake.connections) == 1
+    assert b"proxy-authorization" not in fake.connections[0].lower()
+    assert proxy.traffic.connections == 1
+    assert proxy.traffic.received_bytes == len(OK)
 
 
 # --- the password ---

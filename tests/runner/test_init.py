@@ -162,7 +162,7 @@ async def test_the_environment_is_that_of_the_run_and_nothing_of_outside(
     assert "-Djavax.net.ssl.trustStore=/run/ringfence/instance/ca.p12" in variables.pop("JAVA_TOOL_OPTIONS")
     assert variables == {
         "HOME": "/home/agent",
-        "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin",
+        "PATH": "/usr/local/bin:/usr/bin:/bin:/usr/local/sbin:/usr/sbin:/sbin:/run/ringfence/instance/bin",
         "LANG": "C",
         "TMPDIR": "/tmp",
         "USER": "agent",
@@ -235,9 +235,9 @@ async def test_the_control_socket_is_gone_for_everybody(host: RunHost) -> None:
 # --- signals and ends ---
 
 COUNTS = """
-import signal, sys
+import os, signal, sys
 for number in (1, 2, 3, 10, 12, 28):
-    signal.signal(number, lambda number, _: print(f"got {number}.", flush=True))
+    signal.signal(number, lambda number, _: os.write(1, b"got %d.\\n" % number))
 signal.signal(15, lambda *_: sys.exit(9))
 print("ready", flush=True)
 while True:
@@ -259,11 +259,11 @@ async def test_each_signal_reaches_the_command_once(host: RunHost) -> None:
 
 GROUP = """
 import os, signal, time
+signal.signal(signal.SIGINT, lambda *_: os.write(1, b"parent "))
 if os.fork() == 0:
-    signal.signal(signal.SIGINT, lambda *_: (print("child", flush=True), os._exit(0)))
-    print("ready", flush=True)
+    signal.signal(signal.SIGINT, lambda *_: (os.write(1, b"child "), os._exit(0)))
+    os.write(1, b"ready ")
     time.sleep(600)
-signal.signal(signal.SIGINT, lambda *_: print("parent", flush=True))
 os.wait()
 """
 

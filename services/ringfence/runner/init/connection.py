@@ -24,5 +24,8 @@ class RunnerConnection:
         self.socket.sendall(encode(message))
 
     def receive(self, expected: type[M]) -> M:
-        """Wait for the next message. Raises ControlMessageError, also at the runner's end."""
-        return decode(self._lines.readline(MAX_FROM_RUNNER_BYTES), expected)
+        """Wait for the next message. Raises ControlMessageError, and ConnectionResetError at the runner's end."""
+        line = self._lines.readline(MAX_FROM_RUNNER_BYTES)
+        if not line:
+            raise ConnectionResetError("the runner has ended")
+        return decode(line, expected)

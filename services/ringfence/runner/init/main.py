@@ -32,6 +32,8 @@ def main() -> int:
     try:
         process.prepare()
         return _run(RunnerConnection(CONTROL))
+    except ConnectionError:
+        return FAILED  # the runner says why, if it can
     except (OSError, RingfenceError, ValueError) as error:
         sys.stderr.write(f"ringfence init: {error}\n")
         return FAILED

@@ -13,7 +13,7 @@ import contextlib
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -214,7 +214,7 @@ class RunExecution:
             self._at.sandbox = sandbox = await host.backend.start(
                 self._spec(control.path, relay.path, relays), self._streams
             )
-            await control.accept(_INIT_WITHIN_S)
+            await _while_alive(sandbox, control.accept(_INIT_WITHIN_S))
             kid = thumbprint(await control.public_key())
             activity.started(kid)
             await self._publish("started", kid)
@@ -448,3 +448,19 @@ class RunExecution:
 
     def _now_s(self) -> float:
         return self._host.connection.clock.now_ms() / 1000
+
+
+async def _while_alive(sandbox: Sandbox, work: Coroutine[Any, Any, None]) -> None:
+    """Do the work. Raises RingfenceError if the sandbox ends before it is done: nobody would come."""
+    working, ended = asyncio.create_task(work), asyncio.create_task(sandbox.wait())
+    try:
+        await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise RingfenceError(
+                f"the first program of the sandbox ended with {ended.result().code}", code="sandbox_failed"
+            ).with_remedy("see what this machine lacks: ringfence doctor")
+        await working
+    finally:
+        for task in (working, ended):
+            task.cancel()
+        await asyncio.gather(working, ended, return_exceptions=True)
