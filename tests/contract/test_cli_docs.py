@@ -44,7 +44,9 @@ def commands_in(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_pages_use_commands_and_options_that_exist(page: Path) -> None:
     for line in commands_in(page):
-        words: Iterator[str] = iter(shlex.split(line.split(" #")[0].split(" &")[0].split(" |")[0].split(" >")[0])[1:])
+        words: Iterator[str] = iter(
+            shlex.split(line.split(" #")[0].split(" &")[0].split(" |")[0].split(" >")[0])[1:]
+        )
         before: list[str] = []
         for word in words:
             if word == "--identity":

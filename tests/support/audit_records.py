@@ -245,7 +245,12 @@ def runs(office: AuditFixtures) -> dict[str, Received]:
     ):
         told(name, status, {"nonce": name}, **more)
     refused = Reason(code="mount_not_in_pool", message="pool reviews has no mount secrets")
-    told("run not started", "ended", {"order_id": message_id(sam.id, "no"), "ordered_by": sam.id}, refused=refused)
+    told(
+        "run not started",
+        "ended",
+        {"order_id": message_id(sam.id, "no"), "ordered_by": sam.id},
+        refused=refused,
+    )
     return found
 
 

@@ -178,8 +178,7 @@ class Pool(_Strict):
             ordered_by=order.iss,
             environment=self.environment,
             mounts=tuple(
-                _planned(name, self.mounts[name].path, read_write)
-                for name, read_write in writable.items()
+                _planned(name, self.mounts[name].path, read_write) for name, read_write in writable.items()
             ),
             image=image,
             image_digest=image,

@@ -115,8 +115,6 @@ def _user_problem(
     if user is None or user.state.status != "active" or user.state.delegation is not None:
         return Reason(code="user_disabled", message=f"{signer} is no active user")
     if user.state.user_id not in (task.state.assigned_by, task.state.on_behalf_of, agent.state.sponsor):
-        message = (
-            "runs are ordered and stopped by the task's assigner, the user it is on behalf of, or the agent's sponsor"
-        )
+        message = "a run is ordered and stopped by its task's assigner or user, or by its agent's sponsor"
         return Reason(code="not_entitled", message=message)
     return None
