@@ -30,7 +30,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -57,6 +57,9 @@ $(STAMP): $(DEMO_STAMP) requirements.lock
 
 demo: $(DEMO_STAMP) ## the story in a minute: an agent's task, its credential, its end
 	@$(BIN)/ringfence demo $(ARGS)
+
+demo-runner: $(DEMO_STAMP) ## a reviewer follows an injected instruction, in a shell and then in a run (needs bubblewrap)
+	@$(BIN)/ringfence demo --runner $(ARGS)
 
 dev: $(DEMO_STAMP) ## the whole stack on this machine, with an embedded broker; Ctrl-C ends it
 	@$(BIN)/ringfence dev $(ARGS)

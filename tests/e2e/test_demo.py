@@ -95,6 +95,11 @@ class Terminal:
             self._told += part
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._told.decode()).replace("\r", "")
 
+    def lines(self) -> list[str]:
+        """The lines as they stand in the end, without what was written over."""
+        text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", self._told.decode())
+        return [line.rpartition("\r")[2] for line in text.split("\r\n")]
+
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()

@@ -120,7 +120,7 @@ class DemoStory:
             str(token_file),
         ]
         child = spawn("platform", argv, log_path=state / "logs" / "platform.log")
-        child.wait_until(lambda: _answers(f"{self._platform_url}/healthz"), PATIENCE_S, "answers")
+        child.wait_until(lambda: answers(f"{self._platform_url}/healthz"), PATIENCE_S, "answers")
         return child
 
     _platform_url: str = ""
@@ -376,7 +376,7 @@ class DemoStory:
         ali = key_of(self.stack.trust, self.settings.trust_domain, "user", "ali")
         async with ReadApi(ali, self.settings) as api:
             deadline = time.monotonic() + PATIENCE_S
-            while until not in str(tree := await _trace_of(api, of)):
+            while until not in str(tree := await trace_of(api, of)):
                 if time.monotonic() > deadline:
                     raise StoryError(f"the audit trail does not show that it was {until}")
                 await asyncio.sleep(0.1)
@@ -429,15 +429,16 @@ class _Ends:
                 self._changed.set()
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Return whether a server answers at a URL."""
     try:
         return httpx.get(url, timeout=10, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 
 
-async def _trace_of(api: ReadApi, id: str) -> Any:
-    """Return the audit trail of a lease or request so far; None if audit has not reached it yet."""
+async def trace_of(api: ReadApi, id: str) -> Any:
+    """Return the audit trail of a lease, request or run so far; None if audit has not reached it yet."""
     try:
         return await api.get("audit", "trace", id)
     except ApiError as error:

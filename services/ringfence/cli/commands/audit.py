@@ -188,10 +188,7 @@ def trace(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the story of one credential (or of all of a task, run, agent, user) back to the human, as a tree.
-
-    Each line has its time.
-    """
+    """Print the story of a credential (or all of a task, agent, user, run) back to the human, as a tree with times."""
 
     async def work() -> Any:
         async with ReadApi(identity(me)) as api:

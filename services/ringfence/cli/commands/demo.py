@@ -24,15 +24,28 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.pending_approval import PendingApproval
 
 
-_BAD = frozenset({"bypass.succeeded", "approval.denied", "request.refused"})
+_BAD = frozenset({
+    "bypass.succeeded", "approval.denied", "request.refused",
+    "shell.sent", "shell.merged", "shell.deleted", "shell.hook_written", "shell.helper_left", "shell.token_left",
+    "audit.nothing",
+})  # fmt: skip
 """Steps at which somebody went too far, or got a no."""
 
 
 def demo(
     interactive: Annotated[bool, typer.Option("--interactive", help="You approve or deny.")] = False,
+    runner: Annotated[
+        bool,
+        typer.Option(
+            "--runner",
+            help="Another story: a reviewer follows an injected instruction, in a shell and then in a run.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a step.")] = False,
 ) -> None:
     """An agent's task, its credential and its end, on real parts; ends with the trail."""
+    if interactive and runner:
+        raise typer.BadParameter("nobody is asked in the story of --runner", param_hint="--interactive")
     from ringfence.cli.commands.dev import client_settings, ended_by_signals
     from ringfence.dev.demo import DemoStory
     from ringfence.dev.organisation import seed
@@ -43,6 +56,9 @@ def demo(
             "nobody is there to approve or deny: this needs a terminal", param_hint="--interactive"
         )
     narrator = JsonNarrator() if wants_json(as_json) else RichNarrator()
+    if runner:
+        _demo_of_runs(narrator)
+        return
     try:
         with (
             tempfile.TemporaryDirectory(prefix="ringfence-demo-") as folder,
@@ -59,7 +75,27 @@ def demo(
             asyncio.run(play())
     finally:
         narrator.done()
-    narrator.next_steps()
+    narrator.next_steps(next_commands(Path()))
+
+
+def _demo_of_runs(narrator: JsonNarrator | RichNarrator) -> None:
+    """Tell the story of a reviewer in a shell and in a run. Raises SandboxMissingError before anything is started."""
+    from ringfence.cli.commands.dev import client_settings, ended_by_signals
+    from ringfence.dev.runner_demo import RUNNER, RunnerStory, check_sandbox
+    from ringfence.dev.stack import Stack, StackOptions
+
+    try:
+        # Short names: the gateway's sockets are in it, and a socket's address is short (unix(7)).
+        with tempfile.TemporaryDirectory(prefix="rf-demo-") as name, ended_by_signals():
+            folder = Path(name)
+            asyncio.run(check_sandbox(folder))
+            options = StackOptions(folder / "stack", runner=RUNNER)
+            with Stack(options, say=narrator.waiting) as stack:
+                settings = client_settings(stack.environment())
+                asyncio.run(RunnerStory(stack, settings, narrator, folder).tell())
+    finally:
+        narrator.done()
+    narrator.next_steps(_after_runs(Path()))
 
 
 async def ask_approval(pending: PendingApproval) -> bool:
@@ -92,13 +128,29 @@ async def _line() -> str:
 
 def next_commands(folder: Path) -> list[str]:
     """Return the commands to try next from this folder. A clone has its own start command and environment."""
-    own = Path(".venv/bin/ringfence")
-    ringfence, dev = (str(own), "make dev") if (folder / own).exists() else ("ringfence", "ringfence dev")
+    ringfence, dev = _commands_from(folder)
     return [
         f"  {dev:42}  the same stack, to stay",
         f"  {ringfence} --identity .ringfence/users/sam.json approvals watch",
         f"  {f'{ringfence} --help':42}  everything else; a tutorial is in README.md",
     ]
+
+
+def _after_runs(folder: Path) -> list[str]:
+    """Return the commands to try next after the story of runs."""
+    ringfence, dev = _commands_from(folder)
+    return [
+        f"  {dev:27} the same stack, to stay. In another terminal:",
+        "  source .ringfence/dev.sh",
+        f"  {ringfence} run --assign 'platform:read:env/**' -- sh -c 'id; env; ls -la ~'",
+        f"  {f'{ringfence} run --help':27} everything else; docs/runs.md explains it",
+    ]
+
+
+def _commands_from(folder: Path) -> tuple[str, str]:
+    """Return how `ringfence` and `ringfence dev` are started from this folder."""
+    own = Path(".venv/bin/ringfence")
+    return (str(own), "make dev") if (folder / own).exists() else ("ringfence", "ringfence dev")
 
 
 class RichNarrator:
@@ -115,6 +167,8 @@ class RichNarrator:
 
     def step(self, step: str, text: str, **ids: Any) -> None:
         self.done()
+        if "rows" in ids:
+            self._out.print()
         mark = "[error]✗[/]" if step in _BAD else "[ok]✓[/]"
         self._out.print(f"{mark} [step]{step:21}[/] ", Text(visible(text)), sep="")
         if "trace" in ids:
@@ -122,6 +176,14 @@ class RichNarrator:
 
             self._out.print()
             for line in trace_lines(ids["trace"], width=line_width()):
+                self._out.print(line, soft_wrap=True)
+        if "rows" in ids:
+            from ringfence.cli.shared.tables import list_lines, prose
+
+            self._out.print()
+            columns = [prose(title) for title in ids["rows"][0]]
+            rows = [list(row.values()) for row in ids["rows"]]
+            for line in list_lines(columns, rows, width=line_width()):
                 self._out.print(line, soft_wrap=True)
 
     def waiting(self, text: str) -> None:
@@ -134,10 +196,8 @@ class RichNarrator:
         self._shown.close()
         self._line = None
 
-    def next_steps(self) -> None:
-        self._out.print(
-            "\n[heading]Next:[/]\n" + "\n".join(next_commands(Path())), highlight=False, soft_wrap=True
-        )
+    def next_steps(self, commands: list[str]) -> None:
+        self._out.print("\n[heading]Next:[/]\n" + "\n".join(commands), highlight=False, soft_wrap=True)
 
 
 class JsonNarrator:
@@ -157,5 +217,5 @@ class JsonNarrator:
     def done(self) -> None:
         pass
 
-    def next_steps(self) -> None:
+    def next_steps(self, commands: list[str]) -> None:
         pass
