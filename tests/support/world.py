@@ -189,6 +189,8 @@ class World:
             "http": f"127.0.0.1:{free_port()}",
             "partitions": 2,
             "replication": 1,
+            # Runners that tests play send no heartbeats.
+            "run_grace_s": 3600,
         }
         return ServiceSettings(**{**fields, **overrides})
 
