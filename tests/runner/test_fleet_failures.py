@@ -18,10 +18,10 @@ from ringfence.client.connection import Connection
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.run import Mount, RunLimits, RunOrder
-from ringfence.messages.topics import RUN_ORDER
+from ringfence.messages.run import Mount, Run, RunLimits, RunOrder
+from ringfence.messages.topics import RUN, RUN_ORDER
 from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.run_orders import order_id_of
 from tests.runner.fleet import OVER, Fleet
@@ -174,9 +174,16 @@ async def test_an_order_that_is_delivered_twice_starts_once(here: Installation, 
         run_id = run_id_of("", order_id=order_id_of(order))
         assert fleet.ended(run_id)["exit"] == {"code": 0}
         await maria.publish(RUN_ORDER, fleet.name, order, compact=compact)
-    assert fleet.ended(fleet.order())["exit"] == {"code": 0}
+        assert fleet.ended(fleet.order())["exit"] == {"code": 0}
+        said: list[str] = []
+        await maria.follow(
+            [RUN],
+            lambda records: said.extend(
+                parse(one.value).unverified_claims(Run).status for one in records if one.key == run_id
+            ),
+        )
     assert starts(fleet) == 1
-    assert fleet.status(run_id) == "ended"
+    assert said == ["claimed", "started", "ended"], "it was not even claimed again"
 
 
 async def test_strangers_and_tampered_orders_start_nothing_and_hold_nothing_up(
