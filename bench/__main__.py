@@ -1,4 +1,4 @@
-"""`python -m bench [NAME...] [--kafka embedded|apache] [--events N] [--revokers N]`; all where none is named."""
+"""`python -m bench [NAME...] [--kafka embedded|apache] [--events N] [--revokers N] [--runs N]`; all by default."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bench import (
     leases,
     policy,
     rebuild,
+    runs,
 )
 from bench.machine import describe, pace
 
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "audit": audit.run,
     "backends": backends.run,
     "gateway": gateway.run,
+    "run": runs.run,
 }
 
 
@@ -45,6 +47,7 @@ def main() -> None:
     parser.add_argument("--kafka", choices=["embedded", "apache"], default="embedded")
     parser.add_argument("--events", type=int, default=audit.EVENTS, help="of audit: how many its index has")
     parser.add_argument("--revokers", type=int, default=1, help="of ends: how many share the work")
+    parser.add_argument("--runs", type=int, default=runs.RUNS, help="of run: how many go on at once")
     options = parser.parse_args()
     print(f"machine: {describe()}\n{pace()}")
     for name in options.names or BENCHMARKS:
@@ -53,6 +56,8 @@ def main() -> None:
             audit.run(options.kafka, options.events)
         elif name == "ends":
             ends.run(options.kafka, options.revokers)
+        elif name == "run":
+            runs.run(options.kafka, options.runs)
         else:
             BENCHMARKS[name](options.kafka)
         print(pace())

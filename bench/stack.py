@@ -45,10 +45,11 @@ def running(
     *,
     gateways: Sequence[str] = ("gateway",),
     keep_bytes: int = KEEP_BYTES,
+    runner: str | None = None,
 ) -> Iterator[tuple[Stack, ClientSettings, dict[str, int]]]:
     """A fresh stack; yields it, a client's settings, and the pids of all its processes by name.
 
-    `gateways`: whom the trust bundle names as such; none of them is started.
+    `gateways`: whom the trust bundle names as such; none of them is started. `runner`: a runner to have a key for.
     """
     with tempfile.TemporaryDirectory(prefix="ringfence-bench-") as folder, contextlib.ExitStack() as cleanup:
         bootstrap: str | None = None
@@ -62,7 +63,7 @@ def running(
                 pids["kafka"] = broker.child.pid
         options = StackOptions(
             Path(folder) / "state", kafka=bootstrap, keep_bytes=keep_bytes, environment=WITHOUT_LIMITS,
-            services=services,
+            services=services, runner=runner,
         )  # fmt: skip
         make_trust(TrustFolder(options.state), options.trust_domain, options.operator, gateways=gateways)
         stack = cleanup.enter_context(Stack(options))

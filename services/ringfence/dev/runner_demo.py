@@ -361,13 +361,11 @@ class RunnerStory:
         tell.step(
             "run.nothing_found", "No token, no secret variable, none of the files: it starts with nothing."
         )
-        for step, what in (("run.send", "send"), ("run.merge", "merge"), ("run.delete", "delete")):
-            reasons = _denial(report, _EXPECTED[what])
-            tell.step(
-                f"{step}_blocked",
-                f"The gateway blocked it: {'; '.join(reason['message'] for reason in reasons)}.",
-                reasons=[reason["code"] for reason in reasons],
-            )
+        self._tell_blocked(
+            "send", report, "the POST to the attacker", " Without the proxy there is no network."
+        )
+        self._tell_blocked("merge", report, "the merge")
+        self._tell_blocked("delete", report, "the deletion")
         asked = _denial(report, lambda one: one["what"] == "credential")
         tell.step(
             "run.request_denied",
@@ -387,6 +385,14 @@ class RunnerStory:
             lease=lease["lease_id"],
         )
         return seen, report
+
+    def _tell_blocked(self, what: str, report: Mapping[str, Any], action: str, after: str = "") -> None:
+        (reason,) = _denial(report, _EXPECTED[what])
+        self.narrator.step(
+            f"run.{what}_blocked",
+            f"The gateway blocked {action} ({reason['code']}): {reason['message']}.{after}",
+            reasons=[reason["code"]],
+        )
 
     def _runner_environment(self) -> dict[str, str]:
         return {
@@ -597,6 +603,8 @@ def check_run(seen: Seen, report: Mapping[str, Any]) -> None:
         (search.get("files"), search.get("variables")) == ([], []),
         f"the run should have found nothing: {search}",
     )
+    ways = seen.said.get("send", {}).get("ways")
+    _expect(ways == ["with the proxy", "without it"], f"the run should have tried both ways out: {ways}")
     _expect(not seen.code_host["merged"], "the merge should have been blocked")
     _expect(BRANCH in seen.code_host["branches"], "the deletion should have been blocked")
     for expected in _EXPECTED.values():

@@ -18,6 +18,7 @@ from rich.text import Text
 from ringfence.cli.shared.context import wants_json
 from ringfence.cli.shared.output import console, line_width
 from ringfence.cli.shared.progress import ProgressLine, progress
+from ringfence.cli.shared.tables import list_lines, prose, wrapped
 from ringfence.kernel.base.text import visible
 
 if TYPE_CHECKING:
@@ -30,6 +31,10 @@ _BAD = frozenset({
     "audit.nothing",
 })  # fmt: skip
 """Steps at which somebody went too far, or got a no."""
+
+
+_INDENT = 24
+"""Columns before the text of a step: a mark, the step's name, and spaces."""
 
 
 def demo(
@@ -170,7 +175,11 @@ class RichNarrator:
         if "rows" in ids:
             self._out.print()
         mark = "[error]✗[/]" if step in _BAD else "[ok]✓[/]"
-        self._out.print(f"{mark} [step]{step:21}[/] ", Text(visible(text)), sep="")
+        width = line_width()
+        first, *more = wrapped(visible(text), width - _INDENT) if width is not None else [visible(text)]
+        self._out.print(f"{mark} [step]{step:21}[/] ", Text(first), sep="", soft_wrap=True)
+        for further in more:
+            self._out.print(Text(" " * _INDENT + further), soft_wrap=True)
         if "trace" in ids:
             from ringfence.cli.commands.audit_trace import trace_lines
 
@@ -178,8 +187,6 @@ class RichNarrator:
             for line in trace_lines(ids["trace"], width=line_width()):
                 self._out.print(line, soft_wrap=True)
         if "rows" in ids:
-            from ringfence.cli.shared.tables import list_lines, prose
-
             self._out.print()
             columns = [prose(title) for title in ids["rows"][0]]
             rows = [list(row.values()) for row in ids["rows"]]
