@@ -37,6 +37,7 @@ from ringfence.runner.lifecycle.activity import RunActivity
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
 from ringfence.runner.lifecycle.mount_changes import executable_changes
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
+from ringfence.runner.lifecycle.private_paths import check_private_paths, private_paths
 from ringfence.runner.lifecycle.raw_targets import has_loopback_target, raw_addresses
 from ringfence.runner.lifecycle.report import RunReport
 from ringfence.runner.lifecycle.run_folder import make_run_folder, remove_run_folder
@@ -76,6 +77,16 @@ class RunnerHost:
     """The folder in which the gateway of this machine opens `RUN-ID.sock`."""
     gateway_ca_file: Path | None = None
     """The gateway's CA certificate (PEM)."""
+    key_file: Path | None = None
+    """The runner's key, where the connection's settings do not name it."""
+
+    @property
+    def private_paths(self) -> dict[str, Path]:
+        """What no mount of a run may show."""
+        own = {"the gateway's sockets": self.gateway_sockets}
+        if self.key_file is not None:
+            own["the key of the runner"] = self.key_file
+        return {**private_paths(self.connection.settings), **own}
 
     @property
     def name(self) -> str:
@@ -145,6 +156,7 @@ class RunExecution:
         connection, plan = self._host.connection, self._plan
         directory = await connection.directory()
         check_plan(plan, directory, connection.settings.trust_domain, self._host.name, self._now_s())
+        check_private_paths(plan.mounts, self._host.private_paths)
         if reasons := await self._host.backend.available():
             raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
         activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
