@@ -63,6 +63,8 @@ class Installation:
     folder: Path
     notes: NotesServer
     task: str = ""
+    pid: int = 0
+    """Of `ringfence dev`."""
     _count: Iterator[int] = field(default_factory=lambda: iter(range(10**6)))
 
     def inherited(self) -> dict[str, str]:
@@ -133,15 +135,19 @@ class Installation:
 
 
 @contextlib.asynccontextmanager
-async def installation() -> AsyncIterator[Installation]:
-    """`ringfence dev` in a folder with a short path, as those of sockets are short, with target and agent."""
+async def installation(**environment: str) -> AsyncIterator[Installation]:
+    """`ringfence dev` in a folder with a short path, as those of sockets are short, with target and agent.
+
+    `environment`: settings of its services, besides what it sets itself.
+    """
     with tempfile.TemporaryDirectory(prefix="rf-") as folder, NotesServer() as notes:
         here = Installation(Path(folder), notes)
         process = await asyncio.create_subprocess_exec(
-            PROGRAM, "dev", "--free-ports", cwd=folder, env=here.inherited(),
+            PROGRAM, "dev", "--free-ports", cwd=folder, env={**here.inherited(), **environment},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         assert process.stdout is not None
+        here.pid = process.pid
         try:
             said = b""
             while b"Ctrl-C ends everything" not in said:

@@ -60,6 +60,8 @@ _GATEWAY_WITHIN_S: Final = 15.0
 _PUBLISH_WITHIN_S: Final = 30.0
 _LEASES_END_WITHIN_S: Final = 15.0
 _LOOK_EVERY_S: Final = 0.5
+_OUTLIVES_INIT_S: Final = 5.0
+"""How long a sandbox may go on after its init."""
 _REMAINED: Final = 64
 """Entries of `remained` in the record of a run."""
 _KILLED: Final = 137
@@ -304,14 +306,21 @@ class RunExecution:
         watching, reporting = (
             asyncio.create_task(work) for work in (self._watch_records(), self._read_report(control))
         )
+        ending = asyncio.create_task(sandbox.wait())
         try:
-            self._at.exit = await sandbox.wait()
+            await asyncio.wait({ending, reporting}, return_when=asyncio.FIRST_COMPLETED)
+            # A sandbox ends with its init. A command that can write to the memory of bubblewrap's process 1, which has
+            # its uid, can keep it from that.
+            await asyncio.wait({ending}, timeout=_OUTLIVES_INIT_S)
+            if not ending.done():
+                self.stop("its init has ended, and its sandbox went on")
+            self._at.exit = await ending
         finally:
             # What init said last may still be on its way, after the end of its sandbox.
             await asyncio.wait({reporting}, timeout=1)
-            for task in (watching, reporting):
+            for task in (watching, reporting, ending):
                 task.cancel()
-            await asyncio.gather(watching, reporting, return_exceptions=True)
+            await asyncio.gather(watching, reporting, ending, return_exceptions=True)
         self._at.code = self._at.exit.code
 
     async def _read_report(self, control: ControlChannel) -> None:
