@@ -16,8 +16,7 @@ import subprocess
 import sys
 import tempfile
 import termios
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ import pytest
 
 from tests.gateway.certificates import Certificates
 from tests.runner import planted
-from tests.runner.installation import PROGRAM, SCOPE, WITHIN_S, Installation, installation
+from tests.runner.installation import PROGRAM, SCOPE, WITHIN_S, Installation, installation, until
 from tests.runner.probe_programs import BLOCKED, REACHED, program
 
 FRONT, SHARED = "front:read:page/*", "shared:read:page/*"
@@ -336,7 +335,7 @@ def test_reached_outside_and_not_in_a_run(plant: Planted, inside: Inside, case: 
     assert inside.results[case.name][0] == BLOCKED, inside.results[case.name]
 
 
-# --- switching the sandbox off ------------------------------------------------------------------------------------------
+# --- switching the sandbox off ----------------------------------------------------------------------------------------
 
 SURVIVOR = """
 import os, sys, time
@@ -454,21 +453,13 @@ def test_nothing_outlives_the_command(plant: Planted, shared: Path) -> None:
     assert not found(mark)
 
 
-def until(happened: Callable[[], Any], what: str) -> None:
-    """Wait until something is so."""
-    over = time.monotonic() + WITHIN_S
-    while not happened():
-        assert time.monotonic() < over, f"{what} did not come"
-        time.sleep(0.05)
-
-
 def found(mark: str) -> list[int]:
     """The processes that have this among their arguments."""
     done = subprocess.run(["pgrep", "-f", mark], capture_output=True, check=False)
     return [int(pid) for pid in done.stdout.split()]
 
 
-# --- streams --------------------------------------------------------------------------------------------------------------
+# --- streams ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_terminal_as_standard_input_takes_no_typed_input(plant: Planted) -> None:
@@ -507,7 +498,7 @@ def test_a_file_as_standard_output_is_not_read(plant: Planted, tmp_path: Path) -
     assert process.returncode == BLOCKED, problems
 
 
-# --- sockets and mounts -----------------------------------------------------------------------------------------------------
+# --- sockets and mounts -----------------------------------------------------------------------------------------------
 
 
 def test_while_a_run_goes_on_its_control_socket_is_gone(plant: Planted) -> None:

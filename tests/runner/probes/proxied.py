@@ -1,4 +1,4 @@
-"""What is no target, by the proxy that the environment names: by CONNECT, by absolute form, or by another's TLS name."""
+"""What is no target, by the proxy of the environment: by CONNECT, by absolute form, or by another's TLS name."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def head_of(connection: socket.socket) -> bytes:
 
 def reach() -> str:
     proxy = urlsplit(os.environ["HTTP_PROXY"])
-    assert proxy.hostname and proxy.port
+    assert proxy.hostname
+    assert proxy.port
     way: Address | str = given.get("socket") or (proxy.hostname, proxy.port)
     if given.get("relayed"):
         assert not isinstance(way, str)
