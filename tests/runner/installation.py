@@ -10,15 +10,28 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+import tomllib
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from ringfence.client.settings import ClientSettings
+
 PROGRAM = Path(sys.executable).with_name("ringfence")
 WITHIN_S = 90
 SCOPE = "notes:read:note/*"
+
+
+def until(happened: Callable[[], Any], what: str) -> Any:
+    """Wait until something is so. Returns what it is."""
+    over = time.monotonic() + WITHIN_S
+    while not (value := happened()):
+        assert time.monotonic() < over, f"{what} did not come"
+        time.sleep(0.05)
+    return value
 
 
 class NotesServer:
@@ -65,6 +78,8 @@ class Installation:
     task: str = ""
     pid: int = 0
     """Of `ringfence dev`."""
+    listener: str = ""
+    """The URL at which agents without a socket reach the gateway."""
     _count: Iterator[int] = field(default_factory=lambda: iter(range(10**6)))
 
     def inherited(self) -> dict[str, str]:
@@ -80,10 +95,13 @@ class Installation:
             "RINGFENCE_IDENTITY": str(self.folder / f".ringfence/users/{who}.json"),
         }
 
-    def call(self, *words: str, who: str = "sam", input: bytes = b"") -> subprocess.CompletedProcess[bytes]:
-        """Run `ringfence` with these words, as a person, to its end."""
+    def call(
+        self, *words: str, who: str = "sam", input: bytes = b"", environment: dict[str, str] | None = None
+    ) -> subprocess.CompletedProcess[bytes]:
+        """Run `ringfence` with these words, as a person or in an environment of its own, to its end."""
+        given = self.environment(who) if environment is None else {**self.inherited(), **environment}
         return subprocess.run(
-            [PROGRAM, *words], cwd=self.folder, env=self.environment(who), input=input, capture_output=True,
+            [PROGRAM, *words], cwd=self.folder, env=given, input=input, capture_output=True,
             timeout=WITHIN_S, check=False,
         )  # fmt: skip
 
@@ -92,6 +110,13 @@ class Installation:
         done = self.call("--json", *words, who=who)
         assert done.returncode == 0, f"{words}: {done.stdout.decode()}{done.stderr.decode()}"
         return json.loads(done.stdout) if done.stdout.strip() else None
+
+    def settings(self, **more: Any) -> ClientSettings:
+        """The settings of a client of the installation."""
+        file = tomllib.loads((self.folder / ".ringfence/ringfence.toml").read_text())
+        return ClientSettings(
+            **{**{name: file[name] for name in ClientSettings.model_fields if name in file}, **more}
+        )
 
     def start(self, *words: str, who: str = "sam", **more: Any) -> subprocess.Popen[bytes]:
         """Start `ringfence` with these words."""
@@ -154,6 +179,7 @@ async def installation(**environment: str) -> AsyncIterator[Installation]:
                 line = await process.stdout.readline()
                 said += line
                 assert line, said.decode()
+            here.listener = said.decode().partition("reach their targets through ")[2].split()[0]
             await here._organise()
             yield here
         finally:

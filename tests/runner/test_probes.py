@@ -24,6 +24,7 @@ from ringfence.dev.processes import StackError
 from tests.conftest import needed
 from tests.runner.conftest import BUBBLEWRAP
 from tests.runner.places import CallError, Place, Runner, interpreter, running
+from tests.runner.probe_programs import BLOCKED, PROBES, REACHED, program
 
 PLACES = [
     *BUBBLEWRAP,
@@ -33,8 +34,6 @@ PLACES = [
     ),
 ]
 """Also with the command as root of its namespace, with all capabilities there: the filter alone has to hold then."""
-PROBES = Path(__file__).with_name("probes")
-REACHED, BLOCKED = 0, 3
 DOTFILES = (
     ".ssh/id_ed25519",
     ".aws/credentials",
@@ -93,21 +92,6 @@ CASES = [
       for name, (family, kind) in FAMILIES.items()),
     *(Case(f"call-{name}", "system_call", {"name": name}) for name in CALLS),
 ]  # fmt: skip
-
-
-def program(name: str) -> str:
-    """The probe as one program, with the modules that it imports from the tests made in memory."""
-    frame, probe = (PROBES / "frame.py").read_text(), (PROBES / f"{name}.py").read_text()
-    return "\n".join([
-        "import sys, types",
-        "for name in ('tests', 'tests.runner', 'tests.runner.probes', 'tests.runner.probes.frame'):",
-        "    sys.modules[name] = types.ModuleType(name)",
-        f"frame = compile({frame!r}, 'frame.py', 'exec', dont_inherit=True)",
-        "exec(frame, sys.modules['tests.runner.probes.frame'].__dict__)",
-        "space = {'__name__': 'probe'}",
-        f"exec(compile({probe!r}, '{name}.py', 'exec', dont_inherit=True), space)",
-        "sys.modules['tests.runner.probes.frame'].main(space['reach'])",
-    ])  # fmt: skip
 
 
 class Plant:

@@ -7,14 +7,12 @@ import os
 import re
 import signal
 import subprocess
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.runner.installation import SCOPE, WITHIN_S, Installation, installation
+from tests.runner.installation import SCOPE, WITHIN_S, Installation, installation, until
 
 REQUEST = f"ringfence request --task $RINGFENCE_TASK --allow '{SCOPE}' --reason look --delivery gateway"
 
@@ -23,15 +21,6 @@ REQUEST = f"ringfence request --task $RINGFENCE_TASK --allow '{SCOPE}' --reason 
 async def here() -> AsyncIterator[Installation]:
     async with installation() as here:
         yield here
-
-
-def until(found: Callable[[], Any], what: str) -> Any:
-    """Wait until something is found."""
-    over = time.monotonic() + WITHIN_S
-    while not (value := found()):
-        assert time.monotonic() < over, f"{what} did not come"
-        time.sleep(0.05)
-    return value
 
 
 # --- the command's own: exit code, signals, streams, environment -----------------------------------------------------

@@ -35,6 +35,21 @@ def others() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit() and int(name) != os.getpid()]
 
 
+def inits() -> list[int]:
+    """The processes that are init, or outside the program that is called so."""
+    found = []
+    for pid in others():
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as file:
+                words = file.read().split(b"\0")
+        except OSError:
+            continue
+        # The interpreter's program, not one that only speaks of it.
+        if any(word.endswith(b"init/bootstrap.py") for word in words) and pid != 1:
+            found.append(pid)
+    return found if given.get("inside") else [pid for pid in found if pid == given["victim"]]
+
+
 def number_of(name: str) -> int:
     """The number of a system call on this architecture."""
     numbers = {

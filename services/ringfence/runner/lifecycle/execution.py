@@ -37,6 +37,7 @@ from ringfence.runner.lifecycle.activity import RunActivity
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
 from ringfence.runner.lifecycle.mount_changes import executable_changes
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
+from ringfence.runner.lifecycle.private_paths import check_private_paths, private_paths
 from ringfence.runner.lifecycle.raw_targets import has_loopback_target, raw_addresses
 from ringfence.runner.lifecycle.report import RunReport
 from ringfence.runner.lifecycle.run_folder import make_run_folder, remove_run_folder
@@ -59,6 +60,8 @@ _GATEWAY_WITHIN_S: Final = 15.0
 _PUBLISH_WITHIN_S: Final = 30.0
 _LEASES_END_WITHIN_S: Final = 15.0
 _LOOK_EVERY_S: Final = 0.5
+_OUTLIVES_INIT_S: Final = 5.0
+"""How long a sandbox may go on after its init."""
 _REMAINED: Final = 64
 """Entries of `remained` in the record of a run."""
 _KILLED: Final = 137
@@ -76,6 +79,16 @@ class RunnerHost:
     """The folder in which the gateway of this machine opens `RUN-ID.sock`."""
     gateway_ca_file: Path | None = None
     """The gateway's CA certificate (PEM)."""
+    key_file: Path | None = None
+    """The runner's key, where the connection's settings do not name it."""
+
+    @property
+    def private_paths(self) -> dict[str, Path]:
+        """What no mount of a run may show."""
+        own = {"the gateway's sockets": self.gateway_sockets}
+        if self.key_file is not None:
+            own["the key of the runner"] = self.key_file
+        return {**private_paths(self.connection.settings), **own}
 
     @property
     def name(self) -> str:
@@ -161,6 +174,7 @@ class RunExecution:
         connection, plan = self._host.connection, self._plan
         directory = await connection.directory()
         check_plan(plan, directory, connection.settings.trust_domain, self._host.name, self._now_s())
+        check_private_paths(plan.mounts, self._host.private_paths)
         if reasons := await self._host.backend.available():
             raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
         activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
@@ -311,14 +325,21 @@ class RunExecution:
         watching, reporting = (
             asyncio.create_task(work) for work in (self._watch_records(), self._read_report(control))
         )
+        ending = asyncio.create_task(sandbox.wait())
         try:
-            self._at.exit = await sandbox.wait()
+            await asyncio.wait({ending, reporting}, return_when=asyncio.FIRST_COMPLETED)
+            # A sandbox ends with its init. A command that can write to the memory of bubblewrap's process 1, which has
+            # its uid, can keep it from that.
+            await asyncio.wait({ending}, timeout=_OUTLIVES_INIT_S)
+            if not ending.done():
+                self.stop("its init has ended, and its sandbox went on")
+            self._at.exit = await ending
         finally:
             # What init said last may still be on its way, after the end of its sandbox.
             await asyncio.wait({reporting}, timeout=1)
-            for task in (watching, reporting):
+            for task in (watching, reporting, ending):
                 task.cancel()
-            await asyncio.gather(watching, reporting, return_exceptions=True)
+            await asyncio.gather(watching, reporting, ending, return_exceptions=True)
         self._at.code = self._at.exit.code
 
     async def _read_report(self, control: ControlChannel) -> None:

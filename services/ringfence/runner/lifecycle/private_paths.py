@@ -1,0 +1,59 @@
+"""Refuses mounts that would show a run what belongs to the runner: keys, records of sandboxes, the gateway's sockets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from ringfence.client.settings import ClientSettings
+from ringfence.runner.lifecycle.plan import PlannedMount, RunRefusedError
+
+
+def private_paths(settings: ClientSettings) -> dict[str, Path]:
+    """Return the paths in the settings that no run may see, by what they are."""
+    password = settings.kafka_sasl_password or ""
+    named = {
+        "the runner's key": settings.runner_key_file,
+        "the records of the runner": settings.runner_state,
+        "the key of a person": settings.identity,
+        "the key for Kafka": settings.kafka_ssl_key_file,
+        "the password for Kafka": Path(password.removeprefix("file:"))
+        if password.startswith("file:")
+        else None,
+    }
+    return {what: path for what, path in named.items() if path is not None}
+
+
+def check_private_paths(mounts: Iterable[PlannedMount], private: dict[str, Path]) -> None:
+    """Raises RunRefusedError for a mount that shows one of these paths, or lies in one.
+
+    Folders are compared by inode as well, so that a bind mount of a folder counts as that folder. A link counts with
+    its own place and with what it leads to: whoever may write there can lead it elsewhere.
+    """
+    for mount in mounts:
+        for what, path in private.items():
+            places = {Path(os.path.abspath(path)), Path(os.path.realpath(path))}
+            if any(_shows(mount.host, place) or _shows(place, mount.host) for place in places):
+                raise RunRefusedError(f"the mount {mount.host} shows {what}, {path}").with_remedy(
+                    "mount a folder beside it, or keep what is private elsewhere"
+                )
+
+
+def _shows(folder: Path, path: Path) -> bool:
+    """Whether `path` is `folder` or is below it."""
+    real = Path(os.path.realpath(folder))
+    same = _inode(real)
+    return any(
+        place in (folder, real) or (same is not None and _inode(place) == same)
+        for start in (path, Path(os.path.realpath(path)))
+        for place in (start, *start.parents)
+    )
+
+
+def _inode(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
