@@ -18,6 +18,8 @@ SOURCE = Path(ringfence.__file__)
 NOT_FOR_SDK_USERS = {
     "CeremonyError": "of the commands that make keys and the trust bundle",
     "ExportError": "of the command that exports the audit trail",
+    "RequestRefusedError": "of the proxy before a task's socket, which answers it itself",
+    "SocketGoneError": "of the proxy before a task's socket",
 }
 CAUGHT = {"DeniedError", "JwksError", "ReplayMemoryFullError", "TokenError", "TrustedFilesError"}
 """What the client catches, or raises as an error that is public."""

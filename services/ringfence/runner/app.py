@@ -23,6 +23,7 @@ from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import HEARTBEAT, RUN_ORDER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import RUN_TABLES, Directory
+from ringfence.runner.active_runs import Claimed, RunningRuns
 from ringfence.runner.heartbeats import Heartbeats, SilenceGuard
 from ringfence.runner.lifecycle.backends import make_backend
 from ringfence.runner.lifecycle.execution import RunExecution, RunnerHost
@@ -30,7 +31,6 @@ from ringfence.runner.lifecycle.plan import RunPlan
 from ringfence.runner.lifecycle.sweep import sweep
 from ringfence.runner.orders import OrderIntake
 from ringfence.runner.pool import read_pool
-from ringfence.runner.running import Claimed, RunningRuns
 from ringfence.runner.sandbox.backend import SandboxBackend
 from ringfence.runner.settings import RunnerSettings
 from ringfence.runner.stops import KEPT_MS, StopTable

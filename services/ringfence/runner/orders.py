@@ -27,8 +27,8 @@ from ringfence.messages.topics import RUN
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.run_orders import order_id_of, order_problem, verified_order
+from ringfence.runner.active_runs import ClaimLostError, RunningRuns
 from ringfence.runner.pool import Pool
-from ringfence.runner.running import ClaimLostError, RunningRuns
 from ringfence.runner.stops import StopTable
 
 log = logging.getLogger(__name__)

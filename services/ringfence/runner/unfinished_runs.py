@@ -13,8 +13,8 @@ from ringfence.messages.run import Run
 from ringfence.messages.topics import RUN
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.runs import OVER
+from ringfence.runner.active_runs import RunningRuns
 from ringfence.runner.lifecycle.sweep import lost
-from ringfence.runner.running import RunningRuns
 
 log = logging.getLogger(__name__)
 

@@ -9,9 +9,9 @@ import pytest
 
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.run import RunLimits
+from ringfence.runner.active_runs import Claimed, ClaimLostError, RunningRuns
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
 from ringfence.runner.lifecycle.report import RunReport
-from ringfence.runner.running import Claimed, ClaimLostError, RunningRuns
 from ringfence.runner.sandbox.backend import Destruction
 
 
