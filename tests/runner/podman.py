@@ -8,12 +8,17 @@ import shutil
 import subprocess
 import tarfile
 import time
+from collections.abc import Mapping
+from importlib.metadata import files, requires
 from pathlib import Path
 
 import httpx
+from packaging.requirements import Requirement
 
+import ringfence
 from ringfence.dev.processes import StackError
 
+PACKAGE = Path(ringfence.__file__).parent
 _PROGRAMS = ("cat", "chmod", "dash", "env", "id", "kill", "mkdir", "pwd", "python3", "sleep", "true")
 _FOLDERS = (
     "dev",
@@ -34,8 +39,10 @@ _FOLDERS = (
 class Podman:
     """Storage, socket and containers are in one folder. The uids that containers map are set for this service alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, packages: Mapping[str, Path] | None = None) -> None:
+        """`packages`: what Python finds in the image besides its own library, by path below its folder of packages."""
         self.folder = folder
+        self._packages = packages or {}
         self.socket = folder / "api.sock"
         self.image = ""
 
@@ -87,7 +94,7 @@ class Podman:
 
     def _import(self) -> str:
         archive = self.folder / "image.tar"
-        write_image(archive)
+        write_image(archive, self._packages)
         with self.client() as client:
             answer = client.post(
                 "/images/create",
@@ -101,7 +108,30 @@ class Podman:
             return str(answer.json()["id"])
 
 
-def write_image(archive: Path) -> None:
+def ringfence_packages() -> dict[str, Path]:
+    """Ringfence and what it needs without any extra, as installed here: files by their path below site-packages."""
+    found = {
+        f"ringfence/{path.relative_to(PACKAGE)}": path
+        for path in PACKAGE.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    seen, waiting = set[str](), [*(requires("ringfence") or ())]
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = requirement.name.lower()
+        if name in seen or (
+            requirement.marker is not None and not requirement.marker.evaluate({"extra": ""})
+        ):
+            continue
+        seen.add(name)
+        waiting += requires(name) or ()
+        for file in files(name) or ():
+            if ".." not in file.parts and "__pycache__" not in file.parts:
+                found[str(file)] = Path(str(file.locate()))
+    return found
+
+
+def write_image(archive: Path, packages: Mapping[str, Path]) -> None:
     """The root file system of an image with a shell, a few programs and Python, from this machine's own files."""
     chosen = {Path("/usr/bin") / name for name in _PROGRAMS}
     python = Path("/usr/bin/python3").resolve()
@@ -111,7 +141,10 @@ def write_image(archive: Path) -> None:
         for path in library.rglob("*")
         if path.is_file() and not {"__pycache__", "test", "dist-packages"} & set(path.parts)
     }
-    for path in [path for path in chosen if path.suffix == ".so" or path.parent == Path("/usr/bin")]:
+    libraries = [path for path in packages.values() if path.suffix == ".so"]
+    for path in [
+        path for path in chosen if path.suffix == ".so" or path.parent == Path("/usr/bin")
+    ] + libraries:
         listed = subprocess.run(["ldd", path], capture_output=True, text=True, check=False).stdout
         chosen |= {Path(word) for word in listed.split() if word.startswith("/")}
     with tarfile.open(archive, "w") as tar:
@@ -133,6 +166,8 @@ def write_image(archive: Path) -> None:
                 entry.uid = entry.gid = 0
                 with path.resolve().open("rb") as file:
                     tar.addfile(entry, file)
+        for below, path in sorted(packages.items()):
+            tar.add(path.resolve(), f"usr/lib/python3/dist-packages/{below}")
         content = b"root:x:0:0::/:/bin/sh\nagent:x:1000:1000::/home/agent:/bin/sh\n"
         entry = tarfile.TarInfo("etc/passwd")
         entry.size = len(content)
