@@ -145,6 +145,7 @@ class RunExecution:
         if self._at.sandbox is not None and self._at.status == "started":
             self._at.sandbox.signal(number)
         else:
+            self._at.code = _SIGNALLED + number
             self.stop(f"signal {number} before the command started")
 
     def stop(self, reason: str) -> None:
@@ -376,10 +377,7 @@ class RunExecution:
 
     async def _end(self, began_ns: int) -> None:
         """Destroy everything, and publish the end."""
-        if self._at.sandbox is not None:
-            self._at.destruction = await self._at.sandbox.destroy()
-        else:
-            self._at.destruction = Destruction(self._plan.run_id)
+        self._at.destruction = await self._destroyed()
         if self._relay is not None:
             await self._relay.close()
             await asyncio.to_thread(remove_run_folder, self._relay.path.parent)
@@ -390,6 +388,18 @@ class RunExecution:
         with contextlib.suppress(UnavailableError):
             await self._publish("ended", self._at.kid, within_s=_PUBLISH_WITHIN_S)
             self._at.published = True
+
+    async def _destroyed(self) -> Destruction:
+        """Destroy the sandbox. What cannot be looked at counts as left: the end is published whatever happens here."""
+        if self._at.sandbox is None:
+            return Destruction(self._plan.run_id)
+        try:
+            return await self._at.sandbox.destroy()
+        except (OSError, RingfenceError) as error:
+            log.exception("run %s could not be destroyed", self._plan.run_id)
+            return Destruction(
+                self._plan.run_id, processes=(f"unknown: {type(error).__name__}: {error}"[:300],)
+            )
 
     def _reason(self) -> str | None:
         if self._at.stop_reason is not None:
