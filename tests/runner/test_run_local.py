@@ -210,7 +210,7 @@ REFUSED: dict[str, tuple[list[str], bytes]] = {
     "more time than its selector has": (["--ttl", "2h"], b"--ttl"),
     "a task that is not there": (["--task", "00000000-0000-4000-8000-000000000000"], b"no task"),
     "a folder of the system": (["--mount", "/etc"], b"/etc"),
-    "the folder of the runner's records": (["--mount", ".ringfence"], b"records"),
+    "the folder of the runner's key and records": (["--mount", ".ringfence"], b"shows"),
     "a variable without a value": (["--env", "HOME"], b"NAME=VALUE"),
     "a size without sense": (["--memory", "much"], b"no size"),
     "a backend that is not there": (["--backend", "magic"], b"no backend magic"),
