@@ -1,8 +1,8 @@
 """`ringfence demo --runner`: a reviewer that follows an injected instruction, in a shell and then in a run.
 
 Both times the same program reads the same pull request, before the same code host and the same attacker's server. The
-demo looks at these servers, at the files and at the processes of this machine, and believes nothing that the
-reviewer says of itself. Whatever is not as told raises `StoryError`.
+demo looks at these servers, at the files and at the processes of this machine. Two things only the reviewer can
+say: that it found no secret in the run, and that it tried both ways out. Whatever is not as told raises `StoryError`.
 
 All secrets are decoys, made for the demo in a temporary home. No file of the user is read.
 """
