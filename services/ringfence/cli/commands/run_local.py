@@ -155,7 +155,7 @@ async def _host(backend: str | None) -> AsyncIterator[RunnerHost]:
         )
     sandboxes = await _backend(backend, own)
     async with Connection(own.runner_key_file, own) as connection:
-        await sweep(connection, [sandboxes])
+        await sweep(connection, [sandboxes], state=own.runner_state or _state_folder())
         yield RunnerHost(connection, sandboxes, own.gateway_sockets, own.gateway_ca_file)
 
 

@@ -139,6 +139,7 @@ class RunExecution:
         self._at = _Progress()
         self._stopped = asyncio.Event()
         self._relay: GatewayRelay | None = None
+        self._folder: Path | None = None
 
     def signal(self, number: int) -> None:
         """Send a signal to the command. Before it has started, the run is stopped instead."""
@@ -181,6 +182,10 @@ class RunExecution:
         activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
         if self._follows_activity:
             await activity.follow()
+        if plan.order_id is None:
+            # Before the claim: if this process is killed right after it, or does not learn of it, the next run on this
+            # machine finds the folder, and reports the run as lost if there is one.
+            self._folder = await asyncio.to_thread(make_run_folder, plan.run_id)
         await self._publish("claimed")
         if self._on_claimed is not None:
             await self._on_claimed()
@@ -218,7 +223,9 @@ class RunExecution:
 
     async def _carry_out(self, activity: RunActivity) -> None:
         plan, host = self._plan, self._host
-        folder = await asyncio.to_thread(make_run_folder, plan.run_id)
+        if self._folder is None:
+            self._folder = await asyncio.to_thread(make_run_folder, plan.run_id)
+        folder = self._folder
         control = ControlChannel.listen(folder)
         self._relay = relay = GatewayRelay(
             folder / "gateway.sock", host.gateway_sockets / f"{plan.run_id}.sock"
@@ -380,7 +387,6 @@ class RunExecution:
         self._at.destruction = await self._destroyed()
         if self._relay is not None:
             await self._relay.close()
-            await asyncio.to_thread(remove_run_folder, self._relay.path.parent)
         for mount in self._plan.mounts:
             if mount.writable:
                 changes = await asyncio.to_thread(executable_changes, mount.host, began_ns)
@@ -388,6 +394,10 @@ class RunExecution:
         with contextlib.suppress(UnavailableError):
             await self._publish("ended", self._at.kid, within_s=_PUBLISH_WITHIN_S)
             self._at.published = True
+        # Not before: the end of a run that is not on Kafka is reported by the next one that finds its folder. The
+        # runner of an ordered run does that itself.
+        if self._folder is not None and (self._at.published or self._plan.order_id is not None):
+            await asyncio.to_thread(remove_run_folder, self._folder)
 
     async def _destroyed(self) -> Destruction:
         """Destroy the sandbox. What cannot be looked at counts as left: the end is published whatever happens here."""

@@ -33,7 +33,7 @@ def check_private_paths(mounts: Iterable[PlannedMount], private: dict[str, Path]
     """
     for mount in mounts:
         for what, path in private.items():
-            places = {path.absolute(), Path(os.path.realpath(path))}
+            places = {Path(os.path.normpath(path.absolute())), Path(os.path.realpath(path))}
             if any(_shows(mount.host, place) or _shows(place, mount.host) for place in places):
                 raise RunRefusedError(f"the mount {mount.host} shows {what}, {path}").with_remedy(
                     "mount a folder beside it, or keep what is private elsewhere"

@@ -36,15 +36,14 @@ def remove_run_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep_run_folders() -> list[str]:
-    """Remove the folders of this user's runs whose runner is dead. Returns the ids of these runs."""
-    found = []
+def dead_run_folders() -> dict[str, Path]:
+    """Find the folders of this user's runs whose runner is dead, by the ids of these runs."""
+    found = {}
     for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.geteuid() or _runner_lives(folder):
                 continue
-            remove_run_folder(folder)
-            found.append(folder.name.removeprefix(_PREFIX))
+            found[folder.name.removeprefix(_PREFIX)] = folder
     return found
 
 
