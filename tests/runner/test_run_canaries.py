@@ -38,6 +38,7 @@ from tests.support import secret_canary
 RUNS = int(os.environ.get("RINGFENCE_TEST_CANARY_RUNS", "20"))
 SEED = int(os.environ.get("RINGFENCE_TEST_CANARY_SEED", "0")) or secrets.randbelow(1 << 31)
 AT_ONCE = 3
+pytestmark = pytest.mark.timeout(240 + 15 * RUNS)
 VICTIMS = ("nobody", "command", "init", "process 1", "bubblewrap", "run", "run, politely")
 LONGEST_DELAY_S = 2.5
 ASK = f"ringfence --json request --task $RINGFENCE_TASK --allow '{SCOPE}' --reason look"

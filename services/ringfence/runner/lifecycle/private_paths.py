@@ -14,8 +14,8 @@ def private_paths(settings: ClientSettings) -> dict[str, Path]:
     """Return the paths in the settings that no run may see, by what they are."""
     password = settings.kafka_sasl_password or ""
     named = {
-        "the runner's key": settings.runner_key_file,
         "the records of the runner": settings.runner_state,
+        "the runner's key": settings.runner_key_file,
         "the key of a person": settings.identity,
         "the key for Kafka": settings.kafka_ssl_key_file,
         "the password for Kafka": Path(password.removeprefix("file:"))
