@@ -242,6 +242,29 @@ async def test_after_many_runs_and_random_kills_nothing_is_left(here: Installati
         assert searched(canaries, f"{device}\0".encode()) == []
 
 
+async def test_a_run_ends_without_kafka_and_is_lost_once_it_is_back(here: Installation) -> None:
+    """Its sandbox goes at once. The next run on this machine finds that nobody reported its end."""
+    process = here.start("run", "--task", here.task, "--", "sh", "-c", "echo ready; exec sleep 600")
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    (broker,) = (
+        one
+        for one in psutil.Process(here.pid).children(recursive=True)
+        if "--kafka-port" in one.cmdline()
+    )
+    broker.suspend()
+    try:
+        process.terminate()
+        _, problems = process.communicate(timeout=WITHIN_S)
+    finally:
+        broker.resume()
+    assert process.returncode == 143, problems
+    assert b"not on Kafka" in problems
+    assert here.run("--", "true").returncode == 0
+    said, _ = await records(here)
+    assert all(sum(one in ("ended", "lost") for one in statuses) == 1 for statuses in said.values()), said
+
+
 def in_journal(canaries: Sequence[str]) -> list[str]:
     """Lines of the system's journal that hold one of them; none where the machine has no journal."""
     if shutil.which("journalctl") is None:

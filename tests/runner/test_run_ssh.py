@@ -89,7 +89,7 @@ async def targets(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ssh
         service = planted.Server(planted.always(canary))
         stack.callback(service.close)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ssh-targets-")))
-        access, addresses = {}, {}
+        access, addresses = dict[str, str](), dict[str, str]()
         for name in ("files", "jump"):
             sshd = stack.enter_context(server())
             target = SshTarget(name, sshd, folder)

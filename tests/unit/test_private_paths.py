@@ -23,7 +23,7 @@ def settings(folder: Path) -> ClientSettings:
         kafka_sasl_username="runner",
         kafka_sasl_password=f"file:{folder}/secret/password",
         _env_file=None,
-    )  # type: ignore[call-arg]
+    )
 
 
 @pytest.fixture
