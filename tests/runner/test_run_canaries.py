@@ -248,9 +248,7 @@ async def test_a_run_ends_without_kafka_and_is_lost_once_it_is_back(here: Instal
     assert process.stdout is not None
     assert process.stdout.readline() == b"ready\n"
     (broker,) = (
-        one
-        for one in psutil.Process(here.pid).children(recursive=True)
-        if "--kafka-port" in one.cmdline()
+        one for one in psutil.Process(here.pid).children(recursive=True) if "--kafka-port" in one.cmdline()
     )
     broker.suspend()
     try:
