@@ -10,7 +10,6 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -90,8 +89,7 @@ async def targets(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ssh
         service = planted.Server(planted.always(canary))
         stack.callback(service.close)
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ssh-targets-")))
-        access: dict[str, Any] = {}
-        addresses = {}
+        access, addresses = dict[str, str](), dict[str, str]()
         for name in ("files", "jump"):
             sshd = stack.enter_context(server())
             target = SshTarget(name, sshd, folder)

@@ -6,6 +6,7 @@ Agents, sponsors and administrators are built on it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 READY_TIMEOUT_S = 30.0
 """How long a topic may take to be read up to its present end."""
+STOP_TIMEOUT_S = 15.0
+"""How long the producer may take to send what is buffered when a connection is closed."""
 _REMEMBERED_LETTERS = 1000
 
 Coordinate = tuple[str, int, int]
@@ -162,7 +165,9 @@ class Connection(Lifetime):
         followers, self._followers = self._followers, []
         self._directory = None
         await asyncio.gather(*(follower.stop() for follower in followers))
-        await self._publisher.stop()
+        # What is still buffered was given up by its caller. A producer whose broker is gone would wait for ever.
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._publisher.stop(), STOP_TIMEOUT_S)
 
     # --- reading ---
 

@@ -478,8 +478,15 @@ class RunExecution:
         delays, until = backoff(0.2, 3.0), time.monotonic() + (within_s or 0)
         while True:
             try:
-                await connection.publish(RUN, plan.run_id, record)
+                async with asyncio.timeout(_PUBLISH_WITHIN_S):
+                    await connection.publish(RUN, plan.run_id, record)
                 break
+            except TimeoutError:
+                # Not again: the producer itself tries for as long as it lives, and would then write both.
+                raise UnavailableError(
+                    f"Kafka at {connection.settings.kafka} did not take the run as {status} within "
+                    f"{_PUBLISH_WITHIN_S:g} s; is the broker up?"
+                ) from None
             except UnavailableError as error:
                 if time.monotonic() >= until:
                     log.error("run %s is not published as %s: %s", plan.run_id, status, error)
