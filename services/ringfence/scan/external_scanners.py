@@ -1,0 +1,161 @@
+"""`--with`: adapters of installed scanners. They validate nothing online, and their secret values are discarded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import did_you_mean
+from ringfence.scan import kinds
+from ringfence.scan.documents import mapping, sequence
+from ringfence.scan.findings import Access, Finding, Note, Place, Report
+from ringfence.scan.remedies import remedies_of
+from ringfence.scan.rings import verdicts
+
+_TIMEOUT_S: Final = 300
+_MAX_OUTPUT: Final = 64 * 1024 * 1024
+_MAX_RULE: Final = 100
+
+
+class ScannerMissingError(RingfenceError):
+    """Raised where `--with` names a scanner that is not known, or not installed."""
+
+    code = "scan_scanner_missing"
+
+
+class Adapter(ABC):
+    """Runs one scanner, and yields rule, path and line of what it found."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def command(self, program: str, paths: Sequence[str]) -> list[str]:
+        """Return the command line. No secret is ever among its arguments."""
+
+    @abstractmethod
+    def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
+        """Yield rule, path and line. The values in the output are read by nobody. Raises ValueError."""
+
+
+class KingfisherAdapter(Adapter):
+    name = "kingfisher"
+
+    def command(self, program: str, paths: Sequence[str]) -> list[str]:
+        return [
+            program, "scan", "--no-validate", "--no-update-check", "--no-rule-cache", "--git-history", "none",
+            "--no-extract-archives", "--redact", "--format", "json", "--", *paths,
+        ]  # fmt: skip
+
+    def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
+        text = output.decode("utf-8", "replace").strip()
+        documents = (
+            [json.loads(text)]
+            if text[:1] in ("[", "{") and "\n{" not in text
+            else [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        )
+        for document in documents:
+            entries = document if isinstance(document, list) else sequence(mapping(document).get("findings"))
+            for entry in entries:
+                rule, finding = mapping(mapping(entry).get("rule")), mapping(mapping(entry).get("finding"))
+                yield (
+                    str(rule.get("name", "credential")),
+                    str(finding.get("path", "")),
+                    _line(finding.get("line")),
+                )
+
+
+class DetectSecretsAdapter(Adapter):
+    name = "detect-secrets"
+
+    def command(self, program: str, paths: Sequence[str]) -> list[str]:
+        return [program, "scan", "--all-files", "--no-verify", *paths]
+
+    def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
+        for path, entries in mapping(json.loads(output).get("results")).items():
+            for entry in sequence(entries):
+                yield (
+                    str(mapping(entry).get("type", "secret")),
+                    path,
+                    _line(mapping(entry).get("line_number")),
+                )
+
+
+ADAPTERS: Final[tuple[Adapter, ...]] = (KingfisherAdapter(), DetectSecretsAdapter())
+
+
+def adapters(names: Sequence[str]) -> list[Adapter]:
+    """Return the adapters of these names, each with its program on the PATH. Raises ScannerMissingError."""
+    known = {one.name: one for one in ADAPTERS}
+    for name in names:
+        if name not in known:
+            raise ScannerMissingError(
+                f"no scanner {name!r}{did_you_mean(name, known)}; write one of: {', '.join(known)}"
+            )
+        if shutil.which(name) is None:
+            raise ScannerMissingError(f"{name} is not on the PATH; install it, or leave out --with {name}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def include(report: Report, adapter: Adapter, paths: Sequence[str]) -> None:
+    """Add what a scanner found where no reader of ours found anything. Changes the report."""
+    if not paths:
+        report.notes.append(Note(adapter.name, "reads paths alone, and none was given", limits=False))
+        return
+    try:
+        output = run(adapter, [path if path.startswith("/") else os.path.join(".", path) for path in paths])
+        places = list(adapter.places(output))
+    except (OSError, ValueError, subprocess.SubprocessError, RecursionError) as error:
+        report.notes.append(Note(adapter.name, f"ended without a result ({type(error).__name__})"))
+        return
+    ours = {(os.path.normpath(one.place.path), one.place.line) for one in report.findings}
+    for rule, path, line in places:
+        path = os.path.normpath(path)
+        if (path, line) in ours:
+            continue
+        ours.add((path, line))
+        report.findings.append(_finding(adapter, rule, path, line))
+
+
+def run(adapter: Adapter, paths: Sequence[str]) -> bytes:
+    """Run a scanner, and return what it prints. Raises OSError, ValueError and subprocess.SubprocessError.
+
+    Its output stays in memory that no file name leads to: it may hold secrets.
+    """
+    program = shutil.which(adapter.name)
+    if program is None:
+        raise FileNotFoundError(2, "not installed", adapter.name)
+    with (
+        tempfile.TemporaryFile()
+        if not hasattr(os, "memfd_create")
+        else os.fdopen(os.memfd_create("scan", os.MFD_CLOEXEC), "w+b") as output
+    ):
+        subprocess.run(
+            adapter.command(program, paths), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL,
+            timeout=_TIMEOUT_S, check=False,
+        )  # fmt: skip
+        if output.tell() > _MAX_OUTPUT or os.fstat(output.fileno()).st_size > _MAX_OUTPUT:
+            raise ValueError("too much output")
+        output.seek(0)
+        return output.read()
+
+
+def _finding(adapter: Adapter, rule: str, path: str, line: int | None) -> Finding:
+    kind = kinds.EXTERNAL
+    found = Finding(
+        reader=adapter.name, place=Place(path, rule[:_MAX_RULE], line), pattern=kind.pattern, kind=kind.id,
+        title=kind.title, confidence="likely", opens=Access(), used_by=(), readable_by="unknown",
+        rings=verdicts(kind.pattern), fingerprint=None, length=None,
+    )  # fmt: skip
+    found.remedies = remedies_of(found)
+    return found
+
+
+def _line(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None
