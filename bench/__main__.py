@@ -18,6 +18,7 @@ from bench import (
     leases,
     policy,
     rebuild,
+    scan,
 )
 from bench.machine import describe, pace
 
@@ -35,6 +36,7 @@ BENCHMARKS = {
     "audit": audit.run,
     "backends": backends.run,
     "gateway": gateway.run,
+    "scan": scan.run,
 }
 
 

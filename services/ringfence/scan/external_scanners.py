@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import subprocess
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
@@ -34,10 +33,12 @@ class Adapter(ABC):
     """Runs one scanner, and yields rule, path and line of what it found."""
 
     name: ClassVar[str]
+    relative_to_path: ClassVar[bool] = False
+    """Whether its paths begin at the folder that it was given."""
 
     @abstractmethod
-    def command(self, program: str, paths: Sequence[str]) -> list[str]:
-        """Return the command line. No secret is ever among its arguments."""
+    def command(self, program: str, path: str) -> list[str]:
+        """Return the command line for a folder or file. No secret is ever among its arguments."""
 
     @abstractmethod
     def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
@@ -47,10 +48,10 @@ class Adapter(ABC):
 class KingfisherAdapter(Adapter):
     name = "kingfisher"
 
-    def command(self, program: str, paths: Sequence[str]) -> list[str]:
+    def command(self, program: str, path: str) -> list[str]:
         return [
             program, "scan", "--no-validate", "--no-update-check", "--no-rule-cache", "--git-history", "none",
-            "--no-extract-archives", "--redact", "--format", "json", "--", *paths,
+            "--no-extract-archives", "--redact", "--format", "json", "--", path,
         ]  # fmt: skip
 
     def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
@@ -73,9 +74,14 @@ class KingfisherAdapter(Adapter):
 
 class DetectSecretsAdapter(Adapter):
     name = "detect-secrets"
+    relative_to_path = True
 
-    def command(self, program: str, paths: Sequence[str]) -> list[str]:
-        return [program, "scan", "--all-files", "--no-verify", *paths]
+    def command(self, program: str, path: str) -> list[str]:
+        # It passes over what is not below its working directory.
+        folder, name = (
+            (path, ".") if os.path.isdir(path) else (os.path.dirname(path) or ".", os.path.basename(path))
+        )
+        return [program, "-C", folder, "scan", "--all-files", "--no-verify", name]
 
     def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
         for path, entries in mapping(json.loads(output).get("results")).items():
@@ -109,38 +115,47 @@ def include(report: Report, adapter: Adapter, paths: Sequence[str]) -> None:
         report.notes.append(Note(adapter.name, "reads paths alone, and none was given", limits=False))
         return
     try:
-        output = run(adapter, [path if path.startswith("/") else os.path.join(".", path) for path in paths])
-        places = list(adapter.places(output))
+        places = places_of(adapter, paths)
     except (OSError, ValueError, subprocess.SubprocessError, RecursionError) as error:
         report.notes.append(Note(adapter.name, f"ended without a result ({type(error).__name__})"))
         return
     ours = {(os.path.normpath(one.place.path), one.place.line) for one in report.findings}
     for rule, path, line in places:
-        path = os.path.normpath(path)
-        if (path, line) in ours:
-            continue
-        ours.add((path, line))
-        report.findings.append(_finding(adapter, rule, path, line))
+        if (path, line) not in ours:
+            ours.add((path, line))
+            report.findings.append(_finding(adapter, rule, path, line))
 
 
-def run(adapter: Adapter, paths: Sequence[str]) -> bytes:
-    """Run a scanner, and return what it prints. Raises OSError, ValueError and subprocess.SubprocessError.
+def places_of(adapter: Adapter, paths: Sequence[str]) -> list[tuple[str, str, int | None]]:
+    """Return rule, path and line of what a scanner finds below some paths.
 
-    Its output stays in memory that no file name leads to: it may hold secrets.
+    Raises OSError, ValueError where its output is not understood, and subprocess.SubprocessError.
     """
     program = shutil.which(adapter.name)
     if program is None:
         raise FileNotFoundError(2, "not installed", adapter.name)
-    with (
-        tempfile.TemporaryFile()
-        if not hasattr(os, "memfd_create")
-        else os.fdopen(os.memfd_create("scan", os.MFD_CLOEXEC), "w+b") as output
-    ):
+    found = []
+    for path in paths:
+        # What begins with a dash would be an option.
+        safe = path if path.startswith("/") else os.path.join(".", path)
+        base = safe if adapter.relative_to_path and os.path.isdir(safe) else ""
+        for rule, where, line in adapter.places(_run(adapter.command(program, safe))):
+            found.append((rule, os.path.normpath(os.path.join(base, where)), line))
+    return found
+
+
+def _run(command: list[str]) -> bytes:
+    """Run a scanner, and return what it prints. Its output stays in memory without a name: it may hold secrets."""
+    with os.fdopen(os.memfd_create("scan", os.MFD_CLOEXEC), "w+b") as output:
         subprocess.run(
-            adapter.command(program, paths), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.DEVNULL,
-            timeout=_TIMEOUT_S, check=False,
-        )  # fmt: skip
-        if output.tell() > _MAX_OUTPUT or os.fstat(output.fileno()).st_size > _MAX_OUTPUT:
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+        if os.fstat(output.fileno()).st_size > _MAX_OUTPUT:
             raise ValueError("too much output")
         output.seek(0)
         return output.read()

@@ -81,9 +81,7 @@ class KubernetesReader(FileReader):
         namespace = text_of(metadata.get("namespace"))
         used: dict[str, Any]
         if kind == "Secret":
-            used = {
-                "used_by": (f"pods that mount {label}, and whoever can read secrets of the namespace",)
-            }
+            used = {"used_by": (f"pods that mount {label}, and whoever can read secrets of the namespace",)}
             is_account = document.get("type") == "kubernetes.io/service-account-token"
             for table in ("data", "stringData"):
                 for name, value in mapping(document.get(table)).items():

@@ -62,8 +62,8 @@ def _result(finding: Finding) -> dict[str, Any]:
     location: dict[str, Any] = {"artifactLocation": {"uri": quote(place.path.removeprefix("~/"))}}
     if place.path.startswith("~/"):
         location["artifactLocation"]["uriBaseId"] = "HOME"
-    if place.line:
-        location["region"] = {"startLine": place.line}
+    # Code scanning wants a region: where the line is not known, the first stands for the file.
+    location["region"] = {"startLine": place.line or 1}
     identity = "\0".join((finding.reader, place.path, place.field, finding.pattern.value))
     steps = "; ".join(one.command or one.url or one.purpose for one in finding.remedies)
     result: dict[str, Any] = {
