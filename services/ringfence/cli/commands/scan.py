@@ -1,0 +1,386 @@
+"""`ringfence scan`: find credentials that agents inherit, and which containment rings they break."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ringfence.cli.shared.options import JsonOption, WideOption, duration_s, wants_json
+from ringfence.cli.shared.output import moment, note, print_json, print_table, say
+from ringfence.cli.shared.progress import progress
+from ringfence.cli.shared.tables import Column, prose
+from ringfence.kernel.base.errors import RingfenceError
+
+if TYPE_CHECKING:
+    from ringfence.scan.findings import Finding, Report
+    from ringfence.scan.fingerprint import Fingerprinter
+
+_PATTERNS = ("static-key", "user-token", "service-account", "password", "other")
+_RINGS = ("1", "2", "3", "4")
+_FAIL_ON = (*_PATTERNS, *_RINGS, "any")
+_SHORT_STATES = {
+    "violated": "violated",
+    "partly": "partly",
+    "compromised": "compromised",
+    "unknown": "unknown",
+}
+_MOST_NOTES_SHOWN = 10
+_KIB = 1024
+
+
+class ScanFailedError(RingfenceError):
+    """Raised where a scan ended by an unexpected error, whose message might quote a file."""
+
+    code = "scan_failed"
+
+
+def _fail_on(values: list[str] | None) -> list[str]:
+    for value in values or ():
+        if value not in _FAIL_ON:
+            raise typer.BadParameter(
+                f"{value!r} is neither a ring nor a pattern; write one of: {', '.join(_FAIL_ON)}"
+            )
+    return values or []
+
+
+def scan(
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[PATH...]",
+            help="Folders and files. Without any: this machine's known places, environment, processes, and the "
+            "working directory.",
+            show_default=False,
+        ),
+    ] = None,
+    all_processes: Annotated[
+        bool,
+        typer.Option(
+            "--all-processes", help="Also read the environments of other users' processes, where allowed."
+        ),
+    ] = False,
+    metadata: Annotated[
+        bool,
+        typer.Option(
+            "--metadata",
+            help="Ask the cloud's metadata service which role this machine has. The only connection that a scan opens.",
+        ),
+    ] = False,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--fail-on",
+            metavar="RING|PATTERN",
+            callback=_fail_on,
+            help=f"Exit 1 where a finding that the baseline lacks breaks this ring, or has this pattern: "
+            f"{', '.join(_FAIL_ON)}. Also where not everything was read in time. Repeatable.",
+        ),
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--baseline", metavar="FILE", help="Findings that are known: they are marked, and fail nothing."
+        ),
+    ] = None,
+    write_baseline: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-baseline",
+            metavar="FILE",
+            help="Write a baseline: reader, path, field and pattern of each finding, and no digest of a value.",
+        ),
+    ] = None,
+    sarif: Annotated[
+        Path | None, typer.Option("--sarif", metavar="FILE", help="Write SARIF 2.1.0, for code scanning.")
+    ] = None,
+    ocsf: Annotated[
+        Path | None,
+        typer.Option("--ocsf", metavar="FILE", help="Write OCSF Detection Findings, a line each."),
+    ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="FILE", help="Write a page that needs nothing from elsewhere."),
+    ] = None,
+    with_scanner: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--with",
+            metavar="SCANNER",
+            help="Include what an installed scanner finds, without its online validation: kingfisher, "
+            "detect-secrets. Repeatable.",
+        ),
+    ] = None,
+    details: Annotated[
+        bool,
+        typer.Option("--details", help="Print each finding in full: what it opens, why, and the way out."),
+    ] = False,
+    max_size: Annotated[
+        int,
+        typer.Option(
+            "--max-size", metavar="KIB", min=1, max=1024 * 1024, help="The largest file that is read."
+        ),
+    ] = 8192,
+    time_limit: Annotated[
+        str, typer.Option("--time-limit", metavar="DURATION", help="How long the scan may take.")
+    ] = "10m",
+    no_history: Annotated[
+        bool,
+        typer.Option(
+            "--no-history", help="Neither compare with the last scan of these paths, nor remember this one."
+        ),
+    ] = False,
+    wide: WideOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find credentials that agents inherit, and say which containment rings each breaks and what replaces it.
+
+    Needs no server and no account. Prints, stores and sends no secret: what leaves a reader is a keyed fingerprint and
+    a length.
+
+    Nothing that is found is executed, no link out of a scanned folder is followed, and no connection is opened without
+    --metadata.
+    """
+    from ringfence.scan.process_protection import protect_process
+
+    protect_process()
+    try:
+        report = _scan(
+            paths or [], all_processes, metadata, with_scanner or [], max_size, duration_s(time_limit),
+            as_json=as_json, history=not no_history, baseline=baseline,
+        )  # fmt: skip
+        _write_files(report, sarif, ocsf, html, write_baseline)
+    except (RingfenceError, typer.BadParameter, typer.Exit, OSError):
+        raise
+    except Exception as error:  # noqa: BLE001 - all of them, see below
+        # Neither its message nor a traceback: both may quote what was read.
+        raise ScanFailedError(
+            f"the scan ended by an unexpected error ({type(error).__name__}); report it with the paths that you gave"
+        ) from None
+    if wants_json(as_json):
+        from ringfence.scan.reports.json_report import report_document
+
+        print_json(report_document(report))
+    else:
+        _print(report, wide=wide, details=details)
+    if failing := _failing(report, fail_on or []):
+        note(f"error: {failing}", "error")
+        raise typer.Exit(1)
+
+
+def _scan(
+    paths: list[Path], all_processes: bool, metadata: bool, scanners: list[str], max_size_kib: int, time_limit_s: int,
+    *, as_json: bool, history: bool, baseline: Path | None,
+) -> Report:  # fmt: skip
+    from ringfence.scan.baseline import apply_baseline, compare_with_last, load_baseline
+    from ringfence.scan.external_scanners import adapters, include
+    from ringfence.scan.fingerprint import state_folder
+    from ringfence.scan.readers.reader import Machine
+    from ringfence.scan.scanner import ScanOptions, scanning
+
+    known = load_baseline(baseline) if baseline is not None else None
+    chosen = adapters(scanners)
+    options = ScanOptions(
+        paths=paths or _working_directory(),
+        machine=None if paths else Machine(all_processes=all_processes, metadata=metadata),
+        max_bytes=max_size_kib * _KIB,
+        time_limit_s=time_limit_s,
+    )
+    if paths and (all_processes or metadata):
+        raise typer.BadParameter("--all-processes and --metadata are for a scan of the machine: give no path")
+    folder = state_folder()
+    fingerprinter, problem = _fingerprinter(folder)
+    with scanning(options, fingerprinter) as scanner, progress("reading files", as_json=as_json) as line:
+        report = scanner.run(line.count)
+    if problem:
+        note(problem, "warning")
+    for adapter in chosen:
+        include(report, adapter, [str(path) for path in options.paths])
+    if known is not None:
+        apply_baseline(report, known)
+    elif history and folder is not None and not problem:
+        compare_with_last(report, folder)
+    return report
+
+
+def _working_directory() -> list[Path]:
+    """Return the working directory for a scan of the machine, unless it is the home folder or above: too much."""
+    here, home = Path.cwd(), Path.home()
+    if here == home or here in home.parents or here == Path("/"):
+        return []
+    return [Path()]
+
+
+def _fingerprinter(folder: Path | None) -> tuple[Fingerprinter, str]:
+    """Return what makes fingerprints, and a warning where they cannot be compared with those of other scans."""
+    import secrets
+
+    from ringfence.scan.fingerprint import Fingerprinter, load_key
+
+    problem = "there is no home folder: fingerprints are for this scan alone; set HOME or XDG_STATE_HOME"
+    if folder is not None:
+        try:
+            return Fingerprinter(load_key(folder)), ""
+        except (OSError, ValueError, RingfenceError):
+            problem = f"the key in {folder} cannot be used: fingerprints are for this scan alone; see owner and mode"
+    return Fingerprinter(secrets.token_bytes(32)), f"warning: {problem}"
+
+
+def _write_files(
+    report: Report, sarif: Path | None, ocsf: Path | None, html: Path | None, write_baseline: Path | None
+) -> None:
+    import json
+
+    from ringfence import __version__
+    from ringfence.cli.shared.output import escaped_json
+    from ringfence.kernel.base.private_files import write_private
+
+    if sarif is not None:
+        from ringfence.scan.reports.sarif import sarif_document
+
+        write_private(sarif, escaped_json(json.dumps(sarif_document(report, __version__), indent=1)) + "\n")
+    if ocsf is not None:
+        from ringfence.scan.reports.ocsf import ocsf_events
+
+        lines = [escaped_json(json.dumps(one)) + "\n" for one in ocsf_events(report, __version__)]
+        write_private(ocsf, "".join(lines))
+    if html is not None:
+        from ringfence.scan.reports.html_report import html_document
+
+        write_private(html, html_document(report, __version__).encode("utf-8", "replace"))
+    if write_baseline is not None:
+        from ringfence.scan.baseline import baseline_text
+
+        write_private(write_baseline, escaped_json(baseline_text(report.findings)))
+        write_baseline.chmod(0o644 & ~_umask())  # it holds no secret, and is meant to be committed
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _print(report: Report, *, wide: bool, details: bool) -> None:
+    from ringfence.scan.reports.json_report import matrix
+    from ringfence.scan.rings import RING_NAMES
+
+    if details:
+        for one in report.findings:
+            _print_finding(one)
+    else:
+        print_table(
+            [prose("where"), prose("credential"), Column("rings"), Column("shared")],
+            ([_place(one), _credential(one), _rings(one), "yes" if one.is_shared else ""] for one in report.findings),
+            empty="", wide=wide,
+        )  # fmt: skip
+    if rows := matrix(report):
+        say("")
+        print_table(
+            [prose("pattern"), "found", *(f"{ring} {name}" for ring, name in RING_NAMES.items())],
+            ([title, str(count), *states] for title, count, states in rows),
+            empty="", wide=wide,
+        )  # fmt: skip
+        say("")
+    _print_summary(report, details=details)
+
+
+def _place(one: Finding) -> str:
+    mark = " (in the baseline)" if one.known else ""
+    return f"{one.place}{mark}"
+
+
+def _credential(one: Finding) -> str:
+    opens = one.opens
+    where = opens.host or opens.account or opens.subject or ""
+    return f"{one.title}{f' for {where}' if where else ''}, {one.place.field}"
+
+
+def _rings(one: Finding) -> str:
+    """Return the rings that it breaks; a partly broken one in brackets."""
+    return " ".join(
+        f"({ring.ring})" if ring.state == "partly" else str(ring.ring)
+        for ring in one.rings
+        if ring.state != "unknown"
+    )
+
+
+def _print_finding(one: Finding) -> None:
+    from ringfence.cli.shared.output import print_fields
+    from ringfence.scan.rings import RING_NAMES
+
+    opens = one.opens.words()
+    expires = opens.pop("expires_s", None)
+    facts = {
+        "where": _place(one),
+        "field": one.place.field,
+        "opens": "; ".join(
+            f"{name}: {', '.join(value) if isinstance(value, tuple) else value}"
+            for name, value in opens.items()
+        )
+        or "not known offline",
+        "expires": moment(expires) if expires else "",
+        "used by": ", ".join(one.used_by),
+        "readable by": one.readable_by if one.readable_by != "unknown" else "",
+        "also in": ", ".join(map(str, one.shared_with)),
+        "value": f"{one.length} characters, fingerprint {one.fingerprint}" if one.fingerprint else "not read",
+        "remarks": "; ".join(one.remarks),
+        **{f"ring {ring.ring}, {RING_NAMES[ring.ring]}": f"{ring.state}: {ring.why}" for ring in one.rings},
+    }
+    print_fields({name: value for name, value in facts.items() if value}, title=one.title)
+    for number, step in enumerate(one.remedies, start=1):
+        say(f"{number}. {step.purpose}{f': {step.url}' if step.url else ''}")
+        if step.command:
+            say(f"   {step.command}", "heading")
+    say("")
+
+
+def _print_summary(report: Report, *, details: bool) -> None:
+    from ringfence.scan.reports.json_report import summary
+
+    totals = summary(report)
+    count, new = totals["findings"], totals["new"]
+    rate = f"{report.files} file{'' if report.files == 1 else 's'} in {report.elapsed_s:.1f} s"
+    if not count:
+        say(f"nothing found in {rate}")
+    else:
+        known = f", {count - new} of them in the baseline" if count != new else ""
+        shared = f", {totals['shared']} in several places" if totals["shared"] else ""
+        say(f"{count} credential{'' if count == 1 else 's'} that agents inherit{known}{shared}; {rate}")
+        broken = [f"ring {ring} by {number}" for ring, number in totals["rings"].items() if number]
+        say(f"broken: {', '.join(broken)}; unknown is never good: a scan cannot see it")
+        if not details:
+            say("what each opens, and the commands that replace it: ringfence scan --details")
+    if report.gone:
+        since = f" since {moment(report.gone_since_s)}" if report.gone_since_s else ""
+        say(f"gone{since}: {len(report.gone)}")
+        for gone in report.gone[:_MOST_NOTES_SHOWN]:
+            say(f"  {gone.path}, {gone.field}")
+    limiting = [one for one in report.notes if one.limits]
+    for one in limiting[:_MOST_NOTES_SHOWN]:
+        note(f"not read: {one.path} {one.reason}", "warning")
+    if len(limiting) > _MOST_NOTES_SHOWN:
+        note(f"not read: {len(limiting) - _MOST_NOTES_SHOWN} more; --json has them all", "warning")
+    if not report.complete:
+        note("warning: not everything was read", "warning")
+
+
+def _failing(report: Report, wanted: list[str]) -> str:
+    """Return why the exit status is 1, or an empty text."""
+    if not wanted:
+        return ""
+    rings = {int(one) for one in wanted if one in _RINGS}
+    count = sum(
+        not one.known
+        and ("any" in wanted or one.pattern.value in wanted or not rings.isdisjoint(one.broken_rings()))
+        for one in report.findings
+    )
+    if count:
+        return f"{count} new finding{'' if count == 1 else 's'} of --fail-on {' --fail-on '.join(wanted)}"
+    return (
+        ""
+        if report.complete
+        else "not everything was read, so nobody knows what is there; raise --time-limit"
+    )

@@ -1,0 +1,278 @@
+"""What readers yield: a secret value with what its location says of it. `classify` judges plain settings."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ringfence.scan import checksums, kinds, names
+from ringfence.scan.findings import Access, Confidence, Pattern
+from ringfence.scan.kinds import FORMATS, SCHEMES, Format, Kind
+from ringfence.scan.secret_value import SecretValue
+
+UNKNOWN_ACCESS: Final = Access()
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """The raw material of a finding."""
+
+    field: str
+    kind: Kind
+    value: SecretValue | None = None
+    """None where a credential is there whose value the scan does not read, such as the keys of an SSH agent."""
+    opens: Access = UNKNOWN_ACCESS
+    used_by: tuple[str, ...] = ()
+    line: int | None = None
+    """From 1. The scanner looks for the value in the file where the reader gives none."""
+    confidence: Confidence = "certain"
+    pattern: Pattern | None = None
+    """Instead of the kind's."""
+    remarks: tuple[str, ...] = ()
+
+
+URL_WITH_PASSWORD: Final = re.compile(
+    r"([a-z][a-z0-9+.-]{1,20})://([^\s/:@\"'<>`\\]{0,128}):([^\s/@\"'<>`\\]{1,256})@([A-Za-z0-9_.\[\]:-]{1,253})",
+    re.IGNORECASE,
+)
+_SLACK_URL: Final = "hooks.slack.com"
+_BASIC: Final = re.compile(r"\bBasic\s+([A-Za-z0-9+/]{8,}={0,2})(?![A-Za-z0-9+/])", re.IGNORECASE)
+_BEARER: Final = re.compile(r"\b(?:Bearer|token)\s+([A-Za-z0-9._~+/-]{16,}={0,2})", re.IGNORECASE)
+JWT: Final = re.compile(r"(?<![\w.-])(eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{16,})(?![\w.-])")
+
+
+def formats_in(text: str) -> Iterator[tuple[Format, str, int]]:
+    """Yield each credential that tells its kind by its look: the format, the value, and where it begins."""
+    for one in FORMATS:
+        if one.marker not in text:
+            continue
+        for match in one.regex.finditer(text):
+            group = 1 if one.regex.groups else 0
+            value = match[group]
+            if names.is_placeholder(value) or (one.check is not None and not one.check(value)):
+                continue
+            yield one, value, match.start(group)
+
+
+def is_counterfeit(text: str) -> bool:
+    """Return whether a text looks like a credential of a known format, but its checksum is wrong."""
+    return any(
+        one.check is not None
+        and one.marker in text
+        and (match := one.regex.fullmatch(text)) is not None
+        and not one.check(match[1] if one.regex.groups else match[0])
+        for one in FORMATS
+    )
+
+
+def public_prefix_length(text: str) -> int:
+    """Return how many characters at the begin of a credential are the same for all of its kind: `github_pat_`."""
+    return max((len(one.marker) for one in FORMATS if text.startswith(one.marker)), default=0)
+
+
+def of_format(text: str, field: str, **more: Any) -> Candidate | None:
+    """Return a candidate where the whole text is, or has in it, one credential of a known format."""
+    for one, value, _ in formats_in(text):
+        return candidate_of(one.kind, value, field, **more)
+    if (match := JWT.search(text)) and (found := of_jwt(match[1], field, **more)):
+        return found
+    return None
+
+
+def candidate_of(kind: Kind, value: str, field: str, **more: Any) -> Candidate:
+    """Return a candidate with all that its value says offline."""
+    given = more.pop("opens", None) or Access()
+    opens = replace(
+        Access(service=kind.service, host=kind.host or None),
+        **{name: getattr(given, name) for name in given.words()},
+    )
+    if (
+        kind.id in ("aws-access-key", "aws-session")
+        and value[:4] in ("AKIA", "ASIA")
+        and opens.account is None
+    ):
+        opens = replace(opens, account=checksums.aws_account(value))
+    return Candidate(field, kind, SecretValue(value), opens, **more)
+
+
+def of_jwt(token: str, field: str, *, kind: Kind | None = None, **more: Any) -> Candidate | None:
+    """Return a candidate for a JWT with its claims, which nobody verified; None where it is no JWT."""
+    parts = checksums.jwt_parts(token)
+    if parts is None:
+        return None
+    claims = parts[1]
+    subject = (
+        _text(claims.get("email")) or _text(claims.get("preferred_username")) or _text(claims.get("sub"))
+    )
+    issuer = _text(claims.get("iss"))
+    raw_scopes = claims.get("scope") or claims.get("scp") or claims.get("scopes") or ()
+    scopes = raw_scopes.split() if isinstance(raw_scopes, str) else raw_scopes
+    expires = claims.get("exp")
+    is_service_account = "kubernetes.io" in claims or str(claims.get("sub", "")).startswith(
+        "system:serviceaccount:"
+    )
+    if kind is None:
+        kind = kinds.KUBERNETES_SERVICE_ACCOUNT if is_service_account else kinds.JWT
+        if str(claims.get("sub", "")).endswith(".gserviceaccount.com") or claims.get("idtyp") == "app":
+            kind = replace(kinds.JWT, pattern=Pattern.SERVICE_ACCOUNT)
+    given = more.pop("opens", None) or Access()
+    opens = Access(
+        service=given.service or kind.service,
+        host=given.host or kind.host or host_of(issuer or ""),
+        account=given.account,
+        role=given.role or _text(claims.get("role")),
+        issuer=issuer,
+        subject=subject or given.subject,
+        scopes=tuple(str(one)[:100] for one in scopes[:50]) if isinstance(scopes, Sequence) else (),
+        expires_s=int(expires) if isinstance(expires, int | float) and 0 < expires < 10**11 else None,
+    )
+    return Candidate(field, kind, SecretValue(token), opens, **more)
+
+
+def of_basic(encoded: str, field: str, *, kind: Kind = kinds.BASIC_AUTH, **more: Any) -> Candidate | None:
+    """Return a candidate for base64 of `user:password`; None where it is something else."""
+    try:
+        user, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        return None
+    if not colon or not password or names.is_placeholder(password) or names.is_reference(password):
+        return None
+    given = more.pop("opens", None) or Access()
+    return of_format(password, field, opens=given, **more) or candidate_of(
+        kind, password, field, opens=replace(given, account=given.account or user or None), **more
+    )
+
+
+def of_url(text: str, field: str, **more: Any) -> Iterator[Candidate]:
+    """Yield a candidate for each URL with a password in a text."""
+    for match in URL_WITH_PASSWORD.finditer(text):
+        scheme, user, password, host = match[1].lower(), match[2], match[3], match[4]
+        if (
+            names.is_reference(password)
+            or names.is_placeholder(password)
+            or len(password) < names.MIN_PASSWORD
+        ):
+            continue
+        if password.lower() == user.lower() and host.partition(":")[0] in ("localhost", "127.0.0.1"):
+            more = {**more, "confidence": "likely"}
+        opens = Access(host=host, account=user or None)
+        if found := of_format(password, field, opens=replace(opens, account=None), **more):
+            yield found
+            continue
+        service, template = SCHEMES.get(scheme, (scheme.upper(), "http"))
+        kind = replace(kinds.URL_PASSWORD, service=service, template=template)
+        yield candidate_of(kind, password, field, opens=opens, **more)
+
+
+def classify(name: str, value: str, field: str | None = None, **more: Any) -> Iterator[Candidate]:
+    """Yield what one setting holds: a credential of a known format, a password in a URL, or one that its name tells."""
+    field = field or name
+    if len(value) < names.MIN_PASSWORD or len(value) > 65_536:
+        return
+    if found := of_format(value, field, **more):
+        yield found
+        return
+    if "-----BEGIN " in value and (found := of_pem(value, field, **more)):
+        yield found
+        return
+    if "://" in value and "@" in value:
+        in_urls = list(of_url(value, field, **more))
+        if in_urls:
+            yield from in_urls
+            return
+    if (match := _BASIC.search(value)) and (found := of_basic(match[1], field, **more)):
+        yield found
+        return
+    if is_counterfeit(value):
+        return
+    words = names.words_of(name)
+    if (
+        (match := _BEARER.search(value))
+        and names.looks_random(match[1])
+        and not names.is_placeholder(match[1])
+    ):
+        yield candidate_of(kinds.for_name(kinds.BEARER, words), match[1], field, **more)
+        return
+    told = names.is_secret(name, value)
+    if told == "password":
+        yield candidate_of(kinds.for_name(kinds.PASSWORD, words), value.strip(), field, **_likely(more))
+    elif told == "secret":
+        kind = kinds.AWS_SECRET if {"secret", "aws"} <= set(words) else kinds.for_name(kinds.KEY, words)
+        if {"refresh", "session", "oauth"} & set(words) and kind is not kinds.AWS_SECRET:
+            kind = replace(kind, pattern=Pattern.USER_TOKEN, title="token of a signed-in user")
+        yield candidate_of(kind, value.strip(), field, **_likely(more))
+
+
+def _likely(more: dict[str, Any]) -> dict[str, Any]:
+    return {"confidence": "likely", **more}
+
+
+_PEM: Final = re.compile(
+    r"-----BEGIN ((?:[A-Z0-9]+ ){0,3})PRIVATE KEY(?: BLOCK)?-----(.{16,65536}?)-----END ", re.DOTALL
+)
+
+
+def of_pem(text: str, field: str, **more: Any) -> Candidate | None:
+    """Return a candidate for the first PEM private key of a text, with or without passphrase."""
+    for found, _ in pems_in(text):
+        kind, body = found
+        return candidate_of(kind, body, field, **more)
+    return None
+
+
+def pems_in(text: str) -> Iterator[tuple[tuple[Kind, str], int]]:
+    """Yield kind, base64 body and begin of each PEM private key in a text."""
+    for match in _PEM.finditer(text):
+        label, raw = match[1].strip(), match[2]
+        # In JSON and YAML strings, line feeds may be escaped.
+        lines = [line.strip() for line in raw.replace("\\n", "\n").replace("\\r", "").splitlines()]
+        body = "".join(line for line in lines if line and ":" not in line)
+        if (
+            len(body) < 40
+            or names.is_placeholder(body[:64])
+            or not re.fullmatch(r"[A-Za-z0-9+/=_-]+", body[:2000])
+        ):
+            continue
+        locked = label == "ENCRYPTED" or any("ENCRYPTED" in line for line in lines) or (
+            label == "OPENSSH" and openssh_is_encrypted(body)
+        )  # fmt: skip
+        if label in ("OPENSSH", "DSA"):
+            kind = kinds.SSH_KEY_LOCKED if locked else kinds.SSH_KEY
+        elif locked:
+            kind = replace(kinds.PRIVATE_KEY, id="private-key-encrypted", title="private key with passphrase",
+                           pattern=Pattern.OTHER)  # fmt: skip
+        else:
+            kind = kinds.PRIVATE_KEY
+        yield (kind, body), match.start(2)
+
+
+def openssh_is_encrypted(body: str) -> bool:
+    """Return whether an OpenSSH private key has a passphrase: its cipher is not `none` (PROTOCOL.key)."""
+    try:
+        raw = base64.b64decode(body[:64] + "=" * (-len(body[:64]) % 4))
+    except (binascii.Error, ValueError):
+        return False
+    magic = b"openssh-key-v1\0"
+    if not raw.startswith(magic):
+        return False
+    length = int.from_bytes(raw[len(magic) : len(magic) + 4], "big")
+    return raw[len(magic) + 4 : len(magic) + 4 + length] != b"none"
+
+
+def host_of(url: str) -> str | None:
+    """Return the host of a URL, with its port; None where it has none."""
+    try:
+        parts = urlsplit(url if "://" in url else f"//{url}")
+        host = parts.netloc.rpartition("@")[2]
+    except ValueError:
+        return None
+    return host[:253] or None
+
+
+def _text(value: object) -> str | None:
+    return value[:200] if isinstance(value, str) and value else None

@@ -1,0 +1,176 @@
+"""`--with`: adapters of installed scanners. They validate nothing online, and their secret values are discarded."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import did_you_mean
+from ringfence.scan import kinds
+from ringfence.scan.documents import mapping, sequence
+from ringfence.scan.findings import Access, Finding, Note, Place, Report
+from ringfence.scan.remedies import remedies_of
+from ringfence.scan.rings import verdicts
+
+_TIMEOUT_S: Final = 300
+_MAX_OUTPUT: Final = 64 * 1024 * 1024
+_MAX_RULE: Final = 100
+
+
+class ScannerMissingError(RingfenceError):
+    """Raised where `--with` names a scanner that is not known, or not installed."""
+
+    code = "scan_scanner_missing"
+
+
+class Adapter(ABC):
+    """Runs one scanner, and yields rule, path and line of what it found."""
+
+    name: ClassVar[str]
+    relative_to_path: ClassVar[bool] = False
+    """Whether its paths begin at the folder that it was given."""
+
+    @abstractmethod
+    def command(self, program: str, path: str) -> list[str]:
+        """Return the command line for a folder or file. No secret is ever among its arguments."""
+
+    @abstractmethod
+    def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
+        """Yield rule, path and line. The values in the output are read by nobody. Raises ValueError."""
+
+
+class KingfisherAdapter(Adapter):
+    name = "kingfisher"
+
+    def command(self, program: str, path: str) -> list[str]:
+        return [
+            program, "scan", "--no-validate", "--no-update-check", "--no-rule-cache", "--git-history", "none",
+            "--no-extract-archives", "--redact", "--format", "json", "--", path,
+        ]  # fmt: skip
+
+    def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
+        text = output.decode("utf-8", "replace").strip()
+        documents = (
+            [json.loads(text)]
+            if text[:1] in ("[", "{") and "\n{" not in text
+            else [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+        )
+        for document in documents:
+            entries = document if isinstance(document, list) else sequence(mapping(document).get("findings"))
+            for entry in entries:
+                rule, finding = mapping(mapping(entry).get("rule")), mapping(mapping(entry).get("finding"))
+                yield (
+                    str(rule.get("name", "credential")),
+                    str(finding.get("path", "")),
+                    _line(finding.get("line")),
+                )
+
+
+class DetectSecretsAdapter(Adapter):
+    name = "detect-secrets"
+    relative_to_path = True
+
+    def command(self, program: str, path: str) -> list[str]:
+        # It passes over what is not below its working directory.
+        folder, name = (
+            (path, ".") if os.path.isdir(path) else (os.path.dirname(path) or ".", os.path.basename(path))
+        )
+        return [program, "-C", folder, "scan", "--all-files", "--no-verify", name]
+
+    def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
+        for path, entries in mapping(json.loads(output).get("results")).items():
+            for entry in sequence(entries):
+                yield (
+                    str(mapping(entry).get("type", "secret")),
+                    path,
+                    _line(mapping(entry).get("line_number")),
+                )
+
+
+ADAPTERS: Final[tuple[Adapter, ...]] = (KingfisherAdapter(), DetectSecretsAdapter())
+
+
+def adapters(names: Sequence[str]) -> list[Adapter]:
+    """Return the adapters of these names, each with its program on the PATH. Raises ScannerMissingError."""
+    known = {one.name: one for one in ADAPTERS}
+    for name in names:
+        if name not in known:
+            raise ScannerMissingError(
+                f"no scanner {name!r}{did_you_mean(name, known)}; write one of: {', '.join(known)}"
+            )
+        if shutil.which(name) is None:
+            raise ScannerMissingError(f"{name} is not on the PATH; install it, or leave out --with {name}")
+    return [known[name] for name in dict.fromkeys(names)]
+
+
+def include(report: Report, adapter: Adapter, paths: Sequence[str]) -> None:
+    """Add what a scanner found where no reader of ours found anything. Changes the report."""
+    if not paths:
+        report.notes.append(Note(adapter.name, "reads paths alone, and none was given", limits=False))
+        return
+    try:
+        places = places_of(adapter, paths)
+    except (OSError, ValueError, subprocess.SubprocessError, RecursionError) as error:
+        report.notes.append(Note(adapter.name, f"ended without a result ({type(error).__name__})"))
+        return
+    ours = {(os.path.normpath(one.place.path), one.place.line) for one in report.findings}
+    for rule, path, line in places:
+        if (path, line) not in ours:
+            ours.add((path, line))
+            report.findings.append(_finding(adapter, rule, path, line))
+
+
+def places_of(adapter: Adapter, paths: Sequence[str]) -> list[tuple[str, str, int | None]]:
+    """Return rule, path and line of what a scanner finds below some paths.
+
+    Raises OSError, ValueError where its output is not understood, and subprocess.SubprocessError.
+    """
+    program = shutil.which(adapter.name)
+    if program is None:
+        raise FileNotFoundError(2, "not installed", adapter.name)
+    found = []
+    for path in paths:
+        # What begins with a dash would be an option.
+        safe = path if path.startswith("/") else os.path.join(".", path)
+        base = safe if adapter.relative_to_path and os.path.isdir(safe) else ""
+        for rule, where, line in adapter.places(_run(adapter.command(program, safe))):
+            found.append((rule, os.path.normpath(os.path.join(base, where)), line))
+    return found
+
+
+def _run(command: list[str]) -> bytes:
+    """Run a scanner, and return what it prints. Its output stays in memory without a name: it may hold secrets."""
+    with os.fdopen(os.memfd_create("scan", os.MFD_CLOEXEC), "w+b") as output:
+        subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.DEVNULL,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+        if os.fstat(output.fileno()).st_size > _MAX_OUTPUT:
+            raise ValueError("too much output")
+        output.seek(0)
+        return output.read()
+
+
+def _finding(adapter: Adapter, rule: str, path: str, line: int | None) -> Finding:
+    kind = kinds.EXTERNAL
+    found = Finding(
+        reader=adapter.name, place=Place(path, rule[:_MAX_RULE], line), pattern=kind.pattern, kind=kind.id,
+        title=kind.title, confidence="likely", opens=Access(), used_by=(), readable_by="unknown",
+        rings=verdicts(kind.pattern), fingerprint=None, length=None,
+    )  # fmt: skip
+    found.remedies = remedies_of(found)
+    return found
+
+
+def _line(value: Any) -> int | None:
+    return value if isinstance(value, int) and value > 0 else None

@@ -1,0 +1,186 @@
+"""Reads one file with the reader that knows it, and turns what it yields into findings. Runs in worker processes."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Final
+
+from ringfence.scan.candidates import Candidate, public_prefix_length
+from ringfence.scan.documents import DocumentError
+from ringfence.scan.findings import Finding, Note, Place, Readable
+from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.path_index import PathIndex
+from ringfence.scan.readers import FILE_READERS, TEXT_READER
+from ringfence.scan.readers.reader import FileReader
+from ringfence.scan.rings import verdicts
+from ringfence.scan.source_files import Root, SourceFile, UnreadableError
+
+FILE_TIME_LIMIT_S: Final = 20.0
+MOST_FINDINGS_IN_A_FILE: Final = 1000
+_MAX_FIELD: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One file to read: below which root, and how its path is shown."""
+
+    root: int
+    relative: str
+    shown: str
+    reader: str | None = None
+    """The reader that asked for this place of the machine; None where the path decides."""
+    is_link: bool = False
+
+
+@dataclass(slots=True)
+class JobResults:
+    """What some jobs found. No secret is in it."""
+
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+
+
+class FileTimeoutError(Exception):
+    """Raised in a file that takes too long."""
+
+
+class FileScanner:
+    """Reads files below some roots."""
+
+    def __init__(
+        self, roots: tuple[Root, ...], fingerprinter: Fingerprinter, guard: OutputGuard, max_bytes: int
+    ) -> None:
+        self._roots = roots
+        self._fingerprinter = fingerprinter
+        self.guard = guard
+        self._max_bytes = max_bytes
+        self._index = PathIndex(FILE_READERS)
+        self._by_name = {reader.name: reader for reader in FILE_READERS}
+
+    def is_known_place(self, path: str) -> bool:
+        """Return whether a reader declares this path. Of links, only these are looked at."""
+        return bool(self._index.readers_of(path))
+
+    def scan(self, jobs: list[Job]) -> JobResults:
+        """Read files. What cannot be read, for whatever reason, is a note."""
+        results = JobResults()
+        for job in jobs:
+            try:
+                with _time_limit(FILE_TIME_LIMIT_S):
+                    self._scan(job, results)
+            except UnreadableError as error:
+                results.notes.append(Note(job.shown, error.reason, error.limits))
+            except FileTimeoutError:
+                results.notes.append(Note(job.shown, f"took more than {FILE_TIME_LIMIT_S:.0f} s"))
+            except Exception as error:  # noqa: BLE001 - files are hostile, and a message could quote one
+                results.notes.append(Note(job.shown, f"could not be read ({type(error).__name__})"))
+        return results
+
+    def _scan(self, job: Job, results: JobResults) -> None:
+        root = self._roots[job.root]
+        relative: str | None = job.relative
+        if job.is_link:
+            relative = root.resolve(job.relative)
+            if relative is None:
+                raise UnreadableError("is a symbolic link out of the scanned tree, which is not followed")
+        assert relative is not None
+        data, facts = root.read(relative, max_bytes=self._max_bytes)
+        # The folders above the root count as well: of `ringfence scan ~/.aws`, `credentials` is a known place.
+        file = SourceFile(f"{root.real}/{job.relative}" if root.is_folder else str(root.real), data, facts)
+        results.files += 1
+        results.bytes += len(data)
+        if not data:
+            return
+        seen: set[str] = set()
+        count = 0
+        for reader, candidate in self._candidates(job, file, results):
+            value = candidate.value.reveal() if candidate.value is not None else ""
+            if value and value in seen and reader is TEXT_READER.name:
+                continue
+            seen.add(value)
+            count += 1
+            if count > MOST_FINDINGS_IN_A_FILE:
+                results.notes.append(
+                    Note(job.shown, f"has more than {MOST_FINDINGS_IN_A_FILE} findings; the rest is left out")
+                )
+                return
+            results.findings.append(self.finding(reader, job.shown, candidate, facts.readable_by, file))
+
+    def _candidates(self, job: Job, file: SourceFile, results: JobResults) -> Iterator[tuple[str, Candidate]]:
+        reader = self._reader_of(job, file)
+        if reader is not None:
+            try:
+                for candidate in reader.read(file):
+                    yield reader.name, candidate
+            except DocumentError as error:
+                results.notes.append(Note(job.shown, f"{error}; it was read as plain text", limits=False))
+                reader = None
+        if file.is_binary:
+            return
+        found = TEXT_READER.read(file) if reader is None else TEXT_READER.formats(file)
+        for candidate in found:
+            yield TEXT_READER.name, candidate
+
+    def _reader_of(self, job: Job, file: SourceFile) -> FileReader | None:
+        if job.reader is not None:
+            reader = self._by_name[job.reader]
+            return reader if reader.accepts(file) else None
+        return next((one for one in self._index.readers_of(file.path) if one.accepts(file)), None)
+
+    def finding(
+        self,
+        reader: str,
+        path: str,
+        candidate: Candidate,
+        readable_by: Readable,
+        file: SourceFile | None = None,
+    ) -> Finding:
+        """Return the finding of a candidate. From here on there is no secret."""
+        value, line = candidate.value, candidate.line
+        if value is not None:
+            self.guard.add(value, public=public_prefix_length(value.reveal()))
+            if line is None and file is not None:
+                line = file.line_of(value.reveal())
+        pattern = candidate.pattern or candidate.kind.pattern
+        return Finding(
+            reader=reader,
+            place=Place(path, candidate.field[:_MAX_FIELD], line),
+            pattern=pattern,
+            kind=candidate.kind.id,
+            title=candidate.kind.title,
+            confidence=candidate.confidence,
+            opens=candidate.opens,
+            used_by=candidate.used_by,
+            readable_by=readable_by,
+            rings=verdicts(pattern),
+            fingerprint=self._fingerprinter.of(value) if value is not None else None,
+            length=len(value) if value is not None else None,
+            remarks=candidate.remarks,
+        )
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """Raise FileTimeoutError in the block after so many seconds. Does nothing outside of the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(number: int, frame: FrameType | None) -> None:
+        raise FileTimeoutError
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

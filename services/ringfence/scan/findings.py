@@ -1,0 +1,157 @@
+"""The result of a scan: typed findings, and notes on what could not be read. None of it holds a secret."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal
+
+RingState = Literal["violated", "partly", "compromised", "unknown"]
+Confidence = Literal["certain", "likely"]
+Readable = Literal["user", "group", "everyone", "unknown"]
+
+
+class Pattern(StrEnum):
+    """How an agent came by a credential. The values are a contract: baselines and `--fail-on` name them."""
+
+    STATIC_KEY = "static-key"
+    USER_TOKEN = "user-token"  # noqa: S105 - a name
+    SERVICE_ACCOUNT = "service-account"
+    PASSWORD = "password"  # noqa: S105 - a name
+    OTHER = "other"
+
+
+PATTERN_TITLES: Mapping[Pattern, str] = {
+    Pattern.STATIC_KEY: "static API key",
+    Pattern.USER_TOKEN: "inherited user token",
+    Pattern.SERVICE_ACCOUNT: "shared service account",
+    Pattern.PASSWORD: "user name and password",
+    Pattern.OTHER: "other credential",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RingVerdict:
+    """What a credential does to one containment ring, and why."""
+
+    ring: int
+    state: RingState
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """What a credential opens, as far as it can be known offline. Nothing of it was verified."""
+
+    service: str | None = None
+    host: str | None = None
+    account: str | None = None
+    role: str | None = None
+    issuer: str | None = None
+    subject: str | None = None
+    scopes: tuple[str, ...] = ()
+    expires_s: int | None = None
+    """Unix time."""
+
+    def words(self) -> dict[str, Any]:
+        """Return the members that are known."""
+        return {
+            name: value
+            for name in ("service", "host", "account", "role", "issuer", "subject", "scopes", "expires_s")
+            if (value := getattr(self, name)) not in (None, ())
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Remedy:
+    """One step of the way out: a command that can be pasted, or a page where a person has to act."""
+
+    purpose: str
+    command: str | None = None
+    url: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a credential stands."""
+
+    path: str
+    field: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path}{f':{self.line}' if self.line else ''}"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What identifies a finding in a baseline: no digest of a value."""
+
+    reader: str
+    path: str
+    field: str
+    pattern: str
+
+
+@dataclass(slots=True)
+class Finding:
+    """One credential at one place."""
+
+    reader: str
+    place: Place
+    pattern: Pattern
+    kind: str
+    title: str
+    confidence: Confidence
+    opens: Access
+    used_by: tuple[str, ...]
+    readable_by: Readable
+    rings: tuple[RingVerdict, ...]
+    fingerprint: str | None
+    """HMAC with a key of this machine; None where the scan did not read the value."""
+    length: int | None
+    remarks: tuple[str, ...] = ()
+    remedies: tuple[Remedy, ...] = ()
+    shared_with: tuple[Place, ...] = ()
+    known: bool = False
+    """Whether the baseline names it."""
+
+    @property
+    def identity(self) -> Identity:
+        return Identity(self.reader, self.place.path, self.place.field, self.pattern.value)
+
+    @property
+    def is_shared(self) -> bool:
+        return bool(self.shared_with)
+
+    def broken_rings(self) -> tuple[int, ...]:
+        """Return the rings that the credential breaks, at least partly."""
+        return tuple(one.ring for one in self.rings if one.state != "unknown")
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Something that was not read, and why. `limits`: findings may be missing for it."""
+
+    path: str
+    reason: str
+    limits: bool = True
+
+
+@dataclass(slots=True)
+class Report:
+    """All that a scan has to say."""
+
+    roots: tuple[str, ...]
+    began_s: int
+    findings: list[Finding] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
+    files: int = 0
+    bytes: int = 0
+    elapsed_s: float = 0.0
+    complete: bool = True
+    """False where a limit of the whole scan (time, number of files) ended it early."""
+    gone: list[Identity] = field(default_factory=list)
+    """What the scan before, or the baseline, had and this one has not."""
+    gone_since_s: int | None = None

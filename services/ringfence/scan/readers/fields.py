@@ -1,0 +1,122 @@
+"""What readers share: settings in documents, environments and command lines."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from ringfence.scan import kinds
+from ringfence.scan.candidates import Candidate, candidate_of, classify, of_basic, of_format, of_url
+from ringfence.scan.documents import mapping, walk
+from ringfence.scan.names import is_placeholder, is_reference, looks_random
+
+_MOST_WORDS: Final = 2000
+_LONGEST_COMMAND: Final = 20_000
+_HEADER: Final = re.compile(r"^\s*([A-Za-z][\w-]{0,60})\s*:\s*(.+)$", re.DOTALL)
+_FLAG: Final = re.compile(r"^--?([A-Za-z][\w-]{1,60})=(.+)$", re.DOTALL)
+_NAME: Final = re.compile(r"^([A-Za-z_]\w{0,100})=(.+)$", re.DOTALL)
+_SUBSTITUTION: Final = re.compile(r"\$\(|\$\{|`")
+
+
+def classify_document(document: Any, **more: Any) -> Iterator[Candidate]:
+    """Yield what a document holds in any of its settings; the field is the path with dots.
+
+    Also understands `{"name": NAME, "value": VALUE}`, as lists of variables are often written.
+    """
+    for path, value in walk(document):
+        if len(value) < 4:
+            continue
+        yield from classify(name_in(path), value, ".".join(path), **more)
+    yield from _named_values(document, (), 0, more)
+
+
+def name_in(path: Sequence[str]) -> str:
+    """Return the last part of a path that is a name and no index."""
+    return next((part for part in reversed(path) if not part.isdigit()), "")
+
+
+def _named_values(
+    document: Any, path: tuple[str, ...], depth: int, more: dict[str, Any]
+) -> Iterator[Candidate]:
+    if depth > 24:
+        return
+    if isinstance(document, list):
+        for number, one in enumerate(document[:5000]):
+            found = mapping(one)
+            name, value = found.get("name", found.get("key")), found.get("value")
+            if isinstance(name, str) and isinstance(value, str):
+                yield from classify(name, value, ".".join((*path, name)), **more)
+            yield from _named_values(one, (*path, str(number)), depth + 1, more)
+    elif isinstance(document, dict):
+        for name, one in list(document.items())[:5000]:
+            if isinstance(one, dict | list):
+                yield from _named_values(one, (*path, str(name)), depth + 1, more)
+
+
+def classify_words(words: Sequence[str], field: str, **more: Any) -> Iterator[Candidate]:
+    """Yield what the arguments of a command hold: `--token VALUE`, `--token=VALUE`, `-e NAME=VALUE`, headers, URLs."""
+    words = words[:_MOST_WORDS]
+    previous = ""
+    for number, word in enumerate(words):
+        place = f"{field}.{number}" if field else str(number)
+        if previous in ("-u", "--user") and ":" in word and not word.startswith("-"):
+            yield from _user_password(word, place, more)
+        elif (
+            (match := _FLAG.match(word))
+            or (match := _NAME.match(word))
+            or ((match := _HEADER.match(word)) and " " not in match[1] and "://" not in word[:12])
+        ):
+            yield from classify(match[1], match[2], f"{place}.{match[1]}", **more)
+        elif previous.startswith("-") and not word.startswith("-") and len(previous.lstrip("-")) > 1:
+            yield from classify(previous.lstrip("-"), word, f"{place}.{previous.lstrip('-')}", **more)
+        else:
+            yield from classify("", word, place, **more)
+        previous = word
+
+
+def _user_password(word: str, field: str, more: dict[str, Any]) -> Iterator[Candidate]:
+    user, _, password = word.partition(":")
+    if len(password) < 4 or is_placeholder(password) or is_reference(password):
+        return
+    found = of_format(password, field, **more) or candidate_of(kinds.BASIC_AUTH, password, field, **more)
+    yield replace(found, opens=replace(found.opens, account=user[:100] or None))
+
+
+def classify_command(command: str, field: str, **more: Any) -> Iterator[Candidate]:
+    """Yield what a line of a shell holds. Nothing of it is expanded."""
+    command = command[:_LONGEST_COMMAND]
+    try:
+        words = shlex.split(command, comments=False, posix=True)
+    except ValueError:
+        words = command.split()
+    yield from classify_words([word for word in words if not _SUBSTITUTION.search(word)], field, **more)
+
+
+def once(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
+    """Yield each value once, as the first that had it."""
+    seen: set[str] = set()
+    for one in candidates:
+        value = one.value.reveal() if one.value is not None else f"\0{one.field}"
+        if value not in seen:
+            seen.add(value)
+            yield one
+
+
+def secret_or_format(value: str, field: str, kind: kinds.Kind, **more: Any) -> Iterator[Candidate]:
+    """Yield the one candidate of a place where only a secret can stand: its own format, or `kind`."""
+    value = value.strip()
+    if len(value) < 4 or is_reference(value) or is_placeholder(value):
+        return
+    if kind.pattern.value != "password" and len(value) < 8 and not looks_random(value):
+        return
+    if found := of_format(value, field, **more):
+        yield found
+        return
+    if (found := of_basic(value, field, **more)) and kind in (kinds.BASIC_AUTH, kinds.REGISTRY):
+        yield found
+        return
+    in_url = list(of_url(value, field, **more))
+    yield from in_url or [candidate_of(kind, value, field, **more)]

@@ -1,0 +1,171 @@
+"""Configurations of agents and MCP clients: servers with their variables, headers and arguments, and model keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from ringfence.scan.candidates import Candidate, classify, host_of
+from ringfence.scan.documents import mapping, parse_json, parse_toml, parse_yaml, sequence, text_of
+from ringfence.scan.findings import Access
+from ringfence.scan.readers.fields import classify_document, classify_words, once
+from ringfence.scan.readers.reader import FileReader
+from ringfence.scan.source_files import SourceFile
+
+_SERVER_TABLES: Final = frozenset(
+    (
+        "mcpServers",
+        "mcp_servers",
+        "mcp-servers",
+        "context_servers",
+        "servers",
+        "mcp",
+        "extensions",
+        "amp.mcpServers",
+    )
+)
+_MAX_DEPTH: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Client:
+    id: str
+    title: str
+    paths: tuple[str, ...]
+    on_machine: tuple[str, ...]
+    format: Literal["json", "toml", "yaml"] = "json"
+
+
+_CODE: Final = "~/.config/Code/User"
+_CLIENTS: Final = (
+    _Client(
+        "claude-desktop", "Claude Desktop", ("claude_desktop_config.json",),
+        ("~/.config/Claude/claude_desktop_config.json",
+         "~/Library/Application Support/Claude/claude_desktop_config.json"),
+    ),
+    _Client(
+        "claude-code", "Claude Code",
+        (".claude.json", ".claude/settings.json", ".claude/settings.local.json", ".mcp.json"),
+        ("~/.claude.json", "~/.claude/settings.json", "~/.claude/settings.local.json"),
+    ),
+    _Client("cursor", "Cursor", (".cursor/mcp.json",), ("~/.cursor/mcp.json",)),
+    _Client(
+        "vscode", "VS Code",
+        (".vscode/mcp.json", ".vscode/settings.json", "User/mcp.json", "User/settings.json"),
+        (f"{_CODE}/mcp.json", f"{_CODE}/settings.json"),
+    ),
+    _Client("windsurf", "Windsurf", ("windsurf/mcp_config.json",), ("~/.codeium/windsurf/mcp_config.json",)),
+    _Client("zed", "Zed", ("zed/settings.json", ".zed/settings.json"), ("~/.config/zed/settings.json",)),
+    _Client("gemini-cli", "Gemini CLI", (".gemini/settings.json",), ("~/.gemini/settings.json",)),
+    _Client("qwen-code", "Qwen Code", (".qwen/settings.json",), ("~/.qwen/settings.json",)),
+    _Client(
+        "cline", "Cline", ("cline_mcp_settings.json",),
+        (f"{_CODE}/globalStorage/saoudrizwan.claude-dev/settings/cline_mcp_settings.json",),
+    ),
+    _Client(
+        "roo-code", "Roo Code", ("settings/mcp_settings.json", ".roo/mcp.json"),
+        (f"{_CODE}/globalStorage/rooveterinaryinc.roo-cline/settings/mcp_settings.json",),
+    ),
+    _Client("amazon-q", "Amazon Q", ("amazonq/mcp.json", ".amazonq/mcp.json"), ("~/.aws/amazonq/mcp.json",)),
+    _Client("junie", "Junie", (".junie/mcp/mcp.json",), ("~/.junie/mcp/mcp.json",)),
+    _Client("lm-studio", "LM Studio", (".lmstudio/mcp.json",), ("~/.lmstudio/mcp.json",)),
+    _Client("kiro", "Kiro", (".kiro/settings/mcp.json",), ("~/.kiro/settings/mcp.json",)),
+    _Client("copilot-cli", "Copilot CLI", (".copilot/mcp-config.json",), ("~/.copilot/mcp-config.json",)),
+    _Client("opencode", "opencode", ("opencode.json", "opencode.jsonc"), ("~/.config/opencode/opencode.json",)),
+    _Client("crush", "Crush", ("crush.json", ".crush.json"), ("~/.config/crush/crush.json",)),
+    _Client("amp", "Amp", ("amp/settings.json",), ("~/.config/amp/settings.json",)),
+    _Client("continue-json", "Continue", (".continue/config.json",), ("~/.continue/config.json",)),
+    _Client("codex", "Codex", (".codex/config.toml",), ("~/.codex/config.toml",), "toml"),
+    _Client(
+        "continue", "Continue", (".continue/config.yaml", ".continue/mcpServers/*.yaml", ".continue/models/*.yaml"),
+        ("~/.continue/config.yaml", "~/.continue/mcpServers/*.yaml"), "yaml",
+    ),
+    _Client(
+        "goose", "Goose", ("goose/config.yaml", "goose/secrets.yaml"),
+        ("~/.config/goose/config.yaml", "~/.config/goose/secrets.yaml"), "yaml",
+    ),
+    _Client("aider", "aider", (".aider.conf.yml",), ("~/.aider.conf.yml",), "yaml"),
+)  # fmt: skip
+
+
+class McpClientReader(FileReader):
+    """Reads the settings of one client."""
+
+    def __init__(self, client: _Client) -> None:
+        self.name = f"mcp-{client.id}"
+        self.paths = client.paths
+        self.on_machine = client.on_machine
+        self.user = client.title
+        self._client = client
+
+    def read(self, file: SourceFile) -> Iterator[Candidate]:
+        if self._client.format == "toml":
+            documents: list[Any] = [parse_toml(file.text)]
+        elif self._client.format == "yaml":
+            documents = parse_yaml(file.text)
+        else:
+            documents = [parse_json(file.text)]
+        for document in documents:
+            yield from once(self._of_document(document))
+
+    def _of_document(self, document: Any) -> Iterator[Candidate]:
+        title = self._client.title
+        for path, server, settings in _servers(document, (), 0):
+            yield from _of_server(settings, ".".join(path), f"{title}: MCP server {server}")
+        yield from classify_document(document, used_by=(title,))
+
+
+def _servers(document: Any, path: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], str, Any]]:
+    if depth > _MAX_DEPTH:
+        return
+    for name, value in mapping(document).items():
+        if name in _SERVER_TABLES:
+            named = mapping(value).items() or (
+                (str(mapping(one).get("name", n)), one) for n, one in enumerate(sequence(value))
+            )
+            for server, settings in named:
+                if {"command", "cmd", "url", "serverUrl", "httpUrl", "env", "envs", "headers", "args"} & set(
+                    mapping(settings)
+                ):
+                    yield (*path, name, server), server, settings
+        if isinstance(value, dict):
+            yield from _servers(value, (*path, name), depth + 1)
+
+
+def _of_server(settings: Any, field: str, used_by: str) -> Iterator[Candidate]:
+    server = mapping(settings)
+    url = (
+        text_of(server.get("url")) or text_of(server.get("serverUrl")) or text_of(server.get("httpUrl")) or ""
+    )
+    used = {"used_by": (used_by,)}
+    opens = Access(host=host_of(url)) if url else Access()
+    for table in ("env", "envs", "environment"):
+        for name, value in mapping(server.get(table)).items():
+            if isinstance(value, str):
+                yield from classify(name, value, f"{field}.{table}.{name}", **used)
+    for table in ("headers", "http_headers", "requestOptions"):
+        for name, value in mapping(server.get(table)).items():
+            if isinstance(value, str):
+                yield from classify(name, value, f"{field}.{table}.{name}", opens=opens, **used)
+    command = server.get("command")
+    words = [one for one in (*sequence(command), *sequence(server.get("args"))) if isinstance(one, str)]
+    if isinstance(mapping(command).get("args"), list):  # older Zed
+        words += [one for one in mapping(command)["args"] if isinstance(one, str)]
+    yield from classify_words(words, f"{field}.args", **used)
+    for name, value in mapping(mapping(command).get("env")).items():
+        if isinstance(value, str):
+            yield from classify(name, value, f"{field}.command.env.{name}", **used)
+    for name in ("bearer_token", "apiKey", "api_key"):
+        if isinstance(value := server.get(name), str):
+            yield from classify(name, value, f"{field}.{name}", opens=opens, **used)
+    if "?" in url:
+        for pair in url.partition("?")[2].split("&"):
+            name, _, value = pair.partition("=")
+            yield from classify(name, value, f"{field}.url.{name}", opens=opens, **used)
+    yield from classify("url", url, f"{field}.url", **used)
+
+
+def readers() -> tuple[McpClientReader, ...]:
+    """Return one reader for each client."""
+    return tuple(map(McpClientReader, _CLIENTS))

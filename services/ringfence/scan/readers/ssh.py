@@ -1,0 +1,77 @@
+"""SSH: private keys with and without passphrase, and agents of signed-in users."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from ringfence.scan import kinds
+from ringfence.scan.candidates import Candidate, candidate_of, pems_in
+from ringfence.scan.findings import Access
+from ringfence.scan.readers.reader import FileReader, Machine, MachineReader
+from ringfence.scan.source_files import SourceFile
+
+_PPK: Final = re.compile(
+    r"PuTTY-User-Key-File-\d: .*?Encryption: (\S+).*?Private-Lines: \d+\r?\n(.*?)Private-", re.DOTALL
+)
+_USERS: Final = ("ssh, git and every process of the user",)
+
+
+class SshKeyReader(FileReader):
+    name = "ssh-key"
+    paths = (".ssh/*", "id_rsa", "id_ed25519", "id_ecdsa", "id_dsa", "*.ppk", "ssh_host_*_key")
+    on_machine = ("~/.ssh/*", "/etc/ssh/ssh_host_*_key")
+
+    def accepts(self, file: SourceFile) -> bool:
+        return b"PRIVATE KEY" in file.data or file.data.startswith(b"PuTTY-User-Key-File-")
+
+    def read(self, file: SourceFile) -> Iterator[Candidate]:
+        for (kind, body), offset in pems_in(file.text):
+            if kind.id == kinds.PRIVATE_KEY.id:  # an older form, which ssh reads as well
+                kind = kinds.SSH_KEY
+            elif kind.id == "private-key-encrypted":
+                kind = kinds.SSH_KEY_LOCKED
+            yield self._of_key(kind, body, file, file.line_at(offset))
+        for match in _PPK.finditer(file.text):
+            kind = kinds.SSH_KEY if match[1] == "none" else kinds.SSH_KEY_LOCKED
+            yield self._of_key(kind, "".join(match[2].split()), file, None)
+
+    def _of_key(self, kind: kinds.Kind, body: str, file: SourceFile, line: int | None) -> Candidate:
+        if file.name.startswith("ssh_host_"):
+            kind = replace(
+                kind, id="ssh-host-key", title="SSH host key", pattern=kinds.GCP_SERVICE_ACCOUNT.pattern
+            )
+        found = candidate_of(kind, body, "key", opens=Access(subject=file.name), line=line, used_by=_USERS)
+        if kind.id == kinds.SSH_KEY_LOCKED.id:
+            found = replace(
+                found, remarks=("an agent needs the passphrase as well, or an SSH agent that has the key",)
+            )
+        return found
+
+
+class SshAgentReader(MachineReader):
+    """Says that an agent is there. It is not asked: that would be a connection, and some ask their user."""
+
+    name = "ssh-agent"
+
+    def read(self, machine: Machine) -> Iterator[tuple[str, Candidate]]:
+        path = machine.environ.get("SSH_AUTH_SOCK", "")
+        if not path:
+            return
+        try:
+            is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+        except (OSError, ValueError):
+            return
+        if is_socket:
+            yield (
+                str(Path(path)),
+                Candidate(
+                    "SSH_AUTH_SOCK", kinds.SSH_AGENT, None, Access("SSH"), ("every process that has this variable",),
+                    remarks=("whoever can reach the socket signs with all keys in the agent",),
+                ),
+            )  # fmt: skip

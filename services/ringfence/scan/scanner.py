@@ -1,0 +1,316 @@
+"""The scan: lists places, reads them in parallel, and joins what was found into one report."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Final
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.scan.file_scan import FileScanner, Job, JobResults
+from ringfence.scan.findings import Access, Finding, Identity, Note, Place, Report
+from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.readers import FILE_READERS, MACHINE_READERS
+from ringfence.scan.readers.reader import Machine
+from ringfence.scan.remedies import remedies_of
+from ringfence.scan.source_files import MAX_FILE_BYTES, Root
+from ringfence.scan.tree_walk import walk_tree
+
+_CHUNK: Final = 200
+_ALONE: Final = 600
+"""Up to so many files one process is faster than several."""
+_MOST_MATCHES: Final = 2000
+"""Files that one pattern of a place on the machine may match."""
+_MOST_NOTES: Final = 10_000
+_MOST_SHARED: Final = 20
+
+Collected = tuple[set[bytes], set[bytes]]
+
+
+class ScanError(RingfenceError):
+    """Raised for a path that cannot be scanned at all."""
+
+    code = "scan_path_invalid"
+
+
+@dataclass(slots=True)
+class ScanOptions:
+    """What to scan, and within which limits."""
+
+    paths: Sequence[Path] = ()
+    """Folders and files. Without any: the known places of this machine, and the working directory."""
+    machine: Machine | None = None
+    """None: no environment, no processes, no places of the machine."""
+    home: Path = field(default_factory=Path.home)
+    etc: bool = True
+    """Whether places outside of the home folder are read in a scan of the machine."""
+    max_bytes: int = MAX_FILE_BYTES
+    time_limit_s: float = 600.0
+    workers: int | None = None
+    now_s: Callable[[], float] = time.time
+
+
+class Scanner:
+    """One scan: `prepare` lists the files and starts workers, `run` reads. Use as a context manager.
+
+    Workers are forked, so that they inherit the key and the protection of this process. That has to happen before
+    other threads start: call `prepare` first.
+    """
+
+    def __init__(self, options: ScanOptions, fingerprinter: Fingerprinter) -> None:
+        self._options = options
+        self._fingerprinter = fingerprinter
+        self._guard = OutputGuard()
+        self._roots: list[Root] = []
+        self._jobs: list[Job] = []
+        self._notes: list[Note] = []
+        self._pool: ProcessPoolExecutor | None = None
+        self._began_s = time.monotonic()
+        self._deadline_s = self._began_s + options.time_limit_s
+        self._complete = True
+        self._files: FileScanner | None = None
+
+    def __enter__(self) -> Scanner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        for root in self._roots:
+            root.close()
+
+    def prepare(self) -> int:
+        """List the files to read, and start workers where there are many. Returns their number. Raises ScanError."""
+        options = self._options
+        roots = [(path, self._open_root(path)) for path in options.paths]
+        index = FileScanner((), self._fingerprinter, self._guard, 0)
+        for path, number in roots:
+            self._list_root(path, number, index)
+        if options.machine is not None:
+            self._list_machine()
+        self._files = FileScanner(tuple(self._roots), self._fingerprinter, self._guard, options.max_bytes)
+        workers = options.workers or min(len(os.sched_getaffinity(0)), 8)
+        if workers > 1 and len(self._jobs) > _ALONE:
+            self._pool = ProcessPoolExecutor(
+                workers, get_context("fork"), initializer=_start_worker, initargs=(self._files,)
+            )
+            self._pool.submit(_ready).result()  # starts all workers, before there are threads of others
+        return len(self._jobs)
+
+    def run(self, progress: Callable[[int, int], None] | None = None) -> Report:
+        """Read everything, and return the report. `progress` gets the files that were read, and of how many."""
+        assert self._files is not None, "prepare first"
+        report = Report(
+            tuple(map(str, self._options.paths)) or ("this machine",),
+            int(self._options.now_s()),
+            notes=self._notes,
+        )
+        total, done = len(self._jobs), 0
+        for results, count in self._results():
+            report.findings += results.findings
+            report.notes += results.notes
+            report.files += results.files
+            report.bytes += results.bytes
+            done += count
+            if progress is not None:
+                progress(done, total)
+        if self._options.machine is not None:
+            self._read_machine(report)
+        report.complete = self._complete and not any("--time-limit" in note.reason for note in self._notes)
+        _finish(report, self._guard)
+        report.elapsed_s = time.monotonic() - self._began_s
+        return report
+
+    def _open_root(self, path: Path) -> int:
+        try:
+            self._roots.append(Root(path))
+        except OSError as error:
+            raise ScanError(
+                f"{path}: {error.strerror or 'cannot be opened'}; name a folder or a file"
+            ) from None
+        return len(self._roots) - 1
+
+    def _list_root(self, path: Path, number: int, index: FileScanner) -> None:
+        root = self._roots[number]
+        if not root.is_folder:
+            self._jobs.append(Job(number, root.real.name, str(path)))
+            return
+        text = str(path)
+        prefix = "" if text == "." else text if text.endswith("/") else f"{text}/"
+        above = f"{root.real}/"
+        for found in walk_tree(
+            root.real, prefix, self._notes, deadline_s=self._deadline_s,
+            wants_link=lambda relative: index.is_known_place(above + relative),
+        ):  # fmt: skip
+            self._jobs.append(Job(number, found.relative, prefix + found.relative, is_link=found.is_link))
+
+    def _list_machine(self) -> None:
+        home = self._options.home
+        roots: dict[str, int] = {}
+        seen: set[str] = set()
+        for reader in FILE_READERS:
+            for pattern in reader.on_machine:
+                in_home = pattern.startswith("~/")
+                if not in_home and not self._options.etc:
+                    continue
+                base = str(home) if in_home else "/"
+                relative = pattern[2:] if in_home else pattern[1:]
+                for number, found in enumerate(glob.iglob(relative, root_dir=base, include_hidden=True)):
+                    if number >= _MOST_MATCHES:
+                        self._notes.append(Note(pattern, f"matches more than {_MOST_MATCHES} files"))
+                        break
+                    whole = os.path.join(base, found)
+                    if (
+                        whole in seen
+                        or not os.path.lexists(whole)
+                        or (os.path.isdir(whole) and not os.path.islink(whole))
+                    ):
+                        continue
+                    seen.add(whole)
+                    if base not in roots:
+                        roots[base] = self._open_root(Path(base))
+                    is_link = os.path.realpath(whole) != whole
+                    shown = f"~/{found}" if in_home else f"/{found}"
+                    self._jobs.append(Job(roots[base], found, shown, reader.name, is_link=is_link))
+
+    def _results(self) -> Iterator[tuple[JobResults, int]]:
+        chunks = [self._jobs[at : at + _CHUNK] for at in range(0, len(self._jobs), _CHUNK)]
+        if self._pool is None:
+            for number, chunk in enumerate(chunks):
+                if time.monotonic() > self._deadline_s:
+                    yield self._out_of_time(sum(map(len, chunks[number:]))), 0
+                    return
+                assert self._files is not None
+                yield self._files.scan(chunk), len(chunk)
+            return
+        waiting: dict[Future[tuple[JobResults, Collected]], list[Job]] = {
+            self._pool.submit(_scan_in_worker, chunk): chunk for chunk in chunks
+        }
+        left = len(self._jobs)
+        try:
+            for future in as_completed(waiting, timeout=max(self._deadline_s - time.monotonic(), 0.0)):
+                chunk = waiting[future]
+                left -= len(chunk)
+                try:
+                    results, collected = future.result()
+                except BrokenProcessPool:
+                    self._complete = False
+                    yield (
+                        JobResults(
+                            notes=[Note(chunk[0].shown, "and files after it: a worker process ended")]
+                        ),
+                        len(chunk),
+                    )
+                    continue
+                self._guard.merge(collected)
+                yield results, len(chunk)
+        except TimeoutError:
+            for future in waiting:
+                future.cancel()
+            yield self._out_of_time(left), 0
+
+    def _out_of_time(self, left: int) -> JobResults:
+        self._complete = False
+        return JobResults(
+            notes=[Note("", f"{left} files were not read: the time of the scan was over (--time-limit)")]
+        )
+
+    def _read_machine(self, report: Report) -> None:
+        machine, files = self._options.machine, self._files
+        assert machine is not None
+        assert files is not None
+        for reader in MACHINE_READERS:
+            try:
+                for path, candidate in reader.read(machine):
+                    report.findings.append(files.finding(reader.name, path, candidate, "unknown"))
+            except Exception as error:  # noqa: BLE001 - a message could quote what was read
+                report.notes.append(Note(reader.name, f"could not be read ({type(error).__name__})"))
+        report.notes += machine.notes
+
+
+_worker: FileScanner | None = None
+
+
+def _start_worker(files: FileScanner) -> None:
+    global _worker
+    _worker = files
+    # Each process looks up directories by descriptors of its own position; the guard starts empty.
+    _worker.guard = OutputGuard(files.guard.key)
+
+
+def _ready() -> None:
+    return
+
+
+def _scan_in_worker(jobs: list[Job]) -> tuple[JobResults, Collected]:
+    assert _worker is not None
+    _worker.guard = OutputGuard(_worker.guard.key)
+    results = _worker.scan(jobs)
+    return results, _worker.guard.collected()
+
+
+def _finish(report: Report, guard: OutputGuard) -> None:
+    """Mask, sort, join equal secrets, and add the way out. Changes the report."""
+    for one in report.findings:
+        _mask(one, guard)
+    report.notes = [
+        replace(note, path=guard.masked(note.path, is_path=True)) for note in report.notes[:_MOST_NOTES]
+    ]
+    places: dict[str, list[Finding]] = defaultdict(list)
+    for one in report.findings:
+        if one.fingerprint is not None:
+            places[one.fingerprint].append(one)
+    for same in places.values():
+        if len(same) > 1:
+            for one in same[:_MOST_SHARED]:
+                others = {(o.place.path, o.place.field): o.place for o in same if o is not one}
+                one.shared_with = tuple(list(others.values())[:_MOST_SHARED])
+    report.findings.sort(key=_urgency)
+    for one in report.findings:
+        one.remedies = remedies_of(one)
+
+
+def _mask(one: Finding, guard: OutputGuard) -> None:
+    mask = guard.masked
+    opens = one.opens
+    one.place = Place(mask(one.place.path, is_path=True), mask(one.place.field), one.place.line)
+    one.used_by = tuple(map(mask, one.used_by))
+    masked: dict[str, Any] = {
+        name: tuple(map(mask, value))
+        if isinstance(value, tuple)
+        else mask(value)
+        if isinstance(value, str)
+        else value
+        for name, value in opens.words().items()
+    }
+    one.opens = Access(**masked)
+
+
+def _urgency(one: Finding) -> tuple[object, ...]:
+    breaks = sum(
+        2 if ring.state in ("violated", "compromised") else ring.state == "partly" for ring in one.rings
+    )
+    return (-breaks, one.confidence != "certain", one.place.path, one.place.line or 0, one.place.field)
+
+
+def identities(findings: Iterable[Finding]) -> frozenset[Identity]:
+    """Return what identifies these findings."""
+    return frozenset(one.identity for one in findings)
+
+
+@contextlib.contextmanager
+def scanning(options: ScanOptions, fingerprinter: Fingerprinter) -> Iterator[Scanner]:
+    """Prepare a scan, and end its workers afterwards."""
+    with Scanner(options, fingerprinter) as scanner:
+        scanner.prepare()
+        yield scanner

@@ -1,0 +1,93 @@
+"""Lists the files of a tree, without following links, within limits of depth and number."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from ringfence.scan.findings import Note
+
+MAX_DEPTH: Final = 64
+MAX_FILES: Final = 2_000_000
+SKIPPED_FOLDERS: Final = frozenset(
+    ("node_modules", "__pycache__", ".venv", "venv", "site-packages", ".tox", ".nox", ".mypy_cache", ".ruff_cache",
+     ".pytest_cache", ".hg", ".svn", ".bzr", ".terraform", ".gradle-cache", "bower_components", ".import_linter_cache")
+)  # fmt: skip
+"""Folders of packages and caches, whose text is other people's. A `.git` folder is read for its configuration alone."""
+SKIPPED_ENDINGS: Final = (
+    ".png", ".jpg", ".jpeg", ".gif", ".webp", ".ico", ".pdf", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z",
+    ".tar", ".jar",
+    ".war", ".whl", ".so", ".o", ".a", ".pyc", ".class", ".exe", ".dll", ".dylib", ".woff", ".woff2", ".ttf", ".otf",
+    ".eot", ".mp3", ".mp4", ".mov", ".avi", ".wav", ".ogg", ".parquet", ".npy", ".bin", ".iso", ".img", ".wasm", ".map",
+)  # fmt: skip
+_PSEUDO: Final = frozenset(("/proc", "/sys", "/dev"))
+
+
+@dataclass(frozen=True, slots=True)
+class WalkedFile:
+    """A file by its path below the root. `is_link`: a symbolic link."""
+
+    relative: str
+    is_link: bool = False
+
+
+def walk_tree(
+    root: Path, prefix: str, notes: list[Note], *, deadline_s: float, wants_link: Callable[[str], bool]
+) -> Iterator[WalkedFile]:
+    """Yield the files below a folder, in a stable order. What is passed over for a limit is a note.
+
+    Args:
+        root: an existing folder, without links.
+        prefix: what stands before paths in notes.
+        notes: where notes go.
+        deadline_s: when to stop, by `time.monotonic`.
+        wants_link: whether a link of this path is of interest: most are passed over in silence.
+    """
+    stack: list[tuple[str, int]] = [("", 0)]
+    count = 0
+    while stack:
+        folder, depth = stack.pop()
+        if time.monotonic() > deadline_s:
+            notes.append(
+                Note(prefix + folder, "was not looked at: the time of the scan was over (--time-limit)")
+            )
+            return
+        try:
+            with os.scandir(root / folder) as found:
+                entries = sorted(found, key=lambda one: one.name)
+        except OSError:
+            notes.append(Note(prefix + folder, "may not be listed by this user"))
+            continue
+        below: list[tuple[str, int]] = []
+        for entry in entries:
+            relative = f"{folder}/{entry.name}" if folder else entry.name
+            try:
+                if entry.is_symlink():
+                    if wants_link(relative):
+                        yield WalkedFile(relative, is_link=True)
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    if entry.name == ".git":
+                        if os.path.isfile(root / relative / "config"):
+                            yield WalkedFile(f"{relative}/config")
+                    elif entry.name in SKIPPED_FOLDERS or str(root / relative) in _PSEUDO:
+                        continue
+                    elif depth + 1 >= MAX_DEPTH:
+                        notes.append(Note(prefix + relative, f"is more than {MAX_DEPTH} folders deep"))
+                    else:
+                        below.append((relative, depth + 1))
+                    continue
+            except OSError:
+                continue
+            if entry.name.endswith(SKIPPED_ENDINGS):
+                continue
+            count += 1
+            if count > MAX_FILES:
+                notes.append(Note(prefix + relative, f"and what comes after it: more than {MAX_FILES} files"))
+                return
+            yield WalkedFile(relative)
+        stack.extend(reversed(below))

@@ -1,0 +1,290 @@
+"""`ringfence scan` over hostile trees: whatever is there ends in a note, nothing outside is read, and the scan ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from ringfence.scan.documents import DocumentError, parse_json, parse_toml, parse_yaml, walk, xml_texts
+from ringfence.scan.file_scan import FileScanner
+from ringfence.scan.findings import Note, Report
+from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.readers import FILE_READERS, TEXT_READER
+from ringfence.scan.scanner import ScanError, ScanOptions, scanning
+from ringfence.scan.source_files import FileFacts, Root, SourceFile, UnreadableError
+from tests.support.scan_corpus import Maker
+
+TOKEN = Maker(7).crc_token("ghp")
+FACTS = FileFacts(0o600, 0, 1)
+
+
+def scan(*paths: Path, **more: object) -> Report:
+    options = ScanOptions(paths=paths, **more)  # type: ignore[arg-type]
+    with scanning(options, Fingerprinter(b"k" * 32)) as scanner:
+        return scanner.run()
+
+
+def reasons(report: Report) -> dict[str, str]:
+    return {note.path.rpartition("/")[2]: note.reason for note in report.notes}
+
+
+def test_what_is_no_regular_file_is_a_note(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".env")
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(tmp_path / "socket.env"))
+    (tmp_path / "huge.env").touch()
+    os.truncate(tmp_path / "huge.env", 10 * 1024**3)
+    found = reasons(scan(tmp_path))
+    listener.close()
+    assert "FIFO" in found[".env"]
+    assert "socket" in found["socket.env"]
+    assert "larger" in found["huge.env"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes devices")
+def test_a_device_is_a_note(tmp_path: Path) -> None:
+    try:
+        os.mknod(tmp_path / "zero.env", 0o20666, os.makedev(1, 5))
+    except PermissionError:
+        pytest.skip("no devices in this container")
+    assert "device" in reasons(scan(tmp_path)).get("zero.env", "device")  # a mount without devices denies it
+
+
+def test_links_out_of_the_tree_are_not_followed_and_links_within_are(tmp_path: Path) -> None:
+    outside, inside = tmp_path / "outside", tmp_path / "tree"
+    outside.mkdir()
+    inside.mkdir()
+    (outside / "secret").write_text(f"TOKEN={TOKEN}\n")
+    (inside / ".env").symlink_to(outside / "secret")
+    (inside / "folder").symlink_to(outside)
+    (inside / "loop").symlink_to(inside)
+    (inside / "dotfiles").mkdir()
+    (inside / "dotfiles/npmrc").write_text("x\n")
+    (inside / ".netrc").symlink_to("dotfiles/netrc")
+    (inside / "dotfiles/netrc").write_text(f"machine a.test login m password {Maker(1).token(20)}\n")
+    report = scan(inside)
+    assert "symbolic link out of" in reasons(report)[".env"]
+    assert {one.place.path.rpartition("/")[2] for one in report.findings} == {".netrc"}
+
+
+def test_a_folder_that_becomes_a_link_meanwhile_is_not_entered(tmp_path: Path) -> None:
+    (tmp_path / "tree/a").mkdir(parents=True)
+    (tmp_path / "tree/a/.env").write_text("x")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/.env").write_text(f"TOKEN={TOKEN}\n")
+    with Root(tmp_path / "tree") as root:
+        (tmp_path / "tree/a/.env").unlink()
+        (tmp_path / "tree/a").rmdir()
+        (tmp_path / "tree/a").symlink_to(tmp_path / "other")
+        with pytest.raises(UnreadableError):
+            root.read("a/.env")
+        for path in ("../other/.env", "a/../../other/.env", "./.env", "/etc/passwd"):
+            with pytest.raises(UnreadableError):
+                root.read(path)
+
+
+def test_a_file_that_goes_and_one_that_grows_are_notes(tmp_path: Path) -> None:
+    (tmp_path / "a.env").write_text("A=1\n" * 1000)
+    with Root(tmp_path) as root:
+        with pytest.raises(UnreadableError, match="larger than 1 KiB"):
+            root.read("a.env", max_bytes=1024)
+        (tmp_path / "a.env").unlink()
+        with pytest.raises(UnreadableError, match="gone"):
+            root.read("a.env")
+
+
+def test_depth_is_limited(tmp_path: Path) -> None:
+    deep = tmp_path
+    for _ in range(70):
+        deep = deep / "d"
+    deep.mkdir(parents=True)
+    (deep / ".env").write_text(f"TOKEN={TOKEN}\n")
+    report = scan(tmp_path)
+    assert not report.findings
+    assert any("folders deep" in note.reason for note in report.notes)
+
+
+def test_time_is_limited_and_the_report_says_so(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(f"TOKEN={TOKEN}\n")
+    report = scan(tmp_path, time_limit_s=0.0)
+    assert not report.complete
+    assert any("--time-limit" in note.reason for note in report.notes)
+
+
+def test_a_path_that_is_not_there_is_an_error_with_a_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ScanError, match="name a folder or a file"):
+        scan(tmp_path / "none")
+
+
+BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"{chr(98 + n)}: &{chr(98 + n)} [{','.join(['*' + chr(97 + n)] * 9)}]\n" for n in range(9)
+)
+LAUGHS = (
+    '<?xml version="1.0"?><!DOCTYPE l [<!ENTITY a "ha"><!ENTITY b "&a;&a;&a;&a;">]><settings>&b;</settings>'
+)
+OUTSIDE = '<!DOCTYPE r [<!ENTITY x SYSTEM "file:///etc/passwd">]><r>&x;</r>'
+
+
+def test_bombs_are_refused_or_cost_nothing() -> None:
+    with pytest.raises(DocumentError, match="aliases counted"):
+        for _ in walk(parse_yaml(BOMB)[0]):
+            pass
+    with pytest.raises(DocumentError):
+        parse_yaml("[" * 100_000)
+    with pytest.raises(DocumentError):
+        list(walk(parse_yaml("a: &a [*a]")))  # an anchor within itself
+    for text in (LAUGHS, OUTSIDE, "<a>" * 10_000, "<a"):
+        with pytest.raises(DocumentError):
+            list(xml_texts(text))
+    for text in ("[" * 100_000, '{"a":' * 100_000, "{", "", '{"a": 1e', "nul"):
+        with pytest.raises(DocumentError):
+            parse_json(text)
+    with pytest.raises(DocumentError):
+        parse_toml("a = " + "[" * 100_000)
+    assert parse_json('{"n": ' + "9" * 100_000 + "}")["n"]
+
+
+def test_yaml_runs_no_tag(tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    parse_yaml(f"a: !!python/object/apply:os.system ['touch {marker}']\n")
+    assert not marker.exists()
+
+
+def test_hostile_documents_in_known_places_are_notes_and_are_still_read_as_text(tmp_path: Path) -> None:
+    (tmp_path / ".kube").mkdir()
+    (tmp_path / ".kube/config").write_text(f"clusters: users: contexts: [ {TOKEN}\n")
+    (tmp_path / ".claude.json").write_text("[" * 1000 + TOKEN)
+    (tmp_path / ".m2").mkdir()
+    (tmp_path / ".m2/settings.xml").write_text(LAUGHS + TOKEN)
+    report = scan(tmp_path)
+    assert len(report.findings) == 3
+    assert all("it was read as plain text" in note.reason for note in report.notes)
+    assert len(report.notes) == 3
+
+
+def test_an_unexpected_error_of_a_reader_is_a_note_without_its_message(tmp_path: Path, monkeypatch) -> None:
+    def fail(file: SourceFile) -> None:
+        raise RuntimeError(TOKEN)
+
+    monkeypatch.setattr(type(TEXT_READER), "read", lambda self, file: fail(file))
+    (tmp_path / "a.txt").write_text("x")
+    assert scan(tmp_path).notes == [Note(f"{tmp_path}/a.txt", "could not be read (RuntimeError)")]
+
+
+def test_a_file_that_takes_too_long_is_a_note(tmp_path: Path, monkeypatch) -> None:
+    def spin(self: object, file: SourceFile) -> None:
+        while True:
+            pass
+
+    monkeypatch.setattr("ringfence.scan.file_scan.FILE_TIME_LIMIT_S", 0.05)
+    monkeypatch.setattr(type(TEXT_READER), "read", spin)
+    (tmp_path / "a.txt").write_text("x")
+    (note,) = scan(tmp_path).notes
+    assert note.reason.startswith("took more than")
+
+
+def test_invalid_utf8_and_utf16_and_binary(tmp_path: Path) -> None:
+    (tmp_path / "a.env").write_bytes(b"\xff\xfe\xfa=\xc3\x28\nTOKEN=" + TOKEN.encode() + b"\n")
+    (tmp_path / "b.env").write_bytes(f"TOKEN={TOKEN}\n".encode("utf-16"))
+    (tmp_path / "c.txt").write_bytes(b"\xc3\x28 " + TOKEN.encode())
+    (tmp_path / "d.dat").write_bytes(b"\0\1\2" + TOKEN.encode())
+    found = {one.place.path.rpartition("/")[2] for one in scan(tmp_path).findings}
+    assert found >= {"b.env", "c.txt"}
+    assert "d.dat" not in found
+
+
+def test_many_findings_in_one_file_are_limited(tmp_path: Path) -> None:
+    make = Maker(9)
+    (tmp_path / "a.txt").write_text("".join(f"{make.crc_token('ghp')}\n" for _ in range(1200)))
+    report = scan(tmp_path)
+    assert len(report.findings) == 1000
+    assert "more than 1000 findings" in report.notes[0].reason
+
+
+def test_names_that_act_on_a_terminal_or_a_shell_reach_no_command(tmp_path: Path) -> None:
+    (tmp_path / ".netrc").write_text("machine a;reboot login $(id) password " + Maker(1).token(20) + "\n")
+    (one,) = scan(tmp_path).findings
+    commands = " ".join(step.command or "" for step in one.remedies)
+    assert ";" not in commands
+    assert "$" not in commands
+
+
+WORDS = st.sampled_from([
+    "password", "token: ", "=", ":", "\n", "{", "}", "[", "]", '"', "'", "- ", "auths", "users", "clusters", "contexts",
+    "apiVersion", "kind: Secret", "metadata", "data:", "mcpServers", "env", "machine", "login", "&a", "*a", "<a>",
+    "</a>",     "\0", "\x85", "\u202e",
+    "ghp_", "://a:b@c", "-----BEGIN PRIVATE KEY-----", "-----END ", "credentials", "export ",
+    "!!x",
+])  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.one_of(WORDS, st.text(max_size=12)), max_size=40).map("".join))
+def test_no_reader_fails_on_any_text_but_by_a_document_error(text: str) -> None:
+    data = text.encode("utf-8", "surrogatepass")
+    for reader in (*FILE_READERS, TEXT_READER):
+        path = "/" + reader.paths[0].replace("*", "x")
+        file = SourceFile(path, data, FACTS)
+        try:
+            if reader.accepts(file):
+                for one in reader.read(file):
+                    assert one.field is not None
+        except DocumentError:
+            continue
+
+
+KEYS = st.one_of(WORDS, st.text(max_size=5))
+DOCUMENTS = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(KEYS, inner, max_size=3)),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(DOCUMENTS)
+def test_no_reader_of_json_fails_on_any_document(document: object) -> None:
+    data = json.dumps(document).encode("utf-8", "surrogatepass")
+    for reader in FILE_READERS:
+        for path in reader.paths:
+            if path.endswith((".json", ".yml", ".yaml", ".tfstate")):
+                file = SourceFile("/" + path.replace("*", "x"), data, FACTS)
+                with contextlib.suppress(DocumentError):
+                    list(reader.read(file))
+
+
+def test_the_guard_masks_pieces_of_secrets_wherever_they_stand(tmp_path: Path) -> None:
+    token = Maker(3).token(40)
+    (tmp_path / f"export-{token}").mkdir()
+    (tmp_path / f"export-{token}/.env").write_text(f"API_KEY={token}\n")
+    report = scan(tmp_path)
+    (one,) = report.findings
+    assert token[:6] not in one.place.path
+    assert "…" in one.place.path
+
+
+def test_what_workers_collect_masks_what_other_workers_found(tmp_path: Path) -> None:
+    """Findings of several processes: a secret of one file is masked in the path of another."""
+    token = Maker(4).token(40)
+    for number in range(700):
+        (tmp_path / f"f{number}.txt").write_text("nothing\n")
+    (tmp_path / ".env").write_text(f"API_KEY={token}\n")
+    (tmp_path / token).mkdir()
+    (tmp_path / token / ".env").write_text(f"OTHER_TOKEN={Maker(5).token(40)}\n")
+    report = scan(tmp_path, workers=2)
+    assert len(report.findings) == 2
+    assert not [one for one in report.findings if token[:6] in one.place.path]
+
+
+def test_a_scanner_says_what_is_a_known_place() -> None:
+    scanner = FileScanner((), Fingerprinter(b"k" * 32), OutputGuard(), 1)
+    assert scanner.is_known_place("/home/m/.aws/credentials")
+    assert not scanner.is_known_place("/home/m/notes.txt")

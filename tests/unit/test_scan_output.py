@@ -1,0 +1,422 @@
+"""What `ringfence scan` says: forms, exit statuses, remedies that run, and no piece of a secret in any of it."""
+
+from __future__ import annotations
+
+import html.parser
+import json
+import os
+import shlex
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from rich.cells import cell_len
+
+from ringfence.scan.candidates import public_prefix_length
+from ringfence.scan.findings import Pattern
+from ringfence.scan.output_guard import PIECE
+from ringfence.scan.rings import verdicts
+from tests.support.ocsf import problems
+from tests.support.scan_corpus import Maker, cases, plant
+from tests.support.terminal import ESCAPES, Terminal
+
+_MAIN = "import sys; from ringfence.cli.main import main; sys.exit(main(sys.argv[1:]))"
+SARIF_SCHEMA = Path(__file__).parents[1] / "support" / "sarif-2.1.0-subset.json"
+
+
+@dataclass(frozen=True)
+class Home:
+    """A home folder, and the environment of commands that have it."""
+
+    folder: Path
+    environment: Mapping[str, str]
+
+    def scan(self, *words: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-c", _MAIN, "scan", *words], env=dict(self.environment), cwd=folder or self.folder,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    folder = tmp_path / "home"
+    folder.mkdir()
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RINGFENCE_", "XDG_"))
+        and name in ("PATH", "PYTHONPATH", "LANG", "VIRTUAL_ENV")
+    }  # fmt: skip
+    return Home(folder, {**environment, "HOME": str(folder), "RINGFENCE_CONFIG": os.devnull})
+
+
+@pytest.fixture
+def project(home: Home) -> Path:
+    """A folder with a token in two places, a password, and a service account."""
+    folder = home.folder / "project"
+    make = Maker(11)
+    token, password = make.crc_token("ghp"), make.token(20)
+    (folder / "sub").mkdir(parents=True)
+    (folder / ".env").write_text(f"GITHUB_TOKEN={token}\nDB_PASSWORD={password}\n")
+    (folder / "sub/.env").write_text(f"GH_TOKEN={token}\n")
+    key = next(one for one in cases(1) if one.reader == "gcp-service-account")
+    (folder / "key.json").write_bytes(key.content)
+    return folder
+
+
+def document(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_json_says_all_of_a_finding(home: Home, project: Path) -> None:
+    report = document(home.scan(str(project), "--json"))
+    assert report["summary"] == {
+        "findings": 4, "new": 4, "shared": 2,
+        "patterns": {"static-key": 2, "user-token": 0, "service-account": 1, "password": 1, "other": 0},
+        "rings": {"1": 4, "2": 4, "3": 1, "4": 1},
+    }  # fmt: skip
+    one = next(one for one in report["findings"] if one["field"] == "GITHUB_TOKEN")
+    assert one["opens"] == {"service": "GitHub", "host": "api.github.com"}
+    assert (one["line"], one["length"], len(one["fingerprint"])) == (1, 40, 16)
+    assert [place["path"].endswith("sub/.env") for place in one["shared_with"]] == [True]
+    assert [ring["state"] for ring in one["rings"]] == ["violated", "violated", "unknown", "unknown"]
+    assert one["remedies"][0]["command"].startswith("ringfence target add github --description")
+
+
+def test_the_rings_are_those_of_the_contract() -> None:
+    states = {pattern: tuple(one.state for one in verdicts(pattern)) for pattern in Pattern}
+    assert states == {
+        Pattern.STATIC_KEY: ("violated", "violated", "unknown", "unknown"),
+        Pattern.USER_TOKEN: ("violated", "partly", "unknown", "unknown"),
+        Pattern.SERVICE_ACCOUNT: ("violated", "violated", "compromised", "compromised"),
+        Pattern.PASSWORD: ("violated", "violated", "unknown", "unknown"),
+        Pattern.OTHER: ("violated", "unknown", "unknown", "unknown"),
+    }
+
+
+@pytest.mark.parametrize(("words", "status"), [
+    ((), 0),
+    (("--fail-on", "any"), 1),
+    (("--fail-on", "3"), 1),
+    (("--fail-on", "user-token"), 0),
+    (("--fail-on", "user-token", "--fail-on", "password"), 1),
+    (("--fail-on", "ring-3"), 2),
+    (("--time-limit", "5"), 2),
+])  # fmt: skip
+def test_exit_statuses(home: Home, project: Path, words: tuple[str, ...], status: int) -> None:
+    done = home.scan(str(project), *words)
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_path_that_is_not_there_and_a_scanner_that_is_not_there_say_what_to_do(home: Home) -> None:
+    done = home.scan("none")
+    assert (done.returncode, "name a folder or a file" in done.stderr) == (1, True)
+    done = home.scan(".", "--with", "kingfisherr")
+    assert (done.returncode, "did you mean kingfisher?" in done.stderr) == (1, True)
+
+
+def test_a_baseline_hides_what_it_names_and_says_what_has_gone(
+    home: Home, project: Path, tmp_path: Path
+) -> None:
+    baseline = tmp_path / "baseline.json"
+    assert home.scan(".", "--write-baseline", str(baseline), folder=project).returncode == 0
+    text = baseline.read_text()
+    assert set(json.loads(text)["findings"][0]) == {"reader", "path", "field", "pattern"}
+    assert home.scan(".", "--baseline", str(baseline), "--fail-on", "any", folder=project).returncode == 0
+    (project / "new.env").write_text(f"API_KEY={Maker(12).token(40)}\n")
+    (project / "sub/.env").unlink()
+    done = home.scan(".", "--baseline", str(baseline), "--fail-on", "any", "--json", folder=project)
+    assert done.returncode == 1
+    assert document(done)["summary"]["new"] == 1
+    assert [one["path"] for one in document(done)["gone"]] == ["sub/.env"]
+
+
+_ENTRY = '{"reader": "a", "path": "b", "field": "c", "pattern": "all"}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "", "[]", '{"version": 2, "findings": []}', '{"version": 1, "findings": [{"path": "x"}]}',
+        f'{{"version": 1, "findings": [{_ENTRY}]}}',
+    ],
+)  # fmt: skip
+def test_a_baseline_that_is_not_understood_hides_nothing(
+    home: Home, project: Path, tmp_path: Path, text: str
+) -> None:
+    baseline = tmp_path / "baseline.json"
+    baseline.write_text(text)
+    done = home.scan(str(project), "--baseline", str(baseline))
+    assert (done.returncode, "is no baseline" in done.stderr) == (1, True)
+
+
+def test_a_later_scan_says_what_has_gone(home: Home, project: Path) -> None:
+    assert "gone" not in home.scan(str(project)).stdout
+    (project / "sub/.env").unlink()
+    assert "gone since" in home.scan(str(project)).stdout
+    assert "gone since" not in home.scan(str(project)).stdout
+    folder = home.folder / ".local/state/ringfence/scan"
+    assert {stat.S_IMODE(one.stat().st_mode) for one in folder.iterdir()} == {0o600}
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_fingerprints_are_of_this_machine_alone(home: Home, project: Path) -> None:
+    def prints() -> set[str]:
+        return {one["fingerprint"] for one in document(home.scan(str(project), "--json"))["findings"]}
+
+    first = prints()
+    assert first == prints()
+    (home.folder / ".local/state/ringfence/scan/fingerprint.key").unlink()
+    assert first.isdisjoint(prints())
+
+
+def test_a_key_that_is_a_link_is_not_used(home: Home, project: Path) -> None:
+    folder = home.folder / ".local/state/ringfence/scan"
+    folder.mkdir(parents=True)
+    (home.folder / "other").write_bytes(b"x" * 32)
+    (folder / "fingerprint.key").symlink_to(home.folder / "other")
+    done = home.scan(str(project))
+    assert "fingerprints are for this scan alone" in done.stderr
+    assert stat.S_IMODE((home.folder / "other").stat().st_mode) != 0o600
+
+
+def test_the_table_fits_80_columns_on_a_terminal(home: Home, project: Path) -> None:
+    command = [sys.executable, "-c", _MAIN, "scan", str(project)]
+    with Terminal(command, home.environment, width=80) as terminal:
+        status, told = terminal.to_the_end()
+    assert status == 0, told
+    lines = ESCAPES.sub("", told).replace("\r", "").split("\n")
+    sentences = (
+        "broken:",
+        "what each opens",
+        "4 credentials",
+    )  # folded by the terminal, as all sentences are
+    assert [line for line in lines if cell_len(line) > 80 and not line.startswith(sentences)] == []
+    whole = "\n".join(lines)
+    for word in (
+        "where",
+        "GitHub personal access token",
+        "1 inputs",
+        "4 promotion",
+        "unknown",
+        "compromised",
+    ):
+        assert word in whole.replace("\n", " "), word
+
+
+def test_details_have_the_way_out(home: Home, project: Path) -> None:
+    told = home.scan(str(project), "--details").stdout
+    for text in ("ring 3, outputs", "compromised", "ringfence target add", "--template github-api",
+                 "ringfence task assign", "https://github.com/settings/tokens",
+                 "delete GITHUB_TOKEN from"):  # fmt: skip
+        assert text in told
+
+
+def test_remedies_are_commands_that_there_are(home: Home, tmp_path: Path) -> None:
+    """Each gets so far that only the organisation is missing."""
+    from ringfence.kernel.crypto.keys import SigningKey
+
+    list(plant(tmp_path / "corpus", 1))
+    report = document(home.scan(str(tmp_path / "corpus"), "--json"))
+    commands = {
+        step["command"] for one in report["findings"] for step in one["remedies"]
+        if step.get("command", "").startswith("ringfence ")
+    }  # fmt: skip
+    by_shape = {}
+    for command in sorted(commands):
+        words = shlex.split(command)
+        template = words[words.index("--template") + 1] if "--template" in words else ""
+        by_shape.setdefault((words[1], template, words[-2]), words[1:])
+    assert {shape[1] for shape in by_shape} >= {"github-api", "http", "federation", "ssh", "postgres"}
+    SigningKey.generate("spiffe://ringfence.local/user/sam").save(tmp_path / "sam.json")
+    environment = {
+        **home.environment, "RINGFENCE_IDENTITY": str(tmp_path / "sam.json"), "RINGFENCE_KAFKA": "127.0.0.1:1",
+        "RINGFENCE_TRUST_ROOT": "9-4CSVnbJ0bIEZYyJjmZ0-3fQPWrAqSyOqVVF1jwN1g",
+        **{f"RINGFENCE_{name}_URL": "http://127.0.0.1:1" for name in ("REGISTRY", "POLICY", "REVOKER", "AUDIT")},
+    }  # fmt: skip
+    for number, words in enumerate(by_shape.values()):
+        folder = tmp_path / f"run{number}"
+        folder.mkdir()
+        done = subprocess.run(
+            [sys.executable, "-c", _MAIN, *(word.replace("HOST", "host.test") for word in words), "--json"],
+            env=environment, cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        error = json.loads(done.stderr.strip().splitlines()[-1])
+        assert error["code"] in ("unavailable", "registry_unreachable", "not_answered", "api_unreachable"), (
+            words,
+            error,
+        )
+
+
+def test_sarif_is_valid(home: Home, project: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scan.sarif"
+    assert home.scan(".", "--sarif", str(file), folder=project).returncode == 0
+    log = json.loads(file.read_text())
+    jsonschema.validate(log, json.loads(SARIF_SCHEMA.read_text()))
+    (run,) = log["runs"]
+    rules = {rule["id"] for rule in run["tool"]["driver"]["rules"]}
+    assert {result["ruleId"] for result in run["results"]} <= rules
+    places = {
+        (one["physicalLocation"]["artifactLocation"]["uri"], one["physicalLocation"]["region"]["startLine"])
+        for result in run["results"] for one in result["locations"]
+    }  # fmt: skip
+    assert (".env", 1) in places
+
+
+def test_ocsf_is_valid(home: Home, project: Path, tmp_path: Path) -> None:
+    file = tmp_path / "scan.ocsf"
+    assert home.scan(str(project), "--ocsf", str(file)).returncode == 0
+    events = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(events) == 4
+    assert [found for event in events if (found := problems(event))] == []
+
+
+class _Page(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "action")]
+
+
+def test_html_needs_nothing_from_elsewhere_and_runs_nothing(
+    home: Home, project: Path, tmp_path: Path
+) -> None:
+    (project / "<script>alert(1)<").mkdir()
+    (project / "<script>alert(1)<" / ".env").write_text(f"API_KEY={Maker(13).token(40)}\n")
+    file = tmp_path / "scan.html"
+    assert home.scan(str(project), "--html", str(file)).returncode == 0
+    page = _Page()
+    page.feed(file.read_text())
+    assert "script" not in page.tags
+    assert page.links == []
+    text = file.read_text()
+    assert "default-src 'none'" in text
+    assert '<td class="compromised">compromised</td>' in text
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+
+
+# --- no piece of a secret anywhere ------------------------------------------------------------------------------------
+
+
+def pieces(value: str) -> Iterator[str]:
+    """Six consecutive characters, but for those that are the same in all credentials of the kind."""
+    start = public_prefix_length(value)
+    if value.startswith("eyJ"):
+        start = value.index(".")  # the header of a JWT is the same in all of an issuer's
+    body = value[start:]
+    for at in range(len(body) - PIECE + 1):
+        yield body[at : at + PIECE]
+
+
+def test_no_piece_of_any_secret_is_in_any_output(home: Home, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    planted = list(plant(corpus, 2))
+    make = Maker(99)
+    # A secret in the name of a field, of a file and of a folder, in a subject, and one in an unreadable document.
+    odd = make.crc_token("ghp")
+    (corpus / odd).mkdir()
+    (corpus / odd / ".env").write_text(f"TOKEN={odd}\n")
+    (corpus / ".claude.json").write_text(
+        json.dumps({"mcpServers": {odd: {"env": {odd: odd}, "args": ["--token", odd]}}})
+    )
+    (corpus / "broken").mkdir()
+    (corpus / "broken/.claude.json").write_text('{"a": "' + odd)
+    files = [tmp_path / name for name in ("o.sarif", "o.ocsf", "o.html", "o.baseline")]
+    options = [
+        "--sarif", str(files[0]), "--ocsf", str(files[1]), "--html", str(files[2]), "--write-baseline", str(files[3])
+    ]  # fmt: skip
+    told = ""
+    for words in (options, ["--json"], ["--details"], ["--wide"], ["--max-size", "1"], ["--with", "none"]):
+        done = home.scan(str(corpus), *words)
+        told += done.stdout + done.stderr
+    told += "".join(file.read_text() for file in files)
+    told += "".join(one.read_text() for one in home.folder.rglob("last-*.json"))
+    secrets = {secret.value for _, case in planted for secret in case.secrets} | {odd}
+    assert len(told) > 100_000
+    said = {told[at : at + PIECE] for at in range(len(told) - PIECE + 1)}
+    leaked = said.intersection(piece for value in secrets for piece in pieces(value))
+    # Random pieces coincide with fingerprints and base text now and then: a piece must be more than chance.
+    assert not {
+        piece for piece in leaked if not piece.isdigit() and not set(piece) <= set("0123456789abcdef")
+    }
+
+
+def test_an_unexpected_error_shows_neither_message_nor_traceback(home: Home, project: Path) -> None:
+    code = (
+        "import sys\nfrom ringfence.scan import scanner\n"
+        "def fail(*_): raise RuntimeError('ghp_secretsecret')\n"
+        "scanner._finish = fail\nfrom ringfence.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "scan", str(project)], env=dict(home.environment), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "unexpected error (RuntimeError)" in done.stderr
+    assert "ghp_" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_process_is_not_dumpable_and_writes_no_core(home: Home, project: Path) -> None:
+    code = (
+        "import ctypes, resource, sys\nfrom ringfence.scan import scanner\nwas = scanner._finish\n"
+        "def look(*args):\n was(*args)\n sys.stderr.write(f'{ctypes.CDLL(None).prctl(3)} '\n"
+        "  f'{resource.getrlimit(resource.RLIMIT_CORE)[0]}')\n"
+        "scanner._finish = look\nfrom ringfence.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "scan", str(project)], env=dict(home.environment), capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stderr.startswith("0 0")
+
+
+def test_a_scan_opens_no_connection_and_starts_no_program(home: Home, project: Path) -> None:
+    code = (
+        "import sys\nseen = []\n"
+        "sys.addaudithook(lambda name, args: seen.append(name) if name in "
+        "('socket.connect', 'socket.getaddrinfo', 'subprocess.Popen', 'os.exec', 'os.posix_spawn', 'os.system') "
+        "else None)\n"
+        "from ringfence.cli.main import main\nstatus = main(sys.argv[1:])\nsys.stderr.write(repr(seen))\n"
+    )
+    for words in ((str(project),), ()):
+        done = subprocess.run(
+            [sys.executable, "-c", code, "scan", *words], env=dict(home.environment), cwd=project, capture_output=True,
+            text=True, check=False,
+        )  # fmt: skip
+        assert done.stderr.endswith("[]"), done.stderr
+
+
+def test_other_scanners_are_included_without_their_values(home: Home, project: Path, tmp_path: Path) -> None:
+    """A stand-in that prints what kingfisher prints, with the value in it."""
+    secret = Maker(14).token(40)
+    program = tmp_path / "bin/kingfisher"
+    program.parent.mkdir()
+    (project / "odd.bin.txt").write_text("x\n")
+    answer = {"findings": [{"rule": {"name": "odd-key"}, "finding": {
+        "snippet": secret, "path": "./odd.bin.txt", "line": 1,
+        "validate_command": f"kingfisher validate {secret}"}}]}  # fmt: skip
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >{tmp_path}/words\ncat <<\'E\'\n{json.dumps(answer)}\n{{"findings":1}}\nE\n'
+    )
+    program.chmod(0o755)
+    other = Home(home.folder, {**home.environment, "PATH": f"{program.parent}:{home.environment['PATH']}"})
+    done = other.scan(".", "--with", "kingfisher", "--json", folder=project)
+    (one,) = [one for one in document(done)["findings"] if one["reader"] == "kingfisher"]
+    assert (one["path"], one["line"], one["pattern"], one["field"]) == ("odd.bin.txt", 1, "other", "odd-key")
+    assert secret not in done.stdout + done.stderr
+    words = (tmp_path / "words").read_text()
+    assert "--no-validate" in words
+    assert "--no-update-check" in words
