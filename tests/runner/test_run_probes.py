@@ -36,13 +36,18 @@ KINDS = ("ordinary", "capable")
 """`capable`: the command is root of its namespace, with every capability there."""
 
 DRIVER = """
-import json, subprocess, sys
+import json, subprocess, sys, time
 results = {}
 for name, text, given in json.load(sys.stdin):
-    done = subprocess.run(
-        [sys.executable, "-c", text, json.dumps(given)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, timeout=60,
-    )
+    for _ in range(30):
+        done = subprocess.run(
+            [sys.executable, "-c", text, json.dumps(given)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, timeout=60,
+        )
+        # A gateway that waited too long for the processor denies everything, which proves nothing.
+        if b"stale_view" not in done.stdout:
+            break
+        time.sleep(1)
     results[name] = [done.returncode, done.stdout.decode(errors="replace").strip()]
 print(json.dumps(results))
 """
@@ -332,7 +337,9 @@ def test_reached_outside_and_not_in_a_run(plant: Planted, inside: Inside, case: 
         pytest.skip(f"not provable here: {case.name}: {said}")
     if inside.kind == "capable" and case.program in ("init_memory", "init_descriptors"):
         pytest.skip("it has every capability of the namespace that init is in")
-    assert inside.results[case.name][0] == BLOCKED, inside.results[case.name]
+    code, why = inside.results[case.name]
+    assert code == BLOCKED, why
+    assert "stale_view" not in why
 
 
 # --- switching the sandbox off ----------------------------------------------------------------------------------------
