@@ -71,15 +71,16 @@ def build(
             "RINGFENCE_GATEWAY_SOCKETS: not set, so runs would reach no target. It is: the folder in which the gateway "
             "of this machine opens its sockets, as that gateway has it"
         )
+    state = client.runner_state or _STATE
     backend = backend or make_backend(
         pool.backend,
-        client.runner_state or _STATE,
+        state,
         oci_socket=client.runner_oci_socket,
         oci_runtime=client.runner_oci_runtime,
     )
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=report_alarms(runtime))
     connection = Connection(runtime.key, client, clock)
-    host = RunnerHost(connection, backend, client.gateway_sockets, client.gateway_ca_file)
+    host = RunnerHost(connection, backend, client.gateway_sockets, client.gateway_ca_file, key_file)
 
     def execution_of(plan: RunPlan, on_claimed: Claimed) -> RunExecution:
         return RunExecution(host, plan, on_claimed=on_claimed, follows_activity=False)
@@ -139,7 +140,7 @@ def build(
         while True:
             try:
                 if not swept:
-                    await sweep(connection, [backend])
+                    await sweep(connection, [backend], state=state)
                     swept = True
                 if await unfinished.report():
                     intake.opened.set()
