@@ -197,7 +197,7 @@ def _scan(
     if problem:
         note(problem, "warning")
     for adapter in chosen:
-        include(report, adapter, [str(path) for path in options.paths])
+        include(report, adapter, [str(path) for path in options.paths], scanner.guard)
     if known is not None:
         apply_baseline(report, known)
     elif history and folder is not None and not problem:
