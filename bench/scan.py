@@ -143,8 +143,8 @@ def _ours(folder: Path, planted: list[tuple[Path, Case]]) -> Scores:
 
 def _theirs(planted: list[tuple[Path, Case]], places: list[tuple[str, str, int | None]]) -> Scores:
     lines: dict[str, set[int]] = defaultdict(set)
-    for _, where, line in places:
-        lines[os.path.realpath(where)].add(line or 0)
+    for _, place, line in places:
+        lines[os.path.realpath(place)].add(line or 0)
     scores = Scores()
     for path, case in planted:
         wanted: set[int] = set()

@@ -230,7 +230,7 @@ def test_remedies_are_commands_that_there_are(home: Home, tmp_path: Path) -> Non
         step["command"] for one in report["findings"] for step in one["remedies"]
         if step.get("command", "").startswith("ringfence ")
     }  # fmt: skip
-    by_shape: dict[tuple[str, str, str], list[str]] = {}
+    by_shape: dict[tuple[str, ...], list[str]] = {}
     for command in sorted(commands):
         words = shlex.split(command)
         template = words[words.index("--template") + 1] if "--template" in words else ""
