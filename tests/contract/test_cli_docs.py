@@ -76,5 +76,4 @@ def test_pages_use_commands_and_options_that_exist(page: Path) -> None:
 def test_what_the_readme_says_is_not_there_yet_is_not_there() -> None:
     readme = (ROOT / "README.md").read_text()
     missing = re.findall(r"`ringfence (\w+)`", readme[readme.index("## What is not there yet") :])
-    assert missing
     assert not set(missing) & set(COMMANDS)

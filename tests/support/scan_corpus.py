@@ -734,7 +734,7 @@ BACKUP_PASSWORD={password}
 
 
 def _text(
-    label: str, pattern: str, make_value: Callable[[Maker], str], line: str = 'client = connect("{}")\n'
+    label: str, pattern: str, make_value: Callable[[Maker], str], line: str = 'CLIENT = "{}"\n'
 ) -> None:
     def build(make: Maker) -> Case:
         value = make_value(make)

@@ -103,7 +103,7 @@ sys.exit(main(["serve", "registry"]))
 
 
 def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
-    sdk = "aiokafka cryptography httpx joserfc jwt orjson pybase64 pydantic pydantic_settings rich ringfence typer"
+    sdk = "aiokafka cryptography httpx joserfc jwt orjson pybase64 pydantic pydantic_settings rich ringfence typer yaml"
     imported: set[str] = set()
     for file in Path(ringfence.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

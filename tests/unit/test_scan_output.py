@@ -420,3 +420,20 @@ def test_other_scanners_are_included_without_their_values(home: Home, project: P
     words = (tmp_path / "words").read_text()
     assert "--no-validate" in words
     assert "--no-update-check" in words
+
+
+EXPECTED_HOME = Path(__file__).parents[1] / "support" / "scan_home.json"
+
+
+def test_the_home_folder_of_a_developer_has_the_report_that_is_expected(home: Home, tmp_path: Path) -> None:
+    """Every case in its place, scanned without a path. `scan_home.json` is the baseline of what must be found there."""
+    for one in cases(5):
+        file = home.folder / one.path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(one.content)
+    written = tmp_path / "baseline.json"
+    done = home.scan("--write-baseline", str(written))
+    assert done.returncode == 0, done.stderr
+    # What the machine has besides depends on where the test runs.
+    entries = [one for one in json.loads(written.read_text())["findings"] if one["path"].startswith("~/")]
+    assert entries == json.loads(EXPECTED_HOME.read_text())["findings"]

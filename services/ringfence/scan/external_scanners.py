@@ -15,6 +15,7 @@ from ringfence.kernel.base.text import did_you_mean
 from ringfence.scan import kinds
 from ringfence.scan.documents import mapping, sequence
 from ringfence.scan.findings import Access, Finding, Note, Place, Report
+from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.remedies import remedies_of
 from ringfence.scan.rings import verdicts
 
@@ -109,8 +110,11 @@ def adapters(names: Sequence[str]) -> list[Adapter]:
     return [known[name] for name in dict.fromkeys(names)]
 
 
-def include(report: Report, adapter: Adapter, paths: Sequence[str]) -> None:
-    """Add what a scanner found where no reader of ours found anything. Changes the report."""
+def include(report: Report, adapter: Adapter, paths: Sequence[str], guard: OutputGuard) -> None:
+    """Add what a scanner found where no reader of ours found anything. Changes the report.
+
+    `guard`: that of the scan. A path may repeat a secret that our readers found.
+    """
     if not paths:
         report.notes.append(Note(adapter.name, "reads paths alone, and none was given", limits=False))
         return
@@ -120,7 +124,8 @@ def include(report: Report, adapter: Adapter, paths: Sequence[str]) -> None:
         report.notes.append(Note(adapter.name, f"ended without a result ({type(error).__name__})"))
         return
     ours = {(os.path.normpath(one.place.path), one.place.line) for one in report.findings}
-    for rule, path, line in places:
+    for rule, whole, line in places:
+        path = guard.masked(whole, is_path=True)
         if (path, line) not in ours:
             ours.add((path, line))
             report.findings.append(_finding(adapter, rule, path, line))

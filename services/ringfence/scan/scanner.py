@@ -70,7 +70,8 @@ class Scanner:
     def __init__(self, options: ScanOptions, fingerprinter: Fingerprinter) -> None:
         self._options = options
         self._fingerprinter = fingerprinter
-        self._guard = OutputGuard()
+        self.guard = OutputGuard()
+        """Knows every secret that was found, by keyed digests."""
         self._roots: list[Root] = []
         self._jobs: list[Job] = []
         self._notes: list[Note] = []
@@ -93,12 +94,12 @@ class Scanner:
         """List the files to read, and start workers where there are many. Returns their number. Raises ScanError."""
         options = self._options
         roots = [(path, self._open_root(path)) for path in options.paths]
-        index = FileScanner((), self._fingerprinter, self._guard, 0)
+        index = FileScanner((), self._fingerprinter, self.guard, 0)
         for path, number in roots:
             self._list_root(path, number, index)
         if options.machine is not None:
             self._list_machine()
-        self._files = FileScanner(tuple(self._roots), self._fingerprinter, self._guard, options.max_bytes)
+        self._files = FileScanner(tuple(self._roots), self._fingerprinter, self.guard, options.max_bytes)
         workers = options.workers or min(len(os.sched_getaffinity(0)), 8)
         if workers > 1 and len(self._jobs) > _ALONE:
             self._pool = ProcessPoolExecutor(
@@ -127,7 +128,7 @@ class Scanner:
         if self._options.machine is not None:
             self._read_machine(report)
         report.complete = self._complete and not any("--time-limit" in note.reason for note in self._notes)
-        _finish(report, self._guard)
+        _finish(report, self.guard)
         report.elapsed_s = time.monotonic() - self._began_s
         return report
 
@@ -212,7 +213,7 @@ class Scanner:
                         len(chunk),
                     )
                     continue
-                self._guard.merge(collected)
+                self.guard.merge(collected)
                 yield results, len(chunk)
         except TimeoutError:
             for future in waiting:

@@ -73,10 +73,10 @@ def scan(
         list[str] | None,
         typer.Option(
             "--fail-on",
-            metavar="RING|PATTERN",
+            metavar="|".join(_FAIL_ON),
             callback=_fail_on,
-            help=f"Exit 1 where a finding that the baseline lacks breaks this ring, or has this pattern: "
-            f"{', '.join(_FAIL_ON)}. Also where not everything was read in time. Repeatable.",
+            help="Exit 1 where a finding that the baseline lacks breaks this ring, or has this pattern. Also "
+            "where not everything was read in time. Repeatable.",
         ),
     ] = None,
     baseline: Annotated[
@@ -108,9 +108,8 @@ def scan(
         list[str] | None,
         typer.Option(
             "--with",
-            metavar="SCANNER",
-            help="Include what an installed scanner finds, without its online validation: kingfisher, "
-            "detect-secrets. Repeatable.",
+            metavar="kingfisher|detect-secrets",
+            help="Include what this installed scanner finds, without its online validation. Repeatable.",
         ),
     ] = None,
     details: Annotated[
@@ -197,7 +196,7 @@ def _scan(
     if problem:
         note(problem, "warning")
     for adapter in chosen:
-        include(report, adapter, [str(path) for path in options.paths])
+        include(report, adapter, [str(path) for path in options.paths], scanner.guard)
     if known is not None:
         apply_baseline(report, known)
     elif history and folder is not None and not problem:

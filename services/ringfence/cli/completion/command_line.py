@@ -17,14 +17,14 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
 _WORD_ENDS: Final = frozenset(" \t\n")
 _OPERATORS: Final = frozenset("|&;")
 
-FILE_METAVARS: Final = frozenset({"FILE", "[PATH]"})
+FILE_METAVARS: Final = frozenset({"FILE", "[PATH]", "[PATH...]"})
 FOLDER_METAVARS: Final = frozenset({"DIR", "DIR[:rw]", "FOLDER"})
 COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
-    "CLAIM", "CODE", "DAYS", "DIGEST", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "MOMENT", "NAME=VALUE", "NAME[:rw]",
-    "NUMBER", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT", "RESOURCE", "RUNNER", "SECONDS", "SELECTOR",
-    "SIZE", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
+    "CLAIM", "CODE", "DAYS", "DIGEST", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "MOMENT", "NAME=VALUE",
+    "NAME[:rw]", "NUMBER", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT", "RESOURCE", "RUNNER", "SECONDS",
+    "SELECTOR", "SIZE", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 
@@ -233,7 +233,7 @@ def _choices(param: Any) -> tuple[str, ...]:
     if get_origin(annotation) is Literal:
         return tuple(map(str, get_args(annotation)))
     metavar = param.metavar or ""
-    return tuple(metavar.split("|")) if re.fullmatch(r"[a-z_]+(\|[a-z_]+)+", metavar) else ()
+    return tuple(metavar.split("|")) if re.fullmatch(r"[a-z0-9_-]+(\|[a-z0-9_-]+)+", metavar) else ()
 
 
 def _is_group(command: Any) -> bool:
