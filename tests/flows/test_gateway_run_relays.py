@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +57,13 @@ class Yard:
     jump: Target
     elsewhere: Target = field(default_factory=lambda: Target(script=echo))
     """It listens, and is no target."""
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder with a short path, as those of sockets are short."""
+    with tempfile.TemporaryDirectory(prefix="rf-") as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="module")
@@ -410,15 +418,15 @@ async def test_a_run_has_so_many_relays_at_a_time(yard: Yard) -> None:
 
 
 async def test_a_relay_on_which_nothing_happens_ends(
-    yard: Yard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    yard: Yard, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = partial(plane.DataPlane, timeouts=Timeouts(stream_s=0.5))
     monkeypatch.setattr("ringfence.gateway.dataplane.listeners.DataPlane", quick)
     run = await run_of(yard)
-    sockets = tmp_path / "s"
+    sockets = short_path / "s"
     async with run.started():
         await run.lease_of(target="cache", resources=["**"], delivery="agent", verbs=["read"])
-        async with gateway(yard.bench.world, sockets=sockets, spool=tmp_path / "spool"):
+        async with gateway(yard.bench.world, sockets=sockets, spool=short_path / "spool"):
             socket, place = sockets / run.socket.name, yard.cache.address
             await until_there(socket)
             async with asyncio.timeout(WITHIN_S):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,10 +47,17 @@ class Runs:
         return [self.path(run).exists() for run in runs]
 
 
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A folder with a short path, as those of sockets are short."""
+    with tempfile.TemporaryDirectory(prefix="rf-") as folder:
+        yield Path(folder)
+
+
 async def test_no_runner_takes_the_sockets_of_the_others(
-    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: Place, short_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs = Runs(place, tmp_path)
+    runs = Runs(place, short_path)
     flood = [runs.start(f"n{number}") for number in range(4)]
     others = [runs.start(f"o{number}", "runner-2") for number in range(2)]
     assert await runs.open(*flood, *others) == [True, True, False, False, True, False]
@@ -67,9 +76,9 @@ async def test_no_runner_takes_the_sockets_of_the_others(
 
 
 async def test_a_socket_that_cannot_be_opened_is_told_and_holds_up_no_other(
-    place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    place: Place, short_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runs = Runs(place, tmp_path)
+    runs = Runs(place, short_path)
     blocked = runs.start("n1")
     runs.path(blocked).write_text("a file")
     free = runs.start("n2")
@@ -84,5 +93,5 @@ async def test_a_socket_that_cannot_be_opened_is_told_and_holds_up_no_other(
     assert runs.path(blocked).read_text() == "a file"
 
 
-async def test_a_task_whose_socket_could_not_be_opened_can_end(place: Place, tmp_path: Path) -> None:
-    await place.plane.close_for_task(tmp_path / "never-opened.sock")
+async def test_a_task_whose_socket_could_not_be_opened_can_end(place: Place, short_path: Path) -> None:
+    await place.plane.close_for_task(short_path / "never-opened.sock")

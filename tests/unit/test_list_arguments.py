@@ -24,11 +24,13 @@ from ringfence import (
 )
 from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.connection import Connection
+from ringfence.messages.run import RunLimits
 
 SETTINGS = ClientSettings(trust_domain="test.example", trust_root="x" * 43)
 SCOPE = (Permission(target="staging", verbs=("read",), resources=("env/x",)),)
 KEY = SigningKey.generate("spiffe://test.example/agent/bot")
 BACKEND = BackendSettings(kind="jwt")
+LIMITS = RunLimits(memory_bytes=2**31, cpu_millis=1000, pids=256)
 TASK = "6f1c1fd6-7d5f-5d0f-8e0c-2b0f3c1d2e3f"
 
 
@@ -101,6 +103,12 @@ ADMINISTRATOR: dict[str, tuple[str, Call]] = {
     "assign_task": ("scope", lambda a, v: a.assign_task("b", purpose="p", scope=v, ends_in_s=9)),
     "unknown_names": ("scope", lambda a, v: a.unknown_names(v)),
     "key_records": ("keys", lambda a, v: a.key_records(v)),
+    "order_run, command": (
+        "command", lambda a, v: a.order_run(TASK, pool="p", command=v, limits=LIMITS, ttl_s=9)
+    ),
+    "order_run, mounts": (
+        "mounts", lambda a, v: a.order_run(TASK, pool="p", command=["x"], limits=LIMITS, ttl_s=9, mounts=v)
+    ),
 }  # fmt: skip
 GRANTOR: dict[str, tuple[str, Call]] = {
     "propose": ("scope", lambda a, v: a.propose(TASK, v, count=1, lasts_s=60)),

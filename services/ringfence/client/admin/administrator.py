@@ -545,6 +545,8 @@ class Administrator(CommandClient):
 
         Raises RefusedError if no runner would follow it, by the records as they are now.
         """
+        words = texts("command", command)
+        folders = instances("mounts", mounts, Mount, '[Mount(name="sources")]')
         directory = await self.connection.current_directory()
         task = directory.task(task_id)
         if task is None:
@@ -555,9 +557,9 @@ class Administrator(CommandClient):
                 pool=pool,
                 agent_id=task.state.agent_id,
                 task_id=task_id,
-                command=texts("command", command),
+                command=words,
                 image=image,
-                mounts=instances("mounts", mounts, Mount, '[Mount(name="sources")]'),
+                mounts=folders,
                 limits=limits,
                 ttl_s=ttl_s,
             )
