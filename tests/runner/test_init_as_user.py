@@ -68,4 +68,4 @@ def test_an_ordinary_user_has_runs_too(installation: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     code, stdout, stderr = json.loads(done.stdout)
-    assert (code, stdout) == (5, "0000000000000000 ['enrolment.jws', 'key.json']\n"), stderr
+    assert (code, stdout) == (5, "0000000000000000 ['bin', 'enrolment.jws', 'key.json']\n"), stderr
