@@ -12,8 +12,8 @@ import tempfile
 import threading
 import time
 import tomllib
-from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,6 @@ class Installation:
     """Of `ringfence dev`."""
     listener: str = ""
     """The URL at which agents without a socket reach the gateway."""
-    _count: Iterator[int] = field(default_factory=lambda: iter(range(10**6)))
 
     def inherited(self) -> dict[str, str]:
         """The environment without any setting of Ringfence."""
