@@ -103,6 +103,7 @@ class _Progress:
     status: RunStatus | None = None
     kid: str | None = None
     sandbox: Sandbox | None = None
+    command_runs: bool = False
     stop_reason: str | None = None
     exit: SandboxExit | None = None
     code: int | None = None
@@ -140,10 +141,11 @@ class RunExecution:
         self._stopped = asyncio.Event()
         self._relay: GatewayRelay | None = None
         self._folder: Path | None = None
+        self._ca_pem: str | None = None
 
     def signal(self, number: int) -> None:
         """Send a signal to the command. Before it has started, the run is stopped instead."""
-        if self._at.sandbox is not None and self._at.status == "started":
+        if self._at.sandbox is not None and self._at.command_runs:
             self._at.sandbox.signal(number)
         else:
             self._at.code = _SIGNALLED + number
@@ -179,6 +181,7 @@ class RunExecution:
         check_private_paths(plan.mounts, self._host.private_paths)
         if reasons := await self._host.backend.available():
             raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
+        self._ca_pem = self._read_ca()
         activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
         if self._follows_activity:
             await activity.follow()
@@ -219,6 +222,16 @@ class RunExecution:
             unknown=activity.problem,
         )
 
+    def _read_ca(self) -> str | None:
+        """The gateway's CA certificate. Raises RunRefusedError."""
+        path = self._host.gateway_ca_file
+        try:
+            return path.read_text() if path is not None else None
+        except (OSError, UnicodeDecodeError):
+            raise RunRefusedError(f"the gateway's CA certificate cannot be read at {path}").with_remedy(
+                "start the gateway, which writes it, or correct RINGFENCE_GATEWAY_CA_FILE"
+            ) from None
+
     # --- the way to the command ---
 
     async def _carry_out(self, activity: RunActivity) -> None:
@@ -245,6 +258,7 @@ class RunExecution:
             )
             direct = not has_loopback_target(await host.connection.directory(), plan.task_id)
             await control.start(self._start_command(enrolment, relays, loopback_direct=direct))
+            self._at.command_runs = True
             await self._wait(sandbox, control)
         except CommandStartError as error:
             self._at.code = error.exit_code
@@ -314,7 +328,6 @@ class RunExecution:
     ) -> StartCommand:
         plan, settings = self._plan, self._host.connection.settings
         through_proxy = {} if loopback_direct else {"NO_PROXY": "", "no_proxy": ""}
-        ca_file = self._host.gateway_ca_file
         return StartCommand(
             argv=plan.argv,
             environment={**through_proxy, **plan.environment},
@@ -325,7 +338,7 @@ class RunExecution:
             agent_id=plan.agent_id,
             task_id=plan.task_id,
             relays=tuple(relays),
-            ca_pem=ca_file.read_text() if ca_file is not None else None,
+            ca_pem=self._ca_pem,
         )
 
     async def _wait(self, sandbox: Sandbox, control: ControlChannel) -> None:
