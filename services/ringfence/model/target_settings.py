@@ -147,6 +147,8 @@ CREDENTIAL_KINDS: Final[Mapping[str, CredentialKind]] = MappingProxyType({
     "ssh": CredentialKind(SshSettings, tells_address=True),
 })  # fmt: skip
 """By `backend.kind` of a target. Kinds of other packages are unknown here."""
+RELAYED_KINDS: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if kind.tells_address)
+"""The kinds of targets that agents reach at an address, by a protocol of their own: a run does by relays."""
 ENTRY_POINTS: Final = "ringfence.backends"
 """The entry point group by which other packages add backends. Each is called with the `BackendContext`."""
 _PLACE: Final = re.compile(r"([^:\[\]/@]+|\[[^\[\]]+\])(?::([0-9]{1,5}))?", re.ASCII)

@@ -41,12 +41,10 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_records, violations_of
-from ringfence.model.target_settings import CREDENTIAL_KINDS
+from ringfence.model.target_settings import RELAYED_KINDS
 
 log = logging.getLogger(__name__)
 
-RELAYED: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if kind.tells_address)
-"""The kinds of targets that agents reach at an address, by a protocol of their own."""
 FORWARD: Final = "forward"
 """The verb at an SSH target by which its server connects to other hosts."""
 _RETRY_S: Final = 5
@@ -95,7 +93,7 @@ class RelayTargets:
 def address_of(target: TargetState) -> Address | None:
     """Host and port in a target's record, in canonical form; None if it has none, or if no relay goes to its kind."""
     address = (target.backend.model_extra or {}).get("address")
-    if target.backend.kind not in RELAYED or not isinstance(address, str) or ":" not in address:
+    if target.backend.kind not in RELAYED_KINDS or not isinstance(address, str) or ":" not in address:
         return None
     try:
         return split_host_and_port(address, "https")

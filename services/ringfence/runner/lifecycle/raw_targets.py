@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.target_settings import RELAYED_KINDS
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
-RAW_KINDS: Final = frozenset({"postgres", "redis", "ssh"})
 
 
 def raw_addresses(directory: Directory, task_id: str) -> tuple[list[tuple[str, int]], list[str]]:
@@ -25,7 +25,11 @@ def raw_addresses(directory: Directory, task_id: str) -> tuple[list[tuple[str, i
         except ChainError as error:
             without.append(f"the record of {target_id} does not verify: {error.code}")
             continue
-        if target is None or target.state.status != "active" or target.state.backend.kind not in RAW_KINDS:
+        if (
+            target is None
+            or target.state.status != "active"
+            or target.state.backend.kind not in RELAYED_KINDS
+        ):
             continue
         address = (target.state.backend.model_extra or {}).get("address")
         if not isinstance(address, str):
