@@ -183,7 +183,7 @@ async def _backend(name: str | None, own: ClientSettings) -> SandboxBackend:
 
 
 def _state_folder() -> Path:
-    """Where an ordinary user's programs keep their state (XDG Base Directory Specification)."""
+    """The folder of a user's programs for their state (XDG Base Directory Specification)."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(base) / "ringfence" / "runner"
 
@@ -271,13 +271,11 @@ class _Signals:
 
 
 def _remarks(report: RunReport) -> Iterator[str]:
-    """What a person should know of the end. The command's own output is not repeated."""
+    """Remarks on the end for a person. The command's own output is not repeated."""
     if report.reason is not None:
         yield f"run {report.run_id} was ended: {report.reason}"
     if not report.destruction.complete:
-        gone = report.destruction
-        left = ", ".join((*gone.processes, *gone.mounts, *gone.cgroups, *gone.files))
-        yield f"not all of the run could be removed: {left}"
+        yield f"not all of the run could be removed: {', '.join(report.destruction.remained)}"
     for change in report.left_in_mounts:
         yield f"written by the run, and executed by others later: {change}"
     if not report.published:

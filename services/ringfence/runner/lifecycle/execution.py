@@ -446,13 +446,7 @@ class RunExecution:
     def _remained(self) -> tuple[str, ...]:
         gone = self._at.destruction
         assert gone is not None
-        found = [
-            *(f"process {one}" for one in gone.processes),
-            *(f"mount {one}" for one in gone.mounts),
-            *(f"cgroup {one}" for one in gone.cgroups),
-            *(f"file {one}" for one in gone.files),
-            *self._at.left,
-        ]
+        found = [*gone.remained, *self._at.left]
         return tuple(found if len(found) <= _REMAINED else [*found[: _REMAINED - 1], "and more"])
 
     # --- Kafka ---

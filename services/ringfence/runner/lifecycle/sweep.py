@@ -95,7 +95,7 @@ async def report_lost(
         if run is None or run.status in OVER or run.iss != connection.key.id:
             continue
         gone = (destroyed or {}).get(id)
-        remained = (*gone.processes, *gone.mounts, *gone.cgroups, *gone.files) if gone is not None else ()
+        remained = gone.remained if gone is not None else ()
         await connection.publish(RUN, id, lost(run, connection, remained[:_REMAINED]))
         reported.append(id)
     return reported

@@ -205,8 +205,18 @@ class Destruction:
     usage: ResourceUsage = ResourceUsage()
 
     @property
+    def remained(self) -> tuple[str, ...]:
+        """All that is left, each with what it is."""
+        return (
+            *(f"process {one}" for one in self.processes),
+            *(f"mount {one}" for one in self.mounts),
+            *(f"cgroup {one}" for one in self.cgroups),
+            *(f"file {one}" for one in self.files),
+        )
+
+    @property
     def complete(self) -> bool:
-        return not (self.processes or self.mounts or self.cgroups or self.files)
+        return not self.remained
 
 
 class Sandbox(Protocol):
