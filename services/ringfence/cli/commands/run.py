@@ -15,6 +15,7 @@ from ringfence.cli.commands.run_orders import list_runs, order, show, stop
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption
+from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption
 
 
 class RunGroup(TyperGroup):
@@ -108,19 +109,10 @@ def run(
             "--env", metavar="NAME=VALUE", help="A variable of the command's environment. Repeatable."
         ),
     ] = None,
-    ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long the run may take.")] = "30m",
-    memory: Annotated[
-        str,
-        typer.Option(
-            "--memory", metavar="SIZE", help="The most memory: a number of bytes, or with K, M or G."
-        ),
-    ] = "2G",
-    cpus: Annotated[
-        float, typer.Option("--cpus", metavar="NUMBER", min=0.001, max=1024, help="How many processors.")
-    ] = 1.0,
-    pids: Annotated[
-        int, typer.Option("--pids", metavar="NUMBER", min=1, max=4_194_304, help="How many processes.")
-    ] = 256,
+    ttl: RunTtlOption = "30m",
+    memory: MemoryOption = "2G",
+    cpus: CpusOption = 1.0,
+    pids: PidsOption = 256,
     backend: Annotated[
         str | None,
         typer.Option(

@@ -60,7 +60,7 @@ def run_local(
     """Run a command in a fresh sandbox on this machine, with the options of `ringfence run`."""
     from ringfence.messages.run import RunLimits
 
-    limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=max(1, round(cpus * 1000)), pids=pids)
+    limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
     work = _run(
         command=tuple(command),
         task=task,

@@ -26,6 +26,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_fields, print_json, print_table, say, until, visible
+from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption
 from ringfence.cli.shared.tables import ending, ids, prose, state
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
@@ -64,19 +65,10 @@ def order(
             "--image", metavar="DIGEST", help="The container image: sha256:... The pool's own if not given."
         ),
     ] = None,
-    ttl: Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long the run may take.")] = "30m",
-    memory: Annotated[
-        str,
-        typer.Option(
-            "--memory", metavar="SIZE", help="The most memory: a number of bytes, or with K, M or G."
-        ),
-    ] = "2G",
-    cpus: Annotated[
-        float, typer.Option("--cpus", metavar="NUMBER", min=0.01, max=1024, help="How many processors.")
-    ] = 1.0,
-    pids: Annotated[
-        int, typer.Option("--pids", metavar="NUMBER", min=4, max=4_194_304, help="How many processes.")
-    ] = 256,
+    ttl: RunTtlOption = "30m",
+    memory: MemoryOption = "2G",
+    cpus: CpusOption = 1.0,
+    pids: PidsOption = 256,
     valid: Annotated[
         str, typer.Option("--valid", metavar="DURATION", help="How long the order may wait for its turn.")
     ] = "1h",
