@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from ringfence.cli.doctor.checks import SOON_S, bundle_findings, eviction, persistence, versions
+from ringfence.cli.doctor.checks import (
+    SOON_S,
+    bundle_findings,
+    eviction,
+    persistence,
+    sandbox_findings,
+    versions,
+)
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -84,3 +93,13 @@ def test_a_redis_that_evicts_is_wrong_and_one_that_forgets_is_slow() -> None:
     snapshots = persistence(REDIS | {"appendonly": "no", "save": "3600 1"})
     assert (snapshots.verdict, "3600 1" in snapshots.says) == ("unknown", True)
     assert "nothing stays" in persistence(REDIS | {"appendonly": "no"}).says
+
+
+@pytest.mark.parametrize(("key_file", "verdict"), [(None, "unknown"), (Path("runner.json"), "bad")])
+def test_a_machine_without_sandboxes_is_wrong_only_where_it_has_a_runner(
+    key_file: Path | None, verdict: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nonexistent")
+    found = [one for one in sandbox_findings(key_file) if "bubblewrap" in one.what + one.says]
+    assert {one.verdict for one in found} == {verdict}
+    assert all("apt install bubblewrap" in one.says for one in found)
