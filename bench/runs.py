@@ -45,7 +45,7 @@ _REQUEST = (
     "ringfence request --task $RINGFENCE_TASK --allow platform:read:env/staging/web --reason bench >/dev/null"
 )
 _SETTLE_S = 2.0
-"""What has just started is measured after so long: until then init still imports what it serves with."""
+"""Seconds until a started run is measured: until then init still imports what it serves with."""
 
 
 def run(kafka: str, runs: int = RUNS) -> None:
@@ -173,7 +173,7 @@ class _Measured:
     reports: list[RunReport] = field(default_factory=list)
     failures: dict[str, int] = field(default_factory=dict)
     init_bytes: list[int] = field(default_factory=list)
-    """What each init has for itself (USS)."""
+    """Memory that each init has for itself (USS)."""
     all_bytes: int = 0
     """All processes of the sandboxes, shared pages divided among those who share them (PSS)."""
     runner_bytes: int = 0

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 RUN_KEY_FILE = "key.json"
 RUN_ENROLMENT_FILE = "enrolment.jws"
-"""What a run's folder has (`RINGFENCE_RUN_INSTANCE`)."""
+"""The key and the enrolment in a run's folder (`RINGFENCE_RUN_INSTANCE`)."""
 _TIMEOUT_S = 10.0
 _TRIES = 4
 _PAUSE_S = 0.5
@@ -56,7 +56,7 @@ class Enrolled:
 
 
 class EnrolledInstanceKey(Protocol):
-    """Who has an enrolled key of a running instance."""
+    """A provider of the enrolled key of a running instance."""
 
     id: str
     """The SPIFFE ID of the agent."""

@@ -79,7 +79,7 @@ class TargetRelay:
                 target.transport.abort()
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Whether the gateway accepted the CONNECT (RFC 9110, 9.3.6). Raises OSError."""
+        """Return whether the gateway accepted the CONNECT (RFC 9110, 9.3.6). Raises OSError."""
         writer.write(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (self._authority, self._authority))
         try:
             async with asyncio.timeout(_CONNECT_S):

@@ -1,4 +1,4 @@
-"""What passed through a proxy or a relay."""
+"""Counts of connections and bytes of a proxy or a relay."""
 
 from __future__ import annotations
 
