@@ -11,7 +11,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.api import SIGN_PAGE_PORT
-from ringfence.sign_page.build import CSP_HEADER, Page, PageConfig, SignPageError, build as build_page, content_type
+from ringfence.sign_page.build import (
+    CSP_HEADER,
+    Page,
+    PageConfig,
+    SignPageError,
+    content_type,
+)
+from ringfence.sign_page.build import (
+    build as build_page,
+)
 from ringfence.sign_page.settings import SignPageSettings
 
 log = logging.getLogger(__name__)
@@ -94,7 +103,9 @@ class SignPageServer:
     role = "sign-page"
 
     def __init__(self, app: ASGIApp, host: str, port: int, connections: int) -> None:
-        self._server = HttpServer(app, host, port, setting="RINGFENCE_SIGN_PAGE_HTTP", connections=connections)
+        self._server = HttpServer(
+            app, host, port, setting="RINGFENCE_SIGN_PAGE_HTTP", connections=connections
+        )
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop` is set. Raises HttpListenError if the address is not available."""

@@ -19,7 +19,11 @@ from ringfence.kernel.base.errors import RingfenceError
 CSP_HEADER = "Content-Security-Policy"
 CHECKSUMS = "SHA256SUMS"
 _TEMPLATE, _STYLE, _CONFIG, _ENTRY = "index.html", "style.css", "config.js", "main.js"
-_TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript; charset=utf-8", "": "text/plain; charset=utf-8"}
+_TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    "": "text/plain; charset=utf-8",
+}
 
 
 class SignPageError(RingfenceError):
@@ -44,7 +48,9 @@ class PageConfig:
         """Raises SignPageError if browsers would make no passkeys of this RP ID on this origin."""
         host = urlsplit(self.origin).hostname or ""
         if not self.trust_root:
-            raise SignPageError("RINGFENCE_TRUST_ROOT is not set: the page pins it; it is what ringfence init printed")
+            raise SignPageError(
+                "RINGFENCE_TRUST_ROOT is not set: the page pins it; it is what ringfence init printed"
+            )
         if host != self.rp_id and not host.endswith(f".{self.rp_id}"):
             raise SignPageError(
                 f"{self.origin} makes no passkeys for the RP ID {self.rp_id}: it is the origin's host, or a domain above it"
@@ -65,7 +71,9 @@ class Page:
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in self.files)
         if foreign:
-            raise SignPageError(f"{folder} holds {foreign[0]}, which is no part of the page; name a folder of its own")
+            raise SignPageError(
+                f"{folder} holds {foreign[0]}, which is no part of the page; name a folder of its own"
+            )
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
 
