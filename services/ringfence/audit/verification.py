@@ -21,8 +21,8 @@ from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
@@ -150,7 +150,7 @@ class RecordVerifier:
             self._trust.finder(*model.signed_by, at_s=at_ms / 1000),
         )
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             return next((key for finder in finders if (key := finder(iss, kid))), None)
 
         return self._verify(jws, model, find, at_ms)
@@ -167,7 +167,7 @@ class RecordVerifier:
             raise InvalidMessageError("typ names no command", code="typ_unexpected")
         chains = self._directory.chains
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             key = self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
             return key or (chains.agent_key(iss, kid, at_ms) if model in BY_AGENTS else None)
 

@@ -12,7 +12,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import Signed, parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Delivery, Reason, Revisions
@@ -196,7 +196,7 @@ class GrantTable:
     def _read(self, record: Received) -> None:
         at_s = record.appended_at_ms / 1000
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             return self._directory.user_key(iss, kid, at_s)
 
         try:
