@@ -53,7 +53,7 @@ class PageConfig:
             )
         if host != self.rp_id and not host.endswith(f".{self.rp_id}"):
             raise SignPageError(
-                f"{self.origin} makes no passkeys for the RP ID {self.rp_id}: it is the origin's host, or a domain above it"
+                f"{self.origin} makes no passkeys for the RP ID {self.rp_id}: that is its host, or a domain above it"
             )
         if self.origin in self.session_origins:
             raise SignPageError(f"{self.origin} is a console too: the sign page needs an origin of its own")
@@ -76,6 +76,15 @@ class Page:
             )
         for name, content in self.files.items():
             (folder / name).write_bytes(content)
+
+
+def checksums(page: Page) -> dict[str, str]:
+    """The SHA-256 (hex) of each file, as `sha256sum` prints it."""
+    return _checksums(page.files)
+
+
+def _checksums(files: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
 
 
 def content_type(name: str) -> str:
@@ -105,7 +114,7 @@ def build(config: PageConfig) -> Page:
     }.items():  # fmt: skip
         html = html.replace(mark, value)
     page = {_TEMPLATE: html.encode(), **modules}
-    sums = "".join(f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in page.items())
+    sums = "".join(f"{digest}  {name}\n" for name, digest in _checksums(page).items())
     # A page in a frame could be covered by another; only a header can say so.
     return Page({**page, CHECKSUMS: sums.encode()}, f"{meta}; frame-ancestors 'none'")
 

@@ -125,7 +125,7 @@ def _ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -
 def invitation_question(
     invitation: str, user_id: str, signer_id: str, directory: Directory, trust: TrustStore
 ) -> bytes:
-    """The question of an invitation (`user.invite`, signed by `signer_id`) for the user `user_id`. Raises as `compose`."""
+    """The question of an invitation (`user.invite`, signed by `signer_id`) for a user, as JSON. Raises as `compose`."""
     subjects: list[Subject] = [("user", signer_id)]
     if directory.user(user_id) is not None:
         subjects.append(("user", user_id))
@@ -145,9 +145,9 @@ def relay_link(origin: str, relay: str) -> str:
 
 def sign_origin(trust: TrustStore, at_s: float) -> str:
     """The origin where people sign now, by the trust bundle. Raises InvalidCallError where it names none."""
-    bundle = trust.require(at_s)
-    for origin in bundle.origins or ():
-        if origin.use == "sign" and origin.not_before <= at_s < origin.not_after:
+    trust.require(at_s)
+    for origin in trust.origins(at_s):
+        if origin.use == "sign":
             return origin.origin
     raise InvalidCallError(
         "the trust bundle names no sign page, so nobody signs with passkeys here; see: ringfence init --sign-origin"

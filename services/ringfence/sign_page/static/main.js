@@ -151,18 +151,22 @@ async function prove(question, invitation, made, returnTo) {
   const { kid, ...key } = made;
   const claims = {
     iss: `spiffe://${config.trustDomain}/user/${invitation.user_id}`, aud: config.trustDomain, iat: now(), jti: freshId(),
-    user_id: invitation.user_id, jwk: made.jwk, invitation: invitation.jti,
+    exp: invitation.exp, user_id: invitation.user_id, jwk: made.jwk, invitation: invitation.jti,
   };
   const possession = await sign("key.possession", claims, made, config);
   const offer = { user: invitation.user_id, invitation: question.invitation, ...key, possession };
   const text = JSON.stringify(offer, null, 1);
   await done("The passkey is ready", { offer }, text, returnTo, `passkey-${invitation.user_id}.json`,
-    `It counts once an operator has added it. Its fingerprint, to compare with them: ${kid}`);
+    [
+      paragraph("It counts once an operator, or your own key file, has added it: within ten minutes."),
+      rowList([{ label: "Its fingerprint, to compare", text: kid, style: "code" }]),
+    ],
+    button("Prove it again", () => guarded(() => prove(question, invitation, made, undefined)), "secondary"));
 }
 
 // --- the end ---
 
-async function done(title, answer, text, returnTo, filename, more) {
+async function done(title, answer, text, returnTo, filename, more = [], again = undefined) {
   let sent = false;
   let problem;
   if (returnTo !== undefined) {
@@ -176,12 +180,12 @@ async function done(title, answer, text, returnTo, filename, more) {
   }
   show(
     title,
-    more === undefined ? undefined : paragraph(more),
+    ...more,
     sent
       ? paragraph("It was handed to the program that asked. You can close this page.")
       : paragraph("Give this text to the program or the person who asked. It is no secret, and good for ten minutes only."),
     sent ? undefined : copyBox("Answer", text),
-    sent ? undefined : element("div", { class: "buttons" }, download("Save as a file", filename, text)),
+    element("div", { class: "buttons" }, sent ? undefined : download("Save as a file", filename, text), again),
   );
   if (problem !== undefined) showProblem(`It could not be handed over: ${visible(problem)}`);
 }

@@ -3,6 +3,9 @@
 import { RefusedError, thumbprint } from "./encoding.js";
 import { LEEWAY_S, isTime, ordinaryKey, parse, verify } from "./jws.js";
 
+// An origin with a member that its reader does not know counts for nothing.
+const ORIGIN_MEMBERS = ["origin", "use", "not_before", "not_after"];
+
 /** A verified trust bundle. */
 export class Trust {
   constructor(bundle, config, now) {
@@ -20,7 +23,8 @@ export class Trust {
   /** The origins with this use that are valid now. */
   origins(use) {
     return (this.bundle.origins ?? [])
-      .filter((one) => one.use === use && (one.not_before ?? 0) <= this.now && this.now < one.not_after)
+      .filter((one) => Object.keys(one).every((name) => ORIGIN_MEMBERS.includes(name)))
+      .filter((one) => one.use === use && one.not_before <= this.now && !(one.not_after <= this.now))
       .map((one) => one.origin);
   }
 
