@@ -194,7 +194,7 @@ class Administrator(CommandClient):
         """
         with checked("the command"):
             command = UserEndKey(
-                **self.connection.stamp(COMMAND_LIFE_S),
+                **self.connection.stamp(self.connection.command_life_s),
                 user_id=user_id,
                 kid=kid,
                 reason=reason,
