@@ -25,7 +25,7 @@ NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "KID", "MOMENT",
     "NAME=VALUE", "NAME[:rw]", "NUMBER", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT", "RESOURCE",
     "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]",
-    "VERB[=FLOOR]", "WHEN",
+    "VERB=KIND", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 

@@ -66,6 +66,9 @@ def approver_key_problem(
     if signer is None:
         message = f"the record of {approval.claims.iss} does not say where this key comes from"
         return KeyProblem(Reason(code="key_unknown", message=message), 0)
+    if at_ms // 1000 >= signer.key.not_after:
+        message = f"key {signer.key.kid} of {signer.user_id} has ended since; approve anew with another"
+        return KeyProblem(Reason(code="key_ended", message=message), 0)
     if (reason := floor_problem(signer.key, facts.target.state, verbs)) is not None:
         return KeyProblem(reason, 0)
     parties = {*beside, *facts.sponsors, facts.task.state.on_behalf_of}
