@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -28,6 +29,13 @@ from tests.passkeys.organisation import Organisation
 from tests.support.stack import realm_in
 
 RP_ID = "localhost"
+FROZEN = "although it is frozen"
+"""The reason that the bundle of this stack denies."""
+DEFAULT_BUNDLE = Path(__file__).parents[2] / "deploy" / "policy"
+_FROZEN_RULE = f"""package ringfence.limits
+
+deny contains {{"code": "frozen", "message": "everything is frozen"}} if input.request.reason == "{FROZEN}"
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,10 @@ async def browser(request: pytest.FixtureRequest) -> AsyncIterator[Browser]:
 @pytest.fixture(scope="session")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes, with passkeys in their trust bundle."""
-    with tempfile.TemporaryDirectory(prefix="ringfence-passkeys-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rf-pk-") as folder:
+        bundle = Path(folder) / "policy"
+        shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("*_test.rego"))
+        (bundle / "frozen.rego").write_text(_FROZEN_RULE)
         options = StackOptions(
             Path(folder) / "state",
             trust_domain="acme.example",
@@ -65,6 +76,7 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             topic_prefix="passkeys",
             redis_prefix="passkeys",
             keep_bytes=1024 * 1024,
+            environment={"RINGFENCE_POLICY_BUNDLE": str(bundle)},
         )
         with Stack(options) as running:
             yield running
