@@ -5,7 +5,7 @@
 
 import { RefusedError, digest, messageId } from "./encoding.js";
 import { isTime, parse } from "./jws.js";
-import { duration, moment, visible, visibleLines, visibleName } from "./text.js";
+import { duration, moment, visibleLines, visibleName } from "./text.js";
 
 const COMMON = ["exp"];
 
@@ -390,6 +390,5 @@ const MESSAGES = {
   "task.end": entry(taskEnd, ["task_id", "reason"]),
 };
 
-/** The messages that this page signs, by `typ`. */
-export const SIGNED_HERE = Object.keys(MESSAGES);
-export { visible };
+/** The members that this page shows, by the messages that it signs. A test compares them with what services read. */
+export const MEMBERS = Object.fromEntries(Object.entries(MESSAGES).map(([typ, { members }]) => [typ, members]));
