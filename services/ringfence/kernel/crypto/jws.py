@@ -23,7 +23,7 @@ from ringfence.kernel.base.text import visible_name, with_article
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import check_audience, check_times
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
-from ringfence.kernel.crypto.webauthn import PasskeyKey, VerificationKey
+from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, PasskeyKey, VerificationKey
 from ringfence.messages.base import Claims, typ_header
 
 C = TypeVar("C", bound=Claims)
@@ -172,10 +172,22 @@ def kid_of(compact: str) -> str:
 
     Raises InvalidMessageError if the header is malformed.
     """
+    return _unverified_header(compact).kid
+
+
+def _unverified_header(compact: str) -> _Header:
     try:
-        return _header(compact.partition(".")[0]).kid
+        return _header(compact.partition(".")[0])
     except (ValueError, RecursionError):
         raise InvalidMessageError("not a JWS in compact serialisation", code="not_a_jws") from None
+
+
+def is_by_passkey(compact: str) -> bool:
+    """Whether a compact JWS claims to be signed by a passkey; only the header is parsed.
+
+    Raises InvalidMessageError if the header is malformed.
+    """
+    return _unverified_header(compact).alg == WEBAUTHN_ALG
 
 
 def parse(compact: str | bytes) -> UnverifiedJws:
