@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import shutil
-import sys
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -18,17 +12,14 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Browser
 
-from ringfence.client.admin.trust_setup import load_root_and_bundle, publish_bundle, sign_next_bundle
-from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, free_port, spawn
+from ringfence.dev.processes import StackError
 from ringfence.dev.stack import Stack, StackOptions
-from ringfence.messages.trust import Origin
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.passkeys.browser import Person, chromium
 from tests.passkeys.organisation import Organisation
 from tests.support.stack import realm_in
 
-RP_ID = "localhost"
 FROZEN = "although it is frozen"
 """The reason that the bundle of this stack denies."""
 DEFAULT_BUNDLE = Path(__file__).parents[2] / "deploy" / "policy"
@@ -77,58 +68,16 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             redis_prefix="passkeys",
             keep_bytes=1024 * 1024,
             environment={"RINGFENCE_POLICY_BUNDLE": str(bundle)},
+            sign_page=True,
         )
         with Stack(options) as running:
             yield running
 
 
 @pytest.fixture(scope="session")
-def site(stack: Stack) -> Iterator[Site]:
-    """`ringfence serve sign-page` on a port of localhost that the trust bundle names."""
-    port, console = free_port(), free_port()
-    made = Site(f"http://localhost:{port}", f"http://localhost:{console}", stack.environment())
-    root, bundle = load_root_and_bundle(stack.trust)
-    now_s = int(time.time())
-    sign_next_bundle(
-        stack.trust, bundle, root, now_s,
-        rp_id=RP_ID,
-        origins=(
-            Origin(origin=made.sign, use="sign", not_before=now_s),
-            Origin(origin=made.session, use="session", not_before=now_s),
-        ),
-    )  # fmt: skip
-    asyncio.run(publish_bundle(stack.trust, stack.settings()))
-    server = serve_sign_page(stack, made, port)
-    yield made
-    server.kill()
-
-
-def serve_sign_page(stack: Stack, site: Site, port: int) -> Child:
-    """Start the program, and wait until it serves."""
-    child = spawn(
-        "sign-page",
-        [sys.executable, "-P", "-m", "ringfence.cli.main", "serve", "sign-page"],
-        env={
-            **os.environ,
-            **site.environment,
-            "RINGFENCE_CONFIG": os.devnull,
-            "RINGFENCE_SIGN_PAGE_ORIGIN": site.sign,
-            "RINGFENCE_SIGN_PAGE_SESSION_ORIGINS": f'["{site.session}"]',
-            "RINGFENCE_SIGN_PAGE_HTTP": f"{LOOPBACK}:{port}",
-        },
-        log_path=stack.options.state / "logs" / "sign-page.log",
-        umask=PRIVATE,
-    )
-
-    def serves() -> bool:
-        try:
-            with urllib.request.urlopen(site.sign) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    child.wait_until(serves, 60.0, "served the page")
-    return child
+def site(stack: Stack) -> Site:
+    """Where people sign on this stack."""
+    return Site(stack.origins["sign"], stack.origins["session"], stack.environment())
 
 
 @pytest.fixture

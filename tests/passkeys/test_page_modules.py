@@ -69,7 +69,8 @@ async def test_base64url_is_read_as_strictly(modules: Person) -> None:
     texts += [a + b + c + d for a in alphabet for b in alphabet for c in alphabet for d in ("", "A", "=")]
     script = """async (many) => {
       const { decode64, encode64 } = await import("./encoding.js");
-      const one = (text) => { try { const raw = decode64(text); return [[...raw], encode64(raw)]; } catch { return [null, null]; } };
+      const read = (raw) => [[...raw], encode64(raw)];
+      const one = (text) => { try { return read(decode64(text)); } catch { return [null, null]; } };
       return many.map(one);
     }"""
     for text, (raw, again) in zip(texts, await modules.page.evaluate(script, texts), strict=True):
@@ -78,12 +79,47 @@ async def test_base64url_is_read_as_strictly(modules: Person) -> None:
 
 
 DOCUMENTS = [
-    "{}", "[]", '{"a":1}', '{"a":1,"a":1}', '{"a":{"b":1,"b":2}}', '{"a":1,"\\u0061":2}', '{"a":1}x', '{"a":1,}', "{'a':1}",
-    '{"a":01}', '{"a":1e400}', '{"a":-0}', '{"a":1.5}', '{"a":"\\ud800"}', '{"a":"\\ud83d\\ude00"}', '{"a":"\t"}', '{"a":nul}',
-    '{"a":true,"b":false,"c":null}', '{"__proto__":1}', '{"constructor":{"x":1}}', '{"toString":1,"toString":2}', "\ufeff{}", "",
-    '{"a":[1,2,{"b":[]}]}', ' {\n"a" : [ 1 , 2 ] }\r\n', '{"a":NaN}', '{"a":+1}', '{"a":.5}', '{"a":1.}', '{"a":"\\x"}', "{" * 1000,
+    "{}",
+    "[]",
+    '{"a":1}',
+    '{"a":1,"a":1}',
+    '{"a":{"b":1,"b":2}}',
+    '{"a":1,"\\u0061":2}',
+    '{"a":1}x',
+    '{"a":1,}',
+    "{'a':1}",
+    '{"a":01}',
+    '{"a":1e400}',
+    '{"a":-0}',
+    '{"a":1.5}',
+    '{"a":"\\ud800"}',
+    '{"a":"\\ud83d\\ude00"}',
+    '{"a":"\t"}',
+    '{"a":nul}',
+    '{"a":true,"b":false,"c":null}',
+    '{"__proto__":1}',
+    '{"constructor":{"x":1}}',
+    '{"toString":1,"toString":2}',
+    "\ufeff{}",
+    "",
+    '{"a":[1,2,{"b":[]}]}',
+    ' {\n"a" : [ 1 , 2 ] }\r\n',
+    '{"a":NaN}',
+    '{"a":+1}',
+    '{"a":.5}',
+    '{"a":1.}',
+    '{"a":"\\x"}',
+    '{"a"}',
+    "{,}",
+    '{"a":1 "b":2}',
+    '"a"',
+    "1",
+    "null",
+    '{"a":9007199254740991}',
+    "{" * 1000,
     '{"a":' * 500 + "1" + "}" * 500,
-]  # fmt: skip
+]
+"""What is JSON and what is none, each in ways in which parsers differ."""
 
 
 def python_reads(text: str) -> str | None:
@@ -123,6 +159,7 @@ async def test_the_page_shows_each_member_of_each_message_that_passkeys_sign(mod
     """A member that the page does not know is refused there, until somebody writes how it is shown."""
     shown = await modules.page.evaluate("async () => (await import('./messages.js')).MEMBERS")
     stamped = {"iss", "aud", "iat", "jti", "exp"}
+    # Only instances of agents have an enrolment.
     assert {typ: set(members) for typ, members in shown.items()} == {
-        model.typ: set(model.model_fields) - stamped for model in signed_on_the_page()
+        model.typ: set(model.model_fields) - stamped - {"enrolment"} for model in signed_on_the_page()
     }

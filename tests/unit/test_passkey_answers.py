@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.passkeys.questions import compose, question_link, relay_link, sign_origin
+from ringfence.client.passkeys.questions import compose, question_link, server_link, sign_origin
 from ringfence.client.passkeys.signing import check_answer
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
@@ -26,6 +26,7 @@ def registry() -> InMemoryRegistry:
     """An organisation in which pia has one passkey."""
     made = InMemoryRegistry()
     made.organisation()
+    made.give(made.register("sam", "deploy-bot", "sam"))
     return made
 
 
@@ -39,8 +40,8 @@ def passkey(registry: InMemoryRegistry) -> SoftwarePasskey:
 
 def suspend(**changed: Any) -> AgentSuspend:
     fields: dict[str, Any] = {
-        "iss": f"spiffe://{TD}/user/pia", "aud": TD, "iat": NOW_S, "exp": NOW_S + 900, "jti": "asked", "agent_id": "deploy-bot",
-        "reason": "odd",
+        "iss": f"spiffe://{TD}/user/pia", "aud": TD, "iat": NOW_S, "exp": NOW_S + 900, "jti": "asked",
+        "agent_id": "deploy-bot", "reason": "odd",
     }  # fmt: skip
     return AgentSuspend(**(fields | changed))
 
@@ -101,7 +102,9 @@ def test_an_answer_from_the_console_or_that_is_too_old_is_refused(
 
 
 def question(registry: InMemoryRegistry, claims: Claims) -> Any:
-    text = compose("pia", claims, registry.directory, registry.trust, evidence={"more": "a.b.c"}, return_to="http://x")
+    text = compose(
+        "pia", claims, registry.directory, registry.trust, evidence={"more": "a.b.c"}, return_to="http://x"
+    )
     return json.loads(text)
 
 
@@ -125,7 +128,9 @@ def test_what_no_passkey_signs_is_not_asked(registry: InMemoryRegistry, passkey:
         question(registry, command)
 
 
-def test_without_the_record_or_the_bundle_nobody_is_asked(registry: InMemoryRegistry, passkey: SoftwarePasskey) -> None:
+def test_without_the_record_or_the_bundle_nobody_is_asked(
+    registry: InMemoryRegistry, passkey: SoftwarePasskey
+) -> None:
     with pytest.raises(InvalidCallError, match="no agent nobody"):
         question(registry, suspend(agent_id="nobody"))
     with pytest.raises(UnavailableError):
@@ -135,4 +140,7 @@ def test_without_the_record_or_the_bundle_nobody_is_asked(registry: InMemoryRegi
 def test_links_lead_to_the_page_that_the_bundle_names(registry: InMemoryRegistry) -> None:
     assert sign_origin(registry.trust, NOW_S) == SIGN_ORIGIN
     assert question_link(SIGN_ORIGIN, b"{}").startswith(f"{SIGN_ORIGIN}/#q=")
-    assert relay_link(SIGN_ORIGIN, "http://127.0.0.1:1/a&b") == f"{SIGN_ORIGIN}/#relay=http%3A%2F%2F127.0.0.1%3A1%2Fa%26b"
+    assert (
+        server_link(SIGN_ORIGIN, "http://127.0.0.1:1/a&b")
+        == f"{SIGN_ORIGIN}/#from=http%3A%2F%2F127.0.0.1%3A1%2Fa%26b"
+    )

@@ -35,7 +35,7 @@ def test_a_page_says_what_it_is_for():
     text = build(CONFIG).files["config.js"].decode()
     assert json.loads(text.partition("freeze(")[2].rpartition(")")[0]) == {
         "trustDomain": "example.com", "trustRoot": "root-of-trust", "rpId": "example.com", "origin": ORIGIN,
-        "sessionOrigins": [CONSOLE],
+        "sessionOrigins": [CONSOLE], "leastVersion": 0,
     }  # fmt: skip
 
 

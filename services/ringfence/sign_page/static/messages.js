@@ -108,7 +108,7 @@ async function describeRequest(compact, evidence, revisions) {
 }
 
 async function approval(claims, evidence, extra) {
-  const asked = await evidence.trust.signedBy("policy", "approval.request", extra.question, "policy's question");
+  const asked = await evidence.trust.signedBy(["policy"], "approval.request", extra.question, "policy's question");
   const yes = verdict(claims);
   const { request, ground, rows } = await describeRequest(claims.request, evidence, claims.revisions);
   const same = (one, other) => JSON.stringify(sorted(one)) === JSON.stringify(sorted(other));
@@ -141,7 +141,7 @@ async function approval(claims, evidence, extra) {
 }
 
 async function actionApproval(claims, evidence) {
-  const asked = await evidence.trust.signedBy("gateway", "action.request", claims.request, "the gateway's question");
+  const asked = await evidence.trust.signedBy(["gateway"], "action.request", claims.request, "the gateway's question");
   known(
     ["iss", "aud", "iat", "jti", "exp", "action_id", "agent_id", "task_id", "lease_id", "target_id", "verb", "resource",
      "method", "url", "body_digest", "body_bytes", "headers_digest", "headers", "required", "revisions"],
@@ -200,7 +200,7 @@ function grantWithdraw(claims) {
 }
 
 async function review(claims, evidence, extra) {
-  const decision = await evidence.trust.signedBy("policy", "credential.decision", extra.decision, "the decision");
+  const decision = await evidence.trust.signedBy(["policy"], "credential.decision", extra.decision, "the decision");
   if (
     claims.decision_digest !== (await digest(extra.decision)) || decision.request_id !== claims.request_id ||
     decision.outcome !== "allowed"
@@ -232,7 +232,7 @@ const SELECTED = {
   target_id: "all leases for target", user_id: "all leases on behalf of", all: "every lease of every agent",
 };
 
-function revocation(claims) {
+async function revocation(claims, evidence, extra) {
   let what = `lease ${name(claims.lease_id ?? "")}`;
   if (claims.kind !== "revocation") throw new RefusedError("it is no revocation by a person");
   if (claims.selector !== undefined) {
@@ -240,16 +240,28 @@ function revocation(claims) {
     if (chosen.length !== 1 || claims.lease_id !== undefined) throw new RefusedError("a revocation names one thing");
     const [[key, value]] = chosen;
     what = key === "all" ? SELECTED.all : `${SELECTED[key]} ${name(value)}`;
-  } else {
-    str(claims.lease_id);
   }
+  const rows = claims.selector === undefined ? await leaseRows(str(claims.lease_id), evidence, extra.lease) : [];
   return {
     title: "Revoke",
     action: "Revoke",
     gives: false,
-    rows: [row("Ends", what), ...reason(claims)],
+    rows: [row("Ends", what), ...rows, ...reason(claims)],
     warnings: ["What it covers is cut at once. Agents may ask again with new requests."],
   };
+}
+
+/** What a lease is for, where its record came with the question: by the issuer, or by a revoker later. */
+async function leaseRows(leaseId, evidence, compact) {
+  if (compact === undefined) return [];
+  const lease = await evidence.trust.signedBy(["issuer", "revoker"], "lease", compact, "the lease");
+  if (lease.lease_id !== leaseId) throw new RefusedError("it is another lease than the one that came with it");
+  return [
+    row("Agent", name(lease.agent_id)),
+    row("On behalf of", name(lease.on_behalf_of)),
+    ...scopeRows(lease.scope, "Allows"),
+    row("Ends by itself", moment(int(lease.deadline))),
+  ];
 }
 
 function endKey(claims, evidence) {
