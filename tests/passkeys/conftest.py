@@ -18,6 +18,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.passkeys.browser import Person, chromium
 from tests.passkeys.organisation import Organisation
+from tests.passkeys.questions import Asked, open_question
 from tests.support.stack import realm_in
 
 FROZEN = "although it is frozen"
@@ -93,3 +94,14 @@ async def organisation(stack: Stack, site: Site) -> AsyncIterator[Organisation]:
     """A small organisation of this test's own, in which sam has no key file."""
     async with realm_in(stack) as realm, Organisation(realm, site.environment) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+async def asked(stack: Stack, site: Site, browser: Browser) -> AsyncIterator[Asked]:
+    """A question that is in order, for all these tests."""
+    somebody = await Person.at(browser)
+    async with realm_in(stack) as realm, Organisation(realm, site.environment) as organisation:
+        user_id = await organisation.sponsor(somebody)
+        async with open_question(organisation, site.sign, user_id) as question:
+            yield question
+    await somebody.leave()

@@ -11,14 +11,13 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from playwright.async_api import Browser, Page, Route, expect
+from playwright.async_api import Page, Route, expect
 
 from ringfence.client.admin.trust_setup import load_root_and_bundle
-from ringfence.dev.stack import Stack
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, challenge_of
@@ -32,18 +31,6 @@ from tests.passkeys.browser import Person
 from tests.passkeys.conftest import Site
 from tests.passkeys.organisation import Organisation
 from tests.passkeys.questions import Asked, Question, altered, broken, claims_of, open_question, signed_by
-from tests.support.stack import realm_in
-
-
-@pytest.fixture(scope="module")
-async def asked(stack: Stack, site: Site, browser: Browser) -> AsyncIterator[Asked]:
-    """A question that is in order, for all these tests."""
-    somebody = await Person.at(browser)
-    async with realm_in(stack) as realm, Organisation(realm, site.environment) as organisation:
-        user_id = await organisation.sponsor(somebody)
-        async with open_question(organisation, site.sign, user_id) as question:
-            yield question
-    await somebody.leave()
 
 
 async def refused(page: Page, reason: str) -> None:

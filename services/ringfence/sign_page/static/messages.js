@@ -73,20 +73,22 @@ function verdict(claims) {
   throw new RefusedError("its verdict is neither yes nor no");
 }
 
-function groundRows(ground) {
+/** Who acts, what they want (`wanted`), and the task that it is for: what decides comes first. */
+function groundRows(ground, wanted) {
   const { agent, task, target } = ground;
   const rows = [
     row("Agent", about(agent.agent_id, agent.description)),
-    row("Its sponsor", name(agent.sponsor)),
-    row("On behalf of", name(task.on_behalf_of)),
-    row("Task", prose(task.purpose), "quote"),
+    ...wanted,
     row("Target", about(target.target_id, target.description)),
+    row("Task", prose(task.purpose), "quote"),
+    row("On behalf of", name(task.on_behalf_of)),
   ];
-  if (task.act?.length > 1) rows.splice(1, 0, row("Handed on by", task.act.slice(1).map(name).join(", then ")));
+  if (task.act?.length > 1) rows.push(row("Handed on by", task.act.slice(1).map(name).join(", then ")));
+  rows.push(row("Its sponsor", name(agent.sponsor)));
   return rows;
 }
 
-async function describeRequest(compact, evidence, revisions) {
+async function describeRequest(compact, evidence, revisions, ttl) {
   const request = await evidence.agentRequest(compact);
   const { claims, instance } = request;
   known(
@@ -98,19 +100,19 @@ async function describeRequest(compact, evidence, revisions) {
   if (targets.size !== 1) throw new RefusedError("the request is for more than one target");
   const agentId = evidence.subject("agent", claims.iss);
   const ground = evidence.ground(agentId, claims.task_id, [...targets][0], revisions);
-  const rows = [
-    ...groundRows(ground),
+  const rows = groundRows(ground, [
     ...scopeRows(claims.scope, "Asks to"),
+    row("Credential for", duration(int(ttl))),
     row("Its reason, in its own words", prose(claims.reason), "quote"),
-  ];
-  if (instance) rows.splice(1, 0, row("Running as", `${prose(instance.subject)} of ${prose(instance.issuer)}`));
+  ]);
+  if (instance) rows.push(row("Running as", `${prose(instance.subject)} of ${prose(instance.issuer)}`));
   return { request, ground, rows };
 }
 
 async function approval(claims, evidence, extra) {
   const asked = await evidence.trust.signedBy(["policy"], "approval.request", extra.question, "policy's question");
   const yes = verdict(claims);
-  const { request, ground, rows } = await describeRequest(claims.request, evidence, claims.revisions);
+  const { request, ground, rows } = await describeRequest(claims.request, evidence, claims.revisions, claims.ttl_s);
   const same = (one, other) => JSON.stringify(sorted(one)) === JSON.stringify(sorted(other));
   if (
     asked.request !== claims.request || asked.request_id !== request.id || claims.request_id !== request.id ||
@@ -126,7 +128,6 @@ async function approval(claims, evidence, extra) {
     throw new RefusedError("policy no longer waits for this answer, or not for so long");
   }
   rows.push(
-    row("Credential for", duration(int(claims.ttl_s))),
     row("Delivered to", deliveredTo(claims.delivery)),
     row("Needs the word of", asked.required.map(name).join(" and ")),
     ...(asked.reasons ?? []).map((one) => row("Policy says", prose(one.message))),
@@ -155,11 +156,12 @@ async function actionApproval(claims, evidence) {
   const ground = evidence.ground(asked.agent_id, asked.task_id, asked.target_id, asked.revisions);
   const headers = (asked.headers ?? []).map((one) => `${name(one.name)}: ${one.value === undefined ? "(not shown)" : name(one.value)}`);
   const rows = [
-    ...groundRows(ground),
-    row("Action", `${name(asked.verb)}  on  ${name(asked.resource)}`, "code"),
-    row("As a request", `${name(asked.method)} ${name(asked.url)}`, "code"),
-    row("Body", asked.body_bytes ? `${int(asked.body_bytes)} bytes, SHA-256 ${name(asked.body_digest)}` : "none", "code"),
-    row("Headers", headers.join("\n") || (asked.headers_digest ? "none" : "not bound by this gateway"), "code"),
+    ...groundRows(ground, [
+      row("Action", `${name(asked.verb)}  on  ${name(asked.resource)}`, "code"),
+      row("As a request", `${name(asked.method)} ${name(asked.url)}`, "code"),
+      row("Body", asked.body_bytes ? `${int(asked.body_bytes)} bytes, SHA-256 ${name(asked.body_digest)}` : "none", "code"),
+      row("Headers", headers.join("\n") || (asked.headers_digest ? "none" : "not bound by this gateway"), "code"),
+    ]),
     row("Needs the word of", name(asked.required)),
     row("Held by", name(asked.iss)),
     ...comment(claims),
@@ -179,9 +181,10 @@ async function grant(claims, evidence) {
     title: `Approve ahead for ${name(claims.agent_id)}`,
     action: "Approve ahead",
     rows: [
-      ...groundRows(ground),
-      ...scopeRows(claims.scope, "May have"),
-      row("Credentials", `${count}, each for ${duration(int(claims.ttl_s))} at most`),
+      ...groundRows(ground, [
+        ...scopeRows(claims.scope, "May have"),
+        row("Credentials", `${count}, each for ${duration(int(claims.ttl_s))} at most`),
+      ]),
       row("Delivered to", deliveredTo(claims.delivery)),
       ...comment(claims),
     ],
