@@ -182,10 +182,11 @@ def test_a_key_that_is_a_link_is_not_used(home: Home, project: Path) -> None:
     folder = home.folder / ".local/state/ringfence/scan"
     folder.mkdir(parents=True)
     (home.folder / "other").write_bytes(b"x" * 32)
+    (home.folder / "other").chmod(0o644)
     (folder / "fingerprint.key").symlink_to(home.folder / "other")
     done = home.scan(str(project))
     assert "fingerprints are for this scan alone" in done.stderr
-    assert stat.S_IMODE((home.folder / "other").stat().st_mode) != 0o600
+    assert stat.S_IMODE((home.folder / "other").stat().st_mode) == 0o644
 
 
 def test_the_table_fits_80_columns_on_a_terminal(home: Home, project: Path) -> None:
