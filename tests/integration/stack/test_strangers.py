@@ -32,7 +32,7 @@ from ringfence.messages.topics import (
 )
 from tests.support.stack import RunningStack, first_pending
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/no-sdk/request_by_hand.py"
 OVER_HTTP = ROOT / "examples/no-sdk/request_over_http.py"
 
