@@ -105,6 +105,19 @@ def test_a_run_asks_for_a_credential_uses_it_and_loses_it(here: Installation) ->
     assert lease["lease_id"] not in {one["id"] for one in here.say("lease", "list", who="olga")["leases"]}
 
 
+def test_a_run_asks_with_curl_and_forty_lines_of_python(here: Installation) -> None:
+    """The example without the SDK, as docs/http-access.md has it for the inside of a run."""
+    folder = Path(__file__).parents[2] / "examples/no-sdk"
+    script = "PYTHONPATH=$(echo /opt/ringfence/packages-* | tr ' ' :) exec python3 request_with_curl.py"
+    words = ["$RINGFENCE_TASK", "notes", "read", "note/today"]
+    code, report, out = here.report(
+        "--mount", str(folder), "--", "sh", "-c", f"{script} {' '.join(words)}"
+    )
+    assert (code, out) == (0, b"allowed: jwt\n"), report
+    (lease,) = report["allowed"]
+    assert (lease["delivery"], lease["ended_by"]) == ("agent", "run_ended")
+
+
 def test_the_instance_of_a_run_acts_in_no_other_task(here: Installation) -> None:
     other = here.assign()
     script = REQUEST.replace("$RINGFENCE_TASK", other)
