@@ -110,9 +110,7 @@ def test_a_run_asks_with_curl_and_forty_lines_of_python(here: Installation) -> N
     folder = Path(__file__).parents[2] / "examples/no-sdk"
     script = "PYTHONPATH=$(echo /opt/ringfence/packages-* | tr ' ' :) exec python3 request_with_curl.py"
     words = ["$RINGFENCE_TASK", "notes", "read", "note/today"]
-    code, report, out = here.report(
-        "--mount", str(folder), "--", "sh", "-c", f"{script} {' '.join(words)}"
-    )
+    code, report, out = here.report("--mount", str(folder), "--", "sh", "-c", f"{script} {' '.join(words)}")
     assert (code, out) == (0, b"allowed: jwt\n"), report
     (lease,) = report["allowed"]
     assert (lease["delivery"], lease["ended_by"]) == ("agent", "run_ended")
