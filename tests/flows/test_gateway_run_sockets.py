@@ -235,7 +235,7 @@ async def test_on_the_socket_of_a_run_only_messages_of_its_instance_count(bench:
             "a release by another run": (403, "socket_other_run"),
         }
         event = await action(bench.world, task_id=task, allowed=False, method="POST")
-        assert event.agent_id == agent.name
+        assert (event.agent_id, event.run_id) == (agent.name, run.live.id)
 
         # What another instance posted on its own socket: its reply is not for this one, nor may it be withdrawn here.
         assert (await beside.caller().post(posted)).status_code == 202
