@@ -17,6 +17,7 @@ from ringfence.client.agent.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, RequestDeniedError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates, CredentialDecision, RequestWithdraw
 from ringfence.messages.enrolment import InstanceEnrolment, RunRef
 from ringfence.messages.lease import Lease, RevocationRequest
@@ -79,6 +80,16 @@ async def revoked(world: World, lease_id: str) -> Lease:
         LEASE, lambda r: r.key == lease_id and world.opened(r, Lease, "issuer", "revoker").status == "revoked"
     )
     return world.opened(record, Lease, "revoker")
+
+
+async def denied_of(world: World, request_id: str) -> CredentialDecision:
+    """The denial of a request."""
+
+    def is_it(record: Received) -> bool:
+        decision = world.opened(record, CredentialDecision, "policy")
+        return (decision.request_id, decision.outcome) == (request_id, "denied")
+
+    return world.opened(await world.consume_until(CREDENTIAL_DECISION, is_it), CredentialDecision, "policy")
 
 
 @pytest.mark.parametrize("end", ["ended", "lost"])
@@ -165,14 +176,8 @@ async def test_a_run_withdraws_and_gives_back_what_is_its_own_alone(yard: Attest
                 claims = world.claims(RequestWithdraw, agent, request_id=request_id, enrolment=enrolment)
                 assert await said_to(claims, key) == "not_requester", who
             asking.cancel()  # the SDK withdraws it, as the one that asked
-            decided = await world.consume_until(
-                CREDENTIAL_DECISION,
-                lambda r, wanted_id=request_id: (
-                    (one := world.opened(r, CredentialDecision, "policy")).request_id == wanted_id
-                    and one.outcome == "denied"
-                ),
-            )
-            (reason,) = world.opened(decided, CredentialDecision, "policy").reasons
+            decision = await denied_of(world, request_id)
+            (reason,) = decision.reasons
             assert reason.code == "withdrawn"
         await inside.release(kept, timeout_s=60)
 

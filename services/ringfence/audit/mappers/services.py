@@ -67,7 +67,12 @@ class ServiceMapper(RecordMapper):
     def _action_of(self, record: Received) -> ActionDecided | ActionAnswered | RelayEnded:
         """The message in a record. Raises InvalidMessageError with what is wrong with it as an `ActionDecided`."""
         wrong: InvalidMessageError | None = None
-        for model in (ActionDecided, ActionAnswered, RelayEnded):
+        models: tuple[type[ActionDecided | ActionAnswered | RelayEnded], ...] = (
+            ActionDecided,
+            ActionAnswered,
+            RelayEnded,
+        )
+        for model in models:
             try:
                 return self._verifier.parse_unsigned(record, model)
             except InvalidMessageError as error:
