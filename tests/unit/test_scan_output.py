@@ -428,6 +428,8 @@ EXPECTED_HOME = Path(__file__).parents[1] / "support" / "scan_home.json"
 def test_the_home_folder_of_a_developer_has_the_report_that_is_expected(home: Home, tmp_path: Path) -> None:
     """Every case in its place, scanned without a path. `scan_home.json` is the baseline of what must be found there."""
     for one in cases(5):
+        if not one.secrets and not one.unread:
+            continue
         file = home.folder / one.path
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(one.content)

@@ -54,7 +54,11 @@ def formats_in(text: str) -> Iterator[tuple[Format, str, int]]:
         for match in one.regex.finditer(text):
             group = 1 if one.regex.groups else 0
             value = match[group]
-            if names.is_placeholder(value) or (one.check is not None and not one.check(value)):
+            if (
+                names.is_placeholder(value)
+                or names.is_counted(value)
+                or (one.check is not None and not one.check(value))
+            ):
                 continue
             yield one, value, match.start(group)
 
@@ -72,7 +76,8 @@ def is_counterfeit(text: str) -> bool:
 
 def public_prefix_length(text: str) -> int:
     """Return how many characters at the begin of a credential are the same for all of its kind: `github_pat_`."""
-    return max((len(one.marker) for one in FORMATS if text.startswith(one.marker)), default=0)
+    found = (one.public.match(text) for one in FORMATS if one.public is not None)
+    return max((match.end() for match in found if match is not None), default=0)
 
 
 def of_format(text: str, field: str, **more: Any) -> Candidate | None:
@@ -195,6 +200,7 @@ def classify(name: str, value: str, field: str | None = None, **more: Any) -> It
         (match := _BEARER.search(value))
         and names.looks_random(match[1])
         and not names.is_placeholder(match[1])
+        and not names.is_counted(match[1])
     ):
         yield candidate_of(kinds.for_name(kinds.BEARER, words), match[1], field, **more)
         return

@@ -16,6 +16,7 @@ from ringfence.scan.findings import Finding, Note, Place, Readable
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.path_index import PathIndex
+from ringfence.scan.published_examples import is_published
 from ringfence.scan.readers import FILE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.rings import verdicts
@@ -103,7 +104,7 @@ class FileScanner:
         count = 0
         for reader, candidate in self._candidates(job, file, results):
             value = candidate.value.reveal() if candidate.value is not None else ""
-            if value and value in seen and reader is TEXT_READER.name:
+            if value and ((value in seen and reader is TEXT_READER.name) or is_published(value)):
                 continue
             seen.add(value)
             count += 1

@@ -20,6 +20,7 @@ from ringfence.scan.file_scan import FileScanner, Job, JobResults
 from ringfence.scan.findings import Access, Finding, Identity, Note, Place, Report
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.published_examples import is_published
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS
 from ringfence.scan.readers.reader import Machine
 from ringfence.scan.remedies import remedies_of
@@ -233,6 +234,8 @@ class Scanner:
         for reader in MACHINE_READERS:
             try:
                 for path, candidate in reader.read(machine):
+                    if candidate.value is not None and is_published(candidate.value.reveal()):
+                        continue
                     report.findings.append(files.finding(reader.name, path, candidate, "unknown"))
             except Exception as error:  # noqa: BLE001 - a message could quote what was read
                 report.notes.append(Note(reader.name, f"could not be read ({type(error).__name__})"))
