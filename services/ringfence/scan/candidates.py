@@ -74,6 +74,10 @@ def is_counterfeit(text: str) -> bool:
     )
 
 
+MARKERS: Final = frozenset(one.marker for one in FORMATS)
+"""What is the same in all credentials of a kind, also where it stands in their middle."""
+
+
 def public_prefix_length(text: str) -> int:
     """Return how many characters at the begin of a credential are the same for all of its kind: `github_pat_`."""
     found = (one.public.match(text) for one in FORMATS if one.public is not None)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
 
-from ringfence.scan.candidates import Candidate, public_prefix_length
+from ringfence.scan.candidates import MARKERS, Candidate, public_prefix_length
 from ringfence.scan.documents import DocumentError
 from ringfence.scan.findings import Finding, Note, Place, Readable
 from ringfence.scan.fingerprint import Fingerprinter
@@ -147,7 +147,7 @@ class FileScanner:
         """Return the finding of a candidate. From here on there is no secret."""
         value, line = candidate.value, candidate.line
         if value is not None:
-            self.guard.add(value, public=public_prefix_length(value.reveal()))
+            self.guard.add(value, public=public_prefix_length(value.reveal()), common=MARKERS)
             if line is None and file is not None:
                 line = file.line_of(value.reveal())
         pattern = candidate.pattern or candidate.kind.pattern

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 from ringfence.scan.names import looks_random
@@ -32,10 +32,19 @@ class OutputGuard:
         self._all: set[bytes] = set()
         self._strong: set[bytes] = set()
 
-    def add(self, value: SecretValue, *, public: int = 0) -> None:
-        """Know one more secret. `public`: how many characters at its begin are the same for all of its kind."""
+    def add(self, value: SecretValue, *, public: int = 0, common: Collection[str] = ()) -> None:
+        """Know one more secret.
+
+        Args:
+            value: it.
+            public: how many characters at its begin are the same for all of its kind.
+            common: what else is the same for all of its kind, such as `T3BlbkFJ` in its middle.
+        """
         text = value.reveal()[public:][:_MOST_CHARACTERS]
         pieces = set(self._digests(text))
+        for word in common:
+            if word in text:
+                pieces.difference_update(self._digests(word))
         self._all |= pieces
         if len(text) >= _STRONG_LENGTH and looks_random(text):
             self._strong |= pieces
