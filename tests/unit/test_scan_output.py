@@ -307,6 +307,33 @@ def test_sarif_and_ocsf_of_every_kind_of_finding_are_valid(home: Home, tmp_path:
     }  # fmt: skip
 
 
+def test_names_of_files_that_are_no_utf8_are_in_every_form(home: Home, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path / "odd")
+    os.makedirs(folder + b"/\xff\xfe")
+    token = Maker(13).token(40)
+    for name in (b"/\xff\xfe/.env", b"/\xe9.env"):
+        Path(os.fsdecode(folder + name)).write_text(f"API_KEY={token}\n")
+    # A name in a document that is half of a character.
+    (tmp_path / "odd/.claude.json").write_text(
+        f'{{"mcpServers": {{"a\\ud800": {{"env": {{"API_KEY": "{token}"}}}}}}}}'
+    )
+    sarif, baseline = tmp_path / "o.sarif", tmp_path / "b.json"
+    for words in (
+        ("--sarif", str(sarif), "--write-baseline", str(baseline)), ("--html", str(tmp_path / "o.html")),
+        ("--ocsf", str(tmp_path / "o.ocsf")), ("--json",), ("--details",), ("--baseline", str(baseline), "--fail-on", "any"),
+    ):  # fmt: skip
+        done = home.scan(".", *words, folder=tmp_path / "odd")
+        assert done.returncode == 0, (words, done.stderr)
+    log = json.loads(sarif.read_text())
+    assert sarif_problems(log) == []
+    uris = {
+        result["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] for result in log["runs"][0]["results"]
+    }  # fmt: skip
+    assert uris == {"%FF%FE/.env", "%E9.env", ".claude.json"}
+    (tmp_path / "odd/.claude.json").unlink()
+    assert "gone since" in home.scan(".", folder=tmp_path / "odd").stdout
+
+
 def test_the_schemas_can_refuse(home: Home, project: Path, tmp_path: Path) -> None:
     file = tmp_path / "scan.sarif"
     home.scan(".", "--sarif", str(file), "--ocsf", str(tmp_path / "o"), folder=project)

@@ -87,5 +87,10 @@ def _result(finding: Finding) -> dict[str, Any]:
 def _artifact(path: str) -> dict[str, str]:
     """Return where a file is, as a URI: absolute, below the home folder, or below the folder of the scan."""
     if path.startswith("~/"):
-        return {"uri": quote(path.removeprefix("~/")), "uriBaseId": _HOME}
-    return {"uri": f"file://{quote(path)}" if path.startswith("/") else quote(path)}
+        return {"uri": _quoted(path.removeprefix("~/")), "uriBaseId": _HOME}
+    return {"uri": f"file://{_quoted(path)}" if path.startswith("/") else _quoted(path)}
+
+
+def _quoted(path: str) -> str:
+    """Escape a path, also one that is no UTF-8: its bytes are the same in the URI."""
+    return quote(path.encode("utf-8", "surrogateescape"))
