@@ -309,7 +309,7 @@ def test_sarif_and_ocsf_of_every_kind_of_finding_are_valid(home: Home, tmp_path:
 
 def test_names_of_files_that_are_no_utf8_are_in_every_form(home: Home, tmp_path: Path) -> None:
     folder = os.fsencode(tmp_path / "odd")
-    os.makedirs(folder + b"/\xff\xfe")
+    Path(os.fsdecode(folder + b"/\xff\xfe")).mkdir(parents=True)
     token = Maker(13).token(40)
     for name in (b"/\xff\xfe/.env", b"/\xe9.env"):
         Path(os.fsdecode(folder + name)).write_text(f"API_KEY={token}\n")
@@ -320,7 +320,8 @@ def test_names_of_files_that_are_no_utf8_are_in_every_form(home: Home, tmp_path:
     sarif, baseline = tmp_path / "o.sarif", tmp_path / "b.json"
     for words in (
         ("--sarif", str(sarif), "--write-baseline", str(baseline)), ("--html", str(tmp_path / "o.html")),
-        ("--ocsf", str(tmp_path / "o.ocsf")), ("--json",), ("--details",), ("--baseline", str(baseline), "--fail-on", "any"),
+        ("--ocsf", str(tmp_path / "o.ocsf")), ("--json",), ("--details",),
+        ("--baseline", str(baseline), "--fail-on", "any"),
     ):  # fmt: skip
         done = home.scan(".", *words, folder=tmp_path / "odd")
         assert done.returncode == 0, (words, done.stderr)

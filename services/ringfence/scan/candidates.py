@@ -68,9 +68,9 @@ def formats_in(text: str, among: Sequence[Format] = FORMATS) -> Iterator[tuple[F
             group = 1 if one.regex.groups else 0
             value = match[group]
             if (
-                names.is_placeholder(value)
+                (one.check is not None and not one.check(value))
+                or names.is_placeholder(value)
                 or names.is_counted(value)
-                or (one.check is not None and not one.check(value))
             ):
                 continue
             yield one, value, match.start(group)

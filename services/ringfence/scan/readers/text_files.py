@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Final
 
 from ringfence.scan.candidates import (
@@ -45,6 +46,8 @@ _FLAG: Final = re.compile(
     r"--([A-Za-z][\w-]{2,60})(?:=|\s+)(?:\"([^\"\n]{4,500})\"|'([^'\n]{4,500})'|([^\s\"'|;&<>]{4,500}))"
 )
 _WIDEST_LINE: Final = 4000
+_BEFORE_MARKER, _AFTER_MARKER = 24, 700
+"""A URL with a password is no longer, seen from its `://`."""
 _MOST_LINES: Final = 20_000
 _LOCK_FILES: Final = frozenset(
     ("package-lock.json", "yarn.lock", "pnpm-lock.yaml", "Cargo.lock", "poetry.lock", "uv.lock", "go.sum",
@@ -62,7 +65,7 @@ class TextFileReader(FileReader):
 
     def read(self, file: SourceFile) -> Iterator[Candidate]:
         seen = set()
-        for one in (*self.formats(file), *self._settings(file)):
+        for one in chain(self.formats(file), self._settings(file)):
             value = one.value.reveal() if one.value else ""
             if value not in seen:
                 seen.add(value)
@@ -178,8 +181,8 @@ def _lines_with(data: bytes, marker: bytes) -> Iterator[tuple[int, bytes]]:
             number += data.count(b"\n", begin, first)
             begin, end = first, data.find(b"\n", at)
             end = len(data) if end < 0 else end
-        if end - begin > 8000:
-            yield number, data[max(begin, at - 64) : min(end, at + 4000)]
+        if end - begin > _WIDEST_LINE:
+            yield number, data[max(begin, at - _BEFORE_MARKER) : min(end, at + _AFTER_MARKER)]
             start = at + len(marker)
         else:
             yield number, data[begin:end]
