@@ -15,8 +15,8 @@ from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.credential import CredentialRequest
@@ -182,7 +182,7 @@ class _History:
         """As the revoker has it: agents, users, and the services that order."""
         at_s = record.appended_at_ms / 1000
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             try:
                 return (
                     self._directory.agent_key(iss, kid, at_s)

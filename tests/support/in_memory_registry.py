@@ -44,6 +44,7 @@ from ringfence.model.records.command_chain import Chains, subject_spiffe, unveri
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.registry.domain import TASK_MAX_S, Change, Current, Embedded, decide
 from ringfence.registry.store import Memory
+from tests.support.passkeys import ORIGINS, RP_ID
 
 TD = "test.example"
 START_MS = 1_790_000_000_000
@@ -91,6 +92,7 @@ class InMemoryRegistry:
         now_s = START_MS // 1000
         bundle = TrustBundle(
             iss=self.root.id, aud=TD, iat=now_s, exp=now_s + year_s, jti="bundle", version=1,
+            rp_id=RP_ID, origins=ORIGINS,
             services=(
                 ServiceIdentity(
                     id=self.registry.id, roles=("registry",), keys=(self.registry.record(now_s + year_s),)

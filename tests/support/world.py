@@ -64,6 +64,7 @@ from ringfence.messages.topics import DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.support.http_client import plain_client
 from tests.support.lost_redis import declare_complete
+from tests.support.passkeys import ORIGINS, RP_ID
 from tests.support.switches import build_options
 from tests.support.topics import delete_topics
 from tests.support.trail import Trail
@@ -224,6 +225,8 @@ class World:
                 )
                 for role in get_args(ServiceRole)
             ),
+            rp_id=RP_ID,
+            origins=ORIGINS,
         )
 
     async def publish_trust(self, bundle: TrustBundle | None = None) -> None:

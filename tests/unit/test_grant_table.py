@@ -31,16 +31,16 @@ def table(monkeypatch: pytest.MonkeyPatch) -> GrantTable:
 
 def test_the_first_record_of_a_grant_stands(table: GrantTable) -> None:
     grant = signed()
-    first = table.keep(grant, 1, 7)
+    first = table.keep(grant, 1, 7, 0)
     assert first is not None
-    assert table.keep(grant, 1, 9) is first
+    assert table.keep(grant, 1, 9, 0) is first
     assert table.of_task(EXAMPLE.task_id) == [grant]
 
 
 def test_one_person_fills_nobodys_memory(table: GrantTable) -> None:
-    given = [table.keep(signed(), 0, n) for n in range(5)]
+    given = [table.keep(signed(), 0, n, 0) for n in range(5)]
     assert [one is not None for one in given] == [True, True, True, False, False]
-    assert table.keep(signed("petra"), 0, 9) is not None
+    assert table.keep(signed("petra"), 0, 9, 0) is not None
     ids = [str(uuid.uuid4()) for _ in range(5)]
     for id in ids:
         table.take_back(id, "sam", AT_MS)
@@ -53,7 +53,7 @@ def test_who_took_back_very_much_still_takes_back_what_was_given(table: GrantTab
     for number in range(5):
         table.take_back(str(uuid.uuid4()), "sam", AT_MS)
         grant = signed(f"sponsor-{number}").claims
-        table.keep(Signed(grant, "a.b.c"), 0, number)
+        table.keep(Signed(grant, "a.b.c"), 0, number, 0)
         table.take_back(message_id(grant.iss, grant.jti), "sam", AT_MS)
         assert table.is_withdrawn(grant, sponsor="sam", on_behalf_of="maria")
 
@@ -61,14 +61,14 @@ def test_who_took_back_very_much_still_takes_back_what_was_given(table: GrantTab
 def test_what_is_over_goes_and_makes_room(table: GrantTable) -> None:
     old, later = signed(exp=EXAMPLE.iat + 60), signed(exp=EXAMPLE.iat + 7200, task_id=str(uuid.uuid4()))
     for grant in (old, later, signed(exp=EXAMPLE.iat + 61)):
-        table.keep(grant, 0, 0)
+        table.keep(grant, 0, 0, 0)
     table.take_back("x", "sam", AT_MS)
-    assert table.keep(signed(), 0, 0) is None
+    assert table.keep(signed(), 0, 0, 0) is None
     table._forget(AT_MS + 100_000 + KEEP_MS)
     assert [one.claims for one in table.all()] == [later.claims]
     assert table.of_task(EXAMPLE.task_id) == []
     assert table._withdrawn == {}
-    assert table.keep(signed(), 0, 0) is not None
+    assert table.keep(signed(), 0, 0, 0) is not None
 
 
 def test_those_who_may_take_a_grant_back(table: GrantTable) -> None:

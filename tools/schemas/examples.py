@@ -52,7 +52,7 @@ from ringfence.messages.operations import (
 from ringfence.messages.permission import Permission
 from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder, RunStop
 from ringfence.messages.signals import SignalStream
-from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.messages.trust import Origin, ServiceIdentity, TrustBundle
 
 TD = "acme.example"
 AT = 1_790_000_000
@@ -186,6 +186,11 @@ _ALL: tuple[Message, ...] = (
             OidcIssuer(
                 issuer="https://token.actions.githubusercontent.com", uses=("instances",), discovery=True
             ),
+        ),
+        rp_id=TD,
+        origins=(
+            Origin(origin=f"https://sign.{TD}", use="sign", not_before=AT),
+            Origin(origin=f"https://console.{TD}", use="session", not_before=AT),
         ),
     ),
     registry.UserSet(

@@ -21,12 +21,12 @@ from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
-from ringfence.messages.credential import CredentialRequest, RequestWithdraw
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
 from ringfence.messages.run import Run
@@ -36,6 +36,7 @@ from ringfence.model.lifecycle import agents_of
 from ringfence.model.records.command_chain import BY_AGENTS, COMMAND_OF_TYP, ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, keys_of_agents, ref_of
+from ringfence.model.requests.approvals import append_time_of
 from ringfence.model.requests.grants import id_of, signer_of
 
 C = TypeVar("C", bound=Claims)
@@ -150,7 +151,7 @@ class RecordVerifier:
             self._trust.finder(*model.signed_by, at_s=at_ms / 1000),
         )
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             return next((key for finder in finders if (key := finder(iss, kid))), None)
 
         return self._verify(jws, model, find, at_ms)
@@ -167,7 +168,7 @@ class RecordVerifier:
             raise InvalidMessageError("typ names no command", code="typ_unexpected")
         chains = self._directory.chains
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             key = self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
             return key or (chains.agent_key(iss, kid, at_ms) if model in BY_AGENTS else None)
 
@@ -225,14 +226,18 @@ class RecordVerifier:
             self._embedded[compact] = claims
         return self.remember_request(VerifiedMessage(claims, compact, jws.header.kid))
 
-    def approver(self, compact: str, appended_at_ms: int) -> str | None:
-        """The user who signed an embedded approval, or None if the signature fails."""
+    def approver(self, compact: str, decision: CredentialDecision, record: Received) -> str | None:
+        """The user who signed an approval that a decision embeds, or None if the signature fails.
+
+        `record` is the decision's. A passkey's signature is judged by its own append time, as policy gives it.
+        """
         user = self._approvals.get(digest(compact))
         if user is not None:
             return user
         try:
+            at_ms = append_time_of(decision, compact) or record.appended_at_ms
             claims = verify(
-                parse(compact), Approval, self._users(appended_at_ms), audience=self._trust.trust_domain
+                parse(compact), Approval, self._users(at_ms), audience=self._trust.trust_domain
             ).claims
         except (InvalidMessageError, ChainError):
             return None
@@ -249,10 +254,11 @@ class RecordVerifier:
         same = (signed.digest, claims.agent_id) == (answer.request_digest, answer.agent_id)
         return claims if same else None
 
-    def grantor(self, compact: str, appended_at_ms: int) -> str | None:
-        """The user who signed an embedded grant, or None if the signature fails."""
+    def grantor(self, compact: str, decision: CredentialDecision, record: Received) -> str | None:
+        """The user who signed a grant that a decision embeds, or None if the signature fails. See `approver`."""
         try:
-            find, audience = self._users(appended_at_ms), self._trust.trust_domain
+            at_ms = append_time_of(decision, compact) or record.appended_at_ms
+            find, audience = self._users(at_ms), self._trust.trust_domain
             claims = verify(parse(compact), Grant, find, audience=audience).claims
         except (InvalidMessageError, ChainError):
             return None
@@ -445,8 +451,8 @@ class RecordVerifier:
             claims = verify(
                 jws, model, find, audience=audience, appended_at_ms=at_ms, verified=verified
             ).claims
-        except ExpiredError as error:  # it was verified before its time was looked at
-            late = verify(jws, model, find, audience=audience, verified=verified).claims
+        except ExpiredError as error:  # its signature was verified before its time was looked at
+            late = verified or jws.unverified_claims(model)
             raise OutdatedError(VerifiedMessage(late, jws.compact, jws.header.kid), error.code) from None
         return VerifiedMessage(claims, jws.compact, jws.header.kid)
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from ringfence.client.admin.origins import OriginChange, set_origins
 from ringfence.client.admin.trust_setup import (
     SERVICE_ROLES,
     TrustFolder,
@@ -34,8 +35,9 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_private_folder, open_private
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
-from ringfence.messages.api import GATEWAY_PORT, PORTS
-from ringfence.messages.base import ServiceRole
+from ringfence.messages.api import CONSOLE_PORT, GATEWAY_PORT, PORTS, SIGN_PAGE_PORT
+from ringfence.messages.base import PasskeyUse, ServiceRole
+from ringfence.messages.trust import TrustBundle
 
 READY_WITHIN_S = 60.0
 """Excludes the time in which a process of the stack waited for a processor (`Patience`)."""
@@ -91,6 +93,8 @@ class Stack:
         """By service that is waited for: the last reason why it is not ready."""
         self._door = 0
         """The gateway's port for agents."""
+        self.origins: dict[PasskeyUse, str] = {}
+        """Where passkeys are used on this stack: the sign page's origin, and the console's."""
         self._claim: int | None = None
         """The open file whose lock protects the state folder."""
         self.kafka = options.kafka or ""
@@ -186,11 +190,34 @@ class Stack:
             runner = self.options.runner
             if runner is not None and not self.trust.service_key(runner).exists():
                 add_runners(self.trust, [runner])
+            self._choose_origins(bundle)
         except RingfenceError as error:
             raise StackError(
                 f"{error.message.removesuffix('; run: ringfence init')}. Repair {self.options.state}, delete it to "
                 "begin anew, or choose another folder by --state."
             ) from None
+
+    def _choose_origins(self, bundle: TrustBundle) -> None:
+        """Take the origins of the trust bundle, or have the root sign it with two ports of `localhost` for passkeys.
+
+        An IP address is no rpId. Free ports stay the same as long as the state folder does: passkeys outlast a stack.
+        """
+        uses: tuple[tuple[PasskeyUse, int], ...] = (("sign", SIGN_PAGE_PORT), ("session", CONSOLE_PORT))
+        new: dict[PasskeyUse, list[str]] = {"sign": [], "session": []}
+        known = {one.origin for one in bundle.origins} | {f"http://localhost:{usual}" for _, usual in uses}
+        for use, usual in uses:
+            present = [one.origin for one in bundle.origins if one.use == use and one.not_after is None]
+            wanted = f"http://localhost:{usual}"
+            if present and (wanted in present or not self.options.fixed_ports):
+                self.origins[use] = wanted if self.options.fixed_ports else present[-1]
+                continue
+            while not self.options.fixed_ports and wanted in known:
+                wanted = f"http://localhost:{free_port()}"
+            known.add(wanted)
+            self.origins[use] = wanted
+            new[use].append(wanted)
+        if any(new.values()):
+            set_origins(self.trust, OriginChange(new["sign"], new["session"]))
 
     async def _prepare(self) -> None:
         settings = self.settings()

@@ -10,6 +10,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import lease_id, message_id
 from ringfence.kernel.crypto.jwe import check_reply_key
 from ringfence.kernel.crypto.jws import Signed, parse, verify
+from ringfence.kernel.crypto.webauthn import PasskeyKey, VerificationKey
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import Jws
 from ringfence.messages.credential import (
@@ -31,6 +32,7 @@ from ringfence.model.records.instances import keys_of_agents, ref_of
 from ringfence.model.records.runs import BY_TIME_OR_END
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
+    append_time_of,
     approval_problem,
     required_classes,
     unmet,
@@ -393,15 +395,24 @@ class _Terms(TypedDict):
 
 
 def _verified_answer(compact: Jws, model: type[A], decision: Decision, directory: Directory) -> Signed[A]:
-    """One embedded approval or grant, signed by a user whose key counts now. Its end is looked at with its terms."""
-    at_s = decision.at.appended_at_ms / 1000
+    """One embedded approval or grant, signed by a user whose key counts now. Its end is looked at with its terms.
+
+    A passkey's signature is judged by the append time of the answer itself, which is policy's word, as `source` is. It
+    lies within ten minutes of what the person signed, and the key must still count now.
+    """
+    at_ms = decision.at.appended_at_ms
+
+    def find(iss: str, kid: str) -> VerificationKey | None:
+        key = directory.user_key(iss, kid, at_ms / 1000)
+        if not isinstance(key, PasskeyKey):
+            return key
+        answered_at_ms = append_time_of(decision.claims, compact)
+        if answered_at_ms is None or answered_at_ms > at_ms + SKEW_MS:
+            raise InvalidMessageError("it came after its decision", code="answer_later")
+        return directory.user_key(iss, kid, answered_at_ms / 1000)
+
     try:
-        return verify(
-            parse(compact),
-            model,
-            lambda iss, kid: directory.user_key(iss, kid, at_s),
-            audience=decision.claims.aud,
-        )
+        return verify(parse(compact), model, find, audience=decision.claims.aud)
     except ChainError as error:
         raise _RefusedError(_reason("record_untrusted", str(error))) from None
     except InvalidMessageError as error:

@@ -50,6 +50,7 @@ class Approval(ExpiringClaims):
     """
 
     typ: ClassVar[str] = "approval"
+    passkey_use = "sign"
 
     verdict: Literal["approved", "denied"]
     request: Jws
@@ -74,6 +75,7 @@ class Grant(ExpiringClaims):
     """
 
     typ: ClassVar[str] = "grant"
+    passkey_use = "sign"
 
     agent_id: Name
     task_id: Uuid
@@ -92,6 +94,7 @@ class GrantWithdraw(ExpiringClaims):
     """Takes a grant back: nothing more is issued on it. By its signer, the sponsor, or the user it is on behalf of."""
 
     typ: ClassVar[str] = "grant.withdraw"
+    passkey_use = "sign"
 
     grant_id: Uuid
     reason: NonEmpty
@@ -152,6 +155,7 @@ class ActionApproval(ExpiringClaims):
     """
 
     typ: ClassVar[str] = "action.approval"
+    passkey_use = "sign"
 
     verdict: Literal["approved", "denied"]
     agent_id: Name
@@ -166,6 +170,7 @@ class BreakGlassReview(Claims):
     """An operator or auditor who had no part in it has looked at one use of break glass, and says what they found."""
 
     typ: ClassVar[str] = "break_glass.review"
+    passkey_use = "sign"
 
     request_id: Uuid
     decision_digest: Digest

@@ -16,6 +16,9 @@ ServiceRole = Literal[
 SERVICE_ROLES: Final[tuple[ServiceRole, ...]] = get_args(ServiceRole)
 """The services that sign messages, each under its role; `runner` and `console` are declared for what is to come."""
 
+PasskeyUse = Literal["sign", "session"]
+"""A use of an origin in the trust bundle: people sign messages there, or only open sessions of the console."""
+
 _UUID = r"^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
 UUID: Final = re.compile(_UUID)
 """The canonical text of a UUID (RFC 9562) in lower case. Use `fullmatch`."""
@@ -120,6 +123,8 @@ class Claims(Message):
     signed_by: ClassVar[tuple[ServiceRole, ...]] = ()
     """The roles of services that may sign it: who is believed, who may halt a reader with what it cannot read, and who
     is granted Write on its topic follow from this. None for what only agents, people or the root sign."""
+    passkey_use: ClassVar[PasskeyUse | None] = None
+    """The use of the origins on which a passkey may sign it. None: a passkey may not sign it, only a key file."""
 
     iss: SpiffeId
     aud: NonEmpty

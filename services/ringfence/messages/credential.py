@@ -136,6 +136,9 @@ class CredentialDecision(Claims):
     approvals: tuple[Jws, ...] = ()
     grants: tuple[Jws, ...] | None = None
     """The grants that stand in for approvals; most decisions have none."""
+    answers_at_ms: dict[Digest, Millis] | None = None
+    """The broker's append times of those of `approvals` and `grants` that a passkey signed, by the SHA-256 of each.
+    Their signatures are judged by these times."""
     revisions: Revisions | None = None
     """None where a record was missing, so that there is nothing to hold on to."""
     input: dict[str, Any] | None = None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from ringfence.messages.base import Message, NonEmpty, Seconds
+from pydantic import Field
+
+from ringfence.messages.base import Message, NonEmpty, Seconds, Uuid
 
 
 class PublicJwk(Message):
@@ -24,3 +26,16 @@ class KeyRecord(Message):
     jwk: PublicJwk
     not_before: Seconds = 0
     not_after: Seconds
+    use: Literal["webauthn"] | None = None
+    """Set for a passkey. It signs WebAuthn assertions (ES256) and nothing else; every other key never signs one."""
+    credential_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,1364}$")] | None = None
+    """Of a passkey: how its authenticator knows it (base64url; 1,023 bytes at most)."""
+    rp_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] | None = None
+    """Of a passkey: the domain that it was made for."""
+    aaguid: Uuid | None = None
+    """Of a passkey: the model of its authenticator. Without `attested`, only that authenticator's word."""
+    backup_eligible: bool | None = None
+    """Of a passkey: whether it may be synchronised to other devices. Without `attested`, only the authenticator's word.
+    It never changes."""
+    attested: Literal[True] | None = None
+    """Of a passkey: set where who signed it in had verified its attestation against the given roots."""

@@ -156,6 +156,7 @@ class RevocationRequest(Claims):
     """
 
     typ: ClassVar[str] = "revocation.request"
+    passkey_use = "sign"
     signed_by = ("revoker",)
 
     kind: EndKind

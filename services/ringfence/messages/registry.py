@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from ringfence.messages.base import (
     Claims,
+    Digest,
     ExpiringClaims,
     Jws,
     Message,
@@ -26,7 +27,7 @@ from ringfence.messages.base import (
     Verb,
 )
 from ringfence.messages.enrolment import AttestationSelector
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.permission import Scope
 
 Role = Literal["sponsor", "operator", "auditor"]
@@ -166,6 +167,94 @@ class ProvisionerLink(ExpiringClaims):
     groups: Annotated[tuple[GroupLink, ...], Field(max_length=64)]
 
 
+class UserInvite(ExpiringClaims):
+    """Invites a user to enrol a key of their own. Signed by an operator, or with a key file of that user.
+
+    It never stands on a topic, and adds nothing by itself: whoever invited signs the `UserAddKey` as well.
+    """
+
+    typ: ClassVar[str] = "user.invite"
+
+    user_id: Name
+
+
+class KeyPossession(ExpiringClaims):
+    """The new key's own signature: who made it, and on which invitation. Embedded in `UserAddKey`, never on a topic.
+
+    `iss` is the user; the signature is by `jwk`.
+    """
+
+    typ: ClassVar[str] = "key.possession"
+    passkey_use = "sign"
+
+    user_id: Name
+    jwk: PublicJwk
+    invitation: NonEmpty
+    """The `jti` of the `UserInvite`."""
+
+
+class KeyEndorsement(ExpiringClaims):
+    """A second operator's signature under a key: it counts for approvals at once then. Embedded, never on a topic."""
+
+    typ: ClassVar[str] = "key.endorsement"
+
+    user_id: Name
+    kid: NonEmpty
+    possession_digest: Digest
+    """SHA-256 of the `KeyPossession` (compact JWS)."""
+
+
+class UserAddKey(ExpiringClaims):
+    """Add one key to a user, and change nothing else. Signed by an operator, or with a key file of that user."""
+
+    typ: ClassVar[str] = "user.add-key"
+
+    user_id: Name
+    key: KeyRecord
+    possession: Jws | None = None
+    """A `KeyPossession` by this key."""
+    endorsement: Jws | None = None
+    """A `KeyEndorsement` by another operator."""
+
+
+class UserEndKey(ExpiringClaims):
+    """End one key of a user, and change nothing else. Signed by that user, or by an operator."""
+
+    typ: ClassVar[str] = "user.end-key"
+    passkey_use = "sign"
+
+    user_id: Name
+    kid: NonEmpty
+    reason: NonEmpty
+    compromised: Literal[True] | None = None
+    """Set where it may be in other hands: the keys that it added end as well."""
+
+
+MAX_SESSION_S = 8 * 3600
+"""The longest session at the console."""
+
+
+class SessionStatement(ExpiringClaims):
+    """A person's word at sign-in that a console may read for them. It is embedded in the console's tokens, and never
+    appended to a topic.
+    """
+
+    typ: ClassVar[str] = "session.statement"
+    passkey_use = "session"
+
+    user_id: Name
+    console_kid: NonEmpty
+    """The thumbprint of the key by which the console signs its tokens."""
+    cookie_digest: Digest
+    """SHA-256 of the session's cookie."""
+
+    @model_validator(mode="after")
+    def _no_longer_than_a_day_of_work(self) -> SessionStatement:
+        if self.exp - self.iat > MAX_SESSION_S:
+            raise ValueError(f"a session lasts {MAX_SESSION_S} s at most")
+        return self
+
+
 class UserState(Message):
     """A user as of one revision. `keys` holds old keys too, each with its end."""
 
@@ -223,6 +312,7 @@ class AgentSetCeiling(ExpiringClaims):
     """Replace the most the agent may ever hold. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.set-ceiling"
+    passkey_use = "sign"
 
     agent_id: Name
     ceiling: Scope
@@ -232,6 +322,7 @@ class AgentTransferConsent(ExpiringClaims):
     """Take an agent over: signed by the new sponsor (`iss`). Embedded in the transfer, never on a topic."""
 
     typ: ClassVar[str] = "agent.transfer-consent"
+    passkey_use = "sign"
 
     agent_id: Name
     from_sponsor: Name
@@ -244,6 +335,7 @@ class AgentTransfer(ExpiringClaims):
     """Make another sponsor accountable. Signed by the present one, with the new one's consent; or by an operator."""
 
     typ: ClassVar[str] = "agent.transfer"
+    passkey_use = "sign"
 
     agent_id: Name
     sponsor: Name
@@ -279,6 +371,7 @@ class AgentSuspend(ExpiringClaims):
     """Stop the agent for now: nothing is issued, its leases end. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.suspend"
+    passkey_use = "sign"
 
     agent_id: Name
     reason: NonEmpty
@@ -288,6 +381,7 @@ class AgentResume(ExpiringClaims):
     """Let a suspended agent go on. What an operator suspended only an operator resumes."""
 
     typ: ClassVar[str] = "agent.resume"
+    passkey_use = "sign"
 
     agent_id: Name
     reason: NonEmpty
@@ -445,6 +539,7 @@ class TaskConsent(ExpiringClaims):
     """Signed by the user whom a task is on behalf of, where somebody else assigns it. Embedded, never on a topic."""
 
     typ: ClassVar[str] = "task.consent"
+    passkey_use = "sign"
 
     terms: TaskTerms
 
@@ -455,6 +550,7 @@ class TaskAssign(ExpiringClaims):
     """
 
     typ: ClassVar[str] = "task.assign"
+    passkey_use = "sign"
 
     terms: TaskTerms
     on_behalf_of: Name
@@ -484,6 +580,7 @@ class TaskEnd(ExpiringClaims):
     """
 
     typ: ClassVar[str] = "task.end"
+    passkey_use = "sign"
 
     task_id: Uuid
     reason: NonEmpty

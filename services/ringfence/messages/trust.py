@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from ringfence.messages.base import Claims, ExpiringClaims, Jws, Message, ServiceRole, SpiffeId
+from pydantic import Field
+
+from ringfence.messages.base import (
+    Claims,
+    ExpiringClaims,
+    Jws,
+    Message,
+    PasskeyUse,
+    Seconds,
+    ServiceRole,
+    SpiffeId,
+)
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer
 
@@ -19,6 +30,26 @@ class ServiceIdentity(Message):
     encryption_keys: tuple[KeyRecord, ...] = ()
     """What credentials are sealed to: of gateways, which inject them, and of the issuer, which keeps them for gateways
     that come later. X25519 or P-256 (ECDH-ES), and none of `keys`."""
+
+
+class Origin(Message):
+    """A web origin (RFC 6454, as browsers write it) where people use passkeys: it counts for what was appended in
+    `[not_before, not_after)`.
+
+    One with a field that its reader does not know counts for nothing.
+    """
+
+    origin: Annotated[
+        str,
+        Field(
+            pattern=r"^(https://[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?|http://localhost)(:[1-9][0-9]{0,4})?$"
+        ),
+    ]
+    """`https://HOST`, or `http://localhost:PORT` in development, with the port unless it is the usual one."""
+    use: PasskeyUse
+    not_before: Seconds
+    not_after: Seconds | None = None
+    """None: until the root says otherwise."""
 
 
 class RootHandover(Claims):
@@ -49,3 +80,8 @@ class TrustBundle(ExpiringClaims):
     """The roots before: the commands that they signed in their time are still believed."""
     handovers: tuple[Jws, ...] = ()
     """`RootHandover` of each root to the next, oldest first."""
+    rp_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] | None = None
+    """The relying party id (WebAuthn Level 3, 4) for which new passkeys are made: the host of each origin, or a domain
+    above all of them. None where nobody uses passkeys."""
+    origins: tuple[Origin, ...] = ()
+    """Where people use passkeys. Those that have ended stay here: what was signed there in their time still counts."""

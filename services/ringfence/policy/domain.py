@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -85,6 +85,8 @@ class Evaluation:
     """The input as the bundle was given it, where it was given it just now; the digest is of this."""
     grants: tuple[Signed[Grant], ...] = ()
     """Those that it rests on."""
+    grants_at_ms: Mapping[str, int] = field(default_factory=dict)
+    """Their append times, by the digest of each."""
 
 
 def denied(code: str, message: str, *, retry_after_s: int | None = None) -> Evaluation:

@@ -68,6 +68,11 @@ class GrantBook:
             self._note(id_of(grant.claims), request_id)
         return True
 
+    def append_times(self, grants: Sequence[Signed[Grant]]) -> dict[str, int]:
+        """Return the append times (ms) of these grants, by the digest of each."""
+        entries = [self._table.get(id_of(grant.claims)) for grant in grants]
+        return {entry.signed.digest: entry.appended_at_ms for entry in entries if entry is not None}
+
     def on_allowed(self, decision: CredentialDecision) -> None:
         """Note the grants that a decision of policy used, whichever replica made it."""
         for compact in decision.grants or ():

@@ -59,8 +59,8 @@ class CredentialMapper(RecordMapper):
         replay = self._replay(record, signed, lambda: {**fields, "request": claims.request_id})
         if replay is not None:
             return MappedEvent(replay)
-        approvers = [self._verifier.approver(one, record.appended_at_ms) for one in claims.approvals]
-        grantors = [self._verifier.grantor(one, record.appended_at_ms) for one in claims.grants or ()]
+        approvers = [self._verifier.approver(one, claims, record) for one in claims.approvals]
+        grantors = [self._verifier.grantor(one, claims, record) for one in claims.grants or ()]
         embedded = ["approval"] * sum(one is not None for one in approvers)
         embedded += ["grant"] * sum(one is not None for one in grantors)
         if facts is not None:

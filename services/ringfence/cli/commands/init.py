@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Coroutine
 from datetime import UTC, datetime
 from functools import partial
@@ -10,13 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.commands import oidc_issuers
+from ringfence.cli.commands import oidc_issuers, origins
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import note, print_json, say
 from ringfence.cli.shared.progress import progress
 from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.key_rotation import renew as renewed
 from ringfence.client.admin.key_rotation import rotate_root as root_rotated
+from ringfence.client.admin.origins import NO_CHANGE, OriginChange, changed_origins, set_origins
 from ringfence.client.admin.trust_setup import (
     ON_DEMAND,
     TrustFolder,
@@ -32,6 +34,7 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
 from ringfence.kernel.crypto.service_keys import files_before, next_file
+from ringfence.messages.trust import TrustBundle
 
 _OPERATOR = "operator"
 
@@ -133,6 +136,10 @@ def init(
             help="Sign the next trust bundle: the same keys for another year, by the root that is there.",
         ),
     ] = False,
+    sign_origin: origins.SignOption = None,
+    session_origin: origins.SessionOption = None,
+    end_origin: origins.EndOption = None,
+    rp_id: origins.RpIdOption = None,
     publish: Annotated[
         bool,
         typer.Option(
@@ -166,6 +173,9 @@ def init(
             "one change at a time: --add-gateway, --add-runner, --add-service, --rotate-service, --rotate-root, "
             "--renew, --oidc-issuer or --remove-oidc-issuer"
         )
+    origin_change = origins.change_of(sign_origin, session_origin, end_origin, rp_id)
+    if origin_change and sum(map(bool, changes)) > bool(renew):
+        raise typer.BadParameter("one change at a time: origins change by themselves, or with --renew")
     settings, trust, result = load(BusSettings), TrustFolder(folder), _Result(wants_json(as_json))
     following: Callable[[], int] | None = None
     if add_gateway:
@@ -180,7 +190,7 @@ def init(
     elif rotate_root:
         following = partial(_rotate_root, trust, result, _moment_s(compromised_since))
     elif renew:
-        following = partial(_renew, trust, result)
+        following = partial(_renew, trust, result, origin_change)
     elif oidc_issuer:
         following = partial(
             _add_issuer, trust, oidc_issuer, result, jwks, oidc_for, discovery=oidc_discovery,
@@ -189,6 +199,8 @@ def init(
         )  # fmt: skip
     elif remove_oidc_issuer:
         following = partial(_remove_issuer, trust, remove_oidc_issuer, result)
+    elif origin_change and trust.root_key.exists():
+        following = partial(_set_origins, trust, origin_change, result)
     try:
         if following is not None:
             result.data["trust_bundle"] = following()
@@ -196,7 +208,7 @@ def init(
         else:
             first = operator or (None if trust.root_key.exists() else _OPERATOR)
             if not (publish and trust.root_key.exists()):
-                _make(trust, settings, first or _OPERATOR, gateway or ["gateway"], result)
+                _make(trust, settings, first or _OPERATOR, gateway or ["gateway"], result, origin_change)
             if publish:
                 _publish(trust, settings, first, name, result)
             else:
@@ -222,9 +234,17 @@ class _Result:
 
 
 def _make(
-    trust: TrustFolder, settings: BusSettings, operator: str, gateways: list[str], result: _Result
+    trust: TrustFolder,
+    settings: BusSettings,
+    operator: str,
+    gateways: list[str],
+    result: _Result,
+    change: OriginChange | None,
 ) -> None:
-    fingerprint = make_trust(trust, settings.trust_domain, operator, gateways=gateways)
+    rp_id, first_origins = changed_origins(change or NO_CHANGE, int(time.time()))
+    fingerprint = make_trust(
+        trust, settings.trust_domain, operator, gateways=gateways, rp_id=rp_id, origins=first_origins
+    )
     result.data |= {
         "trust_bundle": 1,
         "trust_domain": settings.trust_domain,
@@ -238,6 +258,8 @@ def _make(
     result.line(f"Root key:      {trust.root_key}   move it off this machine")
     result.line(f"Service keys:  {trust.path / 'keys'}   one file for each service, and no other")
     result.line(f"Operator key:  {trust.user_key(operator)}")
+    if first_origins:
+        _say_origins(load_root_and_bundle(trust)[1], result)
 
 
 def _publish(
@@ -376,11 +398,32 @@ def _rotate_root(trust: TrustFolder, result: _Result, compromised_since_s: int |
     return rotated.bundle.version
 
 
-def _renew(trust: TrustFolder, result: _Result) -> int:
-    bundle = renewed(trust)
+def _renew(trust: TrustFolder, result: _Result, change: OriginChange | None) -> int:
+    bundle = renewed(trust, origins=change or NO_CHANGE)
     until = datetime.fromtimestamp(bundle.exp, UTC).date()
     result.line(f"Trust bundle {bundle.version} holds until {until}.")
+    if change is not None:
+        _say_origins(bundle, result)
     return bundle.version
+
+
+def _set_origins(trust: TrustFolder, change: OriginChange, result: _Result) -> int:
+    bundle = set_origins(trust, change)
+    result.line(f"Trust bundle {bundle.version} has other origins now.")
+    _say_origins(bundle, result)
+    return bundle.version
+
+
+def _say_origins(bundle: TrustBundle, result: _Result) -> None:
+    in_force = [one for one in bundle.origins if one.not_after is None]
+    for one in in_force:
+        result.line(f"{'People sign at' if one.use == 'sign' else 'Sessions open at'}:  {one.origin}")
+    if in_force:
+        result.line(f"Passkeys are made for:  {bundle.rp_id}")
+    result.data |= {
+        "rp_id": bundle.rp_id,
+        "origins": [one.model_dump(exclude_none=True) for one in bundle.origins],
+    }
 
 
 def _add_issuer(

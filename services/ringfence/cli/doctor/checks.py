@@ -205,6 +205,9 @@ def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> 
         yield CheckResult("trust bundle", "bad", f"{says}; {remedy}")
     else:
         yield CheckResult("trust bundle", "good", says)
+    if in_force := trust.origins(now_s):
+        places = "; ".join(f"{one.origin} ({one.use})" for one in in_force)
+        yield CheckResult("passkeys", "good", f"for {bundle.rp_id}, used at {places}")
     for role in missing_on_demand_services(bundle):
         says = (
             f"no keys in the trust bundle; where it is wanted: ringfence init --add-service {role} --publish"

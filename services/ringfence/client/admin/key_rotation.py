@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ringfence.client.admin.origins import NO_CHANGE, OriginChange, changed_origins
 from ringfence.client.admin.trust_setup import (
     YEAR_S,
     CeremonyError,
@@ -40,15 +41,19 @@ class RotatedRoot:
     """The file that now holds the old root's private key."""
 
 
-def renew(folder: TrustFolder, *, valid_s: int = YEAR_S) -> TrustBundle:
+def renew(folder: TrustFolder, *, valid_s: int = YEAR_S, origins: OriginChange = NO_CHANGE) -> TrustBundle:
     """Sign the next version of the bundle with the same keys and a new end, also where it has expired.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no trust root.
+    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no trust root, or `origins` cannot be.
     """
     root, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
     services = tuple(_with_extended_keys(service, bundle.exp, now_s + valid_s) for service in bundle.services)
-    return sign_next_bundle(folder, bundle, root, now_s, exp=now_s + valid_s, services=services)
+    rp_id, following = changed_origins(origins, now_s, bundle.rp_id, bundle.origins)
+    return sign_next_bundle(
+        folder, bundle, root, now_s,
+        exp=now_s + valid_s, services=services, rp_id=rp_id, origins=following,
+    )  # fmt: skip
 
 
 def rotate_services(

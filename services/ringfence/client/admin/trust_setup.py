@@ -26,7 +26,7 @@ from ringfence.messages.base import Name, ServiceRole
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
-from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.messages.trust import Origin, ServiceIdentity, TrustBundle
 from ringfence.model.identity.runners import runner_name
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
@@ -98,11 +98,13 @@ def make_trust(
     *,
     gateways: Sequence[str] = ("gateway",),
     valid_s: int = YEAR_S,
+    rp_id: str | None = None,
+    origins: tuple[Origin, ...] = (),
 ) -> str:
     """Make the root, a key for each service and gateway, the first operator's key, and sign the trust bundle.
 
     `gateways`: the name of each. A revocation waits for the acknowledgement of every gateway, so each has a key of its
-    own.
+    own. `rp_id` and `origins`: see `ringfence.client.admin.origins`.
 
     Returns the root's fingerprint. Raises InvalidCallError where a name is invalid; CeremonyError where it is taken, or
     where there is a root already: a second one would orphan everything that the first one signed.
@@ -112,7 +114,7 @@ def make_trust(
     _check_names(operator, own_keys=gateways)
     before = set(folder.path.rglob("*.j*"))
     try:
-        return _make_trust(folder, trust_domain, operator, gateways, valid_s)
+        return _make_trust(folder, trust_domain, operator, gateways, valid_s, rp_id, origins)
     except BaseException:
         # Keys without a root are useless, and would stand in the way of the next try.
         for made in set(folder.path.rglob("*.j*")) - before:
@@ -121,7 +123,13 @@ def make_trust(
 
 
 def _make_trust(
-    folder: TrustFolder, trust_domain: str, operator: str, gateways: Sequence[str], valid_s: int
+    folder: TrustFolder,
+    trust_domain: str,
+    operator: str,
+    gateways: Sequence[str],
+    valid_s: int,
+    rp_id: str | None,
+    origins: tuple[Origin, ...],
 ) -> str:
     root = SigningKey.generate(f"spiffe://{trust_domain}/root")
     now_s = int(time.time())
@@ -140,6 +148,8 @@ def _make_trust(
         exp=now_s + valid_s,
         version=1,
         services=tuple(services),
+        rp_id=rp_id,
+        origins=origins,
     )
     write_private(folder.bundle, sign(bundle, root, header_jwk=True) + "\n")
     root.save(folder.root_key)

@@ -11,7 +11,7 @@ from typing import Literal
 from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import typ_header
@@ -150,7 +150,7 @@ class ApprovalHistory:
         at_ms = record.appended_at_ms
         audience = self._trust_domain
 
-        def person(iss: str, kid: str) -> PublicKey | None:
+        def person(iss: str, kid: str) -> VerificationKey | None:
             return self._directory.chains.user_key(iss, kid, at_ms)
 
         jws = parse(record.value)

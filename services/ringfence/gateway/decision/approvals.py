@@ -31,7 +31,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, Si
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, sign, verify
-from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, ActionRequest
@@ -307,7 +307,7 @@ class Approvals:
     async def _verify(self, jws: UnverifiedJws, record: Received) -> Signed[ActionApproval]:
         """Raises InvalidMessageError, ChainError."""
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             return self._directory.user_key(iss, kid, record.appended_at_ms / 1000)
 
         def opened() -> Signed[ActionApproval]:

@@ -22,7 +22,8 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible_name, with_article
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import check_audience, check_times
-from ringfence.kernel.crypto.keys import PublicKey, SigningKey, b64decode, b64encode
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
+from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, PasskeyKey, VerificationKey
 from ringfence.messages.base import Claims, typ_header
 
 C = TypeVar("C", bound=Claims)
@@ -33,7 +34,7 @@ _MAX_REMEMBERED = 512
 have any length.
 """
 
-KeyFinder = Callable[[str, str], PublicKey | None]
+KeyFinder = Callable[[str, str], VerificationKey | None]
 """Finds a verification key: takes `iss` and `kid`, returns the key if it may sign for that issuer now, else None."""
 
 
@@ -171,10 +172,22 @@ def kid_of(compact: str) -> str:
 
     Raises InvalidMessageError if the header is malformed.
     """
+    return _unverified_header(compact).kid
+
+
+def _unverified_header(compact: str) -> _Header:
     try:
-        return _header(compact.partition(".")[0]).kid
+        return _header(compact.partition(".")[0])
     except (ValueError, RecursionError):
         raise InvalidMessageError("not a JWS in compact serialisation", code="not_a_jws") from None
+
+
+def is_by_passkey(compact: str) -> bool:
+    """Whether a compact JWS claims to be signed by a passkey; only the header is parsed.
+
+    Raises InvalidMessageError if the header is malformed.
+    """
+    return _unverified_header(compact).alg == WEBAUTHN_ALG
 
 
 def parse(compact: str | bytes) -> UnverifiedJws:
@@ -216,19 +229,24 @@ def verify(
         appended_at_ms: the broker's append time of the record, against which `iat`, `nbf` and `exp` are checked. None
             if the message does not expire, or if its times were checked when it was first read.
         verified: the claims that this function returned for the same text before. The signature is not verified again;
-            the key's authority and the times are.
+            the key's authority and the times are. An assertion of a passkey is verified each time, since it rests on
+            the origins of its append time.
 
     Raises:
-        SignatureError: the key is unknown, the algorithm is not the key's, or the signature is wrong.
-        ExpiredError: appended after `exp`, `exp` too far from `iat`, or `iat` or `nbf` in the broker's future.
+        SignatureError: the key is unknown, the algorithm is not the key's, or the signature is wrong; or a passkey
+            signed what passkeys may not sign.
+        ExpiredError: appended after `exp`, `exp` too far from `iat`, or `iat` or `nbf` in the broker's future; or too
+            long after a passkey signed it. It is raised for verified signatures only.
         InvalidMessageError: unexpected `typ` or `aud`, or claims that do not have the shape of the message.
     """
     claims = verified or jws.unverified_claims(model)
     key = _signing_key(jws, model, claims.iss, claims.aud, find_key, audience)
-    if verified is None:
+    if verified is None or isinstance(key, PasskeyKey):
         _check_signature(jws, model, claims.iss, key)
     if appended_at_ms is not None:
         check_times(claims, appended_at_ms)
+    if isinstance(key, PasskeyKey) and model.passkey_use == "sign":
+        key.check_fresh(claims.iat)
     return Signed(claims, jws.compact)
 
 
@@ -252,7 +270,7 @@ def verify_payload(
 
 def _signing_key(
     jws: UnverifiedJws, model: type[Claims], iss: str, aud: str, find_key: KeyFinder, audience: str
-) -> PublicKey:
+) -> VerificationKey:
     """The key that may have signed this message, by its issuer, `kid` and `alg`. Raises as `verify` does."""
     check_audience(aud, audience)
     key = find_key(iss, jws.header.kid)
@@ -266,8 +284,18 @@ def _signing_key(
     return key
 
 
-def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: PublicKey) -> None:
-    if not key.verifies(jws.signature, jws.signing_input):
+def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: VerificationKey) -> None:
+    if isinstance(key, PasskeyKey):
+        if model.passkey_use is None:
+            raise SignatureError(
+                f"no passkey may sign {model.typ}; sign it with a key file", code="passkey_not_allowed"
+            )
+        problem = key.problem(jws.signature, jws.signing_input, model.passkey_use)
+        if problem is not None:
+            raise SignatureError(
+                f"the passkey's signature of this {model.typ} by {visible_name(iss[:512])} does not verify: {problem}"
+            )
+    elif not key.verifies(jws.signature, jws.signing_input):
         raise SignatureError(
             f"the signature of this {model.typ} by {visible_name(iss[:512])} does not verify"
         )

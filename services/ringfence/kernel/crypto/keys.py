@@ -93,6 +93,19 @@ class PublicKey:
             return False
         return True
 
+    def verifies_der(self, signature: bytes, data: bytes) -> bool:
+        """Whether `signature` is this P-256 key's over `data`, in strict DER (RFC 3279, 2.2.3), as authenticators make
+        it.
+        """
+        try:
+            r, s = decode_dss_signature(signature)
+            if encode_dss_signature(r, s) != signature:
+                return False
+            cast(ec.EllipticCurvePublicKey, self._key).verify(signature, data, _ECDSA)
+        except (ValueError, InvalidSignature):
+            return False
+        return True
+
 
 @lru_cache(maxsize=65_536)
 def _public_key(kty: str, crv: str, x: str, y: str | None) -> PublicKey:
@@ -116,9 +129,12 @@ def public_key(jwk: PublicJwk) -> PublicKey:
 
 
 def valid_key(keys: tuple[KeyRecord, ...], kid: str, at_s: float) -> PublicKey | None:
-    """The key `kid` of `keys`, if it is valid at `at_s` (seconds) and `kid` is its thumbprint; else None."""
+    """The key `kid` of `keys`, if it is valid at `at_s` (seconds) and `kid` is its thumbprint; else None.
+
+    Never a passkey, which signs in another format: see `ringfence.model.records.user_keys`.
+    """
     for record in keys:
-        if record.kid == kid and record.not_before <= at_s < record.not_after:
+        if record.kid == kid and record.use is None and record.not_before <= at_s < record.not_after:
             try:
                 key = public_key(record.jwk)
             except ValueError:

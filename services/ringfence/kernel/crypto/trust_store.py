@@ -20,7 +20,7 @@ from ringfence.kernel.crypto.multi_recipient_jwe import usable
 from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer, OidcUse
-from ringfence.messages.trust import RootHandover, TrustBundle
+from ringfence.messages.trust import Origin, RootHandover, TrustBundle
 
 log = logging.getLogger(__name__)
 
@@ -220,6 +220,22 @@ class TrustStore:
     def finder(self, *roles: ServiceRole, at_s: float) -> KeyFinder:
         """A `KeyFinder` for messages that only services with these roles may sign, at `at_s`."""
         return lambda iss, kid: self.service_key(iss, kid, roles, at_s)
+
+    def origins(self, at_s: float) -> tuple[Origin, ...]:
+        """The origins where people may use passkeys at `at_s` (seconds), by the bundle in force.
+
+        Also after the bundle's `exp`, as other keys of people count then too: they are no keys of services. An origin
+        with a field that this version does not know is none.
+        """
+        if self._bundle is None:
+            return ()
+        return tuple(
+            origin
+            for origin in self._bundle.origins
+            if origin.not_before <= at_s
+            and (origin.not_after is None or at_s < origin.not_after)
+            and not origin.model_extra
+        )
 
     def oidc_issuer(self, issuer: str, use: OidcUse, at_s: float) -> OidcIssuer | None:
         """The OIDC issuer with this name, if its tokens are accepted for `use` at `at_s`; else None."""

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest
 from ringfence.messages.registry import AnyState
@@ -195,7 +195,7 @@ def verify_revocation(record: Received, directory: Directory, trust: TrustStore)
     at_s, jws = record.appended_at_ms / 1000, parse(record.value)
     agents = keys_of_agents(directory, jws, RevocationRequest, at_s)
 
-    def find(iss: str, kid: str) -> PublicKey | None:
+    def find(iss: str, kid: str) -> VerificationKey | None:
         try:
             return (
                 agents(iss, kid)

@@ -6,8 +6,8 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import SignatureError
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import parse, unverified_time, verify
-from ringfence.kernel.crypto.keys import PublicKey
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.lease import Lease
 
 _LONGEST_S = 86_400
@@ -29,7 +29,7 @@ def verify_lease(
     now_s = clock.now_ms() / 1000 if appended_at_ms is None else appended_at_ms / 1000
     by_former_key = False
 
-    def find(iss: str, kid: str) -> PublicKey | None:
+    def find(iss: str, kid: str) -> VerificationKey | None:
         nonlocal by_former_key
         key = trust.finder(*Lease.signed_by, at_s=now_s)(iss, kid)
         if key is None and appended_at_ms is None:

@@ -19,6 +19,7 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.base import ExpiringClaims, typ_header
 from ringfence.messages.registry import (
     COMMANDS,
@@ -45,6 +46,7 @@ from ringfence.messages.registry import (
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import MAX_DEPTH, Actor, CommandRefusedError, Context, apply, subject_key
 from ringfence.model.records.consent import Consent, verified_consent
+from ringfence.model.records.user_keys import user_key
 
 COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
 """The class of a command, by its `typ` header."""
@@ -145,8 +147,8 @@ class Chains:
         if model is None:
             raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
 
-        def find(iss: str, kid: str) -> PublicKey | None:
-            key = self._trust.root_key(iss, kid, appended_at_ms / 1000)
+        def find(iss: str, kid: str) -> VerificationKey | None:
+            key: VerificationKey | None = self._trust.root_key(iss, kid, appended_at_ms / 1000)
             key = key or self.command_key(iss, kid, appended_at_ms, own)
             if key is None and model in BY_AGENTS:
                 key = self.agent_key(iss, kid, appended_at_ms)
@@ -160,18 +162,20 @@ class Chains:
             return Authorised(signed, actor, appended_at_ms, None, str(error))
         return Authorised(signed, actor, appended_at_ms, consent, None)
 
-    def user_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
+    def user_key(self, iss: str, kid: str, at_ms: int) -> VerificationKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
 
         For whatever a human signs. A provisioner is not a human.
         """
         user = self._user_of(iss, at_ms, None)
-        return valid_key(user.keys, kid, at_ms / 1000) if user and user.delegation is None else None
+        return self._key_of(user, kid, at_ms) if user and user.delegation is None else None
 
-    def command_key(self, iss: str, kid: str, at_ms: int, own: UserState | None = None) -> PublicKey | None:
+    def command_key(
+        self, iss: str, kid: str, at_ms: int, own: UserState | None = None
+    ) -> VerificationKey | None:
         """As `user_key`, but for commands: provisioners give some too."""
         user = self._user_of(iss, at_ms, own)
-        return valid_key(user.keys, kid, at_ms / 1000) if user else None
+        return self._key_of(user, kid, at_ms) if user else None
 
     def agent_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the agent `iss` if it was valid at `at_ms`, whatever the agent's status; else None."""
@@ -362,6 +366,9 @@ class Chains:
             raise ChainError(f"there was no user {iss} then")
         by = user.provisioned.by if user.provisioned else None
         return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
+
+    def _key_of(self, user: UserState, kid: str, at_ms: int) -> VerificationKey | None:
+        return user_key(user.keys, kid, at_ms / 1000, self._trust)
 
     def _user_of(self, iss: str, at_ms: int, own: UserState | None) -> UserState | None:
         """The active user, or provisioner, that a signer was at `at_ms`."""

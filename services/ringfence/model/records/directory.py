@@ -21,6 +21,7 @@ from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import Heartbeat, PartitionDigest
 from ringfence.messages.registry import (
@@ -41,6 +42,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import may_be_dropped
 from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
+from ringfence.model.records.user_keys import user_key
 
 if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -389,7 +391,7 @@ class Directory:
         entry = self.agent(agent_id) if agent_id else None
         return valid_key(entry.state.keys, kid, at_s) if entry else None
 
-    def user_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+    def user_key(self, iss: str, kid: str, at_s: float) -> VerificationKey | None:
         """The key `kid` of the active user `iss` if it is valid at `at_s` (seconds), by the present record. Raises
         ChainError.
 
@@ -399,7 +401,7 @@ class Directory:
         entry = self.user(user_id) if user_id else None
         if entry is None or entry.state.status != "active" or entry.state.delegation is not None:
             return None
-        return valid_key(entry.state.keys, kid, at_s)
+        return user_key(entry.state.keys, kid, at_s, self._trust)
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the resource server of target `iss` if it is valid at `at_s` (seconds). Raises

@@ -9,7 +9,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.base import Claims
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -17,11 +17,11 @@ from ringfence.model.records.instances import keys_of_agents
 
 C = TypeVar("C", bound=Claims)
 
-FindKey = Callable[[str, str, float, KeyFinder], PublicKey | None]
+FindKey = Callable[[str, str, float, KeyFinder], VerificationKey | None]
 """Maps (`iss`, `kid`, time, key finder of agents) to the key that may sign for that issuer."""
 
 
-def key_of_agent(iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
+def key_of_agent(iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> VerificationKey | None:
     """The `FindKey` of messages that only agents sign. A record that does not hold has no keys."""
     try:
         return of_agents(iss, kid)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ringfence.kernel.crypto.jws import Signed
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import Signed, is_by_passkey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
-from ringfence.messages.credential import Delivery, Reason, RequiredClass, Revisions
+from ringfence.messages.base import Jws
+from ringfence.messages.credential import CredentialDecision, Delivery, Reason, RequiredClass, Revisions
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -92,6 +95,21 @@ def approval_problem(
             message="agent, user, task, target or policy changed since the approval; ask anew",
         )
     return None
+
+
+def append_time_of(decision: CredentialDecision, answer: Jws) -> int | None:
+    """The append time (ms) of an approval or grant in a decision if a passkey signed it, by policy's word; else None.
+
+    Raises InvalidMessageError if the answer is no JWS, or if the decision does not say when a passkey's was appended.
+    """
+    if not is_by_passkey(answer):
+        return None
+    at_ms = (decision.answers_at_ms or {}).get(digest(answer))
+    if at_ms is None:
+        raise InvalidMessageError(
+            "the decision does not say when the passkey's answer was appended", code="append_time_unknown"
+        )
+    return at_ms
 
 
 def not_understood(answer: Approval | ActionApproval) -> Reason | None:

@@ -12,7 +12,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import Signed, parse, verify
-from ringfence.kernel.crypto.keys import PublicKey
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Delivery, Reason, Revisions
@@ -101,6 +101,7 @@ class SignedGrant:
     signed: Signed[Grant]
     partition: int
     offset: int
+    appended_at_ms: int
 
 
 class GrantTable:
@@ -136,12 +137,14 @@ class GrantTable:
         for record in aside:
             self._read(record)
 
-    def keep(self, grant: Signed[Grant], partition: int, offset: int) -> SignedGrant | None:
+    def keep(
+        self, grant: Signed[Grant], partition: int, offset: int, appended_at_ms: int
+    ) -> SignedGrant | None:
         """Add a verified grant. Returns the first grant with that id, or None if its signer gave too many."""
         id, signer = id_of(grant.claims), grant.claims.iss
         first = self._grants.get(id)
         if first is None and self._given_by[signer] < MOST_OF_ONE:
-            first = self._grants[id] = SignedGrant(grant, partition, offset)
+            first = self._grants[id] = SignedGrant(grant, partition, offset, appended_at_ms)
             self._by_task.setdefault(grant.claims.task_id, []).append(id)
             self._given_by[signer] += 1
         return first
@@ -196,7 +199,7 @@ class GrantTable:
     def _read(self, record: Received) -> None:
         at_s = record.appended_at_ms / 1000
 
-        def find(iss: str, kid: str) -> PublicKey | None:
+        def find(iss: str, kid: str) -> VerificationKey | None:
             return self._directory.user_key(iss, kid, at_s)
 
         try:
@@ -219,7 +222,7 @@ class GrantTable:
             user_id = subject_of(self._trust_domain, claims.iss, "user") or ""
             self.take_back(claims.grant_id, user_id, record.appended_at_ms)
         elif isinstance(claims, Grant) and record.key == claims.agent_id:
-            self.keep(Signed(claims, signed.compact), record.partition, record.offset)
+            self.keep(Signed(claims, signed.compact), record.partition, record.offset, record.appended_at_ms)
         self._forget(record.appended_at_ms)
 
 

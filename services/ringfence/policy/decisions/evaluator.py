@@ -128,7 +128,8 @@ class RequestEvaluator:
             if not same or with_grants.ruling.outcome != "allowed":
                 break
             if self._grants.use(chosen, case.request_id):
-                return replace(with_grants, grants=chosen)
+                times = self._grants.append_times(chosen)
+                return replace(with_grants, grants=chosen, grants_at_ms=times)
         return evaluation
 
     async def stale(self) -> str | None:

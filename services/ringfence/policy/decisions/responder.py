@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import orjson
 
@@ -11,12 +12,12 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jwe import seal
-from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, Signed, sign, sign_payload
+from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, Signed, is_by_passkey, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Span, Tracing, Work
-from ringfence.messages.approval import Approval, ApprovalRequest
+from ringfence.messages.approval import Approval, ApprovalRequest, Grant
 from ringfence.messages.credential import CredentialDecision, Outcome, Reason, ReplyContent
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
 from ringfence.model.records.directory import Directory
@@ -54,6 +55,7 @@ class DecisionPublisher:
         evaluation: Evaluation,
         *,
         approvals: Sequence[Signed[Approval]] = (),
+        approvals_at_ms: Mapping[str, int] = MappingProxyType({}),
         expires_at: int | None = None,
     ) -> RequestState:
         """Publish the decision for an evaluation.
@@ -62,9 +64,11 @@ class DecisionPublisher:
 
         Args:
             approvals: those that the decision rests on; for a denial by a person, that person's.
+            approvals_at_ms: their append times by the digest of each, at least of those that passkeys signed.
             expires_at: until when approvals are awaited (seconds since 1970), if the outcome requires approval.
         """
         runtime, ruling = self._runtime, evaluation.ruling
+        at_ms = {**approvals_at_ms, **evaluation.grants_at_ms}
         decision = CredentialDecision(
             iss=runtime.key.id,
             aud=runtime.settings.trust_domain,
@@ -80,6 +84,7 @@ class DecisionPublisher:
             required=ruling.required,
             approvals=tuple(approval.compact for approval in approvals),
             grants=tuple(grant.compact for grant in evaluation.grants) or None,
+            answers_at_ms=_times_of_passkeys(approvals, evaluation.grants, at_ms),
             revisions=evaluation.revisions,
             input=evaluation.input,
             input_digest=evaluation.input_digest,
@@ -195,6 +200,20 @@ def _decision_id(case: Case, evaluation: Evaluation, approvals: Sequence[Signed[
     return derived_id("decision", case.request_id, outcome, *collected)
 
 
+def _times_of_passkeys(
+    approvals: Iterable[Signed[Approval]], grants: Iterable[Signed[Grant]], at_ms: Mapping[str, int]
+) -> dict[str, int] | None:
+    """Return the known append times (ms) of answers that passkeys signed, by the digest of each; None without any."""
+    answers = [
+        *((one.digest, one.compact) for one in approvals),
+        *((one.digest, one.compact) for one in grants),
+    ]
+    times = {
+        digest: at_ms[digest] for digest, compact in answers if digest in at_ms and is_by_passkey(compact)
+    }
+    return times or None
+
+
 def _too_large(decision: CredentialDecision) -> CredentialDecision:
     """Return the denial to publish instead if the request and its records together exceed what a reader accepts."""
     reason = Reason(
@@ -210,6 +229,7 @@ def _too_large(decision: CredentialDecision) -> CredentialDecision:
             "ttl_s": None,
             "approvals": (),
             "grants": None,
+            "answers_at_ms": None,
             "input": None,
             "input_digest": None,
             "expires_at": None,

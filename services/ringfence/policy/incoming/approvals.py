@@ -194,7 +194,7 @@ class ApprovalHandler:
         if claims.verdict == "denied":
             comment = (claims.comment or "no comment")[:500]
             no = _reason("approval_denied", f"{user_id} denied it: {comment}")
-            await self._close(state, pending, (no,), approval, place)
+            await self._close(state, pending, (no,), approval, place, at_ms)
             return None
         present = facts.revisions(self._evaluator.policy_revision)
         if present != pending.revisions:
@@ -230,11 +230,15 @@ class ApprovalHandler:
         evaluation = await self._evaluator.evaluate(case, at_ms, approvals)
         outcome = evaluation.ruling.outcome
         if outcome != "denied" and evaluation.ruling.ttl_s != pending.ttl_s:
-            await self._close(state, pending, (_stale(),), approval, place)
+            await self._close(state, pending, (_stale(),), approval, place, at_ms)
             return
         waiting = outcome == "approval_required"
         state = await self._publisher.decide(
-            case, evaluation, approvals=approvals, expires_at=pending.expires_at if waiting else None
+            case,
+            evaluation,
+            approvals=approvals,
+            approvals_at_ms=_append_times(pending, approval, at_ms),
+            expires_at=pending.expires_at if waiting else None,
         )
         state.saw(approval, place)
         if not waiting or evaluation.ruling.required != pending.required:
@@ -247,9 +251,10 @@ class ApprovalHandler:
         why: tuple[Reason, ...],
         approval: Signed[Approval] | None = None,
         place: RecordPosition | None = None,
+        at_ms: int = 0,
     ) -> None:
         """Deny a waiting request, on the evaluation that it waited with, and by a person's answer if that is the
-        reason.
+        reason. `at_ms` is the append time of that answer.
         """
         case = _case(state, pending)
         evaluation = Evaluation(
@@ -260,7 +265,10 @@ class ApprovalHandler:
         )
         approvals = [_collected(jws) for jws in pending.approvals]
         state = await self._publisher.decide(
-            case, evaluation, approvals=[*approvals, approval] if approval else approvals
+            case,
+            evaluation,
+            approvals=[*approvals, approval] if approval else approvals,
+            approvals_at_ms=_append_times(pending, approval, at_ms),
         )
         if approval is not None and place is not None:
             state.saw(approval, place)
@@ -359,7 +367,12 @@ class ApprovalHandler:
                 evaluation = await self._evaluator.evaluate(case, at_ms, collected)
                 same = (evaluation.revisions, evaluation.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
                 if same and evaluation.ruling.outcome == "allowed":
-                    await self._publisher.decide(case, evaluation, approvals=collected)
+                    await self._publisher.decide(
+                        case,
+                        evaluation,
+                        approvals=collected,
+                        approvals_at_ms=pending.answers_at_ms or {},
+                    )
 
     # --- expired and forbidden requests ---
 
@@ -449,6 +462,14 @@ def _is_withdrawn(state: RequestState) -> bool:
 def _collected(jws: str) -> Signed[Approval]:
     """Return an approval in a decision of this service, which verified it before it signed."""
     return Signed(parse(jws).unverified_claims(Approval), jws)
+
+
+def _append_times(
+    pending: CredentialDecision, approval: Signed[Approval] | None, at_ms: int
+) -> dict[str, int]:
+    """Return the known append times (ms) of the approvals in a decision, and of one more, by the digest of each."""
+    known = pending.answers_at_ms or {}
+    return {**known, approval.digest: at_ms} if approval else known
 
 
 def _all_valid(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:

@@ -65,7 +65,7 @@ class GrantHandler:
         await self._records(record.appended_at_ms)
         reason = self._objection(grant.claims, late, record)
         if reason is None:
-            entry = self._table.keep(grant, record.partition, record.offset)
+            entry = self._table.keep(grant, record.partition, record.offset, record.appended_at_ms)
             if entry is None:
                 message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
                 reason = Reason(code="grants_too_many", message=message)

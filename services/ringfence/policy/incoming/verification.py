@@ -9,7 +9,7 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jwe import check_reply_key
 from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse
-from ringfence.kernel.crypto.keys import PublicKey, valid_key
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.partitioning import partition_of
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
@@ -20,6 +20,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.signed_messages import FindKey, key_of_agent, verify_message
+from ringfence.model.records.user_keys import user_key
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
 from ringfence.policy.domain import Case
 
@@ -129,7 +130,7 @@ class MessageVerifier:
             catch_up=lambda: self._runtime.tables_caught_up(settings.grace_s),
         )  # fmt: skip
 
-    def _person_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> PublicKey | None:
+    def _person_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> VerificationKey | None:
         user_id = subject_of(self._runtime.settings.trust_domain, iss, "user")
         if user_id is None:
             return key_of_agent(iss, kid, at_s, of_agents)
@@ -137,4 +138,6 @@ class MessageVerifier:
             entry = self._directory.user(user_id)
         except ChainError:
             return None
-        return valid_key(entry.state.keys, kid, at_s) if entry and entry.state.delegation is None else None
+        if entry is None or entry.state.delegation is not None:
+            return None
+        return user_key(entry.state.keys, kid, at_s, self._directory.trust)
