@@ -151,6 +151,9 @@ COMMANDS: dict[str, CommandEntry] = {
         "doctor.command", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."
     ),
     "topics": CommandEntry("commands.topics", "app", _RUN, "Create the topics, and check them."),
+    "sign-page": CommandEntry(
+        "commands.sign_page", "app", _RUN, "Build the page on which people sign with passkeys."
+    ),
     "serve": CommandEntry("commands.serve", "serve", _RUN, "Run services in this process."),
     "rebuild": CommandEntry(
         "commands.rebuild", "rebuild", _RUN, "Make Redis hold again what Kafka knows; or only compare."

@@ -8,20 +8,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from ringfence.client.errors import IdentityError, require_understood
+from ringfence.client.errors import IdentityError, InvalidCallError, require_understood
 from ringfence.client.key_file import key_file, load_key, successor_key
 from ringfence.client.lifetime import Lifetime
+from ringfence.client.passkeys.user import LIFE_S, PasskeyUser
 from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
@@ -40,13 +42,18 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from ringfence.model.identity.spiffe_ids import Kind, subject_of
+from ringfence.model.identity.spiffe_ids import Kind, spiffe_id, subject_of
 from ringfence.model.records.directory import Directory
 
 if TYPE_CHECKING:
     from ringfence.client.instance_enrolment import EnrolledInstanceKey
     from ringfence.kernel.kafka.table_reader import Follower
 
+C = TypeVar("C", bound=Claims)
+
+COMMAND_LIFE_S = 120
+"""`exp` of a command: how long it may take to reach the broker, clocks that differ included."""
+NO_EVIDENCE: Final[Mapping[str, str]] = MappingProxyType({})
 READY_TIMEOUT_S = 30.0
 """How long a topic may take to be read up to its present end."""
 STOP_TIMEOUT_S = 15.0
@@ -108,14 +115,15 @@ class Connection(Lifetime):
 
     def __init__(
         self,
-        key: SigningKey | Path | str | None = None,
+        key: SigningKey | Path | str | PasskeyUser | None = None,
         settings: ClientSettings | None = None,
         clock: Clock | None = None,
         *,
         attested: EnrolledInstanceKey | None = None,
     ) -> None:
         """Args:
-            key: the identity, as a key or the path of its file; None takes the one in the settings.
+            key: the identity, as a key or the path of its file; None takes the one in the settings. A person who signs
+                with a passkey has neither.
             settings: where to connect to; None reads the environment and the settings file.
             attested: a running instance that enrols a key of its own, instead of `key`.
 
@@ -127,9 +135,15 @@ class Connection(Lifetime):
 
         self.settings = load_settings(settings)
         self._attested = attested
-        self._key_file = None if attested else key_file(key, self.settings)
-        # Enrolled before it is first used.
-        self.key = SigningKey.generate(attested.id) if attested else load_key(key, self.settings)
+        self.passkey_user = key if isinstance(key, PasskeyUser) else None
+        if isinstance(key, PasskeyUser):
+            # It says who this is, and signs nothing.
+            identity = spiffe_id(self.settings.trust_domain, "user", key.user_id)
+            self._key_file, self.key = None, SigningKey.generate(identity)
+        else:
+            self._key_file = None if attested else key_file(key, self.settings)
+            # Enrolled before it is first used.
+            self.key = SigningKey.generate(attested.id) if attested else load_key(key, self.settings)
         self.enrolment: str | None = None
         """The enrolment of a running instance, which every message signed for its agent carries."""
         self.clock: Clock = clock or SystemClock()
@@ -268,6 +282,25 @@ class Connection(Lifetime):
 
     # --- writing ---
 
+    @property
+    def command_life_s(self) -> int:
+        """How long a command counts from now, in seconds: longer where a person takes the time to sign it first."""
+        return LIFE_S if self.passkey_user else COMMAND_LIFE_S
+
+    async def sign(self, claims: C, evidence: Mapping[str, str] = NO_EVIDENCE) -> Signed[C]:
+        """Sign a message as this identity. With a passkey `iat` and `jti` differ from those of `claims`.
+
+        `evidence`: signed messages by which the sign page shows it, besides records.
+
+        Raises NotSignedError where the person did not sign, InvalidCallError where passkeys do not sign such a message.
+        """
+        if self.passkey_user is not None:
+            self._require_understood(claims)
+            from ringfence.client.passkeys.signing import sign_with_passkey
+
+            return await sign_with_passkey(self, self.passkey_user, claims, evidence)
+        return Signed(claims, sign(claims, self.key))
+
     def stamp(self, life_s: int) -> dict[str, Any]:
         """The claims that every message has: `iss`, `aud`, `iat`, `jti`; `exp` too where `life_s` is not 0."""
         now_s = self.clock.now_ms() // 1000
@@ -295,13 +328,16 @@ class Connection(Lifetime):
 
         Raises:
             UnavailableError: Kafka did not take it.
-            InvalidCallError: the message has an unknown field, which may be a limit; nothing was sent.
+            InvalidCallError: the message has an unknown field, which may be a limit, or a passkey does not sign it like
+                this; nothing was sent.
         """
         from aiokafka.errors import KafkaError
 
-        if not isinstance(claims, RevocationRequest):  # a revocation stops what it can, whatever else it says
-            kind = claims.typ.partition(".")[0]
-            require_understood(claims, f"{kind} {key}" if topic is REGISTRY_COMMAND else f"the {claims.typ}")
+        self._require_understood(claims, key if topic is REGISTRY_COMMAND else None)
+        if compact is None and self.passkey_user is not None:
+            raise InvalidCallError(
+                f"no passkey signs this {claims.typ}: it needs a key file (--identity FILE)"
+            )
         compact = compact or sign(claims, self.key)
         try:
             delivery: Awaitable[Any] = await self._publisher.send(
@@ -314,6 +350,11 @@ class Connection(Lifetime):
                 f"is the broker up, and does the topic {topic.name(self.settings.topic_prefix)} exist?"
             ) from None
         return at.topic, at.partition, at.offset
+
+    def _require_understood(self, claims: Claims, subject_id: str | None = None) -> None:
+        if not isinstance(claims, RevocationRequest):  # a revocation stops what it can, whatever else it says
+            kind = claims.typ.partition(".")[0]
+            require_understood(claims, f"{kind} {subject_id}" if subject_id else f"the {claims.typ}")
 
     def _on_trust(self, records: Sequence[Received]) -> None:
         for record in records:

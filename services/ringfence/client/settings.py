@@ -22,6 +22,8 @@ class ClientSettings(BusSettings):
 
     identity: Annotated[Path | None, BeforeValidator(_path_of)] = None
     """The key file (JSON, mode 0600) that says who is calling; `RINGFENCE_IDENTITY`."""
+    user: Annotated[str | None, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")] = None
+    """The user who signs with a passkey, for commands with `--passkey`; `RINGFENCE_USER`."""
     agent: str | None = None
     """The agent that this process is an instance of, where it enrols a key of its own; `RINGFENCE_AGENT`."""
     attest: str | None = None

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Literal
 
 from ringfence.cli.shared import approval_views, connect
 from ringfence.cli.shared.arguments import show_act
-from ringfence.cli.shared.options import confirm, identity, run
+from ringfence.cli.shared.options import confirm, run
 from ringfence.cli.shared.output import print_json, print_json_line, say, span, visible_name
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
     from ringfence.client.approvals.sponsor import Sponsor
+    from ringfence.client.passkeys.user import PasskeyUser
 
 
 def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
@@ -46,13 +47,13 @@ def answer(
     verb: Literal["approve", "deny"],
     comment: str | None,
     yes: bool,
-    me: Path | None,
+    who: Path | PasskeyUser | None,
     as_json: bool,
 ) -> None:
     """Sign an approval or a denial of exactly the action that is shown."""
 
     async def work() -> str:
-        async with connect.sponsor(identity(me)) as sponsor:
+        async with connect.sponsor(who) as sponsor:
             return await (sponsor.approve_action if verb == "approve" else sponsor.deny_action)(
                 pending, comment
             )

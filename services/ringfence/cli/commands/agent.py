@@ -27,10 +27,12 @@ from ringfence.cli.shared.options import (
     AddOption,
     AllowOption,
     AnywayOption,
+    AsOption,
     IdentityOption,
     JsonOption,
     KeyDaysOption,
     NewKeyOption,
+    PasskeyOption,
     PublicKeyOption,
     ReasonOption,
     RemoveOption,
@@ -44,6 +46,8 @@ from ringfence.cli.shared.options import (
     key_records,
     run,
     settings,
+    signer,
+    signs_on_page,
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table, say, span, until, visible_name
@@ -155,6 +159,8 @@ def set_ceiling(
     remove: RemoveOption = None,
     anyway: AnywayOption = False,
     yes: YesOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -172,10 +178,12 @@ def set_ceiling(
             param_hint="--allow",
         )
 
+    who = signer(me, passkey, as_user)
+
     async def work() -> tuple[Accepted, dict[str, Any]]:
         from ringfence.client.admin.unknown_subjects import unknown_subject
 
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(who) as administrator:
             directory = await administrator.directory()
             entry = directory.agent(agent)
             if entry is None:
@@ -184,7 +192,7 @@ def set_ceiling(
             await refuse_unknown(administrator, options.permissions, anyway, former)
             ceiling = options.applied(former)
             details: dict[str, Any] = {}
-            if ceiling != former and (options.whole is not None or options.remove):
+            if ceiling != former and not signs_on_page(who) and (options.whole is not None or options.remove):
                 replacement = Replacement(f"ceiling of {agent}")
                 replacement.scope("allowed", former, ceiling)
                 if missing(former, ceiling):
@@ -218,6 +226,8 @@ def transfer(
             help="The new sponsor's consent (ringfence agent consent-transfer); - reads it from stdin.",
         ),
     ] = None,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -235,7 +245,7 @@ def transfer(
     sponsor = by or to or ""
 
     async def work() -> tuple[Accepted, bool]:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(signer(me, passkey, as_user)) as administrator:
             unasked = signed is None and sponsor != administrator.id and await _is_operator(administrator)
             accepted = await administrator.transfer_agent(
                 agent, sponsor=sponsor, consent=signed, without_consent=unasked
@@ -343,12 +353,17 @@ def rotate_key(
 
 @app.command()
 def suspend(
-    agent: AgentArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+    agent: AgentArgument,
+    reason: ReasonOption,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Stop the agent for now: nothing is issued, its leases end. As its sponsor or an operator."""
 
     async def work() -> Accepted:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(signer(me, passkey, as_user)) as administrator:
             return await administrator.suspend_agent(agent, reason=reason)
 
     print_accepted(run(work()), f"agent {agent} suspended; its leases end", wants_json(as_json))
@@ -356,12 +371,17 @@ def suspend(
 
 @app.command()
 def resume(
-    agent: AgentArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+    agent: AgentArgument,
+    reason: ReasonOption,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Let a suspended agent go on. What an operator suspended only an operator resumes."""
 
     async def work() -> Accepted:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(signer(me, passkey, as_user)) as administrator:
             return await administrator.resume_agent(agent, reason=reason)
 
     print_accepted(run(work()), f"agent {agent} is active again", wants_json(as_json))

@@ -17,13 +17,16 @@ from ringfence.cli.shared import approval_views, connect, styles
 from ringfence.cli.shared.arguments import check_id_prefix, show_scope
 from ringfence.cli.shared.id_lookup import only_one, require_whole_id
 from ringfence.cli.shared.options import (
+    AsOption,
     IdentityOption,
     JsonOption,
+    PasskeyOption,
     WideOption,
     YesOption,
     confirm,
-    identity,
     run,
+    signer,
+    signs_on_page,
     wants_json,
 )
 from ringfence.cli.shared.output import (
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.pending_approval import PendingApproval
     from ringfence.client.approvals.request_groups import GroupKey, RequestGroup
     from ringfence.client.approvals.sponsor import Sponsor
+    from ringfence.client.passkeys.user import PasskeyUser
 
 app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
 
@@ -67,13 +71,17 @@ OneOption = Annotated[bool, typer.Option("--one", help="Only this request, not t
 def list_approvals(
     everyone: EveryoneOption = False,
     wide: WideOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List what waits for you: requests, those that would come to the same credential once, and single actions."""
 
+    who = signer(me, passkey, as_user)
+
     async def work() -> tuple[list[RequestGroup], list[PendingAction]]:
-        async with connect.sponsor(identity(me)) as sponsor:
+        async with connect.sponsor(who) as sponsor:
             return sponsor.groups(everyone=everyone), sponsor.actions(everyone=everyone)
 
     groups, actions = run(work())
@@ -113,13 +121,19 @@ def list_approvals(
 
 
 @app.command()
-def show(request: RequestArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def show(
+    request: RequestArgument,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show one request that waits, whole, those that are alike, and what differs from what the agent usually gets; or
     one action.
     """
     from ringfence.client.approvals.action_approvals import PendingAction
 
-    question = _find_question(request, me)
+    question = _find_question(request, signer(me, passkey, as_user))
     if isinstance(question, PendingAction):
         action_approvals.show(question, wants_json(as_json))
     else:
@@ -132,6 +146,8 @@ def approve(
     one: OneOption = False,
     comment: CommentOption = None,
     yes: YesOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -139,7 +155,7 @@ def approve(
 
     What is not yours to give is not signed.
     """
-    _send_answers(request, "approve", one, comment, yes, me, as_json)
+    _send_answers(request, "approve", one, comment, yes, signer(me, passkey, as_user), as_json)
 
 
 @app.command()
@@ -148,22 +164,32 @@ def deny(
     one: OneOption = False,
     comment: CommentOption = None,
     yes: YesOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sign a no to this request, and one to each that is shown as alike; or to one action."""
-    _send_answers(request, "deny", one, comment, yes, me, as_json)
+    _send_answers(request, "deny", one, comment, yes, signer(me, passkey, as_user), as_json)
 
 
 @app.command()
-def watch(everyone: EveryoneOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+def watch(
+    everyone: EveryoneOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show each request that waits for you as it comes, until Ctrl-C: who asks, for what, why, for whom, and what
     differs from what the agent usually gets; and each action. With --json one object a line.
     """
     from ringfence.client.approvals.request_groups import RequestGroup, group_key
 
+    who = signer(me, passkey, as_user)
+
     async def work() -> None:
-        async with connect.sponsor(identity(me)) as sponsor:
+        async with connect.sponsor(who) as sponsor:
             history = await sponsor.usual()
             if not wants_json(as_json):
                 note("waiting for requests; Ctrl-C ends", "aside")
@@ -198,13 +224,13 @@ def _send_answers(
     alone: bool,
     comment: str | None,
     yes: bool,
-    me: Path | None,
+    who: Path | PasskeyUser | None,
     as_json: bool,
 ) -> None:
     from ringfence.client.approvals.action_approvals import PendingAction
 
     async def answer(group: RequestGroup) -> list[str]:
-        async with connect.sponsor(identity(me)) as sponsor:
+        async with connect.sponsor(who) as sponsor:
             return await (sponsor.approve_all if verb == "approve" else sponsor.deny_all)(group, comment)
 
     if yes:
@@ -213,9 +239,11 @@ def _send_answers(
             "with --yes nobody looks at what it finds, so name the request by its whole id",
             of="REQUEST",
         )
-    question = _find_question(request, me, alone=alone)
+    question = _find_question(request, who, alone=alone)
+    # With a passkey the person sees it again on the sign page, and answers there.
+    yes = yes or signs_on_page(who)
     if isinstance(question, PendingAction):
-        action_approvals.answer(question, verb, comment, yes, me, wants_json(as_json))
+        action_approvals.answer(question, verb, comment, yes, who, wants_json(as_json))
         return
     group, comparison = question
     if not wants_json(as_json):
@@ -237,13 +265,13 @@ def _send_answers(
 
 
 def _find_question(
-    request: str, me: Path | None, *, alone: bool = False
+    request: str, who: Path | PasskeyUser | None, *, alone: bool = False
 ) -> tuple[RequestGroup, Comparison] | PendingAction:
     from ringfence.client.approvals.action_approvals import PendingAction
     from ringfence.client.approvals.request_groups import RequestGroup
 
     async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
-        async with connect.sponsor(identity(me)) as sponsor:
+        async with connect.sponsor(who) as sponsor:
             pending = _find(sponsor, request)
             if isinstance(pending, PendingAction):
                 return pending

@@ -7,7 +7,17 @@ from typing import Annotated
 import typer
 
 from ringfence.cli.shared.arguments import check_id_prefix, show_scope
-from ringfence.cli.shared.options import IdentityOption, JsonOption, WideOption, identity, run, wants_json
+from ringfence.cli.shared.options import (
+    AsOption,
+    IdentityOption,
+    JsonOption,
+    PasskeyOption,
+    WideOption,
+    identity,
+    run,
+    signer,
+    wants_json,
+)
 from ringfence.cli.shared.output import moment, print_json, print_table, say
 from ringfence.cli.shared.tables import ids, prose
 from ringfence.messages.permission import Permission
@@ -75,13 +85,15 @@ def review(
         ),
     ],
     note: Annotated[str, typer.Option("--note", help="What you found; it stands in the trail.")],
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sign a review of one use, as an operator or auditor who had no part in it."""
     from ringfence.client.approvals.break_glass_review import review_break_glass
 
-    use = run(review_break_glass(request, note, identity(me)))
+    use = run(review_break_glass(request, note, signer(me, passkey, as_user)))
     if wants_json(as_json):
         print_json(use)
     else:

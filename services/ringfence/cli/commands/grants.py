@@ -13,8 +13,10 @@ from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.id_lookup import is_whole, only_one, require_whole_id, whole_id
 from ringfence.cli.shared.options import (
     AllowOption,
+    AsOption,
     IdentityOption,
     JsonOption,
+    PasskeyOption,
     ReasonOption,
     WideOption,
     YesOption,
@@ -23,6 +25,8 @@ from ringfence.cli.shared.options import (
     duration_s,
     identity,
     run,
+    signer,
+    signs_on_page,
     wants_json,
 )
 from ringfence.cli.shared.output import (
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.grants import Proposal
     from ringfence.client.approvals.pending_approval import PendingApproval
 
+_WHOLE_WITH_PASSKEY = "with --passkey no service can say what it is of"
 GrantArgument = Annotated[
     str, typer.Argument(metavar="GRANT", callback=check_id_prefix, help="The grant's id, or how it begins.")
 ]
@@ -81,6 +86,8 @@ def grant(
     ] = None,
     comment: Annotated[str | None, typer.Option("--comment", help="Stands in the trail.")] = None,
     yes: YesOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -98,11 +105,14 @@ def grant(
         require_whole_id(
             like, "with --yes nobody looks at what it finds, so name the request by its whole id", of="--like"
         )
+    who = signer(me, passkey, as_user)
+    if task and signs_on_page(who):
+        require_whole_id(task, _WHOLE_WITH_PASSKEY, of="TASK")
     scope, lasts_s = parse_scope(allow, may_be_empty=like is not None), duration_s(lasts)
     ttl_s = credential_life_s(ttl) if ttl else None
 
     async def asked(request: str) -> PendingApproval:
-        async with connect.sponsor(identity(me)) as sponsor:
+        async with connect.sponsor(who) as sponsor:
             waiting = {one.request_id: one for one in sponsor.pending(everyone=True)}
             known = {id: f"{one.agent}, on behalf of {one.on_behalf_of}" for id, one in waiting.items()}
             return waiting[only_one("open request", request, known)]
@@ -117,7 +127,7 @@ def grant(
         if like is not None:
             one = await asked(like)
             terms = {"task_id": one.task_id, "scope": one.scope, "ttl_s": one.ttl_s, "delivery": one.delivery}
-        async with connect.grantor(identity(me)) as grantor:
+        async with connect.grantor(who) as grantor:
             proposal = await grantor.propose(**terms, count=count, lasts_s=lasts_s, comment=comment)
             if not proposal.mine:
                 raise InvalidCallError(
@@ -127,13 +137,13 @@ def grant(
             return proposal
 
     async def give(proposal: Proposal) -> Accepted:
-        async with connect.grantor(identity(me)) as grantor:
+        async with connect.grantor(who) as grantor:
             return await grantor.give(proposal)
 
     proposal = run(look())
     if not wants_json(as_json):
         _print_proposal(proposal)
-    confirm("Approve this ahead?", yes)
+    confirm("Approve this ahead?", yes or signs_on_page(who))
     accepted = run(give(proposal))
     sentence = f"{count} credential{'s are' if count > 1 else ' is'} approved ahead"
     print_accepted(accepted, sentence, wants_json(as_json), grant_id=accepted.result or "")
@@ -170,14 +180,21 @@ def grants(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOpt
 
 
 def withdraw(
-    grant_id: GrantArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+    grant_id: GrantArgument,
+    reason: ReasonOption,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """Take back what was approved ahead: nothing more is issued on it. What was issued goes on to its end."""
 
+    who = signer(me, passkey, as_user)
+
     async def work() -> tuple[str, Accepted]:
-        async with connect.grantor(identity(me)) as grantor:
+        async with connect.grantor(who) as grantor:
             whole = grant_id
-            if not is_whole(grant_id):
+            if not is_whole(grant_id) and not signs_on_page(who):
                 known = {
                     str(one["grant_id"]): f"grant for {one['agent_id']}" for one in await grantor.grants()
                 }

@@ -9,15 +9,19 @@ import typer
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id
 from ringfence.cli.shared.command_results import print_accepted
-from ringfence.cli.shared.id_lookup import whole_id
+from ringfence.cli.shared.id_lookup import require_whole_id, whole_id
 from ringfence.cli.shared.options import (
+    AsOption,
     IdentityOption,
     JsonOption,
+    PasskeyOption,
     ReasonOption,
     YesOption,
     confirm,
     identity,
     run,
+    signer,
+    signs_on_page,
     wants_json,
 )
 
@@ -66,6 +70,8 @@ def revoke(
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="All leases that there are.")] = False,
     yes: YesOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,15 +92,20 @@ def revoke(
         raise typer.BadParameter(
             "name exactly one of --lease, --task, --agent, --sponsor, --target, --user, --all"
         )
+    who = signer(me, passkey, as_user)
+    if signs_on_page(who):
+        for option, id in (("--lease", lease), ("--task", task)):
+            if id:
+                require_whole_id(id, "with --passkey no service can say what it is of", of=option)
     if everything:
-        confirm("Revoke every lease of every agent?", yes)
+        confirm("Revoke every lease of every agent?", yes or signs_on_page(who))
 
     async def work() -> Accepted:
         nonlocal lease, task
         lease = await whole_id("lease", lease, identity(me)) if lease else None
         task = await whole_id("task", task, identity(me)) if task else None
         wait_s = TIMEOUT_S if lease else _ENDS_WITHIN_S
-        async with connect.administrator(identity(me), timeout_s=wait_s) as administrator:
+        async with connect.administrator(who, timeout_s=wait_s) as administrator:
             return await administrator.revoke(
                 reason=reason,
                 lease_id=lease,

@@ -16,9 +16,11 @@ from ringfence.kernel.crypto.keys import SigningKey
 
 if TYPE_CHECKING:
     from ringfence.kernel.base.settings import ServiceSettings
-    from ringfence.kernel.service.runtime import Runtime
+    from ringfence.kernel.service.process import ServiceProcess
 
-_SERVED = (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME)
+_SIGN_PAGE = "sign-page"
+"""Static files: it has no key, and is no service that anybody believes."""
+_SERVED = (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME, _SIGN_PAGE)
 
 
 def serve(
@@ -57,16 +59,20 @@ def serve(
     raise typer.Exit(run(runtimes, settings))
 
 
-def _built(name: str, settings: ServiceSettings, observe: list[str]) -> Runtime:
-    app = importlib.import_module(f"ringfence.{name}.app")
+def _built(name: str, settings: ServiceSettings, observe: list[str]) -> ServiceProcess:
+    app = importlib.import_module(f"ringfence.{_package(name)}.app")
     if name == "gateway" and observe:
         from ringfence.gateway.settings import GatewaySettings
         from ringfence.kernel.base.settings import load
 
-        built: Runtime = app.build(settings, load(GatewaySettings, observe=tuple(observe)))
+        built: ServiceProcess = app.build(settings, load(GatewaySettings, observe=tuple(observe)))
     else:
         built = app.build(settings)
     return built
+
+
+def _package(name: str) -> str:
+    return name.replace("-", "_")
 
 
 # Before services start: report all mistakes in their settings and keys at once, each with its remedy.
@@ -98,6 +104,8 @@ def check(services: Sequence[str]) -> None:
 
 
 def _key_path(name: str, settings: ServiceSettings) -> str | None:
+    if name == _SIGN_PAGE:
+        return None
     file = settings.key_file or settings.key_dir / f"{name}.json"
     if name in BY_NAME:
         return _key_path_by_name(name, settings)
@@ -129,7 +137,9 @@ def _key_path_by_name(name: str, settings: ServiceSettings) -> str | None:
 def _classes(services: Sequence[str]) -> Iterator[type[RingfenceSettings]]:
     """Yield the settings classes of these services, each once."""
     modules = [
-        module for name in services for module in (f"ringfence.{name}.settings", *_BESIDES.get(name, ()))
+        module
+        for name in services
+        for module in (f"ringfence.{_package(name)}.settings", *_BESIDES.get(name, ()))
     ]
     for module in dict.fromkeys(modules):
         for _, cls in inspect.getmembers(importlib.import_module(module), inspect.isclass):

@@ -19,8 +19,10 @@ from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.id_lookup import check_whole_id, require_whole_id, whole_id
 from ringfence.cli.shared.options import (
     AllowOption,
+    AsOption,
     IdentityOption,
     JsonOption,
+    PasskeyOption,
     ReasonOption,
     WideOption,
     consent_life_s,
@@ -28,6 +30,8 @@ from ringfence.cli.shared.options import (
     identity,
     moment_s,
     run,
+    signer,
+    signs_on_page,
     wants_json,
 )
 from ringfence.cli.shared.output import moment, note, print_json, say
@@ -95,6 +99,8 @@ def assign(
         bool,
         typer.Option("--anyway", help="Assign it even where it allows nothing now."),
     ] = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -106,7 +112,7 @@ def assign(
     fields = _task_terms(purpose, allow, lasts, until) if consented is None else {}
 
     async def work() -> tuple[TaskTerms, str, Preview, str | None]:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(signer(me, passkey, as_user)) as administrator:
             if consented is None:
                 terms, whose, signed = administrator.terms(agent, **fields), on_behalf_of, None
             else:
@@ -227,7 +233,12 @@ def delegate(
 
 @app.command()
 def end(
-    task: TaskArgument, reason: ReasonOption, me: IdentityOption = None, as_json: JsonOption = False
+    task: TaskArgument,
+    reason: ReasonOption,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
 ) -> None:
     """End a task, what was handed on of it, and their leases.
 
@@ -237,8 +248,12 @@ def end(
     from ringfence.client.agent.agent import Agent
     from ringfence.client.connection import Connection
 
+    who = signer(me, passkey, as_user)
+    if signs_on_page(who):
+        require_whole_id(task, "with --passkey no service can say what it is of", of="TASK")
+
     async def work() -> tuple[str, Accepted]:
-        connection = Connection(identity(me))
+        connection = Connection(who)
         if "/agent/" in connection.key.id:
             require_whole_id(task, of="TASK")
             async with Agent(connection) as delegator:

@@ -16,7 +16,7 @@ def words_of(path: Sequence[str]) -> Mapping[str, Sequence[str]]:
         case ("serve",):
             from ringfence.client.admin.trust_setup import BY_NAME, ON_DEMAND, SERVICE_ROLES
 
-            return {"SERVICE...": (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME)}
+            return {"SERVICE...": (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME, "sign-page")}
         case ("init",):
             from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from ringfence.client.agent.agent import Agent
     from ringfence.client.approvals.grants import Grantor
     from ringfence.client.approvals.sponsor import Sponsor
+    from ringfence.client.passkeys.user import PasskeyUser
 
 
-def administrator(key: Path | None, **more: Any) -> Administrator:
+def administrator(key: Path | PasskeyUser | None, **more: Any) -> Administrator:
     """As `Administrator.connect`."""
     from ringfence.client.admin.administrator import Administrator
 
@@ -27,14 +28,14 @@ def agent(key: Path | None, **more: Any) -> Agent:
     return Agent.connect(key, **more)
 
 
-def grantor(key: Path | None, **more: Any) -> Grantor:
+def grantor(key: Path | PasskeyUser | None, **more: Any) -> Grantor:
     """As `Grantor.connect`."""
     from ringfence.client.approvals.grants import Grantor
 
     return Grantor.connect(key, **more)
 
 
-def sponsor(key: Path | None, **more: Any) -> Sponsor:
+def sponsor(key: Path | PasskeyUser | None, **more: Any) -> Sponsor:
     """As `Sponsor.connect`."""
     from ringfence.client.approvals.sponsor import Sponsor
 

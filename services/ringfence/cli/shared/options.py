@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
 import sys
 import time
@@ -25,6 +26,7 @@ from ringfence.kernel.base.text import visible_lines
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 
 if TYPE_CHECKING:
+    from ringfence.client.passkeys.user import PasskeyUser
     from ringfence.client.settings import ClientSettings
     from ringfence.messages.keys import KeyRecord, PublicJwk
 
@@ -37,6 +39,24 @@ IdentityOption = Annotated[
     Path | None,
     typer.Option(
         "--identity", metavar="FILE", help="The key file of who is calling.", rich_help_panel=COMMON
+    ),
+]
+PasskeyOption = Annotated[
+    bool,
+    typer.Option(
+        "--passkey",
+        help="Sign with your passkey, on the sign page in a browser; no key file is needed.",
+        rich_help_panel=COMMON,
+    ),
+]
+AsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--as",
+        metavar="USER",
+        callback=check_name,
+        help="With --passkey: who you are. [RINGFENCE_USER]",
+        rich_help_panel=COMMON,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.", rich_help_panel=COMMON)]
@@ -132,6 +152,45 @@ def settings() -> ClientSettings:
 def identity(option: Path | None) -> Path | None:
     """Return the key file of the caller; None leaves it to the settings."""
     return context.identity(option)
+
+
+def signer(option: Path | None, passkey: bool, user: str | None) -> Path | PasskeyUser | None:
+    """Return who signs: the key file of the caller (as `identity`), or with `--passkey` a person at the sign page.
+
+    Raises typer.BadParameter where it is not said who, or both are named.
+    """
+    if not passkey:
+        if user is not None:
+            raise typer.BadParameter("it is for --passkey; a key file says who you are", param_hint="--as")
+        return context.identity(option)
+    if option is not None:
+        raise typer.BadParameter("name a key file or a passkey, and not both", param_hint="--passkey")
+    from ringfence.client.passkeys.user import PasskeyUser
+
+    user = user or settings().user
+    if user is None:
+        raise typer.BadParameter("say who you are with --as USER, or RINGFENCE_USER", param_hint="--passkey")
+    return PasskeyUser(user, _show_link)
+
+
+def signs_on_page(who: Path | PasskeyUser | None) -> bool:
+    """Return whether this person signs on the sign page, where they see what it is and answer."""
+    from ringfence.client.passkeys.user import PasskeyUser
+
+    return isinstance(who, PasskeyUser)
+
+
+def _show_link(link: str) -> None:
+    from ringfence.cli.shared.output import note
+
+    note("Open this page in your browser, look at it, and sign there:", "heading")
+    note(link)
+    if sys.stderr.isatty() and (
+        sys.platform == "darwin" or "DISPLAY" in os.environ or "WAYLAND_DISPLAY" in os.environ
+    ):
+        import webbrowser
+
+        webbrowser.open(link)
 
 
 def wants_json(option: bool) -> bool:

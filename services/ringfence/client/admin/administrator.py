@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, UNKNOWN_OUTCOME, Accepted, CommandClient
+from ringfence.client.admin.command_client import UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.admin.unknown_subjects import similar_id, unknown_subject
 from ringfence.client.arguments import instances, permissions, roles_of, texts
-from ringfence.client.connection import Connection, subject
+from ringfence.client.connection import COMMAND_LIFE_S, Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.enrolment import AttestationSelector
@@ -47,7 +47,9 @@ from ringfence.messages.registry import (
     TaskConsent,
     TaskEnd,
     TaskTerms,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
     UserSet,
     VerbFloor,
 )
@@ -155,6 +157,51 @@ class Administrator(CommandClient):
             command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
         return await self._command(command, user_id)
 
+    async def add_user_key(
+        self,
+        user_id: str,
+        key: KeyRecord,
+        *,
+        invitation: str,
+        possession: str,
+        endorsement: str | None = None,
+    ) -> Accepted:
+        """Add one key to a user, as an operator or with a key file of that user. See `client.admin.user_keys`.
+
+        Args:
+            invitation: the `user.invite` that the new key answers.
+            possession: the `key.possession` by the new key.
+            endorsement: a `key.endorsement` by a second operator: then the key counts for approvals at once.
+        """
+        with checked("the key"):
+            command = UserAddKey(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                user_id=user_id,
+                key=key,
+                invitation=invitation,
+                possession=possession,
+                endorsement=endorsement,
+            )
+        return await self._command(command, user_id)
+
+    async def end_user_key(
+        self, user_id: str, kid: str, *, reason: str, compromised: bool = False
+    ) -> Accepted:
+        """End one key of a user, as that user or as an operator. What it signed stays valid.
+
+        `compromised`: it may be in other hands; the keys that the user added with it end as well, and it never comes
+        back.
+        """
+        with checked("the command"):
+            command = UserEndKey(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                user_id=user_id,
+                kid=kid,
+                reason=reason,
+                compromised=True if compromised else None,
+            )
+        return await self._command(command, user_id)
+
     async def set_provisioner(
         self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
     ) -> Accepted:
@@ -255,7 +302,7 @@ class Administrator(CommandClient):
         validate_scope(ceiling, allow_empty=True)
         with checked("the ceiling"):
             command = AgentSetCeiling(
-                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, ceiling=ceiling
+                **self.connection.stamp(self.connection.command_life_s), agent_id=agent_id, ceiling=ceiling
             )
         return await self._command(command, agent_id)
 
@@ -270,7 +317,7 @@ class Administrator(CommandClient):
         """
         with checked("the command"):
             command = AgentTransfer(
-                **self.connection.stamp(COMMAND_LIFE_S),
+                **self.connection.stamp(self.connection.command_life_s),
                 agent_id=agent_id,
                 sponsor=sponsor,
                 consent=consent,
@@ -303,13 +350,15 @@ class Administrator(CommandClient):
     async def suspend_agent(self, agent_id: str, *, reason: str) -> Accepted:
         """Suspend the agent; its leases end."""
         with checked("the command"):
-            command = AgentSuspend(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
+            stamp = self.connection.stamp(self.connection.command_life_s)
+            command = AgentSuspend(**stamp, agent_id=agent_id, reason=reason)
         return await self._command(command, agent_id)
 
     async def resume_agent(self, agent_id: str, *, reason: str) -> Accepted:
         """Resume a suspended agent."""
         with checked("the command"):
-            command = AgentResume(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason)
+            stamp = self.connection.stamp(self.connection.command_life_s)
+            command = AgentResume(**stamp, agent_id=agent_id, reason=reason)
         return await self._command(command, agent_id)
 
     async def decommission_agent(self, agent_id: str, *, reason: str) -> Accepted:
@@ -459,20 +508,22 @@ class Administrator(CommandClient):
         """
         with checked("the task"):
             command = TaskAssign(
-                **self.connection.stamp(COMMAND_LIFE_S),
+                **self.connection.stamp(self.connection.command_life_s),
                 terms=terms,
                 on_behalf_of=on_behalf_of or self._user_id("the root assigns no tasks"),
                 consent=consent,
                 id_token=id_token,
             )
-        task_id = message_id(command.iss, command.jti)
-        await self._command(command, task_id)
+        signed = await self.connection.sign(command)
+        task_id = message_id(signed.claims.iss, signed.claims.jti)
+        await self._command(signed, task_id)
         return task_id
 
     async def end_task(self, task_id: str, *, reason: str) -> Accepted:
         """End a task; its leases end."""
         with checked("the command"):
-            command = TaskEnd(**self.connection.stamp(COMMAND_LIFE_S), task_id=task_id, reason=reason)
+            stamp = self.connection.stamp(self.connection.command_life_s)
+            command = TaskEnd(**stamp, task_id=task_id, reason=reason)
         return await self._command(command, task_id)
 
     # --- leases ---
@@ -603,13 +654,14 @@ class Administrator(CommandClient):
         )
         return tuple(_record(key, end) for key in given)
 
-    async def _command(self, command: ExpiringClaims, subject_id: str) -> Accepted:
+    async def _command(self, command: ExpiringClaims | Signed[Any], subject_id: str) -> Accepted:
         try:
             return await self._outcomes.send(
                 REGISTRY_COMMAND, subject_id, command, by="registry", timeout_s=self.timeout_s
             )
         except RefusedError as error:
-            raise await self._with_suggestion(error, command) from None
+            claims = command.claims if isinstance(command, Signed) else command
+            raise await self._with_suggestion(error, claims) from None
 
     async def _with_suggestion(self, error: RefusedError, command: ExpiringClaims) -> RefusedError:
         """Return the refusal of a command about an unknown subject, with the closest id that there is."""

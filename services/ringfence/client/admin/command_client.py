@@ -12,11 +12,12 @@ from typing import Any, Self
 from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import NotAnsweredError, RefusedError
 from ringfence.client.lifetime import Lifetime
+from ringfence.client.passkeys.user import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, ServiceRole, Topic
@@ -24,8 +25,6 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.records.directory import Directory
 
-COMMAND_LIFE_S = 120
-"""`exp` of a command: how long it may take to reach the broker, clocks that differ included."""
 TIMEOUT_S = 15.0
 
 
@@ -50,7 +49,7 @@ class CommandClient(Lifetime):
     @classmethod
     def connect(
         cls,
-        key: SigningKey | Path | str | None = None,
+        key: SigningKey | Path | str | PasskeyUser | None = None,
         settings: ClientSettings | None = None,
         *,
         timeout_s: float = TIMEOUT_S,
@@ -110,7 +109,7 @@ class CommandOutcomes:
         self,
         topic: Topic[Any],
         key: str,
-        claims: Claims,
+        claims: Claims | Signed[Any],
         *,
         by: ServiceRole,
         timeout_s: float,
@@ -120,6 +119,7 @@ class CommandOutcomes:
         """Publish a command and wait for the answer of the service with the role `by`.
 
         Args:
+            claims: the command, signed already or not.
             timeout_s: how long to wait, in seconds.
             timeout_hint: added to the error message where no answer comes in time.
 
@@ -128,11 +128,15 @@ class CommandOutcomes:
             NotAnsweredError: no answer came within `timeout_s`.
             UnavailableError: Kafka did not take it.
         """
+        signed = claims if isinstance(claims, Signed) else await self._connection.sign(claims)
+        claims = signed.claims
         await self._listen()
         answer: asyncio.Future[ServiceEvent] = asyncio.get_running_loop().create_future()
         self._waiting[claims.jti] = (by, answer)
         try:
-            at = await self._connection.publish(topic, key, claims, traceparent=traceparent)
+            at = await self._connection.publish(
+                topic, key, claims, compact=signed.compact, traceparent=traceparent
+            )
             event = await self._answer(answer, at, claims, by, timeout_s, timeout_hint)
         finally:
             del self._waiting[claims.jti]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, Accepted, CommandClient
+from ringfence.client.admin.command_client import Accepted, CommandClient
 from ringfence.client.arguments import instances
+from ringfence.client.connection import COMMAND_LIFE_S
 from ringfence.client.errors import RefusedError, checked
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (

@@ -9,12 +9,15 @@ from typing import Any
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError, checked
 from ringfence.client.id_prefix import find_by_prefix
+from ringfence.client.passkeys.lookups import find_break_glass_use, request_of
+from ringfence.client.passkeys.user import PasskeyUser
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import BreakGlassReview
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE
+from ringfence.model.identity.spiffe_ids import subject_of
 
 _LOOK_EVERY_S = 0.1
 
@@ -36,12 +39,15 @@ async def uses_of_break_glass(
 async def review_break_glass(
     request_id: str,
     note: str,
-    key: SigningKey | Path | str | None = None,
+    key: SigningKey | Path | str | PasskeyUser | None = None,
     settings: ClientSettings | None = None,
     *,
     timeout_s: float = 15.0,
 ) -> Any:
     """Sign a review of one use, and wait until audit shows it. Returns the use with its review.
+
+    Whoever signs with a passkey may not read audit by it: then the review is None in what is returned, and counts once
+    audit has it.
 
     Args:
         request_id: the id, or an id prefix of four characters or more, of the request that break glass allowed.
@@ -54,6 +60,8 @@ async def review_break_glass(
         NotAnsweredError: audit does not show the review in time. It is on Kafka and will count.
         ApiError, UnavailableError: audit or Kafka do not answer.
     """
+    if isinstance(key, PasskeyUser):
+        return await _review_with_passkey(request_id, note, key, settings)
     async with Connection(key, settings) as connection, ReadApi(connection.key, connection.settings) as api:
         subject(connection.key, "user", connection.settings)
         use = find_by_prefix(request_id, await api.break_glass(), lambda one: str(one["request_id"]))
@@ -79,6 +87,25 @@ async def review_break_glass(
             raise NotAnsweredError(
                 f"audit has not shown the review within {timeout_s:g} s; see: ringfence break-glass list"
             ) from None
+
+
+async def _review_with_passkey(
+    request_id: str, note: str, key: PasskeyUser, settings: ClientSettings | None
+) -> Any:
+    async with Connection(key, settings) as connection:
+        use = await find_break_glass_use(connection, request_id)
+        agent_id = subject_of(connection.settings.trust_domain, request_of(use.claims).iss, "agent")
+        with checked("the review"):
+            review = BreakGlassReview(
+                **connection.stamp(0),
+                request_id=use.claims.request_id,
+                decision_digest=use.digest,
+                agent_id=agent_id or "",
+                note=note,
+            )
+        signed = await connection.sign(review, {"decision": use.compact})
+        await connection.publish(APPROVAL_RESPONSE, review.agent_id, signed.claims, compact=signed.compact)
+        return {"request_id": review.request_id, "agent": review.agent_id, "review": None}
 
 
 async def _review_view(api: ReadApi, review: BreakGlassReview) -> Any:

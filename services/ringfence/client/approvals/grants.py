@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.client.admin.command_client import COMMAND_LIFE_S, TIMEOUT_S, Accepted, CommandClient
+from ringfence.client.admin.command_client import TIMEOUT_S, Accepted, CommandClient
 from ringfence.client.admin.preview import unknown_names
 from ringfence.client.arguments import permissions
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.ids import message_id
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Permission, Scope
@@ -102,7 +103,7 @@ class Grantor(CommandClient):
             raise InvalidCallError(str(error)) from None
         if unknown := unknown_names(directory, scope):
             raise InvalidCallError("; ".join(unknown))
-        revision = (await self._api.get("policy", "bundle"))["revision"]
+        revision = await self._policy_revision()
         stamp = self.connection.stamp(lasts_s)
         with checked("the grant"):
             grant = Grant(
@@ -156,16 +157,33 @@ class Grantor(CommandClient):
 
         Raises RefusedError, NotAnsweredError; ApiError where policy knows no such grant that this person may see.
         """
-        grant: dict[str, Any] = await self._api.get("policy", "grants", grant_id)
+        grant_id, agent_id = await self._grant(grant_id)
         with checked("the withdrawal"):
             claims = GrantWithdraw(
-                **self.connection.stamp(COMMAND_LIFE_S), grant_id=grant["grant_id"], reason=reason
+                **self.connection.stamp(self.connection.command_life_s), grant_id=grant_id, reason=reason
             )
-        return await self._send(grant["agent_id"], claims)
+        return await self._send(agent_id, claims)
 
     async def grants(self) -> list[dict[str, Any]]:
         """All grants that this person may see, as policy knows them, by their end."""
         return await self._api.grants()
+
+    async def _policy_revision(self) -> str:
+        if self.connection.passkey_user is None:
+            return str((await self._api.get("policy", "bundle"))["revision"])
+        from ringfence.client.passkeys.lookups import policy_revision
+
+        return await policy_revision(self.connection)
+
+    async def _grant(self, grant_id: str) -> tuple[str, str]:
+        """The whole id of a grant, and the agent that it is for."""
+        if self.connection.passkey_user is None:
+            grant: dict[str, Any] = await self._api.get("policy", "grants", grant_id)
+            return grant["grant_id"], grant["agent_id"]
+        from ringfence.client.passkeys.lookups import find_grant
+
+        found = await find_grant(self.connection, grant_id)
+        return message_id(found.iss, found.jti), found.agent_id
 
     async def _send(self, agent_id: str, claims: Grant | GrantWithdraw) -> Accepted:
         return await self._outcomes.send(

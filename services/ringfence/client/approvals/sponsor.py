@@ -18,6 +18,7 @@ from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
 from ringfence.client.id_prefix import find_by_prefix
 from ringfence.client.lifetime import Lifetime
+from ringfence.client.passkeys.user import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -53,6 +54,8 @@ class _OpenQuestion:
     """One question. Several people may be asked it, each by a message of their own."""
 
     message: ApprovalRequest
+    compact: str
+    """The message as policy signed it."""
     appended_at_ms: int
     people: frozenset[str]
     traceparent: str | None = None
@@ -85,7 +88,7 @@ class Sponsor(Lifetime):
     @classmethod
     def connect(
         cls,
-        key: SigningKey | Path | str | None = None,
+        key: SigningKey | Path | str | PasskeyUser | None = None,
         settings: ClientSettings | None = None,
         *,
         clock: Clock | None = None,
@@ -240,10 +243,11 @@ class Sponsor(Lifetime):
                 request_digest=pending.digest,
                 comment=comment,
             )
-        await self.connection.publish(APPROVAL_RESPONSE, pending.agent, answer)
+        signed = await self.connection.sign(answer)
+        await self.connection.publish(APPROVAL_RESPONSE, pending.agent, signed.claims, compact=signed.compact)
         self._require_actions().answered(pending.digest)
         self._notify()
-        return message_id(answer.iss, answer.jti)
+        return message_id(signed.claims.iss, signed.claims.jti)
 
     def _require_actions(self) -> OpenActions:
         if self._actions is None:
@@ -300,12 +304,17 @@ class Sponsor(Lifetime):
                 comment=comment,
             )
         question = self._questions.get(pending.request_id)
+        signed = await self.connection.sign(approval, {"question": question.compact} if question else {})
         await self.connection.publish(
-            APPROVAL_RESPONSE, pending.agent, approval, traceparent=question.traceparent if question else None
+            APPROVAL_RESPONSE,
+            pending.agent,
+            signed.claims,
+            compact=signed.compact,
+            traceparent=question.traceparent if question else None,
         )
         self._answered.add(pending.request_id)
         self._notify()
-        return message_id(approval.iss, approval.jti)
+        return message_id(signed.claims.iss, signed.claims.jti)
 
     def _check(self, pending: PendingApproval) -> None:
         """Raise StaleApprovalError where a request is no longer open, or changed since it was shown; and
@@ -424,16 +433,17 @@ class Sponsor(Lifetime):
             find = self.connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
             audience = self.connection.settings.trust_domain
             try:
-                question = verify(parse(record.value), ApprovalRequest, find, audience=audience).claims
+                signed = verify(parse(record.value), ApprovalRequest, find, audience=audience)
             except InvalidMessageError as error:
                 log.warning("ignored an approval request at %d: %s", record.offset, error)
                 continue
+            question = signed.claims
             before = self._questions.get(question.request_id)
             if before is not None and question.iat < before.message.iat:
                 continue  # an earlier version of the question, sent again by somebody
             people = (before.people if before else frozenset()) | {question.approver}
             self._questions[question.request_id] = _OpenQuestion(
-                question, record.appended_at_ms, people, record.traceparent
+                question, signed.compact, record.appended_at_ms, people, record.traceparent
             )
         self._forget_expired()
         self._notify()

@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
+from typing import Protocol
 
 import uvloop
 
@@ -19,13 +20,26 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.base.terminal import visible_traceback
 from ringfence.kernel.kafka.outage_log import OutageLog
 from ringfence.kernel.service import logging as ringfence_logging
-from ringfence.kernel.service.runtime import Runtime
 
 HELD_S = 5.0
 """How long a process waits for its threads after its services have stopped."""
 
 
-def run(runtimes: Sequence[Runtime], settings: ServiceSettings) -> int:
+class ServiceProcess(Protocol):
+    """What runs in such a process: a `Runtime`, or a server of its own."""
+
+    @property
+    def role(self) -> str:
+        """Its name, for logs."""
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Work until `stop` is set."""
+
+    def reload_keys(self) -> None:
+        """Read the key files again."""
+
+
+def run(runtimes: Sequence[ServiceProcess], settings: ServiceSettings) -> int:
     """Run services in this process until SIGTERM or SIGINT, then drain them. SIGHUP reads their key files again.
 
     Returns the exit status. The caller must end the process then: if it is still running after `HELD_S`, it is ended.
@@ -59,7 +73,9 @@ def search_seldom_for_cycles() -> None:
     gc.set_threshold(250_000, 20, 20)
 
 
-async def _until_signalled(runtimes: Sequence[Runtime], trouble: OutageLog, floods: LogLimiter) -> None:
+async def _until_signalled(
+    runtimes: Sequence[ServiceProcess], trouble: OutageLog, floods: LogLimiter
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -102,6 +118,6 @@ def _end_within(held_s: float, error: BaseException | None) -> None:
     timer.start()
 
 
-def _reload(runtimes: Sequence[Runtime]) -> None:
+def _reload(runtimes: Sequence[ServiceProcess]) -> None:
     for runtime in runtimes:
         runtime.reload_keys()

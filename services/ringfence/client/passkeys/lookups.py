@@ -1,0 +1,114 @@
+"""What a person with a passkey needs to know before they sign, read from Kafka.
+
+The services' HTTP APIs want a token by a key file. What is found here is signed by policy or by people, and verified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ringfence.client.connection import Connection
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.id_prefix import find_by_prefix
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import Signed, parse, verify
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant
+from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.credential import CredentialRequest, DecidedTerms
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.model.records.command_chain import ChainError
+
+_DAY_MS = 86_400_000
+_DECISIONS_KEPT_MS = 30 * _DAY_MS
+
+
+async def policy_revision(connection: Connection) -> str:
+    """The revision of the policy bundle in force, by policy's last decision of the last day.
+
+    Raises InvalidCallError where there is none.
+    """
+    decisions = [one.claims for one in await _decisions(connection, _DAY_MS) if one.claims.revisions]
+    if not decisions:
+        raise InvalidCallError(
+            "policy has decided nothing for a day, so its revision is not known here; grant what a request asks for "
+            "(--like REQUEST), or sign with a key file"
+        )
+    newest = max(decisions, key=lambda one: one.iat)
+    assert newest.revisions is not None
+    return newest.revisions.policy
+
+
+async def find_grant(connection: Connection, grant_id: str) -> Grant:
+    """The grant with this id or unique id prefix, as a person signed it. Raises InvalidCallError."""
+    directory = await connection.directory()
+    found: dict[str, Grant] = {}
+
+    def read(records: Sequence[Received]) -> None:
+        for record in records:
+            try:
+                jws = parse(record.value)
+                if jws.header.typ != typ_header(Grant):
+                    continue
+                at_s = record.appended_at_ms / 1000
+                grant = verify(
+                    jws,
+                    Grant,
+                    lambda iss, kid, at_s=at_s: directory.user_key(iss, kid, at_s),  # type: ignore[misc]
+                    audience=connection.settings.trust_domain,
+                ).claims
+            except (InvalidMessageError, ChainError):
+                continue
+            found[message_id(grant.iss, grant.jti)] = grant
+
+    await _read(connection, APPROVAL_RESPONSE, read, (MAX_GRANT_LIFE_S + 3600) * 1000)
+    one = find_by_prefix(grant_id, found.items(), lambda item: item[0])
+    if one is None:
+        raise InvalidCallError(f"no single grant {grant_id} of the last {MAX_GRANT_LIFE_S // 3600} h")
+    return one[1]
+
+
+async def find_break_glass_use(connection: Connection, request_id: str) -> Signed[DecidedTerms]:
+    """The decision by which break glass allowed the request with this id or unique id prefix.
+
+    Raises InvalidCallError.
+    """
+    uses = {
+        one.claims.request_id: one
+        for one in await _decisions(connection, _DECISIONS_KEPT_MS)
+        if one.claims.outcome == "allowed" and request_of(one.claims).break_glass
+    }
+    use = find_by_prefix(request_id, uses.values(), lambda one: one.claims.request_id)
+    if use is None:
+        raise InvalidCallError(f"no single use of break glass {request_id} in the last 30 days")
+    return use
+
+
+def request_of(decision: DecidedTerms) -> CredentialRequest:
+    """The request in a verified decision. Policy verified its signature."""
+    return parse(decision.request).unverified_claims(CredentialRequest)
+
+
+async def _decisions(connection: Connection, back_ms: int) -> list[Signed[DecidedTerms]]:
+    found: list[Signed[DecidedTerms]] = []
+
+    def read(records: Sequence[Received]) -> None:
+        for record in records:
+            find = connection.trust.finder("policy", at_s=record.appended_at_ms / 1000)
+            try:
+                found.append(
+                    verify(parse(record.value), DecidedTerms, find, audience=connection.settings.trust_domain)
+                )
+            except InvalidMessageError:
+                continue
+
+    await _read(connection, CREDENTIAL_DECISION, read, back_ms)
+    return found
+
+
+async def _read(
+    connection: Connection, topic: Topic[Any], read: Callable[[Sequence[Received]], None], back_ms: int
+) -> None:
+    await connection.follow([topic], read, since_ms=max(connection.clock.now_ms() - back_ms, 1))

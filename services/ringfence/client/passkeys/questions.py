@@ -1,0 +1,158 @@
+"""Questions for the sign page: what a person is asked to sign, with the signed messages that it is shown by.
+
+Anybody may compose a question. The page verifies the evidence up to its pinned root, and shows only that.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import b64encode
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
+from ringfence.messages.base import Claims
+from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.registry import (
+    AgentResume,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    AgentTransferConsent,
+    TaskAssign,
+    TaskConsent,
+    TaskEnd,
+)
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.records.directory import Directory
+
+STAMPED = ("iss", "aud", "iat", "jti")
+"""The claims that the page adds: it alone knows when the person signs, and makes the random id."""
+Subject = tuple[SubjectKind, str]
+
+
+def compose(
+    user_id: str,
+    claims: Claims,
+    directory: Directory,
+    trust: TrustStore,
+    *,
+    evidence: Mapping[str, str],
+    return_to: str | None = None,
+) -> bytes:
+    """Compose the question whether `user_id` signs `claims`.
+
+    Args:
+        claims: the message; what the page stamps (`STAMPED`) is left out.
+        evidence: further signed messages by name, as the page wants them for this message.
+        return_to: the URL that takes the answer; None: the person copies it.
+
+    Returns JSON. Raises InvalidCallError where no passkey signs such a message here, or a record is missing;
+    UnavailableError where there is no trust bundle.
+    """
+    if claims.passkey_use != "sign":
+        raise InvalidCallError(f"no passkey signs {claims.typ}: it needs a key file")
+    terms = claims.model_dump(mode="json", exclude_none=True)
+    question = {
+        "user": user_id,
+        "message": {
+            "typ": claims.typ,
+            "claims": {name: value for name, value in terms.items() if name not in STAMPED},
+        },
+        "evidence": {
+            **evidence_of(directory, trust, [("user", user_id), *subjects_of(claims, directory)]),
+            **evidence,
+        },
+    }
+    return _json(question | ({"return_to": return_to} if return_to else {}))
+
+
+def evidence_of(directory: Directory, trust: TrustStore, subjects: Sequence[Subject]) -> dict[str, Any]:
+    """The trust bundle and the records of some subjects, each once. Raises InvalidCallError, UnavailableError."""
+    if not trust.compact:
+        raise UnavailableError(str(trust.unready()))
+    return {
+        "trust": trust.compact.decode().strip(),
+        "records": [_record(directory, kind, id) for kind, id in dict.fromkeys(subjects)],
+    }
+
+
+def _record(directory: Directory, kind: SubjectKind, id: str) -> str:
+    entry = directory.entry(kind, id)
+    if entry is None or not entry.compact:
+        raise InvalidCallError(f"there is no {kind} {id}")
+    return entry.compact.decode()
+
+
+def subjects_of(claims: Claims, directory: Directory) -> Iterator[Subject]:
+    """The subjects that the page shows a message by, besides the person who signs."""
+    match claims:
+        case Approval():
+            request = parse(claims.request).unverified_claims(CredentialRequest)
+            agent_id = subject_of(claims.aud, request.iss, "agent") or ""
+            yield from _ground(directory, agent_id, request.task_id, request.scope[0].target)
+        case ActionApproval():
+            action = parse(claims.request).unverified_claims(ActionRequest)
+            yield from _ground(directory, action.agent_id, action.task_id, action.target_id)
+        case Grant():
+            yield from _ground(directory, claims.agent_id, claims.task_id, claims.scope[0].target)
+        case AgentSuspend() | AgentResume() | AgentSetCeiling() | AgentTransfer() | AgentTransferConsent():
+            yield "agent", claims.agent_id
+        case TaskAssign() | TaskConsent():
+            yield "agent", claims.terms.agent_id
+        case TaskEnd():
+            yield "task", claims.task_id
+
+
+def _ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> Iterator[Subject]:
+    task = directory.task(task_id)
+    if task is None:
+        raise InvalidCallError(f"there is no task {task_id}")
+    yield from (
+        ("agent", agent_id),
+        ("task", task_id),
+        ("target", target_id),
+        ("user", task.state.on_behalf_of),
+    )
+
+
+def invitation_question(
+    invitation: str, user_id: str, signer_id: str, directory: Directory, trust: TrustStore
+) -> bytes:
+    """The question of an invitation (`user.invite`, signed by `signer_id`) for a user, as JSON. Raises as `compose`."""
+    subjects: list[Subject] = [("user", signer_id)]
+    if directory.user(user_id) is not None:
+        subjects.append(("user", user_id))
+    return _json({"invitation": invitation, "evidence": evidence_of(directory, trust, subjects)})
+
+
+def question_link(origin: str, question: bytes) -> str:
+    """The link that opens the sign page at `origin` with a question in it. The part after `#` reaches no server."""
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    return f"{origin}/#q={b64encode(packer.compress(question) + packer.flush())}"
+
+
+def relay_link(origin: str, relay: str) -> str:
+    """The link that opens the sign page at `origin` with a question that it gets from a relay."""
+    return f"{origin}/#relay={quote(relay, safe='')}"
+
+
+def sign_origin(trust: TrustStore, at_s: float) -> str:
+    """The origin where people sign now, by the trust bundle. Raises InvalidCallError where it names none."""
+    trust.require(at_s)
+    for origin in trust.origins(at_s):
+        if origin.use == "sign":
+            return origin.origin
+    raise InvalidCallError(
+        "the trust bundle names no sign page, so nobody signs with passkeys here; see: ringfence init --sign-origin"
+    )
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,78 @@
+"""Signs messages with a person's passkey: shows a link to the sign page, and verifies what comes back.
+
+The answer has to be exactly what was asked, besides what the page stamps, and by a passkey of that person. The services
+verify the same; here it is told at once, and nothing else is published.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ringfence.client.errors import InvalidCallError
+from ringfence.client.passkeys.questions import STAMPED, compose, relay_link, sign_origin
+from ringfence.client.passkeys.relay import QuestionRelay
+from ringfence.client.passkeys.user import PasskeyUser
+from ringfence.kernel.crypto.jws import Signed, parse, verify
+from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG
+from ringfence.messages.base import Claims
+
+if TYPE_CHECKING:
+    from ringfence.client.connection import Connection
+    from ringfence.model.records.directory import Directory
+
+C = TypeVar("C", bound=Claims)
+
+
+async def sign_with_passkey(
+    connection: Connection, person: PasskeyUser, claims: C, evidence: Mapping[str, str]
+) -> Signed[C]:
+    """Ask the person to sign a message on the sign page, and wait for the signature.
+
+    Args:
+        claims: the message. What the page stamps differs in what is returned.
+        evidence: further signed messages that the page shows it by (`questions.compose`).
+
+    Raises NotSignedError; InvalidCallError, UnavailableError where it cannot be asked.
+    """
+    origin = sign_origin(connection.trust, connection.clock.now_ms() / 1000)
+    directory = await connection.directory()
+
+    def accept(answer: Mapping[str, Any]) -> Signed[C]:
+        return check_answer(connection, directory, claims, answer.get("answer"))
+
+    async with QuestionRelay(origin, accept) as relay:
+        relay.ask(
+            compose(
+                person.user_id, claims, directory, connection.trust, evidence=evidence, return_to=relay.url
+            )
+        )
+        person.show(relay_link(origin, relay.url))
+        return await relay.answer(person.wait_s)
+
+
+def check_answer(connection: Connection, directory: Directory, asked: C, answer: object) -> Signed[C]:
+    """Verify that `answer` is the compact JWS of `asked` by a passkey of `asked.iss`, as of now.
+
+    Raises InvalidCallError where it says something else; SignatureError and others as `verify` does.
+    """
+    if not isinstance(answer, str):
+        raise InvalidCallError("the sign page sent no signature")
+    jws = parse(answer)
+    if jws.header.alg != WEBAUTHN_ALG:
+        raise InvalidCallError("the answer is not signed by a passkey")
+    now_ms = connection.clock.now_ms()
+    signed = verify(
+        jws,
+        type(asked),
+        lambda iss, kid: directory.user_key(iss, kid, now_ms / 1000),
+        audience=connection.settings.trust_domain,
+        appended_at_ms=now_ms,
+    )
+    if _terms(signed.claims) != _terms(asked) or signed.claims.iss != asked.iss:
+        raise InvalidCallError("the sign page signed something else than was asked; nothing was sent")
+    return signed
+
+
+def _terms(claims: Claims) -> dict[str, Any]:
+    return claims.model_dump(mode="json", exclude_none=True, exclude=set(STAMPED))
