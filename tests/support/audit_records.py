@@ -416,9 +416,7 @@ def keys_of_people(office: AuditFixtures) -> dict[str, Received]:
     for compromised in (None, True):
         new = SigningKey.generate(f"spiffe://{TD}/user/maria")
         invited = office.claims(UserInvite, olga, user_id="maria")
-        possessed = office.claims(
-            KeyPossession, new, user_id="maria", jwk=new.public, invitation=invited.jti
-        )
+        possessed = office.claims(KeyPossession, new, user_id="maria", jwk=new.public, invitation=invited.jti)
         add = office.claims(
             UserAddKey, olga, user_id="maria", key=new.record(office.now_ms // 1000 + 86_400),
             invitation=sign(invited, olga), possession=sign(possessed, new),

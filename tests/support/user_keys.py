@@ -31,13 +31,20 @@ def record_of(key: SigningKey) -> KeyRecord:
     return key.record(START_MS // 1000 + YEARS_S)
 
 
-def invitation(ledger: InMemoryRegistry, by: str, user: str, key: SigningKey | None = None, **fields: Any) -> str:
+def invitation(
+    ledger: InMemoryRegistry, by: str, user: str, key: SigningKey | None = None, **fields: Any
+) -> str:
     """An invitation that `by` signs, with their key or another one."""
     return sign(ledger.claims(UserInvite, by, **{"user_id": user, **fields}), key or ledger.key(by))
 
 
 def possession(
-    ledger: InMemoryRegistry, key: SigningKey, user: str, invited: str, by: SigningKey | None = None, **fields: Any
+    ledger: InMemoryRegistry,
+    key: SigningKey,
+    user: str,
+    invited: str,
+    by: SigningKey | None = None,
+    **fields: Any,
 ) -> str:
     """What the new key (or another one) signs in answer to an invitation."""
     jti = jti_of(invited)
@@ -64,7 +71,14 @@ def endorsement(
 
 
 def add_key(
-    ledger: InMemoryRegistry, by: str, user: str, new: SigningKey, /, *, cosigned: str | None = None, **fields: Any
+    ledger: InMemoryRegistry,
+    by: str,
+    user: str,
+    new: SigningKey,
+    /,
+    *,
+    cosigned: str | None = None,
+    **fields: Any,
 ) -> UserAddKey:
     """The command by which `by` adds a new key to a user; `cosigned`: by whom."""
     invited = fields.pop("invitation", None) or invitation(ledger, by, user)

@@ -372,7 +372,6 @@ class People:
             return None
         return entry(UserRecord, user_id=user_id, roles=self.ROLES[user_id], status="active")
 
-
     def key_history(self, user_id: str) -> KeyHistory:
         return first_key(KID)
 

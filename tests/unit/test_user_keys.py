@@ -128,10 +128,16 @@ def test_a_command_without_its_proofs_is_refused(ledger: InMemoryRegistry):
 def test_an_invitation_counts_once(ledger: InMemoryRegistry):
     invited = user_keys.invitation(ledger, "olga", "sam")
     ledger.give(add_key(ledger, "olga", "sam", new_key("sam"), invitation=invited))
-    assert refused(ledger, add_key(ledger, "olga", "sam", new_key("sam"), invitation=invited)) == "invitation_used"
+    assert (
+        refused(ledger, add_key(ledger, "olga", "sam", new_key("sam"), invitation=invited))
+        == "invitation_used"
+    )
     # Nor after the key that it was used for has ended, nor for another operator.
     ledger.clock.ms += 1000
-    assert refused(ledger, add_key(ledger, "otto", "sam", new_key("sam"), invitation=invited)) == "invitation_used"
+    assert (
+        refused(ledger, add_key(ledger, "otto", "sam", new_key("sam"), invitation=invited))
+        == "invitation_used"
+    )
 
 
 def test_a_possession_is_of_this_key_this_user_and_this_invitation(ledger: InMemoryRegistry):
@@ -179,7 +185,10 @@ def test_the_invitation_of_who_is_no_operator_any_more_is_void(ledger: InMemoryR
 
 
 def test_a_passkey_is_added_within_ten_minutes_of_its_signature(ledger: InMemoryRegistry):
-    passkey, invited = new_passkey("sam"), user_keys.invitation(ledger, "olga", "sam", exp=START_MS // 1000 + 7200)
+    passkey, invited = (
+        new_passkey("sam"),
+        user_keys.invitation(ledger, "olga", "sam", exp=START_MS // 1000 + 7200),
+    )
     possessed = user_keys.possession(ledger, passkey, "sam", invited, exp=START_MS // 1000 + 7200)
     ledger.clock.ms += 700_000
     command = add_key(ledger, "olga", "sam", passkey, invitation=invited, possession=possessed)
@@ -190,7 +199,10 @@ def test_a_passkey_is_added_within_ten_minutes_of_its_signature(ledger: InMemory
 def test_a_passkey_is_of_this_organisations_pages(ledger: InMemoryRegistry):
     for wrong in ({"rp_id": "evil.example"}, {"origin": "https://evil.example"}, {"flags": 1}):
         passkey = new_passkey("sam", **wrong)
-        assert refused(ledger, add_key(ledger, "olga", "sam", passkey)) in ("possession_invalid", "rp_id_unexpected")
+        assert refused(ledger, add_key(ledger, "olga", "sam", passkey)) in (
+            "possession_invalid",
+            "rp_id_unexpected",
+        )
 
 
 def test_a_key_is_of_one_kind(ledger: InMemoryRegistry):
@@ -230,11 +242,20 @@ def test_another_operator_says_that_a_key_is_attested(ledger: InMemoryRegistry):
 def test_user_set_makes_no_passkey_and_changes_none(ledger: InMemoryRegistry):
     passkey = new_passkey("sam")
     record = user_keys.record_of(passkey)
-    assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=(record,))) == "possession_invalid"
+    assert (
+        refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=(record,))) == "possession_invalid"
+    )
     ledger.give(add_key(ledger, "olga", "sam", passkey))
-    for changed in ({"attested": True}, {"rp_id": "evil.example"}, {"backup_eligible": True}, {"aaguid": None}):
+    for changed in (
+        {"attested": True},
+        {"rp_id": "evil.example"},
+        {"backup_eligible": True},
+        {"aaguid": None},
+    ):
         keys = (record.model_copy(update=changed),)
-        assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=keys)) == "key_changed", changed
+        assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=keys)) == "key_changed", (
+            changed
+        )
     bare = passkey.plain().record(record.not_after)
     assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=(bare,))) == "key_changed"
     ledger.give(ledger.user_set("olga", "sam", ["sponsor"], keys=(record,)))
@@ -389,7 +410,9 @@ def test_a_co_signature_is_under_this_key_and_this_possession(ledger: InMemoryRe
         ),
     ]
     for signed in wrong:
-        command = add_key(ledger, "olga", "sam", key, invitation=invited, possession=possessed, endorsement=signed)
+        command = add_key(
+            ledger, "olga", "sam", key, invitation=invited, possession=possessed, endorsement=signed
+        )
         assert refused(ledger, command) == "possession_invalid"
 
 
@@ -403,7 +426,9 @@ def test_an_operator_is_no_second_operator_by_a_key_that_they_lent(ledger: InMem
         invited = user_keys.invitation(ledger, "olga", "sam")
         possessed = user_keys.possession(ledger, key, "sam", invited)
         signed = user_keys.endorsement(ledger, "otto", "sam", key.kid, possessed, lent)
-        command = add_key(ledger, "olga", "sam", key, invitation=invited, possession=possessed, endorsement=signed)
+        command = add_key(
+            ledger, "olga", "sam", key, invitation=invited, possession=possessed, endorsement=signed
+        )
         assert refused(ledger, command) == "possession_invalid"
         # Nor the other way round: otto's lent key adds, olga co-signs.
         command = add_key(ledger, "otto", "sam", new_key("sam"), cosigned="olga")
@@ -422,9 +447,7 @@ def test_whose_word_a_key_rests_on_is_followed(ledger: InMemoryRegistry):
 
 def test_the_root_is_somebody_else_too(ledger: InMemoryRegistry):
     key = new_key("olga")
-    ledger.give(
-        ledger.user_set("root", "olga", ["operator"], keys=(user_keys.record_of(key),)), ledger.root
-    )
+    ledger.give(ledger.user_set("root", "olga", ["operator"], keys=(user_keys.record_of(key),)), ledger.root)
     added = origin(ledger, "olga", key)
     assert (added.by, added.counts_from_ms, added.vouchers) == (None, added.added_ms + WAIT_MS, frozenset())
 
