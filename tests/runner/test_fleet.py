@@ -120,11 +120,13 @@ def test_an_order_of_a_task_that_ended_between_is_refused(fleet: Fleet) -> None:
     stopped = fleet.order(command="true")
     fleet.here.say("task", "end", task, "--reason", "done", who="maria")
     fleet.here.say("run", "stop", stopped, "--reason", "not needed", "--yes", who="maria")
+    # At once, though an order before it waits for its turn.
+    assert fleet.ended(stopped)["refused"]["code"] == "run_stopped"
     assert fleet.run(waiting) is None
+    assert {fleet.status(run_id) for run_id in blockers} == {"started"}
     for run_id in blockers:
         fleet.here.say("run", "stop", run_id, "--reason", "room", "--yes", who="maria")
     assert fleet.ended(waiting)["refused"]["code"] == "task_ended"
-    assert fleet.ended(stopped)["refused"]["code"] == "run_stopped"
 
 
 def test_a_full_queue_refuses_further_orders_and_keeps_its_order(fleet: Fleet) -> None:

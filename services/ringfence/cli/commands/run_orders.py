@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -35,6 +35,12 @@ from ringfence.kernel.crypto.claims import MAX_LIFE_S
 if TYPE_CHECKING:
     from ringfence.client.admin.administrator import OrderedRun
     from ringfence.messages.run import Mount
+
+
+_RELAYED: Final = "relay.ended"
+_TOLD: Final = ("request.refused", "credential.refused", "action.denied", "action.by_another", _RELAYED)
+"""Events that `show` tells of a run."""
+_MOST_TOLD: Final = 100
 
 
 def order(
@@ -174,18 +180,30 @@ def show(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what became of a run or an order: its state, what it may use, how it ended, or why it was refused."""
+    """Show what became of a run or an order: its state, what it may use, how it ended, what was denied to it, or why it
+    was refused.
+    """
 
-    async def work() -> Any:
+    async def work() -> tuple[Any, Any, str | None]:
         run_id = await whole_id("run", id, identity(me))
         async with ReadApi(identity(me)) as api:
-            return await api.run(run_id)
+            found = await api.run(run_id)
+            try:
+                filters = {"run": found["id"], "code": ",".join(_TOLD)}
+                return found, (await api.events(filters, limit=_MOST_TOLD))["events"], None
+            except ApiError as error:
+                return found, [], str(error)
 
-    found = run(work())
+    found, events, unknown = run(work())
+    denied = [_denial(one) for one in events if one["metadata"]["event_code"] != _RELAYED]
+    relays = [_relay(one) for one in events if one["metadata"]["event_code"] == _RELAYED]
     if wants_json(as_json):
-        print_json(found)
+        told = {"denied": denied, "relays": relays} if unknown is None else {"incomplete": unknown}
+        print_json({**found, **told})
         return
-    print_fields(dict(_fields(found)), title=f"run {found['id']}")
+    print_fields(dict(_fields(found, denied, relays)), title=f"run {found['id']}")
+    if unknown is not None:
+        note(f"what was denied to it is not known here: {unknown}", "warning")
 
 
 def stop(
@@ -254,7 +272,30 @@ def _outcome(found: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _denial(event: Mapping[str, Any]) -> dict[str, Any]:
+    """A denied request or a blocked action, of an event of the trail."""
+    fields = event["unmapped"]
+    told = {name: fields.get(name) for name in ("target", "verb", "resource", "method", "destination")}
+    return {
+        "at_ms": event["time"],
+        "what": "action" if event["metadata"]["event_code"].startswith("action.") else "credential",
+        "code": event.get("status_code"),
+        "message": event["message"],
+        **{name: value for name, value in told.items() if value is not None},
+        **({"count": event["count"]} if "count" in event else {}),
+    }
+
+
+def _relay(event: Mapping[str, Any]) -> dict[str, Any]:
+    fields = event["unmapped"]
+    named = ("target", "destination", "sent_bytes", "received_bytes", "duration_ms")
+    reason = {"code": event["status_code"]} if event.get("status_code") else {}
+    return {"at_ms": event["time"], **{name: fields.get(name) for name in named}, **reason}
+
+
+def _fields(
+    found: Mapping[str, Any], denied: Sequence[Mapping[str, Any]], relays: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
     limits = found["limits"]
     refused = found.get("refused")
     fields = {
@@ -277,5 +318,10 @@ def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "image": found.get("image_digest", ""),
         "rules": found.get("policy_digest", ""),
         "remained": "; ".join(found.get("remained", ())),
+        "denied": "; ".join(one["message"] for one in denied),
+        "relays": "; ".join(
+            f"{one['target']}: {one['sent_bytes']} bytes there, {one['received_bytes']} back"
+            for one in relays
+        ),
     }
     yield from ((name, value) for name, value in fields.items() if value)

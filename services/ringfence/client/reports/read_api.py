@@ -222,7 +222,7 @@ class ReadApi(Lifetime):
     ) -> Any:
         """`{events, after}`: the latest OCSF events, oldest first; or with `after`, those since.
 
-        `filters`: target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
+        `filters`: run, target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
         """
         ids = {"agent": agent, "task": task, "request": request, "lease": lease}
         return await self.get("audit", "events", after=after, limit=limit, **{**ids, **(filters or {})})
