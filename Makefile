@@ -30,7 +30,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -87,6 +87,9 @@ test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH
 
 test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
 	$(BIN)/python -m pytest tests/gateway_external $(SHARED) $(ARGS)
+
+test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium: apt-get install chromium)
+	$(BIN)/python -m pytest tests/passkeys $(SHARED) $(ARGS)
 
 test-runner: $(STAMP) ## sandboxes of every kind, and programs that try to get out (needs bubblewrap and libseccomp, root for all of it; OCI=podman)
 	$(if $(OCI),RINGFENCE_TEST_OCI=$(OCI)) $(BIN)/python -m pytest tests/runner $(SHARED) $(ARGS)

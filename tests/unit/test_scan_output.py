@@ -458,7 +458,9 @@ def test_the_process_is_not_dumpable_and_writes_no_core(home: Home, project: Pat
         [sys.executable, "-c", code, "scan", str(project)], env=dict(home.environment), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.stderr.startswith(("0 0", "0 1"))  # a limit of 1 byte also keeps the kernel from piping a core
+    assert done.stderr.startswith(
+        ("0 0", "0 1")
+    )  # a limit of 1 byte also keeps the kernel from piping a core
 
 
 def test_a_scan_opens_no_connection_and_starts_no_program(home: Home, project: Path) -> None:

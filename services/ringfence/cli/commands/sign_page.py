@@ -42,6 +42,16 @@ def build(
             help="A console that may take answers. Repeatable. [RINGFENCE_SIGN_PAGE_SESSION_ORIGINS]",
         ),
     ] = None,
+    least_version: Annotated[
+        int | None,
+        typer.Option(
+            "--least-version",
+            metavar="NUMBER",
+            min=0,
+            help="The oldest version of the trust bundle that the page takes: the one in force now. "
+            "[RINGFENCE_SIGN_PAGE_LEAST_VERSION]",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the page's files into a folder, for any web server. The same input makes the same bytes.
@@ -55,7 +65,12 @@ def build(
     from ringfence.sign_page.build import checksums
     from ringfence.sign_page.settings import SignPageSettings
 
-    named = {"origin": origin, "rp_id": rp_id, "session_origins": tuple(session_origin or ()) or None}
+    named = {
+        "origin": origin,
+        "rp_id": rp_id,
+        "session_origins": tuple(session_origin or ()) or None,
+        "least_version": least_version,
+    }
     given = {name: value for name, value in named.items() if value is not None}
     page = build_page(page_config(load(ServiceSettings), load(SignPageSettings, **given)))
     page.write(folder)

@@ -51,7 +51,8 @@ PackageOption = Annotated[
     ),
 ]
 KidArgument = Annotated[
-    str, typer.Argument(metavar="KID", help="The key's thumbprint, or how it begins: four characters or more.")
+    str,
+    typer.Argument(metavar="KID", help="The key's thumbprint, or how it begins: four characters or more."),
 ]
 _SHORTEST_KID = 4
 
@@ -84,7 +85,9 @@ def invite(
         print_json({"user": user, "invitation": invitation, "link": link})
         return
     if link is None:
-        note("the trust bundle names no sign page: only key files can answer (ringfence key prove)", "warning")
+        note(
+            "the trust bundle names no sign page: only key files can answer (ringfence key prove)", "warning"
+        )
         say(invitation)
         return
     say(link)
@@ -101,9 +104,7 @@ def _sign_page_link(
         origin = questions.sign_origin(connection.trust, connection.clock.now_ms() / 1000)
     except InvalidCallError:
         return None
-    question = questions.invitation_question(
-        invitation, user, administrator.id, directory, connection.trust
-    )
+    question = questions.invitation_question(invitation, user, administrator.id, directory, connection.trust)
     return questions.question_link(origin, question)
 
 
@@ -404,7 +405,11 @@ def _counts_text(one: KeyOfUser, now_s: float) -> str:
 def _end_text(one: KeyOfUser, now_s: float) -> str:
     if one.compromised:
         return "compromised"
-    return f"ended {moment(one.key.not_after)[:10]}" if one.key.not_after <= now_s else moment(one.key.not_after)[:10]
+    return (
+        f"ended {moment(one.key.not_after)[:10]}"
+        if one.key.not_after <= now_s
+        else moment(one.key.not_after)[:10]
+    )
 
 
 def _document(one: KeyOfUser) -> dict[str, Any]:

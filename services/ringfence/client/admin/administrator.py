@@ -194,7 +194,7 @@ class Administrator(CommandClient):
         """
         with checked("the command"):
             command = UserEndKey(
-                **self.connection.stamp(COMMAND_LIFE_S),
+                **self.connection.stamp(self.connection.command_life_s),
                 user_id=user_id,
                 kid=kid,
                 reason=reason,
@@ -566,10 +566,20 @@ class Administrator(CommandClient):
                 reason=reason,
             )
         key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
+        signed = await self.connection.sign(claims, await self._lease_evidence(lease_id))
         return await self._outcomes.send(
-            REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s,
+            REVOCATION_REQUEST, key, signed, by="revoker", timeout_s=self.timeout_s,
             timeout_hint=UNKNOWN_OUTCOME if lease_id else _REVOCATION_TIMEOUT_HINT,
         )  # fmt: skip
+
+    async def _lease_evidence(self, lease_id: str | None) -> Mapping[str, str]:
+        """For the sign page: the record of a lease that is to be revoked."""
+        if lease_id is None or self.connection.passkey_user is None:
+            return {}
+        from ringfence.client.passkeys.lookups import find_lease
+
+        record = await find_lease(self.connection, lease_id)
+        return {"lease": record} if record else {}
 
     # --- runs ---
 
