@@ -47,7 +47,9 @@ from ringfence.messages.registry import (
     TaskConsent,
     TaskEnd,
     TaskTerms,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
     UserSet,
     VerbFloor,
 )
@@ -153,6 +155,51 @@ class Administrator(CommandClient):
         """Disable a user: they may no longer act, and their agents become orphans."""
         with checked("the command"):
             command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
+        return await self._command(command, user_id)
+
+    async def add_user_key(
+        self,
+        user_id: str,
+        key: KeyRecord,
+        *,
+        invitation: str,
+        possession: str,
+        endorsement: str | None = None,
+    ) -> Accepted:
+        """Add one key to a user, as an operator or with a key file of that user. See `client.admin.user_keys`.
+
+        Args:
+            invitation: the `user.invite` that the new key answers.
+            possession: the `key.possession` by the new key.
+            endorsement: a `key.endorsement` by a second operator: then the key counts for approvals at once.
+        """
+        with checked("the key"):
+            command = UserAddKey(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                user_id=user_id,
+                key=key,
+                invitation=invitation,
+                possession=possession,
+                endorsement=endorsement,
+            )
+        return await self._command(command, user_id)
+
+    async def end_user_key(
+        self, user_id: str, kid: str, *, reason: str, compromised: bool = False
+    ) -> Accepted:
+        """End one key of a user, as that user or as an operator. What it signed stays valid.
+
+        `compromised`: it may be in other hands; the keys that the user added with it end as well, and it never comes
+        back.
+        """
+        with checked("the command"):
+            command = UserEndKey(
+                **self.connection.stamp(self.connection.command_life_s),
+                user_id=user_id,
+                kid=kid,
+                reason=reason,
+                compromised=True if compromised else None,
+            )
         return await self._command(command, user_id)
 
     async def set_provisioner(
