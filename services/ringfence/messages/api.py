@@ -41,3 +41,7 @@ PORTS = {
 """The port that each service's HTTP listens on where no other is set."""
 GATEWAY_PORT = 8707
 """The port that agents know the gateway by, where whoever runs it wants no other."""
+SIGN_PAGE_PORT = 8711
+"""The port of `ringfence serve sign-page` where no other is set."""
+CONSOLE_PORT = 8712
+"""The port that the console is for, and where `ringfence dev` has its session origin."""

@@ -55,9 +55,9 @@ def build(
 ) -> None:
     """Write the page's files into a folder, for any web server. The same input makes the same bytes.
 
-    Trust domain and root are those of the settings, and so is what no option says (`RINGFENCE_SIGN_PAGE_*`). Compare the
-    digests with what your server delivers: whoever can change these files can misuse every signature that people make
-    there.
+    Trust domain and root are those of the settings, and so is what no option says (`RINGFENCE_SIGN_PAGE_*`). Compare
+    the digests with what your server delivers: whoever can change these files can misuse every signature that people
+    make there.
     """
     from ringfence.kernel.base.settings import ServiceSettings, load
     from ringfence.sign_page.app import page_config
