@@ -24,7 +24,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
-from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
@@ -38,6 +38,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.approver_keys import approver_key_problem
 from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
 
 log = logging.getLogger(__name__)
@@ -305,6 +306,8 @@ class Sponsor(Lifetime):
             )
         question = self._questions.get(pending.request_id)
         signed = await self.connection.sign(approval, {"question": question.compact} if question else {})
+        if question is not None and (problem := self._key_problem(signed, question)) is not None:
+            raise NotYoursError(f"nothing was sent: {problem}")
         await self.connection.publish(
             APPROVAL_RESPONSE,
             pending.agent,
@@ -315,6 +318,21 @@ class Sponsor(Lifetime):
         self._answered.add(pending.request_id)
         self._notify()
         return message_id(signed.claims.iss, signed.claims.jti)
+
+    def _key_problem(self, signed: Signed[Approval], question: _OpenQuestion) -> str | None:
+        """Why the key of a verified approval does not count for this request now, or None.
+
+        None also where the request cannot be shown any more: policy says what becomes of it.
+        """
+        try:
+            facts = self._facts(question.message, question.appended_at_ms)
+        except (InvalidMessageError, DeniedError, ChainError):
+            return None
+        verbs = {verb for permission in facts.request.claims.scope for verb in permission.verbs}
+        problem = approver_key_problem(
+            signed, self._require_directory(), facts, verbs, at_ms=self.connection.clock.now_ms()
+        )
+        return problem.reason.message if problem else None
 
     def _check(self, pending: PendingApproval) -> None:
         """Raise StaleApprovalError where a request is no longer open, or changed since it was shown; and
@@ -485,13 +503,16 @@ class Sponsor(Lifetime):
         if jws.unverified_claims(Approval).iss != self.connection.key.id:
             return  # skipped before its signature costs anything; skipping trusts nothing
         directory = self._require_directory()
-        approval = verify(
+        signed = verify(
             jws,
             Approval,
             lambda iss, kid: directory.user_key(iss, kid, record.appended_at_ms / 1000),
             audience=self.connection.settings.trust_domain,
-        ).claims
-        self._answered.add(approval.request_id)
+        )
+        question = self._questions.get(signed.claims.request_id)
+        # By a key that does not count somebody could hide a request from the person in whose name they have it.
+        if question is None or self._key_problem(signed, question) is None:
+            self._answered.add(signed.claims.request_id)
 
     def _notify(self) -> None:
         """Wake every watcher; each takes the next event before it looks, so none misses a change."""
