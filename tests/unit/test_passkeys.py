@@ -359,11 +359,14 @@ def test_only_the_look_up_of_peoples_keys_finds_passkeys() -> None:
     assert (found.kid, found.rp_id, found.at_s, found.origins) == (PASSKEY.kid, RP_ID, AT_S, ())
     assert user_key(keys, file.kid, AT_S, trust) == public_key(file.public)
     assert user_key(keys, "other", AT_S, trust) is None
-    for at_s in (AT_S - 10, AT_S + 9):
+    for at_s in (AT_S - 9.001, AT_S + 9):
         assert user_key(keys, PASSKEY.kid, at_s, trust) is None
+    for at_s in (AT_S - 9, AT_S + 8.999):
+        assert isinstance(user_key(keys, PASSKEY.kid, at_s, trust), PasskeyKey)
     # Whatever a record has besides, the key of a passkey signs nothing plain.
-    both = (PASSKEY.plain().record(AT_S + 9), record)
+    both = (PASSKEY.plain().record(AT_S + 99), record)
     assert isinstance(user_key(both, PASSKEY.kid, AT_S, trust), PasskeyKey)
+    assert user_key(both, PASSKEY.kid, AT_S + 50, trust) is None
 
 
 @pytest.mark.parametrize(
@@ -596,11 +599,12 @@ def test_thousands_of_assertions_are_read_as_another_library_reads_them() -> Non
             extensions = dice.choice([b"\xa0", b"\xa1\x61a\x01", b"\xa1\x61a\xa1\x61b\xf5"])
             flags ^= EXTENSION_DATA if dice.random() < 0.9 else 0
         members: dict[str, Any] = {}
-        for name, values in {
+        wrong: dict[str, list[Any]] = {
             "type": ["webauthn.create"], "challenge": [b64encode(bytes(32)), ""], "crossOrigin": [True, None],
             "origin": [SESSION_ORIGIN, "https://evil.example", f"{SIGN_ORIGIN}/"], "topOrigin": [SIGN_ORIGIN],
             "later": [1, None, {"a": "b"}],
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, values in wrong.items():
             if dice.random() < 0.05:
                 members[name] = dice.choice(values)
         passkey = PASSKEY.but(
