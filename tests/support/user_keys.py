@@ -13,6 +13,7 @@ from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserAddKe
 from ringfence.model.lifecycle import KeyHistory, KeyOrigin
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.passkeys import SoftwarePasskey
+from tests.support.world import Party, World
 
 YEARS_S = 10 * 365 * 86_400
 
@@ -109,3 +110,36 @@ def said_by(kid: str) -> str:
 def first_key(kid: str) -> KeyHistory:
     """The history of a user who has had this one key from the start."""
     return KeyHistory({kid: KeyOrigin(kid, 0, "olga", "key of olga", first=True, counts_from_ms=0)})
+
+
+# The same in a world with services.
+
+
+async def give_key(world: World, by: Party, user: Party, *cosigners: Party) -> Party:
+    """Add a new key file to a user by `user.add-key`, as `by`; who has it from then on."""
+    new = world.party("user", user.name)
+    command = add_key_in(world, by, new, *cosigners)
+    await world.accepted(command, by)
+    return new
+
+
+def add_key_in(world: World, by: Party, new: Party, *cosigners: Party) -> UserAddKey:
+    """The command by which `by` adds the key of `new`, with a co-signature if somebody is named."""
+    invited = world.claims(UserInvite, by, user_id=new.name)
+    possessed = sign(
+        world.claims(KeyPossession, new, user_id=new.name, jwk=new.key.public, invitation=invited.jti),
+        new.key,
+    )
+    signed = [
+        sign(
+            world.claims(
+                KeyEndorsement, one, user_id=new.name, kid=new.key.kid, possession_digest=digest(possessed)
+            ),
+            one.key,
+        )
+        for one in cosigners
+    ]
+    return world.claims(
+        UserAddKey, by, user_id=new.name, key=new.key_record(), invitation=sign(invited, by.key),
+        possession=possessed, endorsement=signed[0] if signed else None,
+    )  # fmt: skip

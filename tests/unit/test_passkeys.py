@@ -437,6 +437,12 @@ def test_everything_else_takes_a_key_file(example: Claims) -> None:
         claims = claims.model_copy(update={"exp": NOW_S + 60})
     for origin in (SIGN_ORIGIN, SESSION_ORIGIN):
         compact = sign(claims, PASSKEY.but(origin=origin))
+        with pytest.raises(SignatureError) as no_service:
+            verify_payload(
+                parse(compact), type(claims),
+                lambda iss, kid: PasskeyKey.of(PASSKEY.record(AT_S + 9), ORIGINS, AT_S), audience=TD,
+            )  # fmt: skip
+        assert no_service.value.code == "passkey_not_allowed"
         if claims.typ in MAY_SIGN and origin == SIGN_ORIGIN:
             assert read(compact, type(claims)) == claims
             continue
@@ -444,11 +450,6 @@ def test_everything_else_takes_a_key_file(example: Claims) -> None:
             read(compact, type(claims))
         expected = "signature_invalid" if claims.typ in MAY_SIGN else "passkey_not_allowed"
         assert refused.value.code == expected
-        with pytest.raises(SignatureError):
-            verify_payload(
-                parse(compact), type(claims),
-                lambda iss, kid: PasskeyKey.of(PASSKEY.record(AT_S + 9), ORIGINS, AT_S), audience=TD,
-            )  # fmt: skip
 
 
 def test_a_session_statement_is_signed_on_a_session_origin_alone() -> None:

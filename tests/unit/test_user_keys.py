@@ -347,8 +347,8 @@ def test_a_key_that_an_operator_adds_later_waits(ledger: InMemoryRegistry):
     keys = (user_keys.record_of(listed), user_keys.record_of(key))
     ledger.give(ledger.user_set("otto", "sam", ["sponsor"], keys=keys))
     added, by_set = origin(ledger, "sam", key), origin(ledger, "sam", listed)
-    assert (added.counts_from_ms, added.vouchers) == (added.added_ms + WAIT_MS, {"olga"})
-    assert (by_set.counts_from_ms, by_set.vouchers) == (by_set.added_ms + WAIT_MS, {"otto"})
+    assert (added.counts_from_ms, added.vouchers) == (added.added_ms + WAIT_MS, frozenset({"olga"}))
+    assert (by_set.counts_from_ms, by_set.vouchers) == (by_set.added_ms + WAIT_MS, frozenset({"otto"}))
 
 
 def test_all_keys_away_and_a_new_one_is_no_first_key(ledger: InMemoryRegistry):

@@ -389,7 +389,7 @@ def _check_approvals(
     return tuple(grant.claims for grant in grants)
 
 
-_HONEST_KEY_CODES = frozenset({"key_voucher_compromised", "key_unknown", "record_untrusted"})
+_HONEST_KEY_CODES = frozenset({"key_ended", "key_voucher_compromised", "key_unknown", "record_untrusted"})
 """What may have become so between the decision and now, without a change of the records that it names."""
 
 

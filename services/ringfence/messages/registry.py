@@ -37,7 +37,7 @@ ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
 """What a target's floor, or a rule of the bundle, can ask for, and so who must approve: nobody; the agent's sponsor; a
 sponsor, or an operator, who neither is nor was the agent's sponsor, and is not the user it acts for."""
 FloorKey = Literal["attested", "file"]
-"""The kind of key that a target's floor can demand of approvers: a passkey whose attestation was verified, or a key file.
+"""The kind of key that a target's floor can demand of approvers: a passkey with a verified attestation, or a key file.
 """
 MAX_KEYS = 16
 """The most keys of one user that have not ended."""
@@ -443,7 +443,7 @@ class VerbFloor(Message):
     ask: ActionClass | None = None
     """For each single action through a gateway: whose word it waits for."""
     key: FloorKey | None = None
-    """The kind of key by which alone approvals, grants and action approvals of this verb count, also for break glass."""
+    """The only kind of key by which approvals, grants and action approvals of this verb count, also for break glass."""
 
 
 Condition = dict[NonEmpty, Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]]

@@ -52,7 +52,7 @@ class GrantBook:
                 or not self._is_left(grant, case.request_id)
             ):
                 continue
-            together = [*approvals, *chosen, grant]
+            together: list[Signed[Approval] | Signed[Grant]] = [*approvals, *chosen, grant]
             still_unmet = unmet(ruling.required, together, self._directory, facts, at_ms=at_ms)
             if len(still_unmet) < len(lacking):
                 chosen.append(grant)

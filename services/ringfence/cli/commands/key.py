@@ -55,7 +55,9 @@ def prove(
     file: FileArgument,
     invitation: Annotated[
         Path,
-        typer.Option("--invitation", metavar="FILE", help="The invitation (ringfence user invite); - reads stdin."),
+        typer.Option(
+            "--invitation", metavar="FILE", help="The invitation (ringfence user invite); - reads stdin."
+        ),
     ],
 ) -> None:
     """Prove that you have a new key, in answer to an invitation, and print the package for `ringfence user add-key`.

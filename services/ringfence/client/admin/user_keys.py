@@ -92,17 +92,24 @@ def read_package(text: str) -> KeyPackage:
         if document.get("credential_id") is not None:
             passkey = {
                 "use": "webauthn",
-                **{name: document.get(name) for name in ("credential_id", "rp_id", "aaguid", "backup_eligible")},
+                **{
+                    name: document.get(name)
+                    for name in ("credential_id", "rp_id", "aaguid", "backup_eligible")
+                },
             }
-        return KeyPackage(
-            str(document["user"]),
-            document["invitation"],
-            document["possession"],
-            jwk,
-            passkey,
-            document.get("attestation_object"),
-            document.get("client_data"),
-        ) if claims.user_id == document["user"] else _refuse("it is for another user than its possession")
+        return (
+            KeyPackage(
+                str(document["user"]),
+                document["invitation"],
+                document["possession"],
+                jwk,
+                passkey,
+                document.get("attestation_object"),
+                document.get("client_data"),
+            )
+            if claims.user_id == document["user"]
+            else _refuse("it is for another user than its possession")
+        )
     except ValidationError as error:
         return _refuse(explain(error))
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -178,9 +185,7 @@ class KeyOfUser:
 def keys_of(directory: Directory, state: UserState) -> list[KeyOfUser]:
     """Return the keys of a user, the latest first, with where they come from."""
     origins = directory.key_history(state.user_id).origins
-    found = [
-        KeyOfUser(key, origins.get(key.kid), key.kid in (state.compromised or ())) for key in state.keys
-    ]
+    found = [KeyOfUser(key, origins.get(key.kid), key.kid in (state.compromised or ())) for key in state.keys]
     return sorted(found, key=lambda one: one.origin.added_ms if one.origin else 0, reverse=True)
 
 

@@ -394,7 +394,9 @@ class Approvals:
         claims = question.signed.claims
         ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         if not may_approve(self._directory, user_id, claims.required, ground):
-            return _problem("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
+            return _problem(
+                "not_approver", f"{user_id} cannot give what is asked for here: {claims.required}"
+            )
         return self._key_problem(answer, question, ground, at_ms)
 
     def _key_problem(

@@ -1,9 +1,9 @@
 """Where a person's keys come from: who gave them each key, and since when it counts for approvals. Pure.
 
-All of it follows from the commands that the user's record embeds. No state holds it, so records of before have it as well
-(ADR 0074). The first key of a user counts at once. A key that somebody else adds later counts for approvals, grants and
-reviews only after `WAIT_S`, so that the user can end it first; or at once, if a second operator co-signed it. A key that
-the user adds by a key of their own counts as that one does.
+All of it follows from the commands that the user's record embeds. No state holds it, so records of before have it as
+well (ADR 0074). The first key of a user counts at once. A key that somebody else adds later counts for approvals,
+grants and reviews only after `WAIT_S`, so that the user can end it first; or at once, if a second operator co-signed
+it. A key that the user adds by a key of their own counts as that one does.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class KeyOrigin:
     endorsed_by: str | None = None
     """The second operator who co-signed it."""
     vouchers: frozenset[str] = frozenset()
-    """The ids of all others on whose word the key rests: who added it, who co-signed it, and whose word *their* keys rest
-    on. Empty for the first keys of a user."""
+    """The ids of all others on whose word the key rests: who added it, who co-signed it, and on whose word *their* keys
+    rest. Empty for the first keys of a user."""
     voucher_keys: frozenset[tuple[str, str]] = frozenset()
     """The keys (user id, kid) with which they gave their word."""
 
@@ -165,7 +165,9 @@ def endorsement_problem(user_id: str, signer: SignerKey, endorser: SignerKey, at
         if origin is None:
             continue
         if origin.counts_from_ms > at_ms:
-            return f"the key of {one.user_id} was added by somebody else, and does not count for approvals yet"
+            return (
+                f"the key of {one.user_id} was added by somebody else, and does not count for approvals yet"
+            )
         if origin.vouchers & (others | {user_id}):
             return f"the key of {one.user_id} rests on the word of another of the two, or of {user_id}"
     return None

@@ -24,7 +24,6 @@ from ringfence.model.lifecycle.context import (
 from ringfence.model.lifecycle.provisioners import disable_by_provisioner, provisioned_of, set_by_provisioner
 from ringfence.model.scope.scope import missing
 
-
 UserCommand = UserSet | UserDisable | UserAddKey | UserEndKey
 
 

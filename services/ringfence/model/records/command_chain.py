@@ -420,9 +420,7 @@ class Chains:
             )
             state = apply(state, given.claims, context)
             if isinstance(state, UserState):
-                keys = keys.after(
-                    own, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof
-                )
+                keys = keys.after(own, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
         except (InvalidMessageError, CommandRefusedError) as error:
             code = INCOMPLETE if error.code == "unknown_parent" else None
             raise ChainError(f"an embedded command does not hold: {error}", code=code) from None

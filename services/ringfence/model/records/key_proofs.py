@@ -1,4 +1,4 @@
-"""Proofs in `user.add-key`: that the user has the new key, was invited to make it, and perhaps a second operator's word.
+"""Proofs in `user.add-key`: that the user has the new key, and was invited to make it; perhaps a co-signature.
 
 All of it is judged as of the append time of the command that embeds it: the keys of who invited and co-signed, their
 roles, and the ends of all three messages. As whatever a passkey signs, its possession is appended within ten minutes.
@@ -63,7 +63,11 @@ def _verified_invitation(
     if claims.user_id != user_id:
         raise InvalidMessageError(f"the invitation is for {claims.user_id}", code="invitation_other_user")
     inviter = subject_of(trust.trust_domain, claims.iss, "user")
-    if claims.iss != trust.root_id and inviter != user_id and "operator" not in people.roles_of(inviter or ""):
+    if (
+        claims.iss != trust.root_id
+        and inviter != user_id
+        and "operator" not in people.roles_of(inviter or "")
+    ):
         raise InvalidMessageError(
             f"the invitation is by {claims.iss}, who is neither an operator nor {user_id}",
             code="invitation_not_allowed",
@@ -71,9 +75,7 @@ def _verified_invitation(
     return claims
 
 
-def _verified_possession(
-    command: UserAddKey, compact: str, trust: TrustStore, at_ms: int
-) -> KeyPossession:
+def _verified_possession(command: UserAddKey, compact: str, trust: TrustStore, at_ms: int) -> KeyPossession:
     jws = parse(compact)
     owner = spiffe_id(trust.trust_domain, "user", command.user_id)
     key = user_key((command.key,), command.key.kid, at_ms / 1000, trust)
@@ -81,9 +83,7 @@ def _verified_possession(
     def find(iss: str, kid: str) -> VerificationKey | None:
         return key if key is not None and (iss, kid) == (owner, key.kid) else None
 
-    claims = verify(
-        jws, KeyPossession, find, audience=trust.trust_domain, appended_at_ms=at_ms
-    ).claims
+    claims = verify(jws, KeyPossession, find, audience=trust.trust_domain, appended_at_ms=at_ms).claims
     if (claims.user_id, thumbprint(claims.jwk)) != (command.user_id, command.key.kid):
         raise InvalidMessageError(
             "the possession is of another key, or for another user", code="possession_other"

@@ -135,13 +135,15 @@ def unmet(
     """The approval classes that are still missing. Each needs a person of its own; nobody counts twice.
 
     `approvals` are those without a problem (`approval_problem`, `grant_problem`). Those by keys that do not count at
-    `at_ms` (`key_problems`) stand for nothing. As many classes as can be are met: who stands for one is moved to another
-    where that makes room (a maximum matching, by Kuhn's augmenting paths).
+    `at_ms` (`key_problems`) stand for nothing. As many classes as can be are met: who stands for one is moved to
+    another where that makes room (a maximum matching, by Kuhn's augmenting paths).
     """
     if not required:
         return ()
-    found = key_problems(approvals, directory, facts, at_ms=at_ms)
-    people = sorted({_signer(a) for a, problem in zip(approvals, found, strict=True) if problem is None} - {""})
+    problems = key_problems(approvals, directory, facts, at_ms=at_ms)
+    people = sorted(
+        {_signer(a) for a, problem in zip(approvals, problems, strict=True) if problem is None} - {""}
+    )
     fitting = [
         [person for person in people if may_approve(directory, person, wanted, facts)] for wanted in required
     ]
@@ -170,9 +172,7 @@ def key_problems(
     """For each approval or grant, in their order: why its key does not count beside the others at `at_ms`, or None."""
     signers = {_signer(one) for one in approvals}
     return [
-        approver_key_problem(
-            one, directory, facts, facts.verbs, at_ms=at_ms, beside=signers - {_signer(one)}
-        )
+        approver_key_problem(one, directory, facts, facts.verbs, at_ms=at_ms, beside=signers - {_signer(one)})
         for one in approvals
     ]
 

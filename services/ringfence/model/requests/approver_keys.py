@@ -1,9 +1,9 @@
 """Which keys count where people approve: the floors of a target, and keys that others added (ADR 0074). Pure.
 
-Policy, issuer and gateway ask this of each approval, grant and action approval, by the present records, and audit of each
-review of break glass. A key that somebody else added to a user counts 24 hours later, or at once if a second operator
-co-signed it. It never counts in a request in which a person takes part on whose word it rests: nobody lends themselves a
-sponsor.
+Policy, issuer and gateway ask this of each approval, grant and action approval, by the present records, and audit of
+each review of break glass. A key that somebody else added to a user counts 24 hours later, or at once if a second
+operator co-signed it. It never counts in a request in which a person takes part on whose word it rests: nobody lends
+themselves a sponsor.
 """
 
 from __future__ import annotations
@@ -66,6 +66,9 @@ def approver_key_problem(
     if signer is None:
         message = f"the record of {approval.claims.iss} does not say where this key comes from"
         return KeyProblem(Reason(code="key_unknown", message=message), 0)
+    if at_ms // 1000 >= signer.key.not_after:
+        message = f"key {signer.key.kid} of {signer.user_id} has ended since; approve anew with another"
+        return KeyProblem(Reason(code="key_ended", message=message), 0)
     if (reason := floor_problem(signer.key, facts.target.state, verbs)) is not None:
         return KeyProblem(reason, 0)
     parties = {*beside, *facts.sponsors, facts.task.state.on_behalf_of}

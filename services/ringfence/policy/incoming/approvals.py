@@ -211,7 +211,9 @@ class ApprovalHandler:
         if not _all_valid(collected, at_ms):
             await self._close(state, pending, (_expired_reason(pending),))
             return _reason("approval_expired", "the time of an approval that was given before is over")
-        void = [one for one in key_problems(collected, self._directory, facts, at_ms=at_ms) if one is not None]
+        void = [
+            one for one in key_problems(collected, self._directory, facts, at_ms=at_ms) if one is not None
+        ]
         if void:  # a key was ended as compromised since, or given anew
             await self._close(state, pending, tuple(one.reason for one in void))
             return void[0].reason

@@ -80,9 +80,7 @@ class GrantHandler:
             await self._reconsider(grant.claims, record.appended_at_ms)
         await self._answer(grant.claims, reason, record)
 
-    def _objection(
-        self, signed: Signed[Grant], late: ExpiredError | None, record: Received
-    ) -> Reason | None:
+    def _objection(self, signed: Signed[Grant], late: ExpiredError | None, record: Received) -> Reason | None:
         """Return the reason why a grant would have no effect now, or None. Its signer learns it at once."""
         grant = signed.claims
         user_id = signer_of(grant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.kafka.record import Received
@@ -35,9 +36,15 @@ def key_notice_sender(
             ends_ms = origin.added_ms + WAIT_S * 1000
             if origin.first or ends_ms <= now_ms or not notices.wants(user_id, id):
                 continue
-            body = body_of_key(user_id, origin)
             notices.deliver(
-                Notice(id, user_id, f"key {origin.kid}", ends_ms // 1000, lambda: True, lambda body=body: body)
+                Notice(
+                    id,
+                    user_id,
+                    f"key {origin.kid}",
+                    ends_ms // 1000,
+                    lambda: True,
+                    partial(body_of_key, user_id, origin),
+                )
             )
 
     return tell
