@@ -502,6 +502,13 @@ def test_a_message_is_appended_within_ten_minutes(times: bool) -> None:
     assert MAX_AGE_S == 600
 
 
+def test_the_ten_minutes_are_those_of_passkeys() -> None:
+    file = SigningKey.generate(SAM)
+    jws, at_ms = parse(sign(end_key(), file)), (NOW_S + MAX_AGE_S + 1) * 1000
+    key = public_key(file.public)
+    assert verify(jws, UserEndKey, lambda iss, kid: key, audience=TD, appended_at_ms=at_ms).claims == end_key()
+
+
 @pytest.mark.parametrize("times", [True, False])
 def test_a_message_that_is_dated_ahead_cannot_be_kept_for_later(times: bool) -> None:
     ahead = end_key(iat=NOW_S + LEEWAY_S, exp=NOW_S + 3600)
