@@ -1,4 +1,4 @@
-"""Passkeys in people's records: what they command, wherever a signature of a person is verified, and after a rebuild."""
+"""Passkeys in records of people: what they command, wherever signatures of people are verified, and after a rebuild."""
 
 from __future__ import annotations
 

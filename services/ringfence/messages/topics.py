@@ -33,7 +33,14 @@ from ringfence.messages.credential import (
 )
 from ringfence.messages.enrolment import InstanceEnrol, InstanceEnrolment
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
-from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, Heartbeat, ServiceEvent
+from ringfence.messages.operations import (
+    ActionAnswered,
+    ActionDecided,
+    DeadLetter,
+    Heartbeat,
+    RelayEnded,
+    ServiceEvent,
+)
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
 from ringfence.messages.run import Run, RunOrder, RunStop
 from ringfence.messages.signals import SignalStream
@@ -144,7 +151,7 @@ REVOCATION_ACK = Topic(
 )
 ACTION = Topic(
     "action",
-    (ActionDecided, ActionAnswered),
+    (ActionDecided, ActionAnswered, RelayEnded),
     "agent id",
     "json",
     ("gateway",),

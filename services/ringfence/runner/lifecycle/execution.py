@@ -182,7 +182,7 @@ class RunExecution:
         if reasons := await self._host.backend.available():
             raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
         self._ca_pem = self._read_ca()
-        activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
+        activity = RunActivity(connection, plan.run_id, plan.agent_id)
         if self._follows_activity:
             await activity.follow()
         if plan.order_id is None:
@@ -214,6 +214,7 @@ class RunExecution:
             published=self._at.published,
             allowed=activity.allowed(),
             denied=activity.denied(),
+            relays=activity.relays(),
             left_in_mounts=tuple(self._at.left),
             live_leases=live,
             connections=self._relay.relayed if self._relay is not None else 0,
