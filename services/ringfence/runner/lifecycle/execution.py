@@ -282,7 +282,7 @@ class RunExecution:
     def _relays(self, directory: Directory) -> tuple[Relay, ...]:
         """The relays of the task's targets that speak no HTTP. What has none is logged: the run goes on without."""
         addresses, without = raw_addresses(directory, self._plan.task_id)
-        usable = []
+        usable = list[tuple[str, int]]()
         for address in addresses:
             try:
                 relays_of([*usable, address])
