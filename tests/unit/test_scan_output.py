@@ -246,7 +246,7 @@ def test_remedies_are_commands_that_there_are(home: Home, tmp_path: Path) -> Non
         folder = tmp_path / f"run{number}"
         folder.mkdir()
         done = subprocess.run(
-            [sys.executable, "-c", _MAIN, *(word.replace("HOST", "host.test") for word in words), "--json"],
+            [sys.executable, "-c", _MAIN, *(word.replace("HOST", "host.test").replace("USER", "maria") for word in words), "--json"],
             env=environment, cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         error = json.loads(done.stderr.strip().splitlines()[-1])
@@ -457,7 +457,9 @@ def test_the_process_is_not_dumpable_and_writes_no_core(home: Home, project: Pat
         [sys.executable, "-c", code, "scan", str(project)], env=dict(home.environment), capture_output=True, text=True,
         check=False,
     )  # fmt: skip
-    assert done.stderr.startswith(("0 0", "0 1"))  # a limit of 1 byte also keeps the kernel from piping a core
+    assert done.stderr.startswith(
+        ("0 0", "0 1")
+    )  # a limit of 1 byte also keeps the kernel from piping a core
 
 
 def test_a_scan_opens_no_connection_and_starts_no_program(home: Home, project: Path) -> None:
