@@ -86,6 +86,8 @@ def _end_of(finding: Finding) -> Remedy:
         return Remedy("change the password at the service: whoever read the file knows it")
     if finding.kind.startswith("ssh-key"):
         return Remedy("remove the public key from every authorized_keys")
+    if finding.reader == "keyring" and finding.fingerprint is None:
+        return Remedy("end in it what agents must not use")
     if finding.kind == kinds.SSH_AGENT.id:
         return Remedy("start agents without the socket", "env -u SSH_AUTH_SOCK AGENT-COMMAND")
     return Remedy("revoke the old credential at its issuer: whoever read the file has it")
@@ -102,6 +104,8 @@ def _deletion_of(finding: Finding) -> Remedy:
         return Remedy(
             "take the role from the machine, or run agents in a sandbox that cannot reach the metadata service"
         )
+    if finding.reader == "keyring" and finding.fingerprint is None:
+        return Remedy("run agents by `ringfence run`, which shows them no keyring")
     if finding.reader == kinds.SSH_AGENT.id:
         return Remedy("run agents by `ringfence run`, which hands on no socket")
     return Remedy(
