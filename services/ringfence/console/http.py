@@ -42,6 +42,8 @@ MAX_FORM_BYTES: Final = 64 * 1024
 MOST_STREAMS_OF_ONE: Final = 12
 """Live updates of one session at a time: about as many as open tabs."""
 _KEEP_ALIVE_S: Final = 15.0
+_COSTLY: Final = 5
+"""So much more seldom a page is compared for which services count much."""
 _NAME: Final = TypeAdapter(Name)
 _STATUS: Final = {403: "You may not see this", 404: "There is nothing here that you may see"}
 
@@ -86,6 +88,7 @@ class Site:
                 Route(RELAY_PATH + "{path}", self._relay, methods=["GET", "POST"]),
                 Route("/live", self._live),
                 Route("/", self._home),
+                Route("/trace", self._trace_form),
                 *(Route(path, self._page_of(make)) for path, make in PAGES.items()),
             ],
             exception_handlers={404: self._not_found, 405: self._not_found},
@@ -189,6 +192,11 @@ class Site:
 
     async def _home(self, _: Request) -> Response:
         return RedirectResponse("/approvals", 303)
+
+    async def _trace_form(self, request: Request) -> Response:
+        """Lead from the form to the page of one trace, whose address can be shared."""
+        id = request.query_params.get("id", "").strip()
+        return RedirectResponse(f"/trace/{quote(id, safe='')}" if id else "/audit", 303)
 
     def _page_of(self, make: MakePage) -> Callable[[Request], Any]:
         async def page(request: Request) -> Response:
@@ -329,6 +337,7 @@ class Site:
                         break
                     page = None  # a service does not answer: look again later
                 now = self._fingerprint(session, page) if page else before
+                pause_s = self._console.refresh_ms / 1000 * (_COSTLY if page and page.costly else 1)
                 if now != before and before is not None:
                     quiet_s = 0.0
                     yield "event: changed\ndata:\n\n"

@@ -31,6 +31,8 @@ class Page:
     values: dict[str, Any] = field(default_factory=dict)
     section: str = ""
     """The entry of the navigation that it belongs to."""
+    costly: bool = False
+    """Whether services count much for it, so that it is compared with the present less often."""
 
 
 MakePage = Callable[[View], Awaitable[Page]]
