@@ -30,7 +30,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,8 +73,8 @@ test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switche
 test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
 
-test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish
-	$(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
+test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish, and scanners that it fetches once (140 MB)
+	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
 
 test-upgrade: $(STAMP) ## upgrade an installation of the version before, by the wheels of both (needs its commit in this clone)
 	$(BIN)/python -m pytest tests/integration -m upgrade $(ARGS)
@@ -87,6 +87,9 @@ test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH
 
 test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
 	$(BIN)/python -m pytest tests/gateway_external $(SHARED) $(ARGS)
+
+test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium: apt-get install chromium)
+	$(BIN)/python -m pytest tests/passkeys $(SHARED) $(ARGS)
 
 test-runner: $(STAMP) ## sandboxes of every kind, and programs that try to get out (needs bubblewrap and libseccomp, root for all of it; OCI=podman)
 	$(if $(OCI),RINGFENCE_TEST_OCI=$(OCI)) $(BIN)/python -m pytest tests/runner $(SHARED) $(ARGS)
@@ -126,7 +129,7 @@ wheel-check: $(STAMP) ## build the wheel and use it alone, without the extras
 compile = $(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 	--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt (UPGRADE=1: to the newest versions)
+lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt (UPGRADE=1: to the newest versions)
 	$(need_python)
 	@$(PYTHON) -m venv $(UV)
 	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
@@ -136,6 +139,7 @@ lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt (UPG
 		$(compile) --extra dev --constraints requirements.lock pyproject.toml - -o requirements-demo.lock
 	$(compile) .ci/uv.in -o .ci/uv.txt
 	$(compile) .ci/mitmproxy.in -o .ci/mitmproxy.txt
+	$(compile) .ci/scanners.in -o .ci/scanners.txt
 
 clean: ## remove environments, caches and builds; the keys and data in .ringfence stay
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

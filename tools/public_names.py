@@ -50,6 +50,7 @@ from ringfence.messages.base import SERVICE_ROLES
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import ALL
 from ringfence.model.target_settings import ENTRY_POINTS
+from ringfence.sign_page.settings import SignPageSettings
 from tools.literals import DataFlow
 from tools.metrics_reference import declared, labels_of
 from tools.schemas.generate import message_name
@@ -132,6 +133,7 @@ def _settings() -> Iterator[tuple[str, str]]:
     read_by: dict[type[RingfenceSettings], set[str]] = defaultdict(set)
     read_by[ServiceSettings] = {"every service"}
     read_by[ClientSettings] = {"client"}
+    read_by[SignPageSettings] = {"sign-page"}
     for role in SERVICE_ROLES:
         # A package may be there before its service is.
         package = f"{_PACKAGE}.{role}"

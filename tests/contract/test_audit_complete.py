@@ -99,7 +99,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "accepted": {"command.accepted", "message.accepted"},
         "refused": {"command.refused", "credential.refused", "message.refused"},
         "replayed": {"message.replayed"},
-        "finding": {"finding", "key.ending", "key.shared", "key.taken", "token.replayed"},
+        "finding": {"finding", "key.added", "key.ending", "key.shared", "key.taken", "token.replayed"},
     },
     "DeadLetter": {"": {"record.dead_lettered"}},
     "RunOrder": {"": {"run.ordered"}},
@@ -113,6 +113,8 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
     "UserRecord": {
         "user.set": {"user.created", "user.changed"},
         "user.disable": {"user.disabled"},
+        "user.add-key": {"user.key_added"},
+        "user.end-key": {"user.key_ended", "user.key_compromised"},
         "provisioner.set": {"provisioner.created", "provisioner.changed"},
         "provisioner.link": {"provisioner.linked"},
     },
@@ -203,7 +205,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     ),
     **dict.fromkeys(
         (
-            "user.set", "user.disable", "provisioner.set", "provisioner.link", "target.set", "target.remove",
+            "user.set", "user.disable", "user.add-key", "user.end-key", "user.key_added", "user.key_ended",
+            "user.key_compromised", "key.added", "provisioner.set", "provisioner.link", "target.set",
+            "target.remove",
             "user.created", "user.changed", "user.disabled", "provisioner.created", "provisioner.changed",
             "provisioner.linked", "target.created", "target.changed", "target.removed", "lease.epoch",
             "service.started", "service.stopped", "trust.changed", "trust.repeated", "trust.version_fell",

@@ -23,6 +23,7 @@ from ringfence.messages.base import ServiceRole
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST
 from ringfence.policy.settings import PolicySettings
 from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench, rewind
+from tests.support.user_keys import give_key
 from tests.support.world import World, scope
 
 KEY = b"0123456789abcdef0123456789abcdef"
@@ -252,3 +253,31 @@ async def test_a_webhook_that_cannot_be_used_is_said_and_stops_nothing(
     assert "sam is not told of what waits: the URL of a webhook is https://" in caplog.text
     assert "petra is not told of what waits: NOT_SET is not set" in caplog.text
     assert "verysecret" not in caplog.text
+
+
+async def test_a_person_is_told_of_a_key_that_was_added_to_them(
+    world: World, receiver: Receiver, tmp_path: Path
+) -> None:
+    async with office(world, settings(tmp_path, sam=receiver)) as bench:
+        lent = await give_key(world, world.operator, bench.sam)
+        await told(world, receiver, 1)
+        ((_, headers, body),) = receiver.got
+        assert verified(headers, body)
+        text = json.loads(body)["text"]
+        for part in (
+            lent.key.kid,
+            f"`{world.operator.name}`",
+            "user end-key sam",
+            "It counts for approvals from",
+        ):
+            assert part in text
+        # Each key once, and none of another change of the user.
+        keys = (bench.sam.key_record(), lent.key_record())
+        await world.accepted(
+            world.user_set(world.operator, bench.sam, ("sponsor",), keys=keys), world.operator
+        )
+        second = await give_key(world, bench.sam, bench.sam)
+        await told(world, receiver, 2)
+        assert second.key.kid in json.loads(receiver.got[1][2])["text"]
+        await settled(world)
+        assert len(receiver.got) == 2

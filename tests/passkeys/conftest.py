@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import sys
+import shutil
 import tempfile
-import time
-import urllib.error
-import urllib.request
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -17,17 +12,22 @@ from pathlib import Path
 import pytest
 from playwright.async_api import Browser
 
-from ringfence.client.admin.trust_setup import load_root_and_bundle, publish_bundle, sign_next_bundle
-from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, free_port, spawn
+from ringfence.dev.processes import StackError
 from ringfence.dev.stack import Stack, StackOptions
-from ringfence.messages.trust import Origin
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.passkeys.browser import Person, chromium
 from tests.passkeys.organisation import Organisation
+from tests.passkeys.questions import Asked, open_question
 from tests.support.stack import realm_in
 
-RP_ID = "localhost"
+FROZEN = "although it is frozen"
+"""The reason that the bundle of this stack denies."""
+DEFAULT_BUNDLE = Path(__file__).parents[2] / "deploy" / "policy"
+_FROZEN_RULE = f"""package ringfence.limits
+
+deny contains {{"code": "frozen", "message": "everything is frozen"}} if input.request.reason == "{FROZEN}"
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,10 @@ async def browser(request: pytest.FixtureRequest) -> AsyncIterator[Browser]:
 @pytest.fixture(scope="session")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes, with passkeys in their trust bundle."""
-    with tempfile.TemporaryDirectory(prefix="ringfence-passkeys-") as folder:
+    with tempfile.TemporaryDirectory(prefix="rf-pk-") as folder:
+        bundle = Path(folder) / "policy"
+        shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("*_test.rego"))
+        (bundle / "frozen.rego").write_text(_FROZEN_RULE)
         options = StackOptions(
             Path(folder) / "state",
             trust_domain="acme.example",
@@ -65,58 +68,17 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             topic_prefix="passkeys",
             redis_prefix="passkeys",
             keep_bytes=1024 * 1024,
+            environment={"RINGFENCE_POLICY_BUNDLE": str(bundle)},
+            sign_page=True,
         )
         with Stack(options) as running:
             yield running
 
 
 @pytest.fixture(scope="session")
-def site(stack: Stack) -> Iterator[Site]:
-    """`ringfence serve sign-page` on a port of localhost that the trust bundle names."""
-    port, console = free_port(), free_port()
-    made = Site(f"http://localhost:{port}", f"http://localhost:{console}", stack.environment())
-    root, bundle = load_root_and_bundle(stack.trust)
-    now_s = int(time.time())
-    sign_next_bundle(
-        stack.trust, bundle, root, now_s,
-        rp_id=RP_ID,
-        origins=(
-            Origin(origin=made.sign, use="sign", not_before=now_s),
-            Origin(origin=made.session, use="session", not_before=now_s),
-        ),
-    )  # fmt: skip
-    asyncio.run(publish_bundle(stack.trust, stack.settings()))
-    server = serve_sign_page(stack, made, port)
-    yield made
-    server.kill()
-
-
-def serve_sign_page(stack: Stack, site: Site, port: int) -> Child:
-    """Start the program, and wait until it serves."""
-    child = spawn(
-        "sign-page",
-        [sys.executable, "-P", "-m", "ringfence.cli.main", "serve", "sign-page"],
-        env={
-            **os.environ,
-            **site.environment,
-            "RINGFENCE_CONFIG": os.devnull,
-            "RINGFENCE_SIGN_PAGE_ORIGIN": site.sign,
-            "RINGFENCE_SIGN_PAGE_SESSION_ORIGINS": f'["{site.session}"]',
-            "RINGFENCE_SIGN_PAGE_HTTP": f"{LOOPBACK}:{port}",
-        },
-        log_path=stack.options.state / "logs" / "sign-page.log",
-        umask=PRIVATE,
-    )
-
-    def serves() -> bool:
-        try:
-            with urllib.request.urlopen(site.sign) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    child.wait_until(serves, 60.0, "served the page")
-    return child
+def site(stack: Stack) -> Site:
+    """Where people sign on this stack."""
+    return Site(stack.origins["sign"], stack.origins["session"], stack.environment())
 
 
 @pytest.fixture
@@ -128,7 +90,23 @@ async def person(browser: Browser) -> AsyncIterator[Person]:
 
 
 @pytest.fixture
-async def organisation(stack: Stack, site: Site) -> AsyncIterator[Organisation]:
+async def organisation(stack: Stack, site: Site, tmp_path: Path) -> AsyncIterator[Organisation]:
     """A small organisation of this test's own, in which sam has no key file."""
-    async with realm_in(stack) as realm, Organisation(realm, site.environment) as made:
+    async with realm_in(stack) as realm, Organisation(realm, site.environment, tmp_path) as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+async def asked(
+    stack: Stack, site: Site, browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Asked]:
+    """A question that is in order, for all these tests."""
+    somebody = await Person.at(browser)
+    async with (
+        realm_in(stack) as realm,
+        Organisation(realm, site.environment, tmp_path_factory.mktemp("asked")) as organisation,
+    ):
+        user_id = await organisation.sponsor(somebody)
+        async with open_question(organisation, site.sign, user_id) as question:
+            yield question
+    await somebody.leave()

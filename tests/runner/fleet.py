@@ -36,6 +36,7 @@ class Fleet:
     def write(self, **fields: Any) -> None:
         given: dict[str, Any] = {
             "name": self.name, "agents": ["reader-bot"], "concurrency": 2, "queue_length": 3,
+            "labels": {"zone": "eu-1", "disk": "fast"},
             "mounts": {
                 "sources": {"path": str(self.sources)},
                 "reports": {"path": str(self.reports), "read_write": True},

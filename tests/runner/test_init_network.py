@@ -401,10 +401,12 @@ async def test_a_relay_leads_to_its_target_in_both_directions(host: RunHost) -> 
                 stdin=data, relays=relays, socket=gateway.path,
             )  # fmt: skip
     assert ended.text.strip() == hashlib.sha256(data).hexdigest(), ended
-    assert gateway.asked == [b"CONNECT db.internal:22 HTTP/1.1\r\nHost: db.internal:22\r\n\r\n"]
     assert ended.report is not None
     assert (ended.report.relay_connections, ended.report.proxy_connections) == (1, 0)
-    assert (ended.report.sent_bytes, ended.report.received_bytes) == (len(data), 64)
+    connect = b"CONNECT db.internal:22 HTTP/1.1\r\nHost: db.internal:22\r\n\r\n"
+    assert gateway.asked == [connect]
+    assert ended.report.sent_bytes == len(connect) + len(data)
+    assert ended.report.received_bytes == len(b"HTTP/1.1 200 OK\r\n\r\n") + 64
 
 
 async def test_a_relay_that_the_gateway_refuses_is_closed(host: RunHost) -> None:

@@ -62,6 +62,7 @@ from ringfence.messages.registry import (
     TaskRecord,
     TaskState,
     TaskTerms,
+    UserAddKey,
     UserRecord,
     UserSet,
     VerbFloor,
@@ -85,7 +86,7 @@ from ringfence.messages.topics import (
 )
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.epochs import marker_key
-from ringfence.model.lifecycle import Actor, Context, apply
+from ringfence.model.lifecycle import NO_HISTORY, Actor, Context, apply
 from ringfence.model.records.directory import Directory
 
 TD = "acme.example"
@@ -259,15 +260,20 @@ class AuditFixtures:
         chains, everything = self.directory.chains, frozenset[Role]({"operator", "sponsor"})
         agent = chains.agent_at(name, self.now_ms) if "/agent/" in by.id else None
         person = None if by is self.root or agent is not None else name
+        jws = sign(claims, by)
+        given = chains.authorise(parse(jws), self.now_ms) if isinstance(claims, UserAddKey) else None
         context = Context(
             actor=Actor(person, frozenset() if agent is not None else everything, agent=agent),
             task_at=lambda task_id: chains.task_at(task_id, self.now_ms),
             at_s=self.now_ms // 1000,
             command_id=message_id(claims.iss, claims.jti),
             roles_of=lambda user: frozenset({"operator", "sponsor"}),
+            key_history=self.directory.key_history(id) if topic is USER else NO_HISTORY,
+            key_proof=given.key_proof if given else None,
+            key_proof_problem=given.key_proof_problem if given else None,
         )
         state = apply(state, claims, context)  # type: ignore[arg-type]
-        commands = (*commands, EmbeddedCommand(jws=sign(claims, by), appended_at_ms=self.now_ms))
+        commands = (*commands, EmbeddedCommand(jws=jws, appended_at_ms=self.now_ms))
         self.states[topic, id] = (revision + 1, state, commands)
         record = self.record_of(topic, id)
         problem = self.directory.admit(topic.what, record.topic_name, 0, record.value, record.appended_at_ms)  # type: ignore[arg-type]

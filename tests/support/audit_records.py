@@ -30,6 +30,7 @@ from ringfence.messages.registry import (
     BackendSettings,
     Entitlements,
     GroupLink,
+    KeyPossession,
     ProvisionerLink,
     ProvisionerSet,
     TargetRemove,
@@ -40,7 +41,10 @@ from ringfence.messages.registry import (
     TaskDelegate,
     TaskEnd,
     TaskTerms,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
+    UserInvite,
     UserSet,
     VerbFloor,
 )
@@ -182,6 +186,10 @@ def every_record(office: AuditFixtures) -> dict[str, Received]:
     found["key that ends"] = office.service_event(
         "finding", "key", reasons=ending, agent_id="deploy-bot", sponsor="sam"
     )
+    added = (Reason(code="key_added", message="for sam: a key was added to you by olga"),)
+    found["key that was added"] = office.service_event(
+        "finding", "key", reasons=added, ref="kid", result=office.key("user", "sam").id
+    )
     found["finding"] = office.service_event(
         "finding", "record", "policy", reasons=reason, result=office.key("agent", "deploy-bot").id
     )
@@ -269,6 +277,8 @@ def commands(office: AuditFixtures) -> dict[str, Received]:
             "entitlements": Entitlements(scope=office.scope, source="cli", as_of=1),
         }),
         (UserDisable, olga, {"user_id": "maria", "reason": "left"}),
+        (UserAddKey, olga, {"user_id": "maria", "key": key}),
+        (UserEndKey, olga, {"user_id": "maria", "kid": key.kid, "reason": "lost"}),
         (ProvisionerSet, olga, {
             "provisioner_id": "scim", "name": "Directory", "keys": (key,), "delegation": office.delegation(),
         }),
@@ -383,6 +393,7 @@ def changes(office: AuditFixtures) -> dict[str, Received]:
     found["compromised"] = compromised
     found["changed by task.delegate"] = handed_on
     found["changed by user.set"] = office.user("maria", "sponsor")
+    found |= keys_of_people(office)
     disable = office.claims(UserDisable, olga, user_id="maria", reason="left")
     found["changed by user.disable"] = office.carry_out(USER, "maria", disable, olga)
     scim = office.key("user", "scim")
@@ -396,6 +407,26 @@ def changes(office: AuditFixtures) -> dict[str, Received]:
     found["command provisioner.link"] = office.signed(REGISTRY_COMMAND, link, scim)
     found["changed by provisioner.link"] = office.carry_out(USER, "scim", link, scim)
     found["first record again"] = office.received(AGENT, first.value, key="deploy-bot")
+    return found
+
+
+def keys_of_people(office: AuditFixtures) -> dict[str, Received]:
+    """Records of a person to whom keys are added, and of whom keys are ended."""
+    olga, found = office.key("user", "olga"), {}
+    for compromised in (None, True):
+        new = SigningKey.generate(f"spiffe://{TD}/user/maria")
+        invited = office.claims(UserInvite, olga, user_id="maria")
+        possessed = office.claims(KeyPossession, new, user_id="maria", jwk=new.public, invitation=invited.jti)
+        add = office.claims(
+            UserAddKey, olga, user_id="maria", key=new.record(office.now_ms // 1000 + 86_400),
+            invitation=sign(invited, olga), possession=sign(possessed, new),
+        )  # fmt: skip
+        found["changed by user.add-key"] = office.carry_out(USER, "maria", add, olga)
+        end = office.claims(
+            UserEndKey, olga, user_id="maria", kid=new.kid, reason="lost", compromised=compromised
+        )
+        name = "key of a user compromised" if compromised else "changed by user.end-key"
+        found[name] = office.carry_out(USER, "maria", end, olga)
     return found
 
 

@@ -15,7 +15,7 @@ from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialRequest, RequiredClass
 from ringfence.messages.registry import VerbFloor
-from ringfence.model.lifecycle import subject_key
+from ringfence.model.lifecycle import KeyHistory, subject_key
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import (
@@ -27,6 +27,7 @@ from ringfence.model.requests.approvals import (
 )
 from ringfence.model.requests.facts import RequestContext, load_records
 from tests.support.in_memory_registry import InMemoryRegistry, permission
+from tests.support.user_keys import first_key, said_by
 from tools.schemas.examples import EXAMPLES
 
 ROLES = {
@@ -40,8 +41,12 @@ class People:
 
     def user(self, user_id: str) -> Any:
         status = "disabled" if user_id == "gone" else "active"
-        state = SimpleNamespace(roles=ROLES[user_id], status=status)
+        keys = (SimpleNamespace(kid=f"key of {user_id}", use=None, not_after=1),)
+        state = SimpleNamespace(roles=ROLES[user_id], status=status, keys=keys, compromised=None)
         return SimpleNamespace(state=state) if user_id in ROLES else None
+
+    def key_history(self, user_id: str) -> KeyHistory:
+        return first_key(f"key of {user_id}")
 
 
 DIRECTORY = cast(Directory, People())
@@ -50,17 +55,24 @@ FACTS = cast(
     SimpleNamespace(
         agent=SimpleNamespace(state=SimpleNamespace(sponsor="sam")),
         task=SimpleNamespace(state=SimpleNamespace(on_behalf_of="maria")),
+        target=SimpleNamespace(state=SimpleNamespace(verbs=())),
         sponsors=frozenset({"sam"}),
+        verbs=frozenset({"read"}),
     ),
 )
 
 
 def signed(*people: str) -> Any:
-    return [SimpleNamespace(claims=SimpleNamespace(aud="td", iss=f"spiffe://td/user/{p}")) for p in people]
+    return [by(f"spiffe://td/user/{person}", f"key of {person}") for person in people]
+
+
+def by(iss: str, kid: str) -> Any:
+    """What somebody is said to have signed: only its header is read."""
+    return SimpleNamespace(claims=SimpleNamespace(aud="td", iss=iss), compact=said_by(kid))
 
 
 def lacking(required: tuple[RequiredClass, ...], *people: str) -> tuple[RequiredClass, ...]:
-    return unmet(required, signed(*people), DIRECTORY, FACTS)
+    return unmet(required, signed(*people), DIRECTORY, FACTS, at_ms=0)
 
 
 TWO: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
@@ -247,7 +259,7 @@ def test_the_agents_sponsor_is_one_no_more_without_the_role():
 
 
 def test_what_no_user_signed_counts_for_nobody():
-    by_agent = [SimpleNamespace(claims=SimpleNamespace(aud="td", iss="spiffe://td/agent/olga"))]
-    assert unmet(("operator",), cast(Any, by_agent), DIRECTORY, FACTS) == ("operator",)
-    elsewhere = [SimpleNamespace(claims=SimpleNamespace(aud="td", iss="spiffe://other/user/olga"))]
-    assert unmet(("operator",), cast(Any, [*elsewhere, *signed("otto")]), DIRECTORY, FACTS) == ()
+    by_agent = [by("spiffe://td/agent/olga", "key of olga")]
+    assert unmet(("operator",), by_agent, DIRECTORY, FACTS, at_ms=0) == ("operator",)
+    elsewhere = [by("spiffe://other/user/olga", "key of olga")]
+    assert unmet(("operator",), [*elsewhere, *signed("otto")], DIRECTORY, FACTS, at_ms=0) == ()

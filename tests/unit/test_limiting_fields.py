@@ -74,6 +74,7 @@ from ringfence.model.requests.grants import grant_problem
 from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, describe_unknown, is_understood, unknown_fields
 from ringfence.registry.domain import only_reduces
+from tests.support import user_keys
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.unknown_field_cases import NAME, as_before, planted
 from tests.unit.test_gateway_domain import Place
@@ -164,6 +165,9 @@ def commands(ledger: InMemoryRegistry) -> Iterable[Any]:
     entitlements = ledger.entitlements(WIDE).model_copy(update={"source": "hr"})
     said = Provisioning(groups=("dev",))
     yield ledger.user_set("hr", "dora", keys=(), entitlements=entitlements, provisioned=said)
+    new = user_keys.new_key("sam")
+    yield user_keys.add_key(ledger, "olga", "sam", new)
+    yield user_keys.end_key(ledger, "sam", "sam", new.kid)
     rules = (
         RequestRule(method="GET", path="/{path*}", verb="read", resource="{path*}"),
         RequestRule(

@@ -17,6 +17,7 @@ from ringfence.messages.credential import CredentialRequest, Reason, RequiredCla
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord, VerbFloor
+from ringfence.model.lifecycle import KeyHistory
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
 from ringfence.model.requests.facts import DelegationStep, RequestContext
@@ -35,6 +36,7 @@ from ringfence.policy.domain import (
     verdict_of,
 )
 from ringfence.rego.engine import PolicyFailedError, PolicyResult, result_of
+from tests.support.user_keys import first_key, said_by
 from tools.schemas.examples import EXAMPLES
 
 NOBODY = cast(Directory, None)
@@ -73,7 +75,7 @@ def open_facts(**request: Any) -> RequestContext:
 def ruling(
     result: PolicyResult = ALLOW, against: tuple[Reason, ...] = (), given: RequestContext | None = None
 ) -> Ruling:
-    return rule(given or open_facts(), against, result, (), NOBODY)
+    return rule(given or open_facts(), against, result, (), NOBODY, 0)
 
 
 results = st.builds(
@@ -370,14 +372,20 @@ class People:
             return None
         return entry(UserRecord, user_id=user_id, roles=self.ROLES[user_id], status="active")
 
+    def key_history(self, user_id: str) -> KeyHistory:
+        return first_key(KID)
+
 
 PEOPLE = cast(Directory, People())
+KID = cast(Any, EXAMPLES[UserRecord]).state.keys[0].kid
+"""Of all of them."""
 
 
 def signed(*people: str) -> tuple[Any, ...]:
     claims = cast(Approval, EXAMPLES[Approval])
     return tuple(
-        Signed(claims.model_copy(update={"iss": f"spiffe://{claims.aud}/user/{who}"}), "") for who in people
+        Signed(claims.model_copy(update={"iss": f"spiffe://{claims.aud}/user/{who}"}), said_by(KID))
+        for who in people
     )
 
 
@@ -389,7 +397,7 @@ def sponsored(**request: Any) -> RequestContext:
 
 
 def decided(result: PolicyResult, given: RequestContext, *people: str) -> Ruling:
-    return rule(given, (), result, signed(*people), PEOPLE)
+    return rule(given, (), result, signed(*people), PEOPLE, 0)
 
 
 def test_what_is_required_is_met_by_who_may_give_it():

@@ -202,6 +202,10 @@ _ALL: tuple[Message, ...] = (
         entitlements=_ENTITLEMENTS,
     ),
     registry.UserDisable(**_command(_OLGA), user_id="maria", reason="left the company"),
+    registry.UserAddKey(
+        **_command(_OLGA), user_id="maria", key=_KEY, invitation=_JWS, possession=_JWS, endorsement=_JWS
+    ),
+    registry.UserEndKey(**_command(_MARIA), user_id="maria", kid=_KEY.kid, reason="lost with the laptop"),
     registry.ProvisionerSet(
         **_command(_OLGA),
         provisioner_id="directory",

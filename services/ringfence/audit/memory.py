@@ -35,6 +35,8 @@ class RequestFacts:
     instance: dict[str, Any] | None = None
     """The enrolled instance that asked, if any."""
     approvers: tuple[str, ...] = ()
+    approver_keys: tuple[tuple[str, str], ...] = ()
+    """Each with the key (`kid`) by which they approved."""
     decision: str | None = None
     policy_revision: str | None = None
     traceparent: str | None = None

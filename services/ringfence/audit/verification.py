@@ -24,19 +24,20 @@ from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
+from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, BreakGlassReview, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
-from ringfence.messages.credential import CredentialDecision, CredentialRequest, RequestWithdraw
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
 from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.lifecycle import statement
-from ringfence.model.lifecycle import agents_of
+from ringfence.model.lifecycle import KeyOrigin, agents_of
 from ringfence.model.records.command_chain import BY_AGENTS, COMMAND_OF_TYP, ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, keys_of_agents, ref_of
 from ringfence.model.requests.approvals import append_time_of
+from ringfence.model.requests.approver_keys import origin_problem
 from ringfence.model.requests.grants import id_of, signer_of
 
 C = TypeVar("C", bound=Claims)
@@ -408,6 +409,43 @@ class RecordVerifier:
     def sponsors_of(self, agents: Sequence[str]) -> list[str]:
         """The present sponsors of agents, each once."""
         return list(dict.fromkeys(filter(None, map(self.sponsor_of, agents))))
+
+    def key_origin(self, user: str, kid: str) -> KeyOrigin | None:
+        """Where a user's key comes from, by the present records."""
+        try:
+            return self._directory.key_history(user).origins.get(kid)
+        except ChainError:
+            return None
+
+    def key_fields(self, signed: VerifiedMessage[Any]) -> dict[str, Any]:
+        """Fields of a key that somebody else added to the person who signed; none of other keys."""
+        user = subject_of(self._trust.trust_domain, signed.claims.iss, "user")
+        origin = self.key_origin(user, signed.kid) if user else None
+        if origin is None or not origin.vouchers:
+            return {}
+        return {"vouched_by": sorted(origin.vouchers), "counts_from_ms": origin.counts_from_ms}
+
+    def review_key_problem(
+        self, signed: VerifiedMessage[BreakGlassReview], use: Mapping[str, Any], at_ms: int
+    ) -> Reason | None:
+        """Why the key of a review does not count for it, or None (`model.requests.approver_keys`).
+
+        `use`: the `unmapped` fields of the use's event.
+        """
+        reviewer = subject_of(self._trust.trust_domain, signed.claims.iss, "user") or ""
+        origin = self.key_origin(reviewer, signed.kid)
+        if origin is None:
+            return Reason(code="key_unknown", message="no record says where this key comes from")
+        named = (*(use.get("approvers") or ()), use.get("sponsor"), use.get("on_behalf_of"))
+        found = origin_problem(origin, reviewer, self._directory, [one for one in named if one], at_ms)
+        if found is not None:
+            return found.reason
+        for one in use.get("approver_keys") or ():
+            lent = self.key_origin(str(one.get("user")), str(one.get("kid")))
+            if lent is not None and reviewer in lent.vouchers:
+                message = f"{one.get('user')} approved with a key that rests on the word of {reviewer}"
+                return Reason(code="key_beside_voucher", message=f"{message}; somebody else reviews it")
+        return None
 
     def roles_of(self, user: str) -> tuple[str, ...]:
         """The present roles of a user; empty if there is no such user, or they are disabled."""

@@ -43,6 +43,7 @@ from ringfence.messages.trust import TrustBundle
 READY_WITHIN_S = 60.0
 """Excludes the time in which a process of the stack waited for a processor (`Patience`)."""
 _ANSWER_TIMEOUT_S = 10.0
+_SIGN_PAGE = "sign-page"
 _GRACE_S = 5.0
 """The time for all services together to shut down. Without a broker none of them can."""
 
@@ -63,6 +64,8 @@ class StackOptions:
     topic_prefix: str = "ringfence"
     redis_prefix: str = "rf"
     services: Sequence[ServiceRole] = SERVICE_ROLES
+    sign_page: bool = False
+    """Whether to serve the page on which people sign with passkeys, at its origin."""
     runner: str | None = None
     """The name of a runner to have a key for, for `ringfence run`. It is no process of the stack."""
     fixed_ports: bool = False
@@ -89,6 +92,7 @@ class Stack:
         self._broker: EmbeddedKafka | None = None
         self._valkey: EmbeddedRedis | None = None
         self._children: dict[ServiceRole, Child] = {}
+        self._sign_page: Child | None = None
         self._ports: dict[str, int] = {}
         self._unready: dict[ServiceRole, str] = {}
         """By service that is waited for: the last reason why it is not ready."""
@@ -141,6 +145,7 @@ class Stack:
         """Return the pid of every process of the stack, by name."""
         own: dict[str, int] = {role: child.pid for role, child in self._children.items()}
         servers = {"kafka": self._broker, "redis": self._valkey}
+        own |= {_SIGN_PAGE: self._sign_page.pid} if self._sign_page else {}
         return own | {name: server.child.pid for name, server in servers.items() if server and server.child}
 
     # --- life ---
@@ -175,7 +180,28 @@ class Stack:
         self._say(f"starting {', '.join(self.options.services)}")
         for role in self.options.services:
             self.start_service(role)
+        if self.options.sign_page:
+            self._start_sign_page()
         self.wait_ready()
+
+    def _start_sign_page(self) -> None:
+        origin = self.origins["sign"]
+        port = urlsplit(origin).port
+        environment = {
+            **os.environ,
+            **self.environment(),
+            "RINGFENCE_CONFIG": os.devnull,
+            "RINGFENCE_SIGN_PAGE_ORIGIN": origin,
+            "RINGFENCE_SIGN_PAGE_SESSION_ORIGINS": json.dumps([self.origins["session"]]),
+            "RINGFENCE_SIGN_PAGE_HTTP": f"{LOOPBACK}:{port}",
+        }
+        self._sign_page = spawn(
+            _SIGN_PAGE,
+            [sys.executable, "-P", "-m", "ringfence.cli.main", "serve", _SIGN_PAGE],
+            env=environment,
+            log_path=self.options.state / "logs" / f"{_SIGN_PAGE}.log",
+            umask=PRIVATE,
+        )
 
     def _make_trust(self) -> None:
         """Use the trust root in the state folder, or make one."""
@@ -272,6 +298,10 @@ class Stack:
                 beside=lambda: self.children().values(),
                 why=partial(self._unready.get, role),
             )
+        if self._sign_page is not None:
+            self._sign_page.wait_until(
+                partial(_answers, self.origins["sign"]), READY_WITHIN_S, "served the sign page"
+            )
 
     def _ready(self, role: ServiceRole) -> bool:
         reason = readiness(self._ports[role])
@@ -282,7 +312,8 @@ class Stack:
     def ended(self) -> str | None:
         """Return which process ended by itself and why, or None."""
         servers = [server.child for server in (self._broker, self._valkey) if server and server.child]
-        for child in [*servers, *self._children.values()]:
+        pages = [self._sign_page] if self._sign_page else []
+        for child in [*servers, *pages, *self._children.values()]:
             if not child.alive:
                 return f"{child.name} ended with status {child.returncode}; see {child.log_path}\n{child.log_tail(5)}"
         return None
@@ -292,14 +323,16 @@ class Stack:
 
         Returns the services that did not shut down cleanly within `grace_s` for all together.
         """
-        for child in self._children.values():
+        children = [*self._children.values(), *([self._sign_page] if self._sign_page else [])]
+        for child in children:
             child.terminate()
         ends_at = time.monotonic() + grace_s
         ended = dict[Child, int]()
-        for child in self._children.values():
+        for child in children:
             status = child.wait(max(0.0, ends_at - time.monotonic()))
             ended[child] = child.kill() if status is None else status
         self._children.clear()
+        self._sign_page = None
         if self._valkey is not None:
             self._valkey.stop()
             self._valkey = None
@@ -351,6 +384,8 @@ class Stack:
                 self._ports[role] = claim_port(PORTS[role], f"The {role}", "--free-ports")
             else:
                 self._ports[role] = free_port()
+        if self.options.sign_page and self.options.fixed_ports:
+            claim_port(SIGN_PAGE_PORT, "The sign page", "--free-ports")
         if "gateway" in self.options.services:
             fixed = self.options.fixed_ports
             self._door = claim_port(GATEWAY_PORT, "The gateway", "--free-ports") if fixed else free_port()
@@ -372,6 +407,19 @@ class Stack:
 
     def _service_url(self, role: ServiceRole) -> str:
         return self.url(role) if role in self._ports else f"http://{LOOPBACK}:{PORTS[role]}"
+
+
+def _answers(origin: str) -> bool:
+    """Whether the sign page is served at an origin of this machine."""
+    url = urlsplit(origin)
+    connection = http.client.HTTPConnection(LOOPBACK, url.port, timeout=_ANSWER_TIMEOUT_S)
+    try:
+        connection.request("GET", "/", headers={"Host": url.netloc})
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def readiness(port: int) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, TypeVar
 
@@ -34,6 +34,7 @@ from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
     append_time_of,
     approval_problem,
+    key_problems,
     required_classes,
     unmet,
 )
@@ -376,15 +377,40 @@ def _check_approvals(
         honest = {"approval_expired", "grant_ended", *NOT_UNDERSTOOD}
         finding = unchanged and any(problem.code not in honest for problem in problems)
         raise _RefusedError(*problems, finding=finding)
+    _check_keys([*approvals, *grants], decision, facts, directory, unchanged=unchanged)
     required = required_classes(facts.floors(), claims.required, break_glass=facts.break_glass)
     try:
-        unmet_classes = unmet(required, [*approvals, *grants], directory, facts)
+        unmet_classes = unmet(required, [*approvals, *grants], directory, facts, at_ms=at_ms)
     except ChainError as error:
         raise _RefusedError(_reason("record_untrusted", str(error))) from None
     if unmet_classes:
         message = f"approvals are lacking: {', '.join(unmet_classes)}"
         raise _RefusedError(_reason("approval_lacking", message), finding=unchanged)
     return tuple(grant.claims for grant in grants)
+
+
+_HONEST_KEY_CODES = frozenset({"key_ended", "key_voucher_compromised", "key_unknown", "record_untrusted"})
+"""What may have become so between the decision and now, without a change of the records that it names."""
+
+
+def _check_keys(
+    approvals: Sequence[Signed[Approval] | Signed[Grant]],
+    decision: Decision,
+    facts: RequestContext,
+    directory: Directory,
+    *,
+    unchanged: bool,
+) -> None:
+    """Refuse approvals by keys that do not count for them, at the time of the decision."""
+    found = key_problems(approvals, directory, facts, at_ms=decision.at.appended_at_ms)
+    problems = [problem for problem in found if problem is not None]
+    if problems:
+        # A key that was given again meanwhile has another origin than policy saw.
+        before_ms = decision.claims.source.appended_at_ms
+        finding = unchanged and any(
+            one.reason.code not in _HONEST_KEY_CODES and one.since_ms < before_ms for one in problems
+        )
+        raise _RefusedError(*(problem.reason for problem in problems), finding=finding)
 
 
 class _Terms(TypedDict):

@@ -90,9 +90,9 @@ PORTS = {
     "console": 8712,
 }
 """The port that each service's HTTP listens on where no other is set."""
-CONSOLE_PORT = PORTS["console"]
-"""The port where `ringfence dev` has its session origin."""
 GATEWAY_PORT = 8707
 """The port that agents know the gateway by, where whoever runs it wants no other."""
 SIGN_PAGE_PORT = 8711
 """The port of `ringfence serve sign-page` where no other is set."""
+CONSOLE_PORT = PORTS["console"]
+"""The port that the console is for, and where `ringfence dev` has its session origin."""

@@ -19,6 +19,7 @@ from ringfence.messages.base import (
 )
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.enrolment import EnrolledInstance
+from ringfence.messages.run import Labels
 
 EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
 
@@ -80,6 +81,15 @@ GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,255}$")]
 """A consumer group on Kafka, with its prefix."""
 
 
+class RunnerPool(Message):
+    """The pool that a runner takes orders for, as it is now."""
+
+    name: Name
+    labels: Labels
+    free: Annotated[int, Field(ge=0)]
+    """How many more runs it may start now."""
+
+
 class Heartbeat(Claims):
     """Once a second: this service is alive, and this is what a complete local table holds now, or what has come."""
 
@@ -94,6 +104,8 @@ class Heartbeat(Claims):
     """Of revokers: their consumer groups that have halted. While one is named, issuers and gateways deny."""
     runs: Annotated[tuple[Uuid, ...], Field(max_length=1000)] = ()
     """Of runners: the runs that go on in the process that sends this. Several processes may be one runner."""
+    pool: RunnerPool | None = None
+    """Of runners that take orders."""
 
 
 class DeadLetter(Message):

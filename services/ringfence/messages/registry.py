@@ -36,6 +36,11 @@ ActionClass = Literal["sponsor", "second_person", "operator"]
 ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
 """What a target's floor, or a rule of the bundle, can ask for, and so who must approve: nobody; the agent's sponsor; a
 sponsor, or an operator, who neither is nor was the agent's sponsor, and is not the user it acts for."""
+FloorKey = Literal["attested", "file"]
+"""The kind of key that a target's floor can demand of approvers: a passkey with a verified attestation, or a key file.
+"""
+MAX_KEYS = 16
+"""The most keys of one user that have not ended."""
 MAX_OVERLAP_S = 7 * 24 * 3600
 """How long a key of an agent may count on beside the one that takes its place."""
 
@@ -103,7 +108,9 @@ class UserSet(ExpiringClaims):
     user_id: Name
     name: NonEmpty
     roles: tuple[Role, ...] = ()
-    keys: Annotated[tuple[KeyRecord, ...], Field(max_length=16)]
+    keys: Annotated[tuple[KeyRecord, ...], Field(max_length=MAX_KEYS)]
+    """All that count from now on; others end. A key that the user did not have counts for approvals only later: see
+    `ringfence.model.lifecycle.key_history`. Passkeys are added by `UserAddKey` alone."""
     entitlements: Entitlements
     provisioned: Provisioning | None = None
     """Of a provisioner, always, and `keys` are none: it leaves them as they are. An operator who gives it leaves the
@@ -170,7 +177,7 @@ class ProvisionerLink(ExpiringClaims):
 class UserInvite(ExpiringClaims):
     """Invites a user to enrol a key of their own. Signed by an operator, or with a key file of that user.
 
-    It never stands on a topic, and adds nothing by itself: whoever invited signs the `UserAddKey` as well.
+    Embedded in `UserAddKey`, never on a topic. It adds nothing by itself, and counts once.
     """
 
     typ: ClassVar[str] = "user.invite"
@@ -211,8 +218,10 @@ class UserAddKey(ExpiringClaims):
 
     user_id: Name
     key: KeyRecord
+    invitation: Jws | None = None
+    """The `UserInvite` that the possession answers. Always set: without it the command is refused."""
     possession: Jws | None = None
-    """A `KeyPossession` by this key."""
+    """A `KeyPossession` by this key. Always set: without it the command is refused."""
     endorsement: Jws | None = None
     """A `KeyEndorsement` by another operator."""
 
@@ -264,6 +273,8 @@ class UserState(Message):
     keys: tuple[KeyRecord, ...]
     entitlements: Entitlements
     status: Literal["active", "disabled"]
+    compromised: tuple[NonEmpty, ...] | None = None
+    """The thumbprints of keys that were ended as compromised: none of them is ever given again."""
     provisioned: Provisioned | None = None
     """Of a user who comes from a directory."""
     delegation: Delegation | None = None
@@ -431,6 +442,8 @@ class VerbFloor(Message):
     """For a credential."""
     ask: ActionClass | None = None
     """For each single action through a gateway: whose word it waits for."""
+    key: FloorKey | None = None
+    """The only kind of key by which approvals, grants and action approvals of this verb count, also for break glass."""
 
 
 Condition = dict[NonEmpty, Annotated[tuple[str, ...], Field(min_length=1, max_length=64)]]
@@ -656,6 +669,8 @@ class TaskRecord(Record):
 Command = (
     UserSet
     | UserDisable
+    | UserAddKey
+    | UserEndKey
     | ProvisionerSet
     | ProvisionerLink
     | AgentRegister
@@ -676,6 +691,8 @@ Command = (
 COMMANDS: tuple[type[ExpiringClaims], ...] = (
     UserSet,
     UserDisable,
+    UserAddKey,
+    UserEndKey,
     ProvisionerSet,
     ProvisionerLink,
     AgentRegister,

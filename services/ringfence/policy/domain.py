@@ -170,8 +170,9 @@ def rule(
     result: PolicyResult,
     approvals: Sequence[Signed[Approval] | Signed[Grant]],
     directory: Directory,
+    at_ms: int,
 ) -> Ruling:
-    """Decide, from what the rule found, what the bundle said, and the approvals and grants that stand.
+    """Decide at `at_ms`, from what the rule found, what the bundle said, and the approvals and grants that stand.
 
     The bundle can deny, ask for approvals and shorten; nothing that it says outweighs a finding of the rule. Break
     glass outweighs its denials, and nothing else.
@@ -185,7 +186,7 @@ def rule(
     if facts.break_glass and not verdict.outweighed and not approvals:
         return Ruling("denied", (_NOT_NEEDED,), None, verdict.required)
     notes = (*_overridden(verdict), *result.notes[:MAX_REASONS], *_shortened(asked_s, verdict.ttl_s))
-    if unmet(verdict.required, approvals, directory, facts):
+    if unmet(verdict.required, approvals, directory, facts, at_ms=at_ms):
         asked = _why_asked(facts, verdict.required, result)
         return Ruling("approval_required", (*asked, *notes), verdict.ttl_s, verdict.required)
     return Ruling("allowed", notes, verdict.ttl_s, verdict.required)

@@ -40,7 +40,7 @@ class GrantBook:
         if facts is None or revisions is None or ruling.ttl_s is None:
             return ()
         chosen: list[Signed[Grant]] = []
-        lacking = unmet(ruling.required, approvals, self._directory, facts)
+        lacking = unmet(ruling.required, approvals, self._directory, facts, at_ms=at_ms)
         for grant in self._table.of_task(facts.task.state.task_id):
             problem = grant_problem(
                 grant.claims, facts,
@@ -52,7 +52,8 @@ class GrantBook:
                 or not self._is_left(grant, case.request_id)
             ):
                 continue
-            still_unmet = unmet(ruling.required, [*approvals, *chosen, grant], self._directory, facts)
+            together: list[Signed[Approval] | Signed[Grant]] = [*approvals, *chosen, grant]
+            still_unmet = unmet(ruling.required, together, self._directory, facts, at_ms=at_ms)
             if len(still_unmet) < len(lacking):
                 chosen.append(grant)
                 lacking = still_unmet

@@ -18,6 +18,7 @@ from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
     SERVICE_EVENT,
+    USER,
 )
 
 
@@ -26,12 +27,14 @@ def router(
     requests: BatchHandler,
     responses: BatchHandler,
     notice: Handler | None,
+    key_notice: Handler | None,
     on_assigned: Callable[[], Awaitable[None]],
     dead_letters: DeadLetters | None,
     notice_dead_letters: DeadLetters | None,
 ) -> GroupRouter:
     """Args:
         notice: tells people of questions, by webhooks; None where there are none, and then no group reads for it.
+        key_notice: tells people of keys that were added to them; where there is a `notice`.
         on_assigned: awaited before the first record of `policy` after each assignment.
         notice_dead_letters: those of the notices, which halt at nothing.
     """  # fmt: skip
@@ -68,5 +71,13 @@ def router(
         async def on_question(record: Received) -> Awaitable[object] | None:
             """Tell a person by webhook that a question of policy or a gateway waits."""
             return await tell(record)
+
+        if key_notice is not None:
+            tell_of_keys = key_notice
+
+            @router.subscriber(USER, group=notices, order="sequential")
+            async def on_user(record: Received) -> Awaitable[object] | None:
+                """Tell a person by webhook that a key was added to them."""
+                return await tell_of_keys(record)
 
     return router

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from aiokafka.errors import KafkaError
@@ -27,15 +28,18 @@ from ringfence.messages.registry import (
     TaskDelegate,
     TaskRecord,
     TaskState,
+    UserAddKey,
     UserRecord,
+    UserSet,
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, TRUST, USER
 from ringfence.messages.trust import TrustBundle
 from ringfence.model.identity.spiffe_ids import SubjectKind
-from ringfence.model.lifecycle import CommandRefusedError, command_subject
+from ringfence.model.lifecycle import CommandRefusedError, KeyOrigin, command_subject
 from ringfence.model.records.command_chain import Authorised, ChainError, unverified_command
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.registry.domain import Change, Current, Embedded, Subject, check_size, decide
+from ringfence.registry.key_expiry_warnings import SUBJECT
 from ringfence.registry.store import Memory
 
 log = logging.getLogger(__name__)
@@ -47,6 +51,8 @@ RECORDS: dict[SubjectKind, Any] = {
     "target": TargetRecord,
     "task": TaskRecord,
 }
+KEY_ADDED = "key_added"
+"""The code of the finding that tells a user of a new key."""
 _CATCH_UP_S = 5.0
 
 
@@ -99,6 +105,7 @@ class Registry:
                 )
                 return
             # The process ended after the record and before the answer.
+            await self._report_added_keys(authorised, record)
             await self._answer("accepted", authorised, record)
         else:
             await self._handle(authorised, record)
@@ -120,6 +127,7 @@ class Registry:
             if error.code == "key_taken":
                 await self._report_key_taken(authorised, record, error)
             return
+        await self._report_added_keys(authorised, record)
         await self._answer("accepted", authorised, record)
 
     def _current(self, subject: Subject) -> Current | None:
@@ -213,6 +221,29 @@ class Registry:
             traceparent=record.traceparent,
             agent_id=self._agent_id(authorised),
         )
+
+    async def _report_added_keys(self, authorised: Authorised, record: Received) -> None:
+        """Publish a finding for each key that a command added to a user who had one before, so that the user learns of
+        it. Whoever holds such a key may soon approve in their name.
+        """
+        kind, id = command_subject(authorised.claims, authorised.command_id)
+        if kind != "user" or not isinstance(authorised.claims, UserAddKey | UserSet):
+            return
+        for origin in self._directory.key_history(id).origins.values():
+            if origin.first or origin.added_ms != authorised.appended_at_ms:
+                continue
+            owner = f"spiffe://{self._runtime.settings.trust_domain}/user/{id}"
+            await self._runtime.event(
+                "finding",
+                SUBJECT,
+                about=(KEY_ADDED, owner, origin.kid, origin.added_ms),
+                reasons=(Reason(code=KEY_ADDED, message=_added_text(id, origin)),),
+                source=record.coordinates,
+                traceparent=record.traceparent,
+                actor=authorised.claims.iss,
+                ref=origin.kid,
+                result=owner,
+            )
 
     def _agent_id(self, authorised: Authorised) -> str | None:
         kind, id = command_subject(authorised.claims, authorised.command_id)
@@ -339,6 +370,16 @@ class Registry:
             every_s, beat, "no heartbeat this time", log,
             expected=(KafkaError, RingfenceError, OSError), at_once=True,
         )  # fmt: skip
+
+
+def _added_text(user_id: str, origin: KeyOrigin) -> str:
+    by = origin.by or "the root"
+    cosigned = f" and co-signed by {origin.endorsed_by}" if origin.endorsed_by else ""
+    since = datetime.fromtimestamp(origin.counts_from_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    return (
+        f"for {user_id}: key {origin.kid} was added to you by {by}{cosigned}; it counts for approvals from {since}. If "
+        f"it is not yours: ringfence user end-key {user_id} {origin.kid} --compromised"
+    )
 
 
 def _same_place(a: Coordinates, b: Coordinates) -> bool:

@@ -23,6 +23,8 @@ from ringfence.messages.registry import (
     AnyState,
     Command,
     EmbeddedCommand,
+    KeyEndorsement,
+    KeyPossession,
     ProvisionerSet,
     Role,
     TargetSet,
@@ -32,14 +34,18 @@ from ringfence.messages.registry import (
     TaskDelegate,
     TaskState,
     TaskTerms,
+    UserAddKey,
+    UserInvite,
     UserSet,
     UserState,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import (
     MAY_WIDEN,
+    NO_HISTORY,
     CommandRefusedError,
     Context,
+    KeyHistory,
     agents_of,
     apply,
     command_subject,
@@ -102,6 +108,15 @@ class Surroundings(Protocol):
         """Return (kind, id) of all subjects that have or had a key, services and the root among them."""
         ...
 
+    def key_history(self, user_id: str) -> KeyHistory:
+        """Return the origins of a user's keys."""
+        ...
+
+    @property
+    def rp_id(self) -> str | None:
+        """Return the domain that passkeys are made for, by the trust bundle."""
+        ...
+
     def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
         """Return the issuer of a user's ID token from the trust bundle, or None."""
         ...
@@ -158,6 +173,7 @@ def decide(
             f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
             code="too_large",
         )
+    kind, id = command_subject(command, authorised.command_id)
     context = Context(
         actor=authorised.actor,
         at_s=at_ms // 1000,
@@ -168,11 +184,14 @@ def decide(
         consent_by=authorised.consent_by,
         consent_problem=authorised.consent_problem,
         transfer_consent=authorised.consent.transfer if authorised.consent else None,
+        key_history=around.key_history(id) if kind == "user" else NO_HISTORY,
+        key_proof=authorised.key_proof,
+        key_proof_problem=authorised.key_proof_problem,
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
-    _check_fields(command, command_subject(command, authorised.command_id), authorised, around)
-    _check_keys(command, command_subject(command, authorised.command_id), around)
+    _check_fields(command, (kind, id), authorised, around)
+    _check_keys(command, (kind, id), around)
     if isinstance(command, TargetSet):
         _check_target(command)
     if isinstance(command, AgentTransfer) and current is not None:
@@ -243,6 +262,14 @@ def _check_fields(command: Command, subject: Subject, authorised: Authorised, ar
             issuer = around.issuer_of(command.id_token, authorised.appended_at_ms)
             if issuer is not None:
                 _require_understood(issuer, f"issuer {issuer.issuer} in the trust bundle")
+    if isinstance(command, UserAddKey):
+        for embedded, model, what in (
+            (command.invitation, UserInvite, "the invitation"),
+            (command.possession, KeyPossession, "the possession"),
+            (command.endorsement, KeyEndorsement, "the co-signature"),
+        ):
+            if embedded is not None:
+                _require_understood(parse(embedded).unverified_claims(model), what)
     delegation = authorised.actor.delegation
     if isinstance(command, UserSet) and delegation is not None and command.provisioned is not None:
         groups = command.provisioned.groups
@@ -260,7 +287,7 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
     match command:
         case UserSet() | ProvisionerSet() | AgentRegister() | TargetSet():
             keys = command.keys
-        case AgentRotateKey():
+        case AgentRotateKey() | UserAddKey():
             keys = (command.key,)
         case _:
             return
@@ -270,6 +297,12 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
             raise CommandRefusedError(
                 f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
             )
+    if isinstance(command, UserAddKey) and command.key.use is not None and command.key.rp_id != around.rp_id:
+        raise CommandRefusedError(
+            f"the passkey was made for {command.key.rp_id}, and the trust bundle names {around.rp_id or 'no domain'}; "
+            "make one on the sign page of this organisation",
+            code="rp_id_unexpected",
+        )
 
 
 def _check_target(command: TargetSet) -> None:

@@ -50,7 +50,7 @@ class KeyWarnings:
 
     def remember(self, event: ServiceEvent) -> None:
         """Note a warning that this or another registry published recently."""
-        if event.subject == SUBJECT and event.ref and event.result:
+        if event.subject == SUBJECT and event.ref and event.result and _is_warning(event):
             self._reported.add((event.result, event.ref, event.at_ms))
 
     async def run(self, mine: Callable[[], bool], every_s: float) -> None:
@@ -120,6 +120,10 @@ class KeyWarnings:
         record = self._directory.unverified(kind, id) if kind in ("agent", "user") else None
         if record is not None and isinstance(record.state, AgentState | UserState):
             self._ends[kind, id] = tuple(key.not_after for key in record.state.keys)
+
+
+def _is_warning(event: ServiceEvent) -> bool:
+    return any(reason.code == CODE for reason in event.reasons)
 
 
 def _message(state: AnyState, ending: KeyEnding) -> str:

@@ -26,6 +26,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.lifecycle import KeyHistory
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.consent import unverified_mark
 from ringfence.model.records.directory import Directory
@@ -142,6 +143,13 @@ class Memory:
             if any(key.kid == kid for key in service.keys):
                 holders.add(("service", service.id))
         return holders
+
+    def key_history(self, user_id: str) -> KeyHistory:
+        return self._directory.key_history(user_id)
+
+    @property
+    def rp_id(self) -> str | None:
+        return self._trust.require().rp_id
 
     def issuer_of(self, id_token: str, at_ms: int) -> OidcIssuer | None:
         """Return the issuer of a user's ID token from the trust bundle, or None."""

@@ -41,6 +41,7 @@ def page_config(settings: ServiceSettings, page: SignPageSettings) -> PageConfig
         rp_id=page.rp_id or urlsplit(page.origin).hostname or "",
         origin=page.origin,
         session_origins=page.session_origins,
+        least_version=page.least_version,
     )
 
 

@@ -43,6 +43,8 @@ class PageConfig:
     origin: str
     session_origins: tuple[str, ...] = ()
     """Consoles to which answers may go, besides programs on the person's own machine."""
+    least_version: int = 0
+    """The oldest version of the trust bundle that it takes, also in a browser that has seen none yet."""
 
     def __post_init__(self) -> None:
         """Raises SignPageError if browsers would make no passkeys of this RP ID on this origin."""
@@ -126,6 +128,7 @@ def _config_module(config: PageConfig) -> bytes:
         "rpId": config.rp_id,
         "origin": config.origin,
         "sessionOrigins": list(config.session_origins),
+        "leastVersion": config.least_version,
     }
     return f"export const config = Object.freeze({json.dumps(values, indent=2)});\n".encode()
 

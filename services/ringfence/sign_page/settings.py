@@ -33,6 +33,8 @@ class SignPageSettings(RingfenceSettings):
     set."""
     session_origins: tuple[Origin, ...] = ()
     """The consoles to which the page may hand answers. They count only while the trust bundle names them too."""
+    least_version: Annotated[int, Field(ge=0)] = 0
+    """The oldest version of the trust bundle that the page takes: the one in force when it is built."""
     http: Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:\d{1,5})?$")] = "127.0.0.1"
     """`host` or `host:port` that `ringfence serve sign-page` listens on; port 8711 where none is given."""
     hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.-]+(:\d{1,5})?$")], ...] = ()

@@ -57,8 +57,9 @@ def used(
         "evidences": [{"actor": {"user": user_of(facts.signer), "session": {"uid": facts.task}}}],
         "resources": [{"uid": facts.target, "type": "Target"}],
     }
+    keys = [{"user": user, "kid": kid} for user, kid in facts.approver_keys]
     return event(
-        record, USED, message, attributes, {**fields, "comment": facts.reason}, key=facts.agent,
+        record, USED, message, attributes, {**fields, "approver_keys": keys, "comment": facts.reason}, key=facts.agent,
         correlation=claims.request_id, reasons=claims.reasons, traceparent=facts.traceparent,
     )  # fmt: skip
 

@@ -49,7 +49,9 @@ from ringfence.messages.registry import (
     TaskDelegate,
     TaskEnd,
     TaskState,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
     UserSet,
     UserState,
 )
@@ -75,6 +77,8 @@ _VERBS: Mapping[str, _Verb] = {
     "provisioner.set": _Verb(3, "set", "changed", "provisioner.changed", MEDIUM),
     "provisioner.link": _Verb(3, "link groups of", "told of its groups", "provisioner.linked"),
     "user.disable": _Verb(9, "disable", "disabled", "user.disabled", LOW),
+    "user.add-key": _Verb(3, "add a key to", "given another key", "user.key_added", LOW),
+    "user.end-key": _Verb(3, "end a key of", "left without a key", "user.key_ended", LOW),
     "agent.register": _Verb(1, "register", "registered", "agent.registered"),
     "agent.set-attestation": _Verb(
         3,
@@ -106,7 +110,10 @@ _CREATED = {
     "provisioner.set": event_kind("provisioner.created", _E, 1, severity=MEDIUM),
     "target.set": event_kind("target.created", _E, 1, severity=LOW),
 }
-_COMPROMISED = event_kind("agent.key_compromised", _E, 3, severity=HIGH, alert=True)
+_COMPROMISED = {
+    "agent.rotate-key": event_kind("agent.key_compromised", _E, 3, severity=HIGH, alert=True),
+    "user.end-key": event_kind("user.key_compromised", _E, 3, severity=HIGH, alert=True),
+}
 _REFUSED = {
     typ: event_kind("command.refused", _E, verb.activity, severity=LOW, status=FAILURE)
     for typ, verb in _VERBS.items()
@@ -191,6 +198,8 @@ def recorded(
     """
     state = claims.state
     kind, id, fields = _subject_of_state(state)
+    if isinstance(by, UserAddKey | UserEndKey):
+        fields |= subject_of_command(by)[2]
     fields.setdefault("sponsor", sponsor)
     actor = user_of(by.iss)
     created = claims.revision == 1 and by.typ in _CREATED
@@ -216,10 +225,11 @@ def recorded(
         message += f": {attributes['comment']}"
     fields["sponsors"] = list(sponsors) if sponsors else None
     fields |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
-    compromised = isinstance(by, AgentRotateKey) and by.compromised
+    compromised = isinstance(by, AgentRotateKey | UserEndKey) and by.compromised
+    kinds = _COMPROMISED if compromised else _CREATED if created else _DONE
     return event(
         record,
-        _COMPROMISED if compromised else (_CREATED if created else _DONE)[by.typ],
+        kinds[by.typ],
         message,
         attributes,
         fields,
@@ -285,6 +295,10 @@ def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]
     match claims:
         case UserSet() | UserDisable():
             return "user", claims.user_id, {"user": claims.user_id}
+        case UserAddKey():
+            return "user", claims.user_id, {"user": claims.user_id, "key": claims.key.kid}
+        case UserEndKey():
+            return "user", claims.user_id, {"user": claims.user_id, "key": claims.kid}
         case ProvisionerSet() | ProvisionerLink():
             return "user", claims.provisioner_id, {"user": claims.provisioner_id}
         case TargetSet() | TargetRemove():
@@ -353,6 +367,12 @@ def _command_terms(claims: ExpiringClaims) -> str:
             return (
                 f", roles {', '.join(claims.roles) or 'none'}, may do {scope_text(claims.entitlements.scope)}"
             )
+        case UserAddKey():
+            kind = "passkey" if claims.key.use else "key file"
+            cosigned = ", co-signed by a second operator" if claims.endorsement else ""
+            return f": {kind} {claims.key.kid}{' (attested)' if claims.key.attested else ''}{cosigned}"
+        case UserEndKey():
+            return f": {claims.kid}{', compromised' if claims.compromised else ''}"
         case ProvisionerSet():
             return "".join(
                 f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, "
@@ -394,9 +414,11 @@ def _terms_text(state: AnyState, by: ExpiringClaims) -> str:
         return _command_terms(by)
     if isinstance(by, TaskEnd) and isinstance(state, TaskState):
         return f" (agent {state.agent_id}, on behalf of {state.on_behalf_of})"
-    if isinstance(
-        by, AgentRegister | AgentTransfer | AgentSetCeiling | AgentRotateKey | UserSet | ProvisionerSet
-    ):
+    of_itself = (
+        AgentRegister, AgentTransfer, AgentSetCeiling, AgentRotateKey, UserSet, UserAddKey, UserEndKey,
+        ProvisionerSet,
+    )  # fmt: skip
+    if isinstance(by, of_itself):
         return _command_terms(by)
     return ""
 
@@ -428,6 +450,7 @@ def _data(state: AnyState) -> dict[str, Any]:
                 "name": state.name,
                 "roles": list(state.roles),
                 "keys": _keys(state.keys),
+                **({"compromised": list(state.compromised)} if state.compromised else {}),
                 "entitlements": [permission(one) for one in state.entitlements.scope],
                 "entitlements_source": state.entitlements.source,
                 "entitlements_as_of": state.entitlements.as_of,
@@ -452,6 +475,7 @@ def _data(state: AnyState) -> dict[str, Any]:
                 "backend": state.backend.kind,
                 "audience": state.backend.audience,
                 "floors": {floor.verb: floor.floor for floor in state.verbs},
+                **({"floor_keys": keys} if (keys := _floor_keys(state)) else {}),
                 "max_ttl_s": state.max_ttl_s,
                 "keys": _keys(state.keys),
                 "status": state.status,
@@ -469,5 +493,11 @@ def _data(state: AnyState) -> dict[str, Any]:
             }
 
 
+def _floor_keys(state: TargetState) -> dict[str, str]:
+    """By verb, the kind of key that its approvers need, where there is such a floor."""
+    return {floor.verb: floor.key for floor in state.verbs if floor.key is not None}
+
+
 def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
-    return [{"kid": key.kid, "not_before": key.not_before, "not_after": key.not_after} for key in keys]
+    fields = {"kid", "not_before", "not_after", "use", "aaguid", "backup_eligible", "attested"}
+    return [key.model_dump(mode="json", include=fields, exclude_none=True) for key in keys]

@@ -46,6 +46,7 @@ _STOPPED = event_kind("service.stopped", _A, 2)
 _REPLAY_REPORTED = event_kind("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
 _FINDING = event_kind("finding", _A, "Finding", severity=HIGH, status=FAILURE, alert=True)
 _KEY_ENDING = event_kind("key.ending", _A, "Warn", severity=MEDIUM, alert=True)
+_KEY_ADDED = event_kind("key.added", _A, "Warn", severity=MEDIUM, alert=True)
 _DEAD_LETTER = event_kind(
     "record.dead_lettered", _A, "Dead Letter", severity=LOW, status=FAILURE, action=DENIED
 )
@@ -55,6 +56,7 @@ _EXPIRED = event_kind("message.expired", _A, 1, severity=LOW, status=FAILURE, ac
 _REPLAYED = event_kind("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED, alert=True)
 _EPOCH = event_kind("lease.epoch", _A, "Rebuild", severity=LOW)
 _REPEATED = event_kind("message.repeated", _A, "Repeat")
+_ABOUT_KEYS: Mapping[str, EventKind] = {"key_ending": _KEY_ENDING, "key_added": _KEY_ADDED}
 _OUTCOMES: Mapping[str, EventKind] = {
     "accepted": event_kind("message.accepted", AUTHORIZE_SESSION, "Accept"),
     "refused": event_kind(
@@ -249,7 +251,8 @@ def reported(
                 f": {text}" if text else ""
             )
         case _:
-            kind = _KEY_ENDING if {reason.code for reason in claims.reasons} == {"key_ending"} else _FINDING
+            codes = {reason.code for reason in claims.reasons}
+            kind = _ABOUT_KEYS.get(next(iter(codes)), _FINDING) if len(codes) == 1 else _FINDING
             message = f"{service['name']} found: {text or claims.subject}"
     return event(record, kind, message, attributes, event_fields, **rest)
 

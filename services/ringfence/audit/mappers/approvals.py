@@ -8,7 +8,7 @@ from typing import Any
 from ringfence.audit.events import approvals, break_glass, credentials
 from ringfence.audit.events.break_glass import review_problem
 from ringfence.audit.mappers.mapper import PENDING_CODES, MappedEvent, Mapper, RecordMapper, lacks_names
-from ringfence.audit.verification import RecordVerifier
+from ringfence.audit.verification import RecordVerifier, VerifiedMessage
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
@@ -91,7 +91,7 @@ class ApprovalMapper(RecordMapper):
         replay = self._replay(record, signed, lambda: fields)
         if replay is not None:
             return MappedEvent(replay)
-        event = approvals.given(record, claims, fields, signed.verified())
+        event = approvals.given(record, claims, fields, self._verified(signed))
         return MappedEvent(event, lacks_names(event))
 
     def _withdrawal(self, record: Received) -> MappedEvent:
@@ -117,7 +117,7 @@ class ApprovalMapper(RecordMapper):
             return MappedEvent(replay)
         self._verifier.remember_approval(signed.compact, claims)
         embedded = ("credential.request",) if facts is not None else ()
-        event = credentials.approval_given(record, claims, facts, signed.verified(*embedded))
+        event = credentials.approval_given(record, claims, facts, self._verified(signed, *embedded))
         return MappedEvent(event, facts is None or self._incomplete(facts))
 
     def _action_approval(self, record: Received) -> MappedEvent:
@@ -132,7 +132,7 @@ class ApprovalMapper(RecordMapper):
             fields = self._lease_fields(request.lease_id, request.agent_id, request.task_id)
         else:
             fields = self._agent_fields(claims.agent_id)
-        event = approvals.answered(record, claims, request, fields, signed.verified(*embedded))
+        event = approvals.answered(record, claims, request, fields, self._verified(signed, *embedded))
         return MappedEvent(event, lacks_names(event))
 
     def _review(self, record: Received) -> MappedEvent:
@@ -146,5 +146,11 @@ class ApprovalMapper(RecordMapper):
         reviewer = subject_of(claims.aud, claims.iss, "user") or ""
         use = self._use_of(claims.request_id)
         rejection = review_problem(claims, reviewer, self._verifier.roles_of(reviewer), use)
-        event = break_glass.reviewed(record, claims, use, rejection, signed.verified())
+        if rejection is None and use is not None:
+            rejection = self._verifier.review_key_problem(signed, use, record.appended_at_ms)
+        event = break_glass.reviewed(record, claims, use, rejection, self._verified(signed))
         return MappedEvent(event, rejection is not None and rejection.code in PENDING_CODES)
+
+    def _verified(self, signed: VerifiedMessage[Any], *embedded: str) -> dict[str, Any]:
+        """The field `unmapped.verified`, with on whose word the key rests if somebody else added it."""
+        return {**signed.verified(*embedded), **self._verifier.key_fields(signed)}

@@ -10,7 +10,7 @@ from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, la
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jwe import unverified_kid
-from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.jws import kid_of, parse
 from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import UUID, Topic, typ_header
@@ -67,7 +67,10 @@ class CredentialMapper(RecordMapper):
             embedded.append("credential.request")
             facts.decision = claims.jti
             facts.policy_revision = claims.revisions.policy if claims.revisions is not None else None
-            facts.approvers = tuple(one for one in [*approvers, *grantors] if one is not None)
+            signed_by = zip([*claims.approvals, *(claims.grants or ())], [*approvers, *grantors], strict=True)
+            known = [(user, kid_of(compact)) for compact, user in signed_by if user is not None]
+            facts.approvers = tuple(user for user, _ in known)
+            facts.approver_keys = tuple(known)
         event = credentials.decided(record, claims, digest(signed.compact), facts, signed.verified(*embedded))
         return MappedEvent(event, facts is None or self._incomplete(facts))
 

@@ -70,6 +70,7 @@ def dev(
         kafka_port=0 if free_ports else 9092,
         redis_port=0 if free_ports else 6379,
         runner=_RUNNER,
+        sign_page=True,
     )
     with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[aside]{text} ...[/]")) as stack:
         reach = {
@@ -145,6 +146,8 @@ def _address_lines(stack: Stack) -> Iterator[str]:
     yield f"  {'Redis':9} {stack.redis_url}"
     for role in stack.options.services:
         yield f"  {role:9} {stack.url(role)}"
+    if "sign" in stack.origins:
+        yield f"  {'sign page':9} {stack.origins['sign']}"
     yield f"  Agents reach their targets through {stack.door}"
 
 

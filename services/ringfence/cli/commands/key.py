@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -9,7 +11,8 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.shared.options import JsonOption, check_folder, settings, wants_json
-from ringfence.cli.shared.output import print_fields, print_json
+from ringfence.cli.shared.output import print_fields, print_json, say
+from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Name, SpiffeId, TargetId
@@ -45,6 +48,34 @@ def new(
 def show(file: FileArgument, as_json: JsonOption = False) -> None:
     """Print the public half of a key file: what others may see."""
     _print_key(file, SigningKey.load(file), wants_json(as_json))
+
+
+@app.command()
+def prove(
+    file: FileArgument,
+    invitation: Annotated[
+        Path,
+        typer.Option(
+            "--invitation", metavar="FILE", help="The invitation (ringfence user invite); - reads stdin."
+        ),
+    ],
+) -> None:
+    """Prove that you have a new key, in answer to an invitation, and print the package for `ringfence user add-key`.
+
+    Sends nothing, and needs no network. Run it where the key file is; the file itself goes nowhere.
+    """
+    from ringfence.client.admin.user_keys import prove as prove_key
+
+    text = sys.stdin.read() if str(invitation) == "-" else _read(invitation)
+    package = prove_key(SigningKey.load(file), text.strip(), int(time.time()))
+    say(package.text())
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidCallError(f"cannot read {file}: {error}") from None
 
 
 def _spiffe(id: str) -> str:

@@ -28,7 +28,7 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import note, print_fields, print_json, print_table, say, until, visible
 from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption
 from ringfence.cli.shared.tables import ending, ids, prose, state
-from ringfence.client.errors import ApiError
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 
@@ -44,12 +44,6 @@ _MOST_TOLD: Final = 100
 
 
 def order(
-    pool: Annotated[
-        str,
-        typer.Option(
-            "--pool", metavar="POOL", callback=check_name, help="The pool of runners that it is for."
-        ),
-    ],
     task: Annotated[
         str,
         typer.Option("--task", metavar="TASK", callback=check_id_prefix, help="The task that this is for."),
@@ -57,6 +51,19 @@ def order(
     command: Annotated[
         list[str], typer.Argument(metavar="[-- COMMAND...]", help="What to run.", show_default=False)
     ],
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            "--pool",
+            metavar="POOL",
+            callback=check_name,
+            help="The pool of runners that it is for; the one with most room that has the labels, if not given.",
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="NAME=VALUE", help="A label that the pool has to have. Repeatable."),
+    ] = None,
     mount: Annotated[
         list[str] | None,
         typer.Option(
@@ -92,23 +99,84 @@ def order(
         raise typer.BadParameter(
             f"{valid!r} is longer than an order may wait: {MAX_LIFE_S // 3600}h", param_hint="--valid"
         )
-    mounts = tuple(map(_mount, mount or ()))
+    if pool is None and not label:
+        raise typer.BadParameter("give --pool, or --label to find one", param_hint="--pool")
+    mounts, labels = tuple(map(_mount, mount or ())), _labels(label or ())
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
 
-    async def work() -> OrderedRun:
+    async def work() -> tuple[OrderedRun, str]:
         task_id = await whole_id("task", task, identity(me))
+        chosen = pool or await _pool_with(labels, identity(me))
         async with connect.administrator(identity(me)) as person:
             return await person.order_run(
-                task_id, pool=pool, command=command, limits=limits, ttl_s=ttl_s, mounts=mounts, image=image,
-                valid_s=valid_s,
-            )  # fmt: skip
+                task_id, pool=chosen, command=command, limits=limits, ttl_s=ttl_s, mounts=mounts, image=image,
+                valid_s=valid_s, labels=labels,
+            ), chosen  # fmt: skip
 
-    ordered = run(work())
+    ordered, chosen = run(work())
     if wants_json(as_json):
-        print_json({"run_id": ordered.run_id, "order_id": ordered.order_id, "agent_id": ordered.agent_id})
+        print_json({
+            "run_id": ordered.run_id, "order_id": ordered.order_id, "agent_id": ordered.agent_id, "pool": chosen,
+        })  # fmt: skip
         return
     say(ordered.run_id)
-    note(f"ordered from pool {pool}; see: ringfence run show {ordered.run_id}")
+    note(f"ordered from pool {chosen}; see: ringfence run show {ordered.run_id}")
+
+
+async def _pool_with(labels: Mapping[str, str], me: Any) -> str:
+    """The pool that has these labels, and most room for runs. Raises InvalidCallError."""
+    async with ReadApi(me) as api:
+        found = await api.pools(labels)
+    if not found:
+        wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+        raise InvalidCallError(f"no pool with {wanted} has a runner that works now").with_remedy(
+            "ringfence run pools"
+        )
+    return str(max(found, key=lambda one: one["free"])["name"])
+
+
+def _labels(given: Sequence[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name in labels:
+            raise typer.BadParameter(f"{text[:64]!r}: write NAME=VALUE, each name once", param_hint="--label")
+        labels[str(check_name(name))] = value
+    return labels
+
+
+def pools(
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="NAME=VALUE", help="Only pools that have it. Repeatable."),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the pools whose runners work now, with their labels and how many more runs each may start."""
+    labels = _labels(label or ())
+
+    async def work() -> Any:
+        async with ReadApi(identity(me)) as api:
+            return await api.pools(labels)
+
+    found = run(work())
+    if wants_json(as_json):
+        print_json({"pools": found})
+        return
+    print_table(
+        ["pool", prose("labels"), "free", prose("runners")],
+        (
+            (
+                one["name"],
+                ", ".join(f"{name}={value}" for name, value in one["labels"].items()),
+                str(one["free"]),
+                ", ".join(one["runners"]),
+            )
+            for one in found
+        ),
+        empty="no pool has a runner that works now",
+    )
 
 
 def list_runs(

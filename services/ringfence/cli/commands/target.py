@@ -42,6 +42,7 @@ from ringfence.messages.registry import (
     ActionClass,
     ApprovalClass,
     BackendSettings,
+    FloorKey,
     McpRule,
     RequestRule,
     TargetState,
@@ -61,6 +62,7 @@ TargetArgument = Annotated[
 ]
 _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
+_FLOOR_KEYS: tuple[FloorKey, ...] = get_args(FloorKey)
 _KINDS = " or ".join(", ".join(CREDENTIAL_KINDS).rsplit(", ", 1))
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A valid setting name. The backends define which settings exist."""
@@ -89,6 +91,15 @@ def add(
             metavar="VERB[=CLASS]",
             help="Each single action of this verb through a gateway waits for a person: sponsor, where none is named, "
             "second_person, operator. Repeatable.",
+        ),
+    ] = None,
+    approver_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--approver-key",
+            metavar="VERB=KIND",
+            help="Approvals of this verb count only by such a key: attested (a passkey with a verified attestation) or "
+            "file (a key file). Also for grants, single actions and break glass. Repeatable.",
         ),
     ] = None,
     template: Annotated[
@@ -157,6 +168,7 @@ def add(
     id = spiffe_id(settings().trust_domain, "target", target)
     base = _template(template)
     verbs = _with_action_approval(_merge_verbs(base, verb or ()), ask or ())
+    verbs = _with_approver_keys(verbs, approver_key or ())
     requests = [*map(_parse_request_rule, request or ()), *(base.requests if base else ())]
     _check_map(requests)
     kind = backend if backend is not None else base.backend if base else "jwt"
@@ -338,6 +350,28 @@ def _with_action_approval(verbs: list[VerbFloor], texts: Iterable[str]) -> list[
     if unknown := classes.keys() - {verb.verb for verb in verbs}:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: no verb of this target", param_hint="--ask")
     return [verb.model_copy(update={"ask": classes.get(verb.verb, verb.ask)}) for verb in verbs]
+
+
+def _with_approver_keys(verbs: list[VerbFloor], texts: Iterable[str]) -> list[VerbFloor]:
+    """Return the verbs, and mark those whose approvals count by one kind of key alone."""
+    parsed = [_parse_approver_key(text) for text in texts]
+    _check_no_duplicates([verb for verb, _ in parsed], "--approver-key")
+    kinds = dict(parsed)
+    if unknown := kinds.keys() - {verb.verb for verb in verbs}:
+        raise typer.BadParameter(
+            f"{', '.join(sorted(unknown))}: no verb of this target", param_hint="--approver-key"
+        )
+    return [verb.model_copy(update={"key": kinds.get(verb.verb, verb.key)}) for verb in verbs]
+
+
+def _parse_approver_key(text: str) -> tuple[str, FloorKey]:
+    verb, _, kind = text.partition("=")
+    for one in _FLOOR_KEYS:
+        if one == kind:
+            return verb, one
+    raise typer.BadParameter(
+        f"{text!r}: write VERB=KIND, one of {', '.join(_FLOOR_KEYS)}", param_hint="--approver-key"
+    )
 
 
 def _check_no_duplicates(names: list[str], option: str) -> None:

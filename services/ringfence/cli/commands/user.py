@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
+from ringfence.cli.commands import user_keys
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name, parse_scope, show_scope
 from ringfence.cli.shared.changes import (
@@ -250,6 +251,9 @@ def list_users(wide: WideOption = False, me: IdentityOption = None, as_json: Jso
 def show(user: UserArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Show one person."""
     show_record("user", user, identity(me), wants_json(as_json))
+
+
+user_keys.add_to(app)
 
 
 def _roles(texts: list[str] | None) -> tuple[Role, ...]:

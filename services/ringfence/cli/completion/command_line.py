@@ -22,9 +22,10 @@ FOLDER_METAVARS: Final = frozenset({"DIR", "DIR[:rw]", "FOLDER"})
 COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
-    "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "MOMENT", "NAME=VALUE",
-    "NAME[:rw]", "NUMBER", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT", "RESOURCE", "RUNNER", "SECONDS",
-    "SELECTOR", "SIZE", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
+    "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "KID", "MOMENT",
+    "NAME=VALUE", "NAME[:rw]", "NUMBER", "ORIGIN", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT",
+    "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB=KIND",
+    "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 

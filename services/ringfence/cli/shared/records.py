@@ -242,6 +242,8 @@ def _verbs(target: TargetState) -> str:
 
 def _verb(floor: VerbFloor) -> str:
     notes: list[str] = [] if floor.floor == "none" else [floor.floor]
+    if floor.key is not None:
+        notes.append("by attested passkeys alone" if floor.key == "attested" else "by key files alone")
     if unknown := unknown_fields(floor):
         notes.append(f"to nobody, as {names_of(unknown)} is not known here")
     return f"{floor.verb} ({'; '.join(notes)})" if notes else floor.verb
@@ -253,6 +255,8 @@ def _keys(keys: Sequence[KeyRecord], of: AgentState | UserState | None = None) -
     notes = dict.fromkeys(soon, f" ({_SOON})")
     if isinstance(of, AgentState):
         notes |= dict.fromkeys(of.replaced, " (replaced)") | dict.fromkeys(of.compromised, " (compromised)")
+    elif isinstance(of, UserState):
+        notes |= dict.fromkeys(of.compromised or (), " (compromised)")
     return "\n".join(
         f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}{notes.get(key.kid, '')}"
         for key in keys

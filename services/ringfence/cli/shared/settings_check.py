@@ -26,6 +26,7 @@ DECLARED_IN = (
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
     "ringfence.runner.settings",
+    "ringfence.sign_page.settings",
 )
 _OTHER_READERS = (
     "RINGFENCE_TEST_", "RINGFENCE_UID", "RINGFENCE_GID", "RINGFENCE_KEYS", "RINGFENCE_GATEWAY_FOLDER",

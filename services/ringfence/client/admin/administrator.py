@@ -47,7 +47,9 @@ from ringfence.messages.registry import (
     TaskConsent,
     TaskEnd,
     TaskTerms,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
     UserSet,
     VerbFloor,
 )
@@ -153,6 +155,51 @@ class Administrator(CommandClient):
         """Disable a user: they may no longer act, and their agents become orphans."""
         with checked("the command"):
             command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
+        return await self._command(command, user_id)
+
+    async def add_user_key(
+        self,
+        user_id: str,
+        key: KeyRecord,
+        *,
+        invitation: str,
+        possession: str,
+        endorsement: str | None = None,
+    ) -> Accepted:
+        """Add one key to a user, as an operator or with a key file of that user. See `client.admin.user_keys`.
+
+        Args:
+            invitation: the `user.invite` that the new key answers.
+            possession: the `key.possession` by the new key.
+            endorsement: a `key.endorsement` by a second operator: then the key counts for approvals at once.
+        """
+        with checked("the key"):
+            command = UserAddKey(
+                **self.connection.stamp(COMMAND_LIFE_S),
+                user_id=user_id,
+                key=key,
+                invitation=invitation,
+                possession=possession,
+                endorsement=endorsement,
+            )
+        return await self._command(command, user_id)
+
+    async def end_user_key(
+        self, user_id: str, kid: str, *, reason: str, compromised: bool = False
+    ) -> Accepted:
+        """End one key of a user, as that user or as an operator. What it signed stays valid.
+
+        `compromised`: it may be in other hands; the keys that the user added with it end as well, and it never comes
+        back.
+        """
+        with checked("the command"):
+            command = UserEndKey(
+                **self.connection.stamp(self.connection.command_life_s),
+                user_id=user_id,
+                kid=kid,
+                reason=reason,
+                compromised=True if compromised else None,
+            )
         return await self._command(command, user_id)
 
     async def set_provisioner(
@@ -519,10 +566,20 @@ class Administrator(CommandClient):
                 reason=reason,
             )
         key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
+        signed = await self.connection.sign(claims, await self._lease_evidence(lease_id))
         return await self._outcomes.send(
-            REVOCATION_REQUEST, key, claims, by="revoker", timeout_s=self.timeout_s,
+            REVOCATION_REQUEST, key, signed, by="revoker", timeout_s=self.timeout_s,
             timeout_hint=UNKNOWN_OUTCOME if lease_id else _REVOCATION_TIMEOUT_HINT,
         )  # fmt: skip
+
+    async def _lease_evidence(self, lease_id: str | None) -> Mapping[str, str]:
+        """For the sign page: the record of a lease that is to be revoked."""
+        if lease_id is None or self.connection.passkey_user is None:
+            return {}
+        from ringfence.client.passkeys.lookups import find_lease
+
+        record = await find_lease(self.connection, lease_id)
+        return {"lease": record} if record else {}
 
     # --- runs ---
 
@@ -537,6 +594,7 @@ class Administrator(CommandClient):
         mounts: Sequence[Mount] = (),
         image: str | None = None,
         valid_s: int = ORDER_LIFE_S,
+        labels: Mapping[str, str] | None = None,
     ) -> OrderedRun:
         """Order a run of a task's agent in a pool. Returns once Kafka has the order; a runner of the pool takes it.
 
@@ -546,6 +604,7 @@ class Administrator(CommandClient):
             mounts: folders, by the names that the pool has for them.
             image: the digest of a container image; None: what the pool has as its own.
             valid_s: how long the order may wait.
+            labels: what the pool has to have among its labels. `ReadApi.pools` finds such a pool.
 
         Raises RefusedError if no runner would follow it, by the records as they are now.
         """
@@ -566,6 +625,7 @@ class Administrator(CommandClient):
                 mounts=folders,
                 limits=limits,
                 ttl_s=ttl_s,
+                labels=dict(labels) if labels else None,
             )
         problem = order_problem(order, directory, self.connection.clock.now_ms() / 1000)
         if problem is not None:

@@ -15,11 +15,13 @@ from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import Jws, typ_header
+from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.approver_keys import approver_key_problem
 from ringfence.model.requests.facts import DeniedError, load_records
 
 log = logging.getLogger(__name__)
@@ -129,20 +131,37 @@ class OpenActions:
         if open_action is None:
             return  # skipped before its signature costs anything; skipping trusts nothing
         at_s = record.appended_at_ms / 1000
-        answer = verify(
+        signed = verify(
             jws,
             ActionApproval,
             lambda iss, kid: self._directory.user_key(iss, kid, at_s),
             audience=self._connection.settings.trust_domain,
             appended_at_ms=record.appended_at_ms,
-        ).claims
+        )
+        answer = signed.claims
         user_id, claims = subject_of(answer.aud, answer.iss, "user") or "", open_action.signed.claims
         try:
             records = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError:
             return
-        if may_approve(self._directory, user_id, claims.required, records):
+        if not may_approve(self._directory, user_id, claims.required, records):
+            return
+        # A yes by a key that does not count is none: the question must not vanish from the list of who can answer it.
+        if self.key_problem(signed, record.appended_at_ms) is None:
             self._answered.add(answer.request_digest)
+
+    def key_problem(self, answer: Signed[ActionApproval], at_ms: int) -> Reason | None:
+        """Why the key of a yes does not count for an open action at `at_ms`, or None. A no counts by any key."""
+        open_action = self._requests.get(answer.claims.request_digest)
+        if answer.claims.verdict == "denied" or open_action is None:
+            return None
+        claims = open_action.signed.claims
+        try:
+            records = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+        except DeniedError:
+            return None
+        found = approver_key_problem(answer, self._directory, records, {claims.verb}, at_ms=at_ms)
+        return found.reason if found else None
 
     def answered(self, digest: str) -> None:
         """Mark an action as answered by this person."""

@@ -15,7 +15,7 @@ from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.request_groups import RequestGroup, group_equivalent, group_key
 from ringfence.client.approvers import describe_approvers
 from ringfence.client.connection import Connection, subject
-from ringfence.client.errors import NotYoursError, StaleApprovalError, checked
+from ringfence.client.errors import NotYoursError, RefusedError, StaleApprovalError, checked
 from ringfence.client.id_prefix import find_by_prefix
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.passkeys.user import PasskeyUser
@@ -24,7 +24,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
-from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, ApprovalRequest
@@ -32,12 +32,14 @@ from ringfence.messages.base import typ_header
 from ringfence.messages.credential import (
     CredentialDecision,
     CredentialRequest,
+    Reason,
 )
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.approver_keys import approver_key_problem
 from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
 
 log = logging.getLogger(__name__)
@@ -244,6 +246,9 @@ class Sponsor(Lifetime):
                 comment=comment,
             )
         signed = await self.connection.sign(answer)
+        problem = self._require_actions().key_problem(signed, self.connection.clock.now_ms())
+        if problem is not None:
+            raise RefusedError(ActionApproval.typ, (problem,), "client")
         await self.connection.publish(APPROVAL_RESPONSE, pending.agent, signed.claims, compact=signed.compact)
         self._require_actions().answered(pending.digest)
         self._notify()
@@ -260,7 +265,8 @@ class Sponsor(Lifetime):
         """Sign an approval of exactly this request, on these terms. Returns the approval's id once Kafka holds it.
 
         Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open;
-        NotYoursError where this person may give none of the approvals that it needs.
+        NotYoursError where this person may give none of the approvals that it needs; RefusedError where the key counts
+        for none, as somebody else added it not long ago, or as the target demands another kind. Nothing is sent then.
         """
         return await self._answer(pending, "approved", comment)
 
@@ -305,6 +311,8 @@ class Sponsor(Lifetime):
             )
         question = self._questions.get(pending.request_id)
         signed = await self.connection.sign(approval, {"question": question.compact} if question else {})
+        if (reason := self._key_problem(signed, self.connection.clock.now_ms())) is not None:
+            raise RefusedError(Approval.typ, (reason,), "client")
         await self.connection.publish(
             APPROVAL_RESPONSE,
             pending.agent,
@@ -490,8 +498,26 @@ class Sponsor(Lifetime):
             Approval,
             lambda iss, kid: directory.user_key(iss, kid, record.appended_at_ms / 1000),
             audience=self.connection.settings.trust_domain,
-        ).claims
-        self._answered.add(approval.request_id)
+        )
+        # A yes by a key that does not count is none: the question must not vanish from the list of who can answer it.
+        if self._key_problem(approval, record.appended_at_ms) is None:
+            self._answered.add(approval.claims.request_id)
+
+    def _key_problem(self, approval: Signed[Approval], at_ms: int) -> Reason | None:
+        """Why the key of a yes does not count for an open question at `at_ms`, or None. A no counts by any key."""
+        open_question = self._questions.get(approval.claims.request_id)
+        if approval.claims.verdict == "denied" or open_question is None:
+            return None
+        directory, compact = self._require_directory(), open_question.message.request
+        request = Signed(
+            parse(compact).unverified_claims(CredentialRequest), compact
+        )  # shown only once verified
+        try:
+            facts = load_context(directory, request)
+        except DeniedError:
+            return None
+        found = approver_key_problem(approval, directory, facts, facts.verbs, at_ms=at_ms)
+        return found.reason if found else None
 
     def _notify(self) -> None:
         """Wake every watcher; each takes the next event before it looks, so none misses a change."""

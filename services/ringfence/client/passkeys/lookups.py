@@ -5,6 +5,7 @@ The services' HTTP APIs want a token by a key file. What is found here is signed
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import CredentialRequest, DecidedTerms
-from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION
+from ringfence.messages.lease import Lease
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, LEASE
 from ringfence.model.records.command_chain import ChainError
 
 _DAY_MS = 86_400_000
@@ -84,6 +86,24 @@ async def find_break_glass_use(connection: Connection, request_id: str) -> Signe
     if use is None:
         raise InvalidCallError(f"no single use of break glass {request_id} in the last 30 days")
     return use
+
+
+async def find_lease(connection: Connection, lease_id: str) -> str | None:
+    """The latest record of a lease, as the issuer or a revoker signed it; None where there is none."""
+    found: list[Signed[Lease]] = []
+
+    def read(records: Sequence[Received]) -> None:
+        for record in records:
+            if record.key != lease_id or not record.value:
+                continue
+            find = connection.trust.finder(*Lease.signed_by, at_s=record.appended_at_ms / 1000)
+            with contextlib.suppress(InvalidMessageError):
+                found.append(
+                    verify(parse(record.value), Lease, find, audience=connection.settings.trust_domain)
+                )
+
+    await connection.follow([LEASE], read, since_ms=0, key=lease_id)
+    return max(found, key=lambda one: one.claims.seq).compact if found else None
 
 
 def request_of(decision: DecidedTerms) -> CredentialRequest:

@@ -28,6 +28,7 @@ from ringfence.messages.registry import (
     TaskAssign,
     TaskConsent,
     TaskEnd,
+    UserEndKey,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.records.directory import Directory
@@ -108,6 +109,8 @@ def subjects_of(claims: Claims, directory: Directory) -> Iterator[Subject]:
             yield "agent", claims.terms.agent_id
         case TaskEnd():
             yield "task", claims.task_id
+        case UserEndKey():
+            yield "user", claims.user_id
 
 
 def _ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> Iterator[Subject]:
@@ -138,9 +141,9 @@ def question_link(origin: str, question: bytes) -> str:
     return f"{origin}/#q={b64encode(packer.compress(question) + packer.flush())}"
 
 
-def relay_link(origin: str, relay: str) -> str:
-    """The link that opens the sign page at `origin` with a question that it gets from a relay."""
-    return f"{origin}/#relay={quote(relay, safe='')}"
+def server_link(origin: str, url: str) -> str:
+    """The link that opens the sign page at `origin` with the question of a question server, which is at `url`."""
+    return f"{origin}/#from={quote(url, safe='')}"
 
 
 def sign_origin(trust: TrustStore, at_s: float) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.passkeys.questions import STAMPED, compose, relay_link, sign_origin
-from ringfence.client.passkeys.relay import QuestionRelay
+from ringfence.client.passkeys.question_server import QuestionServer
+from ringfence.client.passkeys.questions import STAMPED, compose, server_link, sign_origin
 from ringfence.client.passkeys.user import PasskeyUser
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG
@@ -39,19 +39,27 @@ async def sign_with_passkey(
     directory = await connection.directory()
 
     def accept(answer: Mapping[str, Any]) -> Signed[C]:
-        return check_answer(connection, directory, claims, answer.get("answer"))
+        return check_answer(
+            claims,
+            answer.get("answer"),
+            directory,
+            trust_domain=connection.settings.trust_domain,
+            now_ms=connection.clock.now_ms(),
+        )
 
-    async with QuestionRelay(origin, accept) as relay:
-        relay.ask(
+    async with QuestionServer(origin, accept) as server:
+        server.ask(
             compose(
-                person.user_id, claims, directory, connection.trust, evidence=evidence, return_to=relay.url
+                person.user_id, claims, directory, connection.trust, evidence=evidence, return_to=server.url
             )
         )
-        person.show(relay_link(origin, relay.url))
-        return await relay.answer(person.wait_s)
+        person.show(server_link(origin, server.url))
+        return await server.answer(person.wait_s)
 
 
-def check_answer(connection: Connection, directory: Directory, asked: C, answer: object) -> Signed[C]:
+def check_answer(
+    asked: C, answer: object, directory: Directory, *, trust_domain: str, now_ms: int
+) -> Signed[C]:
     """Verify that `answer` is the compact JWS of `asked` by a passkey of `asked.iss`, as of now.
 
     Raises InvalidCallError where it says something else; SignatureError and others as `verify` does.
@@ -61,12 +69,11 @@ def check_answer(connection: Connection, directory: Directory, asked: C, answer:
     jws = parse(answer)
     if jws.header.alg != WEBAUTHN_ALG:
         raise InvalidCallError("the answer is not signed by a passkey")
-    now_ms = connection.clock.now_ms()
     signed = verify(
         jws,
         type(asked),
         lambda iss, kid: directory.user_key(iss, kid, now_ms / 1000),
-        audience=connection.settings.trust_domain,
+        audience=trust_domain,
         appended_at_ms=now_ms,
     )
     if _terms(signed.claims) != _terms(asked) or signed.claims.iss != asked.iss:

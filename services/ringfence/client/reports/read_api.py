@@ -193,6 +193,15 @@ class ReadApi(Lifetime):
         """
         return await self.get("revoker", "runs", id)
 
+    async def pools(self, labels: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+        """The pools of runners that take orders now, by name: `[{name, labels, free, runners}]`.
+
+        `labels`: only pools that have all of these. `free`: how many more runs a pool may start now.
+        """
+        found: list[dict[str, Any]] = (await self.get("revoker", "pools"))["pools"]
+        wanted = (labels or {}).items()
+        return [pool for pool in found if wanted <= pool["labels"].items()]
+
     # --- audit ---
 
     async def trace(self, id: str, kind: str | None = None) -> Any:

@@ -330,8 +330,8 @@ def _require_method(request: ApiRequest, method: str) -> None:
 def _unknown_request() -> RequestRefusedError:
     return RequestRefusedError(
         404, "request_unknown",
-        "no such request of yours is known here: its reply is too old, or it was posted before a restart and has no "
-        "reply yet; post the same bytes again",
+        "no such request of yours is known here: its reply is too old, or it was posted elsewhere or long ago and has "
+        "no reply yet; post the same bytes again",
     )  # fmt: skip
 
 

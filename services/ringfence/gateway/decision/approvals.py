@@ -43,7 +43,8 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve, not_understood
-from ringfence.model.requests.facts import DeniedError, load_records
+from ringfence.model.requests.approver_keys import approver_key_problem
+from ringfence.model.requests.facts import DeniedError, RecordContext, load_records
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +145,11 @@ class Approvals:
         if not may_approve(self._directory, question.answered_by or "", claims.required, ground):
             self._questions.drop(question)
             return refuse("approval_stale", f"{question.answered_by} cannot approve this any more; ask anew")
+        if question.answer is not None:
+            reason = self._key_problem(question.answer, question, ground, self._runtime.clock.now_ms())
+            if reason is not None:
+                self._questions.drop(question)
+                return Refusal(403, (reason,))
         self._questions.use(question)
         return None
 
@@ -363,7 +369,7 @@ class Approvals:
         return (
             not_understood(claims)
             or self._stale_problem(question)
-            or self._approver_problem(question, user_id)
+            or self._approver_problem(question, answer, user_id, record.appended_at_ms)
         )
 
     def _stale_problem(self, question: Question) -> Reason | None:
@@ -382,12 +388,26 @@ class Approvals:
         self._close(question, Refusal(403, (reason,)))
         return reason
 
-    def _approver_problem(self, question: Question, user_id: str) -> Reason | None:
+    def _approver_problem(
+        self, question: Question, answer: Signed[ActionApproval], user_id: str, at_ms: int
+    ) -> Reason | None:
         claims = question.signed.claims
         ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
-        if may_approve(self._directory, user_id, claims.required, ground):
+        if not may_approve(self._directory, user_id, claims.required, ground):
+            return _problem(
+                "not_approver", f"{user_id} cannot give what is asked for here: {claims.required}"
+            )
+        return self._key_problem(answer, question, ground, at_ms)
+
+    def _key_problem(
+        self, answer: Signed[ActionApproval], question: Question, ground: RecordContext, at_ms: int
+    ) -> Reason | None:
+        """Why the key of a yes does not count at `at_ms`, or None. A no counts by any key."""
+        if answer.claims.verdict != "approved":
             return None
-        return _problem("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
+        verbs = {question.signed.claims.verb}
+        found = approver_key_problem(answer, self._directory, ground, verbs, at_ms=at_ms)
+        return found.reason if found is not None else None
 
     async def _report_refused(self, answer: Signed[ActionApproval], reason: Reason, record: Received) -> None:
         """Report that a signed answer does not count, because the person who gave it expects an effect."""

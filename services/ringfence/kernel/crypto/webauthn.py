@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Final
 
 from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.crypto.claims import LEEWAY_S, ExpiredError
 from ringfence.kernel.crypto.keys import PublicKey, b64decode, b64encode, public_key
 from ringfence.messages.base import PasskeyUse
@@ -129,7 +130,7 @@ class PasskeyKey:
             return "the challenge is that of another message"
         origin = members.get("origin")
         if not any(one.origin == origin and one.use == use for one in self.origins):
-            return f"the trust bundle has no {use} origin of that name which was valid then"
+            return f"the trust bundle had no {use} origin {visible_name(str(origin)[:300])} then"
         if members.get("crossOrigin", False) is not False or "topOrigin" in members:
             return "it was signed inside a page of another origin"
         return None

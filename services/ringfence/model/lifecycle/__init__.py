@@ -9,17 +9,33 @@ from __future__ import annotations
 from ringfence.model.lifecycle.apply import MAY_WIDEN, apply, command_subject, subject_key
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
+from ringfence.model.lifecycle.key_history import (
+    NO_HISTORY,
+    WAIT_S,
+    KeyHistory,
+    KeyOrigin,
+    KeyProof,
+    SignerKey,
+    endorsement_problem,
+)
 from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
 
 __all__ = [
     "MAX_DEPTH",
     "MAY_WIDEN",
+    "NO_HISTORY",
+    "WAIT_S",
     "Actor",
     "CommandRefusedError",
     "Context",
+    "KeyHistory",
+    "KeyOrigin",
+    "KeyProof",
+    "SignerKey",
     "agents_of",
     "apply",
     "command_subject",
+    "endorsement_problem",
     "may_be_dropped",
     "still_needed",
     "subject_key",

@@ -22,7 +22,9 @@ from ringfence.messages.registry import (
     TaskAssign,
     TaskDelegate,
     TaskEnd,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
     UserSet,
     UserState,
 )
@@ -35,6 +37,7 @@ from ringfence.model.lifecycle.users import apply_to_user
 
 MAY_WIDEN: tuple[type[Any], ...] = (
     UserSet,
+    UserAddKey,
     ProvisionerSet,
     ProvisionerLink,
     AgentActivate,
@@ -69,7 +72,7 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
     # The type of the state follows from its kind, which was just compared.
     held: Any = state
     match command:
-        case UserSet() | UserDisable():
+        case UserSet() | UserDisable() | UserAddKey() | UserEndKey():
             return apply_to_user(held, command, context)
         case ProvisionerSet() | ProvisionerLink():
             return apply_to_provisioner(held, command, context)
@@ -100,7 +103,7 @@ def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str
     `command_id` is the UUIDv5 of its (`iss`, `jti`): the id of a new task.
     """
     match command:
-        case UserSet() | UserDisable():
+        case UserSet() | UserDisable() | UserAddKey() | UserEndKey():
             return "user", command.user_id
         case ProvisionerSet() | ProvisionerLink():
             return "user", command.provisioner_id

@@ -21,6 +21,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.identity.attestation import problem, selector_id
+from ringfence.model.lifecycle.key_history import NO_HISTORY, KeyHistory, KeyProof
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
 
@@ -71,6 +72,11 @@ class Context:
     transfer_consent: AgentTransferConsent | None = None
     """The new sponsor's consent, if it is to the transfer of the same agent."""
     consent_problem: str | None = None
+    key_history: KeyHistory = NO_HISTORY
+    """The origins of the keys of the user whom the command is about, as of before it."""
+    key_proof: KeyProof | None = None
+    """What a `user.add-key` embeds, if all of it is valid."""
+    key_proof_problem: str | None = None
     sponsor_of: Callable[[str], str | None] | None = None
     """Returns the sponsor of an agent at that time. None for a reader of records, which no longer knows it."""
     task_at: Callable[[str], TaskState | None] = lambda task_id: None
@@ -97,9 +103,9 @@ def check_sponsor(user_id: str, context: Context) -> None:
         )
 
 
-def check_keys(keys: Sequence[KeyRecord], at_s: int, *, at_least: int) -> None:
+def check_keys(keys: Sequence[KeyRecord], at_s: int, *, at_least: int, passkeys: bool = False) -> None:
     """Raise CommandRefusedError unless each key is listed once, under its own thumbprint, and `at_least` keys are
-    valid at `at_s`.
+    valid at `at_s`. Only people have `passkeys`.
     """
     if len({key.kid for key in keys}) != len(keys):
         raise CommandRefusedError("one key is listed twice", code="key_twice")
@@ -117,8 +123,24 @@ def check_keys(keys: Sequence[KeyRecord], at_s: int, *, at_least: int) -> None:
             raise CommandRefusedError(
                 f"key {key.kid} is not named by its RFC 7638 thumbprint, {thumbprint}", code="key_invalid"
             )
+        if reason := _kind_problem(key, passkeys=passkeys):
+            raise CommandRefusedError(f"key {key.kid} cannot be used: {reason}", code="key_invalid")
     if sum(key.not_before <= at_s < key.not_after for key in keys) < at_least:
         raise CommandRefusedError("no key is valid now; see not_before and not_after", code="no_valid_key")
+
+
+def _kind_problem(key: KeyRecord, *, passkeys: bool) -> str | None:
+    """Return what is wrong with the fields that only passkeys have, or None."""
+    if key.use is None:
+        told = (key.credential_id, key.rp_id, key.aaguid, key.backup_eligible, key.attested)
+        return "it has fields that only a passkey has" if any(one is not None for one in told) else None
+    if not passkeys:
+        return "only people have passkeys"
+    if key.jwk.kty != "EC":
+        return "a passkey is a P-256 key"
+    if key.credential_id is None or key.rp_id is None:
+        return "a passkey has a credential id and an rpId"
+    return None
 
 
 def check_attestation(selectors: Sequence[AttestationSelector]) -> None:

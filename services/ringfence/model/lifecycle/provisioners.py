@@ -99,6 +99,7 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
         entitlements=command.entitlements,
         status="active" if provisioning.active else "disabled",
         provisioned=provisioned,
+        compromised=state.compromised if state else None,
     )
 
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
+    MAX_KEYS,
     Provisioned,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
     UserSet,
     UserState,
 )
@@ -20,18 +24,31 @@ from ringfence.model.lifecycle.context import (
 from ringfence.model.lifecycle.provisioners import disable_by_provisioner, provisioned_of, set_by_provisioner
 from ringfence.model.scope.scope import missing
 
+UserCommand = UserSet | UserDisable | UserAddKey | UserEndKey
 
-def apply_to_user(state: UserState | None, command: UserSet | UserDisable, context: Context) -> UserState:
+
+def apply_to_user(state: UserState | None, command: UserCommand, context: Context) -> UserState:
     """Return the user after `command`. `state` is None if there was none. Raises CommandRefusedError."""
-    if isinstance(command, UserDisable):
-        return _disable(state, command, context)
+    match command:
+        case UserSet():
+            return _set(state, command, context)
+        case UserDisable():
+            return _disable(state, command, context)
+        case UserAddKey():
+            return _add_key(_person(state, command.user_id), command, context)
+        case UserEndKey():
+            return _end_key(_person(state, command.user_id), command, context)
+
+
+def _set(state: UserState | None, command: UserSet, context: Context) -> UserState:
     if context.actor.delegation is not None:
         return set_by_provisioner(state, command, context)
     if not context.actor.is_root:
         operator_only(context, "set or disable users")
     provisioned = _left_to_provisioner(state, command)
     check_scope(command.entitlements.scope, allow_empty=True)
-    check_keys(command.keys, context.at_s, at_least=0)
+    check_keys(command.keys, context.at_s, at_least=0, passkeys=True)
+    _check_known_keys(state, command.keys, context.at_s)
     if command.entitlements.as_of > context.at_s + LEEWAY_S:
         raise CommandRefusedError(
             "entitlements are as of a moment to come: they would never grow old; set as_of to when they were read",
@@ -47,6 +64,7 @@ def apply_to_user(state: UserState | None, command: UserSet | UserDisable, conte
         entitlements=command.entitlements,
         status="active" if provisioned is None or provisioned.active else "disabled",
         provisioned=provisioned,
+        compromised=state.compromised if state else None,
     )
 
 
@@ -60,6 +78,120 @@ def _disable(state: UserState | None, command: UserDisable, context: Context) ->
         return disable_by_provisioner(state, command, context)
     blocked = state.provisioned and state.provisioned.model_copy(update={"blocked": True})
     return state.model_copy(update={"status": "disabled", "provisioned": blocked})
+
+
+def _person(state: UserState | None, user_id: str) -> UserState:
+    """Return the state of a user who is a person. Raises CommandRefusedError."""
+    if state is None:
+        raise CommandRefusedError(f"there is no user {user_id}", code="unknown_user")
+    if state.delegation is not None:
+        raise CommandRefusedError(
+            f"{user_id} is a provisioner, and no person; give it keys with: ringfence provisioner set",
+            code="is_provisioner",
+        )
+    return state
+
+
+def _add_key(state: UserState, command: UserAddKey, context: Context) -> UserState:
+    user_id, key, at_s = state.user_id, command.key, context.at_s
+    by_oneself = context.actor.user_id == user_id
+    if not (context.actor.is_root or by_oneself):
+        operator_only(context, f"add a key to {user_id}, besides {user_id} with a key file of their own")
+    if state.status != "active":
+        raise CommandRefusedError(
+            f"user {user_id} is disabled; let them act again first: ringfence user set {user_id}",
+            code="user_disabled",
+        )
+    check_keys((key,), at_s, at_least=1, passkeys=True)
+    _check_new_key(state, key, at_s)
+    if key.attested and (by_oneself or not context.actor.is_operator):
+        raise CommandRefusedError(
+            "nobody says of their own key that it is attested; an operator verifies its attestation, and signs",
+            code="attestation_not_verified",
+        )
+    if context.key_proof is None:
+        reason = context.key_proof_problem or "it embeds no invitation and no possession"
+        raise CommandRefusedError(
+            f"nothing proves that {user_id} has this key: {reason}", code="possession_invalid"
+        )
+    if context.key_proof.invitation_id in context.key_history.invitations:
+        raise CommandRefusedError(
+            f"this invitation of {user_id} was used before, and counts once; make another with: "
+            f"ringfence user invite {user_id}",
+            code="invitation_used",
+        )
+    former = tuple(one for one in state.keys if one.kid != key.kid)
+    return state.model_copy(update={"keys": (key, *former)})
+
+
+def _check_new_key(state: UserState, key: KeyRecord, at_s: int) -> None:
+    """Refuse a key that the user has already, or that must not come back. Raises CommandRefusedError."""
+    if key.kid in (state.compromised or ()):
+        raise CommandRefusedError(_compromised_text(key.kid), code="key_compromised")
+    live = [one.kid for one in state.keys if one.not_after > at_s]
+    if key.kid in live:
+        raise CommandRefusedError(f"{state.user_id} has key {key.kid} already", code="key_twice")
+    if len(live) >= MAX_KEYS:
+        raise CommandRefusedError(
+            f"{state.user_id} has {len(live)} keys, and no more can be; end one with: "
+            f"ringfence user end-key {state.user_id} KID",
+            code="too_many_keys",
+        )
+
+
+def _check_known_keys(state: UserState | None, keys: tuple[KeyRecord, ...], at_s: int) -> None:
+    """Refuse a `user.set` that makes a key into another kind of key, adds a passkey, or revives a compromised key.
+
+    A passkey needs the proof that only `user.add-key` has. Raises CommandRefusedError.
+    """
+    known = {key.kid: key for key in state.keys} if state else {}
+    for key in keys:
+        former = known.get(key.kid)
+        if former is None and _passkey_fields(key) != _NO_PASSKEY:
+            raise CommandRefusedError(
+                f"key {key.kid} is a passkey: add it with: ringfence user add-key", code="possession_invalid"
+            )
+        if former is not None and _passkey_fields(key) != _passkey_fields(former):
+            raise CommandRefusedError(
+                f"key {key.kid} is given as another kind of key than it is; list it as its record has it",
+                code="key_changed",
+            )
+        if state and key.kid in (state.compromised or ()) and key.not_after > at_s:
+            raise CommandRefusedError(_compromised_text(key.kid), code="key_compromised")
+
+
+def _passkey_fields(key: KeyRecord) -> tuple[object, ...]:
+    return (key.use, key.credential_id, key.rp_id, key.aaguid, key.backup_eligible, key.attested)
+
+
+_NO_PASSKEY = (None,) * 6
+
+
+def _compromised_text(kid: str) -> str:
+    return f"key {kid} was ended as compromised, and never counts again; make another key"
+
+
+def _end_key(state: UserState, command: UserEndKey, context: Context) -> UserState:
+    """End a key; as compromised, also those that the user added by it. Old keys stay known, with their end."""
+    if not (context.actor.is_root or context.actor.user_id == state.user_id):
+        operator_only(context, f"end a key of {state.user_id}, besides {state.user_id}")
+    if command.kid not in {key.kid for key in state.keys}:
+        raise CommandRefusedError(
+            f"{state.user_id} has no key {command.kid}; see: ringfence user keys {state.user_id}",
+            code="unknown_key",
+        )
+    ended = {command.kid}
+    if command.compromised:
+        ended |= context.key_history.added_by(command.kid)
+    keys = tuple(
+        key.model_copy(update={"not_after": min(key.not_after, context.at_s)}) if key.kid in ended else key
+        for key in state.keys
+    )
+    if not command.compromised:
+        return state.model_copy(update={"keys": keys})
+    compromised = state.compromised or ()
+    new = tuple(key.kid for key in keys if key.kid in ended and key.kid not in compromised)
+    return state.model_copy(update={"keys": keys, "compromised": (*compromised, *new)})
 
 
 def _left_to_provisioner(state: UserState | None, command: UserSet) -> Provisioned | None:

@@ -38,14 +38,29 @@ from ringfence.messages.registry import (
     TaskDelegate,
     TaskEnd,
     TaskState,
+    UserAddKey,
     UserDisable,
+    UserEndKey,
     UserRecord,
     UserSet,
     UserState,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
-from ringfence.model.lifecycle import MAX_DEPTH, Actor, CommandRefusedError, Context, apply, subject_key
+from ringfence.model.lifecycle import (
+    MAX_DEPTH,
+    NO_HISTORY,
+    Actor,
+    CommandRefusedError,
+    Context,
+    KeyHistory,
+    KeyOrigin,
+    KeyProof,
+    SignerKey,
+    apply,
+    subject_key,
+)
 from ringfence.model.records.consent import Consent, verified_consent
+from ringfence.model.records.key_proofs import PeopleThen, unverified_signers, verified_key_proof
 from ringfence.model.records.user_keys import user_key
 
 COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
@@ -70,6 +85,11 @@ class Authorised:
     the transfer of the same agent, by its new sponsor's signature."""
     consent_problem: str | None
     """Why an embedded consent does not count."""
+    signer_key: SignerKey
+    key_proof: KeyProof | None = None
+    """What a `user.add-key` embeds, where all of it counts."""
+    key_proof_problem: str | None = None
+    """Why what a `user.add-key` embeds proves nothing."""
 
     @property
     def claims(self) -> Command:
@@ -91,6 +111,7 @@ RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
 """The same for records of any kind."""
 BY_AGENTS = (TaskDelegate, TaskEnd)
 """Commands that agents may give too."""
+_ABOUT_USERS = (UserSet, UserDisable, UserAddKey, UserEndKey, ProvisionerSet, ProvisionerLink)
 INCOMPLETE = "chain_incomplete"
 """The code of a chain that needs a record which is missing, and may be on its way: nobody need have lied."""
 
@@ -105,6 +126,8 @@ class _Step:
     """The latest `iat` up to here."""
     consent: Consent | None
     """What this one command rests on."""
+    keys: KeyHistory = NO_HISTORY
+    """Of a user: where their keys come from."""
 
 
 @dataclass(slots=True)
@@ -135,10 +158,17 @@ class Chains:
         self._others: dict[tuple[SubjectKind, str], _History] = {}
         self._depth = 0
 
-    def authorise(self, jws: UnverifiedJws, appended_at_ms: int, own: UserState | None = None) -> Authorised:
+    def authorise(
+        self,
+        jws: UnverifiedJws,
+        appended_at_ms: int,
+        own: UserState | None = None,
+        own_keys: KeyHistory = NO_HISTORY,
+    ) -> Authorised:
         """Verify the signature of a command, as of its append time.
 
-        `own` is the state so far of the user whose own record is being folded.
+        `own` and `own_keys` are the state so far, and the origins of the keys, of the user whose own record is being
+        folded.
 
         Raises InvalidMessageError if the command is malformed, expired, or not signed by a user or the root of this
         trust domain, and ChainError if the signer's record does not verify.
@@ -156,11 +186,22 @@ class Chains:
 
         signed = verify(jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms)
         actor = self._actor(signed.claims.iss, appended_at_ms, own)
+        people = self._people(appended_at_ms, own, own_keys)
+        origin = people.origin_of(actor.user_id, jws.header.kid) if actor.user_id else None
+        signer = SignerKey(actor.user_id, jws.header.kid, origin)
+        consent, consent_problem, proof, proof_problem = None, None, None, None
         try:
             consent = self._consent(signed.claims, appended_at_ms)
         except InvalidMessageError as error:
-            return Authorised(signed, actor, appended_at_ms, None, str(error))
-        return Authorised(signed, actor, appended_at_ms, consent, None)
+            consent_problem = str(error)
+        if isinstance(signed.claims, UserAddKey):
+            try:
+                proof = verified_key_proof(signed.claims, signer, people, self._trust, appended_at_ms)
+            except InvalidMessageError as error:
+                proof_problem = str(error)
+        return Authorised(
+            signed, actor, appended_at_ms, consent, consent_problem, signer, proof, proof_problem
+        )
 
     def user_key(self, iss: str, kid: str, at_ms: int) -> VerificationKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
@@ -202,6 +243,21 @@ class Chains:
         if len(history.steps) < wanted:
             self._fold_users(user_id, at_ms)
         return cast(UserState, history.steps[wanted - 1].state) if wanted else None
+
+    def key_history(self, user_id: str) -> KeyHistory:
+        """Where the keys of a user come from, by all commands of their record in the table.
+
+        Raises ChainError if the user's record does not verify.
+        """
+        history = self._history(user_id)
+        return self._key_history_at(user_id, history.appended_ms[-1] + 1) if history else NO_HISTORY
+
+    def _key_history_at(self, user_id: str, at_ms: int) -> KeyHistory:
+        """Where the keys of a user came from just before `at_ms`. Raises ChainError."""
+        history = self._history(user_id)
+        if history is None or self.user_at(user_id, at_ms) is None:
+            return NO_HISTORY
+        return history.steps[bisect_left(history.appended_ms, at_ms) - 1].keys
 
     def agent_at(self, agent_id: str, at_ms: int) -> AgentState | None:
         """The state of an agent just before `at_ms`, folded from its commands. Raises ChainError."""
@@ -270,9 +326,17 @@ class Chains:
                 todo.pop()
                 continue
             embedded = history.record.commands[len(history.steps)]
-            signer = self._unverified_signer(embedded, current)
-            if signer != current and not self._is_folded(signer, embedded.appended_at_ms):
-                todo.append((signer, embedded.appended_at_ms))
+            at_ms = embedded.appended_at_ms
+            before = next(
+                (
+                    one
+                    for one in self._unverified_signers(embedded, current)
+                    if one != current and not self._is_folded(one, at_ms)
+                ),
+                None,
+            )
+            if before is not None:
+                todo.append((before, at_ms))
                 continue
             step = self._next(history.steps, embedded)
             if subject_key(step.state) != ("user", current):
@@ -310,17 +374,20 @@ class Chains:
         history = self._history(user_id)
         return history is None or len(history.steps) >= bisect_left(history.appended_ms, before_ms)
 
-    def _unverified_signer(self, embedded: EmbeddedCommand, user_id: str) -> str:
-        """The signer that a command in a user's record claims: only to know whom to fold first. `_next` verifies it."""
+    def _unverified_signers(self, embedded: EmbeddedCommand, user_id: str) -> tuple[str, ...]:
+        """The users who signed a command in a user's record and what it embeds, as it claims: only to know whom to fold
+        first. `_next` verifies it.
+        """
         try:
             jws = parse(embedded.jws)
             model = COMMAND_OF_TYP.get(jws.header.typ)
-            if model not in (UserSet, UserDisable, ProvisionerSet, ProvisionerLink):
+            if model not in _ABOUT_USERS:
                 raise ChainError(f"the record of user {user_id} embeds a command that is about no user")
-            iss = jws.unverified_claims(model).iss
+            claims = jws.unverified_claims(model)
+            signers = [claims.iss, *(unverified_signers(claims) if isinstance(claims, UserAddKey) else ())]
         except InvalidMessageError as error:
             raise ChainError(f"an embedded command does not hold: {error}") from None
-        return subject_of(self._trust.trust_domain, iss, "user") or ""
+        return tuple(subject_of(self._trust.trust_domain, iss, "user") or "" for iss in signers)
 
     def _next(self, steps: Sequence[_Step], embedded: EmbeddedCommand) -> _Step:
         """Fold one embedded command onto `steps`. Raises ChainError."""
@@ -328,8 +395,9 @@ class Chains:
         state = steps[-1].state if steps else None
         signed_s = steps[-1].last_signed_s if steps else 0
         own = state if isinstance(state, UserState) else None
+        keys = steps[-1].keys if steps else NO_HISTORY
         try:
-            given = self.authorise(parse(embedded.jws), at_ms, own)
+            given = self.authorise(parse(embedded.jws), at_ms, own, keys)
             if any(step.command_id == given.command_id for step in steps):
                 raise ChainError("one command is embedded twice")
             if given.consent and any(
@@ -346,12 +414,35 @@ class Chains:
                 consent_by=given.consent_by,
                 consent_problem=given.consent_problem,
                 transfer_consent=given.consent.transfer if given.consent else None,
+                key_history=keys,
+                key_proof=given.key_proof,
+                key_proof_problem=given.key_proof_problem,
             )
             state = apply(state, given.claims, context)
+            if isinstance(state, UserState):
+                keys = keys.after(own, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
         except (InvalidMessageError, CommandRefusedError) as error:
             code = INCOMPLETE if error.code == "unknown_parent" else None
             raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
-        return _Step(state, given.command_id, max(signed_s, given.claims.iat), given.consent)
+        return _Step(state, given.command_id, max(signed_s, given.claims.iat), given.consent, keys)
+
+    def _people(self, at_ms: int, own: UserState | None, own_keys: KeyHistory) -> PeopleThen:
+        """The people as of just before `at_ms`; `own` as it is so far."""
+
+        def find_key(iss: str, kid: str) -> VerificationKey | None:
+            user = self._user_of(iss, at_ms, own)
+            return self._key_of(user, kid, at_ms) if user and user.delegation is None else None
+
+        def roles_of(user_id: str) -> frozenset[Role]:
+            user = self.user_at(user_id, at_ms, own)
+            return frozenset(user.roles) if user and user.status == "active" else frozenset()
+
+        def origin_of(user_id: str, kid: str) -> KeyOrigin | None:
+            if own is not None and own.user_id == user_id:
+                return own_keys.origins.get(kid)
+            return self._key_history_at(user_id, at_ms).origins.get(kid)
+
+        return PeopleThen(find_key, roles_of, origin_of)
 
     def _actor(self, iss: str, at_ms: int, own: UserState | None) -> Actor:
         if iss == self._trust.root_id:

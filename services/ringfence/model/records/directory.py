@@ -39,7 +39,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, RUN, TARGET, TASK, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
-from ringfence.model.lifecycle import may_be_dropped
+from ringfence.model.lifecycle import NO_HISTORY, KeyHistory, may_be_dropped
 from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
 from ringfence.model.records.user_keys import user_key
@@ -402,6 +402,12 @@ class Directory:
         if entry is None or entry.state.status != "active" or entry.state.delegation is not None:
             return None
         return user_key(entry.state.keys, kid, at_s, self._trust)
+
+    def key_history(self, user_id: str) -> KeyHistory:
+        """Where the keys of a user come from, by the present record; nothing if there is no such user. Raises
+        ChainError.
+        """
+        return self._chains.key_history(user_id) if self.user(user_id) is not None else NO_HISTORY
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the resource server of target `iss` if it is valid at `at_s` (seconds). Raises

@@ -13,6 +13,7 @@ from ringfence.messages.credential import CredentialDecision, Delivery, Reason, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approver_keys import KeyProblem, approver_key_problem
 from ringfence.model.requests.facts import RecordContext, RequestContext
 from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
 
@@ -128,15 +129,21 @@ def unmet(
     approvals: Sequence[Signed[Approval] | Signed[Grant]],
     directory: Directory,
     facts: RequestContext,
+    *,
+    at_ms: int,
 ) -> tuple[RequiredClass, ...]:
     """The approval classes that are still missing. Each needs a person of its own; nobody counts twice.
 
-    `approvals` are those without a problem (`approval_problem`, `grant_problem`). As many classes as can be are met:
-    who stands for one is moved to another where that makes room (a maximum matching, by Kuhn's augmenting paths).
+    `approvals` are those without a problem (`approval_problem`, `grant_problem`). Those by keys that do not count at
+    `at_ms` (`key_problems`) stand for nothing. As many classes as can be are met: who stands for one is moved to
+    another where that makes room (a maximum matching, by Kuhn's augmenting paths).
     """
     if not required:
         return ()
-    people = sorted({subject_of(a.claims.aud, a.claims.iss, "user") or "" for a in approvals} - {""})
+    problems = key_problems(approvals, directory, facts, at_ms=at_ms)
+    people = sorted(
+        {_signer(a) for a, problem in zip(approvals, problems, strict=True) if problem is None} - {""}
+    )
     fitting = [
         [person for person in people if may_approve(directory, person, wanted, facts)] for wanted in required
     ]
@@ -153,3 +160,23 @@ def unmet(
         return False
 
     return tuple(wanted for place, wanted in enumerate(required) if not found(place, set()))
+
+
+def key_problems(
+    approvals: Sequence[Signed[Approval] | Signed[Grant]],
+    directory: Directory,
+    facts: RequestContext,
+    *,
+    at_ms: int,
+) -> list[KeyProblem | None]:
+    """For each approval or grant, in their order: why its key does not count beside the others at `at_ms`, or None."""
+    signers = {_signer(one) for one in approvals}
+    return [
+        approver_key_problem(one, directory, facts, facts.verbs, at_ms=at_ms, beside=signers - {_signer(one)})
+        for one in approvals
+    ]
+
+
+def _signer(approval: Signed[Approval] | Signed[Grant]) -> str:
+    """The id of the user who signed; empty where it was no user."""
+    return subject_of(approval.claims.aud, approval.claims.iss, "user") or ""

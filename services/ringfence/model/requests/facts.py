@@ -154,9 +154,14 @@ class RequestContext(RecordContext):
         """Whether the agent asks for an exception that policy denies, and that two operators may allow once."""
         return self.request.claims.break_glass is True
 
+    @property
+    def verbs(self) -> frozenset[str]:
+        """The requested verbs."""
+        return frozenset(verb for permission in self.request.claims.scope for verb in permission.verbs)
+
     def floors(self) -> frozenset[ApprovalClass]:
         """The approval classes that the target demands for the requested verbs, whatever policy says."""
-        wanted = {verb for permission in self.request.claims.scope for verb in permission.verbs}
+        wanted = self.verbs
         return frozenset(v.floor for v in self.target.state.verbs if v.verb in wanted and v.floor != "none")
 
 

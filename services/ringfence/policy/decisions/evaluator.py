@@ -22,6 +22,7 @@ from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.requests.approvals import key_problems
 from ringfence.model.requests.facts import DeniedError, load_context, violations
 from ringfence.policy.agents.holdings import MAX_HELD, Holdings
 from ringfence.policy.decisions.responder import say, step_of
@@ -175,6 +176,8 @@ class RequestEvaluator:
             facts = load_context(self._directory, case.request, case.request_id)
         except DeniedError as error:
             return Evaluation(Ruling("denied", (error.reason,)))
+        problems = key_problems(approvals, self._directory, facts, at_ms=at_ms)
+        approvals = [one for one, problem in zip(approvals, problems, strict=True) if problem is None]
         max_age_s = self._runtime.settings.entitlements_max_age_s
         against = violations(facts, at_ms / 1000, max_age_s)
         against += self._declared.delivery_refusals(facts.target.state, case.request.claims.delivery)
@@ -196,7 +199,7 @@ class RequestEvaluator:
             metrics.POLICY_FAILURES.labels(error.code).inc()
             result = PolicyResult(False, (Reason(code=error.code, message=str(error)),), (), 0)
             revision = self._engine.revision
-        ruling = rule(facts, against, result, approvals, self._directory)
+        ruling = rule(facts, against, result, approvals, self._directory, at_ms)
         return Evaluation(ruling, facts, facts.revisions(revision), document, digest(input_json), input_json)
 
     def _approvers(self, approvals: Sequence[Signed[Approval] | Signed[Grant]]) -> list[dict[str, object]]:

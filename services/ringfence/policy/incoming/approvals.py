@@ -19,7 +19,8 @@ from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, is_same_requester
-from ringfence.model.requests.approvals import approval_problem
+from ringfence.model.requests.approvals import approval_problem, key_problems
+from ringfence.model.requests.approver_keys import approver_key_problem, lent_by
 from ringfence.model.requests.facts import DeniedError, load_context, violations
 from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.evaluator import RequestEvaluator
@@ -210,8 +211,22 @@ class ApprovalHandler:
         if not _all_valid(collected, at_ms):
             await self._close(state, pending, (_expired_reason(pending),))
             return _reason("approval_expired", "the time of an approval that was given before is over")
+        void = [
+            one for one in key_problems(collected, self._directory, facts, at_ms=at_ms) if one is not None
+        ]
+        if void:  # a key was ended as compromised since, or given anew
+            await self._close(state, pending, tuple(one.reason for one in void))
+            return void[0].reason
         if user_id in map(signer, collected):
             return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
+        beside = [one for one in map(signer, collected) if one]
+        found = approver_key_problem(
+            approval, self._directory, facts, facts.verbs, at_ms=at_ms, beside=beside
+        )
+        if found is not None:
+            return found.reason
+        if lent := lent_by(user_id, collected, self._directory):
+            return lent
         await self._count_approval(state, pending, case, collected, approval, place, at_ms)
         return None
 

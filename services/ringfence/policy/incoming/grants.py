@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 
 from ringfence.kernel.crypto.claims import ExpiredError
+from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
@@ -12,6 +13,7 @@ from ringfence.messages.credential import Reason
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
+from ringfence.model.requests.approver_keys import approver_key_problem
 from ringfence.model.requests.facts import DeniedError, load_records
 from ringfence.model.requests.grants import (
     MOST_OF_ONE,
@@ -63,7 +65,7 @@ class GrantHandler:
         grant, late = await self._verifier.grant(record)
         # The person may have seen records that have not arrived here yet.
         await self._records(record.appended_at_ms)
-        reason = self._objection(grant.claims, late, record)
+        reason = self._objection(grant, late, record)
         if reason is None:
             entry = self._table.keep(grant, record.partition, record.offset, record.appended_at_ms)
             if entry is None:
@@ -78,8 +80,9 @@ class GrantHandler:
             await self._reconsider(grant.claims, record.appended_at_ms)
         await self._answer(grant.claims, reason, record)
 
-    def _objection(self, grant: Grant, late: ExpiredError | None, record: Received) -> Reason | None:
+    def _objection(self, signed: Signed[Grant], late: ExpiredError | None, record: Received) -> Reason | None:
         """Return the reason why a grant would have no effect now, or None. Its signer learns it at once."""
+        grant = signed.claims
         user_id = signer_of(grant)
         if user_id is None:
             return Reason(code="not_a_person", message=f"{grant.iss} is no user; only people approve")
@@ -117,6 +120,10 @@ class GrantHandler:
                 code="not_approver",
                 message=f"{user_id} can approve nothing of agent {grant.agent_id} in this task",
             )
+        verbs = {verb for permission in grant.scope for verb in permission.verbs}
+        found = approver_key_problem(signed, self._directory, ground, verbs, at_ms=record.appended_at_ms)
+        if found is not None:
+            return found.reason
         if grant.revisions != ground.revisions(self._policy_revision()):
             return Reason(
                 code="grant_stale",

@@ -19,6 +19,7 @@ import orjson
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible, visible_name
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
+from ringfence.model.lifecycle import KeyOrigin
 from ringfence.model.requests.facts import RecordContext, RequestContext
 
 _MAX_TEXT = 300
@@ -117,6 +118,21 @@ def body_of_action(id: str, claims: ActionRequest, ground: RecordContext) -> byt
         f"On behalf of {_code(ground.task.state.on_behalf_of)}",
         f"Task: {_code(ground.task.state.purpose)}",
         f"Until {until}. Look at it, and answer, with: {_code('ringfence approvals show ' + id)}",
+    ]
+    return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
+
+
+def body_of_key(user_id: str, origin: KeyOrigin) -> bytes:
+    """Return the body about a key that was added to a user, from the verified record."""
+    since = datetime.fromtimestamp(origin.counts_from_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    by = _code(origin.by) if origin.by else "the root"
+    cosigned = f", co-signed by {_code(origin.endorsed_by)}" if origin.endorsed_by else ""
+    end = f"ringfence user end-key {user_id} {origin.kid} --compromised --reason unknown"
+    lines = [
+        f"A key was added to you, {_code(user_id)}, by {by}{cosigned}.",
+        f"Its thumbprint: {_code(origin.kid)}",
+        f"It counts for approvals from {since}.",
+        f"If it is not yours, end it at once: {_code(end)}",
     ]
     return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
 

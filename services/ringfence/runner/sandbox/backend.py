@@ -10,13 +10,21 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.runner.sandbox.mount_points import (
+    KERNEL_KINDS,
+    MountPoint,
+    Place,
+    mount_points,
+    place_of,
+    shown_by,
+)
 
 HOME = "/home/agent"
 """The home directory inside: empty at start, in memory."""
@@ -283,18 +291,37 @@ def check_streams(streams: Streams) -> None:
 def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
     """Raises SandboxSpecError for a mount that shows the runner's own records, or through which somebody listens.
 
-    A socket that a program outside makes there later is not noticed.
+    What is mounted below a folder counts as well. A socket that a program outside makes there later is not noticed.
     """
-    listening = _listening_sockets()
+    if not mounts:
+        return
+    points = mount_points()
+    records = place_of(state, points)
+    never = [place_of(Path(path), points) for path in _REFUSED_HOST]
+    listening = [(path, place_of(Path(path), points)) for path in _listening_sockets()]
     for mount in mounts:
-        host, records = str(mount.host), str(state.resolve())
-        if _is_below(records, (host,)) or _is_below(host, (records,)):
-            raise SandboxSpecError(f"{host} shows the runner's own records: mount another folder")
-        for path in listening:
-            if _is_below(path, (host,)):
-                raise SandboxSpecError(
-                    f"a program outside listens at {path}, and could be told what to do"
-                ).with_remedy("mount a folder without that socket, or end the program")
+        for shown in shown_by(mount.host, points):
+            _check_shown(mount.host, shown, never, place_of(Path("/"), points))
+            if shown.place.shows(records) or records.shows(shown.place):
+                raise SandboxSpecError(f"{shown.path} shows the runner's own records: mount another folder")
+            for path, place in listening:
+                if shown.place.shows(place):
+                    raise SandboxSpecError(
+                        f"a program outside listens at {path}, which {mount.host} shows, and could be told what to do"
+                    ).with_remedy("mount a folder without that socket, or end the program")
+
+
+def _check_shown(host: Path, shown: MountPoint, never: Sequence[Place], everything: Place) -> None:
+    """Raises SandboxSpecError where a mount is, or has below it, one of what is never mounted."""
+    if (
+        shown.kind in KERNEL_KINDS
+        or shown.place == everything
+        or any(one.shows(shown.place) for one in never)
+    ):
+        raise SandboxSpecError(
+            f"{host} shows {shown.path}, which holds devices, sockets of services or the kernel's files: that is never "
+            "mounted"
+        ).with_remedy("mount a folder without it")
 
 
 def _listening_sockets() -> list[str]:

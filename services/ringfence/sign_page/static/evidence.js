@@ -25,7 +25,7 @@ export class Evidence {
     for (const compact of compacts) {
       const typ = /^ringfence\.(\w+)\+jwt$/.exec(parse(compact, "a record").header.typ)?.[1];
       if (!KINDS.includes(typ)) throw new RefusedError("a record is of no known kind");
-      const claims = await this.trust.signedBy("registry", typ, compact, `a record of a ${typ}`);
+      const claims = await this.trust.signedBy(["registry"], typ, compact, `a record of a ${typ}`);
       const id = claims.state?.[`${typ}_id`];
       if (typeof id !== "string" || claims.sub !== `spiffe://${this.config.trustDomain}/${typ}/${id}`) {
         throw new RefusedError(`the record of a ${typ} is about something else than it says`);
@@ -75,7 +75,7 @@ export class Evidence {
     let jwk = ordinaryKey(state.keys, header.kid, claims.iat)?.jwk;
     let instance;
     if (claims.enrolment !== undefined) {
-      instance = await this.trust.signedBy("registry", "instance.enrolment", claims.enrolment, "its enrolment");
+      instance = await this.trust.signedBy(["registry"], "instance.enrolment", claims.enrolment, "its enrolment");
       const fits = instance.sub === claims.iss && ordinaryKey([instance.key], header.kid, claims.iat);
       jwk = fits ? instance.key.jwk : undefined;
     }

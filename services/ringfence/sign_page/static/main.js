@@ -4,7 +4,7 @@ import { RefusedError, freshId } from "./encoding.js";
 import { Evidence, verifyInvitation } from "./evidence.js";
 import { describe } from "./messages.js";
 import { create, sign, usablePasskeys } from "./passkeys.js";
-import { checkReturn, questionOf, send } from "./relay.js";
+import { checkReturn, questionOf, send } from "./exchange.js";
 import { isObject, parseObject } from "./strict_json.js";
 import { visible, visibleName } from "./text.js";
 import { loadTrust } from "./trust.js";
@@ -21,13 +21,22 @@ async function begin() {
   if (window.top !== window.self) throw new RefusedError("this page does not work inside of another one");
   if (location.origin !== config.origin) throw new RefusedError(`this page is for ${config.origin}, not ${location.origin}`);
   if (!window.PublicKeyCredential || !crypto.subtle) throw new RefusedError("this browser knows no passkeys, or the page came without TLS");
+  if (!remembers()) throw new RefusedError("this browser keeps no data of this page; allow it, for the version of the trust bundle");
   const fragment = location.hash;
   // The link is of no use twice, and does not belong into the history.
   history.replaceState(null, "", location.pathname);
   if (!fragment) return ask();
   const found = await questionOf(fragment, config);
   if (found === undefined) throw new RefusedError("the link has no question that this page knows");
-  await take(found.text, found.relay);
+  await take(found.text, found.source);
+}
+
+function remembers() {
+  try {
+    return localStorage.length >= 0;
+  } catch {
+    return false;
+  }
 }
 
 function ask() {
@@ -41,18 +50,18 @@ function ask() {
   );
 }
 
-async function take(text, relay) {
+async function take(text, source) {
   const question = parseObject(text);
   const unknown = Object.keys(question).find((one) => !["user", "message", "invitation", "evidence", "return_to"].includes(one));
   if (unknown !== undefined) throw new RefusedError(`the question has a member that this page does not know: ${visibleName(unknown)}`);
   if (!isObject(question.evidence)) throw new RefusedError("the question has no evidence");
   const trust = await loadTrust(question.evidence.trust, config, now(), localStorage);
-  const returnTo = question.return_to ?? relay;
+  const returnTo = question.return_to ?? source;
   if (returnTo !== undefined) {
     // An origin of a console counts if the root names it, and this page was built for it.
     const consoles = trust.origins("session").filter((origin) => config.sessionOrigins.includes(origin));
     checkReturn(returnTo, consoles);
-    if (relay !== undefined && returnTo !== relay) throw new RefusedError("the answer is to go elsewhere than the question came from");
+    if (source !== undefined && returnTo !== source) throw new RefusedError("the answer is to go elsewhere than the question came from");
   }
   const evidence = new Evidence(trust, config, now());
   await evidence.addRecords(question.evidence.records ?? []);

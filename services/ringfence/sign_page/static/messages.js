@@ -5,7 +5,7 @@
 
 import { RefusedError, digest, messageId } from "./encoding.js";
 import { isTime, parse } from "./jws.js";
-import { duration, moment, visible, visibleLines, visibleName } from "./text.js";
+import { duration, moment, visibleLines, visibleName } from "./text.js";
 
 const COMMON = ["exp"];
 
@@ -73,20 +73,22 @@ function verdict(claims) {
   throw new RefusedError("its verdict is neither yes nor no");
 }
 
-function groundRows(ground) {
+/** Who acts, what they want (`wanted`), and the task that it is for: what decides comes first. */
+function groundRows(ground, wanted) {
   const { agent, task, target } = ground;
   const rows = [
     row("Agent", about(agent.agent_id, agent.description)),
-    row("Its sponsor", name(agent.sponsor)),
-    row("On behalf of", name(task.on_behalf_of)),
-    row("Task", prose(task.purpose), "quote"),
+    ...wanted,
     row("Target", about(target.target_id, target.description)),
+    row("Task", prose(task.purpose), "quote"),
+    row("On behalf of", name(task.on_behalf_of)),
   ];
-  if (task.act?.length > 1) rows.splice(1, 0, row("Handed on by", task.act.slice(1).map(name).join(", then ")));
+  if (task.act?.length > 1) rows.push(row("Handed on by", task.act.slice(1).map(name).join(", then ")));
+  rows.push(row("Its sponsor", name(agent.sponsor)));
   return rows;
 }
 
-async function describeRequest(compact, evidence, revisions) {
+async function describeRequest(compact, evidence, revisions, ttl) {
   const request = await evidence.agentRequest(compact);
   const { claims, instance } = request;
   known(
@@ -98,19 +100,19 @@ async function describeRequest(compact, evidence, revisions) {
   if (targets.size !== 1) throw new RefusedError("the request is for more than one target");
   const agentId = evidence.subject("agent", claims.iss);
   const ground = evidence.ground(agentId, claims.task_id, [...targets][0], revisions);
-  const rows = [
-    ...groundRows(ground),
+  const rows = groundRows(ground, [
     ...scopeRows(claims.scope, "Asks to"),
+    row("Credential for", duration(int(ttl))),
     row("Its reason, in its own words", prose(claims.reason), "quote"),
-  ];
-  if (instance) rows.splice(1, 0, row("Running as", `${prose(instance.subject)} of ${prose(instance.issuer)}`));
+  ]);
+  if (instance) rows.push(row("Running as", `${prose(instance.subject)} of ${prose(instance.issuer)}`));
   return { request, ground, rows };
 }
 
 async function approval(claims, evidence, extra) {
-  const asked = await evidence.trust.signedBy("policy", "approval.request", extra.question, "policy's question");
+  const asked = await evidence.trust.signedBy(["policy"], "approval.request", extra.question, "policy's question");
   const yes = verdict(claims);
-  const { request, ground, rows } = await describeRequest(claims.request, evidence, claims.revisions);
+  const { request, ground, rows } = await describeRequest(claims.request, evidence, claims.revisions, claims.ttl_s);
   const same = (one, other) => JSON.stringify(sorted(one)) === JSON.stringify(sorted(other));
   if (
     asked.request !== claims.request || asked.request_id !== request.id || claims.request_id !== request.id ||
@@ -126,7 +128,6 @@ async function approval(claims, evidence, extra) {
     throw new RefusedError("policy no longer waits for this answer, or not for so long");
   }
   rows.push(
-    row("Credential for", duration(int(claims.ttl_s))),
     row("Delivered to", deliveredTo(claims.delivery)),
     row("Needs the word of", asked.required.map(name).join(" and ")),
     ...(asked.reasons ?? []).map((one) => row("Policy says", prose(one.message))),
@@ -141,7 +142,7 @@ async function approval(claims, evidence, extra) {
 }
 
 async function actionApproval(claims, evidence) {
-  const asked = await evidence.trust.signedBy("gateway", "action.request", claims.request, "the gateway's question");
+  const asked = await evidence.trust.signedBy(["gateway"], "action.request", claims.request, "the gateway's question");
   known(
     ["iss", "aud", "iat", "jti", "exp", "action_id", "agent_id", "task_id", "lease_id", "target_id", "verb", "resource",
      "method", "url", "body_digest", "body_bytes", "headers_digest", "headers", "required", "revisions"],
@@ -155,11 +156,12 @@ async function actionApproval(claims, evidence) {
   const ground = evidence.ground(asked.agent_id, asked.task_id, asked.target_id, asked.revisions);
   const headers = (asked.headers ?? []).map((one) => `${name(one.name)}: ${one.value === undefined ? "(not shown)" : name(one.value)}`);
   const rows = [
-    ...groundRows(ground),
-    row("Action", `${name(asked.verb)}  on  ${name(asked.resource)}`, "code"),
-    row("As a request", `${name(asked.method)} ${name(asked.url)}`, "code"),
-    row("Body", asked.body_bytes ? `${int(asked.body_bytes)} bytes, SHA-256 ${name(asked.body_digest)}` : "none", "code"),
-    row("Headers", headers.join("\n") || (asked.headers_digest ? "none" : "not bound by this gateway"), "code"),
+    ...groundRows(ground, [
+      row("Action", `${name(asked.verb)}  on  ${name(asked.resource)}`, "code"),
+      row("As a request", `${name(asked.method)} ${name(asked.url)}`, "code"),
+      row("Body", asked.body_bytes ? `${int(asked.body_bytes)} bytes, SHA-256 ${name(asked.body_digest)}` : "none", "code"),
+      row("Headers", headers.join("\n") || (asked.headers_digest ? "none" : "not bound by this gateway"), "code"),
+    ]),
     row("Needs the word of", name(asked.required)),
     row("Held by", name(asked.iss)),
     ...comment(claims),
@@ -179,9 +181,10 @@ async function grant(claims, evidence) {
     title: `Approve ahead for ${name(claims.agent_id)}`,
     action: "Approve ahead",
     rows: [
-      ...groundRows(ground),
-      ...scopeRows(claims.scope, "May have"),
-      row("Credentials", `${count}, each for ${duration(int(claims.ttl_s))} at most`),
+      ...groundRows(ground, [
+        ...scopeRows(claims.scope, "May have"),
+        row("Credentials", `${count}, each for ${duration(int(claims.ttl_s))} at most`),
+      ]),
       row("Delivered to", deliveredTo(claims.delivery)),
       ...comment(claims),
     ],
@@ -200,7 +203,7 @@ function grantWithdraw(claims) {
 }
 
 async function review(claims, evidence, extra) {
-  const decision = await evidence.trust.signedBy("policy", "credential.decision", extra.decision, "the decision");
+  const decision = await evidence.trust.signedBy(["policy"], "credential.decision", extra.decision, "the decision");
   if (
     claims.decision_digest !== (await digest(extra.decision)) || decision.request_id !== claims.request_id ||
     decision.outcome !== "allowed"
@@ -232,7 +235,7 @@ const SELECTED = {
   target_id: "all leases for target", user_id: "all leases on behalf of", all: "every lease of every agent",
 };
 
-function revocation(claims) {
+async function revocation(claims, evidence, extra) {
   let what = `lease ${name(claims.lease_id ?? "")}`;
   if (claims.kind !== "revocation") throw new RefusedError("it is no revocation by a person");
   if (claims.selector !== undefined) {
@@ -240,16 +243,28 @@ function revocation(claims) {
     if (chosen.length !== 1 || claims.lease_id !== undefined) throw new RefusedError("a revocation names one thing");
     const [[key, value]] = chosen;
     what = key === "all" ? SELECTED.all : `${SELECTED[key]} ${name(value)}`;
-  } else {
-    str(claims.lease_id);
   }
+  const rows = claims.selector === undefined ? await leaseRows(str(claims.lease_id), evidence, extra.lease) : [];
   return {
     title: "Revoke",
     action: "Revoke",
     gives: false,
-    rows: [row("Ends", what), ...reason(claims)],
+    rows: [row("Ends", what), ...rows, ...reason(claims)],
     warnings: ["What it covers is cut at once. Agents may ask again with new requests."],
   };
+}
+
+/** What a lease is for, where its record came with the question: by the issuer, or by a revoker later. */
+async function leaseRows(leaseId, evidence, compact) {
+  if (compact === undefined) return [];
+  const lease = await evidence.trust.signedBy(["issuer", "revoker"], "lease", compact, "the lease");
+  if (lease.lease_id !== leaseId) throw new RefusedError("it is another lease than the one that came with it");
+  return [
+    row("Agent", name(lease.agent_id)),
+    row("On behalf of", name(lease.on_behalf_of)),
+    ...scopeRows(lease.scope, "Allows"),
+    row("Ends by itself", moment(int(lease.deadline))),
+  ];
 }
 
 function endKey(claims, evidence) {
@@ -390,6 +405,5 @@ const MESSAGES = {
   "task.end": entry(taskEnd, ["task_id", "reason"]),
 };
 
-/** The messages that this page signs, by `typ`. */
-export const SIGNED_HERE = Object.keys(MESSAGES);
-export { visible };
+/** The members that this page shows, by the messages that it signs. A test compares them with what services read. */
+export const MEMBERS = Object.fromEntries(Object.entries(MESSAGES).map(([typ, { members }]) => [typ, members]));

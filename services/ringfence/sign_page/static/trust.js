@@ -14,9 +14,9 @@ export class Trust {
     this.now = now;
   }
 
-  /** The key `kid` of the service `iss`, if it has `role` and the key is valid at `at`; else undefined. */
-  serviceKey(iss, kid, role, at) {
-    const service = this.bundle.services.find((one) => one.id === iss && one.roles.includes(role));
+  /** The key `kid` of the service `iss`, if it has one of `roles` and the key is valid at `at`; else undefined. */
+  serviceKey(iss, kid, roles, at) {
+    const service = this.bundle.services.find((one) => one.id === iss && roles.some((role) => one.roles.includes(role)));
     return ordinaryKey(service?.keys, kid, at)?.jwk;
   }
 
@@ -28,11 +28,11 @@ export class Trust {
       .map((one) => one.origin);
   }
 
-  /** Verify a message that a service with `role` signed, as of the time that it says. Returns its claims. */
-  async signedBy(role, typ, compact, what) {
+  /** Verify a message that a service with one of `roles` signed, as of the time that it says. Returns its claims. */
+  async signedBy(roles, typ, compact, what) {
     const jws = parse(compact, what);
-    const jwk = this.serviceKey(jws.claims.iss, jws.header.kid, role, jws.claims.iat);
-    if (jwk === undefined) throw new RefusedError(`${what} is signed by no ${role} of the trust bundle`);
+    const jwk = this.serviceKey(jws.claims.iss, jws.header.kid, roles, jws.claims.iat);
+    if (jwk === undefined) throw new RefusedError(`${what} is signed by no ${roles.join(" or ")} of the trust bundle`);
     await verify(jws, typ, jwk, this.config.trustDomain, what);
     if (jws.claims.iat > this.now + LEEWAY_S) throw new RefusedError(`${what} is dated in the future`);
     return jws.claims;
@@ -64,6 +64,9 @@ function checkVersion(version, config, memory) {
   const seen = Number(memory.getItem(name) ?? 0);
   if (version < seen) {
     throw new RefusedError(`the trust bundle has version ${version}; this browser has seen version ${seen}`);
+  }
+  if (version < config.leastVersion) {
+    throw new RefusedError(`the trust bundle has version ${version}; this page takes none before ${config.leastVersion}`);
   }
   memory.setItem(name, String(version));
 }

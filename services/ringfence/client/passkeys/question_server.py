@@ -1,4 +1,4 @@
-"""A relay on the loopback interface: gives the sign page one question, and takes one answer.
+"""The question server, on the loopback interface: gives the sign page one question, and takes one answer.
 
 Any page in the person's browser, and any local user, can connect to a port. So the path is random, the `Host` is that
 of this port, and the `Origin` is the sign page's: another page gets nothing, and learns nothing by the attempt. What
@@ -36,13 +36,13 @@ class NotSignedError(RingfenceError):
     code = "not_signed"
 
 
-class QuestionRelay(Generic[A]):
+class QuestionServer(Generic[A]):
     """Serves one question. An async context manager; `answer` waits for what `accept` made of the answer."""
 
     def __init__(self, origin: str, accept: Callable[[Mapping[str, Any]], A]) -> None:
         """Args:
             origin: the sign page's; no other page is answered.
-            accept: verifies an answer. A RingfenceError that it raises is told to the page, and the relay waits on.
+            accept: verifies an answer. A RingfenceError that it raises is told to the page, and the server waits on.
         """  # fmt: skip
         self._origin = origin
         self._accept = accept
@@ -84,7 +84,7 @@ class QuestionRelay(Generic[A]):
         await asyncio.gather(*self._connections, return_exceptions=True)
         self._answer.cancel()
 
-    async def __aenter__(self) -> QuestionRelay[A]:
+    async def __aenter__(self) -> QuestionServer[A]:
         await self.start()
         return self
 
@@ -147,7 +147,7 @@ class QuestionRelay(Generic[A]):
         return _response(200, {}, cors)
 
     def _is_for_us(self, request: RequestHead) -> bool:
-        """Whether the sign page sent this, to this relay. Nobody else learns whether the path was right."""
+        """Whether the sign page sent this, to this server. Nobody else learns whether the path was right."""
         path = hmac.compare_digest(request.target.encode(), self._path.encode())
         host = request.values.get(b"host") == f"{LOOPBACK}:{self._port}".encode()
         origins = [line.partition(b":")[2].strip() for name, line in request.fields if name == b"origin"]

@@ -1,6 +1,6 @@
 // Where a question comes from, and where the answer goes: the link, a program on this machine, or the console.
 //
-// A relay is a one-time URL of the command line on the loopback interface, or of a console. GET gives the question,
+// A question server is a one-time URL of the command line on the loopback interface, or of a console. GET gives the question,
 // POST takes the answer. The page sends nothing anywhere else: its policy (CSP, connect-src) would not let it.
 
 import { RefusedError, decode64, fromUtf8 } from "./encoding.js";
@@ -23,12 +23,12 @@ export function checkReturn(url, origins) {
   return parsed.href;
 }
 
-/** The question in the page's link, as `{text, relay}`; undefined where there is none. */
+/** The question in the page's link, as `{text, source}`: its text, and the question server; undefined where there is none. */
 export async function questionOf(fragment, config) {
   const [kind, value] = fragment.replace(/^#/, "").split(/=(.*)/s);
-  if (kind === "relay") {
-    const relay = checkReturn(decodeURIComponent(value ?? ""), config.sessionOrigins);
-    return { text: await fetched(relay), relay };
+  if (kind === "from") {
+    const source = checkReturn(decodeURIComponent(value ?? ""), config.sessionOrigins);
+    return { text: await fetched(source), source };
   }
   if (kind === "q") return { text: await unpacked(value ?? "") };
   return undefined;
@@ -68,7 +68,7 @@ async function unpacked(value) {
   }
 }
 
-/** Send an answer to a relay. Throws RefusedError where it was not taken. */
+/** Send an answer to a question server. Throws RefusedError where it was not taken. */
 export async function send(url, answer) {
   let response;
   try {

@@ -1,0 +1,205 @@
+"""Keys of people: invitations, proofs of possession, co-signatures, and the commands that add and end a key.
+
+An invitation, a possession and a co-signature are signed apart, often by three people, and stand in one `user.add-key`.
+None of them adds anything by itself.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from ringfence.client.connection import Connection
+from ringfence.client.errors import InvalidCallError, checked
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.validation_problems import explain
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.keys import SigningKey, thumbprint
+from ringfence.messages.keys import KeyRecord, PublicJwk
+from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserInvite, UserState
+from ringfence.model.lifecycle import KeyOrigin
+from ringfence.model.records.directory import Directory
+
+INVITATION_LIFE_S: Final = 24 * 3600
+"""The longest life of an invitation, and so of the possession that answers it."""
+MAX_PACKAGE_BYTES: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class KeyPackage:
+    """A new key of a person, with the proof that they have it: what the sign page, or `ringfence key prove`, gives out.
+
+    Nothing of it is verified here. The registry and every reader verify invitation and possession.
+    """
+
+    user_id: str
+    invitation: str
+    possession: str
+    jwk: PublicJwk
+    passkey: Mapping[str, Any]
+    """The fields of a passkey's key record; empty for a key file."""
+    attestation_object: str | None = None
+    """base64url, of a passkey whose authenticator attests."""
+    client_data: str | None = None
+    """base64url: the client data of the registration, which the attestation covers."""
+
+    @property
+    def kid(self) -> str:
+        """The key's thumbprint."""
+        return thumbprint(self.jwk)
+
+    def record(self, not_after: int, *, attested: bool = False) -> KeyRecord:
+        """Return the key as records have it. `attested`: its attestation was verified (`passkey_attestation`)."""
+        with checked("the key"):
+            return KeyRecord(
+                kid=self.kid,
+                jwk=self.jwk,
+                not_after=not_after,
+                attested=True if attested else None,
+                **self.passkey,
+            )
+
+    def text(self) -> str:
+        """Return the package as JSON."""
+        document = {
+            "user": self.user_id,
+            "jwk": self.jwk.model_dump(exclude_none=True),
+            "invitation": self.invitation,
+            "possession": self.possession,
+            **{name: value for name, value in self.passkey.items() if name != "use"},
+            "attestation_object": self.attestation_object,
+            "client_data": self.client_data,
+        }
+        return json.dumps({name: value for name, value in document.items() if value is not None})
+
+
+def read_package(text: str) -> KeyPackage:
+    """Parse a package. Raises InvalidCallError."""
+    if len(text) > MAX_PACKAGE_BYTES:
+        raise InvalidCallError(f"the package has {len(text)} characters; the limit is {MAX_PACKAGE_BYTES}")
+    try:
+        document = json.loads(text)
+        jwk = PublicJwk.model_validate(document["jwk"])
+        claims = parse(document["possession"]).unverified_claims(KeyPossession)
+        parse(document["invitation"]).unverified_claims(UserInvite)
+        passkey: dict[str, Any] = {}
+        if document.get("credential_id") is not None:
+            passkey = {
+                "use": "webauthn",
+                **{
+                    name: document.get(name)
+                    for name in ("credential_id", "rp_id", "aaguid", "backup_eligible")
+                },
+            }
+        return (
+            KeyPackage(
+                str(document["user"]),
+                document["invitation"],
+                document["possession"],
+                jwk,
+                passkey,
+                document.get("attestation_object"),
+                document.get("client_data"),
+            )
+            if claims.user_id == document["user"]
+            else _refuse("it is for another user than its possession")
+        )
+    except ValidationError as error:
+        return _refuse(explain(error))
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return _refuse("it is not the JSON that the sign page gives out")
+    except InvalidMessageError as error:
+        return _refuse(str(error))
+
+
+def _refuse(reason: str) -> KeyPackage:
+    raise InvalidCallError(
+        f"this is no package of a new key: {reason}; get it from the sign page, or with: ringfence key prove"
+    )
+
+
+def invite(connection: Connection, user_id: str, valid_s: int = INVITATION_LIFE_S) -> str:
+    """Sign an invitation to make a key, and return it (compact JWS). Nothing is sent."""
+    if not 0 < valid_s <= INVITATION_LIFE_S:
+        raise InvalidCallError(f"an invitation is valid for {INVITATION_LIFE_S // 3600} h at most")
+    stamp = connection.stamp(valid_s) | {"jti": secrets.token_urlsafe(32)}
+    with checked("the invitation"):
+        return sign(UserInvite(**stamp, user_id=user_id), connection.key)
+
+
+def prove(key: SigningKey, invitation: str, now_s: int) -> KeyPackage:
+    """Sign that one has a new key, in answer to an invitation; for key files. `key.id` is the user's.
+
+    Raises InvalidCallError where the invitation is none, or is for somebody else.
+    """
+    try:
+        claims = parse(invitation).unverified_claims(UserInvite)  # verified by whoever adds the key
+    except InvalidMessageError as error:
+        raise InvalidCallError(f"this is no invitation: {error}") from None
+    if key.id != f"spiffe://{claims.aud}/user/{claims.user_id}":
+        raise InvalidCallError(f"the invitation is for {claims.user_id}, the key is of {key.id}")
+    if now_s >= claims.exp:
+        raise InvalidCallError("the invitation has ended; ask for another").with_remedy(
+            f"ringfence user invite {claims.user_id}"
+        )
+    possession = KeyPossession(
+        iss=key.id,
+        aud=claims.aud,
+        iat=now_s,
+        exp=claims.exp,
+        jti=secrets.token_urlsafe(32),
+        user_id=claims.user_id,
+        jwk=key.public,
+        invitation=claims.jti,
+    )
+    return KeyPackage(claims.user_id, invitation, sign(possession, key), key.public, {})
+
+
+def endorse(connection: Connection, package: KeyPackage, valid_s: int = INVITATION_LIFE_S) -> str:
+    """Co-sign a new key as the second operator, and return the signature (compact JWS). Nothing is sent."""
+    with checked("the co-signature"):
+        claims = KeyEndorsement(
+            **connection.stamp(valid_s),
+            user_id=package.user_id,
+            kid=package.kid,
+            possession_digest=digest(package.possession),
+        )
+    return sign(claims, connection.key)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOfUser:
+    """A key as `ringfence user keys` shows it."""
+
+    key: KeyRecord
+    origin: KeyOrigin | None
+    compromised: bool
+
+
+def keys_of(directory: Directory, state: UserState) -> list[KeyOfUser]:
+    """Return the keys of a user, the latest first, with where they come from."""
+    origins = directory.key_history(state.user_id).origins
+    found = [KeyOfUser(key, origins.get(key.kid), key.kid in (state.compromised or ())) for key in state.keys]
+    return sorted(found, key=lambda one: one.origin.added_ms if one.origin else 0, reverse=True)
+
+
+def vouched_by(directory: Directory, user_id: str, kids: Sequence[str]) -> list[tuple[str, str]]:
+    """Return (user id, `kid`) of keys of others that rest on the word of these keys of `user_id`, and have not ended as
+    compromised.
+    """
+    found: list[tuple[str, str]] = []
+    for entry in directory.entries("user"):
+        state = entry.state
+        if not isinstance(state, UserState) or state.user_id == user_id:
+            continue
+        for kid, origin in directory.key_history(state.user_id).origins.items():
+            rests = any((user_id, one) in origin.voucher_keys for one in kids)
+            if rests and kid not in (state.compromised or ()):
+                found.append((state.user_id, kid))
+    return found

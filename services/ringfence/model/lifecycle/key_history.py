@@ -1,0 +1,173 @@
+"""Where a person's keys come from: who gave them each key, and since when it counts for approvals. Pure.
+
+All of it follows from the commands that the user's record embeds. No state holds it, so records of before have it as
+well (ADR 0074). The first key of a user counts at once. A key that somebody else adds later counts for approvals,
+grants and reviews only after `WAIT_S`, so that the user can end it first; or at once, if a second operator co-signed
+it. A key that the user adds by a key of their own counts as that one does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Final
+
+from ringfence.messages.registry import UserState
+
+WAIT_S: Final = 24 * 3600
+"""How long a key that somebody else added does not count for approvals. A constant: no setting shortens it."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyOrigin:
+    """Where one key of a user comes from."""
+
+    kid: str
+    added_ms: int
+    """The append time of the command that gave it to the user; of the last one, if it had ended in between."""
+    by: str | None
+    """The id of the user who signed that command; None: the root."""
+    by_kid: str
+    """The key that signed that command."""
+    first: bool
+    """Whether the user had never had a key before."""
+    counts_from_ms: int
+    """Since when it counts for approvals, grants and reviews."""
+    endorsed_by: str | None = None
+    """The second operator who co-signed it."""
+    vouchers: frozenset[str] = frozenset()
+    """The ids of all others on whose word the key rests: who added it, who co-signed it, and on whose word *their* keys
+    rest. Empty for the first keys of a user."""
+    voucher_keys: frozenset[tuple[str, str]] = frozenset()
+    """The keys (user id, kid) with which they gave their word."""
+
+
+@dataclass(frozen=True, slots=True)
+class SignerKey:
+    """The key that signed a command."""
+
+    user_id: str | None
+    """None: the root, or an agent."""
+    kid: str
+    origin: KeyOrigin | None = None
+    """None for the root and for provisioners."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyProof:
+    """What a `user.add-key` command embeds, verified."""
+
+    invitation_id: str
+    """The UUIDv5 of the invitation's (`iss`, `jti`). It counts once."""
+    endorser: SignerKey | None = None
+    """The second operator, whose co-signature counts."""
+
+
+_NO_ORIGINS: Final[Mapping[str, KeyOrigin]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class KeyHistory:
+    """The origins of all keys that a user has or had, as of one command."""
+
+    origins: Mapping[str, KeyOrigin] = field(default_factory=lambda: _NO_ORIGINS)
+    invitations: frozenset[str] = frozenset()
+    """The ids of the invitations that were used."""
+
+    def added_by(self, kid: str) -> frozenset[str]:
+        """Return the keys that the user added with `kid`, and with keys that those added, and so on."""
+        found: set[str] = set()
+        todo = [kid]
+        while todo:
+            parent = todo.pop()
+            children = {
+                one.kid
+                for one in self.origins.values()
+                if one.by_kid == parent and not one.first and one.kid not in found and one.kid != kid
+            }
+            found |= children
+            todo += children
+        return frozenset(found)
+
+    def after(
+        self,
+        before: UserState | None,
+        state: UserState,
+        *,
+        at_ms: int,
+        signer: SignerKey,
+        proof: KeyProof | None = None,
+    ) -> KeyHistory:
+        """Return the history after a command that made `state` of `before`.
+
+        Args:
+            at_ms: the append time of the command.
+            signer: the key that signed it.
+            proof: what it embeds, if it is a `user.add-key`.
+        """
+        at_s = at_ms // 1000
+        had = {key.kid for key in before.keys if key.not_after > at_s} if before else set()
+        given = [key.kid for key in state.keys if key.not_after > at_s and key.kid not in had]
+        used = self.invitations | {proof.invitation_id} if proof else self.invitations
+        if not given:
+            return self if used == self.invitations else replace(self, invitations=used)
+        first = not self.origins
+        endorser = proof.endorser if proof else None
+        new = {kid: _origin(kid, state.user_id, signer, endorser, at_ms=at_ms, first=first) for kid in given}
+        return KeyHistory(MappingProxyType({**self.origins, **new}), used)
+
+
+NO_HISTORY: Final = KeyHistory()
+
+
+def _origin(
+    kid: str, user_id: str, signer: SignerKey, endorser: SignerKey | None, *, at_ms: int, first: bool
+) -> KeyOrigin:
+    plain = KeyOrigin(kid, at_ms, signer.user_id, signer.kid, first=first, counts_from_ms=at_ms)
+    if first:
+        return plain
+    inherited = signer.origin
+    if signer.user_id == user_id:
+        if inherited is None:
+            return plain
+        return replace(
+            plain,
+            counts_from_ms=max(at_ms, inherited.counts_from_ms),
+            vouchers=inherited.vouchers,
+            voucher_keys=inherited.voucher_keys,
+        )
+    vouching = [signer, *([endorser] if endorser else [])]
+    people = {one.user_id for one in vouching if one.user_id} | {
+        person for one in vouching if one.origin for person in one.origin.vouchers
+    }
+    keys = {(one.user_id, one.kid) for one in vouching if one.user_id} | {
+        key for one in vouching if one.origin for key in one.origin.voucher_keys
+    }
+    return replace(
+        plain,
+        counts_from_ms=at_ms if endorser else at_ms + WAIT_S * 1000,
+        endorsed_by=endorser.user_id if endorser else None,
+        vouchers=frozenset(people - {user_id}),
+        voucher_keys=frozenset(keys),
+    )
+
+
+def endorsement_problem(user_id: str, signer: SignerKey, endorser: SignerKey, at_ms: int) -> str | None:
+    """Return why a second operator's signature under a new key of `user_id` counts for nothing, or None.
+
+    Neither of the two may rest on the word of the other, nor on the user's: one person could otherwise be both.
+    """
+    if endorser.user_id in (user_id, signer.user_id):
+        return f"{endorser.user_id} is nobody else: it takes a second operator, who is not {user_id} either"
+    for one, others in ((signer, {endorser.user_id}), (endorser, {signer.user_id})):
+        origin = one.origin
+        if origin is None:
+            continue
+        if origin.counts_from_ms > at_ms:
+            return (
+                f"the key of {one.user_id} was added by somebody else, and does not count for approvals yet"
+            )
+        if origin.vouchers & (others | {user_id}):
+            return f"the key of {one.user_id} rests on the word of another of the two, or of {user_id}"
+    return None

@@ -1,0 +1,501 @@
+"""Keys of people: who may add and end them, what proves that they are theirs, and since when they count."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Claims
+from ringfence.messages.registry import EmbeddedCommand, UserDisable, UserState
+from ringfence.model.lifecycle import WAIT_S, CommandRefusedError, KeyOrigin
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from tests.support import user_keys
+from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
+from tests.support.user_keys import add_key, end_key, new_key, new_passkey
+
+WAIT_MS = WAIT_S * 1000
+
+
+@pytest.fixture
+def ledger() -> InMemoryRegistry:
+    """olga and otto are operators, sam and suzy sponsors; oscar is a third operator."""
+    ledger = InMemoryRegistry()
+    ledger.organisation()
+    ledger.give(ledger.user_set("olga", "oscar", ["operator"]))
+    return ledger
+
+
+def refused(ledger: InMemoryRegistry, claims: Claims, key: SigningKey | None = None) -> str:
+    """The code with which a command is refused."""
+    with pytest.raises(CommandRefusedError) as caught:
+        ledger.give(claims, key)
+    assert str(caught.value)
+    return caught.value.code
+
+
+def state(ledger: InMemoryRegistry, user: str) -> UserState:
+    entry = ledger.directory.user(user)
+    assert entry is not None
+    return entry.state
+
+
+def origin(ledger: InMemoryRegistry, user: str, key: SigningKey) -> KeyOrigin:
+    return ledger.directory.key_history(user).origins[key.kid]
+
+
+def counting(ledger: InMemoryRegistry, user: str) -> set[str]:
+    return {key.kid for key in state(ledger, user).keys if key.not_after > ledger.clock.ms // 1000}
+
+
+def reread(ledger: InMemoryRegistry) -> Directory:
+    """A reader that starts with the present records alone, in any order."""
+    reader = ledger.reader()
+    for kind in ("target", "task", "agent", "user"):
+        for entry in ledger.directory.entries(kind):
+            assert ledger.admit(entry.compact.decode(), reader) is None
+    return reader
+
+
+# --- adding -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [new_key, new_passkey], ids=["key file", "passkey"])
+def test_an_operator_adds_a_key_and_the_others_stay(ledger: InMemoryRegistry, make: Any):
+    key = make("sam")
+    ledger.give(add_key(ledger, "olga", "sam", key))
+    assert counting(ledger, "sam") == {key.kid, ledger.key("sam").kid}
+    assert state(ledger, "sam").roles == ("sponsor",)
+
+
+def test_a_person_adds_a_key_with_a_key_file_of_their_own(ledger: InMemoryRegistry):
+    key = new_key("sam")
+    ledger.give(add_key(ledger, "sam", "sam", key))
+    assert key.kid in counting(ledger, "sam")
+
+
+def test_no_passkey_adds_a_key(ledger: InMemoryRegistry):
+    passkey = new_passkey("sam")
+    ledger.give(add_key(ledger, "olga", "sam", passkey))
+    with pytest.raises(InvalidMessageError) as caught:
+        ledger.give(add_key(ledger, "sam", "sam", new_key("sam")), passkey)
+    assert caught.value.code == "passkey_not_allowed"
+
+
+def test_nobody_adds_a_key_to_somebody_else(ledger: InMemoryRegistry):
+    assert refused(ledger, add_key(ledger, "suzy", "sam", new_key("sam"))) == "not_operator"
+
+
+def test_a_stranger_adds_nothing(ledger: InMemoryRegistry):
+    with pytest.raises(InvalidMessageError) as caught:
+        ledger.give(add_key(ledger, "mallory", "sam", new_key("sam")))
+    assert caught.value.code == "key_unknown"
+
+
+def test_a_key_is_added_to_people_who_may_act(ledger: InMemoryRegistry):
+    assert refused(ledger, add_key(ledger, "olga", "nobody", new_key("nobody"))) == "unknown_user"
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="sam", reason="left"))
+    assert refused(ledger, add_key(ledger, "olga", "sam", new_key("sam"))) == "user_disabled"
+
+
+def test_a_key_is_added_once_and_has_one_owner(ledger: InMemoryRegistry):
+    key = new_key("sam")
+    ledger.give(add_key(ledger, "olga", "sam", key))
+    assert refused(ledger, add_key(ledger, "olga", "sam", key)) == "key_twice"
+    assert refused(ledger, add_key(ledger, "olga", "suzy", key, possession=None)) == "key_taken"
+
+
+def test_a_person_has_sixteen_keys_at_most(ledger: InMemoryRegistry):
+    for _ in range(15):
+        ledger.give(add_key(ledger, "olga", "sam", new_key("sam")))
+    assert refused(ledger, add_key(ledger, "olga", "sam", new_key("sam"))) == "too_many_keys"
+    ledger.give(end_key(ledger, "olga", "sam", ledger.key("sam").kid))
+    ledger.give(add_key(ledger, "olga", "sam", new_key("sam")))
+
+
+def test_a_command_without_its_proofs_is_refused(ledger: InMemoryRegistry):
+    for missing in ("invitation", "possession"):
+        command = add_key(ledger, "olga", "sam", new_key("sam")).model_copy(update={missing: None})
+        assert refused(ledger, command) == "possession_invalid"
+
+
+# --- what proves that it is theirs ------------------------------------------------------------------------------------
+
+
+def test_an_invitation_counts_once(ledger: InMemoryRegistry):
+    invited = user_keys.invitation(ledger, "olga", "sam")
+    ledger.give(add_key(ledger, "olga", "sam", new_key("sam"), invitation=invited))
+    assert (
+        refused(ledger, add_key(ledger, "olga", "sam", new_key("sam"), invitation=invited))
+        == "invitation_used"
+    )
+    # Nor after the key that it was used for has ended, nor for another operator.
+    ledger.clock.ms += 1000
+    assert (
+        refused(ledger, add_key(ledger, "otto", "sam", new_key("sam"), invitation=invited))
+        == "invitation_used"
+    )
+
+
+def test_a_possession_is_of_this_key_this_user_and_this_invitation(ledger: InMemoryRegistry):
+    invited, other = (user_keys.invitation(ledger, "olga", "sam") for _ in range(2))
+    key = new_key("sam")
+    wrong = {
+        "by another key": user_keys.possession(ledger, key, "sam", invited, by=new_key("sam")),
+        "of another key": user_keys.possession(ledger, new_key("sam"), "sam", invited, by=key),
+        "of another user": user_keys.possession(ledger, key, "suzy", invited),
+        "in another name": user_keys.possession(ledger, key, "sam", invited, iss=f"spiffe://{TD}/user/suzy"),
+        "to another invitation": user_keys.possession(ledger, key, "sam", other),
+        "ended": user_keys.possession(
+            ledger, key, "sam", invited, iat=START_MS // 1000 - 100, exp=START_MS // 1000 - 1
+        ),
+    }
+    for what, possessed in wrong.items():
+        command = add_key(ledger, "olga", "sam", key, invitation=invited, possession=possessed)
+        assert refused(ledger, command) == "possession_invalid", what
+    ledger.give(add_key(ledger, "olga", "sam", key, invitation=invited))
+
+
+def test_an_invitation_is_for_this_user_by_who_may_invite_and_in_time(ledger: InMemoryRegistry):
+    key, passkey = new_key("sam"), new_passkey("sam")
+    ledger.give(add_key(ledger, "olga", "sam", passkey))
+    now_s = ledger.clock.ms // 1000
+    wrong = {
+        "for another": user_keys.invitation(ledger, "olga", "suzy"),
+        "by a stranger": user_keys.invitation(ledger, "mallory", "sam"),
+        "by no operator": user_keys.invitation(ledger, "suzy", "sam"),
+        "by a passkey": user_keys.invitation(ledger, "sam", "sam", passkey),
+        "too long": user_keys.invitation(ledger, "olga", "sam", exp=now_s + 24 * 3600 + 60),
+        "ended": user_keys.invitation(ledger, "olga", "sam", iat=now_s - 100, exp=now_s - 1),
+    }
+    for what, invited in wrong.items():
+        command = add_key(ledger, "olga", "sam", key, invitation=invited)
+        assert refused(ledger, command) == "possession_invalid", what
+    ledger.give(add_key(ledger, "olga", "sam", key, invitation=user_keys.invitation(ledger, "sam", "sam")))
+
+
+def test_the_invitation_of_who_is_no_operator_any_more_is_void(ledger: InMemoryRegistry):
+    invited = user_keys.invitation(ledger, "otto", "sam")
+    ledger.give(ledger.user_set("olga", "otto", []))
+    command = add_key(ledger, "olga", "sam", new_key("sam"), invitation=invited)
+    assert refused(ledger, command) == "possession_invalid"
+
+
+def test_a_passkey_is_added_within_ten_minutes_of_its_signature(ledger: InMemoryRegistry):
+    passkey, invited = (
+        new_passkey("sam"),
+        user_keys.invitation(ledger, "olga", "sam", exp=START_MS // 1000 + 7200),
+    )
+    possessed = user_keys.possession(ledger, passkey, "sam", invited, exp=START_MS // 1000 + 7200)
+    ledger.clock.ms += 700_000
+    command = add_key(ledger, "olga", "sam", passkey, invitation=invited, possession=possessed)
+    assert refused(ledger, command) == "possession_invalid"
+    ledger.give(add_key(ledger, "olga", "sam", passkey, invitation=invited))
+
+
+def test_a_passkey_is_of_this_organisations_pages(ledger: InMemoryRegistry):
+    for wrong in ({"rp_id": "evil.example"}, {"origin": "https://evil.example"}, {"flags": 1}):
+        passkey = new_passkey("sam", **wrong)
+        assert refused(ledger, add_key(ledger, "olga", "sam", passkey)) in (
+            "possession_invalid",
+            "rp_id_unexpected",
+        )
+
+
+def test_a_key_is_of_one_kind(ledger: InMemoryRegistry):
+    """Neither a key file called a passkey, nor the other way round, nor half of one."""
+    passkey, key = new_passkey("sam"), new_key("sam")
+    good, plain = user_keys.record_of(passkey), user_keys.record_of(key)
+    wrong = [
+        (passkey, good.model_copy(update={"credential_id": None})),
+        (passkey, good.model_copy(update={"rp_id": None})),
+        (passkey, good.model_copy(update={"use": None})),
+        (key, plain.model_copy(update={"attested": True})),
+        (key, plain.model_copy(update={"use": "webauthn", "credential_id": "AAAA", "rp_id": "localhost"})),
+        (passkey, plain.model_copy(update={"kid": passkey.kid})),
+    ]
+    for signer, record in wrong:
+        command = add_key(ledger, "olga", "sam", signer, key=record)
+        assert refused(ledger, command) in ("key_invalid", "possession_invalid"), record
+
+
+def test_only_people_have_passkeys(ledger: InMemoryRegistry):
+    passkey = new_passkey("sam")
+    record = user_keys.record_of(passkey)
+    assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(record,))) == "key_invalid"
+
+
+def test_another_operator_says_that_a_key_is_attested(ledger: InMemoryRegistry):
+    for by, user in (("sam", "sam"), ("olga", "olga")):
+        passkey = new_passkey(user)
+        record = user_keys.record_of(passkey).model_copy(update={"attested": True})
+        assert refused(ledger, add_key(ledger, by, user, passkey, key=record)) == "attestation_not_verified"
+    passkey = new_passkey("sam")
+    record = user_keys.record_of(passkey).model_copy(update={"attested": True})
+    ledger.give(add_key(ledger, "olga", "sam", passkey, key=record))
+    assert state(ledger, "sam").keys[0].attested is True
+
+
+def test_user_set_makes_no_passkey_and_changes_none(ledger: InMemoryRegistry):
+    passkey = new_passkey("sam")
+    record = user_keys.record_of(passkey)
+    assert (
+        refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=(record,))) == "possession_invalid"
+    )
+    ledger.give(add_key(ledger, "olga", "sam", passkey))
+    for changed in (
+        {"attested": True},
+        {"rp_id": "evil.example"},
+        {"backup_eligible": True},
+        {"aaguid": None},
+    ):
+        keys = (record.model_copy(update=changed),)
+        assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=keys)) == "key_changed", (
+            changed
+        )
+    bare = passkey.plain().record(record.not_after)
+    assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"], keys=(bare,))) == "key_changed"
+    ledger.give(ledger.user_set("olga", "sam", ["sponsor"], keys=(record,)))
+    assert counting(ledger, "sam") == {passkey.kid}
+
+
+# --- ending -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_person_or_an_operator_ends_a_key_and_nobody_else(ledger: InMemoryRegistry):
+    passkey, key = new_passkey("sam"), new_key("sam")
+    ledger.give(add_key(ledger, "sam", "sam", passkey))
+    ledger.give(add_key(ledger, "sam", "sam", key))
+    assert refused(ledger, end_key(ledger, "suzy", "sam", key.kid)) == "not_operator"
+    assert refused(ledger, end_key(ledger, "sam", "sam", new_key("sam").kid)) == "unknown_key"
+    ledger.give(end_key(ledger, "sam", "sam", key.kid), passkey)
+    ledger.give(end_key(ledger, "olga", "sam", passkey.kid))
+    assert counting(ledger, "sam") == {ledger.key("sam").kid}
+
+
+def test_an_ended_key_signs_nothing_new_and_what_it_signed_stays(ledger: InMemoryRegistry):
+    passkey = new_passkey("sam")
+    ledger.give(add_key(ledger, "olga", "sam", passkey))
+    ledger.give(ledger.register("sam", "bot", "sam"))
+    ledger.give(ledger.assign("sam", "bot"), passkey)
+    ledger.give(end_key(ledger, "sam", "sam", passkey.kid))
+    with pytest.raises(InvalidMessageError) as caught:
+        ledger.give(ledger.assign("sam", "bot"), passkey)
+    assert caught.value.code == "key_unknown"
+    reader = reread(ledger)
+    assert len(list(reader.entries("task"))) == 1
+    assert len(list(reader.entries("user"))) == len(list(ledger.directory.entries("user")))
+
+
+def test_a_compromised_key_ends_those_that_it_added(ledger: InMemoryRegistry):
+    first, second, third, apart = (new_key("sam") for _ in range(4))
+    ledger.give(add_key(ledger, "olga", "sam", apart))
+    ledger.give(add_key(ledger, "sam", "sam", first))
+    ledger.give(add_key(ledger, "sam", "sam", second), first)
+    ledger.give(add_key(ledger, "sam", "sam", third), second)
+    ledger.give(end_key(ledger, "olga", "sam", first.kid, compromised=True))
+    assert counting(ledger, "sam") == {ledger.key("sam").kid, apart.kid}
+    assert set(state(ledger, "sam").compromised or ()) == {first.kid, second.kid, third.kid}
+    assert reread(ledger).user("sam")
+
+
+def test_without_it_being_compromised_only_the_key_ends(ledger: InMemoryRegistry):
+    first, second = new_key("sam"), new_key("sam")
+    ledger.give(add_key(ledger, "sam", "sam", first))
+    ledger.give(add_key(ledger, "sam", "sam", second), first)
+    ledger.give(end_key(ledger, "sam", "sam", first.kid))
+    assert counting(ledger, "sam") == {ledger.key("sam").kid, second.kid}
+    # That it was compromised may be found out later.
+    ledger.give(end_key(ledger, "sam", "sam", first.kid, compromised=True))
+    assert counting(ledger, "sam") == {ledger.key("sam").kid}
+
+
+def test_a_compromised_key_never_comes_back(ledger: InMemoryRegistry):
+    key = ledger.key("sam")
+    ledger.give(end_key(ledger, "olga", "sam", key.kid, compromised=True))
+    assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"])) == "key_compromised"
+    assert refused(ledger, add_key(ledger, "olga", "sam", key)) == "key_compromised"
+    ledger.give(ledger.user_set("olga", "sam", ["sponsor"], keys=()))
+    assert refused(ledger, ledger.user_set("olga", "sam", ["sponsor"])) == "key_compromised"
+
+
+def test_a_held_back_user_set_does_not_undo_the_end_of_a_key(ledger: InMemoryRegistry):
+    before = ledger.user_set("olga", "sam", ["sponsor"])
+    ledger.clock.ms += 5000
+    ledger.give(end_key(ledger, "sam", "sam", ledger.key("sam").kid))
+    assert refused(ledger, before) == "overtaken"
+
+
+# --- since when a key counts, and on whose word it rests --------------------------------------------------------------
+
+
+def test_the_first_keys_of_a_person_count_at_once(ledger: InMemoryRegistry):
+    ledger.give(ledger.user_set("olga", "petra", ["sponsor"], keys=()))
+    passkey = new_passkey("petra")
+    ledger.give(add_key(ledger, "olga", "petra", passkey))
+    first = origin(ledger, "petra", passkey)
+    assert (first.first, first.counts_from_ms, first.vouchers) == (True, first.added_ms, frozenset())
+    assert origin(ledger, "sam", ledger.key("sam")).first
+
+
+def test_a_key_that_an_operator_adds_later_waits(ledger: InMemoryRegistry):
+    key, listed = new_key("sam"), new_key("sam")
+    ledger.give(add_key(ledger, "olga", "sam", key))
+    keys = (user_keys.record_of(listed), user_keys.record_of(key))
+    ledger.give(ledger.user_set("otto", "sam", ["sponsor"], keys=keys))
+    added, by_set = origin(ledger, "sam", key), origin(ledger, "sam", listed)
+    assert (added.counts_from_ms, added.vouchers) == (added.added_ms + WAIT_MS, frozenset({"olga"}))
+    assert (by_set.counts_from_ms, by_set.vouchers) == (by_set.added_ms + WAIT_MS, frozenset({"otto"}))
+
+
+def test_all_keys_away_and_a_new_one_is_no_first_key(ledger: InMemoryRegistry):
+    key = new_key("sam")
+    ledger.give(ledger.user_set("olga", "sam", ["sponsor"], keys=()))
+    ledger.give(ledger.user_set("olga", "sam", ["sponsor"], keys=(user_keys.record_of(key),)))
+    assert origin(ledger, "sam", key).counts_from_ms == origin(ledger, "sam", key).added_ms + WAIT_MS
+    # Nor the old one, which the operator may have found.
+    old = ledger.key("sam")
+    ledger.give(ledger.user_set("olga", "sam", ["sponsor"]))
+    assert origin(ledger, "sam", old).counts_from_ms == origin(ledger, "sam", old).added_ms + WAIT_MS
+
+
+def test_a_longer_life_of_a_key_is_no_new_key(ledger: InMemoryRegistry):
+    key = ledger.key("sam")
+    before = origin(ledger, "sam", key)
+    keys = (key.record(START_MS // 1000 + 2 * user_keys.YEARS_S),)
+    ledger.give(ledger.user_set("olga", "sam", ["sponsor"], keys=keys))
+    assert origin(ledger, "sam", key) == before
+
+
+def test_a_key_of_ones_own_adds_keys_that_count_as_it_does(ledger: InMemoryRegistry):
+    own, lent, of_lent = (new_key("sam") for _ in range(3))
+    ledger.give(add_key(ledger, "sam", "sam", own))
+    assert origin(ledger, "sam", own).counts_from_ms == origin(ledger, "sam", own).added_ms
+    ledger.give(add_key(ledger, "olga", "sam", lent))
+    ledger.give(add_key(ledger, "sam", "sam", of_lent), lent)
+    child = origin(ledger, "sam", of_lent)
+    assert child.counts_from_ms == origin(ledger, "sam", lent).counts_from_ms
+    assert child.vouchers == {"olga"}
+
+
+def test_a_second_operator_lets_it_count_at_once(ledger: InMemoryRegistry):
+    key = new_passkey("sam")
+    ledger.give(add_key(ledger, "olga", "sam", key, cosigned="otto"))
+    added = origin(ledger, "sam", key)
+    assert (added.counts_from_ms, added.endorsed_by) == (added.added_ms, "otto")
+    assert added.vouchers == {"olga", "otto"}
+
+
+def test_who_is_no_second_operator(ledger: InMemoryRegistry):
+    for cosigned, by, user in (("olga", "olga", "sam"), ("suzy", "olga", "sam"), ("otto", "olga", "otto"),
+                               ("mallory", "olga", "sam"), ("sam", "olga", "sam")):  # fmt: skip
+        command = add_key(ledger, by, user, new_key(user), cosigned=cosigned)
+        assert refused(ledger, command) == "possession_invalid", cosigned
+
+
+def test_a_co_signature_is_under_this_key_and_this_possession(ledger: InMemoryRegistry):
+    key, other = new_key("sam"), new_key("sam")
+    invited = user_keys.invitation(ledger, "olga", "sam")
+    possessed = user_keys.possession(ledger, key, "sam", invited)
+    elsewhere = user_keys.possession(ledger, key, "sam", user_keys.invitation(ledger, "olga", "sam"))
+    wrong = [
+        user_keys.endorsement(ledger, "otto", "sam", other.kid, possessed),
+        user_keys.endorsement(ledger, "otto", "suzy", key.kid, possessed),
+        user_keys.endorsement(ledger, "otto", "sam", key.kid, elsewhere),
+        user_keys.endorsement(
+            ledger, "otto", "sam", key.kid, possessed, iat=START_MS // 1000 - 100, exp=START_MS // 1000
+        ),
+    ]
+    for signed in wrong:
+        command = add_key(
+            ledger, "olga", "sam", key, invitation=invited, possession=possessed, endorsement=signed
+        )
+        assert refused(ledger, command) == "possession_invalid"
+
+
+def test_an_operator_is_no_second_operator_by_a_key_that_they_lent(ledger: InMemoryRegistry):
+    """olga gives otto a key that she has herself, and co-signs as otto, at once and later."""
+    lent = new_key("otto")
+    ledger.give(add_key(ledger, "olga", "otto", lent))
+    for wait_ms in (0, WAIT_MS):
+        ledger.clock.ms += wait_ms
+        key = new_key("sam")
+        invited = user_keys.invitation(ledger, "olga", "sam")
+        possessed = user_keys.possession(ledger, key, "sam", invited)
+        signed = user_keys.endorsement(ledger, "otto", "sam", key.kid, possessed, lent)
+        command = add_key(
+            ledger, "olga", "sam", key, invitation=invited, possession=possessed, endorsement=signed
+        )
+        assert refused(ledger, command) == "possession_invalid"
+        # Nor the other way round: otto's lent key adds, olga co-signs.
+        command = add_key(ledger, "otto", "sam", new_key("sam"), cosigned="olga")
+        assert refused(ledger, command, lent) == "possession_invalid"
+    # A third operator does not rest on her word.
+    ledger.give(add_key(ledger, "otto", "sam", new_key("sam"), cosigned="oscar"), lent)
+
+
+def test_whose_word_a_key_rests_on_is_followed(ledger: InMemoryRegistry):
+    lent, key = new_key("otto"), new_key("sam")
+    ledger.give(add_key(ledger, "olga", "otto", lent))
+    ledger.give(add_key(ledger, "otto", "sam", key), lent)
+    assert origin(ledger, "sam", key).vouchers == {"olga", "otto"}
+    assert origin(ledger, "sam", key).voucher_keys == {("otto", lent.kid), ("olga", ledger.key("olga").kid)}
+
+
+def test_the_root_is_somebody_else_too(ledger: InMemoryRegistry):
+    key = new_key("olga")
+    ledger.give(ledger.user_set("root", "olga", ["operator"], keys=(user_keys.record_of(key),)), ledger.root)
+    added = origin(ledger, "olga", key)
+    assert (added.by, added.counts_from_ms, added.vouchers) == (None, added.added_ms + WAIT_MS, frozenset())
+
+
+# --- what readers make of it ------------------------------------------------------------------------------------------
+
+
+def test_a_reader_comes_to_the_same_history_whatever_it_reads_first(ledger: InMemoryRegistry):
+    lent, key, passkey = new_key("otto"), new_key("sam"), new_passkey("sam")
+    ledger.give(add_key(ledger, "oscar", "otto", lent, cosigned="olga"))
+    ledger.give(add_key(ledger, "otto", "sam", key), lent)
+    ledger.give(add_key(ledger, "olga", "sam", passkey, cosigned="otto"))
+    ledger.give(end_key(ledger, "sam", "sam", ledger.key("sam").kid))
+    reader = reread(ledger)
+    for user in ("sam", "otto", "olga"):
+        assert reader.key_history(user) == ledger.directory.key_history(user)
+
+
+def test_a_registry_cannot_use_an_invitation_twice_nor_leave_an_end_out(ledger: InMemoryRegistry):
+    key, again = new_key("sam"), new_key("sam")
+    invited = user_keys.invitation(ledger, "olga", "sam")
+    ledger.give(add_key(ledger, "olga", "sam", key, invitation=invited))
+    before = ledger.directory.user("sam")
+    ledger.give(end_key(ledger, "sam", "sam", key.kid, compromised=True))
+    entry = ledger.directory.user("sam")
+    assert before is not None
+    assert entry is not None
+    left_out = ledger.sign_record(before.state, before.record.commands, entry.revision + 1)
+    assert (ledger.admit(left_out) or "").startswith("history_changed")
+
+    command = add_key(ledger, "olga", "sam", again, invitation=invited)
+    embedded = EmbeddedCommand(jws=ledger.signed(command), appended_at_ms=ledger.clock.ms)
+    keys = (user_keys.record_of(again), *entry.state.keys)
+    forged = ledger.sign_record(
+        entry.state.model_copy(update={"keys": keys}), (*entry.record.commands, embedded), entry.revision + 1
+    )
+    assert ledger.admit(forged) is None
+    with pytest.raises(ChainError):
+        ledger.directory.user("sam")
+
+
+def test_a_registry_cannot_add_a_key_by_itself(ledger: InMemoryRegistry):
+    entry = ledger.directory.user("sam")
+    assert entry is not None
+    keys = (user_keys.record_of(new_key("sam")), *entry.state.keys)
+    forged = ledger.sign_record(
+        entry.state.model_copy(update={"keys": keys}), entry.record.commands, entry.revision + 1
+    )
+    ledger.admit(forged)
+    with pytest.raises(ChainError):
+        ledger.directory.user("sam")
