@@ -73,8 +73,8 @@ test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switche
 test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
 
-test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish
-	$(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
+test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish, and scanners that it fetches once (140 MB)
+	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
 
 test-upgrade: $(STAMP) ## upgrade an installation of the version before, by the wheels of both (needs its commit in this clone)
 	$(BIN)/python -m pytest tests/integration -m upgrade $(ARGS)
@@ -129,7 +129,7 @@ wheel-check: $(STAMP) ## build the wheel and use it alone, without the extras
 compile = $(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 	--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt (UPGRADE=1: to the newest versions)
+lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt (UPGRADE=1: to the newest versions)
 	$(need_python)
 	@$(PYTHON) -m venv $(UV)
 	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
@@ -139,6 +139,7 @@ lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt (UPG
 		$(compile) --extra dev --constraints requirements.lock pyproject.toml - -o requirements-demo.lock
 	$(compile) .ci/uv.in -o .ci/uv.txt
 	$(compile) .ci/mitmproxy.in -o .ci/mitmproxy.txt
+	$(compile) .ci/scanners.in -o .ci/scanners.txt
 
 clean: ## remove environments, caches and builds; the keys and data in .ringfence stay
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -11,9 +11,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 from ringfence.dev.processes import StackError
 from tests.brokers import KafkaServer, RedisServer, start_kafka, start_redis
@@ -28,6 +30,8 @@ _SWITCHES = (
     ("--no-mass-expiry", "revoker", "mass_expiry", "mass_expiry_only"),
 )
 """By option: the service, the argument of its `build` that is False then, and the marker of tests about that path."""
+ON_STACK = "tests/integration/stack/"
+"""The folder of the tests that share one running stack."""
 BEFORE = "a6b35f0c2a235c25e40d7cdd61987e3e514ae1f2"
 """The last commit before ADR 0063, from which an upgrade is tested."""
 
@@ -119,6 +123,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
     add_settings(parser)
+
+
+class FilesAndStack(LoadFileScheduling):  # type: ignore[misc]
+    """Gives the tests of a file to one process, and all tests on the one running stack: each stack costs a fifth of a
+    core.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return ON_STACK if nodeid.startswith(ON_STACK) else str(super()._split_scope(nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndStack | None:
+    return FilesAndStack(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from ringfence.client.errors import RequestTimeoutError as RequestTimeoutError
     from ringfence.client.errors import StaleApprovalError as StaleApprovalError
     from ringfence.client.errors import TokenRejectedError as TokenRejectedError
+    from ringfence.client.passkeys.question_server import NotSignedError as NotSignedError
+    from ringfence.client.passkeys.user import PasskeyUser as PasskeyUser
     from ringfence.client.resource_server.asgi import Needs as Needs
     from ringfence.client.resource_server.asgi import TokenGuard as TokenGuard
     from ringfence.client.resource_server.asgi import any_token as any_token
@@ -120,8 +122,10 @@ __all__ = [
     "Needs",
     "Nonces",
     "NotAnsweredError",
+    "NotSignedError",
     "NotYoursError",
     "OnPending",
+    "PasskeyUser",
     "PendingAction",
     "PendingApproval",
     "PendingRequest",
@@ -198,8 +202,10 @@ _MODULES = {
     "Needs": "ringfence.client.resource_server.asgi",
     "Nonces": "ringfence.client.resource_server.dpop_proofs",
     "NotAnsweredError": "ringfence.client.errors",
+    "NotSignedError": "ringfence.client.passkeys.question_server",
     "NotYoursError": "ringfence.client.errors",
     "OnPending": "ringfence.client.agent.agent",
+    "PasskeyUser": "ringfence.client.passkeys.user",
     "PendingAction": "ringfence.client.approvals.action_approvals",
     "PendingApproval": "ringfence.client.approvals.pending_approval",
     "PendingRequest": "ringfence.client.agent.replies",

@@ -92,6 +92,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "transport_error": {"action.failed"},
         "none": {"action.failed"},
     },
+    "RelayEnded": {"": {"relay.ended"}},
     "ServiceEvent": {
         "started": {"service.started"},
         "stopped": {"service.stopped"},
@@ -179,7 +180,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "action.answered": (*OF_TASK, "lease", "request", "policy_revision"),
     **dict.fromkeys(
         (
-            "action.denied", "action.observed", "action.failed", "grant.given", "grant.withdrawn", "task.assign",
+            "action.denied", "action.observed", "action.failed", "relay.ended", "grant.given", "grant.withdrawn",
+            "task.assign",
             "task.delegate", "task.end", "task.assigned", "task.delegated", "task.ended", "revocation.requested",
             "run.ordered", "run.stop_ordered", "run.claimed", "run.started", "run.ended", "run.remained", "run.lost",
             "run.not_started", "run.refused",
@@ -306,6 +308,8 @@ def _unsigned(record: Received) -> tuple[str, str] | None:
             return "DeadLetter", ""
         case "action" if "answer" in claims:
             return "ActionAnswered", claims["answer"]
+        case "action" if "sent_bytes" in claims:
+            return "RelayEnded", ""
         case "action":
             return "ActionDecided", _outcome_of(ActionDecided.model_validate_json(record.value))
     return None

@@ -19,6 +19,7 @@ from ringfence.faststream import (
     AuditEvent,
     Lease,
     LeaseEpoch,
+    RelayEnded,
     RingfenceRouter,
     UnknownMessage,
 )
@@ -236,11 +237,12 @@ async def test_actions_are_told_apart(world: World, consumer: Consumer) -> None:
     subscription = consumer.router.actions(group="platform")
     subscription(ActionDecided)(consumer.takes)
     subscription(ActionAnswered)(consumer.takes)
-    decided, answered = EXAMPLES[ActionDecided], EXAMPLES[ActionAnswered]
-    for message in (decided, answered):
+    subscription(RelayEnded)(consumer.takes)
+    told = [EXAMPLES[model] for model in (ActionDecided, ActionAnswered, RelayEnded)]
+    for message in told:
         await world.send(ACTION, "bot", message.model_dump_json(exclude_none=True), partition=0)
     async with consumer.running():
-        assert await consumer.has(2) == [decided, answered]
+        assert await consumer.has(3) == told
 
 
 async def test_headers_of_strangers_stop_nothing_and_send_nothing(world: World, consumer: Consumer) -> None:

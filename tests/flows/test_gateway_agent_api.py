@@ -21,12 +21,12 @@ from ringfence.dev.processes import free_port
 from ringfence.gateway.agent_api.replies import WaitingRequests
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.kafka.partitioning import partition_of
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import RequestWithdraw
 from ringfence.messages.registry import BackendSettings, TargetSet, TaskEnd, VerbFloor
-from ringfence.messages.topics import CREDENTIAL_REQUEST
+from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.gateway.certificates import Certificates
@@ -461,6 +461,44 @@ async def test_after_a_restart_a_reply_is_found_and_a_repeat_changes_nothing(
             assert len(await office.published(desk)) == 2, "what has a reply was published before"
             assert (await second.post(open_one)).status_code == 202
             assert (await second.get(open_one)).status_code == 202
+
+
+async def test_a_gateway_that_starts_again_knows_who_waits_for_what(
+    office: ApiOffice, desk: IssuerBench, tmp_path: Path
+) -> None:
+    """Without a repeat of the post, and for nobody else than before."""
+    asked, other, before = request(desk), await agent_desk(office), len(await office.published(desk))
+    port, spool = free_port(), tmp_path / "spool"
+    caller, foreign = (Caller(f"http://127.0.0.1:{port}/ringfence", one.bot.key) for one in (desk, other))
+    async with gateway(office.world, listen=str(port), spool=spool):
+        assert (await caller.post(asked)).status_code == 202
+    async with gateway(office.world, listen=str(port), spool=spool):
+        assert (await caller.get(asked)).status_code == 202
+        assert code(await foreign.get(asked)) == (404, "request_unknown")
+        assert (await caller.post(asked)).status_code == 202
+        assert len(await office.published(desk)) == before + 1, "the journal knows that Kafka has it"
+        changed = request(desk, jti=asked.claims.jti, reason="something else")
+        assert code(await caller.post(changed)) == (409, "id_taken")
+        waiting = asyncio.create_task(caller.get(asked, "?wait=60s"))
+        await (await office.played(asked)).issue()
+        assert (await waiting).status_code == 200
+
+
+async def test_a_repeat_whose_time_is_over_counts_where_there_is_a_reply(
+    office: ApiOffice, desk: IssuerBench
+) -> None:
+    """As of a request that waits for a person for longer than it is valid, at a gateway that has forgotten it."""
+    now_s = int(time.time())
+    held, never_posted = (request(desk, iat=now_s - 900, exp=now_s - 600) for _ in range(2))
+    head = b64encode(json.dumps({"kid": held.id}).encode()).encode()
+    await office.world.send(CREDENTIAL_REPLY, desk.bot.name, head + b".a.b.c.d")
+    caller, before = office.over_tcp(desk), len(await office.published(desk))
+    async with asyncio.timeout(WITHIN_S):
+        while (answer := await caller.post(held)).status_code != 202:
+            assert code(answer) == (400, "expired")
+    assert (await caller.get(held)).status_code == 200
+    assert code(await caller.post(never_posted)) == (400, "expired")
+    assert len(await office.published(desk)) == before, "nothing of it is published again"
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------

@@ -41,7 +41,9 @@ from tests.flows.test_notices import settings as webhooks
 from tests.gateway.certificates import Certificates
 from tests.gateway.target import Target
 from tests.support.benches.gateway_flows import action, gateway
+from tests.support.benches.policy_bench import claims_of
 from tests.support.benches.sdk_clients import client
+from tests.support.passkeys import SESSION_ORIGIN, SoftwarePasskey, add_passkey
 from tests.support.user_keys import give_key
 from tests.support.world import WITHIN_S, Party, World, scope
 
@@ -200,6 +202,47 @@ async def test_an_action_waits_for_the_sponsor_and_goes_on_as_it_was_approved(st
     assert done["unmapped"]["approvers"] == ["sam"]
     letters = [json.loads(record.value) for record in await stage.world.records(DEAD_LETTER)]
     assert not any("approval" in letter["source"]["topic"] for letter in letters), letters
+
+
+async def test_an_action_is_approved_by_a_passkey(stage: Stage) -> None:
+    actor, world = await stage.actor(), stage.world
+    sam = await add_passkey(world, stage.sam)
+    assert isinstance(sam.key, SoftwarePasskey)
+    async with stage.sponsor() as watching:
+        sending = asyncio.create_task(actor.send("PUT", "/dev/by-passkey", b"x"))
+        pending = await waits(watching, actor)
+
+    def answer(key: SigningKey, **fields: Any) -> str:
+        given = {
+            "verdict": "approved",
+            "agent_id": actor.bot.name,
+            "request": pending.request,
+            "request_digest": pending.digest,
+        }
+        return sign(world.claims(ActionApproval, sam, **{**given, **fields}), key)
+
+    now_s = int(time.time())
+    for nothing in (
+        answer(sam.key.but(origin=SESSION_ORIGIN)),
+        answer(sam.key.plain()),
+        answer(sam.key, iat=now_s - 605, exp=now_s + 300),
+        f"{answer(sam.key).rpartition('.')[0]}.{answer(sam.key, verdict='denied').rpartition('.')[2]}",
+    ):
+        await world.send(APPROVAL_RESPONSE, actor.bot.name, nothing)
+    once = answer(sam.key)
+    await world.send(APPROVAL_RESPONSE, actor.bot.name, once)
+    assert (await sending).status_code == 200
+    assert [one for one in stage.puts() if one[0] == "/dev/by-passkey"] == [("/dev/by-passkey", b"x")]
+    event = await told(world, "action.approved", lambda words: words.get("agent") == actor.bot.name)
+    assert event["unmapped"]["verified"]["kid"] == sam.key.kid
+    # A second use opens nothing: the same request asks anew.
+    again = asyncio.create_task(actor.send("PUT", "/dev/by-passkey", b"x"))
+    async with stage.sponsor() as watching:
+        assert (await waits(watching, actor)).digest != pending.digest
+    await world.send(APPROVAL_RESPONSE, actor.bot.name, once)
+    await world.event_where(lambda e: e.kind == "refused" and e.ref == claims_of(once)["jti"])
+    assert not again.done()
+    again.cancel()
 
 
 async def test_a_key_that_an_operator_lent_the_sponsor_lets_nothing_pass(stage: Stage) -> None:

@@ -23,9 +23,9 @@ from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import Lease, RevocationRequest
-from ringfence.messages.operations import Destination
+from ringfence.messages.operations import Destination, RelayEnded
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TaskEnd, VerbFloor
-from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
+from ringfence.messages.topics import ACTION, LEASE, REVOCATION_REQUEST
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.gateway.raw import Raw, connected_unix
@@ -156,6 +156,20 @@ async def opened(yard: Yard, run: RunInside, target: Target | None = None) -> An
     return connect(run.socket, place)
 
 
+async def ends_of(yard: Yard, run_id: str, number: int) -> list[RelayEnded]:
+    """The ends of so many relays of a run."""
+    found: dict[str, RelayEnded] = {}
+
+    def is_last(record: Any) -> bool:
+        if b'"sent_bytes"' in record.value and run_id.encode() in record.value:
+            event = RelayEnded.model_validate_json(record.value)
+            found[event.action_id] = event
+        return len(found) >= number
+
+    await yard.bench.world.consume_until(ACTION, is_last)
+    return list(found.values())
+
+
 async def moved(yard: Yard, address: str) -> None:
     """The record of the echoing target leads there from now on."""
     backend = BackendSettings.model_validate({"kind": "postgres", "address": address})
@@ -197,8 +211,17 @@ async def test_a_run_speaks_redis_to_its_target_until_its_lease_is_revoked(yard:
                 run.live.agent.name, run.live.task, "cache",
             )  # fmt: skip
             assert (event.verb, event.access, event.destination) == (None, None, None)
+            assert event.run_id == run.live.id
             await revoked(yard, credential.lease_id)
             assert await relayed.cut()
+        before, ended = await ends_of(yard, run.live.id, 2)
+        assert (before.action_id, before.reason) == (event.action_id, None), (
+            "that was to see whether it is there"
+        )
+        assert (ended.run_id, ended.lease_id, ended.target_id) == (run.live.id, credential.lease_id, "cache")
+        assert (ended.agent_id, ended.task_id) == (event.agent_id, event.task_id)
+        assert ended.reason is not None
+        assert ended.reason.code == "lease_cut"
         assert await refused(run.socket, yard.cache.address) == (403, "no_lease")
 
 
@@ -218,6 +241,12 @@ async def test_bytes_pass_both_ways_uninterpreted_and_the_end_of_one_side_is_the
         async with asyncio.timeout(WITHIN_S):
             while yard.echo.open:
                 await asyncio.sleep(0.01)
+        # `opened` has opened a relay before, and left it.
+        ended = [event for event in await ends_of(yard, run.live.id, 2) if event.sent_bytes]
+        assert [(one.sent_bytes, one.received_bytes, one.reason) for one in ended] == [
+            (len(sent), len(sent) + len(b"hello\n"), None)
+        ]
+        assert (ended[0].destination.host, ended[0].destination.port) == ("localhost", yard.echo.port)
         # The name is that of the record, in whatever case.
         assert (await refused(run.socket, f"LOCALHOST:{yard.echo.port}"))[0] == 200
 

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import socket
 import stat
+import tempfile
 import time
+import uuid
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
 
 from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.registry import TaskEnd
+from ringfence.messages.registry import TaskEnd, VerbFloor
 from ringfence.messages.run import RunStatus
 from ringfence.messages.topics import ACTION, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from tests.brokers import RedisServer
@@ -26,7 +33,7 @@ from tests.conftest import Kafka
 from tests.gateway.raw import connected_unix
 from tests.support.benches.agent_api_bench import Caller, Posted
 from tests.support.benches.gateway_flows import action, gateway
-from tests.support.benches.live_runs import KEYS, OTHER, RUNNER
+from tests.support.benches.live_runs import KEYS, OTHER, RUNNER, agent_of
 from tests.support.benches.run_bench import ASK, RunBench, run_bench, through, until_there
 from tests.support.benches.sdk_clients import client
 from tests.support.world import WITHIN_S, Party, scope
@@ -235,7 +242,7 @@ async def test_on_the_socket_of_a_run_only_messages_of_its_instance_count(bench:
             "a release by another run": (403, "socket_other_run"),
         }
         event = await action(bench.world, task_id=task, allowed=False, method="POST")
-        assert event.agent_id == agent.name
+        assert (event.agent_id, event.run_id) == (agent.name, run.live.id)
 
         # What another instance posted on its own socket: its reply is not for this one, nor may it be withdrawn here.
         assert (await beside.caller().post(posted)).status_code == 202
@@ -252,6 +259,71 @@ async def test_on_the_socket_of_a_run_only_messages_of_its_instance_count(bench:
         unknown = run.request()
         assert code(await caller.get(unknown)) == (404, "request_unknown")
         assert code(await caller.post(run.withdraw(unknown))) == (403, "socket_other_run")
+
+
+async def waiting_request(sponsor: Sponsor, request_id: str) -> PendingApproval:
+    """A request that waits for somebody."""
+    async with asyncio.timeout(WITHIN_S):
+        async for pending in sponsor.watch():
+            if pending.request_id == request_id:
+                return pending
+    raise AssertionError("the watch ended")
+
+
+@pytest.mark.parametrize("memory", ["kept", "lost"])
+async def test_a_run_waits_on_over_a_restart_of_the_gateway(bench: RunBench, memory: str) -> None:
+    """The reply to a held request is fetched on the run's socket, by the SDK and without it, and so is a withdrawal."""
+    world, name = bench.world, f"asks-{uuid.uuid4().hex[:8]}"
+    wanted = scope(name, ("read",), ("**",))
+    await world.target(name, verbs=(VerbFloor(verb="read", floor="sponsor"),))
+    user = await world.user(f"u-{uuid.uuid4().hex[:8]}", entitlements=wanted)
+    agent = await agent_of(bench.yard, RUNNER, wanted)
+    task = await world.task(agent, by=user, scope=wanted)
+    with tempfile.TemporaryDirectory(prefix="rf-") as short:
+        here = replace(bench, folder=Path(short))
+
+        def spool(number: int) -> Path:
+            return here.folder / ("spool" if memory == "kept" else f"spool-{number}")
+
+        run, beside = here.run(agent, task), here.run(agent, task)
+        async with contextlib.AsyncExitStack() as runs:
+            async with gateway(world, sockets=here.folder, spool=spool(1)):
+                await runs.enter_async_context(run.started())
+                await runs.enter_async_context(beside.started())
+                plain, given_up = (run.request(scope=wanted, exp=int(time.time()) + 30) for _ in range(2))
+                for posted in (plain, given_up):
+                    assert (await run.caller().post(posted)).status_code == 202
+                    assert (await run.caller().get(posted, "?wait=60s")).status_code == 200
+                pending = asyncio.get_running_loop().create_future()
+                ask = {"target": name, "resources": ["**"], "on_pending": pending.set_result}
+                by_sdk = asyncio.create_task(run.lease_of(**ask, delivery="agent"))
+                await pending
+            async with gateway(world, sockets=here.folder, spool=spool(2)):
+                await until_there(run.socket)
+                await until_there(beside.socket)
+                answer = await run.caller().get(plain, "?after=1")
+                if memory == "lost":
+                    assert (answer.status_code, answer.json()["code"]) == (404, "request_unknown")
+                    assert "post the same bytes again" in answer.json()["detail"]
+                    refused = await run.caller().post(run.withdraw(given_up))
+                    assert code(refused) == (403, "socket_other_run")
+                    assert "post the request again" in refused.json()["detail"]
+                    for posted in (plain, given_up):
+                        assert (await run.caller().post(posted)).status_code == 202
+                    answer = await run.caller().get(plain, "?after=1")
+                assert answer.status_code == 202
+                assert (await beside.caller().get(plain)).status_code in (403, 404), "that is another run"
+                assert (await run.caller().post(run.withdraw(given_up))).status_code == 202
+                final = await run.caller().get(given_up, "?after=1&wait=60s")
+                reply = json.loads(given_up.reply_key.open(final.content))
+                decision = parse(reply["decision"]).unverified_claims(CredentialDecision)
+                assert [reason.code for reason in decision.reasons] == ["withdrawn"]
+                async with Sponsor.connect(bench.yard.sam.key, client(world)) as sam:
+                    for request_id in (plain.id, (await pending).request_id):
+                        await sam.approve(await waiting_request(sam, request_id))
+                assert (await run.caller().get(plain, "?after=1&wait=60s")).status_code == 200
+                credential = await by_sdk
+                assert credential.target == name
 
 
 async def test_a_key_of_the_agents_record_is_no_instance_even_if_the_run_has_the_same(

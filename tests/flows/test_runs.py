@@ -5,27 +5,39 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
 import jwt
 import pytest
 
+from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import TokenCredential
 from ringfence.client.errors import EnrolmentRefusedError, RequestDeniedError
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.messages.credential import Coordinates
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.credential import Coordinates, CredentialDecision, RequestWithdraw
 from ringfence.messages.enrolment import InstanceEnrolment, RunRef
-from ringfence.messages.lease import Lease
-from ringfence.messages.registry import BackendSettings
+from ringfence.messages.lease import Lease, RevocationRequest
+from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.run import RunExit, RunOrder, RunStatus
-from ringfence.messages.topics import AUDIT, LEASE, RUN_ORDER
+from ringfence.messages.topics import (
+    AUDIT,
+    CREDENTIAL_DECISION,
+    CREDENTIAL_REQUEST,
+    LEASE,
+    REVOCATION_REQUEST,
+    RUN_ORDER,
+)
 from ringfence.model.identity.runners import runner_issuer, runner_selector
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.attestation_bench import AttestationBench
 from tests.support.benches.gateway_flows import HUB, RULES, VERBS, gateway
-from tests.support.benches.live_runs import KEYS, OTHER, RUNNER, LiveRun, add_runner, agent_of
+from tests.support.benches.live_runs import KEYS, OTHER, READ, RUNNER, LiveRun, add_runner, agent_of
+from tests.support.benches.sdk_clients import client
 from tests.support.runs import LIMITS
 from tests.support.world import WITHIN_S, World, scope
 
@@ -68,6 +80,16 @@ async def revoked(world: World, lease_id: str) -> Lease:
         LEASE, lambda r: r.key == lease_id and world.opened(r, Lease, "issuer", "revoker").status == "revoked"
     )
     return world.opened(record, Lease, "revoker")
+
+
+async def denied_of(world: World, request_id: str) -> CredentialDecision:
+    """The denial of a request."""
+
+    def is_it(record: Received) -> bool:
+        decision = world.opened(record, CredentialDecision, "policy")
+        return (decision.request_id, decision.outcome) == (request_id, "denied")
+
+    return world.opened(await world.consume_until(CREDENTIAL_DECISION, is_it), CredentialDecision, "policy")
 
 
 @pytest.mark.parametrize("end", ["ended", "lost"])
@@ -113,6 +135,51 @@ async def test_a_run_acts_within_its_task_and_ends_with_all_that_it_holds(
         assert (await event_of(world, run, f"run.{end}"))["unmapped"]["agent"] == agent.name
         assert (await stays.request(task=task, **ASK)).lease_id, "another run goes on"
         await stays.release(kept, timeout_s=60)
+
+
+async def test_a_run_withdraws_and_gives_back_what_is_its_own_alone(yard: AttestationBench) -> None:
+    """Neither another run of the same agent and task nor the agent's own key ends what a run asked for, on Kafka."""
+    world, name = yard.world, f"asks-{uuid.uuid4().hex[:8]}"
+    wanted = scope(name, ("read",), ("env/**",))
+    await world.target(name, verbs=(VerbFloor(verb="read", floor="sponsor"),))
+    user = await world.user(f"u-{uuid.uuid4().hex[:8]}", entitlements=(*wanted, *READ))
+    agent = await agent_of(yard, ceiling=(*wanted, *READ), has_key=True)
+    task = await world.task(agent, by=user, scope=(*wanted, *READ))
+    run, beside = LiveRun(yard, agent, task), LiveRun(yard, agent, task)
+
+    async def said_to(claims: Any, key: SigningKey) -> str:
+        topic = REVOCATION_REQUEST if isinstance(claims, RevocationRequest) else CREDENTIAL_REQUEST
+        await world.send(topic, agent.name, sign(claims, key))
+        event = await world.event_where(lambda event: event.ref == claims.jti and event.kind == "refused")
+        return event.reasons[0].code
+
+    async with (
+        yard.connected(agent, run) as inside,
+        yard.connected(agent, beside) as other,
+        Agent.connect(agent.key, client(world)) as itself,
+    ):
+        of_run, of_other = inside.connection, other.connection
+        kept = await inside.request(task=task, **ASK)
+        release = {"kind": "release", "lease_id": kept.lease_id, "reason": "not mine"}
+        theirs = world.claims(RevocationRequest, agent, enrolment=of_other.enrolment, **release)
+        assert await said_to(theirs, of_other.key) == "not_entitled"
+
+        ask = {**ASK, "target": name}
+        for asker, others in (
+            (inside, {"another run": (of_other.key, of_other.enrolment), "the agent": (agent.key, None)}),
+            (itself, {"a run": (of_run.key, of_run.enrolment)}),
+        ):
+            pending = asyncio.get_running_loop().create_future()
+            asking = asyncio.create_task(asker.request(task=task, on_pending=pending.set_result, **ask))
+            request_id = (await pending).request_id
+            for who, (key, enrolment) in others.items():
+                claims = world.claims(RequestWithdraw, agent, request_id=request_id, enrolment=enrolment)
+                assert await said_to(claims, key) == "not_requester", who
+            asking.cancel()  # the SDK withdraws it, as the one that asked
+            decision = await denied_of(world, request_id)
+            (reason,) = decision.reasons
+            assert reason.code == "withdrawn"
+        await inside.release(kept, timeout_s=60)
 
 
 @pytest.mark.parametrize(("claims", "code"), [(False, "run_unknown"), (True, "run_not_started")])

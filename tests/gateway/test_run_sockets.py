@@ -86,11 +86,14 @@ async def test_a_socket_that_cannot_be_opened_is_told_and_holds_up_no_other(
         await runs.open()
     assert f"run {blocked.id} has no socket" in caplog.text
     async with connected_unix(str(runs.path(free))) as raw:
-        blocked.go("ended")
         free.go("ended")
         await runs.open()
         assert await raw.ended()
     assert runs.path(blocked).read_text() == "a file"
+    runs.path(blocked).unlink()
+    assert await runs.open(blocked) == [True], "it is tried again"
+    blocked.go("ended")
+    assert await runs.open(blocked) == [False]
 
 
 async def test_a_task_whose_socket_could_not_be_opened_can_end(place: Place, short_path: Path) -> None:

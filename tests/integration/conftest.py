@@ -1,23 +1,18 @@
-"""The whole stack for the integration tests, started once, on the broker of this run."""
+"""What the integration tests share."""
 
 from __future__ import annotations
 
-import tempfile
 import uuid
-from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
+from collections.abc import AsyncIterator
 
 import pytest
 
-from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import ALL
-from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.declared_consumer import MAKERS, MakeConsumer
-from tests.support.stack import RunningStack, realm_in
 from tests.support.topics import delete_topics
 
 
@@ -29,31 +24,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if without:
         config.hook.pytest_deselected(items=without)
         items[:] = [item for item in items if not item.get_closest_marker("apache")]
-
-
-@pytest.fixture(scope="session")
-def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
-    """All services as processes. Tests share it: use names of your own (`realm`)."""
-    with tempfile.TemporaryDirectory(prefix="ringfence-stack-") as folder:
-        options = StackOptions(
-            Path(folder) / "state",
-            trust_domain="acme.example",
-            kafka=kafka.bootstrap,
-            embedded_broker=kafka.embedded,
-            redis_url=redis_server.url,
-            topic_prefix="stack",
-            redis_prefix="stack",
-            keep_bytes=1024 * 1024,  # what it keeps, the embedded broker writes every other second
-        )
-        with Stack(options) as running:
-            yield running
-
-
-@pytest.fixture
-async def realm(stack: Stack) -> AsyncIterator[RunningStack]:
-    """A small organisation of this test's own."""
-    async with realm_in(stack) as made:
-        yield made
 
 
 @pytest.fixture(params=MAKERS)

@@ -37,7 +37,7 @@ from ringfence.messages.topics import (
 )
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.integration.test_attacks import buried, put
+from tests.integration.stack.test_attacks import buried, put
 from tests.integration.test_gateway_faults import place_in
 from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S, RunningStack, Seen, realm_in

@@ -37,8 +37,8 @@ from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQ
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.gateway.raw import connected_unix
-from tests.integration.test_attacks import audited, decided, make_request
-from tests.integration.test_main_line import approved_write, verifier
+from tests.integration.stack.test_attacks import audited, decided, make_request
+from tests.integration.stack.test_main_line import approved_write, verifier
 from tests.support import secret_canary
 from tests.support.servers.otlp import Collected, Collector, paths
 from tests.support.stack import WITHIN_S, RunningStack

@@ -11,6 +11,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_provisioners.py", "test_directory.py", "test_transfers.py", "test_trust_root.py", "test_lifecycle.py",
     ),
     "model/records/runs.py": ("test_runs.py",),
+    "model/records/user_keys.py": ("test_passkeys.py", "test_passkey_records.py"),
     "model/requests/run_orders.py": ("test_runs.py",),
     "model/requests/approvals.py": ("test_approvals.py", "test_delegation.py", "test_limiting_fields.py"),
     "model/requests/facts.py": (
@@ -21,10 +22,11 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_request_map.py", "test_mcp_rules.py", "test_target_templates.py", "test_limiting_fields.py",
     ),
     "kernel/crypto/claims.py": ("test_jws.py", "test_opening.py"),
-    "kernel/crypto/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py"),
+    "kernel/crypto/jws.py": ("test_jws.py", "test_keys_and_seals.py", "test_opening.py", "test_passkeys.py"),
+    "kernel/crypto/webauthn.py": ("test_passkeys.py",),
     "kernel/crypto/trust_store.py": (
         "test_trust_root.py", "test_keys_and_seals.py", "test_service_keys.py", "test_seal_keys.py",
-        "test_runs.py",
+        "test_runs.py", "test_origins.py",
     ),
     "policy/domain.py": ("test_policy_domain.py",),
     "gateway/domain.py": ("test_gateway_domain.py", "test_runs.py"),

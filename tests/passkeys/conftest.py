@@ -90,17 +90,22 @@ async def person(browser: Browser) -> AsyncIterator[Person]:
 
 
 @pytest.fixture
-async def organisation(stack: Stack, site: Site) -> AsyncIterator[Organisation]:
+async def organisation(stack: Stack, site: Site, tmp_path: Path) -> AsyncIterator[Organisation]:
     """A small organisation of this test's own, in which sam has no key file."""
-    async with realm_in(stack) as realm, Organisation(realm, site.environment) as made:
+    async with realm_in(stack) as realm, Organisation(realm, site.environment, tmp_path) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-async def asked(stack: Stack, site: Site, browser: Browser) -> AsyncIterator[Asked]:
+async def asked(
+    stack: Stack, site: Site, browser: Browser, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Asked]:
     """A question that is in order, for all these tests."""
     somebody = await Person.at(browser)
-    async with realm_in(stack) as realm, Organisation(realm, site.environment) as organisation:
+    async with (
+        realm_in(stack) as realm,
+        Organisation(realm, site.environment, tmp_path_factory.mktemp("asked")) as organisation,
+    ):
         user_id = await organisation.sponsor(somebody)
         async with open_question(organisation, site.sign, user_id) as question:
             yield question

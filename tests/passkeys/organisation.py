@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import time
-import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Self
 
 from playwright.async_api import Page
 
-from ringfence.client.connection import Connection
-from ringfence.client.passkeys.questions import invitation_question, question_link, sign_origin
-from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.crypto.keys import SigningKey, thumbprint
-from ringfence.messages.keys import KeyRecord, PublicJwk
-from ringfence.messages.registry import Role, UserInvite
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.registry import Role
 from tests.passkeys.browser import Person
 from tests.passkeys.command import Command
 from tests.support.stack import RunningStack
@@ -24,9 +19,11 @@ from tests.support.stack import RunningStack
 class Organisation:
     """The realm `realm`, whose people sign with passkeys. An async context manager: it ends commands that wait."""
 
-    def __init__(self, realm: RunningStack, environment: dict[str, str]) -> None:
+    def __init__(self, realm: RunningStack, environment: dict[str, str], folder: Path) -> None:
+        """`folder`: for files that people hand to each other."""
         self.realm = realm
         self.environment = environment
+        self.folder = folder
         self._commands: list[Command] = []
 
     async def __aenter__(self) -> Self:
@@ -36,42 +33,62 @@ class Organisation:
         for command in self._commands:
             command.stop()
 
-    async def run(self, *arguments: str, as_user: str | None = None) -> Command:
-        """Start a command line; as `--passkey` of a user where one is named."""
+    async def run(self, *arguments: str, as_user: str | None = None, identity: Path | None = None) -> Command:
+        """Start a command line: as `--passkey` of a user, or with a key file."""
         who = {"RINGFENCE_USER": as_user} if as_user else {}
+        who |= {"RINGFENCE_IDENTITY": str(identity)} if identity else {}
         command = await Command.start(
             {**self.environment, **who}, *arguments, *(["--passkey"] if as_user else [])
         )
         self._commands.append(command)
         return command
 
-    def operator(self) -> SigningKey:
+    @property
+    def operator_file(self) -> Path:
         """The key file of the stack's first operator."""
-        return SigningKey.load(self.realm.stack.trust.user_key(self.realm.stack.options.operator))
+        return self.realm.stack.trust.user_key(self.realm.stack.options.operator)
+
+    def operator(self) -> SigningKey:
+        """The key of the stack's first operator."""
+        return SigningKey.load(self.operator_file)
+
+    def key_file(self, who: str) -> Path:
+        """The key file of somebody of the realm."""
+        path = self.folder / f"{who}.json"
+        if not path.exists():
+            self.realm.key("user", self.realm.name(who)).save(path)
+        return path
 
     async def invitation(self, user_id: str) -> str:
         """The link of an operator's invitation."""
-        olga, now_s = self.operator(), int(time.time())
-        invite = UserInvite(
-            iss=olga.id, aud=self.realm.settings.trust_domain, iat=now_s, exp=now_s + 3600,
-            jti=str(uuid.uuid4()), user_id=user_id,
-        )  # fmt: skip
-        async with Connection(olga, self.realm.settings) as connection:
-            question = invitation_question(
-                sign(invite, olga), user_id, self.realm.stack.options.operator, await connection.directory(),
-                connection.trust,
+        command = await self.run("user", "invite", user_id, identity=self.operator_file)
+        link: str = (await command.result())["link"]
+        return link
+
+    async def package(self, person: Person, user_id: str) -> Path:
+        """What the page gives out for a new passkey of this person, in a file."""
+        page = await person.open(await self.invitation(user_id))
+        path = self.folder / f"passkey-{user_id}.json"
+        path.write_text(json.dumps(await enrolled(page)))
+        return path
+
+    async def add_key(self, user_id: str, package: Path, *more: str) -> Any:
+        """Let the operator add a key."""
+        words = ["user", "add-key", user_id, "--package", str(package), "--yes", *more]
+        return await (await self.run(*words, identity=self.operator_file)).result()
+
+    async def add_user(self, user_id: str, roles: Sequence[Role] = ("sponsor",)) -> None:
+        """Make a user who has no key yet."""
+        async with self.realm.as_operator() as olga:
+            await olga.set_user(
+                user_id, name=user_id.title(), roles=roles,
+                entitlements=[self.realm.permission(["read", "write"], "env/**")],
             )  # fmt: skip
-            return question_link(sign_origin(connection.trust, time.time()), question)
 
     async def enrol(self, person: Person, user_id: str, roles: Sequence[Role] = ("sponsor",)) -> None:
         """Make a user whose only key is a passkey of this person."""
-        page = await person.open(await self.invitation(user_id))
-        offer = await enrolled(page)
-        async with self.realm.as_operator() as olga:
-            await olga.set_user(
-                user_id, name=user_id.title(), roles=roles, keys=[key_record(offer)],
-                entitlements=[self.realm.permission(["read", "write"], "env/**")],
-            )  # fmt: skip
+        await self.add_user(user_id, roles)
+        await self.add_key(user_id, await self.package(person, user_id))
 
     async def sponsor(self, person: Person) -> str:
         """Make the realm's agent the agent of somebody who has only a passkey. Returns their id."""
@@ -89,13 +106,3 @@ async def enrolled(page: Page) -> dict[str, Any]:
     await page.get_by_role("heading", name="The passkey is ready").wait_for()
     package: dict[str, Any] = json.loads(await page.get_by_label("Answer").input_value())
     return package
-
-
-def key_record(offer: dict[str, Any]) -> KeyRecord:
-    """The record of the key in a package, as an operator signs it in."""
-    jwk = PublicJwk(**offer["jwk"])
-    return KeyRecord(
-        kid=thumbprint(jwk), jwk=jwk, not_after=int(time.time()) + 86_400, use="webauthn",
-        credential_id=offer["credential_id"], rp_id=offer["rp_id"], aaguid=offer["aaguid"],
-        backup_eligible=offer["backup_eligible"],
-    )  # fmt: skip

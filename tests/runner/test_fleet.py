@@ -45,6 +45,20 @@ def test_an_order_becomes_a_run_with_what_the_pool_gives(fleet: Fleet) -> None:
     assert str(fleet.folder) not in json.dumps(found)
 
 
+def test_labels_select_the_pool_of_an_order(here: Installation, fleet: Fleet) -> None:
+    fleet.until(lambda: here.say("run", "pools", who="maria")["pools"], "the pool in the list")
+    (pool,) = here.say("run", "pools", "--label", "zone=eu-1", who="maria")["pools"]
+    assert (pool["name"], pool["runners"], pool["labels"]["zone"]) == (POOL, ["runner-1"], "eu-1")
+    words = ("--task", here.task, "--", "true")
+    ordered = here.say("run", "order", "--label", "zone=eu-1", *words, who="maria")
+    assert ordered["pool"] == POOL
+    assert fleet.ended(ordered["run_id"])["exit"] == {"code": 0}
+    nowhere = here.call("run", "order", "--label", "zone=us-1", *words, who="maria")
+    assert (nowhere.returncode, b"no pool with zone=us-1" in nowhere.stderr) == (1, True), nowhere.stderr
+    forced = here.say("run", "order", "--pool", POOL, "--label", "zone=us-1", *words, who="maria")
+    assert fleet.ended(forced["run_id"])["refused"]["code"] == "label_not_in_pool"
+
+
 # --- orders that start nothing ---------------------------------------------------------------------------------------
 
 
@@ -120,11 +134,13 @@ def test_an_order_of_a_task_that_ended_between_is_refused(fleet: Fleet) -> None:
     stopped = fleet.order(command="true")
     fleet.here.say("task", "end", task, "--reason", "done", who="maria")
     fleet.here.say("run", "stop", stopped, "--reason", "not needed", "--yes", who="maria")
+    # At once, though an order before it waits for its turn.
+    assert fleet.ended(stopped)["refused"]["code"] == "run_stopped"
     assert fleet.run(waiting) is None
+    assert {fleet.status(run_id) for run_id in blockers} == {"started"}
     for run_id in blockers:
         fleet.here.say("run", "stop", run_id, "--reason", "room", "--yes", who="maria")
     assert fleet.ended(waiting)["refused"]["code"] == "task_ended"
-    assert fleet.ended(stopped)["refused"]["code"] == "run_stopped"
 
 
 def test_a_full_queue_refuses_further_orders_and_keeps_its_order(fleet: Fleet) -> None:

@@ -8,7 +8,9 @@ import re
 import signal
 import subprocess
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,9 +102,59 @@ def test_a_run_asks_for_a_credential_uses_it_and_loses_it(here: Installation) ->
     assert report["used"]["connections"] >= 3
     events = here.say("audit", "trace", report["run_id"], who="ali")
     assert report["run_id"] in json.dumps(events)
+    assert "beyond_scope" in json.dumps(events) or "was kept from" in json.dumps(events)
+    shown = until(partial(_shown_with_denials, here, report["run_id"]), "what was denied, in the trail")
+    assert "beyond_scope" in {one["code"] for one in shown["denied"]}
     trace = json.dumps(here.say("audit", "trace", lease["lease_id"], who="ali"))
     assert report["run_id"] in trace
     assert lease["lease_id"] not in {one["id"] for one in here.say("lease", "list", who="olga")["leases"]}
+
+
+def _shown_with_denials(here: Installation, run_id: str) -> Any:
+    found = here.say("run", "show", run_id, who="sam")
+    return found if found["denied"] else None
+
+
+def test_what_is_blocked_names_its_run_and_no_other(here: Installation) -> None:
+    """Two runs of one agent in one task, at the same time: each report has what that run was kept from."""
+    blocked = {}
+    url = f"http://127.0.0.1:{here.notes.port}"
+    script = "echo ready; read line; curl -sS -o /dev/null {url}/{name}; echo asked; read line"
+    names, processes = ("one", "two"), []
+    for name in names:
+        command = ("sh", "-c", script.format(url=url, name=name))
+        processes.append(
+            here.start("run", "--json", "--task", here.task, "--", *command, stdin=subprocess.PIPE)
+        )
+    for said in (b"ready\n", b"asked\n"):
+        for process in processes:
+            assert process.stdout is not None
+            assert process.stdin is not None
+            assert process.stdout.readline() == said
+            process.stdin.write(b"go\n")
+            process.stdin.flush()
+    for name, process in zip(names, processes, strict=True):
+        _, err = process.communicate(timeout=WITHIN_S)
+        report = json.loads(err.decode().strip().splitlines()[-1])
+        blocked[name] = [one["destination"]["path"] for one in report["denied"]]
+        shown = until(partial(_shown_with_denials, here, report["run_id"]), "its blocked actions")
+        assert [one["destination"]["path"] for one in shown["denied"]] == [f"/{name}"]
+        trace = json.dumps(here.say("audit", "trace", report["run_id"], who="ali"))
+        assert trace.count("was kept from") >= 1
+        others = [other for other in names if other != name]
+        assert not any(f"/{other}" in trace for other in others)
+    assert blocked == {"one": ["/one"], "two": ["/two"]}
+
+
+def test_a_run_asks_with_curl_and_forty_lines_of_python(here: Installation) -> None:
+    """The example without the SDK, as docs/http-access.md has it for the inside of a run."""
+    folder = Path(__file__).parents[2] / "examples/no-sdk"
+    script = "PYTHONPATH=$(echo /opt/ringfence/packages-* | tr ' ' :) exec python3 request_with_curl.py"
+    words = ["$RINGFENCE_TASK", "notes", "read", "note/today"]
+    code, report, out = here.report("--mount", str(folder), "--", "sh", "-c", f"{script} {' '.join(words)}")
+    assert (code, out) == (0, b"allowed: jwt\n"), report
+    (lease,) = report["allowed"]
+    assert (lease["delivery"], lease["ended_by"]) == ("agent", "run_ended")
 
 
 def test_the_instance_of_a_run_acts_in_no_other_task(here: Installation) -> None:

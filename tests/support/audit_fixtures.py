@@ -34,7 +34,15 @@ from ringfence.messages.credential import (
     Revisions,
 )
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationRequest
-from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, EventKind, ServiceEvent
+from ringfence.messages.operations import (
+    ActionAnswered,
+    ActionDecided,
+    DeadLetter,
+    Destination,
+    EventKind,
+    RelayEnded,
+    ServiceEvent,
+)
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRecord,
@@ -412,6 +420,17 @@ class AuditFixtures:
             "at_ms": self.now_ms,
         }  # fmt: skip
         claims = ActionAnswered(**{**given, **fields})
+        return self.received(ACTION, claims.model_dump_json(exclude_none=True).encode(), key="deploy-bot")
+
+    def relay_end(self, lease_id: str, **fields: Any) -> Received:
+        """The end of a relay of a run."""
+        given: dict[str, Any] = {
+            "action_id": str(uuid.uuid4()), "gateway": "spiffe://acme.example/service/gateway",
+            "agent_id": "deploy-bot", "task_id": self.task, "run_id": str(uuid.uuid4()), "lease_id": lease_id,
+            "target_id": "staging", "destination": Destination(host="db.example", port=5432), "sent_bytes": 120,
+            "received_bytes": 4096, "duration_ms": 1500, "at_ms": self.now_ms,
+        }  # fmt: skip
+        claims = RelayEnded(**{**given, **fields})
         return self.received(ACTION, claims.model_dump_json(exclude_none=True).encode(), key="deploy-bot")
 
     def question(self, lease_id: str, **fields: Any) -> ActionRequest:

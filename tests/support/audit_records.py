@@ -499,6 +499,7 @@ def actions(office: AuditFixtures, lease_id: str) -> dict[str, Received]:
         "deleted": {"method": "DELETE", "lease_id": lease_id},
         "with a method of its own": {"method": "PURGE", "lease_id": lease_id},
         "denied": no,
+        "denied to a run": {**no, "run_id": str(uuid.uuid4())},
         "observed": {**no, "observed": True},
         "approved": {"asked": {**word, "by": "sam"}, "lease_id": lease_id},
         "not answered": {**no, "asked": word},
@@ -542,6 +543,13 @@ def actions(office: AuditFixtures, lease_id: str) -> dict[str, Received]:
         "with an error of HTTP": {"answer": "transport_error", "http_status": 502},
         "by nobody known": {"answer": "none", "http_status": None, "agent_id": None, "task_id": None},
     }
-    return {f"action {name}": office.action(**fields) for name, fields in every.items()} | {
-        f"answer {name}": office.answer(**fields) for name, fields in answers.items()
+    ends: dict[str, dict[str, Any]] = {
+        "by a side": {},
+        "at an address": {"destination": Destination(host="2001:db8::1", port=22)},
+        "by the gateway": {"reason": Reason(code="lease_ended", message="the lease has ended")},
+    }
+    return {
+        **{f"action {name}": office.action(**fields) for name, fields in every.items()},
+        **{f"answer {name}": office.answer(**fields) for name, fields in answers.items()},
+        **{f"relay ended {name}": office.relay_end(lease_id, **fields) for name, fields in ends.items()},
     }

@@ -6,19 +6,25 @@ import base64
 import dataclasses
 import hashlib
 import json
+import time
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, challenge_of
 from ringfence.messages.keys import KeyRecord
+from ringfence.messages.registry import KeyPossession, UserAddKey, UserInvite
 from ringfence.messages.trust import Origin
+
+if TYPE_CHECKING:
+    from tests.support.world import Party, World
 
 RP_ID = "localhost"
 SIGN_ORIGIN, SESSION_ORIGIN = "http://localhost:8551", "http://localhost:8552"
@@ -112,3 +118,18 @@ def third_part(authenticator_data: bytes, client_data: bytes, signature: bytes) 
         base64.urlsafe_b64encode(part).rstrip(b"=") for part in (authenticator_data, client_data, signature)
     )
     return b'{"ad":"' + ad + b'","cd":"' + cd + b'","sig":"' + sig + b'"}'
+
+
+async def add_passkey(world: World, who: Party) -> Party:
+    """Somebody with a passkey that they added themselves, by an invitation and their key file."""
+    passkey = SoftwarePasskey.make(who.id)
+    invitation = world.claims(UserInvite, who, user_id=who.name)
+    possession = world.claims(
+        KeyPossession, who, user_id=who.name, jwk=passkey.public, invitation=invitation.jti
+    )
+    command = world.claims(
+        UserAddKey, who, user_id=who.name, key=passkey.record(int(time.time()) + 86_400),
+        invitation=sign(invitation, who.key), possession=sign(possession, passkey),
+    )  # fmt: skip
+    await world.accepted(command, who)
+    return dataclasses.replace(who, key=passkey)

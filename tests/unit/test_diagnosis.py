@@ -11,6 +11,7 @@ from ringfence.cli.doctor.checks import (
     bundle_findings,
     eviction,
     persistence,
+    pool_findings,
     sandbox_findings,
     versions,
 )
@@ -19,6 +20,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.support.in_memory_registry import TD
+from tests.unit.test_runner_pool import pool_file
 
 NOW_S = 1_790_000_000
 YEAR_S = 365 * 86_400
@@ -103,3 +105,26 @@ def test_a_machine_without_sandboxes_is_wrong_only_where_it_has_a_runner(
     found = [one for one in sandbox_findings(key_file) if "bubblewrap" in one.what + one.says]
     assert {one.verdict for one in found} == {verdict}
     assert all("apt install bubblewrap" in one.says for one in found)
+
+
+def _pool_found(folder: Path, monkeypatch: pytest.MonkeyPatch, **fields: object) -> list[tuple[str, str]]:
+    monkeypatch.setenv("RINGFENCE_RUNNER_POOL_FILE", str(pool_file(folder, **fields)))
+    return [(one.verdict, one.says) for one in pool_findings()]
+
+
+def test_the_pool_file_of_a_runner_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RINGFENCE_RUNNER_POOL_FILE", raising=False)
+    assert list(pool_findings()) == [], "no runner for fleets is set up here"
+    ((verdict, says),) = _pool_found(tmp_path, monkeypatch, labels={"zone": "eu-1"})
+    assert (verdict, "reviews" in says, "zone=eu-1" in says) == ("good", True, True)
+    ((verdict, says),) = _pool_found(tmp_path, monkeypatch, colour="red")
+    assert (verdict, "colour" in says) == ("bad", True)
+    gone = {"sources": {"path": str(tmp_path / "gone")}}
+    ((verdict, says),) = _pool_found(tmp_path, monkeypatch, mounts=gone)
+    assert (verdict, "make it" in says) == ("bad", True)
+    monkeypatch.setenv("RINGFENCE_RUNNER_KEY_FILE", str(tmp_path / "sources/key.json"))
+    ((verdict, says),) = _pool_found(tmp_path, monkeypatch)
+    assert (verdict, "the runner's key" in says) == ("bad", True)
+    monkeypatch.setenv("RINGFENCE_RUNNER_POOL_FILE", str(tmp_path / "nothing.json"))
+    ((verdict, says),) = [(one.verdict, one.says) for one in pool_findings()]
+    assert (verdict, "cannot read" in says) == ("bad", True)

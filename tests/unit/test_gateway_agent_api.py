@@ -6,12 +6,14 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import orjson
 import pytest
 
 from ringfence.gateway.agent_api.posted_messages import PostedMessage
+from ringfence.gateway.agent_api.publication_journal import KEPT_S, JournalEntry, PublicationJournal
 from ringfence.gateway.agent_api.publications import Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.request_reader import ApiTarget, ListenerContext, read_api_target
@@ -30,6 +32,7 @@ from ringfence.messages.registry import BackendSettings
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.model.target_settings import reserved_name
 
+NOW_S = 1_790_000_000
 KEY = SigningKey.generate("spiffe://test.example/agent/bot")
 
 
@@ -288,3 +291,48 @@ def test_a_gateway_that_is_named_so_itself_keeps_its_targets() -> None:
 def test_which_names_new_targets_must_not_have(target: str, settings: dict[str, Any], reserved: bool) -> None:
     backend = BackendSettings.model_validate({"kind": "jwt", **settings})
     assert (reserved_name(target, backend) is not None) == reserved
+
+
+# --- the journal: what a gateway that starts again remembers ---
+
+
+def entry(id: str, at_s: int = NOW_S, agent: str = "bot") -> JournalEntry:
+    return JournalEntry(id, "d" * 64, agent, "kid", "task", at_s)
+
+
+def test_a_journal_has_what_was_written_for_a_day(tmp_path: Path) -> None:
+    path, (one, two, old) = tmp_path / "publications.jsonl", ids(3)
+    journal = PublicationJournal(path, now_s=lambda: NOW_S)
+    assert journal.open() == []
+    for written in (entry(one), entry(old, NOW_S - KEPT_S - 1), entry(two)):
+        assert not journal.add(written)
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b'{"id": "cut of')
+    again = PublicationJournal(path, now_s=lambda: NOW_S)
+    assert again.open() == [entry(one), entry(two)]
+    assert len(path.read_bytes().splitlines()) == 2, "it is written anew"
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    journal = PublicationJournal(tmp_path / "missing" / "file", now_s=lambda: NOW_S)
+    assert journal.open() == []
+    assert not journal.add(entry(ids(1)[0]))
+
+
+async def test_a_journal_is_written_anew_with_what_is_remembered(tmp_path: Path) -> None:
+    path, recorder = tmp_path / "publications.jsonl", Recorder()
+    journal = PublicationJournal(path, now_s=lambda: int(time.time()), max_lines=4)
+    publications = Publications(recorder, journal=journal, per_agent=2)
+    messages = [posted() for _ in range(6)]
+    for message in messages:
+        await publications.publish(message, None)
+    kept = [orjson.loads(line)["id"] for line in path.read_bytes().splitlines()]
+    assert len(kept) < 6
+    assert kept[-1] == messages[-1].id
+    await publications.close()
+    restarted = Publications(recorder, journal=PublicationJournal(path, now_s=lambda: int(time.time())))
+    assert restarted.find(messages[-1].id) is not None
+    await restarted.publish(messages[-1], None)
+    assert len(recorder.sent) == 6, "Kafka has it already"

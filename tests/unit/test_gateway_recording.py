@@ -13,11 +13,20 @@ from ringfence.gateway.contract import Attempt
 from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.spool import Spool, SpoolFullError
+from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.operations import ActionDecided
 from ringfence.model.http_targets.request_map import Action
 from tests.support import leases
 
 GATEWAY = "spiffe://acme.example/service/gateway"
+OF_A_RUN = InstanceRef(
+    instance_id="7c9e6679-7425-40de-944b-e07fc1f90ae7",
+    issuer="https://acme.example/runner/runner-1",
+    subject="spiffe://acme.example/agent/bot",
+    selector="0" * 64,
+    not_after=1_900_000_000,
+    run=RunRef(run_id="0f8fad5b-d9cb-469f-a165-70867728950e", task_id="7c9e6679-7425-40de-944b-e07fc1f90ae7"),
+)
 ID = "d9428888-122b-41e1-b85c-61cd3cbb3210"
 
 
@@ -107,6 +116,7 @@ class Gone:
         ({"label": "not a label"}, {}),
         ({"method": "M" * 40, "target": "/a%2fb%d?c=%s"}, {}),
         ({"target_id": None, "authority": "hub.example", "body": b'{"a": 1}'}, {}),
+        ({}, {"instance": OF_A_RUN}),
     ],
 )
 def test_an_event_is_what_its_model_writes(fields: dict[str, Any], lease_fields: dict[str, Any]) -> None:
@@ -120,6 +130,7 @@ def test_an_event_is_what_its_model_writes(fields: dict[str, Any], lease_fields:
     assert (key, id, traceparent.decode()) == (b"bot", ID.encode(), lease.traceparent or "")
     event = ActionDecided.model_validate_json(value)
     assert event.model_dump_json(exclude_none=True).encode() == value
+    assert event.run_id == (OF_A_RUN.run.run_id if lease.instance and OF_A_RUN.run else None)
     assert (event.action_id, event.latency_us, event.at_ms) == (ID, 17, 1_700_000_000_123)
     assert (event.resource, event.lease_id, event.task_id) == (action.resource, lease.lease_id, lease.task_id)
     assert orjson.loads(value).get("label") == (

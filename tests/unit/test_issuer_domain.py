@@ -32,6 +32,7 @@ from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import Signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.webauthn import MAX_AGE_S
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import (
     Coordinates,
@@ -64,6 +65,8 @@ from ringfence.model.records.instances import instance_id
 from ringfence.model.requests.approvals import APPROVAL_SLACK_MS, BREAK_GLASS_TTL_S
 from ringfence.model.requests.grants import id_of
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
+from tests.support.passkeys import ORIGINS, SoftwarePasskey
+from tests.support.user_keys import add_key, end_key, new_passkey
 
 POLICY = SigningKey.generate(f"spiffe://{TD}/service/policy")
 ISSUER = f"spiffe://{TD}/service/issuer"
@@ -822,6 +825,120 @@ def test_an_approval_by_a_key_that_counts_no_more_is_none(place: Place) -> None:
     assert place.refused(place.decision(request, source_ms=at_ms, approvals=(approval,)))[0] == [
         "approval_invalid"
     ]
+
+
+# --- passkeys -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passkey(place: Place) -> SoftwarePasskey:
+    """A passkey that sam has added by their key file."""
+    made = new_passkey("sam")
+    place.ledger.give(add_key(place.ledger, "sam", "sam", made))
+    return made
+
+
+def by_passkey(place: Place, passkey: SoftwarePasskey, *, answered_ms: int | None, **fields: Any) -> Decision:
+    """A decision by an approval that was appended at `answered_ms`, as policy says; None: policy does not say."""
+    request = place.request(scope=(DEPLOY,))
+    approval = place.approval(request, key=passkey, exp=place.now_ms // 1000 + 7200)
+    times = None if answered_ms is None else {digest(approval): answered_ms}
+    return place.decision(request, approvals=(approval,), answers_at_ms=times, **fields)
+
+
+def test_an_approval_by_a_passkey_is_judged_by_its_own_append_time(
+    place: Place, passkey: SoftwarePasskey
+) -> None:
+    """The decision may come later: another person was asked too."""
+    signed_ms = place.now_ms // 1000 * 1000
+    for answered_ms in (signed_ms, signed_ms + MAX_AGE_S * 1000):
+        decision = by_passkey(
+            place,
+            passkey,
+            answered_ms=answered_ms,
+            at_ms=signed_ms + 2 * MAX_AGE_S * 1000,
+            iat=signed_ms // 1000,
+        )
+        assert place.issued(decision).lease.scope == (DEPLOY,)
+
+
+@pytest.mark.parametrize(
+    ("after_ms", "says"),
+    [
+        (None, "does not say when the passkey's answer was appended"),
+        (MAX_AGE_S * 1000 + 1, "after the passkey signed it"),
+        (-31_000, "ahead of the broker"),
+    ],
+)
+def test_an_approval_by_a_passkey_that_came_at_another_time_is_none(
+    place: Place, passkey: SoftwarePasskey, after_ms: int | None, says: str
+) -> None:
+    signed_ms = place.now_ms // 1000 * 1000
+    answered_ms = None if after_ms is None else signed_ms + after_ms
+    decision = by_passkey(place, passkey, answered_ms=answered_ms, at_ms=signed_ms + 3_000_000)
+    refused = place.weigh(decision)
+    assert isinstance(refused, Refusal)
+    assert refused.finding
+    assert refused.reasons[0].code == "approval_invalid"
+    assert says in refused.reasons[0].message
+
+
+def test_an_approval_does_not_come_after_its_decision(place: Place, passkey: SoftwarePasskey) -> None:
+    for ahead_ms, holds in ((SKEW_MS, True), (SKEW_MS + 1, False)):
+        at_ms = place.now_ms + 5
+        decision = by_passkey(place, passkey, answered_ms=at_ms + ahead_ms, at_ms=at_ms)
+        found = place.weigh(decision)
+        assert isinstance(found, Issue) == holds, found
+
+
+def test_policy_cannot_give_a_key_file_another_time(place: Place, passkey: SoftwarePasskey) -> None:
+    """Only passkeys are judged by it: an ended key file is not brought back into its time."""
+    request = place.request(scope=(DEPLOY,))
+    approval = place.approval(request)
+    before_ms = place.now_ms
+    place.ledger.give(end_key(place.ledger, "olga", "sam", place.ledger.key("sam").kid))
+    times = {digest(approval): before_ms}
+    decision = place.decision(
+        request, source_ms=before_ms, at_ms=place.now_ms, approvals=(approval,), answers_at_ms=times
+    )
+    assert place.refused(decision)[0] == ["approval_invalid"]
+
+
+def test_an_ended_passkey_is_good_for_no_decision(place: Place, passkey: SoftwarePasskey) -> None:
+    request = place.request(scope=(DEPLOY,))
+    approval, answered_ms = place.approval(request, key=passkey), place.now_ms
+    times = {digest(approval): answered_ms}
+    how: dict[str, Any] = {"source_ms": answered_ms, "approvals": (approval,), "answers_at_ms": times}
+    assert place.issued(place.decision(request, **how)).lease.scope == (DEPLOY,)
+    place.ledger.give(end_key(place.ledger, "sam", "sam", passkey.kid))
+    assert place.refused(place.decision(request, at_ms=place.now_ms, **how))[0] == ["approval_invalid"]
+
+
+def test_an_origin_that_ended_after_the_approval_does_not_matter(
+    place: Place, passkey: SoftwarePasskey
+) -> None:
+    at_ms = place.now_ms
+    before = by_passkey(place, passkey, answered_ms=at_ms, at_ms=at_ms + 5000)
+    after = by_passkey(place, passkey, answered_ms=at_ms + 2000, at_ms=at_ms + 5000)
+    sign_origin = ORIGINS[0].model_copy(update={"not_after": at_ms // 1000 + 1})
+    bundle = place.ledger.trust.require().model_copy(update={"version": 2, "origins": (sign_origin,)})
+    place.ledger.trust.load(sign(bundle, place.ledger.root, header_jwk=True), at_ms / 1000)
+    assert place.issued(before).lease.scope == (DEPLOY,)
+    assert place.refused(after)[0] == ["approval_invalid"]
+
+
+def test_a_grant_by_a_passkey_outlasts_the_ten_minutes(place: Place, passkey: SoftwarePasskey) -> None:
+    claims = (
+        parse(place.grant()).unverified_claims(Grant).model_copy(update={"exp": place.now_ms // 1000 + 7200})
+    )
+    grant, given_ms = sign(claims, passkey), place.now_ms
+    later_ms = given_ms + 2 * MAX_AGE_S * 1000
+    place.ledger.clock.ms = later_ms
+    request = place.request(scope=(DEPLOY,))
+    decision = place.decision(request, grants=(grant,), answers_at_ms={digest(grant): given_ms})
+    assert place.issued(decision).grants == (claims,)
+    late = place.decision(request, grants=(grant,), answers_at_ms={digest(grant): later_ms})
+    assert place.refused(late)[0] == ["approval_invalid"]
 
 
 def test_a_grant_stands_in_for_the_approval_and_the_lease_names_it(place: Place) -> None:

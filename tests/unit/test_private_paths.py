@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ import pytest
 from ringfence.client.settings import ClientSettings
 from ringfence.runner.lifecycle.plan import PlannedMount, RunRefusedError
 from ringfence.runner.lifecycle.private_paths import check_private_paths, private_paths
+from ringfence.runner.sandbox.backend import Mount, SandboxSpecError, check_mounts
+from ringfence.runner.sandbox.mount_points import mount_points, place_of, shown_by
 
 
 def settings(folder: Path) -> ClientSettings:
@@ -66,3 +70,64 @@ def test_a_link_to_a_private_folder_counts_as_that_folder(folder: Path) -> None:
     (folder / "alias").symlink_to(folder / "state")
     with pytest.raises(RunRefusedError):
         check(folder, "alias")
+
+
+# --- what is mounted below a folder, by mountinfo -------------------------------------------------------------------
+
+
+MOUNTS = r"""
+22 1 8:1 / / rw - ext4 /dev/sda1 rw
+23 22 0:21 / /proc rw - proc proc rw
+24 22 0:22 / /run rw - tmpfs tmpfs rw
+31 22 8:1 /srv/keys /data/job/keys rw - ext4 /dev/sda1 rw
+32 22 0:22 /user/7 /data/other/sockets rw - tmpfs tmpfs rw
+33 22 8:2 / /data/job/a\040disk rw - ext4 /dev/sdb1 rw
+34 22 0:21 / /data/system/proc rw - proc proc rw
+"""
+
+
+def test_what_is_mounted_below_a_folder_is_what_it_shows() -> None:
+    points = mount_points(MOUNTS.strip())
+    shown = shown_by(Path("/data/job"), points)
+    assert [(str(point.path), point.place.device, str(point.place.path)) for point in shown] == [
+        ("/data/job", "8:1", "/data/job"),
+        ("/data/job/keys", "8:1", "/srv/keys"),
+        ("/data/job/a disk", "8:2", "/"),
+    ]
+    key = place_of(Path("/srv/keys/runner.json"), points)
+    assert [point.place.shows(key) for point in shown] == [False, True, False]
+    assert place_of(Path("/data/job/keys/runner.json"), points) == key
+    (_, sockets) = shown_by(Path("/data/other"), points)
+    assert place_of(Path("/run"), points).shows(sockets.place)
+    assert [point.kind for point in shown_by(Path("/data/system"), points)] == ["ext4", "proc"]
+
+
+@pytest.fixture
+def bound(folder: Path) -> Iterator[Path]:
+    """The folder `free`, below which the folder of the keys is mounted again."""
+    (folder / "free/again").mkdir()
+    mount = ["mount", "--bind", str(folder / "keys"), str(folder / "free/again")]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("not provable here: nobody may mount")
+    yield folder
+    subprocess.run(["umount", str(folder / "free/again")], check=True)
+
+
+def test_a_bind_mount_below_a_folder_counts_as_what_it_shows(bound: Path) -> None:
+    for mounted in ("free", "free/again"):
+        with pytest.raises(RunRefusedError, match="the runner's key"):
+            check(bound, mounted)
+    check(bound, "free/deep")
+
+
+def test_no_sandbox_mounts_what_has_the_kernels_files_below_it(folder: Path) -> None:
+    (folder / "free/proc").mkdir()
+    mount = ["mount", "-t", "proc", "proc", str(folder / "free/proc")]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("not provable here: nobody may mount")
+    try:
+        with pytest.raises(SandboxSpecError, match="kernel's files"):
+            check_mounts((Mount(folder / "free", "/work"),), folder / "state")
+    finally:
+        subprocess.run(["umount", str(folder / "free/proc")], check=True)
+    check_mounts((Mount(folder / "free", "/work"),), folder / "state")

@@ -11,7 +11,10 @@ from ringfence.client.errors import EnrolmentRefusedError, IdentityError, Invali
 from ringfence.client.instance_enrolment import RUN_ENROLMENT_FILE, RUN_KEY_FILE, RunInstance
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
+from ringfence.messages.enrolment import InstanceEnrolment, RunRef
+from ringfence.model.records.instances import is_same_requester
 from tests.support.instance_enrolments import enrolment_of
 
 AGENT = "spiffe://acme.example/agent/bot"
@@ -112,3 +115,27 @@ async def test_files_that_do_not_belong_together_are_refused(folder: Path, key: 
     (folder / RUN_KEY_FILE).unlink()
     with pytest.raises(KeyFileError):
         await current()
+
+
+def _enrolled(key: SigningKey, **fields: object) -> InstanceEnrolment:
+    claims = parse(enrolment(key)).unverified_claims(InstanceEnrolment)
+    return claims.model_copy(update=fields)
+
+
+def test_who_asked_is_the_agent_or_one_run_or_one_identity_of_a_platform(key: SigningKey) -> None:
+    task = "6b0e6a5e-61c5-4d4b-9f6a-5a1f6d7d3b52"
+    one, other = (RunRef(run_id=f"{n}b0e6a5e-61c5-4d4b-9f6a-5a1f6d7d3b52", task_id=task) for n in (1, 2))
+    pod = {"issuer": "https://pods.example", "subject": "pod-1", "run": None}
+    requesters = {
+        "the agent": None,
+        "a run": _enrolled(key, run=one),
+        "another run": _enrolled(key, run=other),
+        "a pod": _enrolled(key, **pod),
+        "another pod": _enrolled(key, **{**pod, "subject": "pod-2"}),
+        "a pod of that name elsewhere": _enrolled(key, **{**pod, "issuer": "https://other.example"}),
+    }
+    renewed = SigningKey.generate(AGENT)
+    for first, who in requesters.items():
+        same = [second for second, by in requesters.items() if is_same_requester(who, by)]
+        assert same == [first]
+    assert is_same_requester(requesters["a pod"], _enrolled(renewed, **pod)), "it has renewed its key"

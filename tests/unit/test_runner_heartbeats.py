@@ -6,8 +6,9 @@ import asyncio
 
 import pytest
 
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
-from ringfence.messages.operations import Heartbeat
+from ringfence.messages.operations import Heartbeat, RunnerPool
 from ringfence.runner.heartbeats import Heartbeats, SilenceGuard
 
 RUNNER = "spiffe://acme.example/service/runner-1"
@@ -166,3 +167,17 @@ async def test_a_broker_that_says_nothing_is_not_sent_heartbeats_without_end(
     assert len(bench.kafka.sent) == 30
     running.cancel()
     await asyncio.gather(running, return_exceptions=True)
+
+
+async def test_a_heartbeat_tells_the_pool_as_it_is_then() -> None:
+    kafka, free = _Kafka(), [2, 0]
+    heartbeats = Heartbeats(
+        kafka.send, RUNNER, "acme.example", SystemClock(), tuple,
+        pool=lambda: RunnerPool(name="reviews", labels={"zone": "eu-1"}, free=free.pop(0)),
+    )  # fmt: skip
+    await heartbeats.beat()
+    await heartbeats.beat()
+    told = [sent.pool for sent in kafka.sent]
+    assert [(one.name, one.labels, one.free) for one in told if one is not None] == [
+        ("reviews", {"zone": "eu-1"}, 2), ("reviews", {"zone": "eu-1"}, 0),
+    ]  # fmt: skip

@@ -71,6 +71,8 @@ def test_a_mount_that_may_be_written_is_read_only_where_the_order_says_so(tmp_pa
         ({"command": ("sh", "-c", "review")}, "command_not_in_pool"),
         ({"command": ("./review",)}, "command_not_in_pool"),
         ({"image": IMAGE}, "image_not_in_pool"),
+        ({"labels": {"zone": "eu-2"}}, "label_not_in_pool"),
+        ({"labels": {"zone": "eu-1", "gpu": "yes"}}, "label_not_in_pool"),
         ({"mounts": (Mount(name="secrets"),)}, "mount_not_in_pool"),
         ({"mounts": (Mount(name="sources", read_write=True),)}, "mount_read_only"),
         ({"mounts": (Mount(name="sources"), Mount(name="sources"))}, "mount_repeated"),
@@ -81,9 +83,16 @@ def test_a_mount_that_may_be_written_is_read_only_where_the_order_says_so(tmp_pa
     ],
 )
 def test_what_the_pool_does_not_have_is_refused(tmp_path: Path, fields: dict[str, Any], code: str) -> None:
-    problem = read_pool(pool_file(tmp_path)).problem(ordered(**fields))
+    pool = read_pool(pool_file(tmp_path, labels={"zone": "eu-1", "disk": "fast"}))
+    problem = pool.problem(ordered(**fields))
     assert problem is not None
     assert problem.code == code
+
+
+def test_a_pool_runs_what_demands_labels_that_it_has(tmp_path: Path) -> None:
+    pool = read_pool(pool_file(tmp_path, labels={"zone": "eu-1", "disk": "fast"}))
+    for labels in (None, {}, {"zone": "eu-1"}, {"zone": "eu-1", "disk": "fast"}):
+        assert pool.problem(ordered(labels=labels)) is None
 
 
 def test_the_highest_limits_are_allowed(tmp_path: Path) -> None:

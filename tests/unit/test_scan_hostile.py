@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import mmap
 import os
 import socket
+import subprocess
+import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -207,6 +211,138 @@ def test_many_findings_in_one_file_are_limited(tmp_path: Path) -> None:
     report = scan(tmp_path)
     assert len(report.findings) == 1000
     assert "more than 1000 findings" in report.notes[0].reason
+
+
+_MEBI = 1024 * 1024
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_findings_of_a_whole_scan_are_limited_and_the_report_says_so(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ringfence.scan.scanner.MOST_FINDINGS", 100)
+    make = Maker(9)
+    for number in range(900):
+        (tmp_path / f"f{number}.txt").write_text(f"{make.crc_token('ghp')}\n")
+    for workers in (1, 2):
+        report = scan(tmp_path, workers=workers)
+        assert 100 <= len(report.findings) < 900
+        assert not report.complete
+        assert any("too many findings" in note.reason for note in report.notes)
+
+
+def test_what_the_guard_knows_is_limited_for_a_file_and_for_a_scan(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ringfence.scan.file_scan.MOST_PIECES_IN_A_FILE", 2000)
+    make = Maker(9)
+    (tmp_path / "a.txt").write_text("".join(f"{make.crc_token('ghp')}\n" for _ in range(200)))
+    report = scan(tmp_path)
+    assert 50 < len(report.findings) < 70
+    assert "full of secrets" in report.notes[0].reason
+    monkeypatch.setattr("ringfence.scan.scanner.MOST_PIECES", 1000)
+    for number in range(700):
+        (tmp_path / f"f{number}.txt").write_text("nothing\n")
+    report = scan(tmp_path, workers=2)
+    assert not report.complete
+    assert any("too many findings" in note.reason for note in report.notes)
+
+
+def test_notes_are_limited_and_the_others_counted(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ringfence.scan.scanner._MOST_NOTES", 5)
+    for number in range(9):
+        os.mkfifo(tmp_path / f"f{number}.env")
+    report = scan(tmp_path)
+    assert len(report.notes) == 6
+    assert report.notes[-1].reason == "4 more notes were left out"
+
+
+def test_a_worker_hands_over_what_it_has_and_the_rest_is_read_later(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ringfence.scan.file_scan._MOST_AT_ONCE", 3)
+    make = Maker(10)
+    for number in range(700):
+        (tmp_path / f"f{number}.txt").write_text(
+            f"{make.crc_token('ghp')}\n" if number % 7 == 0 else "nothing\n"
+        )
+    for workers in (1, 2):
+        report = scan(tmp_path, workers=workers)
+        assert (report.files, len(report.findings), report.complete) == (700, 100, True)
+
+
+def test_entries_of_a_folder_are_limited(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ringfence.scan.tree_walk.MAX_ENTRIES", 10)
+    for number in range(12):
+        (tmp_path / f"f{number}.txt").write_text("nothing\n")
+    report = scan(tmp_path)
+    assert report.files == 10
+    assert "more than 10 entries" in report.notes[0].reason
+
+
+def test_a_file_that_needs_too_much_memory_is_a_note_and_others_are_read(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("ringfence.scan.file_scan.FILE_MEMORY", 0)
+    monkeypatch.setattr("ringfence.scan.file_scan._MEMORY_FOR_EACH_BYTE", 4)
+
+    def fill(self: object, file: SourceFile) -> None:
+        if b"fill" in file.data:
+            bytearray(512 * _MEBI)
+        yield from ()
+
+    monkeypatch.setattr(type(TEXT_READER), "read", fill)
+    (tmp_path / "a.txt").write_text("fill")
+    (tmp_path / "b.txt").write_text("x")
+    report = scan(tmp_path)
+    assert report.files == 2
+    assert [note.reason for note in report.notes] == ["needs too much memory to be read"]
+    mmap.mmap(-1, 512 * _MEBI).close()  # the limit is for the scan alone
+
+
+SWELLING = (
+    (".claude.json", "[" + "[]," * (_MEBI // 2) + "[]]"),
+    ("b/.claude.json", "[" + '"a",' * (_MEBI // 2) + '"a"]'),
+    ("c/.claude.json", '{"a":{' + ",".join(f'"k{number:06}":"v"' for number in range(100_000)) + "}}"),
+    (".env", "A=b\n" * (_MEBI // 2)),
+    (".netrc", "\n" * _MEBI),
+    ("a.txt", "ab " * (_MEBI // 2)),
+    ("urls.txt", "".join(f"https://u:p{number:07}@h " for number in range(50_000))),
+    (".m2/settings.xml", f"<a>{'<a>b</a>' * 150_000}</a>"),
+)
+
+
+def test_documents_that_swell_stay_within_the_memory_of_a_scan(tmp_path: Path) -> None:
+    for name, text in SWELLING:
+        file = tmp_path / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(text)
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom ringfence.scan.fingerprint import Fingerprinter\n"
+        "from ringfence.scan.scanner import ScanOptions, scanning\n"
+        "with scanning(ScanOptions(paths=[Path(sys.argv[1])]), Fingerprinter(b'k' * 32)) as one: report = one.run()\n"
+        "lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "print(report.files, next(line.split()[1] for line in lines if line.startswith('VmHWM')))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    files, most_kib = map(int, done.stdout.split())
+    assert files == len(SWELLING)
+    assert most_kib < 96 * 1024
+
+
+def test_the_memory_of_a_scan_does_not_grow_with_the_number_of_files(tmp_path: Path) -> None:
+    """Of a tree of many folders: the entries of one folder are in memory at once, for their order."""
+    (tmp_path / "one").write_text("nothing\n")
+    for number in range(3600):
+        folder = tmp_path / ("few" if number < 800 else "many") / f"f{number // 20}"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.link(tmp_path / "one", folder / f"a-file-with-a-long-name-{number}.txt")
+
+    def most(folder: Path) -> int:
+        tracemalloc.start()
+        try:
+            assert scan(folder, workers=1).files >= 800
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    most(tmp_path / "few")  # what is imported and cached
+    assert most(tmp_path / "many") - most(tmp_path / "few") < 2000 * 40
 
 
 def test_names_that_act_on_a_terminal_or_a_shell_reach_no_command(tmp_path: Path) -> None:

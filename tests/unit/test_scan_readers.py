@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.scan.candidates import formats_in
 from ringfence.scan.findings import Finding, Report
 from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.kinds import FORMATS
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import Machine
 from ringfence.scan.scanner import ScanOptions, scanning
@@ -59,7 +61,9 @@ def test_every_planted_secret_is_found_by_its_reader_with_its_pattern(corpus) ->
             assert one is not None, f"{case.label}: {case.path} has one that is not found"
             assert one.pattern.value == secret.pattern, (case.path, one.place.field)
             assert one.length == len(secret.value)
-        if case.secrets:
+        unread = sorted(one.pattern.value for one in found[str(path)] if one.fingerprint is None)
+        assert unread == sorted(case.unread), case.path
+        if case.secrets or case.unread:
             assert case.reader in {one.reader for one in found[str(path)]}, case.path
 
 
@@ -69,15 +73,17 @@ def test_nothing_else_is_found(corpus) -> None:
     for path, case in planted:
         wanted = {fingerprint(secret.value) for secret in case.secrets}
         extra.update(
-            (case.path, one.place.field) for one in found[str(path)] if one.fingerprint not in wanted
+            (case.path, one.place.field)
+            for one in found[str(path)]
+            if one.fingerprint is not None and one.fingerprint not in wanted
         )
     assert not extra
 
 
-def test_every_reader_has_a_planted_case() -> None:
-    planted = {case.reader for case in cases(0)}
-    assert {reader.name for reader in FILE_READERS} - planted == set()
-    assert TEXT_READER.name in planted
+def test_every_reader_has_a_planted_case_and_a_look_alike() -> None:
+    readers = {reader.name for reader in (*FILE_READERS, TEXT_READER)}
+    assert readers - {case.reader for case in cases(0) if case.secrets or case.unread} == set()
+    assert readers - {case.reader for case in cases(0) if not case.secrets and not case.unread} == set()
     # Those of machines have tests below, by these names.
     assert {reader.name for reader in MACHINE_READERS} == {
         "environment",
@@ -87,6 +93,22 @@ def test_every_reader_has_a_planted_case() -> None:
     }
 
 
+def test_every_format_has_planted_cases_and_look_alikes() -> None:
+    formats = {one.regex.pattern for one in FORMATS}
+    for planted in (True, False):
+        texts = [
+            case.content.decode() for case in cases(0)
+            if case.reader == TEXT_READER.name and bool(case.secrets) is planted
+        ]  # fmt: skip
+        markers = {one.regex.pattern for one in FORMATS if any(one.marker in text for text in texts)}
+        assert formats - markers == set()
+    found = {
+        one.regex.pattern for case in cases(0) if case.reader == TEXT_READER.name
+        for one, value, _ in formats_in(case.content.decode()) if value in {secret.value for secret in case.secrets}
+    }  # fmt: skip
+    assert formats - found == set()
+
+
 def test_names_of_readers_are_unique() -> None:
     names = [*(one.name for one in (*FILE_READERS, TEXT_READER)), *(one.name for one in MACHINE_READERS)]
     assert len(names) == len(set(names))
@@ -94,7 +116,7 @@ def test_names_of_readers_are_unique() -> None:
 
 def test_the_known_places_of_a_home_folder_are_read_without_a_path(tmp_path: Path) -> None:
     for one in cases(1):
-        if one.path.startswith((".aws/", ".kube/", ".ssh/", ".config/gh/")):
+        if one.secrets and one.path.startswith((".aws/", ".kube/", ".ssh/", ".config/gh/")):
             file = tmp_path / one.path
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(one.content)

@@ -43,8 +43,10 @@ from ringfence.messages.operations import (
     ActionAnswered,
     ActionDecided,
     DeadLetter,
+    Destination,
     Heartbeat,
     PartitionDigest,
+    RelayEnded,
     ServiceEvent,
 )
 from ringfence.messages.permission import Permission
@@ -523,6 +525,20 @@ _ALL: tuple[Message, ...] = (
         answer="rpc_error",
         http_status=200,
         rpc_code=-32602,
+        at_ms=AT_MS,
+    ),
+    RelayEnded(
+        action_id="0f8fad5b-d9cb-469f-a165-70867728950e",
+        gateway=_service("gateway"),
+        agent_id="deploy-bot",
+        task_id=_TASK,
+        run_id="7c9e6679-7425-50de-944b-e07fc1f90ae7",
+        lease_id=_LEASE,
+        target_id="orders-db",
+        destination=Destination(host="db.internal", port=5432),
+        sent_bytes=1204,
+        received_bytes=88_130,
+        duration_ms=4_210,
         at_ms=AT_MS,
     ),
     audit.AuditEvent(

@@ -17,7 +17,7 @@ from ringfence.faststream.router import RingfenceRouter, Subscription
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.audit import AuditEvent
 from ringfence.messages.lease import Lease, LeaseEpoch
-from ringfence.messages.operations import ActionAnswered, ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided, RelayEnded
 
 __all__ = [
     "ActionAnswered",
@@ -27,6 +27,7 @@ __all__ = [
     "AuditEvent",
     "Lease",
     "LeaseEpoch",
+    "RelayEnded",
     "RingfenceRouter",
     "Subscription",
     "UnknownMessage",

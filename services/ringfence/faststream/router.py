@@ -101,7 +101,8 @@ class RingfenceRouter(KafkaRouter):
         return self._subscription(LEASE, group, options)
 
     def actions(self, *, group: str, **options: Any) -> Subscription:
-        """Subscribe to what agents did through gateways: select `ActionDecided` or `ActionAnswered`. Not signed.
+        """Subscribe to what agents did through gateways: select `ActionDecided`, `ActionAnswered` or
+        `RelayEnded`. Not signed.
 
         Args: as for `audit_events`.
         """

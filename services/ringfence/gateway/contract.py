@@ -325,6 +325,10 @@ class RelayPermit(Protocol):
         """Why nothing more may be relayed, or None. Cheap while no record changes: ask before each piece."""
         ...
 
+    def ended(self, sent_bytes: int, received_bytes: int, reason: Reason | None) -> None:
+        """Record the end of the relay, once. `reason`: why the gateway ended it, or could not begin it."""
+        ...
+
 
 class RelayGate(Protocol):
     """The part of the decision core that decides on relays."""

@@ -6,6 +6,7 @@ import logging
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ringfence.backends import BackendContext, BackendSettings, TargetAccess, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
@@ -145,8 +146,13 @@ def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:
     runtime.on_start(announce)
 
 
+def spool_folder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Path:
+    """The folder of this gateway's spool, which no other process uses once it is open."""
+    return own.spool or settings.key_dir.parent / "spool" / _name(runtime)
+
+
 def _recorder(runtime: Runtime, settings: ServiceSettings, own: GatewaySettings) -> Recorder:
-    folder = own.spool or settings.key_dir.parent / "spool" / _name(runtime)
+    folder = spool_folder(runtime, settings, own)
     recorder = Recorder(Spool(folder, max_bytes=own.spool_max_bytes), runtime.publisher, runtime.tracing)
     runtime.background("actions", recorder.publish)
     runtime.background("spool", recorder.sync)

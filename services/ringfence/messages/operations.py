@@ -19,6 +19,7 @@ from ringfence.messages.base import (
 )
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.enrolment import EnrolledInstance
+from ringfence.messages.run import Labels
 
 EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
 
@@ -80,6 +81,15 @@ GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,255}$")]
 """A consumer group on Kafka, with its prefix."""
 
 
+class RunnerPool(Message):
+    """The pool that a runner takes orders for, as it is now."""
+
+    name: Name
+    labels: Labels
+    free: Annotated[int, Field(ge=0)]
+    """How many more runs it may start now."""
+
+
 class Heartbeat(Claims):
     """Once a second: this service is alive, and this is what a complete local table holds now, or what has come."""
 
@@ -94,6 +104,8 @@ class Heartbeat(Claims):
     """Of revokers: their consumer groups that have halted. While one is named, issuers and gateways deny."""
     runs: Annotated[tuple[Uuid, ...], Field(max_length=1000)] = ()
     """Of runners: the runs that go on in the process that sends this. Several processes may be one runner."""
+    pool: RunnerPool | None = None
+    """Of runners that take orders."""
 
 
 class DeadLetter(Message):
@@ -152,6 +164,8 @@ class ActionDecided(Message):
     act: tuple[Name, ...] | None = None
     """Where the task was handed on: the agents that act, who sent it first, then the last to hand it on."""
     task_id: str | None = None
+    run_id: Uuid | None = None
+    """The run whose instance sent it: by the socket of the run, or by a lease of the run."""
     lease_id: str | None = None
     target_id: str | None = None
     verb: str | None = None
@@ -189,6 +203,7 @@ class ActionAnswered(Message):
     agent_id: NonEmpty | None = None
     act: tuple[Name, ...] | None = None
     task_id: str | None = None
+    run_id: Uuid | None = None
     lease_id: str | None = None
     target_id: str | None = None
     verb: str | None = None
@@ -197,5 +212,28 @@ class ActionAnswered(Message):
     http_status: Annotated[int, Field(ge=100, le=599)] | None = None
     rpc_code: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
     """Of the JSON-RPC error. What it says in words stays between agent and target."""
+    at_ms: Millis
+    traceparent: str | None = None
+
+
+class RelayEnded(Message):
+    """The end of a byte relay of a run, to a target whose protocol is not HTTP. Bytes are counted, and not read."""
+
+    action_id: NonEmpty
+    """Of the `ActionDecided` that allowed it."""
+    gateway: SpiffeId | None = None
+    agent_id: NonEmpty
+    task_id: NonEmpty
+    run_id: Uuid
+    lease_id: NonEmpty
+    """The first of the leases that it rested on."""
+    target_id: NonEmpty
+    destination: Destination
+    sent_bytes: Annotated[int, Field(ge=0)]
+    """From the run to the target."""
+    received_bytes: Annotated[int, Field(ge=0)]
+    duration_ms: Annotated[int, Field(ge=0)]
+    reason: Reason | None = None
+    """Why the gateway ended it, or could not begin it. None where a side ended it, or where nothing passed for long."""
     at_ms: Millis
     traceparent: str | None = None

@@ -29,6 +29,10 @@ Argument = Annotated[str, Field(max_length=8192, pattern=r"^[^\x00]*$")]
 """One word of a command line; execve(2) takes no NUL."""
 
 
+Labels = Annotated[dict[Name, Annotated[str, Field(max_length=256)]], Field(max_length=32)]
+"""What a pool of runners says of itself, such as its zone, by name. Values are compared to the letter."""
+
+
 class Mount(Message):
     """A mount by the name that the runner's pool has for it: no order holds a path of a host."""
 
@@ -64,6 +68,8 @@ class RunOrder(ExpiringClaims):
     limits: RunLimits
     ttl_s: TtlSeconds
     """How long the run may take, from its claim."""
+    labels: Labels | None = None
+    """What the pool has to have among its labels; None: nothing."""
 
 
 class RunStop(ExpiringClaims):

@@ -39,6 +39,7 @@ from ringfence.revoker.revocations.revocations import RevocationHandler
 from ringfence.revoker.revocations.run_ends import RunEndHandler, RunRevoker
 from ringfence.revoker.revocations.runner_silence import RunnerSilence, SilentRunEnder
 from ringfence.revoker.revocations.verification import RevocationVerifier
+from ringfence.revoker.runner_pools import RunnerPools
 from ringfence.revoker.runs_http import RunsApi
 from ringfence.revoker.settings import RevokerSettings
 from ringfence.revoker.subscribers import GROUP, router
@@ -93,6 +94,7 @@ def build(
     since_ms = runtime.clock.now_ms() - BACK_MS
     watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, own_records, since_ms=since_ms)
 
+    pools = RunnerPools(runtime.trust)
     silence = RunnerSilence(
         runtime.trust, directory.runs, own_id=runtime.key.id, grace_ms=int(settings.run_grace_s * 1000)
     )
@@ -101,6 +103,7 @@ def build(
     def on_heartbeats(records: Sequence[Received]) -> None:
         directory.on_records(records)
         silence.on_heartbeats(records)
+        pools.on_heartbeats(records)
         cuts.on_heartbeats(records)
 
     runtime.table(RUN_TABLES, directory.on_records)
@@ -176,7 +179,7 @@ def build(
     runtime.routes += LeasesApi(
         store, ender, overdue, directory, verifier, runtime.clock, authenticator
     ).routes()
-    runtime.routes += RunsApi(directory, runtime.clock, authenticator).routes()
+    runtime.routes += RunsApi(directory, pools, runtime.broker_now_ms, runtime.clock, authenticator).routes()
     return runtime
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -15,21 +16,35 @@ from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.runs import OVER, run_id_of
+from ringfence.revoker.runner_pools import RunnerPools
 
 MAX_LISTED = 1000
 
 
 class RunsApi:
-    """The routes that read the table of runs."""
+    """The routes that read the table of runs, and the pools that runners say they have."""
 
-    def __init__(self, directory: Directory, clock: Clock, authenticator: Authenticator) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        pools: RunnerPools,
+        broker_now_ms: Callable[[], int],
+        clock: Clock,
+        authenticator: Authenticator,
+    ) -> None:
         self._directory = directory
+        self._pools = pools
+        self._broker_now_ms = broker_now_ms
         self._clock = clock
         self._authenticator = authenticator
 
     def routes(self) -> list[BaseRoute]:
         """To be added to the runtime's routes."""
-        return [Route("/v1/runs", self._list), Route("/v1/runs/{id}", self._one)]
+        return [
+            Route("/v1/runs", self._list),
+            Route("/v1/runs/{id}", self._one),
+            Route("/v1/pools", self._list_pools),
+        ]
 
     async def _list(self, request: Request) -> Response:
         """Runs that are not over, the latest first. `?all=1`: also those that are. `?agent=`, `?task=`, `?runner=`."""
@@ -59,6 +74,13 @@ class RunsApi:
                 "an order waits for a runner of its pool"
             )
         return JSONResponse(self._json(run))
+
+    async def _list_pools(self, request: Request) -> Response:
+        """Pools with a runner that was heard lately, by name. `?label=NAME=VALUE`, repeatable: those that have it."""
+        self._authenticator.authenticate(request)
+        asked = [text.partition("=") for text in request.query_params.getlist("label")]
+        labels = {name: value for name, _, value in asked}
+        return JSONResponse({"pools": self._pools.listed(self._broker_now_ms(), labels)})
 
     def _is_over(self, run: Run) -> bool:
         return run.status in OVER or run.deadline <= self._clock.now_ms() // 1000

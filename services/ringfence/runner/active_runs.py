@@ -80,7 +80,12 @@ class RunningRuns:
     @property
     def has_room(self) -> bool:
         """Whether another run may start now."""
-        return not self._closed and len(self._jobs) < self._concurrency
+        return self.free > 0
+
+    @property
+    def free(self) -> int:
+        """How many more runs may start now."""
+        return 0 if self._closed else max(0, self._concurrency - len(self._jobs))
 
     @property
     def changed(self) -> asyncio.Event:

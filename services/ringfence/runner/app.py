@@ -19,7 +19,7 @@ from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
-from ringfence.messages.operations import Heartbeat
+from ringfence.messages.operations import Heartbeat, RunnerPool
 from ringfence.messages.topics import HEARTBEAT, RUN_ORDER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import RUN_TABLES, Directory
@@ -98,7 +98,13 @@ def build(
         connection.use_key(runtime.key)
         await runtime.publisher.publish_signed(HEARTBEAT, runtime.key.id, heartbeat, runtime.key)
 
-    heartbeats = Heartbeats(send, runtime.key.id, settings.trust_domain, runtime.clock, runs.ids)
+    def offered() -> RunnerPool:
+        free = runs.free if intake.opened.is_set() and guard.silent() is None else 0
+        return RunnerPool(name=pool.name, labels=pool.labels, free=free)
+
+    heartbeats = Heartbeats(
+        send, runtime.key.id, settings.trust_domain, runtime.clock, runs.ids, pool=offered
+    )
     guard = SilenceGuard(heartbeats, runs, grace_s=settings.run_grace_s)
     stops = StopTable(directory)
 

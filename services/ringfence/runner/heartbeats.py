@@ -18,7 +18,7 @@ from ringfence.kernel.base.clock import Clock, suspend_aware_ms
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import rate_limited
-from ringfence.messages.operations import Heartbeat
+from ringfence.messages.operations import Heartbeat, RunnerPool
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class Heartbeats:
         clock: Clock,
         runs: Callable[[], Iterable[str]],
         *,
+        pool: Callable[[], RunnerPool] | None = None,
         never_jumps_ms: Callable[[], int] = suspend_aware_ms,
     ) -> None:
         """Args:
@@ -46,6 +47,7 @@ class Heartbeats:
             runner: the runner's SPIFFE ID.
             runs: the ids of the runs that go on in this process. Each heartbeat names them, because several processes
                 may be one runner.
+            pool: of a runner that takes orders: its pool as it is now.
             never_jumps_ms: a clock for the silence, which also runs while the machine sleeps.
         """  # fmt: skip
         self._send = send
@@ -53,6 +55,7 @@ class Heartbeats:
         self._trust_domain = trust_domain
         self._clock = clock
         self._runs = runs
+        self._pool = pool
         self._never_jumps_ms = never_jumps_ms
         self._sending: set[asyncio.Task[None]] = set()
         self._acknowledged_ms = never_jumps_ms()
@@ -90,6 +93,7 @@ class Heartbeats:
             jti=derived_id("heartbeat", self._runner, now_ms),
             at_ms=now_ms,
             runs=tuple(sorted(self._runs())),
+            pool=self._pool() if self._pool is not None else None,
         )
         try:
             await self._send(heartbeat)

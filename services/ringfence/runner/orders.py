@@ -50,9 +50,10 @@ class _Waiting:
 
 @dataclass
 class _Settled:
-    """Records for which nothing is left to do, by topic and partition the last one."""
+    """Records for which nothing is left to do: the last one of each partition."""
 
     last: dict[tuple[str, int], Received] = field(default_factory=dict)
+    """By topic and partition."""
 
 
 class OrderIntake:
@@ -108,6 +109,7 @@ class OrderIntake:
             await self._admit(batch)
             while self._line or reading is not None:
                 changed = self._runs.changed
+                await self._refuse_those_over()
                 await self._advance()
                 if not self._line:
                     if reading is None:
@@ -177,11 +179,8 @@ class OrderIntake:
             first = self._line[0]
             if isinstance(first, _Waiting):
                 if not self._has_room():
-                    self._refresh_waiting()
-                    if not await self._refuse_if_over(first):
-                        break
-                else:
-                    await self._take(first)
+                    break
+                await self._take(first)
                 settled.append(first.record)
             else:
                 settled += first.last.values()
@@ -190,16 +189,17 @@ class OrderIntake:
             await self._consumer.settle_early(settled)
         metrics.RUN_ORDERS_WAITING.set(self.waiting)
 
-    def _refresh_waiting(self) -> None:
-        """Let stops count whose signer was not known when they came."""
-        self._stops.retry()
+    async def _refuse_those_over(self) -> None:
+        """Refuse the orders that were stopped, or have waited too long, wherever they are in the queue.
 
-    async def _refuse_if_over(self, waiting: _Waiting) -> bool:
-        """Refuse an order at the head of the queue that was stopped, or has waited too long. Whether that was so."""
-        problem = self._waiting_problem(waiting)
-        if problem is not None:
-            await self._refuse(waiting, problem)
-        return problem is not None
+        Their offsets are committed once all before them are: until then a restart reads them again, and finds them
+        refused.
+        """
+        self._stops.retry()  # the user's record may have come after the stop
+        for place, one in list(enumerate(self._line)):
+            if isinstance(one, _Waiting) and (problem := self._waiting_problem(one)) is not None:
+                await self._refuse(one, problem)
+                self._line[place] = _Settled({(one.record.topic_name, one.record.partition): one.record})
 
     async def _take(self, waiting: _Waiting) -> None:
         """Claim and start the run of an order whose turn it is, or refuse it. It is on Kafka when this returns."""

@@ -21,7 +21,7 @@ from ringfence.kernel.base.text import visible
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name
 from ringfence.messages.credential import Reason
-from ringfence.messages.run import ImageDigest, RunOrder
+from ringfence.messages.run import ImageDigest, Labels, RunOrder
 from ringfence.runner.lifecycle.plan import PlannedMount, RunPlan
 from ringfence.runner.sandbox.backend import SandboxSpec, SandboxSpecError
 
@@ -68,8 +68,8 @@ class Pool(_Strict):
     """One pool. All its runners have the same file."""
 
     name: Name
-    labels: dict[Name, Annotated[str, Field(max_length=256)]] = Field(default_factory=dict)
-    """For people and dashboards, for example region and hardware. No rule reads them."""
+    labels: Labels = Field(default_factory=dict)
+    """What an order may demand of the pool that runs it, for example a zone or a kind of hardware."""
     concurrency: Annotated[int, Field(ge=1, le=500)] = 4
     """How many runs go on at once in this process."""
     queue_length: Annotated[int, Field(ge=0, le=10_000)] = 100
@@ -141,7 +141,16 @@ class Pool(_Strict):
                 f"pool {self.name} does not run the image {image}" if image else "the order names no image"
             )
             return _reason("image_not_in_pool", message)
-        return self._mount_problem(order) or self._limit_problem(order)
+        return self._label_problem(order) or self._mount_problem(order) or self._limit_problem(order)
+
+    def _label_problem(self, order: RunOrder) -> Reason | None:
+        for name, value in (order.labels or {}).items():
+            if self.labels.get(name) != value:
+                own = self.labels.get(name)
+                has = f"has {visible(own)!r} there" if own is not None else "has no such label"
+                message = f"the order demands {name}={visible(value)[:256]}, and pool {self.name} {has}"
+                return _reason("label_not_in_pool", message[:1000])
+        return None
 
     def _mount_problem(self, order: RunOrder) -> Reason | None:
         names = [mount.name for mount in order.mounts]
@@ -184,6 +193,11 @@ class Pool(_Strict):
             image_digest=image,
             policy_digest=self.digest,
         )
+
+
+def pool_mounts(pool: Pool) -> tuple[PlannedMount, ...]:
+    """All mounts that orders may ask for, as they would be mounted."""
+    return tuple(_planned(name, one.path, one.read_write) for name, one in pool.mounts.items())
 
 
 def _planned(name: str, host: Path, read_write: bool) -> PlannedMount:

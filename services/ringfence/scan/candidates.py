@@ -46,15 +46,32 @@ _BEARER: Final = re.compile(r"\b(?:Bearer|token)\s+([A-Za-z0-9._~+/-]{16,}={0,2}
 JWT: Final = re.compile(r"(?<![\w.-])(eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{16,})(?![\w.-])")
 
 
-def formats_in(text: str) -> Iterator[tuple[Format, str, int]]:
+_SHORTEST: Final = 20
+"""No credential of a known format is shorter, and none has a space in it."""
+_MOST_SPLIT: Final = 512 * 1024
+_MARKERS: Final = tuple((one.marker.encode(), one) for one in FORMATS)
+
+
+def formats_marked(data: bytes) -> list[Format]:
+    """Return the formats whose marker is in a word of a file that is long enough. Searches less than the whole file."""
+    if len(data) <= _MOST_SPLIT:
+        data = b" ".join([word for word in data.split() if len(word) >= _SHORTEST])
+    return [one for marker, one in _MARKERS if marker in data]
+
+
+def formats_in(text: str, among: Sequence[Format] = FORMATS) -> Iterator[tuple[Format, str, int]]:
     """Yield each credential that tells its kind by its look: the format, the value, and where it begins."""
-    for one in FORMATS:
+    for one in among:
         if one.marker not in text:
             continue
         for match in one.regex.finditer(text):
             group = 1 if one.regex.groups else 0
             value = match[group]
-            if names.is_placeholder(value) or (one.check is not None and not one.check(value)):
+            if (
+                (one.check is not None and not one.check(value))
+                or names.is_placeholder(value)
+                or names.is_counted(value)
+            ):
                 continue
             yield one, value, match.start(group)
 
@@ -70,9 +87,14 @@ def is_counterfeit(text: str) -> bool:
     )
 
 
+MARKERS: Final = frozenset(one.marker for one in FORMATS)
+"""What is the same in all credentials of a kind, also where it stands in their middle."""
+
+
 def public_prefix_length(text: str) -> int:
     """Return how many characters at the begin of a credential are the same for all of its kind: `github_pat_`."""
-    return max((len(one.marker) for one in FORMATS if text.startswith(one.marker)), default=0)
+    found = (one.public.match(text) for one in FORMATS if one.public is not None)
+    return max((match.end() for match in found if match is not None), default=0)
 
 
 def of_format(text: str, field: str, **more: Any) -> Candidate | None:
@@ -195,6 +217,7 @@ def classify(name: str, value: str, field: str | None = None, **more: Any) -> It
         (match := _BEARER.search(value))
         and names.looks_random(match[1])
         and not names.is_placeholder(match[1])
+        and not names.is_counted(match[1])
     ):
         yield candidate_of(kinds.for_name(kinds.BEARER, words), match[1], field, **more)
         return

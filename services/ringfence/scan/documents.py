@@ -14,12 +14,16 @@ from typing import Any, Final
 
 MAX_DEPTH: Final = 64
 MAX_NODES: Final = 200_000
+_MAX_TOKENS: Final = 1_000_000
 _MAX_TOML_BYTES: Final = 1024 * 1024
 _MAX_YAML_BYTES: Final = 4 * 1024 * 1024
 
 
 class DocumentError(Exception):
     """Raised for text that is no such document, or exceeds a limit. The message quotes nothing."""
+
+
+_JSON_NODES: Final = re.compile(r'"(?:[^"\\\n]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
 
 
 def parse_json(text: str) -> Any:
@@ -53,9 +57,12 @@ def _without_comments(text: str) -> str:
 
 
 def _check_depth(text: str) -> None:
+    """Look at depth and number of nodes before a parser makes objects of them. Raises DocumentError."""
     depth = 0
-    for match in re.finditer(r'"(?:[^"\\\n]|\\.)*+"|[\[{]|[\]}]', text, re.DOTALL):
-        char = match[0][0]
+    for number, match in enumerate(_JSON_NODES.finditer(text)):
+        if number > _MAX_TOKENS:
+            raise DocumentError(f"has more than {_MAX_TOKENS} brackets and texts")
+        char = text[match.start()]
         if char in "[{":
             depth += 1
             if depth > MAX_DEPTH:
@@ -237,10 +244,14 @@ def walk(document: Any, *, max_nodes: int = MAX_NODES) -> Iterator[tuple[tuple[s
         elif isinstance(value, Mapping):
             if len(path) >= MAX_DEPTH:
                 raise DocumentError(f"is nested more than {MAX_DEPTH} levels deep")
+            if visited + len(stack) + len(value) > max_nodes:
+                raise DocumentError(f"has more than {max_nodes} nodes, aliases counted")
             stack.extend(((*path, str(name)[:200]), inner) for name, inner in reversed(list(value.items())))
         elif isinstance(value, Sequence) and not isinstance(value, bytes):
             if len(path) >= MAX_DEPTH:
                 raise DocumentError(f"is nested more than {MAX_DEPTH} levels deep")
+            if visited + len(stack) + len(value) > max_nodes:
+                raise DocumentError(f"has more than {max_nodes} nodes, aliases counted")
             stack.extend(((*path, str(index)), inner) for index, inner in reversed(list(enumerate(value))))
 
 

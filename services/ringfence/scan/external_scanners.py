@@ -1,11 +1,19 @@
-"""`--with`: adapters of installed scanners. They validate nothing online, and their secret values are discarded."""
+"""`--with`: adapters of installed scanners. They validate nothing online, and their secret values are discarded.
+
+A scanner starts in the folder that it reads, with the arguments of its adapter alone: no path is among them. It has an
+environment of its own, so it finds no token there, and a home folder that is gone afterwards.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import shutil
+import signal
 import subprocess
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
@@ -34,12 +42,15 @@ class Adapter(ABC):
     """Runs one scanner, and yields rule, path and line of what it found."""
 
     name: ClassVar[str]
-    relative_to_path: ClassVar[bool] = False
-    """Whether its paths begin at the folder that it was given."""
+    statuses: ClassVar[tuple[int, ...]] = (0,)
+    """Its exit statuses after a whole scan. With any other one its result is not believed."""
 
     @abstractmethod
-    def command(self, program: str, path: str) -> list[str]:
-        """Return the command line for a folder or file. No secret is ever among its arguments."""
+    def arguments(self, target: str, home: str) -> list[str]:
+        """Return the arguments for `.`, or for a file of the working directory as `./NAME`.
+
+        `home`: its empty home folder. No secret is ever among its arguments.
+        """
 
     @abstractmethod
     def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
@@ -48,11 +59,12 @@ class Adapter(ABC):
 
 class KingfisherAdapter(Adapter):
     name = "kingfisher"
+    statuses = (0, 200, 205)  # nothing; findings; findings that were validated
 
-    def command(self, program: str, path: str) -> list[str]:
+    def arguments(self, target: str, home: str) -> list[str]:
         return [
-            program, "scan", "--no-validate", "--no-update-check", "--no-rule-cache", "--git-history", "none",
-            "--no-extract-archives", "--redact", "--format", "json", "--", path,
+            "scan", "--no-validate", "--no-update-check", "--no-rule-cache", "--git-history", "none",
+            "--no-extract-archives", "--redact", "--format", "json", "--", target,
         ]  # fmt: skip
 
     def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
@@ -75,14 +87,9 @@ class KingfisherAdapter(Adapter):
 
 class DetectSecretsAdapter(Adapter):
     name = "detect-secrets"
-    relative_to_path = True
 
-    def command(self, program: str, path: str) -> list[str]:
-        # It passes over what is not below its working directory.
-        folder, name = (
-            (path, ".") if os.path.isdir(path) else (os.path.dirname(path) or ".", os.path.basename(path))
-        )
-        return [program, "-C", folder, "scan", "--all-files", "--no-verify", name]
+    def arguments(self, target: str, home: str) -> list[str]:
+        return ["scan", "--all-files", "--no-verify", target]
 
     def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
         for path, entries in mapping(json.loads(output).get("results")).items():
@@ -94,7 +101,30 @@ class DetectSecretsAdapter(Adapter):
                 )
 
 
-ADAPTERS: Final[tuple[Adapter, ...]] = (KingfisherAdapter(), DetectSecretsAdapter())
+class GitleaksAdapter(Adapter):
+    name = "gitleaks"
+
+    def arguments(self, target: str, home: str) -> list[str]:
+        # Otherwise a `.gitleaks.toml` of the scanned folder would say what is looked for.
+        config = os.path.join(home, "gitleaks.toml")
+        with open(config, "x", encoding="utf-8") as file:
+            file.write("[extend]\nuseDefault = true\n")
+        return [
+            "dir", "--no-banner", "--redact=100", "--log-level", "error", "--exit-code", "0", "--config", config,
+            "--report-format", "json", "--report-path", "-", target,
+        ]  # fmt: skip
+
+    def places(self, output: bytes) -> Iterator[tuple[str, str, int | None]]:
+        for entry in sequence(json.loads(output)):
+            found = mapping(entry)
+            yield (
+                str(found.get("RuleID", "secret")),
+                str(found.get("File", "")),
+                _line(found.get("StartLine")),
+            )
+
+
+ADAPTERS: Final[tuple[Adapter, ...]] = (KingfisherAdapter(), DetectSecretsAdapter(), GitleaksAdapter())
 
 
 def adapters(names: Sequence[str]) -> list[Adapter]:
@@ -105,9 +135,17 @@ def adapters(names: Sequence[str]) -> list[Adapter]:
             raise ScannerMissingError(
                 f"no scanner {name!r}{did_you_mean(name, known)}; write one of: {', '.join(known)}"
             )
-        if shutil.which(name) is None:
+        if program_of(name) is None:
             raise ScannerMissingError(f"{name} is not on the PATH; install it, or leave out --with {name}")
     return [known[name] for name in dict.fromkeys(names)]
+
+
+def program_of(name: str) -> str | None:
+    """Return where a program is on the PATH. Entries that depend on the working directory do not count."""
+    entries = [
+        entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(entry)
+    ]
+    return shutil.which(name, path=os.pathsep.join(entries))
 
 
 def include(report: Report, adapter: Adapter, paths: Sequence[str], guard: OutputGuard) -> None:
@@ -128,7 +166,7 @@ def include(report: Report, adapter: Adapter, paths: Sequence[str], guard: Outpu
         path = guard.masked(whole, is_path=True)
         if (path, line) not in ours:
             ours.add((path, line))
-            report.findings.append(_finding(adapter, rule, path, line))
+            report.findings.append(_finding(adapter, guard.masked(rule), path, line))
 
 
 def places_of(adapter: Adapter, paths: Sequence[str]) -> list[tuple[str, str, int | None]]:
@@ -136,30 +174,45 @@ def places_of(adapter: Adapter, paths: Sequence[str]) -> list[tuple[str, str, in
 
     Raises OSError, ValueError where its output is not understood, and subprocess.SubprocessError.
     """
-    program = shutil.which(adapter.name)
+    program = program_of(adapter.name)
     if program is None:
         raise FileNotFoundError(2, "not installed", adapter.name)
     found = []
     for path in paths:
+        folder, target = (path, ".") if os.path.isdir(path) else os.path.split(path)
         # What begins with a dash would be an option.
-        safe = path if path.startswith("/") else os.path.join(".", path)
-        base = safe if adapter.relative_to_path and os.path.isdir(safe) else ""
-        for rule, where, line in adapter.places(_run(adapter.command(program, safe))):
-            found.append((rule, os.path.normpath(os.path.join(base, where)), line))
+        output = _run(adapter, program, folder or ".", target if target == "." else f"./{target}")
+        for rule, where, line in adapter.places(output):
+            found.append((rule, os.path.normpath(os.path.join(folder, where)), line))
     return found
 
 
-def _run(command: list[str]) -> bytes:
+def _run(adapter: Adapter, program: str, folder: str, target: str) -> bytes:
     """Run a scanner, and return what it prints. Its output stays in memory without a name: it may hold secrets."""
-    with os.fdopen(os.memfd_create("scan", os.MFD_CLOEXEC), "w+b") as output:
-        subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.DEVNULL,
-            timeout=_TIMEOUT_S,
-            check=False,
-        )
+    with (
+        tempfile.TemporaryDirectory(prefix="ringfence-scan-") as home,
+        os.fdopen(os.memfd_create("scan", os.MFD_CLOEXEC), "w+b") as output,
+    ):
+        environment = {
+            "PATH": os.environ.get("PATH", os.defpath), "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "NO_COLOR": "1"
+        }  # fmt: skip
+        child = subprocess.Popen(
+            [program, *adapter.arguments(target, home)], cwd=folder, env=environment, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        try:
+            with contextlib.suppress(
+                OSError
+            ):  # it has ended, or this system cannot do it: the size is checked below
+                resource.prlimit(child.pid, resource.RLIMIT_FSIZE, (_MAX_OUTPUT, _MAX_OUTPUT))
+            status = child.wait(_TIMEOUT_S)
+        finally:
+            # Also what it started itself, which would read on.
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        if status not in adapter.statuses:
+            raise ValueError("ended with an error")
         if os.fstat(output.fileno()).st_size > _MAX_OUTPUT:
             raise ValueError("too much output")
         output.seek(0)

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-import contextlib
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final
 
-from ringfence.scan.candidates import Candidate, public_prefix_length
+from ringfence.scan.candidates import MARKERS, Candidate, public_prefix_length
 from ringfence.scan.documents import DocumentError
 from ringfence.scan.findings import Finding, Note, Place, Readable
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.path_index import PathIndex
+from ringfence.scan.process_protection import address_space, memory_limit
+from ringfence.scan.published_examples import is_published
 from ringfence.scan.readers import FILE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.rings import verdicts
 from ringfence.scan.source_files import Root, SourceFile, UnreadableError
 
 FILE_TIME_LIMIT_S: Final = 20.0
+_LOOK_EVERY_S: Final = 0.5
 MOST_FINDINGS_IN_A_FILE: Final = 1000
+MOST_PIECES_IN_A_FILE: Final = 200_000
+"""Pieces of secrets that the guard knows of one file."""
+_MOST_AT_ONCE: Final = 2000
+"""Findings and notes that a worker hands over at once, and files of which it has findings."""
+_MOST_PIECES_AT_ONCE: Final = 400_000
+FILE_MEMORY: Final = 512 * 1024 * 1024
+"""What reading may take, besides what the process has before it reads the first file."""
+_MEMORY_FOR_EACH_BYTE: Final = 8
+"""With a higher `--max-size`: text has several forms in memory at once."""
 _MAX_FIELD: Final = 200
 
 
@@ -41,6 +53,9 @@ class Job:
 @dataclass(slots=True)
 class JobResults:
     """What some jobs found. No secret is in it."""
+
+    jobs: int = 0
+    """How many of the jobs were done: the rest is for another call, where there was much to hand over."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -62,6 +77,7 @@ class FileScanner:
         self._fingerprinter = fingerprinter
         self.guard = guard
         self._max_bytes = max_bytes
+        self._most_memory: int | None = None
         self._index = PathIndex(FILE_READERS)
         self._by_name = {reader.name: reader for reader in FILE_READERS}
 
@@ -70,18 +86,34 @@ class FileScanner:
         return bool(self._index.readers_of(path))
 
     def scan(self, jobs: list[Job]) -> JobResults:
-        """Read files. What cannot be read, for whatever reason, is a note."""
+        """Read files, as many as there is room for in what is handed over. What cannot be read is a note."""
         results = JobResults()
-        for job in jobs:
-            try:
-                with _time_limit(FILE_TIME_LIMIT_S):
+        if self._most_memory is None and (now := address_space()) is not None:
+            self._most_memory = now + max(FILE_MEMORY, self._max_bytes * _MEMORY_FOR_EACH_BYTE)
+        known = len(self.guard)
+        with memory_limit(self._most_memory), _Clock(FILE_TIME_LIMIT_S) as clock:
+            for job in jobs:
+                results.jobs += 1
+                clock.begin()
+                try:
                     self._scan(job, results)
-            except UnreadableError as error:
-                results.notes.append(Note(job.shown, error.reason, error.limits))
-            except FileTimeoutError:
-                results.notes.append(Note(job.shown, f"took more than {FILE_TIME_LIMIT_S:.0f} s"))
-            except Exception as error:  # noqa: BLE001 - files are hostile, and a message could quote one
-                results.notes.append(Note(job.shown, f"could not be read ({type(error).__name__})"))
+                    clock.end()
+                except UnreadableError as error:
+                    clock.end()
+                    results.notes.append(Note(job.shown, error.reason, error.limits))
+                except FileTimeoutError:
+                    results.notes.append(Note(job.shown, f"took more than {FILE_TIME_LIMIT_S:.0f} s"))
+                except MemoryError:
+                    clock.end()
+                    results.notes.append(Note(job.shown, "needs too much memory to be read"))
+                except Exception as error:  # noqa: BLE001 - files are hostile, and a message could quote one
+                    clock.end()
+                    results.notes.append(Note(job.shown, f"could not be read ({type(error).__name__})"))
+                if (
+                    len(results.findings) + len(results.notes) >= _MOST_AT_ONCE
+                    or len(self.guard) - known >= _MOST_PIECES_AT_ONCE
+                ):
+                    break
         return results
 
     def _scan(self, job: Job, results: JobResults) -> None:
@@ -100,10 +132,10 @@ class FileScanner:
         if not data:
             return
         seen: set[str] = set()
-        count = 0
+        count, known = 0, len(self.guard)
         for reader, candidate in self._candidates(job, file, results):
             value = candidate.value.reveal() if candidate.value is not None else ""
-            if value and value in seen and reader is TEXT_READER.name:
+            if value and ((value in seen and reader is TEXT_READER.name) or is_published(value)):
                 continue
             seen.add(value)
             count += 1
@@ -111,6 +143,9 @@ class FileScanner:
                 results.notes.append(
                     Note(job.shown, f"has more than {MOST_FINDINGS_IN_A_FILE} findings; the rest is left out")
                 )
+                return
+            if len(self.guard) - known > MOST_PIECES_IN_A_FILE:
+                results.notes.append(Note(job.shown, "is full of secrets; the rest is left out"))
                 return
             results.findings.append(self.finding(reader, job.shown, candidate, facts.readable_by, file))
 
@@ -146,7 +181,7 @@ class FileScanner:
         """Return the finding of a candidate. From here on there is no secret."""
         value, line = candidate.value, candidate.line
         if value is not None:
-            self.guard.add(value, public=public_prefix_length(value.reveal()))
+            self.guard.add(value, public=public_prefix_length(value.reveal()), common=MARKERS)
             if line is None and file is not None:
                 line = file.line_of(value.reveal())
         pattern = candidate.pattern or candidate.kind.pattern
@@ -167,20 +202,36 @@ class FileScanner:
         )
 
 
-@contextlib.contextmanager
-def _time_limit(seconds: float) -> Iterator[None]:
-    """Raise FileTimeoutError in the block after so many seconds. Does nothing outside of the main thread."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+class _Clock:
+    """Raises FileTimeoutError in a file that takes too long. Does nothing outside of the main thread.
 
-    def expire(number: int, frame: FrameType | None) -> None:
-        raise FileTimeoutError
+    One timer looks now and then: a timer for each file would cost two system calls.
+    """
 
-    before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    def __init__(self, limit_s: float) -> None:
+        self._limit_s = limit_s
+        self._ends_s: float | None = None
+        self._is_main = threading.current_thread() is threading.main_thread()
+
+    def begin(self) -> None:
+        self._ends_s = time.monotonic() + self._limit_s
+
+    def end(self) -> None:
+        self._ends_s = None
+
+    def __enter__(self) -> _Clock:
+        if self._is_main:
+            self._before = signal.signal(signal.SIGALRM, self._look)
+            every_s = min(_LOOK_EVERY_S, self._limit_s)
+            signal.setitimer(signal.ITIMER_REAL, every_s, every_s)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_main:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+
+    def _look(self, number: int, frame: FrameType | None) -> None:
+        if self._ends_s is not None and time.monotonic() > self._ends_s:
+            self._ends_s = None
+            raise FileTimeoutError

@@ -119,7 +119,9 @@ class Finding:
 
     @property
     def identity(self) -> Identity:
-        return Identity(self.reader, self.place.path, self.place.field, self.pattern.value)
+        return Identity(
+            self.reader, _unicode(self.place.path), _unicode(self.place.field), self.pattern.value
+        )
 
     @property
     def is_shared(self) -> bool:
@@ -155,3 +157,8 @@ class Report:
     gone: list[Identity] = field(default_factory=list)
     """What the scan before, or the baseline, had and this one has not."""
     gone_since_s: int | None = None
+
+
+def _unicode(text: str) -> str:
+    """Return a text that can be written as strict JSON: names of files need not be UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode()

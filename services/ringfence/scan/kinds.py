@@ -41,6 +41,8 @@ class Format:
     """Finds it; group 1 is the secret if there is one."""
     check: Callable[[str], bool] | None = None
     """The checksum inside of it."""
+    public: re.Pattern[str] | None = None
+    """What is the same at the begin of all of its kind, and so no part of the secret: `tskey-client-`."""
 
 
 _S, _U, _A, _P = Pattern.STATIC_KEY, Pattern.USER_TOKEN, Pattern.SERVICE_ACCOUNT, Pattern.PASSWORD
@@ -115,18 +117,31 @@ EXTERNAL = Kind("external", "credential found by another scanner", Pattern.OTHER
 _FORMATS: list[Format] = []
 
 
-def _add(kind: Kind, marker: str, regex: str, check: Callable[[str], bool] | None = None) -> None:
+def _add(
+    kind: Kind,
+    marker: str,
+    regex: str,
+    check: Callable[[str], bool] | None = None,
+    public: str | None = None,
+) -> None:
     _FORMATS.append(
-        Format(kind, marker, re.compile(rf"(?<![A-Za-z0-9_-])(?:{regex})(?![A-Za-z0-9_-])"), check)
+        Format(
+            kind,
+            marker,
+            re.compile(rf"(?<![A-Za-z0-9_-])(?:{regex})(?![A-Za-z0-9_-])"),
+            check,
+            re.compile(public or re.escape(marker)),
+        )
     )
 
 
 def _key(id: str, service: str, host: str, url: str | None, marker: str, regex: str, **more: object) -> None:
     """A static key of one service."""
-    check = more.pop("check", None)
+    check, public = more.pop("check", None), more.pop("public", None)
     assert check is None or callable(check)
+    assert public is None or isinstance(public, str)
     title = str(more.pop("title", f"{service} key"))
-    _add(Kind(id, title, _S, service, host, "http", url), marker, regex, check)
+    _add(Kind(id, title, _S, service, host, "http", url), marker, regex, check, public)
 
 
 _GITHUB_PAT = Kind(
@@ -164,11 +179,12 @@ _add(GCP_USER, "ya29.", r"ya29\.[\w-]{40,400}")
 _add(Kind("google-client-secret", "Google OAuth client secret", _A, "Google Cloud", "googleapis.com", "federation",
           "https://console.cloud.google.com/apis/credentials"), "GOCSPX-", r"GOCSPX-[\w-]{28}")  # fmt: skip
 _key("anthropic-key", "Anthropic", "api.anthropic.com", "https://console.anthropic.com/settings/keys", "sk-ant-",
-     r"sk-ant-(?:api|admin)\d\d-[\w-]{80,120}")  # fmt: skip
+     r"sk-ant-(?:api|admin)\d\d-[\w-]{80,120}", public=r"sk-ant-(?:api|admin)\d\d-")  # fmt: skip
 _add(Kind("anthropic-login", "Claude login of a user", _U, "Anthropic", "api.anthropic.com"), "sk-ant-o",
-     r"sk-ant-o[ar]t\d\d-[\w-]{80,120}")  # fmt: skip
+     r"sk-ant-o[ar]t\d\d-[\w-]{80,120}", public=r"sk-ant-o[ar]t\d\d-")  # fmt: skip
 _key("openai-key", "OpenAI", "api.openai.com", "https://platform.openai.com/api-keys", "T3BlbkFJ",
-     r"sk-(?:(?:proj|svcacct|admin)-)?[\w-]{20,100}T3BlbkFJ[\w-]{20,100}")  # fmt: skip
+     r"sk-(?:(?:proj|svcacct|admin)-)?[\w-]{20,100}T3BlbkFJ[\w-]{20,100}",
+     public=r"sk-(?:(?:proj|svcacct|admin)-)?")  # fmt: skip
 _key("openrouter-key", "OpenRouter", "openrouter.ai", "https://openrouter.ai/settings/keys", "sk-or-v1-",
      r"sk-or-v1-[0-9a-f]{64}")  # fmt: skip
 _key("groq-key", "Groq", "api.groq.com", "https://console.groq.com/keys", "gsk_", r"gsk_[A-Za-z0-9]{52}")
@@ -179,14 +195,14 @@ _key("replicate-token", "Replicate", "api.replicate.com", "https://replicate.com
 _key("huggingface-token", "Hugging Face", "huggingface.co", "https://huggingface.co/settings/tokens", "hf_",
      r"hf_[A-Za-z]{34}")  # fmt: skip
 _key("slack-token", "Slack", "slack.com", "https://api.slack.com/apps", "xox",
-     r"xox[abeoprs]-(?:\d{8,14}-){1,3}[A-Za-z0-9-]{16,80}", title="Slack token")  # fmt: skip
+     r"xox[abeoprs]-(?:\d{8,14}-){1,3}[A-Za-z0-9-]{16,80}", public=r"xox[abeoprs]-", title="Slack token")  # fmt: skip
 _key("slack-app-token", "Slack", "slack.com", "https://api.slack.com/apps", "xapp-",
-     r"xapp-\d-[A-Z0-9]{8,14}-\d{10,14}-[a-f0-9]{64}", title="Slack app token")  # fmt: skip
+     r"xapp-\d-[A-Z0-9]{8,14}-\d{10,14}-[a-f0-9]{64}", public=r"xapp-\d-", title="Slack app token")  # fmt: skip
 _key("slack-webhook", "Slack", "hooks.slack.com", "https://api.slack.com/apps", "hooks.slack.com/services/",
      r"https://hooks\.slack\.com/services/(T[A-Z0-9]{8,12}/B[A-Z0-9]{8,12}/[A-Za-z0-9]{24})",
      title="Slack webhook")  # fmt: skip
 _key("stripe-key", "Stripe", "api.stripe.com", "https://dashboard.stripe.com/apikeys", "_live_",
-     r"[sr]k_live_[A-Za-z0-9]{24,100}")  # fmt: skip
+     r"[sr]k_live_[A-Za-z0-9]{24,100}", public="[sr]k_live_")  # fmt: skip
 _key("sendgrid-key", "SendGrid", "api.sendgrid.com", "https://app.sendgrid.com/settings/api_keys", "SG.",
      r"SG\.[\w-]{22}\.[\w-]{43}")  # fmt: skip
 _key("npm-token", "npm", "registry.npmjs.org", "https://www.npmjs.com/settings/~/tokens", "npm_",
@@ -198,9 +214,9 @@ _key("cargo-token", "crates.io", "crates.io", "https://crates.io/settings/tokens
 _key("rubygems-key", "RubyGems", "rubygems.org", "https://rubygems.org/profile/api_keys", "rubygems_",
      r"rubygems_[0-9a-f]{48}")  # fmt: skip
 _key("docker-pat", "Docker Hub", "hub.docker.com", "https://app.docker.com/settings/personal-access-tokens",
-     "dckr_", r"dckr_(?:pat|oat)_[\w-]{27,36}", title="Docker access token")  # fmt: skip
+     "dckr_", r"dckr_(?:pat|oat)_[\w-]{27,36}", public="dckr_(?:pat|oat)_", title="Docker access token")  # fmt: skip
 _key("digitalocean-token", "DigitalOcean", "api.digitalocean.com",
-     "https://cloud.digitalocean.com/account/api/tokens", "_v1_", r"do[opr]_v1_[0-9a-f]{64}",
+     "https://cloud.digitalocean.com/account/api/tokens", "_v1_", r"do[opr]_v1_[0-9a-f]{64}", public="do[opr]_v1_",
      title="DigitalOcean token")  # fmt: skip
 _add(VAULT, "hvs.", r"hvs\.[\w-]{24,300}")
 _add(Kind("vault-batch", "Vault batch token", _A, "Vault", None, "federation"), "hvb.", r"hvb\.[\w-]{80,300}")
@@ -216,9 +232,10 @@ _key("atlassian-token", "Atlassian", "api.atlassian.com",
 _key("grafana-token", "Grafana", "grafana.com", None, "glsa_", r"glsa_[A-Za-z0-9]{32}_[0-9a-fA-F]{8}",
      check=checksums.crc32_hex, title="Grafana service account token")  # fmt: skip
 _key("tailscale-key", "Tailscale", "api.tailscale.com", "https://login.tailscale.com/admin/settings/keys",
-     "tskey-", r"tskey-(?:api|auth|client)-[A-Za-z0-9]{8,20}-[A-Za-z0-9]{20,40}")  # fmt: skip
+     "tskey-", r"tskey-(?:api|auth|client)-[A-Za-z0-9]{8,20}-[A-Za-z0-9]{20,40}",
+     public="tskey-(?:api|auth|client)-")  # fmt: skip
 _key("sentry-token", "Sentry", "sentry.io", "https://sentry.io/settings/auth-tokens/", "sntry",
-     r"sntryu_[0-9a-f]{64}|sntrys_[\w+/=-]{80,300}", title="Sentry token")  # fmt: skip
+     r"sntryu_[0-9a-f]{64}|sntrys_[\w+/=-]{80,300}", public="sntry[us]_", title="Sentry token")  # fmt: skip
 _key("figma-token", "Figma", "api.figma.com", None, "figd_", r"figd_[\w-]{40}", title="Figma token")
 _key("supabase-token", "Supabase", "api.supabase.com", "https://supabase.com/dashboard/account/tokens", "sbp_",
      r"sbp_[0-9a-f]{40}", title="Supabase token")  # fmt: skip
@@ -232,11 +249,12 @@ _key(
     title="Telegram bot token",
 )
 _key("shopify-token", "Shopify", "myshopify.com", None, "shp", r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}",
+     public="shp(?:at|ca|pa|ss)_",
      title="Shopify token")  # fmt: skip
 _key("postman-key", "Postman", "api.getpostman.com", None, "PMAK-", r"PMAK-[0-9a-f]{24}-[0-9a-f]{34}")
 _key("newrelic-key", "New Relic", "api.newrelic.com", None, "NRAK-", r"NRAK-[A-Z0-9]{27}")
 _key("doppler-token", "Doppler", "api.doppler.com", None, "dp.",
-     r"dp\.(?:pt|st|ct)\.(?:[a-z0-9_-]{2,35}\.)?[A-Za-z0-9]{40,44}",
+     r"dp\.(?:pt|st|ct)\.(?:[a-z0-9_-]{2,35}\.)?[A-Za-z0-9]{40,44}", public=r"dp\.(?:pt|st|ct)\.",
      title="Doppler token")  # fmt: skip
 _key("terraform-cloud-token", "HCP Terraform", "app.terraform.io", "https://app.terraform.io/app/settings/tokens",
      ".atlasv1.", r"[A-Za-z0-9]{14}\.atlasv1\.[\w=-]{60,80}", title="Terraform token")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -54,7 +55,8 @@ _REFERENCE: Final = re.compile(
     r"""^(?:
       .*(?:\$\{|\$\(|\{\{|\{%|<%|%\(|\$\[\[).*          # templates
     | \$[A-Za-z_]\w*.* | \$\$?\w+                        # variables of shells
-    | <[^<>]*> | %\w+% | \[[A-Za-z _-]+\] | @\w+@ | !\w+(\s.*)?
+    | <[^<>]*> | %\w+% | \[[A-Za-z _-]+\] | @\w+@
+    | !\w+\s.* | !(?:Ref|Sub|GetAtt|ImportValue|Join|include|reference)\b.*   # tags of YAML
     | (?:env|file|vault|op|ref|secret|aws-sm|gcpsm|azurekeyvault|keychain|keyring|ssm|doppler|sops|ENC)\s?[:\[(].*
     | op://.* | arn:aws[\w-]*:(?:secretsmanager|ssm).* | projects/[^/]+/secrets/.*
     | (?:os\.environ|os\.getenv|process\.env|getenv|env|System\.getenv|ENV|secrets|vars|var|local|data|module|self
@@ -81,6 +83,8 @@ _PLACEHOLDER: Final = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _SEQUENCES: Final = ("0123456789", "1234567890", "abcdefghij", "abcdef0123")
+_WRAPS: Final = frozenset(("90", "za", "ZA", "f0", "F0"))
+_COUNTED_RUN: Final = 12
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _SEGMENTS: Final = re.compile(r"[^A-Za-z0-9]+")
 MIN_PASSWORD: Final = 4
@@ -103,7 +107,9 @@ def name_kind(name: str) -> NameKind:
     if words[0] in ("has", "is", "use", "uses", "enable", "allow", "require", "show", "no", "num", "min"):
         return "none"
     if not _PASSWORD_WORDS.isdisjoint(words) or words[-1].endswith(("password", "passwd")):
-        return "password"
+        return (
+            "none" if words[-1] in ("key", "keys") else "password"
+        )  # `passwordKey`: where it is in a Secret
     if not _SECRET_WORDS.isdisjoint(words) or words[-1].endswith(("apikey", "token", "secret")):
         return "secret"
     if words[-1] == "key" and len(words) > 1 and words[-2] in _KEY_BEFORE:
@@ -122,6 +128,23 @@ def is_placeholder(value: str) -> bool:
         return True
     low = value.lower()
     return any(one in low for one in _SEQUENCES) and entropy(value) < 3.6
+
+
+def is_counted(value: str) -> bool:
+    """Return whether a value is counted out, as `0000000000` or `abcdefghijk`: in two fifths of it, or in a long run.
+
+    Of random hexadecimal digits, an eighth is the same as the one before or its successor.
+    """
+    steps = run = 0
+    for before, after in itertools.pairwise(value):
+        if (ord(after) - ord(before)) in (0, 1) or before + after in _WRAPS:
+            steps += 1
+            run += before + after != "AA"  # zero bytes in base64
+            if run >= _COUNTED_RUN:
+                return True
+        else:
+            run = 0
+    return steps >= 0.4 * len(value)
 
 
 def entropy(text: str) -> float:
@@ -170,7 +193,7 @@ def is_secret(name: str, value: str) -> NameKind:
         return "none"
     if kind == "password":
         return "none" if value.lower() in words_of(name) else "password"
-    return "secret" if looks_random(value) and not is_url(value) else "none"
+    return "secret" if looks_random(value) and not is_url(value) and not is_counted(value) else "none"
 
 
 def is_url(value: str) -> bool:

@@ -1,14 +1,13 @@
 """The guard of outputs: masks six consecutive characters of any discovered secret in text that comes from files.
 
 Readers never put a secret into a text on purpose. But a file's name, a field or a subject may repeat one, also one that
-stands in another file. The guard knows keyed digests of all pieces of six characters, and no secret.
+stands in another file. The guard knows hashes of all pieces of six characters, and no secret. They are Python's own,
+which have a random key in each process that its forked workers share: they mean nothing elsewhere, and are not written.
 """
 
 from __future__ import annotations
 
-import hashlib
-import secrets
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from ringfence.scan.names import looks_random
@@ -19,6 +18,10 @@ MASK: Final = "…"
 _MOST_CHARACTERS: Final = 8192
 """Of one secret. Beyond that are private keys, whose lines repeat in no name."""
 _STRONG_LENGTH: Final = 16
+_BITS: Final = (1 << 60) - 1
+"""So much of a hash is kept: an integer of this size takes least memory."""
+
+Pieces = tuple[set[int], set[int]]
 
 
 class OutputGuard:
@@ -27,24 +30,36 @@ class OutputGuard:
     A path is masked only for long generated secrets: a password such as `config` is part of half of all paths.
     """
 
-    def __init__(self, key: bytes | None = None) -> None:
-        self.key = key or secrets.token_bytes(16)
-        self._all: set[bytes] = set()
-        self._strong: set[bytes] = set()
+    def __init__(self) -> None:
+        self._all: set[int] = set()
+        self._strong: set[int] = set()
 
-    def add(self, value: SecretValue, *, public: int = 0) -> None:
-        """Know one more secret. `public`: how many characters at its begin are the same for all of its kind."""
+    def __len__(self) -> int:
+        """Return how many pieces the guard knows."""
+        return len(self._all)
+
+    def add(self, value: SecretValue, *, public: int = 0, common: Collection[str] = ()) -> None:
+        """Know one more secret.
+
+        Args:
+            value: it.
+            public: how many characters at its begin are the same for all of its kind.
+            common: what else is the same for all of its kind, such as `T3BlbkFJ` in its middle.
+        """
         text = value.reveal()[public:][:_MOST_CHARACTERS]
-        pieces = set(self._digests(text))
+        pieces = set(_hashes(text))
+        for word in common:
+            if word in text:
+                pieces.difference_update(_hashes(word))
         self._all |= pieces
         if len(text) >= _STRONG_LENGTH and looks_random(text):
             self._strong |= pieces
 
-    def collected(self) -> tuple[set[bytes], set[bytes]]:
-        """Return the digests, for the guard of another process with the same key."""
+    def collected(self) -> Pieces:
+        """Return the hashes, for the guard of the process that forked this one."""
         return self._all, self._strong
 
-    def merge(self, collected: tuple[set[bytes], set[bytes]]) -> None:
+    def merge(self, collected: Pieces) -> None:
         """Know what another process collected."""
         self._all |= collected[0]
         self._strong |= collected[1]
@@ -55,8 +70,8 @@ class OutputGuard:
         if len(text) < PIECE or not known:
             return text
         hidden = bytearray(len(text))
-        for start, digest in enumerate(self._digests(text)):
-            if digest in known:
+        for start, piece in enumerate(_hashes(text)):
+            if piece in known:
                 hidden[start : start + PIECE] = b"\1" * PIECE
         if not any(hidden):
             return text
@@ -68,7 +83,7 @@ class OutputGuard:
                 parts.append(MASK)
         return "".join(parts)
 
-    def _digests(self, text: str) -> Iterable[bytes]:
-        for start in range(len(text) - PIECE + 1):
-            piece = text[start : start + PIECE].encode("utf-8", "surrogatepass")
-            yield hashlib.blake2b(piece, digest_size=8, key=self.key).digest()
+
+def _hashes(text: str) -> Iterator[int]:
+    for start in range(len(text) - PIECE + 1):
+        yield hash(text[start : start + PIECE]) & _BITS

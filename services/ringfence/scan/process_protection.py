@@ -1,4 +1,4 @@
-"""Protects the memory of a scan: no core dump, and no other process of the user may look into it."""
+"""Protects the memory of a scan: no core dump, no other process of the user may look into it, and it is bounded."""
 
 from __future__ import annotations
 
@@ -6,18 +6,55 @@ import contextlib
 import ctypes
 import resource
 import sys
+from collections.abc import Iterator
 from typing import Final
 
 _PR_SET_DUMPABLE: Final = 4  # prctl(2)
+_NO_CORE: Final = 1
+"""Bytes. The kernel writes no core of so few, and pipes none to a handler: it does that for a limit of 0 (core(5)), but
+not for 1 (fs/coredump.c)."""
 
 
 def protect_process() -> bool:
     """Make this process and its later children undumpable. Returns whether the system did so."""
     with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        if resource.getrlimit(resource.RLIMIT_CORE)[1] != 0:
+            resource.setrlimit(
+                resource.RLIMIT_CORE, (_NO_CORE, _NO_CORE)
+            )  # also for the scanners of `--with`
     if not sys.platform.startswith("linux"):
         return False
     try:
         return bool(ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) == 0)
     except (OSError, AttributeError):
         return False
+
+
+def address_space() -> int | None:
+    """Return how many bytes of address space this process has; None where the system does not say."""
+    try:
+        with open("/proc/self/statm", "rb") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+@contextlib.contextmanager
+def memory_limit(most: int | None) -> Iterator[None]:
+    """Let this process have no more address space than so many bytes in the block: MemoryError is raised beyond.
+
+    None sets no limit. A lower limit that there is already stays.
+    """
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    if most is None or 0 <= before[0] <= most:
+        yield
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+    except (OSError, ValueError):
+        yield
+        return
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)

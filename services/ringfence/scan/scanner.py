@@ -1,4 +1,8 @@
-"""The scan: lists places, reads them in parallel, and joins what was found into one report."""
+"""The scan: lists places, reads them in parallel, and joins what was found into one report.
+
+Its memory does not grow with the number of files: they are listed while others are read, and findings, notes and what
+the guard knows are limited.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,12 @@ import contextlib
 import glob
 import os
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +24,8 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.scan.file_scan import FileScanner, Job, JobResults
 from ringfence.scan.findings import Access, Finding, Identity, Note, Place, Report
 from ringfence.scan.fingerprint import Fingerprinter
-from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.output_guard import OutputGuard, Pieces
+from ringfence.scan.published_examples import is_published
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS
 from ringfence.scan.readers.reader import Machine
 from ringfence.scan.remedies import remedies_of
@@ -33,8 +39,41 @@ _MOST_MATCHES: Final = 2000
 """Files that one pattern of a place on the machine may match."""
 _MOST_NOTES: Final = 10_000
 _MOST_SHARED: Final = 20
+MOST_FINDINGS: Final = 20_000
+"""Of a whole scan. Nobody reads so many, and their number is what bounds the memory of a scan."""
+MOST_PIECES: Final = 2_000_000
+"""Pieces of secrets that the guard knows, of a whole scan."""
+_MOST_OF_MACHINE: Final = 5_000
+_CHUNKS_FOR_EACH_WORKER: Final = 3
+"""So many are handed out ahead. What lies ready takes memory."""
 
-Collected = tuple[set[bytes], set[bytes]]
+
+class _Notes:
+    """Notes in their order, but no more than a person can read: the others are counted."""
+
+    def __init__(self) -> None:
+        self._notes: list[Note] = []
+        self._left_out = 0
+        self._limits = False
+        self.out_of_time = False
+
+    def append(self, note: Note) -> None:
+        self.out_of_time = self.out_of_time or "--time-limit" in note.reason
+        if len(self._notes) < _MOST_NOTES:
+            self._notes.append(note)
+        else:
+            self._left_out += 1
+            self._limits = self._limits or note.limits
+
+    def extend(self, notes: Iterable[Note]) -> None:
+        for note in notes:
+            self.append(note)
+
+    def listed(self) -> list[Note]:
+        """Return them, and how many were left out."""
+        if not self._left_out:
+            return self._notes
+        return [*self._notes, Note("", f"{self._left_out} more notes were left out", self._limits)]
 
 
 class ScanError(RingfenceError):
@@ -73,13 +112,15 @@ class Scanner:
         self.guard = OutputGuard()
         """Knows every secret that was found, by keyed digests."""
         self._roots: list[Root] = []
-        self._jobs: list[Job] = []
-        self._notes: list[Note] = []
+        self._jobs: Iterator[Job] = iter(())
+        self._listed = 0
+        self._notes = _Notes()
         self._pool: ProcessPoolExecutor | None = None
         self._began_s = time.monotonic()
         self._deadline_s = self._began_s + options.time_limit_s
         self._complete = True
         self._files: FileScanner | None = None
+        self._workers = 1
 
     def __enter__(self) -> Scanner:
         return self
@@ -90,47 +131,57 @@ class Scanner:
         for root in self._roots:
             root.close()
 
-    def prepare(self) -> int:
-        """List the files to read, and start workers where there are many. Returns their number. Raises ScanError."""
+    def prepare(self) -> None:
+        """Open what is to be read, and start workers where there are many files. Raises ScanError."""
         options = self._options
         roots = [(path, self._open_root(path)) for path in options.paths]
         index = FileScanner((), self._fingerprinter, self.guard, 0)
-        for path, number in roots:
-            self._list_root(path, number, index)
-        if options.machine is not None:
-            self._list_machine()
+        on_machine = list(self._machine_jobs()) if options.machine is not None else []
+        trees = (self._tree_jobs(path, number, index) for path, number in roots)
+        self._jobs = self._counted(chain.from_iterable((*trees, on_machine)))
         self._files = FileScanner(tuple(self._roots), self._fingerprinter, self.guard, options.max_bytes)
+        # The files are listed while others are read: their list would take more memory than reading them.
+        first = list(islice(self._jobs, _ALONE + 1))
+        self._jobs = chain(first, self._jobs)
         workers = options.workers or min(len(os.sched_getaffinity(0)), 8)
-        if workers > 1 and len(self._jobs) > _ALONE:
+        if workers > 1 and len(first) > _ALONE:
+            self._workers = workers
             self._pool = ProcessPoolExecutor(
                 workers, get_context("fork"), initializer=_start_worker, initargs=(self._files,)
             )
             self._pool.submit(_ready).result()  # starts all workers, before there are threads of others
-        return len(self._jobs)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Report:
-        """Read everything, and return the report. `progress` gets the files that were read, and of how many."""
+        """Read everything, and return the report. `progress` gets the files that were read, and of how many so far."""
         assert self._files is not None, "prepare first"
-        report = Report(
-            tuple(map(str, self._options.paths)) or ("this machine",),
-            int(self._options.now_s()),
-            notes=self._notes,
-        )
-        total, done = len(self._jobs), 0
-        for results, count in self._results():
+        report = Report(tuple(map(str, self._options.paths)) or ("this machine",), int(self._options.now_s()))
+        done = 0
+        for results in self._results():
             report.findings += results.findings
-            report.notes += results.notes
+            self._notes.extend(results.notes)
             report.files += results.files
             report.bytes += results.bytes
-            done += count
+            done += results.jobs
             if progress is not None:
-                progress(done, total)
+                progress(done, self._listed)
+            if len(report.findings) >= MOST_FINDINGS or len(self.guard) >= MOST_PIECES:
+                self._complete = False
+                self._notes.append(
+                    Note("", f"all after {done} files: there are too many findings; name fewer folders")
+                )
+                break
         if self._options.machine is not None:
             self._read_machine(report)
-        report.complete = self._complete and not any("--time-limit" in note.reason for note in self._notes)
+        report.complete = self._complete and not self._notes.out_of_time
+        report.notes = self._notes.listed()
         _finish(report, self.guard)
         report.elapsed_s = time.monotonic() - self._began_s
         return report
+
+    def _counted(self, jobs: Iterable[Job]) -> Iterator[Job]:
+        for job in jobs:
+            self._listed += 1
+            yield job
 
     def _open_root(self, path: Path) -> int:
         try:
@@ -141,10 +192,10 @@ class Scanner:
             ) from None
         return len(self._roots) - 1
 
-    def _list_root(self, path: Path, number: int, index: FileScanner) -> None:
+    def _tree_jobs(self, path: Path, number: int, index: FileScanner) -> Iterator[Job]:
         root = self._roots[number]
         if not root.is_folder:
-            self._jobs.append(Job(number, root.real.name, str(path)))
+            yield Job(number, root.real.name, str(path))
             return
         text = str(path)
         prefix = "" if text == "." else text if text.endswith("/") else f"{text}/"
@@ -153,9 +204,9 @@ class Scanner:
             root.real, prefix, self._notes, deadline_s=self._deadline_s,
             wants_link=lambda relative: index.is_known_place(above + relative),
         ):  # fmt: skip
-            self._jobs.append(Job(number, found.relative, prefix + found.relative, is_link=found.is_link))
+            yield Job(number, found.relative, prefix + found.relative, is_link=found.is_link)
 
-    def _list_machine(self) -> None:
+    def _machine_jobs(self) -> Iterator[Job]:
         home = self._options.home
         roots: dict[str, int] = {}
         seen: set[str] = set()
@@ -182,49 +233,69 @@ class Scanner:
                         roots[base] = self._open_root(Path(base))
                     is_link = os.path.realpath(whole) != whole
                     shown = f"~/{found}" if in_home else f"/{found}"
-                    self._jobs.append(Job(roots[base], found, shown, reader.name, is_link=is_link))
+                    yield Job(roots[base], found, shown, reader.name, is_link=is_link)
 
-    def _results(self) -> Iterator[tuple[JobResults, int]]:
-        chunks = [self._jobs[at : at + _CHUNK] for at in range(0, len(self._jobs), _CHUNK)]
-        if self._pool is None:
-            for number, chunk in enumerate(chunks):
-                if time.monotonic() > self._deadline_s:
-                    yield self._out_of_time(sum(map(len, chunks[number:]))), 0
-                    return
-                assert self._files is not None
-                yield self._files.scan(chunk), len(chunk)
+    def _results(self) -> Iterator[JobResults]:
+        assert self._files is not None
+        if self._pool is not None:
+            yield from self._results_of_workers(self._pool)
             return
-        waiting: dict[Future[tuple[JobResults, Collected]], list[Job]] = {
-            self._pool.submit(_scan_in_worker, chunk): chunk for chunk in chunks
-        }
-        left = len(self._jobs)
-        try:
-            for future in as_completed(waiting, timeout=max(self._deadline_s - time.monotonic(), 0.0)):
-                chunk = waiting[future]
-                left -= len(chunk)
+        for chunk in self._chunks():
+            while chunk:
+                if time.monotonic() > self._deadline_s:
+                    self._end_for_time()
+                    return
+                results = self._files.scan(chunk)
+                yield results
+                chunk = chunk[results.jobs :]
+
+    def _results_of_workers(self, pool: ProcessPoolExecutor) -> Iterator[JobResults]:
+        chunks = self._chunks()
+        again: deque[list[Job]] = deque()
+        waiting: dict[Future[tuple[JobResults, Pieces]], list[Job]] = {}
+        while True:
+            while len(waiting) < self._workers * _CHUNKS_FOR_EACH_WORKER:
+                chunk = again.popleft() if again else next(chunks, None)
+                if chunk is None:
+                    break
+                try:
+                    waiting[pool.submit(_scan_in_worker, chunk)] = chunk
+                except BrokenProcessPool:
+                    yield self._lost(chunk)
+            if not waiting:
+                return
+            left_s = max(self._deadline_s - time.monotonic(), 0.0)
+            finished, _ = wait(waiting, timeout=left_s, return_when=FIRST_COMPLETED)
+            if not finished:
+                for future in waiting:
+                    future.cancel()
+                self._end_for_time()
+                return
+            for future in finished:
+                chunk = waiting.pop(future)
                 try:
                     results, collected = future.result()
                 except BrokenProcessPool:
-                    self._complete = False
-                    yield (
-                        JobResults(
-                            notes=[Note(chunk[0].shown, "and files after it: a worker process ended")]
-                        ),
-                        len(chunk),
-                    )
+                    yield self._lost(chunk)
                     continue
                 self.guard.merge(collected)
-                yield results, len(chunk)
-        except TimeoutError:
-            for future in waiting:
-                future.cancel()
-            yield self._out_of_time(left), 0
+                if rest := chunk[results.jobs :]:
+                    again.append(rest)
+                yield results
 
-    def _out_of_time(self, left: int) -> JobResults:
+    def _chunks(self) -> Iterator[list[Job]]:
+        while chunk := list(islice(self._jobs, _CHUNK)):
+            yield chunk
+
+    def _lost(self, chunk: list[Job]) -> JobResults:
         self._complete = False
         return JobResults(
-            notes=[Note("", f"{left} files were not read: the time of the scan was over (--time-limit)")]
+            jobs=len(chunk), notes=[Note(chunk[0].shown, "and files after it: a worker process ended")]
         )
+
+    def _end_for_time(self) -> None:
+        self._complete = False
+        self._notes.append(Note("", "the rest was not read: the time of the scan was over (--time-limit)"))
 
     def _read_machine(self, report: Report) -> None:
         machine, files = self._options.machine, self._files
@@ -233,10 +304,16 @@ class Scanner:
         for reader in MACHINE_READERS:
             try:
                 for path, candidate in reader.read(machine):
+                    if candidate.value is not None and is_published(candidate.value.reveal()):
+                        continue
+                    if len(report.findings) >= MOST_FINDINGS + _MOST_OF_MACHINE:
+                        self._complete = False
+                        self._notes.append(Note(reader.name, "has too many findings; the rest is left out"))
+                        break
                     report.findings.append(files.finding(reader.name, path, candidate, "unknown"))
             except Exception as error:  # noqa: BLE001 - a message could quote what was read
-                report.notes.append(Note(reader.name, f"could not be read ({type(error).__name__})"))
-        report.notes += machine.notes
+                self._notes.append(Note(reader.name, f"could not be read ({type(error).__name__})"))
+        self._notes.extend(machine.notes)
 
 
 _worker: FileScanner | None = None
@@ -246,16 +323,16 @@ def _start_worker(files: FileScanner) -> None:
     global _worker
     _worker = files
     # Each process looks up directories by descriptors of its own position; the guard starts empty.
-    _worker.guard = OutputGuard(files.guard.key)
+    _worker.guard = OutputGuard()
 
 
 def _ready() -> None:
     return
 
 
-def _scan_in_worker(jobs: list[Job]) -> tuple[JobResults, Collected]:
+def _scan_in_worker(jobs: list[Job]) -> tuple[JobResults, Pieces]:
     assert _worker is not None
-    _worker.guard = OutputGuard(_worker.guard.key)
+    _worker.guard = OutputGuard()
     results = _worker.scan(jobs)
     return results, _worker.guard.collected()
 
@@ -264,18 +341,18 @@ def _finish(report: Report, guard: OutputGuard) -> None:
     """Mask, sort, join equal secrets, and add the way out. Changes the report."""
     for one in report.findings:
         _mask(one, guard)
-    report.notes = [
-        replace(note, path=guard.masked(note.path, is_path=True)) for note in report.notes[:_MOST_NOTES]
-    ]
+    report.notes = [replace(note, path=guard.masked(note.path, is_path=True)) for note in report.notes]
+    report.roots = tuple(guard.masked(root, is_path=True) for root in report.roots)
     places: dict[str, list[Finding]] = defaultdict(list)
     for one in report.findings:
         if one.fingerprint is not None:
             places[one.fingerprint].append(one)
     for same in places.values():
         if len(same) > 1:
-            for one in same[:_MOST_SHARED]:
-                others = {(o.place.path, o.place.field): o.place for o in same if o is not one}
-                one.shared_with = tuple(list(others.values())[:_MOST_SHARED])
+            first = {(one.place.path, one.place.field): one.place for one in same[: _MOST_SHARED + 1]}
+            for one in same:
+                here = (one.place.path, one.place.field)
+                one.shared_with = tuple(place for at, place in first.items() if at != here)[:_MOST_SHARED]
     report.findings.sort(key=_urgency)
     for one in report.findings:
         one.remedies = remedies_of(one)

@@ -6,13 +6,16 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from ringfence.scan.findings import Note
 
 MAX_DEPTH: Final = 64
 MAX_FILES: Final = 2_000_000
+MAX_ENTRIES: Final = 200_000
+"""In one folder: they are put in order, and so are all in memory."""
 SKIPPED_FOLDERS: Final = frozenset(
     ("node_modules", "__pycache__", ".venv", "venv", "site-packages", ".tox", ".nox", ".mypy_cache", ".ruff_cache",
      ".pytest_cache", ".hg", ".svn", ".bzr", ".terraform", ".gradle-cache", "bower_components", ".import_linter_cache")
@@ -27,6 +30,12 @@ SKIPPED_ENDINGS: Final = (
 _PSEUDO: Final = frozenset(("/proc", "/sys", "/dev"))
 
 
+class NoteList(Protocol):
+    """Where notes go."""
+
+    def append(self, note: Note, /) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class WalkedFile:
     """A file by its path below the root. `is_link`: a symbolic link."""
@@ -36,7 +45,7 @@ class WalkedFile:
 
 
 def walk_tree(
-    root: Path, prefix: str, notes: list[Note], *, deadline_s: float, wants_link: Callable[[str], bool]
+    root: Path, prefix: str, notes: NoteList, *, deadline_s: float, wants_link: Callable[[str], bool]
 ) -> Iterator[WalkedFile]:
     """Yield the files below a folder, in a stable order. What is passed over for a limit is a note.
 
@@ -58,10 +67,13 @@ def walk_tree(
             return
         try:
             with os.scandir(root / folder) as found:
-                entries = sorted(found, key=lambda one: one.name)
+                entries = sorted(islice(found, MAX_ENTRIES + 1), key=lambda one: one.name)
         except OSError:
             notes.append(Note(prefix + folder, "may not be listed by this user"))
             continue
+        if len(entries) > MAX_ENTRIES:
+            entries.pop()
+            notes.append(Note(prefix + folder, f"has more than {MAX_ENTRIES} entries; the rest is left out"))
         below: list[tuple[str, int]] = []
         for entry in entries:
             relative = f"{folder}/{entry.name}" if folder else entry.name

@@ -146,6 +146,8 @@ async def action(world: World, **fields: Any) -> ActionDecided:
     """The first event on `action` with these values."""
 
     def is_it(record: Any) -> bool:
+        if b'"allowed"' not in record.value:
+            return False  # another event of the topic
         event = ActionDecided.model_validate_json(record.value)
         return all(getattr(event, name) == value for name, value in fields.items())
 

@@ -29,7 +29,7 @@ from ringfence.audit.events.ocsf import (
 )
 from ringfence.audit.memory import LeaseFacts
 from ringfence.kernel.base.text import with_article
-from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination
+from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination, RelayEnded
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
@@ -63,6 +63,7 @@ _BY_ANOTHER = _kinds_by_activity(
 
 
 _ANSWERED = event_kind("action.answered", API_ACTIVITY, _OTHER)
+_RELAY_ENDED = event_kind("relay.ended", API_ACTIVITY, _OTHER)
 _FAILED = event_kind("action.failed", API_ACTIVITY, _OTHER, severity=LOW, status=FAILURE)
 _ANSWER_TEXTS: Final[Mapping[str, str]] = {
     "result": "got a result", "accepted": "was heard", "tool_error": "got an error of the tool",
@@ -167,24 +168,76 @@ def answered(
     )
 
 
+def relay_ended(
+    record: Received,
+    claims: RelayEnded,
+    lease: LeaseFacts | None,
+    subject_fields: Mapping[str, Any],
+    trust_domain: str,
+) -> OcsfEvent:
+    """The event of the end of a run's byte relay. Arguments as for `acted`."""
+    own_lease = lease if lease is not None and lease.agent == claims.agent_id else None
+    fields: dict[str, Any] = {
+        **_shared_fields(claims, subject_fields),
+        "destination": _destination(claims.destination),
+        "sent_bytes": claims.sent_bytes,
+        "received_bytes": claims.received_bytes,
+        "duration_ms": claims.duration_ms,
+        "verified": {"by": None},
+    }
+    attributes: dict[str, Any] = {
+        "actor": {"user": user_of(f"spiffe://{trust_domain}/agent/{claims.agent_id}")},
+        "api": {
+            "operation": "CONNECT",
+            "request": {"uid": claims.action_id},
+            "service": {"name": claims.target_id},
+        },
+        "src_endpoint": {"name": claims.agent_id},
+    }
+    attributes |= _endpoint(claims.destination)
+    why = f", ended by the gateway: {scrubbed(claims.reason.message)}" if claims.reason is not None else ""
+    return event(
+        record,
+        _RELAY_ENDED,
+        f"a relay of {claims.agent_id} to {claims.target_id} passed {claims.sent_bytes} bytes there and "
+        f"{claims.received_bytes} back{why}",
+        attributes,
+        fields,
+        key=claims.agent_id,
+        correlation=fields.get("request") or claims.task_id,
+        reasons=(claims.reason,) if claims.reason is not None else (),
+        traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
+    )
+
+
 def _action_fields(
     claims: ActionDecided | ActionAnswered, subject_fields: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Fields that both kinds share, over the subject fields.
+    """Fields of an action that was decided or answered, over the subject fields."""
+    act = list(claims.act) if claims.act else [claims.agent_id] if claims.agent_id else None
+    return {
+        **_shared_fields(claims, subject_fields),
+        "act": act,
+        "verb": claims.verb,
+        "resource": claims.resource,
+    }
+
+
+def _shared_fields(
+    claims: ActionDecided | ActionAnswered | RelayEnded, subject_fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Fields that all kinds share, over the subject fields.
 
     The digest of the credential's request is left out: here `request_digest` is the digest of the agent's request.
     """
-    act = list(claims.act) if claims.act else [claims.agent_id] if claims.agent_id else None
     return {
         **{name: value for name, value in subject_fields.items() if name != "request_digest"},
         "agent": claims.agent_id,
-        "act": act,
         "task": claims.task_id,
+        "run": claims.run_id,
         "lease": claims.lease_id,
         "target": claims.target_id,
         "action": claims.action_id,
-        "verb": claims.verb,
-        "resource": claims.resource,
         "decided_by": claims.gateway,
     }
 
@@ -202,20 +255,27 @@ def _network_attributes(claims: ActionDecided) -> dict[str, Any]:
     if claims.method in _HTTP_METHODS:
         request["http_method"] = claims.method
     if destination is not None:
-        host = (
-            destination.host
-            if destination.host is not None and _HOSTNAME.fullmatch(destination.host)
-            else None
-        )
-        ip = _ip_address(destination.host)
+        host, ip = _host_and_ip(destination)
         path = scrubbed(destination.path) if destination.path else None
         url = {"scheme": destination.scheme, "hostname": host or ip, "port": destination.port, "path": path}
         if path is not None:  # OCSF has no URL without one
             request["url"] = {name: value for name, value in url.items() if value is not None}
-        end = {"hostname": host if ip is None else None, "ip": ip, "port": destination.port}
-        if host is not None or ip is not None:
-            attributes["dst_endpoint"] = {name: value for name, value in end.items() if value is not None}
+        attributes = _endpoint(destination)
     return {**attributes, **({"http_request": request} if request else {})}
+
+
+def _endpoint(destination: Destination) -> dict[str, Any]:
+    """OCSF `dst_endpoint`, where the destination is a host or an address."""
+    host, ip = _host_and_ip(destination)
+    if host is None and ip is None:
+        return {}
+    end = {"hostname": host if ip is None else None, "ip": ip, "port": destination.port}
+    return {"dst_endpoint": {name: value for name, value in end.items() if value is not None}}
+
+
+def _host_and_ip(destination: Destination) -> tuple[str | None, str | None]:
+    named = destination.host is not None and _HOSTNAME.fullmatch(destination.host)
+    return destination.host if named else None, _ip_address(destination.host)
 
 
 def _destination(destination: Destination | None) -> dict[str, Any] | None:

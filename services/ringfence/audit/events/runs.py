@@ -67,6 +67,7 @@ def ordered(
         "run": run_id_of("", order_id=order_id),
         "order": order_id,
         "pool": claims.pool,
+        "labels": claims.labels,
         "argv": command,
         "image": claims.image,
         "mounts": _mounts(claims.mounts),

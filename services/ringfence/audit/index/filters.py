@@ -10,8 +10,19 @@ from starlette.requests import Request
 from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.service.http import number_in
 
-_EQUAL = ("agent", "task", "request", "lease", "target", "sponsor", "on_behalf_of", "class_uid", "status")
-_NO_OTHER_ORDER = frozenset({"agent", "task", "request", "lease", "on_behalf_of", "class_uid"})
+_EQUAL = (
+    "agent",
+    "task",
+    "run",
+    "request",
+    "lease",
+    "target",
+    "sponsor",
+    "on_behalf_of",
+    "class_uid",
+    "status",
+)
+_NO_OTHER_ORDER = frozenset({"agent", "task", "run", "request", "lease", "on_behalf_of", "class_uid"})
 """Columns whose index returns events ordered by `seq`."""
 _LIKE = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
 _MAX_CODES = 50
@@ -25,6 +36,7 @@ class EventFilter:
 
     agent: str | None = None
     task: str | None = None
+    run: str | None = None
     request: str | None = None
     lease: str | None = None
     target: str | None = None
@@ -88,6 +100,7 @@ def filter_of(request: Request) -> EventFilter:
     return EventFilter(
         agent=query.get("agent"),
         task=query.get("task"),
+        run=query.get("run"),
         request=query.get("request"),
         lease=query.get("lease"),
         target=query.get("target"),

@@ -510,8 +510,9 @@ class SqliteIndex:
         tasks = [*tasks, *self._values("task", "request", requests)]
         tasks = sorted({*tasks, *self._reachable("parent", "task", tasks)})
         if kind == "run":
-            # What the task's other runs did is theirs. A blocked action names no run: it is shown with each of them.
-            self._collect(collected, "task", tasks, "request IS NULL", "(run IS NULL OR run = :run)", run=id)
+            # What the task's other runs did, and programs outside of all runs, is theirs.
+            own = "(run = :run OR (run IS NULL AND (code IS NULL OR code NOT LIKE 'action.%')))"
+            self._collect(collected, "task", tasks, "request IS NULL", own, run=id)
         else:
             self._collect(collected, "task", tasks, "request IS NULL")
         leases = self._values("lease", "request", requests)

@@ -9,7 +9,7 @@ from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, la
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
-from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, ServiceEvent
+from ringfence.messages.operations import ActionAnswered, ActionDecided, DeadLetter, RelayEnded, ServiceEvent
 from ringfence.messages.topics import ACTION, DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.identity.spiffe_ids import subject_of
 
@@ -58,18 +58,27 @@ class ServiceMapper(RecordMapper):
         fields = self._lease_fields(claims.lease_id, claims.agent_id, claims.task_id)
         if isinstance(claims, ActionDecided):
             event = actions.acted(record, claims, lease, fields, self._trust_domain)
+        elif isinstance(claims, RelayEnded):
+            event = actions.relay_ended(record, claims, lease, fields, self._trust_domain)
         else:
             event = actions.answered(record, claims, lease, fields, self._trust_domain)
         return MappedEvent(event, lacks_names(event))
 
-    def _action_of(self, record: Received) -> ActionDecided | ActionAnswered:
-        try:
-            return self._verifier.parse_unsigned(record, ActionDecided)
-        except InvalidMessageError as error:
+    def _action_of(self, record: Received) -> ActionDecided | ActionAnswered | RelayEnded:
+        """The message in a record. Raises InvalidMessageError with what is wrong with it as an `ActionDecided`."""
+        wrong: InvalidMessageError | None = None
+        models: tuple[type[ActionDecided | ActionAnswered | RelayEnded], ...] = (
+            ActionDecided,
+            ActionAnswered,
+            RelayEnded,
+        )
+        for model in models:
             try:
-                return self._verifier.parse_unsigned(record, ActionAnswered)
-            except InvalidMessageError:
-                raise error from None
+                return self._verifier.parse_unsigned(record, model)
+            except InvalidMessageError as error:
+                wrong = wrong or error
+        assert wrong is not None
+        raise wrong from None
 
     def _dead_letter(self, record: Received) -> MappedEvent:
         return MappedEvent(services.dead_lettered(record, self._verifier.parse_unsigned(record, DeadLetter)))

@@ -1,7 +1,7 @@
 """`ringfence run`: an agent's command in a fresh sandbox on this machine; subcommands for the runs of fleets.
 
-The words `order`, `list`, `show` and `stop` directly after `run` are subcommands. Everything else is a local run, whose
-command comes after `--`: `ringfence run --task TASK -- list` runs a program of that name.
+The words `order`, `list`, `show`, `stop` and `pools` directly after `run` are subcommands. Everything else is a local
+run, whose command comes after `--`: `ringfence run --task TASK -- list` runs a program of that name.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from ringfence.cli.commands.run_orders import list_runs, order, show, stop
+from ringfence.cli.commands.run_orders import list_runs, order, pools, show, stop
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption
@@ -53,6 +53,7 @@ app.command()(order)
 app.command(name="list")(list_runs)
 app.command()(show)
 app.command()(stop)
+app.command()(pools)
 
 
 @app.callback()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -28,7 +28,7 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import note, print_fields, print_json, print_table, say, until, visible
 from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption
 from ringfence.cli.shared.tables import ending, ids, prose, state
-from ringfence.client.errors import ApiError
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
     from ringfence.messages.run import Mount
 
 
+_RELAYED: Final = "relay.ended"
+_TOLD: Final = ("request.refused", "credential.refused", "action.denied", "action.by_another", _RELAYED)
+"""Events that `show` tells of a run."""
+_MOST_TOLD: Final = 100
+
+
 def order(
-    pool: Annotated[
-        str,
-        typer.Option(
-            "--pool", metavar="POOL", callback=check_name, help="The pool of runners that it is for."
-        ),
-    ],
     task: Annotated[
         str,
         typer.Option("--task", metavar="TASK", callback=check_id_prefix, help="The task that this is for."),
@@ -51,6 +51,19 @@ def order(
     command: Annotated[
         list[str], typer.Argument(metavar="[-- COMMAND...]", help="What to run.", show_default=False)
     ],
+    pool: Annotated[
+        str | None,
+        typer.Option(
+            "--pool",
+            metavar="POOL",
+            callback=check_name,
+            help="The pool of runners that it is for; the one with most room that has the labels, if not given.",
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="NAME=VALUE", help="A label that the pool has to have. Repeatable."),
+    ] = None,
     mount: Annotated[
         list[str] | None,
         typer.Option(
@@ -86,23 +99,84 @@ def order(
         raise typer.BadParameter(
             f"{valid!r} is longer than an order may wait: {MAX_LIFE_S // 3600}h", param_hint="--valid"
         )
-    mounts = tuple(map(_mount, mount or ()))
+    if pool is None and not label:
+        raise typer.BadParameter("give --pool, or --label to find one", param_hint="--pool")
+    mounts, labels = tuple(map(_mount, mount or ())), _labels(label or ())
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
 
-    async def work() -> OrderedRun:
+    async def work() -> tuple[OrderedRun, str]:
         task_id = await whole_id("task", task, identity(me))
+        chosen = pool or await _pool_with(labels, identity(me))
         async with connect.administrator(identity(me)) as person:
             return await person.order_run(
-                task_id, pool=pool, command=command, limits=limits, ttl_s=ttl_s, mounts=mounts, image=image,
-                valid_s=valid_s,
-            )  # fmt: skip
+                task_id, pool=chosen, command=command, limits=limits, ttl_s=ttl_s, mounts=mounts, image=image,
+                valid_s=valid_s, labels=labels,
+            ), chosen  # fmt: skip
 
-    ordered = run(work())
+    ordered, chosen = run(work())
     if wants_json(as_json):
-        print_json({"run_id": ordered.run_id, "order_id": ordered.order_id, "agent_id": ordered.agent_id})
+        print_json({
+            "run_id": ordered.run_id, "order_id": ordered.order_id, "agent_id": ordered.agent_id, "pool": chosen,
+        })  # fmt: skip
         return
     say(ordered.run_id)
-    note(f"ordered from pool {pool}; see: ringfence run show {ordered.run_id}")
+    note(f"ordered from pool {chosen}; see: ringfence run show {ordered.run_id}")
+
+
+async def _pool_with(labels: Mapping[str, str], me: Any) -> str:
+    """The pool that has these labels, and most room for runs. Raises InvalidCallError."""
+    async with ReadApi(me) as api:
+        found = await api.pools(labels)
+    if not found:
+        wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+        raise InvalidCallError(f"no pool with {wanted} has a runner that works now").with_remedy(
+            "ringfence run pools"
+        )
+    return str(max(found, key=lambda one: one["free"])["name"])
+
+
+def _labels(given: Sequence[str]) -> dict[str, str]:
+    labels: dict[str, str] = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        if not equals or name in labels:
+            raise typer.BadParameter(f"{text[:64]!r}: write NAME=VALUE, each name once", param_hint="--label")
+        labels[str(check_name(name))] = value
+    return labels
+
+
+def pools(
+    label: Annotated[
+        list[str] | None,
+        typer.Option("--label", metavar="NAME=VALUE", help="Only pools that have it. Repeatable."),
+    ] = None,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the pools whose runners work now, with their labels and how many more runs each may start."""
+    labels = _labels(label or ())
+
+    async def work() -> Any:
+        async with ReadApi(identity(me)) as api:
+            return await api.pools(labels)
+
+    found = run(work())
+    if wants_json(as_json):
+        print_json({"pools": found})
+        return
+    print_table(
+        ["pool", prose("labels"), "free", prose("runners")],
+        (
+            (
+                one["name"],
+                ", ".join(f"{name}={value}" for name, value in one["labels"].items()),
+                str(one["free"]),
+                ", ".join(one["runners"]),
+            )
+            for one in found
+        ),
+        empty="no pool has a runner that works now",
+    )
 
 
 def list_runs(
@@ -174,18 +248,30 @@ def show(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what became of a run or an order: its state, what it may use, how it ended, or why it was refused."""
+    """Show what became of a run or an order: its state, what it may use, how it ended, what was denied to it, or why it
+    was refused.
+    """
 
-    async def work() -> Any:
+    async def work() -> tuple[Any, Any, str | None]:
         run_id = await whole_id("run", id, identity(me))
         async with ReadApi(identity(me)) as api:
-            return await api.run(run_id)
+            found = await api.run(run_id)
+            try:
+                filters = {"run": found["id"], "code": ",".join(_TOLD)}
+                return found, (await api.events(filters, limit=_MOST_TOLD))["events"], None
+            except ApiError as error:
+                return found, [], str(error)
 
-    found = run(work())
+    found, events, unknown = run(work())
+    denied = [_denial(one) for one in events if one["metadata"]["event_code"] != _RELAYED]
+    relays = [_relay(one) for one in events if one["metadata"]["event_code"] == _RELAYED]
     if wants_json(as_json):
-        print_json(found)
+        told = {"denied": denied, "relays": relays} if unknown is None else {"incomplete": unknown}
+        print_json({**found, **told})
         return
-    print_fields(dict(_fields(found)), title=f"run {found['id']}")
+    print_fields(dict(_fields(found, denied, relays)), title=f"run {found['id']}")
+    if unknown is not None:
+        note(f"what was denied to it is not known here: {unknown}", "warning")
 
 
 def stop(
@@ -254,7 +340,30 @@ def _outcome(found: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _denial(event: Mapping[str, Any]) -> dict[str, Any]:
+    """A denied request or a blocked action, of an event of the trail."""
+    fields = event["unmapped"]
+    told = {name: fields.get(name) for name in ("target", "verb", "resource", "method", "destination")}
+    return {
+        "at_ms": event["time"],
+        "what": "action" if event["metadata"]["event_code"].startswith("action.") else "credential",
+        "code": event.get("status_code"),
+        "message": event["message"],
+        **{name: value for name, value in told.items() if value is not None},
+        **({"count": event["count"]} if "count" in event else {}),
+    }
+
+
+def _relay(event: Mapping[str, Any]) -> dict[str, Any]:
+    fields = event["unmapped"]
+    named = ("target", "destination", "sent_bytes", "received_bytes", "duration_ms")
+    reason = {"code": event["status_code"]} if event.get("status_code") else {}
+    return {"at_ms": event["time"], **{name: fields.get(name) for name in named}, **reason}
+
+
+def _fields(
+    found: Mapping[str, Any], denied: Sequence[Mapping[str, Any]], relays: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
     limits = found["limits"]
     refused = found.get("refused")
     fields = {
@@ -277,5 +386,10 @@ def _fields(found: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         "image": found.get("image_digest", ""),
         "rules": found.get("policy_digest", ""),
         "remained": "; ".join(found.get("remained", ())),
+        "denied": "; ".join(one["message"] for one in denied),
+        "relays": "; ".join(
+            f"{one['target']}: {one['sent_bytes']} bytes there, {one['received_bytes']} back"
+            for one in relays
+        ),
     }
     yield from ((name, value) for name, value in fields.items() if value)

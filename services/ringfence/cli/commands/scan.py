@@ -108,7 +108,7 @@ def scan(
         list[str] | None,
         typer.Option(
             "--with",
-            metavar="kingfisher|detect-secrets",
+            metavar="kingfisher|detect-secrets|gitleaks",
             help="Include what this installed scanner finds, without its online validation. Repeatable.",
         ),
     ] = None,

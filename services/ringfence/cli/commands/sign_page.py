@@ -23,7 +23,7 @@ def build(
         typer.Option(
             "--origin",
             metavar="ORIGIN",
-            help="Where people open it, such as https://sign.example.com. [RINGFENCE_SIGN_PAGE_ORIGIN]",
+            help="Where people open it, such as https://sign.example.com.",
         ),
     ] = None,
     rp_id: Annotated[
@@ -31,7 +31,7 @@ def build(
         typer.Option(
             "--rp-id",
             metavar="DOMAIN",
-            help="The RP ID of the passkeys; the origin's host if not given. [RINGFENCE_SIGN_PAGE_RP_ID]",
+            help="The RP ID of the passkeys; the origin's host if not given.",
         ),
     ] = None,
     session_origin: Annotated[
@@ -39,7 +39,7 @@ def build(
         typer.Option(
             "--session-origin",
             metavar="ORIGIN",
-            help="A console that may take answers. Repeatable. [RINGFENCE_SIGN_PAGE_SESSION_ORIGINS]",
+            help="A console that may take answers. Repeatable.",
         ),
     ] = None,
     least_version: Annotated[
@@ -48,21 +48,20 @@ def build(
             "--least-version",
             metavar="NUMBER",
             min=0,
-            help="The oldest version of the trust bundle that the page takes: the one in force now. "
-            "[RINGFENCE_SIGN_PAGE_LEAST_VERSION]",
+            help="The oldest version of the trust bundle that the page takes: the one in force now.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the page's files into a folder, for any web server. The same input makes the same bytes.
 
-    Trust domain and root are those of the settings. Compare the digests with what your server delivers: whoever can
-    change these files can misuse every signature that people make there.
+    Trust domain and root are those of the settings, and so is what no option says (`RINGFENCE_SIGN_PAGE_*`). Compare
+    the digests with what your server delivers: whoever can change these files can misuse every signature that people
+    make there.
     """
-    from ringfence.kernel.base.settings import ServiceSettings, load
-    from ringfence.sign_page.app import page_config
+    from ringfence.kernel.base.settings import BusSettings, load
     from ringfence.sign_page.build import build as build_page
-    from ringfence.sign_page.build import checksums
+    from ringfence.sign_page.build import checksums, page_config
     from ringfence.sign_page.settings import SignPageSettings
 
     named = {
@@ -72,7 +71,7 @@ def build(
         "least_version": least_version,
     }
     given = {name: value for name, value in named.items() if value is not None}
-    page = build_page(page_config(load(ServiceSettings), load(SignPageSettings, **given)))
+    page = build_page(page_config(load(BusSettings), load(SignPageSettings, **given)))
     page.write(folder)
     if wants_json(as_json):
         print_json({"folder": str(folder), "sha256": checksums(page), "csp": page.csp})

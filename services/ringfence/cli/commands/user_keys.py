@@ -13,10 +13,12 @@ from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
+    AsOption,
     IdentityOption,
     JsonOption,
     KeyDaysOption,
     NewKeyOption,
+    PasskeyOption,
     ReasonOption,
     WideOption,
     YesOption,
@@ -27,6 +29,8 @@ from ringfence.cli.shared.options import (
     keep_key_if_accepted,
     run,
     settings,
+    signer,
+    signs_on_page,
     wants_json,
 )
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, visible_name
@@ -246,6 +250,8 @@ def keys(
         typer.Argument(metavar="USER", callback=check_name, help="The user's id; yourself by default."),
     ] = None,
     wide: WideOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -253,7 +259,7 @@ def keys(
     from ringfence.client.admin import user_keys
 
     async def work() -> tuple[str, list[KeyOfUser]]:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(signer(me, passkey, as_user)) as administrator:
             directory = await administrator.directory()
             whose = user or administrator.id
             return whose, user_keys.keys_of(directory, _require_user(directory, whose))
@@ -293,20 +299,24 @@ def end_key(
         ),
     ] = False,
     yes: YesOption = False,
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """End a key of a person: it signs nothing new. What it signed stays valid. As that person, or as an operator."""
     from ringfence.client.admin import user_keys
 
+    who = signer(me, passkey, as_user)
+
     async def work() -> tuple[Accepted, str, list[tuple[str, str]], bool]:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(who) as administrator:
             directory = await administrator.directory()
             state = _require_user(directory, user)
             whole = _whole_kid(state, kid)
             ended = {whole, *(directory.key_history(user).added_by(whole) if compromised else ())}
             others = user_keys.vouched_by(directory, user, sorted(ended)) if compromised else []
-            confirm(_question(state, ended, others), yes)
+            confirm(_question(state, ended, others), yes or signs_on_page(who))
             accepted = await administrator.end_user_key(user, whole, reason=reason, compromised=compromised)
             operator = administrator.is_root or _is_operator(directory, administrator.id)
             if operator:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ringfence.cli.doctor.finding import CheckResult, Verdict, clock
 from ringfence.client.admin.trust_setup import SEAL, missing_on_demand_services
+from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.clock_skew import SkewCheck
-from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
@@ -186,6 +187,35 @@ def sandbox_findings(runner_key_file: Path | None) -> Iterator[CheckResult]:
         needed = fact.name in _NEEDED_FOR_RUNS
         verdict: Verdict = "good" if not fact.problem else "bad" if needed else "unknown"
         yield CheckResult(f"sandbox, {fact.name}", verdict, says)
+
+
+def pool_findings() -> Iterator[CheckResult]:
+    """Check the pool file of a runner for fleets, where `RINGFENCE_RUNNER_POOL_FILE` names one."""
+    from ringfence.runner.lifecycle.private_paths import check_private_paths, private_paths
+    from ringfence.runner.pool import pool_mounts, read_pool
+    from ringfence.runner.settings import RunnerSettings
+
+    try:
+        file = load(RunnerSettings).pool_file
+    except SettingsError as error:
+        if "RINGFENCE_RUNNER_POOL_FILE" not in str(error):
+            yield CheckResult("runner pool", "bad", str(error))
+        return  # otherwise no runner for fleets is set up here
+    try:
+        pool, client = read_pool(file), load(ClientSettings)
+        private = private_paths(client)
+        if client.gateway_sockets is not None:
+            private["the gateway's sockets"] = client.gateway_sockets
+        check_private_paths(pool_mounts(pool), private)
+    except RingfenceError as error:
+        remedy = f"; {error.remedy}" if error.remedy else ""
+        yield CheckResult("runner pool", "bad", f"{error.message}{remedy}")
+        return
+    labels = ", ".join(f"{name}={value}" for name, value in pool.labels.items()) or "no labels"
+    says = (
+        f"{pool.name}: {pool.backend}, {pool.concurrency} runs at once, {len(pool.mounts)} mounts, {labels}"
+    )
+    yield CheckResult("runner pool", "good", says)
 
 
 def bundle_findings(trust: TrustStore, refused: Sequence[str], now_s: float) -> Iterator[CheckResult]:

@@ -13,6 +13,7 @@ from ringfence.cli.doctor.checks import (
     bundle_findings,
     key_files,
     opa_findings,
+    pool_findings,
     redis_findings,
     replication_findings,
     sandbox_findings,
@@ -110,6 +111,8 @@ async def examine(
     async for finding in opa_findings():
         yield finding
     for finding in await asyncio.to_thread(list, sandbox_findings(client.runner_key_file)):
+        yield finding
+    for finding in pool_findings():
         yield finding
 
 

@@ -576,7 +576,7 @@ class Administrator(CommandClient):
         """For the sign page: the record of a lease that is to be revoked."""
         if lease_id is None or self.connection.passkey_user is None:
             return {}
-        from ringfence.client.passkeys.lookups import find_lease
+        from ringfence.client.kafka_lookups import find_lease
 
         record = await find_lease(self.connection, lease_id)
         return {"lease": record} if record else {}
@@ -594,6 +594,7 @@ class Administrator(CommandClient):
         mounts: Sequence[Mount] = (),
         image: str | None = None,
         valid_s: int = ORDER_LIFE_S,
+        labels: Mapping[str, str] | None = None,
     ) -> OrderedRun:
         """Order a run of a task's agent in a pool. Returns once Kafka has the order; a runner of the pool takes it.
 
@@ -603,6 +604,7 @@ class Administrator(CommandClient):
             mounts: folders, by the names that the pool has for them.
             image: the digest of a container image; None: what the pool has as its own.
             valid_s: how long the order may wait.
+            labels: what the pool has to have among its labels. `ReadApi.pools` finds such a pool.
 
         Raises RefusedError if no runner would follow it, by the records as they are now.
         """
@@ -623,6 +625,7 @@ class Administrator(CommandClient):
                 mounts=folders,
                 limits=limits,
                 ttl_s=ttl_s,
+                labels=dict(labels) if labels else None,
             )
         problem = order_problem(order, directory, self.connection.clock.now_ms() / 1000)
         if problem is not None:

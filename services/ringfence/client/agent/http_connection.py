@@ -21,6 +21,7 @@ from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.errors import InvalidCallError, RefusedError, require_understood
 from ringfence.client.instance_enrolment import EnrolledInstanceKey
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError
 from ringfence.kernel.base.http_client import web_client
@@ -30,7 +31,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, Topic
-from ringfence.messages.credential import Reason
+from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.model.target_settings import RESERVED_NAME
@@ -48,6 +49,10 @@ limited.
 _ANSWER_WITHIN_S: Final = _WAIT_S + 30.0
 _MISSES: Final = 5
 """So often a gateway may not know a request before it counts as never posted."""
+_MAX_POSTED: Final = 1000
+"""As many as a gateway remembers of an agent."""
+_FORGOTTEN: Final = "socket_other_run"
+"""The code for a withdrawal of a request that the socket of a run does not know as the run's own."""
 _TRUST_EVERY_S: Final = 60.0
 _UNIX: Final = "unix:"
 _LONGEST_ADDRESS: Final = 107
@@ -88,6 +93,8 @@ class HttpConnection(Connection):
         """By the id of a request that is open: the key that signed it."""
         self._polls: dict[str, asyncio.Task[None]] = {}
         self._ending: set[asyncio.Task[None]] = set()
+        self._posted: BoundedDict[str, tuple[str, SigningKey]] = BoundedDict(_MAX_POSTED)
+        """The last requests by id, with the key that signed each: a gateway that has forgotten one gets it again."""
 
     # --- life ---
 
@@ -149,13 +156,30 @@ class HttpConnection(Connection):
         signer = self._keys.get(request_id, self.key)
         compact = compact or sign(claims, signer)
         try:
-            await self._post(claims.typ, compact, signer, traceparent)
+            await self._post_or_repeat(claims, compact, signer, traceparent)
         except asyncio.CancelledError:
             # It may have been taken all the same. A credential that still comes is given back.
             self._start_to_poll(request_id, signer, claims.typ, None)
             raise
         self._start_to_poll(request_id, signer, claims.typ, compact)
         return NOWHERE
+
+    async def _post_or_repeat(
+        self, claims: Claims, compact: str, signer: SigningKey, traceparent: str | None
+    ) -> None:
+        """Post a message. A request that the gateway has forgotten is posted again before it is withdrawn."""
+        try:
+            await self._post(claims.typ, compact, signer, traceparent)
+        except RefusedError as error:
+            forgotten = None
+            if isinstance(claims, RequestWithdraw) and error.code == _FORGOTTEN:
+                forgotten = self._posted.get(claims.request_id)
+            if forgotten is None:
+                raise
+            await self._post(CredentialRequest.typ, forgotten[0], forgotten[1], traceparent)
+            await self._post(claims.typ, compact, signer, traceparent)
+        if isinstance(claims, CredentialRequest):
+            self._posted[message_id(claims.iss, claims.jti)] = (compact, signer)
 
     def _start_to_poll(self, request_id: str, signer: SigningKey, typ: str, compact: str | None) -> None:
         if request_id in self._keys and request_id not in self._polls:
@@ -232,8 +256,10 @@ class HttpConnection(Connection):
                     misses += 1
                     if compact is None and misses == _MISSES:
                         return
-                    if compact is not None and misses == 1:
-                        # The gateway has started again, and there is no reply yet. The same bytes count once.
+                    if compact is not None:
+                        # The gateway has started again without its memory. The same bytes count once.
+                        if misses > 1:
+                            await asyncio.sleep(next(delays))
                         await self._post(typ, compact, signer, None)
                         continue
                 delay_s = max(next(delays), _retry_after_s(answer))

@@ -246,9 +246,9 @@ class Sponsor(Lifetime):
                 comment=comment,
             )
         signed = await self.connection.sign(answer)
-        reason = self._require_actions().key_problem(signed, self.connection.clock.now_ms())
-        if reason is not None:
-            raise RefusedError(ActionApproval.typ, (reason,), "client")
+        problem = self._require_actions().key_problem(signed, self.connection.clock.now_ms())
+        if problem is not None:
+            raise RefusedError(ActionApproval.typ, (problem,), "client")
         await self.connection.publish(APPROVAL_RESPONSE, pending.agent, signed.claims, compact=signed.compact)
         self._require_actions().answered(pending.digest)
         self._notify()

@@ -193,6 +193,15 @@ class ReadApi(Lifetime):
         """
         return await self.get("revoker", "runs", id)
 
+    async def pools(self, labels: Mapping[str, str] | None = None) -> list[dict[str, Any]]:
+        """The pools of runners that take orders now, by name: `[{name, labels, free, runners}]`.
+
+        `labels`: only pools that have all of these. `free`: how many more runs a pool may start now.
+        """
+        found: list[dict[str, Any]] = (await self.get("revoker", "pools"))["pools"]
+        wanted = (labels or {}).items()
+        return [pool for pool in found if wanted <= pool["labels"].items()]
+
     # --- audit ---
 
     async def trace(self, id: str, kind: str | None = None) -> Any:
@@ -222,7 +231,7 @@ class ReadApi(Lifetime):
     ) -> Any:
         """`{events, after}`: the latest OCSF events, oldest first; or with `after`, those since.
 
-        `filters`: target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
+        `filters`: run, target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
         """
         ids = {"agent": agent, "task": task, "request": request, "lease": lease}
         return await self.get("audit", "events", after=after, limit=limit, **{**ids, **(filters or {})})
@@ -247,13 +256,23 @@ class ReadApi(Lifetime):
         after: str | None = None,
         agent: str | None = None,
         target: str | None = None,
+        step_ms: int | None = None,
     ) -> Any:
         """Return a page of actions through gateways, counted in groups. See `ActionReport`.
+
+        With `step_ms` it also has `over_time`: `[{at_ms, access, count}]` of blocked actions, by steps of the period.
 
         `{groups, unknown_destinations, until_ms, looked_at_ms, after}`; continue with `after` until it is None.
         """
         return await self.get(
-            "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
+            "audit",
+            "actions",
+            since_ms=since_ms,
+            until_ms=until_ms,
+            after=after,
+            agent=agent,
+            target=target,
+            step_ms=step_ms,
         )
 
     async def coverage(

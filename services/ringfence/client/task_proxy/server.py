@@ -257,6 +257,7 @@ class TaskProxy:
         reader, writer = await self._open()
         try:
             writer.write(head)
+            self.traffic.sent(len(head))
             await writer.drain()
             buffer = bytearray()
             try:
@@ -268,6 +269,7 @@ class TaskProxy:
                 raise _gateway_gone()
             client.answered = True
             client.writer.write(answer + b"\r\n" + buffer)
+            self.traffic.received(len(answer) + len(b"\r\n") + len(buffer))
             await client.writer.drain()
             if parse_response(answer).status == HTTPStatus.OK:
                 await _first_of(
@@ -285,6 +287,7 @@ class TaskProxy:
         reader, writer = await self._open()
         try:
             writer.write(head)
+            self.traffic.sent(len(head))
             await _first_of(
                 _answer(reader, client, self.traffic.received),
                 _upload(client, request, writer, self.traffic.sent),

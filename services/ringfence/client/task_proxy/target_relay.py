@@ -30,7 +30,7 @@ class TargetRelay:
 
     def __init__(self, gateway: Path, host: str, port: int, traffic: Traffic) -> None:
         self._gateway = gateway
-        self._authority = f"{host}:{port}".encode()
+        self._authority = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
         self._traffic = traffic
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
@@ -80,11 +80,14 @@ class TargetRelay:
 
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
         """Return whether the gateway accepted the CONNECT (RFC 9110, 9.3.6). Raises OSError."""
-        writer.write(b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (self._authority, self._authority))
+        request = b"CONNECT %b HTTP/1.1\r\nHost: %b\r\n\r\n" % (self._authority, self._authority)
+        writer.write(request)
+        self._traffic.sent(len(request))
         try:
             async with asyncio.timeout(_CONNECT_S):
                 await writer.drain()
                 head = await reader.readuntil(END_OF_HEAD)
+            self._traffic.received(len(head))
             return parse_response(head[: -len(END_OF_HEAD)] + b"\r\n").status == HTTPStatus.OK
         except (TimeoutError, asyncio.IncompleteReadError, asyncio.LimitOverrunError, RequestRefusedError):
             return False

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(slots=True)
 class Traffic:
-    """Numbers of connections that reached the gateway's socket, and of bytes after their heads."""
+    """Numbers of connections that reached the gateway's socket, and of all bytes on them, heads of HTTP included."""
 
     connections: int = 0
     sent_bytes: int = 0

@@ -115,6 +115,8 @@ class AgentRequestsApi:
                 return challenge
         with _attributed_to(message.agent_id):
             self._check_limits(request, message.agent_id)
+            if message.late is not None and not self._publications.is_published(message):
+                raise RequestRefusedError(400, message.late.code, message.late.message)
             self._posts.charge(f"agent:{message.agent_id}")
             await self._publications.publish(message, well_formed(request.traceparent))
         return self._accepted(request, message)
@@ -163,7 +165,7 @@ class AgentRequestsApi:
         if not is_own:
             raise RequestRefusedError(
                 403, "socket_other_run", "the instance of a run withdraws and gives back only what it asked for "
-                "itself; after a restart of the gateway post the request again before it is withdrawn",
+                "itself; where the gateway has forgotten a request, post the request again before it is withdrawn",
             )  # fmt: skip
 
     def _require_run_key(self, run_id: str, kid: str | None) -> None:
@@ -328,8 +330,8 @@ def _require_method(request: ApiRequest, method: str) -> None:
 def _unknown_request() -> RequestRefusedError:
     return RequestRefusedError(
         404, "request_unknown",
-        "no such request of yours is known here: its reply is too old, or it was posted before a restart and has no "
-        "reply yet; post the same bytes again",
+        "no such request of yours is known here: its reply is too old, or it was posted elsewhere or long ago and has "
+        "no reply yet; post the same bytes again",
     )  # fmt: skip
 
 

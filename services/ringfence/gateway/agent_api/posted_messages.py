@@ -43,6 +43,8 @@ class PostedMessage:
     agent_id: str
     kid: str
     """The thumbprint of the key that signed it."""
+    late: InvalidMessageError | None = None
+    """Set if its time is over: it may only be a repeat."""
 
     @property
     def claims(self) -> Message:
@@ -71,7 +73,10 @@ class PostedMessageVerifier:
         self._catch_up = catch_up
 
     async def verify(self, body: bytes) -> PostedMessage:
-        """Verify a message. Raises RequestRefusedError with the code of what is wrong."""
+        """Verify a message. One that is only too late is returned as such.
+
+        Raises RequestRefusedError with the code of what is wrong.
+        """
         try:
             jws = parse(body)
             model = _MODELS.get(jws.header.typ)
@@ -84,8 +89,6 @@ class PostedMessageVerifier:
                 body, model, self._directory, audience=self._audience, at_ms=self._now_ms(),
                 max_bytes=MAX_BYTES, catch_up=self._catch_up,
             )  # fmt: skip
-            if late is not None:
-                raise late
             _check_claims(signed.claims)
         except SignatureError as error:
             raise RequestRefusedError(403, error.code, error.message) from None
@@ -95,7 +98,7 @@ class PostedMessageVerifier:
         agent_id = subject_of(self._audience, claims.iss, "agent")
         if agent_id is None:
             raise RequestRefusedError(403, "key_unknown", "only agents post messages")
-        return PostedMessage(signed, message_id(claims.iss, claims.jti), agent_id, jws.header.kid)
+        return PostedMessage(signed, message_id(claims.iss, claims.jti), agent_id, jws.header.kid, late)
 
 
 def _check_claims(claims: Message) -> None:

@@ -1,13 +1,14 @@
 """Publishes each posted message once, and remembers who may ask for the replies to it (idempotent producer).
 
-The memory is bounded and of this process. A message that is posted again later, or at another gateway, is a replay on
-Kafka: policy and revoker report it, and it changes nothing.
+The memory is bounded and of this gateway: requests outlive a restart by a journal. A message that is posted again at
+another gateway, or once it is forgotten, is a replay on Kafka: policy and revoker report it, and it changes nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Final
 from aiokafka.errors import KafkaError
 
 from ringfence.gateway.agent_api.posted_messages import PostedMessage
+from ringfence.gateway.agent_api.publication_journal import JournalEntry, PublicationJournal
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -42,6 +44,8 @@ class Publication:
     task_id: str | None
     """The task of a credential request; None for other messages."""
     acknowledged: bool = False
+    at_s: int = 0
+    """When it was posted, in seconds since 1970."""
     sending: asyncio.Task[None] | None = None
 
 
@@ -53,11 +57,14 @@ class Publications:
         publisher: Publisher,
         *,
         is_answered: Callable[[str, str], bool] = lambda _agent_id, _request_id: False,
+        journal: PublicationJournal | None = None,
         timeout_s: float = TIMEOUT_S,
         per_agent: int = PER_AGENT,
         in_total: int = IN_TOTAL,
     ) -> None:
-        """`is_answered`: whether there is a reply to an agent's request. It was published then, before a restart."""
+        """`is_answered`: whether there is a reply to an agent's request. It was published then, before a restart.
+        `journal`: what this gateway published before.
+        """
         self._publisher = publisher
         self._is_answered = is_answered
         self._timeout_s = timeout_s
@@ -65,6 +72,26 @@ class Publications:
         self._in_total = in_total
         self._by_id: OrderedDict[str, Publication] = OrderedDict()
         self._of_agent: dict[str, OrderedDict[str, None]] = {}
+        self._journal = journal
+        for entry in journal.open() if journal is not None else ():
+            publication = Publication(
+                entry.digest, entry.agent_id, entry.kid, entry.task_id, acknowledged=True, at_s=entry.at_s
+            )
+            self._keep(entry.id, publication)
+
+    async def close(self) -> None:
+        """Close the journal."""
+        if self._journal is not None:
+            self._journal.close()
+
+    def is_published(self, message: PostedMessage) -> bool:
+        """Whether Kafka has a message with this id, as far as that is known: published here, or answered already."""
+        publication = self._by_id.get(message.id)
+        if publication is not None and publication.acknowledged:
+            return True
+        return isinstance(message.claims, CredentialRequest) and self._is_answered(
+            message.agent_id, message.id
+        )
 
     def find(self, id: str) -> Publication | None:
         """The message with this id, if it is remembered."""
@@ -111,6 +138,7 @@ class Publications:
             )
             await acknowledgement
             publication.acknowledged = True
+            self._write(message.id, publication)
         except KafkaError as error:
             # Without the right to write there, say, nobody else would tell the operator.
             log.warning(
@@ -133,15 +161,32 @@ class Publications:
             message.kid,
             claims.task_id if isinstance(claims, CredentialRequest) else None,
             acknowledged=is_request and self._is_answered(agent_id, message.id),
+            at_s=int(time.time()),
         )
+        self._keep(message.id, publication)
+        if publication.acknowledged:
+            self._write(message.id, publication)
+        return publication
+
+    def _keep(self, id: str, publication: Publication) -> None:
+        agent_id = publication.agent_id
         ids = self._of_agent.setdefault(agent_id, OrderedDict())
         if len(ids) >= self._per_agent:
             self._forget(next(iter(ids)))
         elif len(self._by_id) >= self._in_total:
             self._forget(next(iter(self._by_id)))
-        self._of_agent.setdefault(agent_id, ids)[message.id] = None
-        self._by_id[message.id] = publication
-        return publication
+        self._of_agent.setdefault(agent_id, ids)[id] = None
+        self._by_id[id] = publication
+
+    def _write(self, id: str, publication: Publication) -> None:
+        """Write a published request to the journal. Other messages have no replies of their own."""
+        if self._journal is None or publication.task_id is None:
+            return
+        if self._journal.add(_entry(id, publication)):
+            kept = self._by_id.items()
+            self._journal.rewrite(
+                _entry(id, one) for id, one in kept if one.acknowledged and one.task_id is not None
+            )
 
     def _forget(self, id: str) -> None:
         agent_id = self._by_id.pop(id).agent_id
@@ -149,6 +194,12 @@ class Publications:
         del ids[id]
         if not ids:
             del self._of_agent[agent_id]
+
+
+def _entry(id: str, publication: Publication) -> JournalEntry:
+    return JournalEntry(
+        id, publication.digest, publication.agent_id, publication.kid, publication.task_id, publication.at_s
+    )
 
 
 def _retrieve(sending: asyncio.Task[None]) -> None:

@@ -18,6 +18,7 @@ from ringfence.gateway.hosts import AGENT_API
 from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.gateway.wiring import Core
 from ringfence.kernel.base.errors import SettingsError
+from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.private_files import make_folders
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.model.records.command_chain import ChainError
@@ -127,7 +128,9 @@ class Listeners:
             try:
                 await self._plane.listen_for_task(path, task_id)
             except ListenError as error:
-                log.error("task %s has no socket: %s", task_id, error)
+                # Tried again at the next update.
+                log.error("task %s has no socket yet: %s", task_id, error, extra=rate_limited("socket"))
+                continue
             self._sockets[task_id] = path
 
     def _is_active(self, task_id: str) -> bool:

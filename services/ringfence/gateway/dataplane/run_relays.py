@@ -18,7 +18,7 @@ from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.secret_redaction import Redactor
 from ringfence.gateway.dataplane.stream import DisconnectedError, Stream
 from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
-from ringfence.gateway.dataplane.websockets import tunnel
+from ringfence.gateway.dataplane.websockets import RelayedBytes, tunnel
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, split_host_and_port
 from ringfence.messages.credential import Reason
@@ -69,10 +69,21 @@ class RunRelays:
     async def run(self, client: Stream, permit: RelayPermit, authority: str, established: bytes) -> None:
         """Connect to the address, send `established` to the client, and relay until one side or the permit ends.
 
-        Raises RequestRefusedError as long as nothing was sent to the client.
+        Its end is recorded with what passed. Raises RequestRefusedError as long as nothing was sent to the client.
         """
+        relay, reason = _Relay(client, permit), None
+        try:
+            await self._run(relay, client, permit, authority, established)
+        except RequestRefusedError as error:
+            reason = Reason(code=error.code, message=error.message)
+            raise
+        finally:
+            permit.ended(relay.bytes.sent, relay.bytes.received, relay.cut_by or reason)
+
+    async def _run(
+        self, relay: _Relay, client: Stream, permit: RelayPermit, authority: str, established: bytes
+    ) -> None:
         host, port = split_host_and_port(authority, "https")
-        relay = _Relay(client, permit)
         unsubscribe = permit.watch(relay.cut)
         try:
             relay.check()
@@ -87,7 +98,7 @@ class RunRelays:
                 client.write(established)
                 idle_s = self._timeouts.stream_s
                 client.deadline = upstream.deadline = time.monotonic() + idle_s
-                await tunnel(client, upstream, Redactor(()), relay.check, idle_s=idle_s)
+                await tunnel(client, upstream, Redactor(()), relay.check, idle_s=idle_s, relayed=relay.bytes)
             finally:
                 upstream.abort()
         finally:
@@ -103,6 +114,9 @@ class _Relay:
     def __init__(self, client: Stream, permit: RelayPermit) -> None:
         self.upstream: Stream | None = None
         self.established = False
+        self.bytes = RelayedBytes()
+        self.cut_by: Reason | None = None
+        """Why the gateway cut it; None if it did not."""
         self._client = client
         self._permit = permit
         self._refused: RequestRefusedError | None = None
@@ -110,6 +124,7 @@ class _Relay:
     def cut(self) -> None:
         """End the relay in both directions, and drop what is still to be sent."""
         reason = self._permit.problem() or Reason(code="lease_ended", message="the lease has ended")
+        self.cut_by = self.cut_by or reason
         self._refused = RequestRefusedError(403, reason.code, reason.message)
         if self.upstream is not None:
             self.upstream.fail(self._refused)

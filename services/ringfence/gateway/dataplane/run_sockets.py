@@ -84,7 +84,9 @@ class RunSockets:
         try:
             await self._plane.listen_for_task(path, run.task_id, run_id=run.run_id)
         except ListenError as error:
-            log.error("run %s has no socket: %s", run.run_id, error)
+            # Tried again at the next update.
+            log.error("run %s has no socket yet: %s", run.run_id, error, extra=rate_limited("socket"))
+            return
         self._sockets[run.run_id] = path, run.iss
         self._count_of[run.iss] += 1
 

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 from ringfence.gateway.dataplane.secret_redaction import Redactor
@@ -47,14 +48,30 @@ def accepts_websocket(head: RequestHead, response: ResponseHead, *, plain: bool)
     )
 
 
+@dataclass(slots=True)
+class RelayedBytes:
+    """Bytes that a tunnel has relayed."""
+
+    sent: int = 0
+    """From the client to the upstream."""
+    received: int = 0
+
+
 async def tunnel(
-    client: Stream, upstream: Stream, redactor: Redactor, check_cut: Callable[[], None], *, idle_s: float
+    client: Stream,
+    upstream: Stream,
+    redactor: Redactor,
+    check_cut: Callable[[], None],
+    *,
+    idle_s: float,
+    relayed: RelayedBytes | None = None,
 ) -> None:
     """Relay bytes in both directions until one side is gone, is made to fail, or neither sent anything for `idle_s`.
 
     `check_cut` raises if nothing may be forwarded any more. Frames of servers are not masked, and not compressed as no
-    extension was accepted: so the redactor finds the secret in them.
+    extension was accepted: so the redactor finds the secret in them. `relayed` counts.
     """
+    counts = relayed if relayed is not None else RelayedBytes()
 
     async def relay(source: Stream, sink: Stream, through: Redactor | None) -> None:
         while True:
@@ -65,6 +82,10 @@ async def tunnel(
                 for side in (client, upstream):
                     side.deadline = time.monotonic() + idle_s
                 sink.write(through.feed(data) if through is not None else data)
+                if source is client:
+                    counts.sent += len(data)
+                else:
+                    counts.received += len(data)
                 if sink.blocked:
                     await sink.drain()
             await source.read_more()

@@ -72,6 +72,7 @@ class BlockedRequests:
             blocked.code,
             destination=destination,
             access=None if blocked.unparsed else access_if_known(blocked.method),
+            run_id=blocked.presented.run_id,
         )
 
     def _sender_of(self, presented: PresentedIdentity) -> tuple[str | None, str | None]:

@@ -9,7 +9,7 @@ from ringfence.gateway.contract import Attempt, McpOutcome, PresentedIdentity, V
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
-from ringfence.gateway.domain import Access, Refusal, access_of
+from ringfence.gateway.domain import Access, Refusal, access_of, run_id_of_lease
 from ringfence.gateway.events.action_fields import act_of, decision_counter, digest_of, label_of, method_of
 from ringfence.gateway.events.destination import destination_of, printable_method
 from ringfence.gateway.events.recorder import Recorder
@@ -19,7 +19,14 @@ from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
-from ringfence.messages.operations import ActionAnswered, ActionAsked, ActionDecided, Destination
+from ringfence.messages.credential import Reason
+from ringfence.messages.operations import (
+    ActionAnswered,
+    ActionAsked,
+    ActionDecided,
+    Destination,
+    RelayEnded,
+)
 from ringfence.model.http_targets.mcp import CALL
 
 log = logging.getLogger(__name__)
@@ -81,6 +88,7 @@ class DecisionEvents:
                 attempt, target.url if isinstance(target, CompiledTarget) else None, presented.handle
             ),
             access_if_known(attempt.method),
+            self._run_of(context),
         )
 
     def record(
@@ -112,6 +120,7 @@ class DecisionEvents:
                 agent_id=sender.agent_id if sender is not None else None,
                 act=_act_of(context),
                 task_id=verdict.task_id,
+                run_id=self._run_of(context),
                 lease_id=self._lease_of(context, presented),
                 target_id=target_id or intended_target_id,
                 verb=context.action.verb if context.action is not None else None,
@@ -169,6 +178,7 @@ class DecisionEvents:
             agent_id=context.lease.agent_id,
             act=_act_of(context),
             task_id=context.lease.task_id,
+            run_id=run_id_of_lease(context.lease),
             lease_id=context.lease.lease_id,
             target_id=context.lease.target_id,
             verb=context.action.verb,
@@ -183,6 +193,53 @@ class DecisionEvents:
             self._recorder.record(event)
         except SpoolFullError as error:
             log.error("what came of an action is not recorded: %s", error)
+
+    def record_relay_end(
+        self,
+        context: DecisionContext,
+        address: tuple[str, int],
+        *,
+        sent_bytes: int,
+        received_bytes: int,
+        duration_ms: int,
+        reason: Reason | None,
+    ) -> None:
+        """Record the end of an allowed relay. A full spool is only logged: the bytes have passed."""
+        assert context.lease is not None, "it was allowed"
+        lease, run_id = context.lease, self._run_of(context)
+        assert run_id is not None, "only runs have relays"
+        event = RelayEnded(
+            action_id=context.id,
+            gateway=self._gateway,
+            agent_id=lease.agent_id,
+            task_id=lease.task_id,
+            run_id=run_id,
+            lease_id=lease.lease_id,
+            target_id=lease.target_id,
+            destination=Destination(host=address[0], port=address[1]),
+            sent_bytes=sent_bytes,
+            received_bytes=received_bytes,
+            duration_ms=duration_ms,
+            reason=reason,
+            at_ms=self._clock.now_ms(),
+            traceparent=lease.traceparent,
+        )
+        try:
+            self._recorder.record(event)
+        except SpoolFullError as error:
+            log.error("the end of a relay is not recorded: %s", error)
+
+    def _run_of(self, context: DecisionContext) -> str | None:
+        """The run that sent the request, as far as that was shown: by its socket, its lease, or a proof by its key."""
+        sender = context.sender
+        if sender is None:
+            return None
+        if sender.run_id is not None:
+            return sender.run_id
+        lease = context.lease
+        if lease is None and sender.key_proved and sender.lease_id is not None:
+            lease = self._table.get(sender.lease_id)
+        return run_id_of_lease(lease) if lease is not None else None
 
     def _lease_of(self, context: DecisionContext, presented: PresentedIdentity) -> str | None:
         """The lease that decided; otherwise the lease of the shown handle, even if it is another sender's."""

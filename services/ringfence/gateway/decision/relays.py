@@ -146,7 +146,7 @@ class Relays:
             return Verdict(context.id, allowed=False, status=UNAVAILABLE, reasons=(reason,)), None
         if isinstance(found, Refusal) or context.sender is None:
             return verdict, None
-        return verdict, _Permit(self, self._view, context.sender, (host, port), found)
+        return verdict, _Permit(self, self._view, self._events, context, (host, port), found)
 
     async def _decide(
         self, context: DecisionContext, presented: PresentedIdentity, address: Address, rate_check: RateCheck
@@ -224,11 +224,21 @@ class _Permit:
     """The `RelayPermit` of one relay."""
 
     def __init__(
-        self, relays: Relays, view: View, sender: Sender, address: Address, leases: RelayLeases
+        self,
+        relays: Relays,
+        view: View,
+        events: DecisionEvents,
+        context: DecisionContext,
+        address: Address,
+        leases: RelayLeases,
     ) -> None:
+        assert context.sender is not None
         self._relays = relays
         self._view = view
-        self._sender = sender
+        self._events = events
+        self._context = context
+        self._sender = context.sender
+        self._began_s = time.monotonic()
         self._address = address
         self._leases = leases
         self._checked: tuple[object, ...] = ()
@@ -261,6 +271,16 @@ class _Permit:
             return found.reasons[0]
         self._checked = versions
         return None
+
+    def ended(self, sent_bytes: int, received_bytes: int, reason: Reason | None) -> None:
+        self._events.record_relay_end(
+            self._context,
+            self._address,
+            sent_bytes=sent_bytes,
+            received_bytes=received_bytes,
+            duration_ms=round((time.monotonic() - self._began_s) * 1000),
+            reason=reason,
+        )
 
 
 def _verdict(context: DecisionContext, found: RelayLeases | Refusal) -> Verdict:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Final
 
 from aiokafka.errors import KafkaError
@@ -16,7 +16,7 @@ from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.tracing.api import NOT_TRACING, Tracing, Work
-from ringfence.messages.operations import ActionAnswered, ActionDecided
+from ringfence.messages.operations import ActionAnswered, ActionDecided, RelayEnded
 from ringfence.messages.topics import ACTION
 
 log = logging.getLogger(__name__)
@@ -28,6 +28,8 @@ _BATCH_DELAY_S: Final = 0.05
 """The linger of batches of events: no request waits for them, and larger batches cost half as much."""
 _RETRY_DELAY_S: Final = 0.5
 _DRAIN_TIMEOUT_S: Final = 3.0
+_ID_SUFFIXES: Final[Mapping[type, str]] = {ActionAnswered: ":answer", RelayEnded: ":end"}
+"""What tells the ids of further events about one action apart."""
 
 
 class Recorder:
@@ -41,7 +43,7 @@ class Recorder:
         self._batch: list[tuple[bytes, Callable[[bool], None]]] = []
         """Entries that are written at the end of this turn of the event loop, with their callbacks."""
 
-    def record(self, event: ActionDecided | ActionAnswered) -> None:
+    def record(self, event: ActionDecided | ActionAnswered | RelayEnded) -> None:
         """Write one event. Raises SpoolFullError if that is impossible: then nothing may be forwarded."""
         self._append_batch()  # their decisions came first
         self._spool.append(self._entry(event))
@@ -77,11 +79,11 @@ class Recorder:
         for _, on_recorded in batch:
             on_recorded(written)
 
-    def _entry(self, event: ActionDecided | ActionAnswered) -> bytes:
+    def _entry(self, event: ActionDecided | ActionAnswered | RelayEnded) -> bytes:
         if self._tracing is not NOT_TRACING:
             event = event.model_copy(update={"traceparent": trace_action(self._tracing, event)})
         value = event.model_dump_json(exclude_none=True).encode()
-        id = event.action_id if isinstance(event, ActionDecided) else f"{event.action_id}:answer"
+        id = f"{event.action_id}{_ID_SUFFIXES.get(type(event), '')}"
         return entry_head(event.agent_id or UNKNOWN_AGENT, id, event.traceparent) + value
 
     def _traced(self, entry: bytes) -> bytes:
@@ -152,8 +154,8 @@ def _outbound(entry: bytes) -> Outbound:
 # --- spans ---
 
 
-def trace_action(tracing: Tracing, event: ActionDecided | ActionAnswered) -> str | None:
-    """Make the span of an action that was decided or answered. Returns the traceparent for its event.
+def trace_action(tracing: Tracing, event: ActionDecided | ActionAnswered | RelayEnded) -> str | None:
+    """Make the span of a decided or answered action, or of an ended relay. Returns the traceparent for its event.
 
     The resource is left out of the span: names at a target may reveal more than readers of traces should know.
     """
@@ -163,8 +165,13 @@ def trace_action(tracing: Tracing, event: ActionDecided | ActionAnswered) -> str
         "task_id": event.task_id,
         "lease_id": event.lease_id,
         "target_id": event.target_id,
-        "verb": event.verb,
     }
+    if isinstance(event, RelayEnded):
+        counts = {"sent_bytes": event.sent_bytes, "received_bytes": event.received_bytes}
+        took_ns = event.duration_ms * 1_000_000
+        with tracing.step("relay", Work(event.traceparent, {**facts, **counts}, took_ns=took_ns)) as span:
+            return span.traceparent
+    facts["verb"] = event.verb
     if isinstance(event, ActionAnswered):
         with tracing.step(
             "answer action", Work(event.traceparent, {**facts, "answer": event.answer})

@@ -43,6 +43,7 @@ class RefusalKind(NamedTuple):
     label: str | None = None
     destination: Destination | None = None
     access: Access | None = None
+    run_id: str | None = None
 
 
 @dataclass(slots=True)
@@ -122,6 +123,7 @@ class RefusalCounts:
             gateway=self._gateway,
             agent_id=kind.agent_id,
             task_id=kind.task_id,
+            run_id=kind.run_id,
             lease_id=kind.lease_id,
             target_id=kind.target_id,
             allowed=False,

@@ -16,7 +16,7 @@ from ringfence.messages.registry import AnyState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
-from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.records.instances import enrolment_of, keys_of_agents
 
 if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -92,8 +92,8 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
     if agent_id is None and user_id is None:
         return None  # a service: its signature was accepted for its role
     if agent_id is not None:
-        entitled = lease is not None and lease.agent_id == agent_id
-        rule = "an agent gives back its own leases only"
+        entitled = lease is not None and lease.agent_id == agent_id and not _is_of_another_run(claims, lease)
+        rule = "an agent gives back its own leases only, and a run those of the run"
     else:
         entitled = _user_may(user_id or "", revocation, lease, directory)
         rule = (
@@ -101,6 +101,15 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
             "behalf of, or an operator"
         )
     return None if entitled else Reason(code="not_entitled", message=rule)
+
+
+def _is_of_another_run(claims: RevocationRequest, lease: Lease) -> bool:
+    """Whether the instance of a run signed, and the lease is not of that run."""
+    enrolment = enrolment_of(claims)
+    if enrolment is None or enrolment.run is None:
+        return False
+    run = lease.instance.run if lease.instance is not None else None
+    return run is None or run.run_id != enrolment.run.run_id
 
 
 def _user_may(user_id: str, revocation: Revocation, lease: Lease | None, directory: Directory) -> bool:

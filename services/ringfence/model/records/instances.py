@@ -166,6 +166,19 @@ def enrolment_of(
     return parse(claims.enrolment).unverified_claims(InstanceEnrolment) if claims.enrolment else None
 
 
+def is_same_requester(first: InstanceEnrolment | None, second: InstanceEnrolment | None) -> bool:
+    """Return whether two messages of one agent come from the same requester, by the enrolments that they carry.
+
+    A run is one requester. So is a platform's identity, whose instance renews its key. Without an enrolment it is the
+    agent itself, with a key of its record.
+    """
+    if first is None or second is None:
+        return first is second
+    if first.run is not None or second.run is not None:
+        return first.run is not None and second.run is not None and first.run.run_id == second.run.run_id
+    return (first.issuer, first.subject) == (second.issuer, second.subject)
+
+
 def ref_of(enrolment: InstanceEnrolment) -> InstanceRef:
     """Return the reference to the instance that leases hold."""
     return InstanceRef(

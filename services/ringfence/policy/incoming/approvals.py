@@ -18,6 +18,7 @@ from ringfence.kernel.tracing.traceparent import nearest
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import enrolment_of, is_same_requester
 from ringfence.model.requests.approvals import approval_problem, key_problems
 from ringfence.model.requests.approver_keys import approver_key_problem, lent_by
 from ringfence.model.requests.facts import DeniedError, load_context, violations
@@ -314,7 +315,7 @@ class ApprovalHandler:
     async def withdraw(
         self, withdrawal: Signed[RequestWithdraw], agent_id: str, record: Received
     ) -> Reason | None:
-        """End a waiting request of an agent, because that agent withdrew it.
+        """End a waiting request of an agent, because the requester withdrew it: the agent, or the run or instance.
 
         The lock separates the withdrawal from approvals and from the end of the time: one of them decides.
 
@@ -328,6 +329,9 @@ class ApprovalHandler:
                 return _reason("request_unknown", "no request with this id is known here")
             if state.agent_id != agent_id:
                 return _reason("not_requester", "another agent signed this request")
+            if state.pending is not None and not _is_requester(state.pending, withdrawal.claims):
+                message = "another instance of the agent asked for this: the run or instance that asked withdraws it"
+                return _reason("not_requester", message)
             if record.key != agent_id:
                 return _reason(
                     "key_unexpected", f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
@@ -454,6 +458,12 @@ def _case(state: RequestState, decision: CredentialDecision) -> Case:
     """Return the case that a decision of this service is about. Its content was verified before it was signed."""
     request = Signed(parse(decision.request).unverified_claims(CredentialRequest), decision.request)
     return Case(request, state.request_id, state.agent_id, decision.source, state.traceparent)
+
+
+def _is_requester(pending: CredentialDecision, withdrawal: RequestWithdraw) -> bool:
+    """Return whether whoever withdraws a request asked for it. Both messages were verified."""
+    request = parse(pending.request).unverified_claims(CredentialRequest)
+    return is_same_requester(enrolment_of(request), enrolment_of(withdrawal))
 
 
 def _is_withdrawn(state: RequestState) -> bool:

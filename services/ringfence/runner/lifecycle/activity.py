@@ -17,24 +17,25 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, DecidedTerms
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.messages.operations import ActionDecided
+from ringfence.messages.operations import ActionDecided, RelayEnded
 from ringfence.messages.topics import ACTION, CREDENTIAL_DECISION, LEASE
 
 _MAX_LEASES = 10_000
 _MAX_DENIALS = 1000
+_MAX_RELAYS = 1000
 
 
 class RunActivity:
-    """The leases, denials and blocked actions of one run, as far as this runner may read the topics."""
+    """The leases, denials, blocked actions and relays of one run, as far as this runner may read the topics."""
 
-    def __init__(self, connection: Connection, run_id: str, agent_id: str, task_id: str) -> None:
+    def __init__(self, connection: Connection, run_id: str, agent_id: str) -> None:
         self._connection = connection
         self._run_id = run_id
         self._agent_id = agent_id
-        self._task_id = task_id
         self._key_thumbprint = ""
         self._leases: BoundedDict[str, Lease] = BoundedDict(_MAX_LEASES)
         self._denials: BoundedDict[str, dict[str, Any]] = BoundedDict(_MAX_DENIALS)
+        self._relays: BoundedDict[str, dict[str, Any]] = BoundedDict(_MAX_RELAYS)
         self._changed = asyncio.Event()
         self.problem: str | None = None
         """Why the report does not know; None if it does."""
@@ -78,6 +79,10 @@ class RunActivity:
     def denied(self) -> list[dict[str, Any]]:
         """The denied requests and blocked actions, oldest first, as JSON values."""
         return sorted(self._denials.values(), key=lambda one: int(one["at_ms"]))
+
+    def relays(self) -> list[dict[str, Any]]:
+        """The byte relays that have ended, oldest first, as JSON values."""
+        return list(self._relays.values())
 
     def _live(self) -> tuple[str, ...]:
         return tuple(lease.lease_id for lease in self._leases.values() if lease.status not in TERMINAL)
@@ -125,11 +130,15 @@ class RunActivity:
         }
 
     def _on_action(self, record: Received) -> None:
-        if b'"allowed":false' not in bytes(record.value).replace(b" ", b""):
+        # Most events are of other runs: their JSON is not read.
+        if self._run_id.encode() not in record.value:
             return
-        action = ActionDecided.model_validate(json.loads(record.value))
-        own = action.lease_id in self._leases if action.lease_id is not None else True
-        if not own or (action.agent_id, action.task_id) != (self._agent_id, self._task_id):
+        document = json.loads(record.value)
+        if "allowed" not in document:
+            self._on_relay(document)
+            return
+        action = ActionDecided.model_validate(document)
+        if action.allowed or (action.run_id, action.agent_id) != (self._run_id, self._agent_id):
             return
         told = action.model_dump(
             mode="json",
@@ -137,3 +146,13 @@ class RunActivity:
             exclude_none=True,
         )
         self._denials[action.action_id] = {"at_ms": action.at_ms, "what": "action", **told}
+
+    def _on_relay(self, document: dict[str, Any]) -> None:
+        """An answer at an endpoint of MCP is no relay: it fails to validate, and is passed over."""
+        relay = RelayEnded.model_validate(document)
+        if (relay.run_id, relay.agent_id) == (self._run_id, self._agent_id):
+            self._relays[relay.action_id] = relay.model_dump(
+                mode="json",
+                include={"target_id", "destination", "sent_bytes", "received_bytes", "duration_ms", "reason"},
+                exclude_none=True,
+            )

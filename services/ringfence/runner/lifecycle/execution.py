@@ -31,7 +31,13 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.runner.control.channel import CommandStartError, ControlChannel, ControlLostError
 from ringfence.runner.control.messages import InitReport, Relay, StartCommand
-from ringfence.runner.control.relays import RelayError, hosts_of, needs_low_ports, relays_of
+from ringfence.runner.control.relays import (
+    RelayError,
+    addresses_of,
+    hosts_of,
+    needs_low_ports,
+    relays_of,
+)
 from ringfence.runner.init.command import init_command
 from ringfence.runner.lifecycle.activity import RunActivity
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
@@ -182,7 +188,7 @@ class RunExecution:
         if reasons := await self._host.backend.available():
             raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
         self._ca_pem = self._read_ca()
-        activity = RunActivity(connection, plan.run_id, plan.agent_id, plan.task_id)
+        activity = RunActivity(connection, plan.run_id, plan.agent_id)
         if self._follows_activity:
             await activity.follow()
         if plan.order_id is None:
@@ -214,6 +220,7 @@ class RunExecution:
             published=self._at.published,
             allowed=activity.allowed(),
             denied=activity.denied(),
+            relays=activity.relays(),
             left_in_mounts=tuple(self._at.left),
             live_leases=live,
             connections=self._relay.relayed if self._relay is not None else 0,
@@ -275,10 +282,10 @@ class RunExecution:
     def _relays(self, directory: Directory) -> tuple[Relay, ...]:
         """The relays of the task's targets that speak no HTTP. What has none is logged: the run goes on without."""
         addresses, without = raw_addresses(directory, self._plan.task_id)
-        usable = []
+        usable = list[tuple[str, int]]()
         for address in addresses:
             try:
-                relays_of([address])
+                relays_of([*usable, address])
                 usable.append(address)
             except RelayError as error:
                 without.append(str(error))
@@ -303,6 +310,7 @@ class RunExecution:
             control=control,
             hosts=hosts_of(relays),
             low_ports=needs_low_ports(relays),
+            addresses=addresses_of(relays),
             limits=limits,
             image=plan.image,
         )

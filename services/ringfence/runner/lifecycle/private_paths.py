@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ringfence.client.settings import ClientSettings
 from ringfence.runner.lifecycle.plan import PlannedMount, RunRefusedError
+from ringfence.runner.sandbox.mount_points import mount_points, place_of, shown_by
 
 
 def private_paths(settings: ClientSettings) -> dict[str, Path]:
@@ -28,13 +29,18 @@ def private_paths(settings: ClientSettings) -> dict[str, Path]:
 def check_private_paths(mounts: Iterable[PlannedMount], private: dict[str, Path]) -> None:
     """Raises RunRefusedError for a mount that shows one of these paths, or lies in one.
 
-    Folders are compared by inode as well, so that a bind mount of a folder counts as that folder. A link counts with
-    its own place and with what it leads to: whoever may write there can lead it elsewhere.
+    A bind mount counts as the folder that it shows, also below the mount. A link counts with its own place and with
+    what it leads to: whoever may write there can lead it elsewhere.
     """
+    points = mount_points()
     for mount in mounts:
+        regions = [point.place for point in shown_by(mount.host, points)]
         for what, path in private.items():
             places = {Path(os.path.normpath(path.absolute())), Path(os.path.realpath(path))}
-            if any(_shows(mount.host, place) or _shows(place, mount.host) for place in places):
+            stands = [place_of(place, points) for place in places]
+            if any(_shows(mount.host, place) or _shows(place, mount.host) for place in places) or any(
+                region.shows(place) or place.shows(region) for region in regions for place in stands
+            ):
                 raise RunRefusedError(f"the mount {mount.host} shows {what}, {path}").with_remedy(
                     "mount a folder beside it, or keep what is private elsewhere"
                 )

@@ -26,6 +26,8 @@ class RunReport:
     """Whether Kafka has the run's end. If not, its leases end when the runner is silent, or at the deadline."""
     allowed: list[dict[str, Any]] = field(default_factory=list)
     denied: list[dict[str, Any]] = field(default_factory=list)
+    relays: list[dict[str, Any]] = field(default_factory=list)
+    """Byte relays to targets whose protocol is not HTTP, with the bytes that the gateway counted."""
     left_in_mounts: tuple[str, ...] = ()
     live_leases: tuple[str, ...] = ()
     """Leases that had not ended when the report was made."""
@@ -48,6 +50,7 @@ class RunReport:
             "exit": {"code": self.code, "reason": self.reason},
             "allowed": self.allowed,
             "denied": self.denied,
+            "relays": self.relays,
             **({"incomplete": self.unknown} if self.unknown else {}),
             "used": {
                 "wall_s": round(self.wall_s, 3),

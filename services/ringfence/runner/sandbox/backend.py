@@ -10,13 +10,21 @@ import ipaddress
 import os
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.runner.sandbox.mount_points import (
+    KERNEL_KINDS,
+    MountPoint,
+    Place,
+    mount_points,
+    place_of,
+    shown_by,
+)
 
 HOME = "/home/agent"
 """The home directory inside: empty at start, in memory."""
@@ -111,6 +119,8 @@ class SandboxSpec:
     """Loopback addresses by host name, for /etc/hosts: what listens there is inside."""
     low_ports: bool = False
     """Ports below 1024 may be listened at inside, without a privilege."""
+    addresses: tuple[str, ...] = ()
+    """IP addresses that the loopback interface inside has besides its own: what is there is inside."""
     limits: ResourceLimits = ResourceLimits()
     working_directory: str = HOME
     home_bytes: int = 1 << 30
@@ -142,6 +152,9 @@ class SandboxSpec:
                 raise SandboxSpecError(
                     f"{name} has the address {address!r}, and has to have one of 127.0.0.0/8"
                 )
+        for address in self.addresses:
+            if not is_host_address(address):
+                raise SandboxSpecError(f"{address!r} is no IP address that a machine could have")
         _inside(self.working_directory)
         for path in (*self.files, *(mount.inside for mount in self.mounts)):
             _inside(path)
@@ -283,18 +296,37 @@ def check_streams(streams: Streams) -> None:
 def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
     """Raises SandboxSpecError for a mount that shows the runner's own records, or through which somebody listens.
 
-    A socket that a program outside makes there later is not noticed.
+    What is mounted below a folder counts as well. A socket that a program outside makes there later is not noticed.
     """
-    listening = _listening_sockets()
+    if not mounts:
+        return
+    points = mount_points()
+    records = place_of(state, points)
+    never = [place_of(Path(path), points) for path in _REFUSED_HOST]
+    listening = [(path, place_of(Path(path), points)) for path in _listening_sockets()]
     for mount in mounts:
-        host, records = str(mount.host), str(state.resolve())
-        if _is_below(records, (host,)) or _is_below(host, (records,)):
-            raise SandboxSpecError(f"{host} shows the runner's own records: mount another folder")
-        for path in listening:
-            if _is_below(path, (host,)):
-                raise SandboxSpecError(
-                    f"a program outside listens at {path}, and could be told what to do"
-                ).with_remedy("mount a folder without that socket, or end the program")
+        for shown in shown_by(mount.host, points):
+            _check_shown(mount.host, shown, never, place_of(Path("/"), points))
+            if shown.place.shows(records) or records.shows(shown.place):
+                raise SandboxSpecError(f"{shown.path} shows the runner's own records: mount another folder")
+            for path, place in listening:
+                if shown.place.shows(place):
+                    raise SandboxSpecError(
+                        f"a program outside listens at {path}, which {mount.host} shows, and could be told what to do"
+                    ).with_remedy("mount a folder without that socket, or end the program")
+
+
+def _check_shown(host: Path, shown: MountPoint, never: Sequence[Place], everything: Place) -> None:
+    """Raises SandboxSpecError where a mount is, or has below it, one of what is never mounted."""
+    if (
+        shown.kind in KERNEL_KINDS
+        or shown.place == everything
+        or any(one.shows(shown.place) for one in never)
+    ):
+        raise SandboxSpecError(
+            f"{host} shows {shown.path}, which holds devices, sockets of services or the kernel's files: that is never "
+            "mounted"
+        ).with_remedy("mount a folder without it")
 
 
 def _listening_sockets() -> list[str]:
@@ -345,6 +377,17 @@ def _is_address(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_host_address(text: str) -> bool:
+    """Whether a text is the usual form of an address that a machine of a network can have: none of loopback, either."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    odd = address.is_loopback or address.is_multicast or address.is_unspecified or address.is_link_local
+    mapped = isinstance(address, ipaddress.IPv6Address) and (address.ipv4_mapped or address.scope_id)
+    return str(address) == text and not odd and not mapped
 
 
 def _is_loopback(text: str) -> bool:

@@ -76,6 +76,8 @@ class KubernetesReader(FileReader):
 
     def _of(self, document: Mapping[str, Any]) -> Iterator[Candidate]:
         kind = str(document.get("kind", ""))
+        if kind == "SealedSecret" or "sops" in document:
+            return  # encrypted values
         metadata = mapping(document.get("metadata"))
         label = f"{kind}/{metadata.get('name', '')}"
         namespace = text_of(metadata.get("namespace"))

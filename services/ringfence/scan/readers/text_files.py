@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Final
 
 from ringfence.scan.candidates import (
@@ -13,6 +14,7 @@ from ringfence.scan.candidates import (
     candidate_of,
     classify,
     formats_in,
+    formats_marked,
     of_jwt,
     of_url,
     pems_in,
@@ -30,9 +32,11 @@ _SETTINGS_FILES: Final = (
     ".yaml", ".yml", ".json", ".jsonc", ".toml", ".ini", ".cfg", ".conf", ".config", ".properties", ".cnf", ".tf",
     ".hcl", ".plist", ".env",
 )  # fmt: skip
-_KEYWORD: Final = re.compile("|".join(map(re.escape, _KEYWORDS)))
+_KEYWORD: Final = re.compile("|".join(map(re.escape, _KEYWORDS)).encode())
+_STEMS: Final = (b"pass", b"pwd", b"secret", b"token", b"key", b"credential", b"auth", b"bearer")
+"""Each keyword has one of them in it: fewer words are searched first."""
 _QUOTED: Final = re.compile(
-    r"([A-Za-z_][\w.-]{0,80})[\"'`\])]{0,2}\s{0,8}(?::\s?[A-Za-z\[\]]{1,20}\s?=|:=|=>|[=:])\s{0,8}[rbuf@]?"
+    r"(?<![\w.-])([A-Za-z_][\w.-]{0,80}+)[\"'`\])]{0,2}\s{0,8}(?::\s?[A-Za-z\[\]]{1,20}\s?=|:=|=>|[=:])\s{0,8}[rbuf@]?"
     r"(?:\"([^\"\n]{4,4096})\"|'([^'\n]{4,4096})'|`([^`\n]{4,4096})`)"
 )
 _PLAIN: Final = re.compile(
@@ -42,6 +46,8 @@ _FLAG: Final = re.compile(
     r"--([A-Za-z][\w-]{2,60})(?:=|\s+)(?:\"([^\"\n]{4,500})\"|'([^'\n]{4,500})'|([^\s\"'|;&<>]{4,500}))"
 )
 _WIDEST_LINE: Final = 4000
+_BEFORE_MARKER, _AFTER_MARKER = 24, 700
+"""A URL with a password is no longer, seen from its `://`."""
 _MOST_LINES: Final = 20_000
 _LOCK_FILES: Final = frozenset(
     ("package-lock.json", "yarn.lock", "pnpm-lock.yaml", "Cargo.lock", "poetry.lock", "uv.lock", "go.sum",
@@ -59,7 +65,7 @@ class TextFileReader(FileReader):
 
     def read(self, file: SourceFile) -> Iterator[Candidate]:
         seen = set()
-        for one in (*self.formats(file), *self._settings(file)):
+        for one in chain(self.formats(file), self._settings(file)):
             value = one.value.reveal() if one.value else ""
             if value not in seen:
                 seen.add(value)
@@ -67,54 +73,50 @@ class TextFileReader(FileReader):
 
     def formats(self, file: SourceFile) -> Iterator[Candidate]:
         """Yield what its look alone tells. Used over files of other readers as well: a comment may hold a token."""
-        text = file.text
-        for one, value, offset in formats_in(text):
-            line = file.line_at(offset)
-            yield candidate_of(one.kind, value, _name_before(text, offset), line=line)
-        if "eyJ" in text:
-            for match in JWT.finditer(text):
-                field = _name_before(text, match.start(1))
+        raw = file.searchable
+        if marked := formats_marked(raw):
+            for one, value, offset in formats_in(file.text, marked):
+                line = file.line_at(offset)
+                yield candidate_of(one.kind, value, _name_before(file.text, offset), line=line)
+        if b"eyJ" in raw:
+            for match in JWT.finditer(file.text):
+                field = _name_before(file.text, match.start(1))
                 if found := of_jwt(match[1], field, line=file.line_at(match.start(1))):
                     yield found
-        if "PRIVATE KEY" in text:
-            for (kind, body), offset in pems_in(text):
+        if b"PRIVATE KEY" in raw:
+            for (kind, body), offset in pems_in(file.text):
                 found = candidate_of(kind, body, "key", line=file.line_at(offset))
                 yield replace(found, opens=replace(found.opens, subject=file.name))
-        if "://" in text and "@" in text:
-            for number, content in _lines_with(text, "://"):
-                if "@" in content:
-                    yield from of_url(content, "url", line=number)
+        if b"://" in raw and b"@" in raw:
+            for number, content in _lines_with(raw, b"://"):
+                if b"@" in content:
+                    yield from of_url(content.decode("utf-8", "replace"), "url", line=number)
 
     def _settings(self, file: SourceFile) -> Iterator[Candidate]:
         if file.name in _LOCK_FILES:
             return
-        lowered = file.text.lower()
-        if not any(word in lowered for word in _KEYWORDS):
-            return
         is_settings = file.name.lower().endswith(_SETTINGS_FILES)
-        lines = file.text.splitlines()
-        last = 0
-        for number, low in enumerate(lowered.splitlines()[:_MOST_LINES], start=1):
-            if number > len(lines) or not _KEYWORD.search(low):
-                continue
-            last = number
-            line = lines[number - 1]
-            if len(line) > _WIDEST_LINE:
-                continue  # generated or minified: only formats count there
-            yield from self._of_line(line, last, is_settings)
+        raw = file.searchable
+        lowered = raw.lower()
+        for number, begin, end in _lines_in_order(lowered, _STEMS, _MOST_LINES):
+            # Longer lines are generated or minified: only formats count there.
+            if end - begin <= _WIDEST_LINE and _KEYWORD.search(lowered, begin, end):
+                yield from self._of_line(raw[begin:end].decode("utf-8", "replace"), number, is_settings)
 
     def _of_line(self, line: str, number: int, is_settings: bool) -> Iterator[Candidate]:
         found = False
-        for match in _QUOTED.finditer(line):
-            value = match[2] or match[3] or match[4]
-            for one in _by_name(match[1], value, number, quoted=True):
-                found = True
-                yield one
+        if '"' in line or "'" in line or "`" in line:
+            for match in _QUOTED.finditer(line):
+                value = match[2] or match[3] or match[4]
+                for one in _by_name(match[1], value, number, quoted=True):
+                    found = True
+                    yield one
         if not found and is_settings and (plain := _PLAIN.match(line)):
             yield from _by_name(plain[1], plain[2], number, quoted=False)
-        for match in _FLAG.finditer(line):
-            value = match[2] or match[3] or match[4]
-            yield from _by_name(match[1], value, number, quoted=match[4] is None)
+        if "--" in line:
+            for match in _FLAG.finditer(line):
+                value = match[2] or match[3] or match[4]
+                yield from _by_name(match[1], value, number, quoted=match[4] is None)
 
 
 def _by_name(name: str, value: str, line: int, *, quoted: bool) -> Iterator[Candidate]:
@@ -146,18 +148,42 @@ def _name_before(text: str, offset: int) -> str:
     return match[1] if match else "text"
 
 
-def _lines_with(text: str, marker: str) -> Iterator[tuple[int, str]]:
-    start = 0
-    number = 1
-    counted = 0
-    while (at := text.find(marker, start)) >= 0:
-        begin = text.rfind("\n", 0, at) + 1
-        end = text.find("\n", at)
-        end = len(text) if end < 0 else end
-        number += text.count("\n", counted, begin)
+def _lines_in_order(data: bytes, words: Sequence[bytes], most: int) -> Iterator[tuple[int, int, int]]:
+    """Yield number, begin and end of each line that has one of some words in it, up to a line number.
+
+    Each word is searched by itself, from where it was found last: no list of all lines is made.
+    """
+    following = [data.find(word) for word in words]
+    number, counted, begin = 1, 0, 0
+    while True:
+        at = min((place for place in following if place >= 0), default=-1)
+        if at < 0:
+            return
+        begin = data.rfind(b"\n", counted, at) + 1 or counted
+        number += data.count(b"\n", counted, begin)
+        if number > most:
+            return
         counted = begin
-        yield (
-            number,
-            text[max(begin, at - 64) : min(end, at + 4000)] if end - begin > 8000 else text[begin:end],
-        )
-        start = end if end - begin <= 8000 else at + len(marker)
+        end = data.find(b"\n", at)
+        end = len(data) if end < 0 else end
+        yield number, begin, end
+        for which, place in enumerate(following):
+            if 0 <= place < end:
+                following[which] = data.find(words[which], end)
+
+
+def _lines_with(data: bytes, marker: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield number and content of each line with a marker; of a very long one, what stands around each marker."""
+    start, number, begin, end = 0, 1, 0, -1
+    while (at := data.find(marker, start)) >= 0:
+        if at > end:
+            first = data.rfind(b"\n", begin, at) + 1 or begin
+            number += data.count(b"\n", begin, first)
+            begin, end = first, data.find(b"\n", at)
+            end = len(data) if end < 0 else end
+        if end - begin > _WIDEST_LINE:
+            yield number, data[max(begin, at - _BEFORE_MARKER) : min(end, at + _AFTER_MARKER)]
+            start = at + len(marker)
+        else:
+            yield number, data[begin:end]
+            start = end

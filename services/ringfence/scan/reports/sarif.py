@@ -9,7 +9,8 @@ from urllib.parse import quote
 from ringfence.scan.findings import PATTERN_TITLES, Finding, Pattern, Report
 from ringfence.scan.rings import RING_NAMES, verdicts
 
-SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
+_HOME = "HOME"
+SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 
 
 def sarif_document(report: Report, version: str) -> dict[str, Any]:
@@ -28,6 +29,7 @@ def sarif_document(report: Report, version: str) -> dict[str, Any]:
                     }
                 },
                 "columnKind": "unicodeCodePoints",
+                "originalUriBaseIds": {_HOME: {"description": {"text": "The home folder of the user who scanned"}}},
                 "invocations": [
                     {
                         "executionSuccessful": report.complete,
@@ -59,9 +61,7 @@ def _rule(pattern: Pattern) -> dict[str, Any]:
 
 def _result(finding: Finding) -> dict[str, Any]:
     place = finding.place
-    location: dict[str, Any] = {"artifactLocation": {"uri": quote(place.path.removeprefix("~/"))}}
-    if place.path.startswith("~/"):
-        location["artifactLocation"]["uriBaseId"] = "HOME"
+    location: dict[str, Any] = {"artifactLocation": _artifact(place.path)}
     # Code scanning wants a region: where the line is not known, the first stands for the file.
     location["region"] = {"startLine": place.line or 1}
     identity = "\0".join((finding.reader, place.path, place.field, finding.pattern.value))
@@ -82,3 +82,15 @@ def _result(finding: Finding) -> dict[str, Any]:
     if finding.known:
         result["suppressions"] = [{"kind": "external", "justification": "named by the baseline"}]
     return result
+
+
+def _artifact(path: str) -> dict[str, str]:
+    """Return where a file is, as a URI: absolute, below the home folder, or below the folder of the scan."""
+    if path.startswith("~/"):
+        return {"uri": _quoted(path.removeprefix("~/")), "uriBaseId": _HOME}
+    return {"uri": f"file://{_quoted(path)}" if path.startswith("/") else _quoted(path)}
+
+
+def _quoted(path: str) -> str:
+    """Escape a path, also one that is no UTF-8: its bytes are the same in the URI."""
+    return quote(path.encode("utf-8", "surrogateescape"))

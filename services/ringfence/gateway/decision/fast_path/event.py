@@ -10,7 +10,7 @@ from typing import Final
 import orjson
 
 from ringfence.gateway.contract import Attempt
-from ringfence.gateway.domain import Access
+from ringfence.gateway.domain import Access, run_id_of_lease
 from ringfence.gateway.events.action_fields import act_of, digest_of, label_of, method_of
 from ringfence.gateway.events.recorder import entry_head
 from ringfence.messages.lease import Lease
@@ -37,8 +37,11 @@ class AllowedEvents:
         before: dict[str, object] = {"gateway": gateway, "agent_id": agent_id}
         if (act := act_of(lease, agent_id)) is not None:
             before["act"] = act
+        before["task_id"] = lease.task_id
+        if (run_id := run_id_of_lease(lease)) is not None:
+            before["run_id"] = run_id
         before |= {
-            "task_id": lease.task_id, "lease_id": lease.lease_id, "target_id": lease.target_id,
+            "lease_id": lease.lease_id, "target_id": lease.target_id,
             "verb": action.verb, "resource": action.resource, "allowed": True, "reasons": (),
         }  # fmt: skip
         if access is not None:

@@ -33,7 +33,7 @@ from ringfence.messages.topics import (
     RUN,
     TRUST,
 )
-from tests.integration.test_attacks import (
+from tests.integration.stack.test_attacks import (
     BURIED,
     CONSUMED,
     FOLLOWED,

@@ -27,7 +27,7 @@ PATHS: dict[ServiceRole, str] = {
     "gateway": "/v1/leases/00000000-0000-4000-8000-000000000000",
 }
 """What users ask of each service."""
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/api_token.py"
+EXAMPLE = Path(__file__).parents[3] / "docs/examples/api_token.py"
 INTROSPECTION = "/oauth2/introspect"
 EVALUATION = "/access/v1/evaluation"
 

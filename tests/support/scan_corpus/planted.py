@@ -1,145 +1,32 @@
-"""A labelled corpus for `ringfence scan`: files as the real tools write them, with generated secrets and look-alikes.
-
-Nothing in it is real: each secret is made of a seeded random source, with the checksum of its kind. Each case names the
-reader that has to find it. The corpus grows by seeds, so thousands of cases differ in their values.
-"""
+"""Planted cases: a file for each reader, as the tools write it."""
 
 from __future__ import annotations
 
 import base64
 import json
-import random
 import sqlite3
-import string
-import uuid
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-
-from ringfence.scan.checksums import base62
-
-_ALNUM = string.ascii_letters + string.digits
-_HEX = "0123456789abcdef"
-_BASE64 = _ALNUM + "+/"
-_URL_SAFE = _ALNUM + "-_"
-
-
-@dataclass(frozen=True)
-class Secret:
-    """One planted secret: its value, and the pattern that the finding must have."""
-
-    value: str
-    pattern: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """One file of the corpus: what has to be found in it, or nothing."""
-
-    reader: str
-    path: str
-    content: bytes
-    secrets: tuple[Secret, ...] = ()
-    label: str = ""
-    """The class for measurements: the reader, or the kind for plain text."""
-
-
-class Maker:
-    """Makes secrets from a seed."""
-
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
-
-    def chars(self, alphabet: str, length: int) -> str:
-        """Random characters, with a digit and letters among them where the alphabet has both."""
-        while True:
-            text = "".join(self.random.choice(alphabet) for _ in range(length))
-            mixed = any(map(str.isdigit, alphabet)) and any(map(str.isalpha, alphabet))
-            if length < 8 or not mixed or (any(map(str.isdigit, text)) and any(map(str.isalpha, text))):
-                return text
-
-    def token(self, length: int = 40) -> str:
-        return self.chars(_ALNUM, length)
-
-    def password(self) -> str:
-        return self.chars(_ALNUM + "!%^*_+=-", self.random.randint(10, 20)).replace("--", "x-") + "7q"
-
-    def crc_token(self, prefix: str) -> str:
-        body = self.token(30)
-        return f"{prefix}_{body}{base62(zlib.crc32(body.encode()), 6)}"
-
-    def aws_id(self, prefix: str = "AKIA") -> str:
-        return prefix + self.chars(string.ascii_uppercase + "234567", 16)
-
-    def aws_secret(self) -> str:
-        return self.chars(_BASE64, 40)
-
-    def jwt(self, **claims: object) -> str:
-        def part(value: object) -> str:
-            return base64.urlsafe_b64encode(json.dumps(value).encode()).decode().rstrip("=")
-
-        claims = {"iss": "https://idp.test", "sub": "maria@corp.test", "exp": 1999999999, **claims}
-        return f"{part({'alg': 'RS256', 'typ': 'JWT'})}.{part(claims)}.{self.chars(_URL_SAFE, 342)}"
-
-    def ssh_key(self) -> str:
-        key = ed25519.Ed25519PrivateKey.from_private_bytes(self.random.randbytes(32))
-        return key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
-        ).decode()
-
-    def locked_ssh_key(self) -> str:
-        """In the form of PROTOCOL.key, with a cipher; what is encrypted is random."""
-
-        def field(value: bytes) -> bytes:
-            return len(value).to_bytes(4, "big") + value
-
-        options = field(self.random.randbytes(16)) + (16).to_bytes(4, "big")
-        public = field(field(b"ssh-ed25519") + field(self.random.randbytes(32)))
-        body = (
-            b"openssh-key-v1\0"
-            + field(b"aes256-ctr")
-            + field(b"bcrypt")
-            + field(options)
-            + (1).to_bytes(4, "big")
-        )
-        text = base64.b64encode(body + public + field(self.random.randbytes(144))).decode()
-        lines = "\n".join(text[at : at + 70] for at in range(0, len(text), 70))
-        return f"-----BEGIN OPENSSH PRIVATE KEY-----\n{lines}\n-----END OPENSSH PRIVATE KEY-----\n"
-
-    def pem(self) -> str:
-        key = ec.derive_private_key(self.random.getrandbits(250) + 1, ec.SECP256R1())
-        return key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ).decode()
-
-
-def pem_body(pem: str) -> str:
-    """The base64 of a PEM file, which is the secret."""
-    return "".join(line for line in pem.strip().splitlines() if not line.startswith("-----"))
-
-
-S, U, A, P, OTHER = "static-key", "user-token", "service-account", "password", "other"
-Build = Callable[[Maker], Case]
-_BUILDERS: list[Build] = []
-
-
-def case(build: Build) -> Build:
-    _BUILDERS.append(build)
-    return build
-
-
-def _of(reader: str, path: str, text: str | bytes, *secrets: tuple[str, str], label: str = "") -> Case:
-    content = text.encode() if isinstance(text, str) else text
-    return Case(reader, path, content, tuple(Secret(*one) for one in secrets), label or reader)
-
+from tests.support.scan_corpus.maker import (
+    ALNUM,
+    BASE64,
+    HEX,
+    OTHER,
+    URL_SAFE,
+    A,
+    Build,
+    Case,
+    Maker,
+    P,
+    S,
+    U,
+    case,
+    of,
+    pem_body,
+)
 
 # --- agents and MCP clients -------------------------------------------------------------------------------------------
 
-_MCP_JSON = {
+MCP_JSON = {
     "mcp-claude-desktop": (".config/Claude/claude_desktop_config.json", "mcpServers"),
     "mcp-claude-code": (".claude.json", "mcpServers"),
     "mcp-cursor": (".cursor/mcp.json", "mcpServers"),
@@ -159,6 +46,11 @@ _MCP_JSON = {
     "mcp-crush": (".config/crush/crush.json", "mcp"),
     "mcp-amp": (".config/amp/settings.json", "amp.mcpServers"),
     "mcp-continue-json": (".continue/config.json", "mcpServers"),
+    "mcp-antigravity": (".gemini/config/mcp_config.json", "mcpServers"),
+    "mcp-kilo-code": (".config/kilo/kilo.jsonc", "mcp"),
+    "mcp-droid": (".factory/mcp.json", "mcpServers"),
+    "mcp-gitlab-duo": (".gitlab/duo/mcp.json", "mcpServers"),
+    "mcp-openclaw": (".openclaw/openclaw.json", "mcpServers"),
 }
 
 
@@ -189,19 +81,19 @@ def _mcp_case(reader: str, path: str, table: str) -> Build:
             if "zed" in reader
             else json.dumps(document, indent=2)
         )
-        return _of(reader, path, text, (github, S), (key, S), (bearer, S), (password, P), label="mcp clients")
+        return of(reader, path, text, (github, S), (key, S), (bearer, S), (password, P), label="mcp clients")
 
     return build
 
 
-for _reader, (_path, _table) in _MCP_JSON.items():
+for _reader, (_path, _table) in MCP_JSON.items():
     case(_mcp_case(_reader, _path, _table))
 
 
 @case
 def _codex(make: Maker) -> Case:
     key, github = make.token(40), make.crc_token("ghp")
-    return _of("mcp-codex", ".codex/config.toml", f'''model = "gpt-5"
+    return of("mcp-codex", ".codex/config.toml", f'''model = "gpt-5"
 [mcp_servers.docs]
 command = "npx"
 args = ["-y", "docs-server"]
@@ -216,8 +108,8 @@ http_headers = {{ "X-Token" = "{github}" }}
 
 @case
 def _continue(make: Maker) -> Case:
-    key = f"sk-ant-api03-{make.chars(_URL_SAFE, 93)}AA"
-    return _of("mcp-continue", ".continue/config.yaml", f"""name: Local
+    key = f"sk-ant-api03-{make.chars(URL_SAFE, 93)}AA"
+    return of("mcp-continue", ".continue/config.yaml", f"""name: Local
 models:
   - name: Claude
     provider: anthropic
@@ -233,7 +125,7 @@ mcpServers:
 @case
 def _goose(make: Maker) -> Case:
     key, other = make.token(40), make.token(36)
-    return _of("mcp-goose", ".config/goose/config.yaml", f"""GOOSE_PROVIDER: openai
+    return of("mcp-goose", ".config/goose/config.yaml", f"""GOOSE_PROVIDER: openai
 OPENAI_API_KEY: {key}
 extensions:
   jira:
@@ -248,7 +140,7 @@ extensions:
 @case
 def _aider(make: Maker) -> Case:
     key = make.token(48)
-    return _of(
+    return of(
         "mcp-aider",
         ".aider.conf.yml",
         f"model: sonnet\nopenai-api-key: {key}\n",
@@ -259,21 +151,21 @@ def _aider(make: Maker) -> Case:
 
 @case
 def _claude_login(make: Maker) -> Case:
-    access = f"sk-ant-oat01-{make.chars(_URL_SAFE, 93)}AA"
-    refresh = f"sk-ant-ort01-{make.chars(_URL_SAFE, 93)}AA"
+    access = f"sk-ant-oat01-{make.chars(URL_SAFE, 93)}AA"
+    refresh = f"sk-ant-ort01-{make.chars(URL_SAFE, 93)}AA"
     document = {"claudeAiOauth": {"accessToken": access, "refreshToken": refresh, "expiresAt": 1999999999000,
                                   "scopes": ["user:inference"], "subscriptionType": "max"}}  # fmt: skip
-    return _of("agent-login", ".claude/.credentials.json", json.dumps(document), (access, U), (refresh, U))
+    return of("agent-login", ".claude/.credentials.json", json.dumps(document), (access, U), (refresh, U))
 
 
 @case
 def _codex_login(make: Maker) -> Case:
-    token, refresh = make.jwt(), make.chars(_URL_SAFE, 60)
+    token, refresh = make.jwt(), make.chars(URL_SAFE, 60)
     document = {
         "OPENAI_API_KEY": None,
         "tokens": {"id_token": token, "refresh_token": refresh, "account_id": "5b1f"},
     }
-    return _of("agent-login", ".codex/auth.json", json.dumps(document, indent=2), (token, U), (refresh, U))
+    return of("agent-login", ".codex/auth.json", json.dumps(document, indent=2), (token, U), (refresh, U))
 
 
 @case
@@ -282,7 +174,7 @@ def _copilot_login(make: Maker) -> Case:
     document = {
         "github.com:Iv1.b507a08c87ecfe98": {"user": "maria", "oauth_token": token, "githubAppId": "Iv1.b5"}
     }
-    return _of("agent-login", ".config/github-copilot/apps.json", json.dumps(document), (token, U))
+    return of("agent-login", ".config/github-copilot/apps.json", json.dumps(document), (token, U))
 
 
 # --- clouds -----------------------------------------------------------------------------------------------------------
@@ -290,7 +182,7 @@ def _copilot_login(make: Maker) -> Case:
 
 @case
 def _aws(make: Maker) -> Case:
-    secret, session_secret, session = make.aws_secret(), make.aws_secret(), make.chars(_BASE64, 356)
+    secret, session_secret, session = make.aws_secret(), make.aws_secret(), make.chars(BASE64, 356)
     text = f"""[default]
 aws_access_key_id = {make.aws_id()}
 aws_secret_access_key = {secret}
@@ -301,19 +193,18 @@ aws_secret_access_key={session_secret}
 aws_session_token={session}
 """
     ids = [line.rpartition("=")[2].strip() for line in text.splitlines() if "key_id" in line]
-    return _of("aws-credentials", ".aws/credentials", text, (secret, S), (session_secret, U), (session, U), (ids[0], S),
+    return of("aws-credentials", ".aws/credentials", text, (secret, S), (session_secret, U), (session, U), (ids[0], S),
                (ids[1], U))  # fmt: skip
 
 
 @case
 def _aws_sso(make: Maker) -> Case:
-    token, refresh, secret = make.chars(_URL_SAFE, 300), make.chars(_URL_SAFE, 300), make.jwt()
+    token, refresh, secret = make.chars(URL_SAFE, 300), make.chars(URL_SAFE, 300), make.jwt()
     document = {"startUrl": "https://corp.awsapps.test/start", "region": "eu-west-1", "accessToken": token,
                 "expiresAt": "2030-01-01T00:00:00Z", "refreshToken": refresh, "clientSecret": secret}  # fmt: skip
-    name = make.chars(_HEX, 40)
-    return _of(
+    return of(
         "aws-cache",
-        f".aws/sso/cache/{name}.json",
+        ".aws/sso/cache/corp.json",
         json.dumps(document),
         (token, U),
         (refresh, U),
@@ -323,53 +214,51 @@ def _aws_sso(make: Maker) -> Case:
 
 @case
 def _gcloud(make: Maker) -> Case:
-    refresh = f"1//0{make.chars(_URL_SAFE, 90)}"
+    refresh = f"1//0{make.chars(URL_SAFE, 90)}"
     document = {"client_id": "764086051850-6qr4p6gpi6hn506pt8ejuq83di341hur.apps.googleusercontent.com",
                 "client_secret": "d-FL95Q19q7MQmFpd7hHD0Ty", "quota_project_id": "shop", "refresh_token": refresh,
                 "type": "authorized_user"}  # fmt: skip
-    return _of(
+    return of(
         "gcloud", ".config/gcloud/application_default_credentials.json", json.dumps(document), (refresh, U)
     )
 
 
 @case
 def _gcloud_database(make: Maker) -> Case:
-    refresh = f"1//0{make.chars(_URL_SAFE, 90)}"
+    refresh = f"1//0{make.chars(URL_SAFE, 90)}"
     connection = sqlite3.connect(":memory:")
     connection.execute("CREATE TABLE credentials (account_id TEXT PRIMARY KEY, value BLOB)")
     value = json.dumps({"client_id": "3.apps", "refresh_token": refresh, "type": "authorized_user"})
     connection.execute("INSERT INTO credentials VALUES (?, ?)", ("maria@corp.test", value))
     connection.commit()
-    return _of("gcloud", ".config/gcloud/credentials.db", connection.serialize(), (refresh, U))
+    return of("gcloud", ".config/gcloud/credentials.db", connection.serialize(), (refresh, U))
 
 
 @case
 def _gcp_service_account(make: Maker) -> Case:
     pem = make.pem()
-    document = {"type": "service_account", "project_id": "shop", "private_key_id": make.chars(_HEX, 40),
+    document = {"type": "service_account", "project_id": "shop", "private_key_id": make.chars(HEX, 40),
                 "private_key": pem, "client_email": "deploy@shop.iam.gserviceaccount.com",
                 "token_uri": "https://oauth2.googleapis.com/token"}  # fmt: skip
-    return _of(
-        "gcp-service-account", "keys/shop-4f1.json", json.dumps(document, indent=2), (pem_body(pem), A)
-    )
+    return of("gcp-service-account", "keys/shop-4f1.json", json.dumps(document, indent=2), (pem_body(pem), A))
 
 
 @case
 def _azure(make: Maker) -> Case:
-    access, refresh = make.jwt(scp="user_impersonation"), f"0.A{make.chars(_URL_SAFE, 400)}"
+    access, refresh = make.jwt(scp="user_impersonation"), f"0.A{make.chars(URL_SAFE, 400)}"
     document = {
         "AccessToken": {"a": {"secret": access, "home_account_id": "1.2", "realm": "t", "target": "https://management"}},
         "RefreshToken": {"r": {"secret": refresh, "home_account_id": "1.2"}},
         "Account": {"x": {"home_account_id": "1.2", "username": "maria@corp.test"}},
     }  # fmt: skip
-    return _of("azure", ".azure/msal_token_cache.json", json.dumps(document), (access, U), (refresh, U))
+    return of("azure", ".azure/msal_token_cache.json", json.dumps(document), (access, U), (refresh, U))
 
 
 @case
 def _azure_principal(make: Maker) -> Case:
-    secret = make.chars(_ALNUM + "~._", 40)
+    secret = make.chars(ALNUM + "~._", 40)
     document = [{"client_id": "8d3c", "tenant": "t-1", "client_secret": secret}]
-    return _of("azure", ".azure/service_principal_entries.json", json.dumps(document), (secret, A))
+    return of("azure", ".azure/service_principal_entries.json", json.dumps(document), (secret, A))
 
 
 @case
@@ -377,7 +266,7 @@ def _kubeconfig(make: Maker) -> Case:
     account = make.jwt(sub="system:serviceaccount:ci:deployer", iss="kubernetes/serviceaccount")
     pem = make.pem()
     data = base64.b64encode(pem.encode()).decode()
-    return _of("kubeconfig", ".kube/config", f"""apiVersion: v1
+    return of("kubeconfig", ".kube/config", f"""apiVersion: v1
 kind: Config
 clusters:
 - name: prod
@@ -400,13 +289,13 @@ users:
 @case
 def _service_account(make: Maker) -> Case:
     token = make.jwt(sub="system:serviceaccount:default:agent", **{"kubernetes.io": {"namespace": "default"}})
-    return _of("service-account", "var/run/secrets/kubernetes.io/serviceaccount/token", token, (token, A))
+    return of("service-account", "var/run/secrets/kubernetes.io/serviceaccount/token", token, (token, A))
 
 
 @case
 def _mounted_secret(make: Maker) -> Case:
     value = make.token(32)
-    return _of("mounted-secret", "run/secrets/api_key", value + "\n", (value, S))
+    return of("mounted-secret", "run/secrets/api_key", value + "\n", (value, S))
 
 
 # --- containers, forges, databases ------------------------------------------------------------------------------------
@@ -418,13 +307,13 @@ def _docker(make: Maker) -> Case:
     auth = base64.b64encode(f"maria:{password}".encode()).decode()
     document = {"auths": {"registry.corp.test": {"auth": auth}, "corp.azurecr.io": {"identitytoken": identity}},
                 "credsStore": "desktop"}  # fmt: skip
-    return _of("docker", ".docker/config.json", json.dumps(document, indent=1), (password, P), (identity, U))
+    return of("docker", ".docker/config.json", json.dumps(document, indent=1), (password, P), (identity, U))
 
 
 @case
 def _gh(make: Maker) -> Case:
     token = make.crc_token("gho")
-    return _of("github-cli", ".config/gh/hosts.yml", f"""github.com:
+    return of("github-cli", ".config/gh/hosts.yml", f"""github.com:
     git_protocol: https
     users:
         maria:
@@ -436,8 +325,8 @@ def _gh(make: Maker) -> Case:
 
 @case
 def _glab(make: Maker) -> Case:
-    token = f"glpat-{make.chars(_URL_SAFE, 20)}"
-    return _of("gitlab-cli", ".config/glab-cli/config.yml", f"""git_protocol: ssh
+    token = f"glpat-{make.chars(URL_SAFE, 20)}"
+    return of("gitlab-cli", ".config/glab-cli/config.yml", f"""git_protocol: ssh
 hosts:
     gitlab.corp.test:
         token: {token}
@@ -450,14 +339,14 @@ hosts:
 def _git_credentials(make: Maker) -> Case:
     token, password = make.crc_token("ghp"), make.token(14)
     text = f"https://maria:{token}@github.com\nhttps://maria:{password}@git.corp.test\n"
-    return _of("git-credentials", ".git-credentials", text, (token, S), (password, P))
+    return of("git-credentials", ".git-credentials", text, (token, S), (password, P))
 
 
 @case
 def _git_config(make: Maker) -> Case:
-    token, header = f"glpat-{make.chars(_URL_SAFE, 20)}", make.token(30)
+    token, header = f"glpat-{make.chars(URL_SAFE, 20)}", make.token(30)
     basic = base64.b64encode(f"x:{header}".encode()).decode()
-    return _of("git-config", "repository/.git/config", f"""[core]
+    return of("git-config", "repository/.git/config", f"""[core]
 \tbare = false
 [remote "origin"]
 \turl = https://oauth2:{token}@gitlab.com/corp/shop.git
@@ -470,20 +359,20 @@ def _git_config(make: Maker) -> Case:
 @case
 def _netrc(make: Maker) -> Case:
     password, other = make.token(18), make.token(24)
-    return _of("netrc", ".netrc", f"machine api.corp.test login maria password {password}\nmachine git.corp.test\n"
+    return of("netrc", ".netrc", f"machine api.corp.test login maria password {password}\nmachine git.corp.test\n"
                f"  login bot\n  password {other}\n", (password, P), (other, P))  # fmt: skip
 
 
 @case
 def _pgpass(make: Maker) -> Case:
     password = make.token(16)
-    return _of("pgpass", ".pgpass", f"# hosts\ndb.corp.test:5432:shop:app:{password}\n", (password, P))
+    return of("pgpass", ".pgpass", f"# hosts\ndb.corp.test:5432:shop:app:{password}\n", (password, P))
 
 
 @case
 def _mysql(make: Maker) -> Case:
     password = make.token(16)
-    return _of(
+    return of(
         "mysql", ".my.cnf", f'[client]\nuser=app\nhost=db.corp.test\npassword="{password}"\n', (password, P)
     )
 
@@ -492,7 +381,7 @@ def _mysql(make: Maker) -> Case:
 def _npm(make: Maker) -> Case:
     token, other, password = make.crc_token("npm"), make.token(44), make.token(20)
     encoded = base64.b64encode(password.encode()).decode()
-    return _of("npm", ".npmrc", f"""//registry.npmjs.org/:_authToken={token}
+    return of("npm", ".npmrc", f"""//registry.npmjs.org/:_authToken={token}
 //npm.corp.test/:_authToken={other}
 //old.corp.test/:username=maria
 //old.corp.test/:_password={encoded}
@@ -502,13 +391,8 @@ def _npm(make: Maker) -> Case:
 
 @case
 def _pypirc(make: Maker) -> Case:
-    body = (
-        base64.urlsafe_b64encode(b"\x02\x01\x08pypi.org\x02" + make.random.randbytes(120))
-        .decode()
-        .rstrip("=")
-    )
-    token, password = f"pypi-{body}", make.token(20)
-    return _of("pypi", ".pypirc", f"""[distutils]
+    token, password = make.pypi_token(), make.token(20)
+    return of("pypi", ".pypirc", f"""[distutils]
 index-servers = pypi
 [pypi]
 username = __token__
@@ -523,14 +407,14 @@ password = {password}
 @case
 def _pip(make: Maker) -> Case:
     password = make.token(20)
-    return _of("pypi", ".config/pip/pip.conf", f"[global]\nindex-url = https://maria:{password}@pypi.corp.test/simple\n",
+    return of("pypi", ".config/pip/pip.conf", f"[global]\nindex-url = https://maria:{password}@pypi.corp.test/simple\n",
                (password, P))  # fmt: skip
 
 
 @case
 def _cargo(make: Maker) -> Case:
     token, other = f"cio{make.token(32)}", make.token(40)
-    return _of("cargo", ".cargo/credentials.toml", f'[registry]\ntoken = "{token}"\n'
+    return of("cargo", ".cargo/credentials.toml", f'[registry]\ntoken = "{token}"\n'
                f'[registries.corp]\ntoken = "{other}"\n',
                (token, S), (other, S))  # fmt: skip
 
@@ -538,7 +422,7 @@ def _cargo(make: Maker) -> Case:
 @case
 def _maven(make: Maker) -> Case:
     password = make.token(20)
-    return _of("maven", ".m2/settings.xml", f"""<settings xmlns="http://maven.apache.org/SETTINGS/1.0.0"><servers>
+    return of("maven", ".m2/settings.xml", f"""<settings xmlns="http://maven.apache.org/SETTINGS/1.0.0"><servers>
 <server><id>corp</id><username>maria</username><password>{password}</password></server>
 <server><id>other</id><username>m</username><password>{{COQLCE6DU6GtcS5P=}}</password></server>
 </servers></settings>
@@ -548,7 +432,7 @@ def _maven(make: Maker) -> Case:
 @case
 def _gradle(make: Maker) -> Case:
     password = make.token(20)
-    return _of(
+    return of(
         "gradle",
         ".gradle/gradle.properties",
         f"org.gradle.daemon=true\ncorpPassword={password}\n",
@@ -560,7 +444,7 @@ def _gradle(make: Maker) -> Case:
 def _terraform(make: Maker) -> Case:
     token = f"{make.token(14)}.atlasv1.{make.token(67)}"
     document = {"credentials": {"app.terraform.io": {"token": token}}}
-    return _of("terraform", ".terraform.d/credentials.tfrc.json", json.dumps(document), (token, S))
+    return of("terraform", ".terraform.d/credentials.tfrc.json", json.dumps(document), (token, S))
 
 
 @case
@@ -568,33 +452,33 @@ def _tfstate(make: Maker) -> Case:
     password = make.token(24)
     document = {"version": 4, "resources": [{"type": "aws_db_instance", "name": "shop", "instances": [
         {"attributes": {"username": "app", "password": password, "port": 5432}}]}]}  # fmt: skip
-    return _of("terraform", "infra/terraform.tfstate", json.dumps(document, indent=2), (password, P))
+    return of("terraform", "infra/terraform.tfstate", json.dumps(document, indent=2), (password, P))
 
 
 @case
 def _tfvars(make: Maker) -> Case:
     password = make.token(24)
-    return _of(
+    return of(
         "terraform", "infra/prod.tfvars", f'region = "eu-west-1"\ndb_password = "{password}"\n', (password, P)
     )
 
 
 @case
 def _vault(make: Maker) -> Case:
-    token = f"hvs.{make.chars(_URL_SAFE, 90)}"
-    return _of("vault", ".vault-token", token, (token, U))
+    token = f"hvs.{make.chars(URL_SAFE, 90)}"
+    return of("vault", ".vault-token", token, (token, U))
 
 
 @case
 def _ssh(make: Maker) -> Case:
     key = make.ssh_key()
-    return _of("ssh-key", ".ssh/id_ed25519", key, (pem_body(key), S))
+    return of("ssh-key", ".ssh/id_ed25519", key, (pem_body(key), S))
 
 
 @case
 def _ssh_locked(make: Maker) -> Case:
     key = make.locked_ssh_key()
-    return _of("ssh-key", ".ssh/id_locked", key, (pem_body(key), OTHER))
+    return of("ssh-key", ".ssh/id_locked", key, (pem_body(key), OTHER))
 
 
 # --- what machines run ------------------------------------------------------------------------------------------------
@@ -603,7 +487,7 @@ def _ssh_locked(make: Maker) -> Case:
 @case
 def _dotenv(make: Maker) -> Case:
     stripe, password, secret = f"sk_live_{make.token(24)}", make.password(), make.token(48)
-    return _of("dotenv", "app/.env", f"""# settings
+    return of("dotenv", "app/.env", f"""# settings
 DEBUG=true
 PORT=8080
 STRIPE_KEY={stripe}
@@ -616,7 +500,7 @@ API_TOKEN=your-token-here
 @case
 def _bashrc(make: Maker) -> Case:
     key, password = make.token(40), make.token(18)
-    return _of("shell", ".bashrc", f"""alias ll='ls -l'
+    return of("shell", ".bashrc", f"""alias ll='ls -l'
 export CORP_API_KEY="{key}"
 curl -u maria:{password} https://api.corp.test/v1
 export PATH=$HOME/bin:$PATH
@@ -626,7 +510,7 @@ export PATH=$HOME/bin:$PATH
 @case
 def _ci(make: Maker) -> Case:
     token, key = make.crc_token("ghp"), make.token(40)
-    return _of("ci", "repository/.github/workflows/release.yml", f"""on: push
+    return of("ci", "repository/.github/workflows/release.yml", f"""on: push
 jobs:
   release:
     runs-on: ubuntu-latest
@@ -643,7 +527,7 @@ jobs:
 @case
 def _gitlab_ci(make: Maker) -> Case:
     password = make.token(20)
-    return _of("ci", "repository/.gitlab-ci.yml", f"""variables:
+    return of("ci", "repository/.gitlab-ci.yml", f"""variables:
   REGISTRY_PASSWORD: {password}
 build:
   script:
@@ -654,7 +538,7 @@ build:
 @case
 def _compose(make: Maker) -> Case:
     password, key = make.token(20), make.token(40)
-    return _of("compose", "app/docker-compose.yml", f"""services:
+    return of("compose", "app/docker-compose.yml", f"""services:
   db:
     image: postgres:17
     environment:
@@ -671,7 +555,7 @@ def _compose(make: Maker) -> Case:
 def _kubernetes(make: Maker) -> Case:
     password, key = make.token(20), make.token(40)
     encoded = base64.b64encode(password.encode()).decode()
-    return _of("kubernetes", "deploy/app.yaml", f"""apiVersion: v1
+    return of("kubernetes", "deploy/app.yaml", f"""apiVersion: v1
 kind: Secret
 metadata: {{name: db}}
 type: Opaque
@@ -700,7 +584,7 @@ spec:
 @case
 def _helm(make: Maker) -> Case:
     password = make.token(20)
-    return _of("helm-values", "chart/values.yaml", f"""image: {{tag: 1.2.3}}
+    return of("helm-values", "chart/values.yaml", f"""image: {{tag: 1.2.3}}
 postgresql:
   auth:
     username: app
@@ -712,7 +596,7 @@ postgresql:
 @case
 def _systemd(make: Maker) -> Case:
     key, token = make.token(40), make.token(30)
-    return _of("systemd", "etc/systemd/system/agent.service", f"""[Unit]
+    return of("systemd", "etc/systemd/system/agent.service", f"""[Unit]
 Description=agent
 [Service]
 Environment="AGENT_API_KEY={key}" LOG=debug
@@ -724,130 +608,225 @@ ExecStart=/usr/bin/agent --token {token} --port 8080
 @case
 def _crontab(make: Maker) -> Case:
     password, token = make.token(20), make.token(32)
-    return _of("crontab", "etc/cron.d/backup", f"""SHELL=/bin/sh
+    return of("crontab", "etc/cron.d/backup", f"""SHELL=/bin/sh
 BACKUP_PASSWORD={password}
 0 3 * * * root curl -H 'X-Api-Key: {token}' https://backup.corp.test/run
 """, (password, P), (token, S))  # fmt: skip
 
 
-# --- plain text -------------------------------------------------------------------------------------------------------
-
-
-def _text(
-    label: str, pattern: str, make_value: Callable[[Maker], str], line: str = 'CLIENT = "{}"\n'
-) -> None:
-    def build(make: Maker) -> Case:
-        value = make_value(make)
-        text = "import os\n\n# how it is used\n" + line.replace("{}", value) + "print('done')\n"
-        return _of("text", "src/client.py", text, (value, pattern), label=f"text: {label}")
-
-    case(build)
-
-
-_text("GitHub", S, lambda make: make.crc_token("ghp"))
-_text("GitHub fine-grained", S, lambda make: f"github_pat_{make.token(22)}_{make.token(59)}")
-_text("GitLab", S, lambda make: f"glpat-{make.chars(_URL_SAFE, 20)}")
-_text("AWS key id", S, lambda make: make.aws_id())
-_text("Anthropic", S, lambda make: f"sk-ant-api03-{make.chars(_URL_SAFE, 93)}AA")
-_text("OpenAI", S, lambda make: f"sk-proj-{make.token(74)}T3BlbkFJ{make.token(73)}")
-_text("Google API key", S, lambda make: f"AIza{make.chars(_URL_SAFE, 35)}")
-_text(
-    "Slack",
-    S,
-    lambda make: (
-        f"xoxb-{make.chars(string.digits[1:], 12)}-{make.chars(string.digits[1:], 13)}-{make.token(24)}"
-    ),
-)
-_text("Stripe", S, lambda make: f"sk_live_{make.token(24)}")
-_text("SendGrid", S, lambda make: f"SG.{make.token(22)}.{make.token(43)}")
-_text("npm", S, lambda make: make.crc_token("npm"))
-_text("Hugging Face", S, lambda make: f"hf_{make.chars(string.ascii_letters, 34)}")
-_text("DigitalOcean", S, lambda make: f"dop_v1_{make.chars(_HEX, 64)}")
-_text("Vault", U, lambda make: f"hvs.{make.chars(_URL_SAFE, 90)}")
-_text("JWT", U, lambda make: make.jwt())
-_text("URL", P, lambda make: make.token(16), 'connect("postgres://app:{}@db.corp.test:5432/shop")\n')
-_text("API key by name", S, lambda make: make.token(32), 'API_KEY = "{}"\n')
-_text("secret by name", S, lambda make: make.chars(_HEX, 40), "const clientSecret = '{}';\n")
-_text("password by name", P, lambda make: make.token(14), 'db.connect(user="app", password="{}")\n')
+# --- other forms that the same readers know ---------------------------------------------------------------------------
 
 
 @case
-def _text_pem(make: Maker) -> Case:
-    pem = make.pem()
-    return _of("text", "certs/server.key", pem, (pem_body(pem), S), label="text: private key")
-
-
-# --- look-alikes: nothing is to be found ------------------------------------------------------------------------------
-
-_LOOKALIKE_LINES: tuple[Callable[[Maker], str], ...] = (
-    lambda make: f'checksum = "sha256:{make.chars(_HEX, 64)}"',
-    lambda make: f'commit = "{make.chars(_HEX, 40)}"',
-    lambda make: 'API_KEY = os.environ["API_KEY"]',
-    lambda make: 'password = getpass("Password: ")',
-    lambda make: 'API_KEY = "your-api-key-here"',
-    lambda make: 'SECRET_KEY = "${SECRET_KEY}"',
-    lambda make: 'token_type = "Bearer"',
-    lambda make: 'url = "postgres://user:password@localhost/db"',
-    lambda make: 'password = "changeme"',
-    lambda make: f'request_id = "{uuid.UUID(int=make.random.getrandbits(128), version=4)}"',
-    lambda make: 'aws_access_key_id = "AKIAIOSFODNN7EXAMPLE"',
-    lambda make: 'secret_name = "projects/shop/secrets/db"',
-    lambda make: 'max_tokens = "4096"',
-    lambda make: 'PASSWORD_FILE = "/run/secrets/db_password"',
-    lambda make: f'token = "ghp_{make.token(29)}x{make.token(6)}"  # a wrong checksum',
-    lambda make: f'integrity = "sha512-{make.chars(_BASE64, 86)}=="',
-    lambda make: 'label = {"password": "Password", "token": "Token"}',
-    lambda make: 'csrf_token = "{{ csrf_token }}"',
-    lambda make: 'tokenizer = "cl100k_base_tokenizer_v2"',
-    lambda make: f'public_key = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAI{make.token(43)}"',
-)
-
-
-def _lookalike(number: int) -> Build:
-    def build(make: Maker) -> Case:
-        line = _LOOKALIKE_LINES[number](make)
-        return _of("text", f"lookalikes/file{number}.py", f"import os\n{line}\n", label="look-alikes")
-
-    return build
-
-
-for _number in range(len(_LOOKALIKE_LINES)):
-    case(_lookalike(_number))
+def _aws_cli_cache(make: Maker) -> Case:
+    secret, session = make.aws_secret(), make.chars(BASE64, 300)
+    document = {"Credentials": {"AccessKeyId": make.aws_id("ASIA"), "SecretAccessKey": secret, "SessionToken": session,
+                                "Expiration": "2030-01-01T00:00:00UTC"},
+                "AssumedRoleUser": {"Arn": "arn:aws:sts::123456789012:assumed-role/deploy/maria"}}  # fmt: skip
+    return of("aws-cache", ".aws/cli/cache/role.json", json.dumps(document), (secret, U), (session, U),
+              (document["Credentials"]["AccessKeyId"], U))  # fmt: skip
 
 
 @case
-def _lookalike_yaml(make: Maker) -> Case:
-    return _of("text", "lookalikes/config.yaml", f"""password: ${{DB_PASSWORD}}
-token: !vault secret/app
-secretName: app-credentials
-apiKeyRef: {{name: app, key: token}}
-digest: sha256:{make.chars(_HEX, 64)}
-tokenUrl: https://idp.corp.test/oauth/token
-auth: basic
-""", label="look-alikes")  # fmt: skip
+def _gcloud_access_tokens(make: Maker) -> Case:
+    token = f"ya29.{make.chars(URL_SAFE, 180)}"
+    connection = sqlite3.connect(":memory:")
+    connection.execute("CREATE TABLE access_tokens (account_id TEXT PRIMARY KEY, access_token TEXT)")
+    connection.execute("INSERT INTO access_tokens VALUES (?, ?)", ("maria@corp.test", token))
+    connection.commit()
+    return of("gcloud", ".config/gcloud/access_tokens.db", connection.serialize(), (token, U))
 
 
 @case
-def _lookalike_env(make: Maker) -> Case:
-    return _of("dotenv", "lookalikes/.env.example", """API_KEY=your-api-key
-DB_PASSWORD=changeme
-TOKEN=<token>
-SECRET=
-AUTH_MODE=password
-PASSWORD_MIN_LENGTH=12
-""", label="look-alikes")  # fmt: skip
+def _azure_older_tokens(make: Maker) -> Case:
+    access, refresh = make.jwt(), f"0.A{make.chars(URL_SAFE, 300)}"
+    document = [{"accessToken": access, "refreshToken": refresh, "userId": "maria@corp.test", "tenantId": "t-1",
+                 "resource": "https://management.core.windows.net/"}]  # fmt: skip
+    return of("azure", ".azure/accessTokens.json", json.dumps(document), (access, U), (refresh, U))
 
 
-def cases(seed: int) -> list[Case]:
-    """Every case once, with the values of this seed."""
-    return [build(Maker(seed * 1000 + number)) for number, build in enumerate(_BUILDERS)]
+@case
+def _kubeconfig_password(make: Maker) -> Case:
+    password, token = make.token(20), make.token(64)
+    return of("kubeconfig", "deploy/kubeconfig", f"""apiVersion: v1
+kind: Config
+clusters: [{{name: old, cluster: {{server: "https://10.0.0.1:6443"}}}}]
+contexts: [{{name: old, context: {{cluster: old, user: admin}}}}]
+users:
+- name: admin
+  user: {{username: admin, password: {password}}}
+- name: oidc
+  user:
+    auth-provider: {{name: oidc, config: {{refresh-token: {token}, idp-issuer-url: https://idp.test}}}}
+""", (password, P), (token, U))  # fmt: skip
 
 
-def plant(folder: Path, seeds: int) -> Iterator[tuple[Path, Case]]:
-    """Write a corpus of so many seeds, a folder for each case, and yield path and case."""
-    for seed in range(seeds):
-        for number, one in enumerate(cases(seed)):
-            path = folder / f"s{seed:03d}" / f"c{number:03d}" / one.path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(one.content)
-            yield path, one
+@case
+def _podman(make: Maker) -> Case:
+    password = make.password()
+    auth = base64.b64encode(f"bot:{password}".encode()).decode()
+    return of(
+        "docker",
+        ".config/containers/auth.json",
+        json.dumps({"auths": {"quay.io": {"auth": auth}}}),
+        (password, P),
+    )
+
+
+@case
+def _dockercfg(make: Maker) -> Case:
+    password = make.password()
+    return of("docker", ".dockercfg", json.dumps({"https://index.docker.io/v1/": {"username": "m", "password": password}}),
+              (password, P))  # fmt: skip
+
+
+@case
+def _git_global(make: Maker) -> Case:
+    token = make.crc_token("ghp")
+    return of("git-config", ".gitconfig", f"""[url "https://maria:{token}@github.com/"]
+\tinsteadOf = https://github.com/
+""", (token, S))  # fmt: skip
+
+
+@case
+def _yarnrc(make: Maker) -> Case:
+    token = make.token(44)
+    return of("npm", ".yarnrc.yml", f"""npmScopes:
+  corp:
+    npmRegistryServer: https://npm.corp.test
+    npmAuthToken: {token}
+""", (token, S))  # fmt: skip
+
+
+@case
+def _poetry(make: Maker) -> Case:
+    password, token = make.token(20), make.pypi_token()
+    return of("pypi", ".config/pypoetry/auth.toml", f"""[http-basic.corp]
+username = "maria"
+password = "{password}"
+[pypi-token]
+pypi = "{token}"
+""", (password, P), (token, S))  # fmt: skip
+
+
+@case
+def _terraformrc(make: Maker) -> Case:
+    token = f"{make.token(14)}.atlasv1.{make.token(67)}"
+    return of(
+        "terraform",
+        ".terraformrc",
+        f'credentials "app.terraform.io" {{\n  token = "{token}"\n}}\n',
+        (token, S),
+    )
+
+
+@case
+def _mylogin(make: Maker) -> Case:
+    return of("mysql", ".mylogin.cnf", b"\0\0\0\0" + make.random.randbytes(120), unread=(P,))
+
+
+@case
+def _putty(make: Maker) -> Case:
+    body = [make.chars(BASE64, 64), make.chars(BASE64, 40)]
+    return of("ssh-key", "keys/server.ppk", f"""PuTTY-User-Key-File-3: ssh-ed25519
+Encryption: none
+Comment: maria
+Public-Lines: 2
+{make.chars(BASE64, 64)}
+{make.chars(BASE64, 20)}
+Private-Lines: 2
+{body[0]}
+{body[1]}
+Private-MAC: {make.chars(HEX, 64)}
+""", ("".join(body), S))  # fmt: skip
+
+
+@case
+def _ssh_older(make: Maker) -> Case:
+    """An encrypted key in the form before OpenSSH 7.8."""
+    body = [make.chars(BASE64, 64) for _ in range(8)]
+    return of("ssh-key", ".ssh/id_rsa", "-----BEGIN RSA PRIVATE KEY-----\nProc-Type: 4,ENCRYPTED\n"
+              f"DEK-Info: AES-128-CBC,{make.chars(HEX, 32).upper()}\n\n" + "\n".join(body)
+              + "\n-----END RSA PRIVATE KEY-----\n", ("".join(body), OTHER))  # fmt: skip
+
+
+@case
+def _fish_history(make: Maker) -> Case:
+    password = make.token(18)
+    return of("shell", ".local/share/fish/fish_history",
+              f"- cmd: curl -u maria:{password} https://api.corp.test\n  when: 1\n", (password, P))  # fmt: skip
+
+
+@case
+def _jenkinsfile(make: Maker) -> Case:
+    token = f"glpat-{make.chars(URL_SAFE, 20)}"
+    return of("ci", "repository/Jenkinsfile", f"""pipeline {{ stages {{ stage('a') {{ steps {{
+  sh 'curl --header "PRIVATE-TOKEN: {token}" https://gitlab.com/api/v4/projects'
+}} }} }} }}
+""", (token, S))  # fmt: skip
+
+
+@case
+def _kubernetes_pull_secret(make: Maker) -> Case:
+    password = make.password()
+    auth = base64.b64encode(f"bot:{password}".encode()).decode()
+    inner = base64.b64encode(json.dumps({"auths": {"registry.corp.test": {"auth": auth}}}).encode()).decode()
+    return of("kubernetes", "deploy/pull.json", json.dumps({
+        "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "pull"}, "type": "kubernetes.io/dockerconfigjson",
+        "data": {".dockerconfigjson": inner}}), (password, P))  # fmt: skip
+
+
+@case
+def _cline_providers(make: Maker) -> Case:
+    key = make.token(48)
+    document = {"version": 1, "providers": {"openai": {"settings": {"provider": "openai", "apiKey": key}}}}
+    return of(
+        "mcp-cline",
+        ".cline/data/settings/providers.json",
+        json.dumps(document),
+        (key, S),
+        label="mcp clients",
+    )
+
+
+@case
+def _cursor_login(make: Maker) -> Case:
+    access, refresh = make.jwt(), make.jwt(typ="refresh")
+    return of("agent-login", ".config/cursor/auth.json", json.dumps({"accessToken": access, "refreshToken": refresh}),
+              (access, U), (refresh, U))  # fmt: skip
+
+
+@case
+def _gemini_mcp_tokens(make: Maker) -> Case:
+    access, refresh = make.token(64), make.token(64)
+    document = [{"serverName": "tickets", "token": {"accessToken": access, "refreshToken": refresh,
+                 "expiresAt": 1999999999000, "tokenType": "Bearer"}, "clientId": make.token(20)}]  # fmt: skip
+    return of("agent-login", ".gemini/mcp-oauth-tokens.json", json.dumps(document), (access, U), (refresh, U))
+
+
+@case
+def _keyring(make: Maker) -> Case:
+    content = b"GnomeKeyring\n\r\0\n\0\0\0" + make.random.randbytes(300)
+    return of("keyring", ".local/share/keyrings/login.keyring", content, unread=(U,))
+
+
+@case
+def _keyring_without_password(make: Maker) -> Case:
+    token = make.crc_token("gho")
+    return of("keyring", ".local/share/keyrings/plain.keyring", f"""[keyring]
+display-name=plain
+lock-on-idle=false
+
+[1]
+item-type=0
+display-name=gh:github.com
+secret={token}
+mtime=1789000000
+""", (token, U))  # fmt: skip
+
+
+@case
+def _gnupg(make: Maker) -> Case:
+    name = make.chars(BASE64, 8).encode().hex().upper()
+    return of("keyring", f".gnupg/private-keys-v1.d/{name}.key", b"(21:protected-private-key" + make.random.randbytes(400),
+              unread=(OTHER,))  # fmt: skip

@@ -32,9 +32,10 @@ from ringfence.messages.topics import (
 )
 from tests.support.stack import RunningStack, first_pending
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/no-sdk/request_by_hand.py"
 OVER_HTTP = ROOT / "examples/no-sdk/request_over_http.py"
+WITH_CURL = ROOT / "examples/no-sdk/request_with_curl.py"
 
 
 async def run(*argv: str, env: dict[str, str]) -> tuple[int, str, str]:
@@ -96,6 +97,45 @@ async def test_a_request_over_http_beyond_the_rule_is_told_why(realm: RunningSta
     answer = await ask_by_hand(realm, tmp_path, "write", "env/production/web", OVER_HTTP)
     assert answer["outcome"] == "denied"
     assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
+
+
+def test_the_example_with_curl_has_forty_lines() -> None:
+    lines = [line.strip() for line in WITH_CURL.read_text().splitlines()[1:]]
+    assert len([line for line in lines if line and not line.startswith("#")]) <= 40
+    assert "import ringfence" not in WITH_CURL.read_text()
+
+
+@pytest.mark.tools
+async def test_a_request_with_curl_goes_through_the_socket_of_its_task(
+    realm: RunningStack, tmp_path: Path
+) -> None:
+    socket = realm.stack.sockets / f"{realm.task}.sock"
+    async with realm.as_agent() as agent:  # the first lease for gateways opens the socket
+        await agent.request(
+            task=realm.task, target=realm.target, verbs=["read"], resources=["env/staging/web"], reason="to read",
+            delivery="gateway",
+        )  # fmt: skip
+    async with asyncio.timeout(60):
+        while not socket.exists():
+            await asyncio.sleep(0.05)
+    realm.key("agent", realm.agent).save(tmp_path / "bot.json")
+    environment = {
+        **realm.stack.environment(),
+        "RINGFENCE_DOOR": f"unix:{socket}",
+        "RINGFENCE_IDENTITY": str(tmp_path / "bot.json"),
+    }
+
+    async def ask(verb: str, resource: str) -> tuple[int, str, str]:
+        words = (str(WITH_CURL), realm.task, realm.target, verb, resource)
+        return await run(sys.executable, *words, env=environment)
+
+    assert await ask("read", "env/staging/web") == (0, "allowed: jwt\n", "")
+    status, _, err = await ask("write", "env/production/web")
+    assert (status, "beyond_scope" in err) == (1, True), err
+    async with realm.sponsor() as sam:
+        asked = asyncio.create_task(ask("write", "env/staging/web"))
+        await sam.approve(await first_pending(sam))
+        assert (await asked)[:2] == (0, "allowed: jwt\n")
 
 
 async def test_a_request_by_hand_passes_over_what_is_for_others(realm: RunningStack, tmp_path: Path) -> None:

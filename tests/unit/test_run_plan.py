@@ -1,0 +1,90 @@
+"""What a runner checks of a plan before it claims the run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ringfence.messages.registry import AgentDecommission, AgentSetAttestation, AgentSuspend, TaskEnd
+from ringfence.model.identity.runners import runner_selector
+from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
+from tests.support.in_memory_registry import TD
+from tests.support.runs import LIMITS
+from tests.unit.test_runs import Place
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.fixture
+def place() -> Place:
+    return Place()
+
+
+def planned(place: Place, **fields: Any) -> RunPlan:
+    given = {
+        "run_id": "r", "agent_id": "bot", "task_id": place.task, "argv": ("true",), "deadline_s": place.now_s + 1800,
+        "limits": LIMITS,
+    }  # fmt: skip
+    return RunPlan(**{**given, **fields})
+
+
+def check(place: Place, plan: RunPlan, runner: str = "runner-1", *, after_s: float = 0) -> None:
+    check_plan(plan, place.ledger.directory, TD, runner, place.now_s + after_s)
+
+
+def refused(place: Place, plan: RunPlan, runner: str = "runner-1", **more: Any) -> RunRefusedError:
+    with pytest.raises(RunRefusedError) as error:
+        check(place, plan, runner, **more)
+    return error.value
+
+
+def test_a_plan_within_task_and_selector_is_good(place: Place) -> None:
+    check(place, planned(place))
+    check(place, planned(place, deadline_s=place.now_s + 3600), after_s=0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [({"task_id": UNKNOWN}, "task_unknown"), ({"agent_id": "other"}, "task_other_agent")],
+)
+def test_task_and_agent_belong_together(place: Place, fields: dict[str, Any], code: str) -> None:
+    assert refused(place, planned(place, **fields)).code == code
+
+
+def test_a_task_that_has_ended_has_no_runs(place: Place) -> None:
+    plan = planned(place)
+    late = refused(place, plan, after_s=10 * 86_400)
+    assert (late.code, bool(late.remedy)) == ("task_ended", True)
+    place.ledger.give(place.ledger.claims(TaskEnd, "uma", task_id=place.task, reason="done"))
+    assert refused(place, plan).code == "task_ended"
+
+
+@pytest.mark.parametrize(
+    ("command", "code"), [(AgentSuspend, "agent_suspended"), (AgentDecommission, "agent_decommissioned")]
+)
+def test_an_agent_that_is_not_active_has_no_runs(place: Place, command: Any, code: str) -> None:
+    place.ledger.give(place.ledger.claims(command, "sam", agent_id="bot", reason="odd"))
+    assert refused(place, planned(place)).code == code
+
+
+def test_only_a_runner_that_the_agent_names_starts_its_runs(place: Place) -> None:
+    other = refused(place, planned(place), "runner-2")
+    assert (other.code, "runner=runner-2" in (other.remedy or "")) == ("instance_unmatched", True)
+    place.ledger.give(place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=()))
+    assert refused(place, planned(place)).code == "instance_unmatched"
+
+
+def test_a_selector_with_a_field_that_is_not_known_lets_no_run_in(place: Place) -> None:
+    selector = runner_selector(TD, "runner-1", "bot").model_copy(update={"only_on": "mondays"})
+    place.ledger.give_as_before(
+        place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=(selector,))
+    )
+    assert refused(place, planned(place)).code == "instance_unmatched"
+
+
+def test_a_run_is_not_longer_than_the_selector_says(place: Place) -> None:
+    place.runners.admits("bot", max_life_s=600)
+    check(place, planned(place, deadline_s=place.now_s + 600))
+    long = refused(place, planned(place, deadline_s=place.now_s + 602))
+    assert (long.code, "600" in long.message, "--ttl" in (long.remedy or "")) == ("run_too_long", True, True)
