@@ -235,7 +235,8 @@ def test_remedies_are_commands_that_there_are(home: Home, tmp_path: Path) -> Non
     for command in sorted(commands):
         words = shlex.split(command)
         template = words[words.index("--template") + 1] if "--template" in words else ""
-        by_shape.setdefault((words[1], template, words[-2]), words[1:])
+        options = (word for word in words if word.startswith("--"))
+        by_shape.setdefault((words[1], template, *options), words[1:])
     assert {shape[1] for shape in by_shape} >= {"github-api", "http", "federation", "ssh", "postgres"}
     SigningKey.generate("spiffe://ringfence.local/user/sam").save(tmp_path / "sam.json")
     environment = {
@@ -247,7 +248,7 @@ def test_remedies_are_commands_that_there_are(home: Home, tmp_path: Path) -> Non
         folder = tmp_path / f"run{number}"
         folder.mkdir()
         done = subprocess.run(
-            [sys.executable, "-c", _MAIN, *(word.replace("HOST", "host.test") for word in words), "--json"],
+            [sys.executable, "-c", _MAIN, *(word.replace("HOST", "host.test").replace("USER", "maria") for word in words), "--json"],
             env=environment, cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         error = json.loads(done.stderr.strip().splitlines()[-1])

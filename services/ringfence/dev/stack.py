@@ -218,6 +218,9 @@ class Stack:
             if runner is not None and not self.trust.service_key(runner).exists():
                 add_runners(self.trust, [runner])
             self._choose_origins(bundle)
+            if "console" in self.options.services:
+                # People open it at an origin of the trust bundle, so that is where it listens.
+                self._ports["console"] = urlsplit(self.origins["session"]).port or 80
         except RingfenceError as error:
             raise StackError(
                 f"{error.message.removesuffix('; run: ringfence init')}. Repair {self.options.state}, delete it to "
@@ -264,6 +267,7 @@ class Stack:
             "RINGFENCE_KEY_DIR": str(self.options.state / "keys"),
             **(self._gateway_environment() if role == "gateway" else {}),
             **({"RINGFENCE_SIGNALS_URL": self.url(role)} if role == "signals" else {}),
+            **({"RINGFENCE_CONSOLE_ORIGIN": self.origins["session"]} if role == "console" else {}),
             **self.options.environment,
         }
         self._children[role] = spawn(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import ClassVar, Final
 
-from ringfence.messages.base import ExpiringClaims, ServiceRole
+from ringfence.messages.base import ExpiringClaims, Jws, ServiceRole
 
 
 class ApiToken(ExpiringClaims):
@@ -16,7 +17,56 @@ class ApiToken(ExpiringClaims):
     typ: ClassVar[str] = "api"
 
 
+class ConsoleToken(ExpiringClaims):
+    """A bearer token by which a console reads for a person who signed in there: one call, at most 60 s.
+
+    The console's key signs it. It shows nothing by itself: `session` says for whom, and the person's passkey signed it.
+    Services take it on `CONSOLE_ROUTES` alone.
+    """
+
+    typ: ClassVar[str] = "console.token"
+    signed_by = ("console",)
+
+    session: Jws
+    """A `session.statement` that names this console's key."""
+
+
 MAX_API_TOKEN_S = 60
+CONSOLE_ROUTES: Final[Mapping[ServiceRole, tuple[str, ...]]] = {
+    "registry": (
+        "/v1/users",
+        "/v1/users/{id}",
+        "/v1/agents",
+        "/v1/agents/{id}",
+        "/v1/targets",
+        "/v1/targets/{id}",
+        "/v1/tasks",
+        "/v1/tasks/{id}",
+    ),
+    "policy": (
+        "/v1/inventory",
+        "/v1/inventory/changes",
+        "/v1/agents/{agent_id}/usage",
+        "/v1/approvals",
+        "/v1/approvals/{request_id}",
+        "/v1/approvals/{request_id}/evidence",
+        "/v1/decisions/{request_id}",
+        "/v1/grants",
+        "/v1/grants/{grant_id}",
+        "/v1/bundle",
+    ),
+    "revoker": ("/v1/leases", "/v1/leases/{id}", "/v1/runs", "/v1/runs/{id}"),
+    "audit": (
+        "/v1/trace/{id}",
+        "/v1/events",
+        "/v1/actions",
+        "/v1/break-glass",
+        "/v1/who",
+        "/v1/coverage/leases",
+        "/v1/coverage/actions",
+    ),
+}
+"""The routes, read by GET alone, on which services answer a console. What is not listed is refused."""
 
 
 def api_audience(trust_domain: str, service: ServiceRole) -> str:
@@ -37,11 +87,12 @@ PORTS = {
     "scim": 8708,
     "signals": 8709,
     "runner": 8710,
+    "console": 8712,
 }
 """The port that each service's HTTP listens on where no other is set."""
 GATEWAY_PORT = 8707
 """The port that agents know the gateway by, where whoever runs it wants no other."""
 SIGN_PAGE_PORT = 8711
 """The port of `ringfence serve sign-page` where no other is set."""
-CONSOLE_PORT = 8712
+CONSOLE_PORT = PORTS["console"]
 """The port that the console is for, and where `ringfence dev` has its session origin."""

@@ -14,7 +14,7 @@ ServiceRole = Literal[
     "registry", "policy", "issuer", "revoker", "gateway", "audit", "scim", "signals", "runner", "console"
 ]
 SERVICE_ROLES: Final[tuple[ServiceRole, ...]] = get_args(ServiceRole)
-"""The services that sign messages, each under its role; `runner` and `console` are declared for what is to come."""
+"""The services that sign messages, each under its role. A console signs nothing but tokens to read by."""
 
 PasskeyUse = Literal["sign", "session"]
 """A use of an origin in the trust bundle: people sign messages there, or only open sessions of the console."""

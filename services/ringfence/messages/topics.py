@@ -65,7 +65,7 @@ REGISTRY_COMMAND: Topic[Any] = Topic(
     COMMANDS,
     "subject id",
     "jws",
-    ("users", "scim", "agents"),
+    ("users", "console (what users signed)", "scim", "agents"),
     ("registry", "audit"),
     7 * _DAY,
 )
@@ -101,7 +101,7 @@ APPROVAL_REQUEST: Topic[Any] = Topic(
     "sponsor id",
     "json",
     ("policy", "gateway"),
-    ("sponsors", "policy", "console", "audit"),
+    ("sponsors", "policy", "audit"),
     7 * _DAY,
     in_the_clear=(ApprovalRequest,),
 )
@@ -110,7 +110,7 @@ APPROVAL_RESPONSE: Topic[Any] = Topic(
     (Approval, ActionApproval, Grant, GrantWithdraw, BreakGlassReview),
     "agent id",
     "jws",
-    ("users",),
+    ("users", "console (what users signed)"),
     ("policy", "issuer (what was withdrawn)", "gateway", "sponsors", "audit"),
     30 * _DAY,
     True,
@@ -133,7 +133,7 @@ LEASE = Topic(
     "lease id; epoch",
     "jws",
     ("issuer", "revoker"),
-    ("gateway", "revoker", "issuer", "policy", "signals", "console", "audit"),
+    ("gateway", "revoker", "issuer", "policy", "signals", "audit"),
     min_compaction_lag_s=_DAY,
 )
 REVOCATION_REQUEST = Topic(
@@ -141,7 +141,13 @@ REVOCATION_REQUEST = Topic(
     (RevocationRequest,),
     "agent id",
     "jws",
-    ("agents (release)", "gateway (what agents post to it)", "users", *RevocationRequest.signed_by),
+    (
+        "agents (release)",
+        "gateway (what agents post to it)",
+        "users",
+        "console (what users signed)",
+        *RevocationRequest.signed_by,
+    ),
     ("revoker", "issuer", "gateway", "audit"),
     30 * _DAY,
     True,
@@ -155,7 +161,7 @@ ACTION = Topic(
     "agent id",
     "json",
     ("gateway",),
-    ("policy", "audit", "console"),
+    ("policy", "audit"),
     30 * _DAY,
     True,
 )

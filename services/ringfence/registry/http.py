@@ -51,11 +51,36 @@ class RegistryApi:
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
         return [
+            Route("/v1/trust", self._trust),
+            Route("/v1/passkeys/{credential_id}", self._passkey),
             *self._routes_of("user"),
             *self._routes_of("agent"),
             *self._routes_of("target"),
             *self._routes_of("task", self._is_wanted_task),
         ]
+
+    async def _trust(self, request: Request) -> Response:
+        """Serve the trust bundle in force to a console: `{trust}`. It is public, and the console verifies it."""
+        self._authenticator.console(request.headers.get("authorization"))
+        return JSONResponse({"trust": self._directory.trust.compact.decode().strip()})
+
+    async def _passkey(self, request: Request) -> Response:
+        """Serve whose passkey has a credential id, to a console at which its holder signs in: `{user_id, kid}`.
+
+        An authenticator made the id at random, so nobody finds a person by it who has not seen their passkey.
+        """
+        self._authenticator.console(request.headers.get("authorization"))
+        credential_id, now_s = request.path_params["credential_id"], self._clock.now_ms() / 1000
+        for seen, entry in enumerate(self._directory.entries("user"), start=1):
+            user = entry.state
+            if not isinstance(user, UserState) or user.status != "active":
+                continue
+            for key in user.keys:
+                if key.credential_id == credential_id and key.not_before <= now_s < key.not_after:
+                    return JSONResponse({"user_id": user.user_id, "kid": key.kid})
+            if seen % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)
+        raise NotFoundError("nobody who is active has this passkey")
 
     def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda entry, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:

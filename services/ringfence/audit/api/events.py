@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ringfence.audit.events.break_glass import collect_uses
-from ringfence.audit.index.action_counts import action_groups, unknown_destinations
+from ringfence.audit.index.action_counts import action_groups, blocked_over_time, unknown_destinations
 from ringfence.audit.index.coverage import count_actions, count_leases, load_basis, went_through
 from ringfence.audit.index.filters import filter_of, limit_of, number_of
 from ringfence.audit.index.store import TRACE_KINDS, ActionPage, EventIndex, Viewer
@@ -108,10 +108,15 @@ class AuditApi:
             agent=query.get("agent"),
             target=query.get("target"),
         )
+        over_time = {}
+        if "step_ms" in query:
+            step_ms = max(number_of(request, "step_ms", 1, _MAX_MS), 1)
+            over_time = {"over_time": blocked_over_time(page.events, span_ms[0], step_ms)}
         metrics.HTTP_REQUESTS.labels("/v1/actions", "200").inc()
         return JSONResponse({
             "groups": action_groups(page.events),
             "unknown_destinations": unknown_destinations(page.events),
+            **over_time,
             **_report_cursor(span_ms, page),
         })  # fmt: skip
 

@@ -52,6 +52,22 @@ def unknown_destinations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, 
     return [{**dict(zip(WHERE, where, strict=True)), "count": count} for where, count in counts.items()]
 
 
+def blocked_over_time(
+    events: Iterable[Mapping[str, Any]], since_ms: int, step_ms: int
+) -> list[dict[str, Any]]:
+    """Blocked actions by time and access, as a chart has them: `[{at_ms, access, count}]`.
+
+    `at_ms` is the beginning of a step of `step_ms` since `since_ms`. What observe mode let through is counted too.
+    """
+    counts: Counter[tuple[int, str | None]] = Counter()
+    for event in events:
+        key = dict(zip(BY, _group_key(event), strict=True))
+        if "answer" not in event["unmapped"] and key["outcome"] != "allowed":
+            step = max(event["time"] - since_ms, 0) // step_ms
+            counts[(since_ms + step * step_ms, key["access"])] += int(event.get("count", 1))
+    return [{"at_ms": at_ms, "access": access, "count": count} for (at_ms, access), count in counts.items()]
+
+
 def path_prefix(path: str) -> str:
     """The first two segments of a path: `/repos/acme/*` for `/repos/acme/shop/issues`."""
     parts = path.split("/", _SEGMENTS + 1)

@@ -83,6 +83,7 @@ _BESIDES = {
     "revoker": ("ringfence.backends.access",),
     "gateway": ("ringfence.rego.settings", "ringfence.backends.access"),
     "runner": ("ringfence.client.settings",),
+    "console": ("ringfence.client.settings",),
 }
 """Modules with further settings that a service reads."""
 

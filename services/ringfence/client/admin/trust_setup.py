@@ -35,7 +35,7 @@ _KEYS_BY_ROLE: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revok
 """All replicas of a role share one key. Each gateway has its own, since cuts wait for each of them. Each
 runner has its own too, since agents name the runners that they trust."""
 SERVICE_ROLES: tuple[ServiceRole, ...] = (*_KEYS_BY_ROLE, "gateway")
-ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals")
+ON_DEMAND: tuple[ServiceRole, ...] = ("scim", "signals", "console")
 """Optional services. They have a key from the beginning."""
 BY_NAME: tuple[ServiceRole, ...] = ("runner",)
 """Services that not everybody runs, each process with a name and a key of its own (`init --add-runner`)."""

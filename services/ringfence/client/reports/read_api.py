@@ -256,13 +256,23 @@ class ReadApi(Lifetime):
         after: str | None = None,
         agent: str | None = None,
         target: str | None = None,
+        step_ms: int | None = None,
     ) -> Any:
         """Return a page of actions through gateways, counted in groups. See `ActionReport`.
+
+        With `step_ms` it also has `over_time`: `[{at_ms, access, count}]` of blocked actions, by steps of the period.
 
         `{groups, unknown_destinations, until_ms, looked_at_ms, after}`; continue with `after` until it is None.
         """
         return await self.get(
-            "audit", "actions", since_ms=since_ms, until_ms=until_ms, after=after, agent=agent, target=target
+            "audit",
+            "actions",
+            since_ms=since_ms,
+            until_ms=until_ms,
+            after=after,
+            agent=agent,
+            target=target,
+            step_ms=step_ms,
         )
 
     async def coverage(

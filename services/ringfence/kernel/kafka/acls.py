@@ -58,7 +58,8 @@ class Acl:
 
 _NAMED: Final[Mapping[str, tuple[Party, ...]]] = {
     "anyone": PARTIES,
-    "every service": SERVICES,
+    # A console reads by HTTP alone.
+    "every service": tuple(role for role in SERVICES if role != "console"),
     "gateways": ("gateway",),
     "runners": ("runner",),
     "sponsors": ("users",),
@@ -84,7 +85,7 @@ def _of_topics(prefix: str) -> Iterator[Acl]:
 
 def _of_groups(prefix: str) -> Iterator[Acl]:
     """Groups are named after who is in them: `<prefix>.revoker-fences`, `<prefix>.siem`."""
-    members: tuple[Party, ...] = (*SERVICES, "siem")
+    members: tuple[Party, ...] = (*(role for role in SERVICES if role != "console"), "siem")
     for party in members:
         yield Acl(party, Operation.READ, ResourceType.GROUP, f"{prefix}.{party}", PatternType.PREFIXED)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -15,11 +16,18 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.replay_memory import ReplayMemory
 from ringfence.kernel.base.text import visible_name
-from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, is_by_passkey, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
-from ringfence.messages.api import MAX_API_TOKEN_S, UNBOUND_API_TOKENS_END, ApiToken, api_audience
-from ringfence.messages.base import ServiceRole
-from ringfence.messages.registry import UserState
+from ringfence.messages.api import (
+    CONSOLE_ROUTES,
+    MAX_API_TOKEN_S,
+    UNBOUND_API_TOKENS_END,
+    ApiToken,
+    ConsoleToken,
+    api_audience,
+)
+from ringfence.messages.base import ServiceRole, typ_header
+from ringfence.messages.registry import SessionStatement, UserState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.directory import Directory
 
@@ -56,12 +64,31 @@ class Caller:
         return self.sees_all or self.user.user_id == sponsor
 
 
-class HasHeaders(Protocol):
+class HasPath(Protocol):
+    """The URL of a request."""
+
+    @property
+    def path(self) -> str:
+        """Its path, without the query."""
+        ...
+
+
+class HttpRequest(Protocol):
     """An HTTP request, as far as authentication reads it."""
 
     @property
     def headers(self) -> Mapping[str, str]:
         """The request's headers; names are compared without case."""
+        ...
+
+    @property
+    def method(self) -> str:
+        """The request's method."""
+        ...
+
+    @property
+    def url(self) -> HasPath:
+        """What was asked for."""
         ...
 
 
@@ -79,10 +106,53 @@ class Authenticator:
         self._audience = api_audience(self._trust_domain, service)
         self._clock = clock
         self._used = ReplayMemory(MAX_REMEMBERED)
+        routes = (re.sub(r"\{\w+\}", "[^/]+", route) for route in CONSOLE_ROUTES.get(service, ()))
+        self._console_routes = re.compile("|".join(routes) or r"(?!)")
 
-    def authenticate(self, request: HasHeaders) -> Caller:
-        """The user who signed the bearer token of an HTTP request. Raises as `user` does."""
-        return self.user(request.headers.get("authorization"))
+    def authenticate(self, request: HttpRequest) -> Caller:
+        """The user who signed the bearer token of an HTTP request, or for whom a console reads.
+
+        Raises as `user` does; ForbiddenError if no console may read this.
+        """
+        authorization = request.headers.get("authorization")
+        if not _is_by_console(authorization):
+            return self.user(authorization)
+        if request.method != "GET" or not self._console_routes.fullmatch(request.url.path):
+            raise ForbiddenError("a console may not read this; call with a user's key: ringfence --help")
+        return self._reader(authorization)
+
+    def _reader(self, authorization: str | None) -> Caller:
+        """The user who signed the session statement in a console's token. Raises as `user` does."""
+        now_ms = self._clock.now_ms()
+        at_s = now_ms / 1000
+        jws = _bearer(authorization)
+        try:
+            find = self._trust.finder("console", at_s=at_s)
+            token = verify(jws, ConsoleToken, find, audience=self._audience, appended_at_ms=now_ms)
+            session = verify(
+                parse(token.claims.session),
+                SessionStatement,
+                lambda iss, kid: self._directory.user_key(iss, kid, at_s),
+                audience=self._trust_domain,
+                appended_at_ms=now_ms,
+            )
+        except InvalidMessageError as error:
+            raise _refused(error) from None
+        said = session.claims
+        user_id = subject_of(self._trust_domain, said.iss, "user")
+        if not is_by_passkey(session.compact) or user_id != said.user_id:
+            raise _refused("nobody's passkey signed its session; sign in again")
+        if said.console_kid != jws.header.kid:
+            raise _refused("its session is of another console; sign in at this one")
+        self._check_once(token.claims, sender=said.iss, now_s=at_s)
+        return self._caller(said.iss)
+
+    def console(self, authorization: str | None) -> str:
+        """The SPIFFE ID of the console that signed the bearer token, for itself and not for a person.
+
+        Raises UnauthenticatedError, UnavailableError.
+        """
+        return self._verified_iss(authorization, self._trust.finder("console", at_s=self._now_s()))
 
     def user(self, authorization: str | None) -> Caller:
         """The user who signed the bearer token. Raises UnauthenticatedError, UnavailableError."""
@@ -91,6 +161,9 @@ class Authenticator:
         iss = self._verified_iss(
             authorization, lambda iss, kid: self._directory.user_key(iss, kid, at_s), inactive
         )
+        return self._caller(iss)
+
+    def _caller(self, iss: str) -> Caller:
         entry = self._directory.user(subject_of(self._trust_domain, iss, "user") or "")
         if entry is None:
             raise UnauthenticatedError(f"{visible_name(iss[:512])} is no user")
@@ -118,14 +191,9 @@ class Authenticator:
     def _verified_iss(
         self, authorization: str | None, find_key: KeyFinder, inactive: _InactiveKeyFinder | None = None
     ) -> str:
-        scheme, _, token = (authorization or "").partition(" ")
-        if scheme.lower() != "bearer" or not token:
-            raise UnauthenticatedError(
-                "send Authorization: Bearer with a JWT (typ ringfence.api+jwt) signed by your key"
-            )
         now_ms = self._clock.now_ms()
+        jws = _bearer(authorization)
         try:
-            jws = parse(token.strip())
             audience = self._audience_of(jws)
         except InvalidMessageError as error:
             raise _refused(error) from None
@@ -136,9 +204,7 @@ class Authenticator:
             if error.code == "key_unknown" and inactive is not None:
                 reason = _reason_for_holder(jws, audience, now_ms, inactive)
             raise _refused(reason or error) from None
-        if claims.exp - claims.iat > MAX_API_TOKEN_S:
-            raise _refused(f"it lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
-        self._use(claims, now_ms / 1000)
+        self._check_once(claims, sender=claims.iss, now_s=now_ms / 1000)
         if audience != self._audience:
             self._warn_unbound(claims)
         return claims.iss
@@ -156,10 +222,12 @@ class Authenticator:
             )
         return aud
 
-    def _use(self, claims: ApiToken, now_s: float) -> None:
-        """Mark a verified token as used. Raises UnauthenticatedError if it was used before."""
+    def _check_once(self, claims: ApiToken | ConsoleToken, *, sender: str, now_s: float) -> None:
+        """Mark a verified token as used. Raises UnauthenticatedError if it was used before, or lives too long."""
+        if claims.exp - claims.iat > MAX_API_TOKEN_S:
+            raise _refused(f"it lives longer than {MAX_API_TOKEN_S} s; sign it shorter")
         id = digest(f"{claims.iss} {claims.jti}")
-        if not self._used.remember(id, sender=claims.iss, until_s=claims.exp, now_s=now_s):
+        if not self._used.remember(id, sender=sender, until_s=claims.exp, now_s=now_s):
             raise _refused("it was used before, and counts once; sign one for each call")
 
     def _warn_unbound(self, claims: ApiToken) -> None:
@@ -212,6 +280,27 @@ class _InactiveKeyFinder:
 
 def _utc(at_s: int) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
+
+
+def _bearer(authorization: str | None) -> UnverifiedJws:
+    """The bearer token of a call. Raises UnauthenticatedError."""
+    scheme, _, token = (authorization or "").partition(" ")
+    if scheme.lower() != "bearer" or not token:
+        raise UnauthenticatedError(
+            "send Authorization: Bearer with a JWT (typ ringfence.api+jwt) signed by your key"
+        )
+    try:
+        return parse(token.strip())
+    except InvalidMessageError as error:
+        raise _refused(error) from None
+
+
+def _is_by_console(authorization: str | None) -> bool:
+    """Whether the bearer token says that it is a console's. Nothing is verified yet."""
+    try:
+        return _bearer(authorization).header.typ == typ_header(ConsoleToken)
+    except UnauthenticatedError:
+        return False
 
 
 def _refused(why: object) -> UnauthenticatedError:

@@ -41,7 +41,7 @@ class AgentsApi:
 
     def _caller(self, request: Request) -> Caller:
         """Return the caller. Raises UnauthenticatedError; UnavailableError while policy does not know all agents."""
-        caller = self._authenticator.user(request.headers.get("authorization"))
+        caller = self._authenticator.authenticate(request)
         if not self._agent_index.complete:
             raise UnavailableError("policy is still reading its tables; what it told now would be too little")
         return caller

@@ -13,16 +13,22 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.api_errors import NotFoundError
-from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.kernel.crypto.jws import Signed, parse, sign
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
 from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.explanation import NOT_SEEN, Explainer
+from ringfence.policy.decisions.responder import question_for
 from ringfence.policy.domain import may_approve_any
+
+_NOT_WAITING = (
+    "no request with this id waits for an approval that you could see; it may be decided: see /v1/decisions"
+)
 
 
 class DecisionsApi:
@@ -34,6 +40,7 @@ class DecisionsApi:
         self._directory = directory
         self._authenticator = authenticator
         self._decisions = decisions
+        self._runtime = runtime
         self._explainer = Explainer(runtime)
 
     def routes(self) -> list[BaseRoute]:
@@ -41,6 +48,7 @@ class DecisionsApi:
         return [
             Route("/v1/approvals", self._approvals),
             Route("/v1/approvals/{request_id}", self._approval),
+            Route("/v1/approvals/{request_id}/evidence", self._evidence),
             Route("/v1/decisions/{request_id}", self._decision),
             Route("/v1/decisions/{request_id}/explanation", self._explanation),
         ]
@@ -51,15 +59,47 @@ class DecisionsApi:
         return JSONResponse({"approvals": sorted(shown, key=lambda view: int(view["expires_at"]))})
 
     async def _approval(self, request: Request) -> Response:
+        return JSONResponse(self._waiting_for(request, self._caller(request)))
+
+    async def _evidence(self, request: Request) -> Response:
+        """Serve the signed messages by which a person is shown what they approve: `{trust, question, records}`.
+
+        `question` is policy's question to the caller, signed now; `records` are the signer's, the agent's, the task's,
+        the target's, and that of the user on whose behalf the task is. Only who could give an approval gets them.
+        """
         caller = self._caller(request)
+        if not self._waiting_for(request, caller)["you_can_give"]:
+            raise NotFoundError(_NOT_WAITING)
+        me = caller.user.user_id
+        state = self._decisions.get(request.path_params["request_id"])
+        decision = state.pending if state else None
+        facts = self._facts(decision) if decision else None
+        if decision is None or facts is None:
+            raise NotFoundError(_NOT_WAITING)
+        question = sign(question_for(decision, me, self._runtime.key.id), self._runtime.believed_key())
+        subjects: list[tuple[SubjectKind, str]] = [
+            ("user", me),
+            ("agent", facts.agent.state.agent_id),
+            ("task", facts.task.state.task_id),
+            ("target", facts.target.state.target_id),
+            ("user", facts.task.state.on_behalf_of),
+        ]
+        entries = [self._directory.entry(kind, id) for kind, id in dict.fromkeys(subjects)]
+        return JSONResponse(
+            {
+                "trust": self._directory.trust.compact.decode().strip(),
+                "question": question,
+                "records": [entry.compact.decode() for entry in entries if entry is not None],
+            }
+        )
+
+    def _waiting_for(self, request: Request, caller: Caller) -> dict[str, Any]:
+        """The pending request of a path, as the caller sees it. Raises NotFoundError."""
         state = self._decisions.get(request.path_params["request_id"])
         view = self._waiting(state, caller) if state else None
         if view is None:
-            raise NotFoundError(
-                "no request with this id waits for an approval that you could see; it may be decided: "
-                "see /v1/decisions"
-            )
-        return JSONResponse(view)
+            raise NotFoundError(_NOT_WAITING)
+        return view
 
     async def _decision(self, request: Request) -> Response:
         state = self._state_of(request)
@@ -88,7 +128,7 @@ class DecisionsApi:
         return state
 
     def _caller(self, request: Request) -> Caller:
-        return self._authenticator.user(request.headers.get("authorization"))
+        return self._authenticator.authenticate(request)
 
     def _may_see(self, caller: Caller, state: RequestState) -> bool:
         return self._may_see_agent(caller, state.agent_id)
@@ -129,7 +169,8 @@ class DecisionsApi:
             },
             exclude_none=True,
         )
-        return {**view, "agent_id": state.agent_id, "you_can_give": list(yours)}
+        about = {"about": _about(facts)} if facts else {}
+        return {**view, **about, "agent_id": state.agent_id, "you_can_give": list(yours)}
 
     def _facts(self, decision: CredentialDecision) -> RequestContext | None:
         # The request stands inside a decision of this service, which verified it before it signed.
@@ -138,6 +179,20 @@ class DecisionsApi:
             return load_context(self._directory, Signed(request, decision.request))
         except DeniedError:
             return None
+
+
+def _about(facts: RequestContext) -> dict[str, Any]:
+    """What records say about a request, for people who do not see all of these records."""
+    task = facts.task.state
+    return {
+        "agent_description": facts.agent.state.description,
+        "sponsor": facts.agent.state.sponsor,
+        "purpose": task.purpose,
+        "on_behalf_of": task.on_behalf_of,
+        "task_ends_at": task.not_after,
+        "target_description": facts.target.state.description,
+        "delegators": list(facts.act[1:]),
+    }
 
 
 def _cursor(request: Request) -> RecordPosition | None:

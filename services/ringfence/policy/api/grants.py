@@ -64,7 +64,7 @@ class GrantApi:
         return JSONResponse(view)
 
     def _caller(self, request: Request) -> Caller:
-        return self._authenticator.user(request.headers.get("authorization"))
+        return self._authenticator.authenticate(request)
 
     def _view(self, grant: Grant, caller: Caller) -> dict[str, Any] | None:
         """Return a grant for a caller who may see it: operators, auditors, its signer, the sponsor, and the user it

@@ -37,7 +37,7 @@ class UsageApi:
         return [Route("/v1/agents/{agent_id}/usage", self._usage)]
 
     async def _usage(self, request: Request) -> Response:
-        caller = self._authenticator.user(request.headers.get("authorization"))
+        caller = self._authenticator.authenticate(request)
         try:
             entry = self._directory.agent(request.path_params["agent_id"])
         except ChainError:

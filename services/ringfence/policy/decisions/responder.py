@@ -134,25 +134,7 @@ class DecisionPublisher:
         return people_to_ask(self._directory, facts, decision.required, candidates)
 
     async def _ask(self, decision: CredentialDecision, user_id: str, case: Case) -> None:
-        assert decision.ttl_s is not None
-        assert decision.revisions is not None
-        assert decision.expires_at is not None
-        message = ApprovalRequest(
-            iss=self._runtime.key.id,
-            aud=decision.aud,
-            iat=decision.iat,
-            jti=derived_id(ApprovalRequest.typ, decision.jti, user_id),
-            request_id=decision.request_id,
-            request=decision.request,
-            source=decision.source,
-            approver=user_id,
-            required=decision.required,
-            ttl_s=decision.ttl_s,
-            delivery=decision.delivery,
-            revisions=decision.revisions,
-            reasons=decision.reasons,
-            expires_at=decision.expires_at,
-        )
+        message = question_for(decision, user_id, self._runtime.key.id)
         await self._runtime.publisher.publish_signed(
             APPROVAL_REQUEST, user_id, message, self._runtime.key, traceparent=case.traceparent
         )
@@ -180,6 +162,29 @@ class DecisionPublisher:
             traceparent=case.traceparent,
         )
         await acknowledged
+
+
+def question_for(decision: CredentialDecision, user_id: str, iss: str) -> ApprovalRequest:
+    """The question to a person about a pending decision. It says the same each time."""
+    assert decision.ttl_s is not None
+    assert decision.revisions is not None
+    assert decision.expires_at is not None
+    return ApprovalRequest(
+        iss=iss,
+        aud=decision.aud,
+        iat=decision.iat,
+        jti=derived_id(ApprovalRequest.typ, decision.jti, user_id),
+        request_id=decision.request_id,
+        request=decision.request,
+        source=decision.source,
+        approver=user_id,
+        required=decision.required,
+        ttl_s=decision.ttl_s,
+        delivery=decision.delivery,
+        revisions=decision.revisions,
+        reasons=decision.reasons,
+        expires_at=decision.expires_at,
+    )
 
 
 def _signed(decision: CredentialDecision, input_json: bytes | None, key: SigningKey) -> str:

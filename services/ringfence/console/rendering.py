@@ -1,0 +1,85 @@
+"""Pages as HTML. All text is made visible and escaped as it is written: templates cannot forget it."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from ringfence.console.assets import assets
+from ringfence.kernel.base.text import visible_lines, visible_name
+
+
+def render(template: str, **values: Any) -> str:
+    """The HTML of a page."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    made = Environment(
+        loader=PackageLoader("ringfence.console"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        # Texts of agents may hide characters, or turn the direction of what follows: as at the terminal, none do.
+        finalize=_shown,
+    )
+    made.filters |= {
+        "name": lambda text: visible_name(str(text)),
+        "segment": lambda text: quote(str(text), safe=""),
+        "until": _until,
+        "when": _when,
+        "span": span,
+        "plural": lambda count, one, many=None: f"{count:,} {one if count == 1 else many or one + 's'}",
+    }
+    made.globals |= {"assets": assets()}
+    return made
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, Markup):
+        return value
+    if isinstance(value, str):
+        return visible_lines(value)
+    return "" if value is None else value
+
+
+def span(seconds: float) -> str:
+    """A duration for people, as `2 h 5 min`."""
+    left = int(seconds)
+    if left < 60:
+        return f"{left} s"
+    if left < 3600:
+        return f"{left // 60} min" + (f" {left % 60} s" if left % 60 and left < 600 else "")
+    if left < 2 * 86_400:
+        return f"{left // 3600} h" + (f" {left % 3600 // 60} min" if left % 3600 // 60 else "")
+    return f"{left // 86_400} days"
+
+
+def _iso(seconds: float) -> tuple[str, str]:
+    at = datetime.fromtimestamp(seconds, UTC)
+    return at.isoformat(timespec="seconds"), at.strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def _until(seconds: float) -> Markup:
+    """A moment that a script counts down to."""
+    iso, text = _iso(seconds)
+    return Markup('<time datetime="{}" data-until="{}" title="{}">{}</time>').format(
+        iso, int(seconds), text, text
+    )
+
+
+def _when(millis: float | None) -> Markup:
+    """A moment of the past, in milliseconds since 1970, in the reader's own time zone by a script."""
+    if millis is None:
+        return Markup("never")
+    iso, text = _iso(millis / 1000)
+    return Markup('<time datetime="{}" data-at="{}" title="{}">{}</time>').format(
+        iso, int(millis), text, text
+    )

@@ -1,0 +1,134 @@
+// What pages do beside what the server wrote: times count down, and the page follows what the services say.
+//
+// The server says by an event that the page would look different now. The page is then fetched as a document, in which
+// no script runs, and what differs is exchanged. No text ever becomes HTML here.
+
+const SECOND = 1000;
+const live = document.getElementById("live");
+const state = document.getElementById("live-state");
+const announce = document.getElementById("announce");
+
+function span(seconds) {
+  if (seconds < 60) return `${seconds} s`;
+  if (seconds < 600) return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min`;
+  if (seconds < 172_800) return `${Math.floor(seconds / 3600)} h ${Math.floor((seconds % 3600) / 60)} min`;
+  return `${Math.floor(seconds / 86_400)} days`;
+}
+
+function ago(millis) {
+  const seconds = Math.max(0, Math.floor((Date.now() - millis) / SECOND));
+  if (seconds < 5) return "just now";
+  if (seconds < 172_800) return `${span(seconds)} ago`;
+  return new Date(millis).toLocaleString();
+}
+
+/** Write the times below a node as they are now. */
+function tick(root) {
+  const now = Math.floor(Date.now() / SECOND);
+  for (const node of root.querySelectorAll("time[data-until]")) {
+    const left = Number(node.dataset.until) - now;
+    const text = left > 0 ? `in ${span(left)}` : "over";
+    if (node.textContent !== text) node.textContent = text;
+    node.classList.toggle("urgent", left > 0 && left < 60);
+  }
+  for (const node of root.querySelectorAll("time[data-at]")) {
+    const text = node.dataset.exact === undefined ? ago(Number(node.dataset.at)) : new Date(Number(node.dataset.at)).toLocaleString();
+    if (node.textContent !== text) node.textContent = text;
+  }
+}
+
+/** Make `node` look like `fresh`. Parts with an id stay as they are where nothing in them differs. */
+function follow(node, fresh) {
+  const present = new Map([...node.children].filter((child) => child.id).map((child) => [child.id, child]));
+  const wanted = [...fresh.childNodes].map((child) => {
+    const old = child.id ? present.get(child.id) : undefined;
+    if (old === undefined) return document.importNode(child, true);
+    for (const [at, details] of [...old.querySelectorAll("details")].entries()) {
+      const same = child.querySelectorAll("details")[at];
+      if (same) same.open = details.open;
+    }
+    if (old.isEqualNode(child)) return old;
+    if (old.dataset.parts !== undefined && child.dataset.parts !== undefined) {
+      follow(old, child);
+      return old;
+    }
+    return document.importNode(child, true);
+  });
+  const focused = document.activeElement?.id;
+  const keep = new Set(wanted);
+  for (const child of [...node.childNodes]) if (!keep.has(child)) child.remove();
+  let at = node.firstChild;
+  for (const child of wanted) {
+    if (child === at) at = at.nextSibling;
+    else node.insertBefore(child, at);
+  }
+  if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus();
+}
+
+function fetchDocument() {
+  return new Promise((resolve, reject) => {
+    const request = new XMLHttpRequest();
+    request.open("GET", location.href);
+    request.responseType = "document";
+    request.onload = () => (request.status === 200 && request.responseURL === location.href.split("#")[0] ? resolve(request.response) : reject(new Error(`${request.status}`)));
+    request.onerror = () => reject(new Error("no answer"));
+    request.send();
+  });
+}
+
+let refreshing = false;
+let again = false;
+
+async function refresh() {
+  if (refreshing) {
+    again = true;
+    return;
+  }
+  refreshing = true;
+  try {
+    const fresh = await fetchDocument();
+    tick(fresh);
+    follow(live, fresh.getElementById("live"));
+    const asked = fresh.getElementById("asked");
+    if (asked && !document.getElementById("asked").isEqualNode(asked)) follow(document.getElementById("asked"), asked);
+    announce.textContent = "The page was updated.";
+  } catch {
+    location.reload();
+  } finally {
+    refreshing = false;
+    if (again) {
+      again = false;
+      refresh();
+    }
+  }
+}
+
+function setState(text, name) {
+  state.textContent = text;
+  state.dataset.state = name;
+}
+
+if (live !== null) {
+  tick(document);
+  setInterval(() => tick(document), SECOND);
+  if (document.body.dataset.live === "yes") {
+    const source = new EventSource(`/live?page=${encodeURIComponent(location.pathname + location.search)}`);
+    source.addEventListener("open", () => setState("Live", "on"));
+    source.addEventListener("error", () => setState("Not live", "off"));
+    source.addEventListener("changed", refresh);
+    source.addEventListener("ended", () => {
+      source.close();
+      location.reload();
+    });
+    window.addEventListener("pagehide", () => source.close());
+  }
+}
+
+document.addEventListener("submit", (event) => {
+  // A question opens beside this page. The form stays, in case nothing is signed there.
+  const form = event.target;
+  if (form.target !== "_blank") return;
+  const said = form.querySelector("[data-opens]");
+  if (said) said.hidden = false;
+});

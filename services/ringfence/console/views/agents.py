@@ -1,0 +1,51 @@
+"""Agents: the inventory, and one agent."""
+
+from __future__ import annotations
+
+from ringfence.console.views.page import Page, View
+
+ROWS = 50
+FILTERS = ("agent", "sponsor", "status", "target")
+FLAGS = {"orphans": "without a live sponsor", "keys_ending": "keys end soon", "standing": "standing leases"}
+
+
+async def agents(view: View) -> Page:
+    """The inventory, page by page."""
+    filters: dict[str, str | int | None] = {
+        name: value for name in (*FILTERS, *FLAGS) if (value := view.query.get(name, "").strip())
+    }
+    answer = await view.reads.inventory(filters, after=view.query.get("after") or None, limit=ROWS)
+    return Page(
+        "agents.html",
+        "Agents",
+        {
+            "agents": answer["agents"],
+            "totals": answer.get("totals"),
+            "after": answer["after"],
+            "gaps": answer["gaps"],
+            "filters": {name: str(filters.get(name, "")) for name in (*FILTERS, *FLAGS)},
+            "flags": FLAGS,
+        },
+        "agents",
+    )
+
+
+async def agent(view: View) -> Page:
+    """One agent: its state, its ceiling against what it used, its tasks and leases. Raises ApiError (404)."""
+    record = await view.reads.record("agent", view.id)
+    rows = (await view.reads.inventory({"agent": view.id}, limit=1))["agents"]
+    usage = await view.reads.usage(view.id)
+    leases = await view.reads.leases(agent=view.id)
+    return Page(
+        "agent.html",
+        f"Agent {view.id}",
+        {
+            "state": record["state"],
+            "revision": record["revision"],
+            "row": rows[0] if rows else None,
+            "usage": usage,
+            "leases": leases["leases"],
+            "more": leases["more"],
+        },
+        "agents",
+    )

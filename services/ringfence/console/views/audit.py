@@ -1,0 +1,92 @@
+"""The audit trail: search, one trace as a timeline back to the human, findings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.console.views.page import Page, View
+
+FILTERS = ("agent", "task", "request", "lease", "target", "on_behalf_of", "sponsor", "code")
+ROWS = 100
+_FINDINGS = "detection.*,break_glass.*"
+
+
+async def audit(view: View) -> Page:
+    """The latest events that fit, the latest first."""
+    filters: dict[str, str | int | None] = {
+        name: view.query.get(name, "").strip() or None for name in (*FILTERS, "severity", "status")
+    }
+    answer = await view.reads.events(filters, limit=ROWS)
+    return Page(
+        "audit.html",
+        "Audit",
+        {
+            "events": [event_row(one) for one in reversed(answer["events"])],
+            "filters": {name: str(value or "") for name, value in filters.items()},
+            "names": FILTERS,
+        },
+        "audit",
+    )
+
+
+async def trace(view: View) -> Page:
+    """What led to one thing and what became of it. Raises ApiError (404)."""
+    answer = await view.reads.trace(view.id, view.query.get("kind") or None)
+    steps: list[dict[str, Any]] = []
+    for root in answer["roots"]:
+        _flatten(root, 0, steps)
+    people = list(dict.fromkeys(person for step in steps if (person := step["behalf"])))
+    return Page(
+        "trace.html",
+        f"Trace of {answer['kind']} {answer['id'][:36]}",
+        {"steps": steps, "truncated": answer["truncated"], "people": people},
+        "audit",
+    )
+
+
+async def findings(view: View) -> Page:
+    """What detection rules found, and uses of break glass."""
+    answer = await view.reads.events({"code": _FINDINGS}, limit=ROWS)
+    uses = await view.reads.break_glass()
+    return Page(
+        "findings.html",
+        "Findings",
+        {"events": [event_row(one) for one in reversed(answer["events"])], "uses": uses[-50:][::-1]},
+        "findings",
+    )
+
+
+def event_row(event: dict[str, Any]) -> dict[str, Any]:
+    """An OCSF event as a row."""
+    fields = event.get("unmapped", {})
+    return {
+        "uid": event["metadata"]["uid"],
+        "at_ms": event["time"],
+        "code": event["metadata"].get("event_code", ""),
+        "severity": event.get("severity", ""),
+        "status": event.get("status", ""),
+        "message": event.get("message", ""),
+        **{
+            name: fields.get(name) for name in ("agent", "task", "request", "lease", "on_behalf_of", "target")
+        },
+        "trace": fields.get("lease") or fields.get("request") or fields.get("task") or fields.get("agent"),
+    }
+
+
+def _flatten(node: dict[str, Any], depth: int, into: list[dict[str, Any]]) -> None:
+    detail = node.get("detail") or {}
+    into.append(
+        {
+            "depth": min(depth, 8),
+            "kind": node["kind"],
+            "id": node["id"],
+            "title": node["title"],
+            "at_ms": node["at_ms"],
+            "duration_ms": node.get("duration_ms"),
+            "actor": node.get("actor"),
+            "behalf": detail.get("on_behalf_of") if isinstance(detail, dict) else None,
+            "detail": detail,
+        }
+    )
+    for child in node["children"]:
+        _flatten(child, depth + 1, into)

@@ -1,0 +1,43 @@
+"""Tasks, and one task with what hangs on it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ringfence.console.views.page import Page, View
+
+SHOWN = 200
+
+
+async def tasks(view: View) -> Page:
+    """The tasks that the person may see, those that end first before the others."""
+    status = view.query.get("status") or "active"
+    agent = view.query.get("agent", "").strip() or None
+    found = await view.reads.records("task", status=status if status != "all" else None, agent=agent)
+    found.sort(key=lambda one: one["state"]["not_after"])
+    return Page(
+        "tasks.html",
+        "Tasks",
+        {"tasks": found[:SHOWN], "count": len(found), "status": status, "agent": agent or ""},
+        "tasks",
+    )
+
+
+async def task(view: View) -> Page:
+    """One task, its leases, and the parts that were handed on. Raises ApiError (404)."""
+    record = await view.reads.record("task", view.id)
+    leases = await view.reads.leases(task=view.id)
+    parts: list[Any] = await view.reads.records("task", parent=view.id)
+    return Page(
+        "task.html",
+        f"Task {view.id[:8]}",
+        {
+            "state": record["state"],
+            "leases": leases["leases"],
+            "more": leases["more"],
+            "parts": parts,
+            "over": record["state"]["status"] == "ended"
+            or record["state"]["not_after"] * 1000 <= view.now_ms,
+        },
+        "tasks",
+    )

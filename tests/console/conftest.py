@@ -1,0 +1,128 @@
+"""A running stack with a console and a sign page, and people at browsers who sign in there."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+from playwright.async_api import Browser, Page, expect
+
+from ringfence.client.admin.trust_setup import SERVICE_ROLES
+from ringfence.dev.stack import Stack, StackOptions
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
+from tests.passkeys.browser import Person
+from tests.passkeys.conftest import Site, browser, serve_sign_page
+from tests.passkeys.organisation import Organisation
+from tests.support.stack import RunningStack, realm_in
+
+__all__ = ["browser"]
+
+
+@pytest.fixture(scope="session")
+def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
+    """All services as processes, and a console."""
+    with tempfile.TemporaryDirectory(prefix="ringfence-console-") as folder:
+        options = StackOptions(
+            Path(folder) / "state",
+            trust_domain="acme.example",
+            kafka=kafka.bootstrap,
+            embedded_broker=kafka.embedded,
+            redis_url=redis_server.url,
+            topic_prefix="console",
+            redis_prefix="console",
+            keep_bytes=1024 * 1024,
+            services=(*SERVICE_ROLES, "console"),
+            environment={"RINGFENCE_CONSOLE_REFRESH_MS": "300"},
+        )
+        with Stack(options) as running:
+            yield running
+
+
+@pytest.fixture(scope="session")
+def site(stack: Stack) -> Iterator[Site]:
+    """The origins of this stack, with the sign page served."""
+    made = Site(stack.origins["sign"], stack.origins["session"], stack.environment())
+    server = serve_sign_page(stack, made, urlsplit(made.sign).port or 0)
+    yield made
+    server.kill()
+
+
+@dataclass
+class Visitor:
+    """Somebody with a passkey at a browser, and the console in it."""
+
+    person: Person
+    user_id: str
+    site: Site
+
+    @property
+    def page(self) -> Page:
+        return self.person.page
+
+    def url(self, path: str) -> str:
+        return self.site.session + path
+
+    async def open(self, path: str) -> Page:
+        """Open a page of the console."""
+        await self.page.goto(self.url(path))
+        return self.page
+
+    async def sign_in(self, path: str = "/") -> Page:
+        """Sign in on the way to a page."""
+        page = await self.open(path)
+        await page.get_by_role("button", name="Sign in").click()
+        await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+        return page
+
+    async def signs(self, button: str, sign: str | None = None, *, within: str | None = None) -> Page:
+        """Press a button of the console, and then the one that signs, on the page that opens. Returns that page."""
+        scope = self.page.locator(within) if within else self.page
+        async with self.page.context.expect_page() as opening:
+            await scope.get_by_role("button", name=button, exact=True).click()
+        opened = await opening.value
+        await opened.get_by_role("button", name=sign or button, exact=True).click()
+        await expect(opened.get_by_text("It was handed to the program that asked")).to_be_visible()
+        return opened
+
+
+@pytest.fixture
+async def realm(stack: Stack, site: Site) -> AsyncIterator[RunningStack]:
+    """A small organisation of this test's own."""
+    async with realm_in(stack) as made:
+        yield made
+
+
+@pytest.fixture
+async def organisation(realm: RunningStack, site: Site) -> AsyncIterator[Organisation]:
+    """Its people who sign with passkeys."""
+    async with Organisation(realm, site.environment) as made:
+        yield made
+
+
+@pytest.fixture
+async def person(browser: Browser) -> AsyncIterator[Person]:
+    """Somebody at a browser that has seen no page before."""
+    made = await Person.at(browser)
+    yield made
+    await made.leave()
+
+
+@pytest.fixture
+async def other_person(browser: Browser) -> AsyncIterator[Person]:
+    """Somebody else, at a browser of their own."""
+    made = await Person.at(browser)
+    yield made
+    await made.leave()
+
+
+@pytest.fixture
+async def sponsor(organisation: Organisation, person: Person, site: Site) -> AsyncIterator[Visitor]:
+    """The sponsor of the realm's agent, who has a passkey alone."""
+    made = Visitor(person, await organisation.sponsor(person), site)
+    yield made
+    assert person.complaints == []

@@ -1,0 +1,157 @@
+"""Approvals in the console: what people see, sign on the sign page, and what becomes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from playwright.async_api import expect
+
+from ringfence.client.agent.agent import Agent
+from ringfence.client.errors import RequestDeniedError
+from tests.console.conftest import Visitor
+from tests.passkeys.browser import Person
+from tests.passkeys.organisation import Organisation
+
+HOSTILE = "<img src=x onerror=alert(1)> \u202egnp.exe\x07 {{ 7*7 }}\n</blockquote><script>alert(1)</script>"
+
+
+@asynccontextmanager
+async def asking(
+    organisation: Organisation, reason: str = "to deploy", count: int = 1
+) -> AsyncIterator[list[Any]]:
+    """The realm's agent asks for what its sponsor has to approve."""
+    realm = organisation.realm
+    async with realm.as_agent() as agent:
+        requests = [asyncio.create_task(ask(organisation, agent, reason)) for _ in range(count)]
+        yield requests
+        for request in requests:
+            request.cancel()
+        await asyncio.gather(*requests, return_exceptions=True)
+
+
+async def ask(organisation: Organisation, agent: Agent, reason: str) -> Any:
+    realm = organisation.realm
+    return await agent.request(
+        task=realm.task, target=realm.target, verbs=["write"], resources=["env/staging/web"], reason=reason,
+        ttl_s=600, timeout_s=120,
+    )  # fmt: skip
+
+
+async def test_a_sponsor_approves_with_one_look_and_one_touch(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    await expect(page.get_by_text("Nothing waits for you.")).to_be_visible()
+    async with asking(organisation) as (request,):
+        # The page follows by itself.
+        card = page.locator("article")
+        await expect(card).to_have_count(1)
+        await expect(card.get_by_role("heading")).to_contain_text(
+            f"{organisation.realm.agent} asks for write"
+        )
+        await expect(card).to_contain_text(f"write on env/staging/web at {organisation.realm.target}")
+        await expect(card).to_contain_text("to deploy")
+        await expect(card).to_contain_text(organisation.realm.name("maria"))
+        await card.get_by_label("Your comment").fill("go ahead")
+        await sponsor.signs("Approve")
+        assert (await request).lease_id
+        await expect(card).to_have_count(0)
+        await expect(page.get_by_text("Signed and sent: approve request")).to_be_visible()
+
+
+async def test_a_denial_reaches_the_agent(sponsor: Visitor, organisation: Organisation) -> None:
+    await sponsor.sign_in("/approvals")
+    async with asking(organisation) as (request,):
+        await expect(sponsor.page.locator("article")).to_have_count(1)
+        await sponsor.signs("Deny")
+        with pytest.raises(RequestDeniedError):
+            await request
+
+
+async def test_what_is_approved_ahead_is_not_asked_again(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation) as (request,):
+        await page.get_by_text("Approve ahead").first.click()
+        await page.get_by_label("Credentials like this one").fill("2")
+        await sponsor.signs("Approve ahead")
+        assert (await request).lease_id
+    async with organisation.realm.as_agent() as agent:
+        assert (await ask(organisation, agent, "again")).lease_id
+
+
+async def test_equivalent_requests_are_one_card(sponsor: Visitor, organisation: Organisation) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation, count=3):
+        await expect(page.get_by_text("3 alike")).to_be_visible()
+        await expect(page.locator("article")).to_have_count(1)
+
+
+async def test_text_of_agents_is_text(sponsor: Visitor, organisation: Organisation) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation, HOSTILE):
+        quote = page.locator("article blockquote").first
+        await expect(quote).to_have_text(
+            "<img src=x onerror=alert(1)> ‹U+202E›gnp.exe‹U+0007› {{ 7*7 }}\n</blockquote><script>alert(1)</script>"
+        )
+        assert await page.locator("article img, article script").count() == 0
+
+
+async def test_a_reason_as_long_as_may_be_breaks_nothing(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    await page.set_viewport_size({"width": 360, "height": 800})
+    async with asking(organisation, "<b>\u202e&" + "w" * 2000):
+        await expect(page.locator("article")).to_have_count(1)
+        width = await page.evaluate("document.documentElement.scrollWidth")
+        assert width <= 360
+
+
+async def test_another_sponsor_sees_nothing_of_it(
+    sponsor: Visitor, organisation: Organisation, other_person: Person
+) -> None:
+    other = Visitor(other_person, organisation.realm.name("bob"), sponsor.site)
+    await organisation.enrol(other_person, other.user_id)
+    await sponsor.sign_in("/approvals")
+    page = await other.sign_in("/approvals?show=all")
+    async with asking(organisation):
+        link = sponsor.page.locator("article .requestline a")
+        await expect(link).to_have_count(1)
+        path = await link.get_attribute("href") or ""
+        answer = await page.request.get(other.url(path))
+        assert answer.status == 404
+        assert "deploy" not in await answer.text()
+        for path in (f"/agents/{organisation.realm.agent}",):
+            assert (await page.request.get(other.url(path))).status == 404
+        await other.open("/approvals?show=all")
+        await expect(page.locator("article")).to_have_count(0)
+        form = {"id": path.rpartition("/")[2]}
+        for kind in ("approve", "grant", "suspend"):
+            refused = await page.request.post(
+                other.url(f"/sign/{kind}"), form={**form, "reason": "x", "count": "1", "hours": "1"},
+                headers={"Origin": other.site.session}, max_redirects=0,
+            )  # fmt: skip
+            assert refused.status == 404
+    assert other_person.complaints == []
+
+
+async def test_a_question_about_what_changed_since_is_refused(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation):
+        await expect(page.locator("article")).to_have_count(1)
+        before = await page.locator("article input[name=digest]").input_value()
+        request_id = await page.locator("article input[name=id]").input_value()
+        refused = await page.request.post(
+            sponsor.url("/sign/approve"), form={"id": request_id, "digest": before[::-1]},
+            headers={"Origin": sponsor.site.session}, max_redirects=0,
+        )  # fmt: skip
+        assert refused.status == 400
+        assert "changed since it was shown" in await refused.text()

@@ -1,0 +1,83 @@
+"""Sign-in at the console: whose session it is, what its cookie is, and what others make of it."""
+
+from __future__ import annotations
+
+import httpx
+from playwright.async_api import expect
+
+from tests.console.conftest import Visitor
+from tests.passkeys.organisation import Organisation
+
+
+async def test_a_passkey_signs_in_and_the_second_time_with_one_touch(sponsor: Visitor) -> None:
+    page = await sponsor.sign_in("/agents?status=active")
+    assert page.url == sponsor.url("/agents?status=active")
+    await expect(page.get_by_text(sponsor.user_id, exact=True).first).to_be_visible()
+    (cookie,) = [one for one in await page.context.cookies() if one["name"] == "__Host-ringfence"]
+    assert cookie["secure"]
+    assert cookie["httpOnly"]
+    assert cookie["sameSite"] == "Strict"
+    await page.get_by_role("button", name="Sign out").click()
+    await page.get_by_role("button", name=f"Sign in as {sponsor.user_id}").click()
+    await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+
+
+async def test_nobody_sees_a_page_without_signing_in(sponsor: Visitor) -> None:
+    for path in ("/approvals", "/agents", "/agents/x"):
+        page = await sponsor.open(path)
+        assert page.url.startswith(sponsor.url("/sign-in?next="))
+    answer = httpx.get(sponsor.url("/live"), params={"page": "/agents"})
+    assert answer.status_code == 204
+
+
+async def test_a_cookie_that_signed_out_is_over(sponsor: Visitor) -> None:
+    page = await sponsor.sign_in()
+    (cookie,) = [one for one in await page.context.cookies() if one["name"] == "__Host-ringfence"]
+    header = {"Cookie": f"{cookie['name']}={cookie['value']}"}
+    assert httpx.get(sponsor.url("/agents"), headers=header).status_code == 200
+    await page.get_by_role("button", name="Sign out").click()
+    await page.wait_for_url("**/sign-in")
+    assert httpx.get(sponsor.url("/agents"), headers=header).status_code == 303
+
+
+async def test_the_statement_in_a_cookie_is_for_its_secret_alone(sponsor: Visitor) -> None:
+    page = await sponsor.sign_in()
+    (cookie,) = [one for one in await page.context.cookies() if one["name"] == "__Host-ringfence"]
+    secret, _, statement = cookie["value"].partition(".")
+    for value in (f"{'x' * len(secret)}.{statement}", statement, f"{secret}.", secret):
+        answer = httpx.get(sponsor.url("/agents"), headers={"Cookie": f"__Host-ringfence={value}"})
+        assert answer.status_code == 303
+
+
+async def test_who_is_disabled_is_signed_out_while_the_page_is_open(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/agents")
+    await expect(page.locator("#live-state")).to_have_text("Live")
+    async with organisation.realm.as_operator() as olga:
+        await olga.transfer_agent(
+            organisation.realm.agent, sponsor=organisation.realm.name("sam"), without_consent=True
+        )
+        await olga.disable_user(sponsor.user_id, reason="left")
+    await expect(page.get_by_text("Your session ended")).to_be_visible()
+
+
+async def test_requests_of_other_hosts_and_origins_do_nothing(sponsor: Visitor) -> None:
+    port = sponsor.site.session.rpartition(":")[2]
+    other = httpx.get(sponsor.url("/sign-in"), headers={"Host": f"evil.example:{port}"})
+    assert other.status_code == 421
+    for origin in ({}, {"Origin": "null"}, {"Origin": sponsor.site.sign}, {"Origin": "https://evil.example"}):
+        for path in ("/sign-out", "/sign/suspend", "/sign-in/begin", "/sign-in/finish", "/sign-in/find"):
+            assert httpx.post(sponsor.url(path), headers=origin, json={}).status_code == 403
+
+
+async def test_headers_of_every_answer(sponsor: Visitor) -> None:
+    for path in ("/sign-in", "/nothing", "/static/none.js", "/relay/x"):
+        headers = httpx.get(sponsor.url(path)).headers
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "frame-ancestors 'none'" in policy
+        assert "require-trusted-types-for 'script'" in policy
+        assert "unsafe" not in policy
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["x-content-type-options"] == "nosniff"
