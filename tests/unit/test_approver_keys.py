@@ -57,7 +57,8 @@ class Office:
         facts = self.facts()
         claims = self.ledger.claims(
             Approval, by, verdict="approved", request=facts.request.compact, request_id=facts.request_id,
-            request_digest=digest(facts.request.compact), ttl_s=60, delivery="agent", revisions=facts.revisions("0" * 64),
+            request_digest=digest(facts.request.compact), ttl_s=60, delivery="agent",
+            revisions=facts.revisions("0" * 64),
         )  # fmt: skip
         return Signed(claims, sign(claims, key or self.ledger.key(by)))
 
