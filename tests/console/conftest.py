@@ -41,6 +41,8 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
         )
         with Stack(options) as running:
             yield running
+            log = running.child("console").log_path.read_text()
+        assert "Traceback" not in log, log[-4000:]
 
 
 @pytest.fixture(scope="session")

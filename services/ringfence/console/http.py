@@ -91,7 +91,7 @@ class Site:
                 Route("/trace", self._trace_form),
                 *(Route(path, self._page_of(make)) for path, make in PAGES.items()),
             ],
-            exception_handlers={404: self._not_found, 405: self._not_found},
+            exception_handlers={404: self._not_found, 405: self._not_found, 500: self._broken},
         )
         made.router.redirect_slashes = False
         return made
@@ -253,6 +253,12 @@ class Site:
         assert isinstance(error, HTTPException)
         session = self._session(request)
         return self._failed(session, ApiError("there is no such page", status=404), 404)
+
+    async def _broken(self, request: Request, error: Exception) -> Response:
+        log.error("could not answer %s %s", request.method, request.url.path, exc_info=error)
+        return self._failed(
+            None, RingfenceError("Something went wrong in the console. Its log says what."), 500
+        )
 
     # --- signing ---
 
