@@ -139,10 +139,12 @@ def _ours(folder: Path, planted: list[tuple[Path, Case]]) -> Scores:
         report = scanner.run()
     found: dict[str, set[str]] = defaultdict(set)
     for one in report.findings:
-        found[one.place.path].add(one.fingerprint or "")
+        # What has no value, such as an encrypted keyring, counts by its pattern.
+        found[one.place.path].add(one.fingerprint or f"unread {one.pattern.value}")
     scores = Scores()
     for path, case in planted:
         wanted = {fingerprints.of(SecretValue(secret.value)) for secret in case.secrets}
+        wanted |= {f"unread {pattern}" for pattern in case.unread}
         got = found[str(path)]
         scores.by_class[case.label].add(Score(len(wanted), len(wanted & got), len(got - wanted)))
     return scores

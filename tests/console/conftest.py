@@ -6,7 +6,6 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from playwright.async_api import Browser, Page, expect
@@ -16,7 +15,7 @@ from ringfence.dev.stack import Stack, StackOptions
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site, browser, serve_sign_page
+from tests.passkeys.conftest import Site, browser
 from tests.passkeys.organisation import Organisation
 from tests.support.stack import RunningStack, realm_in
 
@@ -37,19 +36,19 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             redis_prefix="console",
             keep_bytes=1024 * 1024,
             services=(*SERVICE_ROLES, "console"),
+            sign_page=True,
             environment={"RINGFENCE_CONSOLE_REFRESH_MS": "300"},
         )
         with Stack(options) as running:
             yield running
+            log = running.child("console").log_path.read_text()
+        assert "Traceback" not in log, log[-4000:]
 
 
 @pytest.fixture(scope="session")
-def site(stack: Stack) -> Iterator[Site]:
-    """The origins of this stack, with the sign page served."""
-    made = Site(stack.origins["sign"], stack.origins["session"], stack.environment())
-    server = serve_sign_page(stack, made, urlsplit(made.sign).port or 0)
-    yield made
-    server.kill()
+def site(stack: Stack) -> Site:
+    """Where people sign on this stack, and where its console is."""
+    return Site(stack.origins["sign"], stack.origins["session"], stack.environment())
 
 
 @dataclass
@@ -85,6 +84,7 @@ class Visitor:
         async with self.page.context.expect_page() as opening:
             await scope.get_by_role("button", name=button, exact=True).click()
         opened = await opening.value
+        await self.person.use_keys_at(opened)
         await opened.get_by_role("button", name=sign or button, exact=True).click()
         await expect(opened.get_by_text("It was handed to the program that asked")).to_be_visible()
         return opened
@@ -98,9 +98,9 @@ async def realm(stack: Stack, site: Site) -> AsyncIterator[RunningStack]:
 
 
 @pytest.fixture
-async def organisation(realm: RunningStack, site: Site) -> AsyncIterator[Organisation]:
+async def organisation(realm: RunningStack, site: Site, tmp_path: Path) -> AsyncIterator[Organisation]:
     """Its people who sign with passkeys."""
-    async with Organisation(realm, site.environment) as made:
+    async with Organisation(realm, site.environment, tmp_path) as made:
         yield made
 
 

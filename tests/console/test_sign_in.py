@@ -72,7 +72,7 @@ async def test_requests_of_other_hosts_and_origins_do_nothing(sponsor: Visitor) 
 
 
 async def test_headers_of_every_answer(sponsor: Visitor) -> None:
-    for path in ("/sign-in", "/nothing", "/static/none.js", "/relay/x"):
+    for path in ("/sign-in", "/nothing", "/static/none.js", "/questions/x"):
         headers = httpx.get(sponsor.url(path)).headers
         policy = headers["content-security-policy"]
         assert "default-src 'none'" in policy

@@ -14,6 +14,14 @@ from ringfence.dev.processes import StackError
 
 CHROMIUM = os.environ.get("RINGFENCE_TEST_CHROMIUM") or "chromium"
 WITHIN_MS = 30_000
+_OPTIONS = {
+    "protocol": "ctap2",
+    "transport": "internal",
+    "hasResidentKey": True,
+    "hasUserVerification": True,
+    "isUserVerified": True,
+    "automaticPresenceSimulation": True,
+}
 
 
 @asynccontextmanager
@@ -56,16 +64,17 @@ class Person:
         page = await context.new_page()
         session = await context.new_cdp_session(page)
         await session.send("WebAuthn.enable")
-        options = {
-            "protocol": "ctap2",
-            "transport": "internal",
-            "hasResidentKey": True,
-            "hasUserVerification": True,
-            "isUserVerified": True,
-            "automaticPresenceSimulation": True,
-        }
-        made = await session.send("WebAuthn.addVirtualAuthenticator", {"options": options})
+        made = await session.send("WebAuthn.addVirtualAuthenticator", {"options": _OPTIONS})
         return cls(page, session, made["authenticatorId"])
+
+    async def use_keys_at(self, page: Page) -> None:
+        """Have the same keys at another page of this browser: the virtual authenticator is that of one page."""
+        held = await self._session.send("WebAuthn.getCredentials", {"authenticatorId": self._authenticator})
+        session = await page.context.new_cdp_session(page)
+        await session.send("WebAuthn.enable")
+        made = await session.send("WebAuthn.addVirtualAuthenticator", {"options": _OPTIONS})
+        for credential in held["credentials"]:
+            await session.send("WebAuthn.addCredential", {**made, "credential": credential})
 
     async def set_verified(self, verified: bool) -> None:
         """Whether the authenticator recognises the person from now on."""

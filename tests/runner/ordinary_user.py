@@ -16,7 +16,7 @@ from typing import Final
 
 from tests.runner.places import ORDINARY_UID
 
-_SERVICES = Path(__file__).parents[2] / "services"
+_ROOT = Path(__file__).parents[2]
 _CONTROLLERS: Final = ("memory", "cpu", "cpuacct", "pids", "freezer")
 _START: Final = 'group=$1; shift; for file in $group; do echo $$ > "$file"; done; exec "$@"'
 
@@ -36,7 +36,8 @@ def ordinary_user() -> Iterator[tuple[str, ...]]:
             sysconfig.get_paths()["purelib"], site, symlinks=True, copy_function=_link,
             ignore=shutil.ignore_patterns("__pycache__", "*.pth", "mypy*", "ruff*"),
         )  # fmt: skip
-        shutil.copytree(_SERVICES, folder / "services", ignore=shutil.ignore_patterns("__pycache__"))
+        for part in ("services", "deploy"):  # the policy bundle stands beside the package in a clone
+            shutil.copytree(_ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
         for path in (site, *site.rglob("*")):
             if path.is_dir() and not path.is_symlink():
                 path.chmod(0o755)

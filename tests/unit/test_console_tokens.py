@@ -133,7 +133,13 @@ def test_only_get_is_answered(bench: Bench, method: str) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/reach", "/v1/decisions/x/explanation", "/access/v1/evaluation", "/v1/agents/a/b/usage", "/v1/inventory/"],
+    [
+        "/v1/reach",
+        "/v1/decisions/x/explanation",
+        "/access/v1/evaluation",
+        "/v1/agents/a/b/usage",
+        "/v1/inventory/",
+    ],
 )
 def test_what_is_not_listed_is_refused(bench: Bench, path: str) -> None:
     with pytest.raises(ForbiddenError):

@@ -1,4 +1,4 @@
-"""The routes of the console: pages, sign-in, questions, relays to the sign page, and live updates."""
+"""The routes of the console: pages, sign-in, questions for the sign page, and live updates."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Re
 from starlette.routing import Route
 
 from ringfence.client.errors import ApiError
-from ringfence.client.passkeys.questions import relay_link, sign_origin
+from ringfence.client.passkeys.questions import server_link, sign_origin
 from ringfence.console.assets import assets
 from ringfence.console.commands import Commands
 from ringfence.console.questions import MAX_ANSWER_BYTES, Questions
 from ringfence.console.reads import SessionReads
 from ringfence.console.rendering import render
-from ringfence.console.security import RELAY_PATH
+from ringfence.console.security import QUESTION_PATH
 from ringfence.console.session import COOKIE, Session, Sessions
 from ringfence.console.views.page import MakePage, Page, View
 from ringfence.console.views.pages import PAGES, SECTIONS
@@ -85,13 +85,13 @@ class Site:
                 Route("/sign-in/finish", self._finish, methods=["POST"]),
                 Route("/sign-out", self._sign_out, methods=["POST"]),
                 Route("/sign/{kind}", self._sign, methods=["POST"]),
-                Route(RELAY_PATH + "{path}", self._relay, methods=["GET", "POST"]),
+                Route(QUESTION_PATH + "{path}", self._question, methods=["GET", "POST"]),
                 Route("/live", self._live),
                 Route("/", self._home),
                 Route("/trace", self._trace_form),
                 *(Route(path, self._page_of(make)) for path, make in PAGES.items()),
             ],
-            exception_handlers={404: self._not_found, 405: self._not_found},
+            exception_handlers={404: self._not_found, 405: self._not_found, 500: self._broken},
         )
         made.router.redirect_slashes = False
         return made
@@ -254,6 +254,12 @@ class Site:
         session = self._session(request)
         return self._failed(session, ApiError("there is no such page", status=404), 404)
 
+    async def _broken(self, request: Request, error: Exception) -> Response:
+        log.error("could not answer %s %s", request.method, request.url.path, exc_info=error)
+        return self._failed(
+            None, RingfenceError("Something went wrong in the console. Its log says what."), 500
+        )
+
     # --- signing ---
 
     async def _sign(self, request: Request) -> Response:
@@ -270,9 +276,9 @@ class Site:
             return self._failed(session, error)
         except RingfenceError as error:
             return self._failed(session, error, 400)
-        return RedirectResponse(relay_link(origin, self._relay_url(question.path)), 303)
+        return RedirectResponse(server_link(origin, self._question_url(question.path)), 303)
 
-    async def _relay(self, request: Request) -> Response:
+    async def _question(self, request: Request) -> Response:
         """GET gives the sign page a question, POST takes its answer. The page sends no cookie."""
         console = self._console
         try:
@@ -286,7 +292,7 @@ class Site:
         if request.method == "GET":
             if question.state != "open":
                 return JSONResponse({"message": "this was answered already"}, 410, cors)
-            document = question.document(self._relay_url(question.path))
+            document = question.document(self._question_url(question.path))
             return Response(document, media_type="application/json", headers=cors)
         try:
             await console.questions.answer(question, await _json_body(request, MAX_ANSWER_BYTES))
@@ -297,8 +303,8 @@ class Site:
         log.info("user %s: %s: %s", question.user_id, question.state, question.title)
         return JSONResponse({}, headers=cors)
 
-    def _relay_url(self, path: str) -> str:
-        return f"{self._console.origin}{RELAY_PATH}{path}"
+    def _question_url(self, path: str) -> str:
+        return f"{self._console.origin}{QUESTION_PATH}{path}"
 
     # --- live updates ---
 

@@ -12,7 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ringfence.console.assets import content_security_policy
 
-RELAY_PATH: Final = "/relay/"
+QUESTION_PATH: Final = "/questions/"
 _PROBES: Final = frozenset({"/healthz", "/readyz"})
 """They say nothing of anybody, and load balancers ask by an address."""
 _CACHED: Final = "/static/"
@@ -38,7 +38,7 @@ class Guard:
         if scope["type"] != "http":
             return
         refusal = self._refusal(scope)
-        relay = scope["path"].startswith(RELAY_PATH)
+        question = scope["path"].startswith(QUESTION_PATH)
         cached = scope["path"].startswith(_CACHED)
 
         async def send_with_headers(message: Message) -> None:
@@ -50,7 +50,7 @@ class Guard:
                 # Not no-referrer: a form's Origin would be null.
                 headers["Referrer-Policy"] = "same-origin"
                 headers["Cross-Origin-Opener-Policy"] = "same-origin"
-                headers["Cross-Origin-Resource-Policy"] = "cross-origin" if relay else "same-origin"
+                headers["Cross-Origin-Resource-Policy"] = "cross-origin" if question else "same-origin"
                 headers["Cross-Origin-Embedder-Policy"] = "require-corp"
                 headers["Permissions-Policy"] = (
                     "publickey-credentials-get=(self), publickey-credentials-create=(), camera=(), geolocation=(), "
@@ -71,8 +71,8 @@ class Guard:
             return PlainTextResponse("this is not the name of this console\n", 421)
         if scope["method"] in ("GET", "HEAD"):
             return None
-        # Relays look for themselves whether the sign page asks: they carry no cookie.
-        if scope["path"].startswith(RELAY_PATH):
+        # Questions look for themselves whether the sign page asks: it sends no cookie.
+        if scope["path"].startswith(QUESTION_PATH):
             return None
         if headers.getlist("origin") != [self._origin]:
             return PlainTextResponse("another site asked for this; nothing was done\n", 403)

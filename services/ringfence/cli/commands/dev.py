@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 _RUNNER = "runner-1"
 """The runner of this machine, for `ringfence run`."""
+_CONSOLE: ServiceRole = "console"
+"""Optional elsewhere; here it runs always."""
+_WITH = tuple(role for role in ON_DEMAND if role != _CONSOLE)
 _LOOK_AGAIN_S = 0.5
 _GRACE_S = 20.0
 """Longer than services take to shut down while the broker is running."""
@@ -49,7 +52,7 @@ def dev(
         typer.Option(
             "--with",
             metavar="SERVICE",
-            help=f"A service that not everybody runs, too: {' or '.join(ON_DEMAND)}, with its settings in the "
+            help=f"A service that not everybody runs, too: {' or '.join(_WITH)}, with its settings in the "
             "environment. Repeatable.",
         ),
     ] = None,
@@ -65,7 +68,7 @@ def dev(
     out = console(markup=True)
     options = StackOptions(
         state.resolve(),
-        services=(*SERVICE_ROLES, *_selected_services(besides or ())),
+        services=(*SERVICE_ROLES, _CONSOLE, *_selected_services(besides or ())),
         fixed_ports=not free_ports,
         kafka_port=0 if free_ports else 9092,
         redis_port=0 if free_ports else 6379,
@@ -125,11 +128,11 @@ def ended_by_signals() -> Iterator[None]:
 
 
 def _selected_services(besides: Sequence[str]) -> list[ServiceRole]:
-    if unknown := [name for name in besides if name not in ON_DEMAND]:
+    if unknown := [name for name in besides if name not in _WITH]:
         raise typer.BadParameter(
-            f"unknown: {', '.join(unknown)}; known: {', '.join(ON_DEMAND)}", param_hint="--with"
+            f"unknown: {', '.join(unknown)}; known: {', '.join(_WITH)}", param_hint="--with"
         )
-    return [role for role in ON_DEMAND if role in besides]
+    return [role for role in _WITH if role in besides]
 
 
 async def _make_organisation(folder: TrustFolder, settings: ClientSettings, operator: str) -> str:
@@ -145,7 +148,7 @@ def _address_lines(stack: Stack) -> Iterator[str]:
     yield f"  {'Kafka':9} {stack.kafka}"
     yield f"  {'Redis':9} {stack.redis_url}"
     for role in stack.options.services:
-        yield f"  {role:9} {stack.url(role)}"
+        yield f"  {role:9} {stack.origins['session'] if role == _CONSOLE else stack.url(role)}"
     if "sign" in stack.origins:
         yield f"  {'sign page':9} {stack.origins['sign']}"
     yield f"  Agents reach their targets through {stack.door}"

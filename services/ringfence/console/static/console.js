@@ -44,9 +44,9 @@ function follow(node, fresh) {
   const wanted = [...fresh.childNodes].map((child) => {
     const old = child.id ? present.get(child.id) : undefined;
     if (old === undefined) return document.importNode(child, true);
-    for (const [at, details] of [...old.querySelectorAll("details")].entries()) {
-      const same = child.querySelectorAll("details")[at];
-      if (same) same.open = details.open;
+    for (const details of child.querySelectorAll("details[id]")) {
+      const same = document.getElementById(details.id);
+      if (same && old.contains(same)) details.open = same.open;
     }
     if (old.isEqualNode(child)) return old;
     if (old.dataset.parts !== undefined && child.dataset.parts !== undefined) {

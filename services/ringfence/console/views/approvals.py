@@ -8,6 +8,7 @@ from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.request_groups import RequestGroup, group_equivalent
 from ringfence.client.approvers import describe_approvers
 from ringfence.console.commands import shown_digest
+from ringfence.console.views.history import Unusual, comparisons
 from ringfence.console.views.page import Page, View
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse
@@ -36,11 +37,13 @@ async def approvals(view: View) -> Page:
     shown = view.query.get("show") or "mine"
     chosen = {"mine": mine, "others": others}.get(shown, groups)
     first = _start(view, len(chosen))
+    page = chosen[first : first + PAGE_GROUPS]
+    unusual = await comparisons(view, page)
     return Page(
         "approvals.html",
         "Approvals",
         {
-            "cards": [_card(group, digests) for group in chosen[first : first + PAGE_GROUPS]],
+            "cards": [_card(*one, digests) for one in zip(page, unusual, strict=True)],
             "shown": shown,
             "counts": {"mine": len(mine), "others": len(others)},
             "waiting": len(pending),
@@ -55,10 +58,11 @@ async def approval(view: View) -> Page:
     """One request. Raises ApiError (404) where it does not wait, or not for this person to see."""
     one = await view.reads.approval(view.id)
     group = RequestGroup((as_pending(one),))
+    (unusual,) = await comparisons(view, [group])
     return Page(
         "approval.html",
         f"Request {one['request_id'][:8]}",
-        {"card_view": _card(group, {one["request_id"]: shown_digest(one)})},
+        {"card_view": _card(group, unusual, {one["request_id"]: shown_digest(one)})},
         "approvals",
     )
 
@@ -95,8 +99,9 @@ def as_pending(view: dict[str, Any]) -> PendingApproval:
     )
 
 
-def _card(group: RequestGroup, digests: dict[str, str]) -> dict[str, Any]:
+def _card(group: RequestGroup, unusual: Unusual | None, digests: dict[str, str]) -> dict[str, Any]:
     return {
+        "unusual": unusual,
         "one": group.first,
         "group": group,
         "digests": digests,

@@ -10,6 +10,7 @@ It imports nothing of Ringfence, as it may run as root.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import socket
@@ -44,6 +45,9 @@ def _enter(pid: int) -> None:
     """Enter the network namespace of a process, and the user namespace that owns it. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+    if os.fstat(network).st_ino == os.stat("/proc/self/ns/net").st_ino:  # noqa: PTH116 - pathlib is slow to import
+        # The process has ended, and its pid was given to another one: this is the machine's own network.
+        raise OSError(errno.ESRCH, "the sandbox has ended")
     owner = fcntl.ioctl(network, NS_GET_USERNS)
     namespaces = [(network, CLONE_NEWNET)]
     if os.fstat(owner).st_ino != os.stat("/proc/self/ns/user").st_ino:  # noqa: PTH116 - as above
