@@ -506,7 +506,9 @@ def test_the_ten_minutes_are_those_of_passkeys() -> None:
     file = SigningKey.generate(SAM)
     jws, at_ms = parse(sign(end_key(), file)), (NOW_S + MAX_AGE_S + 1) * 1000
     key = public_key(file.public)
-    assert verify(jws, UserEndKey, lambda iss, kid: key, audience=TD, appended_at_ms=at_ms).claims == end_key()
+    assert (
+        verify(jws, UserEndKey, lambda iss, kid: key, audience=TD, appended_at_ms=at_ms).claims == end_key()
+    )
 
 
 @pytest.mark.parametrize("times", [True, False])
