@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Any
 
 from ringfence.client.errors import ApiError
 from ringfence.client.settings import ClientSettings
@@ -128,7 +129,7 @@ class ConsoleServer:
         found = self._trust.origins(self._clock.now_ms() / 1000)
         return next((one.origin for one in found if one.use == "sign"), None)
 
-    async def _publish(self, topic: Topic[object], key: str, compact: str, claims: Claims) -> None:
+    async def _publish(self, topic: Topic[Any], key: str, compact: str, claims: Claims) -> None:
         acknowledged = await self._publisher.send(topic, key, compact, id=claims.jti, type=claims.typ)
         await acknowledged
 

@@ -18,7 +18,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval, Grant
+from ringfence.messages.approval import MAX_GRANT_LIFE_S, ActionApproval, Approval, Grant
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest, Selector
@@ -132,6 +132,33 @@ class Commands:
         title = f"approve ahead {claims.count} like request {view['request_id'][:8]} of {view['agent_id']}"
         return _Draft(title, claims, APPROVAL_RESPONSE, view["agent_id"], evidence)
 
+    async def _answer_action(self, reads: SessionReads, session: Session, form: Form, verdict: str) -> _Draft:
+        id = _required(form, "id")
+        action = await reads.get("policy", "action-approvals", id)
+        stamp = self._questions.stamp(session.user_id)
+        claims = ActionApproval.model_validate(
+            {
+                **stamp,
+                "exp": min(stamp["exp"], action["expires_at"]),
+                "verdict": verdict,
+                "agent_id": action["agent"],
+                "request": action["request"],
+                "request_digest": digest(action["request"]),
+                "comment": form.get("comment", "").strip() or None,
+            }
+        )
+        evidence = await reads.get("policy", "action-approvals", id, "evidence")
+        title = f"{'approve' if verdict == 'approved' else 'deny'} one action of {action['agent']}"
+        return _Draft(title, claims, APPROVAL_RESPONSE, action["agent"], evidence)
+
+    async def approve_action(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
+        """Yes to one action, once."""
+        return await self._answer_action(reads, session, form, "approved")
+
+    async def deny_action(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
+        """No to one action."""
+        return await self._answer_action(reads, session, form, "denied")
+
     async def _pending(self, reads: SessionReads, form: Form) -> dict[str, Any]:
         view = await reads.approval(_required(form, "id"))
         if form.get("digest") and form["digest"] != shown_digest(view):
@@ -216,6 +243,8 @@ _KINDS: Final[Mapping[str, Callable[[Commands, SessionReads, Session, Form], Awa
     "approve": Commands.approve,
     "deny": Commands.deny,
     "grant": Commands.grant,
+    "approve-action": Commands.approve_action,
+    "deny-action": Commands.deny_action,
     "suspend": Commands.suspend,
     "resume": Commands.resume,
     "end-task": Commands.end_task,
