@@ -1,4 +1,5 @@
-"""The main line under load: credentials a second at saturation, latency at 100/s, CPU a credential by process.
+"""The main line under load: credentials a second at saturation, latency at 100/s, CPU a credential by process; and what
+approvals cost, by a key file and by a passkey.
 
 A credential counts when its request was signed and verified, decided, leased in Redis, on Kafka, sealed, opened and
 verified by the agent; the rate at saturation counts until the audit topic has the issue of the last one.
@@ -12,19 +13,28 @@ import gc
 import itertools
 import os
 import time
+import uuid
 from collections.abc import AsyncIterator, Sequence
+from typing import Any
 
 from bench.machine import cpu_s, percentile
 from bench.stack import running
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
-from ringfence.dev.organisation import PLATFORM, READ_ALL, key_of, seed
+from ringfence.dev.organisation import PLATFORM, READ_ALL, assign_first_task, key_of, seed
 from ringfence.dev.stack import Stack
+from ringfence.kernel.crypto.jws import parse, sign, verify
+from ringfence.kernel.crypto.keys import SigningKey, public_key
+from ringfence.kernel.crypto.webauthn import PasskeyKey, VerificationKey
 from ringfence.kernel.kafka.partitioning import partition_number
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.messages.registry import KeyPossession, TaskEnd, UserInvite
 from ringfence.messages.topics import AUDIT
+from ringfence.messages.trust import Origin
+from tests.support.passkeys import SoftwarePasskey
 
 Agents = list[tuple[Agent, str]]
 """With the task of each."""
@@ -37,6 +47,8 @@ SATURATION_S = 15
 SILENCE_S = 30
 RATE = 100
 RATE_S = 20
+APPROVALS, APPROVALS_IN_FLIGHT = 400, 16
+VERIFICATIONS = 1000
 WARM_UP = {"embedded": 0, "apache": 4000}
 """So many credentials first: for its first minute a Java machine compiles more than it does."""
 
@@ -122,6 +134,7 @@ async def _measure(stack: Stack, settings: ClientSettings, pids: dict[str, int],
         # First, as the embedded broker answers later every other second, as long as it takes to write what it holds.
         await audited.until(warm_up + await _at_a_rate(agents))
         await _saturate(agents, audited, pids | {"client": os.getpid()})
+    await _approvals(stack, settings, pids)
 
 
 async def _warm_up(agents: Agents, count: int) -> None:
@@ -186,6 +199,95 @@ async def _at_a_rate(agents: Agents) -> int:
         f"  the load client asked late by p50 {percentile(late, 0.5):.1f} ms, p99 {percentile(late, 0.99):.1f} ms"
     )
     return len(latencies)
+
+
+async def _approvals(stack: Stack, settings: ClientSettings, pids: dict[str, int]) -> None:
+    """Print what a credential costs that its sponsor approves, by a key file and by a passkey."""
+    domain = settings.trust_domain
+    task = await assign_first_task(stack.trust, settings)
+    file = key_of(stack.trust, domain, "user", "sam")
+    passkey = SoftwarePasskey.make(file.id, origin=stack.origins["sign"])
+    async with Administrator.connect(file, settings) as sam:
+        invitation = UserInvite(**sam.connection.stamp(300), user_id="sam")
+        possession = KeyPossession(
+            **sam.connection.stamp(300), user_id="sam", jwk=passkey.public, invitation=invitation.jti
+        )
+        await sam.add_user_key(
+            "sam", passkey.record(int(time.time()) + 86_400),
+            invitation=sign(invitation, file), possession=sign(possession, passkey),
+        )  # fmt: skip
+    async with Agent.connect(key_of(stack.trust, domain, "agent", "deploy-bot"), settings) as bot:
+        for name, key in (
+            ("a key file", file),
+            ("a passkey", passkey),
+            ("a key file", file),
+            ("a passkey", passkey),
+        ):
+            async with Sponsor.connect(key, settings) as sponsor:
+                await _approved(bot, task, sponsor, name, pids)
+    await _verification(file, passkey, stack)
+
+
+async def _approved(bot: Agent, task: str, sponsor: Sponsor, name: str, pids: dict[str, int]) -> None:
+    latencies: list[float] = []
+    numbers = iter(range(APPROVALS))
+
+    async def approve() -> None:
+        async for pending in sponsor.watch():
+            if pending.request_id not in seen:
+                seen.add(pending.request_id)
+                await sponsor.approve(pending)
+
+    async def ask() -> None:
+        for _ in numbers:
+            start = time.perf_counter()
+            await bot.request(
+                task=task, target=PLATFORM, verbs=["deploy"], resources=["env/staging/web"], reason="bench",
+                ttl_s=60, timeout_s=60,
+            )  # fmt: skip
+            latencies.append((time.perf_counter() - start) * 1000)
+
+    seen: set[str] = set()
+    approving = asyncio.create_task(approve())
+    before = cpu_s(pids)
+    await asyncio.gather(*(ask() for _ in range(APPROVALS_IN_FLIGHT)))
+    after = cpu_s(pids)
+    approving.cancel()
+    each = {role: (after[role] - before[role]) / APPROVALS * 1e6 for role in ("policy", "issuer", "audit")}
+    print(
+        f"approved by {name}, {APPROVALS_IN_FLIGHT} in flight: request to credential p50 "
+        f"{percentile(latencies, 0.5):.1f} ms, p99 {percentile(latencies, 0.99):.1f} ms; CPU µs a credential: "
+        + ", ".join(f"{role} {cost:.0f}" for role, cost in each.items())
+    )
+
+
+async def _verification(file: SigningKey, passkey: SoftwarePasskey, stack: Stack) -> None:
+    """Print what one signature costs a verifier, and how large it is."""
+    now_s = int(time.time())
+    fields: dict[str, Any] = {
+        "iss": file.id,
+        "aud": stack.options.trust_domain,
+        "iat": now_s,
+        "exp": now_s + 300,
+        "jti": "bench",
+    }
+    claims = TaskEnd(**fields, task_id=str(uuid.uuid4()), reason="bench")
+    origins = (Origin(origin=stack.origins["sign"], use="sign", not_before=0),)
+    found = PasskeyKey.of(passkey.record(now_s + 300), origins, now_s)
+    keys: dict[str, tuple[SigningKey, VerificationKey | None]] = {
+        "a key file": (file, public_key(file.public)), "a passkey": (passkey, found),
+    }  # fmt: skip
+    for name, (signer, key) in keys.items():
+        jws = parse(sign(claims, signer))
+        took_us = float("inf")
+        for _ in range(10):  # the best of them: others have the machine meanwhile
+            start = time.perf_counter()
+            for _ in range(VERIFICATIONS):
+                verify(jws, TaskEnd, lambda iss, kid, key=key: key, audience=claims.aud)  # type: ignore[misc]
+            took_us = min(took_us, (time.perf_counter() - start) / VERIFICATIONS * 1e6)
+        print(
+            f"a signature by {name}: {took_us:.0f} µs to verify, {len(jws.compact.rpartition('.')[2])} bytes"
+        )
 
 
 def run(kafka: str) -> None:

@@ -125,7 +125,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add_settings(parser)
 
 
-class FilesAndStack(LoadFileScheduling):
+class FilesAndStack(LoadFileScheduling):  # type: ignore[misc]
     """Gives the tests of a file to one process, and all tests on the one running stack: each stack costs a fifth of a
     core.
     """

@@ -39,6 +39,7 @@ from tests.policy.bundles import write
 from tests.support.benches.issuer_bench import IssuerBench
 from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, READ, Asked, PolicyBench, codes
 from tests.support.ocsf import check_ocsf
+from tests.support.user_keys import give_key
 from tests.support.world import DAY_S, Party, World, scope
 
 FROZEN = """
@@ -176,6 +177,26 @@ async def test_two_operators_allow_once_what_the_bundle_denies(world: World, tmp
         assert (await office.decision(again)).outcome == "approval_required"
         late = await office.yes(asked, office.olga)
         assert await office.refused(late[0]) == "already_decided"
+
+
+async def test_a_key_that_an_operator_lent_an_auditor_reviews_nothing(world: World, tmp_path: Path):
+    """olga broke glass, and comes again as uma."""
+    async with world.running("registry", "policy", "audit", own=own(tmp_path)):
+        office = await Emergency.open(world)
+        oscar = await world.user("oscar", roles=("operator",))
+        waiting = await give_key(world, office.olga, office.uma)
+        beside = await give_key(world, office.olga, office.uma, oscar)
+        asked = await office.shatter()
+        await office.yes(asked, office.olga, office.otto)
+        await office.event("break_glass.used", asked.id)
+        settings = client(world)
+        for by, why in ((waiting, "counts for approvals only from"), (beside, "rests on the word of olga")):
+            with pytest.raises(RefusedError, match=why):
+                await review_break_glass(asked.id, "it was right", by.key, settings)
+        use = await review_break_glass(asked.id, "it was right", office.uma.key, settings)
+        assert use["review"]["by"] == "uma"
+        refused = await office.event("break_glass.review_refused", asked.id)
+        assert refused["unmapped"]["verified"]["vouched_by"] == ["olga"]
 
 
 async def test_it_is_reviewed_by_somebody_who_had_no_part_in_it(world: World, tmp_path: Path):

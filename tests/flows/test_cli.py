@@ -573,7 +573,7 @@ async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(she
     await shell("olga", "target", "add", "hub", "--description", "code", "--template", "github-api")
     state = (await shell.json("olga", "target", "show", "hub"))["state"]
     assert state["backend"]["url"] == "https://api.github.com"
-    assert {"verb": "workflows:write", "floor": "operator", "ask": None} in state["verbs"]
+    assert {"verb": "workflows:write", "floor": "operator", "ask": None, "key": None} in state["verbs"]
     wanted = json.dumps({"target": "hub", "verbs": ["contents:read"], "resources": ["repos/octo/hello/**"]})
     key = ("--public-key", str(folder / "maria.json"))
     await shell("olga", "user", "set", "maria", "--allow", wanted, *key, "--yes")

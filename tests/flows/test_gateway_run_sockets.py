@@ -18,7 +18,8 @@ import httpx
 import pytest
 
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.sponsor import PendingApproval, Sponsor
+from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey

@@ -12,6 +12,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.webauthn import MAX_AGE_S
 from ringfence.messages.approval import BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.registry import (
     AgentResume,
@@ -33,7 +34,7 @@ from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, PolicyBench, 
 from tests.support.passkeys import ORIGINS, SESSION_ORIGIN, SoftwarePasskey, add_passkey
 from tests.support.world import DeadLetteredError, Party, World, scope
 
-SERVICES = ("registry", "policy", "issuer", "revoker")
+SERVICES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker")
 
 
 def but(who: Party, **how: Any) -> Party:

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable
 from typing import Any
 
-from tests.runner.installation import PROGRAM, WITHIN_S, Installation
+from tests.runner.installation import WITHIN_S, Installation
 
 POOL = "reviews"
 OVER = ("ended", "lost")
@@ -25,8 +25,9 @@ class Fleet:
         self.here, self.name = here, name
         self.folder = here.folder / f"pool-{name}"
         self.sources, self.reports = self.folder / "sources", self.folder / "reports"
-        for folder in (self.sources, self.reports):
+        for folder in (self.folder, self.sources, self.reports):
             folder.mkdir(parents=True, exist_ok=True)
+            here.give(folder)
         self.file = self.folder / "pool.json"
         self.write()
         self.said = ""
@@ -52,7 +53,7 @@ class Fleet:
             port = free.getsockname()[1]
         log = (self.folder / f"runner-{len(self.processes)}.log").open("wb")
         process = subprocess.Popen(
-            [PROGRAM, "serve", "runner"], cwd=self.here.folder, stdout=log, stderr=subprocess.STDOUT,
+            [*self.here.program, "serve", "runner"], cwd=self.here.folder, stdout=log, stderr=subprocess.STDOUT,
             env={
                 **self.here.environment(), "RINGFENCE_RUNNER_POOL_FILE": str(self.file),
                 "RINGFENCE_HTTP": f"127.0.0.1:{port}", **environment,

@@ -78,6 +78,7 @@ class Host:
 def _spec(fields: dict[str, Any]) -> SandboxSpec:
     fields = dict(fields)
     fields["argv"] = tuple(fields["argv"])
+    fields["addresses"] = tuple(fields.pop("addresses", ()))
     fields["mounts"] = tuple(
         Mount(Path(host), inside, writable) for host, inside, writable in fields.pop("mounts", ())
     )

@@ -80,6 +80,10 @@ class Installation:
     """Of `ringfence dev`."""
     listener: str = ""
     """The URL at which agents without a socket reach the gateway."""
+    program: tuple[str, ...] = (str(PROGRAM),)
+    """The command `ringfence`, maybe as another user."""
+    uid: int | None = None
+    """The user that the program runs as, if another one."""
 
     def inherited(self) -> dict[str, str]:
         """The environment without any setting of Ringfence."""
@@ -100,7 +104,7 @@ class Installation:
         """Run `ringfence` with these words, as a person or in an environment of its own, to its end."""
         given = self.environment(who) if environment is None else {**self.inherited(), **environment}
         return subprocess.run(
-            [PROGRAM, *words], cwd=self.folder, env=given, input=input, capture_output=True,
+            [*self.program, *words], cwd=self.folder, env=given, input=input, capture_output=True,
             timeout=WITHIN_S, check=False,
         )  # fmt: skip
 
@@ -120,7 +124,7 @@ class Installation:
     def start(self, *words: str, who: str = "sam", **more: Any) -> subprocess.Popen[bytes]:
         """Start `ringfence` with these words."""
         given: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **more}
-        return subprocess.Popen([PROGRAM, *words], cwd=self.folder, env=self.environment(who), **given)
+        return subprocess.Popen([*self.program, *words], cwd=self.folder, env=self.environment(who), **given)
 
     def run(self, *words: str, task: str | None = None, **more: Any) -> subprocess.CompletedProcess[bytes]:
         """`ringfence run` of the task, to its end."""
@@ -132,6 +136,18 @@ class Installation:
         lines = done.stderr.decode().strip().splitlines()
         assert lines, f"{done.returncode}: it says nothing"
         return done.returncode, json.loads(lines[-1]), done.stdout
+
+    def own_folder(self, name: str) -> Path:
+        """A new folder of the installation's user."""
+        path = self.folder / name
+        path.mkdir(parents=True)
+        self.give(path)
+        return path
+
+    def give(self, path: Path) -> None:
+        """Let a file or folder be the installation's user's."""
+        if self.uid is not None:
+            os.chown(path, self.uid, self.uid)
 
     def assign(self, agent: str = "reader-bot", *, scope: str = SCOPE, lasts: str = "30m") -> str:
         """Assign a task on Maria's behalf. Returns its id."""
@@ -159,15 +175,18 @@ class Installation:
 
 
 @contextlib.asynccontextmanager
-async def installation(**environment: str) -> AsyncIterator[Installation]:
+async def installation(
+    *, program: tuple[str, ...] = (str(PROGRAM),), uid: int | None = None, **environment: str
+) -> AsyncIterator[Installation]:
     """`ringfence dev` in a folder with a short path, as those of sockets are short, with target and agent.
 
-    `environment`: settings of its services, besides what it sets itself.
+    `program`, `uid`: see `Installation`. `environment`: settings of its services, besides what it sets itself.
     """
     with tempfile.TemporaryDirectory(prefix="rf-") as folder, NotesServer() as notes:
-        here = Installation(Path(folder), notes)
+        here = Installation(Path(folder), notes, program=program, uid=uid)
+        here.give(here.folder)
         process = await asyncio.create_subprocess_exec(
-            PROGRAM, "dev", "--free-ports", cwd=folder, env={**here.inherited(), **environment},
+            *program, "dev", "--free-ports", cwd=folder, env={**here.inherited(), **environment},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         assert process.stdout is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import signal
@@ -532,6 +533,35 @@ async def test_no_other_line_gets_into_the_hosts_file(runner: Runner, name: str,
     with pytest.raises(CallError) as refused:
         await runner.call("start", spec=runner.spec("true", hosts={name: address}))
     assert refused.value.code == "sandbox_spec_invalid"
+
+
+OWN_ADDRESSES = """
+import socket
+for family, address in ((socket.AF_INET, "203.0.113.7"), (socket.AF_INET6, "2001:db8::7")):
+    listener = socket.socket(family)
+    listener.bind((address, 5432))
+    listener.listen()
+    socket.create_connection((address, 5432), 5).close()
+    try:
+        socket.create_connection((address[:-1] + "8", 5432), 5)
+    except OSError as error:
+        print(error.errno)
+"""
+
+
+async def test_addresses_of_the_sandbox_are_inside_and_lead_nowhere_else(runner: Runner) -> None:
+    ended = await runner.python(OWN_ADDRESSES, addresses=["203.0.113.7", "2001:db8::7"])
+    assert ended.stdout.split() == [str(errno.ENETUNREACH)] * 2, ended.stderr
+    outside = socket.socket(socket.AF_INET)
+    with pytest.raises(OSError, match="assign"):
+        outside.bind(("203.0.113.7", 0))
+    outside.close()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0", "fe80::1", "10.1", "name", "2001:DB8::7"])
+async def test_what_is_no_address_of_a_machine_is_refused(runner: Runner, address: str) -> None:
+    with pytest.raises(CallError, match="no IP address"):
+        await runner.run("true", addresses=[address])
 
 
 LOW_PORT = """

@@ -18,7 +18,13 @@ import pytest
 from ringfence.dev.processes import StackError
 from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.kernel.crypto.keys import thumbprint
-from ringfence.runner.control.relays import RelayError, hosts_of, needs_low_ports, relays_of
+from ringfence.runner.control.relays import (
+    RelayError,
+    addresses_of,
+    hosts_of,
+    needs_low_ports,
+    relays_of,
+)
 from ringfence.runner.sandbox.backend import Mount
 from tests.gateway.certificates import Certificates
 from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate
@@ -467,6 +473,34 @@ async def test_ssh_reaches_a_server_at_port_22(host: RunHost) -> None:
         server.close()
 
 
+@pytest.mark.parametrize("address", ["203.0.113.7", "2001:db8::7", "localhost", "127.0.0.1", "::1"])
+async def test_a_relay_leads_to_a_target_whose_record_has_an_address(host: RunHost, address: str) -> None:
+    """What the record names is reached under that very address, also below port 1024, and is inside alone."""
+    port, authority = 80, f"[{address}]:80" if ":" in address else f"{address}:80"
+    relays = relays_of([(address, port)])
+    async with target(_checksum) as served:
+        gateway = RawGateway(host.folder / "g.sock", {authority: served})
+        async with gateway.serving():
+            ended = await host.run(
+                *("/usr/bin/python3", "-c", SEND, address, str(port)),
+                stdin=b"data",
+                relays=relays,
+                socket=gateway.path,
+            )
+    assert ended.text.strip() == hashlib.sha256(b"data").hexdigest(), ended
+    assert gateway.asked == [f"CONNECT {authority} HTTP/1.1\r\nHost: {authority}\r\n\r\n".encode()]
+
+
+def test_an_address_is_the_sandboxs_own_and_in_no_hosts_file() -> None:
+    relays = relays_of([("10.0.0.1", 22), ("db.test", 5432), ("localhost", 5432), ("2001:DB8::1", 22)])
+    assert [one.address for one in relays] == ["10.0.0.1", "127.0.1.2", "127.0.0.1", "2001:db8::1"]
+    assert hosts_of(relays) == {"db.test": "127.0.1.2"}
+    assert addresses_of(relays) == ("10.0.0.1", "2001:db8::1")
+    with pytest.raises(RelayError, match="one place"):
+        relays_of([("localhost", 5432), ("127.0.0.1", 5432)])
+    relays_of([("localhost", 5432), ("127.0.0.1", 5433)])
+
+
 def test_each_host_has_a_loopback_address_of_its_own() -> None:
     relays = relays_of([("a.test", 22), ("b.test", 5432), ("A.test", 5432), ("a.test", 22)])
     assert [(one.host, one.port) for one in relays] == [("a.test", 22), ("b.test", 5432), ("a.test", 5432)]
@@ -478,9 +512,14 @@ def test_each_host_has_a_loopback_address_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("host_name", "port"),
     [
-        ("10.0.0.1", 22),
-        ("::1", 22),
-        ("localhost", 22),
+        ("0.0.0.0", 22),
+        ("::", 22),
+        ("224.0.0.1", 22),
+        ("fe80::1", 22),
+        ("fe80::1%eth0", 22),
+        ("::ffff:10.0.0.1", 22),
+        ("127.0.1.1", 22),
+        ("010.0.0.1", 22),
         ("a b", 22),
         ("a\nb", 22),
         ("", 22),

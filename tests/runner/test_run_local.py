@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_a_run_asks_for_a_credential_uses_it_and_loses_it(here: Installation) ->
     events = here.say("audit", "trace", report["run_id"], who="ali")
     assert report["run_id"] in json.dumps(events)
     assert "beyond_scope" in json.dumps(events) or "was kept from" in json.dumps(events)
-    shown = until(lambda: _shown_with_denials(here, report["run_id"]), "what was denied, in the trail")
+    shown = until(partial(_shown_with_denials, here, report["run_id"]), "what was denied, in the trail")
     assert "beyond_scope" in {one["code"] for one in shown["denied"]}
     trace = json.dumps(here.say("audit", "trace", lease["lease_id"], who="ali"))
     assert report["run_id"] in trace
@@ -136,9 +137,7 @@ def test_what_is_blocked_names_its_run_and_no_other(here: Installation) -> None:
         _, err = process.communicate(timeout=WITHIN_S)
         report = json.loads(err.decode().strip().splitlines()[-1])
         blocked[name] = [one["destination"]["path"] for one in report["denied"]]
-        shown = until(
-            lambda run_id=report["run_id"]: _shown_with_denials(here, run_id), "its blocked actions"
-        )
+        shown = until(partial(_shown_with_denials, here, report["run_id"]), "its blocked actions")
         assert [one["destination"]["path"] for one in shown["denied"]] == [f"/{name}"]
         trace = json.dumps(here.say("audit", "trace", report["run_id"], who="ali"))
         assert trace.count("was kept from") >= 1

@@ -163,8 +163,7 @@ async def plant(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant
         }
         for server in servers.values():
             stack.callback(server.close)
-        environment = {"RINGFENCE_GATEWAY_TARGETS_CA_FILE": str(certificates.file)}
-        async with installation(**environment) as here:
+        async with installation(RINGFENCE_GATEWAY_TARGETS_CA_FILE=str(certificates.file)) as here:
             plant = Planted(here, canary, folder, {name: server.port for name, server in servers.items()})
             settings = dict(
                 line.split(" = ", 1)

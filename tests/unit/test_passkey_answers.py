@@ -17,6 +17,7 @@ from ringfence.messages.base import Claims
 from ringfence.messages.registry import AgentSuspend, UserSet
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.passkeys import SESSION_ORIGIN, SIGN_ORIGIN, SoftwarePasskey
+from tests.support.user_keys import add_key, new_passkey
 
 NOW_S = START_MS // 1000 + 3600
 
@@ -32,9 +33,14 @@ def registry() -> InMemoryRegistry:
 
 @pytest.fixture
 def passkey(registry: InMemoryRegistry) -> SoftwarePasskey:
-    made = SoftwarePasskey.make(f"spiffe://{TD}/user/pia")
-    record = made.record(NOW_S + 86_400)
-    registry.give(registry.user_set("olga", "pia", ("sponsor",), keys=(record,)))
+    return enrolled(registry, "pia")
+
+
+def enrolled(registry: InMemoryRegistry, user: str) -> SoftwarePasskey:
+    """Somebody new, with a passkey that an operator added."""
+    made = new_passkey(user)
+    registry.give(registry.user_set("olga", user, ("sponsor",), keys=()))
+    registry.give(add_key(registry, "olga", user, made))
     return made
 
 
@@ -77,10 +83,9 @@ def test_who_else_signs_is_not_who_was_asked(registry: InMemoryRegistry, passkey
         taken(registry, sign(suspend(), registry.key("sam")))
     with pytest.raises(InvalidMessageError):
         taken(registry, sign(suspend(), SoftwarePasskey.make(passkey.id)))
-    sams = SoftwarePasskey.make(f"spiffe://{TD}/user/sam")
-    registry.give(registry.user_set("olga", "sam", ("sponsor",), keys=(sams.record(NOW_S + 86_400),)))
+    toms = enrolled(registry, "tom")
     with pytest.raises(InvalidCallError, match="something else"):
-        taken(registry, sign(suspend(iss=sams.id), sams))
+        taken(registry, sign(suspend(iss=toms.id), toms))
 
 
 @pytest.mark.parametrize("answer", [None, 1, {}, "x", "a.b.c"], ids=str)

@@ -32,7 +32,7 @@ Certificate = x509.Certificate
 Key = ec.EllipticCurvePrivateKey
 
 
-def certificate(name: str, key: Key, by: tuple[str, Key], *, ca: bool) -> Certificate:
+def certificate(name: str, key: Key, by: tuple[str, Key], *, ca: bool | None) -> Certificate:
     subject = x509.Name([
         x509.NameAttribute(NameOID.COUNTRY_NAME, "SE"),
         x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Maker"),
@@ -44,7 +44,8 @@ def certificate(name: str, key: Key, by: tuple[str, Key], *, ca: bool) -> Certif
         issuer, subject, key.public_key(), x509.random_serial_number(),
         datetime(2020, 1, 1, tzinfo=UTC), datetime(2060, 1, 1, tzinfo=UTC),
     )  # fmt: skip
-    builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+    if ca is not None:
+        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
     return builder.sign(by[1], hashes.SHA256())
 
 
@@ -107,6 +108,12 @@ def test_a_chain_to_a_given_root_counts(maker: Maker):
     verify_attestation(registered(maker), [maker.pem])
     verify_attestation(registered(maker), [Maker().pem, maker.pem])
     verify_attestation(registered(maker), [Maker().pem + maker.pem])
+
+
+def test_a_certificate_that_does_not_say_that_it_is_an_authoritys_is_none(maker: Maker):
+    middle = certificate("middle", maker.middle_key, ("root", maker.root_key), ca=None)
+    with pytest.raises(AttestationError):
+        verify_attestation(registered(maker, chain=(maker.leaf, middle)), [maker.pem])
 
 
 def test_what_no_given_root_vouches_for_does_not(maker: Maker):

@@ -359,11 +359,14 @@ def test_only_the_look_up_of_peoples_keys_finds_passkeys() -> None:
     assert (found.kid, found.rp_id, found.at_s, found.origins) == (PASSKEY.kid, RP_ID, AT_S, ())
     assert user_key(keys, file.kid, AT_S, trust) == public_key(file.public)
     assert user_key(keys, "other", AT_S, trust) is None
-    for at_s in (AT_S - 10, AT_S + 9):
+    for at_s in (AT_S - 9.001, AT_S + 9):
         assert user_key(keys, PASSKEY.kid, at_s, trust) is None
+    for at_s in (AT_S - 9, AT_S + 8.999):
+        assert isinstance(user_key(keys, PASSKEY.kid, at_s, trust), PasskeyKey)
     # Whatever a record has besides, the key of a passkey signs nothing plain.
-    both = (PASSKEY.plain().record(AT_S + 9), record)
+    both = (PASSKEY.plain().record(AT_S + 99), record)
     assert isinstance(user_key(both, PASSKEY.kid, AT_S, trust), PasskeyKey)
+    assert user_key(both, PASSKEY.kid, AT_S + 50, trust) is None
 
 
 @pytest.mark.parametrize(
@@ -434,6 +437,12 @@ def test_everything_else_takes_a_key_file(example: Claims) -> None:
         claims = claims.model_copy(update={"exp": NOW_S + 60})
     for origin in (SIGN_ORIGIN, SESSION_ORIGIN):
         compact = sign(claims, PASSKEY.but(origin=origin))
+        with pytest.raises(SignatureError) as no_service:
+            verify_payload(
+                parse(compact), type(claims),
+                lambda iss, kid: PasskeyKey.of(PASSKEY.record(AT_S + 9), ORIGINS, AT_S), audience=TD,
+            )  # fmt: skip
+        assert no_service.value.code == "passkey_not_allowed"
         if claims.typ in MAY_SIGN and origin == SIGN_ORIGIN:
             assert read(compact, type(claims)) == claims
             continue
@@ -441,11 +450,6 @@ def test_everything_else_takes_a_key_file(example: Claims) -> None:
             read(compact, type(claims))
         expected = "signature_invalid" if claims.typ in MAY_SIGN else "passkey_not_allowed"
         assert refused.value.code == expected
-        with pytest.raises(SignatureError):
-            verify_payload(
-                parse(compact), type(claims),
-                lambda iss, kid: PasskeyKey.of(PASSKEY.record(AT_S + 9), ORIGINS, AT_S), audience=TD,
-            )  # fmt: skip
 
 
 def test_a_session_statement_is_signed_on_a_session_origin_alone() -> None:
@@ -496,6 +500,15 @@ def test_a_message_is_appended_within_ten_minutes(times: bool) -> None:
         read(compact, at_s=NOW_S + MAX_AGE_S + 0.1, times=times)
     assert refused.value.code == "passkey_too_late"
     assert MAX_AGE_S == 600
+
+
+def test_the_ten_minutes_are_those_of_passkeys() -> None:
+    file = SigningKey.generate(SAM)
+    jws, at_ms = parse(sign(end_key(), file)), (NOW_S + MAX_AGE_S + 1) * 1000
+    key = public_key(file.public)
+    assert (
+        verify(jws, UserEndKey, lambda iss, kid: key, audience=TD, appended_at_ms=at_ms).claims == end_key()
+    )
 
 
 @pytest.mark.parametrize("times", [True, False])
@@ -596,11 +609,12 @@ def test_thousands_of_assertions_are_read_as_another_library_reads_them() -> Non
             extensions = dice.choice([b"\xa0", b"\xa1\x61a\x01", b"\xa1\x61a\xa1\x61b\xf5"])
             flags ^= EXTENSION_DATA if dice.random() < 0.9 else 0
         members: dict[str, Any] = {}
-        for name, values in {
+        wrong: dict[str, list[Any]] = {
             "type": ["webauthn.create"], "challenge": [b64encode(bytes(32)), ""], "crossOrigin": [True, None],
             "origin": [SESSION_ORIGIN, "https://evil.example", f"{SIGN_ORIGIN}/"], "topOrigin": [SIGN_ORIGIN],
             "later": [1, None, {"a": "b"}],
-        }.items():  # fmt: skip
+        }  # fmt: skip
+        for name, values in wrong.items():
             if dice.random() < 0.05:
                 members[name] = dice.choice(values)
         passkey = PASSKEY.but(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from ringfence.runner.sandbox import machine
+from ringfence.runner.sandbox import machine, network
 
 
 @pytest.mark.parametrize(
@@ -53,3 +56,13 @@ def test_facts_are_told_on_every_machine() -> None:
     names = {fact.name: fact for fact in machine.facts()}
     assert {"kernel", "bubblewrap", "libseccomp", "control groups", "swap", "core dumps"} <= names.keys()
     assert all(fact.value for fact in names.values())
+
+
+def test_the_network_of_the_machine_itself_is_never_set_up() -> None:
+    """As where a sandbox has ended, and its pid is another process's."""
+    before = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()
+    program = Path(network.__file__).with_name("network_setup.py")
+    words = [sys.executable, "-I", "-S", str(program), str(os.getpid()), "low-ports", "203.0.113.9"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.strip()) == (1, "network: the sandbox has ended")
+    assert Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text() == before

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -279,7 +280,7 @@ def test_a_file_that_needs_too_much_memory_is_a_note_and_others_are_read(tmp_pat
     monkeypatch.setattr("ringfence.scan.file_scan.FILE_MEMORY", 0)
     monkeypatch.setattr("ringfence.scan.file_scan._MEMORY_FOR_EACH_BYTE", 4)
 
-    def fill(self: object, file: SourceFile) -> None:
+    def fill(self: object, file: SourceFile) -> Iterator[None]:
         if b"fill" in file.data:
             bytearray(512 * _MEBI)
         yield from ()

@@ -235,7 +235,8 @@ def test_remedies_are_commands_that_there_are(home: Home, tmp_path: Path) -> Non
     for command in sorted(commands):
         words = shlex.split(command)
         template = words[words.index("--template") + 1] if "--template" in words else ""
-        by_shape.setdefault((words[1], template, words[-2]), words[1:])
+        options = (word for word in words if word.startswith("--"))
+        by_shape.setdefault((words[1], template, *options), words[1:])
     assert {shape[1] for shape in by_shape} >= {"github-api", "http", "federation", "ssh", "postgres"}
     SigningKey.generate("spiffe://ringfence.local/user/sam").save(tmp_path / "sam.json")
     environment = {
@@ -246,8 +247,9 @@ def test_remedies_are_commands_that_there_are(home: Home, tmp_path: Path) -> Non
     for number, words in enumerate(by_shape.values()):
         folder = tmp_path / f"run{number}"
         folder.mkdir()
+        known = [word.replace("HOST", "host.test").replace("USER", "maria") for word in words]
         done = subprocess.run(
-            [sys.executable, "-c", _MAIN, *(word.replace("HOST", "host.test") for word in words), "--json"],
+            [sys.executable, "-c", _MAIN, *known, "--json"],
             env=environment, cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         error = json.loads(done.stderr.strip().splitlines()[-1])
@@ -301,6 +303,7 @@ def test_sarif_and_ocsf_of_every_kind_of_finding_are_valid(home: Home, tmp_path:
         events = [json.loads(line) for line in ocsf.read_text().splitlines()]
         assert [found for event in events if (found := problems(event))] == []
         assert len(events) == len(log["runs"][0]["results"]) > 200
+    log = json.loads(sarif.read_text())
     assert {"HOME"} == {
         one["physicalLocation"]["artifactLocation"]["uriBaseId"]
         for result in log["runs"][0]["results"] for one in result["locations"]

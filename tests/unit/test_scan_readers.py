@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -18,6 +20,7 @@ from ringfence.scan.candidates import formats_in
 from ringfence.scan.findings import Finding, Report
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.kinds import FORMATS
+from ringfence.scan.path_index import PathIndex
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import Machine
 from ringfence.scan.scanner import ScanOptions, scanning
@@ -107,6 +110,27 @@ def test_every_format_has_planted_cases_and_look_alikes() -> None:
         for one, value, _ in formats_in(case.content.decode()) if value in {secret.value for secret in case.secrets}
     }  # fmt: skip
     assert formats - found == set()
+
+
+def test_the_index_of_paths_finds_what_each_declaration_says() -> None:
+    """Against the plain meaning of a declaration: an end of the path, in which `*` is anything within one component."""
+    declared = [
+        (reader, path, re.compile(r"(?:^|.*/)" + re.escape(path.strip("/")).replace(r"\*", "[^/]*"), re.DOTALL))
+        for reader in FILE_READERS for path in reader.paths
+    ]  # fmt: skip
+    index = PathIndex(FILE_READERS)
+    random = Random(1)
+    for _, path, _ in declared:
+        for _ in range(12):
+            told = "".join(
+                random.choice(("", "x", "a.b", "-", ".env")) if char == "*" else char for char in path
+            )
+            told = random.choice(
+                (told, told[len(told) // 3 :], f"z{told}", f"{told}.bak", f"{told}/y")
+            ).strip("/")
+            whole = f"{random.choice(('/home/m/', '/'))}{told}"
+            wanted = {reader.name for reader, _, regex in declared if regex.fullmatch(whole)}
+            assert {reader.name for reader in index.readers_of(whole)} == wanted, whole
 
 
 def test_names_of_readers_are_unique() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.keys import SigningKey
@@ -499,3 +501,77 @@ def test_a_registry_cannot_add_a_key_by_itself(ledger: InMemoryRegistry):
     ledger.admit(forged)
     with pytest.raises(ChainError):
         ledger.directory.user("sam")
+
+
+# --- whatever people do -----------------------------------------------------------------------------------------------
+
+PEOPLE = ("olga", "otto", "oscar", "sam")
+STEP = st.tuples(
+    st.sampled_from(["add", "add", "add", "set", "end", "compromised", "wait"]),
+    st.sampled_from(PEOPLE),
+    st.integers(0, 9),
+    st.sampled_from(PEOPLE),
+    st.sampled_from([None, *PEOPLE]),
+)
+"""What happens, who signs, by which of their keys, to whom, and who co-signs with their first key."""
+
+
+@given(st.lists(STEP, max_size=14))
+@settings(max_examples=60, deadline=None)
+def test_no_key_counts_without_two_people_or_a_day(steps: list[tuple[str, str, int, str, str | None]]):
+    """Each step as the rules say it to a person: who had a hand in a key is everybody whose key was used for it.
+
+    `holders` is who really has a key: whoever had it added, and whoever has a key that added it.
+    """
+    ledger = InMemoryRegistry()
+    ledger.organisation()
+    ledger.give(ledger.user_set("olga", "oscar", ["operator"]))
+    keys = {name: [ledger.key(name)] for name in PEOPLE}
+    holders = {ledger.key(name).kid: name for name in PEOPLE}
+    co_signed: dict[str, set[str]] = {}
+    for what, by, number, user, cosigner in steps:
+        signer = keys[by][number % len(keys[by])]
+        thief = holders[signer.kid]
+        try:
+            if what == "wait":
+                ledger.clock.ms += WAIT_MS // 2
+            elif what in ("end", "compromised"):
+                kid = keys[user][number % len(keys[user])].kid
+                ledger.give(
+                    end_key(ledger, by, user, kid, compromised=True if what == "compromised" else None),
+                    signer,
+                )
+            else:
+                new = new_key(user)
+                if what == "add":
+                    invited = user_keys.invitation(ledger, by, user, signer)
+                    ledger.give(add_key(ledger, by, user, new, invitation=invited, cosigned=cosigner), signer)
+                    if cosigner:
+                        co_signed[new.kid] = {thief, cosigner}
+                else:
+                    roles = list(state(ledger, user).roles)
+                    current = [
+                        key for key in state(ledger, user).keys if key.not_after > ledger.clock.ms // 1000
+                    ]
+                    given_keys = (user_keys.record_of(new), *current[:10])
+                    ledger.give(ledger.user_set(by, user, roles, keys=given_keys), signer)
+                keys[user].append(new)
+                holders[new.kid] = thief  # who has it added may have made it
+        except (CommandRefusedError, InvalidMessageError):
+            continue
+    reader = reread(ledger)
+    for user in PEOPLE:
+        history = reader.key_history(user)
+        assert history == ledger.directory.key_history(user)
+        for key in keys[user]:
+            found = history.origins[key.kid]
+            lent_by = holders[key.kid]
+            if lent_by == user:
+                continue
+            # Whoever else may have the key waits a day, or two people who do not rest on each other agreed; and they
+            # are known, so that they never count beside it.
+            assert lent_by in found.vouchers
+            at_once = found.counts_from_ms < found.added_ms + WAIT_MS
+            assert not (at_once and found.endorsed_by is None and found.by != user)
+            if found.endorsed_by is not None:
+                assert len(co_signed[key.kid]) == 2

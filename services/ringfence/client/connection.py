@@ -298,7 +298,8 @@ class Connection(Lifetime):
             self._require_understood(claims)
             from ringfence.client.passkeys.signing import sign_with_passkey
 
-            return await sign_with_passkey(self, self.passkey_user, claims, evidence)
+            directory = await self.directory()
+            return await sign_with_passkey(self.passkey_user, claims, evidence, directory, self.clock)
         return Signed(claims, sign(claims, self.key))
 
     def stamp(self, life_s: int) -> dict[str, Any]:

@@ -42,18 +42,22 @@ def remedies_of(finding: Finding, kind: kinds.Kind | None = None) -> tuple[Remed
     service = finding.opens.service or "the service"
     steps = [
         Remedy(
-            f"make {service} a target",
+            f"as an operator, make {service} a target",
             _command("ringfence", "target", "add", target.id, "--description", _description(finding), *target.options),
         ),
         Remedy(
-            "register the agent, with the most it may ever hold; narrow it to what the agent needs",
+            "as an operator, entitle the person whom the agent works for; narrow it to what the agent needs",
+            _command("ringfence", "user", "set", "USER", "--add", target.allow, "--yes"),
+        ),
+        Remedy(
+            "as a sponsor, register the agent, with the most it may ever hold",
             _command(
                 "ringfence", "agent", "register", agent, "--description", f"acts on {target.id}", "--allow",
                 target.allow, "--new-key", f"{agent}.json",
             ),
         ),
         Remedy(
-            "assign a task that ends",
+            "as that person, assign a task that ends",
             _command(
                 "ringfence", "task", "assign", agent, "--purpose", f"what {agent} does on {target.id}", "--allow",
                 target.allow, "--for", "1h",
@@ -82,6 +86,8 @@ def _end_of(finding: Finding) -> Remedy:
         return Remedy("change the password at the service: whoever read the file knows it")
     if finding.kind.startswith("ssh-key"):
         return Remedy("remove the public key from every authorized_keys")
+    if finding.reader == "keyring" and finding.fingerprint is None:
+        return Remedy("end in it what agents must not use")
     if finding.kind == kinds.SSH_AGENT.id:
         return Remedy("start agents without the socket", "env -u SSH_AUTH_SOCK AGENT-COMMAND")
     return Remedy("revoke the old credential at its issuer: whoever read the file has it")
@@ -98,6 +104,8 @@ def _deletion_of(finding: Finding) -> Remedy:
         return Remedy(
             "take the role from the machine, or run agents in a sandbox that cannot reach the metadata service"
         )
+    if finding.reader == "keyring" and finding.fingerprint is None:
+        return Remedy("run agents by `ringfence run`, which shows them no keyring")
     if finding.reader == kinds.SSH_AGENT.id:
         return Remedy("run agents by `ringfence run`, which hands on no socket")
     return Remedy(
@@ -108,8 +116,8 @@ def _deletion_of(finding: Finding) -> Remedy:
 def _target_of(finding: Finding) -> _Target:
     opens = finding.opens
     template = _SERVICE_TEMPLATES.get(opens.service or "") or _FORMAT_TEMPLATES.get(finding.kind, "http")
-    id = _id_of(opens.service or opens.host or "service")
     host = opens.host if opens.host and _HOST.match(opens.host) else None
+    id = _id_of(_target_name(finding, host))
     if template == "github-api":
         allow = json.dumps({"target": id, "verbs": ["contents:read"], "resources": ["repos/**"]})
         options: tuple[str, ...] = ("--template", "github-api")
@@ -128,6 +136,17 @@ def _target_of(finding: Finding) -> _Target:
     return _Target(
         id, ("--template", "http", "--setting", f"url=https://{host or 'HOST'}"), f"{id}:read:path/**"
     )
+
+
+def _target_name(finding: Finding, host: str | None) -> str:
+    """Name a target by the service, and by what tells it from another one of the same service: host or account."""
+    service, kind = finding.opens.service, _KINDS.get(finding.kind)
+    if host and (kind is None or host != kind.host):
+        name = host.partition(":")[0]
+        return name if service in (None, "HTTP") else f"{service} {name}"
+    if service == "AWS" and finding.opens.account:
+        return f"{service} {finding.opens.account}"
+    return service or "service"
 
 
 def _audience(finding: Finding, host: str | None) -> tuple[str, ...]:

@@ -11,38 +11,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.api import SIGN_PAGE_PORT
-from ringfence.sign_page.build import (
-    CSP_HEADER,
-    Page,
-    PageConfig,
-    SignPageError,
-    content_type,
-)
-from ringfence.sign_page.build import (
-    build as build_page,
-)
+from ringfence.sign_page.build import CSP_HEADER, Page, content_type, page_config
+from ringfence.sign_page.build import build as build_page
 from ringfence.sign_page.settings import SignPageSettings
 
 log = logging.getLogger(__name__)
 
 _INDEX = "index.html"
-
-
-def page_config(settings: ServiceSettings, page: SignPageSettings) -> PageConfig:
-    """What the page is for, by the settings. Raises SignPageError where they do not say it."""
-    if page.origin is None:
-        raise SignPageError(
-            "RINGFENCE_SIGN_PAGE_ORIGIN is not set: it is where people open the page, and the trust bundle names it "
-            "(ringfence init --sign-origin)"
-        )
-    return PageConfig(
-        trust_domain=settings.trust_domain,
-        trust_root=settings.trust_root,
-        rp_id=page.rp_id or urlsplit(page.origin).hostname or "",
-        origin=page.origin,
-        session_origins=page.session_origins,
-        least_version=page.least_version,
-    )
 
 
 class FileServer:

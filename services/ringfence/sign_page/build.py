@@ -15,6 +15,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.settings import BusSettings
+from ringfence.sign_page.settings import SignPageSettings
 
 CSP_HEADER = "Content-Security-Policy"
 CHECKSUMS = "SHA256SUMS"
@@ -59,6 +61,23 @@ class PageConfig:
             )
         if self.origin in self.session_origins:
             raise SignPageError(f"{self.origin} is a console too: the sign page needs an origin of its own")
+
+
+def page_config(settings: BusSettings, page: SignPageSettings) -> PageConfig:
+    """Return what the page is for, by the settings. Raises SignPageError where they do not say it."""
+    if page.origin is None:
+        raise SignPageError(
+            "RINGFENCE_SIGN_PAGE_ORIGIN is not set: it is where people open the page, and the trust bundle names it "
+            "(ringfence init --sign-origin)"
+        )
+    return PageConfig(
+        trust_domain=settings.trust_domain,
+        trust_root=settings.trust_root,
+        rp_id=page.rp_id or urlsplit(page.origin).hostname or "",
+        origin=page.origin,
+        session_origins=page.session_origins,
+        least_version=page.least_version,
+    )
 
 
 @dataclass(frozen=True, slots=True)

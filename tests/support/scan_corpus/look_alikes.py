@@ -481,3 +481,14 @@ _LOCK_LINES: tuple[tuple[str, Callable[[Maker], str]], ...] = (
 )  # fmt: skip
 for _name, _lock in _LOCK_LINES:
     _lookalike_of("text", f"lookalikes/{_name}", _lock)
+_lookalike_of("keyring", ".local/share/keyrings/plain.keyring", lambda make: """[keyring]
+display-name=plain
+
+[1]
+display-name=empty
+secret=
+mtime=1789000000
+
+[2]
+secret=<password>
+""")  # fmt: skip

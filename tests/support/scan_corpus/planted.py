@@ -46,6 +46,11 @@ MCP_JSON = {
     "mcp-crush": (".config/crush/crush.json", "mcp"),
     "mcp-amp": (".config/amp/settings.json", "amp.mcpServers"),
     "mcp-continue-json": (".continue/config.json", "mcpServers"),
+    "mcp-antigravity": (".gemini/config/mcp_config.json", "mcpServers"),
+    "mcp-kilo-code": (".config/kilo/kilo.jsonc", "mcp"),
+    "mcp-droid": (".factory/mcp.json", "mcpServers"),
+    "mcp-gitlab-duo": (".gitlab/duo/mcp.json", "mcpServers"),
+    "mcp-openclaw": (".openclaw/openclaw.json", "mcpServers"),
 }
 
 
@@ -769,3 +774,59 @@ def _kubernetes_pull_secret(make: Maker) -> Case:
     return of("kubernetes", "deploy/pull.json", json.dumps({
         "apiVersion": "v1", "kind": "Secret", "metadata": {"name": "pull"}, "type": "kubernetes.io/dockerconfigjson",
         "data": {".dockerconfigjson": inner}}), (password, P))  # fmt: skip
+
+
+@case
+def _cline_providers(make: Maker) -> Case:
+    key = make.token(48)
+    document = {"version": 1, "providers": {"openai": {"settings": {"provider": "openai", "apiKey": key}}}}
+    return of(
+        "mcp-cline",
+        ".cline/data/settings/providers.json",
+        json.dumps(document),
+        (key, S),
+        label="mcp clients",
+    )
+
+
+@case
+def _cursor_login(make: Maker) -> Case:
+    access, refresh = make.jwt(), make.jwt(typ="refresh")
+    return of("agent-login", ".config/cursor/auth.json", json.dumps({"accessToken": access, "refreshToken": refresh}),
+              (access, U), (refresh, U))  # fmt: skip
+
+
+@case
+def _gemini_mcp_tokens(make: Maker) -> Case:
+    access, refresh = make.token(64), make.token(64)
+    document = [{"serverName": "tickets", "token": {"accessToken": access, "refreshToken": refresh,
+                 "expiresAt": 1999999999000, "tokenType": "Bearer"}, "clientId": make.token(20)}]  # fmt: skip
+    return of("agent-login", ".gemini/mcp-oauth-tokens.json", json.dumps(document), (access, U), (refresh, U))
+
+
+@case
+def _keyring(make: Maker) -> Case:
+    content = b"GnomeKeyring\n\r\0\n\0\0\0" + make.random.randbytes(300)
+    return of("keyring", ".local/share/keyrings/login.keyring", content, unread=(U,))
+
+
+@case
+def _keyring_without_password(make: Maker) -> Case:
+    token = make.crc_token("gho")
+    return of("keyring", ".local/share/keyrings/plain.keyring", f"""[keyring]
+display-name=plain
+lock-on-idle=false
+
+[1]
+item-type=0
+display-name=gh:github.com
+secret={token}
+mtime=1789000000
+""", (token, U))  # fmt: skip
+
+
+@case
+def _gnupg(make: Maker) -> Case:
+    name = make.chars(BASE64, 8).encode().hex().upper()
+    return of("keyring", f".gnupg/private-keys-v1.d/{name}.key", b"(21:protected-private-key" + make.random.randbytes(400),
+              unread=(OTHER,))  # fmt: skip

@@ -94,7 +94,15 @@ def _data(bundle: TrustBundle, root: str) -> dict[str, Any]:
         ],
         "oidc_issuers": [{"issuer": one.issuer, "uses": list(one.uses)} for one in bundle.oidc_issuers],
         "former_roots": _keys(bundle.former_roots),
+        **({"rp_id": bundle.rp_id, "origins": _origins(bundle)} if bundle.origins else {}),
     }
+
+
+def _origins(bundle: TrustBundle) -> list[dict[str, Any]]:
+    return [
+        {"origin": one.origin, "use": one.use, "not_before": one.not_before, "not_after": one.not_after}
+        for one in bundle.origins
+    ]
 
 
 def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
@@ -102,7 +110,7 @@ def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
 
 
 def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
-    """The differences between two bundles as text: services and issuers that are new, gone or changed."""
+    """The differences between two bundles as text: services, issuers and origins that are new, gone or changed."""
     fields_before, fields_now = _bundle_fields(before), _bundle_fields(now)
     changes = [f"{name} is new" for name in fields_now if name not in fields_before]
     changes += [f"{name} is gone" for name in fields_before if name not in fields_now]
@@ -120,11 +128,12 @@ def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
 
 
 def _bundle_fields(bundle: TrustBundle | None) -> dict[str, Any]:
-    """The services and OIDC issuers of a bundle, by name."""
+    """The services, OIDC issuers and origins of a bundle, by name."""
     if bundle is None:
         return {}
     issuers = {f"issuer {one.issuer}": one for one in bundle.oidc_issuers}
-    return {str(user_of(one.id)["name"]): one for one in bundle.services} | issuers
+    origins = {f"{one.use} origin {one.origin}": one for one in bundle.origins}
+    return {str(user_of(one.id)["name"]): one for one in bundle.services} | issuers | origins
 
 
 class BundleRecord(NamedTuple):

@@ -59,10 +59,9 @@ def build(
     the digests with what your server delivers: whoever can change these files can misuse every signature that people
     make there.
     """
-    from ringfence.kernel.base.settings import ServiceSettings, load
-    from ringfence.sign_page.app import page_config
+    from ringfence.kernel.base.settings import BusSettings, load
     from ringfence.sign_page.build import build as build_page
-    from ringfence.sign_page.build import checksums
+    from ringfence.sign_page.build import checksums, page_config
     from ringfence.sign_page.settings import SignPageSettings
 
     named = {
@@ -72,7 +71,7 @@ def build(
         "least_version": least_version,
     }
     given = {name: value for name, value in named.items() if value is not None}
-    page = build_page(page_config(load(ServiceSettings), load(SignPageSettings, **given)))
+    page = build_page(page_config(load(BusSettings), load(SignPageSettings, **given)))
     page.write(folder)
     if wants_json(as_json):
         print_json({"folder": str(folder), "sha256": checksums(page), "csp": page.csp})

@@ -576,7 +576,7 @@ class Administrator(CommandClient):
         """For the sign page: the record of a lease that is to be revoked."""
         if lease_id is None or self.connection.passkey_user is None:
             return {}
-        from ringfence.client.passkeys.lookups import find_lease
+        from ringfence.client.kafka_lookups import find_lease
 
         record = await find_lease(self.connection, lease_id)
         return {"lease": record} if record else {}

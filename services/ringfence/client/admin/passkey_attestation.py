@@ -82,7 +82,7 @@ def _difference(package: KeyPackage, data: Any) -> str | None:
 def _verifier(roots: Sequence[Any]) -> Any:
     from cryptography import x509
     from cryptography.hazmat.primitives.serialization import Encoding
-    from fido2.attestation import AttestationVerifier, UntrustedAttestation
+    from fido2.attestation.base import AttestationVerifier, UntrustedAttestation
 
     class Verifier(AttestationVerifier):
         """Trusts chains to the given roots. A passkey that attests itself, or not at all, has no chain."""
@@ -91,14 +91,21 @@ def _verifier(roots: Sequence[Any]) -> Any:
             path = [x509.load_der_x509_certificate(der) for der in attestation_result.trust_path]
             if not path:
                 return None
-            for certificate in path[1:]:
-                constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
-                if not constraints.ca:
-                    raise UntrustedAttestation("a certificate in the chain is no authority's")
+            if not all(map(_is_authority, path[1:])):
+                raise UntrustedAttestation("a certificate in the chain is no authority's")
             found = next((root for root in roots if _is_issued_by(path[-1], root)), None)
             return bytes(found.public_bytes(Encoding.DER)) if found is not None else None
 
     return Verifier()
+
+
+def _is_authority(certificate: Any) -> bool:
+    from cryptography import x509
+
+    try:
+        return bool(certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca)
+    except (x509.ExtensionNotFound, ValueError):
+        return False
 
 
 def _is_issued_by(certificate: Any, root: Any) -> bool:

@@ -171,7 +171,7 @@ class Grantor(CommandClient):
     async def _policy_revision(self) -> str:
         if self.connection.passkey_user is None:
             return str((await self._api.get("policy", "bundle"))["revision"])
-        from ringfence.client.passkeys.lookups import policy_revision
+        from ringfence.client.kafka_lookups import policy_revision
 
         return await policy_revision(self.connection)
 
@@ -180,7 +180,7 @@ class Grantor(CommandClient):
         if self.connection.passkey_user is None:
             grant: dict[str, Any] = await self._api.get("policy", "grants", grant_id)
             return grant["grant_id"], grant["agent_id"]
-        from ringfence.client.passkeys.lookups import find_grant
+        from ringfence.client.kafka_lookups import find_grant
 
         found = await find_grant(self.connection, grant_id)
         return message_id(found.iss, found.jti), found.agent_id

@@ -18,14 +18,14 @@ from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG
 from ringfence.messages.base import Claims
 
 if TYPE_CHECKING:
-    from ringfence.client.connection import Connection
+    from ringfence.kernel.base.clock import Clock
     from ringfence.model.records.directory import Directory
 
 C = TypeVar("C", bound=Claims)
 
 
 async def sign_with_passkey(
-    connection: Connection, person: PasskeyUser, claims: C, evidence: Mapping[str, str]
+    person: PasskeyUser, claims: C, evidence: Mapping[str, str], directory: Directory, clock: Clock
 ) -> Signed[C]:
     """Ask the person to sign a message on the sign page, and wait for the signature.
 
@@ -35,24 +35,20 @@ async def sign_with_passkey(
 
     Raises NotSignedError; InvalidCallError, UnavailableError where it cannot be asked.
     """
-    origin = sign_origin(connection.trust, connection.clock.now_ms() / 1000)
-    directory = await connection.directory()
+    trust = directory.trust
+    origin = sign_origin(trust, clock.now_ms() / 1000)
 
     def accept(answer: Mapping[str, Any]) -> Signed[C]:
         return check_answer(
             claims,
             answer.get("answer"),
             directory,
-            trust_domain=connection.settings.trust_domain,
-            now_ms=connection.clock.now_ms(),
+            trust_domain=trust.trust_domain,
+            now_ms=clock.now_ms(),
         )
 
     async with QuestionServer(origin, accept) as server:
-        server.ask(
-            compose(
-                person.user_id, claims, directory, connection.trust, evidence=evidence, return_to=server.url
-            )
-        )
+        server.ask(compose(person.user_id, claims, directory, trust, evidence=evidence, return_to=server.url))
         person.show(server_link(origin, server.url))
         return await server.answer(person.wait_s)
 

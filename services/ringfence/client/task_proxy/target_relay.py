@@ -30,7 +30,7 @@ class TargetRelay:
 
     def __init__(self, gateway: Path, host: str, port: int, traffic: Traffic) -> None:
         self._gateway = gateway
-        self._authority = f"{host}:{port}".encode()
+        self._authority = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
         self._traffic = traffic
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()

@@ -264,7 +264,10 @@ def verify_payload(
         iss, aud = str(claims["iss"]), str(claims["aud"])
     except (ValueError, KeyError, TypeError):
         raise InvalidMessageError(f"not {with_article(model.typ)}", code="claims_invalid") from None
-    _check_signature(jws, model, iss, _signing_key(jws, model, iss, aud, find_key, audience))
+    key = _signing_key(jws, model, iss, aud, find_key, audience)
+    if isinstance(key, PasskeyKey):  # its freshness is not checked here
+        raise SignatureError(f"{model.typ} is verified as a service's", code="passkey_not_allowed")
+    _check_signature(jws, model, iss, key)
     return claims
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Final
 
 from ringfence.kernel.base.strict_json import json_object
@@ -60,7 +60,7 @@ class PasskeyKey:
     """The origins of the trust bundle that are valid at `at_s`."""
     at_s: float
     """The append time of the message, in seconds."""
-    _key: PublicKey = field(repr=False)
+    _key: PublicKey
 
     @classmethod
     def of(cls, record: KeyRecord, origins: tuple[Origin, ...], at_s: float) -> PasskeyKey | None:

@@ -15,9 +15,7 @@ def user_key(keys: tuple[KeyRecord, ...], kid: str, at_s: float, trust: TrustSto
     it was signed. So `at_s` is the append time (seconds) of the message itself, also where another message embeds it
     later. Of a message that was never appended by itself, it is that of the message that embeds it.
     """
-    for record in keys:
-        if record.kid == kid and record.use is not None:
-            passkey = PasskeyKey.of(record, trust.origins(at_s), at_s)
-            if passkey is not None:
-                return passkey
+    passkey = next((one for one in keys if one.kid == kid and one.use is not None), None)
+    if passkey is not None:
+        return PasskeyKey.of(passkey, trust.origins(at_s), at_s)
     return valid_key(keys, kid, at_s)

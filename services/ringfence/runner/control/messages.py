@@ -36,7 +36,7 @@ class Relay:
     host: str
     port: int
     address: str
-    """The loopback address that stands for the host in /etc/hosts."""
+    """The loopback address that stands for the host in /etc/hosts; of a host that is an address, that address."""
 
 
 @dataclass(frozen=True, slots=True)

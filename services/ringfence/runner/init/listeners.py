@@ -25,13 +25,14 @@ class Listeners:
 
 def open_listeners(relays: Sequence[Relay]) -> Listeners:
     """Listen for the proxy at any port, and for each relay at its own address. Raises OSError."""
-    return Listeners(
-        _listen(_LOOPBACK, 0), tuple((relay, _listen(relay.address, relay.port)) for relay in relays)
-    )
+    # The proxy last: any port will do for it, but none that a relay has.
+    listening = tuple((relay, _listen(relay.address, relay.port)) for relay in relays)
+    return Listeners(_listen(_LOOPBACK, 0), listening)
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.bind((address, port))
         listener.listen(_BACKLOG)

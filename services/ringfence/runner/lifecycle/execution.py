@@ -31,7 +31,13 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.runner.control.channel import CommandStartError, ControlChannel, ControlLostError
 from ringfence.runner.control.messages import InitReport, Relay, StartCommand
-from ringfence.runner.control.relays import RelayError, hosts_of, needs_low_ports, relays_of
+from ringfence.runner.control.relays import (
+    RelayError,
+    addresses_of,
+    hosts_of,
+    needs_low_ports,
+    relays_of,
+)
 from ringfence.runner.init.command import init_command
 from ringfence.runner.lifecycle.activity import RunActivity
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
@@ -276,10 +282,10 @@ class RunExecution:
     def _relays(self, directory: Directory) -> tuple[Relay, ...]:
         """The relays of the task's targets that speak no HTTP. What has none is logged: the run goes on without."""
         addresses, without = raw_addresses(directory, self._plan.task_id)
-        usable = []
+        usable = list[tuple[str, int]]()
         for address in addresses:
             try:
-                relays_of([address])
+                relays_of([*usable, address])
                 usable.append(address)
             except RelayError as error:
                 without.append(str(error))
@@ -304,6 +310,7 @@ class RunExecution:
             control=control,
             hosts=hosts_of(relays),
             low_ports=needs_low_ports(relays),
+            addresses=addresses_of(relays),
             limits=limits,
             image=plan.image,
         )

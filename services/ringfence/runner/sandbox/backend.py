@@ -119,6 +119,8 @@ class SandboxSpec:
     """Loopback addresses by host name, for /etc/hosts: what listens there is inside."""
     low_ports: bool = False
     """Ports below 1024 may be listened at inside, without a privilege."""
+    addresses: tuple[str, ...] = ()
+    """IP addresses that the loopback interface inside has besides its own: what is there is inside."""
     limits: ResourceLimits = ResourceLimits()
     working_directory: str = HOME
     home_bytes: int = 1 << 30
@@ -150,6 +152,9 @@ class SandboxSpec:
                 raise SandboxSpecError(
                     f"{name} has the address {address!r}, and has to have one of 127.0.0.0/8"
                 )
+        for address in self.addresses:
+            if not is_host_address(address):
+                raise SandboxSpecError(f"{address!r} is no IP address that a machine could have")
         _inside(self.working_directory)
         for path in (*self.files, *(mount.inside for mount in self.mounts)):
             _inside(path)
@@ -372,6 +377,17 @@ def _is_address(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_host_address(text: str) -> bool:
+    """Whether a text is the usual form of an address that a machine of a network can have: none of loopback, either."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    odd = address.is_loopback or address.is_multicast or address.is_unspecified or address.is_link_local
+    mapped = isinstance(address, ipaddress.IPv6Address) and (address.ipv4_mapped or address.scope_id)
+    return str(address) == text and not odd and not mapped
 
 
 def _is_loopback(text: str) -> bool:

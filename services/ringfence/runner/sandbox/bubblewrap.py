@@ -51,6 +51,7 @@ from ringfence.runner.sandbox.cgroups import (
     processes_limited_without_cgroup,
 )
 from ringfence.runner.sandbox.descriptors import high, read_until, readable
+from ringfence.runner.sandbox.network import set_up_network
 from ringfence.runner.sandbox.processes import (
     ProcessId,
     children,
@@ -70,7 +71,6 @@ from ringfence.runner.sandbox.root_filesystem import (
 )
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
-_LOW_PORTS = Path(__file__).with_name("low_ports.py")
 # The command's own error stream, while bwrap's is the runner's; a shell accepts descriptors of one digit alone.
 _STDERR = 3
 _SHELL = f'exec 2>&{_STDERR} {_STDERR}>&-; cd -- "$1" || exit 126; shift; unset PWD OLDPWD; exec "$@"'
@@ -335,8 +335,7 @@ class _Start:
         await self._made(init, errors[0])
         for mount in mounts:
             mount.compare(init)
-        if spec.low_ports:
-            await self._open_low_ports(init)
+        await set_up_network(init.pid, spec)
         try:
             if spec.limits.pids is not None and self._group.lacking(ResourceLimits(pids=spec.limits.pids)):
                 # The reaper counts too.
@@ -459,25 +458,6 @@ class _Start:
                     f"the sandbox could not be made: {reason or 'bwrap gave no reason'}"
                 )
             await asyncio.sleep(0.001)
-
-    async def _open_low_ports(self, init: ProcessId) -> None:
-        """Let every process of the sandbox listen below 1024, in its network namespace.
-
-        A capability would not do it: the command's user namespace is below the one that owns the network.
-        """
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", str(_LOW_PORTS), str(init.pid)),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            cwd="/",
-            env={},
-        )
-        _, reason = await process.communicate()
-        if process.returncode:
-            raise SandboxUnavailableError(
-                f"ports below 1024 cannot be opened inside: {reason.decode(errors='replace').strip()}"
-            ).with_remedy("use targets at ports from 1024 on")
 
     def _pipe(self, child_reads: bool) -> tuple[int, int]:
         read, write = (high(end) for end in os.pipe2(os.O_CLOEXEC))

@@ -37,6 +37,7 @@ from ringfence.runner.sandbox.backend import (
     open_host,
     sockets,
 )
+from ringfence.runner.sandbox.network import set_up_network
 from ringfence.runner.sandbox.oci_client import Attachment, ContainerEngine, ContainerEngineError
 from ringfence.runner.sandbox.processes import describe, in_namespace
 from ringfence.runner.sandbox.records import SandboxRecord, SandboxRecords
@@ -143,6 +144,8 @@ class OciBackend:
         attachment = await self._engine.attach(name)
         await self._engine.start(name)
         state = (await self._engine.get(f"/containers/{name}/json"))["State"]
+        # Init listens only once it is told to start the command.
+        await set_up_network(int(state["Pid"]), spec, opens_low_ports=False)
         return OciSandbox(self, spec, name, record, int(state["Pid"]), attachment, streams)
 
     def _folder(self, record: SandboxRecord) -> Path:

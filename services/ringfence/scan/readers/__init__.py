@@ -12,11 +12,11 @@ from ringfence.scan.readers.cloud_metadata import CloudMetadataReader
 from ringfence.scan.readers.database_clients import MysqlReader, NetrcReader, PgpassReader
 from ringfence.scan.readers.deployments import ComposeReader, HelmValuesReader, KubernetesReader
 from ringfence.scan.readers.docker import DockerReader
-from ringfence.scan.readers.dotenv import DotenvReader
 from ringfence.scan.readers.forge_clis import GithubCliReader, GitlabCliReader
 from ringfence.scan.readers.gcloud import GcloudReader, GcpServiceAccountReader
 from ringfence.scan.readers.git import GitConfigReader, GitCredentialsReader
 from ringfence.scan.readers.infrastructure import TerraformReader, VaultReader
+from ringfence.scan.readers.keyrings import KeyringReader
 from ringfence.scan.readers.kubeconfig import KubeconfigReader
 from ringfence.scan.readers.mcp_clients import readers as mcp_readers
 from ringfence.scan.readers.package_managers import (
@@ -30,7 +30,7 @@ from ringfence.scan.readers.processes import EnvironmentReader, ProcessReader
 from ringfence.scan.readers.reader import FileReader, MachineReader
 from ringfence.scan.readers.schedulers import CrontabReader, SystemdReader
 from ringfence.scan.readers.service_account import MountedSecretReader, ServiceAccountReader
-from ringfence.scan.readers.shell_files import ShellFileReader
+from ringfence.scan.readers.shell_files import DotenvReader, ShellFileReader
 from ringfence.scan.readers.ssh import SshAgentReader, SshKeyReader
 from ringfence.scan.readers.text_files import TextFileReader
 
@@ -46,7 +46,7 @@ FILE_READERS: Final[tuple[FileReader, ...]] = (
     NpmReader(), PythonIndexReader(), CargoReader(), MavenReader(), GradleReader(),
     TerraformReader(), VaultReader(),
     ServiceAccountReader(), MountedSecretReader(),
-    SshKeyReader(),
+    SshKeyReader(), KeyringReader(),
     CiReader(), ComposeReader(),
     ShellFileReader(), SystemdReader(), CrontabReader(),
     DotenvReader(),

@@ -34,19 +34,22 @@ _AGENTS: Final = {
     ".qwen": ("Qwen Code", "Qwen", "chat.qwen.ai"),
     "github-copilot": ("GitHub Copilot", "GitHub", "api.github.com"),
     "opencode": ("opencode", "", ""),
+    "cursor": ("Cursor", "Cursor", "api2.cursor.sh"),
 }
 
 
 class AgentLoginReader(FileReader):
     name = "agent-login"
     paths = (
-        ".claude/.credentials.json", ".codex/auth.json", ".gemini/oauth_creds.json", ".qwen/oauth_creds.json",
-        "github-copilot/apps.json", "github-copilot/hosts.json", "opencode/auth.json",
+        ".claude/.credentials.json", ".codex/auth.json", ".codex/.credentials.json", ".gemini/oauth_creds.json",
+        ".gemini/mcp-oauth-tokens.json", ".qwen/oauth_creds.json", "github-copilot/apps.json",
+        "github-copilot/hosts.json", "opencode/auth.json", "opencode/mcp-auth.json", "cursor/auth.json",
     )  # fmt: skip
     on_machine = (
-        "~/.claude/.credentials.json", "~/.codex/auth.json", "~/.gemini/oauth_creds.json", "~/.qwen/oauth_creds.json",
+        "~/.claude/.credentials.json", "~/.codex/auth.json", "~/.codex/.credentials.json",
+        "~/.gemini/oauth_creds.json", "~/.gemini/mcp-oauth-tokens.json", "~/.qwen/oauth_creds.json",
         "~/.config/github-copilot/apps.json", "~/.config/github-copilot/hosts.json",
-        "~/.local/share/opencode/auth.json",
+        "~/.local/share/opencode/auth.json", "~/.local/share/opencode/mcp-auth.json", "~/.config/cursor/auth.json",
     )  # fmt: skip
 
     def read(self, file: SourceFile) -> Iterator[Candidate]:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, classify, of_jwt, of_pem
+from ringfence.scan.candidates import Candidate, candidate_of, classify, host_of, of_jwt, of_pem
 from ringfence.scan.documents import mapping, parse_yaml, sequence, text_of
 from ringfence.scan.findings import Access
 from ringfence.scan.names import is_placeholder
@@ -56,7 +56,9 @@ class KubeconfigReader(FileReader):
             }
             for one in sequence(mapping(document).get("users")):
                 name = str(mapping(one).get("name", ""))
-                opens = Access(host=servers.get(clusters.get(name)), account=name or None)
+                server = servers.get(clusters.get(name))
+                # All of them open the API server, also those whose kind does not say so.
+                opens = Access("Kubernetes", host_of(server) if server else None, name or None)
                 yield from once(_of_user(mapping(mapping(one).get("user")), f"users.{name}", opens))
 
 

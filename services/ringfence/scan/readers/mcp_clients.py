@@ -37,7 +37,19 @@ class _Client:
     format: Literal["json", "toml", "yaml"] = "json"
 
 
-_CODE: Final = "~/.config/Code/User"
+_EDITORS: Final = tuple(
+    f"~/{folder}/User" for folder in (
+        ".config/Code", ".config/Code - Insiders", ".config/VSCodium", ".config/Cursor", ".config/Windsurf",
+        ".vscode-server/data", "Library/Application Support/Code", "Library/Application Support/Cursor",
+    )
+)  # fmt: skip
+"""Folders of VS Code and of the editors made of it, in which extensions such as Cline keep their settings."""
+
+
+def _in_editors(path: str) -> tuple[str, ...]:
+    return tuple(f"{folder}/{path}" for folder in _EDITORS)
+
+
 _CLIENTS: Final = (
     _Client(
         "claude-desktop", "Claude Desktop", ("claude_desktop_config.json",),
@@ -46,37 +58,88 @@ _CLIENTS: Final = (
     ),
     _Client(
         "claude-code", "Claude Code",
-        (".claude.json", ".claude/settings.json", ".claude/settings.local.json", ".mcp.json"),
-        ("~/.claude.json", "~/.claude/settings.json", "~/.claude/settings.local.json"),
+        (".claude.json", ".claude/settings.json", ".claude/settings.local.json", ".mcp.json",
+         "claude-code/managed-settings.json", "claude-code/managed-mcp.json"),
+        ("~/.claude.json", "~/.claude/settings.json", "~/.claude/settings.local.json",
+         "/etc/claude-code/managed-settings.json", "/etc/claude-code/managed-mcp.json"),
     ),
     _Client("cursor", "Cursor", (".cursor/mcp.json",), ("~/.cursor/mcp.json",)),
     _Client(
         "vscode", "VS Code",
-        (".vscode/mcp.json", ".vscode/settings.json", "User/mcp.json", "User/settings.json"),
-        (f"{_CODE}/mcp.json", f"{_CODE}/settings.json"),
+        (".vscode/mcp.json", ".vscode/settings.json", "User/mcp.json", "User/settings.json", "profiles/*/mcp.json",
+         "*.code-workspace", "devcontainer.json"),
+        (*_in_editors("mcp.json"), *_in_editors("settings.json"), *_in_editors("profiles/*/mcp.json")),
     ),
-    _Client("windsurf", "Windsurf", ("windsurf/mcp_config.json",), ("~/.codeium/windsurf/mcp_config.json",)),
+    _Client(
+        "windsurf", "Windsurf", ("windsurf/mcp_config.json", ".codeium/mcp_config.json"),
+        ("~/.codeium/windsurf/mcp_config.json", "~/.codeium/mcp_config.json"),
+    ),
     _Client("zed", "Zed", ("zed/settings.json", ".zed/settings.json"), ("~/.config/zed/settings.json",)),
-    _Client("gemini-cli", "Gemini CLI", (".gemini/settings.json",), ("~/.gemini/settings.json",)),
+    _Client(
+        "antigravity", "Antigravity",
+        ("antigravity/mcp_config.json", "antigravity-cli/mcp_config.json", ".gemini/config/mcp_config.json",
+         ".agents/mcp_config.json"),
+        ("~/.gemini/antigravity/mcp_config.json", "~/.gemini/antigravity-cli/mcp_config.json",
+         "~/.gemini/config/mcp_config.json"),
+    ),
+    _Client(
+        "gemini-cli", "Gemini CLI",
+        (".gemini/settings.json", "gemini-cli/settings.json", "gemini-cli/system-defaults.json",
+         "gemini-extension.json"),
+        ("~/.gemini/settings.json", "~/.gemini/extensions/*/gemini-extension.json", "/etc/gemini-cli/settings.json",
+         "/etc/gemini-cli/system-defaults.json"),
+    ),
     _Client("qwen-code", "Qwen Code", (".qwen/settings.json",), ("~/.qwen/settings.json",)),
     _Client(
-        "cline", "Cline", ("cline_mcp_settings.json",),
-        (f"{_CODE}/globalStorage/saoudrizwan.claude-dev/settings/cline_mcp_settings.json",),
+        "cline", "Cline", ("cline_mcp_settings.json", ".cline/data/settings/providers.json"),
+        (*_in_editors("globalStorage/saoudrizwan.claude-dev/settings/cline_mcp_settings.json"),
+         "~/.cline/data/settings/cline_mcp_settings.json", "~/.cline/data/settings/providers.json"),
+    ),
+    _Client(
+        "kilo-code", "Kilo Code",
+        ("kilocode.kilo-code/settings/mcp_settings.json", ".kilocode/cli/global/settings/mcp_settings.json",
+         ".kilocode/mcp.json", "kilo.json", "kilo.jsonc"),
+        (*_in_editors("globalStorage/kilocode.kilo-code/settings/mcp_settings.json"),
+         "~/.kilocode/cli/global/settings/mcp_settings.json", "~/.config/kilo/kilo.json", "~/.config/kilo/kilo.jsonc"),
     ),
     _Client(
         "roo-code", "Roo Code", ("settings/mcp_settings.json", ".roo/mcp.json"),
-        (f"{_CODE}/globalStorage/rooveterinaryinc.roo-cline/settings/mcp_settings.json",),
+        _in_editors("globalStorage/rooveterinaryinc.roo-cline/settings/mcp_settings.json"),
     ),
-    _Client("amazon-q", "Amazon Q", ("amazonq/mcp.json", ".amazonq/mcp.json"), ("~/.aws/amazonq/mcp.json",)),
+    _Client(
+        "amazon-q", "Amazon Q", ("amazonq/mcp.json", ".amazonq/mcp.json", "amazonq/cli-agents/*.json"),
+        ("~/.aws/amazonq/mcp.json", "~/.aws/amazonq/cli-agents/*.json"),
+    ),
     _Client("junie", "Junie", (".junie/mcp/mcp.json",), ("~/.junie/mcp/mcp.json",)),
     _Client("lm-studio", "LM Studio", (".lmstudio/mcp.json",), ("~/.lmstudio/mcp.json",)),
-    _Client("kiro", "Kiro", (".kiro/settings/mcp.json",), ("~/.kiro/settings/mcp.json",)),
+    _Client(
+        "kiro", "Kiro", (".kiro/settings/mcp.json", ".kiro/agents/*.json"),
+        ("~/.kiro/settings/mcp.json", "~/.kiro/agents/*.json"),
+    ),
     _Client("copilot-cli", "Copilot CLI", (".copilot/mcp-config.json",), ("~/.copilot/mcp-config.json",)),
-    _Client("opencode", "opencode", ("opencode.json", "opencode.jsonc"), ("~/.config/opencode/opencode.json",)),
-    _Client("crush", "Crush", ("crush.json", ".crush.json"), ("~/.config/crush/crush.json",)),
+    _Client(
+        "opencode", "opencode", ("opencode.json", "opencode.jsonc"),
+        ("~/.config/opencode/opencode.json", "~/.config/opencode/opencode.jsonc"),
+    ),
+    _Client(
+        "crush", "Crush", ("crush.json", ".crush.json"),
+        ("~/.config/crush/crush.json", "~/.local/share/crush/crush.json"),
+    ),
     _Client("amp", "Amp", ("amp/settings.json",), ("~/.config/amp/settings.json",)),
+    _Client(
+        "droid", "Droid", (".factory/mcp.json", ".factory/config.json", ".factory/settings.json"),
+        ("~/.factory/mcp.json", "~/.factory/config.json", "~/.factory/settings.json"),
+    ),
+    _Client("gitlab-duo", "GitLab Duo", (".gitlab/duo/mcp.json",), ("~/.gitlab/duo/mcp.json",)),
+    _Client(
+        "openclaw", "OpenClaw", (".openclaw/openclaw.json", ".openclaw/agents/*/agent/auth-profiles.json"),
+        ("~/.openclaw/openclaw.json", "~/.openclaw/agents/*/agent/auth-profiles.json"),
+    ),
     _Client("continue-json", "Continue", (".continue/config.json",), ("~/.continue/config.json",)),
-    _Client("codex", "Codex", (".codex/config.toml",), ("~/.codex/config.toml",), "toml"),
+    _Client(
+        "codex", "Codex", (".codex/config.toml", ".codex/*.config.toml", "codex/config.toml"),
+        ("~/.codex/config.toml", "~/.codex/*.config.toml", "/etc/codex/config.toml"), "toml",
+    ),
     _Client(
         "continue", "Continue", (".continue/config.yaml", ".continue/mcpServers/*.yaml", ".continue/models/*.yaml"),
         ("~/.continue/config.yaml", "~/.continue/mcpServers/*.yaml"), "yaml",

@@ -52,7 +52,7 @@ class NpmReader(FileReader):
             if not equals or name.startswith(("#", ";")):
                 continue
             registry, _, option = name.rpartition(":")
-            opens = Access(host=host_of(registry) if registry else None)
+            opens = Access(host=host_of(registry.lstrip("/")) if registry else None)
             more: dict[str, Any] = {"opens": opens, "line": number, "used_by": used}
             if option == "_authToken":
                 yield from secret_or_format(value, name, _NPM, **more)

@@ -1,4 +1,4 @@
-"""Start-up files and histories of shells: exported variables, and secrets in commands."""
+"""Start-up files and histories of shells, and `.env` files: exported variables, and secrets in commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ringfence.scan.candidates import Candidate, classify
+from ringfence.scan.documents import assignments
 from ringfence.scan.readers.fields import classify_command, once
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile
@@ -44,3 +45,14 @@ class ShellFileReader(FileReader):
                 yield from classify(match[1], match[2].strip().strip("\"'"), match[1], **more)
             elif _WORTH.search(line):
                 yield from classify_command(line, "command", **more)
+
+
+class DotenvReader(FileReader):
+    """`.env` files: `NAME=value` lines that programs and agents load into their environment."""
+
+    name = "dotenv"
+    paths = (".env", ".env.*", "*.env", ".envrc", ".dev.vars")
+
+    def read(self, file: SourceFile) -> Iterator[Candidate]:
+        for name, value, line in assignments(file.text):
+            yield from classify(name, value, line=line, used_by=("programs that load this file",))

@@ -26,7 +26,7 @@ th,td,section{border-color:#3a414b}.violated,.compromised{background:#5a211c}.pa
 def html_document(report: Report, version: str) -> str:
     """Return the page. `version`: of this program."""
     totals = summary(report)
-    began = datetime.fromtimestamp(report.began_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    began = _moment(report.began_s)
     rows = "".join(
         f"<tr><th scope=row>{escape(title)}</th><td>{count}</td>"
         + "".join(f'<td class="{state}">{state}</td>' for state in states)
@@ -41,7 +41,8 @@ def html_document(report: Report, version: str) -> str:
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"
         '<meta name=viewport content="width=device-width"><title>Inherited credentials</title>'
         f"<style>{_STYLE}</style></head><body><h1>Inherited credentials</h1>"
-        f"<p>{totals['findings']} findings in {report.files} files of {_text(', '.join(report.roots))}, {began}, "
+        f"<p>{_counted(totals['findings'], 'finding')} in {_counted(report.files, 'file')} of "
+        f"{_text(', '.join(report.roots))}, {began}, "
         f"ringfence {escape(version)}. {totals['shared']} of them stand in several places. "
         + ("" if report.complete else "<strong>Not everything was read.</strong>")
         + "</p>"
@@ -61,13 +62,16 @@ def html_document(report: Report, version: str) -> str:
 
 
 def _section(finding: Finding) -> str:
+    known_offline = finding.opens.words()
+    expires_s = known_offline.pop("expires_s", None)
     opens = "; ".join(
-        f"{name.replace('_', ' ')}: {', '.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for name, value in finding.opens.words().items()
+        f"{name}: {', '.join(map(str, value)) if isinstance(value, tuple) else value}"
+        for name, value in known_offline.items()
     )
     facts = [
         ("where", f"{finding.place}, {finding.place.field}"),
         ("opens", opens or "not known offline"),
+        ("expires", _moment(expires_s) if expires_s else ""),
         ("used by", ", ".join(finding.used_by) or "not known"),
         ("can be read by", finding.readable_by),
         ("also in", ", ".join(map(str, finding.shared_with))),
@@ -93,6 +97,17 @@ def _section(finding: Finding) -> str:
         f"<section><h2>{_text(finding.title)}{known}</h2><table>{lines}{rings}</table><h3>The way out</h3>"
         f"<ol>{steps}</ol></section>"
     )
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _moment(unix_s: int) -> str:
+    try:
+        return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    except (OverflowError, ValueError, OSError):  # what a token says need not be a time
+        return str(unix_s)
 
 
 def _text(text: str) -> str:

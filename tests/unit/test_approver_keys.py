@@ -1,0 +1,202 @@
+"""Which keys count for an approval: by when they were added, on whose word, of which kind, and beside whom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import Signed, sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.credential import CredentialRequest, RequiredClass
+from ringfence.messages.registry import FloorKey, TaskState, VerbFloor
+from ringfence.model.lifecycle import WAIT_S
+from ringfence.model.requests.approvals import key_problems, unmet
+from ringfence.model.requests.facts import RequestContext, load_context
+from tests.support import user_keys
+from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
+from tests.support.user_keys import add_key, end_key, new_key, new_passkey
+from tools.schemas.examples import EXAMPLES
+
+WAIT_MS = WAIT_S * 1000
+SCOPE = (permission("env/a"),)
+
+
+class Office:
+    """sam sponsors bot, which acts for uma; olga, otto and oscar are operators, suzy is a sponsor."""
+
+    def __init__(self) -> None:
+        self.ledger = ledger = InMemoryRegistry()
+        ledger.organisation()
+        ledger.give(ledger.user_set("olga", "oscar", ["operator"]))
+        ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(permission("env/**"))))
+        self.target()
+        ledger.give(ledger.register("sam", "bot", "sam", ceiling=(permission("env/**"),)))
+        terms = ledger.terms("bot", not_after=ledger.clock.ms // 1000 + 7 * 86_400)
+        change = ledger.give(ledger.assign("uma", "bot", terms=terms))
+        assert change is not None
+        assert isinstance(change.state, TaskState)
+        self.task = change.state.task_id
+
+    def target(self, key: FloorKey | None = None) -> None:
+        verbs = (VerbFloor(verb=SCOPE[0].verbs[0], floor="sponsor", key=key),)
+        self.ledger.give(self.ledger.target_set("olga", SCOPE[0].target, verbs=verbs))
+
+    def facts(self) -> RequestContext:
+        claims = EXAMPLES[CredentialRequest].model_copy(
+            update={"iss": f"spiffe://{TD}/agent/bot", "aud": TD, "task_id": self.task, "scope": SCOPE}
+        )
+        assert isinstance(claims, CredentialRequest)
+        return load_context(
+            self.ledger.directory, Signed(claims, sign(claims, self.ledger.key("bot", "agent")))
+        )
+
+    def approval(self, by: str, key: SigningKey | None = None) -> Signed[Any]:
+        facts = self.facts()
+        claims = self.ledger.claims(
+            Approval, by, verdict="approved", request=facts.request.compact, request_id=facts.request_id,
+            request_digest=digest(facts.request.compact), ttl_s=60, delivery="agent",
+            revisions=facts.revisions("0" * 64),
+        )  # fmt: skip
+        return Signed(claims, sign(claims, key or self.ledger.key(by)))
+
+    def grant(self, by: str, key: SigningKey | None = None) -> Signed[Any]:
+        claims = self.ledger.claims(
+            Grant, by, agent_id="bot", task_id=self.task, scope=SCOPE, count=1, ttl_s=60, delivery="agent",
+            revisions=self.facts().revisions("0" * 64),
+        )  # fmt: skip
+        return Signed(claims, sign(claims, key or self.ledger.key(by)))
+
+    def codes(self, *approvals: Signed[Any]) -> list[str | None]:
+        found = key_problems(approvals, self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms)
+        return [one.reason.code if one else None for one in found]
+
+    def left(self, required: tuple[RequiredClass, ...], *approvals: Signed[Any]) -> tuple[RequiredClass, ...]:
+        return unmet(required, approvals, self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms)
+
+
+@pytest.fixture(name="office")
+def office_of_all() -> Office:
+    return Office()
+
+
+def lent(office: Office, by: str, user: str, *, cosigned: str | None = None) -> SigningKey:
+    key = new_key(user)
+    office.ledger.give(add_key(office.ledger, by, user, key, cosigned=cosigned))
+    return key
+
+
+def test_a_lent_key_counts_a_day_later_and_not_a_moment_before(office: Office):
+    key = lent(office, "olga", "sam")
+    added_ms = office.ledger.directory.key_history("sam").origins[key.kid].added_ms
+    for at_ms, code in ((added_ms + WAIT_MS - 1, "key_too_new"), (added_ms + WAIT_MS, None)):
+        office.ledger.clock.ms = at_ms
+        assert office.codes(office.approval("sam", key)) == [code]
+        assert office.codes(office.grant("sam", key)) == [code]
+        assert office.left(("sponsor",), office.approval("sam", key)) == (
+            () if code is None else ("sponsor",)
+        )
+    assert office.codes(office.approval("sam")) == [None]
+
+
+def test_the_remedy_is_named(office: Office):
+    key = lent(office, "olga", "sam")
+    (found,) = key_problems(
+        [office.approval("sam", key)], office.ledger.directory, office.facts(), at_ms=office.ledger.clock.ms
+    )
+    assert found is not None
+    assert "added by olga" in found.reason.message
+    assert "user endorse-key" in found.reason.message
+
+
+def test_it_never_counts_beside_who_vouched_for_it_in_any_order(office: Office):
+    key = lent(office, "olga", "sam", cosigned="otto")
+    by_lent = office.approval("sam", key)
+    required: tuple[RequiredClass, ...] = ("sponsor", "operator")
+    for voucher in ("olga", "otto"):
+        beside = office.approval(voucher)
+        assert office.codes(by_lent, beside) == ["key_beside_voucher", None]
+        assert office.codes(beside, by_lent) == [None, "key_beside_voucher"]
+        assert office.codes(by_lent, office.grant(voucher)) == ["key_beside_voucher", None]
+        assert office.left(required, by_lent, beside) == ("sponsor",)
+    assert office.left(required, by_lent, office.approval("oscar")) == ()
+    # A third operator does not help while a voucher is among them.
+    assert office.left(required, by_lent, office.approval("oscar"), office.approval("olga")) == ("sponsor",)
+
+
+def test_who_vouched_does_not_take_part_as_sponsor_or_user_either(office: Office):
+    ledger = office.ledger
+    ledger.give(ledger.user_set("olga", "sam", ["sponsor", "operator"]))
+    key = lent(office, "sam", "suzy", cosigned="otto")
+    assert office.codes(office.approval("suzy", key)) == ["key_beside_voucher"]
+    assert office.codes(office.approval("suzy")) == [None]
+    ledger.give(
+        ledger.user_set("olga", "uma", ["operator"], entitlements=ledger.entitlements(permission("env/**")))
+    )
+    by_user = lent(office, "uma", "oscar", cosigned="otto")
+    assert office.codes(office.approval("oscar", by_user)) == ["key_beside_voucher"]
+
+
+def test_two_operators_of_break_glass_are_two(office: Office):
+    """olga lends otto a key, and breaks glass as both."""
+    two: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
+    key = lent(office, "olga", "otto", cosigned="oscar")
+    assert office.left(two, office.approval("olga"), office.approval("otto", key)) == ("break_glass",)
+    office.ledger.clock.ms += WAIT_MS
+    assert office.left(two, office.approval("olga"), office.approval("otto", key)) == ("break_glass",)
+    assert office.left(two, office.approval("olga"), office.approval("otto")) == ()
+
+
+def test_keys_of_a_compromised_voucher_count_no_more_and_neither_do_theirs(office: Office):
+    key = lent(office, "olga", "sam")
+    child = new_key("sam")
+    office.ledger.give(add_key(office.ledger, "sam", "sam", child), key)
+    office.ledger.clock.ms += WAIT_MS
+    assert office.codes(office.approval("sam", key), office.approval("sam", child)) == [None, None]
+    kid = office.ledger.key("olga").kid
+    office.ledger.give(end_key(office.ledger, "otto", "olga", kid, compromised=True))
+    codes = ["key_voucher_compromised", "key_voucher_compromised"]
+    assert office.codes(office.approval("sam", key), office.approval("sam", child)) == codes
+    assert office.codes(office.approval("sam")) == [None]  # a first key stays
+
+
+def test_an_approval_by_a_key_that_has_ended_counts_no_more(office: Office):
+    approval = office.approval("sam")
+    assert office.codes(approval) == [None]
+    office.ledger.give(add_key(office.ledger, "sam", "sam", new_key("sam")))
+    office.ledger.give(end_key(office.ledger, "sam", "sam", office.ledger.key("sam").kid))
+    office.ledger.clock.ms += 1000
+    assert office.codes(approval) == ["key_ended"]
+
+
+@pytest.mark.parametrize("required", [("sponsor",), ("break_glass", "break_glass")])
+def test_a_floor_takes_one_kind_of_key(office: Office, required: tuple[RequiredClass, ...]):
+    ledger = office.ledger
+    who = "sam" if required == ("sponsor",) else "olga"
+    passkey, attested = new_passkey(who), new_passkey(who)
+    ledger.give(add_key(ledger, "oscar", who, passkey))
+    record = user_keys.record_of(attested).model_copy(update={"attested": True})
+    ledger.give(add_key(ledger, "oscar", who, attested, key=record))
+    ledger.clock.ms += WAIT_MS
+    fits: dict[FloorKey | None, list[str | None]] = {
+        None: [None, None, None],
+        "attested": ["key_not_attested", "key_not_attested", None],
+        "file": [None, "key_not_file", "key_not_file"],
+    }
+    for floor, codes in fits.items():
+        office.target(floor)
+        given = [office.approval(who, key) for key in (None, passkey, attested)]
+        assert [office.codes(one)[0] for one in given] == codes
+        for approval, code in zip(given, codes, strict=True):
+            assert (len(office.left(required, approval)) < len(required)) is (code is None)
+    # Another verb's floor demands nothing of this one.
+    verbs = (VerbFloor(verb=SCOPE[0].verbs[0]), VerbFloor(verb="wipe", key="attested"))
+    ledger.give(ledger.target_set("olga", SCOPE[0].target, verbs=verbs))
+    assert office.codes(office.approval(who)) == [None]
+
+
+def test_what_no_record_explains_counts_for_nothing(office: Office):
+    assert office.codes(office.approval("sam", new_key("sam"))) == ["key_unknown"]
+    assert office.codes(office.approval("mallory")) == ["key_unknown"]
