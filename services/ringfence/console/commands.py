@@ -22,7 +22,7 @@ from ringfence.messages.approval import MAX_GRANT_LIFE_S, ActionApproval, Approv
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest, Selector
-from ringfence.messages.registry import AgentResume, AgentSuspend, TaskEnd
+from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend, TaskEnd
 from ringfence.messages.topics import APPROVAL_RESPONSE, REGISTRY_COMMAND, REVOCATION_REQUEST
 
 Form = Mapping[str, str]
@@ -183,6 +183,20 @@ class Commands:
         evidence = await self._evidence(reads, session, [("agent", agent_id)])
         return _Draft(f"resume agent {agent_id}", claims, REGISTRY_COMMAND, agent_id, evidence)
 
+    async def narrow(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
+        """Take from an agent's ceiling what it did not use in 30 days."""
+        agent_id = _required(form, "id")
+        ceiling = (await reads.usage(agent_id))["narrower"]
+        if ceiling is None:
+            raise WrongFormError(
+                f"agent {agent_id} used all of its ceiling in 30 days: there is nothing to take"
+            )
+        claims = AgentSetCeiling.model_validate(
+            {**self._questions.stamp(session.user_id), "agent_id": agent_id, "ceiling": ceiling}
+        )
+        evidence = await self._evidence(reads, session, [("agent", agent_id)])
+        return _Draft(f"narrow the ceiling of agent {agent_id}", claims, REGISTRY_COMMAND, agent_id, evidence)
+
     async def end_task(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
         """End a task, and the leases of it."""
         task_id = _required(form, "id")
@@ -247,6 +261,7 @@ _KINDS: Final[Mapping[str, Callable[[Commands, SessionReads, Session, Form], Awa
     "deny-action": Commands.deny_action,
     "suspend": Commands.suspend,
     "resume": Commands.resume,
+    "narrow": Commands.narrow,
     "end-task": Commands.end_task,
     "revoke-lease": Commands.revoke_lease,
     "revoke-all": Commands.revoke_all,
