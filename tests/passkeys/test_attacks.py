@@ -241,7 +241,7 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a user whose record did not come": (as_user("nobody"), "record of user nobody"),
     "an answer to a stranger": (to("https://evil.example/"), ELSEWHERE),
     "an answer to what looks like this machine": (to("http://127.0.0.1.evil.example/"), ELSEWHERE),
-    "an answer with a password": (to("http://x@127.0.0.1:80/"), ELSEWHERE),
+    "an answer with a password": (to("http://x@127.0.0.1:8080/"), ELSEWHERE),
     "an answer to another port of the page's host": (to("http://localhost:1/"), ELSEWHERE),
 }  # fmt: skip
 

@@ -39,7 +39,11 @@ def digest_of(engine: Podman) -> str:
 def test_an_order_becomes_a_container_with_an_identity_of_its_own(fleet: Fleet, engine: Podman) -> None:
     (fleet.sources / "a").write_text("read me\n")
     ask = f"ringfence request --task $RINGFENCE_TASK --allow '{SCOPE}' --reason look --delivery gateway"
-    run_id = fleet.order("--mount", "sources", command=f"grep -q 'read me' /workspace/sources/a && {ask}")
+    run_id = fleet.order(
+        "--mount",
+        "sources",
+        command=f"read said < /workspace/sources/a && test \"$said\" = 'read me' && {ask}",
+    )
     found = fleet.ended(run_id)
     assert found["exit"] == {"code": 0}, fleet.logs()
     assert (found["backend"], found["image_digest"]) == ("oci", digest_of(engine))

@@ -439,6 +439,29 @@ def test_an_operator_is_no_second_operator_by_a_key_that_they_lent(ledger: InMem
     ledger.give(add_key(ledger, "otto", "sam", new_key("sam"), cosigned="oscar"), lent)
 
 
+def test_a_co_signature_takes_two_keys_that_count(ledger: InMemoryRegistry):
+    """oscar gave otto a key not long ago: whoever signs with it may be oscar."""
+    lent = new_key("otto")
+    ledger.give(add_key(ledger, "oscar", "otto", lent))
+    for code in ("possession_invalid", None):
+        key = new_key("sam")
+        invited = user_keys.invitation(ledger, "olga", "sam")
+        possessed = user_keys.possession(ledger, key, "sam", invited)
+        signed = user_keys.endorsement(ledger, "otto", "sam", key.kid, possessed, lent)
+        command = add_key(
+            ledger, "olga", "sam", key, invitation=invited, possession=possessed, endorsement=signed
+        )
+        if code is None:
+            ledger.give(command)
+            assert origin(ledger, "sam", key).vouchers == {"olga", "otto", "oscar"}
+        else:
+            assert refused(ledger, command) == code
+            assert (
+                refused(ledger, add_key(ledger, "otto", "sam", new_key("sam"), cosigned="olga"), lent) == code
+            )
+            ledger.clock.ms += WAIT_MS
+
+
 def test_whose_word_a_key_rests_on_is_followed(ledger: InMemoryRegistry):
     lent, key = new_key("otto"), new_key("sam")
     ledger.give(add_key(ledger, "olga", "otto", lent))
