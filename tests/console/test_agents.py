@@ -37,3 +37,13 @@ async def test_an_operator_sees_all_and_filters(organisation: Organisation, pers
     await expect(page.locator("tbody tr")).to_have_count(1)
     assert f"agent={organisation.realm.agent}" in page.url
     assert person.complaints == []
+
+
+async def test_a_ceiling_is_narrowed_to_what_was_used(sponsor: Visitor, organisation: Organisation) -> None:
+    realm = organisation.realm
+    async with realm.as_agent() as agent:
+        await realm.read(agent)
+        page = await sponsor.sign_in(f"/agents/{realm.agent}")
+        await page.get_by_text("Narrow the ceiling to what it used").click()
+        await sponsor.signs("Narrow the ceiling", "Replace the ceiling")
+        await expect(page.locator("#facts .verbs")).to_have_text("read")

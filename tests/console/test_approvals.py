@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import secrets
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,6 +15,11 @@ from playwright.async_api import expect
 
 from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import RequestDeniedError
+from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE
+from ringfence.model.requests.facts import load_records
 from tests.console.conftest import Visitor
 from tests.passkeys.browser import Person
 from tests.passkeys.organisation import Organisation
@@ -155,3 +163,35 @@ async def test_a_question_about_what_changed_since_is_refused(
         )  # fmt: skip
         assert refused.status == 400
         assert "changed since it was shown" in await refused.text()
+
+
+async def test_a_question_about_one_action_is_answered(sponsor: Visitor, organisation: Organisation) -> None:
+    realm = organisation.realm
+    gateway = SigningKey.load(realm.stack.trust.service_key("gateway"))
+    page = await sponsor.sign_in("/approvals")
+    async with (
+        realm.as_agent() as agent,
+        realm.publisher() as publisher,
+        realm.seen(APPROVAL_RESPONSE) as seen,
+    ):
+        lease = await realm.read(agent)
+        directory = await agent.connection.directory()
+        records = load_records(directory, realm.agent, realm.task, realm.target)
+        now = int(time.time())
+        question = ActionRequest(
+            iss=gateway.id, aud=realm.settings.trust_domain, iat=now, exp=now + 300, jti=secrets.token_urlsafe(32),
+            action_id="an-action", agent_id=realm.agent, task_id=realm.task, lease_id=lease.lease_id,
+            target_id=realm.target, verb="read", resource="env/staging/web", method="GET",
+            url="https://shop.example/env/staging/web", body_digest=hashlib.sha256().hexdigest(), body_bytes=0,
+            headers_digest=hashlib.sha256().hexdigest(), headers=(), required="sponsor",
+            revisions=records.revisions("some-policy"),
+        )  # fmt: skip
+        await publisher.publish_signed(APPROVAL_REQUEST, sponsor.user_id, question, gateway)
+        card = page.locator("article.action")
+        await expect(card).to_contain_text("GET https://shop.example/env/staging/web")
+        await sponsor.signs("Approve once")
+        (answer,) = await seen.until(
+            lambda: [one for one in seen.of(APPROVAL_RESPONSE) if one.key == realm.agent], "the answer"
+        )
+        assert parse(answer.value).unverified_claims(ActionApproval).verdict == "approved"
+        await expect(card).to_have_count(0)

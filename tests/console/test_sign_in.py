@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import urllib.parse
+
 import httpx
 from playwright.async_api import expect
 
@@ -81,3 +83,34 @@ async def test_headers_of_every_answer(sponsor: Visitor) -> None:
         assert "unsafe" not in policy
         assert headers["x-frame-options"] == "DENY"
         assert headers["x-content-type-options"] == "nosniff"
+
+
+async def test_a_cookie_that_somebody_planted_is_not_the_session(sponsor: Visitor) -> None:
+    planted = "p" * 43
+    begun = httpx.post(
+        sponsor.url("/sign-in/begin"), json={"user_id": sponsor.user_id},
+        headers={"Origin": sponsor.site.session, "Cookie": f"__Host-ringfence={planted}"},
+    )  # fmt: skip
+    assert begun.status_code == 200
+    assert begun.headers["set-cookie"].startswith("__Host-ringfence=")
+    assert planted not in begun.headers["set-cookie"]
+
+
+async def test_a_question_is_given_to_the_sign_page_alone(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in()
+    asked = await page.request.post(
+        sponsor.url("/sign/suspend"), form={"id": organisation.realm.agent, "reason": "a test"},
+        headers={"Origin": sponsor.site.session}, max_redirects=0,
+    )  # fmt: skip
+    assert asked.status == 303
+    link = asked.headers["location"]
+    assert link.startswith(f"{sponsor.site.sign}/#from=")
+    question = urllib.parse.unquote(link.partition("#from=")[2])
+    for origin in ({}, {"Origin": sponsor.site.session}, {"Origin": "https://evil.example"}):
+        assert httpx.get(question, headers=origin).status_code == 404
+        assert httpx.post(question, headers=origin, json={"refused": True}).status_code == 404
+    mine = {"Origin": sponsor.site.sign}
+    assert httpx.get(question, headers=mine).json()["user"] == sponsor.user_id
+    assert httpx.post(question, headers=mine, json={"answer": "a.b.c"}).status_code == 422

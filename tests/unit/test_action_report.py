@@ -10,7 +10,12 @@ import orjson
 import pytest
 
 from ringfence.audit.api.events import AuditApi
-from ringfence.audit.index.action_counts import action_groups, path_prefix, unknown_destinations
+from ringfence.audit.index.action_counts import (
+    action_groups,
+    blocked_over_time,
+    path_prefix,
+    unknown_destinations,
+)
 from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.cli.commands.gateway import _print_action_report
 from ringfence.client.errors import ApiError
@@ -314,3 +319,18 @@ def test_a_connect_is_neither_read_nor_write() -> None:
     (group,) = action_groups([went("api.example", method="CONNECT", access="write")])
     assert group["access"] is None
     assert report([group])["blocked"] == {"total": 1, "read": 0, "write": 0, "injected": 0}
+
+
+def test_blocked_actions_are_counted_by_steps_of_time() -> None:
+    def event(at_ms: int, access: str, outcome: str = "denied", **more: Any) -> dict[str, Any]:
+        return {"time": at_ms, "unmapped": {"outcome": outcome, "access": access}, **more}
+
+    events = [
+        event(1000, "read"), event(1999, "read", count=3), event(2000, "write"), event(2500, "read", "allowed"),
+        event(2600, "read", "observed"), {"time": 2700, "unmapped": {"answer": "result", "outcome": "denied"}},
+    ]  # fmt: skip
+    counted = {
+        (one["at_ms"], one["access"]): one["count"]
+        for one in blocked_over_time(events, since_ms=0, step_ms=1000)
+    }
+    assert counted == {(1000, "read"): 4, (2000, "write"): 1, (2000, "read"): 1}

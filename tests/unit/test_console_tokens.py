@@ -23,6 +23,7 @@ from ringfence.model.records.api_access import (
 )
 from tests.support.in_memory_registry import TD, InMemoryRegistry
 from tests.support.passkeys import ORIGINS, RP_ID, SESSION_ORIGIN, SoftwarePasskey
+from tests.support.user_keys import add_key, end_key
 
 YEAR_S = 365 * 86_400
 
@@ -92,10 +93,14 @@ def bench() -> Bench:
         ),
     )  # fmt: skip
     assert ledger.trust.load(sign(bundle, ledger.root, header_jwk=True), now_s)
-    passkey = SoftwarePasskey.make(ledger.key("uma").id, origin=SESSION_ORIGIN)
-    keys = (ledger.key_record(ledger.key("uma")), passkey.record(now_s + YEAR_S))
-    ledger.give(ledger.user_set("olga", "uma", keys=keys))
-    return Bench(ledger, console, passkey, Authenticator(ledger.directory, "policy", ledger.clock))
+    passkey = SoftwarePasskey.make(ledger.key("uma").id)
+    ledger.give(add_key(ledger, "olga", "uma", passkey))
+    return Bench(
+        ledger,
+        console,
+        passkey.but(origin=SESSION_ORIGIN),
+        Authenticator(ledger.directory, "policy", ledger.clock),
+    )
 
 
 def test_who_signed_in_reads_as_themselves(bench: Bench) -> None:
@@ -206,14 +211,16 @@ def test_a_disabled_user_reads_nothing_any_more(bench: Bench) -> None:
 
 def test_an_ended_passkey_reads_nothing_any_more(bench: Bench) -> None:
     session = bench.statement()
-    keys = (bench.ledger.key_record(bench.ledger.key("uma")), bench.passkey.record(bench.now_s + 1))
-    bench.ledger.give(bench.ledger.user_set("olga", "uma", keys=keys))
+    bench.reads(bench.token(session))
+    bench.ledger.give(end_key(bench.ledger, "olga", "uma", bench.passkey.kid))
     bench.ledger.clock.ms += 2000
     assert "refused" in bench.refused(bench.token(session))
 
 
 def test_a_role_that_was_taken_away_counts_at_the_next_call(bench: Bench) -> None:
-    keys = (bench.ledger.key_record(bench.ledger.key("uma")), bench.passkey.record(bench.now_s + YEAR_S))
+    entry = bench.ledger.directory.user("uma")
+    assert entry is not None
+    keys = entry.state.keys
     bench.ledger.give(bench.ledger.user_set("olga", "uma", roles=("auditor",), keys=keys))
     session = bench.statement()
     assert bench.reads(bench.token(session)).sees_all

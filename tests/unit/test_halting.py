@@ -25,6 +25,7 @@ from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, Topic, t
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.topics import (
     ALL,
+    APPROVAL_RESPONSE,
     AUDIT_CHECKPOINT,
     CREDENTIAL_DECISION,
     CREDENTIAL_REQUEST,
@@ -205,18 +206,27 @@ def writers(topic: Topic[Any]) -> set[Party]:
 def test_services_are_granted_write_where_they_are_believed_and_nowhere_else(topic: Topic[Any]) -> None:
     relays = {
         TRUST: {"registry"},
-        REGISTRY_COMMAND: {"scim"},
+        REGISTRY_COMMAND: {"scim", "console"},
+        APPROVAL_RESPONSE: {"console"},
         CREDENTIAL_REQUEST: {"gateway"},
-        REVOCATION_REQUEST: {"gateway"},
+        REVOCATION_REQUEST: {"gateway", "console"},
     }
-    """What the root, a provisioner's key, and agents signed."""
+    """What the root, a provisioner's key, people at a console, and agents signed."""
     believed = {role for model in signed_messages(topic) for role in model.signed_by}
     assert writers(topic) & set(SERVICE_ROLES) == believed | relays.get(topic, set())
 
 
 def test_revocations_are_written_by_agents_people_and_the_revoker_alone() -> None:
-    """And by gateways, to which agents post them."""
-    assert writers(REVOCATION_REQUEST) == {"agents", "gateway", "users", "operators", "revoker"}
+    """And by gateways, to which agents post them, and consoles, which carry what people signed."""
+    assert writers(REVOCATION_REQUEST) == {"agents", "gateway", "users", "operators", "revoker", "console"}
     assert writers(CREDENTIAL_DECISION) == {"policy"}
     assert writers(CREDENTIAL_REQUEST) == {"agents", "gateway"}
     assert writers(AUDIT_CHECKPOINT) == {"audit", "users", "operators"}
+
+
+def test_a_console_reads_nothing_from_kafka() -> None:
+    mine = [one for one in acls("p") if one.party == "console"]
+    assert {one.operation for one in mine} == {Operation.WRITE}
+    assert {one.name for one in mine} >= {
+        topic.name("p") for topic in (APPROVAL_RESPONSE, REGISTRY_COMMAND, REVOCATION_REQUEST)
+    }

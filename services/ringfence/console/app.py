@@ -29,6 +29,8 @@ from ringfence.messages.api import CONSOLE_PORT
 from ringfence.messages.base import Claims, Topic
 
 log = logging.getLogger(__name__)
+# It logs every read of every open page.
+logging.getLogger("httpx").setLevel(logging.WARNING)
 
 _READ_TIMEOUT_S = 10.0
 _TRUST_EVERY_S = 15.0

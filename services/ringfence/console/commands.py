@@ -18,11 +18,11 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.approval import MAX_GRANT_LIFE_S, Approval, Grant
+from ringfence.messages.approval import MAX_GRANT_LIFE_S, ActionApproval, Approval, Grant
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest, Selector
-from ringfence.messages.registry import AgentResume, AgentSuspend, TaskEnd
+from ringfence.messages.registry import AgentResume, AgentSetCeiling, AgentSuspend, TaskEnd
 from ringfence.messages.topics import APPROVAL_RESPONSE, REGISTRY_COMMAND, REVOCATION_REQUEST
 
 Form = Mapping[str, str]
@@ -132,6 +132,33 @@ class Commands:
         title = f"approve ahead {claims.count} like request {view['request_id'][:8]} of {view['agent_id']}"
         return _Draft(title, claims, APPROVAL_RESPONSE, view["agent_id"], evidence)
 
+    async def _answer_action(self, reads: SessionReads, session: Session, form: Form, verdict: str) -> _Draft:
+        id = _required(form, "id")
+        action = await reads.get("policy", "action-approvals", id)
+        stamp = self._questions.stamp(session.user_id)
+        claims = ActionApproval.model_validate(
+            {
+                **stamp,
+                "exp": min(stamp["exp"], action["expires_at"]),
+                "verdict": verdict,
+                "agent_id": action["agent"],
+                "request": action["request"],
+                "request_digest": digest(action["request"]),
+                "comment": form.get("comment", "").strip() or None,
+            }
+        )
+        evidence = await reads.get("policy", "action-approvals", id, "evidence")
+        title = f"{'approve' if verdict == 'approved' else 'deny'} one action of {action['agent']}"
+        return _Draft(title, claims, APPROVAL_RESPONSE, action["agent"], evidence)
+
+    async def approve_action(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
+        """Yes to one action, once."""
+        return await self._answer_action(reads, session, form, "approved")
+
+    async def deny_action(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
+        """No to one action."""
+        return await self._answer_action(reads, session, form, "denied")
+
     async def _pending(self, reads: SessionReads, form: Form) -> dict[str, Any]:
         view = await reads.approval(_required(form, "id"))
         if form.get("digest") and form["digest"] != shown_digest(view):
@@ -155,6 +182,20 @@ class Commands:
         claims = AgentResume(**stamp, agent_id=agent_id, reason=_required(form, "reason"))
         evidence = await self._evidence(reads, session, [("agent", agent_id)])
         return _Draft(f"resume agent {agent_id}", claims, REGISTRY_COMMAND, agent_id, evidence)
+
+    async def narrow(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
+        """Take from an agent's ceiling what it did not use in 30 days."""
+        agent_id = _required(form, "id")
+        ceiling = (await reads.usage(agent_id))["narrower"]
+        if ceiling is None:
+            raise WrongFormError(
+                f"agent {agent_id} used all of its ceiling in 30 days: there is nothing to take"
+            )
+        claims = AgentSetCeiling.model_validate(
+            {**self._questions.stamp(session.user_id), "agent_id": agent_id, "ceiling": ceiling}
+        )
+        evidence = await self._evidence(reads, session, [("agent", agent_id)])
+        return _Draft(f"narrow the ceiling of agent {agent_id}", claims, REGISTRY_COMMAND, agent_id, evidence)
 
     async def end_task(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
         """End a task, and the leases of it."""
@@ -216,8 +257,11 @@ _KINDS: Final[Mapping[str, Callable[[Commands, SessionReads, Session, Form], Awa
     "approve": Commands.approve,
     "deny": Commands.deny,
     "grant": Commands.grant,
+    "approve-action": Commands.approve_action,
+    "deny-action": Commands.deny_action,
     "suspend": Commands.suspend,
     "resume": Commands.resume,
+    "narrow": Commands.narrow,
     "end-task": Commands.end_task,
     "revoke-lease": Commands.revoke_lease,
     "revoke-all": Commands.revoke_all,

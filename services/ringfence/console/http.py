@@ -230,7 +230,9 @@ class Site:
             return self._html(page.template, None, known, title=title, **page.values)
         return self._shown(session, page, known)
 
-    def _html(self, template: str, session: Session | None, status: int = 200, **values: Any) -> Response:
+    def _html(
+        self, template: str, session: Session | None, http_status: int = 200, /, **values: Any
+    ) -> Response:
         questions = self._console.questions.of_session(session.cookie_digest) if session else []
         base: dict[str, Any] = {
             "session": session,
@@ -239,7 +241,7 @@ class Site:
             "section": "",
             "questions": questions[:5],
         }
-        return HTMLResponse(render(template, **(base | values)), status)
+        return HTMLResponse(render(template, **(base | values)), http_status)
 
     def _to_sign_in(self, request: Request, *, ended: bool = False) -> Response:
         wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")

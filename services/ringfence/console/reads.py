@@ -65,6 +65,11 @@ class SessionReads(ReadApi):
         view: dict[str, Any] = await self.get("policy", "approvals", request_id, "evidence")
         return view
 
+    async def action_approvals(self) -> list[dict[str, Any]]:
+        """The single actions that wait and that the person may see, oldest first."""
+        listed: list[dict[str, Any]] = (await self.get("policy", "action-approvals"))["actions"]
+        return listed
+
     def _token(self, service: Service) -> str:
         if self._statement is None:
             return super()._token(service)

@@ -11,6 +11,7 @@ from faststream import FastStream
 
 from ringfence.backends import BackendContext, all_backends
 from ringfence.backends.capabilities import BackendCapabilities
+from ringfence.client.approvals.action_approvals import OpenActions
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
@@ -23,6 +24,7 @@ from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision, Reason
 from ringfence.messages.topics import (
+    APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
     CREDENTIAL_DECISION,
     LEASE,
@@ -38,6 +40,8 @@ from ringfence.policy.agents.agent_index import AgentIndex
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
 from ringfence.policy.agents.shared_keys import SharedKeyDetector
 from ringfence.policy.agents.usage import KeyLastSeen
+from ringfence.policy.api.actions import KEEP_MS as QUESTIONS_KEEP_MS
+from ringfence.policy.api.actions import ActionQuestions, ActionsApi
 from ringfence.policy.api.authzen import AuthZen
 from ringfence.policy.api.decisions import DecisionsApi
 from ringfence.policy.api.grants import GrantApi
@@ -111,7 +115,14 @@ def build(
     read_back(LEASE, holdings.on_leases, LEASES_SINCE_MS)
     read_back(SERVICE_EVENT, holdings.on_events, REFUSALS_SINCE_MS)
     history = read_back(CREDENTIAL_DECISION, decisions.on_records, HISTORY_MS)
-    read_back(APPROVAL_RESPONSE, grant_table.on_records, GRANTS_KEEP_MS)
+    questions = ActionQuestions(OpenActions(runtime, directory, ""))
+    read_back(APPROVAL_REQUEST, questions.on_requests, QUESTIONS_KEEP_MS)
+
+    def on_responses(records: Sequence[Received]) -> None:
+        grant_table.on_records(records)
+        questions.on_answers(records)
+
+    read_back(APPROVAL_RESPONSE, on_responses, GRANTS_KEEP_MS)
 
     async def load_decisions() -> None:
         if not await history.caught_up(settings.grace_s):
@@ -214,6 +225,7 @@ def build(
     runtime.warns_when(lambda: admission.behind(runtime.clock.now_ms()))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
     runtime.routes += DecisionsApi(runtime, directory, authenticator, decisions).routes()
+    runtime.routes += ActionsApi(questions, directory, authenticator).routes()
     runtime.routes += UsageApi(directory, authenticator, holdings, key_last_seen, runtime.clock).routes()
     runtime.routes += InventoryApi(runtime, directory, authenticator, agent_index, directory.stale).routes()
     runtime.routes += ReachApi(runtime, directory, authenticator, agent_index, directory.stale).routes()

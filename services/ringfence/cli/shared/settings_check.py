@@ -23,6 +23,7 @@ DECLARED_IN = (
     "ringfence.registry.settings",
     "ringfence.scim.settings",
     "ringfence.signals.settings",
+    "ringfence.console.settings",
     "ringfence.audit.settings",
     "ringfence.gateway.settings",
     "ringfence.runner.settings",

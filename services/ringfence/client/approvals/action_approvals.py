@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Protocol
 
-from ringfence.client.connection import Connection
+from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import Jws, typ_header
@@ -86,11 +88,29 @@ class _OpenAction:
     """Who was asked, from the keys of the records."""
 
 
+class _TrustDomain(Protocol):
+    @property
+    def trust_domain(self) -> str: ...
+
+
+class _Connected(Protocol):
+    """What verifies messages: a client's connection, or a service's runtime."""
+
+    @property
+    def trust(self) -> TrustStore: ...
+
+    @property
+    def settings(self) -> _TrustDomain: ...
+
+    @property
+    def clock(self) -> Clock: ...
+
+
 class OpenActions:
     """The open questions about actions. It holds only what a gateway of the trust bundle signed."""
 
-    def __init__(self, connection: Connection, directory: Directory, user_id: str) -> None:
-        """`user_id`: the person who looks."""
+    def __init__(self, connection: _Connected, directory: Directory, user_id: str) -> None:
+        """`user_id`: the person who looks, unless `pending` names another."""
         self._connection = connection
         self._directory = directory
         self._user_id = user_id
@@ -167,15 +187,16 @@ class OpenActions:
         """Mark an action as answered by this person."""
         self._answered.add(digest)
 
-    def pending(self, *, everyone: bool = False) -> list[PendingAction]:
+    def pending(self, *, everyone: bool = False, user_id: str | None = None) -> list[PendingAction]:
         """The open actions for this person, oldest first; with `everyone` also those of others."""
         self._forget()
+        person = self._user_id if user_id is None else user_id
         shown: list[PendingAction] = []
         for digest, open_action in self._requests.items():
             if digest in self._answered:
                 continue
-            pending = self._pending_action(open_action.signed)
-            if pending is not None and (everyone or pending.mine or self._user_id in open_action.people):
+            pending = self._pending_action(open_action.signed, person)
+            if pending is not None and (everyone or pending.mine or person in open_action.people):
                 shown.append(pending)
         return sorted(shown, key=lambda one: one.asked_at)
 
@@ -184,12 +205,12 @@ class OpenActions:
         self._forget()
         open_action = self._requests.get(digest)
         return (
-            self._pending_action(open_action.signed)
+            self._pending_action(open_action.signed, self._user_id)
             if open_action is not None and digest not in self._answered
             else None
         )
 
-    def _pending_action(self, signed: Signed[ActionRequest]) -> PendingAction | None:
+    def _pending_action(self, signed: Signed[ActionRequest], user_id: str) -> PendingAction | None:
         claims = signed.claims
         id = message_id(claims.iss, claims.jti)
         try:
@@ -200,7 +221,7 @@ class OpenActions:
                 )
             if records.task.state.agent_id != claims.agent_id:
                 raise InvalidMessageError("its task is another agent's")
-            mine = may_approve(self._directory, self._user_id, claims.required, records)
+            mine = may_approve(self._directory, user_id, claims.required, records)
         except (InvalidMessageError, DeniedError, ChainError) as error:
             self.problems[id] = str(error)
             return None

@@ -32,6 +32,7 @@ async def approvals(view: View) -> Page:
     pending = [as_pending(one) for one in listed]
     digests = {one["request_id"]: shown_digest(one) for one in listed}
     groups = group_equivalent(pending)
+    actions = await view.reads.action_approvals()
     mine = [group for group in groups if group.first.mine]
     others = [group for group in groups if not group.first.mine]
     shown = view.query.get("show") or "mine"
@@ -45,7 +46,11 @@ async def approvals(view: View) -> Page:
         {
             "cards": [_card(*one, digests) for one in zip(page, unusual, strict=True)],
             "shown": shown,
-            "counts": {"mine": len(mine), "others": len(others)},
+            "actions": [one for one in actions if shown == "all" or one["mine"] == (shown == "mine")],
+            "counts": {
+                "mine": len(mine) + sum(one["mine"] for one in actions),
+                "others": len(others) + sum(not one["mine"] for one in actions),
+            },
             "waiting": len(pending),
             "first": first,
             "more": first + PAGE_GROUPS if len(chosen) > first + PAGE_GROUPS else None,

@@ -35,7 +35,7 @@ async def trace(view: View) -> Page:
     steps: list[dict[str, Any]] = []
     for root in answer["roots"]:
         _flatten(root, 0, steps)
-    people = list(dict.fromkeys(person for step in steps if (person := step["behalf"])))
+    people = [root["id"] for root in answer["roots"] if root["kind"] == "user"]
     return Page(
         "trace.html",
         f"Trace of {answer['kind']} {answer['id'][:36]}",
@@ -74,7 +74,6 @@ def event_row(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def _flatten(node: dict[str, Any], depth: int, into: list[dict[str, Any]]) -> None:
-    detail = node.get("detail") or {}
     into.append(
         {
             "depth": min(depth, 8),
@@ -84,8 +83,6 @@ def _flatten(node: dict[str, Any], depth: int, into: list[dict[str, Any]]) -> No
             "at_ms": node["at_ms"],
             "duration_ms": node.get("duration_ms"),
             "actor": node.get("actor"),
-            "behalf": detail.get("on_behalf_of") if isinstance(detail, dict) else None,
-            "detail": detail,
         }
     )
     for child in node["children"]:

@@ -58,8 +58,7 @@ class Acl:
 
 _NAMED: Final[Mapping[str, tuple[Party, ...]]] = {
     "anyone": PARTIES,
-    # A console reads by HTTP alone.
-    "every service": tuple(role for role in SERVICES if role != "console"),
+    "every service": SERVICES,
     "gateways": ("gateway",),
     "runners": ("runner",),
     "sponsors": ("users",),
@@ -80,6 +79,8 @@ def _of_topics(prefix: str) -> Iterator[Acl]:
         name = topic.name(prefix)
         for operation, words in ((Operation.WRITE, topic.written_by), (Operation.READ, topic.read_by)):
             for party in sorted(_parties(words)):
+                if party == "console" and operation is Operation.READ:
+                    continue  # it reads by HTTP alone
                 yield Acl(party, operation, ResourceType.TOPIC, name, PatternType.LITERAL)
 
 

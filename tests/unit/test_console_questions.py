@@ -1,0 +1,184 @@
+"""What the console takes for an answer, what its cookie is good for, and what it makes of text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from ringfence.console.questions import Question, Questions, WrongAnswerError
+from ringfence.console.rendering import render
+from ringfence.console.session import Session, Sessions
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Claims, Topic
+from ringfence.messages.registry import AgentSuspend
+from ringfence.messages.topics import REGISTRY_COMMAND
+from tests.support.in_memory_registry import TD, InMemoryRegistry
+from tests.support.passkeys import SESSION_ORIGIN, SoftwarePasskey
+from tests.support.user_keys import add_key
+
+LIFE_S = 900
+
+
+class Bench:
+    """sam is asked at a console to suspend an agent."""
+
+    def __init__(self) -> None:
+        self.ledger = InMemoryRegistry()
+        self.ledger.organisation()
+        self.passkey = SoftwarePasskey.make(self.ledger.key("sam").id)
+        self.ledger.give(add_key(self.ledger, "olga", "sam", self.passkey))
+        self.sent: list[tuple[str, str, str]] = []
+        self.broken = False
+        self.questions = Questions(self.ledger.trust, self.ledger.clock, TD, self._publish)
+
+    async def _publish(self, topic: Topic[Any], key: str, compact: str, claims: Claims) -> None:
+        if self.broken:
+            raise UnavailableError("no broker")
+        self.sent.append((topic.what, key, compact))
+
+    def ask(self) -> Question:
+        entry = self.ledger.directory.entry("user", "sam")
+        assert entry is not None
+        claims = AgentSuspend(**self.questions.stamp("sam"), agent_id="bot", reason="it behaves oddly")
+        return self.questions.add(
+            title="suspend agent bot", user_id="sam", cookie_digest="c", claims=claims, topic=REGISTRY_COMMAND,
+            key="bot", evidence={"trust": "t", "records": [entry.compact.decode()]},
+        )  # fmt: skip
+
+    def signed(self, question: Question, by: SigningKey | None = None, **changed: Any) -> dict[str, Any]:
+        """What the sign page posts: it stamps `iat` and `jti`."""
+        terms = json.loads(question.document("http://localhost/questions/x"))["message"]["claims"]
+        now_s = self.ledger.clock.ms // 1000
+        claims = AgentSuspend(
+            **{**terms, "iss": (by or self.passkey).id, "aud": TD, "iat": now_s, "jti": "fresh", **changed}
+        )
+        return {"answer": sign(claims, by or self.passkey)}
+
+
+@pytest.fixture
+def bench() -> Bench:
+    return Bench()
+
+
+async def test_exactly_what_was_asked_goes_on_once(bench: Bench) -> None:
+    question = bench.ask()
+    answer = bench.signed(question)
+    await bench.questions.answer(question, answer)
+    assert bench.sent == [("registry.command", "bot", answer["answer"])]
+    assert question.state == "sent"
+    with pytest.raises(WrongAnswerError):
+        await bench.questions.answer(question, answer)
+
+
+@pytest.mark.parametrize("changed", [{"agent_id": "other"}, {"reason": "another"}, {"exp": 2_000_000_000}])
+async def test_something_else_is_not_sent(bench: Bench, changed: dict[str, Any]) -> None:
+    question = bench.ask()
+    if "exp" in changed:
+        changed = {"exp": bench.ledger.clock.ms // 1000 + 80_000}
+    with pytest.raises(WrongAnswerError):
+        await bench.questions.answer(question, bench.signed(question, **changed))
+    assert bench.sent == []
+    assert question.state == "open"
+
+
+async def test_only_a_passkey_of_who_was_asked_answers(bench: Bench) -> None:
+    question = bench.ask()
+    stranger = SoftwarePasskey.make(bench.passkey.id)
+    olga = SoftwarePasskey.make(bench.ledger.key("olga").id)
+    for by in (stranger, olga, bench.passkey.but(origin=SESSION_ORIGIN)):
+        with pytest.raises(InvalidMessageError):
+            await bench.questions.answer(question, bench.signed(question, by))
+    with pytest.raises(WrongAnswerError):
+        await bench.questions.answer(question, bench.signed(question, bench.ledger.key("sam")))
+    for nothing in ({}, {"answer": 1}, {"refused": False}):
+        with pytest.raises(WrongAnswerError):
+            await bench.questions.answer(question, nothing)
+    assert bench.sent == []
+
+
+async def test_who_signs_nothing_is_not_asked_again(bench: Bench) -> None:
+    question = bench.ask()
+    await bench.questions.answer(question, {"refused": True})
+    assert question.state == "refused"
+    with pytest.raises(WrongAnswerError):
+        await bench.questions.answer(question, bench.signed(question))
+
+
+async def test_an_answer_that_kafka_did_not_take_may_be_sent_again(bench: Bench) -> None:
+    question = bench.ask()
+    answer, bench.broken = bench.signed(question), True
+    with pytest.raises(UnavailableError):
+        await bench.questions.answer(question, answer)
+    bench.broken = False
+    await bench.questions.answer(question, answer)
+    assert len(bench.sent) == 1
+
+
+async def test_a_question_waits_fifteen_minutes_at_its_path(bench: Bench) -> None:
+    question = bench.ask()
+    assert bench.questions.at(question.path) is question
+    assert bench.questions.at(question.path[:-1]) is None
+    bench.ledger.clock.ms += LIFE_S * 1000
+    assert bench.questions.at(question.path) is None
+
+
+async def test_a_session_has_so_many_questions_and_no_more(bench: Bench) -> None:
+    first = bench.ask()
+    for _ in range(20):
+        bench.ask()
+    assert bench.questions.at(first.path) is None
+    assert len(bench.questions.of_session("c")) == 20
+
+
+# --- sessions ---------------------------------------------------------------------------------------------------------
+
+
+def session_of(bench: Bench, key: SigningKey, **changed: Any) -> tuple[Sessions, str | None]:
+    sessions = Sessions(lambda: key, bench.ledger.clock, TD, 3600)
+    secret, statement = sessions.begin("sam")
+    claims = statement.model_copy(update=changed)
+    return sessions, sessions.cookie(secret, sign(claims, bench.passkey.but(origin=SESSION_ORIGIN)))
+
+
+def test_a_cookie_is_a_session_until_its_end(bench: Bench) -> None:
+    sessions, cookie = session_of(bench, SigningKey.generate(f"spiffe://{TD}/service/console"))
+    session = sessions.of(cookie)
+    assert session is not None
+    assert session.user_id == "sam"
+    bench.ledger.clock.ms += 3600 * 1000
+    assert sessions.of(cookie) is None
+
+
+def test_a_statement_for_another_cookie_or_console_begins_nothing(bench: Bench) -> None:
+    key = SigningKey.generate(f"spiffe://{TD}/service/console")
+    assert session_of(bench, key, cookie_digest="0" * 64)[1] is None
+    assert session_of(bench, key, console_kid="another")[1] is None
+    sessions, cookie = session_of(bench, key)
+    other = Sessions(lambda: SigningKey.generate(key.id), bench.ledger.clock, TD, 3600)
+    assert sessions.of(cookie) is not None
+    assert other.of(cookie) is None
+
+
+@pytest.mark.parametrize(
+    "cookie", [None, "", ".", "x.y.z", "a" * 43, "a" * 43 + ".a.b.c", "a" * 43 + "." + "é" * 9]
+)
+def test_what_is_no_cookie_is_no_session(bench: Bench, cookie: str | None) -> None:
+    sessions, _ = session_of(bench, SigningKey.generate(f"spiffe://{TD}/service/console"))
+    assert sessions.of(cookie) is None
+
+
+# --- text -------------------------------------------------------------------------------------------------------------
+
+
+def test_templates_cannot_forget_to_escape_or_to_show_what_is_hidden() -> None:
+    html = render(
+        "problem.html", session=Session("u", "s", 0, "d"), trust_domain="t", sections={}, section="", questions=[],
+        title="<b>\u202e", message="<script>\x00\u2066</script>",
+    )  # fmt: skip
+    assert "<script>\x00" not in html
+    assert "&lt;script&gt;‹U+0000›‹U+2066›&lt;/script&gt;" in html
+    assert "&lt;b&gt;‹U+202E›" in html
