@@ -19,10 +19,14 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.base import metrics
+from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.base import ServiceRole
-from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST
+from ringfence.messages.lease import RevocationRequest, Selector
+from ringfence.messages.registry import AgentResume, AgentSuspend
+from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.policy.settings import PolicySettings
 from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench, rewind
+from tests.support.passkeys import SoftwarePasskey, add_passkey
 from tests.support.user_keys import give_key
 from tests.support.world import World, scope
 
@@ -281,3 +285,45 @@ async def test_a_person_is_told_of_a_key_that_was_added_to_them(
         assert second.key.kid in json.loads(receiver.got[1][2])["text"]
         await settled(world)
         assert len(receiver.got) == 2
+
+
+async def test_a_person_has_a_receipt_of_what_their_passkey_signed(
+    world: World, receiver: Receiver, tmp_path: Path
+) -> None:
+    async with office(world, settings(tmp_path, sam=receiver)) as bench:
+        sam = await add_passkey(world, bench.sam)
+        assert isinstance(sam.key, SoftwarePasskey)
+        await told(world, receiver, 1)  # of the key
+        suspension = world.claims(AgentSuspend, sam, agent_id=bench.bot.name, reason="*it* is <odd>")
+        revocation = world.claims(
+            RevocationRequest,
+            sam,
+            kind="revocation",
+            selector=Selector(agent_id=bench.bot.name),
+            reason="all",
+        )
+        await world.accepted(suspension, sam)
+        compact = sign(revocation, sam.key)
+        await world.send(REVOCATION_REQUEST, bench.bot.name, compact)
+        await told(world, receiver, 3)
+        texts = [json.loads(body)["text"] for _, _, body in receiver.got[1:]]
+        (of_command,) = [text for text in texts if "`agent.suspend`" in text]
+        (of_revocation,) = [text for text in texts if "`revocation.request`" in text]
+        assert all(sam.key.kid[:8] in text and f"end-key sam {sam.key.kid}" in text for text in texts)
+        assert f"agent_id: `{bench.bot.name}`" in of_command
+        assert "reason: `*it* is &lt;odd&gt;`" in of_command
+        assert bench.bot.name in of_revocation
+        # None of what a key file signs, of what the passkey did not sign, or of what came before.
+        await world.send(REVOCATION_REQUEST, bench.bot.name, compact)
+        other = sign(revocation.model_copy(update={"jti": "another"}), sam.key)
+        forged = f"{other.rpartition('.')[0]}.{compact.rpartition('.')[2]}"
+        await world.send(REVOCATION_REQUEST, bench.bot.name, forged)
+        await world.accepted(
+            world.claims(AgentResume, bench.sam, agent_id=bench.bot.name, reason="x"), bench.sam
+        )
+        again = world.claims(AgentSuspend, sam, agent_id=bench.bot.name, reason="the last")
+        await world.accepted(again, sam)
+        await told(world, receiver, 4)
+        await settled(world)
+        assert len(receiver.got) == 4
+        assert "`the last`" in json.loads(receiver.got[3][2])["text"]

@@ -124,6 +124,8 @@ RECORDS: Sequence[tuple[str, Topic[Any], str, str]] = (
     ("registry", REGISTRY_COMMAND, "command", "dead_letters"),
     ("policy", APPROVAL_REQUEST, "notice", "notice_dead_letters"),
     ("policy", USER, "key_notice", "notice_dead_letters"),
+    ("policy", REGISTRY_COMMAND, "receipt", "notice_dead_letters"),
+    ("policy", REVOCATION_REQUEST, "receipt", "notice_dead_letters"),
     *(("revoker", topic, "record_change", "dead_letters") for topic in (AGENT, TASK, USER, TARGET)),
     ("revoker", RUN, "run_end", "run_dead_letters"),
     ("audit", HEARTBEAT, "heartbeat", "dead_letters"),
@@ -223,8 +225,8 @@ def test_without_webhooks_nobody_reads_for_notices() -> None:
 
     letters: Any = None
     router = policy.router(
-        requests=handle, responses=handle, notice=None, key_notice=None, on_assigned=handle, dead_letters=letters,
-        notice_dead_letters=letters,
+        requests=handle, responses=handle, notice=None, key_notice=None, receipt=None, on_assigned=handle,
+        dead_letters=letters, notice_dead_letters=letters,
     )  # fmt: skip
     assert [group.name for group in router.groups] == ["policy"]
 

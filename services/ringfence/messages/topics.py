@@ -66,7 +66,7 @@ REGISTRY_COMMAND: Topic[Any] = Topic(
     "subject id",
     "jws",
     ("users", "console (what users signed)", "scim", "agents"),
-    ("registry", "audit"),
+    ("registry", "policy (receipts of passkeys)", "audit"),
     7 * _DAY,
 )
 """One partition: commands about different subjects (two agents, one key) have one order."""
@@ -148,7 +148,7 @@ REVOCATION_REQUEST = Topic(
         "console (what users signed)",
         *RevocationRequest.signed_by,
     ),
-    ("revoker", "issuer", "gateway", "audit"),
+    ("revoker", "issuer", "gateway", "policy (receipts of passkeys)", "audit"),
     30 * _DAY,
     True,
 )

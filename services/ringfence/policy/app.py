@@ -66,6 +66,7 @@ from ringfence.policy.incoming.request_withdrawals import WithdrawalHandler, req
 from ringfence.policy.incoming.verification import MessageVerifier
 from ringfence.policy.notifications.key_notices import key_notice_sender
 from ringfence.policy.notifications.notices import Notices, notice_sender
+from ringfence.policy.notifications.receipts import receipt_sender
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.subscribers import router
 from ringfence.rego.bundle import load_bundle
@@ -189,6 +190,7 @@ def build(
             responses=respond_to_all,
             notice=notice_sender(runtime, directory, notices) if own.webhooks else None,
             key_notice=key_notice_sender(runtime, directory, notices) if own.webhooks else None,
+            receipt=receipt_sender(runtime, directory, notices) if own.webhooks else None,
             on_assigned=load_before_assignment,
             dead_letters=runtime.dead_letters,
             # A gateway that is taken over must not take policy out of use: hints are lost at most.
@@ -245,6 +247,7 @@ def described() -> FastStream:
             responses=placeholder,
             notice=placeholder,
             key_notice=placeholder,
+            receipt=placeholder,
             on_assigned=placeholder,
             dead_letters=None,
             notice_dead_letters=None,

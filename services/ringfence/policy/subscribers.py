@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
 
 from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupRouter
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ApprovalRequest
+from ringfence.messages.base import Topic
 from ringfence.messages.credential import SealedReply
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,
@@ -17,9 +19,14 @@ from ringfence.messages.topics import (
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
+    REGISTRY_COMMAND,
+    REVOCATION_REQUEST,
     SERVICE_EVENT,
     USER,
 )
+
+SIGNED_BY_PEOPLE: tuple[Topic[Any], ...] = (APPROVAL_RESPONSE, REVOCATION_REQUEST, REGISTRY_COMMAND)
+"""Where people publish what they sign."""
 
 
 def router(
@@ -28,6 +35,7 @@ def router(
     responses: BatchHandler,
     notice: Handler | None,
     key_notice: Handler | None,
+    receipt: Handler | None,
     on_assigned: Callable[[], Awaitable[None]],
     dead_letters: DeadLetters | None,
     notice_dead_letters: DeadLetters | None,
@@ -35,6 +43,7 @@ def router(
     """Args:
         notice: tells people of questions, by webhooks; None where there are none, and then no group reads for it.
         key_notice: tells people of keys that were added to them; where there is a `notice`.
+        receipt: tells people what their passkeys signed; where there is a `notice`.
         on_assigned: awaited before the first record of `policy` after each assignment.
         notice_dead_letters: those of the notices, which halt at nothing.
     """  # fmt: skip
@@ -79,5 +88,13 @@ def router(
             async def on_user(record: Received) -> Awaitable[object] | None:
                 """Tell a person by webhook that a key was added to them."""
                 return await tell_of_keys(record)
+
+        if receipt is not None:
+            tell_signer = receipt
+
+            @router.subscriber(*SIGNED_BY_PEOPLE, group=notices, order="sequential")
+            async def on_signed(record: Received) -> Awaitable[object] | None:
+                """Tell a person by webhook what their passkey signed."""
+                return await tell_signer(record)
 
     return router

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from urllib.parse import urlsplit
@@ -135,6 +136,20 @@ def body_of_key(user_id: str, origin: KeyOrigin) -> bytes:
         f"If it is not yours, end it at once: {_code(end)}",
     ]
     return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
+
+
+def body_of_receipt(
+    user_id: str, kid: str, typ: str, signed_at_s: int, lines: Sequence[tuple[str, str]]
+) -> bytes:
+    """Return the body about a message that a passkey signed: `lines` are names and values of its claims."""
+    at = datetime.fromtimestamp(signed_at_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    end = f"ringfence user end-key {user_id} {kid} --compromised --reason unknown"
+    text = [
+        f"Signed with your passkey {_code(kid[:8])} at {at}: {_code(typ)}",
+        *(f"{name}: {_code(value)}" for name, value in lines),
+        f"If that is not what you saw and signed, end the passkey, and tell an operator: {_code(end)}",
+    ]
+    return orjson.dumps({"text": "\n".join(text), "unfurl_links": False, "unfurl_media": False})
 
 
 def _header_lines(claims: ActionRequest) -> list[str]:
