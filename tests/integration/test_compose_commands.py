@@ -8,6 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -74,13 +75,15 @@ def healthy(check: list[str], port: int) -> bool:
     return subprocess.run(argv, capture_output=True, check=False).returncode == 0
 
 
-@pytest.mark.parametrize("name", [*SERVICE_ROLES, *ON_DEMAND])
-def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) -> None:
+@contextmanager
+def started(prepared: Stack, name: str, **more: str) -> Iterator[int]:
+    """A service by its command in Compose, once it is ready, on the port that this yields. It ends in good order."""
     service = loaded(COMPOSE_FILE)["services"][name]
     given = environment_of(name, {"RINGFENCE_TRUST_ROOT": prepared.trust.fingerprint()})
     port = free_port()
     (prepared.options.state / "gateway").mkdir(exist_ok=True)
-    assert given.keys() >= {"RINGFENCE_KAFKA", "RINGFENCE_REDIS_URL", "RINGFENCE_HTTP", "RINGFENCE_KEY_FILE"}
+    assert given.keys() >= {"RINGFENCE_HTTP", "RINGFENCE_KEY_FILE", "RINGFENCE_KAFKA"}
+    assert name == "console" or "RINGFENCE_REDIS_URL" in given
     # Only what names a place inside the containers is replaced by the same thing here.
     places = {
         **prepared.environment(),
@@ -99,17 +102,34 @@ def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) 
     child = spawn(
         name,
         [sys.executable, "-m", "ringfence.cli.main", *service["command"]],
-        env={**plain, **given, **places},
+        env={**plain, **given, **places, **more},
         cwd=prepared.options.state,
         log_path=prepared.options.state / "logs" / f"{name}.log",
     )
-
     try:
         child.wait_until(lambda: readiness(port) is None, READY_WITHIN_S, "was ready")
         assert healthy(service["healthcheck"]["test"], port)
         assert not healthy(service["healthcheck"]["test"], free_port()), "where nobody answers"
+        yield port
     finally:
         assert child.stop() == 0, f"{name} did not drain in good order: {child.log_tail()}"
+
+
+@pytest.mark.parametrize("name", [*SERVICE_ROLES, *(name for name in ON_DEMAND if name != "console")])
+def test_a_service_starts_by_the_command_of_compose(prepared: Stack, name: str) -> None:
+    with started(prepared, name):
+        pass
+
+
+def test_the_console_starts_by_the_command_of_compose(prepared: Stack) -> None:
+    """It has the trust bundle from the registry, with the origin where people sign in."""
+    with started(prepared, "registry") as port:
+        here = {
+            "RINGFENCE_REGISTRY_URL": f"http://127.0.0.1:{port}",
+            "RINGFENCE_CONSOLE_ORIGIN": prepared.origins["session"],
+        }
+        with started(prepared, "console", **here):
+            pass
 
 
 def test_a_stack_on_an_older_trust_folder_starts_a_service_that_is_younger(

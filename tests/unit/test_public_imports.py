@@ -18,6 +18,7 @@ SOURCE = Path(ringfence.__file__)
 NOT_FOR_SDK_USERS = {
     "CeremonyError": "of the commands that make keys and the trust bundle",
     "ExportError": "of the command that exports the audit trail",
+    "AttestationError": "of the command line, which alone verifies attestations",
     "RequestRefusedError": "of the proxy before a task's socket, which answers it itself",
     "SocketGoneError": "of the proxy before a task's socket",
 }

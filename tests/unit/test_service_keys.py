@@ -173,7 +173,7 @@ def test_the_others_keep_their_keys_and_the_bundle_lasts_longer(folder: TrustFol
 
 
 def test_a_service_that_nobody_knows(folder: TrustFolder) -> None:
-    with pytest.raises(CeremonyError, match="there are: audit, gateway, issuer"):
+    with pytest.raises(CeremonyError, match="there are: audit, console, gateway, issuer"):
         rotate_services(folder, ["isuer"])
     assert bundle_of(folder).version == 1
 

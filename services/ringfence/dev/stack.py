@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ringfence.client.admin.origins import OriginChange, set_origins
+from ringfence.client.admin.origins import OriginChange, changed_origins, set_origins
 from ringfence.client.admin.trust_setup import (
     SERVICE_ROLES,
     TrustFolder,
@@ -38,7 +38,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.api import CONSOLE_PORT, GATEWAY_PORT, PORTS, SIGN_PAGE_PORT
 from ringfence.messages.base import PasskeyUse, ServiceRole
-from ringfence.messages.trust import TrustBundle
+from ringfence.messages.trust import Origin
 
 READY_WITHIN_S = 60.0
 """Excludes the time in which a process of the stack waited for a processor (`Patience`)."""
@@ -208,7 +208,10 @@ class Stack:
         try:
             if not self.trust.root_key.exists():
                 self._say("making the trust root, service keys and the first operator")
-                make_trust(self.trust, self.options.trust_domain, self.options.operator)
+                rp_id, origins = changed_origins(self._choose_origins(()), int(time.time()))
+                make_trust(
+                    self.trust, self.options.trust_domain, self.options.operator, rp_id=rp_id, origins=origins
+                )
             _, bundle = load_root_and_bundle(self.trust)
             if older := [
                 role for role in missing_on_demand_services(bundle) if role in self.options.services
@@ -217,7 +220,9 @@ class Stack:
             runner = self.options.runner
             if runner is not None and not self.trust.service_key(runner).exists():
                 add_runners(self.trust, [runner])
-            self._choose_origins(bundle)
+            change = self._choose_origins(bundle.origins)
+            if change.sign or change.session:
+                set_origins(self.trust, change)
             if "console" in self.options.services:
                 # People open it at an origin of the trust bundle, so that is where it listens.
                 self._ports["console"] = urlsplit(self.origins["session"]).port or 80
@@ -227,16 +232,17 @@ class Stack:
                 "begin anew, or choose another folder by --state."
             ) from None
 
-    def _choose_origins(self, bundle: TrustBundle) -> None:
-        """Take the origins of the trust bundle, or have the root sign it with two ports of `localhost` for passkeys.
+    def _choose_origins(self, before: Sequence[Origin]) -> OriginChange:
+        """Choose the origins of this stack: those of the trust bundle, or else two ports of `localhost`.
 
-        An IP address is no rpId. Free ports stay the same as long as the state folder does: passkeys outlast a stack.
+        Returns what the bundle lacks. An IP address is no rpId. Free ports stay the same as long as the state folder
+        does: passkeys outlast a stack.
         """
         uses: tuple[tuple[PasskeyUse, int], ...] = (("sign", SIGN_PAGE_PORT), ("session", CONSOLE_PORT))
         new: dict[PasskeyUse, list[str]] = {"sign": [], "session": []}
-        known = {one.origin for one in bundle.origins} | {f"http://localhost:{usual}" for _, usual in uses}
+        known = {one.origin for one in before} | {f"http://localhost:{usual}" for _, usual in uses}
         for use, usual in uses:
-            present = [one.origin for one in bundle.origins if one.use == use and one.not_after is None]
+            present = [one.origin for one in before if one.use == use and one.not_after is None]
             wanted = f"http://localhost:{usual}"
             if present and (wanted in present or not self.options.fixed_ports):
                 self.origins[use] = wanted if self.options.fixed_ports else present[-1]
@@ -246,8 +252,7 @@ class Stack:
             known.add(wanted)
             self.origins[use] = wanted
             new[use].append(wanted)
-        if any(new.values()):
-            set_origins(self.trust, OriginChange(new["sign"], new["session"]))
+        return OriginChange(new["sign"], new["session"])
 
     async def _prepare(self) -> None:
         settings = self.settings()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 import uuid
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from ringfence.audit.records import DEAD_LETTERED_HERE
+from ringfence.client.admin.user_keys import invite, prove
 from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import ApiError, RefusedError
 from ringfence.client.reports.read_api import ReadApi
@@ -390,11 +392,14 @@ async def test_a_key_that_was_replaced_approves_nothing(realm: RunningStack) -> 
             realm.key("user", realm.name("sam")),
             SigningKey.generate(realm.key("user", realm.name("sam")).id),
         )
-        async with realm.as_operator() as olga:
-            await olga.set_user(
-                realm.name("sam"), name="Sam", roles=["sponsor"], keys=[new],
-                entitlements=[realm.permission(["read", "write"], "env/**")],
+        async with realm.administrator("sam") as sam:
+            package = prove(new, invite(sam.connection, realm.name("sam")), int(time.time()))
+            await sam.add_user_key(
+                realm.name("sam"), new.record(int(time.time()) + 86_400),
+                invitation=package.invitation, possession=package.possession,
             )  # fmt: skip
+        async with realm.as_operator() as olga:
+            await olga.end_user_key(realm.name("sam"), old.kid, reason="replaced")
         await policy_has_read_that(old, realm)
         async with realm_leaves(realm, seen, forged() + audit_stories.buried()) as about:
             where = await put(publisher, APPROVAL_RESPONSE, realm.agent, make_approval(realm, asked, old))
