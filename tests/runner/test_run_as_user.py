@@ -50,7 +50,7 @@ def test_limits_hold_for_an_ordinary_user(here: Installation) -> None:
     hog = "b = bytearray(400 << 20); print(len(b))"
     code, report, out = here.report("--memory", "100M", "--", "python3", "-c", hog)
     assert (code != 0, out) == (True, b""), report
-    code, report, _ = here.report("--ttl", "3s", "--", "sleep", "600")
+    code, report, _ = here.report("--ttl", "8s", "--", "sleep", "600")
     assert (code, report["exit"]["reason"]) == (137, "its time was over")
 
 

@@ -187,7 +187,7 @@ def test_without_a_lease_nothing_is_reached(here: Installation) -> None:
 
 
 def test_the_time_of_a_run_is_limited(here: Installation) -> None:
-    code, report, _ = here.report("--ttl", "3s", "--", "sleep", "600")
+    code, report, _ = here.report("--ttl", "8s", "--", "sleep", "600")
     assert (code, report["exit"]["reason"]) == (137, "its time was over")
     assert report["destroyed"]["complete"] is True
 
