@@ -169,19 +169,25 @@ class Commands:
 
     async def suspend(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
         """Stop an agent: nothing is issued, its leases end."""
-        agent_id = _required(form, "id")
-        stamp = self._questions.stamp(session.user_id)
-        claims = AgentSuspend(**stamp, agent_id=agent_id, reason=_required(form, "reason"))
-        evidence = await self._evidence(reads, session, [("agent", agent_id)])
-        return _Draft(f"suspend agent {agent_id}", claims, REGISTRY_COMMAND, agent_id, evidence)
+        return await self._change_agent(reads, session, form, "suspend", AgentSuspend)
 
     async def resume(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
         """Let a suspended agent go on."""
+        return await self._change_agent(reads, session, form, "resume", AgentResume)
+
+    async def _change_agent(
+        self,
+        reads: SessionReads,
+        session: Session,
+        form: Form,
+        verb: str,
+        command: type[AgentSuspend] | type[AgentResume],
+    ) -> _Draft:
         agent_id = _required(form, "id")
         stamp = self._questions.stamp(session.user_id)
-        claims = AgentResume(**stamp, agent_id=agent_id, reason=_required(form, "reason"))
+        claims = command(**stamp, agent_id=agent_id, reason=_required(form, "reason"))
         evidence = await self._evidence(reads, session, [("agent", agent_id)])
-        return _Draft(f"resume agent {agent_id}", claims, REGISTRY_COMMAND, agent_id, evidence)
+        return _Draft(f"{verb} agent {agent_id}", claims, REGISTRY_COMMAND, agent_id, evidence)
 
     async def narrow(self, reads: SessionReads, session: Session, form: Form) -> _Draft:
         """Take from an agent's ceiling what it did not use in 30 days."""
