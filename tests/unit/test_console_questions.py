@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from ringfence.console.page_templates import render
 from ringfence.console.questions import Question, Questions, WrongAnswerError
-from ringfence.console.rendering import render
 from ringfence.console.session import Session, Sessions
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign

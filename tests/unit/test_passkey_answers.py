@@ -9,7 +9,7 @@ import pytest
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.passkeys.questions import compose, question_link, server_link, sign_origin
-from ringfence.client.passkeys.signing import check_answer
+from ringfence.client.passkeys.signer import check_answer
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.trust_store import TrustStore

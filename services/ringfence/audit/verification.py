@@ -411,7 +411,7 @@ class RecordVerifier:
         return list(dict.fromkeys(filter(None, map(self.sponsor_of, agents))))
 
     def key_origin(self, user: str, kid: str) -> KeyOrigin | None:
-        """Where a user's key comes from, by the present records."""
+        """The origin of a user's key, by the present records."""
         try:
             return self._directory.key_history(user).origins.get(kid)
         except ChainError:

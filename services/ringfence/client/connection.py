@@ -296,7 +296,7 @@ class Connection(Lifetime):
         """
         if self.passkey_user is not None:
             self._require_understood(claims)
-            from ringfence.client.passkeys.signing import sign_with_passkey
+            from ringfence.client.passkeys.signer import sign_with_passkey
 
             directory = await self.directory()
             return await sign_with_passkey(self.passkey_user, claims, evidence, directory, self.clock)

@@ -1,4 +1,4 @@
-"""What a person with a passkey needs to know before they sign, read from Kafka.
+"""Look-ups on Kafka for people with a passkey, who read no HTTP API before they sign.
 
 The services' HTTP APIs want a token by a key file. What is found here is signed by policy or by people, and verified.
 """

@@ -23,9 +23,9 @@ from ringfence.client.errors import ApiError
 from ringfence.client.passkeys.questions import server_link, sign_origin
 from ringfence.console.assets import assets
 from ringfence.console.commands import Commands
+from ringfence.console.page_templates import render
 from ringfence.console.questions import MAX_ANSWER_BYTES, Questions
 from ringfence.console.reads import SessionReads
-from ringfence.console.rendering import render
 from ringfence.console.security import QUESTION_PATH
 from ringfence.console.session import COOKIE, Session, Sessions
 from ringfence.console.views.page import MakePage, Page, View

@@ -48,7 +48,7 @@ RpIdOption = Annotated[
 def change_of(
     sign: list[str] | None, session: list[str] | None, end: list[str] | None, rp_id: str | None
 ) -> OriginChange | None:
-    """What the options change about origins, or None."""
+    """The change of origins that the options ask for, or None."""
     if not (sign or session or end or rp_id):
         return None
     return OriginChange(sign or (), session or (), end or (), rp_id)

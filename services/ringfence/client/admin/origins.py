@@ -25,12 +25,12 @@ _USUAL_PORTS = {"https": 443, "http": 80}
 
 @dataclass(frozen=True, slots=True)
 class OriginChange:
-    """What is to change about the origins of a trust bundle. URLs are those that people open."""
+    """A change of the origins of a trust bundle. URLs are those that people open."""
 
     sign: Sequence[str] = ()
-    """Where people shall sign with passkeys: sign pages."""
+    """Sign pages, where people sign with passkeys."""
     session: Sequence[str] = ()
-    """Where they shall open sessions: consoles."""
+    """Consoles, where people open sessions."""
     end: Sequence[str] = ()
     """Origins that end now."""
     rp_id: str | None = None

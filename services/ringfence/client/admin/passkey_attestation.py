@@ -109,7 +109,7 @@ def _is_authority(certificate: Any) -> bool:
 
 
 def _is_issued_by(certificate: Any, root: Any) -> bool:
-    """Whether a root issued a certificate, by name and signature: makers have several roots of one name."""
+    """Return whether a root issued a certificate, by name and signature: makers have several roots of one name."""
     from cryptography.exceptions import InvalidSignature
 
     try:

@@ -94,7 +94,7 @@ class _TrustDomain(Protocol):
 
 
 class _Connected(Protocol):
-    """What verifies messages: a client's connection, or a service's runtime."""
+    """A verifier of messages: a client's connection, or a service's runtime."""
 
     @property
     def trust(self) -> TrustStore: ...
