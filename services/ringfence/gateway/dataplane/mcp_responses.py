@@ -15,7 +15,7 @@ from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.http1.head import ResponseHead
-from ringfence.model.http_targets.mcp import LISTED
+from ringfence.model.mcp.messages import LISTED
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """The most bytes of a message of a target, which is buffered until it is complete."""

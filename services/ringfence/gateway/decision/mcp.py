@@ -26,7 +26,7 @@ from ringfence.gateway.domain import (
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
-from ringfence.model.http_targets.mcp import McpMessage, McpMessageError, read_message
+from ringfence.model.mcp.messages import McpMessage, McpMessageError, read_message
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
 from ringfence.model.scope.scope import intersect
 
