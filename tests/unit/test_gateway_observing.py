@@ -42,7 +42,7 @@ class Watched(Parts):
         ledger.give(ledger.target_set("olga", "other", backend=backend, requests=RULES))
         self.gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
-            gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+            gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
             observe=observe or ("staging",), **build_options("gateway"),
         )  # fmt: skip
 

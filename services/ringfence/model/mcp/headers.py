@@ -15,7 +15,7 @@ from ringfence.model.mcp.messages import CALL, TASK_METHODS, McpMessage, McpMess
 from ringfence.model.mcp.revisions import STATELESS
 
 Declared = Mapping[str, tuple[str, ...]]
-"""The `x-mcp-header` declarations of a tool: by header name after `Mcp-Param-`, in lower case, the path of the argument."""
+"""The `x-mcp-header` declarations of a tool: the path of an argument, by its header's name after `Mcp-Param-`."""
 
 _PARAM: Final = "mcp-param-"
 _MUST_NAME: Final = frozenset({"tools/call", "prompts/get", "resources/read"}) | TASK_METHODS

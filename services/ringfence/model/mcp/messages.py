@@ -44,7 +44,6 @@ LISTED: Final[Mapping[str, tuple[str, str]]] = {
 """By member of a list result: the method that uses an entry, and the member that names the entry."""
 VERSION_KEY: Final = "io.modelcontextprotocol/protocolVersion"
 CAPABILITIES_KEY: Final = "io.modelcontextprotocol/clientCapabilities"
-_RESERVED_KEY: Final = "io.modelcontextprotocol/"
 
 _TOP: Final = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
 _MEANT: Final[Mapping[str, str]] = {
@@ -177,12 +176,8 @@ def _check_params(params: Mapping[str, Any], id: str | int | None) -> None:
     meta = params.get("_meta", {})
     if not isinstance(meta, dict) or clash(meta):
         raise invalid("its _meta is no object, or has names that differ by upper and lower case alone", id)
-    reserved = (key for key in meta if key.casefold().startswith(_RESERVED_KEY))
-    if any(
-        key.casefold() == known.casefold() != key
-        for key in reserved
-        for known in (VERSION_KEY, CAPABILITIES_KEY)
-    ):
+    known = {VERSION_KEY.casefold(): VERSION_KEY, CAPABILITIES_KEY.casefold(): CAPABILITIES_KEY}
+    if any(known.get(key.casefold(), key) != key for key in meta):
         raise invalid(
             "a name in its _meta differs by upper and lower case alone from one of the protocol", id
         )
@@ -229,7 +224,7 @@ def _arguments(method: str, params: Mapping[str, Any], id: str | int | None) -> 
 
 
 def _completed(params: Mapping[str, Any], id: str | int | None) -> dict[str, Any]:
-    """Return the argument that is to be completed, and those that are known already, as the arguments of one request."""
+    """Return the argument that is to be completed, and those that are known already, as one request's arguments."""
     argument, context = params.get("argument"), params.get("context", {})
     known = context.get("arguments", {}) if isinstance(context, dict) else None
     if (

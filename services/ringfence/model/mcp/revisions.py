@@ -20,7 +20,7 @@ from ringfence.model.mcp.messages import (
 STATELESS: Final = "2026-07-28"
 """The first revision without `initialize` and sessions."""
 WITH_HANDSHAKE: Final = ("2025-03-26", "2025-06-18", "2025-11-25")
-"""Revisions that begin with `initialize`. 2025-03-26 is what a server may negotiate down to: it is read as 2025-06-18."""
+"""Revisions that begin with `initialize`. A server may negotiate down to 2025-03-26, which is read as 2025-06-18."""
 SUPPORTED: Final = ("2025-06-18", "2025-11-25", STATELESS)
 INPUT_REQUIRED: Final = frozenset({"tools/call", "prompts/get", "resources/read"})
 """Methods whose result may be that more input is required (2026-07-28)."""
