@@ -160,7 +160,8 @@ async def mcp_placed(
     played = cast(Any, found)
     gate = DecisionGate(
         played, targets, played, played, played, played, played, played, ledger.clock,
-        gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9, observe=observe,
+        gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
+        observe=observe,
         **build_options("gateway"),
     )  # fmt: skip
     found.plane = plane = DataPlane(

@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def sdks() -> Path:
     """The folder with the SDKs that are not in this environment. They are fetched once."""
     environment = {**os.environ, "PYTHON": sys.executable}
-    done = subprocess.run(  # noqa: S603 - a program of this repository
+    done = subprocess.run(
         [str(ROOT / ".ci" / "mcp-sdks")],
         capture_output=True,
         text=True,

@@ -25,6 +25,7 @@ from ringfence.kernel.service import process
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
 from tests.support.switches import build_options
 from tests.support.unknown_field_cases import as_before, planted
+from tests.unit.test_gateway_domain import GATEWAY_KEY
 from tests.unit.test_gateway_gate import RULES, Parts, attempt
 
 OWN = frozenset({"authorization"})

@@ -1,4 +1,4 @@
-"""An agent with the official Python SDK 2.x. Takes the URL, how to negotiate, and steps as JSON; prints a result for each."""
+"""An agent with the official Python SDK 2.x. Takes URL, negotiation, and steps as JSON; prints a result for each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ async def listened(client: Client, uris: list[str]) -> Any:
         async for event in subscription:
             seen.append(getattr(event, "uri", type(event).__name__))
             if len(seen) == 1 + len(uris):
-                return sorted(map(str, seen))
+                break
+    return sorted(map(str, seen))
 
 
 async def done(client: Client, step: list[Any]) -> Any:

@@ -1,4 +1,4 @@
-"""An MCP server by the official Python SDK 2.x, in its environment. Prints its port, then a line of JSON for each call."""
+"""An MCP server by the official Python SDK 2.x. Prints its port, then a line of JSON for each call."""
 
 from __future__ import annotations
 
