@@ -58,27 +58,18 @@ _ANEW: Final[Mapping[_Bound, str]] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class _BindingCodes:
-    """The codes of refusals where something belongs to another sender, or to nobody."""
-
-    unknown: str
-    other_agent: str
-    other_task: str
-    other_lease: str
-
-
-_CODES: Final[Mapping[_Bound, _BindingCodes]] = {
-    "session": _BindingCodes(
-        "mcp_session_unknown", "mcp_session_other_agent", "mcp_session_other_task", "mcp_session_other_lease"
-    ),
-    "task": _BindingCodes(
-        "mcp_task_unknown", "mcp_task_other_agent", "mcp_task_other_task", "mcp_task_other_lease"
-    ),
-    "state": _BindingCodes(
-        "mcp_state_unknown", "mcp_state_other_agent", "mcp_state_other_task", "mcp_state_other_lease"
-    ),
-}
+_UNKNOWN: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_unknown", "task": "mcp_task_unknown", "state": "mcp_state_unknown",
+}  # fmt: skip
+_OTHER_AGENT: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_other_agent", "task": "mcp_task_other_agent", "state": "mcp_state_other_agent",
+}  # fmt: skip
+_OTHER_TASK: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_other_task", "task": "mcp_task_other_task", "state": "mcp_state_other_task",
+}  # fmt: skip
+_OTHER_LEASE: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_other_lease", "task": "mcp_task_other_lease", "state": "mcp_state_other_lease",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,17 +186,16 @@ class McpRequests:
     def _restricted(self, sender: Sender, lease_id: str | None, what: _Bound) -> Sender | Refusal:
         """The sender, restricted to the lease that a session, a task of the server or a state belongs to."""
         lease = self._table.get(lease_id) if lease_id is not None else None
-        codes = _CODES[what]
         if lease is None or self._table.problem(lease) is not None:
             message = f"there is no such {what} here, or its lease has ended: {_ANEW[what]}"
-            return refuse(codes.unknown, message, status=NOT_FOUND if what == "session" else BAD_REQUEST)
+            return refuse(_UNKNOWN[what], message, status=NOT_FOUND if what == "session" else BAD_REQUEST)
         if lease.agent_id != sender.agent_id:
-            return refuse(codes.other_agent, f"the {what} is one of agent {lease.agent_id}")
+            return refuse(_OTHER_AGENT[what], f"the {what} is one of agent {lease.agent_id}")
         if sender.task_id not in (None, lease.task_id):
-            return refuse(codes.other_task, f"the {what} is one of another task")
+            return refuse(_OTHER_TASK[what], f"the {what} is one of another task")
         if sender.lease_id not in (None, lease.lease_id):
             message = f"the {what} was opened by another lease: show that one's handle, or {_ANEW[what]}"
-            return refuse(codes.other_lease, message, side="lease")
+            return refuse(_OTHER_LEASE[what], message, side="lease")
         return dataclasses.replace(sender, lease_id=lease.lease_id, task_id=lease.task_id)
 
     # --- states of retried requests ---

@@ -189,13 +189,6 @@ class SigningKey:
         """The public key as messages have it, valid in `[not_before, not_after)` (seconds)."""
         return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
 
-    def derive(self, purpose: bytes) -> bytes:
-        """Derive a symmetric key of 32 bytes for a purpose (HKDF with SHA-256, RFC 5869).
-
-        All who have this private key derive the same one. Keys of other purposes, and this key, do not follow from it.
-        """
-        return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=purpose).derive(self._secret())
-
     def save(self, path: Path | str) -> None:
         """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
         save_private(Path(path), self.id, self.public, self._secret())
@@ -218,6 +211,14 @@ class SigningKey:
         except ValueError:
             pass  # the message below has the facts; the original could quote the key
         raise unusable(path)
+
+
+def derived_key(key: SigningKey, purpose: bytes) -> bytes:
+    """Derive a symmetric key of 32 bytes for a purpose from a private key (HKDF with SHA-256, RFC 5869).
+
+    All who have the private key derive the same one. Neither it nor keys of other purposes follow from that.
+    """
+    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=purpose).derive(key._secret())
 
 
 def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
