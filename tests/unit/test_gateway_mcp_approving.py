@@ -1,4 +1,4 @@
-"""An MCP call that waits for a person: clients of 2026-07-28 are told to retry, others wait; nothing they send approves."""
+"""An MCP call that waits for a person: clients of 2026-07-28 are told to retry, others wait; nothing else approves."""
 
 from __future__ import annotations
 
