@@ -3,8 +3,8 @@
     python -m tools.prose                 # every page
     python -m tools.prose docs/policy.md  # these pages
 
-Prints one line for each finding, as `path:line: what is wrong: its first words`, and exits with 1 if there is one. Code blocks,
-HTML and headings are not prose. A span of code counts as the words in it, a link as the words of its text.
+Prints one line for each finding, as `path:line: what is wrong: its first words`, and exits with 1 if there is one.
+Code blocks, HTML and headings are not prose. A span of code counts as the words in it, a link as the words of its text.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ CELL_WORDS = 30
 """A table cell with more words is a paragraph."""
 CELL_SENTENCES = 2
 FEW_WORDS = 20
-"""A table cell with more sentences is a paragraph as well, unless all of them together have no more than these words."""
+"""A table cell with more sentences is a paragraph as well, unless all of it has no more than these words."""
 SHOWN_WORDS = 12
 
 _CODE = "\x00"
 """Stands before each span of code, which may begin a sentence. What is in a span ends none."""
 _NO_ENDS = str.maketrans(".!?", ",,,")
-_SENTENCE_END = re.compile(r"(?<=[.!?])[)\"'”’*]*\s+(?=[\"'“‘(*]*[A-Z0-9])|(?<=[.!?])[)\"'”’]*\s+(?=\x00)|\n{2,}")
+_SENTENCE_END = re.compile(
+    r"(?<=[.!?])[)\"'”’*]*\s+(?=[\"'“‘(*]*[A-Z0-9])|(?<=[.!?])[)\"'”’]*\s+(?=\x00)|\n{2,}"
+)
 _ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|cf|vs|etc|no|Nr|resp)\.(?=\s)", re.IGNORECASE)
 _WORD = re.compile(r"\w")
 
@@ -53,7 +55,8 @@ class Finding:
 
 def pages(root: Path = ROOT) -> list[Path]:
     """The pages that the rule is for: those of the root folder, of docs/ and of examples/."""
-    return [*sorted(root.glob("*.md")), *sorted((root / "docs").rglob("*.md")), *sorted((root / "examples").rglob("*.md"))]
+    folders = (root / "docs", root / "examples")
+    return sorted(root.glob("*.md")) + [page for folder in folders for page in sorted(folder.rglob("*.md"))]
 
 
 def findings(text: str, path: str) -> list[Finding]:

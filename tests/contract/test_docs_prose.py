@@ -1,4 +1,4 @@
-"""Pages are easy to read: no sentence over 35 words, no paragraph in a table cell, no row that fell out of its table."""
+"""Pages are easy to read: no sentence over 35 words, no paragraph in a table cell, no row outside its table."""
 
 from __future__ import annotations
 
@@ -94,11 +94,17 @@ def test_what_is_easy_to_read_is_not_found(text: str) -> None:
 
 def test_sentences_end_at_full_stops() -> None:
     """A span of code is marked by a NUL."""
-    text = "It is 1.5 s, e.g. Kafka's. \x00a span of code begins one! Does it? (It does.) \"And this\" is one."
+    text = "It is 1.5 s, e.g. Kafka's. \x00a span of code begins one! Does it? (It does.) 'And this' is one."
     assert len(sentences(text)) == 5
 
 
 def test_every_kind_of_page_is_read() -> None:
     names = {str(page.relative_to(ROOT)) for page in PAGES}
-    assert names >= {"README.md", "CHANGELOG.md", "docs/policy.md", "docs/adr/README.md", "examples/README.md"}
+    assert names >= {
+        "README.md",
+        "CHANGELOG.md",
+        "docs/policy.md",
+        "docs/adr/README.md",
+        "examples/README.md",
+    }
     assert set(ALLOWED) <= names
