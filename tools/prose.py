@@ -36,6 +36,7 @@ _SENTENCE_END = re.compile(
     r"(?<=[.!?])[)\"'”’*]*\s+(?=[\"'“‘(*]*[A-Z0-9])|(?<=[.!?])[)\"'”’]*\s+(?=\x00)|\n{2,}"
 )
 _ABBREVIATIONS = re.compile(r"\b(e\.g|i\.e|cf|vs|etc|no|Nr|resp)\.(?=\s)", re.IGNORECASE)
+_NUMBER = re.compile(r"^\d+\.\s")
 _WORD = re.compile(r"\w")
 
 
@@ -109,7 +110,7 @@ def _prose(children: Sequence[Token]) -> str:
 
 def sentences(text: str) -> list[str]:
     """The sentences of one block. A full stop ends one if a capital letter, a figure or a span of code follows."""
-    text = _ABBREVIATIONS.sub(r"\1", text)
+    text = _ABBREVIATIONS.sub(r"\1", _NUMBER.sub("", text))
     return [one for part in _SENTENCE_END.split(text) if (one := part.strip())]
 
 
