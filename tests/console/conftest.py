@@ -88,7 +88,7 @@ class Visitor:
         return page
 
     async def signs(self, button: str, sign: str | None = None, *, within: str | None = None) -> Page:
-        """Press a button of the console, then the one that signs on the sign page, which leads back. Returns the page."""
+        """Press a button of the console, then the one that signs on the sign page. It leads back. Returns the page."""
         await self.asks(button, within=within)
         await self.page.get_by_role("button", name=sign or button, exact=True).click()
         await self.page.wait_for_url(f"{self.site.session}/**")

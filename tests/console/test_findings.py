@@ -31,7 +31,7 @@ async def use_break_glass(organisation: Organisation) -> str:
                 ttl_s=600,
                 timeout_s=120,
                 break_glass=True,
-            )  # fmt: skip
+            )
         )
         for key in (organisation.operator(), otto):
             async with Sponsor.connect(key, realm.settings) as operator:

@@ -24,8 +24,8 @@ from tests.support.stack import RunningStack
 SCREENSHOTS = os.environ.get("RINGFENCE_TEST_SCREENSHOTS")
 """A folder for pictures of every page, for people to look at."""
 PATHS = (
-    "/approvals", "/approvals/{request}", "/grants", "/agents", "/agents/{agent}", "/leases", "/leases/{lease}", "/tasks",
-    "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway", "/findings", "/coverage", "/agents/nobody",
+    "/approvals", "/approvals/{request}", "/grants", "/agents", "/agents/{agent}", "/leases", "/leases/{lease}",
+    "/tasks", "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway", "/findings", "/coverage", "/agents/nobody",
 )  # fmt: skip
 
 
