@@ -23,6 +23,7 @@ from ringfence.client.agent.replies import (
     SentRequest,
     read_reply,
 )
+from ringfence.client.agent.task_view import TaskView
 from ringfence.client.approvers import describe_approvers
 from ringfence.client.arguments import permissions, texts
 from ringfence.client.connection import Connection, Coordinate, subject
@@ -398,6 +399,18 @@ class Agent(Lifetime):
                 timeout_s=timeout_s,
                 traceparent=traceparent,
             )
+
+    async def task(self, task: str) -> TaskView:
+        """Look at one of this agent's own tasks: what it allows, until when, and its leases at the gateway.
+
+        With `RINGFENCE_DOOR` the gateway answers. Otherwise the record is read from Kafka and verified; the agent's Kafka
+        user needs Read on the topics of records then.
+
+        Raises:
+            RefusedError: there is no such task of this agent.
+            UnavailableError: the gateway, or Kafka, does not answer.
+        """
+        return await self.connection.task(self.id, task)
 
     async def delegate(
         self,

@@ -11,12 +11,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
 from ringfence.client.agent.dpop import NONCE_HEADER, proof
 from ringfence.client.agent.httpx_auth import wants_nonce
+from ringfence.client.agent.task_view import TaskView
 from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.errors import InvalidCallError, RefusedError, require_understood
 from ringfence.client.instance_enrolment import EnrolledInstanceKey
@@ -274,6 +275,21 @@ class HttpConnection(Connection):
         topic = CREDENTIAL_REPLY
         name = topic.name(self.settings.topic_prefix)
         return Received(topic, name, 0, number, self.clock.now_ms(), self._agent_id, value)
+
+    # --- tasks ---
+
+    async def task(self, agent_id: str, task_id: str) -> TaskView:
+        """See `Connection.task`: the gateway answers."""
+        answer = await self._call("GET", f"/tasks/{quote(task_id, safe='')}", self.key)
+        if answer.status_code == _OK:
+            try:
+                return TaskView.of_answer(answer.json())
+            except ValueError:
+                raise UnavailableError(f"the gateway at {self._door} answered no JSON") from None
+        code, detail = _problem(answer)
+        if answer.status_code in (_TOO_MANY, _UNAVAILABLE):
+            raise UnavailableError(f"the gateway at {self._door} does not say now: {detail}", code=code)
+        raise RefusedError("the look at a task", (Reason(code=code, message=detail),), "gateway")
 
     # --- trust ---
 
