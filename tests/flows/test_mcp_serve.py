@@ -1,4 +1,4 @@
-"""`ringfence mcp serve` as a process: clients of the official SDK, an agent's identity, and a policy that the test plays."""
+"""`ringfence mcp serve` as a process, with a client of the official SDK, and a policy that the test plays."""
 
 from __future__ import annotations
 
@@ -120,7 +120,10 @@ async def test_tools_are_described_with_schemas_of_arguments_and_results(served:
     for tool in listed:
         assert tool.description
         assert tool.inputSchema["additionalProperties"] is False
-        assert all(field.get("description") or "$ref" in str(field) for field in tool.inputSchema["properties"].values())
+        assert all(
+            field.get("description") or "$ref" in str(field)
+            for field in tool.inputSchema["properties"].values()
+        )
         assert tool.outputSchema is not None
     names = json.dumps([tool.outputSchema for tool in listed])
     assert not any(word in names for word in ('"value"', '"secret"', '"token"', '"credential"'))
@@ -139,18 +142,28 @@ async def test_an_agent_looks_at_its_task(served: Serving) -> None:
 async def test_a_request_gives_a_handle_and_its_release_ends_it(world: World, served: Serving) -> None:
     asked = served.call_soon("request_credential", permissions=READ, reason="look")
     played = await arrived(world)
-    assert (played.claims.reason, played.claims.task_id, played.claims.delivery) == ("look", served.task, "gateway")
+    assert (played.claims.reason, played.claims.task_id, played.claims.delivery) == (
+        "look",
+        served.task,
+        "gateway",
+    )
     lease_id = await played.issue(SECRET, delivery="gateway")
     failed, result = await asked
     assert not failed, result
-    assert (result["status"], result["lease"]["handle"], result["lease"]["target"]) == ("allowed", lease_id, "hub")
+    assert (result["status"], result["lease"]["handle"], result["lease"]["target"]) == (
+        "allowed",
+        lease_id,
+        "hub",
+    )
     failed, released = await served.call("release_credential", lease_id=lease_id)
     assert (failed, released) == (False, {"lease_id": lease_id, "status": "released"})
     record = await world.consume_until(REVOCATION_REQUEST, lambda record: True)
     assert revocation(record).lease_id == lease_id
 
 
-async def test_a_credential_that_comes_instead_of_a_handle_is_not_passed_on(world: World, served: Serving) -> None:
+async def test_a_credential_that_comes_instead_of_a_handle_is_not_passed_on(
+    world: World, served: Serving
+) -> None:
     """An issuer that forgets what was asked for, or somebody in its name: the reply is no answer."""
     asked = served.call_soon("request_credential", permissions=READ, reason="look", wait_s=1)
     played = await arrived(world)
@@ -167,7 +180,11 @@ async def test_a_credential_that_comes_instead_of_a_handle_is_not_passed_on(worl
 async def test_an_approval_is_waited_for_over_several_calls(world: World, served: Serving) -> None:
     asked = served.call_soon("request_credential", permissions=READ, reason="look", wait_s=1)
     played = await arrived(world)
-    await played.reply(played.decision("approval_required", required=("sponsor",), expires_at=int(time.time()) + 600, delivery="gateway"))
+    await played.reply(
+        played.decision(
+            "approval_required", required=("sponsor",), expires_at=int(time.time()) + 600, delivery="gateway"
+        )
+    )
     failed, waiting = await asked
     assert not failed, waiting
     assert waiting["status"] == "waiting"
@@ -185,13 +202,19 @@ async def test_an_approval_is_waited_for_over_several_calls(world: World, served
     assert (failed, allowed["status"], allowed["lease"]["lease_id"]) == (False, "allowed", lease_id)
 
 
-async def test_a_denial_says_what_is_missing_on_which_side_and_who_gives_it(world: World, served: Serving) -> None:
+async def test_a_denial_says_what_is_missing_on_which_side_and_who_gives_it(
+    world: World, served: Serving
+) -> None:
     asked = served.call_soon("request_credential", permissions=READ, reason="look")
     played = await arrived(world)
     permission = Permission(target="hub", verbs=("read",), resources=("path/a",))
     reasons = (
-        Reason(code="beyond_scope", message="the ceiling lacks it", permission=permission, side="ceiling:bot"),
-        Reason(code="beyond_scope", message="maria lacks it", permission=permission, side="entitlements:maria"),
+        Reason(
+            code="beyond_scope", message="the ceiling lacks it", permission=permission, side="ceiling:bot"
+        ),
+        Reason(
+            code="beyond_scope", message="maria lacks it", permission=permission, side="entitlements:maria"
+        ),
     )
     await played.reply(played.decision("denied", reasons=reasons, delivery="gateway"))
     failed, result = await asked
@@ -222,7 +245,9 @@ async def test_calls_that_make_no_request_say_why(
 
 
 async def test_what_a_refused_call_held_is_not_repeated(served: Serving) -> None:
-    failed, result = await served.call("request_credential", permissions=READ, reason="x", token=SECRET, ttl_s=SECRET)
+    failed, result = await served.call(
+        "request_credential", permissions=READ, reason="x", token=SECRET, ttl_s=SECRET
+    )
     served.said.clear()
     assert failed
     assert SECRET not in json.dumps(result)
@@ -243,7 +268,9 @@ async def test_when_the_client_leaves_its_requests_are_withdrawn_and_its_leases_
 ) -> None:
     async with serving(world, tmp_path) as served:
         first = served.call_soon("request_credential", permissions=READ, reason="held")
-        lease_id = await (await arrived(world, lambda p: p.claims.reason == "held")).issue(SECRET, delivery="gateway")
+        lease_id = await (await arrived(world, lambda p: p.claims.reason == "held")).issue(
+            SECRET, delivery="gateway"
+        )
         assert not (await first)[0]
         await served.call("request_credential", permissions=READ, reason="waits", wait_s=0)
         waits = await arrived(world, lambda p: p.claims.reason == "waits")

@@ -114,7 +114,10 @@ COMMANDS: dict[str, CommandEntry] = {
         "commands.run", "app", _CREDENTIALS, "An agent's command in a fresh sandbox; runs of fleets."
     ),
     "mcp": CommandEntry(
-        "commands.mcp", "app", _CREDENTIALS, "The Model Context Protocol over stdio: tools by which agents ask."
+        "commands.mcp",
+        "app",
+        _CREDENTIALS,
+        "The Model Context Protocol over stdio: tools by which agents ask.",
     ),
     "release": CommandEntry(
         "commands.release", "release", _CREDENTIALS, "As an agent: give a credential back."

@@ -48,8 +48,8 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 if TYPE_CHECKING:
-    from ringfence.client.agent.task_view import TaskView
     from ringfence.client.instance_enrolment import EnrolledInstanceKey
+    from ringfence.client.task_view import TaskView
     from ringfence.kernel.kafka.table_reader import Follower
 
 C = TypeVar("C", bound=Claims)
@@ -246,7 +246,7 @@ class Connection(Lifetime):
 
     async def task(self, agent_id: str, task_id: str) -> TaskView:
         """One of an agent's own tasks. Raises RefusedError if it has no such task, and as `current_directory` does."""
-        from ringfence.client.agent.task_view import TaskView
+        from ringfence.client.task_view import TaskView
 
         directory = await self.current_directory()
         try:
@@ -254,7 +254,9 @@ class Connection(Lifetime):
         except ChainError:
             entry = None
         if entry is None or entry.state.agent_id != agent_id:
-            reason = Reason(code="task_unknown", message=f"there is no task {task_id[:64]} of agent {agent_id}")
+            reason = Reason(
+                code="task_unknown", message=f"there is no task {task_id[:64]} of agent {agent_id}"
+            )
             raise RefusedError("the look at a task", (reason,), "registry")
         return TaskView.of_state(entry.state, self.clock.now_ms() / 1000)
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.client.agent.replies import PendingRequest
-from ringfence.client.agent.task_view import HeldLease
+from ringfence.client.task_view import HeldLease
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.mcp_server.open_requests import OpenRequest, OpenRequests
@@ -39,8 +39,8 @@ from ringfence.mcp_server.tools import (
 log = logging.getLogger(__name__)
 
 HOW_TO_USE: Final = (
-    "send requests to the target through the gateway, which adds the credential: in a run or behind "
-    "`ringfence gateway connect` just use the target's own URL; elsewhere show the handle with a proof of the agent's key"
+    "send requests to the target through the gateway, which adds the credential: in a run or behind `ringfence gateway "
+    "connect` just use the target's own URL; elsewhere show the handle with a proof of the agent's key"
 )
 _GIVE_UP_S: Final = 4 * 3600.0
 """How long a request may wait for people. Policy ends it before, by a deadline of its own."""
@@ -85,13 +85,22 @@ class AgentTools:
                 parsed = spec.arguments.model_validate(arguments)
             except ValidationError as error:
                 raise ToolError(f"the arguments: {explain(error)}") from None
-            result = await self._handlers[name](parsed)
-        except Exception as error:
-            if not isinstance(error, RingfenceError):
+            work = asyncio.ensure_future(self._handlers[name](parsed))
+        except ToolError as error:
+            return _error(error)
+        try:
+            await asyncio.wait({work})
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+        if work.cancelled():
+            return _error(ToolError("the call was given up", code="cancelled"))
+        if (failure := work.exception()) is not None:
+            if not isinstance(failure, RingfenceError):
                 # Not the error itself: it may hold what the tool was given.
-                log.error("tool %s failed: %s", name[:64], type(error).__name__)
-            return ToolAnswer({"error": problem_of(error)}, is_error=True)
-        return ToolAnswer(result.model_dump(mode="json", exclude_none=True))
+                log.error("tool %s failed: %s", name, type(failure).__name__)
+            return _error(failure)
+        return ToolAnswer(work.result().model_dump(mode="json", exclude_none=True))
 
     async def close(self) -> None:
         """Withdraw requests that wait, and give back the leases that were asked for here."""
@@ -139,7 +148,9 @@ class AgentTools:
                 # Asked for as a handle: whatever else came is not passed on.
                 credential.wipe()
                 await self._release_quietly(credential)
-                raise ToolError("the credential came to this server instead of the gateway", code="not_a_handle")
+                raise ToolError(
+                    "the credential came to this server instead of the gateway", code="not_a_handle"
+                )
             self._held[credential.lease_id] = credential
             return credential
 
@@ -232,7 +243,13 @@ class AgentTools:
         try:
             await self._agent.release(credential, reason="the MCP server has ended")
         except RingfenceError as error:
-            log.warning("lease %s was not given back and ends at its deadline: %s", credential.lease_id, error)
+            log.warning(
+                "lease %s was not given back and ends at its deadline: %s", credential.lease_id, error
+            )
+
+
+def _error(error: BaseException) -> ToolAnswer:
+    return ToolAnswer({"error": problem_of(error)}, is_error=True)
 
 
 def _lease(credential: IssuedCredential) -> LeaseResult:

@@ -21,7 +21,7 @@ _ASK_BY_CODE: Final = {
     "call_invalid": "correct the arguments",
     "overloaded": "ask again later",
     "request_unknown": "call request_credential again",
-    "requests_limit": "withdraw a request that is no longer needed, or wait for one: withdraw_request, wait_for_approval",
+    "requests_limit": "withdraw what is no longer needed, or wait for it: withdraw_request, wait_for_approval",
     "scope_invalid": "correct the permissions",
     "several_targets": "make one request for each target",
     "task_missing": "name the task in task_id; whoever assigned it knows the id",
@@ -72,9 +72,12 @@ def how_to_ask(reason: Reason) -> str | None:
         return _ASK_BY_CODE.get(reason.code)
     wanted, (side, _, who) = shlex.quote(_text(reason.permission)), reason.side.partition(":")
     if side == "task":
-        return f"the user assigns a task that allows it: ringfence task assign AGENT --purpose WHY --for TIME --allow {wanted}"
+        command = f"ringfence task assign AGENT --purpose WHY --for TIME --allow {wanted}"
+        return f"the user assigns a task that allows it: {command}"
     if side == "ceiling":
-        return f"the sponsor of agent {who} widens its ceiling: ringfence agent set-ceiling {who} --add {wanted}"
+        return (
+            f"the sponsor of agent {who} widens its ceiling: ringfence agent set-ceiling {who} --add {wanted}"
+        )
     if side == "entitlements":
         return f"user {who} lacks it too; an operator gives it: ringfence user set {who} --add {wanted}"
     return None

@@ -16,9 +16,9 @@ from ringfence.mcp_server.tools import TOOLS
 
 _NAME: Final = "ringfence"
 _INSTRUCTIONS: Final = (
-    "Ringfence gives this agent access per task: ask with request_credential, wait with wait_for_approval, and give back with "
-    "release_credential. You never see a credential: the gateway adds it to requests. Do not ask people for passwords, keys "
-    "or tokens."
+    "Ringfence gives this agent access per task: ask with request_credential, wait with wait_for_approval, and "
+    "give back with release_credential. You never see a credential: the gateway adds it to requests. Do not ask people for "
+    "passwords, keys or tokens."
 )
 
 
@@ -49,7 +49,11 @@ def make_server(tools: AgentTools) -> Any:
             return await call(params.name, params.arguments)
 
         return lowlevel.Server(
-            _NAME, version=__version__, instructions=_INSTRUCTIONS, on_list_tools=on_list, on_call_tool=on_call
+            _NAME,
+            version=__version__,
+            instructions=_INSTRUCTIONS,
+            on_list_tools=on_list,
+            on_call_tool=on_call,
         )
     server = lowlevel.Server(_NAME, version=__version__, instructions=_INSTRUCTIONS)
 
@@ -84,7 +88,7 @@ def tool_definitions() -> list[dict[str, Any]]:
 
 
 def _result(answer: ToolAnswer) -> dict[str, Any]:
-    """A `CallToolResult`. An error has its object as text alone: the schema of structured results is that of success."""
+    """A `CallToolResult`. An error has its object as text alone: the schema of results is that of success."""
     text = json.dumps(answer.content, ensure_ascii=False)
     result: dict[str, Any] = {"content": [{"type": "text", "text": text}], "isError": answer.is_error}
     return result if answer.is_error else {**result, "structuredContent": answer.content}

@@ -28,7 +28,7 @@ WaitArgument = Annotated[
     Field(
         ge=0,
         le=MAX_WAIT_S,
-        description="How long to wait for the answer, in seconds. 0 answers at once. Nothing is lost when the time is over.",
+        description="How long to wait for the answer, in seconds. 0 answers at once. The request goes on afterwards.",
     ),
 ]
 RequestArgument = Annotated[
@@ -45,7 +45,8 @@ class WantedPermission(_Schema):
 
     target: Annotated[TargetId, Field(description="The id of the target, as show_task lists it.")]
     verbs: Annotated[
-        tuple[Verb, ...], Field(min_length=1, max_length=64, description="Verbs of that target, such as read.")
+        tuple[Verb, ...],
+        Field(min_length=1, max_length=64, description="Verbs of that target, such as read."),
     ]
     resources: Annotated[
         tuple[Glob, ...],
@@ -80,9 +81,7 @@ class RequestCredential(_Schema):
         ),
     ]
     task_id: TaskArgument = None
-    ttl_s: Annotated[
-        int, Field(ge=1, le=_MAX_TTL_S, description="How long it is needed, in seconds.")
-    ] = 300
+    ttl_s: Annotated[int, Field(ge=1, le=_MAX_TTL_S, description="How long it is needed, in seconds.")] = 300
     wait_s: WaitArgument = _WAIT_S
 
 
@@ -115,9 +114,9 @@ class ReleaseCredential(_Schema):
     """Arguments of `release_credential`."""
 
     lease_id: Annotated[Uuid, Field(description="The lease, as request_credential or list_leases named it.")]
-    reason: Annotated[str, Field(min_length=1, max_length=1000, description="Why; it stands in the audit trail.")] = (
-        "no longer needed"
-    )
+    reason: Annotated[
+        str, Field(min_length=1, max_length=1000, description="Why; it stands in the audit trail.")
+    ] = "no longer needed"
 
 
 class LeaseResult(_Schema):
@@ -125,11 +124,16 @@ class LeaseResult(_Schema):
 
     lease_id: Annotated[str, Field(description="The id of the lease.")]
     handle: Annotated[
-        str, Field(description="What names the lease to the gateway. It is no secret, and is worth nothing elsewhere.")
+        str,
+        Field(
+            description="What names the lease to the gateway. It is no secret, and is worth nothing elsewhere."
+        ),
     ]
     target: str
     permissions: Scope
-    ends_at: Annotated[int, Field(description="Seconds since 1970, UTC. It cannot be renewed: ask for a new one.")]
+    ends_at: Annotated[
+        int, Field(description="Seconds since 1970, UTC. It cannot be renewed: ask for a new one.")
+    ]
 
 
 class RequestResult(_Schema):
@@ -140,13 +144,18 @@ class RequestResult(_Schema):
         Literal["allowed", "waiting"],
         Field(description="`allowed`: use the lease. `waiting`: call wait_for_approval with `request`."),
     ]
-    request_id: Annotated[str | None, Field(description="The id of the request in the audit trail, once known.")] = None
+    request_id: Annotated[
+        str | None, Field(description="The id of the request in the audit trail, once known.")
+    ] = None
     waiting_for: Annotated[str | None, Field(description="Who has to approve it; with `waiting`.")] = None
     expires_at: Annotated[
-        int | None, Field(description="With `waiting`: until when people can approve. Seconds since 1970, UTC.")
+        int | None,
+        Field(description="With `waiting`: until when people can approve. Seconds since 1970, UTC."),
     ] = None
     lease: LeaseResult | None = None
-    how_to_use: Annotated[str | None, Field(description="With `allowed`: how requests get the credential.")] = None
+    how_to_use: Annotated[
+        str | None, Field(description="With `allowed`: how requests get the credential.")
+    ] = None
 
 
 class WithdrawnResult(_Schema):
@@ -185,8 +194,8 @@ class LeasesResult(_Schema):
     complete: Annotated[
         bool,
         Field(
-            description="Whether the gateway listed them. Without it, only what was asked for here is known, and a lease may "
-            "have been revoked."
+            description="Whether the gateway listed them. If not, only what was asked for here is known, and a "
+            "lease may have been revoked."
         ),
     ]
     waiting: tuple[OpenRequestResult, ...]
@@ -225,8 +234,8 @@ TOOLS: Final = (
     ToolSpec(
         "show_task",
         "Show the task",
-        "Show what this agent's task is for, what it allows at most, and when it ends. Call it first: requests for more than "
-        "the task allows are denied.",
+        "Show what this agent's task is for, what it allows at most, and when it ends. Call it first: requests "
+        "for more than the task allows are denied.",
         ShowTask,
         TaskResult,
         read_only=True,
@@ -235,10 +244,10 @@ TOOLS: Final = (
     ToolSpec(
         "request_credential",
         "Request a credential",
-        "Ask for access to one target for this task. You get a lease with a handle, and never the credential itself: the "
-        "gateway adds that to your requests. A person may have to approve it; then the status is `waiting`, and "
-        "wait_for_approval tells when it was approved. Ask for as little as you need now. A denial says which permission is "
-        "missing, on which side, and who can give it.",
+        "Ask for access to one target for this task. You get a lease with a handle, and never the credential "
+        "itself: the gateway adds that to your requests. A person may have to approve it; then the status is "
+        "`waiting`, and wait_for_approval tells when it was approved. Ask for as little as you need now. A denial says which "
+        "permission is missing, on which side, and who can give it.",
         RequestCredential,
         RequestResult,
         read_only=False,
@@ -246,8 +255,8 @@ TOOLS: Final = (
     ToolSpec(
         "wait_for_approval",
         "Wait for an approval",
-        "Wait for the answer to a request that is `waiting`. Call it again while the status is `waiting`. An error says that "
-        "it was denied, or that nobody answered in time.",
+        "Wait for the answer to a request that is `waiting`. Call it again while the status is `waiting`. An "
+        "error says that it was denied, or that nobody answered in time.",
         WaitForRequest,
         RequestResult,
         read_only=True,

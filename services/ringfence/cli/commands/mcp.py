@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -42,7 +42,7 @@ def serve(
     agent_id: AgentOption = None,
     me: IdentityOption = None,
 ) -> None:
-    """Serve tools by which an agent asks for credentials, looks at its task and leases, waits for approvals, and releases.
+    """Serve tools by which an agent asks for credentials, waits for approvals, looks at its task, and releases.
 
     A client starts it, as the agent, and speaks with it over standard input and output. Results have the handles of
     leases, and never a credential. What was asked for here is withdrawn or given back when the client leaves. It needs
@@ -56,11 +56,15 @@ def serve(
     task_id = task or os.environ.get("RINGFENCE_TASK") or None
 
     async def work() -> None:
-        async with _ended_by_signals() as ended, connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent:
+        async with (
+            _ended_by_signals() as ended,
+            connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent,
+        ):
             tools = AgentTools(agent, task_id)
             serving = asyncio.create_task(serve_stdio(tools))
             try:
-                await asyncio.wait({serving, ended}, return_when=asyncio.FIRST_COMPLETED)
+                waited: tuple[asyncio.Future[Any], ...] = (serving, ended)
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
             finally:
                 await tools.close()
             if serving.done():

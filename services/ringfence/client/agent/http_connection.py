@@ -17,11 +17,11 @@ import httpx
 
 from ringfence.client.agent.dpop import NONCE_HEADER, proof
 from ringfence.client.agent.httpx_auth import wants_nonce
-from ringfence.client.agent.task_view import TaskView
 from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.errors import InvalidCallError, RefusedError, require_understood
 from ringfence.client.instance_enrolment import EnrolledInstanceKey
 from ringfence.client.settings import ClientSettings
+from ringfence.client.task_view import TaskView
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError

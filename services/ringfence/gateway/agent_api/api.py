@@ -1,8 +1,9 @@
 """The HTTP API for agents: `POST /v1/requests`, `GET /v1/requests/ID`, `GET /v1/tasks/ID` and `GET /v1/trust`.
 
 It verifies who posts a message and publishes it; it hands out sealed replies to who posted it, and shows an agent its
-own tasks. It decides nothing else, and cannot read a reply. Over a task's socket only that task's messages count, over a run's socket only those of its
-instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the message.
+own tasks. It decides nothing else, and cannot read a reply. Over a task's socket only that task's messages count, over
+a run's socket only those of its instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the
+message.
 """
 
 from __future__ import annotations
@@ -376,7 +377,9 @@ def _unknown_request() -> RequestRefusedError:
 
 def _unknown_task() -> RequestRefusedError:
     return RequestRefusedError(
-        404, "task_unknown", "no such task of yours is known here: name a task of this agent, or this socket's own"
+        404,
+        "task_unknown",
+        "no such task of yours is known here: name a task of this agent, or this socket's own",
     )
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from ringfence.gateway.domain import run_id_of_lease
 from ringfence.gateway.state.leases import LeaseTable
-from ringfence.messages.registry import TaskState
 from ringfence.messages.permission import Scope
+from ringfence.messages.registry import TaskState
 
 
 def task_view(task: TaskState, leases: LeaseTable, run_id: str | None, now_s: float) -> dict[str, Any]:

@@ -43,7 +43,14 @@ class TaskView:
         """The view of a verified record."""
         status: Literal["active", "ended"] = "ended" if task.not_after <= now_s else task.status
         return cls(
-            task.task_id, task.agent_id, task.purpose, status, task.scope, task.not_after, task.on_behalf_of, None
+            task.task_id,
+            task.agent_id,
+            task.purpose,
+            status,
+            task.scope,
+            task.not_after,
+            task.on_behalf_of,
+            None,
         )
 
     @classmethod
