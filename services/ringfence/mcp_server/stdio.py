@@ -17,8 +17,8 @@ from ringfence.mcp_server.tools import TOOLS
 _NAME: Final = "ringfence"
 _INSTRUCTIONS: Final = (
     "Ringfence gives this agent access per task: ask with request_credential, wait with wait_for_approval, and "
-    "give back with release_credential. You never see a credential: the gateway adds it to requests. Do not ask people for "
-    "passwords, keys or tokens."
+    "give back with release_credential. You never see a credential: the gateway adds it to requests. Do not ask "
+    "people for passwords, keys or tokens."
 )
 
 

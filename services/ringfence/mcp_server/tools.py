@@ -246,8 +246,8 @@ TOOLS: Final = (
         "Request a credential",
         "Ask for access to one target for this task. You get a lease with a handle, and never the credential "
         "itself: the gateway adds that to your requests. A person may have to approve it; then the status is "
-        "`waiting`, and wait_for_approval tells when it was approved. Ask for as little as you need now. A denial says which "
-        "permission is missing, on which side, and who can give it.",
+        "`waiting`, and wait_for_approval tells when it was approved. Ask for as little as you need now. A denial "
+        "says which permission is missing, on which side, and who can give it.",
         RequestCredential,
         RequestResult,
         read_only=False,
