@@ -402,8 +402,8 @@ async def test_an_agent_sees_its_own_tasks_and_their_leases(office: ApiOffice, d
         assert (seen["task_id"], seen["agent_id"], seen["status"]) == (desk.task, desk.bot.name, "active")
         assert seen["scope"] == [one.model_dump(mode="json") for one in WIDE]
         assert [lease["target"] for lease in seen["leases"]] == ["hub"]
-    revoked = seen["leases"][0]["lease_id"]
-    await office.over_tcp(desk).post(release(desk, lease_id=revoked))
+    held = (await by_socket.call("GET", f"/v1/tasks/{desk.task}")).json()["leases"]
+    await office.over_tcp(desk).post(release(desk, lease_id=held[0]["lease_id"]))
     async with asyncio.timeout(WITHIN_S):
         while (await by_socket.call("GET", f"/v1/tasks/{desk.task}")).json()["leases"]:
             await asyncio.sleep(0.02)

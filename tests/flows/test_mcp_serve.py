@@ -104,7 +104,8 @@ async def served(world: World, tmp_path: Path) -> AsyncIterator[Serving]:
             assert not found.leaks()
 
     holding = asyncio.create_task(hold())
-    await asyncio.wait({holding, ready}, return_when=asyncio.FIRST_COMPLETED)
+    started: tuple[asyncio.Future[Any], ...] = (holding, ready)
+    await asyncio.wait(started, return_when=asyncio.FIRST_COMPLETED)
     if holding.done():
         holding.result()
     yield ready.result()
