@@ -185,6 +185,15 @@ class SigningKey:
         r, s = decode_dss_signature(key.sign(data, _ECDSA_REPEATABLE if repeatable else _ECDSA))
         return r.to_bytes(32) + s.to_bytes(32)
 
+    def derived_key(self, purpose: bytes) -> bytes:
+        """A symmetric key of 32 bytes for one purpose (HKDF-SHA256, RFC 5869). It says nothing about this key."""
+        return HKDF(hashes.SHA256(), 32, salt=None, info=purpose).derive(self._secret())
+
+    def _secret(self) -> bytes:
+        if isinstance(self._key, ed25519.Ed25519PrivateKey):
+            return self._key.private_bytes_raw()
+        return self._key.private_numbers().private_value.to_bytes(32)
+
     def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
         """The public key as messages have it, valid in `[not_before, not_after)` (seconds)."""
         return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
@@ -192,11 +201,14 @@ class SigningKey:
     def save(self, path: Path | str) -> None:
         """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
         save_private(Path(path), self.id, self.public, self._secret())
+<<<<<<< HEAD
 
     def _secret(self) -> bytes:
         if isinstance(self._key, ed25519.Ed25519PrivateKey):
             return self._key.private_bytes_raw()
         return self._key.private_numbers().private_value.to_bytes(32)
+=======
+>>>>>>> main
 
     @classmethod
     def load(cls, path: Path | str) -> SigningKey:
