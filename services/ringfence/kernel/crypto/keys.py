@@ -201,14 +201,6 @@ class SigningKey:
     def save(self, path: Path | str) -> None:
         """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
         save_private(Path(path), self.id, self.public, self._secret())
-<<<<<<< HEAD
-
-    def _secret(self) -> bytes:
-        if isinstance(self._key, ed25519.Ed25519PrivateKey):
-            return self._key.private_bytes_raw()
-        return self._key.private_numbers().private_value.to_bytes(32)
-=======
->>>>>>> main
 
     @classmethod
     def load(cls, path: Path | str) -> SigningKey:
@@ -223,14 +215,6 @@ class SigningKey:
         except ValueError:
             pass  # the message below has the facts; the original could quote the key
         raise unusable(path)
-
-
-def derived_key(key: SigningKey, purpose: bytes) -> bytes:
-    """Derive a symmetric key of 32 bytes for a purpose from a private key (HKDF with SHA-256, RFC 5869).
-
-    All who have the private key derive the same one. Neither it nor keys of other purposes follow from that.
-    """
-    return HKDF(algorithm=hashes.SHA256(), length=32, salt=None, info=purpose).derive(key._secret())
 
 
 def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:

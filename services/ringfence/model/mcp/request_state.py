@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode, derived_key
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 
 _PREFIX: Final = "rf1."
 """Also the additional data of the encryption: a state of another format cannot be opened as one of this."""
@@ -89,7 +89,7 @@ class RequestStates:
     def _current(self) -> str:
         key = self._key()
         if key.kid not in self._ciphers:
-            self._ciphers[key.kid] = AESGCM(derived_key(key, _PURPOSE))
+            self._ciphers[key.kid] = AESGCM(key.derived_key(_PURPOSE))
         return key.kid
 
 
