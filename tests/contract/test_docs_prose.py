@@ -24,7 +24,6 @@ ALLOWED: dict[str, int] = {
     "docs/console.md": 1,
     "docs/development.md": 2,
     "docs/gateway-data-plane.md": 1,
-    "docs/gateway-mcp.md": 2,
     "docs/gateway-report.md": 1,
     "docs/gateway.md": 7,
     "docs/glossary.md": 4,
