@@ -20,7 +20,6 @@ ALLOWED: dict[str, int] = {
     "docs/cli.md": 6,
     "docs/console.md": 1,
     "docs/development.md": 2,
-    "docs/gateway-mcp.md": 2,
     "docs/glossary.md": 4,
     "docs/how-to/credential-request-field.md": 1,
     "docs/how-to/service.md": 1,
