@@ -28,9 +28,9 @@ from ringfence.messages.registry import AgentRecord, TaskRecord
 from ringfence.messages.topics import APPROVAL_RESPONSE, DEAD_LETTER
 from ringfence.messages.trust import Origin
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
 from tests.passkeys.organisation import Organisation
 from tests.passkeys.questions import Asked, Question, altered, broken, claims_of, open_question, signed_by
+from tests.support.sign_page import Site
 
 
 async def refused(page: Page, reason: str) -> None:

@@ -17,7 +17,7 @@ from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import KeyPossession
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
+from tests.support.sign_page import Site
 
 
 @pytest.fixture
