@@ -315,6 +315,55 @@ def test_without_it_being_compromised_only_the_key_ends(ledger: InMemoryRegistry
     assert counting(ledger, "sam") == {ledger.key("sam").kid}
 
 
+def test_keys_that_a_stolen_key_had_add_each_other_end_with_it(ledger: InMemoryRegistry):
+    """The attack: a thief adds a second key, by that a third, ends the second, and has the third add it again.
+
+    Each of the two rests on the other then, and on the stolen key neither.
+    """
+    stolen = ledger.key("sam")
+    second, third, fourth = (new_key("sam") for _ in range(3))
+    ledger.give(add_key(ledger, "sam", "sam", second))
+    ledger.give(add_key(ledger, "sam", "sam", third), second)
+    ledger.give(end_key(ledger, "sam", "sam", second.kid), third)
+    ledger.clock.ms += 1000
+    ledger.give(add_key(ledger, "sam", "sam", second), third)
+    ledger.give(add_key(ledger, "sam", "sam", fourth), second)
+    assert counting(ledger, "sam") == {stolen.kid, second.kid, third.kid, fourth.kid}
+    ledger.give(end_key(ledger, "olga", "sam", stolen.kid, compromised=True))
+    assert counting(ledger, "sam") == set()
+    assert reread(ledger).user("sam")
+
+
+def test_all_branches_of_what_a_compromised_key_added_end(ledger: InMemoryRegistry):
+    root, left, right, under_left, under_right = (new_key("sam") for _ in range(5))
+    ledger.give(add_key(ledger, "sam", "sam", root))
+    for key, by in ((left, root), (right, root), (under_left, left), (under_right, right)):
+        ledger.give(add_key(ledger, "sam", "sam", key), by)
+    ledger.give(end_key(ledger, "sam", "sam", root.kid, compromised=True))
+    assert counting(ledger, "sam") == {ledger.key("sam").kid}
+
+
+def test_a_first_key_was_added_by_no_other(ledger: InMemoryRegistry):
+    """olga, an operator, made herself none of her keys: what she signed about others is not of her own keys."""
+    ledger.give(add_key(ledger, "olga", "olga", new_key("olga")))
+    history = ledger.directory.key_history("sam")
+    assert history.added_by(ledger.key("olga").kid) == frozenset()
+    assert history.added_by(ledger.key("sam").kid) == frozenset()
+
+
+def test_a_key_that_is_added_again_rests_on_who_gave_it_before_too(ledger: InMemoryRegistry):
+    """olga made a key in sam's name. It ends, and otto gives it back in good faith: olga still has it."""
+    lent = new_key("sam")
+    ledger.give(add_key(ledger, "olga", "sam", lent))
+    ledger.give(end_key(ledger, "sam", "sam", lent.kid))
+    ledger.clock.ms += 1000
+    ledger.give(add_key(ledger, "otto", "sam", lent))
+    again = origin(ledger, "sam", lent)
+    assert (again.by, again.vouchers) == ("otto", {"olga", "otto"})
+    assert again.voucher_keys == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
+    assert again.counts_from_ms == again.added_ms + WAIT_MS
+
+
 def test_a_compromised_key_never_comes_back(ledger: InMemoryRegistry):
     key = ledger.key("sam")
     ledger.give(end_key(ledger, "olga", "sam", key.kid, compromised=True))
