@@ -80,8 +80,8 @@ class KeyHistory:
     def added_by(self, kid: str) -> frozenset[str]:
         """Return the keys that the user ever added with `kid`, and with keys that those added, and so on.
 
-        A key stays among them if it ends and another adds it again: two keys could otherwise add each other, and rest on
-        nothing else.
+        A key stays among them if it ends and another adds it again: two keys could otherwise add each other, and rest
+        on nothing else.
         """
         found: set[str] = set()
         todo = [kid]
@@ -136,7 +136,6 @@ class KeyHistory:
             vouchers=former.vouchers | origin.vouchers,
             voucher_keys=former.voucher_keys | origin.voucher_keys,
         )
-
 
 
 NO_HISTORY: Final = KeyHistory()
