@@ -235,6 +235,7 @@ async def test_an_action_is_approved_by_a_passkey(stage: Stage) -> None:
     assert [one for one in stage.puts() if one[0] == "/dev/by-passkey"] == [("/dev/by-passkey", b"x")]
     event = await told(world, "action.approved", lambda words: words.get("agent") == actor.bot.name)
     assert event["unmapped"]["verified"]["kid"] == sam.key.kid
+    assert event["unmapped"]["verified"]["sign_count"] == 0
     # A second use opens nothing: the same request asks anew.
     again = asyncio.create_task(actor.send("PUT", "/dev/by-passkey", b"x"))
     async with stage.sponsor() as watching:
