@@ -259,8 +259,8 @@ async def test_a_question_that_is_not_in_order_is_refused(asked: Asked, person: 
 async def test_a_registry_that_lies_shows_another_purpose_and_no_other_request(
     asked: Asked, person: Person
 ) -> None:
-    """The page believes the registry's signature. So it shows a task's purpose as a registry that was taken over has it;
-    but not a request by a key that the registry made up for the agent, which policy did not ask about.
+    """The page believes the registry's signature. A registry that was taken over can have it show another purpose of a
+    task; but not a request by a key that the registry made up for the agent: policy did not ask about that.
     """
     registry = asked.service_key("registry")
 

@@ -350,16 +350,6 @@ async def test_a_user_consents_to_a_task_by_a_passkey(
     assert (status, "was used for task" in said) == (1, True), said
 
 
-async def test_a_consent_by_a_passkey_is_not_asked_for_longer_than_it_counts(
-    organisation: Organisation, pia: str
-) -> None:
-    command = await organisation.run(
-        "agent", "consent-transfer", organisation.realm.agent, "--valid", "11m", as_user=pia
-    )
-    status, _, said = await command.finished()
-    assert (status, "by a passkey" in said) == (2, True), said
-
-
 @pytest.mark.parametrize(
     ("button", "command"),
     [

@@ -267,7 +267,7 @@ def transfer(
 @app.command(name="consent-transfer")
 def consent_transfer(
     agent: AgentArgument,
-    valid: ConsentValidOption = None,
+    valid: ConsentValidOption = "1h",
     passkey: PasskeyOption = False,
     as_user: AsOption = None,
     me: IdentityOption = None,

@@ -34,7 +34,7 @@ from ringfence.cli.shared.options import (
     signer,
     wants_json,
 )
-from ringfence.cli.shared.output import moment, note, print_json, say
+from ringfence.cli.shared.output import moment, note, print_json, say, span
 from ringfence.cli.shared.records import list_records, print_record
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.reports.read_api import ReadApi
@@ -150,7 +150,7 @@ def consent(
     allow: AllowOption = None,
     lasts: ForOption = None,
     until: UntilOption = None,
-    valid: ConsentValidOption = None,
+    valid: ConsentValidOption = "1h",
     passkey: PasskeyOption = False,
     as_user: AsOption = None,
     me: IdentityOption = None,
@@ -170,6 +170,7 @@ def consent(
     if wants_json(as_json):
         print_json({"consent": signed, "agent_id": agent, "not_after": terms.not_after, "valid_s": life_s})
     else:
+        note(f"It counts once, within {span(life_s)}: ringfence task assign {agent} --consent FILE")
         typer.echo(signed)
 
 

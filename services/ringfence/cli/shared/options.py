@@ -135,11 +135,11 @@ KeyDaysOption = Annotated[
 ]
 
 ConsentValidOption = Annotated[
-    str | None,
+    str,
     typer.Option(
         "--valid",
         metavar="DURATION",
-        help="Until when it may be used, 24h at most. Default: 1h; with --passkey 10m, which is the most then.",
+        help="Until when it may be used: 24h at most, with --passkey 10m at most.",
     ),
 ]
 
@@ -249,20 +249,15 @@ def credential_life_s(text: str) -> int:
     return life_s
 
 
-def consent_life_s(text: str | None, who: Path | PasskeyUser | None) -> int:
-    """Parse the validity of a consent by `who` into seconds; None is as long as is usual.
+def consent_life_s(text: str, who: Path | PasskeyUser | None) -> int:
+    """Parse the validity of a consent by `who` into seconds. What a passkey signs counts for ten minutes at most.
 
     Raises typer.BadParameter where no service would accept one that long.
     """
-    by_passkey = signs_on_page(who)
-    life_s = duration_s(text or ("10m" if by_passkey else "1h"))
-    if by_passkey and life_s > _PASSKEY_CONSENT_S:
-        raise typer.BadParameter(
-            f"{text!r} is longer than a consent by a passkey may be used: 10m", param_hint="--valid"
-        )
+    life_s = duration_s(text)
     if life_s > MAX_LIFE_S:
         raise typer.BadParameter(f"{text!r} is longer than a consent may be used: 24h", param_hint="--valid")
-    return life_s
+    return min(life_s, _PASSKEY_CONSENT_S) if signs_on_page(who) else life_s
 
 
 def moment_s(text: str) -> int:
