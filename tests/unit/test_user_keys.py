@@ -213,6 +213,7 @@ def test_the_root_invites_while_it_is_in_office(ledger: InMemoryRegistry):
         )
         assert ledger.trust.load(sign(following, new, header_jwk=True), START_MS / 1000)
         assert refused(ledger, command) == "possession_invalid"
+    assert reread(ledger).user("sam"), "what it signed in its time holds"
 
 
 def test_the_invitation_of_who_is_no_operator_any_more_is_void(ledger: InMemoryRegistry):
