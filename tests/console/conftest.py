@@ -16,7 +16,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.passkeys.browser import Person
 from tests.passkeys.organisation import Organisation
-from tests.support.sign_page import Site, browser, person, site
+from tests.support.sign_page import Site, browser, frozen_bundle, person, site
 from tests.support.stack import RunningStack, options_of_stack, realm_in
 
 __all__ = ["browser", "person", "site"]
@@ -26,6 +26,7 @@ __all__ = ["browser", "person", "site"]
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes, and a console."""
     with tempfile.TemporaryDirectory(prefix="ringfence-console-") as folder:
+        bundle = frozen_bundle(Path(folder))
         options = options_of_stack(
             Path(folder),
             kafka,
@@ -33,7 +34,7 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             "console",
             services=(*SERVICE_ROLES, "console"),
             sign_page=True,
-            environment={"RINGFENCE_CONSOLE_REFRESH_MS": "300"},
+            environment={"RINGFENCE_CONSOLE_REFRESH_MS": "300", "RINGFENCE_POLICY_BUNDLE": str(bundle)},
         )
         with Stack(options) as running:
             yield running
@@ -69,15 +70,19 @@ class Visitor:
         return page
 
     async def signs(self, button: str, sign: str | None = None, *, within: str | None = None) -> Page:
-        """Press a button of the console, and then the one that signs, on the page that opens. Returns that page."""
+        """Press a button of the console, then the one that signs on the sign page. It leads back. Returns the page."""
+        await self.asks(button, within=within)
+        await self.page.get_by_role("button", name=sign or button, exact=True).click()
+        await self.page.wait_for_url(f"{self.site.session}/**")
+        return self.page
+
+    async def asks(self, button: str, *, within: str | None = None) -> Page:
+        """Press a button of the console that leads to the sign page. Returns that page."""
         scope = self.page.locator(within) if within else self.page
-        async with self.page.context.expect_page() as opening:
-            await scope.get_by_role("button", name=button, exact=True).click()
-        opened = await opening.value
-        await self.person.use_keys_at(opened)
-        await opened.get_by_role("button", name=sign or button, exact=True).click()
-        await expect(opened.get_by_text("It was handed to the program that asked")).to_be_visible()
-        return opened
+        await scope.get_by_role("button", name=button, exact=True).click()
+        await self.page.wait_for_url(f"{self.site.sign}/**")
+        await expect(self.page.get_by_role("button", name="Sign nothing")).to_be_visible()
+        return self.page
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -16,27 +15,17 @@ from tests.conftest import Kafka
 from tests.passkeys.browser import Person
 from tests.passkeys.organisation import Organisation
 from tests.passkeys.questions import Asked, open_question
-from tests.support.sign_page import Site, browser, person, site
+from tests.support.sign_page import Site, browser, frozen_bundle, person, site
 from tests.support.stack import options_of_stack, realm_in
 
 __all__ = ["browser", "person", "site"]
-
-FROZEN = "although it is frozen"
-"""The reason that the bundle of this stack denies."""
-DEFAULT_BUNDLE = Path(__file__).parents[2] / "deploy" / "policy"
-_FROZEN_RULE = f"""package ringfence.limits
-
-deny contains {{"code": "frozen", "message": "everything is frozen"}} if input.request.reason == "{FROZEN}"
-"""
 
 
 @pytest.fixture(scope="session")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes, with passkeys in their trust bundle."""
     with tempfile.TemporaryDirectory(prefix="rf-pk-") as folder:
-        bundle = Path(folder) / "policy"
-        shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("*_test.rego"))
-        (bundle / "frozen.rego").write_text(_FROZEN_RULE)
+        bundle = frozen_bundle(Path(folder))
         options = options_of_stack(
             Path(folder),
             kafka,

@@ -20,9 +20,9 @@ from ringfence.client.errors import RequestDeniedError
 from ringfence.messages.lease import TERMINAL
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import FROZEN
 from tests.passkeys.organisation import Organisation
 from tests.runner.installation import NotesServer
+from tests.support.sign_page import FROZEN
 from tests.support.stack import first_pending
 
 

@@ -5,9 +5,11 @@ A suite takes them up by name in its `conftest.py`, and has a fixture `stack` of
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from playwright.async_api import Browser
@@ -15,6 +17,22 @@ from playwright.async_api import Browser
 from ringfence.dev.processes import StackError
 from ringfence.dev.stack import Stack
 from tests.passkeys.browser import Person, chromium
+
+FROZEN = "although it is frozen"
+"""The reason that a `frozen_bundle` denies, so that only break glass helps."""
+_DEFAULT_BUNDLE = Path(__file__).parents[2] / "deploy" / "policy"
+_FROZEN_RULE = f"""package ringfence.limits
+
+deny contains {{"code": "frozen", "message": "everything is frozen"}} if input.request.reason == "{FROZEN}"
+"""
+
+
+def frozen_bundle(folder: Path) -> Path:
+    """Make the default policy bundle in a folder, with a rule that denies whatever is asked for because of `FROZEN`."""
+    bundle = folder / "policy"
+    shutil.copytree(_DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("*_test.rego"))
+    (bundle / "frozen.rego").write_text(_FROZEN_RULE)
+    return bundle
 
 
 @dataclass(frozen=True, slots=True)

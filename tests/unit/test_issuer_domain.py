@@ -954,7 +954,9 @@ def test_a_key_that_waits_opens_nothing_by_approval_or_grant(place: Place) -> No
     assert place.refused(decision) == (["key_too_new"], False), "records changed, so policy saw others"
     grant = sign(parse(place.grant()).unverified_claims(Grant), lent)
     assert place.refused(place.decision(request, grants=(grant,))) == (["key_too_new"], True)
-    assert place.issued(place.decision(request, approvals=(place.approval(request),))).lease.scope == (DEPLOY,)
+    assert place.issued(place.decision(request, approvals=(place.approval(request),))).lease.scope == (
+        DEPLOY,
+    )
 
 
 def test_a_key_whose_voucher_was_compromised_since_is_no_fault_of_policys(place: Place) -> None:
