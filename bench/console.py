@@ -53,6 +53,10 @@ _SPONSOR: Final = 10
 _TIMES: Final = 7
 _WAIT_S: Final = 6 * 3600
 _QUIET_S: Final = 5.0
+_IDLE: Final = 0.12
+"""The share of a core that a service without work takes at most."""
+_CALM_TIMES: Final = 3
+_CALM_WITHIN_S: Final = 900.0
 _OPERATOR_BEFORE_S: Final = 25
 """The operator's commands are dated 20 s before they are written: by then the operator has to be there."""
 _PAGES: Final = ("/approvals", "/approvals?show=others", "/agents", "/leases", "/tasks", "/audit")
@@ -66,10 +70,11 @@ class _WaitingOrganisation(Organisation):
         self._policy = SigningKey.load(stack.trust.service_key("policy"))
         self._revision = policy_revision
         self._topic = CREDENTIAL_REQUEST.name(stack.options.topic_prefix)
-        self.pending = 0
+        self.pending = self._asked = 0
 
     def _waiting(self, key: SigningKey, agent_id: str, task_id: str) -> Iterator[Record]:
-        for _ in range(2 + self.pending % 2):
+        self._asked += 1
+        for _ in range(2 + self._asked % 2):
             resource = f"env/staging/service-{self.pending}"
             scope = (Permission(target="platform", verbs=("deploy",), resources=(resource,)),)
             request: CredentialRequest = self._command(
@@ -164,13 +169,13 @@ async def _passkey(
 
 async def _calm(pids: dict[str, int]) -> float:
     """Wait until the services have done what they do after a start. Returns how long that took, in seconds."""
-    began = time.perf_counter()
-    while True:
+    began, calm = time.perf_counter(), 0
+    while calm < _CALM_TIMES and time.perf_counter() - began < _CALM_WITHIN_S:
         before = cpu_s(pids)
         await asyncio.sleep(_QUIET_S)
         busiest = max(now - before[name] for name, now in cpu_s(pids).items())
-        if busiest < 0.25 * _QUIET_S:
-            return time.perf_counter() - began
+        calm = calm + 1 if busiest < _IDLE * _QUIET_S else 0
+    return time.perf_counter() - began
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ _NO_RECORDS = {
     "target_description": "",
     "delegators": [],
 }
-ROWS: Final = 100
+ROWS: Final = 50
 """Requests of one page, before equivalent ones are grouped."""
 GROUP_ROWS: Final = 20
 """Requests of a group that a page has forms for. The others come up once these are answered."""
