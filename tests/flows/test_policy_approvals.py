@@ -406,5 +406,9 @@ async def test_what_waits_comes_page_by_page(world: World):
         async with asyncio.timeout(30):
             while (await page(office.sam, limit="9"))["counts"] != {"mine": 0, "others": 0}:
                 await asyncio.sleep(0.05)
-            while (await page(office.petra, limit="9", show="mine"))["counts"]["mine"] != 6:
-                await asyncio.sleep(0.05)
+        # And no page has what nobody can approve any more; by itself it says so.
+        assert (await page(office.petra, limit="9", show="mine"))["counts"] == {"mine": 1, "others": 0}
+        one = (await world.get("policy", f"/v1/approvals/{asked[0].id}", office.petra)).json()
+        assert one["superseded"] is True
+        kept = (await world.get("policy", f"/v1/approvals/{theirs.id}", office.petra)).json()
+        assert "superseded" not in kept

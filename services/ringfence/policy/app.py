@@ -226,7 +226,7 @@ def build(
     runtime.denies_when(directory.stale)
     runtime.warns_when(lambda: admission.behind(runtime.clock.now_ms()))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
-    decisions_api = DecisionsApi(runtime, directory, authenticator, decisions)
+    decisions_api = DecisionsApi(runtime, directory, authenticator, decisions, lambda: judge.policy_revision)
 
     async def keep_pending_index() -> None:
         await decisions.settle()

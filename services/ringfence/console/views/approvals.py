@@ -70,7 +70,10 @@ async def approval(view: View) -> Page:
     return Page(
         "approval.html",
         f"Request {one['request_id'][:8]}",
-        {"card_view": _card(group, unusual, {one["request_id"]: shown_digest(one)})},
+        {
+            "superseded": bool(one.get("superseded")),
+            "card_view": _card(group, unusual, {one["request_id"]: shown_digest(one)}),
+        },
         "approvals",
     )
 

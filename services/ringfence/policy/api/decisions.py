@@ -6,6 +6,7 @@ Other requests are answered as not found, so that nobody learns whether they exi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -39,14 +40,19 @@ class DecisionsApi:
     """HTTP routes over the decision log of this replica. Every replica knows the decisions of all."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, authenticator: Authenticator, decisions: Decisions
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        authenticator: Authenticator,
+        decisions: Decisions,
+        policy_revision: Callable[[], str],
     ) -> None:
         self._directory = directory
         self._authenticator = authenticator
         self._decisions = decisions
         self._runtime = runtime
         self._explainer = Explainer(runtime)
-        self.index = PendingIndex(directory, decisions)
+        self.index = PendingIndex(directory, decisions, policy_revision)
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -62,6 +68,7 @@ class DecisionsApi:
         """Serve what waits, the most urgent first: `{approvals}`; with `limit` a page: `{approvals, after, counts}`.
 
         Query: `limit`, `after` (of the page before), `show` (mine, others, all), `agent`. `counts` are of all pages.
+        A page leaves out what is superseded: a record or the bundle changed, so that no approval of it counts.
         """
         caller, query = self._caller(request), request.query_params
         if "limit" not in query:
@@ -194,7 +201,8 @@ class DecisionsApi:
             exclude_none=True,
         )
         about = {"about": _about(facts)} if facts else {}
-        return {**view, **about, "agent_id": state.agent_id, "you_can_give": list(yours)}
+        superseded = {"superseded": True} if self.index.is_superseded(state, decision) else {}
+        return {**view, **about, **superseded, "agent_id": state.agent_id, "you_can_give": list(yours)}
 
 
 def _about(facts: RequestContext) -> dict[str, Any]:

@@ -7,12 +7,17 @@ records changes. The rule itself is applied each time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from ringfence.kernel.crypto.jws import Signed, parse
-from ringfence.messages.credential import CredentialDecision, CredentialRequest, RequiredClass
+from ringfence.messages.credential import (
+    CredentialDecision,
+    CredentialRequest,
+    RequiredClass,
+    Revisions,
+)
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.api_access import Caller
 from ringfence.model.records.command_chain import ChainError
@@ -30,6 +35,7 @@ _PAUSE_EVERY: Final = 1000
 _LOAD_PAUSE_EVERY: Final = 50
 """The same where records have to be loaded and verified."""
 _LOOK_EVERY_S: Final = 2.0
+_NO_POLICY: Final = "-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +51,27 @@ class PendingPage:
     """How many more they see."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is remembered of one request."""
+
+    decision_id: str | None
+    context: RequestContext
+    revisions: Revisions
+    """Of its records, with `_NO_POLICY` in the place of the bundle's."""
+
+
 class PendingIndex:
     """The pending requests of a decision log, with the records that each is about."""
 
-    def __init__(self, directory: Directory, decisions: Decisions) -> None:
+    def __init__(
+        self, directory: Directory, decisions: Decisions, policy_revision: Callable[[], str]
+    ) -> None:
         self._directory = directory
         self._decisions = decisions
-        self._contexts: dict[str, tuple[str | None, RequestContext]] = {}
-        """By request id: of which decision, and the records."""
+        self._policy_revision = policy_revision
+        self._contexts: dict[str, _Known] = {}
+        """By request id."""
         self._of_subject: dict[tuple[SubjectKind, str], set[str]] = {}
         self._trust_version = directory.versions[1]
         directory.on_change(self._on_change)
@@ -60,7 +79,10 @@ class PendingIndex:
     async def page(
         self, caller: Caller, *, show: Show, agent: str | None, after: Position | None, limit: int
     ) -> PendingPage:
-        """A page for a caller. `agent`: only requests of this one; the counts are of these alone, too."""
+        """A page for a caller. `agent`: only requests of this one; the counts are of these alone, too.
+
+        Requests that are superseded are left out: no approval of them counts.
+        """
         self._forget()
         waiting = [state for state in self._decisions.pending() if agent in (None, state.agent_id)]
         waiting.sort(key=_position)
@@ -70,6 +92,8 @@ class PendingIndex:
         for number, state in enumerate(waiting, start=1):
             decision = state.pending
             if decision is None:  # answered meanwhile
+                continue
+            if self.is_superseded(state, decision):
                 continue
             yours = bool(self.classes(state, decision, caller))
             if not yours and not self._may_see(state, caller):
@@ -110,21 +134,32 @@ class PendingIndex:
     def context(self, state: RequestState, decision: CredentialDecision) -> RequestContext | None:
         """The records that a pending request is about; None where one is missing or counts for nothing."""
         if found := self._known(state):
-            return found
+            return found.context
         # The request stands inside a decision of this service, which verified it before it signed.
         request = parse(decision.request).unverified_claims(CredentialRequest)
         try:
             context = load_context(self._directory, Signed(request, decision.request), state.request_id)
         except DeniedError:
             return None
-        self._contexts[state.request_id] = (state.decision_id, context)
+        self._contexts[state.request_id] = _Known(state.decision_id, context, context.revisions(_NO_POLICY))
         for subject in _subjects(context):
             self._of_subject.setdefault(subject, set()).add(state.request_id)
         return context
 
-    def _known(self, state: RequestState) -> RequestContext | None:
-        decision_id, context = self._contexts.get(state.request_id, (None, None))
-        return context if decision_id == state.decision_id else None
+    def is_superseded(self, state: RequestState, decision: CredentialDecision) -> bool:
+        """Whether a record or the bundle has changed since the approval was asked for: one that is given is stale."""
+        asked = decision.revisions
+        if self.context(state, decision) is None or asked is None:
+            return False
+        present = self._contexts[state.request_id].revisions
+        return (
+            asked.policy != self._policy_revision()
+            or asked.model_copy(update={"policy": _NO_POLICY}) != present
+        )
+
+    def _known(self, state: RequestState) -> _Known | None:
+        found = self._contexts.get(state.request_id)
+        return found if found is not None and found.decision_id == state.decision_id else None
 
     def _may_see(self, state: RequestState, caller: Caller) -> bool:
         if caller.sees_all:
