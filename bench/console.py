@@ -20,7 +20,7 @@ from typing import Final
 
 import httpx
 
-from bench.inventory import AT_WORK, READY_WITHIN_S, Organisation, Record, publish
+from bench.inventory import AT_WORK, READY_WITHIN_S, SPONSORS, Organisation, Record, publish
 from bench.machine import cpu_s
 from bench.stack import KEEP_BYTES, WITHOUT_LIMITS
 from ringfence.cli.commands.dev import client_settings
@@ -74,6 +74,8 @@ class _WaitingOrganisation(Organisation):
 
     def _waiting(self, key: SigningKey, agent_id: str, task_id: str) -> Iterator[Record]:
         self._asked += 1
+        # The sponsor who looks has a passkey besides, so another revision.
+        user = 2 if int(agent_id.removeprefix("agent-")) % SPONSORS == _SPONSOR else 1
         for _ in range(2 + self._asked % 2):
             resource = f"env/staging/service-{self.pending}"
             scope = (Permission(target="platform", verbs=("deploy",), resources=(resource,)),)
@@ -90,7 +92,7 @@ class _WaitingOrganisation(Organisation):
                     topic=self._topic, partition=0, offset=self.pending, appended_at_ms=self._now_s * 1000
                 ),
                 required=("sponsor",), expires_at=self._now_s + _WAIT_S + self.pending % 600,
-                revisions=Revisions(agent=1, user=1, task=1, target=1, policy=self._revision),
+                revisions=Revisions(agent=1, user=user, task=1, target=1, policy=self._revision),
             )  # fmt: skip
             self.pending += 1
             yield Record(CREDENTIAL_DECISION, agent_id, sign(decision, self._policy))

@@ -16,7 +16,6 @@ from ringfence.messages.credential import (
     CredentialDecision,
     CredentialRequest,
     RequiredClass,
-    Revisions,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.api_access import Caller
@@ -35,7 +34,7 @@ _PAUSE_EVERY: Final = 1000
 _LOAD_PAUSE_EVERY: Final = 50
 """The same where records have to be loaded and verified."""
 _LOOK_EVERY_S: Final = 2.0
-_NO_POLICY: Final = "-"
+_BY_SPONSOR: Final[tuple[RequiredClass, ...]] = ("sponsor",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +56,8 @@ class _Known:
 
     decision_id: str | None
     context: RequestContext
-    revisions: Revisions
-    """Of its records, with `_NO_POLICY` in the place of the bundle's."""
+    of_records: bool
+    """Whether its records are those that the approval was asked for on."""
 
 
 class PendingIndex:
@@ -129,7 +128,10 @@ class PendingIndex:
         context = self.context(state, decision)
         if context is None:
             return ()
-        return may_approve_any(self._directory, caller.user.user_id, decision.required, context)
+        me = caller.user.user_id
+        if decision.required == _BY_SPONSOR and context.agent.state.sponsor != me:
+            return ()  # what most requests need, and what one person alone can give
+        return may_approve_any(self._directory, me, decision.required, context)
 
     def context(self, state: RequestState, decision: CredentialDecision) -> RequestContext | None:
         """The records that a pending request is about; None where one is missing or counts for nothing."""
@@ -141,7 +143,9 @@ class PendingIndex:
             context = load_context(self._directory, Signed(request, decision.request), state.request_id)
         except DeniedError:
             return None
-        self._contexts[state.request_id] = _Known(state.decision_id, context, context.revisions(_NO_POLICY))
+        asked = decision.revisions
+        of_records = asked is None or asked == context.revisions(asked.policy)
+        self._contexts[state.request_id] = _Known(state.decision_id, context, of_records)
         for subject in _subjects(context):
             self._of_subject.setdefault(subject, set()).add(state.request_id)
         return context
@@ -151,11 +155,7 @@ class PendingIndex:
         asked = decision.revisions
         if self.context(state, decision) is None or asked is None:
             return False
-        present = self._contexts[state.request_id].revisions
-        return (
-            asked.policy != self._policy_revision()
-            or asked.model_copy(update={"policy": _NO_POLICY}) != present
-        )
+        return not self._contexts[state.request_id].of_records or asked.policy != self._policy_revision()
 
     def _known(self, state: RequestState) -> _Known | None:
         found = self._contexts.get(state.request_id)
@@ -164,6 +164,8 @@ class PendingIndex:
     def _may_see(self, state: RequestState, caller: Caller) -> bool:
         if caller.sees_all:
             return True
+        if known := self._known(state):
+            return caller.may_see_agent_of(known.context.agent.state.sponsor)
         try:
             entry = self._directory.agent(state.agent_id)
         except ChainError:
