@@ -71,7 +71,9 @@ def test_nothing_comes_from_another_host(site: Path) -> None:
 )
 def test_another_host_would_be_found(text: str) -> None:
     assert foreign_hosts(text)
-    assert not foreign_hosts('<a href="https://example.org">elsewhere</a> <link rel="icon" href="assets/x.svg">')
+    assert not foreign_hosts(
+        '<a href="https://example.org">elsewhere</a> <link rel="icon" href="assets/x.svg">'
+    )
 
 
 def test_every_page_is_on_the_site(site: Path) -> None:

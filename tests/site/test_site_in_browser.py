@@ -49,6 +49,7 @@ async def test_tabs_lead_to_every_kind_of_reader(browser: Browser, address: str)
     await page.goto(f"{address}/index.html")
     tabs = page.locator(".md-tabs__link")
     assert [text.strip() for text in await tabs.all_inner_texts()] == [
-        "Start", "Agent developers", "Sponsors", "Operators", "Security and audit", "Contributors", "Concepts", "Reference",
+        "Start", "Agent developers", "Sponsors", "Operators",
+        "Security and audit", "Contributors", "Concepts", "Reference",
     ]  # fmt: skip
     await page.close()
