@@ -232,7 +232,7 @@ def _text(node: ast.expr, texts: _Texts) -> str | None:
         case ast.Constant(value=str(text)):
             return text
         case ast.JoinedStr(values=values):
-            return "".join(part.value if isinstance(part, ast.Constant) else _GAP for part in values)
+            return "".join(str(part.value) if isinstance(part, ast.Constant) else _GAP for part in values)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
             return (_text(left, texts) or _GAP) + (_text(right, texts) or _GAP)
         case ast.IfExp(body=body):

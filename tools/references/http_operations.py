@@ -92,7 +92,7 @@ class Operation:
     @property
     def id(self) -> str:
         """Its name in programs that are made from the document."""
-        words = re.findall(r"\w+", f"{self.method.lower()} {self.path}")
+        words: list[str] = re.findall(r"\w+", f"{self.method.lower()} {self.path}")
         return words[0] + "".join(word[:1].upper() + word[1:] for word in words[1:])
 
     def all_answers(self) -> dict[int, Answer]:
@@ -332,7 +332,7 @@ _AUDIT = Api(
             {**_ok(record(total=NUMBER, agents=record(), **_REPORT)), **_WRONG_QUERY, **_NOT_YET}, query={**_PAGE, **_SPAN},
         ),
         Operation(
-            "GET", "/v1/who", "Who used a permission at a target.", {**_ok(record(lines=objects(record()), **_LIST_REPORT)), **_WRONG_QUERY, **_NOT_YET},
+            "GET", "/v1/who", "Who used a permission at a target.", {**_ok(record(lines=objects(record()), **_REPORT)), **_WRONG_QUERY, **_NOT_YET},
             query={**_PAGE, **_SPAN, "target": "the target", "verb": "only this verb", "resource": "only this resource"}, required=("target",),
         ),
         Operation("GET", "/v1/checkpoints", "The signed checkpoints of all chains.", _ok(checkpoints=objects(TEXT))),

@@ -27,7 +27,7 @@ _HEAD = """\
 
 Everything here is part of the [contract](../release.md#contracts). A name that is not listed may change at any time.
 
-- [First steps](../agents/README.md) shows the SDK in use.
+- [Tutorial](../tutorial.md#the-same-in-python) shows the SDK in use.
 - [Test your agent](../testing-agents.md) has the SDK in memory.
 - [Adapters](../integrations.md) are for HTTP clients and database drivers.
 
