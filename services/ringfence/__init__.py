@@ -55,6 +55,8 @@ if TYPE_CHECKING:
     from ringfence.client.resource_server.verifier import TokenVerifier as TokenVerifier
     from ringfence.client.resource_server.verifier import VerifiedToken as VerifiedToken
     from ringfence.client.settings import ClientSettings as ClientSettings
+    from ringfence.client.task_view import HeldLease as HeldLease
+    from ringfence.client.task_view import TaskView as TaskView
     from ringfence.client.token_sources import GitHubActions as GitHubActions
     from ringfence.client.token_sources import GoogleMetadata as GoogleMetadata
     from ringfence.client.token_sources import TokenFile as TokenFile
@@ -112,6 +114,7 @@ __all__ = [
     "GoogleMetadata",
     "Grant",
     "Grantor",
+    "HeldLease",
     "HttpRefusal",
     "IdentityError",
     "InvalidCallError",
@@ -157,6 +160,7 @@ __all__ = [
     "SshCredential",
     "StaleApprovalError",
     "TaskTerms",
+    "TaskView",
     "TokenCredential",
     "TokenFile",
     "TokenGuard",
@@ -192,6 +196,7 @@ _MODULES = {
     "GoogleMetadata": "ringfence.client.token_sources",
     "Grant": "ringfence.messages.approval",
     "Grantor": "ringfence.client.approvals.grants",
+    "HeldLease": "ringfence.client.task_view",
     "HttpRefusal": "ringfence.client.resource_server.challenges",
     "IdentityError": "ringfence.client.errors",
     "InvalidCallError": "ringfence.client.errors",
@@ -237,6 +242,7 @@ _MODULES = {
     "SshCredential": "ringfence.client.agent.credentials",
     "StaleApprovalError": "ringfence.client.errors",
     "TaskTerms": "ringfence.messages.registry",
+    "TaskView": "ringfence.client.task_view",
     "TokenCredential": "ringfence.client.agent.credentials",
     "TokenFile": "ringfence.client.token_sources",
     "TokenGuard": "ringfence.client.resource_server.asgi",

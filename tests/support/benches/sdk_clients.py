@@ -109,7 +109,7 @@ class Played:
         await self.world.send(CREDENTIAL_REPLY, self.agent, sealed, "credential.reply")
 
     async def issue(self, value: str = "token", **fields: Any) -> str:
-        """Reply with a credential; the lease id."""
+        """Reply with a credential, or with the handle of one that is delivered to the gateway; the lease id."""
         by, decision = self.world.key("issuer"), self.decision()
         deadline = int(time.time()) + self.claims.ttl_s
         given = {
@@ -132,11 +132,8 @@ class Played:
             "deadline": deadline,
         }
         lease = Lease(**{**self.stamp(by), **given, **fields})
-        await self.reply(
-            decision,
-            lease=sign(lease, by),
-            delivery=sign(self.delivery(lease, value), by),
-        )
+        delivered = {} if lease.delivery == "gateway" else {"delivery": sign(self.delivery(lease, value), by)}
+        await self.reply(decision, lease=sign(lease, by), **delivered)
         return lease.lease_id
 
     def delivery(self, lease: Lease, value: str) -> CredentialDelivery:

@@ -34,7 +34,7 @@ def words_of(path: Sequence[str]) -> Mapping[str, Sequence[str]]:
             from ringfence.model.target_settings import CREDENTIAL_KINDS
 
             return {"--backend": tuple(CREDENTIAL_KINDS), "--template": tuple(TEMPLATES)}
-        case ("request",) | ("release",):
+        case ("request",) | ("release",) | ("mcp", "serve"):
             return {"SOURCE": ("file:", "github", "gcp")}
         case ("completion",):
             return {"SHELL": ("bash", "zsh", "fish")}

@@ -36,6 +36,7 @@ from ringfence.client.errors import (
 from ringfence.client.instance_enrolment import Attested, EnrolledInstanceKey, RunInstance
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings, load_settings
+from ringfence.client.task_view import TaskView
 from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
@@ -398,6 +399,18 @@ class Agent(Lifetime):
                 timeout_s=timeout_s,
                 traceparent=traceparent,
             )
+
+    async def task(self, task: str) -> TaskView:
+        """Look at one of this agent's own tasks: what it allows, until when, and its leases at the gateway.
+
+        With `RINGFENCE_DOOR` the gateway answers. Otherwise the record is read from Kafka and verified; the agent's
+        Kafka user needs Read on the topics of records then.
+
+        Raises:
+            RefusedError: there is no such task of this agent.
+            UnavailableError: the gateway, or Kafka, does not answer.
+        """
+        return await self.connection.task(self.id, task)
 
     async def delegate(
         self,

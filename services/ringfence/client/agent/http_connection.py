@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import httpx
 
@@ -21,6 +21,7 @@ from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.errors import InvalidCallError, RefusedError, require_understood
 from ringfence.client.instance_enrolment import EnrolledInstanceKey
 from ringfence.client.settings import ClientSettings
+from ringfence.client.task_view import TaskView
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError
@@ -274,6 +275,21 @@ class HttpConnection(Connection):
         topic = CREDENTIAL_REPLY
         name = topic.name(self.settings.topic_prefix)
         return Received(topic, name, 0, number, self.clock.now_ms(), self._agent_id, value)
+
+    # --- tasks ---
+
+    async def task(self, agent_id: str, task_id: str) -> TaskView:
+        """See `Connection.task`: the gateway answers."""
+        answer = await self._call("GET", f"/tasks/{quote(task_id, safe='')}", self.key)
+        if answer.status_code == _OK:
+            try:
+                return TaskView.of_answer(answer.json())
+            except ValueError:
+                raise UnavailableError(f"the gateway at {self._door} answered no JSON") from None
+        code, detail = _problem(answer)
+        if answer.status_code in (_TOO_MANY, _UNAVAILABLE):
+            raise UnavailableError(f"the gateway at {self._door} does not say now: {detail}", code=code)
+        raise RefusedError("the look at a task", (Reason(code=code, message=detail),), "gateway")
 
     # --- trust ---
 

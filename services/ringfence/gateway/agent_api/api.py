@@ -1,8 +1,9 @@
-"""The HTTP API for agents: `POST /v1/requests`, `GET /v1/requests/ID` and `GET /v1/trust`.
+"""The HTTP API for agents: `POST /v1/requests`, `GET /v1/requests/ID`, `GET /v1/tasks/ID` and `GET /v1/trust`.
 
-It verifies who posts a message and publishes it; it hands out sealed replies to who posted it. It decides nothing else,
-and cannot read a reply. Over a task's socket only that task's messages count, over a run's socket only those of its
-instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the message.
+It verifies who posts a message and publishes it; it hands out sealed replies to who posted it, and shows an agent its
+own tasks. It decides nothing else, and cannot read a reply. Over a task's socket only that task's messages count, over
+a run's socket only those of its instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the
+message.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from ringfence.client.resource_server.dpop_proofs import ProofChecker
 from ringfence.gateway.agent_api.posted_messages import MAX_BYTES, PostedMessage, PostedMessageVerifier
 from ringfence.gateway.agent_api.publications import Publication, Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
+from ringfence.gateway.agent_api.task_view import task_view
 from ringfence.gateway.contract import Answer, ApiRequest, PresentedIdentity
 from ringfence.gateway.dataplane.limits import SenderLimits
 from ringfence.gateway.decision.sender import NONCE_REQUIRED, AgentKeys, unverified_thumbprint
@@ -34,6 +36,8 @@ from ringfence.kernel.tracing.traceparent import well_formed
 from ringfence.messages.base import UUID
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
+from ringfence.messages.registry import TaskState
+from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -42,6 +46,7 @@ from ringfence.model.records.instances import enrolment_of
 JOSE: Final = "application/jose"
 MAX_WAIT_S: Final = 60.0
 _REQUESTS: Final = "/v1/requests"
+_TASKS: Final = "/v1/tasks"
 _TRUST: Final = "/v1/trust"
 _DURATION: Final = re.compile(r"(?:([0-9]{1,2})m)?(?:([0-9]{1,4})s)?")
 _AFTER: Final = re.compile(r"[0-9]{1,4}")
@@ -87,11 +92,14 @@ class AgentRequestsApi:
         if root == _REQUESTS and UUID.fullmatch(id):
             _require_method(request, "GET")
             return await self._get_reply(request, id)
+        if root == _TASKS and UUID.fullmatch(id):
+            _require_method(request, "GET")
+            return await self._get_task(request, id)
         if request.path == _TRUST:
             _require_method(request, "GET")
             return HTTPStatus.OK, {"Content-Type": JOSE, **self._fresh_nonce(request)}, self._trust.compact
         raise RequestRefusedError(
-            404, "api_path_unknown", f"there are {_REQUESTS}, {_REQUESTS}/ID and {_TRUST} here"
+            404, "api_path_unknown", f"there are {_REQUESTS}, {_REQUESTS}/ID, {_TASKS}/ID and {_TRUST} here"
         )
 
     # --- POST /v1/requests ---
@@ -170,19 +178,23 @@ class AgentRequestsApi:
 
     def _require_run_key(self, run_id: str, kid: str | None) -> None:
         """Raise RequestRefusedError if the run does not go on, or if `kid` is not the key that was made in it."""
-        runs = self._directory.runs
-        run = runs.get(run_id)
-        if run is None or not runs.goes_on(run_id) or self._clock.now_ms() / 1000 >= run.deadline:
-            raise RequestRefusedError(
-                403, "run_ended", f"run {run_id} has ended, and with it everything that its instance may"
-            )
-        if run.key_thumbprint != kid:
+        if self._require_running(run_id).key_thumbprint != kid:
             raise RequestRefusedError(
                 403,
                 "socket_other_run",
                 "this socket is for the instance of one run: sign with the key that was made in "
                 "it, and send its enrolment",
             )
+
+    def _require_running(self, run_id: str) -> Run:
+        """The run. Raises RequestRefusedError if it does not go on."""
+        runs = self._directory.runs
+        run = runs.get(run_id)
+        if run is None or not runs.goes_on(run_id) or self._clock.now_ms() / 1000 >= run.deadline:
+            raise RequestRefusedError(
+                403, "run_ended", f"run {run_id} has ended, and with it everything that its instance may"
+            )
+        return run
 
     # --- GET /v1/requests/ID ---
 
@@ -251,6 +263,30 @@ class AgentRequestsApi:
         self._require_run_key(run_id, publication.kid)
         return True
 
+    # --- GET /v1/tasks/ID ---
+
+    async def _get_task(self, request: ApiRequest, id: str) -> Answer:
+        self._require_evidence(request.presented)
+        presented, task = request.presented, self._task(id)
+        if presented.task_id is not None:
+            if task is None or presented.task_id != id:
+                raise _unknown_task()
+            if presented.run_id is not None:
+                self._require_running(presented.run_id)
+        else:
+            kid, now_s = unverified_thumbprint(presented.proof or ""), self._clock.now_ms() / 1000
+            owner = self._keys.owner(self._trust.trust_domain, kid, now_s) if kid is not None else None
+            if task is None or kid is None or owner != task.agent_id:
+                raise _unknown_task()
+            self._require_certificate_of(owner, presented)
+            if (challenge := await self._check_proof(request, kid)) is not None:
+                return challenge
+        with _attributed_to(task.agent_id):
+            self._check_limits(request, task.agent_id)
+        view = task_view(task, self._leases, presented.run_id, self._clock.now_ms() / 1000)
+        headers = {"Content-Type": "application/json", **self._fresh_nonce(request)}
+        return HTTPStatus.OK, headers, orjson.dumps(view)
+
     # --- who calls ---
 
     def _require_evidence(self, presented: PresentedIdentity) -> None:
@@ -303,11 +339,15 @@ class AgentRequestsApi:
             raise RequestRefusedError(429, reason.code, reason.message, headers={"Retry-After": "1"})
 
     def _agent_of(self, task_id: str) -> str | None:
+        task = self._task(task_id)
+        return task.agent_id if task is not None else None
+
+    def _task(self, task_id: str) -> TaskState | None:
         try:
-            task = self._directory.task(task_id)
+            entry = self._directory.task(task_id)
         except ChainError:
             return None
-        return task.state.agent_id if task is not None else None
+        return entry.state if entry is not None else None
 
 
 @contextlib.contextmanager
@@ -333,6 +373,14 @@ def _unknown_request() -> RequestRefusedError:
         "no such request of yours is known here: its reply is too old, or it was posted elsewhere or long ago and has "
         "no reply yet; post the same bytes again",
     )  # fmt: skip
+
+
+def _unknown_task() -> RequestRefusedError:
+    return RequestRefusedError(
+        404,
+        "task_unknown",
+        "no such task of yours is known here: name a task of this agent, or this socket's own",
+    )
 
 
 def _read_query(query: str) -> tuple[float, int]:
