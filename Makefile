@@ -127,7 +127,7 @@ schemas-check: $(STAMP) ## fail where schemas/ or a generated reference differs 
 	@$(BIN)/python -m tools.references --check && echo "the references are up to date"
 
 docs: $(STAMP) ## build the site of docs/ into build/site: links and anchors are checked, nothing is fetched
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
 test-docs: $(STAMP) ## the site in a real browser, and the commands of its pages (needs Chromium)

@@ -499,6 +499,7 @@ _CONSOLE = Api(
     (
         Operation("GET", "/healthz", "Whether the process answers.", _ok(record(status=TEXT)), None),
         Operation("GET", "/readyz", "Whether the console is ready.", {**_ok(record()), 503: Answer("not ready", schema=record())}, None),
+        COMMON[2],
         Operation("GET", "/static/{name}", "Scripts and styles.", {200: Answer("a file", None), 404: Answer("there is none", None)}, None),
         Operation("GET", "/sign-in", "The page for signing in.", {200: Answer("a page", _HTML, TEXT)}, None),
         Operation("POST", "/sign-in/find", "Whose passkey it is.", {**_ok(record()), 400: Answer("wrong", None), 404: Answer("nobody's", None)}, None, body=(JSON, record(credential_id=TEXT))),
@@ -506,6 +507,7 @@ _CONSOLE = Api(
         Operation("POST", "/sign-in/finish", "Begin the session.", {**_ok(user_id=TEXT), 403: Answer("not for this browser", None)}, None, body=(JSON, record(statement=TEXT))),
         Operation("POST", "/sign-out", "End the session.", _SEE_OTHER, "session"),
         Operation("POST", "/sign/{kind}", "Compose a question, and lead to the sign page with it.", {**_SEE_OTHER, 400: Answer("wrong", _HTML, TEXT)}, "session"),
+        Operation("POST", "/offer", "Make an offer of an agent, and lead to its page.", _SEE_OTHER, "session"),
         Operation("GET", QUESTION_PATH + "{path}", "A question, for the sign page.", {**_ok(record()), 404: Answer("there is none", None)}, None),
         Operation("POST", QUESTION_PATH + "{path}", "Its answer.", {**_ok(record()), 404: Answer("there is none", None)}, None, body=(JSON, record())),
         Operation("GET", "/live", "Server-sent events of a page.", {200: Answer("events", "text/event-stream"), 204: Answer("there is nothing to wait for", None)}, "session"),
