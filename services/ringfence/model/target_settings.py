@@ -28,6 +28,9 @@ TargetUrl = Annotated[
 ]
 """Where the gateway sends requests: scheme, host and port. Plain HTTP is for this machine alone."""
 
+STDIO_URL: Final = "stdio://run"
+"""The `url` of a target that is an MCP server on standard input and output, inside of the run that asks it."""
+
 RESERVED_NAME: Final = "ringfence"
 """The host and the target id by which agents reach the gateway itself. New targets must have neither."""
 
@@ -56,8 +59,8 @@ class TargetSettings(BaseModel):
 class JwtSettings(TargetSettings):
     """Settings for tokens in a target's record, besides their audience."""
 
-    url: TargetUrl | None = None
-    """Where the gateway sends requests to, where agents go by way of it."""
+    url: TargetUrl | Literal["stdio://run"] | None = None
+    """Where the gateway sends requests to, where agents go by way of it; `STDIO_URL` for a server in the run."""
     dpop: Literal["off", "required"] = "off"
     """`required`: tokens are bound to the agent's key, and good only with a proof of it (RFC 9449)."""
     alg: TokenAlgorithm = "ES256"
@@ -155,7 +158,8 @@ _PLACE: Final = re.compile(r"([^:\[\]/@]+|\[[^\[\]]+\])(?::([0-9]{1,5}))?", re.A
 _LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _WRITE: Final = MappingProxyType({
     "address": "write HOST:PORT, the port from 1 to 65535",
-    "url": "write https://HOST or https://HOST:PORT, without a path; http only for 127.0.0.1, localhost or [::1]",
+    "url": "write https://HOST or https://HOST:PORT, without a path; http only for 127.0.0.1, localhost or [::1]; or "
+    "stdio://run, with backend jwt, for an MCP server in the run",
 })  # fmt: skip
 
 
