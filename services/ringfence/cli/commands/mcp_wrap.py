@@ -90,9 +90,9 @@ def wrap(
 ) -> None:
     """Run an MCP server in a fresh sandbox, and decide each message between its client and it at the gateway.
 
-    A client starts this command in the place of the server. Its packages are installed before: the sandbox has no network
-    but the gateway. Without --allow it asks for everything that the task allows at the target. When the lease, the task or
-    the client ends, the server is destroyed.
+    A client starts this command in the place of the server. Its packages are installed before: the sandbox has no
+    network but the gateway. Without --allow it asks for everything that the task allows at the target. When the lease,
+    the task or the client ends, the server is destroyed.
     """
     from ringfence.cli.commands.run_local import parse_environment, parse_mounts, remarks
     from ringfence.messages.run import RunLimits

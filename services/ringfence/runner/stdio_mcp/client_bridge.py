@@ -154,7 +154,8 @@ class ClientBridge:
             async with self._http.stream(
                 "POST", self._url, content=line, headers=self._headers(outline)
             ) as answer:
-                await self._read(answer, outline.id, pass_on)
+                if await self._read(answer, outline.id, pass_on):
+                    answered = True
         except httpx.HTTPError as error:
             log.info("a call ended: %s", type(error).__name__)
         if outline.is_request and not answered:
@@ -165,12 +166,13 @@ class ClientBridge:
                 "the call ended without an answer: see the log of the gateway",
             )
 
-    async def _read(self, answer: httpx.Response, id: Id | None, pass_on: Write) -> None:
+    async def _read(self, answer: httpx.Response, id: Id | None, pass_on: Write) -> bool:
+        """Read what comes of a call. Returns whether it is over with that: no stream, which may lack an answer."""
         kind = answer.headers.get("Content-Type", "").partition(";")[0].strip().lower()
         if answer.status_code == HTTPStatus.OK and kind == _EVENTS:
             async for message in _events(answer):
                 pass_on(message)
-            return
+            return False
         body = await answer.aread()
         if kind == _JSON and _is_rpc(body):
             if id is None:
@@ -183,6 +185,9 @@ class ClientBridge:
             else:
                 text = f"{problem['code']}: {problem['detail']}"
                 pass_on(_error(id, answer.status_code, text, problem))
+        else:
+            return False
+        return True
 
     async def _listen(self) -> None:
         """Keep the client's own stream open, where the task may have it (GET, up to 2025-11-25)."""

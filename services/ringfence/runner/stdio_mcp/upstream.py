@@ -138,7 +138,7 @@ class StdioUpstream:
     async def _send_events(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, exchange: Exchange
     ) -> None:
-        """Send the messages of an exchange as events. Raises ConnectionError at its end, or where the gateway leaves."""
+        """Send the messages of an exchange as events. Raises ConnectionError at the end, or if the gateway leaves."""
         writer.write(_EVENTS)
         await writer.drain()
         # Nothing else comes on this connection now: what can be read is its end.

@@ -78,7 +78,8 @@ def wrapped_server(
         )
     if target is None or target.state.status != "active":
         raise RunRefusedError(f"there is no target {target_id}", code="target_unknown").with_remedy(
-            f"an operator adds it: ringfence target add {target_id} --template mcp --backend jwt --setting url={STDIO_URL}"
+            f"an operator adds it: ringfence target add {target_id} --template mcp --backend jwt --setting "
+            f"url={STDIO_URL}"
         )
     path = _endpoint(target.state)
     asked = tuple(wanted) or tuple(one for one in task.state.scope if one.target == target_id)
