@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -15,17 +16,25 @@ from ringfence.dev.stack import Stack, StackOptions
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site, browser
+from tests.passkeys.conftest import DEFAULT_BUNDLE, FROZEN, Site, browser
 from tests.passkeys.organisation import Organisation
 from tests.support.stack import RunningStack, realm_in
 
 __all__ = ["browser"]
+
+FROZEN_RULE = f"""package ringfence.limits
+
+deny contains {{"code": "frozen", "message": "everything is frozen"}} if input.request.reason == "{FROZEN}"
+"""
 
 
 @pytest.fixture(scope="session")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes, and a console."""
     with tempfile.TemporaryDirectory(prefix="ringfence-console-") as folder:
+        bundle = Path(folder) / "policy"
+        shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("*_test.rego"))
+        (bundle / "frozen.rego").write_text(FROZEN_RULE)
         options = StackOptions(
             Path(folder) / "state",
             trust_domain="acme.example",
@@ -37,7 +46,7 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             keep_bytes=1024 * 1024,
             services=(*SERVICE_ROLES, "console"),
             sign_page=True,
-            environment={"RINGFENCE_CONSOLE_REFRESH_MS": "300"},
+            environment={"RINGFENCE_CONSOLE_REFRESH_MS": "300", "RINGFENCE_POLICY_BUNDLE": str(bundle)},
         )
         with Stack(options) as running:
             yield running
@@ -79,15 +88,19 @@ class Visitor:
         return page
 
     async def signs(self, button: str, sign: str | None = None, *, within: str | None = None) -> Page:
-        """Press a button of the console, and then the one that signs, on the page that opens. Returns that page."""
+        """Press a button of the console, then the one that signs on the sign page. It leads back. Returns the page."""
+        await self.asks(button, within=within)
+        await self.page.get_by_role("button", name=sign or button, exact=True).click()
+        await self.page.wait_for_url(f"{self.site.session}/**")
+        return self.page
+
+    async def asks(self, button: str, *, within: str | None = None) -> Page:
+        """Press a button of the console that leads to the sign page. Returns that page."""
         scope = self.page.locator(within) if within else self.page
-        async with self.page.context.expect_page() as opening:
-            await scope.get_by_role("button", name=button, exact=True).click()
-        opened = await opening.value
-        await self.person.use_keys_at(opened)
-        await opened.get_by_role("button", name=sign or button, exact=True).click()
-        await expect(opened.get_by_text("It was handed to the program that asked")).to_be_visible()
-        return opened
+        await scope.get_by_role("button", name=button, exact=True).click()
+        await self.page.wait_for_url(f"{self.site.sign}/**")
+        await expect(self.page.get_by_role("button", name="Sign nothing")).to_be_visible()
+        return self.page
 
 
 @pytest.fixture

@@ -93,6 +93,26 @@ async def test_what_is_approved_ahead_is_not_asked_again(
         assert (await ask(organisation, agent, "again")).lease_id
 
 
+async def test_what_was_approved_ahead_is_taken_back(sponsor: Visitor, organisation: Organisation) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation) as (request,):
+        await page.get_by_text("Approve ahead").first.click()
+        await sponsor.signs("Approve ahead")
+        assert (await request).lease_id
+    await page.get_by_role("link", name="Approved ahead").click()
+    card = page.locator("article")
+    await expect(card).to_contain_text("1 of 5")
+    await card.get_by_text("Take it back").first.click()
+    await card.get_by_label("Your reason").fill("the release is off")
+    await sponsor.signs("Take it back", "Take back", within="article")
+    await expect(page.locator("#none")).to_be_visible()
+    await page.get_by_role("link", name="All of them").click()
+    await expect(card).to_contain_text("taken back")
+    async with asking(organisation, "once more"):
+        await sponsor.open("/approvals")
+        await expect(page.locator("article")).to_have_count(1)
+
+
 async def test_equivalent_requests_are_one_card(sponsor: Visitor, organisation: Organisation) -> None:
     page = await sponsor.sign_in("/approvals")
     async with asking(organisation, count=3):

@@ -42,6 +42,5 @@ async def test_a_task_is_ended(sponsor: Visitor, organisation: Organisation) -> 
     await page.get_by_role("link", name=realm.task[:8]).click()
     await page.get_by_text("End the task").first.click()
     await page.get_by_label("Your reason").fill("done")
-    opened = await sponsor.signs("End the task", "End the task")
-    await opened.close()
+    await sponsor.signs("End the task", "End the task")
     await expect(page.locator("#facts .state")).to_have_text("ended")

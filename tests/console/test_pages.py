@@ -24,8 +24,8 @@ from tests.support.stack import RunningStack
 SCREENSHOTS = os.environ.get("RINGFENCE_TEST_SCREENSHOTS")
 """A folder for pictures of every page, for people to look at."""
 PATHS = (
-    "/approvals", "/approvals/{request}", "/agents", "/agents/{agent}", "/leases", "/leases/{lease}", "/tasks",
-    "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway", "/findings", "/coverage", "/agents/nobody",
+    "/approvals", "/approvals/{request}", "/grants", "/agents", "/agents/{agent}", "/leases", "/leases/{lease}",
+    "/tasks", "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway", "/findings", "/coverage", "/agents/nobody",
 )  # fmt: skip
 
 
@@ -107,11 +107,16 @@ async def test_a_page_works_by_keyboard_alone(lived_in: LivedIn) -> None:
     await page.keyboard.press("Tab")
     await page.keyboard.type("it behaves oddly")
     await page.keyboard.press("Tab")
-    async with page.context.expect_page() as opening:
-        await page.keyboard.press("Enter")
-    opened = await opening.value
-    await expect(opened.get_by_role("heading", level=1)).to_have_text(f"Suspend {ids['agent']}")
-    await opened.close()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("heading", level=1)).to_have_text(f"Suspend {ids['agent']}")
+    # On the sign page too: past the first button, which signs, to the one that does not.
+    for _ in range(10):
+        await page.keyboard.press("Tab")
+        if await page.evaluate("document.activeElement?.textContent") == "Sign nothing":
+            break
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#notice")).to_have_text(f"Not signed: suspend agent {ids['agent']}")
+    assert page.url == visitor.url(f"/agents/{ids['agent']}")
 
 
 async def _picture(page: Page, path: str, width: int, scheme: str) -> None:

@@ -114,3 +114,7 @@ async def test_a_question_is_given_to_the_sign_page_alone(
     mine = {"Origin": sponsor.site.sign}
     assert httpx.get(question, headers=mine).json()["user"] == sponsor.user_id
     assert httpx.post(question, headers=mine, json={"answer": "a.b.c"}).status_code == 422
+    refused = httpx.post(question, headers=mine, json={"refused": True})
+    assert refused.json()["next"].startswith(sponsor.url("/?notice="))
+    assert httpx.get(question, headers=mine).status_code == 410
+    assert httpx.get(question[:-4] + "AAAA", headers=mine).status_code == 404

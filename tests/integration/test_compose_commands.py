@@ -112,7 +112,8 @@ def started(prepared: Stack, name: str, **more: str) -> Iterator[int]:
         assert not healthy(service["healthcheck"]["test"], free_port()), "where nobody answers"
         yield port
     finally:
-        assert child.stop() == 0, f"{name} did not drain in good order: {child.log_tail()}"
+        grace_s = float(service["stop_grace_period"].removesuffix("s"))
+        assert child.stop(grace_s) == 0, f"{name} did not drain in good order: {child.log_tail()}"
 
 
 @pytest.mark.parametrize("name", [*SERVICE_ROLES, *(name for name in ON_DEMAND if name != "console")])

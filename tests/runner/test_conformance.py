@@ -535,11 +535,20 @@ async def test_no_other_line_gets_into_the_hosts_file(runner: Runner, name: str,
     assert refused.value.code == "sandbox_spec_invalid"
 
 
+# A container runs before its network is set up. What runs there in earnest is init, which is told when to listen.
 OWN_ADDRESSES = """
-import socket
+import errno, socket, time
 for family, address in ((socket.AF_INET, "203.0.113.7"), (socket.AF_INET6, "2001:db8::7")):
     listener = socket.socket(family)
-    listener.bind((address, 5432))
+    deadline = time.monotonic() + 30
+    while True:
+        try:
+            listener.bind((address, 5432))
+            break
+        except OSError as error:
+            if error.errno != errno.EADDRNOTAVAIL or time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
     listener.listen()
     socket.create_connection((address, 5432), 5).close()
     try:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.runner.sandbox.processes import ProcessId, in_namespace
+from ringfence.runner.sandbox.processes import Namespaces, ProcessId
 from tests.runner.places import CallError, Place, Runner, running
 from tests.runner.test_conformance import DAEMON, Listener
 
@@ -64,7 +64,7 @@ async def test_the_death_of_the_runner_ends_the_sandbox_and_the_next_one_sweeps(
             spec = first.spec("python3", "-c", DAEMON, "stay", socket=str(listener.path))
             pid = (await first.call("start", spec=spec))["pid"]
             (daemon, _), (command, _) = await listener.named("daemon"), await listener.named("command")
-            namespace = Path(f"/proc/{pid}/ns/mnt").stat().st_ino
+            namespaces = Namespaces.of(pid)
             await first.kill()
             # No sweep is needed for that.
             assert (await daemon.read(), await command.read()) == (b"", b"")
@@ -76,7 +76,31 @@ async def test_the_death_of_the_runner_ends_the_sandbox_and_the_next_one_sweeps(
             assert await second.call("sweep") == []
         assert not list((folder / "state").iterdir())
         assert not cgroups_of(spec["run_id"])
-        assert not in_namespace("mnt", namespace)
+        assert namespaces.inodes
+        assert not namespaces.members("mnt")
+        namespaces.close()
+
+
+async def test_a_sandbox_that_gets_the_numbers_of_one_that_is_gone_is_not_part_of_it(
+    place: Place, folder: Path, code: Path
+) -> None:
+    """The kernel gives the number of a namespace that is gone to the next one."""
+    async with running(place, folder, code) as runner:
+        spec = runner.spec("sleep", "600")
+        pid = (await runner.call("start", spec=spec))["pid"]
+        namespaces = Namespaces.of(pid)
+        inodes = set(namespaces.inodes.values())
+        assert (await runner.call("destroy", run_id=spec["run_id"]))["complete"]
+        others = [runner.spec("sleep", "600") for _ in range(3)]
+        for other in others:
+            pid = (await runner.call("start", spec=other))["pid"]
+            found = Namespaces.of(pid)
+            assert not inodes & set(found.inodes.values())
+            found.close()
+        assert not namespaces.members("pid") + namespaces.members("mnt")
+        namespaces.close()
+        for other in others:
+            assert (await runner.call("destroy", run_id=other["run_id"]))["complete"]
 
 
 async def test_a_sweep_leaves_the_sandboxes_of_a_living_runner_alone(

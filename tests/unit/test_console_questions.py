@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+import secrets
 from typing import Any
 
 import pytest
 
 from ringfence.console.page_templates import render
-from ringfence.console.questions import Question, Questions, WrongAnswerError
+from ringfence.console.questions import (
+    ChangedError,
+    Draft,
+    Question,
+    Questions,
+    WrongAnswerError,
+    WrongFormError,
+    new_question,
+)
+from ringfence.console.sealed_values import SealedValues
 from ringfence.console.session import Session, Sessions
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
@@ -33,30 +43,45 @@ class Bench:
         self.ledger.give(add_key(self.ledger, "olga", "sam", self.passkey))
         self.sent: list[tuple[str, str, str]] = []
         self.broken = False
-        self.questions = Questions(self.ledger.trust, self.ledger.clock, TD, self._publish)
+        self.key = SigningKey.generate(f"spiffe://{TD}/service/console")
+        self.questions = self.replica()
+
+    def replica(self, key: SigningKey | None = None) -> Questions:
+        """One process of the console."""
+        sealed = SealedValues(lambda: key or self.key)
+        return Questions(sealed, self.ledger.trust, self.ledger.clock, TD, self._publish)
 
     async def _publish(self, topic: Topic[Any], key: str, compact: str, claims: Claims) -> None:
         if self.broken:
             raise UnavailableError("no broker")
         self.sent.append((topic.what, key, compact))
 
+    def draft(self, reason: str = "it behaves oddly", asked_at: int | None = None) -> Draft:
+        stamp = self.questions.stamp("sam", asked_at or self.questions.now_s())
+        claims = AgentSuspend(**stamp, agent_id="bot", reason=reason)
+        return Draft("suspend agent bot", claims, "bot", {"trust": "t", "records": []})
+
     def ask(self) -> Question:
-        entry = self.ledger.directory.entry("user", "sam")
-        assert entry is not None
-        claims = AgentSuspend(**self.questions.stamp("sam"), agent_id="bot", reason="it behaves oddly")
-        return self.questions.add(
-            title="suspend agent bot", user_id="sam", cookie_digest="c", claims=claims, topic=REGISTRY_COMMAND,
-            key="bot", evidence={"trust": "t", "records": [entry.compact.decode()]},
+        return new_question(
+            kind="suspend", form={"id": "bot", "reason": "it behaves oddly"}, user_id="sam", statement="a.b.c",
+            cookie_digest="c", draft=self.draft(), asked_at=self.questions.now_s(), back="/agents",
         )  # fmt: skip
 
-    def signed(self, question: Question, by: SigningKey | None = None, **changed: Any) -> dict[str, Any]:
+    def signed(self, question: Question, by: SigningKey | None = None, **changed: Any) -> str:
         """What the sign page posts: it stamps `iat` and `jti`."""
-        terms = json.loads(question.document("http://localhost/questions/x"))["message"]["claims"]
+        document = self.questions.document(question, self.draft(asked_at=question.asked_at), "http://x")
+        terms = json.loads(document)["message"]["claims"]
         now_s = self.ledger.clock.ms // 1000
         claims = AgentSuspend(
             **{**terms, "iss": (by or self.passkey).id, "aud": TD, "iat": now_s, "jti": "fresh", **changed}
         )
-        return {"answer": sign(claims, by or self.passkey)}
+        return sign(claims, by or self.passkey)
+
+    async def answer(self, question: Question, compact: object, at: Questions | None = None) -> None:
+        entry = self.ledger.directory.entry("user", "sam")
+        assert entry is not None
+        me = entry.compact.decode()
+        await (at or self.questions).answer(question, AgentSuspend, REGISTRY_COMMAND, me, compact)
 
 
 @pytest.fixture
@@ -67,11 +92,11 @@ def bench() -> Bench:
 async def test_exactly_what_was_asked_goes_on_once(bench: Bench) -> None:
     question = bench.ask()
     answer = bench.signed(question)
-    await bench.questions.answer(question, answer)
-    assert bench.sent == [("registry.command", "bot", answer["answer"])]
-    assert question.state == "sent"
+    await bench.answer(question, answer)
+    assert bench.sent == [("registry.command", "bot", answer)]
+    assert bench.questions.is_answered(question)
     with pytest.raises(WrongAnswerError):
-        await bench.questions.answer(question, answer)
+        await bench.answer(question, answer)
 
 
 @pytest.mark.parametrize("changed", [{"agent_id": "other"}, {"reason": "another"}, {"exp": 2_000_000_000}])
@@ -80,9 +105,9 @@ async def test_something_else_is_not_sent(bench: Bench, changed: dict[str, Any])
     if "exp" in changed:
         changed = {"exp": bench.ledger.clock.ms // 1000 + 80_000}
     with pytest.raises(WrongAnswerError):
-        await bench.questions.answer(question, bench.signed(question, **changed))
+        await bench.answer(question, bench.signed(question, **changed))
     assert bench.sent == []
-    assert question.state == "open"
+    assert not bench.questions.is_answered(question)
 
 
 async def test_only_a_passkey_of_who_was_asked_answers(bench: Bench) -> None:
@@ -91,47 +116,75 @@ async def test_only_a_passkey_of_who_was_asked_answers(bench: Bench) -> None:
     olga = SoftwarePasskey.make(bench.ledger.key("olga").id)
     for by in (stranger, olga, bench.passkey.but(origin=SESSION_ORIGIN)):
         with pytest.raises(InvalidMessageError):
-            await bench.questions.answer(question, bench.signed(question, by))
+            await bench.answer(question, bench.signed(question, by))
     with pytest.raises(WrongAnswerError):
-        await bench.questions.answer(question, bench.signed(question, bench.ledger.key("sam")))
-    for nothing in ({}, {"answer": 1}, {"refused": False}):
+        await bench.answer(question, bench.signed(question, bench.ledger.key("sam")))
+    for nothing in (None, 1, "a.b"):
         with pytest.raises(WrongAnswerError):
-            await bench.questions.answer(question, nothing)
+            await bench.answer(question, nothing)
     assert bench.sent == []
 
 
 async def test_who_signs_nothing_is_not_asked_again(bench: Bench) -> None:
     question = bench.ask()
-    await bench.questions.answer(question, {"refused": True})
-    assert question.state == "refused"
+    answer = bench.signed(question)
+    bench.questions.refuse(question)
+    assert bench.questions.is_answered(question)
     with pytest.raises(WrongAnswerError):
-        await bench.questions.answer(question, bench.signed(question))
+        await bench.answer(question, answer)
 
 
 async def test_an_answer_that_kafka_did_not_take_may_be_sent_again(bench: Bench) -> None:
     question = bench.ask()
     answer, bench.broken = bench.signed(question), True
     with pytest.raises(UnavailableError):
-        await bench.questions.answer(question, answer)
+        await bench.answer(question, answer)
     bench.broken = False
-    await bench.questions.answer(question, answer)
+    await bench.answer(question, answer)
     assert len(bench.sent) == 1
 
 
 async def test_a_question_waits_fifteen_minutes_at_its_path(bench: Bench) -> None:
     question = bench.ask()
-    assert bench.questions.at(question.path) is question
-    assert bench.questions.at(question.path[:-1]) is None
+    path = bench.questions.path_of(question)
+    assert bench.questions.at(path) == question
+    assert bench.questions.at(path[:-1]) is None
+    assert bench.questions.at(path[:-2] + ("AA" if path[-2:] != "AA" else "BA")) is None
     bench.ledger.clock.ms += LIFE_S * 1000
-    assert bench.questions.at(question.path) is None
+    assert bench.questions.at(path) is None
 
 
-async def test_a_session_has_so_many_questions_and_no_more(bench: Bench) -> None:
-    first = bench.ask()
-    for _ in range(20):
-        bench.ask()
-    assert bench.questions.at(first.path) is None
-    assert len(bench.questions.of_session("c")) == 20
+async def test_another_replica_takes_the_answer_to_a_question_of_the_first(bench: Bench) -> None:
+    asked = bench.ask()
+    other = bench.replica()
+    question = other.at(bench.questions.path_of(asked))
+    assert question == asked
+    await bench.answer(question, bench.signed(question), at=other)
+    assert len(bench.sent) == 1
+    assert bench.replica(SigningKey.generate(bench.key.id)).at(bench.questions.path_of(asked)) is None
+
+
+def test_what_changed_since_it_was_asked_is_not_shown_for_a_signature(bench: Bench) -> None:
+    question = bench.ask()
+    with pytest.raises(ChangedError):
+        bench.questions.document(question, bench.draft("another", question.asked_at), "http://x")
+
+
+def test_a_sealed_value_is_of_one_purpose(bench: Bench) -> None:
+    sealed = SealedValues(lambda: bench.key)
+    text = sealed.seal("notice", {"text": "signed"})
+    assert sealed.open("notice", text) == {"text": "signed"}
+    assert sealed.open("question", text) is None
+    assert "signed" not in text
+    assert sealed.open("notice", "") is None
+    assert sealed.open("notice", "é" * 40) is None
+
+
+def test_a_question_of_too_many_words_is_none(bench: Bench) -> None:
+    question = bench.ask()
+    question.form["reason"] = secrets.token_urlsafe(16 * 1024)
+    with pytest.raises(WrongFormError):
+        bench.questions.path_of(question)
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
@@ -176,7 +229,7 @@ def test_what_is_no_cookie_is_no_session(bench: Bench, cookie: str | None) -> No
 
 def test_templates_cannot_forget_to_escape_or_to_show_what_is_hidden() -> None:
     html = render(
-        "problem.html", session=Session("u", "s", 0, "d"), trust_domain="t", sections={}, section="", questions=[],
+        "problem.html", session=Session("u", "s", 0, "d"), trust_domain="t", sections={}, section="", notice="",
         title="<b>\u202e", message="<script>\x00\u2066</script>",
     )  # fmt: skip
     assert "<script>\x00" not in html

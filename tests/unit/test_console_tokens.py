@@ -140,7 +140,7 @@ def test_only_get_is_answered(bench: Bench, method: str) -> None:
     "path",
     [
         "/v1/reach",
-        "/v1/decisions/x/explanation",
+        "/v1/decisions/x/explanation/more",
         "/access/v1/evaluation",
         "/v1/agents/a/b/usage",
         "/v1/inventory/",

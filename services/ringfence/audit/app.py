@@ -27,7 +27,7 @@ from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
-from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, TRUST
+from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, RUN, TRUST
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
@@ -62,9 +62,14 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
         settle_ms=own.settle_ms,
     )
     directory.on_change(handlers.on_change)
-    directory.runs.on_change(lambda run: handlers.on_change("run", run.run_id))
     runtime.history([TRUST], handlers.bundles.on_records, since_ms=0, linger_ms=own.linger_ms)
+
+    def on_runs(records: Sequence[Received]) -> None:
+        directory.on_records(records)
+        handlers.on_runs_read(records)
+
     runtime.table(RUN_TABLES, directory.on_records)
+    runtime.table([RUN], on_runs)
 
     detector = Detector(own, index, intake, runtime.clock, settings.trust_domain) if own.detect else None
 

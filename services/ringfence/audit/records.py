@@ -116,6 +116,10 @@ class AuditHandlers:
         """Callback of the local tables: pending events are tried again."""
         self._tables_changed.set()
 
+    def on_runs_read(self, records: Sequence[Received]) -> None:
+        """Try pending events again: the table of runs has read these records, whether or not they changed it."""
+        self._tables_changed.set()
+
     async def handle_batch(self, batch: Sequence[Received]) -> None:
         """Handle the records of one topic after those of the topic before it. Raises UnavailableError without trust."""
         require_trust(self._trust_store, batch, self._clock.now_ms())

@@ -11,8 +11,10 @@ from ringfence.client.errors import ApiError
 from ringfence.client.settings import ClientSettings
 from ringfence.console.commands import Commands
 from ringfence.console.http import Console, Site
+from ringfence.console.offers import Offers
 from ringfence.console.questions import Questions
 from ringfence.console.reads import SessionReads
+from ringfence.console.sealed_values import SealedValues
 from ringfence.console.security import Guard
 from ringfence.console.session import Sessions
 from ringfence.console.settings import ConsoleSettings
@@ -61,12 +63,16 @@ class ConsoleServer:
         self._publisher = Publisher(settings, self._key.id, clock)
         self._http = web_client(timeout_s=_READ_TIMEOUT_S)
         self._connected = False
-        questions = Questions(self._trust, clock, settings.trust_domain, self._publish)
+        sealed = SealedValues(lambda: self._key)
+        offers = Offers(sealed, self._reads)
+        questions = Questions(sealed, self._trust, clock, settings.trust_domain, self._publish)
         site = Site(
             Console(
                 sessions=Sessions(lambda: self._key, clock, settings.trust_domain, own.session_s),
                 questions=questions,
-                commands=Commands(questions, self._trust),
+                commands=Commands(questions, self._trust, offers),
+                sealed=sealed,
+                offers=offers,
                 trust=self._trust,
                 clock=clock,
                 origin=own.origin,

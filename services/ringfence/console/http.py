@@ -10,8 +10,9 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
-from urllib.parse import parse_qsl, quote, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -22,14 +23,17 @@ from starlette.routing import Route
 from ringfence.client.errors import ApiError
 from ringfence.client.passkeys.questions import server_link, sign_origin
 from ringfence.console.assets import assets
-from ringfence.console.commands import Commands
+from ringfence.console.commands import KINDS, Commands
+from ringfence.console.offers import Offer, Offers
 from ringfence.console.page_templates import render
-from ringfence.console.questions import MAX_ANSWER_BYTES, Questions
+from ringfence.console.questions import MAX_ANSWER_BYTES, Question, Questions
 from ringfence.console.reads import SessionReads
+from ringfence.console.sealed_values import SealedValues
 from ringfence.console.security import QUESTION_PATH
 from ringfence.console.session import COOKIE, Session, Sessions
 from ringfence.console.views.page import MakePage, Page, View
 from ringfence.console.views.pages import PAGES, SECTIONS
+from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
@@ -42,6 +46,12 @@ MAX_FORM_BYTES: Final = 64 * 1024
 MOST_STREAMS_OF_ONE: Final = 12
 """Live updates of one session at a time: about as many as open tabs."""
 _KEEP_ALIVE_S: Final = 15.0
+_NOTICE: Final = "notice"
+"""The query by which people come back from the sign page."""
+_NOTICE_S: Final = 600
+_MAX_BACK: Final = 1000
+_LOOK: Final = 'data-look=""'
+"""Where a page says what it looks like, so that its stream begins from there."""
 _COSTLY: Final = 5
 """So much more seldom a page is compared for which services count much."""
 _NAME: Final = TypeAdapter(Name)
@@ -55,6 +65,8 @@ class Console:
     sessions: Sessions
     questions: Questions
     commands: Commands
+    sealed: SealedValues
+    offers: Offers
     trust: TrustStore
     clock: Clock
     origin: str
@@ -78,6 +90,7 @@ class Site:
             routes=[
                 Route("/healthz", self._healthz),
                 Route("/readyz", self._readyz),
+                Route("/metrics", self._metrics),
                 Route("/static/{name}", self._static),
                 Route("/sign-in", self._sign_in),
                 Route("/sign-in/find", self._find, methods=["POST"]),
@@ -85,11 +98,12 @@ class Site:
                 Route("/sign-in/finish", self._finish, methods=["POST"]),
                 Route("/sign-out", self._sign_out, methods=["POST"]),
                 Route("/sign/{kind}", self._sign, methods=["POST"]),
+                Route("/offer", self._offer, methods=["POST"]),
                 Route(QUESTION_PATH + "{path}", self._question, methods=["GET", "POST"]),
                 Route("/live", self._live),
                 Route("/", self._home),
                 Route("/trace", self._trace_form),
-                *(Route(path, self._page_of(make)) for path, make in PAGES.items()),
+                *(Route(path, self._page_of(path, make)) for path, make in PAGES.items()),
             ],
             exception_handlers={404: self._not_found, 405: self._not_found, 500: self._broken},
         )
@@ -107,6 +121,10 @@ class Site:
             {"status": "unready" if reasons else "ready", "reasons": reasons, "denies": []},
             status_code=503 if reasons else 200,
         )
+
+    async def _metrics(self, request: Request) -> Response:
+        """Serve metrics to whoever asks the process by another name than people do (`Guard`)."""
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
     async def _static(self, request: Request) -> Response:
         for asset in assets().values():
@@ -164,7 +182,9 @@ class Site:
         try:
             await self._console.reads(session.statement).record("user", session.user_id)
         except ApiError as error:
+            metrics.CONSOLE_SIGN_INS.labels("refused").inc()
             return _problem(error.status or 503, error.message)
+        metrics.CONSOLE_SIGN_INS.labels("done").inc()
         log.info("user %s signed in until %d", session.user_id, session.ends_at)
         response = JSONResponse({"user_id": session.user_id})
         self._set_cookie(response, cookie, session.ends_at - self._console.clock.now_ms() // 1000)
@@ -198,29 +218,48 @@ class Site:
         id = request.query_params.get("id", "").strip()
         return RedirectResponse(f"/trace/{quote(id, safe='')}" if id else "/audit", 303)
 
-    def _page_of(self, make: MakePage) -> Callable[[Request], Any]:
+    def _page_of(self, path: str, make: MakePage) -> Callable[[Request], Any]:
+        took = metrics.CONSOLE_PAGES.labels(path)
+
         async def page(request: Request) -> Response:
             session = self._session(request)
             if session is None:
                 return self._to_sign_in(request)
+            with took.time():
+                return await answer(request, session)
+
+        async def answer(request: Request, session: Session) -> Response:
             try:
                 made = await make(self._view(session, request.query_params, request.path_params))
             except ApiError as error:
                 if error.status == 401:
                     return self._to_sign_in(request, ended=True)
                 return self._failed(session, error)
-            return self._shown(session, made)
+            return self._shown(session, made, notice=self._notice(session, request))
 
         return page
 
     def _view(self, session: Session, query: Mapping[str, str], path: Mapping[str, Any]) -> View:
         reads = self._console.reads(session.statement)
-        return View(session, reads, dict(query), self._console.clock.now_ms(), path.get("id", ""))
+        now_ms, offers = self._console.clock.now_ms(), self._console.offers
+        return View(session, reads, dict(query), now_ms, path.get("id", ""), offers)
 
-    def _shown(self, session: Session, page: Page, status: int = 200) -> Response:
-        return self._html(
-            page.template, session, status, title=page.title, section=page.section, **page.values
+    def _shown(self, session: Session, page: Page, status: int = 200, notice: str = "") -> Response:
+        html = self._rendered(
+            page.template, session, title=page.title, section=page.section, notice=notice, **page.values
         )
+        if page.section:
+            look = self._fingerprint(session, page) if notice else _digest(html)
+            html = html.replace(_LOOK, f'data-look="{look}"', 1)
+        return HTMLResponse(html, status)
+
+    def _notice(self, session: Session, request: Request) -> str:
+        """What became of the question that the person comes back from; empty if they come from elsewhere."""
+        said = self._console.sealed.open("notice", request.query_params.get(_NOTICE, "")) or {}
+        now_s = self._console.clock.now_ms() // 1000
+        if said.get("cookie_digest") != session.cookie_digest or now_s - said["at"] > _NOTICE_S:
+            return ""
+        return str(said["text"])
 
     def _failed(self, session: Session | None, error: RingfenceError, status: int | None = None) -> Response:
         known = status or (error.status if isinstance(error, ApiError) else None) or 503
@@ -233,15 +272,17 @@ class Site:
     def _html(
         self, template: str, session: Session | None, http_status: int = 200, /, **values: Any
     ) -> Response:
-        questions = self._console.questions.of_session(session.cookie_digest) if session else []
+        return HTMLResponse(self._rendered(template, session, **values), http_status)
+
+    def _rendered(self, template: str, session: Session | None, /, **values: Any) -> str:
         base: dict[str, Any] = {
             "session": session,
             "trust_domain": self._console.trust_domain,
             "sections": SECTIONS,
             "section": "",
-            "questions": questions[:5],
+            "notice": "",
         }
-        return HTMLResponse(render(template, **(base | values)), http_status)
+        return render(template, **(base | values))
 
     def _to_sign_in(self, request: Request, *, ended: bool = False) -> Response:
         wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
@@ -269,16 +310,42 @@ class Site:
         session = self._session(request)
         if session is None:
             return RedirectResponse("/sign-in", 303)
-        reads = self._console.reads(session.statement)
+        reads, kind = self._console.reads(session.statement), request.path_params["kind"]
         try:
-            form = await _form_body(request)
-            question = await self._console.commands.ask(request.path_params["kind"], reads, session, form)
+            form, back = await _form_body(request), self._back(request)
+            question = await self._console.commands.ask(kind, reads, session, form, back)
+            url = self._question_url(self._console.questions.path_of(question))
             origin = sign_origin(self._console.trust, self._console.clock.now_ms() / 1000)
         except ApiError as error:
             return self._failed(session, error)
         except RingfenceError as error:
             return self._failed(session, error, 400)
-        return RedirectResponse(server_link(origin, self._question_url(question.path)), 303)
+        metrics.CONSOLE_QUESTIONS.labels(kind, "asked").inc()
+        return RedirectResponse(server_link(origin, url), 303)
+
+    def _back(self, request: Request) -> str:
+        """The page that a form was on, without the notice of an earlier question."""
+        came_from = urlsplit(request.headers.get("referer", ""))
+        if f"{came_from.scheme}://{came_from.netloc}" != self._console.origin:
+            return "/"
+        query = urlencode([one for one in parse_qsl(came_from.query) if one[0] != _NOTICE])
+        path = came_from.path
+        if path.startswith("/approvals/") and request.path_params.get("kind") in ("approve", "deny", "grant"):
+            path = "/approvals"  # it waits no more, so its own page is gone
+        back = _local(path + (f"?{query}" if query else ""))
+        return back if len(back) <= _MAX_BACK else "/"
+
+    async def _offer(self, request: Request) -> Response:
+        """Make an offer of an agent, and lead to its page, whose address is for the new sponsor."""
+        session = self._session(request)
+        if session is None:
+            return RedirectResponse("/sign-in", 303)
+        reads, offers = self._console.reads(session.statement), self._console.offers
+        try:
+            offer = await offers.make(reads, session, (await _form_body(request)).get("id", ""))
+        except ApiError as error:
+            return self._failed(session, error)
+        return RedirectResponse(f"/offers/{offers.sealed(offer)}", 303)
 
     async def _question(self, request: Request) -> Response:
         """GET gives the sign page a question, POST takes its answer. The page sends no cookie."""
@@ -288,22 +355,62 @@ class Site:
         except RingfenceError:
             origin = ""
         question = console.questions.at(request.path_params["path"])
-        if question is None or not origin or request.headers.getlist("origin") != [origin]:
+        if (
+            question is None
+            or not origin
+            or request.headers.getlist("origin") != [origin]
+            or console.sessions.is_over(question.cookie_digest)
+        ):
             return _problem(404, "there is nothing here, or its time is over")
         cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        if request.method == "GET":
-            if question.state != "open":
-                return JSONResponse({"message": "this was answered already"}, 410, cors)
-            document = question.document(self._question_url(question.path))
-            return Response(document, media_type="application/json", headers=cors)
+        if console.questions.is_answered(question):
+            return JSONResponse({"message": "this was answered already"}, 410, cors)
         try:
-            await console.questions.answer(question, await _json_body(request, MAX_ANSWER_BYTES))
+            if request.method == "GET":
+                draft = await console.commands.draft(question, console.reads(question.statement))
+                url = self._question_url(request.path_params["path"])
+                document = console.questions.document(question, draft, url)
+                return Response(document, media_type="application/json", headers=cors)
+            next_url = await self._take(question, await _json_body(request, MAX_ANSWER_BYTES))
         except HTTPException as error:
             return JSONResponse({"message": error.detail}, error.status_code, cors)
+        except ApiError as error:
+            return JSONResponse({"message": error.message}, error.status or 503, cors)
         except RingfenceError as error:
             return JSONResponse({"message": error.message}, 422, cors)
-        log.info("user %s: %s: %s", question.user_id, question.state, question.title)
-        return JSONResponse({}, headers=cors)
+        return JSONResponse({"next": next_url}, headers=cors)
+
+    async def _take(self, question: Question, answer: Mapping[str, Any]) -> str:
+        """Take what the sign page posts: `{"answer": JWS}` or `{"refused": true}`. Returns where the person goes on."""
+        console, kind = self._console, KINDS[question.kind]
+        if answer.get("refused") is True:
+            console.questions.refuse(question)
+            metrics.CONSOLE_QUESTIONS.labels(question.kind, "refused").inc()
+            return self._next_url(question, "Not signed")
+        me = await console.reads(question.statement).signed_record("user", question.user_id)
+        compact = await console.questions.answer(
+            question, kind.model, kind.topic, me["record"], answer.get("answer")
+        )
+        log.info("user %s signed: %s", question.user_id, question.title)
+        metrics.CONSOLE_QUESTIONS.labels(question.kind, "signed").inc()
+        if kind.topic is not None:
+            return self._next_url(question, "Signed and sent")
+        offer = console.offers.opened(question.form["offer"])
+        taken = Offer(offer.agent_id, offer.by, offer.statement, compact, question.user_id)
+        return f"{console.origin}/offers/{console.offers.sealed(taken)}"
+
+    def _next_url(self, question: Question, what: str) -> str:
+        """The page of the console that a question came from, with a notice of what became of it."""
+        notice = self._console.sealed.seal(
+            "notice",
+            {
+                "text": f"{what}: {question.title}",
+                "at": self._console.clock.now_ms() // 1000,
+                "cookie_digest": question.cookie_digest,
+            },
+        )
+        mark = "&" if "?" in question.back else "?"
+        return f"{self._console.origin}{question.back}{mark}{_NOTICE}={notice}"
 
     def _question_url(self, path: str) -> str:
         return f"{self._console.origin}{QUESTION_PATH}{path}"
@@ -322,7 +429,14 @@ class Site:
         if self._streams[session.cookie_digest] >= MOST_STREAMS_OF_ONE:
             return Response(status_code=204)
         make, path_params = found
-        events = self._events(request, session, make, dict(parse_qsl(query)), path_params)
+        asked = dict(parse_qsl(query))
+        try:
+            first = await make(self._view(session, asked, path_params))
+        except ApiError as error:
+            if error.status in (401, 403, 404):
+                return _problem(error.status, error.message)
+            first = None
+        events = self._events(request, session, make, asked, path_params, first)
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def _events(
@@ -332,12 +446,26 @@ class Site:
         make: MakePage,
         query: Mapping[str, str],
         path_params: Mapping[str, str],
+        page: Page | None,
     ) -> AsyncIterator[str]:
-        before, quiet_s, pause_s = None, 0.0, self._console.refresh_ms / 1000
+        """`page`: as it was when the stream began; None if a service did not answer."""
+        before, quiet_s = request.query_params.get("look") or None, 0.0
+        now = self._fingerprint(session, page) if page else before
         self._streams[session.cookie_digest] += 1
+        metrics.CONSOLE_STREAMS.inc()
         try:
             yield ": begins\n\n"
             while self._session(request) is not None:
+                if now != before and before is not None:
+                    quiet_s = 0.0
+                    yield "event: changed\ndata:\n\n"
+                before = now
+                if quiet_s >= _KEEP_ALIVE_S:
+                    quiet_s = 0.0
+                    yield ": still here\n\n"
+                pause_s = self._console.refresh_ms / 1000 * (_COSTLY if page and page.costly else 1)
+                quiet_s += pause_s
+                await asyncio.sleep(pause_s)
                 try:
                     page = await make(self._view(session, query, path_params))
                 except ApiError as error:
@@ -345,25 +473,22 @@ class Site:
                         break
                     page = None  # a service does not answer: look again later
                 now = self._fingerprint(session, page) if page else before
-                pause_s = self._console.refresh_ms / 1000 * (_COSTLY if page and page.costly else 1)
-                if now != before and before is not None:
-                    quiet_s = 0.0
-                    yield "event: changed\ndata:\n\n"
-                before = now
-                quiet_s += pause_s
-                if quiet_s >= _KEEP_ALIVE_S:
-                    quiet_s = 0.0
-                    yield ": still here\n\n"
-                await asyncio.sleep(pause_s)
             yield "event: ended\ndata:\n\n"
         finally:
+            metrics.CONSOLE_STREAMS.dec()
             self._streams[session.cookie_digest] -= 1
             if not self._streams[session.cookie_digest]:
                 del self._streams[session.cookie_digest]
 
-    def _fingerprint(self, session: Session, page: Page) -> bytes:
-        response = self._shown(session, page)
-        return hashlib.sha256(bytes(response.body)).digest()
+    def _fingerprint(self, session: Session, page: Page) -> str:
+        """A digest of all that the page shows now."""
+        return _digest(
+            self._rendered(page.template, session, title=page.title, section=page.section, **page.values)
+        )
+
+
+def _digest(html: str) -> str:
+    return hashlib.sha256(html.encode()).hexdigest()
 
 
 def _page_at(path: str) -> tuple[MakePage, dict[str, str]] | None:

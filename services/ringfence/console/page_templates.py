@@ -10,7 +10,7 @@ from urllib.parse import quote
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from ringfence.console.assets import assets
+from ringfence.console.assets import STYLE, assets
 from ringfence.kernel.base.text import visible_lines, visible_name
 
 
@@ -38,7 +38,7 @@ def _environment() -> Environment:
         "span": span,
         "plural": lambda count, one, many=None: f"{count:,} {one if count == 1 else many or one + 's'}",
     }
-    made.globals |= {"assets": assets()}
+    made.globals |= {"assets": assets(), "style": Markup(assets()[STYLE].content.decode())}  # noqa: S704 - a file of this package
     return made
 
 

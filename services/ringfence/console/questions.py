@@ -1,7 +1,8 @@
 """What people are asked to sign, and the way of their answers to Kafka.
 
-A question waits here under a random path. The sign page fetches it, and posts back what the person signed. Nothing goes
-on that is not exactly what was asked, besides what the page stamps; services verify the signature again.
+A question is all in its path, sealed: who is asked, and by which form. The sign page fetches it, which composes the
+message anew, and posts back what the person signed. So no replica has to remember a question. Nothing goes on that is
+not exactly what was asked, besides what the page stamps; services verify the signature again.
 """
 
 from __future__ import annotations
@@ -9,14 +10,16 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 from ringfence.client.passkeys.questions import STAMPED
 from ringfence.client.passkeys.user import LIFE_S
+from ringfence.console.sealed_values import MAX_SEALED_CHARS, SealedValues
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, VerificationKey
@@ -26,9 +29,14 @@ from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.records.user_keys import user_key
 
 MAX_ANSWER_BYTES: Final = 512 * 1024
-_MOST_WAITING: Final = 2000
-_MOST_OF_ONE: Final = 20
-"""Questions of one session that wait. The oldest gives way."""
+_MOST_REMEMBERED: Final = 10_000
+_MAX_TITLE: Final = 200
+
+
+class WrongFormError(RingfenceError):
+    """Raised when a form of the console lacks something, or says more than a question can hold."""
+
+    code = "wrong_form"
 
 
 class WrongAnswerError(RingfenceError):
@@ -37,36 +45,46 @@ class WrongAnswerError(RingfenceError):
     code = "wrong_answer"
 
 
-@dataclass(slots=True)
-class Question:
-    """One message that a person is asked to sign."""
+class ChangedError(RingfenceError):
+    """Raised when what a question is about is not any more what it was when the person asked for it."""
 
-    path: str
+    code = "question_changed"
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A message that a person is asked to sign, composed from a form and what services say now."""
+
     title: str
-    """What it does, for the person's list."""
-    user_id: str
-    cookie_digest: str
-    """Of the session that asked."""
+    """What it does, for the person."""
     claims: Claims
-    topic: Topic[Any]
     key: str
+    """Of the record on Kafka."""
     evidence: Mapping[str, Any]
+    """Further signed messages that the sign page shows it by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One message that a person is asked to sign, as its path has it."""
+
+    kind: str
+    """The form that it comes from."""
+    form: dict[str, str]
+    user_id: str
+    statement: str
+    """The session statement of who asked for it."""
+    cookie_digest: str
+    terms: str
+    """Digest of what is to be signed, without what the sign page stamps."""
+    title: str
+    key: str
     asked_at: int
     """Seconds since 1970."""
-    state: Literal["open", "sending", "sent", "refused"] = "open"
-    _fields: dict[str, Any] = field(default_factory=dict)
-
-    def document(self, return_to: str) -> bytes:
-        """The question as the sign page takes it."""
-        terms = _terms(self.claims)
-        message = {"typ": self.claims.typ, "claims": terms}
-        question = {
-            "user": self.user_id,
-            "message": message,
-            "evidence": dict(self.evidence),
-            "return_to": return_to,
-        }
-        return json.dumps(question, separators=(",", ":"), ensure_ascii=False).encode()
+    back: str
+    """The path of the console to go back to."""
+    nonce: str = field(default_factory=lambda: secrets.token_urlsafe(9))
+    """Tells it from another one in the same words."""
 
 
 Publish = Callable[[Topic[Any], str, str, Claims], Awaitable[None]]
@@ -74,103 +92,139 @@ Publish = Callable[[Topic[Any], str, str, Claims], Awaitable[None]]
 
 
 class Questions:
-    """The questions that wait at this console."""
+    """Seals questions, opens them, and takes the answers."""
 
-    def __init__(self, trust: TrustStore, clock: Clock, trust_domain: str, publish: Publish) -> None:
+    def __init__(
+        self, sealed: SealedValues, trust: TrustStore, clock: Clock, trust_domain: str, publish: Publish
+    ) -> None:
+        self._sealed = sealed
         self._trust = trust
         self._clock = clock
         self._trust_domain = trust_domain
         self._publish = publish
-        self._by_path: BoundedDict[str, Question] = BoundedDict(_MOST_WAITING)
+        self._answered: BoundedDict[str, None] = BoundedDict(_MOST_REMEMBERED)
 
-    def stamp(self, user_id: str, life_s: int = LIFE_S) -> dict[str, Any]:
+    def now_s(self) -> int:
+        """The time, in seconds since 1970."""
+        return self._clock.now_ms() // 1000
+
+    def stamp(self, user_id: str, asked_at: int, life_s: int = LIFE_S) -> dict[str, Any]:
         """Claims to be replaced by the sign page, with `exp` where `life_s` is not 0."""
-        now_s = self._clock.now_ms() // 1000
         stamped = {
             "iss": spiffe_id(self._trust_domain, "user", user_id),
             "aud": self._trust_domain,
-            "iat": now_s,
+            "iat": asked_at,
             "jti": "stamped-by-the-page",
         }
-        return stamped | ({"exp": now_s + life_s} if life_s else {})
+        return stamped | ({"exp": asked_at + life_s} if life_s else {})
 
-    def add(
-        self,
-        *,
-        title: str,
-        user_id: str,
-        cookie_digest: str,
-        claims: Claims,
-        topic: Topic[Any],
-        key: str,
-        evidence: Mapping[str, Any],
-    ) -> Question:
-        """Let a question wait for the sign page."""
-        question = Question(
-            secrets.token_urlsafe(32), title, user_id, cookie_digest, claims, topic, key, evidence,
-            self._clock.now_ms() // 1000,
-        )  # fmt: skip
-        mine = [one for one in self._by_path.values() if one.cookie_digest == cookie_digest]
-        for one in mine[: max(0, len(mine) - _MOST_OF_ONE + 1)]:
-            self._by_path.pop(one.path, None)
-        self._by_path[question.path] = question
-        return question
+    def path_of(self, question: Question) -> str:
+        """The last part of its path. Raises WrongFormError where its texts are too long for an address."""
+        path = self._sealed.seal("question", asdict(question))
+        if len(path) > MAX_SEALED_CHARS:
+            raise WrongFormError("that is too much text for one question; say it in fewer words")
+        return path
 
     def at(self, path: str) -> Question | None:
         """The question at this path; None if there is none, or its time is over."""
-        question = self._by_path.get(path)
-        if question is None or self._clock.now_ms() // 1000 - question.asked_at >= LIFE_S:
+        value = self._sealed.open("question", path)
+        question = Question(**value) if value else None
+        if question is None or not 0 <= self.now_s() - question.asked_at < LIFE_S:
             return None
         return question
 
-    def of_session(self, cookie_digest: str) -> list[Question]:
-        """The questions of a session, the latest first."""
-        mine = [one for one in self._by_path.values() if one.cookie_digest == cookie_digest]
-        return sorted(mine, key=lambda one: -one.asked_at)
+    def is_answered(self, question: Question) -> bool:
+        """Whether this process took an answer to it. Another one may have: services take each signature once."""
+        return question.nonce in self._answered
 
-    async def answer(self, question: Question, answer: Mapping[str, Any]) -> None:
-        """Take what the sign page posts: `{"answer": JWS}` or `{"refused": true}`.
+    def document(self, question: Question, draft: Draft, return_to: str) -> bytes:
+        """The question as the sign page takes it. Raises ChangedError."""
+        if terms_digest(draft.claims) != question.terms:
+            raise ChangedError("what this is about has changed since you were shown it; look at it again")
+        message = {"typ": draft.claims.typ, "claims": _terms(draft.claims)}
+        document = {
+            "user": question.user_id,
+            "message": message,
+            "evidence": dict(draft.evidence),
+            "return_to": return_to,
+        }
+        return json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
 
-        Raises WrongAnswerError; InvalidMessageError where the signature does not verify; UnavailableError where Kafka
-        does not take it.
+    def refuse(self, question: Question) -> None:
+        """Note that the person signs nothing."""
+        self._answered[question.nonce] = None
+
+    async def answer(
+        self, question: Question, model: type[Claims], topic: Topic[Any] | None, user: str, compact: object
+    ) -> str:
+        """Take the signature that the sign page posts, and publish it.
+
+        Args:
+            question: what was asked.
+            model: the message that its form makes.
+            topic: where it goes; None: nowhere, somebody embeds it.
+            user: the person's record, as the registry signed it.
+            compact: what the page posted as the person's signed message.
+
+        Returns the signed message. Raises WrongAnswerError; InvalidMessageError where the signature does not verify;
+        UnavailableError where Kafka does not take it.
         """
-        if question.state != "open":
+        if self.is_answered(question):
             raise WrongAnswerError("this was answered already")
-        if answer.get("refused") is True:
-            question.state = "refused"
-            return
-        compact = answer.get("answer")
         if not isinstance(compact, str):
             raise WrongAnswerError("the sign page sent no signature")
-        claims = self._verified(question, compact)
-        question.state = "sending"
+        claims = self._verified(question, model, user, compact)
+        self._answered[question.nonce] = None
         try:
-            await self._publish(question.topic, question.key, compact, claims)
+            if topic is not None:
+                await self._publish(topic, question.key, compact, claims)
         except BaseException:
-            question.state = "open"
+            self._answered.pop(question.nonce, None)
             raise
-        question.state = "sent"
+        return compact
 
-    def _verified(self, question: Question, compact: str) -> Claims:
+    def _verified(self, question: Question, model: type[Claims], record: str, compact: str) -> Claims:
         now_ms = self._clock.now_ms()
         jws = parse(compact)
         if jws.header.alg != WEBAUTHN_ALG:
             raise WrongAnswerError("the answer is not signed by a passkey")
+        me = spiffe_id(self._trust_domain, "user", question.user_id)
 
         def find(iss: str, kid: str) -> VerificationKey | None:
-            # The record came from the registry with the question; services look it up again.
-            for record in question.evidence["records"]:
-                user = _user_of(record)
-                if user is not None and user.state.user_id == question.user_id and iss == question.claims.iss:
-                    return user_key(user.state.keys, kid, now_ms / 1000, self._trust)
-            return None
+            # The registry gave the record to this console just now; services look it up again.
+            user = _user_of(record)
+            if user is None or user.state.user_id != question.user_id or iss != me:
+                return None
+            return user_key(user.state.keys, kid, now_ms / 1000, self._trust)
 
-        signed = verify(
-            jws, type(question.claims), find, audience=self._trust_domain, appended_at_ms=now_ms
-        ).claims
-        if _terms(signed) != _terms(question.claims) or signed.iss != question.claims.iss:
+        signed = verify(jws, model, find, audience=self._trust_domain, appended_at_ms=now_ms).claims
+        if terms_digest(signed) != question.terms or signed.iss != me:
             raise WrongAnswerError("something else was signed than was asked; nothing was sent")
         return signed
+
+
+def new_question(
+    *, kind: str, form: Mapping[str, str], user_id: str, statement: str, cookie_digest: str, draft: Draft,
+    asked_at: int, back: str,
+) -> Question:  # fmt: skip
+    """The question of a draft."""
+    return Question(
+        kind=kind,
+        form={name: value for name, value in form.items() if value},
+        user_id=user_id,
+        statement=statement,
+        cookie_digest=cookie_digest,
+        terms=terms_digest(draft.claims),
+        title=draft.title[:_MAX_TITLE],
+        key=draft.key,
+        asked_at=asked_at,
+        back=back,
+    )
+
+
+def terms_digest(claims: Claims) -> str:
+    """The digest of what is signed, without what the sign page stamps."""
+    return digest(json.dumps([claims.typ, _terms(claims)], sort_keys=True, separators=(",", ":")))
 
 
 def _user_of(compact: str) -> UserRecord | None:

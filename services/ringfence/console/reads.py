@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi, Service
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
@@ -69,6 +70,13 @@ class SessionReads(ReadApi):
         """The single actions that wait and that the person may see, oldest first."""
         listed: list[dict[str, Any]] = (await self.get("policy", "action-approvals"))["actions"]
         return listed
+
+    async def break_glass_use(self, request_id: str) -> Any:
+        """One use of break glass. Raises ApiError (404)."""
+        for use in await self.break_glass():
+            if use["request_id"] == request_id:
+                return use
+        raise ApiError("there is no use of break glass of this request that you may see", status=404)
 
     def _token(self, service: Service) -> str:
         if self._statement is None:

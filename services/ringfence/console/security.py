@@ -15,6 +15,8 @@ from ringfence.console.assets import content_security_policy
 QUESTION_PATH: Final = "/questions/"
 _PROBES: Final = frozenset({"/healthz", "/readyz"})
 """They say nothing of anybody, and load balancers ask by an address."""
+_METRICS: Final = "/metrics"
+"""For who asks the process itself, as `console:8712`. A proxy that passes `Host` on leads nobody there."""
 _CACHED: Final = "/static/"
 
 
@@ -67,7 +69,11 @@ class Guard:
         if scope["path"] in _PROBES:
             return None
         headers = Headers(scope=scope)
-        if len(hosts := headers.getlist("host")) != 1 or hosts[0].lower() not in self._hosts:
+        hosts = headers.getlist("host")
+        known = len(hosts) == 1 and hosts[0].lower() in self._hosts
+        if scope["path"] == _METRICS:
+            return PlainTextResponse("metrics are not for browsers\n", 404) if known else None
+        if not known:
             return PlainTextResponse("this is not the name of this console\n", 421)
         if scope["method"] in ("GET", "HEAD"):
             return None

@@ -101,6 +101,10 @@ class Sessions:
         """End a session here. Elsewhere the browser's forgotten cookie ends it."""
         self._ended[session.cookie_digest] = None
 
+    def is_over(self, cookie_digest: str) -> bool:
+        """Whether the session of a cookie with this digest was ended here."""
+        return cookie_digest in self._ended
+
     def _now_s(self) -> int:
         return self._clock.now_ms() // 1000
 

@@ -54,6 +54,7 @@ CONSOLE_ROUTES: Final[Mapping[ServiceRole, tuple[str, ...]]] = {
         "/v1/action-approvals/{request_id}",
         "/v1/action-approvals/{request_id}/evidence",
         "/v1/decisions/{request_id}",
+        "/v1/decisions/{request_id}/explanation",
         "/v1/grants",
         "/v1/grants/{grant_id}",
         "/v1/bundle",

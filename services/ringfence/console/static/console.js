@@ -77,6 +77,12 @@ function fetchDocument() {
   });
 }
 
+// A page that is being left ends its requests. That is no reason to load it again, which would keep the person on it.
+let leaving = false;
+window.addEventListener("beforeunload", () => {
+  leaving = true;
+});
+
 let refreshing = false;
 let again = false;
 
@@ -90,11 +96,10 @@ async function refresh() {
     const fresh = await fetchDocument();
     tick(fresh);
     follow(live, fresh.getElementById("live"));
-    const asked = fresh.getElementById("asked");
-    if (asked && !document.getElementById("asked").isEqualNode(asked)) follow(document.getElementById("asked"), asked);
+    showAddress();
     announce.textContent = "The page was updated.";
   } catch {
-    location.reload();
+    if (!leaving) location.reload();
   } finally {
     refreshing = false;
     if (again) {
@@ -109,26 +114,35 @@ function setState(text, name) {
   state.dataset.state = name;
 }
 
+// The notice of what was signed is for this once, and no part of an address to share.
+const here = new URL(location.href);
+if (here.searchParams.has("notice")) {
+  here.searchParams.delete("notice");
+  history.replaceState(null, "", here);
+}
+
+/** Write the page's own address where people are asked to pass it on. */
+function showAddress() {
+  for (const field of document.querySelectorAll("input.address")) {
+    field.value = location.href;
+    field.onfocus = () => field.select();
+  }
+}
+showAddress();
+
 if (live !== null) {
   tick(document);
   setInterval(() => tick(document), SECOND);
   if (document.body.dataset.live === "yes") {
-    const source = new EventSource(`/live?page=${encodeURIComponent(location.pathname + location.search)}`);
+    const query = new URLSearchParams({ page: location.pathname + location.search, look: document.body.dataset.look });
+    const source = new EventSource(`/live?${query}`);
     source.addEventListener("open", () => setState("Live", "on"));
     source.addEventListener("error", () => setState("Not live", "off"));
     source.addEventListener("changed", refresh);
     source.addEventListener("ended", () => {
       source.close();
-      location.reload();
+      if (!leaving) location.reload();
     });
     window.addEventListener("pagehide", () => source.close());
   }
 }
-
-document.addEventListener("submit", (event) => {
-  // A question opens beside this page. The form stays, in case nothing is signed there.
-  const form = event.target;
-  if (form.target !== "_blank") return;
-  const said = form.querySelector("[data-opens]");
-  if (said) said.hidden = false;
-});

@@ -51,7 +51,11 @@ async def findings(view: View) -> Page:
     return Page(
         "findings.html",
         "Findings",
-        {"events": [event_row(one) for one in reversed(answer["events"])], "uses": uses[-50:][::-1]},
+        {
+            "events": [event_row(one) for one in reversed(answer["events"])],
+            "uses": sorted(uses, key=lambda one: (one["review"] is not None, -one["at_ms"]))[:50],
+            "waiting": sum(one["review"] is None for one in uses),
+        },
         "findings",
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ringfence.console.offers import Offers
 from ringfence.console.reads import SessionReads
 from ringfence.console.session import Session
 
@@ -18,8 +19,9 @@ class View:
     reads: SessionReads
     query: Mapping[str, str]
     now_ms: int
-    id: str = ""
-    """The last part of the path, of pages about one thing."""
+    id: str
+    """The last part of the path, of pages about one thing; else empty."""
+    offers: Offers
 
 
 @dataclass(frozen=True, slots=True)

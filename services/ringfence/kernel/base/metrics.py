@@ -191,3 +191,16 @@ DECISION_TIME = TalliedHistogram(
     "What deciding on one request took",
     buckets=(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1),
 )
+CONSOLE_SIGN_INS = Counter("ringfence_console_sign_ins_total", "Sign-ins at a console", ["outcome"])
+"""`outcome`: done, refused."""
+CONSOLE_QUESTIONS = Counter(
+    "ringfence_console_questions_total", "Questions that people were asked to sign", ["kind", "outcome"]
+)
+"""`outcome`: asked, signed, refused."""
+CONSOLE_STREAMS = Gauge("ringfence_console_streams", "Live pages that are open")
+CONSOLE_PAGES = Histogram(
+    "ringfence_console_page_seconds",
+    "How long a page took, with the services' answers",
+    ["page"],
+    buckets=(0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10),
+)

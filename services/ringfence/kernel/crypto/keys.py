@@ -18,6 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_folders, open_private
@@ -184,17 +185,22 @@ class SigningKey:
         r, s = decode_dss_signature(key.sign(data, _ECDSA_REPEATABLE if repeatable else _ECDSA))
         return r.to_bytes(32) + s.to_bytes(32)
 
+    def derived_key(self, purpose: bytes) -> bytes:
+        """A symmetric key of 32 bytes for one purpose (HKDF-SHA256, RFC 5869). It says nothing about this key."""
+        return HKDF(hashes.SHA256(), 32, salt=None, info=purpose).derive(self._secret())
+
+    def _secret(self) -> bytes:
+        if isinstance(self._key, ed25519.Ed25519PrivateKey):
+            return self._key.private_bytes_raw()
+        return self._key.private_numbers().private_value.to_bytes(32)
+
     def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
         """The public key as messages have it, valid in `[not_before, not_after)` (seconds)."""
         return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
 
     def save(self, path: Path | str) -> None:
         """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
-        if isinstance(self._key, ed25519.Ed25519PrivateKey):
-            d = self._key.private_bytes_raw()
-        else:
-            d = self._key.private_numbers().private_value.to_bytes(32)
-        save_private(Path(path), self.id, self.public, d)
+        save_private(Path(path), self.id, self.public, self._secret())
 
     @classmethod
     def load(cls, path: Path | str) -> SigningKey:

@@ -53,11 +53,11 @@ from ringfence.runner.sandbox.cgroups import (
 from ringfence.runner.sandbox.descriptors import high, read_until, readable
 from ringfence.runner.sandbox.network import set_up_network
 from ringfence.runner.sandbox.processes import (
+    Namespaces,
     ProcessId,
     children,
     descendants,
     describe,
-    in_namespace,
     with_name,
 )
 from ringfence.runner.sandbox.records import SandboxRecord, SandboxRecords
@@ -155,7 +155,7 @@ class BubblewrapBackend:
             if not record.of_this_boot:
                 record.processes = []
             group = ControlGroup.recorded(record.cgroups)
-            reports.append(await _remove(self._records, record, group, {}))
+            reports.append(await _remove(self._records, record, group, Namespaces()))
         return reports
 
 
@@ -167,7 +167,7 @@ class BubblewrapSandbox:
         process: subprocess.Popen[bytes],
         init: ProcessId,
         command: ProcessId | None,
-        namespaces: dict[str, int],
+        namespaces: Namespaces,
         group: ControlGroup,
         records: SandboxRecords,
         record: SandboxRecord,
@@ -189,7 +189,7 @@ class BubblewrapSandbox:
     @property
     def namespaces(self) -> dict[str, int]:
         """The inodes of its namespaces, by the names of /proc/PID/ns."""
-        return dict(self._namespaces)
+        return self._namespaces.inodes
 
     async def wait(self) -> SandboxExit:
         code = await _ended(self._process)
@@ -236,6 +236,7 @@ class BubblewrapSandbox:
             report = await _remove(self._records, self._record, self._group, self._namespaces)
             if not report.complete:
                 return report
+            self._namespaces.close()
             self._destruction = report
         return self._destruction
 
@@ -295,6 +296,7 @@ class _Start:
         self._group = group
         self._as_root = record.uid is not None
         self._process: subprocess.Popen[bytes] | None = None
+        self._namespaces = Namespaces()
         self._for_child: list[int] = []
         self._own: list[int] = []
 
@@ -312,7 +314,8 @@ class _Start:
             self._process.kill()
             self._group.kill()
             await _ended(self._process)
-        await _remove(self._records, self._record, self._group, {})
+        await _remove(self._records, self._record, self._group, self._namespaces)
+        self._namespaces.close()
 
     async def _carry_out(self) -> BubblewrapSandbox:
         spec, record = self._spec, self._record
@@ -329,7 +332,7 @@ class _Start:
         # A launcher that already failed takes no word: its reason follows below.
         with contextlib.suppress(BrokenPipeError):
             os.write(go[1], b"1")
-        init, namespaces = await self._started(info[0], errors[0])
+        init = await self._started(info[0], errors[0])
         record.processes = [launched, init]
         self._records.write(record)
         await self._made(init, errors[0])
@@ -347,7 +350,7 @@ class _Start:
                 f"the sandbox ended before its command was started: {error}"
             ) from None
         command = await _first_child(init)
-        return BubblewrapSandbox(process, init, command, namespaces, self._group, self._records, record)
+        return BubblewrapSandbox(process, init, command, self._namespaces, self._group, self._records, record)
 
     def _mounts(self) -> list[_OpenMount]:
         wanted = [(mount, False) for mount in self._spec.mounts]
@@ -433,7 +436,7 @@ class _Start:
             arguments += ["--setenv", name, value]
         return [*arguments, "--dir", _READY, "--remount-ro", "/", "--chdir", "/"]
 
-    async def _started(self, info: int, errors: int) -> tuple[ProcessId, dict[str, int]]:
+    async def _started(self, info: int, errors: int) -> ProcessId:
         text = await read_until(info, until=b"}", within_s=_STARTED_WITHIN_S)
         if not text.endswith(b"}"):
             reason = (await read_until(errors, until=None, within_s=1)).decode(errors="replace").strip()
@@ -441,11 +444,14 @@ class _Start:
                 f"the sandbox could not be made: {reason or 'bwrap gave no reason'}"
             )
         fields = json.loads(text)
-        init = ProcessId.of(fields.pop("child-pid"))
-        if init is None:
-            raise SandboxUnavailableError("the sandbox ended before its command was started")
+        pid = fields.pop("child-pid")
+        self._namespaces = Namespaces.of(pid)
         # bwrap names them `pid-namespace`, `mnt-namespace`, …
-        return init, {name.removesuffix("-namespace"): inode for name, inode in fields.items()}
+        told = {kind: fields[f"{kind}-namespace"] for kind in Namespaces.KINDS}
+        init = ProcessId.of(pid)
+        if init is None or self._namespaces.inodes != told:
+            raise SandboxUnavailableError("the sandbox ended before its command was started")
+        return init
 
     async def _made(self, init: ProcessId, errors: int) -> None:
         """Wait until the new root is in place. bwrap reports its pid earlier, when it still has the machine's root."""
@@ -476,7 +482,7 @@ class _Start:
 
 
 async def _remove(
-    records: SandboxRecords, record: SandboxRecord, group: ControlGroup, namespaces: dict[str, int]
+    records: SandboxRecords, record: SandboxRecord, group: ControlGroup, namespaces: Namespaces
 ) -> Destruction:
     """Remove all of a sandbox whose first processes have been killed, and report what remained."""
     usage = group.usage()
@@ -491,8 +497,8 @@ async def _remove(
             for process in (*record.processes, *with_name(record.name, os.geteuid()))
             if process.runs
         }
-        processes.update(in_namespace("pid", namespaces["pid"]) if "pid" in namespaces else ())
-        mounts = set(in_namespace("mnt", namespaces["mnt"]) if "mnt" in namespaces else ()) - processes
+        processes.update(namespaces.members("pid"))
+        mounts = set(namespaces.members("mnt")) - processes
         if not (processes or mounts or cgroups) or time.monotonic() > deadline:
             break
         await asyncio.sleep(0.005)

@@ -39,7 +39,7 @@ from ringfence.runner.sandbox.backend import (
 )
 from ringfence.runner.sandbox.network import set_up_network
 from ringfence.runner.sandbox.oci_client import Attachment, ContainerEngine, ContainerEngineError
-from ringfence.runner.sandbox.processes import describe, in_namespace
+from ringfence.runner.sandbox.processes import Namespaces, describe
 from ringfence.runner.sandbox.records import SandboxRecord, SandboxRecords
 from ringfence.runner.sandbox.root_filesystem import INSTANCE_BYTES, UID, default_environment
 from ringfence.runner.sandbox.seccomp import oci_profile
@@ -96,13 +96,13 @@ class OciBackend:
         try:
             return await self._start(spec, streams, record, podman)
         except BaseException as error:
-            await self._destroy(record, {}, [])
+            await self._destroy(record, Namespaces(), [])
             if isinstance(error, ContainerEngineError):
                 raise SandboxUnavailableError(error.message) from None
             raise
 
     async def sweep(self) -> list[Destruction]:
-        return [await self._destroy(record, {}, []) for record in self._records.orphaned(self.name)]
+        return [await self._destroy(record, Namespaces(), []) for record in self._records.orphaned(self.name)]
 
     async def _look(self) -> tuple[bool, list[str]]:
         """Whether the engine is Podman, and what stands in the way. Raises ContainerEngineError."""
@@ -211,7 +211,7 @@ class OciBackend:
             )
 
     async def _destroy(
-        self, record: SandboxRecord, namespaces: dict[str, int], cgroups: list[Path]
+        self, record: SandboxRecord, namespaces: Namespaces, cgroups: list[Path]
     ) -> Destruction:
         deadline = time.monotonic() + _GONE_WITHIN_S
         container: list[str] = []
@@ -223,8 +223,7 @@ class OciBackend:
                 container = []
             except ContainerEngineError as error:
                 container = [f"container {record.name}: {error.message}"]
-            processes = in_namespace("pid", namespaces["pid"]) if "pid" in namespaces else []
-            mounts = in_namespace("mnt", namespaces["mnt"]) if "mnt" in namespaces else []
+            processes, mounts = namespaces.members("pid"), namespaces.members("mnt")
             groups = [str(path) for path in cgroups if path.exists()]
             if not (container or processes or mounts or groups) or time.monotonic() > deadline:
                 break
@@ -263,7 +262,7 @@ class OciSandbox:
         self._name = name
         self._record = record
         self._pid = pid
-        self._namespaces, self._cgroups = _look_at(pid)
+        self._namespaces, self._cgroups = Namespaces.of(pid), _control_groups(pid)
         # The caller may close its descriptors once the sandbox has started.
         self._descriptors = [None if one is None else os.dup(one) for one in
                              (streams.stdin, streams.stdout, streams.stderr)]  # fmt: skip
@@ -308,6 +307,7 @@ class OciSandbox:
                 await self._ended
             if not report.complete:
                 return report
+            self._namespaces.close()
             self._destruction = report
         return self._destruction
 
@@ -423,14 +423,9 @@ def _bind(host: Path, inside: str) -> dict[str, Any]:
     }
 
 
-def _look_at(pid: int) -> tuple[dict[str, int], list[Path]]:
-    """The namespaces and control groups of a container's first process, to see later that they are gone."""
-    namespaces: dict[str, int] = {}
+def _control_groups(pid: int) -> list[Path]:
+    """The control groups of a container's first process, to see later that they are gone."""
     cgroups: list[Path] = []
-    for kind in ("pid", "mnt"):
-        with contextlib.suppress(OSError):
-            text = str(Path(f"/proc/{pid}/ns/{kind}").readlink())
-            namespaces[kind] = int(text.partition("[")[2].rstrip("]"))
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines():
             _, controllers, path = line.split(":", 2)
@@ -438,4 +433,4 @@ def _look_at(pid: int) -> tuple[dict[str, int], list[Path]]:
             roots = (Path("/sys/fs/cgroup") / folder, Path("/sys/fs/cgroup/unified"))
             groups = [root / path.lstrip("/") for root in roots if path != "/"]
             cgroups += [group for group in groups if group.is_dir()]
-    return namespaces, cgroups
+    return cgroups

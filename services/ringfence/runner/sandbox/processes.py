@@ -125,6 +125,48 @@ def children(parent: ProcessId) -> list[ProcessId]:
     return sorted((one for one in found if one is not None), key=lambda process: (process.start, process.pid))
 
 
+class Namespaces:
+    """Namespaces of a sandbox, held open: the kernel gives the number of one that is gone to the next that is made.
+
+    So `members` never takes a process of another sandbox for one of this. `close` lets go of them: until then what is
+    mounted inside stays mounted.
+    """
+
+    KINDS = ("pid", "mnt")
+
+    def __init__(self) -> None:
+        self._descriptors: dict[str, int] = {}
+
+    @classmethod
+    def of(cls, pid: int) -> Namespaces:
+        """Those of the process with this pid. One that it shares with this process, or that cannot be opened, is left
+        out.
+        """
+        held = cls()
+        for kind in cls.KINDS:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(_PROC / str(pid) / "ns" / kind, os.O_RDONLY | os.O_CLOEXEC)
+                if os.path.samestat(os.fstat(descriptor), (_PROC / "self/ns" / kind).stat()):
+                    os.close(descriptor)
+                else:
+                    held._descriptors[kind] = descriptor
+        return held
+
+    @property
+    def inodes(self) -> dict[str, int]:
+        """Their numbers, by the names of /proc/PID/ns."""
+        return {kind: os.fstat(descriptor).st_ino for kind, descriptor in self._descriptors.items()}
+
+    def members(self, kind: str) -> list[int]:
+        """The pids of running processes in the namespace of this kind. None where it is not held."""
+        inode = self.inodes.get(kind)
+        return [] if inode is None else in_namespace(kind, inode)
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
+
+
 def in_namespace(kind: str, inode: int) -> list[int]:
     """The pids of running processes in this namespace (`pid`, `mnt`, …), as far as this user may see that.
 

@@ -68,7 +68,10 @@ async function unpacked(value) {
   }
 }
 
-/** Send an answer to a question server. Throws RefusedError where it was not taken. */
+/**
+ * Send an answer to a question server. Throws RefusedError where it was not taken.
+ * Returns where the person goes on: an address of the console that asked; undefined where there is none.
+ */
 export async function send(url, answer) {
   let response;
   try {
@@ -90,4 +93,5 @@ export async function send(url, answer) {
     // An answer without words is judged by its status.
   }
   if (!response.ok) throw new RefusedError(said.message ?? "the program that asked did not take the answer");
+  return typeof said.next === "string" && URL.parse(said.next)?.origin === new URL(url).origin ? said.next : undefined;
 }

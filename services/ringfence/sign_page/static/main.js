@@ -97,8 +97,9 @@ async function confirm(question, evidence, returnTo) {
     await done("Signed", { answer: jws }, jws, returnTo, "answer.jws");
   });
   const refuse = () => guarded(async () => {
-    if (returnTo !== undefined) await send(returnTo, { refused: true });
+    const next = returnTo === undefined ? undefined : await send(returnTo, { refused: true });
     show("Nothing was signed", paragraph("You can close this page."));
+    goOn(next);
   });
   show(
     described.title,
@@ -177,10 +178,11 @@ async function prove(question, invitation, made, returnTo) {
 
 async function done(title, answer, text, returnTo, filename, more = [], again = undefined) {
   let sent = false;
+  let next;
   let problem;
   if (returnTo !== undefined) {
     try {
-      await send(returnTo, answer);
+      next = await send(returnTo, answer);
       sent = true;
     } catch (error) {
       if (!(error instanceof RefusedError)) throw error;
@@ -197,6 +199,12 @@ async function done(title, answer, text, returnTo, filename, more = [], again = 
     element("div", { class: "buttons" }, sent ? undefined : download("Save as a file", filename, text), again),
   );
   if (problem !== undefined) showProblem(`It could not be handed over: ${visible(problem)}`);
+  goOn(next);
+}
+
+/** Lead the person back to the console that asked. */
+function goOn(next) {
+  if (next !== undefined) location.replace(next);
 }
 
 async function guarded(work) {

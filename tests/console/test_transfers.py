@@ -1,0 +1,79 @@
+"""An agent gets another sponsor: by an operator, or by an offer that the new sponsor takes."""
+
+from __future__ import annotations
+
+import httpx
+from playwright.async_api import expect
+
+from tests.console.conftest import Visitor
+from tests.passkeys.browser import Person
+from tests.passkeys.conftest import Site
+from tests.passkeys.organisation import Organisation
+
+
+async def test_a_sponsor_hands_an_agent_on_to_who_agrees(
+    sponsor: Visitor, organisation: Organisation, other_person: Person
+) -> None:
+    agent = organisation.realm.agent
+    bob = Visitor(other_person, organisation.realm.name("bob"), sponsor.site)
+    await organisation.enrol(other_person, bob.user_id)
+    page = await sponsor.sign_in(f"/agents/{agent}")
+    await page.get_by_text("Transfer it to another sponsor").click()
+    await page.get_by_role("button", name="Offer it to somebody").click()
+    offer = await page.get_by_label("Address").input_value()
+    assert offer == page.url
+    theirs = await bob.sign_in(offer.removeprefix(bob.site.session))
+    await expect(theirs.locator("#facts")).to_contain_text("read, write on env/**")
+    # Nothing else of the agent is to be seen by the offer.
+    assert (await theirs.request.get(bob.url(f"/agents/{agent}"))).status == 404
+    await bob.signs("Take it over", "Take over")
+    await expect(theirs.locator("#next")).to_contain_text(
+        f"Give the address of this page to {sponsor.user_id}"
+    )
+    await sponsor.open(theirs.url.removeprefix(sponsor.site.session))
+    await expect(page.locator("#facts")).to_contain_text(f"{bob.user_id} agreed to answer for it")
+    await sponsor.signs("Transfer the agent", "Transfer")
+    await bob.open(f"/agents/{agent}")
+    await expect(theirs.locator("#facts")).to_contain_text(bob.user_id)
+    await sponsor.open(f"/agents/{agent}")
+    await expect(page.get_by_role("heading", name="There is nothing here that you may see")).to_be_visible()
+    assert other_person.complaints == []
+    sponsor.person.complaints.clear()  # the 404
+
+
+async def test_an_operator_transfers_without_consent_and_signs_that(
+    organisation: Organisation, person: Person, site: Site
+) -> None:
+    realm = organisation.realm
+    oscar = Visitor(person, realm.name("oscar"), site)
+    await organisation.enrol(person, oscar.user_id, roles=["operator"])
+    await organisation.add_user(realm.name("bob"))
+    page = await oscar.sign_in(f"/agents/{realm.agent}")
+    await page.get_by_text("Transfer it to another sponsor").click()
+    await page.get_by_label("Or name the new sponsor").fill(realm.name("bob"))
+    await page.get_by_label("without their consent").check()
+    await oscar.asks("Transfer the agent")
+    await expect(page.get_by_text(f"{realm.name('bob')} was not asked.")).to_be_visible()
+    await page.get_by_role("button", name="Transfer", exact=True).click()
+    await expect(page.locator("#facts")).to_contain_text(realm.name("bob"))
+    assert person.complaints == []
+
+
+async def test_an_offer_is_nothing_without_a_session_or_changed(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in(f"/agents/{organisation.realm.agent}")
+    await page.get_by_text("Transfer it to another sponsor").click()
+    await page.get_by_role("button", name="Offer it to somebody").click()
+    await page.wait_for_url("**/offers/**")
+    assert httpx.get(page.url).status_code == 303
+    broken = page.url[:-6] + ("AAAAAA" if not page.url.endswith("AAAAAA") else "BAAAAA")
+    assert (await page.request.get(broken)).status == 404
+    # An offer of an agent that one does not see.
+    refused = await page.request.post(
+        sponsor.url("/offer"),
+        form={"id": "nobody"},
+        headers={"Origin": sponsor.site.session},
+        max_redirects=0,
+    )
+    assert refused.status == 404
