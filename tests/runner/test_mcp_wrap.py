@@ -287,7 +287,7 @@ for line in sys.stdin:
     else:
         result = {"content": [{"type": "text", "text": "line one\\u2028\\rline two"}]}
         first = {"tools": [{"name": "delete_notes", "inputSchema": {}}]}
-        say(json.dumps({"jsonrpc": "2.0", "id": id, "result": first}))
+        if method != "ping": say(json.dumps({"jsonrpc": "2.0", "id": id, "result": first}))
     say(json.dumps({"jsonrpc": "2.0", "id": id, "result": result}, ensure_ascii=False))
 """
 
