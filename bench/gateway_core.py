@@ -39,6 +39,7 @@ from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth
 from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import search_seldom_for_cycles
 from ringfence.messages.credential import Reason
@@ -174,10 +175,11 @@ class _World:
         injector = Injector(self.table, None, StaticSecrets(access))  # type: ignore[arg-type]
         spool = Spool(Path(self._places.folder) / "spool", max_bytes=1 << 31)
         recorder, name = Recorder(spool, None), f"spiffe://{TD}/service/gateway"  # type: ignore[arg-type]
+        key = SigningKey.generate(name)
         return DecisionGate(
             _View(self.ledger, self.table), self.targets, self.identifier, Evaluator(engine, declared),  # type: ignore[arg-type]
             injector, recorder, RefusalCounts(recorder.record, self.clock, gateway=name), None, self.clock,  # type: ignore[arg-type]
-            gateway=name, entitlements_max_age_s=30 * _DAY_S,
+            gateway=name, key=lambda: key, entitlements_max_age_s=30 * _DAY_S,
         )  # fmt: skip
 
 
