@@ -137,6 +137,17 @@ def wrapping(here: Installation, noted: str, tmp_path_factory: pytest.TempPathFa
     return Wrapping(here, task, folder)
 
 
+def code_of(error: McpError) -> str:
+    assert error.error.data is not None
+    return str(error.error.data["code"])
+
+
+def sockets_of(here: Installation) -> Path:
+    folder = here.settings().gateway_sockets
+    assert folder is not None
+    return folder
+
+
 def text(result: Any) -> str:
     (content,) = result.content
     return str(content.text)
@@ -152,7 +163,7 @@ async def test_tools_are_decided_by_name_and_arguments(wrapping: Wrapping) -> No
             with pytest.raises(McpError) as refused:
                 await session.call_tool(tool, {"folder": folder})
             assert refused.value.error.code == 403
-            assert refused.value.error.data["code"] in ("beyond_scope", "beyond_lease")
+            assert code_of(refused.value) in ("beyond_scope", "beyond_lease")
     assert wrapping.calls == ["get_note today"], "what was refused never got to the server"
 
 
@@ -162,18 +173,18 @@ async def test_what_the_server_tells_reaches_the_client_through_the_gateway(wrap
     async def on_message(message: Any) -> None:
         told.append(type(getattr(message, "root", message)).__name__)
 
-    progress: list[float] = []
+    steps: list[float] = []
 
-    async def on_progress(done: float, total: float | None, message: str | None) -> None:
-        progress.append(done)
+    async def on_progress(progress: float, total: float | None, message: str | None) -> None:
+        steps.append(progress)
 
     async with wrapping.session(message_handler=on_message) as session:
         result = await session.call_tool("get_changed", {"folder": "today"}, progress_callback=on_progress)
         assert text(result) == "told"
         async with asyncio.timeout(WITHIN_S):
-            while "ToolListChangedNotification" not in told or not progress:
+            while "ToolListChangedNotification" not in told or not steps:
                 await asyncio.sleep(0.02)
-    assert progress == [1.0]
+    assert steps == [1.0]
 
 
 async def test_static_keys_stay_out_of_the_server_and_its_target_gets_the_real_one(
@@ -222,8 +233,7 @@ async def test_when_the_client_leaves_all_of_it_ends(wrapping: Wrapping) -> None
         process.stdin = None
         assert process.wait(WITHIN_S) == 0
     await_end(here, wrapping.task)
-    sockets = Path(here.settings().gateway_sockets)
-    assert list(sockets.glob("*.stdio")) == []
+    assert list(sockets_of(here).glob("*.stdio")) == []
 
 
 async def test_what_is_no_message_never_gets_to_the_server(wrapping: Wrapping) -> None:
@@ -316,7 +326,7 @@ async def test_a_server_in_a_run_is_reached_by_no_other_way(wrapping: Wrapping) 
     with wrapping.raw() as process:
         ask(process, 1, "initialize", INITIALIZE)
         answer(process, 1)
-        sockets = Path(here.settings().gateway_sockets)
+        sockets = sockets_of(here)
         until(lambda: (sockets / f"{wrapping.task}.sock").exists(), "the socket of the task")
         done = subprocess.run(
             f"{curl} {sockets / wrapping.task}.sock http://gateway/noted/mcp",
