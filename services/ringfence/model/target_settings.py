@@ -158,8 +158,7 @@ _PLACE: Final = re.compile(r"([^:\[\]/@]+|\[[^\[\]]+\])(?::([0-9]{1,5}))?", re.A
 _LABEL: Final = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?", re.ASCII)
 _WRITE: Final = MappingProxyType({
     "address": "write HOST:PORT, the port from 1 to 65535",
-    "url": "write https://HOST or https://HOST:PORT, without a path; http only for 127.0.0.1, localhost or [::1]; or "
-    "stdio://run, with backend jwt, for an MCP server in the run",
+    "url": "write https://HOST or https://HOST:PORT, without a path; http only for 127.0.0.1, localhost or [::1]",
 })  # fmt: skip
 
 
