@@ -168,8 +168,8 @@ async def test_a_yes_is_for_that_call_alone(gateway: McpGateway) -> None:
 
 async def test_the_servers_own_state_goes_along(gateway: McpGateway) -> None:
     """A round of the server is approved as any call, with what the client answers in it."""
-    requests = gateway.gate._mcp  # type: ignore[attr-defined]
-    lease = gateway.table.get(gateway.lease_id)
+    requests, lease = gateway.gate._mcp, gateway.table.get(gateway.lease_id)
+    assert lease is not None
     digest = canonical.call_digest(read_message(json.dumps(call()).encode()))
     sealed = requests._sealed("server", lease, digest, "the server's own")
     responses = {"a": {"action": "accept"}}
