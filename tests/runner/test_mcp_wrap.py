@@ -362,6 +362,58 @@ async def test_the_trail_has_each_call_of_the_run(wrapping: Wrapping) -> None:
     assert "folder/today" in story
 
 
+async def test_without_its_lease_no_server_starts(wrapping: Wrapping) -> None:
+    words = wrapping.words("--allow", "noted:connect:server", "--allow", "noted:delete:folder/today")
+    done = wrapping.here.call(*words)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert b"does not allow delete on folder/today" in done.stderr
+    assert wrapping.calls == []
+    await_end(wrapping.here, wrapping.task)
+
+
+@pytest.mark.parametrize("given", ["--env", "argument"])
+async def test_a_static_key_is_refused_before_anything_starts(wrapping: Wrapping, given: str) -> None:
+    key = "8f14e45fceea167a5a36dedd4bea2543"
+    more = ("--env", f"NOTES_API_KEY={key}") if given == "--env" else ()
+    words = [*wrapping.words(*more), *([f"--api-key={key}"] if given == "argument" else [])]
+    done = wrapping.here.call("--json", *words)
+    assert done.returncode == 1
+    said = (done.stdout + done.stderr).decode()
+    assert "static_key" in said
+    assert key not in said
+
+
+async def test_an_agent_in_a_run_asks_by_the_tools_of_serve(wrapping: Wrapping) -> None:
+    """By the socket and the key of the run, which its environment names."""
+    here = wrapping.here
+    program, *words = [*here.program, "run", "--task", wrapping.task, "--", "ringfence", "mcp", "serve"]
+    parameters = StdioServerParameters(command=program, args=words, env=here.environment(), cwd=here.folder)
+    wanted = {
+        "permissions": [{"target": "notes", "verbs": ["read"], "resources": ["note/*"]}],
+        "reason": "look",
+    }
+    log = wrapping.folder / "stderr.txt"
+    with log.open("w") as file:
+        async with (
+            stdio_client(parameters, errlog=file) as (read, write),
+            ClientSession(read, write) as session,
+        ):
+            await session.initialize()
+            task = json.loads(text(await session.call_tool("show_task", {})))
+            assert (task["task_id"], task["agent_id"]) == (wrapping.task, "reader-bot")
+            asked = json.loads(text(await session.call_tool("request_credential", wanted)))
+            assert asked["status"] == "allowed", asked
+            handle = asked["lease"]["handle"]
+            (lease,) = here.say("lease", "list", "--task", wrapping.task)["leases"]
+            assert (lease["id"], lease["delivery"]) == (handle, "gateway")
+            listed = json.loads(text(await session.call_tool("list_leases", {})))
+            assert ([one["handle"] for one in listed["leases"]], listed["complete"]) == ([handle], True)
+            await session.call_tool("release_credential", {"lease_id": handle})
+            assert "eyJ" not in json.dumps([task, asked, listed])
+    assert "eyJ" not in log.read_text()
+    await_end(here, wrapping.task)
+
+
 @pytest.mark.parametrize(("target", "why"), [("nothing", "target_unknown"), ("notes", "not_stdio")])
 async def test_what_is_no_server_in_a_run_is_refused(wrapping: Wrapping, target: str, why: str) -> None:
     words = wrapping.words()

@@ -99,6 +99,8 @@ def wrap(
 
     if not command:
         raise typer.BadParameter("write the server: ringfence mcp wrap --task TASK --target TARGET -- SERVER")
+    environment = parse_environment(env or [])
+    _refuse_static_keys(environment, command)
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
     report = run(
         _wrap(
@@ -108,7 +110,7 @@ def wrap(
             wanted=parse_scope(allow) if allow else (),
             reason=reason or f"serve the MCP tools of {target}",
             mounts=parse_mounts(mount or []),
-            environment=parse_environment(env or []),
+            environment=environment,
             ttl_s=duration_s(ttl),
             approved_within_s=duration_s(timeout),
             limits=limits,
@@ -119,6 +121,30 @@ def wrap(
     for line in remarks(report):
         note(visible(line), "warning")
     raise typer.Exit(report.code)
+
+
+def _refuse_static_keys(environment: dict[str, str], words: list[str]) -> None:
+    """Raises RingfenceError where a variable or an argument of the server holds a credential that the scan knows.
+
+    In the sandbox it opens nothing: the gateway is the only way out, and puts the lease's credential in its place.
+    """
+    from ringfence.kernel.base.errors import RingfenceError
+    from ringfence.scan.candidates import classify
+
+    given = [(f"--env {name}", name, value) for name, value in environment.items()]
+    for number, word in enumerate(words[1:], start=1):
+        name, equals, value = word.partition("=")
+        given += [(f"argument {number} of the server", "argument", word)]
+        given += [(f"argument {number} of the server", name.strip("-"), value)] if equals else []
+    for where, name, value in given:
+        for found in classify(name, value):
+            raise RingfenceError(
+                f"{where} looks like a static key ({found.kind.title}), and none gets into the sandbox",
+                code="static_key",
+            ).with_remedy(
+                "put the server's target behind the gateway, ask for it with --allow, and give a placeholder: the "
+                "gateway replaces it"
+            )
 
 
 async def _wrap(
