@@ -30,7 +30,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console test-mcp test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console test-mcp test-runner chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -119,11 +119,22 @@ format: $(STAMP) ## let ruff put the code in order
 schemas: $(STAMP) ## generate schemas/ and the table in docs/topics.md from ringfence.messages
 	$(BIN)/python -m tools.schemas.generate schemas docs/topics.md
 
-schemas-check: $(STAMP) ## fail where schemas/ differs from what ringfence.messages generates
+references: $(STAMP) ## generate docs/reference/, docs/cli.md and docs/metrics.md from the code
+	$(BIN)/python -m tools.references
+
+schemas-check: $(STAMP) ## fail where schemas/ or a generated reference differs from the code
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
 	$(BIN)/python -m tools.schemas.generate "$$fresh" && \
 	{ diff -ru schemas "$$fresh" && echo "schemas/ is up to date" || \
 		{ echo "schemas/ differs from ringfence.messages: run 'make schemas' and commit the result" >&2; exit 1; }; }
+	@$(BIN)/python -m tools.references --check && echo "the references are up to date"
+
+docs: $(STAMP) ## build the site of docs/ into build/site: links and anchors are checked, nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
+
+test-docs: $(STAMP) ## the site in a real browser, and the commands of its pages (needs Chromium)
+	$(BIN)/python -m pytest tests/site $(SHARED) $(ARGS)
 
 bench: $(STAMP) ## the benchmarks: each prints its numbers and the machine
 	$(BIN)/python -m bench $(ARGS)
