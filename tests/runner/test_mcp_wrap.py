@@ -386,8 +386,10 @@ async def test_a_static_key_is_refused_before_anything_starts(wrapping: Wrapping
 async def test_an_agent_in_a_run_asks_by_the_tools_of_serve(wrapping: Wrapping) -> None:
     """By the socket and the key of the run, which its environment names."""
     here = wrapping.here
-    program, *words = [*here.program, "run", "--task", wrapping.task, "--", "ringfence", "mcp", "serve"]
-    parameters = StdioServerParameters(command=program, args=words, env=here.environment(), cwd=here.folder)
+    words = [*here.program, "run", "--task", wrapping.task, "--", "ringfence", "mcp", "serve"]
+    parameters = StdioServerParameters(
+        command=words[0], args=words[1:], env=here.environment(), cwd=here.folder
+    )
     wanted = {
         "permissions": [{"target": "notes", "verbs": ["read"], "resources": ["note/*"]}],
         "reason": "look",
