@@ -73,6 +73,15 @@ _OTHERS = {
     "unreachable": "The service did not answer.",
 }
 """Codes whose sentences the code puts together elsewhere."""
+_OTHERS |= {
+    f"mcp_{thing}_other_{owner}": f"The {thing} of the MCP server belongs to another {owner}."
+    for thing in ("session", "task", "state")
+    for owner in ("agent", "task", "lease")
+}
+_OTHERS |= {
+    f"mcp_{thing}_unknown": f"The gateway knows no such {thing} of the MCP server."
+    for thing in ("session", "task", "state")
+}
 
 
 _COVERAGE = {code: f"A coverage report: {text}" for code, text in FAULTS.items()}
