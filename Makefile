@@ -30,7 +30,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console test-runner chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console test-mcp test-runner chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -94,6 +94,9 @@ test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the r
 test-console: $(STAMP) ## the console in a real browser, on the running stack (needs Chromium; fetches axe-core once by npm)
 	$(BIN)/python -m pytest tests/console $(SHARED) $(ARGS)
 
+test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x and 2.x and TypeScript, and the conformance suite (fetches them once, 320 MB)
+	$(BIN)/python -m pytest tests/mcp_sdks $(SHARED) $(ARGS)
+
 test-runner: $(STAMP) ## sandboxes of every kind, and programs that try to get out (needs bubblewrap and libseccomp, root for all of it; OCI=podman)
 	$(if $(OCI),RINGFENCE_TEST_OCI=$(OCI)) $(BIN)/python -m pytest tests/runner $(SHARED) $(ARGS)
 
@@ -143,7 +146,7 @@ wheel-check: $(STAMP) ## build the wheel and use it alone, without the extras
 compile = $(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 	--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt (UPGRADE=1: to the newest versions)
+lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt, .ci/mcp.txt, tests/mcp_sdks/node (UPGRADE=1: to the newest versions)
 	$(need_python)
 	@$(PYTHON) -m venv $(UV)
 	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
@@ -154,6 +157,8 @@ lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci
 	$(compile) .ci/uv.in -o .ci/uv.txt
 	$(compile) .ci/mitmproxy.in -o .ci/mitmproxy.txt
 	$(compile) .ci/scanners.in -o .ci/scanners.txt
+	$(compile) .ci/mcp.in -o .ci/mcp.txt
+	cd tests/mcp_sdks/node && npm install --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund
 
 clean: ## remove environments, caches and builds; the keys and data in .ringfence stay
 	rm -rf $(VENV) .cache .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 
 from bench import (
     audit,
     backends,
     bus,
     cli,
+    console,
     credentials,
     ends,
     gateway,
@@ -23,7 +25,7 @@ from bench import (
 )
 from bench.machine import describe, pace
 
-BENCHMARKS = {
+BENCHMARKS: dict[str, Callable[..., None]] = {
     "credentials": credentials.run,
     "idle": idle.run,
     "cli": cli.run,
@@ -34,6 +36,7 @@ BENCHMARKS = {
     "rebuild": rebuild.run,
     "policy": policy.run,
     "inventory": inventory.run,
+    "console": console.run,
     "audit": audit.run,
     "backends": backends.run,
     "gateway": gateway.run,
@@ -50,6 +53,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=audit.EVENTS, help="of audit: how many its index has")
     parser.add_argument("--revokers", type=int, default=1, help="of ends: how many share the work")
     parser.add_argument("--runs", type=int, default=runs.RUNS, help="of run: how many go on at once")
+    parser.add_argument("--agents", type=int, default=console.AGENTS, help="of console: how many there are")
     options = parser.parse_args()
     print(f"machine: {describe()}\n{pace()}")
     for name in options.names or BENCHMARKS:
@@ -58,6 +62,8 @@ def main() -> None:
             audit.run(options.kafka, options.events)
         elif name == "ends":
             ends.run(options.kafka, options.revokers)
+        elif name == "console":
+            console.run(options.kafka, options.agents)
         elif name == "run":
             runs.run(options.kafka, options.runs)
         else:

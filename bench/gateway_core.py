@@ -39,10 +39,11 @@ from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth
 from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import search_seldom_for_cycles
 from ringfence.messages.credential import Reason
-from ringfence.messages.registry import BackendSettings, RequestRule
+from ringfence.messages.registry import BackendSettings, McpRule, RequestRule
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ACTION
@@ -52,7 +53,11 @@ from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, per
 SECRET = "RINGFENCE_BENCH_SECRET"
 PER_TASK, PER_AGENT = 20, 100
 _DAY_S = 86_400
-_RULES = (RequestRule(method="GET", path="/files/{path*}", verb="read", resource="files/{path*}"),)
+_CALL = McpRule(method="tools/call", name="get_file")
+_RULES = (
+    RequestRule(method="GET", path="/files/{path*}", verb="read", resource="files/{path*}"),
+    RequestRule(method="MCP", path="/mcp", mcp=_CALL, verb="read", resource="files/{arguments.path}"),
+)
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,11 @@ class _World:
         injector = Injector(self.table, None, StaticSecrets(access))  # type: ignore[arg-type]
         spool = Spool(Path(self._places.folder) / "spool", max_bytes=1 << 31)
         recorder, name = Recorder(spool, None), f"spiffe://{TD}/service/gateway"  # type: ignore[arg-type]
+        key = SigningKey.generate(name)
         return DecisionGate(
             _View(self.ledger, self.table), self.targets, self.identifier, Evaluator(engine, declared),  # type: ignore[arg-type]
             injector, recorder, RefusalCounts(recorder.record, self.clock, gateway=name), None, self.clock,  # type: ignore[arg-type]
-            gateway=name, entitlements_max_age_s=30 * _DAY_S,
+            gateway=name, key=lambda: key, entitlements_max_age_s=30 * _DAY_S,
         )  # fmt: skip
 
 

@@ -56,13 +56,15 @@ _TIMES = 5
 _CEILING = (Permission(target="platform", verbs=("read", "deploy"), resources=("env/staging/*",)),)
 
 
-class _Record(NamedTuple):
+class Record(NamedTuple):
+    """One record, as a service publishes it."""
+
     topic: Topic[Any]
     key: str
     jws: str
 
 
-class _Organisation:
+class Organisation:
     """An operator, sponsors, and the agents of each, as the registry publishes them."""
 
     def __init__(self, stack: Stack) -> None:
@@ -81,7 +83,7 @@ class _Organisation:
         """The key of one."""
         return self._sponsors[number]
 
-    def people(self) -> Iterator[_Record]:
+    def people(self) -> Iterator[Record]:
         """The operator and all sponsors."""
         yield self._user(self._first, self._root, ago_s=30)
         for number, key in enumerate(self._sponsors):
@@ -92,7 +94,7 @@ class _Organisation:
             )  # fmt: skip
             yield self._user(command, self._operator, ago_s=20)
 
-    def agents(self, first: int, last: int) -> Iterator[_Record]:
+    def agents(self, first: int, last: int) -> Iterator[Record]:
         """Those with these numbers, and what some of them are at."""
         for number in range(first, last):
             sponsor, agent_id = self._sponsors[number % SPONSORS], f"agent-{number}"
@@ -107,9 +109,9 @@ class _Organisation:
             )  # fmt: skip
             yield self._record(AGENT, AgentRecord, agent_id, state, sign(command, sponsor))
             if number % AT_WORK == 0:
-                yield from self._at_work(agent_id, number % SPONSORS)
+                yield from self._at_work(key, agent_id, number % SPONSORS)
 
-    def _at_work(self, agent_id: str, number: int) -> Iterator[_Record]:
+    def _at_work(self, key: SigningKey, agent_id: str, number: int) -> Iterator[Record]:
         sponsor, until_s = self._sponsors[number], self._now_s + 3600
         terms = TaskTerms(
             agent_id=agent_id, purpose="review pull request 421", scope=_CEILING, not_after=until_s
@@ -128,9 +130,14 @@ class _Organisation:
                 "scope": _CEILING, "requested_at_ms": self._now_s * 1000, "deadline": until_s, "epoch": None,
             }
         )  # fmt: skip
-        yield _Record(LEASE, id, sign(lease, self._issuer))
+        yield Record(LEASE, id, sign(lease, self._issuer))
+        yield from self._waiting(key, agent_id, task_id)
 
-    def _user(self, command: UserSet, by: SigningKey, ago_s: int) -> _Record:
+    def _waiting(self, key: SigningKey, agent_id: str, task_id: str) -> Iterator[Record]:
+        """What waits for approvals of an agent at work: nothing here."""
+        yield from ()
+
+    def _user(self, command: UserSet, by: SigningKey, ago_s: int) -> Record:
         state = UserState(
             user_id=command.user_id, name=command.name, roles=command.roles, keys=command.keys,
             entitlements=command.entitlements, status="active",
@@ -139,20 +146,20 @@ class _Organisation:
 
     def _record(
         self, topic: Topic[Any], model: Any, id: str, state: Any, command: str, ago_s: int = 10
-    ) -> _Record:
+    ) -> Record:
         record = model(
             iss=self._registry.id, aud=self._td, iat=self._now_s, jti=f"{topic.what}-{id}",
             sub=f"spiffe://{self._td}/{topic.what}/{id}", revision=1, state=state,
             commands=(EmbeddedCommand(jws=command, appended_at_ms=(self._now_s - ago_s) * 1000),),
         )  # fmt: skip
-        return _Record(topic, id, sign(record, self._registry))
+        return Record(topic, id, sign(record, self._registry))
 
     def _command(self, model: Any, by: SigningKey, **fields: Any) -> Any:
         head = {"iss": by.id, "aud": self._td, "iat": self._now_s, "jti": str(uuid.uuid4())}
         return model(**head, exp=self._now_s + 300, **fields)
 
 
-async def _publish(publisher: Publisher, records: Iterator[_Record]) -> int:
+async def publish(publisher: Publisher, records: Iterator[Record]) -> int:
     """How many bytes it was."""
     sent: list[Awaitable[Any]] = []
     size = 0
@@ -231,10 +238,10 @@ async def _answers(api: ReadApi, sponsor: ReadApi) -> None:
 
 async def _measure(stack: Stack, settings: ClientSettings, size: int, empty: _Started) -> None:
     bytes_ = 0
-    organisation = _Organisation(stack)
+    organisation = Organisation(stack)
     async with Publisher(stack.settings(), "spiffe://bench/registry") as publisher:
-        bytes_ += await _publish(publisher, organisation.people())
-        bytes_ += await _publish(publisher, organisation.agents(0, size))
+        bytes_ += await publish(publisher, organisation.people())
+        bytes_ += await publish(publisher, organisation.agents(0, size))
     started = _start(stack)
     pid = stack.child("policy").pid
     print(

@@ -15,6 +15,7 @@ from playwright.async_api import expect
 
 from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import RequestDeniedError
+from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, ActionRequest
@@ -185,28 +186,31 @@ async def test_a_question_about_what_changed_since_is_refused(
         assert "changed since it was shown" in await refused.text()
 
 
-async def test_a_question_about_one_action_is_answered(sponsor: Visitor, organisation: Organisation) -> None:
+async def ask_about_one_action(organisation: Organisation, sponsor_id: str, lease_id: str) -> str:
+    """A gateway holds an action by this lease. Returns the id of its question."""
     realm = organisation.realm
     gateway = SigningKey.load(realm.stack.trust.service_key("gateway"))
-    page = await sponsor.sign_in("/approvals")
-    async with (
-        realm.as_agent() as agent,
-        realm.publisher() as publisher,
-        realm.seen(APPROVAL_RESPONSE) as seen,
-    ):
-        lease = await realm.read(agent)
-        directory = await agent.connection.directory()
-        records = load_records(directory, realm.agent, realm.task, realm.target)
+    async with realm.as_agent() as agent, realm.publisher() as publisher:
+        records = load_records(await agent.connection.directory(), realm.agent, realm.task, realm.target)
         now = int(time.time())
         question = ActionRequest(
             iss=gateway.id, aud=realm.settings.trust_domain, iat=now, exp=now + 300, jti=secrets.token_urlsafe(32),
-            action_id="an-action", agent_id=realm.agent, task_id=realm.task, lease_id=lease.lease_id,
+            action_id="an-action", agent_id=realm.agent, task_id=realm.task, lease_id=lease_id,
             target_id=realm.target, verb="read", resource="env/staging/web", method="GET",
             url="https://shop.example/env/staging/web", body_digest=hashlib.sha256().hexdigest(), body_bytes=0,
             headers_digest=hashlib.sha256().hexdigest(), headers=(), required="sponsor",
             revisions=records.revisions("some-policy"),
         )  # fmt: skip
-        await publisher.publish_signed(APPROVAL_REQUEST, sponsor.user_id, question, gateway)
+        await publisher.publish_signed(APPROVAL_REQUEST, sponsor_id, question, gateway)
+        return message_id(question.iss, question.jti)
+
+
+async def test_a_question_about_one_action_is_answered(sponsor: Visitor, organisation: Organisation) -> None:
+    realm = organisation.realm
+    page = await sponsor.sign_in("/approvals")
+    async with realm.as_agent() as agent, realm.seen(APPROVAL_RESPONSE) as seen:
+        lease = await realm.read(agent)
+        await ask_about_one_action(organisation, sponsor.user_id, lease.lease_id)
         card = page.locator("article.action")
         await expect(card).to_contain_text("GET https://shop.example/env/staging/web")
         await sponsor.signs("Approve once")

@@ -17,8 +17,8 @@ from tests.console.axe import serious_problems
 from tests.console.conftest import Visitor
 from tests.console.test_approvals import HOSTILE, ask
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
 from tests.passkeys.organisation import Organisation
+from tests.support.sign_page import Site
 from tests.support.stack import RunningStack
 
 SCREENSHOTS = os.environ.get("RINGFENCE_TEST_SCREENSHOTS")

@@ -15,11 +15,11 @@ from ringfence.kernel.crypto.jws import sign, sign_payload
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.registry import AgentSuspend, TaskEnd, UserDisable
+from ringfence.messages.registry import AgentSuspend, AgentTransfer, TaskEnd, UserDisable
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, CREDENTIAL_REQUEST
 from ringfence.policy.settings import PolicySettings
 from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, READ, Asked, PolicyBench, codes
-from tests.support.world import World, scope
+from tests.support.world import Party, World, scope
 
 # --- answers that do not count ---
 
@@ -343,3 +343,72 @@ async def test_who_signs_answers_by_the_hundred_holds_up_nobody(
         for answer in answers:
             assert await office.refused(answer) == "request_unknown"
         assert 0 < asked < 10
+
+
+async def test_what_waits_comes_page_by_page(world: World):
+    async with world.running("registry", "policy"):
+        office = await PolicyBench.open(world)
+        other = await world.agent("other-bot", sponsor=office.petra, ceiling=EVERYTHING)
+        others_task = await world.task(other, by=office.maria, scope=EVERYTHING)
+        asked = [await office.ask(DEPLOY) for _ in range(5)]
+        claims, key = office.request(DEPLOY, other, task_id=others_task)
+        jws = sign(claims, other.key)
+        theirs = Asked(claims, jws, await office.send(CREDENTIAL_REQUEST, jws, key=other.name), key)
+        for one in asked:
+            await office.question(one, office.sam)
+        await office.question(theirs, office.petra)
+
+        async def page(by: Party, **query: str) -> dict[str, Any]:
+            answer = await world.get("policy", "/v1/approvals", by, **query)
+            assert answer.status_code == 200, answer.text
+            found: dict[str, Any] = answer.json()
+            return found
+
+        whole = (await page(world.operator))["approvals"]
+        assert {one["request_id"] for one in whole} == {one.id for one in (*asked, theirs)}
+        seen: list[dict[str, Any]] = []
+        after: dict[str, str] = {}
+        for size in (2, 2, 2):
+            found = await page(world.operator, limit="2", **after)
+            assert found["counts"] == {"mine": 0, "others": 6}
+            assert len(found["approvals"]) == size
+            seen += found["approvals"]
+            after = {"after": found["after"]} if found["after"] else {}
+        assert after == {}
+        assert sorted(one["request_id"] for one in seen) == sorted(one["request_id"] for one in whole)
+        assert [one["expires_at"] for one in seen] == sorted(one["expires_at"] for one in seen)
+
+        mine = await page(office.sam, limit="100", show="mine")
+        assert {one["request_id"] for one in mine["approvals"]} == {one.id for one in asked}
+        assert mine["counts"] == {"mine": 5, "others": 0}
+        assert (await page(office.sam, limit="100", show="others"))["approvals"] == []
+        (one,) = (await page(world.operator, limit="9", agent="other-bot"))["approvals"]
+        assert one["request_id"] == theirs.id
+        assert await page(office.maria, limit="9") == {
+            "approvals": [],
+            "after": None,
+            "counts": {"mine": 0, "others": 0},
+        }
+        one_row = {"limit": "1"}
+        wrongs = (
+            {"limit": "x"}, {"limit": "1001"}, one_row | {"show": "x"}, one_row | {"after": "x"},
+            one_row | {"after": "7."},
+        )  # fmt: skip
+        for wrong in wrongs:
+            answer = await world.get("policy", "/v1/approvals", office.sam, **wrong)
+            assert answer.status_code == 400
+
+        # What the index remembers of records is forgotten with them: the agent has another sponsor now.
+        transfer = world.claims(
+            AgentTransfer, world.operator, agent_id="deploy-bot", sponsor="petra", without_consent=True
+        )
+        await world.accepted(transfer, world.operator)
+        async with asyncio.timeout(30):
+            while (await page(office.sam, limit="9"))["counts"] != {"mine": 0, "others": 0}:
+                await asyncio.sleep(0.05)
+        # And no page has what nobody can approve any more; by itself it says so.
+        assert (await page(office.petra, limit="9", show="mine"))["counts"] == {"mine": 1, "others": 0}
+        one = (await world.get("policy", f"/v1/approvals/{asked[0].id}", office.petra)).json()
+        assert one["superseded"] is True
+        kept = (await world.get("policy", f"/v1/approvals/{theirs.id}", office.petra)).json()
+        assert "superseded" not in kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, V
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import permission
 from tests.support.switches import build_options
-from tests.unit.test_gateway_domain import Place
+from tests.unit.test_gateway_domain import GATEWAY_KEY, Place
 
 URL = "http://gateway/staging/mcp"
 TOKEN = "Bearer t0ken-of-the-lease"
@@ -134,11 +134,17 @@ class McpPlace(PlayedRecorder):
 
 @contextlib.asynccontextmanager
 async def mcp_placed(
-    port: int, folder: Path, *leases: Any, tls: ssl.SSLContext | None = None, observe: Collection[str] = ()
+    port: int,
+    folder: Path,
+    *leases: Any,
+    tls: ssl.SSLContext | None = None,
+    observe: Collection[str] = (),
+    rules: Sequence[RequestRule] = RULES,
 ) -> AsyncIterator[McpPlace]:
     """The gateway before what listens at `port`, with a lease of each of these permissions and no other.
 
-    `tls`: what the target is verified by, where it speaks TLS, as `localhost`; `observe`: targets only observed.
+    `tls`: what the target is verified by, where it speaks TLS, as `localhost`; `observe`: targets only observed;
+    `rules`: the target's request map.
     """
     place = Place()
     place.table.revoke(place.lease.lease_id, 1)
@@ -148,13 +154,14 @@ async def mcp_placed(
     ledger = place.ledger
     found = McpPlace(place)
     targets = Targets(ledger.directory)
-    ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=RULES, verbs=verbs))
+    ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=tuple(rules), verbs=verbs))
     for one in leases:
         place.leased(one)
     played = cast(Any, found)
     gate = DecisionGate(
         played, targets, played, played, played, played, played, played, ledger.clock,
-        gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9, observe=observe,
+        gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
+        observe=observe,
         **build_options("gateway"),
     )  # fmt: skip
     found.plane = plane = DataPlane(

@@ -119,7 +119,7 @@ async def test_only_a_passkey_of_who_was_asked_answers(bench: Bench) -> None:
             await bench.answer(question, bench.signed(question, by))
     with pytest.raises(WrongAnswerError):
         await bench.answer(question, bench.signed(question, bench.ledger.key("sam")))
-    for nothing in (None, 1, "a.b"):
+    for nothing in (None, 1, True):
         with pytest.raises(WrongAnswerError):
             await bench.answer(question, nothing)
     assert bench.sent == []

@@ -97,7 +97,7 @@ class Gateway(PlayedRecorder):
         played = cast(Any, self)
         self.gate = DecisionGate(
             played, targets, played, played, played, played, played, self.approvals, ledger.clock,
-            gateway=self.key.id, entitlements_max_age_s=10**9,
+            gateway=self.key.id, key=lambda: self.key, entitlements_max_age_s=10**9,
             **build_options("gateway"),
         )  # fmt: skip
 

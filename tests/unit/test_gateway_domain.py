@@ -50,6 +50,7 @@ from tests.support.in_memory_registry import InMemoryRegistry, permission
 
 MAX_AGE_S = 30 * 86_400
 READ = Action("read", "env/staging/web")
+GATEWAY_KEY = SigningKey.generate("spiffe://acme.example/service/gateway")
 WIDE = permission("env/**", verbs=("read", "deploy"))
 
 

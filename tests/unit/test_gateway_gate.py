@@ -22,7 +22,7 @@ from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import cut_error
 from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
 from ringfence.gateway.decision.gate import DecisionGate
-from ringfence.gateway.decision.mcp import SessionTable
+from ringfence.gateway.decision.mcp_bindings import BindingTable
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
 from ringfence.gateway.events.refusal_counts import RefusalCounts
@@ -34,7 +34,7 @@ from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, 
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.switches import build_options, is_on
 from tests.support.unknown_field_cases import as_before
-from tests.unit.test_gateway_domain import Place
+from tests.unit.test_gateway_domain import GATEWAY_KEY, Place
 
 RULES = (
     RequestRule(method="GET", path="/{path*}", verb="read", resource="{path*}"),
@@ -67,7 +67,7 @@ class Parts(PlayedRecorder):
         self.counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         self.gate: Gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
-            gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+            gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
             **build_options("gateway"),
         )  # fmt: skip
 
@@ -429,7 +429,7 @@ async def test_mcp_is_not_spoken_where_nobody_sees_the_answers(parts: Parts) -> 
 
 
 def test_a_lease_has_so_many_sessions_and_no_more() -> None:
-    sessions = SessionTable()
+    sessions = BindingTable()
     for number in range(300):
         assert sessions.open("repos", f"s{number}", "a")
     assert sessions.open("repos", "other", "b")

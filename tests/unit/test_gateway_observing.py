@@ -25,6 +25,7 @@ from ringfence.kernel.service import process
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
 from tests.support.switches import build_options
 from tests.support.unknown_field_cases import as_before, planted
+from tests.unit.test_gateway_domain import GATEWAY_KEY
 from tests.unit.test_gateway_gate import RULES, Parts, attempt
 
 OWN = frozenset({"authorization"})
@@ -42,7 +43,7 @@ class Watched(Parts):
         ledger.give(ledger.target_set("olga", "other", backend=backend, requests=RULES))
         self.gate = DecisionGate(
             played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
-            gateway="spiffe://acme.example/service/gateway", entitlements_max_age_s=10**9,
+            gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
             observe=observe or ("staging",), **build_options("gateway"),
         )  # fmt: skip
 

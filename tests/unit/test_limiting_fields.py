@@ -61,11 +61,11 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
-from ringfence.model.http_targets.mcp import read_message
 from ringfence.model.http_targets.request_map import Action, RequestMap
 from ringfence.model.identity.attestation import matching, selector_id
 from ringfence.model.leases.lifecycle import selector_key_of
 from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.model.mcp.messages import read_message
 from ringfence.model.records.instances import EnrolmentError, instance_id, open_enrolment, ref_void
 from ringfence.model.records.provisioning import given_by
 from ringfence.model.requests.approvals import approval_problem, not_understood

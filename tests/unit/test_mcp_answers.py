@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.dataplane.mcp_responses import (
-    MAX_LISTED,
     MAX_MESSAGE_BYTES,
     EventStreamFilter,
     McpResponseFilter,
@@ -19,7 +18,17 @@ from ringfence.gateway.dataplane.mcp_responses import (
 )
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.http1.head import FieldSection, ResponseHead
+from ringfence.model.mcp.results import MAX_LISTED, Grants
 
+GRANTS = Grants(
+    is_visible=lambda method, name: name == "mine",
+    is_offered=lambda method: method in ("tools/list", "tools/call"),
+    fresh_ms=lambda: 5000,
+    seal_state=lambda own: f"sealed {own}",
+    bind_task=lambda task: task != "other",
+    owns_task=lambda task: task == "mine",
+    learn_headers=lambda tool, declared: None,
+)
 LIST = {
     "jsonrpc": "2.0",
     "id": 1,
@@ -37,7 +46,7 @@ def answers(
             "tools/call",
             id,
             opens_session,
-            lambda method, name: name == "mine",
+            GRANTS,
             lambda session: bind_session,
             told.append,
         )
@@ -61,7 +70,7 @@ def test_lists_have_what_may_be_used_and_nothing_else(member: str, key: str) -> 
         "id": 1,
         "result": {member: [{key: "mine"}, {key: "other"}], "nextCursor": "x"},
     }
-    assert json.loads(answers().message(data(given)))["result"] == {
+    assert json.loads(answers().message(data(given)) or b"")["result"] == {
         member: [{key: "mine"}],
         "nextCursor": "x",
     }

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.registry import McpRule, RequestRule
-from ringfence.model.http_targets.mcp import McpMessageError, read_message
 from ringfence.model.http_targets.request_map import (
     MAX_BODY_BYTES,
     Action,
     RequestMap,
     RequestMapError,
 )
+from ringfence.model.mcp.messages import McpMessageError, read_message
 from ringfence.model.scope.globs import parse_name
 
 

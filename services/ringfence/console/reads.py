@@ -51,10 +51,13 @@ class SessionReads(ReadApi):
         """A record with its `record`, as the registry signed it. Raises ApiError."""
         return await self.get("registry", f"{kind}s", id, records=1)
 
-    async def approvals(self) -> list[dict[str, Any]]:
-        """The requests that wait and that the person may see, the most urgent first."""
-        listed: list[dict[str, Any]] = (await self.get("policy", "approvals"))["approvals"]
-        return listed
+    async def approvals(self, *, show: str, after: str | None, limit: int) -> dict[str, Any]:
+        """A page of the requests that wait and that the person may see, the most urgent first.
+
+        `show`: mine, others, all. Returns `{approvals, after, counts: {mine, others}}`; continue with `after`.
+        """
+        page: dict[str, Any] = await self.get("policy", "approvals", show=show, after=after, limit=limit)
+        return page
 
     async def approval(self, request_id: str) -> dict[str, Any]:
         """One of them. Raises ApiError (404)."""

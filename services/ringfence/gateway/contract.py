@@ -18,6 +18,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.operations import AnswerKind, Destination
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import Action
+from ringfence.model.mcp.results import Grants
 
 Headers = tuple[tuple[str, str], ...]
 """Names in lower case with `-` for `_`, and values without surrounding white space. Each byte is one character."""
@@ -63,6 +64,8 @@ class McpHeaders:
     """Whether there is a `Last-Event-ID`."""
     mcp_fields: tuple[tuple[str, str], ...] = ()
     """All other headers that start with `Mcp-`, except the protocol version. Names in lower case."""
+    versions: tuple[str, ...] = ()
+    """`MCP-Protocol-Version`, each time that it comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,12 @@ class RpcErrorReply:
 
     id: str | int | None
     """The id of the refused request; None if it has none that could be read."""
+    stateless: bool = False
+    """Whether the request is of revision 2026-07-28, which has codes and statuses of its own for some errors."""
+    requested: str | None = None
+    """The revision that the request stated in `_meta`."""
+    request_state: str | None = field(default=None, repr=False)
+    """Set while a person is asked: the client is told to retry with this state, and gets no error."""
 
 
 @dataclass(slots=True)
@@ -141,12 +150,14 @@ class McpExchange:
     """The id of the posted request."""
     opens_session: bool
     """Whether a session in the response is new."""
-    is_visible: Callable[[str, str], bool]
-    """Whether a lease may allow a use, given its MCP method and the name of the tool, prompt or resource."""
+    grants: Grants
+    """What the sender may see of the answers."""
     bind_session: Callable[[str], bool]
     """Bind a session to this lease. False if it is another lease's, and must not reach the agent."""
     record_outcome: Callable[[McpOutcome], None]
     """Record the outcome, once, at the end."""
+    revision: str | None = None
+    """The revision that the request stated."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +188,8 @@ class Verdict:
     """
     headers: Headers | None = field(default=None, repr=False, compare=False)
     """Set if a person approved the request: only these headers and the credential are forwarded."""
+    body: bytes | None = field(default=None, repr=False, compare=False)
+    """Set if the forwarded body is not the one that was sent: an MCP message that was built anew."""
     injected: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
     """For the core alone: data planes call `Gate.headers_to_inject`."""
 

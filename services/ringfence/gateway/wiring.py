@@ -98,7 +98,7 @@ def build_core(
     )  # fmt: skip
     gate = DecisionGate(
         view, targets, authenticator, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
-        gateway=runtime.key.id, entitlements_max_age_s=settings.entitlements_max_age_s,
+        gateway=runtime.key.id, key=lambda: runtime.key, entitlements_max_age_s=settings.entitlements_max_age_s,
         observe=own.observe, fast_path=fast_path,
     )  # fmt: skip
 

@@ -459,8 +459,9 @@ class McpRule(Message):
     method: Annotated[str, Field(pattern=r"^(notifications/\*|[A-Za-z$_][A-Za-z0-9$_/-]{0,63})$")]
     """The JSON-RPC method, exactly; `notifications/*` for all of those, `response` for what answers the server."""
     name: NonEmpty | None = None
-    """Which tool or prompt (`params.name`), or resource (`params.uri`): a template, in which `{name}` captures what
-    has no slash, and `{name*}` at its end all that is left. Every one where none is given."""
+    """Which tool or prompt (`params.name`), resource (`params.uri`), task (`params.taskId`), or what is completed
+    (`params.ref`): a template, in which `{name}` captures what has no slash, and `{name*}` at its end all that is left.
+    Every one where none is given."""
     arguments: Annotated[Condition, Field(max_length=16)] | None = None
     """Members of `params.arguments` that must come with one of these values. `true`, `false`, `null` and whole numbers
     are those of JSON, and not texts that look so."""

@@ -226,7 +226,14 @@ def build(
     runtime.denies_when(directory.stale)
     runtime.warns_when(lambda: admission.behind(runtime.clock.now_ms()))
     authenticator = Authenticator(directory, runtime.role, runtime.clock)
-    runtime.routes += DecisionsApi(runtime, directory, authenticator, decisions).routes()
+    decisions_api = DecisionsApi(runtime, directory, authenticator, decisions, lambda: judge.policy_revision)
+
+    async def keep_pending_index() -> None:
+        await decisions.settle()
+        await decisions_api.index.keep()
+
+    runtime.background("what waits for approvals", keep_pending_index)
+    runtime.routes += decisions_api.routes()
     runtime.routes += ActionsApi(questions, directory, authenticator).routes()
     runtime.routes += UsageApi(directory, authenticator, holdings, key_last_seen, runtime.clock).routes()
     runtime.routes += InventoryApi(runtime, directory, authenticator, agent_index, directory.stale).routes()

@@ -34,7 +34,10 @@ from ringfence.messages.operations import ActionAnswered, ActionDecided, Destina
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
-_STOLEN: Final = frozenset({"handle_other_agent", "proof_by_stranger", "mcp_session_other_agent"})
+_STOLEN: Final = frozenset({
+    "handle_other_agent", "proof_by_stranger", "mcp_session_other_agent", "mcp_task_other_agent",
+    "mcp_state_other_agent",
+})  # fmt: skip
 """Reason codes of a stolen handle or session: another agent than its owner presented it. They raise an alert."""
 _CREATE, _READ, _UPDATE, _DELETE = 1, 2, 3, 4
 _ACTIVITIES: Final[Mapping[str, int]] = {

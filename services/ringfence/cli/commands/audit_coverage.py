@@ -67,16 +67,15 @@ def coverage(
     Agents with a live sponsor: of those that are not decommissioned, those whose sponsor is active and has the role; as
     of now, whatever the period. Agents seen: those that got a lease or acted, and those of them with a verified record.
 
-    Leases: those issued in the period. One leads back to a human where audit verified the issuer's record, the decision
-    that it names with the agent's request inside, and the task's record, all say the same, and the user on whose behalf
-    it was has a verified record. It is short-lived where its life is not over --short-lived; bound to a task where it
-    ends with its task or before.
+    Leases: those issued in the period. A lease leads back to a human if audit verified the issuer's record, the
+    decision that it names with the agent's request inside, the task's record and the user's record, and they agree. It
+    is short-lived if it lives no longer than --short-lived. It is bound to a task if it ends with its task or before.
 
-    Actions: those that went through gateways in the period, also those in observe mode. One leads back to a human where
-    it went by a lease of that agent, before its deadline, that does.
+    Actions: those that gateways forwarded in the period, also in observe mode. An action leads back to a human if it
+    used a lease of its agent that does, before the lease's deadline.
 
-    Standing privileges, of which the aim is 0: leases that are not both, or whose end is not known 5 minutes after
-    their deadline. Operators and auditors see all, sponsors what concerns their agents.
+    Standing privileges: leases that are not both, or whose end is not known 5 minutes after their deadline. The aim is
+    0. Operators and auditors see all, sponsors what concerns their agents.
     """
     from ringfence.client.reports.coverage import coverage_report
 

@@ -13,8 +13,7 @@ SignOption = Annotated[
     typer.Option(
         "--sign-origin",
         metavar="URL",
-        help="Where people sign with passkeys: the sign page. Signs the next trust bundle if there is one, also with "
-        "--renew. Repeatable.",
+        help="Origin of the sign page. Signs the next trust bundle if there is one, also with --renew. Repeatable.",
     ),
 ]
 SessionOption = Annotated[

@@ -92,9 +92,9 @@ def request(
 ) -> None:
     """Ask for a credential. It alone goes to stdout, everything else to stderr: TOKEN=$(ringfence request ...).
 
-    With --exec it goes to one command, and to nothing else: PGPASSWORD and the others that libpq reads for postgres,
-    REDIS_URL for redis, RINGFENCE_SSH_CONFIG (a file for ssh -F) for ssh, else RINGFENCE_CREDENTIAL; RINGFENCE_LEASE
-    with --delivery gateway. The exit status is then the command's.
+    With --exec, only one command gets the credential, in its environment: for postgres PGPASSWORD and the other
+    variables of libpq, for redis REDIS_URL, for ssh RINGFENCE_SSH_CONFIG (a file for ssh -F), else
+    RINGFENCE_CREDENTIAL. With --delivery gateway it gets RINGFENCE_LEASE. The exit status is then the command's.
     """
     from ringfence.client.agent.credentials import GatewayCredential
     from ringfence.client.agent.environment import applied

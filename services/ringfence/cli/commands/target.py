@@ -98,8 +98,8 @@ def add(
         typer.Option(
             "--approver-key",
             metavar="VERB=KIND",
-            help="Approvals of this verb count only by such a key: attested (a passkey with a verified attestation) or "
-            "file (a key file). Also for grants, single actions and break glass. Repeatable.",
+            help="The kind of key that may approve this verb (also in grants, single actions and break glass): "
+            "attested (a passkey with a verified attestation) or file (a key file). Repeatable.",
         ),
     ] = None,
     template: Annotated[

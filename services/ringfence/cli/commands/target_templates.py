@@ -42,7 +42,10 @@ def _http() -> Iterator[RequestRule]:
 
 # --- a Model Context Protocol server with unknown tools ---------------------------------------------------------------
 
-_MCP_CONNECTS = ("initialize", "ping", "notifications/*", "logging/setLevel", "tools/list")
+_MCP_CONNECTS = (
+    "server/discover", "initialize", "ping", "notifications/*", "logging/setLevel", "tools/list",
+    "subscriptions/listen",
+)  # fmt: skip
 
 
 def _mcp() -> Iterator[RequestRule]:

@@ -43,9 +43,8 @@ SelectorOption = Annotated[
     typer.Option(
         "--selector",
         metavar="SELECTOR",
-        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ...', or 'runner=NAME' for runs of the "
-        "agent, with key-bound and life=1h after it where wanted; a JSON object; or @FILE with a JSON list. "
-        "Repeatable.",
+        help="Which running instances may enrol a key: 'ISSUER CLAIM=PATTERN ...', or 'runner=NAME' for the agent's "
+        "runs, then optionally key-bound and life=1h; a JSON object; or @FILE with a JSON list. Repeatable.",
     ),
 ]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import asyncio
+from typing import Any, Final
 
 from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.request_groups import RequestGroup, group_equivalent
@@ -22,38 +23,40 @@ _NO_RECORDS = {
     "target_description": "",
     "delegators": [],
 }
-PAGE_GROUPS = 50
-"""Groups on one page."""
+ROWS: Final = 50
+"""Requests of one page, before equivalent ones are grouped."""
+GROUP_ROWS: Final = 20
+"""Requests of a group that a page has forms for. The others come up once these are answered."""
 
 
 async def approvals(view: View) -> Page:
-    """All that waits and that the person may see; what they can answer comes first."""
-    listed = await view.reads.approvals()
-    pending = [as_pending(one) for one in listed]
-    digests = {one["request_id"]: shown_digest(one) for one in listed}
-    groups = group_equivalent(pending)
-    actions = await view.reads.action_approvals()
-    mine = [group for group in groups if group.first.mine]
-    others = [group for group in groups if not group.first.mine]
+    """What waits and what the person may see, page by page; what they can answer comes first."""
     shown = view.query.get("show") or "mine"
-    chosen = {"mine": mine, "others": others}.get(shown, groups)
-    first = _start(view, len(chosen))
-    page = chosen[first : first + PAGE_GROUPS]
-    unusual = await comparisons(view, page)
+    shown = shown if shown in ("mine", "others", "all") else "mine"
+    after = view.query.get("after") or None
+    found, actions = await asyncio.gather(
+        view.reads.approvals(show=shown, after=after, limit=ROWS), view.reads.action_approvals()
+    )
+    listed = found["approvals"]
+    groups = group_equivalent([as_pending(one) for one in listed])
+    digests = {one["request_id"]: shown_digest(one) for one in listed}
+    unusual = await comparisons(view, groups)
+    counts = found["counts"]
     return Page(
         "approvals.html",
         "Approvals",
         {
-            "cards": [_card(*one, digests) for one in zip(page, unusual, strict=True)],
+            "cards": [_card(*one, digests) for one in zip(groups, unusual, strict=True)],
             "shown": shown,
-            "actions": [one for one in actions if shown == "all" or one["mine"] == (shown == "mine")],
+            "actions": [
+                one for one in actions if not after and (shown == "all" or one["mine"] == (shown == "mine"))
+            ],
             "counts": {
-                "mine": len(mine) + sum(one["mine"] for one in actions),
-                "others": len(others) + sum(not one["mine"] for one in actions),
+                "mine": counts["mine"] + sum(one["mine"] for one in actions),
+                "others": counts["others"] + sum(not one["mine"] for one in actions),
             },
-            "waiting": len(pending),
-            "first": first,
-            "more": first + PAGE_GROUPS if len(chosen) > first + PAGE_GROUPS else None,
+            "first": not after,
+            "after": found["after"],
         },
         "approvals",
     )
@@ -67,7 +70,10 @@ async def approval(view: View) -> Page:
     return Page(
         "approval.html",
         f"Request {one['request_id'][:8]}",
-        {"card_view": _card(group, unusual, {one["request_id"]: shown_digest(one)})},
+        {
+            "superseded": bool(one.get("superseded")),
+            "card_view": _card(group, unusual, {one["request_id"]: shown_digest(one)}),
+        },
         "approvals",
     )
 
@@ -110,11 +116,6 @@ def _card(group: RequestGroup, unusual: Unusual | None, digests: dict[str, str])
         "one": group.first,
         "group": group,
         "digests": digests,
+        "others": group.requests[1:GROUP_ROWS],
         "needs": describe_approvers(group.first.required),
     }
-
-
-def _start(view: View, most: int) -> int:
-    text = view.query.get("from", "0")
-    number = int(text) if text.isascii() and text.isdecimal() and len(text) < 7 else 0
-    return number if number < most else 0

@@ -160,7 +160,9 @@ class AgentConnection:
                 return await self._send_answer(self._shared.answer(verdict), request, close=not body.done)
             if expects_continue and sent.body is None and not body.done and not self._client.buffer:
                 self._client.write(_CONTINUE)
-            return await self._forward(ForwardedRequest(request, attempt, verdict, body, sent.body))
+            return await self._forward(
+                ForwardedRequest(request, attempt, verdict, body, verdict.body or sent.body)
+            )
         finally:
             self._slot.end()
 

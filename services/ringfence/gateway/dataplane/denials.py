@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -10,12 +11,25 @@ import orjson
 
 from ringfence.gateway.contract import RpcErrorReply, Verdict
 from ringfence.messages.credential import Reason
+from ringfence.model.mcp.revisions import SUPPORTED
 
 MEDIA_TYPE: Final = "application/problem+json"
 _JSON: Final = "application/json"
 _HTTP_STATUSES: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND})
 """MCP clients act on these HTTP statuses: the sender is not authenticated, or the session has ended."""
 _TYPE: Final = "urn:ringfence:problem:"
+_METHOD_NOT_FOUND: Final = -32601
+_UNSUPPORTED_VERSION: Final = -32022
+_STATELESS_CODES: Final[Mapping[str, int]] = {
+    "mcp_header": -32020,
+    "mcp_version": _UNSUPPORTED_VERSION,
+    "mcp_unreadable": -32700,
+    "mcp_batch": -32600, "mcp_compressed": -32600, "mcp_media_type": -32600, "mcp_invalid": -32600,
+    "mcp_meta": -32602, "mcp_state_missing": -32602, "mcp_state_invalid": -32602, "mcp_state_unknown": -32602,
+    "mcp_state_other_call": -32602, "mcp_task_unknown": -32602,
+    "mcp_method": _METHOD_NOT_FOUND,
+}  # fmt: skip
+"""The codes that revision 2026-07-28 of MCP has for refusals."""
 _FIXED_BY_NEW_CREDENTIAL: Final = frozenset({
     "no_lease", "beyond_lease", "lease_ended", "lease_cut", "socket_other_run",
 })  # fmt: skip
@@ -73,18 +87,39 @@ def denial_answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
     headers = {name: value for name, value in denial_headers(verdict).items() if name != "Cache-Control"}
     if verdict.rpc is None or verdict.status in _HTTP_STATUSES:
         return verdict.status, headers, problem_body(verdict)
-    status = verdict.status if verdict.rpc.id is None else HTTPStatus.OK.value
-    return status, {**headers, "Content-Type": _JSON}, rpc_error(verdict, verdict.rpc)
+    if verdict.rpc.request_state is not None:
+        headers.pop("Retry-After", None)
+        return HTTPStatus.OK.value, {**headers, "Content-Type": _JSON}, _input_required(verdict.rpc)
+    code, status = _rpc_code_and_status(verdict, verdict.rpc)
+    return status, {**headers, "Content-Type": _JSON}, rpc_error(verdict, verdict.rpc, code)
 
 
-def rpc_error(verdict: Verdict, rpc: RpcErrorReply) -> bytes:
-    """The problem details as a JSON-RPC error: its code is the HTTP status.
+def _rpc_code_and_status(verdict: Verdict, rpc: RpcErrorReply) -> tuple[int, int]:
+    """The code of a JSON-RPC error, and the HTTP status that it goes with.
 
-    Codes outside the range that JSON-RPC reserves are the application's (JSON-RPC 2.0, 5.1).
+    Both are those of the revision, where it has some for the error (MCP 2026-07-28). Otherwise the code is the HTTP
+    status: codes outside the range that JSON-RPC reserves are the application's (JSON-RPC 2.0, 5.1).
     """
+    reason = verdict.reasons[0].code if verdict.reasons else ""
+    if rpc.stateless and reason in _STATELESS_CODES:
+        code = _STATELESS_CODES[reason]
+        return code, HTTPStatus.NOT_FOUND if code == _METHOD_NOT_FOUND else HTTPStatus.BAD_REQUEST
+    return verdict.status, verdict.status if rpc.id is None else HTTPStatus.OK.value
+
+
+def rpc_error(verdict: Verdict, rpc: RpcErrorReply, code: int) -> bytes:
+    """The problem details as a JSON-RPC error with this code."""
     details = problem_details(verdict)
-    error = {"code": verdict.status, "message": f"{details['code']}: {details['detail']}", "data": details}
+    if code == _UNSUPPORTED_VERSION:
+        details |= {"supported": list(SUPPORTED), "requested": rpc.requested or ""}
+    error = {"code": code, "message": f"{details['code']}: {details['detail']}", "data": details}
     return orjson.dumps({"jsonrpc": "2.0", "id": rpc.id, "error": error})
+
+
+def _input_required(rpc: RpcErrorReply) -> bytes:
+    """The result that tells a client to retry (MCP 2026-07-28): a person is asked, and nothing of the client."""
+    result = {"resultType": "input_required", "requestState": rpc.request_state}
+    return orjson.dumps({"jsonrpc": "2.0", "id": rpc.id, "result": result})
 
 
 def denial_headers(verdict: Verdict) -> dict[str, str]:

@@ -342,7 +342,12 @@ class Exchange:
         if media == EVENTS:
             return None, EventStreamFilter(self._mcp_filter)
         if media == JSON:
-            return self._mcp_filter.message(await self._read_whole_body(upstream, body)), None
+            whole = self._mcp_filter.message(await self._read_whole_body(upstream, body))
+            if whole is None:
+                raise RequestRefusedError(
+                    502, "target_unreadable", "the target answers with what is not asked for"
+                )
+            return whole, None
         raise RequestRefusedError(
             502, "target_unreadable", "the target answers a message of MCP with something else"
         )

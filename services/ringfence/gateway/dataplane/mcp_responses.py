@@ -1,7 +1,6 @@
 """Filters the responses of MCP endpoints: lists contain only what the lease may use. The outcome is recorded.
 
-Every list of tools, prompts or resources is filtered, in a JSON body and in each event of a stream, whichever request
-it answers: a resumed stream may repeat answers to other requests of its session.
+What is filtered, and why, is that of `ringfence.model.mcp.results`: in a JSON body, and in each event of a stream.
 """
 
 from __future__ import annotations
@@ -15,12 +14,10 @@ from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.http1.head import ResponseHead
-from ringfence.model.http_targets.mcp import LISTED
+from ringfence.model.mcp.results import ResultFilter, TooLongListError, UnreadableResultError
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
 """The most bytes of a message of a target, which is buffered until it is complete."""
-MAX_LISTED: Final = 1000
-"""The most entries of one page of a list: each is matched with the request map."""
 JSON: Final = b"application/json"
 EVENTS: Final = b"text/event-stream"
 
@@ -37,6 +34,7 @@ class McpResponseFilter:
 
     def __init__(self, mcp: McpExchange) -> None:
         self._mcp = mcp
+        self._results = ResultFilter(mcp.method, mcp.id, mcp.revision, mcp.grants)
         self.outcome = McpOutcome()
 
     def on_response_head(self, response: ResponseHead) -> None:
@@ -57,34 +55,22 @@ class McpResponseFilter:
         """Record the outcome, at the end of the response."""
         self._mcp.record_outcome(self.outcome)
 
-    def message(self, data: bytes) -> bytes:
-        """Filter one message. Raises RequestRefusedError if it cannot be parsed for certain."""
+    def message(self, data: bytes) -> bytes | None:
+        """Filter one message; None if it must not be shown. Raises RequestRefusedError if it cannot be understood."""
         try:
             message = json_object(data)
         except ValueError:
             raise _unreadable("a message is not one JSON object") from None
         self._record_outcome(message)
-        return orjson.dumps(message) if self._filter_lists(message.get("result")) else data
-
-    def _filter_lists(self, result: Any) -> bool:
-        """Filter the lists in a result. Returns whether an entry was removed."""
-        if not isinstance(result, dict):
-            return False
-        changed = False
-        for member, (method, key) in LISTED.items():
-            listed = result.get(member)
-            if not isinstance(listed, list):
-                continue
-            if len(listed) > MAX_LISTED:
-                raise too_large(f"a page of a list may have {MAX_LISTED} entries")
-            visible = [entry for entry in listed if self._is_visible(entry, method, key)]
-            changed |= len(visible) != len(listed)
-            result[member] = visible
-        return changed
-
-    def _is_visible(self, listed: Any, method: str, key: str) -> bool:
-        name = listed.get(key) if isinstance(listed, dict) else None
-        return isinstance(name, str) and self._mcp.is_visible(method, name)
+        try:
+            changed = self._results.apply(message)
+        except TooLongListError as error:
+            raise too_large(error.message) from None
+        except UnreadableResultError as error:
+            raise _unreadable(error.message) from None
+        if changed is None:
+            return None
+        return orjson.dumps(message) if changed else data
 
     def _record_outcome(self, message: dict[str, Any]) -> None:
         if "method" in message or self._mcp.id is None or message.get("id") != self._mcp.id:
@@ -149,6 +135,8 @@ class EventStreamFilter:
         data = b"\n".join(_value(line) for line in lines if _name(line) == b"data")
         if data:
             filtered = self._answers.message(data)
+            if filtered is None:
+                return b""
             if filtered != data:
                 lines = [*(line for line in lines if _name(line) != b"data"), b"data: " + filtered]
         return b"".join(line + b"\n" for line in lines) + b"\n"

@@ -23,7 +23,8 @@ from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import AGENT_API, Scheme, canonical
 from ringfence.kernel.http1.head import FieldSection, RequestHead
 
-_HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", b"mcp-protocol-version"})
+_VERSION: Final = b"mcp-protocol-version"
+_HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", _VERSION})
 _MCP_FIELDS: Final = frozenset({b"content-type", b"content-encoding", b"mcp-session-id", b"last-event-id"})
 _NO_MCP_HEADERS: Final = McpHeaders()
 _SCHEMES: Final[tuple[Scheme, ...]] = ("http", "https")
@@ -179,7 +180,8 @@ def _mcp_headers(section: FieldSection) -> McpHeaders:
         for name, line in section.lines
         if name[:4] == b"mcp-" and name not in _HANDLED_MCP_FIELDS
     ]
-    if not mcp_fields and _MCP_FIELDS.isdisjoint(values):
+    versions = tuple(_value(line) for name, line in section.lines if name == _VERSION)
+    if not mcp_fields and not versions and _MCP_FIELDS.isdisjoint(values):
         return _NO_MCP_HEADERS
     media, coding, session = (
         value.decode("latin-1") if (value := values.get(name)) is not None else None
@@ -190,11 +192,13 @@ def _mcp_headers(section: FieldSection) -> McpHeaders:
         coding.lower() if coding is not None else None,
         session,
         b"last-event-id" in values,
-        tuple(
-            (name.decode("latin-1"), line.partition(b":")[2].strip(b" \t").decode("latin-1"))
-            for name, line in mcp_fields
-        ),
+        tuple((name.decode("latin-1"), _value(line)) for name, line in mcp_fields),
+        versions,
     )
+
+
+def _value(line: bytes) -> str:
+    return line.partition(b":")[2].strip(b" \t").decode("latin-1")
 
 
 def traceparent_in(section: FieldSection) -> str | None:

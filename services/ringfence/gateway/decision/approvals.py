@@ -48,6 +48,8 @@ from ringfence.model.requests.facts import DeniedError, RecordContext, load_reco
 
 log = logging.getLogger(__name__)
 
+PENDING: Final = "approval_pending"
+"""The code of the refusal while a person is asked."""
 MAX_URL_CHARS: Final = 8000
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_ANSWERS_IN_PROGRESS: Final = 1000
@@ -65,6 +67,7 @@ class ActionToApprove:
     method: str
     url: str
     body: bytes
+    """As it is forwarded; of an MCP message its canonical form, from which the forwarded one is built."""
     headers: Headers
     """All headers that are forwarded, without those of the credential."""
     chosen: ChosenLease
@@ -91,13 +94,15 @@ class Approvals:
     # --- questions ---
 
     async def wait_for_answer(
-        self, pending: ActionToApprove, holdable: HoldableRequest | None
+        self, pending: ActionToApprove, holdable: HoldableRequest | None, *, wait_s: float | None = None
     ) -> tuple[Question | None, Refusal | None]:
         """Ask, or join an open question, and wait. Returns the question, if any, and why the request is refused.
 
         Without a refusal there is an approval, which the request may use (`use_approval`). `holdable`: the request, as
-        the data plane has it; None if the data plane cannot tell whether its client is still there.
+        the data plane has it; None if the data plane cannot tell whether its client is still there. `wait_s`: a shorter
+        time to wait; with 0 the request is not held at all.
         """
+        wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
         if (refusal := _unshowable_refusal(pending)) is not None:
             return None, refusal
         claims = self._claims(pending)
@@ -106,17 +111,19 @@ class Approvals:
         if question is None:
             if (
                 refusal := self._questions.too_many_open(agent_id)
-                or self._questions.too_many_waiting(agent_id)
+                or (self._questions.too_many_waiting(agent_id) if wait_s else None)
             ) is not None:
                 return None, refusal
             question = Question(Signed(claims, sign(claims, self._runtime.key)), ApprovalKey.of(claims))
             self._questions.add(question)
             if (refusal := await self._publish_question(question, pending)) is not None:
                 return None, refusal
+        if not question.settled and not wait_s:
+            return question, self._timeout_refusal(question)
         if not question.settled:
             if (refusal := self._questions.too_many_waiting(agent_id)) is not None:
                 return question, refusal
-            if (refusal := await self._wait(question, pending, holdable)) is not None:
+            if (refusal := await self._wait(question, pending, holdable, wait_s)) is not None:
                 return question, refusal
         return question, _settled_refusal(question)
 
@@ -204,7 +211,7 @@ class Approvals:
         return None
 
     async def _wait(
-        self, question: Question, pending: ActionToApprove, holdable: HoldableRequest | None
+        self, question: Question, pending: ActionToApprove, holdable: HoldableRequest | None, wait_s: float
     ) -> Refusal | None:
         """Wait for an answer. Returns None if there may be one, otherwise why this request waits no longer."""
         lease, has_left = pending.chosen.lease, False
@@ -225,7 +232,7 @@ class Approvals:
         unwatch = self._table.watch(lease.lease_id, wake)
         stay = holdable.on_disconnect(on_left) if holdable is not None else None
         try:
-            async with asyncio.timeout(max(0.0, min(self._wait_s, question.signed.claims.exp - now_s))):
+            async with asyncio.timeout(max(0.0, min(wait_s, question.signed.claims.exp - now_s))):
                 await waiter
         except TimeoutError:
             return self._timeout_refusal(question)
@@ -259,7 +266,7 @@ class Approvals:
             f"{_APPROVERS[claims.required]} has not answered yet (question {question.id}); send exactly the same "
             f"request again until {claims.exp} (seconds since 1970): a yes counts for the next one, once"
         )
-        return refuse("approval_pending", message)
+        return refuse(PENDING, message)
 
     def _close(self, question: Question, refusal: Refusal) -> None:
         question.closed = refusal

@@ -27,6 +27,8 @@ class DecisionContext:
     action: Action | None = None
     chosen: ChosenLease | None = None
     mcp_request: McpRequest | None = None
+    request_state: str | None = None
+    """The state with which an MCP client is told to retry, while a person is asked."""
     question: Question | None = None
     """The question to a person, if one was asked."""
     waited_ns: int = 0

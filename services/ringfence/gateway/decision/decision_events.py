@@ -27,7 +27,7 @@ from ringfence.messages.operations import (
     Destination,
     RelayEnded,
 )
-from ringfence.model.http_targets.mcp import CALL
+from ringfence.model.mcp.messages import CALL
 
 log = logging.getLogger(__name__)
 

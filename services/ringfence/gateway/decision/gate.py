@@ -26,14 +26,14 @@ from ringfence.gateway.contract import (
 )
 from ringfence.gateway.decision.action_ids import ActionIds
 from ringfence.gateway.decision.approval_questions import Question
-from ringfence.gateway.decision.approvals import ActionToApprove, Approvals
+from ringfence.gateway.decision.approvals import PENDING, ActionToApprove, Approvals
 from ringfence.gateway.decision.approved_headers import headers_to_approve
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import DecisionEvents
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.injection import Injector
-from ringfence.gateway.decision.mcp import McpSessions, rpc_error_reply
+from ringfence.gateway.decision.mcp import McpRequests, rpc_error_reply
 from ringfence.gateway.decision.observe_mode import ObserveMode
 from ringfence.gateway.decision.sender import NONCE_REQUIRED, SenderAuthenticator
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
@@ -57,6 +57,7 @@ from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -66,6 +67,10 @@ log = logging.getLogger(__name__)
 
 _MAX_REASONS: Final = 20
 _RATE_RETRY_S: Final = 5
+_RETRY_HOLD_S: Final = 25.0
+"""The time for which an MCP client's retry is held while a person is asked. The official SDKs give a retry 30 s or
+more, and try ten times.
+"""
 
 
 class DecisionGate:
@@ -84,12 +89,14 @@ class DecisionGate:
         clock: Clock,
         *,
         gateway: str,
+        key: Callable[[], SigningKey],
         entitlements_max_age_s: int,
         observe: Collection[str] = (),
         fast_path: bool = True,
     ) -> None:
         """Args:
             gateway: the SPIFFE ID of this one, for events.
+            key: the current key of this one; that which seals request states of MCP is derived from it.
             observe: the targets that are only observed.
             fast_path: whether decisions are cached for repeated requests; without, each is decided step by step.
         """  # fmt: skip
@@ -116,7 +123,7 @@ class DecisionGate:
             view, targets, recorder, self._task_history, clock, gateway=gateway, fast_path=self._fast_path
         )
         self._observe_mode = ObserveMode(targets, observe)
-        self._mcp_sessions = McpSessions(view.table)
+        self._mcp = McpRequests(view.table, clock, key)
 
     @property
     def events(self) -> DecisionEvents:
@@ -271,14 +278,8 @@ class DecisionGate:
             return target
         context.target = target
         if target.map.speaks_mcp(attempt.target):
-            mcp_request = self._mcp_sessions.read(attempt, target, sender)
-            if isinstance(mcp_request, Refusal):
-                return mcp_request
-            context.mcp_request, context.sender = mcp_request, mcp_request.sender
-            sender = mcp_request.sender
-            action = mcp_request.action(target, attempt)
-        else:
-            action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
+            return await self._authorize_mcp(context, target, sender)
+        action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
         if action is None:
             return self._unmapped_refusal(target, attempt)
         context.action = action
@@ -287,6 +288,40 @@ class DecisionGate:
             return chosen
         context.chosen = chosen
         return await self._ask_bundle(context, chosen, action)
+
+    async def _authorize_mcp(
+        self, context: DecisionContext, target: CompiledTarget, sender: Sender
+    ) -> Refusal | ApprovalRequired | None:
+        """Authorize all actions of one MCP message, by one lease. The first action stands for the message in events."""
+        mcp_request = self._mcp.read(context.attempt, target, sender)
+        if isinstance(mcp_request, Refusal):
+            return mcp_request
+        context.mcp_request, context.sender = mcp_request, mcp_request.sender
+        sender = mcp_request.sender
+        actions = mcp_request.actions(target, context.attempt)
+        if actions is None:
+            return self._unmapped_refusal(target, context.attempt)
+        required: list[tuple[Action, ChosenLease, ApprovalRequired]] = []
+        for action in actions:
+            context.action = action
+            chosen = self._authorize(sender, target.state, action)
+            if isinstance(chosen, Refusal):
+                return chosen
+            context.chosen = chosen
+            result = await self._ask_bundle(context, chosen, action)
+            if isinstance(result, Refusal):
+                return result
+            if result is not None:
+                required.append((action, chosen, result))
+            sender = replace(sender, lease_id=chosen.lease.lease_id, task_id=chosen.lease.task_id)
+        if len(required) > 1:
+            text = "several things in this message need a person's approval each: send them one at a time"
+            return refuse("mcp_several_approvals", text)
+        if required:
+            context.action, context.chosen, approval = required[0]
+            return approval
+        context.action = actions[0]
+        return None
 
     def _authorize_uncached(
         self, sender: Sender, target: TargetState, action: Action
@@ -353,17 +388,28 @@ class DecisionGate:
             return refusal
         waiting = _pending_action(context, approval)
         if waiting is None:
-            return refuse("action_unshowable", "the target does not say where it is, so nobody can be asked")
+            text = "the target does not say where it is, or a number in the message is too large to be told exactly"
+            return refuse("action_unshowable", f"nobody can be asked: {text}")
         began_ns = time.perf_counter_ns()
         try:
-            context.question, refusal = await self._approvals.wait_for_answer(waiting, context.holdable)
+            context.question, refusal = await self._approvals.wait_for_answer(
+                waiting, context.holdable, wait_s=_hold_s(context)
+            )
         finally:
             context.waited_ns = time.perf_counter_ns() - began_ns
+        if refusal is not None and refusal.reasons[0].code == PENDING:
+            self._offer_retry(context)
         if refusal is not None and refusal.status == UNAVAILABLE:
             refusal = self._stale_refusal() or refusal  # the stale refusal names what is stale
         if refusal is not None or context.question is None:
             return refusal or refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._check_again(context, sender, context.question)
+
+    def _offer_retry(self, context: DecisionContext) -> None:
+        """Make the state with which an MCP client retries while a person is asked."""
+        mcp_request, lease = context.mcp_request, context.lease
+        if mcp_request is not None and lease is not None and mcp_request.learns_of_approval:
+            context.request_state = self._mcp.approval_state(mcp_request, lease)
 
     async def _read_whole_body(self, context: DecisionContext) -> Refusal | None:
         if context.attempt.body is None and context.holdable is not None:
@@ -442,6 +488,7 @@ class DecisionGate:
             observed=context.observed,
             mcp=self._mcp_exchange(context, attempt) if refusal is None else None,
             rpc=self._rpc_error_reply(context, attempt) if refusal is not None else None,
+            body=_forwarded_body(context) if refusal is None or context.observed else None,
             headers=_approved_headers(context) if refusal is None else None,
             injected=context.injected if refusal is None else None,
         )
@@ -449,7 +496,7 @@ class DecisionGate:
     def _mcp_exchange(self, context: DecisionContext, attempt: Attempt) -> McpExchange | None:
         if context.mcp_request is None or context.target is None or context.lease is None:
             return None
-        return self._mcp_sessions.exchange(
+        return self._mcp.exchange(
             context.mcp_request,
             attempt,
             context.target,
@@ -461,7 +508,24 @@ class DecisionGate:
         """The reply that carries the refusal of a posted MCP message; None for other requests."""
         target = context.target if context.target is not None else self._targets.find(attempt)
         speaks = isinstance(target, CompiledTarget) and target.map.speaks_mcp(attempt.target)
-        return rpc_error_reply(attempt) if speaks and attempt.method == "POST" else None
+        if not speaks or attempt.method != "POST":
+            return None
+        reply = rpc_error_reply(attempt)
+        return replace(reply, request_state=context.request_state) if reply.id is not None else reply
+
+
+def _hold_s(context: DecisionContext) -> float | None:
+    """The time for which a request is held while a person is asked; None for as long as others."""
+    if context.mcp_request is None or not context.mcp_request.learns_of_approval:
+        return None
+    return _RETRY_HOLD_S if context.mcp_request.waits_for_approval else 0.0
+
+
+def _forwarded_body(context: DecisionContext) -> bytes | None:
+    """The body to forward, if that is not the one that was sent."""
+    if context.mcp_request is None:
+        return None
+    return context.mcp_request.forwarded_body(approved=context.question is not None and not context.observed)
 
 
 def _approved_headers(context: DecisionContext) -> Headers | None:
@@ -485,9 +549,12 @@ def _no_url_message(target: TargetState) -> str:
 def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> ActionToApprove | None:
     """The action that a person is asked to approve: exactly what would be forwarded. None if part of it is unknown."""
     chosen, target, action, attempt = context.chosen, context.target, context.action, context.attempt
-    if chosen is None or target is None or target.url is None or action is None or attempt.body is None:
+    mcp_request = context.mcp_request
+    posts_message = mcp_request is not None and mcp_request.message is not None
+    body = mcp_request.canonical() if mcp_request is not None and posts_message else attempt.body
+    if chosen is None or target is None or target.url is None or action is None or body is None:
         return None
     if (headers := headers_to_approve(attempt, target.state)) is None:
         return None
     url = f"{target.url}{attempt.target}"
-    return ActionToApprove(context.id, attempt.method, url, attempt.body, headers, chosen, action, approval)
+    return ActionToApprove(context.id, attempt.method, url, body, headers, chosen, action, approval)

@@ -1,18 +1,20 @@
-"""MCP at the gateway: each request must carry exactly one message, in a session of its own sender.
+"""MCP at the gateway: each request must carry exactly one message of a known revision, of its own sender.
 
-A session is bound to the lease that opened it: requests in it use that lease and no other, and the session ends with
-the lease. So all its requests carry the same credential, and no request of another sender gets into the session.
+Sessions (up to 2025-11-25), tasks of a server, and states of retried requests (2026-07-28) belong to the lease that
+opened them. Requests with one use that lease and no other, and they end with it. So all carry the same credential, and
+no other sender gets in.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from ringfence.gateway.contract import Attempt, McpExchange, McpHeaders, McpOutcome, RpcErrorReply
+from ringfence.gateway.decision.mcp_bindings import BindingTable
 from ringfence.gateway.decision.targets import CompiledTarget
 from ringfence.gateway.domain import (
     BAD_REQUEST,
@@ -24,17 +26,50 @@ from ringfence.gateway.domain import (
     refuse,
 )
 from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
-from ringfence.model.http_targets.mcp import McpMessage, McpMessageError, read_message
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.mcp import canonical
+from ringfence.model.mcp.headers import Declared, check_headers
+from ringfence.model.mcp.messages import (
+    TASK_METHODS,
+    McpMessage,
+    McpMessageError,
+    read_message,
+)
+from ringfence.model.mcp.request_state import RequestState, RequestStateError, RequestStates, Round
+from ringfence.model.mcp.results import Grants
+from ringfence.model.mcp.revisions import INPUT_REQUIRED, STATELESS, is_stateless, revision_of
 from ringfence.model.scope.scope import intersect
 
 _JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
-_SESSION: Final = re.compile(r"[!-~]{1,256}")
-_MAX_SESSIONS: Final = 256
-"""Per lease. A new session evicts the oldest."""
 _INITIALIZE: Final = "initialize"
+_MAX_DECLARED: Final = 10_000
+"""The most tools whose header declarations are kept, of all agents and targets."""
+
+
+_Bound = Literal["session", "task", "state"]
+"""What belongs to the lease that opened it."""
+_ANEW: Final[Mapping[_Bound, str]] = {
+    "session": "initialize a new one", "task": "make the call again", "state": "send the request without it",
+}  # fmt: skip
+
+
+_UNKNOWN: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_unknown", "task": "mcp_task_unknown", "state": "mcp_state_unknown",
+}  # fmt: skip
+_OTHER_AGENT: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_other_agent", "task": "mcp_task_other_agent", "state": "mcp_state_other_agent",
+}  # fmt: skip
+_OTHER_TASK: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_other_task", "task": "mcp_task_other_task", "state": "mcp_state_other_task",
+}  # fmt: skip
+_OTHER_LEASE: Final[Mapping[_Bound, str]] = {
+    "session": "mcp_session_other_lease", "task": "mcp_task_other_lease", "state": "mcp_state_other_lease",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,55 +79,62 @@ class McpRequest:
     sender: Sender
     message: McpMessage | None
     """None if nothing is posted: the request opens a stream, or ends a session."""
+    revision: str | None = None
+    """As the message states it; None if it states none."""
+    state: RequestState | None = None
+    """The opened state of a retry."""
 
-    def action(self, target: CompiledTarget, attempt: Attempt) -> Action | None:
-        """The action of the request at the target; None if no rule of the map covers it."""
+    def actions(self, target: CompiledTarget, attempt: Attempt) -> tuple[Action, ...] | None:
+        """The actions of the request at the target, which all have to be allowed; None if no rule covers one."""
         if self.message is None:
-            return target.map.action(attempt.method, attempt.target, attempt.body)
-        return target.map.mcp_action(attempt.target, self.message)
+            action = target.map.action(attempt.method, attempt.target, attempt.body)
+            return (action,) if action is not None else None
+        return target.map.mcp_actions(attempt.target, self.message)
+
+    @property
+    def learns_of_approval(self) -> bool:
+        """Whether the client is told that a person is asked, and retries; others wait with their request open."""
+        message = self.message
+        return message is not None and self.revision == STATELESS and message.method in INPUT_REQUIRED
+
+    @property
+    def waits_for_approval(self) -> bool:
+        """Whether it is a retry after the client was told that a person is asked."""
+        return self.state is not None and self.state.round == "approval"
+
+    def canonical(self) -> bytes | None:
+        """What a person approves of a message: its canonical form. None if it cannot be told for certain."""
+        try:
+            return canonical.canonical_form(self.message) if self.message is not None else None
+        except McpMessageError:
+            return None
+
+    def forwarded_body(self, *, approved: bool) -> bytes | None:
+        """The body to forward, if that is not the one that was sent. `approved`: whether a person approved it."""
+        if self.message is None or (self.state is None and not approved):
+            return None
+        own = self.state.state if self.state is not None else None
+        return canonical.rebuilt(self.message, own) if approved else canonical.with_state(self.message, own)
 
 
-class SessionTable:
-    """Maps the sessions at each target to the leases that opened them."""
+class McpRequests:
+    """Parses requests to MCP endpoints, and binds sessions, tasks and states to leases."""
 
-    def __init__(self) -> None:
-        self._lease: dict[tuple[str, str], str] = {}
-        self._of: dict[str, dict[tuple[str, str], None]] = {}
-
-    def open(self, target_id: str, session: str, lease_id: str) -> bool:
-        """Bind a session to a lease. False if it is bound to another one, or if it is no valid session id."""
-        if _SESSION.fullmatch(session) is None:
-            return False
-        key = (target_id, session)
-        if self._lease.setdefault(key, lease_id) != lease_id:
-            return False
-        sessions = self._of.setdefault(lease_id, {})
-        sessions[key] = None
-        if len(sessions) > _MAX_SESSIONS:
-            oldest = next(iter(sessions))
-            del sessions[oldest], self._lease[oldest]
-        return True
-
-    def lease_of(self, target_id: str, session: str) -> str | None:
-        """The live lease that a session is bound to."""
-        return self._lease.get((target_id, session))
-
-    def end(self, lease_id: str) -> None:
-        """Forget all sessions of a lease that ended."""
-        for key in self._of.pop(lease_id, {}):
-            del self._lease[key]
-
-
-class McpSessions:
-    """Parses requests to MCP endpoints, and binds their sessions to leases."""
-
-    def __init__(self, table: LeaseTable) -> None:
+    def __init__(self, table: LeaseTable, clock: Clock, key: Callable[[], SigningKey]) -> None:
+        """`key`: the current key of this gateway, from which the one that seals states is derived."""
         self._table = table
-        self._sessions = SessionTable()
+        self._clock = clock
+        self._states = RequestStates(key)
+        self._sessions = BindingTable()
+        self._tasks = BindingTable()
+        self._declared: BoundedDict[tuple[str, str, str, str], Declared] = BoundedDict(_MAX_DECLARED)
         table.on_lease_end(self._sessions.end)
+        table.on_lease_end(self._tasks.end)
+
+    # --- requests ---
 
     def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
-        """Parse a request. Refuses it if it is ambiguous, or if the session belongs to another sender."""
+        """Parse a request. Refuses it if it is ambiguous, or if its session, task or state is another sender's."""
         carried, id = attempt.mcp_headers, target.state.target_id
         if carried is None:
             message = (
@@ -101,35 +143,99 @@ class McpSessions:
             return refuse("mcp_needs_plane", message)
         try:
             posted = _message(attempt, carried) if attempt.method == "POST" else None
+            stated = _stated_revision(carried, posted)
+            revision = revision_of(posted, stated) if posted is not None else stated
+            if posted is not None:
+                check_headers(
+                    posted, revision, carried.mcp_fields,
+                    lambda tool: self._declared.get((sender.agent_id, id, _path(attempt), tool)),
+                )  # fmt: skip
+            elif carried.mcp_fields:
+                raise McpMessageError("mcp_header", "headers of messages come with a message that is posted")
+            if revision == STATELESS and (carried.session_id is not None or carried.resumes_stream):
+                raise McpMessageError(
+                    "mcp_header", f"revision {STATELESS} has no sessions, and resumes no streams"
+                )
         except McpMessageError as error:
             status = CONTENT_TOO_LARGE if error.code == "body_unseen" else BAD_REQUEST
             return refuse(error.code, error.message, status=status)
-        if carried.session_id is None:
-            if carried.resumes_stream:
-                return refuse(
-                    "mcp_resume_unbound", "a stream is resumed in a session: name it in Mcp-Session-Id"
-                )
-            return McpRequest(sender, posted)
-        bound = self._bind(sender, id, carried.session_id)
-        return bound if isinstance(bound, Refusal) else McpRequest(bound, posted)
+        if carried.session_id is None and carried.resumes_stream:
+            return refuse("mcp_resume_unbound", "a stream is resumed in a session: name it in Mcp-Session-Id")
+        bound = self._bind(sender, id, carried.session_id, posted)
+        if isinstance(bound, Refusal) or posted is None or revision != STATELESS:
+            return bound if isinstance(bound, Refusal) else McpRequest(bound, posted, revision)
+        return self._with_state(McpRequest(bound, posted, revision), posted, id)
 
-    def _bind(self, sender: Sender, target_id: str, session: str) -> Sender | Refusal:
-        """The sender, restricted to the lease of its session."""
-        lease_id = self._sessions.lease_of(target_id, session)
+    def _bind(
+        self, sender: Sender, target_id: str, session: str | None, posted: McpMessage | None
+    ) -> Sender | Refusal:
+        """The sender, restricted to the lease of its session, and of the tasks that the message names."""
+        if session is not None:
+            bound = self._restricted(sender, self._sessions.lease_of(target_id, session), "session")
+            if isinstance(bound, Refusal):
+                return bound
+            sender = bound
+        for part in posted.parts() if posted is not None else ():
+            if part.method in TASK_METHODS:
+                bound = self._restricted(sender, self._tasks.lease_of(target_id, part.name or ""), "task")
+                if isinstance(bound, Refusal):
+                    return bound
+                sender = bound
+        return sender
+
+    def _restricted(self, sender: Sender, lease_id: str | None, what: _Bound) -> Sender | Refusal:
+        """The sender, restricted to the lease that a session, a task of the server or a state belongs to."""
         lease = self._table.get(lease_id) if lease_id is not None else None
         if lease is None or self._table.problem(lease) is not None:
-            message = "there is no such session here, or its lease has ended: initialize a new one"
-            return refuse("mcp_session_unknown", message, status=NOT_FOUND)
+            message = f"there is no such {what} here, or its lease has ended: {_ANEW[what]}"
+            return refuse(_UNKNOWN[what], message, status=NOT_FOUND if what == "session" else BAD_REQUEST)
         if lease.agent_id != sender.agent_id:
-            return refuse("mcp_session_other_agent", f"the session is one of agent {lease.agent_id}")
+            return refuse(_OTHER_AGENT[what], f"the {what} is one of agent {lease.agent_id}")
         if sender.task_id not in (None, lease.task_id):
-            return refuse("mcp_session_other_task", "the session is one of another task")
+            return refuse(_OTHER_TASK[what], f"the {what} is one of another task")
         if sender.lease_id not in (None, lease.lease_id):
-            message = (
-                "the session was opened by another lease: show that one's handle, or initialize a new session"
-            )
-            return refuse("mcp_session_other_lease", message, side="lease")
+            message = f"the {what} was opened by another lease: show that one's handle, or {_ANEW[what]}"
+            return refuse(_OTHER_LEASE[what], message, side="lease")
         return dataclasses.replace(sender, lease_id=lease.lease_id, task_id=lease.task_id)
+
+    # --- states of retried requests ---
+
+    def _with_state(self, request: McpRequest, message: McpMessage, target_id: str) -> McpRequest | Refusal:
+        """The request with its opened state, restricted to the lease that the state was sealed to."""
+        if message.request_state is None:
+            if message.input_responses and message.method in INPUT_REQUIRED:
+                text = "inputResponses come with the requestState of the answer that asked for them"
+                return refuse("mcp_state_missing", text, status=BAD_REQUEST)
+            return request
+        try:
+            state = self._states.open(message.request_state)
+            call = canonical.digest(message) if state.round == "approval" else canonical.call_digest(message)
+        except (RequestStateError, McpMessageError) as error:
+            return refuse(error.code, error.message, status=BAD_REQUEST)
+        ended = state.expires_at_ms <= self._clock.now_ms()
+        bound = self._restricted(request.sender, None if ended else state.lease_id, "state")
+        if isinstance(bound, Refusal):
+            return bound
+        if (state.target_id, state.call) != (target_id, call):
+            text = "this requestState is of another call: retry with the same method, name and arguments"
+            return refuse("mcp_state_other_call", text, status=BAD_REQUEST)
+        return dataclasses.replace(request, sender=bound, state=state)
+
+    def approval_state(self, request: McpRequest, lease: Lease) -> str:
+        """The sealed state by which a client retries a request that a person is asked about. Raises McpMessageError."""
+        assert request.message is not None, "only messages are retried"
+        own = request.state.state if request.state is not None else None
+        return self._sealed("approval", lease, canonical.digest(request.message), own)
+
+    def _sealed(self, round: Round, lease: Lease, call: str, own: str | None) -> str:
+        state = RequestState(
+            round=round,
+            agent_id=lease.agent_id, task_id=lease.task_id, lease_id=lease.lease_id, target_id=lease.target_id,
+            call=call, expires_at_ms=lease.deadline * 1000, state=own,
+        )  # fmt: skip
+        return self._states.seal(state)
+
+    # --- answers ---
 
     def exchange(
         self,
@@ -142,16 +248,6 @@ class McpSessions:
         """The exchange that `lease` allowed, for the data plane. `record_outcome` is called once, with its outcome."""
         target_id, message = target.state.target_id, mcp_request.message
 
-        def visible(method: str, name: str) -> bool:
-            named = [lease] if mcp_request.sender.lease_id is not None else None
-            leases = named or self._table.usable(lease.agent_id, lease.task_id, target_id)
-            return any(
-                intersect((_permission(target_id, offer),), usable_lease.scope)
-                for offer in target.map.mcp_offers(attempt.target, method, name)
-                for usable_lease in leases
-                if lease_elsewhere(mcp_request.sender, usable_lease) is None
-            )
-
         def opened(session: str) -> bool:
             alive = self._table.problem(lease) is None
             return alive and self._sessions.open(target_id, session, lease.lease_id)
@@ -160,9 +256,51 @@ class McpSessions:
             method=message.method if message is not None else None,
             id=message.id if message is not None and message.kind == "request" else None,
             opens_session=message is not None and message.method == _INITIALIZE,
-            is_visible=visible,
+            grants=self._grants(mcp_request, attempt, target, lease),
             bind_session=opened,
             record_outcome=record_outcome,
+            revision=mcp_request.revision,
+        )
+
+    def _grants(
+        self, mcp_request: McpRequest, attempt: Attempt, target: CompiledTarget, lease: Lease
+    ) -> Grants:
+        target_id, message = target.state.target_id, mcp_request.message
+
+        def leases() -> list[Lease]:
+            if mcp_request.sender.lease_id is not None:
+                return [lease]
+            usable = self._table.usable(lease.agent_id, lease.task_id, target_id)
+            return [one for one in usable if lease_elsewhere(mcp_request.sender, one) is None]
+
+        def allowed(offers: tuple[Action, ...]) -> bool:
+            return any(
+                intersect((_permission(target_id, offer),), usable.scope)
+                for offer in offers
+                for usable in leases()
+            )
+
+        def fresh_ms() -> int:
+            ends_ms = min((one.deadline * 1000 for one in leases()), default=0)
+            return max(0, min(ends_ms, lease.deadline * 1000) - self._clock.now_ms())
+
+        def learn(tool: str, declared: Declared) -> None:
+            self._declared[lease.agent_id, target_id, _path(attempt), tool] = declared
+
+        def seal(own: str | None) -> str:
+            assert message is not None, "only messages are retried"
+            return self._sealed("server", lease, canonical.call_digest(message), own)
+
+        return Grants(
+            is_visible=lambda method, name: allowed(target.map.mcp_offers(attempt.target, method, name)),
+            is_offered=lambda method: allowed(target.map.mcp_offers_of(attempt.target, method)),
+            fresh_ms=fresh_ms,
+            seal_state=seal,
+            bind_task=lambda task: (
+                self._table.problem(lease) is None and self._tasks.open(target_id, task, lease.lease_id)
+            ),
+            owns_task=lambda task: self._tasks.lease_of(target_id, task) == lease.lease_id,
+            learn_headers=learn,
         )
 
 
@@ -171,8 +309,24 @@ def rpc_error_reply(attempt: Attempt) -> RpcErrorReply:
     try:
         message = read_message(attempt.body) if attempt.body is not None else None
     except McpMessageError as error:
-        return RpcErrorReply(error.id)
-    return RpcErrorReply(message.id if message is not None and message.kind == "request" else None)
+        return RpcErrorReply(error.id, stateless=_states_revision(attempt.mcp_headers))
+    id = message.id if message is not None and message.kind == "request" else None
+    stateless = _states_revision(attempt.mcp_headers) or (message is not None and is_stateless(message))
+    requested = message.meta.get("io.modelcontextprotocol/protocolVersion") if message is not None else None
+    return RpcErrorReply(id, stateless=stateless, requested=requested if isinstance(requested, str) else None)
+
+
+def _states_revision(carried: McpHeaders | None) -> bool:
+    """Whether the headers state a revision without sessions."""
+    return carried is not None and STATELESS in carried.versions
+
+
+def _stated_revision(carried: McpHeaders, message: McpMessage | None) -> str | None:
+    """Raises McpMessageError."""
+    if len(carried.versions) > 1:
+        id = message.id if message is not None else None
+        raise McpMessageError("mcp_header", "the header MCP-Protocol-Version comes twice", id=id)
+    return carried.versions[0] if carried.versions else None
 
 
 def _message(attempt: Attempt, mcp_headers: McpHeaders) -> McpMessage:
@@ -185,13 +339,11 @@ def _message(attempt: Attempt, mcp_headers: McpHeaders) -> McpMessage:
         raise McpMessageError(
             "body_unseen", "what this request does stands in its body, which was not seen whole"
         )
-    message = read_message(attempt.body)
-    expected = {"mcp-method": message.method, "mcp-name": message.name}
-    for name, value in mcp_headers.mcp_fields:
-        if expected.get(name) != value:
-            text = f"the header {name} is not known here, or says another thing than the message does"
-            raise McpMessageError("mcp_header", text, id=message.id)
-    return message
+    return read_message(attempt.body)
+
+
+def _path(attempt: Attempt) -> str:
+    return attempt.target.partition("?")[0]
 
 
 def _permission(target_id: str, offer: Action) -> Permission:

@@ -60,8 +60,8 @@ HALTED = Gauge(
 )
 HANDLING_LAG = Gauge(
     "ringfence_handling_lag_seconds",
-    "From a record's append to Kafka until it was handled, or now where it is tried again, for the oldest of the last "
-    "batch; 0 once there is none to handle",
+    "From the append of the oldest record of the last batch until it was handled, or until now during retries; 0 if "
+    "there is nothing to handle",
     ["group"],
 )
 RECORDS_GONE = Counter(
@@ -69,7 +69,7 @@ RECORDS_GONE = Counter(
     "Records that Kafka removed before they were read, or lost after that",
     ["topic", "group"],
 )
-"""`group`: who was to read them; a service, where it follows a topic for a table or an index."""
+"""`group`: the consumer group, or a service that follows the topic."""
 CLOCK_AHEAD = Gauge(
     "ringfence_clock_ahead_seconds",
     "How far this process's clock is ahead of another one, at most; below 0 where it is behind",

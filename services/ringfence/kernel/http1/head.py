@@ -268,7 +268,7 @@ def _is_read_as_another(name: bytes) -> bool:
         or dashed in OVERRIDE_FIELDS
         or dashed in PROXY_FIELDS
         or dashed == b"accept-encoding"
-        or dashed.startswith((b"x-forwarded-", b"proxy-"))
+        or dashed.startswith((b"x-forwarded-", b"proxy-", b"mcp-"))
     )
 
 

@@ -16,8 +16,8 @@ from urllib.parse import unquote_to_bytes
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.messages.registry import RequestRule
-from ringfence.model.http_targets.mcp import McpMessage, McpMessageError, read_message
-from ringfence.model.http_targets.mcp_rules import (
+from ringfence.model.mcp.messages import McpMessage, McpMessageError, read_message
+from ringfence.model.mcp.rules import (
     ARGUMENT,
     HOLE,
     CannotTellError,
@@ -204,6 +204,12 @@ class RequestMap:
                 return None
         return None
 
+    def mcp_actions(self, target: str, message: McpMessage) -> tuple[Action, ...] | None:
+        """The actions of all parts of an MCP message, which all have to be allowed; None if a part has none."""
+        actions = [self.mcp_action(target, part) for part in message.parts()]
+        found = tuple(action for action in actions if action is not None)
+        return found if len(found) == len(actions) else None
+
     def mcp_action(self, target: str, message: McpMessage) -> Action | None:
         """The action of an MCP message posted to an endpoint, or None, as for `action`."""
         found = self._found_of_message(target, message)
@@ -246,6 +252,18 @@ class RequestMap:
                     found.append(_offered(rule.rule, {**_checked(of_name), **of_path}))
             if not rule.mcp.conditional:
                 break
+        return tuple(found)
+
+    def mcp_offers_of(self, target: str, method: str) -> tuple[Action, ...]:
+        """The actions that a method may come to, for any name and any arguments. Their resources are globs."""
+        segments = self._endpoint(target)
+        found: list[Action] = []
+        for rule in self._mcp if segments is not None else ():
+            assert rule.mcp is not None
+            of_path = rule.captures(segments) if rule.mcp.is_for(method) and segments is not None else None
+            if of_path is not None and not rule.unknown:
+                with contextlib.suppress(ScopeError):
+                    found.append(_offered(rule.rule, of_path))
         return tuple(found)
 
 

@@ -6,26 +6,31 @@ Other requests are answered as not found, so that nobody learns whether they exi
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.base.api_errors import NotFoundError
-from ringfence.kernel.crypto.jws import Signed, parse, sign
+from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
+from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.service.http import number_in
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import CredentialDecision, CredentialRequest
+from ringfence.messages.credential import CredentialDecision
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
+from ringfence.model.requests.facts import RequestContext
+from ringfence.policy.api.pending_index import PendingIndex, Position, Show
 from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.explanation import NOT_SEEN, Explainer
 from ringfence.policy.decisions.responder import question_for
-from ringfence.policy.domain import may_approve_any
 
+MAX_PAGE = 1000
+"""Pending requests on one page."""
+_SHOWS: Final[dict[str, Show]] = {"mine": "mine", "others": "others", "all": "all"}
 _NOT_WAITING = (
     "no request with this id waits for an approval that you could see; it may be decided: see /v1/decisions"
 )
@@ -35,13 +40,19 @@ class DecisionsApi:
     """HTTP routes over the decision log of this replica. Every replica knows the decisions of all."""
 
     def __init__(
-        self, runtime: Runtime, directory: Directory, authenticator: Authenticator, decisions: Decisions
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        authenticator: Authenticator,
+        decisions: Decisions,
+        policy_revision: Callable[[], str],
     ) -> None:
         self._directory = directory
         self._authenticator = authenticator
         self._decisions = decisions
         self._runtime = runtime
         self._explainer = Explainer(runtime)
+        self.index = PendingIndex(directory, decisions, policy_revision)
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -54,9 +65,31 @@ class DecisionsApi:
         ]
 
     async def _approvals(self, request: Request) -> Response:
-        caller = self._caller(request)
-        shown = [view for known in self._decisions.pending() if (view := self._waiting(known, caller))]
-        return JSONResponse({"approvals": sorted(shown, key=lambda view: int(view["expires_at"]))})
+        """Serve what waits, the most urgent first: `{approvals}`; with `limit` a page: `{approvals, after, counts}`.
+
+        Query: `limit`, `after` (of the page before), `show` (mine, others, all), `agent`. `counts` are of all pages.
+        A page leaves out what is superseded: a record or the bundle changed, so that no approval of it counts.
+        """
+        caller, query = self._caller(request), request.query_params
+        if "limit" not in query:
+            shown = [view for known in self._decisions.pending() if (view := self._waiting(known, caller))]
+            return JSONResponse({"approvals": sorted(shown, key=lambda view: int(view["expires_at"]))})
+        limit = number_in(query["limit"], 0, MAX_PAGE)
+        show = _SHOWS.get(query.get("show", "all"))
+        if limit is None:
+            raise WrongQueryError(f"limit is a number from 0 to {MAX_PAGE}")
+        if show is None:
+            raise WrongQueryError("show is one of mine, others, all")
+        page = await self.index.page(
+            caller, show=show, agent=query.get("agent"), after=_after(query.get("after")), limit=limit
+        )
+        return JSONResponse(
+            {
+                "approvals": [view for state in page.states if (view := self._waiting(state, caller))],
+                "after": f"{page.after[0]}.{page.after[1]}" if page.after else None,
+                "counts": {"mine": page.mine, "others": page.others},
+            }
+        )
 
     async def _approval(self, request: Request) -> Response:
         return JSONResponse(self._waiting_for(request, self._caller(request)))
@@ -73,7 +106,7 @@ class DecisionsApi:
         me = caller.user.user_id
         state = self._decisions.get(request.path_params["request_id"])
         decision = state.pending if state else None
-        facts = self._facts(decision) if decision else None
+        facts = self.index.context(state, decision) if state and decision else None
         if decision is None or facts is None:
             raise NotFoundError(_NOT_WAITING)
         question = sign(question_for(decision, me, self._runtime.key.id), self._runtime.believed_key())
@@ -147,10 +180,8 @@ class DecisionsApi:
         decision = state.pending
         if decision is None:
             return None
-        facts = self._facts(decision)
-        yours = (
-            may_approve_any(self._directory, caller.user.user_id, decision.required, facts) if facts else ()
-        )
+        facts = self.index.context(state, decision)
+        yours = self.index.classes(state, decision, caller)
         if not yours and not self._may_see(caller, state):
             return None
         view = decision.model_dump(
@@ -170,15 +201,8 @@ class DecisionsApi:
             exclude_none=True,
         )
         about = {"about": _about(facts)} if facts else {}
-        return {**view, **about, "agent_id": state.agent_id, "you_can_give": list(yours)}
-
-    def _facts(self, decision: CredentialDecision) -> RequestContext | None:
-        # The request stands inside a decision of this service, which verified it before it signed.
-        request = parse(decision.request).unverified_claims(CredentialRequest)
-        try:
-            return load_context(self._directory, Signed(request, decision.request))
-        except DeniedError:
-            return None
+        superseded = {"superseded": True} if self.index.is_superseded(state, decision) else {}
+        return {**view, **about, **superseded, "agent_id": state.agent_id, "you_can_give": list(yours)}
 
 
 def _about(facts: RequestContext) -> dict[str, Any]:
@@ -193,6 +217,17 @@ def _about(facts: RequestContext) -> dict[str, Any]:
         "target_description": facts.target.state.description,
         "delegators": list(facts.act[1:]),
     }
+
+
+def _after(text: str | None) -> Position | None:
+    """The end of the page before. Raises WrongQueryError."""
+    if text is None:
+        return None
+    expires_at, _, request_id = text.partition(".")
+    number = number_in(expires_at, 0, 2**53)
+    if number is None or not request_id:
+        raise WrongQueryError("after is what the page before says as `after`")
+    return number, request_id
 
 
 def _cursor(request: Request) -> RecordPosition | None:

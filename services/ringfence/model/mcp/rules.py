@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from ringfence.messages.registry import McpRule
-from ringfence.model.http_targets.mcp import NAMED_BY, WITH_ARGUMENTS, McpMessage
+from ringfence.model.mcp.messages import NAMED_BY, WITH_ARGUMENTS, McpMessage
 
 ARGUMENT: Final = re.compile(r"arguments\.([A-Za-z0-9_.$-]{1,64}?)(\*?)")
 """A placeholder for an argument in a resource: its name, and whether it may hold several segments."""
@@ -48,11 +48,15 @@ class CompiledMcpRule:
         }
         self.conditional = bool(self._conditions)
 
+    def is_for(self, method: str) -> bool:
+        """Return whether the rule is one for this method."""
+        return self._method == method or (
+            self._method == _ANY_NOTIFICATION and method.startswith("notifications/")
+        )
+
     def named(self, method: str, name: str | None) -> dict[str, str] | None:
         """Return what the template captures of a name, or None if method or name do not match."""
-        if self._method != method and not (
-            self._method == _ANY_NOTIFICATION and method.startswith("notifications/")
-        ):
+        if not self.is_for(method):
             return None
         if self._name is None:
             return {}
