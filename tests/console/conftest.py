@@ -22,6 +22,7 @@ from tests.support.stack import RunningStack, realm_in
 
 __all__ = ["browser"]
 
+expect.set_options(timeout=20_000)  # where other programs have the machine, pages take their time
 FROZEN_RULE = f"""package ringfence.limits
 
 deny contains {{"code": "frozen", "message": "everything is frozen"}} if input.request.reason == "{FROZEN}"

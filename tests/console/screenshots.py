@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
 
-from playwright.async_api import Page, expect
+from playwright.async_api import CDPSession, Page, expect
 
 from ringfence.client.admin.trust_setup import SERVICE_ROLES
 from ringfence.dev.stack import Stack, StackOptions
@@ -42,6 +41,7 @@ PATHS: Final = {
 SIZES: Final = {"wide": (1440, 900), "narrow": (360, 740)}
 SCHEMES: Final = ("light", "dark")
 _QUALITY: Final = 60
+_SESSIONS: Final[dict[Page, CDPSession]] = {}
 
 
 async def pictures(stack: Stack, folder: Path, *, png: bool) -> None:
@@ -86,7 +86,7 @@ async def pictures(stack: Stack, folder: Path, *, png: bool) -> None:
 async def _sized(page: Page, size: str, scheme: str) -> None:
     width, height = SIZES[size]
     await page.set_viewport_size({"width": width, "height": height})
-    await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light", reduced_motion="reduce")
 
 
 async def _take(page: Page, folder: Path, name: str, *, png: bool) -> None:
@@ -94,10 +94,10 @@ async def _take(page: Page, folder: Path, name: str, *, png: bool) -> None:
     if png:
         await page.screenshot(path=folder / f"{name}.png", full_page=True)
         return
-    session = await page.context.new_cdp_session(page)
+    # A page of its own would not be signed in, and a session that is detached takes the authenticator along.
+    session = _SESSIONS.get(page) or _SESSIONS.setdefault(page, await page.context.new_cdp_session(page))
     taken = await session.send("Page.captureScreenshot", {"format": "webp", "quality": _QUALITY})
-    (folder / f"{re.sub(r'[^a-z-]', '', name)}.webp").write_bytes(base64.b64decode(taken["data"]))
-    await session.detach()
+    (folder / f"{name}.webp").write_bytes(base64.b64decode(taken["data"]))
 
 
 def main() -> None:
