@@ -30,7 +30,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner chaos mutants schemas schemas-check bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,7 +88,7 @@ test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH
 test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
 	$(BIN)/python -m pytest tests/gateway_external $(SHARED) $(ARGS)
 
-test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium: apt-get install chromium)
+test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium and Firefox: apt-get install chromium firefox-esr)
 	$(BIN)/python -m pytest tests/passkeys $(SHARED) $(ARGS)
 
 test-console: $(STAMP) ## the console in a real browser, on the running stack (needs Chromium; fetches axe-core once by npm)
@@ -97,7 +97,7 @@ test-console: $(STAMP) ## the console in a real browser, on the running stack (n
 screenshots: $(STAMP) ## pictures of every page of the console, in both themes and at two widths, to docs/images/console
 	$(BIN)/python -m tests.console.screenshots docs/images/console $(ARGS)
 
-test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x and 2.x and TypeScript, and the conformance suite (fetches them once, 320 MB)
+test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x and 2.x and TypeScript, and the conformance suite (fetches them once, 320 MB; needs bubblewrap)
 	$(BIN)/python -m pytest tests/mcp_sdks $(SHARED) $(ARGS)
 
 test-runner: $(STAMP) ## sandboxes of every kind, and programs that try to get out (needs bubblewrap and libseccomp, root for all of it; OCI=podman)
@@ -122,11 +122,22 @@ format: $(STAMP) ## let ruff put the code in order
 schemas: $(STAMP) ## generate schemas/ and the table in docs/topics.md from ringfence.messages
 	$(BIN)/python -m tools.schemas.generate schemas docs/topics.md
 
-schemas-check: $(STAMP) ## fail where schemas/ differs from what ringfence.messages generates
+references: $(STAMP) ## generate docs/reference/, docs/cli.md and docs/metrics.md from the code
+	$(BIN)/python -m tools.references
+
+schemas-check: $(STAMP) ## fail where schemas/ or a generated reference differs from the code
 	@fresh=$$(mktemp -d) && trap 'rm -rf "$$fresh"' EXIT && \
 	$(BIN)/python -m tools.schemas.generate "$$fresh" && \
 	{ diff -ru schemas "$$fresh" && echo "schemas/ is up to date" || \
 		{ echo "schemas/ differs from ringfence.messages: run 'make schemas' and commit the result" >&2; exit 1; }; }
+	@$(BIN)/python -m tools.references --check && echo "the references are up to date"
+
+docs: $(STAMP) ## build the site of docs/ into build/site: links and anchors are checked, nothing is fetched
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
+	@echo "to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
+
+test-docs: $(STAMP) ## the site in a real browser, and the commands of its pages (needs Chromium)
+	$(BIN)/python -m pytest tests/site $(SHARED) $(ARGS)
 
 bench: $(STAMP) ## the benchmarks: each prints its numbers and the machine
 	$(BIN)/python -m bench $(ARGS)

@@ -33,7 +33,7 @@ import psutil
 import uvloop
 
 from bench.gateway_core import Places
-from bench.http_load import Measured, Way, asked, connected, measure, request
+from bench.http_load import Measured, Way, asked, connected, mcp_call, measure, request
 from bench.machine import cpu_s
 from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
@@ -48,7 +48,7 @@ CONNECTIONS, TUNNELS = 16, 8
 REPLICAS = 2
 """So many gateways are measured side by side, where there are as many cores."""
 DIRECT, EMBEDDED, PROVEN, TUNNELLED = 100_000, 40_000, 3_200, 20_000
-MITM = 2_400
+MCP, MITM = 10_000, 2_400
 ALONE, ALONE_PROVEN = 3_000, 400
 PATHS = 256
 _FETCH = programs.ROOT / ".ci" / "mitmproxy"
@@ -231,6 +231,15 @@ async def _in_clear(bench: _Bench, leases: int, child: Child, places: Places) ->
     )  # fmt: skip
 
 
+async def _mcp(bench: _Bench, leases: int, child: Child, places: Places) -> None:
+    """Calls of tools (2026-07-28): each message is parsed, decided by its arguments, and its answer filtered."""
+    requests = itertools.cycle([mcp_call("/plain/mcp", "gateway", n % PATHS) for n in range(PATHS)])
+    await bench.row(
+        f"MCP calls, {leases:,} leases", "direct", Way(socket=places.socket), requests,
+        _Processes.of(gateway=child.pid), MCP, ALONE,
+    )  # fmt: skip
+
+
 async def _never_the_same(bench: _Bench, leases: int, child: Child, places: Places) -> None:
     """Each head has a trace of its own, as an agent's tracing sends it, so nothing is remembered of a whole head."""
     total = int(EMBEDDED * 1.1 + ALONE * 1.2) + 4 * CONNECTIONS
@@ -353,6 +362,7 @@ def _rows(bench: _Bench, stack: contextlib.ExitStack) -> None:
             uvloop.run(_in_clear(bench, leases, child, places))
             if leases == LEASES[1]:
                 uvloop.run(_never_the_same(bench, leases, child, places))
+                uvloop.run(_mcp(bench, leases, child, places))
             if leases == LEASES[-1]:
                 uvloop.run(_through_connect(bench, child, places))
         _forget(bench, leases)

@@ -43,7 +43,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import search_seldom_for_cycles
 from ringfence.messages.credential import Reason
-from ringfence.messages.registry import BackendSettings, RequestRule
+from ringfence.messages.registry import BackendSettings, McpRule, RequestRule
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ACTION
@@ -53,7 +53,11 @@ from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, per
 SECRET = "RINGFENCE_BENCH_SECRET"
 PER_TASK, PER_AGENT = 20, 100
 _DAY_S = 86_400
-_RULES = (RequestRule(method="GET", path="/files/{path*}", verb="read", resource="files/{path*}"),)
+_CALL = McpRule(method="tools/call", name="get_file")
+_RULES = (
+    RequestRule(method="GET", path="/files/{path*}", verb="read", resource="files/{path*}"),
+    RequestRule(method="MCP", path="/mcp", mcp=_CALL, verb="read", resource="files/{arguments.path}"),
+)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+import orjson
 import uvloop
 
 from bench.machine import percentile
@@ -56,6 +57,23 @@ def request(path: str, host: str, *lines: str) -> bytes:
     """A GET with the headers that clients send, and some more."""
     more = "".join(f"{line}\r\n" for line in lines)
     return f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{more}".encode() + _HEADERS + b"\r\n"
+
+
+def mcp_call(path: str, host: str, number: int) -> bytes:
+    """A call of a tool, as clients of MCP's revision 2026-07-28 send it."""
+    revision, prefix = "2026-07-28", "io.modelcontextprotocol/"
+    meta = {
+        f"{prefix}protocolVersion": revision, f"{prefix}clientCapabilities": {},
+        f"{prefix}clientInfo": {"name": "bench", "version": "1"},
+    }  # fmt: skip
+    params = {"name": "get_file", "arguments": {"path": str(number)}, "_meta": meta}
+    body = orjson.dumps({"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": params})
+    lines = [
+        f"POST {path} HTTP/1.1", f"Host: {host}", "Content-Type: application/json", f"Content-Length: {len(body)}",
+        "Accept: application/json, text/event-stream", f"MCP-Protocol-Version: {revision}", "Mcp-Method: tools/call",
+        "Mcp-Name: get_file", "User-Agent: bench/1",
+    ]  # fmt: skip
+    return "\r\n".join(lines).encode() + _END + body
 
 
 @dataclass(frozen=True)

@@ -78,9 +78,7 @@ _PROTOCOL = re.compile(r"__(call|await|iter|aiter|anext|next|len|getitem|contain
 
 def collect() -> Names:
     """Every public name of the code that runs this."""
-    for module in pkgutil.walk_packages(ringfence.__path__, f"{_PACKAGE}."):
-        if not module.name.endswith(".__main__"):
-            importlib.import_module(module.name)
+    import_all()
     found: Names = {}
     source = DataFlow(Path(next(iter(ringfence.__path__))), _PACKAGE)
     for kind, names in (
@@ -94,7 +92,7 @@ def collect() -> Names:
         ("exit status", _exit_statuses()),
         ("sdk", _sdk()),
         ("testing", _names_of(ringfence.testing)),
-        *(("integration", _names_of(module)) for module in _adapters()),
+        *(("integration", _names_of(module)) for module in adapters()),
         ("plugin", _plugin_api()),
         ("cli", _commands()),
     ):
@@ -130,18 +128,7 @@ def _metrics() -> Iterator[tuple[str, str]]:
 
 def _settings() -> Iterator[tuple[str, str]]:
     """Who reads each variable, and what it is where nobody sets it."""
-    read_by: dict[type[RingfenceSettings], set[str]] = defaultdict(set)
-    read_by[ServiceSettings] = {"every service"}
-    read_by[ClientSettings] = {"client"}
-    read_by[SignPageSettings] = {"sign-page"}
-    for role in SERVICE_ROLES:
-        # A package may be there before its service is.
-        package = f"{_PACKAGE}.{role}"
-        if importlib.util.find_spec(package) and importlib.util.find_spec(f"{package}.settings"):
-            for cls in settings_of([role]):
-                read_by[cls].add(role)
-    if unread := [cls.__name__ for cls in _subclasses(RingfenceSettings) if not _is_read(cls, read_by)]:
-        raise LookupError(f"no service reads {', '.join(unread)}: say in tools/public_names.py who does")
+    read_by = settings_classes()
     found: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
     for cls, roles in read_by.items():
         prefix = str(cls.model_config.get("env_prefix") or "")
@@ -158,6 +145,23 @@ def _settings() -> Iterator[tuple[str, str]]:
             f"{', '.join(sorted(roles))}; default {default}" for default, roles in sorted(by_default.items())
         )
         yield name, " | ".join(said)
+
+
+def settings_classes() -> dict[type[RingfenceSettings], set[str]]:
+    """Every settings class that a process reads, and who reads it. Raises LookupError for one that nobody reads."""
+    read_by: dict[type[RingfenceSettings], set[str]] = defaultdict(set)
+    read_by[ServiceSettings] = {"every service"}
+    read_by[ClientSettings] = {"client"}
+    read_by[SignPageSettings] = {"sign-page"}
+    for role in SERVICE_ROLES:
+        # A package may be there before its service is.
+        package = f"{_PACKAGE}.{role}"
+        if importlib.util.find_spec(package) and importlib.util.find_spec(f"{package}.settings"):
+            for cls in settings_of([role]):
+                read_by[cls].add(role)
+    if unread := [cls.__name__ for cls in _subclasses(RingfenceSettings) if not _is_read(cls, read_by)]:
+        raise LookupError(f"no service reads {', '.join(unread)}: say in tools/public_names.py who does")
+    return read_by
 
 
 def _subclasses(cls: type[RingfenceSettings]) -> Iterator[type[RingfenceSettings]]:
@@ -186,7 +190,7 @@ def _error_codes(source: DataFlow) -> Iterator[tuple[str, str]]:
 def _events() -> Iterator[tuple[str, str]]:
     """The codes of OCSF events. Each kind of event is an object that lives as long as the process, wherever that is."""
     found: dict[str, set[str]] = defaultdict(set)
-    for step in (one for one in gc.get_objects() if isinstance(one, EventKind)):
+    for step in event_kinds():
         ocsf = step.attributes
         said = [f"{ocsf['type_uid']} {ocsf['type_name']}", ocsf["severity"], ocsf["status"]]
         if "action" in ocsf:
@@ -195,6 +199,18 @@ def _events() -> Iterator[tuple[str, str]]:
             said.append("alert")
         found[step.code].add("; ".join(said))
     yield from ((code, " | ".join(sorted(kinds))) for code, kinds in found.items())
+
+
+def event_kinds() -> list[EventKind]:
+    """Every kind of event that the modules which are imported declare."""
+    return [one for one in gc.get_objects() if isinstance(one, EventKind)]
+
+
+def import_all() -> None:
+    """Import every module of the package, so that all that they declare is there."""
+    for module in pkgutil.walk_packages(ringfence.__path__, f"{_PACKAGE}."):
+        if not module.name.endswith(".__main__"):
+            importlib.import_module(module.name)
 
 
 def _service_events(source: DataFlow) -> Iterator[tuple[str, str]]:
@@ -225,11 +241,11 @@ def _exit_statuses() -> Iterator[tuple[str, str]]:
 def _sdk() -> Iterator[tuple[str, str]]:
     for name in sorted(ringfence.__all__):
         yield from _public(name, getattr(ringfence, name))
-    for name, error in _errors():
+    for name, error in sdk_errors():
         yield from _public(f"error {name}", error)
 
 
-def _errors() -> Iterator[tuple[str, type[RingfenceError]]]:
+def sdk_errors() -> Iterator[tuple[str, type[RingfenceError]]]:
     """The errors of the SDK's package and those beside the root of all, by each name that their modules give them."""
     package = ".".join(ringfence.Agent.__module__.split(".")[:2])
     for name, module in list(sys.modules.items()):
@@ -239,7 +255,8 @@ def _errors() -> Iterator[tuple[str, type[RingfenceError]]]:
                     yield alias, value
 
 
-def _adapters() -> Iterator[ModuleType]:
+def adapters() -> Iterator[ModuleType]:
+    """The modules of `ringfence.integrations` that offer names."""
     yield integrations
     for module in pkgutil.iter_modules(integrations.__path__, f"{integrations.__name__}."):
         loaded = importlib.import_module(module.name)
@@ -263,10 +280,10 @@ def _plugin_api() -> Iterator[tuple[str, str]]:
 def _public(name: str, value: Any) -> Iterator[tuple[str, str]]:
     """A class with its public members, a function with its signature, or the values of a type."""
     if not inspect.isclass(value):
-        yield name, _signature(value) if inspect.isfunction(value) else ", ".join(map(repr, get_args(value)))
+        yield name, signature(value) if inspect.isfunction(value) else ", ".join(map(repr, get_args(value)))
         return
     is_made_by_others = issubclass(value, BaseModel | enum.Enum) or getattr(value, "_is_protocol", False)
-    said = [f"class{'' if is_made_by_others else _signature(value)}"]
+    said = [f"class{'' if is_made_by_others else signature(value)}"]
     if issubclass(value, RingfenceError):
         bases = [base.__name__ for base in value.__mro__[1:] if issubclass(base, RingfenceError)]
         said += [f"is {', '.join(bases)}"] if bases else []
@@ -306,10 +323,10 @@ def _member(value: Any) -> str:
     if isinstance(value, staticmethod | classmethod):
         kind = type(value).__name__
         return (
-            f"{_asynchronous(value.__func__)}{kind}{_signature(value.__func__, bound=kind == 'classmethod')}"
+            f"{_asynchronous(value.__func__)}{kind}{signature(value.__func__, bound=kind == 'classmethod')}"
         )
     if inspect.isfunction(value):
-        return f"{_asynchronous(value)}method{_signature(value, bound=True)}"
+        return f"{_asynchronous(value)}method{signature(value, bound=True)}"
     shown = "..." if inspect.isdatadescriptor(value) or callable(value) else _shown(value)
     return "attribute" if shown == "..." else f"attribute = {shown}"
 
@@ -343,15 +360,15 @@ class _Default:
         return _shown(self._value)
 
 
-def _signature(function: Any, *, bound: bool = False) -> str:
+def signature(function: Any, *, bound: bool = False) -> str:
     """Names, kinds and defaults of parameters; no types, which name internal classes. `bound`: without the first."""
-    signature = inspect.signature(function)
+    found = inspect.signature(function)
     parameters = [
         one.replace(
             annotation=inspect.Parameter.empty,
             default=one.default if one.default is inspect.Parameter.empty else _Default(one.default),
         )
-        for one in signature.parameters.values()
+        for one in found.parameters.values()
     ]
     return str(inspect.Signature(parameters[1:] if bound else parameters))
 

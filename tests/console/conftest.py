@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -12,39 +11,29 @@ import pytest
 from playwright.async_api import Browser, Page, expect
 
 from ringfence.client.admin.trust_setup import SERVICE_ROLES
-from ringfence.dev.stack import Stack, StackOptions
+from ringfence.dev.stack import Stack
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import DEFAULT_BUNDLE, FROZEN, Site, browser
 from tests.passkeys.organisation import Organisation
-from tests.support.stack import RunningStack, realm_in
+from tests.support.sign_page import Site, browser, frozen_bundle, person, site
+from tests.support.stack import RunningStack, options_of_stack, realm_in
 
-__all__ = ["browser"]
+__all__ = ["browser", "person", "site"]
 
 expect.set_options(timeout=20_000)  # where other programs have the machine, pages take their time
-FROZEN_RULE = f"""package ringfence.limits
-
-deny contains {{"code": "frozen", "message": "everything is frozen"}} if input.request.reason == "{FROZEN}"
-"""
 
 
 @pytest.fixture(scope="session")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes, and a console."""
     with tempfile.TemporaryDirectory(prefix="ringfence-console-") as folder:
-        bundle = Path(folder) / "policy"
-        shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("*_test.rego"))
-        (bundle / "frozen.rego").write_text(FROZEN_RULE)
-        options = StackOptions(
-            Path(folder) / "state",
-            trust_domain="acme.example",
-            kafka=kafka.bootstrap,
-            embedded_broker=kafka.embedded,
-            redis_url=redis_server.url,
-            topic_prefix="console",
-            redis_prefix="console",
-            keep_bytes=1024 * 1024,
+        bundle = frozen_bundle(Path(folder))
+        options = options_of_stack(
+            Path(folder),
+            kafka,
+            redis_server,
+            "console",
             services=(*SERVICE_ROLES, "console"),
             sign_page=True,
             environment={"RINGFENCE_CONSOLE_REFRESH_MS": "300", "RINGFENCE_POLICY_BUNDLE": str(bundle)},
@@ -53,12 +42,6 @@ def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
             yield running
             log = running.child("console").log_path.read_text()
         assert "Traceback" not in log, "\n".join(line for line in log.splitlines() if "Traceback" in line)
-
-
-@pytest.fixture(scope="session")
-def site(stack: Stack) -> Site:
-    """Where people sign on this stack, and where its console is."""
-    return Site(stack.origins["sign"], stack.origins["session"], stack.environment())
 
 
 @dataclass
@@ -116,14 +99,6 @@ async def organisation(realm: RunningStack, site: Site, tmp_path: Path) -> Async
     """Its people who sign with passkeys."""
     async with Organisation(realm, site.environment, tmp_path) as made:
         yield made
-
-
-@pytest.fixture
-async def person(browser: Browser) -> AsyncIterator[Person]:
-    """Somebody at a browser that has seen no page before."""
-    made = await Person.at(browser)
-    yield made
-    await made.leave()
 
 
 @pytest.fixture

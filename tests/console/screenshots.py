@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Final
@@ -17,10 +16,10 @@ from playwright.async_api import CDPSession, Page, expect
 
 from ringfence.client.admin.trust_setup import SERVICE_ROLES
 from ringfence.dev.stack import Stack, StackOptions
-from tests.console.conftest import FROZEN_RULE, Visitor
+from tests.console.conftest import Visitor
 from tests.console.showcase import showcase
 from tests.passkeys.browser import Person, chromium
-from tests.passkeys.conftest import DEFAULT_BUNDLE, Site
+from tests.support.sign_page import Site, frozen_bundle
 
 PATHS: Final = {
     "approvals": "/approvals",
@@ -108,9 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="ringfence-pictures-") as folder:
-        bundle = Path(folder) / "policy"
-        shutil.copytree(DEFAULT_BUNDLE, bundle, ignore=shutil.ignore_patterns("*_test.rego"))
-        (bundle / "frozen.rego").write_text(FROZEN_RULE)
+        bundle = frozen_bundle(Path(folder))
         stack = StackOptions(
             Path(folder) / "state", trust_domain="acme.example", services=(*SERVICE_ROLES, "console"),
             sign_page=True, environment={"RINGFENCE_POLICY_BUNDLE": str(bundle)},

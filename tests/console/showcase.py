@@ -33,8 +33,8 @@ from ringfence.messages.registry import BackendSettings, Role, VerbFloor
 from ringfence.messages.topics import ACTION, APPROVAL_REQUEST
 from ringfence.model.requests.facts import load_records
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import FROZEN
 from tests.passkeys.organisation import Organisation
+from tests.support.sign_page import FROZEN
 from tests.support.stack import RunningStack, first_pending
 
 DAY_S: Final = 86_400

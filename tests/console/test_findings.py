@@ -9,8 +9,8 @@ from playwright.async_api import expect
 from ringfence.client.approvals.sponsor import Sponsor
 from tests.console.conftest import Visitor
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import FROZEN, Site
 from tests.passkeys.organisation import Organisation
+from tests.support.sign_page import FROZEN, Site
 from tests.support.stack import first_pending
 
 

@@ -14,7 +14,7 @@ from tests.console.conftest import Visitor
 from tests.console.showcase import showcase
 from tests.console.test_approvals import HOSTILE
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
+from tests.support.sign_page import Site
 
 PATHS = (
     "/approvals", "/approvals?show=others", "/approvals/{request}", "/grants", "/grants?show=all", "/agents",

@@ -7,8 +7,8 @@ from playwright.async_api import expect
 
 from tests.console.conftest import Visitor
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
 from tests.passkeys.organisation import Organisation
+from tests.support.sign_page import Site
 
 
 async def test_a_sponsor_hands_an_agent_on_to_who_agrees(

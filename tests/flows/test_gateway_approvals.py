@@ -71,10 +71,10 @@ class Stage:
     chat: Receiver
     """Where sam is told of what waits."""
 
-    async def actor(self) -> Actor:
-        """An agent with a task, and a lease for everything at the target."""
+    async def actor(self, user: Party | None = None) -> Actor:
+        """An agent with a task, on behalf of maria or `user`, and a lease for everything at the target."""
         bot = await self.world.agent(f"bot-{uuid.uuid4().hex[:8]}", self.sam, WIDE)
-        task = await self.world.task(bot, by=self.maria, scope=WIDE)
+        task = await self.world.task(bot, by=user or self.maria, scope=WIDE)
         async with Agent.connect(bot.key, client(self.world)) as agent:
             await agent.request(
                 task=task, target="hub", verbs=["read", "merge", "wipe"], resources=["path/dev/**"], reason="to merge",
@@ -235,6 +235,7 @@ async def test_an_action_is_approved_by_a_passkey(stage: Stage) -> None:
     assert [one for one in stage.puts() if one[0] == "/dev/by-passkey"] == [("/dev/by-passkey", b"x")]
     event = await told(world, "action.approved", lambda words: words.get("agent") == actor.bot.name)
     assert event["unmapped"]["verified"]["kid"] == sam.key.kid
+    assert event["unmapped"]["verified"]["sign_count"] == 0
     # A second use opens nothing: the same request asks anew.
     again = asyncio.create_task(actor.send("PUT", "/dev/by-passkey", b"x"))
     async with stage.sponsor() as watching:

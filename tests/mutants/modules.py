@@ -13,7 +13,12 @@ MODULES: dict[str, tuple[str, ...]] = {
     "model/records/runs.py": ("test_runs.py",),
     "model/records/user_keys.py": ("test_passkeys.py", "test_passkey_records.py"),
     "model/requests/run_orders.py": ("test_runs.py",),
-    "model/requests/approvals.py": ("test_approvals.py", "test_delegation.py", "test_limiting_fields.py"),
+    "model/records/key_proofs.py": ("test_user_keys.py", "test_passkey_records.py"),
+    "model/lifecycle/key_history.py": ("test_user_keys.py", "test_approver_keys.py"),
+    "model/requests/approvals.py": (
+        "test_approvals.py", "test_delegation.py", "test_limiting_fields.py", "test_approver_keys.py",
+    ),
+    "model/requests/approver_keys.py": ("test_approver_keys.py", "test_user_keys.py"),
     "model/requests/facts.py": (
         "test_requests.py", "test_delegation.py", "test_approvals.py", "test_agent_keys.py",
         "test_limiting_fields.py", "test_runs.py",
@@ -32,6 +37,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "gateway/domain.py": ("test_gateway_domain.py", "test_runs.py"),
     "issuer/domain.py": (
         "test_issuer_domain.py", "test_issuer_limits.py", "test_limiting_fields.py", "test_runs.py",
+        "test_passkey_records.py",
     ),
     "client/resource_server/verifier.py": ("test_client_verify.py", "test_client_dpop.py", "test_client_asgi.py"),
 }  # fmt: skip

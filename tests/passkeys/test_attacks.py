@@ -18,19 +18,20 @@ import pytest
 from playwright.async_api import Page, Route, expect
 
 from ringfence.client.admin.trust_setup import load_root_and_bundle
+from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, challenge_of
 from ringfence.messages.approval import Approval, ApprovalRequest
-from ringfence.messages.base import typ_header
+from ringfence.messages.base import Claims, typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.registry import AgentRecord, TaskRecord
 from ringfence.messages.topics import APPROVAL_RESPONSE, DEAD_LETTER
 from ringfence.messages.trust import Origin
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
 from tests.passkeys.organisation import Organisation
 from tests.passkeys.questions import Asked, Question, altered, broken, claims_of, open_question, signed_by
+from tests.support.sign_page import Site
 
 
 async def refused(page: Page, reason: str) -> None:
@@ -253,6 +254,39 @@ async def test_a_question_that_is_not_in_order_is_refused(asked: Asked, person: 
     change(asked, question)
     await refused(await person.open(asked.link(question)), reason)
     assert person.complaints == []
+
+
+async def test_a_registry_that_lies_shows_another_purpose_and_no_other_request(
+    asked: Asked, person: Person
+) -> None:
+    """The page believes the registry's signature. A registry that was taken over can have it show another purpose of a
+    task; but not a request by a key that the registry made up for the agent: policy did not ask about that.
+    """
+    registry = asked.service_key("registry")
+
+    def with_state(jws: str, model: type[Claims], **state: Any) -> str:
+        claims = claims_of(jws)
+        return signed_by(registry, model, claims | {"state": claims["state"] | state})
+
+    question = asked.question()
+    at, task = record(question, "task")
+    question["evidence"]["records"][at] = with_state(task, TaskRecord, purpose="a harmless purpose")
+    page = await person.open(asked.link(question))
+    await expect(page.locator("dl").get_by_text("a harmless purpose")).to_be_visible()
+
+    at, agent = record(question, "agent")
+    request = claims_of(question["message"]["claims"]["request"])
+    made_up = SigningKey.generate(request["iss"])
+    keys = [made_up.record(int(time.time()) + 3600).model_dump(exclude_none=True)]
+    question["evidence"]["records"][at] = with_state(agent, AgentRecord, keys=keys)
+    forged = signed_by(
+        made_up, CredentialRequest, request | {"jti": "another", "reason": "a harmless reason"}
+    )
+    claims = question["message"]["claims"]
+    claims |= {
+        "request": forged, "request_digest": digest(forged), "request_id": message_id(request["iss"], "another"),
+    }  # fmt: skip
+    await refused(await person.open(asked.link(question)), "not to the question that policy signed")
 
 
 async def test_a_member_that_comes_twice_is_refused(asked: Asked, person: Person) -> None:

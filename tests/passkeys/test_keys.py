@@ -17,9 +17,9 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import UserInvite
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
 from tests.passkeys.organisation import Organisation, enrolled
 from tests.passkeys.test_signing import signed, waiting, write
+from tests.support.sign_page import Site
 
 
 async def test_an_invitation_adds_nothing_before_an_operator_adds_the_key(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 import unicodedata
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from playwright.async_api import expect
 
+from ringfence.client.passkeys.questions import BEGIN, END, unwrapped
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible, visible_name
@@ -17,7 +20,7 @@ from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import KeyPossession
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import Site
+from tests.support.sign_page import Site
 
 
 @pytest.fixture
@@ -35,6 +38,23 @@ async def call(person: Person, module: str, function: str, *arguments: Any) -> A
       return Promise.all(many.map(one));
     }}"""
     return await person.page.evaluate(script, [list(one) for one in arguments])
+
+
+async def test_what_links_write_out_is_written_back_as_it_was(modules: Person) -> None:
+    inner = '{"a":"' + b64encode('{"b":"ü"}'.encode()) + '"}'
+    texts = ["{}", '{"jws":"' + b64encode(inner.encode()) + "." + b64encode(b'{"c":1}') + '.AAAA"}']
+    assert unwrapped(texts[1]).count(BEGIN) == 3
+    assert await call(modules, "exchange", "wrapped", *((unwrapped(text),) for text in texts)) == texts
+    deep = BEGIN * 9 + END * 9
+    damaged = [BEGIN, END, f"{END}{BEGIN}", f"{BEGIN}{{}}", deep, BEGIN * 8 + "x" * 2**20 + END * 8]
+    assert await call(modules, "exchange", "wrapped", *((text,) for text in damaged)) == [None] * len(damaged)
+
+
+async def test_a_link_as_it_was_made_before_is_read(site: Site, person: Person) -> None:
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    packed = packer.compress(b'{"evidence":{},"more":1}') + packer.flush()
+    page = await person.open(f"{site.sign}/#q={b64encode(packed)}")
+    await expect(page.get_by_role("alert")).to_contain_text("does not know: more")
 
 
 async def test_text_is_shown_as_on_the_terminal(modules: Person) -> None:

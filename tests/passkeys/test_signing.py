@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 import pytest
-from playwright.async_api import Locator, Page, expect
+from playwright.async_api import Browser, Locator, Page, expect
 
 from ringfence.client.agent.agent import Agent
 from ringfence.client.approvals.break_glass_review import uses_of_break_glass
@@ -20,9 +20,9 @@ from ringfence.client.errors import RequestDeniedError
 from ringfence.messages.lease import TERMINAL
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from tests.passkeys.browser import Person
-from tests.passkeys.conftest import FROZEN
 from tests.passkeys.organisation import Organisation
 from tests.runner.installation import NotesServer
+from tests.support.sign_page import FROZEN
 from tests.support.stack import first_pending
 
 
@@ -205,7 +205,7 @@ async def test_a_grant_by_a_passkey_counts_until_a_passkey_takes_it_back(
     async with realm.as_agent() as agent:
         await realm.read(agent)  # a decision, by which the command knows the revision of the bundle
         command = await organisation.run(
-            "approvals", "grant", realm.task, "--allow", f"{realm.target}:write:env/staging/*", "--count", "2",
+            "approvals", "grant", realm.task[:13], "--allow", f"{realm.target}:write:env/staging/*", "--count", "2",
             as_user=pia,
         )  # fmt: skip
         page = await person.open(await command.link())
@@ -260,13 +260,94 @@ async def test_a_lease_ends_by_a_passkey(organisation: Organisation, person: Per
     async with realm.seen() as seen, realm.as_agent() as agent:
         lease = await realm.read(agent)
         command = await organisation.run(
-            "revoke", "--lease", lease.lease_id, "--reason", "not needed", as_user=pia
+            "revoke", "--lease", lease.lease_id[:13], "--reason", "not needed", as_user=pia
         )
         page = await person.open(await command.link())
         await expect(shown(page, lease.lease_id)).to_be_visible()
         await signed(page, "Revoke")
         assert (await command.result())["accepted"] == "revocation.request"
         assert (await realm.end_of(agent, seen, lease.lease_id)).status in TERMINAL
+
+
+async def test_all_leases_of_a_task_end_by_a_passkey_that_is_shown_whose_it_is(
+    organisation: Organisation, person: Person, pia: str
+) -> None:
+    realm = organisation.realm
+    async with realm.seen() as seen, realm.as_agent() as agent:
+        lease = await realm.read(agent)
+        command = await organisation.run(
+            "revoke", "--task", realm.task[:13], "--reason", "not needed", as_user=pia
+        )
+        page = await person.open(await command.link())
+        await expect(shown(page, f"all leases of task {realm.task}")).to_be_visible()
+        await expect(shown(page, realm.agent)).to_be_visible()
+        await signed(page, "Revoke")
+        assert (await command.result())["accepted"] == "revocation.request"
+        assert (await realm.end_of(agent, seen, lease.lease_id)).status in TERMINAL
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["task", "end"],
+        ["revoke", "--task"],
+        ["revoke", "--lease"],
+        ["approvals", "grant", "--allow", "a:b:c"],
+    ],
+    ids=lambda command: " ".join(command[:2]),
+)
+async def test_nobody_is_asked_to_sign_about_an_id_that_begins_like_none(
+    organisation: Organisation, pia: str, command: list[str]
+) -> None:
+    reason = [] if "grant" in command else ["--reason", "odd"]
+    running = await organisation.run(*command, "ffff-ffff", *reason, as_user=pia)
+    status, _, said = await running.finished()
+    assert (status, "begins with 'ffff-ffff'" in said, "/#" in said) == (1, True, False), said
+
+
+async def test_a_new_sponsor_consents_by_a_passkey(
+    organisation: Organisation, browser: Browser, person: Person, pia: str
+) -> None:
+    realm, other = organisation.realm, await Person.at(browser)
+    uma = realm.name("uma")
+    await organisation.enrol(other, uma)
+    command = await organisation.run("agent", "consent-transfer", realm.agent, as_user=uma)
+    page = await other.open(await command.link())
+    await expect(page.get_by_text("You become accountable for what it does.")).to_be_visible()
+    await signed(page, "Take over")
+    given = await command.result()
+    assert given["valid_s"] == 600
+    consent = organisation.folder / "consent"
+    consent.write_text(given["consent"])
+    command = await organisation.run("agent", "transfer", realm.agent, "--consent", str(consent), as_user=pia)
+    await signed(await person.open(await command.link()), "Transfer")
+    assert (await command.result())["sponsor"] == uma
+    assert other.complaints == person.complaints == []
+    await other.leave()
+
+
+async def test_a_user_consents_to_a_task_by_a_passkey(
+    organisation: Organisation, person: Person, pia: str
+) -> None:
+    realm = organisation.realm
+    terms = ["--purpose", "the shop of pia", "--allow", f"{realm.target}:read:env/**", "--for", "1h"]
+    command = await organisation.run("task", "consent", realm.agent, *terms, as_user=pia)
+    page = await person.open(await command.link())
+    await expect(shown(page, "the shop of pia")).to_be_visible()
+    await signed(page, "Consent")
+    consent = organisation.folder / "consent"
+    consent.write_text((await command.result())["consent"])
+    command = await organisation.run(
+        "task", "assign", realm.agent, "--consent", str(consent), identity=organisation.key_file("maria")
+    )
+    assigned = await command.result()
+    assert assigned["on_behalf_of"] == pia
+    # It counts once.
+    command = await organisation.run(
+        "task", "assign", realm.agent, "--consent", str(consent), identity=organisation.key_file("maria")
+    )
+    status, _, said = await command.finished()
+    assert (status, "was used for task" in said) == (1, True), said
 
 
 @pytest.mark.parametrize(
@@ -289,7 +370,7 @@ async def test_commands_by_passkeys_are_accepted(
     async with realm.administrator("sam") as sam:
         consent = tmp_path / "consent"
         consent.write_text(await sam.consent_to_transfer(realm.agent))
-    words = {"AGENT": realm.agent, "TASK": realm.task, "CONSENT": str(consent), "TARGET": realm.target}
+    words = {"AGENT": realm.agent, "TASK": realm.task[:13], "CONSENT": str(consent), "TARGET": realm.target}
     arguments = [words.get(word, word.replace("TARGET", realm.target)) for word in command]
     running = await organisation.run(*arguments, as_user=pia)
     page = await person.open(await running.link())

@@ -8,7 +8,8 @@ import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringfence.cli.commands.dev import client_settings
 from ringfence.client.admin.administrator import Administrator
@@ -16,7 +17,7 @@ from ringfence.client.agent.agent import Agent
 from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
-from ringfence.dev.stack import Stack
+from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
@@ -30,6 +31,10 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, DEAD_LETTER, LEASE, SERVICE_EVENT
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
+
+if TYPE_CHECKING:
+    from tests.brokers import RedisServer
+    from tests.conftest import Kafka
 
 WITHIN_S = 60.0
 C = TypeVar("C", bound=Claims)
@@ -224,6 +229,23 @@ async def first_pending(sponsor: Sponsor) -> PendingApproval:
         async for pending in sponsor.watch():
             return pending
     raise AssertionError("the watch ended")
+
+
+def options_of_stack(
+    folder: Path, kafka: Kafka, redis_server: RedisServer, prefix: str, **more: Any
+) -> StackOptions:
+    """Options of a stack on the broker and the Redis of this run, with names of its own (`prefix`) there."""
+    return StackOptions(
+        folder / "state",
+        trust_domain="acme.example",
+        kafka=kafka.bootstrap,
+        embedded_broker=kafka.embedded,
+        redis_url=redis_server.url,
+        topic_prefix=prefix,
+        redis_prefix=prefix,
+        keep_bytes=1024 * 1024,  # what it keeps, the embedded broker writes every other second
+        **more,
+    )
 
 
 @asynccontextmanager

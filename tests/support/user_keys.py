@@ -123,8 +123,21 @@ async def give_key(world: World, by: Party, user: Party, *cosigners: Party) -> P
     return new
 
 
-def add_key_in(world: World, by: Party, new: Party, *cosigners: Party) -> UserAddKey:
-    """The command by which `by` adds the key of `new`, with a co-signature if somebody is named."""
+async def give_attested_passkey(world: World, by: Party, user: Party, *cosigners: Party) -> Party:
+    """As `give_key`, a passkey of which `by`, an operator, says that it is attested."""
+    new = Party(user.name, SoftwarePasskey.make(user.id))
+    record = new.key_record().model_copy(update={"attested": True})
+    await world.accepted(add_key_in(world, by, new, *cosigners, key=record), by)
+    return new
+
+
+def add_key_in(
+    world: World, by: Party, new: Party, *cosigners: Party, key: KeyRecord | None = None
+) -> UserAddKey:
+    """The command by which `by` adds the key of `new`, with a co-signature if somebody is named.
+
+    `key`: its record, if that is not the usual one.
+    """
     invited = world.claims(UserInvite, by, user_id=new.name)
     possessed = sign(
         world.claims(KeyPossession, new, user_id=new.name, jwk=new.key.public, invitation=invited.jti),
@@ -140,6 +153,6 @@ def add_key_in(world: World, by: Party, new: Party, *cosigners: Party) -> UserAd
         for one in cosigners
     ]
     return world.claims(
-        UserAddKey, by, user_id=new.name, key=new.key_record(), invitation=sign(invited, by.key),
+        UserAddKey, by, user_id=new.name, key=key or new.key_record(), invitation=sign(invited, by.key),
         possession=possessed, endorsement=signed[0] if signed else None,
     )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from ringfence.messages.credential import CredentialRequest, RequiredClass
 from ringfence.messages.registry import FloorKey, TaskState, VerbFloor
 from ringfence.model.lifecycle import WAIT_S
 from ringfence.model.requests.approvals import key_problems, unmet
+from ringfence.model.requests.approver_keys import KeyProblem, floor_problem, is_compromised, lent_by
 from ringfence.model.requests.facts import RequestContext, load_context
 from tests.support import user_keys
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
@@ -73,6 +75,12 @@ class Office:
         found = key_problems(approvals, self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms)
         return [one.reason.code if one else None for one in found]
 
+    def problem(self, approval: Signed[Any]) -> KeyProblem:
+        """Why the key of one approval does not count."""
+        (found,) = key_problems([approval], self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms)
+        assert found is not None
+        return found
+
     def left(self, required: tuple[RequiredClass, ...], *approvals: Signed[Any]) -> tuple[RequiredClass, ...]:
         return unmet(required, approvals, self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms)
 
@@ -103,12 +111,94 @@ def test_a_lent_key_counts_a_day_later_and_not_a_moment_before(office: Office):
 
 def test_the_remedy_is_named(office: Office):
     key = lent(office, "olga", "sam")
-    (found,) = key_problems(
-        [office.approval("sam", key)], office.ledger.directory, office.facts(), at_ms=office.ledger.clock.ms
-    )
-    assert found is not None
-    assert "added by olga" in found.reason.message
-    assert "user endorse-key" in found.reason.message
+    since_ms = office.ledger.directory.key_history("sam").origins[key.kid].counts_from_ms
+    said = office.problem(office.approval("sam", key)).reason.message
+    assert f"key {key.kid} of sam was added by olga" in said
+    assert "user endorse-key" in said
+    assert f"{datetime.fromtimestamp(since_ms / 1000, UTC):%Y-%m-%d %H:%M:%SZ}" in said
+
+
+def test_since_when_a_key_does_not_count_is_when_it_was_added(office: Office):
+    """For the issuer, which asks whether policy could have known. What has no such moment is from the beginning on."""
+    key = lent(office, "olga", "sam")
+    added_ms = office.ledger.directory.key_history("sam").origins[key.kid].added_ms
+    assert office.problem(office.approval("sam", key)).since_ms == added_ms
+    assert office.problem(office.approval("sam", new_key("sam"))).since_ms == 0
+    office.target("attested")
+    assert office.problem(office.approval("sam")).since_ms == 0
+    office.target()
+    ended = office.approval("sam")
+    office.ledger.give(end_key(office.ledger, "olga", "sam", office.ledger.key("sam").kid))
+    assert office.problem(ended).since_ms == 0
+
+
+def test_the_end_of_a_key_is_the_second_that_its_record_names(office: Office):
+    approval = office.approval("sam")
+    office.ledger.clock.ms = office.ledger.clock.ms // 1000 * 1000 + 400
+    office.ledger.give(add_key(office.ledger, "sam", "sam", new_key("sam")))
+    at_s = office.ledger.clock.ms // 1000
+    office.ledger.give(end_key(office.ledger, "sam", "sam", office.ledger.key("sam").kid))
+    for at_ms, code in (
+        (at_s * 1000 - 1, None),
+        (at_s * 1000, "key_ended"),
+        (at_s * 1000 + 999, "key_ended"),
+    ):
+        office.ledger.clock.ms = at_ms
+        assert office.codes(approval) == [code]
+
+
+def test_somebody_whose_record_does_not_hold_approves_and_vouches_for_nothing(office: Office):
+    key = lent(office, "olga", "sam")
+    by_lent = office.approval("sam", key)
+    by_suzy = office.approval("suzy")
+    office.ledger.clock.ms += WAIT_MS
+    assert office.codes(by_lent) == [None]
+    for user in ("suzy", "olga"):
+        entry = office.ledger.directory.user(user)
+        assert entry is not None
+        forged = entry.state.model_copy(update={"roles": ("sponsor", "operator", "auditor")})
+        office.ledger.admit(office.ledger.sign_record(forged, entry.record.commands, entry.revision + 1))
+        if user == "suzy":
+            found = office.problem(by_suzy)
+            assert (found.reason.code, found.since_ms) == ("record_untrusted", 0)
+    # What olga's record says is a lie, so nobody knows whether her key was ended as compromised.
+    assert is_compromised(office.ledger.directory, "olga", office.ledger.key("olga").kid)
+    assert is_compromised(office.ledger.directory, "nobody", "any")
+    assert not is_compromised(office.ledger.directory, "otto", office.ledger.key("otto").kid)
+
+
+def test_who_gave_somebody_a_key_does_not_approve_beside_them(office: Office):
+    """As policy asks it when the voucher comes second."""
+    key = lent(office, "olga", "sam", cosigned="otto")
+    directory = office.ledger.directory
+    by_lent, by_own = office.approval("sam", key), office.approval("suzy")
+    for voucher in ("olga", "otto"):
+        reason = lent_by(voucher, [by_own, by_lent], directory)
+        assert reason is not None
+        assert reason.code == "key_beside_voucher"
+    assert lent_by("oscar", [by_own, by_lent], directory) is None
+    assert lent_by("sam", [by_lent], directory) is None
+    assert lent_by("olga", [by_own], directory) is None
+    assert lent_by("olga", [office.approval("sam", new_key("sam"))], directory) is None
+
+
+def test_a_key_file_is_no_attested_passkey_whatever_its_record_says(office: Office):
+    office.target("attested")
+    target = office.facts().target.state
+    passkey = user_keys.record_of(new_passkey("sam")).model_copy(update={"attested": True})
+    assert floor_problem(passkey, target, office.facts().verbs) is None
+    for wrong in ({"use": None}, {"attested": None}, {"attested": False}):
+        reason = floor_problem(passkey.model_copy(update=wrong), target, office.facts().verbs)
+        assert reason is not None
+        assert reason.code == "key_not_attested"
+
+
+def test_what_no_user_signed_is_no_approval(office: Office):
+    approval = office.approval("sam")
+    claims = approval.claims.model_copy(update={"iss": f"spiffe://{TD}/agent/bot"})
+    by_agent = Signed(claims, sign(claims, office.ledger.key("bot", "agent")))
+    assert office.codes(by_agent) == ["key_unknown"]
+    assert office.left(("sponsor",), by_agent) == ("sponsor",)
 
 
 def test_it_never_counts_beside_who_vouched_for_it_in_any_order(office: Office):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import pytest
 
@@ -66,7 +66,7 @@ from ringfence.model.requests.approvals import APPROVAL_SLACK_MS, BREAK_GLASS_TT
 from ringfence.model.requests.grants import id_of
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.passkeys import ORIGINS, SoftwarePasskey
-from tests.support.user_keys import add_key, end_key, new_passkey
+from tests.support.user_keys import add_key, end_key, new_key, new_passkey
 
 POLICY = SigningKey.generate(f"spiffe://{TD}/service/policy")
 ISSUER = f"spiffe://{TD}/service/issuer"
@@ -925,6 +925,62 @@ def test_an_origin_that_ended_after_the_approval_does_not_matter(
     place.ledger.trust.load(sign(bundle, place.ledger.root, header_jwk=True), at_ms / 1000)
     assert place.issued(before).lease.scope == (DEPLOY,)
     assert place.refused(after)[0] == ["approval_invalid"]
+
+
+def test_a_plain_approval_by_a_passkeys_key_is_none(place: Place, passkey: SoftwarePasskey) -> None:
+    request = place.request(scope=(DEPLOY,))
+    approval = place.approval(request, key=passkey.plain())
+    for times in (None, {digest(approval): place.now_ms}):
+        decision = place.decision(request, approvals=(approval,), answers_at_ms=times)
+        assert place.refused(decision) == (["approval_invalid"], True)
+
+
+# --- keys that somebody else added ------------------------------------------------------------------------------------
+
+
+def test_a_key_that_waits_opens_nothing_by_approval_or_grant(place: Place) -> None:
+    """Honest policy may have decided before it knew of the key; never after."""
+    lent = new_key("sam")
+    place.ledger.give(add_key(place.ledger, "olga", "sam", lent))
+    added_ms = place.ledger.directory.key_history("sam").origins[lent.kid].added_ms
+    request = place.request(scope=(DEPLOY,))
+    for source_ms, finding in ((added_ms, False), (added_ms + 1, True)):
+        decision = place.decision(
+            request, source_ms=source_ms, approvals=(place.approval(request, key=lent),)
+        )
+        assert place.refused(decision) == (["key_too_new"], finding)
+    before = place.revisions(target=0)
+    decision = place.decision(request, approvals=(place.approval(request, key=lent),), revisions=before)
+    assert place.refused(decision) == (["key_too_new"], False), "records changed, so policy saw others"
+    grant = sign(parse(place.grant()).unverified_claims(Grant), lent)
+    assert place.refused(place.decision(request, grants=(grant,))) == (["key_too_new"], True)
+    assert place.issued(place.decision(request, approvals=(place.approval(request),))).lease.scope == (
+        DEPLOY,
+    )
+
+
+def test_a_key_whose_voucher_was_compromised_since_is_no_fault_of_policys(place: Place) -> None:
+    lent = new_key("sam")
+    place.ledger.give(add_key(place.ledger, "otto", "sam", lent, cosigned="olga"))
+    request = place.request(scope=(DEPLOY,))
+    how: dict[str, Any] = {"approvals": (place.approval(request, key=lent),)}
+    assert place.issued(place.decision(request, **how)).lease.scope == (DEPLOY,)
+    kid = place.ledger.key("otto").kid
+    place.ledger.give(end_key(place.ledger, "otto", "otto", kid, compromised=True))
+    assert place.refused(place.decision(request, **how)) == (["key_voucher_compromised"], False)
+
+
+def test_a_floor_for_a_kind_of_key_holds_whatever_policy_says(place: Place, passkey: SoftwarePasskey) -> None:
+    kinds: tuple[tuple[Literal["attested", "file"], SigningKey], ...] = (
+        ("attested", passkey), ("attested", place.ledger.key("sam")), ("file", passkey),
+    )  # fmt: skip
+    for kind, key in kinds:
+        place.set_target(verbs=(VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor", key=kind)))
+        request = place.request(scope=(DEPLOY,))
+        approval = place.approval(request, key=key)
+        times = {digest(approval): place.now_ms} if key is passkey else None
+        decision = place.decision(request, approvals=(approval,), answers_at_ms=times)
+        assert place.refused(decision) == ([f"key_not_{kind}"], True)
 
 
 def test_a_grant_by_a_passkey_outlasts_the_ten_minutes(place: Place, passkey: SoftwarePasskey) -> None:

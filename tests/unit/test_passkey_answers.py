@@ -3,17 +3,37 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import re
+import uuid
+import zlib
+from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 
+from ringfence.client.admin import user_keys
+from ringfence.client.admin.administrator import Administrator
+from ringfence.client.admin.user_keys import KeyPackage
+from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.passkeys.questions import compose, question_link, server_link, sign_origin
+from ringfence.client.passkeys.questions import (
+    BEGIN,
+    END,
+    compose,
+    question_link,
+    server_link,
+    sign_origin,
+    unwrapped,
+)
 from ringfence.client.passkeys.signer import check_answer
+from ringfence.client.passkeys.user import PasskeyUser
+from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
+from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.registry import AgentSuspend, UserSet
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.passkeys import SESSION_ORIGIN, SIGN_ORIGIN, SoftwarePasskey
@@ -133,6 +153,32 @@ def test_what_no_passkey_signs_is_not_asked(registry: InMemoryRegistry, passkey:
         question(registry, command)
 
 
+def test_the_task_of_a_revocation_is_shown(registry: InMemoryRegistry, passkey: SoftwarePasskey) -> None:
+    change = registry.give(registry.assign("sam", "deploy-bot"))
+    assert change is not None
+    task_id = cast(Any, change.state).task_id
+    for selector, count in ((Selector(task_id=task_id), 2), (Selector(task_id=str(uuid.uuid4())), 1)):
+        claims = RevocationRequest(
+            iss=f"spiffe://{TD}/user/pia", aud=TD, iat=NOW_S, jti="x", kind="revocation", selector=selector, reason="x"
+        )  # fmt: skip
+        assert len(question(registry, claims)["evidence"]["records"]) == count
+
+
+def test_nothing_is_signed_by_the_key_that_only_says_who_it_is(registry: InMemoryRegistry) -> None:
+    """A connection of a person with a passkey has a key of its own making. What it signed would be nobody's."""
+    connection = Connection(PasskeyUser("pia", print), ClientSettings(trust_domain=TD, trust_root="x"))
+    administrator = Administrator(connection)
+    package = KeyPackage("sam", "a.b.c", "a.b.c", registry.key("sam").public, {})
+    signing: list[Callable[[], object]] = [
+        lambda: administrator.sign_consent(registry.terms("deploy-bot")),
+        lambda: user_keys.invite(connection, "sam"),
+        lambda: user_keys.endorse(connection, package),
+    ]
+    for sign_it in signing:
+        with pytest.raises(InvalidCallError, match="passkey"):
+            sign_it()
+
+
 def test_without_the_record_or_the_bundle_nobody_is_asked(
     registry: InMemoryRegistry, passkey: SoftwarePasskey
 ) -> None:
@@ -142,9 +188,47 @@ def test_without_the_record_or_the_bundle_nobody_is_asked(
         compose("pia", suspend(), registry.directory, TrustStore(TD, "x"), evidence={})
 
 
+def test_a_question_in_a_link_is_short_and_comes_back_as_it_was(
+    registry: InMemoryRegistry, passkey: SoftwarePasskey
+) -> None:
+    asked = compose("pia", suspend(), registry.directory, registry.trust, evidence={})
+    link = question_link(SIGN_ORIGIN, asked)
+    packed = zlib.decompress(b64decode(link.partition("#p=")[2]), -zlib.MAX_WBITS)
+    assert wrapped(packed.decode()) == asked.decode()
+    assert unwrapped(asked.decode()) == packed.decode()
+    as_before = b64encode(zlib.compress(asked, 9))
+    assert len(link) < len(as_before) * 0.7
+
+
+@pytest.mark.parametrize(
+    ("text", "levels"),
+    [
+        ('{"a":"' + b64encode(b'{"b":1}') + '"}', 1),
+        ('{"a":"' + b64encode(b'{"b":"' + b64encode('{"c":"\u00fc"}'.encode()).encode() + b'"}') + '"}', 2),
+        ('{"a":"eyJhIjoxfQ=="}', 1),  # what follows is no base64url
+        ('{"a":"eyJhIjoxfR"}', 0),  # its last bits belong to nothing
+        ('{"a":"' + b64encode(b'{"\xff":1}') + '"}', 0),
+        ('{"a":"' + b64encode(b'{"\x01":1}') + '"}', 0),
+        ('{"a":"eyJ","b":"reyJhIjoxfQ"}', 1),
+    ],
+)  # fmt: skip
+def test_what_is_written_out_is_written_back(text: str, levels: int) -> None:
+    packed = unwrapped(text)
+    assert packed.count(BEGIN) == packed.count(END) == levels
+    assert wrapped(packed) == text
+
+
+def wrapped(packed: str) -> str:
+    """What the page makes of it, said once more: the innermost first."""
+    innermost = re.compile(f"{BEGIN}([^{BEGIN}{END}]*){END}")
+    while innermost.search(packed):
+        packed = innermost.sub(lambda found: b64encode(found[1].encode()), packed)
+    return packed
+
+
 def test_links_lead_to_the_page_that_the_bundle_names(registry: InMemoryRegistry) -> None:
     assert sign_origin(registry.trust, NOW_S) == SIGN_ORIGIN
-    assert question_link(SIGN_ORIGIN, b"{}").startswith(f"{SIGN_ORIGIN}/#q=")
+    assert question_link(SIGN_ORIGIN, b"{}").startswith(f"{SIGN_ORIGIN}/#p=")
     assert (
         server_link(SIGN_ORIGIN, "http://127.0.0.1:1/a&b")
         == f"{SIGN_ORIGIN}/#from=http%3A%2F%2F127.0.0.1%3A1%2Fa%26b"

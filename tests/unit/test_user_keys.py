@@ -9,12 +9,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
-from ringfence.messages.registry import EmbeddedCommand, UserDisable, UserState
-from ringfence.model.lifecycle import WAIT_S, CommandRefusedError, KeyOrigin
+from ringfence.messages.registry import EmbeddedCommand, UserAddKey, UserDisable, UserInvite, UserState
+from ringfence.messages.trust import RootHandover
+from ringfence.model.lifecycle import (
+    NO_HISTORY,
+    WAIT_S,
+    CommandRefusedError,
+    KeyOrigin,
+    KeyProof,
+    SignerKey,
+    endorsement_problem,
+)
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.key_proofs import verified_key_proof
 from tests.support import user_keys
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.user_keys import add_key, end_key, new_key, new_passkey
@@ -179,6 +191,31 @@ def test_an_invitation_is_for_this_user_by_who_may_invite_and_in_time(ledger: In
     ledger.give(add_key(ledger, "olga", "sam", key, invitation=user_keys.invitation(ledger, "sam", "sam")))
 
 
+def test_the_root_invites_while_it_is_in_office(ledger: InMemoryRegistry):
+    """A root that was handed over invites nobody any more: whoever stole it would go on."""
+    for user in ("sam", "suzy"):
+        invited = user_keys.invitation(ledger, "root", user, ledger.root, iss=ledger.trust.root_id)
+        command = add_key(ledger, "olga", user, new_key(user), invitation=invited)
+        if user == "sam":
+            ledger.give(command)
+            continue
+        new = SigningKey.generate(ledger.root.id)
+        first = ledger.trust.require()
+        handover = RootHandover(
+            iss=ledger.trust.root_id, aud=TD, iat=START_MS // 1000, jti="handover", next_root=new.public
+        )
+        following = first.model_copy(
+            update={
+                "version": first.version + 1,
+                "handovers": (sign(handover, ledger.root, header_jwk=True),),
+                "former_roots": (ledger.root.record(ledger.clock.ms // 1000),),
+            }
+        )
+        assert ledger.trust.load(sign(following, new, header_jwk=True), START_MS / 1000)
+        assert refused(ledger, command) == "possession_invalid"
+    assert reread(ledger).user("sam"), "what it signed in its time holds"
+
+
 def test_the_invitation_of_who_is_no_operator_any_more_is_void(ledger: InMemoryRegistry):
     invited = user_keys.invitation(ledger, "otto", "sam")
     ledger.give(ledger.user_set("olga", "otto", []))
@@ -264,6 +301,52 @@ def test_user_set_makes_no_passkey_and_changes_none(ledger: InMemoryRegistry):
     assert counting(ledger, "sam") == {passkey.kid}
 
 
+def proof(ledger: InMemoryRegistry, command: UserAddKey) -> KeyProof:
+    """What a command embeds, as olga signs it. Raises InvalidMessageError."""
+    at_ms = ledger.clock.ms
+    people = ledger.directory.chains._people(at_ms, None, NO_HISTORY)
+    kid = ledger.key("olga").kid
+    signer = SignerKey("olga", kid, people.origin_of("olga", kid))
+    return verified_key_proof(command, signer, people, ledger.trust, at_ms)
+
+
+def test_a_proof_names_its_invitation_and_who_co_signed(ledger: InMemoryRegistry):
+    invited = user_keys.invitation(ledger, "otto", "sam")
+    claims = parse(invited).unverified_claims(UserInvite)
+    found = proof(ledger, add_key(ledger, "olga", "sam", new_key("sam"), invitation=invited))
+    assert found == KeyProof(message_id(claims.iss, claims.jti), None)
+    found = proof(ledger, add_key(ledger, "olga", "sam", new_key("sam"), cosigned="otto"))
+    assert found.endorser is not None
+    assert (found.endorser.user_id, found.endorser.kid) == ("otto", ledger.key("otto").kid)
+
+
+def test_what_is_wrong_with_a_proof_has_a_code(ledger: InMemoryRegistry):
+    key = new_key("sam")
+    invited, other = (user_keys.invitation(ledger, "olga", "sam") for _ in range(2))
+    possessed = user_keys.possession(ledger, key, "sam", invited)
+    good = add_key(ledger, "olga", "sam", key, invitation=invited, possession=possessed)
+    cosigned = user_keys.endorsement
+    wrong: dict[str, dict[str, Any]] = {
+        "invitation_missing": {"invitation": None},
+        "possession_missing": {"possession": None},
+        "invitation_other_user": {"invitation": user_keys.invitation(ledger, "olga", "suzy")},
+        "invitation_not_allowed": {"invitation": user_keys.invitation(ledger, "suzy", "sam")},
+        "possession_other": {"possession": user_keys.possession(ledger, key, "sam", other)},
+        "endorsement_other": {"endorsement": cosigned(ledger, "otto", "suzy", key.kid, possessed)},
+        "endorsement_not_operator": {"endorsement": cosigned(ledger, "suzy", "sam", key.kid, possessed)},
+        "endorsement_not_apart": {"endorsement": cosigned(ledger, "olga", "sam", key.kid, possessed)},
+    }
+    assert proof(ledger, good).endorser is None
+    for code, changed in wrong.items():
+        with pytest.raises(InvalidMessageError) as caught:
+            proof(ledger, good.model_copy(update=changed))
+        assert caught.value.code == code
+    with pytest.raises(InvalidMessageError) as caught:
+        proof(ledger, good.model_copy(update={"user_id": "sam", "possession": user_keys.possession(
+            ledger, key, "sam", invited, jwk=new_key("sam").public)}))  # fmt: skip
+    assert caught.value.code == "possession_other"
+
+
 # --- ending -----------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +398,56 @@ def test_without_it_being_compromised_only_the_key_ends(ledger: InMemoryRegistry
     assert counting(ledger, "sam") == {ledger.key("sam").kid}
 
 
+def test_keys_that_a_stolen_key_had_add_each_other_end_with_it(ledger: InMemoryRegistry):
+    """The attack: a thief adds a second key, by that a third, ends the second, and has the third add it again.
+
+    Each of the two rests on the other then, and on the stolen key neither.
+    """
+    stolen = ledger.key("sam")
+    second, third, fourth = (new_key("sam") for _ in range(3))
+    ledger.give(add_key(ledger, "sam", "sam", second))
+    ledger.give(add_key(ledger, "sam", "sam", third), second)
+    ledger.give(end_key(ledger, "sam", "sam", second.kid), third)
+    ledger.clock.ms += 1000
+    ledger.give(add_key(ledger, "sam", "sam", second), third)
+    ledger.give(add_key(ledger, "sam", "sam", fourth), second)
+    assert counting(ledger, "sam") == {stolen.kid, second.kid, third.kid, fourth.kid}
+    ledger.give(end_key(ledger, "olga", "sam", stolen.kid, compromised=True))
+    assert counting(ledger, "sam") == set()
+    assert reread(ledger).user("sam")
+
+
+def test_all_branches_of_what_a_compromised_key_added_end(ledger: InMemoryRegistry):
+    root, left, right, under_left, under_right = (new_key("sam") for _ in range(5))
+    ledger.give(add_key(ledger, "sam", "sam", root))
+    for key, by in ((left, root), (right, root), (under_left, left), (under_right, right)):
+        ledger.give(add_key(ledger, "sam", "sam", key), by)
+    ledger.give(end_key(ledger, "sam", "sam", root.kid, compromised=True))
+    assert counting(ledger, "sam") == {ledger.key("sam").kid}
+
+
+def test_a_first_key_was_added_by_no_other(ledger: InMemoryRegistry):
+    """olga, an operator, made herself none of her keys: what she signed about others is not of her own keys."""
+    ledger.give(add_key(ledger, "olga", "olga", new_key("olga")))
+    history = ledger.directory.key_history("sam")
+    assert history.added_by(ledger.key("olga").kid) == frozenset()
+    assert history.added_by(ledger.key("sam").kid) == frozenset()
+
+
+def test_a_key_that_is_added_again_rests_on_who_gave_it_before_too(ledger: InMemoryRegistry):
+    """olga made a key in sam's name. It ends, and otto gives it back in good faith: olga still has it."""
+    lent = new_key("sam")
+    ledger.give(add_key(ledger, "olga", "sam", lent))
+    ledger.give(end_key(ledger, "sam", "sam", lent.kid))
+    ledger.clock.ms += 1000
+    ledger.give(add_key(ledger, "otto", "sam", lent))
+    again = origin(ledger, "sam", lent)
+    assert again.by == "otto"
+    assert again.vouchers == {"olga", "otto"}
+    assert again.voucher_keys == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
+    assert again.counts_from_ms == again.added_ms + WAIT_MS
+
+
 def test_a_compromised_key_never_comes_back(ledger: InMemoryRegistry):
     key = ledger.key("sam")
     ledger.give(end_key(ledger, "olga", "sam", key.kid, compromised=True))
@@ -364,6 +497,32 @@ def test_all_keys_away_and_a_new_one_is_no_first_key(ledger: InMemoryRegistry):
     assert origin(ledger, "sam", old).counts_from_ms == origin(ledger, "sam", old).added_ms + WAIT_MS
 
 
+def test_a_key_that_ended_in_this_very_second_has_ended(ledger: InMemoryRegistry):
+    """An operator who ends a sponsor's key and gives back one that they found, within a second, waits as well."""
+    key = ledger.key("sam")
+    ledger.clock.ms = ledger.clock.ms // 1000 * 1000 + 100
+    ended = end_key(ledger, "olga", "sam", key.kid)
+    back = ledger.user_set("olga", "sam", ["sponsor"], jti="later")
+    ledger.give(ended, passing_ms=300)
+    ledger.give(back, passing_ms=300)
+    again = origin(ledger, "sam", key)
+    assert (again.by, again.counts_from_ms) == ("olga", again.added_ms + WAIT_MS)
+
+
+@pytest.mark.parametrize("ends_in_s", [-10, 0])
+def test_a_key_that_has_ended_is_no_first_key(ledger: InMemoryRegistry, ends_in_s: int):
+    ended = new_key("petra").record(ledger.clock.ms // 1000 + ends_in_s)
+    ledger.give(ledger.user_set("olga", "petra", ["sponsor"], keys=(ended,)))
+    assert ledger.directory.key_history("petra").origins == {}
+    key = new_key("petra")
+    ledger.give(add_key(ledger, "olga", "petra", key))
+    assert origin(ledger, "petra", key).first
+
+
+def test_the_wait_is_a_day():
+    assert WAIT_S == 86_400
+
+
 def test_a_longer_life_of_a_key_is_no_new_key(ledger: InMemoryRegistry):
     key = ledger.key("sam")
     before = origin(ledger, "sam", key)
@@ -389,6 +548,43 @@ def test_a_second_operator_lets_it_count_at_once(ledger: InMemoryRegistry):
     added = origin(ledger, "sam", key)
     assert (added.counts_from_ms, added.endorsed_by) == (added.added_ms, "otto")
     assert added.vouchers == {"olga", "otto"}
+    assert added.voucher_keys == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
+    assert origin(ledger, "sam", ledger.key("sam")).endorsed_by is None
+
+
+def test_the_root_and_an_operator_are_two(ledger: InMemoryRegistry):
+    key = new_key("sam")
+    command = add_key(
+        ledger, "root", "sam", key, cosigned="otto", invitation=user_keys.invitation(ledger, "olga", "sam")
+    )
+    ledger.give(command, ledger.root)
+    added = origin(ledger, "sam", key)
+    assert added.counts_from_ms == added.added_ms
+    assert added.vouchers == {"otto"}
+    # The co-signer's key is looked at all the same.
+    lent = new_key("otto")
+    ledger.give(add_key(ledger, "oscar", "otto", lent))
+    other = new_key("sam")
+    invited = user_keys.invitation(ledger, "olga", "sam")
+    possessed = user_keys.possession(ledger, other, "sam", invited)
+    signed = user_keys.endorsement(ledger, "otto", "sam", other.kid, possessed, lent)
+    command = add_key(
+        ledger, "root", "sam", other, invitation=invited, possession=possessed, endorsement=signed
+    )
+    assert refused(ledger, command, ledger.root) == "possession_invalid"
+
+
+def test_a_co_signature_counts_from_the_moment_from_which_its_key_does():
+    def signer(user: str, counts_from_ms: int) -> SignerKey:
+        kid = f"key of {user}"
+        return SignerKey(
+            user, kid, KeyOrigin(kid, 0, None, "root", first=False, counts_from_ms=counts_from_ms)
+        )
+
+    for late in ("olga", "otto"):
+        olga, otto = (signer(name, 1000 if name == late else 0) for name in ("olga", "otto"))
+        assert endorsement_problem("sam", olga, otto, 1000) is None
+        assert f"the key of {late} was added" in (endorsement_problem("sam", olga, otto, 999) or "")
 
 
 def test_who_is_no_second_operator(ledger: InMemoryRegistry):
@@ -475,6 +671,7 @@ def test_the_root_is_somebody_else_too(ledger: InMemoryRegistry):
     ledger.give(ledger.user_set("root", "olga", ["operator"], keys=(user_keys.record_of(key),)), ledger.root)
     added = origin(ledger, "olga", key)
     assert (added.by, added.counts_from_ms, added.vouchers) == (None, added.added_ms + WAIT_MS, frozenset())
+    assert added.voucher_keys == frozenset()
 
 
 # --- what readers make of it ------------------------------------------------------------------------------------------

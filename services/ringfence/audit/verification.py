@@ -20,7 +20,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import ExpiredError
-from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, sign_count, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
@@ -93,8 +93,12 @@ class VerifiedMessage(NamedTuple, Generic[C]):
     kid: str
 
     def verified(self, *embedded: str) -> dict[str, Any]:
-        """The field `unmapped.verified`: signer, key, and the typs of the embedded messages that were verified too."""
+        """The field `unmapped.verified`: signer, key, a passkey's signCount, and the typs of the embedded messages that
+        were verified too.
+        """
         fields: dict[str, Any] = {"by": self.claims.iss, "kid": self.kid}
+        if (count := sign_count(self.compact)) is not None:
+            fields["sign_count"] = count
         if embedded:
             fields["embedded"] = list(embedded)
         return fields

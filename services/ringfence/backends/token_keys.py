@@ -89,6 +89,8 @@ class _RsaPair:
 
 
 class TokenKey:
+    """A private key of the issuer, by which it signs access tokens (RFC 9068)."""
+
     def __init__(self, key: SigningKey | rsa.RSAPrivateKey) -> None:
         """Raises TokenKeyError if the key is neither ES256 nor RSA with at least 2048 bits."""
         self._pair: _Pair

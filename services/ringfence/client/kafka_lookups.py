@@ -5,9 +5,8 @@ The services' HTTP APIs want a token by a key file. What is found here is signed
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
@@ -19,7 +18,8 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import CredentialRequest, DecidedTerms
-from ringfence.messages.lease import Lease
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.registry import TaskState
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_DECISION, LEASE
 from ringfence.model.records.command_chain import ChainError
 
@@ -88,22 +88,57 @@ async def find_break_glass_use(connection: Connection, request_id: str) -> Signe
     return use
 
 
+async def tasks_by_prefix(connection: Connection, prefix: str) -> dict[str, str]:
+    """The ids of tasks that begin so, each with a few words that tell it from the others."""
+    directory = await connection.directory()
+    tasks = (cast(TaskState, entry.state) for entry in directory.entries("task", prefix))
+    return {one.task_id: f"task of {one.agent_id}: {one.purpose}" for one in tasks}
+
+
+async def leases_by_prefix(connection: Connection, prefix: str) -> dict[str, str]:
+    """As `tasks_by_prefix`: the leases that have not ended."""
+    latest: dict[str, Lease] = {}
+
+    def read(records: Sequence[Received]) -> None:
+        for record in records:
+            if not record.value or not (record.key or "").startswith(prefix):
+                continue
+            lease = _verified_lease(connection, record)
+            if lease is None:
+                continue
+            known = latest.get(lease.claims.lease_id)
+            if known is None or known.seq < lease.claims.seq:
+                latest[lease.claims.lease_id] = lease.claims
+
+    await connection.follow([LEASE], read)
+    return {
+        id: f"lease of {lease.agent_id}, {lease.status}"
+        for id, lease in latest.items()
+        if lease.status not in TERMINAL
+    }
+
+
 async def find_lease(connection: Connection, lease_id: str) -> str | None:
     """The latest record of a lease, as the issuer or a revoker signed it; None where there is none."""
     found: list[Signed[Lease]] = []
 
     def read(records: Sequence[Received]) -> None:
         for record in records:
-            if record.key != lease_id or not record.value:
-                continue
-            find = connection.trust.finder(*Lease.signed_by, at_s=record.appended_at_ms / 1000)
-            with contextlib.suppress(InvalidMessageError):
-                found.append(
-                    verify(parse(record.value), Lease, find, audience=connection.settings.trust_domain)
-                )
+            lease = _verified_lease(connection, record) if record.key == lease_id and record.value else None
+            if lease is not None:
+                found.append(lease)
 
     await connection.follow([LEASE], read, since_ms=0, key=lease_id)
     return max(found, key=lambda one: one.claims.seq).compact if found else None
+
+
+def _verified_lease(connection: Connection, record: Received) -> Signed[Lease] | None:
+    find = connection.trust.finder(*Lease.signed_by, at_s=record.appended_at_ms / 1000)
+    try:
+        lease = verify(parse(record.value), Lease, find, audience=connection.settings.trust_domain)
+    except InvalidMessageError:
+        return None
+    return lease if lease.claims.lease_id == record.key else None
 
 
 def request_of(decision: DecidedTerms) -> CredentialRequest:

@@ -487,8 +487,8 @@ class RequestRule(Message):
     rules takes none for the plain one that it would be without. There are neither `query` nor `body`."""
     verb: Verb
     resource: NonEmpty
-    """The resource name, with the captures of `path` in braces, written as there; with `mcp` also those of its name,
-    and `{arguments.NAME}`, a text or whole number that is one segment, or `{arguments.NAME*}`, several, at the end."""
+    """The resource name, with the captures of `path` in braces, written as there. With `mcp` also those of its name.
+    `{arguments.NAME}` is a text or whole number that is one segment; `{arguments.NAME*}`, at the end, several."""
 
 
 class BackendSettings(Message):

@@ -12,28 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.dev.stack import Stack, StackOptions
+from ringfence.dev.stack import Stack
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.support.stack import RunningStack, realm_in
+from tests.support.stack import RunningStack, options_of_stack, realm_in
 
 
 @pytest.fixture(scope="package")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """All services as processes. Tests share it: use names of your own (`realm`)."""
-    with tempfile.TemporaryDirectory(prefix="ringfence-stack-") as folder:
-        options = StackOptions(
-            Path(folder) / "state",
-            trust_domain="acme.example",
-            kafka=kafka.bootstrap,
-            embedded_broker=kafka.embedded,
-            redis_url=redis_server.url,
-            topic_prefix="stack",
-            redis_prefix="stack",
-            keep_bytes=1024 * 1024,  # what it keeps, the embedded broker writes every other second
-        )
-        with Stack(options) as running:
-            yield running
+    with (
+        tempfile.TemporaryDirectory(prefix="ringfence-stack-") as folder,
+        Stack(options_of_stack(Path(folder), kafka, redis_server, "stack")) as running,
+    ):
+        yield running
 
 
 @pytest.fixture

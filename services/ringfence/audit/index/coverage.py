@@ -25,7 +25,7 @@ OUTLIVED_S: Final = 300
 MAX_LISTED: Final = 100
 """The most untraced items listed in one page."""
 
-_FAULTS: Final[Mapping[str, str]] = {
+FAULTS: Final[Mapping[str, str]] = {
     "unreadable": "its event is none that audit writes",
     "lease_unverified": "no signature of an issuer on the lease was verified",
     "decision_missing": "no decision of policy that allowed it was audited",
@@ -39,6 +39,7 @@ _FAULTS: Final[Mapping[str, str]] = {
     "other_agent": "its lease is another agent's",
     "after_end": "it came after the deadline of its lease",
 }
+"""Why a lease or an action leads back to nobody, by the codes of the coverage report."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def _add_to_basis(basis: LeaseBasis, event: Event) -> None:
 
 
 def lease_fault(issued: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
-    """Why a lease does not trace back to a human, as a code of `_FAULTS`; None if it does."""
+    """Why a lease does not trace back to a human, as a code of `FAULTS`; None if it does."""
     fields = issued["unmapped"]
     if not _is_whole(issued):
         return "unreadable"
@@ -109,7 +110,7 @@ def lease_fault(issued: Event, basis: LeaseBasis, is_user: Callable[[str], bool]
 
 
 def action_fault(action: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
-    """Why an action does not trace back to a human, as a code of `_FAULTS`; None if it does."""
+    """Why an action does not trace back to a human, as a code of `FAULTS`; None if it does."""
     fields = action["unmapped"]
     if not fields.get("lease"):
         return "no_lease"
@@ -146,7 +147,7 @@ def count_leases(
         fault = lease_fault(event, basis, is_user)
         sums["total"] += 1
         if fault == "unreadable":
-            untraced.append(_list_entry(event, fault, _FAULTS[fault]))
+            untraced.append(_list_entry(event, fault, FAULTS[fault]))
             continue
         since_s, until_s = event["time"] / 1000, fields["deadline"]
         short = is_short_lived(since_s, until_s, short_s)
@@ -157,7 +158,7 @@ def count_leases(
         sums["task_bound"] += bound
         sums["both"] += short and bound
         if fault is not None:
-            untraced.append(_list_entry(event, fault, _FAULTS[fault]))
+            untraced.append(_list_entry(event, fault, FAULTS[fault]))
         standing_reasons = [
             *([] if short else [f"it lives {round(until_s - since_s)} s"]),
             *([] if bound else ["it does not end with a task that is known"]),
@@ -178,7 +179,7 @@ def count_actions(
         total += 1
         fault = action_fault(event, basis, is_user)
         if fault is not None:
-            untraced.append(_list_entry(event, fault, _FAULTS[fault]))
+            untraced.append(_list_entry(event, fault, FAULTS[fault]))
     return {"total": total, "traced": total - len(untraced), "against": untraced[:MAX_LISTED]}
 
 

@@ -28,6 +28,7 @@ from ringfence.cli.shared.options import (
     AllowOption,
     AnywayOption,
     AsOption,
+    ConsentValidOption,
     IdentityOption,
     JsonOption,
     KeyDaysOption,
@@ -266,9 +267,9 @@ def transfer(
 @app.command(name="consent-transfer")
 def consent_transfer(
     agent: AgentArgument,
-    valid: Annotated[
-        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used, 24h at most.")
-    ] = "1h",
+    valid: ConsentValidOption = "1h",
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -276,10 +277,11 @@ def consent_transfer(
 
     It counts once. It counts no more after any change of the agent: the present sponsor cannot widen what you saw.
     """
-    life_s = consent_life_s(valid)
+    who = signer(me, passkey, as_user)
+    life_s = consent_life_s(valid, who)
 
     async def work() -> tuple[str, AgentState]:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(who) as administrator:
             signed = await administrator.consent_to_transfer(agent, life_s=life_s)
             entry = (await administrator.directory()).agent(agent)
             assert entry is not None

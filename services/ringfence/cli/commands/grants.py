@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.grants import Proposal
     from ringfence.client.approvals.pending_approval import PendingApproval
 
-_WHOLE_WITH_PASSKEY = "with --passkey no service can say what it is of"
 GrantArgument = Annotated[
     str, typer.Argument(metavar="GRANT", callback=check_id_prefix, help="The grant's id, or how it begins.")
 ]
@@ -106,8 +105,6 @@ def grant(
             like, "with --yes nobody looks at what it finds, so name the request by its whole id", of="--like"
         )
     who = signer(me, passkey, as_user)
-    if task and signs_on_page(who):
-        require_whole_id(task, _WHOLE_WITH_PASSKEY, of="TASK")
     scope, lasts_s = parse_scope(allow, may_be_empty=like is not None), duration_s(lasts)
     ttl_s = credential_life_s(ttl) if ttl else None
 
@@ -119,7 +116,7 @@ def grant(
 
     async def look() -> Proposal:
         terms: dict[str, Any] = {
-            "task_id": await whole_id("task", task, identity(me)) if task else "",
+            "task_id": await whole_id("task", task, who) if task else "",
             "scope": scope,
             "ttl_s": ttl_s,
             "delivery": delivery or "agent",

@@ -9,7 +9,7 @@ import typer
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id
 from ringfence.cli.shared.command_results import print_accepted
-from ringfence.cli.shared.id_lookup import require_whole_id, whole_id
+from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import (
     AsOption,
     IdentityOption,
@@ -18,7 +18,6 @@ from ringfence.cli.shared.options import (
     ReasonOption,
     YesOption,
     confirm,
-    identity,
     run,
     signer,
     signs_on_page,
@@ -93,17 +92,13 @@ def revoke(
             "name exactly one of --lease, --task, --agent, --sponsor, --target, --user, --all"
         )
     who = signer(me, passkey, as_user)
-    if signs_on_page(who):
-        for option, id in (("--lease", lease), ("--task", task)):
-            if id:
-                require_whole_id(id, "with --passkey no service can say what it is of", of=option)
     if everything:
         confirm("Revoke every lease of every agent?", yes or signs_on_page(who))
 
     async def work() -> Accepted:
         nonlocal lease, task
-        lease = await whole_id("lease", lease, identity(me)) if lease else None
-        task = await whole_id("task", task, identity(me)) if task else None
+        lease = await whole_id("lease", lease, who) if lease else None
+        task = await whole_id("task", task, who) if task else None
         wait_s = TIMEOUT_S if lease else _ENDS_WITHIN_S
         async with connect.administrator(who, timeout_s=wait_s) as administrator:
             return await administrator.revoke(

@@ -20,6 +20,7 @@ from ringfence.cli.shared.id_lookup import check_whole_id, require_whole_id, who
 from ringfence.cli.shared.options import (
     AllowOption,
     AsOption,
+    ConsentValidOption,
     IdentityOption,
     JsonOption,
     PasskeyOption,
@@ -31,10 +32,9 @@ from ringfence.cli.shared.options import (
     moment_s,
     run,
     signer,
-    signs_on_page,
     wants_json,
 )
-from ringfence.cli.shared.output import moment, note, print_json, say
+from ringfence.cli.shared.output import moment, note, print_json, say, span
 from ringfence.cli.shared.records import list_records, print_record
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.reports.read_api import ReadApi
@@ -150,25 +150,27 @@ def consent(
     allow: AllowOption = None,
     lasts: ForOption = None,
     until: UntilOption = None,
-    valid: Annotated[
-        str, typer.Option("--valid", metavar="DURATION", help="Until when it may be used, 24h at most.")
-    ] = "1h",
+    valid: ConsentValidOption = "1h",
+    passkey: PasskeyOption = False,
+    as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Sign the terms of a task that somebody else will assign on your behalf; prints the consent."""
-    fields, life_s = _task_terms(purpose, allow, lasts, until), consent_life_s(valid)
+    who = signer(me, passkey, as_user)
+    fields, life_s = _task_terms(purpose, allow, lasts, until), consent_life_s(valid, who)
 
     async def work() -> tuple[TaskTerms, str]:
-        async with connect.administrator(identity(me)) as administrator:
+        async with connect.administrator(who) as administrator:
             terms = administrator.terms(agent, **fields)
             _show_preview(await administrator.preview(terms))
-            return terms, administrator.sign_consent(terms, life_s=life_s)
+            return terms, await administrator.consent_to_task(terms, life_s=life_s)
 
     terms, signed = run(work())
     if wants_json(as_json):
         print_json({"consent": signed, "agent_id": agent, "not_after": terms.not_after, "valid_s": life_s})
     else:
+        note(f"It counts once, within {span(life_s)}: ringfence task assign {agent} --consent FILE")
         typer.echo(signed)
 
 
@@ -249,8 +251,6 @@ def end(
     from ringfence.client.connection import Connection
 
     who = signer(me, passkey, as_user)
-    if signs_on_page(who):
-        require_whole_id(task, "with --passkey no service can say what it is of", of="TASK")
 
     async def work() -> tuple[str, Accepted]:
         connection = Connection(who)
@@ -258,7 +258,7 @@ def end(
             require_whole_id(task, of="TASK")
             async with Agent(connection) as delegator:
                 return task, await delegator.end_delegated(task, reason=reason)
-        whole = await whole_id("task", task, identity(me))
+        whole = await whole_id("task", task, who)
         async with Administrator(connection) as administrator:
             return whole, await administrator.end_task(whole, reason=reason)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import typer
 
@@ -19,6 +19,9 @@ from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.id_prefix import MIN_PREFIX_LENGTH
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import did_you_mean, visible
+
+if TYPE_CHECKING:
+    from ringfence.client.passkeys.user import PasskeyUser
 
 IdKind = Literal["task", "lease", "request", "grant", "run"]
 _WHOLE: Final = 36
@@ -61,15 +64,31 @@ def require_whole_id(
         )
 
 
-async def whole_id(kind: IdKind, text: str, me: Path | None) -> str:
+async def whole_id(kind: IdKind, text: str, who: Path | PasskeyUser | None) -> str:
     """Return the only id of a kind that begins with `text`. A whole id is returned as it is, without any query.
+
+    `who`: whose key file the services' APIs are asked with. For a person with a passkey, who has no token for those,
+    Kafka is read: then only for tasks and leases.
 
     Raises InvalidCallError where none or several begin so, and ApiError where no service could say.
     """
     if is_whole(text):
         return text
-    async with ReadApi(me) as api:
+    from ringfence.client.passkeys.user import PasskeyUser
+
+    if isinstance(who, PasskeyUser):
+        return only_one(kind, text, await _ids_on_kafka(kind, text, who))
+    async with ReadApi(who) as api:
         return only_one(kind, text, await known_ids(api, kind))
+
+
+async def _ids_on_kafka(kind: IdKind, prefix: str, who: PasskeyUser) -> dict[str, str]:
+    from ringfence.client import kafka_lookups
+    from ringfence.client.connection import Connection
+
+    find = {"task": kafka_lookups.tasks_by_prefix, "lease": kafka_lookups.leases_by_prefix}[kind]
+    async with Connection(who) as connection:
+        return await find(connection, prefix)
 
 
 def only_one(kind: str, text: str, known: Mapping[str, str]) -> str:

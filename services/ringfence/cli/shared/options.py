@@ -134,6 +134,17 @@ KeyDaysOption = Annotated[
     int, typer.Option("--key-days", metavar="DAYS", min=1, max=3650, help="How many days the key is valid.")
 ]
 
+ConsentValidOption = Annotated[
+    str,
+    typer.Option(
+        "--valid",
+        metavar="DURATION",
+        help="Until when it may be used: 24h at most, with --passkey 10m at most.",
+    ),
+]
+
+_PASSKEY_CONSENT_S = 600
+"""`MAX_AGE_S` of `kernel.crypto.webauthn`, which is not imported only to parse an option."""
 _MAX_CREDENTIAL_S = 86_400
 """The most that a field of type `TtlSeconds` holds."""
 _SIZE = re.compile(r"(\d{1,15})([KMGT]?)(?:i?B)?", re.IGNORECASE | re.ASCII)
@@ -238,15 +249,15 @@ def credential_life_s(text: str) -> int:
     return life_s
 
 
-def consent_life_s(text: str) -> int:
-    """Parse the validity of a consent into seconds.
+def consent_life_s(text: str, who: Path | PasskeyUser | None) -> int:
+    """Parse the validity of a consent by `who` into seconds. What a passkey signs counts for ten minutes at most.
 
     Raises typer.BadParameter where no service would accept one that long.
     """
     life_s = duration_s(text)
     if life_s > MAX_LIFE_S:
         raise typer.BadParameter(f"{text!r} is longer than a consent may be used: 24h", param_hint="--valid")
-    return life_s
+    return min(life_s, _PASSKEY_CONSENT_S) if signs_on_page(who) else life_s
 
 
 def moment_s(text: str) -> int:

@@ -13,6 +13,7 @@ from ringfence.client.admin.unknown_subjects import similar_id, unknown_subject
 from ringfence.client.arguments import instances, permissions, roles_of, texts
 from ringfence.client.connection import COMMAND_LIFE_S, Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
+from ringfence.client.passkeys.user import LIFE_S
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
@@ -328,8 +329,8 @@ class Administrator(CommandClient):
     async def consent_to_transfer(self, agent_id: str, *, life_s: int = 3600) -> str:
         """Sign this user's consent to become the sponsor of an agent as it is now. The present sponsor embeds it.
 
-        It is valid once, for `life_s` seconds, and no longer once the agent's record changes.
-        Raises InvalidCallError where there is no such agent.
+        It is valid once, for `life_s` seconds (by a passkey for ten minutes at most), and no longer once the agent's
+        record changes. Raises InvalidCallError where there is no such agent.
         """
         user = self._user_id("the root answers for no agents")
         directory = await self.connection.current_directory()
@@ -340,12 +341,12 @@ class Administrator(CommandClient):
             raise InvalidCallError(f"{user} is the sponsor of {agent_id} already")
         with checked("the consent"):
             claims = AgentTransferConsent(
-                **self.connection.stamp(min(life_s, MAX_LIFE_S)),
+                **self.connection.stamp(self._consent_life_s(life_s)),
                 agent_id=agent_id,
                 from_sponsor=entry.state.sponsor,
                 revision=entry.revision,
             )
-        return sign(claims, self.connection.key)
+        return (await self.connection.sign(claims)).compact
 
     async def suspend_agent(self, agent_id: str, *, reason: str) -> Accepted:
         """Suspend the agent; its leases end."""
@@ -462,17 +463,27 @@ class Administrator(CommandClient):
         return unknown_names(await self.connection.targets(), scope) if scope else []
 
     def sign_consent(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
-        """This user's signature over the terms of a task that somebody else assigns on their behalf.
+        """This user's signature, by a key file, over the terms of a task that somebody else assigns on their behalf.
 
-        The one who assigns it embeds it, within `life_s` seconds.
+        The one who assigns it embeds it, within `life_s` seconds. With a passkey: `consent_to_task`.
         """
+        if self.connection.passkey_user is not None:
+            raise InvalidCallError("a passkey signs on the sign page: await consent_to_task")
+        return sign(self._task_consent(terms, life_s), self.connection.key)
+
+    async def consent_to_task(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
+        """As `sign_consent`, also by a passkey: then for ten minutes at most."""
+        return (await self.connection.sign(self._task_consent(terms, life_s))).compact
+
+    def _task_consent(self, terms: TaskTerms, life_s: int) -> TaskConsent:
         self._user_id("the root consents to no tasks")
         require_understood(terms, "the terms of the task")
         with checked("the consent"):
-            return sign(
-                TaskConsent(**self.connection.stamp(min(life_s, MAX_LIFE_S)), terms=terms),
-                self.connection.key,
-            )
+            return TaskConsent(**self.connection.stamp(self._consent_life_s(life_s)), terms=terms)
+
+    def _consent_life_s(self, life_s: int) -> int:
+        """How long a consent counts from now: the person with a passkey takes the time to sign it first."""
+        return min(life_s, LIFE_S if self.connection.passkey_user else MAX_LIFE_S)
 
     async def assign_task(
         self,

@@ -21,6 +21,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
+from ringfence.messages.base import Claims
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserInvite, UserState
 from ringfence.model.lifecycle import KeyOrigin
@@ -128,6 +129,7 @@ def invite(connection: Connection, user_id: str, valid_s: int = INVITATION_LIFE_
     """Sign an invitation to make a key, and return it (compact JWS). Nothing is sent."""
     if not 0 < valid_s <= INVITATION_LIFE_S:
         raise InvalidCallError(f"an invitation is valid for {INVITATION_LIFE_S // 3600} h at most")
+    _require_key_file(connection, UserInvite)
     stamp = connection.stamp(valid_s) | {"jti": secrets.token_urlsafe(32)}
     with checked("the invitation"):
         return sign(UserInvite(**stamp, user_id=user_id), connection.key)
@@ -163,6 +165,7 @@ def prove(key: SigningKey, invitation: str, now_s: int) -> KeyPackage:
 
 def endorse(connection: Connection, package: KeyPackage, valid_s: int = INVITATION_LIFE_S) -> str:
     """Co-sign a new key as the second operator, and return the signature (compact JWS). Nothing is sent."""
+    _require_key_file(connection, KeyEndorsement)
     with checked("the co-signature"):
         claims = KeyEndorsement(
             **connection.stamp(valid_s),
@@ -171,6 +174,11 @@ def endorse(connection: Connection, package: KeyPackage, valid_s: int = INVITATI
             possession_digest=digest(package.possession),
         )
     return sign(claims, connection.key)
+
+
+def _require_key_file(connection: Connection, model: type[Claims]) -> None:
+    if connection.passkey_user is not None:
+        raise InvalidCallError(f"no passkey signs {model.typ}: it needs a key file (--identity FILE)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,9 +264,10 @@ class Sponsor(Lifetime):
     async def approve(self, pending: PendingApproval, comment: str | None = None) -> str:
         """Sign an approval of exactly this request, on these terms. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open;
-        NotYoursError where this person may give none of the approvals that it needs; RefusedError where the key counts
-        for none, as somebody else added it not long ago, or as the target demands another kind. Nothing is sent then.
+        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open.
+        Raises NotYoursError where this person may give none of the approvals that it needs.
+        Raises RefusedError where the key counts for none: somebody else added it not long ago, or the target demands
+        another kind. Nothing is sent then.
         """
         return await self._answer(pending, "approved", comment)
 

@@ -6,19 +6,21 @@ Anybody may compose a question. The page verifies the evidence up to its pinned 
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.crypto.keys import b64encode
+from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.registry import (
     AgentResume,
     AgentSetCeiling,
@@ -36,6 +38,11 @@ from ringfence.model.records.directory import Directory
 STAMPED = ("iss", "aud", "iat", "jti")
 """The claims that the page adds: it alone knows when the person signs, and makes the random id."""
 Subject = tuple[SubjectKind, str]
+BEGIN: Final = "\x01"
+END: Final = "\x02"
+"""Around what is unwrapped. JSON has no such character: it would be written as an escape."""
+_BASE64URL: Final = re.compile(r"eyJ[A-Za-z0-9_-]+")
+"""Base64url of what begins like a JSON object."""
 
 
 def compose(
@@ -111,6 +118,8 @@ def subjects_of(claims: Claims, directory: Directory) -> Iterator[Subject]:
             yield "task", claims.task_id
         case UserEndKey():
             yield "user", claims.user_id
+        case RevocationRequest(selector=Selector(task_id=str(task_id))) if directory.task(task_id):
+            yield "task", task_id
 
 
 def _ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> Iterator[Subject]:
@@ -138,7 +147,27 @@ def invitation_question(
 def question_link(origin: str, question: bytes) -> str:
     """The link that opens the sign page at `origin` with a question in it. The part after `#` reaches no server."""
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    return f"{origin}/#q={b64encode(packer.compress(question) + packer.flush())}"
+    packed = unwrapped(question.decode()).encode()
+    return f"{origin}/#p={b64encode(packer.compress(packed) + packer.flush())}"
+
+
+def unwrapped(text: str) -> str:
+    """JSON whose base64url of JSON, such as the parts of a JWS, is written out between `BEGIN` and `END`, at any depth.
+
+    Text compresses far better than its base64url. The page writes it back as it was (`exchange.js`), so it verifies the
+    very bytes that were signed: no signature depends on this form.
+    """
+    return _BASE64URL.sub(lambda run: _unwrapped_run(run[0]), text)
+
+
+def _unwrapped_run(run: str) -> str:
+    try:
+        text = b64decode(run).decode()  # canonical base64url and UTF-8 alone: one text for each, both ways
+    except ValueError:
+        return run
+    if not text.startswith("{") or BEGIN in text or END in text:
+        return run
+    return f"{BEGIN}{unwrapped(text)}{END}"
 
 
 def server_link(origin: str, url: str) -> str:

@@ -137,8 +137,9 @@ class TokenVerifier(Lifetime):
     ) -> VerifiedToken:
         """Verify all that a resource server must check of one request.
 
-        Checks the token's signature, issuer, audience and times; the DPoP proof where the token is bound to a key;
-        introspection where a key for it was given; and that the token allows `verb` on `resource` where they are given.
+        Checks the token's signature, issuer, audience and times, and the DPoP proof where the token is bound to a key.
+        Asks introspection where a key for it was given. Checks that the token allows `verb` on `resource`, where they
+        are given.
 
         Args:
             method, url: of the request. The URL as the agent wrote it, before any proxy rewrote it.

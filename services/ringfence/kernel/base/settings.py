@@ -113,11 +113,15 @@ class BusSettings(RingfenceSettings):
     kafka_ssl_key_file: Path | None = None
     """Its private key (PEM); in the file of the certificate where not set."""
     kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    """How the user proves who they are; `PLAIN` only with `SASL_SSL`."""
     kafka_sasl_username: str = ""
+    """The user by which this process is known to the brokers."""
     kafka_sasl_password: SecretRef | None = None
     """Where the password is read from: `env:NAME`, or `file:PATH` of mode 0600."""
     topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")] = "ringfence"
+    """The beginning of the names of all topics and consumer groups; one for each trust domain."""
     trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
+    """The SPIFFE trust domain, and the `aud` of every message."""
     trust_root: str = ""
     """The root key's fingerprint (RFC 7638 thumbprint); `ringfence init` prints it."""
     run_grace_s: Annotated[float, Field(ge=2, le=3600)] = 60.0
@@ -149,7 +153,9 @@ class ServiceSettings(BusSettings):
     """Settings that all services share."""
 
     redis_url: str = "redis://127.0.0.1:6379/0"
+    """Valkey or Redis with the live leases; a cluster is `redis+cluster://host:port,host:port`."""
     redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
+    """The beginning of all keys in Redis."""
     redis_shards: Annotated[int, Field(ge=1, le=1024)] = 16
     """Into how many hash slots the leases are spread; the same for all services.
 
@@ -171,6 +177,7 @@ class ServiceSettings(BusSettings):
     partitions: Annotated[int, Field(ge=1, le=1024)] = 6
     """Partitions of the topics keyed by agent id."""
     replication: Annotated[int, Field(ge=1, le=9)] = 1
+    """The replication factor of topics that are created; 3 on a cluster."""
     instance: str | None = None
     """A name for this replica that outlives its process (static group membership, KIP-345): after a crash it takes its
     partitions up again at once, instead of after the session timeout. No two live replicas may share one."""
@@ -186,7 +193,9 @@ class ServiceSettings(BusSettings):
     """Where spans are sent (OTLP over HTTP), as `http://host:4318`; `OTEL_EXPORTER_OTLP_ENDPOINT` where not set, and
     where that is not set either, none are made."""
     log_format: Annotated[str, Field(pattern=r"^(json|console)$")] = "json"
+    """`json` writes one object a line to stderr, `console` text for people."""
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
+    """Less important log lines are left out."""
 
 
 def load(cls: type[S], **overrides: Any) -> S:
@@ -245,14 +254,14 @@ def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
         if not item["loc"]:  # it concerns several settings, and names them
             lines.append(item["msg"].removeprefix("Value error, "))
             continue
-        description = _description(cls, str(item["loc"][0]))
+        description = description_of(cls, str(item["loc"][0]))
         name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
         message = problem_of(item)
         lines.append(f"{name}: {message}" + (f". It is: {description}" if description else ""))
     return lines
 
 
-def _description(cls: type[BaseSettings], field: str) -> str:
+def description_of(cls: type[BaseSettings], field: str) -> str:
     """What stands below a setting in its class; empty where nothing does.
 
     Read only for an error. pydantic would parse the source of every class at import (`use_attribute_docstrings`).

@@ -23,7 +23,7 @@ from ringfence.kernel.base.text import visible_name, with_article
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import check_audience, check_times
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
-from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, PasskeyKey, VerificationKey
+from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, PasskeyKey, VerificationKey, sign_count_of
 from ringfence.messages.base import Claims, typ_header
 
 C = TypeVar("C", bound=Claims)
@@ -188,6 +188,14 @@ def is_by_passkey(compact: str) -> bool:
     Raises InvalidMessageError if the header is malformed.
     """
     return _unverified_header(compact).alg == WEBAUTHN_ALG
+
+
+def sign_count(compact: str) -> int | None:
+    """The signCount that an authenticator gave with a verified message; None of messages that no passkey signed.
+
+    For the trail alone. Raises InvalidMessageError if the message is malformed.
+    """
+    return sign_count_of(parse(compact).signature) if is_by_passkey(compact) else None
 
 
 def parse(compact: str | bytes) -> UnverifiedJws:

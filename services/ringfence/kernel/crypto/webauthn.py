@@ -166,6 +166,15 @@ class PasskeyKey:
 VerificationKey = PublicKey | PasskeyKey
 
 
+def sign_count_of(assertion: bytes) -> int | None:
+    """The signCount of a verified assertion, for the trail alone; None of what is no assertion.
+
+    It decides nothing: replicas would race, and synchronised passkeys leave it at 0 (WebAuthn Level 3, 6.1.1).
+    """
+    parts = _ASSERTION.fullmatch(assertion)
+    return int.from_bytes(b64decode(parts[1])[33:_HEAD_BYTES]) if parts else None
+
+
 def challenge_of(signing_input: bytes) -> bytes:
     """The challenge by which a passkey signs a JWS Signing Input."""
     return hashlib.sha256(CHALLENGE_PREFIX + signing_input).digest()

@@ -59,7 +59,7 @@ class RevokerHalts:
         groups = ", ".join(sorted(self._named)[:5])
         message = (
             f"a revoker has halted (consumer group {groups}), so what is ordered to end may live on: nothing is issued "
-            "or forwarded; look at /readyz of each revoker and at its dead letters, mend what wrote them, restart it"
+            "or forwarded. Look at /readyz of each revoker and at its dead letters, mend what wrote them, restart it"
         )
         return Reason(code=HALTED, message=message)
 

@@ -38,9 +38,11 @@ class KeyOrigin:
     """The second operator who co-signed it."""
     vouchers: frozenset[str] = frozenset()
     """The ids of all others on whose word the key rests: who added it, who co-signed it, and on whose word *their* keys
-    rest. Empty for the first keys of a user."""
+    rest; also those from before it ended and was added again. Empty for the first keys of a user."""
     voucher_keys: frozenset[tuple[str, str]] = frozenset()
     """The keys (user id, kid) with which they gave their word."""
+    adders: frozenset[str] = frozenset()
+    """All keys that ever added it, also before it ended and was added again: whoever had one of them may have this."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,11 @@ class KeyHistory:
     """The ids of the invitations that were used."""
 
     def added_by(self, kid: str) -> frozenset[str]:
-        """Return the keys that the user added with `kid`, and with keys that those added, and so on."""
+        """Return the keys that the user ever added with `kid`, and with keys that those added, and so on.
+
+        A key stays among them if it ends and another adds it again: two keys could otherwise add each other, and rest
+        on nothing else.
+        """
         found: set[str] = set()
         todo = [kid]
         while todo:
@@ -84,7 +90,7 @@ class KeyHistory:
             children = {
                 one.kid
                 for one in self.origins.values()
-                if one.by_kid == parent and not one.first and one.kid not in found and one.kid != kid
+                if parent in one.adders and one.kid not in found and one.kid != kid
             }
             found |= children
             todo += children
@@ -109,13 +115,27 @@ class KeyHistory:
         at_s = at_ms // 1000
         had = {key.kid for key in before.keys if key.not_after > at_s} if before else set()
         given = [key.kid for key in state.keys if key.not_after > at_s and key.kid not in had]
-        used = self.invitations | {proof.invitation_id} if proof else self.invitations
-        if not given:
-            return self if used == self.invitations else replace(self, invitations=used)
+        if not given:  # of a `user.add-key` there is one
+            return self
         first = not self.origins
         endorser = proof.endorser if proof else None
         new = {kid: _origin(kid, state.user_id, signer, endorser, at_ms=at_ms, first=first) for kid in given}
+        if not first:
+            new = {kid: self._added_again(origin) for kid, origin in new.items()}
+        used = self.invitations | {proof.invitation_id} if proof else self.invitations
         return KeyHistory(MappingProxyType({**self.origins, **new}), used)
+
+    def _added_again(self, origin: KeyOrigin) -> KeyOrigin:
+        """Return `origin` with what a key rested on before it ended: whoever could use it then still can."""
+        former = self.origins.get(origin.kid)
+        if former is None:
+            return replace(origin, adders=frozenset({origin.by_kid}))
+        return replace(
+            origin,
+            adders=former.adders | {origin.by_kid},
+            vouchers=former.vouchers | origin.vouchers,
+            voucher_keys=former.voucher_keys | origin.voucher_keys,
+        )
 
 
 NO_HISTORY: Final = KeyHistory()

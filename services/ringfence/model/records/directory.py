@@ -373,9 +373,9 @@ class Directory:
         """The verified record of a task; None if there is none. Raises ChainError."""
         return cast("VerifiedRecord[TaskState] | None", self._entry("task", task_id))
 
-    def entries(self, kind: SubjectKind) -> Iterator[VerifiedRecord[AnyState]]:
-        """All verified records of a kind, sorted by id. Records with a broken chain are left out."""
-        for id in sorted(self._slots[kind]):
+    def entries(self, kind: SubjectKind, prefix: str = "") -> Iterator[VerifiedRecord[AnyState]]:
+        """All verified records of a kind whose ids begin so, sorted by id. Records with a broken chain are left out."""
+        for id in sorted(id for id in self._slots[kind] if id.startswith(prefix)):
             try:
                 entry = self._entry(kind, id)
             except ChainError:

@@ -3,10 +3,11 @@
 // A question server is a one-time URL of the command line on the loopback interface, or of a console. GET gives the question,
 // POST takes the answer. The page sends nothing anywhere else: its policy (CSP, connect-src) would not let it.
 
-import { RefusedError, decode64, fromUtf8 } from "./encoding.js";
+import { RefusedError, decode64, encode64, fromUtf8, utf8 } from "./encoding.js";
 import { parseObject } from "./strict_json.js";
 
 const MAX_CHARS = 4 * 1024 * 1024;
+const MAX_DEPTH = 8;
 const LOOPBACK = /^http:\/\/127\.0\.0\.1:[0-9]{1,5}$/;
 
 /** Whether answers may go to this URL: loopback, or one of `origins`. Returns it; throws RefusedError. */
@@ -30,7 +31,8 @@ export async function questionOf(fragment, config) {
     const source = checkReturn(decodeURIComponent(value ?? ""), config.sessionOrigins);
     return { text: await fetched(source), source };
   }
-  if (kind === "q") return { text: await unpacked(value ?? "") };
+  if (kind === "p") return { text: wrapped(await unpacked(value ?? "")) };
+  if (kind === "q") return { text: await unpacked(value ?? "") }; // as programs of before made it
   return undefined;
 }
 
@@ -66,6 +68,25 @@ async function unpacked(value) {
     if (error instanceof RefusedError) throw error;
     throw new RefusedError("the link is damaged: copy all of it");
   }
+}
+
+/** The text in which what stands between U+0001 and U+0002, at any depth, is base64url again. JSON has neither. */
+export function wrapped(text) {
+  const levels = [[]];
+  for (const part of text.split(/([\u0001\u0002])/)) {
+    if (part === "\u0001") {
+      if (levels.length > MAX_DEPTH) throw new RefusedError("the link is damaged: copy all of it");
+      levels.push([]);
+    } else if (part === "\u0002") {
+      if (levels.length === 1) throw new RefusedError("the link is damaged: copy all of it");
+      const inner = levels.pop().join("");
+      levels.at(-1).push(encode64(utf8(inner)));
+    } else levels.at(-1).push(part);
+  }
+  const whole = levels[0].join("");
+  if (levels.length !== 1) throw new RefusedError("the link is damaged: copy all of it");
+  if (whole.length > MAX_CHARS) throw new RefusedError("the question is too large");
+  return whole;
 }
 
 /**

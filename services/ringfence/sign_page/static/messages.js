@@ -244,7 +244,9 @@ async function revocation(claims, evidence, extra) {
     const [[key, value]] = chosen;
     what = key === "all" ? SELECTED.all : `${SELECTED[key]} ${name(value)}`;
   }
-  const rows = claims.selector === undefined ? await leaseRows(str(claims.lease_id), evidence, extra.lease) : [];
+  const rows = claims.selector === undefined
+    ? await leaseRows(str(claims.lease_id), evidence, extra.lease)
+    : taskRows(evidence.find("task", claims.selector.task_id)?.state);
   return {
     title: "Revoke",
     action: "Revoke",
@@ -358,18 +360,20 @@ function taskConsent(claims, evidence) {
   };
 }
 
+/** Whose task it is, and what for; nothing where its record did not come. */
+const taskRows = (task) => (task === undefined ? [] : [
+  row("Agent", name(task.agent_id)),
+  row("On behalf of", name(task.on_behalf_of)),
+  row("Purpose", prose(task.purpose), "quote"),
+]);
+
 function taskEnd(claims, evidence) {
   const { state } = evidence.record("task", claims.task_id);
   return {
     title: `End a task of ${name(state.agent_id)}`,
     action: "End the task",
     gives: false,
-    rows: [
-      row("Agent", name(state.agent_id)),
-      row("On behalf of", name(state.on_behalf_of)),
-      row("Purpose", prose(state.purpose), "quote"),
-      ...reason(claims),
-    ],
+    rows: [...taskRows(state), ...reason(claims)],
     warnings: ["Its leases end."],
   };
 }

@@ -1,0 +1,97 @@
+"""The generated references say what the code says, and their parts are complete."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from openapi_spec_validator import validate
+
+from tests.support.audit_fixtures import AuditFixtures
+from tests.support.audit_records import every_record
+from tools.public_names import SNAPSHOT, read
+from tools.references.error_codes import sentences
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "docs/reference"
+DOCUMENTS = sorted((FOLDER / "openapi").glob("*.json"))
+
+
+def headings(page: str) -> set[str]:
+    """The headings of a page that are one name."""
+    return set(re.findall(r"^### `([^`]+)`$", (FOLDER / page).read_text(), re.MULTILINE))
+
+
+def listed(kind: str) -> set[str]:
+    """The names of one kind in the public contract."""
+    return {name.removeprefix(f"{kind} ") for name in read(SNAPSHOT) if name.startswith(f"{kind} ")}
+
+
+def test_the_references_are_up_to_date() -> None:
+    # A process of its own: what other tests declare would be found as well.
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.references", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_setting_error_code_and_event_code_is_there() -> None:
+    assert headings("settings.md") == listed("setting")
+    codes = {name for name in listed("error code") if not name.startswith("type ")}
+    assert headings("error-codes.md") == codes
+    text = (FOLDER / "event-codes.md").read_text()
+    assert [code for code in listed("event") if f"| `{code}` |" not in text] == []
+
+
+def test_every_public_name_of_the_sdk_is_there() -> None:
+    text = (FOLDER / "sdk.md").read_text()
+    names = {name.split(".")[0] for name in listed("sdk") if not name.startswith("error ")}
+    errors = {
+        name.removeprefix("error ").split(".")[0] for name in listed("sdk") if name.startswith("error ")
+    }
+    shown = {name for name in names if f"### `{name}`\n" in text or f"- **`{name}`**" in text}
+    assert names - shown == set()
+    assert [name for name in sorted(errors) if f"- **`{name}`**" not in text] == []
+
+
+def test_sentences_of_codes_are_found_where_they_stand() -> None:
+    found = sentences({"rate_limited", "not_operator", "rate_exceeded"})
+    assert any("a minute" in sentence for sentence in found["rate_limited"])
+    assert found["rate_exceeded"], "of the bundle"
+    assert found["not_operator"]
+
+
+async def test_every_event_has_described_fields_of_the_described_types() -> None:
+    schema = json.loads((FOLDER / "unmapped-fields.json").read_text())
+    office = AuditFixtures()
+    for name, record in every_record(office).items():
+        event = await office.event(record)
+        jsonschema.validate(event["unmapped"], {**schema, "additionalProperties": False})
+        code = event["metadata"]["event_code"]
+        for field in event["unmapped"]:
+            assert code in schema["properties"][field]["x-event-codes"], (name, field)
+
+
+def test_a_field_that_is_not_described_would_be_found() -> None:
+    schema = json.loads((FOLDER / "unmapped-fields.json").read_text())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(
+            {"verified": {}, "source": {}, "secret": "x"}, {**schema, "additionalProperties": False}
+        )
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"verified": {}, "source": {}, "agent": 7}, schema)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_documents_are_valid_openapi(path: Path) -> None:
+    document: dict[str, Any] = json.loads(path.read_text())
+    assert document["openapi"] == "3.1.0"
+    validate(document)
+    ids = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
+    assert len(ids) == len(set(ids))
