@@ -88,13 +88,13 @@ test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH
 test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
 	$(BIN)/python -m pytest tests/gateway_external $(SHARED) $(ARGS)
 
-test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium: apt-get install chromium)
+test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium and Firefox: apt-get install chromium firefox-esr)
 	$(BIN)/python -m pytest tests/passkeys $(SHARED) $(ARGS)
 
 test-console: $(STAMP) ## the console in a real browser, on the running stack (needs Chromium; fetches axe-core once by npm)
 	$(BIN)/python -m pytest tests/console $(SHARED) $(ARGS)
 
-test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x and 2.x and TypeScript, and the conformance suite (fetches them once, 320 MB)
+test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x and 2.x and TypeScript, and the conformance suite (fetches them once, 320 MB; needs bubblewrap)
 	$(BIN)/python -m pytest tests/mcp_sdks $(SHARED) $(ARGS)
 
 test-runner: $(STAMP) ## sandboxes of every kind, and programs that try to get out (needs bubblewrap and libseccomp, root for all of it; OCI=podman)

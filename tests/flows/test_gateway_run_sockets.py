@@ -92,6 +92,8 @@ async def test_with_the_end_of_the_run_its_socket_and_all_connections_are_gone(
     run = bench.run(agent, await bench.task(agent))
     async with run.started():
         await run.known(await run.lease())
+        left = run.socket.with_suffix(".stdio")
+        left.touch()  # of an MCP server whose runner was killed
         async with connected_unix(str(run.socket)) as idle, connected_unix(str(run.socket)) as waits:
             assert (await idle.ask(b"GET /hub/a HTTP/1.1\r\nHost: gateway\r\n\r\n")).status == 200
             asked = run.request(scope=ASK_WRITE)
@@ -103,6 +105,7 @@ async def test_with_the_end_of_the_run_its_socket_and_all_connections_are_gone(
             assert await asyncio.wait_for(idle.ended(), WITHIN_S)
             assert await asyncio.wait_for(waits.ended(), WITHIN_S)
         await until_there(run.socket, gone=True)
+        await until_there(left, gone=True)
         await run.live.say("started")
         other = bench.run(agent, run.live.task)
         async with other.started():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import sys
 import time
 import uuid
@@ -280,3 +281,33 @@ async def test_when_the_client_leaves_its_requests_are_withdrawn_and_its_leases_
         assert claims.request_id == waits.request_id
         record = await world.consume_until(REVOCATION_REQUEST, lambda record: True)
         assert revocation(record).lease_id == lease_id
+
+
+async def test_a_signal_to_end_withdraws_what_waits(world: World, tmp_path: Path) -> None:
+    """As clients end a server that does not end by itself. Its standard input stays open."""
+    async with by_gateway(world, tmp_path) as behind:
+        assert behind.door is not None
+        bot = await world.agent("bot", sponsor=await world.user("sam", roles=("sponsor",)))
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "ringfence.cli.main", "mcp", "serve", "--task", str(uuid.uuid4()),
+            env=environment(world, bot, tmp_path, behind.door), stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdin is not None
+        hello = {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "t", "version": "1"},
+        }
+        given = {"name": "request_credential", "arguments": {"permissions": READ, "reason": "waits"}}
+        for message in (
+            {"id": 1, "method": "initialize", "params": hello},
+            {"method": "notifications/initialized"},
+            {"id": 2, "method": "tools/call", "params": given},
+        ):
+            process.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+        played = await arrived(world)
+        process.send_signal(signal.SIGTERM)
+        _, claims = await withdrawal(world)
+        assert claims.request_id == played.request_id
+        assert await asyncio.wait_for(process.wait(), WITHIN_S) == 128 + signal.SIGTERM

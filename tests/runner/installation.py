@@ -39,11 +39,13 @@ class NotesServer:
 
     def __init__(self) -> None:
         self.requests: list[str] = []
-        requests = self.requests
+        self.authorizations: list[str] = []
+        requests, authorizations = self.requests, self.authorizations
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 requests.append(f"{self.command} {self.path}")
+                authorizations.append(self.headers.get("Authorization", ""))
                 body = b"buy milk\n"
                 self.send_response(200)
                 self.send_header("Content-Length", str(len(body)))

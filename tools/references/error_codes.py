@@ -16,7 +16,6 @@ _BUNDLE = ROOT / "deploy/policy"
 _REGO = re.compile(r'(?:"code":\s*|reason\()"(\w+)",\s*(?:"message":\s*)?(?:sprintf\(\s*)?"([^"]*)"')
 _GAP = "…"
 """Stands in a sentence for what is put in when the program runs."""
-_UNSAID = "The sentence is put together where the code is used."
 _MOST = 3
 """So many sentences of a code are shown."""
 _HEAD = f"""\
@@ -64,7 +63,6 @@ _OTHERS = {
     "invalid_token": "RFC 6750: the token, or the handle, does not count here.",
     "key_added": "A finding: somebody else added a key to a user.",
     "key_ending": "A finding: the last key of an agent ends soon.",
-    "mcp_session_other_agent": "The MCP session belongs to another agent.",
     "method_unmapped": "The map of the guard says nothing about this HTTP method.",
     "name_reserved": "The name is kept for Ringfence itself.",
     "observe_mode": "A finding: a gateway only observes at some targets.",
@@ -75,6 +73,15 @@ _OTHERS = {
     "unreachable": "The service did not answer.",
 }
 """Codes whose sentences the code puts together elsewhere."""
+_OTHERS |= {
+    f"mcp_{thing}_other_{owner}": f"The {thing} of the MCP server belongs to another {owner}."
+    for thing in ("session", "task", "state")
+    for owner in ("agent", "task", "lease")
+}
+_OTHERS |= {
+    f"mcp_{thing}_unknown": f"The gateway knows no such {thing} of the MCP server."
+    for thing in ("session", "task", "state")
+}
 
 
 _COVERAGE = {code: f"A coverage report: {text}" for code, text in FAULTS.items()}
@@ -91,7 +98,7 @@ def codes() -> list[str]:
 
 
 def reference() -> str:
-    """The whole page, as Markdown."""
+    """The whole page, as Markdown. Raises LookupError where a code has no sentence."""
     listed = codes()
     found = sentences(set(listed))
     parts = [_HEAD]
@@ -103,7 +110,9 @@ def reference() -> str:
         places = found.get(code, {})
         said = [text for known in (_OTHERS, _COVERAGE) if (text := known.get(code))] or [*places][:_MOST]
         if not said:
-            said = [_UNSAID]
+            raise LookupError(
+                f"no sentence found for {code}: add it to _OTHERS in tools/references/error_codes.py"
+            )
         parts.append(f"### `{code}`\n")
         parts += [f"- {_escaped(text)}" for text in said]
         where = sorted({place for places_of in places.values() for place in places_of})

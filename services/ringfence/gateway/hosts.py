@@ -6,6 +6,7 @@ import functools
 import ipaddress
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
@@ -30,6 +31,8 @@ class Origin:
     host: str
     port: int
     authority: str
+    socket: str | None = None
+    """The path of the unix socket that stands for host and port, if any."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -66,6 +69,11 @@ def origin_of(url: str) -> Origin:
     scheme: Scheme = "https" if parts.scheme == "https" else "http"
     host, port = split_host_and_port(parts.netloc, scheme)
     return Origin(scheme, host, port, canonical(parts.netloc, scheme))
+
+
+def stdio_origin(target_id: str, socket: Path) -> Origin:
+    """The origin of an MCP server in a run, which the runner of that run bridges to a socket. `Host` is the target."""
+    return Origin("http", target_id, PORTS["http"], target_id, str(socket))
 
 
 def _host(host: str, authority: str) -> str:

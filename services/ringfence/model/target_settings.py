@@ -28,6 +28,9 @@ TargetUrl = Annotated[
 ]
 """Where the gateway sends requests: scheme, host and port. Plain HTTP is for this machine alone."""
 
+STDIO_URL: Final = "stdio://run"
+"""The `url` of a target that is an MCP server on standard input and output, inside of the run that asks it."""
+
 RESERVED_NAME: Final = "ringfence"
 """The host and the target id by which agents reach the gateway itself. New targets must have neither."""
 
@@ -56,8 +59,8 @@ class TargetSettings(BaseModel):
 class JwtSettings(TargetSettings):
     """Settings for tokens in a target's record, besides their audience."""
 
-    url: TargetUrl | None = None
-    """Where the gateway sends requests to, where agents go by way of it."""
+    url: TargetUrl | Literal["stdio://run"] | None = None
+    """Where the gateway sends requests to, where agents go by way of it; `STDIO_URL` for a server in the run."""
     dpop: Literal["off", "required"] = "off"
     """`required`: tokens are bound to the agent's key, and good only with a proof of it (RFC 9449)."""
     alg: TokenAlgorithm = "ES256"

@@ -13,7 +13,12 @@ const client = new Client(
   { versionNegotiation: { mode }, capabilities: { elicitation: { form: {} } } },
 );
 client.setRequestHandler("elicitation/create", async () => ({ action: "accept", content: { ok: true } }));
-await client.connect(new StreamableHTTPClientTransport(new URL(url)));
+if (url.startsWith("{")) {
+  const { StdioClientTransport } = await import(pathToFileURL(require.resolve("@modelcontextprotocol/client/stdio")));
+  await client.connect(new StdioClientTransport(JSON.parse(url)));
+} else {
+  await client.connect(new StreamableHTTPClientTransport(new URL(url)));
+}
 
 async function done([what, ...given]) {
   switch (what) {

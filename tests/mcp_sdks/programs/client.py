@@ -1,4 +1,7 @@
-"""An agent with the official Python SDK 2.x. Takes URL, negotiation, and steps as JSON; prints a result for each."""
+"""An agent with the official Python SDK 2.x. Takes URL, negotiation, and steps as JSON; prints a result for each.
+
+In the place of the URL it takes the command of a server on standard input and output, as JSON.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import json
 import sys
 from typing import Any
 
-from mcp import Client, MCPError
+from mcp import Client, MCPError, StdioServerParameters
 from mcp_types import ElicitResult, PromptReference, ResourceTemplateReference
 
 
@@ -62,7 +65,8 @@ async def done(client: Client, step: list[Any]) -> Any:
 
 async def main(url: str, mode: str, steps: list[list[Any]]) -> None:
     """Take the steps, one after the other."""
-    async with Client(url, mode=mode, elicitation_callback=elicited) as client:
+    server: Any = StdioServerParameters(**json.loads(url)) if url.startswith("{") else url
+    async with Client(server, mode=mode, elicitation_callback=elicited) as client:
         for step in steps:
             try:
                 said = {"result": await done(client, step)}

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
+from ringfence.cli.commands.mcp_wrap import wrap
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import AgentOption, AttestOption, IdentityOption, identity, run
@@ -20,6 +21,9 @@ from ringfence.cli.shared.options import AgentOption, AttestOption, IdentityOpti
 _ENDING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 app = typer.Typer(help="The Model Context Protocol, over standard input and output.", no_args_is_help=True)
+
+
+app.command()(wrap)
 
 
 @app.callback()

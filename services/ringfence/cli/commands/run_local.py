@@ -66,16 +66,16 @@ def run_local(
         task=task,
         scope=parse_scope(assign) if assign else (),
         agent=agent,
-        mounts=_mounts(mount),
+        mounts=parse_mounts(mount),
         image=image,
-        environment=_environment(env),
+        environment=parse_environment(env),
         ttl_s=duration_s(ttl),
         limits=limits,
         backend=backend,
         me=identity(me),
     )
     report = run(work)
-    for line in _remarks(report):
+    for line in remarks(report):
         note(visible(line), "warning")
     if wants_json(as_json):
         sys.stdout.flush()
@@ -104,11 +104,11 @@ async def _run(
     from ringfence.runner.local_guard import guarded
     from ringfence.runner.sandbox.backend import Streams
 
-    signals = _Signals()
+    signals = SignalForwarder()
     with signals.taken():
         async with (
-            _host(backend) as host,
-            _task(task, scope, agent, host.name, ttl_s, me, command) as task_id,
+            connected_host(backend) as host,
+            task_of_run(task, scope, agent, host.name, ttl_s, me, command) as task_id,
         ):
             entry = (await host.connection.current_directory()).task(task_id)
             if entry is None:
@@ -136,7 +136,7 @@ async def _run(
 
 
 @contextlib.asynccontextmanager
-async def _host(backend: str | None) -> AsyncIterator[RunnerHost]:
+async def connected_host(backend: str | None) -> AsyncIterator[RunnerHost]:
     """Connect as this machine's runner, and remove what earlier ones left. Raises SettingsError, RunRefusedError."""
     from ringfence.client.connection import Connection
     from ringfence.runner.lifecycle.execution import RunnerHost
@@ -189,7 +189,7 @@ def _state_folder() -> Path:
 
 
 @contextlib.asynccontextmanager
-async def _task(
+async def task_of_run(
     task: str | None,
     scope: Sequence[Any],
     agent: str | None,
@@ -244,7 +244,7 @@ def _only_agent(directory: Directory, user_id: str, runner: str) -> str:
     )
 
 
-class _Signals:
+class SignalForwarder:
     """Signals to this process: they are the command's. Before there is one, each of them cancels what is under way."""
 
     def __init__(self) -> None:
@@ -270,7 +270,7 @@ class _Signals:
             self._task.cancel()
 
 
-def _remarks(report: RunReport) -> Iterator[str]:
+def remarks(report: RunReport) -> Iterator[str]:
     """Remarks on the end for a person. The command's own output is not repeated."""
     if report.reason is not None:
         yield f"run {report.run_id} was ended: {report.reason}"
@@ -284,7 +284,7 @@ def _remarks(report: RunReport) -> Iterator[str]:
         yield f"leases that have not ended yet: {', '.join(report.live_leases)}"
 
 
-def _environment(given: list[str]) -> dict[str, str]:
+def parse_environment(given: list[str]) -> dict[str, str]:
     found = {}
     for text in given:
         match = _VARIABLE.fullmatch(text)
@@ -297,7 +297,7 @@ def _environment(given: list[str]) -> dict[str, str]:
     return found
 
 
-def _mounts(given: list[str]) -> tuple[PlannedMount, ...]:
+def parse_mounts(given: list[str]) -> tuple[PlannedMount, ...]:
     """Parse `DIR` and `DIR:rw`. Each folder stands inside at its own path."""
     from ringfence.runner.lifecycle.plan import PlannedMount
 

@@ -19,7 +19,7 @@ _OPERATORS: Final = frozenset("|&;")
 
 FILE_METAVARS: Final = frozenset({"FILE", "[PATH]", "[PATH...]"})
 FOLDER_METAVARS: Final = frozenset({"DIR", "DIR[:rw]", "FOLDER"})
-COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]"})
+COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]", "[-- SERVER...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "KID", "MOMENT",

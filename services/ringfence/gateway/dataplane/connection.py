@@ -161,7 +161,14 @@ class AgentConnection:
             if expects_continue and sent.body is None and not body.done and not self._client.buffer:
                 self._client.write(_CONTINUE)
             return await self._forward(
-                ForwardedRequest(request, attempt, verdict, body, verdict.body or sent.body)
+                ForwardedRequest(
+                    request,
+                    attempt,
+                    verdict,
+                    body,
+                    verdict.body or sent.body,
+                    self._listener.server_socket,
+                )
             )
         finally:
             self._slot.end()

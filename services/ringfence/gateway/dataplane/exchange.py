@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final, NoReturn
 
 from ringfence.gateway.contract import Attempt, Verdict
@@ -86,6 +87,8 @@ class ForwardedRequest:
     body: Body
     body_read: bytes | None
     """The part of the body that was read for the decision: all of it if `body` is done, else too much to decide on."""
+    server_socket: Path | None = None
+    """See `ListenerContext.server_socket`."""
 
 
 def is_observed(verdict: Verdict) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from ringfence.gateway.contract import Gate, Verdict
 from ringfence.gateway.dataplane.exchange import (
@@ -17,8 +18,9 @@ from ringfence.gateway.dataplane.exchange import (
 from ringfence.gateway.dataplane.stream import Stream
 from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
 from ringfence.gateway.errors import RequestRefusedError
-from ringfence.gateway.hosts import Origin, origin_of
+from ringfence.gateway.hosts import Origin, origin_of, stdio_origin
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.model.target_settings import STDIO_URL
 
 
 def is_forwarded(verdict: Verdict) -> bool:
@@ -41,7 +43,7 @@ class Forwarder:
         Raises RequestRefusedError as long as nothing of a response was sent, and DisconnectedError or PeerTimeoutError
         if the client fails.
         """
-        injected, origin = await self._credential_and_origin(request.verdict)
+        injected, origin = await self._credential_and_origin(request.verdict, request.server_socket)
         view_expired = never_expired if is_observed(request.verdict) else self._gate.view_expired
         exchange = Exchange(
             client, request, injected, origin, self._timeouts, view_expired, self._gate.view_problem
@@ -81,14 +83,20 @@ class Forwarder:
         finally:
             exchange.finish()
 
-    async def _credential_and_origin(self, verdict: Verdict) -> tuple[Mapping[str, str] | None, Origin]:
+    async def _credential_and_origin(
+        self, verdict: Verdict, server_socket: Path | None
+    ) -> tuple[Mapping[str, str] | None, Origin]:
         """The headers to inject, None if the request is forwarded unchanged; and the origin of the target."""
         as_it_came = is_observed(verdict)
         if verdict.target is None or (verdict.lease is None and not as_it_came):
             raise RequestRefusedError(503, "undecided", "the decision names no lease; try again")
         try:
             injected = None if as_it_came else await self._gate.headers_to_inject(verdict)
-            return injected, origin_of(self._gate.upstream(verdict.target))
+            url = self._gate.upstream(verdict.target)
+            if url == STDIO_URL and server_socket is not None:
+                # The bridge is of the run, and no target: it gets no credential. The server gets the message alone.
+                return {}, stdio_origin(verdict.target.target_id, server_socket)
+            return injected, origin_of(url)
         except UnavailableError as error:
             raise RequestRefusedError(503, error.code, error.message, headers={"Retry-After": "1"}) from None
 

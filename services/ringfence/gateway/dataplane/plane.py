@@ -18,7 +18,7 @@ import socket
 import ssl
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -48,13 +48,14 @@ from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.unix_sockets import socket_address
 
 log = logging.getLogger(__name__)
 
 _BACKLOG: Final = 1024
-_LONGEST_ADDRESS: Final = 107
-"""The most bytes of a unix socket's address (unix(7))."""
 _SWEEP_EVERY_S: Final = 5.0
+SERVER_SUFFIX: Final = ".stdio"
+"""Beside `RUN.sock`: the socket at which the runner of that run bridges an MCP server inside of it."""
 
 
 class ListenError(RingfenceError):
@@ -205,10 +206,13 @@ class DataPlane:
         listening = _bind(path)
         streams: set[Stream] = set()
         sender = f"run:{run_id}" if run_id is not None else f"task:{task_id}"
+        server_socket = path.with_suffix(SERVER_SUFFIX) if run_id is not None else None
 
         def context_of(stream: Stream) -> ListenerContext:
             streams.add(stream)
-            return ListenerContext(sender, "http", task_id=task_id, run_id=run_id)
+            return ListenerContext(
+                sender, "http", task_id=task_id, run_id=run_id, server_socket=server_socket
+            )
 
         def lost(stream: Stream) -> None:
             streams.discard(stream)
@@ -294,7 +298,7 @@ def _bind(path: Path) -> socket.socket:
     before = os.umask(0o177)
     try:
         _remove(unready)
-        with _socket_address(unready) as address:
+        with socket_address(unready) as address:
             bound.bind(address)
         bound.listen(_BACKLOG)
         unready.rename(path)
@@ -304,19 +308,6 @@ def _bind(path: Path) -> socket.socket:
     finally:
         os.umask(before)
     return bound
-
-
-@contextlib.contextmanager
-def _socket_address(path: Path) -> Iterator[str]:
-    """The path, or a short one that leads there: an address has at most 107 bytes, and project folders can be deep."""
-    if len(os.fsencode(path)) <= _LONGEST_ADDRESS:
-        yield str(path)
-        return
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        yield f"/proc/self/fd/{folder}/{path.name}"
-    finally:
-        os.close(folder)
 
 
 def _remove(path: Path) -> None:

@@ -8,6 +8,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, McpHeaders, PresentedIdentity
@@ -52,6 +53,8 @@ class ListenerContext:
     """The handle that the CONNECT showed."""
     run_id: str | None = None
     """The run of the listener, besides its task."""
+    server_socket: Path | None = None
+    """Where the runner of that run bridges an MCP server inside of it, if there is one."""
 
     @property
     def is_unauthenticated(self) -> bool:

@@ -6,13 +6,14 @@ its machine, so it opens one for every run of the runners that its settings name
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Final
 
-from ringfence.gateway.dataplane.plane import DataPlane, ListenError
+from ringfence.gateway.dataplane.plane import SERVER_SUFFIX, DataPlane, ListenError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.messages.run import Run
@@ -71,6 +72,8 @@ class RunSockets:
             path, runner = self._sockets.pop(run_id)
             self._count_of[runner] -= 1
             await self._plane.close_for_task(path)
+            with contextlib.suppress(OSError):  # a runner that was killed left it
+                path.with_suffix(SERVER_SUFFIX).unlink()
         for run_id, run in list(self._started.items()):
             if run_id not in self._sockets and self._goes_on(run_id) and self._has_room(run):
                 await self._open(folder, run)

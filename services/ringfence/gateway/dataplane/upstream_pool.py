@@ -5,14 +5,18 @@ clean.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
+import stat
 import time
 from collections import deque
+from pathlib import Path
 from typing import Final
 
 from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
+from ringfence.kernel.base.unix_sockets import socket_address
 
 IDLE_S: Final = 15.0
 MAX_IDLE_PER_ORIGIN: Final = 128
@@ -97,6 +101,8 @@ class UpstreamPool:
         return None
 
     async def _connect(self, origin: Origin) -> Stream:
+        if origin.socket is not None:
+            return await self._connect_unix(origin.socket)
         tls = self._tls if origin.scheme == "https" else None
         try:
             async with asyncio.timeout(self._connect_s):
@@ -118,6 +124,31 @@ class UpstreamPool:
         except OSError:
             raise RequestRefusedError(
                 502, "target_unreachable", "no connection to the target can be had"
+            ) from None
+        return stream
+
+    async def _connect_unix(self, path: str) -> Stream:
+        """Connect to a socket in the gateway's folder, to which only its own user and root can write."""
+        try:
+            found = os.lstat(path)
+            if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (0, os.geteuid()):
+                raise RequestRefusedError(
+                    502, "target_not_verified", "what stands for the server is not the runner's"
+                )
+            async with asyncio.timeout(self._connect_s):
+                with socket_address(Path(path)) as address:
+                    _, stream = await asyncio.get_running_loop().create_unix_connection(
+                        lambda: Stream(self._opened, self._lost, self._write_batcher), address
+                    )
+        except TimeoutError:
+            raise RequestRefusedError(
+                504, "target_timeout", "the server in the run takes no connection"
+            ) from None
+        except OSError:
+            raise RequestRefusedError(
+                502,
+                "target_unreachable",
+                "there is no MCP server in this run: start it with ringfence mcp wrap",
             ) from None
         return stream
 

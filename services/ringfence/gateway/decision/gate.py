@@ -62,6 +62,8 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.mcp.revisions import is_known
+from ringfence.model.target_settings import STDIO_URL
 
 log = logging.getLogger(__name__)
 
@@ -277,6 +279,8 @@ class DecisionGate:
         if isinstance(target, Refusal):
             return target
         context.target = target
+        if target.url == STDIO_URL and (outside := _outside_refusal(target, attempt, sender)) is not None:
+            return outside
         if target.map.speaks_mcp(attempt.target):
             return await self._authorize_mcp(context, target, sender)
         action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
@@ -300,6 +304,10 @@ class DecisionGate:
         sender = mcp_request.sender
         actions = mcp_request.actions(target, context.attempt)
         if actions is None:
+            message = mcp_request.message
+            if message is not None and not is_known(message.method):
+                text = f"no revision of MCP has {message.method[:64]}, and no rule of the target names it"
+                return refuse("mcp_method", text)
             return self._unmapped_refusal(target, context.attempt)
         required: list[tuple[Action, ChosenLease, ApprovalRequired]] = []
         for action in actions:
@@ -542,6 +550,17 @@ def _no_url_refusal(target: CompiledTarget, attempt: Attempt) -> Refusal | None:
     return refuse("target_nowhere", _no_url_message(target.state), status=UNAVAILABLE)
 
 
+def _outside_refusal(target: CompiledTarget, attempt: Attempt, sender: Sender) -> Refusal | None:
+    """A refusal unless an MCP message for a server in a run comes through that run's own socket."""
+    if attempt.sent_by_gateway and sender.run_id is not None and target.map.speaks_mcp(attempt.target):
+        return None
+    message = (
+        f"target {target.state.target_id} is an MCP server inside of a run: start it with ringfence mcp wrap, and send "
+        "it messages by that command's standard input alone"
+    )
+    return refuse("stdio_outside_run", message)
+
+
 def _no_url_message(target: TargetState) -> str:
     return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
 
@@ -556,5 +575,7 @@ def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> Act
         return None
     if (headers := headers_to_approve(attempt, target.state)) is None:
         return None
-    url = f"{target.url}{attempt.target}"
+    # A server in a run is nowhere; its target is what MCP clients and rules name.
+    base = f"http://{target.state.target_id}" if target.url == STDIO_URL else target.url
+    url = f"{base}{attempt.target}"
     return ActionToApprove(context.id, attempt.method, url, body, headers, chosen, action, approval)

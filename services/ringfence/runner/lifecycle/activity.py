@@ -62,6 +62,16 @@ class RunActivity:
                     await self._changed.wait()
         return self._live()
 
+    async def lease_over(self, target_id: str) -> str:
+        """Wait until a lease of the run at this target ends, unless the run itself gives it back. Returns its id."""
+        while True:
+            for lease in self._leases.values():
+                is_over = lease.target_id == target_id and lease.status not in ("minting", "active")
+                if is_over and (lease.cause is None or lease.cause.kind != "release"):
+                    return lease.lease_id
+            self._changed.clear()
+            await self._changed.wait()
+
     def allowed(self) -> list[dict[str, Any]]:
         """The leases, oldest first, as JSON values."""
         return [

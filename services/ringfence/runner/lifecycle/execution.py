@@ -131,15 +131,18 @@ class RunExecution:
         *,
         on_claimed: Callable[[], Awaitable[None]] | None = None,
         follows_activity: bool = True,
+        ends_with_lease_at: str | None = None,
     ) -> None:
         """Args:
             on_claimed: awaited once the claim is on Kafka, before anything exists. If it raises, nothing starts and
                 nothing more is published.
             follows_activity: whether the report has what the run was allowed and denied. It takes readers of three
                 topics, until the connection is closed.
+            ends_with_lease_at: end the run when a lease of it at this target has ended. Needs `follows_activity`.
         """  # fmt: skip
         self._on_claimed = on_claimed
         self._follows_activity = follows_activity
+        self._ends_with_lease_at = ends_with_lease_at
         self._host = host
         self._plan = plan
         self._streams = streams
@@ -266,7 +269,7 @@ class RunExecution:
             direct = not has_loopback_target(await host.connection.directory(), plan.task_id)
             await control.start(self._start_command(enrolment, relays, loopback_direct=direct))
             self._at.command_runs = True
-            await self._wait(sandbox, control)
+            await self._wait(sandbox, control, activity)
         except CommandStartError as error:
             self._at.code = error.exit_code
             raise
@@ -349,10 +352,11 @@ class RunExecution:
             ca_pem=self._ca_pem,
         )
 
-    async def _wait(self, sandbox: Sandbox, control: ControlChannel) -> None:
-        """Wait for the end of the command, and end the run if its task or its agent ends before."""
-        watching, reporting = (
-            asyncio.create_task(work) for work in (self._watch_records(), self._read_report(control))
+    async def _wait(self, sandbox: Sandbox, control: ControlChannel, activity: RunActivity) -> None:
+        """Wait for the end of the command, and end the run if its task, its agent or its lease ends before."""
+        watching, leasing, reporting = (
+            asyncio.create_task(work)
+            for work in (self._watch_records(), self._watch_lease(activity), self._read_report(control))
         )
         ending = asyncio.create_task(sandbox.wait())
         try:
@@ -366,14 +370,19 @@ class RunExecution:
         finally:
             # What init said last may still be on its way, after the end of its sandbox.
             await asyncio.wait({reporting}, timeout=1)
-            for task in (watching, reporting, ending):
+            for task in (watching, leasing, reporting, ending):
                 task.cancel()
-            await asyncio.gather(watching, reporting, ending, return_exceptions=True)
+            await asyncio.gather(watching, leasing, reporting, ending, return_exceptions=True)
         self._at.code = self._at.exit.code
 
     async def _read_report(self, control: ControlChannel) -> None:
         with contextlib.suppress(ControlLostError):
             self._at.init = await control.ended()
+
+    async def _watch_lease(self, activity: RunActivity) -> None:
+        if self._ends_with_lease_at is not None:
+            lease_id = await activity.lease_over(self._ends_with_lease_at)
+            self.stop(f"its lease {lease_id} at {self._ends_with_lease_at} has ended")
 
     async def _watch_records(self) -> None:
         directory = await self._host.connection.directory()

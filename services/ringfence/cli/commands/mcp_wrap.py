@@ -1,0 +1,204 @@
+"""`ringfence mcp wrap`: an MCP server on standard input and output in a sandbox, behind the gateway."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ringfence.cli.shared.arguments import check_target_id, parse_scope
+from ringfence.cli.shared.id_lookup import check_whole_id
+from ringfence.cli.shared.options import AllowOption, duration_s, run, size_bytes
+from ringfence.cli.shared.output import note, visible
+from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption
+
+if TYPE_CHECKING:
+    from ringfence.messages.permission import Scope
+    from ringfence.messages.run import RunLimits
+    from ringfence.runner.lifecycle.plan import PlannedMount
+    from ringfence.runner.lifecycle.report import RunReport
+
+
+def wrap(
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            metavar="TARGET",
+            callback=check_target_id,
+            help="The target whose rules decide; its url is stdio://run.",
+        ),
+    ],
+    task: Annotated[
+        str,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            callback=check_whole_id,
+            help="The whole id of the task that this is for.",
+        ),
+    ],
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[-- SERVER...]", help="The server and its arguments.", show_default=False),
+    ] = None,
+    allow: AllowOption = None,
+    reason: Annotated[
+        str | None, typer.Option("--reason", help="Why, in a sentence that an approver reads.")
+    ] = None,
+    mount: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--mount",
+            metavar="DIR[:rw]",
+            help="A folder that the server sees at its own path, such as that of its packages; read-only without :rw. "
+            "Repeatable.",
+        ),
+    ] = None,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--env",
+            metavar="NAME=VALUE",
+            help="A variable of the server's environment, and no secret. Repeatable.",
+        ),
+    ] = None,
+    ttl: Annotated[
+        str, typer.Option("--ttl", metavar="DURATION", help="How long the server may run.")
+    ] = "1h",
+    timeout: Annotated[
+        str,
+        typer.Option("--timeout", metavar="DURATION", help="How long to wait for approvals of its leases."),
+    ] = "10m",
+    memory: MemoryOption = "2G",
+    cpus: CpusOption = 1.0,
+    pids: PidsOption = 256,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            "--backend", metavar="bubblewrap|oci", help="What makes the sandbox; the first that is here."
+        ),
+    ] = None,
+    image: Annotated[
+        str | None,
+        typer.Option(
+            "--image", metavar="IMAGE", help="The container image, by its digest; for the backend oci."
+        ),
+    ] = None,
+) -> None:
+    """Run an MCP server in a fresh sandbox, and decide each message between its client and it at the gateway.
+
+    A client starts this command in the place of the server. Its packages are installed before: the sandbox has no
+    network but the gateway. Without --allow it asks for everything that the task allows at the target. When the lease,
+    the task or the client ends, the server is destroyed.
+    """
+    from ringfence.cli.commands.run_local import parse_environment, parse_mounts, remarks
+    from ringfence.messages.run import RunLimits
+
+    if not command:
+        raise typer.BadParameter("write the server: ringfence mcp wrap --task TASK --target TARGET -- SERVER")
+    environment = parse_environment(env or [])
+    _refuse_static_keys(environment, command)
+    limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
+    report = run(
+        _wrap(
+            command=tuple(command),
+            target=target,
+            task=task,
+            wanted=parse_scope(allow) if allow else (),
+            reason=reason or f"serve the MCP tools of {target}",
+            mounts=parse_mounts(mount or []),
+            environment=environment,
+            ttl_s=duration_s(ttl),
+            approved_within_s=duration_s(timeout),
+            limits=limits,
+            backend=backend,
+            image=image,
+        )
+    )
+    for line in remarks(report):
+        note(visible(line), "warning")
+    raise typer.Exit(report.code)
+
+
+def _refuse_static_keys(environment: dict[str, str], words: list[str]) -> None:
+    """Raises RingfenceError where a variable or an argument of the server holds a credential that the scan knows.
+
+    In the sandbox it opens nothing: the gateway is the only way out, and puts the lease's credential in its place.
+    """
+    from ringfence.kernel.base.errors import RingfenceError
+    from ringfence.scan.candidates import classify
+
+    given = [(f"--env {name}", name, value) for name, value in environment.items()]
+    for number, word in enumerate(words[1:], start=1):
+        name, equals, value = word.partition("=")
+        given += [(f"argument {number} of the server", "argument", word)]
+        given += [(f"argument {number} of the server", name.strip("-"), value)] if equals else []
+    for where, name, value in given:
+        for found in classify(name, value):
+            raise RingfenceError(
+                f"{where} looks like a static key ({found.kind.title}), and none gets into the sandbox",
+                code="static_key",
+            ).with_remedy(
+                "put the server's target behind the gateway, ask for it with --allow, and give a placeholder: the "
+                "gateway replaces it"
+            )
+
+
+async def _wrap(
+    *,
+    command: tuple[str, ...],
+    target: str,
+    task: str,
+    wanted: Scope,
+    reason: str,
+    mounts: tuple[PlannedMount, ...],
+    environment: dict[str, str],
+    ttl_s: int,
+    approved_within_s: int,
+    limits: RunLimits,
+    backend: str | None,
+    image: str | None,
+) -> RunReport:
+    from ringfence.cli.commands.run_local import SignalForwarder, connected_host
+    from ringfence.model.records.runs import run_id_of
+    from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
+    from ringfence.runner.local_guard import guarded
+    from ringfence.runner.stdio_mcp.wrap import StdioWrap, wrapped_server
+
+    signals = SignalForwarder()
+    with signals.taken():
+        async with connected_host(backend) as host:
+            directory = await host.connection.current_directory()
+            server = wrapped_server(directory, task, target, wanted)
+            entry = directory.task(task)
+            if entry is None:
+                raise RunRefusedError(f"there is no task {task}", code="task_unknown")
+            now_s, nonce = int(time.time()), secrets.token_hex(16)
+            deadline_s = min(now_s + ttl_s, entry.state.not_after)
+            argv = server.command(
+                command,
+                task_id=task,
+                reason=reason,
+                ttl_s=max(1, deadline_s - now_s),
+                approved_within_s=approved_within_s,
+            )
+            plan = RunPlan(
+                run_id=run_id_of(host.connection.key.id, nonce=nonce),
+                agent_id=entry.state.agent_id,
+                task_id=task,
+                argv=argv,
+                deadline_s=deadline_s,
+                limits=limits,
+                nonce=nonce,
+                environment=environment,
+                mounts=mounts,
+                image=image,
+                image_digest=image if image is not None and image.startswith("sha256:") else None,
+            )
+            wrapped = StdioWrap(host, plan, server, stdin=0, stdout=1)
+            signals.execution = wrapped.execution
+            async with guarded(host.connection, plan, wrapped.execution):
+                return await wrapped.execute()

@@ -1,0 +1,208 @@
+"""The server's standard input and output: which of its messages answers which request.
+
+A server writes all its messages to one stream. Each goes to the exchange that it belongs to: a response by its id,
+progress by its token, an event of a subscription by its id, anything else to the open stream of the client, or to an
+exchange that is under way. What belongs to nobody is dropped. All streams lead to one client, by way of the gateway.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Final
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.runner.stdio_mcp.messages import CANCELLED, Id, Outline, outline_of
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
+"""Of a message of the server, as the gateway has it for servers over HTTP."""
+MAX_EXCHANGES: Final = 256
+"""Requests that the server has not answered, whether somebody waits for them or not."""
+_MAX_HELD: Final = 256
+"""Messages that are held for a stream that the client has not opened yet. The oldest are dropped."""
+_MAX_QUEUED: Final = 1024
+"""Messages that an exchange has not taken. The server is not read any further then."""
+
+
+class ServerGoneError(RingfenceError):
+    """Raised when the server has closed its standard input or output."""
+
+    code = "server_gone"
+
+
+class ExchangeRefusedError(RingfenceError):
+    """Raised for a request that must not be sent to the server now. The message says why."""
+
+    code = "exchange_refused"
+
+
+class Exchange:
+    """One request to the server and the messages that belong to it, or the client's own stream (`id` is None)."""
+
+    def __init__(self, id: Id | None, progress_token: Id | None) -> None:
+        self.id = id
+        self.progress_token = progress_token
+        self.messages: asyncio.Queue[bytes | None] = asyncio.Queue(_MAX_QUEUED)
+        """In order; None at the end."""
+        self.abandoned = False
+        """Whether nobody waits for its answer any more."""
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while (message := await self.messages.get()) is not None:
+            yield message
+
+    def end(self) -> None:
+        """Take no more messages, and make room for whoever waits to add one."""
+        self.abandoned = True
+        while not self.messages.empty():
+            self.messages.get_nowait()
+
+
+class ServerChannel:
+    """Writes messages to the server, and hands out what it writes."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """`reader`: its limit is `MAX_MESSAGE_BYTES`."""
+        self._reader = reader
+        self._writer = writer
+        self._exchanges: dict[Id, Exchange] = {}
+        self._stream: Exchange | None = None
+        self._held: deque[bytes] = deque(maxlen=_MAX_HELD)
+        self._gone = False
+
+    async def run(self) -> None:
+        """Read the server's messages until it closes its output."""
+        try:
+            while line := await self._next_line():
+                await self._route(line)
+        finally:
+            self._gone = True
+            for exchange in [*self._exchanges.values(), *([self._stream] if self._stream else [])]:
+                with contextlib.suppress(asyncio.QueueFull):
+                    exchange.messages.put_nowait(None)
+
+    async def send(self, line: bytes) -> None:
+        """Write a notification or a response. Raises ServerGoneError."""
+        await self._write(line)
+
+    async def request(self, line: bytes, outline: Outline) -> Exchange:
+        """Write a request. Raises ServerGoneError, and ExchangeRefusedError for an id that is not answered yet."""
+        id = outline.id
+        assert id is not None
+        if id in self._exchanges:
+            # A late answer to the first would be taken for one to the second.
+            raise ExchangeRefusedError(
+                "the server has not answered the request with this id yet: use another id"
+            )
+        if len(self._exchanges) >= MAX_EXCHANGES:
+            raise ExchangeRefusedError(f"{MAX_EXCHANGES} requests wait for the server already")
+        exchange = self._exchanges[id] = Exchange(id, outline.progress_token)
+        try:
+            await self._write(line)
+        except BaseException:
+            del self._exchanges[id]
+            raise
+        return exchange
+
+    async def abandon(self, exchange: Exchange) -> None:
+        """Nobody waits for the answer to a request any more. The server is told, and its answer will be dropped."""
+        if exchange.id is None or self._exchanges.get(exchange.id) is not exchange or exchange.abandoned:
+            return
+        exchange.end()
+        params = {"requestId": exchange.id, "reason": "nobody waits for it any more"}
+        notification = {"jsonrpc": "2.0", "method": CANCELLED, "params": params}
+        with contextlib.suppress(ServerGoneError):
+            await self._write(json.dumps(notification, separators=(",", ":")).encode())
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[Exchange]:
+        """The client's own stream, for what belongs to no request. The latest one counts."""
+        stream = Exchange(None, None)
+        before, self._stream = self._stream, stream
+        if before is not None:
+            with contextlib.suppress(asyncio.QueueFull):
+                before.messages.put_nowait(None)
+        while self._held:
+            stream.messages.put_nowait(self._held.popleft())
+        try:
+            yield stream
+        finally:
+            if self._stream is stream:
+                self._stream = None
+            stream.end()
+
+    def close_input(self) -> None:
+        """Close the server's standard input, as clients do at the end."""
+        self._writer.close()
+
+    # --- what the server writes ---
+
+    async def _next_line(self) -> bytes:
+        """The next line; b"" at the end."""
+        try:
+            line = await self._reader.readuntil(b"\n")
+        except asyncio.IncompleteReadError:
+            return b""
+        except asyncio.LimitOverrunError:
+            log.error(
+                "the server wrote a message of more than %d bytes, and is read no further", MAX_MESSAGE_BYTES
+            )
+            return b""
+        return line
+
+    async def _route(self, line: bytes) -> None:
+        # Between tokens JSON takes it as a space; an event would end there.
+        if not (line := line.strip().replace(b"\r", b" ")):
+            return
+        try:
+            outline = outline_of(line)
+            if outline.method is None and outline.id is None:
+                raise ValueError
+        except ValueError:
+            log.warning(
+                "the server wrote a line that is no message; it is dropped", extra=rate_limited("line")
+            )
+            return
+        if outline.is_response:
+            await self._answer(outline, line)
+            return
+        exchange = self._owner(outline)
+        if exchange is None:
+            self._held.append(line)
+        else:
+            await exchange.messages.put(line)
+
+    async def _answer(self, outline: Outline, line: bytes) -> None:
+        exchange = self._exchanges.pop(outline.id, None) if outline.id is not None else None
+        if exchange is None:
+            log.warning("the server answered what nobody asked; it is dropped", extra=rate_limited("answer"))
+        elif not exchange.abandoned:
+            await exchange.messages.put(line)
+            await exchange.messages.put(None)
+
+    def _owner(self, outline: Outline) -> Exchange | None:
+        """The exchange that a request or notification of the server goes to."""
+        waited = [one for one in self._exchanges.values() if not one.abandoned]
+        owner: Callable[[Exchange], bool] | None = None
+        if outline.method == "notifications/progress":
+            owner = lambda one: one.progress_token == outline.progress_token  # noqa: E731
+        elif outline.method != CANCELLED and outline.about is not None:
+            owner = lambda one: one.id == outline.about  # noqa: E731
+        found = next(filter(owner, waited), None) if owner is not None else None
+        return found or self._stream or (waited[-1] if waited else None)
+
+    async def _write(self, line: bytes) -> None:
+        if self._gone or self._writer.is_closing():
+            raise ServerGoneError("the server has ended")
+        try:
+            self._writer.write(line + b"\n")
+            await self._writer.drain()
+        except OSError:
+            raise ServerGoneError("the server has closed its standard input") from None
