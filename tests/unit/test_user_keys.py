@@ -446,6 +446,9 @@ def test_a_key_that_is_added_again_rests_on_who_gave_it_before_too(ledger: InMem
     assert again.vouchers == {"olga", "otto"}
     assert again.voucher_keys == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
     assert again.counts_from_ms == again.added_ms + WAIT_MS
+    history = ledger.directory.key_history("sam")
+    assert (again.again, history.added_again_ms(lent.kid)) == (True, again.added_ms)
+    assert history.added_again_ms(ledger.key("sam").kid) == history.added_again_ms("unknown") == 0
 
 
 def test_a_compromised_key_never_comes_back(ledger: InMemoryRegistry):
