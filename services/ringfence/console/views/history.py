@@ -45,7 +45,7 @@ async def comparisons(view: View, groups: Sequence[RequestGroup]) -> list[Unusua
 
 
 async def _events_of(view: View, agents: list[str]) -> dict[str, list[dict[str, Any]] | None]:
-    """The answers to each of these agents: by one question, where not too many answers come."""
+    """The answers to each of these agents: one question for all of them, unless its answer is too long."""
     if len(agents) > 1:
         everybody = await _events(view, None, _MOST_OF_ALL)
         if everybody is None or len(everybody) < _MOST_OF_ALL:
