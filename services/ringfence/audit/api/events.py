@@ -54,7 +54,7 @@ class AuditApi:
     ) -> None:
         """`complete`: whether the index holds all events from before the start of this process."""
         self._index = index
-        self._viewers: BoundedDict[str, tuple[int, Viewer]] = BoundedDict(_MOST_VIEWERS)
+        self._viewers: BoundedDict[str, tuple[tuple[int, int | None], Viewer]] = BoundedDict(_MOST_VIEWERS)
         """By user: of which version of the records, and whose agents they are. To find these means to look at all."""
         self._complete = complete
         self._directory = directory
@@ -185,7 +185,7 @@ class AuditApi:
         caller = self._authenticator.authenticate(request)
         if caller.sees_all:
             return None
-        me, version = caller.user.user_id, self._directory.version
+        me, version = caller.user.user_id, self._directory.versions
         known = self._viewers.get(me)
         if known is None or known[0] != version:
             agents = (entry.state for entry in self._directory.entries("agent"))
