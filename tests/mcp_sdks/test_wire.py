@@ -18,6 +18,7 @@ import pytest_asyncio
 from ringfence.messages.registry import RequestRule, VerbFloor
 from tests.gateway.mcp_place import DEPLOYS, TOKEN, URL
 from tests.mcp_sdks.conftest import NEEDED, STATELESS_RULES, Between, Server, between, serving
+from tests.support.in_memory_registry import permission
 
 REVISION = "2026-07-28"
 HOUR_MS = 3_600_000
@@ -307,4 +308,18 @@ async def test_a_subscription_to_what_may_not_be_read_is_refused(place: Between)
         "subscriptions/listen", notifications={"resourceSubscriptions": ["note:///a", "note:///b"]}
     )
     error = result_of(await post(place, said))
+    assert (error["data"]["code"], error["data"]["permission"]["resources"]) == ("beyond_lease", ["env/b"])
+
+
+async def test_all_parts_of_a_message_are_allowed_by_one_lease(server: Server, tmp_path: Path) -> None:
+    """One credential is injected, and the stream ends with one lease."""
+    halves = (
+        permission("env/server", "env/a", verbs=("read",)),
+        permission("env/server", "env/b", verbs=("read",)),
+    )
+    said = message(
+        "subscriptions/listen", notifications={"resourceSubscriptions": ["note:///a", "note:///b"]}
+    )
+    async with between(server, tmp_path, *halves) as place:
+        error = result_of(await post(place, said))
     assert (error["data"]["code"], error["data"]["permission"]["resources"]) == ("beyond_lease", ["env/b"])
