@@ -88,7 +88,7 @@ test-backends: $(STAMP) ## every backend on its real server (PostgreSQL, OpenSSH
 test-gateways: $(STAMP) ## nginx, HAProxy, Envoy, Caddy and Traefik before a target (needs the first two; fetches the others once, 105 MB)
 	$(BIN)/python -m pytest tests/gateway_external $(SHARED) $(ARGS)
 
-test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium: apt-get install chromium)
+test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the running stack (needs Chromium and Firefox: apt-get install chromium firefox-esr)
 	$(BIN)/python -m pytest tests/passkeys $(SHARED) $(ARGS)
 
 test-console: $(STAMP) ## the console in a real browser, on the running stack (needs Chromium; fetches axe-core once by npm)

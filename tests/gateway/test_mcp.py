@@ -17,7 +17,7 @@ import pytest_asyncio
 from mcp.shared.exceptions import McpError
 
 from tests.gateway.certificates import Certificates
-from tests.gateway.mcp_place import DEPLOYS, READS, TOKEN, URL, mcp_placed
+from tests.gateway.mcp_place import DEPLOYS, READS, RULES, TOKEN, URL, mcp_placed, rule
 from tests.gateway.mcp_server import McpServer, mcp_serving
 from tests.gateway.target import Target
 
@@ -382,3 +382,59 @@ async def test_what_could_be_read_in_two_ways_does_not_reach_the_server(
         assert len(streaming.tokens) == before
     assert streaming.calls == []
     assert place.codes == [code]
+
+
+async def test_a_task_of_a_server_is_its_leases_and_nobody_elses(tmp_path: Path) -> None:
+    """The server's answer creates a task (2025-11-25), which the lease of the call asks about, and no other."""
+    made = b'{"jsonrpc":"2.0","id":1,"result":{"task":{"taskId":"t1","status":"working"},"tasks":[{"taskId":"t2"}]}}'
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(made)
+    rules = (*RULES, rule("tasks/get", "read", "env/server"), rule("tasks/list", "read", "env/server"))
+    stated = {**HEADERS, "MCP-Protocol-Version": "2025-11-25"}
+    async with (
+        Target(respond=lambda _: head + made).serving() as target,
+        mcp_placed(target.port, tmp_path, READS, rules=rules) as place,
+        place.http() as http,
+    ):
+
+        async def code(said: dict[str, Any]) -> str | None:
+            answer = (await http.post(URL, json=said, headers=stated)).json()
+            return str(answer["error"]["data"]["code"]) if "error" in answer else None
+
+        call = message("tools/call", name="get_issue", arguments={"repo": "a"}, task={"ttl": 60_000})
+        asks = message("tasks/get", taskId="t1")
+        assert await code(asks) == "mcp_task_unknown"
+        assert await code(call) is None
+        assert await code(asks) is None
+        assert await code(message("tasks/get", taskId="t2")) == "mcp_task_unknown"
+        listed = await http.post(URL, json=message("tasks/list"), headers=stated)
+        assert listed.json()["result"]["tasks"] == [], "t2 is nobody's here"
+        first = place.events[1].lease_id
+        place.agent = "thief"
+        assert await code(asks) == "mcp_task_other_agent"
+        place.agent, place.handle = "bot", place.place.leased(READS).lease_id
+        assert await code(asks) == "mcp_task_other_lease"
+        place.handle = None
+        assert first is not None
+        place.table.revoke(first, place.place.ledger.clock.ms)
+        assert await code(asks) == "mcp_task_unknown"
+
+
+async def test_what_is_not_of_the_stated_revision_does_not_reach_the_server(
+    streaming: McpServer, tmp_path: Path
+) -> None:
+    async with mcp_placed(streaming.port, tmp_path, READS) as place, place.http() as http:
+        before = len(streaming.tokens)
+        for version, said, code in (
+            ("2024-11-05", message("tools/list"), "mcp_version"),
+            ("2025-06-18", message("tasks/list"), "mcp_method"),
+            ("2025-11-25", message("server/discover"), "mcp_method"),
+            (
+                "2025-06-18",
+                INITIALIZE | {"params": {**INITIALIZE["params"], "protocolVersion": "x"}},
+                "mcp_header",
+            ),
+        ):
+            answer = await http.post(URL, json=said, headers={**HEADERS, "MCP-Protocol-Version": version})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (200, 400)
+            assert answer.json()["error"]["data"]["code"] == code
+        assert len(streaming.tokens) == before

@@ -81,11 +81,11 @@ class Server:
 
 
 @contextlib.asynccontextmanager
-async def serving(sdks: Path, *how: str) -> AsyncIterator[Server]:
-    """The server by the Python SDK 2.x. `how`: "json" for answers that are no streams."""
+async def serving(sdks: Path, *how: str, program: str = "server.py") -> AsyncIterator[Server]:
+    """A server by the Python SDK 2.x. `how`: "json" for answers that are no streams."""
     process = await asyncio.create_subprocess_exec(
         str(sdks / "python" / "bin" / "python"),
-        str(PROGRAMS / "server.py"),
+        str(PROGRAMS / program),
         *how,
         stdout=asyncio.subprocess.PIPE,
     )

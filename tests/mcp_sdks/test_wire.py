@@ -97,6 +97,8 @@ SMUGGLED: list[tuple[dict[str, Any], dict[str, str | None], str, int]] = [
     ),
     (message("initialize", protocolVersion=REVISION), {}, "mcp_method", -32601),
     (message("ping"), {}, "mcp_method", -32601),
+    (message("resources/subscribe"), {}, "mcp_method", -32601),
+    (message("acme/anything"), {}, "mcp_method", -32601),
     (call(requestState="made up"), {}, "mcp_state_invalid", -32602),
     (call(inputResponses={"a": {}}), {}, "mcp_state_missing", -32602),
     (message("tasks/get", taskId="made up"), {"Mcp-Name": "made up"}, "mcp_task_unknown", -32602),
@@ -120,7 +122,7 @@ async def test_contradictions_do_not_reach_the_server(
 async def test_an_unknown_revision_names_those_that_are_known(place: Between) -> None:
     said = call(meta={**META, VERSION_KEY: "2027-01-01"})
     error = (await post(place, said, **{"MCP-Protocol-Version": "2027-01-01"})).json()["error"]
-    assert error["data"]["supported"] == ["2025-06-18", "2025-11-25", "2026-07-28"]
+    assert error["data"]["supported"] == ["2026-07-28"]
     assert error["data"]["requested"] == "2027-01-01"
 
 

@@ -10,7 +10,10 @@ import pytest
 
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.verification import OutdatedError, RecordVerifier
+from ringfence.gateway.decision.approvals import Approvals
+from ringfence.issuer.domain import _RefusedError, _verified_answer
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
+from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -350,12 +353,47 @@ def by_audit(model: type[Claims]) -> Callable[[Organisation, str, int], Any]:
     return reads
 
 
+def by_gateway(office: Organisation, compact: str, at_ms: int) -> Any:
+    """A gateway's verifier of answers to its questions; only what it waits for if a key is unknown is left out."""
+
+    async def caught_up(within_s: float) -> bool:
+        return True
+
+    settings = SimpleNamespace(trust_domain=TD, grace_s=1.0)
+    runtime = cast(Any, SimpleNamespace(settings=settings, tables_caught_up=caught_up))
+    approvals = Approvals(runtime, office.directory, cast(Any, None), cast(Any, None), wait_s=1, life_s=1)
+    record = office.received(APPROVAL_RESPONSE, "deploy-bot", compact, at_ms)
+    reading = cast(Any, approvals._verify(parse(compact), record))
+    try:
+        reading.send(None)
+    except StopIteration as done:
+        return done.value.claims
+    raise AssertionError("it waited")
+
+
+def by_issuer(model: type[Any]) -> Callable[[Organisation, str, int], Any]:
+    """The issuer's verifier of what a decision embeds, which was appended at the same time."""
+
+    def reads(office: Organisation, compact: str, at_ms: int) -> Any:
+        claims = SimpleNamespace(answers_at_ms={digest(compact): at_ms}, aud=TD)
+        decision = cast(Any, SimpleNamespace(claims=claims, at=SimpleNamespace(appended_at_ms=at_ms)))
+        try:
+            return _verified_answer(compact, model, decision, office.directory).claims
+        except _RefusedError as error:
+            raise InvalidMessageError(error.reasons[0].message) from None
+
+    return reads
+
+
 PLACES: dict[str, tuple[type[Claims], Callable[[Organisation, str, int], Any]]] = {
     "registry": (AgentSuspend, by_registry),
     "policy, approvals": (Approval, by_policy(Approval)),
     "policy, grants": (Grant, by_policy(Grant)),
     "policy, withdrawals": (GrantWithdraw, by_policy(GrantWithdraw)),
     "issuer, grants": (Grant, by_issuers_table),
+    "issuer, approvals in decisions": (Approval, by_issuer(Approval)),
+    "issuer, grants in decisions": (Grant, by_issuer(Grant)),
+    "gateway, answers to its questions": (ActionApproval, by_gateway),
     "revoker and gateway": (RevocationRequest, by_revoker_and_gateway),
     **{
         f"audit, {model.typ}": (model, by_audit(model))

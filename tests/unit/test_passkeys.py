@@ -10,19 +10,29 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from fido2.cose import ES256
 from fido2.server import Fido2Server
 from fido2.utils import websafe_encode
 from fido2.webauthn import Aaguid, AttestedCredentialData, PublicKeyCredentialRpEntity
+from joserfc import jws as jose_jws
+from joserfc.errors import JoseError
+from joserfc.jwk import ECKey
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.crypto.claims import LEEWAY_S, ExpiredError
 from ringfence.kernel.crypto.jws import is_by_passkey, parse, sign, sign_count, verify, verify_payload
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode, public_key, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.crypto.webauthn import MAX_AGE_S, MAX_ASSERTION_BYTES, PasskeyKey, challenge_of
+from ringfence.kernel.crypto.webauthn import (
+    MAX_AGE_S,
+    MAX_ASSERTION_BYTES,
+    WEBAUTHN_ALG,
+    PasskeyKey,
+    challenge_of,
+)
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import MAX_SESSION_S, SessionStatement, UserEndKey
 from ringfence.messages.topics import ALL
@@ -404,6 +414,19 @@ def test_which_algorithm_a_message_claims_is_read_from_its_header() -> None:
     assert not is_by_passkey(sign(end_key(), PASSKEY.plain()))
     with pytest.raises(InvalidMessageError):
         is_by_passkey("x.y.z")
+
+
+def test_other_libraries_take_no_passkeys_message_for_a_plain_one() -> None:
+    """RFC 7515, 4.1.1: an algorithm that a reader does not know is refused, whatever the key."""
+    compact = sign(end_key(), PASSKEY)
+    jwk = PASSKEY.public.model_dump(exclude_none=True)
+    for algorithms in (["ES256"], [WEBAUTHN_ALG], ["ES256", WEBAUTHN_ALG]):
+        with pytest.raises((jwt.InvalidTokenError, NotImplementedError)):
+            jwt.decode(compact, jwt.PyJWK(jwk | {"alg": "ES256"}).key, algorithms=algorithms, audience=TD)
+        with pytest.raises(JoseError):
+            jose_jws.deserialize_compact(compact, ECKey.import_key(jwk), algorithms=algorithms)
+    plain = sign(end_key(), PASSKEY.plain())
+    assert jose_jws.deserialize_compact(plain, ECKey.import_key(jwk), algorithms=["ES256"]).payload
 
 
 # --- what passkeys may sign -------------------------------------------------------------------------------------------

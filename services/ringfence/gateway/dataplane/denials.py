@@ -11,7 +11,7 @@ import orjson
 
 from ringfence.gateway.contract import RpcErrorReply, Verdict
 from ringfence.messages.credential import Reason
-from ringfence.model.mcp.revisions import SUPPORTED
+from ringfence.model.mcp.revisions import SELF_STATED
 
 MEDIA_TYPE: Final = "application/problem+json"
 _JSON: Final = "application/json"
@@ -111,7 +111,7 @@ def rpc_error(verdict: Verdict, rpc: RpcErrorReply, code: int) -> bytes:
     """The problem details as a JSON-RPC error with this code."""
     details = problem_details(verdict)
     if code == _UNSUPPORTED_VERSION:
-        details |= {"supported": list(SUPPORTED), "requested": rpc.requested or ""}
+        details |= {"supported": list(SELF_STATED), "requested": rpc.requested or ""}
     error = {"code": code, "message": f"{details['code']}: {details['detail']}", "data": details}
     return orjson.dumps({"jsonrpc": "2.0", "id": rpc.id, "error": error})
 

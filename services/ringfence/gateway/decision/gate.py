@@ -62,6 +62,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.mcp.revisions import is_known
 from ringfence.model.target_settings import STDIO_URL
 
 log = logging.getLogger(__name__)
@@ -303,6 +304,10 @@ class DecisionGate:
         sender = mcp_request.sender
         actions = mcp_request.actions(target, context.attempt)
         if actions is None:
+            message = mcp_request.message
+            if message is not None and not is_known(message.method):
+                text = f"no revision of MCP has {message.method[:64]}, and no rule of the target names it"
+                return refuse("mcp_method", text)
             return self._unmapped_refusal(target, context.attempt)
         required: list[tuple[Action, ChosenLease, ApprovalRequired]] = []
         for action in actions:

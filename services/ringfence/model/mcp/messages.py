@@ -45,6 +45,8 @@ LISTED: Final[Mapping[str, tuple[str, str]]] = {
 VERSION_KEY: Final = "io.modelcontextprotocol/protocolVersion"
 CAPABILITIES_KEY: Final = "io.modelcontextprotocol/clientCapabilities"
 
+_GONE: Final = frozenset({"resources/subscribe", "resources/unsubscribe", "tasks/result"})
+"""Methods that name something, and that revisions which state themselves in `_meta` do not have."""
 _TOP: Final = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
 _MEANT: Final[Mapping[str, str]] = {
     name.casefold(): name
@@ -194,6 +196,8 @@ def _name(method: str, params: Mapping[str, Any], id: str | int | None) -> str |
         return None
     name = _name_in_ref(params.get("ref"), id) if method == COMPLETE else params.get(NAMED_BY[method])
     if not (isinstance(name, str) and 0 < len(name) <= _MAX_NAME_CHARS):
+        if method in _GONE and VERSION_KEY in params.get("_meta", {}):
+            raise McpMessageError("mcp_method", f"the stated revision of MCP has no {method}", id=id)
         raise invalid(f"{method} needs params.{NAMED_BY[method]}, which names something", id)
     return name
 

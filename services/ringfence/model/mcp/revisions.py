@@ -22,6 +22,8 @@ STATELESS: Final = "2026-07-28"
 WITH_HANDSHAKE: Final = ("2025-03-26", "2025-06-18", "2025-11-25")
 """Revisions that begin with `initialize`. A server may negotiate down to 2025-03-26, which is read as 2025-06-18."""
 SUPPORTED: Final = ("2025-06-18", "2025-11-25", STATELESS)
+SELF_STATED: Final = (STATELESS,)
+"""The revisions that requests state by themselves, without a handshake."""
 INPUT_REQUIRED: Final = frozenset({"tools/call", "prompts/get", "resources/read"})
 """Methods whose result may be that more input is required (2026-07-28)."""
 CACHEABLE: Final = frozenset({
@@ -51,6 +53,11 @@ _KNOWN: Final = frozenset[str]().union(*_METHODS.values())
 def is_stateless(message: McpMessage) -> bool:
     """Return whether a message states a revision of its own, as from 2026-07-28 on."""
     return VERSION_KEY in message.meta
+
+
+def is_known(method: str) -> bool:
+    """Return whether some revision has a method."""
+    return method in _KNOWN
 
 
 def revision_of(message: McpMessage, stated: str | None, *, always_stated: bool = True) -> str | None:

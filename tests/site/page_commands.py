@@ -1,0 +1,113 @@
+"""The commands of a page, in the order in which a reader meets them, run in one shell.
+
+What a page says about its blocks, each in a comment before the block:
+
+- `<!-- not run: WHY -->`: no test runs it.
+- `<!-- run: exit N -->`: its last command ends with this status.
+
+A block with a title (```` ```python title="agent.py" ````) is a file that the reader saves. Lines of a `console` block
+that begin with `$ ` are commands; the others are what they print.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+SHELLS = ("console", "sh", "bash", "shell")
+WITHIN_S = 300
+_BLOCK = re.compile(
+    r"(?:^[ ]*<!-- (?P<mark>not run|run): (?P<text>.*?) -->\s*\n\s*)?"
+    r"^(?P<indent>[ ]*)(?P<fence>```+)(?P<language>[\w-]*)(?P<info>[^\n]*)\n(?P<body>.*?)^[ ]*(?P=fence)[ ]*$",
+    re.MULTILINE | re.DOTALL,
+)
+_TITLE = re.compile(r'title="([^"]+)"')
+_EXIT = re.compile(r"exit (\d+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One fenced block of a page."""
+
+    line: int
+    language: str
+    body: str
+    title: str | None
+    not_run: str | None
+    exit_status: int
+
+    def commands(self) -> list[str]:
+        """Its commands; a line that ends with a backslash goes on in the next one."""
+        if self.language not in SHELLS:
+            return []
+        lines = self.body.replace("\\\n", " ").splitlines()
+        if self.language != "console":
+            return [self.body]
+        return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def blocks_of(page: Path) -> Iterator[Block]:
+    """The fenced blocks of a page. Raises ValueError for a mark that is none."""
+    text = page.read_text()
+    for found in _BLOCK.finditer(text):
+        indent, mark, said = found["indent"], found["mark"], found["text"] or ""
+        body = "".join(line.removeprefix(indent) for line in found["body"].splitlines(keepends=True))
+        title = _TITLE.search(found["info"])
+        status = _EXIT.fullmatch(said) if mark == "run" else None
+        if mark == "run" and status is None:
+            raise ValueError(f"{page}: 'run: {said}' is no mark; write 'run: exit N'")
+        yield Block(
+            text.count("\n", 0, found.start("fence")) + 1,
+            found["language"],
+            body,
+            title[1] if title else None,
+            said if mark == "not run" else None,
+            int(status[1]) if status else 0,
+        )
+
+
+def script_of(page: Path, replaced: Mapping[str, str] | None = None) -> str:
+    """A shell script that does what a reader of the page does. It ends at the first command that does not as it says.
+
+    Args:
+        replaced: texts of commands and files, such as addresses, and what the test has in their place.
+    """
+    lines = ["set -o pipefail", 'failed() { echo "@@ line $1 of the page: exit $2: $3" >&2; exit 1; }']
+    for block in blocks_of(page):
+        if block.not_run is not None:
+            continue
+        body = block.body
+        for old, new in (replaced or {}).items():
+            body = body.replace(old, new)
+        if block.title is not None:
+            lines.append(f"mkdir -p {shlex.quote(str(Path(block.title).parent))}")
+            lines.append(f"cat > {shlex.quote(block.title)} <<'@@end'\n{body}@@end")
+            continue
+        commands = Block(block.line, block.language, body, None, None, 0).commands()
+        for command in commands:
+            wanted = block.exit_status if command is commands[-1] else 0
+            lines.append(f"echo {shlex.quote('@@ ' + command)} >&2")
+            lines.append(command)
+            lines.append(f"s=$?; [ $s -eq {wanted} ] || failed {block.line} $s {shlex.quote(command)}")
+    return "\n".join(lines) + "\n"
+
+
+def run_page(
+    page: Path, folder: Path, environment: Mapping[str, str], replaced: Mapping[str, str] | None = None
+) -> str:
+    """Run a page's commands in a folder. Returns what they printed; fails the test where one does not as it says."""
+    done = subprocess.run(
+        ["bash", "-c", script_of(page, replaced)],
+        cwd=folder, env=dict(environment), capture_output=True, text=True, timeout=WITHIN_S, check=False,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode == 0, (
+        f"{page.relative_to(ROOT)}:\n{done.stderr[-4000:]}\n--- stdout\n{done.stdout[-2000:]}"
+    )
+    assert "@@" in done.stderr, f"{page.relative_to(ROOT)} has no command"
+    return done.stdout + done.stderr
