@@ -30,7 +30,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console test-mcp test-runner chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the r
 
 test-console: $(STAMP) ## the console in a real browser, on the running stack (needs Chromium; fetches axe-core once by npm)
 	$(BIN)/python -m pytest tests/console $(SHARED) $(ARGS)
+
+screenshots: $(STAMP) ## pictures of every page of the console, in both themes and at two widths, to docs/images/console
+	$(BIN)/python -m tests.console.screenshots docs/images/console $(ARGS)
 
 test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x and 2.x and TypeScript, and the conformance suite (fetches them once, 320 MB; needs bubblewrap)
 	$(BIN)/python -m pytest tests/mcp_sdks $(SHARED) $(ARGS)

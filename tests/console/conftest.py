@@ -21,6 +21,8 @@ from tests.support.stack import RunningStack, options_of_stack, realm_in
 
 __all__ = ["browser", "person", "site"]
 
+expect.set_options(timeout=20_000)  # where other programs have the machine, pages take their time
+
 
 @pytest.fixture(scope="session")
 def stack(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, expect
 
-from ringfence.cli.commands.dev import client_settings
 from ringfence.dev.stack import Stack
 from tests.console.axe import serious_problems
 from tests.console.conftest import Visitor
-from tests.console.test_approvals import HOSTILE, ask
+from tests.console.showcase import showcase
+from tests.console.test_approvals import HOSTILE
 from tests.passkeys.browser import Person
-from tests.passkeys.organisation import Organisation
 from tests.support.sign_page import Site
-from tests.support.stack import RunningStack
 
-SCREENSHOTS = os.environ.get("RINGFENCE_TEST_SCREENSHOTS")
-"""A folder for pictures of every page, for people to look at."""
 PATHS = (
-    "/approvals", "/approvals/{request}", "/grants", "/agents", "/agents/{agent}", "/leases", "/leases/{lease}",
-    "/tasks", "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway", "/findings", "/coverage", "/agents/nobody",
+    "/approvals", "/approvals?show=others", "/approvals/{request}", "/grants", "/grants?show=all", "/agents",
+    "/agents/{agent}", "/agents/night-bot", "/agents/nobody", "/offers/{offer}", "/leases", "/leases/{lease}",
+    "/tasks", "/tasks?status=all", "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway", "/findings", "/coverage",
 )  # fmt: skip
-
-
 LivedIn = tuple[Visitor, dict[str, str]]
 
 
@@ -36,29 +28,25 @@ LivedIn = tuple[Visitor, dict[str, str]]
 async def lived_in(
     stack: Stack, site: Site, browser: Browser, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[LivedIn]:
-    """Somebody signed in where something happened: a lease, a request that waits, and a hostile reason."""
+    """Somebody signed in where something of everything happened, and where agents and people say odd things."""
     person = await Person.at(browser)
-    realm = await RunningStack(stack, client_settings(stack.environment())).make()
-    async with Organisation(realm, site.environment, tmp_path_factory.mktemp("pages")) as organisation:
-        visitor = Visitor(person, await organisation.sponsor(person), site)
-        async with realm.as_agent() as agent:
-            lease = await realm.read(agent)
-            waiting = [
-                asyncio.create_task(ask(organisation, agent, reason)) for reason in ("to deploy", HOSTILE)
-            ]
-            page = await visitor.sign_in("/approvals")
-            await expect(page.locator("article")).to_have_count(1)
-            href = await page.locator("article .requestline a").first.get_attribute("href")
-            ids = {
-                "request": str(href).rpartition("/")[2], "agent": realm.agent, "lease": lease.lease_id,
-                "task": realm.task,
-            }  # fmt: skip
-            await expect(page.get_by_text("2 alike")).to_be_visible()
-            yield visitor, ids
-            for one in waiting:
-                one.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+    dialogs: list[str] = []
+    person.page.on("dialog", lambda dialog: dialogs.append(dialog.message))
+    async with showcase(stack, person, site.environment, tmp_path_factory.mktemp("pages"), HOSTILE) as made:
+        visitor = Visitor(person, made.user_id, site)
+        page = await visitor.sign_in("/approvals")
+        await expect(page.locator("article.request")).to_have_count(3)
+        await expect(page.get_by_text("3 alike")).to_be_visible()
+        alike = page.locator("article.request", has_text="deploy build")
+        href = await alike.locator(".requestline a").first.get_attribute("href")
+        await visitor.open("/agents/deploy-bot")
+        await page.get_by_text("Transfer it to another sponsor").click()
+        await page.get_by_role("button", name="Offer it to somebody").click()
+        await page.wait_for_url("**/offers/**")
+        more = {"request": str(href).rpartition("/")[2], "offer": page.url.rpartition("/")[2]}
+        yield visitor, {**made.ids, **more}
     assert [one for one in person.complaints if "404" not in one] == []
+    assert dialogs == []
     await person.leave()
 
 
@@ -73,24 +61,34 @@ async def test_a_page_is_in_order(lived_in: LivedIn, path: str) -> None:
             await page.emulate_media(color_scheme=scheme)
             assert await page.evaluate("document.documentElement.scrollWidth") <= width
             assert await serious_problems(page) == []
-            await _picture(page, path, width, scheme)
 
 
 async def test_pages_show_what_there_is(lived_in: LivedIn) -> None:
     visitor, ids = lived_in
-    page = await visitor.open("/leases")
+    page = await visitor.open("/leases?agent=deploy-bot")
     await expect(page.get_by_role("link", name=ids["lease"][:8])).to_be_visible()
     await expect(page.locator("tbody time[data-until]").first).to_have_text(re.compile(r"^in \d+ min"))
+    await expect(page.locator("#ends svg")).to_be_visible()
     page = await visitor.open("/tasks")
-    await expect(page.get_by_role("row").filter(has_text="a test")).to_have_count(1)
+    await expect(page.get_by_role("row").filter(has_text="release 4.2")).to_have_count(1)
     page = await visitor.open(f"/trace/{ids['lease']}")
     await expect(page.locator("#people")).to_contain_text("maria")
     await expect(page.locator("#timeline")).to_contain_text("decision")
-    page = await visitor.open(f"/audit?agent={ids['agent']}&code=credential.issued")
+    await expect(page.locator("#timeline details")).not_to_have_count(0)
+    page = await visitor.open(f"/audit?agent={ids['agent']}&code=credential.issued&lease={ids['lease']}")
     await expect(page.locator("tbody tr")).to_have_count(1)
     page = await visitor.open("/coverage")
     await expect(page.locator("#survey")).to_contain_text("Standing privileges?")
     await expect(page.locator("#shares")).to_contain_text("100.0 %")
+    page = await visitor.open("/approvals")
+    unusual = page.locator("article", has_text="the release of today")
+    await expect(unusual).to_contain_text("Wider than what was approved before.")
+    await expect(page.locator("article", has_text="deploy build")).to_contain_text("As usual")
+    page = await visitor.open("/agents?orphans=1")
+    orphan = page.get_by_role("row").filter(has_text="support-bot")
+    await expect(orphan).to_contain_text("disabled")
+    page = await visitor.open("/agents?agent=night-bot")
+    await expect(page.get_by_role("row").filter(has_text="night-bot")).to_contain_text("suspended")
 
 
 async def test_a_page_works_by_keyboard_alone(lived_in: LivedIn) -> None:
@@ -117,9 +115,3 @@ async def test_a_page_works_by_keyboard_alone(lived_in: LivedIn) -> None:
     await page.keyboard.press("Enter")
     await expect(page.locator("#notice")).to_have_text(f"Not signed: suspend agent {ids['agent']}")
     assert page.url == visitor.url(f"/agents/{ids['agent']}")
-
-
-async def _picture(page: Page, path: str, width: int, scheme: str) -> None:
-    if SCREENSHOTS:
-        name = re.sub(r"\W+", "-", path).strip("-") or "home"
-        await page.screenshot(path=Path(SCREENSHOTS) / f"{name}-{width}-{scheme}.png", full_page=True)

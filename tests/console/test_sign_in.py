@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import urllib.parse
+from typing import Any
 
 import httpx
 from playwright.async_api import expect
 
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.registry import SessionStatement
+from ringfence.messages.topics import AUDIT
 from tests.console.conftest import Visitor
 from tests.passkeys.organisation import Organisation
 
@@ -22,6 +27,34 @@ async def test_a_passkey_signs_in_and_the_second_time_with_one_touch(sponsor: Vi
     await page.get_by_role("button", name="Sign out").click()
     await page.get_by_role("button", name=f"Sign in as {sponsor.user_id}").click()
     await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+
+
+async def test_a_sign_in_is_audited_by_the_services_that_answer(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    realm = organisation.realm
+    async with realm.seen(AUDIT) as seen:
+        page = await sponsor.sign_in("/approvals")
+        (cookie,) = [one for one in await page.context.cookies() if one["name"] == "__Host-ringfence"]
+        statement = parse(str(cookie["value"]).partition(".")[2]).unverified_claims(SessionStatement)
+
+        def events() -> dict[str, dict[str, Any]]:
+            found = [json.loads(record.value or b"{}") for record in seen.of(AUDIT)]
+            return {
+                one["unmapped"]["said_by"]: one
+                for one in found
+                if one["metadata"].get("event_code") == "session.begun"
+                and one["actor"]["session"]["uid"] == statement.jti
+            }
+
+        told = await seen.until(lambda: events() if {"registry", "policy"} <= set(events()) else None, "both")
+        assert told["registry"]["user"]["name"] == sponsor.user_id
+        # Once for each service, however often it is asked.
+        await sponsor.open("/agents")
+        await sponsor.open("/approvals")
+        await seen.up_to_now()
+        all_told = [one for one in seen.of(AUDIT) if statement.jti.encode() in (one.value or b"")]
+        assert len(all_told) <= 4
 
 
 async def test_nobody_sees_a_page_without_signing_in(sponsor: Visitor) -> None:

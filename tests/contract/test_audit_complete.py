@@ -96,7 +96,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
     "ServiceEvent": {
         "started": {"service.started"},
         "stopped": {"service.stopped"},
-        "accepted": {"command.accepted", "message.accepted"},
+        "accepted": {"command.accepted", "message.accepted", "session.begun"},
         "refused": {"command.refused", "credential.refused", "message.refused"},
         "replayed": {"message.replayed"},
         "finding": {"finding", "key.added", "key.ending", "key.shared", "key.taken", "token.replayed"},
@@ -210,7 +210,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
             "target.remove",
             "user.created", "user.changed", "user.disabled", "provisioner.created", "provisioner.changed",
             "provisioner.linked", "target.created", "target.changed", "target.removed", "lease.epoch",
-            "service.started", "service.stopped", "trust.changed", "trust.repeated", "trust.version_fell",
+            "service.started", "service.stopped", "session.begun", "trust.changed", "trust.repeated",
+            "trust.version_fell",
         ),
         OF_NOBODY,
     ),

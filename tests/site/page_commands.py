@@ -4,6 +4,7 @@ What a page says about its blocks, each in a comment before the block:
 
 - `<!-- not run: WHY -->`: no test runs it.
 - `<!-- run: exit N -->`: its last command ends with this status.
+- `<!-- commands: run by PATH -->` and `<!-- commands: not run: WHY -->`, once on a page: all its other blocks.
 
 A block with a title (```` ```python title="agent.py" ````) is a file that the reader saves. Lines of a `console` block
 that begin with `$ ` are commands; the others are what they print.
@@ -26,6 +27,7 @@ _BLOCK = re.compile(
     r"^(?P<indent>[ ]*)(?P<fence>```+)(?P<language>[\w-]*)(?P<info>[^\n]*)\n(?P<body>.*?)^[ ]*(?P=fence)[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
+_PAGE_MARK = re.compile(r"^<!-- commands: (.+?) -->$", re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
 _EXIT = re.compile(r"exit (\d+)")
 
@@ -71,13 +73,22 @@ def blocks_of(page: Path) -> Iterator[Block]:
         )
 
 
-def script_of(page: Path, replaced: Mapping[str, str] | None = None) -> str:
+def page_mark(page: Path) -> str | None:
+    """What a page says of all its commands that are not run here, or None."""
+    found = _PAGE_MARK.search(page.read_text())
+    return found[1] if found else None
+
+
+def script_of(page: Path, replaced: Mapping[str, str] | None = None, before: str = "") -> str:
     """A shell script that does what a reader of the page does. It ends at the first command that does not as it says.
 
     Args:
         replaced: texts of commands and files, such as addresses, and what the test has in their place.
+        before: what the page takes for done.
     """
     lines = ["set -o pipefail", 'failed() { echo "@@ line $1 of the page: exit $2: $3" >&2; exit 1; }']
+    if before:
+        lines.append(f"set -e\n{before}set +e")
     for block in blocks_of(page):
         if block.not_run is not None:
             continue
@@ -98,11 +109,15 @@ def script_of(page: Path, replaced: Mapping[str, str] | None = None) -> str:
 
 
 def run_page(
-    page: Path, folder: Path, environment: Mapping[str, str], replaced: Mapping[str, str] | None = None
+    page: Path,
+    folder: Path,
+    environment: Mapping[str, str],
+    replaced: Mapping[str, str] | None = None,
+    before: str = "",
 ) -> str:
     """Run a page's commands in a folder. Returns what they printed; fails the test where one does not as it says."""
     done = subprocess.run(
-        ["bash", "-c", script_of(page, replaced)],
+        ["bash", "-c", script_of(page, replaced, before)],
         cwd=folder, env=dict(environment), capture_output=True, text=True, timeout=WITHIN_S, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip

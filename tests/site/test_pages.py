@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,14 @@ import pytest
 
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
-from tests.runner.installation import until
-from tests.site.page_commands import ROOT, run_page
+from tests.site.page_commands import ROOT, SHELLS, blocks_of, page_mark, run_page, script_of
+from tests.site.stories import STORIES, Story
 
 PROGRAM = Path(sys.executable).with_name("ringfence")
-PAGES = ["agents/README.md", "sponsors/README.md", "security/README.md"]
+PAGES = ["agents/README.md", "sponsors/README.md", "security/README.md", *STORIES]
+OTHERS = ["operators/README.md", "contributors/README.md"]
+"""Pages whose commands run elsewhere in this file."""
+ALL = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"), *ROOT.glob("*.md")])
 
 
 @pytest.fixture
@@ -30,7 +34,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
     try:
-        until(lambda: dev.poll() is not None or "Ctrl-C ends" in log.read_text(), "the stack")
+        over = time.monotonic() + 300
+        while dev.poll() is None and "Ctrl-C ends" not in log.read_text():
+            assert time.monotonic() < over, log.read_text()
+            time.sleep(0.1)
         assert dev.poll() is None, log.read_text()
         yield tmp_path
     finally:
@@ -43,7 +50,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
 def test_the_commands_of_the_page(folder: Path, page: str) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
     environment["PATH"] = f"{PROGRAM.parent}:{environment['PATH']}"
-    run_page(ROOT / "docs" / page, folder, environment)
+    story = STORIES.get(page, Story())
+    before = f"source .ringfence/dev.sh\n{story.before}" if page in STORIES else ""
+    run_page(ROOT / "docs" / page, folder, environment, story.replaced, before)
 
 
 @pytest.mark.timeout(600)
@@ -63,3 +72,38 @@ def test_an_installation_from_nothing(tmp_path: Path, kafka: Kafka, redis_server
 @pytest.mark.timeout(600)
 def test_the_first_commands_of_contributors() -> None:
     run_page(ROOT / "docs/contributors/README.md", ROOT, os.environ)
+
+
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_command_runs_or_the_page_says_why_not(page: Path) -> None:
+    blocks = [one for one in blocks_of(page) if one.language in SHELLS and one.not_run is None]
+    mark = page_mark(page)
+    runs_here = page.is_relative_to(ROOT / "docs") and str(page.relative_to(ROOT / "docs")) in [
+        *PAGES,
+        *OTHERS,
+    ]
+    if runs_here or not blocks:
+        assert mark is None, "its commands run, or it has none"
+        return
+    assert mark is not None, (
+        f"{len(blocks)} blocks without a test and without a reason, the first at line {blocks[0].line}"
+    )
+    kind, _, rest = mark.partition(" ")
+    if kind == "run":
+        for path in rest.removeprefix("by ").split(", "):
+            assert (ROOT / path).exists(), path
+    else:
+        assert mark.startswith("not run: "), mark
+        assert len(mark.split()) > 4, "say why"
+
+
+def test_a_page_that_says_nothing_would_be_found(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# It is\n\n```console\n$ true\n$ false\n```\n")
+    assert page_mark(page) is None
+    assert [one.commands() for one in blocks_of(page)] == [["true", "false"]]
+    done = subprocess.run(["bash", "-c", script_of(page)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "exit 1: false" in done.stderr
+    page.write_text("<!-- not run: it would end the world -->\n\n```console\n$ false\n```\n")
+    assert [one.not_run for one in blocks_of(page)] == ["it would end the world"]

@@ -177,6 +177,9 @@ def every_record(office: AuditFixtures) -> dict[str, Received]:
     found["accepted release"] = office.service_event(
         "accepted", "revocation.request", "revoker", lease_id=story.lease_id, **about
     )
+    found["signed in"] = office.service_event(
+        "accepted", "session.statement", "registry", actor=sam.id, ref="a-session"
+    )
     found["service started"] = office.service_event("started", "policy", "policy")
     found["service stopped"] = office.service_event("stopped", "policy", "policy")
     found["replay told"] = office.service_event(

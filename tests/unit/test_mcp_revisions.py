@@ -18,6 +18,7 @@ from ringfence.model.mcp import canonical
 from ringfence.model.mcp.headers import Declared, check_headers, declarations
 from ringfence.model.mcp.messages import (
     CAPABILITIES_KEY,
+    MAX_STATE_CHARS,
     MAX_SUBSCRIBED,
     VERSION_KEY,
     McpMessage,
@@ -470,6 +471,24 @@ def test_a_state_is_sealed_where_input_may_be_required_and_nowhere_else() -> Non
             shown(method, result)
     untouched = {"resultType": "input_required", "requestState": "s"}
     assert shown("tools/call", dict(untouched), "2025-11-25") == untouched
+
+
+def test_a_state_that_no_client_could_send_back_is_not_given_out() -> None:
+    with pytest.raises(UnreadableResultError):
+        shown(
+            "tools/call", {"resultType": "input_required"}, seal_state=lambda own: "x" * (MAX_STATE_CHARS + 1)
+        )
+
+
+@pytest.mark.parametrize("id", ["1", 2, None, [1]])
+def test_a_stateless_answer_is_one_to_the_request(id: Any) -> None:
+    """Under another id it would not be filtered, and some clients would take it all the same."""
+    said = {"jsonrpc": "2.0", "id": id, "result": {"resultType": "input_required", "requestState": "s"}}
+    with pytest.raises(UnreadableResultError):
+        ResultFilter("tools/call", 1, STATELESS, grants()).apply(said)
+    assert ResultFilter("tools/call", 1, "2025-11-25", grants()).apply(said) is False, "a resumed stream may"
+    unread = {"jsonrpc": "2.0", "id": None, "error": {"code": -32700, "message": "x"}}
+    assert ResultFilter("tools/call", 1, STATELESS, grants()).apply(unread) is False
 
 
 def test_tasks_of_others_are_not_shown() -> None:

@@ -252,6 +252,41 @@ def test_ending_a_key_leaves_what_rests_on_it_valid_and_signs_nothing_new(office
     assert refused.value.code == "key_unknown"
 
 
+@pytest.mark.parametrize("kind", ["passkey", "key file"])
+def test_what_a_key_signed_while_it_had_ended_counts_for_nothing_once_it_comes_back(
+    office: Organisation, kind: str
+) -> None:
+    """The attack: a thief appends a grant with a key that was ended as lost. Its owner finds the device, and the key is
+    added again. Whoever starts now, and reads the topic from the beginning, must not take the thief's grant.
+    """
+    key: SigningKey = office.passkeys["sam"]
+    if kind == "key file":
+        key = new_key("sam")
+        office.give(add_key(office, "sam", "sam", key))
+
+    def grant() -> tuple[str, int]:
+        return sign(message(office, Grant), key), office.clock.ms
+
+    given = {"before": grant()}
+    assert by_issuers_table(office, *given["before"])
+    office.clock.ms += 1000
+    office.give(end_key(office, "sam", "sam", key.kid))
+    office.clock.ms += 1000
+    given["while it had ended"] = grant()
+    with pytest.raises(InvalidMessageError):
+        by_issuers_table(office, *given["while it had ended"])
+    office.clock.ms += 1000
+    office.give(add_key(office, "sam", "sam", key))
+    for reads in (by_issuers_table, by_policy(Grant), by_issuer(Grant)):
+        for compact, at_ms in given.values():
+            with pytest.raises(InvalidMessageError):
+                reads(office, compact, at_ms)
+        assert reads(office, *grant())
+    # Audit says of each moment what counted then.
+    assert office.directory.chains.user_key(key.id, key.kid, given["before"][1]) is not None
+    assert office.directory.chains.user_key(key.id, key.kid, given["while it had ended"][1]) is None
+
+
 def test_a_dishonest_registry_cannot_bring_a_late_command_into_a_record(office: Organisation) -> None:
     """It says when a command came; the command says when it was signed, and that is ten minutes before at the most."""
     suspend = office.claims(

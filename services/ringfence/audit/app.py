@@ -31,6 +31,7 @@ from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, RUN, TRUST
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
+from ringfence.model.records.session_events import SessionEvents
 
 _AT_ONCE = 32
 """Events of the trail that are parsed and then taken in: more of them do not stay in the caches of a core, and parsing
@@ -113,7 +114,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     runtime.background("checkpoints", chain.publish_checkpoints)
     runtime.background("strays", chain.dead_letter_unauthorised)
     runtime.on_stop(chain.close)
-    authenticator = Authenticator(directory, runtime.role, runtime.clock)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
     api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
     runtime.routes += ReportApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()

@@ -34,6 +34,7 @@ from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.key_sharing import KeyUses
+from ringfence.model.records.session_events import SessionEvents
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.agent_index import AgentIndex
@@ -225,7 +226,7 @@ def build(
     runtime.ready_when(decisions.unready)
     runtime.denies_when(directory.stale)
     runtime.warns_when(lambda: admission.behind(runtime.clock.now_ms()))
-    authenticator = Authenticator(directory, runtime.role, runtime.clock)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
     decisions_api = DecisionsApi(runtime, directory, authenticator, decisions, lambda: judge.policy_revision)
 
     async def keep_pending_index() -> None:

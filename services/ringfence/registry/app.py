@@ -14,6 +14,7 @@ from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
+from ringfence.model.records.session_events import SessionEvents
 from ringfence.registry.commands import Registry
 from ringfence.registry.enrolment import EnrolApi, Enroller
 from ringfence.registry.http import RegistryApi
@@ -71,7 +72,7 @@ def build(
     runtime.ready_when(registry.untrusted)
     runtime.routes += RegistryApi(
         directory,
-        Authenticator(directory, runtime.role, runtime.clock),
+        Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime)),
         runtime.clock,
         task_max_s=runtime.settings.task_max_s,
     ).routes()

@@ -20,6 +20,7 @@ from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
+from ringfence.model.records.session_events import SessionEvents
 from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
 from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
@@ -175,7 +176,7 @@ def build(
     runtime.background("orphan-sweep", sweeper.run)
     runtime.background("silent-runs", silent_runs.run)
     runtime.background("retention", tombstoner.run)
-    authenticator = Authenticator(directory, runtime.role, runtime.clock)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
     runtime.routes += LeasesApi(
         store, ender, overdue, directory, verifier, runtime.clock, authenticator
     ).routes()

@@ -21,6 +21,7 @@ from ringfence.audit.index.store import TRACE_KINDS, ActionPage, EventIndex, Vie
 from ringfence.audit.index.trace import trace_tree
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
+from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.registry import AgentState
@@ -37,6 +38,7 @@ _MAX_ACTIONS = 1000
 _MAX_COVERED = 500
 """Each lease is loaded with the events that it rests on."""
 _MAX_MS = 2**53
+_MOST_VIEWERS = 1000
 
 
 class AuditApi:
@@ -52,6 +54,8 @@ class AuditApi:
     ) -> None:
         """`complete`: whether the index holds all events from before the start of this process."""
         self._index = index
+        self._viewers: BoundedDict[str, tuple[int, Viewer]] = BoundedDict(_MOST_VIEWERS)
+        """By user: of which version of the records, and whose agents they are. To find these means to look at all."""
         self._complete = complete
         self._directory = directory
         self._clock = clock
@@ -181,9 +185,13 @@ class AuditApi:
         caller = self._authenticator.authenticate(request)
         if caller.sees_all:
             return None
-        me = caller.user.user_id
-        agents = (entry.state for entry in self._directory.entries("agent"))
-        return Viewer(me, tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me))
+        me, version = caller.user.user_id, self._directory.version
+        known = self._viewers.get(me)
+        if known is None or known[0] != version:
+            agents = (entry.state for entry in self._directory.entries("agent"))
+            own = tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me)
+            self._viewers[me] = known = (version, Viewer(me, own))
+        return known[1]
 
 
 def _report_cursor(span_ms: tuple[int, int], page: ActionPage) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from ringfence.kernel.base.text import with_article
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.operations import DeadLetter, ServiceEvent
+from ringfence.messages.registry import SessionStatement
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
 _A = AUTHENTICATION
 _STARTED = event_kind("service.started", _A, 1)
 _STOPPED = event_kind("service.stopped", _A, 2)
+_SESSION = event_kind("session.begun", _A, 1)
 _REPLAY_REPORTED = event_kind("message.replayed", _A, 1, severity=MEDIUM, status=FAILURE, action=DENIED)
 _FINDING = event_kind("finding", _A, "Finding", severity=HIGH, status=FAILURE, alert=True)
 _KEY_ENDING = event_kind("key.ending", _A, "Warn", severity=MEDIUM, alert=True)
@@ -255,6 +257,34 @@ def reported(
             kind = _ABOUT_KEYS.get(next(iter(codes)), _FINDING) if len(codes) == 1 else _FINDING
             message = f"{service['name']} found: {text or claims.subject}"
     return event(record, kind, message, attributes, event_fields, **rest)
+
+
+def is_sign_in(claims: ServiceEvent) -> bool:
+    """Whether a service says that it begins to answer a console for a person who signed in there."""
+    return claims.kind == "accepted" and claims.subject == SessionStatement.typ and claims.actor is not None
+
+
+def session_begun(record: Received, claims: ServiceEvent, verified: dict[str, Any]) -> OcsfEvent:
+    """A person signed in at a console: from now on the service that says so answers it for them."""
+    service, person = user_of(claims.iss), user_of(claims.actor or "")
+    message = f"{person['name']} signed in at the console, and {service['name']} answers it for them"
+    attributes = {
+        "user": person,
+        "actor": {"user": person, "session": {"uid": claims.ref}},
+        "session": {"uid": claims.ref},
+        "service": _service_object(record),
+        "logon_type_id": 99,
+        "logon_type": "Console",
+        "auth_protocol_id": 99,
+        "auth_protocol": "WebAuthn",
+    }
+    fields = {
+        "subject": claims.subject, "given_by": claims.actor, "outcome": claims.kind, "said_by": service["name"],
+        "verified": verified,
+    }  # fmt: skip
+    return event(
+        record, _SESSION, message, attributes, fields, key=str(person["name"]), correlation=claims.ref
+    )
 
 
 def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> OcsfEvent:

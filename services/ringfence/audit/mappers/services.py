@@ -38,6 +38,8 @@ class ServiceMapper(RecordMapper):
             return MappedEvent(replay)
         if claims.kind in ("accepted", "refused") and claims.subject in registry.command_typs():
             event = registry.answered(record, claims, fields, signed.verified())
+        elif services.is_sign_in(claims):
+            event = services.session_begun(record, claims, signed.verified())
         elif services.is_shared_identity(claims):
             event = services.shared_identity(record, claims, fields, signed.verified())
         else:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import groupby
 from typing import Any
 
 from ringfence.console.views.page import Page, View
 
 FILTERS = ("agent", "task", "request", "lease", "target", "on_behalf_of", "sponsor", "code")
 ROWS = 100
+_OPEN = 6
+"""Events of a row that a trace shows at once."""
 _FINDINGS = "detection.*,break_glass.*"
 
 
@@ -39,7 +42,7 @@ async def trace(view: View) -> Page:
     return Page(
         "trace.html",
         f"Trace of {answer['kind']} {answer['id'][:36]}",
-        {"steps": steps, "truncated": answer["truncated"], "people": people},
+        {"parts": _folded(steps), "truncated": answer["truncated"], "people": people},
         "audit",
     )
 
@@ -58,6 +61,18 @@ async def findings(view: View) -> Page:
         },
         "findings",
     )
+
+
+def _folded(steps: list[dict[str, Any]]) -> list[tuple[bool, list[dict[str, Any]]]]:
+    """The steps in parts: whether a part is folded, and its steps. Of many alike in a row, the first ones are open."""
+    parts: list[tuple[bool, list[dict[str, Any]]]] = []
+    for (kind, _), run in groupby(steps, key=lambda step: (step["kind"], step["depth"])):
+        alike = list(run)
+        open_ones = alike if kind != "event" or len(alike) <= _OPEN + 2 else alike[:_OPEN]
+        parts.append((False, open_ones))
+        if folded := alike[len(open_ones) :]:
+            parts.append((True, folded))
+    return parts
 
 
 def event_row(event: dict[str, Any]) -> dict[str, Any]:

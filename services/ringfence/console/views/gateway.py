@@ -10,7 +10,7 @@ from ringfence.console.views.page import Page, View
 
 SPANS: Final = {"1h": 3_600_000, "24h": 86_400_000, "7d": 7 * 86_400_000, "30d": 30 * 86_400_000}
 _BARS: Final = 24
-_ROWS: Final = 50
+_ROWS: Final = 25
 
 
 async def gateway(view: View) -> Page:
@@ -61,11 +61,17 @@ async def gateway(view: View) -> Page:
     )
 
 
-def _bars(counts: dict[str, Any]) -> list[tuple[str, Any, float, float]]:
-    """The most blocked, with the width of reads and writes, each of 100."""
+def _bars(counts: dict[str, Any]) -> list[tuple[str, Any, float, float, float]]:
+    """The most blocked, with the width of reads, of writes and of what is neither, each of 100."""
     rows = [(name, count) for name, count in counts.items() if count.total][:12]
     most = max((count.total for _, count in rows), default=1)
-    return [(name, count, 100 * count.read / most, 100 * count.write / most) for name, count in rows]
+    return [
+        (
+            name, count, 100 * count.read / most, 100 * count.write / most,
+            100 * (count.total - count.read - count.write) / most,
+        )
+        for name, count in rows
+    ]  # fmt: skip
 
 
 def _series(counts: Counter[tuple[int, bool]], since_ms: int, step_ms: int) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from ringfence.messages.permission import Permission
 
 _CODES: Final = "approval.given,approval.denied,grant.given"
 _MOST: Final = 500
+_MOST_OF_ALL: Final = 1000
 _DAY_MS: Final = 86_400_000
 
 
@@ -37,15 +38,28 @@ async def comparisons(view: View, groups: Sequence[RequestGroup]) -> list[Unusua
     except ApiError:
         sees_all = False
     agents = dict.fromkeys(one.first.agent for one in groups if sees_all or one.first.sponsor == me)
-    found = dict(zip(agents, await asyncio.gather(*(_events(view, agent) for agent in agents)), strict=True))
+    found = await _events_of(view, list(agents))
     return [
         _compared(group, found[group.first.agent]) if group.first.agent in found else None for group in groups
     ]
 
 
-async def _events(view: View, agent: str) -> list[dict[str, Any]] | None:
+async def _events_of(view: View, agents: list[str]) -> dict[str, list[dict[str, Any]] | None]:
+    """The answers to each of these agents: one question for all of them, unless its answer is too long."""
+    if len(agents) > 1:
+        everybody = await _events(view, None, _MOST_OF_ALL)
+        if everybody is None or len(everybody) < _MOST_OF_ALL:
+            by_agent: dict[str, list[dict[str, Any]]] = {agent: [] for agent in agents}
+            for event in everybody or ():
+                by_agent.get(event.get("unmapped", {}).get("agent"), []).append(event)
+            return {agent: None if everybody is None else events for agent, events in by_agent.items()}
+    each = await asyncio.gather(*(_events(view, agent, _MOST) for agent in agents))
+    return dict(zip(agents, each, strict=True))
+
+
+async def _events(view: View, agent: str | None, most: int) -> list[dict[str, Any]] | None:
     try:
-        answer = await view.reads.events({"code": _CODES}, agent=agent, limit=_MOST)
+        answer = await view.reads.events({"code": _CODES}, agent=agent, limit=most)
     except ApiError:
         return None
     since_ms = view.now_ms - DAYS * _DAY_MS

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ringfence.console.views.page import Page, View
 
 FILTERS = ("agent", "task", "target", "user", "sponsor", "status")
+BARS = 24
+"""Steps of five minutes in the chart of ends; the last one has all that end later."""
 SHOWN = 200
 """Leases on the page; what ends first comes first."""
 
@@ -17,6 +21,10 @@ async def leases(view: View) -> Page:
         **{name: value or None for name, value in filters.items()}, overdue=overdue
     )
     found = answer["leases"]
+    step_s = 300
+    begins = int(view.now_ms / 1000) // step_s * step_s
+    ends = Counter(min((int(one["deadline"]) - begins) // step_s, BARS - 1) for one in found)
+    most = max(ends.values(), default=1)
     return Page(
         "leases.html",
         "Leases",
@@ -26,6 +34,8 @@ async def leases(view: View) -> Page:
             "more": answer["more"] or len(found) > SHOWN,
             "filters": filters,
             "overdue": overdue,
+            "bars": [(ends[bar], 100 * ends[bar] / most) for bar in range(BARS)],
+            "begins": begins,
         },
         "leases",
     )

@@ -43,6 +43,8 @@ class KeyOrigin:
     """The keys (user id, kid) with which they gave their word."""
     adders: frozenset[str] = frozenset()
     """All keys that ever added it, also before it ended and was added again: whoever had one of them may have this."""
+    again: bool = False
+    """Whether it had ended, and was added again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,11 @@ class KeyHistory:
     origins: Mapping[str, KeyOrigin] = field(default_factory=lambda: _NO_ORIGINS)
     invitations: frozenset[str] = frozenset()
     """The ids of the invitations that were used."""
+
+    def added_again_ms(self, kid: str) -> int:
+        """Return the append time of the command that gave a key back after it had ended; 0 where none did."""
+        origin = self.origins.get(kid)
+        return origin.added_ms if origin is not None and origin.again else 0
 
     def added_by(self, kid: str) -> frozenset[str]:
         """Return the keys that the user ever added with `kid`, and with keys that those added, and so on.
@@ -133,6 +140,7 @@ class KeyHistory:
         return replace(
             origin,
             adders=former.adders | {origin.by_kid},
+            again=True,
             vouchers=former.vouchers | origin.vouchers,
             voucher_keys=former.voucher_keys | origin.voucher_keys,
         )

@@ -57,7 +57,8 @@ _MEANT: Final[Mapping[str, str]] = {
 }  # fmt: skip
 _LISTENS: Final = frozenset({"toolsListChanged", "promptsListChanged", "resourcesListChanged"})
 _MAX_NAME_CHARS: Final = 1024
-_MAX_STATE_CHARS: Final = 256 * 1024
+MAX_STATE_CHARS: Final = 256 * 1024
+"""The longest `requestState`, sealed as a client has it."""
 _MAX_ID_CHARS: Final = 256
 _MAX_ID: Final = 2**53 - 1
 MAX_SUBSCRIBED: Final = 16
@@ -184,7 +185,7 @@ def _check_params(params: Mapping[str, Any], id: str | int | None) -> None:
             "a name in its _meta differs by upper and lower case alone from one of the protocol", id
         )
     state = params.get("requestState")
-    if "requestState" in params and not (isinstance(state, str) and len(state) <= _MAX_STATE_CHARS):
+    if "requestState" in params and not (isinstance(state, str) and len(state) <= MAX_STATE_CHARS):
         raise invalid("its requestState is no text, or a longer one than there can be", id)
     if "inputResponses" in params and not isinstance(params["inputResponses"], dict):
         raise invalid("its inputResponses are no object", id)

@@ -26,7 +26,6 @@ _PURPOSE: Final = b"ringfence mcp request state 1"
 _NONCE_BYTES: Final = 12
 _MAX_KEYS: Final = 3
 """The current key, and those before it that this process has used: a rotation breaks no round."""
-_MAX_CHARS: Final = 400 * 1024
 
 Round = Literal["server", "approval"]
 """What a retry is for: the server asked for input, or a person is asked for approval."""
@@ -72,7 +71,7 @@ class RequestStates:
     def open(self, text: str) -> RequestState:
         """Open a sealed state. Raises RequestStateError."""
         self._current()
-        if not text.startswith(_PREFIX) or len(text) > _MAX_CHARS:
+        if not text.startswith(_PREFIX):
             raise _unusable()
         try:
             raw = b64decode(text.removeprefix(_PREFIX))

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.model.mcp.headers import Declared, declarations
-from ringfence.model.mcp.messages import CALL, COMPLETE, LISTED, SUBSCRIBE
+from ringfence.model.mcp.messages import CALL, COMPLETE, LISTED, MAX_STATE_CHARS, SUBSCRIBE
 from ringfence.model.mcp.revisions import CACHEABLE, INPUT_REQUIRED, STATELESS, WITH_HANDSHAKE
 
 MAX_LISTED: Final = 1000
@@ -81,6 +81,12 @@ class ResultFilter:
         """
         if "method" in message:
             return self._filter_unasked(message)
+        if (
+            self._stateless
+            and message.get("id") != self._id
+            and not ("error" in message and message.get("id") is None)
+        ):
+            raise UnreadableResultError("it answers another request than the one that was sent")
         result = message.get("result")
         if not isinstance(result, dict):
             return False
@@ -162,7 +168,10 @@ class ResultFilter:
             raise UnreadableResultError(
                 "it requires input where none can be given, or has a state that is no text"
             )
-        result["requestState"] = self._grants.seal_state(state)
+        sealed = self._grants.seal_state(state)
+        if len(sealed) > MAX_STATE_CHARS:
+            raise UnreadableResultError("its requestState is longer than a client could send back")
+        result["requestState"] = sealed
         return True
 
     def _filter_discovered(self, result: dict[str, Any]) -> bool:

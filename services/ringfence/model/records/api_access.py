@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final, Protocol
@@ -16,7 +16,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.replay_memory import ReplayMemory
 from ringfence.kernel.base.text import visible_name
-from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, is_by_passkey, parse, verify
+from ringfence.kernel.crypto.jws import KeyFinder, Signed, UnverifiedJws, is_by_passkey, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import (
     CONSOLE_ROUTES,
@@ -98,8 +98,16 @@ class Authenticator:
     The memory of used tokens is this replica's. Another replica, or this one after a restart, may accept a token again.
     """
 
-    def __init__(self, directory: Directory, service: ServiceRole, clock: Clock) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        service: ServiceRole,
+        clock: Clock,
+        on_session: Callable[[Signed[SessionStatement]], None] = lambda statement: None,
+    ) -> None:
+        """`on_session` receives the statement by which a console reads for somebody, at each of its calls."""
         self._directory = directory
+        self._on_session = on_session
         self._trust = directory.trust
         self._trust_domain = directory.trust.trust_domain
         self._service = service
@@ -145,7 +153,9 @@ class Authenticator:
         if said.console_kid != jws.header.kid:
             raise _refused("its session is of another console; sign in at this one")
         self._check_once(token.claims, sender=said.iss, now_s=at_s)
-        return self._caller(said.iss)
+        caller = self._caller(said.iss)
+        self._on_session(session)
+        return caller
 
     def console(self, authorization: str | None) -> str:
         """The SPIFFE ID of the console that signed the bearer token, for itself and not for a person.

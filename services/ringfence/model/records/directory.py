@@ -399,9 +399,17 @@ class Directory:
         """
         user_id = subject_of(self._trust.trust_domain, iss, "user")
         entry = self.user(user_id) if user_id else None
-        if entry is None or entry.state.status != "active" or entry.state.delegation is not None:
+        return self.key_of(entry.state, kid, at_s) if entry and entry.state.status == "active" else None
+
+    def key_of(self, user: UserState, kid: str, at_s: float) -> VerificationKey | None:
+        """As `user_key`, for a user whose present state is known, and whatever their status.
+
+        A key that ended and was added again is valid from then on alone: what it signed in between counts for nothing.
+        """
+        found = user_key(user.keys, kid, at_s, self._trust) if user.delegation is None else None
+        if found is None or at_s * 1000 < self.key_history(user.user_id).added_again_ms(kid):
             return None
-        return user_key(entry.state.keys, kid, at_s, self._trust)
+        return found
 
     def key_history(self, user_id: str) -> KeyHistory:
         """Where the keys of a user come from, by the present record; nothing if there is no such user. Raises

@@ -20,7 +20,6 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.signed_messages import FindKey, key_of_agent, verify_message
-from ringfence.model.records.user_keys import user_key
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
 from ringfence.policy.domain import Case
 
@@ -138,6 +137,4 @@ class MessageVerifier:
             entry = self._directory.user(user_id)
         except ChainError:
             return None
-        if entry is None or entry.state.delegation is not None:
-            return None
-        return user_key(entry.state.keys, kid, at_s, self._directory.trust)
+        return self._directory.key_of(entry.state, kid, at_s) if entry else None
