@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -32,9 +33,10 @@ def rule(method: str, verb: str, resource: str) -> RequestRule:
 class McpGateway(Gateway):
     """The gateway before a server of MCP, whose calls a person has to approve."""
 
-    def __init__(self, **limits: Any) -> None:
+    def __init__(self, *, url: str = "https://hub.example", **limits: Any) -> None:
         super().__init__(**limits)
-        backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://hub.example"})
+        self.by_path = url.startswith("stdio:")
+        backend = BackendSettings.model_validate({"kind": "jwt", "url": url})
         rules = (
             rule("tools/call", "deploy", "env/{arguments.env}"),
             rule("response", "read", "env/server"),
@@ -53,10 +55,11 @@ class McpGateway(Gateway):
         method, name = said["method"], said["params"].get("name")
         fields = (("mcp-method", method), *((("mcp-name", name),) if name else ()))
         carried = McpHeaders("application/json", versions=versions, mcp_fields=fields if versions else ())
-        return self.attempt(
+        attempt = self.attempt(
             "POST", "/mcp", body=json.dumps(said).encode(), json=True, mcp_headers=carried,
             headers=lambda: (("content-type", "application/json"), *fields),
         )  # fmt: skip
+        return replace(attempt, authority=None, target_id="staging") if self.by_path else attempt
 
     async def ask(self, said: dict[str, Any], *versions: str) -> Verdict:
         return await self.gate.decide(PresentedIdentity(), self.posted(said, *versions), holdable=Sent(None))
@@ -114,6 +117,23 @@ async def test_a_client_is_told_to_retry_and_goes_on_once_a_person_said_yes(gate
     once_more = await gateway.ask(call(3), STATELESS)
     assert once_more.reasons[0].code == "approval_pending"
     assert len(gateway.sent) == 2, "an approval counts once"
+
+
+async def test_a_question_about_a_server_in_a_run_names_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such a server is nowhere: its record has no URL that a person could read."""
+    monkeypatch.setattr("ringfence.gateway.decision.gate._outside_refusal", lambda *of: None)
+    gateway = McpGateway(url="stdio://run")
+    state = state_of(await gateway.ask(call(), STATELESS))
+    assert question(gateway).url == "http://staging/mcp"
+    await gateway.said()
+    assert (await gateway.ask(call(2, requestState=state), STATELESS)).allowed
+
+
+async def test_outside_of_its_run_nobody_is_asked_about_a_server() -> None:
+    gateway = McpGateway(url="stdio://run")
+    verdict = await gateway.ask(call(), STATELESS)
+    assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 403, "stdio_outside_run")
+    assert gateway.sent == []
 
 
 async def test_a_retry_is_held_until_the_answer_comes(gateway: McpGateway) -> None:

@@ -201,6 +201,20 @@ async def test_a_request_is_answered_by_events_and_only_its_body_gets_to_the_ser
         assert (told.status_code, (await server.next())["method"]) == (202, "notifications/initialized")
 
 
+async def test_a_stream_says_that_it_lives_while_the_server_is_silent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfence.runner.stdio_mcp.upstream.KEEP_ALIVE_S", 0.01)
+    async with played() as server, upstream(server, tmp_path) as http:
+        body = json.dumps(message(1, "tools/call"))
+        async with asyncio.timeout(WITHIN_S), http.stream("POST", "/mcp", content=body) as answer:
+            pieces = answer.aiter_bytes()
+            assert await anext(pieces) == b":\n\n"
+            server.say(message(1, about="done"))
+            said = b"".join([piece async for piece in pieces])
+            assert b'data: {"jsonrpc": "2.0", "id": 1' in said
+
+
 async def test_a_request_for_another_target_is_refused(tmp_path: Path) -> None:
     async with played() as server, upstream(server, tmp_path) as http:
         body = json.dumps(message(1, "tools/call"))

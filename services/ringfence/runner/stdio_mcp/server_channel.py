@@ -12,7 +12,7 @@ import contextlib
 import json
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
@@ -53,10 +53,6 @@ class Exchange:
         """In order; None at the end."""
         self.abandoned = False
         """Whether nobody waits for its answer any more."""
-
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        while (message := await self.messages.get()) is not None:
-            yield message
 
     def end(self) -> None:
         """Take no more messages, and make room for whoever waits to add one."""

@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 _MAX_BODY_BYTES: Final = 2 * 1024 * 1024
 """Twice what the gateway takes."""
 _READ_BYTES: Final = 64 * 1024
+KEEP_ALIVE_S: Final = 30.0
+"""A stream says at least so often that it lives: the gateway ends one that is silent for minutes, and a tool may take
+longer.
+"""
 _EVENTS: Final = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\nConnection: close\r\n"
     b"Transfer-Encoding: chunked\r\n\r\n"
@@ -156,8 +160,16 @@ class StdioUpstream:
         raise ConnectionResetError("the exchange is over")
 
     async def _relay(self, writer: asyncio.StreamWriter, exchange: Exchange) -> None:
-        async for message in exchange:
-            writer.write(chunk(b"data: " + message + b"\n\n"))
+        while True:
+            try:
+                async with asyncio.timeout(KEEP_ALIVE_S):
+                    message = await exchange.messages.get()
+            except TimeoutError:
+                writer.write(chunk(b":\n\n"))
+            else:
+                if message is None:
+                    break
+                writer.write(chunk(b"data: " + message + b"\n\n"))
             await writer.drain()
         writer.write(LAST_CHUNK)
         await writer.drain()
