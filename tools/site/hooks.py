@@ -8,6 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from tools.site.command_marks import shown
 from tools.site.indents import widened
 from tools.site.links import linked_paths, listing, page_of, path_of, site_links
 
@@ -38,6 +39,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Turns links of the repository into links of the site, and lists into those of Python-Markdown."""
+    """Makes links of the repository links of the site, lists those of Python-Markdown, and marks of commands text."""
     del config, files
-    return widened(site_links(_ROOT, page.file.src_uri, markdown))
+    return widened(site_links(_ROOT, page.file.src_uri, shown(markdown)))
