@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import pytest
+from pydantic import Field
 
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.base.settings import problems
+from ringfence.kernel.base.settings import BusSettings, problems
 
 
 def test_a_mistake_comes_with_what_the_setting_is(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -24,7 +27,10 @@ def test_a_setting_of_a_base_class_is_explained_by_that_class(monkeypatch: pytes
 
 
 def test_a_setting_without_a_description_is_named_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RINGFENCE_TOPIC_PREFIX", "-")
-    (line,) = problems(ClientSettings)
-    assert line.startswith("RINGFENCE_TOPIC_PREFIX: ")
+    class Bare(BusSettings):
+        bare: Annotated[int, Field(ge=1)] = 1
+
+    monkeypatch.setenv("RINGFENCE_BARE", "0")
+    (line,) = problems(Bare)
+    assert line.startswith("RINGFENCE_BARE: ")
     assert "It is:" not in line

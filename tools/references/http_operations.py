@@ -120,6 +120,7 @@ _NOT_FOUND = {404: Answer("there is none that the caller may see", schema=_ERROR
 _WRONG_QUERY = {
     400: Answer("a parameter is wrong; the message says which, and what it has to be", schema=_ERROR)
 }
+_NO_PROOF = {400: Answer("no checkpoint covers the event yet; ask again in a few seconds", schema=_ERROR)}
 _NOT_YET = {503: Answer("the service is still reading; ask again when it is ready", schema=_ERROR)}
 _RECORDS = {"records": "`1` adds the signed record, so that the caller can verify it"}
 _PAGE = {"after": "the cursor of the page before", "limit": "the most entries of a page"}
@@ -343,7 +344,7 @@ _AUDIT = Api(
         ),
         Operation(
             "GET", "/v1/events/{uid}/proof", "The proof that an event is in its chain (RFC 9162).",
-            {**_ok(event=TEXT, leaf_index=NUMBER, leaf_hash=TEXT, proof=objects(TEXT), checkpoint=TEXT), **_NOT_FOUND},
+            {**_ok(event=TEXT, leaf_index=NUMBER, leaf_hash=TEXT, proof=objects(TEXT), checkpoint=TEXT), **_NOT_FOUND, **_NO_PROOF},
         ),
     ),
 )  # fmt: skip
