@@ -71,7 +71,18 @@ function fetchDocument() {
     const request = new XMLHttpRequest();
     request.open("GET", location.href);
     request.responseType = "document";
-    request.onload = () => (request.status === 200 && request.responseURL === location.href.split("#")[0] ? resolve(request.response) : reject(new Error(`${request.status}`)));
+    request.onload = () => {
+      if (request.status === 200 && request.responseURL === location.href.split("#")[0]) {
+        resolve(request.response);
+        return;
+      }
+      // The session has ended, and this answer alone says so: it took the cookie along.
+      if (new URL(request.responseURL || location.href).pathname === "/sign-in") {
+        leaving = true;
+        location.replace(request.responseURL);
+      }
+      reject(new Error(`${request.status}`));
+    };
     request.onerror = () => reject(new Error("no answer"));
     request.send();
   });
