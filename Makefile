@@ -136,7 +136,7 @@ docs: $(STAMP) ## build the site of docs/ into build/site: links and anchors are
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict $(ARGS)
 	@echo "to read it: $(BIN)/python -m http.server --bind 127.0.0.1 --directory build/site"
 
-test-docs: $(STAMP) ## the site in a real browser, and the commands of its pages (needs Chromium)
+test-docs: $(STAMP) ## the site in a real browser, and the commands of its pages (needs Chromium and jq)
 	$(BIN)/python -m pytest tests/site $(SHARED) $(ARGS)
 
 bench: $(STAMP) ## the benchmarks: each prints its numbers and the machine
