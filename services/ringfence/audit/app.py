@@ -67,7 +67,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
 
     def on_runs(records: Sequence[Received]) -> None:
         directory.on_records(records)
-        handlers.on_runs_read(records)
+        handlers.retry_pending()
 
     runtime.table(RUN_TABLES, directory.on_records)
     runtime.table([RUN], on_runs)

@@ -114,10 +114,10 @@ class AuditHandlers:
 
     def on_change(self, kind: str, id: str) -> None:
         """Callback of the local tables: pending events are tried again."""
-        self._tables_changed.set()
+        self.retry_pending()
 
-    def on_runs_read(self, records: Sequence[Received]) -> None:
-        """Try pending events again: the table of runs has read these records, whether or not they changed it."""
+    def retry_pending(self) -> None:
+        """Try pending events again: a local table has read on, whether or not that changed it."""
         self._tables_changed.set()
 
     async def handle_batch(self, batch: Sequence[Received]) -> None:
