@@ -42,17 +42,17 @@ class ClientSettings(BusSettings):
     entitlements_max_age_s: Annotated[int, Field(ge=1)] = 30 * 24 * 3600
     """As the services have it: past this age a user's entitlements count for nothing."""
     registry_url: Url = f"http://127.0.0.1:{PORTS['registry']}"
-    """Where clients reach the HTTP API of the registry."""
+    """The URL of the HTTP API of the registry."""
     policy_url: Url = f"http://127.0.0.1:{PORTS['policy']}"
-    """Where clients reach the HTTP API of policy."""
+    """The URL of the HTTP API of policy."""
     issuer_url: Url = f"http://127.0.0.1:{PORTS['issuer']}"
-    """Where clients reach the HTTP API of the issuer."""
+    """The URL of the HTTP API of the issuer."""
     revoker_url: Url = f"http://127.0.0.1:{PORTS['revoker']}"
-    """Where clients reach the HTTP API of the revoker."""
+    """The URL of the HTTP API of the revoker."""
     audit_url: Url = f"http://127.0.0.1:{PORTS['audit']}"
-    """Where clients reach the HTTP API of audit."""
+    """The URL of the HTTP API of audit."""
     gateway_url: Url = f"http://127.0.0.1:{PORTS['gateway']}"
-    """Where clients reach the HTTP API of a gateway."""
+    """The URL of the HTTP API of a gateway."""
     gateway_sockets: Path | None = None
     """The folder with the gateway's socket for each task, for `ringfence gateway connect`."""
     gateway_ca_file: Path | None = None

@@ -260,7 +260,7 @@ def reported(
 
 
 def is_sign_in(claims: ServiceEvent) -> bool:
-    """Whether a service says that it begins to answer a console for a person who signed in there."""
+    """Tell whether a service says that it begins to answer a console for a person who signed in there."""
     return claims.kind == "accepted" and claims.subject == SessionStatement.typ and claims.actor is not None
 
 
