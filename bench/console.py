@@ -194,6 +194,8 @@ async def _signed_in(
         except httpx.HTTPStatusError:
             pass
         await asyncio.sleep(0.2)
+    else:
+        raise RuntimeError(f"{user_id} could not sign in and see a page: nothing can be measured")
     yield visitor
 
 

@@ -134,7 +134,7 @@ class Organisation:
         yield from self._waiting(key, agent_id, task_id)
 
     def _waiting(self, key: SigningKey, agent_id: str, task_id: str) -> Iterator[Record]:
-        """What waits for approvals of an agent at work: nothing here."""
+        """The requests of an agent at work that wait for approvals: none here."""
         yield from ()
 
     def _user(self, command: UserSet, by: SigningKey, ago_s: int) -> Record:
