@@ -15,6 +15,7 @@ from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.api import GATEWAY_PORT
 from tests.support.compose import ROOT
+from tests.support.pods import check_unprivileged
 
 FOLDER = ROOT / "deploy/kubernetes/agents"
 VERSIONS = ["1.30", "1.33", "1.37"]
@@ -60,19 +61,7 @@ def test_the_kustomization_has_every_file() -> None:
 
 @pytest.mark.parametrize(("name", "pod", "labels"), list(pods()), ids=lambda value: str(value)[:40])
 def test_a_pod_has_no_privilege_and_no_token(name: str, pod: dict[str, Any], labels: dict[str, str]) -> None:
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["enableServiceLinks"] is False
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    for one in pod["containers"]:
-        assert one["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert "@sha256:" in one["image"]
-        assert one["resources"]["limits"]["memory"]
-    assert not any("hostPath" in volume for volume in pod["volumes"])
+    check_unprivileged(pod)
 
 
 def test_the_agent_is_closed() -> None:

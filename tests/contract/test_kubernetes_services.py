@@ -12,6 +12,7 @@ import yaml
 
 from ringfence.cli.shared.settings_check import known_settings
 from tests.support.compose import ROOT
+from tests.support.pods import check_unprivileged
 
 FOLDER = ROOT / "deploy/kubernetes/services"
 VERSIONS = ["1.30", "1.33", "1.37"]
@@ -73,19 +74,7 @@ def test_every_service_has_two_replicas_and_one_is_always_there() -> None:
 
 @pytest.mark.parametrize(("name", "pod"), list(pods()), ids=lambda value: str(value)[:40])
 def test_a_pod_has_no_privilege_and_no_token(name: str, pod: dict[str, Any]) -> None:
-    assert pod["automountServiceAccountToken"] is False
-    assert pod["enableServiceLinks"] is False, "variables of Kubernetes look like settings"
-    assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
-    for one in pod["containers"]:
-        assert one["securityContext"] == {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        }
-        assert "@sha256:" in one["image"]
-        assert one["resources"]["limits"]["memory"]
-    assert not any("hostPath" in volume for volume in pod["volumes"])
+    check_unprivileged(pod)
 
 
 def test_each_service_gets_its_own_keys_and_no_others() -> None:
