@@ -21,7 +21,15 @@ import uvloop
 from bench.machine import percentile
 from ringfence.dev.processes import LOOPBACK
 
-BODY = b'{"ok": true, "text": "' + b"x" * 400 + b'"}'
+CALL_ID = 1
+"""The id of every call of a tool: the target answers all requests with the same body."""
+BODY = orjson.dumps(
+    {
+        "jsonrpc": "2.0",
+        "id": CALL_ID,
+        "result": {"resultType": "complete", "content": [{"type": "text", "text": "x" * 320}]},
+    }
+)
 RESPONSE = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY
 )
@@ -67,7 +75,7 @@ def mcp_call(path: str, host: str, number: int) -> bytes:
         f"{prefix}clientInfo": {"name": "bench", "version": "1"},
     }  # fmt: skip
     params = {"name": "get_file", "arguments": {"path": str(number)}, "_meta": meta}
-    body = orjson.dumps({"jsonrpc": "2.0", "id": number, "method": "tools/call", "params": params})
+    body = orjson.dumps({"jsonrpc": "2.0", "id": CALL_ID, "method": "tools/call", "params": params})
     lines = [
         f"POST {path} HTTP/1.1", f"Host: {host}", "Content-Type: application/json", f"Content-Length: {len(body)}",
         "Accept: application/json, text/event-stream", f"MCP-Protocol-Version: {revision}", "Mcp-Method: tools/call",
