@@ -272,6 +272,22 @@ def test_a_broken_chain_counts_for_nothing_and_is_told_once(ledger: InMemoryRegi
     assert list(reader.directory.entries("agent")) == []
 
 
+def test_the_agents_of_a_sponsor_are_found_without_verifying_those_of_others(
+    ledger: InMemoryRegistry, reader: Reader
+):
+    ledger.give(ledger.register("suzy", "other", "suzy", ceiling=NARROW))
+    ledger.give(ledger.register("sam", "again", "sam", ceiling=NARROW))
+    for id in ("other", "again"):
+        assert reader.reads(record(ledger, id=id)) == []
+    bot = record(ledger)
+    assert reader.reads(ledger.record(bot.state.model_copy(update={"ceiling": WIDE}), bot.commands, 2)) == []
+    assert [agent.state.agent_id for agent in reader.directory.agents_of("suzy")] == ["other"]
+    assert reader.alarms == [], "the broken record of another sponsor's agent was verified"
+    assert [agent.state.agent_id for agent in reader.directory.agents_of("sam")] == ["again"]
+    assert [alarm.code for alarm in reader.alarms] == ["chain_broken"]
+    assert list(reader.directory.agents_of("nobody")) == []
+
+
 # --- what a registry leaves out ---------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ For events that a caller may not see, the API answers as if they did not exist.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,6 @@ from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.messages.registry import AgentState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.leases.lifecycle import SHORT_LIVED_S
 from ringfence.model.records.api_access import Authenticator
@@ -39,6 +39,7 @@ _MAX_COVERED = 500
 """Each lease is loaded with the events that it rests on."""
 _MAX_MS = 2**53
 _MOST_VIEWERS = 1000
+_PAUSE_EVERY = 20
 
 
 class AuditApi:
@@ -55,7 +56,7 @@ class AuditApi:
         """`complete`: whether the index holds all events from before the start of this process."""
         self._index = index
         self._viewers: BoundedDict[str, tuple[tuple[int, int | None], Viewer]] = BoundedDict(_MOST_VIEWERS)
-        """By user: of which version of the records, and whose agents they are. To find these means to look at all."""
+        """By user: of which version of the records, and their agents. To find these may mean to verify records."""
         self._complete = complete
         self._directory = directory
         self._clock = clock
@@ -72,7 +73,7 @@ class AuditApi:
         ]
 
     async def _trace(self, request: Request) -> Response:
-        viewer = self.viewer(request)
+        viewer = await self.viewer(request)
         id = request.path_params["id"]
         kind = request.query_params.get("kind")
         if kind is not None and kind not in TRACE_KINDS:
@@ -91,7 +92,7 @@ class AuditApi:
         })  # fmt: skip
 
     async def _events(self, request: Request) -> Response:
-        viewer = self.viewer(request)
+        viewer = await self.viewer(request)
         page = self._index.page(
             viewer,
             request.query_params.get("after"),
@@ -102,7 +103,7 @@ class AuditApi:
         return JSONResponse({"events": page.events, "after": page.cursor})
 
     async def _actions(self, request: Request) -> Response:
-        viewer, span_ms = self._complete_span(request)
+        viewer, span_ms = await self._complete_span(request)
         query = request.query_params
         page = self._index.actions(
             viewer,
@@ -125,7 +126,7 @@ class AuditApi:
         })  # fmt: skip
 
     async def _lease_coverage(self, request: Request) -> Response:
-        viewer, span_ms = self._complete_span(request)
+        viewer, span_ms = await self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         page = self._index.issued(viewer, span_ms, after, limit)
         basis = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in page.events})
@@ -140,7 +141,7 @@ class AuditApi:
         return JSONResponse({**counts, "agents": self._agents(page.events), **_report_cursor(span_ms, page)})
 
     async def _action_coverage(self, request: Request) -> Response:
-        viewer, span_ms = self._complete_span(request)
+        viewer, span_ms = await self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
         page = self._index.actions(viewer, span_ms, after, limit)
         actions = went_through(page.events)
@@ -149,9 +150,9 @@ class AuditApi:
         metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
         return JSONResponse({**counts, "agents": self._agents(actions), **_report_cursor(span_ms, page)})
 
-    def _complete_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
+    async def _complete_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
         """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
-        viewer = self.viewer(request)
+        viewer = await self.viewer(request)
         if not self._complete():
             raise UnavailableError(
                 "audit is reading what was audited; what it counted now would be too little"
@@ -174,13 +175,13 @@ class AuditApi:
             return False
 
     async def _break_glass(self, request: Request) -> Response:
-        uses = collect_uses(self._index.findings(self.viewer(request)))
+        uses = collect_uses(self._index.findings(await self.viewer(request)))
         if request.query_params.get("unreviewed"):
             uses = [use for use in uses if use["review"] is None]
         metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
         return JSONResponse({"uses": uses})
 
-    def viewer(self, request: Request) -> Viewer | None:
+    async def viewer(self, request: Request) -> Viewer | None:
         """Authenticate the caller; None for one who sees everything. Raises as `Authenticator.authenticate` does."""
         caller = self._authenticator.authenticate(request)
         if caller.sees_all:
@@ -188,9 +189,12 @@ class AuditApi:
         me, version = caller.user.user_id, self._directory.versions
         known = self._viewers.get(me)
         if known is None or known[0] != version:
-            agents = (entry.state for entry in self._directory.entries("agent"))
-            own = tuple(a.agent_id for a in agents if isinstance(a, AgentState) and a.sponsor == me)
-            self._viewers[me] = known = (version, Viewer(me, own))
+            own = []
+            for agent in self._directory.agents_of(me):
+                own.append(agent.state.agent_id)
+                if len(own) % _PAUSE_EVERY == 0:
+                    await asyncio.sleep(0)  # records may have to be verified: events are chained meanwhile
+            self._viewers[me] = known = (version, Viewer(me, tuple(own)))
         return known[1]
 
 

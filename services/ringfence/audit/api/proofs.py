@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -19,7 +19,7 @@ class ProofApi:
     """`GET /v1/checkpoints`, `GET /v1/checkpoints/{tree}/consistency?from=N`, `GET /v1/events/{uid}/proof`."""
 
     def __init__(
-        self, index: EventIndex, proofs: ProofStore, viewer_of: Callable[[Request], Viewer | None]
+        self, index: EventIndex, proofs: ProofStore, viewer_of: Callable[[Request], Awaitable[Viewer | None]]
     ) -> None:
         """`viewer_of`: authenticates the caller, as `AuditApi.viewer` does."""
         self._index = index
@@ -35,7 +35,7 @@ class ProofApi:
 
     async def _inclusion(self, request: Request) -> Response:
         uid = request.path_params["uid"]
-        events = self._index.events(uid, self._viewer_of(request))
+        events = self._index.events(uid, await self._viewer_of(request))
         if not events:
             raise NotFoundError(f"no event {uid[:80]} that you may see was audited")
         event, inclusion = self._proven(events)
@@ -56,12 +56,12 @@ class ProofApi:
         return events[-1], self._proofs.inclusion(events[-1])
 
     async def _checkpoints(self, request: Request) -> Response:
-        self._viewer_of(request)
+        await self._viewer_of(request)
         metrics.HTTP_REQUESTS.labels("/v1/checkpoints", "200").inc()
         return JSONResponse({"checkpoints": [head.jws for head in self._proofs.heads()]})
 
     async def _consistency(self, request: Request) -> Response:
-        self._viewer_of(request)
+        await self._viewer_of(request)
         old = request.query_params.get("from", "")
         if not old.isdecimal():
             raise WrongQueryError("from is a number of events: the size of the tree that you know")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -33,7 +33,7 @@ class ReportApi:
         self,
         index: EventIndex,
         clock: Clock,
-        viewer_of: Callable[[Request], Viewer | None],
+        viewer_of: Callable[[Request], Awaitable[Viewer | None]],
         complete: Callable[[], bool],
     ) -> None:
         """`viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events."""
@@ -49,7 +49,7 @@ class ReportApi:
         ]
 
     async def _who(self, request: Request) -> Response:
-        viewer, (since_ms, until_ms) = self._viewer_and_span(request)
+        viewer, (since_ms, until_ms) = await self._viewer_and_span(request)
         permission, query = _permission_of(request), request.query_params
         span_ms = (max(since_ms - HELD_BEFORE_MS, 0), until_ms)
         limit = limit_of(request, _MAX_SCANNED, _MAX_SCANNED)
@@ -66,7 +66,7 @@ class ReportApi:
         )
 
     async def _export(self, request: Request) -> Response:
-        viewer, span_ms = self._viewer_and_span(request)
+        viewer, span_ms = await self._viewer_and_span(request)
         page = self._index.export(
             viewer,
             span_ms,
@@ -85,9 +85,9 @@ class ReportApi:
             }
         )
 
-    def _viewer_and_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
+    async def _viewer_and_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
         """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
-        viewer = self._viewer_of(request)
+        viewer = await self._viewer_of(request)
         if not self._complete():
             raise UnavailableError(
                 "audit is reading what was audited; what it told now would be too little. Ask again when it is ready"

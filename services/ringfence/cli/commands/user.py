@@ -43,7 +43,7 @@ from ringfence.cli.shared.records import list_records, show_record
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import AgentState, Provisioning, Role, UserState
+from ringfence.messages.registry import Provisioning, Role, UserState
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.scope.scope import missing
 
@@ -312,11 +312,7 @@ def _replacement(
 
 def _agents_of(directory: Directory, user: str) -> list[str]:
     return [
-        entry.state.agent_id
-        for entry in directory.entries("agent")
-        if isinstance(entry.state, AgentState)
-        and entry.state.sponsor == user
-        and entry.state.status != "decommissioned"
+        entry.state.agent_id for entry in directory.agents_of(user) if entry.state.status != "decommissioned"
     ]
 
 

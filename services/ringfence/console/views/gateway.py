@@ -34,6 +34,7 @@ async def gateway(view: View) -> Page:
         after = page["after"]
         if after is None:
             break
+    series = _series(counts, since_ms, step_ms)
     return Page(
         "gateway.html",
         "Gateway",
@@ -54,7 +55,8 @@ async def gateway(view: View) -> Page:
             "spans": SPANS,
             "agent": agent or "",
             "target": target or "",
-            "series": _series(counts, since_ms, step_ms),
+            "series": series,
+            "most": max(bar["reads"] + bar["writes"] for bar in series),
         },
         "gateway",
         costly=True,

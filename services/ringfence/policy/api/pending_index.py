@@ -92,10 +92,11 @@ class PendingIndex:
             decision = state.pending
             if decision is None:  # answered meanwhile
                 continue
-            if self.is_superseded(state, decision):
+            known = self._loaded(state, decision)
+            if known is not None and self._supersedes(known, decision):
                 continue
-            yours = bool(self.classes(state, decision, caller))
-            if not yours and not self._may_see(state, caller):
+            yours = known is not None and bool(self._classes(known, decision, caller))
+            if not yours and not self._may_see(state, known, caller):
                 continue
             mine, others = mine + yours, others + (not yours)
             wanted = show == "all" or yours == (show == "mine")
@@ -125,18 +126,36 @@ class PendingIndex:
         self, state: RequestState, decision: CredentialDecision, caller: Caller
     ) -> tuple[RequiredClass, ...]:
         """The approvals of a pending request that the caller could give."""
-        context = self.context(state, decision)
-        if context is None:
-            return ()
-        me = caller.user.user_id
-        if decision.required == _BY_SPONSOR and context.agent.state.sponsor != me:
-            return ()  # what most requests need, and what one person alone can give
-        return may_approve_any(self._directory, me, decision.required, context)
+        known = self._loaded(state, decision)
+        return () if known is None else self._classes(known, decision, caller)
 
     def context(self, state: RequestState, decision: CredentialDecision) -> RequestContext | None:
         """The records that a pending request is about; None where one is missing or counts for nothing."""
+        known = self._loaded(state, decision)
+        return None if known is None else known.context
+
+    def is_superseded(self, state: RequestState, decision: CredentialDecision) -> bool:
+        """Whether a record or the bundle has changed since the approval was asked for: one that is given is stale."""
+        known = self._loaded(state, decision)
+        return known is not None and self._supersedes(known, decision)
+
+    def _classes(
+        self, known: _Known, decision: CredentialDecision, caller: Caller
+    ) -> tuple[RequiredClass, ...]:
+        me = caller.user.user_id
+        if decision.required == _BY_SPONSOR and known.context.agent.state.sponsor != me:
+            return ()  # what most requests need, and what one person alone can give
+        return may_approve_any(self._directory, me, decision.required, known.context)
+
+    def _supersedes(self, known: _Known, decision: CredentialDecision) -> bool:
+        """Whether the present records and bundle are not those that the approval was asked for on."""
+        asked = decision.revisions
+        return asked is not None and (not known.of_records or asked.policy != self._policy_revision())
+
+    def _loaded(self, state: RequestState, decision: CredentialDecision) -> _Known | None:
+        """What is remembered of a request, after loading its records if need be; None as `context`."""
         if found := self._known(state):
-            return found.context
+            return found
         # The request stands inside a decision of this service, which verified it before it signed.
         request = parse(decision.request).unverified_claims(CredentialRequest)
         try:
@@ -145,26 +164,19 @@ class PendingIndex:
             return None
         asked = decision.revisions
         of_records = asked is None or asked == context.revisions(asked.policy)
-        self._contexts[state.request_id] = _Known(state.decision_id, context, of_records)
+        known = self._contexts[state.request_id] = _Known(state.decision_id, context, of_records)
         for subject in _subjects(context):
             self._of_subject.setdefault(subject, set()).add(state.request_id)
-        return context
-
-    def is_superseded(self, state: RequestState, decision: CredentialDecision) -> bool:
-        """Whether a record or the bundle has changed since the approval was asked for: one that is given is stale."""
-        asked = decision.revisions
-        if self.context(state, decision) is None or asked is None:
-            return False
-        return not self._contexts[state.request_id].of_records or asked.policy != self._policy_revision()
+        return known
 
     def _known(self, state: RequestState) -> _Known | None:
         found = self._contexts.get(state.request_id)
         return found if found is not None and found.decision_id == state.decision_id else None
 
-    def _may_see(self, state: RequestState, caller: Caller) -> bool:
+    def _may_see(self, state: RequestState, known: _Known | None, caller: Caller) -> bool:
         if caller.sees_all:
             return True
-        if known := self._known(state):
+        if known is not None:
             return caller.may_see_agent_of(known.context.agent.state.sponsor)
         try:
             entry = self._directory.agent(state.agent_id)

@@ -16,7 +16,6 @@ from ringfence.messages.base import Topic
 from ringfence.messages.lease import Selector
 from ringfence.messages.registry import (
     AgentRecord,
-    AgentState,
     AnyRecord,
     AnyState,
     TargetRecord,
@@ -121,13 +120,11 @@ class RecordHandler:
         if orphaned is None:
             return
         kind, reason = orphaned
-        for number, agent in enumerate(self._directory.entries("agent"), start=1):
+        for number, agent in enumerate(self._directory.agents_of(record.state.user_id), start=1):
             if number % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)  # let other tasks run
-            state = agent.state
-            if isinstance(state, AgentState) and state.sponsor == record.state.user_id:
-                end = SelectorEnd(kind, Selector(agent_id=state.agent_id), reason)
-                await self._revoke_all(end, record, traceparent)
+            end = SelectorEnd(kind, Selector(agent_id=agent.state.agent_id), reason)
+            await self._revoke_all(end, record, traceparent)
 
     def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
         """Whether a superseded record was in force lately. If not, an old record was replayed on the topic."""
