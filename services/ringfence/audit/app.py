@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from faststream import FastStream
 
+from ringfence.audit.api.approval_history import ApprovalHistoryApi
 from ringfence.audit.api.events import AuditApi
 from ringfence.audit.api.proofs import ProofApi
 from ringfence.audit.api.reports import ReportApi
@@ -118,6 +119,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
     runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
     runtime.routes += ReportApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
+    runtime.routes += ApprovalHistoryApi(index, api.viewer, indexed.complete.is_set).routes()
 
     async def close() -> None:
         index.close()

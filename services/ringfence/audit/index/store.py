@@ -165,6 +165,10 @@ class EventIndex(ReportQueries, Protocol):
         """The bytes of the event with this uid as on the topic, and of others that claim the same uid."""
         ...
 
+    def answers(self, agent: str, viewer: Viewer | None, since_ms: int, limit: int) -> list[dict[str, Any]]:
+        """What people answered to an agent, or approved ahead, since a time: the latest `limit`, the last one first."""
+        ...
+
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
         """All Detection Findings, oldest first; uses of break glass and their reviews among them."""
         ...
@@ -174,7 +178,8 @@ class EventIndex(ReportQueries, Protocol):
         ...
 
 
-_SCHEMA = """
+_ANSWERS = "code IN ('approval.given', 'approval.denied', 'grant.given')"
+_SCHEMA = f"""
 CREATE TABLE event (
     seq INTEGER PRIMARY KEY, uid TEXT NOT NULL, time INTEGER NOT NULL, class_uid INTEGER NOT NULL, code TEXT,
     request TEXT, lease TEXT, task TEXT, agent TEXT, target TEXT, sponsor TEXT, on_behalf_of TEXT, revocation TEXT,
@@ -193,6 +198,7 @@ CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
 CREATE INDEX event_at_target ON event (target, time) WHERE code = 'credential.issued' OR class_uid = 6003;
+CREATE INDEX event_answer ON event (agent, time) WHERE {_ANSWERS};
 CREATE INDEX event_time ON event (time, uid, conflict);
 """
 _INSERT = """
@@ -324,6 +330,15 @@ class SqliteIndex:
                 return EventPage([orjson.loads(row[2]) for row in rows], f"{self._epoch}.{last[0]}.{last[1]}")
         cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after or f"{self._epoch}.0.0"
         return EventPage([orjson.loads(row[2]) for row in rows], cursor)
+
+    def answers(self, agent: str, viewer: Viewer | None, since_ms: int, limit: int) -> list[dict[str, Any]]:
+        conditions, values = self._visible_to(viewer)
+        where = " AND ".join([_ANSWERS, "agent = :agent", "time >= :since", *conditions])
+        rows = self._db.execute(
+            f"SELECT json FROM event INDEXED BY event_answer WHERE {where} ORDER BY time DESC LIMIT :limit",  # noqa: S608 - own names
+            {**values, "agent": agent, "since": since_ms, "limit": limit},
+        )
+        return [orjson.loads(row[0]) for row in rows]
 
     def actions(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -49,8 +49,8 @@ class ReadApi(Lifetime):
         """Disconnect. `async with` does it."""
         await self._http.aclose()
 
-    async def get(self, service: Service, *path: str, **query: str | int | None) -> Any:
-        """GET `/v1/<path>` of a service, as parsed JSON. Queries that are None are left out.
+    async def get(self, service: Service, *path: str, **query: str | int | Sequence[str] | None) -> Any:
+        """GET `/v1/<path>` of a service, as parsed JSON. Queries that are None are left out; a sequence is repeated.
 
         Raises ApiError with the service's own message; its `status` is None where the service did not answer.
         """
@@ -235,6 +235,21 @@ class ReadApi(Lifetime):
         """
         ids = {"agent": agent, "task": task, "request": request, "lease": lease}
         return await self.get("audit", "events", after=after, limit=limit, **{**ids, **(filters or {})})
+
+    async def approval_history(
+        self, agents: Sequence[str], *, since_ms: int, without: Sequence[str] = ()
+    ) -> dict[str, list[dict[str, Any]]]:
+        """Return how people answered requests of agents, at most 100, since a time: by agent, the latest first.
+
+        Each is `{outcome, privileges, ttl_s, delivery, count}`; `outcome` is approved or denied, `privileges` are
+        `target:verb:resource`. `without`: ids of requests, at most 1000, whose answers are left out.
+        """
+        found: dict[str, list[dict[str, Any]]] = (
+            await self.get(
+                "audit", "approval-history", agent=agents, since_ms=since_ms, **{"except": without}
+            )
+        )["agents"]
+        return found
 
     async def export(
         self, filters: Filters | None = None, *, since_ms: int, until_ms: int, after: str | None = None
