@@ -7,7 +7,8 @@ What a page says about its blocks, each in a comment before the block:
 - `<!-- commands: run by PATH -->` and `<!-- commands: not run: WHY -->`, once on a page: all its other blocks.
 
 A block with a title (```` ```python title="agent.py" ````) is a file that the reader saves. Lines of a `console` block
-that begin with `$ ` are commands; the others are what they print.
+that begin with `$ ` are commands; the others are what they print. A block of commands for root (`# `) needs the first
+mark.
 """
 
 from __future__ import annotations
@@ -116,6 +117,9 @@ def run_page(
     before: str = "",
 ) -> str:
     """Run a page's commands in a folder. Returns what they printed; fails the test where one does not as it says."""
+    text = page.read_text()
+    gone = [old for old in replaced or {} if old not in text]
+    assert not gone, f"{page.relative_to(ROOT)} has no {gone}"
     done = subprocess.run(
         ["bash", "-c", script_of(page, replaced, before)],
         cwd=folder, env=dict(environment), capture_output=True, text=True, timeout=WITHIN_S, check=False,

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import pytest
 
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
+from tests.site.dev_folder import dev_running, inherited
 from tests.site.page_commands import ROOT, SHELLS, blocks_of, page_mark, run_page, script_of
 from tests.site.stories import STORIES, Story
 
-PROGRAM = Path(sys.executable).with_name("ringfence")
 PAGES = ["agents/README.md", "sponsors/README.md", "security/README.md", *STORIES]
 OTHERS = ["operators/README.md", "contributors/README.md"]
 """Pages whose commands run elsewhere in this file."""
@@ -26,41 +24,22 @@ ALL = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     """A folder in which `ringfence dev` runs, as after `make dev` in a clone."""
-    log = tmp_path / "dev.log"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
-    with log.open("wb") as out:
-        dev = subprocess.Popen(
-            [PROGRAM, "dev", "--free-ports"], cwd=tmp_path, env=environment, stdout=out, stderr=out,
-            stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-    try:
-        over = time.monotonic() + 300
-        while dev.poll() is None and "Ctrl-C ends" not in log.read_text():
-            assert time.monotonic() < over, log.read_text()
-            time.sleep(0.1)
-        assert dev.poll() is None, log.read_text()
-        yield tmp_path
-    finally:
-        dev.terminate()
-        dev.wait(60)
+    with dev_running(tmp_path) as folder:
+        yield folder
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", PAGES)
 def test_the_commands_of_the_page(folder: Path, page: str) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
-    environment["PATH"] = f"{PROGRAM.parent}:{environment['PATH']}"
     story = STORIES.get(page, Story())
     before = f"source .ringfence/dev.sh\n{story.before}" if page in STORIES else ""
-    run_page(ROOT / "docs" / page, folder, environment, story.replaced, before)
+    run_page(ROOT / "docs" / page, folder, inherited(), story.replaced, before)
 
 
 @pytest.mark.timeout(600)
 def test_an_installation_from_nothing(tmp_path: Path, kafka: Kafka, redis_server: RedisServer) -> None:
     """The page for operators, in an empty folder, with the broker and the Redis of this run."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RINGFENCE_")}
-    environment |= {
-        "PATH": f"{PROGRAM.parent}:{environment['PATH']}",
+    environment = inherited() | {
         "RINGFENCE_TOPIC_PREFIX": "installation",
         "RINGFENCE_REDIS_PREFIX": "installation",
         "RINGFENCE_EMBEDDED_BROKER": str(kafka.embedded).lower(),
@@ -77,6 +56,7 @@ def test_the_first_commands_of_contributors() -> None:
 @pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
 def test_each_command_runs_or_the_page_says_why_not(page: Path) -> None:
     blocks = [one for one in blocks_of(page) if one.language in SHELLS and one.not_run is None]
+    assert all(one.commands() for one in blocks), "a block without a command for a user runs nowhere"
     mark = page_mark(page)
     runs_here = page.is_relative_to(ROOT / "docs") and str(page.relative_to(ROOT / "docs")) in [
         *PAGES,
@@ -91,7 +71,7 @@ def test_each_command_runs_or_the_page_says_why_not(page: Path) -> None:
     kind, _, rest = mark.partition(" ")
     if kind == "run":
         for path in rest.removeprefix("by ").split(", "):
-            assert (ROOT / path).exists(), path
+            assert page.stem in (ROOT / path).read_text(), f"{path} does not name the page"
     else:
         assert mark.startswith("not run: "), mark
         assert len(mark.split()) > 4, "say why"
