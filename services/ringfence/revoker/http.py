@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -16,10 +17,10 @@ from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import ALL_LEASES, matches
 from ringfence.model.leases.revocations import agent_of_task
-from ringfence.model.records.api_access import Authenticator, Caller
+from ringfence.model.records.api_access import Authenticator, Caller, sponsored_agents
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.lease_end.lease_ender import BATCH_SIZE, LeaseEnder
 from ringfence.revoker.lease_end.overdue import Overdue
 from ringfence.revoker.revocations.verification import RevocationVerifier
 
@@ -60,13 +61,8 @@ class LeasesApi:
         filters = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
         status = request.query_params.get("status")
         late = request.query_params.get("overdue") == "1"
-        statuses = _UNFINISHED if late else None
-        # Any one filter will do to find candidates: every lease that passes all of them matches its selector key.
-        selector_key = next((f"{kind}:{value}" for kind, value in filters.items()), ALL_LEASES)
-        agent_id = agent_of_task(filters["task"], self._directory) if "task" in filters else None
         found_leases: list[Lease] = []
-        holders = self._verifier.known_holders(selector_key)
-        async for leases in self._ender.find(selector_key, statuses, agent_id=agent_id, holders=holders):
+        async for leases in self._candidates(caller, filters, _UNFINISHED if late else None):
             found_leases += [
                 lease
                 for lease in leases.values()
@@ -82,6 +78,26 @@ class LeasesApi:
         return JSONResponse(
             {"leases": [self._json(lease) for lease in listed], "more": len(found_leases) > MAX_LISTED}
         )
+
+    async def _candidates(
+        self, caller: Caller, filters: Mapping[str, str], statuses: Collection[LeaseStatus] | None
+    ) -> AsyncIterator[dict[str, Lease]]:
+        """Leases that have not ended, in batches: all that pass the filters and that the caller may see, and others."""
+        # Any one filter will do: every lease that passes all of them matches its selector key.
+        selector_key = next((f"{kind}:{value}" for kind, value in filters.items()), ALL_LEASES)
+        if selector_key == ALL_LEASES and not caller.sees_all:
+            # Verifying all leases to show a sponsor a few of them would take seconds.
+            me = caller.user.user_id
+            agents = await sponsored_agents(self._directory, me)
+            delegates = (self._verifier.known_holders(f"agent:{agent}") for agent in agents)
+            ids = await self._store.find(f"user:{me}", holders=frozenset(agents).union(*delegates))
+            for start in range(0, len(ids), BATCH_SIZE):
+                yield await self._ender.read(await self._store.get(ids[start : start + BATCH_SIZE]))
+            return
+        agent_id = agent_of_task(filters["task"], self._directory) if "task" in filters else None
+        holders = self._verifier.known_holders(selector_key)
+        async for leases in self._ender.find(selector_key, statuses, agent_id=agent_id, holders=holders):
+            yield leases
 
     async def _one(self, request: Request) -> Response:
         """One lease, as long as Redis keeps it after its end. `?records=1` adds the signed record."""

@@ -6,7 +6,6 @@ For events that a caller may not see, the API answers as if they did not exist.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.leases.lifecycle import SHORT_LIVED_S
-from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.api_access import Authenticator, sponsored_agents
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
@@ -39,7 +38,6 @@ _MAX_COVERED = 500
 """Each lease is loaded with the events that it rests on."""
 _MAX_MS = 2**53
 _MOST_VIEWERS = 1000
-_PAUSE_EVERY = 20
 
 
 class AuditApi:
@@ -189,12 +187,8 @@ class AuditApi:
         me, version = caller.user.user_id, self._directory.versions
         known = self._viewers.get(me)
         if known is None or known[0] != version:
-            own = []
-            for agent in self._directory.agents_of(me):
-                own.append(agent.state.agent_id)
-                if len(own) % _PAUSE_EVERY == 0:
-                    await asyncio.sleep(0)  # records may have to be verified: events are chained meanwhile
-            self._viewers[me] = known = (version, Viewer(me, tuple(own)))
+            own = await sponsored_agents(self._directory, me)
+            self._viewers[me] = known = (version, Viewer(me, own))
         return known[1]
 
 
