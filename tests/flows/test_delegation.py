@@ -409,6 +409,15 @@ async def test_who_answers_for_an_agent_above_revokes_one_lease_below(desk: Issu
     await ended(below, asked, "revocation")
 
 
+async def test_who_answers_for_an_agent_above_sees_the_leases_below(desk: IssuerBench):
+    """sam sponsors who handed it on, sue's agent holds it, and it is on maria's behalf."""
+    asked = await issued(await handed(desk))
+    stranger = await desk.world.user(f"boss-{uuid.uuid4().hex[:8]}", ("sponsor",))
+    for who, sees in ((desk.sam, True), (desk.sue, True), (desk.maria, True), (stranger, False)):
+        listed = (await desk.world.get("revoker", "/v1/leases", who)).json()["leases"]
+        assert (asked.lease_id in {lease["id"] for lease in listed}) is sees, who.name
+
+
 async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: IssuerBench):
     """Asked for before, decided after: the fence on the task above stands in its way, though no record has changed."""
     below = await handed(desk)
