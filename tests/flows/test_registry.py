@@ -620,6 +620,38 @@ async def test_who_sees_what(world: World):
             assert told[0][0] == 404
 
 
+async def test_tasks_come_page_by_page(world: World):
+    async with world.running("registry"):
+        sam = await world.user("sam", ("sponsor",))
+        suzy = await world.user("suzy", ("sponsor",))
+        bot, robot = await world.agent("deploy-bot", sam, ENV), await world.agent("robot", suzy)
+        await world.target("staging")
+        lives = (3000, 1000, 4000, 2000, 5000)
+        tasks = {life: await world.task(bot, sam, ENV, life_s=life) for life in lives}
+        await world.task(robot, suzy, ENV)
+        over = await world.task(bot, sam, ENV, life_s=6000)
+        await world.accepted(world.claims(TaskEnd, sam, task_id=over, reason="done"), sam)
+
+        async def pages(**query: str) -> list[list[str]]:
+            found: list[list[str]] = []
+            after: dict[str, str] = {}
+            while True:
+                answer = (await world.get("registry", "/v1/tasks", sam, **query, **after)).json()
+                found.append([one["id"] for one in answer["tasks"]])
+                assert answer["count"] == (5 if query.get("status") == "active" else 6)
+                if answer["after"] is None:
+                    return found
+                after = {"after": answer["after"]}
+
+        by_end = [tasks[life] for life in sorted(lives)]
+        assert await pages(status="active", limit="2") == [by_end[:2], by_end[2:4], by_end[4:]]
+        assert await pages(limit="4") == [[over, *by_end[:1:-1]], by_end[1::-1]]
+        assert await pages(status="active", limit="5") == [by_end], "a page that is just full is the last one"
+        for wrong in ({"limit": "0"}, {"limit": "1001"}, {"limit": "x"}, {"limit": "2", "after": "x"}):
+            answer = await world.get("registry", "/v1/tasks", sam, **wrong)
+            assert answer.status_code == 400, answer.text
+
+
 async def test_a_record_read_over_http_can_be_verified(world: World):
     async with world.running("registry"):
         sam = await world.user("sam", ("sponsor",))

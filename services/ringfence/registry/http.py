@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.kernel.base.api_errors import NotFoundError
+from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.service.http import number_in, position_in, position_text
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import agents_of, subject_key
@@ -28,6 +29,8 @@ from ringfence.registry.domain import TASK_MAX_S, task_is_longer
 _PAUSE_EVERY = 50
 """After so many entries the loop yields to the rest of the process: the first look verifies each chain."""
 
+MAX_PAGE: Final = 1000
+"""Tasks on one page."""
 Filter = Callable[[VerifiedRecord[AnyState], Request], bool]
 
 
@@ -85,6 +88,8 @@ class RegistryApi:
     def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda entry, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:
             caller = self._authenticator.authenticate(request)
+            if kind == "task" and "limit" in request.query_params:
+                return JSONResponse(await self._page_of_tasks(caller, request))
             entries = [
                 _json(entry, request) async for entry in self._visible(kind, caller) if wanted(entry, request)
             ]
@@ -104,6 +109,36 @@ class RegistryApi:
             return JSONResponse(_json(entry, request))
 
         return [Route(f"/v1/{kind}s", all_of_them), Route(f"/v1/{kind}s/{{id}}", one)]
+
+    async def _page_of_tasks(self, caller: Caller, request: Request) -> dict[str, Any]:
+        """A page of tasks: `{tasks, after, count}`; `count` is of all pages.
+
+        Query: `limit`, `after` (of the page before), and the filters. Running tasks come in the order of their ends;
+        with others among them, those that end last come first.
+        """
+        query = request.query_params
+        limit, after = number_in(query["limit"], 1, MAX_PAGE), position_in(query)
+        if limit is None:
+            raise WrongQueryError(f"limit is a number from 1 to {MAX_PAGE}")
+        last_first = query.get("status") != "active"
+        positions = sorted(
+            [
+                ((entry.state.not_after, entry.state.task_id), entry)
+                async for entry in self._visible("task", caller)
+                if isinstance(entry.state, TaskState) and self._is_wanted_task(entry, request)
+            ],
+            key=lambda one: one[0],
+            reverse=last_first,
+        )
+        rest = [
+            one for one in positions if after is None or (one[0] < after if last_first else one[0] > after)
+        ]
+        page = rest[:limit]
+        return {
+            "tasks": [_json(entry, request) for _, entry in page],
+            "after": position_text(page[-1][0] if len(rest) > limit else None),
+            "count": len(positions),
+        }
 
     # --- access rules ---
 

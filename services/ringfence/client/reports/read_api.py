@@ -236,6 +236,24 @@ class ReadApi(Lifetime):
         ids = {"agent": agent, "task": task, "request": request, "lease": lease}
         return await self.get("audit", "events", after=after, limit=limit, **{**ids, **(filters or {})})
 
+    async def tasks(
+        self,
+        *,
+        status: str | None = None,
+        agent: str | None = None,
+        after: str | None = None,
+        limit: int = 100,
+    ) -> dict[str, Any]:
+        """Return a page of the tasks that the caller may see: `{tasks: [{id, revision, state}], after, count}`.
+
+        `status`: active or ended. Running tasks come in the order of their ends; other pages begin with those that end
+        last. `count` is of all pages; continue with `after` until it is None.
+        """
+        page: dict[str, Any] = await self.get(
+            "registry", "tasks", status=status, agent=agent, after=after, limit=limit
+        )
+        return page
+
     async def approval_history(
         self, agents: Sequence[str], *, since_ms: int, without: Sequence[str] = ()
     ) -> dict[str, list[dict[str, Any]]]:

@@ -6,19 +6,22 @@ from typing import Any
 
 from ringfence.console.views.page import Page, View
 
-SHOWN = 200
+SHOWN = 100
+"""Tasks of one page."""
 
 
 async def tasks(view: View) -> Page:
-    """The tasks that the person may see, those that end first before the others."""
+    """The tasks that the person may see, page by page; running ones in the order of their ends."""
     status = view.query.get("status") or "active"
     agent = view.query.get("agent", "").strip() or None
-    found = await view.reads.records("task", status=status if status != "all" else None, agent=agent)
-    found.sort(key=lambda one: one["state"]["not_after"])
+    after = view.query.get("after") or None
+    found = await view.reads.tasks(
+        status=status if status != "all" else None, agent=agent, after=after, limit=SHOWN
+    )
     return Page(
         "tasks.html",
         "Tasks",
-        {"tasks": found[:SHOWN], "count": len(found), "status": status, "agent": agent or ""},
+        {**found, "status": status, "agent": agent or ""},
         "tasks",
     )
 

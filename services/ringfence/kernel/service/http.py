@@ -16,6 +16,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.base.errors import RingfenceError
 
 log = logging.getLogger(__name__)
@@ -90,6 +91,30 @@ def number_in(text: str, least: int, most: int) -> int | None:
         return None
     number = int(text)
     return number if least <= number <= most else None
+
+
+Position = tuple[int, str]
+"""Where a page ends: what its rows are ordered by, and the id of the last row."""
+
+
+def position_in(query: Mapping[str, str]) -> Position | None:
+    """Parse `after`, the position at which the page before ended, as `position_text` gives it; None if there is none.
+
+    Raises WrongQueryError.
+    """
+    text = query.get("after")
+    if text is None:
+        return None
+    first, _, id = text.partition(".")
+    number = number_in(first, 0, 2**53)
+    if number is None or not id:
+        raise WrongQueryError("after is what the page before says as `after`")
+    return number, id
+
+
+def position_text(position: Position | None) -> str | None:
+    """A position as text for `after` of the next page."""
+    return f"{position[0]}.{position[1]}" if position else None
 
 
 MAX_HEAD_BYTES = 64 * 1024

@@ -15,7 +15,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.service.http import number_in
+from ringfence.kernel.service.http import number_in, position_in, position_text
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialDecision
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -23,7 +23,7 @@ from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import RequestContext
-from ringfence.policy.api.pending_index import PendingIndex, Position, Show
+from ringfence.policy.api.pending_index import PendingIndex, Show
 from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.explanation import NOT_SEEN, Explainer
 from ringfence.policy.decisions.responder import question_for
@@ -81,12 +81,12 @@ class DecisionsApi:
         if show is None:
             raise WrongQueryError("show is one of mine, others, all")
         page = await self.index.page(
-            caller, show=show, agent=query.get("agent"), after=_after(query.get("after")), limit=limit
+            caller, show=show, agent=query.get("agent"), after=position_in(query), limit=limit
         )
         return JSONResponse(
             {
                 "approvals": [view for state in page.states if (view := self._waiting(state, caller))],
-                "after": f"{page.after[0]}.{page.after[1]}" if page.after else None,
+                "after": position_text(page.after),
                 "counts": {"mine": page.mine, "others": page.others},
             }
         )
@@ -217,17 +217,6 @@ def _about(facts: RequestContext) -> dict[str, Any]:
         "target_description": facts.target.state.description,
         "delegators": list(facts.act[1:]),
     }
-
-
-def _after(text: str | None) -> Position | None:
-    """The end of the page before. Raises WrongQueryError."""
-    if text is None:
-        return None
-    expires_at, _, request_id = text.partition(".")
-    number = number_in(expires_at, 0, 2**53)
-    if number is None or not request_id:
-        raise WrongQueryError("after is what the page before says as `after`")
-    return number, request_id
 
 
 def _cursor(request: Request) -> RecordPosition | None:

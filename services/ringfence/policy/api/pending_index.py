@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.kernel.service.http import Position
 from ringfence.messages.credential import (
     CredentialDecision,
     CredentialRequest,
@@ -27,8 +28,6 @@ from ringfence.policy.domain import may_approve_any
 
 Show = Literal["mine", "others", "all"]
 """Those that the caller could answer, those that they could not, or both."""
-Position = tuple[int, str]
-"""Where a page ends: `expires_at` (seconds) and the id of its last request."""
 _PAUSE_EVERY: Final = 1000
 """After so many requests the loop yields to the rest of the process."""
 _LOAD_PAUSE_EVERY: Final = 50
@@ -43,7 +42,7 @@ class PendingPage:
 
     states: tuple[RequestState, ...]
     after: Position | None
-    """Where the next page begins; None if this is the last one."""
+    """`expires_at` (seconds) and id of its last request; None if this is the last page."""
     mine: int
     """How many requests in all the caller could answer."""
     others: int
