@@ -23,12 +23,17 @@ def svg(source: str) -> str:
     if not kept.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text(_drawn(source))
-    return kept.read_text().replace(_ID, name)
+    return _with_width(kept.read_text().replace(_ID, name))
 
 
 def _drawn(source: str) -> str:
     drawn: str = mermaidx.render(source, theme="neutral").svg()
     return re.sub(r"\s*\n\s*", " ", drawn)
+
+
+def _with_width(svg_element: str) -> str:
+    """Gives the style sheet the width at which the text has its full size; the library only sets it as a maximum."""
+    return re.sub(r"max-width: ([\d.]+px);", r"max-width: \1; --diagram-width: \1;", svg_element, count=1)
 
 
 def fence(source: str, language: str, css_class: str, options: object, md: object, **more: object) -> str:
