@@ -291,7 +291,7 @@ def _name_options(command: Any) -> None:
 
 
 def _option_of(message: str, ctx: Any) -> str | None:
-    """Return the first option or argument whose value an error quotes at its begin; None where it quotes none."""
+    """Return the first option or argument whose value an error quotes at its begin; None if it quotes none."""
     for param in ctx.command.params:
         given = ctx.params.get(param.name)
         for value in given if isinstance(given, list | tuple) else (given,):
@@ -446,7 +446,7 @@ def _asks_for_json(words: Sequence[str]) -> bool:
 
 
 def _usage_error(error: Exception) -> RingfenceError | None:
-    """Return an error of typer as one of ours; None where it is another error."""
+    """Return an error of typer as one of ours; None if it is another error."""
     if isinstance(error, typer.Abort):
         return RingfenceError("nothing was done", code="aborted")
     says = getattr(error, "format_message", None)

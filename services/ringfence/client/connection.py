@@ -68,7 +68,7 @@ Coordinate = tuple[str, int, int]
 
 
 def subject(key: SigningKey, kind: Kind, settings: ClientSettings) -> str:
-    """The id of the user or agent in the key's SPIFFE ID. Raises IdentityError where the key is of another kind."""
+    """The id of the user or agent in the key's SPIFFE ID. Raises IdentityError if the key is of another kind."""
     id = subject_of(settings.trust_domain, key.id, kind)
     if id is None:
         raise IdentityError(
@@ -99,7 +99,7 @@ class DeadLetterLog:
                 event.set()
 
     def reason(self, at: Coordinate | None) -> str | None:
-        """Why the record at these coordinates was dead-lettered; None where it was not, or `at` is None."""
+        """Why the record at these coordinates was dead-lettered; None if it was not, or `at` is None."""
         return self._reasons.get(at) if at else None
 
     async def wait_for(self, at: Coordinate) -> str:
@@ -161,7 +161,7 @@ class Connection(Lifetime):
     # --- life ---
 
     async def start(self) -> None:
-        """Connect and read the trust bundle. Raises UnavailableError where Kafka or the bundle is missing."""
+        """Connect and read the trust bundle. Raises UnavailableError if Kafka or the bundle is missing."""
         try:
             await self.renew()
             await self._publisher.start()
@@ -204,7 +204,7 @@ class Connection(Lifetime):
                 last.
             key: read only the partition that holds the records with this key.
 
-        Raises UnavailableError where a topic is missing, or is not read to its end within `READY_TIMEOUT_S`.
+        Raises UnavailableError if a topic is missing, or is not read to its end within `READY_TIMEOUT_S`.
         """
         from ringfence.kernel.kafka.table_reader import Follower
 
@@ -234,7 +234,7 @@ class Connection(Lifetime):
     async def current_directory(self) -> Directory:
         """The directory, with every record that is on its topics now: for checks after a person has answered.
 
-        Raises UnavailableError where the topics cannot be read to their end.
+        Raises UnavailableError if the topics cannot be read to their end.
         """
         directory = await self.directory()
         caught_up = await asyncio.gather(
@@ -311,7 +311,7 @@ class Connection(Lifetime):
 
         `evidence`: signed messages by which the sign page shows it, besides records.
 
-        Raises NotSignedError where the person did not sign, InvalidCallError where passkeys do not sign such a message.
+        Raises NotSignedError if the person did not sign, InvalidCallError if passkeys do not sign such a message.
         """
         if self.passkey_user is not None:
             self._require_understood(claims)

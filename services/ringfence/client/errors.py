@@ -115,7 +115,7 @@ class TokenRejectedError(RingfenceError):
     code = "token_rejected"
 
     scheme: Literal["Bearer", "DPoP"] | None = None
-    """How the token was presented. The refusal uses the same scheme in its challenge; None where there was no token."""
+    """How the token was presented. The refusal uses the same scheme in its challenge; None if there was no token."""
 
 
 @contextmanager

@@ -15,7 +15,7 @@ T = TypeVar("T")
 def find_by_prefix(prefix: str, items: Iterable[T], id_of: Callable[[T], str]) -> T | None:
     """The item whose id is `prefix`, or the only one whose id begins with it.
 
-    Returns None where no item or several items match, or `prefix` is shorter than `MIN_PREFIX_LENGTH`.
+    Returns None if no item or several items match, or `prefix` is shorter than `MIN_PREFIX_LENGTH`.
     """
     if len(prefix) < MIN_PREFIX_LENGTH:
         return None

@@ -62,7 +62,7 @@ class EnrolledInstanceKey(Protocol):
     """The SPIFFE ID of the agent."""
 
     async def current(self) -> Enrolled:
-        """Return an enrolled key that is still valid. Raises RingfenceError where there is none."""
+        """Return an enrolled key that is still valid. Raises RingfenceError if there is none."""
         ...
 
 
@@ -82,7 +82,7 @@ class RunInstance:
     async def current(self) -> Enrolled:
         """Return the key of the run.
 
-        Raises KeyFileError, IdentityError where the folder does not have what a run has, and EnrolmentRefusedError
+        Raises KeyFileError, IdentityError if the folder does not have what a run has, and EnrolmentRefusedError
         after its end.
         """
         enrolled = self._enrolled = self._enrolled or self._read()
@@ -136,7 +136,7 @@ class Attested:
         """Return an enrolled key; enrol or renew first after two thirds of its life.
 
         Where renewing fails, the current key is returned until shortly before its end. Raises TokenSourceError,
-        EnrolmentRefusedError or UnavailableError where no usable key can be had.
+        EnrolmentRefusedError or UnavailableError if no usable key can be had.
         """
         async with self._lock:
             enrolled, now_s = self._enrolled, self._clock.now_ms() / 1000

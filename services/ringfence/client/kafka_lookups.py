@@ -30,7 +30,7 @@ _DECISIONS_KEPT_MS = 30 * _DAY_MS
 async def policy_revision(connection: Connection) -> str:
     """The revision of the policy bundle in force, by policy's last decision of the last day.
 
-    Raises InvalidCallError where there is none.
+    Raises InvalidCallError if there is none.
     """
     decisions = [one.claims for one in await _decisions(connection, _DAY_MS) if one.claims.revisions]
     if not decisions:
@@ -119,7 +119,7 @@ async def leases_by_prefix(connection: Connection, prefix: str) -> dict[str, str
 
 
 async def find_lease(connection: Connection, lease_id: str) -> str | None:
-    """The latest record of a lease, as the issuer or a revoker signed it; None where there is none."""
+    """The latest record of a lease, as the issuer or a revoker signed it; None if there is none."""
     found: list[Signed[Lease]] = []
 
     def read(records: Sequence[Received]) -> None:

@@ -64,7 +64,7 @@ class KeyFile:
 def successor_key(key: SigningKey, new: SigningKey | Path | str) -> SigningKey:
     """Load another key of the same identity, from a key or the path of its file.
 
-    Raises IdentityError where it belongs to another identity, KeyFileError.
+    Raises IdentityError if it belongs to another identity, KeyFileError.
     """
     new_key = new if isinstance(new, SigningKey) else SigningKey.load(Path(new))
     if new_key.id != key.id:
@@ -75,7 +75,7 @@ def successor_key(key: SigningKey, new: SigningKey | Path | str) -> SigningKey:
 def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> SigningKey:
     """Return the signing key: `key` itself, or the key in the file that `key` or `settings.identity` names.
 
-    Raises IdentityError where no key is named, KeyFileError where the file holds none.
+    Raises IdentityError if no key is named, KeyFileError if the file holds none.
     """
     if isinstance(key, SigningKey):
         return key
@@ -89,6 +89,6 @@ def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> S
 
 
 def key_file(key: SigningKey | Path | str | None, settings: ClientSettings) -> KeyFile | None:
-    """The key file that `load_key` reads; None where the key was passed as an object or no file is named."""
+    """The key file that `load_key` reads; None if the key was passed as an object or no file is named."""
     path = None if isinstance(key, SigningKey) else key or settings.identity
     return KeyFile(Path(path)) if path is not None else None

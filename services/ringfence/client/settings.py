@@ -70,7 +70,7 @@ class ClientSettings(BusSettings):
 def load_settings(settings: ClientSettings | None = None) -> ClientSettings:
     """Return `settings`, or read them from the environment and the settings file.
 
-    Raises SettingsError where the trust root is not pinned.
+    Raises SettingsError if the trust root is not pinned.
     """
     settings = settings or load(ClientSettings)
     if not settings.trust_root:

@@ -55,7 +55,7 @@ class TaskView:
 
     @classmethod
     def of_answer(cls, answer: Any) -> Self:
-        """The view that a gateway answered. Nobody signed it. Raises UnavailableError where it is none."""
+        """The view that a gateway answered. Nobody signed it. Raises UnavailableError if it is none."""
         try:
             return cls(
                 str(answer["task_id"]),

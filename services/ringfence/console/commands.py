@@ -98,7 +98,7 @@ class Commands:
     async def ask(self, kind: str, reads: SessionReads, session: Session, form: Form, back: str) -> Question:
         """The question of a form.
 
-        Raises WrongFormError; ApiError where what it is about is not there, or not for this person to see.
+        Raises WrongFormError; ApiError if what it is about is not there, or not for this person to see.
         """
         if kind not in KINDS:
             raise WrongFormError(f"there is nothing to sign that is called {kind[:40]}")

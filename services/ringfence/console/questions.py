@@ -119,7 +119,7 @@ class Questions:
         return stamped | ({"exp": asked_at + life_s} if life_s else {})
 
     def path_of(self, question: Question) -> str:
-        """The last part of its path. Raises WrongFormError where its texts are too long for an address."""
+        """The last part of its path. Raises WrongFormError if its texts are too long for an address."""
         path = self._sealed.seal("question", asdict(question))
         if len(path) > MAX_SEALED_CHARS:
             raise WrongFormError("that is too much text for one question; say it in fewer words")
@@ -166,8 +166,8 @@ class Questions:
             user: the person's record, as the registry signed it.
             compact: what the page posted as the person's signed message.
 
-        Returns the signed message. Raises WrongAnswerError; InvalidMessageError where the signature does not verify;
-        UnavailableError where Kafka does not take it.
+        Returns the signed message. Raises WrongAnswerError; InvalidMessageError if the signature does not verify;
+        UnavailableError if Kafka does not take it.
         """
         if self.is_answered(question):
             raise WrongAnswerError("this was answered already")

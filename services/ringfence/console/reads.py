@@ -44,7 +44,7 @@ class SessionReads(ReadApi):
         return str((await self.get("registry", "trust"))["trust"])
 
     async def passkey(self, credential_id: str) -> Any:
-        """Whose passkey this is: `{user_id, kid}`. Raises ApiError (404) where it is nobody's."""
+        """Whose passkey this is: `{user_id, kid}`. Raises ApiError (404) if it is nobody's."""
         return await self.get("registry", "passkeys", credential_id)
 
     async def signed_record(self, kind: str, id: str) -> Any:

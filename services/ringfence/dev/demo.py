@@ -194,7 +194,7 @@ class DemoStory:
         )
 
     async def _with_approval(self, task: str, sam: Sponsor, bot: Agent) -> IssuedCredential | None:
-        """Request a credential. Returns None where the person at the keyboard denied it; the story ends then."""
+        """Request a credential. Returns None if the person at the keyboard denied it; the story ends then."""
         tell = self.narrator
         tell.step(
             "credential.requested",

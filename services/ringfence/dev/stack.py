@@ -113,7 +113,7 @@ class Stack:
 
     @property
     def door(self) -> str | None:
-        """Return the gateway's URL for agents; None where there is no gateway."""
+        """Return the gateway's URL for agents; None if there is no gateway."""
         return f"http://{LOOPBACK}:{self._door}" if self._door else None
 
     @property

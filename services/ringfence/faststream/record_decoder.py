@@ -56,7 +56,7 @@ class RecordDecoder:
             record: the record, with its detached signature attached where it has one.
             value: the value as it stands on the topic.
 
-        Raises UnavailableError where the trust bundle cannot be read: deliver the record again.
+        Raises UnavailableError if the trust bundle cannot be read: deliver the record again.
         """
         try:
             if not record.value:

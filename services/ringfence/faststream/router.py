@@ -62,7 +62,7 @@ class RingfenceRouter(KafkaRouter):
             middlewares: FastStream's, around all handlers of this router.
             options: passed to FastStream's `KafkaRouter`.
 
-        Raises SettingsError where the settings are invalid.
+        Raises SettingsError if the settings are invalid.
         """  # fmt: skip
         pause = functools.partial(_PauseAfterFailure, {})
         super().__init__(middlewares=(pause, *middlewares), **options)
@@ -116,7 +116,7 @@ class RingfenceRouter(KafkaRouter):
         Args:
             options: passed to FastStream's `KafkaBroker`.
 
-        Raises SettingsError where a certificate or password is not where the settings say.
+        Raises SettingsError if a certificate or password is not where the settings say.
         """
         options = {"allow_auto_create_topics": False, "security": _security(self._settings), **options}
         return KafkaBroker(self._settings.kafka, routers=[self], **options)
@@ -185,7 +185,7 @@ class Subscription:
                 classes of their messages. `UnknownMessage` is what this version does not know, or what nobody vouches
                 for. Without kinds: everything that no other handler takes.
 
-        Raises SetupError where the topic carries no such message, or another handler takes it already.
+        Raises SetupError if the topic carries no such message, or another handler takes it already.
         """
         for kind in kinds:
             if not self._carries(kind):

@@ -20,7 +20,7 @@ class TrustReader:
     """Follows the topic `trust`, from the first call of `store` until `close`."""
 
     def __init__(self, settings: ClientSettings) -> None:
-        """Raises SettingsError where the trust root is not pinned, once `store` is called."""
+        """Raises SettingsError if the trust root is not pinned, once `store` is called."""
         self._settings = settings
         self._clock = SystemClock()
         self._lock = asyncio.Lock()

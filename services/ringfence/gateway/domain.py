@@ -52,7 +52,7 @@ class Sender:
 
     agent_id: str
     task_id: str | None = None
-    """The task that the request counts for; None where it is that of the chosen lease."""
+    """The task that the request counts for; None if it is that of the chosen lease."""
     lease_id: str | None = None
     """The only lease that the request may use; None where any lease of the task may be used."""
     run_id: str | None = None
@@ -199,7 +199,7 @@ def _action_scope(target_id: str, verb: str, resource: str) -> Scope:
 
 
 def narrowest(leases: Iterable[Lease]) -> Lease | None:
-    """Choose the lease with the least privilege, since its credential is injected. None where there is none.
+    """Choose the lease with the least privilege, since its credential is injected. None if there is none.
 
     Fewest globs over whole trees, then fewest over one segment, then fewest pairs of verb and resource. Of equal leases
     the one that ends first, then the one with the lowest id: so every gateway chooses the same.
@@ -241,7 +241,7 @@ def run_id_of_lease(lease: Lease) -> str | None:
 
 
 def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lease | Refusal | None:
-    """The lease that the handle names, if the sender has it at this target; None where there is no handle."""
+    """The lease that the handle names, if the sender has it at this target; None if there is no handle."""
     if sender.lease_id is None:
         return None
     lease = leases.get(sender.lease_id)

@@ -35,7 +35,7 @@ async def connect(source: CredentialSource, **options: Any) -> Any:
 
 
 def dsn_of(credential: IssuedCredential) -> str:
-    """The URL of a leased login. Raises CredentialUseError where it is none, CredentialOverError."""
+    """The URL of a leased login. Raises CredentialUseError if it is none, CredentialOverError."""
     if not isinstance(credential, PostgresCredential):
         raise CredentialUseError(f"a credential of kind {credential.kind} is no login for PostgreSQL")
     return credential.apply()
@@ -55,7 +55,7 @@ class LeasePool:
     def __init__(
         self, source: CredentialSource, *, min_size: int = 0, max_size: int = MAX_CONNECTIONS, **options: Any
     ) -> None:
-        """`options`: further ones of `asyncpg.create_pool`. Raises InvalidCallError where they say how to log in."""
+        """`options`: further ones of `asyncpg.create_pool`. Raises InvalidCallError if they say how to log in."""
         if given := {"dsn", "connect", "user", "password", "passfile", "database"} & options.keys():
             raise InvalidCallError(f"the credential says how to log in: leave out {', '.join(sorted(given))}")
         self._source = source

@@ -88,7 +88,7 @@ class BlockingAgent:
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the agent's loop, and wait for its result.
 
-        Raises InvalidCallError where the agent is not connected, or from its own thread, which would wait for itself.
+        Raises InvalidCallError if the agent is not connected, or from its own thread, which would wait for itself.
         """
         if self._loop is None or threading.current_thread() is self._thread:
             work.close()

@@ -33,7 +33,7 @@ class LeaseAuth(httpx.Auth):
             source: a `BlockingCredentialSource` for `httpx.Client`.
             origin: the only origin that credentials go to, such as `https://shop.example`; None sets no limit.
 
-        Raises InvalidCallError where `origin` is no origin.
+        Raises InvalidCallError if `origin` is no origin.
         """  # fmt: skip
         self._source = source
         self._presented = PresentedAuth(origin)

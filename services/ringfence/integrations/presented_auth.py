@@ -16,7 +16,7 @@ class PresentedAuth:
     """Keeps one `httpx.Auth` for each credential: it remembers the nonces of servers."""
 
     def __init__(self, origin: str | None) -> None:
-        """Raises InvalidCallError where `origin` is no http(s) origin."""
+        """Raises InvalidCallError if `origin` is no http(s) origin."""
         self._origin = None if origin is None else _origin(origin)
         if origin is not None and self._origin is None:
             raise InvalidCallError(
@@ -25,7 +25,7 @@ class PresentedAuth:
         self._of: tuple[str, httpx.Auth] | None = None
 
     def check(self, url: str) -> None:
-        """Raises CredentialUseError where a request goes elsewhere than to the origin."""
+        """Raises CredentialUseError if a request goes elsewhere than to the origin."""
         if self._origin is not None and _origin(url) != self._origin:
             scheme, host, port = self._origin
             raise CredentialUseError(

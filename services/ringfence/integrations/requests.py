@@ -43,7 +43,7 @@ class LeaseAuth(AuthBase):
     def __init__(self, source: BlockingCredentialSource, *, origin: str | None = None) -> None:
         """`origin`: the only origin that credentials go to; None sets no limit.
 
-        Raises InvalidCallError where it is no origin.
+        Raises InvalidCallError if it is no origin.
         """
         self._source = source
         self._presented = PresentedAuth(origin)
@@ -97,7 +97,7 @@ def _answered(
 
 
 def _position(body: Any) -> int | None:
-    """Where a body begins, as it may have to be sent twice; None where it can be read once alone."""
+    """Where a body begins, as it may have to be sent twice; None if it can be read once alone."""
     if body is None or isinstance(body, str | bytes):
         return 0
     try:

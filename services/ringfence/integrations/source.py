@@ -51,7 +51,7 @@ class CredentialSource:
     ) -> None:
         """The arguments of `Agent.request`; and `refresh_before_s`, how long before its end a credential is replaced.
 
-        Raises InvalidCallError where `verbs` or `resources` is no list.
+        Raises InvalidCallError if `verbs` or `resources` is no list.
         """
         self.agent = agent
         self.target = target

@@ -151,7 +151,7 @@ def described() -> FastStream:
 
 
 def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
-    """Raises SettingsError, and TokenKeyError where they do not go together."""
+    """Raises SettingsError, and TokenKeyError if they do not go together."""
     with of_setting("RINGFENCE_ISSUER_TOKEN_KEY_FILE"):
         signing = [TokenKey.load(own.token_key_file or settings.key_dir / TOKEN_KEY_FILE)]
     if own.rs256_token_key_file is not None:

@@ -383,7 +383,7 @@ class DecisionHandler:
         )
 
     async def _credential_of(self, live: _Live | Minted) -> Credential | None:
-        """Return the credential, or None where the gateway reads the secret from a source of its own."""
+        """Return the credential, or None if the gateway reads the secret from a source of its own."""
         if isinstance(live, Minted):
             return live.credential
         issue, backend = live.issue, self._backends[live.issue.lease.backend]

@@ -67,7 +67,7 @@ def problem_of(error: BaseException) -> dict[str, Any]:
 
 
 def how_to_ask(reason: Reason) -> str | None:
-    """Who can give the permission that a denial misses, and by which command; None where nobody can."""
+    """Who can give the permission that a denial misses, and by which command; None if nobody can."""
     if reason.permission is None or reason.side is None:
         return _ASK_BY_CODE.get(reason.code)
     wanted, (side, _, who) = shlex.quote(_text(reason.permission)), reason.side.partition(":")

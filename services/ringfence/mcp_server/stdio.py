@@ -23,7 +23,7 @@ _INSTRUCTIONS: Final = (
 
 
 async def serve_stdio(tools: AgentTools) -> None:
-    """Serve until standard input ends. Raises ModuleNotFoundError where the SDK is not installed."""
+    """Serve until standard input ends. Raises ModuleNotFoundError if the SDK is not installed."""
     # Both versions have these names; what they take differs, and only one of them is installed.
     stdio: Any = importlib.import_module("mcp.server.stdio")
     server = make_server(tools)

@@ -110,7 +110,7 @@ class ShownHeader(Message):
     name: Annotated[str, Field(pattern=rf"^[!#$%&'*+.^`|~0-9a-z-]{{1,{MAX_HEADER_NAME_CHARS}}}$")]
     """In lower case, with `-` for `_`."""
     value: Annotated[str, Field(max_length=2048, pattern=r"^[ -~]*$")] | None = None
-    """None where it is not shown: it may be a secret."""
+    """None if it is not shown: it may be a secret."""
 
 
 class ActionRequest(ExpiringClaims):

@@ -65,7 +65,7 @@ SpiffeId = Annotated[str, Field(pattern=_SPIFFE_ID)]
 
 
 def _writable(value: Any) -> Any:
-    """A JSON value that every reader can write out again. Raises ValueError where one of its numbers is none."""
+    """A JSON value that every reader can write out again. Raises ValueError if one of its numbers is none."""
     left = [value]
     while left:
         one = left.pop()

@@ -140,9 +140,9 @@ class CredentialDecision(Claims):
     """The broker's append times of those of `approvals` and `grants` that a passkey signed, by the SHA-256 of each.
     Their signatures are judged by these times."""
     revisions: Revisions | None = None
-    """None where a record was missing, so that there is nothing to hold on to."""
+    """None if a record was missing, so that there is nothing to hold on to."""
     input: dict[str, Any] | None = None
-    """What the policy was given; None where it was not reached."""
+    """What the policy was given; None if it was not reached."""
     input_digest: Digest | None = None
     expires_at: Seconds | None = None
     """Until when approvals are waited for (`approval_required` only)."""

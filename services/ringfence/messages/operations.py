@@ -234,6 +234,6 @@ class RelayEnded(Message):
     received_bytes: Annotated[int, Field(ge=0)]
     duration_ms: Annotated[int, Field(ge=0)]
     reason: Reason | None = None
-    """Why the gateway ended it, or could not begin it. None where a side ended it, or where nothing passed for long."""
+    """Why the gateway ended it, or could not begin it. None if a side ended it, or if nothing passed for long."""
     at_ms: Millis
     traceparent: str | None = None

@@ -82,6 +82,6 @@ class TrustBundle(ExpiringClaims):
     """`RootHandover` of each root to the next, oldest first."""
     rp_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] | None = None
     """The relying party id (WebAuthn Level 3, 4) for which new passkeys are made: the host of each origin, or a domain
-    above all of them. None where nobody uses passkeys."""
+    above all of them. None if nobody uses passkeys."""
     origins: tuple[Origin, ...] = ()
     """Where people use passkeys. Those that have ended stay here: what was signed there in their time still counts."""

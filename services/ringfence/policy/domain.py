@@ -197,7 +197,7 @@ class RequestVerdict(NamedTuple):
 
     denials: tuple[Reason, ...]
     ttl_s: int | None
-    """The life of the credential; None where it is denied."""
+    """The life of the credential; None if it is denied."""
     required: tuple[RequiredClass, ...]
     outweighed: tuple[Reason, ...] = ()
     """The denials of the bundle that break glass takes two operators for."""
@@ -303,5 +303,5 @@ def may_approve_any(
 
 
 def signer(approval: Signed[Approval] | Signed[Grant]) -> str | None:
-    """The id of the user who signed, or None where it was no user."""
+    """The id of the user who signed, or None if it was no user."""
     return subject_of(approval.claims.aud, approval.claims.iss, "user")

@@ -41,7 +41,7 @@ def router(
     notice_dead_letters: DeadLetters | None,
 ) -> GroupRouter:
     """Args:
-        notice: tells people of questions, by webhooks; None where there are none, and then no group reads for it.
+        notice: tells people of questions, by webhooks; None if there are none, and then no group reads for it.
         key_notice: tells people of keys that were added to them; where there is a `notice`.
         receipt: tells people what their passkeys signed; where there is a `notice`.
         on_assigned: awaited before the first record of `policy` after each assignment.

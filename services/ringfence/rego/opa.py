@@ -104,7 +104,7 @@ def _document(status: int, body: bytes, url: str) -> dict[str, Any]:
 
 
 def _revision(document: dict[str, Any]) -> str | None:
-    """The revision of the one bundle that OPA has; None where it has none, several, or does not say."""
+    """The revision of the one bundle that OPA has; None if it has none, several, or does not say."""
     provenance = document.get("provenance")
     bundles = provenance.get("bundles") if isinstance(provenance, dict) else None
     if not isinstance(bundles, dict) or len(bundles) != 1:

@@ -33,7 +33,7 @@ class HttpPool:
         self._idle: list[_Connection] = []
 
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
-        """Status and body of the answer to a POST of JSON. Raises UnavailableError where there is none.
+        """Status and body of the answer to a POST of JSON. Raises UnavailableError if there is none.
 
         Cancelled (or timed out), it closes the connection, by which the server knows that nobody waits any more.
         """
@@ -91,7 +91,7 @@ class _Connection(asyncio.Protocol):
         self.reusable = False
 
     async def ask(self, request: bytes) -> tuple[int, bytes]:
-        """Raises UnavailableError where the server closes before its answer is whole, or answers in no HTTP."""
+        """Raises UnavailableError if the server closes before its answer is whole, or answers in no HTTP."""
         if self._transport is None or self._transport.is_closing():
             raise _StaleError("the connection was closed")
         self._answer = asyncio.get_running_loop().create_future()

@@ -27,7 +27,7 @@ _NAMED = 5
 
 
 def compiled(modules: Sequence[Module], entry_point: str) -> Any:
-    """The bundle as a program for `regorus.Rvm`. Raises BundleError where it does not compile, naming file and line."""
+    """The bundle as a program for `regorus.Rvm`. Raises BundleError if it does not compile, naming file and line."""
     try:
         program = regorus.Program.compile_from_modules("{}", list(modules), [entry_point])
     except RuntimeError as error:
@@ -85,7 +85,7 @@ def run_tests(
 
 
 def check_tests(modules: Sequence[Module], tests: Sequence[Module]) -> None:
-    """Raises BundleError where a test of the bundle fails, naming the first of them."""
+    """Raises BundleError if a test of the bundle fails, naming the first of them."""
     outcomes, _ = run_tests(modules, tests)
     failed = [outcome.name for outcome in outcomes if not outcome.passed]
     if failed:
@@ -99,7 +99,7 @@ def check_tests(modules: Sequence[Module], tests: Sequence[Module]) -> None:
 def fired(modules: Sequence[Module], input_json: str, *, leave_out: str) -> list[tuple[str, Any]]:
     """The rules with a condition that holds for an input, and what they say: `("identity.agent_active", True)`.
 
-    `leave_out` is an entry point whose package is not of interest. Raises BundleError where the bundle does not
+    `leave_out` is an entry point whose package is not of interest. Raises BundleError if the bundle does not
     compile, or cannot be evaluated.
     """
     engine = regorus.Engine()

@@ -55,8 +55,8 @@ class Worker(asyncio.Protocol):
     async def ask(self, message: bytes) -> bytes:
         """Its answer to one message.
 
-        Raises PolicyTimeoutError where that took longer than the time-out from its turn on, PolicyFailedError where it
-        ended the worker, WorkerLostError where its turn never came.
+        Raises PolicyTimeoutError if that took longer than the time-out from its turn on, PolicyFailedError if it
+        ended the worker, WorkerLostError if its turn never came.
         """
         if self._transport is None or self._transport.is_closing():
             raise WorkerLostError("the worker has ended")
@@ -156,7 +156,7 @@ class Worker(asyncio.Protocol):
 async def start_worker(bundle: Bundle, entry_point: str, timeout_s: float) -> Worker:
     """A worker that evaluates `entry_point` of a bundle, compiled and tested.
 
-    Raises BundleError where the bundle is not fit for it, PolicyUnavailableError where no process can be started.
+    Raises BundleError if the bundle is not fit for it, PolicyUnavailableError if no process can be started.
     """
     ours, theirs = socket.socketpair()
     with theirs:

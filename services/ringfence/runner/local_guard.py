@@ -36,7 +36,7 @@ async def guarded(connection: Connection, plan: RunPlan, execution: RunExecution
     """Send heartbeats for a run, freeze and destroy it while Kafka acknowledges none, and end it when it is stopped.
 
     `connection`: connected with the runner's key. Entered once a heartbeat was acknowledged: revokers count the silence
-    of every run. Raises UnavailableError where the topic `run.order` cannot be read.
+    of every run. Raises UnavailableError if the topic `run.order` cannot be read.
     """
     key = connection.key
 

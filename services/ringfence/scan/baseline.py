@@ -83,7 +83,7 @@ def compare_with_last(report: Report, folder: Path) -> None:
     """Say what the last scan of the same paths had and this one has not, then remember this one.
 
     A record that cannot be read counts as none. A scan that was ended early replaces no record. Raises OSError and
-    NotPrivateError where the record cannot be written.
+    NotPrivateError if the record cannot be written.
     """
     make_private_folder(folder)
     name = hashlib.sha256(json.dumps([os.getcwd(), *report.roots]).encode()).hexdigest()[:24]

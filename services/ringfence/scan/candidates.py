@@ -25,7 +25,7 @@ class Candidate:
     field: str
     kind: Kind
     value: SecretValue | None = None
-    """None where a credential is there whose value the scan does not read, such as the keys of an SSH agent."""
+    """None if a credential is there whose value the scan does not read, such as the keys of an SSH agent."""
     opens: Access = UNKNOWN_ACCESS
     used_by: tuple[str, ...] = ()
     line: int | None = None
@@ -123,7 +123,7 @@ def candidate_of(kind: Kind, value: str, field: str, **more: Any) -> Candidate:
 
 
 def of_jwt(token: str, field: str, *, kind: Kind | None = None, **more: Any) -> Candidate | None:
-    """Return a candidate for a JWT with its claims, which nobody verified; None where it is no JWT."""
+    """Return a candidate for a JWT with its claims, which nobody verified; None if it is no JWT."""
     parts = checksums.jwt_parts(token)
     if parts is None:
         return None
@@ -157,7 +157,7 @@ def of_jwt(token: str, field: str, *, kind: Kind | None = None, **more: Any) -> 
 
 
 def of_basic(encoded: str, field: str, *, kind: Kind = kinds.BASIC_AUTH, **more: Any) -> Candidate | None:
-    """Return a candidate for base64 of `user:password`; None where it is something else."""
+    """Return a candidate for base64 of `user:password`; None if it is something else."""
     try:
         user, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
     except (binascii.Error, ValueError):
@@ -288,7 +288,7 @@ def openssh_is_encrypted(body: str) -> bool:
 
 
 def host_of(url: str) -> str | None:
-    """Return the host of a URL, with its port; None where it has none."""
+    """Return the host of a URL, with its port; None if it has none."""
     try:
         parts = urlsplit(url if "://" in url else f"//{url}")
         host = parts.netloc.rpartition("@")[2]

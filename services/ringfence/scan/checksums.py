@@ -73,7 +73,7 @@ def bech32(text: str) -> bool:
 
 
 def jwt_parts(token: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """Return header and claims of a compact JWS, unverified; None where it is none."""
+    """Return header and claims of a compact JWS, unverified; None if it is none."""
     parts = token.split(".")
     if len(parts) != 3:
         return None

@@ -172,7 +172,7 @@ def include(report: Report, adapter: Adapter, paths: Sequence[str], guard: Outpu
 def places_of(adapter: Adapter, paths: Sequence[str]) -> list[tuple[str, str, int | None]]:
     """Return rule, path and line of what a scanner finds below some paths.
 
-    Raises OSError, ValueError where its output is not understood, and subprocess.SubprocessError.
+    Raises OSError, ValueError if its output is not understood, and subprocess.SubprocessError.
     """
     program = program_of(adapter.name)
     if program is None:

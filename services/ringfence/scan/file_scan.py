@@ -46,7 +46,7 @@ class Job:
     relative: str
     shown: str
     reader: str | None = None
-    """The reader that asked for this place of the machine; None where the path decides."""
+    """The reader that asked for this place of the machine; None if the path decides."""
     is_link: bool = False
 
 

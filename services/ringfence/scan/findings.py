@@ -109,7 +109,7 @@ class Finding:
     readable_by: Readable
     rings: tuple[RingVerdict, ...]
     fingerprint: str | None
-    """HMAC with a key of this machine; None where the scan did not read the value."""
+    """HMAC with a key of this machine; None if the scan did not read the value."""
     length: int | None
     remarks: tuple[str, ...] = ()
     remedies: tuple[Remedy, ...] = ()
@@ -153,7 +153,7 @@ class Report:
     bytes: int = 0
     elapsed_s: float = 0.0
     complete: bool = True
-    """False where a limit of the whole scan (time, number of files) ended it early."""
+    """False if a limit of the whole scan (time, number of files) ended it early."""
     gone: list[Identity] = field(default_factory=list)
     """What the scan before, or the baseline, had and this one has not."""
     gone_since_s: int | None = None

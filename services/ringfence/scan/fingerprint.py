@@ -34,7 +34,7 @@ class Fingerprinter:
 def state_folder() -> Path | None:
     """Return the folder of what scans remember: `$XDG_STATE_HOME/ringfence/scan`, else under `~/.local/state`.
 
-    None where the user has no home directory.
+    None if the user has no home directory.
     """
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():

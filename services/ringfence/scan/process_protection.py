@@ -31,7 +31,7 @@ def protect_process() -> bool:
 
 
 def address_space() -> int | None:
-    """Return how many bytes of address space this process has; None where the system does not say."""
+    """Return how many bytes of address space this process has; None if the system does not say."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[0]) * resource.getpagesize()

@@ -75,7 +75,7 @@ class SourceFile:
         return b"\0" in self.data[:8192] and self.data[:2] not in (b"\xff\xfe", b"\xfe\xff")
 
     def line_of(self, value: str) -> int | None:
-        """Return the line in which a value begins first; None where it is written in another form."""
+        """Return the line in which a value begins first; None if it is written in another form."""
         start = self.text.find(value[:200])
         return None if start < 0 else self.line_at(start)
 
@@ -133,7 +133,7 @@ class Root:
             os.close(descriptor)
 
     def resolve(self, relative: str) -> str | None:
-        """Return where a link below the root leads, as a path below the root; None where it leads out of it."""
+        """Return where a link below the root leads, as a path below the root; None if it leads out of it."""
         target = os.path.realpath(self._base / relative)
         try:
             return str(Path(target).relative_to(self._base))

@@ -21,7 +21,7 @@ class DirectoryView:
         self.id = provisioner_id
 
     def provisioner(self) -> UserRecord:
-        """The provisioner's own record. Raises UnavailableError where no operator delegates anything to it."""
+        """The provisioner's own record. Raises UnavailableError if no operator delegates anything to it."""
         record = self.record(self.id)
         if record is None or record.state.delegation is None:
             raise UnavailableError(
@@ -36,7 +36,7 @@ class DirectoryView:
         return cast(Delegation, self.provisioner().state.delegation)
 
     def record(self, user_id: str) -> UserRecord | None:
-        """The verified record of any user; None where there is none, or it does not verify."""
+        """The verified record of any user; None if there is none, or it does not verify."""
         try:
             entry = self._directory.user(user_id)
         except ChainError:
@@ -64,5 +64,5 @@ class DirectoryView:
         return self.provisioner().state.linked
 
     def link(self, id: str) -> GroupLink | None:
-        """A group by its SCIM id; None where there is none. Raises UnavailableError."""
+        """A group by its SCIM id; None if there is none. Raises UnavailableError."""
         return next((one for one in self.links() if group_id(self.id, one.group) == id), None)

@@ -249,7 +249,7 @@ class ScimApi:
         return guarded
 
     async def _authenticate(self, request: Request) -> Response | None:
-        """None where the bearer token is valid; otherwise the answer, 401 or 429."""
+        """None if the bearer token is valid; otherwise the answer, 401 or 429."""
         if self._tokens.name_of(request.headers.get("authorization")) is not None:
             return None
         now_ms = self._clock.now_ms()

@@ -125,7 +125,7 @@ def group_resource(
 
 
 def to_provisioning(user: User, groups: Sequence[str]) -> Provisioning:
-    """The attributes of a SCIM user that are kept in the record. Raises ValidationError where one is too long."""
+    """The attributes of a SCIM user that are kept in the record. Raises ValidationError if one is too long."""
     name = user.name or FullName()
     return Provisioning(
         groups=tuple(groups),

@@ -64,7 +64,7 @@ class PageConfig:
 
 
 def page_config(settings: BusSettings, page: SignPageSettings) -> PageConfig:
-    """Return what the page is for, by the settings. Raises SignPageError where they do not say it."""
+    """Return what the page is for, by the settings. Raises SignPageError if they do not say it."""
     if page.origin is None:
         raise SignPageError(
             "RINGFENCE_SIGN_PAGE_ORIGIN is not set: it is where people open the page, and the trust bundle names it "

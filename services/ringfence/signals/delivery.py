@@ -154,7 +154,7 @@ class Delivery:
         )
 
     def stuck(self, now_ms: int) -> str | None:
-        """A warning about a receiver that has taken nothing for `stuck_s`; None where there is none."""
+        """A warning about a receiver that has taken nothing for `stuck_s`; None if there is none."""
         since_ms = self._pusher.failing_since_ms if self._pusher else self.window.waiting_since_ms
         if since_ms is None or now_ms - since_ms < self._settings.stuck_s * 1000:
             return None
@@ -176,7 +176,7 @@ class Delivery:
     async def _deliver_by_poll(self, first_batch: _Outstanding) -> None:
         """Return once the receiver has polled and settled these events, and all that were read ahead meanwhile.
 
-        Reads ahead so that `moreAvailable` is true while a later batch has events. Raises UnavailableError where
+        Reads ahead so that `moreAvailable` is true while a later batch has events. Raises UnavailableError if
         another replica has taken over the stream.
         """
         outstanding = deque([first_batch])
@@ -332,7 +332,7 @@ class DeliverySupervisor:
             self._epochs.took(record)
 
     def of(self, stream_id: str) -> Delivery | None:
-        """The running delivery of a stream; None where there is none."""
+        """The running delivery of a stream; None if there is none."""
         running = self._running.get(stream_id)
         return running[0] if running else None
 
@@ -361,7 +361,7 @@ class DeliverySupervisor:
         return next((one.consumer.halted for one, _ in self._running.values() if one.consumer.halted), None)
 
     def warning(self) -> str | None:
-        """Warnings about receivers that take nothing; None where there are none."""
+        """Warnings about receivers that take nothing; None if there are none."""
         return "; ".join(self._stuck()) or None
 
     def _stuck(self) -> list[str]:

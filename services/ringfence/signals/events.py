@@ -53,7 +53,7 @@ class UnsignedSet:
     jti: str
     claims: Mapping[str, Any] = field(repr=False)
     lease_id: str | None = None
-    """None where the event is about the stream itself."""
+    """None if the event is about the stream itself."""
 
 
 def has_ended(lease: Lease) -> bool:

@@ -57,7 +57,7 @@ class Window:
         return self._changed
 
     def settle(self, jti: str) -> UnsignedSet | None:
-        """Remove an event that the receiver acknowledged or refused. None where it did not wait."""
+        """Remove an event that the receiver acknowledged or refused. None if it did not wait."""
         event = self._waiting.pop(jti, None)
         if event is not None:
             self.waiting_since_ms = self._clock.now_ms() if self._waiting else None

@@ -40,7 +40,7 @@ class Pusher:
     def __init__(
         self, receiver: Receiver, settings: SignalsSettings, clock: Clock, on_refused: OnRefused
     ) -> None:
-        """Raises UnavailableError where the receiver's CA file cannot be read."""
+        """Raises UnavailableError if the receiver's CA file cannot be read."""
         assert receiver.push is not None
         self._url = receiver.push
         self._receiver = receiver

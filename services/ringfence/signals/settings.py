@@ -14,7 +14,7 @@ from ringfence.kernel.base.settings import RingfenceSettings
 
 
 def safe_url(url: str) -> str:
-    """The same URL. Raises ValueError where what goes there could be read on the way."""
+    """The same URL. Raises ValueError if what goes there could be read on the way."""
     parts = urlsplit(url)
     host = parts.hostname or ""
     parts.port  # noqa: B018 - raises where it is none

@@ -67,7 +67,7 @@ class StreamTable:
             self.changed.set()
 
     def of(self, receiver: str) -> SignalStreamState | None:
-        """The stream of a receiver; None where it has none."""
+        """The stream of a receiver; None if it has none."""
         found = self._by_receiver.get(receiver)
         return None if found is None or found.claims.status == "deleted" else found
 
@@ -81,7 +81,7 @@ class StreamTable:
             raise UnavailableError("the table of streams is behind; ask again")
 
     async def create(self, receiver: str, method: DeliveryMethod, **fields: Any) -> SignalStreamState | None:
-        """Create a stream; None where the receiver has one already."""
+        """Create a stream; None if the receiver has one already."""
         async with self._writing:
             await self.caught_up()
             if self.of(receiver) is not None:
@@ -94,7 +94,7 @@ class StreamTable:
             )
 
     async def change(self, receiver: str, stream_id: str, **changed: Any) -> SignalStreamState | None:
-        """Change a stream; None where it no longer exists.
+        """Change a stream; None if it no longer exists.
 
         A stream that is enabled again delivers events from then on.
         """

@@ -25,7 +25,7 @@ class MovableClock:
         return self._last_ms
 
     def advance(self, seconds: float) -> None:
-        """Move the clock forward. Raises ValueError where `seconds` is negative."""
+        """Move the clock forward. Raises ValueError if `seconds` is negative."""
         if seconds < 0:
             raise ValueError("time only goes forward")
         self._ahead_ms += round(seconds * 1000)

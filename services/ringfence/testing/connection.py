@@ -64,7 +64,7 @@ class InMemoryConnection(Connection):
 
 
 def run_at_once(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that waits for nothing, without an event loop. Raises RuntimeError where it waits."""
+    """The result of a coroutine that waits for nothing, without an event loop. Raises RuntimeError if it waits."""
     try:
         work.send(None)
     except StopIteration as done:

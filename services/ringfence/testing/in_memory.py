@@ -321,8 +321,8 @@ class InMemoryRingfence:
             by: who approves; None has whoever may give each approval that is needed.
             within_s: how long to wait for a request, in seconds of real time.
 
-        Raises NothingPendingError; InvalidCallError where several wait; NotYoursError where `by` may not approve it;
-        StaleApprovalError where it is no longer open.
+        Raises NothingPendingError; InvalidCallError if several wait; NotYoursError if `by` may not approve it;
+        StaleApprovalError if it is no longer open.
         """
         return await self._answer(request, "approved", by, comment, within_s)
 
@@ -354,7 +354,7 @@ class InMemoryRingfence:
     ) -> int:
         """End what one condition covers, as an operator (the kill switch). Returns how many leases were ended.
 
-        Raises InvalidCallError where not exactly one condition is given; RefusedError by the revoker.
+        Raises InvalidCallError if not exactly one condition is given; RefusedError by the revoker.
         """
         accepted = await self.administrator().revoke(
             reason=reason,

@@ -492,7 +492,7 @@ _MONTH_S = 30 * 86_400
 def set_ceiling_command(
     agent_id: str, narrower: Sequence[Mapping[str, Any]] | None, me: Path | None
 ) -> str | None:
-    """Return the shell command that narrows the agent's ceiling to what it used; None where it used all of it.
+    """Return the shell command that narrows the agent's ceiling to what it used; None if it used all of it.
 
     Args:
         narrower: the ceiling that policy proposes.

@@ -240,7 +240,7 @@ def verify(
 ) -> None:
     """Find what was removed, changed, reordered, doubled or cut off in the trail, and what never came there.
 
-    Reads Kafka itself and believes nobody but the trust root. Exit 1 where there is a fault.
+    Reads Kafka itself and believes nobody but the trust root. Exit 1 if there is a fault.
     """
     from ringfence.client.reports.auditor import HEADS, read_heads, verify_trail, witness
 

@@ -59,7 +59,7 @@ def dev(
 ) -> None:
     """Run all services with an embedded broker and Valkey. Ctrl-C ends everything.
 
-    Exit 0 where that was the end; 1 where a part ended by itself, or did not end in good order.
+    Exit 0 if that was the end; 1 if a part ended by itself, or did not end in good order.
 
     Each start is a fresh one: the broker's data of the last are gone, the keys are kept.
     """

@@ -248,7 +248,7 @@ async def watch_table(
 ) -> Never:
     """Redraw the table in place until Ctrl-C. If a service does not answer, the last table stays, with a note.
 
-    Raises ApiError where policy does not answer at the start, or refuses.
+    Raises ApiError if policy does not answer at the start, or refuses.
     """
     from ringfence.client.reports.inventory import read_inventory
 

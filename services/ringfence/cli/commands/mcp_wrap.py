@@ -124,7 +124,7 @@ def wrap(
 
 
 def _refuse_static_keys(environment: dict[str, str], words: list[str]) -> None:
-    """Raises RingfenceError where a variable or an argument of the server holds a credential that the scan knows.
+    """Raises RingfenceError if a variable or an argument of the server holds a credential that the scan knows.
 
     In the sandbox it opens nothing: the gateway is the only way out, and puts the lease's credential in its place.
     """

@@ -43,7 +43,7 @@ def run_bundle_tests(
 ) -> None:
     """Run the tests of a bundle (every rule `test_...` in its files `*_test.rego`), and show what they cover.
 
-    Exits 1 where a test fails, or where there is none. A running policy uses no bundle that fails its tests.
+    Exits 1 if a test fails, or if there is none. A running policy uses no bundle that fails its tests.
     """
     from ringfence.rego.bundle import load_bundle
     from ringfence.rego.engine import ISSUANCE

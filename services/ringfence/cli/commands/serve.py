@@ -39,7 +39,7 @@ def serve(
 ) -> None:
     """Run one or more services until SIGTERM or Ctrl-C.
 
-    Exit 0 where that was the end, also where work was left to whoever is there then; 1 where one could not go on.
+    Exit 0 if that was the end, also where work was left to whoever is there then; 1 if one could not go on.
     """
     from ringfence.cli.shared.output import note
     from ringfence.cli.shared.settings_check import unread

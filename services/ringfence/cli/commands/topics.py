@@ -64,7 +64,7 @@ def apply(as_json: JsonOption = False) -> None:
 
 @app.command()
 def check(as_json: JsonOption = False) -> None:
-    """Compare the topics with the contract; exit 1 where one differs."""
+    """Compare the topics with the contract; exit 1 if one differs."""
     from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 
     async def work() -> list[TopicDifference]:

@@ -33,7 +33,7 @@ _SIGNS = {"add": "+", "change": "~", "disable": "-", "confirm": " "}
 async def sync(
     file: Path, identity: Path | None, *, dry_run: bool, force: bool, max_leaving: int, as_json: bool
 ) -> None:
-    """Make the users of a provisioner match the file. Raises RingfenceError where a command failed."""
+    """Make the users of a provisioner match the file. Raises RingfenceError if a command failed."""
     async with Provisioner.connect(identity) as provisioner:
         delegation = await delegation_of(provisioner)
         file_users = read_users(file, {one.group for one in delegation.groups})

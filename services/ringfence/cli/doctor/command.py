@@ -40,7 +40,7 @@ _SIGNS = {"good": "ok", "bad": "WRONG", "unknown": "?"}
 
 
 def doctor(as_json: JsonOption = False) -> None:
-    """Examine keys, trust, Kafka, Redis, clocks and services, and say what to do. Exit 1 where one is wrong."""
+    """Examine keys, trust, Kafka, Redis, clocks and services, and say what to do. Exit 1 if one is wrong."""
     from ringfence.client.settings import ClientSettings
     from ringfence.kernel.base.settings import ServiceSettings, load
 

@@ -98,7 +98,7 @@ class Replacement:
     async def ask(self, question: str, me: Path | None, *, yes: bool, quiet: bool) -> dict[str, Any]:
         """Show everything, and ask. `quiet`: show nothing where nobody is asked either, as with `--json`.
 
-        Returns the document for `--json`. Raises RingfenceError where the answer is no, WrongUseError where nobody is
+        Returns the document for `--json`. Raises RingfenceError if the answer is no, WrongUseError if nobody is
         there to answer.
         """
         from ringfence.client.admin.affected_leases import EndingLeases, ending_leases

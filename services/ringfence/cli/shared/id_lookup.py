@@ -70,7 +70,7 @@ async def whole_id(kind: IdKind, text: str, who: Path | PasskeyUser | None) -> s
     `who`: whose key file the services' APIs are asked with. For a person with a passkey, who has no token for those,
     Kafka is read: then only for tasks and leases.
 
-    Raises InvalidCallError where none or several begin so, and ApiError where no service could say.
+    Raises InvalidCallError if none or several begin so, and ApiError if no service could say.
     """
     if is_whole(text):
         return text
@@ -125,7 +125,7 @@ async def known_ids(api: ReadApi, kind: IdKind | None = None) -> dict[str, str]:
     """Return the ids of a kind (None: of tasks, leases and requests) that the caller may see, each with a few words.
 
     Tasks are those that the registry lists, leases those that have not ended. Both, and requests, are added from the
-    latest audit events. Raises ApiError where no service answers.
+    latest audit events. Raises ApiError if no service answers.
     """
     found: dict[str, str] = {}
     failed: list[ApiError] = []

@@ -275,7 +275,7 @@ def moment_s(text: str) -> int:
 def confirm(question: str, yes: bool) -> None:
     """Ask for confirmation.
 
-    Raises RingfenceError where the answer is no, WrongUseError where nobody is there to ask.
+    Raises RingfenceError if the answer is no, WrongUseError if nobody is there to ask.
     """
     if yes:
         return

@@ -74,7 +74,7 @@ def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> 
 
 
 async def read_record(api: ReadApi, kind: SubjectKind, id: str) -> Any:
-    """Return one record. Raises ApiError; where there is none, with the closest id that the caller may see."""
+    """Return one record. Raises ApiError; if there is none, with the closest id that the caller may see."""
     try:
         return await api.record(kind, id)
     except ApiError as error:

@@ -146,7 +146,7 @@ def _cell_width(cell: str) -> int:
 def _table_widths(
     columns: Sequence[Column], cells: Sequence[Sequence[str]], width: int | None
 ) -> list[int] | None:
-    """Return the width of each column; None where the table does not fit."""
+    """Return the width of each column; None if the table does not fit."""
     natural = [
         max(cell_len(visible(column.title)), *(_cell_width(row[number]) for row in cells))
         for number, column in enumerate(columns)

@@ -24,7 +24,7 @@ class YamlFile:
     """One YAML file: converts nodes to values and collects problems. `finish` raises them."""
 
     def __init__(self, path: Path) -> None:
-        """Raises YamlFileError where the file cannot be read, or is no YAML."""
+        """Raises YamlFileError if the file cannot be read, or is no YAML."""
         self._path = path
         self._problems: list[tuple[int, str]] = []
         try:

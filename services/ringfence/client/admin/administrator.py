@@ -330,7 +330,7 @@ class Administrator(CommandClient):
         """Sign this user's consent to become the sponsor of an agent as it is now. The present sponsor embeds it.
 
         It is valid once, for `life_s` seconds (by a passkey for ten minutes at most), and no longer once the agent's
-        record changes. Raises InvalidCallError where there is no such agent.
+        record changes. Raises InvalidCallError if there is no such agent.
         """
         user = self._user_id("the root answers for no agents")
         directory = await self.connection.current_directory()
@@ -388,7 +388,7 @@ class Administrator(CommandClient):
 
         `anyway`: accept a backend of another package that is not installed here.
 
-        Raises RequestMapError where a rule of `requests` is invalid, InvalidCallError where the backend is unknown or
+        Raises RequestMapError if a rule of `requests` is invalid, InvalidCallError if the backend is unknown or
         does not take these settings; nothing was sent then.
         """
         verbs = instances("verbs", verbs, VerbFloor, '[VerbFloor(verb="read")]')

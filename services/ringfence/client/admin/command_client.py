@@ -36,7 +36,7 @@ class CommandClient(Lifetime):
     """
 
     def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Use `connect`. Raises IdentityError where the connection's key may not sign this kind of command."""
+        """Use `connect`. Raises IdentityError if the connection's key may not sign this kind of command."""
         self.id = self._signer_id(connection)
         self.connection = connection
         self.timeout_s = timeout_s
@@ -92,7 +92,7 @@ class Accepted:
     command_id: str
     """The UUIDv5 of the command's (`iss`, `jti`)."""
     result: str | None
-    """The id of what the command created, e.g. of the task; None where it created nothing."""
+    """The id of what the command created, e.g. of the task; None if it created nothing."""
     at_ms: int
 
 

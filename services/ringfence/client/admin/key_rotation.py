@@ -44,7 +44,7 @@ class RotatedRoot:
 def renew(folder: TrustFolder, *, valid_s: int = YEAR_S, origins: OriginChange = NO_CHANGE) -> TrustBundle:
     """Sign the next version of the bundle with the same keys and a new end, also where it has expired.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no trust root, or `origins` cannot be.
+    Returns the bundle. Needs the root's key. Raises CeremonyError if there is no trust root, or `origins` cannot be.
     """
     root, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
@@ -70,7 +70,7 @@ def rotate_services(
     replaces the old one. Encryption keys rotate likewise. An old one that leases may still need is kept
     (`<name>-seal-before-<kid>.json`). `compromised`: the old keys end now.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where a name is not in the bundle, or there is no
+    Returns the bundle. Needs the root's key. Raises CeremonyError if a name is not in the bundle, or there is no
     trust root.
     """
     root, bundle = load_root_and_bundle(folder)
@@ -98,7 +98,7 @@ def rotate_root(
     Whoever pins the old root follows by its handover. Whoever pins the new one accepts what the old one signed while it
     was the root: up to now, or up to `compromised_since_s`.
 
-    Raises CeremonyError where there is no trust root.
+    Raises CeremonyError if there is no trust root.
     """
     old, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())

@@ -43,8 +43,8 @@ NO_CHANGE = OriginChange()
 def set_origins(folder: TrustFolder, change: OriginChange) -> TrustBundle:
     """Sign the next version of the trust bundle, with other origins. The end of the bundle stays what it is.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where an origin cannot be one, where the relying
-    party id does not fit all of them, or where there is no trust root.
+    Returns the bundle. Needs the root's key. Raises CeremonyError if an origin cannot be one, if the relying
+    party id does not fit all of them, or if there is no trust root.
     """
     root, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
@@ -81,7 +81,7 @@ def changed_origins(
 
 
 def origin_of(url: str) -> str:
-    """The origin of a URL, as browsers write it. Raises CeremonyError where passkeys cannot be used there."""
+    """The origin of a URL, as browsers write it. Raises CeremonyError if passkeys cannot be used there."""
     try:
         parts = urlsplit(url)
         host, port = (parts.hostname or "").rstrip("."), parts.port

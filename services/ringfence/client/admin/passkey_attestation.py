@@ -32,7 +32,7 @@ def verify_attestation(package: KeyPackage, root_pems: Sequence[bytes]) -> None:
         package: what the sign page gave out.
         root_pems: certificates of makers, each file with one or more in PEM.
 
-    Raises AttestationError with the reason, InvalidCallError where a root cannot be read, or the extra is missing.
+    Raises AttestationError with the reason, InvalidCallError if a root cannot be read, or the extra is missing.
     """
     try:
         from fido2.attestation.base import InvalidAttestation
@@ -61,7 +61,7 @@ def verify_attestation(package: KeyPackage, root_pems: Sequence[bytes]) -> None:
 
 
 def _difference(package: KeyPackage, data: Any) -> str | None:
-    """In what the attested credential is not the one in the package; None where it is that one."""
+    """In what the attested credential is not the one in the package; None if it is that one."""
     credential, passkey = data.credential_data, package.passkey
     if credential is None:
         return "it has no credential"

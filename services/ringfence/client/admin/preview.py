@@ -30,7 +30,7 @@ def preview(
 ) -> Preview:
     """Compare a task that is not assigned yet with the verified records.
 
-    Raises InvalidCallError where agent or user are unknown, ScopeError where the scope is malformed, ChainError where
+    Raises InvalidCallError if agent or user are unknown, ScopeError if the scope is malformed, ChainError if
     a record does not verify.
     """
     validate_scope(terms.scope)

@@ -14,7 +14,7 @@ from ringfence.model.scope.scope import missing, validate_scope
 def with_added(held: Scope, more: Iterable[Permission]) -> Scope:
     """The union of `held` and `more`, without permissions that the other side contains.
 
-    Raises ScopeError where the result is too large.
+    Raises ScopeError if the result is too large.
     """
     new = tuple(permission for permission in more if missing((permission,), held))
     scope = (*(permission for permission in held if missing((permission,), new)), *new)
@@ -28,7 +28,7 @@ def with_removed(held: Scope, less: Iterable[Permission]) -> Scope:
     For each named verb, every held resource within a named one is removed. A held resource that only overlaps a named
     one stops the whole change: globs have no exceptions, so the remainder cannot be written down.
 
-    Raises InvalidCallError where something is not held, naming what is; or is held only as part of something wider.
+    Raises InvalidCallError if something is not held, naming what is; or is held only as part of something wider.
     """
     removed: set[tuple[str, str, str]] = set()
     for permission in less:

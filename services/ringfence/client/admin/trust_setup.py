@@ -87,7 +87,7 @@ class TrustFolder:
         return self.path / "agents" / f"{agent_id}.json"
 
     def fingerprint(self) -> str:
-        """The root's fingerprint, which `RINGFENCE_TRUST_ROOT` pins. Raises KeyFileError where there is no root."""
+        """The root's fingerprint, which `RINGFENCE_TRUST_ROOT` pins. Raises KeyFileError if there is no root."""
         return SigningKey.load(self.root_key).kid
 
 
@@ -106,8 +106,8 @@ def make_trust(
     `gateways`: the name of each. A revocation waits for the acknowledgement of every gateway, so each has a key of its
     own. `rp_id` and `origins`: see `ringfence.client.admin.origins`.
 
-    Returns the root's fingerprint. Raises InvalidCallError where a name is invalid; CeremonyError where it is taken, or
-    where there is a root already: a second one would orphan everything that the first one signed.
+    Returns the root's fingerprint. Raises InvalidCallError if a name is invalid; CeremonyError if it is taken, or
+    if there is a root already: a second one would orphan everything that the first one signed.
     """
     if folder.root_key.exists():
         raise CeremonyError(f"{folder.root_key} exists already; remove it only if nothing was signed with it")
@@ -162,7 +162,7 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     Issuers and gateways from earlier versions without an encryption key get one. The end of the bundle stays what it
     is.
 
-    Returns the bundle. Needs the root's key. Raises InvalidCallError where a name is invalid; CeremonyError where it is
+    Returns the bundle. Needs the root's key. Raises InvalidCallError if a name is invalid; CeremonyError if it is
     taken, or there is no trust root, or its bundle has expired (see `ringfence.client.admin.key_rotation`).
     """
     root, bundle = load_root_and_bundle(folder)
@@ -175,7 +175,7 @@ def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
 def add_runners(folder: TrustFolder, runners: Sequence[str]) -> TrustBundle:
     """Sign the next version of the trust bundle: with these runners, each with a new key, beside everything in it.
 
-    Returns the bundle. Needs the root's key. Raises InvalidCallError where a name is invalid; CeremonyError where it is
+    Returns the bundle. Needs the root's key. Raises InvalidCallError if a name is invalid; CeremonyError if it is
     taken, or there is no trust root, or its bundle has expired.
     """
     root, bundle = load_root_and_bundle(folder)
@@ -188,7 +188,7 @@ def add_runners(folder: TrustFolder, runners: Sequence[str]) -> TrustBundle:
 def add_services(folder: TrustFolder, roles: Sequence[str]) -> TrustBundle:
     """Sign the next version of the trust bundle: with keys for optional services (`ON_DEMAND`) that the bundle lacks.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where there is no such service, it is in the bundle
+    Returns the bundle. Needs the root's key. Raises CeremonyError if there is no such service, it is in the bundle
     already, or there is no trust root, or its bundle has expired.
     """
     root, bundle = load_root_and_bundle(folder)
@@ -211,7 +211,7 @@ def missing_on_demand_services(bundle: TrustBundle) -> list[ServiceRole]:
 def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
     """Sign the next version of the trust bundle: with this issuer, which replaces one of the same name.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where the issuer lacks what its use needs, or there
+    Returns the bundle. Needs the root's key. Raises CeremonyError if the issuer lacks what its use needs, or there
     is no trust root.
     """
     if unknown := unknown_fields(issuer):
@@ -238,7 +238,7 @@ def set_oidc_issuer(folder: TrustFolder, issuer: OidcIssuer) -> TrustBundle:
 def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
     """Sign the next version of the trust bundle without this issuer: its tokens are invalid from then on.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError where it is not in the bundle, or there is no trust
+    Returns the bundle. Needs the root's key. Raises CeremonyError if it is not in the bundle, or there is no trust
     root.
     """
     root, bundle = load_root_and_bundle(folder)
@@ -333,7 +333,7 @@ def load_root_and_bundle(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:
 def first_operator(folder: TrustFolder, trust_domain: str, operator: str, name: str) -> UserSet:
     """Return the root's unsigned command that creates the first operator. It expires after an hour.
 
-    Raises CeremonyError where the folder has no key of theirs.
+    Raises CeremonyError if the folder has no key of theirs.
     """
     now_s = int(time.time())
     file = folder.user_key(operator)
@@ -360,7 +360,7 @@ def first_operator(folder: TrustFolder, trust_domain: str, operator: str, name: 
 async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: str, name: str) -> None:
     """Put the trust bundle and the first operator on Kafka. Needs the root's key.
 
-    Raises CeremonyError where `make_trust` has not run, or for another operator; UnavailableError where Kafka does not
+    Raises CeremonyError if `make_trust` has not run, or for another operator; UnavailableError if Kafka does not
     answer.
     """
     from ringfence.kernel.kafka.producer import Publisher
@@ -374,7 +374,7 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
 
 
 async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
-    """Put the trust bundle on Kafka. Raises CeremonyError where there is none, UnavailableError where Kafka is not."""
+    """Put the trust bundle on Kafka. Raises CeremonyError if there is none, UnavailableError if Kafka is not."""
     from ringfence.kernel.kafka.producer import Publisher
 
     root, bundle = load_root_and_bundle(folder)

@@ -138,7 +138,7 @@ def invite(connection: Connection, user_id: str, valid_s: int = INVITATION_LIFE_
 def prove(key: SigningKey, invitation: str, now_s: int) -> KeyPackage:
     """Sign that one has a new key, in answer to an invitation; for key files. `key.id` is the user's.
 
-    Raises InvalidCallError where the invitation is none, or is for somebody else.
+    Raises InvalidCallError if the invitation is none, or is for somebody else.
     """
     try:
         claims = parse(invitation).unverified_claims(UserInvite)  # verified by whoever adds the key

@@ -60,7 +60,7 @@ class SyncPlan:
 
 
 async def delegation_of(provisioner: Provisioner) -> Delegation:
-    """Return the delegation of this provisioner. Raises InvalidCallError where nothing is delegated."""
+    """Return the delegation of this provisioner. Raises InvalidCallError if nothing is delegated."""
     entry = (await provisioner.directory()).user(provisioner.id)
     if entry is None or entry.state.delegation is None or entry.state.status != "active":
         raise InvalidCallError(
@@ -71,7 +71,7 @@ async def delegation_of(provisioner: Provisioner) -> Delegation:
 
 
 async def plan(provisioner: Provisioner, file_users: Mapping[str, FileUser]) -> SyncPlan:
-    """Compare the records with the file. Raises InvalidCallError where nothing is delegated."""
+    """Compare the records with the file. Raises InvalidCallError if nothing is delegated."""
     delegation = await delegation_of(provisioner)
     directory = await provisioner.directory()
     users = [entry.state for entry in directory.entries("user")]

@@ -111,7 +111,7 @@ class Agent(Lifetime):
     """
 
     def __init__(self, connection: Connection) -> None:
-        """Use `connect`. Raises IdentityError where the connection's key is no agent's."""
+        """Use `connect`. Raises IdentityError if the connection's key is no agent's."""
         self.id = subject(connection.key, "agent", connection.settings)
         self.connection = connection
         self._outcomes = CommandOutcomes(connection)

@@ -84,7 +84,7 @@ class IssuedCredential:
 
     @property
     def trace_id(self) -> str | None:
-        """The W3C trace id of the request; None where there is no trace."""
+        """The W3C trace id of the request; None if there is no trace."""
         return trace_id(self.traceparent)
 
     @property
@@ -95,12 +95,12 @@ class IssuedCredential:
     def apply(self) -> Any:
         """What the usual library of its kind takes; the value where the kind is unknown.
 
-        Raises CredentialOverError where it was wiped or has expired: it is not renewed implicitly.
+        Raises CredentialOverError if it was wiped or has expired: it is not renewed implicitly.
         """
         return self.usable()
 
     def usable(self) -> str:
-        """The value. Raises CredentialOverError where it was wiped or has expired."""
+        """The value. Raises CredentialOverError if it was wiped or has expired."""
         if self.clock.now_ms() >= self.expires_at * 1000:
             raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new credential")
         return self.value
@@ -111,7 +111,7 @@ class IssuedCredential:
 
         A proof is for one request, the one that `method` and `url` name. Use `auth` for servers that demand nonces.
 
-        Raises InvalidCallError where a proof is needed and they are missing, CredentialOverError once it was wiped.
+        Raises InvalidCallError if a proof is needed and they are missing, CredentialOverError once it was wiped.
         """
         headers = {"Authorization": f"{self.token_type or 'Bearer'} {self.value}"}
         if self.token_type == "DPoP":  # noqa: S105 - RFC 9449
@@ -233,7 +233,7 @@ class GatewayCredential(IssuedCredential):
         )
 
     def usable(self) -> str:
-        """The handle. Raises CredentialOverError where the lease has expired."""
+        """The handle. Raises CredentialOverError if the lease has expired."""
         if self.clock.now_ms() >= self.expires_at * 1000:
             raise CredentialOverError(f"the time of lease {self.lease_id} is over; ask for a new one")
         return self.handle

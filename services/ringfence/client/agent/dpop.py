@@ -33,7 +33,7 @@ def access_token_hash(token: str) -> str:
 def target_uri(url: str) -> str:
     """The `htu` claim: the URL without query and fragment, normalised as in RFC 3986, 6.2.2 and 6.2.3.
 
-    Raises ValueError where it is no absolute http(s) URL, or its path contains `.` or `..`.
+    Raises ValueError if it is no absolute http(s) URL, or its path contains `.` or `..`.
     """
     if _NOT_OF_A_URL.search(url):  # `urlsplit` would drop it
         raise ValueError("white space, or a control character")
@@ -67,7 +67,7 @@ def proof(
         now_s: seconds since 1970, UTC.
         nonce: the last nonce of the resource server, if it sent one.
 
-    Raises ValueError where `url` is no absolute http(s) URL.
+    Raises ValueError if `url` is no absolute http(s) URL.
     """
     jwk = key.public.model_dump(exclude_none=True)
     claims: dict[str, Any] = {

@@ -38,7 +38,7 @@ class ActionHeader:
 
     name: str
     value: str | None
-    """None where the gateway does not show it, since it may be a secret."""
+    """None if the gateway does not show it, since it may be a secret."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class OpenActions:
     def on_request(self, record: Received) -> None:
         """Add a question.
 
-        Raises InvalidMessageError where no gateway signed it, or it arrived outside its validity.
+        Raises InvalidMessageError if no gateway signed it, or it arrived outside its validity.
         """
         at_ms = record.appended_at_ms
         signed = verify(
@@ -144,7 +144,7 @@ class OpenActions:
     def on_answer(self, record: Received) -> None:
         """Add an answer by somebody who may approve.
 
-        Raises InvalidMessageError or ChainError where it does not verify.
+        Raises InvalidMessageError or ChainError if it does not verify.
         """
         jws = parse(record.value)
         open_action = self._requests.get(jws.unverified_claims(ActionApproval).request_digest)
@@ -201,7 +201,7 @@ class OpenActions:
         return sorted(shown, key=lambda one: one.asked_at)
 
     def get(self, digest: str) -> PendingAction | None:
-        """An open action as it would be shown now; None where it is not open, or cannot be shown."""
+        """An open action as it would be shown now; None if it is not open, or cannot be shown."""
         self._forget()
         open_action = self._requests.get(digest)
         return (

@@ -30,7 +30,7 @@ async def uses_of_break_glass(
 ) -> list[Any]:
     """The uses of break glass that this person may see, oldest first, each with its `review` or None.
 
-    Raises ApiError where audit does not answer.
+    Raises ApiError if audit does not answer.
     """
     async with ReadApi(key, settings) as api:
         return await api.break_glass(unreviewed=unreviewed)

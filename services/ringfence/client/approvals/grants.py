@@ -82,7 +82,7 @@ class Grantor(CommandClient):
             lasts_s: for how many seconds from now, but never past the end of the task.
             ttl_s: how long each credential may live, in seconds; None takes the target's maximum.
 
-        Raises InvalidCallError, ScopeError; ApiError where policy does not say which bundle is in force.
+        Raises InvalidCallError, ScopeError; ApiError if policy does not say which bundle is in force.
         """
         scope = permissions("scope", scope)
         validate_scope(scope)
@@ -137,7 +137,7 @@ class Grantor(CommandClient):
     async def give(self, proposal: Proposal) -> Accepted:
         """Sign and send a proposed grant. The `result` of the returned answer is the grant's id.
 
-        Raises RefusedError with policy's reasons, NotAnsweredError; StaleApprovalError where records changed since.
+        Raises RefusedError with policy's reasons, NotAnsweredError; StaleApprovalError if records changed since.
         """
         grant = proposal.grant
         directory = await self.connection.directory()
@@ -155,7 +155,7 @@ class Grantor(CommandClient):
         """Withdraw a grant: nothing more is issued on it. Credentials already issued stay valid until `revoke` ends
         them.
 
-        Raises RefusedError, NotAnsweredError; ApiError where policy knows no such grant that this person may see.
+        Raises RefusedError, NotAnsweredError; ApiError if policy knows no such grant that this person may see.
         """
         grant_id, agent_id = await self._grant(grant_id)
         with checked("the withdrawal"):

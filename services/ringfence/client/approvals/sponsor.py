@@ -75,7 +75,7 @@ class Sponsor(Lifetime):
     """
 
     def __init__(self, connection: Connection) -> None:
-        """Use `connect`. Raises IdentityError where the connection's key is no user's."""
+        """Use `connect`. Raises IdentityError if the connection's key is no user's."""
         self.id = subject(connection.key, "user", connection.settings)
         self.connection = connection
         self._directory: Directory | None = None
@@ -180,7 +180,7 @@ class Sponsor(Lifetime):
         return self._histories[agent]
 
     def find(self, request_id: str) -> PendingApproval | None:
-        """The open request with this id or unique id prefix (four characters or more); None where there is none."""
+        """The open request with this id or unique id prefix (four characters or more); None if there is none."""
         return find_by_prefix(request_id, self.pending(everyone=True), lambda one: one.request_id)
 
     @property
@@ -206,13 +206,13 @@ class Sponsor(Lifetime):
             await changed.wait()
 
     def find_action(self, request_id: str) -> PendingAction | None:
-        """The open action with this id or unique id prefix (four characters or more); None where there is none."""
+        """The open action with this id or unique id prefix (four characters or more); None if there is none."""
         return find_by_prefix(request_id, self.actions(everyone=True), lambda one: one.request_id)
 
     async def approve_action(self, pending: PendingAction, comment: str | None = None) -> str:
         """Sign an approval of exactly this action, once. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where the action is no longer open or changed since it was shown, and NotYoursError.
+        Raises StaleApprovalError if the action is no longer open or changed since it was shown, and NotYoursError.
         """
         return await self._answer_action(pending, "approved", comment)
 
@@ -264,9 +264,9 @@ class Sponsor(Lifetime):
     async def approve(self, pending: PendingApproval, comment: str | None = None) -> str:
         """Sign an approval of exactly this request, on these terms. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError where records changed since `pending` was shown, or it is no longer open.
-        Raises NotYoursError where this person may give none of the approvals that it needs.
-        Raises RefusedError where the key counts for none: somebody else added it not long ago, or the target demands
+        Raises StaleApprovalError if records changed since `pending` was shown, or it is no longer open.
+        Raises NotYoursError if this person may give none of the approvals that it needs.
+        Raises RefusedError if the key counts for none: somebody else added it not long ago, or the target demands
         another kind. Nothing is sent then.
         """
         return await self._answer(pending, "approved", comment)
@@ -278,7 +278,7 @@ class Sponsor(Lifetime):
     async def approve_all(self, group: RequestGroup, comment: str | None = None) -> list[str]:
         """Sign an approval of each request of a group, as it was shown, and of no other. Returns the approvals' ids.
 
-        Raises StaleApprovalError or NotYoursError, before anything is sent, where a request changed since it was shown.
+        Raises StaleApprovalError or NotYoursError, before anything is sent, if a request changed since it was shown.
         """
         return await self._answer_all(group, "approved", comment)
 
@@ -404,7 +404,7 @@ class Sponsor(Lifetime):
     def _facts(self, question: ApprovalRequest, at_ms: int) -> RequestContext:
         """Load the context of a question: the request as the agent signed it, and the verified records.
 
-        Raises InvalidMessageError where the question contradicts them.
+        Raises InvalidMessageError if the question contradicts them.
         """
         directory = self._require_directory()
         jws = parse(question.request)

@@ -88,7 +88,7 @@ class ExportFile:
 
 
 def begin(target: Path, question: ExportQuery) -> ExportFile:
-    """Begin a new export. Raises ExportError where the file, or a partial one, exists."""
+    """Begin a new export. Raises ExportError if the file, or a partial one, exists."""
     if target.exists():
         raise ExportError(f"{target} is there already; name another file, or delete it")
     try:
@@ -111,7 +111,7 @@ def begin(target: Path, question: ExportQuery) -> ExportFile:
 
 
 def resume(target: Path) -> ExportFile:
-    """Resume an interrupted export. Raises ExportError where there is none."""
+    """Resume an interrupted export. Raises ExportError if there is none."""
     try:
         state = ExportProgress.model_validate_json(_sibling(target, STATE).read_bytes())
         _sibling(target, PART).stat()

@@ -155,7 +155,7 @@ class QuestionServer(Generic[A]):
 
 
 async def _read_request(reader: asyncio.StreamReader) -> tuple[RequestHead, bytes]:
-    """Read one request. Raises RequestRefusedError; OSError where the peer ends before."""
+    """Read one request. Raises RequestRefusedError; OSError if the peer ends before."""
     buffer, searched = bytearray(), 0
     while (head := take_head(buffer, searched)) is None:
         searched = len(buffer)

@@ -61,8 +61,8 @@ def compose(
         evidence: further signed messages by name, as the page wants them for this message.
         return_to: the URL that takes the answer; None: the person copies it.
 
-    Returns JSON. Raises InvalidCallError where no passkey signs such a message here, or a record is missing;
-    UnavailableError where there is no trust bundle.
+    Returns JSON. Raises InvalidCallError if no passkey signs such a message here, or a record is missing;
+    UnavailableError if there is no trust bundle.
     """
     if claims.passkey_use != "sign":
         raise InvalidCallError(f"no passkey signs {claims.typ}: it needs a key file")
@@ -176,7 +176,7 @@ def server_link(origin: str, url: str) -> str:
 
 
 def sign_origin(trust: TrustStore, at_s: float) -> str:
-    """The origin where people sign now, by the trust bundle. Raises InvalidCallError where it names none."""
+    """The origin where people sign now, by the trust bundle. Raises InvalidCallError if it names none."""
     trust.require(at_s)
     for origin in trust.origins(at_s):
         if origin.use == "sign":

@@ -33,7 +33,7 @@ async def sign_with_passkey(
         claims: the message. What the page stamps differs in what is returned.
         evidence: further signed messages that the page shows it by (`questions.compose`).
 
-    Raises NotSignedError; InvalidCallError, UnavailableError where it cannot be asked.
+    Raises NotSignedError; InvalidCallError, UnavailableError if it cannot be asked.
     """
     trust = directory.trust
     origin = sign_origin(trust, clock.now_ms() / 1000)
@@ -58,7 +58,7 @@ def check_answer(
 ) -> Signed[C]:
     """Verify that `answer` is the compact JWS of `asked` by a passkey of `asked.iss`, as of now.
 
-    Raises InvalidCallError where it says something else; SignatureError and others as `verify` does.
+    Raises InvalidCallError if it says something else; SignatureError and others as `verify` does.
     """
     if not isinstance(answer, str):
         raise InvalidCallError("the sign page sent no signature")

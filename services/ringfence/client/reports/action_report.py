@@ -201,7 +201,7 @@ async def action_report(
 ) -> ActionReport:
     """Sum all actions from `since_ms` until now that the caller may see.
 
-    `progress` is called with the share read so far, from 0 to 1. Raises ApiError; its code is `cursor_lost` where audit
+    `progress` is called with the share read so far, from 0 to 1. Raises ApiError; its code is `cursor_lost` if audit
     was restarted meanwhile.
     """
     page = await api.actions(since_ms=since_ms, agent=agent, target=target)

@@ -93,7 +93,7 @@ async def verify_trail(
         settle_s: how old a record must be, in seconds, before it must have an event.
         progress: called now and then with the number of records read, and of all records.
 
-    Raises SettingsError where no trust root is pinned, UnavailableError where Kafka cannot be read.
+    Raises SettingsError if no trust root is pinned, UnavailableError if Kafka cannot be read.
     """
     settings = load_settings(settings)
     report = TrailReport()
@@ -125,7 +125,7 @@ async def verify_trail(
 async def witness(report: TrailReport, key: SigningKey, settings: ClientSettings | None = None) -> int:
     """Sign the heads of a report without faults, as a user with the role auditor. Returns how many heads.
 
-    Raises UnavailableError where Kafka does not take it, ValueError where the report has faults.
+    Raises UnavailableError if Kafka does not take it, ValueError if the report has faults.
     """
     if report.faults:
         raise ValueError("what has faults is not witnessed")
@@ -386,7 +386,7 @@ def _offsets_by_partition(sources: Iterable[Source]) -> dict[tuple[str, int], se
 
 
 def read_heads(text: str | bytes) -> Heads:
-    """Parse a heads file that `audit verify` wrote. Raises UnavailableError where it is none."""
+    """Parse a heads file that `audit verify` wrote. Raises UnavailableError if it is none."""
     try:
         return HEADS.validate_json(text)
     except ValueError:

@@ -52,7 +52,7 @@ class ReadApi(Lifetime):
     async def get(self, service: Service, *path: str, **query: str | int | Sequence[str] | None) -> Any:
         """GET `/v1/<path>` of a service, as parsed JSON. Queries that are None are left out; a sequence is repeated.
 
-        Raises ApiError with the service's own message; its `status` is None where the service did not answer.
+        Raises ApiError with the service's own message; its `status` is None if the service did not answer.
         """
         import httpx
 
@@ -97,7 +97,7 @@ class ReadApi(Lifetime):
         return listed
 
     async def record(self, kind: SubjectKind, id: str) -> Any:
-        """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) where there is none."""
+        """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) if there is none."""
         return await self.get("registry", f"{kind}s", id)
 
     # --- policy ---
@@ -105,7 +105,7 @@ class ReadApi(Lifetime):
     async def usage(self, agent_id: str) -> Any:
         """Return what an agent holds now and used in 30 days, against its ceiling.
 
-        Raises ApiError (404) where there is none.
+        Raises ApiError (404) if there is none.
 
         `{agent_id, registered_at, since, ceiling, used: [{target, verb, first_used, last_used, days}], never_used,
         held, narrower}`; `narrower` is a ceiling that would have sufficed, or None where all was used.
@@ -125,7 +125,7 @@ class ReadApi(Lifetime):
     async def inventory_changes(self, cursor: str, filters: Filters | None = None) -> Any:
         """Return the agents that changed since a page: `{at_ms, agents, cursor, gaps}`. `filters` as for the page.
 
-        Each agent has `fits`: whether it matches the filters. Raises ApiError, with the code `cursor_lost` where policy
+        Each agent has `fits`: whether it matches the filters. Raises ApiError, with the code `cursor_lost` if policy
         no longer knows what changed.
         """
         return await self.get("policy", "inventory", "changes", after=cursor, **(filters or {}))
@@ -167,7 +167,7 @@ class ReadApi(Lifetime):
         )
 
     async def lease(self, lease_id: str) -> Any:
-        """Return one lease, also for a while after its end. Raises ApiError (404) where there is none."""
+        """Return one lease, also for a while after its end. Raises ApiError (404) if there is none."""
         return await self.get("revoker", "leases", lease_id)
 
     async def runs(
@@ -188,7 +188,7 @@ class ReadApi(Lifetime):
         )
 
     async def run(self, id: str) -> Any:
-        """Return one run, by its own id or by that of its order. Raises ApiError (404) where no runner has said
+        """Return one run, by its own id or by that of its order. Raises ApiError (404) if no runner has said
         anything of it.
         """
         return await self.get("revoker", "runs", id)

@@ -68,7 +68,7 @@ class TokenGuard:
             needs: returns the verb and the resource that a request needs, from its scope. None or a LookupError if it
                 has no entry. It is also called with other methods of the same request, to tell which are allowed.
 
-        Raises InvalidCallError where `base_url` is no absolute URL.
+        Raises InvalidCallError if `base_url` is no absolute URL.
         """  # fmt: skip
         try:
             target_uri(base_url)

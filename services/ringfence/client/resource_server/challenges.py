@@ -38,7 +38,7 @@ class PresentedToken:
 def read_presented_token(headers: Headers) -> PresentedToken:
     """Read the token of a request and its DPoP proofs. Nothing is verified.
 
-    Raises TokenRejectedError: `token_missing` where no known scheme is used, `invalid_request` where there are several
+    Raises TokenRejectedError: `token_missing` if no known scheme is used, `invalid_request` if there are several
     Authorization headers.
     """
     pairs = list(headers.items() if isinstance(headers, Mapping) else headers)

@@ -36,9 +36,9 @@ class ProofMemory(Protocol):
     """
 
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
-        """Store `id` until `until_s`. Returns False where it is stored already: a replay.
+        """Store `id` until `until_s`. Returns False if it is stored already: a replay.
 
-        `key` is the thumbprint of the proof's key; times are in seconds since 1970. Raises UnavailableError where it
+        `key` is the thumbprint of the proof's key; times are in seconds since 1970. Raises UnavailableError if it
         cannot tell.
         """
         ...
@@ -51,7 +51,7 @@ class ProofsInMemory:
         self._memory = ReplayMemory(limit)
 
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
-        """Raises UnavailableError where the memory is full. For the rest see `ProofMemory`."""
+        """Raises UnavailableError if the memory is full. For the rest see `ProofMemory`."""
         try:
             return self._memory.remember(id, sender=key, until_s=until_s, now_s=now_s)
         except ReplayMemoryFullError:
@@ -112,7 +112,7 @@ class ProofChecker:
         self._clock: Clock = clock or SystemClock()
 
     def nonce(self) -> str | None:
-        """The value of the `DPoP-Nonce` header of every answer; None where no nonces are demanded."""
+        """The value of the `DPoP-Nonce` header of every answer; None if no nonces are demanded."""
         return None if self._nonces is None else self._nonces.fresh(self._now_s())
 
     async def check(
@@ -183,7 +183,7 @@ class ProofChecker:
 
 
 def _time_claim(claims: dict[str, Any], name: str, default: int) -> float:
-    """An optional time claim. Raises ProofError where it is no number."""
+    """An optional time claim. Raises ProofError if it is no number."""
     value = claims.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ProofError(f"the {name} of the proof is no time")
@@ -198,7 +198,7 @@ _target_uri = functools.lru_cache(maxsize=1024)(target_uri)
 def _proof_key(head: str) -> PublicKey:
     """The key in a proof's header, cached by the header's text: all proofs of an agent have the same one.
 
-    Raises ValueError, TypeError, KeyError where it is no valid proof header.
+    Raises ValueError, TypeError, KeyError if it is no valid proof header.
     """
     header = json_object(b64decode(head))
     if header["typ"] != PROOF_TYPE or "crit" in header or "b64" in header:

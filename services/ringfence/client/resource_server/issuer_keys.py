@@ -34,7 +34,7 @@ class TokenIssuer:
         self._lock = asyncio.Lock()
 
     async def key(self, kid: str) -> jwt.PyJWK | None:
-        """The key with this `kid`; None where the issuer does not publish it. Raises UnavailableError."""
+        """The key with this `kid`; None if the issuer does not publish it. Raises UnavailableError."""
         async with self._lock:
             age_s = self._age_s()
             if age_s is None or age_s > KEYS_LIFE_S or (kid not in self._keys and age_s > KEYS_RETRY_S):

@@ -63,7 +63,7 @@ class VerifiedToken:
     """The agents that act, by their SPIFFE IDs: `agent` first, then those that handed the task on (RFC 8693, 4.1)."""
 
     def allows(self, verb: str, resource: str) -> bool:
-        """Whether the token allows `verb` on one fully named resource. False where the resource is no legal name."""
+        """Whether the token allows `verb` on one fully named resource. False if the resource is no legal name."""
         try:
             parse_name(resource)
             wanted = [
@@ -74,7 +74,7 @@ class VerifiedToken:
         return any(not missing((one,), self.permissions) for one in wanted)
 
     def require(self, verb: str, resource: str) -> None:
-        """Raises TokenRejectedError (code `insufficient_scope`) where the token does not allow it."""
+        """Raises TokenRejectedError (code `insufficient_scope`) if the token does not allow it."""
         if not self.allows(verb, resource):
             raise TokenRejectedError(
                 f"the token of {self.agent} (lease {self.lease_id}) does not allow {verb} on {resource}",
@@ -188,7 +188,7 @@ class TokenVerifier(Lifetime):
         return refusal(error, require_proof=self.require_proof, nonce=self.nonce())
 
     def nonce(self) -> str | None:
-        """The value of the `DPoP-Nonce` header of every answer; None where no nonces are demanded."""
+        """The value of the `DPoP-Nonce` header of every answer; None if no nonces are demanded."""
         return self._proofs.nonce()
 
     async def _verified(self, token: str) -> VerifiedToken:
@@ -301,7 +301,7 @@ class TokenVerifier(Lifetime):
 def _bound_to(cnf: Any) -> str | None:
     """The thumbprint of the key that a proof must be by. None where `cnf` (RFC 7800) only has a `kid`.
 
-    Raises KeyError or TypeError where it demands another kind of confirmation.
+    Raises KeyError or TypeError if it demands another kind of confirmation.
     """
     if "jkt" not in cnf and cnf.keys() == {"kid"}:
         _text(cnf, "kid")
@@ -310,7 +310,7 @@ def _bound_to(cnf: Any) -> str | None:
 
 
 def _actors(claims: dict[str, Any]) -> tuple[str, ...]:
-    """The nested actors, outermost first. Raises KeyError, TypeError, AttributeError where they are no such thing."""
+    """The nested actors, outermost first. Raises KeyError, TypeError, AttributeError if they are no such thing."""
     found: list[str] = []
     actor: Any = claims.get("act")
     while actor is not None:

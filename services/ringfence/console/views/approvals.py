@@ -63,7 +63,7 @@ async def approvals(view: View) -> Page:
 
 
 async def approval(view: View) -> Page:
-    """One request. Raises ApiError (404) where it does not wait, or not for this person to see."""
+    """One request. Raises ApiError (404) if it does not wait, or not for this person to see."""
     one = await view.reads.approval(view.id)
     group = RequestGroup((as_pending(one),))
     (unusual,) = await comparisons(view, [group])

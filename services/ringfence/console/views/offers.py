@@ -7,7 +7,7 @@ from ringfence.console.views.page import Page, View
 
 
 async def offer(view: View) -> Page:
-    """What is offered, and what each side signs next. Raises ApiError (404) where the offer is over."""
+    """What is offered, and what each side signs next. Raises ApiError (404) if the offer is over."""
     found = view.offers.opened(view.id)
     try:
         record = await view.offers.reads(found).record("agent", found.agent_id)

@@ -38,4 +38,4 @@ class Page:
 
 
 MakePage = Callable[[View], Awaitable[Page]]
-"""Raises ApiError where a service refuses or does not answer."""
+"""Raises ApiError if a service refuses or does not answer."""

@@ -15,7 +15,7 @@ from ringfence.kernel.kafka.probe import Found, Listener, Silence, look
 def connection(settings: BusSettings) -> dict[str, Any]:
     """The options of an aiokafka client that say where the brokers are, how they are believed, and who connects.
 
-    Raises SettingsError where a certificate or a password is not where the settings say.
+    Raises SettingsError if a certificate or a password is not where the settings say.
     """
     options: dict[str, Any] = {
         "bootstrap_servers": settings.kafka,

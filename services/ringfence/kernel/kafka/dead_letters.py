@@ -78,7 +78,7 @@ class DeadLetters:
     async def enqueue(self, record: Received, error: InvalidMessageError) -> Awaitable[Any]:
         """Hand over the report on one invalid record. Await what it returns for the broker's acknowledgement.
 
-        Raises HaltedError at the limit of malformed records from services that may write them, UnavailableError where
+        Raises HaltedError at the limit of malformed records from services that may write them, UnavailableError if
         its key may be known by now, or counts once the bundle that has expired is followed by another: the same record
         is to be looked at again.
         """
@@ -136,7 +136,7 @@ class DeadLetters:
         )
 
     def _count(self, record: Received, error: InvalidMessageError) -> None:
-        """Raises HaltedError where it is one too many. Those before it do not halt where they are handled once more."""
+        """Raises HaltedError if it is one too many. Those before it do not halt where they are handled once more."""
         since_ms = record.appended_at_ms - BURST_MS
         before = self._malformed.get(record.topic_name, {})
         recent = {mark: at_ms for mark, at_ms in before.items() if at_ms >= since_ms}

@@ -113,12 +113,12 @@ class _Again:
 
     @classmethod
     def on(cls, client: Any, node_id: int, request: Any, nothing: Any) -> _Again | None:
-        """None where there is no connection any more: the client makes another one."""
+        """None if there is no connection any more: the client makes another one."""
         connection = client._conns.get((node_id, ConnectionGroup.DEFAULT))
         return cls(connection, request, nothing) if connection and connection.connected() else None
 
     async def send(self) -> Any:
-        """Raises KafkaError where the connection ended."""
+        """Raises KafkaError if the connection ended."""
         answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
         if not self._connection.connected():
             raise KafkaConnectionError("the connection to the broker ended")

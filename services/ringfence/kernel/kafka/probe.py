@@ -32,7 +32,7 @@ class Listener:
 
     tls: bool
     sasl: bool | None
-    """None where it does not say, as where it wants to see a certificate first."""
+    """None if it does not say, for example because it wants to see a certificate first."""
     mechanisms: tuple[str, ...] = ()
     disbelieved: str = ""
     """Why its certificate is not believed with the settings, where it was looked at."""
@@ -85,7 +85,7 @@ async def _probe_listener(host: str, port: int, context: ssl.SSLContext | None) 
 
 
 async def _connects(host: str, port: int) -> str | None:
-    """Why there is no connection, or None where there is one."""
+    """Why there is no connection, or None if there is one."""
     try:
         async with asyncio.timeout(WITHIN_S):
             _, writer = await asyncio.open_connection(host, port)
@@ -103,7 +103,7 @@ async def _connects(host: str, port: int) -> str | None:
 async def _sasl_of(
     host: str, port: int, context: ssl.SSLContext | None
 ) -> tuple[bool | None, tuple[str, ...]] | None:
-    """Whether SASL is spoken there, and by which mechanisms; None where this is no way to speak to it at all."""
+    """Whether SASL is spoken there, and by which mechanisms; None if this is no way to speak to it at all."""
     writer, spoken = None, False
     try:
         async with asyncio.timeout(WITHIN_S):
@@ -124,7 +124,7 @@ async def _sasl_of(
 async def _exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, api: tuple[int, int], body: bytes
 ) -> bytes:
-    """One question and its answer, without its header. Raises ValueError where it is none of Kafka's."""
+    """One question and its answer, without its header. Raises ValueError if it is none of Kafka's."""
     request = struct.pack(">hhi", *api, _CORRELATION) + struct.pack(">h", -1) + body
     writer.write(struct.pack(">i", len(request)) + request)
     await writer.drain()

@@ -67,7 +67,7 @@ class Publisher:
         self._producer: AIOKafkaProducer | None = None
 
     async def start(self) -> None:
-        """Connect. Raises UnavailableError where the broker does not answer."""
+        """Connect. Raises UnavailableError if the broker does not answer."""
         producer = AIOKafkaProducer(
             **connection(self._settings),
             enable_idempotence=True,
@@ -225,7 +225,7 @@ class Publisher:
         return headers
 
     async def require(self, *topics: Topic[Any]) -> None:
-        """Raises UnavailableError where one of them is not there: what is sent to it would wait for a while first."""
+        """Raises UnavailableError if one of them is not there: what is sent to it would wait for a while first."""
         client = self._connected().client
         names = [topic.name(self._settings.topic_prefix) for topic in topics]
         for name in names:

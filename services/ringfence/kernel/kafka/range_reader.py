@@ -72,7 +72,7 @@ class Stretches:
             await consumer.stop()
 
     async def partitions(self, topic: Topic[Any]) -> list[int]:
-        """The partitions of a topic. Raises UnavailableError where there is none."""
+        """The partitions of a topic. Raises UnavailableError if there is none."""
         name = topic.name(self._settings.topic_prefix)
         # As in `Follower.start`: a client that has just started knows of no topics.
         client = (await self._asker(committed=False))._client

@@ -16,7 +16,7 @@ class TopicReplication:
 
     replicas: int
     min_in_sync: int | None
-    """None where the broker does not say."""
+    """None if the broker does not say."""
 
 
 @dataclass(frozen=True, slots=True)

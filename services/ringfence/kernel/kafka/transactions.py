@@ -56,7 +56,7 @@ class TransactionalPublisher(Publisher):
         self._owns = owns
 
     async def start(self) -> None:
-        """Connect, and fence whoever wrote under this id before. Raises UnavailableError where that cannot be done."""
+        """Connect, and fence whoever wrote under this id before. Raises UnavailableError if that cannot be done."""
         await super().start()
         producer = self._connected()
         try:
@@ -92,7 +92,7 @@ class TransactionalPublisher(Publisher):
     ) -> AsyncIterator[None]:
         """All that is sent in it is committed at its end, together with the offsets that `group` has read to.
 
-        Raises FencedError where another process took over, UnavailableError where Kafka did not commit. Nothing of it
+        Raises FencedError if another process took over, UnavailableError if Kafka did not commit. Nothing of it
         counts then, and this publisher is of no more use: stop it.
         """
         producer = self._connected()

@@ -50,7 +50,7 @@ def unverified_claims(jws: bytes) -> dict[str, Any] | None:
 
 
 def summarise(jws: bytes) -> LeaseSummary | None:
-    """Return the summary of a lease record, whoever wrote it; None where the bytes are no lease record."""
+    """Return the summary of a lease record, whoever wrote it; None if the bytes are no lease record."""
     claims = unverified_claims(jws)
     if claims is None:
         return None

@@ -38,7 +38,7 @@ def required_classes(
 def may_approve(
     directory: Directory, user_id: str, approval_class: RequiredClass, facts: RecordContext
 ) -> bool:
-    """True where the user, as of the present records, can give an approval of this class for such a request.
+    """True if the user, as of the present records, can give an approval of this class for such a request.
 
     All but the sponsor's are the word of somebody else: neither of who answers, or ever answered, for an agent of the
     chain, nor of whom it acts for, whatever roles those have besides.

@@ -129,7 +129,7 @@ class PendingIndex:
         return () if known is None else self._classes(known, decision, caller)
 
     def context(self, state: RequestState, decision: CredentialDecision) -> RequestContext | None:
-        """The records that a pending request is about; None where one is missing or counts for nothing."""
+        """The records that a pending request is about; None if one is missing or counts for nothing."""
         known = self._loaded(state, decision)
         return None if known is None else known.context
 

@@ -337,7 +337,7 @@ class Recorded:
 async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncIterator[Recorded]:
     """Yield the decisions appended from `since_ms` (ms since 1970) until now.
 
-    Raises UnavailableError where Kafka or the topic is missing, or stops answering.
+    Raises UnavailableError if Kafka or the topic is missing, or stops answering.
     """
     name = CREDENTIAL_DECISION.name(settings.topic_prefix)
     consumer = AIOKafkaConsumer(
@@ -367,7 +367,7 @@ async def recorded_decisions(settings: BusSettings, since_ms: int) -> AsyncItera
 
 
 async def trust_of(settings: BusSettings, clock: Clock) -> TrustStore:
-    """Return the trust bundle from Kafka, which says who may sign what. Raises UnavailableError where there is none."""
+    """Return the trust bundle from Kafka, which says who may sign what. Raises UnavailableError if there is none."""
     trust = TrustStore(settings.trust_domain, settings.trust_root)
 
     def take_in(records: Sequence[Received]) -> None:

@@ -204,7 +204,7 @@ class Notices:
             delay_s = min(delay_s * 2, _LONGEST_DELAY_S)
 
     async def _post(self, webhook: Webhook, id: str, body: bytes) -> str | None:
-        """Make one attempt. Returns the failure, or None. Raises GaveUpError where another attempt is pointless."""
+        """Make one attempt. Returns the failure, or None. Raises GaveUpError if another attempt is pointless."""
         import httpx
 
         if self._http is None:
@@ -238,7 +238,7 @@ def notice_sender(
     """
 
     async def tell(record: Received) -> None:
-        """Raises InvalidMessageError where no gateway signed it."""
+        """Raises InvalidMessageError if no gateway signed it."""
         jws = parse(record.value)
         if jws.header.typ == typ_header(ApprovalRequest):
             return

@@ -317,7 +317,7 @@ def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
 
 
 def _check_shown(host: Path, shown: MountPoint, never: Sequence[Place], everything: Place) -> None:
-    """Raises SandboxSpecError where a mount is, or has below it, one of what is never mounted."""
+    """Raises SandboxSpecError if a mount is, or has below it, one of what is never mounted."""
     if (
         shown.kind in KERNEL_KINDS
         or shown.place == everything

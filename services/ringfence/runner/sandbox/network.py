@@ -18,7 +18,7 @@ async def set_up_network(pid: int, spec: SandboxSpec, *, opens_low_ports: bool =
     """Open low ports and add addresses, as the specification has it, in the network namespace of a process.
 
     A capability of the command would not do it: its user namespace is below the one that owns the network.
-    `opens_low_ports`: False where the backend itself does that. Raises SandboxUnavailableError.
+    `opens_low_ports`: False if the backend itself does that. Raises SandboxUnavailableError.
     """
     wanted = [*([_LOW_PORTS] if spec.low_ports and opens_low_ports else []), *spec.addresses]
     if not wanted:

@@ -158,7 +158,7 @@ class Namespaces:
         return {kind: os.fstat(descriptor).st_ino for kind, descriptor in self._descriptors.items()}
 
     def members(self, kind: str) -> list[int]:
-        """The pids of running processes in the namespace of this kind. None where it is not held."""
+        """The pids of running processes in the namespace of this kind. None if it is not held."""
         inode = self.inodes.get(kind)
         return [] if inode is None else in_namespace(kind, inode)
 

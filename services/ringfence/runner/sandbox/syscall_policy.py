@@ -74,7 +74,7 @@ _WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class ConditionalRule:
-    """A rule for calls whose argument `index`, under `mask`, is `value`. `error` is None where the call is allowed.
+    """A rule for calls whose argument `index`, under `mask`, is `value`. `error` is None if the call is allowed.
 
     All masks are within 32 bits: the kernel reads these arguments as 32-bit numbers, and whatever stands in the upper
     half of the register must not change the answer.

@@ -75,7 +75,7 @@ class AwsCacheReader(FileReader):
 
 
 def unix_time(value: Any) -> int | None:
-    """Return the Unix time of an RFC 3339 text; None where it is none."""
+    """Return the Unix time of an RFC 3339 text; None if it is none."""
     if not isinstance(value, str):
         return None
     try:

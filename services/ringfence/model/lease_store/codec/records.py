@@ -124,7 +124,7 @@ def unverified_payload(packed: bytes) -> bytes | None:
 
 
 def unverified_names(packed: bytes, kind: str) -> tuple[str, ...] | None:
-    """The agents, tasks, sponsors, user or target that a packed record names, not verified; None where it names none.
+    """The agents, tasks, sponsors, user or target that a packed record names, not verified; None if it names none.
 
     A lease of a delegated task names several agents, tasks and sponsors.
     """
