@@ -288,7 +288,7 @@ class RecordVerifier:
         return revision if later else None
 
     def run_of(self, run_id: str) -> Run | None:
-        """The run with this id as it is now; None if there is none that counts."""
+        """The current state of the run with this id; None if no valid record of it exists."""
         return self._directory.runs.get(run_id)
 
     def run_counted(self, record: Received, claims: Run) -> bool | None:

@@ -36,7 +36,7 @@ class TaskView:
     """Seconds since 1970, UTC."""
     on_behalf_of: str
     leases: tuple[HeldLease, ...] | None
-    """By a gateway: the leases that it injects for this task. None by Kafka, where nobody lists them."""
+    """From a gateway: the leases that it injects for this task. Over Kafka: None, because nothing lists them."""
 
     @classmethod
     def of_state(cls, task: TaskState, now_s: float) -> Self:
@@ -55,7 +55,7 @@ class TaskView:
 
     @classmethod
     def of_answer(cls, answer: Any) -> Self:
-        """The view that a gateway answered. Nobody signed it. Raises UnavailableError if it is none."""
+        """Parse a gateway's answer. It is unsigned. Raises UnavailableError if it is not a task view."""
         try:
             return cls(
                 str(answer["task_id"]),

@@ -381,7 +381,7 @@ class Site:
         return JSONResponse({"next": next_url}, headers=cors)
 
     async def _take(self, question: Question, answer: Mapping[str, Any]) -> str:
-        """Take what the sign page posts: `{"answer": JWS}` or `{"refused": true}`. Returns where the person goes on."""
+        """Take what the sign page posts: `{"answer": JWS}` or `{"refused": true}`. Returns the next page."""
         console, kind = self._console, KINDS[question.kind]
         if answer.get("refused") is True:
             console.questions.refuse(question)

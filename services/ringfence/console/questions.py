@@ -1,8 +1,8 @@
-"""What people are asked to sign, and the way of their answers to Kafka.
+"""Questions: messages that people are asked to sign, and the publication of their answers on Kafka.
 
-A question is all in its path, sealed: who is asked, and by which form. The sign page fetches it, which composes the
-message anew, and posts back what the person signed. So no replica has to remember a question. Nothing goes on that is
-not exactly what was asked, besides what the page stamps; services verify the signature again.
+A question's URL path contains it, sealed: who is asked, and by which form. When the sign page fetches it, the console
+composes the message anew. The page posts back what the person signed. So no replica must remember a question. An answer
+is published only if it is exactly what was asked, except for what the page stamps. Services verify the signature again.
 """
 
 from __future__ import annotations

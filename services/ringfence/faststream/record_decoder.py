@@ -19,9 +19,9 @@ from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic, typ_
 
 @dataclass(frozen=True, slots=True)
 class UnknownMessage:
-    """A record that is no message which this version knows, or whose signature does not verify: believe none of it.
+    """A record that this version does not know as a message, or whose signature does not verify: do not act on it.
 
-    A newer Ringfence may have written it, and so may anybody else who may write to the topic.
+    A newer Ringfence may have written it, or anybody else with Write on the topic.
     """
 
     topic: str
@@ -53,8 +53,8 @@ class RecordDecoder:
         """The record's message.
 
         Args:
-            record: the record, with its detached signature attached where it has one.
-            value: the value as it stands on the topic.
+            record: the record, with its detached signature attached, if it has one.
+            value: the value as it is on the topic.
 
         Raises UnavailableError if the trust bundle cannot be read: deliver the record again.
         """

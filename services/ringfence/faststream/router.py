@@ -181,9 +181,9 @@ class Subscription:
         """Declare the handler of these kinds of messages; FastStream calls the first that takes a message.
 
         Args:
-            kinds: of audit events their codes, where a `*` at the end stands for any suffix; of other topics the
-                classes of their messages. `UnknownMessage` is what this version does not know, or what nobody vouches
-                for. Without kinds: everything that no other handler takes.
+            kinds: for audit events, their codes; a `*` at the end matches any suffix. For other topics, message
+                classes. `UnknownMessage` matches records that this version does not know, or that do not verify.
+                Without kinds: everything that no other handler takes.
 
         Raises SetupError if the topic carries no such message, or another handler takes it already.
         """

@@ -153,7 +153,7 @@ class BlockingCredentialSource:
         return self._source.target
 
     def current(self) -> IssuedCredential:
-        """The present credential; a new one where there is none, or it ends soon. Raises as `Agent.request`."""
+        """The current credential; a new one if there is none, or if it ends soon. Raises as `Agent.request`."""
         return self.agent.run(self._source.current())
 
     def renew(self) -> IssuedCredential:

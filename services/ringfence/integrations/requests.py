@@ -28,10 +28,10 @@ _Flow = Generator[httpx.Request, httpx.Response, None]
 
 
 class LeaseAuth(AuthBase):
-    """Presents the present credential of a source with each request, with a DPoP proof where it is bound to a key.
+    """Presents the current credential of a source with each request, with a DPoP proof if it is bound to a key.
 
-    The credential is requested with the first request. A request is sent once more where the server demands a nonce;
-    any other 401 is passed to the caller.
+    The credential is requested with the first request. A request is sent once more if the server demands a nonce; any
+    other 401 is passed to the caller.
 
     ```python
     with BlockingCredentialSource(agent, ...) as source, requests.Session() as session:

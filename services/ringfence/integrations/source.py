@@ -70,7 +70,7 @@ class CredentialSource:
         self._one_request = asyncio.Lock()
 
     async def current(self) -> IssuedCredential:
-        """The present credential; a new one where there is none, or it ends soon. Raises as `Agent.request`."""
+        """The current credential; a new one if there is none, or if it ends soon. Raises as `Agent.request`."""
         async with self._one_request:
             if self._current is None or not self.is_fresh(self._current.lease_id):
                 await self._replace()

@@ -163,8 +163,8 @@ def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
 
 
 def _seal_keys(runtime: Runtime, named: Path | None, usual: Path) -> EncryptionKeys | None:
-    """The keys that credentials for gateways are kept by. None where none is named, nor is the usual file there: an
-    installation of before has none, and the issuer says so to whoever asks for delivery to the gateway.
+    """The keys to which the issuer seals gateways' credentials for itself. None if no file is named and the default
+    file is missing, as in older installations. The issuer then refuses delivery to the gateway with that reason.
     """
     file = named or (usual if usual.exists() else None)
     if file is None:

@@ -300,7 +300,7 @@ def _issue(decision: Decision, verified: _VerifiedRequest, directory: Directory,
 
 def _is_older(own: Revisions, seen: Revisions) -> bool:
     pairs = [(own.agent, seen.agent), (own.user, seen.user), (own.task, seen.task), (own.target, seen.target)]
-    # A task has the same delegators for good: what policy says of others is no honest policy's, and is not weighed.
+    # A task always has the same delegators. An honest policy names no others, so the issuer ignores others.
     for mine, theirs in zip(own.delegators or (), seen.delegators or (), strict=False):
         pairs += [(mine.agent, theirs.agent), (mine.task, theirs.task)]
     return any(mine < theirs for mine, theirs in pairs)

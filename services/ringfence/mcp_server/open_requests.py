@@ -67,7 +67,7 @@ class OpenRequests:
         answer = asyncio.create_task(work(), name=f"request {name}")
         request = OpenRequest(name, task_id, reason, answer)
         self._requests[name] = request
-        # Its error is for whoever asks for it, and nobody may.
+        # Its error is for the caller that asks for it, and there may be none.
         answer.add_done_callback(lambda done: done.cancelled() or done.exception())
         return request
 

@@ -178,7 +178,7 @@ class TaskResult(_Schema):
 
 
 class OpenRequestResult(_Schema):
-    """A request that nobody has answered for good."""
+    """A request without a final answer."""
 
     request: str
     task_id: str

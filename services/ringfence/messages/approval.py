@@ -136,7 +136,7 @@ class ActionRequest(ExpiringClaims):
     url: Annotated[str, Field(pattern=r"^https?://[!-~]{1,8192}$")]
     """Where it goes, as it goes there: the target's scheme and authority, the path and the query undecoded."""
     body_digest: Digest
-    """SHA-256 of the body, of nothing where there is none."""
+    """SHA-256 of the body; of no bytes if there is none."""
     body_bytes: Annotated[int, Field(ge=0)]
     headers_digest: Digest | None = None
     """Over all headers that go on, in their order, without the credential: SHA-256 over each name and each value, with

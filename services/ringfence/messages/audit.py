@@ -32,9 +32,9 @@ class AuditEvent(Message):
 
 
 class ChainLink(Message):
-    """Where an event stands in the chain of its partition: `unmapped.chain`.
+    """The place of an event in the chain of its partition: `unmapped.chain`.
 
-    The hash of an event is the leaf hash of RFC 9162 (SHA-256 of a zero byte and the event's JSON as it stands on the
+    The hash of an event is the leaf hash of RFC 9162 (SHA-256 of a zero byte and the event's JSON as it is on the
     topic, this link included).
     """
 

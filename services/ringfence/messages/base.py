@@ -160,7 +160,7 @@ class Topic(Generic[M]):
     in_transactions: bool = False
     """Whether its writer writes in Kafka transactions: only what is committed counts."""
     in_the_clear: tuple[type[Claims], ...] = ()
-    """Signed messages that stand there as plain JSON for any reader, their signature in a header beside it."""
+    """Signed messages that are plain JSON there for any reader, with their signature in a header."""
     also_json: tuple[type[Message], ...] = ()
     """Payloads inside a sealed (JWE) message, and what else belongs to one, for the published schemas."""
 

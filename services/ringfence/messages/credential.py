@@ -31,7 +31,7 @@ Outcome = Literal["allowed", "denied", "approval_required"]
 
 
 class Coordinates(Message):
-    """Where a record stands on Kafka, and when the broker appended it."""
+    """The coordinates of a record on Kafka, and the time when the broker appended it."""
 
     topic: NonEmpty
     partition: Annotated[int, Field(ge=0)]
@@ -140,7 +140,7 @@ class CredentialDecision(Claims):
     """The broker's append times of those of `approvals` and `grants` that a passkey signed, by the SHA-256 of each.
     Their signatures are judged by these times."""
     revisions: Revisions | None = None
-    """None if a record was missing, so that there is nothing to hold on to."""
+    """None if a record was missing, so that there are no revisions to name."""
     input: dict[str, Any] | None = None
     """What the policy was given; None if it was not reached."""
     input_digest: Digest | None = None

@@ -115,10 +115,10 @@ class Lease(Claims):
 
 
 class LeaseEpoch(Claims):
-    """From here on, in this partition of `lease`, only records of this epoch count, and those that have none.
+    """The marker of an epoch in one partition of `lease`.
 
-    Written by whoever rebuilds Redis, before it is read what stands there. It counts where its number is higher than
-    those of all before it.
+    After it, only records of this epoch count there, and those without an epoch.
+    A revoker that rebuilds Redis writes it. It counts if its number is higher than those of all before it.
     """
 
     typ: ClassVar[str] = "lease.epoch"

@@ -43,8 +43,8 @@ class OidcIssuer(Message):
     user_match: Literal["id", "external_id"] = "id"
     """What the claim is: the user's id, or what their directory knows them by (the `externalId` of SCIM)."""
     emails_verified: bool | None = None
-    """Where the claim is `email`: whether it counts also in tokens without `email_verified`, as this issuer lets nobody
-    choose an address."""
+    """If the claim is `email`: whether it also counts in tokens without `email_verified`, because users of this issuer
+    cannot choose an address."""
     discovery: bool = False
     """Where nothing is pinned: the registry reads the keys from the issuer (OpenID Connect Discovery), and the others
     take its word. For instances alone."""

@@ -25,10 +25,10 @@ EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "fi
 
 
 class ServiceEvent(Claims):
-    """What a service did with something it was sent, or found out. `jti` is derived from what it reports.
+    """What a service did with a message, or found out. `jti` is derived from what it reports.
 
-    `accepted` and `refused` answer a command; whoever gave it waits for the event whose `ref` is the command's `jti`
-    and whose `actor` is its `iss`.
+    `accepted` and `refused` answer a command. Its sender waits for the event with the command's `jti` as `ref` and its
+    `iss` as `actor`.
     """
 
     typ: ClassVar[str] = "service.event"
@@ -38,7 +38,7 @@ class ServiceEvent(Claims):
     subject: NonEmpty
     """What it is about: the message's name, or the service."""
     actor: SpiffeId | None = None
-    """Who caused it, where a signature says so."""
+    """Who caused it, if a signature says so."""
     ref: str | None = None
     """The `jti` of the message that it is about."""
     source: Coordinates | None = None
@@ -52,7 +52,7 @@ class ServiceEvent(Claims):
     enrolled: EnrolledInstance | None = None
     """The running instance that a registry let in: what it needs to refuse the same token to anybody else."""
     sponsor: str | None = None
-    """Who should be told, where a person has to know of it: the sponsor who is accountable for the agent."""
+    """The person to notify, if there is one: the sponsor who is accountable for the agent."""
     at_ms: Millis
     traceparent: str | None = None
 
@@ -133,7 +133,7 @@ class ActionAsked(Message):
     """Of the `action.request`."""
     request_digest: Digest
     by: Name | None = None
-    """Who said yes or no; nobody where nobody did in time."""
+    """Who approved or denied; None if nobody answered in time."""
     waited_ms: Annotated[int, Field(ge=0)]
     """How long this request waited; `latency_us` is without it."""
 
@@ -177,13 +177,13 @@ class ActionDecided(Message):
     neither."""
     method: Annotated[str, Field(max_length=32)] | None = None
     destination: Destination | None = None
-    """Where it was going, where it was not allowed."""
+    """Its destination, if it was not allowed."""
     request_digest: Digest | None = None
     """Over method, URL and body: it tells two requests apart, and says nothing of what was in them."""
     latency_us: Annotated[int, Field(ge=0)] | None = None
     """What deciding took."""
     label: Annotated[str, Field(max_length=64)] | None = None
-    """Where the sender's tooling says that the request came from. Nobody vouches for it."""
+    """The origin of the request as the sender's tooling states it. It is not verified."""
     observed: Literal[True] | None = None
     """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
     asked: ActionAsked | None = None

@@ -126,7 +126,7 @@ class UserDisable(ExpiringClaims):
     user_id: Name
     reason: NonEmpty
     gone: bool = False
-    """Of a provisioner: they left for good. Whoever comes later under the same name is somebody else."""
+    """Set by a provisioner: the person left for ever. A later person with the same name is somebody else."""
 
 
 class GroupDelegation(Message):
@@ -480,7 +480,7 @@ class RequestRule(Message):
     query: Annotated[Condition, Field(max_length=16)] | None = None
     """Parameters of the query that must come, once, with one of these values."""
     body: Annotated[Condition, Field(max_length=16)] | None = None
-    """Members of the body, a JSON object, that must be one of these strings. What is no such body is no verb."""
+    """Members of the body, a JSON object, that must be one of these strings. Any other body does not match."""
     mcp: McpRule | None = None
     """Where set, the path is an endpoint of the Model Context Protocol: what is posted there is decided by rules with
     this alone, whatever others say. `method` is `MCP` then, which no request has: a reader that does not know of such

@@ -21,7 +21,7 @@ class SignalStream(Claims):
     signed_by = ("signals",)
 
     receiver: NonEmpty
-    """By the name of its token; what it may hear of stands in the settings of the service, and not here."""
+    """By the name of its token. The settings of the service say what it may receive."""
     stream_id: Uuid
     revision: Annotated[int, Field(ge=1)]
     status: StreamStatus

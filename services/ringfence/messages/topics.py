@@ -50,7 +50,7 @@ _HOUR = 3600
 _DAY = 24 * _HOUR
 _SERVICES = ("every service",)
 _VERIFIERS = ("every service", "agents", "users")
-"""Whoever believes what is signed needs the records, up to the root."""
+"""Services that verify signatures need the records, up to the root."""
 
 TRUST = Topic(
     "trust",

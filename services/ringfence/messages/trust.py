@@ -26,7 +26,7 @@ class ServiceIdentity(Message):
     id: SpiffeId
     roles: tuple[ServiceRole, ...]
     keys: tuple[KeyRecord, ...]
-    """Those that have ended stay here: what they signed in their time is still believed."""
+    """Ended keys stay here: what they signed while they were valid still counts."""
     encryption_keys: tuple[KeyRecord, ...] = ()
     """What credentials are sealed to: of gateways, which inject them, and of the issuer, which keeps them for gateways
     that come later. X25519 or P-256 (ECDH-ES), and none of `keys`."""

@@ -60,7 +60,7 @@ class JwtSettings(TargetSettings):
     """Settings for tokens in a target's record, besides their audience."""
 
     url: TargetUrl | Literal["stdio://run"] | None = None
-    """Where the gateway sends requests to, where agents go by way of it; `STDIO_URL` for a server in the run."""
+    """The URL to which the gateway sends agents' requests; `STDIO_URL` for a server in the run."""
     dpop: Literal["off", "required"] = "off"
     """`required`: tokens are bound to the agent's key, and good only with a proof of it (RFC 9449)."""
     alg: TokenAlgorithm = "ES256"
@@ -99,7 +99,7 @@ class PostgresSettings(TargetSettings):
     """Settings of a PostgreSQL target."""
 
     sslmode: SslMode | None = None
-    """What agents are told to insist on; what Ringfence itself does, if not given."""
+    """What agents should require; by default what Ringfence itself requires."""
     connection_limit: Annotated[int, Field(ge=1, le=100)] = 4
     """How many sessions a credential may have at once."""
     statement_timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 60

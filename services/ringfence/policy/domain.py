@@ -222,7 +222,7 @@ def verdict_of(
         message = f"policy allows it for {ttl_s} s, which is no time at all"
         denials = (Reason(code="policy_invalid", message=message),)
     if break_glass and not against:
-        # A bundle that denies may give no life at all; where it gives one, break glass is no way around that.
+        # A bundle that denies may give no life at all. If it gives one, break glass cannot exceed it.
         limits = [asked_s, target_max_ttl_s, BREAK_GLASS_TTL_S]
         ttl_s = min([*limits, result.max_ttl_s] if result.max_ttl_s >= 1 else limits)
         return RequestVerdict((), ttl_s, required, denials)
@@ -284,8 +284,8 @@ _WHOSE: dict[RequiredClass, str] = {
 def people_to_ask(
     directory: Directory, facts: RequestContext, required: Sequence[RequiredClass], candidates: Sequence[str]
 ) -> tuple[str, ...]:
-    """Who is asked: for each class those of the candidates who may give it, at most `MAX_ASKED`; where nobody may, the
-    agent's sponsor, who knows whom to turn to.
+    """Who is asked: for each class the candidates who may give it, at most `MAX_ASKED`. If nobody may, the agent's
+    sponsor, who knows whom to ask.
     """
     sponsor = facts.agent.state.sponsor
     asked: dict[str, None] = {}

@@ -41,11 +41,11 @@ def router(
     notice_dead_letters: DeadLetters | None,
 ) -> GroupRouter:
     """Args:
-        notice: tells people of questions, by webhooks; None if there are none, and then no group reads for it.
-        key_notice: tells people of keys that were added to them; where there is a `notice`.
-        receipt: tells people what their passkeys signed; where there is a `notice`.
+        notice: notifies people of questions, by webhooks; None without webhooks, and then no group reads for it.
+        key_notice: notifies people of keys that were added to them; only with a `notice`.
+        receipt: notifies people of what their passkeys signed; only with a `notice`.
         on_assigned: awaited before the first record of `policy` after each assignment.
-        notice_dead_letters: those of the notices, which halt at nothing.
+        notice_dead_letters: dead letters of the notices, which never halt.
     """  # fmt: skip
     router = GroupRouter(
         {

@@ -35,7 +35,7 @@ class HttpPool:
     async def post(self, path: str, body: bytes) -> tuple[int, bytes]:
         """Status and body of the answer to a POST of JSON. Raises UnavailableError if there is none.
 
-        Cancelled (or timed out), it closes the connection, by which the server knows that nobody waits any more.
+        If cancelled (or timed out), it closes the connection, so that the server knows that nobody waits.
         """
         head = (
             f"POST {self._prefix}{path} HTTP/1.1\r\nHost: {self._netloc}\r\nContent-Type: application/json\r\n"

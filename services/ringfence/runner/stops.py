@@ -52,7 +52,7 @@ class StopTable:
             self._take(record)
 
     def reason(self, run_id: str, *, agent_id: str, task_id: str, ordered_by: str | None) -> str | None:
-        """Why a run is to end, by the first stop of whoever may stop it; None if there is none."""
+        """Why a run must end, by the first stop of a person who may stop it; None if there is none."""
         self.retry()
         for stop in self._stops.get(run_id, ()):
             problem = stop_problem(

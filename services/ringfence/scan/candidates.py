@@ -88,7 +88,7 @@ def is_counterfeit(text: str) -> bool:
 
 
 MARKERS: Final = frozenset(one.marker for one in FORMATS)
-"""What is the same in all credentials of a kind, also where it stands in their middle."""
+"""The text that all credentials of a kind share, also in their middle."""
 
 
 def public_prefix_length(text: str) -> int:
@@ -123,7 +123,7 @@ def candidate_of(kind: Kind, value: str, field: str, **more: Any) -> Candidate:
 
 
 def of_jwt(token: str, field: str, *, kind: Kind | None = None, **more: Any) -> Candidate | None:
-    """Return a candidate for a JWT with its claims, which nobody verified; None if it is no JWT."""
+    """Return a candidate for a JWT with its unverified claims; None if it is no JWT."""
     parts = checksums.jwt_parts(token)
     if parts is None:
         return None

@@ -188,7 +188,7 @@ _OPTION: Final = re.compile(r"\s*([^=:\s#;\[][^=:\n]{0,199}?)\s*[=:]\s*(.*?)\s*$
 
 
 def ini_options(text: str) -> Iterator[tuple[str, str, str, int]]:
-    """Yield section, name, value and line of each option of an INI file. What is no option is passed over."""
+    """Yield section, name, value and line of each option of an INI file. Other lines are skipped."""
     section = ""
     for number, line in enumerate(text.splitlines(), start=1):
         if match := _SECTION.match(line):

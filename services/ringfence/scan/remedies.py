@@ -1,7 +1,7 @@
-"""The way out of each finding: commands of Ringfence that can be pasted, and what to rotate or delete.
+"""Remedies for each finding: commands of Ringfence to paste, and what to rotate or delete.
 
-Names in files are hostile: a host or an account stands in a command only where it is nothing but one. Otherwise a
-capital word stands there for a person to replace.
+Names in files are hostile: a command contains a host or an account only if it is a plain one. Otherwise the command has
+a capital word for a person to replace.
 """
 
 from __future__ import annotations

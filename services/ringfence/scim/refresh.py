@@ -1,8 +1,8 @@
 """Reconciles users with the delegation, and confirms entitlements before they expire.
 
-Where an operator changed the delegation, every user gets what it grants now. Entitlements expire with age. A directory
+If an operator changed the delegation, every user gets what it grants now. Entitlements expire with age. A directory
 reports changes only, so while it calls, its silence about a user means that nothing changed, and the entitlements are
-confirmed. Where it no longer calls, nothing is confirmed, and they expire.
+confirmed. If it no longer calls, nothing is confirmed, and they expire.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class EntitlementRefresh:
             try:
                 await self._writer.reprovision(record, as_of)
                 refreshed += 1
-            except RingfenceError as error:  # one who cannot be said again keeps nobody else from it
+            except RingfenceError as error:  # a user whose command fails does not stop the others
                 log.warning("user %s could not be confirmed: %s", record.state.user_id, error)
         return refreshed
 

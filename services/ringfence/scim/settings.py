@@ -21,7 +21,8 @@ class ScimSettings(RingfenceSettings):
     tokens: Path
     """The bearer tokens that are let in, as hashes: what `ringfence provisioner new-token` wrote. Mode 0600."""
     url: str | None = None
-    """Where the directory reaches this endpoint, for `location` and `$ref`; as it was asked where not set."""
+    """The URL at which the directory reaches this endpoint, for `location` and `$ref`; by default that of the
+    request."""
     mail_domain: Annotated[str | None, Field(pattern=r"^[a-z0-9][a-z0-9.-]*$")] = None
     """User names that end in `@` and this become ids without it: `maria@example.com` is the user `maria`."""
     confirm_s: Annotated[int, Field(ge=60)] = 24 * 3600

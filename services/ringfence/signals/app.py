@@ -29,7 +29,7 @@ def build(
     streams = StreamTable(runtime)
     deliveries = DeliverySupervisor(runtime, own, streams, receivers)
     runtime.table((SIGNAL_STREAM,), streams.on_records)
-    # Of all that stands there only the markers are kept: which records count is known before the first is told.
+    # Only the markers are kept of that topic: which records count is known before the first is reported.
     runtime.history((LEASE,), runtime.redeliver_after_rotation(deliveries.on_leases), since_ms=0)
     runtime.background("streams", deliveries.run)
     runtime.ready_when(deliveries.unready)

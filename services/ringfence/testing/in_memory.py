@@ -314,11 +314,11 @@ class InMemoryRingfence:
         comment: str | None = None,
         within_s: float = 5.0,
     ) -> PendingApproval:
-        """Approve a request that waits. Returns it as it waited.
+        """Approve a pending request. Returns it as it was pending.
 
         Args:
-            request: which one, or its id; None takes the only one, and waits until one waits.
-            by: who approves; None has whoever may give each approval that is needed.
+            request: the request, or its id; None takes the only one, and waits until there is one.
+            by: who approves; None: for each needed approval, a user who may give it.
             within_s: how long to wait for a request, in seconds of real time.
 
         Raises NothingPendingError; InvalidCallError if several wait; NotYoursError if `by` may not approve it;

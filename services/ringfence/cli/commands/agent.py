@@ -273,9 +273,10 @@ def consent_transfer(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Consent to answer for an agent as it is now; prints the consent, for its present sponsor. As the new sponsor.
+    """Consent to become the sponsor of an agent as it is now; prints the consent for its present sponsor.
 
-    It counts once. It counts no more after any change of the agent: the present sponsor cannot widen what you saw.
+    As the new sponsor. It counts once. Any change of the agent invalidates it, so the present sponsor cannot widen what
+    you saw.
     """
     who = signer(me, passkey, as_user)
     life_s = consent_life_s(valid, who)

@@ -151,9 +151,9 @@ def approve(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign a yes to exactly this request, as it is shown, and one to each that is shown as alike; or to one action.
+    """Approve exactly this request as it is shown, and each request that is shown as alike; or approve one action.
 
-    What is not yours to give is not signed.
+    Approvals that you may not give are not signed.
     """
     _send_answers(request, "approve", one, comment, yes, signer(me, passkey, as_user), as_json)
 

@@ -238,9 +238,9 @@ def verify(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Find what was removed, changed, reordered, doubled or cut off in the trail, and what never came there.
+    """Find events of the trail that were removed, changed, reordered, duplicated, truncated, or never written.
 
-    Reads Kafka itself and believes nobody but the trust root. Exit 1 if there is a fault.
+    Reads Kafka itself and trusts only the trust root. Exit 1 if there is a fault.
     """
     from ringfence.client.reports.auditor import HEADS, read_heads, verify_trail, witness
 

@@ -53,11 +53,11 @@ def stats(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Count what was blocked, by agent, target, read or write, and reason, and what was allowed beside it. List the
-    unknown destinations that were tried most often: hosts that are no target, and requests that no map has.
+    """Count blocked requests by agent, target, read or write, and reason; and allowed ones, for comparison. List the
+    most frequent unknown destinations: hosts that are no target, and requests that no request map covers.
 
-    Operators and auditors see all, sponsors what concerns their agents. What a gateway in observe mode would have
-    blocked is counted as blocked, and told apart as observed: it went through.
+    Operators and auditors see all, sponsors see their own agents. Requests that a gateway in observe mode would have
+    blocked count as blocked, and as observed: they went through.
     """
     from ringfence.client.reports.action_report import action_report
 

@@ -184,7 +184,7 @@ def withdraw(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Take back what was approved ahead: nothing more is issued on it. What was issued goes on to its end."""
+    """Withdraw a grant: nothing more is issued on it. Leases that were issued on it live on to their end."""
 
     who = signer(me, passkey, as_user)
 

@@ -48,12 +48,10 @@ def explain(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Explain a decision: every reason, what each side allows of what was asked for, every rule that fired, and what
-    it was made on.
+    """Explain a decision: every reason, what each limit allows of the request, every rule that applied, and the input.
 
-    The rules are evaluated again, here, where the folder holds the very revision that decided.
-    Policy remembers a request for a quarter of an hour past its end; of older ones audit knows where they stand on
-    Kafka, which keeps them for 30 days.
+    If the folder holds the revision that decided, the command evaluates the rules again. Policy remembers a request for
+    a quarter of an hour past its end. For older ones, audit knows their place on Kafka, which keeps them for 30 days.
     """
 
     async def work() -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ringfence.kernel.service.process import ServiceProcess
 
 _SIGN_PAGE = "sign-page"
-"""Static files: it has no key, and is no service that anybody believes."""
+"""Serves static files. It has no key, and nobody trusts it as a service."""
 _SERVED = (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME, _SIGN_PAGE)
 
 
@@ -39,7 +39,7 @@ def serve(
 ) -> None:
     """Run one or more services until SIGTERM or Ctrl-C.
 
-    Exit 0 if that was the end, also where work was left to whoever is there then; 1 if one could not go on.
+    Exit 0 after such a stop, even if other replicas must finish some work; 1 if a service failed.
     """
     from ringfence.cli.shared.output import note
     from ringfence.cli.shared.settings_check import unread

@@ -160,10 +160,10 @@ def add(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add a target, or replace it. Its key is what its resource server calls introspection with. As an operator.
+    """Add a target, or replace it. The resource server uses the target's key to call introspection. As an operator.
 
-    What its backend would not understand is refused. Of a target that there is, first shows all that changes, and asks:
-    what is not said again is gone.
+    Refuses settings that the backend does not know. For an existing target, shows all changes and asks first: what you
+    do not repeat is removed.
     """
     id = spiffe_id(settings().trust_domain, "target", target)
     base = _template(template)

@@ -100,8 +100,8 @@ def show_acls(
 ) -> None:
     """Print the ACLs that each party needs on Kafka, as commands of kafka-acls.sh; --apply creates them.
 
-    Parties are the services, and agents, users, operators and the siem. They need these rights and no more. Signatures
-    decide what counts, whoever may write.
+    Parties are the services, and agents, users, operators and the siem. They need these rights and no others. Even for
+    a party with Write, signatures decide what counts.
     """
     settings = load(ServiceSettings)
     required = acls(settings.topic_prefix)

@@ -127,12 +127,12 @@ def change(
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Change what is named and keep the rest. A new key ends the old ones. A disabled user is active again.
+    """Change what you name and keep the rest. A new key ends the old ones. A disabled user becomes active again.
 
-    --allow and --role say the whole and replace what was. --allow and --add confirm all entitlements as of now, as
-    --refresh does; --remove does not. First shows what is taken away and which leases end, and
-    asks. What is changed of a user from a directory is set again by it, but for their keys. As an operator; nobody
-    widens their own roles or entitlements.
+    --allow and --role replace the previous values completely. --allow and --add confirm all entitlements as of now, as
+    --refresh does; --remove does not. First shows what is removed and which leases end, and asks. The directory of a
+    provisioned user overwrites such changes, except keys. As an operator; nobody widens their own roles or
+    entitlements.
     """
     options = parse_scope_options(allow, allow_nothing, add, remove)
     if role and no_roles:

@@ -28,7 +28,7 @@ _TIMEOUT_S: Final = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """Who asks, and what else stands on the command line."""
+    """Who completes, and what else is on the command line."""
 
     typed: Typed
     settings: ClientSettings

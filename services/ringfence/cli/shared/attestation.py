@@ -96,7 +96,7 @@ def set_attestation(
 
 
 def parse_selectors(given: list[str] | None, agent: str | None = None) -> tuple[AttestationSelector, ...]:
-    """Parse selectors from repeated options. Raises typer.BadParameter, saying where one is wrong.
+    """Parse selectors from repeated options. Raises typer.BadParameter, which names the error.
 
     `agent`: whose selectors they are. A runner's selector names it, where it is not written out.
     """

@@ -96,7 +96,7 @@ class Replacement:
         self.document[name.replace(" ", "_")] = {"before": old, "after": new}
 
     async def ask(self, question: str, me: Path | None, *, yes: bool, quiet: bool) -> dict[str, Any]:
-        """Show everything, and ask. `quiet`: show nothing where nobody is asked either, as with `--json`.
+        """Show all changes, and ask. `quiet`: if no question is asked, such as with `--json`, show nothing.
 
         Returns the document for `--json`. Raises RingfenceError if the answer is no, WrongUseError if nobody is
         there to answer.

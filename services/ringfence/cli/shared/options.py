@@ -250,9 +250,9 @@ def credential_life_s(text: str) -> int:
 
 
 def consent_life_s(text: str, who: Path | PasskeyUser | None) -> int:
-    """Parse the validity of a consent by `who` into seconds. What a passkey signs counts for ten minutes at most.
+    """Parse the validity of a consent by `who` into seconds. Messages signed by passkeys count for ten minutes at most.
 
-    Raises typer.BadParameter where no service would accept one that long.
+    Raises typer.BadParameter if services accept none so long.
     """
     life_s = duration_s(text)
     if life_s > MAX_LIFE_S:
@@ -314,8 +314,8 @@ def read_public_key(path: Path) -> PublicJwk:
 
 @contextmanager
 def keep_key_if_accepted(key_file: Path | None) -> Iterator[None]:
-    """Delete the key file that was made for a command if the command is refused: it would stand in the way of the next
-    try.
+    """Delete the key file that was made for a command if the command is refused, because it would block the next
+    attempt.
 
     If nobody answered, the file stays, because the command may still be carried out.
     """

@@ -142,7 +142,7 @@ def print_table(
 ) -> None:
     """Print a list for people, or `empty` if it has no rows: a table, or a block per row where that is too wide.
 
-    `wide`: a table in any case, with whole ids and all columns, as where stdout is no terminal.
+    `wide`: always a table, with whole ids and all columns; also if stdout is no terminal.
     """
     screen = console()
     if lines := list_lines(columns, rows, width=line_width(wide=wide)):

@@ -1,8 +1,8 @@
-"""Lists for people: a table where it fits the terminal, else one block per row.
+"""Lists for people: a table if it fits the terminal, else one block per row.
 
 A terminal folds a table that is too wide, and a name that is folded is misread. So no value is ever cut: a table is
-printed only where every name and id fits on one line. Otherwise each row becomes a block. A word that is longer than
-the terminal goes on in the next line, and a backslash marks where.
+printed only if every name and id fits on one line. Otherwise each row becomes a block. A word that is longer than the
+terminal goes on in the next line, and a backslash marks where.
 """
 
 from __future__ import annotations

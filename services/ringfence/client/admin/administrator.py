@@ -613,11 +613,11 @@ class Administrator(CommandClient):
             command: the program, and its arguments.
             ttl_s: how long the run may take.
             mounts: folders, by the names that the pool has for them.
-            image: the digest of a container image; None: what the pool has as its own.
+            image: the digest of a container image; None: the pool's default.
             valid_s: how long the order may wait.
-            labels: what the pool has to have among its labels. `ReadApi.pools` finds such a pool.
+            labels: labels that the pool must have. `ReadApi.pools` finds such a pool.
 
-        Raises RefusedError if no runner would follow it, by the records as they are now.
+        Raises RefusedError if, by the current records, no runner would accept it.
         """
         words = texts("command", command)
         folders = instances("mounts", mounts, Mount, '[Mount(name="sources")]')

@@ -42,9 +42,10 @@ class RotatedRoot:
 
 
 def renew(folder: TrustFolder, *, valid_s: int = YEAR_S, origins: OriginChange = NO_CHANGE) -> TrustBundle:
-    """Sign the next version of the bundle with the same keys and a new end, also where it has expired.
+    """Sign the next version of the bundle with the same keys and a new end, even if the bundle has expired.
 
-    Returns the bundle. Needs the root's key. Raises CeremonyError if there is no trust root, or `origins` cannot be.
+    Returns the bundle. Needs the root's key. Raises CeremonyError if there is no trust root, or if `origins` are
+    invalid.
     """
     root, bundle = load_root_and_bundle(folder)
     now_s = int(time.time())
@@ -95,8 +96,8 @@ def rotate_root(
 ) -> RotatedRoot:
     """Make a new root. The old root signs a handover to it, and the new one signs the next version of the bundle.
 
-    Whoever pins the old root follows by its handover. Whoever pins the new one accepts what the old one signed while it
-    was the root: up to now, or up to `compromised_since_s`.
+    A process that pins the old root follows its handover. A process that pins the new one accepts what the old one
+    signed while it was the root: up to now, or up to `compromised_since_s`.
 
     Raises CeremonyError if there is no trust root.
     """

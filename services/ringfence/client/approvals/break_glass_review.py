@@ -46,7 +46,7 @@ async def review_break_glass(
 ) -> Any:
     """Sign a review of one use, and wait until audit shows it. Returns the use with its review.
 
-    Whoever signs with a passkey may not read audit by it: then the review is None in what is returned, and counts once
+    A passkey cannot authenticate the read from audit. Then the returned use has no review, and the review counts once
     audit has it.
 
     Args:

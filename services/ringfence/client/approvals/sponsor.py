@@ -264,10 +264,9 @@ class Sponsor(Lifetime):
     async def approve(self, pending: PendingApproval, comment: str | None = None) -> str:
         """Sign an approval of exactly this request, on these terms. Returns the approval's id once Kafka holds it.
 
-        Raises StaleApprovalError if records changed since `pending` was shown, or it is no longer open.
-        Raises NotYoursError if this person may give none of the approvals that it needs.
-        Raises RefusedError if the key counts for none: somebody else added it not long ago, or the target demands
-        another kind. Nothing is sent then.
+        Raises StaleApprovalError if records changed since `pending` was shown, or it is no longer open. Raises
+        NotYoursError if this person may give none of the approvals that it needs. Raises RefusedError if the key does
+        not count: somebody else added it recently, or the target demands another kind. Nothing is sent then.
         """
         return await self._answer(pending, "approved", comment)
 
@@ -326,9 +325,7 @@ class Sponsor(Lifetime):
         return message_id(signed.claims.iss, signed.claims.jti)
 
     def _check(self, pending: PendingApproval) -> None:
-        """Raise StaleApprovalError where a request is no longer open, or changed since it was shown; and
-        NotYoursError.
-        """
+        """Raise StaleApprovalError if a request is no longer open, or changed since it was shown; and NotYoursError."""
         question = self._questions.get(pending.request_id)
         over = question is None or question.message.expires_at <= self.connection.clock.now_ms() // 1000
         if question is None or over or pending.request_id in self._answered:

@@ -1,8 +1,8 @@
 """The question server, on the loopback interface: gives the sign page one question, and takes one answer.
 
 Any page in the person's browser, and any local user, can connect to a port. So the path is random, the `Host` is that
-of this port, and the `Origin` is the sign page's: another page gets nothing, and learns nothing by the attempt. What
-arrives is believed for none of that: the caller's `accept` verifies it.
+of this port, and the `Origin` is the sign page's: another page gets nothing, and learns nothing by the attempt. These
+checks prove nothing about an answer: the caller's `accept` verifies it.
 """
 
 from __future__ import annotations

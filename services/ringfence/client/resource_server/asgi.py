@@ -47,11 +47,11 @@ def any_token(_: Scope) -> Needs:
 
 
 class TokenGuard:
-    """Answers 401 or 403 where a request's token is missing, invalid or insufficient, and 503 where it cannot be
-    verified. Where `needs` has no entry for a request: 405 if it has one for other methods, else 403.
+    """Answers 401 or 403 if a request's token is missing, invalid or insufficient, and 503 if it cannot be verified. If
+    `needs` has no entry for a request, answers 405 if it has one for other methods, else 403.
 
-    A request that passes has its token in `scope["ringfence.token"]`. WebSockets are checked likewise, before they
-    open.
+    A request that passes has its token in `scope["ringfence.token"]`. WebSockets are checked in the same way, before
+    they open.
     """
 
     def __init__(

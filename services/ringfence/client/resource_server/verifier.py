@@ -135,11 +135,11 @@ class TokenVerifier(Lifetime):
         verb: str | None = None,
         resource: str | None = None,
     ) -> VerifiedToken:
-        """Verify all that a resource server must check of one request.
+        """Verify all that a resource server must check for one request.
 
-        Checks the token's signature, issuer, audience and times, and the DPoP proof where the token is bound to a key.
-        Asks introspection where a key for it was given. Checks that the token allows `verb` on `resource`, where they
-        are given.
+        Checks the token's signature, issuer, audience and times, and the DPoP proof if the token is bound to a key.
+        Asks introspection if a key for it was given. Checks that the token allows `verb` on `resource`, if they are
+        given.
 
         Args:
             method, url: of the request. The URL as the agent wrote it, before any proxy rewrote it.

@@ -1,7 +1,8 @@
 """A proxy on the loopback interface that forwards to the unix socket of one task.
 
-The socket authenticates by its file mode. Any local user can connect to a port, so here a random password does it.
-Inside a sandbox the loopback interface is the sandbox's own, and no password is needed. With the password:
+The socket authenticates by its file mode. Any local user can connect to a port, so here a random password
+authenticates. Inside a sandbox the loopback interface is the sandbox's own, and no password is needed. With the
+password:
 
 - Nothing reaches the socket before the credentials of that very request were checked (RFC 9110, 11.7). They are not
   forwarded.

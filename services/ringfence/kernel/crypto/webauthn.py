@@ -1,4 +1,4 @@
-"""WebAuthn assertions as signatures of messages: how a person signs with a passkey, and how everybody verifies it.
+"""WebAuthn assertions as signatures of messages: how a person signs with a passkey, and how readers verify it.
 
 Such a message is a compact JWS with the algorithm `WEBAUTHN_ALG`. Its third part is base64url of
 `{"ad":"...","cd":"...","sig":"..."}`: authenticator data, client data and signature of one assertion (WebAuthn Level 3,
@@ -7,7 +7,7 @@ JWS Signing Input (RFC 7515, section 2), so it covers header and claims. Other J
 (RFC 7515, 4.1.1).
 
 Verification needs no state (WebAuthn Level 3, 7.2). A verifier has no challenge of its own: `MAX_AGE_S` stands in for
-it (ADR 0072). Records rest on these rules for good: what they accept today they must always accept.
+it (ADR 0072). Records depend on these rules for ever: what they accept today they must always accept.
 """
 
 from __future__ import annotations

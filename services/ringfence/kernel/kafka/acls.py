@@ -15,7 +15,7 @@ from ringfence.messages.base import ServiceRole
 
 Outsider = Literal["agents", "users", "operators", "siem"]
 Party = ServiceRole | Outsider
-"""Who connects to Kafka: each service, and those outside. What is one party is one principal."""
+"""Who connects to Kafka: each service, and parties outside. Each party is one principal."""
 SERVICES: Final[tuple[ServiceRole, ...]] = get_args(ServiceRole)
 PARTIES: Final[tuple[Party, ...]] = (*SERVICES, *get_args(Outsider))
 

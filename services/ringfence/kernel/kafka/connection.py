@@ -13,7 +13,7 @@ from ringfence.kernel.kafka.probe import Found, Listener, Silence, look
 
 
 def connection(settings: BusSettings) -> dict[str, Any]:
-    """The options of an aiokafka client that say where the brokers are, how they are believed, and who connects.
+    """The options of an aiokafka client for the brokers' addresses, their authentication, and the client's own.
 
     Raises SettingsError if a certificate or a password is not where the settings say.
     """
@@ -33,7 +33,7 @@ def connection(settings: BusSettings) -> dict[str, Any]:
 
 
 async def no_answer(settings: BusSettings, error: Exception) -> UnavailableError:
-    """What is said where no connection comes about. A broker does not tell strangers why: we look for ourselves."""
+    """The error for a failed connection. A broker does not tell strangers the reason, so this probes for it."""
     found = await look(settings, connection(settings).get("ssl_context"))
     return UnavailableError(diagnosis(settings, error, found))
 

@@ -57,9 +57,9 @@ class DeadLetters:
         halts: bool = True,
     ) -> None:
         """Args:
-            trust: says what services signed; without it nothing halts.
-            trust_moved: whether a trust bundle came that was not known a moment ago; asked where a key is unknown.
-            halts: whether a bad deploy halts what buries here. Not where what is lost is a hint, and its writers many.
+            trust: recognises what services signed; without it nothing halts.
+            trust_moved: whether a new trust bundle arrived a moment ago; asked if a key is unknown.
+            halts: whether malformed records of services halt the consumer. Not for topics of hints with many writers.
         """  # fmt: skip
         self._trust = trust
         self._trust_moved = trust_moved

@@ -1,6 +1,6 @@
-"""Signed messages that stand on their topic as plain JSON, the signature in a header (RFC 7515, appendix F).
+"""Signed messages that are plain JSON on their topic, with a detached signature in a header (RFC 7515, appendix F).
 
-Anybody reads them with whatever reads JSON. Who acts on one puts the two together again, and has a JWS as any other.
+Any JSON reader can read them. A service that acts on one joins the two parts to an ordinary JWS.
 """
 
 from __future__ import annotations

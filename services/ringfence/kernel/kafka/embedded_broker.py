@@ -1,11 +1,10 @@
-"""What a consumer of the embedded broker needs and one of Apache Kafka must not have.
+"""Adapters for consumers of the embedded broker, which consumers of Apache Kafka must not have.
 
-Measured with noida-db 0.2.3 and aiokafka 0.14. The adapters stand around `AIOKafkaConsumer._client.send`,
-the one way of all requests of a consumer, and touch only the answers of the one request they are about. Fetches are
-sent again beneath it.
+Measured with noida-db 0.2.3 and aiokafka 0.14. The adapters wrap `AIOKafkaConsumer._client.send`, through which all
+requests of a consumer go. Each changes only the answers of one kind of request. Fetches are repeated below it.
 
-For one thing there is no adapter: it never lets a member of a group go that died without leaving, so nobody takes over
-from it. Whoever comes back under the same name goes on, with what it had (`consumer.InstanceOrderedAssignor`).
+One difference has no adapter: the broker never removes a group member that died without leaving, so nobody takes over
+from it. A member that returns under the same name continues with its partitions (`consumer.InstanceOrderedAssignor`).
 """
 
 from __future__ import annotations
@@ -54,8 +53,8 @@ def hold_fetches(
     """Let a fetch of `consumer` wait for records, as Apache Kafka does it for `fetch_max_wait_ms`.
 
     The embedded broker answers at once, and an idle consumer of it spins: 0.9 of a core. So the same fetch is sent
-    again, after pauses, until it brings something or `hold_ms` are over: aiokafka, which takes more CPU over an empty
-    answer than the broker, is not told of it.
+    again, after pauses, until it brings something or `hold_ms` are over: aiokafka, which takes more CPU for an empty
+    answer than the broker, does not see it.
 
     The pause is a sixteenth of the time since the last record, within `linger_ms` and `ceiling_ms`: where records
     come now and then, the next one waits for a small part of what lay between them, and an idle consumer sees one at
@@ -161,11 +160,11 @@ def rejoin_on_refused_commit(consumer: AIOKafkaConsumer) -> None:
 
 
 def pass_over_old_aborts(consumer: AIOKafkaConsumer) -> None:
-    """Let `consumer` be told only of aborted transactions that began at or after the offset that it fetches from.
+    """Show `consumer` only aborted transactions that began at or after the offset from which it fetches.
 
-    Apache Kafka tells of those that overlap with what it answers. The embedded broker tells of all that there ever
-    were, and aiokafka would pass over everything that the same producer wrote later. What remains: where a fetch ends
-    within a transaction that is aborted later, its rest is read.
+    Apache Kafka lists those that overlap with the records of its answer. The embedded broker lists all that ever were,
+    and aiokafka would skip everything that the same producer wrote later. One difference remains: if a fetch ends
+    within a transaction that is aborted later, the rest of that transaction is read.
     """
     client = consumer._client
     send = client.send

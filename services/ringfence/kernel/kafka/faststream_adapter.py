@@ -379,7 +379,7 @@ def _declared_function(handler: Callable[..., Any], handle_batch: BatchHandler) 
         await handle_batch(batch)
         batch.done = True
 
-    # FastStream would make a model of the parameters. What the topics carry stands in `GroupSubscriber.schema`.
+    # FastStream would make a model of the parameters. `GroupSubscriber.schema` describes what the topics carry.
     parameter = inspect.Parameter("batch", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Any)
     handle.__signature__ = inspect.Signature([parameter])  # type: ignore[attr-defined]
     return handle

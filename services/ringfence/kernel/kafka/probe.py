@@ -1,6 +1,6 @@
-"""What answers where Kafka should be, for people to be told: a client of Kafka learns no more than that it failed.
+"""A probe of the address where Kafka should be: it finds the reason of a failure that a Kafka client cannot explain.
 
-Only asks what anybody may ask. Nobody is told a password, and who is not believed is shown no certificate.
+It only asks what anybody may ask. It sends no password, and shows its certificate to no untrusted server.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Listener:
     """None if it does not say, for example because it wants to see a certificate first."""
     mechanisms: tuple[str, ...] = ()
     disbelieved: str = ""
-    """Why its certificate is not believed with the settings, where it was looked at."""
+    """Why its certificate is not trusted by the settings, if it was checked."""
 
     @property
     def protocol(self) -> str:
@@ -60,7 +60,7 @@ def addresses(settings: BusSettings) -> list[tuple[str, int]]:
 
 
 async def look(settings: BusSettings, context: ssl.SSLContext | None) -> dict[str, Found]:
-    """What is at the first few addresses of the settings. `context`: what certificates are believed by, with TLS."""
+    """Probe the first few addresses of the settings. `context`: how certificates are verified, with TLS."""
     probed = addresses(settings)[:_MAX_ASKED]
     found = await asyncio.gather(*(_probe_listener(host, port, context) for host, port in probed))
     return {f"{host}:{port}": one for (host, port), one in zip(probed, found, strict=True)}

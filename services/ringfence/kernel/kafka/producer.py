@@ -91,7 +91,7 @@ class Publisher:
         self._producer = producer
 
     def _producer_options(self) -> dict[str, Any]:
-        """What else the producer is told."""
+        """Further options of the producer."""
         return {}
 
     async def stop(self) -> None:
@@ -129,10 +129,10 @@ class Publisher:
             value: a compact JWS or JWE, or JSON. Empty writes a tombstone.
             id: `ce_id`, derived from what the message says, so that a repeat has the same one.
             type: the message's name, for `ce_type`.
-            traceparent: the trace to go on with; a new one where None.
-            partition: where to; where the key says where None.
-            content_type: what the value is; what the topic's usually are where None.
-            signature: of JSON that is signed in the clear (`kernel.in_the_clear`).
+            traceparent: the trace to continue; None: a new one.
+            partition: the partition; None: by the key.
+            content_type: the value's media type; None: the topic's usual one.
+            signature: the detached signature of plain JSON (`detached_signature`).
         """
         payload = value.encode() if isinstance(value, str) else value
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)

@@ -195,9 +195,9 @@ class Follower:
     async def caught_up(self, timeout_s: float) -> bool:
         """Wait until all records are read that were on the topics when this was called.
 
-        A table may simply not hold a record *yet*. After this wait, nobody is refused for that: whoever saw a record
-        acknowledged, and then sent a message, is judged with that record. Costs one round trip if nothing is
-        outstanding. False if `timeout_s` passed first, or if Kafka did not answer.
+        A table may simply not hold a record *yet*. After this wait, nobody is refused for that. A sender who saw a
+        record acknowledged before sending is judged with that record. Costs one round trip if nothing is outstanding.
+        False if `timeout_s` passed first, or if Kafka did not answer.
         """
         if self._consumer is None:
             return False

@@ -34,10 +34,11 @@ about to look at.
 
 
 _SEEN_WITHIN_S, _LOOK_EVERY_S = 30.0, 0.05
-"""Kafka's controller acknowledges what its brokers hear of a moment later; whoever is told "done" may ask a broker."""
+"""Kafka's brokers learn of a change a moment after its controller acknowledged it, and callers may ask a broker
+next."""
 
 _TOPIC = "topic"
-"""What differs where it is not there."""
+"""The difference for a topic that does not exist."""
 _NO_END = -1
 """`retention.ms` of what is kept for ever."""
 _POLICY = "cleanup.policy"

@@ -1,7 +1,7 @@
-"""Kafka transactions: what is written, and how far was read for it, is there whole or not at all, by one writer alone.
+"""Kafka transactions: records and the consumer offsets behind them are committed together or not at all, by one writer.
 
-Whoever starts a `TransactionalPublisher` under an id fences all that were started under it before: a process that was
-paused and wakes can write nothing more. What it left open is aborted, and readers (`read_committed`) never see it.
+A new `TransactionalPublisher` fences all earlier ones with its id: a process that was paused and wakes can write
+nothing more. Its open transaction is aborted, and readers (`read_committed`) never see it.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ class TransactionalPublisher(Publisher):
     async def _mark(self, producer: AIOKafkaProducer, topic: Topic[Any]) -> None:
         """Add all partitions to the transaction, so that its end writes a marker to each.
 
-        To claim the id aborts what its coordinator knows to be open. After a crash of the broker a partition may hold
-        a transaction open that the coordinator knows no more (a hanging transaction, KIP-664), and nobody reads on.
-        The marker ends it: it has the same producer id, and a later epoch.
+        Claiming the id aborts transactions that its coordinator knows to be open. After a crash of the broker, a
+        partition may hold a transaction open that the coordinator has lost (a hanging transaction, KIP-664), and
+        readers wait behind it. The marker ends it: it has the same producer id, and a later epoch.
         """
         name = topic.name(self._settings.topic_prefix)
         for partition in await producer.partitions_for(name):

@@ -1,9 +1,9 @@
-"""Records that cannot be read: packed by a codec that is not here, with a header whose name is no UTF-8, or with a time
-that their writer chose, and not the broker.
+"""Unreadable batches: compressed by a missing codec, with a header name that is not UTF-8, or with a timestamp of their
+writer instead of the broker's.
 
-Whoever may write to a topic may write such a one. aiokafka raises when it comes to it, each time anew; what it had read
-of other partitions until then is lost with that. Here the rest of that batch, which one writer sent, becomes one record
-that is nothing to anybody: it is refused where it is looked at, as garbage is, and reading goes on behind it.
+Anybody with Write on a topic can write one. aiokafka raises each time that it reaches it, and loses what it had read of
+other partitions. Here the rest of the batch, which one writer sent, becomes one meaningless record. Handlers refuse it
+like other garbage, and reading continues after it (ADR 0041).
 """
 
 from __future__ import annotations

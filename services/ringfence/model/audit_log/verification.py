@@ -27,10 +27,9 @@ FaultKind = Literal[
 ]
 """`removed`, `truncated`: events are missing, in the middle or at the end.
 
-`changed`: an event differs from what its successor says. `reordered`: an event stands behind a later one. `duplicated`:
-an event stands there twice. `foreign`: a record is no event of this chain. `rewritten`: the chain differs from the
-signed one. `missing`: a record on another topic has no event. `invented`: an event is about a record that does not
-exist.
+`changed`: an event differs from what its successor says. `reordered`: an event is after a later one. `duplicated`: an
+event occurs twice. `foreign`: a record is no event of this chain. `rewritten`: the chain differs from the signed one.
+`missing`: a record on another topic has no event. `invented`: an event is about a record that does not exist.
 """
 
 

@@ -1,9 +1,9 @@
 """Where a person's keys come from: who gave them each key, and since when it counts for approvals. Pure.
 
-All of it follows from the commands that the user's record embeds. No state holds it, so records of before have it as
-well (ADR 0074). The first key of a user counts at once. A key that somebody else adds later counts for approvals,
-grants and reviews only after `WAIT_S`, so that the user can end it first; or at once, if a second operator co-signed
-it. A key that the user adds by a key of their own counts as that one does.
+All of it follows from the commands that the user's record embeds. No state stores it, so older records have it as well
+(ADR 0074). The first key of a user counts at once. A key that somebody else adds later counts for approvals, grants and
+reviews only after `WAIT_S`, so that the user can end it first; or at once, if a second operator co-signed it. A key
+that the user adds by a key of their own counts as that one does.
 """
 
 from __future__ import annotations

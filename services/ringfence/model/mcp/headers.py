@@ -82,8 +82,8 @@ def declarations(input_schema: Any) -> Declared:
 def _check_param(message: McpMessage, token: str, value: str | None, declared: Declared | None) -> None:
     """Compare one `Mcp-Param-...` header with its argument.
 
-    Where the declarations are not known, because the list of tools did not pass here, the argument is that of the same
-    name. A header for which there is none cannot be compared, and is refused.
+    If the declarations are unknown, because the list of tools did not pass here, the argument is that of the same name.
+    A header without an argument cannot be compared, and is refused.
     """
     path = declared.get(token) if declared is not None else None
     if path is None:

@@ -201,7 +201,7 @@ class ResultFilter:
         }
 
     def _limit_cache(self, result: dict[str, Any]) -> bool:
-        """Let nobody else be shown a cached answer, and nobody after the lease."""
+        """Make cache hints private, and no longer than the lease."""
         before = (result.get("cacheScope"), result.get("ttlMs"))
         if self._method in CACHEABLE or "cacheScope" in result or "ttlMs" in result:
             ttl_ms = before[1]

@@ -38,9 +38,9 @@ class Consent:
     transfer: AgentTransferConsent | None = None
     """The terms, if the consent is to a transfer of an agent."""
     address_unverified: bool = False
-    """Whether it rests on an `email` that the token does not call verified.
+    """Whether it depends on an `email` that the token does not call verified.
 
-    Registries no longer accept such a command. Readers do, because some old tasks rest on one.
+    Registries no longer accept such a command. Readers do, because some old tasks depend on one.
     """
 
 

@@ -43,7 +43,7 @@ _SAME: Final = (
     "run_id", "order_id", "nonce", "ordered_by", "agent_id", "task_id", "deadline", "backend", "limits",
     "policy_digest", "image_digest", "mounts",
 )  # fmt: skip
-"""What stays as it was claimed."""
+"""The fields that never change after the claim."""
 _MAX_AWAITING_TRUST = 1_000
 KEPT_MS: Final = 8 * 24 * 3600 * 1000
 """How long a run is kept past its deadline: longer than an order for one is on Kafka."""
@@ -52,7 +52,7 @@ _FORGET_EVERY_MS = 3600 * 1000
 
 @dataclass(frozen=True, slots=True)
 class KnownRun:
-    """A run as it is now, and where the records that led there stand."""
+    """The current state of a run, and the coordinates of the records behind it."""
 
     run: Run
     accepted: tuple[tuple[int, int], ...]
@@ -95,7 +95,7 @@ class RunTable:
         return self.get(instance.run.run_id) if instance is not None and instance.run is not None else None
 
     def get(self, run_id: str) -> Run | None:
-        """The run as it is now; None if there is none that counts."""
+        """The current state of the run; None if no valid record of it exists."""
         known = self._runs.get(run_id)
         return known.run if known is not None else None
 

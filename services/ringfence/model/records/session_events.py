@@ -20,7 +20,7 @@ from ringfence.messages.registry import SessionStatement
 log = logging.getLogger(__name__)
 
 _MOST: Final = 20_000
-"""Sessions that a process remembers to have told of. One that is told again is the same event."""
+"""Sessions that a process remembers to have reported. A repeated report is the same event."""
 
 
 class SessionEvents:

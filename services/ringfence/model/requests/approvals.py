@@ -21,7 +21,7 @@ _ORDER: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator")
 BREAK_GLASS_TTL_S = 15 * 60
 """The longest life of a credential that break glass gives."""
 APPROVAL_SLACK_MS = 60_000
-"""So long after an approval's end a decision that rests on it may reach Kafka: policy goes by when the approval did.
+"""How long after an approval's end a decision based on it may reach Kafka: policy judges by the approval's append time.
 """
 _TWO_OPERATORS: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
 
@@ -114,9 +114,9 @@ def append_time_of(decision: CredentialDecision, answer: Jws) -> int | None:
 
 
 def not_understood(answer: Approval | ActionApproval) -> Reason | None:
-    """Why a yes counts for nothing that has a field which this version does not know, and which may limit it; or None.
+    """Why an approval with an unknown field, which may limit it, does not count; or None.
 
-    A no counts whatever stands beside it.
+    A denial counts with any field.
     """
     if answer.verdict != "approved" or is_understood(answer):
         return None
@@ -135,8 +135,8 @@ def unmet(
     """The approval classes that are still missing. Each needs a person of its own; nobody counts twice.
 
     `approvals` are those without a problem (`approval_problem`, `grant_problem`). Those by keys that do not count at
-    `at_ms` (`key_problems`) stand for nothing. As many classes as can be are met: who stands for one is moved to
-    another where that makes room (a maximum matching, by Kuhn's augmenting paths).
+    `at_ms` (`key_problems`) are ignored. As many classes as possible are filled: a maximum matching of persons to
+    classes, by Kuhn's augmenting paths.
     """
     if not required:
         return ()

@@ -1,9 +1,9 @@
-"""Which keys count where people approve: the floors of a target, and keys that others added (ADR 0074). Pure.
+"""Which keys count for approvals: by the floors of a target, and for keys that others added (ADR 0074). Pure.
 
-Policy, issuer and gateway ask this of each approval, grant and action approval, by the present records, and audit of
-each review of break glass. A key that somebody else added to a user counts 24 hours later, or at once if a second
-operator co-signed it. It never counts in a request in which a person takes part on whose word it rests: nobody lends
-themselves a sponsor.
+Policy, issuer and gateway check this for each approval, grant and action approval, by the current records, and audit
+for each review of break glass. A key that somebody else added to a user counts 24 hours later, or at once if a second
+operator co-signed it. It never counts in a request in which one of its vouchers takes part, so nobody can create a
+sponsor for themselves.
 """
 
 from __future__ import annotations

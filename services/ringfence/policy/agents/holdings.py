@@ -4,8 +4,8 @@ An agent holds what policy allowed it from the decision on. The holding ends at 
 the lease has ended, or when the issuer refused to issue it. So missing records widen nothing: whoever withholds a lease
 record only keeps the agent from being allowed more.
 
-Records are verified only where they would change something. For most leases policy knows everything from its own
-decision, and their use today from an earlier lease.
+Records are verified only if they would change something. For most leases policy knows everything from its own decision,
+and their use today from an earlier lease.
 """
 
 from __future__ import annotations

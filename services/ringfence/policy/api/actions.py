@@ -35,7 +35,7 @@ class ActionQuestions:
         self.open = open_actions
 
     def on_requests(self, records: Sequence[Received]) -> None:
-        """Read what gateways ask. What does not verify is no question."""
+        """Read gateways' questions. Ignores those that do not verify."""
         for record in records:
             if is_action(record, ActionRequest):
                 try:
@@ -44,7 +44,7 @@ class ActionQuestions:
                     continue
 
     def on_answers(self, records: Sequence[Received]) -> None:
-        """Read what people answer. What does not verify is no answer."""
+        """Read people's answers. Ignores those that do not verify."""
         for record in records:
             if is_action(record, ActionApproval):
                 try:

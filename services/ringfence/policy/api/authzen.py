@@ -1,14 +1,13 @@
 """AuthZEN Authorization API 1.0, for other enforcement points that want decisions by the same rules.
 
 https://openid.net/specs/authorization-api-1_0-final.xml: `POST /access/v1/evaluation` and `/evaluations`, and the
-metadata that name them. There is no search. An agent's rights rest on its tasks, and a resource server need not know of
-tasks that nobody shows it. A target's resource server asks about its own target, with a token signed by its key.
+metadata that name them. There is no search: an agent's rights depend on its tasks, and a resource server need not know
+of tasks that nobody shows it. A target's resource server asks about its own target, with a token signed by its key.
 `subject` is `{"type": "agent", "id"}`, `action.name` a verb, `resource` `{"type": <the target's id>, "id": <a resource
 of it>}`; `context.task_id` names the task.
 
-The answer is the decision that such a request would get now: the invariant in code, then the bundle. Where a person
-would have to approve, it is a denial, because no approval belongs to a question. Nothing is issued, and nothing is
-stored.
+The answer is the decision that such a request would get now: the invariant in code, then the bundle. If a person would
+have to approve, it is a denial, because no approval belongs to a question. Nothing is issued, and nothing is stored.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Webhook receipts: a person is told what was signed with their passkey, so that they notice a touch that was misused.
+"""Webhook receipts: policy notifies a person of what their passkey signed, so that they notice a misused touch.
 
-Whoever controls the sign page could show one thing and have another signed. A receipt comes by another way, from what
-stands on Kafka. It says what was signed, not whether it counts: that is for the service that it is addressed to.
+An attacker who controls the sign page could show one message and have another signed. A receipt comes by another
+channel, from the records on Kafka. It says what was signed, not whether it counts: that is up to the service that acts
+on it.
 """
 
 from __future__ import annotations

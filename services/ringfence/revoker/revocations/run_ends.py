@@ -22,8 +22,8 @@ _MAX_REVOKED = 10_000
 class RunEndHandler:
     """The handler of `run`.
 
-    A lease that is issued behind the end of its run is found by `IssuedLeaseRecheck`. What was revoked stands on Kafka,
-    so that a rebuild of Redis revokes it again.
+    `IssuedLeaseRecheck` finds a lease that is issued after the end of its run. Revocations are on Kafka, so that a
+    rebuild of Redis revokes again.
     """
 
     def __init__(

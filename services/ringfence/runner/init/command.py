@@ -55,7 +55,7 @@ def init_command(backend: str) -> InitCommand:
             "start the runner with a Python that was installed in one folder"
         )
     interpreter = f"{inside}/{program.relative_to(prefix)}"
-    # The package alone: what stands beside it may be a clone with much else.
+    # The package alone: beside it may be a clone with many other files.
     package = Path(os.path.realpath(__file__)).parents[2]
     folders = [f"{_INSIDE}/lib"]
     _shown(package, f"{folders[0]}/{package.name}", mounts, always=True)

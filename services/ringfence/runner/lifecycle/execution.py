@@ -283,7 +283,7 @@ class RunExecution:
             control.close()
 
     def _relays(self, directory: Directory) -> tuple[Relay, ...]:
-        """The relays of the task's targets that speak no HTTP. What has none is logged: the run goes on without."""
+        """The relays of the task's targets without HTTP. Targets without a relay are logged, and the run continues."""
         addresses, without = raw_addresses(directory, self._plan.task_id)
         usable = list[tuple[str, int]]()
         for address in addresses:

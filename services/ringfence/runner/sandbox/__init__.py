@@ -1,4 +1,4 @@
-"""Sandboxes for commands that nobody trusts: what one is, and the backends that make it.
+"""Sandboxes for untrusted commands: the interface, and the backends that implement it.
 
 This package knows nothing of Kafka, agents or the gateway. `backend` has the interface; `bubblewrap` and `oci`
 implement it. `machine` says what this machine offers.

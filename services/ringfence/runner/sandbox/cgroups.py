@@ -1,8 +1,8 @@
 """Control groups: limits of memory, processor and processes, freezing, killing and counting, on versions 2 and 1.
 
-A limit counts only where the kernel enforces it for the whole sandbox. Of resource limits, RLIMIT_NPROC alone counts as
-that (`processes_limited_without_cgroup`): memory limits of single processes add up, and a processor affinity can be
-changed from inside.
+A limit counts only if the kernel enforces it for the whole sandbox. Of resource limits, only RLIMIT_NPROC qualifies
+(`processes_limited_without_cgroup`): memory limits of single processes add up, and a processor affinity can be changed
+from inside.
 
 Version 2 is described in the kernel's admin-guide/cgroup-v2.rst, version 1 in admin-guide/cgroup-v1/. On a machine with
 both, each controller is used where it is.

@@ -1,7 +1,7 @@
-"""The client's side: each line of its output is posted to the gateway, and what comes of it is written to its input.
+"""The client's side: posts each line of the client's output to the gateway, and writes the answers to its input.
 
-What a line means is the gateway's business, and so is every refusal. This module reads of a message only what HTTP
-needs besides: the revision, and for 2026-07-28 the method and the name.
+The gateway interprets lines and refuses them. This module reads from a message only what HTTP headers need: the
+revision, and for 2026-07-28 the method and the name.
 """
 
 from __future__ import annotations

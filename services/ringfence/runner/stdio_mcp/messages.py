@@ -1,4 +1,4 @@
-"""What both bridges read of a JSON-RPC message: whose answer it is. What it means, the gateway decides. Pure."""
+"""The part of a JSON-RPC message that both bridges read: whose answer it is. The gateway interprets the rest. Pure."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def outline_of(line: bytes) -> Outline:
 
 
 def header_value(text: str) -> str:
-    """A text as the value of `Mcp-Name`: as it is, or in base64 where it is not plain ASCII (2026-07-28, SEP-2243)."""
+    """A text as the value of `Mcp-Name`: as it is, or in base64 if it is not plain ASCII (2026-07-28, SEP-2243)."""
     if _PLAIN.fullmatch(text) and not text.startswith("=?"):
         return text
     return f"=?base64?{base64.b64encode(text.encode()).decode()}?="

@@ -2,7 +2,8 @@
 
 A server writes all its messages to one stream. Each goes to the exchange that it belongs to: a response by its id,
 progress by its token, an event of a subscription by its id, anything else to the open stream of the client, or to an
-exchange that is under way. What belongs to nobody is dropped. All streams lead to one client, by way of the gateway.
+exchange that is under way. Messages without an exchange are dropped. All streams lead to one client, through the
+gateway.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Exchange:
         """Whether nobody waits for its answer any more."""
 
     def end(self) -> None:
-        """Take no more messages, and make room for whoever waits to add one."""
+        """Take no more messages, and release the callers that wait to add one."""
         self.abandoned = True
         while not self.messages.empty():
             self.messages.get_nowait()
@@ -108,7 +109,7 @@ class ServerChannel:
         return exchange
 
     async def abandon(self, exchange: Exchange) -> None:
-        """Nobody waits for the answer to a request any more. The server is told, and its answer will be dropped."""
+        """The client no longer waits for the answer to a request. Notify the server, and drop its answer."""
         if exchange.id is None or self._exchanges.get(exchange.id) is not exchange or exchange.abandoned:
             return
         exchange.end()

@@ -1,4 +1,4 @@
-"""Keyrings: where they are. An encrypted one is not read: it opens for whoever acts in the session of its user."""
+"""Keyrings: where they are. Encrypted ones are not read, but any program in their user's session can open them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class KeyringReader(FileReader):
     def read(self, file: SourceFile) -> Iterator[Candidate]:
         service, kind = _NAMES[os.path.splitext(file.name)[1]]
         if file.data.startswith(b"[keyring]"):
-            # The form of a GNOME keyring without a password: each secret stands there as it is.
+            # The form of a GNOME keyring without a password: each secret is in clear.
             for section, name, value, line in ini_options(file.text):
                 if name == "secret":
                     yield from secret_or_format(

@@ -62,7 +62,7 @@ def _rule(pattern: Pattern) -> dict[str, Any]:
 def _result(finding: Finding) -> dict[str, Any]:
     place = finding.place
     location: dict[str, Any] = {"artifactLocation": _artifact(place.path)}
-    # Code scanning wants a region: where the line is not known, the first stands for the file.
+    # Code scanning requires a region: if the line is unknown, the first line stands for the file.
     location["region"] = {"startLine": place.line or 1}
     identity = "\0".join((finding.reader, place.path, place.field, finding.pattern.value))
     steps = "; ".join(one.command or one.url or one.purpose for one in finding.remedies)
