@@ -72,25 +72,25 @@ RECORDS_GONE = Counter(
 """`group`: the consumer group, or a service that follows the topic."""
 CLOCK_AHEAD = Gauge(
     "ringfence_clock_ahead_seconds",
-    "How far this process's clock is ahead of another one, at most; below 0 where it is behind",
+    "How far this process's clock is ahead of another one, at most; below 0 if it is behind",
     ["whose"],
 )
 """`whose`: broker, redis."""
 KEYS_ENDING = Gauge(
     "ringfence_keys_ending",
-    "Keys of agents and users that end within two weeks and that nothing has replaced, by the registry that works",
+    "Keys of agents and users that end within two weeks without a successor, by the active registry",
 )
 DECISIONS = Counter("ringfence_decisions_total", "Decisions by outcome", ["outcome"])
 """`outcome`: allowed, denied, approval_required."""
 REQUESTS_SHED = Counter(
     "ringfence_requests_shed_total",
-    "Requests that policy did not answer: too old for anybody to wait for, or of who was told no too often already",
+    "Requests that policy did not answer (load shedding): they came too late, or their agent was refused too often",
 )
 APPROVALS_WAITING = Gauge(
     "ringfence_approvals_waiting", "Requests of agents that wait for approvals of people"
 )
 APPROVALS_OLDEST = Gauge(
-    "ringfence_approvals_oldest_seconds", "How long ago the oldest request that waits for approvals was made"
+    "ringfence_approvals_oldest_seconds", "Age of the oldest request that waits for approvals"
 )
 BREAK_GLASS = Counter("ringfence_break_glass_total", "Break glass decisions by outcome", ["outcome"])
 BREAK_GLASS_UNREVIEWED = Gauge(
@@ -102,21 +102,23 @@ POLICY_FAILURES = Counter(
 """`code`: policy_timeout, policy_unavailable, policy_invalid."""
 POLICY_BUNDLE_REFUSED = Gauge(
     "ringfence_policy_bundle_refused",
-    "1 where the bundle on disk was changed and is not used: it does not compile or fails its tests",
+    "1 if the bundle on disk was changed and is not used, because it does not compile or fails its tests",
 )
-NOTICES = Counter("ringfence_notices_total", "Webhooks that tell people of what waits for them", ["outcome"])
-"""`outcome`: delivered, failed, dropped (too many under way), skipped (answered meanwhile)."""
+NOTICES = Counter(
+    "ringfence_notices_total", "Webhooks that notify people, for example of a waiting request", ["outcome"]
+)
+"""`outcome`: delivered, failed, dropped (too many in progress), skipped (answered meanwhile)."""
 SIGNALS = Counter(
-    "ringfence_signals_total", "Ends of leases told to receivers of shared signals", ["outcome"]
+    "ringfence_signals_total", "Ends of leases reported to receivers of shared signals", ["outcome"]
 )
-"""`outcome`: delivered, failed (a push that is tried again), refused (the receiver will not have it)."""
+"""`outcome`: delivered, failed (a push that is retried), refused (the receiver calls it invalid)."""
 SIGNALS_STUCK = Gauge(
     "ringfence_signals_stuck_receivers",
-    "Receivers of shared signals that have taken nothing for a while, though there is",
+    "Receivers of shared signals that have accepted nothing for a while, although events wait",
 )
 RUNS = Counter("ringfence_runs_total", "Ordered runs that ended at this runner", ["outcome"])
 """`outcome`: ended, remained (something of it could not be removed), failed (it could not be started)."""
-RUNS_RUNNING = Gauge("ringfence_runs_running", "Ordered runs that go on at this runner")
+RUNS_RUNNING = Gauge("ringfence_runs_running", "Ordered runs in progress at this runner")
 RUN_ORDERS_WAITING = Gauge("ringfence_run_orders_waiting", "Orders of runs that wait for room at this runner")
 RUN_ORDERS_REFUSED = Counter(
     "ringfence_run_orders_refused_total", "Orders of runs that this runner refused", ["code"]
@@ -134,17 +136,17 @@ EXPIRY_LAG = Histogram(
     buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 60),
 )
 SPANS = Counter("ringfence_spans_total", "Spans that were made for traces", ["outcome"])
-"""`outcome`: sent, failed (what takes them was not there, or refused), dropped (too many waited)."""
+"""`outcome`: sent, failed (the receiver did not answer, or refused), dropped (too many waited)."""
 AUDIT_EVENTS = Counter("ringfence_audit_events_total", "OCSF events written", ["class_uid"])
 HTTP_REQUESTS = Counter("ringfence_http_requests_total", "HTTP requests answered", ["route", "status"])
 API_TOKENS_UNBOUND = Counter(
     "ringfence_api_tokens_unbound_total",
-    "API tokens taken whose aud is the trust domain alone, which version 0.2 refuses",
+    "Accepted API tokens whose aud is the trust domain alone, which version 0.2 refuses",
     ["service"],
 )
 REVOCATIONS_OVERDUE = Gauge(
     "ringfence_revocations_overdue",
-    "Leases that are cut and could not be undone at their targets for a while",
+    "Cut leases whose credential is still at the target after a while",
 )
 TIME_TO_CUT = Histogram(
     "ringfence_time_to_cut_seconds",
@@ -156,7 +158,7 @@ CUTS_UNCONFIRMED = Counter(
 )
 ORPHANS_UNDONE = Counter(
     "ringfence_orphans_undone_total",
-    "Credentials found at targets without a lease, and taken back",
+    "Credentials without a lease that were found at targets and removed",
     ["backend"],
 )
 GATEWAY_REFUSED = Counter(
@@ -174,7 +176,7 @@ ACTIONS = TalliedCounter(
 """`outcome`: allowed, denied, observed. `access`: read, write, none (CONNECT)."""
 MCP_ANSWERS = Counter(
     "ringfence_gateway_mcp_answers_total",
-    "What came of requests that were forwarded to MCP endpoints",
+    "Outcomes of requests that were forwarded to MCP endpoints",
     ["outcome"],
 )
 """`outcome`: result, tool_error, rpc_error, accepted, transport_error, none."""
@@ -183,12 +185,10 @@ OBSERVED_TARGETS = Gauge(
     "Targets at which the gateway blocks nothing, and only records (observe mode)",
 )
 ACTIONS_SPOOLED = Gauge("ringfence_actions_spooled_bytes", "Events on disk that Kafka does not have yet")
-ACTIONS_WAITING = Gauge(
-    "ringfence_actions_waiting", "Requests that the gateway holds back for a person's word"
-)
+ACTIONS_WAITING = Gauge("ringfence_actions_waiting", "Requests that the gateway holds until a person answers")
 DECISION_TIME = TalliedHistogram(
     "ringfence_action_decision_seconds",
-    "What deciding on one request took",
+    "Time to decide on one request",
     buckets=(0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05, 0.25, 1),
 )
 CONSOLE_SIGN_INS = Counter("ringfence_console_sign_ins_total", "Sign-ins at a console", ["outcome"])
