@@ -140,6 +140,11 @@ PROGRAMS: Mapping[str, Program] = {
 }  # fmt: skip
 
 
+def folders() -> str:
+    """The folders of all programs, as in PATH. Raises StackError."""
+    return f"{fetched()}:{os.environ.get('PATH', '')}:/usr/sbin"
+
+
 def rendered(name: str, places: Places, port: int, folder: Path) -> None:
     """Write the files of a program into a folder. Raises AssertionError where they do not have what is replaced."""
     replaced = {

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import shlex
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -85,6 +87,12 @@ def grant() -> None:
 async def write(settings: BusSettings, topic: Topic[Any]) -> None:
     async with Publisher(settings, "spiffe://test.example/test") as publisher:
         await (await publisher.send(topic, "key", b"x", id="1", type="test"))
+
+
+async def test_the_command_of_docs_operations_md_grants(world: SecuredWorld):
+    page = (Path(__file__).parents[2] / "docs/operations.md").read_text()
+    (command,) = re.findall(r"^\$ ringfence (topics acls --apply .+)$", page, re.MULTILINE)
+    assert await asyncio.to_thread(main, shlex.split(command)) == 0
 
 
 async def test_the_main_line_with_these_rights_and_no_others(world: SecuredWorld):
