@@ -221,7 +221,7 @@ async def test_an_agent_reaches_its_target_by_the_socket_and_by_tls(
         connect = [part.replace("TASK", task) for part in compose.documented("ringfence gateway connect")]
         through = ["--", "curl", "--no-progress-meter", f"http://{LOOPBACK}:{compose.target}/notes/today"]
         told = await answer([sys.executable, "-m", "ringfence.cli.main", *connect[1:], *through])
-        assert told == "GET /notes/today with a token\n"
+        assert told == "GET /notes/today with a token"
 
         (program,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
         program = compose.here(program).replace('task="TASK"', f"task={task!r}")
