@@ -90,8 +90,9 @@ class Document:
         async def compare(answer: httpx.Response) -> None:
             path = answer.request.url.path.removeprefix(below)
             operation = self.operation_at(answer.request.method, path)
-            if operation is not None and not answer.headers.get("content-type", "").startswith(_STREAM):
-                await answer.aread()
+            if operation is not None:
+                if not answer.headers.get("content-type", "").startswith(_STREAM):
+                    await answer.aread()
                 problems = self.problems(operation, answer)
                 assert not problems, "\n".join(problems)
 

@@ -16,7 +16,6 @@ from tools.references.openapi.operation import (
     Answer,
     Api,
     Operation,
-    objects,
     ok,
     record,
     ref,
@@ -39,15 +38,14 @@ def _page_error(about: str) -> Answer:
 
 _NOT_THERE = _page_error("there is nothing here that the person may see")
 _NO_ANSWER = _page_error("a service does not answer now")
-_READ_BY_PAGE = {403: _page_error("the person may not see this"), 404: _NOT_THERE, 503: _NO_ANSWER}
 
 
 def _console_page(path: str, summary: str) -> Operation:
-    errors = dict(_READ_BY_PAGE)
+    errors = {503: _NO_ANSWER, **({404: _NOT_THERE} if "{id}" in path else {})}
     return Operation("GET", path, summary, {200: Answer("a page", HTML, TEXT), **_TO_SIGN_IN, **errors}, "session")
 
 
-def _question(method: str, summary: str, **more: object) -> Operation:
+def _question(method: str, summary: str) -> Operation:
     answers = {
         400: _message("the body is no JSON object"),
         404: _message("there is no such question, its time is over, or another page than the sign page asks"),
@@ -128,7 +126,7 @@ _OPERATIONS = (
         "GET", "/live", "Server-sent events: `changed` when a page would look different now, `ended` when the person may not see it any more.",
         {
             200: Answer("events", "text/event-stream", TEXT), 204: Answer("there is nothing to wait for: no session, no such page, or too many streams", None),
-            401: _message("the session has ended"), 403: _message("the person may not see this"), 404: _message("there is nothing here that the person may see"),
+            401: _message("the session has ended"), 404: _message("there is nothing here that the person may see"),
         },
         "session", query={"page": "the path of the page, with its query", "look": "the digest of what the page looks like"},
     ),
