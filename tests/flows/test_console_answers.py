@@ -89,9 +89,10 @@ async def console(world: World, folder: Path) -> AsyncIterator[str]:
     """A console in this process. Yields its address."""
     settings = world.settings("gateway", key_file=folder / "console.json")
     world.key("console").save(folder / "console.json")
+    urls: Any = {f"{role}_url": f"http://127.0.0.1:{world.ports[role]}" for role in SERVICES}
     clients = ClientSettings(
         kafka=world.bootstrap, topic_prefix=world.prefix, trust_domain=world.td, trust_root=world.fingerprint,
-        **{f"{role}_url": f"http://127.0.0.1:{world.ports[role]}" for role in SERVICES},
+        **urls,
     )  # fmt: skip
     stop, own = asyncio.Event(), ConsoleSettings(origin=SESSION_ORIGIN, refresh_ms=200)
     running = asyncio.create_task(ConsoleServer(settings, own, clients, SystemClock()).run(stop))
@@ -160,7 +161,10 @@ async def _sign_in(visitor: Visitor, bench: PolicyBench) -> None:
     found = await _once_known(visitor, passkey.record(0).credential_id)
     assert found.json()["user_id"] == visitor.who.name
     await call("POST /sign-in/find", 404, json={"credential_id": "a" * 24})
-    for operation, wrong in (("POST /sign-in/find", {"credential_id": "x"}), ("POST /sign-in/begin", {"user_id": "../x"})):
+    for operation, wrong in (
+        ("POST /sign-in/find", {"credential_id": "x"}),
+        ("POST /sign-in/begin", {"user_id": "../x"}),
+    ):
         await call(operation, 400, json=wrong)
     for operation in ("POST /sign-in/find", "POST /sign-in/begin", "POST /sign-in/finish"):
         assert "JSON" in (await call(operation, 400, content=b"[]")).json()["message"]
@@ -205,7 +209,8 @@ async def _pages(visitor: Visitor, bench: PolicyBench, cookie: str) -> dict[str,
     await visitor.call("POST /offer", 413, cookie=cookie, content=b"x" * (MAX_FORM_BYTES + 1))
     ids = {
         "/approvals/{id}": waiting.id, "/agents/{id}": bench.bot.name, "/leases/{id}": lease_id(asked.id),
-        "/tasks/{id}": bench.task, "/trace/{id}": asked.id, "/offers/{id}": offer.headers["location"].rpartition("/")[2],
+        "/tasks/{id}": bench.task, "/trace/{id}": asked.id,
+        "/offers/{id}": offer.headers["location"].rpartition("/")[2],
     }  # fmt: skip
     for path in PAGES:
         await _once_there(visitor, f"GET {path}", {"id": ids.get(path, "")}, cookie)
@@ -236,7 +241,9 @@ async def _questions(visitor: Visitor, bench: PolicyBench, cookie: str) -> dict[
     await visitor.call(sign_it, 303, values={"kind": "suspend"}, data=form)
     await visitor.call(sign_it, 400, values={"kind": "nothing"}, cookie=cookie, data=form)
     await visitor.call(sign_it, 404, values={"kind": "suspend"}, cookie=cookie, data={**form, "id": "nobody"})
-    await visitor.call(sign_it, 413, values={"kind": "suspend"}, cookie=cookie, content=b"x" * (MAX_FORM_BYTES + 1))
+    await visitor.call(
+        sign_it, 413, values={"kind": "suspend"}, cookie=cookie, content=b"x" * (MAX_FORM_BYTES + 1)
+    )
     for operation in ("GET /questions/{path}", answer_it):
         await visitor.call(operation, 404, values={"path": "none"}, origin=SIGN_ORIGIN)
     refused = await visitor.ask(cookie, "suspend", **form)
@@ -276,13 +283,19 @@ async def _live(visitor: Visitor, bench: PolicyBench, cookie: str) -> None:
         assert await anext(stream.aiter_lines()) == ": begins"
     world, petra = visitor.world, await add_passkey(visitor.world, bench.petra)
     other = replace(visitor, who=petra)
-    await _once_known(other, petra.key.record(0).credential_id if isinstance(petra.key, SoftwarePasskey) else None)
+    await _once_known(
+        other, petra.key.record(0).credential_id if isinstance(petra.key, SoftwarePasskey) else None
+    )
     theirs = await other.sign_in()
-    await world.accepted(world.claims(UserDisable, world.operator, user_id=petra.name, reason="left"), world.operator)
+    await world.accepted(
+        world.claims(UserDisable, world.operator, user_id=petra.name, reason="left"), world.operator
+    )
     async with asyncio.timeout(WITHIN_S):
         while True:
             headers = {"Host": HOST, "Cookie": f"{COOKIE}={theirs}"}
-            async with visitor.http.stream("GET", "/live", params={"page": "/tasks"}, headers=headers) as stream:
+            async with visitor.http.stream(
+                "GET", "/live", params={"page": "/tasks"}, headers=headers
+            ) as stream:
                 if stream.status_code == 401:
                     return
 
@@ -298,4 +311,6 @@ async def _unanswered(visitor: Visitor, cookie: str, ids: dict[str, str], questi
     with pytest.raises(AssertionError, match="503"):
         await visitor.sign_in()
     await visitor.call("GET /questions/{path}", 503, values=question, origin=SIGN_ORIGIN)
-    await visitor.call("POST /questions/{path}", 503, values=question, origin=SIGN_ORIGIN, json={"answer": "x"})
+    await visitor.call(
+        "POST /questions/{path}", 503, values=question, origin=SIGN_ORIGIN, json={"answer": "x"}
+    )

@@ -76,16 +76,20 @@ class Document:
         if not content and (_text(answer) or media):
             return [*found, f"{where} with a body: {media} {_text(answer)}"]
         if content and media not in content:
-            return [*found, f"{where} with {media or 'no type'} instead of {', '.join(content)}: {_text(answer)}"]
+            return [
+                *found,
+                f"{where} with {media or 'no type'} instead of {', '.join(content)}: {_text(answer)}",
+            ]
         if not media.endswith("json"):
             return found
         validator = self._validator(f"{operation} {status} {media}", content.get(media, {}).get("schema", {}))
         return found + [
-            f"{where}: {error.json_path}: {error.message[:300]}" for error in validator.iter_errors(answer.json())
+            f"{where}: {error.json_path}: {error.message[:300]}"
+            for error in validator.iter_errors(answer.json())
         ]
 
     def watch(self, client: httpx.AsyncClient, *, below: str = "") -> None:
-        """Let every call of a client fail whose answer differs from the document. `below`: a path before those of it."""
+        """Let every call of a client fail whose answer differs from the document. `below`: a path that comes first."""
 
         async def compare(answer: httpx.Response) -> None:
             path = answer.request.url.path.removeprefix(below)

@@ -2,7 +2,8 @@
 
 The operations are declared in `tools/references/openapi/`. Tests call each of them at the running services
 (`tests/integration/stack/test_http_apis.py`, `tests/flows/test_http_answers.py`), and compare every answer that a test
-gets from a service with its document (`tests/support/openapi.py`).
+gets from a service with its document (`tests/support/openapi.py`). Each document names
+every answer that its service gives, and none besides.
 """
 
 from __future__ import annotations
@@ -33,7 +34,22 @@ Each service has an OpenAPI 3.1 document. Every service also answers `GET /healt
 [api_token.py](../examples/api_token.py) makes one with PyJWT. Answers depend on the caller: operators and auditors see everything, sponsors
 their own agents, others what concerns them. What a caller may not see is answered like what does not exist.
 
-**Errors** are JSON with `error` (a [code](error-codes.md)) and `message`. A gateway answers agents with `application/problem+json`.
+**Errors** are JSON with `error` (a [code](error-codes.md)) and `message`. Four APIs have the form of their standard instead:
+
+| API | form |
+|---|---|
+| gateway, for agents | `application/problem+json` with `code` (RFC 9457) |
+| SCIM | `status`, `detail`, and for some errors `scimType` (RFC 7644, 3.12) |
+| signals | `err` and `description` (RFC 8935, 2.3) |
+| AuthZEN at policy | a sentence as plain text |
+
+These errors are the same everywhere, and no document repeats them:
+
+- 404 `not_found`: the service has nothing at this path.
+- 405 `method_unexpected`: the path does not have this method; `Allow` names those that it has.
+- 431: request line and header fields have more than 64 KiB.
+
+The documents name all other answers, with their codes, their header fields and an example of each error. `503` means: try again later.
 """
 _SECURITY = {
     "user": ("callerToken", "A token that a user signs for this call."),
@@ -60,7 +76,9 @@ def document(name: str) -> dict[str, Any]:
     api = APIS[name]
     paths: dict[str, dict[str, Any]] = {}
     for operation in api.operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(_with_console(name, operation))
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(
+            _with_console(name, operation)
+        )
     used = {operation.auth for operation in api.operations} - {None}
     schemes = {
         _SECURITY[one][0]: (
@@ -152,7 +170,13 @@ def _error_example(status: int, answer: Answer) -> dict[str, Any] | None:
             return {"message": answer.about}
         case "Problem":
             title = HTTPStatus(status).phrase
-            return {"type": "about:blank", "title": title, "status": status, "code": code, "detail": answer.about}
+            return {
+                "type": "about:blank",
+                "title": title,
+                "status": status,
+                "code": code,
+                "detail": answer.about,
+            }
         case "ScimError":
             schemas = ["urn:ietf:params:scim:api:messages:2.0:Error"]
             kind = {"scimType": code} if code else {}

@@ -106,7 +106,10 @@ class Site:
                 *(Route(path, self._page_of(path, make)) for path, make in PAGES.items()),
             ],
             exception_handlers={
-                400: self._wrong_body, 413: self._wrong_body, 404: self._not_found, 405: self._not_found,
+                400: self._wrong_body,
+                413: self._wrong_body,
+                404: self._not_found,
+                405: self._not_found,
                 500: self._broken,
             },
         )

@@ -50,7 +50,12 @@ class Calls:
         now = int(time.time())
         domain = self.realm.stack.options.trust_domain
         claims = ConsoleToken(
-            iss=key.id, aud=api_audience(domain, self.service), iat=now, exp=now + 60, jti=NOBODY, session="a.b.c"
+            iss=key.id,
+            aud=api_audience(domain, self.service),
+            iat=now,
+            exp=now + 60,
+            jti=NOBODY,
+            session="a.b.c",
         )
         return {"Authorization": f"Bearer {sign(claims, key)}"}
 
@@ -144,7 +149,8 @@ NOT_HERE: dict[ServiceRole, set[str]] = {
     "revoker": _for_each(["GET /v1/runs/{id}"], 200),
 }
 """Answers that only others get: consoles (tests/flows/test_console_answers.py), instances, gateways; and those of
-`ELSEWHERE`. 503 is the answer of a service that is not ready (tests/flows/test_starting_up.py); 500 that of a defect."""
+`ELSEWHERE`. 503 is the answer of a service that is not ready (tests/flows/test_starting_up.py), 500 that of a defect.
+"""
 WRONG_QUERIES: dict[str, dict[str, str]] = {
     "GET /v1/approvals": {"limit": "x"},
     "GET /v1/inventory": {"limit": "x"},
@@ -163,7 +169,7 @@ async def _refusals(calls: Calls, values: dict[str, str], olga: SigningKey) -> N
     for operation, described in calls.document.operations().items():
         if not described["security"]:
             continue
-        values = {**values, "tree": "none", "id": "none", **{name: NOBODY for name in UNKNOWN}}
+        values = {**values, "tree": "none", "id": "none", **dict.fromkeys(UNKNOWN, NOBODY)}
         assert (await calls.call(operation, None, values)).status_code == 401
         assert (await calls.send(operation, {"Authorization": "Bearer wrong"}, values)).status_code == 401
         if operation in CONSOLES or "/sealed-credential" in operation or not operation.startswith("GET "):

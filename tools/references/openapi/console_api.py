@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ringfence.console.security import QUESTION_PATH
@@ -42,7 +41,9 @@ _NO_ANSWER = _page_error("a service does not answer now")
 
 def _console_page(path: str, summary: str) -> Operation:
     errors = {503: _NO_ANSWER, **({404: _NOT_THERE} if "{id}" in path else {})}
-    return Operation("GET", path, summary, {200: Answer("a page", HTML, TEXT), **_TO_SIGN_IN, **errors}, "session")
+    return Operation(
+        "GET", path, summary, {200: Answer("a page", HTML, TEXT), **_TO_SIGN_IN, **errors}, "session"
+    )
 
 
 def _question(method: str, summary: str) -> Operation:

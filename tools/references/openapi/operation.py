@@ -58,11 +58,13 @@ HEADERS: Mapping[str, str] = {
     "Location": "Where it is now.",
     "Retry-After": "After how many seconds to try again.",
     "WWW-Authenticate": "What kind of credential is expected (RFC 9110, 11.6.1).",
-    "Link": "`rel=\"next\"`: where a further reply would be.",
+    "Link": '`rel="next"`: where a further reply would be.',
 }
 
 
-def error(status_about: str, *codes: str, such_as: str | None = None, headers: tuple[str, ...] = ()) -> Answer:
+def error(
+    status_about: str, *codes: str, such_as: str | None = None, headers: tuple[str, ...] = ()
+) -> Answer:
     """An error as most services answer it: `error` and `message`."""
     return Answer(status_about, JSON, ref("Error"), codes=codes, such_as=such_as, headers=headers)
 
@@ -81,7 +83,11 @@ FORBIDDEN = error("a console may not read this", "forbidden")
 _BY_AUTH: Mapping[str, Mapping[int, Answer]] = {
     "user": {401: UNAUTHENTICATED, 503: NOT_READY},
     "target": {401: UNAUTHENTICATED, 503: NOT_READY},
-    "gateway": {401: UNAUTHENTICATED, 403: error("the gateway has no key to seal to", "forbidden"), 503: NOT_READY},
+    "gateway": {
+        401: UNAUTHENTICATED,
+        403: error("the gateway has no key to seal to", "forbidden"),
+        503: NOT_READY,
+    },
     "console": {401: UNAUTHENTICATED, 503: NOT_READY},
     "dpop": {
         401: problem(
@@ -89,7 +95,9 @@ _BY_AUTH: Mapping[str, Mapping[int, Answer]] = {
             such_as="proof_missing",
             headers=("WWW-Authenticate",),
         ),
-        403: problem("the message, the socket or the certificate is of somebody else", such_as="socket_other_task"),
+        403: problem(
+            "the message, the socket or the certificate is of somebody else", such_as="socket_other_task"
+        ),
         429: problem("too many calls", such_as="waiting_limit", headers=("Retry-After",)),
         503: problem("the gateway cannot decide or publish now; try again", such_as="kafka_unavailable"),
     },

@@ -222,7 +222,9 @@ def _answering(
 
 
 def _status(error: RingfenceError) -> int:
-    return {"unauthenticated": 401, "forbidden": 403, "too_large": 413, "unavailable": 503}.get(error.code, 400)
+    return {"unauthenticated": 401, "forbidden": 403, "too_large": 413, "unavailable": 503}.get(
+        error.code, 400
+    )
 
 
 async def _body(request: Request) -> dict[str, Any]:
