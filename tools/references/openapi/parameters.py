@@ -49,7 +49,7 @@ _NUMBERS = {
 }  # fmt: skip
 _EXAMPLES: Mapping[str, Any] = {
     "after": "deploy-bot", "agent": "deploy-bot", "all": "1", "attributes": "userName,active", "beyond_limit": "1",
-    "class": 3003, "code": "action.*", "count": 50, "ended": "1", "excludedAttributes": "members",
+    "class": 3003, "code": "action.*", "count": 50, "ended": "1", "except": _REQUEST, "excludedAttributes": "members",
     "filter": 'userName eq "maria@acme.example"', "from": 1000, "id": _LEASE, "keys_ending": "1",
     "keys_within_s": 604800, "kind": "lease", "label": "zone=eu", "lease": _LEASE, "limit": 100, "look": "3f5a",
     "next": "/agents", "offset": 1042, "on_behalf_of": "maria", "orphans": "1", "overdue": "1", "page": "/agents",

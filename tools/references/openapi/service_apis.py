@@ -270,6 +270,12 @@ _AUDIT = Api(
             {**ok(record(groups=objects(record()), unknown_destinations=objects(record()), **_REPORT)), **_WRONG_CURSOR},
             query={**_PAGE, **_SPAN, "agent": _FILTERS["agent"], "target": _FILTERS["target"], "step_ms": "adds counts over time, in steps of so many milliseconds"},
         ),
+        Operation(
+            "GET", "/v1/approval-history", "How people answered requests of agents before: equal answers by their number.",
+            {**ok(agents=record()), **_WRONG_QUERY},
+            query={"agent": "an agent; at most 100 of them", "since_ms": _SPAN["since_ms"], "except": "a request whose answers are left out; at most 1000 of them"},
+            required=("agent",),
+        ),
         Operation("GET", "/v1/break-glass", "Uses of break glass, and their reviews.", ok(uses=objects(record())), query={"unreviewed": "any value: only those without a review"}),
         Operation(
             "GET", "/v1/coverage/leases", "How many leases lead back to a person.",
