@@ -100,6 +100,7 @@ QUERIES: dict[str, dict[str, str]] = {
     "GET /v1/checkpoints/{tree}/consistency": {"from": "1"},
     "GET /v1/reach": {"target": "TARGET"},
     "GET /v1/who": {"target": "TARGET"},
+    "GET /v1/approval-history": {"agent": "deploy-bot"},
     "GET /v1/events": {"limit": "3"},
     "GET /v1/export": {"limit": "3"},
     "GET /v1/actions": {"limit": "3"},
@@ -160,6 +161,7 @@ WRONG_QUERIES: dict[str, dict[str, str]] = {
     "GET /v1/events": {"class": "x"},
     "GET /v1/reach": {},
     "GET /v1/who": {},
+    "GET /v1/approval-history": {},
 }
 """By operation: a query that it refuses. Of all others a limit that is no number."""
 

@@ -67,13 +67,15 @@ COMMON = (
 
 
 def _list(kind: str, query: Mapping[str, str] | None = None) -> tuple[Operation, ...]:
-    entry = ref(f"{kind.title()}Entry")
+    entry, in_pages = ref(f"{kind.title()}Entry"), "limit" in (query or {})
+    of_page = {"after": maybe(TEXT), "count": NUMBER} if in_pages else {}
+    answer = ok(record(**{f"{kind}s": objects(entry)}, optional=of_page))
     return (
         Operation(
             "GET",
             f"/v1/{kind}s",
-            f"The {kind}s that the caller may see.",
-            ok(record(**{f"{kind}s": objects(entry)})),
+            f"The {kind}s that the caller may see" + ("; with `limit` page by page." if in_pages else "."),
+            {**answer, **(_WRONG_QUERY if in_pages else {})},
             query={**_RECORDS, **(query or {})},
         ),
         Operation("GET", f"/v1/{kind}s/{{id}}", f"One {kind}.", {**ok(entry), **_NOT_FOUND}, query=_RECORDS),
@@ -90,6 +92,7 @@ _REGISTRY = Api(
         *_list("task", {
             "agent": "only of this agent", "parent": "only parts of this task", "status": "`active` or `ended`",
             "beyond_limit": "`1`: only those that last longer than a new one may",
+            "limit": "the most entries of a page; without it all come", "after": _PAGE["after"],
         }),
         Operation("GET", "/v1/trust", "The trust bundle in force.", ok(trust=TEXT), "console"),
         Operation("GET", "/v1/passkeys/{credential_id}", "Whose passkey it is.", {**ok(user_id=TEXT, kid=TEXT), **_NOT_FOUND}, "console"),
