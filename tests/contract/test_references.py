@@ -95,3 +95,81 @@ def test_documents_are_valid_openapi(path: Path) -> None:
     validate(document)
     ids = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
     assert len(ids) == len(set(ids))
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
+def test_operations_are_described_in_full(path: Path) -> None:
+    document: dict[str, Any] = json.loads(path.read_text())
+    known = {name for name in listed("error code") if not name.startswith("type ")}
+    incomplete: list[str] = []
+    for where, methods in document["paths"].items():
+        for method, operation in methods.items():
+            name = f"{method.upper()} {where}"
+            if not re.fullmatch(r"[A-Z].*\.", operation["summary"]):
+                incomplete.append(f"{name}: a summary is a sentence")
+            for one in operation.get("parameters", []):
+                if not one["description"].endswith(".") or "example" not in one:
+                    incomplete.append(f"{name}: {one['name']} needs a description and an example")
+                else:
+                    jsonschema.validate(one["example"], one["schema"])
+            if "requestBody" in operation:
+                for body in operation["requestBody"]["content"].values():
+                    jsonschema.validate(
+                        body["example"], {**body["schema"], "components": document["components"]}
+                    )
+            if operation["security"] and not {"401", "303"} & operation["responses"].keys():
+                incomplete.append(f"{name}: what does a caller without a credential get?")
+            for status, answer in operation["responses"].items():
+                incomplete += _incomplete_error(document, f"{name} {status}", int(status), answer, known)
+    assert incomplete == []
+
+
+def _incomplete_error(
+    document: dict[str, Any], name: str, status: int, answer: dict[str, Any], known: set[str]
+) -> list[str]:
+    """What an error answer lacks: a body that fits its schema as the example, and codes that the reference has."""
+    if status < 400:
+        return []
+    for media, body in answer.get("content", {}).items():
+        if not media.endswith("json") or body["schema"].get("$ref", "").endswith("/Ready"):
+            continue
+        if "example" not in body:
+            return [f"{name}: an error needs an example"]
+        jsonschema.validate(body["example"], {**body["schema"], "components": document["components"]})
+        codes = {one for member in body["schema"].get("properties", {}).values() for one in member["enum"]}
+        codes |= {body["example"][member] for member in ("error", "code") if member in body["example"]}
+        if "scim" not in media and (unknown := codes - known):
+            return [f"{name}: {unknown} is in no list of error codes"]
+    return []
+
+
+def test_an_incomplete_error_is_found() -> None:
+    schema = {"$ref": "#/components/schemas/Error"}
+    document = {"components": {"schemas": {"Error": {"type": "object", "required": ["error"]}}}}
+    answer = {"content": {"application/json": {"schema": schema}}}
+    assert _incomplete_error(document, "GET /", 404, answer, set()) == ["GET /: an error needs an example"]
+    answer["content"]["application/json"]["example"] = {"error": "none"}
+    assert "in no list" in _incomplete_error(document, "GET /", 404, answer, {"not_found"})[0]
+    assert _incomplete_error(document, "GET /", 404, answer, {"none"}) == []
+
+
+_READ_QUERY = re.compile(
+    r"""(?:query_params|query|asked)(?:\.get(?:list)?\(|\[)"(\w+)"|_(?:number|one_of|of)\w*\(request, "(\w+)\""""
+)
+
+
+@pytest.mark.parametrize("service", ["registry", "policy", "revoker", "audit", "scim", "signals"])
+def test_every_query_parameter_that_is_read_is_described(service: str) -> None:
+    text = "\n".join(file.read_text() for file in (ROOT / f"services/ringfence/{service}").rglob("*.py"))
+    read_names = {name for match in _READ_QUERY.finditer(text) if (name := match[1] or match[2])}
+    document = json.loads((FOLDER / f"openapi/{service}.json").read_text())
+    described = {
+        parameter["name"]
+        for methods in document["paths"].values()
+        for operation in methods.values()
+        for parameter in operation.get("parameters", [])
+        if parameter["in"] == "query"
+    }
+    assert read_names - described == set()
+    if service in ("policy", "audit"):
+        assert {"limit", "after", "agent"} <= read_names, "the pattern finds what is read"

@@ -64,6 +64,7 @@ from ringfence.messages.topics import DEAD_LETTER, REGISTRY_COMMAND, SERVICE_EVE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.support.http_client import plain_client
 from tests.support.lost_redis import declare_complete
+from tests.support.openapi import document
 from tests.support.passkeys import ORIGINS, RP_ID
 from tests.support.switches import build_options
 from tests.support.topics import delete_topics
@@ -536,9 +537,10 @@ class World:
     async def get(
         self, role: ServiceRole, path: str, who: Party | None = None, **params: str
     ) -> httpx.Response:
-        """GET from the HTTP API of a running service."""
+        """GET from the HTTP API of a running service. The answer must be as its document says."""
         headers = self.bearer(who, role) if who else {}
         async with plain_client(base_url=f"http://127.0.0.1:{self.ports[role]}", timeout=WITHIN_S) as client:
+            document(role).watch(client)
             return await client.get(path, headers=headers, params=params)
 
 

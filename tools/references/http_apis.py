@@ -1,17 +1,26 @@
 """OpenAPI 3.1 documents of the services' HTTP APIs, and `docs/reference/http-apis.md`.
 
-The operations are declared in `http_operations.py`. `tests/integration/stack/test_http_apis.py` calls each of them at the
-running services, and compares the list with the routes that services have.
+The operations are declared in `tools/references/openapi/`. Tests call each of them at the running services
+(`tests/integration/stack/test_http_apis.py`, `tests/flows/test_http_answers.py`), and compare every answer that a test
+gets from a service with its document (`tests/support/openapi.py`). Each document names
+every answer that its service gives, and none besides.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
+from http import HTTPStatus
 from typing import Any
 
 from ringfence import __version__
-from tools.references.http_operations import APIS, SCHEMAS, Api, Operation
+from ringfence.console.session import COOKIE
+from ringfence.messages.api import CONSOLE_ROUTES
+from tools.references.openapi.apis import APIS
+from tools.references.openapi.operation import FORBIDDEN, HEADERS, Answer, Operation
+from tools.references.openapi.parameters import parameters_of
+from tools.references.openapi.schemas import SCHEMAS
 
 FOLDER = "docs/reference/openapi"
 _HEAD = """\
@@ -25,7 +34,22 @@ Each service has an OpenAPI 3.1 document. Every service also answers `GET /healt
 [api_token.py](../examples/api_token.py) makes one with PyJWT. Answers depend on the caller: operators and auditors see everything, sponsors
 their own agents, others what concerns them. What a caller may not see is answered like what does not exist.
 
-**Errors** are JSON with `error` (a [code](error-codes.md)) and `message`. A gateway answers agents with `application/problem+json`.
+**Errors** are JSON with `error` (a [code](error-codes.md)) and `message`. Four APIs have the form of their standard instead:
+
+| API | form |
+|---|---|
+| gateway, for agents | `application/problem+json` with `code` (RFC 9457) |
+| SCIM | `status`, `detail`, and for some errors `scimType` (RFC 7644, 3.12) |
+| signals | `err` and `description` (RFC 8935, 2.3) |
+| AuthZEN at policy | a sentence as plain text |
+
+These errors are the same everywhere, and no document repeats them:
+
+- 404 `not_found`: the service has nothing at this path.
+- 405 `method_unexpected`: the path does not have this method; `Allow` names those that it has.
+- 431: request line and header fields have more than 64 KiB.
+
+The documents name all other answers, with their codes, their header fields and an example of each error. `503` means: try again later.
 """
 _SECURITY = {
     "user": ("callerToken", "A token that a user signs for this call."),
@@ -52,11 +76,13 @@ def document(name: str) -> dict[str, Any]:
     api = APIS[name]
     paths: dict[str, dict[str, Any]] = {}
     for operation in api.operations:
-        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(operation)
+        paths.setdefault(operation.path, {})[operation.method.lower()] = _operation(
+            _with_console(name, operation)
+        )
     used = {operation.auth for operation in api.operations} - {None}
     schemes = {
         _SECURITY[one][0]: (
-            {"type": "apiKey", "in": "cookie", "name": "__Host-session", "description": _SECURITY[one][1]}
+            {"type": "apiKey", "in": "cookie", "name": COOKIE, "description": _SECURITY[one][1]}
             if one == "session"
             else {"type": "apiKey", "in": "header", "name": "DPoP", "description": _SECURITY[one][1]}
             if one == "dpop"
@@ -73,35 +99,92 @@ def document(name: str) -> dict[str, Any]:
     }
 
 
+def _with_console(name: str, operation: Operation) -> Operation:
+    """With the refusal of consoles, where they may not read."""
+    read_by_consoles = operation.path in dict(CONSOLE_ROUTES).get(name, ())  # type: ignore[call-overload]
+    if operation.auth != "user" or read_by_consoles:
+        return operation
+    return replace(operation, answers={403: FORBIDDEN, **operation.answers})
+
+
 def _operation(operation: Operation) -> dict[str, Any]:
-    parameters: list[dict[str, Any]] = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-        for name in re.findall(r"{(\w+)}", operation.path)
-    ]
-    parameters += [
-        {
-            "name": name,
-            "in": "query",
-            "required": name in operation.required,
-            "description": about,
-            "schema": {"type": "string"},
-        }
-        for name, about in operation.query.items()
-    ]
     made: dict[str, Any] = {"summary": operation.summary, "operationId": operation.id}
-    if parameters:
+    if parameters := parameters_of(operation):
         made["parameters"] = parameters
     if operation.body is not None:
         media, schema = operation.body
-        made["requestBody"] = {"required": True, "content": {media: {"schema": schema}}}
-    made["responses"] = {}
-    for status, answer in sorted(operation.all_answers().items()):
-        entry: dict[str, Any] = {"description": answer.about}
-        if answer.media:
-            entry["content"] = {answer.media: {"schema": answer.schema if answer.schema is not None else {}}}
-        made["responses"][str(status)] = entry
+        content = {media: {"schema": schema, "example": operation.example}}
+        made["requestBody"] = {"required": operation.body_is_required, "content": content}
+    made["responses"] = {
+        str(status): _response(status, answer) for status, answer in sorted(operation.all_answers().items())
+    }
     made["security"] = [{_SECURITY[operation.auth][0]: []}] if operation.auth else []
     return made
+
+
+def _response(status: int, answer: Answer) -> dict[str, Any]:
+    entry: dict[str, Any] = {"description": answer.about}
+    if answer.headers:
+        entry["headers"] = {
+            name: {"description": HEADERS[name], "required": True, "schema": {"type": "string"}}
+            for name in answer.headers
+        }
+    if answer.media:
+        content: dict[str, Any] = {"schema": _narrowed(answer)}
+        if (example := _error_example(status, answer)) is not None:
+            content["example"] = example
+        entry["content"] = {answer.media: content} | {
+            media: {"schema": {"type": "string"}} for media in answer.also
+        }
+    return entry
+
+
+_CODE_MEMBERS = {
+    "Error": "error", "OAuthError": "error", "Problem": "code", "ScimError": "scimType", "SignalError": "err",
+}  # fmt: skip
+"""The member of each error body that holds the code."""
+
+
+def _narrowed(answer: Answer) -> Any:
+    """The schema of an answer; of an error with only the codes that it can have."""
+    schema = dict(answer.schema or {})
+    if answer.codes:
+        member = _CODE_MEMBERS[_name_of(schema)]
+        schema["properties"] = {member: {"enum": list(answer.codes)}}
+    return schema
+
+
+def _name_of(schema: Any) -> str:
+    return str(schema.get("$ref", "")).rpartition("/")[2]
+
+
+def _error_example(status: int, answer: Answer) -> dict[str, Any] | None:
+    """The body of an error, with the description of the answer for its sentence. None for what is no error."""
+    code = answer.such_as or (answer.codes[0] if answer.codes else None)
+    match _name_of(answer.schema or {}):
+        case "Error":
+            return {"error": code, "message": answer.about}
+        case "OAuthError":
+            return {"error": code, "error_description": answer.about}
+        case "Message":
+            return {"message": answer.about}
+        case "Problem":
+            title = HTTPStatus(status).phrase
+            return {
+                "type": "about:blank",
+                "title": title,
+                "status": status,
+                "code": code,
+                "detail": answer.about,
+            }
+        case "ScimError":
+            schemas = ["urn:ietf:params:scim:api:messages:2.0:Error"]
+            kind = {"scimType": code} if code else {}
+            return {"schemas": schemas, "status": str(status), **kind, "detail": answer.about}
+        case "SignalError":
+            return {"err": code, "description": answer.about}
+        case _:
+            return None
 
 
 def _used_schemas(paths: Any) -> dict[str, Any]:
@@ -131,8 +214,3 @@ def reference() -> str:
         ]
         parts.append("")
     return "\n".join(parts).rstrip() + "\n"
-
-
-def routes(api: Api) -> set[tuple[str, str]]:
-    """Method and path of each operation of an API."""
-    return {(one.method, one.path) for one in api.operations}

@@ -105,7 +105,13 @@ class Site:
                 Route("/trace", self._trace_form),
                 *(Route(path, self._page_of(path, make)) for path, make in PAGES.items()),
             ],
-            exception_handlers={404: self._not_found, 405: self._not_found, 500: self._broken},
+            exception_handlers={
+                400: self._wrong_body,
+                413: self._wrong_body,
+                404: self._not_found,
+                405: self._not_found,
+                500: self._broken,
+            },
         )
         made.router.redirect_slashes = False
         return made
@@ -296,6 +302,13 @@ class Site:
         assert isinstance(error, HTTPException)
         session = self._session(request)
         return self._failed(session, ApiError("there is no such page", status=404), 404)
+
+    async def _wrong_body(self, request: Request, error: Exception) -> Response:
+        """Scripts of the sign-in read JSON; whoever sent a form sees a page."""
+        assert isinstance(error, HTTPException)
+        if request.url.path.startswith("/sign-in/"):
+            return _problem(error.status_code, error.detail)
+        return self._failed(self._session(request), RingfenceError(error.detail), error.status_code)
 
     async def _broken(self, request: Request, error: Exception) -> Response:
         log.error("could not answer %s %s", request.method, request.url.path, exc_info=error)

@@ -27,6 +27,7 @@ from ringfence.signals.requests import (
     DeliveryRequest,
     InvalidRequestError,
     PollRequest,
+    RequestTooLargeError,
     StatusChange,
     StreamChange,
     StreamConfiguration,
@@ -380,6 +381,8 @@ async def _respond(endpoint: Endpoint, request: Request, receiver: Receiver) -> 
         return _failure(404, error.code, str(error))
     except UnavailableError as error:
         return _failure(503, error.code, str(error), {"Retry-After": "1"})
+    except RequestTooLargeError as error:
+        return _failure(413, error.code, str(error))
     except RingfenceError as error:
         return _failure(400, error.code, str(error))
 
@@ -452,7 +455,7 @@ async def _read_body(request: Request) -> bytes:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise InvalidRequestError(f"a request has at most {MAX_BODY_BYTES} bytes")
+            raise RequestTooLargeError(f"a request has at most {MAX_BODY_BYTES} bytes")
     return body
 
 

@@ -30,6 +30,10 @@ class InvalidRequestError(RingfenceError):
     code = "invalid_request"
 
 
+class RequestTooLargeError(InvalidRequestError):
+    """The body is larger than the API accepts (status 413)."""
+
+
 class SsfModel(BaseModel):
     """Base class. Unknown members are ignored, since later versions of SSF may add some."""
 

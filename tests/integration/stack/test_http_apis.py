@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 import httpx
 import pytest
 
+from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.api import ConsoleToken, api_audience
 from ringfence.messages.base import ServiceRole
 from ringfence.model.identity.api_tokens import api_token
 from tests.support.http_client import plain_client
@@ -38,20 +40,38 @@ class Calls:
         self.realm, self.service = realm, service
         self.document = Document(service)
         self.http = plain_client(base_url=realm.stack.url(service), timeout=WITHIN_S, trust_env=False)
-        self.called: set[str] = set()
 
     def token(self, key: SigningKey) -> dict[str, str]:
         token = api_token(key, self.service, now_ms=int(time.time() * 1000))
         return {"Authorization": f"Bearer {token}"}
 
+    def console_token(self, key: SigningKey) -> dict[str, str]:
+        """A token like a console's. What no console may read is refused before anybody looks who signed it."""
+        now = int(time.time())
+        domain = self.realm.stack.options.trust_domain
+        claims = ConsoleToken(
+            iss=key.id,
+            aud=api_audience(domain, self.service),
+            iat=now,
+            exp=now + 60,
+            jti=NOBODY,
+            session="a.b.c",
+        )
+        return {"Authorization": f"Bearer {sign(claims, key)}"}
+
     async def call(
         self, operation: str, key: SigningKey | None, values: dict[str, str], **options: Any
     ) -> httpx.Response:
         """One call; the answer fits the document."""
-        self.called.add(operation)
+        return await self.send(operation, self.token(key) if key else {}, values, **options)
+
+    async def send(
+        self, operation: str, headers: dict[str, str], values: dict[str, str], **options: Any
+    ) -> httpx.Response:
+        """One call with these header fields; the answer fits the document."""
         answer = await self.http.request(
-            operation.partition(" ")[0], path_of(operation, values), headers=self.token(key) if key else {}, **options
-        )  # fmt: skip
+            operation.partition(" ")[0], path_of(operation, values), headers=headers, **options
+        )
         assert self.document.problems(operation, answer) == []
         return answer
 
@@ -80,6 +100,7 @@ QUERIES: dict[str, dict[str, str]] = {
     "GET /v1/checkpoints/{tree}/consistency": {"from": "1"},
     "GET /v1/reach": {"target": "TARGET"},
     "GET /v1/who": {"target": "TARGET"},
+    "GET /v1/approval-history": {"agent": "deploy-bot"},
     "GET /v1/events": {"limit": "3"},
     "GET /v1/export": {"limit": "3"},
     "GET /v1/actions": {"limit": "3"},
@@ -94,12 +115,6 @@ async def test_every_documented_operation_answers_as_described(
     olga = SigningKey.load(realm.stack.trust.user_key(realm.stack.options.operator))
     async with calls.http:
         for operation, described in calls.document.operations().items():
-            if described["security"]:
-                refused = await calls.call(operation, None, waiting)
-                assert refused.status_code == 401, operation
-            elif operation == "POST /v1/enrol":
-                refused = await calls.call(operation, None, waiting, content=b"no.jws.here")
-                assert refused.status_code == 400
             if not operation.startswith("GET ") or operation in CONSOLES:
                 continue
             values = await _values(calls, operation, waiting, olga)
@@ -115,7 +130,119 @@ async def test_every_documented_operation_answers_as_described(
             answer = await _once_there(calls, operation, caller, values, query, operation in ELSEWHERE)
             if operation == "GET /v1/inventory":
                 waiting["cursor"] = answer.json()["cursor"]
-    assert calls.called == set(calls.document.operations())
+        await _posts(calls)
+        await _refusals(calls, waiting, olga)
+    unseen = {f"{operation} {status}" for operation, status in calls.document.answers() - calls.document.seen}
+    assert {one for one in unseen if not one.endswith(" 503")} == NOT_HERE.get(service, set())
+
+
+def _for_each(operations: Iterable[str], *statuses: int) -> set[str]:
+    return {f"{operation} {status}" for operation in operations for status in statuses}
+
+
+NOT_HERE: dict[ServiceRole, set[str]] = {
+    "registry": {*_for_each(CONSOLES, 200), "GET /v1/passkeys/{credential_id} 404", "POST /v1/enrol 200"},
+    "policy": {
+        *_for_each((one for one in ELSEWHERE if "approvals" in one or "grants" in one), 200),
+        *_for_each(("POST /access/v1/evaluation", "POST /access/v1/evaluations"), 500),
+    },
+    "issuer": _for_each(["GET /v1/leases/{lease_id}/sealed-credential"], 200, 403, 404),
+    "revoker": _for_each(["GET /v1/runs/{id}"], 200),
+}
+"""Answers that only others get: consoles (tests/flows/test_console_answers.py), instances, gateways; and those of
+`ELSEWHERE`. 503 is the answer of a service that is not ready (tests/flows/test_starting_up.py), 500 that of a defect.
+"""
+WRONG_QUERIES: dict[str, dict[str, str]] = {
+    "GET /v1/approvals": {"limit": "x"},
+    "GET /v1/inventory": {"limit": "x"},
+    "GET /v1/inventory/changes": {"after": "lost"},
+    "GET /v1/trace/{id}": {"kind": "x"},
+    "GET /v1/checkpoints/{tree}/consistency": {"from": "x"},
+    "GET /v1/events": {"class": "x"},
+    "GET /v1/reach": {},
+    "GET /v1/who": {},
+    "GET /v1/approval-history": {},
+}
+"""By operation: a query that it refuses. Of all others a limit that is no number."""
+
+
+async def _refusals(calls: Calls, values: dict[str, str], olga: SigningKey) -> None:
+    """Every operation: without a credential, with a wrong one, by a console, with a wrong query, for an unknown id."""
+    for operation, described in calls.document.operations().items():
+        if not described["security"]:
+            continue
+        values = {**values, "tree": "none", "id": "none", **dict.fromkeys(UNKNOWN, NOBODY)}
+        assert (await calls.call(operation, None, values)).status_code == 401
+        assert (await calls.send(operation, {"Authorization": "Bearer wrong"}, values)).status_code == 401
+        if operation in CONSOLES or "/sealed-credential" in operation or not operation.startswith("GET "):
+            continue
+        if "403" in described["responses"]:
+            assert (await calls.send(operation, calls.console_token(olga), values)).status_code == 403
+        if "404" in described["responses"]:
+            answer = await calls.call(operation, olga, values)
+            assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+        if "400" in described["responses"] and not operation.endswith("/proof"):
+            query = WRONG_QUERIES.get(operation, {"limit": "x"})
+            assert (await calls.call(operation, olga, values, params=query)).status_code == 400, operation
+    await _wrong_methods(calls, values)
+
+
+UNKNOWN = ("request_id", "lease_id", "agent_id", "grant_id", "uid")
+
+
+async def _wrong_methods(calls: Calls, values: dict[str, str]) -> None:
+    """Every path by a method that it does not have, and a path that is not there."""
+    for path, methods in calls.document.content["paths"].items():
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {one.upper() for one in methods}:
+            answer = await calls.http.request(method, path_of(f"{method} {path}", values))
+            assert (answer.status_code, answer.json()["error"]) == (405, "method_unexpected"), path
+            allowed = {one.strip() for one in answer.headers["allow"].split(",")} - {"HEAD"}
+            assert allowed == {one.upper() for one in methods}
+    answer = await calls.http.get("/v1/nothing")
+    assert (answer.status_code, answer.json()["error"]) == (404, "not_found")
+
+
+async def _posts(calls: Calls) -> None:
+    """Every operation with a body: one that counts, and those that do not."""
+    realm, key = calls.realm, calls.realm.key("target", calls.realm.target)
+    question = {
+        "subject": {"type": "agent", "id": realm.agent}, "action": {"name": "read"},
+        "resource": {"type": realm.target, "id": "env/staging/web"}, "context": {"task_id": realm.task},
+    }  # fmt: skip
+    others = {**question, "resource": {"type": "another", "id": "env/staging/web"}}
+    json_type, too_large = {"Content-Type": "application/json"}, b" " * (1024 * 1024 + 1)
+    posts: dict[ServiceRole, list[tuple[str, dict[str, Any], int]]] = {
+        "registry": [
+            ("POST /v1/enrol", {"content": b"no.jws.here"}, 400),
+            ("POST /v1/enrol", {"content": too_large}, 413),
+        ],
+        "issuer": [
+            ("POST /oauth2/introspect", {"data": {"token": "none"}}, 200),
+            ("POST /oauth2/introspect", {"data": {"no": "token"}}, 400),
+            ("POST /oauth2/introspect", {"content": too_large}, 400),
+        ],
+        "policy": [
+            ("POST /access/v1/evaluation", {"json": question}, 200),
+            ("POST /access/v1/evaluation", {"json": {}}, 400),
+            ("POST /access/v1/evaluation", {"json": others}, 403),
+            ("POST /access/v1/evaluation", {"content": too_large, "type": json_type}, 413),
+            ("POST /access/v1/evaluations", {"json": {"evaluations": [question, others]}}, 200),
+            ("POST /access/v1/evaluations", {"json": question}, 200),
+            ("POST /access/v1/evaluations", {"json": {"evaluations": 7}}, 400),
+            ("POST /access/v1/evaluations", {"json": others}, 403),
+            ("POST /access/v1/evaluations", {"content": too_large, "type": json_type}, 413),
+        ],
+    }  # fmt: skip
+    for operation, options, status in posts.get(calls.service, []):
+        more = options.pop("type", {})
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                headers = {**calls.token(key), **more} if calls.service != "registry" else more
+                answer = await calls.send(operation, headers, {}, **options)
+                if answer.status_code != 401:
+                    break
+                await asyncio.sleep(0.05)  # it has not heard of the target yet
+        assert answer.status_code == status, (operation, answer.text)
 
 
 async def _values(calls: Calls, operation: str, waiting: dict[str, str], olga: SigningKey) -> dict[str, str]:
@@ -177,27 +304,6 @@ async def _once_there(
             await asyncio.sleep(0.05)
 
 
-async def test_posts_of_targets_answer_as_described(realm: RunningStack) -> None:
-    key = realm.key("target", realm.target)
-    question = {
-        "subject": {"type": "agent", "id": realm.agent}, "action": {"name": "read"},
-        "resource": {"type": realm.target, "id": "env/staging/web"}, "context": {"task_id": realm.task},
-    }  # fmt: skip
-    posts: list[tuple[ServiceRole, str, dict[str, Any], int]] = [
-        ("issuer", "POST /oauth2/introspect", {"data": {"token": "none"}}, 200),
-        ("issuer", "POST /oauth2/introspect", {"data": {"no": "token"}}, 400),
-        ("policy", "POST /access/v1/evaluation", {"json": question}, 200),
-        ("policy", "POST /access/v1/evaluation", {"json": {}}, 400),
-        ("policy", "POST /access/v1/evaluations", {"json": {"evaluations": [question, question]}}, 200),
-    ]
-    for service, operation, options, status in posts:
-        calls = Calls(realm, service)
-        async with calls.http, asyncio.timeout(WITHIN_S):
-            while (answer := await calls.call(operation, key, {}, **options)).status_code == 401:
-                await asyncio.sleep(0.05)  # it has not heard of the target yet
-            assert answer.status_code == status, answer.text
-
-
 async def test_the_api_for_agents_answers_as_described(realm: RunningStack) -> None:
     document = Document("gateway-agents")
     base = f"{realm.stack.door}/ringfence"
@@ -209,12 +315,13 @@ async def test_the_api_for_agents_answers_as_described(realm: RunningStack) -> N
                 f"{base}/v1/requests", headers=proof, content=b"no.jws.here"
             ),
             "GET /v1/requests/{id}": await http.get(f"{base}/v1/requests/{NOBODY}"),
+            "GET /v1/tasks/{id}": await http.get(f"{base}/v1/tasks/{NOBODY}"),
         }
         assert answers.keys() == document.operations().keys()
         for operation, answer in answers.items():
             assert document.problems(operation, answer) == []
         assert answers["GET /v1/trust"].status_code == 200
-        assert {answers[one].status_code for one in ("POST /v1/requests", "GET /v1/requests/{id}")} == {401}
+        assert {answer.status_code for name, answer in answers.items() if not name.endswith("trust")} == {401}
 
 
 def test_an_answer_that_is_not_described_is_found() -> None:

@@ -30,6 +30,7 @@ from tests.conftest import Kafka
 from tests.support.benches.gateway_flows import RULES, VERBS, gateway
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
 from tests.support.benches.sdk_clients import Played, client
+from tests.support.openapi import document
 from tests.support.world import WITHIN_S, World, scope
 
 JOSE = {"Content-Type": "application/jose"}
@@ -88,6 +89,7 @@ class Caller:
         async with httpx.AsyncClient(
             transport=transport, proxy=self.proxy, verify=self.tls, timeout=WITHIN_S, trust_env=False
         ) as http:
+            document("gateway-agents").watch(http, below="/ringfence")
             answer = await http.request(method, url, content=body, headers=given)
         self.nonce = answer.headers.get("DPoP-Nonce", self.nonce)
         return answer

@@ -11,6 +11,7 @@ from ringfence.messages.registry import Delegation, GroupDelegation, Provisioner
 from ringfence.messages.topics import USER
 from ringfence.scim.settings import ScimSettings
 from tests.support.http_client import plain_client
+from tests.support.openapi import document
 from tests.support.world import Party, World, scope
 
 PATCH = "urn:ietf:params:scim:api:messages:2.0:PatchOp"
@@ -31,6 +32,7 @@ class Company:
         self.token = token
         self.url = url
         self.http = plain_client(base_url=f"{url}/", headers={"Authorization": f"Bearer {token}"}, timeout=30)
+        document("scim").watch(self.http)
 
     async def call(self, method: str, path: str, body: Any = None, status: int = 200) -> Any:
         """The answer to a request, which must have this status."""
@@ -82,8 +84,10 @@ class Company:
 
 
 @asynccontextmanager
-async def opened_company(world: World, *groups: GroupDelegation, **own: Any) -> AsyncIterator[Company]:
-    """A registry and a SCIM endpoint, and who calls it."""
+async def opened_company(
+    world: World, *groups: GroupDelegation, clock: Any = None, **own: Any
+) -> AsyncIterator[Company]:
+    """A registry and a SCIM endpoint, and who calls it. `clock`: of the endpoint alone."""
     key = world.party("user", "acme")
     key.key.save(world.folder / "acme.json")
     token, line = new_token("acme")
@@ -93,7 +97,7 @@ async def opened_company(world: World, *groups: GroupDelegation, **own: Any) -> 
     settings = ScimSettings(
         provisioner=world.folder / "acme.json", tokens=tokens, mail_domain="acme.example", **own
     )
-    async with world.running("registry", "scim", own={"scim": settings}):
+    async with world.running("registry"), world.running("scim", own={"scim": settings}, clock=clock):
         company = Company(world, key, token, f"http://127.0.0.1:{world.ports['scim']}/scim/v2")
         await company.delegate(*(groups or GROUPS))
         assert await world.runtimes["scim"].tables_caught_up(30)

@@ -16,6 +16,7 @@ from ringfence.kernel.service.bearer_tokens import new_token
 from ringfence.signals.events import SESSION_REVOKED, VERIFICATION
 from ringfence.signals.settings import SignalsSettings
 from tests.support.http_client import plain_client
+from tests.support.openapi import document
 from tests.support.world import World
 
 PUSH, POLL = "urn:ietf:rfc:8935", "urn:ietf:rfc:8936"
@@ -81,6 +82,7 @@ class Client:
         self.http = plain_client(
             base_url=url, headers={"Authorization": f"Bearer {token}"}, timeout=60, trust_env=False
         )
+        document("signals").watch(self.http)
         self.stream_id = ""
 
     async def call(self, method: str, path: str, body: Any = None, status: int = 200, **query: str) -> Any:
@@ -198,15 +200,19 @@ class Office:
         return SignalsSettings(receivers=receivers, tokens=tokens, url=url, **{**quick, **own})
 
     @asynccontextmanager
-    async def running(self, **own: Any) -> AsyncIterator[None]:
+    async def running(self, clock: Any = None, **own: Any) -> AsyncIterator[None]:
         """The transmitter, always at the same place: as a service that is started again."""
-        settings = self.settings(self.url, **own)
-        async with self.world.running("signals", own={"signals": settings}, http=f"127.0.0.1:{self.port}"):
+        settings, http = self.settings(self.url, **own), f"127.0.0.1:{self.port}"
+        async with self.world.running("signals", own={"signals": settings}, clock=clock, http=http):
             yield
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    def token(self, name: str) -> str:
+        """The bearer token of a receiver."""
+        return self._tokens[name]
 
     def client(self, name: str) -> Client:
         return Client(self.url, name, self._tokens[name])

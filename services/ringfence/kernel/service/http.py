@@ -10,9 +10,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Match, Route
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -20,6 +21,11 @@ from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.base.errors import RingfenceError
 
 log = logging.getLogger(__name__)
+
+_STATUS = {
+    "unauthenticated": 401, "forbidden": 403, "not_found": 404, "too_large": 413, "unavailable": 503,
+}  # fmt: skip
+"""The status of each error code; of all others it is 400."""
 
 ReadyCheck = Callable[[], str | None]
 """Returns why a service is not ready, or None."""
@@ -69,17 +75,36 @@ def application(
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RingfenceError)
-        status = {"unauthenticated": 401, "forbidden": 403, "not_found": 404, "unavailable": 503}.get(
-            error.code, 400
-        )
+        status = _STATUS.get(error.code, 400)
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
         return JSONResponse({"error": error.code, "message": str(error)}, status_code=status, headers=headers)
 
+    async def no_route(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 405:
+            # Starlette names the methods of one route. Several may have the path (RFC 9110, 15.5.6).
+            headers = {"Allow": ", ".join(_methods_of(request))}
+            refusal = {
+                "error": "method_unexpected",
+                "message": f"{request.method} is no method of this path",
+            }
+            return JSONResponse(refusal, status_code=405, headers=headers)
+        refusal = {"error": "not_found", "message": "there is nothing at this path"}
+        return JSONResponse(refusal, status_code=error.status_code)
+
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
-    made = Starlette(routes=[*own, *routes], exception_handlers={RingfenceError: refused})
+    handlers = {RingfenceError: refused, HTTPException: no_route}
+    made = Starlette(routes=[*own, *routes], exception_handlers=handlers)
     # A redirect would send the token in the body to whatever host the request names.
     made.router.redirect_slashes = False
     return made
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Return the methods of all routes that have the path of a request."""
+    routes = [one for one in request.app.routes if isinstance(one, Route)]
+    fitting = [one for one in routes if one.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in fitting for method in route.methods or ()})
 
 
 def number_in(text: str, least: int, most: int) -> int | None:

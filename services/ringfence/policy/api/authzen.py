@@ -221,7 +221,9 @@ def _answering(
 
 
 def _status(error: RingfenceError) -> int:
-    return {"unauthenticated": 401, "forbidden": 403, "unavailable": 503}.get(error.code, 400)
+    return {"unauthenticated": 401, "forbidden": 403, "too_large": 413, "unavailable": 503}.get(
+        error.code, 400
+    )
 
 
 async def _body(request: Request) -> dict[str, Any]:
@@ -231,7 +233,7 @@ async def _body(request: Request) -> dict[str, Any]:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise BadQuestionError(f"a question has at most {MAX_BODY_BYTES} bytes")
+            raise BadQuestionError(f"a question has at most {MAX_BODY_BYTES} bytes", code="too_large")
     try:
         return json_object(body)
     except ValueError:
