@@ -3,10 +3,13 @@
 What a page says about its blocks, each in a comment before the block:
 
 - `<!-- not run: WHY -->`: no test runs it.
+- `<!-- run by: PATH -->`: another test runs it. PATH is a file that names the page, or `.ci/run`: then the block is
+  `make` with targets that are stages of the gate.
 - `<!-- run: exit N -->`: its last command ends with this status.
-- `<!-- commands: run by PATH -->` and `<!-- commands: not run: WHY -->`, once on a page: all its other blocks.
+- `<!-- commands: run by PATH, PATH -->` and `<!-- commands: not run: WHY -->`, once on a page: all its other blocks.
 
-A block with a title (```` ```python title="agent.py" ````) is a file that the reader saves. Lines of a `console` block
+A block with a title (```` ```python title="agent.py" ````) is a file that the reader saves; `title="FILE (at the end)"`
+and `title="FILE (before: WORD)"` add to a file, before its only line with a word. Lines of a `console` block
 that begin with `$ ` are commands; the others are what they print. A block of commands for root (`# `) needs the first
 mark.
 """
@@ -17,19 +20,21 @@ import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 SHELLS = ("console", "sh", "bash", "shell")
 WITHIN_S = 300
+_END_CHILDREN = "trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT"
 _BLOCK = re.compile(
-    r"(?:^[ ]*<!-- (?P<mark>not run|run): (?P<text>.*?) -->\s*\n\s*)?"
+    r"(?:^[ ]*<!-- (?P<mark>not run|run by|run): (?P<text>.*?) -->\s*\n\s*)?"
     r"^(?P<indent>[ ]*)(?P<fence>```+)(?P<language>[\w-]*)(?P<info>[^\n]*)\n(?P<body>.*?)^[ ]*(?P=fence)[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
 _PAGE_MARK = re.compile(r"^<!-- commands: (.+?) -->$", re.MULTILINE)
 _TITLE = re.compile(r'title="([^"]+)"')
+_PLACE = re.compile(r"(?P<path>\S+)(?: \((?:(?P<end>at the end)|before: (?P<word>.+))\))?")
 _EXIT = re.compile(r"exit (\d+)")
 
 
@@ -42,6 +47,7 @@ class Block:
     body: str
     title: str | None
     not_run: str | None
+    run_by: str | None
     exit_status: int
 
     def commands(self) -> list[str]:
@@ -70,6 +76,7 @@ def blocks_of(page: Path) -> Iterator[Block]:
             body,
             title[1] if title else None,
             said if mark == "not run" else None,
+            said if mark == "run by" else None,
             int(status[1]) if status else 0,
         )
 
@@ -87,26 +94,45 @@ def script_of(page: Path, replaced: Mapping[str, str] | None = None, before: str
         replaced: texts of commands and files, such as addresses, and what the test has in their place.
         before: what the page takes for done.
     """
-    lines = ["set -o pipefail", 'failed() { echo "@@ line $1 of the page: exit $2: $3" >&2; exit 1; }']
+    lines = [
+        "set -o pipefail",
+        _END_CHILDREN,
+        'failed() { echo "@@ line $1 of the page: exit $2: $3" >&2; exit 1; }',
+    ]
     if before:
         lines.append(f"set -e\n{before}set +e")
     for block in blocks_of(page):
-        if block.not_run is not None:
+        if block.not_run is not None or block.run_by is not None:
             continue
         body = block.body
         for old, new in (replaced or {}).items():
             body = body.replace(old, new)
         if block.title is not None:
-            lines.append(f"mkdir -p {shlex.quote(str(Path(block.title).parent))}")
-            lines.append(f"cat > {shlex.quote(block.title)} <<'@@end'\n{body}@@end")
+            lines.append(_saved(block.title, body, block.line))
             continue
-        commands = Block(block.line, block.language, body, None, None, 0).commands()
+        commands = replace(block, body=body).commands()
         for command in commands:
             wanted = block.exit_status if command is commands[-1] else 0
             lines.append(f"echo {shlex.quote('@@ ' + command)} >&2")
             lines.append(command)
             lines.append(f"s=$?; [ $s -eq {wanted} ] || failed {block.line} $s {shlex.quote(command)}")
     return "\n".join(lines) + "\n"
+
+
+def _saved(title: str, body: str, line: int) -> str:
+    """The shell command that writes or changes the file of a title."""
+    place = _PLACE.fullmatch(title)
+    assert place is not None, title
+    path, word = shlex.quote(place["path"]), place["word"]
+    if word is None:
+        how = ">>" if place["end"] else ">"
+        return f"mkdir -p {shlex.quote(str(Path(place['path']).parent))}; cat {how} {path} <<'@@end'\n{body}@@end"
+    return (
+        f'AT=$(grep -nF {shlex.quote(word)} {path}); [ "$(wc -l <<< "$AT")" = 1 ] && [ -n "$AT" ] || '
+        f"failed {line} 1 {shlex.quote(title)}\n"
+        f"cat > .addition <<'@@end'\n{body}@@end\n"
+        f'sed -i "$((${{AT%%:*}} - 1))r .addition" {path}; rm .addition'
+    )
 
 
 def run_page(
