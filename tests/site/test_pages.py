@@ -16,7 +16,7 @@ from tests.site.dev_stack import linked_clone
 from tests.site.page_commands import ROOT, SHELLS, Block, blocks_of, page_mark, run_page, script_of
 from tests.site.stories import GROUPS
 
-OTHERS = ["docs/operators/README.md", "docs/contributors/README.md", "docs/tracing.md"]
+OTHERS = ["docs/operators/README.md", "docs/contributors/README.md", "docs/tracing.md", "docs/benchmarks.md"]
 """Pages whose commands run in this file; those of `stories.py` run in test_dev_pages.py."""
 RUN_HERE = {*OTHERS, *(page for pages in GROUPS.values() for page in pages)}
 ALL = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"), *ROOT.glob("*.md")])
@@ -52,6 +52,11 @@ def runs_it(path: str, page: Path, blocks: list[Block]) -> None:
             rf"^.*\b(?:suite \w+ +\"[^\"]+\" +|make (?:\S+ )*){re.escape(words[1])}\b", re.MULTILINE
         )
         assert stage.search(text), f"{command}: the gate has no such stage"
+
+
+@pytest.mark.timeout(600)
+def test_a_benchmark() -> None:
+    run_page(ROOT / "docs/benchmarks.md", ROOT, os.environ)
 
 
 @pytest.mark.timeout(600)
