@@ -11,7 +11,7 @@ from ringfence.rego.regorus_programs import compiled, run_tests
 from tests.policy.cases import CASES
 
 PAGE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
-RULE, TESTS, PAIR, PAIR_TEST = re.findall(r"```rego\n(.*?)```", PAGE, re.DOTALL)
+RULE, TESTS, PAIR, PAIR_TEST = re.findall(r"```rego[^\n]*\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_example_step_by_step():
