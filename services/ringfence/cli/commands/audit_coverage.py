@@ -35,8 +35,8 @@ _SHARES = {
     "leases_short_lived_and_task_bound": "leases that were both",
 }
 _SURVEY = (
-    "for comparison, of organisations that were surveyed: 82 % do not trust their IAM with agents, 21 % keep an "
-    "inventory, 28 % can trace an action to a human"
+    "for comparison, in a survey of 2026 (Cloud Security Alliance): 18 % are highly confident that their IAM can "
+    "manage agents, 21 % keep an inventory in real time, 28 % can trace an agent's actions to a human everywhere"
 )
 
 
