@@ -73,7 +73,7 @@ class Mail(Message):
 
 
 class Provisioning(Message):
-    """Further facts about a provisioned user: the groups behind their roles and scope, and their directory's names for them."""
+    """Facts about a provisioned user: the groups behind roles and scope, and the directory's names."""
 
     groups: Annotated[tuple[GroupName, ...], Field(max_length=64)] = ()
     """Roles and entitlements are within what an operator delegated to these."""
@@ -312,7 +312,7 @@ class AgentActivate(ExpiringClaims):
 
 
 class AgentSetAttestation(ExpiringClaims):
-    """Replace the selectors of instances; keys of other instances no longer count. Signed by its sponsor or an operator."""
+    """Replace the selectors; keys of other instances no longer count. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.set-attestation"
 

@@ -387,7 +387,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._ahead.clear()
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        """aiokafka calls this before a rebalance. The batch under way continues; it is redelivered if its commit fails."""
+        """aiokafka calls this before a rebalance. The batch under way continues, and is retried if its commit fails."""
         # Not beside a batch, which may commit by itself, in a transaction: the group would be set back behind that.
         if self._commits is not None and self._idle.is_set():
             await self._commits.flush()
