@@ -46,15 +46,15 @@ from ringfence.model.unknown_fields import NOT_UNDERSTOOD
 A = TypeVar("A", Approval, Grant)
 
 RETRY_AFTER_S = 1
-"""When to ask again where this issuer's view was too old."""
+"""When to ask again if this issuer's view was stale."""
 SKEW_MS = 1000
 """How far the clocks of two brokers may be apart: each stamps the records of its own partitions."""
 DECISION_LIFE_S = 3600
 """How long after it was signed a decision may reach Kafka. Less than a lease is remembered past its end, so that a
 decision that somebody appends again later finds its lease, or is too old."""
 ENDED_KEY_MS, APPROVALS_MS = 3600 * 1000, 24 * 3600 * 1000
-"""How long after the end of its key a request may be decided, and how much longer where people were asked. When the
-request came is policy's word, and only until then it can put one by a key of before back into the time of that key."""
+"""How long after the end of its key a request may be decided, and how much longer if people were asked. Policy states
+when the request arrived. Only within this time could policy backdate a request to when an ended key was valid."""
 REQUEST_LIFE_MS = 6 * 24 * 3600 * 1000
 """How old a request may be when it is decided: less than a fence stands."""
 
@@ -78,7 +78,7 @@ class Refusal:
 
     reasons: tuple[Reason, ...]
     request: CredentialRequest | None = None
-    """The agent's request where its signature holds: then the agent is told."""
+    """The agent's request if its signature is valid: then the agent gets an answer."""
     finding: bool = False
     """No honest policy decides so: no change of records, and no passing of time, explains it."""
     retry_after_s: int | None = None
@@ -98,7 +98,7 @@ class StaleView:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """A decision whose signature by policy holds, and where it stands."""
+    """A decision with policy's valid signature, and its coordinates."""
 
     signed: Signed[CredentialDecision]
     at: Coordinates
@@ -183,7 +183,7 @@ def _missing_revision(decision: Decision, directory: Directory) -> str | None:
     except InvalidMessageError:
         return None  # waiting makes it no better
     except ChainError as error:
-        return str(error)  # what the record rests on may still be on its way
+        return str(error)  # records that this one depends on may still be on their way
     for name, entry, revision in wanted:
         if entry is None or entry.revision < revision:
             return f"policy saw revision {revision} of {name}, which has not arrived here"
@@ -310,7 +310,7 @@ def _check_rule(decision: Decision, facts: RequestContext, terms: Terms, *, unch
     found = violations(facts, decision.at.appended_at_ms / 1000, terms.entitlements_max_age_s)
     if not found:
         return
-    # Policy decided a moment earlier: where the records are the same, only time may have made the difference.
+    # Policy decided a moment earlier: if the records are the same, only time can have made the difference.
     before = violations(facts, decision.claims.source.appended_at_ms / 1000, terms.entitlements_max_age_s)
     honest = NOT_UNDERSTOOD | BY_TIME_OR_END
     raise _RefusedError(*found, finding=unchanged and any(one.code not in honest for one in before))
@@ -364,7 +364,7 @@ def _check_approvals(
     *,
     unchanged: bool,
 ) -> tuple[Grant, ...]:
-    """The grants that stand in for approvals, all of which the decision needs to have."""
+    """The grants that replace approvals. The decision needs all of them."""
     claims, at_ms = decision.claims, decision.at.appended_at_ms
     approvals = [_verified_answer(compact, Approval, decision, directory) for compact in claims.approvals]
     grants = [_verified_answer(compact, Grant, decision, directory) for compact in claims.grants or ()]

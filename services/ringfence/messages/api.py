@@ -71,7 +71,7 @@ CONSOLE_ROUTES: Final[Mapping[ServiceRole, tuple[str, ...]]] = {
         "/v1/coverage/actions",
     ),
 }
-"""The routes, read by GET alone, on which services answer a console. What is not listed is refused."""
+"""The routes, by GET alone, on which services answer a console. They refuse a console all others."""
 
 
 def api_audience(trust_domain: str, service: ServiceRole) -> str:
@@ -80,7 +80,8 @@ def api_audience(trust_domain: str, service: ServiceRole) -> str:
 
 
 UNBOUND_API_TOKENS_END = "0.2"
-"""The version that takes no more API tokens whose `aud` is the trust domain alone, as callers signed them at first."""
+"""The version that no longer accepts API tokens whose `aud` is the trust domain alone, the first form of such
+tokens."""
 
 PORTS = {
     "registry": 8701,
@@ -94,10 +95,10 @@ PORTS = {
     "runner": 8710,
     "console": 8712,
 }
-"""The port that each service's HTTP listens on where no other is set."""
+"""The default HTTP port of each service."""
 GATEWAY_PORT = 8707
-"""The port that agents know the gateway by, where whoever runs it wants no other."""
+"""The gateway's default port for agents."""
 SIGN_PAGE_PORT = 8711
-"""The port of `ringfence serve sign-page` where no other is set."""
+"""The default port of `ringfence serve sign-page`."""
 CONSOLE_PORT = PORTS["console"]
 """The port that the console is for, and where `ringfence dev` has its session origin."""

@@ -44,9 +44,9 @@ class ApprovalRequest(Claims):
 
 
 class Approval(ExpiringClaims):
-    """A person's yes or no to exactly one request, as it was shown to them. Single use.
+    """A person's approval or denial of exactly one request, as it was shown to them. Single use.
 
-    A yes with a field that its reader does not know counts for nothing.
+    An approval with an unknown field does not count.
     """
 
     typ: ClassVar[str] = "approval"
@@ -105,7 +105,7 @@ MAX_HEADER_NAME_CHARS = 256
 
 
 class ShownHeader(Message):
-    """One header that goes on with an action, as a person sees it."""
+    """One header that is forwarded with an action, as a person sees it."""
 
     name: Annotated[str, Field(pattern=rf"^[!#$%&'*+.^`|~0-9a-z-]{{1,{MAX_HEADER_NAME_CHARS}}}$")]
     """In lower case, with `-` for `_`."""
@@ -128,13 +128,13 @@ class ActionRequest(ExpiringClaims):
     agent_id: Name
     task_id: Uuid
     lease_id: Uuid
-    """The lease that the action goes by, and no other."""
+    """The only lease that the action may use."""
     target_id: TargetId
     verb: NonEmpty
     resource: NonEmpty
     method: Annotated[str, Field(pattern=r"^[!#$%&'*+.^_`|~0-9A-Za-z-]{1,32}$")]
     url: Annotated[str, Field(pattern=r"^https?://[!-~]{1,8192}$")]
-    """Where it goes, as it goes there: the target's scheme and authority, the path and the query undecoded."""
+    """The URL as forwarded: the target's scheme and authority, path and query undecoded."""
     body_digest: Digest
     """SHA-256 of the body; of no bytes if there is none."""
     body_bytes: Annotated[int, Field(ge=0)]
@@ -162,7 +162,7 @@ class ActionApproval(ExpiringClaims):
     request: Jws
     """The `action.request`."""
     request_digest: Digest
-    """SHA-256 of its compact JWS: what the answer is over."""
+    """SHA-256 of its compact JWS, which the answer covers."""
     comment: NonEmpty | None = None
 
 

@@ -56,8 +56,8 @@ class IntakeEntry(Message):
 
 
 class AuditIntake(Claims):
-    """Events for one partition of `audit`, in their order, not chained yet. Signed, for whoever could write here could
-    otherwise make events up."""
+    """Events for one partition of `audit`, in their order, not chained yet. Signed, because otherwise anybody with
+    Write here could invent events."""
 
     typ: ClassVar[str] = "audit.intake"
     signed_by = ("audit",)
@@ -95,7 +95,7 @@ class AuditCheckpoint(Claims):
 
 
 class AuditWitness(Claims):
-    """A person with the role auditor saw a checkpoint, and that the tree goes on from all that they saw before."""
+    """A person with the role auditor verified a checkpoint, and that its tree extends all that they saw before."""
 
     typ: ClassVar[str] = "audit.witness"
 

@@ -117,12 +117,12 @@ class Message(BaseModel):
 
 
 class Claims(Message):
-    """The claims of a signed message. `typ` is the message's name; it stands in the JWS header (RFC 8725, 3.11)."""
+    """The claims of a signed message. `typ` is the message's name, in the JWS header (RFC 8725, 3.11)."""
 
     typ: ClassVar[str]
     signed_by: ClassVar[tuple[ServiceRole, ...]] = ()
-    """The roles of services that may sign it: who is believed, who may halt a reader with what it cannot read, and who
-    is granted Write on its topic follow from this. None for what only agents, people or the root sign."""
+    """The roles of services that may sign it. This determines whose signature counts, who may halt a reader by
+    malformed records, and who gets Write on its topic. None if only agents, people or the root sign it."""
     passkey_use: ClassVar[PasskeyUse | None] = None
     """The use of the origins on which a passkey may sign it. None: a passkey may not sign it, only a key file."""
 
@@ -169,7 +169,7 @@ class Topic(Generic[M]):
         return _topic_name(prefix, self.what)
 
     def signed_by(self, typ: str) -> tuple[ServiceRole, ...]:
-        """The roles of services that may write a message with this `typ` here; none where it belongs elsewhere."""
+        """The roles of services that may write a message with this `typ` here; none if it belongs to another topic."""
         return _signed_by(self.models).get(typ, ())
 
     @property
@@ -177,10 +177,10 @@ class Topic(Generic[M]):
         return self.retention_s is None
 
     def configs(self) -> dict[str, str]:
-        """The topic configuration that Kafka must have: the append time is what expiry is judged by.
+        """The topic configuration that Kafka must have: expiry is judged by the append time.
 
-        Kafka unpacks what comes compressed, and holds it against its limit of size: no reader needs a codec, and none
-        has to unpack more than it can hold.
+        Kafka decompresses batches and checks their size, so readers need no codec, and cannot be made to decompress
+        more than fits.
         """
         configs = {"message.timestamp.type": "LogAppendTime", "compression.type": "uncompressed"}
         if self.retention_s is None:

@@ -26,7 +26,7 @@ from ringfence.messages.registry import ApprovalClass
 
 Delivery = Literal["agent", "gateway"]
 RequiredClass = ApprovalClass | Literal["break_glass"]
-"""What a decision can wait for: `break_glass` stands there twice, for each of the two operators."""
+"""What a decision can wait for: `break_glass` occurs twice, once for each of the two operators."""
 Outcome = Literal["allowed", "denied", "approval_required"]
 
 
@@ -76,7 +76,7 @@ class CredentialRequest(ExpiringClaims):
 
 
 class RequestWithdraw(ExpiringClaims):
-    """An agent withdraws one of its own requests: nobody waits for it any more.
+    """An agent withdraws one of its own requests, because it no longer waits.
 
     Policy ends the request with a denial, `withdrawn`, if it waits for approvals. A final decision stands.
     """
@@ -157,7 +157,7 @@ class PassedOver(Message):
 
 
 class DecidedTerms(CredentialDecision):
-    """A decision as issuer, audit and agents read it: what the policy was given, half of it, is passed over."""
+    """A decision as issuer, audit and agents read it: without the policy input, which is half of it."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -223,8 +223,8 @@ class CredentialDelivery(Claims):
     target_id: TargetId
     credential: Credential
     lease_digest: Digest | None = None
-    """The SHA-256 of the lease's record that comes with it in a reply, where the issuer itself has just signed that:
-    who has verified this need not verify the record's own signature, by the same issuer, as well."""
+    """The SHA-256 of the lease record in the same reply, if the issuer has just signed that record: who has verified
+    this signature need not verify the record's own, by the same issuer."""
 
 
 class EnvelopeHeader(Message):

@@ -24,7 +24,7 @@ from ringfence.messages.oidc import IssuerUrl
 ClaimName = Annotated[str, Field(pattern=r"^(/.{1,255}|[^/*\s][^/*\s]{0,127})$")]
 """A member of a token's claims by its name, or by a JSON Pointer (RFC 6901): `/kubernetes.io/namespace`."""
 ClaimPattern = Annotated[str, Field(min_length=1, max_length=512)]
-"""What a claim must be, to the letter; `*` stands for any characters."""
+"""The exact value of a claim; `*` matches any characters."""
 
 MAX_ENROLMENT_S = 12 * 3600
 """The longest life of an instance's key."""
@@ -33,18 +33,18 @@ MAX_ENROLMENT_S = 12 * 3600
 class AttestationSelector(Message):
     """Which identity tokens let an instance of the agent in. Its id is the SHA-256 of its canonical JSON.
 
-    With a field that its reader does not know, it lets nobody in.
+    With an unknown field, it lets nobody in.
     """
 
     issuer: IssuerUrl
     claims: Annotated[dict[ClaimName, ClaimPattern], Field(min_length=1, max_length=16)]
     """All of them must be so."""
     key_bound: bool = False
-    """Only tokens whose audience names the very key: nobody else can enrol with one that was seen on its way."""
+    """Accept only tokens whose audience names the key, so that nobody else can enrol with a stolen token."""
     max_life_s: Annotated[int, Field(ge=60, le=MAX_ENROLMENT_S)] = 3600
     """How long an instance's key counts, from its enrolment."""
     runner: Name | None = None
-    """Set where the issuer is a runner of the trust bundle, by its name there: its runs are instances of the agent."""
+    """The name in the trust bundle, if the issuer is a runner: its runs are instances of the agent."""
 
 
 class InstanceEnrol(ExpiringClaims):
@@ -61,9 +61,8 @@ class InstanceEnrol(ExpiringClaims):
 
 
 class RunRef(Message):
-    """The run that an instance is of, and the only task that it may act within.
-
-    With a field that its reader does not know, the instance is none.
+    """The run to which an instance belongs, and the only task within which it may act. With an unknown field, the
+    instance does not count.
     """
 
     run_id: Uuid
@@ -96,11 +95,11 @@ class InstanceEnrolment(Claims):
     token: Jws | None = None
     """The token itself, which is spent, where every reader has the issuer's pinned keys to verify it with."""
     run: RunRef | None = None
-    """Set where a runner signed the token: as the token says."""
+    """As the token says, if a runner signed it."""
 
 
 class InstanceRef(Message):
-    """The instance that something was made for, as it stands in leases."""
+    """The instance of a lease."""
 
     instance_id: Uuid
     issuer: IssuerUrl
@@ -109,7 +108,7 @@ class InstanceRef(Message):
     not_after: Seconds
     """The end of the instance's key."""
     run: RunRef | None = None
-    """Set where it is the instance of a run. It ends with that."""
+    """Set for the instance of a run. It ends with the run."""
 
 
 class EnrolledInstance(InstanceRef):

@@ -1,4 +1,4 @@
-"""Public keys as they stand in messages."""
+"""Public keys in messages."""
 
 from __future__ import annotations
 

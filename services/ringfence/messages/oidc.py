@@ -39,9 +39,9 @@ class OidcIssuer(Message):
     user_claim: NonEmpty = "sub"
     """Of tokens for users: which claim says whose it is."""
     user_suffix: NonEmpty | None = None
-    """What that claim ends in, and the id does not: `@example.com`. Without it the token is nobody's."""
+    """A suffix of the claim that the id lacks, such as `@example.com`. A token without it identifies nobody."""
     user_match: Literal["id", "external_id"] = "id"
-    """What the claim is: the user's id, or what their directory knows them by (the `externalId` of SCIM)."""
+    """What the claim contains: the user's id, or their directory's id for them (the `externalId` of SCIM)."""
     emails_verified: bool | None = None
     """If the claim is `email`: whether it also counts in tokens without `email_verified`, because users of this issuer
     cannot choose an address."""

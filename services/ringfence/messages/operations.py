@@ -36,7 +36,7 @@ class ServiceEvent(Claims):
 
     kind: EventKind
     subject: NonEmpty
-    """What it is about: the message's name, or the service."""
+    """Its subject: the message's name, or the service."""
     actor: SpiffeId | None = None
     """Who caused it, if a signature says so."""
     ref: str | None = None
@@ -67,7 +67,7 @@ class PartitionDigest(Message):
 
 
 class StreamDigest(Message):
-    """What stands in a part of a partition: the XOR of SHA-256 over each `offset@` with the record's bytes."""
+    """A digest of a range of a partition: the XOR of SHA-256 over each `offset@` with the record's bytes."""
 
     topic: NonEmpty
     partition: Annotated[int, Field(ge=0)]
@@ -82,7 +82,7 @@ GroupName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{1,255}$")]
 
 
 class RunnerPool(Message):
-    """The pool that a runner takes orders for, as it is now."""
+    """The pool whose orders a runner takes, as it is now."""
 
     name: Name
     labels: Labels
@@ -109,7 +109,7 @@ class Heartbeat(Claims):
 
 
 class DeadLetter(Message):
-    """A record that could not be valid: where it stands and why. Never its payload."""
+    """An invalid record: its coordinates and the reason, never its payload."""
 
     source: Coordinates
     service: NonEmpty
@@ -123,7 +123,7 @@ AnswerKind = Literal["result", "tool_error", "rpc_error", "accepted", "transport
 there was nothing to answer; `none`: no whole answer was seen."""
 
 INJECTED: Final = "injected"
-"""The label of requests that come of input in which tooling found instructions that nobody gave."""
+"""The label of requests that follow from input in which tooling found injected instructions."""
 
 
 class ActionAsked(Message):
@@ -142,14 +142,14 @@ MAX_PATH_CHARS: Final = 256
 
 
 class Destination(Message):
-    """Where a request was going, as its sender wrote it: made safe to print, without query and user information."""
+    """The destination of a request, as its sender wrote it: safe to print, without query and user information."""
 
     scheme: Literal["http", "https"] | None = None
     host: Annotated[str, Field(pattern=r"^[a-z0-9._:?-]{1,253}$")] | None = None
-    """`?` stands for what is in no host."""
+    """`?` replaces characters that no host has."""
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     path: Annotated[str, Field(max_length=MAX_PATH_CHARS, pattern=r"^[!-~]*$")] | None = None
-    """Undecoded. Cut where it ends in `...`."""
+    """Undecoded. Truncated if it ends in `...`."""
 
 
 class ActionDecided(Message):
@@ -160,9 +160,9 @@ class ActionDecided(Message):
     gateway: SpiffeId | None = None
     """Who decided."""
     agent_id: NonEmpty | None = None
-    """Who sent it, as far as that was shown: of a handle that somebody else showed, who that was."""
+    """The sender, as far as proven; if somebody else used an agent's handle, that sender."""
     act: tuple[Name, ...] | None = None
-    """Where the task was handed on: the agents that act, who sent it first, then the last to hand it on."""
+    """For a delegated task, the acting agents: the sender first, then the last to delegate."""
     task_id: str | None = None
     run_id: Uuid | None = None
     """The run whose instance sent it: by the socket of the run, or by a lease of the run."""
@@ -185,11 +185,11 @@ class ActionDecided(Message):
     label: Annotated[str, Field(max_length=64)] | None = None
     """The origin of the request as the sender's tooling states it. It is not verified."""
     observed: Literal[True] | None = None
-    """Set where it was forwarded all the same, with what the agent inherited: it says what would have been blocked."""
+    """Set if it was forwarded in observe mode, with the agent's inherited credential: it would have been blocked."""
     asked: ActionAsked | None = None
-    """Set where a person was asked about it."""
+    """Set if a person was asked about it."""
     count: Annotated[int, Field(ge=1)] | None = None
-    """How many it tells of, where it was refused before anything could be decided; else it is one."""
+    """The number of requests that this event reports, if they were refused before a decision; else 1."""
     at_ms: Millis
     traceparent: str | None = None
 

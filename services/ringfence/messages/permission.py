@@ -23,4 +23,4 @@ class Permission(Message):
 
 
 Scope = Annotated[tuple[Permission, ...], Field(max_length=64)]
-"""A list of permissions. Each stands for itself; together they allow what any of them allows."""
+"""A list of permissions. Together they allow what any of them allows."""

@@ -34,8 +34,9 @@ Role = Literal["sponsor", "operator", "auditor"]
 ActionClass = Literal["sponsor", "second_person", "operator"]
 """Whose word one action can wait for."""
 ApprovalClass = Literal["none", "sponsor", "second_person", "operator"]
-"""What a target's floor, or a rule of the bundle, can ask for, and so who must approve: nobody; the agent's sponsor; a
-sponsor, or an operator, who neither is nor was the agent's sponsor, and is not the user it acts for."""
+"""Who must approve, by a target's floor or a rule of the bundle: nobody; the agent's sponsor; a second person, who is a
+sponsor; or an operator. The last two neither are nor were the agent's sponsor, and are not the user for whom it
+acts."""
 FloorKey = Literal["attested", "file"]
 """The kind of key that a target's floor can demand of approvers: a passkey with a verified attestation, or a key file.
 """
@@ -49,9 +50,9 @@ MAX_OVERLAP_S = 7 * 24 * 3600
 
 
 class Entitlements(Message):
-    """What a human may do, where that is known from, and as of when. Too old counts for nothing.
+    """What a user may do, with source and time.
 
-    So do entitlements with a field that their reader does not know.
+    Entitlements that are too old do not count, nor do those with an unknown field.
     """
 
     scope: Scope = ()
@@ -72,7 +73,7 @@ class Mail(Message):
 
 
 class Provisioning(Message):
-    """What a provisioner says of a user besides what counts: whence it follows, and how their directory knows them."""
+    """Facts about a provisioned user: the groups behind roles and scope, and the directory's names."""
 
     groups: Annotated[tuple[GroupName, ...], Field(max_length=64)] = ()
     """Roles and entitlements are within what an operator delegated to these."""
@@ -88,14 +89,14 @@ class Provisioning(Message):
 
 
 class Provisioned(Provisioning):
-    """What a record says of a user who comes from a directory."""
+    """The part of a record that is about a user's directory."""
 
     by: Name
     """The provisioner that made them, and alone may change them, besides operators."""
     blocked: bool = False
     """An operator disabled them: the provisioner does not undo that."""
     gone: bool = False
-    """The provisioner said that they left for good, and never sets them again."""
+    """The provisioner said that the person left for ever, and never sets them again."""
 
 
 class UserSet(ExpiringClaims):
@@ -145,7 +146,7 @@ class Delegation(Message):
 
 
 class GroupLink(Message):
-    """A delegated group that the directory has told of."""
+    """A delegated group that the directory has reported."""
 
     group: GroupName
     external_id: NonEmpty | None = None
@@ -166,7 +167,7 @@ class ProvisionerSet(ExpiringClaims):
 
 
 class ProvisionerLink(ExpiringClaims):
-    """Which of the delegated groups the directory has. Signed by the provisioner itself; it gives nobody anything."""
+    """Which of the delegated groups the directory has. Signed by the provisioner itself; it gives nobody access."""
 
     typ: ClassVar[str] = "provisioner.link"
 
@@ -236,7 +237,7 @@ class UserEndKey(ExpiringClaims):
     kid: NonEmpty
     reason: NonEmpty
     compromised: Literal[True] | None = None
-    """Set where it may be in other hands: the keys that it added end as well."""
+    """Whether the key is compromised: then the keys that it added end as well."""
 
 
 MAX_SESSION_S = 8 * 3600
@@ -278,9 +279,9 @@ class UserState(Message):
     provisioned: Provisioned | None = None
     """Of a user who comes from a directory."""
     delegation: Delegation | None = None
-    """Of a provisioner, which is no human: it has neither roles nor entitlements."""
+    """Set for a provisioner, which is no person: it has neither roles nor entitlements."""
     linked: tuple[GroupLink, ...] = ()
-    """Of a provisioner: the groups that its directory has told of."""
+    """Set for a provisioner: the groups that its directory has reported."""
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -303,7 +304,7 @@ class AgentRegister(ExpiringClaims):
 
 
 class AgentActivate(ExpiringClaims):
-    """Take on an agent that was registered as inactive. Signed by its sponsor, and by nobody else."""
+    """Activate an agent that was registered as inactive. Signed by its sponsor, and by nobody else."""
 
     typ: ClassVar[str] = "agent.activate"
 
@@ -311,7 +312,7 @@ class AgentActivate(ExpiringClaims):
 
 
 class AgentSetAttestation(ExpiringClaims):
-    """Replace which instances may enrol; keys of others count no more. Signed by its sponsor or an operator."""
+    """Replace the selectors; keys of other instances no longer count. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.set-attestation"
 
@@ -351,13 +352,13 @@ class AgentTransfer(ExpiringClaims):
     agent_id: Name
     sponsor: Name
     consent: Jws | None = None
-    """An `AgentTransferConsent` of the new sponsor. None is needed where the new sponsor signs the transfer."""
+    """An `AgentTransferConsent` of the new sponsor. Not needed if the new sponsor signs the transfer."""
     without_consent: Literal[True] | None = None
     """Set by an operator who transfers without the new sponsor's consent."""
 
 
 class AgentRotateKey(ExpiringClaims):
-    """Give the agent a key that nobody had, in the place of others. Signed by its sponsor or an operator."""
+    """Replace keys of the agent by a key that nobody had before. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.rotate-key"
 
@@ -366,9 +367,9 @@ class AgentRotateKey(ExpiringClaims):
     replaces: Annotated[tuple[NonEmpty, ...], Field(min_length=1, max_length=256)] | None = None
     """The thumbprints of the keys that it takes the place of; None: of all that there are."""
     overlap_s: Annotated[int, Field(ge=0, le=MAX_OVERLAP_S)] = 0
-    """How long those count on, from the append time of this command, where they would not end before."""
+    """How long the replaced keys still count, from the append time of this command, unless they end earlier."""
     compromised: Literal[True] | None = None
-    """Set where they may be in other hands: what they asked for ends, and nothing of it is issued any more."""
+    """Whether they are compromised: then what they requested ends, and nothing more of it is issued."""
     reason: NonEmpty | None = None
 
     @model_validator(mode="after")
@@ -399,7 +400,7 @@ class AgentResume(ExpiringClaims):
 
 
 class AgentDecommission(ExpiringClaims):
-    """End the agent for good; its name is never given again. Signed by its sponsor or an operator."""
+    """End the agent for ever; its name is never reused. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.decommission"
 
@@ -434,7 +435,7 @@ class AgentState(Message):
 class VerbFloor(Message):
     """One verb of a target, and the approvals that no policy can go below.
 
-    With a field that its reader does not know, nobody is given the verb.
+    With an unknown field, nobody is given the verb.
     """
 
     verb: Verb
@@ -453,7 +454,7 @@ Condition = dict[NonEmpty, Annotated[tuple[str, ...], Field(min_length=1, max_le
 class McpRule(Message):
     """Which messages of the Model Context Protocol, in requests that post them; see `RequestRule.mcp`.
 
-    A field that its reader does not know is one of the rule that it stands in.
+    An unknown field counts as one of the rule around it.
     """
 
     method: Annotated[str, Field(pattern=r"^(notifications/\*|[A-Za-z$_][A-Za-z0-9$_/-]{0,63})$")]
@@ -468,10 +469,10 @@ class McpRule(Message):
 
 
 class RequestRule(Message):
-    """Which requests are which verb; the first that matches counts, and what matches none is no verb.
+    """Maps requests to a verb. The first matching rule counts; a request without a match has no verb.
 
-    Conditions are for the weaker verb, which then has to be shown; the rule after it, without them, is the stronger.
-    With a field that its reader does not know, the requests that its known conditions fit are denied.
+    Put conditions on the rule of the weaker verb, and a rule without them, for the stronger verb, after it. With an
+    unknown field, the requests that match its known conditions are denied.
     """
 
     method: Annotated[str, Field(pattern=r"^[A-Z]{1,16}$")]
@@ -482,9 +483,9 @@ class RequestRule(Message):
     body: Annotated[Condition, Field(max_length=16)] | None = None
     """Members of the body, a JSON object, that must be one of these strings. Any other body does not match."""
     mcp: McpRule | None = None
-    """Where set, the path is an endpoint of the Model Context Protocol: what is posted there is decided by rules with
-    this alone, whatever others say. `method` is `MCP` then, which no request has: a reader that does not know of such
-    rules takes none for the plain one that it would be without. There are neither `query` nor `body`."""
+    """If set, the path is an endpoint of the Model Context Protocol, and only rules with this field decide what is
+    posted there. `method` is then `MCP`, which no request has, so that an older reader does not apply the rule as a
+    plain one. There are neither `query` nor `body`."""
     verb: Verb
     resource: NonEmpty
     """The resource name, with the captures of `path` in braces, written as there. With `mcp` also those of its name.
@@ -540,7 +541,7 @@ class TargetState(Message):
 
 
 class TaskTerms(Message):
-    """What a task is about; the part that the user it is on behalf of agrees to."""
+    """The terms of a task, to which the user on whose behalf it is consents."""
 
     agent_id: Name
     purpose: NonEmpty
@@ -622,14 +623,14 @@ class TaskState(Message):
 
 
 class EmbeddedCommand(Message):
-    """A command as it was received: its JWS, and the broker's append time that its `exp` was judged against."""
+    """A command as received: its JWS, and the broker's append time, by which its `exp` was judged."""
 
     jws: Jws
     appended_at_ms: Millis
 
 
 class Record(Claims):
-    """What a record has besides its state. `sub` is the SPIFFE ID of what it describes."""
+    """The fields of a record besides its state. `sub` is the SPIFFE ID of its subject."""
 
     signed_by = ("registry",)
 

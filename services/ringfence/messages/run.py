@@ -63,19 +63,19 @@ class RunOrder(ExpiringClaims):
     task_id: Uuid
     command: Annotated[tuple[Argument, ...], Field(min_length=1, max_length=256)]
     image: ImageDigest | None = None
-    """None: what the pool has as its own."""
+    """None: the pool's default."""
     mounts: Annotated[tuple[Mount, ...], Field(max_length=32)] = ()
     limits: RunLimits
     ttl_s: TtlSeconds
     """How long the run may take, from its claim."""
     labels: Labels | None = None
-    """What the pool has to have among its labels; None: nothing."""
+    """Labels that the pool must have; None: any pool."""
 
 
 class RunStop(ExpiringClaims):
     """End a run, or an order that waits: signed by a user who may order it. Its Kafka key is the run's id.
 
-    It holds for the run from then on, whoever reads it and when: a run that a stop names does not start.
+    From then on it is final: a run that a stop names does not start.
     """
 
     typ: ClassVar[str] = "run.stop"
@@ -90,15 +90,15 @@ class RunExit(Message):
     code: Annotated[int, Field(ge=0, le=255)] | None = None
     signal: Annotated[int, Field(ge=1, le=64)] | None = None
     reason: NonEmpty | None = None
-    """Where it was not the command that ended the run: a stop, the end of its time, a sandbox that failed."""
+    """Set if something else than the command ended the run: a stop, its time limit, a failed sandbox."""
 
 
 class Run(Claims):
     """A run, as of one status. `iss` is its runner, and stays that.
 
-    A run goes from `claimed` to `started` to `ended` or `lost`, and never back: readers pass over every other record.
-    While it is `started`, the instance with the key `key_thumbprint` acts for its agent within its task. With a field
-    that its reader does not know, a started run lets nobody act; an end is one all the same.
+    A run goes from `claimed` to `started` to `ended` or `lost`, and never back: readers ignore every other record.
+    While it is `started`, the instance with the key `key_thumbprint` acts for its agent within its task. With an
+    unknown field, a started run lets nobody act; an end still counts.
     """
 
     typ: ClassVar[str] = "run"

@@ -9,7 +9,8 @@ from pydantic import Field
 from ringfence.messages.base import Claims, Json, Millis, NonEmpty, Uuid
 
 StreamStatus = Literal["enabled", "paused", "disabled", "deleted"]
-"""The first three are those of SSF 1.0. A stream that is gone is said to be: a tombstone would be nobody's word."""
+"""The first three are those of SSF 1.0. A deleted stream has a record that says so, because nobody signs a
+tombstone."""
 DeliveryMethod = Literal["urn:ietf:rfc:8935", "urn:ietf:rfc:8936"]
 """Push, and poll."""
 
@@ -29,9 +30,10 @@ class SignalStream(Claims):
     """Why the receiver changed the status last, in its words."""
     method: DeliveryMethod
     events_requested: tuple[str, ...] | None = None
-    """As the receiver gave them; all where it gave none."""
+    """As the receiver gave them; all if it gave none."""
     description: str | None = None
     removed: tuple[dict[str, Json], ...] = ()
     """Subject identifiers (RFC 9493) that the receiver wants to hear nothing of."""
     since_ms: Millis | None = None
-    """Ends that Kafka had before are not told. Its own append time where None: it is new, or enabled again."""
+    """Ends appended before this are not reported. None: this record's append time, for a stream that is new or enabled
+    again."""

@@ -231,7 +231,7 @@ RUN = Topic(
     ("runner",),
     ("policy", "issuer", "revoker", "gateway", "runner (who claimed what)", "audit"),
 )
-"""Kept for good: a run that is not there counts as none."""
+"""Kept for ever: a missing run does not count."""
 HEARTBEAT = Topic(
     "heartbeat",
     (Heartbeat,),

@@ -28,8 +28,8 @@ class ServiceIdentity(Message):
     keys: tuple[KeyRecord, ...]
     """Ended keys stay here: what they signed while they were valid still counts."""
     encryption_keys: tuple[KeyRecord, ...] = ()
-    """What credentials are sealed to: of gateways, which inject them, and of the issuer, which keeps them for gateways
-    that come later. X25519 or P-256 (ECDH-ES), and none of `keys`."""
+    """The keys to which credentials are sealed: of gateways, which inject them, and of the issuer, which keeps them for
+    gateways that join later. X25519 or P-256 (ECDH-ES), and none of `keys`."""
 
 
 class Origin(Message):
@@ -53,9 +53,9 @@ class Origin(Message):
 
 
 class RootHandover(Claims):
-    """A root's word on which root follows it. Embedded in trust bundles; its JWS header carries the root's key (`jwk`).
+    """A handover: a root names the next one. Embedded in trust bundles; its JWS header carries the root's key (`jwk`).
 
-    Who is pinned to the root that signed this believes bundles by the one that follows, and none by the first any more.
+    A process that pins the signing root then accepts bundles only by the next one.
     """
 
     typ: ClassVar[str] = "trust.handover"
@@ -77,11 +77,11 @@ class TrustBundle(ExpiringClaims):
     oidc_issuers: tuple[OidcIssuer, ...] = ()
     """Whose identity tokens count, of people and of instances of agents."""
     former_roots: tuple[KeyRecord, ...] = ()
-    """The roots before: the commands that they signed in their time are still believed."""
+    """Former roots: the commands that they signed in their time still count."""
     handovers: tuple[Jws, ...] = ()
     """`RootHandover` of each root to the next, oldest first."""
     rp_id: Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")] | None = None
     """The relying party id (WebAuthn Level 3, 4) for which new passkeys are made: the host of each origin, or a domain
     above all of them. None if nobody uses passkeys."""
     origins: tuple[Origin, ...] = ()
-    """Where people use passkeys. Those that have ended stay here: what was signed there in their time still counts."""
+    """The origins where people use passkeys. Ended ones stay here: what was signed there in their time still counts."""

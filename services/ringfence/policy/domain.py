@@ -58,12 +58,12 @@ class Ruling:
     ttl_s: int | None = None
     required: tuple[RequiredClass, ...] = ()
     retry_after_s: int | None = None
-    """Set where the same wish may be granted later."""
+    """Set if the same request may be allowed later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One verified request, and where it came from."""
+    """One verified request, and its coordinates."""
 
     request: Signed[CredentialRequest]
     request_id: str
@@ -74,7 +74,7 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """A ruling, and what it was made on: nothing where there was nothing to hold the request against."""
+    """A ruling and the records behind it: None if there were no records to judge by."""
 
     ruling: Ruling
     facts: RequestContext | None = None
@@ -82,7 +82,7 @@ class Evaluation:
     input: dict[str, Any] | None = None
     input_digest: str | None = None
     input_json: bytes | None = None
-    """The input as the bundle was given it, where it was given it just now; the digest is of this."""
+    """The input that the bundle has just evaluated, which the digest covers."""
     grants: tuple[Signed[Grant], ...] = ()
     """Those that it rests on."""
     grants_at_ms: Mapping[str, int] = field(default_factory=dict)
@@ -154,7 +154,7 @@ class InputBuilder:
 
 
 def _asked(claims: CredentialRequest) -> dict[str, Any]:
-    """What a request says, as JSON has it; what it does not say is missing."""
+    """The fields of a request as JSON, without absent ones."""
     said = claims.model_dump(mode="json", include=REQUEST_FIELDS)
     return {name: value for name, value in said.items() if value is not None}
 
@@ -193,7 +193,7 @@ def rule(
 
 
 class RequestVerdict(NamedTuple):
-    """What a request comes to before anybody is asked."""
+    """The outcome of a request before anybody is asked."""
 
     denials: tuple[Reason, ...]
     ttl_s: int | None

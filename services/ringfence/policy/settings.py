@@ -33,7 +33,7 @@ class PolicySettings(RingfenceSettings):
     sponsor_pending_approvals: Annotated[int, Field(ge=0)] = 200
     """How many requests of all agents of one sponsor may wait for people at once; 0 is without limit."""
     webhooks: dict[str, SecretRef] = Field(default_factory=dict)
-    """By user: where the URL and the secret stand of the webhook that tells them what waits, as `env:NAME` or
+    """By user: the sources of the URL and the secret of their webhook for pending requests, as `env:NAME` or
     `file:PATH`."""
     wait_s: Annotated[int, Field(ge=0, le=86_400)] = 45
     """How long a request may wait for its turn before it is turned away; 0 is without limit."""

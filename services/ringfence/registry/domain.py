@@ -73,7 +73,7 @@ The rest stays free, so that a command that takes away always fits.
 
 
 class Surroundings(Protocol):
-    """What a command is checked against besides its own subject, as of the last command."""
+    """The state against which a command is checked, besides its own subject, as of the last command."""
 
     @property
     def latest_ms(self) -> int:

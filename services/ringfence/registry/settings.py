@@ -21,4 +21,4 @@ class RegistrySettings(RingfenceSettings):
     heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
     """How often the tables are confirmed; well below `RINGFENCE_GRACE_S`, after which every other service denies."""
     key_check_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
-    """How often keys that end soon are looked for; each is told of 14 days, 3 days and a day before."""
+    """How often the registry looks for keys that expire soon; it warns 14 days, 3 days and a day before."""

@@ -1,6 +1,6 @@
 """Rate limiting of repeated log lines.
 
-Whoever may write to a topic can write hundreds of invalid records a second. Each would be a log line in every service
+Anybody with Write on a topic can write hundreds of invalid records a second. Each would be a log line in every service
 that reads the topic. Of each kind of line, the first `FIRST` are logged. After that, one line every `EVERY_S` seconds
 says how many were left out. Metrics and dead letters still count every record.
 """

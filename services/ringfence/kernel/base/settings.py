@@ -157,9 +157,8 @@ class ServiceSettings(BusSettings):
     redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
     """The beginning of all keys in Redis."""
     redis_shards: Annotated[int, Field(ge=1, le=1024)] = 16
-    """Into how many hash slots the leases are spread; the same for all services.
-
-    Where it is another than before, Redis is emptied, and rebuilt from Kafka."""
+    """The number of hash slots over which leases are spread; the same for all services. After a change, Redis is
+    emptied and rebuilt from Kafka."""
     key_file: Path | None = None
     """The service's private key (JSON, mode 0600); `ringfence init` makes one for each service."""
     key_dir: Path = Path(".ringfence/keys")
@@ -171,7 +170,7 @@ class ServiceSettings(BusSettings):
     http_connections: Annotated[int, Field(ge=8, le=65_535)] = 512
     """So many connections to it are open at once, half as many of one address. Those that bring nothing make room."""
     issuer_url: Url = "http://127.0.0.1:8703"
-    """The `iss` of tokens: where the issuer's HTTP is reached from outside."""
+    """The `iss` of tokens: the URL at which the issuer is reached from outside."""
     policy_url: Url = "http://127.0.0.1:8702"
     """Where policy's HTTP is reached from outside: what AuthZEN calls the policy decision point."""
     partitions: Annotated[int, Field(ge=1, le=1024)] = 6
@@ -190,8 +189,8 @@ class ServiceSettings(BusSettings):
     state_dir: Path | None = None
     """Where indexes that can be rebuilt are kept; in memory where not set."""
     otlp_endpoint: Annotated[str, Field(pattern=r"^(https?://\S+)?$")] = ""
-    """Where spans are sent (OTLP over HTTP), as `http://host:4318`; `OTEL_EXPORTER_OTLP_ENDPOINT` where not set, and
-    where that is not set either, none are made."""
+    """The endpoint for spans (OTLP over HTTP), such as `http://host:4318`; by default `OTEL_EXPORTER_OTLP_ENDPOINT`.
+    Without both, no spans are made."""
     log_format: Annotated[str, Field(pattern=r"^(json|console)$")] = "json"
     """`json` writes one object a line to stderr, `console` text for people."""
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"

@@ -247,7 +247,7 @@ def load_private(path: Path) -> tuple[str, str, bytes]:
         raise unusable(path) from None  # the original could quote the key
     if not isinstance(id, str) or not isinstance(crv, str):
         raise unusable(path)
-    # Only now: of a file that is no key at all, that is what is wrong.
+    # Only now: an error about a file that is not a key should say that first.
     if mode & 0o077:
         raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
     return id, crv, d

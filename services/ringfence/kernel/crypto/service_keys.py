@@ -142,7 +142,7 @@ class ServiceKeys:
         records = self._records()
         counting = [key for key in self._held if valid_key(records, key.kid, now_s) is not None]
         settled = [key for key in counting if self._settled_s.get(key.kid, 0) <= now_s]
-        # A key that has just begun is better than none: that happens where the old one was stolen, and ended at once.
+        # A key that has just begun is better than none, for example after the old one was stolen and ended at once.
         chosen = settled[-1] if settled else counting[0] if counting else self._current
         if chosen.kid != self._current.kid:
             log.info("%s signs by its key %s now", chosen.id, chosen.kid)

@@ -100,7 +100,7 @@ class TrustStore:
         at = believed
         for handover in handovers:
             root, claims = self._by_any_root(handover, RootHandover)
-            if root.kid == at:  # those before it are of roots before the one that is believed
+            if root.kid == at:  # earlier ones belong to roots before the trusted one
                 at = thumbprint(claims.next_root)
         return at == wanted
 
@@ -126,8 +126,8 @@ class TrustStore:
     def root_key(self, iss: str, kid: str, at_s: float | None = None) -> PublicKey | None:
         """The root key `kid`: the current root, or a former root that was in office at `at_s` (seconds).
 
-        With `at_s` None, a former root at any time. Use this only to find out whose a key is, never to believe what it
-        signed.
+        With `at_s` None, a former root at any time. Use this only to find the owner of a key, never to accept its
+        signature.
         """
         if self._root is None or self._bundle is None or iss != self.root_id:
             return None
@@ -224,8 +224,8 @@ class TrustStore:
     def origins(self, at_s: float) -> tuple[Origin, ...]:
         """The origins where people may use passkeys at `at_s` (seconds), by the bundle in force.
 
-        Also after the bundle's `exp`, as other keys of people count then too: they are no keys of services. An origin
-        with a field that this version does not know is none.
+        Also after the bundle's `exp`, because people's other keys count then too. An origin with an unknown field is
+        ignored.
         """
         if self._bundle is None:
             return ()

@@ -1,6 +1,7 @@
-"""Who may do what on Kafka: the least that each party needs, from what the topics say of their writers and readers.
+"""Kafka ACLs: the least privileges of each party, by the declared writers and readers of the topics.
 
-Nothing rests on it: signatures decide, not write access. It keeps strangers from reading, and from filling topics.
+Integrity does not depend on them: signatures decide, not write access. ACLs keep strangers from reading, and from
+filling topics.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def _of_operators(prefix: str) -> Iterator[Acl]:
 
 
 def _parties(words: Iterable[str]) -> set[Party]:
-    """The parties that a topic names; what stands in parentheses explains."""
+    """The parties that a topic names. Text in parentheses explains them."""
     found: set[Party] = set()
     for word in words:
         name = word.partition(" (")[0]
@@ -113,7 +114,7 @@ def _parties(words: Iterable[str]) -> set[Party]:
 
 
 def commands(wanted: Iterable[Acl], principals: Mapping[Party, str]) -> Iterator[str]:
-    """Each as a command of Kafka's own `kafka-acls.sh`, without what says where the brokers are."""
+    """Each as a command of Kafka's `kafka-acls.sh`, without the brokers' addresses."""
     for acl in wanted:
         yield (
             f"kafka-acls.sh --add --allow-principal '{principals[acl.party]}' "

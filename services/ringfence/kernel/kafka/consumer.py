@@ -170,7 +170,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             self._consumer = self._commits = self._fetches = None
             if self._halting is not None:
                 self._halting.cancel()
-            # Whoever is cancelled meanwhile still leaves the group: else the others wait until its session is over.
+            # A cancelled member still leaves the group. Otherwise the others wait until its session times out.
             leaving = asyncio.create_task(_leave_group(consumer, commits), name=f"leaving {self.group}")
             try:
                 await asyncio.shield(leaving)
@@ -241,7 +241,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             log.warning("reading failed, trying again: %s", error)
             await asyncio.sleep(_AWAY_S)
             return
-        if self._draining.is_set():  # what is not committed comes again, to whoever is there then
+        if self._draining.is_set():  # uncommitted records are redelivered to the next member
             return
         if not batches:
             if commits.waiting:
@@ -286,7 +286,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             by_topic.setdefault(partition.topic, []).extend(
                 received(record, self._topics) for record in records
             )
-        # What one handler takes comes to it together.
+        # Records of one handler are delivered together.
         for handler, names in itertools.groupby(self._handlers, self._handlers.__getitem__):
             batch = [record for name in names for record in by_topic.get(name, ())]
             if batch and not await self._settle(consumer, commits, handler, batch):
@@ -387,7 +387,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._ahead.clear()
 
     async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
-        """aiokafka calls this before a rebalance. The batch under way goes on, and comes again if its commit fails."""
+        """aiokafka calls this before a rebalance. The batch under way continues, and is retried if its commit fails."""
         # Not beside a batch, which may commit by itself, in a transaction: the group would be set back behind that.
         if self._commits is not None and self._idle.is_set():
             await self._commits.flush()
@@ -463,7 +463,7 @@ class InstanceOrderedAssignor:
     """
 
     def __init__(self, way: type[RangePartitionAssignor], instance: str | None) -> None:
-        """`instance` is the `group_instance_id` of this member, which the other members are told."""
+        """`instance` is the `group_instance_id` of this member, which other members see."""
         self.name = way.name
         self._way = way
         self._instance = (instance or "").encode()

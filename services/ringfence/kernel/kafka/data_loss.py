@@ -81,7 +81,7 @@ class LossAwareReader:
             for at, wanted in _positions_wanted(error).items():
                 if at in consumer.assignment():
                     await self._skip_lost(consumer, at, wanted)
-        except Exception as problem:  # noqa: BLE001 - it stays where it is, and asks again
+        except Exception as problem:  # noqa: BLE001 - it keeps its position, and asks again
             log.warning("nobody could be told yet of what is gone, trying again: %s", problem)
             await asyncio.sleep(0.5)
 

@@ -1,4 +1,4 @@
-"""Dead letters: what cannot be handled is set aside, and a service that would set aside too much stops."""
+"""Dead letters: invalid records are reported and skipped, and a consumer with too many of them halts."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ class DeadLetters:
             source=record.coordinates,
             service=self._service,
             code=error.code,
-            reason=str(error)[:2000].encode(errors="replace").decode(),  # it may quote what is no text
+            reason=str(error)[:2000].encode(errors="replace").decode(),  # it may quote invalid text
             at_ms=self._clock.now_ms(),
         )
         id = derived_id("dead-letter", self._service, record.topic_name, record.partition, record.offset)
@@ -117,10 +117,10 @@ class DeadLetters:
         )
 
     def _is_of_a_bad_deploy(self, record: Received, error: InvalidMessageError) -> bool:
-        """Whether a service that may write this message on this topic signed it, and it has no shape known here.
+        """Whether a service that may write this message on this topic signed it, and its form is unknown here.
 
-        Whatever else services sign is as any stranger's. So is what a key signed that has ended since: once a stolen
-        key is rotated, what the thief left behind halts nobody who is started again.
+        Everything else that services sign counts as a stranger's. So do messages of a key that has ended since: once a
+        stolen key is rotated, the thief's messages halt no restarted consumer.
         """
         if not self._halts or self._trust is None or error.code != "claims_invalid":
             return False
@@ -136,7 +136,7 @@ class DeadLetters:
         )
 
     def _count(self, record: Received, error: InvalidMessageError) -> None:
-        """Raises HaltedError if it is one too many. Those before it do not halt where they are handled once more."""
+        """Raises HaltedError if it is one too many. Earlier ones do not halt when they are redelivered."""
         since_ms = record.appended_at_ms - BURST_MS
         before = self._malformed.get(record.topic_name, {})
         recent = {mark: at_ms for mark, at_ms in before.items() if at_ms >= since_ms}

@@ -266,7 +266,7 @@ class GroupBroker(GroupRegistrator, KafkaBroker):
         await asyncio.gather(*(consumer.drain() for consumer in self.consumers))
 
     async def stop(self, *args: Any) -> None:
-        """Cancel what is still handled, and leave the groups. What is not committed comes again to other members."""
+        """Cancel batches under way, and leave the groups. Uncommitted records are redelivered to other members."""
         left = set(self.reading)
         while left:  # again where a cancellation was lost on the way
             for task in left:
@@ -386,7 +386,7 @@ def _declared_function(handler: Callable[..., Any], handle_batch: BatchHandler) 
 
 
 def _require_distinct(names: Iterable[str]) -> None:
-    """Raises SetupError if a group or a topic of one stands there twice."""
+    """Raises SetupError if a group, or a topic of a group, occurs twice."""
     if twice := [name for name, count in Counter(names).items() if count > 1]:
         raise SetupError(f"declared twice: {', '.join(twice)}")
 

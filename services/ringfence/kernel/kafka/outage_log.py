@@ -71,7 +71,7 @@ class OutageLog(logging.Filter):
 
     async def watch(self) -> None:
         """Report the state of an outage, for ever."""
-        # Did it end, everything was held back from then on, and nobody said so.
+        # If it ended, everything would be suppressed from then on, silently.
         await run_periodically(_CHECK_EVERY_S, self.report_state, "not known whether Kafka is back", log)
 
     async def report_state(self) -> None:

@@ -28,7 +28,7 @@ _CORRELATION = 0x52464E43
 
 @dataclass(frozen=True, slots=True)
 class Listener:
-    """A listener of Kafka's, as it was found."""
+    """A Kafka listener, as probed."""
 
     tls: bool
     sasl: bool | None
@@ -55,7 +55,7 @@ Found = Listener | Silence
 
 
 def addresses(settings: BusSettings) -> list[tuple[str, int]]:
-    """Where the settings say that brokers are, as the client itself reads them."""
+    """The brokers' addresses by the settings, as the client itself reads them."""
     return [(host, port) for host, port, _ in collect_hosts(settings.kafka, randomize=False)]
 
 
@@ -124,7 +124,7 @@ async def _sasl_of(
 async def _exchange(
     reader: asyncio.StreamReader, writer: asyncio.StreamWriter, api: tuple[int, int], body: bytes
 ) -> bytes:
-    """One question and its answer, without its header. Raises ValueError if it is none of Kafka's."""
+    """One question and its answer, without its header. Raises ValueError if it is not Kafka's."""
     request = struct.pack(">hhi", *api, _CORRELATION) + struct.pack(">h", -1) + body
     writer.write(struct.pack(">i", len(request)) + request)
     await writer.drain()
@@ -149,7 +149,7 @@ def _mechanisms(answer: bytes) -> tuple[bool | None, tuple[str, ...]]:
 
 
 def _trust_all_context() -> ssl.SSLContext:
-    """Believes every certificate: it is only asked which protocol is spoken, and nothing else is said."""
+    """Accepts every certificate: it only asks for the protocol, and sends nothing else."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

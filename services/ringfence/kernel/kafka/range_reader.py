@@ -121,7 +121,7 @@ class Stretches:
             await consumer.stop()
 
     async def whole(self, topic: Topic[Any]) -> AsyncIterator[Received]:
-        """All that stands on a topic now, partition by partition."""
+        """All records on a topic now, partition by partition."""
         for partition in await self.partitions(topic):
             async for record in self.records(topic, partition, *await self.bounds(topic, partition)):
                 yield record

@@ -92,8 +92,8 @@ class TransactionalPublisher(Publisher):
     ) -> AsyncIterator[None]:
         """All that is sent in it is committed at its end, together with the offsets that `group` has read to.
 
-        Raises FencedError if another process took over, UnavailableError if Kafka did not commit. Nothing of it
-        counts then, and this publisher is of no more use: stop it.
+        Raises FencedError if another process took over, UnavailableError if Kafka did not commit. Nothing of it counts
+        then, and this publisher is unusable: stop it.
         """
         producer = self._connected()
         try:

@@ -370,7 +370,7 @@ class Runtime:
             await self.tracing.close()
 
     async def _heard(self, last: Awaitable[None]) -> None:
-        """See to what Kafka has to acknowledge before the process ends, and go without that where it does not."""
+        """Wait for Kafka's outstanding acknowledgements before the process ends, within a time limit."""
         try:
             async with asyncio.timeout(FAREWELL_S):
                 await last
