@@ -93,6 +93,8 @@ async def test_who_is_disabled_is_signed_out_while_the_page_is_open(
         await olga.transfer_agent(
             organisation.realm.agent, sponsor=organisation.realm.name("sam"), without_consent=True
         )
+        # First what changes the page, which is then fetched anew: it is the stream that has to say the rest.
+        await expect(page.get_by_text("No agent that you may see fits.")).to_be_visible()
         await olga.disable_user(sponsor.user_id, reason="left")
     await expect(page.get_by_text("Your session ended")).to_be_visible()
 
