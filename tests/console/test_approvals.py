@@ -121,6 +121,19 @@ async def test_equivalent_requests_are_one_card(sponsor: Visitor, organisation: 
         await expect(page.locator("article")).to_have_count(1)
 
 
+async def test_what_somebody_writes_stays_when_the_page_follows(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation):
+        comment = page.locator("article").get_by_label("Your comment").first
+        await comment.fill("go ahead")
+        written = await comment.get_attribute("id")
+        async with asking(organisation):
+            await expect(page.get_by_text("2 alike")).to_be_visible()
+            await expect(page.locator(f"#{written}")).to_have_value("go ahead")
+
+
 async def test_text_of_agents_is_text(sponsor: Visitor, organisation: Organisation) -> None:
     page = await sponsor.sign_in("/approvals")
     async with asking(organisation, HOSTILE):
