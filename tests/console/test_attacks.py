@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import re
 import time
 import urllib.parse
@@ -382,6 +383,19 @@ async def test_a_session_that_somebody_planted_is_replaced_and_stays_theirs(
     seen = httpx.get(sponsor.url("/agents"), headers=as_owner(planted))
     assert organisation.realm.agent not in seen.text
     # A secret that was known before sign-in begins no session: the console makes its own.
+    await page.get_by_role("button", name="Sign out").click()
+    known = "k" * 43
+    await context.add_cookies(
+        [
+            {
+                "name": SESSION_COOKIE, "value": f"{known}.a.b.c", "url": "https://localhost/", "secure": True,
+                "httpOnly": True, "sameSite": "Strict",
+            }
+        ]
+    )  # fmt: skip
+    await page.get_by_role("button", name="Sign in").click()
+    await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    assert (await cookie_of(page)).partition(".")[0] != known
     mixed = f"{planted.partition('.')[0]}.{own.partition('.')[2]}"
     assert httpx.get(sponsor.url("/agents"), headers=as_owner(mixed)).status_code == 303
 
@@ -440,12 +454,18 @@ async def test_a_person_says_no_more_than_an_address_holds(
     sponsor: Visitor, organisation: Organisation
 ) -> None:
     page = await sponsor.sign_in("/agents")
-    for reason, status in (("<b>\x00\u202e" * 9000, 400), ("x" * 70_000, 413), ("é" * 1000, 303)):
+    hardly_compressed = "".join(
+        chr(random.Random(number).randrange(0x4E00, 0x9FFF)) for number in range(1000)
+    )
+    for reason, status in (
+        ("<b>\x00\u202e" * 201, 400), ("x" * 1001, 400), ("x" * 70_000, 413), ("é" * 1000, 303),
+        (hardly_compressed, 303),
+    ):  # fmt: skip
         answer = await page.request.post(
             sponsor.url("/sign/suspend"), form={"id": organisation.realm.agent, "reason": reason},
             headers={"Origin": sponsor.site.session}, max_redirects=0,
         )  # fmt: skip
-        assert answer.status in (status, 413 if status == 400 else status)
+        assert answer.status == status, reason[:9]
         assert len(answer.headers.get("location", "")) < 8 * 1024
 
 
