@@ -31,6 +31,7 @@ from ringfence.messages.api import CONSOLE_ROUTES, ConsoleToken, api_audience
 from ringfence.messages.approval import Approval
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.operations import DeadLetter
 from ringfence.messages.registry import BackendSettings, SessionStatement, VerbFloor
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST, DEAD_LETTER
 from ringfence.model.requests.facts import load_records
@@ -557,6 +558,7 @@ async def test_a_console_taken_over_approves_nothing(sponsor: Visitor, organisat
         asking(organisation),
         realm.as_agent() as agent,
         realm.publisher() as publisher,
+        realm.seen(DEAD_LETTER) as seen,
     ):
         card = page.locator("article")
         await expect(card).to_have_count(1)
@@ -577,7 +579,14 @@ async def test_a_console_taken_over_approves_nothing(sponsor: Visitor, organisat
             APPROVAL_RESPONSE, realm.agent, statement, id=str(uuid.uuid4()), type=Approval.typ
         )
         await acknowledged
-        # What comes after them on the topic was read: so were they.
+
+        def refused() -> list[str]:
+            letters = [DeadLetter.model_validate_json(one.value or b"{}") for one in seen.of(DEAD_LETTER)]
+            return [one.code for one in letters if one.service == "policy"]
+
+        # It is the signatures that are refused: nothing else is wrong with them.
+        await seen.until(lambda: len(refused()) >= 3, "policy refuses all three")
+        assert refused() == ["key_unknown", "key_unknown", "typ_unexpected"]
         await sponsor.asks("Deny")
         await page.get_by_role("button", name="Deny", exact=True).click()
         await expect(page.locator("#none")).to_be_visible()
