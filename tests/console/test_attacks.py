@@ -192,6 +192,7 @@ async def test_a_list_stream_tells_nothing_of_anothers(
             http.stream("GET", "/live", params={"page": path}) as stream,
         ):
             assert stream.status_code == 200
+            assert stream.headers["x-accel-buffering"] == "no"
             async for line in stream.aiter_lines():
                 told.setdefault(name, []).append(line)
                 news.set()
