@@ -18,7 +18,7 @@ from ringfence.client.errors import RequestDeniedError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.messages.approval import ActionApproval, ActionRequest, Approval
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE
 from ringfence.model.requests.facts import load_records
 from tests.console.conftest import Visitor
@@ -55,19 +55,22 @@ async def test_a_sponsor_approves_with_one_look_and_one_touch(
 ) -> None:
     page = await sponsor.sign_in("/approvals")
     await expect(page.get_by_text("Nothing waits for you.")).to_be_visible()
-    async with asking(organisation) as (request,):
+    realm = organisation.realm
+    async with asking(organisation) as (request,), realm.seen(APPROVAL_RESPONSE) as seen:
         # The page follows by itself.
         card = page.locator("article")
         await expect(card).to_have_count(1)
-        await expect(card.get_by_role("heading")).to_contain_text(
-            f"{organisation.realm.agent} asks for write"
-        )
-        await expect(card).to_contain_text(f"write on env/staging/web at {organisation.realm.target}")
+        await expect(card.get_by_role("heading")).to_contain_text(f"{realm.agent} asks for write")
+        await expect(card).to_contain_text(f"write on env/staging/web at {realm.target}")
         await expect(card).to_contain_text("to deploy")
-        await expect(card).to_contain_text(organisation.realm.name("maria"))
+        await expect(card).to_contain_text(realm.name("maria"))
         await card.get_by_label("Your comment").fill("go ahead")
         await sponsor.signs("Approve")
         assert (await request).lease_id
+        (answer,) = await seen.until(
+            lambda: [one for one in seen.of(APPROVAL_RESPONSE) if one.key == realm.agent], "the approval"
+        )
+        assert parse(answer.value).unverified_claims(Approval).comment == "go ahead"
         await expect(card).to_have_count(0)
         await expect(page.get_by_text("Signed and sent: approve request")).to_be_visible()
 
@@ -119,6 +122,19 @@ async def test_equivalent_requests_are_one_card(sponsor: Visitor, organisation: 
     async with asking(organisation, count=3):
         await expect(page.get_by_text("3 alike")).to_be_visible()
         await expect(page.locator("article")).to_have_count(1)
+
+
+async def test_what_somebody_writes_stays_when_the_page_follows(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation):
+        comment = page.locator("article").get_by_label("Your comment").first
+        await comment.fill("go ahead")
+        written = await comment.get_attribute("id")
+        async with asking(organisation):
+            await expect(page.get_by_text("2 alike")).to_be_visible()
+            await expect(page.locator(f"#{written}")).to_have_value("go ahead")
 
 
 async def test_text_of_agents_is_text(sponsor: Visitor, organisation: Organisation) -> None:

@@ -6,8 +6,9 @@ import re
 from collections.abc import AsyncIterator
 
 import pytest
-from playwright.async_api import Browser, expect
+from playwright.async_api import Browser, Page, expect
 
+from ringfence.console.views.pages import PAGES
 from ringfence.dev.stack import Stack
 from tests.console.axe import serious_problems
 from tests.console.conftest import Visitor
@@ -50,11 +51,28 @@ async def lived_in(
     await person.leave()
 
 
+def test_every_page_is_looked_at() -> None:
+    assert set(PAGES) <= {re.sub(r"\{\w+\}", "{id}", path.partition("?")[0]) for path in PATHS}
+
+
 @pytest.mark.parametrize("path", PATHS)
 async def test_a_page_is_in_order(lived_in: LivedIn, path: str) -> None:
     visitor, ids = lived_in
     page = await visitor.open(path.format(**ids))
     await expect(page.get_by_role("heading", level=1)).to_be_visible()
+    await in_order(page)
+
+
+async def test_the_sign_in_is_in_order(person: Person, site: Site) -> None:
+    page = await Visitor(person, "nobody", site).open("/sign-in?ended=1")
+    await expect(page.get_by_text("Your session ended")).to_be_visible()
+    await in_order(page)
+    assert person.complaints == []
+
+
+async def in_order(page: Page) -> None:
+    """It fits both widths and axe-core finds nothing serious, in both themes; also with all forms open."""
+    await page.evaluate("for (const one of document.querySelectorAll('details')) one.open = true")
     for width in (360, 1440):
         await page.set_viewport_size({"width": width, "height": 900})
         for scheme in ("light", "dark"):

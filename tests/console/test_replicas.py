@@ -14,6 +14,7 @@ from playwright.async_api import expect
 
 from ringfence.dev.processes import LOOPBACK, free_port, spawn
 from ringfence.dev.stack import Stack
+from ringfence.kernel.crypto.jws import parse
 from tests.console.conftest import Visitor
 from tests.console.test_attacks import as_owner, cookie_of
 from tests.passkeys.organisation import Organisation
@@ -79,10 +80,42 @@ async def test_any_replica_shows_pages_and_takes_answers(
     assert page.url == sponsor.url("/agents?status=active")
 
 
+async def test_an_ended_passkey_ends_the_session_at_every_replica(
+    sponsor: Visitor, organisation: Organisation, other_replica: str
+) -> None:
+    """A sign-out ends it at one of them, as docs/console.md says."""
+    page = await sponsor.sign_in("/agents")
+    value = await cookie_of(page)
+    cookie, passkey = as_owner(value), parse(value.partition(".")[2]).header.kid
+    host = {"Host": urlsplit(sponsor.site.session).netloc}
+    signed_out = httpx.post(sponsor.url("/sign-out"), headers=cookie | {"Origin": sponsor.site.session})
+    assert signed_out.headers["location"] == "/sign-in"
+    assert httpx.get(sponsor.url("/agents"), headers=cookie).status_code == 303
+    assert httpx.get(f"{other_replica}/agents", headers=host | cookie).status_code == 200
+    ended = await organisation.run(
+        "user", "end-key", sponsor.user_id, passkey, "--reason", "a cookie was copied", "--yes",
+        identity=organisation.operator_file,
+    )  # fmt: skip
+    await ended.result()
+    async with httpx.AsyncClient(headers=host | cookie, timeout=30) as http:
+        while (answer := await http.get(f"{other_replica}/agents")).status_code == 200:
+            pass
+        assert answer.headers["location"].startswith("/sign-in?ended=1")
+
+
 def test_metrics_are_for_who_asks_the_process(stack: Stack, other_replica: str) -> None:
     found = httpx.get(f"{other_replica}/metrics")
     assert found.status_code == 200
     assert "ringfence_console_page_seconds" in found.text
     assert "ringfence_console_sign_ins_total" in found.text
-    host = {"Host": urlsplit(stack.origins["session"]).netloc}
-    assert httpx.get(f"{other_replica}/metrics", headers=host).status_code == 404
+    # By a name with dots, browsers may be led here from another site (DNS rebinding).
+    port = urlsplit(other_replica).port
+    for name in (
+        urlsplit(stack.origins["session"]).netloc,
+        f"evil.example:{port}",
+        "evil.example",
+        "127.0.0.1.evil",
+    ):
+        assert httpx.get(f"{other_replica}/metrics", headers={"Host": name}).status_code == 404
+    for name in ("127.0.0.1", f"[::1]:{port}", f"console:{port}"):
+        assert httpx.get(f"{other_replica}/metrics", headers={"Host": name}).status_code == 200

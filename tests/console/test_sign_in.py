@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import urllib.parse
 from typing import Any
 
 import httpx
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import SessionStatement
@@ -93,6 +94,8 @@ async def test_who_is_disabled_is_signed_out_while_the_page_is_open(
         await olga.transfer_agent(
             organisation.realm.agent, sponsor=organisation.realm.name("sam"), without_consent=True
         )
+        # First what changes the page, which is then fetched anew: it is the stream that has to say the rest.
+        await expect(page.get_by_text("No agent that you may see fits.")).to_be_visible()
         await olga.disable_user(sponsor.user_id, reason="left")
     await expect(page.get_by_text("Your session ended")).to_be_visible()
 
@@ -116,6 +119,73 @@ async def test_headers_of_every_answer(sponsor: Visitor) -> None:
         assert "unsafe" not in policy
         assert headers["x-frame-options"] == "DENY"
         assert headers["x-content-type-options"] == "nosniff"
+        assert headers["cache-control"] == "no-store"
+    page = await sponsor.sign_in("/agents")
+    script = await page.locator("script").get_attribute("src")
+    assert "immutable" in httpx.get(sponsor.url(str(script))).headers["cache-control"]
+
+
+async def test_whose_session_ends_in_between_comes_back_after_signing_in(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in(f"/agents/{organisation.realm.agent}?kept=1")
+    await page.get_by_text("Suspend the agent").first.click()
+    await page.get_by_label("Your reason").first.fill("it behaves oddly")
+    await page.route("**/live?*", lambda route: route.abort())  # so that the page does not see it first
+    await page.context.clear_cookies()
+    await page.get_by_role("button", name="Suspend the agent").click()
+    await expect(page.get_by_text("Your session ended")).to_be_visible()
+    await page.get_by_role("button", name="Sign in").click()
+    await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    assert page.url == sponsor.url(f"/agents/{organisation.realm.agent}?kept=1")
+    sponsor.person.complaints.clear()  # of the stream
+
+
+async def test_a_hidden_page_holds_no_stream_and_catches_up(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    agent = organisation.realm.agent
+    page = await sponsor.sign_in(f"/agents/{agent}")
+    state, live = page.locator("#facts .state"), page.locator("#live-state")
+    await expect(live).to_have_text("Live")
+    hide = """(hidden) => {
+        Object.defineProperty(document, "hidden", { value: hidden, configurable: true });
+        document.dispatchEvent(new Event("visibilitychange"));
+    }"""
+    await page.evaluate(hide, True)
+    await expect(live).to_have_text("Not live")
+    async with organisation.realm.as_operator() as olga:
+        await olga.suspend_agent(agent, reason="odd")
+    await page.evaluate(hide, False)
+    await expect(live).to_have_text("Live")
+    await expect(state).to_have_text("suspended")
+
+
+async def test_a_page_says_that_it_is_not_live_while_the_console_does_not_answer(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    agent = organisation.realm.agent
+    page = await sponsor.sign_in(f"/agents/{agent}")
+    await expect(page.locator("#live-state")).to_have_text("Live")
+    await page.get_by_text("Suspend the agent").first.click()
+    reason = page.get_by_label("Your reason").first
+    await reason.fill("it behaves oddly")
+    here, away = sponsor.url(f"/agents/{agent}"), asyncio.Event()
+
+    async def answer(route: Route) -> None:
+        away.set()
+        await route.fulfill(status=503, body="a proxy has no console to ask")
+
+    await page.route(here, answer)
+    async with organisation.realm.as_operator() as olga:
+        await olga.suspend_agent(agent, reason="odd")
+        await away.wait()
+        await expect(page.locator("#live-state")).to_have_text("Not live")
+        await expect(reason).to_have_value("it behaves oddly")
+        await page.unroute(here)
+        await expect(page.locator("#facts .state")).to_have_text("suspended")
+        await expect(page.locator("#live-state")).to_have_text("Live")
+    sponsor.person.complaints.clear()  # of the proxy
 
 
 async def test_a_cookie_that_somebody_planted_is_not_the_session(sponsor: Visitor) -> None:

@@ -182,7 +182,7 @@ def test_a_sealed_value_is_of_one_purpose(bench: Bench) -> None:
 
 def test_a_question_of_too_many_words_is_none(bench: Bench) -> None:
     question = bench.ask()
-    question.form["reason"] = secrets.token_urlsafe(16 * 1024)
+    question.form["reason"] = secrets.token_urlsafe(5 * 1024)
     with pytest.raises(WrongFormError):
         bench.questions.path_of(question)
 

@@ -46,6 +46,7 @@ MAX_FORM_BYTES: Final = 64 * 1024
 MOST_STREAMS_OF_ONE: Final = 12
 """Live updates of one session at a time: about as many as open tabs."""
 _KEEP_ALIVE_S: Final = 15.0
+_RETRY_MS: Final = 60_000
 _NOTICE: Final = "notice"
 """The query by which people come back from the sign page."""
 _NOTICE_S: Final = 600
@@ -143,7 +144,10 @@ class Site:
     async def _sign_in(self, request: Request) -> Response:
         if self._session(request):
             return RedirectResponse(_local(request.query_params.get("next")), 303)
-        bundle = self._console.trust.require()
+        try:
+            bundle = self._console.trust.require()
+        except RingfenceError as error:
+            return self._failed(None, error)
         return self._html(
             "sign_in.html",
             None,
@@ -238,9 +242,7 @@ class Site:
             try:
                 made = await make(self._view(session, request.query_params, request.path_params))
             except ApiError as error:
-                if error.status == 401:
-                    return self._to_sign_in(request, ended=True)
-                return self._failed(session, error)
+                return self._refused(request, session, error)
             return self._shown(session, made, notice=self._notice(session, request))
 
         return page
@@ -267,6 +269,10 @@ class Site:
             return ""
         return str(said["text"])
 
+    def _refused(self, request: Request, session: Session, error: ApiError) -> Response:
+        """What a person sees whom a service did not answer, or whose session it takes no more."""
+        return self._to_sign_in(request, ended=True) if error.status == 401 else self._failed(session, error)
+
     def _failed(self, session: Session | None, error: RingfenceError, status: int | None = None) -> Response:
         known = status or (error.status if isinstance(error, ApiError) else None) or 503
         title = _STATUS.get(known, "This cannot be shown now" if known >= 500 else "That did not work")
@@ -291,7 +297,10 @@ class Site:
         return render(template, **(base | values))
 
     def _to_sign_in(self, request: Request, *, ended: bool = False) -> Response:
+        """Lead to the sign-in, and from there to what was asked for, or to the page that a form was on."""
         wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        if request.method == "POST":
+            wanted = self._back(request)
         mark = "ended=1&" if ended else ""
         response = RedirectResponse(f"/sign-in?{mark}next={quote(wanted, safe='')}", 303)
         if ended:
@@ -322,7 +331,7 @@ class Site:
         """Compose a question from a form, and lead the browser to the sign page with it."""
         session = self._session(request)
         if session is None:
-            return RedirectResponse("/sign-in", 303)
+            return self._to_sign_in(request, ended=True)
         reads, kind = self._console.reads(session.statement), request.path_params["kind"]
         try:
             form, back = await _form_body(request), self._back(request)
@@ -330,7 +339,7 @@ class Site:
             url = self._question_url(self._console.questions.path_of(question))
             origin = sign_origin(self._console.trust, self._console.clock.now_ms() / 1000)
         except ApiError as error:
-            return self._failed(session, error)
+            return self._refused(request, session, error)
         except RingfenceError as error:
             return self._failed(session, error, 400)
         metrics.CONSOLE_QUESTIONS.labels(kind, "asked").inc()
@@ -352,12 +361,12 @@ class Site:
         """Make an offer of an agent, and lead to its page, whose address is for the new sponsor."""
         session = self._session(request)
         if session is None:
-            return RedirectResponse("/sign-in", 303)
+            return self._to_sign_in(request, ended=True)
         reads, offers = self._console.reads(session.statement), self._console.offers
         try:
             offer = await offers.make(reads, session, (await _form_body(request)).get("id", ""))
         except ApiError as error:
-            return self._failed(session, error)
+            return self._refused(request, session, error)
         return RedirectResponse(f"/offers/{offers.sealed(offer)}", 303)
 
     async def _question(self, request: Request) -> Response:
@@ -450,7 +459,8 @@ class Site:
                 return _problem(error.status, error.message)
             first = None
         events = self._events(request, session, make, asked, path_params, first)
-        return StreamingResponse(events, media_type="text/event-stream")
+        # Proxies that collect answers (nginx) would keep events back.
+        return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
     async def _events(
         self,
@@ -464,6 +474,9 @@ class Site:
         """`page`: as it was when the stream began; None if a service did not answer."""
         before, quiet_s = request.query_params.get("look") or None, 0.0
         now = self._fingerprint(session, page) if page else before
+        if self._streams[session.cookie_digest] >= MOST_STREAMS_OF_ONE:  # they came at the same time
+            yield f"retry: {_RETRY_MS}\n\n"
+            return
         self._streams[session.cookie_digest] += 1
         metrics.CONSOLE_STREAMS.inc()
         try:

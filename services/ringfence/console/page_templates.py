@@ -35,6 +35,7 @@ def _environment() -> Environment:
         "segment": lambda text: quote(str(text), safe=""),
         "until": _until,
         "when": _when,
+        "at": _at,
         "span": span,
         "plural": lambda count, one, many=None: f"{count:,} {one if count == 1 else many or one + 's'}",
     }
@@ -81,5 +82,13 @@ def _when(millis: float | None) -> Markup:
         return Markup("never")
     iso, text = _iso(millis / 1000)
     return Markup('<time datetime="{}" data-at="{}" title="{}">{}</time>').format(
+        iso, int(millis), text, text
+    )
+
+
+def _at(millis: float) -> Markup:
+    """A moment in milliseconds since 1970, to the second: in the reader's own time zone by a script."""
+    iso, text = _iso(millis / 1000)
+    return Markup('<time datetime="{}" data-at="{}" data-exact title="{}">{}</time>').format(
         iso, int(millis), text, text
     )

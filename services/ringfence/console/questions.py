@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ringfence.client.passkeys.questions import STAMPED
 from ringfence.client.passkeys.user import LIFE_S
-from ringfence.console.sealed_values import MAX_SEALED_CHARS, SealedValues
+from ringfence.console.sealed_values import SealedValues
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
@@ -29,6 +29,8 @@ from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.records.user_keys import user_key
 
 MAX_ANSWER_BYTES: Final = 512 * 1024
+MAX_PATH_CHARS: Final = 6 * 1024
+"""Of the sealed part of a question's address, which proxies take in a line of 8 KiB."""
 _MOST_REMEMBERED: Final = 10_000
 _MAX_TITLE: Final = 200
 
@@ -121,7 +123,7 @@ class Questions:
     def path_of(self, question: Question) -> str:
         """The last part of its path. Raises WrongFormError if its texts are too long for an address."""
         path = self._sealed.seal("question", asdict(question))
-        if len(path) > MAX_SEALED_CHARS:
+        if len(path) > MAX_PATH_CHARS:
             raise WrongFormError("that is too much text for one question; say it in fewer words")
         return path
 

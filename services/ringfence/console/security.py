@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -16,7 +17,7 @@ QUESTION_PATH: Final = "/questions/"
 _PROBES: Final = frozenset({"/healthz", "/readyz"})
 """They say nothing of anybody, and load balancers ask by an address."""
 _METRICS: Final = "/metrics"
-"""For who asks the process itself, as `console:8712`. A proxy that passes `Host` on leads nobody there."""
+"""For who asks the process itself, as `10.0.0.7:8712`. A proxy that passes `Host` on leads nobody there."""
 _CACHED: Final = "/static/"
 
 
@@ -60,7 +61,9 @@ class Guard:
                 )
                 headers["Strict-Transport-Security"] = "max-age=63072000"
                 if "cache-control" not in headers:
-                    headers["Cache-Control"] = "public, max-age=31536000, immutable" if cached else "no-store"
+                    # While versions run beside each other, one has no file of the other: nobody remembers that.
+                    kept = cached and message["status"] == 200
+                    headers["Cache-Control"] = "public, max-age=31536000, immutable" if kept else "no-store"
             await send(message)
 
         await (refusal or self._app)(scope, receive, send_with_headers)
@@ -72,7 +75,9 @@ class Guard:
         hosts = headers.getlist("host")
         known = len(hosts) == 1 and hosts[0].lower() in self._hosts
         if scope["path"] == _METRICS:
-            return PlainTextResponse("metrics are not for browsers\n", 404) if known else None
+            if not known and len(hosts) == 1 and _names_a_process(hosts[0]):
+                return None
+            return PlainTextResponse("metrics are for who asks the process by its address\n", 404)
         if not known:
             return PlainTextResponse("this is not the name of this console\n", 421)
         if scope["method"] in ("GET", "HEAD"):
@@ -83,3 +88,13 @@ class Guard:
         if headers.getlist("origin") != [self._origin]:
             return PlainTextResponse("another site asked for this; nothing was done\n", 403)
         return None
+
+
+def _names_a_process(host: str) -> bool:
+    """Whether a `Host` is an IP address or a name without dots. No attacker's site has such a name (DNS rebinding)."""
+    name = host.rpartition(":")[0] or host
+    try:
+        ip_address(name.strip("[]"))
+    except ValueError:
+        return "." not in name
+    return True

@@ -4,6 +4,7 @@
 // no script runs, and what differs is exchanged. No text ever becomes HTML here.
 
 const SECOND = 1000;
+const AGAIN = 5 * SECOND;
 const live = document.getElementById("live");
 const state = document.getElementById("live-state");
 const announce = document.getElementById("announce");
@@ -38,16 +39,24 @@ function tick(root) {
   }
 }
 
+/** Keep what somebody opened or is writing. Fields without an id, which say what is answered, are always fresh ones. */
+function keepInput(fresh) {
+  for (const field of fresh.querySelectorAll("details[id], input[id], textarea[id], select[id]")) {
+    const same = document.getElementById(field.id);
+    if (same === null || !live.contains(same)) continue;
+    if (field.localName === "details") field.open = same.open;
+    else if (field.type === "checkbox") field.checked = same.checked;
+    else field.value = same.value;
+  }
+}
+
 /** Make `node` look like `fresh`. Parts with an id stay as they are where nothing in them differs. */
 function follow(node, fresh) {
   const present = new Map([...node.children].filter((child) => child.id).map((child) => [child.id, child]));
   const wanted = [...fresh.childNodes].map((child) => {
     const old = child.id ? present.get(child.id) : undefined;
+    if (child.nodeType === Node.ELEMENT_NODE) keepInput(child);
     if (old === undefined) return document.importNode(child, true);
-    for (const details of child.querySelectorAll("details[id]")) {
-      const same = document.getElementById(details.id);
-      if (same && old.contains(same)) details.open = same.open;
-    }
     if (old.isEqualNode(child)) return old;
     if (old.dataset.parts !== undefined && child.dataset.parts !== undefined) {
       follow(old, child);
@@ -66,6 +75,8 @@ function follow(node, fresh) {
   if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus();
 }
 
+class UnavailableError extends Error {}
+
 function fetchDocument() {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
@@ -81,9 +92,9 @@ function fetchDocument() {
         leaving = true;
         location.replace(request.responseURL);
       }
-      reject(new Error(`${request.status}`));
+      reject(request.status >= 500 ? new UnavailableError() : new Error(`${request.status}`));
     };
-    request.onerror = () => reject(new Error("no answer"));
+    request.onerror = () => reject(new UnavailableError());
     request.send();
   });
 }
@@ -107,10 +118,17 @@ async function refresh() {
     const fresh = await fetchDocument();
     tick(fresh);
     follow(live, fresh.getElementById("live"));
+    document.body.dataset.look = fresh.body.dataset.look;
     showAddress();
     announce.textContent = "The page was updated.";
-  } catch {
-    if (!leaving) location.reload();
+    if (source?.readyState === EventSource.OPEN) setState("Live", "on");
+  } catch (error) {
+    if (leaving) return;
+    // What somebody is writing here stays. What the page shows may be old, and it says so.
+    if (error instanceof UnavailableError) {
+      setState("Not live", "off");
+      setTimeout(refresh, AGAIN);
+    } else location.reload();
   } finally {
     refreshing = false;
     if (again) {
@@ -123,6 +141,35 @@ async function refresh() {
 function setState(text, name) {
   state.textContent = text;
   state.dataset.state = name;
+}
+
+let source;
+
+/** Follow the server, from what the page shows now: what changed before is told at once. */
+function connect() {
+  if (source !== undefined) return;
+  const query = new URLSearchParams({ page: location.pathname + location.search, look: document.body.dataset.look });
+  const opened = (source = new EventSource(`/live?${query}`));
+  opened.addEventListener("open", () => setState("Live", "on"));
+  opened.addEventListener("error", () => {
+    setState("Not live", "off");
+    if (opened.readyState !== EventSource.CLOSED || opened !== source) return;
+    // It was answered, and not by a stream: the session or the subject is over, a proxy answers, or there are too many.
+    source = undefined;
+    refresh();
+    setTimeout(() => document.hidden || connect(), AGAIN);
+  });
+  opened.addEventListener("changed", refresh);
+  opened.addEventListener("ended", () => {
+    opened.close();
+    if (!leaving) location.reload();
+  });
+}
+
+function disconnect() {
+  source?.close();
+  source = undefined;
+  setState("Not live", "off");
 }
 
 // The notice of what was signed is for this once, and no part of an address to share.
@@ -145,15 +192,11 @@ if (live !== null) {
   tick(document);
   setInterval(() => tick(document), SECOND);
   if (document.body.dataset.live === "yes") {
-    const query = new URLSearchParams({ page: location.pathname + location.search, look: document.body.dataset.look });
-    const source = new EventSource(`/live?${query}`);
-    source.addEventListener("open", () => setState("Live", "on"));
-    source.addEventListener("error", () => setState("Not live", "off"));
-    source.addEventListener("changed", refresh);
-    source.addEventListener("ended", () => {
-      source.close();
-      if (!leaving) location.reload();
-    });
-    window.addEventListener("pagehide", () => source.close());
+    // Browsers open six connections to one HTTP/1.1 server, for all tabs together: hidden ones hold none.
+    const matchVisibility = () => (document.hidden ? disconnect() : connect());
+    document.addEventListener("visibilitychange", matchVisibility);
+    window.addEventListener("pageshow", matchVisibility); // also of a page that the browser kept whole
+    window.addEventListener("pagehide", disconnect);
+    matchVisibility();
   }
 }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from ringfence.console.views.page import Page, View
+from ringfence.model.records.key_expiry import WARN_BEFORE_S
 
 ROWS = 50
+KEYS_SOON_S = WARN_BEFORE_S[0]
+LEASES = 50
+"""Of one agent on its page; the page of leases has all."""
 FILTERS = ("agent", "sponsor", "status", "target")
 FLAGS = {"orphans": "without a live sponsor", "keys_ending": "keys end soon", "standing": "standing leases"}
 
@@ -25,6 +29,7 @@ async def agents(view: View) -> Page:
             "gaps": answer["gaps"],
             "filters": {name: str(filters.get(name, "")) for name in (*FILTERS, *FLAGS)},
             "flags": FLAGS,
+            "soon": view.now_ms // 1000 + KEYS_SOON_S,
         },
         "agents",
     )
@@ -44,8 +49,9 @@ async def agent(view: View) -> Page:
             "revision": record["revision"],
             "row": rows[0] if rows else None,
             "usage": usage,
-            "leases": leases["leases"],
-            "more": leases["more"],
+            "leases": leases["leases"][:LEASES],
+            "more": leases["more"] or len(leases["leases"]) > LEASES,
+            "soon": view.now_ms // 1000 + KEYS_SOON_S,
         },
         "agents",
     )

@@ -49,7 +49,9 @@ async def approvals(view: View) -> Page:
             "cards": [_card(*one, digests) for one in zip(groups, unusual, strict=True)],
             "shown": shown,
             "actions": [
-                one for one in actions if not after and (shown == "all" or one["mine"] == (shown == "mine"))
+                {**one, "needs": describe_approvers((one["required"],))}
+                for one in actions
+                if not after and (shown == "all" or one["mine"] == (shown == "mine"))
             ],
             "counts": {
                 "mine": counts["mine"] + sum(one["mine"] for one in actions),

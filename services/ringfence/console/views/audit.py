@@ -27,6 +27,7 @@ async def audit(view: View) -> Page:
             "events": [event_row(one) for one in reversed(answer["events"])],
             "filters": {name: str(value or "") for name, value in filters.items()},
             "names": FILTERS,
+            "more": len(answer["events"]) == ROWS,
         },
         "audit",
     )

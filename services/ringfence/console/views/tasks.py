@@ -8,6 +8,8 @@ from ringfence.console.views.page import Page, View
 
 SHOWN = 100
 """Tasks of one page."""
+OF_ONE = 50
+"""Leases, and parts, of one task on its page."""
 
 
 async def tasks(view: View) -> Page:
@@ -36,9 +38,10 @@ async def task(view: View) -> Page:
         f"Task {view.id[:8]}",
         {
             "state": record["state"],
-            "leases": leases["leases"],
-            "more": leases["more"],
-            "parts": parts,
+            "leases": leases["leases"][:OF_ONE],
+            "more": leases["more"] or len(leases["leases"]) > OF_ONE,
+            "parts": parts[:OF_ONE],
+            "more_parts": max(0, len(parts) - OF_ONE),
             "over": record["state"]["status"] == "ended"
             or record["state"]["not_after"] * 1000 <= view.now_ms,
         },
