@@ -206,5 +206,5 @@ async def test_the_page_lists_every_step_as_it_is(told) -> None:
         assert said, f"{name}: {code} is not listed as it is"
     assert set(listed) == set(steps([event for _, event in told.values()]))
     words = {word for _, event in told.values() for word in event["unmapped"]}
-    described = page.partition("## Ringfence's own words")[2].partition("## The steps")[0]
+    described = page.partition("## Ringfence's own fields")[2].partition("## The steps")[0]
     assert not {word for word in words if f"`{word}`" not in described}

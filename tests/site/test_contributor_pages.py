@@ -72,6 +72,18 @@ def test_the_commands_of_the_page_are_there(clone: Path, page: str) -> None:
     follow(f"how-to/{page}", clone, texts)
 
 
+@pytest.mark.parametrize("page", [*FOLLOWED, *IN_WORDS])
+def test_the_files_of_the_page_exist_and_have_the_names_beside_them(page: str) -> None:
+    """Private names: others are often those of another file."""
+    text = re.sub(r"```.*?```", "", (ROOT / "docs/how-to" / page).read_text(), flags=re.DOTALL)
+    for step in re.split(r"\n(?=\s*(?:\d+\. |- |\|)|\n)", text):
+        words = re.findall(r"`([^`]+)`", step)
+        files = [word for word in words if re.fullmatch(r"[\w.-]+/[\w./-]+\.\w+", word) and "NEW" not in word]
+        texts = "".join((ROOT / file).read_text() for file in files)
+        names = [word for word in words if re.fullmatch(r"_\w+", word)]
+        assert not files or [name for name in names if not re.search(rf"\b{name}\b", texts)] == [], step
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("page", OTHERS)
 def test_the_commands_of_the_page(clone: Path, page: str) -> None:
