@@ -15,9 +15,10 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload
-from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey, b64decode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialRequest
@@ -26,6 +27,7 @@ from ringfence.messages.registry import KeyPossession, UserInvite
 from ringfence.messages.trust import TrustBundle
 from tests.support import platform_tokens
 from tests.support.oidc_tokens import TokenIssuer
+from tests.support.passkey_makers import Maker
 from tests.support.passkeys import SoftwarePasskey
 
 DOMAIN = "ringfence.local"
@@ -57,7 +59,7 @@ def login() -> None:
     Path("jwks.json").write_text(TokenIssuer("https://login.acme.example").jwks())
 
 
-def passkey(user: str, invitation: str) -> None:
+def passkey(user: str, invitation: str, maker: Maker | None = None) -> None:
     """Make a passkey, and prove it in answer to an invitation, as a browser does on the sign page."""
     key = SigningKey.generate(f"spiffe://{DOMAIN}/user/{user}")
     key.save(Path(f"{user}.key.json"))
@@ -69,6 +71,13 @@ def passkey(user: str, invitation: str) -> None:
     )  # fmt: skip
     record = made.record(now + 600).model_dump(mode="json")
     package = {name: record[name] for name in ("jwk", "credential_id", "rp_id", "aaguid", "backup_eligible")}
+    if maker is not None:
+        x, y = (int.from_bytes(b64decode(part)) for part in (key.public.x, key.public.y or ""))
+        package["attestation_object"], package["client_data"] = maker.attest(
+            ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key(), aaguid=bytes(16),
+            credential_id=b64decode(package["credential_id"]), rp_id=package["rp_id"], origin=made.origin,
+        )  # fmt: skip
+        Path("maker.pem").write_bytes(maker.pem)
     Path(f"passkey-{user}.json").write_text(
         json.dumps({"user": user, "invitation": invitation, "possession": sign(possession, made), **package})
     )
@@ -111,6 +120,8 @@ if __name__ == "__main__":
             login()
         case ["passkey", user, invitation]:
             passkey(user, invitation)
+        case ["attested", user, invitation]:
+            passkey(user, invitation, Maker())
         case ["touch", user, link]:
             touch(user, link)
         case _:

@@ -158,8 +158,13 @@ GROUPS: dict[str, dict[str, Story]] = {
         "README.md": Story(),
         "docs/users.md": Story(
             before=_SHELL + "python -m tests.site.given login\n",
-            replaced={"ringfence serve scim > scim.log 2>&1 &": "served 127.0.0.1:8708 "
-                "ringfence serve scim > scim.log 2>&1"},
+            replaced={
+                "ringfence serve scim > scim.log 2>&1 &": "served 127.0.0.1:8708 "
+                "ringfence serve scim > scim.log 2>&1",
+                "$ ringfence user add-key maria --package passkey-maria.json": "$ python -m tests.site.given attested maria "
+                '"$(ringfence --json user invite maria | jq -r .invitation)"\n'
+                "$ ringfence user add-key maria --package passkey-maria.json",
+            },
         ),
         "docs/instances.md": Story(before="python -m tests.site.given kubernetes\n"),
         "docs/shared-signals.md": Story(

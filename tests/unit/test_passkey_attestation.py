@@ -2,67 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import NameOID
-from fido2.cose import ES256
-from fido2.webauthn import AttestationObject, AttestedCredentialData, AuthenticatorData
 
 from ringfence.client.admin.passkey_attestation import AttestationError, verify_attestation
 from ringfence.client.admin.user_keys import KeyPackage
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.messages.keys import PublicJwk
+from tests.support.passkey_makers import Maker, certificate
 
 AAGUID = bytes(range(16))
 AAGUID_TEXT = "00010203-0405-0607-0809-0a0b0c0d0e0f"
 RP_ID = "acme.example"
-Certificate = x509.Certificate
-Key = ec.EllipticCurvePrivateKey
-
-
-def certificate(name: str, key: Key, by: tuple[str, Key], *, ca: bool | None) -> Certificate:
-    subject = x509.Name([
-        x509.NameAttribute(NameOID.COUNTRY_NAME, "SE"),
-        x509.NameAttribute(NameOID.ORGANIZATION_NAME, "Maker"),
-        x509.NameAttribute(NameOID.ORGANIZATIONAL_UNIT_NAME, "Authenticator Attestation"),
-        x509.NameAttribute(NameOID.COMMON_NAME, name),
-    ])  # fmt: skip
-    issuer = x509.Name([*list(subject)[:3], x509.NameAttribute(NameOID.COMMON_NAME, by[0])])
-    builder = x509.CertificateBuilder(
-        issuer, subject, key.public_key(), x509.random_serial_number(),
-        datetime(2020, 1, 1, tzinfo=UTC), datetime(2060, 1, 1, tzinfo=UTC),
-    )  # fmt: skip
-    if ca is not None:
-        builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-    return builder.sign(by[1], hashes.SHA256())
-
-
-class Maker:
-    """A maker of authenticators: a root, an authority below it, and one model's attestation key."""
-
-    def __init__(self) -> None:
-        self.root_key, self.middle_key, self.leaf_key = (
-            ec.generate_private_key(ec.SECP256R1()) for _ in range(3)
-        )
-        self.root = certificate("root", self.root_key, ("root", self.root_key), ca=True)
-        self.middle = certificate("middle", self.middle_key, ("root", self.root_key), ca=True)
-        self.leaf = certificate("leaf", self.leaf_key, ("middle", self.middle_key), ca=False)
-
-    @property
-    def pem(self) -> bytes:
-        return self.root.public_bytes(Encoding.PEM)
 
 
 @pytest.fixture(name="maker", scope="module")
@@ -70,37 +28,27 @@ def maker_of_keys() -> Maker:
     return Maker()
 
 
-def registered(
-    maker: Maker,
-    *,
-    chain: tuple[Certificate, ...] | None = None,
-    statement: Callable[[bytes], dict[str, Any]] | None = None,
-    form: str = "packed",
-    created: str = "webauthn.create",
-) -> KeyPackage:
-    """What the sign page hands out after a registration."""
-    numbers = ec.generate_private_key(ec.SECP256R1()).public_key()
-    credential = AttestedCredentialData.create(AAGUID, b"credential", ES256.from_cryptography_key(numbers))
-    data = AuthenticatorData.create(
-        hashlib.sha256(RP_ID.encode()).digest(), AuthenticatorData.FLAG(0x45), 0, credential
+def registered(maker: Maker, **more: Any) -> KeyPackage:
+    """What the sign page hands out after a registration; `more` as for `Maker.attest`."""
+    key = ec.generate_private_key(ec.SECP256R1()).public_key()
+    attestation_object, client_data = maker.attest(
+        key,
+        aaguid=AAGUID,
+        credential_id=b"credential",
+        rp_id=RP_ID,
+        origin="https://sign.acme.example",
+        **more,
     )
-    client_data = json.dumps(
-        {"type": created, "challenge": "AAAA", "origin": "https://sign.acme.example"}
-    ).encode()
-    signed = data + hashlib.sha256(client_data).digest()
-    path = [one.public_bytes(Encoding.DER) for one in (chain or (maker.leaf, maker.middle))]
-    packed = {"alg": -7, "sig": maker.leaf_key.sign(signed, ec.ECDSA(hashes.SHA256())), "x5c": path}
-    made = AttestationObject.create(form, data, statement(signed) if statement else packed)
-    key = credential.public_key
+    numbers = key.public_numbers()
     return KeyPackage(
         "maria", "invitation", "possession",
-        PublicJwk(kty="EC", crv="P-256", x=b64encode(key[-2]), y=b64encode(key[-3])),
+        PublicJwk(kty="EC", crv="P-256", x=b64encode(numbers.x.to_bytes(32)), y=b64encode(numbers.y.to_bytes(32))),
         {
             "use": "webauthn", "credential_id": b64encode(b"credential"), "rp_id": RP_ID, "aaguid": AAGUID_TEXT,
             "backup_eligible": False,
         },
-        b64encode(bytes(made)),
-        b64encode(client_data),
+        attestation_object,
+        client_data,
     )  # fmt: skip
 
 
