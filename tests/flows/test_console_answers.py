@@ -88,6 +88,7 @@ class Visitor:
 async def console(world: World, folder: Path) -> AsyncIterator[str]:
     """A console in this process. Yields its address."""
     settings = world.settings("gateway", key_file=folder / "console.json")
+    folder.mkdir(exist_ok=True)
     world.key("console").save(folder / "console.json")
     urls: Any = {f"{role}_url": f"http://127.0.0.1:{world.ports[role]}" for role in SERVICES}
     clients = ClientSettings(
@@ -125,6 +126,12 @@ async def test_the_console_answers_as_described(
             await _live(visitor, bench, cookie)
             await services.aclose()
             await _unanswered(visitor, cookie, values, question)
+            async with (
+                console(world, tmp_path / "late") as untrusting,
+                plain_client(base_url=untrusting, timeout=WITHIN_S) as late,
+            ):
+                document.watch(late)
+                await _without_trust(replace(visitor, http=late))
         assert {f"{operation} {status}" for operation, status in document.answers() - document.seen} == set()
 
 
@@ -314,3 +321,15 @@ async def _unanswered(visitor: Visitor, cookie: str, ids: dict[str, str], questi
     await visitor.call(
         "POST /questions/{path}", 503, values=question, origin=SIGN_ORIGIN, json={"answer": "x"}
     )
+
+
+async def _without_trust(visitor: Visitor) -> None:
+    """A console that began while the registry was away."""
+    async with asyncio.timeout(WITHIN_S):
+        while True:
+            try:
+                await visitor.call("GET /sign-in", 503)
+            except httpx.ConnectError:
+                await asyncio.sleep(0.05)
+            else:
+                return

@@ -87,7 +87,7 @@ _OPERATIONS = (
         "GET", "/static/{name}", "Scripts and styles.",
         {200: Answer("a file", "text/css", TEXT, also=("text/javascript", "image/svg+xml"), headers=("Cache-Control",)), 404: _NOT_THERE}, None,
     ),
-    Operation("GET", "/sign-in", "The page for signing in.", {200: Answer("a page", HTML, TEXT), 303: Answer("to the page of `next`, where somebody is signed in already", None, headers=("Location",))}, None,
+    Operation("GET", "/sign-in", "The page for signing in.", {200: Answer("a page", HTML, TEXT), 303: Answer("to the page of `next`, where somebody is signed in already", None, headers=("Location",)), 503: _page_error("the console has no trust bundle yet")}, None,
               query={"next": "the path to go on to", "ended": "`1`: a session ended"}),
     Operation(
         "POST", "/sign-in/find", "Whose passkey it is.",
