@@ -118,7 +118,7 @@ def resume(target: Path) -> ExportFile:
         number = open_private(_sibling(target, PART), os.O_WRONLY)
     except (OSError, ValidationError):
         raise ExportError(
-            f"no export that stopped, and can be gone on with, stands beside {target}; begin anew without --resume"
+            f"no export that stopped and that can be continued is beside {target}; begin anew without --resume"
         ) from None
     file = os.fdopen(number, "wb")
     # A partly written page after the last complete one is written again.
