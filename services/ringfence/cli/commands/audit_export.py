@@ -153,7 +153,7 @@ def _next_steps(one: ExportFile, out: Path) -> str:
     if one.can_be_resumed:
         return f"; go on with: ringfence audit export --resume -o {out}"
     if not one.writer.resumable:
-        return "; a Parquet file cannot be gone on with: begin anew, with a shorter --since and --until"
+        return "; a Parquet file cannot be continued: begin anew, with a shorter --since and --until"
     return ""
 
 
