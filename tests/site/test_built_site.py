@@ -102,7 +102,10 @@ def test_diagrams_are_pictures_and_need_no_script(site: Path) -> None:
     for source in sources:
         page = site / source.relative_to(ROOT / "docs").with_suffix(".html")
         text = page.read_text()
-        assert text.count('<figure class="diagram"><svg') == source.read_text().count("```mermaid"), page
+        diagrams = source.read_text().count("```mermaid")
+        assert text.count('<figure class="diagram"><svg') == diagrams, page
+        # The style sheet keeps a diagram readable by its own width.
+        assert text.count("--diagram-width: ") == diagrams, page
     assert not [page for page in site.rglob("*.html") if 'class="mermaid"' in page.read_text()]
 
 
