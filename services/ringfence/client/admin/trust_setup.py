@@ -409,7 +409,7 @@ async def require_newest(folder: TrustFolder, settings: BusSettings) -> None:
     if found.version is None or found.version < bundle.version or newest == folder.bundle.read_text().strip():
         return
     beside = folder.bundle.with_stem(f"{folder.bundle.stem}-{found.version}")
-    write_private(beside, newest)
+    write_private(beside, f"{newest}\n")
     raise CeremonyError(
         f"everybody follows trust bundle {found.version} on Kafka; {folder.bundle} is bundle {bundle.version}, made "
         f"without it. The newest is in {beside} now: put it in the place of that file, and sign the change again"
