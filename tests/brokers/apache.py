@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import xml.etree.ElementTree as ET
@@ -31,6 +32,7 @@ class ApacheKafka:
     `more` are further ports to listen on, each with the address that clients which come there are told to come back to.
     `adapt` changes the server's properties before its storage is formatted, with `format_options` besides.
     `answers_within_s` is how long a broker that runs may take; one that ends is not waited for.
+    `restored_from` is a folder that `snapshot` made: the broker starts with what it holds, on any port.
     `long_lived` has Java compile as it does for servers: that takes more CPU than the broker, for about a minute.
     """
 
@@ -42,6 +44,7 @@ class ApacheKafka:
         more: Mapping[int, str] | None = None,
         adapt: Callable[[dict[str, str]], None] | None = None,
         format_options: Sequence[str] = (),
+        restored_from: Path | None = None,
         long_lived: bool = False,
         answers_within_s: float = _START_TIMEOUT_S,
     ) -> None:
@@ -51,6 +54,7 @@ class ApacheKafka:
         self._more = more or {}
         self._adapt = adapt
         self._format_options = format_options
+        self._restored_from = restored_from
         self.child: Child | None = None
         self._controller_port = 0
         self._store = data_dir / "apache-kafka"
@@ -71,16 +75,23 @@ class ApacheKafka:
         jars = kafka_jars()
         shutil.rmtree(self._store, ignore_errors=True)
         self._store.mkdir(parents=True)
+        if self._restored_from is not None:
+            shutil.copytree(self._restored_from, self._data)
         self.port = claim_port(self.port, "Apache Kafka", "its port setting")
         self._controller_port = free_port()
         properties = server_properties(self.bootstrap, f"{LOOPBACK}:{self._controller_port}")
-        properties["log.dirs"] = str(self._store / "data")
+        properties["log.dirs"] = str(self._data)
         for name, listeners in _more_listeners(self._more).items():
             properties[name] += listeners
         if self._adapt is not None:
             self._adapt(properties)
         text = "".join(f"{name}={value}\n" for name, value in properties.items())
         self._properties.write_text(text)
+        if self._restored_from is None:
+            self._format(jars)
+        self._launch()
+
+    def _format(self, jars: Path) -> None:
         java = _java(jars, _COMPILE_QUICKLY)
         argv = [*java, "kafka.tools.StorageTool", "format", "-t", _CLUSTER_ID, "-c", str(self._properties)]
         argv += self._format_options
@@ -88,7 +99,6 @@ class ApacheKafka:
         if formatting.wait(_START_TIMEOUT_S) != 0:
             formatting.kill()
             raise StackError(f"Apache Kafka could not format its storage:\n{formatting.log_tail()}")
-        self._launch()
 
     def stop(self) -> None:
         """End the broker and delete its data."""
@@ -102,6 +112,20 @@ class ApacheKafka:
         if self.child is not None:
             self.child.stop(_GRACE_S)
         self._launch()
+
+    def snapshot(self, to: Path) -> None:
+        """Copy its disk to a new folder as it is at one moment, as a snapshot of a volume does: it runs on."""
+        assert self.child is not None, "start it first"
+        os.kill(self.child.pid, signal.SIGSTOP)
+        try:
+            os.waitid(os.P_PID, self.child.pid, os.WSTOPPED | os.WNOWAIT)
+            shutil.copytree(self._data, to)
+        finally:
+            os.kill(self.child.pid, signal.SIGCONT)
+
+    @property
+    def _data(self) -> Path:
+        return self._store / "data"
 
     @property
     def _properties(self) -> Path:

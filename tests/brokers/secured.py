@@ -21,6 +21,9 @@ from cryptography.x509.oid import NameOID
 from ringfence.dev.processes import LOOPBACK, free_port
 from tests.brokers.apache import ApacheKafka
 
+ADMIN = "kafka-admin"
+"""Who administers the broker, by certificate or by password: may do everything."""
+
 
 class Authority:
     """A certificate authority of the test's own."""
@@ -127,7 +130,7 @@ class SecuredKafka:
                 "org.apache.kafka.common.security.scram.ScramLoginModule required;"
             ),
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
-            "super.users": "User:ANONYMOUS",
+            "super.users": f"User:ANONYMOUS;User:CN={ADMIN};User:{ADMIN}",
         }
 
 

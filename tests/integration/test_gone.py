@@ -15,6 +15,7 @@ from ringfence.kernel.kafka.data_loss import LostRange
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.kernel.kafka.topics_admin import TopicDifference, TopicError, TopicsAdmin
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from tests.support.declared_consumer import MakeConsumer
 
@@ -40,6 +41,20 @@ async def remove(settings: ServiceSettings, until: int) -> None:
         await admin.delete_records({at: RecordsToDelete(before_offset=until)})
     finally:
         await admin.close()
+
+
+async def commit(settings: ServiceSettings, offset: int) -> None:
+    """As a member of the group that has read so far."""
+    consumer = AIOKafkaConsumer(
+        bootstrap_servers=settings.kafka, group_id=f"{settings.topic_prefix}.readers", enable_auto_commit=False
+    )  # fmt: skip
+    await consumer.start()
+    try:
+        at = TopicPartition(CREDENTIAL_REQUEST.name(settings.topic_prefix), 0)
+        consumer.assign([at])
+        await consumer.commit({at: offset})
+    finally:
+        await consumer.stop()
 
 
 class Reading:
@@ -137,20 +152,7 @@ async def test_records_that_were_read_and_are_lost_afterwards_are_told_as_such(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     await send(publisher, "0", "1")
-    at = TopicPartition(CREDENTIAL_REQUEST.name(settings.topic_prefix), 0)
-    committed = AIOKafkaConsumer(
-        bootstrap_servers=settings.kafka,
-        group_id=f"{settings.topic_prefix}.readers",
-        enable_auto_commit=False,
-    )
-    await committed.start()
-    try:
-        committed.assign([at])
-        await committed.commit(
-            {at: 5}
-        )  # as if a broker that had five of them was replaced by one that was behind
-    finally:
-        await committed.stop()
+    await commit(settings, 5)  # as if a broker that had five of them was replaced by one that was behind
     reading = Reading(settings, make_consumer)
     async with reading.going_on():
         await reading.until("1")
@@ -158,6 +160,33 @@ async def test_records_that_were_read_and_are_lost_afterwards_are_told_as_such(
     (gone,) = reading.told
     assert "records 2 to 4" in gone.message
     assert "went from Kafka after" in gone.message
+
+
+async def test_a_group_that_is_ahead_of_a_restored_topic_is_set_back_before_it_skips_records(
+    settings: ServiceSettings,
+    publisher: Publisher,
+    make_consumer: MakeConsumer,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, group = CREDENTIAL_REQUEST.name(settings.topic_prefix), f"{settings.topic_prefix}.readers"
+    await send(publisher, "0", "1")
+    await commit(settings, 4)
+    async with TopicsAdmin(settings) as admin:
+        ahead = TopicDifference(name, f"the offset of {group} in partition 0", "2", "4")
+        assert await admin.check() == [ahead]
+        assert await admin.set_right() == ([ahead], [])
+        assert await admin.check() == []
+    await send(publisher, "2", "3", "4")
+    reading = Reading(settings, make_consumer)
+    async with reading.going_on():
+        await reading.until("4")
+        async with TopicsAdmin(settings) as admin:
+            assert await admin.check() == [], "a group that is at work is not ahead"
+            # Nobody moves the offsets of a group behind its back.
+            monkeypatch.setattr("ringfence.kernel.kafka.topics_admin._LEFT_WITHIN_S", 1.0)
+            with pytest.raises(TopicError, match=f"{group} .* stop all services"):
+                await admin._set_back(group, {TopicPartition(name, 0): 1})
+    assert (reading.values, reading.told) == (["2", "3", "4"], [])
 
 
 async def test_a_follower_whose_next_records_are_gone_notes_which_and_goes_on(

@@ -13,37 +13,25 @@ import subprocess
 import sys
 import sysconfig
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ringfence.client.admin.trust_setup import TrustFolder
-from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
-from ringfence.dev.stack import readiness
-from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.kafka.range_reader import Stretches
-from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditChained, AuditCheckpoint
-from ringfence.messages.base import Topic, typ_header
-from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.base import typ_header
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE, DEAD_LETTER, LEASE
 from ringfence.model.audit_log.chain import Source, event_of
 from ringfence.model.audit_log.merkle import leaf_hash
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
+from tests.site.page_commands import run_page
+from tests.support.installation import STOPPED, WITHIN_S, Installation, lease, organise
 
 ROOT = Path(__file__).parents[2]
-STOPPED = ("gateway", "registry", "policy", "issuer", "revoker", "audit")
-"""In this order: what takes in work first, then what ends leases, and audit last, which tells of all of them."""
-STARTED = STOPPED[::-1]
-"""Audit first, and what ends leases before what makes more of them."""
-WITHIN_S = 60.0
 SHORT_S = 60
 """The life of the lease that ends by itself after the upgrade: longer than the upgrade takes to begin."""
 
@@ -127,140 +115,11 @@ def versions(
     return Version("before", before, folder), Version("now", ROOT, folder)
 
 
-class Installation:
-    """What stays as versions change: topics, keys in Redis, a trust folder, ports."""
-
-    def __init__(self, version: Version, kafka: Kafka, redis: RedisServer, folder: Path) -> None:
-        self.version = version
-        self.folder = folder
-        self.trust = TrustFolder(folder / "state")
-        self._children: dict[str, Child] = {}
-        self._ports = {name: free_port() for name in STOPPED}
-        self._door = free_port()
-        mark = f"up{uuid.uuid4().hex[:8]}"
-        self._shared = {
-            "RINGFENCE_CONFIG": os.devnull,
-            "RINGFENCE_KAFKA": kafka.bootstrap,
-            "RINGFENCE_EMBEDDED_BROKER": str(kafka.embedded),
-            "RINGFENCE_REDIS_URL": redis.url,
-            "RINGFENCE_REDIS_PREFIX": mark,
-            "RINGFENCE_TOPIC_PREFIX": mark,
-            "RINGFENCE_TRUST_DOMAIN": "acme.example",
-            "RINGFENCE_PARTITIONS": "2",
-            "RINGFENCE_REPLICATION": "1",
-            **{
-                f"RINGFENCE_{name.upper()}_URL": f"http://{LOOPBACK}:{port}"
-                for name, port in self._ports.items()
-            },
-        }
-        self.settings = BusSettings(
-            kafka=kafka.bootstrap,
-            embedded_broker=kafka.embedded,
-            topic_prefix=mark,
-            trust_domain="acme.example",
-        )
-
-    # --- the command line ---
-
-    def run(self, *words: str, who: str | None = None) -> subprocess.CompletedProcess[str]:
-        """`ringfence` of the version that is installed."""
-        identity = ["--identity", str(self.identity(who))] if who else []
-        environment = {
-            name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-        } | self._shared
-        return subprocess.run(
-            [self.version.program, *identity, "--json", *words],
-            capture_output=True, text=True, check=False, cwd=self.folder, env=environment, timeout=120,
-        )  # fmt: skip
-
-    def say(self, *words: str, who: str | None = None) -> Any:
-        """What it prints. Fails where it does not end well."""
-        done = self.run(*words, who=who)
-        assert done.returncode == 0, f"{self.version.name}: {' '.join(words)}: {done.stdout}{done.stderr}"
-        return json.loads(done.stdout) if done.stdout.strip() else None
-
-    def identity(self, who: str) -> Path:
-        """The key file of a person or an agent."""
-        return self.trust.user_key("olga") if who == "olga" else self.folder / f"{who}.json"
-
-    # --- the life of an installation ---
-
-    def make(self) -> None:
-        """As `docs/operations.md` has the first start."""
-        self.say("init", "--folder", str(self.folder / "state"), "--operator", "olga")
-        self._shared["RINGFENCE_TRUST_ROOT"] = self.trust.fingerprint()
-        self.say("topics", "apply")
-        self.say("init", "--folder", str(self.folder / "state"), "--operator", "olga", "--publish")
-
-    def start(self, **more: str) -> None:
-        """Every service of the version, and return when all are ready."""
-        for name in STARTED:
-            environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-            environment |= self._shared | more
-            environment |= {
-                "RINGFENCE_HTTP": f"{LOOPBACK}:{self._ports[name]}",
-                "RINGFENCE_INSTANCE": name,
-                "RINGFENCE_KEY_DIR": str(self.folder / "state" / "keys"),
-                "RINGFENCE_GATEWAY_LISTEN": f"{LOOPBACK}:{self._door}",
-                "RINGFENCE_GATEWAY_SOCKETS": str(self.folder / "state" / "tasks"),
-                "RINGFENCE_GATEWAY_CA_FILE": str(self.folder / "state" / "gateway-ca.pem"),
-            }
-            log = self.folder / f"{self.version.name}-{name}.log"
-            self._children[name] = spawn(
-                name, [self.version.program, "serve", name], env=environment, log_path=log
-            )
-        for name in STARTED:
-            self._children[name].wait_until(partial(self._ready, name), WITHIN_S, "was ready")
-
-    def _ready(self, name: str) -> bool:
-        return readiness(self._ports[name]) is None
-
-    def stop(self, *, kill: tuple[str, ...] = ()) -> None:
-        """One service after the other; each ends well, but for those that are killed."""
-        for name in STOPPED:
-            child = self._children.pop(name)
-            if name in kill:
-                child.kill()
-                continue
-            child.terminate()
-            assert child.wait(WITHIN_S) == 0, f"{name} did not end well: {child.log_tail(20)}"
-
-    def stop_all_but(self, kept: str) -> None:
-        """What is left writes to its topics alone."""
-        for name in STOPPED:
-            if name != kept:
-                child = self._children.pop(name)
-                child.terminate()
-                assert child.wait(WITHIN_S) == 0, f"{name} did not end well: {child.log_tail(20)}"
-
-    def end(self) -> None:
-        for child in self._children.values():
-            child.kill()
-
-    # --- what is there ---
-
-    async def records(self, topic: Topic[Any]) -> list[Received]:
-        """All that stands on a topic."""
-        async with Stretches(self.settings) as kafka:
-            return [record async for record in kafka.whole(topic)]
-
-    async def ends(self, lease: str) -> list[tuple[Received, Lease]]:
-        """The records by which a lease ended."""
-        found = [
-            (record, parse(record.value).unverified_claims(Lease))
-            for record in await self.records(LEASE)
-            if record.key == lease and record.value
-        ]
-        return [(record, claims) for record, claims in found if claims.status in TERMINAL]
-
-    def leases(self) -> set[str]:
-        """Those that live, as the operator sees them."""
-        return {one["id"] for one in self.say("lease", "list", who="olga")["leases"]}
-
-
 @contextmanager
 def installed(version: Version, kafka: Kafka, redis: RedisServer, folder: Path) -> Iterator[Installation]:
-    made = Installation(version, kafka, redis, folder)
+    made = Installation(
+        version, folder, kafka=kafka.bootstrap, embedded_broker=kafka.embedded, redis_url=redis.url
+    )
     try:
         made.make()
         yield made
@@ -268,54 +127,9 @@ def installed(version: Version, kafka: Kafka, redis: RedisServer, folder: Path) 
         made.end()
 
 
-def organise(here: Installation) -> str:
-    """sam sponsors bot, which may read the shop's environments, and has a task. Returns the task."""
-    allow = "shop:read:env/**"
-    here.say(
-        "target",
-        "add",
-        "shop",
-        "--description",
-        "a shop",
-        "--verb",
-        "read",
-        "--backend",
-        "jwt",
-        "--new-key",
-        str(here.identity("shop")),
-        who="olga",
-    )
-    here.say(
-        "user", "add", "sam", "--name", "Sam", "--role", "sponsor", "--allow", allow,
-        "--new-key", str(here.identity("sam")), who="olga",
-    )  # fmt: skip
-    here.say(
-        "agent", "register", "bot", "--description", "a bot", "--allow", allow,
-        "--new-key", str(here.identity("bot")), who="sam",
-    )  # fmt: skip
-    assigned = here.say(
-        "task", "assign", "bot", "--purpose", "a test", "--allow", allow, "--for", "1h", who="sam"
-    )
-    task: str = assigned["task_id"]
-    return task
-
-
-def lease(here: Installation, task: str, ttl: str) -> str:
-    """A new one."""
-    answer = here.say(
-        "request",
-        "--task",
-        task,
-        "--reason",
-        "to look",
-        "--allow",
-        "shop:read:env/staging",
-        "--ttl",
-        ttl,
-        who="bot",
-    )
-    id: str = answer["lease_id"]
-    return id
+def compare(here: Installation) -> None:
+    """What the page for operators has before and after an upgrade; each command must find nothing wrong."""
+    run_page(ROOT / "docs/operators/upgrade-and-roll-back.md", here.folder, here.environment("olga"))
 
 
 async def until(holds: Callable[[], Any], what: str) -> Any:
@@ -338,13 +152,14 @@ async def test_an_upgrade_loses_nothing_and_revives_nothing(
     with installed(before, kafka, redis_server, tmp_path) as here:
         # No checkpoint comes before audit ends in good order: killed, it leaves events of which only `audit.chained`
         # tells.
-        await asyncio.to_thread(here.start, RINGFENCE_AUDIT_CHECKPOINT_S="3600")
+        await asyncio.to_thread(here.start, settings={"RINGFENCE_AUDIT_CHECKPOINT_S": "3600"})
         task = await asyncio.to_thread(organise, here)
         kept = await asyncio.to_thread(lease, here, task, "30m")
         late = await asyncio.to_thread(lease, here, task, "20m")
         revoked = await asyncio.to_thread(lease, here, task, "30m")
         here.say("revoke", "--lease", revoked, "--reason", "odd", "--yes", who="olga")
         await until(lambda: here.ends(revoked), "the end of what was revoked")
+        await asyncio.to_thread(compare, here)
         short = await asyncio.to_thread(lease, here, task, f"{SHORT_S}s")
         await until(lambda: audited(here, short), "the events of the last lease")
         killed = ("audit",) if audit_ends == "killed" else ()
@@ -360,7 +175,7 @@ async def test_an_upgrade_loses_nothing_and_revives_nothing(
         here.version, upgraded_ms = now, time.time() * 1000
         here.say("topics", "apply")  # as "Upgrade" in docs/release.md has it: a version may bring topics
         here.say("topics", "check")
-        await asyncio.to_thread(here.start, RINGFENCE_AUDIT_CHECKPOINT_S="1")
+        await asyncio.to_thread(here.start, settings={"RINGFENCE_AUDIT_CHECKPOINT_S": "1"})
         assert here.leases() >= {kept, late}
         assert revoked not in here.leases()
         ((record, end),) = await until(lambda: here.ends(short), "the end of the short lease")
@@ -371,9 +186,9 @@ async def test_an_upgrade_loses_nothing_and_revives_nothing(
         assert here.leases() == {kept, new}
         assert len(await here.ends(revoked)) == 1
         assert not await here.ends(kept)
-        here.say("rebuild", "--check")
+        await asyncio.to_thread(compare, here)
 
-        await asyncio.to_thread(here.stop_all_but, "audit")
+        await asyncio.to_thread(here.stop, *STOPPED[:-1])  # audit goes on
         await until(lambda: verified(here), "an event of every record")
         assert not await here.records(DEAD_LETTER)
         uids = [event.uid for record in await here.records(AUDIT) if (event := event_of(record.value))]

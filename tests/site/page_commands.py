@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -81,18 +81,32 @@ def blocks_of(page: Path) -> Iterator[Block]:
         )
 
 
+def section_of(page: Path, heading: str) -> list[Block]:
+    """The blocks under a heading of the second level. Raises ValueError where there is none."""
+    lines = page.read_text().splitlines()
+    first = lines.index(f"## {heading}") + 1
+    last = next((at for at, line in enumerate(lines, 1) if at > first and line.startswith("## ")), len(lines))
+    return [block for block in blocks_of(page) if first < block.line <= last]
+
+
 def page_mark(page: Path) -> str | None:
     """What a page says of all its commands that are not run here, or None."""
     found = _PAGE_MARK.search(page.read_text())
     return found[1] if found else None
 
 
-def script_of(page: Path, replaced: Mapping[str, str] | None = None, before: str = "") -> str:
+def script_of(
+    page: Path,
+    replaced: Mapping[str, str] | None = None,
+    before: str = "",
+    blocks: Iterable[Block] | None = None,
+) -> str:
     """A shell script that does what a reader of the page does. It ends at the first command that does not as it says.
 
     Args:
         replaced: texts of commands and files, such as addresses, and what the test has in their place.
         before: what the page takes for done.
+        blocks: those that are run; all of the page where None.
     """
     lines = [
         "set -o pipefail",
@@ -101,7 +115,7 @@ def script_of(page: Path, replaced: Mapping[str, str] | None = None, before: str
     ]
     if before:
         lines.append(f"set -e\n{before}set +e")
-    for block in blocks_of(page):
+    for block in blocks_of(page) if blocks is None else blocks:
         if block.not_run is not None or block.run_by is not None:
             continue
         body = block.body
@@ -141,13 +155,14 @@ def run_page(
     environment: Mapping[str, str],
     replaced: Mapping[str, str] | None = None,
     before: str = "",
+    blocks: Iterable[Block] | None = None,
 ) -> str:
     """Run a page's commands in a folder. Returns what they printed; fails the test where one does not as it says."""
     text = page.read_text()
     gone = [old for old in replaced or {} if old not in text]
     assert not gone, f"{page.relative_to(ROOT)} has no {gone}"
     done = subprocess.run(
-        ["bash", "-c", script_of(page, replaced, before)],
+        ["bash", "-c", script_of(page, replaced, before, blocks)],
         cwd=folder, env=dict(environment), capture_output=True, text=True, timeout=WITHIN_S, check=False,
         stdin=subprocess.DEVNULL,
     )  # fmt: skip

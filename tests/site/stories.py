@@ -42,6 +42,7 @@ GROUPS: dict[str, dict[str, Story]] = {
         "docs/lifecycle.md": Story(),
         "docs/audit-trail.md": Story(),
         "docs/scan.md": Story(before="mkdir -p ~/projects\n"),
+        "docs/leases-in-redis.md": Story(before="source .ringfence/dev.sh\n"),
     },
     "approvals": {
         "docs/tutorial.md": Story(

@@ -109,8 +109,11 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[TrustFolder]:
     async def publish(folder: TrustFolder, *_: object) -> None:
         folders.append(folder)
 
+    async def nothing_newer(*_: object) -> None: ...
+
     monkeypatch.setattr(init_command, "publish_trust", publish)
     monkeypatch.setattr(init_command, "publish_bundle", publish)
+    monkeypatch.setattr(init_command, "require_newest", nothing_newer)
     return folders
 
 

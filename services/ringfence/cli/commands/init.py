@@ -29,6 +29,7 @@ from ringfence.client.admin.trust_setup import (
     make_trust,
     publish_bundle,
     publish_trust,
+    require_newest,
 )
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import RingfenceError
@@ -203,6 +204,8 @@ def init(
         following = partial(_set_origins, trust, origin_change, result)
     try:
         if following is not None:
+            if publish:  # before anything is signed: a new root could not be taken back
+                run(require_newest(trust, settings))
             result.data["trust_bundle"] = following()
             _next_version(trust, settings, result, publish=publish)
         else:

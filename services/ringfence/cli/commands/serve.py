@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from ringfence.client.admin.trust_setup import BY_NAME, ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import RingfenceSettings, ServiceSettings, problems, wrong
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.service_keys import next_file
 
 if TYPE_CHECKING:
     from ringfence.kernel.base.settings import ServiceSettings
@@ -110,13 +112,24 @@ def _key_path(name: str, settings: ServiceSettings) -> str | None:
     file = settings.key_file or settings.key_dir / f"{name}.json"
     if name in BY_NAME:
         return _key_path_by_name(name, settings)
+    setting = "RINGFENCE_KEY_FILE" if settings.key_file else "RINGFENCE_KEY_DIR"
+    if not file.exists():
+        return f"{setting}: {file} is not there; {_instead_of_missing(name, file)}"
     try:
         SigningKey.load(file)
     except RingfenceError as error:
-        setting = "RINGFENCE_KEY_FILE" if settings.key_file else "RINGFENCE_KEY_DIR"
-        older = f"; where the trust is older than it: ringfence init --add-service {name} --publish"
-        return f"{setting}: {error}{older if name in ON_DEMAND and not file.exists() else ''}"
+        return f"{setting}: {error}"
     return None
+
+
+def _instead_of_missing(name: str, file: Path) -> str:
+    """What to do where a service's key file is not there."""
+    following = next_file(file)
+    if following.exists():
+        return f"its next key is in {following}: where the one before is lost, rename that file"
+    if name in ON_DEMAND:
+        return f"where the trust is older than it: ringfence init --add-service {name} --publish"
+    return f"restore it from its backup, or let the root make another: ringfence init --rotate-service {name} --publish"
 
 
 def _key_path_by_name(name: str, settings: ServiceSettings) -> str | None:

@@ -25,6 +25,7 @@ app = typer.Typer(help="Create the topics, check them, and say who may use them.
 def apply(as_json: JsonOption = False) -> None:
     """Create every topic that is not there yet, and set what `check` finds to differ on those that are.
 
+    A consumer group that has read further than a restored topic goes is set back to its end, while no service runs.
     Left to you, and named: partitions, replicas, and what is kept longer than the contract asks.
     """
     from ringfence.kernel.kafka.topics_admin import TopicsAdmin
@@ -64,7 +65,7 @@ def apply(as_json: JsonOption = False) -> None:
 
 @app.command()
 def check(as_json: JsonOption = False) -> None:
-    """Compare the topics with the contract; exit 1 if one differs."""
+    """Compare the topics with the contract, and consumer groups with the topics; exit 1 if one differs."""
     from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 
     async def work() -> list[TopicDifference]:

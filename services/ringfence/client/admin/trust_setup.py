@@ -5,6 +5,7 @@ The root's private key is needed for nothing else. Keep it off the machines that
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 from collections.abc import Sequence
@@ -374,11 +375,42 @@ async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: st
 
 
 async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
-    """Put the trust bundle on Kafka. Raises CeremonyError if there is none, UnavailableError if Kafka is not."""
+    """Put the trust bundle on Kafka.
+
+    Raises CeremonyError if there is none, or if Kafka has a newer one, which everybody follows; UnavailableError
+    if Kafka does not answer.
+    """
     from ringfence.kernel.kafka.producer import Publisher
 
     root, bundle = load_root_and_bundle(folder)
     compact, version = folder.bundle.read_text().strip(), str(bundle.version)
     async with Publisher(settings, root.id) as publisher:
         await publisher.require(TRUST)
+        await require_newest(folder, settings)
         await (await publisher.send(TRUST, version, compact, id=f"trust-{bundle.jti}", type=TrustBundle.typ))
+
+
+async def require_newest(folder: TrustFolder, settings: BusSettings) -> None:
+    """Compare the folder's bundle with the one in force on Kafka.
+
+    Raises CeremonyError where everybody follows another one, not older: the folder was restored from an old copy,
+    or is not the only one. The newest is then written beside. Raises UnavailableError where Kafka does not answer.
+    """
+    from ringfence.kernel.crypto.trust_store import TrustStore
+    from ringfence.kernel.kafka.range_reader import Stretches
+
+    _, bundle = load_root_and_bundle(folder)
+    found = TrustStore(bundle.aud, folder.fingerprint())
+    async with Stretches(settings) as kafka:
+        async for record in kafka.whole(TRUST):
+            with contextlib.suppress(InvalidMessageError):
+                found.load(record.value, time.time())
+    newest = found.compact.decode()
+    if found.version is None or found.version < bundle.version or newest == folder.bundle.read_text().strip():
+        return
+    beside = folder.bundle.with_stem(f"{folder.bundle.stem}-{found.version}")
+    write_private(beside, f"{newest}\n")
+    raise CeremonyError(
+        f"everybody follows trust bundle {found.version} on Kafka; {folder.bundle} is bundle {bundle.version}, made "
+        f"without it. The newest is in {beside} now: put it in the place of that file, and sign the change again"
+    )

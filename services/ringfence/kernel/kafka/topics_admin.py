@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import CommitFailedError, KafkaError, TopicAlreadyExistsError, for_code
 from aiokafka.protocol.admin import CreateAclsRequest
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.metadata import MetadataRequest
@@ -37,6 +39,9 @@ _SEEN_WITHIN_S, _LOOK_EVERY_S = 30.0, 0.05
 """Kafka's brokers learn of a change a moment after its controller acknowledged it, and callers may ask a broker
 next."""
 
+_LEFT_WITHIN_S, _TRY_EVERY_S = 30.0, 0.5
+"""Three times as long as a member of a group may be silent."""
+
 _TOPIC = "topic"
 """The difference for a topic that does not exist."""
 _NO_END = -1
@@ -61,6 +66,21 @@ class TopicDifference:
     what: str
     expected: str
     found: str
+
+
+@dataclass(frozen=True, slots=True)
+class _GroupAhead:
+    """A consumer group that has read further than a partition goes."""
+
+    group: str
+    at: TopicPartition
+    offset: int
+    end: int
+
+    @property
+    def difference(self) -> TopicDifference:
+        what = f"the offset of {self.group} in partition {self.at.partition}"
+        return TopicDifference(self.at.topic, what, str(self.end), str(self.offset))
 
 
 def _removes_more(difference: TopicDifference) -> bool:
@@ -152,14 +172,15 @@ class TopicsAdmin:
         return {one["topic"] for one in answer.to_object()["topics"]}
 
     async def set_right(self) -> tuple[list[TopicDifference], list[TopicDifference]]:
-        """Set what `apply` sets at creation on topics that are there. Returns what was set, and what was left:
-        partitions and replicas, which nobody changes by the way, and what keeps records longer than the contract asks.
+        """Set what `apply` sets at creation on topics that are there, and consumer groups that are ahead of them back
+        to their ends. Returns what was set, and what was left: partitions and replicas, which nobody changes by the
+        way, and what keeps records longer than the contract asks.
 
         Raises TopicError.
         """
         right, left = list[TopicDifference](), list[TopicDifference]()
         settings = {name for topic in ALL for name in topic.configs()}
-        for difference in await self.check():
+        for difference in await self._check_topics():
             if difference.what == _TOPIC:
                 continue
             may = difference.what in settings and not _removes_more(difference)
@@ -173,6 +194,11 @@ class TopicsAdmin:
                         f"the broker refused to set {', '.join(wanted)} of topic {name}: {for_code(code).__name__} "
                         f"{message or ''}; whoever asks needs AlterConfigs on it"
                     )
+
+        ahead = await self._groups_ahead()
+        for group, some in groupby(ahead, key=lambda one: one.group):
+            await self._set_back(group, {one.at: one.end for one in some})
+        right += [one.difference for one in ahead]
 
         async def unchanged() -> list[str]:
             wrong = {(one.topic, one.what) for one in await self.check()}
@@ -206,7 +232,64 @@ class TopicsAdmin:
         return count
 
     async def check(self) -> list[TopicDifference]:
-        """Compare the broker's topics with the contract. Empty where all is as it should be."""
+        """Compare the broker's topics with the contract, and the offsets of consumer groups with the ends of topics.
+
+        Empty where all is as it should be.
+        """
+        return [*await self._check_topics(), *(one.difference for one in await self._groups_ahead())]
+
+    async def _groups_ahead(self) -> list[_GroupAhead]:
+        """Our consumer groups that have read further than a partition goes: Kafka was restored, and the parts of its
+        backup are not of one moment. Such a group would skip the next records, and nobody would notice.
+
+        Groups that whoever asks may not see are left out.
+        """
+        prefix = f"{self._settings.topic_prefix}."
+        names = {topic.name(self._settings.topic_prefix) for topic in ALL} & set(
+            await self._client.list_topics()
+        )
+        committed: list[tuple[str, TopicPartition, int]] = []
+        for group, *_ in await self._client.list_consumer_groups():
+            if group.startswith(prefix):
+                offsets = await self._client.list_consumer_group_offsets(group)
+                committed += [(group, at, one.offset) for at, one in offsets.items() if at.topic in names]
+        if not committed:
+            return []
+        # Read after the offsets: a group that is at work is never ahead.
+        consumer = AIOKafkaConsumer(**connection(self._settings))
+        try:
+            await consumer.start()
+            ends = await consumer.end_offsets(list({at for _, at, _ in committed}))
+        finally:
+            await consumer.stop()
+        return [
+            _GroupAhead(group, at, offset, ends[at]) for group, at, offset in committed if offset > ends[at]
+        ]
+
+    async def _set_back(self, group: str, ends: Mapping[TopicPartition, int]) -> None:
+        """Commit these offsets for a group without members. Raises TopicError."""
+        consumer = AIOKafkaConsumer(**connection(self._settings), group_id=group, enable_auto_commit=False)
+        try:
+            await consumer.start()
+            consumer.assign(list(ends))
+            async with asyncio.timeout(_LEFT_WITHIN_S):
+                while True:
+                    try:
+                        await consumer.commit(ends)
+                        return
+                    except CommitFailedError:
+                        # Members that died with the former broker count until their sessions are over.
+                        await asyncio.sleep(_TRY_EVERY_S)
+        except TimeoutError:
+            raise TopicError(
+                f"{group} has read further than its topics go, and has members: stop all services, then run this again"
+            ) from None
+        except KafkaError as error:
+            raise TopicError(f"the broker refused to set {group} back: {type(error).__name__}") from None
+        finally:
+            await consumer.stop()
+
+    async def _check_topics(self) -> list[TopicDifference]:
         found: list[TopicDifference] = []
         names = {topic.name(self._settings.topic_prefix): topic for topic in ALL}
         present = set(await self._client.list_topics())
