@@ -133,13 +133,15 @@ async def test_every_documented_operation_answers_as_described(
         await _posts(calls)
         await _refusals(calls, waiting, olga)
     unseen = {f"{operation} {status}" for operation, status in calls.document.answers() - calls.document.seen}
-    assert {one for one in unseen if not one.endswith(" 503")} == NOT_HERE.get(service, set())
+    assert {one for one in unseen if not one.endswith(" 503")} - SOMETIMES == NOT_HERE.get(service, set())
 
 
 def _for_each(operations: Iterable[str], *statuses: int) -> set[str]:
     return {f"{operation} {status}" for operation in operations for status in statuses}
 
 
+SOMETIMES = {"GET /v1/events/{uid}/proof 400"}
+"""Only while no checkpoint covers the event."""
 NOT_HERE: dict[ServiceRole, set[str]] = {
     "registry": {*_for_each(CONSOLES, 200), "GET /v1/passkeys/{credential_id} 404", "POST /v1/enrol 200"},
     "policy": {
