@@ -134,7 +134,9 @@ def _settings() -> Iterator[tuple[str, str]]:
         prefix = str(cls.model_config.get("env_prefix") or "")
         for name, info in cls.model_fields.items():
             default = (
-                "required" if info.is_required() else _shown(info.get_default(call_default_factory=True))
+                "required"
+                if info.is_required()
+                else shown_default(info.get_default(call_default_factory=True))
             )
             found[f"{prefix}{name}".upper()][default] |= roles
     for name in known_settings():
@@ -307,7 +309,7 @@ def _members(cls: type) -> Names:
             for name, info in one.model_fields.items():
                 required = info.is_required()
                 found[name] = (
-                    f"field{'' if required else f' = {_shown(info.get_default(call_default_factory=True))}'}"
+                    f"field{'' if required else f' = {shown_default(info.get_default(call_default_factory=True))}'}"
                 )
     return {
         name: details
@@ -327,7 +329,7 @@ def _member(value: Any) -> str:
         )
     if inspect.isfunction(value):
         return f"{_asynchronous(value)}method{signature(value, bound=True)}"
-    shown = "..." if inspect.isdatadescriptor(value) or callable(value) else _shown(value)
+    shown = "..." if inspect.isdatadescriptor(value) or callable(value) else shown_default(value)
     return "attribute" if shown == "..." else f"attribute = {shown}"
 
 
@@ -357,7 +359,7 @@ class _Default:
         self._value = value
 
     def __repr__(self) -> str:
-        return _shown(self._value)
+        return shown_default(self._value)
 
 
 def signature(function: Any, *, bound: bool = False) -> str:
@@ -373,7 +375,7 @@ def signature(function: Any, *, bound: bool = False) -> str:
     return str(inspect.Signature(parameters[1:] if bound else parameters))
 
 
-def _shown(value: Any) -> str:
+def shown_default(value: Any) -> str:
     """A default. `...` stands for an object, whose class may be anything."""
     match value:
         case enum.Enum():
@@ -383,12 +385,16 @@ def _shown(value: Any) -> str:
         case None | bool() | int() | float() | str() | bytes():
             return repr(value)
         case tuple() | list():
-            shown = [_shown(one) for one in value]
+            shown = [shown_default(one) for one in value]
             return f"({', '.join(shown)})" if isinstance(value, tuple) else f"[{', '.join(shown)}]"
         case Mapping():
-            return "{" + ", ".join(f"{_shown(key)}: {_shown(one)}" for key, one in value.items()) + "}"
+            return (
+                "{"
+                + ", ".join(f"{shown_default(key)}: {shown_default(one)}" for key, one in value.items())
+                + "}"
+            )
         case set() | frozenset():
-            return "{" + ", ".join(sorted(_shown(one) for one in value)) + "}"
+            return "{" + ", ".join(sorted(shown_default(one) for one in value)) + "}"
         case _:
             return "..."
 
@@ -427,7 +433,7 @@ def _options(path: str, command: Any) -> Iterator[tuple[str, str]]:
         takes = "flag" if one.is_flag else f"{value}{f' of {choices}' if choices else ''}"
         more = [word for word, said in (("required", one.required), ("repeatable", one.multiple)) if said]
         if one.default is not None and one.default != () and not callable(one.default):
-            more.append(f"default {_shown(one.default)}")
+            more.append(f"default {shown_default(one.default)}")
         yield f"{path} {'/'.join([*one.opts, *one.secondary_opts])}", "; ".join([takes, *more])
 
 

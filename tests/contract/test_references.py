@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import inspect
 import json
 import re
 import subprocess
@@ -12,11 +14,16 @@ from typing import Any
 import jsonschema
 import pytest
 from openapi_spec_validator import validate
+from pydantic import BaseModel
 
+import ringfence
+import ringfence.testing
+from ringfence.backends import Backend
 from tests.support.audit_fixtures import AuditFixtures
 from tests.support.audit_records import every_record
 from tools.public_names import SNAPSHOT, read
 from tools.references.error_codes import sentences
+from tools.references.sdk import constructor_docstring
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/reference"
@@ -173,3 +180,53 @@ def test_every_query_parameter_that_is_read_is_described(service: str) -> None:
     assert read_names - described == set()
     if service in ("policy", "audit"):
         assert {"limit", "after", "agent"} <= read_names, "the pattern finds what is read"
+
+
+def _undescribed(where: str, function: Any, docstrings: str) -> list[str]:
+    """The parameters of a function that its docstring, or one that it refers to, does not name."""
+    names = [
+        name
+        for name in inspect.signature(function).parameters
+        if name not in ("self", "cls", "args", "kwargs")
+    ]
+    return [
+        f"{where}: {name}"
+        for name in names
+        if not name.startswith("_") and not re.search(rf"(?<![a-z_]){name}(?![a-z_])", docstrings)
+    ]
+
+
+def _described_in(cls: type, name: str) -> str:
+    """The docstrings of a method: its own and its class's, those that it overrides, and what they refer to."""
+    bases = [one for one in cls.__mro__ if one.__module__.startswith("ringfence")]
+    own = [inspect.getdoc(vars(one)[name]) or "" for one in bases if name in vars(one)]
+    text = "\n".join([*own, *(inspect.getdoc(one) or "" for one in bases), inspect.getdoc(Backend) or ""])
+    for owner, other in re.findall(r"(?:[Ll]ike|[Ss]ee|[Aa]s|as of) `(?:(\w+)\.)?(\w+)`", "\n".join(own)):
+        target = getattr(ringfence, owner, cls) if owner else cls
+        text += "\n" + (inspect.getdoc(getattr(target, other, None)) or "")
+    return text
+
+
+@pytest.mark.parametrize("module", [ringfence, ringfence.testing], ids=lambda one: one.__name__)
+def test_every_parameter_of_the_sdk_is_described(module: Any) -> None:
+    missing: list[str] = []
+    for name in module.__all__:
+        value = getattr(module, name)
+        if inspect.isfunction(value):
+            missing += _undescribed(name, value, inspect.getdoc(value) or "")
+        if not inspect.isclass(value) or issubclass(value, BaseModel | enum.Enum | Exception):
+            continue
+        for member in (one for one in dir(value) if not one.startswith("_")):
+            function = inspect.unwrap(getattr(value, member))
+            if inspect.isroutine(function):
+                missing += _undescribed(f"{name}.{member}", function, _described_in(value, member))
+        if constructor_docstring(value):
+            text = f"{inspect.getdoc(value)}\n{inspect.getdoc(value.__init__)}"
+            missing += _undescribed(f"{name}()", value.__init__, text)
+    assert not missing, "\n".join(missing)
+
+
+def test_a_parameter_without_description_would_be_found() -> None:
+    def call(agent_id: str, ttl_s: int) -> None: ...
+
+    assert _undescribed("call", call, "Call `agent_id` for `other_ttl_s`.") == ["call: ttl_s"]

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 import ringfence
 from ringfence.kernel.base.errors import RingfenceError
-from tools.public_names import adapters, sdk_errors, signature
+from tools.public_names import adapters, sdk_errors, shown_default
 
 _HEAD = """\
 # The Python SDK
@@ -31,7 +31,8 @@ Everything here is part of the [contract](../release.md#contracts). A name that 
 - [Test your agent](../testing-agents.md) has the SDK in memory.
 - [Adapters](../integrations.md) are for HTTP clients and database drivers.
 
-`await` before a name marks what is awaited, `async for` what is iterated, `async with` what is entered.
+`await` before a name marks what is awaited, `async for` what is iterated, `async with` what is entered. After a name come its parameters with
+types and defaults, and what it returns. A name that ends in `_s` is in seconds, `_ms` in milliseconds. `_at` and `not_after` are seconds since 1970.
 """
 _SECTIONS = (
     ("`ringfence`", "The SDK: `from ringfence import Agent`.", "ringfence"),
@@ -87,8 +88,9 @@ def _public(name: str, value: Any) -> Iterator[str]:
     yield f"### `{name}`\n"
     if inspect.isclass(value):
         if not (issubclass(value, BaseModel | enum.Enum) or getattr(value, "_is_protocol", False)):
-            yield f"`{name}{signature(value)}`\n"
+            yield f"`{name}{_typed(value)}`\n"
         yield _docstring(value)
+        yield constructor_docstring(value)
         yield from _members(value)
     elif inspect.isfunction(value):
         yield f"`{_call(name, value)}`\n"
@@ -103,6 +105,13 @@ def _public(name: str, value: Any) -> Iterator[str]:
         )
     else:
         yield f"`{value!r}`\n"
+
+
+def constructor_docstring(cls: type) -> str:
+    """What the constructor says, where it has a docstring of its own; empty for those that only say to call `connect`."""
+    text = (vars(cls).get("__init__") or object).__doc__ or ""
+    own = inspect.isfunction(vars(cls).get("__init__")) and not text.startswith("Use `connect`")
+    return _markdown(inspect.cleandoc(text)) if own and text else ""
 
 
 def _members(cls: type) -> Iterator[str]:
@@ -147,7 +156,45 @@ def _call(name: str, function: Any, *, bound: bool = False) -> str:
             if wrapped and inspect.isgeneratorfunction(inner)
             else ""
         )
-    return f"{word}{name}{signature(function, bound=bound)}"
+    return f"{word}{name}{_typed(function, bound=bound)}"
+
+
+class _Annotation:
+    """An annotation as it stands in the code."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return self._text
+
+
+def _typed(function: Any, *, bound: bool = False) -> str:
+    """The signature with types, and defaults as `tools.public_names` shows them. `bound`: without the first parameter."""
+    found = inspect.signature(function)
+    parameters = list(found.parameters.values())[1 if bound else 0 :]
+    shown = [
+        one.replace(
+            annotation=one.empty if one.annotation is one.empty else _Annotation(_type_text(one.annotation)),
+            default=one.default if one.default is one.empty else _Annotation(shown_default(one.default)),
+        )
+        for one in parameters
+    ]
+    returned = "" if inspect.isclass(function) else _type_text(found.return_annotation)
+    arrow = "" if returned in ("", "None", "Self") else f" -> {returned}"
+    return f"{inspect.Signature(shown)}{arrow}"
+
+
+def _type_text(annotation: Any) -> str:
+    if annotation is inspect.Signature.empty or annotation is None:
+        return ""
+    if isinstance(annotation, str):
+        return annotation
+    return (
+        annotation.__name__
+        if inspect.isclass(annotation)
+        else re.sub(r"\b(?:\w+\.)+(?=\w)", "", str(annotation))
+    )
 
 
 def _docstring(value: Any) -> str:
@@ -157,7 +204,7 @@ def _docstring(value: Any) -> str:
     return _markdown(inspect.cleandoc(text))
 
 
-_HEADER = re.compile(r"^(Args|Attributes|Raises|Returns|Yields):\s*$", re.MULTILINE)
+_HEADER = re.compile(r"^(Args|Attributes|Common parameters|Raises|Returns|Yields):\s*$", re.MULTILINE)
 _ARGUMENT = re.compile(r"^ {4}(\*{0,2}[\w`., ]+): ", re.MULTILINE)
 
 

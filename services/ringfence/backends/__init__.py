@@ -54,7 +54,13 @@ secret.
 
 
 class Backend(Protocol):
-    """The interface of a backend, for one kind of credential. Other packages may implement it."""
+    """The interface of a backend, for one kind of credential. Other packages may implement it.
+
+    Common parameters:
+        lease: the lease that a credential is for: its scope, its deadline, who holds it.
+        target: the verified record of the target, with the settings of this backend.
+        lease_id, target_id: their ids.
+    """
 
     kind: ClassVar[str]
     """The `backend.kind` of targets, and the `kind` of credentials."""
@@ -126,7 +132,7 @@ Material = BackendContext  # its name in 0.1, which backends of others import
 
 
 def built_in(material: BackendContext) -> dict[str, Backend]:
-    """The backends that come with Ringfence, by kind."""
+    """The backends that come with Ringfence, by kind. `material`: what they are made from."""
     backends: tuple[Backend, ...] = (
         HttpBackend(),
         JwtBackend(material.trust_domain, material.issuer_url, material.token_keys),

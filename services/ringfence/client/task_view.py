@@ -40,7 +40,7 @@ class TaskView:
 
     @classmethod
     def of_state(cls, task: TaskState, now_s: float) -> Self:
-        """The view of a verified record."""
+        """The view of a verified record, at the time `now_s` (seconds since 1970)."""
         status: Literal["active", "ended"] = "ended" if task.not_after <= now_s else task.status
         return cls(
             task.task_id,
@@ -55,7 +55,7 @@ class TaskView:
 
     @classmethod
     def of_answer(cls, answer: Any) -> Self:
-        """Parse a gateway's answer. It is unsigned. Raises UnavailableError if it is not a task view."""
+        """Parse `answer`, the JSON of a gateway. It is unsigned. Raises UnavailableError if it is not a task view."""
         try:
             return cls(
                 str(answer["task_id"]),

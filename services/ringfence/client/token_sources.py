@@ -62,7 +62,7 @@ class TokenFile:
     path: Path
 
     async def token(self, bound_audience: str) -> str:
-        """Read the token in the file. Raises TokenSourceError."""
+        """Read the token in the file. `bound_audience` is not used. Raises TokenSourceError."""
         try:
             text = await asyncio.to_thread(self.path.read_text)
         except (OSError, UnicodeDecodeError) as error:
@@ -78,7 +78,10 @@ class GitHubActions:
     environ: Mapping[str, str] = field(default_factory=lambda: os.environ, repr=False)
 
     async def token(self, bound_audience: str) -> str:
-        """Request a token of this job that is bound to one key by its audience. Raises TokenSourceError."""
+        """Request a token of this job, with the audience `bound_audience`: so it is bound to one key.
+
+        Raises TokenSourceError.
+        """
         url, secret = (self.environ.get(f"ACTIONS_ID_TOKEN_REQUEST_{name}") for name in ("URL", "TOKEN"))
         if not url or not secret:
             raise TokenSourceError(
@@ -101,7 +104,10 @@ class GoogleMetadata:
     url: str = _GOOGLE
 
     async def token(self, bound_audience: str) -> str:
-        """Request a token of this machine that is bound to one key by its audience. Raises TokenSourceError."""
+        """Request a token of this machine, with the audience `bound_audience`: so it is bound to one key.
+
+        Raises TokenSourceError.
+        """
         answer = await _get(
             f"{self.url}/computeMetadata/v1/instance/service-accounts/default/identity",
             {"audience": bound_audience, "format": "full"},

@@ -104,6 +104,12 @@ class InMemoryRingfence:
 
     Unless the test says otherwise, the ceiling of an agent and the entitlements of a user grow with the tasks that are
     made for them, so that the task's scope alone is the limit.
+
+    Common parameters:
+        user_id, target_id, agent_id: an id. Whoever is not known yet is made.
+        comment, reason, purpose: text for people.
+        by: the user who answers or acts.
+        within_s: how many seconds to wait, of real time.
     """
 
     def __init__(self, *, policy: Path | str | None = None) -> None:
@@ -173,6 +179,8 @@ class InMemoryRingfence:
             verbs: the verbs; as a mapping, with the approval that each needs at least ("none", "sponsor",
                 "second_person" or "operator").
             kind: of its credentials. Tokens ("jwt") are real; of all other kinds `credential` is what agents get.
+            max_ttl_s: how long a credential may live at the most, in seconds.
+            requests: the map from HTTP requests to verbs, for a gateway.
             audience: the `aud` of its tokens; None takes its SPIFFE ID.
             dpop: tokens are bound to the agent's key (RFC 9449).
             settings: further fields of the backend's settings, e.g. `sslmode` of a PostgreSQL server.
@@ -249,6 +257,11 @@ class InMemoryRingfence:
     ) -> str:
         """Assign a task to an agent, by its sponsor and with the user's consent. Returns the task's id.
 
+        Args:
+            scope: the most that the task allows: permissions at targets that are set up.
+            on_behalf_of: the user whose rights it uses.
+            ends_in_s: its end, in seconds from now.
+
         Raises InvalidCallError, ScopeError; RefusedError by the registry.
         """
         scope = permissions("scope", scope)
@@ -279,7 +292,10 @@ class InMemoryRingfence:
         )
 
     def key(self, whose: str) -> SigningKey:
-        """The private key of somebody: "user/sam", "agent/deploy-bot", "target/staging". The same each time."""
+        """The private key of somebody, the same each time.
+
+        `whose`: such as "user/sam", "agent/deploy-bot", "target/staging".
+        """
         if whose not in self._keys:
             self._keys[whose] = SigningKey.generate(f"spiffe://{TRUST_DOMAIN}/{whose}")
         return self._keys[whose]
@@ -338,7 +354,10 @@ class InMemoryRingfence:
         return await self._answer(request, "denied", by, comment, within_s)
 
     def answer_all(self, verdict: Verdict | None, *, comment: str | None = None) -> None:
-        """Answer each request that comes to wait from now on, at once; None leaves them to wait again."""
+        """Answer each request that comes to wait from now on, at once.
+
+        `verdict`: `approved` or `denied`; None leaves requests to wait again.
+        """
         self._verdict = None if verdict is None else (verdict, comment)
 
     async def revoke(
@@ -353,6 +372,8 @@ class InMemoryRingfence:
         reason: str = "revoked by a test",
     ) -> int:
         """End what one condition covers, as an operator (the kill switch). Returns how many leases were ended.
+
+        Give one of `lease`, `agent`, `task`, `target` and `user` (an id), or `everything`.
 
         Raises InvalidCallError if not exactly one condition is given; RefusedError by the revoker.
         """
@@ -370,7 +391,9 @@ class InMemoryRingfence:
     # --- time ---
 
     async def advance(self, seconds: float) -> None:
-        """Move the clock forward: leases end, tasks end, and questions that nobody answered are denied."""
+        """Move the clock forward by so many `seconds`: leases and tasks end, and questions that nobody answered are
+        denied.
+        """
         self.clock.advance(seconds)
         await self._bus.settle()
         await self._services.end_due_leases()
@@ -379,7 +402,10 @@ class InMemoryRingfence:
     # --- what there is ---
 
     def leases(self, *, agent: str | None = None) -> list[Lease]:
-        """The latest record of each lease, the oldest lease first; `status` says what became of it."""
+        """The latest record of each lease, the oldest lease first; `status` says what became of it.
+
+        `agent`: only of this agent.
+        """
         return [one for one in self._services.store.latest() if agent in (None, one.agent_id)]
 
     # --- resource servers ---
@@ -403,7 +429,8 @@ class InMemoryRingfence:
     ) -> TokenVerifier:
         """The verifier of a resource server that has this target's key; see `ringfence.TokenVerifier`.
 
-        `introspect`: ask about each token, so that it is refused as soon as its lease is cut.
+        `introspect`: ask about each token, so that it is refused as soon as its lease is cut. `require_proof` and
+        `nonces`: as of `TokenVerifier`. Raises InvalidCallError where there is no such target.
         """
         entry = self._services.directory.target(target_id)
         if entry is None:

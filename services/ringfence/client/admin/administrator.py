@@ -103,6 +103,21 @@ class Administrator(CommandClient):
         await maria.register_agent("deploy-bot", description="deploys", keys=[bot_key], ceiling=ceiling)
         task_id = await maria.assign_task("deploy-bot", purpose="release 41", scope=scope, ends_in_s=3600)
     ```
+
+    Common parameters:
+        user_id, agent_id, target_id, task_id, provisioner_id: an id, without the trust domain.
+        name, description, purpose: text for people.
+        reason: why, in a sentence. It stands in the audit trail.
+        keys: public keys, or signing keys, of which only the public half is sent. A key without an end is valid for a
+            year. Keys that are not listed end.
+        ceiling, scope: permissions, each with a target, verbs and resources (globs).
+        ends_in_s, not_after: the end of a task: seconds from now, or seconds since 1970. Give one of them.
+        terms: what `terms` returned.
+        on_behalf_of: the user whose rights the task uses; None: whoever signs.
+        timeout_s: how long to wait for each answer, in seconds.
+
+    Each command raises RefusedError with the reasons of the service, NotAnsweredError after `timeout_s`,
+    InvalidCallError or ScopeError where nothing was sent, and UnavailableError where Kafka did not take it.
     """
 
     @property
@@ -131,6 +146,7 @@ class Administrator(CommandClient):
         """Create or replace a user. Keys that are not listed end now.
 
         Args:
+            roles: of `sponsor`, `operator` and `auditor`.
             entitlements: what the human may do; `source`: where that is known from; `as_of`: since when, in seconds
                 since 1970 (None: now).
             provisioned: keeps a provisioned user with their provisioner; None takes them over.
@@ -188,7 +204,7 @@ class Administrator(CommandClient):
     async def end_user_key(
         self, user_id: str, kid: str, *, reason: str, compromised: bool = False
     ) -> Accepted:
-        """End one key of a user, as that user or as an operator. What it signed stays valid.
+        """End the key `kid` of a user, as that user or as an operator. What it signed stays valid.
 
         `compromised`: it may be in other hands; the keys that the user added with it end as well, and it never comes
         back.
@@ -206,7 +222,10 @@ class Administrator(CommandClient):
     async def set_provisioner(
         self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
     ) -> Accepted:
-        """Create or replace a provisioner: a key that sets users within the groups delegated to it."""
+        """Create or replace a provisioner: a key that sets users within the groups delegated to it.
+
+        `delegation`: the groups, and what each may give its members.
+        """
         with checked("the provisioner"):
             command = ProvisionerSet(
                 **self.connection.stamp(COMMAND_LIFE_S),
@@ -251,7 +270,10 @@ class Administrator(CommandClient):
         return await self._command(command, agent_id)
 
     async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
-        """Replace the selectors of instances that may enrol a key. Instances that match none get nothing new."""
+        """Replace the selectors (`attestation`) of instances that may enrol a key.
+
+        Instances that match none get nothing new.
+        """
         attestation = _selectors(attestation)
         with checked("the selectors"):
             command = AgentSetAttestation(
@@ -386,6 +408,9 @@ class Administrator(CommandClient):
     ) -> Accepted:
         """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
 
+        `max_ttl_s`: how long a credential may live at the most, in seconds. `requests`: the map from requests to verbs,
+        for a gateway.
+
         `anyway`: accept a backend of another package that is not installed here.
 
         Raises RequestMapError if a rule of `requests` is invalid, InvalidCallError if the backend is unknown or
@@ -428,7 +453,7 @@ class Administrator(CommandClient):
         ends_in_s: int | None = None,
         not_after: int | None = None,
     ) -> TaskTerms:
-        """Build the terms of a task.
+        """Build the terms of a task. Nothing is sent. Raises InvalidCallError where they cannot be.
 
         Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970).
         """
@@ -472,7 +497,10 @@ class Administrator(CommandClient):
         return sign(self._task_consent(terms, life_s), self.connection.key)
 
     async def consent_to_task(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
-        """As `sign_consent`, also by a passkey: then for ten minutes at most."""
+        """As `sign_consent`, also by a passkey: then for ten minutes at most.
+
+        `life_s`: for how many seconds it counts.
+        """
         return (await self.connection.sign(self._task_consent(terms, life_s))).compact
 
     def _task_consent(self, terms: TaskTerms, life_s: int) -> TaskConsent:
@@ -553,8 +581,13 @@ class Administrator(CommandClient):
     ) -> Accepted:
         """Revoke one lease, or all that one condition covers: give exactly one, or `all`.
 
-        `lease_id` may come with the `agent_id` of who holds it. `user_id` is the user on whose behalf. A condition
-        covers every lease whose request was made before.
+        Args:
+            lease_id: one lease; it may come with the `agent_id` of who holds it.
+            agent_id, task_id, sponsor, target_id: all leases of it.
+            user_id: all leases on behalf of this user.
+
+        A condition covers every lease whose request was made before. Raises InvalidCallError unless exactly one is
+        given.
         """
         selector = None
         with checked("the revocation"):
@@ -611,10 +644,11 @@ class Administrator(CommandClient):
 
         Args:
             command: the program, and its arguments.
-            ttl_s: how long the run may take.
+            ttl_s: how long the run may take, in seconds.
+            limits: the most processor, memory and processes; None: what the pool has as its own.
             mounts: folders, by the names that the pool has for them.
             image: the digest of a container image; None: the pool's default.
-            valid_s: how long the order may wait.
+            valid_s: how long the order may wait, in seconds.
             labels: labels that the pool must have. `ReadApi.pools` finds such a pool.
 
         Raises RefusedError if, by the current records, no runner would accept it.
@@ -654,7 +688,7 @@ class Administrator(CommandClient):
         task_id: str | None = None,
         ordered_by: str | None = None,
     ) -> None:
-        """Order the end of a run, or of an order that waits. Returns once Kafka has it; the runner decides.
+        """Order the end of a run (`run_id`), or of an order that waits. Returns once Kafka has it; the runner decides.
 
         `agent_id`, `task_id`, `ordered_by`: of the run, if they are known. Then RefusedError is raised if the caller
         may not stop it, by the records as they are now.

@@ -140,6 +140,7 @@ class Agent(Lifetime):
             attest: where the platform's identity token comes from, instead of a key: a `TokenSource`, or `file:PATH`,
                 `github` or `gcp`. None takes `RINGFENCE_ATTEST` where no key is given.
             agent_id: with `attest`, the agent that this process is an instance of; None takes `RINGFENCE_AGENT`.
+            clock: the time; None takes the clock of this machine.
 
         Raises:
             SettingsError, IdentityError, KeyFileError, InvalidCallError; on entering, UnavailableError, and with
@@ -252,7 +253,10 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> IssuedCredential:
-        """Like `request`, with several permissions at one target: different verbs on different resources."""
+        """Like `request`, with several permissions at one target: different verbs on different resources.
+
+        `scope`: the permissions, in place of target, verbs and resources.
+        """
         scope = permissions("scope", scope)
         await self.connection.renew()
         facts = {"agent_id": self.id, "task_id": task}
@@ -344,7 +348,7 @@ class Agent(Lifetime):
         break_glass: bool = False,
         delivery: Delivery = "agent",
     ) -> AsyncIterator[IssuedCredential]:
-        """`request` as a context manager.
+        """Like `request`, as a context manager.
 
         The credential is wiped and released at the end of the block, also after an error.
         """
@@ -369,8 +373,9 @@ class Agent(Lifetime):
 
         Args:
             credential: what `request` returned, or its lease id.
-            timeout_s: how long to wait for the revoker's signed answer. None returns once Kafka holds the release,
-                which is durable then.
+            reason: why, in a sentence. It stands in the audit trail.
+            timeout_s: how many seconds to wait for the revoker's signed answer. None returns once Kafka holds the
+                release, which is durable then.
 
         Raises:
             RefusedError, NotAnsweredError: from the revoker, where its answer is waited for.
@@ -401,7 +406,7 @@ class Agent(Lifetime):
             )
 
     async def task(self, task: str) -> TaskView:
-        """Look at one of this agent's own tasks: what it allows, until when, and its leases at the gateway.
+        """Look at one of this agent's own tasks (by its id): what it allows, until when, and its leases at the gateway.
 
         With `RINGFENCE_DOOR` the gateway answers. Otherwise the record is read from Kafka and verified; the agent's
         Kafka user needs Read on the topics of records then.
@@ -458,6 +463,11 @@ class Agent(Lifetime):
         self, task: str, *, reason: str, timeout_s: float = COMMAND_TIMEOUT_S
     ) -> Accepted:
         """End a task that this agent delegated, or one delegated further from it. The leases held under it end.
+
+        Args:
+            task: the id of the delegated task.
+            reason: why, in a sentence. It stands in the audit trail.
+            timeout_s: how many seconds to wait for the registry's signed answer.
 
         Raises as `delegate` does.
         """

@@ -51,6 +51,11 @@ class Grantor(CommandClient):
         accepted = await sam.give(proposal)
         await sam.withdraw(accepted.result, reason="the release is off")
     ```
+
+    Common parameters:
+        task_id, grant_id: an id.
+        comment, reason: text for people and the audit trail.
+        timeout_s: how long to wait for each answer, in seconds.
     """
 
     def __init__(self, connection: Connection, *, timeout_s: float = TIMEOUT_S) -> None:
@@ -78,6 +83,7 @@ class Grantor(CommandClient):
 
         Args:
             scope: what each credential may allow, all at one target.
+            delivery: to whom each credential goes: `agent` or `gateway`.
             count: the number of credentials.
             lasts_s: for how many seconds from now, but never past the end of the task.
             ttl_s: how long each credential may live, in seconds; None takes the target's maximum.
@@ -135,7 +141,7 @@ class Grantor(CommandClient):
         )
 
     async def give(self, proposal: Proposal) -> Accepted:
-        """Sign and send a proposed grant. The `result` of the returned answer is the grant's id.
+        """Sign and send `proposal`, which `propose` returned. The `result` of the returned answer is the grant's id.
 
         Raises RefusedError with policy's reasons, NotAnsweredError; StaleApprovalError if records changed since.
         """

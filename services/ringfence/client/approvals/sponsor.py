@@ -72,6 +72,12 @@ class Sponsor(Lifetime):
             print(pending.agent, pending.purpose, pending.scope)
             await maria.approve(pending)
     ```
+
+    Common parameters:
+        pending, group: what `pending`, `watch`, `groups` or `actions` gave.
+        request_id: an id, or four of its first characters or more.
+        comment: text for the agent and the audit trail.
+        everyone: also what waits for others and this person may see.
     """
 
     def __init__(self, connection: Connection) -> None:

@@ -63,6 +63,8 @@ class TokenGuard:
         needs: Callable[[Scope], tuple[str, str] | Needs | None] = any_token,
     ) -> None:
         """Args:
+            app: the ASGI application that gets the requests that pass.
+            verifier: checks the tokens.
             base_url: the URL prefix that agents use. A DPoP proof is for one URL, and a sender can write anything into
                 the Host header.
             needs: returns the verb and the resource that a request needs, from its scope. None or a LookupError if it

@@ -38,8 +38,8 @@ class ProofMemory(Protocol):
     async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
         """Store `id` until `until_s`. Returns False if it is stored already: a replay.
 
-        `key` is the thumbprint of the proof's key; times are in seconds since 1970. Raises UnavailableError if it
-        cannot tell.
+        `key` is the thumbprint of the proof's key; `until_s` and `now_s` are in seconds since 1970. Raises
+        UnavailableError if it cannot tell.
         """
         ...
 
@@ -79,7 +79,7 @@ class Nonces:
         return b64encode(issued_at + self._seal(issued_at))
 
     def counts(self, nonce: str, now_s: int) -> bool:
-        """Whether this server made the nonce, within the last `life_s` seconds."""
+        """Whether this server made the nonce, within the last `life_s` seconds. `now_s`: seconds since 1970."""
         try:
             raw = b64decode(nonce)
         except ValueError:

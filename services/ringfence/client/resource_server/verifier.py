@@ -74,7 +74,10 @@ class VerifiedToken:
         return any(not missing((one,), self.permissions) for one in wanted)
 
     def require(self, verb: str, resource: str) -> None:
-        """Raises TokenRejectedError (code `insufficient_scope`) if the token does not allow it."""
+        """Demand that the token allows `verb` on one fully named `resource`.
+
+        Raises TokenRejectedError (code `insufficient_scope`) if it does not.
+        """
         if not self.allows(verb, resource):
             raise TokenRejectedError(
                 f"the token of {self.agent} (lease {self.lease_id}) does not allow {verb} on {resource}",
@@ -111,6 +114,8 @@ class TokenVerifier(Lifetime):
             nonces: demand one of them in each proof.
             proof_memory: where it is remembered which proofs came; in this process where None.
             http: a client to use; one of its own where None.
+            clock: the time; None takes the clock of this machine.
+            timeout_s: how long the issuer may take for an answer, in seconds.
         """  # fmt: skip
         self._audience = audience
         self._introspection_key = introspection_key
@@ -177,7 +182,7 @@ class TokenVerifier(Lifetime):
         return verified
 
     async def verify_header(self, authorization: str | None) -> VerifiedToken:
-        """Verify the value of an `Authorization` header (`Bearer ...`, RFC 6750). Raises as `verify`."""
+        """Verify `authorization`, the value of an `Authorization` header (`Bearer ...`, RFC 6750). Raises as `verify`."""
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise _rejected("send Authorization: Bearer with a token of Ringfence")

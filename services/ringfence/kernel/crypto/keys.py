@@ -199,12 +199,15 @@ class SigningKey:
         return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
 
     def save(self, path: Path | str) -> None:
-        """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
+        """Write the private key to a new file at `path`, of mode 0600. Raises KeyFileError if the file exists."""
         save_private(Path(path), self.id, self.public, self._secret())
 
     @classmethod
     def load(cls, path: Path | str) -> SigningKey:
-        """Read a private key. Raises KeyFileError if others can read the file, or if it does not hold a usable key."""
+        """Read a private key from the file at `path`.
+
+        Raises KeyFileError if others can read the file, or if it does not hold a usable key.
+        """
         path = Path(path)
         id, crv, d = load_private(path)
         try:
