@@ -19,11 +19,13 @@ from pydantic import BaseModel
 import ringfence
 import ringfence.testing
 from ringfence.backends import Backend
+from ringfence.kernel.base.settings import problems
 from tests.support.audit_fixtures import AuditFixtures
 from tests.support.audit_records import every_record
-from tools.public_names import SNAPSHOT, read
+from tools.public_names import SNAPSHOT, read, settings_classes
 from tools.references.error_codes import sentences
 from tools.references.sdk import constructor_docstring
+from tools.references.settings import kind_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/reference"
@@ -230,3 +232,41 @@ def test_a_parameter_without_description_would_be_found() -> None:
     def call(agent_id: str, ttl_s: int) -> None: ...
 
     assert _undescribed("call", call, "Call `agent_id` for `other_ttl_s`.") == ["call: ttl_s"]
+
+
+FOR_OTHERS = {
+    "RINGFENCE_CREDENTIAL", "RINGFENCE_LEASE", "RINGFENCE_TASK", "RINGFENCE_SSH_CONFIG",  # for the command of `exec`
+    "RINGFENCE_GATEWAY_FOLDER", "RINGFENCE_GID", "RINGFENCE_ISSUER_PORT", "RINGFENCE_KEYS", "RINGFENCE_UID",  # compose
+}  # fmt: skip
+"""Names that the code has, and that no process of Ringfence reads as a setting."""
+
+
+def test_every_variable_that_the_code_names_is_a_setting_of_the_reference() -> None:
+    text = "\n".join(file.read_text() for file in (ROOT / "services").rglob("*.py"))
+    named = set(re.findall(r"\bRINGFENCE_[A-Z][A-Z_]*[A-Z]\b", text))
+    prefixes = {name for name in named if any(one.startswith(f"{name}_") for one in headings("settings.md"))}
+    assert named - prefixes - FOR_OTHERS - headings("settings.md") == set()
+    assert "RINGFENCE_GRACE_S" in named
+
+
+def _wrong_values(kind: str) -> list[str]:
+    """Values that a setting of this type and these bounds must refuse."""
+    if not kind.startswith(("whole number", "number", "one of", "`true`")):
+        return []
+    least, most = re.search(r"from (\d+)", kind), re.search(r"to (\d+)", kind)
+    return ["wrong"] + ([str(int(least[1]) - 1)] if least else []) + ([str(int(most[1]) + 1)] if most else [])
+
+
+def test_settings_refuse_what_the_reference_does_not_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = 0
+    for cls in settings_classes():
+        prefix = str(cls.model_config.get("env_prefix") or "")
+        for name, info in cls.model_fields.items():
+            variable = f"{prefix}{name}".upper()
+            for value in _wrong_values(kind_of(name, info)):
+                with monkeypatch.context() as environment:
+                    environment.setenv(variable, value)
+                    found = problems(cls)
+                assert any(line.startswith(f"{variable}:") for line in found), (variable, value, found)
+                refused += 1
+    assert refused > 150

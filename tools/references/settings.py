@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import enum
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
+from pydantic_settings import NoDecode
 
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.settings import BusSettings, RingfenceSettings, ServiceSettings, description_of
@@ -24,6 +29,17 @@ Each setting is an environment variable, or the same name in lower case in a set
 table: `RINGFENCE_GATEWAY_LISTEN` is `listen` in `[gateway]`.
 
 `ringfence config show` prints the settings of a process, and where each comes from.
+
+In the environment, a list has commas between its entries or is JSON, as its type says; a table is JSON. In a file both are those of TOML.
+A pattern is a regular expression.
+
+A process whose settings are wrong does not start. It names each wrong setting, what is wrong and what the setting is for. A service with
+`RINGFENCE_GRACE_S=x` prints:
+
+```text
+error: settings are wrong; correct them in the environment or in ringfence.toml:
+  RINGFENCE_GRACE_S: Input should be a valid number, unable to parse string as a number. It is: How old a view (of records, of revocations) may be before it denies.
+```
 """
 _TITLES = {
     BusSettings: "Everybody: services, agents, people",
@@ -34,7 +50,7 @@ _TITLES = {
 
 def reference() -> str:
     """The whole page, as Markdown."""
-    parts = [_HEAD, "## The settings file\n", _entry("RINGFENCE_CONFIG", _CONFIG, "not set")]
+    parts = [_HEAD, "## The settings file\n", _entry("RINGFENCE_CONFIG", _CONFIG, "path", "not set")]
     seen: set[str] = set()
     for title, classes in _groups().items():
         entries = [entry for cls in classes for entry in _entries(cls, seen)]
@@ -71,13 +87,84 @@ def _entries(cls: type[RingfenceSettings], seen: set[str]) -> Iterator[str]:
         if variable not in seen:
             seen.add(variable)
             default = info.get_default(call_default_factory=True)
-            yield _entry(variable, description_of(cls, name), _shown(default))
+            yield _entry(variable, description_of(cls, name), kind_of(name, info), _shown(default))
 
 
-def _entry(name: str, about: str, default: str) -> str:
+def _entry(name: str, about: str, kind: str, default: str) -> str:
     if not about:
         raise LookupError(f"{name} has no docstring in its settings class: write one")
-    return f"### `{name}`\n\n{about}\n\nDefault: {default}.\n"
+    return f"### `{name}`\n\n{about}\n\nType: {kind}. Default: {default}.\n"
+
+
+_UNITS = {
+    "_s": "seconds",
+    "_ms": "milliseconds",
+    "_bytes": "bytes",
+    "_chars": "characters",
+    "_percent": "percent",
+}
+
+
+def kind_of(name: str, info: FieldInfo) -> str:
+    """The type of a setting with its unit and its bounds. Raises LookupError for a type that is not known here."""
+    kind, bounds = _kind(info.annotation, [*info.metadata])
+    unit = next((word for suffix, word in _UNITS.items() if name.endswith(suffix)), None)
+    if unit and kind in ("whole number", "number"):
+        kind = f"{kind} of {unit}"
+    return f"{kind}{_bounds(bounds, is_list=kind.startswith('list'))}"
+
+
+def _kind(annotation: Any, bounds: list[Any]) -> tuple[str, list[Any]]:
+    """The type in words, and all that limits its values."""
+    origin, args = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _kind(args[0], [*bounds, *args[1:]])
+    if origin is UnionType or origin is Union:
+        (one, *others) = [arg for arg in args if arg is not type(None)]
+        if others:
+            return " or ".join(_kind(arg, [])[0] for arg in (one, *others)), bounds
+        return _kind(one, bounds)
+    if origin is Literal:
+        return "one of " + ", ".join(f"`{arg}`" for arg in args), bounds
+    if origin in (tuple, list, frozenset):
+        of_one, more = _kind(args[0], [])
+        form = "list with commas between" if NoDecode in bounds else "list as JSON"
+        return f"{form}, each entry: {of_one}", [*bounds, *more]
+    if origin is dict or origin is Mapping:
+        return "table of names and values", bounds
+    if inspect.isclass(annotation):
+        if issubclass(annotation, enum.Enum):
+            return "one of " + ", ".join(f"`{one.value}`" for one in annotation), bounds
+        if issubclass(annotation, BaseModel):
+            return "table", bounds
+        for base, word in _TYPES.items():
+            if issubclass(annotation, base):
+                return word, bounds
+    raise LookupError(f"a setting of an unknown type: {annotation!r}")
+
+
+_TYPES: Mapping[type, str] = {
+    bool: "`true` or `false`", int: "whole number", float: "number", PurePath: "path", str: "text",
+}  # fmt: skip
+
+
+def _bounds(metadata: list[Any], *, is_list: bool) -> str:
+    """What limits the values, in words."""
+    limits: dict[str, Any] = {}
+    for one in metadata:
+        for part in one.metadata if isinstance(one, FieldInfo) else [one]:
+            for name in ("ge", "gt", "le", "lt", "pattern", "max_length"):
+                if (value := getattr(part, name, None)) is not None:
+                    limits[name] = value
+    words = []
+    if "ge" in limits or "gt" in limits:
+        words.append(f"from {limits['ge']}" if "ge" in limits else f"more than {limits['gt']}")
+    if "le" in limits or "lt" in limits:
+        words.append(f"to {limits['le']}" if "le" in limits else f"less than {limits['lt']}")
+    found = f", {' '.join(words)}" if words else ""
+    if "max_length" in limits:
+        found += f", at most {limits['max_length']} {'entries' if is_list else 'characters'}"
+    return found + (f", as `{limits['pattern']}`" if "pattern" in limits else "")
 
 
 def _shown(value: Any) -> str:

@@ -182,7 +182,10 @@ class TokenVerifier(Lifetime):
         return verified
 
     async def verify_header(self, authorization: str | None) -> VerifiedToken:
-        """Verify `authorization`, the value of an `Authorization` header (`Bearer ...`, RFC 6750). Raises as `verify`."""
+        """Verify the value of an `Authorization` header: `authorization` is `Bearer TOKEN` (RFC 6750).
+
+        Raises as `verify`.
+        """
         scheme, _, token = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
             raise _rejected("send Authorization: Bearer with a token of Ringfence")
