@@ -25,6 +25,7 @@ from ringfence.messages.topics import AGENT, AUDIT, AUDITED, TARGET, TASK, TRUST
 from ringfence.model.records.directory import Directory
 from tests.support.audit_fixtures import KeptEvents
 from tests.support.ocsf import problems
+from tests.support.unmapped_fields import undescribed
 
 if TYPE_CHECKING:
     from tests.support.world import World
@@ -90,7 +91,8 @@ class Trail:
         assert len(uids) == len([r for r in self._records if r.topic in _ORDER]), (
             "a record has no event of its own"
         )
-        wrong = [said for event in [*events, *self._written(uids)] for said in faults(event)]
+        every = [*events, *self._written(uids)]
+        wrong = [said for event in every for said in (*faults(event), *undescribed(event))]
         assert not wrong, "\n".join(dict.fromkeys(wrong))
 
     def _written(self, uids: set[str]) -> Iterator[dict[str, Any]]:

@@ -65,7 +65,8 @@ def _fields() -> str:
             fields[code].append(name)
     lines = [
         "## Fields by event\n",
-        "Every event has `source`, `verified`, `trace_id` and `chain` besides.\n",
+        "Every event has `source`, `verified`, `trace_id` and `chain` besides. The list shows an event of the ordinary course: "
+        "some have further fields.\n",
     ]
     everywhere = {"source", "verified", "trace_id", "chain"}
     for code, names in sorted(fields.items()):

@@ -24,8 +24,8 @@ _HEAD = """\
 
 An audit event is OCSF. What OCSF has no field for is in `unmapped`, under these names. A field that is not known is left out.
 
-The same list is a [JSON Schema](unmapped-fields.json) for programs: the type and the event codes of each field. New versions add fields;
-a reader ignores those that it does not know.
+The same list is a [JSON Schema](unmapped-fields.json) for programs, with the type of each field. `x-event-codes` names events that have the
+field in the ordinary course; others can have it too. New versions add fields; a reader ignores those that it does not know.
 """
 GROUPS: dict[str, dict[str, tuple[str, str]]] = {
     "Who and for whom": {
@@ -208,6 +208,7 @@ def schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Fields in `unmapped` of Ringfence's audit events",
+        "description": "`x-event-codes`: events that have the field in the ordinary course. Others can have it too.",
         "type": "object",
         "properties": properties,
         "required": ["source", "verified"],
