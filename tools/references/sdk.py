@@ -88,12 +88,12 @@ def _public(name: str, value: Any) -> Iterator[str]:
     yield f"### `{name}`\n"
     if inspect.isclass(value):
         if not (issubclass(value, BaseModel | enum.Enum) or getattr(value, "_is_protocol", False)):
-            yield f"`{name}{_typed(value)}`\n"
+            yield _fenced(f"{name}{_typed(value)}")
         yield _docstring(value)
         yield constructor_docstring(value)
         yield from _members(value)
     elif inspect.isfunction(value):
-        yield f"`{_call(name, value)}`\n"
+        yield _fenced(_call(name, value))
         yield _docstring(value)
     elif args := get_args(value):
         yield (
@@ -111,7 +111,8 @@ def constructor_docstring(cls: type) -> str:
     """What the constructor says, where it has a docstring of its own; empty for those that only say to call `connect`."""
     text = (vars(cls).get("__init__") or object).__doc__ or ""
     own = inspect.isfunction(vars(cls).get("__init__")) and not text.startswith("Use `connect`")
-    return _markdown(inspect.cleandoc(text)) if own and text else ""
+    # Many begin with their list of arguments: its indentation is that of the line before.
+    return _markdown(inspect.cleandoc(f"\n        {text}")) if own and text else ""
 
 
 def _members(cls: type) -> Iterator[str]:
@@ -135,12 +136,21 @@ def _members(cls: type) -> Iterator[str]:
                 seen[name] = (_call(name, value.__func__, bound=bound), inspect.getdoc(value.__func__) or "")
             elif inspect.isfunction(value):
                 seen[name] = (_call(name, value, bound=True), inspect.getdoc(value) or "")
-    lines = [
-        f"- **`{call}`**" + (f": {_indented(_markdown(about))}" if about else "")
-        for call, about in seen.values()
-    ]
+    lines = [_member(name, call, about) for name, (call, about) in seen.items()]
     if lines:
         yield "\n".join(lines) + "\n"
+
+
+def _member(name: str, call: str, about: str) -> str:
+    """The entry of an attribute or a method: what it is, and how it is called."""
+    described = f": {_indented(_markdown(about))}" if about else ""
+    if call == name:
+        return f"- **`{name}`**{described}"
+    return f"- **`{name}`**{described}\n\n  {_indented(_fenced(call))}\n"
+
+
+def _fenced(call: str) -> str:
+    return f"```text\n{call}\n```\n"
 
 
 def _call(name: str, function: Any, *, bound: bool = False) -> str:
