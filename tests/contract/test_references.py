@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import enum
 import inspect
 import json
@@ -270,3 +271,45 @@ def test_settings_refuse_what_the_reference_does_not_allow(monkeypatch: pytest.M
                 assert any(line.startswith(f"{variable}:") for line in found), (variable, value, found)
                 refused += 1
     assert refused > 150
+
+
+def _wrong_calls(cls: type) -> list[str]:
+    """The calls in the example of a class that its methods do not take."""
+    (example,) = re.findall(r"```python\n(.*?)```", inspect.getdoc(cls) or "", re.DOTALL)
+    tree = ast.parse(example)
+    (name,) = [one.optional_vars.id for node in ast.walk(tree) if isinstance(node, ast.AsyncWith)
+               for one in node.items if isinstance(one.optional_vars, ast.Name)][:1]  # fmt: skip
+    wrong: list[str] = []
+    for node in (one for one in ast.walk(tree) if isinstance(one, ast.Call)):
+        match node.func:
+            case ast.Attribute(value=ast.Name(id=owner), attr=method) if owner in (name, cls.__name__):
+                bound = [] if owner == cls.__name__ else [None]
+                arguments = {one.arg: None for one in node.keywords if one.arg}
+                try:
+                    inspect.signature(getattr(cls, method)).bind(*bound, *node.args, **arguments)
+                except (AttributeError, TypeError) as error:
+                    wrong.append(f"{method}: {error}")
+    return wrong
+
+
+@pytest.mark.parametrize("name", ["Agent", "Administrator", "Sponsor", "Grantor"])
+def test_the_example_of_a_class_calls_its_methods_as_they_are(name: str) -> None:
+    assert _wrong_calls(getattr(ringfence, name)) == []
+
+
+def test_an_example_with_a_wrong_call_would_be_found() -> None:
+    class Example:
+        """Has an example.
+
+        ```python
+        async with Example.connect() as one:
+            await one.call(wrong=1)
+        ```
+        """
+
+        @classmethod
+        def connect(cls) -> None: ...
+
+        def call(self, *, right: int) -> None: ...
+
+    assert "call: " in _wrong_calls(Example)[0]
