@@ -68,6 +68,11 @@ class Place:
         self.tokens[answer["lease_id"]] = answer["value"]
         return str(answer["lease_id"])
 
+    def issues(self, task: str) -> bool:
+        """Whether an agent gets a credential now."""
+        words = ("--reason", "to look", "--allow", "shop:read:env/staging", "--ttl", "1m")
+        return self.here.run("request", "--task", task, *words, who="bot").returncode == 0
+
     def page(self, heading: str, *numbers: int) -> str:
         """Run blocks of the page under a heading, by their numbers from 1 on; all of them where none is named."""
         blocks = section_of(PAGE, heading)
@@ -199,6 +204,8 @@ async def test_kafka_is_lost_and_restored(kafka: Kafka, tmp_path: Path, disks: D
 
         earlier, later = tmp_path / "earlier", tmp_path / "later"
         await asyncio.to_thread(place.kafka.snapshot, earlier)
+        # The embedded broker was away meanwhile: services deny until each has heard from it again.
+        await place.until(lambda: asyncio.to_thread(place.issues, task), "that credentials are issued again")
         if disks != "of one moment":
             here.say("release", lease(here, task, "10m"), who="bot")
             await place.until(place.trail_is_whole, "an event of every record")
