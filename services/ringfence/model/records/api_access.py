@@ -30,6 +30,7 @@ from ringfence.messages.api import (
 from ringfence.messages.base import ServiceRole, typ_header
 from ringfence.messages.registry import SessionStatement, UserState
 from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ MAX_REMEMBERED: Final = 200_000
 
 
 _PAUSE_EVERY: Final = 20
+_BROKEN_RECORD: Final = "the record of its user counts for nothing; an operator finds out why: ringfence doctor"
 
 
 class UnauthenticatedError(RingfenceError):
@@ -160,6 +162,8 @@ class Authenticator:
             )
         except InvalidMessageError as error:
             raise _refused(error) from None
+        except ChainError:
+            raise _refused(_BROKEN_RECORD) from None
         said = session.claims
         user_id = subject_of(self._trust_domain, said.iss, "user")
         if not is_by_passkey(session.compact) or user_id != said.user_id:
@@ -228,6 +232,8 @@ class Authenticator:
             if error.code == "key_unknown" and inactive is not None:
                 reason = _reason_for_holder(jws, audience, now_ms, inactive)
             raise _refused(reason or error) from None
+        except ChainError:
+            raise _refused(_BROKEN_RECORD) from None
         self._check_once(claims, sender=claims.iss, now_s=now_ms / 1000)
         if audience != self._audience:
             self._warn_unbound(claims)
