@@ -54,8 +54,8 @@ _SPONSOR: Final = 10
 _TIMES: Final = 7
 _WAIT_S: Final = 6 * 3600
 _QUIET_S: Final = 5.0
-_IDLE: Final = 0.12
-"""The share of a core that a service without work takes at most."""
+_IDLE: Final = 0.2
+"""The share of a core that a service without work takes at most. Policy looks at all that waits twice a second."""
 _CALM_TIMES: Final = 3
 _CALM_WITHIN_S: Final = 900.0
 _OPERATOR_BEFORE_S: Final = 25

@@ -35,6 +35,7 @@ OVERDUE_MS = 2_000
 WITHDRAWN = "withdrawn"
 """The reason code of a request that its agent withdrew."""
 _CLOSE_EVERY_S = 0.5
+_PAUSE_EVERY = 20
 
 
 class ReadBarrier:
@@ -414,7 +415,9 @@ class ApprovalHandler:
     async def close_overdue_once(self, owns: Callable[[str, int], bool]) -> None:
         """Run one round of `close_overdue`."""
         now, still_waiting = self._directory.versions, dict[str, tuple[int, int | None]]()
-        for known in self._decisions.pending():
+        for number, known in enumerate(self._decisions.pending(), start=1):
+            if number % _PAUSE_EVERY == 0:
+                await asyncio.sleep(0)  # let other tasks run: many may wait
             if not self._is_own(known, owns):
                 continue
             if self._is_overdue(known) or (
@@ -422,7 +425,6 @@ class ApprovalHandler:
             ):
                 await self._close_one(known, owns)
             still_waiting[known.request_id] = now
-            await asyncio.sleep(0)  # many may wait
         self._checked_versions = still_waiting
 
     async def _close_one(self, state: RequestState, owns: Callable[[str, int], bool]) -> None:
