@@ -126,7 +126,8 @@ class Organisation:
         lease = cast(Lease, EXAMPLES[Lease]).model_copy(
             update={
                 "iss": self._issuer.id, "aud": self._td, "iat": self._now_s, "jti": f"{id}.1", "lease_id": id,
-                "seq": 1, "status": "active", "agent_id": agent_id, "task_id": task_id, "cause": None,
+                "seq": 1, "status": "active", "agent_id": agent_id, "act": (agent_id,), "task_id": task_id,
+                "sponsor": f"sponsor-{number}", "on_behalf_of": command.on_behalf_of, "cause": None,
                 "scope": _CEILING, "requested_at_ms": self._now_s * 1000, "deadline": until_s, "epoch": None,
             }
         )  # fmt: skip
