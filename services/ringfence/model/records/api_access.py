@@ -40,7 +40,9 @@ MAX_REMEMBERED: Final = 200_000
 
 
 _PAUSE_EVERY: Final = 20
-_BROKEN_RECORD: Final = "the record of its user counts for nothing; an operator finds out why: ringfence doctor"
+_BROKEN_RECORD: Final = (
+    "the record of its user counts for nothing; an operator finds out why: ringfence doctor"
+)
 
 
 class UnauthenticatedError(RingfenceError):
