@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import quote
 
 import orjson
@@ -19,6 +19,9 @@ from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.identity.spiffe_ids import SubjectKind
+
+if TYPE_CHECKING:
+    import httpx
 
 Filters = Mapping[str, str | int | None]
 """Filters by name. Those with the value None are left out."""
@@ -63,9 +66,12 @@ class ReadApi(Lifetime):
         url = "/".join([base, "v1", *(quote(part, safe="") for part in path)])
         params = {name: value for name, value in query.items() if value is not None}
         try:
-            response = await self._http.get(
-                url, params=params, headers={"Authorization": f"Bearer {self._token(service)}"}
-            )
+            try:
+                response = await self._send(service, url, params)
+            except (
+                httpx.RemoteProtocolError
+            ):  # a kept connection was closed just then: it is a read, and safe again
+                response = await self._send(service, url, params)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ApiError(
                 f"the {service} at {base} does not answer ({type(error).__name__}); is it running? "
@@ -88,6 +94,12 @@ class ReadApi(Lifetime):
                 status=response.status_code,
             )
         return answer
+
+    async def _send(
+        self, service: Service, url: str, params: Mapping[str, str | int | Sequence[str]]
+    ) -> httpx.Response:
+        headers = {"Authorization": f"Bearer {self._token(service)}"}  # each token counts once
+        return await self._http.get(url, params=params, headers=headers)
 
     # --- registry ---
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 _HERE = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 
 
+_IDLE_AT_MOST_S = 2.0
+"""Services close a connection that is idle for 5 s. A call on it at that moment would have no answer."""
+
+
 def web_client(*, timeout_s: float) -> httpx.AsyncClient:
     """Return a client that honours HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, but never uses a proxy for a
     loopback address.
@@ -25,7 +29,12 @@ def web_client(*, timeout_s: float) -> httpx.AsyncClient:
     import httpx
 
     try:
-        return httpx.AsyncClient(verify=_LazyAuthorities(), timeout=timeout_s, mounts=dict.fromkeys(_HERE))
+        limits = httpx.Limits(
+            max_connections=100, max_keepalive_connections=20, keepalive_expiry=_IDLE_AT_MOST_S
+        )
+        return httpx.AsyncClient(
+            verify=_LazyAuthorities(), timeout=timeout_s, limits=limits, mounts=dict.fromkeys(_HERE)
+        )
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         reason = (
             "SOCKS needs another package: pip install 'httpx[socks]'"
