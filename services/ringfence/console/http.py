@@ -270,7 +270,7 @@ class Site:
         return str(said["text"])
 
     def _refused(self, request: Request, session: Session, error: ApiError) -> Response:
-        """What a person sees whom a service did not answer, or whose session it takes no more."""
+        """Return the page for an error of a service: the sign-in if it refuses the session, else the error."""
         return self._to_sign_in(request, ended=True) if error.status == 401 else self._failed(session, error)
 
     def _failed(self, session: Session | None, error: RingfenceError, status: int | None = None) -> Response:

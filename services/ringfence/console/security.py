@@ -91,7 +91,7 @@ class Guard:
 
 
 def _names_a_process(host: str) -> bool:
-    """Whether a `Host` is an IP address or a name without dots. No attacker's site has such a name (DNS rebinding)."""
+    """Return whether a `Host` is an IP address or has no dots: no site of an attacker is (DNS rebinding)."""
     name = host.rpartition(":")[0] or host
     try:
         ip_address(name.strip("[]"))

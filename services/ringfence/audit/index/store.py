@@ -166,7 +166,7 @@ class EventIndex(ReportQueries, Protocol):
         ...
 
     def answers(self, agent: str, viewer: Viewer | None, since_ms: int, limit: int) -> list[dict[str, Any]]:
-        """What people answered to an agent, or approved ahead, since a time: the latest `limit`, the last one first."""
+        """Return the latest `limit` answers of people to an agent since a time, grants included, the last one first."""
         ...
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:

@@ -123,7 +123,7 @@ def _key_path(name: str, settings: ServiceSettings) -> str | None:
 
 
 def _instead_of_missing(name: str, file: Path) -> str:
-    """What to do where a service's key file is not there."""
+    """Return the advice for a service whose key file is missing."""
     following = next_file(file)
     if following.exists():
         return f"its next key is in {following}: where the one before is lost, rename that file"

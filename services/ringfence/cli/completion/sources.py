@@ -28,7 +28,7 @@ _TIMEOUT_S: Final = 1.5
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """Who completes, and what else is on the command line."""
+    """The caller of a completion, and the rest of the command line."""
 
     typed: Typed
     settings: ClientSettings

@@ -94,7 +94,7 @@ class Accepted:
     result: str | None
     """The id of what the command created, e.g. of the task; None if it created nothing."""
     at_ms: int
-    """When the service accepted it, in milliseconds since 1970."""
+    """The time at which the service accepted it, in milliseconds since 1970."""
 
 
 class CommandOutcomes:

@@ -79,7 +79,7 @@ class Nonces:
         return b64encode(issued_at + self._seal(issued_at))
 
     def counts(self, nonce: str, now_s: int) -> bool:
-        """Whether this server made the nonce, within the last `life_s` seconds. `now_s`: seconds since 1970."""
+        """Return whether this server made the nonce in the last `life_s` seconds. `now_s`: seconds since 1970."""
         try:
             raw = b64decode(nonce)
         except ValueError:

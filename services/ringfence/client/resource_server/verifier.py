@@ -63,7 +63,7 @@ class VerifiedToken:
     """The agents that act, by their SPIFFE IDs: `agent` first, then those that handed the task on (RFC 8693, 4.1)."""
 
     def allows(self, verb: str, resource: str) -> bool:
-        """Whether the token allows `verb` on one fully named resource. False if the resource is no legal name."""
+        """Return whether the token allows `verb` on one fully named resource; False for an illegal resource name."""
         try:
             parse_name(resource)
             wanted = [

@@ -40,9 +40,7 @@ MAX_REMEMBERED: Final = 200_000
 
 
 _PAUSE_EVERY: Final = 20
-_BROKEN_RECORD: Final = (
-    "the record of its user counts for nothing; an operator finds out why: ringfence doctor"
-)
+_BROKEN_RECORD: Final = "the record of its user counts for nothing; the audit trail says why (chain_broken)"
 
 
 class UnauthenticatedError(RingfenceError):
