@@ -19,7 +19,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.site.page_commands import ROOT, run_page, section_of
-from tests.support.installation import STARTED, THIS_CLONE, WITHIN_S, Installation, lease, organise
+from tests.support.installation import STARTED, WITHIN_S, Installation, installed, lease, organise
 
 PAGE = ROOT / "docs/operators/backup-and-restore.md"
 
@@ -29,16 +29,9 @@ pytestmark = [pytest.mark.tools, pytest.mark.timeout(600)]
 @pytest.fixture
 def here(kafka: Kafka, redis_server: RedisServer, tmp_path: Path) -> Iterator[Installation]:
     """A running installation whose keys have a copy, made as the page says."""
-    made = Installation(
-        THIS_CLONE, tmp_path, kafka=kafka.bootstrap, embedded_broker=kafka.embedded, redis_url=redis_server.url
-    )  # fmt: skip
-    try:
-        made.make()
-        made.start()
+    with installed(kafka, redis_server, tmp_path) as made:
         page(made, "Back up the keys")
         yield made
-    finally:
-        made.end()
 
 
 def page(here: Installation, heading: str) -> str:

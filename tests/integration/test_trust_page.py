@@ -11,20 +11,13 @@ import pytest
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.site.page_commands import ROOT, run_page
-from tests.support.installation import STARTED, THIS_CLONE, Installation, lease, organise
+from tests.support.installation import STARTED, Installation, installed, lease, organise
 
 
 @pytest.fixture
 def here(kafka: Kafka, redis_server: RedisServer, tmp_path: Path) -> Iterator[Installation]:
-    made = Installation(
-        THIS_CLONE, tmp_path, kafka=kafka.bootstrap, embedded_broker=kafka.embedded, redis_url=redis_server.url
-    )  # fmt: skip
-    try:
-        made.make()
-        made.start()
+    with installed(kafka, redis_server, tmp_path) as made:
         yield made
-    finally:
-        made.end()
 
 
 @pytest.mark.timeout(400)

@@ -10,7 +10,8 @@ import os
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -27,6 +28,8 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
+from tests.brokers import RedisServer
+from tests.conftest import Kafka
 
 STOPPED = ("gateway", "registry", "policy", "issuer", "revoker", "audit")
 """In this order: what takes in work first, then what ends leases, and audit last, which tells of all of them."""
@@ -211,6 +214,20 @@ class Installation:
     def leases(self) -> set[str]:
         """Those that live, as the operator sees them."""
         return {one["id"] for one in self.say("lease", "list", who="olga")["leases"]}
+
+
+@contextmanager
+def installed(kafka: Kafka, redis_server: RedisServer, folder: Path) -> Iterator[Installation]:
+    """A running installation of this clone, on a broker and a Redis that are there."""
+    made = Installation(
+        THIS_CLONE, folder, kafka=kafka.bootstrap, embedded_broker=kafka.embedded, redis_url=redis_server.url
+    )  # fmt: skip
+    try:
+        made.make()
+        made.start()
+        yield made
+    finally:
+        made.end()
 
 
 def _of_tests() -> dict[str, str]:
