@@ -124,3 +124,20 @@ async def test_the_list_of_keys_fits_eighty_columns(
     assert head.split() == ["key", "kind", "vouched", "for", "by", "counts", "attested", "ends"]
     assert [row.split()[1:3] for row in rows] == [["file", "olga"], ["file", "olga"]]
     assert max(map(len, table.splitlines())) <= 80
+
+
+async def test_a_thumbprint_that_begins_with_a_hyphen(shell: Shell) -> None:  # noqa: F811
+    """One in 64 does. The command as a notice words it, and with its words in another order."""
+    await people(shell)
+    for kid in ("-gYe", "-h" + "gYes" * 10 + "-", "--" + "gYes" * 10 + "_"):
+        for words in (
+            ("sam", kid, "--compromised", "--reason", "-gone", "-y"),
+            ("--reason", "-gone", "-y", "sam", kid),
+            ("--reason", "gone", "-y", "sam", "--", kid),
+        ):
+            refused = await shell("olga", "user", "end-key", *words, status=1)
+            assert f"{kid} is no key of sam" in " ".join(refused.split())
+    unknown = await shell(
+        "olga", "user", "end-key", "sam", "gYes", "--compromized", "--reason", "gone", status=2
+    )
+    assert "No such option" in unknown

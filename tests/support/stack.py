@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
 from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
+from ringfence.client.errors import RequestDeniedError
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -25,6 +26,7 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import Claims, ServiceRole, Topic
+from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.permission import Permission
@@ -207,6 +209,18 @@ class RunningStack:
             return [lease for lease in self.leases(agent, seen, lease_id) if lease.status in TERMINAL]
 
         return (await seen.until(found, f"the end of lease {lease_id}"))[0]
+
+    async def denial(self, agent: Agent, seen: Seen, ask: Callable[[], Awaitable[Any]]) -> tuple[Reason, ...]:
+        """Ask until it is denied, and return the reasons.
+
+        Policy may decide on a record that is stale within the grace. A lease that was issued so must end by itself.
+        """
+        while True:
+            try:
+                credential = await ask()
+            except RequestDeniedError as denied:
+                return denied.reasons
+            await self.end_of(agent, seen, credential.lease_id)
 
     async def event_where(
         self, agent: Agent, seen: Seen, holds: Callable[[ServiceEvent], bool], what: str

@@ -86,9 +86,8 @@ async def test_the_end_of_the_task_ends_what_was_handed_on(realm: RunningStack) 
         assert (end.status, end.cause and end.cause.kind) == ("revoked", "task_ended")
         with pytest.raises(TokenRejectedError):
             await server.verify(credential.value)
-        with pytest.raises(RequestDeniedError) as denied:
-            await crew.asked(below, "read")
-        (reason,) = {(one.code, one.message) for one in denied.value.reasons}
+        reasons = await realm.denial(below, seen, lambda: crew.asked(below, "read"))
+        (reason,) = {(one.code, one.message) for one in reasons}
         assert reason[0] == "task_ended"
         assert realm.task in reason[1]
 
@@ -112,10 +111,11 @@ async def test_nothing_goes_beyond_any_of_them(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     async with realm.administrator("sam") as sam:
         await sam.set_ceiling(realm.agent, [realm.permission(["read"], "env/staging/api")])
-    async with crew.as_below() as below:
-        with pytest.raises(RequestDeniedError) as denied:
-            await crew.asked(below, "read", resource="env/staging/web")
-        assert {one.side for one in denied.value.reasons} == {f"ceiling:{realm.agent}"}
+    async with crew.as_below() as below, realm.seen(LEASE) as seen:
+        reasons = await realm.denial(
+            below, seen, lambda: crew.asked(below, "read", resource="env/staging/web")
+        )
+        assert {one.side for one in reasons} == {f"ceiling:{realm.agent}"}
         with pytest.raises(RequestDeniedError) as denied:
             await crew.asked(below, "read", resource="env/prod/web")
         assert {one.side for one in denied.value.reasons} == {"task", f"ceiling:{realm.agent}"}

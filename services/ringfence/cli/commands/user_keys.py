@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name
@@ -59,6 +61,26 @@ KidArgument = Annotated[
     typer.Argument(metavar="KID", help="The key's thumbprint, or how it begins: four characters or more."),
 ]
 _SHORTEST_KID = 4
+_KID_WITH_HYPHEN = re.compile(r"-(?!-)[\w-]{3,42}|--[\w-]{41}", re.ASCII)
+"""A thumbprint (base64url of SHA-256, 43 characters; RFC 7638), or its beginning, that looks like an option."""
+
+
+class EndKeyCommand(TyperCommand):
+    """A command whose last argument is a thumbprint. One thumbprint in 64 begins with a hyphen, and is no option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the words of the command. A thumbprint that begins with a hyphen may stand anywhere among them."""
+        with_value = {word for one in self.params if not getattr(one, "is_flag", True) for word in one.opts}
+        before = ["", *args]
+        kids = [
+            at
+            for at, word in enumerate(args)
+            if _KID_WITH_HYPHEN.fullmatch(word) and before[at] not in with_value
+        ]
+        if len(kids) == 1 and "--" not in args:
+            kid = args[kids[0]]
+            args = [*args[: kids[0]], *args[kids[0] + 1 :], "--", kid]
+        return super().parse_args(ctx, args)
 
 
 def invite(
@@ -441,4 +463,4 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="add-key")(add_key)
     app.command(name="endorse-key")(endorse_key)
     app.command()(keys)
-    app.command(name="end-key")(end_key)
+    app.command(name="end-key", cls=EndKeyCommand)(end_key)
