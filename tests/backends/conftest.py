@@ -51,6 +51,15 @@ async def postgres_kind(
     return PostgresKind(target)
 
 
+@pytest.fixture
+def own_postgres_server(postgres_server: PostgresServer) -> Iterator[PostgresServer]:
+    """A server for one test, in which the broker's role and the database `shop` are that test's."""
+    server = PostgresServer(postgres_server.programs)
+    server.start()
+    yield server
+    server.stop()
+
+
 @pytest.fixture(scope="package")
 def ssh_server(request: pytest.FixtureRequest) -> Iterator[SshServer]:
     """One sshd for all tests of backends."""

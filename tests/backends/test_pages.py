@@ -73,13 +73,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         yield place
 
 
-async def test_postgres(place: Place, postgres_server: PostgresServer) -> None:
-    target = PostgresTarget("shop", postgres_server, place.rights, "shop")
+async def test_postgres(place: Place, own_postgres_server: PostgresServer) -> None:
+    target = PostgresTarget("shop", own_postgres_server, place.rights, "shop")
     await target.make(
         ["CREATE SCHEMA shop", "CREATE TABLE shop.orders (id int)", "INSERT INTO shop.orders VALUES (7), (8)"]
     )
     there = {"db.example:5432": target.address}
-    printed = place.run("targets/postgres.md", "shop:read:shop/**", there, str(postgres_server.programs))
+    printed = place.run("targets/postgres.md", "shop:read:shop/**", there, str(own_postgres_server.programs))
     assert re.search(r"count *\n-+\n +2\n", printed), printed
 
 

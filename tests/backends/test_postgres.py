@@ -451,24 +451,19 @@ async def test_it_ends_no_later_than_the_lease(backend: PostgresBackend, target:
 
 
 async def test_what_the_document_says_takes_ringfences_rights_away_again(
-    postgres_server: PostgresServer, tmp_path: Any
+    own_postgres_server: PostgresServer, tmp_path: Any
 ) -> None:
     """On a server of its own: the role is one for all databases of a server."""
-    server = PostgresServer(postgres_server.programs)
-    await asyncio.to_thread(server.start)
-    try:
-        target = PostgresTarget("thing", server, tmp_path, "shop")
-        await target.make(["CREATE SCHEMA shop", "CREATE TABLE shop.a (id int)"])
-        backend = target.backend()
-        one = wanting(allow("read", "shop/shop/a"))
-        assert await may(await url_of(backend, one), "SELECT * FROM shop.a")
-        await backend.undo(one.lease_id, target_id=TARGET)
-        await backend.close()
-        async with target.admin() as admin:
-            for statement in documented("How to take it away again"):
-                await admin.execute(statement)
-            assert await admin.fetchval("SELECT count(*) FROM pg_roles WHERE rolname = $1", BROKER) == 0
-            acls = await admin.fetch("SELECT relacl::text FROM pg_class WHERE relname = 'a'")
-            assert BROKER not in str(acls)
-    finally:
-        await asyncio.to_thread(server.stop)
+    target = PostgresTarget("thing", own_postgres_server, tmp_path, "shop")
+    await target.make(["CREATE SCHEMA shop", "CREATE TABLE shop.a (id int)"])
+    backend = target.backend()
+    one = wanting(allow("read", "shop/shop/a"))
+    assert await may(await url_of(backend, one), "SELECT * FROM shop.a")
+    await backend.undo(one.lease_id, target_id=TARGET)
+    await backend.close()
+    async with target.admin() as admin:
+        for statement in documented("How to take it away again"):
+            await admin.execute(statement)
+        assert await admin.fetchval("SELECT count(*) FROM pg_roles WHERE rolname = $1", BROKER) == 0
+        acls = await admin.fetch("SELECT relacl::text FROM pg_class WHERE relname = 'a'")
+        assert BROKER not in str(acls)
