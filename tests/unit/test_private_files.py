@@ -20,6 +20,7 @@ from ringfence.kernel.base.private_files import (
     make_folders,
     make_private_folder,
     open_private,
+    others_can_access,
     write_private,
 )
 
@@ -154,3 +155,29 @@ def test_what_the_command_line_writes(tmp_path: Path, umask: int) -> None:
     found = {path.relative_to(tmp_path): mode(path) for path in tmp_path.rglob("*")}
     assert len(found) > 10
     assert {str(path): oct(bits) for path, bits in found.items() if bits & 0o077} == {}
+
+
+@pytest.mark.parametrize(
+    ("owner", "bits", "open_to_others"),
+    [
+        (10001, 0o600, False),
+        (10001, 0o440, True),  # the user could have closed it
+        (0, 0o400, False),
+        (0, 0o440, False),  # a secret of Kubernetes, for a pod with `fsGroup`
+        (0, 0o640, False),
+        (0, 0o460, True),
+        (0, 0o444, True),
+        (4711, 0o440, True),
+    ],
+)
+def test_a_file_of_root_may_be_readable_for_its_group(
+    monkeypatch: pytest.MonkeyPatch, owner: int, bits: int, open_to_others: bool
+) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 10001)
+    status = os.stat_result((stat.S_IFREG | bits, 0, 0, 1, owner, 10001, 0, 0, 0, 0))
+    assert others_can_access(status) is open_to_others
+
+
+def test_root_itself_has_no_such_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert others_can_access(os.stat_result((stat.S_IFREG | 0o440, 0, 0, 1, 0, 0, 0, 0, 0, 0)))

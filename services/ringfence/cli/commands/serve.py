@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
 _SIGN_PAGE = "sign-page"
 """Serves static files. It has no key, and nobody trusts it as a service."""
-_SERVED = (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME, _SIGN_PAGE)
+SERVED = (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME, _SIGN_PAGE)
+"""All that `serve` can run."""
 
 
 def serve(
     services: Annotated[
-        list[str], typer.Argument(help=f"Any of: {', '.join(_SERVED)}.", metavar="SERVICE...")
+        list[str], typer.Argument(help=f"Any of: {', '.join(SERVED)}.", metavar="SERVICE...")
     ],
     observe: Annotated[
         list[str] | None,
@@ -48,9 +49,9 @@ def serve(
     from ringfence.kernel.base.settings import ServiceSettings, load
     from ringfence.kernel.service.process import run
 
-    unknown = [name for name in services if name not in _SERVED]
+    unknown = [name for name in services if name not in SERVED]
     if unknown:
-        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(_SERVED)}")
+        raise typer.BadParameter(f"unknown: {', '.join(unknown)}; known: {', '.join(SERVED)}")
     if observe and "gateway" not in services:
         raise typer.BadParameter("--observe is for the gateway: ringfence serve gateway --observe TARGET")
     check(services)

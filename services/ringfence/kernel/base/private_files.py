@@ -51,6 +51,16 @@ def make_private_folder(folder: Path) -> None:
             ) from None
 
 
+def others_can_access(status: os.stat_result) -> bool:
+    """Whether others can access a private file that this process reads.
+
+    If root owns the file and the process is not root, the file's group may read it. Kubernetes gives a pod with
+    `fsGroup` its secrets so (mode 0440), and PostgreSQL takes a key file by the same rule.
+    """
+    to_group = stat.S_IRGRP if status.st_uid == 0 and os.geteuid() != 0 else 0
+    return bool(status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) & ~to_group)
+
+
 def open_private(path: Path, flags: int) -> int:
     """Open a file with these flags, and return the descriptor. A missing file is created; an existing one is closed to
     others.

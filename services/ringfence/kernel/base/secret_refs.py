@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import others_can_access
 
 SecretRef = Annotated[str, Field(pattern=r"^(env|file):.+$")]
 
@@ -37,11 +39,12 @@ def read_variable(name: str, what: str) -> str:
 
 def _file(path: Path, what: str) -> str:
     try:
-        mode = path.stat().st_mode & 0o777
+        status = path.stat()
         value = path.read_text().strip()
     except (OSError, ValueError):
         raise PlaceError(f"cannot read {path}, where {what} should be") from None
-    if mode & 0o077:
+    if others_can_access(status):
+        mode = stat.S_IMODE(status.st_mode)
         raise PlaceError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
     if not value:
         raise PlaceError(f"{path} is empty, where {what} should be")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.private_files import make_folders, open_private
+from ringfence.kernel.base.private_files import make_folders, open_private, others_can_access
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
@@ -237,7 +238,7 @@ def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
 def load_private(path: Path) -> tuple[str, str, bytes]:
     """Read a key file. Returns the owner's SPIFFE ID, the curve, and the secret bytes. Raises KeyFileError."""
     try:
-        mode = path.stat().st_mode & 0o777
+        status = path.stat()
         text = path.read_bytes()
     except OSError as error:
         raise KeyFileError(
@@ -251,7 +252,8 @@ def load_private(path: Path) -> tuple[str, str, bytes]:
     if not isinstance(id, str) or not isinstance(crv, str):
         raise unusable(path)
     # Only now: an error about a file that is not a key should say that first.
-    if mode & 0o077:
+    if others_can_access(status):
+        mode = stat.S_IMODE(status.st_mode)
         raise KeyFileError(f"{path} can be read by others (mode {mode:o}); run: chmod 600 {path}")
     return id, crv, d
 
