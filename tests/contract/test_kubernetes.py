@@ -84,13 +84,17 @@ def test_the_agent_is_closed() -> None:
         ["Ingress", "Egress"],
     )
     (own,) = [one for one in policies if one["spec"]["podSelector"].get("matchLabels") == labels]
+    # The proxy before the registry is no endpoint of the registry's Service.
+    (proxy,) = [one for one in policies if one["metadata"]["name"] == "agents-to-registry-tls"]
+    assert proxy["spec"]["podSelector"]["matchLabels"] == {"app.kubernetes.io/name": "ringfence-registry-tls"}
+    assert proxy["spec"]["ingress"][0]["ports"] == [{"protocol": "TCP", "port": 8443}]
     assert "ingress" not in own["spec"]
     reached = {
         (to["podSelector"]["matchLabels"]["app.kubernetes.io/name"], rule["ports"][0]["port"])
         for rule in own["spec"]["egress"]
         for to in rule["to"]
     }
-    assert reached == {("ringfence-gateway", GATEWAY_PORT), ("ringfence-registry", 8443)}
+    assert reached == {("ringfence-gateway", GATEWAY_PORT), ("ringfence-registry-tls", 8443)}
     aliases = {one["hostnames"][0]: one["ip"] for one in pod["hostAliases"]}
     service = ALL["Service/ringfence-gateway/gateway.yaml"]["spec"]
     assert aliases["gateway.ringfence"] == service["clusterIP"]

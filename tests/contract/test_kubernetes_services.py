@@ -303,6 +303,8 @@ def test_a_service_is_reached_by_the_proxy_and_by_those_who_call_it(name: str) -
         if pod_peer(f"ringfence-{name}", 8080) in called(other)
     }
     allowed = peers(SERVICES[name], "ingress")
+    if name == "registry":
+        callers |= {pod_peer("ringfence-registry-tls", 8080)}  # the operator's, through which agents enrol
     if name == "gateway":
         agents = (("kubernetes.io/metadata.name", "agents"), ("ringfence.io/role", "agent"))
         assert Peer("namespaceSelector+podSelector", agents, GATEWAY_PORT) in allowed
