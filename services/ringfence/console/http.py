@@ -258,7 +258,7 @@ class Site:
             session,
             title=page.title,
             section=page.section,
-            live=page.live,
+            is_live=page.live,
             notice=notice,
             **page.values,
         )
@@ -298,7 +298,7 @@ class Site:
             "trust_domain": self._console.trust_domain,
             "sections": SECTIONS,
             "section": "",
-            "live": True,
+            "is_live": True,
             "notice": "",
         }
         return render(template, **(base | values))
