@@ -119,7 +119,7 @@ def _build(index: SqliteIndex, stories: _Stories, events: int) -> tuple[float, l
         texts, *known = stories.tell(number)
         ids.append((known[0], known[1], known[2]))
         batch += [
-            Received(AUDIT, "ringfence.audit.v1", 0, number * stories.length + place, 0, "k", text)
+            Received(AUDIT, "ringfence.audit.v1", 0, number * stories.length + place, _ALWAYS[1], "k", text)
             for place, text in enumerate(texts)
         ]
         if len(batch) >= _BATCH:

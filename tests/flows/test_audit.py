@@ -318,6 +318,31 @@ async def test_events_are_followed_from_a_cursor(house: House) -> None:
     assert {e["unmapped"].get("request") for e in more["events"]} >= {other.request_id}
 
 
+async def test_older_events_come_page_by_page_and_only_ones_own(house: House) -> None:
+    world = house.world
+    made = await credential(house)
+    await house.whole_trace(made, house.sam)
+    whole = (await world.get("audit", "/v1/events", house.sam, limit="1000")).json()
+    assert (whole["before"], whole["after"] is None) == (None, False)
+    page = (await world.get("audit", "/v1/events", house.sam, limit="2")).json()
+    found = page["events"]
+    stranger = await world.user("petra", ("sponsor",), DEPLOY)
+    while page["before"] is not None:
+        before = page["before"]
+        mine = (await world.get("audit", "/v1/events", stranger, before=before)).json()["events"]
+        assert not [event for event in mine if event["unmapped"].get("agent") == "deploy-bot"]
+        page = (await world.get("audit", "/v1/events", house.sam, before=before, limit="2")).json()
+        assert (page["after"], len(page["events"]) <= 2) == (None, True)
+        found = page["events"] + found
+    assert found[-len(whole["events"]) :] == whole["events"]
+    for query, error in (
+        ({"before": "x"}, "cursor_lost"),
+        ({"before": "1.a", "after": "1"}, "query_invalid"),
+    ):
+        answer = await world.get("audit", "/v1/events", house.sam, **query)
+        assert (answer.status_code, answer.json()["error"]) == (400, error)
+
+
 async def test_garbage_on_every_topic_is_told_and_stops_nothing(house: House) -> None:
     world = house.world
     garbage = (b"", b"\x00\xff\xfe", b"{}", b"a.b.c", b"[" * 5000, b"eyJhbGciOiJub25lIn0.e30.", b"null")

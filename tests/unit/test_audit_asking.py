@@ -197,14 +197,14 @@ async def test_pages_and_copies_are_narrowed_down_alike(
     assert {code_of(event) for event in page.events} == codes
     # From the beginning, some at a time: a cursor goes on past what was looked at in vain.
     monkeypatch.setattr(store, "_MAX_SCANNED", 2)
-    after = f"{page.cursor.partition('.')[0]}.0.0"
+    after = f"{str(page.after).partition('.')[0]}.0.0"
     found: set[str] = set()
     for _ in range(len(shelf.lines) + 1):
         step = shelf.index.page(None, after, 1, wanted)
         found |= {code_of(event) for event in step.events}
-        after = step.cursor
+        after = str(step.after)
     assert found == codes
-    assert shelf.index.page(None, after, 1, wanted).cursor == after
+    assert shelf.index.page(None, after, 1, wanted).after == after
 
 
 async def test_only_the_latest_are_looked_at_where_no_index_leads(
@@ -214,6 +214,138 @@ async def test_only_the_latest_are_looked_at_where_no_index_leads(
     wanted = EventFilter(codes=("credential.issued",))
     assert shelf.index.page(None, None, 1000, wanted).events == []
     assert len(shelf.copied(wanted=wanted)) == 1
+
+
+# --- older and older ---
+
+
+def uids(events: list[dict[str, Any]]) -> list[str]:
+    return [event["metadata"]["uid"] for event in events]
+
+
+def back(
+    shelf: Shelf, viewer: Viewer | None = None, wanted: EventFilter = NO_FILTER, limit: int = 3
+) -> list[str]:
+    """The uids of all pages from the latest one back, oldest first."""
+    page = shelf.index.page(viewer, None, limit, wanted)
+    found = uids(page.events)
+    while page.before is not None:
+        page = shelf.index.older(viewer, page.before, limit, wanted)
+        assert page.after is None
+        found = uids(page.events) + found
+    return found
+
+
+@pytest.mark.parametrize("limit", [1, 2, 5, 1000])
+@pytest.mark.parametrize("scanned", [1, 3, 50_000])
+@pytest.mark.parametrize("viewer", [None, SAM, MARIA, STRANGER])
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        NO_FILTER, EventFilter(agent="deploy-bot"), EventFilter(on_behalf_of="maria"), EventFilter(codes=("action.*",)),
+        EventFilter(agent="other-bot", class_uid=6003),
+    ],
+)  # fmt: skip
+async def test_pages_back_have_every_event_once_in_the_order_of_time(
+    shelf: Shelf,
+    limit: int,
+    scanned: int,
+    viewer: Viewer | None,
+    wanted: EventFilter,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store, "_MAX_SCANNED", scanned)
+    copies = [orjson.loads(line) for line in shelf.copied(viewer, wanted=wanted)]
+    assert back(shelf, viewer, wanted, limit) == uids(copies)
+
+
+@pytest.mark.parametrize("name", ["task", "request", "lease", "run"])
+async def test_pages_back_of_one_thing_are_whole(shelf: Shelf, name: str) -> None:
+    events = [orjson.loads(line) for line in shelf.lines]
+    ids = {event["unmapped"].get(name) for event in events} - {None} or {"none"}
+    for id in ids:
+        wanted = EventFilter(**{name: id})
+        assert back(shelf, wanted=wanted, limit=2) == uids(
+            [orjson.loads(line) for line in shelf.copied(wanted=wanted)]
+        )
+
+
+def copy_of(event: dict[str, Any], uid: str, at_ms: int) -> dict[str, Any]:
+    return {**event, "metadata": {**event["metadata"], "uid": uid}, "time": at_ms}
+
+
+async def test_events_that_arrive_meanwhile_are_neither_skipped_nor_doubled(shelf: Shelf) -> None:
+    some = orjson.loads(shelf.lines[0])
+    latest_ms = max(orjson.loads(line)["time"] for line in shelf.lines)
+    shelf.put(*(copy_of(some, f"same-{n}", latest_ms + 1) for n in range(7)))
+    there = uids([orjson.loads(line) for line in ordered(shelf.lines)])
+    page = shelf.index.page(None, None, 2)
+    follow, found = page.after, uids(page.events)
+    for number in itertools.count():
+        if page.before is None:
+            break
+        if (
+            number < 4
+        ):  # one that is new, one of the same time as those being paged through, and one that comes late
+            shelf.put(
+                copy_of(some, f"new-{number}", latest_ms + 2),
+                copy_of(some, f"same-{number}-", latest_ms + 1),
+                copy_of(some, f"late-{number}", latest_ms),
+            )
+        page = shelf.index.older(None, page.before, 2)
+        found = uids(page.events) + found
+    assert len(found) == len(set(found))
+    assert [uid for uid in found if uid in there] == there
+    # And whoever follows the trail from the first page has them all.
+    assert len(shelf.index.page(None, follow, 1000).events) == 12
+
+
+async def test_a_page_back_is_the_same_in_every_build(shelf: Shelf) -> None:
+    first = shelf.index.page(None, None, 3)
+    again = Shelf()
+    again.put(*map(orjson.loads, reversed(shelf.lines)))
+    assert uids(again.index.page(None, None, 3).events) == uids(first.events)
+    assert uids(again.index.older(None, first.before, 1000).events) == uids(
+        shelf.index.older(None, first.before, 1000).events
+    )
+
+
+@pytest.mark.parametrize("wrong", ["", "x", "12", "x.y", "-1.u", "1.", "9999999999999999999.u", "٣x.u"])
+async def test_a_wrong_cursor_is_refused(shelf: Shelf, wrong: str) -> None:
+    with pytest.raises(CursorLostError, match="begin"):
+        shelf.index.older(None, wrong, 1)
+
+
+async def test_a_forged_event_neither_stays_the_latest_nor_stops_the_pages(shelf: Shelf) -> None:
+    """Whoever can write to the topic can write any time and any uid there."""
+    some = orjson.loads(shelf.lines[0])
+    at_ms = max(orjson.loads(line)["time"] for line in shelf.lines) + 1
+    forged = [
+        copy_of(some, "a#" + "b" * 64, 2**62),
+        copy_of(some, "#", -5),
+        copy_of(some, "u" * 100_000, at_ms),
+    ]
+    shelf.index.add([
+        Received(AUDIT, "ringfence.audit.v1", 1, n, at_ms, "k", orjson.dumps(one)) for n, one in enumerate(forged)
+    ])  # fmt: skip
+    shelf.put(copy_of(some, "new", at_ms + 1))
+    assert uids(shelf.index.page(None, None, 1).events) == ["new"]
+    found = back(shelf, limit=1)
+    assert found[0] == "#"
+    assert found[-2:] == ["a#" + "b" * 64, "new"]
+    assert len(found) == len(shelf.lines) + 2
+
+
+async def test_somebody_who_may_see_nothing_has_little_scanned(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "_MAX_SCANNED", 2)
+    begin_cursor = f"{str(shelf.index.page(None, None, 1).after).partition('.')[0]}.0.0"
+    page = shelf.index.page(Viewer("mallory", ()), begin_cursor, 1000)
+    assert (page.events, str(page.after).split(".")[1]) == ([], "2")
+    page = shelf.index.older(Viewer("mallory", ()), None, 1000)
+    assert (page.events, page.before is None) == ([], False)
+    assert page.looked_at_ms == orjson.loads(ordered(shelf.lines)[-2])["time"]
 
 
 # --- who did ---

@@ -337,14 +337,14 @@ async def test_a_page_has_only_what_the_viewer_may_see(desk: Desk) -> None:
 async def test_pages_follow_each_other_without_gap_or_overlap(desk: Desk) -> None:
     story = await desk.credential("released")
     everything = [event["metadata"]["uid"] for event in desk.index.page(None, None, 1000).events]
-    page = desk.index.page(None, f"{desk.index.page(None, None, 1).cursor.partition('.')[0]}.0.0", 4)
+    page = desk.index.page(None, f"{str(desk.index.page(None, None, 1).after).partition('.')[0]}.0.0", 4)
     seen: list[str] = []
     while page.events:
         seen += [event["metadata"]["uid"] for event in page.events]
-        page = desk.index.page(None, page.cursor, 4)
+        page = desk.index.page(None, page.after, 4)
     assert seen == everything
     (last,) = await desk.file(desk.office.received(CREDENTIAL_REQUEST, b"x"))
-    assert [e["metadata"]["uid"] for e in desk.index.page(None, page.cursor, 9).events] == [
+    assert [e["metadata"]["uid"] for e in desk.index.page(None, page.after, 9).events] == [
         last["metadata"]["uid"]
     ]
     only = desk.index.page(None, None, 1000, EventFilter(lease=story.lease_id, class_uid=3003)).events
@@ -355,7 +355,7 @@ async def test_pages_follow_each_other_without_gap_or_overlap(desk: Desk) -> Non
 async def test_a_cursor_from_before_a_restart_goes_on_by_time_and_misses_nothing(desk: Desk) -> None:
     story = desk.office.credential("released")
     events = await desk.file(*story.all)
-    cursor = desk.index.page(None, None, 1000).cursor
+    cursor = str(desk.index.page(None, None, 1000).after)
     rebuilt = SqliteIndex(None)
     late = await desk.office.audit(desk.office.received(CREDENTIAL_REQUEST, b"x"))
     rebuilt.add(as_records([*late, *events]))

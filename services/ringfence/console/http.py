@@ -254,7 +254,13 @@ class Site:
 
     def _shown(self, session: Session, page: Page, status: int = 200, notice: str = "") -> Response:
         html = self._rendered(
-            page.template, session, title=page.title, section=page.section, notice=notice, **page.values
+            page.template,
+            session,
+            title=page.title,
+            section=page.section,
+            is_live=page.live,
+            notice=notice,
+            **page.values,
         )
         if page.section:
             look = self._fingerprint(session, page) if notice else _digest(html)
@@ -292,6 +298,7 @@ class Site:
             "trust_domain": self._console.trust_domain,
             "sections": SECTIONS,
             "section": "",
+            "is_live": True,
             "notice": "",
         }
         return render(template, **(base | values))
@@ -458,6 +465,8 @@ class Site:
             if error.status in (401, 403, 404):
                 return _problem(error.status, error.message)
             first = None
+        if first is not None and not first.live:
+            return Response(status_code=204)
         events = self._events(request, session, make, asked, path_params, first)
         # Proxies that collect answers (nginx) would keep events back.
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})

@@ -126,7 +126,7 @@ _OPERATIONS = (
     Operation(
         "GET", "/live", "Server-sent events: `changed` when a page would look different now, `ended` when the person may not see it any more.",
         {
-            200: Answer("events", "text/event-stream", TEXT), 204: Answer("there is nothing to wait for: no session, no such page, or too many streams", None),
+            200: Answer("events", "text/event-stream", TEXT), 204: Answer("there is nothing to wait for: no session, no such page, a page of older events, or too many streams", None),
             401: _message("the session has ended"), 404: _message("there is nothing here that the person may see"),
         },
         "session", query={"page": "the path of the page, with its query", "look": "the digest of what the page looks like"},

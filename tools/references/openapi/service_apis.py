@@ -261,8 +261,9 @@ _AUDIT = Api(
             query={"kind": "what the id is of, where several have it", "limit": _PAGE["limit"]},
         ),
         Operation(
-            "GET", "/v1/events", "Events in the order of the trail.", {**ok(events=objects(ref("AuditEvent")), after=maybe(TEXT)), **_WRONG_CURSOR},
-            query={**_PAGE, **_FILTERS},
+            "GET", "/v1/events", "The latest events; or later or older ones.",
+            {**ok(events=objects(ref("AuditEvent")), after=maybe(TEXT), before=maybe(TEXT), looked_at_ms=maybe(NUMBER)), **_WRONG_CURSOR},
+            query={"after": "later events than this cursor's", "before": "older events than this cursor's", "limit": _PAGE["limit"], **_FILTERS},
         ),
         Operation(
             "GET", "/v1/export", "Events to the byte as on the topic, as text.", {**ok(record(events=objects(TEXT), **_LIST_REPORT)), **_WRONG_CURSOR},

@@ -90,15 +90,22 @@ class AuditApi:
         })  # fmt: skip
 
     async def _events(self, request: Request) -> Response:
-        viewer = await self.viewer(request)
-        page = self._index.page(
-            viewer,
-            request.query_params.get("after"),
-            limit_of(request, 100, _MAX_EVENTS),
-            filter_of(request),
-        )
+        viewer, query = await self.viewer(request), request.query_params
+        limit, event_filter = limit_of(request, 100, _MAX_EVENTS), filter_of(request)
+        before = query.get("before")
+        if before is None:
+            page = self._index.page(viewer, query.get("after"), limit, event_filter)
+        elif "after" in query:
+            raise WrongQueryError("after and before exclude each other: later events or older ones")
+        else:
+            page = self._index.older(viewer, before, limit, event_filter)
         metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
-        return JSONResponse({"events": page.events, "after": page.cursor})
+        return JSONResponse({
+            "events": page.events,
+            "after": page.after,
+            "before": page.before,
+            "looked_at_ms": page.looked_at_ms,
+        })  # fmt: skip
 
     async def _actions(self, request: Request) -> Response:
         viewer, span_ms = await self._complete_span(request)

@@ -24,6 +24,8 @@ _EQUAL = (
 )
 _NO_OTHER_ORDER = frozenset({"agent", "task", "run", "request", "lease", "on_behalf_of", "class_uid"})
 """Columns whose index returns events ordered by `seq`."""
+_INDEXED = ("lease", "request", "run", "task", "agent", "on_behalf_of")
+"""Columns with an index, from the one that leads to the fewest events."""
 _LIKE = str.maketrans({"%": r"\%", "_": r"\_", "\\": r"\\"})
 _MAX_CODES = 50
 _STATUSES = {"success": 1, "failure": 2, "other": 99}
@@ -75,8 +77,14 @@ class EventFilter:
     def needs_scan(self) -> bool:
         """Whether no index serves the filter, so that events must be scanned."""
         return any(
-            getattr(self, name) is not None for name in ("target", "sponsor", "status", "severity")
+            getattr(self, name) is not None
+            for name in ("class_uid", "target", "sponsor", "status", "severity")
         ) or bool(self.codes)
+
+    @property
+    def index(self) -> str | None:
+        """The column of this filter whose index leads to the fewest events; None if no index serves it."""
+        return next((name for name in _INDEXED if getattr(self, name) is not None), None)
 
 
 NO_FILTER = EventFilter()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -60,10 +60,17 @@ class EventTrace:
 
 @dataclass(frozen=True, slots=True)
 class EventPage:
-    """A page of events, oldest first, and the cursor of the next page."""
+    """A page of events, oldest first.
+
+    `after`: the cursor of what is indexed later; None on a page of older events. `before`: the cursor of older events;
+    None if there are none, or on a page of later ones. `looked_at_ms`: the time of the oldest event scanned for older
+    ones, None if there was none.
+    """
 
     events: list[dict[str, Any]]
-    cursor: str
+    after: str | None
+    before: str | None = None
+    looked_at_ms: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,9 +151,18 @@ class EventIndex(ReportQueries, Protocol):
     def page(
         self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
     ) -> EventPage:
-        """Events after a cursor, or the latest ones; at most `limit`.
+        """Events that were indexed after a cursor, or the latest ones by time; at most `limit`.
 
-        If no index serves the filter, a bounded number of events is scanned, and the cursor is past those.
+        A bounded number of events is scanned, unless an index serves the filter; the cursors are past those.
+        """
+        ...
+
+    def older(
+        self, viewer: Viewer | None, before: str | None, limit: int, event_filter: EventFilter = NO_FILTER
+    ) -> EventPage:
+        """Events before a cursor by time and uid, or the latest ones. Raises CursorLostError.
+
+        A bounded number is scanned, and `before` is past those. It stays valid when the index is built anew.
         """
         ...
 
@@ -194,6 +210,9 @@ CREATE INDEX event_on_behalf_of ON event (on_behalf_of) WHERE on_behalf_of IS NO
 CREATE INDEX event_revocation ON event (revocation) WHERE revocation IS NOT NULL;
 CREATE INDEX event_parent ON event (parent) WHERE parent IS NOT NULL;
 CREATE INDEX event_run ON event (run) WHERE run IS NOT NULL;
+CREATE INDEX event_task_time ON event (task, time) WHERE task IS NOT NULL;
+CREATE INDEX event_agent_time ON event (agent, time) WHERE agent IS NOT NULL;
+CREATE INDEX event_on_behalf_of_time ON event (on_behalf_of, time) WHERE on_behalf_of IS NOT NULL;
 CREATE INDEX event_finding ON event (seq) WHERE class_uid = 2004;
 CREATE INDEX event_action ON event (time) WHERE class_uid = 6003;
 CREATE INDEX event_issued ON event (time) WHERE code = 'credential.issued';
@@ -223,6 +242,21 @@ BEGIN;
 """One transaction that is never committed: SQLite writes pages when the cache is full, not at each change to them.
 
 No other process opens the file, and a torn file does no harm: the next start deletes it and reads the topic again."""
+_BY_TIME = {
+    None: "event_time",
+    "agent": "event_agent_time",
+    "on_behalf_of": "event_on_behalf_of_time",
+    "task": "event_task_time",
+    "request": "event_request",
+    "lease": "event_lease",
+    "run": "event_run",
+}
+"""By the column that leads to events (`EventFilter.index`): the index by which they are read in the order of time.
+
+The last three are in another order, and each of their values has few events, which SQLite sorts.
+"""
+_MAX_UID = 200
+"""Uids of audit have 36 characters. A cursor has one, and addresses have a cursor."""
 _MAX_ROWS = 20_000
 _MAX_SCANNED = 50_000
 """The most events scanned for a page, if no index serves its filter."""
@@ -257,7 +291,7 @@ class SqliteIndex:
         for record, event in zip(
             records, events or (loaded(record.value) for record in records), strict=True
         ):
-            row = _event_row(event, record.value, self._seq + 1)
+            row = _event_row(event, record, self._seq + 1)
             if row is None:
                 log.warning(
                     "no event at %s/%d@%d",
@@ -302,34 +336,68 @@ class SqliteIndex:
     def page(
         self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
     ) -> EventPage:
+        if after is None:
+            latest = self.older(viewer, None, limit, event_filter)
+            return replace(latest, after=self._end_cursor(self._seq))
         where, values = self._visible_to(viewer)
         conditions, more = event_filter.where()
-        where += conditions
-        values |= more
         start, values_of_start = self._after_cursor(after)
-        if start:
-            where.append(start)
-            values |= values_of_start
-        end = self._scan_range(start, values) if event_filter.needs_scan else None
+        where += [*conditions, start]
+        values |= more | values_of_start
+        # Without an index, somebody who may see little would have everything scanned.
+        scans = event_filter.needs_scan or (viewer is not None and event_filter.index is None)
+        end = self._scan_range(values) if scans else None
         if end is not None:
-            where.append("seq > :from AND seq <= :end")
-            values |= end
-        condition = f"WHERE {' AND '.join(where)}" if where else ""
-        order = "ASC" if start else "DESC"
+            where.append("seq <= :end")
+            values["end"] = end
         rows = self._db.execute(
-            f"SELECT seq, time, json FROM event {condition} ORDER BY seq {order} LIMIT :limit",  # noqa: S608 - own names
+            f"SELECT seq, time, json FROM event WHERE {' AND '.join(where)} ORDER BY seq LIMIT :limit",  # noqa: S608 - own names
             {**values, "limit": limit},
         ).fetchall()
-        if not start:
-            rows.reverse()
+        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after
         if end is not None and len(rows) < limit:
-            last = self._db.execute(
-                "SELECT seq, time FROM event WHERE seq <= ? ORDER BY seq DESC LIMIT 1", (end["end"],)
-            ).fetchone()
-            if last is not None:
-                return EventPage([orjson.loads(row[2]) for row in rows], f"{self._epoch}.{last[0]}.{last[1]}")
-        cursor = f"{self._epoch}.{rows[-1][0]}.{rows[-1][1]}" if rows else after or f"{self._epoch}.0.0"
+            cursor = self._end_cursor(end)
         return EventPage([orjson.loads(row[2]) for row in rows], cursor)
+
+    def older(
+        self, viewer: Viewer | None, before: str | None, limit: int, event_filter: EventFilter = NO_FILTER
+    ) -> EventPage:
+        where, values = self._visible_to(viewer)
+        conditions, more = event_filter.where()
+        name = event_filter.index
+        index, leads = _BY_TIME[name], [f"{name} = :{name}"] if name else []
+        if before is not None:
+            time, uid, conflict = _position(before)
+            leads.append("(time, uid, conflict) < (:time, :uid, :conflict)")
+            values |= {"time": time, "uid": uid, "conflict": conflict}
+        rows = self._db.execute(
+            f"SELECT time, uid, conflict, CASE WHEN {' AND '.join([*where, *conditions]) or '1'} THEN seq END "  # noqa: S608 - own names
+            f"FROM event INDEXED BY {index} WHERE {' AND '.join(leads) or '1'} "
+            "ORDER BY time DESC, uid DESC, conflict DESC LIMIT :most",
+            {**values, **more, "most": _MAX_SCANNED + 1},
+        )
+        found: list[dict[str, Any]] = []
+        last: tuple[int, str, str] | None = None
+        for scanned, (time, uid, conflict, seq) in enumerate(rows):
+            # Only one more shows that there is more.
+            if last is not None and (len(found) == limit or scanned == _MAX_SCANNED):
+                return EventPage(found[::-1], None, _cursor(*last), last[0])
+            last = (time, uid, conflict)
+            if seq is not None:
+                found.append(self._event(seq))
+        return EventPage(found[::-1], None, None, last[0] if last else None)
+
+    def _event(self, seq: int) -> dict[str, Any]:
+        event: dict[str, Any] = orjson.loads(
+            self._db.execute("SELECT json FROM event WHERE seq = ?", (seq,)).fetchone()[0]
+        )
+        return event
+
+    def _end_cursor(self, end: int) -> str:
+        """The cursor of what is indexed after this number."""
+        query = "SELECT seq, time FROM event WHERE seq <= ? ORDER BY seq DESC LIMIT 1"
+        seq, time = self._db.execute(query, (end,)).fetchone() or (0, 0)
+        return f"{self._epoch}.{seq}.{time}"
 
     def answers(self, agent: str, viewer: Viewer | None, since_ms: int, limit: int) -> list[dict[str, Any]]:
         conditions, values = self._visible_to(viewer)
@@ -381,7 +449,7 @@ class SqliteIndex:
     ) -> ExportPage:
         where, values = self._visible_to(viewer)
         conditions, more = event_filter.where()
-        time, uid, conflict = _export_position(after) if after is not None else (span_ms[0], "", "")
+        time, uid, conflict = _position(after) if after is not None else (span_ms[0], "", "")
         visible = " AND ".join([*where, *conditions]) or "1"
         rows = self._db.execute(
             f"SELECT time, uid, conflict, CASE WHEN {visible} THEN json END FROM event "  # noqa: S608 - own names
@@ -405,7 +473,7 @@ class SqliteIndex:
                 events.append(bytes(json))
                 size += len(json)
             if len(events) == limit or size > _MAX_EXPORT_BYTES or scanned == _MAX_EXPORT_SCANNED:
-                return ExportPage(events, time, f"{time}.{uid}" + (f"#{conflict}" if conflict else ""))
+                return ExportPage(events, time, _cursor(time, uid, conflict))
         return ExportPage(events, time if scanned else None, None)
 
     def basis_events(
@@ -478,23 +546,17 @@ class SqliteIndex:
         looked_at_ms = (rows[0][1], rows[-1][1]) if rows else None
         return ActionPage([orjson.loads(row[2]) for row in rows if row[2] is not None], looked_at_ms, cursor)
 
-    def _after_cursor(self, after: str | None) -> tuple[str, dict[str, Any]]:
+    def _after_cursor(self, after: str) -> tuple[str, dict[str, Any]]:
         """The SQL condition of a cursor. A cursor of an earlier build goes by its time: some events may repeat."""
-        if after is None:
-            return "", {}
         epoch, seq, time = [*after.split("."), "", ""][:3]
         if epoch == self._epoch and _is_int64_text(seq):
             return "seq > :seq", {"seq": int(seq)}
         # In the order of seq: a plus sign keeps SQLite from the index over times.
         return "+time >= :time", {"time": int(time) if _is_int64_text(time) else 0}
 
-    def _scan_range(self, start: str, values: Mapping[str, Any]) -> dict[str, int] | None:
-        """The events to scan: the latest, or those after the cursor; None for a cursor of an earlier build."""
-        if not start:
-            return {"from": self._seq - _MAX_SCANNED, "end": self._seq}
-        if "seq" not in values:
-            return None
-        return {"from": values["seq"], "end": min(values["seq"] + _MAX_SCANNED, self._seq)}
+    def _scan_range(self, values: Mapping[str, Any]) -> int | None:
+        """The number of the last event to scan after a cursor; None for a cursor of an earlier build."""
+        return min(values["seq"] + _MAX_SCANNED, self._seq) if "seq" in values else None
 
     def _position_of(self, cursor: str) -> tuple[int, int]:
         """Sequence number and time of the last event scanned. Raises CursorLostError."""
@@ -592,13 +654,17 @@ class SqliteIndex:
         return [_VISIBLE], {"viewer": viewer.user_id, "agents": orjson.dumps(viewer.agents).decode()}
 
 
-def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
-    """The columns of an event, or None if the record is no event."""
+def _event_row(event: Any, record: Received, seq: int) -> tuple[Any, ...] | None:
+    """The columns of an event, or None if the record is no event.
+
+    No event is later than its record. Otherwise a forged one with a time to come would be the latest for ever.
+    """
     try:
         fields = event["unmapped"]
         texts = (event["metadata"]["uid"], event["message"])
         ids = [*(fields.get(name) for name in _IDS), _run_of(fields)]
-        numbers, code = (event["time"], event["class_uid"]), event["metadata"].get("event_code")
+        time = max(0, min(event["time"], record.appended_at_ms))
+        numbers, code = (time, event["class_uid"]), event["metadata"].get("event_code")
         weight = (event.get("status_id"), event.get("severity_id"))
         above = [name for name in fields.get("act", ())[1:] if type(name) is str]
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -606,11 +672,13 @@ def _event_row(event: Any, value: bytes, seq: int) -> tuple[Any, ...] | None:
     strings = all(type(text) is str for text in texts) and all(
         id is None or type(id) is str for id in (code, *ids)
     )
-    if not (strings and all(map(_is_int64, numbers))):
+    if not (strings and all(map(_is_int64, numbers)) and _is_int64(event["time"])):
+        return None
+    if len(texts[0]) > _MAX_UID:
         return None
     above_json = orjson.dumps(above).decode() if above else None
     weights = [number if _is_int64(number) else None for number in weight]
-    return (seq, texts[0], *numbers, code, *ids, above_json, *weights, texts[1], value, "")
+    return (seq, texts[0], *numbers, code, *ids, above_json, *weights, texts[1], record.value, "")
 
 
 def _run_of(fields: Mapping[str, Any]) -> str | None:
@@ -621,10 +689,15 @@ def _run_of(fields: Mapping[str, Any]) -> str | None:
     return run if type(run) is str else None
 
 
-def _export_position(cursor: str) -> tuple[int, str, str]:
+def _cursor(time: int, uid: str, conflict: str) -> str:
+    """The place of an event by time and uid, which every build of the index knows."""
+    return f"{time}.{uid}" + (f"#{conflict}" if conflict or "#" in uid else "")
+
+
+def _position(cursor: str) -> tuple[int, str, str]:
     """Time, uid and conflict of the last event scanned. Raises CursorLostError."""
     time, _, rest = cursor.partition(".")
-    uid, _, conflict = rest.partition("#")
+    uid, conflict = rest.rpartition("#")[::2] if "#" in rest else (rest, "")
     if not (_is_int64_text(time) and uid):
         raise CursorLostError("this is no cursor that audit gave; ask again from the beginning")
     return int(time), uid, conflict

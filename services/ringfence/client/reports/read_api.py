@@ -235,18 +235,25 @@ class ReadApi(Lifetime):
         filters: Filters | None = None,
         *,
         after: str | None = None,
+        before: str | None = None,
         limit: int = 100,
         agent: str | None = None,
         task: str | None = None,
         request: str | None = None,
         lease: str | None = None,
     ) -> Any:
-        """`{events, after}`: the latest OCSF events, oldest first; or with `after`, those since.
+        """Return `{events, after, before, looked_at_ms}`: the latest OCSF events, oldest first.
+
+        With `after` these are the events since, with `before` older ones. `before` is None when there are no older
+        ones. A page may have fewer events than `limit`, or none, before that: a bounded number of events is scanned,
+        back to `looked_at_ms`.
 
         `filters`: run, target, on_behalf_of, sponsor, class, status, severity; code (several with commas between).
         """
         ids = {"agent": agent, "task": task, "request": request, "lease": lease}
-        return await self.get("audit", "events", after=after, limit=limit, **{**ids, **(filters or {})})
+        return await self.get(
+            "audit", "events", after=after, before=before, limit=limit, **{**ids, **(filters or {})}
+        )
 
     async def tasks(
         self,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
+from urllib.parse import urlencode
 
 from ringfence.console.views.page import Page, View
 
@@ -15,11 +17,12 @@ _FINDINGS = "detection.*,break_glass.*"
 
 
 async def audit(view: View) -> Page:
-    """The latest events that fit, the latest first."""
+    """The latest events that fit, or older ones, the latest first. Raises ApiError (400) for a wrong cursor."""
     filters: dict[str, str | int | None] = {
         name: view.query.get(name, "").strip() or None for name in (*FILTERS, "severity", "status")
     }
-    answer = await view.reads.events(filters, limit=ROWS)
+    before = view.query.get("before") or None
+    answer = await view.reads.events(filters, before=before, limit=ROWS)
     return Page(
         "audit.html",
         "Audit",
@@ -27,10 +30,25 @@ async def audit(view: View) -> Page:
             "events": [event_row(one) for one in reversed(answer["events"])],
             "filters": {name: str(value or "") for name, value in filters.items()},
             "names": FILTERS,
-            "more": len(answer["events"]) == ROWS,
+            "newest": before is None,
+            "newest_url": _url(filters),
+            "older_url": _older_url(filters, answer),
+            "looked_at_ms": answer.get("looked_at_ms"),
         },
         "audit",
+        live=before is None,
     )
+
+
+def _url(filters: Mapping[str, Any], **more: Any) -> str:
+    query = urlencode({name: value for name, value in {**filters, **more}.items() if value})
+    return f"/audit?{query}" if query else "/audit"
+
+
+def _older_url(filters: Mapping[str, Any], answer: Mapping[str, Any]) -> str | None:
+    """The address of the events before those of an answer; an earlier version of audit does not give it."""
+    before = answer.get("before")
+    return _url(filters, before=before) if before else None
 
 
 async def trace(view: View) -> Page:
@@ -59,6 +77,8 @@ async def findings(view: View) -> Page:
             "events": [event_row(one) for one in reversed(answer["events"])],
             "uses": sorted(uses, key=lambda one: (one["review"] is not None, -one["at_ms"]))[:50],
             "waiting": sum(one["review"] is None for one in uses),
+            "older_url": _older_url({"code": _FINDINGS}, answer),
+            "looked_at_ms": answer.get("looked_at_ms"),
         },
         "findings",
     )

@@ -35,6 +35,8 @@ class Page:
     """The entry of the navigation that it belongs to."""
     costly: bool = False
     """Whether services count much for it, so that it is compared with the present less often."""
+    live: bool = True
+    """Whether it follows what the services say."""
 
 
 MakePage = Callable[[View], Awaitable[Page]]
