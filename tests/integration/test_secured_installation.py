@@ -74,7 +74,7 @@ def exported(
     for name, settings in (("policy", tls), (ADMIN, admin)):
         file = str(settings["kafka_ssl_cert_file"])
         replaced |= {f"/etc/ringfence/{name}.pem": file, f"/etc/ringfence/{name}.key": file}
-    dump = Block(0, "sh", "env -0 > exported\n", None, None, None, 0)
+    dump = Block(0, "sh", "env -0 > exported\n")
     run_page(PAGE, here.folder, {**here.environment("olga"), **before}, replaced, blocks=[block, dump])
     variables = dict(one.split("=", 1) for one in (here.folder / "exported").read_text().split("\0") if one)
     return {name: value for name, value in variables.items() if name.startswith("RINGFENCE_KAFKA")}

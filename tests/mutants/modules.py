@@ -38,8 +38,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "issuer/domain.py": (
         "test_issuer_approvals.py", "test_issuer_grants.py", "test_issuer_invariant.py", "test_issuer_leases.py",
         "test_issuer_limits.py", "test_issuer_passkeys.py", "test_issuer_records.py", "test_issuer_refusals.py",
-        "test_issuer_request_times.py", "test_issuer_requests.py", "test_issuer_terms.py", "test_issuer_vouched_keys.py",
-        "test_limiting_fields.py", "test_passkey_records.py", "test_runs.py",
+        "test_issuer_request_times.py", "test_issuer_requests.py", "test_issuer_terms.py",
+        "test_issuer_vouched_keys.py", "test_limiting_fields.py", "test_passkey_records.py", "test_runs.py",
     ),
     "client/resource_server/verifier.py": ("test_client_verify.py", "test_client_dpop.py", "test_client_asgi.py"),
 }  # fmt: skip

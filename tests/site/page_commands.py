@@ -1,4 +1,4 @@
-"""The commands of a page, in the order in which a reader meets them, run in one shell.
+"""The commands of a page, in the order in which a reader meets them, run in one shell, and the output that it shows.
 
 What a page says about its blocks, each in a comment before the block:
 
@@ -6,12 +6,16 @@ What a page says about its blocks, each in a comment before the block:
 - `<!-- run by: PATH -->`: another test runs it. PATH is a file that names the page, or `.ci/run`: then the block is
   `make` with targets that are stages of the gate.
 - `<!-- run: exit N -->`: its last command ends with this status.
+- `<!-- not printed: WHY -->`: the output that it shows cannot be compared, or it is no output.
 - `<!-- commands: run by PATH, PATH -->` and `<!-- commands: not run: WHY -->`, once on a page: all its other blocks.
 
 A block with a title (```` ```python title="agent.py" ````) is a file that the reader saves; `title="FILE (at the end)"`
 and `title="FILE (before: WORD)"` add to a file, before its only line with a word. Lines of a `console` block
 that begin with `$ ` are commands; the others are what they print. A block of commands for root (`# `) needs the first
 mark.
+
+Output is shown below its commands: in their `console` block, or in a block of `text`, of `json` or of no language that
+follows it in the same section. `shown_output.py` says how the two are compared.
 """
 
 from __future__ import annotations
@@ -19,16 +23,25 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from tests.site.shown_output import differs
+
 ROOT = Path(__file__).parents[2]
 SHELLS = ("console", "sh", "bash", "shell")
+OUTPUTS = ("", "text", "json")
 WITHIN_S = 300
-_END_CHILDREN = "trap 'jobs -p | xargs -r kill 2>/dev/null' EXIT"
+_MOST_SHOWN = 4000
+"""Of an output that differs: so many characters are in the message."""
+_END_CHILDREN = "trap 'jobs -p | xargs -r kill 2>/dev/null; wait' EXIT"
+_MARK = r"^[ ]*<!-- (not run|run by|run|not printed): (.*?) -->\s*\n\s*"
+_MARKS = re.compile(_MARK, re.MULTILINE | re.DOTALL)
+_HEADING = re.compile("^#+ ", re.MULTILINE)
 _BLOCK = re.compile(
-    r"(?:^[ ]*<!-- (?P<mark>not run|run by|run): (?P<text>.*?) -->\s*\n\s*)?"
+    rf"(?P<marks>(?:{_MARK})*)"
     r"^(?P<indent>[ ]*)(?P<fence>```+)(?P<language>[\w-]*)(?P<info>[^\n]*)\n(?P<body>.*?)^[ ]*(?P=fence)[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
@@ -45,40 +58,73 @@ class Block:
     line: int
     language: str
     body: str
-    title: str | None
-    not_run: str | None
-    run_by: str | None
-    exit_status: int
+    title: str | None = None
+    not_run: str | None = None
+    run_by: str | None = None
+    not_printed: str | None = None
+    exit_status: int = 0
+    follows: bool = False
+    """Whether it is in the section of the block before."""
 
     def commands(self) -> list[str]:
         """Its commands; a line that ends with a backslash goes on in the next one."""
+        return [command for commands, _ in self.steps() for command in commands]
+
+    def steps(self) -> list[tuple[list[str], str]]:
+        """Its commands, and the lines that it shows below them."""
         if self.language not in SHELLS:
             return []
-        lines = self.body.replace("\\\n", " ").splitlines()
         if self.language != "console":
-            return [self.body]
-        return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+            return [([self.body], "")]
+        steps: list[tuple[list[str], str]] = [([], "")]
+        for line in self.body.replace("\\\n", " ").splitlines():
+            commands, shown = steps[-1]
+            if not line.startswith("$ "):
+                steps[-1] = commands, f"{shown}{line}\n"
+            elif shown:
+                steps.append(([line.removeprefix("$ ")], ""))
+            else:
+                commands.append(line.removeprefix("$ "))
+        return steps
+
+    @property
+    def runs(self) -> bool:
+        """Whether it has commands that are run with the page."""
+        return self.language in SHELLS and self.title is None and self.not_run is None and self.run_by is None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Lines that a page shows as the output of commands before them."""
+
+    block: Block
+    lines: str
+    commands: range
+    """The numbers of these commands, among all commands that are run."""
 
 
 def blocks_of(page: Path) -> Iterator[Block]:
     """The fenced blocks of a page. Raises ValueError for a mark that is none."""
-    text = page.read_text()
+    text, end = page.read_text(), 0
     for found in _BLOCK.finditer(text):
-        indent, mark, said = found["indent"], found["mark"], found["text"] or ""
+        indent, marks = found["indent"], dict(_MARKS.findall(found["marks"]))
         body = "".join(line.removeprefix(indent) for line in found["body"].splitlines(keepends=True))
         title = _TITLE.search(found["info"])
-        status = _EXIT.fullmatch(said) if mark == "run" else None
-        if mark == "run" and status is None:
-            raise ValueError(f"{page}: 'run: {said}' is no mark; write 'run: exit N'")
+        status = _EXIT.fullmatch(marks.get("run", "exit 0"))
+        if status is None:
+            raise ValueError(f"{page}: 'run: {marks['run']}' is no mark; write 'run: exit N'")
         yield Block(
             text.count("\n", 0, found.start("fence")) + 1,
             found["language"],
             body,
             title[1] if title else None,
-            said if mark == "not run" else None,
-            said if mark == "run by" else None,
-            int(status[1]) if status else 0,
+            marks.get("not run"),
+            marks.get("run by"),
+            marks.get("not printed"),
+            int(status[1]),
+            _HEADING.search(text, end, found.start()) is None,
         )
+        end = found.end()
 
 
 def section_of(page: Path, heading: str) -> list[Block]:
@@ -95,18 +141,41 @@ def page_mark(page: Path) -> str | None:
     return found[1] if found else None
 
 
-def script_of(
-    page: Path,
-    replaced: Mapping[str, str] | None = None,
-    before: str = "",
-    blocks: Iterable[Block] | None = None,
-) -> str:
-    """A shell script that does what a reader of the page does. It ends at the first command that does not as it says.
+def shown_of(blocks: Iterable[Block]) -> Iterator[Shown]:
+    """The output that blocks show of commands that are run. Blocks with the mark `not printed` are among them."""
+    number, before = 0, range(0)
+    for block in blocks:
+        if block.runs:
+            before = range(0)
+            for commands, lines in block.steps():
+                before, number = range(number, number + len(commands)), number + len(commands)
+                if lines.strip():
+                    yield Shown(block, lines, before)
+            continue
+        if before and block.follows and block.title is None and block.language in OUTPUTS:
+            yield Shown(block, block.body, before)
+        else:
+            before = range(0)
+
+
+def with_texts(blocks: Iterable[Block], replaced: Mapping[str, str]) -> list[Block]:
+    """The blocks, with other texts in the place of some."""
+    changed = []
+    for block in blocks:
+        body = block.body
+        for old, new in replaced.items():
+            body = body.replace(old, new)
+        changed.append(replace(block, body=body))
+    return changed
+
+
+def script_of(blocks: Iterable[Block], before: str = "") -> str:
+    """A shell script that does what a reader of the blocks does. It ends at the first command that does not as it says.
+
+    It writes what each command prints to a file of the folder `$PRINTED`, named by the number of the command.
 
     Args:
-        replaced: texts of commands and files, such as addresses, and what the test has in their place.
         before: what the page takes for done.
-        blocks: those that are run; all of the page where None.
     """
     lines = [
         "set -o pipefail",
@@ -115,21 +184,21 @@ def script_of(
     ]
     if before:
         lines.append(f"set -e\n{before}set +e")
-    for block in blocks_of(page) if blocks is None else blocks:
+    number = 0
+    for block in blocks:
         if block.not_run is not None or block.run_by is not None:
             continue
-        body = block.body
-        for old, new in (replaced or {}).items():
-            body = body.replace(old, new)
         if block.title is not None:
-            lines.append(_saved(block.title, body, block.line))
+            lines.append(_saved(block.title, block.body, block.line))
             continue
-        commands = replace(block, body=body).commands()
+        commands = block.commands()
         for command in commands:
             wanted = block.exit_status if command is commands[-1] else 0
-            lines.append(f"echo {shlex.quote('@@ ' + command)} >&2")
+            lines.append("{ :  # a command may be a comment alone")
             lines.append(command)
+            lines.append(f'}} > "$PRINTED/{number}" 2>&1')
             lines.append(f"s=$?; [ $s -eq {wanted} ] || failed {block.line} $s {shlex.quote(command)}")
+            number += 1
     return "\n".join(lines) + "\n"
 
 
@@ -157,17 +226,39 @@ def run_page(
     before: str = "",
     blocks: Iterable[Block] | None = None,
 ) -> str:
-    """Run a page's commands in a folder. Returns what they printed; fails the test where one does not as it says."""
-    text = page.read_text()
+    """Run a page's commands in a folder. Returns what they printed.
+
+    It fails the test where a command does not as the page says, or prints other than the page shows.
+
+    Args:
+        replaced: texts of commands and files, such as addresses, and what the test has in their place.
+        before: what the page takes for done.
+        blocks: those that are run; all of the page where None.
+    """
+    name, text = page.relative_to(ROOT), page.read_text()
     gone = [old for old in replaced or {} if old not in text]
-    assert not gone, f"{page.relative_to(ROOT)} has no {gone}"
-    done = subprocess.run(
-        ["bash", "-c", script_of(page, replaced, before, blocks)],
-        cwd=folder, env=dict(environment), capture_output=True, text=True, timeout=WITHIN_S, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert done.returncode == 0, (
-        f"{page.relative_to(ROOT)}:\n{done.stderr[-4000:]}\n--- stdout\n{done.stdout[-2000:]}"
-    )
-    assert "@@" in done.stderr, f"{page.relative_to(ROOT)} has no command"
-    return done.stdout + done.stderr
+    assert not gone, f"{name} has no {gone}"
+    run = with_texts(blocks_of(page) if blocks is None else blocks, replaced or {})
+    commands = [command for block in run if block.runs for command in block.commands()]
+    assert commands, f"{name} has no command"
+    with tempfile.TemporaryDirectory() as printed:
+        done = subprocess.run(
+            ["bash", "-c", script_of(run, before)],
+            cwd=folder, env={**environment, "PRINTED": printed}, capture_output=True, text=True, timeout=WITHIN_S,
+            check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        files = (Path(printed) / str(number) for number in range(len(commands)))
+        outputs = [file.read_text() for file in files if file.exists()]
+    said = "".join(f"@@ {command}\n{output}" for command, output in zip(commands, outputs, strict=False))
+    assert done.returncode == 0, f"{name}:\n{said[-6000:]}\n{done.stderr[-4000:]}"
+    wrong = []
+    for shown in shown_of(run):
+        possible = [outputs[number] for number in shown.commands]
+        line = differs(shown.lines, possible, json=shown.block.language == "json")
+        if line is not None and shown.block.not_printed is None:
+            wrong.append(
+                f"{name}, block at line {shown.block.line}: no command printed this line there:\n{line}\n"
+                f"--- printed\n{'---'.join(possible)[:_MOST_SHOWN]}"
+            )
+    assert not wrong, "\n".join(wrong)
+    return said

@@ -15,6 +15,40 @@ watched() {
 }
 # socket TASK: a gateway opens the socket of a task a moment after it has read the task's first lease
 socket() { until [ -S ".ringfence/tasks/$1.sock" ]; do sleep 0.1; done; }
+# credential: deploy-bot has got a credential, which policy and audit have seen
+credential() {
+    local bot=.ringfence/agents/deploy-bot.json ali=.ringfence/users/ali.json task
+    task=$(ringfence --json task list | jq -r '.[] | select(.state.agent_id == "deploy-bot") | .id') &&
+    ringfence --identity $bot request --task "$task" --allow 'platform:read:env/staging/web' --reason look > token.txt || return
+    until ringfence --json --identity $ali inventory | jq -e 'any(.agents[]; .leases > 0)' > seen.txt; do sleep 0.2; done
+    until ringfence --json --identity $ali audit coverage | jq -e '.leases_traced.whole > 0' > seen.txt; do sleep 0.2; done
+}
+# reported ADDRESS: planner reads at the target hub, a file server at this address, and tries what is blocked
+reported() {
+    local olga=.ringfence/users/olga.json ali=.ringfence/users/ali.json task path
+    mkdir -p hub/notes && echo "buy milk" > hub/notes/today
+    python3 -m http.server "${1##*:}" --bind 127.0.0.1 --directory hub > server.log 2>&1 &
+    ringfence --identity $olga target add hub --description "the hub" --backend jwt --setting "url=http://$1" \
+        --verb read --verb write --request 'GET /{path*} read {path*}' --request 'PUT /{path*} write {path*}' &&
+    ringfence --identity $olga user set maria --add 'hub:read,write:notes/*' &&
+    ringfence key new planner.json --id agent/planner &&
+    ringfence agent register planner --description "plans" --key-file planner.json --allow 'hub:read:notes/*' &&
+    task=$(ringfence --json --identity .ringfence/users/maria.json task assign planner --purpose "plan" \
+        --allow 'hub:read:notes/*' --for 30m | jq -r .task_id) &&
+    ringfence --identity planner.json request --task "$task" --allow 'hub:read:notes/*' --reason look --delivery gateway || return
+    socket "$task"
+    for path in "GET hub/notes/today" "GET hub/notes/today" "GET hub/notes/today" "PUT hub/notes/today" "GET hub/plans/secret" \
+        "DELETE hub/notes/today"; do
+        curl -s -o answer.txt --unix-socket ".ringfence/tasks/$task.sock" -X "${path% *}" "http://gateway/${path#* }"
+    done
+    for path in 7 8; do
+        ringfence gateway connect --task "$task" -- \
+            curl -s -o answer.txt --data x -H "X-Ringfence-Label: injected" "http://api.example/v1/charges/$path"
+    done
+    until ringfence --json --identity $ali gateway stats | jq -e '.blocked.total == 5' > seen.txt; do sleep 0.2; done
+}
+# alike: two requests wait
+alike() { until ringfence --json approvals list | jq -e '.[0].alike | length == 2'; do sleep 0.2; done; }
 # action_waits: an action of another agent waits for sam: what docs/gateway.md sets up, with an agent that merges
 action_waits() {
     local may=hub:merge:repos/shop/pulls/7/merge olga=.ringfence/users/olga.json task
@@ -28,7 +62,7 @@ action_waits() {
         --allow $may --for 30m | jq -r .task_id) &&
     ringfence --identity merger.json request --task "$task" --allow $may --reason merge --delivery gateway || return
     socket "$task"
-    curl -s --unix-socket .ringfence/tasks/$task.sock -X PUT --json '{}' http://gateway/hub/repos/shop/pulls/7/merge &
+    curl -s --unix-socket .ringfence/tasks/$task.sock -X PUT --json '{"commit_title": "Merge the release 421"}' http://gateway/hub/repos/shop/pulls/7/merge &
     until ringfence --json approvals list | jq -e 'any(.kind == "action")'; do sleep 1; done
 }
 # enrolled: what pia does in her browser with the invitation

@@ -14,6 +14,7 @@ class Story:
 
 
 _READER = "source tests/site/reader.sh\n"
+_CREDENTIAL = _READER + "source .ringfence/dev.sh\ncredential\n"
 _ASSIGN = (
     'ringfence --identity .ringfence/users/maria.json task assign my-bot --purpose "try it" '
     "--allow 'platform:read,deploy:env/staging/*' --for 30m"
@@ -25,16 +26,17 @@ GROUPS: dict[str, dict[str, Story]] = {
     },
     "the audit trail": {
         "docs/delegation.md": Story(),
-        "docs/inventory.md": Story(),
-        "docs/audit.md": Story(),
+        "docs/inventory.md": Story(before=_CREDENTIAL),
+        "docs/audit.md": Story(before=_CREDENTIAL),
         "docs/asking-audit.md": Story(
+            before=_CREDENTIAL,
             replaced={
                 "tail --code 'action.*' --status failure": "tail --code 'action.*' --status failure --no-follow",
                 "--severity medium --since 1h": "--severity medium --since 1h --no-follow",
             }
         ),
         "docs/gateway-report.md": Story(
-            before=_READER,
+            before=_READER + "source .ringfence/dev.sh\nreported 127.0.0.1:9001\n",
             replaced={
                 "ringfence serve gateway": "served 127.0.0.1:8726 ringfence serve gateway"
             },
@@ -56,7 +58,7 @@ GROUPS: dict[str, dict[str, Story]] = {
         "docs/approvals.md": Story(
             before=_READER,
             replaced={
-                "ringfence approvals watch": "watched ringfence approvals watch",
+                "ringfence approvals watch": "alike && watched ringfence approvals watch",
                 "ACTION=$(": "action_waits && ACTION=$(",
             },
         ),

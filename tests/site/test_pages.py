@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
+from tests.site import page_commands
 from tests.site.dev_folder import inherited
 from tests.site.dev_stack import linked_clone
-from tests.site.page_commands import ROOT, SHELLS, Block, blocks_of, page_mark, run_page, script_of
+from tests.site.page_commands import ROOT, SHELLS, Block, blocks_of, page_mark, run_page, shown_of
 from tests.site.stories import GROUPS
 
 OTHERS = ["docs/operators/README.md", "docs/tracing.md", "docs/benchmarks.md"]
 """Pages whose commands run in this file; those of `stories.py` run in test_dev_pages.py."""
 RUN_HERE = {*OTHERS, *(page for pages in GROUPS.values() for page in pages)}
+COMPARE = {"tests/mcp_sdks/test_page.py", "tests/integration/test_examples.py"}
+"""Tests that compare the output on their pages themselves. All others do so by `run_page`."""
 ALL = sorted([*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md"), *ROOT.glob("*.md")])
 
 
@@ -87,13 +89,35 @@ def test_each_command_runs_or_the_page_says_why_not(page: Path) -> None:
         assert len(mark.split()) > 4, "say why"
 
 
-def test_a_page_that_says_nothing_would_be_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ALL, ids=lambda page: str(page.relative_to(ROOT)))
+def test_each_output_is_compared_or_the_page_says_why_not(page: Path) -> None:
+    blocks = list(blocks_of(page))
+    mark = page_mark(page) or ""
+    on_the_page = str(page.relative_to(ROOT)) in RUN_HERE or compares(mark.removeprefix("run by "))
+    shown = [one.block for one in shown_of(blocks)]
+    elsewhere = [one for one in blocks if one.run_by is not None and any(lines for _, lines in one.steps())]
+    for block in [*shown, *elsewhere]:
+        compared = on_the_page if block.run_by is None else compares(block.run_by)
+        assert compared or block.not_printed, f"no test compares the output at line {block.line}: say why"
+    for block in blocks:
+        if block.not_printed is not None:
+            assert block in shown or block in elsewhere, f"line {block.line} shows no output of a command"
+            assert len(block.not_printed.split()) > 3, f"line {block.line}: say why"
+
+
+def compares(paths: str) -> bool:
+    """Whether one of these files compares the output that its page shows."""
+    files = [path for path in paths.split(", ") if path.endswith(".py")]
+    return any(path in COMPARE or "run_page(" in (ROOT / path).read_text() for path in files)
+
+
+def test_a_page_that_says_nothing_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     page.write_text("# It is\n\n```console\n$ true\n$ false\n```\n")
+    monkeypatch.setattr(page_commands, "ROOT", tmp_path)
     assert page_mark(page) is None
     assert [one.commands() for one in blocks_of(page)] == [["true", "false"]]
-    done = subprocess.run(["bash", "-c", script_of(page)], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "exit 1: false" in done.stderr
+    with pytest.raises(AssertionError, match="exit 1: false"):
+        run_page(page, tmp_path, {})
     page.write_text("<!-- not run: it would end the world -->\n\n```console\n$ false\n```\n")
     assert [one.not_run for one in blocks_of(page)] == ["it would end the world"]
