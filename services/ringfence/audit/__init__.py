@@ -1,1 +1,1 @@
-"""audit: turns every step into an OCSF event for the SIEM, and answers who did what for whom."""
+"""The audit service: maps every record to an OCSF event for the SIEM, and answers who did what for whom."""

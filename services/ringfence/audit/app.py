@@ -1,4 +1,4 @@
-"""The audit service, put together."""
+"""Wiring of the audit service."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ alone takes twice as long."""
 
 
 def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Clock | None = None) -> Runtime:
-    """Everything that audit is made of, started by `Runtime.run`."""
+    """Build the audit service; `Runtime.run` starts it."""
     own = own or load(AuditSettings)
     runtime = Runtime("audit", settings, clock)
     # Audit denies nothing, so a table that is behind is no reason to stop: what it cannot verify it says so.
@@ -130,7 +130,7 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
 
 
 def described() -> FastStream:
-    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    """The topics that the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
     return describe(
         "audit",
         router(

@@ -1,4 +1,4 @@
-"""The SQLite files of audit: private to its user, and created anew at each start, as topics can rebuild them."""
+"""The SQLite files of audit. They are private to its user, and created anew at each start from the topics."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What audit consumes and publishes."""
+"""The consumer groups of audit, and the topics that it publishes."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def router(
 ) -> GroupRouter:
     """Args:
         on_intake_assigned: awaited before the first record of the intake after each assignment.
-        dead_letters: those of `heartbeat`, `checkpoint` and `signal_stream`, which halt at nothing.
-        linger_ms: how long records gather, as nobody waits for an event.
+        dead_letters: the dead letters of `heartbeat`, `checkpoint` and `signal_stream`, which halt no consumer.
+        linger_ms: how long a batch gathers records, as nobody waits for an event.
     """  # fmt: skip
     router = GroupRouter(
         {

@@ -56,7 +56,7 @@ _REVOCATION_FIELDS = (
 
 
 def _content_mark(signed: VerifiedMessage[Any]) -> str:
-    """Tells two messages with one id apart: the signature, except for messages that may be signed again unchanged."""
+    """A mark that distinguishes messages with one id: the signature, unless the message may be signed again."""
     match signed.claims:
         case Lease() as lease if lease.epoch is not None:
             return digest(statement(lease))  # a revoker repeats an end in a later epoch
@@ -306,13 +306,13 @@ class RecordVerifier:
         return facts
 
     def lease(self, lease_id: str) -> LeaseFacts | None:
-        """Facts of a lease by id."""
+        """Facts of a lease, by its id."""
         return self._leases.get(lease_id)
 
     def remember_request(
         self, signed: VerifiedMessage[CredentialRequest], traceparent: str | None = None
     ) -> RequestFacts:
-        """Remember the facts of a verified request. The first request with an id wins."""
+        """Remember the facts of a verified request. The first request with an id counts."""
         claims = signed.claims
         request_id = message_id(claims.iss, claims.jti)
         first = self.facts(request_id)

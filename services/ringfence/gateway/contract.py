@@ -26,7 +26,7 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class PresentedIdentity:
-    """The evidence of the sender of a request. The gate trusts exactly one of these, and no mere claim of an agent."""
+    """The evidence of the sender of a request. The gate trusts exactly one of these, and no claim without proof."""
 
     task_id: str | None = None
     """The task of the unix socket that the request came through. Only that task can open the socket."""
@@ -220,7 +220,7 @@ class HoldableRequest(Protocol):
 class CachedAllowance(Protocol):
     """A cached decision on one request, for as long as nothing that it rests on has changed.
 
-    To have it allows nothing: `allow` checks for each request what may change at any moment.
+    The object itself allows nothing: `allow` checks for each request everything that may change at any moment.
     """
 
     @property
@@ -300,7 +300,7 @@ class Gate(Protocol):
         ...
 
     def watch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
-        """The same for a lease that was found usable just now, until `unwatch`."""
+        """As `on_lease_end`, for a lease that was found usable just now, until `unwatch`."""
         ...
 
     def unwatch(self, lease_id: str, on_ended: Callable[[], None]) -> None:

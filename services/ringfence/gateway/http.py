@@ -1,4 +1,4 @@
-"""The gateway's HTTP API for people."""
+"""The gateway's HTTP API for people: the state of a lease here."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ _LEASE_PATH = "/v1/leases/{lease_id}"
 
 
 class GatewayApi:
+    """The handlers of the gateway's HTTP API for people."""
+
     def __init__(self, authenticator: Authenticator, view: View) -> None:
         self._authenticator = authenticator
         self._view = view

@@ -1,4 +1,4 @@
-"""The runs that go on in this process: started up to the pool's concurrency, stopped, frozen, and ended with it."""
+"""The running runs of this process: started up to the pool's concurrency, frozen, and ended with the process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class ClaimLostError(RingfenceError):
-    """Raised when another runner's claim of a run came first. Nothing was started here."""
+    """Raised if another runner's claim of a run came first. Nothing was started here."""
 
     code = "claim_lost"
 
@@ -49,7 +49,7 @@ class _Job:
 
 
 class RunningRuns:
-    """Starts runs, and knows those that have not ended. What a silent runner freezes and destroys (`Freezable`)."""
+    """Starts and tracks runs. A runner that is cut off freezes and destroys them (`Freezable`)."""
 
     def __init__(
         self,
@@ -60,8 +60,8 @@ class RunningRuns:
     ) -> None:
         """Args:
             execution_of: makes the execution of a plan.
-            is_claimed_here: whether the claim of a run that counts is this runner's, once its own is on Kafka.
-            concurrency: how many runs go on at once.
+            is_claimed_here: whether this runner's claim of a run counts. Called once its claim is on Kafka.
+            concurrency: the most runs at once.
         """  # fmt: skip
         self._execution_of = execution_of
         self._is_claimed_here = is_claimed_here
@@ -71,7 +71,7 @@ class RunningRuns:
         self._closed = False
 
     def ids(self) -> Iterable[str]:
-        """The ids of the runs that go on."""
+        """The ids of the running runs."""
         return tuple(self._jobs)
 
     def __contains__(self, run_id: object) -> bool:
@@ -84,18 +84,18 @@ class RunningRuns:
 
     @property
     def free(self) -> int:
-        """How many more runs may start now."""
+        """The number of runs that may start now."""
         return 0 if self._closed else max(0, self._concurrency - len(self._jobs))
 
     @property
     def changed(self) -> asyncio.Event:
-        """Set when the next run ends. Take it before you look."""
+        """An event that is set when the next run ends. Get it before you check the state, so that no end is missed."""
         return self._changed
 
     async def start(self, plan: RunPlan) -> Reason | None:
-        """Start a run. Returns once it is claimed, or why it is refused.
+        """Start a run. Returns None once it is claimed, or the reason why it is refused.
 
-        Raises ClaimLostError, and UnavailableError if Kafka did not take the claim. Then it may be there all the same.
+        Raises ClaimLostError; UnavailableError if Kafka did not acknowledge the claim, which may be there all the same.
         """
         claimed = asyncio.Event()
 
@@ -123,31 +123,31 @@ class RunningRuns:
         return None
 
     def plan_of(self, run_id: str) -> RunPlan | None:
-        """The plan of a run that goes on; None if it does not."""
+        """The plan of a running run; None if it does not run here."""
         job = self._jobs.get(run_id)
         return job.plan if job is not None else None
 
     def stop(self, run_id: str, reason: str) -> None:
-        """End a run, if it goes on here."""
+        """End a run, if it runs here."""
         job = self._jobs.get(run_id)
         if job is not None:
             job.execution.stop(reason)
 
     async def freeze(self) -> None:
-        """Stop all processes of all runs where they are. Raises SandboxUnavailableError."""
+        """Freeze all processes of all runs. Raises SandboxUnavailableError."""
         await gather_all(job.execution.freeze() for job in list(self._jobs.values()))
 
     async def thaw(self) -> None:
-        """Let all runs go on."""
+        """Thaw all runs."""
         await gather_all(job.execution.thaw() for job in list(self._jobs.values()))
 
     async def destroy(self, reason: str) -> None:
-        """End all runs: their sandboxes are destroyed first of all, whether or not Kafka answers."""
+        """End all runs. Destroys their sandboxes first, whether or not Kafka answers."""
         for job in list(self._jobs.values()):
             job.execution.stop(reason)
 
     async def close(self, *, wait_s: float) -> None:
-        """Start nothing any more, let runs go on for `wait_s`, then end them. Returns when all have ended."""
+        """Start nothing more, wait up to `wait_s` seconds for runs, then end them. Returns when all have ended."""
         self._closed = True
         tasks = {job.task for job in self._jobs.values()}
         if tasks and wait_s > 0:

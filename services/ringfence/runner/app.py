@@ -52,10 +52,10 @@ def build(
     client: ClientSettings | None = None,
     backend: SandboxBackend | None = None,
 ) -> Runtime:
-    """A runner of one pool, wired and not yet started. Raises SettingsError, KeyFileError, RunRefusedError.
+    """Build the runner of one pool; `Runtime.run` starts it. Raises SettingsError, KeyFileError, RunRefusedError.
 
     Args:
-        client: where registry and gateway are. `backend`: makes the sandboxes. Both as settings and pool say, if None.
+        client: the addresses of registry and gateway; `backend`: makes the sandboxes. None: by settings and pool.
     """  # fmt: skip
     own = own or load(RunnerSettings)
     shared = {name: getattr(settings, name) for name in BusSettings.model_fields}
@@ -197,7 +197,7 @@ class _KeyLock:
         self._descriptor: int | None = None
 
     def take(self) -> None:
-        """Raises SettingsError if another process has it."""
+        """Take the lock. Raises SettingsError if another process has it."""
         if self._descriptor is not None:
             return
         descriptor = os.open(self._key_file, os.O_RDONLY | os.O_CLOEXEC)
@@ -218,5 +218,5 @@ class _KeyLock:
 
 
 def described() -> FastStream:
-    """What the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
+    """The topics that the service consumes and publishes, for AsyncAPI. Needs no settings, keys or broker."""
     return describe("runner", router(pool="POOL", orders=placeholder))

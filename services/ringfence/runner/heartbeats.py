@@ -29,7 +29,7 @@ _LOOK_EVERY_S = 0.25
 
 
 class Heartbeats:
-    """Sends a heartbeat every second, and knows for how long none has been acknowledged."""
+    """Sends a heartbeat every second, and measures for how long none has been acknowledged."""
 
     def __init__(
         self,
@@ -45,10 +45,10 @@ class Heartbeats:
         """Args:
             send: signs and publishes a heartbeat, and returns once Kafka has acknowledged it.
             runner: the runner's SPIFFE ID.
-            runs: the ids of the runs that go on in this process. Each heartbeat names them, because several processes
+            runs: the ids of the running runs of this process. Each heartbeat names them, because several processes
                 may be one runner.
             pool: of a runner that takes orders: its pool as it is now.
-            never_jumps_ms: a clock for the silence, which also runs while the machine sleeps.
+            never_jumps_ms: a monotonic clock in ms, which also runs while the machine sleeps.
         """  # fmt: skip
         self._send = send
         self._runner = runner
@@ -63,15 +63,15 @@ class Heartbeats:
 
     @property
     def silence_s(self) -> float:
-        """Seconds since the last acknowledged heartbeat was sent; before the first one, since this was made."""
+        """Seconds since the last acknowledged heartbeat was sent; before the first one, since the start."""
         return (self._never_jumps_ms() - self._acknowledged_ms) / 1000
 
     async def acknowledged(self) -> None:
-        """Wait until a heartbeat was acknowledged. Nothing is claimed before."""
+        """Wait until a heartbeat was acknowledged. The runner claims nothing before."""
         await self._first.wait()
 
     async def run(self) -> NoReturn:
-        """Send heartbeats until cancelled. One that Kafka does not take is left out."""
+        """Send heartbeats until cancelled. One that Kafka does not acknowledge is skipped."""
         try:
             while True:
                 if len(self._sending) < _MAX_UNACKNOWLEDGED:
@@ -84,7 +84,7 @@ class Heartbeats:
                 task.cancel()
 
     async def beat(self) -> None:
-        """Send one heartbeat, and wait for its acknowledgement. What fails is logged."""
+        """Send one heartbeat, and wait for its acknowledgement. An error is logged."""
         now_ms, sent_ms = self._clock.now_ms(), self._never_jumps_ms()
         heartbeat = Heartbeat(
             iss=self._runner,
@@ -106,7 +106,7 @@ class Heartbeats:
 
 
 class Freezable(Protocol):
-    """What a silent runner stops: all runs of this process."""
+    """The runs of this process, which a runner that is cut off stops."""
 
     async def freeze(self) -> None:
         """Stop all processes of all sandboxes. It may be called again. Raises RingfenceError if some were not
@@ -115,7 +115,7 @@ class Freezable(Protocol):
         ...
 
     async def thaw(self) -> None:
-        """Let them go on. Raises RingfenceError."""
+        """Thaw all sandboxes. Raises RingfenceError."""
         ...
 
     async def destroy(self, reason: str) -> None:
@@ -134,24 +134,24 @@ class SilenceGuard:
 
     @property
     def frozen(self) -> bool:
-        """Whether the runs stand still because of a silence."""
+        """Whether the runs are frozen because of a silence."""
         return self._frozen
 
     def silent(self) -> str | None:
-        """Why nothing new is started now, or None."""
+        """The reason why nothing new may start now, or None."""
         silence_s = self._heartbeats.silence_s
         if silence_s < self._grace_s / 2:
             return None
         return f"Kafka has acknowledged no heartbeat of this runner for {silence_s:.0f} s"
 
     async def run(self) -> NoReturn:
-        """Watch, until cancelled."""
+        """Check the silence until cancelled."""
         while True:
             await self.look()
             await asyncio.sleep(min(_LOOK_EVERY_S, self._grace_s / 20))
 
     async def look(self) -> None:
-        """Do what the silence asks for now. What fails is tried again at the next look."""
+        """Freeze, destroy or thaw the runs, by the length of the silence. A failed step is retried at the next call."""
         silence_s = self._heartbeats.silence_s
         try:
             if silence_s >= self._grace_s:

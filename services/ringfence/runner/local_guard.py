@@ -1,4 +1,4 @@
-"""What a local run has besides its execution: heartbeats that name it, the guard of their silence, and stops."""
+"""The supervision of a local run: heartbeats that name it, the guard of their silence, and stops."""
 
 from __future__ import annotations
 

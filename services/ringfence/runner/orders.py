@@ -1,4 +1,4 @@
-"""Takes orders from Kafka: verified, held against the pool, queued in their order, claimed, and started at most once.
+"""The order queue of a pool, on Kafka: verifies orders, checks them against the pool, and starts each at most once.
 
 The queue is Kafka itself. An order's offset is committed once its run is claimed or refused on the topic `run`. Orders
 that wait are read, and not committed: they come again to whoever takes over. An order whose run is on `run` already
@@ -40,7 +40,7 @@ _MOST_READ_AHEAD = 20_000
 
 @dataclass(frozen=True)
 class _Waiting:
-    """An order that waits for room."""
+    """A queued order."""
 
     record: Received
     order: RunOrder
@@ -50,7 +50,7 @@ class _Waiting:
 
 @dataclass
 class _Settled:
-    """Records for which nothing is left to do: the last one of each partition."""
+    """The last completed record of each partition, for commits."""
 
     last: dict[tuple[str, int], Received] = field(default_factory=dict)
     """By topic and partition."""
@@ -71,7 +71,7 @@ class OrderIntake:
         patience_s: float,
     ) -> None:
         """Args:
-            hold: why nothing is started now, or None.
+            hold: returns the reason why nothing may start now, or None.
             patience_s: the longest wait for records that have not arrived in the local tables yet.
         """  # fmt: skip
         self._runtime = runtime
@@ -89,18 +89,18 @@ class OrderIntake:
         """Set once runs that this runner left unfinished are reported. No order is taken before."""
 
     def read_by(self, consumer: Consumer) -> None:
-        """The consumer whose batches this handles."""
+        """Set the consumer whose batches this handles."""
         self._consumer = consumer
 
     @property
     def waiting(self) -> int:
-        """The number of orders that wait for room."""
+        """The number of queued orders."""
         return sum(isinstance(one, _Waiting) for one in self._line)
 
     async def __call__(self, batch: Sequence[Received]) -> None:
-        """Return once every order of the batch, and of what was read behind it, is claimed or refused.
+        """Handle a batch. Returns once each of its orders, and each that was read after it, is claimed or refused.
 
-        Raises UnavailableError if this runner stops, or no longer has the partition: what is left comes again.
+        Raises UnavailableError if this runner stops or has lost the partition: the rest is redelivered.
         """
         await self._until(self.opened)
         self._line.clear()
@@ -130,7 +130,7 @@ class OrderIntake:
     # --- the queue ---
 
     async def _admit(self, records: Sequence[Received]) -> None:
-        """Take records into the queue: each order that has no problem, as far as there is room to wait."""
+        """Queue each valid order of these records, as far as the queue has room."""
         if not records:
             return
         if not await self._runtime.tables_caught_up(self._patience_s):
@@ -145,7 +145,7 @@ class OrderIntake:
         metrics.RUN_ORDERS_WAITING.set(self.waiting)
 
     async def _judged(self, record: Received) -> _Waiting | None:
-        """The order in a record, if it may wait for its turn. Otherwise what becomes of it is on Kafka."""
+        """The order in a record, if it may be queued. Otherwise its result is on Kafka already."""
         try:
             order = verified_order(record.value, self._directory, record.appended_at_ms).claims
             if order.pool != record.key:
@@ -173,7 +173,7 @@ class OrderIntake:
         return waiting
 
     async def _advance(self) -> None:
-        """Start what has room, in the order of the queue, and commit what is settled before the first that waits."""
+        """Start queued orders in order while there is room. Commit completed records before the first queued one."""
         settled = list[Received]()
         while self._line:
             first = self._line[0]
@@ -236,7 +236,7 @@ class OrderIntake:
         return None
 
     async def _refuse(self, waiting: _Waiting, reason: Reason) -> None:
-        """Say on the topic `run` why an order starts nothing. Its signer is known, so somebody looks there."""
+        """Publish on the topic `run` why an order starts nothing. Its signer is verified, so a user waits for it."""
         order, now_ms = waiting.order, self._runtime.clock.now_ms()
         key = self._runtime.believed_key()
         record = Run(
@@ -289,7 +289,7 @@ class OrderIntake:
         return await self._consumer.read_ahead() if self._consumer is not None else []
 
     async def _wait(self, changed: asyncio.Event, reading: asyncio.Task[list[Received]] | None) -> None:
-        """Return when a run has ended, when something was read, or after a moment. Raises UnavailableError."""
+        """Wait until a run has ended, records were read, or a short time has passed. Raises UnavailableError."""
         ended = asyncio.create_task(changed.wait())
         try:
             await asyncio.wait(
@@ -307,7 +307,7 @@ class OrderIntake:
             await self._wait(event, None)
 
     def _check(self) -> None:
-        """Raises UnavailableError if what is left is another member's work."""
+        """Raises UnavailableError if the rest belongs to another member of the group."""
         if self._consumer is None:
             return
         if self._consumer.draining:

@@ -1,7 +1,7 @@
-"""The pool of a runner: what its owner lets orders ask for. And the rule that holds an order against it.
+"""The pool of a runner: the images, mounts and limits that its owner offers to orders; and the check of an order.
 
 An order names a pool, an image by its digest and mounts by their names. Paths of hosts and values of the environment
-stand in the pool's file alone.
+are in the pool's file alone.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Strict(BaseModel):
 
 
 class PoolMount(_Strict):
-    """A folder of the host that orders may mount by its name. It stands at `/workspace/NAME` inside."""
+    """A folder of the host that orders may mount by its name. Inside, it is at `/workspace/NAME`."""
 
     path: Path
     read_write: bool = False
@@ -65,7 +65,7 @@ class PoolLimits(_Strict):
 
 
 class Pool(_Strict):
-    """One pool. All its runners have the same file."""
+    """A pool. All its runners have the same file."""
 
     name: Name
     labels: Labels = Field(default_factory=dict)
@@ -118,11 +118,11 @@ class Pool(_Strict):
 
     @cached_property
     def digest(self) -> str:
-        """The digest of everything that stands in the file: the `policy_digest` of its runs is made from it."""
+        """The digest of the file's content, from which the `policy_digest` of the pool's runs is made."""
         return digest(json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")))
 
     def problem(self, order: RunOrder) -> Reason | None:
-        """Why this pool does not run what a verified order asks for, or None."""
+        """The reason why this pool refuses a verified order, or None."""
         image = order.image or self.default_image
         if order.pool != self.name:
             return _reason("order_other_pool", f"the order is for pool {order.pool}, and this is {self.name}")
@@ -173,7 +173,7 @@ class Pool(_Strict):
         return None
 
     def plan(self, order: RunOrder, *, order_id: str, run_id: str, deadline_s: int) -> RunPlan:
-        """The plan of a run for an order that has no problem. `deadline_s`: the end of the run at the latest."""
+        """Build the plan for an order without a problem. `deadline_s`: the run's latest end, in seconds since 1970."""
         image = order.image or self.default_image
         writable = {mount.name: mount.read_write for mount in order.mounts}
         return RunPlan(
@@ -196,7 +196,7 @@ class Pool(_Strict):
 
 
 def pool_mounts(pool: Pool) -> tuple[PlannedMount, ...]:
-    """All mounts that orders may ask for, as they would be mounted."""
+    """All mounts that orders may request, as they would be mounted."""
     return tuple(_planned(name, one.path, one.read_write) for name, one in pool.mounts.items())
 
 

@@ -1,4 +1,4 @@
-"""Stops of runs: who ordered the end of which run. Read by every runner, because a run is where it was started."""
+"""Stops of runs, which users order. Every runner reads all of them, because a run ends where it was started."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ class StopTable:
         self._listeners.append(listener)
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Take records of the topic `run.order`. Everything that is no stop is ignored."""
+        """Process records of the topic `run.order`. Ignores everything but stops."""
         for record in records:
             self._take(record)
 
     def retry(self) -> None:
-        """Look again at stops whose signer was not known."""
+        """Verify again the stops whose signer was unknown."""
         waiting, self._awaiting_key = self._awaiting_key, deque(maxlen=_MAX_AWAITING_KEY)
         for record in waiting:
             self._take(record)
 
     def reason(self, run_id: str, *, agent_id: str, task_id: str, ordered_by: str | None) -> str | None:
-        """Why a run must end, by the first stop of a person who may stop it; None if there is none."""
+        """The reason why a run must end, from the first stop by a user who may stop it; None without one."""
         self.retry()
         for stop in self._stops.get(run_id, ()):
             problem = stop_problem(

@@ -1,4 +1,4 @@
-"""What a runner consumes and publishes."""
+"""The consumer group of a runner's pool, and the topics that a runner publishes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def group_name(pool: str) -> str:
 
 
 def router(*, pool: str, orders: BatchHandler) -> GroupRouter:
-    """For one pool. All its orders are in one partition, so one of its runners takes them, in their order."""
+    """Declare the subscriber of a pool. All its orders are in one partition, so one runner takes them, in order."""
     router = GroupRouter({topic: topic.models for topic in _PUBLISHED})
 
     @router.subscriber(RUN_ORDER, group=ConsumerGroup(group_name(pool)))

@@ -1,4 +1,4 @@
-"""Reconciliation of the topic `run` with what goes on here: runs that this runner left unfinished are reported as lost.
+"""Reconciliation of the topic `run` with the running runs: those that this runner left unfinished are reported as lost.
 
 A run is left unfinished by a runner that was killed, or that could not publish its end.
 """
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 class UnfinishedRuns:
-    """Finds and reports the ordered runs of this runner that are not over and do not go on in this process."""
+    """Finds and reports the ordered runs of this runner that have not ended and do not run in this process."""
 
     def __init__(
         self,
@@ -31,7 +31,7 @@ class UnfinishedRuns:
         *,
         patience_s: float,
     ) -> None:
-        """`patience_s`: the longest wait for the local tables to catch up."""
+        """`patience_s`: the longest wait for the local tables to catch up, in seconds."""
         self._runtime = runtime
         self._directory = directory
         self._runs = runs
@@ -39,7 +39,7 @@ class UnfinishedRuns:
         self._patience_s = patience_s
 
     async def report(self) -> bool:
-        """Publish `lost` for each of them. False if the local tables did not catch up, so that nobody knows."""
+        """Publish `lost` for each of them. Returns False if the local tables did not catch up in time."""
         if not self._left():
             return True
         # What ended a moment ago is on Kafka, and perhaps not in the table yet.

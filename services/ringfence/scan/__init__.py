@@ -1,4 +1,4 @@
-"""`ringfence scan`: find credentials that agents inherit, and which containment rings each of them breaks.
+"""`ringfence scan`: a secret scanner for credentials that agents inherit. It shows which containment rings each breaks.
 
 It needs no server and no account, and opens no connection. The layers, from the ground up: the catalogue of credential
 kinds, bounded parsers and file access, `readers` (one file for each location and format), `scanner` (which turns what

@@ -1,4 +1,4 @@
-"""Baselines and the record of the last scan: what was known before, by reader, path, field and pattern alone."""
+"""Baselines, and the record of the last scan: known findings, by reader, path, field and pattern alone."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def baseline_text(findings: Iterable[Finding]) -> str:
 
 
 def apply_baseline(report: Report, known: frozenset[Identity]) -> None:
-    """Mark the findings that a baseline names, and say which of its entries have gone."""
+    """Mark the findings that a baseline names, and report its entries that no finding matches any more."""
     present = {one.identity for one in report.findings}
     for one in report.findings:
         one.known = one.identity in known
@@ -80,7 +80,7 @@ def apply_baseline(report: Report, known: frozenset[Identity]) -> None:
 
 
 def compare_with_last(report: Report, folder: Path) -> None:
-    """Say what the last scan of the same paths had and this one has not, then remember this one.
+    """Report the findings of the last scan of the same paths that are gone, then record this scan.
 
     A record that cannot be read counts as none. A scan that was ended early replaces no record. Raises OSError and
     NotPrivateError if the record cannot be written.

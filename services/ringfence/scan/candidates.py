@@ -1,4 +1,4 @@
-"""What readers yield: a secret value with what its location says of it. `classify` judges plain settings."""
+"""Candidates, the output of readers: a secret value and the facts of its location. `classify` judges plain settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNKNOWN_ACCESS: Final = Access()
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """The raw material of a finding."""
+    """A possible credential, from which the scanner makes a finding."""
 
     field: str
     kind: Kind
@@ -60,7 +60,7 @@ def formats_marked(data: bytes) -> list[Format]:
 
 
 def formats_in(text: str, among: Sequence[Format] = FORMATS) -> Iterator[tuple[Format, str, int]]:
-    """Yield each credential that tells its kind by its look: the format, the value, and where it begins."""
+    """Yield each credential whose format shows its kind: the format, the value, and its offset in the text."""
     for one in among:
         if one.marker not in text:
             continue
@@ -77,7 +77,7 @@ def formats_in(text: str, among: Sequence[Format] = FORMATS) -> Iterator[tuple[F
 
 
 def is_counterfeit(text: str) -> bool:
-    """Return whether a text looks like a credential of a known format, but its checksum is wrong."""
+    """Return whether a text has the format of a known credential, but a wrong checksum."""
     return any(
         one.check is not None
         and one.marker in text
@@ -92,13 +92,13 @@ MARKERS: Final = frozenset(one.marker for one in FORMATS)
 
 
 def public_prefix_length(text: str) -> int:
-    """Return how many characters at the begin of a credential are the same for all of its kind: `github_pat_`."""
+    """Return the length of the prefix that all credentials of the kind share, such as `github_pat_`."""
     found = (one.public.match(text) for one in FORMATS if one.public is not None)
     return max((match.end() for match in found if match is not None), default=0)
 
 
 def of_format(text: str, field: str, **more: Any) -> Candidate | None:
-    """Return a candidate where the whole text is, or has in it, one credential of a known format."""
+    """Return a candidate for the first credential of a known format in a text; None if there is none."""
     for one, value, _ in formats_in(text):
         return candidate_of(one.kind, value, field, **more)
     if (match := JWT.search(text)) and (found := of_jwt(match[1], field, **more)):
@@ -107,7 +107,7 @@ def of_format(text: str, field: str, **more: Any) -> Candidate | None:
 
 
 def candidate_of(kind: Kind, value: str, field: str, **more: Any) -> Candidate:
-    """Return a candidate with all that its value says offline."""
+    """Return a candidate with every fact that its value shows offline."""
     given = more.pop("opens", None) or Access()
     opens = replace(
         Access(service=kind.service, host=kind.host or None),
@@ -192,7 +192,7 @@ def of_url(text: str, field: str, **more: Any) -> Iterator[Candidate]:
 
 
 def classify(name: str, value: str, field: str | None = None, **more: Any) -> Iterator[Candidate]:
-    """Yield what one setting holds: a credential of a known format, a password in a URL, or one that its name tells."""
+    """Yield the credentials in one setting: of a known format, as a password in a URL, or by the setting's name."""
     field = field or name
     if len(value) < names.MIN_PASSWORD or len(value) > 65_536:
         return
@@ -249,7 +249,7 @@ def of_pem(text: str, field: str, **more: Any) -> Candidate | None:
 
 
 def pems_in(text: str) -> Iterator[tuple[tuple[Kind, str], int]]:
-    """Yield kind, base64 body and begin of each PEM private key in a text."""
+    """Yield kind, base64 body and offset of each PEM private key in a text."""
     for match in _PEM.finditer(text):
         label, raw = match[1].strip(), match[2]
         # In JSON and YAML strings, line feeds may be escaped.

@@ -1,4 +1,4 @@
-"""Checksums inside of issued credentials: they tell a real token from text that only looks like one."""
+"""Checksums in issued credentials, which distinguish a real token from text of the same format."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def base62(number: int, length: int) -> str:
 
 
 def crc32_base62(token: str) -> bool:
-    """Check the last six characters against the CRC-32 of what stands between prefix and them (GitHub, npm)."""
+    """Check the last six characters against the CRC-32 of the characters between the prefix and them (GitHub, npm)."""
     body = token.rpartition("_")[2]
     return base62(zlib.crc32(body[:-6].encode()), 6) == body[-6:]
 
@@ -35,7 +35,7 @@ def crc32_hex(token: str) -> bool:
 
 
 def aws_account(key_id: str) -> str | None:
-    """Return the account that an AWS access key id of the present form names; None for older ones."""
+    """Return the account number in an AWS access key id; None for ids of the older form, which have none."""
     try:
         raw = base64.b32decode(key_id[4:20])
     except binascii.Error:

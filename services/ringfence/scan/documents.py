@@ -1,7 +1,7 @@
-"""Bounded parsers of hostile documents: JSON with comments, YAML, TOML, XML, INI, `NAME=value` lines.
+"""Bounded parsers for untrusted documents: JSON with comments, YAML, TOML, XML, INI, `NAME=value` lines.
 
-None of them follows an include, expands an alias or an entity, or runs a tag. Whatever is too deep, too large or
-malformed raises DocumentError, whose message holds nothing of the text.
+No parser follows an include, expands an alias or an entity, or runs a tag. If a document is too deep, too large or
+malformed, the parser raises DocumentError. Its message quotes nothing of the text.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _MAX_YAML_BYTES: Final = 4 * 1024 * 1024
 
 
 class DocumentError(Exception):
-    """Raised for text that is no such document, or exceeds a limit. The message quotes nothing."""
+    """Raised if a text is malformed or exceeds a limit. The message quotes nothing of it."""
 
 
 _JSON_NODES: Final = re.compile(r'"(?:[^"\\\n]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
@@ -57,7 +57,7 @@ def _without_comments(text: str) -> str:
 
 
 def _check_depth(text: str) -> None:
-    """Look at depth and number of nodes before a parser makes objects of them. Raises DocumentError."""
+    """Check depth and number of nodes before a parser makes objects of them. Raises DocumentError."""
     depth = 0
     for number, match in enumerate(_JSON_NODES.finditer(text)):
         if number > _MAX_TOKENS:
@@ -256,15 +256,15 @@ def walk(document: Any, *, max_nodes: int = MAX_NODES) -> Iterator[tuple[tuple[s
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """Return the value where it is a mapping, else an empty one: documents of strangers have any form."""
+    """Return the value if it is a mapping, otherwise an empty one: an untrusted document can have any form."""
     return value if isinstance(value, Mapping) else {}
 
 
 def sequence(value: Any) -> Sequence[Any]:
-    """Return the value where it is a list, else an empty one."""
+    """Return the value if it is a list, otherwise an empty one."""
     return value if isinstance(value, list) else ()
 
 
 def text_of(value: Any) -> str | None:
-    """Return the value where it is a text with something in it, else None."""
+    """Return the value if it is a text that is not empty, otherwise None."""
     return value if isinstance(value, str) and value else None

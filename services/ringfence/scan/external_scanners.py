@@ -1,7 +1,7 @@
-"""`--with`: adapters of installed scanners. They validate nothing online, and their secret values are discarded.
+"""Adapters for installed secret scanners (`--with`). They validate nothing online, and discard the secret values.
 
-A scanner starts in the folder that it reads, with the arguments of its adapter alone: no path is among them. It has an
-environment of its own, so it finds no token there, and a home folder that is gone afterwards.
+A scanner is started in the folder that it reads, with the arguments of its adapter alone, which contain no path. It has
+an environment of its own without tokens, and a temporary home folder.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _MAX_RULE: Final = 100
 
 
 class ScannerMissingError(RingfenceError):
-    """Raised where `--with` names a scanner that is not known, or not installed."""
+    """Raised if `--with` names a scanner that is unknown or not installed."""
 
     code = "scan_scanner_missing"
 
 
 class Adapter(ABC):
-    """Runs one scanner, and yields rule, path and line of what it found."""
+    """The adapter of one scanner: runs it, and yields rule, path and line of each result."""
 
     name: ClassVar[str]
     statuses: ClassVar[tuple[int, ...]] = (0,)
@@ -58,6 +58,8 @@ class Adapter(ABC):
 
 
 class KingfisherAdapter(Adapter):
+    """Kingfisher, by its JSON report."""
+
     name = "kingfisher"
     statuses = (0, 200, 205)  # nothing; findings; findings that were validated
 
@@ -86,6 +88,8 @@ class KingfisherAdapter(Adapter):
 
 
 class DetectSecretsAdapter(Adapter):
+    """detect-secrets, by its JSON report."""
+
     name = "detect-secrets"
 
     def arguments(self, target: str, home: str) -> list[str]:
@@ -102,6 +106,8 @@ class DetectSecretsAdapter(Adapter):
 
 
 class GitleaksAdapter(Adapter):
+    """Gitleaks, by its JSON report."""
+
     name = "gitleaks"
 
     def arguments(self, target: str, home: str) -> list[str]:
@@ -141,7 +147,7 @@ def adapters(names: Sequence[str]) -> list[Adapter]:
 
 
 def program_of(name: str) -> str | None:
-    """Return where a program is on the PATH. Entries that depend on the working directory do not count."""
+    """Return the path of a program on the PATH, or None. Entries that depend on the working directory do not count."""
     entries = [
         entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(entry)
     ]
@@ -149,9 +155,9 @@ def program_of(name: str) -> str | None:
 
 
 def include(report: Report, adapter: Adapter, paths: Sequence[str], guard: OutputGuard) -> None:
-    """Add what a scanner found where no reader of ours found anything. Changes the report.
+    """Add a scanner's results at places where no reader found anything. Changes the report.
 
-    `guard`: that of the scan. A path may repeat a secret that our readers found.
+    `guard`: the guard of the scan, because a path may repeat a secret that a reader found.
     """
     if not paths:
         report.notes.append(Note(adapter.name, "reads paths alone, and none was given", limits=False))
@@ -170,7 +176,7 @@ def include(report: Report, adapter: Adapter, paths: Sequence[str], guard: Outpu
 
 
 def places_of(adapter: Adapter, paths: Sequence[str]) -> list[tuple[str, str, int | None]]:
-    """Return rule, path and line of what a scanner finds below some paths.
+    """Return rule, path and line of each result of a scanner below these paths.
 
     Raises OSError, ValueError if its output is not understood, and subprocess.SubprocessError.
     """

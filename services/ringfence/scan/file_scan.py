@@ -1,4 +1,4 @@
-"""Reads one file with the reader that knows it, and turns what it yields into findings. Runs in worker processes."""
+"""Scans single files in worker processes: the readers of a file yield candidates, which become findings."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(slots=True)
 class JobResults:
-    """What some jobs found. No secret is in it."""
+    """The results of some jobs. They contain no secret."""
 
     jobs: int = 0
     """How many of the jobs were done: the rest is for another call, where there was much to hand over."""
@@ -64,7 +64,7 @@ class JobResults:
 
 
 class FileTimeoutError(Exception):
-    """Raised in a file that takes too long."""
+    """Raised if a file takes too long."""
 
 
 class FileScanner:
@@ -82,11 +82,11 @@ class FileScanner:
         self._by_name = {reader.name: reader for reader in FILE_READERS}
 
     def is_known_place(self, path: str) -> bool:
-        """Return whether a reader declares this path. Of links, only these are looked at."""
+        """Return whether a reader declares this path. Links are followed only at such paths."""
         return bool(self._index.readers_of(path))
 
     def scan(self, jobs: list[Job]) -> JobResults:
-        """Read files, as many as there is room for in what is handed over. What cannot be read is a note."""
+        """Read files, as many as fit into one result. A file that cannot be read becomes a note."""
         results = JobResults()
         if self._most_memory is None and (now := address_space()) is not None:
             self._most_memory = now + max(FILE_MEMORY, self._max_bytes * _MEMORY_FOR_EACH_BYTE)
@@ -178,7 +178,7 @@ class FileScanner:
         readable_by: Readable,
         file: SourceFile | None = None,
     ) -> Finding:
-        """Return the finding of a candidate. From here on there is no secret."""
+        """Return the finding of a candidate. It no longer contains the secret."""
         value, line = candidate.value, candidate.line
         if value is not None:
             self.guard.add(value, public=public_prefix_length(value.reveal()), common=MARKERS)
@@ -205,7 +205,7 @@ class FileScanner:
 class _Clock:
     """Raises FileTimeoutError in a file that takes too long. Does nothing outside of the main thread.
 
-    One timer looks now and then: a timer for each file would cost two system calls.
+    One timer checks periodically, because a timer for each file would cost two system calls.
     """
 
     def __init__(self, limit_s: float) -> None:

@@ -13,7 +13,7 @@ Readable = Literal["user", "group", "everyone", "unknown"]
 
 
 class Pattern(StrEnum):
-    """How an agent came by a credential. The values are a contract: baselines and `--fail-on` name them."""
+    """The pattern by which an agent inherits a credential. Its values are a contract of baselines and `--fail-on`."""
 
     STATIC_KEY = "static-key"
     USER_TOKEN = "user-token"  # noqa: S105 - a name
@@ -33,7 +33,7 @@ PATTERN_TITLES: Mapping[Pattern, str] = {
 
 @dataclass(frozen=True, slots=True)
 class RingVerdict:
-    """What a credential does to one containment ring, and why."""
+    """Whether a credential breaks one containment ring, and why."""
 
     ring: int
     state: RingState
@@ -42,7 +42,7 @@ class RingVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a credential opens, as far as it can be known offline. Nothing of it was verified."""
+    """The access that a credential gives, as far as it can be known offline. Nothing of it was verified."""
 
     service: str | None = None
     host: str | None = None
@@ -65,7 +65,7 @@ class Access:
 
 @dataclass(frozen=True, slots=True)
 class Remedy:
-    """One step of the way out: a command that can be pasted, or a page where a person has to act."""
+    """One step of a remedy: a command that can be pasted, or a page where a person has to act."""
 
     purpose: str
     command: str | None = None
@@ -74,7 +74,7 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a credential stands."""
+    """The place of a credential."""
 
     path: str
     field: str
@@ -86,7 +86,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What identifies a finding in a baseline: no digest of a value."""
+    """The identity of a finding in a baseline. It contains no digest of a value."""
 
     reader: str
     path: str
@@ -134,7 +134,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Something that was not read, and why. `limits`: findings may be missing for it."""
+    """Something that was not read, and why. `limits`: findings may be missing because of it."""
 
     path: str
     reason: str
@@ -143,7 +143,7 @@ class Note:
 
 @dataclass(slots=True)
 class Report:
-    """All that a scan has to say."""
+    """The result of a scan."""
 
     roots: tuple[str, ...]
     began_s: int

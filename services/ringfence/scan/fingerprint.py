@@ -32,7 +32,7 @@ class Fingerprinter:
 
 
 def state_folder() -> Path | None:
-    """Return the folder of what scans remember: `$XDG_STATE_HOME/ringfence/scan`, else under `~/.local/state`.
+    """Return the folder of the scan's state: `$XDG_STATE_HOME/ringfence/scan`, otherwise below `~/.local/state`.
 
     None if the user has no home directory.
     """
@@ -46,9 +46,9 @@ def state_folder() -> Path | None:
 
 
 def load_key(folder: Path) -> bytes:
-    """Return the key in a folder, mode 0600; it is made when it is first asked for.
+    """Return the key in a folder (mode 0600). The first call creates it.
 
-    Raises OSError, NotPrivateError if file or folder belong to somebody else, and ValueError if it is no key.
+    Raises OSError, NotPrivateError if file or folder belong to another user, and ValueError if the file has no key.
     """
     make_private_folder(folder)
     path = folder / KEY_NAME

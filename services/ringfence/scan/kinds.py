@@ -1,4 +1,4 @@
-"""The catalogue of credential kinds: how each looks, who issues it, and how a person ends it."""
+"""The catalogue of credential kinds: the format of each, its issuer, and how a person revokes it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a kind of credential looks."""
+    """The format of a kind of credential."""
 
     kind: Kind
     marker: str
@@ -136,7 +136,7 @@ def _add(
 
 
 def _key(id: str, service: str, host: str, url: str | None, marker: str, regex: str, **more: object) -> None:
-    """A static key of one service."""
+    """Declare a static key of one service."""
     check, public = more.pop("check", None), more.pop("public", None)
     assert check is None or callable(check)
     assert public is None or isinstance(public, str)
@@ -302,7 +302,7 @@ _WORDS: Final[Mapping[str, tuple[str, str, Template]]] = {
 
 
 def for_name(kind: Kind, words: tuple[str, ...]) -> Kind:
-    """Return the kind with the service that the words of a setting's name tell, if they tell one."""
+    """Return the kind, with the service that the words of a setting's name show, if they show one."""
     if kind.service is not None:
         return kind
     for word in words:

@@ -94,13 +94,13 @@ _MAX_VALUE: Final = 16_384
 
 @lru_cache(maxsize=4096)
 def words_of(name: str) -> tuple[str, ...]:
-    """Return the words of a setting's name: `dbPassword` and `DB_PASSWORD` are `db`, `password`."""
+    """Split the name of a setting into words: `dbPassword` and `DB_PASSWORD` give `db`, `password`."""
     return tuple(filter(None, _SPLIT.split(_CAMEL.sub("_", name[:200]).lower())))
 
 
 @lru_cache(maxsize=4096)
 def name_kind(name: str) -> NameKind:
-    """Say by its name whether a setting holds a password, another secret, or neither."""
+    """Return whether a setting holds a password, another secret, or neither, judged by its name."""
     words = words_of(name)
     if not words or words[-1] in _NOT_A_VALUE_LAST or not _NOT_SECRET_WORDS.isdisjoint(words):
         return "none"
@@ -118,12 +118,12 @@ def name_kind(name: str) -> NameKind:
 
 
 def is_reference(value: str) -> bool:
-    """Return whether a value only says where a secret is: a variable, a template, a path, a reference to a store."""
+    """Return whether a value is a reference to a secret: a variable, a template, a path, an entry of a store."""
     return _REFERENCE.match(value) is not None
 
 
 def is_placeholder(value: str) -> bool:
-    """Return whether a value stands for a secret that somebody has to fill in."""
+    """Return whether a value is a placeholder for a secret that somebody has to fill in."""
     if len(set(value)) <= 2 or _PLACEHOLDER.search(value) is not None:
         return True
     low = value.lower()
@@ -131,9 +131,9 @@ def is_placeholder(value: str) -> bool:
 
 
 def is_counted(value: str) -> bool:
-    """Return whether a value is counted out, as `0000000000` or `abcdefghijk`: in two fifths of it, or in a long run.
+    """Return whether a value is a sequence (`0000000000`, `abcdefghijk`): in two fifths of it, or in one long run.
 
-    Of random hexadecimal digits, an eighth is the same as the one before or its successor.
+    Of random hexadecimal digits, an eighth equals the digit before or its successor.
     """
     steps = run = 0
     for before, after in itertools.pairwise(value):
@@ -184,7 +184,7 @@ def _is_word(segment: str) -> bool:
 
 
 def is_secret(name: str, value: str) -> NameKind:
-    """Say whether a setting holds a literal secret: its name says so, and its value can be one."""
+    """Return the kind of a literal secret, judged by name and value; `none` if the setting holds none."""
     kind = name_kind(name)
     if kind == "none":
         return "none"
@@ -197,7 +197,7 @@ def is_secret(name: str, value: str) -> NameKind:
 
 
 def is_url(value: str) -> bool:
-    """Return whether a value is a URL. A password in it is another matter."""
+    """Return whether a value is a URL, with or without a password in it."""
     return "://" in value[:12]
 
 

@@ -1,7 +1,7 @@
 """The guard of outputs: masks six consecutive characters of any discovered secret in text that comes from files.
 
-Readers never put a secret into a text on purpose. But a file's name, a field or a subject may repeat one, also one that
-stands in another file. The guard knows hashes of all pieces of six characters, and no secret. They are Python's own,
+No reader puts a secret into a text on purpose. But a file's name, a field or a subject may repeat one, also one that
+is in another file. The guard keeps hashes of all pieces of six characters, and no secret. They are Python's own hashes,
 which have a random key in each process that its forked workers share: they mean nothing elsewhere, and are not written.
 """
 
@@ -35,16 +35,16 @@ class OutputGuard:
         self._strong: set[int] = set()
 
     def __len__(self) -> int:
-        """Return how many pieces the guard knows."""
+        """Return the number of pieces in the guard."""
         return len(self._all)
 
     def add(self, value: SecretValue, *, public: int = 0, common: Collection[str] = ()) -> None:
-        """Know one more secret.
+        """Add a secret.
 
         Args:
-            value: it.
-            public: how many characters at its begin are the same for all of its kind.
-            common: what else is the same for all of its kind, such as `T3BlbkFJ` in its middle.
+            value: the secret.
+            public: the length of the prefix that all secrets of its kind share.
+            common: other text that all secrets of its kind share, such as `T3BlbkFJ` in the middle.
         """
         text = value.reveal()[public:][:_MOST_CHARACTERS]
         pieces = set(_hashes(text))
@@ -56,11 +56,11 @@ class OutputGuard:
             self._strong |= pieces
 
     def collected(self) -> Pieces:
-        """Return the hashes, for the guard of the process that forked this one."""
+        """Return the hashes, for the guard of the parent process."""
         return self._all, self._strong
 
     def merge(self, collected: Pieces) -> None:
-        """Know what another process collected."""
+        """Add the hashes that another process collected."""
         self._all |= collected[0]
         self._strong |= collected[1]
 

@@ -1,4 +1,4 @@
-"""Finds the readers of a path: by its file name first, then by the folders above it."""
+"""An index from paths to their readers: by file name first, then by the folders above."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _Declared:
 class PathIndex:
     """Readers by the ends of paths that they declare.
 
-    A declaration is found by what is fixed of it: the name, the end of the name, or the folder above. The few others
+    A declaration is found by its fixed part: the name, the end of the name, or the folder above. The few others
     are found by one expression over the name.
     """
 

@@ -1,4 +1,4 @@
-"""Protects the memory of a scan: no core dump, no other process of the user may look into it, and it is bounded."""
+"""Protects the memory of a scan: it is not dumped, other processes of the user cannot read it, and it is bounded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ not for 1 (fs/coredump.c)."""
 
 
 def protect_process() -> bool:
-    """Make this process and its later children undumpable. Returns whether the system did so."""
+    """Make this process and its later children undumpable (prctl(2), PR_SET_DUMPABLE). Returns whether that worked."""
     with contextlib.suppress(OSError, ValueError):
         if resource.getrlimit(resource.RLIMIT_CORE)[1] != 0:
             resource.setrlimit(
@@ -31,7 +31,7 @@ def protect_process() -> bool:
 
 
 def address_space() -> int | None:
-    """Return how many bytes of address space this process has; None if the system does not say."""
+    """Return the address space of this process in bytes; None if the system does not report it."""
     try:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[0]) * resource.getpagesize()
@@ -41,9 +41,9 @@ def address_space() -> int | None:
 
 @contextlib.contextmanager
 def memory_limit(most: int | None) -> Iterator[None]:
-    """Let this process have no more address space than so many bytes in the block: MemoryError is raised beyond.
+    """Limit the address space of this process to `most` bytes within the block. Beyond it, Python raises MemoryError.
 
-    None sets no limit. A lower limit that there is already stays.
+    None sets no limit. A lower limit that is in force stays.
     """
     before = resource.getrlimit(resource.RLIMIT_AS)
     if most is None or 0 <= before[0] <= most:

@@ -1,6 +1,6 @@
-"""Credentials that everybody has: vendors print them in their documentation, or ship them for tests and emulators.
+"""Published example credentials: vendors print them in documentation, or ship them for tests and emulators.
 
-Only digests stand here, so that no scanner stumbles over this file.
+The module has digests alone, so that no scanner reports it.
 """
 
 from __future__ import annotations
@@ -26,5 +26,5 @@ _DIGESTS: Final = frozenset((
 
 
 def is_published(value: str) -> bool:
-    """Return whether a value is one of these."""
+    """Return whether a value is a published example."""
     return hashlib.sha256(value[:_BEGIN].encode("utf-8", "surrogatepass")).hexdigest()[:32] in _DIGESTS

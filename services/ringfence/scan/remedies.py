@@ -36,7 +36,7 @@ class _Target:
 
 
 def remedies_of(finding: Finding, kind: kinds.Kind | None = None) -> tuple[Remedy, ...]:
-    """Return the steps in their order: what replaces the credential first, then how it ends."""
+    """Return the steps in order: first the replacement of the credential, then its revocation."""
     target = _target_of(finding)
     agent = _agent_of(finding)
     service = finding.opens.service or "the service"
@@ -139,7 +139,7 @@ def _target_of(finding: Finding) -> _Target:
 
 
 def _target_name(finding: Finding, host: str | None) -> str:
-    """Name a target by the service, and by what tells it from another one of the same service: host or account."""
+    """Return a target's name: the service, and the host or account that distinguishes it from others of the service."""
     service, kind = finding.opens.service, _KINDS.get(finding.kind)
     if host and (kind is None or host != kind.host):
         name = host.partition(":")[0]

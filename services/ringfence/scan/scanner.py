@@ -1,7 +1,7 @@
-"""The scan: lists places, reads them in parallel, and joins what was found into one report.
+"""The scan: lists places, reads them in parallel, and joins the findings into one report.
 
-Its memory does not grow with the number of files: they are listed while others are read, and findings, notes and what
-the guard knows are limited.
+Its memory does not grow with the number of files: they are listed while others are read, and findings, notes and the
+guard's hashes are limited.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _CHUNKS_FOR_EACH_WORKER: Final = 3
 
 
 class _Notes:
-    """Notes in their order, but no more than a person can read: the others are counted."""
+    """Notes in order, up to a limit. The others are counted."""
 
     def __init__(self) -> None:
         self._notes: list[Note] = []
@@ -70,7 +70,7 @@ class _Notes:
             self.append(note)
 
     def listed(self) -> list[Note]:
-        """Return them, and how many were left out."""
+        """Return the notes, with a last one that counts the omitted ones."""
         if not self._left_out:
             return self._notes
         return [*self._notes, Note("", f"{self._left_out} more notes were left out", self._limits)]
@@ -132,7 +132,7 @@ class Scanner:
             root.close()
 
     def prepare(self) -> None:
-        """Open what is to be read, and start workers where there are many files. Raises ScanError."""
+        """Open the places to read, and start workers if there are many files. Raises ScanError."""
         options = self._options
         roots = [(path, self._open_root(path)) for path in options.paths]
         index = FileScanner((), self._fingerprinter, self.guard, 0)
@@ -152,7 +152,10 @@ class Scanner:
             self._pool.submit(_ready).result()  # starts all workers, before there are threads of others
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Report:
-        """Read everything, and return the report. `progress` gets the files that were read, and of how many so far."""
+        """Read everything, and return the report.
+
+        `progress` is called with the number of files that were read, and of those that were listed so far.
+        """
         assert self._files is not None, "prepare first"
         report = Report(tuple(map(str, self._options.paths)) or ("this machine",), int(self._options.now_s()))
         done = 0
@@ -338,7 +341,7 @@ def _scan_in_worker(jobs: list[Job]) -> tuple[JobResults, Pieces]:
 
 
 def _finish(report: Report, guard: OutputGuard) -> None:
-    """Mask, sort, join equal secrets, and add the way out. Changes the report."""
+    """Mask and sort the findings, join equal secrets, and add remedies. Changes the report."""
     for one in report.findings:
         _mask(one, guard)
     report.notes = [replace(note, path=guard.masked(note.path, is_path=True)) for note in report.notes]
@@ -382,7 +385,7 @@ def _urgency(one: Finding) -> tuple[object, ...]:
 
 
 def identities(findings: Iterable[Finding]) -> frozenset[Identity]:
-    """Return what identifies these findings."""
+    """Return the identities of these findings."""
     return frozenset(one.identity for one in findings)
 
 

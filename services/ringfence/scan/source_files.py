@@ -1,4 +1,4 @@
-"""Bounded access to files of strangers: a file is opened below its root, component by component, without links.
+"""Bounded access to untrusted files: a file is opened below its root, component by component, without links.
 
 Only regular files are read. FIFOs, devices and sockets are never opened for reading: `O_NONBLOCK` keeps the open itself
 from waiting, and the type is checked on the descriptor.
@@ -22,7 +22,7 @@ _PIECE: Final = 1024 * 1024
 
 
 class UnreadableError(Exception):
-    """Raised for what is not read; the message says why, and quotes nothing of the file."""
+    """Raised if a file is not read. The message gives the reason, and quotes nothing of the file."""
 
     def __init__(self, reason: str, *, limits: bool = True) -> None:
         super().__init__(reason)
@@ -33,7 +33,7 @@ class UnreadableError(Exception):
 
 @dataclass(slots=True, frozen=True)
 class FileFacts:
-    """What is known of a file besides its content."""
+    """The metadata of a file."""
 
     mode: int
     uid: int
@@ -47,7 +47,7 @@ class FileFacts:
 
 
 class SourceFile:
-    """One file that was read: its path for people, and its content."""
+    """A file that was read: its path for people, and its content."""
 
     def __init__(self, path: str, data: bytes, facts: FileFacts) -> None:
         self.path = path
@@ -75,12 +75,12 @@ class SourceFile:
         return b"\0" in self.data[:8192] and self.data[:2] not in (b"\xff\xfe", b"\xfe\xff")
 
     def line_of(self, value: str) -> int | None:
-        """Return the line in which a value begins first; None if it is written in another form."""
+        """Return the number of the first line in which a value begins; None if it is written in another form."""
         start = self.text.find(value[:200])
         return None if start < 0 else self.line_at(start)
 
     def line_at(self, offset: int) -> int:
-        """Return the line of a place in the text. Fast where places come in their order."""
+        """Return the line number of an offset in the text. Fast if offsets are asked for in ascending order."""
         place, line = self._counted
         if offset < place:
             place, line = 0, 1
@@ -133,7 +133,7 @@ class Root:
             os.close(descriptor)
 
     def resolve(self, relative: str) -> str | None:
-        """Return where a link below the root leads, as a path below the root; None if it leads out of it."""
+        """Return the path below the root that a link leads to; None if it leads out of the root."""
         target = os.path.realpath(self._base / relative)
         try:
             return str(Path(target).relative_to(self._base))

@@ -31,7 +31,7 @@ _PSEUDO: Final = frozenset(("/proc", "/sys", "/dev"))
 
 
 class NoteList(Protocol):
-    """Where notes go."""
+    """The receiver of notes."""
 
     def append(self, note: Note, /) -> None: ...
 
@@ -47,14 +47,14 @@ class WalkedFile:
 def walk_tree(
     root: Path, prefix: str, notes: NoteList, *, deadline_s: float, wants_link: Callable[[str], bool]
 ) -> Iterator[WalkedFile]:
-    """Yield the files below a folder, in a stable order. What is passed over for a limit is a note.
+    """Yield the files below a folder, in a stable order. Each limit that was reached becomes a note.
 
     Args:
         root: an existing folder, without links.
-        prefix: what stands before paths in notes.
-        notes: where notes go.
-        deadline_s: when to stop, by `time.monotonic`.
-        wants_link: whether a link of this path is of interest: most are passed over in silence.
+        prefix: the text before paths in notes.
+        notes: receives the notes.
+        deadline_s: the time to stop, by `time.monotonic`.
+        wants_link: whether a link at this path is yielded. Other links are skipped without a note.
     """
     stack: list[tuple[str, int]] = [("", 0)]
     count = 0

@@ -35,7 +35,7 @@ _MAX_PENDING = 10_000
 
 
 class DetectorTrail(TrailQueries, Protocol):
-    """The queries of the detector and its rules over the trail."""
+    """The trail, as the detector and its rules query it."""
 
     def has_uid(self, uid: str) -> bool:
         """Whether an event with this uid is on the trail."""

@@ -20,7 +20,7 @@ Task = tuple[str, str]
 
 
 class QuickGrant:
-    """A person gave a grant sooner after the first question that it answers than anybody can read."""
+    """A person gave a grant faster after the first question that it answers than anybody can read."""
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)

@@ -26,7 +26,7 @@ from the decision. An answer further ahead belongs to an earlier question."""
 
 
 class QuickApproval:
-    """A person approved faster than anybody reads: a script answers, or they no longer look."""
+    """A person approved faster than anybody reads: a script answers, or the person no longer reads."""
 
     def __init__(self, least_s: float) -> None:
         self._least_ms = int(least_s * 1000)
@@ -136,7 +136,7 @@ class _UnexplainedEvent:
 
 
 class ImpossibleSequences:
-    """Sequences that correct services never produce.
+    """Sequences of events that correct services never produce.
 
     These are: a credential that no decision allowed, an action by a lease that was never issued, and an action by a
     lease after its end.

@@ -27,7 +27,7 @@ _CEILING_SET = frozenset({"agent.registered", "agent.ceiling_set"})
 
 
 class BeyondUser:
-    """An agent asked for something that its user may not do: through the agent, the user would do it."""
+    """An agent requested something that its user may not do, which the user would then do through the agent."""
 
     def __init__(self, quiet_s: int) -> None:
         """`quiet_s`: the interval of findings about one agent, user and target, in seconds."""
@@ -64,7 +64,7 @@ def _is_beyond_entitlements(reason: Any) -> bool:
 
 
 class DenialBurst:
-    """A burst of denials of one agent: it, or somebody who uses it, probes what it can get."""
+    """A burst of denials of one agent: the agent, or somebody who uses it, probes its permissions."""
 
     def __init__(self, most: int, within_s: int, quiet_s: int) -> None:
         """`most` denials within `within_s` seconds are a burst; at most one finding in `quiet_s` seconds."""

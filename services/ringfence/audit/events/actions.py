@@ -81,7 +81,7 @@ def acted(
     subject_fields: Mapping[str, Any],
     trust_domain: str,
 ) -> OcsfEvent:
-    """The event of one decided request of an agent: allowed, denied, or observed only.
+    """The event of a decided request of an agent: allowed, denied, or only observed.
 
     Args:
         record: the record on the topic `action`.

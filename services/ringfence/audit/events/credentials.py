@@ -121,7 +121,7 @@ def withdrawal_requested(
     subject_fields: Mapping[str, Any],
     verified: dict[str, Any],
 ) -> OcsfEvent:
-    """An agent withdrew a request. What came of it is in policy's decision, or in its refusal.
+    """An agent withdrew a request. The result is in policy's decision, or in its refusal.
 
     Args:
         facts: those of the request that it names, if it was seen.

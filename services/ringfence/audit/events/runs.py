@@ -126,7 +126,7 @@ def told(
     *,
     counts: bool,
 ) -> OcsfEvent:
-    """A runner said what became of a run. `counts`: whether that takes the run forward."""
+    """A runner reported a new state of a run. `counts`: whether the state follows the one before."""
     runner = user_of(claims.iss)
     kind = STATUSES[claims.status]
     reasons: tuple[Reason, ...] = ()

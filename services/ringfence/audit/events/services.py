@@ -155,7 +155,7 @@ def replayed(
 ) -> OcsfEvent:
     """A signed message is at other coordinates as well. It is not known who wrote it again.
 
-    Services repeat a record if they do not know whether it arrived: `same` content by a service raises no alert.
+    A service repeats a record if it does not know whether the record arrived: the `same` content raises no alert then.
     """
     signer = user_of(iss)
     by_service = signer["type"] == "System"
@@ -260,12 +260,12 @@ def reported(
 
 
 def is_sign_in(claims: ServiceEvent) -> bool:
-    """Tell whether a service says that it begins to answer a console for a person who signed in there."""
+    """Whether a service event reports the begin of a console session of a person who signed in."""
     return claims.kind == "accepted" and claims.subject == SessionStatement.typ and claims.actor is not None
 
 
 def session_begun(record: Received, claims: ServiceEvent, verified: dict[str, Any]) -> OcsfEvent:
-    """A person signed in at a console: from now on the service that says so answers it for them."""
+    """A person signed in at a console: from now on the reporting service answers the console for that person."""
     service, person = user_of(claims.iss), user_of(claims.actor or "")
     message = f"{person['name']} signed in at the console, and {service['name']} answers it for them"
     attributes = {
@@ -288,7 +288,7 @@ def session_begun(record: Received, claims: ServiceEvent, verified: dict[str, An
 
 
 def epoch_began(record: Received, claims: LeaseEpoch, verified: dict[str, Any]) -> OcsfEvent:
-    """A rebuild of Redis from Kafka began: what the former Redis held, and Kafka does not hold yet, is void."""
+    """A rebuild of Redis from Kafka began: records of the former Redis that Kafka does not have yet are void."""
     revoker = user_of(claims.iss)
     message = (
         f"{revoker['name']} rebuilds Redis from Kafka: epoch {claims.epoch} begins in partition {claims.partition} of "
@@ -342,7 +342,7 @@ def shared_identity(
 ) -> OcsfEvent:
     """A service found keys or tokens shared between identities.
 
-    `fields`: what is known of the subject: agent, sponsor, task and the like.
+    `fields`: the known fields of the subject: agent, sponsor, task and the like.
     """
     code = claims.reasons[0].code
     message = f"{user_of(claims.iss)['name']} found: {scrubbed(claims.reasons[0].message)}"

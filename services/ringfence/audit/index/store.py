@@ -42,7 +42,7 @@ TRACE_KINDS: tuple[TraceKind, ...] = get_args(TraceKind)
 
 @dataclass(frozen=True, slots=True)
 class Viewer:
-    """The access scope of a query: a user, and the agents that they sponsor. No viewer (None) sees everything."""
+    """The access scope of a query: a user, and the agents that they sponsor. No viewer (None) sees all events."""
 
     user_id: str
     agents: tuple[str, ...]

@@ -152,5 +152,5 @@ class ApprovalMapper(RecordMapper):
         return MappedEvent(event, rejection is not None and rejection.code in PENDING_CODES)
 
     def _verified(self, signed: VerifiedMessage[Any], *embedded: str) -> dict[str, Any]:
-        """The field `unmapped.verified`, with on whose word the key rests if somebody else added it."""
+        """The field `unmapped.verified`, with the vouchers of the key if somebody else added it."""
         return {**signed.verified(*embedded), **self._verifier.key_fields(signed)}

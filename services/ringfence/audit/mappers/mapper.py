@@ -25,7 +25,7 @@ PENDING_CODES: Final = frozenset({"key_unknown", "chain_broken", "not_reviewer",
 
 
 class MappedEvent(NamedTuple):
-    """The event of a record. `pending`: the local tables may know more a little later."""
+    """The event of a record. `pending`: the local tables may have more of its fields later."""
 
     event: OcsfEvent
     pending: bool = False
@@ -85,7 +85,7 @@ class RecordMapper:
         return fields
 
     def _run_fields(self, run_id: str) -> dict[str, Any]:
-        """Fields of a run's agent and task. Empty if no runner has said anything of the run."""
+        """Fields of a run's agent and task. Empty if no runner has reported the run."""
         run = self._verifier.run_of(run_id)
         return self._agent_fields(run.agent_id, run.task_id) if run is not None else {}
 
@@ -94,7 +94,7 @@ class RecordMapper:
         return subjects.task_fields(state) if state is not None else {}
 
     def _incomplete(self, facts: RequestFacts) -> bool:
-        """Whether the local tables may know more later. That a task belongs to another agent does not change."""
+        """Whether the local tables may have more fields later. That a task belongs to another agent does not change."""
         return facts.sponsor is None or (
             facts.on_behalf_of is None and self._verifier.task_of(facts.task) is None
         )

@@ -1,4 +1,4 @@
-"""Maps orders of runs, and what runners say of runs."""
+"""Maps `run.order` and `run`: orders of runs, and the reports of runners."""
 
 from __future__ import annotations
 

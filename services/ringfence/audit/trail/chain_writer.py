@@ -95,7 +95,7 @@ class ChainWriter:
         unauthorised: UnauthorisedRecords | None = None,
     ) -> None:
         """Args:
-            handover_cache: the messages that this process handed over itself.
+            handover_cache: the messages that this process itself handed over.
             written_cache: keeps the events that are chained, if this process reads the trail as well.
             unauthorised: judges the records on `audit`, if this process reads the trail as well.
         """  # fmt: skip
@@ -111,7 +111,7 @@ class ChainWriter:
         """By partition of `audit.intake`: the offset after the last message whose events are chained."""
 
     async def on_assigned(self) -> None:
-        """Another process may have written meanwhile: the next batch takes over anew."""
+        """Note an assignment. Another process may have written meanwhile, so the next batch takes over anew."""
         async with self._lock:
             await self._release()
 

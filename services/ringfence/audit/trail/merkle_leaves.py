@@ -56,7 +56,7 @@ class Leaves:
             self._settle()
 
     def sign(self, size: int, last: Hash) -> None:
-        """A checkpoint covers `size` leaves, more than before; `last` is the hash of the last one."""
+        """Note a checkpoint over `size` leaves, more than before. `last`: the hash of the last one."""
         self._signed = size, last
         self._settle()
 
@@ -192,7 +192,7 @@ class Leaves:
 
 
 def _parse_hash(text: Any) -> Hash | None:
-    """Parse hexadecimal text; None if it is none."""
+    """Parse a hash in hexadecimal; None if it is malformed."""
     try:
         return bytes.fromhex(text)
     except (TypeError, ValueError):

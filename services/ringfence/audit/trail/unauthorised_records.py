@@ -72,8 +72,11 @@ class UnauthorisedRecords:
     # --- called by the chain writer ---
 
     def start_writing(self, ends: Mapping[int, int], unauthorised: Mapping[int, Iterable[range]]) -> None:
-        """This process took over. By partition: its end after all other writers were fenced, and the unauthorised
-        offsets before that end.
+        """Note a take-over by this process.
+
+        Args:
+            ends: by partition, its end after all other writers were fenced.
+            unauthorised: by partition, the unauthorised offsets before that end.
         """
         self._partitions = {}
         for partition, end in ends.items():
@@ -86,12 +89,12 @@ class UnauthorisedRecords:
         self._update_waiting()
 
     def stop_writing(self) -> None:
-        """Another process may write from now on: forget everything."""
+        """Forget everything, because another process may write from now on."""
         self._partitions = {}
         self._update_waiting()
 
     def add_written(self, partition: int, offsets: range) -> None:
-        """Kafka acknowledged these offsets to the writer."""
+        """Add the offsets that Kafka acknowledged to the writer."""
         state = self._partitions.get(partition)
         if state is None:
             return
@@ -135,7 +138,7 @@ class UnauthorisedRecords:
         return None
 
     def still_unauthorised(self, offsets: UnauthorisedOffsets) -> UnauthorisedOffsets | None:
-        """Those offsets without what Kafka acknowledged to the writer since; None if nothing is left."""
+        """The offsets that Kafka has not acknowledged to the writer since; None if nothing is left."""
         state = self._partitions.get(offsets.partition)
         clipped = [
             range(max(one.start, offsets.start), min(one.stop, offsets.stop))

@@ -1,1 +1,1 @@
-"""HTTP access for agents: signed messages in, sealed replies out, without a connection to Kafka."""
+"""The HTTP API for agents: they post signed messages and fetch sealed replies, without a connection to Kafka."""

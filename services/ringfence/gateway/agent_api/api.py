@@ -1,7 +1,7 @@
 """The HTTP API for agents: `POST /v1/requests`, `GET /v1/requests/ID`, `GET /v1/tasks/ID` and `GET /v1/trust`.
 
-It verifies who posts a message and publishes it; it hands out sealed replies to who posted it, and shows an agent its
-own tasks. It decides nothing else, and cannot read a reply. Over a task's socket only that task's messages count, over
+It verifies the sender of a message and publishes it, returns sealed replies to the sender, and shows an agent its own
+tasks. It decides nothing else, and cannot read a reply. Over a task's socket only that task's messages count, over
 a run's socket only those of its instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the
 message.
 """
@@ -177,7 +177,7 @@ class AgentRequestsApi:
             )  # fmt: skip
 
     def _require_run_key(self, run_id: str, kid: str | None) -> None:
-        """Raise RequestRefusedError if the run does not go on, or if `kid` is not the key that was made in it."""
+        """Raise RequestRefusedError if the run is over, or if `kid` is not the key that was made in it."""
         if self._require_running(run_id).key_thumbprint != kid:
             raise RequestRefusedError(
                 403,
@@ -187,7 +187,7 @@ class AgentRequestsApi:
             )
 
     def _require_running(self, run_id: str) -> Run:
-        """The run. Raises RequestRefusedError if it does not go on."""
+        """The run. Raises RequestRefusedError if it is over or unknown."""
         runs = self._directory.runs
         run = runs.get(run_id)
         if run is None or not runs.goes_on(run_id) or self._clock.now_ms() / 1000 >= run.deadline:

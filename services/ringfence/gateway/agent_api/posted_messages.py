@@ -102,7 +102,7 @@ class PostedMessageVerifier:
 
 
 def _check_claims(claims: Message) -> None:
-    """What would be dead-lettered, and so never be answered. Raises InvalidMessageError."""
+    """Check the claims whose violation would be dead-lettered, and so never answered. Raises InvalidMessageError."""
     if isinstance(claims, CredentialRequest):
         check_reply_key(claims.reply_key)
     if isinstance(claims, RevocationRequest) and (claims.kind not in BY_AGENTS or claims.lease_id is None):

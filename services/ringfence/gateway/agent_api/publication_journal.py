@@ -1,4 +1,4 @@
-"""The journal of posted requests on disk, by which a gateway that starts again knows who may fetch which replies.
+"""The journal of posted requests on disk. After a restart, it shows the gateway which agent may fetch which replies.
 
 It is a cache of this gateway: a file of JSON lines, without anything secret. What it lacks, an agent proves by posting
 the same bytes again. A line is written once Kafka has acknowledged the request.
@@ -40,7 +40,7 @@ class JournalEntry:
 
 
 class PublicationJournal:
-    """An append-only file. What fails is logged: agents then post again after a restart."""
+    """An append-only file. An error is logged only: agents then post again after a restart."""
 
     def __init__(self, path: Path, *, now_s: Callable[[], int], max_lines: int = MAX_LINES) -> None:
         """`path`: in a folder that this process alone uses. `now_s`: seconds since 1970."""
@@ -51,7 +51,7 @@ class PublicationJournal:
         self._lines = 0
 
     def open(self) -> list[JournalEntry]:
-        """Open the file, and return the entries of the last day, oldest first. Lines that are none are dropped."""
+        """Open the file, and return the entries of the last day, oldest first. Malformed lines are dropped."""
         since_s, entries = self._now_s() - KEPT_S, dict[str, JournalEntry]()
         with contextlib.suppress(OSError):
             for line in self._path.read_bytes().splitlines():

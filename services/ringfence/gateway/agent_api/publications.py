@@ -203,6 +203,6 @@ def _entry(id: str, publication: Publication) -> JournalEntry:
 
 
 def _retrieve(sending: asyncio.Task[None]) -> None:
-    """Its error belongs to those who wait; if all have gone, to nobody."""
+    """Retrieve the error of a send, so that asyncio does not report it if no caller waits any more."""
     if not sending.cancelled():
         sending.exception()

@@ -49,7 +49,7 @@ class SealedReplies:
         self._waiting: Counter[_Key] = Counter()
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Keep the replies to agents. What is sealed to gateways, and what has no id of a request, is passed over."""
+        """Keep the replies to agents. Skips replies to gateways, and those without the id of a request."""
         for record in records:
             if record.key is None or record.value.startswith(b"{"):
                 continue

@@ -1,4 +1,4 @@
-"""What an agent may see of its own task: its terms, and the leases that requests through this gateway may use. Pure."""
+"""An agent's view of its own task: the terms, and the leases that requests through this gateway may use. Pure."""
 
 from __future__ import annotations
 

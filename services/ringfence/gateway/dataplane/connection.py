@@ -286,7 +286,7 @@ class AgentConnection:
         return True
 
     def _relays_to(self, authority: str) -> RunRelays | None:
-        """What opens relays, if this is the socket of a run and the address may be that of a target without HTTP."""
+        """The opener of relays, if this is a run's socket and the address may be that of a target without HTTP."""
         relays = self._shared.relays
         if relays is None or self._listener.run_id is None:
             return None

@@ -17,7 +17,7 @@ from ringfence.gateway.errors import AnswerVerdict
 
 @dataclass(frozen=True, slots=True)
 class DataPlaneContext:
-    """One for all listeners of a data plane."""
+    """The context, shared by all listeners of a data plane."""
 
     gate: Gate
     is_target_host: Callable[[str], bool]

@@ -414,7 +414,7 @@ class DecisionGate:
         return await self._check_again(context, sender, context.question)
 
     def _offer_retry(self, context: DecisionContext) -> None:
-        """Make the state with which an MCP client retries while a person is asked."""
+        """Make the sealed state with which an MCP client retries while a person is asked."""
         mcp_request, lease = context.mcp_request, context.lease
         if mcp_request is not None and lease is not None and mcp_request.learns_of_approval:
             context.request_state = self._mcp.approval_state(mcp_request, lease)

@@ -1,4 +1,4 @@
-"""Credential injection: opens credentials that the issuer sealed to this gateway, and makes headers of them.
+"""Credential injection: opens the credentials that the issuer sealed to this gateway, and makes the headers with them.
 
 Sealed credentials are kept in memory only. A static secret is read from its source for each request, so that a new
 value is used at once (from Vault within `secret_sources.KEPT_S`).

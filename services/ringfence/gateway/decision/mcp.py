@@ -103,7 +103,7 @@ class McpRequest:
         return self.state is not None and self.state.round == "approval"
 
     def canonical(self) -> bytes | None:
-        """What a person approves of a message: its canonical form. None if it cannot be told for certain."""
+        """The canonical form of the message, which a person approves. None if it is ambiguous."""
         try:
             return canonical.canonical_form(self.message) if self.message is not None else None
         except McpMessageError:

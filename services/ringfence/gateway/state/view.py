@@ -119,7 +119,7 @@ class View:
         return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
 
     def _on_run(self, run: Run) -> None:
-        """Cut what the instance of a run uses, once that is over. Runs of long ago have no lease any more."""
+        """Cut the leases of a run's instance once the run is over. Runs of long ago have no lease any more."""
         if run.status in OVER and run.deadline * 1000 + SLACK_MS > self._runtime.clock.now_ms():
             self.table.end_run(run.run_id)
 

@@ -1,4 +1,4 @@
-"""The runner's side of the control channel. Whoever speaks at the other end is untrusted."""
+"""The runner's side of the control channel. The other end is untrusted."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ M = TypeVar("M", bound=Message)
 
 
 class ControlLostError(RingfenceError):
-    """Raised when the init of a sandbox ended, is silent, or says what it may not. End its sandbox."""
+    """Raised if the init of a sandbox ended, missed a deadline, or broke the protocol. End its sandbox."""
 
     code = "control_lost"
 
 
 class CommandStartError(RingfenceError):
-    """Raised when the command cannot be run. `exit_code` is what a shell answers: 127 not found, 126 not executable."""
+    """Raised if the command cannot be run. `exit_code` is a shell's: 127 not found, 126 not executable."""
 
     code = "command_not_started"
 
@@ -76,8 +76,8 @@ class ControlChannel:
     def listen(cls, folder: Path) -> ControlChannel:
         """Listen at `control.sock` in a folder that only this user can enter.
 
-        The sandbox gets at the socket by its mount, and needs no right to the folder. Users of this machine who could
-        enter it could speak as the sandbox's init; so the folder is closed to them. Raises OSError, and
+        The sandbox reaches the socket by its mount, and needs no right to the folder. Users of this machine who could
+        enter it could act as the sandbox's init, so the folder is closed to them. Raises OSError, and
         ControlLostError if the path is too long for a socket.
         """
         folder.chmod(0o700)
@@ -99,7 +99,7 @@ class ControlChannel:
         return cls(path, listener)
 
     async def accept(self, within_s: float) -> None:
-        """Wait for the one connection. After it, or if none comes, nobody can connect."""
+        """Wait up to `within_s` seconds for the one connection. After it, or if none comes, nobody can connect."""
         assert self._listener is not None, "a channel accepts once"
         connection: socket.socket | None = None
         try:
@@ -114,7 +114,7 @@ class ControlChannel:
         )
 
     async def public_key(self) -> PublicJwk:
-        """The public key that was made inside."""
+        """Receive the public key of the instance, which init made."""
         message = await self._receive(PublicKeyMessage, within_s=ANSWER_WITHIN_S)
         if not message.jwk.keys() <= _PUBLIC_MEMBERS:
             raise self._lost("its key has members that no public key has")
@@ -127,9 +127,9 @@ class ControlChannel:
         return jwk
 
     async def enrol(self, token: str, *, trust_domain: str, agent_id: str) -> bytes:
-        """Have init sign for the registry that the key is enrolled with `token`. Returns its signed `instance.enrol`.
+        """Let init sign the enrolment of the key with `token`. Returns its signed `instance.enrol` for the registry.
 
-        The registry verifies the signature; here it is only compared with what was asked.
+        The registry verifies the signature. Here the message is only compared with the request.
         """
         await self._send(EnrolMessage(token, trust_domain, agent_id))
         message = await self._receive(EnrolmentMessage, within_s=ANSWER_WITHIN_S)
@@ -151,7 +151,7 @@ class ControlChannel:
             raise CommandStartError(message.reason[:_MAX_REASON], code)
 
     async def ended(self) -> InitReport:
-        """Wait for the end of the command. ControlLostError where init ended without a word, as after SIGKILL."""
+        """Wait for the end of the command. ControlLostError if init ended without a report, as after SIGKILL."""
         report = await self._receive(InitReport, within_s=None)
         if report.exit_code > 255:
             raise self._lost("it reports an exit code that no program has")

@@ -24,14 +24,14 @@ _NUMBER: Final = (0, 1 << 62)
 
 
 class ControlMessageError(RingfenceError):
-    """Raised for a line that is no message of the control channel, or not the expected one."""
+    """Raised if a line is no message of the control channel, or not the expected one."""
 
     code = "control_message_invalid"
 
 
 @dataclass(frozen=True, slots=True)
 class Relay:
-    """A target that is no HTTP: connections to `address` and `port` inside go to `host` and `port` by the gateway."""
+    """A relay to a target without HTTP: from `address` and `port` inside to `host` and `port`, through the gateway."""
 
     host: str
     port: int
@@ -98,7 +98,7 @@ class StartedMessage:
 
 @dataclass(frozen=True, slots=True)
 class StartFailedMessage:
-    """init → runner: the command cannot be run. `code` is what a shell answers: 126 or 127."""
+    """init → runner: the command cannot be run. `code` is a shell's exit code: 126 or 127."""
 
     type: ClassVar[str] = "start_failed"
 
@@ -108,7 +108,7 @@ class StartFailedMessage:
 
 @dataclass(frozen=True, slots=True)
 class InitReport:
-    """init → runner: the command has ended. Numbers of inside: they count for information alone."""
+    """init → runner: the command has ended. The numbers come from inside, so they are information only."""
 
     type: ClassVar[str] = "ended"
 
@@ -134,13 +134,13 @@ M = TypeVar("M", bound=Message)
 
 
 def encode(message: Message) -> bytes:
-    """One line. Raises ControlMessageError for a text that no command can have."""
+    """Encode a message as one line. Raises ControlMessageError for a text that no command can have."""
     fields = {name: _encoded(getattr(message, name)) for name in _fields(type(message))}
     return json.dumps({"type": message.type, **fields}, separators=(",", ":")).encode() + b"\n"
 
 
 def decode(line: bytes, *expected: type[M]) -> M:
-    """The message of a line, which has to be one of these kinds. Raises ControlMessageError."""
+    """Decode a line. Raises ControlMessageError if it is no message of one of these kinds."""
     if not line.endswith(b"\n"):
         raise ControlMessageError("a message of the control channel is cut off or too long")
     try:

@@ -1,4 +1,4 @@
-"""The relays of a run's targets that are no HTTP: which loopback address stands for which host."""
+"""Relays to a run's targets without HTTP: the mapping from hosts to loopback addresses of the sandbox."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HOST: Final = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]
 
 
 class RelayError(RingfenceError):
-    """Raised for a target that no relay can stand for."""
+    """Raised if a target can have no relay."""
 
     code = "relay_invalid"
 
@@ -71,7 +71,7 @@ def _address_of(host: str) -> str | None:
 
 
 def _is_own(host: str) -> bool:
-    """Whether an address is one of 127.0.0.0/8 that stands for no name."""
+    """Whether an address is in 127.0.0.0/8, and not assigned to a name."""
     address = ipaddress.ip_address(host)
     if not (address.version == 4 and address.is_loopback):
         return False
@@ -88,12 +88,12 @@ def hosts_of(relays: Iterable[Relay]) -> Mapping[str, str]:
 
 
 def addresses_of(relays: Iterable[Relay]) -> tuple[str, ...]:
-    """What `SandboxSpec.addresses` has to be."""
+    """The addresses of the sandbox's loopback interface, as `SandboxSpec.addresses` has them."""
     return tuple(dict.fromkeys(relay.host for relay in relays if is_host_address(relay.host)))
 
 
 def needs_low_ports(relays: Iterable[Relay]) -> bool:
-    """What `SandboxSpec.low_ports` has to be."""
+    """Whether a relay listens below port 1024, as `SandboxSpec.low_ports` has it."""
     return any(relay.port < 1024 for relay in relays)
 
 

@@ -1,6 +1,6 @@
 """Enters init in a bubblewrap sandbox: `python -I -S -B bootstrap.py FOLDER...`, with the folders to import from.
 
-`-I` and `-S`: neither the environment nor a file of the user or of site-packages says what is imported.
+`-I` and `-S`: neither the environment nor a file of the user or of site-packages decides what is imported.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""How a runner starts init in a sandbox of each backend."""
+"""The command line by which a runner starts init, for each sandbox backend."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ _HIDDEN: Final = (Path("/usr/etc"), Path("/usr/local/etc"))
 
 
 class InitUnavailableError(RingfenceError):
-    """Raised when this installation has no init that a sandbox could start."""
+    """Raised if this installation has no init that a sandbox could start."""
 
     code = "init_unavailable"
 
 
 @dataclass(frozen=True)
 class InitCommand:
-    """What `SandboxSpec.argv` has to be, and mounts that it needs."""
+    """The command line of init (`SandboxSpec.argv`), and the mounts that it needs."""
 
     argv: tuple[str, ...]
     mounts: tuple[Mount, ...] = ()
 
 
 def init_command(backend: str) -> InitCommand:
-    """The command that is init, for `bubblewrap` or `oci`. Raises InitUnavailableError.
+    """Build the command line of init for the backend `bubblewrap` or `oci`. Raises InitUnavailableError.
 
     bubblewrap shows this installation read-only below `/opt/ringfence`: Python where it is not in /usr, the package
     `ringfence`, and the folders of the packages that it needs. The image of a container needs `python3` with

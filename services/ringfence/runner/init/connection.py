@@ -11,7 +11,7 @@ M = TypeVar("M", bound=Message)
 
 
 class RunnerConnection:
-    """The connection to the runner, whose end is the runner's end."""
+    """The connection to the runner. It ends when the runner ends."""
 
     def __init__(self, path: str) -> None:
         """Connect. Raises OSError."""

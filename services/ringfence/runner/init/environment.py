@@ -18,7 +18,7 @@ _LOOPBACK: Final = "127.0.0.1"
 
 
 def command_environment(own: Mapping[str, str], command: StartCommand, proxy_port: int) -> dict[str, str]:
-    """The command's environment; `own` is that of init. What the run was given wins over everything."""
+    """Build the command's environment. `own`: that of init. The variables of the run override all others."""
     ca_file = None if command.ca_pem is None else Path(INSTANCE, CA_FILE)
     variables = {name: value for name, value in own.items() if name not in _OF_INIT}
     variables |= proxy_environment(f"http://{_LOOPBACK}:{proxy_port}", ca_file)
@@ -39,7 +39,7 @@ def command_environment(own: Mapping[str, str], command: StartCommand, proxy_por
 
 
 def _java_options(proxy_port: int, with_ca: bool) -> list[str]:
-    """Java reads no variable for proxies or certificates (Networking Properties; JSSE Reference Guide)."""
+    """The options for Java, which reads no variable for proxies or certificates (Networking Properties; JSSE Guide)."""
     options = []
     for scheme in ("http", "https"):
         options += [f"-D{scheme}.proxyHost={_LOOPBACK}", f"-D{scheme}.proxyPort={proxy_port}"]

@@ -1,4 +1,4 @@
-"""The instance of the run: what its key signs for the registry, and the files in memory that it is kept in."""
+"""The instance of the run: its signed enrolment for the registry, and its files in memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _START: Final = "import sys; sys.path[:0] = {}; from ringfence.cli.main import m
 
 
 def sign_enrolment(key: InstanceKey, enrol: EnrolMessage) -> str:
-    """The signed `instance.enrol` (compact JWS) with which the registry enrols the key."""
+    """Sign the `instance.enrol` (compact JWS) with which the registry enrols the key."""
     now_s = int(time.time())
     return key.sign(
         "instance.enrol",
@@ -48,7 +48,7 @@ def sign_enrolment(key: InstanceKey, enrol: EnrolMessage) -> str:
 def write_instance(key: InstanceKey, command: StartCommand, folder: str) -> None:
     """Write key, enrolment and the gateway's certificates to a folder in memory.
 
-    Raises OSError, NotPrivateError; ValueError for certificates that are none.
+    Raises OSError, NotPrivateError; ValueError if the certificates are malformed.
     """
     here = Path(folder)
     key.save(here / KEY_FILE, spiffe_id(command.trust_domain, "agent", command.agent_id))
@@ -59,7 +59,7 @@ def write_instance(key: InstanceKey, command: StartCommand, folder: str) -> None
 
 
 def write_program(folder: str) -> None:
-    """Write `ringfence`, by which a command without the SDK asks for credentials. A sandbox that has one keeps it.
+    """Write the program `ringfence`, by which a command without the SDK requests credentials. An existing one is kept.
 
     It runs with the Python and the packages of init. Raises OSError, NotPrivateError.
     """
@@ -77,7 +77,7 @@ def write_program(folder: str) -> None:
 
 
 def _java_trust_store(pem: bytes) -> bytes:
-    """The certificates in the one form that Java trusts without a program of its own (PKCS #12)."""
+    """The certificates as a PKCS #12 trust store, the one form that Java reads without a tool of its own."""
     from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
     from cryptography.hazmat.primitives.serialization.pkcs12 import (
         PKCS12Certificate,

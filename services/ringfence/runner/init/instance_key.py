@@ -1,4 +1,4 @@
-"""The key of the run's instance (ECDSA P-256), and what it signs: RFC 7517, 7638 and 7515 with `cryptography` alone.
+"""The key of the run's instance (ECDSA P-256) and its signatures: RFC 7517, 7638 and 7515 with `cryptography` alone.
 
 `kernel.crypto` does the same with pydantic, whose import costs more than all of init: each run would wait for it. Tests
 read everything that is written here with `kernel.crypto`.
@@ -39,14 +39,14 @@ class InstanceKey:
         """Its thumbprint."""
 
     def sign(self, typ: str, claims: Mapping[str, Any]) -> str:
-        """The compact JWS of a message of this type, such as `instance.enrol`."""
+        """Sign a message of this type, such as `instance.enrol`, as a compact JWS."""
         header = {"alg": "ES256", "kid": self.kid, "typ": f"ringfence.{typ}+jwt"}
         signing_input = f"{_base64url(_json(header))}.{_base64url(_json(claims))}"
         r, s = decode_dss_signature(self._key.sign(signing_input.encode(), ec.ECDSA(hashes.SHA256())))
         return f"{signing_input}.{_base64url(r.to_bytes(32) + s.to_bytes(32))}"
 
     def save(self, path: Path, owner: str) -> None:
-        """Write it to a new key file of mode 0600, as its owner's. Raises OSError, NotPrivateError."""
+        """Write the key to a new key file (mode 0600) that names its owner. Raises OSError, NotPrivateError."""
         secret = _base64url(self._key.private_numbers().private_value.to_bytes(32))
         with os.fdopen(open_private(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
             file.write(_json({"id": owner, "jwk": {**self.jwk, "d": secret}}) + b"\n")

@@ -14,6 +14,8 @@ _BACKLOG = 128
 
 @dataclass(frozen=True)
 class Listeners:
+    """The listening sockets of the proxy and of the relays."""
+
     proxy: socket.socket
     relays: tuple[tuple[Relay, socket.socket], ...]
 

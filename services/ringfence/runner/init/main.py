@@ -28,7 +28,7 @@ FAILED: Final = 125
 
 
 def main() -> int:
-    """Run a command as the runner says. Returns the exit code."""
+    """Run the command that the runner sends. Returns its exit code."""
     try:
         process.prepare()
         return _run(RunnerConnection(CONTROL))

@@ -1,4 +1,4 @@
-"""The command's process: how it is started, and how init protects itself from it."""
+"""Starts the command's process, and protects init from it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class StartError(Exception):
-    """Raised when the command cannot be run."""
+    """Raised if the command cannot be run."""
 
     def __init__(self, code: int, reason: str) -> None:
         super().__init__(reason)
@@ -35,7 +35,7 @@ class StartError(Exception):
 
 
 def prepare() -> None:
-    """Make this process one that others of its uid cannot look into, and the parent of orphans. Raises OSError."""
+    """Make this process undumpable, so that others of its uid cannot read it, and a subreaper. Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     for option, value in ((_PR_SET_DUMPABLE, 0), (_PR_SET_CHILD_SUBREAPER, 1)):
         if libc.prctl(option, value, 0, 0, 0) < 0:
@@ -46,7 +46,7 @@ def prepare() -> None:
 
 
 def block_signals() -> None:
-    """Keep signals pending from here on, so that none is lost before init forwards them."""
+    """Block signals from here on, so that none is lost before init forwards them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, (*FORWARDED, signal.SIGCHLD))
 
 
@@ -57,7 +57,7 @@ def unblock_signals() -> None:
 def start(argv: Sequence[str], environment: Mapping[str, str], folder: str) -> int:
     """Start the command in a process group of its own, with the streams of init. Returns its pid.
 
-    Raises StartError. It has no other descriptor of init: all of them close on execve(2).
+    Raises StartError. The command inherits no other descriptor of init: all close on execve(2).
     """
     try:
         os.chdir(folder)
@@ -92,7 +92,7 @@ def _spawn(program: str, argv: Sequence[str], environment: Mapping[str, str]) ->
 
 
 def _find(name: str, path: str) -> str:
-    """The file that a shell would run. Raises StartError."""
+    """Find the file that a shell would run. Raises StartError."""
     if "/" in name:
         return name
     found_other = False
@@ -109,13 +109,13 @@ def _find(name: str, path: str) -> str:
 
 
 def release_streams() -> None:
-    """Give up the streams: whoever reads them sees the end when the command closes them."""
+    """Close init's copies of the streams, so that readers see the end when the command closes its own."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for number in (0, 1, 2):
         os.dup2(null, number)
 
 
 def exit_code(status: int) -> int:
-    """What a shell reports of a status of waitpid(2)."""
+    """The exit code that a shell reports for a status of waitpid(2)."""
     code = os.waitstatus_to_exitcode(status)
     return code if code >= 0 else SIGNALLED - code

@@ -1,4 +1,4 @@
-"""What init does while the command runs: proxy, relays, signals, orphans, and the end."""
+"""Supervises the running command: serves proxy and relays, forwards signals, reaps orphans, and reports the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ringfence.runner.sandbox.backend import SOCKET
 def supervise(runner: RunnerConnection, pid: int, listeners: Listeners) -> int:
     """Serve until the command `pid` has ended, and report it. Returns its exit code.
 
-    The command is killed where the runner is gone.
+    If the runner is gone, the command is killed.
     """
 
     async def run() -> int:
@@ -83,5 +83,5 @@ class _Supervisor:
                 self._status.set_result(status)
 
     def _runner_is_gone(self) -> None:
-        """The runner says nothing any more: what can be read is its end."""
+        """The runner sends nothing more, so readable data means that its connection ended."""
         os.kill(os.getpid(), signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""What a run left in its writable mounts that somebody outside would execute later.
+"""Finds files that a run left in its writable mounts and that somebody outside would execute later.
 
 A file counts if its inode changed since the run began (`st_ctime`, which no program can set), and if it is executable,
 or has a name under which a shell, git or an editor runs it.
@@ -36,7 +36,7 @@ _CLOCK_GRAIN_NS = 20_000_000
 
 
 def executable_changes(folder: Path, since_ns: int, *, limit: int = 64) -> list[str]:
-    """Return what was changed in a folder since `since_ns` (nanoseconds since 1970) and would be executed later.
+    """Return the files that were changed in a folder since `since_ns` (ns since 1970) and would be executed later.
 
     Each entry is a path below the folder and a reason, at most `limit` of them. A last entry says how many more there
     are, or that the folder was too large to look at all of it.

@@ -1,4 +1,4 @@
-"""The plan of a run: whose it is, what it executes, and what it may use. And the rules that a runner checks first."""
+"""The plan of a run: owner, command, mounts and limits; and the checks of a runner before the start."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ringfence.runner.sandbox.syscall_policy import policy_text
 
 
 class RunRefusedError(RingfenceError):
-    """Raised when a run may not start as it was asked for. Nothing has been claimed or started."""
+    """Raised if a run may not start as requested. Nothing has been claimed or started."""
 
     code = "run_refused"
 
@@ -43,7 +43,7 @@ class PlannedMount:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """Everything that a run is about. `execute` needs nothing else of who ordered it."""
+    """The plan of a run. `RunExecution.execute` needs nothing else from the caller."""
 
     run_id: str
     agent_id: str
@@ -83,7 +83,7 @@ class RunPlan:
 
 
 def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: str, now_s: float) -> None:
-    """Check, as a runner, what policy, issuer and registry would refuse later. They decide for themselves all the same.
+    """Check early, as the runner, what policy, issuer and registry would refuse later. Each of them still checks it.
 
     Args:
         directory: verified records, up to date.

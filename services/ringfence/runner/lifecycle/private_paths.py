@@ -1,4 +1,4 @@
-"""Refuses mounts that would show a run what is the runner's: keys, records of sandboxes, the gateway's sockets."""
+"""Refuses mounts that would show private paths of the runner to a run: keys, records of sandboxes, gateway sockets."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ringfence.runner.sandbox.mount_points import mount_points, place_of, shown_
 
 
 def private_paths(settings: ClientSettings) -> dict[str, Path]:
-    """Return the paths in the settings that no run may see, by what they are."""
+    """Return the paths in the settings that no run may see, by description."""
     password = settings.kafka_sasl_password or ""
     named = {
         "the records of the runner": settings.runner_state,
@@ -27,10 +27,10 @@ def private_paths(settings: ClientSettings) -> dict[str, Path]:
 
 
 def check_private_paths(mounts: Iterable[PlannedMount], private: dict[str, Path]) -> None:
-    """Raises RunRefusedError for a mount that shows one of these paths, or lies in one.
+    """Check mounts. Raises RunRefusedError for a mount that contains one of these paths, or is below one.
 
-    A bind mount counts as the folder that it shows, also below the mount. A link counts with its own place and with
-    what it leads to: whoever may write there can lead it elsewhere.
+    A bind mount counts as the folder that it shows, also below the mount. A link counts at its own path and at its
+    target, because whoever may write there can change it.
     """
     points = mount_points()
     for mount in mounts:

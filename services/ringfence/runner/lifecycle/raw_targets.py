@@ -1,4 +1,4 @@
-"""The targets of a task that speak no HTTP, and where the sandbox's relays lead: the address in the target's record."""
+"""The targets of a task without HTTP: their addresses, by the targets' records, to which the sandbox's relays lead."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 def raw_addresses(directory: Directory, task_id: str) -> tuple[list[tuple[str, int]], list[str]]:
-    """Return host and port of each target of a task that speaks no HTTP, and the reasons why others have no relay.
+    """Return host and port of each target of a task without HTTP, and the reasons why other targets have no relay.
 
-    Only records count that verify, and that name an address for agents (`address`).
+    Only verified records that name an address for agents (`address`) count.
     """
     found, without = list[tuple[str, int]](), list[str]()
     task = directory.task(task_id)

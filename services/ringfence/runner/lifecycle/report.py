@@ -1,4 +1,4 @@
-"""The report of a run: what it was allowed, what it used, what was denied, and how it was destroyed."""
+"""The report of a run: its leases, denials, resource usage, and the destruction of its sandbox."""
 
 from __future__ import annotations
 

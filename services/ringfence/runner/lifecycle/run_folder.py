@@ -1,4 +1,4 @@
-"""The private folder of one run on this machine: the sockets that its sandbox mounts. And what dead runners left."""
+"""The private folder of a run, with the sockets that its sandbox mounts. Also finds the folders of dead runners."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Removes what dead runners left on this machine, and reports their runs as lost."""
+"""Reconciliation after dead runners on this machine: removes their sandboxes, and reports their runs as lost."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ async def sweep(
         state: the folder of the runner's records. Of several processes with the same folder, one sweeps at a time, so
             that no run is reported twice.
 
-    Returns the ids of the runs that were reported. A run of another runner is destroyed and not reported: only its own
-    runner says something of it. Raises UnavailableError.
+    Returns the ids of the reported runs. A run of another runner is destroyed and not reported: only its own
+    runner reports it. Raises UnavailableError.
     """  # fmt: skip
     async with _alone(state):
         return await _sweep(connection, backends)
@@ -85,7 +85,7 @@ async def report_lost(
 ) -> list[str]:
     """Publish `lost` for those of these runs that are this runner's and not over. Returns their ids.
 
-    `destroyed`: what remained of them, by id. Raises UnavailableError.
+    `destroyed`: by run id, what remained of its sandbox. Raises UnavailableError.
     """
     table = RunTable(connection.trust)
     await connection.follow([RUN], table.on_records)
@@ -102,7 +102,7 @@ async def report_lost(
 
 
 def lost(run: Run, connection: Connection, remained: tuple[str, ...] = ()) -> Run:
-    """Return the record that says that nobody knows how a run ended."""
+    """Build the record of a run whose end is unknown (`lost`)."""
     now_ms = connection.clock.now_ms()
     return run.model_copy(
         update={

@@ -49,13 +49,13 @@ _REFUSED_HOST = ("/dev", "/proc", "/run", "/sys", "/var/run")
 
 
 class SandboxUnavailableError(RingfenceError):
-    """Raised when this machine or backend cannot provide what was asked. Nothing has been started."""
+    """Raised if this machine or backend cannot provide what was asked. Nothing has been started."""
 
     code = "sandbox_unavailable"
 
 
 class SandboxSpecError(RingfenceError):
-    """Raised when a specification contradicts itself or asks for what no sandbox may have."""
+    """Raised if a specification contradicts itself, or asks for something that no sandbox may have."""
 
     code = "sandbox_spec_invalid"
 
@@ -101,7 +101,7 @@ NO_STREAMS = Streams()
 
 @dataclass(frozen=True)
 class SandboxSpec:
-    """What to run, and everything that it may see and use. All that is not named here, it does not have."""
+    """The specification of a sandbox: the command, and everything that it may see and use. It has nothing else."""
 
     run_id: str
     """Lower-case letters, digits and hyphens; unique on this machine."""
@@ -190,7 +190,7 @@ class ExitReason(StrEnum):
 
 @dataclass(frozen=True)
 class SandboxExit:
-    """The end of the command. `code` is what a shell reports: 128 and the signal's number after a signal."""
+    """The end of the command. `code` is a shell's exit code: 128 plus the signal's number after a signal."""
 
     code: int
     reason: ExitReason
@@ -198,7 +198,7 @@ class SandboxExit:
 
 @dataclass(frozen=True)
 class ResourceUsage:
-    """What a run used, as far as control groups counted it; None: not counted here."""
+    """The resources that a run used, by its control groups. None: not counted on this machine."""
 
     cpu_s: float | None = None
     memory_peak_bytes: int | None = None
@@ -208,7 +208,7 @@ class ResourceUsage:
 
 @dataclass(frozen=True)
 class Destruction:
-    """What remained after everything of a sandbox was removed. Each field is empty where all of it is gone."""
+    """The remains of a sandbox after its destruction. A field is empty if nothing of its kind is left."""
 
     run_id: str
     processes: tuple[str, ...] = ()
@@ -219,7 +219,7 @@ class Destruction:
 
     @property
     def remained(self) -> tuple[str, ...]:
-        """All that is left, each with what it is."""
+        """All remains, each with its kind."""
         return (
             *(f"process {one}" for one in self.processes),
             *(f"mount {one}" for one in self.mounts),
@@ -245,17 +245,17 @@ class Sandbox(Protocol):
         ...
 
     def signal(self, number: int) -> None:
-        """Send a signal to the command's process group. Nothing happens where the command has ended."""
+        """Send a signal to the command's process group. Has no effect if the command has ended."""
         ...
 
     async def freeze(self) -> None:
-        """Stop all processes where they are. Raises SandboxUnavailableError if some could not be stopped."""
+        """Freeze all processes. Raises SandboxUnavailableError if some could not be frozen."""
         ...
 
     async def thaw(self) -> None: ...
 
     async def destroy(self) -> Destruction:
-        """Kill and remove all that belongs to the sandbox, and say what remained. It may be called again."""
+        """Kill and remove everything of the sandbox. Returns what remained. Idempotent."""
         ...
 
 
@@ -276,12 +276,12 @@ class SandboxBackend(Protocol):
         ...
 
     async def sweep(self) -> list[Destruction]:
-        """Destroy what runners left that are dead. Sandboxes of a runner that lives are not touched."""
+        """Destroy the sandboxes of dead runners. Those of living runners stay."""
         ...
 
 
 def check_streams(streams: Streams) -> None:
-    """Raises SandboxSpecError for a descriptor that would lead out."""
+    """Check streams. Raises SandboxSpecError for a descriptor that gives access to host files or devices."""
     for name in ("stdin", "stdout", "stderr"):
         descriptor = getattr(streams, name)
         if descriptor is None:
@@ -294,9 +294,9 @@ def check_streams(streams: Streams) -> None:
 
 
 def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
-    """Raises SandboxSpecError for a mount that shows the runner's own records, or through which somebody listens.
+    """Check mounts. Raises SandboxSpecError for one that contains the runner's records, or a listening socket.
 
-    What is mounted below a folder counts as well. A socket that a program outside makes there later is not noticed.
+    Mounts below a folder count too. A socket that a program outside creates there later is not noticed.
     """
     if not mounts:
         return
@@ -343,7 +343,7 @@ def _listening_sockets() -> list[str]:
 def open_host(path: Path, *, directory: bool | None = None) -> int:
     """Open a host path for mounting, without following any symbolic link, and return an O_PATH descriptor.
 
-    A link in the path could have been put there by an earlier run with write access to a directory above.
+    An earlier run with write access to a directory above could have created a link in the path.
     Raises SandboxSpecError.
     """
     descriptor = os.open("/", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)

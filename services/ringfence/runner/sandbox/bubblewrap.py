@@ -1,7 +1,7 @@
 """The bubblewrap backend: namespaces, an empty network, memory-backed file systems, a seccomp filter; no daemon.
 
-All arguments but the command reach bwrap by a descriptor, and bwrap has an empty environment: what is visible at
-/proc/1 inside tells nothing. The order of a start:
+bwrap reads all arguments but the command from a descriptor, and has an empty environment. So what is visible at
+/proc/1 inside shows nothing of this machine. The order of a start:
 
     record → launcher (control groups, mounts, uid) → word of the runner → bwrap → mounts compared → command
 """
@@ -108,7 +108,7 @@ class BubblewrapBackend:
         return [*reasons, *([filter_missing] if filter_missing else [])]
 
     async def start(self, spec: SandboxSpec, streams: Streams = NO_STREAMS) -> BubblewrapSandbox:
-        """As the interface says. The thread that calls it has to live as long as the sandbox: the kernel kills the
+        """Start a sandbox, see the interface. The calling thread must live as long as the sandbox: the kernel kills the
         sandbox when that thread ends.
         """
         check_streams(streams)
@@ -255,7 +255,7 @@ class _OpenMount:
     socket: bool
 
     def plan(self) -> dict[str, Any]:
-        """What the launcher needs to mount it."""
+        """The mount, as the launcher's plan has it."""
         return {
             "fd": self.descriptor,
             "host": str(self.mount.host),
@@ -264,7 +264,7 @@ class _OpenMount:
         }
 
     def compare(self, init: ProcessId) -> None:
-        """Raises SandboxUnavailableError if the sandbox shows something else at this path than what was opened."""
+        """Compare inode and device. Raises SandboxUnavailableError if the sandbox shows another file than opened."""
         expected = os.fstat(self.descriptor)
         try:
             shown = os.lstat(f"/proc/{init.pid}/root{self.mount.inside}")
@@ -277,7 +277,7 @@ class _OpenMount:
 
 
 class _Start:
-    """One start, and what has to be undone if it fails."""
+    """One start of a sandbox. If it fails, it is undone."""
 
     def __init__(
         self,
@@ -301,7 +301,7 @@ class _Start:
         self._own: list[int] = []
 
     async def carry_out(self) -> BubblewrapSandbox:
-        """Raises SandboxUnavailableError and SandboxSpecError."""
+        """Start the sandbox. Raises SandboxUnavailableError and SandboxSpecError."""
         try:
             return await self._carry_out()
         finally:
@@ -309,7 +309,7 @@ class _Start:
                 os.close(descriptor)
 
     async def undo(self) -> None:
-        """Remove what a failed start has made."""
+        """Remove everything that a failed start created."""
         if self._process is not None:
             self._process.kill()
             self._group.kill()
@@ -539,5 +539,5 @@ async def _ended(process: subprocess.Popen[bytes]) -> int:
 
 
 def _staging() -> str:
-    """A directory that every user may search, for the launcher to mount on. Nothing of that is seen outside of it."""
+    """A directory that every user may search, on which the launcher mounts in a mount namespace of its own."""
     return next(path for path in ("/dev/shm", "/mnt", "/tmp") if Path(path).is_dir())

@@ -56,9 +56,9 @@ def processes_limited_without_cgroup() -> bool:
 
 
 def find_hierarchies(parent: Path | None = None, *, proc: Path = Path("/proc/self")) -> Hierarchies:
-    """Look for control groups that this process may use. `parent` is a version 2 group that was set aside for it.
+    """Find control groups that this process may use. `parent`: a version 2 group that was set aside for it.
 
-    Enables controllers for the children of the group that is found. Where this process is alone in a delegated group,
+    Enables controllers for the children of the group that is found. If this process is alone in a delegated group,
     it moves to a child of it, because version 2 limits no group that has both processes and limited children.
     """
     own = _own_groups(proc)
@@ -83,7 +83,7 @@ def find_hierarchies(parent: Path | None = None, *, proc: Path = Path("/proc/sel
 
 
 def find_mounted(*, proc: Path = Path("/proc/self")) -> dict[str, int]:
-    """The controllers that the machine has mounted, with their version, whether this process may use them or not."""
+    """The mounted controllers of the machine, with their version, also those that this process may not use."""
     found: dict[str, int] = {}
     for point, controllers in _mounts(proc):
         if controllers is None:
@@ -98,7 +98,7 @@ class ControlGroup:
     """The control groups of one sandbox: one directory on version 2, and one for each controller on version 1."""
 
     def __init__(self, name: str, hierarchies: Hierarchies) -> None:
-        """Nothing is made before `create`, so that the paths can be recorded first."""
+        """Nothing is created before `create`, so that the paths can be recorded first."""
         self._unified = hierarchies.unified / name if hierarchies.unified else None
         self._unified_controllers = hierarchies.unified_controllers
         self._legacy = {controller: folder / name for controller, folder in hierarchies.legacy.items()}
@@ -108,7 +108,7 @@ class ControlGroup:
         return [*([self._unified] if self._unified else []), *dict.fromkeys(self._legacy.values())]
 
     def lacking(self, limits: ResourceLimits) -> list[str]:
-        """The controllers that these limits need, and that are not here."""
+        """The controllers that these limits need and that this machine lacks."""
         wanted = {"memory": limits.memory_bytes, "cpu": limits.cpus, "pids": limits.pids}
         has = self._unified_controllers | self._legacy.keys()
         return [
@@ -116,9 +116,9 @@ class ControlGroup:
         ]
 
     def create(self, limits: ResourceLimits) -> None:
-        """Make the groups and set the limits that have a controller here.
+        """Create the groups, and set the limits that have a controller here.
 
-        Raises SandboxUnavailableError if the kernel does not take one; nothing is left then.
+        Raises SandboxUnavailableError if the kernel refuses a limit. Then no group remains.
         """
         made: list[Path] = []
         try:
@@ -170,7 +170,7 @@ class ControlGroup:
         return "freezer" in self._legacy or bool(self._unified and (self._unified / "cgroup.freeze").exists())
 
     async def freeze(self, *, within_s: float = 10) -> None:
-        """Raises SandboxUnavailableError if the kernel does not say in time that all is frozen."""
+        """Freeze all processes. Raises SandboxUnavailableError if the kernel does not report that in time."""
         await self._set_frozen(True, within_s)
 
     async def thaw(self, *, within_s: float = 10) -> None:
@@ -223,7 +223,7 @@ class ControlGroup:
                 _write_if_there(path / ("freezer.state" if value == "THAWED" else "cgroup.freeze"), value)
 
     async def remove(self, *, within_s: float = 10) -> list[str]:
-        """Kill what is left and remove the groups, with groups that were made below them. Returns what remained."""
+        """Kill all processes and remove the groups, also groups below them. Returns what remained."""
         deadline = time.monotonic() + within_s
         while True:
             self.kill()
@@ -233,7 +233,7 @@ class ControlGroup:
             await asyncio.sleep(0.01)
 
     def usage(self) -> ResourceUsage:
-        """What was counted so far. Asked before the groups are removed."""
+        """The usage so far. Call it before `remove`."""
         unified, memory = self._unified, self._legacy.get("memory")
         cpu_s = peak = kills = None
         if "cpuacct" in self._legacy:

@@ -11,7 +11,7 @@ _LOWEST = 10
 
 
 async def read_until(descriptor: int, *, until: bytes | None, within_s: float) -> bytes:
-    """Read to this byte, to the end, to 4 KiB, or for so long."""
+    """Read up to the byte `until`, the end, 4 KiB, or `within_s` seconds, whichever is first."""
     deadline = time.monotonic() + within_s
     text = b""
     while len(text) < 4096 and (until is None or not text.endswith(until)):
@@ -26,7 +26,7 @@ async def read_until(descriptor: int, *, until: bytes | None, within_s: float) -
 
 
 async def readable(descriptor: int, within_s: float | None) -> bool:
-    """Wait until reading would not block, for so long. A regular file never blocks."""
+    """Wait up to `within_s` seconds until reading would not block. A regular file never blocks."""
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
     try:

@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def prepare(plan: dict[str, Any]) -> None:
-    """Raises OSError."""
+    """Carry out steps 1 to 5. Raises OSError."""
     for path in plan["cgroups"]:
         descriptor = os.open(f"{path}/cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         os.write(descriptor, b"0")

@@ -1,4 +1,4 @@
-"""What this machine offers for sandboxes, and what stands in the way, each with a remedy."""
+"""Checks what this machine offers for sandboxes. Each problem has a remedy."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _working: set[tuple[str, int]] = set()
 
 @dataclass(frozen=True)
 class MachineFact:
-    """One thing that this machine has or lacks. `problem` says what does not work because of it, None if all does."""
+    """A property of this machine. `problem`: what does not work because of it; None if everything does."""
 
     name: str
     value: str
@@ -32,7 +32,7 @@ class MachineFact:
 
 
 def facts() -> list[MachineFact]:
-    """Look at the machine. It starts `bwrap true` once, and nothing else."""
+    """Check the machine. It starts `bwrap true` once, and nothing else."""
     obstacles = bubblewrap_obstacles()
     found = [
         MachineFact("kernel", f"{platform.system()} {platform.release()} {platform.machine()}"),
@@ -81,7 +81,7 @@ def bubblewrap_version(program: str = "bwrap") -> str | None:
 
 
 def bubblewrap_obstacles(program: str = "bwrap") -> list[str]:
-    """Why bubblewrap makes no sandbox here, with remedies; empty if it does. What worked once is not tried again."""
+    """The reasons why bubblewrap cannot make a sandbox here, with remedies; empty if it can. A success is cached."""
     path = shutil.which(program)
     if path is None:
         return [f"{program} is not installed: apt install bubblewrap"]
@@ -100,7 +100,7 @@ def bubblewrap_obstacles(program: str = "bwrap") -> list[str]:
 
 
 def _try_bubblewrap(path: str) -> str | None:
-    """Make a sandbox with all namespaces once. None: it works; otherwise what bwrap said."""
+    """Make a sandbox with all namespaces once. Returns None if that works, otherwise bwrap's error."""
     # Root gives itself up before it starts bwrap: it has to work for somebody without rights.
     identity: dict[str, Any] = {}
     if os.geteuid() == 0:

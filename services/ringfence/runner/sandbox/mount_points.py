@@ -1,4 +1,4 @@
-"""What a folder of the host shows besides its own files: mounts below it, and bind mounts that stand for other folders.
+"""Mount points below a folder of the host: a folder also shows what is mounted there, and the source of bind mounts.
 
 A recursive bind mount takes everything along that is mounted below a folder. Paths are compared by their place in a
 file system, as /proc/self/mountinfo has it (proc(5)), so that a bind mount counts as what it shows.
@@ -30,7 +30,7 @@ class Place:
     path: PurePosixPath
 
     def shows(self, other: Place) -> bool:
-        """Whether it is the other place, or a folder that has it."""
+        """Whether it is the other place, or a folder that contains it."""
         return self.device == other.device and other.path.is_relative_to(self.path)
 
 
@@ -70,7 +70,7 @@ def shown_by(folder: Path, points: Sequence[MountPoint]) -> list[MountPoint]:
 
 
 def place_of(path: Path, points: Sequence[MountPoint]) -> Place:
-    """Where a path is, whatever is mounted where. It need not exist."""
+    """The place of a path in its file system, by the mount points. The path need not exist."""
     real = Path(os.path.realpath(path))
     point = _mount_of(real, points)
     if point is None:

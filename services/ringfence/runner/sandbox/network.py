@@ -1,4 +1,4 @@
-"""Sets up the network of a sandbox that has been made, before its command starts."""
+"""Sets up the network of a new sandbox, before its command starts."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _LOW_PORTS: Final = "low-ports"
 
 
 async def set_up_network(pid: int, spec: SandboxSpec, *, opens_low_ports: bool = True) -> None:
-    """Open low ports and add addresses, as the specification has it, in the network namespace of a process.
+    """Open low ports and add addresses, by the specification, in the network namespace of a process.
 
-    A capability of the command would not do it: its user namespace is below the one that owns the network.
+    A capability of the command would not suffice: its user namespace is below the one that owns the network.
     `opens_low_ports`: False if the backend itself does that. Raises SandboxUnavailableError.
     """
     wanted = [*([_LOW_PORTS] if spec.low_ports and opens_low_ports else []), *spec.addresses]

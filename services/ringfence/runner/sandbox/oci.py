@@ -1,7 +1,7 @@
 """The OCI backend: a container of Docker or Podman without network, privileges or a writable root, by the engine's API.
 
-What was asked is read back from the engine before the command starts: an engine that ignores a field must not run it.
-The runtime (runc, crun, gVisor's runsc, Kata) is the engine's own, or the one that is named.
+The backend reads back what the engine made before the command starts: an engine that ignores a field must not run it.
+The runtime (runc, crun, gVisor's runsc, Kata) is the engine's default, or the one that is configured.
 
 When the runner dies, the container runs on until the next runner sweeps: an engine outlives its clients. Writable
 mounts are refused, because the user of the container owns nothing outside.
@@ -105,7 +105,7 @@ class OciBackend:
         return [await self._destroy(record, Namespaces(), []) for record in self._records.orphaned(self.name)]
 
     async def _look(self) -> tuple[bool, list[str]]:
-        """Whether the engine is Podman, and what stands in the way. Raises ContainerEngineError."""
+        """Whether the engine is Podman, and the problems that it has. Raises ContainerEngineError."""
         version, info = await self._engine.get("/version"), await self._engine.get("/info")
         podman = any("Podman" in part.get("Name", "") for part in version.get("Components") or ())
         options = [str(option) for option in info.get("SecurityOptions") or ()]

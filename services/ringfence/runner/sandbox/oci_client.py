@@ -1,4 +1,4 @@
-"""The API of Docker and Podman, as far as sandboxes need it, over its unix socket.
+"""A client of the part of Docker's and Podman's API that sandboxes need, over its unix socket.
 
 The paths are those of Docker's API 1.41, which Podman speaks as well; `podman_container` alone is Podman's own.
 """
@@ -20,7 +20,7 @@ _ANSWERS_WITHIN_S = 60
 
 
 class ContainerEngineError(RingfenceError):
-    """Raised when the engine refused, or did not answer. `status` is that of its HTTP answer, 0 without one."""
+    """Raised if the engine refused or did not answer. `status`: that of its HTTP answer, 0 without one."""
 
     code = "container_engine_failed"
 
@@ -30,23 +30,23 @@ class ContainerEngineError(RingfenceError):
 
 
 class ContainerEngine:
-    """A Docker or Podman that listens on this machine."""
+    """The client of a Docker or Podman engine on this machine."""
 
     def __init__(self, socket: Path) -> None:
         self.socket = socket
 
     async def get(self, path: str) -> dict[str, Any]:
-        """Raises ContainerEngineError, as all methods do."""
+        """GET a path of the API. Raises ContainerEngineError, as all methods do."""
         answer: dict[str, Any] = await self._call("GET", _API + path)
         return answer
 
     async def podman_container(self, name: str) -> dict[str, Any]:
-        """What Podman says of a container beyond Docker's API."""
+        """Podman's own description of a container, beyond Docker's API."""
         answer: dict[str, Any] = await self._call("GET", f"/v4.0.0/libpod/containers/{name}/json")
         return answer
 
     async def create(self, name: str, body: dict[str, Any]) -> str:
-        """Returns the id of the new container."""
+        """Create a container. Returns its id."""
         answer = await self._call("POST", f"{_API}/containers/create", params={"name": name}, json=body)
         return str(answer["Id"])
 
@@ -68,7 +68,7 @@ class ContainerEngine:
         return int(answer["StatusCode"])
 
     async def remove(self, name: str) -> None:
-        """Kill and delete a container with its anonymous volumes. One that is not there is fine."""
+        """Kill and delete a container with its anonymous volumes. Idempotent."""
         try:
             await self._call("DELETE", f"{_API}/containers/{name}", params={"force": "1", "v": "1"})
         except ContainerEngineError as error:
@@ -131,7 +131,7 @@ class Attachment:
         self._writer = writer
 
     async def feed(self, descriptor: int | None) -> None:
-        """Send what can be read here, then the end."""
+        """Send everything that can be read from a descriptor, then the end."""
         try:
             while descriptor is not None:
                 await readable(descriptor, None)
@@ -145,7 +145,7 @@ class Attachment:
             pass  # the container has ended
 
     async def collect(self, outputs: dict[int, int | None]) -> None:
-        """Write what comes to these descriptors, by 1 (output) and 2 (errors), until the container ends."""
+        """Write the container's output to the descriptors for 1 (output) and 2 (errors), until it ends."""
         try:
             while True:
                 head = await self._reader.readexactly(8)

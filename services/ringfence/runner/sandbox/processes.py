@@ -1,6 +1,6 @@
-"""Processes by identity. A pid is given out again after its process ended; a pid with its start time is not.
+"""The identity of processes. The kernel reuses a pid after its process ended; a pid with its start time is unique.
 
-Signals go through pidfds, and only after the start time was compared: no process of somebody else is ever signalled.
+Signals go through pidfds, and only after the start time was compared, so no other process is ever signalled.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _PROCESS_GROUP = 1 << 2  # PIDFD_SIGNAL_PROCESS_GROUP, Linux 6.9
 
 @dataclass(frozen=True)
 class ProcessId:
-    """A process for as long as the machine runs. `start` is in clock ticks since boot (proc(5), starttime)."""
+    """A process of this boot. `start`: clock ticks since boot (proc(5), starttime)."""
 
     pid: int
     start: int
@@ -30,18 +30,18 @@ class ProcessId:
 
     @property
     def exists(self) -> bool:
-        """Also true of a zombie."""
+        """Whether the process exists. True for a zombie."""
         return ProcessId.of(self.pid) == self
 
     @property
     def runs(self) -> bool:
-        """False for a zombie: it has no memory, files or namespaces any more."""
+        """Whether the process runs. False for a zombie, which has no memory, files or namespaces any more."""
         fields = _stat(self.pid)
         return fields is not None and int(fields[19]) == self.start and fields[0] not in ("Z", "X")
 
     @property
     def stopped(self) -> bool:
-        """Every thread is stopped, or it no longer runs."""
+        """Whether every thread is stopped, or the process no longer runs."""
         if not self.runs:
             return True
         try:
@@ -52,7 +52,7 @@ class ProcessId:
         return all(fields is None or fields[0] in ("T", "t", "Z", "X") for fields in states)
 
     def signal(self, number: int) -> bool:
-        """Send a signal. False: the process is gone."""
+        """Send a signal. Returns False if the process is gone."""
         return self._send(number, 0)
 
     def signal_group(self, number: int) -> bool:
@@ -93,7 +93,7 @@ def this_process() -> ProcessId:
 
 
 def boot_id() -> str:
-    """Differs after each start of the machine."""
+    """The id of this boot. It differs after each start of the machine."""
     return (_PROC / "sys/kernel/random/boot_id").read_text().strip()
 
 
@@ -126,9 +126,9 @@ def children(parent: ProcessId) -> list[ProcessId]:
 
 
 class Namespaces:
-    """Namespaces of a sandbox, held open: the kernel gives the number of one that is gone to the next that is made.
+    """Namespaces of a sandbox, held open, because the kernel reuses the number of a namespace that is gone.
 
-    So `members` never takes a process of another sandbox for one of this. `close` lets go of them: until then what is
+    So `members` never confuses a process of another sandbox with one of this. Until `close`, everything that is
     mounted inside stays mounted.
     """
 
@@ -139,7 +139,7 @@ class Namespaces:
 
     @classmethod
     def of(cls, pid: int) -> Namespaces:
-        """Those of the process with this pid. One that it shares with this process, or that cannot be opened, is left
+        """Open the namespaces of a process. One that it shares with this process, or that cannot be opened, is left
         out.
         """
         held = cls()
@@ -170,7 +170,7 @@ class Namespaces:
 def in_namespace(kind: str, inode: int) -> list[int]:
     """The pids of running processes in this namespace (`pid`, `mnt`, …), as far as this user may see that.
 
-    A zombie holds nothing but its entry, until whoever adopted it looks: it does not count.
+    A zombie does not count: it has nothing but its entry until its parent reaps it.
     """
     found = []
     for pid in _pids():

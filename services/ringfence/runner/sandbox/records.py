@@ -1,7 +1,7 @@
-"""Records of started sandboxes, in a folder: what a later runner needs to remove what a dead one left.
+"""Records of started sandboxes, in a folder, by which a later runner removes the sandboxes of a dead one.
 
-A record is written before anything of its sandbox exists, and deleted after all of it is gone. A machine that was
-started again has nothing left in memory: its records tell only what stands on disk.
+A record is written before anything of its sandbox exists, and deleted after all of it is gone. After a reboot nothing
+is left in memory, so a record then names only what is on disk.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _VERSION = 1
 
 @dataclass
 class SandboxRecord:
-    """What exists of one sandbox, or may exist."""
+    """The resources of a sandbox that exist, or may exist."""
 
     run_id: str
     backend: str
@@ -38,12 +38,12 @@ class SandboxRecord:
 
     @property
     def orphaned(self) -> bool:
-        """The runner that wrote it is dead."""
+        """Whether the runner that wrote it is dead."""
         return not (self.of_this_boot and self.runner.runs)
 
     @property
     def of_this_boot(self) -> bool:
-        """Its process ids mean something: the machine has not been started again since."""
+        """Whether it is of this boot, so that its process ids are valid."""
         return self.boot_id == boot_id()
 
 

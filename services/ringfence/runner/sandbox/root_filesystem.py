@@ -1,4 +1,4 @@
-"""The file system of a bubblewrap sandbox: which host directories it shows, and which files of /etc it makes.
+"""The root file system of a bubblewrap sandbox: the host directories that it shows, and the files of /etc that it has.
 
 /etc is never shown whole: it holds keys, passwords and the names of others. /sys is left out. /usr is shown read-only,
 without the folders of it in which administrators put settings with secrets.
@@ -69,7 +69,7 @@ def hosts_file(hosts: Mapping[str, str]) -> bytes:
 
 
 def made_files(uid: int, hosts: Mapping[str, str]) -> dict[str, bytes]:
-    """The files of /etc that name nobody and nothing of this machine, by path inside."""
+    """The files of /etc, by path inside. They name no user and nothing else of this machine."""
     return {
         "/etc/passwd": (
             f"root:x:{0 if uid else 65533}:0:root:/root:/usr/sbin/nologin\n"

@@ -20,7 +20,7 @@ _OPTIMIZE_AS_TREE = 2
 
 
 def unavailable() -> str | None:
-    """Why no filter can be made here, with the remedy; None if it can."""
+    """The reason why no filter can be made here, with the remedy; None if one can."""
     if platform.machine() not in _ARCHITECTURES:
         return f"there is no list of system calls for {platform.machine()}: use x86_64 or aarch64"
     try:

@@ -1,7 +1,7 @@
-"""Which system calls a sandboxed command may make. Both the BPF filter and the OCI profile are made from these tables.
+"""The system call policy of sandboxes (seccomp). The BPF filter and the OCI profile are made from these tables.
 
-What is not listed answers ENOSYS, as on a kernel that lacks it; that holds for system calls that are not invented yet,
-and for `clone3`, whose flags lie in memory where no filter can look. What is listed as refused answers EPERM. Names
+A call that is not listed answers ENOSYS, as on a kernel that lacks it. That includes future system calls, and
+`clone3`, whose flags are in memory, where no filter can read them. A call listed as refused answers EPERM. Names
 that a machine's architecture does not have are left out.
 """
 

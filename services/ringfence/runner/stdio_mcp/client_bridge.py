@@ -72,7 +72,7 @@ class ClientBridge:
         await asyncio.gather(*self._calls.values(), return_exceptions=True)
 
     async def close(self) -> None:
-        """End what is under way. Idempotent."""
+        """End the exchanges in progress. Idempotent."""
         ending = [*self._calls.values(), *([self._stream] if self._stream is not None else [])]
         for task in ending:
             task.cancel()
@@ -82,7 +82,7 @@ class ClientBridge:
     # --- the client's messages ---
 
     async def _next_line(self, reader: asyncio.StreamReader) -> bytes | None:
-        """The next line, b"" for one that is passed over, None at the end."""
+        """The next line; b"" for a skipped one, None at the end."""
         try:
             return (await reader.readuntil(b"\n")).strip()
         except asyncio.IncompleteReadError as error:
@@ -138,7 +138,7 @@ class ClientBridge:
     # --- calls ---
 
     async def _post(self, line: bytes, outline: Outline) -> None:
-        """Post a message, and write what comes of it."""
+        """Post a message, and write the answers to it."""
         answered = False
 
         def pass_on(message: bytes) -> None:

@@ -50,7 +50,7 @@ class Outline:
 
 
 def outline_of(line: bytes) -> Outline:
-    """Read a message. Raises ValueError for what is no JSON object."""
+    """Read a message. Raises ValueError if it is no JSON object."""
     document = json_object(line)
     method = document.get("method")
     params, result = _object(document.get("params")), _object(document.get("result"))

@@ -1,4 +1,4 @@
-"""The server's standard input and output: which of its messages answers which request.
+"""The channel to the server's standard input and output. It assigns each message of the server to an exchange.
 
 A server writes all its messages to one stream. Each goes to the exchange that it belongs to: a response by its id,
 progress by its token, an event of a subscription by its id, anything else to the open stream of the client, or to an
@@ -33,13 +33,13 @@ _MAX_QUEUED: Final = 1024
 
 
 class ServerGoneError(RingfenceError):
-    """Raised when the server has closed its standard input or output."""
+    """Raised if the server has closed its standard input or output."""
 
     code = "server_gone"
 
 
 class ExchangeRefusedError(RingfenceError):
-    """Raised for a request that must not be sent to the server now. The message says why."""
+    """Raised if a request must not be sent to the server now. The message gives the reason."""
 
     code = "exchange_refused"
 
@@ -63,7 +63,7 @@ class Exchange:
 
 
 class ServerChannel:
-    """Writes messages to the server, and hands out what it writes."""
+    """Writes messages to the server, and gives its messages to the exchanges."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """`reader`: its limit is `MAX_MESSAGE_BYTES`."""

@@ -43,7 +43,7 @@ _ACCEPTED: Final = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
 
 
 class UpstreamError(RingfenceError):
-    """Raised when the socket for the gateway cannot be opened."""
+    """Raised if the socket for the gateway cannot be opened."""
 
     code = "cannot_listen"
 

@@ -35,7 +35,7 @@ _EXIT_WITHIN_S: Final = 5.0
 
 @dataclass(frozen=True)
 class WrappedServer:
-    """The target that a server is, and the leases that its run asks for."""
+    """A wrapped server: its target, and the permissions that its run requests."""
 
     target_id: str
     path: str
@@ -50,7 +50,7 @@ class WrappedServer:
     def command(
         self, argv: Iterable[str], *, task_id: str, reason: str, ttl_s: int, approved_within_s: int
     ) -> tuple[str, ...]:
-        """The command of the run: it asks for the leases, starts the server, and gives them back when that ends."""
+        """The command of the run. It requests leases, starts the server, and releases them when the server ends."""
         words = list(argv)
         for scope in reversed(self.scopes):
             allow = [word for one in scope for word in ("--allow", one.model_dump_json())]
@@ -64,9 +64,9 @@ class WrappedServer:
 def wrapped_server(
     directory: Directory, task_id: str, target_id: str, wanted: Iterable[Permission]
 ) -> WrappedServer:
-    """The server that a task may use. Raises RunRefusedError, with what to do.
+    """The server that a task may use. Raises RunRefusedError, with a remedy.
 
-    `wanted`: the permissions to ask for; none for all that the task allows at the target.
+    `wanted`: the permissions to request; empty for all that the task allows at the target.
     """
     try:
         task, target = directory.task(task_id), directory.target(target_id)
@@ -187,7 +187,7 @@ class StdioWrap:
             self.execution.stop(f"{error.code}: {error.message}"[:300])
 
     async def _until_leased(self) -> None:
-        """Return once the gateway has the lease: before that it would refuse what the client says first."""
+        """Wait until the gateway has the lease. Before that, it would refuse the client's first message."""
         path = self._host.gateway_sockets / f"{self._plan.run_id}.sock"
         url = f"http://ringfence/v1/tasks/{self._plan.task_id}"
         transport = httpx.AsyncHTTPTransport(uds=str(path))

@@ -1,4 +1,4 @@
-"""All readers, one list. A reader that is not here does not exist."""
+"""The list of all readers. A reader that is not in it is never used."""
 
 from __future__ import annotations
 

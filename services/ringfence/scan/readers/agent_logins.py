@@ -39,6 +39,8 @@ _AGENTS: Final = {
 
 
 class AgentLoginReader(FileReader):
+    """Reads the login files of coding agents."""
+
     name = "agent-login"
     paths = (
         ".claude/.credentials.json", ".codex/auth.json", ".codex/.credentials.json", ".gemini/oauth_creds.json",
@@ -78,7 +80,7 @@ def _kind(name: str, title: str) -> kinds.Kind:
 
 
 def _facts(document: Any, path: tuple[str, ...]) -> Access:
-    """Return what stands beside a token: account, scopes, expiry (milliseconds)."""
+    """Return the facts beside a token: account, scopes, expiry (Unix time in milliseconds)."""
     beside = mapping(document)
     for part in path[:-1]:
         beside = mapping(beside.get(part))

@@ -19,6 +19,8 @@ _USERS = ("AWS CLI, SDKs and every process of the user",)
 
 
 class AwsCredentialsReader(FileReader):
+    """Reads `~/.aws/credentials` and `~/.aws/config`."""
+
     name = "aws-credentials"
     paths = (".aws/credentials", ".aws/config")
     on_machine = ("~/.aws/credentials", "~/.aws/config")
@@ -48,6 +50,8 @@ class AwsCredentialsReader(FileReader):
 
 
 class AwsCacheReader(FileReader):
+    """Reads the token caches below `~/.aws`."""
+
     name = "aws-cache"
     paths = (".aws/sso/cache/*.json", ".aws/cli/cache/*.json", ".aws/login/cache/*.json")
     on_machine = ("~/.aws/sso/cache/*.json", "~/.aws/cli/cache/*.json", "~/.aws/login/cache/*.json")
@@ -75,7 +79,7 @@ class AwsCacheReader(FileReader):
 
 
 def unix_time(value: Any) -> int | None:
-    """Return the Unix time of an RFC 3339 text; None if it is none."""
+    """Return the Unix time, in seconds, of an RFC 3339 text; None if the text is malformed."""
     if not isinstance(value, str):
         return None
     try:

@@ -16,6 +16,8 @@ _USERS = ("az, Azure SDKs and every process of the user",)
 
 
 class AzureReader(FileReader):
+    """Reads the JSON files of the az command."""
+
     name = "azure"
     paths = (
         ".azure/msal_token_cache.json",

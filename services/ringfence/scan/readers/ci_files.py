@@ -17,6 +17,8 @@ _SCRIPTS = frozenset(
 
 
 class CiReader(FileReader):
+    """Reads the pipeline files of CI systems."""
+
     name = "ci"
     paths = (
         ".github/workflows/*.yml", ".github/workflows/*.yaml", ".github/actions/*/action.yml", ".gitlab-ci.yml",

@@ -1,4 +1,4 @@
-"""Cloud metadata, only with `--metadata`: which role or service account every process of this machine can get.
+"""The cloud metadata service, only with `--metadata`: the role or service account that every process here can use.
 
 It is the only reader that opens a connection, to the link-local address of the metadata service. It asks for names,
 never for a credential.
@@ -22,6 +22,8 @@ _USERS: Final = ("every process of this machine that reaches the metadata servic
 
 
 class CloudMetadataReader(MachineReader):
+    """Asks the metadata service for the names of roles and service accounts."""
+
     name = "cloud-metadata"
 
     def read(self, machine: Machine) -> Iterator[tuple[str, Candidate]]:

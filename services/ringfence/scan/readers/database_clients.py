@@ -19,6 +19,8 @@ _MOST_TOKENS: Final = 100_000
 
 
 class NetrcReader(FileReader):
+    """Reads `.netrc`."""
+
     name = "netrc"
     paths = (".netrc", "_netrc")
     on_machine = ("~/.netrc",)
@@ -58,6 +60,8 @@ _ESCAPED: Final = re.compile(r"\\(.)")
 
 
 class PgpassReader(FileReader):
+    """Reads `.pgpass` (PostgreSQL)."""
+
     name = "pgpass"
     paths = (".pgpass", "pgpass.conf")
     on_machine = ("~/.pgpass",)
@@ -80,6 +84,8 @@ class PgpassReader(FileReader):
 
 
 class MysqlReader(FileReader):
+    """Reads option files of MySQL."""
+
     name = "mysql"
     paths = (".my.cnf", "my.cnf", "mysql/*.cnf", ".mylogin.cnf")
     on_machine = ("~/.my.cnf", "~/.mylogin.cnf", "/etc/mysql/*.cnf", "/etc/my.cnf")

@@ -18,6 +18,8 @@ from ringfence.scan.source_files import SourceFile
 
 
 class ComposeReader(FileReader):
+    """Reads Compose files."""
+
     name = "compose"
     paths = (
         "compose.yml",
@@ -61,6 +63,8 @@ def _variables(settings: Any) -> Iterator[tuple[str, str]]:
 
 
 class KubernetesReader(FileReader):
+    """Reads Kubernetes manifests."""
+
     name = "kubernetes"
     paths = ("*.yaml", "*.yml", "*.json")
 
@@ -170,6 +174,8 @@ def _pod_spec(document: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 class HelmValuesReader(FileReader):
+    """Reads values files of Helm charts."""
+
     name = "helm-values"
     paths = ("values.yaml", "values.yml", "values-*.yaml", "values.*.yaml", "secrets.yaml", "*-values.yaml")
 

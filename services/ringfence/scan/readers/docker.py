@@ -13,6 +13,8 @@ from ringfence.scan.source_files import SourceFile
 
 
 class DockerReader(FileReader):
+    """Reads the login files of Docker and Podman."""
+
     name = "docker"
     paths = (".docker/config.json", ".dockercfg", "containers/auth.json", ".dockerconfigjson")
     on_machine = (
@@ -25,7 +27,7 @@ class DockerReader(FileReader):
 
 
 def of_registries(document: object, prefix: str = "") -> Iterator[Candidate]:
-    """Yield what a file of registry logins holds."""
+    """Yield the credentials in a file of registry logins."""
     found = mapping(document)
     for registry, entry in mapping(found.get("auths", found)).items():
         login = mapping(entry)

@@ -1,4 +1,4 @@
-"""What readers share: settings in documents, environments and command lines."""
+"""Shared by readers: finds credentials in the settings of documents, environments and command lines."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ _SUBSTITUTION: Final = re.compile(r"\$\(|\$\{|`")
 
 
 def classify_document(document: Any, **more: Any) -> Iterator[Candidate]:
-    """Yield what a document holds in any of its settings; the field is the path with dots.
+    """Yield the credentials in all settings of a document. The field is the path, with dots.
 
-    Also understands `{"name": NAME, "value": VALUE}`, as lists of variables are often written.
+    It also reads `{"name": NAME, "value": VALUE}`, a common form of lists of variables.
     """
     for path, value in walk(document):
         if len(value) < 4:
@@ -57,7 +57,7 @@ def _named_values(
 
 
 def classify_words(words: Sequence[str], field: str, **more: Any) -> Iterator[Candidate]:
-    """Yield what the arguments of a command hold: `--token VALUE`, `--token=VALUE`, `-e NAME=VALUE`, headers, URLs."""
+    """Yield credentials in arguments of a command: `--token VALUE`, `--token=VALUE`, `-e NAME=VALUE`, headers, URLs."""
     words = words[:_MOST_WORDS]
     previous = ""
     for number, word in enumerate(words):
@@ -86,7 +86,7 @@ def _user_password(word: str, field: str, more: dict[str, Any]) -> Iterator[Cand
 
 
 def classify_command(command: str, field: str, **more: Any) -> Iterator[Candidate]:
-    """Yield what a line of a shell holds. Nothing of it is expanded."""
+    """Yield the credentials in a shell command. Nothing of it is expanded."""
     command = command[:_LONGEST_COMMAND]
     try:
         words = shlex.split(command, comments=False, posix=True)
@@ -96,7 +96,7 @@ def classify_command(command: str, field: str, **more: Any) -> Iterator[Candidat
 
 
 def once(candidates: Iterator[Candidate]) -> Iterator[Candidate]:
-    """Yield each value once, as the first that had it."""
+    """Yield each value once, by its first candidate."""
     seen: set[str] = set()
     for one in candidates:
         value = one.value.reveal() if one.value is not None else f"\0{one.field}"

@@ -15,6 +15,8 @@ from ringfence.scan.source_files import SourceFile
 
 
 class GithubCliReader(FileReader):
+    """Reads the hosts file of `gh`."""
+
     name = "github-cli"
     paths = ("gh/hosts.yml",)
     on_machine = ("~/.config/gh/hosts.yml",)
@@ -42,6 +44,8 @@ class GithubCliReader(FileReader):
 
 
 class GitlabCliReader(FileReader):
+    """Reads the configuration of `glab`."""
+
     name = "gitlab-cli"
     paths = ("glab-cli/config.yml", ".python-gitlab.cfg")
     on_machine = ("~/.config/glab-cli/config.yml",)

@@ -49,6 +49,8 @@ def of_credentials(document: Any, prefix: str = "", used_by: tuple[str, ...] = _
 
 
 class GcloudReader(FileReader):
+    """Reads the files and databases of the gcloud command."""
+
     name = "gcloud"
     paths = (
         "gcloud/application_default_credentials.json", "legacy_credentials/*/adc.json", "gcloud/credentials.db",
@@ -75,7 +77,7 @@ class GcloudReader(FileReader):
 
 
 class GcpServiceAccountReader(FileReader):
-    """Key files have any name: what they hold tells them."""
+    """Service account keys. Their files can have any name, so their content decides."""
 
     name = "gcp-service-account"
     paths = ("*.json",)
@@ -90,7 +92,7 @@ class GcpServiceAccountReader(FileReader):
 
 
 def _rows(data: bytes, query: str) -> list[tuple[str, str]]:
-    """Return rows of a SQLite database that is in memory alone. Raises DocumentError.
+    """Return rows of a SQLite database that is only in memory. Raises DocumentError.
 
     A hostile schema can hold views and triggers: the steps are limited, and its functions are not trusted.
     """

@@ -14,6 +14,8 @@ _USED = {"used_by": ("git and every process of the user",)}
 
 
 class GitCredentialsReader(FileReader):
+    """Reads the file of git's credential store."""
+
     name = "git-credentials"
     paths = (".git-credentials", "git/credentials")
     on_machine = ("~/.git-credentials", "~/.config/git/credentials")
@@ -24,6 +26,8 @@ class GitCredentialsReader(FileReader):
 
 
 class GitConfigReader(FileReader):
+    """Reads configuration files of git."""
+
     name = "git-config"
     paths = (".git/config", ".gitconfig", "git/config", "modules/*/config")
     on_machine = ("~/.gitconfig", "~/.config/git/config", "/etc/gitconfig")

@@ -18,6 +18,8 @@ _BLOCK: Final = re.compile(r'credentials\s+"([^"\n]{1,200})"\s*\{[^{}]{0,500}?to
 
 
 class TerraformReader(FileReader):
+    """Reads files of Terraform."""
+
     name = "terraform"
     paths = (
         "credentials.tfrc.json",
@@ -68,6 +70,8 @@ class TerraformReader(FileReader):
 
 
 class VaultReader(FileReader):
+    """Reads the token file of the vault command."""
+
     name = "vault"
     paths = (".vault-token",)
     on_machine = ("~/.vault-token",)

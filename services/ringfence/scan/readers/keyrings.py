@@ -1,4 +1,4 @@
-"""Keyrings: where they are. Encrypted ones are not read, but any program in their user's session can open them."""
+"""Keyrings: reports their places. It reads no encrypted one, but every program in the user's session can open them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _NAMES: Final = {
 
 
 class KeyringReader(FileReader):
+    """Reports the files of keyrings."""
+
     name = "keyring"
     paths = (
         "keyrings/*.keyring", "kwalletd/*.kwl", "Library/Keychains/*.keychain-db", "*.kdbx",

@@ -20,6 +20,8 @@ _USED: Final[dict[str, Any]] = {"used_by": ("kubectl, helm and every process of 
 
 
 class KubeconfigReader(FileReader):
+    """Reads kubeconfig files."""
+
     name = "kubeconfig"
     paths = (
         ".kube/*",

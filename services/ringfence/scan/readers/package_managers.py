@@ -36,6 +36,8 @@ _MAVEN = kinds.Kind("maven-password", "Maven server password", kinds.PASSWORD.pa
 
 
 class NpmReader(FileReader):
+    """Reads the settings of npm and Yarn."""
+
     name = "npm"
     paths = (".npmrc", ".yarnrc.yml")
     on_machine = ("~/.npmrc", "~/.yarnrc.yml", "/etc/npmrc")
@@ -75,6 +77,8 @@ class NpmReader(FileReader):
 
 
 class PythonIndexReader(FileReader):
+    """Reads the settings of twine, pip and Poetry."""
+
     name = "pypi"
     paths = (".pypirc", "pip.conf", "pypoetry/auth.toml")
     on_machine = (
@@ -118,6 +122,8 @@ class PythonIndexReader(FileReader):
 
 
 class CargoReader(FileReader):
+    """Reads the credentials of Cargo."""
+
     name = "cargo"
     paths = (".cargo/credentials.toml", ".cargo/credentials", ".cargo/config.toml")
     on_machine = ("~/.cargo/credentials.toml", "~/.cargo/credentials", "~/.cargo/config.toml")
@@ -137,6 +143,8 @@ class CargoReader(FileReader):
 
 
 class MavenReader(FileReader):
+    """Reads the settings of Maven."""
+
     name = "maven"
     paths = (".m2/settings.xml", "settings.xml")
     on_machine = ("~/.m2/settings.xml",)
@@ -163,6 +171,8 @@ class MavenReader(FileReader):
 
 
 class GradleReader(FileReader):
+    """Reads the properties of Gradle."""
+
     name = "gradle"
     paths = ("gradle.properties",)
     on_machine = ("~/.gradle/gradle.properties",)

@@ -18,6 +18,8 @@ _MOST_NAMED: Final = 8
 
 
 class EnvironmentReader(MachineReader):
+    """Reads this process's own environment."""
+
     name = "environment"
 
     def read(self, machine: Machine) -> Iterator[tuple[str, Candidate]]:
@@ -27,10 +29,12 @@ class EnvironmentReader(MachineReader):
 
 
 class ProcessReader(MachineReader):
+    """Reads the environments of running processes."""
+
     name = "process"
 
     def read(self, machine: Machine) -> Iterator[tuple[str, Candidate]]:
-        """Yield each value once, with the processes that have it. Processes come and go meanwhile."""
+        """Yield each value once, with the processes that have it. Processes may start and end meanwhile."""
         own = (os.getpid(), os.getppid())
         found: dict[tuple[str, str], tuple[Candidate, list[str]]] = {}
         unreadable = 0

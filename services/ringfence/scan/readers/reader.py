@@ -1,4 +1,4 @@
-"""The interface of readers: a location, its format, and what they yield."""
+"""The interface of readers: a reader knows a location and its format, and yields candidates."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class FileReader(ABC):
 
 @dataclass(slots=True)
 class Machine:
-    """What readers of a machine look at; tests hand in another one."""
+    """The machine that readers examine. Tests pass another one."""
 
     environ: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     proc: str = "/proc"
@@ -47,7 +47,7 @@ class Machine:
 
 
 class MachineReader(ABC):
-    """Reads a part of a machine that is no file of a tree."""
+    """Reads a part of a machine that is no file in a tree, such as environments."""
 
     name: ClassVar[str]
 

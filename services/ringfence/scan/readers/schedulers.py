@@ -1,4 +1,4 @@
-"""systemd units and crontabs: variables and commands of what a machine starts by itself."""
+"""systemd units and crontabs: variables and commands of jobs that a machine starts by itself."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ _CRON_TIME: Final = re.compile(r"^\s*(?:@\w+|(?:\S+\s+){5})")
 
 
 class SystemdReader(FileReader):
+    """Reads systemd units."""
+
     name = "systemd"
     paths = ("*.service", "*.service.d/*.conf", "environment.d/*.conf", "systemd/*.conf")
     on_machine = (
@@ -58,6 +60,8 @@ def _variables(value: str) -> Iterator[tuple[str, str]]:
 
 
 class CrontabReader(FileReader):
+    """Reads crontabs."""
+
     name = "crontab"
     paths = ("crontab", "cron.d/*", "crontabs/*", "cron/root", "*.cron")
     on_machine = ("/etc/crontab", "/etc/cron.d/*", "/var/spool/cron/crontabs/*", "/var/spool/cron/*")

@@ -14,6 +14,8 @@ _USED = {"used_by": ("every process in the container",)}
 
 
 class ServiceAccountReader(FileReader):
+    """Reads the tokens of service accounts that a platform mounts."""
+
     name = "service-account"
     paths = ("serviceaccount/token", "tokens/azure-identity-token", "secrets/tokens/*")
     on_machine = (

@@ -23,6 +23,8 @@ _WORTH: Final = re.compile(r"pass|pwd|secret|token|key|auth|bearer|://[^\s/]*:[^
 
 
 class ShellFileReader(FileReader):
+    """Reads start-up files and histories of shells."""
+
     name = "shell"
     paths = (*_NAMES, "fish/config.fish", "fish/fish_history", "/etc/environment", "profile.d/*.sh")
     on_machine = (

@@ -23,6 +23,8 @@ _USERS: Final = ("ssh, git and every process of the user",)
 
 
 class SshKeyReader(FileReader):
+    """Reads private keys of SSH."""
+
     name = "ssh-key"
     paths = (".ssh/*", "id_rsa", "id_ed25519", "id_ecdsa", "id_dsa", "*.ppk", "ssh_host_*_key")
     on_machine = ("~/.ssh/*", "/etc/ssh/ssh_host_*_key")
@@ -55,7 +57,7 @@ class SshKeyReader(FileReader):
 
 
 class SshAgentReader(MachineReader):
-    """Says that an agent is there. It is not asked: that would be a connection, and some ask their user."""
+    """Reports that an SSH agent runs. It does not query it: that needs a connection, and some agents ask their user."""
 
     name = "ssh-agent"
 

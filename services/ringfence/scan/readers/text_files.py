@@ -57,6 +57,8 @@ _LOCK_FILES: Final = frozenset(
 
 
 class TextFileReader(FileReader):
+    """Reads any text file that no other reader reads."""
+
     name = "text"
     paths = ("*",)
 
@@ -72,7 +74,7 @@ class TextFileReader(FileReader):
                 yield one
 
     def formats(self, file: SourceFile) -> Iterator[Candidate]:
-        """Yield what its look alone tells. Used over files of other readers as well: a comment may hold a token."""
+        """Yield credentials by their format alone. Also used for files of other readers: a comment may hold a token."""
         raw = file.searchable
         if marked := formats_marked(raw):
             for one, value, offset in formats_in(file.text, marked):
@@ -140,7 +142,7 @@ def _can_be_password(name: str, value: str, quoted: bool) -> bool:
 
 
 def _name_before(text: str, offset: int) -> str:
-    """Return the name of the setting that a value stands behind, or `text`."""
+    """Return the name of the setting before a value, or `text`."""
     before = text[max(0, offset - 120) : offset].rpartition("\n")[2]
     match = re.search(
         r"([A-Za-z_][\w.-]{0,60})[\"'\])]*\s*(?::\s*\w+\s*)?[=:]+>?\s*(?:[\"'`]|Bearer |token |\s)*$", before

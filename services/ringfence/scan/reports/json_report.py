@@ -60,7 +60,7 @@ def finding_document(finding: Finding) -> dict[str, Any]:
 
 
 def summary(report: Report) -> dict[str, Any]:
-    """Return how many findings each pattern has, and how many break each ring."""
+    """Return the number of findings of each pattern, and the number that break each ring."""
     return {
         "findings": len(report.findings),
         "new": sum(not one.known for one in report.findings),
@@ -75,7 +75,7 @@ def summary(report: Report) -> dict[str, Any]:
 
 
 def matrix(report: Report) -> list[tuple[str, int, list[str]]]:
-    """Return a line for each pattern that was found: its title, how often, and the state of each ring."""
+    """Return a row for each pattern that was found: its title, the number of findings, and the state of each ring."""
     return [
         (PATTERN_TITLES[pattern], count, [one.state for one in verdicts(pattern)])
         for pattern in Pattern

@@ -85,7 +85,7 @@ def _result(finding: Finding) -> dict[str, Any]:
 
 
 def _artifact(path: str) -> dict[str, str]:
-    """Return where a file is, as a URI: absolute, below the home folder, or below the folder of the scan."""
+    """Return the URI of a file: absolute, below the home folder, or below the folder of the scan."""
     if path.startswith("~/"):
         return {"uri": _quoted(path.removeprefix("~/")), "uriBaseId": _HOME}
     return {"uri": f"file://{_quoted(path)}" if path.startswith("/") else _quoted(path)}

@@ -86,7 +86,7 @@ class FastPath:
         slot: RequestSlot,
         plans: PlanCache | None,
     ) -> None:
-        """The fast path of one connection. Without `plans` it takes no request."""
+        """Without `plans` the fast path takes no request."""
         self.count = 0
         """The number of requests that it took."""
         self.needs_slow_path = False

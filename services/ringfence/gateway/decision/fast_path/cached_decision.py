@@ -29,7 +29,7 @@ from ringfence.model.http_targets.request_map import Action
 
 
 class FastPathDependencies:
-    """The parts of the gate that a check uses without an await. One for all cached decisions of a gate."""
+    """The parts of the gate that a check uses without an await. Shared by all cached decisions of a gate."""
 
     __slots__ = ("clock", "evaluator", "gateway", "ids", "injector", "recorder", "task_history", "view")
 
