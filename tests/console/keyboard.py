@@ -49,7 +49,9 @@ async def stops(page: Page, key: str = "Tab") -> list[dict[str, Any]]:
     while len(found) < _MOST_STOPS:
         await page.keyboard.press(key)
         stop = await page.evaluate(_STOP)
-        if stop is None or (found and stop["place"] == found[0]["place"]):  # with no browser around it, it begins anew
+        if stop is None or (
+            found and stop["place"] == found[0]["place"]
+        ):  # with no browser around it, it begins anew
             return found
         found.append(stop)
     raise AssertionError(f"the focus does not leave the page: {[one['name'] for one in found[-5:]]}")
