@@ -105,3 +105,16 @@ async def test_older_events_need_no_script_and_are_told_to_those_who_may_see_the
     await expect(other.page.locator("#table")).to_contain_text("No event that you may see fits.")
     assert await resources(other.page) == []
     assert other_person.complaints == []
+
+
+async def test_the_focus_stays_where_it_is_when_the_page_follows(
+    sponsor: Visitor, organisation: Organisation, search: str
+) -> None:
+    page = await sponsor.open(search)
+    await expect(page.locator("#live-state")).to_have_text("Live")
+    link = page.locator("tbody").get_by_role("link", name="Trace").first
+    await link.focus()
+    href = await link.get_attribute("href")
+    await tell(organisation, ["newest"])
+    await expect(page.locator("tbody")).to_contain_text("newest")
+    assert await page.evaluate("document.activeElement.getAttribute('href')") == href

@@ -36,9 +36,11 @@ def test_what_is_within_them_is_taken(number: int) -> None:
 @pytest.mark.parametrize("number", ["9" * 19, "9" * 5000])
 def test_a_cursor_beyond_all_numbers_is_none(number: str) -> None:
     index = SqliteIndex(None)
-    own = index.page(None, None, 1).cursor.partition(".")[0]
+    own = str(index.page(None, None, 1).after).partition(".")[0]
     assert index.page(None, f"{own}.{number}.{number}", 1).events == []
     with pytest.raises(CursorLostError):
         index.actions(None, (0, 1), f"{own}.{number}.{number}", 1)
     with pytest.raises(CursorLostError):
         index.export(None, (0, 1), f"{number}.uid", 1)
+    with pytest.raises(CursorLostError):
+        index.older(None, f"{number}.uid", 1)

@@ -64,7 +64,7 @@ function follow(node, fresh) {
     }
     return document.importNode(child, true);
   });
-  const focused = document.activeElement?.id;
+  const focused = node.contains(document.activeElement) ? document.activeElement : null;
   const keep = new Set(wanted);
   for (const child of [...node.childNodes]) if (!keep.has(child)) child.remove();
   let at = node.firstChild;
@@ -72,7 +72,19 @@ function follow(node, fresh) {
     if (child === at) at = at.nextSibling;
     else node.insertBefore(child, at);
   }
-  if (focused && document.activeElement?.id !== focused) document.getElementById(focused)?.focus();
+  if (focused !== null && document.activeElement !== focused) sameControl(node, focused)?.focus({ preventScroll: true });
+}
+
+const CONTROLS = "a[href], button, input, select, textarea, summary, [tabindex]";
+
+/** The control below a node that is the same as one that was exchanged: by its id, else by what it does and says. */
+function sameControl(node, old) {
+  if (old.id) return document.getElementById(old.id);
+  const described = (one) => [one.localName, one.getAttribute("href"), one.name, one.getAttribute("formaction"), one.textContent].join("\n");
+  const alike = [...node.querySelectorAll(CONTROLS)].filter((one) => described(one) === described(old));
+  // Nothing but the same will do: Enter must not reach the button of another request.
+  const about = (one) => one.closest("form")?.querySelector("input[type=hidden]")?.value ?? one.closest("[id]")?.id;
+  return alike.find((one) => about(one) === about(old));
 }
 
 class UnavailableError extends Error {}

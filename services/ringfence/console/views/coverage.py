@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from ringfence.client.reports.coverage import coverage_report
-from ringfence.console.views.gateway import SPANS
+from ringfence.console.views.gateway import SPAN_NAMES, SPANS
 from ringfence.console.views.page import Page, View
 
 _SHORT_S: Final = 3600
@@ -44,6 +44,7 @@ async def coverage(view: View) -> Page:
             "totals": totals,
             "since": since,
             "spans": SPANS,
+            "names": SPAN_NAMES,
         },
         "coverage",
         costly=True,

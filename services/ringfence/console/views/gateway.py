@@ -9,6 +9,7 @@ from ringfence.client.reports.action_report import ActionReport
 from ringfence.console.views.page import Page, View
 
 SPANS: Final = {"1h": 3_600_000, "24h": 86_400_000, "7d": 7 * 86_400_000, "30d": 30 * 86_400_000}
+SPAN_NAMES: Final = {"1h": "1 hour", "24h": "24 hours", "7d": "7 days", "30d": "30 days"}
 _BARS: Final = 24
 _ROWS: Final = 25
 
@@ -34,13 +35,14 @@ async def gateway(view: View) -> Page:
         after = page["after"]
         if after is None:
             break
-    series = _series(counts, since_ms, step_ms)
+    series, rows = _series(counts, since_ms, step_ms), list(report.blocked().items())
     return Page(
         "gateway.html",
         "Gateway",
         {
             "sums": report.sums,
-            "rows": [(row, sums) for row, sums in report.blocked().items()][:_ROWS],
+            "rows": rows[:_ROWS],
+            "more": max(0, len(rows) - _ROWS),
             "reasons": _bars(
                 {str(row or "unknown"): s.blocked for row, s in report.by(lambda r: r.reason).items()}
             ),
@@ -53,6 +55,7 @@ async def gateway(view: View) -> Page:
             "unknown": report.unknown(20),
             "since": since if since in SPANS else "7d",
             "spans": SPANS,
+            "names": SPAN_NAMES,
             "agent": agent or "",
             "target": target or "",
             "series": series,

@@ -23,7 +23,8 @@ async def leases(view: View) -> Page:
     found = answer["leases"]
     step_s = 300
     begins = int(view.now_ms / 1000) // step_s * step_s
-    ends = Counter(min((int(one["deadline"]) - begins) // step_s, BARS - 1) for one in found)
+    # What is over and not removed yet ends now.
+    ends = Counter(min(max((int(one["deadline"]) - begins) // step_s, 0), BARS - 1) for one in found)
     most = max(ends.values(), default=1)
     return Page(
         "leases.html",
@@ -31,10 +32,12 @@ async def leases(view: View) -> Page:
         {
             "leases": found[:SHOWN],
             "count": len(found),
+            "beyond": answer["more"],
             "more": answer["more"] or len(found) > SHOWN,
             "filters": filters,
             "overdue": overdue,
             "bars": [(ends[bar], 100 * ends[bar] / most) for bar in range(BARS)],
+            "most": most,
             "begins": begins,
         },
         "leases",
