@@ -44,3 +44,5 @@ def test_a_cursor_beyond_all_numbers_is_none(number: str) -> None:
         index.export(None, (0, 1), f"{number}.uid", 1)
     with pytest.raises(CursorLostError):
         index.older(None, f"{number}.uid", 1)
+    with pytest.raises(CursorLostError):
+        index.older(None, f"{number}.uid", 1)
