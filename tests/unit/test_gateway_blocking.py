@@ -15,6 +15,7 @@ from ringfence.messages.operations import ActionDecided, Destination
 from tests.unit.test_gateway_domain import Place
 
 GATEWAY = "spiffe://test.example/service/gateway"
+RUNS = ("0f8fad5b-d9cb-469f-a165-70867728950e", "7c9e6679-7425-50de-944b-e07fc1f90ae7")
 
 
 class Parts:
@@ -25,7 +26,7 @@ class Parts:
         ledger = self.place.ledger
         self.events: list[ActionDecided] = []
         self.full = False
-        counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
+        self.counted = counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         targets = Targets(ledger.directory)
         self.blocked = BlockedRequests(counted, ledger.directory, targets, trust_domain="test.example")
 
@@ -80,6 +81,30 @@ def test_a_flood_is_one_event_a_second_and_none_of_it_is_missing(parts: Parts) -
     parts.add(method="GET")
     assert [one.count for one in parts.events] == [1, 1, 999, 1, 1], "whoever comes later is the first again"
     assert len({one.action_id for one in parts.events}) == 5
+
+
+def test_what_one_run_sent_is_recorded_at_its_end_and_the_others_within_the_second(parts: Parts) -> None:
+    one, other = (PresentedIdentity(task_id=parts.place.task, run_id=run_id) for run_id in RUNS)
+    for _ in range(3):
+        parts.add(presented=one)
+        parts.add(presented=other)
+        parts.add()
+    parts.events.clear()
+    assert parts.counted.flush(RUNS[0])
+    assert [(event.run_id, event.count) for event in parts.events] == [(RUNS[0], 2)]
+    parts.blocked.flush()
+    assert [(event.run_id, event.count) for event in parts.events[1:]] == [(RUNS[1], 2), (None, 2)]
+
+
+def test_a_run_whose_refusals_have_no_room_is_told_from_one_that_has_none(parts: Parts) -> None:
+    for _ in range(2):
+        parts.add(presented=PresentedIdentity(task_id=parts.place.task, run_id=RUNS[0]))
+    parts.full = True
+    assert not parts.counted.flush(RUNS[0])
+    assert parts.counted.flush(RUNS[1])
+    parts.full = False
+    assert parts.counted.flush(RUNS[0])
+    assert [event.count for event in parts.events] == [1, 1]
 
 
 async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> None:

@@ -95,6 +95,17 @@ async def test_what_cannot_be_kept_goes_nowhere_and_the_next_is_asked_anew(tmp_p
     assert told == [False, False, True]
 
 
+async def test_a_mark_is_after_what_this_turn_decided(tmp_path: Path) -> None:
+    spool = Watched(tmp_path)
+    recorder, told = recorder_on(spool), list[bool]()
+    recorder.append_at_end_of_turn(b"a\none\n\n{}", told.append)
+    mark = recorder.end_mark()
+    assert told == [True]
+    assert not recorder.is_published(mark)
+    spool.mark_published(spool.peek()[1])
+    assert recorder.is_published(mark)
+
+
 async def test_what_waits_is_kept_when_the_process_ends(tmp_path: Path) -> None:
     recorder, told = Recorder(Watched(tmp_path), cast(Any, Gone())), list[bool]()
     recorder.append_at_end_of_turn(b"a\none\n\n{}", told.append)

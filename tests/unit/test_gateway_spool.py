@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.gateway.events.spool import MAX_ENTRY_BYTES, Spool, SpoolError, SpoolFullError
+from ringfence.gateway.events.spool import MAX_ENTRY_BYTES, Spool, SpoolError, SpoolFullError, SpoolMark
 
 MAX = 1024 * 1024
 
@@ -45,6 +45,45 @@ def test_what_goes_in_comes_out_once_and_in_order(tmp_path: Path) -> None:
     assert emptied(spool) == []
     spool.append(b"later")
     assert emptied(spool) == [b"later"]
+    spool.close()
+
+
+def test_a_place_in_the_spool_is_published_once_all_before_it_is(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    start, marks = spool.end_mark(), list[SpoolMark]()
+    for entry in entries(100):
+        spool.append(entry)
+        marks.append(spool.end_mark())
+    assert sorted(set(marks)) == marks, "each is after the one before, in whatever segment"
+    done = 0
+    while spool.has_unpublished():
+        assert [spool.is_published(mark) for mark in marks] == [number < done for number in range(100)]
+        found, mark = spool.peek()
+        assert not found or not spool.is_published(mark), "it was only read"
+        spool.mark_published(mark)
+        done += len(found)
+        assert spool.is_published(start)
+    assert all(spool.is_published(mark) for mark in marks)
+    spool.append(b"later")
+    assert spool.is_published(marks[-1])
+    assert not spool.is_published(spool.end_mark())
+    spool.close()
+
+
+def test_what_an_earlier_process_left_is_before_every_place(tmp_path: Path) -> None:
+    spool = opened(tmp_path)
+    spool.append(b"one")
+    crashed(spool)
+    spool = opened(tmp_path)
+    mark = spool.end_mark()
+    assert not spool.is_published(mark)
+    assert emptied(spool) == [b"one"]
+    assert spool.is_published(mark)
+    spool.close()
+    spool = opened(tmp_path)
+    mark = spool.end_mark()
+    assert emptied(spool) == []
+    assert spool.is_published(mark)
     spool.close()
 
 

@@ -122,3 +122,13 @@ async def test_connections_are_limited(
         assert gateway.connections == 2
         for one in (*open_now, writer):
             one.close()
+
+
+async def test_it_waits_until_the_gateway_removes_its_socket(
+    relay: GatewayRelay, gateway: EchoGateway
+) -> None:
+    assert not await relay.wait_for_removal(0.01)
+    waiting = asyncio.create_task(relay.wait_for_removal(WITHIN_S))
+    await asyncio.sleep(0)
+    gateway.path.unlink()
+    assert await waiting

@@ -219,6 +219,10 @@ class Connection(Lifetime):
             reason = follower.failed or f"not read to the end within {READY_TIMEOUT_S:g} s"
             raise UnavailableError(f"{names}: {reason}") from None
 
+    async def caught_up(self, timeout_s: float) -> bool:
+        """Wait until everything is read that is on the followed topics now. See `Follower.caught_up`."""
+        return all(await asyncio.gather(*(follower.caught_up(timeout_s) for follower in self._followers)))
+
     async def directory(self) -> Directory:
         """The local table of users, agents, targets and tasks, each record verified up to the root.
 
@@ -237,10 +241,7 @@ class Connection(Lifetime):
         Raises UnavailableError if the topics cannot be read to their end.
         """
         directory = await self.directory()
-        caught_up = await asyncio.gather(
-            *(follower.caught_up(READY_TIMEOUT_S) for follower in self._followers)
-        )
-        if not all(caught_up):
+        if not await self.caught_up(READY_TIMEOUT_S):
             raise UnavailableError("the records could not be read to their end; run: ringfence doctor")
         return directory
 

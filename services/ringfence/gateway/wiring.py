@@ -25,6 +25,7 @@ from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.refusal_counts import RefusalCounts
+from ringfence.gateway.events.run_events import RunEvents
 from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.gateway.state.leases import LEASES_SINCE_MS
@@ -57,6 +58,7 @@ class Core:
     targets: Targets
     relays: Relays
     blocked: BlockedRequests
+    run_events: RunEvents
     proofs: ProofChecker
     """Of all senders: a proof counts once at this gateway."""
     reply_readers: list[Reader]
@@ -129,7 +131,8 @@ def build_core(
     runtime.on_stop(sealed.close)
     runtime.on_stop(secrets.close)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
-    return Core(gate, view, targets, relays, blocked, proofs, reply_readers)
+    run_events = RunEvents(recorder, counted)
+    return Core(gate, view, targets, relays, blocked, run_events, proofs, reply_readers)
 
 
 def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:

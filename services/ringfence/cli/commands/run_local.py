@@ -73,6 +73,7 @@ def run_local(
         limits=limits,
         backend=backend,
         me=identity(me),
+        awaits_events=wants_json(as_json),
     )
     report = run(work)
     for line in remarks(report):
@@ -97,6 +98,7 @@ async def _run(
     limits: RunLimits,
     backend: str | None,
     me: Path | None,
+    awaits_events: bool,
 ) -> RunReport:
     from ringfence.model.records.runs import run_id_of
     from ringfence.runner.lifecycle.execution import RunExecution
@@ -129,7 +131,8 @@ async def _run(
                 image=image,
                 image_digest=image if image is not None and image.startswith("sha256:") else None,
             )
-            execution = RunExecution(host, plan, Streams(0, 1, 2))
+            # Without --json nobody sees what was blocked.
+            execution = RunExecution(host, plan, Streams(0, 1, 2), awaits_events=awaits_events)
             signals.execution = execution
             async with guarded(host.connection, plan, execution):
                 return await execution.execute()

@@ -93,6 +93,10 @@ class SenderLimits:
         self.of_addresses -= sender.startswith(ADDRESS)
         _decrement(self._connections, sender)
 
+    def connections_of(self, sender: str) -> int:
+        """The number of connections of this sender."""
+        return self._connections.get(sender, 0)
+
     def begin_handshake(self, address: str) -> bool:
         """Count a new connection of this address that begins a TLS handshake. False if it may not have one more."""
         having = self._handshakes.get(address, 0)

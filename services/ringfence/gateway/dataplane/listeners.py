@@ -71,6 +71,7 @@ class Listeners:
             runtime.clock,
             trust_domain=runtime.settings.trust_domain,
             is_active=self._is_active,
+            events=core.run_events,
             runners=own.runners,
         )
         self._open = False

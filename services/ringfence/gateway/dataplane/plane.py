@@ -205,7 +205,7 @@ class DataPlane:
             await self.close_for_task(path)
         listening = _bind(path)
         streams: set[Stream] = set()
-        sender = f"run:{run_id}" if run_id is not None else f"task:{task_id}"
+        sender = _sender_of_run(run_id) if run_id is not None else f"task:{task_id}"
         server_socket = path.with_suffix(SERVER_SUFFIX) if run_id is not None else None
 
         def context_of(stream: Stream) -> ListenerContext:
@@ -225,15 +225,23 @@ class DataPlane:
         )
         self._tasks[path] = (server, streams)
 
-    async def close_for_task(self, path: Path) -> None:
-        """Remove the socket of a task or run that is over, and drop its connections. Nothing if there is none."""
+    async def close_for_task(self, path: Path, *, keep_file: bool = False) -> None:
+        """Remove the socket of a task or run that is over, and drop its connections. Nothing if there is none.
+
+        `keep_file`: leave the file of the socket, at which nobody listens any more, to the caller.
+        """
         if path not in self._tasks:
             return
         server, streams = self._tasks.pop(path)
         server.close()
-        _remove(path)
+        if not keep_file:
+            _remove(path)
         for stream in list(streams):
             stream.abort()
+
+    def serves_run(self, run_id: str) -> bool:
+        """Whether a connection through the socket of a run is served. One that was dropped still is for a moment."""
+        return self.limits.connections_of(_sender_of_run(run_id)) > 0
 
     async def close(self) -> None:
         """Stop listening, and drop every connection."""
@@ -308,6 +316,10 @@ def _bind(path: Path) -> socket.socket:
     finally:
         os.umask(before)
     return bound
+
+
+def _sender_of_run(run_id: str) -> str:
+    return f"run:{run_id}"
 
 
 def _remove(path: Path) -> None:

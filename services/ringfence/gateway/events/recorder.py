@@ -9,7 +9,7 @@ from typing import Final
 
 from aiokafka.errors import KafkaError
 
-from ringfence.gateway.events.spool import Spool, SpoolFullError
+from ringfence.gateway.events.spool import Spool, SpoolFullError, SpoolMark
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -90,6 +90,15 @@ class Recorder:
         if self._tracing is NOT_TRACING:
             return entry
         return self._entry(ActionDecided.model_validate_json(_parts(entry)[3]))
+
+    def end_mark(self) -> SpoolMark:
+        """The place in the spool after all events so far, those of this turn of the event loop included."""
+        self._append_batch()
+        return self._spool.end_mark()
+
+    def is_published(self, mark: SpoolMark) -> bool:
+        """Whether Kafka has all events before this place."""
+        return self._spool.is_published(mark)
 
     async def publish(self) -> None:
         """Publish events, forever."""

@@ -95,16 +95,22 @@ class RefusalCounts:
             assert repeats is not None, "it was added just now"
             self._record_repeats(kind, repeats)
 
-    def flush(self) -> None:
-        """Record the refusals since the last event of each kind."""
+    def flush(self, run_id: str | None = None) -> bool:
+        """Record the refusals since the last event of each kind, of one run or of all senders.
+
+        Returns whether the spool had room for them. Otherwise counting continues.
+        """
         for kind, repeats in list(self._kinds.items()):
+            if run_id is not None and kind.run_id != run_id:
+                continue
             if repeats.count == 0:
                 del self._kinds[kind]
                 self._destinations[_without_free_text(kind)] -= 1
                 if not self._destinations[_without_free_text(kind)]:
                     del self._destinations[_without_free_text(kind)]
             elif not self._record_repeats(kind, repeats):
-                return
+                return False
+        return True
 
     def _bounded(self, kind: RefusalKind) -> tuple[RefusalKind, _Repeats | None]:
         repeats = self._kinds.get(kind)

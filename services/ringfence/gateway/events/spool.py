@@ -31,6 +31,9 @@ _READ_BYTES: Final = 256 * 1024
 SEGMENT_BYTES: Final = 4 * 1024 * 1024
 MAX_ENTRY_BYTES: Final = 256 * 1024
 
+SpoolMark = tuple[int, int]
+"""A place between two entries: the number of a segment, and an offset in it. Later places compare as greater."""
+
 
 class SpoolError(RingfenceError):
     """The folder of the spool cannot be used: another process uses it, or it is not writable. Raised at the start."""
@@ -114,11 +117,19 @@ class Spool:
 
     # --- out ---
 
+    def end_mark(self) -> SpoolMark:
+        """The place after the last entry."""
+        return self._writing, self._sizes[self._writing]
+
+    def is_published(self, mark: SpoolMark) -> bool:
+        """Whether Kafka has all entries before this place."""
+        return (self._read_number, self._read_offset) >= mark
+
     def has_unpublished(self) -> bool:
         """Whether any entry has not been marked as published."""
         return self._read_number < self._writing or self._read_offset < self._sizes[self._writing]
 
-    def peek(self) -> tuple[Sequence[bytes], tuple[int, int]]:
+    def peek(self) -> tuple[Sequence[bytes], SpoolMark]:
         """The next entries, and the mark to pass to `mark_published`. Damaged entries are skipped."""
         while True:
             if self._read_number not in self._sizes:
@@ -140,7 +151,7 @@ class Spool:
                 )
             self._remove_read_segment()
 
-    def mark_published(self, mark: tuple[int, int]) -> None:
+    def mark_published(self, mark: SpoolMark) -> None:
         """Kafka has the entries that `peek` returned with this mark."""
         self._read_number, self._read_offset = mark
         if self._read_number != self._writing and self._read_offset >= self._sizes.get(self._read_number, 0):

@@ -65,6 +65,8 @@ _INIT_WITHIN_S: Final = 20.0
 _GATEWAY_WITHIN_S: Final = 15.0
 _PUBLISH_WITHIN_S: Final = 30.0
 _LEASES_END_WITHIN_S: Final = 15.0
+_EVENTS_WITHIN_S: Final = 5.0
+"""How long the report waits for what the gateway recorded last, from the end of the leases on."""
 _LOOK_EVERY_S: Final = 0.5
 _OUTLIVES_INIT_S: Final = 5.0
 """How long a sandbox may go on after its init."""
@@ -131,6 +133,7 @@ class RunExecution:
         *,
         on_claimed: Callable[[], Awaitable[None]] | None = None,
         follows_activity: bool = True,
+        awaits_events: bool = False,
         ends_with_lease_at: str | None = None,
     ) -> None:
         """Args:
@@ -138,10 +141,12 @@ class RunExecution:
                 nothing more is published.
             follows_activity: whether the report has what the run was allowed and denied. It takes readers of three
                 topics, until the connection is closed.
+            awaits_events: whether the report waits for what the gateway blocked last. Needs `follows_activity`.
             ends_with_lease_at: end the run when a lease of it at this target has ended. Needs `follows_activity`.
         """  # fmt: skip
         self._on_claimed = on_claimed
         self._follows_activity = follows_activity
+        self._awaits_events = awaits_events
         self._ends_with_lease_at = ends_with_lease_at
         self._host = host
         self._plan = plan
@@ -210,6 +215,7 @@ class RunExecution:
         if self._at.failure is not None and self._at.code is None:
             raise self._at.failure
         live = await activity.leases_ended(_LEASES_END_WITHIN_S) if self._at.published else ()
+        missing = await self._await_events(activity) if self._awaits_events else None
         assert self._at.destruction is not None
         return RunReport(
             run_id=plan.run_id,
@@ -229,8 +235,23 @@ class RunExecution:
             connections=self._relay.relayed if self._relay is not None else 0,
             sent_bytes=self._at.init.sent_bytes if self._at.init is not None else None,
             received_bytes=self._at.init.received_bytes if self._at.init is not None else None,
-            unknown=activity.problem,
+            unknown=activity.problem or missing,
         )
+
+    async def _await_events(self, activity: RunActivity) -> str | None:
+        """Wait until all that the gateway recorded of the run is read. Returns why the last of it may be missing."""
+        if self._relay is None or not self._relay.relayed or activity.problem is not None:
+            return None
+        until = time.monotonic() + _EVENTS_WITHIN_S
+        if not self._at.published:
+            reason = "the end of the run is not on Kafka, so the gateway does not know of it"
+        elif not await self._relay.wait_for_removal(_EVENTS_WITHIN_S):
+            reason = f"the gateway did not publish all of it within {_EVENTS_WITHIN_S:g} s"
+        elif not await self._host.connection.caught_up(max(0.0, until - time.monotonic())):
+            reason = f"Kafka's topics were not read to their end within {_EVENTS_WITHIN_S:g} s"
+        else:
+            return None
+        return f"what was blocked last may be missing: {reason}"
 
     def _read_ca(self) -> str | None:
         """The gateway's CA certificate. Raises RunRefusedError."""

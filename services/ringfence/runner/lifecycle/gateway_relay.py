@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from pathlib import Path
 
 from ringfence.kernel.base.errors import RingfenceError
@@ -60,6 +61,15 @@ class GatewayRelay:
             ).with_remedy(
                 "run a gateway on this machine with RINGFENCE_GATEWAY_SOCKETS set to the same folder, and see its log"
             ) from None
+
+    async def wait_for_removal(self, within_s: float) -> bool:
+        """Wait until the gateway has removed its socket: Kafka has all events of the run then. False if it has not."""
+        until = time.monotonic() + within_s
+        while self._gateway_socket.exists():
+            if time.monotonic() >= until:
+                return False
+            await asyncio.sleep(_LOOK_EVERY_S)
+        return True
 
     async def close(self) -> None:
         """End all connections, and remove the socket. Idempotent."""

@@ -37,7 +37,7 @@ class RunReport:
     """To the gateway, as counted inside."""
     received_bytes: int | None = None
     unknown: str | None = None
-    """Why `allowed` and `denied` may be incomplete."""
+    """Why `allowed`, `denied` and `relays` may be incomplete."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
