@@ -25,6 +25,7 @@ from tests.support.runs import LIFE_S, OneRun, Runners
 
 TASK = "0d1c4f51-6d0c-5a5e-8f4b-0d6c6a3b2a11"
 GATEWAY = f"spiffe://{TD}/service/gateway"
+REQUEST = b"GET /api/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
 WITHIN_S = 10
 
 
@@ -39,6 +40,7 @@ class Runs:
         per_runner: int = 2,
         in_total: int = 3,
     ) -> None:
+        self.plane = place.plane
         self.runners = Runners(InMemoryRegistry())
         self.spool = Spool(folder / "spool", max_bytes=1 << 20)
         recorder = Recorder(self.spool, cast(Any, None))
@@ -64,16 +66,19 @@ class Runs:
         return self.folder / f"{run.id}.sock"
 
     async def open(self, *runs: OneRun) -> list[bool]:
-        """At which sockets of these runs somebody listens, after an update."""
+        """Which of these runs have a socket that answers, after an update."""
         await self.sockets.update(self.folder)
-        return [await self.listens(run) for run in runs]
+        return [await self.answers(run) for run in runs]
 
-    async def listens(self, run: OneRun) -> bool:
+    async def answers(self, run: OneRun) -> bool:
         try:
-            async with connected_unix(str(self.path(run))):
-                return True
+            async with connected_unix(str(self.path(run))) as raw:
+                await raw.ask(REQUEST)
         except OSError:
             return False
+        while self.plane.serves_run(run.id):
+            await asyncio.sleep(0)
+        return True
 
     async def files(self, *runs: OneRun) -> list[bool]:
         """Which of these runs have the file of a socket, after an update."""
@@ -187,6 +192,7 @@ async def test_the_end_of_a_connection_is_waited_for(place: Place, short_path: P
     """Who is served may be blocked until the very end: what comes of that is before the mark."""
     runs = Runs(place, short_path)
     run, asked, goes_on = runs.start("n1"), asyncio.Event(), asyncio.Event()
+    assert await runs.open(run) == [True]
     decide = place.gate.decide
 
     async def slow(*args: Any) -> Any:
@@ -196,9 +202,8 @@ async def test_the_end_of_a_connection_is_waited_for(place: Place, short_path: P
         return await decide(*args)
 
     place.gate.decide = slow  # type: ignore[method-assign]
-    assert await runs.open(run) == [True]
     async with asyncio.timeout(WITHIN_S), connected_unix(str(runs.path(run))) as raw:
-        await raw.send(b"GET /api/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n")
+        await raw.send(REQUEST)
         await asked.wait()
         run.go("ended")
         for _ in range(3):
@@ -224,7 +229,7 @@ async def test_a_file_stays_while_the_spool_has_no_room_for_a_count(place: Place
         assert await runs.files(run) == [True], (
             "what is on the spool is published, and the count is not there"
         )
-    runs.spool._max_bytes *= 2
+    runs.spool._max_bytes = 1 << 20
     assert await runs.files(run) == [True]
     assert runs.publish() == [(run.id, 2)]
     assert await runs.files(run) == [False]

@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from ringfence.client.settings import ClientSettings
 
 PROGRAM = Path(sys.executable).with_name("ringfence")
@@ -145,6 +147,11 @@ class Installation:
         path.mkdir(parents=True)
         self.give(path)
         return path
+
+    def service(self, name: str) -> psutil.Process:
+        """The process of one of its services."""
+        (found,) = [one for one in psutil.Process(self.pid).children() if name in one.cmdline()]
+        return found
 
     def give(self, path: Path) -> None:
         """Let a file or folder be the installation's user's."""

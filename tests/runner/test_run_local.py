@@ -136,6 +136,7 @@ def test_what_is_blocked_names_its_run_and_no_other(here: Installation) -> None:
     for name, process in zip(names, processes, strict=True):
         _, err = process.communicate(timeout=WITHIN_S)
         report = json.loads(err.decode().strip().splitlines()[-1])
+        assert "incomplete" not in report, report
         blocked[name] = [one["destination"]["path"] for one in report["denied"]]
         shown = until(partial(_shown_with_denials, here, report["run_id"]), "its blocked actions")
         assert [one["destination"]["path"] for one in shown["denied"]] == [f"/{name}"]
@@ -144,6 +145,39 @@ def test_what_is_blocked_names_its_run_and_no_other(here: Installation) -> None:
         others = [other for other in names if other != name]
         assert not any(f"/{other}" in trace for other in others)
     assert blocked == {"one": ["/one"], "two": ["/two"]}
+
+
+def test_what_was_only_counted_when_the_run_ended_is_in_its_report(here: Installation) -> None:
+    """The gateway records repeats within a second by their count. The run is over before that second is."""
+    url = f"http://127.0.0.1:{here.notes.port}/again"
+    script = f"for number in $(seq 30); do curl -sS -o /dev/null {url}; done"
+    code, report, _ = here.report("--", "sh", "-c", script)
+    assert (code, report.get("incomplete")) == (0, None), report
+    assert {one["destination"]["path"] for one in report["denied"]} == {"/again"}
+    assert sum(one.get("count", 1) for one in report["denied"]) == 30
+
+
+def test_a_report_says_what_it_may_lack_where_the_gateway_does_not_publish(here: Installation) -> None:
+    """The gateway stands still when the run ends. What it has on disk comes into the trail later."""
+    url = f"http://127.0.0.1:{here.notes.port}/late"
+    script = f"curl -sS -o /dev/null {url}; echo asked; read line"
+    process = here.start(
+        "run", "--json", "--task", here.task, "--", "sh", "-c", script, stdin=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"asked\n"
+    gateway = here.service("gateway")
+    gateway.suspend()
+    try:
+        _, err = process.communicate(b"go\n", timeout=WITHIN_S)
+    finally:
+        gateway.resume()
+    report = json.loads(err.decode().strip().splitlines()[-1])
+    assert report["incomplete"].startswith("what was blocked last may be missing: the gateway"), report
+    assert report["destroyed"]["complete"] is True
+    shown = until(partial(_shown_with_denials, here, report["run_id"]), "its blocked action")
+    assert [one["destination"]["path"] for one in shown["denied"]] == ["/late"]
+    until(lambda: b"no_lease" in here.run("--", "curl", "-sS", url).stdout, "a gateway that decides again")
 
 
 def test_a_run_asks_with_curl_and_forty_lines_of_python(here: Installation) -> None:
