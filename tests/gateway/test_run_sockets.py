@@ -192,6 +192,7 @@ async def test_the_end_of_a_connection_is_waited_for(place: Place, short_path: P
     """Who is served may be blocked until the very end: what comes of that is before the mark."""
     runs = Runs(place, short_path)
     run, asked, goes_on = runs.start("n1"), asyncio.Event(), asyncio.Event()
+    assert runs.publish() == []
     assert await runs.open(run) == [True]
     decide = place.gate.decide
 
