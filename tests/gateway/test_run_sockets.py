@@ -196,11 +196,11 @@ async def test_the_end_of_a_connection_is_waited_for(place: Place, short_path: P
     assert await runs.open(run) == [True]
     decide = place.gate.decide
 
-    async def slow(*args: Any) -> Any:
+    async def slow(*args: Any, **options: Any) -> Any:
         asked.set()
         await goes_on.wait()
         runs.block(run)
-        return await decide(*args)
+        return await decide(*args, **options)
 
     place.gate.decide = slow  # type: ignore[method-assign]
     async with asyncio.timeout(WITHIN_S), connected_unix(str(runs.path(run))) as raw:

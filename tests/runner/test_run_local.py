@@ -158,7 +158,7 @@ def test_what_was_only_counted_when_the_run_ended_is_in_its_report(here: Install
 
 def test_a_report_says_what_it_may_lack_where_the_gateway_does_not_publish(here: Installation) -> None:
     """The gateway stands still when the run ends. What it has on disk comes into the trail later."""
-    url = f"http://127.0.0.1:{here.notes.port}/late"
+    url = f"http://127.0.0.1:{here.notes.port}/notes/late"
     script = f"curl -sS -o /dev/null {url}; echo asked; read line"
     process = here.start(
         "run", "--json", "--task", here.task, "--", "sh", "-c", script, stdin=subprocess.PIPE
@@ -175,7 +175,7 @@ def test_a_report_says_what_it_may_lack_where_the_gateway_does_not_publish(here:
     assert report["incomplete"].startswith("what was blocked last may be missing: the gateway"), report
     assert report["destroyed"]["complete"] is True
     shown = until(partial(_shown_with_denials, here, report["run_id"]), "its blocked action")
-    assert [one["destination"]["path"] for one in shown["denied"]] == ["/late"]
+    assert [one["destination"]["path"] for one in shown["denied"]] == ["/notes/late"]
     until(lambda: b"no_lease" in here.run("--", "curl", "-sS", url).stdout, "a gateway that decides again")
 
 
