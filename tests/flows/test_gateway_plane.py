@@ -16,6 +16,7 @@ import pytest
 from ringfence.client.agent.httpx_auth import DpopAuth
 from ringfence.dev.processes import free_port
 from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.registry import TaskEnd
@@ -210,3 +211,30 @@ async def test_whoever_finds_a_gateway_ready_finds_it_open(
             _, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.close()
     await opening
+
+
+async def test_no_request_comes_in_any_more_when_the_spool_closes(
+    kafka: Kafka, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its event could not be written, or would go into another file that has the number of the spool's."""
+    port, listening = free_port(), list[bool]()
+    close = Recorder.close
+
+    async def close_after_a_look(recorder: Recorder) -> None:
+        try:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.close()
+            listening.append(True)
+        except ConnectionRefusedError:
+            listening.append(False)
+        await close(recorder)
+
+    monkeypatch.setattr(Recorder, "close", close_after_a_look)
+    async with (
+        World.open(kafka.bootstrap, redis_server.url, paced=kafka.embedded) as world,
+        world.running("registry", "revoker"),
+        gateway(world, listen=str(port)),
+    ):
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.close()
+    assert listening == [False]

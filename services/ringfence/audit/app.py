@@ -114,18 +114,18 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     )
     runtime.background("checkpoints", chain.publish_checkpoints)
     runtime.background("strays", chain.dead_letter_unauthorised)
-    runtime.on_stop(chain.close)
-    authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
-    api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
-    runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
-    runtime.routes += ReportApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
-    runtime.routes += ApprovalHistoryApi(index, api.viewer, indexed.complete.is_set).routes()
 
     async def close() -> None:
         index.close()
         proofs.close()
 
     runtime.on_stop(close)
+    runtime.on_stop(chain.close)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
+    api = AuditApi(index, directory, runtime.clock, authenticator, indexed.complete.is_set)
+    runtime.routes += [*api.routes(), *ProofApi(index, proofs, api.viewer).routes()]
+    runtime.routes += ReportApi(index, runtime.clock, api.viewer, indexed.complete.is_set).routes()
+    runtime.routes += ApprovalHistoryApi(index, api.viewer, indexed.complete.is_set).routes()
     return runtime
 
 

@@ -110,10 +110,10 @@ def build(
     runtime.table(RUN_TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
     runtime.on_start(store.connect)
-    runtime.on_stop(store.close)
+    runtime.on_stop(access.close)
     for backend in backends.values():
         runtime.on_stop(backend.close)
-    runtime.on_stop(access.close)
+    runtime.on_stop(store.close)
     runtime.ready_when(store.unready)
     runtime.warns_when(store.warning)
     runtime.denies_when(directory.stale)

@@ -121,10 +121,10 @@ def build(
     runtime.history([REVOCATION_REQUEST], streams.on_records, since_ms=since_ms, linger_ms=LINGER_MS)
     runtime.background("heartbeat", HeartbeatSender(runtime, streams, leases).run)
     runtime.on_start(rebuilder.connect)
-    runtime.on_stop(store.close)
+    runtime.on_stop(access.close)
     for backend in backends.values():
         runtime.on_stop(backend.close)
-    runtime.on_stop(access.close)
+    runtime.on_stop(store.close)
     runtime.ready_when(store.unready)
     runtime.warns_when(store.warning)
     runtime.background("redis-watch", store.watch)

@@ -211,7 +211,7 @@ class Runtime:
         self._opening.append(opening)
 
     def on_stop(self, closing: Callable[[], Awaitable[None]]) -> None:
-        """Await this after all work has ended."""
+        """Await this after all work has ended. What was added last is closed first: it uses what was there before."""
         self._closing.append(closing)
 
     # --- what handlers use ---
@@ -364,7 +364,7 @@ class Runtime:
             await asyncio.gather(work[0], return_exceptions=True)
             for follower in self._followers:
                 await follower.stop()
-            for closing in self._closing:
+            for closing in reversed(self._closing):
                 await closing()
             await self._heard(self.publisher.stop())
             await self.tracing.close()
