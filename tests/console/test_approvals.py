@@ -42,12 +42,29 @@ async def asking(
         await asyncio.gather(*requests, return_exceptions=True)
 
 
-async def ask(organisation: Organisation, agent: Agent, reason: str) -> Any:
+async def ask(
+    organisation: Organisation, agent: Agent, reason: str, resource: str = "env/staging/web"
+) -> Any:
     realm = organisation.realm
     return await agent.request(
-        task=realm.task, target=realm.target, verbs=["write"], resources=["env/staging/web"], reason=reason,
+        task=realm.task, target=realm.target, verbs=["write"], resources=[resource], reason=reason,
         ttl_s=600, timeout_s=120,
     )  # fmt: skip
+
+
+async def test_a_resource_does_not_pass_for_words_of_the_page(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    resource = "env/staging/web at nothing, read on other"
+    async with organisation.realm.as_agent() as agent:
+        asked = asyncio.create_task(ask(organisation, agent, "to deploy", resource))
+        chip = page.locator("article .scope .chip")
+        await expect(chip).to_have_text(resource)
+        ground = "(one) => getComputedStyle(one).backgroundColor"
+        assert await chip.evaluate(ground) != await page.locator("article").evaluate(ground)
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
 
 
 async def test_a_sponsor_approves_with_one_look_and_one_touch(
