@@ -15,7 +15,7 @@ from playwright.async_api import expect
 from ringfence.client.passkeys.questions import BEGIN, END, unwrapped
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.strict_json import json_object
-from ringfence.kernel.base.text import visible, visible_name
+from ringfence.kernel.base.text import visible, visible_name, visible_resource
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import KeyPossession
@@ -64,6 +64,12 @@ async def test_text_is_shown_as_on_the_terminal(modules: Person) -> None:
     for name, ours in (("visible", visible), ("visibleName", visible_name)):
         shown = await call(modules, "text", name, *((char,) for char in known))
         assert [char for char, text in zip(known, shown, strict=True) if text != ours(char)] == []
+
+
+async def test_a_resource_is_quoted_as_on_the_terminal(modules: Person) -> None:
+    texts = ["env/web", "env/a  at  other", 'b", read  on  "c', "d,e", "prоd", "prоd f", "arn:x/*"]
+    shown = await call(modules, "text", "visibleResource", *((text,) for text in texts))
+    assert shown == [visible_resource(text) for text in texts]
 
 
 async def test_ids_digests_and_encodings_are_the_same(modules: Person) -> None:

@@ -34,6 +34,12 @@ def test_a_permission_in_its_short_form() -> None:
     assert show_permission(permission) == "staging:deploy,read:env/staging/*,env/test/web"
 
 
+def test_a_resource_does_not_pass_for_words_beside_it() -> None:
+    resources = ("env/a at nothing", 'b" at "c', "d,e")
+    shown = show_permission(Permission(target="shop", verbs=("read",), resources=resources))
+    assert shown == r'''shop:read:"env/a at nothing","b\" at \"c","d,e"'''
+
+
 def test_json_where_names_have_colons_or_commas(tmp_path: Path) -> None:
     wanted = {"target": "images", "verbs": ["push"], "resources": ["web:v1", "a,b"]}
     assert parse_permission(json.dumps(wanted)).resources == ("web:v1", "a,b")

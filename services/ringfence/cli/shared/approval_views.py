@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cli.shared.arguments import show_scope
-from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name
+from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name, visible_resource
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
@@ -75,7 +75,7 @@ def print_action(one: PendingAction) -> None:
             "task": visible(one.purpose),
             "on behalf of": one.on_behalf_of,
             "target": f"{one.target} ({visible(one.target_description)})",
-            "does": f"{visible_name(one.verb)} on {visible_name(one.resource)}",
+            "does": f"{visible_name(one.verb)} on {visible_resource(one.resource)}",
             "sends": f"{visible_name(one.method)} {visible_name(one.url)}",
             "with a body of": f"{one.body_bytes} bytes, SHA-256 {one.body_digest}"
             if one.body_bytes

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from pydantic import TypeAdapter, ValidationError
 
-from ringfence.cli.shared.output import visible_name
+from ringfence.cli.shared.output import visible_name, visible_resource
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name, TargetId, Uuid
@@ -143,12 +143,17 @@ def _read_file(name: str) -> tuple[Permission, ...]:
 
 def show_permission(permission: Permission) -> str:
     """A permission in the short form, for people. Characters beyond ASCII are made visible."""
-    return show_act(permission.target, ",".join(permission.verbs), ",".join(permission.resources))
+    return _shown(permission.target, permission.verbs, permission.resources)
 
 
 def show_act(target: str, verb: str, resource: str) -> str:
     """Target, verb and resource as one text. Characters beyond ASCII, look-alike letters too, are made visible."""
-    return ":".join(map(visible_name, (target, verb, resource)))
+    return _shown(target, (verb,), (resource,))
+
+
+def _shown(target: str, verbs: Iterable[str], resources: Iterable[str]) -> str:
+    parts = target, ",".join(verbs)
+    return ":".join([*map(visible_name, parts), ",".join(map(visible_resource, resources))])
 
 
 def write_permission(permission: Permission) -> str:

@@ -25,11 +25,11 @@ from rich.theme import Theme
 from ringfence.cli.shared import styles
 from ringfence.cli.shared.progress import hidden
 from ringfence.cli.shared.tables import Column, list_lines, wrapped
-from ringfence.kernel.base.text import visible, visible_lines, visible_name
+from ringfence.kernel.base.text import visible, visible_lines, visible_name, visible_resource
 
 __all__ = [
     "console", "escaped_json", "line_width", "moment", "note", "print_fields", "print_json", "print_json_line",
-    "print_table", "say", "span", "until", "visible", "visible_lines", "visible_name",
+    "print_table", "say", "span", "until", "visible", "visible_lines", "visible_name", "visible_resource",
 ]  # fmt: skip
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]")
 _NOT_PLAIN = re.compile(r"[^\x20-\x7e\n]")

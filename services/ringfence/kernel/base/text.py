@@ -41,6 +41,15 @@ def visible_name(text: str) -> str:
     )  # fmt: skip
 
 
+def visible_resource(text: str) -> str:
+    """As `visible_name`, in quotes where the text could pass for words beside it: agents choose resources.
+
+    A resource may have spaces, commas and quotes. It has no backslash (`model.scope.globs`).
+    """
+    shown = visible_name(text)
+    return '"' + shown.replace('"', '\\"') + '"' if set(' ,"') & set(text) else shown
+
+
 def with_article(word: str) -> str:
     """An English word with its article: `an agent`, `a user`, `an OPTIONS`."""
     return f"an {word}" if word[:1].lower() in set("aeio") else f"a {word}"

@@ -5,7 +5,7 @@
 
 import { RefusedError, digest, messageId } from "./encoding.js";
 import { isTime, parse } from "./jws.js";
-import { duration, moment, visibleLines, visibleName } from "./text.js";
+import { duration, moment, visibleLines, visibleName, visibleResource } from "./text.js";
 
 const COMMON = ["exp"];
 
@@ -27,6 +27,7 @@ export async function describe(typ, claims, evidence, extra) {
 
 const row = (label, text, style = "") => ({ label, text, style });
 const name = (text) => visibleName(str(text));
+const resource = (text) => visibleResource(str(text));
 const prose = (text) => visibleLines(str(text));
 
 function str(value) {
@@ -52,7 +53,7 @@ function scopeRows(scope, label = "May") {
   const lines = scope.map((permission) => {
     known(["target", "verbs", "resources"], permission);
     const verbs = permission.verbs.map(name).join(", ");
-    return `${verbs}  on  ${permission.resources.map(name).join(", ")}  at  ${name(permission.target)}`;
+    return `${verbs}  on  ${permission.resources.map(resource).join(", ")}  at  ${name(permission.target)}`;
   });
   return [row(label, lines.join("\n"), "code")];
 }
@@ -157,7 +158,7 @@ async function actionApproval(claims, evidence) {
   const headers = (asked.headers ?? []).map((one) => `${name(one.name)}: ${one.value === undefined ? "(not shown)" : name(one.value)}`);
   const rows = [
     ...groundRows(ground, [
-      row("Action", `${name(asked.verb)}  on  ${name(asked.resource)}`, "code"),
+      row("Action", `${name(asked.verb)}  on  ${resource(asked.resource)}`, "code"),
       row("As a request", `${name(asked.method)} ${name(asked.url)}`, "code"),
       row("Body", asked.body_bytes ? `${int(asked.body_bytes)} bytes, SHA-256 ${name(asked.body_digest)}` : "none", "code"),
       row("Headers", headers.join("\n") || (asked.headers_digest ? "none" : "not bound by this gateway"), "code"),

@@ -29,6 +29,10 @@ export const visibleName = (text) =>
     .map((char) => (char >= " " && char <= "~" ? char : (isHidden(char) ? "" : char) + mark(char)))
     .join("");
 
+/** As `visibleName`, in quotes where the text could pass for words beside it: agents choose resources. */
+export const visibleResource = (text) =>
+  /[ ,"]/.test(text) ? `"${visibleName(text).replaceAll('"', '\\"')}"` : visibleName(text);
+
 const UNITS = [["day", 86400], ["hour", 3600], ["minute", 60], ["second", 1]];
 
 /** A duration in seconds, in words: `1 hour 30 minutes`. */
