@@ -327,6 +327,9 @@ async def test_older_events_come_page_by_page_and_only_ones_own(house: House) ->
     page = (await world.get("audit", "/v1/events", house.sam, limit="2")).json()
     found = page["events"]
     stranger = await world.user("petra", ("sponsor",), DEPLOY)
+    async with asyncio.timeout(WITHIN_S):
+        while (await world.get("audit", "/v1/events", stranger)).status_code != 200:
+            await asyncio.sleep(0.02)  # until audit has read of her
     while page["before"] is not None:
         before = page["before"]
         mine = (await world.get("audit", "/v1/events", stranger, before=before)).json()["events"]
