@@ -47,6 +47,8 @@ _UUID = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{1
 _ALWAYS = (0, 2**53)
 _SERVED = 20_000
 _SERVED_AGENTS = 8
+_SAME_TIME = 500
+"""More events than one agent has in a millisecond: the latest come by time, and in the same one by uid."""
 _KEPT_BYTES: Final = 64 * 1024 * 1024
 """Of each partition: all of it, so that it can be verified."""
 
@@ -267,7 +269,7 @@ async def _serve(stack: Stack, api: ReadApi, chained: _Chained, pids: dict[str, 
     on_topic = time.perf_counter() - began
     for agent, id in last.items():
         while not any(
-            e["unmapped"]["action"] == id for e in (await api.events(agent=agent, limit=1))["events"]
+            e["unmapped"]["action"] == id for e in (await api.events(agent=agent, limit=_SAME_TIME))["events"]
         ):
             await asyncio.sleep(0.2)
     took = time.perf_counter() - began

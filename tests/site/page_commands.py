@@ -20,8 +20,10 @@ follows it in the same section. `shown_output.py` says how the two are compared.
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -242,15 +244,20 @@ def run_page(
     commands = [command for block in run if block.runs for command in block.commands()]
     assert commands, f"{name} has no command"
     with tempfile.TemporaryDirectory() as printed:
-        done = subprocess.run(
+        with subprocess.Popen(
             ["bash", "-c", script_of(run, before)],
-            cwd=folder, env={**environment, "PRINTED": printed}, capture_output=True, text=True, timeout=WITHIN_S,
-            check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+            cwd=folder, env={**environment, "PRINTED": printed}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE, text=True, start_new_session=True,
+        ) as shell:  # fmt: skip
+            try:
+                _, stderr = shell.communicate(timeout=WITHIN_S)
+            except BaseException:
+                os.killpg(shell.pid, signal.SIGTERM)  # with what it has started
+                raise
         files = (Path(printed) / str(number) for number in range(len(commands)))
         outputs = [file.read_text() for file in files if file.exists()]
     said = "".join(f"@@ {command}\n{output}" for command, output in zip(commands, outputs, strict=False))
-    assert done.returncode == 0, f"{name}:\n{said[-6000:]}\n{done.stderr[-4000:]}"
+    assert shell.returncode == 0, f"{name}:\n{said[-6000:]}\n{stderr[-4000:]}"
     wrong = []
     for shown in shown_of(run):
         possible = [outputs[number] for number in shown.commands]
