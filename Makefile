@@ -74,7 +74,7 @@ test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a J
 	$(BIN)/python -m pytest tests/integration -m "not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
 
 test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish, age, bubblewrap, and scanners that it fetches once (140 MB)
-	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(ARGS)
+	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(SHARED) $(ARGS)
 
 test-upgrade: $(STAMP) ## upgrade an installation of the version before, by the wheels of both (needs its commit in this clone)
 	$(BIN)/python -m pytest tests/integration -m upgrade $(ARGS)
