@@ -260,7 +260,7 @@ def reported(
 
 
 def is_sign_in(claims: ServiceEvent) -> bool:
-    """Whether a service event reports the begin of a console session of a person who signed in."""
+    """Return whether a service event reports that a person began a console session."""
     return claims.kind == "accepted" and claims.subject == SessionStatement.typ and claims.actor is not None
 
 

@@ -94,7 +94,7 @@ class RecordMapper:
         return subjects.task_fields(state) if state is not None else {}
 
     def _incomplete(self, facts: RequestFacts) -> bool:
-        """Whether the local tables may have more fields later. That a task belongs to another agent does not change."""
+        """Return whether the local tables may have more fields later. A task never changes its agent."""
         return facts.sponsor is None or (
             facts.on_behalf_of is None and self._verifier.task_of(facts.task) is None
         )

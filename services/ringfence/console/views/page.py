@@ -36,7 +36,7 @@ class Page:
     costly: bool = False
     """Whether services count much for it, so that it is compared with the present less often."""
     live: bool = True
-    """Whether it follows what the services say."""
+    """True if the page follows the services by server-sent events."""
 
 
 MakePage = Callable[[View], Awaitable[Page]]

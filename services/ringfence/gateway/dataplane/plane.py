@@ -240,7 +240,7 @@ class DataPlane:
             stream.abort()
 
     def serves_run(self, run_id: str) -> bool:
-        """Whether a connection through the socket of a run is served. One that was dropped still is for a moment."""
+        """Return whether a connection of a run is served. One that was dropped still is for a moment."""
         return self.limits.connections_of(_sender_of_run(run_id)) > 0
 
     async def close(self) -> None:

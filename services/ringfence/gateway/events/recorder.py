@@ -97,7 +97,7 @@ class Recorder:
         return self._spool.end_mark()
 
     def is_published(self, mark: SpoolMark) -> bool:
-        """Whether Kafka has all events before this place."""
+        """Return whether Kafka has all events before this place."""
         return self._spool.is_published(mark)
 
     async def publish(self) -> None:

@@ -22,5 +22,5 @@ class RunEvents:
         return self._recorder.end_mark() if self._refusal_counts.flush(run_id) else None
 
     def is_published(self, mark: SpoolMark) -> bool:
-        """Whether Kafka has all events before this place."""
+        """Return whether Kafka has all events before this place."""
         return self._recorder.is_published(mark)

@@ -122,7 +122,7 @@ class Spool:
         return self._writing, self._sizes[self._writing]
 
     def is_published(self, mark: SpoolMark) -> bool:
-        """Whether Kafka has all entries before this place."""
+        """Return whether Kafka has all entries before this place."""
         return (self._read_number, self._read_offset) >= mark
 
     def has_unpublished(self) -> bool:

@@ -52,7 +52,7 @@ def make_private_folder(folder: Path) -> None:
 
 
 def others_can_access(status: os.stat_result) -> bool:
-    """Whether others can access a private file that this process reads.
+    """Return whether others can access a private file that this process reads.
 
     If root owns the file and the process is not root, the file's group may read it. Kubernetes gives a pod with
     `fsGroup` its secrets so (mode 0440), and PostgreSQL takes a key file by the same rule.
