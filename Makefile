@@ -70,8 +70,8 @@ test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
 test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switched off: the result must be the same
 	$(BIN)/python -m pytest $(SLOW_PATH) -m "not tools" --no-fast-path --no-mass-expiry $(SHARED) $(ARGS)
 
-test-apache: $(STAMP) ## the integration tests on a real Apache Kafka (needs a JDK 17+ and Maven)
-	$(BIN)/python -m pytest tests/integration -m "not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
+test-apache: $(STAMP) ## what is about Kafka itself, on a real Apache Kafka (needs a JDK 17+ and Maven)
+	$(BIN)/python -m pytest tests/integration -m "(broker or apache) and not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
 
 test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish, age, bubblewrap, and scanners that it fetches once (140 MB)
 	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(SHARED) $(ARGS)

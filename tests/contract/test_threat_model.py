@@ -36,7 +36,11 @@ def test_a_named_test_exists(path: str, name: str) -> None:
 def gated_folders() -> frozenset[str]:
     """The folders of `tests/` that .ci/run hands to pytest, by the targets of the Makefile that it calls."""
     called = set(
-        re.findall(r"^(?:\w+=\S+ )*suite \S+ .+ (test[a-z-]*)$", (ROOT / ".ci/run").read_text(), re.MULTILINE)
+        re.findall(
+            r"^ *(?:\w+=\S+ )*(?:suite|foreign) \S+ \".+\" +(test[a-z-]*)\b",
+            (ROOT / ".ci/run").read_text(),
+            re.MULTILINE,
+        )
     )
     makefile = (ROOT / "Makefile").read_text()
     recipes = dict(re.findall(r"^(test[a-z-]*):[^\n]*\n\t([^\n]*)", makefile, re.MULTILINE))

@@ -32,6 +32,8 @@ from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER
 from ringfence.model.audit_log.chain import Source, event_of
 from tests.support.world import World
 
+pytestmark = pytest.mark.broker
+
 SERVE = [sys.executable, "-m", "ringfence.cli.main", "serve", "audit"]
 WITHIN_S = 60.0
 

@@ -34,6 +34,8 @@ from ringfence.kernel.kafka.embedded_broker import adapt_to_embedded_broker
 from tests.brokers import start_kafka
 from tests.conftest import Kafka
 
+pytestmark = pytest.mark.broker
+
 WITHIN_S = 60.0
 
 

@@ -44,6 +44,8 @@ from ringfence.messages.topics import (
 from tests.support.declared_consumer import MakeConsumer
 from tests.support.malformed_records import Services, malformed
 
+pytestmark = pytest.mark.broker
+
 WITHIN_S = 60
 
 

@@ -19,6 +19,8 @@ from ringfence.kernel.kafka.topics_admin import TopicDifference, TopicError, Top
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from tests.support.declared_consumer import MakeConsumer
 
+pytestmark = pytest.mark.broker
+
 WITHIN_S = 60
 
 

@@ -33,6 +33,8 @@ from tests.conftest import Kafka
 from tests.site.page_commands import ROOT, run_page, section_of
 from tests.support.installation import THIS_CLONE, WITHIN_S, Installation, lease, organise, request
 
+pytestmark = pytest.mark.broker
+
 PAGE = ROOT / "docs/operators/backup-and-restore.md"
 STARTED = ("audit", "gateway", "revoker", "issuer", "policy", "registry")
 """In the order of the page: readers before writers."""

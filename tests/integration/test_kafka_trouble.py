@@ -6,9 +6,13 @@ import json
 import time
 from pathlib import Path
 
+import pytest
+
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.stack import Stack, StackOptions
 from tests.brokers import RedisServer
+
+pytestmark = pytest.mark.broker
 
 WITHIN_S = 60
 

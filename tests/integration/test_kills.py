@@ -22,6 +22,8 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.stack import WITHIN_S, first_pending, realm_in
 
+pytestmark = pytest.mark.broker
+
 REQUESTS = 60
 TTL_S = 40
 

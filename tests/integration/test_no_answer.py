@@ -20,6 +20,8 @@ from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from tests.brokers.secured import Authority
 from tests.conftest import Kafka
 
+pytestmark = pytest.mark.broker
+
 Door = Callable[[BusSettings], Awaitable[str]]
 
 

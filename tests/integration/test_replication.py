@@ -17,6 +17,8 @@ from ringfence.messages.topics import ALL
 from tests.brokers.apache import ApacheKafka
 from tests.conftest import needed
 
+pytestmark = pytest.mark.broker
+
 
 async def test_on_a_single_broker_there_is_nothing_to_warn_of(settings: ServiceSettings) -> None:
     async with TopicsAdmin(settings) as admin:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import psutil
+import pytest
 
 from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.dev.stack import Stack, StackOptions
+
+pytestmark = pytest.mark.broker
 
 WITHIN_S = 60
 

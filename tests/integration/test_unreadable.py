@@ -30,6 +30,8 @@ from tests.conftest import Kafka
 from tests.integration.test_bus import Seen, consuming
 from tests.support.declared_consumer import MakeConsumer
 
+pytestmark = pytest.mark.broker
+
 NOBODYS = b"\xff\xfe"
 """No UTF-8."""
 

@@ -19,6 +19,8 @@ import pytest
 from tests.support.stack import RunningStack, first_pending
 from tests.support.world import WITHIN_S
 
+pytestmark = pytest.mark.broker
+
 ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs/how-to/consume.md"
 PROGRAMS = {name: ROOT / f"docs/examples/consume_{name}.py" for name in ("aiokafka", "faststream")}

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 import httpx
+import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from faststream import BaseMiddleware
 
@@ -25,6 +26,8 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import SERVICE_ROLES
 from ringfence.messages.topics import CREDENTIAL_REQUEST
+
+pytestmark = pytest.mark.broker
 
 WITHIN_S = 60
 

@@ -23,6 +23,8 @@ from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S, RunningStack, Seen, first_pending, now_s
 from tools.schemas.generate import json_schema
 
+pytestmark = pytest.mark.broker
+
 
 def audience(realm: RunningStack) -> str:
     return f"spiffe://{realm.settings.trust_domain}/target/{realm.target}"

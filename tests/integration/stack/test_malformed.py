@@ -50,6 +50,8 @@ from tests.support import audit_stories
 from tests.support.audit_stories import asked_for, forged, realm_leaves
 from tests.support.stack import RunningStack
 
+pytestmark = pytest.mark.broker
+
 TOLD = set(AUDITED)
 
 HEADERS: list[list[tuple[str, bytes]]] = [

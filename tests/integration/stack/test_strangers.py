@@ -33,6 +33,8 @@ from ringfence.messages.topics import (
 )
 from tests.support.stack import RunningStack, first_pending
 
+pytestmark = pytest.mark.broker
+
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/no-sdk/request_by_hand.py"
 OVER_HTTP = ROOT / "examples/no-sdk/request_over_http.py"
