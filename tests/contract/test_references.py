@@ -23,14 +23,15 @@ from ringfence.backends import Backend
 from ringfence.kernel.base.settings import problems
 from tests.support.audit_fixtures import AuditFixtures
 from tests.support.audit_records import every_record
-from tools.public_names import SNAPSHOT, read, settings_classes
+from tools.public_names import SNAPSHOT, import_all, read, settings_classes
+from tools.references import http_apis, sdk
 from tools.references.error_codes import sentences
+from tools.references.openapi.apis import APIS
 from tools.references.sdk import constructor_docstring
 from tools.references.settings import kind_of
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "docs/reference"
-DOCUMENTS = sorted((FOLDER / "openapi").glob("*.json"))
 
 
 def headings(page: str) -> set[str]:
@@ -60,7 +61,8 @@ def test_every_setting_error_code_and_event_code_is_there() -> None:
 
 
 def test_every_public_name_of_the_sdk_is_there() -> None:
-    text = (FOLDER / "sdk.md").read_text()
+    import_all()
+    text = sdk.reference()
     names = {name.split(".")[0] for name in listed("sdk") if not name.startswith("error ")}
     errors = {
         name.removeprefix("error ").split(".")[0] for name in listed("sdk") if name.startswith("error ")
@@ -98,18 +100,18 @@ def test_a_field_that_is_not_described_would_be_found() -> None:
         jsonschema.validate({"verified": {}, "source": {}, "agent": 7}, schema)
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
-def test_documents_are_valid_openapi(path: Path) -> None:
-    document: dict[str, Any] = json.loads(path.read_text())
+@pytest.mark.parametrize("api", sorted(APIS))
+def test_documents_are_valid_openapi(api: str) -> None:
+    document = http_apis.document(api)
     assert document["openapi"] == "3.1.0"
     validate(document)
     ids = [one["operationId"] for methods in document["paths"].values() for one in methods.values()]
     assert len(ids) == len(set(ids))
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
-def test_operations_are_described_in_full(path: Path) -> None:
-    document: dict[str, Any] = json.loads(path.read_text())
+@pytest.mark.parametrize("api", sorted(APIS))
+def test_operations_are_described_in_full(api: str) -> None:
+    document = http_apis.document(api)
     known = {name for name in listed("error code") if not name.startswith("type ")}
     incomplete: list[str] = []
     for where, methods in document["paths"].items():
@@ -172,7 +174,7 @@ _READ_QUERY = re.compile(
 def test_every_query_parameter_that_is_read_is_described(service: str) -> None:
     text = "\n".join(file.read_text() for file in (ROOT / f"services/ringfence/{service}").rglob("*.py"))
     read_names = {name for match in _READ_QUERY.finditer(text) if (name := match[1] or match[2])}
-    document = json.loads((FOLDER / f"openapi/{service}.json").read_text())
+    document = http_apis.document(service)
     described = {
         parameter["name"]
         for methods in document["paths"].values()

@@ -1,4 +1,4 @@
-"""Compares answers of services with the OpenAPI documents of docs/reference/openapi.
+"""Compares answers of services with the OpenAPI documents of `tools/references/http_apis.py`.
 
 Benches `watch` the clients with which tests call services, so each answer that any test gets is compared.
 """
@@ -6,15 +6,14 @@ Benches `watch` the clients with which tests call services, so each answer that 
 from __future__ import annotations
 
 import functools
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 
-FOLDER = Path(__file__).parents[2] / "docs/reference/openapi"
+from tools.references import http_apis
+
 _PROBES = ("/healthz", "/readyz", "/metrics")
 _STREAM = "text/event-stream"
 
@@ -24,7 +23,7 @@ class Document:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.content: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+        self.content: dict[str, Any] = http_apis.document(name)
         self.seen: set[tuple[str, str]] = set()
         """Operation and status of each answer that was compared."""
         self._paths = {

@@ -1,4 +1,7 @@
-"""Writes all references, or compares them with the code: `python -m tools.references [--check]`."""
+"""Writes all references, or compares those in git with the code: `python -m tools.references [--check]`.
+
+The others are built: into the site by `make docs`, and into `build/reference/` by this command.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,33 @@ from collections.abc import Mapping
 from tools import cli_reference, metrics_reference
 from tools.public_names import ROOT, import_all
 from tools.references import error_codes, event_codes, http_apis, sdk, settings, unmapped_fields
+from tools.schemas.generate import SERVICES, service_description
+
+BUILT = ROOT / "build/reference"
+
+
+def built() -> dict[str, str]:
+    """Every reference that is not in git: its path below `reference/`, and its text."""
+    import_all()
+    return {
+        "sdk.md": sdk.reference(),
+        **{f"openapi/{name}": text for name, text in http_apis.documents().items()},
+        **{f"asyncapi/{role}.yaml": service_description(role) for role in SERVICES},
+    }
 
 
 def files() -> dict[str, str]:
-    """Every generated reference: its path in the repository, and its text."""
+    """Every generated reference in git: its path in the repository, and its text."""
     import_all()
     return {
         "docs/cli.md": cli_reference.reference(),
         "docs/metrics.md": metrics_reference.reference(),
         "docs/reference/settings.md": settings.reference(),
-        "docs/reference/sdk.md": sdk.reference(),
         "docs/reference/error-codes.md": error_codes.reference(),
         "docs/reference/event-codes.md": event_codes.reference(),
         "docs/reference/unmapped-fields.md": unmapped_fields.reference(),
         "docs/reference/unmapped-fields.json": unmapped_fields.written_schema(),
-        **http_apis.files(),
+        "docs/reference/http-apis.md": http_apis.reference(),
     }
 
 
@@ -46,6 +61,10 @@ def main() -> int:
     )
     options = parser.parse_args()
     generated = files()
+    if not options.check:
+        for path, text in built().items():
+            (BUILT / path).parent.mkdir(parents=True, exist_ok=True)
+            (BUILT / path).write_text(text)
     differing = outdated(generated)
     for path in differing:
         if options.check:

@@ -30,7 +30,7 @@ Where codes come from:
 
 - in Kafka: the `reasons` of a signed decision, or of the answer to a command;
 - over HTTP: `code` in `application/problem+json`, or `error` in JSON;
-- in Python: `error.code` of an [exception](sdk.md#errors);
+- in Python: `error.code` of an exception of the SDK;
 - on the command line: `code` of the last line of stderr, with `--json`;
 - in the audit trail: `unmapped.reasons`, and the first of them in `status_code`.
 

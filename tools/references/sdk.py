@@ -1,4 +1,4 @@
-"""`docs/reference/sdk.md`: the public Python names, from their docstrings."""
+"""The page `reference/sdk.md` of the site: the public Python names, from their docstrings."""
 
 from __future__ import annotations
 

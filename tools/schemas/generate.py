@@ -1,7 +1,5 @@
 """Writes the published contract into `schemas/`: AsyncAPI 3, a JSON Schema and a golden example for each message.
 
-`schemas/services/` describes each service: what it consumes in consumer groups, and what it publishes.
-
 python -m tools.schemas.generate schemas docs/topics.md
 """
 
@@ -118,7 +116,6 @@ def write(folder: Path) -> None:
         example = EXAMPLES[model].model_dump(mode="json", exclude_none=True)
         files[f"{name}.example.json"] = json.dumps(example, indent=1, ensure_ascii=False) + "\n"
     _replace_files(folder, files)
-    _replace_files(folder / "services", {f"{role}.yaml": service_description(role) for role in SERVICES})
 
 
 def service_description(role: str) -> str:

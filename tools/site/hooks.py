@@ -8,6 +8,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from tools.references.__main__ import built
 from tools.site.command_marks import shown
 from tools.site.indents import widened
 from tools.site.links import linked_paths, listing, page_of, path_of, site_links
@@ -16,7 +17,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds a page for every file of the repository that a page links to."""
+    """Adds a page for every file of the repository that a page links to, and the references that are not in git."""
     waiting = [path_of(file.src_uri) for file in files.documentation_pages()]
     seen = set(waiting)
     while waiting:
@@ -35,6 +36,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             else:
                 content = listing(_ROOT, target)
             files.append(File.generated(config, page, content=content))
+    for path, content in built().items():
+        files.append(File.generated(config, f"reference/{path}", content=content))
     return files
 
 
