@@ -7,7 +7,6 @@ The descriptions stand here. Which events have a field, and of which type it is,
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 
 from tests.support.audit_fixtures import AuditFixtures
 from tests.support.audit_records import every_record
+from tools.schemas.generate import compact_json
 
 _HEAD = """\
 # Fields in `unmapped`
@@ -217,7 +217,7 @@ def schema() -> dict[str, Any]:
 
 def written_schema() -> str:
     """The JSON Schema as it is kept in a file."""
-    return json.dumps(schema(), indent=1, ensure_ascii=False) + "\n"
+    return compact_json(schema()) + "\n"
 
 
 def reference() -> str:

@@ -106,15 +106,30 @@ def models() -> dict[str, type[Message]]:
     return {message_name(m): m for topic in ALL for m in (*topic.models, *topic.also_json)}
 
 
+def compact_json(value: Any, indent: int = 0) -> str:
+    """JSON with each object and list that fits on one line of 120 characters on one line."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or len(line) + indent <= 120:
+        return line
+    begin, end = ("{", "}") if isinstance(value, dict) else ("[", "]")
+    entries = (
+        [f"{json.dumps(key)}: {compact_json(one, indent + 1)}" for key, one in value.items()]
+        if isinstance(value, dict)
+        else [compact_json(one, indent + 1) for one in value]
+    )
+    inner = " " * (indent + 1)
+    return f"{begin}\n{inner}" + f",\n{inner}".join(entries) + f"\n{' ' * indent}{end}"
+
+
 def write(folder: Path) -> None:
     """Write all files, and delete those of messages that are gone."""
     files: dict[str, str] = {
         "asyncapi.yaml": yaml.safe_dump(asyncapi(), sort_keys=False, width=120, allow_unicode=True)
     }
     for name, model in models().items():
-        files[f"{name}.schema.json"] = json.dumps(json_schema(model), indent=1, ensure_ascii=False) + "\n"
+        files[f"{name}.schema.json"] = compact_json(json_schema(model)) + "\n"
         example = EXAMPLES[model].model_dump(mode="json", exclude_none=True)
-        files[f"{name}.example.json"] = json.dumps(example, indent=1, ensure_ascii=False) + "\n"
+        files[f"{name}.example.json"] = compact_json(example) + "\n"
     _replace_files(folder, files)
 
 
