@@ -56,6 +56,8 @@ trust`); what `dev` writes is allowed.
   invisible characters spelt out, names with every sign beyond ASCII. JSON has control and format characters as
   `\\uXXXX`, which is the same value. `audit export` is exact to the byte in files and pipes, and shows them as code
   points on a terminal.
+- **Output files** are written to a new file and renamed, so an old file is replaced as a whole. A symbolic link, and
+  what is no regular file, is refused. Where a command can write to stdout, `-` and `/dev/stdout` name it.
 - **Errors** are a sentence on stderr. With `--json`, the last line of stderr is one JSON object: `code` (stable),
   `message`, `remedy` (what to do next, or null) and `reasons` (all reasons of a refusal, each with `code` and
   `message`).

@@ -30,6 +30,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table
+from ringfence.cli.shared.output_files import kept_file
 from ringfence.cli.shared.tables import prose, state
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
@@ -183,7 +184,10 @@ def disable(
 
 @app.command(name="new-token")
 def make_token(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the SCIM endpoint has its tokens.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", callback=kept_file, help="Where the SCIM endpoint has its tokens."),
+    ],
     name: Annotated[str, typer.Option("--name", help="Whose it is; a line of the file.")],
     as_json: JsonOption = False,
 ) -> None:

@@ -20,6 +20,7 @@ from pydantic import ValidationError
 
 from ringfence.cli.shared import context
 from ringfence.cli.shared.arguments import check_name
+from ringfence.cli.shared.output_files import kept_file
 from ringfence.client.errors import InvalidCallError, NotAnsweredError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible_lines
@@ -127,7 +128,10 @@ PublicKeyOption = Annotated[
 NewKeyOption = Annotated[
     Path | None,
     typer.Option(
-        "--new-key", metavar="FILE", help="Make a key, and write its private half to this new file."
+        "--new-key",
+        metavar="FILE",
+        callback=kept_file,
+        help="Make a key, and write its private half to this new file.",
     ),
 ]
 KeyDaysOption = Annotated[
