@@ -53,7 +53,7 @@ trust`); what `dev` writes is allowed.
 - **Output** is for people; with `--json`, before or after the command, one JSON document, or one object a line for
   what goes on (`approvals watch`, `audit tail`). Results go to stdout, everything said beside them to stderr:
   `TOKEN=$(ringfence request ...)` holds the credential and nothing else. Text that agents wrote is shown with its
-  invisible characters spelt out, names with every sign beyond ASCII. JSON has control and format characters as
+  invisible characters and line feeds spelt out (`‹U+000A›`), names with every sign beyond ASCII. JSON has control and format characters as
   `\\uXXXX`, which is the same value. `audit export` is exact to the byte in files and pipes, and shows them as code
   points on a terminal.
 - **Output files** are written to a new file and renamed, so an old file is replaced as a whole. A symbolic link, and

@@ -22,7 +22,7 @@ from ringfence.cli.shared.audit_filters import (
 )
 from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
-from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
+from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible
 from ringfence.cli.shared.output_files import is_stdout, output_file
 from ringfence.cli.shared.progress import counting
 from ringfence.client.reports.read_api import ReadApi
@@ -120,7 +120,7 @@ class _Terminal:
 
 def _visible_rows(text: str) -> str:
     """Make characters visible as in tables for people: CSV has no escapes."""
-    return "\r\n".join(map(visible_lines, text.split("\r\n")))
+    return "\r\n".join(map(visible, text.split("\r\n")))
 
 
 def _to_stdout(question: ExportQuery, me: Path | None) -> None:

@@ -19,7 +19,7 @@ from ringfence.cli.shared.output_files import output_folder
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base import config_file
 from ringfence.kernel.base.private_files import write_private
-from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.base.text import Lines, visible_lines
 from ringfence.kernel.base.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def dev(
         except KeyboardInterrupt:
             out.print("\n[aside]ending everything ...[/]")
             if failed := stack.stop(_GRACE_S):
-                out.print(visible_lines("\n".join(failed)), style="error", markup=False)
+                out.print(Lines(failed), style="error", markup=False)
                 raise typer.Exit(1) from None
             return
         out.print(visible_lines(ended), style="error", markup=False)

@@ -35,6 +35,7 @@ from ringfence.cli.shared.tables import prose, state
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.private_files import open_private
+from ringfence.kernel.base.text import Lines
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
@@ -158,7 +159,7 @@ def _provisioner_row(state: UserState) -> Sequence[str]:
     groups = [
         f"{group.group}: {'; '.join(_granted_lines(group)) or 'nothing'}" for group in state.delegation.groups
     ]
-    return state.user_id, state.status, state.name, state.delegation.source, "\n".join(groups) or "none"
+    return state.user_id, state.status, state.name, state.delegation.source, Lines(groups) or "none"
 
 
 @app.command()

@@ -23,7 +23,7 @@ from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.output_files import kept_file
 from ringfence.client.errors import InvalidCallError, NotAnsweredError
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.base.text import shown
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 
 if TYPE_CHECKING:
@@ -285,7 +285,7 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise context.WrongUseError(f"{question} Nobody is there to answer: add --yes to do it")
-    if not typer.confirm(visible_lines(question), err=True):
+    if not typer.confirm(shown(question), err=True):
         raise RingfenceError("nothing was done")
 
 

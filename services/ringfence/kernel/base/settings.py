@@ -26,6 +26,7 @@ from pydantic_settings.exceptions import SettingsError as UnreadableError
 from ringfence.kernel.base.config_file import ConfigFile, read_config
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.secret_refs import SecretRef
+from ringfence.kernel.base.text import Lines
 
 S = TypeVar("S", bound=BaseSettings)
 
@@ -234,7 +235,12 @@ def of_setting(name: str) -> Iterator[None]:
 def wrong(lines: Sequence[str]) -> SettingsError:
     """The SettingsError for a list of mistakes."""
     return SettingsError(
-        "settings are wrong; correct them in the environment or in ringfence.toml:\n  " + "\n  ".join(lines)
+        Lines(
+            [
+                "settings are wrong; correct them in the environment or in ringfence.toml:",
+                *(f"  {line}" for line in lines),
+            ]
+        )
     )
 
 
