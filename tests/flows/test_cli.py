@@ -492,7 +492,7 @@ async def test_a_watch_shows_what_is_alike_once(shell: Shell) -> None:
     await ask("deploy", "build\n2")
     again = await until("approvals grant --like")
     assert "one more like" in again
-    assert "2 wait: build 2" in again
+    assert "2 wait: build‹U+000A›2" in again
     assert "wants" not in again  # it is not shown once more
     await ask("read,deploy", "build 3")
     assert "build 3" in await until("approvals approve")
@@ -547,7 +547,7 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
 
     (tmp_path / "keys" / "issuer.json").chmod(0o644)
     monkeypatch.setenv("RINGFENCE_REDIS_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "another")
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x" * 43)
     monkeypatch.setenv("RINGFENCE_AUDIT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("RINGFENCE_PARTITIONS", str(shared.partitions + 1))
     found = await examined(status=1)

@@ -27,9 +27,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli.shared import context, styles
 from ringfence.cli.shared.field_options import with_options
-from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.terminal import filter_stderr
-from ringfence.kernel.base.text import did_you_mean, shown, visible_lines
+from ringfence.kernel.base.text import Lines, did_you_mean, shown, visible_lines
 
 EXTRAS = {
     "asyncpg": "server",
@@ -404,6 +404,9 @@ def _run(words: list[str]) -> int:
     except context.WrongUseError as error:
         _report(error, as_json)
         return 2
+    except SettingsError as error:
+        _report(_with_unknown_settings(error), as_json)
+        return 1
     except RingfenceError as error:
         _report(error, as_json)
         return 1
@@ -437,6 +440,19 @@ def _run(words: list[str]) -> int:
             as_json,
         )
         return 1
+
+
+def _with_unknown_settings(error: SettingsError) -> SettingsError:
+    """Add the names in the environment and the settings file that are no settings: one of them may be the mistake."""
+    from ringfence.cli.shared.settings_check import unread
+
+    try:
+        unknown = unread()
+    except (RingfenceError, ModuleNotFoundError):  # the settings file cannot be read, or the extra is missing
+        return error
+    message = Lines([*error.message.split("\n"), *(f"  {sentence}" for sentence in unknown)])
+    shown_error = SettingsError(message, code=error.code)
+    return shown_error.with_remedy(error.remedy) if error.remedy else shown_error
 
 
 def _asks_for_json(words: Sequence[str]) -> bool:
