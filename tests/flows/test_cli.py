@@ -492,7 +492,7 @@ async def test_a_watch_shows_what_is_alike_once(shell: Shell) -> None:
     await ask("deploy", "build\n2")
     again = await until("approvals grant --like")
     assert "one more like" in again
-    assert "2 wait: build 2" in again
+    assert "2 wait: build‹U+000A›2" in again
     assert "wants" not in again  # it is not shown once more
     await ask("read,deploy", "build 3")
     assert "build 3" in await until("approvals approve")
@@ -547,7 +547,7 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
 
     (tmp_path / "keys" / "issuer.json").chmod(0o644)
     monkeypatch.setenv("RINGFENCE_REDIS_URL", "redis://127.0.0.1:1/0")
-    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "another")
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x" * 43)
     monkeypatch.setenv("RINGFENCE_AUDIT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("RINGFENCE_PARTITIONS", str(shared.partitions + 1))
     found = await examined(status=1)
@@ -567,7 +567,9 @@ async def test_the_doctor_says_what_is_wrong_and_what_to_do(
     assert "RINGFENCE_REDIS_URL" in found["Redis"][1]
 
 
-async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(shell: Shell) -> None:
+async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await organisation(shell)
     folder = shell.folder
     await shell("olga", "target", "add", "hub", "--description", "code", "--template", "github-api")
@@ -590,6 +592,14 @@ async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(she
     assert UUID.fullmatch(printed.strip())
     code = "import os, sys; sys.exit('RINGFENCE_LEASE' not in os.environ or 'RINGFENCE_CREDENTIAL' in os.environ)"
     await shell("bot", *asked, "--delivery", "gateway", "--exec", "--", sys.executable, "-c", code)
+    monkeypatch.setenv("RINGFENCE_IDENTITY", str(folder / "sam.json"))
+    monkeypatch.setenv("RINGFENCE_RUNNER_KEY_FILE", str(folder / "sam.json"))
+    own = str(folder / "bot.json")
+    code = (
+        "import os, sys; sys.exit(any('sam.json' in value for value in os.environ.values())"
+        " or os.environ['RINGFENCE_IDENTITY'] != sys.argv[1])"
+    )
+    await shell("bot", *asked, "--delivery", "gateway", "--exec", "--", sys.executable, "-c", code, own)
 
 
 async def test_an_instance_needs_no_key_file(

@@ -48,7 +48,7 @@ class Compose:
         """The gateway's TLS port."""
         self.target = free_port()
         (folder / ".ringfence/gateway").mkdir(parents=True)
-        outside = {"RINGFENCE_TRUST_ROOT": "of the stack"}
+        outside = {"RINGFENCE_TRUST_ROOT": "x" * 43}
         gateway = environment_of("gateway", outside, tls=True)
         self.stack = Stack(
             StackOptions(

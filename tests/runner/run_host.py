@@ -185,7 +185,7 @@ class RunHost:
                     environment=environment or {},
                     working_directory=working_directory,
                     enrolment=enrol(key),
-                    trust_root="root-fingerprint",
+                    trust_root="x" * 43,
                     trust_domain=TRUST_DOMAIN,
                     agent_id=AGENT,
                     task_id=TASK,

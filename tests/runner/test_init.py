@@ -174,7 +174,7 @@ async def test_the_environment_is_that_of_the_run_and_nothing_of_outside(
         "RINGFENCE_RUN_INSTANCE": "/run/ringfence/instance",
         "RINGFENCE_AGENT": AGENT,
         "RINGFENCE_TASK": TASK,
-        "RINGFENCE_TRUST_ROOT": "root-fingerprint",
+        "RINGFENCE_TRUST_ROOT": "x" * 43,
         "RINGFENCE_TRUST_DOMAIN": TRUST_DOMAIN,
     }
 
@@ -190,7 +190,7 @@ async def test_the_sdk_inside_takes_these_variables_for_its_settings(host: RunHo
         settings = load(ClientSettings)
     assert (settings.door, settings.agent) == ("unix:/run/ringfence/gateway.sock", AGENT)
     assert settings.run_instance == Path("/run/ringfence/instance")
-    assert (settings.trust_root, settings.trust_domain) == ("root-fingerprint", TRUST_DOMAIN)
+    assert (settings.trust_root, settings.trust_domain) == ("x" * 43, TRUST_DOMAIN)
 
 
 ATTEMPTS = """

@@ -112,7 +112,7 @@ def test_show_says_where_each_setting_comes_from(
 ) -> None:
     file = folder / "ringfence.toml"
     file.write_text(CONTENT)
-    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "of the environment")
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "e" * 43)
     ignored = printed(capsys, "config", "show")
     assert ignored["file"]["path"] == str(file)
     assert not ignored["file"]["counts"]
@@ -124,7 +124,7 @@ def test_show_says_where_each_setting_comes_from(
     assert trusted["file"]["counts"]
     settings = by_name(trusted)
     assert settings["RINGFENCE_KAFKA"] == ("broker:9092", "trusted file")
-    assert settings["RINGFENCE_TRUST_ROOT"] == ("of the environment", "environment")
+    assert settings["RINGFENCE_TRUST_ROOT"] == ("e" * 43, "environment")
     assert settings["RINGFENCE_TOPIC_PREFIX"] == ("ringfence", "default")
     assert settings["RINGFENCE_KAFKA_SASL_PASSWORD"] == ("[redacted]", "trusted file")
     assert settings["RINGFENCE_POLICY_WEBHOOKS"] == (

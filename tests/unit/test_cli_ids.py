@@ -150,7 +150,7 @@ def test_where_an_agent_could_make_a_prefix_collide_whole_ids_are_needed(
 def test_an_agent_ends_a_task_by_its_whole_id(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x" * 43)
     SigningKey.generate("spiffe://ringfence.local/agent/bot").save(tmp_path / "bot.json")
     assert main(["--identity", str(tmp_path / "bot.json"), "task", "end", "3f2a9c1d", "--reason", "r"]) == 2
     assert "is only how an id begins" in capsys.readouterr().err

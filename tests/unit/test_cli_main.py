@@ -206,7 +206,7 @@ def test_a_wrong_setting_names_its_variable(
 def test_an_agents_key_gives_no_commands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x" * 43)
     file = tmp_path / "bot.json"
     SigningKey.generate("spiffe://ringfence.local/agent/bot").save(file)
     assert main(["--identity", str(file), "agent", "suspend", "t", "--reason", "x"]) == 1
@@ -217,7 +217,7 @@ def test_an_agents_key_gives_no_commands(
 async def test_what_can_be_no_id_is_not_asked_for(
     id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x")
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x" * 43)
     file = tmp_path / "olga.json"
     SigningKey.generate("spiffe://ringfence.local/user/olga").save(file)
     for command in (("agent", "show"), ("audit", "trace"), ("lease", "show")):

@@ -56,7 +56,7 @@ def test_a_service_that_starts_tells_of_what_is_mistyped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     file = tmp_path / "ringfence.toml"
-    file.write_text('trust_root = "x"\npartitons = 3\n')
+    file.write_text('trust_root = "xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"\npartitons = 3\n')
     SigningKey.generate("spiffe://ringfence.local/service/registry").save(tmp_path / "registry.json")
     monkeypatch.setenv("RINGFENCE_CONFIG", str(file))
     monkeypatch.setenv("RINGFENCE_KEY_DIR", str(tmp_path))

@@ -283,7 +283,7 @@ async def test_the_sdk_signs_no_command_with_one(tmp_path: Path) -> None:
     """Nothing is connected: what has one does not come as far as Kafka."""
     connection = Connection(
         SigningKey.generate("spiffe://acme.example/user/olga"),
-        ClientSettings(trust_domain="acme.example", trust_root="x"),
+        ClientSettings(trust_domain="acme.example", trust_root="x" * 43),
     )
     command = target_set(verbs=[{"verb": "deploy", "asks": "sponsor"}])
     with pytest.raises(

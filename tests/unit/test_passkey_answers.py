@@ -166,7 +166,7 @@ def test_the_task_of_a_revocation_is_shown(registry: InMemoryRegistry, passkey: 
 
 def test_nothing_is_signed_by_the_key_that_only_says_who_it_is(registry: InMemoryRegistry) -> None:
     """A connection of a person with a passkey has a key of its own making. What it signed would be nobody's."""
-    connection = Connection(PasskeyUser("pia", print), ClientSettings(trust_domain=TD, trust_root="x"))
+    connection = Connection(PasskeyUser("pia", print), ClientSettings(trust_domain=TD, trust_root="x" * 43))
     administrator = Administrator(connection)
     package = KeyPackage("sam", "a.b.c", "a.b.c", registry.key("sam").public, {})
     signing: list[Callable[[], object]] = [

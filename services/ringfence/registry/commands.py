@@ -264,7 +264,10 @@ class Registry:
         key = self._runtime.key
         now_s = self._runtime.clock.now_ms() / 1000
         if self._runtime.trust.service_key(key.id, key.kid, ("registry",), now_s) is None:
-            return f"the trust bundle has no valid key {key.kid} of {key.id}; run: ringfence init --publish"
+            return (
+                self._runtime.trust.unready()
+                or f"the trust bundle has no valid key {key.kid} of {key.id}; run: ringfence init --publish"
+            )
         return None
 
     # --- memory ---

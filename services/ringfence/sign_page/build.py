@@ -15,6 +15,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import write_public
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.sign_page.settings import SignPageSettings
 
@@ -88,7 +89,7 @@ class Page:
     csp: str
 
     def write(self, folder: Path) -> None:
-        """Write the files into a folder, which holds nothing else. Raises SignPageError."""
+        """Write the files into a folder, which holds nothing else. Raises SignPageError, OutputFileError."""
         folder.mkdir(parents=True, exist_ok=True)
         foreign = sorted(path.name for path in folder.iterdir() if path.name not in self.files)
         if foreign:
@@ -96,7 +97,7 @@ class Page:
                 f"{folder} holds {foreign[0]}, which is no part of the page; name a folder of its own"
             )
         for name, content in self.files.items():
-            (folder / name).write_bytes(content)
+            write_public(folder / name, content)
 
 
 def checksums(page: Page) -> dict[str, str]:

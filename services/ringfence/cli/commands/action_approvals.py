@@ -9,6 +9,7 @@ from ringfence.cli.shared import approval_views, connect
 from ringfence.cli.shared.arguments import show_act
 from ringfence.cli.shared.options import confirm, run
 from ringfence.cli.shared.output import print_json, print_json_line, say, span, visible_name
+from ringfence.kernel.base.text import Lines
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
@@ -25,7 +26,7 @@ def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
         one.on_behalf_of,
         "1",
         show_act(one.target, one.verb, one.resource),
-        "\n".join(
+        Lines(
             (
                 f"ONE ACTION: {visible_name(one.method)} {visible_name(one.url)}",
                 *approval_views.shown_headers(one),

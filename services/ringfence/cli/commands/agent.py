@@ -293,7 +293,10 @@ def consent_transfer(
         print_json({"consent": signed, "agent_id": agent, "from_sponsor": state.sponsor, "valid_s": life_s})
         return
     note(f"You agree to answer for agent {agent}, which is {state.sponsor}'s now:", "heading")
-    note(f"for: {state.description}\nstatus: {state.status}\nceiling:\n{show_scope(state.ceiling)}")
+    note(f"for: {state.description}")
+    note(f"status: {state.status}")
+    note("ceiling:")
+    note(show_scope(state.ceiling))
     command = f"ringfence agent transfer {agent} --consent -"
     note(f"It counts once, within {span(life_s)}. {state.sponsor} uses it with: {command}")
     typer.echo(signed)

@@ -41,6 +41,7 @@ from ringfence.cli.shared.output import (
 from ringfence.cli.shared.tables import Column, ending, ids
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.id_prefix import find_by_prefix
+from ringfence.kernel.base.text import Lines
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
@@ -108,8 +109,10 @@ def list_approvals(
                     group.first.on_behalf_of,
                     str(len(group.requests)),
                     show_scope(group.first.scope),
-                    ("BREAK GLASS: " if group.first.break_glass else "")
-                    + "\n".join(visible(reason) for reason in group.reasons),
+                    Lines(
+                        f"{'BREAK GLASS: ' if group.first.break_glass and not number else ''}{reason}"
+                        for number, reason in enumerate(group.reasons)
+                    ),
                 )
                 for group in groups
             ),

@@ -44,6 +44,7 @@ from ringfence.cli.shared.output import (
     say,
     visible,
 )
+from ringfence.cli.shared.output_files import kept_file
 from ringfence.cli.shared.progress import progress
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.key_file import load_key
@@ -219,7 +220,7 @@ def verify(
         typer.Option(
             "--heads",
             metavar="FILE",
-            dir_okay=False,
+            callback=kept_file,
             help="What was found signed the last time: it must still be so. Written anew where there is no fault.",
         ),
     ] = None,

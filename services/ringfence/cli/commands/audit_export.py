@@ -22,7 +22,8 @@ from ringfence.cli.shared.audit_filters import (
 )
 from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
-from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible_lines
+from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible
+from ringfence.cli.shared.output_files import is_stdout, output_file
 from ringfence.cli.shared.progress import counting
 from ringfence.client.reports.read_api import ReadApi
 
@@ -64,7 +65,9 @@ def export(
     severity: SeverityFilter = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="FILE", dir_okay=False, help="A new file; stdout if not given."),
+        typer.Option(
+            "--out", "-o", metavar="FILE", callback=output_file, help="A new file; stdout if not given, or -."
+        ),
     ] = None,
     go_on: Annotated[
         bool,
@@ -80,6 +83,7 @@ def export(
     """
     from ringfence.client.exports.export import ExportQuery, begin, resume, set_filters
 
+    out = None if out is None or is_stdout(out) else out
     if out is None and (go_on or format == "parquet"):
         raise typer.BadParameter(f"{'--resume' if go_on else '--format parquet'} needs a file: add -o FILE")
     since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
@@ -116,7 +120,7 @@ class _Terminal:
 
 def _visible_rows(text: str) -> str:
     """Make characters visible as in tables for people: CSV has no escapes."""
-    return "\r\n".join(map(visible_lines, text.split("\r\n")))
+    return "\r\n".join(map(visible, text.split("\r\n")))
 
 
 def _to_stdout(question: ExportQuery, me: Path | None) -> None:

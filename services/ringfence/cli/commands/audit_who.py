@@ -24,7 +24,7 @@ from ringfence.cli.shared.progress import counting
 from ringfence.cli.shared.tables import Column, ids, prose
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.kernel.base.text import did_you_mean
+from ringfence.kernel.base.text import Lines, did_you_mean
 
 if TYPE_CHECKING:
     from ringfence.client.reports.access_report import AccessReport
@@ -127,19 +127,28 @@ def _could_rows(agent: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     by = agent["ceiling_by"]
     leave = f"{by['by'].rpartition('/')[2]}, {moment(by['at_ms'] / 1000)[:10]}" if by else ""
     if not agent["tasks"]:
-        yield name, "nobody now", sponsor, "", "", leave, f"with a task: {_scope_text(agent['ceiling'])}", ""
+        yield (
+            name,
+            "nobody now",
+            sponsor,
+            "",
+            "",
+            leave,
+            f"with a task: {'; '.join(_scope_lines(agent['ceiling']))}",
+            "",
+        )
     for task in agent["tasks"]:
         behalf = f"{task['on_behalf_of']} (entitled by {task['entitlements_by']})"
-        may = _scope_text(task["scope"])
+        may = [*_scope_lines(task["scope"])]
         if task["approvals"]:
-            may += f"\nonce approved: {', '.join(task['approvals'])}"
+            may.append(f"once approved: {', '.join(task['approvals'])}")
         if task["against"]:
-            may += f"\nnot now: {'; '.join(task['against'])}"
+            may.append(f"not now: {'; '.join(task['against'])}")
         by_whom = f"by {task['assigned_by']}"
         if task["handed_on_by"]:
             by_whom += f", handed on by {', '.join(task['handed_on_by'])}"
         by_whom += f": {task['purpose']}"
-        yield name, behalf, sponsor, moment(task["not_after"]), task["id"], leave, may, by_whom
+        yield name, behalf, sponsor, moment(task["not_after"]), task["id"], leave, Lines(may), by_whom
 
 
 def _did_row(line: Mapping[str, Any]) -> tuple[str, ...]:
@@ -149,5 +158,5 @@ def _did_row(line: Mapping[str, Any]) -> tuple[str, ...]:
     return (line["lease"] or "", *principals, *counts, *times)
 
 
-def _scope_text(scope: list[dict[str, Any]]) -> str:
-    return "\n".join(f"{', '.join(one['verbs'])} on {', '.join(one['resources'])}" for one in scope)
+def _scope_lines(scope: list[dict[str, Any]]) -> list[str]:
+    return [f"{', '.join(one['verbs'])} on {', '.join(one['resources'])}" for one in scope]

@@ -15,10 +15,11 @@ from rich.text import Text
 
 from ringfence.cli.commands.dev_summary import SHELL_FILE, command_lines, organisation_lines, shell_file
 from ringfence.cli.shared.output import console
+from ringfence.cli.shared.output_files import output_folder
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base import config_file
 from ringfence.kernel.base.private_files import write_private
-from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.base.text import Lines, visible_lines
 from ringfence.kernel.base.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
@@ -40,9 +41,10 @@ _GRACE_S = 20.0
 
 
 def dev(
-    state: Annotated[Path, typer.Option(metavar="FOLDER", help="Where keys, data and logs are kept.")] = Path(
-        ".ringfence"
-    ),
+    state: Annotated[
+        Path,
+        typer.Option(metavar="FOLDER", callback=output_folder, help="Where keys, data and logs are kept."),
+    ] = Path(".ringfence"),
     free_ports: Annotated[
         bool, typer.Option("--free-ports", help="Take free ports instead of the usual ones.")
     ] = False,
@@ -105,7 +107,7 @@ def dev(
         except KeyboardInterrupt:
             out.print("\n[aside]ending everything ...[/]")
             if failed := stack.stop(_GRACE_S):
-                out.print(visible_lines("\n".join(failed)), style="error", markup=False)
+                out.print(Lines(failed), style="error", markup=False)
                 raise typer.Exit(1) from None
             return
         out.print(visible_lines(ended), style="error", markup=False)

@@ -14,6 +14,7 @@ import typer
 from ringfence.cli.commands import oidc_issuers, origins
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import note, print_json, say
+from ringfence.cli.shared.output_files import output_folder
 from ringfence.cli.shared.progress import progress
 from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.key_rotation import renew as renewed
@@ -41,9 +42,9 @@ _OPERATOR = "operator"
 
 
 def init(
-    folder: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to keep what is made.")] = Path(
-        ".ringfence"
-    ),
+    folder: Annotated[
+        Path, typer.Option(metavar="FOLDER", callback=output_folder, help="Where to keep what is made.")
+    ] = Path(".ringfence"),
     operator: Annotated[
         str | None,
         typer.Option(

@@ -38,6 +38,7 @@ from ringfence.cli.shared.tables import Column, list_lines, state, wrapped
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.text import Lines
 
 if TYPE_CHECKING:
     from ringfence.client.reports.inventory import Inventory
@@ -212,7 +213,7 @@ def _agent_row(agent: Mapping[str, Any]) -> tuple[str, ...]:
         moment(seen / 1000) if seen else "not in 30 days",
         moment(agent["keys_end"])[:10],
         f"{leave['by'].rpartition('/')[2]}, {moment(leave['at_ms'] / 1000)[:10]}" if leave else "",
-        "\n".join(map(_reach, agent["reach"])) or "nothing",
+        Lines(map(_reach, agent["reach"])) or "nothing",
     )
 
 

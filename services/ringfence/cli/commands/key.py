@@ -12,6 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.shared.options import JsonOption, check_folder, settings, wants_json
 from ringfence.cli.shared.output import print_fields, print_json, say
+from ringfence.cli.shared.output_files import kept_file
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
@@ -30,7 +31,7 @@ FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="The key file
 
 @app.command()
 def new(
-    file: FileArgument,
+    file: Annotated[Path, typer.Argument(metavar="FILE", callback=kept_file, help="The new key file.")],
     id: Annotated[
         str, typer.Option("--id", help="user/NAME, agent/NAME, target/NAME, or a whole SPIFFE ID.")
     ],

@@ -10,6 +10,7 @@ import typer
 
 from ringfence.cli.shared.arguments import check_target_id, parse_scope
 from ringfence.cli.shared.id_lookup import check_whole_id
+from ringfence.cli.shared.mounted_program import check_program
 from ringfence.cli.shared.options import AllowOption, duration_s, run, size_bytes
 from ringfence.cli.shared.output import note, visible
 from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption
@@ -101,6 +102,9 @@ def wrap(
         raise typer.BadParameter("write the server: ringfence mcp wrap --task TASK --target TARGET -- SERVER")
     environment = parse_environment(env or [])
     _refuse_static_keys(environment, command)
+    mounts = parse_mounts(mount or [])
+    if image is None:
+        check_program(command[0], [one.host for one in mounts])
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
     report = run(
         _wrap(
@@ -109,7 +113,7 @@ def wrap(
             task=task,
             wanted=parse_scope(allow) if allow else (),
             reason=reason or f"serve the MCP tools of {target}",
-            mounts=parse_mounts(mount or []),
+            mounts=mounts,
             environment=environment,
             ttl_s=duration_s(ttl),
             approved_within_s=duration_s(timeout),

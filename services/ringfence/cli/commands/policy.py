@@ -12,6 +12,7 @@ from ringfence.cli.commands.policy_explain import explain
 from ringfence.cli.commands.policy_replay import replay
 from ringfence.cli.shared.options import JsonOption, wants_json
 from ringfence.cli.shared.output import print_json, print_table, say
+from ringfence.cli.shared.output_files import is_stdout, output_file, write_output
 from ringfence.cli.shared.tables import prose
 from ringfence.kernel.base.errors import RingfenceError
 
@@ -89,7 +90,12 @@ def run_bundle_tests(
 
 @app.command()
 def build(
-    output: Annotated[Path, typer.Argument(metavar="FILE", help="Where to, like policy.tar.gz.")],
+    output: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", callback=output_file, help="Where to, like policy.tar.gz; - is stdout."
+        ),
+    ],
     bundle: BundleOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -101,9 +107,11 @@ def build(
 
     loaded = load_bundle(bundle)
     try:
-        output.write_bytes(archive(loaded))
+        write_output(output, archive(loaded), public=True)
     except OSError as error:
         raise RingfenceError(f"{output} cannot be written: {error.strerror}") from None
+    if is_stdout(output):
+        return
     if wants_json(as_json):
         print_json({"file": str(output), "revision": loaded.revision})
     else:

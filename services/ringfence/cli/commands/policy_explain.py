@@ -189,7 +189,10 @@ def _limits(permission: Permission, policy_input: Mapping[str, Any]) -> Iterator
     )
     for name, scope, note_ in sides:
         excess = missing((permission,), scope)
-        yield name, f"{'not ' + show_scope(excess) if excess else 'all of it'}{note_}"
+        yield (
+            name,
+            f"{'not ' + ', '.join(show_scope(excess).split(chr(10))) if excess else 'all of it'}{note_}",
+        )
 
 
 def _parse_scope(items: Sequence[Any] | None) -> Scope:

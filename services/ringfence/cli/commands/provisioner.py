@@ -30,10 +30,12 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_table
+from ringfence.cli.shared.output_files import kept_file
 from ringfence.cli.shared.tables import prose, state
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.private_files import open_private
+from ringfence.kernel.base.text import Lines
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
@@ -157,7 +159,7 @@ def _provisioner_row(state: UserState) -> Sequence[str]:
     groups = [
         f"{group.group}: {'; '.join(_granted_lines(group)) or 'nothing'}" for group in state.delegation.groups
     ]
-    return state.user_id, state.status, state.name, state.delegation.source, "\n".join(groups) or "none"
+    return state.user_id, state.status, state.name, state.delegation.source, Lines(groups) or "none"
 
 
 @app.command()
@@ -183,7 +185,10 @@ def disable(
 
 @app.command(name="new-token")
 def make_token(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where the SCIM endpoint has its tokens.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", callback=kept_file, help="Where the SCIM endpoint has its tokens."),
+    ],
     name: Annotated[str, typer.Option("--name", help="Whose it is; a line of the file.")],
     as_json: JsonOption = False,
 ) -> None:

@@ -27,6 +27,7 @@ from ringfence.cli.shared.options import (
     duration_s,
     identity,
     run,
+    settings,
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
@@ -94,10 +95,11 @@ def request(
 
     With --exec, only one command gets the credential, in its environment: for postgres PGPASSWORD and the other
     variables of libpq, for redis REDIS_URL, for ssh RINGFENCE_SSH_CONFIG (a file for ssh -F), else
-    RINGFENCE_CREDENTIAL. With --delivery gateway it gets RINGFENCE_LEASE. The exit status is then the command's.
+    RINGFENCE_CREDENTIAL. With --delivery gateway it gets RINGFENCE_LEASE. Of RINGFENCE_*, it gets no key, token or
+    identity but the agent's own. The exit status is then the command's.
     """
     from ringfence.client.agent.credentials import GatewayCredential
-    from ringfence.client.agent.environment import applied
+    from ringfence.client.agent.environment import applied, own_environment
 
     if not allow:
         raise typer.BadParameter("say what is needed", param_hint="--allow")
@@ -142,7 +144,8 @@ def request(
             note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "heading")
             try:
                 with applied(credential) as variables:
-                    return await _executed(argv, os.environ | variables)
+                    inherited = own_environment(os.environ, settings(), identity(me), attest, agent_id)
+                    return await _executed(argv, inherited | variables)
             finally:
                 credential.wipe()
                 await agent.release(credential, reason="the command has ended")

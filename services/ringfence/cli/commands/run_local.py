@@ -18,6 +18,7 @@ import typer
 
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import parse_scope
+from ringfence.cli.shared.mounted_program import check_program
 from ringfence.cli.shared.options import duration_s, identity, run, settings, size_bytes, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
 from ringfence.kernel.base.errors import SettingsError
@@ -61,12 +62,15 @@ def run_local(
     from ringfence.messages.run import RunLimits
 
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
+    mounts = parse_mounts(mount)
+    if image is None:
+        check_program(command[0], [one.host for one in mounts])
     work = _run(
         command=tuple(command),
         task=task,
         scope=parse_scope(assign) if assign else (),
         agent=agent,
-        mounts=parse_mounts(mount),
+        mounts=mounts,
         image=image,
         environment=parse_environment(env),
         ttl_s=duration_s(ttl),

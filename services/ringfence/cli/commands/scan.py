@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from ringfence.cli.shared.options import JsonOption, WideOption, duration_s, wants_json
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say
+from ringfence.cli.shared.output_files import output_file, write_output
 from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.tables import Column, prose
 from ringfence.kernel.base.errors import RingfenceError
@@ -90,19 +90,30 @@ def scan(
         typer.Option(
             "--write-baseline",
             metavar="FILE",
+            callback=output_file,
             help="Write a baseline: reader, path, field and pattern of each finding, and no digest of a value.",
         ),
     ] = None,
     sarif: Annotated[
-        Path | None, typer.Option("--sarif", metavar="FILE", help="Write SARIF 2.1.0, for code scanning.")
+        Path | None,
+        typer.Option(
+            "--sarif", metavar="FILE", callback=output_file, help="Write SARIF 2.1.0, for code scanning."
+        ),
     ] = None,
     ocsf: Annotated[
         Path | None,
-        typer.Option("--ocsf", metavar="FILE", help="Write OCSF Detection Findings, a line each."),
+        typer.Option(
+            "--ocsf", metavar="FILE", callback=output_file, help="Write OCSF Detection Findings, a line each."
+        ),
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="FILE", help="Write a page that needs nothing from elsewhere."),
+        typer.Option(
+            "--html",
+            metavar="FILE",
+            callback=output_file,
+            help="Write a page that needs nothing from elsewhere.",
+        ),
     ] = None,
     with_scanner: Annotated[
         list[str] | None,
@@ -234,32 +245,25 @@ def _write_files(
 
     from ringfence import __version__
     from ringfence.cli.shared.output import escaped_json
-    from ringfence.kernel.base.private_files import write_private
 
     if sarif is not None:
         from ringfence.scan.reports.sarif import sarif_document
 
-        write_private(sarif, escaped_json(json.dumps(sarif_document(report, __version__), indent=1)) + "\n")
+        write_output(sarif, escaped_json(json.dumps(sarif_document(report, __version__), indent=1)) + "\n")
     if ocsf is not None:
         from ringfence.scan.reports.ocsf import ocsf_events
 
         lines = [escaped_json(json.dumps(one)) + "\n" for one in ocsf_events(report, __version__)]
-        write_private(ocsf, "".join(lines))
+        write_output(ocsf, "".join(lines))
     if html is not None:
         from ringfence.scan.reports.html_report import html_document
 
-        write_private(html, html_document(report, __version__).encode("utf-8", "replace"))
+        write_output(html, html_document(report, __version__).encode("utf-8", "replace"))
     if write_baseline is not None:
         from ringfence.scan.baseline import baseline_text
 
-        write_private(write_baseline, escaped_json(baseline_text(report.findings)))
-        write_baseline.chmod(0o644 & ~_umask())  # it holds no secret, and is meant to be committed
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        # It holds no secret, and is meant to be committed.
+        write_output(write_baseline, escaped_json(baseline_text(report.findings)), public=True)
 
 
 def _print(report: Report, *, wide: bool, details: bool) -> None:

@@ -9,6 +9,7 @@ import typer
 
 from ringfence.cli.shared.options import JsonOption, wants_json
 from ringfence.cli.shared.output import print_json, say
+from ringfence.cli.shared.output_files import output_folder
 
 app = typer.Typer(help="The page on which people sign with passkeys.", no_args_is_help=True)
 
@@ -16,7 +17,10 @@ app = typer.Typer(help="The page on which people sign with passkeys.", no_args_i
 @app.command()
 def build(
     folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="Where the files go; nothing else is there.")
+        Path,
+        typer.Argument(
+            metavar="FOLDER", callback=output_folder, help="Where the files go; nothing else is there."
+        ),
     ],
     origin: Annotated[
         str | None,

@@ -37,6 +37,7 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import note
 from ringfence.cli.shared.records import list_records, show_record, target_fields
 from ringfence.client.errors import checked
+from ringfence.kernel.base.text import Lines
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.registry import (
     ActionClass,
@@ -453,4 +454,6 @@ def _replacement(before: TargetState, after: TargetState) -> Replacement | None:
 
 
 def _lines(text: str) -> list[str]:
-    return text.split("\n") if text else []
+    if not text:
+        return []
+    return text.split("\n") if isinstance(text, Lines) else [text]

@@ -39,6 +39,7 @@ from ringfence.cli.shared.records import list_records, print_record
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.text import Lines
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
 from ringfence.model.records.consent import canonical_terms, nonce_of
@@ -286,7 +287,7 @@ def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = Fa
         print_json({**record, "parts": [part["id"] for part in parts]})
         return
     delegated = [f"{part['id']} to {part['state']['agent_id']} ({part['state']['status']})" for part in parts]
-    print_record("task", record, {"parts": "\n".join(delegated)})
+    print_record("task", record, {"parts": Lines(delegated)})
 
 
 def _task_terms(

@@ -13,6 +13,7 @@ from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import note, print_json, print_table, say
 from ringfence.cli.shared.progress import progress
 from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.base.text import Lines
 from ringfence.kernel.kafka.acls import PARTIES, Acl, Party, acls, commands
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def apply(as_json: JsonOption = False) -> None:
         return
     lines = [f"created {name}" for name in created]
     lines += [f"set {one.what} of {one.topic} to {one.expected}; it was {one.found}" for one in unchanged]
-    say("\n".join(lines) or "all topics are there")
+    say(Lines(lines) or "all topics are there")
 
 
 @app.command()

@@ -36,6 +36,7 @@ from ringfence.cli.shared.options import (
     wants_json,
 )
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, visible_name
+from ringfence.cli.shared.output_files import is_stdout, output_file
 from ringfence.cli.shared.tables import ending, ids, prose
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.registry import UserState
@@ -237,7 +238,10 @@ def endorse_key(
     user: UserArgument,
     package: PackageOption = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it to this new file.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", callback=output_file, help="Write it to this new file."
+        ),
     ] = None,
     yes: YesOption = False,
     me: IdentityOption = None,
@@ -256,6 +260,7 @@ def endorse_key(
     kind = "passkey" if found.passkey else "key file"
     confirm(f"Co-sign that the {kind} with the thumbprint {found.kid} is {user}'s?", yes)
     signed = user_keys.endorse(Connection(identity(me)), found)
+    output = None if output is None or is_stdout(output) else output
     if output is not None:
         check_folder(output)
         with output.open("x") as file:

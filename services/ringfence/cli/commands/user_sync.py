@@ -21,6 +21,7 @@ from ringfence.client.admin.user_sync import (
 )
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import Lines
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name
 from ringfence.messages.registry import Provisioning
@@ -41,7 +42,9 @@ async def sync(
         if not as_json:
             _show(sync_plan)
         if sync_plan.problems:
-            raise InvalidCallError("nothing was changed:\n  " + "\n  ".join(sync_plan.problems))
+            raise InvalidCallError(
+                Lines(["nothing was changed:", *(f"  {one}" for one in sync_plan.problems)])
+            )
         if not force:
             sync_plan.check_leaving(max_leaving)
         results: dict[str, str | None] = {}
@@ -56,10 +59,8 @@ async def sync(
         print_json({"dry_run": dry_run, "users": [_as_json(one, results) for one in sync_plan.differences]})
     failed = {user_id: problem for user_id, problem in results.items() if problem}
     if failed:
-        lines = [f"{user_id}: {problem}" for user_id, problem in sorted(failed.items())]
-        raise RingfenceError(
-            f"{len(failed)} of {len(sync_plan.differences)} were refused:\n  " + "\n  ".join(lines)
-        )
+        lines = [f"  {user_id}: {problem}" for user_id, problem in sorted(failed.items())]
+        raise RingfenceError(Lines([f"{len(failed)} of {len(sync_plan.differences)} were refused:", *lines]))
     if not as_json:
         say("nothing was changed (--dry-run)" if dry_run else f"{len(results)} users are as the file says")
 

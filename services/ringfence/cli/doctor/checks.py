@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -163,9 +164,10 @@ def _key_file(file: Path) -> CheckResult:
         else:
             key = SigningKey.load(file)
             id, kind = key.id, key.alg
-    except RingfenceError as error:
+        mode = stat.S_IMODE(file.stat().st_mode)
+    except (RingfenceError, OSError) as error:
         return CheckResult(f"key {file.stem}", "bad", str(error))
-    return CheckResult(f"key {file.stem}", "good", f"{id}, {kind}, mode 0600")
+    return CheckResult(f"key {file.stem}", "good", f"{id}, {kind}, mode {mode:04o}")
 
 
 def sandbox_findings(runner_key_file: Path | None) -> Iterator[CheckResult]:

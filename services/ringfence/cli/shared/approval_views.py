@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name, visible_resource
+from ringfence.kernel.base.text import Lines
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
@@ -32,8 +33,8 @@ def print_question(group: RequestGroup, comparison: Comparison) -> None:
             "target": f"{one.target} ({visible(one.target_description)})",
             "wants": show_scope(one.scope),
             "for": span(one.ttl_s) + (f", {count} credentials" if count > 1 else ""),
-            "its reason": "\n".join(visible(reason) for reason in group.reasons),
-            "compared": "\n".join(_compared(comparison)),
+            "its reason": Lines(group.reasons),
+            "compared": Lines(_compared(comparison)),
             **(
                 {"BREAK GLASS": "policy denies it; two operators may allow it once"}
                 if one.break_glass
@@ -42,7 +43,7 @@ def print_question(group: RequestGroup, comparison: Comparison) -> None:
             "needs": describe_approvers(one.required) + ("" if one.mine else "  (not yours to give)"),
             "asked because": "; ".join(visible(reason.message) for reason in one.why_asked),
             "answer until": until(group.expires_at, time.time()),
-            "digest": "\n".join(request.digest for request in group.requests),
+            "digest": Lines(request.digest for request in group.requests),
         },
         title=f"request {one.request_id}" + (f", and {count - 1} alike" if count > 1 else ""),
     )
@@ -80,7 +81,7 @@ def print_action(one: PendingAction) -> None:
             "with a body of": f"{one.body_bytes} bytes, SHA-256 {one.body_digest}"
             if one.body_bytes
             else "nothing",
-            "with headers": "\n".join(_headers(one)),
+            "with headers": Lines(_headers(one)),
             "waits at": one.gateway,
             "needs": describe_approvers((one.required,)) + ("" if one.mine else "  (not yours to give)"),
             "answer until": until(one.expires_at, time.time()),

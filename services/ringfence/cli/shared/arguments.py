@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.shared.output import visible_name, visible_resource
 from ringfence.kernel.base.strict_json import once
+from ringfence.kernel.base.text import Lines
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name, TargetId, Uuid
 from ringfence.messages.permission import Permission, Scope
@@ -166,4 +167,4 @@ def write_permission(permission: Permission) -> str:
 
 def show_scope(scope: Iterable[Permission]) -> str:
     """A scope for people, one permission a line; `nothing` where it is empty."""
-    return "\n".join(show_permission(permission) for permission in scope) or "nothing"
+    return Lines(show_permission(permission) for permission in scope) or "nothing"

@@ -17,6 +17,7 @@ from ringfence.cli.shared.output import note
 from ringfence.client.admin.scope_changes import with_added, with_removed
 from ringfence.client.errors import StaleApprovalError
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.text import Lines
 from ringfence.messages.permission import Scope
 from ringfence.model.scope.scope import missing
 
@@ -110,7 +111,10 @@ class Replacement:
         if not (quiet and yes):
             note(f"{self.what}:", "heading")
             for name, value in self.lines.items():
-                note(f"  {name}: {value}" if "\n" not in value else f"  {name}:\n" + _indented(value))
+                if isinstance(value, Lines) and "\n" in value:
+                    note(Lines([f"  {name}:", *(f"    {line}" for line in value.split("\n"))]))
+                else:
+                    note(f"  {name}: {value}")
             note(f"  leases that end: {ending.describe()}", "warning" if ending.ids or ending.gap else "")
             for warning in self.warnings:
                 note(f"  {warning}", "warning")
@@ -127,7 +131,3 @@ async def check_unchanged(
         raise StaleApprovalError(
             f"somebody changed {kind} {id} meanwhile, and nothing was done; look at it again"
         )
-
-
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.split("\n"))

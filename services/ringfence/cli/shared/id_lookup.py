@@ -18,7 +18,7 @@ from ringfence.cli.shared.arguments import check_uuid
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.id_prefix import MIN_PREFIX_LENGTH
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.kernel.base.text import did_you_mean, visible
+from ringfence.kernel.base.text import Lines, did_you_mean, visible
 
 if TYPE_CHECKING:
     from ringfence.client.passkeys.user import PasskeyUser
@@ -111,7 +111,7 @@ def only_one(kind: str, text: str, known: Mapping[str, str]) -> str:
         lines = [f"  {id}  {visible(known[id])}".rstrip() for id in found[:_MOST]]
         more = [f"  and {len(found) - _MOST} more"] if len(found) > _MOST else []
         raise InvalidCallError(
-            "\n".join([f"several {kind}s begin with {text!r}; name one of them:", *lines, *more])
+            Lines([f"several {kind}s begin with {text!r}; name one of them:", *lines, *more])
         )
     if is_whole(text):
         raise InvalidCallError(

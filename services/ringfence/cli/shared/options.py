@@ -20,9 +20,10 @@ from pydantic import ValidationError
 
 from ringfence.cli.shared import context
 from ringfence.cli.shared.arguments import check_name
+from ringfence.cli.shared.output_files import kept_file
 from ringfence.client.errors import InvalidCallError, NotAnsweredError
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.base.text import shown
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 
 if TYPE_CHECKING:
@@ -127,7 +128,10 @@ PublicKeyOption = Annotated[
 NewKeyOption = Annotated[
     Path | None,
     typer.Option(
-        "--new-key", metavar="FILE", help="Make a key, and write its private half to this new file."
+        "--new-key",
+        metavar="FILE",
+        callback=kept_file,
+        help="Make a key, and write its private half to this new file.",
     ),
 ]
 KeyDaysOption = Annotated[
@@ -281,7 +285,7 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise context.WrongUseError(f"{question} Nobody is there to answer: add --yes to do it")
-    if not typer.confirm(visible_lines(question), err=True):
+    if not typer.confirm(shown(question), err=True):
         raise RingfenceError("nothing was done")
 
 

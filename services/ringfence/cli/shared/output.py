@@ -1,7 +1,7 @@
 """Output: tables and sentences for people, JSON for programs.
 
 Much of it was written by agents and strangers, and people decide by what they see. So no control character reaches the
-terminal, nothing is read as markup, and look-alike characters are made visible.
+terminal, nothing is read as markup, and look-alike characters are made visible. Only `Lines` have several lines.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.theme import Theme
 from ringfence.cli.shared import styles
 from ringfence.cli.shared.progress import hidden
 from ringfence.cli.shared.tables import Column, list_lines, wrapped
-from ringfence.kernel.base.text import visible, visible_lines, visible_name, visible_resource
+from ringfence.kernel.base.text import shown, visible, visible_lines, visible_name, visible_resource
 
 __all__ = [
     "console", "escaped_json", "line_width", "moment", "note", "print_fields", "print_json", "print_json_line",
@@ -126,15 +126,15 @@ def _plain(value: Any) -> Any:
 
 
 def say(text: str, style: str = "") -> None:
-    """Print one sentence for people on stdout."""
+    """Print a sentence, or `Lines`, for people on stdout."""
     with hidden():
-        console().print(Text(visible_lines(text), style=style), soft_wrap=True)
+        console().print(Text(shown(text), style=style), soft_wrap=True)
 
 
 def note(text: str, style: str = "") -> None:
-    """Print one sentence for people on stderr: it is not part of the result."""
+    """Print a sentence, or `Lines`, for people on stderr: it is not part of the result."""
     with hidden():
-        console(stderr=True).print(Text(visible_lines(text), style=style), soft_wrap=True)
+        console(stderr=True).print(Text(shown(text), style=style), soft_wrap=True)
 
 
 def print_table(
@@ -166,7 +166,7 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
     room = screen.width - max(map(cell_len, fields), default=0) - _AROUND_A_VALUE
     for name, value in fields.items():
         style = _FIELD_STYLES[name](value) if name in _FIELD_STYLES else ""
-        grid.add_row(Text(visible(name)), Text("\n".join(wrapped(visible_lines(value), room)), style))
+        grid.add_row(Text(visible(name)), Text("\n".join(wrapped(shown(value), room)), style))
     name = visible(title or "")
     if cell_len(name) + _AROUND_A_TITLE <= screen.width:
         content: RenderableType = Panel.fit(grid, title=Text(name), title_align="left") if name else grid

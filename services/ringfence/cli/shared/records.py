@@ -16,7 +16,7 @@ from ringfence.cli.shared.tables import Column, ids, prose, state
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_scrubber import without_secrets
-from ringfence.kernel.base.text import did_you_mean
+from ringfence.kernel.base.text import Lines, did_you_mean
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     AgentState,
@@ -167,11 +167,11 @@ def target_fields(target: TargetState) -> dict[str, str]:
         "status": target.status,
         "backend": target.backend.kind,
         # Built-in backends are given references, never secrets. What another package's backend is given is unknown.
-        "settings": "\n".join(without_secrets(f"{name}={value}") for name, value in settings),
+        "settings": Lines(without_secrets(f"{name}={value}") for name, value in settings),
         "audience": target.backend.audience or "",
         "verbs": _verbs(target),
         "each action waits": ", ".join(asks),
-        "requests": "\n".join(requests),
+        "requests": Lines(requests),
         "longest life": f"{target.max_ttl_s} s",
         "keys": _keys(target.keys),
     }
@@ -257,7 +257,7 @@ def _keys(keys: Sequence[KeyRecord], of: AgentState | UserState | None = None) -
         notes |= dict.fromkeys(of.replaced, " (replaced)") | dict.fromkeys(of.compromised, " (compromised)")
     elif isinstance(of, UserState):
         notes |= dict.fromkeys(of.compromised or (), " (compromised)")
-    return "\n".join(
+    return Lines(
         f"{key.kid}  {'until' if key.not_after > now_s else 'ended'} {moment(key.not_after)}{notes.get(key.kid, '')}"
         for key in keys
     )

@@ -3,6 +3,8 @@
 A terminal folds a table that is too wide, and a name that is folded is misread. So no value is ever cut: a table is
 printed only if every name and id fits on one line. Otherwise each row becomes a block. A word that is longer than the
 terminal goes on in the next line, and a backslash marks where.
+
+Every text is shown on one line, with its line feeds as code points, except `Lines`.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from ringfence.cli.shared import styles
-from ringfence.kernel.base.text import visible, visible_lines
+from ringfence.kernel.base.text import shown, visible
 
 SHORT_ID: Final = 8
 """How many characters of an id a terminal shows, where they are enough to tell the listed ids apart."""
@@ -75,21 +77,21 @@ def list_lines(
     """
     all_columns = [Column(one) if isinstance(one, str) else one for one in columns]
     kept = [number for number, one in enumerate(all_columns) if width is None or not one.only_wide]
-    cells = [[visible_lines(row[number]) for number in kept] for row in rows]
-    shown = [all_columns[number] for number in kept]
+    cells = [[shown(row[number]) for number in kept] for row in rows]
+    listed = [all_columns[number] for number in kept]
     if not cells:
         return []
     if width is not None:
-        for number, column in enumerate(shown):
+        for number, column in enumerate(listed):
             if column.kind == "id":
                 short = short_ids(row[number] for row in cells)
                 for row in cells:
                     row[number] = short.get(row[number], row[number])
-    widths = _table_widths(shown, cells, width)
+    widths = _table_widths(listed, cells, width)
     if widths is not None:
-        return list(_table(shown, cells, widths))
+        return list(_table(listed, cells, widths))
     assert width is not None  # without a limit every table fits
-    return list(_blocks(shown, cells, width))
+    return list(_blocks(listed, cells, width))
 
 
 def short_ids(whole: Iterable[str]) -> dict[str, str]:

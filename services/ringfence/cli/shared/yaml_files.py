@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import Lines
 from ringfence.model.unknown_fields import nearest
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -53,7 +54,7 @@ class YamlFile:
         """Raise YamlFileError where problems were recorded."""
         if self._problems:
             lines = [f"{self._path}:{line}: {text}" for line, text in sorted(self._problems)]
-            raise YamlFileError("\n".join(lines))
+            raise YamlFileError(Lines(lines))
 
     def members(self, node: Any, what: str, known: Collection[str] | None = None) -> dict[str, Any]:
         """The members of a mapping, name to node. Duplicate names, and names that are not `known`, are problems."""

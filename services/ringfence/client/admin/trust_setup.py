@@ -257,9 +257,7 @@ def sign_next_bundle(
     following = bundle.model_copy(
         update={"iat": now_s, "jti": str(uuid.uuid4()), "version": bundle.version + 1, **changed}
     )
-    new_file = folder.bundle.with_suffix(".new")
-    write_private(new_file, sign(following, root, header_jwk=True) + "\n")
-    new_file.replace(folder.bundle)
+    write_private(folder.bundle, sign(following, root, header_jwk=True) + "\n")
     return following
 
 

@@ -6,12 +6,49 @@ What a program only reads from files is written with mode 0600 to a folder that 
 from __future__ import annotations
 
 import contextlib
+import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.client.agent.ssh_files import ssh_client
+from ringfence.client.settings import ClientSettings
+
+_IDENTITIES = re.compile(
+    r"RINGFENCE_(?!KAFKA_)(IDENTITY|AGENT|ATTEST|RUN_INSTANCE|\w*KEY_(FILES?|DIR)|\w*TOKENS?(_FILE)?)",
+    re.IGNORECASE,
+)
+"""The settings that name a key, a token or an identity, but for those of the connection to Kafka."""
+
+
+def own_environment(
+    inherited: Mapping[str, str],
+    settings: ClientSettings,
+    key: Path | None,
+    attest: str | None,
+    agent_id: str | None,
+) -> dict[str, str]:
+    """Return the environment for a command of an agent: `inherited`, with no identity but the agent's own.
+
+    `key`, `attest` and `agent_id` are those of `Agent.connect`, whose choice this follows.
+    """
+    own: dict[str, Any]
+    if key is None and attest is None and settings.run_instance is not None:
+        own = {"RUN_INSTANCE": settings.run_instance, "AGENT": agent_id or settings.agent}
+    elif key is None and (attest or settings.attest):
+        own = {
+            "ATTEST": attest or settings.attest,
+            "AGENT": agent_id or settings.agent,
+            "ATTEST_KEY_FILE": settings.attest_key_file,
+        }
+    else:
+        file = key or settings.identity
+        own = {"IDENTITY": file and file.absolute()}
+    kept = {name: value for name, value in inherited.items() if not _IDENTITIES.fullmatch(name)}
+    return kept | {f"RINGFENCE_{name}": str(value) for name, value in own.items() if value is not None}
 
 
 @contextlib.contextmanager

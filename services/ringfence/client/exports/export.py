@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ringfence.client.exports.writers import ExportWriter, Format, writer_of
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.private_files import open_private, write_private
+from ringfence.kernel.base.private_files import check_output, open_private, write_private
 
 PART: Final = ".part"
 STATE: Final = ".part.json"
@@ -62,10 +62,7 @@ class ExportFile:
         self.file.flush()
         self.state.bytes = self.file.tell()
         if self.writer.resumable:
-            state_file = _sibling(self.target, STATE)
-            new_file = state_file.with_name(f"{state_file.name}.new")
-            write_private(new_file, self.state.model_dump_json())
-            new_file.replace(state_file)
+            write_private(_sibling(self.target, STATE), self.state.model_dump_json())
 
     def finish(self) -> None:
         """Close the complete file and give it its final name."""
@@ -88,7 +85,8 @@ class ExportFile:
 
 
 def begin(target: Path, question: ExportQuery) -> ExportFile:
-    """Begin a new export. Raises ExportError if the file, or a partial one, exists."""
+    """Begin a new export. Raises ExportError if the file, or a partial one, exists; OutputFileError."""
+    check_output(target)
     if target.exists():
         raise ExportError(f"{target} is there already; name another file, or delete it")
     try:
@@ -111,11 +109,12 @@ def begin(target: Path, question: ExportQuery) -> ExportFile:
 
 
 def resume(target: Path) -> ExportFile:
-    """Resume an interrupted export. Raises ExportError if there is none."""
+    """Resume an interrupted export. Raises ExportError if there is none, or another user owns it; OutputFileError."""
+    check_output(target)
     try:
-        state = ExportProgress.model_validate_json(_sibling(target, STATE).read_bytes())
-        _sibling(target, PART).stat()
-        number = open_private(_sibling(target, PART), os.O_WRONLY)
+        with os.fdopen(_open_own(_sibling(target, STATE), os.O_RDONLY), "rb") as saved:
+            state = ExportProgress.model_validate_json(saved.read())
+        number = _open_own(_sibling(target, PART), os.O_WRONLY)
     except (OSError, ValidationError):
         raise ExportError(
             f"no export that stopped and that can be continued is beside {target}; begin anew without --resume"
@@ -162,6 +161,16 @@ def stopped_at_ms(state: ExportProgress) -> int | None:
 def set_filters(filters: Mapping[str, str | int | None]) -> dict[str, str | int]:
     """The filters that have a value."""
     return {name: value for name, value in filters.items() if value is not None}
+
+
+def _open_own(path: Path, flags: int) -> int:
+    """Open a file of an interrupted export. Raises ExportError if another user owns it, who could read or change it."""
+    path.lstat()  # `open_private` would create it
+    descriptor = open_private(path, flags)
+    if os.fstat(descriptor).st_uid != os.geteuid():
+        os.close(descriptor)
+        raise ExportError(f"{path} belongs to another user; begin anew with another file")
+    return descriptor
 
 
 def _sibling(target: Path, suffix: str) -> Path:

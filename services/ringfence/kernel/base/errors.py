@@ -9,18 +9,21 @@ from __future__ import annotations
 
 from typing import Self
 
-from ringfence.kernel.base.text import visible_lines
+from ringfence.kernel.base.text import shown
 
 
 class RingfenceError(Exception):
-    """Root of all errors raised on purpose. `code` is stable: programs may act on it."""
+    """Root of all errors raised on purpose. `code` is stable: programs may act on it.
+
+    A message has several lines only where it is `Lines`.
+    """
 
     code: str = "error"
     remedy: str | None = None
     """What to do next, such as a command; None where only the message says it, or nobody knows."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
-        message = visible_lines(message)
+        message = shown(message)
         super().__init__(message)
         self.message = message
         if code is not None:
@@ -28,7 +31,7 @@ class RingfenceError(Exception):
 
     def with_remedy(self, remedy: str) -> Self:
         """Add what to do next, and return the error itself."""
-        self.remedy = visible_lines(remedy)
+        self.remedy = shown(remedy)
         return self
 
 

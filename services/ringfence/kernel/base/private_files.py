@@ -1,8 +1,15 @@
-"""Private files (mode 0600) and directories (0700), whatever the umask and whatever mode they had before."""
+"""Writers of files: private files (mode 0600) and directories (0700) under any umask, and public files.
+
+No writer follows a symbolic link as the last part of a path, or opens anything but regular files: the folder of an
+output file may come from strangers, such as a cloned repository.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import secrets
 import stat
 from pathlib import Path
 
@@ -15,6 +22,12 @@ class NotPrivateError(RingfenceError):
     """Raised when others can access a private file or directory, and this user may not change its mode."""
 
     code = "not_private"
+
+
+class OutputFileError(RingfenceError):
+    """Raised for an output path that is a symbolic link or no regular file."""
+
+    code = "output_file_refused"
 
 
 def make_folders(folder: Path) -> None:
@@ -61,16 +74,28 @@ def others_can_access(status: os.stat_result) -> bool:
     return bool(status.st_mode & (stat.S_IRWXG | stat.S_IRWXO) & ~to_group)
 
 
+def check_output(path: Path) -> None:
+    """Check that an output path is free, or a regular file. Raises OSError, OutputFileError."""
+    with contextlib.suppress(FileNotFoundError):
+        _require_regular(path, path.lstat())
+
+
 def open_private(path: Path, flags: int) -> int:
     """Open a file with these flags, and return the descriptor. A missing file is created; an existing one is closed to
     others.
 
-    Raises OSError, and NotPrivateError if the file belongs to somebody else.
+    Raises OSError; OutputFileError; NotPrivateError if the file belongs to somebody else.
     """
-    descriptor = os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, _FILE)
     try:
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISREG(mode) and stat.S_IMODE(mode) != _FILE:
+        descriptor = os.open(path, flags | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, _FILE)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENXIO):  # a link; a FIFO without a reader, or a socket
+            check_output(path)
+        raise
+    try:
+        status = os.fstat(descriptor)
+        _require_regular(path, status)
+        if stat.S_IMODE(status.st_mode) != _FILE:
             os.fchmod(descriptor, _FILE)
     except PermissionError:
         os.close(descriptor)
@@ -84,7 +109,38 @@ def open_private(path: Path, flags: int) -> int:
 
 
 def write_private(path: Path, content: str | bytes) -> None:
-    """Write a whole private file. Raises as `open_private`."""
-    data = content.encode() if isinstance(content, str) else content
-    with os.fdopen(open_private(path, os.O_WRONLY | os.O_TRUNC), "wb") as file:
-        file.write(data)
+    """Write a whole private file atomically. Raises OSError, OutputFileError."""
+    _replace(path, content, private=True)
+
+
+def write_public(path: Path, content: str | bytes) -> None:
+    """Write a whole file atomically, with the mode that the umask gives. Raises OSError, OutputFileError."""
+    _replace(path, content, private=False)
+
+
+def _replace(path: Path, content: str | bytes, *, private: bool) -> None:
+    """Write a new file beside `path`, and rename it: a link that is planted meanwhile is replaced, not followed."""
+    check_output(path)
+    draft = path.with_name(f".ringfence-{secrets.token_hex(8)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        descriptor = os.open(draft, flags, _FILE if private else 0o666)
+    except OSError as error:
+        error.filename = str(path)  # the draft's name tells a person nothing
+        raise
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            if private:
+                os.fchmod(descriptor, _FILE)
+            file.write(content.encode() if isinstance(content, str) else content)
+        draft.rename(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def _require_regular(path: Path, status: os.stat_result) -> None:
+    if stat.S_ISLNK(status.st_mode):
+        raise OutputFileError(f"{path} is a symbolic link, which is not followed: name the file itself")
+    if not stat.S_ISREG(status.st_mode):
+        raise OutputFileError(f"{path} is no regular file: name another file")

@@ -8,26 +8,33 @@ from __future__ import annotations
 import ast
 import contextlib
 import inspect
+import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
 )
-from pydantic_settings.exceptions import SettingsError as UnreadableError
 
 from ringfence.kernel.base.config_file import ConfigFile, read_config
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.secret_refs import SecretRef
+from ringfence.kernel.base.text import Lines
 
 S = TypeVar("S", bound=BaseSettings)
+
+
+_FINGERPRINT = re.compile(r"[A-Za-z0-9_-]{43}")
+"""A SHA-256 in base64url without padding (RFC 7638)."""
 
 
 def _bootstrap(servers: str) -> str:
@@ -43,6 +50,14 @@ def _bootstrap(servers: str) -> str:
                 f"{server!r} names no host: each part of a name has 1 to 63 characters"
             ) from None
     return servers
+
+
+def _fingerprint(text: str) -> str:
+    if text and not _FINGERPRINT.fullmatch(text):
+        raise ValueError(
+            f"{text!r} is no fingerprint, which has 43 letters, digits, - or _, as ringfence init prints it"
+        )
+    return text
 
 
 def _is_port(text: str) -> bool:
@@ -75,7 +90,23 @@ class RingfenceSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return init_settings, env_settings, _TomlTable(settings_cls)
+        return init_settings, _Environment(settings_cls), _TomlTable(settings_cls)
+
+
+class _NotJson:
+    """The value of a variable that has to be JSON and is not. It has no valid type, so validation reports it too."""
+
+
+class _Environment(EnvSettingsSource):
+    """The environment, without an error of its own at the first value that is no JSON."""
+
+    def prepare_field_value(
+        self, field_name: str, field: FieldInfo, value: Any, value_is_complex: bool
+    ) -> Any:
+        try:
+            return super().prepare_field_value(field_name, field, value, value_is_complex)
+        except ValueError:
+            return _NotJson()
 
 
 class _TomlTable(InitSettingsSource):
@@ -122,7 +153,7 @@ class BusSettings(RingfenceSettings):
     """The beginning of the names of all topics and consumer groups; one for each trust domain."""
     trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
     """The SPIFFE trust domain, and the `aud` of every message."""
-    trust_root: str = ""
+    trust_root: Annotated[str, AfterValidator(_fingerprint)] = ""
     """The root key's fingerprint (RFC 7638 thumbprint); `ringfence init` prints it."""
     run_grace_s: Annotated[float, Field(ge=2, le=3600)] = 60.0
     """How long a runner may be silent, in seconds; the same for runners and revokers. At half of it a runner freezes
@@ -202,9 +233,7 @@ def load(cls: type[S], **overrides: Any) -> S:
     try:
         return cls(**overrides)
     except ValidationError as error:
-        raise wrong(_lines(cls, error)) from None
-    except UnreadableError as error:
-        raise wrong([_not_json_message(cls, error)]) from None
+        raise wrong(_mistakes(cls, error, overrides)) from None
 
 
 def problems(cls: type[BaseSettings]) -> list[str]:
@@ -212,9 +241,7 @@ def problems(cls: type[BaseSettings]) -> list[str]:
     try:
         cls()
     except ValidationError as error:
-        return _lines(cls, error)
-    except UnreadableError as error:
-        return [_not_json_message(cls, error)]
+        return _mistakes(cls, error, {})
     except SettingsError as error:
         return [error.message]
     return []
@@ -234,14 +261,32 @@ def of_setting(name: str) -> Iterator[None]:
 def wrong(lines: Sequence[str]) -> SettingsError:
     """The SettingsError for a list of mistakes."""
     return SettingsError(
-        "settings are wrong; correct them in the environment or in ringfence.toml:\n  " + "\n  ".join(lines)
+        Lines(
+            [
+                "settings are wrong; correct them in the environment or in ringfence.toml:",
+                *(f"  {line}" for line in lines),
+            ]
+        )
     )
 
 
-def _not_json_message(cls: type[BaseSettings], error: UnreadableError) -> str:
-    """The message for a value that has to be JSON and is not. It names the field, and quotes nothing of the value."""
-    field = next((name for name in cls.model_fields if f'"{name}"' in str(error)), "")
-    return f"{cls.model_config.get('env_prefix') or ''}{field}".upper() + ": not JSON, which it has to be"
+def _mistakes(cls: type[BaseSettings], error: ValidationError, overrides: Mapping[str, Any]) -> list[str]:
+    """Every mistake, a line each. Those that concern several settings are only found once each setting is valid."""
+    prefix = cls.model_config.get("env_prefix") or ""
+    invalid = {str(item["loc"][0]) for item in error.errors(include_url=False) if item["loc"]}
+    lines = _lines(cls, error)
+    fields = {
+        name: field for name, field in cls.model_fields.items() if name in invalid and not field.is_required()
+    }
+    if len(fields) == len(invalid):
+        defaults = {name: field.get_default(call_default_factory=True) for name, field in fields.items()}
+        names = [f"{prefix}{name}".upper() for name in invalid]
+        try:
+            cls(**{**overrides, **defaults})
+        except ValidationError as remaining:
+            # What names a setting that is invalid may be due to its default.
+            lines += [line for line in _lines(cls, remaining) if not any(name in line for name in names)]
+    return list(dict.fromkeys(lines))
 
 
 def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
@@ -255,7 +300,7 @@ def _lines(cls: type[BaseSettings], error: ValidationError) -> list[str]:
             continue
         description = description_of(cls, str(item["loc"][0]))
         name = f"{prefix}{item['loc'][0]}".upper() + "".join(f" ({part})" for part in item["loc"][1:])
-        message = problem_of(item)
+        message = "not JSON, which it has to be" if isinstance(item["input"], _NotJson) else problem_of(item)
         lines.append(f"{name}: {message}" + (f". It is: {description}" if description else ""))
     return lines
 

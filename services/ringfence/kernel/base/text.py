@@ -1,7 +1,8 @@
 """Safe display of untrusted text, and helpers for sentences with words filled in.
 
 Text of agents and strangers may contain invisible characters or characters that move the cursor. These functions
-replace them by their code points.
+replace them by their code points. Every `str` is taken for foreign. Only `Lines`, which Ringfence makes, has several
+lines.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import unicodedata
 from collections.abc import Iterable
+from typing import Self
 
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Me"})
 _HIDDEN = frozenset(
@@ -18,18 +20,34 @@ _HIDDEN = frozenset(
 """
 
 
+class Lines(str):
+    """Text of several lines, of which Ringfence makes each, so that foreign text within a line begins none.
+
+    What is made of it by `+` or in an f-string is a plain `str` again, and so foreign.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, lines: Iterable[str]) -> Self:
+        """Join the lines, each shown by `visible`."""
+        return super().__new__(cls, "\n".join(map(visible, lines)))
+
+
 def visible(text: str) -> str:
-    """Untrusted prose on one line: invisible characters become `‹U+XXXX›`, line breaks become spaces."""
-    return "".join(
-        f"‹U+{ord(char):04X}›" if _is_hidden(char) and char != "\n" else char for char in text
-    ).replace("\n", " ")
+    """Untrusted text on one line: invisible characters, also line feeds, become `‹U+XXXX›`."""
+    if text.isascii() and text.isprintable():  # nearly always
+        return text
+    return "".join(f"‹U+{ord(char):04X}›" if _is_hidden(char) else char for char in text)
+
+
+def shown(text: str) -> str:
+    """Text as people may see it: `Lines` as they are, all else by `visible`."""
+    return text if isinstance(text, Lines) else visible(text)
 
 
 def visible_lines(text: str) -> str:
-    """As `visible`, but line breaks stay."""
-    if text.isascii() and text.isprintable():  # nearly always
-        return text
-    return "\n".join(map(visible, text.split("\n")))
+    """As `visible`, but line feeds stay: for text whose lines are indented or framed, such as a traceback."""
+    return Lines(text.split("\n"))
 
 
 def visible_name(text: str) -> str:

@@ -1,6 +1,4 @@
-"""JWE encryption (RFC 7516) with ECDH-ES and A256GCM, so that only the holder of one key can read a message.
-@~(_IV_BYTES, _TAG_BYTES) RFC 7518 5.3.
-"""
+"""JWE encryption (RFC 7516) with ECDH-ES and A256GCM, so that only the holder of one key can read a message."""
 
 from __future__ import annotations
 

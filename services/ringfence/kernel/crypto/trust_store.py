@@ -49,8 +49,8 @@ class TrustStore:
         """The root of the bundle in force: the pinned one, or one that it handed over to."""
         self._bundle: TrustBundle | None = None
         self._compact = b""
-        self._other_root: str | None = None
-        """The root that signed a bundle which was refused for that root."""
+        self._of_another: str | None = None
+        """Why a bundle of another root or trust domain was refused. Not verified: it only explains `unready`."""
         self._services: dict[str, list[_Service]] = {}
         """The services of the bundle by id, because every message needs a lookup."""
 
@@ -76,10 +76,22 @@ class TrustStore:
         Raises SignatureError if it is signed neither by the pinned root nor by one that this root handed over to, and
         InvalidMessageError if it is malformed.
         """
-        root, bundle = self._by_any_root(compact, TrustBundle)
+        try:
+            root, bundle = self._by_any_root(compact, TrustBundle)
+        except InvalidMessageError as error:
+            if error.code != "aud_unexpected":
+                raise
+            self._of_another = (
+                f"the trust bundle on Kafka is of another trust domain ({error}): this is another installation; "
+                "correct RINGFENCE_TRUST_DOMAIN or RINGFENCE_KAFKA"
+            )
+            raise InvalidMessageError(self._of_another, code=error.code) from None
         believed = self._root.kid if self._root else self._fingerprint
         if root.kid != believed and not self._leads(believed, root.kid, bundle.handovers):
-            self._other_root = root.kid
+            self._of_another = (
+                f"the trust bundle on Kafka is signed by root {root.kid}, and RINGFENCE_TRUST_ROOT pins "
+                f"{self._fingerprint or 'none'}: this is another installation, or the wrong fingerprint"
+            )
             said = f"in force is {believed}" if self._root else f"pinned is {believed} (RINGFENCE_TRUST_ROOT)"
             raise SignatureError(f"signed by root {root.kid}, {said}")
         if self._bundle is not None and bundle.version <= self._bundle.version:
@@ -248,12 +260,7 @@ class TrustStore:
         """The reason if no bundle is in force, else None."""
         if self._bundle:
             return None
-        if self._other_root:
-            return (
-                f"the trust bundle on Kafka is signed by root {self._other_root}, and RINGFENCE_TRUST_ROOT pins "
-                f"{self._fingerprint or 'none'}: this is another installation, or the wrong fingerprint"
-            )
-        return "no trust bundle on the trust topic; run: ringfence init --publish"
+        return self._of_another or "no trust bundle on the trust topic; run: ringfence init --publish"
 
     def expired(self, now_s: float) -> str | None:
         """The reason if the bundle in force has expired at `now_s`, else None."""

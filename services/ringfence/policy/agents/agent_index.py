@@ -28,12 +28,9 @@ from ringfence.policy.agents.usage import KeyLastSeen
 log = logging.getLogger(__name__)
 
 AT_ONCE: Final = 4
-"""Agents refreshed before the loop yields to the rest of the process: the first refresh verifies each chain.
-@~(_PAUSE_S, _IDLE_S) The pause between two such steps, and after all are done. Credential requests should not
-notice.
-"""
+"""Agents refreshed before the loop yields to the rest of the process: the first refresh verifies each chain."""
 _PAUSE_S, _IDLE_S = 0.003, 0.25
-"""Between those; and after all of them. Nobody who asked for a credential should notice."""
+"""The pause between two such steps, and after all agents are refreshed. Credential requests should not notice."""
 
 
 class AgentIndex:
