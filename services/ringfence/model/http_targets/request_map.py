@@ -14,7 +14,7 @@ from typing import Any, Final
 from urllib.parse import unquote_to_bytes
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.base.strict_json import case_folded, json_object
 from ringfence.messages.registry import RequestRule
 from ringfence.model.mcp.messages import McpMessage, McpMessageError, read_message
 from ringfence.model.mcp.rules import (
@@ -25,6 +25,7 @@ from ringfence.model.mcp.rules import (
     McpRuleError,
     captured,
     check_segments,
+    meets,
     takes_arguments,
 )
 from ringfence.model.scope.globs import ScopeError, parse_glob, parse_name
@@ -78,7 +79,7 @@ class _Rule:
     def folded(self) -> _Rule:
         """The same rule for paths in lower case."""
         return replace(
-            self, segments=tuple(one.casefold() if one is not None else None for one in self.segments)
+            self, segments=tuple(case_folded(one) if one is not None else None for one in self.segments)
         )
 
     def captures(self, segments: Sequence[str]) -> dict[str, str] | None:
@@ -119,7 +120,7 @@ class RequestMap:
 
     def _is_nearly_endpoint(self, segments: Sequence[str]) -> bool:
         """Whether a path differs from an MCP endpoint only in case. Some servers would take it for the endpoint."""
-        folded = [segment.casefold() for segment in segments]
+        folded = [case_folded(segment) for segment in segments]
         return any(rule.captures(folded) is not None for rule in self._nearly)
 
     def _endpoint(self, target: str) -> tuple[str, ...] | None:
@@ -415,23 +416,20 @@ def _query_fits(conditions: Mapping[str, tuple[str, ...]] | None, query: str) ->
 
 def _fit(conditions: Mapping[str, tuple[str, ...]], given: Mapping[str, Any]) -> bool:
     """Whether all conditions are met. Raises CannotTellError if other readers might take one of the given names for the
-    name of a condition.
-
-    A condition that is not met needs no such certainty: the next rule is the stronger one.
+    name of a condition, or its value for another.
     """
-    if not all(given.get(name) in values for name, values in conditions.items()):
-        return False
     meant = {plain for name in conditions for plain in _plainly(name)}
     if any(not meant.isdisjoint(_plainly(name)) for name in given if name not in conditions):
         raise CannotTellError
-    return True
+    met = [name in given and meets(given[name], values) for name, values in conditions.items()]
+    return all(met)
 
 
 def _plainly(name: str) -> set[str]:
     """The names that lenient readers might take a name for: without case, without separators, without an index
     (`mode[]` is `mode` to some).
     """
-    name = name.partition("\x00")[0].casefold()
+    name = case_folded(name.partition("\x00")[0])
     return {_NOT_OF_A_NAME.sub("", one) for one in (name, name.partition("[")[0])}
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ringfence.kernel.base.strict_json import MAX_EXACT, case_folded
 from ringfence.messages.registry import McpRule
-from ringfence.model.mcp.messages import NAMED_BY, WITH_ARGUMENTS, McpMessage
+from ringfence.model.mcp.messages import NAMED_BY, WITH_ARGUMENTS, McpMessage, clash
 
 ARGUMENT: Final = re.compile(r"arguments\.([A-Za-z0-9_.$-]{1,64}?)(\*?)")
 """A placeholder for an argument in a resource: its name, and whether it may hold several segments."""
@@ -18,6 +19,10 @@ _ANY_NOTIFICATION: Final = "notifications/*"
 _MOST_HOLES: Final = 2
 _WORDS: Final[Mapping[str, Any]] = {"true": True, "false": False, "null": None}
 _WHOLE: Final = re.compile(r"0|-?[1-9][0-9]{0,14}")
+_LENIENT_WORDS: Final = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y"), "1.0"),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "null", "none", "nil", "undefined"), ""),
+}
 _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
 
 
@@ -64,11 +69,12 @@ class CompiledMcpRule:
         return dict(zip(self.captures, match.groups(), strict=True)) if match is not None else None
 
     def fits(self, message: McpMessage) -> bool:
-        """Return whether the arguments meet the rule's conditions. Raises CannotTellError."""
-        return all(
-            any(_equal_json(argument(message, name), value) for value in values)
-            for name, values in self._conditions.items()
-        )
+        """Return whether the arguments meet the rule's conditions. Raises CannotTellError if any is uncertain."""
+        met = []
+        for name, values in self._conditions.items():
+            given = argument(message, name)
+            met.append(meets(given, values) if name in message.arguments else None in values)
+        return all(met)
 
 
 def takes_arguments(method: str) -> bool:
@@ -77,12 +83,30 @@ def takes_arguments(method: str) -> bool:
 
 
 def argument(message: McpMessage, name: str) -> Any:
-    """Return one argument, or None if it is missing. Raises CannotTellError if another name differs only in case."""
-    if name not in message.arguments and any(
-        given.casefold() == name.casefold() for given in message.arguments
-    ):
+    """Return one argument, or None if it is missing.
+
+    Raises CannotTellError if another name differs only in case, or if readers understand the number differently.
+    """
+    if name not in message.arguments and clash((name, *message.arguments)):
         raise CannotTellError
-    return message.arguments.get(name)
+    value = message.arguments.get(name)
+    if isinstance(value, int) and abs(value) > MAX_EXACT:
+        raise CannotTellError
+    return value
+
+
+def meets(given: Any, wanted: Sequence[Any]) -> bool:
+    """Return whether a value is one of those that a condition names, as JSON compares: 1 is not true.
+
+    Raises CannotTellError if it is not, and either has the JSON type of none of them, or a lenient reader could take
+    it for one. Servers do: for many, `"true"`, `1` and `[true]` are true.
+    """
+    if any(type(given) is type(one) and given == one for one in wanted):
+        return True
+    types = {type(one) for one in wanted if one is not None}  # next to null alone, values have any type
+    if (types and type(given) not in types) or _leniently(given) in map(_leniently, wanted):
+        raise CannotTellError
+    return False
 
 
 def captured(message: McpMessage, hole: str) -> str:
@@ -135,6 +159,13 @@ def _literal(text: str) -> Any:
     return int(text) if _WHOLE.fullmatch(text) else text
 
 
-def _equal_json(given: Any, wanted: Any) -> bool:
-    """Compare as JSON does: 1 is not true, and a missing argument equals null."""
-    return type(given) is type(wanted) and bool(given == wanted)
+def _leniently(value: Any) -> str:
+    """Return one text for all values that lenient readers could take for each other."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    text = case_folded(str(value or "")).strip()
+    try:
+        number = float(text)
+    except ValueError:
+        return _LENIENT_WORDS.get(text, text)
+    return str(number) if number else ""
