@@ -37,7 +37,7 @@ class CannotTellError(Exception):
 class CompiledMcpRule:
     """One rule, ready to match messages."""
 
-    __slots__ = ("_conditions", "_method", "_name", "captures", "conditional")
+    __slots__ = ("_conditions", "_method", "_name", "_template", "captures", "conditional")
 
     def __init__(self, rule: McpRule) -> None:
         """Raises McpRuleError if the rule has no meaning."""
@@ -46,7 +46,8 @@ class CompiledMcpRule:
             raise McpRuleError(f"a message {rule.method} names nothing: leave the name out")
         if rule.arguments and rule.method not in WITH_ARGUMENTS:
             raise McpRuleError(f"a message {rule.method} has no arguments")
-        self._name, self.captures = _template(rule.name)
+        self._template = rule.name if rule.name is not None else "{any*}"
+        self._name, self.captures = _compiled_template(rule.name)
         self._conditions = {
             name: tuple(_literal(value) for value in values)
             for name, values in (rule.arguments or {}).items()
@@ -75,6 +76,28 @@ class CompiledMcpRule:
             given = argument(message, name)
             met.append(meets(given, values) if name in message.arguments else None in values)
         return all(met)
+
+    def overlaps(self, other: CompiledMcpRule) -> bool:
+        """Return False if no message can match both, whatever its arguments. Compares two templates by their ends."""
+        one, two = self._template, other._template
+        if self._method != other._method:
+            return False
+        if "{" not in one or "{" not in two:
+            return self.covers(other) or other.covers(self)
+        heads = one.partition("{")[0], two.partition("{")[0]
+        tails = one.rpartition("}")[2], two.rpartition("}")[2]
+        return (heads[0].startswith(heads[1]) or heads[1].startswith(heads[0])) and (
+            tails[0].endswith(tails[1]) or tails[1].endswith(tails[0])
+        )
+
+    def covers(self, other: CompiledMcpRule) -> bool:
+        """Return True if all messages that the other may match certainly match this one, whatever their arguments."""
+        mine, its = self._template, other._template
+        if self._method != other._method:
+            return False
+        if mine == its or (HOLE.fullmatch(mine) and mine.endswith("*}")):
+            return True
+        return "{" not in its and self.named(other._method, its) is not None
 
 
 def takes_arguments(method: str) -> bool:
@@ -132,7 +155,7 @@ def check_segments(value: str, *, several: bool) -> None:
             raise CannotTellError
 
 
-def _template(text: str | None) -> tuple[re.Pattern[str] | None, tuple[str, ...]]:
+def _compiled_template(text: str | None) -> tuple[re.Pattern[str] | None, tuple[str, ...]]:
     if text is None:
         return None, ()
     pattern, names, end = "", [], 0
