@@ -131,9 +131,15 @@ class _Calls(list[dict[str, Any]]):
 
 
 async def agent(
-    sdks: Path, program: str, url: str, mode: str, *steps: list[Any], ends_within_s: float = WITHIN_S
+    sdks: Path,
+    program: str,
+    url: str,
+    mode: str,
+    *steps: list[Any],
+    ends_within_s: float = WITHIN_S,
+    clean: bool = False,
 ) -> list[dict[str, Any]]:
-    """What the SDK's client has to say of each step."""
+    """What the SDK's client has to say of each step. `clean`: standard error is empty, also that of its server."""
     runs = {
         "client.py": sdks / PYTHON,
         "client_1.py": Path(sys.executable),
@@ -151,6 +157,7 @@ async def agent(
             process.kill()
             await process.wait()
     assert process.returncode == 0, err.decode()
+    assert not (clean and err), err.decode()
     return [json.loads(line) for line in out.splitlines()]
 
 
