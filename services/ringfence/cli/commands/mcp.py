@@ -65,7 +65,12 @@ def serve(
             connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent,
         ):
             tools = AgentTools(agent, task_id)
-            serving = asyncio.create_task(serve_stdio(tools, lambda: ended.done() or ended.set_result(1)))
+
+            def on_output_closed() -> None:
+                if not ended.done():
+                    ended.set_result(1)
+
+            serving = asyncio.create_task(serve_stdio(tools, on_output_closed))
             try:
                 waited: tuple[asyncio.Future[Any], ...] = (serving, ended)
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
