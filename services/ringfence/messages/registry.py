@@ -473,8 +473,7 @@ class RequestRule(Message):
     """Maps requests to a verb. The first matching rule counts; a request without a match has no verb.
 
     Put conditions on the rule of the weaker verb, and a rule without them, for the stronger verb, after it. Of a stronger
-    verb, the floor or the approval of single actions is higher, and neither is lower. With an
-    unknown field, the requests that match its known conditions are denied.
+    verb, the floor or the approval of single actions is higher, and neither is lower. With an unknown field, the requests that match its known conditions are denied.
     """
 
     method: Annotated[str, Field(pattern=r"^[A-Z]{1,16}$")]
