@@ -472,8 +472,9 @@ class McpRule(Message):
 class RequestRule(Message):
     """Maps requests to a verb. The first matching rule counts; a request without a match has no verb.
 
-    Put conditions on the rule of the weaker verb, and a rule without them, for the stronger verb, after it. Of a stronger
-    verb, the floor or the approval of single actions is higher, and neither is lower. With an unknown field, the requests that match its known conditions are denied.
+    Put conditions on the rule of the weaker verb, and a rule without them, for the stronger verb, after it. Of a
+    stronger verb, the floor or the approval of single actions is higher, and neither is lower. With an unknown field,
+    the requests that match its known conditions are denied.
     """
 
     method: Annotated[str, Field(pattern=r"^[A-Z]{1,16}$")]
@@ -482,8 +483,8 @@ class RequestRule(Message):
     query: Annotated[Condition, Field(max_length=16)] | None = None
     """Parameters of the query that must come, once, with one of these values."""
     body: Annotated[Condition, Field(max_length=16)] | None = None
-    """Members of the body, a JSON object, that must be one of these strings. Another string, or none, does not match; any
-    other value makes the request match no rule."""
+    """Members of the body, a JSON object, that must be one of these strings. With another string, or none, the rule does
+    not match. With another value the request matches no rule."""
     mcp: McpRule | None = None
     """If set, the path is an endpoint of the Model Context Protocol, and only rules with this field decide what is
     posted there. `method` is then `MCP`, which no request has, so that an older reader does not apply the rule as a
