@@ -483,8 +483,8 @@ class RequestRule(Message):
     query: Annotated[Condition, Field(max_length=16)] | None = None
     """Parameters of the query that must come, once, with one of these values."""
     body: Annotated[Condition, Field(max_length=16)] | None = None
-    """Members of the body, a JSON object, that must be one of these strings. With another string, or none, the rule does
-    not match. With another value the request matches no rule."""
+    """Members of the body, a JSON object, that must be one of these strings. With another string, or none, the rule
+    does not match. With another value the request matches no rule."""
     mcp: McpRule | None = None
     """If set, the path is an endpoint of the Model Context Protocol, and only rules with this field decide what is
     posted there. `method` is then `MCP`, which no request has, so that an older reader does not apply the rule as a
