@@ -163,6 +163,18 @@ async def test_a_request_gives_a_handle_and_its_release_ends_it(world: World, se
     assert revocation(record).lease_id == lease_id
 
 
+async def test_lease_of_another_task_is_not_released(world: World, served: Serving) -> None:
+    failed, refused = await served.call("release_credential", lease_id=str(uuid.uuid4()))
+    assert (failed, refused["error"]["code"]) == (True, "task_other")
+    asked = served.call_soon("request_credential", permissions=READ, reason="look")
+    lease_id = await (await arrived(world)).issue(SECRET, delivery="gateway")
+    assert not (await asked)[0]
+    failed, released = await served.call("release_credential", lease_id=lease_id)
+    assert not failed, released
+    record = await world.consume_until(REVOCATION_REQUEST, lambda record: True)
+    assert revocation(record).lease_id == lease_id, "the first release that was sent"
+
+
 async def test_a_credential_that_comes_instead_of_a_handle_is_not_passed_on(
     world: World, served: Serving
 ) -> None:

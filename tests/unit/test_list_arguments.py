@@ -18,6 +18,7 @@ from ringfence import (
     Grantor,
     InvalidCallError,
     Permission,
+    RequestMapError,
     RequestRule,
     SigningKey,
     VerbFloor,
@@ -150,6 +151,18 @@ async def test_the_message_repeats_a_string_as_it_is_to_be_written(
     agent = Agent(connect("agent/bot"))
     with pytest.raises(InvalidCallError, match=r"^verbs is a list of strings: write verbs=\['read'\]$"):
         await agent.request(task=TASK, target="t", verbs="read", resources=["x"], reason="r")
+
+
+async def test_condition_on_the_stronger_verb_is_refused_before_anything_is_sent(
+    connect: Callable[..., Connection],
+) -> None:
+    weak, strong = VerbFloor(verb="push"), VerbFloor(verb="force", floor="operator")
+    force = RequestRule(method="POST", path="/x", verb="force", resource="x", query={"force": ("true",)})
+    push = RequestRule(method="POST", path="/x", verb="push", resource="x")
+    with pytest.raises(RequestMapError, match="weaker verb"):
+        await Administrator(connect("user/olga")).set_target(
+            "t", description="d", verbs=[weak, strong], backend=BACKEND, requests=[force, push]
+        )
 
 
 async def test_a_key_that_stands_for_a_list_is_not_repeated(connect: Callable[..., Connection]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import string
+import unicodedata
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringfence.kernel.base.strict_json import case_folded
 from ringfence.messages.registry import McpRule, RequestRule
 from ringfence.model.http_targets.request_map import (
     MAX_BODY_BYTES,
@@ -39,6 +42,10 @@ MAP = RequestMap(
         rule("tools/call", "push", "repo/{arguments.repo}", "push"),
         rule("tools/call", "once", "server", "repeat", times=("1",)),
         rule("tools/call", "repeat", "server", "repeat"),
+        rule("tools/call", "release", "server", "deploy", to=("prod", "live")),
+        rule("tools/call", "deploy", "server", "deploy"),
+        rule("tools/call", "clear-all", "server", "clear", folder=("null",)),
+        rule("tools/call", "clear", "server", "clear"),
         rule("tools/call", "write", "file/{arguments.path*}", "write_file"),
         rule("tools/call", "close", "issue/{arguments.number}", "close_issue"),
         rule("resources/read", "read", "notes/{path*}", "note:///{path*}"),
@@ -70,12 +77,16 @@ def decided(posted: bytes, target: str = "/mcp") -> Action | None:
         (call("get_issue", repo="a"), "read", "repo/a"),
         (call("push", repo="a", dry_run=True), "plan", "repo/a"),
         (call("push", repo="a", dry_run=False), "push", "repo/a"),
-        (call("push", repo="a", dry_run="true"), "push", "repo/a"),
         (call("push", repo="a"), "push", "repo/a"),
         (call("repeat", times=1), "once", "server"),
-        (call("repeat", times=True), "repeat", "server"),
-        (call("repeat", times="1"), "repeat", "server"),
-        (call("repeat", times=1.0), "repeat", "server"),
+        (call("repeat", times=2), "repeat", "server"),
+        (call("deploy", to="prod"), "release", "server"),
+        (call("deploy", to="test"), "deploy", "server"),
+        (call("deploy"), "deploy", "server"),
+        (call("clear"), "clear-all", "server"),
+        (call("clear", folder=None), "clear-all", "server"),
+        (call("clear", folder="a"), "clear", "server"),
+        (call("clear", folder=["a"]), "clear", "server"),
         (call("write_file", path="a/b/c.txt"), "write", "file/a/b/c.txt"),
         (call("close_issue", number=7), "close", "issue/7"),
         (body("resources/read", params={"uri": "note:///a/b"}), "read", "notes/a/b"),
@@ -108,6 +119,9 @@ def test_the_first_rule_that_matches_counts(posted: bytes, verb: str, resource: 
         call("get_issue", repo="*"),
         call("get_issue", Repo="a"),
         call("push", repo="a", Dry_Run=True),
+        call("push", repo="a", dry_run=None),
+        call("get_issue", repo=2**53),
+        call("get_issue", repo=-(2**53)),
         call("write_file", path="/etc/passwd"),
         call("write_file", path="a/../b"),
         call("write_file", path="a//b"),
@@ -146,6 +160,75 @@ def test_the_first_rule_that_matches_counts(posted: bytes, verb: str, resource: 
     ],
 )
 def test_what_is_in_doubt_is_no_verb(posted: bytes) -> None:
+    assert decided(posted) is None
+
+
+@pytest.mark.parametrize("dry_run", ["true", "True", 1, 1.0, "1", "yes", [True], None, "", 0, "false", {}])
+def test_value_of_another_type_than_the_condition_is_refused(dry_run: Any) -> None:
+    assert decided(call("push", repo="a", dry_run=dry_run)) is None
+
+
+@pytest.mark.parametrize("times", [True, "1", 1.0, [1], None, 1.5, "one", 2**53, -(2**53), 10**40])
+def test_value_beside_a_number_is_refused(times: Any) -> None:
+    assert decided(call("repeat", times=times)) is None
+
+
+@pytest.mark.parametrize(
+    "to",
+    ["PROD", "Prod", " prod", "prod\n", "l\u0131ve", "LIVE", ["prod"], [["prod"]], 7, True, None, {"a": 1}],
+)
+def test_value_that_lenient_readers_take_for_the_wanted_text_is_refused(to: Any) -> None:
+    assert decided(call("deploy", to=to)) is None
+
+
+@pytest.mark.parametrize("folder", ["", "null", "NULL", "none", [], {}, False, 0, [None], [""]])
+def test_value_that_lenient_readers_take_for_null_is_refused(folder: Any) -> None:
+    assert decided(call("clear", folder=folder)) is None
+
+
+@pytest.mark.parametrize("to", ["prod", "test"])
+def test_uncertain_condition_refuses_whatever_the_others_say(to: str) -> None:
+    first = rule("tools/call", "release", "server", "deploy", to=("prod",), force=("true",))
+    both = RequestMap([first, rule("tools/call", "deploy", "server", "deploy")])
+    for arguments in ({"to": to, "force": "true"}, {"force": "true", "to": to}):
+        assert both.action("POST", "/mcp", call("deploy", **arguments)) is None
+
+
+def test_numbers_beyond_2_to_the_53_are_refused_in_resources_only_where_decided() -> None:
+    assert decided(call("close_issue", number=2**53 - 1)) == Action("close", f"issue/{2**53 - 1}")
+    assert decided(call("close_issue", number=2**53)) is None
+    assert decided(call("close_issue", number=2**53 + 1)) is None
+    assert decided(call("close_issue", number=7, other=2**60)) == Action("close", "issue/7")
+
+
+def _equal_ignoring_case(letter: str, ascii_letter: str) -> bool:
+    """As readers compare that know one upper and one lower case of each character, such as Java."""
+    simple = unicodedata.normalize("NFD", letter.lower())[0] if letter == "\u0130" else letter.lower()
+    return ascii_letter.upper() in (letter.upper(), simple.upper()) or ascii_letter in (letter, simple)
+
+
+def test_every_letter_that_equals_an_ascii_letter_without_case_is_folded_to_it() -> None:
+    found = set()
+    for letter in map(chr, range(0x20000)):
+        for ascii_letter in string.ascii_lowercase:
+            if _equal_ignoring_case(letter, ascii_letter):
+                found.add(letter)
+                assert case_folded(letter) == ascii_letter
+    assert found == {*string.ascii_letters, "\u0130", "\u0131", "\u017f", "\u212a"}
+
+
+@pytest.mark.parametrize("twin", ["ur\u0131", "ur\u0130", "URI", "\u0055ri"])
+def test_member_that_differs_from_a_protocol_member_by_case_alone_is_refused(twin: str) -> None:
+    posted = body("resources/read", params={"uri": "note:///a", twin: "note:///secret"})
+    with pytest.raises(McpMessageError) as refused:
+        read_message(posted)
+    assert refused.value.code == "mcp_invalid"
+
+
+@pytest.mark.parametrize("twin", ["argument\u017f", "argumentS", "ta\u017f\u212aId", "context\u0130"])
+def test_dotless_i_long_s_and_kelvin_sign_are_case_variants(twin: str) -> None:
+    plain = case_folded(twin)
+    posted = body("tools/call", params={"name": "get_issue", "arguments": {"repo": "a", plain: 1, twin: 2}})
     assert decided(posted) is None
 
 

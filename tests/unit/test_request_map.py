@@ -56,7 +56,6 @@ MAP = RequestMap(
         ("POST", "/envs/a/runs?x=y&dry=true", "dry-run", "env/a"),
         ("POST", "/envs/a/runs?dry=0", "run", "env/a"),
         ("POST", "/envs/a/runs", "run", "env/a"),
-        ("POST", "/envs/a/runs?Dry=1", "run", "env/a"),
     ],
 )
 def test_the_first_rule_that_matches_counts(method: str, target: str, verb: str, resource: str) -> None:
@@ -81,6 +80,9 @@ def test_the_first_rule_that_matches_counts(method: str, target: str, verb: str,
         ("PUT", "/files/a/../.ci/run.yml"), ("PUT", "/files/.ci%2Frun.yml"), ("PUT", "/files/./.ci/run.yml"),
         ("POST", "/envs/a/runs?dry=1&dry=0"), ("POST", "/envs/a/runs?dry=1;x"), ("POST", "/envs/a/runs?dry=+1"),
         ("POST", "/envs/a/runs?dry=%"), ("POST", "/envs/a/runs?dry=%FF"),
+        ("POST", "/envs/a/runs?Dry=1"), ("POST", "/envs/a/runs?dry[]=1"), ("POST", "/envs/a/runs?dry=2&Dry=1"),
+        ("POST", "/envs/a/runs?dry=TRUE"), ("POST", "/envs/a/runs?dry=yes"), ("POST", "/envs/a/runs?dry=%201"),
+        ("POST", "/envs/a/runs?dry=01"), ("POST", "/envs/a/runs?dry=1.0"),
     ],
 )  # fmt: skip
 def test_what_matches_nothing_or_could_be_read_otherwise_is_no_verb(method: str, target: str) -> None:
@@ -94,9 +96,6 @@ def test_what_matches_nothing_or_could_be_read_otherwise_is_no_verb(method: str,
         (b'{"x": [1, {"event": "APPROVE"}], "event": "ASK"}', "comment"),
         (b'{"event": "\\u0043OMMENT"}', "comment"),
         (b'{"event": "APPROVE"}', "approve"),
-        (b'{"event": "comment"}', "approve"),
-        (b'{"event": ["COMMENT"]}', "approve"),
-        (b'{"event": null}', "approve"),
         (b"{}", "approve"),
     ],
 )
@@ -113,6 +112,8 @@ def test_the_weaker_verb_has_to_be_shown(body: bytes, verb: str) -> None:
         b'{"event": "COMMENT", "x": NaN}', '{"event": "COMMENT"}'.encode("utf-16"),
         b"\xef\xbb\xbf" + b'{"event": "COMMENT"}', b'{"event": "COMMENT"} {}', b"[" * 200_000,
         b'{"event": "COMMENT", "x": "' + b"a" * MAX_BODY_BYTES + b'"}',
+        b'{"event": "comment"}', b'{"event": ["COMMENT"]}', b'{"event": null}', b'{"event": 1}', b'{"event": true}',
+        b'{"event": "COMMENT "}', b'{"event": {"a": "COMMENT"}}', b'{"Event": "COMMENT"}', '{"event": "aſk"}'.encode(),
     ],
 )  # fmt: skip
 def test_a_body_that_cannot_be_read_for_certain_is_no_verb(body: bytes | None) -> None:
@@ -220,8 +221,7 @@ def test_whatever_is_sent_a_verb_has_a_resource_that_is_one(
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=5)))
 def test_whatever_is_in_a_body_the_weaker_verb_is_shown(members: dict[str, str]) -> None:
     action = MAP.action("POST", "/reviews", json.dumps(members).encode())
-    assert action is not None
-    assert (action.verb == "comment") == (members.get("event") in ("COMMENT", "ASK"))
+    assert ((action and action.verb) == "comment") <= (members.get("event") in ("COMMENT", "ASK"))
 
 
 @pytest.mark.parametrize(

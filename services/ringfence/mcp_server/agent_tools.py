@@ -199,11 +199,24 @@ class AgentTools:
         return LeasesResult(task_id=task_id, leases=leases, complete=complete, waiting=waiting)
 
     async def _release(self, arguments: ReleaseCredential) -> ReleasedResult:
+        if self._task_id is not None:
+            await self._check_is_of_task(arguments.lease_id, self._task_id)
         await self._agent.release(arguments.lease_id, reason=arguments.reason)
         self._held.pop(arguments.lease_id, None)
         return ReleasedResult(lease_id=arguments.lease_id, status="released")
 
     # --- helpers ---
+
+    async def _check_is_of_task(self, lease_id: str, task_id: str) -> None:
+        """Raises ToolError unless a lease was asked for here, or the gateway lists it for the task."""
+        if lease_id in self._held or any(
+            lease.lease_id == lease_id for lease in await self._leases_at_gateway(task_id) or ()
+        ):
+            return
+        raise ToolError(
+            f"this server is for task {task_id} alone, and knows no such lease of it: see list_leases",
+            code="task_other",
+        )
 
     async def _leases_at_gateway(self, task_id: str) -> tuple[HeldLease, ...] | None:
         """The leases of a task by the gateway's word; None where an agent has none to ask."""

@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
+import os
+from collections.abc import Callable
 from typing import Any, Final
+
+import anyio
 
 from ringfence import __version__
 from ringfence.mcp_server.agent_tools import AgentTools, ToolAnswer
@@ -22,13 +27,46 @@ _INSTRUCTIONS: Final = (
 )
 
 
-async def serve_stdio(tools: AgentTools) -> None:
-    """Serve until standard input ends. Raises ModuleNotFoundError if the SDK is not installed."""
+class ClientOutput:
+    """Standard output, as the SDK writes to it. A client that no longer reads is no error."""
+
+    def __init__(self, on_closed: Callable[[], None]) -> None:
+        """`on_closed`: called when the client no longer reads."""
+        self._file = anyio.wrap_file(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+        os.dup2(2, 1)  # anything else that is printed is no message
+        self._on_closed = on_closed
+
+    async def write(self, text: str) -> None:
+        """Write one message."""
+        try:
+            await self._file.write(text)
+            await self._file.flush()
+        except OSError:
+            self._on_closed()
+
+    async def flush(self) -> None:
+        """Do nothing: each message is written at once."""
+
+
+async def serve_stdio(tools: AgentTools, on_output_closed: Callable[[], None]) -> None:
+    """Serve until standard input ends. Raises ModuleNotFoundError if the SDK is not installed.
+
+    `on_output_closed`: called when the client no longer reads; a thread may still read standard input then.
+    """
+    _leave_out_sdk_logs()
     # Both versions have these names; what they take differs, and only one of them is installed.
     stdio: Any = importlib.import_module("mcp.server.stdio")
     server = make_server(tools)
-    async with stdio.stdio_server() as (read, write):
+    # The SDK's own streams close those of the process, in version 1.
+    given = anyio.wrap_file(open(0, encoding="utf-8", errors="replace", closefd=False))  # noqa: ASYNC230, SIM115
+    async with stdio.stdio_server(given, ClientOutput(on_output_closed)) as (read, write):
         await server.run(read, write, server.create_initialization_options())
+
+
+def _leave_out_sdk_logs() -> None:
+    """Keep the SDK's logs out of standard error: they quote what the client sent, also at the root logger."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: record.name.partition(".")[0] not in ("mcp", "root"))
 
 
 def make_server(tools: AgentTools) -> Any:

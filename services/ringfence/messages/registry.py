@@ -465,14 +465,16 @@ class McpRule(Message):
     Every one where none is given."""
     arguments: Annotated[Condition, Field(max_length=16)] | None = None
     """Members of `params.arguments` that must come with one of these values. `true`, `false`, `null` and whole numbers
-    are those of JSON, and not texts that look so."""
+    are those of JSON, and not texts that look so. A value of another type, or one that lenient readers take for one of
+    these, makes the message match no rule."""
 
 
 class RequestRule(Message):
     """Maps requests to a verb. The first matching rule counts; a request without a match has no verb.
 
-    Put conditions on the rule of the weaker verb, and a rule without them, for the stronger verb, after it. With an
-    unknown field, the requests that match its known conditions are denied.
+    Put conditions on the rule of the weaker verb, and a rule without them, for the stronger verb, after it. Of a
+    stronger verb, the floor or the approval of single actions is higher, and neither is lower. With an unknown field,
+    the requests that match its known conditions are denied.
     """
 
     method: Annotated[str, Field(pattern=r"^[A-Z]{1,16}$")]
@@ -481,7 +483,8 @@ class RequestRule(Message):
     query: Annotated[Condition, Field(max_length=16)] | None = None
     """Parameters of the query that must come, once, with one of these values."""
     body: Annotated[Condition, Field(max_length=16)] | None = None
-    """Members of the body, a JSON object, that must be one of these strings. Any other body does not match."""
+    """Members of the body, a JSON object, that must be one of these strings. With another string, or none, the rule
+    does not match. With another value the request matches no rule."""
     mcp: McpRule | None = None
     """If set, the path is an endpoint of the Model Context Protocol, and only rules with this field decide what is
     posted there. `method` is then `MCP`, which no request has, so that an older reader does not apply the rule as a

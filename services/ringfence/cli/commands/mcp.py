@@ -61,11 +61,16 @@ def serve(
 
     async def work() -> None:
         async with (
-            _ended_by_signals() as ended,
+            _exit_on_end() as ended,
             connect.agent(identity(me), attest=attest, agent_id=agent_id) as agent,
         ):
             tools = AgentTools(agent, task_id)
-            serving = asyncio.create_task(serve_stdio(tools))
+
+            def on_output_closed() -> None:
+                if not ended.done():
+                    ended.set_result(1)
+
+            serving = asyncio.create_task(serve_stdio(tools, on_output_closed))
             try:
                 waited: tuple[asyncio.Future[Any], ...] = (serving, ended)
                 await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -78,17 +83,17 @@ def serve(
 
 
 @contextlib.asynccontextmanager
-async def _ended_by_signals() -> AsyncIterator[asyncio.Future[signal.Signals]]:
-    """A future that a signal to end resolves. After the block the process ends with the status that shells have for it.
+async def _exit_on_end() -> AsyncIterator[asyncio.Future[int]]:
+    """A future for the exit status, which a signal to end resolves too. If resolved, the process ends after the block.
 
     A thread of the SDK may still read standard input then, and nothing can interrupt it.
     """
     loop = asyncio.get_running_loop()
-    ended: asyncio.Future[signal.Signals] = loop.create_future()
+    ended: asyncio.Future[int] = loop.create_future()
 
     def on_signal(number: signal.Signals) -> None:
         if not ended.done():
-            ended.set_result(number)
+            ended.set_result(128 + number)
 
     numbers = _ENDING
     for number in numbers:
@@ -99,4 +104,4 @@ async def _ended_by_signals() -> AsyncIterator[asyncio.Future[signal.Signals]]:
     if ended.done():
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(128 + ended.result())
+        os._exit(ended.result())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ringfence.messages.run import RunLimits
     from ringfence.runner.lifecycle.plan import PlannedMount
     from ringfence.runner.lifecycle.report import RunReport
+
+_URL_USER: Final = re.compile(r"://([^/?#@:\s]+):?@")
 
 
 def wrap(
@@ -133,22 +137,35 @@ def _refuse_static_keys(environment: dict[str, str], words: list[str]) -> None:
     In the sandbox it opens nothing: the gateway is the only way out, and puts the lease's credential in its place.
     """
     from ringfence.kernel.base.errors import RingfenceError
-    from ringfence.scan.candidates import classify
 
-    given = [(f"--env {name}", name, value) for name, value in environment.items()]
-    for number, word in enumerate(words[1:], start=1):
-        name, equals, value = word.partition("=")
-        given += [(f"argument {number} of the server", "argument", word)]
-        given += [(f"argument {number} of the server", name.strip("-"), value)] if equals else []
-    for where, name, value in given:
+    for where, title in _static_keys(environment, words):
+        raise RingfenceError(
+            f"{where} looks like a static key ({title}), and none gets into the sandbox",
+            code="static_key",
+        ).with_remedy(
+            "put the server's target behind the gateway, ask for it with --allow, and give a placeholder: the "
+            "gateway replaces it"
+        )
+
+
+def _static_keys(environment: dict[str, str], words: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield where a static key is, and the title of its kind. A word may be a command of its own, as for `sh -c`."""
+    from ringfence.scan.candidates import classify
+    from ringfence.scan.names import looks_random
+    from ringfence.scan.readers.fields import classify_command, classify_words
+
+    for found in classify_words(words, ""):
+        yield f"argument {found.field.partition('.')[0]} of the server", found.kind.title
+    texts = {f"argument {number} of the server": word for number, word in enumerate(words)}
+    for name, value in environment.items():
+        texts[f"--env {name}"] = value
         for found in classify(name, value):
-            raise RingfenceError(
-                f"{where} looks like a static key ({found.kind.title}), and none gets into the sandbox",
-                code="static_key",
-            ).with_remedy(
-                "put the server's target behind the gateway, ask for it with --allow, and give a placeholder: the "
-                "gateway replaces it"
-            )
+            yield f"--env {name}", found.kind.title
+    for where, text in texts.items():
+        for found in classify_command(text, ""):
+            yield where, found.kind.title
+        if any(map(looks_random, _URL_USER.findall(text))):
+            yield where, "token in a URL"
 
 
 async def _wrap(

@@ -171,7 +171,7 @@ def add(
     verbs = _with_action_approval(_merge_verbs(base, verb or ()), ask or ())
     verbs = _with_approver_keys(verbs, approver_key or ())
     requests = [*map(_parse_request_rule, request or ()), *(base.requests if base else ())]
-    _check_map(requests)
+    _check_map(requests, verbs)
     kind = backend if backend is not None else base.backend if base else "jwt"
     own = (dict(base.settings) if base and kind == base.backend else {}) | _parse_settings(setting or ())
     own |= {} if address is None else {"address": address}
@@ -318,9 +318,9 @@ def _parse_conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | Non
     return conditions or None
 
 
-def _check_map(requests: list[RequestRule]) -> None:
+def _check_map(requests: list[RequestRule], verbs: list[VerbFloor]) -> None:
     try:
-        RequestMap(requests)
+        RequestMap(requests).check_order(verbs)
     except RequestMapError as error:
         raise typer.BadParameter(str(error), param_hint="--request") from None
 

@@ -413,12 +413,12 @@ class Administrator(CommandClient):
 
         `anyway`: accept a backend of another package that is not installed here.
 
-        Raises RequestMapError if a rule of `requests` is invalid, InvalidCallError if the backend is unknown or
-        does not take these settings; nothing was sent then.
+        Raises RequestMapError if a rule of `requests` is invalid or has conditions on the stronger verb,
+        InvalidCallError if the backend is unknown or does not take these settings; nothing was sent then.
         """
         verbs = instances("verbs", verbs, VerbFloor, '[VerbFloor(verb="read")]')
         requests = instances("requests", requests, RequestRule, "[RequestRule(...)]")
-        RequestMap(requests)
+        RequestMap(requests).check_order(verbs)
         if wrong := backend_problem(backend, anyway=anyway):
             raise InvalidCallError(wrong)
         with checked("the target"):

@@ -344,8 +344,11 @@ class Exchange:
         media = media_type(response.values.get(b"content-type"))
         if media == EVENTS:
             return None, EventStreamFilter(self._mcp_filter)
-        if media == JSON:
-            whole = self._mcp_filter.message(await self._read_whole_body(upstream, body))
+        if media == JSON or (not media and self._mcp_filter.may_be_empty):
+            data = await self._read_whole_body(upstream, body)
+            if not data and self._mcp_filter.may_be_empty:
+                return data, None
+            whole = self._mcp_filter.message(data) if media == JSON else None
             if whole is None:
                 raise RequestRefusedError(
                     502, "target_unreadable", "the target answers with what is not asked for"

@@ -37,6 +37,11 @@ class McpResponseFilter:
         self._results = ResultFilter(mcp.method, mcp.id, mcp.revision, mcp.grants)
         self.outcome = McpOutcome()
 
+    @property
+    def may_be_empty(self) -> bool:
+        """Whether a success may have no body: the answer to a message without an id, or to the end of a session."""
+        return self._mcp.id is None
+
     def on_response_head(self, response: ResponseHead) -> None:
         """Note the status and the session. Raises RequestRefusedError if the session belongs to another lease."""
         self.outcome.status = response.status

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Final
 
 import orjson
+
+MAX_EXACT: Final = 2**53 - 1
+"""The largest whole number that all readers understand alike (RFC 7493, 2.2)."""
 
 
 def json_object(body: bytes) -> dict[str, Any]:
@@ -22,6 +25,14 @@ def json_object(body: bytes) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise ValueError("no JSON object")
     return document
+
+
+def case_folded(text: str) -> str:
+    """A text without case. Texts that any reader could call equal without case have the same one.
+
+    Readers compare in upper or in lower case: Java takes a dotless i for I, and I with a dot for i.
+    """
+    return text.upper().casefold().replace("\u0307", "")
 
 
 def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

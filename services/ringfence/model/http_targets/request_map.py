@@ -7,15 +7,16 @@ has no verb, and nothing allows it. A request that two readers could understand 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, get_args
 from urllib.parse import unquote_to_bytes
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.strict_json import json_object
-from ringfence.messages.registry import RequestRule
+from ringfence.kernel.base.strict_json import case_folded, json_object
+from ringfence.messages.registry import ActionClass, ApprovalClass, RequestRule, VerbFloor
 from ringfence.model.mcp.messages import McpMessage, McpMessageError, read_message
 from ringfence.model.mcp.rules import (
     ARGUMENT,
@@ -25,6 +26,7 @@ from ringfence.model.mcp.rules import (
     McpRuleError,
     captured,
     check_segments,
+    meets,
     takes_arguments,
 )
 from ringfence.model.scope.globs import ScopeError, parse_glob, parse_name
@@ -37,6 +39,8 @@ MAX_BODY_BYTES: Final = 1024 * 1024
 _MAX_SEGMENTS: Final = 256
 """No resource has more segments; more would only cost time."""
 
+_FLOORS: Final[tuple[ApprovalClass, ...]] = get_args(ApprovalClass)
+_ASKS: Final[tuple[ActionClass | None, ...]] = (None, *get_args(ActionClass))
 _MCP: Final = "MCP"
 """The method of rules for MCP messages; no HTTP request has it."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
@@ -78,7 +82,42 @@ class _Rule:
     def folded(self) -> _Rule:
         """The same rule for paths in lower case."""
         return replace(
-            self, segments=tuple(one.casefold() if one is not None else None for one in self.segments)
+            self, segments=tuple(case_folded(one) if one is not None else None for one in self.segments)
+        )
+
+    @property
+    def conditions(self) -> frozenset[tuple[str, str]]:
+        """Where the rule has a condition: the query, the body or the arguments, and the name there."""
+        arguments = self.rule.mcp.arguments if self.rule.mcp is not None else None
+        given = {"query": self.rule.query, "body": self.rule.body, "argument": arguments}
+        return frozenset((where, name) for where, some in given.items() for name in some or ())
+
+    @property
+    def _depth(self) -> tuple[int, float]:
+        """How many segments a path may have, at least and at most."""
+        known = len(self.segments)
+        return (known + 1, math.inf) if self.rest else (known, known)
+
+    def overlaps(self, other: _Rule) -> bool:
+        """Whether a request may match both rules, their conditions aside."""
+        (least, most), (its_least, its_most) = self._depth, other._depth
+        return (
+            max(least, its_least) <= min(most, its_most)
+            and all(
+                None in pair or pair[0] == pair[1]
+                for pair in zip(self.segments, other.segments, strict=False)
+            )
+            and (self.mcp is None or other.mcp is None or self.mcp.overlaps(other.mcp))
+        )
+
+    def covers(self, other: _Rule) -> bool:
+        """Whether all requests that the other may match certainly match this one, their conditions aside."""
+        (least, most), (its_least, its_most) = self._depth, other._depth
+        return (
+            least <= its_least
+            and most >= its_most
+            and all(one in (None, two) for one, two in zip(self.segments, other.segments, strict=False))
+            and (self.mcp is None or other.mcp is None or self.mcp.covers(other.mcp))
         )
 
     def captures(self, segments: Sequence[str]) -> dict[str, str] | None:
@@ -113,13 +152,29 @@ class RequestMap:
         """The methods with a rule that has conditions on the body."""
         self._nearly = [rule.folded() for rule in self._mcp]
 
+    def check_order(self, verbs: Sequence[VerbFloor]) -> None:
+        """Check that requests without a condition need the stronger verb. Raises RequestMapError.
+
+        A later rule that leaves one of a rule's conditions open has its verb or a stronger one, until a rule without
+        conditions takes all the rest. Of a stronger verb the floor or the approval of single actions is higher, and
+        none is lower.
+        """
+        demands = {one.verb: (_FLOORS.index(one.floor), _ASKS.index(one.ask)) for one in verbs}
+        for rules in (*self._by_method.values(), self._mcp):
+            for place, rule in enumerate(rules):
+                for later in rules[place + 1 :] if rule.conditions else ():
+                    if not rule.conditions <= later.conditions and rule.overlaps(later):
+                        _check_stronger(rule.rule, later.rule, demands)
+                    if not later.conditions and later.covers(rule):
+                        break
+
     def speaks_mcp(self, target: str) -> bool:
         """Whether `target` is an endpoint of the Model Context Protocol. `target` as in `action`."""
         return bool(self._mcp) and self._endpoint(target) is not None
 
     def _is_nearly_endpoint(self, segments: Sequence[str]) -> bool:
         """Whether a path differs from an MCP endpoint only in case. Some servers would take it for the endpoint."""
-        folded = [segment.casefold() for segment in segments]
+        folded = [case_folded(segment) for segment in segments]
         return any(rule.captures(folded) is not None for rule in self._nearly)
 
     def _endpoint(self, target: str) -> tuple[str, ...] | None:
@@ -368,6 +423,19 @@ def _offered(rule: RequestRule, captures: Mapping[str, str]) -> Action:
     return Action(rule.verb, str(parse_glob(HOLE.sub(filled, rule.resource))))
 
 
+def _check_stronger(rule: RequestRule, later: RequestRule, demands: Mapping[str, tuple[int, int]]) -> None:
+    """Raises RequestMapError. A verb that the target does not have is the strongest: it is never allowed."""
+    never = len(_FLOORS), len(_ASKS)
+    weak, strong = demands.get(rule.verb, never), demands.get(later.verb, never)
+    if rule.verb == later.verb or (weak != strong and weak[0] <= strong[0] and weak[1] <= strong[1]):
+        return
+    raise RequestMapError(
+        f"'{later.method} {later.path}': requests that do not meet the conditions of the verb {rule.verb} need the "
+        f"verb {later.verb}, which is not stronger: put the conditions on the weaker verb, and give the other a higher "
+        "floor or --ask"
+    )
+
+
 def _is_seen(body: bytes | None) -> bool:
     return body is not None and len(body) <= MAX_BODY_BYTES
 
@@ -415,23 +483,20 @@ def _query_fits(conditions: Mapping[str, tuple[str, ...]] | None, query: str) ->
 
 def _fit(conditions: Mapping[str, tuple[str, ...]], given: Mapping[str, Any]) -> bool:
     """Whether all conditions are met. Raises CannotTellError if other readers might take one of the given names for the
-    name of a condition.
-
-    A condition that is not met needs no such certainty: the next rule is the stronger one.
+    name of a condition, or its value for another.
     """
-    if not all(given.get(name) in values for name, values in conditions.items()):
-        return False
     meant = {plain for name in conditions for plain in _plainly(name)}
     if any(not meant.isdisjoint(_plainly(name)) for name in given if name not in conditions):
         raise CannotTellError
-    return True
+    met = [name in given and meets(given[name], values) for name, values in conditions.items()]
+    return all(met)
 
 
 def _plainly(name: str) -> set[str]:
     """The names that lenient readers might take a name for: without case, without separators, without an index
     (`mode[]` is `mode` to some).
     """
-    name = name.partition("\x00")[0].casefold()
+    name = case_folded(name.partition("\x00")[0])
     return {_NOT_OF_A_NAME.sub("", one) for one in (name, name.partition("[")[0])}
 
 

@@ -12,13 +12,13 @@ from typing import Any, Final
 
 import orjson
 
+from ringfence.kernel.base.strict_json import MAX_EXACT
 from ringfence.model.mcp.messages import CAPABILITIES_KEY, VERSION_KEY, McpMessage, McpMessageError
 
 _LOG_LEVEL_KEY: Final = "io.modelcontextprotocol/logLevel"
 _LEVELS: Final = frozenset({"debug", "info", "notice", "warning", "error", "critical", "alert", "emergency"})
 _TASKS: Final = "io.modelcontextprotocol/tasks"
 _NOT_OF_THE_FORM: Final = frozenset({"_meta", "requestState"})
-_MAX_EXACT: Final = 2**53
 
 
 def canonical_form(message: McpMessage, *, without: frozenset[str] = frozenset()) -> bytes:
@@ -115,4 +115,4 @@ def _is_exact(value: Any) -> bool:
         return all(map(_is_exact, value.values()))
     if isinstance(value, list):
         return all(map(_is_exact, value))
-    return not isinstance(value, int | float) or isinstance(value, bool) or abs(value) < _MAX_EXACT
+    return not isinstance(value, int | float) or isinstance(value, bool) or abs(value) <= MAX_EXACT

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+from ringfence.kernel.base.strict_json import case_folded
 from ringfence.model.mcp.messages import CALL, TASK_METHODS, McpMessage, McpMessageError
 from ringfence.model.mcp.revisions import STATELESS
 
@@ -115,7 +116,7 @@ def _is_same(given: Any, value: str) -> bool:
 
 
 def _plain(name: str) -> str:
-    return name.casefold().replace("-", "").replace("_", "")
+    return case_folded(name).replace("-", "").replace("_", "")
 
 
 def _decoded(value: str) -> str | None:

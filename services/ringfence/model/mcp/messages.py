@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.base.strict_json import MAX_EXACT, case_folded, json_object
 
 RESPONSE: Final = "response"
 """Stands for the method of a response to a request of the server. A response has no method."""
@@ -49,7 +49,7 @@ _GONE: Final = frozenset({"resources/subscribe", "resources/unsubscribe", "tasks
 """Methods that name something, and that revisions which state themselves in `_meta` do not have."""
 _TOP: Final = frozenset({"jsonrpc", "id", "method", "params", "result", "error"})
 _MEANT: Final[Mapping[str, str]] = {
-    name.casefold(): name
+    case_folded(name): name
     for name in (
         "name", "uri", "arguments", "_meta", "taskId", "ref", "argument", "context", "notifications", "task",
         "requestState", "inputResponses",
@@ -60,7 +60,6 @@ _MAX_NAME_CHARS: Final = 1024
 MAX_STATE_CHARS: Final = 256 * 1024
 """The longest `requestState`, sealed as a client has it."""
 _MAX_ID_CHARS: Final = 256
-_MAX_ID: Final = 2**53 - 1
 MAX_SUBSCRIBED: Final = 16
 """The most resources and tasks that one `subscriptions/listen` may name: each is decided by itself."""
 
@@ -174,13 +173,13 @@ def _response(given: Mapping[str, Any], id: str | int | None) -> McpMessage:
 
 def _check_params(params: Mapping[str, Any], id: str | int | None) -> None:
     """Check what the params of every method may have. Raises McpMessageError."""
-    if clash(params) or any(_MEANT.get(name.casefold(), name) != name for name in params):
+    if clash(params) or any(_MEANT.get(case_folded(name), name) != name for name in params):
         raise invalid("names in its params differ by upper and lower case alone", id)
     meta = params.get("_meta", {})
     if not isinstance(meta, dict) or clash(meta):
         raise invalid("its _meta is no object, or has names that differ by upper and lower case alone", id)
-    known = {VERSION_KEY.casefold(): VERSION_KEY, CAPABILITIES_KEY.casefold(): CAPABILITIES_KEY}
-    if any(known.get(key.casefold(), key) != key for key in meta):
+    known = {case_folded(VERSION_KEY): VERSION_KEY, case_folded(CAPABILITIES_KEY): CAPABILITIES_KEY}
+    if any(known.get(case_folded(key), key) != key for key in meta):
         raise invalid(
             "a name in its _meta differs by upper and lower case alone from one of the protocol", id
         )
@@ -263,13 +262,13 @@ def _check_listened(listened: Any, id: str | int | None) -> None:
 def clash(names: Iterable[str]) -> bool:
     """Return whether two of the names differ only in case."""
     listed = list(names)
-    return len({name.casefold() for name in listed}) != len(listed)
+    return len({case_folded(name) for name in listed}) != len(listed)
 
 
 def _is_id(id: Any) -> bool:
     if isinstance(id, str):
         return len(id) <= _MAX_ID_CHARS
-    return isinstance(id, int) and not isinstance(id, bool) and abs(id) <= _MAX_ID
+    return isinstance(id, int) and not isinstance(id, bool) and abs(id) <= MAX_EXACT
 
 
 def invalid(what: str, id: str | int | None = None) -> McpMessageError:

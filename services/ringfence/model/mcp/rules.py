@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from ringfence.kernel.base.strict_json import MAX_EXACT, case_folded
 from ringfence.messages.registry import McpRule
-from ringfence.model.mcp.messages import NAMED_BY, WITH_ARGUMENTS, McpMessage
+from ringfence.model.mcp.messages import NAMED_BY, WITH_ARGUMENTS, McpMessage, clash
 
 ARGUMENT: Final = re.compile(r"arguments\.([A-Za-z0-9_.$-]{1,64}?)(\*?)")
 """A placeholder for an argument in a resource: its name, and whether it may hold several segments."""
@@ -18,6 +19,10 @@ _ANY_NOTIFICATION: Final = "notifications/*"
 _MOST_HOLES: Final = 2
 _WORDS: Final[Mapping[str, Any]] = {"true": True, "false": False, "null": None}
 _WHOLE: Final = re.compile(r"0|-?[1-9][0-9]{0,14}")
+_LENIENT_WORDS: Final = {
+    **dict.fromkeys(("true", "yes", "on", "t", "y"), "1.0"),
+    **dict.fromkeys(("false", "no", "off", "f", "n", "null", "none", "nil", "undefined"), ""),
+}
 _NOT_IN_A_SEGMENT: Final = re.compile(r"[/\\%;\x00-\x1f\x7f]")
 
 
@@ -32,7 +37,7 @@ class CannotTellError(Exception):
 class CompiledMcpRule:
     """One rule, ready to match messages."""
 
-    __slots__ = ("_conditions", "_method", "_name", "captures", "conditional")
+    __slots__ = ("_conditions", "_method", "_name", "_template", "captures", "conditional")
 
     def __init__(self, rule: McpRule) -> None:
         """Raises McpRuleError if the rule has no meaning."""
@@ -41,7 +46,8 @@ class CompiledMcpRule:
             raise McpRuleError(f"a message {rule.method} names nothing: leave the name out")
         if rule.arguments and rule.method not in WITH_ARGUMENTS:
             raise McpRuleError(f"a message {rule.method} has no arguments")
-        self._name, self.captures = _template(rule.name)
+        self._template = rule.name if rule.name is not None else "{any*}"
+        self._name, self.captures = _compiled_template(rule.name)
         self._conditions = {
             name: tuple(_literal(value) for value in values)
             for name, values in (rule.arguments or {}).items()
@@ -64,11 +70,34 @@ class CompiledMcpRule:
         return dict(zip(self.captures, match.groups(), strict=True)) if match is not None else None
 
     def fits(self, message: McpMessage) -> bool:
-        """Return whether the arguments meet the rule's conditions. Raises CannotTellError."""
-        return all(
-            any(_equal_json(argument(message, name), value) for value in values)
-            for name, values in self._conditions.items()
+        """Return whether the arguments meet the rule's conditions. Raises CannotTellError if any is uncertain."""
+        met = []
+        for name, values in self._conditions.items():
+            given = argument(message, name)
+            met.append(meets(given, values) if name in message.arguments else None in values)
+        return all(met)
+
+    def overlaps(self, other: CompiledMcpRule) -> bool:
+        """Return False if no message can match both, whatever its arguments. Compares two templates by their ends."""
+        one, two = self._template, other._template
+        if self._method != other._method:
+            return False
+        if "{" not in one or "{" not in two:
+            return self.covers(other) or other.covers(self)
+        heads = one.partition("{")[0], two.partition("{")[0]
+        tails = one.rpartition("}")[2], two.rpartition("}")[2]
+        return (heads[0].startswith(heads[1]) or heads[1].startswith(heads[0])) and (
+            tails[0].endswith(tails[1]) or tails[1].endswith(tails[0])
         )
+
+    def covers(self, other: CompiledMcpRule) -> bool:
+        """Return True if all messages that the other may match certainly match this one, whatever their arguments."""
+        mine, its = self._template, other._template
+        if self._method != other._method:
+            return False
+        if mine == its or (HOLE.fullmatch(mine) and mine.endswith("*}")):
+            return True
+        return "{" not in its and self.named(other._method, its) is not None
 
 
 def takes_arguments(method: str) -> bool:
@@ -77,12 +106,30 @@ def takes_arguments(method: str) -> bool:
 
 
 def argument(message: McpMessage, name: str) -> Any:
-    """Return one argument, or None if it is missing. Raises CannotTellError if another name differs only in case."""
-    if name not in message.arguments and any(
-        given.casefold() == name.casefold() for given in message.arguments
-    ):
+    """Return one argument, or None if it is missing.
+
+    Raises CannotTellError if another name differs only in case, or if readers understand the number differently.
+    """
+    if name not in message.arguments and clash((name, *message.arguments)):
         raise CannotTellError
-    return message.arguments.get(name)
+    value = message.arguments.get(name)
+    if isinstance(value, int) and abs(value) > MAX_EXACT:
+        raise CannotTellError
+    return value
+
+
+def meets(given: Any, wanted: Sequence[Any]) -> bool:
+    """Return whether a value is one of those that a condition names, as JSON compares: 1 is not true.
+
+    Raises CannotTellError if it is not, and either has the JSON type of none of them, or a lenient reader could take
+    it for one. Servers do: for many, `"true"`, `1` and `[true]` are true.
+    """
+    if any(type(given) is type(one) and given == one for one in wanted):
+        return True
+    types = {type(one) for one in wanted if one is not None}  # next to null alone, values have any type
+    if (types and type(given) not in types) or _leniently(given) in map(_leniently, wanted):
+        raise CannotTellError
+    return False
 
 
 def captured(message: McpMessage, hole: str) -> str:
@@ -108,7 +155,7 @@ def check_segments(value: str, *, several: bool) -> None:
             raise CannotTellError
 
 
-def _template(text: str | None) -> tuple[re.Pattern[str] | None, tuple[str, ...]]:
+def _compiled_template(text: str | None) -> tuple[re.Pattern[str] | None, tuple[str, ...]]:
     if text is None:
         return None, ()
     pattern, names, end = "", [], 0
@@ -135,6 +182,13 @@ def _literal(text: str) -> Any:
     return int(text) if _WHOLE.fullmatch(text) else text
 
 
-def _equal_json(given: Any, wanted: Any) -> bool:
-    """Compare as JSON does: 1 is not true, and a missing argument equals null."""
-    return type(given) is type(wanted) and bool(given == wanted)
+def _leniently(value: Any) -> str:
+    """Return one text for all values that lenient readers could take for each other."""
+    while isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    text = case_folded(str(value or "")).strip()
+    try:
+        number = float(text)
+    except ValueError:
+        return _LENIENT_WORDS.get(text, text)
+    return str(number) if number else ""
