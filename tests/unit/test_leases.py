@@ -89,7 +89,8 @@ def test_a_life_never_goes_back_and_ends_once(wanted: list[LeaseStatus]) -> None
     for status in wanted:
         try:
             one = follow(one, status, by=REVOKER, cause=CAUSE)
-        except LeaseStateError:
+        except LeaseStateError as error:
+            assert error.code == "lease_state"
             assert status not in FOLLOWING[one.status]
             continue
         life.append(one)
@@ -170,7 +171,7 @@ def test_every_selector_names_a_mark_that_its_leases_bear() -> None:
         selector_key_of(Selector(user_id=one.on_behalf_of)),
     }
     assert by_selector == set(selector_keys(one))
-    assert selector_key_of(Selector(all=True)) == ALL_LEASES
+    assert selector_key_of(Selector(all=True)) == ALL_LEASES == "all"
     # A user who sponsors is not covered as one on whose behalf, and no id can be taken for another kind's.
     assert (
         selector_key_of(Selector(sponsor="x"))

@@ -382,6 +382,18 @@ def test_a_known_agents_key_verifies_and_the_key_of_another_does_not(organisatio
             verify_revocation(signed_by(organisation, key), organisation.directory, organisation.trust)
 
 
+def test_a_key_that_had_ended_when_the_revocation_was_appended_verifies_nothing(
+    organisation: Organisation,
+) -> None:
+    key = organisation.key("brief", "agent")
+    end_s = organisation.clock.ms // 1000 + 60
+    organisation.give(organisation.register("sam", "brief", "sam", keys=(key.record(end_s),)))
+    verify_revocation(signed_by(organisation, key), organisation.directory, organisation.trust)
+    organisation.clock.ms = end_s * 1000
+    with pytest.raises(InvalidMessageError):
+        verify_revocation(signed_by(organisation, key), organisation.directory, organisation.trust)
+
+
 @pytest.mark.parametrize(("role", "counts"), [("revoker", True), ("policy", False)])
 @pytest.mark.parametrize("after_s", [0, 366 * 86_400], ids=["bundle valid", "bundle expired"])
 def test_a_revokers_key_verifies_also_after_the_bundle_and_no_other_services(
