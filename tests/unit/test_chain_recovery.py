@@ -15,6 +15,7 @@ from ringfence.audit.trail.chain_recovery import (
     _UnsignedEvent,
 )
 from ringfence.audit.trail.handover_lookup import content_digest
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.model.audit_log.chain import (
     NOTHING,
@@ -157,6 +158,7 @@ def test_an_event_is_linked_to_its_predecessor_and_read_back() -> None:
     assert claimed_link(loaded(value)) == (TREE, 2, FIRST.last.hex())
     found = event_of(value)
     assert found is not None
+    assert found.source.uid == derived_id("t", 1, 2)
     assert (found.uid, found.source, found.link) == ("u", Source("t", 1, 2), ChainLink(**link))
     unlinked = event_of(body)
     assert unlinked is not None

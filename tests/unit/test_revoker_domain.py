@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ringfence.kernel.base.ids import derived_id
+from ringfence.messages.enrolment import InstanceRef
 from ringfence.messages.lease import Delegator, EndCause, EndKind, Lease, LeaseStatus, Selector
 from ringfence.messages.registry import (
     AgentSetCeiling,
@@ -131,6 +133,7 @@ def test_a_record_that_leaves_no_room_ends_all_that_it_covers(
     found = consequences(state(records), 2, NOW_S, MAX_AGE_S)
     assert all(isinstance(one, SelectorEnd) for one in found)
     assert [(one.kind, one.selector) for one in found if isinstance(one, SelectorEnd)] == wanted
+    assert all(one.reason for one in found if isinstance(one, SelectorEnd))
 
 
 def test_a_later_record_of_an_active_agent_narrows_its_leases_to_the_ceiling(records: Records) -> None:
@@ -139,6 +142,7 @@ def test_a_later_record_of_an_active_agent_narrows_its_leases_to_the_ceiling(rec
     (found,) = consequences(state, 2, NOW_S, MAX_AGE_S)
     assert isinstance(found, Narrowing)
     assert (found.selector_key, found.scope, found.beyond.kind) == ("agent:bot", (NARROW,), "scope_narrowed")
+    assert "ceiling of agent bot" in found.beyond.reason
     assert found.agent is state
 
 
@@ -153,6 +157,7 @@ def test_a_later_record_of_a_user_narrows_to_entitlements_that_are_fresh(
     (found,) = consequences(state, 2, state.entitlements.as_of + age_s, MAX_AGE_S)
     assert isinstance(found, Narrowing)
     assert (found.selector_key, found.scope, found.beyond.kind) == ("user:uma", scope, "scope_narrowed")
+    assert "entitlements of user uma" in found.beyond.reason
 
 
 @pytest.mark.parametrize(
@@ -187,6 +192,8 @@ def test_an_agent_is_an_orphan_without_an_active_sponsor(
 def test_who_was_ever_a_sponsor_is_found_in_the_commands() -> None:
     records = Records()
     records.give(records.user_set("olga", "sam"))
+    for name in ("sam", "uma"):
+        records.give(records.claims(UserDisable, "olga", user_id=name, reason="left"))
     entries = {name: records.directory.user(name) for name in ("sam", "uma")}
     assert {name: was_sponsor(entry.record) for name, entry in entries.items() if entry} == {
         "sam": True,
@@ -214,6 +221,24 @@ def test_a_lease_by_a_compromised_key_ends(records: Records, agent: str, how: st
     assert found is not None
     assert found.kind == "key_compromised"
     assert how in found.reason
+
+
+def test_a_lease_of_an_instance_ends_with_the_selector_that_let_it_in(records: Records) -> None:
+    instance = InstanceRef(
+        instance_id=records.task,
+        issuer="https://x.example",
+        subject="s",
+        selector="0" * 64,
+        not_after=NOW_S + 900,
+    )
+    lease = records.lease.model_copy(update={"instance": instance})
+    beyond = EndReason("scope_narrowed", "beyond")
+    found = Narrowing("agent:bot", (WIDE,), beyond, records.agent()).unfit(lease)
+    assert found is not None
+    assert found.kind == "scope_narrowed"
+    assert found.reason
+    assert found != beyond
+    assert Narrowing("agent:bot", (WIDE,), beyond).unfit(lease) is None
 
 
 @pytest.mark.parametrize(
@@ -252,6 +277,7 @@ def test_a_lease_ends_with_each_record_that_it_rests_on(command: State, kind: En
     basis = stale_basis(records.lease, records.directory, MAX_AGE_S)
     assert basis is not None
     assert (basis.kind, basis.record[1]) == (kind, change.revision)
+    assert basis.reason
     assert f"/{subject}" in basis.record[0]
 
 
@@ -269,11 +295,24 @@ def test_records_that_are_not_known_end_nothing(records: Records) -> None:
     )
 
 
+def test_the_first_revision_of_a_record_ends_nothing_and_a_later_record_is_judged_all_the_same(
+    records: Records,
+) -> None:
+    beyond = records.lease.model_copy(
+        update={"scope": (permission("other"),), "on_behalf_of": "x", "delegators": None}
+    )
+    assert stale_basis(beyond, records.directory, MAX_AGE_S) is None
+    unknown_agent = records.lease.model_copy(update={"agent_id": "x", "scope": (permission("other"),)})
+    basis = stale_basis(unknown_agent, records.directory, MAX_AGE_S)
+    assert basis is not None
+    assert basis.record[0].endswith("/user/uma")
+
+
 # --- what follows ---
 
 
 def test_a_revocation_that_follows_from_a_record_has_the_same_id_for_each_service() -> None:
-    given: dict[str, Any] = {"trust_domain": TD, "at_ms": 1_999, "record": ("spiffe://x", 2)}
+    given: dict[str, Any] = {"trust_domain": TD, "at_ms": 2_002_999, "record": ("spiffe://x", 2)}
     one = derived_revocation(
         "task_ended", "why", by=f"spiffe://{TD}/service/a", selector=Selector(agent_id="bot"), **given
     )
@@ -283,12 +322,12 @@ def test_a_revocation_that_follows_from_a_record_has_the_same_id_for_each_servic
     assert (one.iss, one.aud, one.iat, one.kind, one.reason) == (
         f"spiffe://{TD}/service/a",
         TD,
-        1,
+        2002,
         "task_ended",
         "why",
     )
     assert (one.selector, one.lease_id) == (Selector(agent_id="bot"), None)
-    assert one.jti == again.jti
+    assert one.jti == again.jti == derived_id("revocation.request", "spiffe://x", 2, '{"agent_id":"bot"}')
     lease_id = str(uuid.uuid4())
     others = [
         derived_revocation(
@@ -304,6 +343,7 @@ def test_a_revocation_that_follows_from_a_record_has_the_same_id_for_each_servic
         ),
     ]
     assert others[1].lease_id == lease_id
+    assert others[1].jti == derived_id("revocation.request", "spiffe://x", 2, lease_id)
     assert len({one.jti, *(other.jti for other in others)}) == 4
     assert run_record("r") == ("run/r", 1)
 
