@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import AsyncIterator
+from typing import Any, cast
 
 import pytest
 
 from ringfence.audit.trail.chain_recovery import (
     RecoveredChain,
     _extend_chain,
+    _last_checkpoints,
     _PartitionEnd,
     _recent_uids,
     _UnsignedEvent,
 )
 from ringfence.audit.trail.handover_lookup import content_digest
 from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
+from ringfence.messages.base import ServiceRole, Topic
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.audit_log.chain import (
     NOTHING,
     Source,
@@ -29,6 +39,7 @@ from ringfence.model.audit_log.chain import (
     loaded,
 )
 from ringfence.model.audit_log.merkle import Hash, TreeHead, leaf_hash
+from tests.support.in_memory_registry import START_MS, TD
 
 TREE = "0"
 FIRST = Tip().grown(leaf_hash(b"one"))
@@ -183,3 +194,68 @@ def test_a_value_that_is_no_event_has_no_link(value: bytes) -> None:
 )
 def test_an_event_without_a_whole_link_claims_none(event: Any) -> None:
     assert claimed_link(event) is None
+
+
+# --- signed heads ---
+
+ROOT = SigningKey.generate(f"spiffe://{TD}/root")
+AUDIT, POLICY = (SigningKey.generate(f"spiffe://{TD}/service/{name}") for name in ("audit", "policy"))
+YEAR_S = 365 * 86_400
+
+
+@pytest.fixture
+def trust() -> TrustStore:
+    now_s = START_MS // 1000
+    roles: dict[SigningKey, ServiceRole] = {AUDIT: "audit", POLICY: "policy"}
+    services = tuple(
+        ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + YEAR_S),))
+        for key, role in roles.items()
+    )
+    bundle = TrustBundle(
+        iss=ROOT.id, aud=TD, iat=now_s, exp=now_s + YEAR_S, jti="b", version=1, services=services
+    )
+    store = TrustStore(TD, ROOT.kid)
+    store.load(sign(bundle, ROOT, header_jwk=True), now_s)
+    return store
+
+
+class Checkpoints:
+    """The topic of checkpoints, as whoever takes over reads it."""
+
+    def __init__(self, *values: str) -> None:
+        self._values = values
+
+    async def whole(self, topic: Topic[Any]) -> AsyncIterator[Received]:
+        for offset, value in enumerate(self._values):
+            yield Received(topic, "t", 0, offset, START_MS, None, value.encode())
+
+
+def checkpoint(size: int, key: SigningKey = AUDIT, **fields: Any) -> str:
+    tip = Tip().grown(*(leaf_hash(bytes([number])) for number in range(size)))
+    given = {
+        "iss": key.id, "aud": TD, "iat": START_MS // 1000, "jti": f"c{size}", "tree": TREE, "size": size,
+        "root": tip.head.root.hex(), "peaks": tuple(peak.hex() for peak in tip.head.peaks), "last": tip.last.hex(),
+        **fields,
+    }  # fmt: skip
+    return sign(AuditCheckpoint.model_validate(given), key)
+
+
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        ([checkpoint(2)], 2),
+        ([checkpoint(2), checkpoint(3)], 3),
+        ([checkpoint(3), checkpoint(2)], 3),
+        ([checkpoint(2), checkpoint(3, POLICY)], 2),  # no audit service
+        ([checkpoint(2), checkpoint(3, SigningKey.generate(AUDIT.id))], 2),  # an unknown key
+        ([checkpoint(2), checkpoint(3, aud="other.example")], 2),
+        ([checkpoint(3, root=OTHER.hex()), checkpoint(2)], 2),  # its parts contradict each other
+        (["garbage", checkpoint(2)], 2),
+        ([sign(Heartbeat(iss=AUDIT.id, aud=TD, iat=1, jti="h", at_ms=1), AUDIT), checkpoint(2)], 2),
+    ],
+)
+async def test_the_chain_begins_behind_the_largest_head_that_an_audit_service_signed(
+    trust: TrustStore, values: list[str], size: int
+) -> None:
+    found = await _last_checkpoints(cast(Stretches, Checkpoints(*values)), trust)
+    assert {tree: tip.head.size for tree, tip in found.items()} == {TREE: size}
