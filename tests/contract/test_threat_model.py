@@ -79,7 +79,7 @@ def test_every_cannot_names_its_test() -> None:
     "who",
     [
         "registry", "policy", "issuer", "revoker", "gateway", "audit", "agent", "sponsor", "operator", "every topic",
-        "Redis", "root", "provisioner", "signals", "bundle of rules",
+        "Redis", "root", "provisioner", "signals", "bundle of rules", "Rego engine",
     ],
 )  # fmt: skip
 def test_everybody_who_may_be_taken_over_has_a_section(who: str) -> None:

@@ -68,3 +68,21 @@ def test_it_packs_what_opa_takes(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert file.read_bytes() == archive(load_bundle())
     assert load_bundle().revision in capsys.readouterr().out
     assert main(["policy", "build", str(tmp_path / "nowhere" / "x")]) == 1
+
+
+@pytest.mark.parametrize(
+    ("rules", "tests", "said"),
+    [
+        ("decision := {\n", "", "rules.rego:4:1"),
+        ("other := 1\n", "", "no rule data.ringfence.issuance.decision"),
+        (ALLOWS, DENIED, "data.ringfence.issuance_test.test_denied"),
+    ],
+)
+def test_a_bundle_that_does_not_compile_or_fails_its_tests_is_not_packed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rules: str, tests: str, said: str
+):
+    file = tmp_path / "policy.tar.gz"
+    write(tmp_path / "rules", rules, tests)
+    assert main(["policy", "build", str(file), "--bundle", str(tmp_path / "rules")]) == 1
+    assert said in capsys.readouterr().err
+    assert not file.exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import subprocess
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 
 from ringfence.dev.processes import free_port
 from ringfence.kernel.base.settings import load
-from ringfence.rego.bundle import OWN_BUNDLE, Bundle
+from ringfence.rego.bundle import OWN_BUNDLE, Bundle, BundleError
+from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import (
     PolicyFailedError,
     PolicyTimeoutError,
@@ -262,6 +264,34 @@ async def test_after_a_time_out_the_server_is_told_and_the_next_is_answered(bund
             await hung_up.wait()
         assert (await engine.evaluate(INPUT)).result.allow
         await engine.close()
+
+
+@pytest.fixture
+def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that exists once any process that starts here has loaded the module of the embedded engine."""
+    loaded = tmp_path / "loaded"
+    (tmp_path / "regorus.py").write_text(f"open({str(loaded)!r}, 'w').close()\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return loaded
+
+
+async def test_where_opa_decides_the_wheel_of_the_embedded_engine_is_not_loaded(bundle: Bundle, loads: Path):
+    services = "import ringfence.policy.app, ringfence.gateway.app"
+    done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", services], check=False)
+    assert done.returncode == 0
+    async with misbehaving(saying(answered(bundle.revision))) as url:
+        engine = OpaEngine(url, bundle, timeout_ms=TIMEOUT_MS)
+        await engine.start()
+        await engine.use(bundle)
+        assert (await engine.evaluate(INPUT)).result.allow
+        await engine.close()
+    assert not loads.exists()
+
+
+async def test_the_embedded_engine_loads_the_wheel_in_its_worker(bundle: Bundle, loads: Path):
+    with pytest.raises(BundleError):
+        await EmbeddedEngine(bundle, timeout_ms=TIMEOUT_MS).start()
+    assert loads.exists()
 
 
 # --- with a real OPA ---

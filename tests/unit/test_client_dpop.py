@@ -171,6 +171,33 @@ async def test_a_proof_is_of_the_last_minute(clock: Clock) -> None:
             await check(checker, made(clock, iat=clock.now - age_s, jti=f"bad-{n}"))
 
 
+@pytest.mark.parametrize(
+    ("claim", "from_now_s", "counts"),
+    [
+        ("nbf", LEEWAY_S, True),
+        ("nbf", LEEWAY_S + 1, False),
+        ("exp", 1, True),
+        ("exp", 0, False),
+    ],
+)
+async def test_a_proof_counts_from_its_nbf_until_its_exp(
+    clock: Clock, claim: str, from_now_s: int, counts: bool
+) -> None:
+    claims: dict[str, Any] = {claim: clock.now + from_now_s}
+    one = made(clock, **claims)
+    with contextlib.nullcontext() if counts else pytest.raises(ProofError, match="not to count yet"):
+        await check(ProofChecker(clock=clock), one)
+
+
+@pytest.mark.parametrize(
+    ("age_s", "counts"),
+    [(NONCE_LIFE_S - 1, True), (NONCE_LIFE_S, False), (-LEEWAY_S, True), (-LEEWAY_S - 1, False)],
+)
+def test_a_nonce_counts_for_its_life_and_the_leeway_of_clocks(age_s: int, counts: bool) -> None:
+    nonces = Nonces()
+    assert nonces.counts(nonces.fresh(10_000), 10_000 + age_s) is counts
+
+
 async def test_a_proof_does_not_come_again_as_long_as_its_time_counts(clock: Clock) -> None:
     checker = ProofChecker(clock=clock)
     early = made(clock, iat=clock.now + LEEWAY_S)

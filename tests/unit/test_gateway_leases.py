@@ -8,6 +8,7 @@ import pytest
 
 from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS, SLACK_MS, LeaseTable
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.model.leases.lifecycle import follow
 from tests.support import leases
@@ -265,3 +266,121 @@ def test_an_order_about_what_has_just_ended_finds_its_lease(table: LeaseTable, c
     clock.ms += ENDED_KEPT_MS
     table.sweep()
     assert table.get(one.lease_id) is None
+
+
+# --- runs, and look-ups -----------------------------------------------------------------------------------------------
+
+RUN, OTHER_RUN = "5f7f9a0e-0000-4000-8000-00000000000a", "5f7f9a0e-0000-4000-8000-00000000000b"
+
+
+def of_run(run_id: str | None, **fields: Any) -> Lease:
+    """A lease whose credential the instance of a run has itself; None for an instance of a platform."""
+    run = RunRef(run_id=run_id, task_id=RUN) if run_id is not None else None
+    instance = InstanceRef(
+        instance_id=RUN,
+        issuer="https://x.example",
+        subject="s",
+        selector="0" * 64,
+        not_after=NOW_S + 900,
+        run=run,
+    )
+    return lease(**{"delivery": "agent", "instance": instance, **fields})
+
+
+def test_the_end_of_a_run_cuts_its_leases_and_no_others(table: LeaseTable) -> None:
+    ended, injected = of_run(RUN), of_run(RUN, delivery="gateway")
+    others = [of_run(OTHER_RUN), of_run(None), lease()]
+    told = {one.lease_id: Told() for one in (ended, injected, *others)}
+    for one in (ended, injected, *others):
+        table.apply(one)
+        table.watch(one.lease_id, told[one.lease_id])
+    assert table.delivered_to_run(RUN) == [ended]
+    table.end_run(RUN)
+    assert [told[one.lease_id].times for one in (ended, injected, *others)] == [1, 1, 0, 0, 0]
+    for one in (ended, injected):
+        problem = table.problem(one)
+        assert problem is not None
+        assert (problem.code, problem.side) == ("run_ended", "lease")
+    assert [table.problem(one) for one in others] == [None, None, None]
+    assert table.delivered_to_run(RUN) == []
+    assert table.delivered_to_run(OTHER_RUN) == [others[0]]
+    late = of_run(RUN)
+    table.apply(late)
+    assert table.delivered_to_run(RUN) == [], "a record that came after the end of the run"
+
+
+def test_a_lease_of_a_run_leaves_the_table_with_its_end(table: LeaseTable, clock: FixedClock) -> None:
+    first, second = of_run(RUN), of_run(RUN)
+    for one in (first, second):
+        table.apply(one)
+    table.apply(follow(first, "ending", by=leases.REVOKER, cause=leases.CAUSE))
+    assert table.delivered_to_run(RUN) == [second]
+    clock.ms = second.deadline * 1000 + ENDED_KEPT_MS
+    table.end_run(RUN)
+    for _ in range(2):
+        table.sweep()
+    assert not table._of_runs
+    clock.ms += REVOCATIONS_KEPT_MS + ENDED_KEPT_MS
+    table.sweep()
+    assert not table._ended_runs
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda table, one: table.revoke(one.lease_id, START_MS), "lease_cut"),
+        (lambda table, one: table.fence("all", START_MS, revocation_id="x"), "lease_cut"),
+        (
+            lambda table, one: table.apply(one.model_copy(update={"seq": 2, "status": "ending"})),
+            "lease_ended",
+        ),
+        (lambda table, one: None, None),
+    ],
+    ids=["revoked", "fenced", "cut by its record", "live"],
+)
+def test_a_lease_is_live_unless_something_ended_it(table: LeaseTable, make: Any, code: str | None) -> None:
+    one = lease()
+    unknown = table.problem(one)
+    assert unknown is not None
+    assert unknown.code == "lease_ended"
+    table.apply(one)
+    make(table, one)
+    problem = table.problem(one)
+    assert (problem.code if problem else None) == code
+    assert table.is_live(one.lease_id, START_MS) == (code is None)
+    assert not table.is_live(one.lease_id, one.deadline * 1000)
+    assert table.is_live(one.lease_id, one.deadline * 1000 - 1) == (code is None)
+
+
+def test_the_version_changes_with_each_lease_of_an_agent_at_a_target(table: LeaseTable) -> None:
+    key = (AGENT, TARGET)
+    assert (table.version(key), table.tasks()) == (-1, set())
+    first, second = lease(), lease()
+    table.apply(first)
+    one = table.version(key)
+    table.apply(lease(target_id="other"))
+    assert table.version(key) == one
+    table.apply(second)
+    assert table.version(key) not in (-1, one)
+    assert table.tasks() >= {first.task_id, second.task_id}
+    for ended in (first, second):
+        table.apply(follow(ended, "ending", by=leases.REVOKER, cause=leases.CAUSE))
+    assert table.version(key) == -1
+
+
+def test_a_lease_whose_deadline_is_long_past_is_not_taken(table: LeaseTable) -> None:
+    table.apply(lease(deadline=NOW_S - SLACK_MS // 1000))
+    assert len(table) == 0
+    table.apply(lease(deadline=NOW_S - SLACK_MS // 1000 + 1))
+    assert len(table) == 1
+
+
+def test_a_lease_that_is_being_minted_is_forgotten_after_its_deadline(
+    table: LeaseTable, clock: FixedClock
+) -> None:
+    one = lease(status="minting")
+    table.apply(one)
+    clock.ms = one.deadline * 1000 + ENDED_KEPT_MS + SLACK_MS
+    for _ in range(3):
+        table.sweep()
+    assert len(table) == 0

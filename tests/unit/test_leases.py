@@ -9,23 +9,35 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector
+from ringfence.messages.lease import TERMINAL, Delegator, EndCause, EndKind, Lease, LeaseStatus, Selector
 from ringfence.model.leases.lifecycle import (
     ALL_LEASES,
     FOLLOWING,
     LeaseStateError,
+    after_minting,
+    agent_selector_key,
+    before_minting,
     comes_after,
     cut_before,
+    cut_key,
+    delegator_selector_keys,
     end_status,
     follow,
     has_origin,
+    has_terms_of,
     is_covered,
+    is_cut_key,
     is_over,
+    is_short_lived,
+    is_task_bound,
+    matches,
     origin_of,
+    own_selector_keys,
     record_id,
     restated,
     selector_key_of,
     selector_keys,
+    shared_selector_keys,
     statement,
 )
 from ringfence.revoker.domain import deadline_cause, next_status
@@ -58,6 +70,18 @@ def test_only_a_terminal_lease_has_nothing_to_follow(status: LeaseStatus) -> Non
     assert (not FOLLOWING[status]) == (status in TERMINAL) == is_over(lease(status))
 
 
+def test_only_these_statuses_follow_each_other() -> None:
+    assert {(before, after) for before, following in FOLLOWING.items() for after in following} == {
+        ("minting", "active"),
+        ("minting", "aborted"),
+        ("active", "ending"),
+        ("active", "expired"),
+        ("ending", "released"),
+        ("ending", "revoked"),
+        ("ending", "expired"),
+    }
+
+
 @given(st.lists(st.sampled_from(STATUSES), max_size=8))
 def test_a_life_never_goes_back_and_ends_once(wanted: list[LeaseStatus]) -> None:
     one = lease("minting")
@@ -65,7 +89,8 @@ def test_a_life_never_goes_back_and_ends_once(wanted: list[LeaseStatus]) -> None
     for status in wanted:
         try:
             one = follow(one, status, by=REVOKER, cause=CAUSE)
-        except LeaseStateError:
+        except LeaseStateError as error:
+            assert error.code == "lease_state"
             assert status not in FOLLOWING[one.status]
             continue
         life.append(one)
@@ -146,7 +171,7 @@ def test_every_selector_names_a_mark_that_its_leases_bear() -> None:
         selector_key_of(Selector(user_id=one.on_behalf_of)),
     }
     assert by_selector == set(selector_keys(one))
-    assert selector_key_of(Selector(all=True)) == ALL_LEASES
+    assert selector_key_of(Selector(all=True)) == ALL_LEASES == "all"
     # A user who sponsors is not covered as one on whose behalf, and no id can be taken for another kind's.
     assert (
         selector_key_of(Selector(sponsor="x"))
@@ -167,6 +192,10 @@ def test_a_record_said_again_in_another_epoch_says_the_same() -> None:
     ending = follow(lease(), "ending", by=REVOKER, cause=CAUSE, epoch="1.aaaaaaaa")
     again = restated(ending, by="spiffe://acme.example/service/revoker-2", epoch="2.bbbbbbbb")
     assert (ending.epoch, again.epoch) == ("1.aaaaaaaa", "2.bbbbbbbb")
+    assert (again.iss, again.model_copy(update={"iss": ending.iss, "epoch": ending.epoch})) == (
+        "spiffe://acme.example/service/revoker-2",
+        ending,
+    )
     assert statement(ending) == statement(again)
     assert has_origin(again, again.jti.rpartition(".")[0])
     other = CAUSE.model_copy(update={"ref": "another"})
@@ -204,3 +233,134 @@ def test_what_redis_has_goes_on_from_what_kafka_has_or_it_does_not() -> None:
     elsewise = EndCause(kind="deadline", at_ms=2)
     cut = follow(active, "ending", by=REVOKER, cause=elsewise)
     assert not comes_after(cut, revoked), "it was cut for another cause, and ends for that"
+
+
+# --- the terms of a lease ---------------------------------------------------------------------------------------------
+
+ONE_STEP = {
+    "iss": REVOKER,
+    "iat": 1,
+    "jti": "j.2",
+    "seq": 2,
+    "status": "ending",
+    "cause": CAUSE,
+    "epoch": "1.aaaaaaaa",
+    "traceparent": "00-a-b-01",
+}
+"""What the next record of a lease may have otherwise."""
+
+
+@pytest.mark.parametrize("field", sorted(Lease.model_fields))
+def test_a_later_record_with_other_terms_is_of_another_lease(field: str) -> None:
+    before = lease()
+    changed = {field: ONE_STEP.get(field, "changed")}
+    assert has_terms_of(before, before.model_copy(update=changed)) == (field in ONE_STEP)
+
+
+def test_minting_announces_the_lease_and_ends_in_its_first_active_record() -> None:
+    announced = before_minting(lease())
+    assert (announced.status, announced.seq) == ("minting", 1)
+    active = after_minting(announced, epoch="3.cccccccc")
+    assert (active.status, active.seq, active.epoch) == ("active", 2, "3.cccccccc")
+    assert active.jti == record_id(origin_of(active.lease_id, AT), 2)
+    assert has_terms_of(announced, active)
+
+
+def test_a_record_is_as_old_as_its_cause_or_as_the_record_before() -> None:
+    before = lease(iat=1_790_000_005)
+    assert follow(before, "ending", by=REVOKER, cause=CAUSE).iat == 1_790_000_005
+    later = CAUSE.model_copy(update={"at_ms": 1_790_000_009_999})
+    assert follow(before, "ending", by=REVOKER, cause=later).iat == 1_790_000_009
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"),
+    [("deadline", "expired"), ("release", "released"), ("mint_failed", "aborted")]
+    + [(kind, "revoked") for kind in KINDS if kind not in ("deadline", "release", "mint_failed")],
+)
+def test_each_kind_of_end_has_its_status(kind: EndKind, status: LeaseStatus) -> None:
+    assert end_status(kind) == status
+
+
+@pytest.mark.parametrize(
+    ("status", "seq", "cut"),
+    [("revoked", 3, True), ("ending", 3, False), ("revoked", 2, False), ("aborted", 3, False)],
+)
+def test_only_an_end_behind_a_cut_has_a_record_of_one(status: LeaseStatus, seq: int, cut: bool) -> None:
+    before = cut_before(lease(status, seq))
+    assert (before is not None) is cut
+    if before is not None:
+        assert (before.status, before.seq) == ("ending", seq - 1)
+        assert before.jti == record_id(origin_of(before.lease_id, AT), seq - 1)
+
+
+def test_a_lease_that_is_cut_ends_by_a_terminal_record_of_the_same_cause_only() -> None:
+    ending = follow(lease(), "ending", by=REVOKER, cause=CAUSE)
+    later = {"seq": 3, "status": "active", "cause": CAUSE}
+    assert not comes_after(ending, ending.model_copy(update=later))
+    assert comes_after(ending, ending.model_copy(update={**later, "status": "revoked"}))
+    assert not comes_after(lease(seq=2), lease(seq=2))
+    assert comes_after(lease(seq=2), lease(seq=3))
+
+
+# --- selector keys ----------------------------------------------------------------------------------------------------
+
+PART = Delegator(agent_id="lead", task_id="5f7f9a0e-0000-4000-8000-000000000001", sponsor="suzy")
+
+
+def test_a_lease_of_a_handed_on_task_matches_the_keys_of_those_who_handed_it_on() -> None:
+    one = lease(delegators=(PART,))
+    theirs = ("agent:lead", f"task:{PART.task_id}", "sponsor:suzy")
+    assert delegator_selector_keys(one) == theirs
+    assert selector_keys(one) == (*own_selector_keys(one), *theirs)
+    assert shared_selector_keys(one) == (f"sponsor:{one.sponsor}", f"user:{one.on_behalf_of}")
+    assert delegator_selector_keys(lease(delegators=None)) == ()
+
+
+@pytest.mark.parametrize(
+    ("key", "matching"),
+    [
+        (ALL_LEASES, True),
+        ("agent:lead", True),
+        ("agent:other", False),
+        ("user:lead", False),
+        ("cut:all", False),
+    ],
+)
+def test_a_lease_matches_all_and_its_own_keys_only(key: str, matching: bool) -> None:
+    assert matches(lease(delegators=(PART,)), key) is matching
+
+
+def test_the_key_of_a_cut_is_told_from_a_selector_key() -> None:
+    key = agent_selector_key("cut")
+    assert not is_cut_key(key)
+    assert is_cut_key(cut_key(key))
+    assert cut_key(key) == "cut:agent:cut"
+
+
+# --- standing privileges ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("since_s", "until_s", "most_s", "short"),
+    [(100, 3760, 3600, True), (100, 3761, 3600, False), (100, 220, 60, True), (100, 221, 60, False)],
+)
+def test_a_credential_is_short_lived_up_to_the_limit_and_a_minute_of_clocks(
+    since_s: int, until_s: int, most_s: int, short: bool
+) -> None:
+    assert is_short_lived(since_s, until_s, most_s) is short
+
+
+@pytest.mark.parametrize(
+    ("until_s", "task_end_s", "bound"),
+    [(160, 100, True), (161, 100, False), (50, 100, True), (50, None, False)],
+)
+def test_a_credential_is_task_bound_until_the_end_of_its_task_and_a_minute_of_clocks(
+    until_s: int, task_end_s: int | None, bound: bool
+) -> None:
+    assert is_task_bound(until_s, task_end_s) is bound
+
+
+def test_the_default_of_a_short_life_is_an_hour() -> None:
+    assert is_short_lived(0, 3660)
+    assert not is_short_lived(0, 3661)

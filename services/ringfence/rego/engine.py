@@ -70,7 +70,10 @@ class PolicyEngine(Protocol):
         ...
 
     async def start(self) -> None:
-        """Get ready to evaluate. Raises BundleError if the bundle does not compile or fails its tests."""
+        """Get ready to evaluate.
+
+        An engine that compiles the bundle itself raises BundleError if it does not compile, or fails its tests.
+        """
         ...
 
     async def use(self, bundle: Bundle) -> None:

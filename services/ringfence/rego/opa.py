@@ -19,7 +19,6 @@ from ringfence.rego.engine import (
     result_of,
 )
 from ringfence.rego.opa_http import HttpPool
-from ringfence.rego.worker_client import start_worker
 
 CONNECTIONS = 32
 
@@ -48,7 +47,6 @@ class OpaEngine:
         self._url = url.rstrip("/")
         self._bundle = bundle
         self._timeout_s = timeout_ms / 1000
-        self._entry_point = entry_point
         self._path = f"/v1/{entry_point.replace('.', '/')}?provenance=true"
         self._http = HttpPool(self._url, connections)
 
@@ -60,8 +58,8 @@ class OpaEngine:
         await self.use(self._bundle)
 
     async def use(self, bundle: Bundle) -> None:
-        worker = await start_worker(bundle, self._entry_point, self._timeout_s)
-        await worker.end()  # it was only to find out whether the bundle is fit
+        # Nothing is evaluated here, not even its tests: `ringfence policy build` ran them, and the engine that it runs
+        # in is no part of a service that has chosen OPA (ADR 0088).
         self._bundle = bundle
 
     async def evaluate(self, input_json: bytes) -> Answer:

@@ -101,11 +101,16 @@ def build(
 ) -> None:
     """Pack a bundle, without its tests, for an OPA server: `opa run --server --bundle FILE`.
 
-    Its manifest names the revision, by which policy knows that OPA decides by the same rules.
+    Its manifest names the revision, by which policy knows that OPA decides by the same rules. No file is written if
+    the bundle does not compile, or fails its tests.
     """
     from ringfence.rego.bundle import archive, load_bundle
+    from ringfence.rego.engine import ISSUANCE
+    from ringfence.rego.regorus_programs import check_tests, compiled
 
     loaded = load_bundle(bundle)
+    compiled(loaded.modules, ISSUANCE)
+    check_tests(loaded.modules, loaded.tests)
     try:
         write_output(output, archive(loaded), public=True)
     except OSError as error:

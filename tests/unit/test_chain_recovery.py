@@ -1,0 +1,261 @@
+"""Where an audit that takes over goes on: behind the last event that follows the chain, and no other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+
+from ringfence.audit.trail.chain_recovery import (
+    RecoveredChain,
+    _extend_chain,
+    _last_checkpoints,
+    _PartitionEnd,
+    _recent_uids,
+    _UnsignedEvent,
+)
+from ringfence.audit.trail.handover_lookup import content_digest
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.audit import AuditCheckpoint, ChainLink
+from ringfence.messages.base import ServiceRole, Topic
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.model.audit_log.chain import (
+    NOTHING,
+    Source,
+    Tip,
+    claimed_link,
+    event_of,
+    linkable,
+    linked,
+    linked_event,
+    loaded,
+)
+from ringfence.model.audit_log.merkle import Hash, TreeHead, leaf_hash
+from tests.support.in_memory_registry import START_MS, TD
+
+TREE = "0"
+FIRST = Tip().grown(leaf_hash(b"one"))
+"""A chain of one event."""
+OTHER: Hash = leaf_hash(b"other")
+
+
+def event(
+    number: int, tree: str = TREE, seq: int = 2, prev: Hash = FIRST.last, **more: Any
+) -> _UnsignedEvent:
+    """An event that stands behind the chain of one event, and names it as its predecessor."""
+    link, leaf = ChainLink(tree=tree, seq=seq, prev=prev.hex()), leaf_hash(str(number).encode())
+    given = {"digest": content_digest({"a": number}), "has_handover": False, **more}
+    return _UnsignedEvent(link=link, leaf=leaf, offset=number, **given)
+
+
+def extended(*events: _UnsignedEvent, handed_over: frozenset[Hash] = frozenset()) -> RecoveredChain:
+    return _extend_chain(_PartitionEnd(FIRST, 0, 9, unsigned=list(events)), TREE, handed_over)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"prev": OTHER}, {"prev": NOTHING}, {"seq": 1}, {"seq": 3}, {"tree": "1"}],
+    ids=["another predecessor", "no predecessor", "a number again", "a number left out", "another tree"],
+)
+def test_an_event_with_another_link_than_the_next_is_skipped_and_is_a_fault(wrong: dict[str, Any]) -> None:
+    stray, next_one = event(1, **wrong), event(2)
+    found = extended(stray, next_one)
+    assert found.tip == FIRST.grown(next_one.leaf)
+    assert found.faults == [f"event {stray.link.seq} at offset 1 does not follow event 1"]
+    assert (found.signed_size, found.tip.head.size) == (1, 2)
+
+
+def test_the_chain_goes_on_from_each_event_to_the_one_that_names_it() -> None:
+    second = event(1)
+    third = event(2, seq=3, prev=second.leaf)
+    found = extended(second, third)
+    assert (found.tip, found.faults) == (FIRST.grown(second.leaf, third.leaf), [])
+    assert extended(third, second).tip == FIRST.grown(second.leaf)
+
+
+@pytest.mark.parametrize(
+    ("retained", "handed_over", "chained"), [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_an_event_whose_handover_must_be_there_counts_only_with_it(
+    retained: bool, handed_over: bool, chained: bool
+) -> None:
+    one = event(1, has_handover=retained)
+    found = extended(one, handed_over=frozenset({one.leaf} if handed_over else ()))
+    assert (found.tip.head.size == 2) is chained
+    assert found.faults == ([] if chained else ["no audit service handed over event 2 at offset 1"])
+
+
+def test_the_last_uids_are_those_on_the_way_back_from_the_tip() -> None:
+    leaves = [leaf_hash(bytes([number])) for number in range(3)]
+    before = [NOTHING, *leaves]
+    tail = _PartitionEnd(Tip(), 0, 9)
+    tail.predecessors = {leaf: (f"uid-{n}", before[n]) for n, leaf in enumerate(leaves)}
+    tail.predecessors[OTHER] = ("stray", leaves[2])
+    assert _recent_uids(tail, leaves[2], 9) == ["uid-0", "uid-1", "uid-2"]
+    assert _recent_uids(tail, leaves[2], 2) == ["uid-1", "uid-2"]
+    assert _recent_uids(tail, NOTHING, 9) == []
+
+
+def test_records_without_a_link_that_follow_each_other_are_one_entry() -> None:
+    tail = _PartitionEnd(Tip(), 0, 9)
+    for offset, is_event in ((1, False), (2, False), (3, True), (4, True), (5, False)):
+        tail.add_unlinked(offset, is_event=is_event)
+    assert [(entry.offsets, entry.is_event) for entry in tail.entries] == [
+        (range(1, 3), False),
+        (range(3, 5), True),
+        (range(5, 6), False),
+    ]
+
+
+# --- links ---
+
+
+@pytest.mark.parametrize(
+    ("link", "fits"),
+    [
+        ({}, True),
+        ({"tree": "1"}, False),
+        ({"seq": 1}, False),
+        ({"seq": 3}, False),
+        ({"prev": NOTHING.hex()}, False),
+    ],
+)
+def test_a_link_fits_only_with_tree_number_and_predecessor(link: dict[str, Any], fits: bool) -> None:
+    given: dict[str, Any] = {"tree": TREE, "seq": 2, "prev": FIRST.last.hex(), **link}
+    assert FIRST.fits(ChainLink(**given), TREE) is fits
+
+
+def test_a_tip_grows_by_one_event_or_by_many_alike() -> None:
+    assert Tip().fits(ChainLink(tree=TREE, seq=1, prev=NOTHING.hex()), TREE)
+    assert Tip().followed_by(b"one") == FIRST
+    assert FIRST.grown() == FIRST
+    both = (leaf_hash(b"one"), leaf_hash(b"two"))
+    assert Tip().grown(*both) == FIRST.followed_by(b"two") == Tip(TreeHead().grown(both), both[1])
+
+
+def test_a_checkpoint_whose_parts_contradict_each_other_names_no_tip() -> None:
+    head = FIRST.head
+    fields: dict[str, Any] = {
+        "tree": TREE,
+        "size": 1,
+        "root": head.root.hex(),
+        "peaks": tuple(peak.hex() for peak in head.peaks),
+        "last": FIRST.last.hex(),
+    }
+    assert Tip.of(AuditCheckpoint.model_construct(**fields)) == FIRST
+    with pytest.raises(ValueError, match="root"):
+        Tip.of(AuditCheckpoint.model_construct(**{**fields, "root": OTHER.hex()}))
+
+
+def event_of_record(**more: Any) -> dict[str, Any]:
+    source = {"topic": "t", "partition": 1, "offset": 2}
+    return {"metadata": {"uid": "u"}, "unmapped": {"source": source, **more}, "message": "m"}
+
+
+def test_an_event_is_linked_to_its_predecessor_and_read_back() -> None:
+    body = linkable(event_of_record(chain={"old": 1}))
+    value = linked(body, TREE, 2, FIRST.last)
+    link: dict[str, Any] = {"tree": TREE, "seq": 2, "prev": FIRST.last.hex()}
+    assert json.loads(value)["unmapped"]["chain"] == link
+    assert linked_event(event_of_record(), TREE, 2, FIRST.last) == loaded(value)
+    assert claimed_link(loaded(value)) == (TREE, 2, FIRST.last.hex())
+    found = event_of(value)
+    assert found is not None
+    assert found.source.uid == derived_id("t", 1, 2)
+    assert (found.uid, found.source, found.link) == ("u", Source("t", 1, 2), ChainLink(**link))
+    unlinked = event_of(body)
+    assert unlinked is not None
+    assert unlinked.link is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"", b"{", b"[]", b"1", b"{}", b'{"unmapped": {}}', b'{"unmapped": 1}',
+        b'{"unmapped": {"source": {"topic": "t", "partition": "x", "offset": 1}}, "metadata": {"uid": "u"}}',
+        json.dumps(event_of_record(chain={"tree": TREE})).encode(),
+        json.dumps(event_of_record(chain={"tree": TREE, "seq": "2", "prev": NOTHING.hex()})).encode(),
+    ],
+)  # fmt: skip
+def test_a_value_that_is_no_event_has_no_link(value: bytes) -> None:
+    assert event_of(value) is None
+
+
+@pytest.mark.parametrize(
+    "event", [None, 1, [], {}, {"unmapped": {}}, {"unmapped": {"chain": {"tree": TREE}}}]
+)
+def test_an_event_without_a_whole_link_claims_none(event: Any) -> None:
+    assert claimed_link(event) is None
+
+
+# --- signed heads ---
+
+ROOT = SigningKey.generate(f"spiffe://{TD}/root")
+AUDIT, POLICY = (SigningKey.generate(f"spiffe://{TD}/service/{name}") for name in ("audit", "policy"))
+YEAR_S = 365 * 86_400
+
+
+@pytest.fixture
+def trust() -> TrustStore:
+    now_s = START_MS // 1000
+    roles: dict[SigningKey, ServiceRole] = {AUDIT: "audit", POLICY: "policy"}
+    services = tuple(
+        ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + YEAR_S),))
+        for key, role in roles.items()
+    )
+    bundle = TrustBundle(
+        iss=ROOT.id, aud=TD, iat=now_s, exp=now_s + YEAR_S, jti="b", version=1, services=services
+    )
+    store = TrustStore(TD, ROOT.kid)
+    store.load(sign(bundle, ROOT, header_jwk=True), now_s)
+    return store
+
+
+class Checkpoints:
+    """The topic of checkpoints, as whoever takes over reads it."""
+
+    def __init__(self, *values: str) -> None:
+        self._values = values
+
+    async def whole(self, topic: Topic[Any]) -> AsyncIterator[Received]:
+        for offset, value in enumerate(self._values):
+            yield Received(topic, "t", 0, offset, START_MS, None, value.encode())
+
+
+def checkpoint(size: int, key: SigningKey = AUDIT, **fields: Any) -> str:
+    tip = Tip().grown(*(leaf_hash(bytes([number])) for number in range(size)))
+    given = {
+        "iss": key.id, "aud": TD, "iat": START_MS // 1000, "jti": f"c{size}", "tree": TREE, "size": size,
+        "root": tip.head.root.hex(), "peaks": tuple(peak.hex() for peak in tip.head.peaks), "last": tip.last.hex(),
+        **fields,
+    }  # fmt: skip
+    return sign(AuditCheckpoint.model_validate(given), key)
+
+
+@pytest.mark.parametrize(
+    ("values", "size"),
+    [
+        ([checkpoint(2)], 2),
+        ([checkpoint(2), checkpoint(3)], 3),
+        ([checkpoint(3), checkpoint(2)], 3),
+        ([checkpoint(2), checkpoint(3, POLICY)], 2),  # no audit service
+        ([checkpoint(2), checkpoint(3, SigningKey.generate(AUDIT.id))], 2),  # an unknown key
+        ([checkpoint(2), checkpoint(3, aud="other.example")], 2),
+        ([checkpoint(3, root=OTHER.hex()), checkpoint(2)], 2),  # its parts contradict each other
+        (["garbage", checkpoint(2)], 2),
+        ([sign(Heartbeat(iss=AUDIT.id, aud=TD, iat=1, jti="h", at_ms=1), AUDIT), checkpoint(2)], 2),
+    ],
+)
+async def test_the_chain_begins_behind_the_largest_head_that_an_audit_service_signed(
+    trust: TrustStore, values: list[str], size: int
+) -> None:
+    found = await _last_checkpoints(cast(Stretches, Checkpoints(*values)), trust)
+    assert {tree: tip.head.size for tree, tip in found.items()} == {TREE: size}

@@ -1,0 +1,264 @@
+"""Checks that only the registry makes when a command arrives, a row for each refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.kernel.crypto.jws import MAX_JWS_BYTES
+from ringfence.messages.registry import (
+    AgentRotateKey,
+    AgentSetCeiling,
+    AgentSuspend,
+    AgentTransfer,
+    BackendSettings,
+    Command,
+    TaskAssign,
+    TaskDelegate,
+    TaskEnd,
+    UserDisable,
+)
+from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.registry.domain import (
+    MAX_NARROWING_BYTES,
+    MAX_RECORD_BYTES,
+    TASK_MAX_S,
+    check_size,
+    keys_of,
+    only_reduces,
+    task_is_longer,
+    uses_consent,
+)
+from tests.support.in_memory_registry import InMemoryRegistry, permission
+
+Make = Callable[[InMemoryRegistry], Any]
+LONG = tuple(
+    permission(*(f"env/{number:060}" for number in range(50)), verbs=(f"verb-{n}",)) for n in range(4)
+)
+"""A ceiling that takes more space than a command that only reduces may have."""
+
+
+@pytest.fixture
+def ledger() -> InMemoryRegistry:
+    """sam sponsors bot, an active agent, and idle, which is suspended. uma and adam are users, gone is disabled."""
+    ledger = InMemoryRegistry()
+    ledger.organisation()
+    ledger.give(ledger.target_set("olga", "staging"))
+    for name in ("bot", "idle"):
+        ledger.give(ledger.register("sam", name, "sam", ceiling=(permission("env/**"),)))
+    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="idle", reason="x"))
+    ledger.give(ledger.user_set("olga", "gone"))
+    ledger.give(ledger.claims(UserDisable, "olga", user_id="gone", reason="left"))
+    return ledger
+
+
+def consented(ledger: InMemoryRegistry, agent: str, user: str) -> TaskAssign:
+    terms = ledger.terms(agent)
+    return ledger.assign("sam", agent, terms=terms, on_behalf_of=user, consent=ledger.consent(user, terms))
+
+
+def of_size(ledger: InMemoryRegistry, size: int) -> AgentSuspend:
+    """A signed command of exactly so many bytes, or as few more as base64 allows."""
+    padding = 0
+    while True:
+        claims = ledger.claims(
+            AgentSuspend, "sam", agent_id="bot", reason="x", jti="j", padding="x" * padding
+        )
+        missing = size - len(ledger.signed(claims))
+        if missing <= 0:
+            return claims
+        padding += max(1, missing * 3 // 4)
+
+
+def after_a_change(ledger: InMemoryRegistry) -> Any:
+    """A command with a consent to an earlier revision of the agent."""
+    command = ledger.transfer("sam", "bot", "suzy")
+    ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()))
+    return command
+
+
+@pytest.mark.parametrize(
+    ("make", "code"),
+    [
+        (lambda r: of_size(r, MAX_NARROWING_BYTES + 1), "too_large"),
+        (lambda r: r.register("sam", "new", "sam", keys=(r.key_record(r.key("bot", "agent")),)), "key_taken"),
+        (
+            lambda r: r.claims(
+                AgentRotateKey, "sam", agent_id="bot", key=r.key_record(r.key("idle", "agent"))
+            ),
+            "key_taken",
+        ),
+        (lambda r: r.target_set("olga", "prod", keys=(r.key_record(r.key("sam")),)), "key_taken"),
+        (lambda r: r.target_set("olga", "ringfence"), "name_reserved"),
+        (
+            lambda r: r.target_set(
+                "olga", "prod", backend=BackendSettings.model_validate({"kind": "jwt", "nonsense": 1})
+            ),
+            "target_settings_invalid",
+        ),
+        (after_a_change, "consent_stale"),
+        (lambda r: r.claims(AgentTransfer, "sam", agent_id="bot", sponsor="suzy"), "consent_missing"),
+        (lambda r: r.claims(AgentTransfer, "olga", agent_id="bot", sponsor="suzy"), "consent_missing"),
+        (lambda r: consented(r, "nobody", "uma"), "unknown_agent"),
+        (lambda r: consented(r, "idle", "uma"), "agent_suspended"),
+        (
+            lambda r: r.assign(
+                "uma", "bot", terms=r.terms("bot", not_after=r.clock.ms // 1000 + TASK_MAX_S + 61)
+            ),
+            "task_too_long",
+        ),
+    ],
+)
+def test_a_command_is_refused_with_its_code_and_changes_nothing(
+    ledger: InMemoryRegistry, make: Make, code: str
+) -> None:
+    command = make(ledger)
+    before = {
+        kind: [one.revision for one in ledger.directory.entries(kind)] for kind in ("agent", "target", "task")
+    }
+    with pytest.raises(CommandRefusedError) as refused:
+        ledger.give(command)
+    assert refused.value.code == code
+    assert before == {
+        kind: [one.revision for one in ledger.directory.entries(kind)] for kind in ("agent", "target", "task")
+    }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: of_size(r, MAX_NARROWING_BYTES - 8),
+        lambda r: r.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=LONG),
+        lambda r: r.claims(AgentTransfer, "olga", agent_id="bot", sponsor="suzy", without_consent=True),
+        lambda r: r.transfer("sam", "bot", "suzy"),
+        lambda r: consented(r, "bot", "uma"),
+        lambda r: r.target_set("olga", "prod", keys=(r.key_record(r.key("prod", "target")),)),
+        lambda r: r.claims(AgentRotateKey, "sam", agent_id="bot", key=r.key_record(r.key("next", "agent"))),
+    ],
+)
+def test_a_command_that_nothing_speaks_against_is_accepted(ledger: InMemoryRegistry, make: Make) -> None:
+    change = ledger.give(make(ledger))
+    assert change is not None
+    assert change.commands
+
+
+def test_a_command_for_what_is_already_so_changes_nothing(ledger: InMemoryRegistry) -> None:
+    again = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")
+    first = ledger.give(again)
+    assert first is not None
+    assert first.revision == 2
+    assert ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")) is None
+
+
+def test_a_command_at_the_moment_of_the_last_is_accepted_and_one_before_is_not(
+    ledger: InMemoryRegistry,
+) -> None:
+    last_ms = ledger.clock.ms
+    ledger.give(ledger.user_set("olga", "first"), at_ms=last_ms, passing_ms=0)
+    ledger.give(ledger.user_set("olga", "second"), at_ms=last_ms, passing_ms=0)
+    with pytest.raises(CommandRefusedError) as refused:
+        ledger.give(ledger.user_set("olga", "third"), at_ms=last_ms - 1)
+    assert refused.value.code == "too_early"
+
+
+@pytest.mark.parametrize("kind", ["user", "agent"])
+def test_a_command_at_the_moment_of_a_change_of_its_signer_is_refused(
+    ledger: InMemoryRegistry, kind: str
+) -> None:
+    change_ms = ledger.clock.ms
+    if kind == "user":
+        ledger.give(ledger.user_set("olga", "sam", ["sponsor"], name="Samuel"), at_ms=change_ms, passing_ms=0)
+        command: Any = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")
+    else:
+        task = ledger.give(consented(ledger, "bot", "uma"))
+        assert task is not None
+        change_ms = ledger.clock.ms
+        narrower = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(permission("env/staging"),))
+        ledger.give(narrower, at_ms=change_ms, passing_ms=0)
+        terms = ledger.terms("idle", scope=(permission("env/staging"),))
+        command = ledger.claims(TaskDelegate, "sam", terms=terms, parent=getattr(task.state, "task_id", ""))
+        command = command.model_copy(update={"iss": ledger.key("bot", "agent").id})
+    with pytest.raises(CommandRefusedError) as refused:
+        ledger.give(command, at_ms=change_ms)
+    assert refused.value.code == "too_early"
+
+
+# --- sizes, lengths and kinds ---
+
+
+@pytest.mark.parametrize(
+    ("make", "limit"),
+    [
+        (lambda r: r.claims(AgentSuspend, "sam", agent_id="bot", reason="x"), MAX_JWS_BYTES),
+        (lambda r: r.register("sam", "new", "sam"), MAX_RECORD_BYTES),
+    ],
+    ids=["takes away", "grants"],
+)
+def test_a_record_has_room_left_for_commands_that_take_away(
+    ledger: InMemoryRegistry, make: Make, limit: int
+) -> None:
+    check_size(make(ledger), limit)
+    with pytest.raises(CommandRefusedError) as refused:
+        check_size(make(ledger), limit + 1)
+    assert refused.value.code == "record_too_large"
+    assert MAX_RECORD_BYTES < MAX_JWS_BYTES
+
+
+@pytest.mark.parametrize(
+    ("make", "reduces"),
+    [
+        (lambda r: r.claims(AgentSuspend, "sam", agent_id="bot", reason="x"), True),
+        (
+            lambda r: r.claims(TaskEnd, "sam", task_id="c1a5e6f0-1b2c-5d3e-8f40-e6f01b2c5d3e", reason="x"),
+            True,
+        ),
+        (lambda r: r.register("sam", "new", "sam"), False),
+        (lambda r: r.assign("uma", "bot"), False),
+        (lambda r: r.user_set("olga", "uma"), False),
+        (lambda r: r.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=()), False),
+    ],
+)
+def test_only_commands_that_can_widen_nothing_count_as_reducing(
+    ledger: InMemoryRegistry, make: Make, reduces: bool
+) -> None:
+    command: Command = make(ledger)
+    assert only_reduces(command) is reduces
+
+
+@pytest.mark.parametrize(("over_s", "longer"), [(0, False), (LEEWAY_S, False), (LEEWAY_S + 1, True)])
+def test_a_task_is_too_long_beyond_the_limit_and_the_leeway(over_s: int, longer: bool) -> None:
+    assert task_is_longer(1000 + 500 + over_s, 1_000_000, 500) is longer
+
+
+@pytest.mark.parametrize(
+    ("fields", "signer", "used"),
+    [
+        ({"consent": "a.b.c"}, "sam", True),
+        ({"id_token": "a.b.c"}, "sam", True),
+        ({"consent": "a.b.c"}, "uma", False),
+        ({}, "sam", False),
+    ],
+)
+def test_a_consent_is_used_up_by_a_task_for_another_only(
+    ledger: InMemoryRegistry, fields: dict[str, str], signer: str, used: bool
+) -> None:
+    command = ledger.assign("sam", "bot", on_behalf_of="uma").model_copy(update=fields)
+    assert uses_consent(command, signer) is used
+
+
+def test_the_keys_of_a_subject_are_all_that_its_record_names(ledger: InMemoryRegistry) -> None:
+    user, agent, target = (
+        ledger.directory.user("sam"), ledger.directory.agent("bot"), ledger.directory.target("staging"),
+    )  # fmt: skip
+    assert user
+    assert agent
+    assert target
+    assert keys_of(user.state) == {ledger.key("sam").kid}
+    assert keys_of(agent.state) == {ledger.key("bot", "agent").kid}
+    assert keys_of(target.state) == frozenset()
+    task = ledger.give(consented(ledger, "bot", "uma"))
+    assert task is not None
+    assert keys_of(task.state) == frozenset()
