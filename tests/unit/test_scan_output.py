@@ -6,6 +6,7 @@ import html.parser
 import json
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
@@ -114,6 +115,71 @@ def test_exit_statuses(home: Home, project: Path, words: tuple[str, ...], status
     done = home.scan(str(project), *words)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("accepted", "status"), [
+    ((), 1),
+    (("big.env",), 1),
+    (("big.env", "sub"), 0),
+    (("./big.env", "sub/many.py"), 0),
+    ((".",), 1),
+    (("su", "big.env"), 1),
+])  # fmt: skip
+def test_fail_on_fails_for_what_was_not_read_unless_its_path_is_accepted(
+    home: Home, accepted: tuple[str, ...], status: int
+) -> None:
+    folder = home.folder / "unread"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "big.env").write_text(f"API_KEY={Maker(12).token(40)}\n" + "x" * 4000)
+    (folder / "sub/many.py").write_text("token = 1\n" * 21_000)
+    os.truncate(folder / "big.env", 1024 * 1024)
+    words = [word for one in accepted for word in ("--accept-unread", one)]
+    done = home.scan(".", "--fail-on", "any", "--max-size", "512", *words, folder=folder)
+    assert done.returncode == status, done.stderr
+    assert ("--accept-unread PATH" in done.stderr) is (status == 1)
+    assert home.scan(".", "--max-size", "512", folder=folder).returncode == 0
+
+
+HANGING = (
+    "import hashlib, sys, os\nfrom ringfence.scan.readers import TEXT_READER\n"
+    "def hang(self, file):\n"
+    " print(os.getpid(), file=sys.stderr, flush=True)\n"
+    " hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n yield\n"
+    "type(TEXT_READER).read = hang\nfrom ringfence.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+)
+"""A scan whose worker hangs in C, and says its process id before."""
+
+
+def test_scan_that_ended_early_fails_also_with_accepted_paths(home: Home) -> None:
+    (home.folder / "notes.txt").write_text("text\n")
+    words = ("scan", "notes.txt", "--fail-on", "any", "--accept-unread", "notes.txt", "--time-limit", "1s")
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, *words], env=dict(home.environment), cwd=home.folder, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "raise --time-limit" in done.stderr) == (1, True)
+
+
+def test_ctrl_c_ends_a_scan_whose_worker_hangs(home: Home, project: Path) -> None:
+    (project / "notes.txt").write_text("text\n")
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING, "scan", str(project)], env=dict(home.environment), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stderr is not None
+        worker = int(child.stderr.readline())
+        child.send_signal(signal.SIGINT)
+        child.stderr.read()
+        assert child.wait() == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_baseline_that_is_no_regular_file_is_refused(home: Home, project: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        done = home.scan(str(project), "--baseline", str(path))
+        assert (done.returncode, "is no regular file" in done.stderr) == (1, True)
 
 
 def test_a_path_that_is_not_there_and_a_scanner_that_is_not_there_say_what_to_do(home: Home) -> None:

@@ -194,7 +194,7 @@ def of_url(text: str, field: str, **more: Any) -> Iterator[Candidate]:
 def classify(name: str, value: str, field: str | None = None, **more: Any) -> Iterator[Candidate]:
     """Yield the credentials in one setting: of a known format, as a password in a URL, or by the setting's name."""
     field = field or name
-    if len(value) < names.MIN_PASSWORD or len(value) > 65_536:
+    if len(value) < names.MIN_PASSWORD:
         return
     if found := of_format(value, field, **more):
         yield found

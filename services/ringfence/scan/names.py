@@ -9,6 +9,8 @@ from collections import Counter
 from functools import lru_cache
 from typing import Final, Literal
 
+from ringfence.scan.limits import limit_reached
+
 NameKind = Literal["password", "secret", "none"]
 
 _CAMEL: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -189,7 +191,12 @@ def is_secret(name: str, value: str) -> NameKind:
     if kind == "none":
         return "none"
     value = value.strip()
-    if not (MIN_PASSWORD <= len(value) <= _MAX_VALUE) or is_reference(value) or is_placeholder(value):
+    if len(value) > _MAX_VALUE:
+        limit_reached(
+            f"has a setting like a secret of more than {_MAX_VALUE} characters, which was not judged"
+        )
+        return "none"
+    if len(value) < MIN_PASSWORD or is_reference(value) or is_placeholder(value):
         return "none"
     if kind == "password":
         return "none" if value.lower() in words_of(name) else "password"

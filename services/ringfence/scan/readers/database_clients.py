@@ -11,6 +11,7 @@ from ringfence.scan import kinds
 from ringfence.scan.candidates import Candidate, candidate_of, of_format
 from ringfence.scan.documents import ini_options
 from ringfence.scan.findings import Access
+from ringfence.scan.limits import limit_reached
 from ringfence.scan.names import is_placeholder
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile
@@ -33,11 +34,13 @@ class NetrcReader(FileReader):
         try:
             for word in lexer:
                 words.append(word)
-                if len(words) >= _MOST_TOKENS:
+                if len(words) > _MOST_TOKENS:
                     break
         except ValueError:
-            words = file.text.split()[:_MOST_TOKENS]
-        tokens = iter(words)
+            words = file.text.split()
+        if len(words) > _MOST_TOKENS:
+            limit_reached(f"has more than {_MOST_TOKENS} words; the rest is left out")
+        tokens = iter(words[:_MOST_TOKENS])
         for word in tokens:
             if word == "machine":
                 host, account = next(tokens, ""), ""
