@@ -11,6 +11,7 @@ from ringfence.scan.documents import DocumentError
 from ringfence.scan.findings import Finding, Note, Place, Readable
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.limits import taken_limits
+from ringfence.scan.names import is_generated
 from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.path_index import PathIndex
 from ringfence.scan.process_protection import address_space, limit_memory
@@ -18,6 +19,7 @@ from ringfence.scan.published_examples import is_published
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import FileReader, Machine
 from ringfence.scan.rings import verdicts
+from ringfence.scan.secret_value import SecretValue
 from ringfence.scan.source_files import Root, SourceFile, UnreadableError
 
 MOST_FINDINGS_IN_A_FILE: Final = 1000
@@ -185,7 +187,9 @@ class FileScanner:
         file: SourceFile | None = None,
     ) -> Finding:
         """Return the finding of a candidate. It no longer contains the secret."""
-        value, line = candidate.value, candidate.line
+        value, line, account = candidate.value, candidate.line, candidate.opens.account
+        if account is not None and is_generated(account):
+            self.guard.add(SecretValue(account))
         if value is not None:
             self.guard.add(value, public=public_prefix_length(value.reveal()), common=MARKERS)
             if line is None and file is not None:

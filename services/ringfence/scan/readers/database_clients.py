@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, of_format
+from ringfence.scan.candidates import Candidate, candidate_of, of_login
 from ringfence.scan.documents import ini_options
 from ringfence.scan.findings import Access
 from ringfence.scan.limits import limit_reached
@@ -50,12 +50,10 @@ class NetrcReader(FileReader):
                 account = next(tokens, "")
             elif word in ("password", "passwd"):
                 value = next(tokens, "")
-                if len(value) < 4 or is_placeholder(value):
-                    continue
-                opens = Access(host=host or None, account=account or None)
                 used = ("curl, git and every process of the user",)
-                yield of_format(value, f"{host}.password", opens=opens, used_by=used) or candidate_of(
-                    kinds.BASIC_AUTH, value, f"{host}.password", opens=opens, used_by=used
+                opens = Access(host=host or None)
+                yield from of_login(
+                    account, value, f"{host}.password", kinds.BASIC_AUTH, opens=opens, used_by=used
                 )
 
 

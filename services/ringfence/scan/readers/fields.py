@@ -5,11 +5,10 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, classify, of_basic, of_format, of_url
+from ringfence.scan.candidates import Candidate, candidate_of, classify, of_basic, of_format, of_login, of_url
 from ringfence.scan.documents import mapping, walk
 from ringfence.scan.limits import limit_reached
 from ringfence.scan.names import is_placeholder, is_reference, looks_random
@@ -63,7 +62,8 @@ def classify_words(words: Sequence[str], field: str, **more: Any) -> Iterator[Ca
     for number, word in enumerate(words):
         place = f"{field}.{number}" if field else str(number)
         if previous in ("-u", "--user") and ":" in word and not word.startswith("-"):
-            yield from _user_password(word, place, more)
+            user, _, password = word.partition(":")
+            yield from of_login(user, password, place, kinds.BASIC_AUTH, **more)
         elif (
             (match := _FLAG.match(word))
             or (match := _NAME.match(word))
@@ -75,14 +75,6 @@ def classify_words(words: Sequence[str], field: str, **more: Any) -> Iterator[Ca
         else:
             yield from classify("", word, place, **more)
         previous = word
-
-
-def _user_password(word: str, field: str, more: dict[str, Any]) -> Iterator[Candidate]:
-    user, _, password = word.partition(":")
-    if len(password) < 4 or is_placeholder(password) or is_reference(password):
-        return
-    found = of_format(password, field, **more) or candidate_of(kinds.BASIC_AUTH, password, field, **more)
-    yield replace(found, opens=replace(found.opens, account=user[:100] or None))
 
 
 def classify_command(command: str, field: str, **more: Any) -> Iterator[Candidate]:
@@ -117,8 +109,8 @@ def secret_or_format(value: str, field: str, kind: kinds.Kind, **more: Any) -> I
     if found := of_format(value, field, **more):
         yield found
         return
-    if (found := of_basic(value, field, **more)) and kind in (kinds.BASIC_AUTH, kinds.REGISTRY):
-        yield found
+    if kind in (kinds.BASIC_AUTH, kinds.REGISTRY) and (in_basic := list(of_basic(value, field, **more))):
+        yield from in_basic
         return
     in_url = list(of_url(value, field, **more))
     yield from in_url or [candidate_of(kind, value, field, **more)]

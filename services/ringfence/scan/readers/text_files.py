@@ -15,6 +15,7 @@ from ringfence.scan.candidates import (
     classify,
     formats_in,
     formats_marked,
+    is_counterfeit,
     of_jwt,
     of_url,
     pems_in,
@@ -137,6 +138,8 @@ class TextFileReader(FileReader):
 
 
 def _by_name(name: str, value: str, line: int, *, quoted: bool) -> Iterator[Candidate]:
+    if is_counterfeit(value):
+        return  # an example or a test; only in the places of other readers it can be a mistake
     told = is_secret(name, value)
     if told == "password" and not _can_be_password(name, value, quoted):
         return
