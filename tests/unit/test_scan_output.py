@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import base64
 import html.parser
 import json
 import os
 import shlex
+import signal
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,22 @@ import jsonschema
 import pytest
 from rich.cells import cell_len
 
+from ringfence.cli.commands.scan import _print
+from ringfence.scan.baseline import baseline_text
 from ringfence.scan.candidates import MARKERS, public_prefix_length
 from ringfence.scan.findings import Pattern
+from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import PIECE
+from ringfence.scan.reports.html_report import html_document
+from ringfence.scan.reports.json_report import report_document
+from ringfence.scan.reports.ocsf import ocsf_events
+from ringfence.scan.reports.sarif import sarif_document
 from ringfence.scan.rings import verdicts
+from ringfence.scan.scanner import ScanOptions, scanning
 from tests.support.ocsf import problems
 from tests.support.scan_corpus import Maker, cases, plant
+from tests.support.scan_corpus.formats import FORMAT_CASES
+from tests.support.scan_corpus.maker import ALNUM, BASE36, HEX, UPPER36, URL_SAFE
 from tests.support.terminal import ESCAPES, Terminal
 
 _MAIN = "import sys; from ringfence.cli.main import main; sys.exit(main(sys.argv[1:]))"
@@ -114,6 +127,71 @@ def test_exit_statuses(home: Home, project: Path, words: tuple[str, ...], status
     done = home.scan(str(project), *words)
     assert done.returncode == status, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("accepted", "status"), [
+    ((), 1),
+    (("big.env",), 1),
+    (("big.env", "sub"), 0),
+    (("./big.env", "sub/many.py"), 0),
+    ((".",), 1),
+    (("su", "big.env"), 1),
+])  # fmt: skip
+def test_fail_on_fails_for_what_was_not_read_unless_its_path_is_accepted(
+    home: Home, accepted: tuple[str, ...], status: int
+) -> None:
+    folder = home.folder / "unread"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "big.env").write_text(f"API_KEY={Maker(12).token(40)}\n" + "x" * 4000)
+    (folder / "sub/many.py").write_text("token = 1\n" * 21_000)
+    os.truncate(folder / "big.env", 1024 * 1024)
+    words = [word for one in accepted for word in ("--accept-unread", one)]
+    done = home.scan(".", "--fail-on", "any", "--max-size", "512", *words, folder=folder)
+    assert done.returncode == status, done.stderr
+    assert ("--accept-unread PATH" in done.stderr) is (status == 1)
+    assert home.scan(".", "--max-size", "512", folder=folder).returncode == 0
+
+
+HANGING = (
+    "import hashlib, sys, os\nfrom ringfence.scan.readers import TEXT_READER\n"
+    "def hang(self, file):\n"
+    " print(os.getpid(), file=sys.stderr, flush=True)\n"
+    " hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n yield\n"
+    "type(TEXT_READER).read = hang\nfrom ringfence.cli.main import main\nsys.exit(main(sys.argv[1:]))\n"
+)
+"""A scan whose worker hangs in C, and says its process id before."""
+
+
+def test_scan_that_ended_early_fails_also_with_accepted_paths(home: Home) -> None:
+    (home.folder / "notes.txt").write_text("text\n")
+    words = ("scan", "notes.txt", "--fail-on", "any", "--accept-unread", "notes.txt", "--time-limit", "1s")
+    done = subprocess.run(
+        [sys.executable, "-c", HANGING, *words], env=dict(home.environment), cwd=home.folder, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "raise --time-limit" in done.stderr) == (1, True)
+
+
+def test_ctrl_c_ends_a_scan_whose_worker_hangs(home: Home, project: Path) -> None:
+    (project / "notes.txt").write_text("text\n")
+    with subprocess.Popen(
+        [sys.executable, "-c", HANGING, "scan", str(project)], env=dict(home.environment), stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True,
+    ) as child:  # fmt: skip
+        assert child.stderr is not None
+        worker = int(child.stderr.readline())
+        child.send_signal(signal.SIGINT)
+        child.stderr.read()
+        assert child.wait() == 130
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)
+
+
+def test_baseline_that_is_no_regular_file_is_refused(home: Home, project: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", Path("/dev/zero")):
+        done = home.scan(str(project), "--baseline", str(path))
+        assert (done.returncode, "is no regular file" in done.stderr) == (1, True)
 
 
 def test_a_path_that_is_not_there_and_a_scanner_that_is_not_there_say_what_to_do(home: Home) -> None:
@@ -432,6 +510,115 @@ def test_no_piece_of_any_secret_is_in_any_output(home: Home, tmp_path: Path) -> 
     assert not {
         piece for piece in leaked if not piece.isdigit() and not set(piece) <= set("0123456789abcdef-")
     }
+
+
+WORDS_OF_CORPUS: tuple[Callable[[Maker], str], ...] = (
+    *(partial(Maker.chars, alphabet=alphabet, length=length)
+      for alphabet, length in ((ALNUM, 20), (HEX, 32), (HEX, 40), (URL_SAFE, 43), (BASE36, 32), (UPPER36, 24))),
+    *(build for _, _, build in FORMAT_CASES[::6]),
+)  # fmt: skip
+"""Makers of generated values: of each alphabet, and of some formats."""
+
+
+def positions(word: str, secret: str) -> Iterator[tuple[str, str]]:
+    """Yield path and text of files that have a word where an account, a host, a name or a claim is."""
+    for name in ("sub", "iss", "email", "role", "scope", "scp", "preferred_username"):
+        yield f"jwt-{name}/.env", f"A_TOKEN={Maker(32).jwt(**{name: word})}\n"
+    basic = base64.b64encode(f"{word}:{secret}".encode()).decode()
+    if "/" not in word:
+        yield (
+            "url/.git-credentials",
+            f"https://{word}:{secret}@github.com\nhttps://{word}:x-oauth-basic@github.com\n",
+        )
+        yield (
+            "url/a.py",
+            f'DB = "postgres://{word}:{secret}@db.test/a"\nURL = "https://u:{secret}@{word}.test"\n',
+        )
+        yield "url/.env", f"A=https://{word}:{secret}@a.test\nB=https://u:{secret}@{word}/\n"
+    yield "curl/.bashrc", f"curl -u {word}:{secret} https://a.test\n"
+    yield "curl/crontab", f"* * * * * root curl -u {word}:api_token https://a.test\n"
+    yield "login/.netrc", f"machine {word} login {word} password {secret}\n"
+    yield "pg/.pgpass", f"{word}:5432:{word}:{word}:{secret}\n"
+    yield "my/.my.cnf", f"[client]\nuser={word}\nhost={word}\npassword={secret}\n"
+    yield "npm/.npmrc", f"//{word}/:_authToken={secret}\n//a.test/:_auth={basic}\n"
+    yield "pip/.pypirc", f"[{word}]\nrepository=https://{word}/\nusername={word}\npassword={secret}\n"
+    auths = {word: {"auth": basic}, f"{word}.test": {"username": word, "password": secret}}
+    yield ".docker/config.json", json.dumps({"auths": auths})
+    yield (
+        ".m2/settings.xml",
+        (
+            f"<settings><server><id>{word}</id><username>{word}</username><password>{secret}</password></server></settings>"
+        ),
+    )
+    server = {
+        "command": word, "url": f"https://{word}.test/{word}", "env": {word: word, "API_TOKEN": secret},
+        "headers": {"Authorization": f"Basic {basic}"}, "args": [word, "--token", secret, f"--{word}", word],
+    }  # fmt: skip
+    yield ".mcp.json", json.dumps({"mcpServers": {word: server}})
+    user = {"name": word, "user": {"token": secret, "username": word}}
+    cluster = {"name": word, "cluster": {"server": f"https://{word}.test"}}
+    context = {"name": word, "context": {"cluster": word, "user": word}}
+    yield ".kube/config", json.dumps({"clusters": [cluster], "users": [user], "contexts": [context]})
+    yield (
+        "aws/.aws/credentials",
+        (
+            f"[{word}]\naws_access_key_id = {Maker(33).aws_id()}\naws_secret_access_key = {Maker(33).aws_secret()}\n"
+            f"role_arn = {word}\n"
+        ),
+    )
+    yield (
+        "gh/hosts.yml",
+        json.dumps({word: {"user": word, "oauth_token": secret, "users": {word: {"oauth_token": secret}}}}),
+    )
+    yield (
+        "compose.yml",
+        json.dumps({"services": {word: {"environment": {"API_TOKEN": secret}, "command": [word]}}}),
+    )
+    metadata = {"name": word, "namespace": word}
+    yield (
+        "a.yaml",
+        json.dumps(
+            {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": {word: secret}}
+        ),
+    )
+    yield ".git/config", f'[http "https://{word}.test"]\nextraheader = Authorization: Basic {basic}\n'
+    yield (
+        ".cargo/credentials.toml",
+        f'[registries."{word}"]\ntoken = "{secret}"\nindex = "https://{word}.test"\n',
+    )
+    yield ".azure/x.json", json.dumps([{"client_id": word, "tenant": word, "client_secret": secret}])
+
+
+def test_generated_word_of_the_corpus_in_any_position_is_in_no_output(tmp_path: Path, capsys) -> None:
+    words = []
+    for number, build in enumerate(WORDS_OF_CORPUS):
+        # A word has one position alone: where a reader recognises one as a secret, it is masked everywhere.
+        for position in range(len(list(positions("", "")))):
+            make = Maker(1000 * number + position)
+            words.append(build(make))
+            found = list(positions(words[-1], make.token(40)))
+            path, text = found[position % len(found)]
+            file = tmp_path / f"n{number}-{position}" / path
+            file.parent.mkdir(parents=True)
+            file.write_text(text)
+    with scanning(ScanOptions(paths=[tmp_path]), Fingerprinter(b"k" * 32)) as scanner:
+        report = scanner.run()
+    assert not [note for note in report.notes if note.limits]
+    _print(report, wide=True, details=True)
+    _print(report, wide=True, details=False)
+    told = capsys.readouterr().out + html_document(report, "1") + baseline_text(report.findings)
+    told += json.dumps([report_document(report), sarif_document(report, "1"), list(ocsf_events(report, "1"))])
+    assert len(told) > 500_000
+    assert len(words) > 400
+    shown = {told[at : at + 12] for at in range(len(told) - 11)}
+    prefixes = {
+        word: max(public_prefix_length(word), word.find(".") if word.startswith("eyJ") else 0)
+        for word in words
+    }
+    assert not {
+        (word, piece) for word in words for at in range(prefixes[word], len(word) - 11)
+        if (piece := word[at : at + 12]) in shown
+    }  # fmt: skip
 
 
 def test_an_unexpected_error_shows_neither_message_nor_traceback(home: Home, project: Path) -> None:

@@ -269,3 +269,63 @@ def test_cloud_metadata_is_asked_for_names_alone_and_only_where_asked(
     assert not [
         asked for asked in handler.asked if asked.endswith(("/agent-role", "/token?", "default/token"))
     ]
+
+
+_WRONG_CHECKSUM = Maker(21).counterfeit("ghp")
+_WRONG_LENGTH = f"ghp_{Maker(22).token(20)}"
+PLACES_OF_SECRETS = {
+    ".mcp.json": '{{"mcpServers": {{"a": {{"command": "x", "env": {{"GITHUB_PERSONAL_ACCESS_TOKEN": "{}"}}}}}}}}',
+    ".env": "GITHUB_PERSONAL_ACCESS_TOKEN={}\n",
+    ".github/workflows/a.yml": "env:\n  GITHUB_PERSONAL_ACCESS_TOKEN: {}\n",
+    "compose.yml": "services: {{a: {{environment: {{GITHUB_PERSONAL_ACCESS_TOKEN: {}}}}}}}\n",
+    "a.service": "[Service]\nEnvironment=GITHUB_PERSONAL_ACCESS_TOKEN={}\n",
+    ".bashrc": "export GITHUB_PERSONAL_ACCESS_TOKEN={}\n",
+}
+
+
+@pytest.mark.parametrize("path", PLACES_OF_SECRETS)
+@pytest.mark.parametrize("value", [_WRONG_CHECKSUM, _WRONG_LENGTH])
+def test_token_without_a_valid_format_in_a_place_of_secrets_is_reported_as_such(
+    tmp_path: Path, path: str, value: str
+) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(PLACES_OF_SECRETS[path].format(value))
+    (one,) = scan(tmp_path).findings
+    assert (one.fingerprint, one.confidence, one.opens.service) == (fingerprint(value), "likely", "GitHub")
+    assert [remark.startswith("format not valid") for remark in one.remarks] == [True]
+
+
+@pytest.mark.parametrize("value", [
+    f"ghp_{'x' * 36}", "ghp_xxxx", "<your token>", "changeme", "ghp_your_token_here", f"ghp_{'0' * 36}",
+    "${GITHUB_TOKEN}", "ghp_1234567890abcdefghijklmnopqrstuvwxyz", "YOUR_GITHUB_TOKEN",
+])  # fmt: skip
+@pytest.mark.parametrize("path", PLACES_OF_SECRETS)
+def test_placeholder_in_a_place_of_secrets_is_no_finding(tmp_path: Path, path: str, value: str) -> None:
+    (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / path).write_text(PLACES_OF_SECRETS[path].format(value))
+    assert not scan(tmp_path).findings
+
+
+def test_token_with_a_valid_format_has_no_remark(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text(
+        f"GITHUB_TOKEN={Maker(23).crc_token('ghp')}\nOTHER_TOKEN={Maker(24).token(40)}\n"
+    )
+    assert [one.remarks for one in scan(tmp_path).findings] == [(), ()]
+
+
+GENERATED_USERS = {
+    ".git-credentials": "https://{}:x-oauth-basic@github.com\n",
+    ".env": "REMOTE=https://{}:x-oauth-basic@github.com/a/b\n",
+    ".bashrc": "curl -u {}:api_token https://api.track.test/me\n",
+    "crontab": "* * * * * root curl -u {}: https://api.pay.test/charges\n",
+    ".netrc": "machine api.heroku.test login {} password x-oauth-basic\n",
+}
+
+
+@pytest.mark.parametrize("path", GENERATED_USERS)
+def test_generated_user_name_is_the_secret_and_is_shown_nowhere(tmp_path: Path, path: str) -> None:
+    token = Maker(25).chars("0123456789abcdef", 40)
+    (tmp_path / path).write_text(GENERATED_USERS[path].format(token))
+    (one,) = scan(tmp_path).findings
+    assert one.fingerprint == fingerprint(token)
+    assert token[:6] not in repr(one)

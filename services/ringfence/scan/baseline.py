@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -30,7 +31,11 @@ class BaselineError(RingfenceError):
 def load_baseline(path: Path) -> frozenset[Identity]:
     """Return the findings that a baseline names. Raises BaselineError."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise BaselineError(
+                    f"{path} is no regular file; name a file of ringfence scan --write-baseline FILE"
+                )
             raw = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise BaselineError(

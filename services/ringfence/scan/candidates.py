@@ -48,6 +48,8 @@ JWT: Final = re.compile(r"(?<![\w.-])(eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]{16,})(?!
 
 _SHORTEST: Final = 20
 """No credential of a known format is shorter, and none has a space in it."""
+_SHORTEST_PREFIX: Final = 4
+"""Shorter ones, such as `sk-`, begin the keys of several issuers."""
 _MOST_SPLIT: Final = 512 * 1024
 _MARKERS: Final = tuple((one.marker.encode(), one) for one in FORMATS)
 
@@ -79,12 +81,22 @@ def formats_in(text: str, among: Sequence[Format] = FORMATS) -> Iterator[tuple[F
 def is_counterfeit(text: str) -> bool:
     """Return whether a text has the format of a known credential, but a wrong checksum."""
     return any(
-        one.check is not None
-        and one.marker in text
-        and (match := one.regex.fullmatch(text)) is not None
-        and not one.check(match[1] if one.regex.groups else match[0])
-        for one in FORMATS
+        one.regex.fullmatch(text) and not _is_valid(one, text) for one in FORMATS if one.marker in text
     )
+
+
+def _is_valid(one: Format, text: str) -> bool:
+    match = one.regex.fullmatch(text)
+    return match is not None and (one.check is None or one.check(match[1] if one.regex.groups else match[0]))
+
+
+def kind_of_invalid(text: str) -> Kind | None:
+    """Return the kind that begins like a text which has not its format: the length or the checksum is wrong."""
+    begun = [
+        one for one in FORMATS
+        if one.public is not None and (match := one.public.match(text)) and match.end() >= _SHORTEST_PREFIX
+    ]  # fmt: skip
+    return None if not begun or any(_is_valid(one, text) for one in begun) else begun[0].kind
 
 
 MARKERS: Final = frozenset(one.marker for one in FORMATS)
@@ -119,6 +131,11 @@ def candidate_of(kind: Kind, value: str, field: str, **more: Any) -> Candidate:
         and opens.account is None
     ):
         opens = replace(opens, account=checksums.aws_account(value))
+    if invalid := kind_of_invalid(value):
+        more["remarks"] = (
+            *more.get("remarks", ()),
+            f"format not valid: no {invalid.title} has this length or checksum",
+        )
     return Candidate(field, kind, SecretValue(value), opens, **more)
 
 
@@ -156,45 +173,55 @@ def of_jwt(token: str, field: str, *, kind: Kind | None = None, **more: Any) -> 
     return Candidate(field, kind, SecretValue(token), opens, **more)
 
 
-def of_basic(encoded: str, field: str, *, kind: Kind = kinds.BASIC_AUTH, **more: Any) -> Candidate | None:
-    """Return a candidate for base64 of `user:password`; None if it is something else."""
+def of_login(
+    user: str, password: str, field: str, kind: Kind, *, opens: Access | None = None, **more: Any
+) -> Iterator[Candidate]:
+    """Yield the credentials in a user name and a password.
+
+    A generated user name is a secret itself, and a password beside it that is none has a fixed word:
+    `TOKEN:x-oauth-basic`.
+    """
+    given = opens or Access()
+    in_user = of_format(user, field, opens=given, **more)
+    if in_user is None and names.is_generated(user) and not names.is_reference(user):
+        in_user = candidate_of(kinds.KEY, user, field, opens=given, **more)
+    if in_user is not None:
+        yield in_user
+        if not names.looks_random(password):
+            return
+    if len(password) < names.MIN_PASSWORD or names.is_placeholder(password) or names.is_reference(password):
+        return
+    known = replace(given, account=given.account or (user if in_user is None else None) or None)
+    yield of_format(password, field, opens=given, **more) or candidate_of(
+        kind, password, field, opens=known, **more
+    )
+
+
+def of_basic(encoded: str, field: str, *, kind: Kind = kinds.BASIC_AUTH, **more: Any) -> Iterator[Candidate]:
+    """Yield the credentials in base64 of `user:password`; none if it is something else."""
     try:
         user, colon, password = base64.b64decode(encoded, validate=True).decode().partition(":")
     except (binascii.Error, ValueError):
-        return None
-    if not colon or not password or names.is_placeholder(password) or names.is_reference(password):
-        return None
-    given = more.pop("opens", None) or Access()
-    return of_format(password, field, opens=given, **more) or candidate_of(
-        kind, password, field, opens=replace(given, account=given.account or user or None), **more
-    )
+        return
+    if colon:
+        yield from of_login(user, password, field, kind, **more)
 
 
 def of_url(text: str, field: str, **more: Any) -> Iterator[Candidate]:
     """Yield a candidate for each URL with a password in a text."""
     for match in URL_WITH_PASSWORD.finditer(text):
         scheme, user, password, host = match[1].lower(), match[2], match[3], match[4]
-        if (
-            names.is_reference(password)
-            or names.is_placeholder(password)
-            or len(password) < names.MIN_PASSWORD
-        ):
-            continue
         if password.lower() == user.lower() and host.partition(":")[0] in ("localhost", "127.0.0.1"):
             more = {**more, "confidence": "likely"}
-        opens = Access(host=host, account=user or None)
-        if found := of_format(password, field, opens=replace(opens, account=None), **more):
-            yield found
-            continue
         service, template = SCHEMES.get(scheme, (scheme.upper(), "http"))
         kind = replace(kinds.URL_PASSWORD, service=service, template=template)
-        yield candidate_of(kind, password, field, opens=opens, **more)
+        yield from of_login(user, password, field, kind, **{**more, "opens": Access(host=host)})
 
 
 def classify(name: str, value: str, field: str | None = None, **more: Any) -> Iterator[Candidate]:
     """Yield the credentials in one setting: of a known format, as a password in a URL, or by the setting's name."""
     field = field or name
-    if len(value) < names.MIN_PASSWORD or len(value) > 65_536:
+    if len(value) < names.MIN_PASSWORD:
         return
     if found := of_format(value, field, **more):
         yield found
@@ -207,10 +234,8 @@ def classify(name: str, value: str, field: str | None = None, **more: Any) -> It
         if in_urls:
             yield from in_urls
             return
-    if (match := _BASIC.search(value)) and (found := of_basic(match[1], field, **more)):
-        yield found
-        return
-    if is_counterfeit(value):
+    if (match := _BASIC.search(value)) and (in_basic := list(of_basic(match[1], field, **more))):
+        yield from in_basic
         return
     words = names.words_of(name)
     if (

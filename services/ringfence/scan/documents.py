@@ -20,7 +20,16 @@ _MAX_YAML_BYTES: Final = 4 * 1024 * 1024
 
 
 class DocumentError(Exception):
-    """Raised if a text is malformed or exceeds a limit. The message quotes nothing of it."""
+    """Raised if a text is malformed. The message quotes nothing of it."""
+
+    limits = False
+    """Whether a finding may be missing for it."""
+
+
+class DocumentLimitError(DocumentError):
+    """Raised if a text exceeds a limit."""
+
+    limits = True
 
 
 _JSON_NODES: Final = re.compile(r'"(?:[^"\\\n]|\\.)*+"|[\[{]|[\]}]', re.DOTALL)
@@ -61,12 +70,12 @@ def _check_depth(text: str) -> None:
     depth = 0
     for number, match in enumerate(_JSON_NODES.finditer(text)):
         if number > _MAX_TOKENS:
-            raise DocumentError(f"has more than {_MAX_TOKENS} brackets and texts")
+            raise DocumentLimitError(f"has more than {_MAX_TOKENS} brackets and texts")
         char = text[match.start()]
         if char in "[{":
             depth += 1
             if depth > MAX_DEPTH:
-                raise DocumentError(f"is nested more than {MAX_DEPTH} levels deep")
+                raise DocumentLimitError(f"is nested more than {MAX_DEPTH} levels deep")
         elif char in "]}":
             depth -= 1
 
@@ -79,7 +88,7 @@ def parse_yaml(text: str) -> list[Any]:
     import yaml  # not at the top: most commands need none
 
     if len(text) > _MAX_YAML_BYTES:
-        raise DocumentError("is too large for YAML")
+        raise DocumentLimitError("is too large for YAML")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     documents: list[Any] = []
     anchors: dict[str, Any] = {}
@@ -107,7 +116,7 @@ def parse_yaml(text: str) -> list[Any]:
         for event in yaml.parse(text, Loader=loader):
             nodes += 1
             if nodes > MAX_NODES:
-                raise DocumentError(f"has more than {MAX_NODES} nodes")
+                raise DocumentLimitError(f"has more than {MAX_NODES} nodes")
             if isinstance(event, yaml.ScalarEvent):
                 if event.anchor:
                     anchors[event.anchor] = event.value
@@ -120,7 +129,7 @@ def parse_yaml(text: str) -> list[Any]:
                     anchors[event.anchor] = container
                 stack.append((container, []))
                 if len(stack) > MAX_DEPTH:
-                    raise DocumentError(f"is nested more than {MAX_DEPTH} levels deep")
+                    raise DocumentLimitError(f"is nested more than {MAX_DEPTH} levels deep")
             elif isinstance(event, yaml.MappingEndEvent | yaml.SequenceEndEvent):
                 put(stack.pop()[0])
             elif isinstance(event, yaml.DocumentStartEvent):
@@ -133,7 +142,7 @@ def parse_yaml(text: str) -> list[Any]:
 def parse_toml(text: str) -> dict[str, Any]:
     """Return a TOML document. Raises DocumentError."""
     if len(text) > _MAX_TOML_BYTES:
-        raise DocumentError("is too large for TOML")
+        raise DocumentLimitError("is too large for TOML")
     _check_depth(text)
     try:
         return tomllib.loads(text)
@@ -162,7 +171,7 @@ def xml_texts(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
         path.append(name.rpartition(":")[2])
         texts.append([])
         if len(path) > MAX_DEPTH:
-            raise DocumentError(f"is nested more than {MAX_DEPTH} levels deep")
+            raise DocumentLimitError(f"is nested more than {MAX_DEPTH} levels deep")
 
     def end(_: str) -> None:
         if value := "".join(texts.pop()).strip():
@@ -238,20 +247,20 @@ def walk(document: Any, *, max_nodes: int = MAX_NODES) -> Iterator[tuple[tuple[s
         path, value = stack.pop()
         visited += 1
         if visited > max_nodes:
-            raise DocumentError(f"has more than {max_nodes} nodes, aliases counted")
+            raise DocumentLimitError(f"has more than {max_nodes} nodes, aliases counted")
         if isinstance(value, str):
             yield path, value
         elif isinstance(value, Mapping):
             if len(path) >= MAX_DEPTH:
-                raise DocumentError(f"is nested more than {MAX_DEPTH} levels deep")
+                raise DocumentLimitError(f"is nested more than {MAX_DEPTH} levels deep")
             if visited + len(stack) + len(value) > max_nodes:
-                raise DocumentError(f"has more than {max_nodes} nodes, aliases counted")
+                raise DocumentLimitError(f"has more than {max_nodes} nodes, aliases counted")
             stack.extend(((*path, str(name)[:200]), inner) for name, inner in reversed(list(value.items())))
         elif isinstance(value, Sequence) and not isinstance(value, bytes):
             if len(path) >= MAX_DEPTH:
-                raise DocumentError(f"is nested more than {MAX_DEPTH} levels deep")
+                raise DocumentLimitError(f"is nested more than {MAX_DEPTH} levels deep")
             if visited + len(stack) + len(value) > max_nodes:
-                raise DocumentError(f"has more than {max_nodes} nodes, aliases counted")
+                raise DocumentLimitError(f"has more than {max_nodes} nodes, aliases counted")
             stack.extend(((*path, str(index)), inner) for index, inner in reversed(list(enumerate(value))))
 
 

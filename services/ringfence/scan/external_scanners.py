@@ -10,7 +10,6 @@ import contextlib
 import json
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -19,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.programs import find_program, search_path
 from ringfence.kernel.base.text import did_you_mean
 from ringfence.scan import kinds
 from ringfence.scan.documents import mapping, sequence
@@ -141,17 +141,9 @@ def adapters(names: Sequence[str]) -> list[Adapter]:
             raise ScannerMissingError(
                 f"no scanner {name!r}{did_you_mean(name, known)}; write one of: {', '.join(known)}"
             )
-        if program_of(name) is None:
+        if find_program(name) is None:
             raise ScannerMissingError(f"{name} is not on the PATH; install it, or leave out --with {name}")
     return [known[name] for name in dict.fromkeys(names)]
-
-
-def program_of(name: str) -> str | None:
-    """Return the path of a program on the PATH, or None. Entries that depend on the working directory do not count."""
-    entries = [
-        entry for entry in os.environ.get("PATH", os.defpath).split(os.pathsep) if os.path.isabs(entry)
-    ]
-    return shutil.which(name, path=os.pathsep.join(entries))
 
 
 def include(report: Report, adapter: Adapter, paths: Sequence[str], guard: OutputGuard) -> None:
@@ -180,7 +172,7 @@ def places_of(adapter: Adapter, paths: Sequence[str]) -> list[tuple[str, str, in
 
     Raises OSError, ValueError if its output is not understood, and subprocess.SubprocessError.
     """
-    program = program_of(adapter.name)
+    program = find_program(adapter.name)
     if program is None:
         raise FileNotFoundError(2, "not installed", adapter.name)
     found = []
@@ -200,7 +192,7 @@ def _run(adapter: Adapter, program: str, folder: str, target: str) -> bytes:
         os.fdopen(os.memfd_create("scan", os.MFD_CLOEXEC), "w+b") as output,
     ):
         environment = {
-            "PATH": os.environ.get("PATH", os.defpath), "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "NO_COLOR": "1"
+            "PATH": search_path(), "HOME": home, "TMPDIR": home, "LANG": "C.UTF-8", "NO_COLOR": "1"
         }  # fmt: skip
         child = subprocess.Popen(
             [program, *adapter.arguments(target, home)], cwd=folder, env=environment, stdin=subprocess.DEVNULL,

@@ -2,35 +2,33 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Final
 
 from ringfence.scan.candidates import MARKERS, Candidate, public_prefix_length
 from ringfence.scan.documents import DocumentError
 from ringfence.scan.findings import Finding, Note, Place, Readable
 from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.limits import taken_limits
+from ringfence.scan.names import is_generated
 from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.path_index import PathIndex
-from ringfence.scan.process_protection import address_space, memory_limit
+from ringfence.scan.process_protection import address_space, limit_memory
 from ringfence.scan.published_examples import is_published
-from ringfence.scan.readers import FILE_READERS, TEXT_READER
-from ringfence.scan.readers.reader import FileReader
+from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
+from ringfence.scan.readers.reader import FileReader, Machine
 from ringfence.scan.rings import verdicts
+from ringfence.scan.secret_value import SecretValue
 from ringfence.scan.source_files import Root, SourceFile, UnreadableError
 
-FILE_TIME_LIMIT_S: Final = 20.0
-_LOOK_EVERY_S: Final = 0.5
 MOST_FINDINGS_IN_A_FILE: Final = 1000
 MOST_PIECES_IN_A_FILE: Final = 200_000
 """Pieces of secrets that the guard knows of one file."""
 _MOST_AT_ONCE: Final = 2000
-"""Findings and notes that a worker hands over at once, and files of which it has findings."""
+"""Findings and notes that a worker hands over at once."""
 _MOST_PIECES_AT_ONCE: Final = 400_000
+_MOST_OF_MACHINE: Final = 5_000
 FILE_MEMORY: Final = 512 * 1024 * 1024
 """What reading may take, besides what the process has before it reads the first file."""
 _MEMORY_FOR_EACH_BYTE: Final = 8
@@ -38,11 +36,15 @@ _MEMORY_FOR_EACH_BYTE: Final = 8
 _MAX_FIELD: Final = 200
 
 
+MACHINE: Final = -1
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """One file to read: below which root, and how its path is shown."""
 
     root: int
+    """`MACHINE`: a part of the machine, whose reader is `shown`."""
     relative: str
     shown: str
     reader: str | None = None
@@ -55,7 +57,7 @@ class JobResults:
     """The results of some jobs. They contain no secret."""
 
     jobs: int = 0
-    """How many of the jobs were done: the rest is for another call, where there was much to hand over."""
+    """How many jobs were done."""
 
     findings: list[Finding] = field(default_factory=list)
     notes: list[Note] = field(default_factory=list)
@@ -63,21 +65,18 @@ class JobResults:
     bytes: int = 0
 
 
-class FileTimeoutError(Exception):
-    """Raised if a file takes too long."""
-
-
 class FileScanner:
     """Reads files below some roots."""
 
     def __init__(
-        self, roots: tuple[Root, ...], fingerprinter: Fingerprinter, guard: OutputGuard, max_bytes: int
-    ) -> None:
+        self, roots: tuple[Root, ...], fingerprinter: Fingerprinter, guard: OutputGuard, max_bytes: int,
+        machine: Machine | None = None,
+    ) -> None:  # fmt: skip
         self._roots = roots
+        self._machine = machine
         self._fingerprinter = fingerprinter
         self.guard = guard
         self._max_bytes = max_bytes
-        self._most_memory: int | None = None
         self._index = PathIndex(FILE_READERS)
         self._by_name = {reader.name: reader for reader in FILE_READERS}
 
@@ -85,36 +84,45 @@ class FileScanner:
         """Return whether a reader declares this path. Links are followed only at such paths."""
         return bool(self._index.readers_of(path))
 
-    def scan(self, jobs: list[Job]) -> JobResults:
-        """Read files, as many as fit into one result. A file that cannot be read becomes a note."""
-        results = JobResults()
-        if self._most_memory is None and (now := address_space()) is not None:
-            self._most_memory = now + max(FILE_MEMORY, self._max_bytes * _MEMORY_FOR_EACH_BYTE)
-        known = len(self.guard)
-        with memory_limit(self._most_memory), _Clock(FILE_TIME_LIMIT_S) as clock:
-            for job in jobs:
-                results.jobs += 1
-                clock.begin()
-                try:
-                    self._scan(job, results)
-                    clock.end()
-                except UnreadableError as error:
-                    clock.end()
-                    results.notes.append(Note(job.shown, error.reason, error.limits))
-                except FileTimeoutError:
-                    results.notes.append(Note(job.shown, f"took more than {FILE_TIME_LIMIT_S:.0f} s"))
-                except MemoryError:
-                    clock.end()
-                    results.notes.append(Note(job.shown, "needs too much memory to be read"))
-                except Exception as error:  # noqa: BLE001 - files are hostile, and a message could quote one
-                    clock.end()
-                    results.notes.append(Note(job.shown, f"could not be read ({type(error).__name__})"))
-                if (
-                    len(results.findings) + len(results.notes) >= _MOST_AT_ONCE
-                    or len(self.guard) - known >= _MOST_PIECES_AT_ONCE
-                ):
-                    break
-        return results
+    def limit_memory(self) -> None:
+        """Limit the memory of this process, a worker, to what it has now and what reading a file may take."""
+        if (now := address_space()) is not None:
+            limit_memory(now + max(FILE_MEMORY, self._max_bytes * _MEMORY_FOR_EACH_BYTE))
+
+    def is_full(self, results: JobResults) -> bool:
+        """Return whether there is so much to hand over that it should not wait."""
+        return (
+            len(results.findings) + len(results.notes) >= _MOST_AT_ONCE
+            or len(self.guard) >= _MOST_PIECES_AT_ONCE
+        )
+
+    def scan(self, job: Job, results: JobResults) -> None:
+        """Read one file, or one part of the machine. What cannot be read becomes a note."""
+        results.jobs += 1
+        try:
+            self._scan(job, results) if job.root >= 0 else self._read_machine(job.shown, results)
+        except UnreadableError as error:
+            results.notes.append(Note(job.shown, error.reason, error.limits))
+        except MemoryError:
+            results.notes.append(Note(job.shown, "needs too much memory to be read"))
+        except Exception as error:  # noqa: BLE001 - files are hostile, and a message could quote one
+            results.notes.append(Note(job.shown, f"could not be read ({type(error).__name__})"))
+        results.notes += [Note(job.shown, reason) for reason in taken_limits()]
+
+    def _read_machine(self, name: str, results: JobResults) -> None:
+        assert self._machine is not None
+        reader = next(one for one in MACHINE_READERS if one.name == name)
+        for path, candidate in reader.read(self._machine):
+            if candidate.value is not None and is_published(candidate.value.reveal()):
+                continue
+            if len(results.findings) >= _MOST_OF_MACHINE:
+                results.notes.append(
+                    Note(name, f"has more than {_MOST_OF_MACHINE} findings; the rest is left out")
+                )
+                break
+            results.findings.append(self.finding(name, path, candidate, "unknown"))
+        results.notes += self._machine.notes
+        self._machine.notes.clear()
 
     def _scan(self, job: Job, results: JobResults) -> None:
         root = self._roots[job.root]
@@ -156,7 +164,7 @@ class FileScanner:
                 for candidate in reader.read(file):
                     yield reader.name, candidate
             except DocumentError as error:
-                results.notes.append(Note(job.shown, f"{error}; it was read as plain text", limits=False))
+                results.notes.append(Note(job.shown, _read_otherwise(error, file), error.limits))
                 reader = None
         if file.is_binary:
             return
@@ -179,7 +187,9 @@ class FileScanner:
         file: SourceFile | None = None,
     ) -> Finding:
         """Return the finding of a candidate. It no longer contains the secret."""
-        value, line = candidate.value, candidate.line
+        value, line, account = candidate.value, candidate.line, candidate.opens.account
+        if account is not None and is_generated(account):
+            self.guard.add(SecretValue(account))
         if value is not None:
             self.guard.add(value, public=public_prefix_length(value.reveal()), common=MARKERS)
             if line is None and file is not None:
@@ -202,36 +212,5 @@ class FileScanner:
         )
 
 
-class _Clock:
-    """Raises FileTimeoutError in a file that takes too long. Does nothing outside of the main thread.
-
-    One timer checks periodically, because a timer for each file would cost two system calls.
-    """
-
-    def __init__(self, limit_s: float) -> None:
-        self._limit_s = limit_s
-        self._ends_s: float | None = None
-        self._is_main = threading.current_thread() is threading.main_thread()
-
-    def begin(self) -> None:
-        self._ends_s = time.monotonic() + self._limit_s
-
-    def end(self) -> None:
-        self._ends_s = None
-
-    def __enter__(self) -> _Clock:
-        if self._is_main:
-            self._before = signal.signal(signal.SIGALRM, self._look)
-            every_s = min(_LOOK_EVERY_S, self._limit_s)
-            signal.setitimer(signal.ITIMER_REAL, every_s, every_s)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_main:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._before)
-
-    def _look(self, number: int, frame: FrameType | None) -> None:
-        if self._ends_s is not None and time.monotonic() > self._ends_s:
-            self._ends_s = None
-            raise FileTimeoutError
+def _read_otherwise(error: DocumentError, file: SourceFile) -> str:
+    return str(error) if file.is_binary else f"{error}; it was read as plain text"

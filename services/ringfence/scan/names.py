@@ -6,8 +6,11 @@ import itertools
 import math
 import re
 from collections import Counter
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final, Literal
+
+from ringfence.scan.limits import limit_reached
 
 NameKind = Literal["password", "secret", "none"]
 
@@ -87,6 +90,9 @@ _WRAPS: Final = frozenset(("90", "za", "ZA", "f0", "F0"))
 _COUNTED_RUN: Final = 12
 _UUID: Final = re.compile(r"[0-9a-fA-F]{8}(?:-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 _SEGMENTS: Final = re.compile(r"[^A-Za-z0-9]+")
+_SEGMENT: Final = re.compile(r"[A-Za-z0-9]+")
+GENERATED_LENGTH: Final = 16
+_RUN: Final = re.compile(r"[A-Za-z0-9_.+/=~-]{16,}")
 MIN_PASSWORD: Final = 4
 MIN_SECRET: Final = 8
 _MAX_VALUE: Final = 16_384
@@ -170,6 +176,26 @@ def looks_random(value: str) -> bool:
     return entropy(value) >= min(3.0, math.log2(len(value)) - 0.9)
 
 
+def generated_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Yield begin and end of each part of a text that looks like a long generated value. UUIDs are none."""
+    uuids = [match.span() for match in _UUID.finditer(text)]
+    for run in _RUN.finditer(text):
+        parts = [
+            (begin, end)
+            for begin, end in (match.span() for match in _SEGMENT.finditer(text, *run.span()))
+            if not _is_word(text[begin:end])
+            and not any(first <= begin and end <= last for first, last in uuids)
+        ]
+        length = sum(end - begin for begin, end in parts if not text[begin:end].isdigit())
+        if length >= GENERATED_LENGTH and looks_random(run[0]):
+            yield from parts
+
+
+def is_generated(value: str) -> bool:
+    """Return whether a part of a value looks like a long generated one."""
+    return next(generated_spans(value), None) is not None
+
+
 def _is_word(segment: str) -> bool:
     """Return whether a part of a value is a word, a name in camel case, a small number or a version."""
     if segment.isdigit():
@@ -189,7 +215,12 @@ def is_secret(name: str, value: str) -> NameKind:
     if kind == "none":
         return "none"
     value = value.strip()
-    if not (MIN_PASSWORD <= len(value) <= _MAX_VALUE) or is_reference(value) or is_placeholder(value):
+    if len(value) > _MAX_VALUE:
+        limit_reached(
+            f"has a setting like a secret of more than {_MAX_VALUE} characters, which was not judged"
+        )
+        return "none"
+    if len(value) < MIN_PASSWORD or is_reference(value) or is_placeholder(value):
         return "none"
     if kind == "password":
         return "none" if value.lower() in words_of(name) else "password"

@@ -10,14 +10,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Final
 
-from ringfence.scan.names import looks_random
+from ringfence.scan.names import GENERATED_LENGTH, generated_spans, looks_random
 from ringfence.scan.secret_value import SecretValue
 
 PIECE: Final = 6
 MASK: Final = "…"
 _MOST_CHARACTERS: Final = 8192
 """Of one secret. Beyond that are private keys, whose lines repeat in no name."""
-_STRONG_LENGTH: Final = 16
 _BITS: Final = (1 << 60) - 1
 """So much of a hash is kept: an integer of this size takes least memory."""
 
@@ -52,7 +51,7 @@ class OutputGuard:
             if word in text:
                 pieces.difference_update(_hashes(word))
         self._all |= pieces
-        if len(text) >= _STRONG_LENGTH and looks_random(text):
+        if len(text) >= GENERATED_LENGTH and looks_random(text):
             self._strong |= pieces
 
     def collected(self) -> Pieces:
@@ -65,14 +64,19 @@ class OutputGuard:
         self._strong |= collected[1]
 
     def masked(self, text: str, *, is_path: bool = False) -> str:
-        """Return the text with each run of characters that is part of a secret replaced by `…`."""
+        """Return the text with each run of characters that is part of a secret replaced by `…`.
+
+        In a text that is no path, also what looks generated: no reader may have recognised it as a secret.
+        """
         known = self._strong if is_path else self._all
-        if len(text) < PIECE or not known:
-            return text
         hidden = bytearray(len(text))
-        for start, piece in enumerate(_hashes(text)):
-            if piece in known:
-                hidden[start : start + PIECE] = b"\1" * PIECE
+        if known:
+            for start, piece in enumerate(_hashes(text)):
+                if piece in known:
+                    hidden[start : start + PIECE] = b"\1" * PIECE
+        if not is_path:
+            for begin, end in generated_spans(text):
+                hidden[begin:end] = b"\1" * (end - begin)
         if not any(hidden):
             return text
         parts: list[str] = []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import resource
+import signal
 import sys
-from collections.abc import Iterator
 from typing import Final
 
-_PR_SET_DUMPABLE: Final = 4  # prctl(2)
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4  # prctl(2)
 _NO_CORE: Final = 1
 """Bytes. The kernel writes no core of so few, and pipes none to a handler: it does that for a limit of 0 (core(5)), but
 not for 1 (fs/coredump.c)."""
@@ -39,22 +40,20 @@ def address_space() -> int | None:
         return None
 
 
-@contextlib.contextmanager
-def memory_limit(most: int | None) -> Iterator[None]:
-    """Limit the address space of this process to `most` bytes within the block. Beyond it, Python raises MemoryError.
+def limit_memory(most: int) -> None:
+    """Limit the address space of this process to `most` bytes. Beyond it, Python raises MemoryError.
 
-    None sets no limit. A lower limit that is in force stays.
+    A lower limit that is in force stays.
     """
     before = resource.getrlimit(resource.RLIMIT_AS)
-    if most is None or 0 <= before[0] <= most:
-        yield
-        return
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
-    except (OSError, ValueError):
-        yield
-        return
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
+    if not 0 <= before[0] <= most:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_AS, (most, before[1]))
+
+
+def die_with_parent(parent: int) -> None:
+    """Have this process killed when its parent ends, where the system can do that (prctl(2), PR_SET_PDEATHSIG)."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(0)  # the parent ended before the call

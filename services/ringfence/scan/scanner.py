@@ -10,31 +10,28 @@ import contextlib
 import glob
 import os
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Final
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.scan.file_scan import FileScanner, Job, JobResults
+from ringfence.scan.file_scan import MACHINE, FileScanner, Job, JobResults
 from ringfence.scan.findings import Access, Finding, Identity, Note, Place, Report
 from ringfence.scan.fingerprint import Fingerprinter
-from ringfence.scan.output_guard import OutputGuard, Pieces
-from ringfence.scan.published_examples import is_published
+from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS
 from ringfence.scan.readers.reader import Machine
 from ringfence.scan.remedies import remedies_of
 from ringfence.scan.source_files import MAX_FILE_BYTES, Root
 from ringfence.scan.tree_walk import walk_tree
+from ringfence.scan.worker_pool import OutOfTimeError, WorkerPool
 
 _CHUNK: Final = 200
 _ALONE: Final = 600
-"""Up to so many files one process is faster than several."""
+"""Up to so many files one worker is faster than several."""
 _MOST_MATCHES: Final = 2000
 """Files that one pattern of a place on the machine may match."""
 _MOST_NOTES: Final = 10_000
@@ -43,9 +40,6 @@ MOST_FINDINGS: Final = 20_000
 """Of a whole scan. Nobody reads so many, and their number is what bounds the memory of a scan."""
 MOST_PIECES: Final = 2_000_000
 """Pieces of secrets that the guard knows, of a whole scan."""
-_MOST_OF_MACHINE: Final = 5_000
-_CHUNKS_FOR_EACH_WORKER: Final = 3
-"""So many are handed out ahead. What lies ready takes memory."""
 
 
 class _Notes:
@@ -102,8 +96,7 @@ class ScanOptions:
 class Scanner:
     """One scan: `prepare` lists the files and starts workers, `run` reads. Use as a context manager.
 
-    Workers are forked, so that they inherit the key and the protection of this process. That has to happen before
-    other threads start: call `prepare` first.
+    Everything of strangers is read by worker processes, which `prepare` forks and this process kills.
     """
 
     def __init__(self, options: ScanOptions, fingerprinter: Fingerprinter) -> None:
@@ -115,55 +108,51 @@ class Scanner:
         self._jobs: Iterator[Job] = iter(())
         self._listed = 0
         self._notes = _Notes()
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: WorkerPool | None = None
         self._began_s = time.monotonic()
         self._deadline_s = self._began_s + options.time_limit_s
         self._complete = True
         self._files: FileScanner | None = None
-        self._workers = 1
 
     def __enter__(self) -> Scanner:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool.close()
         for root in self._roots:
             root.close()
 
     def prepare(self) -> None:
-        """Open the places to read, and start workers if there are many files. Raises ScanError."""
+        """Open the places to read, and start a worker, or several if there are many files.
+
+        Raises ScanError, and OSError if no process can be started.
+        """
         options = self._options
         roots = [(path, self._open_root(path)) for path in options.paths]
         index = FileScanner((), self._fingerprinter, self.guard, 0)
         on_machine = list(self._machine_jobs()) if options.machine is not None else []
         trees = (self._tree_jobs(path, number, index) for path, number in roots)
         self._jobs = self._counted(chain.from_iterable((*trees, on_machine)))
-        self._files = FileScanner(tuple(self._roots), self._fingerprinter, self.guard, options.max_bytes)
+        self._files = FileScanner(
+            tuple(self._roots), self._fingerprinter, self.guard, options.max_bytes, options.machine
+        )
         # The files are listed while others are read: their list would take more memory than reading them.
         first = list(islice(self._jobs, _ALONE + 1))
         self._jobs = chain(first, self._jobs)
         workers = options.workers or min(len(os.sched_getaffinity(0)), 8)
-        if workers > 1 and len(first) > _ALONE:
-            self._workers = workers
-            self._pool = ProcessPoolExecutor(
-                workers, get_context("fork"), initializer=_start_worker, initargs=(self._files,)
-            )
-            self._pool.submit(_ready).result()  # starts all workers, before there are threads of others
+        self._pool = WorkerPool(self._files, workers if len(first) > _ALONE else 1)
 
     def run(self, progress: Callable[[int, int], None] | None = None) -> Report:
         """Read everything, and return the report.
 
         `progress` is called with the number of files that were read, and of those that were listed so far.
         """
-        assert self._files is not None, "prepare first"
+        assert self._pool is not None, "prepare first"
         report = Report(tuple(map(str, self._options.paths)) or ("this machine",), int(self._options.now_s()))
         done = 0
-        for results in self._results():
-            report.findings += results.findings
-            self._notes.extend(results.notes)
-            report.files += results.files
-            report.bytes += results.bytes
+        for results in self._results(self._pool, self._chunks()):
+            self._add(report, results)
             done += results.jobs
             if progress is not None:
                 progress(done, self._listed)
@@ -173,8 +162,15 @@ class Scanner:
                     Note("", f"all after {done} files: there are too many findings; name fewer folders")
                 )
                 break
+        self._pool.close()
         if self._options.machine is not None:
-            self._read_machine(report)
+            assert self._files is not None
+            # In a worker of its own: those of files are processes too, and would be read.
+            with WorkerPool(self._files, 1) as pool:
+                for results in self._results(
+                    pool, iter([[Job(MACHINE, "", one.name) for one in MACHINE_READERS]])
+                ):
+                    self._add(report, results)
         report.complete = self._complete and not self._notes.out_of_time
         report.notes = self._notes.listed()
         _finish(report, self.guard)
@@ -204,7 +200,7 @@ class Scanner:
         prefix = "" if text == "." else text if text.endswith("/") else f"{text}/"
         above = f"{root.real}/"
         for found in walk_tree(
-            root.real, prefix, self._notes, deadline_s=self._deadline_s,
+            root, prefix, self._notes, deadline_s=self._deadline_s,
             wants_link=lambda relative: index.is_known_place(above + relative),
         ):  # fmt: skip
             yield Job(number, found.relative, prefix + found.relative, is_link=found.is_link)
@@ -238,106 +234,29 @@ class Scanner:
                     shown = f"~/{found}" if in_home else f"/{found}"
                     yield Job(roots[base], found, shown, reader.name, is_link=is_link)
 
-    def _results(self) -> Iterator[JobResults]:
-        assert self._files is not None
-        if self._pool is not None:
-            yield from self._results_of_workers(self._pool)
-            return
-        for chunk in self._chunks():
-            while chunk:
-                if time.monotonic() > self._deadline_s:
-                    self._end_for_time()
-                    return
-                results = self._files.scan(chunk)
-                yield results
-                chunk = chunk[results.jobs :]
-
-    def _results_of_workers(self, pool: ProcessPoolExecutor) -> Iterator[JobResults]:
-        chunks = self._chunks()
-        again: deque[list[Job]] = deque()
-        waiting: dict[Future[tuple[JobResults, Pieces]], list[Job]] = {}
-        while True:
-            while len(waiting) < self._workers * _CHUNKS_FOR_EACH_WORKER:
-                chunk = again.popleft() if again else next(chunks, None)
-                if chunk is None:
-                    break
-                try:
-                    waiting[pool.submit(_scan_in_worker, chunk)] = chunk
-                except BrokenProcessPool:
-                    yield self._lost(chunk)
-            if not waiting:
-                return
-            left_s = max(self._deadline_s - time.monotonic(), 0.0)
-            finished, _ = wait(waiting, timeout=left_s, return_when=FIRST_COMPLETED)
-            if not finished:
-                for future in waiting:
-                    future.cancel()
-                self._end_for_time()
-                return
-            for future in finished:
-                chunk = waiting.pop(future)
-                try:
-                    results, collected = future.result()
-                except BrokenProcessPool:
-                    yield self._lost(chunk)
-                    continue
+    def _results(self, pool: WorkerPool, chunks: Iterator[list[Job]]) -> Iterator[JobResults]:
+        try:
+            for results, collected in pool.results(chunks, self._deadline_s):
                 self.guard.merge(collected)
-                if rest := chunk[results.jobs :]:
-                    again.append(rest)
                 yield results
+        except OutOfTimeError:
+            self._incomplete("the time of the scan was over (--time-limit)")
+        except OSError as error:
+            self._incomplete(f"no worker process could be started ({error.strerror})")
+
+    def _add(self, report: Report, results: JobResults) -> None:
+        report.findings += results.findings
+        self._notes.extend(results.notes)
+        report.files += results.files
+        report.bytes += results.bytes
 
     def _chunks(self) -> Iterator[list[Job]]:
         while chunk := list(islice(self._jobs, _CHUNK)):
             yield chunk
 
-    def _lost(self, chunk: list[Job]) -> JobResults:
+    def _incomplete(self, why: str) -> None:
         self._complete = False
-        return JobResults(
-            jobs=len(chunk), notes=[Note(chunk[0].shown, "and files after it: a worker process ended")]
-        )
-
-    def _end_for_time(self) -> None:
-        self._complete = False
-        self._notes.append(Note("", "the rest was not read: the time of the scan was over (--time-limit)"))
-
-    def _read_machine(self, report: Report) -> None:
-        machine, files = self._options.machine, self._files
-        assert machine is not None
-        assert files is not None
-        for reader in MACHINE_READERS:
-            try:
-                for path, candidate in reader.read(machine):
-                    if candidate.value is not None and is_published(candidate.value.reveal()):
-                        continue
-                    if len(report.findings) >= MOST_FINDINGS + _MOST_OF_MACHINE:
-                        self._complete = False
-                        self._notes.append(Note(reader.name, "has too many findings; the rest is left out"))
-                        break
-                    report.findings.append(files.finding(reader.name, path, candidate, "unknown"))
-            except Exception as error:  # noqa: BLE001 - a message could quote what was read
-                self._notes.append(Note(reader.name, f"could not be read ({type(error).__name__})"))
-        self._notes.extend(machine.notes)
-
-
-_worker: FileScanner | None = None
-
-
-def _start_worker(files: FileScanner) -> None:
-    global _worker
-    _worker = files
-    # Each process looks up directories by descriptors of its own position; the guard starts empty.
-    _worker.guard = OutputGuard()
-
-
-def _ready() -> None:
-    return
-
-
-def _scan_in_worker(jobs: list[Job]) -> tuple[JobResults, Pieces]:
-    assert _worker is not None
-    _worker.guard = OutputGuard()
-    results = _worker.scan(jobs)
-    return results, _worker.guard.collected()
+        self._notes.append(Note("", f"the rest was not read: {why}"))
 
 
 def _finish(report: Report, guard: OutputGuard) -> None:

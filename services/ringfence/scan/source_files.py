@@ -126,7 +126,7 @@ class Root:
         try:
             descriptor = self._open(relative)
         except OSError as error:
-            raise UnreadableError(_reason(error)) from None
+            raise _unreadable(error) from None
         try:
             return _read(descriptor, max_bytes)
         finally:
@@ -142,9 +142,10 @@ class Root:
 
     def _open(self, relative: str) -> int:
         folder, _, name = relative.rpartition("/")
-        return os.open(name, _FLAGS, dir_fd=self._folder(folder))
+        return os.open(name, _FLAGS, dir_fd=self.folder(folder))
 
-    def _folder(self, relative: str) -> int:
+    def folder(self, relative: str) -> int:
+        """Return the descriptor of a folder by its path below the root, open until the next call. Raises OSError."""
         if not relative:
             return self._descriptor
         if self._held is not None and self._held[0] == relative:
@@ -190,11 +191,11 @@ def _read(descriptor: int, max_bytes: int) -> tuple[bytes, FileFacts]:
                 break
             most = _PIECE
     except OSError as error:
-        raise UnreadableError(_reason(error)) from None
+        raise _unreadable(error) from None
     return b"".join(pieces), facts
 
 
-def _reason(error: OSError) -> str:
+def _unreadable(error: OSError) -> UnreadableError:
     known = {
         "ELOOP": "is a symbolic link, which is not followed",
         "ENOENT": "was gone when it was to be read",
@@ -207,7 +208,8 @@ def _reason(error: OSError) -> str:
     }
     import errno
 
-    return known.get(errno.errorcode.get(error.errno or 0, ""), "could not be read")
+    code = errno.errorcode.get(error.errno or 0, "")
+    return UnreadableError(known.get(code, "could not be read"), limits=code not in ("ENOENT", "ESRCH"))
 
 
 def _type_of(mode: int) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Final, Protocol
 
 from ringfence.scan.findings import Note
+from ringfence.scan.source_files import Root
 
 MAX_DEPTH: Final = 64
 MAX_FILES: Final = 2_000_000
@@ -45,12 +46,14 @@ class WalkedFile:
 
 
 def walk_tree(
-    root: Path, prefix: str, notes: NoteList, *, deadline_s: float, wants_link: Callable[[str], bool]
+    root: Root, prefix: str, notes: NoteList, *, deadline_s: float, wants_link: Callable[[str], bool]
 ) -> Iterator[WalkedFile]:
     """Yield the files below a folder, in a stable order. Each limit that was reached becomes a note.
 
+    A folder is listed by a descriptor that was opened without links, because it may become one meanwhile.
+
     Args:
-        root: an existing folder, without links.
+        root: the folder, which nothing else reads meanwhile.
         prefix: the text before paths in notes.
         notes: receives the notes.
         deadline_s: the time to stop, by `time.monotonic`.
@@ -66,10 +69,16 @@ def walk_tree(
             )
             return
         try:
-            with os.scandir(root / folder) as found:
+            descriptor = root.folder(folder)
+            with os.scandir(descriptor) as found:
                 entries = sorted(islice(found, MAX_ENTRIES + 1), key=lambda one: one.name)
-        except OSError:
-            notes.append(Note(prefix + folder, "may not be listed by this user"))
+        except OSError as error:
+            reason = (
+                "may not be listed by this user"
+                if isinstance(error, PermissionError)
+                else "could not be listed"
+            )
+            notes.append(Note(prefix + folder, reason, limits=not isinstance(error, FileNotFoundError)))
             continue
         if len(entries) > MAX_ENTRIES:
             entries.pop()
@@ -84,9 +93,9 @@ def walk_tree(
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     if entry.name == ".git":
-                        if os.path.isfile(root / relative / "config"):
+                        if _is_file(".git/config", descriptor):
                             yield WalkedFile(f"{relative}/config")
-                    elif entry.name in SKIPPED_FOLDERS or str(root / relative) in _PSEUDO:
+                    elif entry.name in SKIPPED_FOLDERS or str(root.real / relative) in _PSEUDO:
                         continue
                     elif depth + 1 >= MAX_DEPTH:
                         notes.append(Note(prefix + relative, f"is more than {MAX_DEPTH} folders deep"))
@@ -94,6 +103,7 @@ def walk_tree(
                         below.append((relative, depth + 1))
                     continue
             except OSError:
+                notes.append(Note(prefix + relative, "could not be looked at"))
                 continue
             if entry.name.endswith(SKIPPED_ENDINGS):
                 continue
@@ -103,3 +113,10 @@ def walk_tree(
                 return
             yield WalkedFile(relative)
         stack.extend(reversed(below))
+
+
+def _is_file(path: str, folder: int) -> bool:
+    try:
+        return stat.S_ISREG(os.stat(path, dir_fd=folder, follow_symlinks=False).st_mode)
+    except OSError:
+        return False

@@ -166,7 +166,7 @@ def _mcp_lookalike(table: str) -> Callable[[Maker], str]:
                            "env": {"API_KEY": "$SEARCH_API_KEY", "TOKEN_FILE": "/run/secrets/token"}},
                 "remote": {"url": "https://mcp.corp.test/mcp", "headers": {"Authorization": "Bearer ${input:token}"}},
                 "database": {"command": "npx", "args": ["postgres", "postgresql://user:password@localhost:5432/db"]},
-                "wrong": {"command": "npx", "env": {"GITHUB_TOKEN": make.counterfeit("ghp"), "OTHER": "op://vault/item/token"}},
+                "wrong": {"command": "npx", "env": {"GITHUB_TOKEN": "ghp_xxxxxxxxxxxxxxxxxxxx", "OTHER": "op://vault/item/token"}},
             },
         }, indent=2)  # fmt: skip
 
@@ -382,7 +382,9 @@ _lookalike_of("dotenv", "lookalikes/.env.example", lambda make: f"""API_KEY=your
 DB_PASSWORD=changeme
 TOKEN=<token>
 SECRET=
-GITHUB_TOKEN={make.counterfeit("ghp")}
+GITHUB_TOKEN=ghp_{"x" * 36}
+NPM_TOKEN=npm_1234567890abcdefghijklmnopqrstuvwxyz
+GH_TOKEN=ghp_your_token_here
 AWS_SECRET_ACCESS_KEY=wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY
 AUTH_MODE=password
 PASSWORD_MIN_LENGTH=12

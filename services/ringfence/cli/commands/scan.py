@@ -76,7 +76,16 @@ def scan(
             metavar="|".join(_FAIL_ON),
             callback=_fail_on,
             help="Exit 1 where a finding that the baseline lacks breaks this ring, or has this pattern. Also "
-            "where not everything was read in time. Repeatable.",
+            "where something was not read. Repeatable.",
+        ),
+    ] = None,
+    accept_unread: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--accept-unread",
+            metavar="PATH",
+            help="With --fail-on: accept that this path, or something below it, was not read. Write it as the scan "
+            "prints it. Repeatable.",
         ),
     ] = None,
     baseline: Annotated[
@@ -175,7 +184,7 @@ def scan(
         print_json(report_document(report))
     else:
         _print(report, wide=wide, details=details)
-    if failing := _failing(report, fail_on or []):
+    if failing := _failing(report, fail_on or [], accept_unread or []):
         note(f"error: {failing}", "error")
         raise typer.Exit(1)
 
@@ -370,7 +379,7 @@ def _print_summary(report: Report, *, details: bool) -> None:
         note("warning: not everything was read", "warning")
 
 
-def _failing(report: Report, wanted: list[str]) -> str:
+def _failing(report: Report, wanted: list[str], accepted: list[str]) -> str:
     """Return why the exit status is 1, or an empty text."""
     if not wanted:
         return ""
@@ -382,8 +391,17 @@ def _failing(report: Report, wanted: list[str]) -> str:
     )
     if count:
         return f"{count} new finding{'' if count == 1 else 's'} of --fail-on {' --fail-on '.join(wanted)}"
-    return (
-        ""
-        if report.complete
-        else "not everything was read, so nobody knows what is there; raise --time-limit"
+    if not report.complete:
+        return "the scan ended before everything was read; raise --time-limit, or scan fewer folders"
+    unread = [one.path for one in report.notes if one.limits and not _is_accepted(one.path, accepted)]
+    if not unread:
+        return ""
+    return f"not everything was read: {len(unread)} paths; accept each with --accept-unread PATH, or raise --max-size"
+
+
+def _is_accepted(path: str, accepted: list[str]) -> bool:
+    path = os.path.normpath(path) if path else ""
+    return any(
+        path == one or path.startswith(f"{one.rstrip('/')}/")
+        for one in map(os.path.normpath, filter(None, accepted))
     )

@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import secrets
-import shutil
 import signal
 import stat
 import subprocess
@@ -24,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ringfence.kernel.base.programs import find_program
 from ringfence.runner.sandbox import machine, seccomp
 from ringfence.runner.sandbox.backend import (
     HOME,
@@ -117,7 +117,7 @@ class BubblewrapBackend:
             raise SandboxSpecError("bubblewrap shows this machine's programs and has no images").with_remedy(
                 "leave the image out, or use the backend oci"
             )
-        program = shutil.which(self._program)
+        program = find_program(self._program)
         reasons = await self.available()
         if reasons or program is None:
             raise SandboxUnavailableError("; ".join(reasons) or f"{self._program} is not installed")

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ringfence.kernel.base.programs import find_program
 from ringfence.runner.sandbox import seccomp
 from ringfence.runner.sandbox.cgroups import find_mounted
 
@@ -57,7 +57,7 @@ def facts() -> list[MachineFact]:
         )
     )
     sockets = [path for path in OCI_SOCKETS if Path(path).is_socket()]
-    found.append(MachineFact("podman or docker", ", ".join(sockets) or shutil.which("podman") or "not found"))
+    found.append(MachineFact("podman or docker", ", ".join(sockets) or find_program("podman") or "not found"))
     swap = len(_lines("/proc/swaps")) > 1
     found.append(
         MachineFact(
@@ -73,7 +73,7 @@ def facts() -> list[MachineFact]:
 
 
 def bubblewrap_version(program: str = "bwrap") -> str | None:
-    path = shutil.which(program)
+    path = find_program(program)
     if path is None:
         return None
     ended = subprocess.run([path, "--version"], capture_output=True, text=True, check=False, env={})
@@ -82,7 +82,7 @@ def bubblewrap_version(program: str = "bwrap") -> str | None:
 
 def bubblewrap_obstacles(program: str = "bwrap") -> list[str]:
     """The reasons why bubblewrap cannot make a sandbox here, with remedies; empty if it can. A success is cached."""
-    path = shutil.which(program)
+    path = find_program(program)
     if path is None:
         return [f"{program} is not installed: apt install bubblewrap"]
     user = os.geteuid()

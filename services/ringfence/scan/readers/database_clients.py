@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from typing import Final
 
 from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, of_format
+from ringfence.scan.candidates import Candidate, candidate_of, of_login
 from ringfence.scan.documents import ini_options
 from ringfence.scan.findings import Access
+from ringfence.scan.limits import limit_reached
 from ringfence.scan.names import is_placeholder
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile
@@ -33,11 +34,13 @@ class NetrcReader(FileReader):
         try:
             for word in lexer:
                 words.append(word)
-                if len(words) >= _MOST_TOKENS:
+                if len(words) > _MOST_TOKENS:
                     break
         except ValueError:
-            words = file.text.split()[:_MOST_TOKENS]
-        tokens = iter(words)
+            words = file.text.split()
+        if len(words) > _MOST_TOKENS:
+            limit_reached(f"has more than {_MOST_TOKENS} words; the rest is left out")
+        tokens = iter(words[:_MOST_TOKENS])
         for word in tokens:
             if word == "machine":
                 host, account = next(tokens, ""), ""
@@ -47,12 +50,10 @@ class NetrcReader(FileReader):
                 account = next(tokens, "")
             elif word in ("password", "passwd"):
                 value = next(tokens, "")
-                if len(value) < 4 or is_placeholder(value):
-                    continue
-                opens = Access(host=host or None, account=account or None)
                 used = ("curl, git and every process of the user",)
-                yield of_format(value, f"{host}.password", opens=opens, used_by=used) or candidate_of(
-                    kinds.BASIC_AUTH, value, f"{host}.password", opens=opens, used_by=used
+                opens = Access(host=host or None)
+                yield from of_login(
+                    account, value, f"{host}.password", kinds.BASIC_AUTH, opens=opens, used_by=used
                 )
 
 

@@ -34,10 +34,9 @@ def of_registries(document: object, prefix: str = "") -> Iterator[Candidate]:
         opens = Access(host=host_of(registry) or registry[:200], account=text_of(login.get("username")))
         more = {"opens": opens, "used_by": ("docker, podman and every process of the user",)}
         field = f"{prefix}auths.{registry}"
-        if (encoded := text_of(login.get("auth"))) and (
-            one := of_basic(encoded, f"{field}.auth", kind=kinds.REGISTRY, **more)
-        ):
-            yield one
+        encoded = text_of(login.get("auth")) or ""
+        if in_auth := list(of_basic(encoded, f"{field}.auth", kind=kinds.REGISTRY, **more)):
+            yield from in_auth
         elif password := text_of(login.get("password")):
             yield of_format(password, f"{field}.password", **more) or candidate_of(
                 kinds.REGISTRY, password, f"{field}.password", **more

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, classify, of_basic, of_format, of_url
+from ringfence.scan.candidates import Candidate, candidate_of, classify, of_basic, of_format, of_login, of_url
 from ringfence.scan.documents import mapping, walk
+from ringfence.scan.limits import limit_reached
 from ringfence.scan.names import is_placeholder, is_reference, looks_random
 
 _MOST_WORDS: Final = 2000
@@ -30,7 +30,7 @@ def classify_document(document: Any, **more: Any) -> Iterator[Candidate]:
         if len(value) < 4:
             continue
         yield from classify(name_in(path), value, ".".join(path), **more)
-    yield from _named_values(document, (), 0, more)
+    yield from _named_values(document, (), more)
 
 
 def name_in(path: Sequence[str]) -> str:
@@ -38,32 +38,32 @@ def name_in(path: Sequence[str]) -> str:
     return next((part for part in reversed(path) if not part.isdigit()), "")
 
 
-def _named_values(
-    document: Any, path: tuple[str, ...], depth: int, more: dict[str, Any]
-) -> Iterator[Candidate]:
-    if depth > 24:
-        return
+def _named_values(document: Any, path: tuple[str, ...], more: dict[str, Any]) -> Iterator[Candidate]:
+    """Of a document that `walk` has visited, so that its depth and nodes are bounded."""
     if isinstance(document, list):
-        for number, one in enumerate(document[:5000]):
+        for number, one in enumerate(document):
             found = mapping(one)
             name, value = found.get("name", found.get("key")), found.get("value")
             if isinstance(name, str) and isinstance(value, str):
                 yield from classify(name, value, ".".join((*path, name)), **more)
-            yield from _named_values(one, (*path, str(number)), depth + 1, more)
+            yield from _named_values(one, (*path, str(number)), more)
     elif isinstance(document, dict):
-        for name, one in list(document.items())[:5000]:
+        for name, one in document.items():
             if isinstance(one, dict | list):
-                yield from _named_values(one, (*path, str(name)), depth + 1, more)
+                yield from _named_values(one, (*path, str(name)), more)
 
 
 def classify_words(words: Sequence[str], field: str, **more: Any) -> Iterator[Candidate]:
     """Yield credentials in arguments of a command: `--token VALUE`, `--token=VALUE`, `-e NAME=VALUE`, headers, URLs."""
+    if len(words) > _MOST_WORDS:
+        limit_reached(f"has a command of more than {_MOST_WORDS} words; the rest is left out")
     words = words[:_MOST_WORDS]
     previous = ""
     for number, word in enumerate(words):
         place = f"{field}.{number}" if field else str(number)
         if previous in ("-u", "--user") and ":" in word and not word.startswith("-"):
-            yield from _user_password(word, place, more)
+            user, _, password = word.partition(":")
+            yield from of_login(user, password, place, kinds.BASIC_AUTH, **more)
         elif (
             (match := _FLAG.match(word))
             or (match := _NAME.match(word))
@@ -77,16 +77,10 @@ def classify_words(words: Sequence[str], field: str, **more: Any) -> Iterator[Ca
         previous = word
 
 
-def _user_password(word: str, field: str, more: dict[str, Any]) -> Iterator[Candidate]:
-    user, _, password = word.partition(":")
-    if len(password) < 4 or is_placeholder(password) or is_reference(password):
-        return
-    found = of_format(password, field, **more) or candidate_of(kinds.BASIC_AUTH, password, field, **more)
-    yield replace(found, opens=replace(found.opens, account=user[:100] or None))
-
-
 def classify_command(command: str, field: str, **more: Any) -> Iterator[Candidate]:
     """Yield the credentials in a shell command. Nothing of it is expanded."""
+    if len(command) > _LONGEST_COMMAND:
+        limit_reached(f"has a command of more than {_LONGEST_COMMAND} characters; the rest is left out")
     command = command[:_LONGEST_COMMAND]
     try:
         words = shlex.split(command, comments=False, posix=True)
@@ -115,8 +109,8 @@ def secret_or_format(value: str, field: str, kind: kinds.Kind, **more: Any) -> I
     if found := of_format(value, field, **more):
         yield found
         return
-    if (found := of_basic(value, field, **more)) and kind in (kinds.BASIC_AUTH, kinds.REGISTRY):
-        yield found
+    if kind in (kinds.BASIC_AUTH, kinds.REGISTRY) and (in_basic := list(of_basic(value, field, **more))):
+        yield from in_basic
         return
     in_url = list(of_url(value, field, **more))
     yield from in_url or [candidate_of(kind, value, field, **more)]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from collections.abc import Iterator
 from typing import Any, Final
 
 from ringfence.scan import kinds
 from ringfence.scan.candidates import Candidate, candidate_of, of_pem
-from ringfence.scan.documents import DocumentError, mapping, parse_json, text_of
+from ringfence.scan.documents import DocumentLimitError, mapping, parse_json, text_of
 from ringfence.scan.findings import Access
+from ringfence.scan.limits import limit_reached
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile
 
 _USERS: Final = ("gcloud, Google SDKs and every process of the user",)
-_MOST_STEPS: Final = 1_000_000
 _MOST_ROWS: Final = 200
+_SQLITE_LIMITS: Final = {
+    sqlite3.SQLITE_LIMIT_LENGTH: 1024 * 1024, sqlite3.SQLITE_LIMIT_SQL_LENGTH: 10_000,
+    sqlite3.SQLITE_LIMIT_COLUMN: 100, sqlite3.SQLITE_LIMIT_EXPR_DEPTH: 20, sqlite3.SQLITE_LIMIT_VDBE_OP: 1000,
+    sqlite3.SQLITE_LIMIT_ATTACHED: 0,
+}  # fmt: skip
 
 
 def of_credentials(document: Any, prefix: str = "", used_by: tuple[str, ...] = _USERS) -> Iterator[Candidate]:
@@ -65,14 +71,14 @@ class GcloudReader(FileReader):
         if not file.name.endswith(".db"):
             yield from of_credentials(parse_json(file.text))
         elif file.name == "credentials.db":
-            for account, value in _rows(file.data, "SELECT account_id, value FROM credentials"):
+            for account, value in _rows(file.data, "credentials", ("account_id", "value")):
                 try:
                     document = json.loads(value)
                 except (ValueError, TypeError, RecursionError):
                     continue
                 yield from of_credentials({"account": account, **mapping(document)}, f"{account}.")
         else:
-            for account, value in _rows(file.data, "SELECT account_id, access_token FROM access_tokens"):
+            for account, value in _rows(file.data, "access_tokens", ("account_id", "access_token")):
                 yield from of_credentials({"account": account, "access_token": value}, f"{account}.")
 
 
@@ -91,27 +97,45 @@ class GcpServiceAccountReader(FileReader):
         )
 
 
-def _rows(data: bytes, query: str) -> list[tuple[str, str]]:
-    """Return rows of a SQLite database that is only in memory. Raises DocumentError.
+def _rows(data: bytes, table: str, columns: tuple[str, str]) -> list[tuple[str, str]]:
+    """Return two columns of a table of a SQLite database that is only in memory. Raises DocumentError.
 
-    A hostile schema can hold views and triggers: the steps are limited, and its functions are not trusted.
+    SQL of the file would run if the table were a view or had generated columns, so the text of its schema may have
+    names alone between its parentheses. Besides, SQLite may read these columns and call no function.
     """
     connection = sqlite3.connect(":memory:")
-    steps = 0
+    readable = {("sqlite_master", "sql"), ("sqlite_master", "name"), ("sqlite_master", "type")}
+    readable |= {(table, column) for column in columns}
 
-    def interrupt() -> int:
-        nonlocal steps
-        steps += 10_000
-        return int(steps > _MOST_STEPS)
+    def authorize(
+        action: int, first: str | None, second: str | None, _: str | None, inside: str | None
+    ) -> int:
+        is_read = action == sqlite3.SQLITE_READ and (first, second) in readable
+        allowed = inside is None and (is_read or action == sqlite3.SQLITE_SELECT)
+        return sqlite3.SQLITE_OK if allowed else sqlite3.SQLITE_DENY
 
     try:
+        for limit, most in _SQLITE_LIMITS.items():
+            connection.setlimit(limit, most)
         connection.deserialize(data)
-        connection.execute("PRAGMA trusted_schema = OFF")
-        connection.execute("PRAGMA query_only = ON")
-        connection.set_progress_handler(interrupt, 10_000)
-        rows = connection.execute(query).fetchmany(_MOST_ROWS)
-        return [(str(account), str(value)) for account, value in rows if value]
+        connection.set_authorizer(authorize)
+        found = connection.execute("SELECT type, sql FROM sqlite_master WHERE name = ?", (table,)).fetchmany(
+            2
+        )
+        if len(found) != 1 or found[0][0] != "table" or not _is_plain_table(table, found[0][1]):
+            raise DocumentLimitError("has no plain table of gcloud's, so its SQL is not run")
+        rows = connection.execute(f"SELECT {columns[0]}, {columns[1]} FROM {table}").fetchmany(_MOST_ROWS + 1)  # noqa: S608
     except (sqlite3.Error, ValueError, OverflowError):
-        raise DocumentError("is no database of gcloud's") from None
+        raise DocumentLimitError("is no database of gcloud's") from None
     finally:
         connection.close()
+    if len(rows) > _MOST_ROWS:
+        limit_reached(f"has more than {_MOST_ROWS} rows; the rest is left out")
+    return [(str(account), str(value)) for account, value in rows[:_MOST_ROWS] if value]
+
+
+def _is_plain_table(table: str, sql: object) -> bool:
+    """Return whether the schema of a table has names and types alone: no expression can be without a parenthesis."""
+    return (
+        isinstance(sql, str) and re.fullmatch(rf'CREATE TABLE "?{table}"?\s*\([\w\s,"]*\)', sql) is not None
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from ringfence.scan.candidates import Candidate, classify, host_of
-from ringfence.scan.documents import mapping, parse_json, parse_toml, parse_yaml, sequence, text_of
+from ringfence.scan.documents import mapping, parse_json, parse_toml, parse_yaml, sequence, text_of, walk
 from ringfence.scan.findings import Access
 from ringfence.scan.readers.fields import classify_document, classify_words, once
 from ringfence.scan.readers.reader import FileReader
@@ -25,7 +25,6 @@ _SERVER_TABLES: Final = frozenset(
         "amp.mcpServers",
     )
 )
-_MAX_DEPTH: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +173,14 @@ class McpClientReader(FileReader):
 
     def _of_document(self, document: Any) -> Iterator[Candidate]:
         title = self._client.title
-        for path, server, settings in _servers(document, (), 0):
+        for _ in walk(document):  # raises for one that is too deep or too large
+            pass
+        for path, server, settings in _servers(document, ()):
             yield from _of_server(settings, ".".join(path), f"{title}: MCP server {server}")
         yield from classify_document(document, used_by=(title,))
 
 
-def _servers(document: Any, path: tuple[str, ...], depth: int) -> Iterator[tuple[tuple[str, ...], str, Any]]:
-    if depth > _MAX_DEPTH:
-        return
+def _servers(document: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], str, Any]]:
     for name, value in mapping(document).items():
         if name in _SERVER_TABLES:
             named = mapping(value).items() or (
@@ -193,7 +192,7 @@ def _servers(document: Any, path: tuple[str, ...], depth: int) -> Iterator[tuple
                 ):
                     yield (*path, name, server), server, settings
         if isinstance(value, dict):
-            yield from _servers(value, (*path, name), depth + 1)
+            yield from _servers(value, (*path, name))
 
 
 def _of_server(settings: Any, field: str, used_by: str) -> Iterator[Candidate]:

@@ -10,6 +10,7 @@ from typing import Final
 
 from ringfence.scan.candidates import Candidate, classify
 from ringfence.scan.findings import Note
+from ringfence.scan.limits import limit_reached
 from ringfence.scan.readers.reader import Machine, MachineReader
 
 _MAX_ENVIRON: Final = 4 * 1024 * 1024
@@ -35,7 +36,7 @@ class ProcessReader(MachineReader):
 
     def read(self, machine: Machine) -> Iterator[tuple[str, Candidate]]:
         """Yield each value once, with the processes that have it. Processes may start and end meanwhile."""
-        own = (os.getpid(), os.getppid())
+        own = (os.getpid(), os.getppid())  # the worker that reads, and the scan
         found: dict[tuple[str, str], tuple[Candidate, list[str]]] = {}
         unreadable = 0
         try:
@@ -43,8 +44,10 @@ class ProcessReader(MachineReader):
         except OSError:
             machine.notes.append(Note(machine.proc, "could not be read: no processes were looked at"))
             return
+        if len(numbers) > _MOST_PROCESSES:
+            limit_reached(f"has more than {_MOST_PROCESSES} processes; the rest is left out")
         for number in numbers[:_MOST_PROCESSES]:
-            if number == own[0]:
+            if number in own:
                 continue
             try:
                 uid = os.stat(f"{machine.proc}/{number}").st_uid
@@ -89,4 +92,6 @@ def _read(path: str, most: int) -> bytes:
             total += len(piece)
     finally:
         os.close(descriptor)
+    if total >= most == _MAX_ENVIRON:
+        limit_reached(f"has an environment of {_MAX_ENVIRON // 1024} KiB or more; the rest is left out")
     return b"".join(pieces)

@@ -8,6 +8,7 @@ from typing import Final
 
 from ringfence.scan.candidates import Candidate, classify
 from ringfence.scan.documents import assignments
+from ringfence.scan.limits import limit_reached
 from ringfence.scan.readers.fields import classify_command, once
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile
@@ -18,6 +19,7 @@ _NAMES: Final = (
 )  # fmt: skip
 _EXPORT: Final = re.compile(r"^\s*(?:export|set -gx|set -x|setenv|declare -x)\s+([A-Za-z_]\w*)(?:=|\s+)(.*)$")
 _ASSIGNMENT: Final = re.compile(r"^\s*([A-Za-z_]\w*)=(\"[^\"]*\"|'[^']*'|\S*)\s*$")
+_WIDEST_LINE: Final = 20_000
 _TIMESTAMP: Final = re.compile(r"^: \d+:\d+;")
 _WORTH: Final = re.compile(r"pass|pwd|secret|token|key|auth|bearer|://[^\s/]*:[^\s/]*@|\s-u\s", re.IGNORECASE)
 
@@ -39,7 +41,8 @@ class ShellFileReader(FileReader):
         is_history = "history" in file.name
         users = ("whoever can read the history",) if is_history else ("every program started from the shell",)
         for number, line in enumerate(file.text.splitlines(), start=1):
-            if len(line) > 20_000:
+            if len(line) > _WIDEST_LINE:
+                limit_reached(f"has a line of more than {_WIDEST_LINE} characters, which was not judged")
                 continue
             line = _TIMESTAMP.sub("", line.removeprefix("- cmd: "))
             more = {"line": number, "used_by": users}

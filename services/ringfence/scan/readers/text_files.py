@@ -15,10 +15,12 @@ from ringfence.scan.candidates import (
     classify,
     formats_in,
     formats_marked,
+    is_counterfeit,
     of_jwt,
     of_url,
     pems_in,
 )
+from ringfence.scan.limits import limit_reached
 from ringfence.scan.names import is_secret, looks_random, words_of
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile
@@ -35,15 +37,23 @@ _SETTINGS_FILES: Final = (
 _KEYWORD: Final = re.compile("|".join(map(re.escape, _KEYWORDS)).encode())
 _STEMS: Final = (b"pass", b"pwd", b"secret", b"token", b"key", b"credential", b"auth", b"bearer")
 """Each keyword has one of them in it: fewer words are searched first."""
-_QUOTED: Final = re.compile(
-    r"(?<![\w.-])([A-Za-z_][\w.-]{0,80}+)[\"'`\])]{0,2}\s{0,8}(?::\s?[A-Za-z\[\]]{1,20}\s?=|:=|=>|[=:])\s{0,8}[rbuf@]?"
-    r"(?:\"([^\"\n]{4,4096})\"|'([^'\n]{4,4096})'|`([^`\n]{4,4096})`)"
+_LONGEST_IN_QUOTES: Final = 4096
+_BEFORE_QUOTES: Final = (
+    r"(?<![\w.-])([A-Za-z_][\w.-]{0,80}+)[\"'`\])]{0,2}\s{0,8}"
+    r"(?::\s?[A-Za-z\[\]]{1,20}\s?=|:=|=>|[=:])\s{0,8}[rbuf@]?"
 )
+_QUOTED: Final = re.compile(
+    _BEFORE_QUOTES + r"(?:\"([^\"\n]{4,4096}+)\"|'([^'\n]{4,4096}+)'|`([^`\n]{4,4096}+)`)"
+)
+_LONG_QUOTED: Final = re.compile(
+    _BEFORE_QUOTES + r"(?=\"([^\"\n]{4097,}+)\"|'([^'\n]{4097,}+)'|`([^`\n]{4097,}+)`)"
+)
+"""Of those, the value is not consumed: there may be settings in it."""
 _PLAIN: Final = re.compile(
-    r"^\s*(?:-\s+)?[\"']?([A-Za-z_][\w.-]{0,80})[\"']?\s{0,8}[=:]\s{0,8}([^\s\"'#;,{\[][^\s\"'#;,]{3,4096})\s*(?:[#;].*)?$"
+    r"^\s*(?:-\s+)?[\"']?([A-Za-z_][\w.-]{0,80})[\"']?\s{0,8}[=:]\s{0,8}([^\s\"'#;,{\[][^\s\"'#;,]{3,}+)\s*(?:[#;].*)?$"
 )
 _FLAG: Final = re.compile(
-    r"--([A-Za-z][\w-]{2,60})(?:=|\s+)(?:\"([^\"\n]{4,500})\"|'([^'\n]{4,500})'|([^\s\"'|;&<>]{4,500}))"
+    r"--([A-Za-z][\w-]{2,60})(?:=|\s+)(?:\"([^\"\n]{4,4096}+)\"|'([^'\n]{4,4096}+)'|([^\s\"'|;&<>]{4,}+))"
 )
 _WIDEST_LINE: Final = 4000
 _BEFORE_MARKER, _AFTER_MARKER = 24, 700
@@ -100,15 +110,21 @@ class TextFileReader(FileReader):
         is_settings = file.name.lower().endswith(_SETTINGS_FILES)
         raw = file.searchable
         lowered = raw.lower()
-        for number, begin, end in _lines_in_order(lowered, _STEMS, _MOST_LINES):
-            # Longer lines are generated or minified: only formats count there.
-            if end - begin <= _WIDEST_LINE and _KEYWORD.search(lowered, begin, end):
-                yield from self._of_line(raw[begin:end].decode("utf-8", "replace"), number, is_settings)
+        judged = 0
+        for number, begin, end in _lines_in_order(lowered, _STEMS):
+            if not _KEYWORD.search(lowered, begin, end):
+                continue
+            judged += 1
+            if judged > _MOST_LINES:
+                limit_reached(f"has more than {_MOST_LINES} lines like settings; the rest is left out")
+                return
+            yield from self._of_line(raw[begin:end].decode("utf-8", "replace"), number, is_settings)
 
     def _of_line(self, line: str, number: int, is_settings: bool) -> Iterator[Candidate]:
         found = False
         if '"' in line or "'" in line or "`" in line:
-            for match in _QUOTED.finditer(line):
+            long = _LONG_QUOTED.finditer(line) if len(line) > _LONGEST_IN_QUOTES else ()
+            for match in chain(_QUOTED.finditer(line), long):
                 value = match[2] or match[3] or match[4]
                 for one in _by_name(match[1], value, number, quoted=True):
                     found = True
@@ -122,6 +138,8 @@ class TextFileReader(FileReader):
 
 
 def _by_name(name: str, value: str, line: int, *, quoted: bool) -> Iterator[Candidate]:
+    if is_counterfeit(value):
+        return  # an example or a test; only in the places of other readers it can be a mistake
     told = is_secret(name, value)
     if told == "password" and not _can_be_password(name, value, quoted):
         return
@@ -150,8 +168,8 @@ def _name_before(text: str, offset: int) -> str:
     return match[1] if match else "text"
 
 
-def _lines_in_order(data: bytes, words: Sequence[bytes], most: int) -> Iterator[tuple[int, int, int]]:
-    """Yield number, begin and end of each line that has one of some words in it, up to a line number.
+def _lines_in_order(data: bytes, words: Sequence[bytes]) -> Iterator[tuple[int, int, int]]:
+    """Yield number, begin and end of each line that has one of some words in it.
 
     Each word is searched by itself, from where it was found last: no list of all lines is made.
     """
@@ -163,8 +181,6 @@ def _lines_in_order(data: bytes, words: Sequence[bytes], most: int) -> Iterator[
             return
         begin = data.rfind(b"\n", counted, at) + 1 or counted
         number += data.count(b"\n", counted, begin)
-        if number > most:
-            return
         counted = begin
         end = data.find(b"\n", at)
         end = len(data) if end < 0 else end
