@@ -231,6 +231,64 @@ async def test_mounts_are_readable_or_writable_as_asked(runner: Runner) -> None:
     assert made.stat().st_uid == runner.place.uid
 
 
+SET_ID = """
+import ctypes, os, shutil, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+os.chdir(sys.argv[1])
+os.umask(0)
+shutil.copy("/bin/sh", "shell")
+shell = os.open("shell", os.O_RDONLY)
+here = os.open(".", os.O_RDONLY)
+how = (ctypes.c_uint64 * 3)(os.O_CREAT | os.O_RDWR, 0o4755, 0)
+listener = socket.socket(socket.AF_UNIX)
+def call(number, *arguments):
+    if libc.syscall(ctypes.c_long(number), *arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def tmpfile():
+    made = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o4755)
+    os.link(f"/proc/self/fd/{made}", "by-tmpfile", follow_symlinks=True)
+ways = {
+    "chmod": lambda: os.chmod("shell", 0o6755),
+    "chmod-group": lambda: os.chmod("shell", 0o2755),
+    "chmod-folder": lambda: os.chmod(".", 0o2777),
+    "fchmod": lambda: os.fchmod(shell, 0o4755),
+    "fchmodat": lambda: os.chmod("shell", 0o4755, dir_fd=here),
+    "fchmodat2": lambda: call(452, here, b"shell", 0o4755, 0),
+    "by-proc": lambda: os.chmod(f"/proc/self/fd/{shell}", 0o4755),
+    "open": lambda: os.open("by-open", os.O_CREAT | os.O_RDWR, 0o4755),
+    "tmpfile": tmpfile,
+    "openat2": lambda: call(437, here, b"by-openat2", how, 24),
+    "mknod": lambda: os.mknod("by-mknod", 0o104755),
+    "mkdir": lambda: os.mkdir("by-mkdir", 0o2777),
+    "fifo": lambda: os.mkfifo("by-mkfifo", 0o4755),
+    "socket": lambda: (os.fchmod(listener.fileno(), 0o4755), listener.bind("by-bind")),
+}
+for name, way in ways.items():
+    try:
+        way()
+        print("done:", name)
+    except OSError as error:
+        pass
+os.chmod("shell", 0o755)
+os.mkdir("usual")
+os.close(os.open("usual/file", os.O_CREAT | os.O_EXCL, 0o666))
+"""
+
+
+@pytest.mark.parametrize("root_inside", [False, True])
+async def test_no_file_outside_gets_a_set_id_bit(runner: Runner, root_inside: bool) -> None:
+    if runner.place.backend == "oci":
+        pytest.skip("containers have no writable mounts")
+    folder = runner.own_folder("write")
+    mounts = [[str(folder), "/mnt/m", True]]
+    ended = await runner.python(SET_ID, "/mnt/m", mounts=mounts, root_inside=root_inside)
+    assert (ended.code, ended.stdout) == (0, ""), ended.stderr
+    for path in (folder, *folder.rglob("*")):
+        assert not path.lstat().st_mode & 0o6000, path
+    assert (folder / "shell").stat().st_mode & 0o777 == 0o755
+    assert (folder / "usual/file").is_file()
+
+
 async def test_a_link_in_a_mount_leads_nowhere(runner: Runner) -> None:
     secret = runner.folder / "secret"
     secret.write_text("canary")
