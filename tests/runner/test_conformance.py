@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -339,16 +340,83 @@ async def test_a_socket_as_a_mount_is_refused(runner: Runner) -> None:
         await runner.run("true", mounts=[[str(runner.folder / "agent.sock"), "/mnt/s", False]])
 
 
-async def test_a_folder_in_which_somebody_listens_is_refused(runner: Runner) -> None:
-    folder = runner.own_folder("socket")
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(str(folder / "agent.sock"))
-    with server:
-        server.listen()
-        with pytest.raises(CallError, match=r"agent\.sock") as refused:
-            await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
-    assert refused.value.remedy
+def _listening(path: Path) -> None:
+    """Bind by a relative path and rename: the kernel has no name by which the socket is found."""
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = Path.cwd()
+        os.chdir(path.parent)
+        try:
+            server.bind("elsewhere")
+        finally:
+            os.chdir(folder)
+    (path.parent / "elsewhere").rename(path)
+
+
+def _bound(path: Path, kind: socket.SocketKind) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as server:
+        server.bind(str(path))
+
+
+ENDPOINTS: dict[str, Callable[[Path], object]] = {
+    "a socket without a path in the kernel": _listening,
+    "a datagram socket": lambda path: _bound(path, socket.SOCK_DGRAM),
+    "a socket of packets": lambda path: _bound(path, socket.SOCK_SEQPACKET),
+    "a named pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("make", ENDPOINTS.values(), ids=ENDPOINTS.keys())
+async def test_a_folder_with_a_socket_or_pipe_is_refused_unless_hidden(
+    runner: Runner, make: Callable[[Path], object]
+) -> None:
+    folder = runner.own_folder("m")
+    deep = runner.own_folder("m/a/b")
+    (folder / "a/beside").write_text("beside")
+    make(deep / "one")
+    with pytest.raises(CallError, match=r"a/b/one is a socket or a named pipe") as refused:
+        await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
+    assert "--hide" in (refused.value.remedy or "")
+    script = "cd /mnt/m && cat a/beside a/b/one && test ! -S a/b/one -a ! -p a/b/one && ls a/b"
+    for writable in (False, runner.place.backend != "oci"):
+        ended = await runner.run("sh", "-c", script, mounts=[[str(folder), "/mnt/m", writable, "a/b/one"]])
+        assert (ended.code, ended.stdout) == (0, "besideone\n"), ended.stderr
+        ended = await runner.run("ls", "-A", "/mnt/m/a/b", mounts=[[str(folder), "/mnt/m", writable, "a/b"]])
+        assert (ended.code, ended.stdout) == (0, ""), ended.stderr
+    (deep / "one").unlink()
     assert (await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])).code == 0
+
+
+async def test_what_is_hidden_stays_hidden_in_a_writable_mount(runner: Runner) -> None:
+    if runner.place.backend == "oci":
+        pytest.skip("containers have no writable mounts")
+    folder, deep = runner.own_folder("m"), runner.own_folder("m/a")
+    (deep / "one").write_text("canary")
+    (deep / "one").chmod(0o644)
+    os.chown(deep / "one", runner.place.uid, runner.place.uid)
+    script = """
+        cd /mnt/m; cat a/one; rm -f a/one; mv a/one a/two; ln a/one a/three; mv a b; cat b/one b/two b/three; true
+    """
+    ended = await runner.run("sh", "-c", script, mounts=[[str(folder), "/mnt/m", True, "a/one"]])
+    assert "canary" not in ended.stdout
+    assert (folder / "b/one").read_text() == "canary"
+
+
+async def test_a_hidden_path_through_a_link_is_refused(runner: Runner) -> None:
+    folder, _ = runner.own_folder("m"), runner.own_folder("m/a")
+    (folder / "link").symlink_to("a")
+    for path in ("link", "link/x", "../x", "gone", ".", "/etc"):
+        with pytest.raises(CallError, match="sandbox_spec_invalid"):
+            await runner.run("true", mounts=[[str(folder), "/mnt/m", False, path]])
+
+
+async def test_a_folder_that_cannot_be_listed_is_refused(runner: Runner) -> None:
+    if runner.place.root:
+        pytest.skip("root lists every folder")
+    folder, closed = runner.own_folder("m"), runner.own_folder("m/closed")
+    closed.chmod(0o311)
+    with pytest.raises(CallError, match="closed cannot be listed"):
+        await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
+    assert (await runner.run("true", mounts=[[str(folder), "/mnt/m", False, "closed"]])).code == 0
 
 
 async def test_the_runners_records_are_never_mounted(runner: Runner) -> None:

@@ -57,6 +57,14 @@ def wrap(
             "Repeatable.",
         ),
     ] = None,
+    hide: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hide",
+            metavar="PATH",
+            help="A file or folder in a mounted folder that the server sees empty, such as a socket. Repeatable.",
+        ),
+    ] = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
@@ -109,7 +117,7 @@ def wrap(
             task=task,
             wanted=parse_scope(allow) if allow else (),
             reason=reason or f"serve the MCP tools of {target}",
-            mounts=parse_mounts(mount or []),
+            mounts=parse_mounts(mount or [], hide or []),
             environment=environment,
             ttl_s=duration_s(ttl),
             approved_within_s=duration_s(timeout),
