@@ -40,7 +40,7 @@ class Fleet:
             "labels": {"zone": "eu-1", "disk": "fast"},
             "mounts": {
                 "sources": {"path": str(self.sources)},
-                "reports": {"path": str(self.reports), "read_write": True},
+                "reports": {"path": str(self.reports), "read_write": True, "as_root": True},
             },
             "environment": {"POOL_SAYS": "hello"},
         }  # fmt: skip

@@ -80,7 +80,8 @@ def _spec(fields: dict[str, Any]) -> SandboxSpec:
     fields["argv"] = tuple(fields["argv"])
     fields["addresses"] = tuple(fields.pop("addresses", ()))
     fields["mounts"] = tuple(
-        Mount(Path(host), inside, writable) for host, inside, writable in fields.pop("mounts", ())
+        Mount(Path(host), inside, writable, tuple(hidden))
+        for host, inside, writable, *hidden in fields.pop("mounts", ())
     )
     fields["files"] = {path: text.encode() for path, text in fields.pop("files", {}).items()}
     fields["limits"] = ResourceLimits(**fields.pop("limits", {}))

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,64 @@ async def test_mounts_are_readable_or_writable_as_asked(runner: Runner) -> None:
     assert made.stat().st_uid == runner.place.uid
 
 
+SET_ID = """
+import ctypes, os, shutil, socket, sys
+libc = ctypes.CDLL(None, use_errno=True)
+os.chdir(sys.argv[1])
+os.umask(0)
+shutil.copy("/bin/sh", "shell")
+shell = os.open("shell", os.O_RDONLY)
+here = os.open(".", os.O_RDONLY)
+how = (ctypes.c_uint64 * 3)(os.O_CREAT | os.O_RDWR, 0o4755, 0)
+listener = socket.socket(socket.AF_UNIX)
+def call(number, *arguments):
+    if libc.syscall(ctypes.c_long(number), *arguments) < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+def tmpfile():
+    made = os.open(".", os.O_TMPFILE | os.O_RDWR, 0o4755)
+    os.link(f"/proc/self/fd/{made}", "by-tmpfile", follow_symlinks=True)
+ways = {
+    "chmod": lambda: os.chmod("shell", 0o6755),
+    "chmod-group": lambda: os.chmod("shell", 0o2755),
+    "chmod-folder": lambda: os.chmod(".", 0o2777),
+    "fchmod": lambda: os.fchmod(shell, 0o4755),
+    "fchmodat": lambda: os.chmod("shell", 0o4755, dir_fd=here),
+    "fchmodat2": lambda: call(452, here, b"shell", 0o4755, 0),
+    "by-proc": lambda: os.chmod(f"/proc/self/fd/{shell}", 0o4755),
+    "open": lambda: os.open("by-open", os.O_CREAT | os.O_RDWR, 0o4755),
+    "tmpfile": tmpfile,
+    "openat2": lambda: call(437, here, b"by-openat2", how, 24),
+    "mknod": lambda: os.mknod("by-mknod", 0o104755),
+    "mkdir": lambda: os.mkdir("by-mkdir", 0o2777),
+    "fifo": lambda: os.mkfifo("by-mkfifo", 0o4755),
+    "socket": lambda: (os.fchmod(listener.fileno(), 0o4755), listener.bind("by-bind")),
+}
+for name, way in ways.items():
+    try:
+        way()
+        print("done:", name)
+    except OSError as error:
+        pass
+os.chmod("shell", 0o755)
+os.mkdir("usual")
+os.close(os.open("usual/file", os.O_CREAT | os.O_EXCL, 0o666))
+"""
+
+
+@pytest.mark.parametrize("root_inside", [False, True])
+async def test_no_file_outside_gets_a_set_id_bit(runner: Runner, root_inside: bool) -> None:
+    if runner.place.backend == "oci":
+        pytest.skip("containers have no writable mounts")
+    folder = runner.own_folder("write")
+    mounts = [[str(folder), "/mnt/m", True]]
+    ended = await runner.python(SET_ID, "/mnt/m", mounts=mounts, root_inside=root_inside)
+    assert (ended.code, ended.stdout) == (0, ""), ended.stderr
+    for path in (folder, *folder.rglob("*")):
+        assert not path.lstat().st_mode & 0o6000, path
+    assert (folder / "shell").stat().st_mode & 0o777 == 0o755
+    assert (folder / "usual/file").is_file()
+
+
 async def test_a_link_in_a_mount_leads_nowhere(runner: Runner) -> None:
     secret = runner.folder / "secret"
     secret.write_text("canary")
@@ -281,16 +340,83 @@ async def test_a_socket_as_a_mount_is_refused(runner: Runner) -> None:
         await runner.run("true", mounts=[[str(runner.folder / "agent.sock"), "/mnt/s", False]])
 
 
-async def test_a_folder_in_which_somebody_listens_is_refused(runner: Runner) -> None:
-    folder = runner.own_folder("socket")
-    server = socket.socket(socket.AF_UNIX)
-    server.bind(str(folder / "agent.sock"))
-    with server:
-        server.listen()
-        with pytest.raises(CallError, match=r"agent\.sock") as refused:
-            await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
-    assert refused.value.remedy
+def _listening(path: Path) -> None:
+    """Bind by a relative path and rename: the kernel has no name by which the socket is found."""
+    with socket.socket(socket.AF_UNIX) as server:
+        folder = Path.cwd()
+        os.chdir(path.parent)
+        try:
+            server.bind("elsewhere")
+        finally:
+            os.chdir(folder)
+    (path.parent / "elsewhere").rename(path)
+
+
+def _bound(path: Path, kind: socket.SocketKind) -> None:
+    with socket.socket(socket.AF_UNIX, kind) as server:
+        server.bind(str(path))
+
+
+ENDPOINTS: dict[str, Callable[[Path], object]] = {
+    "a socket without a path in the kernel": _listening,
+    "a datagram socket": lambda path: _bound(path, socket.SOCK_DGRAM),
+    "a socket of packets": lambda path: _bound(path, socket.SOCK_SEQPACKET),
+    "a named pipe": os.mkfifo,
+}
+
+
+@pytest.mark.parametrize("make", ENDPOINTS.values(), ids=ENDPOINTS.keys())
+async def test_a_folder_with_a_socket_or_pipe_is_refused_unless_hidden(
+    runner: Runner, make: Callable[[Path], object]
+) -> None:
+    folder = runner.own_folder("m")
+    deep = runner.own_folder("m/a/b")
+    (folder / "a/beside").write_text("beside")
+    make(deep / "one")
+    with pytest.raises(CallError, match=r"a/b/one is a socket or a named pipe") as refused:
+        await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
+    assert "--hide" in (refused.value.remedy or "")
+    script = "cd /mnt/m && cat a/beside a/b/one && test ! -S a/b/one -a ! -p a/b/one && ls a/b"
+    for writable in (False, runner.place.backend != "oci"):
+        ended = await runner.run("sh", "-c", script, mounts=[[str(folder), "/mnt/m", writable, "a/b/one"]])
+        assert (ended.code, ended.stdout) == (0, "besideone\n"), ended.stderr
+        ended = await runner.run("ls", "-A", "/mnt/m/a/b", mounts=[[str(folder), "/mnt/m", writable, "a/b"]])
+        assert (ended.code, ended.stdout) == (0, ""), ended.stderr
+    (deep / "one").unlink()
     assert (await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])).code == 0
+
+
+async def test_what_is_hidden_stays_hidden_in_a_writable_mount(runner: Runner) -> None:
+    if runner.place.backend == "oci":
+        pytest.skip("containers have no writable mounts")
+    folder, deep = runner.own_folder("m"), runner.own_folder("m/a")
+    (deep / "one").write_text("canary")
+    (deep / "one").chmod(0o644)
+    os.chown(deep / "one", runner.place.uid, runner.place.uid)
+    script = """
+        cd /mnt/m; cat a/one; rm -f a/one; mv a/one a/two; ln a/one a/three; mv a b; cat b/one b/two b/three; true
+    """
+    ended = await runner.run("sh", "-c", script, mounts=[[str(folder), "/mnt/m", True, "a/one"]])
+    assert "canary" not in ended.stdout
+    assert (folder / "b/one").read_text() == "canary"
+
+
+async def test_a_hidden_path_through_a_link_is_refused(runner: Runner) -> None:
+    folder, _ = runner.own_folder("m"), runner.own_folder("m/a")
+    (folder / "link").symlink_to("a")
+    for path in ("link", "link/x", "../x", "gone", ".", "/etc"):
+        with pytest.raises(CallError, match="sandbox_spec_invalid"):
+            await runner.run("true", mounts=[[str(folder), "/mnt/m", False, path]])
+
+
+async def test_a_folder_that_cannot_be_listed_is_refused(runner: Runner) -> None:
+    if runner.place.root:
+        pytest.skip("root lists every folder")
+    folder, closed = runner.own_folder("m"), runner.own_folder("m/closed")
+    closed.chmod(0o311)
+    with pytest.raises(CallError, match="closed cannot be listed"):
+        await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
+    assert (await runner.run("true", mounts=[[str(folder), "/mnt/m", False, "closed"]])).code == 0
 
 
 async def test_the_runners_records_are_never_mounted(runner: Runner) -> None:

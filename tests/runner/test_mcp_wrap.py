@@ -45,7 +45,7 @@ class Wrapping:
         given = server or (str(PYTHON), str(self.folder / "mcp_server.py"), str(self.folder))
         return [
             "mcp", "wrap", "--task", self.task, "--target", "noted", *mounts, "--mount", str(SITE),
-            "--mount", f"{self.folder}:rw", "--env", f"PYTHONPATH={SITE}", *more, "--", *given,
+            "--mount", f"{self.folder}:rw-as-root", "--env", f"PYTHONPATH={SITE}", *more, "--", *given,
         ]  # fmt: skip
 
     @property

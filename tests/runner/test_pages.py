@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -69,7 +70,7 @@ def reader(here: Installation) -> Reader:
 
 def test_the_commands_of_the_page_of_runs(reader: Reader) -> None:
     here = reader.here
-    first, second, request, look = commands("runs.md")
+    first, second, request, look, hide = commands("runs.md")
     task = here.assign("review-bot", scope="platform:read:env/**")
     out = reader.succeeds(first.replace("TASK", task, 1))
     assert "uid=1000" in out
@@ -78,6 +79,10 @@ def test_the_commands_of_the_page_of_runs(reader: Reader) -> None:
     inside = f"{request} && {look}".replace("http://notes.example", f"http://127.0.0.1:{here.notes.port}")
     out = reader.succeeds(f"ringfence run --task {here.task} -- sh -c {shlex.quote(inside)}")
     assert out.endswith("buy milk\n")
+    (here.folder / "project").mkdir()
+    with socket.socket(socket.AF_UNIX) as agent:
+        agent.bind(str(here.folder / "project/agent.sock"))
+        assert reader.succeeds(hide.replace("TASK", task, 1)) == ""
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +96,7 @@ def fleet(reader: Reader) -> Iterator[Fleet]:
     (text,) = blocks("fleets.md", "toml")
     for name, folder in (("/srv/sources", fleet.sources), ("/srv/reports", fleet.reports)):
         text = text.replace(name, str(folder))
+    os.chown(fleet.reports, 1000, 1000)  # a folder of root is not written to
     fleet.file = fleet.folder / "reviews.toml"
     fleet.file.write_text(text)
     exported = {}

@@ -77,6 +77,17 @@ def test_what_a_user_left_in_a_mount_is_reported(here: Installation) -> None:
     assert (folder / ".git/hooks/pre-commit").stat().st_uid == ORDINARY_UID
 
 
+def test_a_folder_that_a_run_closed_is_reported(here: Installation) -> None:
+    folder = here.own_folder("closed")
+    script = "mkdir -p .git/hooks; echo 'curl evil' > .git/hooks/pre-commit; chmod 0311 .git/hooks"
+    code, report, _ = here.report("--mount", f"{folder}:rw", "--", "sh", "-c", script)
+    (left,) = report["destroyed"]["left_in_mounts"]
+    assert (code, ".git/hooks (unknown: it cannot be listed" in left) == (0, True), report
+    refused = here.run("--mount", f"{folder}:rw", "--", "true")
+    assert refused.returncode not in (0, 137)
+    assert b"cannot be listed" in refused.stderr
+
+
 def test_a_runner_for_fleets_needs_no_root(fleet: Fleet) -> None:
     (fleet.sources / "a").write_text("read me\n")
     run_id = fleet.order(

@@ -104,7 +104,7 @@ def stolen(here: Installation, task: str | None = None) -> Iterator[Stolen]:
     known = set((here.folder / ".ringfence/tasks").glob("*.sock"))
     with tempfile.TemporaryDirectory(prefix="taken-", dir=here.folder) as folder:
         process = here.start(
-            "run", "--task", task, "--mount", f"{folder}:rw", "--", "sh", "-c",
+            "run", "--task", task, "--mount", f"{folder}:rw-as-root", "--", "sh", "-c",
             f"cp -r /run/ringfence/instance {folder}/taken && echo ready; exec cat", stdin=-1,
         )  # fmt: skip
         assert process.stdin is not None

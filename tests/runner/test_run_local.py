@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 from collections.abc import AsyncIterator
 from functools import partial
@@ -275,17 +276,66 @@ def _running(command: str) -> bool:
 # --- mounts -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_a_run_leaves_in_a_writable_mount_is_reported(here: Installation, tmp_path: Path) -> None:
+TRICKS: dict[str, tuple[str, str]] = {
+    "A: a renamed folder": ("mv docs/samples .git/hooks", ".git/hooks/pre-commit"),
+    "B: a link inside": ("ln -s ../docs/settings.txt .git/config", ".git/config"),
+    "C: a file that names a repository": ("echo 'gitdir: ../store' > lib/.git", "lib/.git"),
+    "D: a name that programs read": ("mkdir .cargo; echo > .cargo/config.toml", ".cargo/config.toml"),
+    "a set-user-id program": ("cp /bin/sh lib.so.1; chmod 6755 lib.so.1 || echo refused >&2", "lib.so.1"),
+}
+
+
+def test_what_a_run_leaves_in_a_writable_mount_is_reported(here: Installation) -> None:
     folder = here.folder / "work"
-    folder.mkdir()
-    script = "pwd; mkdir -p .git/hooks; echo 'curl evil' > .git/hooks/pre-commit; echo text > notes.txt"
-    code, report, out = here.report("--mount", f"{folder}:rw", "--", "sh", "-c", script)
+    for name in (".git/HEAD", "docs/samples/pre-commit", "docs/settings.txt", "lib/readme", "team/x"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text\n")
+    (folder / "team").chmod(0o2775)
+    script = "\n".join(
+        ["pwd", *(trick for trick, _ in TRICKS.values()), "mkdir team/new; echo text > notes.txt"]
+    )
+    code, report, out = here.report("--mount", f"{folder}:rw-as-root", "--", "sh", "-c", script)
     assert (code, out.decode().strip()) == (0, str(folder))
-    (left,) = report["destroyed"]["left_in_mounts"]
-    assert ".git/hooks/pre-commit" in left
+    left = report["destroyed"]["left_in_mounts"]
+    for _, path in TRICKS.values():
+        assert any(one.startswith(f"mount work: {path} (") for one in left), (path, left)
+    assert "mount work: notes.txt (new)" in report["destroyed"]["changed_in_mounts"]
     assert (folder / "notes.txt").read_text() == "text\n"
+    assert [path for path in folder.rglob("*") if path.stat(follow_symlinks=False).st_mode & 0o6000] == [
+        folder / "team", folder / "team/new",
+    ]  # fmt: skip
     read_only = here.run("--mount", str(folder), "--", "sh", "-c", "cat notes.txt; echo x > y")
     assert (read_only.returncode != 0, read_only.stdout) == (True, b"text\n")
+
+
+def test_a_folder_of_root_is_writable_only_where_that_was_said(here: Installation) -> None:
+    folder = here.folder / "of-root"
+    folder.mkdir()
+    refused = here.run("--mount", f"{folder}:rw", "--", "true")
+    assert refused.returncode not in (0, 137)
+    assert b"belongs to root" in refused.stderr
+    assert b"rw-as-root" in refused.stderr
+    os.chown(folder, 1000, 1000)
+    done = here.run("--mount", f"{folder}:rw", "--", "sh", "-c", f"echo x > {folder}/file")
+    assert (done.returncode, (folder / "file").stat().st_uid) == (0, 1000), done.stderr
+
+
+def test_a_socket_in_a_mounted_folder_is_refused_unless_hidden(here: Installation) -> None:
+    folder = here.folder / "with-socket"
+    folder.mkdir()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(folder / "agent.sock"))
+        server.listen()
+        refused = here.run("--mount", str(folder), "--", "true")
+        assert refused.returncode not in (0, 137)
+        assert b"agent.sock is a socket" in refused.stderr
+        assert b"--hide" in refused.stderr
+        words = ("--mount", str(folder), "--hide", str(folder / "agent.sock"))
+        done = here.run(*words, "--", "sh", "-c", f"cat {folder}/agent.sock && test ! -S {folder}/agent.sock")
+        assert (done.returncode, done.stdout) == (0, b""), done.stderr
+    elsewhere = here.run("--hide", str(folder), "--", "true")
+    assert elsewhere.returncode == 2
+    assert b"--hide" in elsewhere.stderr
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -296,6 +346,7 @@ REFUSED: dict[str, tuple[list[str], bytes]] = {
     "a task that is not there": (["--task", "00000000-0000-4000-8000-000000000000"], b"no task"),
     "a folder of the system": (["--mount", "/etc"], b"/etc"),
     "the folder of the runner's key and records": (["--mount", ".ringfence"], b"shows"),
+    "a writable folder with the settings file": (["--mount", "settings:rw-as-root"], b"RINGFENCE_CONFIG"),
     "a variable without a value": (["--env", "HOME"], b"NAME=VALUE"),
     "a size without sense": (["--memory", "much"], b"no size"),
     "a backend that is not there": (["--backend", "magic"], b"no backend magic"),
@@ -307,7 +358,12 @@ REFUSED: dict[str, tuple[list[str], bytes]] = {
 def test_a_run_that_cannot_be_is_refused_with_a_remedy(
     here: Installation, words: list[str], says: bytes
 ) -> None:
-    task = here.task
+    task, environment = here.task, here.environment()
+    if "settings:rw-as-root" in words:
+        (here.folder / "settings").mkdir()
+        file = here.folder / "settings/ringfence.toml"
+        file.write_text((here.folder / ".ringfence/ringfence.toml").read_text())
+        environment["RINGFENCE_CONFIG"] = str(file)
     if not words:
         agent = "bot-without-runner"
         here.call("key", "new", "bot.json", "--id", f"agent/{agent}")
@@ -316,7 +372,7 @@ def test_a_run_that_cannot_be_is_refused_with_a_remedy(
     elif "--ttl" in words:
         task = here.assign(lasts="3h")
     given = words if "--task" in words else ["--task", task, *words]
-    done = here.call("run", *given, "--", "true")
+    done = here.call("run", *given, "--", "true", environment=environment)
     assert done.returncode not in (0, 137), done
     assert says in done.stderr, done.stderr
     assert b"Traceback" not in done.stderr

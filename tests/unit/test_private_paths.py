@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from ringfence.cli.shared.settings_check import import_settings
 from ringfence.client.settings import ClientSettings
 from ringfence.runner.lifecycle.plan import PlannedMount, RunRefusedError
 from ringfence.runner.lifecycle.private_paths import check_private_paths, private_paths
@@ -26,21 +27,25 @@ def settings(folder: Path) -> ClientSettings:
         kafka_sasl_mechanism="PLAIN",
         kafka_sasl_username="runner",
         kafka_sasl_password=f"file:{folder}/secret/password",
+        kafka_ssl_ca_file=folder / "public/kafka.pem",
+        gateway_ca_file=folder / "gateway-public/ca.pem",
+        gateway_sockets=folder / "sockets",
         _env_file=None,
     )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    for name in ("keys", "state/deep", "sockets", "users", "tls", "secret", "free/deep", "elsewhere"):
+    for name in ("keys", "state/deep", "sockets", "users", "tls", "secret", "free/deep", "elsewhere",
+                 "public", "gateway-public", "config"):  # fmt: skip
         (tmp_path / name).mkdir(parents=True)
     (tmp_path / "keys/runner.json").touch()
     return tmp_path
 
 
-def check(folder: Path, mounted: str) -> None:
-    private = {**private_paths(settings(folder)), "the gateway's sockets": folder / "sockets"}
-    check_private_paths([PlannedMount("it", folder / mounted, str(folder / mounted))], private)
+def check(folder: Path, mounted: str, *, writable: bool = False) -> None:
+    mount = PlannedMount("it", folder / mounted, str(folder / mounted), writable)
+    check_private_paths([mount], private_paths(settings(folder)))
 
 
 @pytest.mark.parametrize("mounted", ["free", "free/deep", "elsewhere", "keys-of-others"])
@@ -56,6 +61,75 @@ def test_a_mount_that_shows_what_is_private_is_refused(folder: Path, mounted: st
     with pytest.raises(RunRefusedError, match="shows") as refused:
         check(folder, mounted)
     assert refused.value.remedy
+
+
+@pytest.mark.parametrize("mounted", ["public", "gateway-public"])
+def test_what_a_run_may_read_is_in_no_writable_mount(folder: Path, mounted: str) -> None:
+    check(folder, mounted)
+    with pytest.raises(RunRefusedError, match="could change") as refused:
+        check(folder, mounted, writable=True)
+    assert "read-only" in (refused.value.remedy or "")
+
+
+def test_the_named_settings_file_is_in_no_writable_mount(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = folder / "config/ringfence.toml"
+    file.write_text('kafka = "127.0.0.1:9092"\n')
+    check(folder, "config", writable=True)
+    monkeypatch.setenv("RINGFENCE_CONFIG", str(file))
+    check(folder, "config")
+    with pytest.raises(RunRefusedError, match="could change the settings file"):
+        check(folder, "config", writable=True)
+
+
+def test_the_list_of_trusted_settings_files_is_in_no_writable_mount(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "elsewhere"))
+    check(folder, "elsewhere")
+    with pytest.raises(RunRefusedError, match="trusted settings files"):
+        check(folder, "elsewhere", writable=True)
+
+
+NAMED: dict[str, tuple[str, str]] = {
+    "RINGFENCE_GATEWAY_SPOOL": ("gateway", 'spool = "{}"'),
+    "RINGFENCE_GATEWAY_TARGETS_CA_FILE": ("gateway", 'targets_ca_file = "{}"'),
+    "RINGFENCE_ISSUER_PUBLISHED_TOKEN_KEY_FILES": (
+        "issuer",
+        'published_token_key_files = ["/nowhere", "{}"]',
+    ),
+    "RINGFENCE_POLICY_WEBHOOKS": ("policy", 'webhooks = {{ a = "env:B", b = "file:{}" }}'),
+    "RINGFENCE_AUDIT_INDEX_FILE": ("audit", 'index_file = "{}"'),
+}
+
+
+@pytest.mark.parametrize(("name", "table", "line"), [(name, *rest) for name, rest in NAMED.items()])
+def test_a_path_in_a_setting_of_any_service_is_in_no_writable_mount(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, table: str, line: str
+) -> None:
+    import_settings()
+    file = folder / "config/ringfence.toml"
+    file.write_text(f"[{table}]\n{line.format(folder / 'elsewhere/it')}\n")
+    check(folder, "elsewhere", writable=True)
+    monkeypatch.setenv("RINGFENCE_CONFIG", str(file))
+    with pytest.raises(RunRefusedError, match=name):
+        check(folder, "elsewhere", writable=True)
+    if name.endswith("_CA_FILE"):
+        check(folder, "elsewhere")
+    else:
+        with pytest.raises(RunRefusedError, match=name):
+            check(folder, "elsewhere")
+
+
+@pytest.mark.parametrize("value", ["{}", '["{}"]'])
+def test_a_path_in_the_environment_is_private(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    import_settings()
+    monkeypatch.setenv("ringfence_issuer_published_token_key_files", value.format(folder / "elsewhere/it"))
+    with pytest.raises(RunRefusedError, match="RINGFENCE_ISSUER_PUBLISHED_TOKEN_KEY_FILES"):
+        check(folder, "elsewhere")
 
 
 def test_a_link_to_a_key_counts_where_it_stands_and_where_it_leads(folder: Path) -> None:
@@ -115,7 +189,7 @@ def bound(folder: Path) -> Iterator[Path]:
 
 def test_a_bind_mount_below_a_folder_counts_as_what_it_shows(bound: Path) -> None:
     for mounted in ("free", "free/again"):
-        with pytest.raises(RunRefusedError, match="the runner's key"):
+        with pytest.raises(RunRefusedError, match="RINGFENCE_RUNNER_KEY_FILE"):
             check(bound, mounted)
     check(bound, "free/deep")
 

@@ -1,24 +1,55 @@
-"""What a run leaves in a writable mount and somebody outside executes later."""
+"""What a run changes in a writable mount, by surveys before and after it."""
 
 from __future__ import annotations
 
 import os
-import time
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from ringfence.runner.lifecycle.mount_changes import executable_changes
+from ringfence.runner.lifecycle import mount_changes
+from ringfence.runner.lifecycle.mount_changes import MountChanges, changes_of
+from ringfence.runner.sandbox.backend import Mount, SandboxSpecError, open_host, survey_mount
+from ringfence.runner.sandbox.mount_survey import Survey, survey
 
 
-def write(path: Path, mode: int = 0o644) -> None:
+def write(path: Path, mode: int = 0o644, text: str = "x") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("x")
+    path.write_text(text)
     path.chmod(mode)
 
 
-CASES: dict[str, tuple[Callable[[Path], object], str]] = {
+def look(folder: Path, **more: int) -> Survey:
+    descriptor = open_host(folder)
+    try:
+        return survey(descriptor, **more)
+    finally:
+        os.close(descriptor)
+
+
+def changes(folder: Path, make: Callable[[Path], object]) -> MountChanges:
+    before = survey_mount(Mount(folder, "/work"))
+    make(folder)
+    return changes_of(Mount(folder, "/work"), before)
+
+
+def repository(at: Path) -> None:
+    """A clone with files that nobody executes."""
+    for name in (
+        ".git/HEAD",
+        ".git/config",
+        ".git/objects/ab/cd",
+        ".git/refs/heads/main",
+        ".git/hooks/sample",
+    ):
+        write(at / name)
+    for name in ("docs/samples/pre-commit", "docs/settings.txt", "lib/pkg/readme", "src/main.py"):
+        write(at / name)
+
+
+DANGEROUS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a hook of git": (lambda at: write(at / ".git/hooks/pre-commit"), ".git/hooks/pre-commit"),
     "git's configuration": (lambda at: write(at / "a/.git/config"), "a/.git/config"),
     "a hook of a submodule": (lambda at: write(at / ".git/modules/m/hooks/x"), ".git/modules/m/hooks/x"),
@@ -30,50 +61,211 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "an executable file": (lambda at: write(at / "bin/tool", 0o755), "bin/tool"),
     "executable for others alone": (lambda at: write(at / "tool", 0o601), "tool"),
     "a link out of it": (lambda at: (at / "link").symlink_to("/etc/passwd"), "link"),
-    "a link out of it, by ..": (lambda at: (at / "link").symlink_to("a/../../x"), "link"),
+    "a link out of it, by ..": (lambda at: (at / "link").symlink_to("docs/../../x"), "link"),
+    "a link in a circle": (lambda at: (at / "link").symlink_to("link"), "link"),
     "a pipe": (lambda at: os.mkfifo(at / "pipe"), "pipe"),
     "Python's start-up": (lambda at: write(at / "lib/evil.pth"), "lib/evil.pth"),
-}
+    "Python's compiled files": (
+        lambda at: write(at / "a/__pycache__/b.pyc"), "a/__pycache__/b.pyc"),
+    "a folder that is renamed": (
+        lambda at: ((at / ".git/hooks/sample").unlink(), (at / ".git/hooks").rmdir(),
+                    (at / "docs/samples").rename(at / ".git/hooks")),
+        ".git/hooks/pre-commit"),
+    "a link at a name that programs read": (
+        lambda at: (at / ".envrc").symlink_to("docs/settings.txt"), ".envrc"),
+    "a link in place of git's configuration": (
+        lambda at: ((at / ".git/config").unlink(), (at / ".git/config").symlink_to("../docs/settings.txt")),
+        ".git/config"),
+    "a file of git that names another repository": (
+        lambda at: write(at / "lib/pkg/.git", text="gitdir: ../store"), "lib/pkg/.git"),
+    "a repository without a work tree": (
+        lambda at: [write(at / "lib/store" / name) for name in ("HEAD", "objects/x", "refs/x", "config")],
+        "lib/store/config"),
+    "content of the same size": (lambda at: write(at / ".git/hooks/sample", text="y"), ".git/hooks/sample"),
+}  # fmt: skip
+for _name in (".cargo/config.toml", ".ssh/config", ".gitlab-ci.yml", ".circleci/config.yml", "Jenkinsfile", ".gdbinit",
+              ".lldbinit", "pyproject.toml", "CMakeLists.txt", "pom.xml", "Gemfile", ".eslintrc.js", "x.code-workspace",
+              ".bazelrc", ".mise.toml", ".tmux.conf", ".husky/pre-push", ".pre-commit-config.yaml"):  # fmt: skip
+    DANGEROUS[_name] = (lambda at, name=_name: write(at / name), _name)  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
-def test_what_others_would_execute_is_reported(
-    make: tuple[Callable[[Path], object], str], tmp_path: Path
+@pytest.mark.parametrize(("make", "path"), DANGEROUS.values(), ids=DANGEROUS.keys())
+def test_a_change_that_others_may_execute_is_reported_as_dangerous(
+    make: Callable[[Path], object], path: str, tmp_path: Path
 ) -> None:
-    since = time.time_ns()
-    make[0](tmp_path)
-    (found,) = executable_changes(tmp_path, since)
-    assert found.startswith(f"{make[1]} ("), found
+    repository(tmp_path)
+    found = changes(tmp_path, make).dangerous
+    assert [one for one in found if one.startswith(f"{path} (")], found
 
 
-def test_what_nobody_executes_is_not_reported(tmp_path: Path) -> None:
-    since = time.time_ns()
-    write(tmp_path / "src/main.py")
-    write(tmp_path / "README.md")
-    (tmp_path / "link").symlink_to("src/main.py")
-    assert executable_changes(tmp_path, since) == []
+LINKED: dict[str, Callable[[Path], object]] = {
+    "a link to the file": lambda at: (at / ".envrc").symlink_to("docs/settings.txt"),
+    "a link to its folder": lambda at: (at / ".vscode").symlink_to("docs"),
+    "a link to a link": lambda at: ((at / "a").symlink_to("docs"), (at / ".husky").symlink_to("a")),
+    "an absolute link": lambda at: (at / ".envrc").symlink_to(at / "docs/settings.txt"),
+    "a link in a linked folder": lambda at: (
+        (at / "store").mkdir(), (at / "store/hooks").symlink_to("../docs"), (at / "x").mkdir(),
+        (at / "x/.git").symlink_to("../store")),
+}  # fmt: skip
 
 
-def test_what_was_there_before_is_not_reported_and_a_time_that_was_set_back_hides_nothing(
+@pytest.mark.parametrize("link", LINKED.values(), ids=LINKED.keys())
+def test_a_file_that_a_link_of_before_leads_to_is_judged_by_the_link(
+    link: Callable[[Path], object], tmp_path: Path
+) -> None:
+    repository(tmp_path)
+    link(tmp_path)
+    (found,) = changes(tmp_path, lambda at: write(at / "docs/settings.txt", text="y")).dangerous
+    assert found.startswith("docs/settings.txt (changed: program"), found
+
+
+def test_every_other_change_is_reported_too(tmp_path: Path) -> None:
+    repository(tmp_path)
+
+    def make(at: Path) -> None:
+        write(at / "src/main.py", text="y")
+        write(at / "src/new.py")
+        (at / "docs/settings.txt").rename(at / "docs/moved.txt")
+        (at / "link").symlink_to("src/main.py")
+        (at / "lib").chmod(0o700)
+        write(at / ".git/objects/ef/01")
+
+    found = changes(tmp_path, make)
+    assert found.dangerous == ()
+    assert sorted(found.others) == [
+        ".git/objects/ef (new)", ".git/objects/ef/01 (new)", "docs/moved.txt (new)", "docs/settings.txt (removed)",
+        "lib (changed)", "link (new)", "src/main.py (changed)", "src/new.py (new)",
+    ]  # fmt: skip
+
+
+def test_without_a_change_nothing_is_reported_and_a_time_that_was_set_back_hides_nothing(
     tmp_path: Path,
 ) -> None:
     write(tmp_path / "old", 0o755)
-    before = (tmp_path / "old").stat().st_ctime_ns
-    since = before + 50_000_000
-    assert executable_changes(tmp_path, since) == []
-    while time.time_ns() <= since + 20_000_000:
-        pass
-    write(tmp_path / "new", 0o755)
-    os.utime(tmp_path / "new", (0, 0))
-    assert [one.partition(" ")[0] for one in executable_changes(tmp_path, since)] == ["new"]
+    status = (tmp_path / "old").stat()
+    assert changes(tmp_path, lambda at: None) == MountChanges()
+
+    def make(at: Path) -> None:
+        write(at / "old", 0o755, "y")
+        os.utime(at / "old", ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    assert changes(tmp_path, make).dangerous == ("old (changed: executable)",)
 
 
-def test_a_name_cannot_write_to_the_terminal_and_many_are_counted(tmp_path: Path) -> None:
-    since = time.time_ns()
-    write(tmp_path / "\x1b[31mred", 0o755)
-    (only,) = executable_changes(tmp_path, since)
+def test_a_name_cannot_write_to_the_terminal_and_many_are_summarised(tmp_path: Path) -> None:
+    (only,) = changes(tmp_path, lambda at: write(at / "\x1b[31mred", 0o755)).dangerous
     assert "\x1b" not in only
-    for number in range(10):
-        write(tmp_path / str(number), 0o755)
-    found = executable_changes(tmp_path, since, limit=4)
-    assert (len(found), found[-1]) == (4, "and 8 more")
+
+    def many(at: Path) -> None:
+        for number in range(200):
+            write(at / f"bin/{number}", 0o755)
+            write(at / f"{number % 40}/text")
+        write(at / ".envrc")
+
+    found = changes(tmp_path, many)
+    assert len(found.dangerous) <= 64
+    assert found.dangerous[0].startswith(".envrc (new")
+    assert found.dangerous[-1] == "and more in bin/ (153 new)"
+    assert len(found.others) <= 64
+    assert found.others[-1].startswith("and more in elsewhere (")
+
+
+# --- set-user-id ------------------------------------------------------------------------------------------------------
+
+
+def test_new_set_id_bits_are_reported_first_and_removed(tmp_path: Path) -> None:
+    write(tmp_path / "before", 0o4755)
+    write(tmp_path / "grows", 0o4755)
+
+    def make(at: Path) -> None:
+        write(at / ".envrc")
+        write(at / "lib.so.1", 0o6755)
+        write(at / "closed", 0o4111)
+        (at / "grows").chmod(0o6755)
+        (at / "before").rename(at / "moved")
+        (at / "shared").mkdir()
+        (at / "shared").chmod(0o2777)
+        (at / "shared/below").mkdir()
+
+    found = changes(tmp_path, make).dangerous
+    assert found[:5] == (
+        "closed (new: set-user-id, now removed)",
+        "grows (changed: set-group-id, now removed)",
+        "lib.so.1 (new: set-user-id and set-group-id, now removed)",
+        "shared (new: set-group-id, now removed)",
+        "shared/below (new: set-group-id, now removed)",
+    )
+    modes = {path.name: path.stat().st_mode & 0o7777 for path in tmp_path.rglob("*")}
+    assert modes == {
+        "moved": 0o4755, "grows": 0o4755, "lib.so.1": 0o755, "closed": 0o111, "shared": 0o777, "below": 0o755,
+        ".envrc": 0o644,
+    }  # fmt: skip
+
+
+def test_a_new_folder_keeps_the_group_bit_of_the_folder_that_it_is_in(tmp_path: Path) -> None:
+    (tmp_path / "team").mkdir()
+    (tmp_path / "team").chmod(0o2775)
+    found = changes(tmp_path, lambda at: (at / "team/new").mkdir())
+    assert found == MountChanges((), ("team/new (new)",))
+    assert (tmp_path / "team/new").stat().st_mode & 0o2000
+
+
+def test_a_bit_is_not_removed_through_a_link(tmp_path: Path) -> None:
+    outside, mounted = tmp_path / "outside", tmp_path / "mounted"
+    write(outside / "tool", 0o4755)
+    write(mounted / "a/tool", 0o4755)
+    after = look(mounted)
+    (mounted / "a/tool").unlink()
+    (mounted / "a").rmdir()
+    (mounted / "a").symlink_to(outside)
+    found = mount_changes.changes(mounted, Survey(), after).dangerous
+    assert any(one.startswith("a/tool (new: set-user-id, which is still set") for one in found), found
+    assert (outside / "tool").stat().st_mode & 0o4000
+
+
+# --- what cannot be looked at -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_cannot_be_listed_afterwards_is_reported(tmp_path: Path) -> None:
+    repository(tmp_path)
+    before = look(tmp_path)
+    after = look(tmp_path)
+    after.unlisted[".git/hooks"] = "Permission denied"
+    del after.entries[".git/hooks/sample"]
+    assert mount_changes.changes(tmp_path, before, after) == MountChanges(
+        (".git/hooks (unknown: it cannot be listed: Permission denied)",)
+    )
+
+
+def test_a_mount_that_is_gone_is_reported(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    (found,) = changes(folder, lambda at: at.rename(tmp_path / "n")).dangerous
+    assert found.startswith(". (unknown: "), found
+
+
+@pytest.mark.parametrize("limit", [{"max_entries": 5}, {"within_s": 0}])
+def test_a_folder_beyond_the_limits_is_cut_off(tmp_path: Path, limit: dict[str, int]) -> None:
+    repository(tmp_path)
+    found = look(tmp_path, **limit)
+    assert found.cut_off
+    before = look(tmp_path)
+    assert mount_changes.changes(tmp_path, before, found).dangerous[0].startswith(". (unknown: it")
+
+
+def test_a_folder_beyond_the_limits_is_not_mounted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository(tmp_path)
+    monkeypatch.setattr(survey, "__kwdefaults__", {"max_entries": 5, "within_s": 20})
+    with pytest.raises(SandboxSpecError, match="more than 5 files") as refused:
+        survey_mount(Mount(tmp_path, "/work"))
+    assert "--hide" in (refused.value.remedy or "")
+
+
+def test_a_socket_is_refused_and_a_hidden_one_is_not_seen(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as server:
+        server.bind(str(tmp_path / "a/s"))
+    with pytest.raises(SandboxSpecError, match="a/s is a socket"):
+        survey_mount(Mount(tmp_path, "/work"))
+    for hidden in ("a", "a/s"):
+        assert not [*survey_mount(Mount(tmp_path, "/work", hidden=(hidden,))).endpoints]

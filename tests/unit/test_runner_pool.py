@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def pool_file(folder: Path, **fields: Any) -> Path:
         (folder / name).mkdir(exist_ok=True)
     mounts = {
         "sources": {"path": str(folder / "sources")},
-        "reports": {"path": str(folder / "reports"), "read_write": True},
+        "reports": {"path": str(folder / "reports"), "read_write": True, "as_root": True},
     }
     file = folder / "pool.json"
     given = {"name": "reviews", "agents": ["deploy-bot"], "mounts": mounts, "commands": ["review"], **fields}
@@ -176,6 +177,26 @@ def test_a_wrong_file_is_refused_and_says_where(tmp_path: Path, fields: dict[str
         read_pool(pool_file(tmp_path, **fields))
     assert "RINGFENCE_RUNNER_POOL_FILE" in str(refused.value)
     assert says in str(refused.value)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="about runners of root")
+def test_a_writable_folder_of_root_is_refused_unless_the_pool_allows_it(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"path": str(tmp_path), "read_write": True}
+    with pytest.raises(SettingsError, match=r"belongs to root.*as_root = true"):
+        read_pool(pool_file(tmp_path, mounts={"a": given}))
+    read_pool(pool_file(tmp_path, mounts={"a": {**given, "as_root": True}}))
+    read_pool(pool_file(tmp_path, mounts={"a": {**given, "read_write": False}}))
+    os.chown(tmp_path, 1000, 1000)
+    read_pool(pool_file(tmp_path, mounts={"a": given}))
+
+
+def test_what_a_pool_hides_is_hidden_in_its_runs(tmp_path: Path) -> None:
+    mounts = {"a": {"path": str(tmp_path), "hide": ["run/agent.sock"]}}
+    pool = read_pool(pool_file(tmp_path, mounts=mounts))
+    (mount,) = pool.plan(ordered(mounts=(Mount(name="a"),)), order_id="o", run_id="r", deadline_s=9).mounts
+    assert mount.for_sandbox().hidden == ("run/agent.sock",)
+    with pytest.raises(SettingsError, match="no relative path below"):
+        read_pool(pool_file(tmp_path, mounts={"a": {"path": str(tmp_path), "hide": ["../x"]}}))
 
 
 @pytest.mark.parametrize(("name", "text"), [("p.toml", "name ="), ("p.json", "{"), ("p.toml", "\udce4")])

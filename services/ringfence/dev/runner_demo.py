@@ -335,7 +335,8 @@ class RunnerStory:
             user=DEVELOPER,
         )
         words = ["--task", task, "--ttl", _RUN_TTL, "--backend", "bubblewrap"]
-        words += ["--mount", f"{self._checkout('run')}:rw", "--mount", str(self._program.parent)]
+        mode = "rw-as-root" if os.geteuid() == 0 else "rw"
+        words += ["--mount", f"{self._checkout('run')}:{mode}", "--mount", str(self._program.parent)]
         start = init_command("bubblewrap").argv  # the sandbox has this Python
         inside = self._reviewer("run", [*start[: start.index("-I")], "-I", "-B"])
         argv = [sys.executable, "-P", "-m", "ringfence.cli.main", "run", "--json", *words, "--", *inside]

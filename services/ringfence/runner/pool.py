@@ -22,7 +22,7 @@ from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name
 from ringfence.messages.credential import Reason
 from ringfence.messages.run import ImageDigest, Labels, RunOrder
-from ringfence.runner.lifecycle.plan import PlannedMount, RunPlan
+from ringfence.runner.lifecycle.plan import PlannedMount, RunPlan, RunRefusedError, check_owners
 from ringfence.runner.sandbox.backend import SandboxSpec, SandboxSpecError
 
 EVERY: Final = "*"
@@ -52,6 +52,10 @@ class PoolMount(_Strict):
     path: Path
     read_write: bool = False
     """Whether an order may write to it."""
+    as_root: bool = False
+    """Whether it may do so although root owns the folder, for a runner of root. What it writes then belongs to root."""
+    hide: tuple[str, ...] = ()
+    """Relative paths below it at which runs see an empty file or folder."""
 
 
 class PoolLimits(_Strict):
@@ -107,10 +111,7 @@ class Pool(_Strict):
                 "pool",
                 ("true",),
                 environment=self.environment,
-                mounts=tuple(
-                    _planned(name, one.path, one.read_write).for_sandbox()
-                    for name, one in self.mounts.items()
-                ),
+                mounts=tuple(one.for_sandbox() for one in pool_mounts(self)),
             )
         except SandboxSpecError as error:
             raise ValueError(str(error)) from None
@@ -187,7 +188,7 @@ class Pool(_Strict):
             ordered_by=order.iss,
             environment=self.environment,
             mounts=tuple(
-                _planned(name, self.mounts[name].path, read_write) for name, read_write in writable.items()
+                _planned(name, self.mounts[name], read_write) for name, read_write in writable.items()
             ),
             image=image,
             image_digest=image,
@@ -197,11 +198,13 @@ class Pool(_Strict):
 
 def pool_mounts(pool: Pool) -> tuple[PlannedMount, ...]:
     """All mounts that orders may request, as they would be mounted."""
-    return tuple(_planned(name, one.path, one.read_write) for name, one in pool.mounts.items())
+    return tuple(_planned(name, one, one.read_write) for name, one in pool.mounts.items())
 
 
-def _planned(name: str, host: Path, read_write: bool) -> PlannedMount:
-    return PlannedMount(name, host, f"{WORKSPACE}/{name}", read_write)
+def _planned(name: str, mount: PoolMount, read_write: bool) -> PlannedMount:
+    return PlannedMount(
+        name, mount.path, f"{WORKSPACE}/{name}", read_write, as_root=mount.as_root, hidden=mount.hide
+    )
 
 
 def _reason(code: str, message: str) -> Reason:
@@ -222,6 +225,10 @@ def read_pool(file: Path) -> Pool:
             raise SettingsError(
                 f"{_SETTING}: {file}: mount {name}: there is no folder {mount.path}; make it, or correct the path"
             )
+    try:
+        check_owners(pool_mounts(pool))
+    except RunRefusedError as error:
+        raise SettingsError(f"{_SETTING}: {file}: {error.message}; {error.remedy}") from None
     return pool
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
 import re
@@ -24,7 +23,7 @@ from ringfence.cli.shared.output import (
     say,
     visible_name,
 )
-from ringfence.cli.shared.settings_check import DECLARED_IN
+from ringfence.cli.shared.settings_check import import_settings
 from ringfence.cli.shared.tables import prose
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base import config_file
@@ -163,11 +162,7 @@ def _describe_file(file: ConfigFile | None, found: FoundFile | None) -> str:
 
 def _settings(file: ConfigFile | None) -> Iterator[Setting]:
     """Yield every setting of the installed packages, each once."""
-    for module in DECLARED_IN:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError:  # without the extra `server`
-            continue
+    import_settings()
     environment = {name.upper(): value for name, value in os.environ.items()}
     of_file: Source = "RINGFENCE_CONFIG" if file and file.origin == "named" else "trusted file"
     listed = set[str]()

@@ -62,6 +62,14 @@ def wrap(
             "Repeatable.",
         ),
     ] = None,
+    hide: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hide",
+            metavar="PATH",
+            help="A file or folder in a mounted folder that the server sees empty, such as a socket. Repeatable.",
+        ),
+    ] = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,7 +114,7 @@ def wrap(
         raise typer.BadParameter("write the server: ringfence mcp wrap --task TASK --target TARGET -- SERVER")
     environment = parse_environment(env or [])
     _refuse_static_keys(environment, command)
-    mounts = parse_mounts(mount or [])
+    mounts = parse_mounts(mount or [], hide or [])
     if image is None:
         check_program(command[0], [one.host for one in mounts])
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)

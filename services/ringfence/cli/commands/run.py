@@ -95,7 +95,16 @@ def run(
         typer.Option(
             "--mount",
             metavar="DIR[:rw]",
-            help="A folder that the command sees at its own path; read-only without :rw. Repeatable.",
+            help="A folder that the command sees at its own path; read-only without :rw. A run of root needs "
+            ":rw-as-root where root owns the folder. Repeatable.",
+        ),
+    ] = None,
+    hide: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--hide",
+            metavar="PATH",
+            help="A file or folder in a mounted folder that the command sees empty, such as a socket. Repeatable.",
         ),
     ] = None,
     image: Annotated[
@@ -143,6 +152,7 @@ def run(
         assign=assign or [],
         agent=agent,
         mount=mount or [],
+        hide=hide or [],
         image=image,
         env=env or [],
         ttl=ttl,

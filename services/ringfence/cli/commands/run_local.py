@@ -21,6 +21,7 @@ from ringfence.cli.shared.arguments import parse_scope
 from ringfence.cli.shared.mounted_program import check_program
 from ringfence.cli.shared.options import duration_s, identity, run, settings, size_bytes, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
+from ringfence.cli.shared.settings_check import import_settings
 from ringfence.kernel.base.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def run_local(
     assign: list[str],
     agent: str | None,
     mount: list[str],
+    hide: list[str],
     image: str | None,
     env: list[str],
     ttl: str,
@@ -62,7 +64,7 @@ def run_local(
     from ringfence.messages.run import RunLimits
 
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
-    mounts = parse_mounts(mount)
+    mounts = parse_mounts(mount, hide)
     if image is None:
         check_program(command[0], [one.host for one in mounts])
     work = _run(
@@ -149,6 +151,7 @@ async def connected_host(backend: str | None) -> AsyncIterator[RunnerHost]:
     from ringfence.runner.lifecycle.execution import RunnerHost
     from ringfence.runner.lifecycle.sweep import sweep
 
+    import_settings()  # no mount shows what any of them names
     own = settings()
     if own.runner_key_file is None:
         raise SettingsError(
@@ -284,7 +287,9 @@ def remarks(report: RunReport) -> Iterator[str]:
     if not report.destruction.complete:
         yield f"not all of the run could be removed: {', '.join(report.destruction.remained)}"
     for change in report.left_in_mounts:
-        yield f"written by the run, and executed by others later: {change}"
+        yield f"changed by the run, where other programs may execute it: {change}"
+    if report.changed_in_mounts:
+        yield "other files in mounted folders changed too: ringfence run --json lists them"
     if not report.published:
         yield "the end of the run is not on Kafka: its leases end when the runner is silent, or at its deadline"
     if report.live_leases:
@@ -304,14 +309,18 @@ def parse_environment(given: list[str]) -> dict[str, str]:
     return found
 
 
-def parse_mounts(given: list[str]) -> tuple[PlannedMount, ...]:
-    """Parse `DIR` and `DIR:rw`. Each folder stands inside at its own path."""
+def parse_mounts(given: list[str], hide: Sequence[str] = ()) -> tuple[PlannedMount, ...]:
+    """Parse `DIR`, `DIR:rw` and `DIR:rw-as-root`. Each folder stands inside at its own path.
+
+    `hide`: paths below these folders that the command sees empty.
+    """
     from ringfence.runner.lifecycle.plan import PlannedMount
 
     found: dict[str, PlannedMount] = {}
+    hidden = [Path(os.path.normpath(Path(path).absolute())) for path in hide]
     for text in given:
         folder, colon, mode = text.rpartition(":")
-        if not colon or mode not in ("rw", "ro"):
+        if not colon or mode not in ("rw", "ro", "rw-as-root"):
             folder, mode = text, "ro"
         path = Path(os.path.normpath(Path(folder).absolute()))
         if not folder or not path.is_dir():
@@ -320,5 +329,15 @@ def parse_mounts(given: list[str]) -> tuple[PlannedMount, ...]:
         number = 2
         while name in found:
             name, number = f"{slug}-{number}", number + 1
-        found[name] = PlannedMount(name, path, str(path), writable=mode == "rw")
+        found[name] = PlannedMount(
+            name,
+            path,
+            str(path),
+            writable=mode != "ro",
+            as_root=mode == "rw-as-root",
+            hidden=tuple(str(one.relative_to(path)) for one in hidden if path in one.parents),
+        )
+    for one in hidden:
+        if not any(mount.host in one.parents for mount in found.values()):
+            raise typer.BadParameter(f"{visible(str(one))!r} is in no mounted folder", param_hint="--hide")
     return tuple(found.values())

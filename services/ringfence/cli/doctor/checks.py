@@ -205,10 +205,7 @@ def pool_findings() -> Iterator[CheckResult]:
         return  # otherwise no runner for fleets is set up here
     try:
         pool, client = read_pool(file), load(ClientSettings)
-        private = private_paths(client)
-        if client.gateway_sockets is not None:
-            private["the gateway's sockets"] = client.gateway_sockets
-        check_private_paths(pool_mounts(pool), private)
+        check_private_paths(pool_mounts(pool), private_paths(client))
     except RingfenceError as error:
         remedy = f"; {error.remedy}" if error.remedy else ""
         yield CheckResult("runner pool", "bad", f"{error.message}{remedy}")

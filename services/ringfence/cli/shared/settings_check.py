@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -35,6 +36,13 @@ _OTHER_READERS = (
 """Variables that tests and docker-compose.yml read."""
 _KUBERNETES_VARIABLE = re.compile(r"\w+_(SERVICE_(HOST|PORT\w*)|PORT(_\d+_(TCP|UDP)\w*)?)")
 """Variables that Kubernetes sets for each Service: for one named ringfence-issuer, RINGFENCE_ISSUER_PORT."""
+
+
+def import_settings() -> None:
+    """Import every settings class of the installed packages."""
+    for module in DECLARED_IN:
+        with contextlib.suppress(ModuleNotFoundError):  # without the extra `server`
+            importlib.import_module(module)
 
 
 def known_settings() -> frozenset[str]:

@@ -72,7 +72,7 @@ def _shown(folder: Path, inside: str, mounts: list[Mount], *, always: bool = Fal
     hidden = any(folder.is_relative_to(one) for one in _HIDDEN)
     if folder.is_relative_to(_OF_THE_MACHINE) and not hidden and not always:
         return str(folder)
-    mounts.append(Mount(folder, inside))
+    mounts.append(Mount(folder, inside, installed=True))
     return inside
 
 

@@ -41,9 +41,9 @@ from ringfence.runner.control.relays import (
 from ringfence.runner.init.command import init_command
 from ringfence.runner.lifecycle.activity import RunActivity
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
-from ringfence.runner.lifecycle.mount_changes import executable_changes
-from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
-from ringfence.runner.lifecycle.private_paths import check_private_paths, private_paths
+from ringfence.runner.lifecycle.mount_changes import MountChanges, changes_of
+from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_owners, check_plan
+from ringfence.runner.lifecycle.private_paths import PrivatePath, check_private_paths, private_paths
 from ringfence.runner.lifecycle.raw_targets import has_loopback_target, raw_addresses
 from ringfence.runner.lifecycle.report import RunReport
 from ringfence.runner.lifecycle.run_folder import make_run_folder, remove_run_folder
@@ -57,7 +57,9 @@ from ringfence.runner.sandbox.backend import (
     SandboxExit,
     SandboxSpec,
     Streams,
+    survey_mount,
 )
+from ringfence.runner.sandbox.mount_survey import Survey
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +93,12 @@ class RunnerHost:
     """The runner's key, where the connection's settings do not name it."""
 
     @property
-    def private_paths(self) -> dict[str, Path]:
-        """What no mount of a run may show."""
-        own = {"the gateway's sockets": self.gateway_sockets}
+    def private_paths(self) -> list[PrivatePath]:
+        """What no mount of a run may show, or let it write."""
+        own = [PrivatePath("the gateway's sockets", self.gateway_sockets)]
         if self.key_file is not None:
-            own["the key of the runner"] = self.key_file
-        return {**private_paths(self.connection.settings), **own}
+            own.append(PrivatePath("the key of the runner", self.key_file))
+        return [*own, *private_paths(self.connection.settings)]
 
     @property
     def name(self) -> str:
@@ -119,7 +121,8 @@ class _Progress:
     failure: RingfenceError | None = None
     destruction: Destruction | None = None
     published: bool = False
-    left: list[str] = field(default_factory=list)
+    left: dict[str, MountChanges] = field(default_factory=dict)
+    """What it changed in each writable mount."""
 
 
 class RunExecution:
@@ -156,6 +159,7 @@ class RunExecution:
         self._relay: GatewayRelay | None = None
         self._folder: Path | None = None
         self._ca_pem: str | None = None
+        self._before: dict[str, Survey] = {}
 
     def signal(self, number: int) -> None:
         """Send a signal to the command. Before it has started, the run is stopped instead."""
@@ -188,14 +192,18 @@ class RunExecution:
             UnavailableError: Kafka did not take the claim; nothing was started.
             RingfenceError: it was claimed and could not be started. Everything of it is gone, and its end is published.
         """
-        began, began_ns = time.monotonic(), time.time_ns()
+        began = time.monotonic()
         connection, plan = self._host.connection, self._plan
         directory = await connection.directory()
         check_plan(plan, directory, connection.settings.trust_domain, self._host.name, self._now_s())
         check_private_paths(plan.mounts, self._host.private_paths)
+        check_owners(plan.mounts)
         if reasons := await self._host.backend.available():
             raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
         self._ca_pem = self._read_ca()
+        for mount in plan.mounts:
+            if mount.writable:
+                self._before[mount.name] = await asyncio.to_thread(survey_mount, mount.for_sandbox())
         activity = RunActivity(connection, plan.run_id, plan.agent_id)
         if self._follows_activity:
             await activity.follow()
@@ -211,7 +219,7 @@ class RunExecution:
         except RingfenceError as error:
             self._at.failure = error
         finally:
-            await asyncio.shield(self._end(began_ns))
+            await asyncio.shield(self._end())
         if self._at.failure is not None and self._at.code is None:
             raise self._at.failure
         live = await activity.leases_ended(_LEASES_END_WITHIN_S) if self._at.published else ()
@@ -230,7 +238,10 @@ class RunExecution:
             allowed=activity.allowed(),
             denied=activity.denied(),
             relays=activity.relays(),
-            left_in_mounts=tuple(self._at.left),
+            left_in_mounts=self._left_in_mounts(),
+            changed_in_mounts=tuple(
+                f"mount {name}: {one}" for name, found in self._at.left.items() for one in found.others
+            ),
             live_leases=live,
             connections=self._relay.relayed if self._relay is not None else 0,
             sent_bytes=self._at.init.sent_bytes if self._at.init is not None else None,
@@ -433,15 +444,16 @@ class RunExecution:
 
     # --- the end ---
 
-    async def _end(self, began_ns: int) -> None:
+    async def _end(self) -> None:
         """Destroy everything, and publish the end."""
         self._at.destruction = await self._destroyed()
         if self._relay is not None:
             await self._relay.close()
         for mount in self._plan.mounts:
             if mount.writable:
-                changes = await asyncio.to_thread(executable_changes, mount.host, began_ns)
-                self._at.left += [f"mount {mount.name}: {change}" for change in changes]
+                self._at.left[mount.name] = await asyncio.to_thread(
+                    changes_of, mount.for_sandbox(), self._before[mount.name]
+                )
         with contextlib.suppress(UnavailableError):
             await self._publish("ended", self._at.kid, within_s=_PUBLISH_WITHIN_S)
             self._at.published = True
@@ -481,10 +493,15 @@ class RunExecution:
             return RunExit(signal=code - _SIGNALLED, reason=reason)
         return RunExit(code=code, reason=reason)
 
+    def _left_in_mounts(self) -> tuple[str, ...]:
+        return tuple(
+            f"mount {name}: {one}" for name, found in self._at.left.items() for one in found.dangerous
+        )
+
     def _remained(self) -> tuple[str, ...]:
         gone = self._at.destruction
         assert gone is not None
-        found = [*gone.remained, *self._at.left]
+        found = [*gone.remained, *self._left_in_mounts()]
         return tuple(found if len(found) <= _REMAINED else [*found[: _REMAINED - 1], "and more"])
 
     # --- Kafka ---

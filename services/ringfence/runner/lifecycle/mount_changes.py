@@ -1,96 +1,275 @@
-"""Finds files that a run left in its writable mounts and that somebody outside would execute later.
+"""The differences that a run made in a writable mount, from surveys before and after it.
 
-A file counts if its inode changed since the run began (`st_ctime`, which no program can set), and if it is executable,
-or has a name under which a shell, git or an editor runs it.
+Every difference is reported. Those by which somebody outside could execute what the run wrote come first: they are
+judged by each name under which a program reaches the file, through links, renamed folders and repositories of git.
+A set-user-id or set-group-id bit that was not there before is removed.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Final
 
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible
+from ringfence.runner.sandbox.backend import Mount, open_host
+from ringfence.runner.sandbox.mount_survey import Entry, Survey, survey
 
-MAX_ENTRIES = 200_000
-"""So many entries of a mount are looked at. Beyond it, the report says that it is not complete."""
+_SET_ID: Final = stat.S_ISUID | stat.S_ISGID
+_MOST_LINKS: Final = 40
+_MOST_NAMES: Final = 32
+_MOST_GROUPS: Final = 16
 # fmt: off
-_EXECUTED_BY_NAME = frozenset({
-    ".envrc", ".env", ".bashrc", ".bash_profile", ".bash_login", ".bash_logout", ".profile", ".zshrc", ".zshenv",
-    ".zprofile", ".zlogin", ".zlogout", ".kshrc", ".cshrc", ".tcshrc", ".login", ".xprofile", ".vimrc", ".exrc",
-    ".nvimrc", ".gitattributes", ".gitconfig", ".gitmodules", ".npmrc", ".pnpmfile.cjs", ".yarnrc", ".yarnrc.yml",
-    ".pre-commit-config.yaml", ".mcp.json", "sitecustomize.py", "usercustomize.py", "conftest.py", "setup.py",
-    "makefile", "gnumakefile", "justfile", "taskfile.yml", "rakefile", "dockerfile", "docker-compose.yml",
-    "compose.yaml", "package.json", "build.gradle", "build.rs", "tox.ini", "noxfile.py",
+_EXECUTED_NAMES: Final = frozenset({
+    "brewfile", "build.gradle", "build.rs", "build.xml", "cmakelists.txt", "compose.yaml", "compose.yml", "conftest.py",
+    "dockerfile", "docker-compose.yml", "gemfile", "gnumakefile", "gruntfile.js", "gulpfile.js", "jenkinsfile",
+    "justfile", "makefile", "meson.build", "noxfile.py", "package.json", "pom.xml", "procfile", "pyproject.toml",
+    "rakefile", "setup.cfg", "setup.py", "sitecustomize.py", "taskfile.yml", "tox.ini", "usercustomize.py",
+    "vagrantfile", "wscript",
 })
-_EXECUTED_BELOW = (
-    (".git", "hooks"), (".git", "config"), (".git", "modules"), (".husky",), (".githooks",), (".vscode",),
-    (".idea",), (".devcontainer",), (".github", "workflows"), (".claude",), (".cursor",), (".config", "fish"),
+_EXECUTED_SUFFIXES: Final = (
+    ".code-workspace", ".desktop", ".dll", ".gradle", ".pth", ".pyc", ".pyd", ".service", ".so", ".sublime-project",
 )
+_DATA_OF_GIT: Final = frozenset({
+    "commit_editmsg", "description", "fetch_head", "head", "index", "logs", "merge_head", "merge_msg", "objects",
+    "orig_head", "packed-refs", "refs", "shallow",
+})
 # fmt: on
-"""Folders, or files, of which each part of the path has to match, wherever they are in the mount."""
-_EXECUTED_SUFFIXES = (".pth",)
-_CLOCK_GRAIN_NS = 20_000_000
-"""A file's time is that of the kernel's last tick, which is earlier by up to 10 ms."""
+"""What git reads in a repository, and takes no command or path from."""
 
 
-def executable_changes(folder: Path, since_ns: int, *, limit: int = 64) -> list[str]:
-    """Return the files that were changed in a folder since `since_ns` (ns since 1970) and would be executed later.
+@dataclass(frozen=True)
+class MountChanges:
+    """Differences as lines of text: a path, and what happened to it."""
 
-    Each entry is a path below the folder and a reason, at most `limit` of them. A last entry says how many more there
-    are, or that the folder was too large to look at all of it.
+    dangerous: tuple[str, ...] = ()
+    """Those by which others may execute something, the worst first; and what could not be looked at."""
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Change:
+    path: str
+    kind: str
+    """`new`, `changed`, `removed` or `unknown`."""
+    rank: int = 9
+    """The lower, the worse; 9 for what is not dangerous."""
+    reason: str | None = None
+
+
+def changes_of(mount: Mount, before: Survey) -> MountChanges:
+    """Survey a mount again, and compare. Whatever cannot be looked at is a change."""
+    try:
+        folder = open_host(mount.host)
+        try:
+            after = survey(folder, mount.hidden)
+        finally:
+            os.close(folder)
+    except (OSError, RingfenceError) as error:
+        return MountChanges((f". (unknown: {visible(str(error))[:300]})",))
+    return changes(mount.host, before, after)
+
+
+def changes(folder: Path, before: Survey, after: Survey, *, limit: int = 64) -> MountChanges:
+    """Compare two surveys of a folder, and remove new set-user-id and set-group-id bits in it.
+
+    Returns at most `limit` lines of each kind; the last ones say how many more there are, and below which folder.
     """
-    found, more, seen = list[str](), 0, 0
-    for path, entry in _entries(folder):
-        seen += 1
-        if seen > MAX_ENTRIES:
-            return [*found[: limit - 1], f"more than {MAX_ENTRIES} files: not all of them were looked at"]
-        try:
-            status = entry.stat(follow_symlinks=False)
-        except OSError:
+    names = _Names(folder, after)
+    had_set_id = {
+        (entry.device, entry.inode): entry.mode & _SET_ID
+        for entry in before.entries.values()
+        if entry.mode & _SET_ID
+    }
+    found, cleared = list[_Change](), set[str]()
+    if after.cut_off is not None:
+        found.append(_Change(".", "unknown", 1, f"{after.cut_off}: the rest was not compared"))
+    for path, reason in after.unlisted.items():
+        found.append(_Change(path, "unknown", 1, f"it cannot be listed: {reason}"))
+    for path, entry in after.entries.items():
+        old = before.entries.get(path)
+        if entry == old:
             continue
-        if status.st_ctime_ns < since_ns - _CLOCK_GRAIN_NS:
-            continue
-        reason = _reason(path, status, entry)
-        if reason is None:
-            continue
-        if len(found) < limit - 1:
-            found.append(f"{visible(str(path))[:300]} ({reason})")
+        kind = "changed" if old is not None else "new"
+        new_bits = entry.mode & _SET_ID & ~had_set_id.get((entry.device, entry.inode), 0)
+        if new_bits and (_parent(path) in cleared or not _is_inherited(path, entry, new_bits, after)):
+            cleared.add(path)
+            found.append(_Change(path, kind, 0, _clear_set_id(folder / path, entry, new_bits)))
         else:
-            more += 1
-    return [*found, f"and {more} more"] if more else found
+            rank, why = names.danger(path, entry)
+            found.append(_Change(path, kind, rank, why))
+    for path in before.entries.keys() - after.entries.keys():
+        if after.cut_off is None and not _is_below(path, after.unlisted):
+            found.append(_Change(path, "removed"))
+    found.sort(key=lambda one: (one.rank, one.path))
+    return MountChanges(
+        _lines([one for one in found if one.reason is not None], limit),
+        _lines([one for one in found if one.reason is None], limit),
+    )
 
 
-def _entries(folder: Path) -> Iterator[tuple[Path, os.DirEntry[str]]]:
-    """Everything below a folder, without following symbolic links."""
-    waiting = [(folder, Path())]
-    while waiting:
-        here, below = waiting.pop()
-        try:
-            with os.scandir(here) as entries:
-                for entry in entries:
-                    path = below / entry.name
-                    yield path, entry
-                    if entry.is_dir(follow_symlinks=False):
-                        waiting.append((here / entry.name, path))
-        except OSError:
-            continue
+def _lines(found: list[_Change], limit: int) -> tuple[str, ...]:
+    """One line a change; beyond the limit, one line for each folder at the top."""
+    alone = found if len(found) <= limit else found[: limit - _MOST_GROUPS]
+    lines = [
+        f"{visible(one.path)[:300]} ({': '.join(filter(None, (one.kind, one.reason)))})" for one in alone
+    ]
+    groups = defaultdict[str, Counter[str]](Counter)
+    for one in found[len(alone) :]:
+        top = f"{one.path.partition('/')[0]}/" if "/" in one.path else "."
+        groups[top if top in groups or len(groups) < _MOST_GROUPS - 1 else "elsewhere"][one.kind] += 1
+    for top, kinds in groups.items():
+        more = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+        lines.append(f"and more in {visible(top)[:300]} ({more})")
+    return tuple(lines)
 
 
-def _reason(path: Path, status: os.stat_result, entry: os.DirEntry[str]) -> str | None:
-    if stat.S_ISDIR(status.st_mode):
-        return None
-    if stat.S_ISLNK(status.st_mode):
-        target = Path(entry.path).readlink()
-        outside = target.is_absolute() or os.path.normpath(path.parent / target).startswith("..")
-        return "a symbolic link that leads out of the mount" if outside else None
-    if stat.S_ISSOCK(status.st_mode) or stat.S_ISFIFO(status.st_mode):
-        return "a socket or pipe"
-    parts = tuple(part.lower() for part in path.parts)
-    for below in _EXECUTED_BELOW:
-        if any(parts[at : at + len(below)] == below for at in range(len(parts))):
-            return f"programs run what is in {'/'.join(below)}"
-    if parts[-1] in _EXECUTED_BY_NAME or parts[-1].endswith(_EXECUTED_SUFFIXES):
-        return "programs run a file of this name"
-    return "executable" if status.st_mode & 0o111 else None
+def _is_below(path: str, folders: Mapping[str, str]) -> bool:
+    return any(str(parent) in folders for parent in (PurePosixPath(path), *PurePosixPath(path).parents))
+
+
+def _parent(path: str) -> str:
+    return str(PurePosixPath(path).parent)
+
+
+def _is_inherited(path: str, entry: Entry, bits: int, after: Survey) -> bool:
+    """Whether the kernel gave a new folder the set-group-id bit of the folder that it is in, which keeps it."""
+    parent = after.entries.get(_parent(path))
+    has_it = parent is not None and bool(parent.mode & stat.S_ISGID)
+    return has_it and stat.S_ISDIR(entry.mode) and bits == stat.S_ISGID
+
+
+def _clear_set_id(path: Path, entry: Entry, bits: int) -> str:
+    """Remove the bits of this file, not following links. Returns what was found, and whether it was removed."""
+    what = " and ".join(
+        name for bit, name in ((stat.S_ISUID, "set-user-id"), (stat.S_ISGID, "set-group-id")) if bits & bit
+    )
+    try:
+        descriptor = open_host(path)
+    except RingfenceError as error:
+        return f"{what}, which is still set: {error.message}"
+    try:
+        status = os.fstat(descriptor)
+        if (status.st_dev, status.st_ino) != (entry.device, entry.inode):
+            return f"{what}, which is still set: the file was replaced"
+        # A descriptor of O_PATH needs no right to read the file, and takes no fchmod(2).
+        Path(f"/proc/self/fd/{descriptor}").chmod(stat.S_IMODE(status.st_mode) & ~bits)
+    except OSError as error:
+        return f"{what}, which is still set: {error.strerror}"
+    finally:
+        os.close(descriptor)
+    return f"{what}, now removed"
+
+
+class _Names:
+    """The names under which programs reach the files of a folder."""
+
+    def __init__(self, folder: Path, after: Survey) -> None:
+        self._folder = folder
+        self._entries = after.entries
+        self._others = defaultdict[str, set[str]](set)
+        """Further names of a path: links that lead to it, and `.git` for a folder that git takes for a repository."""
+        for path, entry in after.entries.items():
+            if entry.target is not None and (leads_to := self._resolved(path)) is not None:
+                self._others[leads_to].add(path)
+            folder_path, _, name = path.rpartition("/")
+            if name == "HEAD" and not folder_path.endswith(".git") and self._is_repository(folder_path):
+                self._others[folder_path or "."].add(f"{folder_path}/.git".lstrip("/"))
+
+    def danger(self, path: str, entry: Entry) -> tuple[int, str | None]:
+        """Return a rank, and why others may execute something by this entry; None if they do not."""
+        if stat.S_ISDIR(entry.mode):
+            return 9, None
+        if entry.is_endpoint:
+            return 2, "a socket or named pipe"
+        if entry.target is not None and self._resolved(path) is None:
+            return 2, "a symbolic link that leads out of the mount"
+        for name in self._all(path):
+            if _is_executed(name):
+                return (
+                    3,
+                    "programs run a file of this name"
+                    if name == path
+                    else f"programs run it as {visible(name)}",
+                )
+        for name in self._all(path):
+            if any(part.startswith(".") for part in _parts(name)) and not _is_data_of_git(name):
+                return 4, "programs read settings there"
+        if stat.S_ISREG(entry.mode) and entry.mode & 0o111:
+            return 5, "executable"
+        return 9, None
+
+    def _all(self, path: str) -> Iterator[str]:
+        """Yield the path, and then its other names."""
+        seen, waiting = {path}, [path]
+        while waiting:
+            name = waiting.pop(0)
+            yield name
+            pure = PurePosixPath(name)
+            for start in (pure, *pure.parents):
+                for other in self._others.get(str(start), ()):
+                    further = str(PurePosixPath(other) / pure.relative_to(start))
+                    if further not in seen and len(seen) < _MOST_NAMES:
+                        seen.add(further)
+                        waiting.append(further)
+
+    def _resolved(self, path: str) -> str | None:
+        """Follow the links of a path, by the survey alone. None: it leads out of the folder, or in a circle."""
+        current, waiting, links = list[str](), [*reversed(path.split("/"))], 0
+        while waiting:
+            part = waiting.pop()
+            if part in ("", "."):
+                continue
+            if part == "..":
+                if not current:
+                    return None
+                current.pop()
+                continue
+            current.append(part)
+            entry = self._entries.get("/".join(current))
+            if entry is None or entry.target is None:
+                continue
+            links += 1
+            target = PurePosixPath(entry.target)
+            if target.is_absolute():
+                if not target.is_relative_to(self._folder):
+                    return None
+                current, target = [], target.relative_to(self._folder)
+            else:
+                current.pop()
+            if links > _MOST_LINKS:
+                return None
+            waiting += reversed(target.parts)
+        return "/".join(current) or "."
+
+    def _is_repository(self, folder: str) -> bool:
+        def has(name: str) -> bool:
+            return f"{folder}/{name}".lstrip("/") in self._entries
+
+        return (has("objects") and has("refs")) or has("commondir")
+
+
+def _parts(path: str) -> tuple[str, ...]:
+    return tuple(part.lower() for part in PurePosixPath(path).parts)
+
+
+def _is_executed(path: str) -> bool:
+    parts = _parts(path)
+    return (
+        (".git" in parts and not _is_data_of_git(path))
+        or parts[-1] in _EXECUTED_NAMES
+        or parts[-1].endswith(_EXECUTED_SUFFIXES)
+    )
+
+
+def _is_data_of_git(path: str) -> bool:
+    parts = _parts(path)
+    if ".git" not in parts:
+        return False
+    after_it = parts[::-1].index(".git")
+    return after_it > 0 and parts[-after_it] in _DATA_OF_GIT

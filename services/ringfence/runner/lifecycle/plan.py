@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +34,13 @@ class PlannedMount:
     host: Path
     inside: str
     writable: bool = False
+    as_root: bool = False
+    """Runs of root may write there although root owns it; what they write then belongs to root."""
+    hidden: tuple[str, ...] = ()
+    """As in the sandbox's `Mount`."""
 
     def for_sandbox(self) -> Mount:
-        return Mount(self.host, self.inside, self.writable)
+        return Mount(self.host, self.inside, self.writable, self.hidden)
 
     def for_record(self) -> NamedMount:
         return NamedMount(name=self.name, read_write=self.writable)
@@ -74,12 +79,27 @@ class RunPlan:
         rules = {
             "backend": backend,
             "limits": self.limits.model_dump(),
-            "mounts": [mount.for_record().model_dump() for mount in self.mounts],
+            "mounts": [
+                {**mount.for_record().model_dump(), "as_root": mount.as_root, "hidden": mount.hidden}
+                for mount in self.mounts
+            ],
             "image": self.image_digest,
             "syscalls": digest(policy_text()),
             "pool": self.policy_digest,
         }
         return digest(json.dumps(rules, sort_keys=True, separators=(",", ":")))
+
+
+def check_owners(mounts: Iterable[PlannedMount]) -> None:
+    """Check who would own what a run writes. Raises RunRefusedError where it is root and the plan does not allow it."""
+    for mount in mounts:
+        owned_by_root = os.geteuid() == 0 and mount.writable and mount.host.stat().st_uid == 0
+        if owned_by_root and not mount.as_root:
+            raise RunRefusedError(
+                f"{mount.host} belongs to root, so root would own what the run writes there"
+            ).with_remedy(
+                "give the folder to another user (chown), or allow it: --mount DIR:rw-as-root, in a pool as_root = true"
+            )
 
 
 def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: str, now_s: float) -> None:

@@ -29,6 +29,9 @@ class RunReport:
     relays: list[dict[str, Any]] = field(default_factory=list)
     """Byte relays to targets whose protocol is not HTTP, with the bytes that the gateway counted."""
     left_in_mounts: tuple[str, ...] = ()
+    """Changes in writable mounts by which others may execute something, and what could not be looked at."""
+    changed_in_mounts: tuple[str, ...] = ()
+    """All other changes there."""
     live_leases: tuple[str, ...] = ()
     """Leases that had not ended when the report was made."""
     connections: int = 0
@@ -68,5 +71,6 @@ class RunReport:
                 "live_leases": list(self.live_leases),
                 "end_published": self.published,
                 "left_in_mounts": list(self.left_in_mounts),
+                "changed_in_mounts": list(self.changed_in_mounts),
             },
         }

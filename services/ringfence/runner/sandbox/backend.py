@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.text import visible
 from ringfence.runner.sandbox.mount_points import (
     KERNEL_KINDS,
     MountPoint,
@@ -25,6 +26,7 @@ from ringfence.runner.sandbox.mount_points import (
     place_of,
     shown_by,
 )
+from ringfence.runner.sandbox.mount_survey import Survey, survey
 
 HOME = "/home/agent"
 """The home directory inside: empty at start, in memory."""
@@ -67,6 +69,10 @@ class Mount:
     host: Path
     inside: str
     writable: bool = False
+    hidden: tuple[str, ...] = ()
+    """Relative paths below it at which the command sees an empty file or folder."""
+    installed: bool = False
+    """A folder of this installation of Ringfence, in which no program listens: its content is not surveyed."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +300,7 @@ def check_streams(streams: Streams) -> None:
 
 
 def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
-    """Check mounts. Raises SandboxSpecError for one that contains the runner's records, or a listening socket.
+    """Check mounts. Raises SandboxSpecError for one that contains the runner's records, a socket or a named pipe.
 
     Mounts below a folder count too. A socket that a program outside creates there later is not noticed.
     """
@@ -303,17 +309,13 @@ def check_mounts(mounts: tuple[Mount, ...], state: Path) -> None:
     points = mount_points()
     records = place_of(state, points)
     never = [place_of(Path(path), points) for path in _REFUSED_HOST]
-    listening = [(path, place_of(Path(path), points)) for path in _listening_sockets()]
     for mount in mounts:
         for shown in shown_by(mount.host, points):
             _check_shown(mount.host, shown, never, place_of(Path("/"), points))
             if shown.place.shows(records) or records.shows(shown.place):
                 raise SandboxSpecError(f"{shown.path} shows the runner's own records: mount another folder")
-            for path, place in listening:
-                if shown.place.shows(place):
-                    raise SandboxSpecError(
-                        f"a program outside listens at {path}, which {mount.host} shows, and could be told what to do"
-                    ).with_remedy("mount a folder without that socket, or end the program")
+        if not mount.installed:
+            survey_mount(mount)
 
 
 def _check_shown(host: Path, shown: MountPoint, never: Sequence[Place], everything: Place) -> None:
@@ -329,14 +331,42 @@ def _check_shown(host: Path, shown: MountPoint, never: Sequence[Place], everythi
         ).with_remedy("mount a folder without it")
 
 
-def _listening_sockets() -> list[str]:
-    """The paths of unix sockets that accept connections (proc(5), /proc/net/unix)."""
+def survey_mount(mount: Mount) -> Survey:
+    """Survey what a mount shows. Raises SandboxSpecError if not all of it can be listed.
+
+    Also raises it if there is a socket or a named pipe: through either, a program outside can be asked to act.
+    """
+    folder = open_host(mount.host)
+    try:
+        if not stat.S_ISDIR(os.fstat(folder).st_mode):
+            return Survey()
+        found = survey(folder, mount.hidden)
+    finally:
+        os.close(folder)
+    if found.cut_off is not None:
+        raise SandboxSpecError(f"{mount.host} cannot be mounted: {found.cut_off}").with_remedy(
+            "mount a smaller folder, or hide a large one below it: --hide PATH, in a pool hide"
+        )
+    for path, reason in found.unlisted.items():
+        raise SandboxSpecError(f"{mount.host / path} cannot be listed: {visible(reason)}").with_remedy(
+            "let the runner's user list it, or hide it: --hide PATH, in a pool hide"
+        )
+    for path in found.endpoints:
+        raise SandboxSpecError(
+            f"{mount.host / path} is a socket or a named pipe, by which the run could have a program outside act"
+        ).with_remedy("remove it, or hide it: --hide PATH, in a pool hide")
+    return found
+
+
+def hidden_paths(mount: Mount) -> list[tuple[str, bool]]:
+    """Return the paths inside that a mount hides, and whether each is a folder. Raises SandboxSpecError."""
     found = []
-    for line in Path("/proc/net/unix").read_text(errors="surrogateescape").splitlines()[1:]:
-        fields = line.split(None, 7)
-        # The flag __SO_ACCEPTCON is set for those that listen.
-        if len(fields) == 8 and int(fields[3], 16) & 0x10000 and fields[7].startswith("/"):
-            found.append(fields[7])
+    for path in mount.hidden:
+        descriptor = open_host(mount.host / path)
+        try:
+            found.append((f"{mount.inside}/{path}", stat.S_ISDIR(os.fstat(descriptor).st_mode)))
+        finally:
+            os.close(descriptor)
     return found
 
 
@@ -423,6 +453,14 @@ def _check_mount(mount: Mount) -> None:
         raise SandboxSpecError(
             f"{mount.inside} is taken inside the sandbox: mount below {HOME}, /tmp or a new directory"
         )
+    for path in mount.hidden:
+        if (
+            path in ("", ".")
+            or os.path.normpath(path) != path
+            or path.startswith(("/", "../"))
+            or path == ".."
+        ):
+            raise SandboxSpecError(f"{path!r}, which is to be hidden, is no relative path below {host}")
 
 
 def _is_below(path: str, folders: tuple[str, ...]) -> bool:

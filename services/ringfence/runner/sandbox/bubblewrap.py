@@ -40,6 +40,7 @@ from ringfence.runner.sandbox.backend import (
     Streams,
     check_mounts,
     check_streams,
+    hidden_paths,
     open_host,
     sockets,
 )
@@ -112,7 +113,7 @@ class BubblewrapBackend:
         sandbox when that thread ends.
         """
         check_streams(streams)
-        check_mounts(spec.mounts, self._state)
+        await asyncio.to_thread(check_mounts, spec.mounts, self._state)
         if spec.image is not None:
             raise SandboxSpecError("bubblewrap shows this machine's programs and has no images").with_remedy(
                 "leave the image out, or use the backend oci"
@@ -432,6 +433,12 @@ class _Start:
             arguments += ["--perms", "0444", "--ro-bind-data", str(self._pass(content)), path]
         for mount in mounts:
             arguments += ["--bind" if mount.mount.writable else "--ro-bind", mount.source, mount.mount.inside]
+        for path, is_folder in (one for mount in mounts for one in hidden_paths(mount.mount)):
+            arguments += (
+                ["--size", "4096", "--perms", "0555", "--tmpfs", path, "--remount-ro", path]
+                if is_folder
+                else ["--perms", "0444", "--ro-bind-data", str(self._pass(b"")), path]
+            )
         for name, value in {**default_environment(uid), **spec.environment}.items():
             arguments += ["--setenv", name, value]
         return [*arguments, "--dir", _READY, "--remount-ro", "/", "--chdir", "/"]

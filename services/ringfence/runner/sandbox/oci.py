@@ -34,6 +34,7 @@ from ringfence.runner.sandbox.backend import (
     Streams,
     check_mounts,
     check_streams,
+    hidden_paths,
     open_host,
     sockets,
 )
@@ -73,7 +74,7 @@ class OciBackend:
 
     async def start(self, spec: SandboxSpec, streams: Streams = NO_STREAMS) -> OciSandbox:
         check_streams(streams)
-        check_mounts(spec.mounts, self._state)
+        await asyncio.to_thread(check_mounts, spec.mounts, self._state)
         if spec.image is None:
             raise SandboxSpecError(
                 "a container needs an image: name one that the engine has, best by its digest"
@@ -172,6 +173,11 @@ class OciBackend:
             elif not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
                 raise SandboxSpecError(f"{host} is neither a directory nor a file: only these are mounted")
             yield _bind(host, inside)
+        empty = {False: folder / "empty-file", True: folder / "empty-folder"}
+        empty[False].touch(mode=0o444)
+        empty[True].mkdir(mode=0o555)
+        for hidden, is_folder in (one for mount in spec.mounts for one in hidden_paths(mount)):
+            yield _bind(empty[is_folder], hidden)
         for number, (inside, content) in enumerate(spec.files.items()):
             path = folder / f"{number}"
             path.write_bytes(content)

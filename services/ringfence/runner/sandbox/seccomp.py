@@ -50,8 +50,10 @@ def compiled_filter() -> bytes:
         _add(library, program, library.ERRNO(errno.EPERM), name)
     for rule in conditional_rules():
         action = library.ALLOW if rule.error is None else library.ERRNO(rule.error)
-        _add(library, program, action, rule.syscall,
-             library.Arg(rule.index, library.MASKED_EQ, rule.mask, rule.value))  # fmt: skip
+        arguments = [
+            library.Arg(one.index, library.MASKED_EQ, one.mask, one.value) for one in rule.comparisons
+        ]
+        _add(library, program, action, rule.syscall, *arguments)
     descriptor = os.memfd_create("seccomp", os.MFD_CLOEXEC)
     with os.fdopen(descriptor, "w+b") as file:
         program.export_bpf(file)
@@ -66,16 +68,14 @@ def oci_profile() -> dict[str, Any]:
         {"names": sorted(REFUSED), "action": "SCMP_ACT_ERRNO", "errnoRet": errno.EPERM, "args": []},
     ]
     for rule in conditional_rules():
-        # In a profile, `value` is the mask and `valueTwo` what is expected under it.
-        argument = {
-            "index": rule.index,
-            "value": rule.mask,
-            "valueTwo": rule.value,
-            "op": "SCMP_CMP_MASKED_EQ",
-        }
+        # In a profile, `value` is the mask and `valueTwo` what is expected under it. All arguments have to match.
+        arguments = [
+            {"index": one.index, "value": one.mask, "valueTwo": one.value, "op": "SCMP_CMP_MASKED_EQ"}
+            for one in rule.comparisons
+        ]
         action = {"action": "SCMP_ACT_ALLOW"} if rule.error is None else {
             "action": "SCMP_ACT_ERRNO", "errnoRet": rule.error}  # fmt: skip
-        syscalls.append({"names": [rule.syscall], **action, "args": [argument]})
+        syscalls.append({"names": [rule.syscall], **action, "args": arguments})
     return {
         "defaultAction": "SCMP_ACT_ERRNO",
         "defaultErrnoRet": errno.ENOSYS,

@@ -1,13 +1,14 @@
 """The system call policy of sandboxes (seccomp). The BPF filter and the OCI profile are made from these tables.
 
 A call that is not listed answers ENOSYS, as on a kernel that lacks it. That includes future system calls, and
-`clone3`, whose flags are in memory, where no filter can read them. A call listed as refused answers EPERM. Names
-that a machine's architecture does not have are left out.
+`clone3` and `openat2`, whose flags and mode are in memory, where no filter can read them. A call listed as refused
+answers EPERM. Names that a machine's architecture does not have are left out.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 from dataclasses import dataclass
 
 
@@ -17,10 +18,10 @@ def _names(text: str) -> frozenset[str]:
 
 ALLOWED = _names(
     """
-    accept accept4 access adjtimex alarm arch_prctl bind brk cachestat capget capset chdir chmod chown
-    clock_adjtime clock_getres clock_gettime clock_nanosleep close close_range connect copy_file_range creat dup
+    accept accept4 access adjtimex alarm arch_prctl bind brk cachestat capget capset chdir chown
+    clock_adjtime clock_getres clock_gettime clock_nanosleep close close_range connect copy_file_range dup
     dup2 dup3 epoll_create epoll_create1 epoll_ctl epoll_pwait epoll_pwait2 epoll_wait eventfd eventfd2 execve
-    execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchmod fchmodat fchmodat2 fchown
+    execveat exit exit_group faccessat faccessat2 fadvise64 fallocate fchdir fchown
     fchownat fcntl fdatasync fgetxattr flistxattr flock fork fremovexattr fsetxattr fstat fstatfs fsync
     ftruncate futex futex_requeue futex_wait futex_waitv futex_wake futimesat get_mempolicy get_robust_list
     getcpu getcwd getdents getdents64 getegid geteuid getgid getgroups getitimer getpeername getpgid getpgrp
@@ -28,10 +29,10 @@ ALLOWED = _names(
     gettid gettimeofday getuid getxattr inotify_add_watch inotify_init inotify_init1 inotify_rm_watch io_cancel
     io_destroy io_getevents io_pgetevents io_setup io_submit ioprio_get ioprio_set kill landlock_add_rule
     landlock_create_ruleset landlock_restrict_self lchown lgetxattr link linkat listen listxattr llistxattr
-    lremovexattr lseek lsetxattr lstat madvise map_shadow_stack mbind membarrier memfd_create mincore mkdir
-    mkdirat mknod mknodat mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify mq_open mq_timedreceive
+    lremovexattr lseek lsetxattr lstat madvise map_shadow_stack mbind membarrier memfd_create mincore
+    mlock mlock2 mlockall mmap mprotect mq_getsetattr mq_notify mq_open mq_timedreceive
     mq_timedsend mq_unlink mremap mseal msgctl msgget msgrcv msgsnd msync munlock munlockall munmap nanosleep
-    newfstatat open openat openat2 pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free
+    newfstatat pause pidfd_open pidfd_send_signal pipe pipe2 pkey_alloc pkey_free
     pkey_mprotect poll ppoll prctl pread64 preadv preadv2 prlimit64 pselect6 pwrite64 pwritev pwritev2 read
     readahead readlink readlinkat readv recvfrom recvmmsg recvmsg remap_file_pages removexattr rename renameat
     renameat2 restart_syscall rmdir rseq rt_sigaction rt_sigpending rt_sigprocmask rt_sigqueueinfo rt_sigreturn
@@ -60,7 +61,27 @@ REFUSED = _names(
 )
 
 AF_UNIX, AF_INET, AF_INET6 = 1, 2, 10
-TIOCSTI, TIOCLINUX = 0x5412, 0x541C
+SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET = 1, 2, 5
+IPPROTO_ICMP, IPPROTO_TCP, IPPROTO_UDP, IPPROTO_ICMPV6 = 1, 6, 17, 58
+_SOCK_TYPE_MASK = 0xF
+_SOCKETS = (
+    *((AF_UNIX, kind, (0, AF_UNIX)) for kind in (SOCK_STREAM, SOCK_DGRAM, SOCK_SEQPACKET)),
+    *((family, SOCK_STREAM, (0, IPPROTO_TCP)) for family in (AF_INET, AF_INET6)),
+    (AF_INET, SOCK_DGRAM, (0, IPPROTO_UDP, IPPROTO_ICMP)),
+    (AF_INET6, SOCK_DGRAM, (0, IPPROTO_UDP, IPPROTO_ICMPV6)),
+)
+"""Family, type and protocols of the sockets that may be made. Others could load modules of the kernel."""
+
+TIOCSTI, TIOCLINUX, TIOCSETD = 0x5412, 0x541C, 0x5423
+S_ISUID, S_ISGID = 0o4000, 0o2000
+O_CREAT, O_TMPFILE = 0o100, 0o20000000
+"""`open` has a mode with one of these flags alone. The numbers are the same on x86-64 and aarch64."""
+_MODES = {
+    "chmod": 1, "creat": 1, "fchmod": 1, "fchmodat": 2, "fchmodat2": 2, "mkdir": 1, "mkdirat": 2, "mknod": 1,
+    "mknodat": 2,
+}  # fmt: skip
+"""Which argument is the mode of a file."""
+_FLAGS_AND_MODES = {"open": (1, 2), "openat": (2, 3)}
 CLONE_NEWTIME, CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS = 0x80, 0x20000, 0x2000000, 0x4000000
 CLONE_NEWIPC, CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x8000000, 0x10000000, 0x20000000, 0x40000000
 
@@ -73,59 +94,98 @@ _WORD = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class ConditionalRule:
-    """A rule for calls whose argument `index`, under `mask`, is `value`. `error` is None if the call is allowed.
+class Comparison:
+    """Whether argument `index`, under `mask`, is `value`.
 
     All masks are within 32 bits: the kernel reads these arguments as 32-bit numbers, and whatever stands in the upper
     half of the register must not change the answer.
     """
 
-    syscall: str
     index: int
     mask: int
     value: int
+
+
+@dataclass(frozen=True)
+class ConditionalRule:
+    """A rule for calls of which all comparisons hold. `error` is None if the call is allowed."""
+
+    syscall: str
+    comparisons: tuple[Comparison, ...]
     error: int | None
 
 
 def conditional_rules() -> list[ConditionalRule]:
-    """The rules that look at an argument. Of one system call, no call meets two rules with different answers."""
+    """The rules that look at arguments. Of one system call, no call meets two rules with different answers."""
     rules = []
     for syscall in ("socket", "socketpair"):
-        rules += _only(syscall, 0, (AF_UNIX, AF_INET, AF_INET6))
-    rules += _all_but(ioctl := "ioctl", 1, (TIOCSTI, TIOCLINUX))
+        families = {family for family, _, _ in _SOCKETS}
+        rules += [_rule(syscall, errno.EPERM, (0, mask, value)) for mask, value in _others(families)]
+        # An unlisted type or protocol of these families answers ENOSYS, like an unlisted call.
+        rules += [
+            _rule(syscall, None, (0, _WORD, family), (1, _SOCK_TYPE_MASK, kind), (2, _WORD, protocol))
+            for family, kind, protocols in _SOCKETS
+            for protocol in protocols
+        ]
+    rules += _all_but(ioctl := "ioctl", 1, (TIOCSTI, TIOCLINUX, TIOCSETD))
     assert ioctl not in ALLOWED
     rules += _only("personality", 0, _PERSONALITIES)
     # clone(2) takes no CLONE_NEWTIME: that bit is part of its exit signal.
     for syscall, flags in (("clone", _NAMESPACES), ("unshare", (*_NAMESPACES, CLONE_NEWTIME))):
-        rules.append(ConditionalRule(syscall, 0, sum(flags), 0, None))
-        rules += [ConditionalRule(syscall, 0, flag, flag, errno.EPERM) for flag in flags]
-    return rules
+        rules.append(_rule(syscall, None, (0, sum(flags), 0)))
+        rules += [_rule(syscall, errno.EPERM, (0, flag, flag)) for flag in flags]
+    return [*rules, *_modes_without_set_id()]
 
 
 def policy_text() -> str:
     """Return the whole policy as text, the same for the same policy: its digest stands in the record of each run."""
     rules = sorted(
-        f"{rule.syscall} {rule.index} {rule.mask} {rule.value} {rule.error}" for rule in conditional_rules()
-    )
+        " ".join([
+            rule.syscall,
+            *(f"{one.index} {one.mask} {one.value}" for one in rule.comparisons),
+            str(rule.error),
+        ])
+        for rule in conditional_rules()
+    )  # fmt: skip
     return "\n".join((" ".join(sorted(ALLOWED)), " ".join(sorted(REFUSED)), *rules))
 
 
+def _modes_without_set_id() -> list[ConditionalRule]:
+    """The rules for calls with a file mode: none may set S_ISUID or S_ISGID, which work outside of the sandbox too."""
+    rules = []
+    for syscall, mode in _MODES.items():
+        rules.append(_rule(syscall, None, (mode, S_ISUID | S_ISGID, 0)))
+        rules += [_rule(syscall, errno.EPERM, (mode, bit, bit)) for bit in (S_ISUID, S_ISGID)]
+    for syscall, (flags, mode) in _FLAGS_AND_MODES.items():
+        # Without these flags the mode's register holds anything.
+        rules.append(_rule(syscall, None, (flags, O_CREAT | O_TMPFILE, 0)))
+        for flag in (O_CREAT, O_TMPFILE):
+            rules.append(_rule(syscall, None, (flags, flag, flag), (mode, S_ISUID | S_ISGID, 0)))
+            rules += [
+                _rule(syscall, errno.EPERM, (flags, flag, flag), (mode, bit, bit))
+                for bit in (S_ISUID, S_ISGID)
+            ]
+    return rules
+
+
+def _rule(syscall: str, error: int | None, *comparisons: tuple[int, int, int]) -> ConditionalRule:
+    return ConditionalRule(syscall, tuple(Comparison(*one) for one in comparisons), error)
+
+
 def _only(syscall: str, index: int, values: tuple[int, ...]) -> list[ConditionalRule]:
-    allowed = [ConditionalRule(syscall, index, _WORD, value, None) for value in values]
-    return allowed + [
-        ConditionalRule(syscall, index, mask, value, errno.EPERM) for mask, value in _others(values)
-    ]
+    allowed = [_rule(syscall, None, (index, _WORD, value)) for value in values]
+    return allowed + [_rule(syscall, errno.EPERM, (index, mask, value)) for mask, value in _others(values)]
 
 
 def _all_but(syscall: str, index: int, values: tuple[int, ...]) -> list[ConditionalRule]:
-    refused = [ConditionalRule(syscall, index, _WORD, value, errno.EPERM) for value in values]
-    return refused + [ConditionalRule(syscall, index, mask, value, None) for mask, value in _others(values)]
+    refused = [_rule(syscall, errno.EPERM, (index, _WORD, value)) for value in values]
+    return refused + [_rule(syscall, None, (index, mask, value)) for mask, value in _others(values)]
 
 
-def _others(values: tuple[int, ...]) -> list[tuple[int, int]]:
+def _others(values: Collection[int]) -> list[tuple[int, int]]:
     """Masks and values that together match each 32-bit number except these, and each once.
 
-    libseccomp compares one argument once a rule, so "neither this nor that" needs rules of its own: the branches of the
+    libseccomp compares an argument once a rule, so "neither this nor that" needs rules of its own: the branches of the
     binary tree of these numbers that lead to none of them.
     """
     found = []
