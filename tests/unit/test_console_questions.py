@@ -235,3 +235,11 @@ def test_templates_cannot_forget_to_escape_or_to_show_what_is_hidden() -> None:
     assert "<script>\x00" not in html
     assert "&lt;script&gt;‹U+0000›‹U+2066›&lt;/script&gt;" in html
     assert "&lt;b&gt;‹U+202E›" in html
+
+
+def test_moment_beyond_the_calendar_is_shown_as_the_end_of_time() -> None:
+    html = render(
+        "problem.html", session=Session("u", "s", 2**53 - 1, "d"), trust_domain="t", sections={}, section="",
+        notice="", title="t", message="m",
+    )  # fmt: skip
+    assert "signed in, ends <span>the end of time</span>" in html

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 from urllib.parse import quote
@@ -12,6 +11,7 @@ from markupsafe import Markup
 
 from ringfence.console.assets import STYLE, assets
 from ringfence.kernel.base.text import visible_lines, visible_name
+from ringfence.kernel.base.times import END_OF_TIME, utc_text
 
 
 def render(template: str, **values: Any) -> str:
@@ -63,32 +63,26 @@ def span(seconds: float) -> str:
     return f"{left // 86_400} days"
 
 
-def _iso(seconds: float) -> tuple[str, str]:
-    at = datetime.fromtimestamp(seconds, UTC)
-    return at.isoformat(timespec="seconds"), at.strftime("%Y-%m-%d %H:%M:%S UTC")
+def _time(seconds: float, attributes: Markup) -> Markup:
+    text = utc_text(seconds, "%Y-%m-%d %H:%M:%S UTC")
+    if text == END_OF_TIME:  # browsers know no such date
+        return Markup("<span>{}</span>").format(text)
+    iso = utc_text(seconds, "%Y-%m-%dT%H:%M:%S+00:00")
+    return Markup('<time datetime="{}" {} title="{}">{}</time>').format(iso, attributes, text, text)
 
 
 def _until(seconds: float) -> Markup:
     """A moment that a script counts down to."""
-    iso, text = _iso(seconds)
-    return Markup('<time datetime="{}" data-until="{}" title="{}">{}</time>').format(
-        iso, int(seconds), text, text
-    )
+    return _time(seconds, Markup('data-until="{}"').format(int(seconds)))
 
 
 def _when(millis: float | None) -> Markup:
     """A moment of the past, in milliseconds since 1970, in the reader's own time zone by a script."""
     if millis is None:
         return Markup("never")
-    iso, text = _iso(millis / 1000)
-    return Markup('<time datetime="{}" data-at="{}" title="{}">{}</time>').format(
-        iso, int(millis), text, text
-    )
+    return _time(millis / 1000, Markup('data-at="{}"').format(int(millis)))
 
 
 def _at(millis: float) -> Markup:
     """A moment in milliseconds since 1970, to the second: in the reader's own time zone by a script."""
-    iso, text = _iso(millis / 1000)
-    return Markup('<time datetime="{}" data-at="{}" data-exact title="{}">{}</time>').format(
-        iso, int(millis), text, text
-    )
+    return _time(millis / 1000, Markup('data-at="{}" data-exact').format(int(millis)))

@@ -7,7 +7,6 @@ import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, Protocol
 
 from ringfence.kernel.base import metrics
@@ -17,6 +16,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.replay_memory import ReplayMemory
 from ringfence.kernel.base.text import visible_name
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import KeyFinder, Signed, UnverifiedJws, is_by_passkey, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import (
@@ -291,11 +291,11 @@ class _InactiveKeyFinder:
             )
         elif self._at_s >= record.not_after:
             self.why = (
-                f"key {kid} of user {user_id} ended at {_utc(record.not_after)}; use the key that follows it, or let "
-                "an operator set one: ringfence user set --public-key"
+                f"key {kid} of user {user_id} ended at {utc_text(record.not_after)}; use the key that follows it, or "
+                "let an operator set one: ringfence user set --public-key"
             )
         else:
-            self.why = f"key {kid} of user {user_id} counts only from {_utc(record.not_before)} on"
+            self.why = f"key {kid} of user {user_id} counts only from {utc_text(record.not_before)} on"
         return valid_key((record,), kid, record.not_before)
 
     def no_user(self, jws: UnverifiedJws) -> str | None:
@@ -306,10 +306,6 @@ class _InactiveKeyFinder:
         return (
             f"{visible_name(iss[:512])} is no user, and users alone are answered here: call with a user's key"
         )
-
-
-def _utc(at_s: int) -> str:
-    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
 
 
 def _bearer(authorization: str | None) -> UnverifiedJws:
