@@ -26,6 +26,7 @@ from ringfence.cli.main import main
 from ringfence.cli.shared.output import print_fields, print_json, print_json_line, print_table
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.errors import ApiError
+from ringfence.kernel.base import text as marking
 from ringfence.kernel.base.errors import RingfenceError, SignatureError
 from ringfence.kernel.base.text import visible_lines
 from ringfence.kernel.base.validation_problems import explain
@@ -352,3 +353,12 @@ def test_where_stdout_is_not_utf_8_json_is_the_same_value(monkeypatch: pytest.Mo
     print_json({"a": "\x85é😀\U000e0001"})
     stream.flush()
     assert json.loads(stream.buffer.getvalue()) == {"a": "\x85é😀\U000e0001"}
+
+
+def test_each_character_is_marked_by_what_it_is_however_many_came_before() -> None:
+    every = list(map(chr, range(0x11000)))
+    whole = visible_lines("".join(every))
+    assert whole == "".join(map(visible_lines, every))
+    assert acting(whole) == set()
+    # Text of strangers does not fill the memory of marks.
+    assert len(marking._ON_LINES) <= marking._MOST_KNOWN

@@ -7,7 +7,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ringfence.console.assets import STYLE, assets
 from ringfence.kernel.base.text import visible_lines, visible_name
@@ -31,7 +31,7 @@ def _environment() -> Environment:
         finalize=_shown,
     )
     made.filters |= {
-        "name": lambda text: visible_name(str(text)),
+        "name": lambda text: escape(visible_name(str(text))),  # marked once: `finalize` leaves it as it is
         "segment": lambda text: quote(str(text), safe=""),
         "until": _until,
         "when": _when,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Final
 
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Me"})
 _HIDDEN = frozenset(
@@ -18,27 +19,22 @@ _HIDDEN = frozenset(
 """
 
 
+_MOST_KNOWN: Final = 4096
+
+
 def visible(text: str) -> str:
     """Untrusted prose on one line: invisible characters become `‹U+XXXX›`, line breaks become spaces."""
-    return "".join(
-        f"‹U+{ord(char):04X}›" if _is_hidden(char) and char != "\n" else char for char in text
-    ).replace("\n", " ")
+    return text.translate(_ON_ONE_LINE)
 
 
 def visible_lines(text: str) -> str:
     """As `visible`, but line breaks stay."""
-    if text.isascii() and text.isprintable():  # nearly always
-        return text
-    return "\n".join(map(visible, text.split("\n")))
+    return text.translate(_ON_LINES)
 
 
 def visible_name(text: str) -> str:
     """A name that is compared by code points: every character beyond ASCII is shown with its code point."""
-    return "".join(
-        char if " " <= char <= "~"
-        else f"{'' if _is_hidden(char) else char}‹U+{ord(char):04X}›"
-        for char in text
-    )  # fmt: skip
+    return text.translate(_BY_CODE_POINT)
 
 
 def visible_resource(text: str) -> str:
@@ -75,5 +71,36 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
     return f"; did you mean {near}?" if near else ""
 
 
+class _Marks(dict[int, str]):
+    """A table for `str.translate`: what is shown for a code point. It looks up each character once, not each time."""
+
+    def __init__(self, mark: Callable[[str], str]) -> None:
+        super().__init__()
+        self._mark = mark
+
+    def __missing__(self, code: int) -> str:
+        if len(self) >= _MOST_KNOWN:  # text of strangers fills it
+            self.clear()
+        shown = self[code] = self._mark(chr(code))
+        return shown
+
+
 def _is_hidden(char: str) -> bool:
     return unicodedata.category(char) in _HIDDEN_CATEGORIES or char in _HIDDEN
+
+
+def _code_point(char: str) -> str:
+    return f"‹U+{ord(char):04X}›"
+
+
+def _on_lines(char: str) -> str:
+    return _code_point(char) if _is_hidden(char) and char != "\n" else char
+
+
+def _by_code_point(char: str) -> str:
+    return char if " " <= char <= "~" else ("" if _is_hidden(char) else char) + _code_point(char)
+
+
+_ON_LINES: Final = _Marks(_on_lines)
+_ON_ONE_LINE: Final = _Marks(lambda char: " " if char == "\n" else _on_lines(char))
+_BY_CODE_POINT: Final = _Marks(_by_code_point)
