@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
@@ -25,6 +24,7 @@ from ringfence.client.passkeys.questions import server_link, sign_origin
 from ringfence.console.assets import assets
 from ringfence.console.commands import KINDS, Commands
 from ringfence.console.offers import Offer, Offers
+from ringfence.console.page_digests import PageDigest, PageDigests, digest_of
 from ringfence.console.page_templates import render
 from ringfence.console.questions import MAX_ANSWER_BYTES, Question, Questions
 from ringfence.console.reads import SessionReads
@@ -53,8 +53,6 @@ _NOTICE_S: Final = 600
 _MAX_BACK: Final = 1000
 _LOOK: Final = 'data-look=""'
 """Where a page says what it looks like, so that its stream begins from there."""
-_COSTLY: Final = 5
-"""So much more seldom a page is compared for which services count much."""
 _NAME: Final = TypeAdapter(Name)
 _STATUS: Final = {403: "You may not see this", 404: "There is nothing here that you may see"}
 
@@ -83,6 +81,7 @@ class Site:
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        self._digests = PageDigests(console.refresh_ms)
         self._streams: Counter[str] = Counter()
 
     def application(self) -> Starlette:
@@ -263,8 +262,7 @@ class Site:
             **page.values,
         )
         if page.section:
-            look = self._fingerprint(session, page) if notice else _digest(html)
-            html = html.replace(_LOOK, f'data-look="{look}"', 1)
+            html = html.replace(_LOOK, f'data-look="{digest_of(page)}"', 1)
         return HTMLResponse(html, status)
 
     def _notice(self, session: Session, request: Request) -> str:
@@ -459,15 +457,20 @@ class Site:
             return Response(status_code=204)
         make, path_params = found
         asked = dict(parse_qsl(query))
+        key = (session.cookie_digest, request.query_params["page"])
+
+        async def look() -> PageDigest:
+            return await self._digests.current(key, lambda: make(self._view(session, asked, path_params)))
+
         try:
-            first = await make(self._view(session, asked, path_params))
+            first = await look()
         except ApiError as error:
             if error.status in (401, 403, 404):
                 return _problem(error.status, error.message)
             first = None
         if first is not None and not first.live:
             return Response(status_code=204)
-        events = self._events(request, session, make, asked, path_params, first)
+        events = self._events(request, session, look, first)
         # Proxies that collect answers (nginx) would keep events back.
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
@@ -475,14 +478,11 @@ class Site:
         self,
         request: Request,
         session: Session,
-        make: MakePage,
-        query: Mapping[str, str],
-        path_params: Mapping[str, str],
-        page: Page | None,
+        look: Callable[[], Awaitable[PageDigest]],
+        page: PageDigest | None,
     ) -> AsyncIterator[str]:
         """`page`: as it was when the stream began; None if a service did not answer."""
         before, quiet_s = request.query_params.get("look") or None, 0.0
-        now = self._fingerprint(session, page) if page else before
         if self._streams[session.cookie_digest] >= MOST_STREAMS_OF_ONE:  # they came at the same time
             yield f"retry: {_RETRY_MS}\n\n"
             return
@@ -491,6 +491,7 @@ class Site:
         try:
             yield ": begins\n\n"
             while self._session(request) is not None:
+                now = page.digest if page else before
                 if now != before and before is not None:
                     quiet_s = 0.0
                     yield "event: changed\ndata:\n\n"
@@ -498,32 +499,21 @@ class Site:
                 if quiet_s >= _KEEP_ALIVE_S:
                     quiet_s = 0.0
                     yield ": still here\n\n"
-                pause_s = self._console.refresh_ms / 1000 * (_COSTLY if page and page.costly else 1)
+                pause_s = self._digests.pause_s(page)
                 quiet_s += pause_s
                 await asyncio.sleep(pause_s)
                 try:
-                    page = await make(self._view(session, query, path_params))
+                    page = await look()
                 except ApiError as error:
                     if error.status in (401, 403, 404):
                         break
                     page = None  # a service does not answer: look again later
-                now = self._fingerprint(session, page) if page else before
             yield "event: ended\ndata:\n\n"
         finally:
             metrics.CONSOLE_STREAMS.dec()
             self._streams[session.cookie_digest] -= 1
             if not self._streams[session.cookie_digest]:
                 del self._streams[session.cookie_digest]
-
-    def _fingerprint(self, session: Session, page: Page) -> str:
-        """A digest of all that the page shows now."""
-        return _digest(
-            self._rendered(page.template, session, title=page.title, section=page.section, **page.values)
-        )
-
-
-def _digest(html: str) -> str:
-    return hashlib.sha256(html.encode()).hexdigest()
 
 
 def _page_at(path: str) -> tuple[MakePage, dict[str, str]] | None:

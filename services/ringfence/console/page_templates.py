@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -12,6 +13,8 @@ from markupsafe import Markup, escape
 from ringfence.console.assets import STYLE, assets
 from ringfence.kernel.base.text import visible_lines, visible_name
 from ringfence.kernel.base.times import END_OF_TIME, utc_text
+
+_MAX_SCOPE_CHARS: Final = 1000
 
 
 def render(template: str, **values: Any) -> str:
@@ -32,6 +35,8 @@ def _environment() -> Environment:
     )
     made.filters |= {
         "name": lambda text: escape(visible_name(str(text))),  # marked once: `finalize` leaves it as it is
+        "beginning": beginning,
+        "resources": lambda scope: sum(len(_permission(one)["resources"]) for one in scope),
         "segment": lambda text: quote(str(text), safe=""),
         "until": _until,
         "when": _when,
@@ -49,6 +54,28 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str):
         return visible_lines(value)
     return "" if value is None else value
+
+
+def beginning(scope: Iterable[Any]) -> list[dict[str, Any]]:
+    """So much of a scope as a list shows of it, beside others. Permissions are messages, or JSON of services."""
+    left = _MAX_SCOPE_CHARS
+    shown: list[dict[str, Any]] = []
+    for one in map(_permission, scope):
+        resources: list[str] = []
+        for resource in one["resources"]:
+            left -= len(resource)
+            if left < 0 and (shown or resources):
+                break
+            resources.append(resource)
+        if resources:
+            shown.append({**one, "resources": resources})
+        if len(resources) < len(one["resources"]):
+            break
+    return shown
+
+
+def _permission(one: Any) -> dict[str, Any]:
+    return one if isinstance(one, dict) else one.model_dump()
 
 
 def span(seconds: float) -> str:
