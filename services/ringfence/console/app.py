@@ -64,11 +64,12 @@ class ConsoleServer:
         self._http = web_client(timeout_s=_READ_TIMEOUT_S)
         self._connected = False
         sealed = SealedValues(lambda: self._key)
-        offers = Offers(sealed, self._reads)
+        sessions = Sessions(lambda: self._key, clock, settings.trust_domain, own.session_s)
+        offers = Offers(sealed, sessions, self._reads)
         questions = Questions(sealed, self._trust, clock, settings.trust_domain, self._publish)
         site = Site(
             Console(
-                sessions=Sessions(lambda: self._key, clock, settings.trust_domain, own.session_s),
+                sessions=sessions,
                 questions=questions,
                 commands=Commands(questions, self._trust, offers),
                 sealed=sealed,

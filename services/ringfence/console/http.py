@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -23,7 +23,7 @@ from ringfence.client.errors import ApiError
 from ringfence.client.passkeys.questions import server_link, sign_origin
 from ringfence.console.assets import assets
 from ringfence.console.commands import KINDS, Commands
-from ringfence.console.offers import Offer, Offers
+from ringfence.console.offers import Offers
 from ringfence.console.page_digests import PageDigest, PageDigests, digest_of
 from ringfence.console.page_templates import render
 from ringfence.console.questions import MAX_ANSWER_BYTES, Question, Questions
@@ -134,7 +134,7 @@ class Site:
 
     async def _static(self, request: Request) -> Response:
         for asset in assets().values():
-            if asset.path == request.url.path:
+            if asset.path == request.scope["path"]:
                 return Response(asset.content, media_type=asset.media_type)
         raise HTTPException(404)
 
@@ -183,9 +183,13 @@ class Site:
     async def _finish(self, request: Request) -> Response:
         """Begin the session if the registry accepts the statement: `{statement}` in."""
         said = await _json_body(request)
-        statement, secret = said.get("statement"), request.cookies.get(COOKIE, "").partition(".")[0]
-        cookie = self._console.sessions.cookie(secret, statement) if isinstance(statement, str) else None
-        session = self._console.sessions.of(cookie)
+        statement, secret, sessions = (
+            said.get("statement"),
+            request.cookies.get(COOKIE, ""),
+            self._console.sessions,
+        )
+        session = sessions.proposed(secret, statement) if isinstance(statement, str) else None
+        cookie = sessions.cookie(secret, session) if session else None
         if cookie is None or session is None:
             return _problem(403, "this statement is not for this browser, or took too long; sign in again")
         try:
@@ -303,7 +307,7 @@ class Site:
 
     def _to_sign_in(self, request: Request, *, ended: bool = False) -> Response:
         """Lead to the sign-in, and from there to what was asked for, or to the page that a form was on."""
-        wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        wanted = request.scope["path"] + (f"?{request.url.query}" if request.url.query else "")
         if request.method == "POST":
             wanted = self._back(request)
         mark = "ended=1&" if ended else ""
@@ -320,12 +324,12 @@ class Site:
     async def _wrong_body(self, request: Request, error: Exception) -> Response:
         """Scripts of the sign-in read JSON; whoever sent a form sees a page."""
         assert isinstance(error, HTTPException)
-        if request.url.path.startswith("/sign-in/"):
+        if request.scope["path"].startswith("/sign-in/"):
             return _problem(error.status_code, error.detail)
         return self._failed(self._session(request), RingfenceError(error.detail), error.status_code)
 
     async def _broken(self, request: Request, error: Exception) -> Response:
-        log.error("could not answer %s %s", request.method, request.url.path, exc_info=error)
+        log.error("could not answer %s %s", request.method, request.scope["path"], exc_info=error)
         return self._failed(
             None, RingfenceError("Something went wrong in the console. Its log says what."), 500
         )
@@ -423,7 +427,7 @@ class Site:
         if kind.topic is not None:
             return self._next_url(question, "Signed and sent")
         offer = console.offers.opened(question.form["offer"])
-        taken = Offer(offer.agent_id, offer.by, offer.statement, compact, question.user_id)
+        taken = replace(offer, consent=compact, taken_by=question.user_id)
         return f"{console.origin}/offers/{console.offers.sealed(taken)}"
 
     def _next_url(self, question: Question, what: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -80,15 +80,6 @@ async def sponsored_agents(directory: Directory, user_id: str) -> tuple[str, ...
     return tuple(own)
 
 
-class HasPath(Protocol):
-    """The URL of a request."""
-
-    @property
-    def path(self) -> str:
-        """Its path, without the query."""
-        ...
-
-
 class HttpRequest(Protocol):
     """An HTTP request, as far as authentication reads it."""
 
@@ -103,8 +94,8 @@ class HttpRequest(Protocol):
         ...
 
     @property
-    def url(self) -> HasPath:
-        """What was asked for."""
+    def scope(self) -> MutableMapping[str, Any]:
+        """The ASGI scope: its path is what routes are matched against. The URL is put together with a header."""
         ...
 
 
@@ -141,7 +132,7 @@ class Authenticator:
         authorization = request.headers.get("authorization")
         if not _is_by_console(authorization):
             return self.user(authorization)
-        if request.method != "GET" or not self._console_routes.fullmatch(request.url.path):
+        if request.method != "GET" or not self._console_routes.fullmatch(request.scope["path"]):
             raise ForbiddenError("a console may not read this; call with a user's key: ringfence --help")
         return self._reader(authorization)
 
