@@ -12,6 +12,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.console.commands import Commands
 from ringfence.console.http import Console, Site
 from ringfence.console.offers import Offers
+from ringfence.console.page_digests import PageDigests
 from ringfence.console.questions import Questions
 from ringfence.console.reads import SessionReads
 from ringfence.console.sealed_values import SealedValues
@@ -78,7 +79,7 @@ class ConsoleServer:
                 clock=clock,
                 origin=own.origin,
                 trust_domain=settings.trust_domain,
-                refresh_ms=own.refresh_ms,
+                digests=PageDigests(own.refresh_ms),
                 reads=self._reads,
                 unready=self.unready,
             )

@@ -70,7 +70,7 @@ class Console:
     clock: Clock
     origin: str
     trust_domain: str
-    refresh_ms: int
+    digests: PageDigests
     reads: Callable[[str | None], SessionReads]
     """Reads for a session statement, or for the console itself."""
     unready: Callable[[], list[str]]
@@ -81,7 +81,6 @@ class Site:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._digests = PageDigests(console.refresh_ms)
         self._streams: Counter[str] = Counter()
 
     def application(self) -> Starlette:
@@ -464,7 +463,9 @@ class Site:
         key = (session.cookie_digest, request.query_params["page"])
 
         async def look() -> PageDigest:
-            return await self._digests.current(key, lambda: make(self._view(session, asked, path_params)))
+            return await self._console.digests.current(
+                key, lambda: make(self._view(session, asked, path_params))
+            )
 
         try:
             first = await look()
@@ -503,7 +504,7 @@ class Site:
                 if quiet_s >= _KEEP_ALIVE_S:
                     quiet_s = 0.0
                     yield ": still here\n\n"
-                pause_s = self._digests.pause_s(page)
+                pause_s = self._console.digests.pause_s(page)
                 quiet_s += pause_s
                 await asyncio.sleep(pause_s)
                 try:
