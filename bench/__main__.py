@@ -22,6 +22,7 @@ from bench import (
     rebuild,
     runs,
     scan,
+    text,
 )
 from bench.machine import describe, pace
 
@@ -42,6 +43,7 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "gateway": gateway.run,
     "run": runs.run,
     "scan": scan.run,
+    "text": text.run,
 }
 
 

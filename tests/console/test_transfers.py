@@ -5,9 +5,13 @@ from __future__ import annotations
 import httpx
 from playwright.async_api import expect
 
+from ringfence.kernel.crypto.jws import sign
+from ringfence.messages.registry import SessionStatement
 from tests.console.conftest import Visitor
+from tests.console.test_attacks import SESSION_COOKIE, as_owner
 from tests.passkeys.browser import Person
 from tests.passkeys.organisation import Organisation
+from tests.support.passkeys import SoftwarePasskey
 from tests.support.sign_page import Site
 
 
@@ -78,3 +82,27 @@ async def test_an_offer_is_nothing_without_a_session_or_changed(
         max_redirects=0,
     )
     assert refused.status == 404
+    # Nor with a cookie that somebody made themselves.
+    own = {"Origin": sponsor.site.session}
+    begun = httpx.post(sponsor.url("/sign-in/begin"), json={"user_id": sponsor.user_id}, headers=own)
+    said = SessionStatement.model_validate(begun.json()["claims"])
+    forged = sign(said, SoftwarePasskey.make(said.iss).but(origin=sponsor.site.session))
+    cookie = as_owner(f"{begun.cookies[SESSION_COOKIE]}.{forged}")
+    for path in (page.url, sponsor.url(f"/live?page={page.url.removeprefix(sponsor.site.session)}")):
+        assert httpx.get(path, headers=cookie).status_code in (204, 303)
+
+
+async def test_an_offer_ends_when_its_maker_signs_out(
+    sponsor: Visitor, organisation: Organisation, other_person: Person
+) -> None:
+    bob = Visitor(other_person, organisation.realm.name("bob"), sponsor.site)
+    await organisation.enrol(other_person, bob.user_id)
+    page = await sponsor.sign_in(f"/agents/{organisation.realm.agent}")
+    await page.get_by_text("Transfer it to another sponsor").click()
+    await page.get_by_role("button", name="Offer it to somebody").click()
+    await page.wait_for_url("**/offers/**")
+    theirs = await bob.sign_in(page.url.removeprefix(bob.site.session))
+    await expect(theirs.locator("#live-state")).to_have_text("Live")
+    await page.get_by_role("button", name="Sign out").click()
+    await expect(theirs.get_by_role("heading", name="There is nothing here that you may see")).to_be_visible()
+    other_person.complaints.clear()

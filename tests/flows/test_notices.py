@@ -22,7 +22,15 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import RevocationRequest, Selector
-from ringfence.messages.registry import AgentResume, AgentSuspend
+from ringfence.messages.registry import (
+    AgentResume,
+    AgentSuspend,
+    AgentTransfer,
+    AgentTransferConsent,
+    TaskAssign,
+    TaskConsent,
+    TaskTerms,
+)
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.policy.settings import PolicySettings
 from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench, rewind
@@ -327,3 +335,58 @@ async def test_a_person_has_a_receipt_of_what_their_passkey_signed(
         await settled(world)
         assert len(receiver.got) == 4
         assert "`the last`" in json.loads(receiver.got[3][2])["text"]
+
+
+async def test_embedded_message_of_a_passkey_has_a_receipt_for_its_signer(
+    world: World, receiver: Receiver, tmp_path: Path
+) -> None:
+    with receiving() as of_maria:
+        async with office(world, settings(tmp_path, sam=receiver, maria=of_maria)) as bench:
+            maria = await add_passkey(world, bench.maria)
+            await told(world, of_maria, 1)  # of the key
+            terms = TaskTerms(
+                agent_id=bench.bot.name, purpose="long " * 200, scope=DEPLOY, not_after=int(time.time()) + 600
+            )
+            consent = world.claims(TaskConsent, maria, terms=terms)
+
+            def assignment(consent: TaskConsent) -> TaskAssign:
+                return world.claims(
+                    TaskAssign,
+                    bench.sam,
+                    terms=consent.terms,
+                    on_behalf_of="maria",
+                    consent=sign(consent, maria.key),
+                )
+
+            await world.accepted(assignment(consent), bench.sam)
+            await told(world, of_maria, 2)
+            text = json.loads(of_maria.got[1][2])["text"]
+            for part in (
+                "`task.consent`",
+                f"terms.agent_id: `{bench.bot.name}`",
+                '"deploy"',
+                f"end-key maria {maria.key.kid}",
+            ):
+                assert part in text
+            # The same message has one receipt. Another one with the same id has its own, also where it is refused.
+            await world.command(assignment(consent), bench.sam)
+            other = terms.model_copy(update={"purpose": "something else"})
+            await world.command(assignment(consent.model_copy(update={"terms": other})), bench.sam)
+            await told(world, of_maria, 3)
+            assert "`something else`" in json.loads(of_maria.got[2][2])["text"]
+            takeover = world.claims(
+                AgentTransferConsent, maria, agent_id=bench.bot.name, from_sponsor="sam", revision=1
+            )
+            transfer = world.claims(
+                AgentTransfer,
+                bench.sam,
+                agent_id=bench.bot.name,
+                sponsor="maria",
+                consent=sign(takeover, maria.key),
+            )
+            await world.send_command(transfer, bench.sam)
+            await told(world, of_maria, 4)
+            assert "`agent.transfer-consent`" in json.loads(of_maria.got[3][2])["text"]
+            await settled(world)
+            assert len(of_maria.got) == 4
+            assert receiver.got == []  # sam signed with a key file

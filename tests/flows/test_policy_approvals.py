@@ -191,6 +191,18 @@ async def test_nobody_is_asked_about_what_can_be_read_in_two_ways(world: World):
         await office.reply(asked, "denied")
 
 
+async def test_request_too_long_for_people_is_denied_instead_of_asked(world: World):
+    async with world.running("registry", "policy"):
+        office = await PolicyBench.open(world)
+        resources = [f"env/staging/{'x' * 400}/{number}" for number in range(60)]
+        asked = await office.ask(scope("platform", ["deploy"], resources))
+        decision = await office.final(asked)
+        assert (decision.outcome, codes(decision)) == ("denied", {"too_large"})
+        # What no person has to read may be as long.
+        asked = await office.ask(scope("platform", ["read"], resources))
+        assert (await office.final(asked)).outcome == "allowed"
+
+
 async def test_what_waits_ends_with_its_agent_and_with_its_task(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)

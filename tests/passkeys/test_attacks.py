@@ -305,6 +305,46 @@ async def test_a_bundle_that_was_replaced_is_refused(asked: Asked, person: Perso
     await refused(await person.open(asked.link(asked.question())), "has seen version")
 
 
+def question_about_agent(asked: Asked, typ: str, agent: str, **claims: Any) -> Question:
+    """A question to sign a command about the agent, with this record of it."""
+    question = asked.question()
+    id = claims_of(agent)["state"]["agent_id"]
+    question["message"] = {"typ": typ, "claims": {"agent_id": id, **claims, "exp": int(time.time()) + 600}}
+    question["evidence"] = {
+        "trust": question["evidence"]["trust"],
+        "records": [record(question, "user")[1], agent],
+    }
+    return question
+
+
+async def test_outdated_record_is_refused_for_what_gives_and_warned_of_for_what_takes(
+    asked: Asked, person: Person
+) -> None:
+    """Anybody may keep a record that the registry signed, and show it later as what the agent may hold now."""
+    _, wide = record(asked.question(), "agent")
+    claims = claims_of(wide)
+    narrow = signed_by(
+        asked.service_key("registry"), AgentRecord,
+        claims | {"revision": claims["revision"] + 1, "state": claims["state"] | {"ceiling": []}},
+    )  # fmt: skip
+    ceiling = {"ceiling": claims["state"]["ceiling"]}
+    page = await person.open(asked.link(question_about_agent(asked, "agent.set-ceiling", wide, **ceiling)))
+    await expect(page.get_by_text(f"May hold, by revision {claims['revision']}")).to_be_visible()
+    await expect(page.locator("dl")).to_contain_text(f": revision {claims['revision']}, signed ")
+    page = await person.open(asked.link(question_about_agent(asked, "agent.set-ceiling", narrow, **ceiling)))
+    await expect(page.get_by_role("button", name="Replace the ceiling")).to_be_visible()
+    seen = f"has seen revision {claims['revision'] + 1}"
+    await refused(
+        await person.open(asked.link(question_about_agent(asked, "agent.set-ceiling", wide, **ceiling))), seen
+    )
+    await refused(
+        await person.open(asked.link(question_about_agent(asked, "agent.resume", wide, reason="x"))), seen
+    )
+    page = await person.open(asked.link(question_about_agent(asked, "agent.suspend", wide, reason="x")))
+    await expect(page.get_by_role("note")).to_contain_text(seen)
+    await expect(page.get_by_role("button", name="Suspend")).to_be_visible()
+
+
 async def test_a_console_takes_answers_only_while_the_root_names_it(
     asked: Asked, site: Site, person: Person
 ) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ringfence.client.errors import ApiError
+from ringfence.console.offers import Offer, Offers
 from ringfence.console.page_templates import render
 from ringfence.console.questions import (
     ChangedError,
@@ -194,7 +196,8 @@ def session_of(bench: Bench, key: SigningKey, **changed: Any) -> tuple[Sessions,
     sessions = Sessions(lambda: key, bench.ledger.clock, TD, 3600)
     secret, statement = sessions.begin("sam")
     claims = statement.model_copy(update=changed)
-    return sessions, sessions.cookie(secret, sign(claims, bench.passkey.but(origin=SESSION_ORIGIN)))
+    session = sessions.proposed(secret, sign(claims, bench.passkey.but(origin=SESSION_ORIGIN)))
+    return sessions, sessions.cookie(secret, session) if session else None
 
 
 def test_a_cookie_is_a_session_until_its_end(bench: Bench) -> None:
@@ -217,11 +220,43 @@ def test_a_statement_for_another_cookie_or_console_begins_nothing(bench: Bench) 
 
 
 @pytest.mark.parametrize(
-    "cookie", [None, "", ".", "x.y.z", "a" * 43, "a" * 43 + ".a.b.c", "a" * 43 + "." + "é" * 9]
+    "cookie", [None, "", ".", "x.y.z", "a" * 86, "a" * 86 + ".a.b.c", "a" * 86 + "." + "é" * 9]
 )
 def test_what_is_no_cookie_is_no_session(bench: Bench, cookie: str | None) -> None:
     sessions, _ = session_of(bench, SigningKey.generate(f"spiffe://{TD}/service/console"))
     assert sessions.of(cookie) is None
+
+
+def test_statement_that_no_console_accepted_is_no_session(bench: Bench) -> None:
+    """A stranger makes secret and statement alike, and the signature does not verify."""
+    sessions, cookie = session_of(bench, SigningKey.generate(f"spiffe://{TD}/service/console"))
+    assert cookie is not None
+    head, _, statement = cookie.partition(".")
+    secret, mac = head[:43], head[43:]
+    own, said = sessions.begin("sam")
+    forged = sign(said, SoftwarePasskey.make(bench.ledger.key("sam").id).but(origin=SESSION_ORIGIN))
+    assert sessions.proposed(own, forged) is not None  # the registry would say no
+    for value in (
+        f"{own}.{forged}",
+        f"{own}{mac}.{forged}",
+        f"{secret}.{statement}",
+        f"{own}{mac}.{statement}",
+    ):
+        assert sessions.of(value) is None
+    assert sessions.of(cookie) is not None
+
+
+def test_offer_is_over_once_its_maker_signed_out(bench: Bench) -> None:
+    sessions, cookie = session_of(bench, bench.key)
+    session = sessions.of(cookie)
+    assert session is not None
+    offers = Offers(SealedValues(lambda: bench.key), sessions, lambda statement: pytest.fail("not asked"))
+    offer = Offer("deploy-bot", "sam", session.statement, session.cookie_digest)
+    sealed = offers.sealed(offer)
+    assert offers.opened(sealed) == offer
+    sessions.end(session)
+    with pytest.raises(ApiError, match="it is over"):
+        offers.opened(sealed)
 
 
 # --- text -------------------------------------------------------------------------------------------------------------
@@ -235,3 +270,11 @@ def test_templates_cannot_forget_to_escape_or_to_show_what_is_hidden() -> None:
     assert "<script>\x00" not in html
     assert "&lt;script&gt;‹U+0000›‹U+2066›&lt;/script&gt;" in html
     assert "&lt;b&gt;‹U+202E›" in html
+
+
+def test_moment_beyond_the_calendar_is_shown_as_the_end_of_time() -> None:
+    html = render(
+        "problem.html", session=Session("u", "s", 2**53 - 1, "d"), trust_domain="t", sections={}, section="",
+        notice="", title="t", message="m",
+    )  # fmt: skip
+    assert "signed in, ends <span>the end of time</span>" in html

@@ -10,14 +10,16 @@ from typing import Any
 
 import pytest
 
+from ringfence.kernel.base.times import LAST_MOMENT_S
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
-from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd
-from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
+from ringfence.model.identity.spiffe_ids import SubjectKind, spiffe_id
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import load_records, violations_of
 from ringfence.registry import domain
 from ringfence.registry.domain import TASK_MAX_S
-from tests.support.in_memory_registry import InMemoryRegistry
+from tests.support.in_memory_registry import TD, InMemoryRegistry
 from tests.support.unknown_field_cases import NAME
 from tests.unit import test_id_token_consent as id_tokens
 from tests.unit.test_delegation import NARROW, ledger, made, part, refused  # noqa: F401 - a fixture
@@ -93,6 +95,13 @@ def address_of_before(ledger: InMemoryRegistry) -> tuple[SubjectKind, str]:  # n
     return "task", task
 
 
+def with_endless_key(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    key = ledger.key_record(SigningKey.generate(spiffe_id(TD, "user", "ursula"))).model_copy(
+        update={"not_after": LAST_MOMENT_S + 1}
+    )
+    return ledger.user_set("olga", "ursula", keys=(key,))
+
+
 def record_of(
     command: Callable[[InMemoryRegistry], Claims], kind: SubjectKind, id: str
 ) -> Callable[[InMemoryRegistry], tuple[SubjectKind, str]]:
@@ -113,6 +122,10 @@ def remove(ledger: InMemoryRegistry, target: str) -> Claims:  # noqa: F811
     return ledger.claims(TargetRemove, "olga", target_id=target, reason="done")
 
 
+def disable(ledger: InMemoryRegistry, user: str) -> Claims:  # noqa: F811
+    return ledger.claims(UserDisable, "olga", user_id=user, reason="done")
+
+
 def suspend(ledger: InMemoryRegistry, agent: str) -> Claims:  # noqa: F811
     return ledger.claims(AgentSuspend, "suzy", agent_id=agent, reason="done")
 
@@ -123,6 +136,7 @@ LIMITS = {
     "name_reserved": Limit(record_of(with_reserved_name, "target", "ringfence"), with_reserved_name, remove),
     "unknown_field": Limit(record_of(not_understood, "target", "shop"), not_understood, remove),
     "consent_missing": Limit(record_of(without_consent, "agent", "bot"), without_consent, suspend),
+    "key_invalid": Limit(record_of(with_endless_key, "user", "ursula"), with_endless_key, disable),
     "email_unverified": Limit(address_of_before, by_unverified_address, end),
 }
 

@@ -29,6 +29,7 @@ from ringfence.cli.shared.output import note, print_fields, print_json, print_js
 from ringfence.cli.shared.tables import prose
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.errors import ApiError
+from ringfence.kernel.base import text as marking
 from ringfence.kernel.base.errors import RingfenceError, SignatureError
 from ringfence.kernel.base.text import Lines, visible
 from ringfence.kernel.base.validation_problems import explain
@@ -427,3 +428,12 @@ def test_where_stdout_is_not_utf_8_json_is_the_same_value(monkeypatch: pytest.Mo
     print_json({"a": "\x85é😀\U000e0001"})
     stream.flush()
     assert json.loads(stream.buffer.getvalue()) == {"a": "\x85é😀\U000e0001"}
+
+
+def test_each_character_is_marked_by_what_it_is_however_many_came_before() -> None:
+    every = list(map(chr, range(0x11000)))
+    whole = visible_lines("".join(every))
+    assert whole == "".join(map(visible_lines, every))
+    assert acting(whole) == set()
+    # Text of strangers does not fill the memory of marks.
+    assert len(marking._ON_LINES) <= marking._MOST_KNOWN

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
 
 import pytest
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
@@ -301,8 +301,7 @@ def test_a_bundle_that_is_out_of_date_is_logged(
     store.load(bundle(2, roots[0], exp=NOW_S), NOW_S)
     (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
     assert "trust bundle 2 expired" in record.getMessage()
-    moment = datetime.fromtimestamp(NOW_S, UTC).isoformat(timespec="seconds")
-    assert moment in record.getMessage()
+    assert utc_text(NOW_S) in record.getMessage()
 
 
 def test_the_root_signs_as_the_root(roots: list[SigningKey]) -> None:

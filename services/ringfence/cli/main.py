@@ -27,6 +27,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli.shared import context, styles
 from ringfence.cli.shared.field_options import with_options
+from ringfence.cli.shared.refused_records import summarised_refusals
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.terminal import filter_stderr
 from ringfence.kernel.base.text import Lines, did_you_mean, shown, visible_lines
@@ -380,7 +381,8 @@ def main(args: Sequence[str] | None = None) -> int:
         # Text of others may have characters that this terminal's encoding lacks.
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = _run(arguments)
+        with summarised_refusals():
+            status = _run(arguments)
         sys.stdout.flush()
     except OSError as error:
         if error.errno != errno.EPIPE:  # otherwise the reader has closed the pipe, which is no error

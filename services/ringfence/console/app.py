@@ -12,6 +12,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.console.commands import Commands
 from ringfence.console.http import Console, Site
 from ringfence.console.offers import Offers
+from ringfence.console.page_digests import PageDigests
 from ringfence.console.questions import Questions
 from ringfence.console.reads import SessionReads
 from ringfence.console.sealed_values import SealedValues
@@ -64,11 +65,12 @@ class ConsoleServer:
         self._http = web_client(timeout_s=_READ_TIMEOUT_S)
         self._connected = False
         sealed = SealedValues(lambda: self._key)
-        offers = Offers(sealed, self._reads)
+        sessions = Sessions(lambda: self._key, clock, settings.trust_domain, own.session_s)
+        offers = Offers(sealed, sessions, self._reads)
         questions = Questions(sealed, self._trust, clock, settings.trust_domain, self._publish)
         site = Site(
             Console(
-                sessions=Sessions(lambda: self._key, clock, settings.trust_domain, own.session_s),
+                sessions=sessions,
                 questions=questions,
                 commands=Commands(questions, self._trust, offers),
                 sealed=sealed,
@@ -77,7 +79,7 @@ class ConsoleServer:
                 clock=clock,
                 origin=own.origin,
                 trust_domain=settings.trust_domain,
-                refresh_ms=own.refresh_ms,
+                digests=PageDigests(own.refresh_ms),
                 reads=self._reads,
                 unready=self.unready,
             )

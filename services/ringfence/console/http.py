@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import parse_qsl, quote, urlencode, urlsplit
 
@@ -24,7 +23,8 @@ from ringfence.client.errors import ApiError
 from ringfence.client.passkeys.questions import server_link, sign_origin
 from ringfence.console.assets import assets
 from ringfence.console.commands import KINDS, Commands
-from ringfence.console.offers import Offer, Offers
+from ringfence.console.offers import Offers
+from ringfence.console.page_digests import PageDigest, PageDigests, digest_of
 from ringfence.console.page_templates import render
 from ringfence.console.questions import MAX_ANSWER_BYTES, Question, Questions
 from ringfence.console.reads import SessionReads
@@ -53,8 +53,6 @@ _NOTICE_S: Final = 600
 _MAX_BACK: Final = 1000
 _LOOK: Final = 'data-look=""'
 """Where a page says what it looks like, so that its stream begins from there."""
-_COSTLY: Final = 5
-"""So much more seldom a page is compared for which services count much."""
 _NAME: Final = TypeAdapter(Name)
 _STATUS: Final = {403: "You may not see this", 404: "There is nothing here that you may see"}
 
@@ -72,7 +70,7 @@ class Console:
     clock: Clock
     origin: str
     trust_domain: str
-    refresh_ms: int
+    digests: PageDigests
     reads: Callable[[str | None], SessionReads]
     """Reads for a session statement, or for the console itself."""
     unready: Callable[[], list[str]]
@@ -135,7 +133,7 @@ class Site:
 
     async def _static(self, request: Request) -> Response:
         for asset in assets().values():
-            if asset.path == request.url.path:
+            if asset.path == request.scope["path"]:
                 return Response(asset.content, media_type=asset.media_type)
         raise HTTPException(404)
 
@@ -184,9 +182,13 @@ class Site:
     async def _finish(self, request: Request) -> Response:
         """Begin the session if the registry accepts the statement: `{statement}` in."""
         said = await _json_body(request)
-        statement, secret = said.get("statement"), request.cookies.get(COOKIE, "").partition(".")[0]
-        cookie = self._console.sessions.cookie(secret, statement) if isinstance(statement, str) else None
-        session = self._console.sessions.of(cookie)
+        statement, secret, sessions = (
+            said.get("statement"),
+            request.cookies.get(COOKIE, ""),
+            self._console.sessions,
+        )
+        session = sessions.proposed(secret, statement) if isinstance(statement, str) else None
+        cookie = sessions.cookie(secret, session) if session else None
         if cookie is None or session is None:
             return _problem(403, "this statement is not for this browser, or took too long; sign in again")
         try:
@@ -263,8 +265,7 @@ class Site:
             **page.values,
         )
         if page.section:
-            look = self._fingerprint(session, page) if notice else _digest(html)
-            html = html.replace(_LOOK, f'data-look="{look}"', 1)
+            html = html.replace(_LOOK, f'data-look="{digest_of(page)}"', 1)
         return HTMLResponse(html, status)
 
     def _notice(self, session: Session, request: Request) -> str:
@@ -305,7 +306,7 @@ class Site:
 
     def _to_sign_in(self, request: Request, *, ended: bool = False) -> Response:
         """Lead to the sign-in, and from there to what was asked for, or to the page that a form was on."""
-        wanted = request.url.path + (f"?{request.url.query}" if request.url.query else "")
+        wanted = request.scope["path"] + (f"?{request.url.query}" if request.url.query else "")
         if request.method == "POST":
             wanted = self._back(request)
         mark = "ended=1&" if ended else ""
@@ -322,12 +323,12 @@ class Site:
     async def _wrong_body(self, request: Request, error: Exception) -> Response:
         """Scripts of the sign-in read JSON; whoever sent a form sees a page."""
         assert isinstance(error, HTTPException)
-        if request.url.path.startswith("/sign-in/"):
+        if request.scope["path"].startswith("/sign-in/"):
             return _problem(error.status_code, error.detail)
         return self._failed(self._session(request), RingfenceError(error.detail), error.status_code)
 
     async def _broken(self, request: Request, error: Exception) -> Response:
-        log.error("could not answer %s %s", request.method, request.url.path, exc_info=error)
+        log.error("could not answer %s %s", request.method, request.scope["path"], exc_info=error)
         return self._failed(
             None, RingfenceError("Something went wrong in the console. Its log says what."), 500
         )
@@ -425,7 +426,7 @@ class Site:
         if kind.topic is not None:
             return self._next_url(question, "Signed and sent")
         offer = console.offers.opened(question.form["offer"])
-        taken = Offer(offer.agent_id, offer.by, offer.statement, compact, question.user_id)
+        taken = replace(offer, consent=compact, taken_by=question.user_id)
         return f"{console.origin}/offers/{console.offers.sealed(taken)}"
 
     def _next_url(self, question: Question, what: str) -> str:
@@ -459,15 +460,22 @@ class Site:
             return Response(status_code=204)
         make, path_params = found
         asked = dict(parse_qsl(query))
+        key = (session.cookie_digest, request.query_params["page"])
+
+        async def look() -> PageDigest:
+            return await self._console.digests.current(
+                key, lambda: make(self._view(session, asked, path_params))
+            )
+
         try:
-            first = await make(self._view(session, asked, path_params))
+            first = await look()
         except ApiError as error:
             if error.status in (401, 403, 404):
                 return _problem(error.status, error.message)
             first = None
         if first is not None and not first.live:
             return Response(status_code=204)
-        events = self._events(request, session, make, asked, path_params, first)
+        events = self._events(request, session, look, first)
         # Proxies that collect answers (nginx) would keep events back.
         return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
 
@@ -475,14 +483,11 @@ class Site:
         self,
         request: Request,
         session: Session,
-        make: MakePage,
-        query: Mapping[str, str],
-        path_params: Mapping[str, str],
-        page: Page | None,
+        look: Callable[[], Awaitable[PageDigest]],
+        page: PageDigest | None,
     ) -> AsyncIterator[str]:
         """`page`: as it was when the stream began; None if a service did not answer."""
         before, quiet_s = request.query_params.get("look") or None, 0.0
-        now = self._fingerprint(session, page) if page else before
         if self._streams[session.cookie_digest] >= MOST_STREAMS_OF_ONE:  # they came at the same time
             yield f"retry: {_RETRY_MS}\n\n"
             return
@@ -491,6 +496,7 @@ class Site:
         try:
             yield ": begins\n\n"
             while self._session(request) is not None:
+                now = page.digest if page else before
                 if now != before and before is not None:
                     quiet_s = 0.0
                     yield "event: changed\ndata:\n\n"
@@ -498,32 +504,21 @@ class Site:
                 if quiet_s >= _KEEP_ALIVE_S:
                     quiet_s = 0.0
                     yield ": still here\n\n"
-                pause_s = self._console.refresh_ms / 1000 * (_COSTLY if page and page.costly else 1)
+                pause_s = self._console.digests.pause_s(page)
                 quiet_s += pause_s
                 await asyncio.sleep(pause_s)
                 try:
-                    page = await make(self._view(session, query, path_params))
+                    page = await look()
                 except ApiError as error:
                     if error.status in (401, 403, 404):
                         break
                     page = None  # a service does not answer: look again later
-                now = self._fingerprint(session, page) if page else before
             yield "event: ended\ndata:\n\n"
         finally:
             metrics.CONSOLE_STREAMS.dec()
             self._streams[session.cookie_digest] -= 1
             if not self._streams[session.cookie_digest]:
                 del self._streams[session.cookie_digest]
-
-    def _fingerprint(self, session: Session, page: Page) -> str:
-        """A digest of all that the page shows now."""
-        return _digest(
-            self._rendered(page.template, session, title=page.title, section=page.section, **page.values)
-        )
-
-
-def _digest(html: str) -> str:
-    return hashlib.sha256(html.encode()).hexdigest()
 
 
 def _page_at(path: str) -> tuple[MakePage, dict[str, str]] | None:

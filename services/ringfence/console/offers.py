@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from ringfence.client.errors import ApiError
 from ringfence.console.reads import SessionReads
 from ringfence.console.sealed_values import SealedValues
-from ringfence.console.session import Session
+from ringfence.console.session import Session, Sessions
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,8 @@ class Offer:
     """The user who offers it."""
     statement: str
     """Their session statement."""
+    cookie_digest: str
+    """Of their session: the offer ends when they sign out."""
     consent: str | None = None
     """The consent of who takes it over, once it is signed."""
     taken_by: str | None = None
@@ -32,8 +34,11 @@ class Offer:
 class Offers:
     """Makes and opens the addresses of offers."""
 
-    def __init__(self, sealed: SealedValues, reads: Callable[[str | None], SessionReads]) -> None:
+    def __init__(
+        self, sealed: SealedValues, sessions: Sessions, reads: Callable[[str | None], SessionReads]
+    ) -> None:
         self._sealed = sealed
+        self._sessions = sessions
         self._reads = reads
 
     def sealed(self, offer: Offer) -> str:
@@ -43,7 +48,7 @@ class Offers:
     def opened(self, text: str) -> Offer:
         """The offer of a path. Raises ApiError (404)."""
         value = self._sealed.open("offer", text)
-        if value is None:
+        if value is None or self._sessions.is_over(value["cookie_digest"]):
             raise ApiError("there is no such offer, or it is over", status=404)
         return Offer(**value)
 
@@ -54,4 +59,4 @@ class Offers:
     async def make(self, reads: SessionReads, session: Session, agent_id: str) -> Offer:
         """An offer of an agent that the person of a session sees. Raises ApiError (404)."""
         await reads.record("agent", agent_id)
-        return Offer(agent_id, session.user_id, session.statement)
+        return Offer(agent_id, session.user_id, session.statement, session.cookie_digest)

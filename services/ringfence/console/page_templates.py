@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from collections.abc import Iterable
 from functools import cache
-from typing import Any
+from typing import Any, Final
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from ringfence.console.assets import STYLE, assets
 from ringfence.kernel.base.text import visible_lines, visible_name
+from ringfence.kernel.base.times import END_OF_TIME, utc_text
+
+_MAX_SCOPE_CHARS: Final = 1000
 
 
 def render(template: str, **values: Any) -> str:
@@ -31,7 +34,9 @@ def _environment() -> Environment:
         finalize=_shown,
     )
     made.filters |= {
-        "name": lambda text: visible_name(str(text)),
+        "name": lambda text: escape(visible_name(str(text))),  # marked once: `finalize` leaves it as it is
+        "beginning": beginning,
+        "resources": lambda scope: sum(len(_permission(one)["resources"]) for one in scope),
         "segment": lambda text: quote(str(text), safe=""),
         "until": _until,
         "when": _when,
@@ -51,6 +56,28 @@ def _shown(value: Any) -> Any:
     return "" if value is None else value
 
 
+def beginning(scope: Iterable[Any]) -> list[dict[str, Any]]:
+    """So much of a scope as a list shows of it, beside others. Permissions are messages, or JSON of services."""
+    left = _MAX_SCOPE_CHARS
+    shown: list[dict[str, Any]] = []
+    for one in map(_permission, scope):
+        resources: list[str] = []
+        for resource in one["resources"]:
+            left -= len(resource)
+            if left < 0 and (shown or resources):
+                break
+            resources.append(resource)
+        if resources:
+            shown.append({**one, "resources": resources})
+        if len(resources) < len(one["resources"]):
+            break
+    return shown
+
+
+def _permission(one: Any) -> dict[str, Any]:
+    return one if isinstance(one, dict) else one.model_dump()
+
+
 def span(seconds: float) -> str:
     """A duration for people, as `2 h 5 min`."""
     left = int(seconds)
@@ -63,32 +90,26 @@ def span(seconds: float) -> str:
     return f"{left // 86_400} days"
 
 
-def _iso(seconds: float) -> tuple[str, str]:
-    at = datetime.fromtimestamp(seconds, UTC)
-    return at.isoformat(timespec="seconds"), at.strftime("%Y-%m-%d %H:%M:%S UTC")
+def _time(seconds: float, attributes: Markup) -> Markup:
+    text = utc_text(seconds, "%Y-%m-%d %H:%M:%S UTC")
+    if text == END_OF_TIME:  # browsers know no such date
+        return Markup("<span>{}</span>").format(text)
+    iso = utc_text(seconds, "%Y-%m-%dT%H:%M:%S+00:00")
+    return Markup('<time datetime="{}" {} title="{}">{}</time>').format(iso, attributes, text, text)
 
 
 def _until(seconds: float) -> Markup:
     """A moment that a script counts down to."""
-    iso, text = _iso(seconds)
-    return Markup('<time datetime="{}" data-until="{}" title="{}">{}</time>').format(
-        iso, int(seconds), text, text
-    )
+    return _time(seconds, Markup('data-until="{}"').format(int(seconds)))
 
 
 def _when(millis: float | None) -> Markup:
     """A moment of the past, in milliseconds since 1970, in the reader's own time zone by a script."""
     if millis is None:
         return Markup("never")
-    iso, text = _iso(millis / 1000)
-    return Markup('<time datetime="{}" data-at="{}" title="{}">{}</time>').format(
-        iso, int(millis), text, text
-    )
+    return _time(millis / 1000, Markup('data-at="{}"').format(int(millis)))
 
 
 def _at(millis: float) -> Markup:
     """A moment in milliseconds since 1970, to the second: in the reader's own time zone by a script."""
-    iso, text = _iso(millis / 1000)
-    return Markup('<time datetime="{}" data-at="{}" data-exact title="{}">{}</time>').format(
-        iso, int(millis), text, text
-    )
+    return _time(millis / 1000, Markup('data-at="{}" data-exact').format(int(millis)))

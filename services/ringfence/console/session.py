@@ -1,7 +1,8 @@
 """Sessions: what a browser shows at each request, and nothing that this process has to remember.
 
-The cookie is a random secret and the session statement that the person signed at sign-in. The statement names the
-secret's digest and the console's key. So replicas with the same key share sessions, and a restart ends none.
+The cookie is a random secret, the session statement that the person signed at sign-in, and a MAC by the console's key,
+which it makes once the registry accepted the statement. So nothing else is taken for a session, replicas with the same
+key share sessions, and a restart ends none. The statement names the secret's digest and the console's key.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import is_by_passkey, parse
-from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import SessionStatement
 from ringfence.model.identity.spiffe_ids import spiffe_id
@@ -28,6 +29,7 @@ COOKIE: Final = "__Host-ringfence"
 _SECRET_CHARS: Final = 43
 _MAX_COOKIE: Final = 4000
 """Browsers keep no cookie of more than 4096 bytes, with its name and attributes."""
+_INFO: Final = b"ringfence.console.session.v1"
 _MOST_ENDED: Final = 100_000
 
 
@@ -46,7 +48,13 @@ class Session:
 class Sessions:
     """Begins, reads and ends sessions. Whether a statement counts, the services say at each call."""
 
-    def __init__(self, key: Callable[[], SigningKey], clock: Clock, trust_domain: str, life_s: int) -> None:
+    def __init__(
+        self,
+        key: Callable[[], SigningKey],
+        clock: Clock,
+        trust_domain: str,
+        life_s: int,
+    ) -> None:
         self._key = key
         self._clock = clock
         self._trust_domain = trust_domain
@@ -67,23 +75,14 @@ class Sessions:
             cookie_digest=_digest(secret),
         )
 
-    def cookie(self, secret: str, statement: str) -> str | None:
-        """The cookie of a session that begins; None if the statement is not for this secret, or too long."""
-        value = f"{secret}.{statement}"
-        return value if len(value) <= _MAX_COOKIE and self.of(value) is not None else None
-
-    def of(self, cookie: str | None) -> Session | None:
-        """The session of a cookie; None if there is none, or it is over, or of another console.
-
-        The signature of the statement is not verified here: the services do, each time.
-        """
-        secret, _, compact = (cookie or "").partition(".")
-        if len(secret) != _SECRET_CHARS or not compact:
+    def proposed(self, secret: str, statement: str) -> Session | None:
+        """The session that begins if the registry accepts this statement; None if it is not for this secret."""
+        if len(secret) != _SECRET_CHARS:
             return None
         try:
-            jws = parse(compact)
+            jws = parse(statement)
             said = jws.unverified_claims(SessionStatement)
-            if not is_by_passkey(compact) or jws.header.typ != typ_header(SessionStatement):
+            if not is_by_passkey(statement) or jws.header.typ != typ_header(SessionStatement):
                 return None
         except InvalidMessageError:
             return None
@@ -95,7 +94,23 @@ class Sessions:
             or digest in self._ended
         ):
             return None
-        return Session(said.user_id, compact, said.exp, digest)
+        return Session(said.user_id, statement, said.exp, digest)
+
+    def cookie(self, secret: str, session: Session) -> str | None:
+        """The cookie of a session whose statement the registry accepted; None if it is too long for browsers."""
+        value = f"{secret}{self._mac(secret, session.statement)}.{session.statement}"
+        return value if len(value) <= _MAX_COOKIE else None
+
+    def of(self, cookie: str | None) -> Session | None:
+        """The session of a cookie; None if there is none, or it is over, or no console with this key made it.
+
+        Its passkey or its user may have ended since: the services say, each time.
+        """
+        head, _, statement = (cookie or "").partition(".")
+        secret, mac = head[:_SECRET_CHARS], head[_SECRET_CHARS:]
+        if not hmac.compare_digest(mac.encode(), self._mac(secret, statement).encode()):
+            return None
+        return self.proposed(secret, statement)
 
     def end(self, session: Session) -> None:
         """End a session here. Elsewhere the browser's forgotten cookie ends it."""
@@ -104,6 +119,10 @@ class Sessions:
     def is_over(self, cookie_digest: str) -> bool:
         """Whether the session of a cookie with this digest was ended here."""
         return cookie_digest in self._ended
+
+    def _mac(self, secret: str, statement: str) -> str:
+        key = self._key().derived_key(_INFO)
+        return b64encode(hmac.digest(key, f"{secret}.{statement}".encode(), "sha256"))
 
     def _now_s(self) -> int:
         return self._clock.now_ms() // 1000

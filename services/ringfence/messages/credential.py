@@ -41,6 +41,8 @@ class Coordinates(Message):
 
 MAX_REQUEST_BYTES: Final = 64 * 1024
 """Of a request as a JWS: its decision holds it whole, and has a limit too. Policy weighs no larger one."""
+MAX_WAITING_BYTES: Final = 16 * 1024
+"""Of a request that needs approval: people have to read it."""
 
 
 ProcessMark = Annotated[

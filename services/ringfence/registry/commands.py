@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 from aiokafka.errors import KafkaError
@@ -13,6 +12,7 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id, digest
 from ringfence.kernel.base.retry import run_periodically
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
@@ -378,7 +378,7 @@ class Registry:
 def _added_text(user_id: str, origin: KeyOrigin) -> str:
     by = origin.by or "the root"
     cosigned = f" and co-signed by {origin.endorsed_by}" if origin.endorsed_by else ""
-    since = datetime.fromtimestamp(origin.counts_from_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    since = utc_text(origin.counts_from_ms / 1000)
     return (
         f"for {user_id}: key {origin.kid} was added to you by {by}{cosigned}; it counts for approvals from {since}. If "
         f"it is not yours: ringfence user end-key {user_id} {origin.kid} --compromised"

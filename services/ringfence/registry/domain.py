@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Protocol
 
 from ringfence.kernel.base.text import with_article
+from ringfence.kernel.base.times import LAST_MOMENT_S, utc_text
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message
@@ -297,6 +297,11 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
             raise CommandRefusedError(
                 f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
             )
+        if key.not_after > LAST_MOMENT_S:
+            raise CommandRefusedError(
+                f"key {key.kid} would end after the year 9999; give it an earlier not_after",
+                code="key_invalid",
+            )
     if isinstance(command, UserAddKey) and command.key.use is not None and command.key.rp_id != around.rp_id:
         raise CommandRefusedError(
             f"the passkey was made for {command.key.rp_id}, and the trust bundle names {around.rp_id or 'no domain'}; "
@@ -379,7 +384,7 @@ def _check_task_length(terms: TaskTerms, at_ms: int, task_max_s: int) -> None:
     Only the registry checks this, when a command arrives: readers accept records that were made under another limit.
     """
     if task_is_longer(terms.not_after, at_ms, task_max_s):
-        latest = datetime.fromtimestamp(at_ms // 1000 + task_max_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        latest = utc_text(at_ms // 1000 + task_max_s)
         raise CommandRefusedError(
             f"the task would end later than a new task may, which is {latest} (RINGFENCE_TASK_MAX_S is {task_max_s}); "
             "give it an earlier end",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -20,6 +19,7 @@ from scim2_models import (
 )
 
 from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.times import utc_datetime
 from ringfence.messages.registry import Mail, Provisioning, UserRecord
 
 # The libraries' own User has a dozen attributes more. What is not kept is not declared: a directory that looks at the
@@ -157,8 +157,8 @@ def _meta(kind: str, location: str, record: UserRecord) -> Meta:
     first, last = (record.commands[at].appended_at_ms / 1000 for at in (0, -1))
     return Meta(
         resource_type=kind,
-        created=datetime.fromtimestamp(first, UTC),
-        last_modified=datetime.fromtimestamp(last, UTC),
+        created=utc_datetime(first),
+        last_modified=utc_datetime(last),
         location=location,
         version=f'W/"{record.revision}"',
     )

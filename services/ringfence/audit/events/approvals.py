@@ -17,12 +17,12 @@ from ringfence.audit.events.ocsf import (
     OcsfEvent,
     event,
     event_kind,
+    event_time,
     permission,
     privileges,
     scope_text,
     scrubbed,
     user_of,
-    utc_text,
 )
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.approval import ActionApproval, ActionRequest, Grant, GrantWithdraw
@@ -150,7 +150,7 @@ def given(record: Received, claims: Grant, fields: dict[str, Any], verified: dic
     message = (
         f"{grantor['name']} approved ahead {claims.count} credentials for {scope_text(claims.scope)} of agent "
         f"{claims.agent_id} in task {claims.task_id}, each for {claims.ttl_s} s at most, until "
-        f"{utc_text(claims.exp * 1000)}"
+        f"{event_time(claims.exp)}"
     )
     if comment:
         message += f": {comment}"

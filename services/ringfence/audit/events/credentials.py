@@ -24,9 +24,9 @@ from ringfence.audit.events.ocsf import (
     OcsfEvent,
     event,
     event_kind,
+    event_time,
     scrubbed,
     user_of,
-    utc_text,
 )
 from ringfence.audit.events.subjects import delegators_of
 from ringfence.audit.memory import LeaseFacts, RequestFacts
@@ -176,7 +176,7 @@ def decided(
     elif claims.outcome == "denied":
         message = f"policy refused {subject}, {behalf}: {_reasons_text(claims.reasons)}"
     else:
-        until = f", until {utc_text(claims.expires_at * 1000)}" if claims.expires_at is not None else ""
+        until = f", until {event_time(claims.expires_at)}" if claims.expires_at is not None else ""
         message = f"policy wants approval ({', '.join(claims.required)}) before it allows {subject}, {behalf}{until}"
     attributes: dict[str, Any] = {
         "user": user_of(facts.signer) if facts is not None else UNKNOWN_USER,
@@ -579,7 +579,7 @@ def _lease_text(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) 
     match claims.status:
         case "active":
             return (
-                f"agent {claims.agent_id} was issued {lease} for {scope}, until {utc_text(claims.deadline * 1000)}, "
+                f"agent {claims.agent_id} was issued {lease} for {scope}, until {event_time(claims.deadline)}, "
                 f"on behalf of {claims.on_behalf_of}{_approvers_text(approvers)}"
             )
         case "minting":
@@ -591,7 +591,7 @@ def _lease_text(claims: Lease, scope: str, by: str, approvers: tuple[str, ...]) 
         case "expired":
             return (
                 f"{lease} of agent {claims.agent_id} for {scope} expired at its deadline, "
-                f"{utc_text(claims.deadline * 1000)}"
+                f"{event_time(claims.deadline)}"
             )
         case _:
             return (

@@ -12,7 +12,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,7 @@ import orjson
 
 from ringfence import __version__
 from ringfence.kernel.base.secret_scrubber import without_secrets, without_tokens
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.audit import OCSF_VERSION
 from ringfence.messages.credential import Reason
@@ -273,12 +273,9 @@ def scope_text(scope: Iterable[Permission]) -> str:
 
 
 @lru_cache(maxsize=4096)
-def utc_text(at_ms: int) -> str:
-    """Milliseconds since the epoch as UTC text: `2026-09-21T14:13:20Z`."""
-    try:
-        return datetime.fromtimestamp(at_ms // 1000, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError):
-        return "the end of time"  # a task may say so
+def event_time(at_s: int) -> str:
+    """Seconds since the epoch as UTC text: `2026-09-21T14:13:20Z`."""
+    return utc_text(at_s, "%Y-%m-%dT%H:%M:%SZ")
 
 
 def scrubbed(text: str) -> str:

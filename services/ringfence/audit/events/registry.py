@@ -20,11 +20,11 @@ from ringfence.audit.events.ocsf import (
     OcsfEvent,
     event,
     event_kind,
+    event_time,
     permission,
     scope_text,
     scrubbed,
     user_of,
-    utc_text,
 )
 from ringfence.audit.events.subjects import task_fields
 from ringfence.kernel.base.ids import message_id
@@ -383,13 +383,13 @@ def _command_terms(claims: ExpiringClaims) -> str:
             terms = claims.terms
             return (
                 f" to agent {terms.agent_id} on behalf of {claims.on_behalf_of}, for {scope_text(terms.scope)}, until "
-                f"{utc_text(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
+                f"{event_time(terms.not_after)}: {scrubbed(terms.purpose)}"
             )
         case TaskDelegate():
             terms = claims.terms
             return (
                 f" as a part of task {claims.parent} to agent {terms.agent_id}, for {scope_text(terms.scope)}, until "
-                f"{utc_text(terms.not_after * 1000)}: {scrubbed(terms.purpose)}"
+                f"{event_time(terms.not_after)}: {scrubbed(terms.purpose)}"
             )
         case _:
             return ""

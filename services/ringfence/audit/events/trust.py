@@ -16,8 +16,8 @@ from ringfence.audit.events.ocsf import (
     OcsfEvent,
     event,
     event_kind,
+    event_time,
     user_of,
-    utc_text,
 )
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -60,7 +60,7 @@ def bundle_event(record: Received, classified: BundleRecord) -> OcsfEvent:
             }
             message = (
                 f"trust bundle {bundle.version} by {root['name']} came into force, until "
-                f"{utc_text(bundle.exp * 1000)}: {_changes(classified.before, bundle)}"
+                f"{event_time(bundle.exp)}: {_changes(classified.before, bundle)}"
             )
             return event(record, _CHANGED, message, attributes, fields, key=_KEY, correlation=_KEY)
         case "repeated":

@@ -17,7 +17,6 @@ import logging
 import re
 import secrets
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from functools import partial
 from typing import ClassVar, Final, Literal
 from urllib.parse import quote
@@ -39,6 +38,7 @@ from ringfence.backends.postgres.privileges import (
 from ringfence.backends.postgres.server import Connection, PostgresServer, verifier
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.target_settings import InexactError, TargetRefusedError, problem_of, settings_of
+from ringfence.kernel.base.times import utc_datetime
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -167,7 +167,7 @@ async def _make(
     if here["name"] != privileges.database:  # a proxy in between may rename databases
         raise InexactError(f"there is no database {privileges.database!a}")
     granted = await _resolved(connection, privileges, here["oid"])
-    until = datetime.fromtimestamp(deadline_s, UTC).strftime("%Y-%m-%d %H:%M:%S+00")
+    until = utc_datetime(deadline_s).strftime("%Y-%m-%d %H:%M:%S+00")
     statements = [
         f"CREATE ROLE {quoted(role)} LOGIN CONNECTION LIMIT {settings.connection_limit}"
         f" PASSWORD '{secret}' VALID UNTIL '{until}'",

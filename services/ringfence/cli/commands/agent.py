@@ -6,7 +6,6 @@ import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,6 +55,7 @@ from ringfence.cli.shared.records import list_records, print_record, read_record
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
@@ -551,4 +551,4 @@ def _permission(document: Mapping[str, Any]) -> Permission:
 
 
 def _day(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")
+    return utc_text(seconds, "%Y-%m-%d")

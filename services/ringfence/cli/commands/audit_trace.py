@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from rich.text import Text
 
 from ringfence.cli.shared.tables import short_ids, wrapped
 from ringfence.kernel.base.text import visible
+from ringfence.kernel.base.times import utc_text
 
 _STYLES = {
     "user": "heading",
@@ -44,8 +44,7 @@ def clock(at_ms: int | None, *, date: bool) -> str:
     """Return a time in UTC to the millisecond, with its date or without."""
     if at_ms is None:
         return ""
-    at = datetime.fromtimestamp(at_ms / 1000, UTC)
-    return at.strftime("%Y-%m-%d %H:%M:%S.%f" if date else "%H:%M:%S.%f")[:-3] + "Z"
+    return utc_text(at_ms / 1000, f"{'%Y-%m-%d ' if date else ''}%H:%M:%S.{at_ms % 1000:03}Z")
 
 
 def _all_nodes(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -35,6 +35,7 @@ from ringfence.client.admin.trust_setup import (
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.service_keys import files_before, next_file
 from ringfence.messages.trust import TrustBundle
 
@@ -404,7 +405,7 @@ def _rotate_root(trust: TrustFolder, result: _Result, compromised_since_s: int |
 
 def _renew(trust: TrustFolder, result: _Result, change: OriginChange | None) -> int:
     bundle = renewed(trust, origins=change or NO_CHANGE)
-    until = datetime.fromtimestamp(bundle.exp, UTC).date()
+    until = utc_text(bundle.exp, "%Y-%m-%d")
     result.line(f"Trust bundle {bundle.version} holds until {until}.")
     if change is not None:
         _say_origins(bundle, result)

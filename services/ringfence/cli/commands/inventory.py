@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Callable, Mapping
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Never
 
 import orjson
@@ -39,6 +38,7 @@ from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.text import Lines
+from ringfence.kernel.base.times import utc_text
 
 if TYPE_CHECKING:
     from ringfence.client.reports.inventory import Inventory
@@ -268,7 +268,7 @@ async def watch_table(
 
 
 def _framed(inventory: RenderableType, found: Inventory, failed: str | None) -> Group:
-    at = datetime.fromtimestamp(found.at_ms / 1000, UTC).strftime("%H:%M:%SZ")
+    at = utc_text(found.at_ms / 1000, "%H:%M:%SZ")
     gaps = [f"incomplete: {gap}" for gap in found.gaps]
     gaps += [f"not as it is now: {failed}"] if failed else []
     return Group(

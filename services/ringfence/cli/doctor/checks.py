@@ -5,7 +5,6 @@ from __future__ import annotations
 import stat
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
 from ringfence.cli.doctor.finding import CheckResult, Verdict, clock
@@ -15,6 +14,7 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.clock_skew import SkewCheck
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.settings import ServiceSettings, load
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import NEXT
@@ -257,7 +257,7 @@ def _ending(service: ServiceIdentity, now_s: float) -> int | None:
 
 def _keys_end(service: ServiceIdentity, ending_s: int, now_s: float) -> CheckResult:
     name = service.id.rpartition("/")[2]
-    day = datetime.fromtimestamp(ending_s, UTC).date()
+    day = utc_text(ending_s, "%Y-%m-%d")
     options = f"its last key ended on {day}" if ending_s <= now_s else f"its last key ends on {day}"
     return CheckResult(
         f"keys of {name}", "bad", f"{options}; run: ringfence init --rotate-service {name} --publish"

@@ -11,7 +11,6 @@ import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -26,6 +25,7 @@ from ringfence.cli.shared import styles
 from ringfence.cli.shared.progress import hidden
 from ringfence.cli.shared.tables import Column, list_lines, wrapped
 from ringfence.kernel.base.text import shown, visible, visible_lines, visible_name, visible_resource
+from ringfence.kernel.base.times import utc_text
 
 __all__ = [
     "console", "escaped_json", "line_width", "moment", "note", "print_fields", "print_json", "print_json_line",
@@ -179,12 +179,7 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
 
 def moment(seconds: float | None) -> str:
     """Return a time in UTC, to the second."""
-    if seconds is None:
-        return ""
-    try:
-        return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return "the end of time"  # a task may say so
+    return "" if seconds is None else utc_text(seconds)
 
 
 def span(seconds: float) -> str:

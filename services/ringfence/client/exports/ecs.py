@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import UTC, datetime
 from typing import Any, Final
 
+from ringfence.kernel.base.times import utc_datetime
+
 ECS_VERSION: Final = "8.17.0"
+
 _OUTCOMES = {1: "success", 2: "failure"}
 _FINDING, _AUTHENTICATION, _SESSION, _ENTITY, _API = 2004, 3002, 3003, 3004, 6003
 _CATEGORIES = {
@@ -82,11 +84,7 @@ def ecs_of(event: Mapping[str, Any]) -> dict[str, Any]:
 
 def timestamp(at_ms: int) -> str:
     """Return a time (ms) as ISO 8601 with milliseconds."""
-    try:
-        at = datetime.fromtimestamp(at_ms / 1000, UTC)
-    except (ValueError, OverflowError, OSError):
-        return "9999-12-31T23:59:59.999Z"  # an event that audit did not write may say so
-    return at.strftime("%Y-%m-%dT%H:%M:%S.") + f"{at_ms % 1000:03}Z"
+    return utc_datetime(at_ms / 1000).strftime("%Y-%m-%dT%H:%M:%S.") + f"{at_ms % 1000:03}Z"
 
 
 def _kinds(event: Mapping[str, Any]) -> tuple[list[str], list[str]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ringfence.console.views.page import Page, View
 from ringfence.model.records.key_expiry import WARN_BEFORE_S
 
@@ -23,13 +25,12 @@ async def agents(view: View) -> Page:
         "agents.html",
         "Agents",
         {
-            "agents": answer["agents"],
+            "agents": [_row(one, view) for one in answer["agents"]],
             "totals": answer.get("totals"),
             "after": answer["after"],
             "gaps": answer["gaps"],
             "filters": {name: str(filters.get(name, "")) for name in (*FILTERS, *FLAGS)},
             "flags": FLAGS,
-            "soon": view.now_ms // 1000 + KEYS_SOON_S,
         },
         "agents",
     )
@@ -47,11 +48,16 @@ async def agent(view: View) -> Page:
         {
             "state": record["state"],
             "revision": record["revision"],
-            "row": rows[0] if rows else None,
+            "row": _row(rows[0], view) if rows else None,
             "usage": usage,
             "leases": leases["leases"][:LEASES],
             "more": leases["more"] or len(leases["leases"]) > LEASES,
-            "soon": view.now_ms // 1000 + KEYS_SOON_S,
         },
         "agents",
     )
+
+
+def _row(agent: dict[str, Any], view: View) -> dict[str, Any]:
+    """An agent of the inventory, and whether its keys end soon."""
+    soon = bool(agent["keys_end"]) and agent["keys_end"] <= view.now_ms // 1000 + KEYS_SOON_S
+    return {**agent, "keys_soon": soon}

@@ -33,7 +33,7 @@ async def audit(view: View) -> Page:
             "newest": before is None,
             "newest_url": _url(filters),
             "older_url": _older_url(filters, answer),
-            "looked_at_ms": answer.get("looked_at_ms"),
+            "looked_at_ms": _looked_at_ms(answer),
         },
         "audit",
         live=before is None,
@@ -49,6 +49,14 @@ def _older_url(filters: Mapping[str, Any], answer: Mapping[str, Any]) -> str | N
     """The address of the events before those of an answer; an earlier version of audit does not give it."""
     before = answer.get("before")
     return _url(filters, before=before) if before else None
+
+
+def _looked_at_ms(answer: Mapping[str, Any]) -> int | None:
+    """Back to when a search looked that found nothing and can go on; None where the page does not say it.
+
+    It changes with every event of anybody, which is no news for this person.
+    """
+    return answer.get("looked_at_ms") if answer.get("before") and not answer["events"] else None
 
 
 async def trace(view: View) -> Page:
@@ -78,7 +86,7 @@ async def findings(view: View) -> Page:
             "uses": sorted(uses, key=lambda one: (one["review"] is not None, -one["at_ms"]))[:50],
             "waiting": sum(one["review"] is None for one in uses),
             "older_url": _older_url({"code": _FINDINGS}, answer),
-            "looked_at_ms": answer.get("looked_at_ms"),
+            "looked_at_ms": _looked_at_ms(answer),
         },
         "findings",
     )

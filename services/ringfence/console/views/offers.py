@@ -9,6 +9,8 @@ from ringfence.console.views.page import Page, View
 async def offer(view: View) -> Page:
     """What is offered, and what each side signs next. Raises ApiError (404) if the offer is over."""
     found = view.offers.opened(view.id)
+    # The rest is read for who made the offer: this asks whether the viewer still is somebody.
+    await view.reads.record("user", view.session.user_id)
     try:
         record = await view.offers.reads(found).record("agent", found.agent_id)
     except ApiError as error:

@@ -22,6 +22,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.private_files import write_private
+from ringfence.kernel.base.times import utc_datetime
 
 CA_LIFE: Final = datetime.timedelta(days=90)
 LEAF_LIFE: Final = datetime.timedelta(days=2)
@@ -126,7 +127,7 @@ class CertificateAuthority:
         )
 
     def _builder(self, key: ec.EllipticCurvePublicKey, life: datetime.timedelta) -> x509.CertificateBuilder:
-        now = datetime.datetime.fromtimestamp(self._clock.now_ms() / 1000, datetime.UTC)
+        now = utc_datetime(self._clock.now_ms() / 1000)
         return (
             x509.CertificateBuilder()
             .issuer_name(self._subject)

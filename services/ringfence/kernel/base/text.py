@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
-from typing import Self
+from collections.abc import Callable, Iterable
+from typing import Final, Self
 
 _HIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Me"})
 _HIDDEN = frozenset(
@@ -18,6 +18,9 @@ _HIDDEN = frozenset(
 ) | frozenset(map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0))))
 """Letters and marks that are drawn as nothing: Unicode's `Default_Ignorable_Code_Point`, and the blank Braille pattern.
 """
+
+
+_MOST_KNOWN: Final = 4096
 
 
 class Lines(str):
@@ -35,9 +38,7 @@ class Lines(str):
 
 def visible(text: str) -> str:
     """Untrusted text on one line: invisible characters, also line feeds, become `‹U+XXXX›`."""
-    if text.isascii() and text.isprintable():  # nearly always
-        return text
-    return "".join(f"‹U+{ord(char):04X}›" if _is_hidden(char) else char for char in text)
+    return text.translate(_VISIBLE)
 
 
 def shown(text: str) -> str:
@@ -52,11 +53,7 @@ def visible_lines(text: str) -> str:
 
 def visible_name(text: str) -> str:
     """A name that is compared by code points: every character beyond ASCII is shown with its code point."""
-    return "".join(
-        char if " " <= char <= "~"
-        else f"{'' if _is_hidden(char) else char}‹U+{ord(char):04X}›"
-        for char in text
-    )  # fmt: skip
+    return text.translate(_BY_CODE_POINT)
 
 
 def visible_resource(text: str) -> str:
@@ -93,5 +90,31 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
     return f"; did you mean {near}?" if near else ""
 
 
+class _Marks(dict[int, str]):
+    """A table for `str.translate`: what is shown for a code point. It looks up each character once, not each time."""
+
+    def __init__(self, mark: Callable[[str], str]) -> None:
+        super().__init__()
+        self._mark = mark
+
+    def __missing__(self, code: int) -> str:
+        if len(self) >= _MOST_KNOWN:  # text of strangers fills it
+            self.clear()
+        shown = self[code] = self._mark(chr(code))
+        return shown
+
+
 def _is_hidden(char: str) -> bool:
     return unicodedata.category(char) in _HIDDEN_CATEGORIES or char in _HIDDEN
+
+
+def _code_point(char: str) -> str:
+    return f"‹U+{ord(char):04X}›"
+
+
+def _by_code_point(char: str) -> str:
+    return char if " " <= char <= "~" else ("" if _is_hidden(char) else char) + _code_point(char)
+
+
+_VISIBLE: Final = _Marks(lambda char: _code_point(char) if _is_hidden(char) else char)
+_BY_CODE_POINT: Final = _Marks(_by_code_point)

@@ -10,10 +10,10 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key
 from ringfence.kernel.crypto.multi_recipient_jwe import usable
@@ -266,7 +266,7 @@ class TrustStore:
         """The reason if the bundle in force has expired at `now_s`, else None."""
         if self._bundle is None or now_s < self._bundle.exp:
             return None
-        ended = datetime.fromtimestamp(self._bundle.exp, UTC).isoformat(timespec="seconds")
+        ended = utc_text(self._bundle.exp)
         return (
             f"trust bundle {self._bundle.version} expired at {ended}: nobody is believed; the root signs the next one: "
             "ringfence init --renew --publish"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from datetime import UTC, datetime
 from functools import lru_cache
 from types import TracebackType
 from typing import Any, Self
@@ -17,6 +16,7 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.connection import connection, no_answer
@@ -37,7 +37,7 @@ def _ce_type(type: str) -> bytes:
 
 @lru_cache(maxsize=64)
 def _to_the_second(now_s: int) -> str:
-    return datetime.fromtimestamp(now_s, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    return utc_text(now_s, "%Y-%m-%dT%H:%M:%S")
 
 
 def _ce_time(now_ms: int) -> bytes:

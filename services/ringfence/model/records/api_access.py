@@ -5,10 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -17,6 +16,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.replay_memory import ReplayMemory
 from ringfence.kernel.base.text import visible_name
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import KeyFinder, Signed, UnverifiedJws, is_by_passkey, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import (
@@ -80,15 +80,6 @@ async def sponsored_agents(directory: Directory, user_id: str) -> tuple[str, ...
     return tuple(own)
 
 
-class HasPath(Protocol):
-    """The URL of a request."""
-
-    @property
-    def path(self) -> str:
-        """Its path, without the query."""
-        ...
-
-
 class HttpRequest(Protocol):
     """An HTTP request, as far as authentication reads it."""
 
@@ -103,8 +94,8 @@ class HttpRequest(Protocol):
         ...
 
     @property
-    def url(self) -> HasPath:
-        """What was asked for."""
+    def scope(self) -> MutableMapping[str, Any]:
+        """The ASGI scope: its path is what routes are matched against. The URL is put together with a header."""
         ...
 
 
@@ -141,7 +132,7 @@ class Authenticator:
         authorization = request.headers.get("authorization")
         if not _is_by_console(authorization):
             return self.user(authorization)
-        if request.method != "GET" or not self._console_routes.fullmatch(request.url.path):
+        if request.method != "GET" or not self._console_routes.fullmatch(request.scope["path"]):
             raise ForbiddenError("a console may not read this; call with a user's key: ringfence --help")
         return self._reader(authorization)
 
@@ -291,11 +282,11 @@ class _InactiveKeyFinder:
             )
         elif self._at_s >= record.not_after:
             self.why = (
-                f"key {kid} of user {user_id} ended at {_utc(record.not_after)}; use the key that follows it, or let "
-                "an operator set one: ringfence user set --public-key"
+                f"key {kid} of user {user_id} ended at {utc_text(record.not_after)}; use the key that follows it, or "
+                "let an operator set one: ringfence user set --public-key"
             )
         else:
-            self.why = f"key {kid} of user {user_id} counts only from {_utc(record.not_before)} on"
+            self.why = f"key {kid} of user {user_id} counts only from {utc_text(record.not_before)} on"
         return valid_key((record,), kid, record.not_before)
 
     def no_user(self, jws: UnverifiedJws) -> str | None:
@@ -306,10 +297,6 @@ class _InactiveKeyFinder:
         return (
             f"{visible_name(iss[:512])} is no user, and users alone are answered here: call with a user's key"
         )
-
-
-def _utc(at_s: int) -> str:
-    return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds")
 
 
 def _bearer(authorization: str | None) -> UnverifiedJws:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
+from ringfence.kernel.base.times import utc_text
 from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.credential import Reason
@@ -80,7 +80,7 @@ def origin_problem(
 ) -> KeyProblem | None:
     """Return why a key that somebody else added does not count at `at_ms` beside these people, or None."""
     if at_ms < origin.counts_from_ms:
-        since = datetime.fromtimestamp(origin.counts_from_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+        since = utc_text(origin.counts_from_ms / 1000)
         message = (
             f"key {origin.kid} of {user_id} was added by {origin.by or 'the root'} and counts for approvals only from "
             f"{since}; use another key, or have a second operator co-sign a new one (ringfence user endorse-key)"

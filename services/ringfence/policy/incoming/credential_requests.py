@@ -10,7 +10,7 @@ from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.messages.credential import MAX_WAITING_BYTES, CredentialRequest, Reason
 from ringfence.policy.agents.shared_keys import SharedKeyDetector
 from ringfence.policy.decision_log import Decisions, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
@@ -90,7 +90,7 @@ class RequestHandler:
         if evaluation.ruling.outcome == "approval_required" and evaluation.facts is not None:
             facts = evaluation.facts
             expires_at = min(at_ms // 1000 + self._approval_timeout_s, facts.task.state.not_after)
-            not_asked = _ambiguous(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
+            not_asked = _unfit_for_people(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
             if not_asked is not None:
                 evaluation, expires_at = replace(evaluation, ruling=not_asked.ruling), None
         state = await self._publisher.decide(case, evaluation, expires_at=expires_at)
@@ -114,10 +114,13 @@ class RequestHandler:
         )
 
 
-def _ambiguous(case: Case) -> Evaluation | None:
-    """Return the denial of a request that readers could read differently, so that nobody can be asked about it; or
-    None.
+def _unfit_for_people(case: Case) -> Evaluation | None:
+    """Return the denial of a request that no person can be asked about, or None: it is too long to be read, or readers
+    could read it differently.
     """
+    if (size := len(case.request.compact)) > MAX_WAITING_BYTES:
+        message = f"a request of {size} bytes; one that needs approval has at most {MAX_WAITING_BYTES}: ask for less"
+        return denied("too_large", message)
     try:
         parse(case.request.compact).check_one_reading()
     except InvalidMessageError as error:

@@ -12,13 +12,13 @@ import hmac
 import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from urllib.parse import urlsplit
 
 import orjson
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible, visible_name
+from ringfence.kernel.base.times import utc_text
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.model.lifecycle import KeyOrigin
 from ringfence.model.requests.facts import RecordContext, RequestContext
@@ -92,7 +92,7 @@ def body_of(message: ApprovalRequest, facts: RequestContext) -> bytes:
     ]
     if len(request.scope) > _MAX_PERMISSIONS:
         wants.append(f"and {len(request.scope) - _MAX_PERMISSIONS} permissions more")
-    until = datetime.fromtimestamp(message.expires_at, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    until = utc_text(message.expires_at)
     whom = " and ".join(dict.fromkeys(_WHOM.get(one, one) for one in message.required))
     lines = [
         *(["*Break glass*: policy denies this; it can be allowed once."] if facts.break_glass else []),
@@ -109,7 +109,7 @@ def body_of(message: ApprovalRequest, facts: RequestContext) -> bytes:
 
 def body_of_action(id: str, claims: ActionRequest, ground: RecordContext) -> bytes:
     """Return the body about one waiting action, from what the gateway signed and from verified records."""
-    until = datetime.fromtimestamp(claims.exp, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    until = utc_text(claims.exp)
     whom = _WHOM.get(claims.required, claims.required)
     lines = [
         f"Agent {_code(claims.agent_id)} waits to do one thing; it needs {whom}.",
@@ -125,7 +125,7 @@ def body_of_action(id: str, claims: ActionRequest, ground: RecordContext) -> byt
 
 def body_of_key(user_id: str, origin: KeyOrigin) -> bytes:
     """Return the body about a key that was added to a user, from the verified record."""
-    since = datetime.fromtimestamp(origin.counts_from_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    since = utc_text(origin.counts_from_ms / 1000)
     by = _code(origin.by) if origin.by else "the root"
     cosigned = f", co-signed by {_code(origin.endorsed_by)}" if origin.endorsed_by else ""
     end = f"ringfence user end-key {user_id} {origin.kid} --compromised --reason unknown"
@@ -142,7 +142,7 @@ def body_of_receipt(
     user_id: str, kid: str, typ: str, signed_at_s: int, lines: Sequence[tuple[str, str]]
 ) -> bytes:
     """Return the body about a message that a passkey signed: `lines` are names and values of its claims."""
-    at = datetime.fromtimestamp(signed_at_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+    at = utc_text(signed_at_s)
     end = f"ringfence user end-key {user_id} {kid} --compromised --reason unknown"
     text = [
         f"Signed with your passkey {_code(kid[:8])} at {at}: {_code(typ)}",

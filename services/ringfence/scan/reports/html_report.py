@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from html import escape
 
 from ringfence.kernel.base.text import visible
+from ringfence.kernel.base.times import utc_text
 from ringfence.scan.findings import Finding, Report
 from ringfence.scan.reports.json_report import matrix, summary
 from ringfence.scan.rings import RING_NAMES
@@ -104,10 +104,7 @@ def _counted(number: int, noun: str) -> str:
 
 
 def _moment(unix_s: int) -> str:
-    try:
-        return datetime.fromtimestamp(unix_s, UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-    except (OverflowError, ValueError, OSError):  # what a token says need not be a time
-        return str(unix_s)
+    return utc_text(unix_s)
 
 
 def _text(text: str) -> str:

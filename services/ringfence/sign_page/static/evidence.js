@@ -2,6 +2,8 @@
 //
 // Records count if a registry of the trust bundle signed them; requests of agents if a key of the agent's record did.
 // The services check more (chains of commands, freshness); what a person signs here still has to pass them.
+// A registry signs each revision of a record, and anybody may keep an old one: so this browser remembers the highest
+// revision of each subject that it saw.
 
 import { RefusedError, digest, messageId } from "./encoding.js";
 import { LEEWAY_S, isTime, ordinaryKey, parse, verify } from "./jws.js";
@@ -10,13 +12,16 @@ const KINDS = ["user", "agent", "target", "task"];
 const MAX_RECORDS = 64;
 const DAY_S = 86400;
 
-/** The verified evidence of one question. */
+/** The verified evidence of one question. `memory` has `getItem` and `setItem`. */
 export class Evidence {
-  constructor(trust, config, now) {
+  constructor(trust, config, now, memory) {
     this.trust = trust;
     this.config = config;
     this.now = now;
+    this.memory = memory;
     this.records = new Map();
+    /** The records that were read since it was emptied: what is shown rests on them. */
+    this.used = new Map();
   }
 
   /** Verify records (compact JWSs) and keep them. */
@@ -32,20 +37,34 @@ export class Evidence {
       }
       const key = `${typ}/${id}`;
       if (this.records.has(key)) throw new RefusedError(`the record of ${typ} ${id} comes twice`);
-      this.records.set(key, { state: claims.state, revision: claims.revision });
+      if (!Number.isSafeInteger(claims.revision)) throw new RefusedError(`the record of ${typ} ${id} has no revision`);
+      const seen = this.highestSeen(key, claims.revision);
+      this.records.set(key, { typ, id, state: claims.state, revision: claims.revision, at: claims.iat, seen });
     }
+  }
+
+  /** The highest revision of a subject that this browser saw, with this one. */
+  highestSeen(subject, revision) {
+    const name = `ringfence.revision.${this.config.trustRoot}.${subject}`;
+    const seen = Number(this.memory.getItem(name) ?? 0);
+    if (revision <= seen) return seen;
+    this.memory.setItem(name, String(revision));
+    return revision;
   }
 
   /** The verified record of `typ` with this id. Throws RefusedError where it did not come. */
   record(typ, id) {
-    const record = this.records.get(`${typ}/${id}`);
+    const record = this.find(typ, id);
     if (record === undefined) throw new RefusedError(`the record of ${typ} ${String(id).slice(0, 80)} is missing`);
     return record;
   }
 
   /** As `record`, undefined where it did not come. */
   find(typ, id) {
-    return this.records.get(`${typ}/${id}`);
+    const key = `${typ}/${id}`;
+    const record = this.records.get(key);
+    if (record !== undefined) this.used.set(key, record);
+    return record;
   }
 
   /** The SPIFFE ID's last part, if it is of that kind in this trust domain. */

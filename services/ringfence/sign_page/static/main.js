@@ -63,7 +63,7 @@ async function take(text, source) {
     checkReturn(returnTo, consoles);
     if (source !== undefined && returnTo !== source) throw new RefusedError("the answer is to go elsewhere than the question came from");
   }
-  const evidence = new Evidence(trust, config, now());
+  const evidence = new Evidence(trust, config, now(), localStorage);
   await evidence.addRecords(question.evidence.records ?? []);
   if (question.invitation !== undefined) return enrol(question, evidence, returnTo);
   if (!isObject(question.message) || !isObject(question.message.claims)) throw new RefusedError("the question has no message");

@@ -20,10 +20,22 @@ export async function describe(typ, claims, evidence, extra) {
   }
   if (entry.expires !== isTime(claims.exp)) throw new RefusedError("its end (exp) is missing, or there may be none");
   if (entry.expires && claims.exp <= evidence.now) throw new RefusedError("its time is over; ask anew");
-  const described = await entry.describe(claims, evidence, extra);
+  evidence.used.clear();
+  const described = { warnings: [], gives: true, ...(await entry.describe(claims, evidence, extra)) };
+  const used = [...evidence.used.values()];
+  const outdated = used.filter((record) => record.revision < record.seen).map((record) => (
+    `the record of ${record.typ} ${name(record.id)} has revision ${record.revision}; this browser has seen revision ${record.seen}`
+  ));
+  // What takes something away is signed all the same: nothing may stand in its way.
+  if (outdated.length > 0 && described.gives) throw new RefusedError(`${outdated[0]}: what it shows is outdated; ask anew`);
+  described.warnings = [...outdated.map((one) => `What you see is outdated: ${one}.`), ...described.warnings];
+  if (used.length > 0) described.rows.push(row("As of", used.map(asOf).join("\n")));
   if (entry.expires) described.rows.push(row("Counts until", moment(claims.exp)));
-  return { warnings: [], gives: true, ...described };
+  return described;
 }
+
+/** How old a state is that the page shows as the present one: only a registry knows whether there is a later one. */
+const asOf = ({ typ, id, revision, at }) => `${typ} ${name(id)}: revision ${revision}, signed ${moment(at)}`;
 
 const row = (label, text, style = "") => ({ label, text, style });
 const name = (text) => visibleName(str(text));
@@ -304,11 +316,11 @@ const agentCommand = (title, action, gives, warnings) => (claims, evidence) => {
 };
 
 function setCeiling(claims, evidence) {
-  const { state } = evidence.record("agent", claims.agent_id);
+  const { state, revision } = evidence.record("agent", claims.agent_id);
   return {
     title: `Replace the ceiling of ${name(claims.agent_id)}`,
     action: "Replace the ceiling",
-    rows: [...agentRows(state), ...scopeRows(state.ceiling, "May hold now"), ...scopeRows(claims.ceiling, "May hold then")],
+    rows: [...agentRows(state), ...scopeRows(state.ceiling, `May hold, by revision ${revision}`), ...scopeRows(claims.ceiling, "May hold then")],
     warnings: ["Leases beyond the new ceiling end."],
   };
 }

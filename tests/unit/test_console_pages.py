@@ -1,0 +1,68 @@
+"""What pages of the console show of long texts, and how streams learn that a page would look different."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from ringfence.client.errors import ApiError
+from ringfence.console.page_digests import PageDigests, digest_of
+from ringfence.console.page_templates import beginning
+from ringfence.console.views.page import Page
+from ringfence.messages.permission import Permission
+
+RESOURCES = [f"{'ж' * 500}/{number}" for number in range(60)]
+LONG: list[dict[str, Any]] = [{"target": "platform", "verbs": ["read"], "resources": RESOURCES}]
+
+
+def test_list_shows_the_beginning_of_a_long_scope() -> None:
+    assert [len(one["resources"]) for one in beginning(LONG)] == [1]
+    many = [{"target": "platform", "verbs": ["read"], "resources": [f"env/{n}"]} for n in range(60)] + LONG
+    assert beginning(many) == [*many[:60], {**LONG[0], "resources": RESOURCES[:1]}]
+    message = Permission(target="platform", verbs=("read",), resources=("env/0",))
+    assert beginning([message]) == [message.model_dump() | {"resources": ["env/0"]}]
+    assert beginning([]) == []
+
+
+async def test_streams_of_one_page_share_a_look() -> None:
+    looks = 0
+    answered = asyncio.Event()
+
+    async def make() -> Page:
+        nonlocal looks
+        looks += 1
+        await answered.wait()
+        return Page("leases.html", "Leases", {"leases": [{"id": str(looks)}]})
+
+    digests = PageDigests(refresh_ms=3_600_000)
+    streams = [asyncio.create_task(digests.current(("sam", "/leases"), make)) for _ in range(5)]
+    other = asyncio.create_task(digests.current(("petra", "/leases"), make))
+    await asyncio.sleep(0)
+    answered.set()
+    assert len(set(await asyncio.gather(*streams))) == 1
+    await other
+    assert looks == 2, "people do not share what services answer"
+
+
+async def test_page_is_looked_at_anew_after_the_interval_and_after_an_error() -> None:
+    made = iter([Page("a.html", "A", {"n": 1}), Page("a.html", "A", {"n": 1}), Page("a.html", "A", {"n": 2})])
+
+    async def make() -> Page:
+        page = next(made, None)
+        if page is None:
+            raise ApiError("gone", status=404)
+        return page
+
+    digests = PageDigests(refresh_ms=0)
+    first, second, third = [await digests.current(("sam", "/a"), make) for _ in range(3)]
+    assert first == second != third
+    with pytest.raises(ApiError):
+        await digests.current(("sam", "/a"), make)
+
+
+def test_digest_is_of_all_that_services_answered() -> None:
+    page = Page("a.html", "A", {"scope": [Permission(target="t", verbs=("v",), resources=("ж",))]})
+    again = Page("a.html", "A", {"scope": [Permission(target="t", verbs=("v",), resources=("ж",))]})
+    assert digest_of(page) == digest_of(again) != digest_of(Page("a.html", "A", {"scope": []}))
