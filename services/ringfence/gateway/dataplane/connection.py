@@ -17,6 +17,7 @@ from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import (
     ApiTarget,
     ListenerContext,
+    check_body,
     presented_by,
     read_api_target,
     read_request,
@@ -153,7 +154,9 @@ class AgentConnection:
                 max_bytes=MAX_READ_BYTES,
             )
             self._attempt = attempt
-            if shared.gate.reads_body(attempt):
+            reads_body = shared.gate.reads_body(attempt)
+            check_body(request, read_by_map=reads_body)
+            if reads_body:
                 attempt = dataclasses.replace(attempt, body=await sent.read())
             verdict = await shared.gate.decide(presented, attempt, self._slot.check_agent, sent)
             if not is_forwarded(verdict):
