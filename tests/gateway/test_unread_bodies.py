@@ -161,6 +161,7 @@ async def test_body_of_no_bytes_in_chunks_is_refused() -> None:
         (b"DELETE /api/notes HTTP/1.1\r\nContent-Type: application/json\r\n", DRY),
         (b"PROPFIND /api/notes HTTP/1.1\r\n", SMUGGLED),
     ],
+    ids=["DELETE", "PROPFIND"],
 )
 async def test_body_of_an_uncommon_method_ends_the_connection_to_the_target(head: bytes, body: bytes) -> None:
     """`http.server` leaves the body unread, and executes nothing after `Connection: close`."""

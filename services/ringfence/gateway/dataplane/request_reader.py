@@ -114,14 +114,14 @@ def check_body(request: RequestHead, *, read_by_map: bool) -> None:
     """
     method = request.method
     if has_risky_body(request) and method in CONTENTLESS_METHODS and not (method == "DELETE" and read_by_map):
-        raise RequestRefusedError(400, BODY_REFUSED, body_refused_message(method))
+        unless = ", unless a rule of the target's map reads it" if method == "DELETE" else ""
+        raise RequestRefusedError(400, BODY_REFUSED, body_refused_message(method, unless))
 
 
-def body_refused_message(method: str) -> str:
+def body_refused_message(method: str, unless: str = "") -> str:
     """The message of a refusal with `BODY_REFUSED`."""
-    rule = "" if method != "DELETE" else ", unless a rule of the target's map reads it"
     return (
-        f"a request with {method} may have no body{rule}: some servers take that body for the next request; send "
+        f"a request with {method} may have no body{unless}: some servers execute its bytes as the next request; send "
         "neither Transfer-Encoding nor a Content-Length other than 0"
     )
 

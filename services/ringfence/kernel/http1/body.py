@@ -24,7 +24,8 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 
 CONTENTLESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
 """The methods in which a body has no meaning (RFC 9110, 9.3)."""
-_CONTENT_METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
+CONTENT_METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
+"""The methods whose body every server reads."""
 
 _SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,8}")
 _CHUNK_HEADER: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
@@ -172,7 +173,7 @@ def has_risky_body(head: RequestHead) -> bool:
     Every method but POST, PUT and PATCH is risky. Any `Transfer-Encoding` announces a body, `Content-Length: 0` does
     not.
     """
-    return (head.chunked or bool(head.length)) and head.method not in _CONTENT_METHODS
+    return (head.chunked or bool(head.length)) and head.method not in CONTENT_METHODS
 
 
 def request_body(head: RequestHead) -> Body:
