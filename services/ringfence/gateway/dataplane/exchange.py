@@ -44,6 +44,7 @@ from ringfence.kernel.http1.head import (
     parse_response,
     take_head,
 )
+from ringfence.kernel.http1.refusal import LINGER_S
 from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -69,6 +70,8 @@ class Timeouts:
     """For the head of the target's response, once the request is sent."""
     stream_s: float = 300.0
     """For the next piece of the target's response, and of a WebSocket."""
+    linger_s: float = LINGER_S
+    """For the rest of a request that was answered already, all of it."""
 
 
 @dataclass(slots=True)
