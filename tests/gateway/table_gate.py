@@ -129,9 +129,7 @@ class TableGate:
 
     def reads_body(self, attempt: Attempt) -> bool:
         target_id = self._target(attempt)
-        return target_id is not None and any(
-            one.body and one.method == attempt.method for one in self.targets[target_id].rules
-        )
+        return target_id is not None and self._maps[target_id].reads_body(attempt.method, attempt.target)
 
     async def decide(
         self,

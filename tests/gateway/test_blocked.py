@@ -73,7 +73,7 @@ async def test_each_refusal_is_told_once(
 
 async def test_a_body_that_does_not_come_is_told_with_its_target() -> None:
     async with placed(timeouts=HASTY) as place, place.connected() as raw:
-        post = b"POST /api/search HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 9\r\n\r\n{"
+        post = b"POST /api/runs/a HTTP/1.1\r\nHost: gateway.test\r\nContent-Length: 9\r\n\r\n{"
         assert (await raw.ask(post)).status == 408
         (blocked,) = place.blocked
         assert (blocked.code, blocked.method) == ("body_timeout", "POST")

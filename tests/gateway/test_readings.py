@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.gateway.conftest import Place, placed
+from tests.gateway.conftest import Place
 from tests.gateway.raw import Raw
-from tests.gateway.target import Reader, Target, Writer
 
 HEAD = b"POST /api/runs/a HTTP/1.1\r\nHost: gateway.test\r\n"
 DRY = b'{"mode": "dry", "x": "&mode=real&"}'
@@ -70,27 +69,3 @@ async def test_what_a_target_may_believe_of_a_proxy_no_agent_says(place: Place, 
         underscored = line.replace(b"-", b"_", line.partition(b":")[0].count(b"-"))
         if b"_" in underscored and not line.startswith((b"HTTP2", b"A-IM")):
             assert (await raw.ask(get % (connection, underscored))).status == 400
-
-
-@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
-async def test_a_body_where_none_is_expected_is_not_the_next_request_of_somebody_else(method: bytes) -> None:
-    """A target that reads no body of a GET would take it for a request on the connection that others use next."""
-
-    async def heads_only(reader: Reader, writer: Writer) -> None:
-        while True:
-            await reader.readuntil(b"\r\n\r\n")
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
-
-    async with (
-        placed(Target(script=heads_only)) as place,
-        place.connected() as one,
-        place.connected() as other,
-    ):
-        plain = method + b" /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n"
-        for _ in range(2):  # once by each way through the plane
-            hidden = b"GET /files/hidden HTTP/1.1\r\nX: "
-            length = b"Content-Length: %d\r\n\r\n" % len(hidden)
-            assert (await one.ask(plain + length + hidden, method.decode())).status == 200
-            before = len(place.target.raw)
-            assert (await other.ask(plain + b"\r\n", method.decode())).status == 200
-            assert len(place.target.raw) == before + 1, "on a connection of its own"

@@ -34,6 +34,10 @@ RULES = (
     ),
     RequestRule(method="POST", path="/{path*}", verb="write", resource="path/{path*}"),
     RequestRule(method="PATCH", path="/{path*}", verb="merge", resource="path/{path*}"),
+    *(
+        RequestRule(method=method, path="/a/bodies", verb="read", resource="path/a/bodies")
+        for method in ("HEAD", "OPTIONS", "TRACE", "DELETE", "PROPFIND")
+    ),
 )
 VERBS = (VerbFloor(verb="read"), VerbFloor(verb="write"), VerbFloor(verb="merge", ask="sponsor"))
 
@@ -48,6 +52,8 @@ class Stage:
     places: Places
     trust: ssl.SSLContext
     folder: Path
+    target_certificate: Path
+    """With its key."""
 
     @property
     def world(self) -> World:
@@ -82,6 +88,7 @@ async def stage(
 ) -> AsyncIterator[Stage]:
     folder = tmp_path_factory.mktemp("gateways")
     authority = Authority(folder)
+    certificate = authority.issue("target", HUB)
     place = secret_in(folder, SECRET)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RINGFENCE_BACKENDS_ACCESS", json.dumps({"keyed": place}))
@@ -90,12 +97,12 @@ async def stage(
             opened_desks(world) as first,
             world.running("issuer", "revoker"),
             gateway(world) as proxy,
-            running_target(authority.issue("target", HUB)) as target,
+            running_target(certificate) as target,
         ):
             desk = await _staffed(await another(first))
             places = Places(authority.issue("gateway", HOST), authority.file, proxy.port, target.port)
             trust = ssl.create_default_context(cafile=str(authority.file))
-            yield Stage(desk, proxy, target, places, trust, folder)
+            yield Stage(desk, proxy, target, places, trust, folder, certificate)
 
 
 async def _staffed(desk: IssuerBench) -> IssuerBench:

@@ -56,6 +56,8 @@ class Program:
     """What it answers where it is called by another name."""
     underscored: int
     """What it answers to a header with an underscore in its name; 200 where it drops that."""
+    risky_body: int
+    """What it answers to a body that the target may execute as the next request."""
     too_large: int
     """What it answers to a body that is more than it shows; 200 where it shows none."""
 
@@ -106,13 +108,13 @@ PROGRAMS: Mapping[str, Program] = {
             "-g", "daemon off;",
         ],
         shows_body=False,
-        undecided=500, other_host=421, underscored=200, too_large=200,
+        undecided=500, other_host=421, underscored=200, risky_body=400, too_large=200,
     ),
     "haproxy": Program(
         ("haproxy.cfg", "ringfence.lua"),
         lambda folder: [_installed("haproxy"), "-db", "-f", str(folder / "haproxy.cfg")],
         shows_body=False,
-        undecided=500, other_host=421, underscored=200, too_large=200,
+        undecided=500, other_host=421, underscored=200, risky_body=400, too_large=200,
     ),
     "envoy": Program(
         ("envoy.yaml",),
@@ -121,7 +123,7 @@ PROGRAMS: Mapping[str, Program] = {
             "--disable-hot-restart", "--log-level", "warn",
         ],
         shows_body=True,
-        undecided=503, other_host=404, underscored=400, too_large=413,
+        undecided=503, other_host=404, underscored=400, risky_body=403, too_large=413,
     ),
     "caddy": Program(
         ("Caddyfile",),
@@ -129,13 +131,13 @@ PROGRAMS: Mapping[str, Program] = {
             str(fetched() / "caddy"), "run", "--adapter", "caddyfile", "--config", str(folder / "Caddyfile"),
         ],
         shows_body=False,
-        undecided=502, other_host=421, underscored=200, too_large=200,
+        undecided=502, other_host=421, underscored=200, risky_body=400, too_large=200,
     ),
     "traefik": Program(
         ("traefik.yaml", "dynamic.yaml"),
         lambda folder: [str(fetched() / "traefik"), f"--configFile={folder / 'traefik.yaml'}"],
         shows_body=True,
-        undecided=500, other_host=404, underscored=400, too_large=401,
+        undecided=500, other_host=404, underscored=400, risky_body=403, too_large=401,
     ),
 }  # fmt: skip
 

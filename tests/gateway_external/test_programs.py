@@ -24,6 +24,7 @@ from tests.gateway_external.programs import PROGRAMS, started
 from tests.gateway_external.target import EVENTS, FIRST, FORBIDDEN, SECOND, Received
 from tests.support.benches.gateway_flows import action
 from tests.support.benches.sdk_clients import client
+from tests.support.servers.unread_bodies import serving_unread_bodies
 from tests.support.world import WITHIN_S
 
 SPOOFED = (
@@ -230,6 +231,39 @@ async def test_traefik_asks_where_it_is_configured_to_show_all(
         assert received.all("X-Dup") == ["b", "a"]
         for name in ("Trailer", "traceparent", "X-Ringfence-Handle"):
             assert received.all(name) == []
+
+
+SMUGGLED = b"POST /private HTTP/1.1\r\nHost: hub.example\r\nContent-Length: 0\r\n\r\n"
+
+
+async def test_body_that_a_target_may_execute_is_refused(stage: Stage, name: str) -> None:
+    """The target is Python's `http.server`, which leaves every body unread."""
+    with serving_unread_bodies(stage.target_certificate) as target:
+        places = replace(stage.places, target=target.port)
+        with started(name, places, stage.folder / f"{name}-unread") as port:
+            agent = await stage.agent(port, "read")
+            for method in ("GET", "HEAD", "OPTIONS", "DELETE"):
+                for headers in ((), (("Content-Length", "0"),)):
+                    assert (await agent.send(method, "/a/bodies", headers)).status == 200, method
+            before = list(target.requests)
+            assert len(before) == 8
+            for method in ("GET", "HEAD", "OPTIONS", "TRACE", "DELETE", "PROPFIND"):
+                sized = await agent.send(method, "/a/bodies", body=SMUGGLED)
+                chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(SMUGGLED), SMUGGLED)
+                chunked = await agent.send(method, "/a/bodies", [("Transfer-Encoding", "chunked")], chunks)
+                expected = 405 if (name, method) == ("nginx", "TRACE") else PROGRAMS[name].risky_body
+                assert (sized.status, chunked.status) == (expected, expected), method
+            assert target.requests == before
+
+
+async def test_http_2_without_negotiation_is_refused(stage: Stage, running: Running, agent: Agent) -> None:
+    """It has bodies that no header announces."""
+    settings = b"\x00\x00\x00\x04\x00\x00\x00\x00\x00"
+    async with agent.connection() as (reader, writer):
+        writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+        async with asyncio.timeout(WITHIN_S):
+            came = await reader.read(4)
+    assert came in (b"HTTP", b"")
 
 
 async def test_nobody_in_particular_is_401(stage: Stage, agent: Agent) -> None:

@@ -25,6 +25,7 @@ from ringfence.runner.control.relays import (
     needs_low_ports,
     relays_of,
 )
+from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
 from ringfence.runner.sandbox.backend import Mount
 from tests.gateway.certificates import Certificates
 from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate
@@ -136,6 +137,60 @@ async def test_a_host_that_is_no_target_is_denied(inside: Inside) -> None:
     ended = await inside.run("curl", "-sS", "https://elsewhere.test/")
     assert ended.code != 0
     assert b"403" in ended.stderr
+
+
+SIZES = (1, 1_000, 20_000, 65_536, 150_000, 262_145, 400_000, 700_000, 1_000_000, 1_048_576)
+"""Bytes of a body: below and above the buffers of each hop."""
+CURL_POSTS = """
+for size in "$@"; do
+  head -c $size /dev/zero >body
+  curl -s -o /dev/null -w '%{http_code} ' -H Expect: --data-binary @body http://api.test/nothing
+  curl -s -o /dev/null -w '%{http_code} ' -H Expect: --data-binary @body https://api.test/nothing
+done
+"""
+PYTHON_POSTS = """
+import sys, urllib.error, urllib.request
+for size in map(int, sys.argv[1:]):
+    for scheme in ("http", "https"):
+        try:
+            urllib.request.urlopen(f"{scheme}://api.test/nothing", b"x" * size)
+        except urllib.error.HTTPError as error:
+            print(error.code)
+        except OSError as error:
+            print(error)
+"""
+NODE_POSTS = """
+const http = require('http'), proxy = new URL(process.env.HTTP_PROXY);
+const post = size => new Promise(done => {
+  const where = {host: proxy.hostname, port: proxy.port, method: 'POST', path: 'http://api.test/nothing'};
+  const request = http.request({...where, headers: {host: 'api.test', 'content-length': size}}, answer => {
+    console.log(answer.statusCode); answer.resume(); done();
+  });
+  request.on('error', error => { console.log(error.code); done(); });
+  request.end(Buffer.alloc(size));
+});
+(async () => { for (const size of process.argv.slice(1)) await post(Number(size)); })();
+"""
+
+
+async def test_refused_request_with_a_body_gets_its_403(inside: Inside) -> None:
+    """The way of a run: init's proxy inside, the runner's relay, and the gateway, which reads no body of these."""
+    needs("curl")
+    relay = GatewayRelay(inside.host.folder / "run.sock", inside.socket)
+    await relay.listen()
+    inside.socket = relay.path
+    sizes = [str(size) for size in SIZES]
+    try:
+        for count, argv in (
+            (80, ("sh", "-c", CURL_POSTS, "sh", *sizes * 4)),
+            (60, (PYTHON, "-c", PYTHON_POSTS, *sizes * 3)),
+            (60, (needs("node"), "-e", NODE_POSTS, *sizes * 6)),
+        ):
+            ended = await inside.run(*argv, working_directory="/tmp")
+            assert ended.text.split() == ["403"] * count, ended
+    finally:
+        await relay.close()
+    assert inside.api.requests == []
 
 
 async def test_what_listens_inside_is_reached_without_the_proxy(inside: Inside) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from ringfence.gateway.contract import (
     Verdict,
 )
 from ringfence.gateway.proxies import envoy, forward_auth
-from ringfence.gateway.proxies.authz import ProxyAuth, WaitingProxy
+from ringfence.gateway.proxies.authz import PROBLEM, ProxyAuth, WaitingProxy
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
@@ -86,6 +86,29 @@ async def test_a_question_that_is_not_clear_is_recorded_with_where_it_was_going(
     host, port, path = went
     assert (blocked.code, blocked.method) == ("question_invalid", "PUT")
     assert blocked.destination == Destination(scheme="https", host=host, port=port, path=path)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "TRACE", "DELETE", "PROPFIND"])
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_question_with_body_that_a_target_may_execute_is_denied(
+    played: Played, method: str, chunked: bool
+) -> None:
+    told = [("X-Forwarded-Method", method), *FORWARDED[1:]]
+    for path, headers, by in (
+        ("/authz/fwd/hub?body=whole", told, "GET"),
+        ("/authz/fwd/hub", told, "GET"),
+        ("/authz/envoy-target/hub/a", ENVOY, method),
+    ):
+        answer = await played.ask(path, headers, by, content=_pieces() if chunked else b"x")
+        assert (answer.status_code, json.loads(answer.headers[PROBLEM])["code"]) == (403, "body_refused")
+        assert (played.blocked[-1].code, played.blocked[-1].method) == ("body_refused", method)
+    assert played.asked == []
+    for headers in ([], [("Content-Length", "0")]):
+        assert (await played.ask("/authz/fwd/hub", [*told, *headers])).status_code == 200
+
+
+async def _pieces() -> AsyncIterator[bytes]:
+    yield b"x"
 
 
 async def test_headers_count_as_seen_only_where_the_configuration_promises_all(played: Played) -> None:

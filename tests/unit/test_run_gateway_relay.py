@@ -77,6 +77,47 @@ async def test_what_the_gateway_closes_is_over_inside(relay: GatewayRelay, gatew
         writer.close()
 
 
+async def test_rest_of_a_request_that_was_answered_reaches_the_gateway(tmp_path: Path) -> None:
+    """The gateway discards it: if the relay ended with the answer, the program would lose the answer."""
+    received = asyncio.get_running_loop().create_future()
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"403")
+        writer.write_eof()
+        received.set_result(await reader.read(-1))
+        writer.close()
+
+    server = await asyncio.start_unix_server(refuse, tmp_path / "gateway.sock")
+    relay = GatewayRelay(tmp_path / "run.sock", tmp_path / "gateway.sock")
+    await relay.listen()
+    async with asyncio.timeout(WITHIN_S):
+        reader, writer = await asyncio.open_unix_connection(relay.path)
+        assert await reader.read(-1) == b"403"
+        writer.write(b"x" * 1_000_000)
+        writer.write_eof()
+        assert await received == b"x" * 1_000_000
+        writer.close()
+    await relay.close()
+    server.close()
+
+
+async def test_connection_that_the_gateway_answered_is_held_for_a_limited_time(
+    relay: GatewayRelay, gateway: EchoGateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfence.runner.lifecycle.gateway_relay.LINGER_S", 0.01)
+    async with asyncio.timeout(WITHIN_S):
+        reader, writer = await asyncio.open_unix_connection(relay.path)
+        writer.write(b"x")
+        assert await reader.read(1) == b"x"
+        gateway.writers[0].close()
+        with pytest.raises(OSError):
+            while True:
+                writer.write(b"y")
+                await writer.drain()
+                await asyncio.sleep(0)
+        writer.close()
+
+
 async def test_the_end_of_a_run_ends_its_connections(relay: GatewayRelay) -> None:
     async with asyncio.timeout(WITHIN_S):
         reader, writer = await asyncio.open_unix_connection(relay.path)

@@ -42,7 +42,13 @@ from ringfence.kernel.http1.head import (
     parse_response,
     take_head,
 )
-from ringfence.kernel.http1.refusal import RequestRefusedError, answer_head, problem_answer
+from ringfence.kernel.http1.refusal import (
+    LINGER_BYTES,
+    LINGER_S,
+    RequestRefusedError,
+    answer_head,
+    problem_answer,
+)
 
 USER: Final = "ringfence"
 """The user in the proxy URL. It says nothing: the password is what counts."""
@@ -50,8 +56,6 @@ LOOPBACK: Final = "127.0.0.1"
 
 _PASSWORD_BYTES: Final = 32
 _READ_BYTES: Final = 65_536
-_LINGER_S: Final = 1.0
-_LINGER_BYTES: Final = 256 * 1024
 _SOCKET_CHECK_S: Final = 0.25
 _NOT_FORWARDED: Final = frozenset({
     b"proxy-authorization", b"proxy-connection", b"connection", b"keep-alive", b"upgrade",
@@ -418,9 +422,9 @@ async def _refuse(client: _Client, error: RequestRefusedError) -> None:
 
 async def _linger(client: _Client) -> None:
     """End the answer, and read what still arrives for a moment: a client that still sends would lose the answer."""
-    left = _LINGER_BYTES
+    left = LINGER_BYTES
     with contextlib.suppress(TimeoutError, OSError):
-        async with asyncio.timeout(_LINGER_S):
+        async with asyncio.timeout(LINGER_S):
             client.writer.write_eof()
             await client.writer.drain()
             while left > 0 and (data := await client.reader.read(_READ_BYTES)):

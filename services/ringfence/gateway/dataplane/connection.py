@@ -17,6 +17,7 @@ from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import (
     ApiTarget,
     ListenerContext,
+    check_body,
     presented_by,
     read_api_target,
     read_request,
@@ -37,12 +38,11 @@ from ringfence.kernel.http1.head import (
     parse_request,
     take_head,
 )
+from ringfence.kernel.http1.refusal import LINGER_BYTES
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """The most bytes of a body that are read before the decision."""
 _PROXY_AUTHENTICATION_REQUIRED: Final = 407
-_LINGER_S: Final = 1.0
-_LINGER_BYTES: Final = 256 * 1024
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
@@ -97,7 +97,7 @@ class AgentConnection:
                 return await self._answer_api_request(called, request, body)
             return await self._decide_and_forward(request, body)
         except RequestRefusedError as error:
-            return await self._refuse(error, request, close=not body.done or error.status == 400)
+            return await self._refuse(error, request, close=not body.done or error.status == 400, body=body)
 
     async def _continue_handed_over(self) -> bool:
         """Continue with the request that the fast path handed over. Returns whether another may follow."""
@@ -105,7 +105,7 @@ class AgentConnection:
         try:
             if self._fast_path.lease_ended:
                 over = cut_error(self._shared.gate.view_problem())
-                return await self._send_refusal(over, forwarded.head, close=False)
+                return await self._send_refusal(over, forwarded.head, close=False, body=forwarded.body)
             if exchange is None:
                 return await self._forward(forwarded)
             return await self._finish_forwarding(forwarded, self._shared.forwarder.resume(exchange))
@@ -153,11 +153,15 @@ class AgentConnection:
                 max_bytes=MAX_READ_BYTES,
             )
             self._attempt = attempt
-            if shared.gate.reads_body(attempt):
+            reads_body = shared.gate.reads_body(attempt)
+            check_body(request, read_by_map=reads_body)
+            if reads_body:
                 attempt = dataclasses.replace(attempt, body=await sent.read())
             verdict = await shared.gate.decide(presented, attempt, self._slot.check_agent, sent)
             if not is_forwarded(verdict):
-                return await self._send_answer(self._shared.answer(verdict), request, close=not body.done)
+                return await self._send_answer(
+                    self._shared.answer(verdict), request, close=not body.done, body=body
+                )
             if expects_continue and sent.body is None and not body.done and not self._client.buffer:
                 self._client.write(_CONTINUE)
             return await self._forward(
@@ -207,7 +211,7 @@ class AgentConnection:
                     received.on_disconnect,
                 )
             )
-            return await self._send_answer(answer, request, close=not body.done)
+            return await self._send_answer(answer, request, close=not body.done, body=body)
         finally:
             slot.end()
 
@@ -221,9 +225,9 @@ class AgentConnection:
             keep = await forwarding
         except RequestRefusedError as error:
             close = not forwarded.body.done or error.status == 400
-            return await self._send_refusal(error, forwarded.head, close=close)
+            return await self._send_refusal(error, forwarded.head, close=close, body=forwarded.body)
         if not keep:
-            await self._linger(unread=not forwarded.body.done)
+            await self._linger(forwarded.body)
         return keep
 
     async def _read_body(self, body: Body, *, expects_continue: bool, limit: int = MAX_READ_BYTES) -> bytes:
@@ -318,11 +322,18 @@ class AgentConnection:
 
     # --- answers of the gateway's own ---------------------------------------------------------------------------------
 
-    async def _refuse(self, error: RequestRefusedError, request: RequestHead | None, *, close: bool) -> bool:
+    async def _refuse(
+        self,
+        error: RequestRefusedError,
+        request: RequestHead | None,
+        *,
+        close: bool,
+        body: Body | None = None,
+    ) -> bool:
         """Refuse a request before its decision. A challenge (407) is not reported as blocked."""
         if error.status != _PROXY_AUTHENTICATION_REQUIRED:
             self._report_blocked(error.code, error.message, request, error.agent_id)
-        return await self._send_refusal(error, request, close=close)
+        return await self._send_refusal(error, request, close=close, body=body)
 
     def _report_blocked(
         self, code: str, message: str, request: RequestHead | None, agent_id: str | None = None
@@ -351,10 +362,15 @@ class AgentConnection:
         )
 
     async def _send_refusal(
-        self, error: RequestRefusedError, request: RequestHead | None, *, close: bool
+        self,
+        error: RequestRefusedError,
+        request: RequestHead | None,
+        *,
+        close: bool,
+        body: Body | None = None,
     ) -> bool:
         metrics.GATEWAY_REFUSED.labels(error.code).inc()
-        return await self._send_answer(problem_answer(error), request, close=close)
+        return await self._send_answer(problem_answer(error), request, close=close, body=body)
 
     async def _send_answer(
         self,
@@ -362,17 +378,18 @@ class AgentConnection:
         request: RequestHead | None,
         *,
         close: bool,
+        body: Body | None = None,
     ) -> bool:
-        status, headers, body = answer
-        unread = close
+        """Send an answer. Returns whether another request may follow. `body`: that of the request, if it has an end."""
+        status, headers, content = answer
         if request is not None:
             close = close or request.minor == 0 or b"close" in request.connection_options
-        head_bytes = answer_head(status, headers, len(body), close=close)
+        head_bytes = answer_head(status, headers, len(content), close=close)
         if request is not None and request.method == "HEAD":
-            body = b""
-        self._client.write(head_bytes + body)
+            content = b""
+        self._client.write(head_bytes + content)
         if close:
-            await self._linger(unread=unread)
+            await self._linger(body)
         else:
             await self._drain()
         return not close
@@ -387,17 +404,31 @@ class AgentConnection:
         await client.drain()
         client.deadline = None
 
-    async def _linger(self, *, unread: bool) -> None:
-        """Close, and read what still arrives for a moment: a client that is still sending would lose the answer."""
+    async def _linger(self, body: Body | None) -> None:
+        """Discard the rest of a request that was answered, see `LINGER_BYTES`: otherwise a client that is still sending
+        would lose the answer.
+
+        `body`: that of the request, after which nothing is awaited; None if its end is unknown.
+        """
         client = self._client
-        if not unread or not client.alive:
+        if not client.alive or (body is not None and body.done and not client.buffer):
             return
         client.end()
-        remaining, client.deadline = _LINGER_BYTES, time.monotonic() + _LINGER_S
+        remaining, client.deadline = LINGER_BYTES, time.monotonic() + self._shared.timeouts.linger_s
         try:
             while remaining > 0:
-                remaining -= len(client.buffer)
-                client.buffer.clear()
+                arrived = len(client.buffer)
+                if body is not None:
+                    try:
+                        body.take(client.buffer)
+                    except RequestRefusedError:
+                        body = None  # its framing is wrong: nobody knows its end
+                    else:
+                        if body.done and not client.buffer:
+                            return
+                if body is None or body.done:
+                    client.buffer.clear()
+                remaining -= arrived - len(client.buffer)
                 await client.read_more()
         except (DisconnectedError, PeerTimeoutError):
             return

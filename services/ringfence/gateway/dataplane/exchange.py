@@ -35,6 +35,7 @@ from ringfence.kernel.http1.body import (
     CloseDelimitedBody,
     SizedBody,
     chunk,
+    has_risky_body,
     response_body,
 )
 from ringfence.kernel.http1.head import (
@@ -43,17 +44,11 @@ from ringfence.kernel.http1.head import (
     parse_response,
     take_head,
 )
+from ringfence.kernel.http1.refusal import LINGER_S
 from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Safe methods whose request may be sent again if a pooled connection turns out to be closed (RFC 9110, 9.2.2)."""
-
-
-BODYLESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
-"""Some targets do not read the body of these methods, and take it for the next request. Their connection is not reused,
-as that request could be another agent's.
-"""
-
 
 _MAX_INTERIM_RESPONSES: Final = 8
 
@@ -75,6 +70,8 @@ class Timeouts:
     """For the head of the target's response, once the request is sent."""
     stream_s: float = 300.0
     """For the next piece of the target's response, and of a WebSocket."""
+    linger_s: float = LINGER_S
+    """For the rest of a request that was answered already, all of it."""
 
 
 @dataclass(slots=True)
@@ -157,10 +154,8 @@ class Exchange:
         self._mcp_filter = McpResponseFilter(request.verdict.mcp) if request.verdict.mcp is not None else None
         self._upgrade = self._mcp_filter is None and asks_for_websocket(request.head)
         self._whole_body = whole = request.body_read if request.body.done else None
-        self._no_reuse = request.head.method in BODYLESS_METHODS and (
-            request.head.chunked or bool(request.head.length)
-        )
-        self._repeatable = request.head.method in _REPEATABLE and request.body.done and not request.body_read
+        self._no_reuse = has_risky_body(request.head)
+        self._repeatable = request.head.method in _REPEATABLE
         chunked = request.head.chunked
         self._in_chunks = chunked and whole is None
         length = len(whole) if whole is not None and (chunked or whole) else request.head.length
@@ -176,7 +171,7 @@ class Exchange:
 
     @property
     def can_repeat(self) -> bool:
-        """Whether the request may be sent again: its method is safe, and it has no body."""
+        """Whether the request may be sent again: its method is safe, so that it has no body."""
         return self._repeatable
 
     def on_lease_end(self) -> None:

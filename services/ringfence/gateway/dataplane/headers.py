@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Headers
+from ringfence.kernel.http1.body import has_risky_body
 from ringfence.kernel.http1.head import PROXY_FIELDS, FieldSection, RequestHead, ResponseHead
 
 LABEL: Final = b"x-ringfence-label"
@@ -111,6 +112,8 @@ def request_head(
         framed = b"Transfer-Encoding: chunked\r\n\r\n"
     else:
         framed = b"Content-Length: %d\r\n\r\n" % length if length is not None else b"\r\n"
+    if has_risky_body(request):
+        lines += b"Connection: close\r\n"  # the target executes nothing that follows (RFC 9112, 9.6)
     return first + lines + framed
 
 

@@ -22,6 +22,7 @@ from ringfence.gateway.dataplane.headers import (
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import AGENT_API, Scheme, canonical
+from ringfence.kernel.http1.body import CONTENTLESS_METHODS, has_risky_body
 from ringfence.kernel.http1.head import FieldSection, RequestHead
 
 _VERSION: Final = b"mcp-protocol-version"
@@ -100,6 +101,23 @@ def read_request(
         sent_by_gateway=True,
         headers=functools.partial(forwarded_headers, request, upgrade=asks_for_websocket(request)),
     )
+
+
+def check_body(request: RequestHead, *, read_by_map: bool) -> None:
+    """Refuse a body that the target could execute as a second request, which was not decided on.
+
+    `read_by_map`: whether the target's map reads the body (`Gate.reads_body`). With DELETE it is allowed then, and the
+    connection to the target ends after it. Raises RequestRefusedError.
+    """
+    method = request.method
+    if has_risky_body(request) and method in CONTENTLESS_METHODS and not (method == "DELETE" and read_by_map):
+        unless = ", unless a rule of the target's map reads it" if method == "DELETE" else ""
+        raise RequestRefusedError(
+            400,
+            "body_refused",
+            f"a request with {method} may have no body{unless}: some servers execute it as the next request; send neither "
+            "Transfer-Encoding nor a Content-Length other than 0",
+        )
 
 
 _API_PATH: Final = "/v1/"

@@ -33,6 +33,7 @@ from ringfence.gateway.dataplane.request_reader import is_json
 from ringfence.gateway.decision.observe_mode import credential_headers
 from ringfence.gateway.events.destination import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.http1.body import CONTENT_METHODS
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 from ringfence.messages.registry import TargetState
@@ -90,19 +91,24 @@ class ProxyAuth:
             response = await self._answer(Request(scope, receive))
         except Exception:
             log.exception("a proxy could not be answered")
-            response = _invalid_question("the gateway could not decide this")
+            response = _undecided(_INVALID, "the gateway could not decide this")
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
         path: str = request.scope["path"]  # not `request.url`, which also depends on the sender's `Host`
         read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
         if read is None:
-            return _invalid_question(f"ask {' or '.join(self._readers)}")
+            return _undecided(_INVALID, f"ask {' or '.join(self._readers)}")
         question = await read(request)
         if question is None:
             method, destination = _unverified_destination(request)
             self._blocked(BlockedRequest(_INVALID, _UNCERTAIN, method=method, destination=destination))
-            return _invalid_question(_UNCERTAIN)
+            return _undecided(_INVALID, _UNCERTAIN)
+        method = question[1].method
+        if method not in CONTENT_METHODS and _announces_body(request):
+            text = f"behind this proxy a request with {method} may have no body: some servers execute it as the next request"
+            self._blocked(BlockedRequest("body_refused", text, attempt=question[1], method=method))
+            return _undecided("body_refused", text)
         verdict = await self._gate.decide(*question, holdable=WaitingProxy(request.receive))
         if verdict.observed and verdict.target is not None:
             return _observed_answer(request, question[0], verdict.target)
@@ -188,6 +194,14 @@ def shows_json(request: Request) -> bool:
     return is_json(single_header(request, "content-type"), single_header(request, "content-encoding"))
 
 
+def _announces_body(request: Request) -> bool:
+    """Whether a question has a body, which then is that of its request.
+
+    Proxies cannot close the connection to the target after such a request, as the embedded data plane does.
+    """
+    return "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"
+
+
 async def whole_body(request: Request) -> bytes | None:
     """The whole body of a question; None if it exceeds `MAX_BODY_BYTES`."""
     body = bytearray()
@@ -223,12 +237,10 @@ def _observed_answer(request: Request, presented: PresentedIdentity, target: Tar
     return Response(status_code=200, headers={"Authorization": NO_CREDENTIAL, **_NO_STORE, **own_headers})
 
 
-def _invalid_question(text: str) -> Response:
+def _undecided(code: str, text: str) -> Response:
     """The answer if there was no decision."""
-    details = {"type": f"urn:ringfence:problem:{_INVALID}", "title": "Forbidden", "status": 403}
-    return _refusal(
-        403, {**details, "code": _INVALID, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE}
-    )
+    details = {"type": f"urn:ringfence:problem:{code}", "title": "Forbidden", "status": 403}
+    return _refusal(403, {**details, "code": code, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE})
 
 
 def _refusal(status: int, details: dict[str, Any], headers: dict[str, str]) -> Response:

@@ -22,6 +22,11 @@ from ringfence.kernel.http1.refusal import RequestRefusedError
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"
 
+CONTENTLESS_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "DELETE"})
+"""The methods in which a body has no meaning (RFC 9110, 9.3)."""
+CONTENT_METHODS: Final = frozenset({"POST", "PUT", "PATCH"})
+"""The methods whose body every server reads."""
+
 _SIZE: Final = re.compile(rb"[0-9A-Fa-f]{1,8}")
 _CHUNK_HEADER: Final = re.compile(rb"([0-9A-Fa-f]{1,8})\r\n")
 _SIZE_LINE_BYTES: Final = 10
@@ -160,6 +165,15 @@ class CloseDelimitedBody(Body):
         piece = bytes(buffer)
         buffer.clear()
         return piece
+
+
+def has_risky_body(head: RequestHead) -> bool:
+    """Whether a request has a body that some servers do not read: they execute its bytes as the next request.
+
+    Every method but POST, PUT and PATCH is risky. Any `Transfer-Encoding` announces a body, `Content-Length: 0` does
+    not.
+    """
+    return (head.chunked or bool(head.length)) and head.method not in CONTENT_METHODS
 
 
 def request_body(head: RequestHead) -> Body:

@@ -10,6 +10,12 @@ import orjson
 
 from ringfence.kernel.base.errors import RingfenceError
 
+LINGER_S: Final = 5.0
+LINGER_BYTES: Final = 2 * 1024 * 1024
+"""Limits of a lingering close (RFC 9112, 9.6): a server that answers before it has read all of a request ends its
+direction, and discards what still arrives. If it closed at once, a reset could take the answer from the client.
+"""
+
 _PROBLEM: Final = "application/problem+json"
 
 

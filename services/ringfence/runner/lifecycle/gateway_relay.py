@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.http1.refusal import LINGER_S
 
 _CHUNK = 64 * 1024
 _LOOK_EVERY_S = 0.05
@@ -101,6 +102,8 @@ class GatewayRelay:
         try:
             # What the gateway closes is over: the run's end, for one. What the program closes may wait for its answer.
             await _pump(gateway_reader, writer)
+            # The gateway discards the rest of a request that it refused. An end here would take the answer away.
+            await asyncio.wait({outward}, timeout=LINGER_S)
         finally:
             outward.cancel()
             await asyncio.gather(outward, return_exceptions=True)

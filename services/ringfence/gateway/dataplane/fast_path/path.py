@@ -30,7 +30,7 @@ from ringfence.gateway.dataplane.stream import Stream
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import origin_of
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.http1.body import Body
+from ringfence.kernel.http1.body import Body, has_risky_body
 from ringfence.kernel.http1.head import END_OF_HEAD, MAX_HEAD_BYTES, RequestHead, parse_request
 
 log = logging.getLogger(__name__)
@@ -303,7 +303,7 @@ class FastPath:
         client, shared = self._client, self._shared
         client.write_at_end_of_turn(redact(response.head + data[end + len(END_OF_HEAD) :], self._needles))
         self._forget(plan)
-        if response.reusable and not plan.no_reuse:
+        if response.reusable:
             shared.upstreams.release(plan.origin, upstream)
         else:
             upstream.data_handler = upstream.on_disconnect = None
@@ -333,5 +333,6 @@ def _is_plain(request: RequestHead) -> bool:
         and not request.chunked
         and request.connection_options <= _PLAIN_OPTIONS
         and b"expect" not in request.values
+        and not has_risky_body(request)
         and request.method != "CONNECT"
     )

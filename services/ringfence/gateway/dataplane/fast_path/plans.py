@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, CachedAllowance
-from ringfence.gateway.dataplane.exchange import BODYLESS_METHODS, is_compressed
+from ringfence.gateway.dataplane.exchange import is_compressed
 from ringfence.gateway.dataplane.headers import request_head, response_head
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.secret_redaction import needles_of
@@ -36,7 +36,6 @@ class RequestPlan:
         "attempt",
         "cached_allowance",
         "length",
-        "no_reuse",
         "origin",
         "request",
     )
@@ -50,8 +49,6 @@ class RequestPlan:
         self.origin = origin
         self.length = request.length or 0
         """The length of the body."""
-        self.no_reuse = request.method in BODYLESS_METHODS and self.length > 0
-        """Whether its upstream connection must not be reused."""
         self._needles: tuple[bytes, ...] = ()
         self._injects: Mapping[str, str] | None = None
         self._head = b""
