@@ -29,7 +29,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.records.key_proofs import verified_key_proof
 from tests.support import user_keys
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
-from tests.support.user_keys import add_key, end_key, new_key, new_passkey
+from tests.support.user_keys import add_key, end_key, new_key, new_passkey, record_of
 
 WAIT_MS = WAIT_S * 1000
 
@@ -97,6 +97,18 @@ def test_no_passkey_adds_a_key(ledger: InMemoryRegistry):
     with pytest.raises(InvalidMessageError) as caught:
         ledger.give(add_key(ledger, "sam", "sam", new_key("sam")), passkey)
     assert caught.value.code == "passkey_not_allowed"
+
+
+def test_credential_id_of_another_live_passkey_is_refused(ledger: InMemoryRegistry):
+    """The adder says the id, and the proof of possession does not cover it. People are found by it at sign-in."""
+    passkey, thief = new_passkey("sam"), new_passkey("suzy")
+    ledger.give(add_key(ledger, "sam", "sam", passkey))
+    claimed = record_of(thief).model_copy(update={"credential_id": record_of(passkey).credential_id})
+    assert refused(ledger, add_key(ledger, "suzy", "suzy", thief, key=claimed)) == "credential_taken"
+    ledger.give(end_key(ledger, "sam", "sam", passkey.kid))
+    ledger.give(add_key(ledger, "suzy", "suzy", thief, key=claimed))
+    back = ledger.user_set("olga", "sam", ["sponsor"], keys=(record_of(passkey),))
+    assert refused(ledger, back) == "credential_taken"
 
 
 def test_nobody_adds_a_key_to_somebody_else(ledger: InMemoryRegistry):

@@ -5,7 +5,7 @@ Those checks need other subjects and the order of all commands. The module is pu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Protocol
@@ -14,6 +14,7 @@ from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRegister,
@@ -108,6 +109,10 @@ class Surroundings(Protocol):
         """Return (kind, id) of all subjects that have or had a key, services and the root among them."""
         ...
 
+    def passkeys(self, credential_id: str, at_s: float) -> Sequence[tuple[UserState, KeyRecord]]:
+        """Return the passkeys with a credential id that have not ended, with their users."""
+        ...
+
     def key_history(self, user_id: str) -> KeyHistory:
         """Return the origins of a user's keys."""
         ...
@@ -191,7 +196,7 @@ def decide(
     )
     state = apply(current.state if current else None, command, context)
     _check_fields(command, (kind, id), authorised, around)
-    _check_keys(command, (kind, id), around)
+    _check_keys(command, (kind, id), around, context.at_s)
     if isinstance(command, TargetSet):
         _check_target(command)
     if isinstance(command, AgentTransfer) and current is not None:
@@ -283,7 +288,7 @@ def _require_understood(message: Message, what: str) -> None:
         raise CommandRefusedError(describe_unknown(unknown, what)[:2048], code="unknown_field")
 
 
-def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
+def _check_keys(command: Command, subject: Subject, around: Surroundings, at_s: int) -> None:
     match command:
         case UserSet() | ProvisionerSet() | AgentRegister() | TargetSet():
             keys = command.keys
@@ -297,6 +302,16 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
             raise CommandRefusedError(
                 f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
             )
+    for key in keys:
+        if key.credential_id is None or key.not_after <= at_s:
+            continue
+        for user, known in around.passkeys(key.credential_id, at_s):
+            if known.kid != key.kid:
+                raise CommandRefusedError(
+                    f"the credential id of key {key.kid} is that of key {known.kid} of {user.user_id}; end that one "
+                    "first, or make another passkey",
+                    code="credential_taken",
+                )
     if isinstance(command, UserAddKey) and command.key.use is not None and command.key.rp_id != around.rp_id:
         raise CommandRefusedError(
             f"the passkey was made for {command.key.rp_id}, and the trust bundle names {around.rp_id or 'no domain'}; "
