@@ -46,7 +46,9 @@ from ringfence.model.lifecycle import (
     NO_HISTORY,
     CommandRefusedError,
     Context,
+    Giver,
     KeyHistory,
+    KeyOrigin,
     agents_of,
     apply,
     command_subject,
@@ -115,6 +117,10 @@ class Surroundings(Protocol):
 
     def key_history(self, user_id: str) -> KeyHistory:
         """Return the origins of a user's keys."""
+        ...
+
+    def compromised_giver(self, origin: KeyOrigin) -> Giver | None:
+        """Return the compromised key on whose word a key rests, or None."""
         ...
 
     @property
@@ -195,6 +201,7 @@ def decide(
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
+    _check_signer_key(authorised, around)
     _check_fields(command, (kind, id), authorised, around)
     _check_keys(command, (kind, id), around, context.at_s)
     if isinstance(command, TargetSet):
@@ -218,6 +225,8 @@ def decide(
 
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
+    if isinstance(command, AgentRotateKey) and command.key is None:
+        return True
     return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign, TaskDelegate))
 
 
@@ -248,6 +257,20 @@ def _check_time(command: Authorised, around: Surroundings) -> None:
         raise CommandRefusedError(
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
             code="too_early",
+        )
+
+
+def _check_signer_key(command: Authorised, around: Surroundings) -> None:
+    """Refuse a granting command by a key that rests on a compromised key, while somebody is still ending it.
+
+    Only for new commands: a reader judges by the end of the key itself.
+    """
+    origin = command.signer_key.origin
+    giver = around.compromised_giver(origin) if origin is not None else None
+    if giver is not None and not only_reduces(command.claims):
+        raise CommandRefusedError(
+            f"the key rests on key {giver.kid} of {giver.user_id}, which was compromised then; sign with another key",
+            code="key_voucher_compromised",
         )
 
 
@@ -293,7 +316,7 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings, at_s: 
         case UserSet() | ProvisionerSet() | AgentRegister() | TargetSet():
             keys = command.keys
         case AgentRotateKey() | UserAddKey():
-            keys = (command.key,)
+            keys = (command.key,) if command.key else ()
         case _:
             return
     for key in keys:
