@@ -99,6 +99,7 @@ _REGISTRY = Api(
             "GET", "/v1/passkeys/{credential_id}", "Whose passkey made an assertion.",
             {**ok(user_id=TEXT, kid=TEXT), **_WRONG_QUERY, **_NOT_FOUND}, "console",
             {"nonce": "what it signed: base64url of 32 bytes", "assertion": "base64url of the JSON of `ad`, `cd` and `sig`"},
+            required=("nonce", "assertion"),
         ),
         Operation(
             "POST", "/v1/enrol", "Enrol the key of a running instance. The signed body says who sends it.",
