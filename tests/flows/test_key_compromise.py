@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.flows.test_cli import Shell, organisation, shell  # noqa: F401 - a fixture
 from tests.flows.test_cli_user_keys import package
-from tests.support.world import Party, World
+from tests.support.world import WITHIN_S, Party, World
 
 ASK = ("--allow", "platform:deploy:env/staging/web", "--reason", "roll out")
 
@@ -42,7 +42,7 @@ async def asking(shell: Shell, task: str, sponsor: str) -> AsyncIterator[str]:  
     """The id of a request of bot that waits for its sponsor."""
     asked = asyncio.create_task(shell_in_process(shell, "bot", "request", "--task", task, *ASK))
     try:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(WITHIN_S):
             while not (waiting := await shell.json(sponsor, "approvals", "list")):
                 pass
         yield waiting[0]["request_id"]
@@ -137,11 +137,14 @@ async def test_key_of_agent_given_by_stolen_key_of_sponsor_ends_with_it(
         "sam", "agent", "rotate-key", "bot", "--new-key", str(folder / "thief.json"), "--overlap", "7d"
     )
     read = ("request", "--task", task, "--allow", "platform:read:env/staging/web", "--reason", "look")
-    assert (await shell.json("thief", *read))["lease_id"]
+    lease = (await shell.json("thief", *read))["lease_id"]
     ended = await end(shell, "sam", sam, since)
     (other,) = ended["others"]
     assert (other["kind"], other["id"], other["ended"]) == ("agent", "bot", True)
     assert ended["rights"] == []
     assert (await shell.json("otto", "agent", "show", "bot"))["state"]["compromised"] == [other["kid"]]
+    async with asyncio.timeout(WITHIN_S):
+        while (await shell.json("otto", "lease", "show", lease))["status"] != "revoked":
+            pass
     assert await shell("thief", *read, "--timeout", "5s", status=1)
     assert (await shell.json("bot", *read))["lease_id"]

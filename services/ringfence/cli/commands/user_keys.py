@@ -328,8 +328,7 @@ def end_key(
         typer.Option(
             "--since",
             metavar="TIME",
-            help="With --compromised: since when it may have been in other hands, for example 2030-01-31T18:00:00Z. "
-            "What it gave before stays. Needed where it gave something.",
+            help="With --compromised: since when it may have been in other hands. What it gave before stays.",
         ),
     ] = None,
     yes: YesOption = False,
