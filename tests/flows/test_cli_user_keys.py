@@ -68,10 +68,20 @@ async def test_a_compromised_key_takes_those_that_it_vouched_for_along(shell: Sh
     await shell("otto", "user", "add-key", "sam", "--new-key", str(folder / "lent.json"))
     otto = (await shell.json("olga", "user", "keys", "otto"))["keys"][0]["kid"]
     ended = await shell.json(
-        "olga", "user", "end-key", "otto", otto, "--reason", "stolen", "--compromised", "--yes"
+        "olga",
+        "user",
+        "end-key",
+        "otto",
+        otto,
+        "--reason",
+        "stolen",
+        "--compromised",
+        "--yes",
+        "--since",
+        "2026-01-01T00:00:00Z",
     )
     (other,) = ended["others"]
-    assert (other["user"], other["ended"]) == ("sam", True)
+    assert (other["id"], other["ended"]) == ("sam", True)
     keys = {one["kid"]: one for one in (await shell.json("sam", "user", "keys"))["keys"]}
     assert keys[other["kid"]]["compromised"] is True
     refused = await shell(

@@ -32,7 +32,7 @@ from tests.conftest import Kafka
 from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench
 from tests.support.http_client import plain_client
 from tests.support.openapi import Document, path_of
-from tests.support.passkeys import SESSION_ORIGIN, SIGN_ORIGIN, SoftwarePasskey, add_passkey
+from tests.support.passkeys import SESSION_ORIGIN, SIGN_ORIGIN, SoftwarePasskey, add_passkey, first_touch
 from tests.support.world import WITHIN_S, Party, World
 
 SERVICES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "audit")
@@ -165,11 +165,17 @@ async def _sign_in(visitor: Visitor, bench: PolicyBench) -> None:
     assert isinstance(passkey, SoftwarePasskey)
     too_large = b" " * (MAX_FORM_BYTES + 1)
     await call("GET /sign-in", 200)
-    found = await _once_known(visitor, passkey.record(0).credential_id)
+    touched = first_touch(passkey)
+    found = await _once_known(visitor, touched)
     assert found.json()["user_id"] == visitor.who.name
-    await call("POST /sign-in/find", 404, json={"credential_id": "a" * 24})
+    other_key = first_touch(SoftwarePasskey.make(visitor.who.id)) | {
+        "credential_id": touched["credential_id"]
+    }
+    for unknown in (touched | {"credential_id": "a" * 24}, touched | {"nonce": "m" * 43}, other_key):
+        await call("POST /sign-in/find", 404, json=unknown)
     for operation, wrong in (
-        ("POST /sign-in/find", {"credential_id": "x"}),
+        ("POST /sign-in/find", {"credential_id": touched["credential_id"]}),
+        ("POST /sign-in/find", touched | {"nonce": "n" * 42}),
         ("POST /sign-in/begin", {"user_id": "../x"}),
     ):
         await call(operation, 400, json=wrong)
@@ -191,14 +197,12 @@ def unknown_passkey(visitor: Visitor) -> Visitor:
     return replace(visitor, who=replace(visitor.who, key=key))
 
 
-async def _once_known(visitor: Visitor, credential_id: str | None) -> httpx.Response:
+async def _once_known(visitor: Visitor, touched: dict[str, str]) -> httpx.Response:
     """Whose passkey it is, once the registry has heard of it."""
     async with asyncio.timeout(WITHIN_S):
         while True:
             headers = {"Host": HOST, "Origin": SESSION_ORIGIN}
-            answer = await visitor.http.post(
-                "/sign-in/find", json={"credential_id": credential_id}, headers=headers
-            )
+            answer = await visitor.http.post("/sign-in/find", json=touched, headers=headers)
             if answer.status_code == 200:
                 return answer
             await asyncio.sleep(0.05)
@@ -290,9 +294,8 @@ async def _live(visitor: Visitor, bench: PolicyBench, cookie: str) -> None:
         assert await anext(stream.aiter_lines()) == ": begins"
     world, petra = visitor.world, await add_passkey(visitor.world, bench.petra)
     other = replace(visitor, who=petra)
-    await _once_known(
-        other, petra.key.record(0).credential_id if isinstance(petra.key, SoftwarePasskey) else None
-    )
+    assert isinstance(petra.key, SoftwarePasskey)
+    await _once_known(other, first_touch(petra.key))
     theirs = await other.sign_in()
     await world.accepted(
         world.claims(UserDisable, world.operator, user_id=petra.name, reason="left"), world.operator
@@ -314,7 +317,8 @@ async def _unanswered(visitor: Visitor, cookie: str, ids: dict[str, str], questi
     form = {"id": "deploy-bot", "reason": "to try"}
     await visitor.call("POST /offer", 503, cookie=cookie, data=form)
     await visitor.call("POST /sign/{kind}", 503, values={"kind": "suspend"}, cookie=cookie, data=form)
-    await visitor.call("POST /sign-in/find", 503, json={"credential_id": "a" * 24})
+    touched = first_touch(SoftwarePasskey.make(visitor.who.id))
+    await visitor.call("POST /sign-in/find", 503, json=touched)
     with pytest.raises(AssertionError, match="503"):
         await visitor.sign_in()
     await visitor.call("GET /questions/{path}", 503, values=question, origin=SIGN_ORIGIN)

@@ -19,13 +19,17 @@ OFTEN: dict[ServiceRole, Any] = {"registry": RegistrySettings(key_check_s=0.05)}
 
 
 async def told(world: World) -> list[ServiceEvent]:
-    """All that was said of keys up to now."""
+    """All that was said of the ends of keys up to now."""
     events = [world.event(record) for record in await world.records(SERVICE_EVENT)]
-    return [event for event in events if event.kind == "finding" and event.subject == "key"]
+    return list(filter(is_of_an_end, events))
+
+
+def is_of_an_end(event: ServiceEvent) -> bool:
+    return event.subject == "key" and event.reasons[0].code == "key_ending"
 
 
 async def told_of(world: World, who: Party) -> ServiceEvent:
-    return await world.event_where(lambda e: e.subject == "key" and e.ref == who.key.kid)
+    return await world.event_where(lambda e: is_of_an_end(e) and e.ref == who.key.kid)
 
 
 async def looked(world: World, sam: Party) -> set[str]:

@@ -8,7 +8,7 @@ import uuid
 from typing import Any
 
 from ringfence.kernel.crypto.jws import sign
-from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, Topic, typ_header
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
@@ -58,3 +58,14 @@ class Services:
             ),
         )  # fmt: skip
         self.trust.load(sign(bundle, self.root, header_jwk=True), now_s)
+
+
+def second_form(compact: str) -> str:
+    """The same message with the other form of its ECDSA signature, (r, n-s), which anybody can make."""
+    text, _, signature = compact.rpartition(".")
+    raw = b64decode(signature)
+    s = _P256_ORDER - int.from_bytes(raw[32:])
+    return f"{text}.{b64encode(raw[:32] + s.to_bytes(32))}"
+
+
+_P256_ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551

@@ -112,6 +112,14 @@ class SoftwarePasskey(SigningKey):
         return key.sign(signed, ec.ECDSA(hashes.SHA256()))
 
 
+def first_touch(passkey: SoftwarePasskey, nonce: str = "n" * 43) -> dict[str, str]:
+    """What a browser sends that does not know yet whose passkey was touched at sign-in."""
+    credential_id = passkey.record(0).credential_id
+    assert credential_id is not None
+    assertion = passkey.but(origin=SESSION_ORIGIN).sign(nonce.encode())
+    return {"credential_id": credential_id, "nonce": nonce, "assertion": b64encode(assertion)}
+
+
 def third_part(authenticator_data: bytes, client_data: bytes, signature: bytes) -> bytes:
     """The JSON of an assertion, written here a second time, so that a change of the format is noticed."""
     ad, cd, sig = (

@@ -69,6 +69,7 @@ def rotation(ledger: InMemoryRegistry, by: str = "sam", **fields: Any) -> AgentR
 def rotate(ledger: InMemoryRegistry, by: str = "sam", **fields: Any) -> KeyRecord:
     claims = rotation(ledger, by, **fields)
     ledger.give(claims)
+    assert claims.key is not None
     return claims.key
 
 
@@ -370,3 +371,17 @@ def test_what_a_compromised_key_asked_for_is_denied_however_early_it_was(ledger:
     assert against(old) == against(new) == []
     rotate(ledger, key=ledger.key_record(new), compromised=True)
     assert (against(old), against(new)) == (["key_compromised"], [])
+
+
+def test_compromised_keys_end_without_another_in_their_place(ledger: InMemoryRegistry):
+    old = ledger.key("bot", "agent")
+    later = rotate(ledger, overlap_s=3600)
+    end = rotation(ledger, key=None, replaces=(old.kid,), compromised=True, reason="it was in a log")
+    ledger.give(end)
+    entry = ledger.directory.agent("bot")
+    assert entry is not None
+    assert entry.state.compromised == (old.kid,)
+    assert not counts(ledger, old, ledger.clock.ms)
+    assert counts(ledger, later, ledger.clock.ms)
+    with pytest.raises(ValidationError, match="give a key"):
+        rotation(ledger, key=None)

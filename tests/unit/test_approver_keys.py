@@ -13,9 +13,9 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialRequest, RequiredClass
 from ringfence.messages.registry import FloorKey, TaskState, VerbFloor
-from ringfence.model.lifecycle import WAIT_S
+from ringfence.model.lifecycle import WAIT_S, Giver, KeyOrigin
 from ringfence.model.requests.approvals import key_problems, unmet
-from ringfence.model.requests.approver_keys import KeyProblem, floor_problem, is_compromised, lent_by
+from ringfence.model.requests.approver_keys import KeyProblem, floor_problem, lent_by
 from ringfence.model.requests.facts import RequestContext, load_context
 from tests.support import user_keys
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
@@ -162,9 +162,16 @@ def test_somebody_whose_record_does_not_hold_approves_and_vouches_for_nothing(of
             found = office.problem(by_suzy)
             assert (found.reason.code, found.since_ms) == ("record_untrusted", 0)
     # What olga's record says is a lie, so nobody knows whether her key was ended as compromised.
-    assert is_compromised(office.ledger.directory, "olga", office.ledger.key("olga").kid)
-    assert is_compromised(office.ledger.directory, "nobody", "any")
-    assert not is_compromised(office.ledger.directory, "otto", office.ledger.key("otto").kid)
+    directory = office.ledger.directory
+    for giver, expected in (
+        (Giver("olga", office.ledger.key("olga").kid, 0), True),
+        (Giver("nobody", "any", 0), True),
+        (Giver("otto", office.ledger.key("otto").kid, 0), False),
+    ):
+        resting = KeyOrigin(
+            "kid", 0, giver.user_id, giver.kid, first=True, counts_from_ms=0, givers=frozenset({giver})
+        )
+        assert (directory.compromised_giver(resting) is not None) is expected
 
 
 def test_who_gave_somebody_a_key_does_not_approve_beside_them(office: Office):
@@ -245,10 +252,15 @@ def test_keys_of_a_compromised_voucher_count_no_more_and_neither_do_theirs(offic
     office.ledger.give(add_key(office.ledger, "sam", "sam", child), key)
     office.ledger.clock.ms += WAIT_MS
     assert office.codes(office.approval("sam", key), office.approval("sam", child)) == [None, None]
-    kid = office.ledger.key("olga").kid
-    office.ledger.give(end_key(office.ledger, "otto", "olga", kid, compromised=True))
+    kid, given_ms = (
+        office.ledger.key("olga").kid,
+        office.ledger.directory.key_history("sam").origins[key.kid].added_ms,
+    )
     codes = ["key_voucher_compromised", "key_voucher_compromised"]
-    assert office.codes(office.approval("sam", key), office.approval("sam", child)) == codes
+    for since_ms, expected in ((given_ms + 1, [None, None]), (given_ms, codes)):
+        end = end_key(office.ledger, "otto", "olga", kid, compromised=True, since_ms=since_ms)
+        office.ledger.give(end)
+        assert office.codes(office.approval("sam", key), office.approval("sam", child)) == expected
     assert office.codes(office.approval("sam")) == [None]  # a first key stays
 
 

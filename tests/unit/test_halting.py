@@ -35,7 +35,7 @@ from ringfence.messages.topics import (
     TRUST,
     USER,
 )
-from tests.support.malformed_records import DAY_S, Services, malformed, signed_messages, typs
+from tests.support.malformed_records import DAY_S, Services, malformed, second_form, signed_messages, typs
 
 MANY = MAX_INVALID_SIGNED + 5
 SIGNED = [topic for topic in ALL if signed_messages(topic)]
@@ -148,6 +148,14 @@ async def test_copies_of_an_old_bad_deploy_halt_nobody(services: Services) -> No
     assert not await reader.take_all(REVOCATION_REQUEST, old)
     one = some(services.keys["revoker"], typ, 1)
     assert not await reader.take_all(REVOCATION_REQUEST, one * MANY)
+
+
+async def test_other_forms_of_signatures_are_the_same_records_and_halt_nobody(services: Services) -> None:
+    reader, typ = Reader(services), typ_header(RevocationRequest)
+    few = some(services.keys["revoker"], typ, MAX_INVALID_SIGNED)
+    assert not await reader.take_all(REVOCATION_REQUEST, few)
+    assert not await reader.take_all(REVOCATION_REQUEST, [second_form(one) for one in few])
+    assert await reader.take_all(REVOCATION_REQUEST, some(services.keys["revoker"], typ, 1, burst=1))
 
 
 async def test_one_topics_limit_is_not_used_up_by_who_writes_to_another(services: Services) -> None:

@@ -148,7 +148,7 @@ class Model:
                 return replace(bot, status="active", by_operator=False)
             case AgentDecommission():
                 return replace(bot, status="decommissioned")
-            case AgentRotateKey() if self._is_free(claims.key, at_ms // 1000):
+            case AgentRotateKey() if claims.key is None or self._is_free(claims.key, at_ms // 1000):
                 return _rotated(bot, claims, at_ms // 1000)
         return None
 
@@ -210,7 +210,7 @@ def _rotated(bot: Bot, claims: AgentRotateKey, at_s: int) -> Bot | None:
     lost = old if claims.compromised else set()
     return replace(
         bot,
-        keys={**ends, claims.key.kid: claims.key.not_after},
+        keys={**ends, **({claims.key.kid: claims.key.not_after} if claims.key else {})},
         replaced=bot.replaced | old,
         compromised=bot.compromised | lost,
     )
@@ -315,9 +315,10 @@ class Lives(RuleBasedStateMachine):
         self._rotate(how, key, overlap_s, 10**8, replaces=(KEYS[old].kid,))
 
     def _rotate(self, how: How, key: int | None, overlap_s: int | None, life_s: int, **fields: Any) -> None:
-        """Without an overlap the old keys are compromised."""
-        record = self._key(key).record(self.ledger.clock.ms // 1000 + life_s)
+        """Without an overlap the old keys are compromised, and with a short life there is no new one then."""
         lost = True if overlap_s is None else None
+        without = lost and life_s < 10**8
+        record = None if without else self._key(key).record(self.ledger.clock.ms // 1000 + life_s)
         self._order(how, AgentRotateKey, key=record, overlap_s=overlap_s or 0, compromised=lost, **fields)
 
     def _key(self, number: int | None) -> SigningKey:

@@ -13,7 +13,7 @@ from ringfence.messages.base import SERVICE_ROLES, Claims, Millis, ServiceRole
 from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT
 from ringfence.model.leases.revoker_halts import RevokerHalts
-from tests.support.malformed_records import Services
+from tests.support.malformed_records import Services, second_form
 
 GRACE_MS = 5000
 GROUP = "ringfence.revoker"
@@ -113,6 +113,14 @@ def test_a_heartbeat_that_is_sent_again_keeps_no_halt_alive(listener: Listener) 
     assert listener.code() is None
     listener.beat(GROUP, at_ms=listener.now_ms - 3_600_000)
     assert listener.code() is None, "one of long ago that was not seen then"
+
+
+def test_heartbeat_with_other_form_of_its_signature_keeps_no_halt_alive(listener: Listener) -> None:
+    record = listener.beat(GROUP)
+    listener.ms += GRACE_MS
+    listener.arrives(second_form(record.value.decode()).encode())
+    listener.ms += 1
+    assert listener.code() is None
 
 
 def test_a_heartbeat_of_before_names_nothing(services: Services, listener: Listener) -> None:

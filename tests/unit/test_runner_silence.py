@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import pytest
 
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.operations import Heartbeat
+from ringfence.messages.run import Run
 from ringfence.messages.topics import HEARTBEAT
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.revoker.revocations.runner_silence import RunnerSilence
+from ringfence.revoker.revocations.runner_silence import RunnerSilence, SilentRunEnder
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.runs import OneRun, Runners
 
@@ -158,3 +162,43 @@ def test_what_no_runner_or_revoker_signed_counts_for_nothing(bench: _Bench) -> N
     bench.own()
     bench.beat(SigningKey.generate(bench.run.by.id), bench.run.id)
     assert bench.silent() == [bench.run.id]
+
+
+class _Redis:
+    """What looks for leases of a run, and fails the first time."""
+
+    def __init__(self) -> None:
+        self.looked: list[str] = []
+
+    async def revoke(self, run: Run, reason: str) -> None:
+        self.looked.append(run.run_id)
+        if len(self.looked) == 1:
+            raise UnavailableError("not now")
+
+
+class _Runtime:
+    async def tables_caught_up(self, patience_s: float) -> bool:
+        return True
+
+
+async def test_silent_run_is_looked_for_until_once_succeeded_late_and_no_more(bench: _Bench) -> None:
+    redis = _Redis()
+    ender = SilentRunEnder(cast(Any, _Runtime()), bench.silence, cast(Any, redis), lambda: True, patience_s=1)
+    bench.pass_s(GRACE_MS / 1000 + 60)
+    bench.own()
+    with pytest.raises(UnavailableError):
+        await ender.look()
+    for _ in range(5):
+        await ender.look()
+    assert redis.looked == [bench.run.id] * 2
+    assert bench.silence.is_silent(bench.run.id)
+    # It is named again, and falls silent once more.
+    bench.named()
+    assert bench.silent() == []
+    assert not bench.silence.is_silent(bench.run.id)
+    await ender.look()
+    bench.pass_s(GRACE_MS / 1000 + 1)
+    bench.own()
+    for _ in range(3):
+        await ender.look()
+    assert redis.looked == [bench.run.id] * 5, "what was being issued meanwhile is looked for as well"

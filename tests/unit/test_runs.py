@@ -346,6 +346,33 @@ def test_what_a_key_signed_after_its_end_counts_for_nothing(place: Place) -> Non
     assert known.status == "started", "it was said while the key counted"
 
 
+def test_run_whose_deadline_is_later_than_a_day_is_refused(place: Place) -> None:
+    appended_s = place.ledger.clock.ms // 1000
+    for later_s, there in ((86_400 + 61, False), (2**53 - 1 - appended_s, False), (86_400, True)):
+        place.runners.tell(place.run.said("claimed", deadline=appended_s + later_s))
+        assert (place.ledger.directory.runs.get(place.run.id) is not None) == there
+
+
+def test_runs_of_one_runner_beyond_limit_are_refused_until_others_end(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ringfence.model.records.runs.MAX_RUNS", 2)
+    table = place.ledger.directory.runs
+    runs = [OneRun(place.runners, "bot", place.task, nonce=f"many-{n}") for n in range(4)]
+    for run in runs[:3]:
+        run.go("claimed", "started")
+    assert [table.get(run.id) is not None for run in runs[:3]] == [True, True, False]
+    other = OneRun(place.runners, "bot", place.task, nonce="other", runner="runner-2")
+    other.go("claimed")
+    assert table.get(other.id) is not None, "of another runner"
+    runs[0].go("ended")
+    runs[2].go("claimed")
+    assert table.get(runs[2].id) is not None
+    place.ledger.clock.ms += (LIFE_S + 1) * 1000  # past the deadlines of both
+    OneRun(place.runners, "bot", place.task, nonce="later").go("claimed")
+    assert table.get(run_id_of(place.run.by.id, nonce="later")) is not None
+
+
 def test_runs_of_long_ago_are_forgotten(place: Place) -> None:
     table, run = RunTable(place.ledger.trust), place.run
     table.on_records([place.runners.record(run.said("ended"))])

@@ -7,13 +7,21 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
-from ringfence.messages.registry import EmbeddedCommand, UserAddKey, UserDisable, UserInvite, UserState
+from ringfence.messages.registry import (
+    AgentRotateKey,
+    EmbeddedCommand,
+    UserAddKey,
+    UserDisable,
+    UserInvite,
+    UserState,
+)
 from ringfence.messages.trust import RootHandover
 from ringfence.model.lifecycle import (
     NO_HISTORY,
@@ -29,7 +37,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.records.key_proofs import verified_key_proof
 from tests.support import user_keys
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
-from tests.support.user_keys import add_key, end_key, new_key, new_passkey
+from tests.support.user_keys import add_key, end_key, new_key, new_passkey, record_of
 
 WAIT_MS = WAIT_S * 1000
 
@@ -59,6 +67,11 @@ def state(ledger: InMemoryRegistry, user: str) -> UserState:
 
 def origin(ledger: InMemoryRegistry, user: str, key: SigningKey) -> KeyOrigin:
     return ledger.directory.key_history(user).origins[key.kid]
+
+
+def givers(one: KeyOrigin) -> set[tuple[str, str]]:
+    """The keys on which a key rests: (user id, `kid`) of each."""
+    return {(giver.user_id, giver.kid) for giver in one.givers}
 
 
 def counting(ledger: InMemoryRegistry, user: str) -> set[str]:
@@ -97,6 +110,18 @@ def test_no_passkey_adds_a_key(ledger: InMemoryRegistry):
     with pytest.raises(InvalidMessageError) as caught:
         ledger.give(add_key(ledger, "sam", "sam", new_key("sam")), passkey)
     assert caught.value.code == "passkey_not_allowed"
+
+
+def test_credential_id_of_another_live_passkey_is_refused(ledger: InMemoryRegistry):
+    """The adder says the id, and the proof of possession does not cover it. People are found by it at sign-in."""
+    passkey, thief = new_passkey("sam"), new_passkey("suzy")
+    ledger.give(add_key(ledger, "sam", "sam", passkey))
+    claimed = record_of(thief).model_copy(update={"credential_id": record_of(passkey).credential_id})
+    assert refused(ledger, add_key(ledger, "suzy", "suzy", thief, key=claimed)) == "credential_taken"
+    ledger.give(end_key(ledger, "sam", "sam", passkey.kid))
+    ledger.give(add_key(ledger, "suzy", "suzy", thief, key=claimed))
+    back = ledger.user_set("olga", "sam", ["sponsor"], keys=(record_of(passkey),))
+    assert refused(ledger, back) == "credential_taken"
 
 
 def test_nobody_adds_a_key_to_somebody_else(ledger: InMemoryRegistry):
@@ -387,6 +412,74 @@ def test_a_compromised_key_ends_those_that_it_added(ledger: InMemoryRegistry):
     assert reread(ledger).user("sam")
 
 
+def test_first_keys_and_keys_of_agents_rest_on_the_key_that_gave_them(ledger: InMemoryRegistry):
+    """olga makes the operator o2, o2 makes the sponsor s2, and s2 gives an agent its key and another one."""
+    olga, o2, s2 = ledger.key("olga").kid, ledger.key("o2").kid, ledger.key("s2").kid
+    ledger.give(ledger.user_set("olga", "o2", ["operator"]))
+    ledger.give(ledger.user_set("o2", "s2", ["sponsor"]))
+    ledger.give(ledger.register("s2", "bot", "s2"))
+    later = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    rotation = ledger.claims(
+        AgentRotateKey, "s2", agent_id="bot", key=ledger.key_record(later), overlap_s=3600
+    )
+    ledger.give(rotation)
+    assert givers(origin(ledger, "olga", ledger.key("olga"))) == set()  # the root gave it
+    assert givers(origin(ledger, "o2", ledger.key("o2"))) == {("olga", olga)}
+    assert origin(ledger, "o2", ledger.key("o2")).vouchers == frozenset()
+    for reader in (ledger.directory, reread(ledger)):
+        keys = reader.agent_key_history("bot").origins
+        assert keys.keys() == {ledger.key("bot", "agent").kid, later.kid}
+        for one in keys.values():
+            assert givers(one) == {("olga", olga), ("o2", o2), ("s2", s2)}
+
+
+def test_key_of_agent_given_by_compromised_key_signs_nothing_before_anybody_ends_it(ledger: InMemoryRegistry):
+    ledger.give(ledger.register("sam", "bot", "sam"))
+    since_ms = ledger.clock.ms
+    thief = SigningKey.generate(f"spiffe://{TD}/agent/bot")
+    ledger.give(
+        ledger.claims(AgentRotateKey, "sam", agent_id="bot", key=ledger.key_record(thief), overlap_s=3600)
+    )
+
+    def signs(key: SigningKey) -> bool:
+        return ledger.directory.agent_key(key.id, key.kid, ledger.clock.ms // 1000) is not None
+
+    assert signs(thief)
+    end = end_key(ledger, "otto", "sam", ledger.key("sam").kid, compromised=True, since_ms=since_ms)
+    ledger.give(end)
+    assert not signs(thief)
+    assert signs(ledger.key("bot", "agent"))  # given before
+
+
+def test_key_that_rests_on_compromised_key_gives_nothing_before_anybody_ends_it(ledger: InMemoryRegistry):
+    ledger.give(ledger.user_set("olga", "o1", ["operator"]))
+    since_ms = ledger.clock.ms
+    ledger.give(ledger.user_set("olga", "o2", ["operator"]))
+    end = end_key(ledger, "otto", "olga", ledger.key("olga").kid, compromised=True, since_ms=since_ms)
+    ledger.give(end)
+    assert refused(ledger, ledger.user_set("o2", "o3", ["operator"])) == "key_voucher_compromised"
+    ledger.give(ledger.user_set("o1", "o3", ["operator"]))
+    ledger.give(ledger.claims(UserDisable, "o2", user_id="uma", reason="narrowing"))
+
+
+def test_since_of_compromised_key_moves_only_to_earlier(ledger: InMemoryRegistry):
+    kid = ledger.key("sam").kid
+    for since_ms, expected in ((2000, 2000), (3000, 2000), (1000, 1000), (None, 0)):
+        ledger.give(end_key(ledger, "olga", "sam", kid, compromised=True, since_ms=since_ms))
+        assert state(ledger, "sam").compromised == {kid: expected}
+    assert reread(ledger).user("sam")
+    with pytest.raises(ValidationError, match="since_ms"):
+        end_key(ledger, "olga", "sam", kid, since_ms=1000)
+
+
+def test_key_that_root_gave_back_rests_on_no_compromised_key(ledger: InMemoryRegistry):
+    ledger.give(ledger.user_set("olga", "o2", ["operator"]))
+    ledger.give(end_key(ledger, "olga", "o2", ledger.key("o2").kid))
+    ledger.clock.ms += 1000
+    ledger.give(ledger.user_set("root", "o2", ["operator"]), ledger.root)
+    assert givers(origin(ledger, "o2", ledger.key("o2"))) == set()
+
+
 def test_without_it_being_compromised_only_the_key_ends(ledger: InMemoryRegistry):
     first, second = new_key("sam"), new_key("sam")
     ledger.give(add_key(ledger, "sam", "sam", first))
@@ -444,7 +537,7 @@ def test_a_key_that_is_added_again_rests_on_who_gave_it_before_too(ledger: InMem
     again = origin(ledger, "sam", lent)
     assert again.by == "otto"
     assert again.vouchers == {"olga", "otto"}
-    assert again.voucher_keys == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
+    assert givers(again) == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
     assert again.counts_from_ms == again.added_ms + WAIT_MS
     history = ledger.directory.key_history("sam")
     assert (again.again, history.added_again_ms(lent.kid)) == (True, again.added_ms)
@@ -551,7 +644,7 @@ def test_a_second_operator_lets_it_count_at_once(ledger: InMemoryRegistry):
     added = origin(ledger, "sam", key)
     assert (added.counts_from_ms, added.endorsed_by) == (added.added_ms, "otto")
     assert added.vouchers == {"olga", "otto"}
-    assert added.voucher_keys == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
+    assert givers(added) == {("olga", ledger.key("olga").kid), ("otto", ledger.key("otto").kid)}
     assert origin(ledger, "sam", ledger.key("sam")).endorsed_by is None
 
 
@@ -666,7 +759,7 @@ def test_whose_word_a_key_rests_on_is_followed(ledger: InMemoryRegistry):
     ledger.give(add_key(ledger, "olga", "otto", lent))
     ledger.give(add_key(ledger, "otto", "sam", key), lent)
     assert origin(ledger, "sam", key).vouchers == {"olga", "otto"}
-    assert origin(ledger, "sam", key).voucher_keys == {("otto", lent.kid), ("olga", ledger.key("olga").kid)}
+    assert givers(origin(ledger, "sam", key)) == {("otto", lent.kid), ("olga", ledger.key("olga").kid)}
 
 
 def test_the_root_is_somebody_else_too(ledger: InMemoryRegistry):
@@ -674,7 +767,7 @@ def test_the_root_is_somebody_else_too(ledger: InMemoryRegistry):
     ledger.give(ledger.user_set("root", "olga", ["operator"], keys=(user_keys.record_of(key),)), ledger.root)
     added = origin(ledger, "olga", key)
     assert (added.by, added.counts_from_ms, added.vouchers) == (None, added.added_ms + WAIT_MS, frozenset())
-    assert added.voucher_keys == frozenset()
+    assert givers(added) == set()
 
 
 # --- what readers make of it ------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
@@ -54,6 +55,8 @@ _MAX_BACK: Final = 1000
 _LOOK: Final = 'data-look=""'
 """Where a page says what it looks like, so that its stream begins from there."""
 _NAME: Final = TypeAdapter(Name)
+_TOUCH: Final = re.compile(r"[A-Za-z0-9_-]{16,6000}")
+"""Credential id, nonce and assertion of a first touch: base64url each."""
 _STATUS: Final = {403: "You may not see this", 404: "There is nothing here that you may see"}
 
 
@@ -156,15 +159,15 @@ class Site:
         )
 
     async def _find(self, request: Request) -> Response:
-        """Whose passkey it is that the browser just used: `{credential_id}` in, `{user_id, kid}` out."""
+        """Whose passkey the browser just used: `{credential_id, nonce, assertion}` in, `{user_id, kid}` out."""
         said = await _json_body(request)
-        credential_id = said.get("credential_id")
-        if not isinstance(credential_id, str) or not 16 <= len(credential_id) <= 1400:
-            return _problem(400, "that is no credential id")
+        touch = [said.get(name) for name in ("credential_id", "nonce", "assertion")]
+        if not all(isinstance(one, str) and _TOUCH.fullmatch(one) for one in touch):
+            return _problem(400, "that is no assertion of a passkey")
         try:
-            return JSONResponse(await self._console.reads(None).passkey(credential_id))
+            return JSONResponse(await self._console.reads(None).passkey(*map(str, touch)))
         except ApiError as error:
-            return _problem(404 if error.status == 404 else 503, error.message)
+            return _problem(error.status if error.status in (400, 404) else 503, error.message)
 
     async def _begin(self, request: Request) -> Response:
         """The statement to sign, and the cookie that it is for: `{user_id}` in, `{typ, claims}` out."""

@@ -43,9 +43,9 @@ class SessionReads(ReadApi):
         """The trust bundle, as the root signed it. Raises ApiError."""
         return str((await self.get("registry", "trust"))["trust"])
 
-    async def passkey(self, credential_id: str) -> Any:
-        """Whose passkey this is: `{user_id, kid}`. Raises ApiError (404) if it is nobody's."""
-        return await self.get("registry", "passkeys", credential_id)
+    async def passkey(self, credential_id: str, nonce: str, assertion: str) -> Any:
+        """Whose passkey signed `nonce`: `{user_id, kid}`. Raises ApiError (404) if it is nobody's."""
+        return await self.get("registry", "passkeys", credential_id, nonce=nonce, assertion=assertion)
 
     async def signed_record(self, kind: str, id: str) -> Any:
         """A record with its `record`, as the registry signed it. Raises ApiError."""

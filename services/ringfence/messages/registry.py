@@ -238,6 +238,15 @@ class UserEndKey(ExpiringClaims):
     reason: NonEmpty
     compromised: Literal[True] | None = None
     """Whether the key is compromised: then the keys that it added end as well."""
+    since_ms: Millis | None = None
+    """Of a compromised key: the append time since which it may have been in other hands; None: always. What it gave to
+    others before stays."""
+
+    @model_validator(mode="after")
+    def _only_of_a_compromised_key(self) -> UserEndKey:
+        if self.since_ms is not None and not self.compromised:
+            raise ValueError("since_ms is of a compromised key")
+        return self
 
 
 MAX_SESSION_S = 8 * 3600
@@ -274,8 +283,9 @@ class UserState(Message):
     keys: tuple[KeyRecord, ...]
     entitlements: Entitlements
     status: Literal["active", "disabled"]
-    compromised: tuple[NonEmpty, ...] | None = None
-    """The thumbprints of keys that were ended as compromised: none of them is ever given again."""
+    compromised: dict[NonEmpty, Millis] | None = None
+    """The thumbprints of keys that were ended as compromised, each with the append time since which it may have been in
+    other hands. None of them is ever given again."""
     provisioned: Provisioned | None = None
     """Of a user who comes from a directory."""
     delegation: Delegation | None = None
@@ -358,12 +368,13 @@ class AgentTransfer(ExpiringClaims):
 
 
 class AgentRotateKey(ExpiringClaims):
-    """Replace keys of the agent by a key that nobody had before. Signed by its sponsor or an operator."""
+    """Replace keys of the agent by a key that nobody had before, or by none. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.rotate-key"
 
     agent_id: Name
-    key: KeyRecord
+    key: KeyRecord | None = None
+    """None, for compromised keys alone: they end, and nothing takes their place."""
     replaces: Annotated[tuple[NonEmpty, ...], Field(min_length=1, max_length=256)] | None = None
     """The thumbprints of the keys that it takes the place of; None: of all that there are."""
     overlap_s: Annotated[int, Field(ge=0, le=MAX_OVERLAP_S)] = 0
@@ -376,6 +387,8 @@ class AgentRotateKey(ExpiringClaims):
     def _no_overlap_with_a_thief(self) -> AgentRotateKey:
         if self.compromised and self.overlap_s:
             raise ValueError("a compromised key ends at once: overlap_s is 0 then")
+        if self.key is None and not self.compromised:
+            raise ValueError("only compromised keys end without another in their place: give a key")
         return self
 
 

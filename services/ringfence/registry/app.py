@@ -74,6 +74,7 @@ def build(
         directory,
         Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime)),
         runtime.clock,
+        passkeys=memory.passkeys,
         task_max_s=runtime.settings.task_max_s,
     ).routes()
     return runtime

@@ -223,14 +223,14 @@ class Registry:
         )
 
     async def _report_added_keys(self, authorised: Authorised, record: Received) -> None:
-        """Publish a finding for each key that a command added to a user who had one before, so that the user learns of
+        """Publish a finding for each key that a command added to a user, also the first one, so that the user learns of
         it. Whoever holds such a key may soon approve in their name.
         """
         kind, id = command_subject(authorised.claims, authorised.command_id)
         if kind != "user" or not isinstance(authorised.claims, UserAddKey | UserSet):
             return
         for origin in self._directory.key_history(id).origins.values():
-            if origin.first or origin.added_ms != authorised.appended_at_ms:
+            if origin.added_ms != authorised.appended_at_ms:
                 continue
             owner = f"spiffe://{self._runtime.settings.trust_domain}/user/{id}"
             await self._runtime.event(

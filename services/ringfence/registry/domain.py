@@ -5,7 +5,7 @@ Those checks need other subjects and the order of all commands. The module is pu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from ringfence.kernel.base.times import LAST_MOMENT_S, utc_text
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRegister,
@@ -45,7 +46,9 @@ from ringfence.model.lifecycle import (
     NO_HISTORY,
     CommandRefusedError,
     Context,
+    Giver,
     KeyHistory,
+    KeyOrigin,
     agents_of,
     apply,
     command_subject,
@@ -108,8 +111,16 @@ class Surroundings(Protocol):
         """Return (kind, id) of all subjects that have or had a key, services and the root among them."""
         ...
 
+    def passkeys(self, credential_id: str, at_s: float) -> Sequence[tuple[UserState, KeyRecord]]:
+        """Return the passkeys with a credential id that have not ended, with their users."""
+        ...
+
     def key_history(self, user_id: str) -> KeyHistory:
         """Return the origins of a user's keys."""
+        ...
+
+    def compromised_giver(self, origin: KeyOrigin) -> Giver | None:
+        """Return the compromised key on whose word a key rests, or None."""
         ...
 
     @property
@@ -190,8 +201,9 @@ def decide(
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
     )
     state = apply(current.state if current else None, command, context)
+    _check_signer_key(authorised, around)
     _check_fields(command, (kind, id), authorised, around)
-    _check_keys(command, (kind, id), around)
+    _check_keys(command, (kind, id), around, context.at_s)
     if isinstance(command, TargetSet):
         _check_target(command)
     if isinstance(command, AgentTransfer) and current is not None:
@@ -213,6 +225,8 @@ def decide(
 
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
+    if isinstance(command, AgentRotateKey) and command.key is None:
+        return True
     return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign, TaskDelegate))
 
 
@@ -243,6 +257,20 @@ def _check_time(command: Authorised, around: Surroundings) -> None:
         raise CommandRefusedError(
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
             code="too_early",
+        )
+
+
+def _check_signer_key(command: Authorised, around: Surroundings) -> None:
+    """Refuse a granting command by a key that rests on a compromised key, while somebody is still ending it.
+
+    Only for new commands: a reader judges by the end of the key itself.
+    """
+    origin = command.signer_key.origin
+    giver = around.compromised_giver(origin) if origin is not None else None
+    if giver is not None and not only_reduces(command.claims):
+        raise CommandRefusedError(
+            f"the key rests on key {giver.kid} of {giver.user_id}, which was compromised then; sign with another key",
+            code="key_voucher_compromised",
         )
 
 
@@ -283,12 +311,12 @@ def _require_understood(message: Message, what: str) -> None:
         raise CommandRefusedError(describe_unknown(unknown, what)[:2048], code="unknown_field")
 
 
-def _check_keys(command: Command, subject: Subject, around: Surroundings) -> None:
+def _check_keys(command: Command, subject: Subject, around: Surroundings, at_s: int) -> None:
     match command:
         case UserSet() | ProvisionerSet() | AgentRegister() | TargetSet():
             keys = command.keys
         case AgentRotateKey() | UserAddKey():
-            keys = (command.key,)
+            keys = (command.key,) if command.key else ()
         case _:
             return
     for key in keys:
@@ -302,6 +330,16 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings) -> Non
                 f"key {key.kid} would end after the year 9999; give it an earlier not_after",
                 code="key_invalid",
             )
+    for key in keys:
+        if key.credential_id is None or key.not_after <= at_s:
+            continue
+        for user, known in around.passkeys(key.credential_id, at_s):
+            if known.kid != key.kid:
+                raise CommandRefusedError(
+                    f"the credential id of key {key.kid} is that of key {known.kid} of {user.user_id}; end that one "
+                    "first, or make another passkey",
+                    code="credential_taken",
+                )
     if isinstance(command, UserAddKey) and command.key.use is not None and command.key.rp_id != around.rp_id:
         raise CommandRefusedError(
             f"the passkey was made for {command.key.rp_id}, and the trust bundle names {around.rp_id or 'no domain'}; "

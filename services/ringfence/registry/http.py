@@ -8,7 +8,9 @@ entry that the caller may not see is answered like a missing one. `?records=1` a
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+import re
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -17,7 +19,11 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.keys import b64decode
+from ringfence.kernel.crypto.webauthn import PasskeyKey
 from ringfence.kernel.service.http import number_in, position_in, position_text
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import agents_of, subject_key
@@ -29,6 +35,10 @@ from ringfence.registry.domain import TASK_MAX_S, task_is_longer
 _PAUSE_EVERY = 50
 """After so many entries the loop yields to the rest of the process: the first look verifies each chain."""
 
+MAX_SIGN_INS_PER_S: Final = 50
+"""First touches of sign-ins that this replica verifies in a second, for all consoles together."""
+FIRST_TOUCH: Final = re.compile(r"[A-Za-z0-9_-]{43}")
+"""What a passkey signs in a browser that does not know yet whose it is. No JWS Signing Input, which has a period."""
 MAX_PAGE: Final = 1000
 """Tasks on one page."""
 Filter = Callable[[VerifiedRecord[AnyState], Request], bool]
@@ -43,9 +53,16 @@ class RegistryApi:
         authenticator: Authenticator,
         clock: Clock,
         *,
+        passkeys: Callable[[str, float], Sequence[tuple[UserState, KeyRecord]]] = lambda *_: (),
         task_max_s: int = TASK_MAX_S,
     ) -> None:
-        """`task_max_s`: how long a new task may last; `?beyond_limit=1` asks for tasks that last longer."""
+        """`passkeys` returns those with a credential id that have not ended at a time (s), with their users.
+
+        `task_max_s`: how long a new task may last; `?beyond_limit=1` asks for tasks that last longer.
+        """
+        self._passkeys = passkeys
+        self._sign_ins: deque[float] = deque(maxlen=MAX_SIGN_INS_PER_S)
+        """When the last first touches of sign-ins were verified (s)."""
         self._directory = directory
         self._authenticator = authenticator
         self._clock = clock
@@ -68,21 +85,31 @@ class RegistryApi:
         return JSONResponse({"trust": self._directory.trust.compact.decode().strip()})
 
     async def _passkey(self, request: Request) -> Response:
-        """Serve whose passkey has a credential id, to a console at which its holder signs in: `{user_id, kid}`.
+        """Serve whose passkey made an assertion, to a console at which its holder signs in: `{user_id, kid}`.
 
-        An authenticator made the id at random, so nobody finds a person by it who has not seen their passkey.
+        A credential id is the adder's word, so the passkey signs `nonce` (`FIRST_TOUCH`), and its own key has to verify
+        that. Strangers can have this asked, so the number of answers is limited.
         """
         self._authenticator.console(request.headers.get("authorization"))
-        credential_id, now_s = request.path_params["credential_id"], self._clock.now_ms() / 1000
-        for seen, entry in enumerate(self._directory.entries("user"), start=1):
-            user = entry.state
-            if not isinstance(user, UserState) or user.status != "active":
-                continue
-            for key in user.keys:
-                if key.credential_id == credential_id and key.not_before <= now_s < key.not_after:
-                    return JSONResponse({"user_id": user.user_id, "kid": key.kid})
-            if seen % _PAUSE_EVERY == 0:
-                await asyncio.sleep(0)
+        now_s = self._clock.now_ms() / 1000
+        if len(self._sign_ins) == MAX_SIGN_INS_PER_S and now_s - self._sign_ins[0] < 1:
+            raise UnavailableError("too many people begin to sign in; try again")
+        self._sign_ins.append(now_s)
+        nonce = request.query_params.get("nonce", "")
+        if not FIRST_TOUCH.fullmatch(nonce):
+            raise WrongQueryError("nonce is base64url of 32 bytes")
+        try:
+            assertion = b64decode(request.query_params.get("assertion", ""))
+        except ValueError:
+            raise WrongQueryError("assertion is no base64url") from None
+        for user, record in self._passkeys(request.path_params["credential_id"], now_s):
+            key = PasskeyKey.of(record, self._directory.trust.origins(now_s), now_s)
+            if (
+                user.status == "active"
+                and key is not None
+                and key.problem(assertion, nonce.encode(), "session") is None
+            ):
+                return JSONResponse({"user_id": user.user_id, "kid": record.kid})
         raise NotFoundError("nobody who is active has this passkey")
 
     def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda entry, request: True) -> list[BaseRoute]:

@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.oidc import TokenError, unverified_issuer
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Coordinates
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentState,
@@ -26,7 +27,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
-from ringfence.model.lifecycle import KeyHistory
+from ringfence.model.lifecycle import Giver, KeyHistory, KeyOrigin
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.consent import unverified_mark
 from ringfence.model.records.directory import Directory
@@ -62,6 +63,8 @@ class Memory:
         self._consents: dict[MessageKey, _Consent] = {}
         self._keys: dict[Subject, frozenset[str]] = {}
         self._holders: dict[str, set[Subject]] = {}
+        self._credentials: dict[str, set[str]] = {}
+        """Users who have or had a passkey with a credential id."""
         self._enrolled: dict[str, tuple[str, int]] = {}
         """Keys of running instances: the agent, and until when (s)."""
         self._parts: dict[str, set[str]] = {}
@@ -129,6 +132,17 @@ class Memory:
         agent_id = self.enrolled_by(kid)
         return {*self.registered_by(kid), *([("agent", agent_id)] if agent_id else [])}
 
+    def passkeys(self, credential_id: str, at_s: float) -> list[tuple[UserState, KeyRecord]]:
+        """Return the passkeys with this credential id that have not ended at `at_s`, with their users."""
+        users = [self.user(user_id) for user_id in sorted(self._credentials.get(credential_id, ()))]
+        return [
+            (user, key)
+            for user in users
+            if user is not None
+            for key in user.keys
+            if key.credential_id == credential_id and at_s < key.not_after
+        ]
+
     def enrolled_by(self, kid: str) -> str | None:
         """Return the agent whose running instance has this key, or None."""
         enrolled = self._enrolled.get(kid)
@@ -146,6 +160,9 @@ class Memory:
 
     def key_history(self, user_id: str) -> KeyHistory:
         return self._directory.key_history(user_id)
+
+    def compromised_giver(self, origin: KeyOrigin) -> Giver | None:
+        return self._directory.compromised_giver(origin)
 
     @property
     def rp_id(self) -> str | None:
@@ -172,6 +189,10 @@ class Memory:
         for kid in keys:
             self._holders.setdefault(kid, set()).add(subject)
         self._keys[subject] = keys
+        if isinstance(record.state, UserState):
+            for key in record.state.keys:
+                if key.credential_id is not None:
+                    self._credentials.setdefault(key.credential_id, set()).add(id)
         if isinstance(record.state, TaskState) and record.state.parent:
             self._parts.setdefault(record.state.parent, set()).add(id)
         for embedded in record.commands:

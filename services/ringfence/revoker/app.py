@@ -138,7 +138,9 @@ def build(
         runtime.background("mass-expiry", partial(fast_path.run, expiry.is_busy))
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
-    issued = IssuedLeaseRecheck(runtime, directory, store, own_records, patience_s=own.patience_s)
+    issued = IssuedLeaseRecheck(
+        runtime, directory, store, own_records, patience_s=own.patience_s, is_silent=silence.is_silent
+    )
 
     async def on_issued(batch: Sequence[Received]) -> None:
         await issued(batch)

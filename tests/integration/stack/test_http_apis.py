@@ -143,7 +143,11 @@ def _for_each(operations: Iterable[str], *statuses: int) -> set[str]:
 SOMETIMES = {"GET /v1/events/{uid}/proof 400"}
 """Only while no checkpoint covers the event."""
 NOT_HERE: dict[ServiceRole, set[str]] = {
-    "registry": {*_for_each(CONSOLES, 200), "GET /v1/passkeys/{credential_id} 404", "POST /v1/enrol 200"},
+    "registry": {
+        *_for_each(CONSOLES, 200),
+        *_for_each(["GET /v1/passkeys/{credential_id}"], 400, 404),
+        "POST /v1/enrol 200",
+    },
     "policy": {
         *_for_each((one for one in ELSEWHERE if "approvals" in one or "grants" in one), 200),
         *_for_each(("POST /access/v1/evaluation", "POST /access/v1/evaluations"), 500),

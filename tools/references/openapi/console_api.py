@@ -90,12 +90,13 @@ _OPERATIONS = (
     Operation("GET", "/sign-in", "The page for signing in.", {200: Answer("a page", HTML, TEXT), 303: Answer("to the page of `next`, where somebody is signed in already", None, headers=("Location",)), 503: _page_error("the console has no trust bundle yet")}, None,
               query={"next": "the path to go on to", "ended": "`1`: a session ended"}),
     Operation(
-        "POST", "/sign-in/find", "Whose passkey it is.",
+        "POST", "/sign-in/find", "Whose passkey was touched. It signs the nonce.",
         {
-            **ok(user_id=TEXT, kid=TEXT), 400: _message("that is no credential id, or no JSON object"),
+            **ok(user_id=TEXT, kid=TEXT), 400: _message("that is no assertion of a passkey, or no JSON object"),
             404: _message("nobody who is active has this passkey"), 413: _message("the body is too large"), 503: _message("the registry does not answer now"),
         },
-        None, body=(JSON, record(credential_id=TEXT)), example={"credential_id": "mNr0-Qq1W7cH3mFzqj1n2w"},
+        None, body=(JSON, record(credential_id=TEXT, nonce=TEXT, assertion=TEXT)),
+        example={"credential_id": "mNr0-Qq1W7cH3mFzqj1n2w", "nonce": "NONCE", "assertion": "ASSERTION"},
     ),
     Operation(
         "POST", "/sign-in/begin", "The statement to sign.",

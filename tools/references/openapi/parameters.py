@@ -48,12 +48,12 @@ _NUMBERS = {
     "count", "from", "class",
 }  # fmt: skip
 _EXAMPLES: Mapping[str, Any] = {
-    "after": "deploy-bot", "agent": "deploy-bot", "all": "1", "attributes": "userName,active",
+    "after": "deploy-bot", "agent": "deploy-bot", "all": "1", "assertion": "eyJhZCI6IlN6In0", "attributes": "userName,active",
     "before": "1767225600000.8f9e2c1a-7d3b-5c4e-9a21-0b6d5e4f3a2b", "beyond_limit": "1",
     "class": 3003, "code": "action.*", "count": 50, "ended": "1", "except": _REQUEST, "excludedAttributes": "members",
     "filter": 'userName eq "maria@acme.example"', "from": 1000, "id": _LEASE, "keys_ending": "1",
     "keys_within_s": 604800, "kind": "lease", "label": "zone=eu", "lease": _LEASE, "limit": 100, "look": "3f5a",
-    "next": "/agents", "offset": 1042, "on_behalf_of": "maria", "orphans": "1", "overdue": "1", "page": "/agents",
+    "next": "/agents", "nonce": "n4bQgYhMfWWaL-qgxVrQFaO_TxsrC4Is0V1sFbDwCgg", "offset": 1042, "on_behalf_of": "maria", "orphans": "1", "overdue": "1", "page": "/agents",
     "parent": _TASK, "partition": 0, "records": "1", "request": _REQUEST, "resource": "env/web", "run": _REQUEST,
     "runner": "build-1", "severity": "medium", "short_s": 3600, "show": "mine", "since_ms": 1767225600000,
     "sortBy": "userName", "sortOrder": "ascending", "sponsor": "sam", "standing": "1", "startIndex": 1,

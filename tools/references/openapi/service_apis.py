@@ -95,7 +95,12 @@ _REGISTRY = Api(
             "limit": "the most entries of a page; without it all come", "after": _PAGE["after"],
         }),
         Operation("GET", "/v1/trust", "The trust bundle in force.", ok(trust=TEXT), "console"),
-        Operation("GET", "/v1/passkeys/{credential_id}", "Whose passkey it is.", {**ok(user_id=TEXT, kid=TEXT), **_NOT_FOUND}, "console"),
+        Operation(
+            "GET", "/v1/passkeys/{credential_id}", "Whose passkey made an assertion.",
+            {**ok(user_id=TEXT, kid=TEXT), **_WRONG_QUERY, **_NOT_FOUND}, "console",
+            {"nonce": "what it signed: base64url of 32 bytes", "assertion": "base64url of the JSON of `ad`, `cd` and `sig`"},
+            required=("nonce", "assertion"),
+        ),
         Operation(
             "POST", "/v1/enrol", "Enrol the key of a running instance. The signed body says who sends it.",
             {

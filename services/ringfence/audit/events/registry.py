@@ -362,7 +362,7 @@ def _command_terms(claims: ExpiringClaims) -> str:
         case AgentRotateKey():
             old = "all others" if claims.replaces is None else ", ".join(claims.replaces)
             how = "compromised" if claims.compromised else f"which count for {claims.overlap_s} s yet"
-            return f": {claims.key.kid} in the place of {old}, {how}"
+            return f": {claims.key.kid if claims.key else 'no key'} in the place of {old}, {how}"
         case UserSet():
             return (
                 f", roles {', '.join(claims.roles) or 'none'}, may do {scope_text(claims.entitlements.scope)}"
@@ -372,7 +372,8 @@ def _command_terms(claims: ExpiringClaims) -> str:
             cosigned = ", co-signed by a second operator" if claims.endorsement else ""
             return f": {kind} {claims.key.kid}{' (attested)' if claims.key.attested else ''}{cosigned}"
         case UserEndKey():
-            return f": {claims.kid}{', compromised' if claims.compromised else ''}"
+            since = "" if claims.since_ms is None else f" since {event_time(claims.since_ms // 1000)}"
+            return f": {claims.kid}{f', compromised{since}' if claims.compromised else ''}"
         case ProvisionerSet():
             return "".join(
                 f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -29,6 +30,7 @@ from ringfence.cli.shared.options import (
     duration_s,
     identity,
     keep_key_if_accepted,
+    moment_ms,
     run,
     settings,
     signer,
@@ -45,6 +47,7 @@ from ringfence.model.identity.spiffe_ids import spiffe_id
 if TYPE_CHECKING:
     from ringfence.client.admin.administrator import Administrator
     from ringfence.client.admin.command_client import Accepted
+    from ringfence.client.admin.key_compromise import KeyCompromise, RestingKey, RestingRight
     from ringfence.client.admin.user_keys import KeyOfUser, KeyPackage
     from ringfence.model.records.directory import Directory
 
@@ -322,58 +325,142 @@ def end_key(
         bool,
         typer.Option(
             "--compromised",
-            help="It may be in other hands: it never comes back, and the keys that it added end as well.",
+            help="It may be in other hands: it never comes back, and the keys that it gave, agents' too, end as well.",
         ),
     ] = False,
+    since: Annotated[
+        str | None,
+        typer.Option(
+            "--since",
+            metavar="TIME",
+            help="With --compromised: since when it may have been in other hands. What it gave before stays.",
+        ),
+    ] = None,
     yes: YesOption = False,
     passkey: PasskeyOption = False,
     as_user: AsOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """End a key of a person: it signs nothing new. What it signed stays valid. As that person, or as an operator."""
-    from ringfence.client.admin import user_keys
+    """End a key of a person: it signs nothing new. What it signed stays valid. As that person, or as an operator.
 
+    With --compromised, first lists all that it gave: keys of people and agents, which end as well, and rights, each
+    with the command that undoes it. Repeat the command to end what was given meanwhile.
+    """
+    if since and not compromised:
+        raise typer.BadParameter("only of a compromised key: add --compromised", param_hint="--since")
+    since_ms = None if since is None else moment_ms(since)
     who = signer(me, passkey, as_user)
 
-    async def work() -> tuple[Accepted, str, list[tuple[str, str]], bool]:
+    async def work() -> tuple[Accepted, KeyCompromise, list[tuple[RestingKey, bool]], list[RestingRight]]:
+        from ringfence.client.admin.key_compromise import KeyCompromise
+
         async with connect.administrator(who) as administrator:
             directory = await administrator.directory()
+            clock = administrator.connection.clock
+            if since_ms is not None and since_ms > clock.now_ms():
+                raise InvalidCallError(f"--since {since} is still to come; say since when it was")
             state = _require_user(directory, user)
-            whole = _whole_kid(state, kid)
-            ended = {whole, *(directory.key_history(user).added_by(whole) if compromised else ())}
-            others = user_keys.vouched_by(directory, user, sorted(ended)) if compromised else []
-            confirm(_question(state, ended, others), yes or signs_on_page(who))
-            accepted = await administrator.end_user_key(user, whole, reason=reason, compromised=compromised)
-            operator = administrator.is_root or _is_operator(directory, administrator.id)
-            if operator:
-                for other, other_kid in others:
-                    await administrator.end_user_key(other, other_kid, reason=reason, compromised=True)
-            return accepted, whole, others, operator
+            found = KeyCompromise(directory, user, _whole_kid(state, kid), since_ms or 0)
+            resting = found.keys() if compromised else []
+            rights = found.rights(clock.now_ms() / 1000) if compromised else []
+            _print_resting(resting, rights)
+            if since is None and (resting or rights):
+                first_ms = min([one.given_ms for one in resting] + [one.given_ms for one in rights])
+                first = moment(first_ms / 1000).replace(" ", "T")
+                raise InvalidCallError(
+                    f"the key gave {len(resting)} keys and {len(rights)} rights; say since when it may have been in "
+                    f"other hands, with --since TIME; --since {first} is all of it"
+                )
+            ended = found.own_keys() if compromised else {found.kid}
+            confirm(_question(state, ended, resting), yes or signs_on_page(who))
+            accepted = await administrator.end_user_key(
+                user, found.kid, reason=reason, compromised=compromised, since_ms=since_ms
+            )
+            others = await _end_resting(administrator, found, reason) if compromised else []
+            return accepted, found, others, rights
 
-    accepted, whole, others, operator = run(work())
+    accepted, found, others, rights = run(work())
     document: dict[str, Any] = {
-        "kid": whole,
-        "others": [{"user": other, "kid": one, "ended": operator} for other, one in others],
+        "kid": found.kid,
+        "others": [
+            {"kind": one.kind, "id": one.id, "kid": one.kid, "ended": is_ended} for one, is_ended in others
+        ],
+        "rights": [
+            {"kind": one.kind, "id": one.id, "what": one.what, "at_ms": one.given_ms, "undo": one.undo}
+            for one in rights
+        ],
     }
-    print_accepted(accepted, f"key {whole} of {user} ended", wants_json(as_json), document)
-    for other, one in others:
-        if operator:
-            note(f"key {one} of {other}, which it vouched for, ended as well")
+    print_accepted(accepted, f"key {found.kid} of {user} ended", wants_json(as_json), document)
+    for one, is_ended in others:
+        if is_ended:
+            note(f"key {one.kid} of {one.kind} {one.id}, which rests on it, ended as well")
         else:
             note(
-                f"key {one} of {other}, which it vouched for, counts for no approval any more; an operator ends it: "
-                f"ringfence user end-key {other} {one} --compromised --reason REASON",
+                f"key {one.kid} of {one.kind} {one.id}, which rests on it, gets and approves nothing any more; another "
+                "operator ends it, with this same command and a key file",
                 "warning",
             )
 
 
-def _question(state: UserState, ended: set[str], others: list[tuple[str, str]]) -> str:
+_MOST_PASSES = 8
+"""How often `end-key` looks for keys that were given while it ended others."""
+
+
+async def _end_resting(
+    administrator: Administrator, found: KeyCompromise, reason: str
+) -> list[tuple[RestingKey, bool]]:
+    """End the keys that rest on a compromised key, as far as the signer may; return all, and whether each ended."""
+    done: list[RestingKey] = []
+    left: list[RestingKey] = []
+    for _ in range(_MOST_PASSES):
+        await administrator.connection.current_directory()
+        left = found.keys()
+        mine = [one for one in left if _may_end(administrator, found, one)]
+        if not mine:
+            break
+        for one in mine:
+            if one.kind == "user":
+                await administrator.end_user_key(
+                    one.id, one.kid, reason=reason, compromised=True, since_ms=found.since_ms
+                )
+            else:
+                await administrator.rotate_key(
+                    one.id, None, replaces=[one.kid], compromised=True, reason=reason
+                )
+        done += mine
+    return [*((one, True) for one in done), *((one, False) for one in left)]
+
+
+def _may_end(administrator: Administrator, found: KeyCompromise, key: RestingKey) -> bool:
+    """Return whether the signer may end a key that rests on the compromised one; not the key that they sign with."""
+    connection = administrator.connection
+    own_kid = connection.key.kid if connection.passkey_user is None else None
+    if own_kid == key.kid or own_kid in found.own_keys():
+        return False
+    operator = administrator.is_root or _is_operator(found.directory, administrator.id)
+    if key.kind == "user":
+        return operator or administrator.id == key.id
+    return own_kid is not None and (operator or administrator.id == key.sponsor)
+
+
+def _print_resting(keys: list[RestingKey], rights: list[RestingRight]) -> None:
+    for key in keys:
+        note(f"rests on it: key {key.kid} of {key.kind} {key.id}, given {moment(key.given_ms / 1000)}")
+    for right in rights:
+        note(
+            f"rests on it: {right.kind} {right.id}: {right.what}, {moment(right.given_ms / 1000)}; stays, unless "
+            f"undone with: {right.undo}",
+            "warning",
+        )
+
+
+def _question(state: UserState, ended: Collection[str], others: list[RestingKey]) -> str:
     now_s = time.time()
     left = [key.kid for key in state.keys if key.not_after > now_s and key.kid not in ended]
     question = f"End {', '.join(sorted(ended))} of {state.user_id}"
     if others:
-        question += f", and of others {', '.join(f'{one} of {other}' for other, one in others)}"
+        question += f", and the {len(others)} keys of others that rest on it"
     return f"{question}? {'' if left else f'{state.user_id} has no key then. '}".strip()
 
 
@@ -455,6 +542,7 @@ def _document(one: KeyOfUser) -> dict[str, Any]:
         **one.key.model_dump(mode="json", exclude_none=True),
         "compromised": one.compromised,
         "added_by": origin.by if origin else None,
+        "added_with": origin.by_kid if origin else None,
         "added_at_ms": origin.added_ms if origin else None,
         "endorsed_by": origin.endorsed_by if origin else None,
         "vouchers": sorted(origin.vouchers) if origin else [],

@@ -266,6 +266,11 @@ def consent_life_s(text: str, who: Path | PasskeyUser | None) -> int:
 
 def moment_s(text: str) -> int:
     """Parse a time with its time zone (ISO 8601) into seconds since 1970. Raises typer.BadParameter."""
+    return moment_ms(text) // 1000
+
+
+def moment_ms(text: str) -> int:
+    """Parse a time with its time zone (ISO 8601) into milliseconds since 1970. Raises typer.BadParameter."""
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
@@ -273,7 +278,7 @@ def moment_s(text: str) -> int:
     if at.tzinfo is None:
         whole = text if len(text) > len("2030-01-31") else f"{text}T00:00:00"
         raise typer.BadParameter(f"{text!r} has no time zone; write for example {whole}Z for UTC")
-    return int(at.timestamp())
+    return int(at.timestamp() * 1000)
 
 
 def confirm(question: str, yes: bool) -> None:

@@ -202,12 +202,22 @@ class Administrator(CommandClient):
         return await self._command(command, user_id)
 
     async def end_user_key(
-        self, user_id: str, kid: str, *, reason: str, compromised: bool = False
+        self,
+        user_id: str,
+        kid: str,
+        *,
+        reason: str,
+        compromised: bool = False,
+        since_ms: int | None = None,
     ) -> Accepted:
         """End the key `kid` of a user, as that user or as an operator. What it signed stays valid.
 
-        `compromised`: it may be in other hands; the keys that the user added with it end as well, and it never comes
-        back.
+        Args:
+            compromised: it may be in other hands; the keys that the user added with it end as well, and it never comes
+                back.
+            since_ms: of a compromised key, the append time since which it may have been in other hands. No key of
+                others that it gave since then approves anything. None: always, which of an operator's key may be the
+                whole organisation.
         """
         with checked("the command"):
             command = UserEndKey(
@@ -216,6 +226,7 @@ class Administrator(CommandClient):
                 kid=kid,
                 reason=reason,
                 compromised=True if compromised else None,
+                since_ms=since_ms,
             )
         return await self._command(command, user_id)
 
@@ -290,7 +301,7 @@ class Administrator(CommandClient):
     async def rotate_key(
         self,
         agent_id: str,
-        key: AnyKey,
+        key: AnyKey | None,
         *,
         overlap_s: int = 3600,
         replaces: Sequence[str] | None = None,
@@ -300,12 +311,13 @@ class Administrator(CommandClient):
         """Give the agent a new key, one that was never registered before.
 
         Args:
+            key: None, with `compromised`: the replaced keys end, and nothing takes their place.
             overlap_s: how long the replaced keys stay valid, in seconds; 7 days at most.
             replaces: thumbprints of the replaced keys; None replaces all.
             compromised: the replaced keys may be stolen: they end at once, whatever `overlap_s` says, and so do the
                 leases that were requested with them.
         """
-        (record,) = self.key_records([key])
+        record = self.key_records([key])[0] if key is not None else None
         replaced = None if replaces is None else texts("replaces", replaces)
         with checked("the command"):
             command = AgentRotateKey(

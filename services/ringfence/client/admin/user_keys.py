@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -195,19 +195,3 @@ def keys_of(directory: Directory, state: UserState) -> list[KeyOfUser]:
     origins = directory.key_history(state.user_id).origins
     found = [KeyOfUser(key, origins.get(key.kid), key.kid in (state.compromised or ())) for key in state.keys]
     return sorted(found, key=lambda one: one.origin.added_ms if one.origin else 0, reverse=True)
-
-
-def vouched_by(directory: Directory, user_id: str, kids: Sequence[str]) -> list[tuple[str, str]]:
-    """Return (user id, `kid`) of keys of others that rest on the word of these keys of `user_id`, and have not ended as
-    compromised.
-    """
-    found: list[tuple[str, str]] = []
-    for entry in directory.entries("user"):
-        state = entry.state
-        if not isinstance(state, UserState) or state.user_id == user_id:
-            continue
-        for kid, origin in directory.key_history(state.user_id).origins.items():
-            rests = any((user_id, one) in origin.voucher_keys for one in kids)
-            if rests and kid not in (state.compromised or ()):
-                found.append((state.user_id, kid))
-    return found

@@ -67,10 +67,21 @@ async function touch(challenge, allowed) {
   return credential;
 }
 
+// What the passkey signs in both touches: SHA-256 of the prefix and a text. A nonce has no period, so it is no message.
+const challengeOf = (text) => crypto.subtle.digest("SHA-256", new Uint8Array([...PREFIX, ...utf8(text)]));
+
+const assertionOf = ({ response }) =>
+  encode64(utf8(JSON.stringify({
+    ad: encode64(response.authenticatorData),
+    cd: encode64(response.clientDataJSON),
+    sig: encode64(response.signature),
+  })));
+
 async function find() {
-  const credential = await touch(crypto.getRandomValues(new Uint8Array(32)), []);
+  const nonce = encode64(crypto.getRandomValues(new Uint8Array(32)));
+  const credential = await touch(await challengeOf(nonce), []);
   const credentialId = encode64(credential.rawId);
-  const found = await post("/sign-in/find", { credential_id: credentialId });
+  const found = await post("/sign-in/find", { credential_id: credentialId, nonce, assertion: assertionOf(credential) });
   return { ...found, credential_id: credentialId };
 }
 
@@ -78,14 +89,8 @@ async function sign(passkey) {
   const { typ, claims } = await post("/sign-in/begin", { user_id: passkey.user_id });
   const header = { alg: ALG, kid: passkey.kid, typ: `ringfence.${typ}+jwt` };
   const input = [header, claims].map((part) => encode64(utf8(JSON.stringify(part)))).join(".");
-  const challenge = await crypto.subtle.digest("SHA-256", new Uint8Array([...PREFIX, ...utf8(input)]));
-  const { response } = await touch(challenge, [passkey.credential_id]);
-  const third = {
-    ad: encode64(response.authenticatorData),
-    cd: encode64(response.clientDataJSON),
-    sig: encode64(response.signature),
-  };
-  return `${input}.${encode64(utf8(JSON.stringify(third)))}`;
+  const credential = await touch(await challengeOf(input), [passkey.credential_id]);
+  return `${input}.${assertionOf(credential)}`;
 }
 
 async function guarded(work) {

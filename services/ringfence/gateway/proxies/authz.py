@@ -106,7 +106,10 @@ class ProxyAuth:
             return _undecided(_INVALID, _UNCERTAIN)
         method = question[1].method
         if method not in CONTENT_METHODS and _announces_body(request):
-            text = f"behind this proxy a request with {method} may have no body: some servers execute it as the next request"
+            text = (
+                f"behind this proxy a request with {method} may have no body: some servers execute it as the next "
+                "request"
+            )
             self._blocked(BlockedRequest("body_refused", text, attempt=question[1], method=method))
             return _undecided("body_refused", text)
         verdict = await self._gate.decide(*question, holdable=WaitingProxy(request.receive))

@@ -167,6 +167,16 @@ def unverified_time(jws: UnverifiedJws) -> int | None:
     return iat if isinstance(iat, int) else None
 
 
+def message_digest(compact: str | bytes) -> str:
+    """SHA-256 (hex) of the JWS Signing Input (RFC 7515, section 2): whether two texts are the same message.
+
+    The whole text does not say so. An ECDSA signature (r, s) has a second form (r, n-s), which anybody can make and
+    which verifies as well.
+    """
+    text = compact if isinstance(compact, bytes) else compact.encode()
+    return digest(text.rpartition(b".")[0])
+
+
 def kid_of(compact: str) -> str:
     """The `kid` of a compact JWS that was verified before; only the header is parsed.
 

@@ -9,9 +9,9 @@ from typing import Any
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.base.ids import derived_id, digest
+from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import rate_limited
-from ringfence.kernel.crypto.jws import UnverifiedJws, parse, unverified_time
+from ringfence.kernel.crypto.jws import UnverifiedJws, message_digest, parse, unverified_time
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
@@ -68,8 +68,8 @@ class DeadLetters:
         self._service = service
         self._clock = clock
         self._malformed: dict[str, dict[str, int]] = {}
-        """By topic, so that who may write to one halts nobody who reads another: when which came, by their digests, so
-        that somebody who sends one again and again stops nobody."""
+        """By topic, so that who may write to one halts nobody who reads another: when which came, by `message_digest`,
+        so that somebody who sends one again and again stops nobody."""
 
     async def send(self, record: Received, error: InvalidMessageError) -> None:
         """Report one invalid record. Raises as `enqueue` does; Kafka has the letter when this returns."""
@@ -141,7 +141,7 @@ class DeadLetters:
         before = self._malformed.get(record.topic_name, {})
         recent = {mark: at_ms for mark, at_ms in before.items() if at_ms >= since_ms}
         self._malformed[record.topic_name] = recent
-        mark = digest(record.value)
+        mark = message_digest(record.value)
         if mark not in recent and len(recent) >= MAX_INVALID_SIGNED:
             raise HaltedError(
                 f"{MAX_INVALID_SIGNED + 1} malformed records on {record.topic_name} within {BURST_MS // 60_000} min, "

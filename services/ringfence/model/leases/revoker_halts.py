@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from ringfence.kernel.base.clock import RemoteClock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.ids import digest
-from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.crypto.jws import message_digest, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
@@ -39,7 +38,7 @@ class RevokerHalts:
         self._named: dict[str, int] = {}
         """By group: append time of the last heartbeat that names it, in ms."""
         self._seen: dict[str, int] = {}
-        """By digest of a heartbeat: its first append time, in ms. A replayed heartbeat must not keep a halt alive."""
+        """By `message_digest` of a heartbeat: its first append time (ms). A replayed one must not keep a halt alive."""
 
     def on_heartbeats(self, records: Iterable[Received]) -> None:
         """Process records of `heartbeat`. Those that name no halt, and those of other services, are ignored."""
@@ -80,5 +79,5 @@ class RevokerHalts:
     def _is_repeated(self, record: Received) -> bool:
         since_ms = record.appended_at_ms - 2 * _CLOCKS_DIFFER_MS
         self._seen = {key: at_ms for key, at_ms in self._seen.items() if at_ms >= since_ms}
-        key = digest(record.value)
+        key = message_digest(record.value)
         return self._seen.setdefault(key, record.appended_at_ms) != record.appended_at_ms

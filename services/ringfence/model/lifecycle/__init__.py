@@ -12,6 +12,7 @@ from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
 from ringfence.model.lifecycle.key_history import (
     NO_HISTORY,
     WAIT_S,
+    Giver,
     KeyHistory,
     KeyOrigin,
     KeyProof,
@@ -28,6 +29,7 @@ __all__ = [
     "Actor",
     "CommandRefusedError",
     "Context",
+    "Giver",
     "KeyHistory",
     "KeyOrigin",
     "KeyProof",

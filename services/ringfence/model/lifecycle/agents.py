@@ -161,13 +161,15 @@ def _check_consent(state: AgentState, command: AgentTransfer, context: Context) 
 
 def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) -> AgentState:
     """Add a key, or bring a key's end nearer. An end never moves later, and a former key never returns."""
-    check_keys((command.key,), context.at_s, at_least=1)
+    new = () if command.key is None else (command.key,)
+    check_keys(new, context.at_s, at_least=len(new))
     known_kids = {key.kid for key in state.keys}
-    if command.key.kid in known_kids:
-        raise CommandRefusedError(
-            f"key {command.key.kid} is, or was, one of {state.agent_id}: make another with: ringfence key new",
-            code="key_known",
-        )
+    for key in new:
+        if key.kid in known_kids:
+            raise CommandRefusedError(
+                f"key {key.kid} is, or was, one of {state.agent_id}: make another with: ringfence key new",
+                code="key_known",
+            )
     replaced = known_kids if command.replaces is None else set(command.replaces)
     if replaced - known_kids:
         raise CommandRefusedError(
@@ -182,7 +184,7 @@ def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) ->
     named = [key.kid for key in state.keys if key.kid in replaced]
     return state.model_copy(
         update={
-            "keys": (command.key, *keys),
+            "keys": (*new, *keys),
             "replaced": _with(state.replaced, named),
             "compromised": _with(state.compromised, named if command.compromised else ()),
         }

@@ -1,9 +1,12 @@
-"""Where a person's keys come from: who gave them each key, and since when it counts for approvals. Pure.
+"""Where keys of people and agents come from: who gave each key, and since when it counts for approvals. Pure.
 
 All of it follows from the commands that the user's record embeds. No state stores it, so older records have it as well
 (ADR 0074). The first key of a user counts at once. A key that somebody else adds later counts for approvals, grants and
 reviews only after `WAIT_S`, so that the user can end it first; or at once, if a second operator co-signed it. A key
 that the user adds by a key of their own counts as that one does.
+
+Two relations are kept apart. *Vouchers* are people: they decide who may approve beside a key, and first keys have none.
+*Givers* are keys: each key has them, first ones and agents' too. They decide what ends with a compromised key.
 """
 
 from __future__ import annotations
@@ -11,17 +14,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Final
+from typing import Final, NamedTuple
 
-from ringfence.messages.registry import UserState
+from ringfence.messages.registry import AgentState, UserState
 
 WAIT_S: Final = 24 * 3600
 """How long a key that somebody else added does not count for approvals. A constant: no setting shortens it."""
 
 
+class Giver(NamedTuple):
+    """A key of a user that gave another key, or co-signed it."""
+
+    user_id: str
+    kid: str
+    at_ms: int
+    """The append time of the command in which it gave its word."""
+
+
 @dataclass(frozen=True, slots=True)
 class KeyOrigin:
-    """Where one key of a user comes from."""
+    """Where one key of a user or an agent comes from."""
 
     kid: str
     added_ms: int
@@ -31,7 +43,7 @@ class KeyOrigin:
     by_kid: str
     """The key that signed that command."""
     first: bool
-    """Whether the user had never had a key before."""
+    """Whether it is the first key of a user, or any key of an agent."""
     counts_from_ms: int
     """Since when it counts for approvals, grants and reviews."""
     endorsed_by: str | None = None
@@ -39,8 +51,9 @@ class KeyOrigin:
     vouchers: frozenset[str] = frozenset()
     """The ids of all others on whose word the key rests: who added it, who co-signed it, and on whose word *their* keys
     rest; also those from before it ended and was added again. Empty for the first keys of a user."""
-    voucher_keys: frozenset[tuple[str, str]] = frozenset()
-    """The keys (user id, kid) with which they gave their word."""
+    givers: frozenset[Giver] = frozenset()
+    """All keys on which this one rests: those that gave or co-signed it, those that gave *them*, and so on; also from
+    before it ended and was added again. Empty where the root gave it."""
     adders: frozenset[str] = frozenset()
     """All keys that ever added it, also before it ended and was added again: whoever had one of them may have this."""
     again: bool = False
@@ -105,8 +118,8 @@ class KeyHistory:
 
     def after(
         self,
-        before: UserState | None,
-        state: UserState,
+        before: UserState | AgentState | None,
+        state: UserState | AgentState,
         *,
         at_ms: int,
         signer: SignerKey,
@@ -124,6 +137,9 @@ class KeyHistory:
         given = [key.kid for key in state.keys if key.not_after > at_s and key.kid not in had]
         if not given:  # of a `user.add-key` there is one
             return self
+        if isinstance(state, AgentState):
+            new = {kid: _given(kid, signer, None, at_ms=at_ms, first=True) for kid in given}
+            return KeyHistory(MappingProxyType({**self.origins, **new}))
         first = not self.origins
         endorser = proof.endorser if proof else None
         new = {kid: _origin(kid, state.user_id, signer, endorser, at_ms=at_ms, first=first) for kid in given}
@@ -142,17 +158,29 @@ class KeyHistory:
             adders=former.adders | {origin.by_kid},
             again=True,
             vouchers=former.vouchers | origin.vouchers,
-            voucher_keys=former.voucher_keys | origin.voucher_keys,
+            givers=former.givers | origin.givers if origin.by else frozenset(),
         )
 
 
 NO_HISTORY: Final = KeyHistory()
 
 
+def _given(kid: str, signer: SignerKey, endorser: SignerKey | None, *, at_ms: int, first: bool) -> KeyOrigin:
+    """Return the origin of a key that counts at once and has no vouchers."""
+    givers: set[Giver] = set()
+    for one in (signer, endorser) if signer.user_id else ():  # what the root gave rests on no other key
+        if one is not None and one.user_id is not None:
+            givers.add(Giver(one.user_id, one.kid, at_ms))
+            givers |= one.origin.givers if one.origin else frozenset()
+    return KeyOrigin(
+        kid, at_ms, signer.user_id, signer.kid, first=first, counts_from_ms=at_ms, givers=frozenset(givers)
+    )
+
+
 def _origin(
     kid: str, user_id: str, signer: SignerKey, endorser: SignerKey | None, *, at_ms: int, first: bool
 ) -> KeyOrigin:
-    plain = KeyOrigin(kid, at_ms, signer.user_id, signer.kid, first=first, counts_from_ms=at_ms)
+    plain = _given(kid, signer, endorser, at_ms=at_ms, first=first)
     if first:
         return plain
     inherited = signer.origin
@@ -160,24 +188,17 @@ def _origin(
         if inherited is None:
             return plain
         return replace(
-            plain,
-            counts_from_ms=max(at_ms, inherited.counts_from_ms),
-            vouchers=inherited.vouchers,
-            voucher_keys=inherited.voucher_keys,
+            plain, counts_from_ms=max(at_ms, inherited.counts_from_ms), vouchers=inherited.vouchers
         )
     vouching = [signer, *([endorser] if endorser else [])]
     people = {one.user_id for one in vouching if one.user_id} | {
         person for one in vouching if one.origin for person in one.origin.vouchers
-    }
-    keys = {(one.user_id, one.kid) for one in vouching if one.user_id} | {
-        key for one in vouching if one.origin for key in one.origin.voucher_keys
     }
     return replace(
         plain,
         counts_from_ms=at_ms if endorser else at_ms + WAIT_S * 1000,
         endorsed_by=endorser.user_id if endorser else None,
         vouchers=frozenset(people - {user_id}),
-        voucher_keys=frozenset(keys),
     )
 
 

@@ -172,7 +172,9 @@ def _compromised_text(kid: str) -> str:
 
 
 def _end_key(state: UserState, command: UserEndKey, context: Context) -> UserState:
-    """End a key; as compromised, also those that the user added by it. Old keys stay known, with their end."""
+    """End a key; as compromised, also those that the user added by it, whenever. Old keys stay known, with their
+    end.
+    """
     if not (context.actor.is_root or context.actor.user_id == state.user_id):
         operator_only(context, f"end a key of {state.user_id}, besides {state.user_id}")
     if command.kid not in {key.kid for key in state.keys}:
@@ -189,9 +191,11 @@ def _end_key(state: UserState, command: UserEndKey, context: Context) -> UserSta
     )
     if not command.compromised:
         return state.model_copy(update={"keys": keys})
-    compromised = state.compromised or ()
-    new = tuple(key.kid for key in keys if key.kid in ended and key.kid not in compromised)
-    return state.model_copy(update={"keys": keys, "compromised": (*compromised, *new)})
+    known, since_ms = state.compromised or {}, command.since_ms or 0
+    new = {
+        key.kid: min(since_ms, known.get(key.kid, since_ms)) for key in keys if key.kid in ended
+    }  # an earlier time adds to what ends, a later one takes nothing back
+    return state.model_copy(update={"keys": keys, "compromised": {**known, **new}})
 
 
 def _left_to_provisioner(state: UserState | None, command: UserSet) -> Provisioned | None:

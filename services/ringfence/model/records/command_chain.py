@@ -127,7 +127,7 @@ class _Step:
     consent: Consent | None
     """What this one command rests on."""
     keys: KeyHistory = NO_HISTORY
-    """Of a user: where their keys come from."""
+    """Of a user or an agent: where their keys come from."""
 
 
 @dataclass(slots=True)
@@ -258,6 +258,14 @@ class Chains:
         if history is None or self.user_at(user_id, at_ms) is None:
             return NO_HISTORY
         return history.steps[bisect_left(history.appended_ms, at_ms) - 1].keys
+
+    def agent_key_history(self, agent_id: str) -> KeyHistory:
+        """Where the keys of an agent come from, by all commands of its record in the table. Raises ChainError."""
+        record = self._unverified("agent", agent_id)
+        if record is None:
+            return NO_HISTORY
+        self.agent_at(agent_id, record.commands[-1].appended_at_ms + 1)
+        return self._others["agent", agent_id].steps[-1].keys
 
     def agent_at(self, agent_id: str, at_ms: int) -> AgentState | None:
         """The state of an agent just before `at_ms`, folded from its commands. Raises ChainError."""
@@ -394,6 +402,7 @@ class Chains:
         at_ms = embedded.appended_at_ms
         state = steps[-1].state if steps else None
         signed_s = steps[-1].last_signed_s if steps else 0
+        before = state
         own = state if isinstance(state, UserState) else None
         keys = steps[-1].keys if steps else NO_HISTORY
         try:
@@ -419,8 +428,9 @@ class Chains:
                 key_proof_problem=given.key_proof_problem,
             )
             state = apply(state, given.claims, context)
-            if isinstance(state, UserState):
-                keys = keys.after(own, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
+            if isinstance(state, UserState | AgentState):
+                assert before is None or isinstance(before, UserState | AgentState)
+                keys = keys.after(before, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
         except (InvalidMessageError, CommandRefusedError) as error:
             code = INCOMPLETE if error.code == "unknown_parent" else None
             raise ChainError(f"an embedded command does not hold: {error}", code=code) from None

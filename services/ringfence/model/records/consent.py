@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import message_digest
 from ringfence.kernel.crypto.keys import b64encode
 from ringfence.kernel.crypto.oidc import (
     IdentityToken,
@@ -59,7 +59,7 @@ def nonce_of(terms: TaskTerms) -> str:
 
 def unverified_mark(token: str) -> tuple[str, str]:
     """Return the key by which an unverified token is remembered. Raises TokenError if it is no token."""
-    return unverified_issuer(token), digest(token.rpartition(".")[0])
+    return unverified_issuer(token), message_digest(token)
 
 
 def verified_consent(

@@ -39,7 +39,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, RUN, TARGET, TASK, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
-from ringfence.model.lifecycle import NO_HISTORY, KeyHistory, may_be_dropped
+from ringfence.model.lifecycle import NO_HISTORY, Giver, KeyHistory, KeyOrigin, may_be_dropped
 from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
 from ringfence.model.records.user_keys import user_key
@@ -394,10 +394,16 @@ class Directory:
     def agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the agent `iss` if it is valid at `at_s` (seconds), whatever the agent's status. Raises
         ChainError.
+
+        A key that a compromised key gave is valid no more, also before somebody ends it (ADR 0090).
         """
         agent_id = subject_of(self._trust.trust_domain, iss, "agent")
         entry = self.agent(agent_id) if agent_id else None
-        return valid_key(entry.state.keys, kid, at_s) if entry else None
+        found = valid_key(entry.state.keys, kid, at_s) if entry else None
+        if found is None or agent_id is None:
+            return None
+        origin = self.agent_key_history(agent_id).origins.get(kid)
+        return None if origin is None or self.compromised_giver(origin) else found
 
     def user_key(self, iss: str, kid: str, at_s: float) -> VerificationKey | None:
         """The key `kid` of the active user `iss` if it is valid at `at_s` (seconds), by the present record. Raises
@@ -424,6 +430,24 @@ class Directory:
         ChainError.
         """
         return self._chains.key_history(user_id) if self.user(user_id) is not None else NO_HISTORY
+
+    def agent_key_history(self, agent_id: str) -> KeyHistory:
+        """Where the keys of an agent come from, by the present record. Raises ChainError."""
+        return self._chains.agent_key_history(agent_id) if self.agent(agent_id) is not None else NO_HISTORY
+
+    def compromised_giver(self, origin: KeyOrigin) -> Giver | None:
+        """The key on whose word another rests, and that may have been in other hands when it gave it; None if there is
+        none. A giver whose record does not verify counts as compromised.
+        """
+        for giver in sorted(origin.givers):
+            try:
+                entry = self.user(giver.user_id)
+            except ChainError:
+                return giver
+            since_ms = (entry.state.compromised or {}).get(giver.kid) if entry else 0
+            if since_ms is not None and giver.at_ms >= since_ms:
+                return giver
+        return None
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the resource server of target `iss` if it is valid at `at_s` (seconds). Raises

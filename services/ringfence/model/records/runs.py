@@ -3,6 +3,8 @@
 A record counts if its run's runner signed it, and if it takes the run forward: `claimed`, `started`, `ended` or `lost`.
 Nothing takes a run back, or to another runner, agent, task or key. A local run's id follows from its runner's, so that
 no other can take it; of an order, the first claim in its partition counts.
+
+Every service holds this table, so it is bounded: a run lasts a day at most, and a runner has so many at a time.
 """
 
 from __future__ import annotations
@@ -48,6 +50,11 @@ _MAX_AWAITING_TRUST = 1_000
 KEPT_MS: Final = 8 * 24 * 3600 * 1000
 """How long a run is kept past its deadline: longer than an order for one is on Kafka."""
 _FORGET_EVERY_MS = 3600 * 1000
+MAX_RUN_S: Final = 86_400
+"""The longest run: that of an order (`TtlSeconds`), and of an enrolment."""
+_CLOCKS_DIFFER_S: Final = 60
+MAX_RUNS: Final = 1000
+"""How many runs of one runner may go on at a time: as many as one of its heartbeats names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,8 @@ class RunTable:
     def __init__(self, trust: TrustStore) -> None:
         self._trust = trust
         self._runs: dict[str, KnownRun] = {}
+        self._going_on: dict[str, dict[str, int]] = {}
+        """By runner: the deadlines (s) of its runs that are not over."""
         self._read_to: dict[int, int] = {}
         self._forgot_ms = 0
         self._listeners: list[Callable[[Run], None]] = []
@@ -136,7 +145,11 @@ class RunTable:
             )
             return
         known = self._runs.get(run.run_id)
-        if known is not None and (problem := succession_problem(known.run, run)):
+        if (
+            problem := succession_problem(known.run, run)
+            if known
+            else self._excess(run, record.appended_at_ms)
+        ):
             log.error(
                 "refused a record of run %s at %d@%d: %s",
                 run.run_id,
@@ -148,8 +161,22 @@ class RunTable:
             return
         accepted = known.accepted if known is not None else ()
         self._runs[run.run_id] = KnownRun(run, (*accepted, (record.partition, record.offset)))
+        going_on = self._going_on.setdefault(run.iss, {})
+        if run.status in OVER:
+            going_on.pop(run.run_id, None)
+        else:
+            going_on[run.run_id] = run.deadline
         for listener in self._listeners:
             listener(run)
+
+    def _excess(self, run: Run, now_ms: int) -> str | None:
+        """Why a new run is one too many of its runner, or None."""
+        going_on = self._going_on.get(run.iss, {})
+        if run.status in OVER or len(going_on) < MAX_RUNS:
+            return None
+        going_on = {id: deadline for id, deadline in going_on.items() if deadline * 1000 > now_ms}
+        self._going_on[run.iss] = going_on
+        return f"{run.iss} has {MAX_RUNS} runs that go on" if len(going_on) >= MAX_RUNS else None
 
     def _forget(self, now_ms: int) -> None:
         """Forget runs that were over days ago: their instances' keys are, and no order lives so long."""
@@ -172,6 +199,10 @@ class RunTable:
         if run.run_id != run_id_of(run.iss, order_id=run.order_id, nonce=run.nonce):
             raise InvalidMessageError(
                 "the id of a run follows from its order, or its runner", code="run_id_unexpected"
+            )
+        if run.deadline > record.appended_at_ms // 1000 + MAX_RUN_S + _CLOCKS_DIFFER_S:
+            raise InvalidMessageError(
+                f"a run lasts {MAX_RUN_S // 3600} h at most, and its deadline is later", code="run_too_long"
             )
         return run
 

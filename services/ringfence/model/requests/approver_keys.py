@@ -92,13 +92,12 @@ def origin_problem(
             "use another key, or have somebody else approve"
         )
         return _problem("key_beside_voucher", message, origin)
-    for voucher, kid in sorted(origin.voucher_keys):
-        if is_compromised(directory, voucher, kid):
-            message = (
-                f"key {origin.kid} of {user_id} was added with key {kid} of {voucher}, which is compromised; "
-                f"end it, and have another added: ringfence user end-key {user_id} {origin.kid} --compromised"
-            )
-            return _problem("key_voucher_compromised", message, origin)
+    if (giver := directory.compromised_giver(origin)) is not None:
+        message = (
+            f"key {origin.kid} of {user_id} rests on key {giver.kid} of {giver.user_id}, which was compromised then; "
+            f"end it, and have another added: ringfence user end-key {user_id} {origin.kid} --compromised"
+        )
+        return _problem("key_voucher_compromised", message, origin)
     return None
 
 
@@ -137,15 +136,6 @@ def _fits(key: KeyRecord, wanted: FloorKey) -> bool:
     if wanted == "file":
         return key.use is None
     return key.use == "webauthn" and key.attested is True
-
-
-def is_compromised(directory: Directory, user_id: str, kid: str) -> bool:
-    """Return whether a key of a user was ended as compromised; also if the user's record does not hold."""
-    try:
-        entry = directory.user(user_id)
-    except ChainError:
-        return True
-    return entry is None or kid in (entry.state.compromised or ())
 
 
 def _key_of(approval: AnyApproval, directory: Directory) -> _ApproverKey | None:

@@ -18,9 +18,8 @@ from ringfence.policy.notifications.webhook import body_of_key
 def key_notice_sender(
     runtime: Runtime, directory: Directory, notices: Notices
 ) -> Callable[[Received], Awaitable[None]]:
-    """Return a handler of `user` records, which sends a notice of each key that was added in the last 24 hours.
-
-    The first keys of a user are left out: nobody else approved in their name before.
+    """Return a handler of `user` records, which sends a notice of each key that was added in the last 24 hours, first
+    keys too.
     """
 
     async def tell(record: Received) -> None:
@@ -34,7 +33,7 @@ def key_notice_sender(
         for origin in history.origins.values():
             id = derived_id("key.added", user_id, origin.kid, origin.added_ms)
             ends_ms = origin.added_ms + WAIT_S * 1000
-            if origin.first or ends_ms <= now_ms or not notices.wants(user_id, id):
+            if ends_ms <= now_ms or not notices.wants(user_id, id):
                 continue
             notices.deliver(
                 Notice(

@@ -9,7 +9,7 @@ tables' topics have every change that its issue can have missed. So the revoker 
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import parse
@@ -22,7 +22,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.domain import StaleBasis, derived_revocation, stale_basis
+from ringfence.revoker.domain import StaleBasis, derived_revocation, run_record, stale_basis
 from ringfence.revoker.mass_expiry import OwnRecordCache
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,10 @@ class IssuedLeaseRecheck:
         own_records: OwnRecordCache,
         *,
         patience_s: float,
+        is_silent: Callable[[str], bool] = lambda run_id: False,
     ) -> None:
+        """`patience_s`: the longest wait for the local tables to catch up. `is_silent` says whether a run is silent."""
+        self._is_silent = is_silent
         self._runtime = runtime
         self._directory = directory
         self._store = store
@@ -88,14 +91,14 @@ class IssuedLeaseRecheck:
         for record in records:
             try:
                 # Most leases fit, so signatures are verified only for the others.
-                if stale_basis(parse(record.value).unverified_claims(Lease), self._directory, max_age_s):
+                if self._basis(parse(record.value).unverified_claims(Lease), max_age_s):
                     lease = verify_lease(
                         record.value,
                         self._runtime.trust,
                         self._runtime.clock,
                         appended_at_ms=record.appended_at_ms,
                     )
-                    if basis := stale_basis(lease, self._directory, max_age_s):
+                    if basis := self._basis(lease, max_age_s):
                         yield lease, basis
             except InvalidMessageError:
                 self._runtime.trust.require_judgeable(
@@ -103,6 +106,15 @@ class IssuedLeaseRecheck:
                 )
             except ChainError as error:
                 log.error("lease %s is not held against a record: %s", record.key, error)
+
+    def _basis(self, lease: Lease, max_age_s: int) -> StaleBasis | None:
+        """Why a lease has to end, or None."""
+        run = lease.instance.run if lease.instance is not None else None
+        if run is not None and self._is_silent(run.run_id):
+            return StaleBasis(
+                "run_ended", f"the runner of run {run.run_id} is silent", run_record(run.run_id)
+            )
+        return stale_basis(lease, self._directory, max_age_s)
 
     async def _revoke(self, lease: Lease, basis: StaleBasis) -> Awaitable[object]:
         revocation = derived_revocation(

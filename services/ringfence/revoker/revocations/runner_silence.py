@@ -5,7 +5,8 @@ this revoker's own last heartbeat that came back. So a revoker that is cut off i
 broker's counts. The runner counts from the sending of a heartbeat, which is earlier: it has destroyed the sandbox by
 then, if it lives.
 
-The run stays `started`: only its own runner says something of it. So its leases are looked for as long as it is silent.
+The run stays `started`: only its own runner says something of it. Its leases are looked for in Redis when it becomes
+silent, and for `_LOOK_AGAIN_MS` after that. `IssuedLeaseRecheck` finds those that are issued later.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ from ringfence.revoker.revocations.run_ends import RunRevoker
 log = logging.getLogger(__name__)
 
 _EVERY_S: Final = 1.0
+_LOOK_AGAIN_MS: Final = 15_000
+"""How long a silent run is looked for again: until every revoker's own heartbeats say that it is silent, and what was
+being issued meanwhile is in Redis."""
 _CLOCKS_DIFFER_MS: Final = 60_000
 """The most by which a sender's clock may differ from the broker's. Beyond it, its heartbeats count as replays."""
 
@@ -56,6 +60,7 @@ class RunnerSilence:
         self._seen_ms: dict[str, int] = {}
         """By run: the broker's time when this revoker first looked at it."""
         self._own = _LastHeartbeat(0, 0)
+        self._silent: frozenset[str] = frozenset()
 
     def on_heartbeats(self, records: Sequence[Received]) -> None:
         """Take records of `heartbeat`; those of other services are ignored."""
@@ -96,7 +101,18 @@ class RunnerSilence:
             if id in self._seen_ms or now_ms - last.appended_at_ms <= self._grace_ms
         }
         silences = ((run, now_ms - self._since_ms(run.run_id)) for run in living)
-        return [(run, silence_ms) for run, silence_ms in silences if silence_ms > self._grace_ms]
+        silent = [(run, silence_ms) for run, silence_ms in silences if silence_ms > self._grace_ms]
+        self._silent = frozenset(run.run_id for run, _ in silent)
+        return silent
+
+    def is_silent(self, run_id: str) -> bool:
+        """Whether a run was silent at the last look (`silent`)."""
+        return run_id in self._silent
+
+    @property
+    def grace_ms(self) -> int:
+        """How long a run may go unnamed."""
+        return self._grace_ms
 
     def _since_ms(self, run_id: str) -> int:
         named = self._named.get(run_id)
@@ -112,7 +128,7 @@ class RunnerSilence:
 
 
 class SilentRunEnder:
-    """Revokes the leases of runs whose runners are silent, as long as they are."""
+    """Revokes the leases of runs whose runners fell silent."""
 
     def __init__(
         self,
@@ -130,6 +146,8 @@ class SilentRunEnder:
         self._is_leader = is_leader
         self._patience_s = patience_s
         self._reported: set[str] = set()
+        self._done: set[str] = set()
+        """Silent runs whose leases this revoker looks for no more."""
 
     async def run(self) -> NoReturn:
         """Look every second."""
@@ -141,15 +159,21 @@ class SilentRunEnder:
     async def look(self) -> None:
         """Revoke what runs of silent runners hold now. Raises UnavailableError."""
         # Heartbeats of a runner may be in a partition that is read later than that of this revoker.
-        if not self._silence.silent() or not self._is_leader():
+        silent = {run.run_id for run, _ in self._silence.silent()}
+        self._reported &= silent
+        self._done &= silent
+        if not silent or not self._is_leader():
             return
         if not await self._runtime.tables_caught_up(self._patience_s):
             return
-        silent = self._silence.silent()
-        for run, silence_ms in silent:
+        for run, silence_ms in self._silence.silent():
             reason = f"the runner of run {run.run_id} is silent"
             if run.run_id not in self._reported:
                 metrics.RUNS_SILENCED.inc()
+                self._reported.add(run.run_id)
                 log.error("%s: no heartbeat has named it for %.0f s", reason, silence_ms / 1000)
+            if run.run_id in self._done:
+                continue
             await self._revoker.revoke(run, reason)
-        self._reported = {run.run_id for run, _ in silent}
+            if silence_ms > self._silence.grace_ms + _LOOK_AGAIN_MS:
+                self._done.add(run.run_id)

@@ -293,6 +293,7 @@ function endKey(claims, evidence) {
     rows: [
       row("Key", `${key.use === "webauthn" ? "passkey" : "key file"} ${name(claims.kid)}`, "code"),
       row("May be in other hands", claims.compromised ? "yes: keys that it added end too" : "no"),
+      ...(claims.since_ms === undefined ? [] : [row("Since", moment(Math.floor(int(claims.since_ms) / 1000)))]),
       ...reason(claims),
     ],
     warnings: ["It signs nothing any more. This cannot be undone."],
@@ -409,7 +410,7 @@ const MESSAGES = {
   "grant.withdraw": entry(grantWithdraw, ["grant_id", "reason"]),
   "break_glass.review": entry(review, ["request_id", "decision_digest", "agent_id", "note"], false),
   "revocation.request": entry(revocation, ["kind", "lease_id", "selector", "reason"], false),
-  "user.end-key": entry(endKey, ["user_id", "kid", "reason", "compromised"]),
+  "user.end-key": entry(endKey, ["user_id", "kid", "reason", "compromised", "since_ms"]),
   "agent.suspend": entry(
     agentCommand("Suspend", "Suspend", false, ["Its leases end, and nothing is issued."]), ["agent_id", "reason"],
   ),
