@@ -53,9 +53,9 @@ trust`); what `dev` writes is allowed.
 - **Output** is for people; with `--json`, before or after the command, one JSON document, or one object a line for
   what goes on (`approvals watch`, `audit tail`). Results go to stdout, everything said beside them to stderr:
   `TOKEN=$(ringfence request ...)` holds the credential and nothing else. Text that agents wrote is shown with its
-  invisible characters and line feeds spelt out (`‹U+000A›`), names with every sign beyond ASCII. JSON has control and format characters as
-  `\\uXXXX`, which is the same value. `audit export` is exact to the byte in files and pipes, and shows them as code
-  points on a terminal.
+  invisible characters and line feeds spelt out (`‹U+000A›`), names with every sign beyond ASCII. JSON has control and
+  format characters as `\\uXXXX`, which is the same value. `audit export` is exact to the byte in files and pipes, and
+  shows them as code points on a terminal.
 - **Output files** are written to a new file and renamed, so an old file is replaced as a whole. A symbolic link, and
   what is no regular file, is refused. Where a command can write to stdout, `-` and `/dev/stdout` name it.
 - **Errors** are a sentence on stderr. With `--json`, the last line of stderr is one JSON object: `code` (stable),

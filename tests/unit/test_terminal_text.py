@@ -432,8 +432,8 @@ def test_where_stdout_is_not_utf_8_json_is_the_same_value(monkeypatch: pytest.Mo
 
 def test_each_character_is_marked_by_what_it_is_however_many_came_before() -> None:
     every = list(map(chr, range(0x11000)))
-    whole = visible_lines("".join(every))
-    assert whole == "".join(map(visible_lines, every))
+    whole = visible("".join(every))
+    assert whole == "".join(map(visible, every))
     assert acting(whole) == set()
     # Text of strangers does not fill the memory of marks.
-    assert len(marking._ON_LINES) <= marking._MOST_KNOWN
+    assert len(marking._VISIBLE) <= marking._MOST_KNOWN
