@@ -16,7 +16,7 @@ from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.messages.approval import Approval
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, RequiredClass
 from ringfence.messages.registry import VerbFloor
-from ringfence.model.lifecycle import KeyHistory, subject_key
+from ringfence.model.lifecycle import KeyHistory, KeyOrigin, subject_key
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import (
@@ -50,6 +50,9 @@ class People:
 
     def key_history(self, user_id: str) -> KeyHistory:
         return first_key(f"key of {user_id}")
+
+    def compromised_giver(self, origin: KeyOrigin) -> None:
+        return None
 
 
 DIRECTORY = cast(Directory, People())

@@ -17,7 +17,7 @@ from ringfence.messages.credential import CredentialRequest, Reason, RequiredCla
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord, VerbFloor
-from ringfence.model.lifecycle import KeyHistory
+from ringfence.model.lifecycle import KeyHistory, KeyOrigin
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.requests.approvals import BREAK_GLASS_TTL_S
 from ringfence.model.requests.facts import DelegationStep, RequestContext
@@ -374,6 +374,9 @@ class People:
 
     def key_history(self, user_id: str) -> KeyHistory:
         return first_key(KID)
+
+    def compromised_giver(self, origin: KeyOrigin) -> None:
+        return None
 
 
 PEOPLE = cast(Directory, People())
