@@ -124,7 +124,7 @@ def test_the_pool_file_of_a_runner_is_checked(tmp_path: Path, monkeypatch: pytes
     assert (verdict, "make it" in says) == ("bad", True)
     monkeypatch.setenv("RINGFENCE_RUNNER_KEY_FILE", str(tmp_path / "sources/key.json"))
     ((verdict, says),) = _pool_found(tmp_path, monkeypatch)
-    assert (verdict, "the runner's key" in says) == ("bad", True)
+    assert (verdict, "RINGFENCE_RUNNER_KEY_FILE" in says) == ("bad", True)
     monkeypatch.setenv("RINGFENCE_RUNNER_POOL_FILE", str(tmp_path / "nothing.json"))
     ((verdict, says),) = [(one.verdict, one.says) for one in pool_findings()]
     assert (verdict, "cannot read" in says) == ("bad", True)

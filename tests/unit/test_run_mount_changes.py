@@ -21,10 +21,10 @@ def write(path: Path, mode: int = 0o644, text: str = "x") -> None:
     path.chmod(mode)
 
 
-def look(folder: Path, **more: int) -> Survey:
+def look(folder: Path, *, max_entries: int = 1000, within_s: float = 20) -> Survey:
     descriptor = open_host(folder)
     try:
-        return survey(descriptor, **more)
+        return survey(descriptor, max_entries=max_entries, within_s=within_s)
     finally:
         os.close(descriptor)
 
@@ -49,6 +49,34 @@ def repository(at: Path) -> None:
         write(at / name)
 
 
+def rename_folder(at: Path) -> None:
+    (at / ".git/hooks/sample").unlink()
+    (at / ".git/hooks").rmdir()
+    (at / "docs/samples").rename(at / ".git/hooks")
+
+
+def replace_configuration(at: Path) -> None:
+    (at / ".git/config").unlink()
+    (at / ".git/config").symlink_to("../docs/settings.txt")
+
+
+def bare_repository(at: Path) -> None:
+    for name in ("HEAD", "objects/x", "refs/x", "config"):
+        write(at / "lib/store" / name)
+
+
+def link_to_link(at: Path) -> None:
+    (at / "a").symlink_to("docs")
+    (at / ".husky").symlink_to("a")
+
+
+def link_in_linked_folder(at: Path) -> None:
+    (at / "store").mkdir()
+    (at / "store/hooks").symlink_to("../docs")
+    (at / "x").mkdir()
+    (at / "x/.git").symlink_to("../store")
+
+
 DANGEROUS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a hook of git": (lambda at: write(at / ".git/hooks/pre-commit"), ".git/hooks/pre-commit"),
     "git's configuration": (lambda at: write(at / "a/.git/config"), "a/.git/config"),
@@ -68,19 +96,15 @@ DANGEROUS: dict[str, tuple[Callable[[Path], object], str]] = {
     "Python's compiled files": (
         lambda at: write(at / "a/__pycache__/b.pyc"), "a/__pycache__/b.pyc"),
     "a folder that is renamed": (
-        lambda at: ((at / ".git/hooks/sample").unlink(), (at / ".git/hooks").rmdir(),
-                    (at / "docs/samples").rename(at / ".git/hooks")),
-        ".git/hooks/pre-commit"),
+        rename_folder, ".git/hooks/pre-commit"),
     "a link at a name that programs read": (
         lambda at: (at / ".envrc").symlink_to("docs/settings.txt"), ".envrc"),
     "a link in place of git's configuration": (
-        lambda at: ((at / ".git/config").unlink(), (at / ".git/config").symlink_to("../docs/settings.txt")),
-        ".git/config"),
+        replace_configuration, ".git/config"),
     "a file of git that names another repository": (
         lambda at: write(at / "lib/pkg/.git", text="gitdir: ../store"), "lib/pkg/.git"),
     "a repository without a work tree": (
-        lambda at: [write(at / "lib/store" / name) for name in ("HEAD", "objects/x", "refs/x", "config")],
-        "lib/store/config"),
+        bare_repository, "lib/store/config"),
     "content of the same size": (lambda at: write(at / ".git/hooks/sample", text="y"), ".git/hooks/sample"),
 }  # fmt: skip
 for _name in (".cargo/config.toml", ".ssh/config", ".gitlab-ci.yml", ".circleci/config.yml", "Jenkinsfile", ".gdbinit",
@@ -101,12 +125,10 @@ def test_a_change_that_others_may_execute_is_reported_as_dangerous(
 LINKED: dict[str, Callable[[Path], object]] = {
     "a link to the file": lambda at: (at / ".envrc").symlink_to("docs/settings.txt"),
     "a link to its folder": lambda at: (at / ".vscode").symlink_to("docs"),
-    "a link to a link": lambda at: ((at / "a").symlink_to("docs"), (at / ".husky").symlink_to("a")),
+    "a link to a link": link_to_link,
     "an absolute link": lambda at: (at / ".envrc").symlink_to(at / "docs/settings.txt"),
-    "a link in a linked folder": lambda at: (
-        (at / "store").mkdir(), (at / "store/hooks").symlink_to("../docs"), (at / "x").mkdir(),
-        (at / "x/.git").symlink_to("../store")),
-}  # fmt: skip
+    "a link in a linked folder": link_in_linked_folder,
+}
 
 
 @pytest.mark.parametrize("link", LINKED.values(), ids=LINKED.keys())
@@ -244,10 +266,10 @@ def test_a_mount_that_is_gone_is_reported(tmp_path: Path) -> None:
     assert found.startswith(". (unknown: "), found
 
 
-@pytest.mark.parametrize("limit", [{"max_entries": 5}, {"within_s": 0}])
-def test_a_folder_beyond_the_limits_is_cut_off(tmp_path: Path, limit: dict[str, int]) -> None:
+@pytest.mark.parametrize(("max_entries", "within_s"), [(5, 20), (1000, 0)])
+def test_a_folder_beyond_the_limits_is_cut_off(tmp_path: Path, max_entries: int, within_s: float) -> None:
     repository(tmp_path)
-    found = look(tmp_path, **limit)
+    found = look(tmp_path, max_entries=max_entries, within_s=within_s)
     assert found.cut_off
     before = look(tmp_path)
     assert mount_changes.changes(tmp_path, before, found).dangerous[0].startswith(". (unknown: it")

@@ -375,7 +375,8 @@ class RunnerStory:
             reasons=[reason["code"] for reason in asked],
         )
         left = report["destroyed"]["left_in_mounts"]
-        tell.step("run.hook_reported", f"The hook was written, and reported to Maria: {left[0]}.", left=left)
+        hook = next(one for one in left if reviewer.HOOK_FILE in one)
+        tell.step("run.hook_reported", f"The hook was written, and reported to Maria: {hook}.", left=left)
         tell.step(
             "run.destroyed",
             "The helper ran, and was killed with the sandbox. Of it no process, mount, control group or file is left.",
