@@ -13,17 +13,14 @@ from ringfence.kernel.base.text import shown
 
 
 class RingfenceError(Exception):
-    """Root of all errors raised on purpose. `code` is stable: programs may act on it.
-
-    A message has several lines only where it is `Lines`.
-    """
+    """Root of all errors raised on purpose. `code` is stable: programs may act on it."""
 
     code: str = "error"
     remedy: str | None = None
     """What to do next, such as a command; None where only the message says it, or nobody knows."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
-        message = shown(message)
+        message = shown(message)  # of several lines only where it is `Lines`
         super().__init__(message)
         self.message = message
         if code is not None:
