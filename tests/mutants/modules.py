@@ -15,6 +15,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "model/requests/run_orders.py": ("test_runs.py",),
     "model/records/key_proofs.py": ("test_user_keys.py", "test_passkey_records.py"),
     "model/lifecycle/key_history.py": ("test_user_keys.py", "test_approver_keys.py"),
+    "model/leases/revocations.py": ("test_revocation_entitlement.py",),
+    "model/leases/lifecycle.py": ("test_leases.py",),
+    "model/audit_log/chain.py": ("test_chain_recovery.py",),
     "model/requests/approvals.py": (
         "test_approvals.py", "test_delegation.py", "test_limiting_fields.py", "test_approver_keys.py",
     ),

@@ -238,7 +238,7 @@ def test_what_redis_has_goes_on_from_what_kafka_has_or_it_does_not() -> None:
 # --- the terms of a lease ---------------------------------------------------------------------------------------------
 
 ONE_STEP = {
-    "iss": REVOKER,
+    "iss": "spiffe://acme.example/service/another",
     "iat": 1,
     "jti": "j.2",
     "seq": 2,
