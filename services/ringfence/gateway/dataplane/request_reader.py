@@ -103,9 +103,6 @@ def read_request(
     )
 
 
-BODY_REFUSED: Final = "body_refused"
-
-
 def check_body(request: RequestHead, *, read_by_map: bool) -> None:
     """Refuse a body that the target could execute as a second request, which was not decided on.
 
@@ -115,15 +112,12 @@ def check_body(request: RequestHead, *, read_by_map: bool) -> None:
     method = request.method
     if has_risky_body(request) and method in CONTENTLESS_METHODS and not (method == "DELETE" and read_by_map):
         unless = ", unless a rule of the target's map reads it" if method == "DELETE" else ""
-        raise RequestRefusedError(400, BODY_REFUSED, body_refused_message(method, unless))
-
-
-def body_refused_message(method: str, unless: str = "") -> str:
-    """The message of a refusal with `BODY_REFUSED`."""
-    return (
-        f"a request with {method} may have no body{unless}: some servers execute its bytes as the next request; send "
-        "neither Transfer-Encoding nor a Content-Length other than 0"
-    )
+        raise RequestRefusedError(
+            400,
+            "body_refused",
+            f"a request with {method} may have no body{unless}: some servers execute it as the next request; send "
+            "neither Transfer-Encoding nor a Content-Length other than 0",
+        )
 
 
 _API_PATH: Final = "/v1/"

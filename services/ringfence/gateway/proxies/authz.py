@@ -29,7 +29,7 @@ from ringfence.gateway.contract import (
     Verdict,
 )
 from ringfence.gateway.dataplane.denials import MEDIA_TYPE, denial_headers, problem_details
-from ringfence.gateway.dataplane.request_reader import BODY_REFUSED, body_refused_message, is_json
+from ringfence.gateway.dataplane.request_reader import is_json
 from ringfence.gateway.decision.observe_mode import credential_headers
 from ringfence.gateway.events.destination import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError
@@ -106,9 +106,11 @@ class ProxyAuth:
             return _undecided(_INVALID, _UNCERTAIN)
         method = question[1].method
         if method not in CONTENT_METHODS and _announces_body(request):
-            text = body_refused_message(method)
-            self._blocked(BlockedRequest(BODY_REFUSED, text, attempt=question[1], method=method))
-            return _undecided(BODY_REFUSED, text)
+            text = (
+                f"a request with {method} may have no body here: some servers execute it as the next request"
+            )
+            self._blocked(BlockedRequest("body_refused", text, attempt=question[1], method=method))
+            return _undecided("body_refused", text)
         verdict = await self._gate.decide(*question, holdable=WaitingProxy(request.receive))
         if verdict.observed and verdict.target is not None:
             return _observed_answer(request, question[0], verdict.target)
