@@ -115,8 +115,8 @@ def check_body(request: RequestHead, *, read_by_map: bool) -> None:
         raise RequestRefusedError(
             400,
             "body_refused",
-            f"a request with {method} may have no body{unless}: some servers execute it as the next request; "
-            "send neither Transfer-Encoding nor a Content-Length other than 0",
+            f"a request with {method} may have no body{unless}: some servers execute it as the next request; send "
+            "neither Transfer-Encoding nor a Content-Length other than 0",
         )
 
 

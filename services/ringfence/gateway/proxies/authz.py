@@ -107,8 +107,7 @@ class ProxyAuth:
         method = question[1].method
         if method not in CONTENT_METHODS and _announces_body(request):
             text = (
-                f"behind this proxy a request with {method} may have no body: some servers execute it as the next "
-                "request"
+                f"a request with {method} may have no body here: some servers execute it as the next request"
             )
             self._blocked(BlockedRequest("body_refused", text, attempt=question[1], method=method))
             return _undecided("body_refused", text)
