@@ -85,8 +85,7 @@ def scan(
         typer.Option(
             "--accept-unread",
             metavar="PATH",
-            help="With --fail-on: accept that this path, or something below it, was not read. Write it as the scan "
-            "prints it. Repeatable.",
+            help="With --fail-on: accept that this path, or a path below it, was not read. Repeatable.",
         ),
     ] = None,
     baseline: Annotated[
