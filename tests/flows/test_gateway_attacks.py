@@ -105,8 +105,9 @@ class Worker:
             return (await raw.ask(data)).status
 
     async def tries(self, method: str, path: str, *headers: str, host: str = "gateway") -> int:
-        lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", "Content-Length: 2", *headers]
-        return await self.sends("".join(f"{one}\r\n" for one in [*lines, ""]).encode() + b"{}")
+        body = b"" if method in ("GET", "DELETE") else b"{}"
+        lines = [f"{method} {path} HTTP/1.1", f"Host: {host}", f"Content-Length: {len(body)}", *headers]
+        return await self.sends("".join(f"{one}\r\n" for one in [*lines, ""]).encode() + body)
 
     def reached(self) -> list[tuple[str, str]]:
         """What came to the forge since it began."""
