@@ -1,4 +1,4 @@
-"""Whether `regopy`, the Rego engine in a wheel of Microsoft's own, could take the place of regorus (ADR 0088).
+"""Whether `regopy`, the Rego engine in a wheel of Microsoft's own, could take the place of regorus (ADR 0086).
 
 `PYTHONPATH=FOLDER python -m bench.regopy_wheel`, after `pip install --target FOLDER regopy==1.5.2`. It prints which
 files of the own bundle regopy refuses, how many cases of `tests/policy/cases.py` it answers otherwise than regorus once

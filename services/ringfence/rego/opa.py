@@ -59,7 +59,7 @@ class OpaEngine:
 
     async def use(self, bundle: Bundle) -> None:
         # Nothing is evaluated here, not even its tests: `ringfence policy build` ran them, and the engine that it runs
-        # in is no part of a service that has chosen OPA (ADR 0088).
+        # in is no part of a service that has chosen OPA (ADR 0086).
         self._bundle = bundle
 
     async def evaluate(self, input_json: bytes) -> Answer:

@@ -95,8 +95,7 @@ def run(
         typer.Option(
             "--mount",
             metavar="DIR[:rw]",
-            help="A folder that the command sees at its own path; read-only without :rw. A run of root needs "
-            ":rw-as-root where root owns the folder. Repeatable.",
+            help="A folder that the command sees at its own path; read-only without :rw, or :rw-as-root for root's. Repeatable.",
         ),
     ] = None,
     hide: Annotated[

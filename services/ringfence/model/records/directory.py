@@ -395,7 +395,7 @@ class Directory:
         """The key `kid` of the agent `iss` if it is valid at `at_s` (seconds), whatever the agent's status. Raises
         ChainError.
 
-        A key that a compromised key gave is valid no more, also before somebody ends it (ADR 0090).
+        A key that a compromised key gave is valid no more, also before somebody ends it (ADR 0087).
         """
         agent_id = subject_of(self._trust.trust_domain, iss, "agent")
         entry = self.agent(agent_id) if agent_id else None
