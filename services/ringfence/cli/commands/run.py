@@ -95,7 +95,8 @@ def run(
         typer.Option(
             "--mount",
             metavar="DIR[:rw]",
-            help="A folder that the command sees at its own path; read-only without :rw, or :rw-as-root for root's. Repeatable.",
+            help="A folder that the command sees at its own path; read-only without :rw, or :rw-as-root for "
+            "root's. Repeatable.",
         ),
     ] = None,
     hide: Annotated[
