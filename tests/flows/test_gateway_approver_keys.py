@@ -90,7 +90,7 @@ class Held:
 
 @asynccontextmanager
 async def held(stage: Stage, actor: Actor, method: str, path: str) -> AsyncIterator[Held]:
-    sending = asyncio.create_task(actor.send(method, path, b"x"))
+    sending = asyncio.create_task(actor.send(method, path, b"" if method == "DELETE" else b"x"))
     async with stage.sponsor() as watching:
         pending = await waits(watching, actor)
     try:
