@@ -118,7 +118,7 @@ def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: s
         raise RunRefusedError(f"the records of the task or its agent do not verify: {error}") from None
     if task is None:
         raise RunRefusedError(f"there is no task {plan.task_id}", code="task_unknown").with_remedy(
-            "assign one: ringfence task assign AGENT --allow SCOPE --for 1h --purpose TEXT; or use --assign"
+            "assign one: ringfence task assign AGENT --allow SCOPE --for 1h --purpose TEXT"
         )
     if task.state.status != "active" or task.state.not_after <= now_s:
         raise RunRefusedError(f"task {plan.task_id} has ended", code="task_ended").with_remedy(
