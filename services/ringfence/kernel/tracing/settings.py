@@ -1,4 +1,4 @@
-"""Settings of tracing: whether a service records spans, and where it exports them.
+"""Settings of tracing: whether a process records spans, and where a service exports them.
 
 Ringfence's own setting comes first, then OpenTelemetry's for all programs. This module imports nothing of the extra
 `otel`, so that services start without it.
@@ -8,16 +8,27 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.tracing.api import NOT_TRACING, Tracing, is_installed
+from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
 
 log = logging.getLogger(__name__)
 
-
 _PROTOCOL = "http/protobuf"
+
+
+def of_application() -> Tracing:
+    """Return the tracing of an agent's or a person's program: with the tracer that the program has set up, or one that
+    records nothing.
+    """
+    if "opentelemetry.trace" not in sys.modules:  # then no tracer can be set
+        return NOT_TRACING
+    from ringfence.kernel.tracing.otel import in_application  # it needs the extra
+
+    return in_application()
 
 
 def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
@@ -28,15 +39,17 @@ def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
     url = where_to(settings.otlp_endpoint, os.environ)
     if url is None:
         return NOT_TRACING
-    if not is_installed("opentelemetry.exporter.otlp.proto.http"):
+    try:
+        from ringfence.kernel.tracing.export import Exporting
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("opentelemetry"):
+            raise
         missing = "that needs the extra `otel` (ringfence[otel]): pip install '.[otel]'"
         if settings.otlp_endpoint:
-            raise SettingsError(f"RINGFENCE_OTLP_ENDPOINT is set, and {missing}, or unset it")
+            raise SettingsError(f"RINGFENCE_OTLP_ENDPOINT is set, and {missing}, or unset it") from None
         # It may be set for everything on this machine, which is no reason to fail.
         log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, and %s", missing)
         return NOT_TRACING
-    from ringfence.kernel.tracing.export import Exporting  # it needs the extra
-
     return Exporting.to(url, role, settings.instance or instance)
 
 
