@@ -28,7 +28,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.trust_updates import apply_bundle
-from ringfence.kernel.tracing.settings import of_application
+from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationRequest

@@ -1,4 +1,4 @@
-"""Settings of tracing: whether a process records spans, and where a service exports them.
+"""Settings of tracing: whether a service records spans, and where it exports them.
 
 Ringfence's own setting comes first, then OpenTelemetry's for all programs. This module imports nothing of the extra
 `otel`, so that services start without it.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 from collections.abc import Mapping
 
 from ringfence.kernel.base.errors import SettingsError
@@ -18,17 +17,6 @@ from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
 log = logging.getLogger(__name__)
 
 _PROTOCOL = "http/protobuf"
-
-
-def of_application() -> Tracing:
-    """Return the tracing of an agent's or a person's program: with the tracer that the program has set up, or one that
-    records nothing.
-    """
-    if "opentelemetry.trace" not in sys.modules:  # then no tracer can be set
-        return NOT_TRACING
-    from ringfence.kernel.tracing.otel import in_application  # it needs the extra
-
-    return in_application()
 
 
 def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
