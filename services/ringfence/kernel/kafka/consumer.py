@@ -318,8 +318,9 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
                 return True
             self._ahead.clear()
             try:
-                with self._tracing.received(batch, self.group) as traced:
-                    await handler(traced)
+                with self._tracing.received(batch, self.group) as spans:
+                    traced = [record._replace(span=span) for record, span in zip(batch, spans, strict=False)]
+                    await handler(traced or batch)
                 self._record_lag(batch)
                 break
             except HaltedError as error:

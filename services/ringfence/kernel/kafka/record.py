@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
@@ -54,10 +54,6 @@ class Received(NamedTuple):
         return traceparent_of(
             derived_id("trace", self.topic_name, self.partition, self.offset, self.appended_at_ms)
         )
-
-    def with_span(self, span: Span) -> Self:
-        """The same record with another span; see `TraceableRecord`."""
-        return self._replace(span=span)
 
     @property
     def coordinates(self) -> Coordinates:

@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self
 
 from ringfence.kernel.tracing.traceparent import well_formed
 
@@ -70,15 +68,6 @@ class TraceableRecord(Protocol):
     def headers(self) -> dict[str, str]: ...
     @property
     def traceparent(self) -> str: ...
-    @property
-    def span(self) -> Span: ...
-
-    def with_span(self, span: Span) -> Self:
-        """Return the same record with this span."""
-        ...
-
-
-Record = TypeVar("Record", bound=TraceableRecord)
 
 
 class Work(NamedTuple):
@@ -97,9 +86,10 @@ class Work(NamedTuple):
 class Tracing:
     """Makes the spans of one service, or of the application that uses the SDK. This base class makes none."""
 
-    def received(self, batch: Sequence[Record], group: str) -> AbstractContextManager[Sequence[Record]]:
-        """Context manager around the handling of a batch. Yields the records, each with its span."""
-        return contextlib.nullcontext(batch)
+    @contextlib.contextmanager
+    def received(self, batch: Sequence[TraceableRecord], group: str) -> Iterator[Sequence[Span]]:
+        """Context manager around the handling of a batch. Yields as `steps` does."""
+        yield ()
 
     def sending(self, topic: str, id: str, key: str, traceparent: str | None) -> Span:
         """The span of a record on its way to Kafka. If it has a `traceparent`, that goes into the record's headers."""
@@ -123,11 +113,3 @@ class Tracing:
 
 
 NOT_TRACING = Tracing()
-
-
-def is_installed(module: str) -> bool:
-    """Whether a module can be imported. OpenTelemetry is an optional extra."""
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:
-        return False

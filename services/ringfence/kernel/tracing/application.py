@@ -1,14 +1,13 @@
-"""Tracing in an agent's or a person's program, with the tracer that its application has set up."""
+"""Tracing in an agent's or a person's program, with the tracer that its application has set up.
+
+The client imports it, so it imports nothing that only the server installs.
+"""
 
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
 from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
-
-if TYPE_CHECKING:
-    pass
 
 
 def of_application() -> Tracing:
@@ -17,4 +16,4 @@ def of_application() -> Tracing:
         return NOT_TRACING
     from ringfence.kernel.tracing.otel import in_application
 
-    return in_application() or NOT_TRACING
+    return in_application()

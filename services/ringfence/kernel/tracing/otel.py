@@ -16,8 +16,8 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, S
 from opentelemetry.util.types import AttributeValue
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.tracing.api import NO_SPAN, Record, Span, TraceableRecord, Tracing, Work
-from ringfence.kernel.tracing.traceparent import new_traceparent, parsed, trace_id, written
+from ringfence.kernel.tracing.api import NO_SPAN, NOT_TRACING, Span, TraceableRecord, Tracing, Work
+from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id, well_formed, written
 
 SCOPE = "ringfence"
 VERSION = version("ringfence")
@@ -78,10 +78,10 @@ class SpanTracing(Tracing):
         self._in_application = in_application
 
     @contextlib.contextmanager
-    def received(self, batch: Sequence[Record], group: str) -> Iterator[Sequence[Record]]:
-        traced = [record.with_span(self._received(record, group)) for record in batch]
-        with _ending([record.span for record in traced]):
-            yield traced
+    def received(self, batch: Sequence[TraceableRecord], group: str) -> Iterator[Sequence[Span]]:
+        spans = [self._received(record, group) for record in batch]
+        with _ending(spans):
+            yield spans
 
     def _received(self, record: TraceableRecord, group: str) -> Span:
         attributes = {
@@ -96,14 +96,14 @@ class SpanTracing(Tracing):
         return self._start(f"process {record.topic_name}", SpanKind.CONSUMER, record.traceparent, attributes)
 
     def sending(self, topic: str, id: str, key: str, traceparent: str | None) -> Span:
-        if parsed(traceparent) is None and not self._in_application:
+        if well_formed(traceparent) is None and not self._in_application:
             return Span(new_traceparent(sampled=False))
         attributes = _messaging("send", topic, id, key)
         return self._start(f"send {topic}", SpanKind.PRODUCER, traceparent, attributes)
 
     def step(self, name: str, work: Work) -> Span:
         traceparent, facts, because_of, took_ns = work
-        if parsed(traceparent) is None and not self._in_application:
+        if well_formed(traceparent) is None and not self._in_application:
             return NO_SPAN
         cause = _context(because_of if trace_id(because_of) != trace_id(traceparent) else None)
         return self._start(
@@ -142,11 +142,11 @@ class SpanTracing(Tracing):
         return TracedSpan(span)
 
 
-def in_application() -> Tracing | None:
-    """Return tracing with the application's own tracer, or None if it has set up none."""
+def in_application() -> Tracing:
+    """Return tracing with the application's own tracer, or one that records nothing if it has set up none."""
     provider = trace.get_tracer_provider()
     if isinstance(provider, trace.ProxyTracerProvider):
-        return None
+        return NOT_TRACING
     return SpanTracing(provider.get_tracer(SCOPE, VERSION), in_application=True)
 
 
@@ -192,11 +192,10 @@ def _attributes(facts: Mapping[str, object]) -> dict[str, AttributeValue]:
 
 
 def _context(traceparent: str | None) -> SpanContext | None:
-    parent = parsed(traceparent)
-    if parent is None:
+    if not traceparent or well_formed(traceparent) is None:
         return None
-    flags = TraceFlags(TraceFlags.SAMPLED if parent.sampled else TraceFlags.DEFAULT)
-    return SpanContext(int(parent.trace, 16), int(parent.span, 16), is_remote=True, trace_flags=flags)
+    _, trace_id, span_id, flags = traceparent.split("-")
+    return SpanContext(int(trace_id, 16), int(span_id, 16), True, TraceFlags(int(flags, 16)))
 
 
 def _traceparent(context: SpanContext) -> str:

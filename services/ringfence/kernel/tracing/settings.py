@@ -12,10 +12,9 @@ from collections.abc import Mapping
 
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.tracing.api import NOT_TRACING, Tracing, is_installed
+from ringfence.kernel.tracing.api import NOT_TRACING, Tracing
 
 log = logging.getLogger(__name__)
-
 
 _PROTOCOL = "http/protobuf"
 
@@ -28,15 +27,17 @@ def of_service(role: str, instance: str, settings: ServiceSettings) -> Tracing:
     url = where_to(settings.otlp_endpoint, os.environ)
     if url is None:
         return NOT_TRACING
-    if not is_installed("opentelemetry.exporter.otlp.proto.http"):
+    try:
+        from ringfence.kernel.tracing.export import Exporting
+    except ModuleNotFoundError as error:
+        if not str(error.name).startswith("opentelemetry"):
+            raise
         missing = "that needs the extra `otel` (ringfence[otel]): pip install '.[otel]'"
         if settings.otlp_endpoint:
-            raise SettingsError(f"RINGFENCE_OTLP_ENDPOINT is set, and {missing}, or unset it")
+            raise SettingsError(f"RINGFENCE_OTLP_ENDPOINT is set, and {missing}, or unset it") from None
         # It may be set for everything on this machine, which is no reason to fail.
         log.warning("OTEL_EXPORTER_OTLP_ENDPOINT is set, and %s", missing)
         return NOT_TRACING
-    from ringfence.kernel.tracing.export import Exporting  # it needs the extra
-
     return Exporting.to(url, role, settings.instance or instance)
 
 

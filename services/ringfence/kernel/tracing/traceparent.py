@@ -5,33 +5,13 @@ from __future__ import annotations
 import random
 import re
 import secrets
-from typing import NamedTuple
 
-_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
-_SAMPLED = 1
-
-
-class Parent(NamedTuple):
-    """A parsed `traceparent`."""
-
-    trace: str
-    span: str
-    sampled: bool
-    """Whether the writer asked to keep the trace."""
-
-
-def parsed(traceparent: str | None) -> Parent | None:
-    """Parse a `traceparent`. Returns None if it is of another version, malformed, or all zeros."""
-    match = _TRACEPARENT.fullmatch(traceparent or "")
-    if match is None:
-        return None
-    trace, span, flags = match.groups()
-    return Parent(trace, span, bool(int(flags, 16) & _SAMPLED))
+_TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
 
 
 def written(trace: str, span: str, *, sampled: bool) -> str:
     """Format a `traceparent`."""
-    return f"00-{trace}-{span}-{_SAMPLED if sampled else 0:02x}"
+    return f"00-{trace}-{span}-{sampled:02x}"
 
 
 def new_traceparent(*, sampled: bool = True) -> str:
@@ -47,7 +27,7 @@ def traceparent_of(id: str) -> str:
 
 
 def well_formed(traceparent: str | None) -> str | None:
-    """Return the `traceparent` if it is valid, else None."""
+    """Return the `traceparent`, or None if it is of another version, malformed, or all zeros."""
     return traceparent if traceparent and _TRACEPARENT.fullmatch(traceparent) else None
 
 
