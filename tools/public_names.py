@@ -161,7 +161,11 @@ def settings_classes() -> dict[type[RingfenceSettings], set[str]]:
         if importlib.util.find_spec(package) and importlib.util.find_spec(f"{package}.settings"):
             for cls in settings_of([role]):
                 read_by[cls].add(role)
-    if unread := [cls.__name__ for cls in _subclasses(RingfenceSettings) if not _is_read(cls, read_by)]:
+    if unread := [
+        cls.__name__
+        for cls in _subclasses(RingfenceSettings)
+        if cls.__module__.startswith(_PACKAGE) and not _is_read(cls, read_by)
+    ]:
         raise LookupError(f"no service reads {', '.join(unread)}: say in tools/public_names.py who does")
     return read_by
 

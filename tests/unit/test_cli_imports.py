@@ -99,11 +99,13 @@ def test_what_reads_kafka_loads_no_client_of_http(words: str, environment: dict[
     assert run(_RUN, environment, *words.split()) == [1, [KAFKA]]
 
 
-def test_a_scan_loads_no_client_and_yaml_only_for_yaml(environment: dict[str, str], tmp_path: Path) -> None:
+def test_a_scan_loads_no_client_and_leaves_yaml_to_its_workers(
+    environment: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / ".env").write_text("DEBUG=true\n")
     assert run(_RUN, environment, "scan", "--no-history", str(tmp_path)) == [0, []]
     (tmp_path / "compose.yml").write_text("services: {}\n")
-    assert run(_RUN, environment, "scan", "--no-history", str(tmp_path)) == [0, ["yaml"]]
+    assert run(_RUN, environment, "scan", "--no-history", str(tmp_path)) == [0, []]
 
 
 def test_httpx_comes_without_its_own_command_line(environment: dict[str, str]) -> None:

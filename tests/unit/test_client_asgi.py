@@ -336,7 +336,8 @@ def test_a_description_has_no_characters_that_end_it() -> None:
     error = TokenRejectedError('a "quoted" \\ é\r\nSet-Cookie: x', code="invalid_token")
     (challenge,) = [value for name, value in refusal(error).headers if name == "WWW-Authenticate"]
     assert (
-        challenge == 'Bearer error="invalid_token", error_description="a ?quoted? ? ??U+000D??Set-Cookie: x"'
+        challenge
+        == 'Bearer error="invalid_token", error_description="a ?quoted? ? ??U+000D??U+000A?Set-Cookie: x"'
     )
 
 

@@ -241,7 +241,11 @@ def test_a_selector_is_followed_only_from_a_user_who_answers_for_all_of_it(
 @pytest.mark.parametrize(
     ("signer", "kind", "refusal"),
     [
-        *((f"user/{user}", kind, "kind_unexpected") for user in ("olga", "sam") for kind in sorted(KINDS - BY_USERS)),
+        *(
+            (f"user/{user}", kind, "kind_unexpected")
+            for user in ("olga", "sam")
+            for kind in sorted(KINDS - BY_USERS)
+        ),
         *((f"agent/{BOT}", kind, "kind_unexpected") for kind in sorted(KINDS - BY_AGENTS)),
         *(("service/revoker", kind, "kind_unexpected") for kind in sorted(KINDS - SERVICE_KINDS)),
         ("user/olga", "revocation", None),

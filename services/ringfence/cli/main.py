@@ -33,6 +33,7 @@ from ringfence.kernel.base.terminal import filter_stderr
 from ringfence.kernel.base.text import Lines, did_you_mean, shown, visible_lines
 
 EXTRAS = {
+    "anyio": "mcp",
     "asyncpg": "server",
     "asyncssh": "server",
     "faststream": "server",

@@ -30,6 +30,7 @@ from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_folders, open_private
+from ringfence.kernel.base.text import Lines
 
 LOOPBACK = "127.0.0.1"
 MOST_PATIENCE = 10
@@ -186,15 +187,16 @@ class Child:
             pause_s = min(pause_s * 1.5, _LONGEST_PAUSE_S)
             if status is not None:
                 raise StackError(
-                    f"{self.name} ended with status {status} before it {condition}.{self._log_hint()}"
+                    self._with_log(f"{self.name} ended with status {status} before it {condition}.")
                 )
             if patience.over:
                 if ready():
                     return
                 reason = f" It says: {obstacle}." if (obstacle := why()) else ""
                 raise StackError(
-                    f"{self.name} runs, but took more than {patience.spent} until it {condition}."
-                    f"{reason}{self._log_hint()}"
+                    self._with_log(
+                        f"{self.name} runs, but took more than {patience.spent} until it {condition}.{reason}"
+                    )
                 )
 
     def terminate(self) -> None:
@@ -246,9 +248,10 @@ class Child:
             os.killpg(self._popen.pid, signal.SIGKILL)
         return self._popen.wait()
 
-    def _log_hint(self) -> str:
+    def _with_log(self, sentence: str) -> Lines:
         tail = self.log_tail()
-        return f" Its log is {self.log_path}" + (f" and ends with:\n{tail}" if tail else " (empty).")
+        hint = f"{sentence} Its log is {self.log_path}"
+        return Lines([f"{hint} and ends with:", *tail.split("\n")] if tail else [f"{hint} (empty)."])
 
 
 PRIVATE: Final = 0o077

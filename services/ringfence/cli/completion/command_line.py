@@ -17,15 +17,15 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
 _WORD_ENDS: Final = frozenset(" \t\n")
 _OPERATORS: Final = frozenset("|&;")
 
-FILE_METAVARS: Final = frozenset({"FILE", "[PATH]", "[PATH...]"})
+FILE_METAVARS: Final = frozenset({"FILE", "PATH", "[PATH]", "[PATH...]"})
 FOLDER_METAVARS: Final = frozenset({"DIR", "DIR[:rw]", "FOLDER"})
 COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]", "[-- SERVER...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "KID", "MOMENT",
     "NAME=VALUE", "NAME[:rw]", "NUMBER", "ORIGIN", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT",
-    "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TEXT", "THUMBPRINT", "URL", "UTC", "VERB", "VERB=KIND",
-    "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
+    "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TEXT", "THUMBPRINT", "TIME", "URL", "UTC", "VERB",
+    "VERB=KIND", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 
