@@ -309,7 +309,7 @@ ACTION = PendingAction(
     request_id="5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d", digest="9f" * 32, gateway="gateway", agent="deploy-bot",
     agent_description="d", sponsor="sam", task_id="t", purpose="p", on_behalf_of="maria", target="staging",
     target_description="d", lease_id="l", verb="deploy", resource="env/staging", method="GET", url="http://h/",
-    body_digest="", body_bytes=0, headers_digest=None, headers=(),
+    body_digest="", body_bytes=0, headers_digest="", headers=(),
     required="sponsor", mine=True, asked_at=1, expires_at=2**31, request="a.b.c",
 )  # fmt: skip
 
