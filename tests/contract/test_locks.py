@@ -92,7 +92,7 @@ def test_the_demo_installs_what_it_needs_and_nothing_else() -> None:
         if pin.requirement.marker is None or pin.requirement.marker.evaluate()
     }
     assert here == needed_here(["ringfence[dev]", *PROJECT["build-system"]["requires"]])
-    assert not here & {"mypy", "pytest", "mcp", "pyarrow", "ruff"}
+    assert not here & {"mypy", "pytest", "mcp", "ruff"}
 
 
 def test_no_script_installs_what_no_hash_covers() -> None:

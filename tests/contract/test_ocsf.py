@@ -125,10 +125,8 @@ async def test_what_could_not_be_read_is_not_told_as_what_it_begins_with(told) -
     assert (event["activity_name"], event["http_request"]["http_method"]) == ("Call", "POST")
 
 
-async def test_a_question_is_told_with_and_without_the_digest_of_its_headers(told) -> None:
-    """Gateways of before did not say one."""
-    assert "headers_digest" not in told["action asked about"][1]["unmapped"]
-    assert told["action asked about with its headers"][1]["unmapped"]["headers_digest"] == "cd" * 32
+async def test_a_question_is_told_with_the_digest_of_its_headers(told) -> None:
+    assert told["action asked about"][1]["unmapped"]["headers_digest"] == "cd" * 32
 
 
 async def test_names_and_numbers_agree_with_the_schema(told) -> None:

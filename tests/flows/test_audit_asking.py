@@ -11,7 +11,6 @@ import sys
 import time
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 
 from ringfence.kernel.crypto.keys import SigningKey
@@ -144,7 +143,7 @@ async def test_an_export_is_the_topic_in_every_format(shell: Any, world: World) 
     until = ("--until", time.strftime("%Y-%m-%dT%H:%M:%S+00:00", time.gmtime(time.time() + 5)))
     mine = ("audit", "export", "--agent", "bot", *until)
 
-    files = {format: shell.folder / f"trail.{format}" for format in ("ocsf", "ecs", "csv", "parquet")}
+    files = {format: shell.folder / f"trail.{format}" for format in ("ocsf", "csv")}
     for format, file in files.items():
         done = await shell.json("olga", *mine, "--format", format, "-o", str(file))
         assert (done["file"], done["events"] > 5) == (str(file), True)
@@ -163,8 +162,6 @@ async def test_an_export_is_the_topic_in_every_format(shell: Any, world: World) 
     uids = [event["metadata"]["uid"] for event in events]
     with files["csv"].open(newline="") as text:
         assert [row["uid"] for row in csv.DictReader(text)] == uids
-    assert [json.loads(line)["event"]["id"] for line in files["ecs"].read_text().splitlines()] == uids
-    assert pq.read_table(files["parquet"]).column("uid").to_pylist() == uids
     assert (await shell("olga", *mine)).encode().splitlines() == raw, (
         "stdout is the same, and so is a second time"
     )
@@ -194,7 +191,8 @@ async def test_an_export_is_the_topic_in_every_format(shell: Any, world: World) 
     assert "begin anew" in await shell("olga", *mine, "--resume", "-o", str(shell.folder / "x"), status=1)
     for wrong, remedy in (
         (("--format", "xml"), "ocsf"),
-        (("--format", "parquet"), "-o FILE"),
+        (("--format", "parquet"), "export ocsf or csv"),
+        (("--format", "ecs"), "export ocsf"),
         (("--resume",), "-o FILE"),
         (("--class", "API"), "--class"),
         (("--code", "a*b"), "action.*"),

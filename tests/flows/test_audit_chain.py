@@ -195,6 +195,31 @@ async def test_what_no_audit_service_signed_is_not_chained(world: World) -> None
     assert Source("x", 0, 1).uid not in uids
 
 
+async def test_a_lone_audit_service_hands_over_all_that_it_chains(world: World) -> None:
+    """In the order in which it chains them."""
+    async with world.running("registry", "audit", own={"audit": QUICK}):
+        sam = await world.user("sam", ("sponsor",), DEPLOY)
+        await world.agent("deploy-bot", sam, DEPLOY)
+        await told(world, sam)
+    handed_over, events = list(await world.records(AUDIT_INTAKE)), list(await world.records(AUDIT))
+    for partition in (0, 1):
+        assert uids_in(handed_over, partition) == [
+            record.headers["ce_id"] for record in events if record.partition == partition
+        ]
+    assert len(events) > 3
+
+
+def uids_in(handed_over: list[Received], partition: int) -> list[Any]:
+    """Each once, as the first hand-over counts."""
+    entries = [
+        entry
+        for record in handed_over
+        if record.partition == partition
+        for entry in parse(record.value).unverified_claims(AuditIntake).entries
+    ]
+    return list(dict.fromkeys(entry.event["metadata"]["uid"] for entry in entries))
+
+
 @pytest.mark.parametrize("event", [{}, {"metadata": {}, "unmapped": {}}, {"metadata": {"uid": "1"}}])
 async def test_what_is_signed_and_has_not_the_shape_of_an_event_stops_nothing(
     world: World, event: dict[str, Any]

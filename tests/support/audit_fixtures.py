@@ -439,7 +439,8 @@ class AuditFixtures:
             "action_id": str(uuid.uuid4()), "agent_id": "deploy-bot", "task_id": self.task, "lease_id": lease_id,
             "target_id": "staging", "verb": "deploy", "resource": "env/staging/web", "method": "PUT",
             "url": "https://staging.example/env/web?token=in-the-url", "body_digest": "ab" * 32, "body_bytes": 7,
-            "required": "sponsor", "revisions": Revisions(agent=1, user=1, task=1, target=1, policy=BUNDLE),
+            "headers_digest": "cd" * 32, "headers": (), "required": "sponsor",
+            "revisions": Revisions(agent=1, user=1, task=1, target=1, policy=BUNDLE),
         }  # fmt: skip
         return self.claims(ActionRequest, self.key("service", "gateway"), **{**given, **fields})
 

@@ -477,9 +477,6 @@ def asked(office: AuditFixtures, lease_id: str) -> dict[str, Received]:
 
     return {
         "action asked about": office.received(APPROVAL_REQUEST, compact, key="sam"),
-        "action asked about with its headers": office.received(
-            APPROVAL_REQUEST, sign(office.question(lease_id, headers_digest="cd" * 32), gateway), key="sam"
-        ),
         "action approved": answer(compact, comment="reviewed it"),
         "action denied by a person": answer(compact, verdict="denied"),
         "action that no gateway asked about": answer(other),

@@ -5,20 +5,16 @@ An API token is for one service, and counts once.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, get_args
 
 import pytest
 
-import ringfence
-from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import (
     MAX_API_TOKEN_S,
-    UNBOUND_API_TOKENS_END,
     ApiToken,
     api_audience,
 )
@@ -131,33 +127,10 @@ def test_a_token_opens_the_service_that_it_is_for_and_no_other(
 
 
 @pytest.mark.parametrize(
-    "aud", ["other.example", "other.example/policy", f"{TD}/", f"{TD}/policy/", "policy"]
+    "aud", [TD, "other.example", "other.example/policy", f"{TD}/", f"{TD}/policy/", "policy"]
 )
 def test_another_audience_is_refused(ledger: InMemoryRegistry, aud: str):
     assert "is not this service" in told(ledger, token(ledger, "uma", aud=aud))
-
-
-def test_a_token_for_the_trust_domain_counts_for_one_release_and_is_told(
-    ledger: InMemoryRegistry, caplog: pytest.LogCaptureFixture
-):
-    def counted() -> float:
-        return metrics.API_TOKENS_UNBOUND.labels("policy")._value.get()
-
-    before, here, bearer = counted(), of_service(ledger), token(ledger, "uma", aud=TD)
-    with caplog.at_level(logging.WARNING):
-        assert here.user(bearer).user.user_id == "uma"
-    assert counted() == before + 1
-    assert f"takes only those whose aud is {TD}/policy" in caplog.text
-    assert "it was used before" in told(ledger, bearer, here)
-
-
-def test_the_release_that_refuses_tokens_for_the_trust_domain_is_not_out():
-    """Once it is, `Authenticator` takes one audience, and the row of the threat model goes."""
-    assert _numbers(ringfence.__version__) < _numbers(UNBOUND_API_TOKENS_END)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".")[:2])
 
 
 # --- once -------------------------------------------------------------------------------------------------------------

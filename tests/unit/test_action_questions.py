@@ -1,4 +1,4 @@
-"""How a single action that waits is shown: its headers, and that a question of an older gateway binds none."""
+"""How a single action that waits is shown, with its headers."""
 
 from __future__ import annotations
 
@@ -38,10 +38,3 @@ def test_headers_are_shown_and_those_without_a_value_by_name(capsys: pytest.Capt
     said = json.loads(json.dumps(action_as_json(one)))
     assert said["headers"][1] == {"name": "cookie", "value": None}
     assert said["headers_digest"] == "c" * 64
-
-
-def test_a_question_of_an_older_gateway_says_that_headers_are_not_approved(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    print_action(pending(headers_digest=None))
-    assert "NOT PART OF THIS APPROVAL" in capsys.readouterr().out

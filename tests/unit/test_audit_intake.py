@@ -70,7 +70,7 @@ def came_back(office: AuditFixtures, message: Outbound) -> Received:
 async def test_what_comes_back_is_what_others_read_of_it() -> None:
     office, lately = AuditFixtures(), HandoverCache()
     record = await handed_over(office, lately, 1, 2, 3)
-    assert lately.events(record, office.trust) == parse_intake(record, office.trust).events
+    assert lately.events(record, office.trust) == parse_intake(record, office.trust)
     assert lately.events(record, office.trust) is None, "it is kept for the once that it is chained"
 
 

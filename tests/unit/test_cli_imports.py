@@ -19,7 +19,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 KAFKA, HTTP = "aiokafka", "httpx"
 HEAVY = (
     KAFKA, HTTP, "asyncpg", "asyncssh", "faststream", "httpcore", "joserfc", "jwt", "opentelemetry",
-    "prometheus_client", "pyarrow", "redis", "regorus", "scim2_models", "starlette", "structlog", "uvicorn",
+    "prometheus_client", "redis", "regorus", "scim2_models", "starlette", "structlog", "uvicorn",
     "uvloop", "yaml",
 )  # fmt: skip
 NOWHERE = "127.0.0.1:1"

@@ -610,15 +610,6 @@ async def test_who_does_not_show_all_headers_cannot_ask(gateway: Gateway) -> Non
     )
 
 
-async def test_a_question_of_an_older_gateway_lets_nothing_through(gateway: Gateway) -> None:
-    async with gateway.waiting() as decided:
-        ours = parse(gateway.sent[-1][1]).unverified_claims(ActionRequest)
-        before = ours.model_copy(update={"headers_digest": None, "headers": None, "jti": "x" * 43})
-        await gateway.said(gateway.claims(sign(before, gateway.key)))
-        assert gateway.refused == ["request_unknown"]
-        assert await gateway.still_waits(decided)
-
-
 async def test_who_left_does_not_act_any_more(gateway: Gateway) -> None:
     sent = Sent()
     async with gateway.waiting(sent=sent) as decided:

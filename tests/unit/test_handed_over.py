@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from ringfence.audit.trail.handover_lookup import ContentDigest, HandoverLookup, content_digest
-from ringfence.kernel.crypto.jws import sign, sign_payload
+from ringfence.kernel.crypto.jws import sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.audit import AuditChained, AuditIntake
+from ringfence.messages.audit import AuditIntake
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT_INTAKE
 from ringfence.model.audit_log.merkle import Hash
@@ -61,13 +61,6 @@ class Intake:
         for _ in range(count):
             first = len(self._records) * EACH
             self.add([event(first + number) for number in range(EACH)])
-
-    def vouch(self, *numbers: int, by: SigningKey | None = None) -> None:
-        """As earlier versions did, for events that they chained without a hand-over."""
-        key = by or self._office.key("service", "audit")
-        hashes = tuple(hash_of(number).hex() for number in numbers)
-        claims = AuditChained(iss=key.id, aud=TD, iat=1, jti="j", tree="0", hashes=hashes)
-        self._records.append(self._office.received(AUDIT_INTAKE, sign(claims, key)))
 
     async def bounds(self, topic: Topic[Any], partition: int) -> tuple[int, int]:
         return 0, len(self._records)
@@ -129,51 +122,20 @@ async def test_what_comes_after_what_was_read_counts_too(intake: Intake) -> None
     assert await handed_over(intake, 10, 20).find(0, asked(399)) == hashes(399)
 
 
-async def test_what_an_earlier_version_chained_directly_is_found_by_its_hash(intake: Intake) -> None:
-    intake.messages(1000)
-    intake.vouch(*range(20_000, 20_050))
-    assert await handed_over(intake, 1000, 100).find(0, asked(20_049, 20_003)) == hashes(20_049, 20_003)
-    assert intake.read == 1, "and nothing before it is read"
-
-
 async def test_what_waits_to_be_chained_is_not_read_where_nothing_of_it_is_asked_for(intake: Intake) -> None:
-    """Others hand over while nobody chains. What the last writer vouched for stands before that."""
-    intake.messages(100)
-    intake.vouch(20_000)
-    intake.messages(1000)
-    assert await handed_over(intake, 100, 100).find(0, asked(20_000, 999)) == hashes(20_000, 999)
+    """Others hand over while nobody chains. What was chained last stands before that."""
+    intake.messages(1100)
+    assert await handed_over(intake, 100, 100).find(0, asked(999)) == hashes(999)
     assert intake.read == 50 + 50
 
 
-async def test_behind_much_that_waits_to_be_chained_is_what_the_writer_vouched_for_meanwhile(
-    intake: Intake,
-) -> None:
-    intake.messages(1000)
-    intake.vouch(20_000)
-    intake.messages(20)
-    assert await handed_over(intake, 10, 100).find(0, asked(20_000) | MADE_UP) == hashes(20_000)
-    assert intake.read == 1021, "all of it, as somebody may have set back how far was read"
-
-
-async def test_copies_of_what_was_vouched_for_hide_nothing(intake: Intake) -> None:
-    """They take a 30th of what copies of events take, and whoever may write to the topic can put them there."""
-    intake.messages(100)
-    for _ in range(60):
-        intake.vouch(*range(20_000, 20_100))
-    assert await handed_over(intake, 160, 1000).find(0, asked(999)) == hashes(999)
-
-
-@pytest.mark.parametrize("stranger", [("agent", "bot"), ("service", "policy")])
-async def test_nobody_else_vouches_for_anything(intake: Intake, stranger: tuple[str, str]) -> None:
-    intake.vouch(7, by=intake._office.key(*stranger))
-    assert await handed_over(intake, 1, 100).find(0, asked(7)) == hashes()
+async def test_behind_a_committed_offset_that_was_set_back_everything_is_read(intake: Intake) -> None:
+    intake.messages(1020)
+    assert await handed_over(intake, 10, 100).find(0, asked(10_050) | MADE_UP) == hashes(10_050)
+    assert intake.read == 1020
 
 
 async def test_an_event_that_stands_twice_was_handed_over_twice(intake: Intake) -> None:
-    """By what it says; who vouches for one in its place says nothing of another."""
     intake.messages(1)
     twice = {hash_of(5): content_digest(event(5)), b"elsewhere": content_digest(event(5))}
     assert await handed_over(intake, 1, 100).find(0, twice) == frozenset(twice)
-    intake.vouch(700)
-    twice = {hash_of(700): content_digest(event(700)), b"elsewhere": content_digest(event(700))}
-    assert await handed_over(intake, 2, 100).find(0, twice) == hashes(700)

@@ -309,7 +309,7 @@ ACTION = PendingAction(
     request_id="5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d", digest="9f" * 32, gateway="gateway", agent="deploy-bot",
     agent_description="d", sponsor="sam", task_id="t", purpose="p", on_behalf_of="maria", target="staging",
     target_description="d", lease_id="l", verb="deploy", resource="env/staging", method="GET", url="http://h/",
-    body_digest="", body_bytes=0, headers_digest=None, headers=(),
+    body_digest="", body_bytes=0, headers_digest="", headers=(),
     required="sponsor", mine=True, asked_at=1, expires_at=2**31, request="a.b.c",
 )  # fmt: skip
 
@@ -393,7 +393,7 @@ def _read(terminal: int) -> bytes:
         return b""
 
 
-@pytest.mark.parametrize("format", ["ocsf", "ecs", "csv"])
+@pytest.mark.parametrize("format", ["ocsf", "csv"])
 def test_an_export_is_exact_in_pipes_and_files_and_harmless_on_a_terminal(audit: str, format: str) -> None:
     words = ["audit", "export", "--format", format, "--since", "2020-01-01T00:00:00Z"]
     piped = ringfence(audit, *words, terminal=False)

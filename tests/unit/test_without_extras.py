@@ -12,8 +12,7 @@ from ringfence.messages.base import SERVICE_ROLES
 BLOCKED = """
 import sys
 
-for name in ("opentelemetry", "pyarrow"):
-    sys.modules[name] = None  # so that importing it fails
+sys.modules["opentelemetry"] = None  # so that importing it fails
 import ringfence.{role}.app
 """
 

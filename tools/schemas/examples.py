@@ -573,7 +573,6 @@ _ALL: tuple[Message, ...] = (
             ),
         ),
     ),
-    audit.AuditChained(**_claims(_service("audit")), tree="0", hashes=(_DIGEST,)),
     audit.AuditCheckpoint(
         **_claims(_service("audit")), tree="0", size=1024, root=_DIGEST, peaks=(_DIGEST,), last=_DIGEST
     ),

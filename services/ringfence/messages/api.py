@@ -79,10 +79,6 @@ def api_audience(trust_domain: str, service: ServiceRole) -> str:
     return f"{trust_domain}/{service}"
 
 
-UNBOUND_API_TOKENS_END = "0.2"
-"""The version that no longer accepts API tokens whose `aud` is the trust domain alone, the first form of such
-tokens."""
-
 PORTS = {
     "registry": 8701,
     "policy": 8702,

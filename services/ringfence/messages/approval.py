@@ -138,10 +138,10 @@ class ActionRequest(ExpiringClaims):
     body_digest: Digest
     """SHA-256 of the body; of no bytes if there is none."""
     body_bytes: Annotated[int, Field(ge=0)]
-    headers_digest: Digest | None = None
+    headers_digest: Digest
     """Over all headers that go on, in their order, without the credential: SHA-256 over each name and each value, with
-    its length in four bytes before it. Always set by a gateway that binds headers; an older one did not."""
-    headers: Annotated[tuple[ShownHeader, ...], Field(max_length=MAX_HEADERS)] | None = None
+    its length in four bytes before it."""
+    headers: Annotated[tuple[ShownHeader, ...], Field(max_length=MAX_HEADERS)]
     """The same headers, in the same order, as a person sees them."""
     required: ActionClass
     """Whose word the bundle wants."""

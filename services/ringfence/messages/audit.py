@@ -65,18 +65,6 @@ class AuditIntake(Claims):
     entries: Annotated[tuple[IntakeEntry, ...], Field(min_length=1)]
 
 
-# Only versions before ADR 0063 write it. 0.2 still reads it, or a trail of 0.1 would fork. The release after drops it.
-class AuditChained(Claims):
-    """Events that the writer of `audit` made and chained by itself: what it vouches for until a checkpoint does."""
-
-    typ: ClassVar[str] = "audit.chained"
-    signed_by = ("audit",)
-
-    tree: NonEmpty
-    hashes: Annotated[tuple[Digest, ...], Field(min_length=1)]
-    """Of each event, its link included, in their order."""
-
-
 class AuditCheckpoint(Claims):
     """The signed head of the tree over the audit events of one partition."""
 

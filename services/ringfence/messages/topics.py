@@ -14,7 +14,6 @@ from ringfence.messages.approval import (
     GrantWithdraw,
 )
 from ringfence.messages.audit import (
-    AuditChained,
     AuditCheckpoint,
     AuditEvent,
     AuditIntake,
@@ -183,7 +182,7 @@ SERVICE_EVENT = Topic(
 )
 AUDIT_INTAKE = Topic(
     "audit.intake",
-    (AuditIntake, AuditChained),
+    (AuditIntake,),
     "agent id",
     "jws",
     ("audit",),

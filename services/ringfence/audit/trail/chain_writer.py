@@ -217,7 +217,7 @@ class ChainWriter:
         if cached is not None:
             return cached
         try:
-            return parse_intake(record, self._runtime.trust).events
+            return parse_intake(record, self._runtime.trust)
         except InvalidMessageError as error:
             await self._runtime.dead_letters.send(record, error)
             return ()

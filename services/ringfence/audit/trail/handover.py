@@ -1,9 +1,4 @@
-"""The handover of events to the chain writer: signed messages on `audit.intake`, many events in each.
-
-Versions before ADR 0063 also put `audit.chained` there: the hashes of events that they chained without a handover.
-Audit reads those messages for as long as `audit.intake` keeps them, 7 days, so that a trail of such a version does not
-fork.
-"""
+"""The handover of events to the chain writer: signed messages on `audit.intake`, many events in each."""
 
 from __future__ import annotations
 
@@ -16,18 +11,16 @@ import orjson
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.crypto.jws import parse, sign_payload, verify, verify_payload
+from ringfence.kernel.crypto.jws import parse, sign_payload, verify_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.partitioning import partition_of
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
-from ringfence.messages.audit import AuditChained, AuditIntake
-from ringfence.messages.base import typ_header
+from ringfence.messages.audit import AuditIntake
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 from ringfence.model.audit_log.chain import linkable
-from ringfence.model.audit_log.merkle import Hash
 
 _MAX_CHUNK_BYTES = 320 * 1024
 """The most bytes of events in one message. As a JWS they are a third longer, and a message has at most 512 KiB."""
@@ -44,15 +37,6 @@ class PendingEvent(NamedTuple):
     traceparent: str | None
     event: Mapping[str, Any] | None = None
     """The parsed `body`, if it is at hand."""
-
-
-class IntakeContent(NamedTuple):
-    """The verified content of a message of `audit.intake`."""
-
-    events: Sequence[PendingEvent] = ()
-    """Events that are to be chained."""
-    chained: Sequence[Hash] = ()
-    """The hashes of events that a version before ADR 0063 chained without a handover."""
 
 
 class HandoverCache:
@@ -158,21 +142,16 @@ def _require_same_key(signed_by: SigningKey, current: SigningKey) -> None:
         raise UnavailableError(f"{signed_by.id} signs by another key now: once more", code="key_changed")
 
 
-def parse_intake(record: Received, trust: TrustStore) -> IntakeContent:
-    """Verify and parse a message of `audit.intake`.
+def parse_intake(record: Received, trust: TrustStore) -> Sequence[PendingEvent]:
+    """Verify a message of `audit.intake`, and return its events.
 
     Raises InvalidMessageError if no audit service signed it or its shape is wrong. The shape is checked only as far as
     the chain needs it: the service that made an event is responsible for the rest.
     """
-    jws, at_s = parse(record.value), record.appended_at_ms / 1000
-    if jws.header.typ == typ_header(AuditChained):
-        find = trust.finder(*AuditChained.signed_by, at_s=at_s)
-        chained = verify(jws, AuditChained, find, audience=trust.trust_domain).claims
-        return IntakeContent(chained=[bytes.fromhex(text) for text in chained.hashes])
-    find = trust.finder(*AuditIntake.signed_by, at_s=at_s)
-    claims = verify_payload(jws, AuditIntake, find, audience=trust.trust_domain)
+    find = trust.finder(*AuditIntake.signed_by, at_s=record.appended_at_ms / 1000)
+    claims = verify_payload(parse(record.value), AuditIntake, find, audience=trust.trust_domain)
     try:
-        return IntakeContent([_pending_event(entry) for entry in claims["entries"]])
+        return [_pending_event(entry) for entry in claims["entries"]]
     except (KeyError, TypeError, ValueError):
         raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
 

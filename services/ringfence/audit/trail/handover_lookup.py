@@ -1,11 +1,10 @@
 """Looks up which events on `audit` an audit service handed over. Without a checkpoint, anybody may have written others.
 
-Handed-over events are on `audit.intake`, signed. Versions before ADR 0063 also chained events without a handover, and
-put their hashes there, signed (`audit.chained`). Those count as well, for as long as the topic keeps them.
+Handed-over events are on `audit.intake`, signed.
 
 The search starts at the offset up to which events are chained, and alternates between later and earlier ranges until
 no event is missing. Earlier ranges hold what was handed over and chained last, which is all that callers look up.
-Later ranges hold the last hashes of an earlier version, and what others handed over since.
+Later ranges hold what was handed over since, and also the rest if somebody set the committed offset back.
 
 The cost is bounded. Events are chained in the order of their handover, so few other events lie between those that are
 looked up. An attacker who forges events, which are never found, or repeats old ones, cannot cause the whole topic to be
@@ -15,14 +14,13 @@ read.
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import Any, Final
 
 import orjson
 
-from ringfence.audit.trail.handover import IntakeContent, parse_intake
+from ringfence.audit.trail.handover import PendingEvent, parse_intake
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.range_reader import Stretches
@@ -38,8 +36,6 @@ MAX_OTHERS: Final = 50_000
 Some are expected between those that are: events that were handed over twice and chained once. They are at most as many
 as a chain remembers.
 """
-_HASHES_PER_EVENT = 30
-"""This many hashes take as many bytes as one handed-over event, and count as one."""
 _EMPTY_RANGE = 0, 0
 _RETENTION_MS = (AUDIT_INTAKE.retention_s or 0) * 1000
 ContentDigest = bytes
@@ -64,7 +60,7 @@ class HandoverLookup:
         self._max_others = max_others
 
     async def find(self, partition: int, events: Mapping[Hash, ContentDigest]) -> frozenset[Hash]:
-        """The events, by their leaf hashes, that an audit service handed over or whose hash it signed.
+        """The events, by their leaf hashes, that an audit service handed over.
 
         Only messages that the topic still keeps count.
         """
@@ -83,13 +79,11 @@ class HandoverLookup:
         """Remove from `missing` the events in these messages. Returns how many other events they contain."""
         others = 0
         async for record in self._kafka.records(AUDIT_INTAKE, partition, start, end):
-            content, missing_before = _content_of(record, self._trust), len(missing.hashes)
-            missing.hashes.difference_update(content.chained)
-            for event in content.events:
+            events, missing_before = _events_of(record, self._trust), len(missing.hashes)
+            for event in events:
                 digest = content_digest(orjson.loads(event.body))
                 missing.hashes.difference_update(missing.by_digest.get(digest, ()))
-            contained = len(content.events) + math.ceil(len(content.chained) / _HASHES_PER_EVENT)
-            others += max(0, contained - (missing_before - len(missing.hashes)))
+            others += max(0, len(events) - (missing_before - len(missing.hashes)))
         return others
 
 
@@ -121,12 +115,12 @@ def _backward_ranges(start: int, end: int) -> Iterator[tuple[int, int]]:
         stop, count = first, min(count * 4, _MAX_RANGE)
 
 
-def _content_of(record: Received, trust: TrustStore) -> IntakeContent:
-    """The verified content of a message; empty if no audit service signed it."""
+def _events_of(record: Received, trust: TrustStore) -> Sequence[PendingEvent]:
+    """The verified events of a message; none if no audit service signed it."""
     try:
         return parse_intake(record, trust)
     except InvalidMessageError:
-        return IntakeContent()
+        return ()
 
 
 def is_handover_retained(record: Received, now_ms: int) -> bool:

@@ -1,11 +1,11 @@
-"""`ringfence audit export`: write the audit trail to a file in one of several formats."""
+"""`ringfence audit export`: write the audit trail to a file, as OCSF or CSV."""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, BinaryIO, Literal, cast
+from typing import TYPE_CHECKING, Annotated, BinaryIO, Final, Literal, cast
 
 import typer
 
@@ -31,14 +31,24 @@ if TYPE_CHECKING:
     from ringfence.client.exports.export import ExportFile, ExportProgress, ExportQuery
     from ringfence.client.exports.writers import ExportWriter, Format
 
+_FORMATS: Final = ("ocsf", "csv")
+_REMOVED: Final = {
+    "ecs": "ecs was removed: export ocsf, and map its fields in the SIEM",
+    "parquet": "parquet was removed: export ocsf or csv, and convert the file",
+}
+
+
+def _format_of(text: str) -> str:
+    if text not in _FORMATS:
+        raise typer.BadParameter(_REMOVED.get(text, f"{text!r} is not one of {', '.join(_FORMATS)}"))
+    return text
+
 
 def export(
     format: Annotated[
-        Literal["ocsf", "ecs", "csv", "parquet"],
+        Literal["ocsf", "csv"],
         typer.Option(
-            "--format",
-            metavar="FORMAT",
-            help="ocsf: to the byte; ecs: Elastic Common Schema; csv; parquet.",
+            "--format", metavar="FORMAT", parser=_format_of, help="ocsf: one event a line, to the byte; csv."
         ),
     ] = "ocsf",
     since: Annotated[
@@ -84,8 +94,8 @@ def export(
     from ringfence.client.exports.export import ExportQuery, begin, resume, set_filters
 
     out = None if out is None or is_stdout(out) else out
-    if out is None and (go_on or format == "parquet"):
-        raise typer.BadParameter(f"{'--resume' if go_on else '--format parquet'} needs a file: add -o FILE")
+    if out is None and go_on:
+        raise typer.BadParameter("--resume needs a file: add -o FILE")
     since_ms, until_ms = span_ms(since, until, int(time.time() * 1000))
     filters = filters_of(
         target=target, user=user, sponsor=sponsor, codes=code, status=status, severity=severity
@@ -154,11 +164,7 @@ def _to_file(one: ExportFile, out: Path, me: Path | None) -> ExportProgress:
 
 
 def _next_steps(one: ExportFile, out: Path) -> str:
-    if one.can_be_resumed:
-        return f"; go on with: ringfence audit export --resume -o {out}"
-    if not one.writer.resumable:
-        return "; a Parquet file cannot be continued: begin anew, with a shorter --since and --until"
-    return ""
+    return f"; go on with: ringfence audit export --resume -o {out}" if one.can_be_resumed else ""
 
 
 async def _all(

@@ -97,10 +97,6 @@ def shown_headers(one: PendingAction) -> list[str]:
 
 
 def _headers(one: PendingAction) -> list[str]:
-    if one.headers_digest is None:
-        return [
-            "NOT PART OF THIS APPROVAL: the gateway is an older one, and lets any headers go on; upgrade it"
-        ]
     names = ", ".join(visible(each.name) for each in one.headers if each.value is None)
     unseen = [f"values not shown: {names}"] if names else []
     return [*shown_headers(one), *unseen, f"SHA-256 {one.headers_digest}"]

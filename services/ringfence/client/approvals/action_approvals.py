@@ -68,8 +68,8 @@ class PendingAction:
     body_digest: str
     """SHA-256 (hex) of the body."""
     body_bytes: int
-    headers_digest: str | None
-    """SHA-256 (hex) over all headers; None where an older gateway binds none of them."""
+    headers_digest: str
+    """SHA-256 (hex) over all headers."""
     headers: tuple[ActionHeader, ...]
     required: ActionClass
     mine: bool
@@ -246,7 +246,7 @@ class OpenActions:
             body_digest=claims.body_digest,
             body_bytes=claims.body_bytes,
             headers_digest=claims.headers_digest,
-            headers=tuple(ActionHeader(one.name, one.value) for one in claims.headers or ()),
+            headers=tuple(ActionHeader(one.name, one.value) for one in claims.headers),
             required=claims.required,
             mine=mine,
             asked_at=claims.iat,

@@ -61,12 +61,10 @@ class ExportFile:
         """Save the progress, so that the export can be resumed from here."""
         self.file.flush()
         self.state.bytes = self.file.tell()
-        if self.writer.resumable:
-            write_private(_sibling(self.target, STATE), self.state.model_dump_json())
+        write_private(_sibling(self.target, STATE), self.state.model_dump_json())
 
     def finish(self) -> None:
         """Close the complete file and give it its final name."""
-        self.writer.close()
         self.file.close()
         _sibling(self.target, PART).rename(self.target)
         _sibling(self.target, STATE).unlink(missing_ok=True)
@@ -80,8 +78,8 @@ class ExportFile:
 
     @property
     def can_be_resumed(self) -> bool:
-        """Whether a page is complete, in a format that can be appended to."""
-        return self.writer.resumable and self.state.after is not None
+        """Whether a page is complete."""
+        return self.state.after is not None
 
 
 def begin(target: Path, question: ExportQuery) -> ExportFile:
@@ -98,12 +96,7 @@ def begin(target: Path, question: ExportQuery) -> ExportFile:
     except OSError as error:
         raise ExportError(f"cannot write {_sibling(target, PART)}: {error.strerror}") from None
     file = os.fdopen(number, "wb")
-    try:
-        one = ExportFile(target, file, writer_of(question.format, file), ExportProgress(question=question))
-    except ModuleNotFoundError:
-        file.close()
-        _sibling(target, PART).unlink()
-        raise
+    one = ExportFile(target, file, writer_of(question.format, file), ExportProgress(question=question))
     one.checkpoint()
     return one
 

@@ -11,9 +11,8 @@ from typing import BinaryIO, Final, Literal, Protocol
 import orjson
 
 from ringfence.client.exports.columns import COLUMNS, Cell, row_of
-from ringfence.client.exports.ecs import ecs_of
 
-Format = Literal["ocsf", "ecs", "csv", "parquet"]
+Format = Literal["ocsf", "csv"]
 
 _FORMULA: Final = re.compile(
     # Where a cell may begin: also after a separator of another locale or import program, and on the next line of a cell
@@ -32,21 +31,13 @@ _CONTROL: Final = ("\t", "\r", "\n", "\x00")
 class ExportWriter(Protocol):
     """Writes events to a file, page by page."""
 
-    resumable: bool
-
     def page(self, events: Sequence[str]) -> None:
         """Write a page of events completely."""
-        ...
-
-    def close(self) -> None:
-        """Write the end of the format. The file itself stays open."""
         ...
 
 
 class OcsfWriter:
     """Writes one event per line, byte for byte as on the topic: its hash is the one in the chain."""
-
-    resumable = True
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -58,24 +49,6 @@ class OcsfWriter:
         )
         self._file.write("".join(f"{event}\n" for event in whole).encode())
 
-    def close(self) -> None:
-        """Do nothing: the format has no end."""
-
-
-class EcsWriter:
-    """Writes one ECS document per line."""
-
-    resumable = True
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-
-    def page(self, events: Sequence[str]) -> None:
-        self._file.write(b"".join(orjson.dumps(ecs_of(orjson.loads(event))) + b"\n" for event in events))
-
-    def close(self) -> None:
-        """Do nothing: the format has no end."""
-
 
 class CsvWriter:
     """Writes one row per event (RFC 4180), with a header.
@@ -83,18 +56,13 @@ class CsvWriter:
     No cell begins like a formula, wherever a program splits cells.
     """
 
-    resumable = True
-
     def __init__(self, file: BinaryIO, *, header: bool = True) -> None:
         self._file = file
         if header:
             self._write([[column.name for column in COLUMNS]])
 
     def page(self, events: Sequence[str]) -> None:
-        self._write([[_safe(cell) for cell in row_of(orjson.loads(event)).values()] for event in events])
-
-    def close(self) -> None:
-        """Do nothing: the format has no end."""
+        self._write([[_safe(cell) for cell in row_of(orjson.loads(event))] for event in events])
 
     def _write(self, rows: Sequence[Sequence[str]]) -> None:
         text = io.StringIO(newline="")
@@ -103,21 +71,12 @@ class CsvWriter:
 
 
 def writer_of(format: Format, file: BinaryIO, *, resumed: bool = False) -> ExportWriter:
-    """Return the writer of a format.
-
-    `resumed`: the file has a beginning already. Raises ModuleNotFoundError without its extra.
-    """
+    """Return the writer of a format. `resumed`: the file has a beginning already."""
     match format:
         case "ocsf":
             return OcsfWriter(file)
-        case "ecs":
-            return EcsWriter(file)
         case "csv":
             return CsvWriter(file, header=not resumed)
-        case "parquet":
-            from ringfence.client.exports.parquet import ParquetWriter
-
-            return ParquetWriter(file)
 
 
 def _safe(cell: Cell) -> str:

@@ -30,7 +30,7 @@ class ApprovalKey:
     method: str
     url: str
     body_digest: str
-    headers_digest: str | None
+    headers_digest: str
     required: ActionClass
     revisions: str
 

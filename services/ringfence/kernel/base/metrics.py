@@ -139,11 +139,6 @@ SPANS = Counter("ringfence_spans_total", "Spans that were made for traces", ["ou
 """`outcome`: sent, failed (the receiver did not answer, or refused), dropped (too many waited)."""
 AUDIT_EVENTS = Counter("ringfence_audit_events_total", "OCSF events written", ["class_uid"])
 HTTP_REQUESTS = Counter("ringfence_http_requests_total", "HTTP requests answered", ["route", "status"])
-API_TOKENS_UNBOUND = Counter(
-    "ringfence_api_tokens_unbound_total",
-    "Accepted API tokens whose aud is the trust domain alone, which version 0.2 refuses",
-    ["service"],
-)
 REVOCATIONS_OVERDUE = Gauge(
     "ringfence_revocations_overdue",
     "Cut leases whose credential is still at the target after a while",

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import digest
-from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.replay_memory import ReplayMemory
 from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.base.times import utc_text
@@ -22,7 +19,6 @@ from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import (
     CONSOLE_ROUTES,
     MAX_API_TOKEN_S,
-    UNBOUND_API_TOKENS_END,
     ApiToken,
     ConsoleToken,
     api_audience,
@@ -32,8 +28,6 @@ from ringfence.messages.registry import SessionStatement, UserState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-
-log = logging.getLogger(__name__)
 
 MAX_REMEMBERED: Final = 200_000
 """How many API tokens of the last minute a replica remembers against replay; about 40 MB."""
@@ -117,7 +111,6 @@ class Authenticator:
         self._on_session = on_session
         self._trust = directory.trust
         self._trust_domain = directory.trust.trust_domain
-        self._service = service
         self._audience = api_audience(self._trust_domain, service)
         self._clock = clock
         self._used = ReplayMemory(MAX_REMEMBERED)
@@ -213,35 +206,26 @@ class Authenticator:
         now_ms = self._clock.now_ms()
         jws = _bearer(authorization)
         try:
-            audience = self._audience_of(jws)
-        except InvalidMessageError as error:
-            raise _refused(error) from None
-        try:
-            claims = verify(jws, ApiToken, find_key, audience=audience, appended_at_ms=now_ms).claims
+            self._require_own_audience(jws)
+            claims = verify(jws, ApiToken, find_key, audience=self._audience, appended_at_ms=now_ms).claims
         except InvalidMessageError as error:
             reason = None
             if error.code == "key_unknown" and inactive is not None:
-                reason = _reason_for_holder(jws, audience, now_ms, inactive)
+                reason = _reason_for_holder(jws, self._audience, now_ms, inactive)
             raise _refused(reason or error) from None
         except ChainError:
             raise _refused(_BROKEN_RECORD) from None
         self._check_once(claims, sender=claims.iss, now_s=now_ms / 1000)
-        if audience != self._audience:
-            self._warn_unbound(claims)
         return claims.iss
 
-    def _audience_of(self, jws: UnverifiedJws) -> str:
-        """Return which of the two accepted audiences an unverified token names.
-
-        Raises InvalidMessageError if it names another.
-        """
+    def _require_own_audience(self, jws: UnverifiedJws) -> None:
+        """Raise InvalidMessageError, which says what to sign, if an unverified token is not for this service."""
         aud = jws.unverified_claims(ApiToken).aud
-        if aud not in (self._audience, self._trust_domain):
+        if aud != self._audience:
             raise InvalidMessageError(
                 f"aud is {aud[:80]!r}, which is not this service; sign one for {self._audience!r}",
                 code="aud_unexpected",
             )
-        return aud
 
     def _check_once(self, claims: ApiToken | ConsoleToken, *, sender: str, now_s: float) -> None:
         """Mark a verified token as used. Raises UnauthenticatedError if it was used before, or lives too long."""
@@ -250,16 +234,6 @@ class Authenticator:
         id = digest(f"{claims.iss} {claims.jti}")
         if not self._used.remember(id, sender=sender, until_s=claims.exp, now_s=now_s):
             raise _refused("it was used before, and counts once; sign one for each call")
-
-    def _warn_unbound(self, claims: ApiToken) -> None:
-        metrics.API_TOKENS_UNBOUND.labels(self._service).inc()
-        log.warning(
-            "an API token of %s is for the whole trust domain: version %s takes only those whose aud is %s",
-            claims.iss,
-            UNBOUND_API_TOKENS_END,
-            self._audience,
-            extra=rate_limited(claims.iss),
-        )
 
 
 class _InactiveKeyFinder:

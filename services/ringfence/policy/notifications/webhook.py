@@ -156,9 +156,8 @@ def _header_lines(claims: ActionRequest) -> list[str]:
     """Return the lines about headers that the question shows: values of the gateway's fixed list, names of all
     others.
     """
-    headers = claims.headers or ()
-    seen = [f"{one.name}: {one.value}" for one in headers if one.value is not None]
-    names = ", ".join(one.name for one in headers if one.value is None)
+    seen = [f"{one.name}: {one.value}" for one in claims.headers if one.value is not None]
+    names = ", ".join(one.name for one in claims.headers if one.value is None)
     return [
         *(f"Header: {_code(one)}" for one in seen),
         *([f"Headers, values not shown: {_code(names)}"] if names else []),

@@ -32,7 +32,6 @@ export async function questionOf(fragment, config) {
     return { text: await fetched(source), source };
   }
   if (kind === "p") return { text: wrapped(await unpacked(value ?? "")) };
-  if (kind === "q") return { text: await unpacked(value ?? "") }; // as programs of before made it
   return undefined;
 }
 

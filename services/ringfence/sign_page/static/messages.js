@@ -167,22 +167,23 @@ async function actionApproval(claims, evidence) {
   }
   if (evidence.now >= asked.exp || claims.exp > asked.exp) throw new RefusedError("the gateway no longer waits");
   const ground = evidence.ground(asked.agent_id, asked.task_id, asked.target_id, asked.revisions);
-  const headers = (asked.headers ?? []).map((one) => `${name(one.name)}: ${one.value === undefined ? "(not shown)" : name(one.value)}`);
+  str(asked.headers_digest);
+  if (!Array.isArray(asked.headers)) throw new RefusedError("the headers of the question are no list");
+  const headers = asked.headers.map((one) => `${name(one.name)}: ${one.value === undefined ? "(not shown)" : name(one.value)}`);
   const rows = [
     ...groundRows(ground, [
       row("Action", `${name(asked.verb)}  on  ${resource(asked.resource)}`, "code"),
       row("As a request", `${name(asked.method)} ${name(asked.url)}`, "code"),
       row("Body", asked.body_bytes ? `${int(asked.body_bytes)} bytes, SHA-256 ${name(asked.body_digest)}` : "none", "code"),
-      row("Headers", headers.join("\n") || (asked.headers_digest ? "none" : "not bound by this gateway"), "code"),
+      row("Headers", headers.join("\n") || "none", "code"),
     ]),
     row("Needs the word of", name(asked.required)),
     row("Held by", name(asked.iss)),
     ...comment(claims),
     row("Question", `${await messageId(asked.iss, asked.jti)}\nSHA-256 ${claims.request_digest}`, "code"),
   ];
-  const warnings = asked.headers_digest ? [] : ["Its headers are not part of what you approve."];
   const title = `${yes ? "Approve" : "Deny"} one action of ${name(asked.agent_id)}`;
-  return { title, action: yes ? "Approve once" : "Deny", gives: yes, rows, warnings };
+  return { title, action: yes ? "Approve once" : "Deny", gives: yes, rows };
 }
 
 async function grant(claims, evidence) {
