@@ -275,11 +275,12 @@ def violations_of(
 
 
 def _signature(facts: RequestContext) -> tuple[Reason, ...]:
-    """A violation if the request is signed with a compromised key, or with one that rests on such a key. Whoever had the
-    key may have made the request, though the key was valid when it was appended.
+    """A violation if the request is signed with a compromised key, or with one that rests on such a key.
+
+    Whoever had the key may have made the request, though the key was valid when it was appended.
     """
     agent, compact = facts.agent.state, facts.request.compact
-    if agent.compromised and compact and kid_of(compact) in agent.compromised:
+    if compact and kid_of(compact) in agent.compromised:
         return (key_compromised(agent.agent_id),)
     if facts.voucher_problem is not None:
         return (_reason("key_voucher_compromised", f"{facts.voucher_problem}; ask anew with another key"),)
