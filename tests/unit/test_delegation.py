@@ -34,6 +34,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
 from ringfence.model.requests.facts import load_records, violations_of
 from ringfence.registry.domain import MAX_PARTS
+from tests.support import user_keys
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
 NOW_S = START_MS // 1000
@@ -215,6 +216,30 @@ def test_an_old_key_hands_nothing_on(ledger: InMemoryRegistry):
         ledger.give(part(ledger, "late", task, "second"), old)
     # What it signed in its time holds for ever, and a registry that says that it came then is not believed later.
     assert reader_of(ledger).task(task) is not None
+
+
+def test_part_handed_on_by_key_that_rests_on_compromised_key_gives_nothing(
+    ledger: InMemoryRegistry, task: str
+):
+    honest = made(ledger, part(ledger, "bot", task, "second"))
+    since_ms, thief = ledger.clock.ms, SigningKey.generate(ledger.key("bot", "agent").id)
+    key = ledger.key_record(thief)
+    ledger.give(ledger.claims(AgentRotateKey, "sam", agent_id="bot", key=key, overlap_s=3600))
+    stolen = made(ledger, part(ledger, "bot", task, "second"), key=thief)
+    below = made(ledger, part(ledger, "second", stolen, "third"))
+
+    def codes(task_id: str, agent: str, directory: Directory) -> list[str]:
+        records = load_records(directory, agent, task_id, "staging")
+        return [one.code for one in violations_of(records, WIDE, ledger.clock.ms / 1000, 30 * 86_400)]
+
+    assert codes(stolen, "second", ledger.directory) == []
+    kid = ledger.key("sam").kid
+    ledger.give(user_keys.end_key(ledger, "otto", "sam", kid, compromised=True, since_ms=since_ms))
+    for reader in (ledger.directory, reader_of(ledger)):
+        assert codes(stolen, "second", reader) == codes(below, "third", reader) == ["key_voucher_compromised"]
+        assert codes(honest, "second", reader) == []
+    assert refused(ledger, part(ledger, "bot", task, "second"), thief) == "key_voucher_compromised"
+    ledger.give(by_agent(ledger, TaskEnd, "bot", task_id=honest, reason="narrowing"), thief)
 
 
 @pytest.mark.parametrize("model", [AgentSuspend, AgentDecommission])

@@ -8,10 +8,14 @@ import pytest
 
 from ringfence.issuer.domain import SKEW_MS, Refusal
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import Signed
+from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.registry import AgentRotateKey
+from ringfence.model.requests.facts import load_context
 from tests.support.benches.decision_bench import EVERYTHING, DecisionBench, rotated
 from tests.support.in_memory_registry import TD
+from tests.support.user_keys import end_key
 
 
 @pytest.fixture
@@ -67,6 +71,28 @@ def test_another_key_in_that_second_is_somebodys_fault(bench: DecisionBench) -> 
     nobodys = bench.request(agent="nobody", iat=end_s - 5, exp=end_s + 300)
     decision = bench.decision(nobodys, source_ms=end_s * 1000 + 1, at_ms=bench.now_ms, revisions=None)
     assert bench.refused(decision) == (["key_unknown"], True)
+
+
+def test_key_that_rests_on_key_compromised_since_is_refused_without_finding(bench: DecisionBench) -> None:
+    """Policy decided before the end of the key that gave it. No record that the decision names has changed."""
+    ledger = bench.ledger
+    since_ms, given = bench.now_ms, SigningKey.generate(ledger.key("bot", "agent").id)
+    key = ledger.key_record(given)
+    ledger.give(ledger.claims(AgentRotateKey, "sam", agent_id="bot", key=key, overlap_s=3600))
+    honest = bench.request()
+    ledger.keys["agent/bot"] = given
+    waiting = bench.decision()
+    of_part = bench.request(agent="other", task_id=bench.handed_on())
+    asked = Signed(parse(of_part).unverified_claims(CredentialRequest), of_part)
+    revisions = load_context(ledger.directory, asked).revisions("p" * 64)
+    decided = bench.decision(of_part, revisions=revisions)
+    assert bench.issued(waiting).lease.key_thumbprint == given.kid
+    assert bench.issued(decided).lease.agent_id == "other"
+    kid = ledger.key("sam").kid
+    ledger.give(end_key(ledger, "otto", "sam", kid, compromised=True, since_ms=since_ms))
+    assert bench.refused(waiting) == (["key_unknown"], False)
+    assert bench.refused(decided) == (["key_voucher_compromised"], False)
+    assert bench.issued(bench.decision(honest))
 
 
 def test_a_key_that_merely_ran_out_is_somebodys_fault(bench: DecisionBench) -> None:

@@ -44,6 +44,7 @@ from ringfence.model.requests.facts import (
     violations,
 )
 from tests.support.in_memory_registry import InMemoryRegistry, permission
+from tests.support.user_keys import end_key
 from tools.schemas.examples import EXAMPLES
 
 AS_OF, AGE_S = 1_000_000, 3600
@@ -507,6 +508,20 @@ def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(
     assert (reason.code, "agent bot" in reason.message) == ("key_compromised", True)
     # What an enforcement point asks is signed by nobody.
     assert codes(ledger, Signed(before.claims, "")) == []
+
+
+def test_request_by_key_that_rests_on_compromised_key_is_denied(ledger: InMemoryRegistry, assigned: str):
+    since_ms, thief = ledger.clock.ms, SigningKey.generate(ledger.key("bot", "agent").id)
+    key = ledger.key_record(thief)
+    ledger.give(ledger.claims(AgentRotateKey, "sam", agent_id="bot", key=key, overlap_s=3600))
+    honest = asked(ledger, assigned)
+    waiting = Signed(honest.claims, sign(honest.claims, thief))
+    assert codes(ledger, waiting) == []
+    kid = ledger.key("sam").kid
+    ledger.give(end_key(ledger, "otto", "sam", kid, compromised=True, since_ms=since_ms))
+    (reason,) = reasons(ledger, load_context(ledger.directory, waiting))
+    assert (reason.code, f"key {thief.kid} of bot" in reason.message) == ("key_voucher_compromised", True)
+    assert codes(ledger, honest) == codes(ledger, Signed(honest.claims, "")) == []
 
 
 def test_everybody_who_ever_answered_for_the_agent_is_a_sponsor(ledger: InMemoryRegistry, assigned: str):

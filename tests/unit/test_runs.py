@@ -62,6 +62,7 @@ from tests.support import leases
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.runs import LIFE_S, LIMITS, OneRun, Runners, claims_of
 from tests.support.unknown_field_cases import NAME, planted
+from tests.support.user_keys import add_key, end_key, new_key
 
 WIDE = permission("env/**", verbs=("read",))
 MAX_AGE_S = 30 * 86_400
@@ -728,8 +729,11 @@ def ordered(place: Place, by: str = "uma", **fields: Any) -> RunOrder:
     return place.ledger.claims(RunOrder, by, **given)
 
 
-def against(place: Place, order: RunOrder, at_s: float | None = None) -> str | None:
-    reason = order_problem(order, place.ledger.directory, place.now_s if at_s is None else at_s)
+def against(
+    place: Place, order: RunOrder, at_s: float | None = None, key: SigningKey | None = None
+) -> str | None:
+    kid = (key or place.ledger.key("uma")).kid
+    reason = order_problem(order, kid, place.ledger.directory, place.now_s if at_s is None else at_s)
     return reason.code if reason is not None else None
 
 
@@ -788,6 +792,17 @@ def test_who_may_not_be_believed_orders_nothing(place: Place) -> None:
     forged = ledger.sign_record(entry.state, (*entry.record.commands, ledger.embed(_by_stranger(ledger))), 9)
     assert ledger.admit(forged) is None
     assert against(place, ordered(place)) == "record_untrusted"
+
+
+def test_order_by_key_that_rests_on_compromised_key_starts_nothing(place: Place) -> None:
+    ledger = place.ledger
+    since_ms, thief = ledger.clock.ms, new_key("uma")
+    ledger.give(add_key(ledger, "olga", "uma", thief))
+    assert against(place, ordered(place), key=thief) is None
+    kid = ledger.key("olga").kid
+    ledger.give(end_key(ledger, "otto", "olga", kid, compromised=True, since_ms=since_ms))
+    assert against(place, ordered(place), key=thief) == "key_voucher_compromised"
+    assert against(place, ordered(place)) is None
 
 
 def _by_stranger(ledger: InMemoryRegistry) -> AgentSuspend:

@@ -17,6 +17,7 @@ from ringfence.messages.base import Claims
 from ringfence.messages.registry import (
     AgentRotateKey,
     EmbeddedCommand,
+    TaskConsent,
     UserAddKey,
     UserDisable,
     UserInvite,
@@ -460,6 +461,30 @@ def test_key_that_rests_on_compromised_key_gives_nothing_before_anybody_ends_it(
     assert refused(ledger, ledger.user_set("o2", "o3", ["operator"])) == "key_voucher_compromised"
     ledger.give(ledger.user_set("o1", "o3", ["operator"]))
     ledger.give(ledger.claims(UserDisable, "o2", user_id="uma", reason="narrowing"))
+
+
+def resting(ledger: InMemoryRegistry, user: str) -> SigningKey:
+    """A key that olga gave a user after her own was compromised, which otto has said since."""
+    since_ms, key = ledger.clock.ms, new_key(user)
+    ledger.give(add_key(ledger, "olga", user, key))
+    end = end_key(ledger, "otto", "olga", ledger.key("olga").kid, compromised=True, since_ms=since_ms)
+    ledger.give(end)
+    return key
+
+
+def test_consent_by_key_that_rests_on_compromised_key_is_refused(ledger: InMemoryRegistry):
+    ledger.give(ledger.register("sam", "bot", "sam"))
+    thief = resting(ledger, "suzy")
+    terms = ledger.terms("bot")
+    for key, code in ((thief, "key_voucher_compromised"), (ledger.key("suzy"), None)):
+        consent = sign(ledger.claims(TaskConsent, "suzy", terms=terms), key)
+        task = ledger.assign("sam", "bot", terms=terms, on_behalf_of="suzy", consent=consent)
+        moved = ledger.transfer("sam", "bot", "suzy", consent=ledger.transfer_consent("suzy", "bot", key))
+        for command in (task, moved):
+            if code:
+                assert refused(ledger, command) == code
+            else:
+                ledger.give(command)
 
 
 def test_since_of_compromised_key_moves_only_to_earlier(ledger: InMemoryRegistry):

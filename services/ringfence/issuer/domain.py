@@ -241,15 +241,18 @@ def _counted_at(verified: _VerifiedRequest, directory: Directory, at_ms: int) ->
 
 
 def _ended_in_between(request: Jws, source: Coordinates, directory: Directory) -> bool:
-    """Whether a request says that it is by a key that was replaced in the second in which it was appended.
+    """Whether a request says that it is by a key that was replaced in the second in which it was appended, or by one
+    that rests on a compromised key.
 
-    Keys end with whole seconds, so policy may have decided before the rotation. Nothing of the request is verified: it
-    only says whether the refusal has to be a policy's fault.
+    Policy may have decided before that: keys end with whole seconds, and a key may turn out compromised at any time.
+    Nothing of the request is verified: it only says whether the refusal has to be a policy's fault.
     """
     try:
         jws = parse(request)
         claims = jws.unverified_claims(CredentialRequest)
         agent = directory.agent(subject_of(claims.aud, claims.iss, "agent") or "")
+        if directory.voucher_problem(claims.iss, jws.header.kid) is not None:
+            return True
     except (InvalidMessageError, ChainError):
         return False
     return agent is not None and any(
@@ -312,7 +315,7 @@ def _check_rule(decision: Decision, facts: RequestContext, terms: Terms, *, unch
         return
     # Policy decided a moment earlier: if the records are the same, only time can have made the difference.
     before = violations(facts, decision.claims.source.appended_at_ms / 1000, terms.entitlements_max_age_s)
-    honest = NOT_UNDERSTOOD | BY_TIME_OR_END
+    honest = NOT_UNDERSTOOD | BY_TIME_OR_END | _HONEST_KEY_CODES
     raise _RefusedError(*found, finding=unchanged and any(one.code not in honest for one in before))
 
 

@@ -46,9 +46,7 @@ from ringfence.model.lifecycle import (
     NO_HISTORY,
     CommandRefusedError,
     Context,
-    Giver,
     KeyHistory,
-    KeyOrigin,
     agents_of,
     apply,
     command_subject,
@@ -119,8 +117,8 @@ class Surroundings(Protocol):
         """Return the origins of a user's keys."""
         ...
 
-    def compromised_giver(self, origin: KeyOrigin) -> Giver | None:
-        """Return the compromised key on whose word a key rests, or None."""
+    def voucher_problem(self, iss: str, kid: str) -> str | None:
+        """Return which compromised key a key of a user or an agent rests on; None if it rests on none."""
         ...
 
     @property
@@ -261,17 +259,18 @@ def _check_time(command: Authorised, around: Surroundings) -> None:
 
 
 def _check_signer_key(command: Authorised, around: Surroundings) -> None:
-    """Refuse a granting command by a key that rests on a compromised key, while somebody is still ending it.
+    """Refuse a granting command if its key, or that of its consent, rests on a compromised key that is not ended yet.
 
     Only for new commands: a reader judges by the end of the key itself.
     """
-    origin = command.signer_key.origin
-    giver = around.compromised_giver(origin) if origin is not None else None
-    if giver is not None and not only_reduces(command.claims):
-        raise CommandRefusedError(
-            f"the key rests on key {giver.kid} of {giver.user_id}, which was compromised then; sign with another key",
-            code="key_voucher_compromised",
-        )
+    if only_reduces(command.claims):
+        return
+    signers = [(command.claims.iss, command.signer_key.kid)]
+    if command.consent is not None and command.consent.kid is not None:
+        signers.append((command.consent.mark[0], command.consent.kid))
+    for iss, kid in signers:
+        if (problem := around.voucher_problem(iss, kid)) is not None:
+            raise CommandRefusedError(f"{problem}; sign with another key", code="key_voucher_compromised")
 
 
 def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:

@@ -27,7 +27,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
-from ringfence.model.lifecycle import Giver, KeyHistory, KeyOrigin
+from ringfence.model.lifecycle import KeyHistory
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.consent import unverified_mark
 from ringfence.model.records.directory import Directory
@@ -161,8 +161,8 @@ class Memory:
     def key_history(self, user_id: str) -> KeyHistory:
         return self._directory.key_history(user_id)
 
-    def compromised_giver(self, origin: KeyOrigin) -> Giver | None:
-        return self._directory.compromised_giver(origin)
+    def voucher_problem(self, iss: str, kid: str) -> str | None:
+        return self._directory.voucher_problem(iss, kid)
 
     @property
     def rp_id(self) -> str | None:

@@ -18,6 +18,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.text import visible
+from ringfence.kernel.crypto.jws import kid_of
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
@@ -44,6 +45,8 @@ class _Waiting:
 
     record: Received
     order: RunOrder
+    kid: str
+    """The key that signed it."""
     order_id: str
     run_id: str
 
@@ -147,7 +150,8 @@ class OrderIntake:
     async def _judged(self, record: Received) -> _Waiting | None:
         """The order in a record, if it may be queued. Otherwise its result is on Kafka already."""
         try:
-            order = verified_order(record.value, self._directory, record.appended_at_ms).claims
+            signed = verified_order(record.value, self._directory, record.appended_at_ms)
+            order = signed.claims
             if order.pool != record.key:
                 raise InvalidMessageError("the Kafka key of an order is its pool", code="key_unexpected")
         except InvalidMessageError as error:
@@ -160,10 +164,9 @@ class OrderIntake:
             isinstance(one, _Waiting) and one.run_id == run_id for one in self._line
         ):
             return None  # delivered twice
-        waiting = _Waiting(record, order, order_id, run_id)
-        problem = order_problem(order, self._directory, record.appended_at_ms / 1000) or self._pool.problem(
-            order
-        )
+        waiting = _Waiting(record, order, kid_of(signed.compact), order_id, run_id)
+        problem = order_problem(order, waiting.kid, self._directory, record.appended_at_ms / 1000)
+        problem = problem or self._pool.problem(order)
         if problem is None and not self._has_room() and self.waiting >= self._pool.queue_length:
             message = f"{self.waiting} orders of pool {self._pool.name} wait already; order again later"
             problem = Reason(code="queue_full", message=message)
@@ -208,7 +211,7 @@ class OrderIntake:
         if self._is_settled(waiting.run_id):
             return
         order, now_s = waiting.order, self._runtime.broker_now_ms() / 1000
-        problem = self._waiting_problem(waiting) or order_problem(order, self._directory, now_s)
+        problem = self._waiting_problem(waiting) or order_problem(order, waiting.kid, self._directory, now_s)
         if problem is None:
             task = self._directory.task(order.task_id)
             assert task is not None

@@ -684,7 +684,9 @@ class Administrator(CommandClient):
                 ttl_s=ttl_s,
                 labels=dict(labels) if labels else None,
             )
-        problem = order_problem(order, directory, self.connection.clock.now_ms() / 1000)
+        problem = order_problem(
+            order, self.connection.key.kid, directory, self.connection.clock.now_ms() / 1000
+        )
         if problem is not None:
             raise RefusedError(order.typ, (problem,), "client")
         order_id = order_id_of(order)

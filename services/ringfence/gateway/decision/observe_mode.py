@@ -20,7 +20,7 @@ NO_CREDENTIALS: Final = "no_credentials"
 """The refusal code for a sender who showed no credentials at all."""
 STILL_DENIED: Final = frozenset({
     "agent_registered", "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
-    "key_compromised",
+    "key_compromised", "key_voucher_compromised",
     "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
     "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
     "socket_other_run", "lease_of_run",

@@ -490,21 +490,23 @@ class Chains:
             return verified_consent(command.id_token, command.terms, user, self._trust, at_ms)
         if command.consent is None:
             return None
+        jws = parse(command.consent)
         claims = verify(
-            parse(command.consent), TaskConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
+            jws, TaskConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
             audience=self._trust.trust_domain, appended_at_ms=at_ms,
         ).claims  # fmt: skip
         if claims.terms != command.terms:
             raise InvalidMessageError("the consent is to other terms", code="consent_other_terms")
         user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
-        return Consent(user_id, (claims.iss, claims.jti))
+        return Consent(user_id, (claims.iss, claims.jti), jws.header.kid)
 
     def _transfer_consent(self, command: AgentTransfer, at_ms: int) -> Consent | None:
         """As `_consent`, for transfers. The fold compares whose the agent was, because it knows that."""
         if command.consent is None:
             return None
+        jws = parse(command.consent)
         claims = verify(
-            parse(command.consent), AgentTransferConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
+            jws, AgentTransferConsent, lambda iss, kid: self.user_key(iss, kid, at_ms),
             audience=self._trust.trust_domain, appended_at_ms=at_ms,
         ).claims  # fmt: skip
         user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
@@ -512,7 +514,7 @@ class Chains:
             raise InvalidMessageError(
                 f"it is {user_id}'s, to take over agent {claims.agent_id}", code="consent_other_terms"
             )
-        return Consent(user_id, (claims.iss, claims.jti), claims)
+        return Consent(user_id, (claims.iss, claims.jti), jws.header.kid, claims)
 
 
 def subject_spiffe(trust_domain: str, state: AnyState) -> str:

@@ -35,6 +35,8 @@ class Consent:
 
     user_id: str
     mark: tuple[str, str]
+    kid: str | None = None
+    """The key that signed it; None of an ID token."""
     transfer: AgentTransferConsent | None = None
     """The terms, if the consent is to a transfer of an agent."""
     address_unverified: bool = False

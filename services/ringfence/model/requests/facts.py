@@ -8,7 +8,7 @@ from functools import lru_cache
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.lease import Delegator
@@ -56,6 +56,8 @@ class DelegationStep:
     task: VerifiedRecord[TaskState]
     kid: str
     """The key that signed the delegation."""
+    voucher_problem: str | None = None
+    """Which compromised key that key rests on (`Directory.voucher_problem`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ class RequestContext(RecordContext):
     """The running instance that asks, if it is one."""
     run: Run | None = None
     """The run that the instance is of, if it is of one that is there."""
+    voucher_problem: str | None = None
+    """Which compromised key the key of the request rests on (`Directory.voucher_problem`)."""
 
     @property
     def not_after(self) -> int:
@@ -182,10 +186,12 @@ def load_context(
     (target_id,) = targets
     records = load_records(directory, agent_id, claims.task_id, target_id)
     enrolment = enrolment_of(claims)
+    signed = request.compact  # what an enforcement point asks is signed by nobody
+    problem = directory.voucher_problem(claims.iss, kid_of(signed)) if signed else None
     return RequestContext(
         records.agent, records.sponsor, records.task, records.user, records.target,
         request, request_id or message_id(claims.iss, claims.jti), enrolment, directory.runs.of(enrolment),
-        delegations=records.delegations,
+        problem, delegations=records.delegations,
     )  # fmt: skip
 
 
@@ -228,8 +234,9 @@ def _delegations(directory: Directory, task: VerifiedRecord[TaskState]) -> Itera
                 f"task {state.task_id} is a part of {state.parent}, which is not there, or whose agent is not"
             )
             raise DeniedError(_reason("task_unknown", message))
-        kid = parse(task.record.commands[0].jws).header.kid  # no command of a task is dropped
-        yield DelegationStep(agent, directory.user(agent.state.sponsor), parent, kid)
+        kid = kid_of(task.record.commands[0].jws)  # no command of a task is dropped
+        problem = directory.voucher_problem(agent.record.sub, kid)
+        yield DelegationStep(agent, directory.user(agent.state.sponsor), parent, kid, problem)
         task = parent
 
 
@@ -268,13 +275,16 @@ def violations_of(
 
 
 def _signature(facts: RequestContext) -> tuple[Reason, ...]:
-    """A violation if the request is signed with a compromised key. Whoever had the key may have made the request,
-    though the key was valid when it was appended.
+    """A violation if the request is signed with a compromised key, or with one that rests on such a key.
+
+    Whoever had the key may have made the request, though the key was valid when it was appended.
     """
     agent, compact = facts.agent.state, facts.request.compact
-    if not agent.compromised or not compact:  # what an enforcement point asks is signed by nobody
-        return ()
-    return (key_compromised(agent.agent_id),) if parse(compact).header.kid in agent.compromised else ()
+    if compact and kid_of(compact) in agent.compromised:
+        return (key_compromised(agent.agent_id),)
+    if facts.voucher_problem is not None:
+        return (_reason("key_voucher_compromised", f"{facts.voucher_problem}; ask anew with another key"),)
+    return ()
 
 
 def key_compromised(agent_id: str) -> Reason:
@@ -301,6 +311,9 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
                 f"the task was handed on with a key of agent {step.agent.state.agent_id} that is compromised"
             )
             found.append(_reason("key_compromised", message))
+        elif step.voucher_problem is not None:
+            message = f"the task was handed on with a key that gives nothing: {step.voucher_problem}"
+            found.append(_reason("key_voucher_compromised", message))
         above = step.task.state
         if above.status != "active" or above.not_after <= now_s:
             message = (

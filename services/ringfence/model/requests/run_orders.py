@@ -60,11 +60,11 @@ def order_id_of(order: RunOrder) -> str:
     return message_id(order.iss, order.jti)
 
 
-def order_problem(order: RunOrder, directory: Directory, at_s: float) -> Reason | None:
+def order_problem(order: RunOrder, kid: str, directory: Directory, at_s: float) -> Reason | None:
     """Why a verified order starts nothing, or None.
 
     It may come from the task's assigner, from the user whom the task is on behalf of, or from the agent's sponsor.
-    `at_s` is its append time.
+    `kid` is the key that signed it, and `at_s` its append time.
     """
     if fields := unknown_fields(order):
         return Reason(code="unknown_field", message=describe_unknown(fields, "the order")[:1000])
@@ -72,8 +72,12 @@ def order_problem(order: RunOrder, directory: Directory, at_s: float) -> Reason 
         task, agent = directory.task(order.task_id), directory.agent(order.agent_id)
         user_id = subject_of(order.aud, order.iss, "user")
         user = directory.user(user_id) if user_id is not None else None
+        voucher_problem = directory.voucher_problem(order.iss, kid)
     except ChainError as error:
         return Reason(code="record_untrusted", message=str(error)[:1000])
+    if voucher_problem is not None:
+        message = f"{voucher_problem}; order the run with another key"
+        return Reason(code="key_voucher_compromised", message=message)
     if agent is None or agent.state.status != "active":
         status = agent.state.status if agent is not None else "unknown"
         return Reason(code=f"agent_{status}", message=f"agent {order.agent_id} is {status}")
