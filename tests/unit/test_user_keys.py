@@ -472,6 +472,27 @@ def test_since_of_compromised_key_moves_only_to_earlier(ledger: InMemoryRegistry
         end_key(ledger, "olga", "sam", kid, since_ms=1000)
 
 
+def test_end_by_owner_who_is_no_operator_voids_no_key_of_others(ledger: InMemoryRegistry):
+    """sam transferred bot and lost all roles; o1 is no operator any more. Each says: my key was always stolen."""
+    ledger.give(ledger.register("sam", "bot", "sam"))
+    ledger.give(ledger.transfer("sam", "bot", "suzy"))
+    ledger.give(ledger.user_set("olga", "o1", ["operator"]))
+    ledger.give(ledger.user_set("o1", "petra", ["sponsor"]))
+    for user in ("sam", "o1"):
+        ledger.give(ledger.user_set("olga", user))
+        ended_ms = ledger.clock.ms
+        ledger.give(end_key(ledger, user, user, ledger.key(user).kid, compromised=True, since_ms=0))
+        assert state(ledger, user).compromised == {ledger.key(user).kid: ended_ms}
+
+    bot = ledger.key("bot", "agent")
+    for reader in (ledger.directory, reread(ledger)):
+        assert reader.agent_key(bot.id, bot.kid, ledger.clock.ms // 1000)
+        assert reader.compromised_giver(reader.key_history("petra").origins[ledger.key("petra").kid]) is None
+    # An operator says since when, also afterwards.
+    ledger.give(end_key(ledger, "olga", "sam", ledger.key("sam").kid, compromised=True, since_ms=0))
+    assert ledger.directory.agent_key(bot.id, bot.kid, ledger.clock.ms // 1000) is None
+
+
 def test_key_that_root_gave_back_rests_on_no_compromised_key(ledger: InMemoryRegistry):
     ledger.give(ledger.user_set("olga", "o2", ["operator"]))
     ledger.give(end_key(ledger, "olga", "o2", ledger.key("o2").kid))

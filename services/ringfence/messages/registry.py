@@ -240,7 +240,7 @@ class UserEndKey(ExpiringClaims):
     """Whether the key is compromised: then the keys that it added end as well."""
     since_ms: Millis | None = None
     """Of a compromised key: the append time since which it may have been in other hands; None: always. What it gave to
-    others before stays."""
+    others before stays. Signed by no operator, the append time of this command counts instead."""
 
     @model_validator(mode="after")
     def _only_of_a_compromised_key(self) -> UserEndKey:

@@ -397,8 +397,8 @@ def end_key(
             note(f"key {one.kid} of {one.kind} {one.id}, which rests on it, ended as well")
         else:
             note(
-                f"key {one.kid} of {one.kind} {one.id}, which rests on it, gets and approves nothing any more; another "
-                "operator ends it, with this same command and a key file",
+                f"key {one.kid} of {one.kind} {one.id}, which rests on it, has not ended; another operator ends it, "
+                "with this same command and a key file",
                 "warning",
             )
 
