@@ -374,8 +374,14 @@ def end_key(
                 )
             ended = found.own_keys() if compromised else {found.kid}
             confirm(_question(state, ended, resting), yes or signs_on_page(who))
+            origin = directory.key_history(user).origins.get(found.kid)
+            always_ms = origin.added_ms if origin else 0  # where it gave nothing, no other time is asked for
             accepted = await administrator.end_user_key(
-                user, found.kid, reason=reason, compromised=compromised, since_ms=since_ms
+                user,
+                found.kid,
+                reason=reason,
+                compromised=compromised,
+                since_ms=(always_ms if since_ms is None else since_ms) if compromised else None,
             )
             others = await _end_resting(administrator, found, reason) if compromised else []
             return accepted, found, others, rights
