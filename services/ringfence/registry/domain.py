@@ -42,7 +42,6 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import (
-    MAY_WIDEN,
     NO_HISTORY,
     CommandRefusedError,
     Context,
@@ -52,6 +51,7 @@ from ringfence.model.lifecycle import (
     agents_of,
     apply,
     command_subject,
+    may_widen,
     still_needed,
 )
 from ringfence.model.records.command_chain import Authorised
@@ -225,9 +225,7 @@ def decide(
 
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
-    if isinstance(command, AgentRotateKey) and command.key is None:
-        return True
-    return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign, TaskDelegate))
+    return not (may_widen(command) or isinstance(command, AgentRegister | TaskAssign | TaskDelegate))
 
 
 def check_size(command: Command, size: int) -> None:
