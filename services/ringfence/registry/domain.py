@@ -36,6 +36,7 @@ from ringfence.messages.registry import (
     TaskState,
     TaskTerms,
     UserAddKey,
+    UserEndKey,
     UserInvite,
     UserSet,
     UserState,
@@ -72,6 +73,12 @@ MAX_RECORD_BYTES = MAX_JWS_BYTES * 3 // 4
 """The longest record after a command that grants something.
 
 The rest stays free, so that a command that takes away always fits.
+"""
+MAX_ENDS_BYTES = MAX_JWS_BYTES - 6 * MAX_NARROWING_BYTES
+"""The longest record after the end of single keys, of which there can be many.
+
+The rest stays free for what ends all of them, such as two suspensions and `agent.decommission`. A record embeds a
+command in base64, so each takes a third more than it has.
 """
 
 
@@ -230,7 +237,11 @@ def only_reduces(command: Command) -> bool:
 
 def check_size(command: Command, size: int) -> None:
     """Raise CommandRefusedError if a record of `size` bytes is too long for what `command` does."""
-    limit = MAX_JWS_BYTES if only_reduces(command) else MAX_RECORD_BYTES
+    limit = MAX_JWS_BYTES
+    if not only_reduces(command):
+        limit = MAX_RECORD_BYTES
+    elif isinstance(command, AgentRotateKey | UserEndKey):
+        limit = MAX_ENDS_BYTES
     if size > limit:
         raise CommandRefusedError(
             f"the record would have {size} bytes, the limit is {limit}; say it shorter, or start a new subject",

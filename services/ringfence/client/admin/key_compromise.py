@@ -34,6 +34,8 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory
 
+MAX_KEYS_AT_ONCE = 64
+"""Keys of an agent that one command ends, so that it stays short enough for one that only narrows."""
 KINDS: tuple[SubjectKind, ...] = ("user", "agent", "target", "task")
 
 
