@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.cli.commands.user_keys import _end_resting
+from ringfence.cli.commands.user_keys import _end_resting, _given_meanwhile
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.key_compromise import MAX_KEYS_AT_ONCE, KeyCompromise
 from ringfence.client.errors import RefusedError
@@ -99,3 +99,18 @@ async def test_refused_end_leaves_those_of_others_and_is_told(
     assert ended == [("bot", True), ("full", False)]
     assert otto.sent == ["full", "bot"]
     assert "full" in capsys.readouterr().err
+
+
+async def test_rights_given_between_question_and_end_are_told(
+    ledger: InMemoryRegistry, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ledger.give(ledger.register("sam", "bot", "sam"))
+    found = KeyCompromise(ledger.directory, "sam", ledger.key("sam").kid)
+    known = found.rights(ledger.clock.ms / 1000)
+    assert [one.id for one in known] == ["bot"]
+    ledger.give(ledger.register("sam", "night-bot", "sam"))
+    later = _given_meanwhile(found, known, ledger.clock.ms / 1000)
+    assert [(one.id, one.what) for one in later] == [("night-bot", "registered this agent")]
+    told = capsys.readouterr().err
+    assert "night-bot" in told
+    assert "agent bot" not in told

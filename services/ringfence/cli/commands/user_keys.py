@@ -383,8 +383,10 @@ def end_key(
                 compromised=compromised,
                 since_ms=(always_ms if since_ms is None else since_ms) if compromised else None,
             )
-            others = await _end_resting(administrator, found, reason) if compromised else []
-            return accepted, found, others, rights
+            if not compromised:
+                return accepted, found, [], []
+            others = await _end_resting(administrator, found, reason)
+            return accepted, found, others, [*rights, *_given_meanwhile(found, rights, clock.now_ms() / 1000)]
 
     accepted, found, others, rights = run(work())
     document: dict[str, Any] = {
@@ -436,6 +438,13 @@ async def _end_resting(
     await administrator.connection.current_directory()
     left = found.keys()
     return [*((one, True) for one in tried if one not in left), *((one, False) for one in left)]
+
+
+def _given_meanwhile(found: KeyCompromise, known: list[RestingRight], now_s: float) -> list[RestingRight]:
+    """Print and return the rights that were given since somebody was asked, and before the keys ended."""
+    given = [one for one in found.rights(now_s) if one not in known]
+    _print_resting([], given)
+    return given
 
 
 def _ended_at_once(keys: list[RestingKey]) -> Iterator[list[RestingKey]]:
