@@ -502,6 +502,26 @@ def test_key_that_root_gave_back_rests_on_no_compromised_key(ledger: InMemoryReg
     assert givers(origin(ledger, "o2", ledger.key("o2"))) == set()
 
 
+def test_key_that_root_gave_again_rests_on_no_key_though_it_never_ended(ledger: InMemoryRegistry):
+    ledger.give(ledger.user_set("olga", "o2", ["operator"]))
+    first, second, third = ledger.key("o2"), new_key("o2"), new_key("o2")
+    ledger.give(add_key(ledger, "o2", "o2", second))
+    ledger.give(add_key(ledger, "o2", "o2", third))
+    olga = ("olga", ledger.key("olga").kid)
+    # Other commands of the root give no key.
+    ledger.give(end_key(ledger, "root", "o2", third.kid), ledger.root)
+    ledger.give(ledger.claims(UserDisable, "root", user_id="o2", reason="to ask them"), ledger.root)
+    assert givers(origin(ledger, "o2", first)) == {olga}
+    assert givers(origin(ledger, "o2", second)) == {olga, ("o2", first.kid)}
+    both = (record_of(first), record_of(second))
+    ledger.give(ledger.user_set("root", "o2", ["operator"], keys=both), ledger.root)
+    assert givers(origin(ledger, "o2", first)) == givers(origin(ledger, "o2", second)) == set()
+    assert givers(origin(ledger, "o2", third)) == {olga, ("o2", first.kid)}
+    ledger.give(end_key(ledger, "otto", "o2", first.kid, compromised=True))
+    assert counting(ledger, "o2") == {second.kid}
+    assert reread(ledger).key_history("o2") == ledger.directory.key_history("o2")
+
+
 def test_without_it_being_compromised_only_the_key_ends(ledger: InMemoryRegistry):
     first, second = new_key("sam"), new_key("sam")
     ledger.give(add_key(ledger, "sam", "sam", first))
