@@ -167,7 +167,10 @@ def _undo(command: Command, state: AnyState, *, created: bool) -> tuple[str, str
                 f"ringfence user set {command.user_id} --role ROLE --allow PERMISSION",
             )
         case ProvisionerSet():
-            return "delegated groups", f"ringfence user disable {command.provisioner_id} --reason REASON"
+            return (
+                "delegated groups and gave it its keys",
+                f"ringfence provisioner set {command.provisioner_id} --delegation FILE --new-key NEW-FILE",
+            )
         case AgentRegister():
             return "registered this agent", f"ringfence agent decommission {command.agent_id} --reason REASON"
         case AgentSetCeiling():
