@@ -174,7 +174,13 @@ async def test_a_key_whose_voucher_is_compromised_lets_nothing_pass(stage: Stage
     async with held(stage, actor, "PUT", "/dev/compromised") as waiting:
         await world.accepted(
             world.claims(
-                UserEndKey, oscar, user_id="oscar", kid=oscar.key.kid, reason="stolen", compromised=True
+                UserEndKey,
+                oscar,
+                user_id="oscar",
+                kid=oscar.key.kid,
+                reason="stolen",
+                compromised=True,
+                since_ms=0,
             ),
             oscar,
         )

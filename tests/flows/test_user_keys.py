@@ -111,8 +111,9 @@ async def test_keys_that_a_compromised_key_vouched_for_count_no_more(world: Worl
         otto, oscar = await operators(world, "otto", "oscar")
         lent = await give_key(world, otto, office.sam, oscar)
         end = world.claims(
-            UserEndKey, world.operator, user_id="otto", kid=otto.key.kid, reason="stolen", compromised=True
-        )
+            UserEndKey, world.operator, user_id="otto", kid=otto.key.kid, reason="stolen", compromised=True,
+            since_ms=0,
+        )  # fmt: skip
         await world.accepted(end, world.operator)
         asked = await office.ask(DEPLOY)
         question = await office.question(asked, office.sam)

@@ -180,3 +180,18 @@ async def test_the_page_shows_each_member_of_each_message_that_passkeys_sign(mod
     assert {typ: set(members) for typ, members in shown.items()} == {
         model.typ: set(model.model_fields) - stamped - {"enrolment"} for model in signed_on_the_page()
     }
+
+
+async def test_end_of_compromised_key_is_shown_with_its_time_and_what_it_voids(modules: Person) -> None:
+    script = """async (more) => {
+      const { describe } = await import("./messages.js");
+      const record = () => ({ state: { user_id: "sam", keys: [{ kid: "k" }] } });
+      const claims = { user_id: "sam", kid: "k", reason: "stolen", exp: 2000000000, compromised: true, ...more };
+      try {
+        return await describe("user.end-key", claims, { used: new Map(), now: 1, record }, {});
+      } catch { return null; }
+    }"""
+    assert await modules.page.evaluate(script, {}) is None
+    shown = await modules.page.evaluate(script, {"since_ms": 1_790_000_000_000})
+    assert "2026-09-21T14:13:20Z" in {row["label"]: row["text"] for row in shown["rows"]}["Since"]
+    assert any("keys of other people and of agents" in one for one in shown["warnings"])

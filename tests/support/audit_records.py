@@ -426,8 +426,9 @@ def keys_of_people(office: AuditFixtures) -> dict[str, Received]:
         )  # fmt: skip
         found["changed by user.add-key"] = office.carry_out(USER, "maria", add, olga)
         end = office.claims(
-            UserEndKey, olga, user_id="maria", kid=new.kid, reason="lost", compromised=compromised
-        )
+            UserEndKey, olga, user_id="maria", kid=new.kid, reason="lost", compromised=compromised,
+            since_ms=office.now_ms if compromised else None,
+        )  # fmt: skip
         name = "key of a user compromised" if compromised else "changed by user.end-key"
         found[name] = office.carry_out(USER, "maria", end, olga)
     return found

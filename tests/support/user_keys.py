@@ -95,7 +95,10 @@ def add_key(
 
 
 def end_key(ledger: InMemoryRegistry, by: str, user: str, kid: str, **fields: Any) -> UserEndKey:
-    return ledger.claims(UserEndKey, by, **{"user_id": user, "kid": kid, "reason": "a test", **fields})
+    """The end of a key; of a compromised one, which always was, unless the fields say otherwise."""
+    given = {"user_id": user, "kid": kid, "reason": "a test"}
+    since = {"since_ms": 0} if fields.get("compromised") else {}
+    return ledger.claims(UserEndKey, by, **{**given, **since, **fields})
 
 
 # For tests of rules without records: an approval of which only the header is read, and the origin of its key.

@@ -385,3 +385,11 @@ def test_compromised_keys_end_without_another_in_their_place(ledger: InMemoryReg
     assert counts(ledger, later, ledger.clock.ms)
     with pytest.raises(ValidationError, match="give a key"):
         rotation(ledger, key=None)
+
+
+def test_end_of_compromised_keys_is_not_overtaken_by_command_that_thief_dated_ahead(ledger: InMemoryRegistry):
+    old, ahead_s = ledger.key("bot", "agent"), ledger.clock.ms // 1000 + 28
+    rotate(ledger, overlap_s=3600, iat=ahead_s, exp=ahead_s + 300)
+    assert refused(ledger, rotation(ledger, overlap_s=3600)) == "overtaken"
+    ledger.give(rotation(ledger, key=None, replaces=(old.kid,), compromised=True))
+    assert agent(ledger).compromised == (old.kid,)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from ringfence.client.admin.key_compromise import MAX_KEYS_AT_ONCE
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import (
+    AgentDecommission,
     AgentRotateKey,
     AgentSetCeiling,
     AgentSuspend,
@@ -23,6 +27,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.registry.domain import (
+    MAX_ENDS_BYTES,
     MAX_NARROWING_BYTES,
     MAX_RECORD_BYTES,
     TASK_MAX_S,
@@ -193,9 +198,10 @@ def test_a_command_at_the_moment_of_a_change_of_its_signer_is_refused(
     ("make", "limit"),
     [
         (lambda r: r.claims(AgentSuspend, "sam", agent_id="bot", reason="x"), MAX_JWS_BYTES),
+        (lambda r: ends_of_keys(r, "k"), MAX_ENDS_BYTES),
         (lambda r: r.register("sam", "new", "sam"), MAX_RECORD_BYTES),
     ],
-    ids=["takes away", "grants"],
+    ids=["takes away", "ends keys", "grants"],
 )
 def test_a_record_has_room_left_for_commands_that_take_away(
     ledger: InMemoryRegistry, make: Make, limit: int
@@ -204,7 +210,56 @@ def test_a_record_has_room_left_for_commands_that_take_away(
     with pytest.raises(CommandRefusedError) as refused:
         check_size(make(ledger), limit + 1)
     assert refused.value.code == "record_too_large"
-    assert MAX_RECORD_BYTES < MAX_JWS_BYTES
+    assert MAX_RECORD_BYTES < MAX_ENDS_BYTES < MAX_JWS_BYTES
+
+
+def ends_of_keys(ledger: InMemoryRegistry, *kids: str, reason: str = "stolen") -> AgentRotateKey:
+    return ledger.claims(
+        AgentRotateKey, "sam", agent_id="bot", replaces=kids, compromised=True, reason=reason
+    )
+
+
+def test_record_full_of_a_thiefs_keys_has_room_for_their_ends(ledger: InMemoryRegistry) -> None:
+    """As many of the smallest keys as fit, none of which another replaced."""
+    key = SigningKey.generate(ledger.key("bot", "agent").id, "EdDSA").record(ledger.clock.ms // 1000 + 3600)
+    rotation = ledger.embed(
+        ledger.claims(AgentRotateKey, "sam", agent_id="bot", key=key, overlap_s=1, replaces=(key.kid,))
+    )
+    bot = ledger.directory.agent("bot")
+    assert bot is not None
+
+    def record(keys: int, ended: int) -> str:
+        kids = (key.kid,) * ended
+        ends = [kids[at : at + MAX_KEYS_AT_ONCE] for at in range(0, ended, MAX_KEYS_AT_ONCE)]
+        return ledger.sign_record(
+            bot.state.model_copy(update={"keys": (key,) * keys, "replaced": kids, "compromised": kids}),
+            [rotation] * keys + [ledger.embed(ends_of_keys(ledger, *one)) for one in ends],
+        )
+
+    most = bisect_left(range(1000), MAX_RECORD_BYTES, key=lambda keys: len(record(keys, 0)))
+    assert most > 250
+    check_size(ends_of_keys(ledger, key.kid), len(record(most, most)))
+    longest = ends_of_keys(ledger, *(key.kid,) * MAX_KEYS_AT_ONCE, reason="x" * 2048)
+    assert len(ledger.signed(longest)) < MAX_NARROWING_BYTES
+
+
+def test_record_full_of_ends_of_keys_has_room_for_suspensions_and_end_of_the_agent(
+    ledger: InMemoryRegistry,
+) -> None:
+    bot = ledger.directory.agent("bot")
+    assert bot is not None
+    longest = {"agent_id": "bot", "reason": "x" * 2048, "padding": "x" * 3500}
+    before = len(bot.compact)
+    for command in (
+        ledger.claims(AgentSuspend, "sam", **longest),
+        ledger.claims(AgentSuspend, "olga", **longest),
+        ledger.claims(AgentDecommission, "olga", **longest),
+    ):
+        assert len(ledger.signed(command)) > MAX_NARROWING_BYTES * 9 // 10
+        ledger.give(command)
+    bot = ledger.directory.agent("bot")
+    assert bot is not None
+    assert MAX_ENDS_BYTES + len(bot.compact) - before < MAX_JWS_BYTES
 
 
 @pytest.mark.parametrize(

@@ -489,12 +489,34 @@ def test_consent_by_key_that_rests_on_compromised_key_is_refused(ledger: InMemor
 
 def test_since_of_compromised_key_moves_only_to_earlier(ledger: InMemoryRegistry):
     kid = ledger.key("sam").kid
-    for since_ms, expected in ((2000, 2000), (3000, 2000), (1000, 1000), (None, 0)):
+    for since_ms, expected in ((2000, 2000), (3000, 2000), (1000, 1000), (0, 0)):
         ledger.give(end_key(ledger, "olga", "sam", kid, compromised=True, since_ms=since_ms))
         assert state(ledger, "sam").compromised == {kid: expected}
     assert reread(ledger).user("sam")
-    with pytest.raises(ValidationError, match="since_ms"):
-        end_key(ledger, "olga", "sam", kid, since_ms=1000)
+    for since in ({"since_ms": 1000}, {"compromised": True, "since_ms": None}):
+        with pytest.raises(ValidationError, match="since_ms"):
+            end_key(ledger, "olga", "sam", kid, **since)
+
+
+def test_end_by_owner_who_is_no_operator_voids_no_key_of_others(ledger: InMemoryRegistry):
+    """sam transferred bot and lost all roles; o1 is no operator any more. Each says: my key was always stolen."""
+    ledger.give(ledger.register("sam", "bot", "sam"))
+    ledger.give(ledger.transfer("sam", "bot", "suzy"))
+    ledger.give(ledger.user_set("olga", "o1", ["operator"]))
+    ledger.give(ledger.user_set("o1", "petra", ["sponsor"]))
+    for user in ("sam", "o1"):
+        ledger.give(ledger.user_set("olga", user))
+        ended_ms = ledger.clock.ms
+        ledger.give(end_key(ledger, user, user, ledger.key(user).kid, compromised=True, since_ms=0))
+        assert state(ledger, user).compromised == {ledger.key(user).kid: ended_ms}
+
+    bot = ledger.key("bot", "agent")
+    for reader in (ledger.directory, reread(ledger)):
+        assert reader.agent_key(bot.id, bot.kid, ledger.clock.ms // 1000)
+        assert reader.compromised_giver(reader.key_history("petra").origins[ledger.key("petra").kid]) is None
+    # An operator says since when, also afterwards.
+    ledger.give(end_key(ledger, "olga", "sam", ledger.key("sam").kid, compromised=True, since_ms=0))
+    assert ledger.directory.agent_key(bot.id, bot.kid, ledger.clock.ms // 1000) is None
 
 
 def test_key_that_root_gave_back_rests_on_no_compromised_key(ledger: InMemoryRegistry):
@@ -503,6 +525,26 @@ def test_key_that_root_gave_back_rests_on_no_compromised_key(ledger: InMemoryReg
     ledger.clock.ms += 1000
     ledger.give(ledger.user_set("root", "o2", ["operator"]), ledger.root)
     assert givers(origin(ledger, "o2", ledger.key("o2"))) == set()
+
+
+def test_key_that_root_gave_again_rests_on_no_key_though_it_never_ended(ledger: InMemoryRegistry):
+    ledger.give(ledger.user_set("olga", "o2", ["operator"]))
+    first, second, third = ledger.key("o2"), new_key("o2"), new_key("o2")
+    ledger.give(add_key(ledger, "o2", "o2", second))
+    ledger.give(add_key(ledger, "o2", "o2", third))
+    olga = ("olga", ledger.key("olga").kid)
+    # Other commands of the root give no key.
+    ledger.give(end_key(ledger, "root", "o2", third.kid), ledger.root)
+    ledger.give(ledger.claims(UserDisable, "root", user_id="o2", reason="to ask them"), ledger.root)
+    assert givers(origin(ledger, "o2", first)) == {olga}
+    assert givers(origin(ledger, "o2", second)) == {olga, ("o2", first.kid)}
+    both = (record_of(first), record_of(second))
+    ledger.give(ledger.user_set("root", "o2", ["operator"], keys=both), ledger.root)
+    assert givers(origin(ledger, "o2", first)) == givers(origin(ledger, "o2", second)) == set()
+    assert givers(origin(ledger, "o2", third)) == {olga, ("o2", first.kid)}
+    ledger.give(end_key(ledger, "otto", "o2", first.kid, compromised=True))
+    assert counting(ledger, "o2") == {second.kid}
+    assert reread(ledger).key_history("o2") == ledger.directory.key_history("o2")
 
 
 def test_without_it_being_compromised_only_the_key_ends(ledger: InMemoryRegistry):

@@ -239,13 +239,15 @@ class UserEndKey(ExpiringClaims):
     compromised: Literal[True] | None = None
     """Whether the key is compromised: then the keys that it added end as well."""
     since_ms: Millis | None = None
-    """Of a compromised key: the append time since which it may have been in other hands; None: always. What it gave to
-    others before stays."""
+    """Of a compromised key, and then always set: the append time since which it may have been in other hands. What it
+    gave to others before stays. Signed by no operator, the append time of this command counts instead."""
 
     @model_validator(mode="after")
-    def _only_of_a_compromised_key(self) -> UserEndKey:
-        if self.since_ms is not None and not self.compromised:
-            raise ValueError("since_ms is of a compromised key")
+    def _since_when_of_each_compromised_key(self) -> UserEndKey:
+        if (self.since_ms is None) == bool(self.compromised):
+            raise ValueError(
+                "a compromised key has since_ms, and no other key: since when was it in other hands?"
+            )
         return self
 
 

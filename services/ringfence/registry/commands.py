@@ -381,7 +381,8 @@ def _added_text(user_id: str, origin: KeyOrigin) -> str:
     since = utc_text(origin.counts_from_ms / 1000)
     return (
         f"for {user_id}: key {origin.kid} was added to you by {by}{cosigned}; it counts for approvals from {since}. If "
-        f"it is not yours: ringfence user end-key {user_id} {origin.kid} --compromised"
+        f"it is not yours: ringfence user end-key {user_id} {origin.kid} --compromised "
+        "--since TIME --reason REASON"
     )
 
 

@@ -36,13 +36,13 @@ from ringfence.messages.registry import (
     TaskState,
     TaskTerms,
     UserAddKey,
+    UserEndKey,
     UserInvite,
     UserSet,
     UserState,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import (
-    MAY_WIDEN,
     NO_HISTORY,
     CommandRefusedError,
     Context,
@@ -50,6 +50,7 @@ from ringfence.model.lifecycle import (
     agents_of,
     apply,
     command_subject,
+    may_widen,
     still_needed,
 )
 from ringfence.model.records.command_chain import Authorised
@@ -70,6 +71,12 @@ MAX_RECORD_BYTES = MAX_JWS_BYTES * 3 // 4
 """The longest record after a command that grants something.
 
 The rest stays free, so that a command that takes away always fits.
+"""
+MAX_ENDS_BYTES = MAX_JWS_BYTES - 6 * MAX_NARROWING_BYTES
+"""The longest record after the end of single keys, of which there can be many.
+
+The rest stays free for what ends all of them, such as two suspensions and `agent.decommission`. A record embeds a
+command in base64, so each takes a third more than it has.
 """
 
 
@@ -223,14 +230,16 @@ def decide(
 
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
-    if isinstance(command, AgentRotateKey) and command.key is None:
-        return True
-    return not isinstance(command, (*MAY_WIDEN, AgentRegister, TaskAssign, TaskDelegate))
+    return not (may_widen(command) or isinstance(command, AgentRegister | TaskAssign | TaskDelegate))
 
 
 def check_size(command: Command, size: int) -> None:
     """Raise CommandRefusedError if a record of `size` bytes is too long for what `command` does."""
-    limit = MAX_JWS_BYTES if only_reduces(command) else MAX_RECORD_BYTES
+    limit = MAX_JWS_BYTES
+    if not only_reduces(command):
+        limit = MAX_RECORD_BYTES
+    elif isinstance(command, AgentRotateKey | UserEndKey):
+        limit = MAX_ENDS_BYTES
     if size > limit:
         raise CommandRefusedError(
             f"the record would have {size} bytes, the limit is {limit}; say it shorter, or start a new subject",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, Final
@@ -55,14 +56,17 @@ class RegistryApi:
         *,
         passkeys: Callable[[str, float], Sequence[tuple[UserState, KeyRecord]]] = lambda *_: (),
         task_max_s: int = TASK_MAX_S,
+        seconds: Callable[[], float] = time.monotonic,
     ) -> None:
         """`passkeys` returns those with a credential id that have not ended at a time (s), with their users.
 
-        `task_max_s`: how long a new task may last; `?beyond_limit=1` asks for tasks that last longer.
+        `task_max_s`: how long a new task may last; `?beyond_limit=1` asks for tasks that last longer. `seconds`: a
+        monotonic clock.
         """
         self._passkeys = passkeys
         self._sign_ins: deque[float] = deque(maxlen=MAX_SIGN_INS_PER_S)
-        """When the last first touches of sign-ins were verified (s)."""
+        """When the last first touches of sign-ins were verified, by `seconds`."""
+        self._seconds = seconds
         self._directory = directory
         self._authenticator = authenticator
         self._clock = clock
@@ -88,13 +92,11 @@ class RegistryApi:
         """Serve whose passkey made an assertion, to a console at which its holder signs in: `{user_id, kid}`.
 
         A credential id is the adder's word, so the passkey signs `nonce` (`FIRST_TOUCH`), and its own key has to verify
-        that. Strangers can have this asked, so the number of answers is limited.
+        that. Strangers can have this asked, so the number of verifications is limited. An id that no active user has
+        costs none.
         """
         self._authenticator.console(request.headers.get("authorization"))
         now_s = self._clock.now_ms() / 1000
-        if len(self._sign_ins) == MAX_SIGN_INS_PER_S and now_s - self._sign_ins[0] < 1:
-            raise UnavailableError("too many people begin to sign in; try again")
-        self._sign_ins.append(now_s)
         nonce = request.query_params.get("nonce", "")
         if not FIRST_TOUCH.fullmatch(nonce):
             raise WrongQueryError("nonce is base64url of 32 bytes")
@@ -102,15 +104,22 @@ class RegistryApi:
             assertion = b64decode(request.query_params.get("assertion", ""))
         except ValueError:
             raise WrongQueryError("assertion is no base64url") from None
-        for user, record in self._passkeys(request.path_params["credential_id"], now_s):
+        found = self._passkeys(request.path_params["credential_id"], now_s)
+        found = [(user, record) for user, record in found if user.status == "active"]
+        if found:
+            self._count_sign_in()
+        for user, record in found:
             key = PasskeyKey.of(record, self._directory.trust.origins(now_s), now_s)
-            if (
-                user.status == "active"
-                and key is not None
-                and key.problem(assertion, nonce.encode(), "session") is None
-            ):
+            if key is not None and key.problem(assertion, nonce.encode(), "session") is None:
                 return JSONResponse({"user_id": user.user_id, "kid": record.kid})
         raise NotFoundError("nobody who is active has this passkey")
+
+    def _count_sign_in(self) -> None:
+        """Count one verification. Raises UnavailableError beyond the limit."""
+        now_s = self._seconds()
+        if len(self._sign_ins) == MAX_SIGN_INS_PER_S and now_s - self._sign_ins[0] < 1:
+            raise UnavailableError("too many people begin to sign in; try again")
+        self._sign_ins.append(now_s)
 
     def _routes_of(self, kind: SubjectKind, wanted: Filter = lambda entry, request: True) -> list[BaseRoute]:
         async def all_of_them(request: Request) -> Response:

@@ -372,8 +372,9 @@ def _command_terms(claims: ExpiringClaims) -> str:
             cosigned = ", co-signed by a second operator" if claims.endorsement else ""
             return f": {kind} {claims.key.kid}{' (attested)' if claims.key.attested else ''}{cosigned}"
         case UserEndKey():
-            since = "" if claims.since_ms is None else f" since {event_time(claims.since_ms // 1000)}"
-            return f": {claims.kid}{f', compromised{since}' if claims.compromised else ''}"
+            since_ms = claims.since_ms
+            compromised = "" if since_ms is None else f", compromised since {event_time(since_ms // 1000)}"
+            return f": {claims.kid}{compromised}"
         case ProvisionerSet():
             return "".join(
                 f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, "

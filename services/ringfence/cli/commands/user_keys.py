@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,7 +40,7 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, visible_name
 from ringfence.cli.shared.output_files import is_stdout, output_file
 from ringfence.cli.shared.tables import ending, ids, prose
-from ringfence.client.errors import InvalidCallError
+from ringfence.client.errors import InvalidCallError, RefusedError
 from ringfence.messages.registry import UserState
 from ringfence.model.identity.spiffe_ids import spiffe_id
 
@@ -374,11 +374,19 @@ def end_key(
                 )
             ended = found.own_keys() if compromised else {found.kid}
             confirm(_question(state, ended, resting), yes or signs_on_page(who))
+            origin = directory.key_history(user).origins.get(found.kid)
+            always_ms = origin.added_ms if origin else 0  # where it gave nothing, no other time is asked for
             accepted = await administrator.end_user_key(
-                user, found.kid, reason=reason, compromised=compromised, since_ms=since_ms
+                user,
+                found.kid,
+                reason=reason,
+                compromised=compromised,
+                since_ms=(always_ms if since_ms is None else since_ms) if compromised else None,
             )
-            others = await _end_resting(administrator, found, reason) if compromised else []
-            return accepted, found, others, rights
+            if not compromised:
+                return accepted, found, [], []
+            others = await _end_resting(administrator, found, reason)
+            return accepted, found, others, [*rights, *_given_meanwhile(found, rights, clock.now_ms() / 1000)]
 
     accepted, found, others, rights = run(work())
     document: dict[str, Any] = {
@@ -397,8 +405,8 @@ def end_key(
             note(f"key {one.kid} of {one.kind} {one.id}, which rests on it, ended as well")
         else:
             note(
-                f"key {one.kid} of {one.kind} {one.id}, which rests on it, gets and approves nothing any more; another "
-                "operator ends it, with this same command and a key file",
+                f"key {one.kid} of {one.kind} {one.id}, which rests on it, has not ended; another operator ends it, "
+                "with this same command and a key file",
                 "warning",
             )
 
@@ -410,26 +418,56 @@ _MOST_PASSES = 8
 async def _end_resting(
     administrator: Administrator, found: KeyCompromise, reason: str
 ) -> list[tuple[RestingKey, bool]]:
-    """End the keys that rest on a compromised key, as far as the signer may; return all, and whether each ended."""
-    done: list[RestingKey] = []
-    left: list[RestingKey] = []
+    """End the keys that rest on a compromised key, as far as the signer may; return all, and whether each ended.
+
+    A refused end leaves those of other keys.
+    """
+    tried: list[RestingKey] = []
     for _ in range(_MOST_PASSES):
         await administrator.connection.current_directory()
         left = found.keys()
-        mine = [one for one in left if _may_end(administrator, found, one)]
-        if not mine:
+        new = [one for one in left if one not in tried and _may_end(administrator, found, one)]
+        if not new:
             break
-        for one in mine:
-            if one.kind == "user":
-                await administrator.end_user_key(
-                    one.id, one.kid, reason=reason, compromised=True, since_ms=found.since_ms
-                )
-            else:
-                await administrator.rotate_key(
-                    one.id, None, replaces=[one.kid], compromised=True, reason=reason
-                )
-        done += mine
-    return [*((one, True) for one in done), *((one, False) for one in left)]
+        for keys in _ended_at_once(new):
+            try:
+                await _end_keys(administrator, keys, found.since_ms, reason)
+            except RefusedError as error:
+                note(f"keys of {keys[0].kind} {keys[0].id}: {error}", "warning")
+        tried += new
+    await administrator.connection.current_directory()
+    left = found.keys()
+    return [*((one, True) for one in tried if one not in left), *((one, False) for one in left)]
+
+
+def _given_meanwhile(found: KeyCompromise, known: list[RestingRight], now_s: float) -> list[RestingRight]:
+    """Print and return the rights that were given since somebody was asked, and before the keys ended."""
+    given = [one for one in found.rights(now_s) if one not in known]
+    _print_resting([], given)
+    return given
+
+
+def _ended_at_once(keys: list[RestingKey]) -> Iterator[list[RestingKey]]:
+    """Yield the keys that one command ends: one of a person, or several of an agent, whose record has little room."""
+    from ringfence.client.admin.key_compromise import MAX_KEYS_AT_ONCE
+
+    of_agents: dict[str, list[RestingKey]] = {}
+    for key in keys:
+        if key.kind == "user":
+            yield [key]
+        else:
+            of_agents.setdefault(key.id, []).append(key)
+    for same in of_agents.values():
+        for first in range(0, len(same), MAX_KEYS_AT_ONCE):
+            yield same[first : first + MAX_KEYS_AT_ONCE]
+
+
+async def _end_keys(administrator: Administrator, keys: list[RestingKey], since_ms: int, reason: str) -> None:
+    kind, id, kids = keys[0].kind, keys[0].id, [one.kid for one in keys]
+    if kind == "user":
+        await administrator.end_user_key(id, kids[0], reason=reason, compromised=True, since_ms=since_ms)
+    else:
+        await administrator.rotate_key(id, None, replaces=kids, compromised=True, reason=reason)
 
 
 def _may_end(administrator: Administrator, found: KeyCompromise, key: RestingKey) -> bool:

@@ -215,9 +215,9 @@ class Administrator(CommandClient):
         Args:
             compromised: it may be in other hands; the keys that the user added with it end as well, and it never comes
                 back.
-            since_ms: of a compromised key, the append time since which it may have been in other hands. No key of
-                others that it gave since then approves anything. None: always, which of an operator's key may be the
-                whole organisation.
+            since_ms: of a compromised key, and then required: the append time since which it may have been in other
+                hands. Where an operator signs, no key of others that it gave since then approves anything; 0 of an
+                operator's key may be the whole organisation.
         """
         with checked("the command"):
             command = UserEndKey(

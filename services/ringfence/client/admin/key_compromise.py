@@ -34,6 +34,8 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory
 
+MAX_KEYS_AT_ONCE = 64
+"""Keys of an agent that one command ends, so that it stays short enough for one that only narrows."""
 KINDS: tuple[SubjectKind, ...] = ("user", "agent", "target", "task")
 
 
@@ -165,7 +167,10 @@ def _undo(command: Command, state: AnyState, *, created: bool) -> tuple[str, str
                 f"ringfence user set {command.user_id} --role ROLE --allow PERMISSION",
             )
         case ProvisionerSet():
-            return "delegated groups", f"ringfence user disable {command.provisioner_id} --reason REASON"
+            return (
+                "delegated groups and gave it its keys",
+                f"ringfence provisioner set {command.provisioner_id} --delegation FILE --new-key NEW-FILE",
+            )
         case AgentRegister():
             return "registered this agent", f"ringfence agent decommission {command.agent_id} --reason REASON"
         case AgentSetCeiling():

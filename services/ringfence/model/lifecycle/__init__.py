@@ -6,7 +6,7 @@ record embeds. So a registry that lies is detected.
 
 from __future__ import annotations
 
-from ringfence.model.lifecycle.apply import MAY_WIDEN, apply, command_subject, subject_key
+from ringfence.model.lifecycle.apply import apply, command_subject, may_widen, subject_key
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
 from ringfence.model.lifecycle.key_history import (
@@ -23,7 +23,6 @@ from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
 
 __all__ = [
     "MAX_DEPTH",
-    "MAY_WIDEN",
     "NO_HISTORY",
     "WAIT_S",
     "Actor",
@@ -39,6 +38,7 @@ __all__ = [
     "command_subject",
     "endorsement_problem",
     "may_be_dropped",
+    "may_widen",
     "still_needed",
     "subject_key",
 ]

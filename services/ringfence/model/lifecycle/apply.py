@@ -35,7 +35,7 @@ from ringfence.model.lifecycle.provisioners import BY_PROVISIONERS, apply_to_pro
 from ringfence.model.lifecycle.tasks import apply_to_task
 from ringfence.model.lifecycle.users import apply_to_user
 
-MAY_WIDEN: tuple[type[Any], ...] = (
+_MAY_WIDEN: tuple[type[Any], ...] = (
     UserSet,
     UserAddKey,
     ProvisionerSet,
@@ -48,18 +48,23 @@ MAY_WIDEN: tuple[type[Any], ...] = (
     AgentResume,
     TargetSet,
 )
-"""Commands that can grant more than before.
 
-They must be accepted in the order in which they were signed, or one could undo a later command. A command that only
-narrows is never too late.
-"""
+
+def may_widen(command: Command) -> bool:
+    """Return whether a command can grant more to its subject than before.
+
+    Such commands must be accepted in the order in which they were signed, or one could undo a later command. A command
+    that only narrows is never too late.
+    """
+    ends_keys = isinstance(command, AgentRotateKey) and command.key is None
+    return isinstance(command, _MAY_WIDEN) and not ends_keys
 
 
 def apply(state: AnyState | None, command: Command, context: Context) -> AnyState:
     """Return the state after `command`. Raises CommandRefusedError with a reason; a refused command changes nothing."""
     if state is not None and subject_key(state) != command_subject(command, context.command_id):
         raise CommandRefusedError("the command is about another subject", code="wrong_subject")
-    if isinstance(command, MAY_WIDEN) and command.iat < context.last_signed_s:
+    if may_widen(command) and command.iat < context.last_signed_s:
         raise CommandRefusedError(
             "it was signed before a later change of the same subject; look at what that changed, and sign anew",
             code="overtaken",

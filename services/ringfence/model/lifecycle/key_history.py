@@ -55,7 +55,8 @@ class KeyOrigin:
     """All keys on which this one rests: those that gave or co-signed it, those that gave *them*, and so on; also from
     before it ended and was added again. Empty where the root gave it."""
     adders: frozenset[str] = frozenset()
-    """All keys that ever added it, also before it ended and was added again: whoever had one of them may have this."""
+    """All keys that ever added it, also before it ended and was added again: whoever had one of them may have this.
+    Only the root's where the root gave it."""
     again: bool = False
     """Whether it had ended, and was added again."""
 
@@ -133,9 +134,13 @@ class KeyHistory:
             proof: what it embeds, if it is a `user.add-key`.
         """
         at_s = at_ms // 1000
+        live = [key for key in state.keys if key.not_after > at_s]
         had = {key.kid for key in before.keys if key.not_after > at_s} if before else set()
-        given = [key.kid for key in state.keys if key.not_after > at_s and key.kid not in had]
-        if not given:  # of a `user.add-key` there is one
+        given = [key.kid for key in live if key.kid not in had]  # of a `user.add-key` there is one
+        # A command that lists a key again brings an object of its own. All others keep that of the state before.
+        kept = {id(key) for key in before.keys} if before else set()
+        of_root = [key.kid for key in live if id(key) not in kept] if signer.user_id is None else []
+        if not given and not of_root:
             return self
         if isinstance(state, AgentState):
             new = {kid: _given(kid, signer, None, at_ms=at_ms, first=True) for kid in given}
@@ -145,6 +150,9 @@ class KeyHistory:
         new = {kid: _origin(kid, state.user_id, signer, endorser, at_ms=at_ms, first=first) for kid in given}
         if not first:
             new = {kid: self._added_again(origin) for kid, origin in new.items()}
+        for kid in of_root:  # whatever it rested on before
+            origin = new.get(kid) or self.origins[kid]
+            new[kid] = replace(origin, givers=frozenset(), adders=frozenset({signer.kid}))
         used = self.invitations | {proof.invitation_id} if proof else self.invitations
         return KeyHistory(MappingProxyType({**self.origins, **new}), used)
 
@@ -158,7 +166,7 @@ class KeyHistory:
             adders=former.adders | {origin.by_kid},
             again=True,
             vouchers=former.vouchers | origin.vouchers,
-            givers=former.givers | origin.givers if origin.by else frozenset(),
+            givers=former.givers | origin.givers,
         )
 
 

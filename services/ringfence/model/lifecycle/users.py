@@ -189,9 +189,11 @@ def _end_key(state: UserState, command: UserEndKey, context: Context) -> UserSta
         key.model_copy(update={"not_after": min(key.not_after, context.at_s)}) if key.kid in ended else key
         for key in state.keys
     )
-    if not command.compromised:
+    if command.since_ms is None:
         return state.model_copy(update={"keys": keys})
-    known, since_ms = state.compromised or {}, command.since_ms or 0
+    # It voids what others have now: only for an operator's word, since anybody may end a key of their own.
+    since_ms = command.since_ms if context.actor.is_operator else context.at_s * 1000
+    known = state.compromised or {}
     new = {
         key.kid: min(since_ms, known.get(key.kid, since_ms)) for key in keys if key.kid in ended
     }  # an earlier time adds to what ends, a later one takes nothing back

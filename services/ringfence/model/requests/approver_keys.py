@@ -95,7 +95,7 @@ def origin_problem(
     if (giver := directory.compromised_giver(origin)) is not None:
         message = (
             f"key {origin.kid} of {user_id} rests on key {giver.kid} of {giver.user_id}, which was compromised then; "
-            f"end it, and have another added: ringfence user end-key {user_id} {origin.kid} --compromised"
+            f"end it, and have another added: ringfence user end-key {user_id} {origin.kid} --compromised --since TIME"
         )
         return _problem("key_voucher_compromised", message, origin)
     return None

@@ -128,7 +128,7 @@ def body_of_key(user_id: str, origin: KeyOrigin) -> bytes:
     since = utc_text(origin.counts_from_ms / 1000)
     by = _code(origin.by) if origin.by else "the root"
     cosigned = f", co-signed by {_code(origin.endorsed_by)}" if origin.endorsed_by else ""
-    end = f"ringfence user end-key {user_id} {origin.kid} --compromised --reason unknown"
+    end = f"ringfence user end-key {user_id} {origin.kid} --compromised --since TIME --reason unknown"
     lines = [
         f"A key was added to you, {_code(user_id)}, by {by}{cosigned}.",
         f"Its thumbprint: {_code(origin.kid)}",
@@ -143,7 +143,7 @@ def body_of_receipt(
 ) -> bytes:
     """Return the body about a message that a passkey signed: `lines` are names and values of its claims."""
     at = utc_text(signed_at_s)
-    end = f"ringfence user end-key {user_id} {kid} --compromised --reason unknown"
+    end = f"ringfence user end-key {user_id} {kid} --compromised --since TIME --reason unknown"
     text = [
         f"Signed with your passkey {_code(kid[:8])} at {at}: {_code(typ)}",
         *(f"{name}: {_code(value)}" for name, value in lines),

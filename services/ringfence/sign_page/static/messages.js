@@ -287,6 +287,13 @@ function endKey(claims, evidence) {
   const { state } = evidence.record("user", claims.user_id);
   const key = state.keys.find((one) => one.kid === claims.kid);
   if (key === undefined) throw new RefusedError(`${name(state.user_id)} has no such key`);
+  const warnings = ["It signs nothing any more. This cannot be undone."];
+  if (claims.compromised) {
+    warnings.push(
+      "If you are an operator: keys of other people and of agents that it gave since then, and keys that these gave, " +
+      "count no more. This cannot be undone either.",
+    );
+  }
   return {
     title: `End a key of ${name(claims.user_id)}`,
     action: "End the key",
@@ -294,10 +301,10 @@ function endKey(claims, evidence) {
     rows: [
       row("Key", `${key.use === "webauthn" ? "passkey" : "key file"} ${name(claims.kid)}`, "code"),
       row("May be in other hands", claims.compromised ? "yes: keys that it added end too" : "no"),
-      ...(claims.since_ms === undefined ? [] : [row("Since", moment(Math.floor(int(claims.since_ms) / 1000)))]),
+      ...(claims.compromised || claims.since_ms !== undefined ? [row("Since", moment(Math.floor(int(claims.since_ms) / 1000)))] : []),
       ...reason(claims),
     ],
-    warnings: ["It signs nothing any more. This cannot be undone."],
+    warnings,
   };
 }
 
