@@ -24,15 +24,15 @@ def write(path: Path, mode: int = 0o644, text: str = "x") -> None:
 def look(folder: Path, *, max_entries: int = 1000, within_s: float = 20) -> Survey:
     descriptor = open_host(folder)
     try:
-        return survey(descriptor, max_entries=max_entries, within_s=within_s)
+        return survey(descriptor, {}, max_entries=max_entries, within_s=within_s)
     finally:
         os.close(descriptor)
 
 
-def changes(folder: Path, make: Callable[[Path], object]) -> MountChanges:
-    before = survey_mount(Mount(folder, "/work"))
+def changes(folder: Path, make: Callable[[Path], object], *hidden: str) -> MountChanges:
+    before = survey_mount(Mount(folder, "/work", hidden=hidden))
     make(folder)
-    return changes_of(Mount(folder, "/work"), before)
+    return changes_of(Mount(folder, "/work", hidden=hidden), before)
 
 
 def repository(at: Path) -> None:
@@ -291,3 +291,29 @@ def test_a_socket_is_refused_and_a_hidden_one_is_not_seen(tmp_path: Path) -> Non
         survey_mount(Mount(tmp_path, "/work"))
     for hidden in ("a", "a/s"):
         assert not [*survey_mount(Mount(tmp_path, "/work", hidden=(hidden,))).endpoints]
+
+
+def test_what_is_hidden_is_not_compared(tmp_path: Path) -> None:
+    write(tmp_path / "web/node_modules/.bin/old", 0o755)
+    write(tmp_path / ".env")
+
+    def make(at: Path) -> None:
+        write(at / "web/node_modules/.bin/tool", 0o755)
+        write(at / ".env", text="y")
+
+    assert changes(tmp_path, make, "web/node_modules", ".env") == MountChanges()
+
+
+def test_what_replaces_a_hidden_path_is_compared(tmp_path: Path) -> None:
+    write(tmp_path / "web/node_modules/.bin/old", 0o755)
+    write(tmp_path / "web/.env")
+
+    def make(at: Path) -> None:
+        (at / "web").rename(at / "old")
+        write(at / "web/node_modules/.bin/tool", 0o755)
+        write(at / "web/.env")
+
+    found = changes(tmp_path, make, "web/node_modules", "web/.env")
+    assert "web/.env (new: programs read settings there)" in found.dangerous
+    assert "web/node_modules/.bin/tool (new: programs read settings there)" in found.dangerous
+    assert {"web (changed)", "web/node_modules (new)"} <= {*found.others}

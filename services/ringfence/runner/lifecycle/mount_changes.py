@@ -67,7 +67,7 @@ def changes_of(mount: Mount, before: Survey) -> MountChanges:
     try:
         folder = open_host(mount.host)
         try:
-            after = survey(folder, mount.hidden)
+            after = survey(folder, before.hidden)
         finally:
             os.close(folder)
     except (OSError, RingfenceError) as error:
