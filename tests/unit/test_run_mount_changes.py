@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import socket
 from collections.abc import Callable
@@ -195,31 +196,34 @@ def test_a_name_cannot_write_to_the_terminal_and_many_are_summarised(tmp_path: P
 # --- set-user-id ------------------------------------------------------------------------------------------------------
 
 
-def test_new_set_id_bits_are_reported_first_and_removed(tmp_path: Path) -> None:
+def test_set_id_bits_of_new_and_changed_files_are_reported_first_and_removed(tmp_path: Path) -> None:
     write(tmp_path / "before", 0o4755)
     write(tmp_path / "grows", 0o4755)
+    write(tmp_path / "same", 0o4755)
 
     def make(at: Path) -> None:
         write(at / ".envrc")
         write(at / "lib.so.1", 0o6755)
         write(at / "closed", 0o4111)
         (at / "grows").chmod(0o6755)
-        (at / "before").rename(at / "moved")
+        with (at / "before").open("r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
+            shared[0] = ord("y")  # not by write(2), which removes the bit
         (at / "shared").mkdir()
         (at / "shared").chmod(0o2777)
         (at / "shared/below").mkdir()
 
     found = changes(tmp_path, make).dangerous
-    assert found[:5] == (
+    assert found[:6] == (
+        "before (changed: set-user-id, now removed)",
         "closed (new: set-user-id, now removed)",
-        "grows (changed: set-group-id, now removed)",
+        "grows (changed: set-user-id and set-group-id, now removed)",
         "lib.so.1 (new: set-user-id and set-group-id, now removed)",
         "shared (new: set-group-id, now removed)",
         "shared/below (new: set-group-id, now removed)",
     )
     modes = {path.name: path.stat().st_mode & 0o7777 for path in tmp_path.rglob("*")}
     assert modes == {
-        "moved": 0o4755, "grows": 0o4755, "lib.so.1": 0o755, "closed": 0o111, "shared": 0o777, "below": 0o755,
+        "before": 0o755, "grows": 0o755, "same": 0o4755, "lib.so.1": 0o755, "closed": 0o111, "shared": 0o777, "below": 0o755,
         ".envrc": 0o644,
     }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 Every difference is reported. Those by which somebody outside could execute what the run wrote come first: they are
 judged by each name under which a program reaches the file, through links, renamed folders and repositories of git.
-A set-user-id or set-group-id bit that was not there before is removed.
+Set-user-id and set-group-id bits are removed from new and changed files, and from folders that did not have them.
 """
 
 from __future__ import annotations
@@ -76,15 +76,15 @@ def changes_of(mount: Mount, before: Survey) -> MountChanges:
 
 
 def changes(folder: Path, before: Survey, after: Survey, *, limit: int = 64) -> MountChanges:
-    """Compare two surveys of a folder, and remove new set-user-id and set-group-id bits in it.
+    """Compare two surveys of a folder, and remove set-user-id and set-group-id bits as described above.
 
     Returns at most `limit` lines of each kind; the last ones say how many more there are, and below which folder.
     """
     names = _Names(folder, after)
     had_set_id = {
-        (entry.device, entry.inode): entry.mode & _SET_ID
+        entry[:2]: entry.mode & _SET_ID
         for entry in before.entries.values()
-        if entry.mode & _SET_ID
+        if stat.S_ISDIR(entry.mode) and entry.mode & _SET_ID
     }
     found, cleared = list[_Change](), set[str]()
     if after.cut_off is not None:
@@ -96,7 +96,9 @@ def changes(folder: Path, before: Survey, after: Survey, *, limit: int = 64) -> 
         if entry == old:
             continue
         kind = "changed" if old is not None else "new"
-        new_bits = entry.mode & _SET_ID & ~had_set_id.get((entry.device, entry.inode), 0)
+        new_bits = entry.mode & _SET_ID
+        if stat.S_ISDIR(entry.mode):  # a changed file has new content: a write to mapped memory leaves its bits
+            new_bits &= ~had_set_id.get(entry[:2], 0)
         if new_bits and (_parent(path) in cleared or not _is_inherited(path, entry, new_bits, after)):
             cleared.add(path)
             found.append(_Change(path, kind, 0, _clear_set_id(folder / path, entry, new_bits)))
