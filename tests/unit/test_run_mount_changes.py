@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import mmap
 import os
 import socket
@@ -142,6 +143,34 @@ def test_a_file_that_a_link_of_before_leads_to_is_judged_by_the_link(
     assert found.startswith("docs/settings.txt (changed: program"), found
 
 
+def test_further_links_do_not_hide_a_dangerous_name(tmp_path: Path) -> None:
+    repository(tmp_path)
+    for number in range(100):
+        (tmp_path / f"lib/a{number}").symlink_to("pkg/readme")
+    (tmp_path / "lib/.envrc").symlink_to("pkg/readme")
+    for number in range(100):
+        (tmp_path / f"lib/b{number}").symlink_to("pkg/readme")
+        (tmp_path / f"docs/{number}").symlink_to("settings.txt")
+
+    def make(at: Path) -> None:
+        write(at / "lib/pkg/readme", text="y")
+        write(at / "docs/settings.txt", text="y")
+
+    assert changes(tmp_path, make).dangerous == (
+        "docs/settings.txt (changed: it has too many names to judge all)",
+        "lib/pkg/readme (changed: programs read settings there)",
+    )
+
+
+def test_links_in_a_circle_make_no_further_names(tmp_path: Path) -> None:
+    repository(tmp_path)
+    for one, other in itertools.permutations("abcde", 2):
+        write(tmp_path / one / "text")
+        (tmp_path / one / f"to-{other}").symlink_to(f"../{other}")
+    found = changes(tmp_path, lambda at: write(at / "a/text", text="y"))
+    assert found == MountChanges((), ("a/text (changed)",))
+
+
 def test_every_other_change_is_reported_too(tmp_path: Path) -> None:
     repository(tmp_path)
 
@@ -223,8 +252,8 @@ def test_set_id_bits_of_new_and_changed_files_are_reported_first_and_removed(tmp
     )
     modes = {path.name: path.stat().st_mode & 0o7777 for path in tmp_path.rglob("*")}
     assert modes == {
-        "before": 0o755, "grows": 0o755, "same": 0o4755, "lib.so.1": 0o755, "closed": 0o111, "shared": 0o777, "below": 0o755,
-        ".envrc": 0o644,
+        "before": 0o755, "grows": 0o755, "same": 0o4755, "lib.so.1": 0o755, "closed": 0o111, "shared": 0o777,
+        "below": 0o755, ".envrc": 0o644,
     }  # fmt: skip
 
 
@@ -268,6 +297,17 @@ def test_a_mount_that_is_gone_is_reported(tmp_path: Path) -> None:
     folder.mkdir()
     (found,) = changes(folder, lambda at: at.rename(tmp_path / "n")).dangerous
     assert found.startswith(". (unknown: "), found
+
+
+def test_changes_that_take_too_long_are_reported_without_a_judgement(tmp_path: Path) -> None:
+    repository(tmp_path)
+    before = look(tmp_path)
+    write(tmp_path / "src/main.py", text="y")
+    (tmp_path / "link").symlink_to("src/main.py")
+    assert mount_changes.changes(tmp_path, before, look(tmp_path), within_s=0).dangerous == (
+        "link (new: it was not judged within 0 s)",
+        "src/main.py (changed: it was not judged within 0 s)",
+    )
 
 
 @pytest.mark.parametrize(("max_entries", "within_s"), [(5, 20), (1000, 0)])
