@@ -308,6 +308,17 @@ def test_what_a_run_leaves_in_a_writable_mount_is_reported(here: Installation) -
     assert (read_only.returncode != 0, read_only.stdout) == (True, b"text\n")
 
 
+def test_what_a_run_puts_in_place_of_a_hidden_folder_is_reported(here: Installation) -> None:
+    folder = here.folder / "app"
+    (folder / "web/node_modules").mkdir(parents=True)
+    words = ("--mount", f"{folder}:rw-as-root", "--hide", f"{folder}/web/node_modules")
+    script = "mv web old && mkdir -p web/node_modules/.bin && cp /bin/true web/node_modules/.bin/tool"
+    code, report, _ = here.report(*words, "--", "sh", "-c", script)
+    assert (code, (folder / "web/node_modules/.bin/tool").exists()) == (0, True)
+    left = "mount app: web/node_modules/.bin/tool (new: programs read settings there)"
+    assert left in report["destroyed"]["left_in_mounts"]
+
+
 def test_a_folder_of_root_is_writable_only_where_that_was_said(here: Installation) -> None:
     folder = here.folder / "of-root"
     folder.mkdir()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import mmap
 import os
 import socket
 from collections.abc import Callable
@@ -24,15 +26,15 @@ def write(path: Path, mode: int = 0o644, text: str = "x") -> None:
 def look(folder: Path, *, max_entries: int = 1000, within_s: float = 20) -> Survey:
     descriptor = open_host(folder)
     try:
-        return survey(descriptor, max_entries=max_entries, within_s=within_s)
+        return survey(descriptor, {}, max_entries=max_entries, within_s=within_s)
     finally:
         os.close(descriptor)
 
 
-def changes(folder: Path, make: Callable[[Path], object]) -> MountChanges:
-    before = survey_mount(Mount(folder, "/work"))
+def changes(folder: Path, make: Callable[[Path], object], *hidden: str) -> MountChanges:
+    before = survey_mount(Mount(folder, "/work", hidden=hidden))
     make(folder)
-    return changes_of(Mount(folder, "/work"), before)
+    return changes_of(Mount(folder, "/work", hidden=hidden), before)
 
 
 def repository(at: Path) -> None:
@@ -141,6 +143,34 @@ def test_a_file_that_a_link_of_before_leads_to_is_judged_by_the_link(
     assert found.startswith("docs/settings.txt (changed: program"), found
 
 
+def test_further_links_do_not_hide_a_dangerous_name(tmp_path: Path) -> None:
+    repository(tmp_path)
+    for number in range(100):
+        (tmp_path / f"lib/a{number}").symlink_to("pkg/readme")
+    (tmp_path / "lib/.envrc").symlink_to("pkg/readme")
+    for number in range(100):
+        (tmp_path / f"lib/b{number}").symlink_to("pkg/readme")
+        (tmp_path / f"docs/{number}").symlink_to("settings.txt")
+
+    def make(at: Path) -> None:
+        write(at / "lib/pkg/readme", text="y")
+        write(at / "docs/settings.txt", text="y")
+
+    assert changes(tmp_path, make).dangerous == (
+        "docs/settings.txt (changed: it has too many names to judge all)",
+        "lib/pkg/readme (changed: programs read settings there)",
+    )
+
+
+def test_links_in_a_circle_make_no_further_names(tmp_path: Path) -> None:
+    repository(tmp_path)
+    for one, other in itertools.permutations("abcde", 2):
+        write(tmp_path / one / "text")
+        (tmp_path / one / f"to-{other}").symlink_to(f"../{other}")
+    found = changes(tmp_path, lambda at: write(at / "a/text", text="y"))
+    assert found == MountChanges((), ("a/text (changed)",))
+
+
 def test_every_other_change_is_reported_too(tmp_path: Path) -> None:
     repository(tmp_path)
 
@@ -195,32 +225,35 @@ def test_a_name_cannot_write_to_the_terminal_and_many_are_summarised(tmp_path: P
 # --- set-user-id ------------------------------------------------------------------------------------------------------
 
 
-def test_new_set_id_bits_are_reported_first_and_removed(tmp_path: Path) -> None:
+def test_set_id_bits_of_new_and_changed_files_are_reported_first_and_removed(tmp_path: Path) -> None:
     write(tmp_path / "before", 0o4755)
     write(tmp_path / "grows", 0o4755)
+    write(tmp_path / "same", 0o4755)
 
     def make(at: Path) -> None:
         write(at / ".envrc")
         write(at / "lib.so.1", 0o6755)
         write(at / "closed", 0o4111)
         (at / "grows").chmod(0o6755)
-        (at / "before").rename(at / "moved")
+        with (at / "before").open("r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
+            shared[0] = ord("y")  # not by write(2), which removes the bit
         (at / "shared").mkdir()
         (at / "shared").chmod(0o2777)
         (at / "shared/below").mkdir()
 
     found = changes(tmp_path, make).dangerous
-    assert found[:5] == (
+    assert found[:6] == (
+        "before (changed: set-user-id, now removed)",
         "closed (new: set-user-id, now removed)",
-        "grows (changed: set-group-id, now removed)",
+        "grows (changed: set-user-id and set-group-id, now removed)",
         "lib.so.1 (new: set-user-id and set-group-id, now removed)",
         "shared (new: set-group-id, now removed)",
         "shared/below (new: set-group-id, now removed)",
     )
     modes = {path.name: path.stat().st_mode & 0o7777 for path in tmp_path.rglob("*")}
     assert modes == {
-        "moved": 0o4755, "grows": 0o4755, "lib.so.1": 0o755, "closed": 0o111, "shared": 0o777, "below": 0o755,
-        ".envrc": 0o644,
+        "before": 0o755, "grows": 0o755, "same": 0o4755, "lib.so.1": 0o755, "closed": 0o111, "shared": 0o777,
+        "below": 0o755, ".envrc": 0o644,
     }  # fmt: skip
 
 
@@ -266,6 +299,17 @@ def test_a_mount_that_is_gone_is_reported(tmp_path: Path) -> None:
     assert found.startswith(". (unknown: "), found
 
 
+def test_changes_that_take_too_long_are_reported_without_a_judgement(tmp_path: Path) -> None:
+    repository(tmp_path)
+    before = look(tmp_path)
+    write(tmp_path / "src/main.py", text="y")
+    (tmp_path / "link").symlink_to("src/main.py")
+    assert mount_changes.changes(tmp_path, before, look(tmp_path), within_s=0).dangerous == (
+        "link (new: it was not judged within 0 s)",
+        "src/main.py (changed: it was not judged within 0 s)",
+    )
+
+
 @pytest.mark.parametrize(("max_entries", "within_s"), [(5, 20), (1000, 0)])
 def test_a_folder_beyond_the_limits_is_cut_off(tmp_path: Path, max_entries: int, within_s: float) -> None:
     repository(tmp_path)
@@ -291,3 +335,29 @@ def test_a_socket_is_refused_and_a_hidden_one_is_not_seen(tmp_path: Path) -> Non
         survey_mount(Mount(tmp_path, "/work"))
     for hidden in ("a", "a/s"):
         assert not [*survey_mount(Mount(tmp_path, "/work", hidden=(hidden,))).endpoints]
+
+
+def test_what_is_hidden_is_not_compared(tmp_path: Path) -> None:
+    write(tmp_path / "web/node_modules/.bin/old", 0o755)
+    write(tmp_path / ".env")
+
+    def make(at: Path) -> None:
+        write(at / "web/node_modules/.bin/tool", 0o755)
+        write(at / ".env", text="y")
+
+    assert changes(tmp_path, make, "web/node_modules", ".env") == MountChanges()
+
+
+def test_what_replaces_a_hidden_path_is_compared(tmp_path: Path) -> None:
+    write(tmp_path / "web/node_modules/.bin/old", 0o755)
+    write(tmp_path / "web/.env")
+
+    def make(at: Path) -> None:
+        (at / "web").rename(at / "old")
+        write(at / "web/node_modules/.bin/tool", 0o755)
+        write(at / "web/.env")
+
+    found = changes(tmp_path, make, "web/node_modules", "web/.env")
+    assert "web/.env (new: programs read settings there)" in found.dangerous
+    assert "web/node_modules/.bin/tool (new: programs read settings there)" in found.dangerous
+    assert {"web (changed)", "web/node_modules (new)"} <= {*found.others}

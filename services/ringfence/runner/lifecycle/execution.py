@@ -69,6 +69,9 @@ _PUBLISH_WITHIN_S: Final = 30.0
 _LEASES_END_WITHIN_S: Final = 15.0
 _EVENTS_WITHIN_S: Final = 5.0
 """How long the report waits for what the gateway recorded last, from the end of the leases on."""
+_SURVEYS_WITHIN_S: Final = 10.0
+"""How long the end waits for what the run changed in its mounts: until then its leases live."""
+_UNSURVEYED: Final = MountChanges((". (unknown: it was not surveyed before the end was published)",))
 _LOOK_EVERY_S: Final = 0.5
 _OUTLIVES_INIT_S: Final = 5.0
 """How long a sandbox may go on after its init."""
@@ -449,11 +452,9 @@ class RunExecution:
         self._at.destruction = await self._destroyed()
         if self._relay is not None:
             await self._relay.close()
-        for mount in self._plan.mounts:
-            if mount.writable:
-                self._at.left[mount.name] = await asyncio.to_thread(
-                    changes_of, mount.for_sandbox(), self._before[mount.name]
-                )
+        self._at.left = {mount.name: _UNSURVEYED for mount in self._plan.mounts if mount.writable}
+        surveys = asyncio.create_task(self._survey_mounts())
+        _, late = await asyncio.wait({surveys}, timeout=_SURVEYS_WITHIN_S)
         with contextlib.suppress(UnavailableError):
             await self._publish("ended", self._at.kid, within_s=_PUBLISH_WITHIN_S)
             self._at.published = True
@@ -461,6 +462,16 @@ class RunExecution:
         # runner of an ordered run does that itself.
         if self._folder is not None and (self._at.published or self._plan.order_id is not None):
             await asyncio.to_thread(remove_run_folder, self._folder)
+        await surveys
+        for left in self._left_in_mounts() if late else ():
+            log.warning("run %s: %s", self._plan.run_id, left)
+
+    async def _survey_mounts(self) -> None:
+        for mount in self._plan.mounts:
+            if mount.writable:
+                self._at.left[mount.name] = await asyncio.to_thread(
+                    changes_of, mount.for_sandbox(), self._before[mount.name]
+                )
 
     async def _destroyed(self) -> Destruction:
         """Destroy the sandbox. What cannot be looked at counts as left: the end is published whatever happens here."""

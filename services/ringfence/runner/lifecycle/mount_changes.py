@@ -2,15 +2,15 @@
 
 Every difference is reported. Those by which somebody outside could execute what the run wrote come first: they are
 judged by each name under which a program reaches the file, through links, renamed folders and repositories of git.
-A set-user-id or set-group-id bit that was not there before is removed.
+Set-user-id and set-group-id bits are removed from new and changed files, and from folders that did not have them.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+import time
+from collections import Counter, defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -24,6 +24,7 @@ _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _MOST_LINKS: Final = 40
 _MOST_NAMES: Final = 32
 _MOST_GROUPS: Final = 16
+_JUDGED_WITHIN_S: Final = 10.0
 # fmt: off
 _EXECUTED_NAMES: Final = frozenset({
     "brewfile", "build.gradle", "build.rs", "build.xml", "cmakelists.txt", "compose.yaml", "compose.yml", "conftest.py",
@@ -67,7 +68,7 @@ def changes_of(mount: Mount, before: Survey) -> MountChanges:
     try:
         folder = open_host(mount.host)
         try:
-            after = survey(folder, mount.hidden)
+            after = survey(folder, before.hidden)
         finally:
             os.close(folder)
     except (OSError, RingfenceError) as error:
@@ -75,16 +76,19 @@ def changes_of(mount: Mount, before: Survey) -> MountChanges:
     return changes(mount.host, before, after)
 
 
-def changes(folder: Path, before: Survey, after: Survey, *, limit: int = 64) -> MountChanges:
-    """Compare two surveys of a folder, and remove new set-user-id and set-group-id bits in it.
+def changes(
+    folder: Path, before: Survey, after: Survey, *, limit: int = 64, within_s: float = _JUDGED_WITHIN_S
+) -> MountChanges:
+    """Compare two surveys of a folder, and remove set-user-id and set-group-id bits as described above.
 
-    Returns at most `limit` lines of each kind; the last ones say how many more there are, and below which folder.
+    Changes that are not judged within `within_s` count as dangerous. Returns at most `limit` lines of each kind; the
+    last ones say how many more there are, and below which folder.
     """
-    names = _Names(folder, after)
+    names = _Names(folder, after, within_s)
     had_set_id = {
-        (entry.device, entry.inode): entry.mode & _SET_ID
+        entry[:2]: entry.mode & _SET_ID
         for entry in before.entries.values()
-        if entry.mode & _SET_ID
+        if stat.S_ISDIR(entry.mode) and entry.mode & _SET_ID
     }
     found, cleared = list[_Change](), set[str]()
     if after.cut_off is not None:
@@ -96,15 +100,21 @@ def changes(folder: Path, before: Survey, after: Survey, *, limit: int = 64) -> 
         if entry == old:
             continue
         kind = "changed" if old is not None else "new"
-        new_bits = entry.mode & _SET_ID & ~had_set_id.get((entry.device, entry.inode), 0)
+        new_bits = entry.mode & _SET_ID
+        # Only of a folder: a write to mapped memory changes a file, and leaves its bits.
+        if stat.S_ISDIR(entry.mode):
+            new_bits &= ~had_set_id.get(entry[:2], 0)
         if new_bits and (_parent(path) in cleared or not _is_inherited(path, entry, new_bits, after)):
             cleared.add(path)
             found.append(_Change(path, kind, 0, _clear_set_id(folder / path, entry, new_bits)))
         else:
             rank, why = names.danger(path, entry)
             found.append(_Change(path, kind, rank, why))
-    for path in before.entries.keys() - after.entries.keys():
-        if after.cut_off is None and not _is_below(path, after.unlisted):
+    unknown = set(after.unlisted)
+    for path in sorted(before.entries.keys() - after.entries.keys()) if after.cut_off is None else ():
+        if path in unknown or _parent(path) in unknown:
+            unknown.add(path)
+        else:
             found.append(_Change(path, "removed"))
     found.sort(key=lambda one: (one.rank, one.path))
     return MountChanges(
@@ -127,10 +137,6 @@ def _lines(found: list[_Change], limit: int) -> tuple[str, ...]:
         more = ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
         lines.append(f"and more in {visible(top)[:300]} ({more})")
     return tuple(lines)
-
-
-def _is_below(path: str, folders: Mapping[str, str]) -> bool:
-    return any(str(parent) in folders for parent in (PurePosixPath(path), *PurePosixPath(path).parents))
 
 
 def _parent(path: str) -> str:
@@ -169,17 +175,23 @@ def _clear_set_id(path: Path, entry: Entry, bits: int) -> str:
 class _Names:
     """The names under which programs reach the files of a folder."""
 
-    def __init__(self, folder: Path, after: Survey) -> None:
+    def __init__(self, folder: Path, after: Survey, within_s: float) -> None:
         self._folder = folder
         self._entries = after.entries
-        self._others = defaultdict[str, set[str]](set)
-        """Further names of a path: links that lead to it, and `.git` for a folder that git takes for a repository."""
+        self._within_s = within_s
+        self._until = time.monotonic() + within_s
+        self._others = defaultdict[str, deque[str]](deque)
+        """Further names of a path: links that lead to it, and `.git` for a folder that git takes for a repository.
+        Dangerous ones come first."""
         for path, entry in after.entries.items():
+            if self._is_late():
+                break
             if entry.target is not None and (leads_to := self._resolved(path)) is not None:
-                self._others[leads_to].add(path)
+                add = deque.appendleft if _is_executed(path) or _is_read(path) else deque.append
+                add(self._others[leads_to], path)
             folder_path, _, name = path.rpartition("/")
             if name == "HEAD" and not folder_path.endswith(".git") and self._is_repository(folder_path):
-                self._others[folder_path or "."].add(f"{folder_path}/.git".lstrip("/"))
+                self._others[folder_path or "."].appendleft(f"{folder_path}/.git".lstrip("/"))
 
     def danger(self, path: str, entry: Entry) -> tuple[int, str | None]:
         """Return a rank, and why others may execute something by this entry; None if they do not."""
@@ -187,9 +199,12 @@ class _Names:
             return 9, None
         if entry.is_endpoint:
             return 2, "a socket or named pipe"
+        if self._is_late():
+            return 1, f"it was not judged within {self._within_s:g} s"
         if entry.target is not None and self._resolved(path) is None:
             return 2, "a symbolic link that leads out of the mount"
-        for name in self._all(path):
+        names, are_all = self._all(path)
+        for name in names:
             if _is_executed(name):
                 return (
                     3,
@@ -197,26 +212,40 @@ class _Names:
                     if name == path
                     else f"programs run it as {visible(name)}",
                 )
-        for name in self._all(path):
-            if any(part.startswith(".") for part in _parts(name)) and not _is_data_of_git(name):
-                return 4, "programs read settings there"
+        if any(map(_is_read, names)):
+            return 4, "programs read settings there"
+        if not are_all:
+            return 1, "it has too many names to judge all"
         if stat.S_ISREG(entry.mode) and entry.mode & 0o111:
             return 5, "executable"
         return 9, None
 
-    def _all(self, path: str) -> Iterator[str]:
-        """Yield the path, and then its other names."""
-        seen, waiting = {path}, [path]
-        while waiting:
-            name = waiting.pop(0)
-            yield name
+    def _is_late(self) -> bool:
+        return time.monotonic() >= self._until
+
+    def _all(self, path: str) -> tuple[list[str], bool]:
+        """Return the path and its other names, and whether these are all that matter.
+
+        Links in a circle make names without end. A name by the same link as another one matters only if git's data or
+        a dot in the rest of the path distinguish the two: what else makes a name dangerous, both have.
+        """
+        names, seen = [path], set[tuple[str, bool, bool]]()
+        for name in names:
+            if self._is_late():
+                return names, False
             pure = PurePosixPath(name)
             for start in (pure, *pure.parents):
                 for other in self._others.get(str(start), ()):
-                    further = str(PurePosixPath(other) / pure.relative_to(start))
-                    if further not in seen and len(seen) < _MOST_NAMES:
-                        seen.add(further)
-                        waiting.append(further)
+                    rest = pure.relative_to(start)
+                    further = str(PurePosixPath(other) / rest)
+                    kind = other, _is_data_of_git(further), _has_dot(str(rest))
+                    if kind in seen:
+                        continue
+                    if len(names) == _MOST_NAMES:
+                        return names, False
+                    seen.add(kind)
+                    names.append(further)
+        return names, True
 
     def _resolved(self, path: str) -> str | None:
         """Follow the links of a path, by the survey alone. None: it leads out of the folder, or in a circle."""
@@ -265,6 +294,15 @@ def _is_executed(path: str) -> bool:
         or parts[-1] in _EXECUTED_NAMES
         or parts[-1].endswith(_EXECUTED_SUFFIXES)
     )
+
+
+def _is_read(path: str) -> bool:
+    """Whether programs take settings from a file of this name."""
+    return _has_dot(path) and not _is_data_of_git(path)
+
+
+def _has_dot(path: str) -> bool:
+    return any(part.startswith(".") for part in _parts(path))
 
 
 def _is_data_of_git(path: str) -> bool:

@@ -340,7 +340,7 @@ def survey_mount(mount: Mount) -> Survey:
     try:
         if not stat.S_ISDIR(os.fstat(folder).st_mode):
             return Survey()
-        found = survey(folder, mount.hidden)
+        found = survey(folder, dict.fromkeys(mount.hidden))
     finally:
         os.close(folder)
     if found.cut_off is not None:

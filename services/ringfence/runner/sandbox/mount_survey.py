@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -45,6 +45,8 @@ class Survey:
     entries: dict[str, Entry] = field(default_factory=dict)
     unlisted: dict[str, str] = field(default_factory=dict)
     """Paths that could not be listed or read, each with the reason."""
+    hidden: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Device and inode of each hidden path. These and what is below them are not in `entries`."""
     cut_off: str | None = None
     """Why further entries are missing, apart from those of `unlisted`."""
 
@@ -56,12 +58,16 @@ class Survey:
 
 def survey(
     folder: int,
-    hidden: tuple[str, ...] = (),
+    hidden: Mapping[str, tuple[int, int] | None],
     *,
     max_entries: int = MAX_ENTRIES,
     within_s: float = WITHIN_S,
 ) -> Survey:
-    """Survey the folder with this descriptor, which may be an O_PATH descriptor. Paths of `hidden` are left out."""
+    """Survey the folder with this descriptor, which may be an O_PATH descriptor.
+
+    `hidden`: the paths to leave out, each with its device and inode: a run can rename a folder above it, and put
+    something else there. None: whatever is there.
+    """
     found, until = Survey(), time.monotonic() + within_s
     waiting: list[tuple[int, str, list[str]]] = []
 
@@ -82,14 +88,15 @@ def survey(
                     if found.cut_off is not None:
                         return
                     child = _below(path, one.name)
-                    if child in hidden:
-                        continue
                     try:
                         entry = _entry(one, descriptor)
                     except FileNotFoundError:  # removed meanwhile
                         continue
                     except OSError as error:
                         found.unlisted[child] = error.strerror or type(error).__name__
+                        continue
+                    if child in hidden and hidden[child] in (None, entry[:2]):
+                        found.hidden[child] = entry.device, entry.inode
                         continue
                     found.entries[child] = entry
                     if stat.S_ISDIR(entry.mode):
