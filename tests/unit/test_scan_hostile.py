@@ -29,7 +29,7 @@ from ringfence.scan.documents import (
     walk,
     xml_texts,
 )
-from ringfence.scan.file_scan import FileScanner
+from ringfence.scan.file_scan import FileScanner, Job, JobResults
 from ringfence.scan.findings import Note, Report
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import OutputGuard
@@ -582,3 +582,28 @@ def test_a_scanner_says_what_is_a_known_place() -> None:
     scanner = FileScanner((), Fingerprinter(b"k" * 32), OutputGuard(), 1)
     assert scanner.is_known_place("/home/m/.aws/credentials")
     assert not scanner.is_known_place("/home/m/notes.txt")
+
+
+LONG = {
+    ".mcp.json": {"mcpServers": {"s" * 9000: {"command": "x", "env": {"A_API_KEY": Maker(30).token(40)}}}},
+    ".docker/config.json": {"auths": {"a.test": {"username": "u " * 5000, "password": Maker(31).token(20)}}},
+    "gcloud/application_default_credentials.json": {
+        "refresh_token": f"1//{Maker(32).token(40)}", "account": "m " * 5000, "quota_project_id": "p " * 5000,
+        "scopes": ["a " * 5000] * 60,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_texts_of_a_finding_are_clipped_by_the_worker(tmp_path: Path, name: str) -> None:
+    """The parent masks the texts of findings when the time of the scan is over."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(LONG[name]))
+    scanner = FileScanner((Root(tmp_path),), Fingerprinter(b"k" * 32), OutputGuard(), 1_000_000)
+    results = JobResults()
+    scanner.scan(Job(0, name, name), results)
+    assert results.findings
+    for one in results.findings:
+        opens = [value for value in one.opens.words().values() if isinstance(value, str)]
+        assert max(map(len, (one.place.field, *one.used_by, *one.opens.scopes, *opens))) <= 300
+        assert len(one.opens.scopes) <= 20
