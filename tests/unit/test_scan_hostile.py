@@ -170,6 +170,13 @@ def test_bombs_are_refused_or_cost_nothing() -> None:
     assert parse_json('{"n": ' + "9" * 100_000 + "}")["n"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "x-unknown"])
+def test_xml_is_read_whatever_encoding_it_declares(encoding: str) -> None:
+    assert list(xml_texts(f'<?xml version="1.0" encoding="{encoding}"?><a>\u00fc</a>')) == [
+        (("a",), "\u00fc")
+    ]
+
+
 def test_yaml_runs_no_tag(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     parse_yaml(f"a: !!python/object/apply:os.system ['touch {marker}']\n")
@@ -282,6 +289,28 @@ def test_gcloud_database_whose_sql_would_run_is_refused(tmp_path: Path, schema: 
     ]
 
 
+@pytest.mark.parametrize("value", ["CAST({} AS BLOB)", "{}"])
+def test_gcloud_credential_is_found_as_text_and_as_bytes(tmp_path: Path, value: str) -> None:
+    gcloud_database(
+        tmp_path / "gcloud/credentials.db", "CREATE TABLE credentials (account_id TEXT, value BLOB)",
+        f"INSERT INTO credentials VALUES ('a', {value.format(_CREDENTIAL)})",
+    )  # fmt: skip
+    report = scan(tmp_path)
+    assert [one.kind for one in report.findings] == ["gcp-user"]
+    assert not report.notes
+
+
+@pytest.mark.parametrize("value", ["'{'", "x'ff'", "'[]'", "5", f"'{'[' * 100_000}'"])
+def test_gcloud_row_that_is_no_json_object_is_a_note(tmp_path: Path, value: str) -> None:
+    gcloud_database(
+        tmp_path / "gcloud/credentials.db", "CREATE TABLE credentials (account_id TEXT, value BLOB)",
+        f"INSERT INTO credentials VALUES ('a', {value})",
+    )  # fmt: skip
+    assert [(note.reason, note.limits) for note in scan(tmp_path).notes] == [
+        ("has a row that is no JSON object", True)
+    ]
+
+
 def test_gcloud_reader_authorizes_no_function_and_no_other_column(monkeypatch) -> None:
     """The authorizer holds without the look at the schema."""
     monkeypatch.setattr("ringfence.scan.readers.gcloud._is_plain_table", lambda *_: True)
@@ -307,6 +336,7 @@ LIMITED = {
     "long.json": json.dumps({"api_token": "a1b2" * 5000}),
     "nested.yml": "apiVersion: v1\nkind: Secret\nmetadata: {}\ndata: " + "[" * 65 + "]" * 65,
     "huge.txt": "x" * 1_100_000,
+    ".m2/settings.xml": "<!DOCTYPE settings><settings><server><password>a</password></server></settings>",
 }
 
 
@@ -317,6 +347,7 @@ def test_limit_that_was_reached_is_a_note(tmp_path: Path, name: str) -> None:
         rows = [f"INSERT INTO credentials VALUES ('a{number}', 'x')" for number in range(201)]
         gcloud_database(tmp_path / name, "CREATE TABLE credentials (account_id TEXT, value BLOB)", *rows)
     else:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     report = scan(tmp_path, max_bytes=1_000_000)
     assert {(note.path, note.limits) for note in report.notes} == {(f"{tmp_path}/{name}", True)}
@@ -360,6 +391,19 @@ def test_invalid_utf8_and_utf16_and_binary(tmp_path: Path) -> None:
     found = {one.place.path.rpartition("/")[2] for one in scan(tmp_path).findings}
     assert found >= {"b.env", "c.txt"}
     assert "d.dat" not in found
+
+
+def test_text_with_a_few_nul_characters_is_read(tmp_path: Path) -> None:
+    """A shell runs a script whose comment has one."""
+    (tmp_path / "deploy.sh").write_bytes(f"#!/bin/bash\n# \0\nexport API_TOKEN={TOKEN}\n".encode())
+    (tmp_path / ".bashrc").write_bytes(f"# {TOKEN} \0\n".encode())
+    assert {one.place.path.rpartition("/")[2] for one in scan(tmp_path).findings} == {"deploy.sh", ".bashrc"}
+
+
+def test_binary_file_that_a_reader_could_not_parse_is_a_limit(tmp_path: Path) -> None:
+    (tmp_path / ".mcp.json").write_bytes(b"\0" * 100)
+    (note,) = scan(tmp_path).notes
+    assert (note.path, note.limits) == (f"{tmp_path}/.mcp.json", True)
 
 
 def test_many_findings_in_one_file_are_limited(tmp_path: Path) -> None:

@@ -168,7 +168,9 @@ class FileScanner:
                 for candidate in reader.read(file):
                     yield reader.name, candidate
             except DocumentError as error:
-                results.notes.append(Note(job.shown, _read_otherwise(error, file), error.limits))
+                results.notes.append(
+                    Note(job.shown, _read_otherwise(error, file), error.limits or file.is_binary)
+                )
                 reader = None
         if file.is_binary:
             return
