@@ -471,9 +471,12 @@ def test_entries_of_a_folder_are_limited(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("ringfence.scan.tree_walk.MAX_ENTRIES", 10)
     for number in range(12):
         (tmp_path / f"f{number}.txt").write_text("nothing\n")
-    report = scan(tmp_path)
-    assert report.files == 10
-    assert "more than 10 entries" in report.notes[0].reason
+    monkeypatch.chdir(tmp_path)
+    for path, shown in ((tmp_path, f"{tmp_path}/"), (Path(), ".")):
+        report = scan(path)
+        assert report.files == 10
+        assert "more than 10 entries" in report.notes[0].reason
+        assert report.notes[0].path == shown
 
 
 def test_a_file_that_needs_too_much_memory_is_a_note_and_others_are_read(tmp_path: Path, monkeypatch) -> None:
