@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator
 
 import pytest
 
+from ringfence.gateway.contract import Answer, ApiRequest
 from ringfence.gateway.dataplane.exchange import Timeouts
+from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.kernel.http1.refusal import LINGER_BYTES
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import Raw
@@ -87,3 +92,54 @@ async def test_request_behind_a_refused_body_is_not_served(place: Place) -> None
     await gone(place)
     assert len(place.gate.records) == 1
     assert place.target.raw == []
+
+
+LONG = 32 * 1024 * 1024
+
+
+class LongAnswers:
+    """An API whose answers no socket buffers whole."""
+
+    async def answer(self, request: ApiRequest) -> Answer:
+        return 200, {}, bytes(LONG)
+
+
+TAKEN = b"GET /v1/x HTTP/1.1\r\nHost: ringfence\r\nConnection: close\r\n\r\n"
+
+
+@contextlib.asynccontextmanager
+async def untaken(timeouts: Timeouts) -> AsyncIterator[tuple[Place, socket.socket]]:
+    """A plane that closes a connection whose client has taken only a part of the answer."""
+    loop = asyncio.get_running_loop()
+    allowance = Allowance(connections_each=1)
+    async with placed(agent_api=LongAnswers(), timeouts=timeouts, allowance=allowance) as place:
+        with socket.create_connection(("127.0.0.1", place.port)) as client:
+            client.setblocking(False)
+            await loop.sock_sendall(client, TAKEN)
+            await loop.sock_recv(client, 1)
+            yield place, client
+
+
+async def rest_of(client: socket.socket) -> int:
+    """The number of bytes that are left to be taken."""
+    taken = 0
+    while piece := await asyncio.get_running_loop().sock_recv(client, 1024 * 1024):
+        taken += len(piece)
+    return taken
+
+
+async def test_connection_that_is_closing_counts_until_its_answer_is_taken() -> None:
+    async with untaken(Timeouts(piece_s=3600)) as (place, client):
+        assert place.plane.limits.connections == 1
+        async with place.connected() as other:
+            assert await other.ended(), "it is one too many"
+        assert await rest_of(client) >= LONG
+        await gone(place)
+        assert place.plane.limits.connections == 0
+
+
+async def test_client_that_never_takes_its_answer_is_disconnected() -> None:
+    async with untaken(Timeouts(piece_s=0.1)) as (place, client):
+        await gone(place)
+        assert place.plane.limits.connections == 0
+        assert await rest_of(client) < LONG

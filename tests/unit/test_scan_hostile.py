@@ -30,7 +30,7 @@ from ringfence.scan.documents import (
     walk,
     xml_texts,
 )
-from ringfence.scan.file_scan import FileScanner
+from ringfence.scan.file_scan import FileScanner, Job, JobResults
 from ringfence.scan.findings import Note, Report
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import OutputGuard
@@ -171,6 +171,13 @@ def test_bombs_are_refused_or_cost_nothing() -> None:
     assert parse_json('{"n": ' + "9" * 100_000 + "}")["n"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "x-unknown"])
+def test_xml_is_read_whatever_encoding_it_declares(encoding: str) -> None:
+    assert list(xml_texts(f'<?xml version="1.0" encoding="{encoding}"?><a>\u00fc</a>')) == [
+        (("a",), "\u00fc")
+    ]
+
+
 def test_yaml_runs_no_tag(tmp_path: Path) -> None:
     marker = tmp_path / "ran"
     parse_yaml(f"a: !!python/object/apply:os.system ['touch {marker}']\n")
@@ -283,6 +290,28 @@ def test_gcloud_database_whose_sql_would_run_is_refused(tmp_path: Path, schema: 
     ]
 
 
+@pytest.mark.parametrize("value", ["CAST({} AS BLOB)", "{}"])
+def test_gcloud_credential_is_found_as_text_and_as_bytes(tmp_path: Path, value: str) -> None:
+    gcloud_database(
+        tmp_path / "gcloud/credentials.db", "CREATE TABLE credentials (account_id TEXT, value BLOB)",
+        f"INSERT INTO credentials VALUES ('a', {value.format(_CREDENTIAL)})",
+    )  # fmt: skip
+    report = scan(tmp_path)
+    assert [one.kind for one in report.findings] == ["gcp-user"]
+    assert not report.notes
+
+
+@pytest.mark.parametrize("value", ["'{'", "x'ff'", "'[]'", "5", f"'{'[' * 100_000}'"])
+def test_gcloud_row_that_is_no_json_object_is_a_note(tmp_path: Path, value: str) -> None:
+    gcloud_database(
+        tmp_path / "gcloud/credentials.db", "CREATE TABLE credentials (account_id TEXT, value BLOB)",
+        f"INSERT INTO credentials VALUES ('a', {value})",
+    )  # fmt: skip
+    assert [(note.reason, note.limits) for note in scan(tmp_path).notes] == [
+        ("has a row that is no JSON object", True)
+    ]
+
+
 def test_gcloud_reader_authorizes_no_function_and_no_other_column(monkeypatch) -> None:
     """The authorizer holds without the look at the schema."""
     monkeypatch.setattr("ringfence.scan.readers.gcloud._is_plain_table", lambda *_: True)
@@ -308,6 +337,7 @@ LIMITED = {
     "long.json": json.dumps({"api_token": "a1b2" * 5000}),
     "nested.yml": "apiVersion: v1\nkind: Secret\nmetadata: {}\ndata: " + "[" * 65 + "]" * 65,
     "huge.txt": "x" * 1_100_000,
+    ".m2/settings.xml": "<!DOCTYPE settings><settings><server><password>a</password></server></settings>",
 }
 
 
@@ -318,6 +348,7 @@ def test_limit_that_was_reached_is_a_note(tmp_path: Path, name: str) -> None:
         rows = [f"INSERT INTO credentials VALUES ('a{number}', 'x')" for number in range(201)]
         gcloud_database(tmp_path / name, "CREATE TABLE credentials (account_id TEXT, value BLOB)", *rows)
     else:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     report = scan(tmp_path, max_bytes=1_000_000)
     assert {(note.path, note.limits) for note in report.notes} == {(f"{tmp_path}/{name}", True)}
@@ -361,6 +392,19 @@ def test_invalid_utf8_and_utf16_and_binary(tmp_path: Path) -> None:
     found = {one.place.path.rpartition("/")[2] for one in scan(tmp_path).findings}
     assert found >= {"b.env", "c.txt"}
     assert "d.dat" not in found
+
+
+def test_text_with_a_few_nul_characters_is_read(tmp_path: Path) -> None:
+    """A shell runs a script whose comment has one."""
+    (tmp_path / "deploy.sh").write_bytes(f"#!/bin/bash\n# \0\nexport API_TOKEN={TOKEN}\n".encode())
+    (tmp_path / ".bashrc").write_bytes(f"# {TOKEN} \0\n".encode())
+    assert {one.place.path.rpartition("/")[2] for one in scan(tmp_path).findings} == {"deploy.sh", ".bashrc"}
+
+
+def test_binary_file_that_a_reader_could_not_parse_is_a_limit(tmp_path: Path) -> None:
+    (tmp_path / ".mcp.json").write_bytes(b"\0" * 100)
+    (note,) = scan(tmp_path).notes
+    assert (note.path, note.limits) == (f"{tmp_path}/.mcp.json", True)
 
 
 def test_many_findings_in_one_file_are_limited(tmp_path: Path) -> None:
@@ -428,9 +472,12 @@ def test_entries_of_a_folder_are_limited(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("ringfence.scan.tree_walk.MAX_ENTRIES", 10)
     for number in range(12):
         (tmp_path / f"f{number}.txt").write_text("nothing\n")
-    report = scan(tmp_path)
-    assert report.files == 10
-    assert "more than 10 entries" in report.notes[0].reason
+    monkeypatch.chdir(tmp_path)
+    for path, shown in ((tmp_path, f"{tmp_path}/"), (Path(), ".")):
+        report = scan(path)
+        assert report.files == 10
+        assert "more than 10 entries" in report.notes[0].reason
+        assert report.notes[0].path == shown
 
 
 def test_a_file_that_needs_too_much_memory_is_a_note_and_others_are_read(tmp_path: Path, monkeypatch) -> None:
@@ -583,3 +630,28 @@ def test_a_scanner_says_what_is_a_known_place() -> None:
     scanner = FileScanner((), Fingerprinter(b"k" * 32), OutputGuard(), 1)
     assert scanner.is_known_place("/home/m/.aws/credentials")
     assert not scanner.is_known_place("/home/m/notes.txt")
+
+
+LONG = {
+    ".mcp.json": {"mcpServers": {"s" * 9000: {"command": "x", "env": {"A_API_KEY": Maker(30).token(40)}}}},
+    ".docker/config.json": {"auths": {"a.test": {"username": "u " * 5000, "password": Maker(31).token(20)}}},
+    "gcloud/application_default_credentials.json": {
+        "refresh_token": f"1//{Maker(32).token(40)}", "account": "m " * 5000, "quota_project_id": "p " * 5000,
+        "scopes": ["a " * 5000] * 60,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_texts_of_a_finding_are_clipped_by_the_worker(tmp_path: Path, name: str) -> None:
+    """The parent masks the texts of findings when the time of the scan is over."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(json.dumps(LONG[name]))
+    scanner = FileScanner((Root(tmp_path),), Fingerprinter(b"k" * 32), OutputGuard(), 1_000_000)
+    results = JobResults()
+    scanner.scan(Job(0, name, name), results)
+    assert results.findings
+    for one in results.findings:
+        opens = [value for value in one.opens.words().values() if isinstance(value, str)]
+        assert max(map(len, (one.place.field, *one.used_by, *one.opens.scopes, *opens))) <= 300
+        assert len(one.opens.scopes) <= 20

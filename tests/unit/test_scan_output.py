@@ -21,7 +21,7 @@ import jsonschema
 import pytest
 from rich.cells import cell_len
 
-from ringfence.cli.commands.scan import _print
+from ringfence.cli.commands.scan import _is_accepted, _print
 from ringfence.scan.baseline import baseline_text
 from ringfence.scan.candidates import MARKERS, public_prefix_length
 from ringfence.scan.findings import Pattern
@@ -134,7 +134,9 @@ def test_exit_statuses(home: Home, project: Path, words: tuple[str, ...], status
     (("big.env",), 1),
     (("big.env", "sub"), 0),
     (("./big.env", "sub/many.py"), 0),
-    ((".",), 1),
+    ((".",), 0),
+    (("sub/..",), 0),
+    (("..",), 1),
     (("su", "big.env"), 1),
 ])  # fmt: skip
 def test_fail_on_fails_for_what_was_not_read_unless_its_path_is_accepted(
@@ -150,6 +152,18 @@ def test_fail_on_fails_for_what_was_not_read_unless_its_path_is_accepted(
     assert done.returncode == status, done.stderr
     assert ("--accept-unread PATH" in done.stderr) is (status == 1)
     assert home.scan(".", "--max-size", "512", folder=folder).returncode == 0
+
+
+@pytest.mark.parametrize("path", ["", "environment", "~/.netrc", "/etc/passwd", "../sibling", ".."])
+def test_accepted_working_directory_has_only_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/.env").touch()
+    (tmp_path / "sibling").touch()
+    monkeypatch.chdir(tmp_path / "here")
+    assert _is_accepted("./.env", ["."])
+    assert not _is_accepted(path, ["."])
 
 
 HANGING = (

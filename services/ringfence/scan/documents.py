@@ -161,11 +161,11 @@ def xml_texts(text: str) -> Iterator[tuple[tuple[str, ...], str]]:
     found: list[tuple[tuple[str, ...], str]] = []
     path: list[str] = []
     texts: list[list[str]] = []
-    parser = expat.ParserCreate()
+    parser = expat.ParserCreate("utf-8")  # whatever encoding it declares: it was decoded before
     parser.buffer_text = True
 
     def refuse(*_: object) -> None:
-        raise DocumentError("has a document type declaration, which may expand without end")
+        raise DocumentLimitError("has a document type declaration, which may expand without end")
 
     def start(name: str, _: object) -> None:
         path.append(name.rpartition(":")[2])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ringfence.scan.candidates import MARKERS, Candidate, public_prefix_length
@@ -34,6 +34,10 @@ FILE_MEMORY: Final = 512 * 1024 * 1024
 _MEMORY_FOR_EACH_BYTE: Final = 8
 """With a higher `--max-size`: text has several forms in memory at once."""
 _MAX_FIELD: Final = 200
+_MAX_TEXT: Final = 300
+"""Of each other text of a finding. The parent searches them for secrets, also when the time of the scan is over."""
+_MOST_TEXTS: Final = 20
+"""Scopes of a finding, and its users."""
 
 
 MACHINE: Final = -1
@@ -164,7 +168,9 @@ class FileScanner:
                 for candidate in reader.read(file):
                     yield reader.name, candidate
             except DocumentError as error:
-                results.notes.append(Note(job.shown, _read_otherwise(error, file), error.limits))
+                results.notes.append(
+                    Note(job.shown, _read_otherwise(error, file), error.limits or file.is_binary)
+                )
                 reader = None
         if file.is_binary:
             return
@@ -194,6 +200,7 @@ class FileScanner:
             self.guard.add(value, public=public_prefix_length(value.reveal()), common=MARKERS)
             if line is None and file is not None:
                 line = file.line_of(value.reveal())
+        opens = replace(candidate.opens, scopes=candidate.opens.scopes[:_MOST_TEXTS])
         pattern = candidate.pattern or candidate.kind.pattern
         return Finding(
             reader=reader,
@@ -202,14 +209,18 @@ class FileScanner:
             kind=candidate.kind.id,
             title=candidate.kind.title,
             confidence=candidate.confidence,
-            opens=candidate.opens,
-            used_by=candidate.used_by,
+            opens=opens.mapped(_clipped),
+            used_by=tuple(map(_clipped, candidate.used_by[:_MOST_TEXTS])),
             readable_by=readable_by,
             rings=verdicts(pattern),
             fingerprint=self._fingerprinter.of(value) if value is not None else None,
             length=len(value) if value is not None else None,
             remarks=candidate.remarks,
         )
+
+
+def _clipped(text: str) -> str:
+    return text[:_MAX_TEXT]
 
 
 def _read_otherwise(error: DocumentError, file: SourceFile) -> str:

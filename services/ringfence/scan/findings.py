@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -61,6 +61,18 @@ class Access:
             for name in ("service", "host", "account", "role", "issuer", "subject", "scopes", "expires_s")
             if (value := getattr(self, name)) not in (None, ())
         }
+
+    def mapped(self, change: Callable[[str], str]) -> Access:
+        """Return the access with each of its texts changed."""
+        changed: dict[str, Any] = {
+            name: tuple(map(change, value))
+            if isinstance(value, tuple)
+            else change(value)
+            if isinstance(value, str)
+            else value
+            for name, value in self.words().items()
+        }
+        return Access(**changed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.scan.file_scan import MACHINE, FileScanner, Job, JobResults
-from ringfence.scan.findings import Access, Finding, Identity, Note, Place, Report
+from ringfence.scan.findings import Finding, Identity, Note, Place, Report
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS
@@ -282,18 +282,9 @@ def _finish(report: Report, guard: OutputGuard) -> None:
 
 def _mask(one: Finding, guard: OutputGuard) -> None:
     mask = guard.masked
-    opens = one.opens
     one.place = Place(mask(one.place.path, is_path=True), mask(one.place.field), one.place.line)
     one.used_by = tuple(map(mask, one.used_by))
-    masked: dict[str, Any] = {
-        name: tuple(map(mask, value))
-        if isinstance(value, tuple)
-        else mask(value)
-        if isinstance(value, str)
-        else value
-        for name, value in opens.words().items()
-    }
-    one.opens = Access(**masked)
+    one.opens = one.opens.mapped(mask)
 
 
 def _urgency(one: Finding) -> tuple[object, ...]:

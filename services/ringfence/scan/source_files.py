@@ -19,6 +19,9 @@ MAX_FILE_BYTES: Final = 8 * 1024 * 1024
 _FLAGS: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY
 _FOLDER_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _PIECE: Final = 1024 * 1024
+_CONTROLS: Final = bytes(set(range(32)) - set(b"\t\n\r\f\x1b"))
+_MOST_CONTROLS: Final = 20
+"""Of a text, at most one of so many bytes is a control character."""
 
 
 class UnreadableError(Exception):
@@ -72,7 +75,11 @@ class SourceFile:
 
     @property
     def is_binary(self) -> bool:
-        return b"\0" in self.data[:8192] and self.data[:2] not in (b"\xff\xfe", b"\xfe\xff")
+        """Whether the content is no text. A few NUL characters are no reason: a shell runs a script with them."""
+        head = self.data[:8192]
+        if b"\0" not in head or head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            return False
+        return len(head) - len(head.translate(None, _CONTROLS)) > len(head) // _MOST_CONTROLS
 
     def line_of(self, value: str) -> int | None:
         """Return the number of the first line in which a value begins; None if it is written in another form."""

@@ -63,10 +63,9 @@ def walk_tree(
     count = 0
     while stack:
         folder, depth = stack.pop()
+        shown = prefix + folder or "."
         if time.monotonic() > deadline_s:
-            notes.append(
-                Note(prefix + folder, "was not looked at: the time of the scan was over (--time-limit)")
-            )
+            notes.append(Note(shown, "was not looked at: the time of the scan was over (--time-limit)"))
             return
         try:
             descriptor = root.folder(folder)
@@ -78,11 +77,11 @@ def walk_tree(
                 if isinstance(error, PermissionError)
                 else "could not be listed"
             )
-            notes.append(Note(prefix + folder, reason, limits=not isinstance(error, FileNotFoundError)))
+            notes.append(Note(shown, reason, limits=not isinstance(error, FileNotFoundError)))
             continue
         if len(entries) > MAX_ENTRIES:
             entries.pop()
-            notes.append(Note(prefix + folder, f"has more than {MAX_ENTRIES} entries; the rest is left out"))
+            notes.append(Note(shown, f"has more than {MAX_ENTRIES} entries; the rest is left out"))
         below: list[tuple[str, int]] = []
         for entry in entries:
             relative = f"{folder}/{entry.name}" if folder else entry.name

@@ -401,7 +401,10 @@ def _failing(report: Report, wanted: list[str], accepted: list[str]) -> str:
 
 def _is_accepted(path: str, accepted: list[str]) -> bool:
     path = os.path.normpath(path) if path else ""
-    return any(
-        path == one or path.startswith(f"{one.rstrip('/')}/")
-        for one in map(os.path.normpath, filter(None, accepted))
-    )
+    return any(path == one or _is_below(path, one) for one in map(os.path.normpath, filter(None, accepted)))
+
+
+def _is_below(path: str, folder: str) -> bool:
+    if folder == ".":  # a note may have the name of a reader in place of a path
+        return path.partition("/")[0] not in ("", "..") and os.path.lexists(path)
+    return path.startswith(f"{folder.rstrip('/')}/")

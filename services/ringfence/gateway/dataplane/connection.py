@@ -63,11 +63,11 @@ class AgentConnection:
         """The head of the request in progress, if it could not be parsed."""
 
     async def run(self) -> None:
-        """Serve requests until the connection ends."""
+        """Serve requests until the connection ends, and return once it is gone: until then it counts."""
         try:
             while await self._serve_one():
                 pass
-            self._client.close()
+            await self._client.finish(timeout_s=self._shared.timeouts.piece_s)
         except (DisconnectedError, PeerTimeoutError):
             self._client.abort()
         except BaseException:

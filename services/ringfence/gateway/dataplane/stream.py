@@ -7,6 +7,7 @@ A writer sees `blocked`, and waits in `drain`, while the peer takes too little.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 import time
 from collections.abc import Callable
@@ -234,6 +235,15 @@ class Stream(asyncio.Protocol):
         self.flush()
         if not self.transport.is_closing():
             self.transport.close()
+
+    async def finish(self, *, timeout_s: float) -> None:
+        """Close once everything is sent, and wait until the connection is lost. Raises PeerTimeoutError."""
+        self.close()
+        self._expired, self.deadline = False, time.monotonic() + timeout_s
+        with contextlib.suppress(DisconnectedError):
+            while True:
+                self.buffer.clear()
+                await self.read_more()
 
     def end(self) -> None:
         """Close the sending direction, if the transport can."""

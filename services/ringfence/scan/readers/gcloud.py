@@ -74,9 +74,12 @@ class GcloudReader(FileReader):
             for account, value in _rows(file.data, "credentials", ("account_id", "value")):
                 try:
                     document = json.loads(value)
-                except (ValueError, TypeError, RecursionError):
-                    continue
-                yield from of_credentials({"account": account, **mapping(document)}, f"{account}.")
+                except (ValueError, RecursionError):
+                    document = None
+                if isinstance(document, dict):
+                    yield from of_credentials({"account": account, **document}, f"{account}.")
+                else:
+                    limit_reached("has a row that is no JSON object")
         else:
             for account, value in _rows(file.data, "access_tokens", ("account_id", "access_token")):
                 yield from of_credentials({"account": account, "access_token": value}, f"{account}.")
@@ -131,7 +134,11 @@ def _rows(data: bytes, table: str, columns: tuple[str, str]) -> list[tuple[str, 
         connection.close()
     if len(rows) > _MOST_ROWS:
         limit_reached(f"has more than {_MOST_ROWS} rows; the rest is left out")
-    return [(str(account), str(value)) for account, value in rows[:_MOST_ROWS] if value]
+    return [(_text(account), _text(value)) for account, value in rows[:_MOST_ROWS] if value]
+
+
+def _text(value: object) -> str:
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _is_plain_table(table: str, sql: object) -> bool:
