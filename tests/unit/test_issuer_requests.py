@@ -92,7 +92,7 @@ def test_key_that_rests_on_key_compromised_since_is_refused_without_finding(benc
     ledger.give(end_key(ledger, "otto", "sam", kid, compromised=True, since_ms=since_ms))
     assert bench.refused(waiting) == (["key_unknown"], False)
     assert bench.refused(decided) == (["key_voucher_compromised"], False)
-    assert bench.issued(bench.decision(honest))
+    assert bench.issued(bench.decision(honest)).lease.agent_id == "bot"
 
 
 def test_a_key_that_merely_ran_out_is_somebodys_fault(bench: DecisionBench) -> None:
