@@ -17,8 +17,7 @@ function isHidden(char) {
 const mark = (char) => `‹U+${char.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`;
 
 /** Untrusted prose on one line. */
-export const visible = (text) =>
-  [...text].map((char) => (char === "\n" ? " " : isHidden(char) ? mark(char) : char)).join("");
+export const visible = (text) => [...text].map((char) => (isHidden(char) ? mark(char) : char)).join("");
 
 /** As `visible`, but line breaks stay. */
 export const visibleLines = (text) => text.split("\n").map(visible).join("\n");
