@@ -527,8 +527,10 @@ def test_a_lease_whose_deadline_is_long_past_is_not_taken(table: LeaseTable) -> 
 def test_a_lease_that_is_being_minted_is_forgotten_after_its_deadline(
     table: LeaseTable, clock: FixedClock
 ) -> None:
-    one = lease(status="minting")
+    one, over = lease(status="minting"), list[str]()
+    table.on_lease_end(over.append)
     table.apply(one)
+    assert over == [], "it has not ended"
     clock.ms = one.deadline * 1000 + ENDED_KEPT_MS + SLACK_MS
     for _ in range(3):
         table.sweep()
