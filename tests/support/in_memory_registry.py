@@ -278,7 +278,8 @@ class InMemoryRegistry:
             context = Context(
                 given.actor, at_ms // 1000, given.command_id, roles_of, signed_s,
                 transfer_consent=given.consent.transfer if given.consent else None,
-                consent_problem=given.consent_problem,
+                consent_problem=given.consent_problem, key_proof=given.key_proof,
+                key_proof_problem=given.key_proof_problem,
             )  # fmt: skip
             state, signed_s = apply(state, given.claims, context), max(signed_s, given.claims.iat)
         assert state is not None

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
-from typing import Any, cast
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Self, cast
 
 import pytest
 
+from ringfence.audit.trail import chain_recovery
 from ringfence.audit.trail.chain_recovery import (
     RecoveredChain,
     _extend_chain,
     _last_checkpoints,
     _PartitionEnd,
+    _read_end,
     _recent_uids,
+    _TrailEntry,
     _UnsignedEvent,
+    recover_chains,
 )
 from ringfence.audit.trail.handover_lookup import content_digest
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -26,6 +32,8 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, ChainLink
 from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.operations import Heartbeat
+from ringfence.messages.topics import AUDIT as AUDIT_TOPIC
+from ringfence.messages.topics import AUDIT_CHECKPOINT, AUDIT_INTAKE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.audit_log.chain import (
     NOTHING,
@@ -259,3 +267,192 @@ async def test_the_chain_begins_behind_the_largest_head_that_an_audit_service_si
 ) -> None:
     found = await _last_checkpoints(cast(Stretches, Checkpoints(*values)), trust)
     assert {tree: tip.head.size for tree, tip in found.items()} == {TREE: size}
+
+
+# --- the end of a partition ---
+
+LONG_AGO_MS = START_MS - 1000 * (AUDIT_INTAKE.retention_s or 0)
+
+
+def chain(count: int) -> list[bytes]:
+    """So many events of partition 0, linked."""
+    values: list[bytes] = []
+    for number in range(count):
+        prev = leaf_hash(values[-1]) if values else NOTHING
+        values.append(linked(body(number), TREE, number + 1, prev))
+    return values
+
+
+def body(number: int) -> bytes:
+    source = {"topic": "x", "partition": 0, "offset": number}
+    return linkable({"metadata": {"uid": str(number)}, "unmapped": {"source": source}})
+
+
+def tip_of(values: Sequence[bytes]) -> Tip:
+    return Tip().grown(*map(leaf_hash, values))
+
+
+class Partition:
+    """`Stretches` over the partition 0 of `audit`, and over the checkpoints. It notes the ranges that are read."""
+
+    def __init__(
+        self, *values: bytes, start: int = 0, at_ms: int = LONG_AGO_MS, checkpoints: Sequence[str] = ()
+    ) -> None:
+        self.settled = True
+        self.read: list[tuple[int, int]] = []
+        self._bounds = start, start + len(values)
+        self._records = [
+            Received(AUDIT_TOPIC, "audit", 0, offset, at_ms, None, value)
+            for offset, value in enumerate(values, start)
+        ]
+        self._checkpoints = Checkpoints(*checkpoints)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    async def partitions(self, topic: Topic[Any]) -> list[int]:
+        assert topic is AUDIT_TOPIC
+        return [0]
+
+    async def is_settled(self, topic: Topic[Any], partition: int) -> bool:
+        assert (topic, partition) == (AUDIT_TOPIC, 0)
+        return self.settled
+
+    async def bounds(self, topic: Topic[Any], partition: int) -> tuple[int, int]:
+        assert partition == 0
+        return self._bounds if topic is AUDIT_TOPIC else (0, 0)
+
+    async def records(
+        self, topic: Topic[Any], partition: int, start: int, end: int
+    ) -> AsyncIterator[Received]:
+        assert (topic, partition) == (AUDIT_TOPIC, 0)
+        self.read.append((start, end))
+        for record in self._records:
+            if start <= record.offset < end:
+                yield record
+
+    def whole(self, topic: Topic[Any]) -> AsyncIterator[Received]:
+        assert topic is AUDIT_CHECKPOINT
+        return self._checkpoints.whole(topic)
+
+
+HUNDRED = chain(100)
+
+
+@pytest.mark.parametrize(
+    ("values", "signed", "remember", "judged_to", "ranges"),
+    [
+        (HUNDRED, 100, 6, None, [(94, 100)]),
+        (HUNDRED, 93, 6, None, [(94, 100), (52, 100)]),
+        (HUNDRED, 94, 6, None, [(94, 100)]),
+        (HUNDRED, 52, 6, None, [(94, 100), (52, 100)]),
+        (HUNDRED, 51, 6, None, [(94, 100), (52, 100), (0, 100)]),
+        (HUNDRED, 100, 6, 94, [(94, 100)]),
+        (HUNDRED, 100, 6, 93, [(94, 100), (52, 100)]),
+        (HUNDRED, 50, 6, 94, [(94, 100), (52, 100), (0, 100)]),
+        (HUNDRED, 0, 200, 100, [(0, 100)]),
+        ([b"x"] * 10, 0, 2, None, [(8, 10), (0, 10)]),
+        ([*HUNDRED[:20], *[b"x"] * 5], 20, 2, None, [(23, 25), (9, 25)]),
+        ([], 0, 2, None, [(0, 0)]),
+    ],
+)
+async def test_a_partition_is_read_back_to_its_checkpoint_and_to_what_is_judged(
+    values: list[bytes], signed: int, remember: int, judged_to: int | None, ranges: list[tuple[int, int]]
+) -> None:
+    kafka = Partition(*values)
+    tip = tip_of(HUNDRED[:signed])
+    tail = await _read_end(cast(Stretches, kafka), 0, tip, remember, judged_to, START_MS)
+    assert kafka.read == ranges
+    assert (tail.signed, tail.start, tail.end) == (tip, 0, len(values))
+
+
+async def test_a_partition_is_not_read_before_its_first_record() -> None:
+    kafka = Partition(*HUNDRED[95:], start=30)
+    tail = await _read_end(cast(Stretches, kafka), 0, tip_of(HUNDRED[:50]), 9, None, START_MS)
+    assert (kafka.read, tail.start, tail.end) == ([(30, 35)], 30, 35)
+
+
+@pytest.mark.parametrize(("at_ms", "has_handover"), [(START_MS, True), (LONG_AGO_MS, False)])
+async def test_the_end_of_a_partition_has_each_record_and_the_events_behind_the_checkpoint(
+    at_ms: int, has_handover: bool
+) -> None:
+    values = [*HUNDRED[:3], b"x", body(9), HUNDRED[3]]
+    kafka = Partition(*values, at_ms=at_ms)
+    tail = await _read_end(cast(Stretches, kafka), 0, tip_of(HUNDRED[:2]), 9, None, START_MS)
+    linked_at = {0: 0, 1: 1, 2: 2, 5: 3}
+    links, leaves = {}, {}
+    for offset, number in linked_at.items():
+        found = event_of(HUNDRED[number])
+        assert found is not None
+        assert found.link is not None
+        links[offset], leaves[offset] = found.link, leaf_hash(HUNDRED[number])
+    assert tail.entries == [
+        *(_TrailEntry(range(one, one + 1), True, links[one], leaves[one]) for one in (0, 1, 2)),
+        _TrailEntry(range(3, 4), False),
+        _TrailEntry(range(4, 5), True),
+        _TrailEntry(range(5, 6), True, links[5], leaves[5]),
+    ]
+    assert tail.predecessors == {
+        leaves[offset]: (str(number), bytes.fromhex(links[offset].prev))
+        for offset, number in linked_at.items()
+    }
+    assert tail.unsigned == [
+        _UnsignedEvent(links[one], leaves[one], content_digest(json.loads(values[one])), one, has_handover)
+        for one in (2, 5)
+    ]
+
+
+# --- taking over ---
+
+
+async def recovered(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore, kafka: Partition, **given: Any
+) -> RecoveredChain:
+    monkeypatch.setattr(chain_recovery, "Stretches", lambda _: kafka)
+    found = await recover_chains(
+        BusSettings(trust_domain=TD), trust,
+        **{"remember": 9, "chained": {}, "checked": {}, "now_ms": START_MS, **given},
+    )  # fmt: skip
+    assert found.keys() == {0}
+    return found[0]
+
+
+def signed_head(size: int) -> str:
+    tip = tip_of(HUNDRED[:size])
+    return checkpoint(
+        size, root=tip.head.root.hex(), peaks=tuple(peak.hex() for peak in tip.head.peaks), last=tip.last.hex()
+    )  # fmt: skip
+
+
+async def test_who_takes_over_goes_on_behind_the_last_event_that_follows_the_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    kafka = Partition(*HUNDRED[:6], b"x", checkpoints=[signed_head(3)])
+    found = await recovered(monkeypatch, trust, kafka, remember=2)
+    assert (found.tip, found.signed_size, found.end) == (tip_of(HUNDRED[:6]), 3, 7)
+    assert found.recent_uids == ["4", "5"]
+    assert (found.faults, found.unauthorised) == ([], [range(6, 7)])
+    judged = await recovered(monkeypatch, trust, kafka, checked={0: 7, 1: 0})
+    assert judged.unauthorised == []
+
+
+async def test_events_without_their_handover_are_faults_and_do_not_count(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    kafka = Partition(*HUNDRED[:5], at_ms=START_MS, checkpoints=[signed_head(3)])
+    found = await recovered(monkeypatch, trust, kafka, checked={0: 0})
+    assert found.tip == tip_of(HUNDRED[:3])
+    assert [fault.partition(" over ")[0] for fault in found.faults] == ["no audit service handed"] * 2
+    assert found.unauthorised == [range(3, 4), range(4, 5)]
+
+
+async def test_while_a_transaction_is_open_no_chain_is_taken_over(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    kafka = Partition(*HUNDRED[:5])
+    kafka.settled = False
+    with pytest.raises(UnavailableError, match="transaction open on partition 0 of audit"):
+        await recovered(monkeypatch, trust, kafka)
+    assert kafka.read == []

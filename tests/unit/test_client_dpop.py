@@ -18,6 +18,7 @@ from ringfence.client.agent.dpop import access_token_hash, proof, target_uri
 from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth
 from ringfence.client.resource_server.dpop_proofs import (
     MAX_PROOF_BYTES,
+    MAX_PROOFS,
     NONCE_LIFE_S,
     PROOF_LIFE_S,
     Nonces,
@@ -45,6 +46,7 @@ def made(clock: Clock, *, key: SigningKey = KEY, header: dict[str, Any] | None =
     """A proof that holds, but for what is changed."""
     jwk = key.public.model_dump(exclude_none=True)
     head = {"typ": "dpop+jwt", "alg": key.alg, "jwk": jwk, **(header or {})}
+    head = {name: value for name, value in head.items() if value is not ...}
     body = {
         "jti": "1", "htm": "PUT", "htu": URL, "iat": clock.now, "ath": access_token_hash(TOKEN), **claims,
     }  # fmt: skip
@@ -54,7 +56,7 @@ def made(clock: Clock, *, key: SigningKey = KEY, header: dict[str, Any] | None =
 
 
 async def check(
-    checker: ProofChecker, proof: str, *, method: str = "PUT", url: str = URL, token: str = TOKEN,
+    checker: ProofChecker, proof: str, *, method: str = "PUT", url: str = URL, token: str | None = TOKEN,
     thumbprint: str = KEY.kid,
 ) -> None:  # fmt: skip
     await checker.check(proof, method=method, url=url, access_token=token, thumbprint=thumbprint)
@@ -106,6 +108,8 @@ async def test_a_proof_is_what_the_rfc_says_and_counts_once(clock: Clock, alg: s
         {"exp": 1},
         {"exp": None},
         {"nbf": 2**40},
+        {"nbf": True},
+        {"nbf": "0"},
         {"jti": ...},
         {"jti": ""},
         {"jti": 1},
@@ -113,6 +117,9 @@ async def test_a_proof_is_what_the_rfc_says_and_counts_once(clock: Clock, alg: s
         {"header": {"typ": "JWT"}},
         {"header": {"typ": "at+jwt"}},
         {"header": {"typ": None}},
+        {"header": {"typ": ...}},
+        {"header": {"alg": ...}},
+        {"header": {"jwk": ...}},
         {"header": {"alg": "none"}},
         {"header": {"alg": "HS256"}},
         {"header": {"alg": "EdDSA"}},
@@ -160,6 +167,48 @@ async def test_a_proof_is_for_one_token_by_its_own_key(clock: Clock) -> None:
             await check(checker, garbage)
     with pytest.raises(ProofError, match="longer"):
         await check(checker, "x" * (MAX_PROOF_BYTES + 1))
+
+
+@pytest.mark.parametrize(("ath", "counts"), [(..., True), (access_token_hash(TOKEN), False), (None, False)])
+async def test_a_proof_for_a_request_without_token_has_no_ath(clock: Clock, ath: Any, counts: bool) -> None:
+    with contextlib.nullcontext() if counts else pytest.raises(ProofError, match="leave ath out"):
+        await check(ProofChecker(clock=clock), made(clock, ath=ath), token=None)
+
+
+async def test_a_proof_of_the_longest_length_and_with_the_longest_id_counts(clock: Clock) -> None:
+    padding = (MAX_PROOF_BYTES - len(made(clock, pad=""))) * 3 // 4
+    proofs = [made(clock, pad="x" * (padding + more)) for more in range(-3, 4)]
+    (longest,) = [one for one in proofs if len(one) == MAX_PROOF_BYTES]
+    await check(ProofChecker(clock=clock), longest)
+    await check(ProofChecker(clock=clock), made(clock, jti="x" * 256))
+
+
+class Remembered:
+    """A memory of others, and what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, int, int]] = []
+
+    async def remember(self, id: str, *, key: str, until_s: int, now_s: int) -> bool:
+        self.asked.append((id, key, until_s, now_s))
+        return True
+
+
+async def test_a_memory_is_given_one_id_for_each_key_and_jti_until_the_proof_is_over(clock: Clock) -> None:
+    memory, other = Remembered(), SigningKey.generate(KEY.id)
+    checker = ProofChecker(memory=memory, clock=clock)
+    for key, jti in ((KEY, "1"), (KEY, "1"), (KEY, "2"), (other, "1")):
+        await check(checker, made(clock, key=key, jti=jti, iat=clock.now - 5), thumbprint=key.kid)
+    assert [one[1:] for one in memory.asked] == [
+        (key.kid, clock.now - 5 + PROOF_LIFE_S, clock.now) for key in (KEY, KEY, KEY, other)
+    ]
+    first, again, *others = [one[0] for one in memory.asked]
+    assert first == again
+    assert len({first, *others}) == 3
+
+
+def test_limits_of_proofs_and_nonces() -> None:
+    assert (PROOF_LIFE_S, NONCE_LIFE_S, MAX_PROOF_BYTES, MAX_PROOFS) == (60, 300, 8192, 200_000)
 
 
 async def test_a_proof_is_of_the_last_minute(clock: Clock) -> None:

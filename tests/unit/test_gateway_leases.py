@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 
-from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS, SLACK_MS, LeaseTable
+from ringfence.gateway.state.leases import (
+    ENDED_KEPT_MS,
+    LEASES_SINCE_MS,
+    REVOCATIONS_KEPT_MS,
+    SLACK_MS,
+    LeaseTable,
+)
 from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
 from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.lease import EndCause, Lease
@@ -138,6 +144,20 @@ def test_only_live_leases_for_gateways_of_this_agent_task_and_target(table: Leas
     assert usable(table, "another") == set()
 
 
+@pytest.mark.parametrize("task_id", ["one task", "another"])
+def test_a_lease_that_ends_leaves_others_of_its_task_and_agent_usable(
+    table: LeaseTable, task_id: str
+) -> None:
+    ended, other = lease(task_id="one task"), lease(task_id=task_id)
+    for one in (ended, other):
+        table.apply(one)
+    version = table.version((AGENT, TARGET))
+    table.apply(follow(ended, "ending", by=leases.REVOKER, cause=leases.CAUSE))
+    assert usable(table) == {other.lease_id}
+    assert table.version((AGENT, TARGET)) == version
+    assert table.tasks() == {task_id}
+
+
 def test_the_highest_seq_counts_in_whatever_order(table: LeaseTable, clock: FixedClock) -> None:
     one = lease(seq=2, status="revoked")
     table.apply(one)
@@ -233,6 +253,63 @@ def test_who_takes_it_back_is_not_told_and_others_are(table: LeaseTable) -> None
     back()
     table.end_all_watched()
     assert (first.times, second.times) == (0, 1)
+    back()
+    table.watch(one.lease_id, first)()
+    assert not table._watchers
+
+
+def test_all_who_watch_a_lease_are_told_of_its_end(table: LeaseTable) -> None:
+    one, first, second = lease(), Told(), Told()
+    table.apply(one)
+    for told in (first, second):
+        table.watch(one.lease_id, told)
+    table.revoke(one.lease_id, START_MS)
+    assert (first.times, second.times) == (1, 1)
+
+
+def test_a_record_that_ends_a_lease_tells_who_watches_it(table: LeaseTable) -> None:
+    one, told = lease(), Told()
+    over: list[str] = []
+    table.on_lease_end(over.append)
+    table.apply(one)
+    table.watch(one.lease_id, told)
+    table.apply(one.model_copy(update={"seq": 2, "status": "ending"}))
+    assert (told.times, over) == (1, [one.lease_id])
+
+
+def test_a_fence_tells_nobody_who_watches_a_lease_that_it_does_not_cover(table: LeaseTable) -> None:
+    other, told = lease(agent_id="other"), Told()
+    table.apply(other)
+    table.watch(other.lease_id, told)
+    table.fence("agent:bot", START_MS, revocation_id="an order")
+    assert told.times == 0
+
+
+def test_an_order_of_another_selector_makes_no_fence_wider(table: LeaseTable) -> None:
+    later = lease(requested_at_ms=START_MS + 5000)
+    table.apply(later)
+    table.fence("agent:bot", START_MS + 3000, revocation_id="an order")
+    table.fence("agent:other", START_MS + 9000, revocation_id="another")
+    table.fence("agent:bot", START_MS, revocation_id="an order")
+    assert usable(table) == {later.lease_id}
+
+
+def test_who_watches_a_lease_that_is_not_there_is_not_told_of_another_ones_end(
+    table: LeaseTable, clock: FixedClock
+) -> None:
+    """A gateway may watch what it has seen, and the table has forgotten."""
+    forgotten, told = lease(status="revoked"), Told()
+    table.apply(forgotten)
+    clock.ms += ENDED_KEPT_MS
+    table.sweep()
+    problem = table.problem(forgotten)
+    assert problem is not None
+    assert problem.code == "lease_ended"
+    for lease_id in (forgotten.lease_id, "unknown"):
+        table.watch_live(lease_id, told)
+    table.fence("all", clock.ms, revocation_id="order")
+    table.end_run(RUN)
+    assert told.times == 0
 
 
 def test_nothing_that_is_over_is_kept(table: LeaseTable, clock: FixedClock) -> None:
@@ -266,6 +343,69 @@ def test_an_order_about_what_has_just_ended_finds_its_lease(table: LeaseTable, c
     clock.ms += ENDED_KEPT_MS
     table.sweep()
     assert table.get(one.lease_id) is None
+
+
+def test_a_lease_and_the_number_of_its_record_are_kept_for_their_times(
+    table: LeaseTable, clock: FixedClock
+) -> None:
+    live, released = lease(), lease()
+    table.apply(live)
+    table.apply(released)
+    table.apply(released.model_copy(update={"seq": 2, "status": "released"}))
+    deadline_ms = live.deadline * 1000
+    kept: list[tuple[bool, bool, int]] = []
+    for at_ms in (
+        START_MS + ENDED_KEPT_MS - 1, START_MS + ENDED_KEPT_MS, deadline_ms, deadline_ms + SLACK_MS - 1,
+        deadline_ms + SLACK_MS, deadline_ms + ENDED_KEPT_MS + SLACK_MS,
+    ):  # fmt: skip
+        clock.ms = at_ms
+        table.sweep()
+        kept.append(
+            (table.get(live.lease_id) is not None, table.get(released.lease_id) is not None, len(table))
+        )
+    assert kept == [
+        (True, True, 2),
+        (True, False, 2),
+        (True, False, 2),
+        (True, False, 2),
+        (False, False, 0),
+        (False, False, 0),
+    ]
+
+
+@pytest.mark.parametrize(("over_ms", "kept"), [(0, True), (1, False)])
+def test_revocations_fences_and_ended_runs_are_kept_for_three_days(
+    table: LeaseTable, clock: FixedClock, over_ms: int, kept: bool
+) -> None:
+    table.revoke("one", START_MS)
+    table.fence("agent:bot", START_MS, revocation_id="order")
+    table.end_run(RUN)
+    clock.ms += REVOCATIONS_KEPT_MS + over_ms
+    table.sweep()
+    assert [bool(one) for one in (table._revoked, table._fences, table._revocations, table._ended_runs)] == (
+        [kept] * 4
+    )
+
+
+@pytest.mark.parametrize("fences", [1, 2])
+def test_a_fence_after_old_ones_were_dropped_cuts_all_the_same(
+    table: LeaseTable, clock: FixedClock, fences: int
+) -> None:
+    one = lease()
+    table.apply(one)
+    for number in range(fences):
+        table.fence(f"agent:other-{number}", START_MS, revocation_id=f"order-{number}")
+    assert usable(table) == {one.lease_id}
+    clock.ms += ENDED_KEPT_MS
+    table.sweep()
+    table.fence("agent:bot", START_MS, revocation_id="order")
+    assert usable(table) == set()
+
+
+def test_times_for_which_things_are_kept() -> None:
+    hour_ms = 3_600_000
+    times_ms = [ENDED_KEPT_MS, SLACK_MS, REVOCATIONS_KEPT_MS, LEASES_SINCE_MS]
+    assert times_ms == [60_000, 60_000, 72 * hour_ms, 25 * hour_ms]
 
 
 # --- runs, and look-ups -----------------------------------------------------------------------------------------------
@@ -307,6 +447,15 @@ def test_the_end_of_a_run_cuts_its_leases_and_no_others(table: LeaseTable) -> No
     late = of_run(RUN)
     table.apply(late)
     assert table.delivered_to_run(RUN) == [], "a record that came after the end of the run"
+    assert table.delivered_to_run("unknown") == []
+
+
+def test_a_lease_of_a_run_that_the_gateway_injects_leaves_the_table_with_its_end(table: LeaseTable) -> None:
+    injected = of_run(RUN, delivery="gateway")
+    table.apply(injected)
+    assert usable(table) == {injected.lease_id}
+    table.apply(follow(injected, "ending", by=leases.REVOKER, cause=leases.CAUSE))
+    assert usable(table) == set()
 
 
 def test_a_lease_of_a_run_leaves_the_table_with_its_end(table: LeaseTable, clock: FixedClock) -> None:
@@ -378,8 +527,10 @@ def test_a_lease_whose_deadline_is_long_past_is_not_taken(table: LeaseTable) -> 
 def test_a_lease_that_is_being_minted_is_forgotten_after_its_deadline(
     table: LeaseTable, clock: FixedClock
 ) -> None:
-    one = lease(status="minting")
+    one, over = lease(status="minting"), list[str]()
+    table.on_lease_end(over.append)
     table.apply(one)
+    assert over == [], "it has not ended"
     clock.ms = one.deadline * 1000 + ENDED_KEPT_MS + SLACK_MS
     for _ in range(3):
         table.sweep()

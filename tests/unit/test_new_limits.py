@@ -21,6 +21,8 @@ from ringfence.registry import domain
 from ringfence.registry.domain import TASK_MAX_S
 from tests.support.in_memory_registry import TD, InMemoryRegistry
 from tests.support.unknown_field_cases import NAME
+from tests.support.user_keys import add_key, end_key, new_passkey
+from tests.support.user_keys import record_of as key_record_of
 from tests.unit import test_id_token_consent as id_tokens
 from tests.unit.test_delegation import NARROW, ledger, made, part, refused  # noqa: F401 - a fixture
 
@@ -102,6 +104,35 @@ def with_endless_key(ledger: InMemoryRegistry) -> Any:  # noqa: F811
     return ledger.user_set("olga", "ursula", keys=(key,))
 
 
+SAMS_PASSKEY = new_passkey("sam")
+
+
+def with_credential_id_of_another(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    passkey = new_passkey("suzy")
+    key = key_record_of(passkey).model_copy(
+        update={"credential_id": key_record_of(SAMS_PASSKEY).credential_id}
+    )
+    return add_key(ledger, "suzy", "suzy", passkey, key=key)
+
+
+def credential_id_of_before(ledger: InMemoryRegistry) -> tuple[SubjectKind, str]:  # noqa: F811
+    ledger.give(add_key(ledger, "sam", "sam", SAMS_PASSKEY))
+    ledger.give_as_before(with_credential_id_of_another(ledger))
+    return "user", "suzy"
+
+
+def by_key_of_compromised_giver(ledger: InMemoryRegistry) -> Any:  # noqa: F811
+    return ledger.user_set("o2", "ursula")
+
+
+def key_of_compromised_giver_of_before(ledger: InMemoryRegistry) -> tuple[SubjectKind, str]:  # noqa: F811
+    since_ms, kid = ledger.clock.ms, ledger.key("olga").kid
+    ledger.give(ledger.user_set("olga", "o2", ["operator"]))
+    ledger.give(end_key(ledger, "otto", "olga", kid, compromised=True, since_ms=since_ms))
+    ledger.give_as_before(by_key_of_compromised_giver(ledger))
+    return "user", "ursula"
+
+
 def record_of(
     command: Callable[[InMemoryRegistry], Claims], kind: SubjectKind, id: str
 ) -> Callable[[InMemoryRegistry], tuple[SubjectKind, str]]:
@@ -123,7 +154,7 @@ def remove(ledger: InMemoryRegistry, target: str) -> Claims:  # noqa: F811
 
 
 def disable(ledger: InMemoryRegistry, user: str) -> Claims:  # noqa: F811
-    return ledger.claims(UserDisable, "olga", user_id=user, reason="done")
+    return ledger.claims(UserDisable, "otto", user_id=user, reason="done")
 
 
 def suspend(ledger: InMemoryRegistry, agent: str) -> Claims:  # noqa: F811
@@ -138,6 +169,10 @@ LIMITS = {
     "consent_missing": Limit(record_of(without_consent, "agent", "bot"), without_consent, suspend),
     "key_invalid": Limit(record_of(with_endless_key, "user", "ursula"), with_endless_key, disable),
     "email_unverified": Limit(address_of_before, by_unverified_address, end),
+    "credential_taken": Limit(credential_id_of_before, with_credential_id_of_another, disable),
+    "key_voucher_compromised": Limit(
+        key_of_compromised_giver_of_before, by_key_of_compromised_giver, disable
+    ),
 }
 
 

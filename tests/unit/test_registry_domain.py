@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.admin.key_compromise import MAX_KEYS_AT_ONCE
+from ringfence.kernel.base.times import LAST_MOMENT_S, utc_text
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES
 from ringfence.kernel.crypto.keys import SigningKey
@@ -23,12 +24,14 @@ from ringfence.messages.registry import (
     TaskAssign,
     TaskDelegate,
     TaskEnd,
+    TaskState,
     UserDisable,
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.registry.domain import (
     MAX_ENDS_BYTES,
     MAX_NARROWING_BYTES,
+    MAX_PARTS,
     MAX_RECORD_BYTES,
     TASK_MAX_S,
     check_size,
@@ -38,6 +41,7 @@ from ringfence.registry.domain import (
     uses_consent,
 )
 from tests.support.in_memory_registry import InMemoryRegistry, permission
+from tests.support.user_keys import add_key, end_key, invitation, new_passkey, possession, record_of
 
 Make = Callable[[InMemoryRegistry], Any]
 LONG = tuple(
@@ -85,10 +89,111 @@ def after_a_change(ledger: InMemoryRegistry) -> Any:
     return command
 
 
+SAMS_PASSKEY, OTHER_PASSKEY, SUZYS_PASSKEY = (new_passkey(user) for user in ("sam", "sam", "suzy"))
+SAMS_ID = record_of(SAMS_PASSKEY).credential_id
+
+
+def claiming(ledger: InMemoryRegistry, user: str, passkey: Any) -> Any:
+    """The command by which a user adds a passkey under the credential id of sam's."""
+    key = record_of(passkey).model_copy(update={"credential_id": SAMS_ID})
+    return add_key(ledger, user, user, passkey, key=key)
+
+
+def after_sams_passkey(make: Make) -> Make:
+    def with_passkey(ledger: InMemoryRegistry) -> Any:
+        ledger.give(add_key(ledger, "sam", "sam", SAMS_PASSKEY))
+        return make(ledger)
+
+    return with_passkey
+
+
+def sams_record_again(ledger: InMemoryRegistry) -> Any:
+    """A command that leaves sam's keys as they are, and renames sam."""
+    state = ledger.memory.user("sam")
+    assert state is not None
+    return ledger.user_set("olga", "sam", ["sponsor"], keys=state.keys, name="Samuel")
+
+
+def after_suzy_took_the_id_of_an_ended_passkey(ledger: InMemoryRegistry, passing_ms: int = 1000) -> Any:
+    ledger.give(end_key(ledger, "sam", "sam", SAMS_PASSKEY.kid), passing_ms=passing_ms)
+    ledger.give(claiming(ledger, "suzy", SUZYS_PASSKEY), passing_ms=passing_ms)
+    return sams_record_again(ledger)
+
+
+def sams_passkey_comes_back(ledger: InMemoryRegistry) -> Any:
+    after_suzy_took_the_id_of_an_ended_passkey(ledger)
+    keys = (ledger.key_record(ledger.key("sam")), record_of(SAMS_PASSKEY))
+    return ledger.user_set("olga", "sam", ["sponsor"], keys=keys)
+
+
+def ending_at(at_s: int, ledger: InMemoryRegistry, kind: str) -> Any:
+    """A command that gives a key with this end to a user or an agent."""
+    key = ledger.key_record(ledger.key("new", kind)).model_copy(update={"not_after": at_s})
+    if kind == "user":
+        return ledger.user_set("olga", "new", keys=(key,))
+    return ledger.claims(AgentRotateKey, "sam", agent_id="bot", key=key)
+
+
+def after_a_compromise(make: Make) -> Make:
+    """olga's key is compromised since before it made o2 an operator; o2 has not been ended yet."""
+
+    def compromised(ledger: InMemoryRegistry) -> Any:
+        since_ms = ledger.clock.ms
+        ledger.give(ledger.user_set("olga", "o2", ["operator"]))
+        kid = ledger.key("olga").kid
+        ledger.give(end_key(ledger, "otto", "olga", kid, compromised=True, since_ms=since_ms))
+        return make(ledger)
+
+    return compromised
+
+
+def ending_of_a_task(by: str) -> Make:
+    """The end of a task that uma gave to sam's agent."""
+
+    def make(ledger: InMemoryRegistry) -> Any:
+        change = ledger.give(ledger.assign("uma", "bot"))
+        assert change is not None
+        assert isinstance(change.state, TaskState)
+        return ledger.claims(TaskEnd, by, task_id=change.state.task_id, reason="done")
+
+    return make
+
+
+def signed_before_the_last_change(ledger: InMemoryRegistry, before_s: int = 1) -> Any:
+    change_s = ledger.clock.ms // 1000
+    ledger.give(ledger.user_set("olga", "uma", name="Uma U."))
+    return ledger.user_set("olga", "uma", name="Uma V.", iat=change_s - before_s)
+
+
+def with_the_possession_of_another_key(ledger: InMemoryRegistry) -> Any:
+    new, other = new_passkey("sam"), new_passkey("sam")
+    invited = invitation(ledger, "sam", "sam")
+    return add_key(
+        ledger, "sam", "sam", new, invitation=invited, possession=possession(ledger, other, "sam", invited)
+    )
+
+
+def after_use_of_the_consent(ledger: InMemoryRegistry) -> Any:
+    first = consented(ledger, "bot", "uma")
+    ledger.give(first)
+    return first.model_copy(update={"jti": "again"})
+
+
 @pytest.mark.parametrize(
     ("make", "code"),
     [
         (lambda r: of_size(r, MAX_NARROWING_BYTES + 1), "too_large"),
+        (after_sams_passkey(lambda r: claiming(r, "suzy", SUZYS_PASSKEY)), "credential_taken"),
+        (after_sams_passkey(lambda r: claiming(r, "sam", OTHER_PASSKEY)), "credential_taken"),
+        (after_sams_passkey(sams_passkey_comes_back), "credential_taken"),
+        (lambda r: add_key(r, "sam", "sam", new_passkey("sam", rp_id="evil.example")), "rp_id_unexpected"),
+        (lambda r: ending_at(LAST_MOMENT_S + 1, r, "user"), "key_invalid"),
+        (lambda r: ending_at(LAST_MOMENT_S + 1, r, "agent"), "key_invalid"),
+        (after_a_compromise(lambda r: r.user_set("o2", "o3", ["operator"])), "key_voucher_compromised"),
+        (after_use_of_the_consent, "consent_used"),
+        (ending_of_a_task("suzy"), "not_entitled"),
+        (signed_before_the_last_change, "overtaken"),
+        (with_the_possession_of_another_key, "possession_invalid"),
         (lambda r: r.register("sam", "new", "sam", keys=(r.key_record(r.key("bot", "agent")),)), "key_taken"),
         (
             lambda r: r.claims(
@@ -135,19 +240,76 @@ def test_a_command_is_refused_with_its_code_and_changes_nothing(
 @pytest.mark.parametrize(
     "make",
     [
-        lambda r: of_size(r, MAX_NARROWING_BYTES - 8),
+        lambda r: of_size(r, MAX_NARROWING_BYTES),
         lambda r: r.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=LONG),
         lambda r: r.claims(AgentTransfer, "olga", agent_id="bot", sponsor="suzy", without_consent=True),
         lambda r: r.transfer("sam", "bot", "suzy"),
         lambda r: consented(r, "bot", "uma"),
         lambda r: r.target_set("olga", "prod", keys=(r.key_record(r.key("prod", "target")),)),
         lambda r: r.claims(AgentRotateKey, "sam", agent_id="bot", key=r.key_record(r.key("next", "agent"))),
+        ending_of_a_task("sam"),
+        lambda r: signed_before_the_last_change(r, 0),
+        after_sams_passkey(sams_record_again),
+        after_sams_passkey(after_suzy_took_the_id_of_an_ended_passkey),
+        after_sams_passkey(lambda r: after_suzy_took_the_id_of_an_ended_passkey(r, passing_ms=0)),
+        lambda r: ending_at(LAST_MOMENT_S, r, "user"),
+        lambda r: ending_at(LAST_MOMENT_S, r, "agent"),
+        after_a_compromise(lambda r: r.claims(UserDisable, "o2", user_id="uma", reason="left")),
+        after_a_compromise(lambda r: r.user_set("otto", "o3", ["operator"])),
     ],
 )
 def test_a_command_that_nothing_speaks_against_is_accepted(ledger: InMemoryRegistry, make: Make) -> None:
     change = ledger.give(make(ledger))
     assert change is not None
     assert change.commands
+
+
+def refused(ledger: InMemoryRegistry, command: Any) -> str:
+    with pytest.raises(CommandRefusedError) as caught:
+        ledger.give(command)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(("by", "remedy"), [("olga", "without_consent"), ("sam", "consent-transfer bot")])
+def test_a_refused_transfer_names_the_remedy_that_its_signer_has(
+    ledger: InMemoryRegistry, by: str, remedy: str
+) -> None:
+    assert remedy in refused(ledger, ledger.claims(AgentTransfer, by, agent_id="bot", sponsor="suzy"))
+
+
+def test_a_refused_task_names_the_latest_end(ledger: InMemoryRegistry) -> None:
+    latest_s = ledger.clock.ms // 1000 + TASK_MAX_S
+    terms = ledger.terms("bot", not_after=latest_s + LEEWAY_S + 1)
+    assert f"which is {utc_text(latest_s)} " in refused(ledger, ledger.assign("uma", "bot", terms=terms))
+
+
+def test_a_refused_key_names_what_is_wrong_with_its_proof(ledger: InMemoryRegistry) -> None:
+    assert "it embeds no" not in refused(ledger, with_the_possession_of_another_key(ledger))
+
+
+def test_a_key_ends_in_the_second_in_which_its_end_was_appended(ledger: InMemoryRegistry) -> None:
+    ledger.clock.ms += 500
+    ended_s = ledger.clock.ms // 1000
+    change = ledger.give(end_key(ledger, "sam", "sam", ledger.key("sam").kid))
+    assert change is not None
+    ends = [key.not_after for key in getattr(change.state, "keys", ())]
+    assert ends == [ended_s]
+    assert type(ends[0]) is int
+
+
+def test_a_record_drops_the_command_that_another_replaces(ledger: InMemoryRegistry) -> None:
+    ceilings = ((permission("env/a"),), (permission("env/b"),))
+    changes = [
+        ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=ceiling))
+        for ceiling in ceilings
+    ]
+    assert [(len(one.commands), one.revision) for one in changes if one] == [(2, 2), (2, 3)]
+
+
+def test_limits_are_30_days_32_parts_8_kib_and_three_quarters_of_a_record() -> None:
+    assert (TASK_MAX_S, MAX_PARTS) == (30 * 86_400, 32)
+    assert (MAX_NARROWING_BYTES, MAX_RECORD_BYTES, MAX_JWS_BYTES) == (8 * 1024, 384 * 1024, 512 * 1024)
+    assert isinstance(MAX_RECORD_BYTES, int)
 
 
 def test_a_command_for_what_is_already_so_changes_nothing(ledger: InMemoryRegistry) -> None:
@@ -270,6 +432,8 @@ def test_record_full_of_ends_of_keys_has_room_for_suspensions_and_end_of_the_age
             lambda r: r.claims(TaskEnd, "sam", task_id="c1a5e6f0-1b2c-5d3e-8f40-e6f01b2c5d3e", reason="x"),
             True,
         ),
+        (lambda r: r.claims(AgentRotateKey, "sam", agent_id="bot", compromised=True), True),
+        (lambda r: r.claims(AgentRotateKey, "sam", agent_id="bot", key=record_of(r.key("sam"))), False),
         (lambda r: r.register("sam", "new", "sam"), False),
         (lambda r: r.assign("uma", "bot"), False),
         (lambda r: r.user_set("olga", "uma"), False),

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.base.ids import derived_id
-from ringfence.messages.enrolment import InstanceRef
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.enrolment import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Delegator, EndCause, EndKind, Lease, LeaseStatus, Selector
 from ringfence.messages.registry import (
     AgentSetCeiling,
@@ -22,6 +23,8 @@ from ringfence.messages.registry import (
     UserDisable,
     UserState,
 )
+from ringfence.messages.run import RunStatus
+from ringfence.model.identity.attestation import selector_id
 from ringfence.revoker.domain import (
     EndReason,
     Narrowing,
@@ -37,6 +40,7 @@ from ringfence.revoker.domain import (
 )
 from tests.support import leases
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
+from tests.support.runs import LIFE_S, OneRun, Runners
 
 WIDE, NARROW = permission("env/**"), permission("env/staging")
 NOW_S = START_MS // 1000
@@ -202,6 +206,9 @@ def test_who_was_ever_a_sponsor_is_found_in_the_commands() -> None:
     agent = records.directory.agent("bot")
     assert agent is not None
     assert not was_sponsor(agent.record)
+    sam = entries["sam"]
+    assert sam is not None
+    assert not was_sponsor(agent.record.model_copy(update={"commands": sam.record.commands}))
 
 
 # --- one lease ---
@@ -223,15 +230,21 @@ def test_a_lease_by_a_compromised_key_ends(records: Records, agent: str, how: st
     assert how in found.reason
 
 
-def test_a_lease_of_an_instance_ends_with_the_selector_that_let_it_in(records: Records) -> None:
+SELECTOR = AttestationSelector(issuer="https://x.example", claims={"sub": "s"})
+
+
+def of_instance(lease: Lease, selector: AttestationSelector, run: OneRun | None = None) -> Lease:
+    """The lease, if an instance had asked for it that the selector let in."""
     instance = InstanceRef(
-        instance_id=records.task,
-        issuer="https://x.example",
-        subject="s",
-        selector="0" * 64,
-        not_after=NOW_S + 900,
-    )
-    lease = records.lease.model_copy(update={"instance": instance})
+        instance_id=lease.task_id, issuer=selector.issuer, subject="s", selector=selector_id(selector),
+        not_after=NOW_S + 900, run=run.ref if run else None,
+    )  # fmt: skip
+    key = run.key.kid if run else lease.key_thumbprint
+    return lease.model_copy(update={"instance": instance, "key_thumbprint": key})
+
+
+def test_a_lease_of_an_instance_ends_with_the_selector_that_let_it_in(records: Records) -> None:
+    lease = of_instance(records.lease, SELECTOR)
     beyond = EndReason("scope_narrowed", "beyond")
     found = Narrowing("agent:bot", (WIDE,), beyond, records.agent()).unfit(lease)
     assert found is not None
@@ -239,6 +252,44 @@ def test_a_lease_of_an_instance_ends_with_the_selector_that_let_it_in(records: R
     assert found.reason
     assert found != beyond
     assert Narrowing("agent:bot", (WIDE,), beyond).unfit(lease) is None
+
+
+def test_a_lease_of_an_instance_whose_selector_is_in_the_record_ends_only_beyond_the_ceiling(
+    records: Records,
+) -> None:
+    lease = of_instance(records.lease, SELECTOR)
+    agent, beyond = records.agent(attestation=(SELECTOR,)), EndReason("scope_narrowed", "beyond")
+    assert Narrowing("agent:bot", (WIDE,), beyond, agent).unfit(lease) is None
+    assert Narrowing("agent:bot", (), beyond, agent).unfit(lease) == beyond
+
+
+@pytest.mark.parametrize(
+    ("statuses", "changed", "task", "ends"),
+    [
+        (("claimed", "started"), {}, "task", False),
+        ((), {}, "task", True),
+        (("claimed",), {}, "task", True),
+        (("claimed", "started", "ended"), {}, "task", True),
+        (("claimed", "started"), {"key_thumbprint": SigningKey.generate("x").kid}, "task", True),
+        (("claimed", "started"), {"iat": NOW_S + 2 * LIFE_S}, "task", True),
+        (("claimed", "started"), {}, "lead_task", True),
+    ],
+    ids=["started", "unknown", "claimed", "ended", "another key", "issued after its deadline", "another task"],
+)  # fmt: skip
+def test_a_lease_of_a_run_that_does_not_cover_it_ends_with_the_run(
+    statuses: tuple[RunStatus, ...], changed: dict[str, Any], task: str, ends: bool
+) -> None:
+    records = Records()
+    runners = Runners(records)
+    selector = runners.admits("bot")
+    run = OneRun(runners, "bot", getattr(records, task))
+    run.go(*statuses)
+    lease = of_instance(records.lease, selector, run).model_copy(update=changed)
+    basis = stale_basis(lease, records.directory, MAX_AGE_S)
+    assert (basis is not None) is ends
+    if basis is not None:
+        assert (basis.kind, basis.record) == ("run_ended", run_record(run.id))
+        assert "run" in basis.reason
 
 
 @pytest.mark.parametrize(
