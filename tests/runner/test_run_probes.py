@@ -403,7 +403,16 @@ def test_whoever_kills_init_ends_the_run(plant: Planted, shared: Path) -> None:
         survivor.kill()
         survivor.wait()
     process = plant.run(
-        "ordinary", "--json", "--mount", f"{shared}:rw", "--", "python3", "-c", SURVIVOR, "2", str(marks[1])
+        "ordinary",
+        "--json",
+        "--mount",
+        f"{shared}:rw-as-root",
+        "--",
+        "python3",
+        "-c",
+        SURVIVOR,
+        "2",
+        str(marks[1]),
     )
     report, _ = report_of(process)
     assert (report["exit"]["code"], report["destroyed"]["complete"]) == (137, True), report
@@ -415,7 +424,7 @@ def test_a_command_that_keeps_process_1_from_ending_is_ended(plant: Planted, sha
     """Process 1 is bubblewrap's, has the command's uid, and lets it write to its memory."""
     mark = shared / "went on"
     started = plant.run(
-        "ordinary", "--json", "--mount", f"{shared}:rw", "--", "python3", "-c", SPIN, str(mark)
+        "ordinary", "--json", "--mount", f"{shared}:rw-as-root", "--", "python3", "-c", SPIN, str(mark)
     )
     report, said = report_of(started)
     if not mark.exists():
