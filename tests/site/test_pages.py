@@ -46,7 +46,8 @@ def runs_it(path: str, page: Path, blocks: list[Block]) -> None:
         words = command.partition("#")[0].split()
         assert words[0] == "make", f"{command}: the gate runs targets of make"
         stage = re.compile(
-            rf"^.*\b(?:(?:suite|foreign) \w+ +\"[^\"]+\" +|make (?:\S+ )*){re.escape(words[1])}\b", re.MULTILINE
+            rf"^.*\b(?:(?:suite|foreign) \w+ +\"[^\"]+\" +|make (?:\S+ )*){re.escape(words[1])}\b",
+            re.MULTILINE,
         )
         assert stage.search(text), f"{command}: the gate has no such stage"
 
