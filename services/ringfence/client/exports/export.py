@@ -162,7 +162,7 @@ def _open_own(path: Path, flags: int) -> int:
     descriptor = open_private(path, flags)
     if os.fstat(descriptor).st_uid != os.geteuid():
         os.close(descriptor)
-        raise ExportError(f"{path} belongs to another user; begin anew with another file")
+        raise ExportError(f"{path} belongs to another user; export to another file")
     return descriptor
 
 

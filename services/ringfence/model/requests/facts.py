@@ -283,7 +283,9 @@ def _signature(facts: RequestContext) -> tuple[Reason, ...]:
     if compact and kid_of(compact) in agent.compromised:
         return (key_compromised(agent.agent_id),)
     if facts.voucher_problem is not None:
-        return (_reason("key_voucher_compromised", f"{facts.voucher_problem}; ask anew with another key"),)
+        return (
+            _reason("key_voucher_compromised", f"{facts.voucher_problem}; sign the request with another key"),
+        )
     return ()
 
 
