@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class DevStack:
         The reader is in a clone after `make dev`: in a folder of their own, which has all that the clone has.
         """
         clone = linked_clone(self.folder / "readers" / page.relative_to(ROOT).with_suffix(""))
-        (clone / ".ringfence").symlink_to(self.folder / ".ringfence")
+        _link(self.folder / ".ringfence", clone / ".ringfence")
         home = self.folder / "home"
         home.mkdir(exist_ok=True)
         text = page.read_text()
@@ -49,14 +50,22 @@ class DevStack:
 
 def linked_clone(folder: Path) -> Path:
     """Make a folder that has all that a clone has, by links, and nothing else. Returns it."""
-    folder.mkdir(parents=True)
     names = subprocess.run(
         ["git", "ls-tree", "--name-only", "HEAD"], cwd=ROOT, capture_output=True, check=True
     )
-    for name in names.stdout.decode().split():
-        (folder / name).symlink_to(ROOT / name)
+    _link(ROOT, folder, names.stdout.decode().split())
     (folder / ".venv").symlink_to(PROGRAM.parents[1])
     return folder
+
+
+def _link(source: Path, target: Path, names: Iterable[str] | None = None) -> None:
+    """Make a folder with the files of another, and with links to its folders: commands follow no link to a file."""
+    target.mkdir(parents=True)
+    for path in source.iterdir() if names is None else [source / name for name in names]:
+        if path.is_file():
+            shutil.copy2(path, target)
+        elif path.is_dir():
+            (target / path.name).symlink_to(path)
 
 
 @contextmanager
