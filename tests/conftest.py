@@ -39,8 +39,8 @@ wrote is read by nothing."""
 # Python searches for unreachable cycles after every 700 new objects, which took a tenth of the processor time of a run.
 gc.set_threshold(20_000, 10, 10)
 
-# How long an example takes says how busy the machine is. No database: a test that was stopped for its time would be searched
-# for a smaller example the next time, and take longer still.
+# How long an example takes says how busy the machine is. No database: a test that was stopped for its time would be
+# searched for a smaller example the next time, and take longer still.
 hypothesis.settings.register_profile(
     "ringfence", deadline=None, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )

@@ -73,6 +73,8 @@ def test_the_end_of_the_runner_ends_the_container(here: Installation, engine: Po
 
 
 def test_a_writable_mount_is_refused(here: Installation, engine: Podman, tmp_path: Path) -> None:
-    done = here.run("--backend", "oci", "--image", engine.image, "--mount", f"{tmp_path}:rw-as-root", "--", "true")
+    done = here.run(
+        "--backend", "oci", "--image", engine.image, "--mount", f"{tmp_path}:rw-as-root", "--", "true"
+    )
     assert done.returncode == 1
     assert b"read-only" in done.stderr
