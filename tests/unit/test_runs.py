@@ -805,6 +805,17 @@ def test_order_by_key_that_rests_on_compromised_key_starts_nothing(place: Place)
     assert against(place, ordered(place)) is None
 
 
+def test_order_by_key_that_is_compromised_since_before_starts_nothing(place: Place) -> None:
+    """An order that waits for a free place, or its task's time, while its key is ended."""
+    ledger = place.ledger
+    at_s = ledger.clock.ms / 1000
+    thief = ledger.key("uma")
+    ledger.give(add_key(ledger, "olga", "uma", new_key("uma")))
+    ledger.give(end_key(ledger, "olga", "uma", thief.kid, compromised=True, since_ms=int(at_s * 1000)))
+    assert against(place, ordered(place), at_s, thief) == "key_compromised"
+    assert against(place, ordered(place), at_s - 1, thief) is None, "ordered before it was in other hands"
+
+
 def _by_stranger(ledger: InMemoryRegistry) -> AgentSuspend:
     return ledger.claims(AgentSuspend, "stranger", agent_id="bot", reason="x")
 

@@ -78,6 +78,10 @@ def order_problem(order: RunOrder, kid: str, directory: Directory, at_s: float) 
     if voucher_problem is not None:
         message = f"{voucher_problem}; order the run with another key"
         return Reason(code="key_voucher_compromised", message=message)
+    since_ms = (user.state.compromised or {}).get(kid) if user is not None else None
+    if since_ms is not None and at_s * 1000 >= since_ms:
+        message = f"key {kid} of {order.iss} is ended as compromised; order the run with another key"
+        return Reason(code="key_compromised", message=message)
     if agent is None or agent.state.status != "active":
         status = agent.state.status if agent is not None else "unknown"
         return Reason(code=f"agent_{status}", message=f"agent {order.agent_id} is {status}")
