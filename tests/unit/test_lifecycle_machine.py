@@ -128,7 +128,7 @@ class Model:
         if bot is None or bot.status == "decommissioned" or not (own or "operator" in roles):
             return None
         last_s = max(one.iat for one in self.signed[claims.agent_id])
-        if isinstance(claims, WIDENING) and claims.iat < last_s:
+        if _may_widen(claims) and claims.iat < last_s:
             return None
         return self._changed(bot, claims, own=own, operator="operator" in roles, at_ms=at_ms)
 
@@ -214,6 +214,12 @@ def _rotated(bot: Bot, claims: AgentRotateKey, at_s: int) -> Bot | None:
         replaced=bot.replaced | old,
         compromised=bot.compromised | lost,
     )
+
+
+def _may_widen(claims: Any) -> bool:
+    """A rotation without a new key only ends keys."""
+    ends_keys = isinstance(claims, AgentRotateKey) and claims.key is None
+    return isinstance(claims, WIDENING) and not ends_keys
 
 
 class Lives(RuleBasedStateMachine):
