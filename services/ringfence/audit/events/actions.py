@@ -69,7 +69,7 @@ def acted(
     fields: dict[str, Any] = {
         **_action_fields(claims, subject_fields),
         "lease_agent": lease.agent if lease is not None and another else None,
-        "access": claims.access if claims.method != "CONNECT" else None,
+        "access": claims.access,
         "method": claims.method,
         "destination": _destination(claims.destination),
         **_DECISION(claims),
