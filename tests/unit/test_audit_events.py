@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.audit.events import credentials, ocsf, services
+from ringfence.audit.events import credentials, kinds, ocsf
 from ringfence.audit.events.ocsf import event_time, privileges, scrubbed
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.verification import RecordVerifier
@@ -259,7 +259,7 @@ async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: AuditFix
 def test_a_key_of_any_length_makes_an_event_that_can_be_handed_over(office: AuditFixtures) -> None:
     """Whoever may write to a topic chooses the ids that findings are about; a key on `audit.intake` has a bound."""
     record = office.received(DEAD_LETTER, b"")
-    told = ocsf.event(record, services._DEAD_LETTER, "told", {}, {}, key="k" * 5000)
+    told = ocsf.event(record, kinds.DEAD_LETTER, "told", {}, {}, key="k" * 5000)
     IntakeEntry(key=told.key, event=told.body)
 
 

@@ -369,22 +369,6 @@ def test_an_installation_of_before_a_service_gets_its_key(tmp_path: Path) -> Non
     assert store.service_key(key.id, key.kid, ("scim", "revoker"), at_s + 1) is None
 
 
-def test_an_installation_of_before_gets_the_keys_that_are_sealed_to(tmp_path: Path) -> None:
-    folder = TrustFolder(tmp_path)
-    make_trust(folder, TD, "olga", gateways=["gw-1"])
-    root = SigningKey.load(folder.root_key)
-    bundle = parse(folder.bundle.read_text().strip()).unverified_claims(TrustBundle)
-    old = [service.model_copy(update={"encryption_keys": ()}) for service in bundle.services]
-    written = sign(bundle.model_copy(update={"services": tuple(old)}), root, header_jwk=True)
-    folder.bundle.write_text(written)
-    for name in ("gw-1", "issuer"):
-        folder.encryption_key(name).unlink()
-    after = add_gateways(folder, ["gw-2"])
-    have = {service.id.rpartition("/")[2] for service in after.services if service.encryption_keys}
-    assert have == {"gw-1", "gw-2", "issuer"}
-    assert all(folder.encryption_key(name).exists() for name in have)
-
-
 def test_a_gateway_is_added_by_the_root_that_is_there_alone(tmp_path: Path) -> None:
     with pytest.raises(CeremonyError, match="run: ringfence init"):
         add_gateways(TrustFolder(tmp_path), ["gw-2"])

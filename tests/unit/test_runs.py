@@ -504,7 +504,7 @@ def test_a_run_in_an_enrolment_with_an_unknown_field_is_none(place: Place) -> No
 # --- the selector -----------------------------------------------------------------------------------------------------
 
 
-def test_ids_of_selectors_of_before_stay_what_they_were() -> None:
+def test_the_id_of_a_selector_is_the_digest_of_its_set_members() -> None:
     plain = AttestationSelector(issuer="https://x.example", claims={"sub": "a"})
     assert selector_id(plain) == "694bf4b1a595e9d3650cb789456b9d3d498fc8f299bff0fddbbb4341e6dedb7f"
     assert selector_id(plain) != selector_id(plain.model_copy(update={"runner": "r"}))

@@ -23,7 +23,7 @@ from ringfence.audit.events.trust import BundleHistory
 from ringfence.audit.mappers.approvals import ApprovalMapper
 from ringfence.audit.mappers.credentials import CredentialMapper
 from ringfence.audit.mappers.leases import LeaseMapper
-from ringfence.audit.mappers.mapper import PENDING_CODES, Mapper, RecordMapper
+from ringfence.audit.mappers.mapper import PENDING_CODES, Mapper, RecordMapper, ReplayError
 from ringfence.audit.mappers.registry import RegistryMapper
 from ringfence.audit.mappers.runs import RunMapper
 from ringfence.audit.mappers.services import ServiceMapper
@@ -166,8 +166,10 @@ class AuditHandlers:
         try:
             event, pending = map_record(record)
             return _prepare(event, pending)
+        except ReplayError as replay:
+            return _prepare(replay.event, False)
         except OutdatedError as error:
-            return _prepare(self._mapper.outdated(record, error), False)
+            return _prepare(self._mapper.outdated(error), False)
         except (InvalidMessageError, ChainError) as error:
             rejection, pending = InvalidMessageError(str(error), code=error.code), error.code in PENDING_CODES
         except Exception:

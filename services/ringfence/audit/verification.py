@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Generic, NamedTuple, TypeVar, get_args
 
 from pydantic import ValidationError
@@ -86,22 +87,26 @@ def require_trust(trust: TrustStore, batch: Iterable[Received], now_ms: int) -> 
 
 
 class VerifiedMessage(NamedTuple, Generic[C]):
-    """A verified message: its claims, its exact text (compact JWS), and the id of the key that signed it."""
+    """A verified message: its record, its claims, its exact text (compact JWS), and the key that signed it.
 
+    `embedded` has the typs of the messages inside it that were verified too, `key_fields` the vouchers of its key.
+    """
+
+    record: Received
     claims: C
     compact: str
     kid: str
+    embedded: tuple[str, ...] = ()
+    key_fields: Mapping[str, Any] = MappingProxyType({})
 
-    def verified(self, *embedded: str) -> dict[str, Any]:
-        """The field `unmapped.verified`: signer, key, a passkey's signCount, and the typs of the embedded messages that
-        were verified too.
-        """
+    def verified(self) -> dict[str, Any]:
+        """The field `unmapped.verified`: signer, key, a passkey's signCount, what else was verified, and vouchers."""
         fields: dict[str, Any] = {"by": self.claims.iss, "kid": self.kid}
         if (count := sign_count(self.compact)) is not None:
             fields["sign_count"] = count
-        if embedded:
-            fields["embedded"] = list(embedded)
-        return fields
+        if self.embedded:
+            fields["embedded"] = list(self.embedded)
+        return fields | dict(self.key_fields)
 
 
 class RecordVerifier:
@@ -127,25 +132,24 @@ class RecordVerifier:
 
     def request(self, record: Received) -> VerifiedMessage[CredentialRequest]:
         """Verify a credential request, signed by an agent."""
-        at_ms, jws = record.appended_at_ms, parse(record.value)
-        find = self._agents(jws, CredentialRequest, at_ms)
-        return self._verify(jws, CredentialRequest, find, at_ms, self._embedded.get(jws.compact))
+        jws = parse(record.value)
+        find = self._agents(jws, CredentialRequest, record.appended_at_ms)
+        return self._verify(record, jws, CredentialRequest, find, self._embedded.get(jws.compact))
 
     def request_withdrawal(self, record: Received) -> VerifiedMessage[RequestWithdraw]:
         """Verify the withdrawal of a request, signed by an agent."""
-        at_ms, jws = record.appended_at_ms, parse(record.value)
-        return self._verify(jws, RequestWithdraw, self._agents(jws, RequestWithdraw, at_ms), at_ms)
+        jws = parse(record.value)
+        find = self._agents(jws, RequestWithdraw, record.appended_at_ms)
+        return self._verify(record, jws, RequestWithdraw, find)
 
     def by_service(self, record: Received, model: type[C], *roles: ServiceRole) -> VerifiedMessage[C]:
         """Verify a message signed by a service with one of these roles; with any role if none is given."""
-        at_ms = record.appended_at_ms
-        finder = self._trust.finder(*(roles or _ALL_ROLES), at_s=at_ms / 1000)
-        return self._verify(parse(record.value), model, finder, at_ms)
+        finder = self._trust.finder(*(roles or _ALL_ROLES), at_s=record.appended_at_ms / 1000)
+        return self._verify(record, parse(record.value), model, finder)
 
     def by_user(self, record: Received, model: type[C]) -> VerifiedMessage[C]:
         """Verify a message signed by a person, with a key that was valid at the append time."""
-        at_ms = record.appended_at_ms
-        return self._verify(parse(record.value), model, self._users(at_ms), at_ms)
+        return self._verify(record, parse(record.value), model, self._users(record.appended_at_ms))
 
     def by_anyone(self, record: Received, model: type[C]) -> VerifiedMessage[C]:
         """Verify a message that agents, people, and the services in `model.signed_by` may sign."""
@@ -159,7 +163,7 @@ class RecordVerifier:
         def find(iss: str, kid: str) -> VerificationKey | None:
             return next((key for finder in finders if (key := finder(iss, kid))), None)
 
-        return self._verify(jws, model, find, at_ms)
+        return self._verify(record, jws, model, find)
 
     def command(self, record: Received) -> tuple[VerifiedMessage[ExpiringClaims], str | None]:
         """Verify a registry command, signed by a person, a provisioner, the root or an agent.
@@ -177,7 +181,7 @@ class RecordVerifier:
             key = self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
             return key or (chains.agent_key(iss, kid, at_ms) if model in BY_AGENTS else None)
 
-        signed = self._verify(jws, model, find, at_ms)
+        signed = self._verify(record, jws, model, find)
         consent_by: str | None = None
         claims = signed.claims
         if (isinstance(claims, TaskAssign) and (claims.consent or claims.id_token)) or (
@@ -193,10 +197,8 @@ class RecordVerifier:
     ) -> tuple[VerifiedMessage[AnyRecord], ExpiringClaims]:
         """Verify a record of the registry and its chain of commands. Returns it, and the last command of the chain."""
         jws = parse(record.value)
-        at_ms = record.appended_at_ms
-        signed: VerifiedMessage[AnyRecord] = self._verify(
-            jws, model, self._trust.finder(*model.signed_by, at_s=at_ms / 1000), at_ms
-        )
+        find = self._trust.finder(*model.signed_by, at_s=record.appended_at_ms / 1000)
+        signed: VerifiedMessage[AnyRecord] = self._verify(record, jws, model, find)
         claims = signed.claims
         if subject_of(self._trust.trust_domain, claims.sub, record.topic.what) is None:  # type: ignore[arg-type]
             raise InvalidMessageError("another kind of subject", code="wrong_subject")
@@ -229,7 +231,7 @@ class RecordVerifier:
             return None
         if len(compact) <= _REMEMBERED_BYTES:
             self._embedded[compact] = claims
-        return self.remember_request(VerifiedMessage(claims, compact, jws.header.kid))
+        return self.remember_request(compact, claims)
 
     def approver(self, compact: str, decision: CredentialDecision, record: Received) -> str | None:
         """The user who signed an approval that a decision embeds, or None if the signature fails.
@@ -271,14 +273,16 @@ class RecordVerifier:
 
     # --- replays ---
 
-    def first_sighting(self, record: Received, signed: VerifiedMessage[Any]) -> tuple[Sighting, bool] | None:
+    def first_sighting(self, signed: VerifiedMessage[Any]) -> tuple[Sighting, bool] | None:
         """(first sighting, whether the content is identical) of a replayed message; None at its first sighting."""
+        record = signed.record
         sighting = Sighting(record.partition, record.offset, _content_mark(signed))
         first = self._seen.first(record.topic.what, signed.claims.iss, signed.claims.jti, sighting)
         return None if first is None else (first, first.signature == sighting.signature)
 
-    def newer_revision(self, record: Received, claims: AnyRecord) -> int | None:
+    def newer_revision(self, signed: VerifiedMessage[AnyRecord]) -> int | None:
         """The higher revision that was published before this record, or None if there is none."""
+        record, claims = signed.record, signed.claims
         last = self._revisions.get(claims.sub)
         if last is None or claims.revision >= last[0]:
             self._revisions[claims.sub] = (claims.revision, record.partition, record.offset)
@@ -310,20 +314,19 @@ class RecordVerifier:
         return self._leases.get(lease_id)
 
     def remember_request(
-        self, signed: VerifiedMessage[CredentialRequest], traceparent: str | None = None
+        self, compact: str, claims: CredentialRequest, traceparent: str | None = None
     ) -> RequestFacts:
         """Remember the facts of a verified request. The first request with an id counts."""
-        claims = signed.claims
         request_id = message_id(claims.iss, claims.jti)
         first = self.facts(request_id)
-        if first is not None and first.compact == signed.compact:
+        if first is not None and first.compact == compact:
             return first
         agent = subject_of(self._trust.trust_domain, claims.iss, "agent") or ""
         enrolment = enrolment_of(claims)
         facts = RequestFacts(
             request_id=request_id,
-            compact=signed.compact,
-            digest=digest(signed.compact),
+            compact=compact,
+            digest=digest(compact),
             signer=claims.iss,
             agent=agent,
             act=self._act(agent, claims.task_id),
@@ -341,7 +344,7 @@ class RecordVerifier:
             instance=ref_of(enrolment).model_dump(exclude_none=True) if enrolment else None,
             traceparent=traceparent,
         )
-        if first is None and len(signed.compact) <= _REMEMBERED_BYTES:
+        if first is None and len(compact) <= _REMEMBERED_BYTES:
             self._requests[request_id] = facts
         return facts
 
@@ -421,16 +424,17 @@ class RecordVerifier:
         except ChainError:
             return None
 
-    def key_fields(self, signed: VerifiedMessage[Any]) -> dict[str, Any]:
-        """Fields of a key that somebody else added to the person who signed; none of other keys."""
+    def with_key_fields(self, signed: VerifiedMessage[C], *embedded: str) -> VerifiedMessage[C]:
+        """The message with the vouchers of its key, if somebody else added it to the person who signed."""
         user = subject_of(self._trust.trust_domain, signed.claims.iss, "user")
         origin = self.key_origin(user, signed.kid) if user else None
-        if origin is None or not origin.vouchers:
-            return {}
-        return {"vouched_by": sorted(origin.vouchers), "counts_from_ms": origin.counts_from_ms}
+        fields: dict[str, Any] = {}
+        if origin is not None and origin.vouchers:
+            fields = {"vouched_by": sorted(origin.vouchers), "counts_from_ms": origin.counts_from_ms}
+        return signed._replace(embedded=embedded, key_fields=fields)
 
     def review_key_problem(
-        self, signed: VerifiedMessage[BreakGlassReview], use: Mapping[str, Any], at_ms: int
+        self, signed: VerifiedMessage[BreakGlassReview], use: Mapping[str, Any]
     ) -> Reason | None:
         """Why the key of a review does not count for it, or None (`model.requests.approver_keys`).
 
@@ -441,7 +445,9 @@ class RecordVerifier:
         if origin is None:
             return Reason(code="key_unknown", message="no record says where this key comes from")
         named = (*(use.get("approvers") or ()), use.get("sponsor"), use.get("on_behalf_of"))
-        found = origin_problem(origin, reviewer, self._directory, [one for one in named if one], at_ms)
+        found = origin_problem(
+            origin, reviewer, self._directory, [one for one in named if one], signed.record.appended_at_ms
+        )
         if found is not None:
             return found.reason
         for one in use.get("approver_keys") or ():
@@ -485,18 +491,23 @@ class RecordVerifier:
     # --- keys ---
 
     def _verify(
-        self, jws: UnverifiedJws, model: type[C], find: KeyFinder, at_ms: int, verified: C | None = None
+        self,
+        record: Received,
+        jws: UnverifiedJws,
+        model: type[C],
+        find: KeyFinder,
+        verified: C | None = None,
     ) -> VerifiedMessage[C]:
         """Verify a JWS. `verified`: see `kernel.crypto.jws.verify`. Raises OutdatedError if only its time is wrong."""
-        audience = self._trust.trust_domain
+        audience, at_ms = self._trust.trust_domain, record.appended_at_ms
         try:
-            claims = verify(
-                jws, model, find, audience=audience, appended_at_ms=at_ms, verified=verified
-            ).claims
+            signed = verify(jws, model, find, audience=audience, appended_at_ms=at_ms, verified=verified)
         except ExpiredError as error:  # its signature was verified before its time was looked at
             late = verified or jws.unverified_claims(model)
-            raise OutdatedError(VerifiedMessage(late, jws.compact, jws.header.kid), error.code) from None
-        return VerifiedMessage(claims, jws.compact, jws.header.kid)
+            raise OutdatedError(
+                VerifiedMessage(record, late, jws.compact, jws.header.kid), error.code
+            ) from None
+        return VerifiedMessage(record, signed.claims, jws.compact, jws.header.kid)
 
     def _agents(self, jws: UnverifiedJws, model: type[Claims], at_ms: int) -> KeyFinder:
         return keys_of_agents(self._directory, jws, model, at_ms / 1000)

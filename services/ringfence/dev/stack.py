@@ -213,10 +213,10 @@ class Stack:
                     self.trust, self.options.trust_domain, self.options.operator, rp_id=rp_id, origins=origins
                 )
             _, bundle = load_root_and_bundle(self.trust)
-            if older := [
+            if missing := [
                 role for role in missing_on_demand_services(bundle) if role in self.options.services
             ]:
-                add_services(self.trust, older)
+                add_services(self.trust, missing)
             runner = self.options.runner
             if runner is not None and not self.trust.service_key(runner).exists():
                 add_runners(self.trust, [runner])

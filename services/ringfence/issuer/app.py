@@ -164,7 +164,7 @@ def _token_keys(settings: ServiceSettings, own: IssuerSettings) -> TokenKeys:
 
 def _seal_keys(runtime: Runtime, named: Path | None, usual: Path) -> EncryptionKeys | None:
     """The keys to which the issuer seals gateways' credentials for itself. None if no file is named and the default
-    file is missing, as in older installations. The issuer then refuses delivery to the gateway with that reason.
+    file is missing. The issuer then refuses delivery to the gateway with that reason.
     """
     file = named or (usual if usual.exists() else None)
     if file is None:

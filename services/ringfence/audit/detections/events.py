@@ -10,31 +10,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from ringfence.audit.detections.rule import EventSummary, Finding
-from ringfence.audit.events.ocsf import (
-    DETECTION_FINDING,
-    HIGH,
-    LOW,
-    MEDIUM,
-    NEW,
-    UNKNOWN_USER,
-    OcsfEvent,
-    event,
-    event_kind,
-    user_of,
-)
+from ringfence.audit.events.ocsf import DETECTION_FINDING, UNKNOWN_USER, OcsfEvent, event, event_kind, user_of
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDITED
 from ringfence.model.identity.spiffe_ids import spiffe_id
 
 _F = DETECTION_FINDING
 EVENT_KINDS = {
-    "beyond_user": event_kind("detection.beyond_user", _F, 1, severity=MEDIUM, status=NEW, alert=True),
-    "denials": event_kind("detection.denials", _F, 1, severity=MEDIUM, status=NEW, alert=True),
-    "first_use": event_kind("detection.first_use", _F, 1, severity=LOW, status=NEW),
-    "ceiling_unused": event_kind("detection.ceiling_unused", _F, 1, severity=LOW, status=NEW),
-    "unreviewed": event_kind("detection.unreviewed", _F, 1, severity=HIGH, status=NEW, alert=True),
-    "quick_approval": event_kind("detection.quick_approval", _F, 1, severity=MEDIUM, status=NEW, alert=True),
-    "impossible": event_kind("detection.impossible", _F, 1, severity=HIGH, status=NEW, alert=True),
+    "beyond_user": event_kind("detection.beyond_user", _F, "Create", "Medium", "New", alert=True),
+    "denials": event_kind("detection.denials", _F, "Create", "Medium", "New", alert=True),
+    "first_use": event_kind("detection.first_use", _F, "Create", "Low", "New"),
+    "ceiling_unused": event_kind("detection.ceiling_unused", _F, "Create", "Low", "New"),
+    "unreviewed": event_kind("detection.unreviewed", _F, "Create", "High", "New", alert=True),
+    "quick_approval": event_kind("detection.quick_approval", _F, "Create", "Medium", "New", alert=True),
+    "impossible": event_kind("detection.impossible", _F, "Create", "High", "New", alert=True),
 }
 _TITLES = {
     "beyond_user": "An agent asked for what its user may not do",

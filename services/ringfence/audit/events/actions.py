@@ -11,22 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from ringfence.audit.events.ocsf import (
-    ALLOWED,
-    API_ACTIVITY,
-    DENIED,
-    FAILURE,
-    HIGH,
-    LOW,
-    OBSERVED,
-    UNKNOWN_USER,
-    EventKind,
-    OcsfEvent,
-    event,
-    event_kind,
-    scrubbed,
-    user_of,
-)
+from ringfence.audit.events import kinds
+from ringfence.audit.events.ocsf import UNKNOWN_USER, Copied, EventKind, OcsfEvent, event, scrubbed, user_of
 from ringfence.audit.memory import LeaseFacts
 from ringfence.kernel.base.text import with_article
 from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination, RelayEnded
@@ -34,44 +20,33 @@ from ringfence.messages.operations import ActionAnswered, ActionDecided, Destina
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
 
+_Action = ActionDecided | ActionAnswered | RelayEnded
+
 _STOLEN: Final = frozenset({
     "handle_other_agent", "proof_by_stranger", "mcp_session_other_agent", "mcp_task_other_agent",
     "mcp_state_other_agent",
 })  # fmt: skip
 """Reason codes of a stolen handle or session: another agent than its owner presented it. They raise an alert."""
-_CREATE, _READ, _UPDATE, _DELETE = 1, 2, 3, 4
-_ACTIVITIES: Final[Mapping[str, int]] = {
-    "GET": _READ, "HEAD": _READ, "OPTIONS": _READ, "TRACE": _READ,
-    "POST": _CREATE, "PUT": _UPDATE, "PATCH": _UPDATE, "DELETE": _DELETE,
+_ACTIVITIES: Final[Mapping[str, str]] = {
+    "GET": "Read", "HEAD": "Read", "OPTIONS": "Read", "TRACE": "Read",
+    "POST": "Create", "PUT": "Update", "PATCH": "Update", "DELETE": "Delete",
 }  # fmt: skip
-_OTHER: Final = "Call"
 _HTTP_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "POST", "PUT", "DELETE", "CONNECT"})
 """The methods that OCSF knows. PATCH is not among them."""
 _HOSTNAME: Final = re.compile(r"(?=.{1,253}$)[a-z0-9]([a-z0-9-]*[a-z0-9])?(\.[a-z0-9]([a-z0-9-]*[a-z0-9])?)*")
 """OCSF type `hostname_t`."""
 
 
-def _kinds_by_activity(code: str, **how: Any) -> dict[int | str, EventKind]:
-    return {
-        one: event_kind(code, API_ACTIVITY, one, **how) for one in (_CREATE, _READ, _UPDATE, _DELETE, _OTHER)
-    }
-
-
-_ALLOWED = _kinds_by_activity("action.allowed", action=ALLOWED)
-_DENIED = _kinds_by_activity("action.denied", severity=LOW, status=FAILURE, action=DENIED)
-_OBSERVED = _kinds_by_activity("action.observed", severity=LOW, status=FAILURE, action=OBSERVED)
-_BY_ANOTHER = _kinds_by_activity(
-    "action.by_another", severity=HIGH, status=FAILURE, action=DENIED, alert=True
-)
-
-
-_ANSWERED = event_kind("action.answered", API_ACTIVITY, _OTHER)
-_RELAY_ENDED = event_kind("relay.ended", API_ACTIVITY, _OTHER)
-_FAILED = event_kind("action.failed", API_ACTIVITY, _OTHER, severity=LOW, status=FAILURE)
 _ANSWER_TEXTS: Final[Mapping[str, str]] = {
     "result": "got a result", "accepted": "was heard", "tool_error": "got an error of the tool",
     "rpc_error": "got a JSON-RPC error", "transport_error": "was refused by the target", "none": "got no whole answer",
 }  # fmt: skip
+
+
+_SHARED = Copied(ActionDecided, "agent task run lease target action")
+_DECISION = Copied(ActionDecided, "request_digest latency_us label")
+_ANSWER = Copied(ActionAnswered, "answer http_status rpc_code")
+_RELAY = Copied(RelayEnded, "sent_bytes received_bytes duration_ms")
 
 
 def acted(
@@ -90,45 +65,23 @@ def acted(
         subject_fields: fields of that lease if it is the agent's own; otherwise of its task, or of the agent alone.
         trust_domain: the trust domain of the agents.
     """
-    agent = claims.agent_id
-    own_lease = lease is not None and lease.agent == agent
+    another = lease is not None and lease.agent != claims.agent_id
     fields: dict[str, Any] = {
         **_action_fields(claims, subject_fields),
-        "lease_agent": lease.agent if lease is not None and not own_lease else None,
-        "access": _access(claims),
+        "lease_agent": lease.agent if lease is not None and another else None,
+        "access": claims.access,
         "method": claims.method,
         "destination": _destination(claims.destination),
-        "request_digest": claims.request_digest,
-        "latency_us": claims.latency_us,
-        "label": claims.label,
+        **_DECISION(claims),
         **_approval_fields(claims),
-        "outcome": _outcome(claims),
-        "verified": {"by": None},
+        "outcome": "allowed" if claims.allowed else "observed" if claims.observed else "denied",
     }
-    user = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
-    attributes: dict[str, Any] = {
-        "actor": {"user": user},
-        "api": {"operation": claims.verb or claims.method or "unknown", "request": {"uid": claims.action_id}},
-        "src_endpoint": {"name": agent or "unknown"},
-    }
-    if claims.target_id is not None:
-        attributes["api"]["service"] = {"name": claims.target_id}
-    if claims.resource is not None:
-        attributes["resources"] = [{"name": claims.resource}]
+    attributes = _attributes(claims, claims.verb or claims.method, trust_domain)
     attributes |= _network_attributes(claims)
     if claims.count is not None:
         attributes["count"] = claims.count
-    return event(
-        record,
-        _kind(claims),
-        _message(claims),
-        attributes,
-        fields,
-        key=agent or record.topic.what,
-        correlation=fields.get("request") or claims.task_id,
-        reasons=claims.reasons,
-        traceparent=claims.traceparent or (lease.traceparent if lease is not None and own_lease else None),
-    )
+    about = _about(record, claims, lease, fields)
+    return event(record, _kind(claims), _message(claims), attributes, fields, reasons=claims.reasons, **about)
 
 
 def answered(
@@ -139,36 +92,12 @@ def answered(
     trust_domain: str,
 ) -> OcsfEvent:
     """The event of the answer to an allowed request at an MCP endpoint. Arguments as for `acted`."""
-    agent = claims.agent_id
-    own_lease = lease if lease is not None and lease.agent == agent else None
-    fields: dict[str, Any] = {
-        **_action_fields(claims, subject_fields),
-        "answer": claims.answer,
-        "http_status": claims.http_status,
-        "rpc_code": claims.rpc_code,
-        "verified": {"by": None},
-    }
-    user = user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER
-    attributes: dict[str, Any] = {
-        "actor": {"user": user},
-        "api": {"operation": claims.verb or "unknown", "request": {"uid": claims.action_id}},
-        "src_endpoint": {"name": agent or "unknown"},
-    }
-    if claims.target_id is not None:
-        attributes["api"]["service"] = {"name": claims.target_id}
-    if claims.resource is not None:
-        attributes["resources"] = [{"name": claims.resource}]
+    fields = {**_action_fields(claims, subject_fields), **_ANSWER(claims)}
     request = f"{claims.verb} on {claims.resource} at {claims.target_id}"
-    return event(
-        record,
-        _ANSWERED if claims.answer in ("result", "accepted") else _FAILED,
-        f"{agent or 'somebody'} {_ANSWER_TEXTS[claims.answer]} for {request}",
-        attributes,
-        fields,
-        key=agent or record.topic.what,
-        correlation=fields.get("request") or claims.task_id,
-        traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
-    )
+    message = f"{claims.agent_id or 'somebody'} {_ANSWER_TEXTS[claims.answer]} for {request}"
+    kind = kinds.ACTION_ANSWERED if claims.answer in ("result", "accepted") else kinds.ACTION_FAILED
+    attributes = _attributes(claims, claims.verb, trust_domain)
+    return event(record, kind, message, attributes, fields, **_about(record, claims, lease, fields))
 
 
 def relay_ended(
@@ -179,38 +108,44 @@ def relay_ended(
     trust_domain: str,
 ) -> OcsfEvent:
     """The event of the end of a run's byte relay. Arguments as for `acted`."""
-    own_lease = lease if lease is not None and lease.agent == claims.agent_id else None
     fields: dict[str, Any] = {
         **_shared_fields(claims, subject_fields),
         "destination": _destination(claims.destination),
-        "sent_bytes": claims.sent_bytes,
-        "received_bytes": claims.received_bytes,
-        "duration_ms": claims.duration_ms,
-        "verified": {"by": None},
+        **_RELAY(claims),
     }
-    attributes: dict[str, Any] = {
-        "actor": {"user": user_of(f"spiffe://{trust_domain}/agent/{claims.agent_id}")},
-        "api": {
-            "operation": "CONNECT",
-            "request": {"uid": claims.action_id},
-            "service": {"name": claims.target_id},
-        },
-        "src_endpoint": {"name": claims.agent_id},
-    }
-    attributes |= _endpoint(claims.destination)
+    attributes = _attributes(claims, "CONNECT", trust_domain) | _endpoint(claims.destination)
     why = f", ended by the gateway: {scrubbed(claims.reason.message)}" if claims.reason is not None else ""
-    return event(
-        record,
-        _RELAY_ENDED,
+    message = (
         f"a relay of {claims.agent_id} to {claims.target_id} passed {claims.sent_bytes} bytes there and "
-        f"{claims.received_bytes} back{why}",
-        attributes,
-        fields,
-        key=claims.agent_id,
-        correlation=fields.get("request") or claims.task_id,
-        reasons=(claims.reason,) if claims.reason is not None else (),
-        traceparent=claims.traceparent or (own_lease.traceparent if own_lease is not None else None),
+        f"{claims.received_bytes} back{why}"
     )
+    reasons = (claims.reason,) if claims.reason is not None else ()
+    about = _about(record, claims, lease, fields)
+    return event(record, kinds.RELAY_ENDED, message, attributes, fields, reasons=reasons, **about)
+
+
+def _about(
+    record: Received, claims: _Action, lease: LeaseFacts | None, fields: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Key, correlation and trace of an event."""
+    own = lease if lease is not None and lease.agent == claims.agent_id else None
+    return {
+        "key": claims.agent_id or record.topic.what,
+        "correlation": fields.get("request") or claims.task_id,
+        "traceparent": claims.traceparent or (own.traceparent if own is not None else None),
+    }
+
+
+def _attributes(claims: _Action, operation: str | None, trust_domain: str) -> dict[str, Any]:
+    """OCSF `actor`, `api`, `src_endpoint` and `resources`."""
+    agent, resource = claims.agent_id, getattr(claims, "resource", None)
+    service = {"service": {"name": claims.target_id}} if claims.target_id is not None else {}
+    return {
+        "actor": {"user": user_of(f"spiffe://{trust_domain}/agent/{agent}") if agent is not None else UNKNOWN_USER},
+        "api": {"operation": operation or "unknown", "request": {"uid": claims.action_id}, **service},
+        "src_endpoint": {"name": agent or "unknown"},
+        **({"resources": [{"name": resource}]} if resource is not None else {}),
+    }  # fmt: skip
 
 
 def _action_fields(
@@ -218,36 +153,17 @@ def _action_fields(
 ) -> dict[str, Any]:
     """Fields of an action that was decided or answered, over the subject fields."""
     act = list(claims.act) if claims.act else [claims.agent_id] if claims.agent_id else None
-    return {
-        **_shared_fields(claims, subject_fields),
-        "act": act,
-        "verb": claims.verb,
-        "resource": claims.resource,
-    }
+    shared = _shared_fields(claims, subject_fields)
+    return {**shared, "act": act, "verb": claims.verb, "resource": claims.resource}
 
 
-def _shared_fields(
-    claims: ActionDecided | ActionAnswered | RelayEnded, subject_fields: Mapping[str, Any]
-) -> dict[str, Any]:
+def _shared_fields(claims: _Action, subject_fields: Mapping[str, Any]) -> dict[str, Any]:
     """Fields that all kinds share, over the subject fields.
 
     The digest of the credential's request is left out: here `request_digest` is the digest of the agent's request.
     """
-    return {
-        **{name: value for name, value in subject_fields.items() if name != "request_digest"},
-        "agent": claims.agent_id,
-        "task": claims.task_id,
-        "run": claims.run_id,
-        "lease": claims.lease_id,
-        "target": claims.target_id,
-        "action": claims.action_id,
-        "decided_by": claims.gateway,
-    }
-
-
-def _access(claims: ActionDecided) -> str | None:
-    """`read` or `write`; None for CONNECT, which older gateways reported as a write."""
-    return claims.access if claims.method != "CONNECT" else None
+    subject_fields = {name: value for name, value in subject_fields.items() if name != "request_digest"}
+    return {**subject_fields, **_SHARED(claims), "decided_by": claims.gateway}
 
 
 def _network_attributes(claims: ActionDecided) -> dict[str, Any]:
@@ -308,21 +224,15 @@ def _approval_fields(claims: ActionDecided) -> dict[str, Any]:
     }
 
 
-def _outcome(claims: ActionDecided) -> str:
-    if claims.allowed:
-        return "allowed"
-    return "observed" if claims.observed else "denied"
-
-
 def _kind(claims: ActionDecided) -> EventKind:
     # Without `access` the gateway could not tell what the request does, whatever its method.
-    activity = _ACTIVITIES.get(claims.method or "", _OTHER) if claims.access is not None else _OTHER
+    activity = _ACTIVITIES.get(claims.method or "", "Call") if claims.access is not None else "Call"
     if claims.allowed:
-        return _ALLOWED[activity]
+        return kinds.ACTIONS_ALLOWED[activity]
     if claims.observed:
-        return _OBSERVED[activity]
+        return kinds.ACTIONS_OBSERVED[activity]
     by_another = any(reason.code in _STOLEN for reason in claims.reasons)
-    return (_BY_ANOTHER if by_another else _DENIED)[activity]
+    return (kinds.ACTIONS_BY_ANOTHER if by_another else kinds.ACTIONS_DENIED)[activity]
 
 
 def _at_host(destination: Destination | None) -> str:

@@ -10,71 +10,52 @@ import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ringfence.audit.events.ocsf import (
-    ALLOWED,
-    DETECTION_FINDING,
-    HIGH,
-    INFORMATIONAL,
-    MEDIUM,
-    NEW,
-    RESOLVED,
-    OcsfEvent,
-    event,
-    event_kind,
-    scrubbed,
-    user_of,
-)
+from ringfence.audit.events import kinds
+from ringfence.audit.events.ocsf import Copied, OcsfEvent, event, scrubbed, user_of
 from ringfence.audit.memory import RequestFacts
 from ringfence.messages.approval import BreakGlassReview
-from ringfence.messages.credential import CredentialDecision, Reason
+from ringfence.messages.credential import DecidedTerms, Reason
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.record import Received
-
-_F = DETECTION_FINDING
-USED = event_kind("break_glass.used", _F, 1, severity=HIGH, status=NEW, action=ALLOWED, alert=True)
-REVIEWED = event_kind("break_glass.reviewed", _F, 3, severity=INFORMATIONAL, status=RESOLVED)
-REVIEW_REFUSED = event_kind("break_glass.review_refused", _F, 2, severity=MEDIUM, status=NEW, alert=True)
+    from ringfence.audit.verification import VerifiedMessage
 
 NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
 """Reason codes of such a decision that are not overridden denials."""
 _TITLE = "Break glass: a credential that policy denied"
 _OF_USE = ("agent", "act", "task", "on_behalf_of", "sponsor", "target", "permissions")
+_REVIEW = Copied(BreakGlassReview, "agent request decision_digest")
 _OF_REQUEST = ("request_digest", "policy_revision", "instance")
 
 
-def used(
-    record: Received, claims: CredentialDecision, facts: RequestFacts, fields: Mapping[str, Any]
-) -> OcsfEvent:
+def used(signed: VerifiedMessage[DecidedTerms], facts: RequestFacts, fields: Mapping[str, Any]) -> OcsfEvent:
     """Two operators allowed what policy denies. `fields`: those of the decision's event."""
+    claims = signed.claims
     approvers = " and ".join(facts.approvers) or "nobody whose signature holds"
     message = (
         f"break glass: {approvers} allowed agent {facts.agent} {facts.scope_text}, for {claims.ttl_s} s, on behalf of "
         f"{facts.on_behalf_of or 'nobody known'}, against policy ({_codes(claims.reasons)}): {facts.reason}"
     )
     attributes = {
-        "finding_info": _finding(claims.request_id, record.appended_at_ms),
+        "finding_info": _finding(claims.request_id, signed.record.appended_at_ms),
         "evidences": [{"actor": {"user": user_of(facts.signer), "session": {"uid": facts.task}}}],
         "resources": [{"uid": facts.target, "type": "Target"}],
     }
     keys = [{"user": user, "kid": kid} for user, kid in facts.approver_keys]
+    fields = {**fields, "verified": signed.verified(), "approver_keys": keys, "comment": facts.reason}
     return event(
-        record, USED, message, attributes, {**fields, "approver_keys": keys, "comment": facts.reason}, key=facts.agent,
-        correlation=claims.request_id, reasons=claims.reasons, traceparent=facts.traceparent,
+        signed, kinds.BREAK_GLASS_USED, message, attributes, fields, key=facts.agent, correlation=claims.request_id,
+        reasons=claims.reasons, traceparent=facts.traceparent,
     )  # fmt: skip
 
 
 def reviewed(
-    record: Received,
-    claims: BreakGlassReview,
-    use: Mapping[str, Any] | None,
-    rejection: Reason | None,
-    verified: dict[str, Any],
+    signed: VerifiedMessage[BreakGlassReview], use: Mapping[str, Any] | None, rejection: Reason | None
 ) -> OcsfEvent:
     """A person reviewed a use of break glass.
 
     `use`: the `unmapped` fields of its event, if it was audited. `rejection`: why the review is invalid, if it is.
     """
+    claims = signed.claims
     reviewer, note = user_of(claims.iss), scrubbed(claims.note)
     subject = f"break glass of request {claims.request_id} for agent {claims.agent_id}"
     if rejection is None:
@@ -88,27 +69,16 @@ def reviewed(
     }
     fields = {
         **{name: (use or {}).get(name) for name in (*_OF_USE, *_OF_REQUEST)},
-        "agent": claims.agent_id,
-        "request": claims.request_id,
-        "decision_digest": claims.decision_digest,
+        **_REVIEW(claims),
         "reviewer": reviewer["name"],
         "review": claims.jti,
         "comment": note,
         "outcome": "reviewed" if rejection is None else "refused",
-        "verified": verified,
     }
-    kind = REVIEWED if rejection is None else REVIEW_REFUSED
-    reasons = () if rejection is None else (rejection,)
     return event(
-        record,
-        kind,
-        message,
-        attributes,
-        fields,
-        key=claims.agent_id,
-        correlation=claims.request_id,
-        reasons=reasons,
-    )
+        signed, kinds.REVIEWED if rejection is None else kinds.REVIEW_REFUSED, message, attributes, fields,
+        key=claims.agent_id, correlation=claims.request_id, reasons=() if rejection is None else (rejection,),
+    )  # fmt: skip
 
 
 def review_problem(
@@ -154,7 +124,7 @@ def add_uses(uses: dict[str, dict[str, Any]], events: Iterable[Mapping[str, Any]
 def _add_event(uses: dict[str, dict[str, Any]], finding: Mapping[str, Any]) -> None:
     fields, code = finding["unmapped"], finding["metadata"].get("event_code")
     request = fields["request"]
-    if code == USED.code:
+    if code == kinds.BREAK_GLASS_USED.code:
         uses.setdefault(request, {
             **{name: fields.get(name) for name in (*_OF_USE, "ttl_s", "decision", "decision_digest")},
             "request_id": request, "approvers": list(fields.get("approvers") or ()), "at_ms": finding["time"],
@@ -162,11 +132,9 @@ def _add_event(uses: dict[str, dict[str, Any]], finding: Mapping[str, Any]) -> N
             "denials": [r for r in fields.get("reasons") or () if r["code"] not in NO_DENIALS],
         })  # fmt: skip
         return
-    use, review = (
-        uses[request],
-        {"id": fields.get("review"), "by": fields.get("reviewer"), "at_ms": finding["time"]},
-    )
-    if code == REVIEW_REFUSED.code:
+    use = uses[request]
+    review = {"id": fields.get("review"), "by": fields.get("reviewer"), "at_ms": finding["time"]}
+    if code == kinds.REVIEW_REFUSED.code:
         use["refused_reviews"].append({**review, "why": finding.get("status_detail")})
     elif use["review"] is None and fields.get("decision_digest") == use["decision_digest"]:
         use["review"] = {**review, "note": fields.get("comment")}
@@ -178,6 +146,5 @@ def _finding(request_id: str, at_ms: int | None) -> dict[str, Any]:
 
 
 def _codes(reasons: Sequence[Reason]) -> str:
-    return (
-        ", ".join(reason.code for reason in reasons if reason.code not in NO_DENIALS) or "no denial is told"
-    )
+    codes = (reason.code for reason in reasons if reason.code not in NO_DENIALS)
+    return ", ".join(codes) or "no denial is told"

@@ -10,55 +10,56 @@ against `AuditEvent`.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import orjson
 
 from ringfence import __version__
+from ringfence.audit.memory import LeaseFacts, RequestFacts
 from ringfence.kernel.base.secret_scrubber import without_secrets, without_tokens
 from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.audit import OCSF_VERSION
 from ringfence.messages.credential import Reason
+from ringfence.messages.lease import Delegator
 from ringfence.messages.permission import Permission
+from ringfence.messages.registry import TaskState
 from ringfence.model.audit_log.chain import Source
+from ringfence.model.lifecycle import agents_of
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.record import Received
+    from ringfence.audit.verification import VerifiedMessage
 
-_CATEGORIES = {2: "Findings", 3: "Identity & Access Management", 6: "Application Activity"}
+
 DETECTION_FINDING, AUTHENTICATION, AUTHORIZE_SESSION, ENTITY_MANAGEMENT = 2004, 3002, 3003, 3004
 API_ACTIVITY = 6003
+_CATEGORIES = {2: "Findings", 3: "Identity & Access Management", 6: "Application Activity"}
 _CLASS_NAMES = {
-    DETECTION_FINDING: "Detection Finding",
-    AUTHENTICATION: "Authentication",
-    AUTHORIZE_SESSION: "Authorize Session",
-    ENTITY_MANAGEMENT: "Entity Management",
-    API_ACTIVITY: "API Activity",
-}
-_ACTIVITIES: dict[int, dict[int, str]] = {
-    DETECTION_FINDING: {1: "Create", 2: "Update", 3: "Close"},
-    AUTHENTICATION: {1: "Logon", 2: "Logoff"},
-    AUTHORIZE_SESSION: {1: "Assign Privileges"},
-    ENTITY_MANAGEMENT: {
-        1: "Create", 3: "Update", 4: "Delete", 9: "Disable", 10: "Activate", 11: "Deactivate", 12: "Suspend",
-        13: "Resume",
-    },
-    API_ACTIVITY: {1: "Create", 2: "Read", 3: "Update", 4: "Delete"},
+    DETECTION_FINDING: "Detection Finding", AUTHENTICATION: "Authentication", AUTHORIZE_SESSION: "Authorize Session",
+    ENTITY_MANAGEMENT: "Entity Management", API_ACTIVITY: "API Activity",
 }  # fmt: skip
-_SEVERITIES = {1: "Informational", 2: "Low", 3: "Medium", 4: "High", 5: "Critical"}
-INFORMATIONAL, LOW, MEDIUM, HIGH, CRITICAL = _SEVERITIES
-_STATUSES = {1: "Success", 2: "Failure"}
-SUCCESS, FAILURE = _STATUSES
-_FINDING_STATUSES = {1: "New", 4: "Resolved"}
-NEW, RESOLVED = _FINDING_STATUSES
-"""Statuses of the class Detection Finding; other classes have the two above."""
-_ACTIONS = {1: "Allowed", 2: "Denied", 3: "Observed"}
-ALLOWED, DENIED, OBSERVED = _ACTIONS
+_ACTIVITIES: dict[int, dict[str, int]] = {
+    DETECTION_FINDING: {"Create": 1, "Update": 2, "Close": 3},
+    AUTHENTICATION: {"Logon": 1, "Logoff": 2},
+    AUTHORIZE_SESSION: {"Assign Privileges": 1},
+    ENTITY_MANAGEMENT: {
+        "Create": 1, "Update": 3, "Delete": 4, "Disable": 9, "Activate": 10, "Deactivate": 11, "Suspend": 12,
+        "Resume": 13,
+    },
+    API_ACTIVITY: {"Create": 1, "Read": 2, "Update": 3, "Delete": 4},
+}  # fmt: skip
+Severity = Literal["Informational", "Low", "Medium", "High"]
+Status = Literal["Success", "Failure", "New", "Resolved", "Requested", "Pending"]
+"""Detection Findings are `New` or `Resolved`. `Requested` and `Pending` are ours: OCSF has no number for them."""
+Action = Literal["Allowed", "Denied", "Observed"]
+_SEVERITIES: dict[Severity, int] = {"Informational": 1, "Low": 2, "Medium": 3, "High": 4}
+_STATUSES: dict[Status, int] = {"Success": 1, "Failure": 2, "New": 1, "Resolved": 4}
+_ACTIONS: dict[Action, int] = {"Allowed": 1, "Denied": 2, "Observed": 3}
 _OTHER = 99
 _PRODUCT = {"name": "Ringfence", "vendor_name": "Ringfence", "version": __version__}
 _PEOPLE = ("agent", "sponsor", "on_behalf_of")
@@ -101,11 +102,10 @@ class EventKind:
 def event_kind(
     code: str,
     class_uid: int,
-    activity: int | str,
-    *,
-    severity: int = INFORMATIONAL,
-    status: int | str = SUCCESS,
-    action: int | None = None,
+    activity: str,
+    severity: Severity = "Informational",
+    status: Status = "Success",
+    action: Action | None = None,
     alert: bool = False,
 ) -> EventKind:
     """Declare one kind of event.
@@ -115,32 +115,22 @@ def event_kind(
         class_uid: the OCSF class.
         activity: an activity of the class, or a name of our own if none fits (`activity_id` 99).
         severity: as in OCSF.
-        status: `SUCCESS` or `FAILURE`; `NEW` or `RESOLVED` for a finding; or a name of our own (`status_id` 99) for
-            something that was only requested.
+        status: as in OCSF, or a name of our own (`status_id` 99) for something that was only requested.
         action: the action of the control (profile `security_control`).
         alert: whether a person should look at it (`is_alert`).
     """
-    activity_id = activity if isinstance(activity, int) else _OTHER
-    activity_name = activity if isinstance(activity, str) else _ACTIVITIES[class_uid][activity]
-    status_id = status if isinstance(status, int) else _OTHER
-    statuses = _FINDING_STATUSES if class_uid == DETECTION_FINDING else _STATUSES
+    activity_id, class_name = _ACTIVITIES[class_uid].get(activity, _OTHER), _CLASS_NAMES[class_uid]
     attributes: dict[str, Any] = {
-        "class_uid": class_uid,
-        "class_name": _CLASS_NAMES[class_uid],
-        "category_uid": class_uid // 1000,
-        "category_name": _CATEGORIES[class_uid // 1000],
-        "activity_id": activity_id,
-        "activity_name": activity_name,
-        "type_uid": class_uid * 100 + activity_id,
-        "type_name": f"{_CLASS_NAMES[class_uid]}: {activity_name}",
-        "severity_id": severity,
-        "severity": _SEVERITIES[severity],
-        "status_id": status_id,
-        "status": status if isinstance(status, str) else statuses[status],
-    }
+        "class_uid": class_uid, "class_name": class_name,
+        "category_uid": class_uid // 1000, "category_name": _CATEGORIES[class_uid // 1000],
+        "activity_id": activity_id, "activity_name": activity,
+        "type_uid": class_uid * 100 + activity_id, "type_name": f"{class_name}: {activity}",
+        "severity_id": _SEVERITIES[severity], "severity": severity,
+        "status_id": _STATUSES.get(status, _OTHER), "status": status,
+    }  # fmt: skip
     metadata: dict[str, Any] = {"version": OCSF_VERSION, "product": _PRODUCT, "event_code": code}
     if action is not None:
-        attributes |= {"action_id": action, "action": _ACTIONS[action]}
+        attributes |= {"action_id": _ACTIONS[action], "action": action}
     if alert:
         attributes["is_alert"] = True
     if action is not None or alert:
@@ -148,12 +138,33 @@ def event_kind(
     return EventKind(code, attributes, metadata)
 
 
+class Copied:
+    """A row of a table: the attributes of a message (or facts) that its events repeat in `unmapped`, in this order.
+
+    The field `agent` repeats the attribute `agent_id` if there is one, otherwise `agent`. Raises TypeError if the
+    model lacks one of them.
+    """
+
+    def __init__(self, model: type, fields: str) -> None:
+        known = getattr(model, "model_fields", None) or getattr(model, "__dataclass_fields__", {})
+        self._attributes = [
+            (name, f"{name}_id" if f"{name}_id" in known else name) for name in fields.split()
+        ]
+        if unknown := {attribute for _, attribute in self._attributes} - set(known):
+            raise TypeError(f"{model.__name__} has no {', '.join(sorted(unknown))}")
+
+    def __call__(self, message: Any) -> dict[str, Any]:
+        """The fields of one message. Tuples become lists."""
+        values = ((name, getattr(message, attribute)) for name, attribute in self._attributes)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values}
+
+
 def event(
-    record: Received,
+    source: Received | VerifiedMessage[Any],
     kind: EventKind,
     message: str,
     attributes: dict[str, Any],
-    unmapped: dict[str, Any],
+    unmapped: Mapping[str, Any],
     *,
     key: str,
     correlation: str | None = None,
@@ -163,7 +174,8 @@ def event(
     """Build one event.
 
     Args:
-        record: the audited record. Its append time is the event's time; its coordinates make the uid.
+        source: the audited record, or the verified message in it. Its append time is the event's time; its coordinates
+            make the uid. The field `verified` says whose signature it has; a bare record counts as unsigned.
         kind: the kind of event.
         message: one sentence for a person.
         attributes: the attributes of its OCSF class.
@@ -173,6 +185,7 @@ def event(
         reasons: why; the first one gives `status_code`.
         traceparent: its trace, if known better than from the record's own header.
     """
+    record = source if isinstance(source, Received) else source.record
     metadata = {
         **kind.metadata,
         "uid": Source(record.topic_name, record.partition, record.offset).uid,
@@ -185,6 +198,8 @@ def event(
     body["metadata"] = metadata
     body.update(attributes)
     fields = {name: value for name, value in unmapped.items() if value is not None}
+    if "verified" not in fields:
+        fields["verified"] = {"by": None} if isinstance(source, Received) else source.verified()
     if reasons:
         body["status_code"] = reasons[0].code
         body["status_detail"] = _cut("; ".join(scrubbed(reason.message) for reason in reasons), _MAX_MESSAGE)
@@ -270,6 +285,34 @@ def scope_text(scope: Iterable[Permission]) -> str:
     """A scope as text for people, cut to 500 characters: `staging: deploy on env/staging/*; …`."""
     texts = [f"{one.target}: {', '.join(one.verbs)} on {', '.join(one.resources)}" for one in scope]
     return _cut("; ".join(texts) or "nothing", _MAX_TEXT)
+
+
+def credential_fields(lease: LeaseFacts | None, facts: RequestFacts | None) -> dict[str, Any]:
+    """Fields of a lease and its request, as far as they are known; empty if neither is."""
+    source = lease or facts
+    if source is None:
+        return {}
+    fields = {
+        "agent": source.agent, "act": list(source.act),
+        "delegators": delegators_of(lease.delegators) if lease is not None else None,
+        "task": source.task, "sponsor": source.sponsor, "on_behalf_of": source.on_behalf_of,
+        "request": source.request_id,
+        "request_digest": facts.digest if facts is not None else None,
+        "policy_revision": facts.policy_revision if facts is not None else None,
+        "target": source.target,
+    }  # fmt: skip
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def task_fields(task: TaskState) -> dict[str, Any]:
+    """Fields of a task, by its record."""
+    agent, user = task.agent_id, task.on_behalf_of
+    return {"agent": agent, "act": list(agents_of(task)), "task": task.task_id, "on_behalf_of": user}
+
+
+def delegators_of(delegators: Iterable[Delegator] | None) -> list[dict[str, str]] | None:
+    """The agents that delegated a task, with their own tasks and sponsors; None if there are none."""
+    return [one.model_dump() for one in delegators or ()] or None
 
 
 @lru_cache(maxsize=4096)

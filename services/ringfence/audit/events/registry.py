@@ -10,23 +10,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import (
     ENTITY_MANAGEMENT,
-    FAILURE,
-    HIGH,
-    INFORMATIONAL,
-    LOW,
-    MEDIUM,
+    Copied,
+    EventKind,
     OcsfEvent,
+    Severity,
     event,
     event_kind,
     event_time,
     permission,
     scope_text,
     scrubbed,
+    task_fields,
     user_of,
-)
-from ringfence.audit.events.subjects import task_fields
+)  # fmt: skip
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import Reason
@@ -42,85 +41,74 @@ from ringfence.messages.registry import (
     AnyState,
     ProvisionerLink,
     ProvisionerSet,
-    TargetRemove,
-    TargetSet,
     TargetState,
     TaskAssign,
     TaskDelegate,
     TaskEnd,
     TaskState,
     UserAddKey,
-    UserDisable,
     UserEndKey,
     UserSet,
     UserState,
 )
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.lifecycle import agents_of
 
 if TYPE_CHECKING:
-    from ringfence.kernel.kafka.record import Received
+    from ringfence.audit.verification import VerifiedMessage
 
 
 @dataclass(frozen=True, slots=True)
 class _Verb:
     """A command: its OCSF activity, its verb as a request and as a result, and the code of its record's event."""
 
-    activity: int
+    activity: str
     ask: str
     done: str
     code: str
-    severity: int = INFORMATIONAL
+    severity: Severity = "Informational"
 
 
+# fmt: off
 _VERBS: Mapping[str, _Verb] = {
-    "user.set": _Verb(3, "set", "changed", "user.changed", LOW),
-    "provisioner.set": _Verb(3, "set", "changed", "provisioner.changed", MEDIUM),
-    "provisioner.link": _Verb(3, "link groups of", "told of its groups", "provisioner.linked"),
-    "user.disable": _Verb(9, "disable", "disabled", "user.disabled", LOW),
-    "user.add-key": _Verb(3, "add a key to", "given another key", "user.key_added", LOW),
-    "user.end-key": _Verb(3, "end a key of", "left without a key", "user.key_ended", LOW),
-    "agent.register": _Verb(1, "register", "registered", "agent.registered"),
+    "user.set": _Verb("Update", "set", "changed", "user.changed", "Low"),
+    "provisioner.set": _Verb("Update", "set", "changed", "provisioner.changed", "Medium"),
+    "provisioner.link": _Verb("Update", "link groups of", "told of its groups", "provisioner.linked"),
+    "user.disable": _Verb("Disable", "disable", "disabled", "user.disabled", "Low"),
+    "user.add-key": _Verb("Update", "add a key to", "given another key", "user.key_added", "Low"),
+    "user.end-key": _Verb("Update", "end a key of", "left without a key", "user.key_ended", "Low"),
+    "agent.register": _Verb("Create", "register", "registered", "agent.registered"),
     "agent.set-attestation": _Verb(
-        3,
-        "set who attests instances of",
-        "told anew who attests its instances",
-        "agent.attestation_set",
-        MEDIUM,
+        "Update", "set who attests instances of", "told anew who attests its instances", "agent.attestation_set",
+        "Medium",
     ),
-    "agent.activate": _Verb(10, "activate", "activated", "agent.activated"),
-    "agent.rotate-key": _Verb(3, "rotate a key of", "given another key", "agent.key_rotated", LOW),
-    "agent.set-ceiling": _Verb(3, "set the ceiling of", "given another ceiling", "agent.ceiling_set", LOW),
-    "agent.transfer": _Verb(3, "transfer", "transferred", "agent.transferred", LOW),
-    "agent.suspend": _Verb(12, "suspend", "suspended", "agent.suspended", MEDIUM),
-    "agent.resume": _Verb(13, "resume", "resumed", "agent.resumed", LOW),
-    "agent.decommission": _Verb(4, "decommission", "decommissioned", "agent.decommissioned", LOW),
-    "target.set": _Verb(3, "set", "changed", "target.changed", LOW),
-    "target.remove": _Verb(4, "remove", "removed", "target.removed", LOW),
-    "task.assign": _Verb(1, "assign", "assigned", "task.assigned"),
-    "task.delegate": _Verb(1, "hand on", "handed on", "task.delegated"),
-    "task.end": _Verb(11, "end", "ended", "task.ended"),
+    "agent.activate": _Verb("Activate", "activate", "activated", "agent.activated"),
+    "agent.rotate-key": _Verb("Update", "rotate a key of", "given another key", "agent.key_rotated", "Low"),
+    "agent.set-ceiling": _Verb("Update", "set the ceiling of", "given another ceiling", "agent.ceiling_set", "Low"),
+    "agent.transfer": _Verb("Update", "transfer", "transferred", "agent.transferred", "Low"),
+    "agent.suspend": _Verb("Suspend", "suspend", "suspended", "agent.suspended", "Medium"),
+    "agent.resume": _Verb("Resume", "resume", "resumed", "agent.resumed", "Low"),
+    "agent.decommission": _Verb("Delete", "decommission", "decommissioned", "agent.decommissioned", "Low"),
+    "target.set": _Verb("Update", "set", "changed", "target.changed", "Low"),
+    "target.remove": _Verb("Delete", "remove", "removed", "target.removed", "Low"),
+    "task.assign": _Verb("Create", "assign", "assigned", "task.assigned"),
+    "task.delegate": _Verb("Create", "hand on", "handed on", "task.delegated"),
+    "task.end": _Verb("Deactivate", "end", "ended", "task.ended"),
 }
 _E = ENTITY_MANAGEMENT
-_COMMANDED = {typ: event_kind(typ, _E, verb.activity, status="Requested") for typ, verb in _VERBS.items()}
-_DONE = {
-    typ: event_kind(verb.code, _E, verb.activity, severity=verb.severity) for typ, verb in _VERBS.items()
+COMMANDS = {typ: event_kind(typ, _E, verb.activity, status="Requested") for typ, verb in _VERBS.items()}
+DONE = {typ: event_kind(verb.code, _E, verb.activity, verb.severity) for typ, verb in _VERBS.items()}
+CREATED = {
+    "user.set": event_kind("user.created", _E, "Create", "Low"),
+    "provisioner.set": event_kind("provisioner.created", _E, "Create", "Medium"),
+    "target.set": event_kind("target.created", _E, "Create", "Low"),
 }
-_CREATED = {
-    "user.set": event_kind("user.created", _E, 1, severity=LOW),
-    "provisioner.set": event_kind("provisioner.created", _E, 1, severity=MEDIUM),
-    "target.set": event_kind("target.created", _E, 1, severity=LOW),
+COMPROMISED = {
+    "agent.rotate-key": event_kind("agent.key_compromised", _E, "Update", "High", alert=True),
+    "user.end-key": event_kind("user.key_compromised", _E, "Update", "High", alert=True),
 }
-_COMPROMISED = {
-    "agent.rotate-key": event_kind("agent.key_compromised", _E, 3, severity=HIGH, alert=True),
-    "user.end-key": event_kind("user.key_compromised", _E, 3, severity=HIGH, alert=True),
-}
-_REFUSED = {
-    typ: event_kind("command.refused", _E, verb.activity, severity=LOW, status=FAILURE)
-    for typ, verb in _VERBS.items()
-}
-_REFUSED_ENTITY = event_kind("command.refused", _E, "Refuse Command", severity=LOW, status=FAILURE)
-_ACCEPTED = event_kind("command.accepted", _E, "Accept Command")
-_FELL = event_kind("record.revision_fell", _E, "Refuse Record", severity=HIGH, status=FAILURE, alert=True)
+REFUSED = {typ: event_kind("command.refused", _E, verb.activity, "Low", "Failure") for typ, verb in _VERBS.items()}
+# fmt: on
 
 
 def command_typs() -> frozenset[str]:
@@ -129,9 +117,7 @@ def command_typs() -> frozenset[str]:
 
 
 def commanded(
-    record: Received,
-    claims: ExpiringClaims,
-    verified: dict[str, Any],
+    signed: VerifiedMessage[ExpiringClaims],
     *,
     sponsor: str | None,
     consent_by: str | None,
@@ -141,14 +127,13 @@ def commanded(
     """A command was given. Its result is not known yet.
 
     Args:
-        record: the record on `registry.command`.
-        claims: the verified command.
-        verified: the field `unmapped.verified`.
+        signed: the verified command.
         sponsor: the present sponsor of the command's agent.
         consent_by: who validly signed the embedded consent.
         task: the task that it ends, by the present records.
         parent: the task of which it delegates a part, by the present records.
     """
+    claims = signed.claims
     kind, id, fields = subject_of_command(claims)
     if task is not None:
         fields |= task_fields(task)
@@ -157,31 +142,14 @@ def commanded(
     fields.setdefault("sponsor", sponsor)
     actor = user_of(claims.iss)
     message = f"{actor['name']} asked to {_VERBS[claims.typ].ask} {kind} {id}{_command_terms(claims)}"
-    if isinstance(claims, AgentTransfer):
-        fields |= _consent_fields(claims, consent_by)
-        message += _consent_text(claims, consent_by)
-    attributes: dict[str, Any] = {
-        "actor": {"user": actor},
-        "entity": _entity_object(claims.aud, kind, id),
-    }
-    reason = getattr(claims, "reason", None)
-    if reason:
-        attributes["comment"] = scrubbed(reason)
-        message += f": {attributes['comment']}"
-    fields.setdefault("consent_by", consent_by)
-    fields |= {"command": claims.jti, "verified": verified}
-    key = fields.get("agent") or id
-    correlation = _correlation(fields, claims)
-    return event(
-        record, _COMMANDED[claims.typ], message, attributes, fields, key=key, correlation=correlation
-    )
+    message += _consent(claims, consent_by, fields)
+    attributes = {"actor": {"user": actor}, "entity": _entity_object(claims.aud, kind, id)}
+    return _event(signed, COMMANDS[claims.typ], claims, message, attributes, fields)
 
 
 def recorded(
-    record: Received,
-    claims: AnyRecord,
+    signed: VerifiedMessage[AnyRecord],
     by: ExpiringClaims,
-    verified: dict[str, Any],
     *,
     sponsor: str | None,
     sponsors: Sequence[str] | None = None,
@@ -189,71 +157,78 @@ def recorded(
     """The registry published a record: it carried out a command.
 
     Args:
-        record: the record.
-        claims: its verified claims.
+        signed: the verified record.
         by: the last command of its chain, verified.
-        verified: the field `unmapped.verified`.
         sponsor: the present sponsor of a task's agent.
         sponsors: the present sponsors of all agents that delegated a task, if it was delegated.
     """
-    state = claims.state
+    claims, state = signed.claims, signed.claims.state
     kind, id, fields = _subject_of_state(state)
     if isinstance(by, UserAddKey | UserEndKey):
         fields |= subject_of_command(by)[2]
     fields.setdefault("sponsor", sponsor)
-    actor = user_of(by.iss)
-    created = claims.revision == 1 and by.typ in _CREATED
+    actor, entity = user_of(by.iss), _entity_object(claims.aud, kind, id)
+    created = claims.revision == 1 and by.typ in CREATED
     done = "created" if created else _VERBS[by.typ].done
     message = f"{kind} {id} was {done} by {actor['name']}{_terms_text(state, by)}"
-    if isinstance(by, AgentTransfer):
-        # The chain of the record was verified, and the embedded consent with it.
-        consent_by = by.sponsor if by.consent else None
-        fields |= _consent_fields(by, consent_by)
-        message += _consent_text(by, consent_by)
-    attributes: dict[str, Any] = {
+    attributes = {
         "actor": {"user": actor},
-        "entity": _entity_object(claims.aud, kind, id),
-        "entity_result": {
-            **_entity_object(claims.aud, kind, id),
-            "version": str(claims.revision),
-            "data": _data(state),
-        },
+        "entity": entity,
+        "entity_result": {**entity, "version": str(claims.revision), "data": _data(state)},
     }
-    reason = getattr(by, "reason", None)
-    if reason:
+    compromised = isinstance(by, AgentRotateKey | UserEndKey) and by.compromised
+    chosen = (COMPROMISED if compromised else CREATED if created else DONE)[by.typ]
+    # The chain of the record was verified, and the embedded consent with it.
+    message += _consent(by, by.sponsor if isinstance(by, AgentTransfer) and by.consent else None, fields)
+    fields |= {"sponsors": sponsors or None, "revision": claims.revision, "status": state.status}
+    return _event(signed, chosen, by, message, attributes, fields)
+
+
+def _event(
+    signed: VerifiedMessage[Any],
+    kind: EventKind,
+    by: ExpiringClaims,
+    message: str,
+    attributes: dict[str, Any],
+    fields: dict[str, Any],
+) -> OcsfEvent:
+    """The event of a command `by` or of its record: with its reason, by the key of its agent or else its subject."""
+    if reason := getattr(by, "reason", None):
         attributes["comment"] = scrubbed(reason)
         message += f": {attributes['comment']}"
-    fields["sponsors"] = list(sponsors) if sponsors else None
-    fields |= {"revision": claims.revision, "status": state.status, "command": by.jti, "verified": verified}
-    compromised = isinstance(by, AgentRotateKey | UserEndKey) and by.compromised
-    kinds = _COMPROMISED if compromised else _CREATED if created else _DONE
+    correlation = str(fields.get("task") or fields.get("agent") or by.jti)
+    key = fields.get("agent") or attributes["entity"]["name"]
     return event(
-        record,
-        kinds[by.typ],
-        message,
-        attributes,
-        fields,
-        key=fields.get("agent") or id,
-        correlation=_correlation(fields, by),
+        signed, kind, message, attributes, fields | {"command": by.jti}, key=key, correlation=correlation
     )
 
 
-def revision_fell(record: Received, claims: AnyRecord, newer: int, verified: dict[str, Any]) -> OcsfEvent:
+def _consent(by: ExpiringClaims, consent_by: str | None, fields: dict[str, Any]) -> str:
+    """Add who consented to `fields`. Returns what the message says of it: nothing, unless it is about a transfer."""
+    if not isinstance(by, AgentTransfer):
+        fields["consent_by"] = consent_by
+        return ""
+    themself = by.iss == spiffe_id(by.aud, "user", by.sponsor)
+    agreed = consent_by or (by.sponsor if themself else None)
+    fields |= {"consent_by": agreed} if agreed else {"without_consent": True}
+    return ", who consented" if agreed else ", without their consent"
+
+
+def revision_fell(signed: VerifiedMessage[AnyRecord], newer: int) -> OcsfEvent:
     """A record has a lower revision than one before it. Readers refuse it; no honest registry writes it."""
-    kind, id, fields = _subject_of_state(claims.state)
-    message = (
-        f"a record of {kind} {id} with revision {claims.revision} came after revision {newer}; it is refused"
-    )
-    attributes = {"entity": _entity_object(claims.aud, kind, id)}
-    fields |= {"revision": claims.revision, "known_revision": newer, "verified": verified}
-    reason = Reason(code="revision_fell", message=message)
-    return event(record, _FELL, message, attributes, fields, key=fields.get("agent") or id, reasons=(reason,))
+    revision = signed.claims.revision
+    kind, id, fields = _subject_of_state(signed.claims.state)
+    message = f"a record of {kind} {id} with revision {revision} came after revision {newer}; it is refused"
+    attributes = {"entity": _entity_object(signed.claims.aud, kind, id)}
+    fields |= {"revision": revision, "known_revision": newer}
+    reasons = (Reason(code="revision_fell", message=message),)
+    key = fields.get("agent") or id
+    return event(signed, kinds.REVISION_FELL, message, attributes, fields, key=key, reasons=reasons)
 
 
-def answered(
-    record: Received, claims: ServiceEvent, subject_fields: dict[str, Any], verified: dict[str, Any]
-) -> OcsfEvent:
+def answered(signed: VerifiedMessage[ServiceEvent], subject_fields: dict[str, Any]) -> OcsfEvent:
     """The registry accepted or refused a command. `subject_fields`: those of its agent, by the present records."""
+    claims = signed.claims
     kind = claims.subject.partition(".")[0]
     id = claims.agent_id or claims.task_id or claims.result or claims.ref or "unknown"
     commander = user_of(claims.actor)["name"] if claims.actor else "nobody known"
@@ -262,71 +237,44 @@ def answered(
         "entity": {"name": id, "type_id": 99, "type": kind.capitalize() or "Command"},
     }
     if claims.kind == "accepted":
-        chosen = _ACCEPTED
+        chosen = kinds.COMMAND_ACCEPTED
         message = f"the registry accepted {claims.subject} by {commander}, about {id}"
     else:
-        chosen = _REFUSED.get(claims.subject, _REFUSED_ENTITY)
+        chosen = REFUSED.get(claims.subject, kinds.COMMAND_REFUSED)
         text = "; ".join(reason.message for reason in claims.reasons) or "no reason was given"
         message = f"the registry refused {claims.subject} by {commander}: {scrubbed(text)}"
     fields = {
-        "agent": claims.agent_id,
-        "task": claims.task_id,
-        **subject_fields,
-        "command": claims.ref,
-        "given_by": claims.actor,
-        "result": claims.result,
-        "outcome": claims.kind,
-        "verified": verified,
-    }
+        "agent": claims.agent_id, "task": claims.task_id, **subject_fields, "command": claims.ref,
+        "given_by": claims.actor, "result": claims.result, "outcome": claims.kind,
+    }  # fmt: skip
+    correlation = claims.task_id or claims.agent_id or claims.ref
     return event(
-        record,
-        chosen,
-        message,
-        attributes,
-        fields,
-        key=claims.agent_id or id,
-        correlation=claims.task_id or claims.agent_id or claims.ref,
+        signed, chosen, message, attributes, fields, key=claims.agent_id or id, correlation=correlation,
         reasons=claims.reasons,
-    )
+    )  # fmt: skip
 
 
 def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]]:
     """(kind, id, event fields) of the subject of a command."""
+    fields: dict[str, Any]
     match claims:
-        case UserSet() | UserDisable():
-            return "user", claims.user_id, {"user": claims.user_id}
-        case UserAddKey():
-            return "user", claims.user_id, {"user": claims.user_id, "key": claims.key.kid}
-        case UserEndKey():
-            return "user", claims.user_id, {"user": claims.user_id, "key": claims.kid}
         case ProvisionerSet() | ProvisionerLink():
             return "user", claims.provisioner_id, {"user": claims.provisioner_id}
-        case TargetSet() | TargetRemove():
-            return "target", claims.target_id, {"target": claims.target_id}
-        case TaskAssign():
-            id = message_id(claims.iss, claims.jti)
-            return "task", id, {
-                "task": id,
-                "agent": claims.terms.agent_id,
-                "act": [claims.terms.agent_id],
-                "on_behalf_of": claims.on_behalf_of,
-                "permissions": [permission(one) for one in claims.terms.scope],
-            }  # fmt: skip
-        case TaskDelegate():
-            id = message_id(claims.iss, claims.jti)
-            return "task", id, {
-                "task": id,
-                "parent": claims.parent,
-                "agent": claims.terms.agent_id,
-                "permissions": [permission(one) for one in claims.terms.scope],
-            }  # fmt: skip
-        case TaskEnd():
-            return "task", claims.task_id, {"task": claims.task_id}
-        case AgentRegister() | AgentTransfer():
-            return "agent", claims.agent_id, {"agent": claims.agent_id, "sponsor": claims.sponsor}
-        case _:
-            agent = str(getattr(claims, "agent_id", "unknown"))
-            return "agent", agent, {"agent": agent}
+        case TaskAssign() | TaskDelegate():
+            id, agent = message_id(claims.iss, claims.jti), claims.terms.agent_id
+            if isinstance(claims, TaskAssign):
+                fields = {"task": id, "agent": agent, "act": [agent], "on_behalf_of": claims.on_behalf_of}
+            else:
+                fields = {"task": id, "parent": claims.parent, "agent": agent}
+            return "task", id, {**fields, "permissions": [permission(one) for one in claims.terms.scope]}
+    kind = claims.typ.partition(".")[0]
+    id = getattr(claims, f"{kind}_id")
+    fields = {kind: id}
+    if isinstance(claims, AgentRegister | AgentTransfer):
+        fields["sponsor"] = claims.sponsor
+    elif isinstance(claims, UserAddKey | UserEndKey):
+        fields["key"] = claims.key.kid if isinstance(claims, UserAddKey) else claims.kid
+    return kind, id, fields
 
 
 def _subject_of_state(state: AnyState) -> tuple[str, str, dict[str, Any]]:
@@ -339,18 +287,10 @@ def _subject_of_state(state: AnyState) -> tuple[str, str, dict[str, Any]]:
             return "target", state.target_id, {"target": state.target_id}
         case TaskState():
             return "task", state.task_id, {
-                "task": state.task_id,
-                "parent": state.parent,
-                "agent": state.agent_id,
-                "act": list(agents_of(state)),
-                "on_behalf_of": state.on_behalf_of,
-                "assigned_by": state.assigned_by,
+                "task": state.task_id, "parent": state.parent, "agent": state.agent_id, "act": list(agents_of(state)),
+                "on_behalf_of": state.on_behalf_of, "assigned_by": state.assigned_by,
                 "permissions": [permission(one) for one in state.scope],
             }  # fmt: skip
-
-
-def _correlation(fields: dict[str, Any], claims: ExpiringClaims) -> str:
-    return str(fields.get("task") or fields.get("agent") or claims.jti)
 
 
 def _command_terms(claims: ExpiringClaims) -> str:
@@ -381,48 +321,25 @@ def _command_terms(claims: ExpiringClaims) -> str:
                 f"{scope_text(one.scope)}"
                 for one in claims.delegation.groups
             )
-        case TaskAssign():
-            terms = claims.terms
+        case TaskAssign() | TaskDelegate():
+            terms, part = claims.terms, ""
+            behalf = f" on behalf of {claims.on_behalf_of}" if isinstance(claims, TaskAssign) else ""
+            if isinstance(claims, TaskDelegate):
+                part = f" as a part of task {claims.parent}"
             return (
-                f" to agent {terms.agent_id} on behalf of {claims.on_behalf_of}, for {scope_text(terms.scope)}, until "
-                f"{event_time(terms.not_after)}: {scrubbed(terms.purpose)}"
-            )
-        case TaskDelegate():
-            terms = claims.terms
-            return (
-                f" as a part of task {claims.parent} to agent {terms.agent_id}, for {scope_text(terms.scope)}, until "
+                f"{part} to agent {terms.agent_id}{behalf}, for {scope_text(terms.scope)}, until "
                 f"{event_time(terms.not_after)}: {scrubbed(terms.purpose)}"
             )
         case _:
             return ""
 
 
-def _consent_fields(claims: AgentTransfer, consent_by: str | None) -> dict[str, Any]:
-    """The new sponsor, if they consented or signed the transfer themself; otherwise `without_consent`."""
-    themself = claims.iss == f"spiffe://{claims.aud}/user/{claims.sponsor}"
-    agreed = consent_by or (claims.sponsor if themself else None)
-    return {"consent_by": agreed} if agreed else {"without_consent": True}
-
-
-def _consent_text(claims: AgentTransfer, consent_by: str | None) -> str:
-    agreed = "consent_by" in _consent_fields(claims, consent_by)
-    return ", who consented" if agreed else ", without their consent"
-
-
 def _terms_text(state: AnyState, by: ExpiringClaims) -> str:
     if isinstance(by, TaskDelegate) and isinstance(state, TaskState):
         return f"{_command_terms(by)} (on behalf of {state.on_behalf_of})"
-    if isinstance(state, TaskState) and isinstance(by, TaskAssign):
-        return _command_terms(by)
     if isinstance(by, TaskEnd) and isinstance(state, TaskState):
         return f" (agent {state.agent_id}, on behalf of {state.on_behalf_of})"
-    of_itself = (
-        AgentRegister, AgentTransfer, AgentSetCeiling, AgentRotateKey, UserSet, UserAddKey, UserEndKey,
-        ProvisionerSet,
-    )  # fmt: skip
-    if isinstance(by, of_itself):
-        return _command_terms(by)
-    return ""
+    return _command_terms(by)
 
 
 def _entity_object(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
@@ -435,6 +352,47 @@ def _entity_object(trust_domain: str, kind: str, id: str) -> dict[str, Any]:
     return named
 
 
+def _data(state: AnyState) -> dict[str, Any]:
+    """The state in a record, for investigations: public keys by their ids, backends without their settings."""
+    match state:
+        case UserState():
+            rights = state.entitlements
+            return {
+                "name": state.name, "roles": list(state.roles), "keys": _keys(state.keys),
+                **_given(compromised=list(state.compromised or ())),
+                "entitlements": [permission(one) for one in rights.scope], "entitlements_source": rights.source,
+                "entitlements_as_of": rights.as_of, "status": state.status,
+                **_provisioning(state),
+            }  # fmt: skip
+        case AgentState():
+            return {
+                "sponsor": state.sponsor, **_given(without_consent=bool(state.without_consent)),
+                "description": scrubbed(state.description), "keys": _keys(state.keys), "replaced": list(state.replaced),
+                "compromised": list(state.compromised), "ceiling": [permission(one) for one in state.ceiling],
+                "attestation": [selector.model_dump() for selector in state.attestation], "status": state.status,
+            }  # fmt: skip
+        case TargetState():
+            return {
+                "description": scrubbed(state.description), "backend": state.backend.kind,
+                "audience": state.backend.audience, "floors": {one.verb: one.floor for one in state.verbs},
+                **_given(floor_keys={one.verb: one.key for one in state.verbs if one.key is not None}),
+                "max_ttl_s": state.max_ttl_s, "keys": _keys(state.keys), "status": state.status,
+            }  # fmt: skip
+        case TaskState():
+            return {
+                "agent": state.agent_id, "purpose": scrubbed(state.purpose),
+                "scope": [permission(one) for one in state.scope], **_TASK(state),
+            }  # fmt: skip
+
+
+_TASK = Copied(TaskState, "not_after on_behalf_of assigned_by parent status")
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """These fields, without those that are empty."""
+    return {name: value for name, value in fields.items() if value}
+
+
 def _provisioning(state: UserState) -> dict[str, Any]:
     """The provisioner of a user, or the delegation of a provisioner. The user's name in their directory is left out."""
     if state.provisioned is not None:
@@ -442,62 +400,6 @@ def _provisioning(state: UserState) -> dict[str, Any]:
     if state.delegation is not None:
         return {"delegated": [one.model_dump(mode="json") for one in state.delegation.groups]}
     return {}
-
-
-def _data(state: AnyState) -> dict[str, Any]:
-    """The state in a record, for investigations: public keys by their ids, backends without their settings."""
-    match state:
-        case UserState():
-            return {
-                "name": state.name,
-                "roles": list(state.roles),
-                "keys": _keys(state.keys),
-                **({"compromised": list(state.compromised)} if state.compromised else {}),
-                "entitlements": [permission(one) for one in state.entitlements.scope],
-                "entitlements_source": state.entitlements.source,
-                "entitlements_as_of": state.entitlements.as_of,
-                "status": state.status,
-                **_provisioning(state),
-            }
-        case AgentState():
-            return {
-                "sponsor": state.sponsor,
-                **({"without_consent": True} if state.without_consent else {}),
-                "description": scrubbed(state.description),
-                "keys": _keys(state.keys),
-                "replaced": list(state.replaced),
-                "compromised": list(state.compromised),
-                "ceiling": [permission(one) for one in state.ceiling],
-                "attestation": [selector.model_dump() for selector in state.attestation],
-                "status": state.status,
-            }
-        case TargetState():
-            return {
-                "description": scrubbed(state.description),
-                "backend": state.backend.kind,
-                "audience": state.backend.audience,
-                "floors": {floor.verb: floor.floor for floor in state.verbs},
-                **({"floor_keys": keys} if (keys := _floor_keys(state)) else {}),
-                "max_ttl_s": state.max_ttl_s,
-                "keys": _keys(state.keys),
-                "status": state.status,
-            }
-        case TaskState():
-            return {
-                "agent": state.agent_id,
-                "purpose": scrubbed(state.purpose),
-                "scope": [permission(one) for one in state.scope],
-                "not_after": state.not_after,
-                "on_behalf_of": state.on_behalf_of,
-                "assigned_by": state.assigned_by,
-                "parent": state.parent,
-                "status": state.status,
-            }
-
-
-def _floor_keys(state: TargetState) -> dict[str, str]:
-    """By verb, the kind of key that its approvers need, where there is such a floor."""
-    return {floor.verb: floor.key for floor in state.verbs if floor.key is not None}
 
 
 def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:

@@ -8,17 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
-from ringfence.audit.events.ocsf import (
-    ENTITY_MANAGEMENT,
-    FAILURE,
-    HIGH,
-    MEDIUM,
-    OcsfEvent,
-    event,
-    event_kind,
-    event_time,
-    user_of,
-)
+from ringfence.audit.events import kinds
+from ringfence.audit.events.ocsf import Copied, OcsfEvent, event, event_time, user_of
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
@@ -26,21 +17,19 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
-from ringfence.messages.trust import TrustBundle
+from ringfence.messages.trust import Origin, TrustBundle
 
-_CHANGED: Final = event_kind("trust.changed", ENTITY_MANAGEMENT, 3, severity=MEDIUM)
-_REPEATED: Final = event_kind("trust.repeated", ENTITY_MANAGEMENT, "Repeat")
-_FELL: Final = event_kind(
-    "trust.version_fell", ENTITY_MANAGEMENT, "Refuse Record", severity=HIGH, status=FAILURE, alert=True
-)
-_KEY: Final = "trust"
 _MAX_NAMED_CHANGES: Final = 20
 _REMEMBERED_RECORDS: Final = 10_000
 
 
+_KEY_FIELDS = Copied(KeyRecord, "kid not_before not_after")
+_ORIGIN_FIELDS = Copied(Origin, "origin use not_before not_after")
+
+
 def bundle_event(record: Received, classified: BundleRecord) -> OcsfEvent:
     """A bundle signed by a trusted root was published."""
-    bundle = classified.bundle
+    bundle, before = classified.bundle, classified.before
     root = user_of(bundle.iss)
     entity = {
         "name": "trust bundle", "uid": f"spiffe://{bundle.aud}/trust", "type_id": 99, "type": "Trust Bundle",
@@ -48,65 +37,56 @@ def bundle_event(record: Received, classified: BundleRecord) -> OcsfEvent:
     attributes: dict[str, Any] = {"actor": {"user": root}, "entity": entity}
     fields: dict[str, Any] = {
         "revision": bundle.version,
-        "known_revision": classified.before.version if classified.before is not None else None,
+        "known_revision": before.version if before is not None else None,
         "verified": {"by": bundle.iss, "kid": classified.kid},
     }
+    reasons: tuple[Reason, ...] = ()
     match classified.status:
         case "activated":
-            attributes["entity_result"] = {
-                **entity,
-                "version": str(bundle.version),
-                "data": _data(bundle, classified.kid),
-            }
+            data = _data(bundle, classified.kid)
+            attributes["entity_result"] = {**entity, "version": str(bundle.version), "data": data}
             message = (
                 f"trust bundle {bundle.version} by {root['name']} came into force, until "
-                f"{event_time(bundle.exp)}: {_changes(classified.before, bundle)}"
+                f"{event_time(bundle.exp)}: {_changes(before, bundle)}"
             )
-            return event(record, _CHANGED, message, attributes, fields, key=_KEY, correlation=_KEY)
         case "repeated":
             message = (
                 f"trust bundle {bundle.version}, which is in force, stands there again; it changes nothing"
             )
-            return event(record, _REPEATED, message, attributes, fields, key=_KEY, correlation=_KEY)
-        case "outdated":
-            assert classified.before is not None
-            newer = classified.before.version
-            message = f"trust bundle {bundle.version} was put there after bundle {newer}; it is refused"
-            reason = Reason(code="version_fell", message=message)
-            return event(
-                record, _FELL, message, attributes, fields, key=_KEY, correlation=_KEY, reasons=(reason,)
+        case _:
+            assert before is not None
+            message = (
+                f"trust bundle {bundle.version} was put there after bundle {before.version}; it is refused"
             )
+            reasons = (Reason(code="version_fell", message=message),)
+    return event(
+        record, kinds.TRUST[classified.status], message, attributes, fields, key="trust", correlation="trust",
+        reasons=reasons,
+    )  # fmt: skip
 
 
 def _data(bundle: TrustBundle, root: str) -> dict[str, Any]:
     """The contents of a bundle, with keys by their ids."""
+    services = [
+        {
+            "id": one.id, "roles": list(one.roles), "keys": _keys(one.keys),
+            "encryption_keys": _keys(one.encryption_keys),
+        }
+        for one in bundle.services
+    ]  # fmt: skip
+    origins = [_ORIGIN_FIELDS(one) for one in bundle.origins]
     return {
         "root": root,
         "not_after": bundle.exp,
-        "services": [
-            {
-                "id": one.id,
-                "roles": list(one.roles),
-                "keys": _keys(one.keys),
-                "encryption_keys": _keys(one.encryption_keys),
-            }
-            for one in bundle.services
-        ],
+        "services": services,
         "oidc_issuers": [{"issuer": one.issuer, "uses": list(one.uses)} for one in bundle.oidc_issuers],
         "former_roots": _keys(bundle.former_roots),
-        **({"rp_id": bundle.rp_id, "origins": _origins(bundle)} if bundle.origins else {}),
+        **({"rp_id": bundle.rp_id, "origins": origins} if origins else {}),
     }
 
 
-def _origins(bundle: TrustBundle) -> list[dict[str, Any]]:
-    return [
-        {"origin": one.origin, "use": one.use, "not_before": one.not_before, "not_after": one.not_after}
-        for one in bundle.origins
-    ]
-
-
 def _keys(keys: tuple[KeyRecord, ...]) -> list[dict[str, Any]]:
-    return [{"kid": key.kid, "not_before": key.not_before, "not_after": key.not_after} for key in keys]
+    return [_KEY_FIELDS(key) for key in keys]
 
 
 def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
@@ -120,10 +100,7 @@ def _changes(before: TrustBundle | None, now: TrustBundle) -> str:
         if name in fields_before and fields_before[name] != fields_now[name]
     ]
     if len(changes) > _MAX_NAMED_CHANGES:
-        changes = [
-            *changes[:_MAX_NAMED_CHANGES],
-            f"and {len(changes) - _MAX_NAMED_CHANGES} more",
-        ]
+        changes = [*changes[:_MAX_NAMED_CHANGES], f"and {len(changes) - _MAX_NAMED_CHANGES} more"]
     return ", ".join(changes) or "nobody is another"
 
 

@@ -86,6 +86,4 @@ def _is_unknown(event: Mapping[str, Any]) -> bool:
 def _group_key(event: Mapping[str, Any]) -> tuple[str | None, ...]:
     fields = event["unmapped"]
     key = {**{name: fields.get(name) for name in BY}, "reason": event.get("status_code")}
-    if fields.get("method") == "CONNECT":
-        key["access"] = None  # CONNECT is neither, though older gateways reported a write
     return tuple(value if isinstance(value, str) else None for value in key.values())

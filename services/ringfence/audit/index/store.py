@@ -20,7 +20,8 @@ from typing import Any, Literal, Protocol, get_args
 
 import orjson
 
-from ringfence.audit.events.break_glass import USED, add_uses
+from ringfence.audit.events.break_glass import add_uses
+from ringfence.audit.events.kinds import BREAK_GLASS_USED
 from ringfence.audit.events.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index_files import new_database
@@ -519,7 +520,7 @@ class SqliteIndex:
         query = "SELECT json FROM event WHERE request = ? AND class_uid = 2004 ORDER BY seq"
         for row in self._db.execute(query, (request_id,)):
             event: dict[str, Any] = orjson.loads(row[0])
-            if event["metadata"].get("event_code") == USED.code:
+            if event["metadata"].get("event_code") == BREAK_GLASS_USED.code:
                 fields: dict[str, Any] = event["unmapped"]
                 return fields
         return None

@@ -8,7 +8,7 @@ from typing import Any
 from ringfence.audit.events import approvals, break_glass, credentials
 from ringfence.audit.events.break_glass import review_problem
 from ringfence.audit.mappers.mapper import PENDING_CODES, MappedEvent, Mapper, RecordMapper, lacks_names
-from ringfence.audit.verification import RecordVerifier, VerifiedMessage
+from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
@@ -56,22 +56,16 @@ class ApprovalMapper(RecordMapper):
         )
         if facts is None:
             raise InvalidMessageError("the embedded request does not hold", code="key_unknown")
-        replay = self._replay(record, signed, lambda: {"agent": facts.agent, "request": claims.request_id})
-        if replay is not None:
-            return MappedEvent(replay)
-        verified = signed.verified("credential.request")
-        return MappedEvent(
-            credentials.approval_requested(record, claims, facts, verified), self._incomplete(facts)
-        )
+        self._first(signed, lambda: {"agent": facts.agent, "request": claims.request_id})
+        signed = signed._replace(embedded=("credential.request",))
+        return MappedEvent(credentials.approval_requested(signed, facts), self._incomplete(facts))
 
     def _action_request(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_service(record, ActionRequest, "gateway")
         claims = signed.claims
-        replay = self._replay(record, signed, lambda: {"agent": claims.agent_id, "task": claims.task_id})
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: {"agent": claims.agent_id, "task": claims.task_id})
         fields = self._lease_fields(claims.lease_id, claims.agent_id, claims.task_id)
-        event = approvals.requested(record, claims, fields, signed.verified())
+        event = approvals.requested(signed, fields)
         return MappedEvent(event, lacks_names(event))
 
     def _response(self, record: Received) -> MappedEvent:
@@ -88,19 +82,15 @@ class ApprovalMapper(RecordMapper):
         signed = self._verifier.by_user(record, Grant)
         claims = signed.claims
         fields = self._verifier.remember_grant(claims)
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
-        event = approvals.given(record, claims, fields, self._verified(signed))
+        self._first(signed, lambda: fields)
+        event = approvals.given(self._verifier.with_key_fields(signed), fields)
         return MappedEvent(event, lacks_names(event))
 
     def _withdrawal(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_user(record, GrantWithdraw)
         fields = self._verifier.grant(signed.claims.grant_id)
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
-        return MappedEvent(approvals.withdrawn(record, signed.claims, fields, signed.verified()))
+        self._first(signed, lambda: fields)
+        return MappedEvent(approvals.withdrawn(signed, fields))
 
     def _approval(self, record: Received) -> MappedEvent:
         typ = parse(record.value).header.typ
@@ -112,45 +102,33 @@ class ApprovalMapper(RecordMapper):
         claims = signed.claims
         facts = self._verifier.embedded_request(claims.request, claims.request_id, record.appended_at_ms)
         fields = {"agent": facts.agent} if facts is not None else {}
-        replay = self._replay(record, signed, lambda: {**fields, "request": claims.request_id})
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: {**fields, "request": claims.request_id})
         self._verifier.remember_approval(signed.compact, claims)
         embedded = ("credential.request",) if facts is not None else ()
-        event = credentials.approval_given(record, claims, facts, self._verified(signed, *embedded))
+        event = credentials.approval_given(self._verifier.with_key_fields(signed, *embedded), facts)
         return MappedEvent(event, facts is None or self._incomplete(facts))
 
     def _action_approval(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_user(record, ActionApproval)
         claims = signed.claims
-        replay = self._replay(record, signed, lambda: {"agent": claims.agent_id})
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: {"agent": claims.agent_id})
         request = self._verifier.embedded_action_request(claims, record.appended_at_ms)
         embedded = ("action.request",) if request is not None else ()
         if request is not None:
             fields = self._lease_fields(request.lease_id, request.agent_id, request.task_id)
         else:
             fields = self._agent_fields(claims.agent_id)
-        event = approvals.answered(record, claims, request, fields, self._verified(signed, *embedded))
+        event = approvals.answered(self._verifier.with_key_fields(signed, *embedded), request, fields)
         return MappedEvent(event, lacks_names(event))
 
     def _review(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_user(record, BreakGlassReview)
         claims = signed.claims
-        replay = self._replay(
-            record, signed, lambda: {"agent": claims.agent_id, "request": claims.request_id}
-        )
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: {"agent": claims.agent_id, "request": claims.request_id})
         reviewer = subject_of(claims.aud, claims.iss, "user") or ""
         use = self._use_of(claims.request_id)
         rejection = review_problem(claims, reviewer, self._verifier.roles_of(reviewer), use)
         if rejection is None and use is not None:
-            rejection = self._verifier.review_key_problem(signed, use, record.appended_at_ms)
-        event = break_glass.reviewed(record, claims, use, rejection, self._verified(signed))
+            rejection = self._verifier.review_key_problem(signed, use)
+        event = break_glass.reviewed(self._verifier.with_key_fields(signed), use, rejection)
         return MappedEvent(event, rejection is not None and rejection.code in PENDING_CODES)
-
-    def _verified(self, signed: VerifiedMessage[Any], *embedded: str) -> dict[str, Any]:
-        """The field `unmapped.verified`, with the vouchers of the key if somebody else added it."""
-        return {**signed.verified(*embedded), **self._verifier.key_fields(signed)}

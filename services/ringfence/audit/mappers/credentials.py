@@ -33,20 +33,16 @@ class CredentialMapper(RecordMapper):
         if parse(record.value).header.typ == typ_header(RequestWithdraw):
             return self._withdrawal(record)
         signed = self._verifier.request(record)
-        replay = self._replay(record, signed, lambda: self._subject_fields(record, signed))
-        if replay is not None:
-            return MappedEvent(replay)
-        facts = self._verifier.remember_request(signed, record.own_traceparent)
-        return MappedEvent(credentials.requested(record, facts, signed.verified()), self._incomplete(facts))
+        self._first(signed, lambda: self._subject_fields(signed))
+        facts = self._verifier.remember_request(signed.compact, signed.claims, record.own_traceparent)
+        return MappedEvent(credentials.requested(signed, facts), self._incomplete(facts))
 
     def _withdrawal(self, record: Received) -> MappedEvent:
         signed = self._verifier.request_withdrawal(record)
         fields = self._withdrawal_fields(signed.claims)
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: fields)
         facts = self._verifier.facts(signed.claims.request_id)
-        event = credentials.withdrawal_requested(record, signed.claims, facts, fields, signed.verified())
+        event = credentials.withdrawal_requested(signed, facts, fields)
         return MappedEvent(event, lacks_names(event))
 
     def _decision(self, record: Received) -> MappedEvent:
@@ -56,9 +52,7 @@ class CredentialMapper(RecordMapper):
             claims.request, claims.request_id, claims.source.appended_at_ms
         )
         fields = {"agent": facts.agent} if facts is not None else {}
-        replay = self._replay(record, signed, lambda: {**fields, "request": claims.request_id})
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: {**fields, "request": claims.request_id})
         approvers = [self._verifier.approver(one, claims, record) for one in claims.approvals]
         grantors = [self._verifier.grantor(one, claims, record) for one in claims.grants or ()]
         embedded = ["approval"] * sum(one is not None for one in approvers)
@@ -71,7 +65,7 @@ class CredentialMapper(RecordMapper):
             known = [(user, kid_of(compact)) for compact, user in signed_by if user is not None]
             facts.approvers = tuple(user for user, _ in known)
             facts.approver_keys = tuple(known)
-        event = credentials.decided(record, claims, digest(signed.compact), facts, signed.verified(*embedded))
+        event = credentials.decided(signed._replace(embedded=tuple(embedded)), digest(signed.compact), facts)
         return MappedEvent(event, facts is None or self._incomplete(facts))
 
     def _reply(self, record: Received) -> MappedEvent:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.audit.events import credentials, services, subjects
+from ringfence.audit.events import credentials, services
+from ringfence.audit.events.ocsf import credential_fields
 from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
 from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.kafka.record import Received
@@ -36,24 +37,20 @@ class LeaseMapper(RecordMapper):
             return MappedEvent(credentials.lease_forgotten(record, lease_id, self._lease_fields(lease_id)))
         if self._epochs.took(record):
             marker = self._verifier.by_service(record, LeaseEpoch, "revoker")
-            return MappedEvent(services.epoch_began(record, marker.claims, marker.verified()))
+            return MappedEvent(services.epoch_began(marker))
         signed = self._verifier.by_service(record, Lease, "issuer", "revoker")
         claims = signed.claims
         if self._epochs.is_void(record, claims.epoch):
             void = self._verifier.remember_lease(claims)
-            fields = subjects.credential_fields(void, self._verifier.facts(claims.request_id))
-            return MappedEvent(credentials.lease_void(record, claims, void, fields, signed.verified()))
+            fields = credential_fields(void, self._verifier.facts(claims.request_id))
+            return MappedEvent(credentials.lease_void(signed, void, fields))
         if claims.epoch is not None:
             # The marker of the epoch may be older than the first offset of this reader.
             self._epochs.begin(record, claims.epoch)
         lease = self._verifier.remember_lease(claims)
         facts = self._verifier.facts(claims.request_id)
-        replay = self._replay(
-            record, signed, lambda: {**subjects.credential_fields(lease, facts), "lease": claims.lease_id}
-        )
-        if replay is not None:
-            return MappedEvent(replay)
-        return MappedEvent(credentials.leased(record, claims, lease, facts, signed.verified()))
+        self._first(signed, lambda: {**credential_fields(lease, facts), "lease": claims.lease_id})
+        return MappedEvent(credentials.leased(signed, lease, facts))
 
     def _revocation(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_anyone(record, RevocationRequest)
@@ -68,17 +65,13 @@ class LeaseMapper(RecordMapper):
         fields |= self._lease_fields(claims.lease_id)
         if "agent" in fields and "sponsor" not in fields:
             fields["sponsor"] = self._verifier.sponsor_of(fields["agent"])
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
-        event = credentials.revocation_requested(record, claims, lease, fields, signed.verified())
+        self._first(signed, lambda: fields)
+        event = credentials.revocation_requested(signed, lease, fields)
         self._verifier.remember_revocation(claims, event.body["unmapped"])
         return MappedEvent(event, lacks_names(event))
 
     def _ack(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_service(record, RevocationAck, "gateway")
         revocation = self._verifier.revocation(signed.claims.revocation_id)
-        replay = self._replay(record, signed, lambda: dict(revocation))
-        if replay is not None:
-            return MappedEvent(replay)
-        return MappedEvent(credentials.cut_confirmed(record, signed.claims, revocation, signed.verified()))
+        self._first(signed, lambda: revocation)
+        return MappedEvent(credentials.cut_confirmed(signed, revocation))

@@ -5,11 +5,11 @@ One class for each subject, one method for each topic. `by_topic` of a class say
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
-from ringfence.audit.events import registry, services, subjects
-from ringfence.audit.events.ocsf import OcsfEvent
+from ringfence.audit.events import registry, services
+from ringfence.audit.events.ocsf import OcsfEvent, credential_fields, task_fields
 from ringfence.audit.memory import RequestFacts
 from ringfence.audit.verification import OutdatedError, RecordVerifier, VerifiedMessage
 from ringfence.kernel.base.ids import digest, message_id
@@ -32,38 +32,42 @@ class MappedEvent(NamedTuple):
 
 
 Mapper = Callable[[Received], MappedEvent]
-"""Maps a record to its event. Raises InvalidMessageError or ChainError if verification fails."""
+"""Maps a record to its event. Raises ReplayError, or InvalidMessageError or ChainError if verification fails."""
+
+
+class ReplayError(Exception):
+    """A message was seen before, at other coordinates. `event` is the event of its record."""
+
+    def __init__(self, event: OcsfEvent) -> None:
+        super().__init__("replayed")
+        self.event = event
 
 
 class RecordMapper:
-    """The base class of mappers: events of replays and of outdated messages, and the fields of subjects."""
+    """The base class of mappers: events of replays and of outdated messages, and the fields of"""
 
     def __init__(self, verifier: RecordVerifier, trust_domain: str) -> None:
         self._verifier = verifier
         self._trust_domain = trust_domain
 
-    def outdated(self, record: Received, error: OutdatedError) -> OcsfEvent:
+    def outdated(self, error: OutdatedError) -> OcsfEvent:
         """The event of a message that reached the broker outside its validity."""
-        signed = error.signed
-        fields = self._subject_fields(record, signed)
-        if "agent" in fields and "sponsor" not in fields:
-            fields["sponsor"] = self._verifier.sponsor_of(fields["agent"])
-        return services.expired(record, signed.claims.iss, error.code, fields, signed.verified())
-
-    def _replay(
-        self, record: Received, signed: VerifiedMessage[Any], fields_of: Callable[[], dict[str, Any]]
-    ) -> OcsfEvent | None:
-        """The event of a replay, or None at the first sighting. `fields_of` gives the fields of its subject."""
-        first = self._verifier.first_sighting(record, signed)
-        if first is None:
-            return None
-        sighting, same = first
-        fields = fields_of()
-        if fields.get("agent") and "sponsor" not in fields:
-            fields = {**fields, "sponsor": self._verifier.sponsor_of(fields["agent"])}
-        return services.replayed(
-            record, signed.claims.iss, sighting, same=same, fields=fields, verified=signed.verified()
+        return services.expired(
+            error.signed, error.code, self._with_sponsor(self._subject_fields(error.signed))
         )
+
+    def _first(self, signed: VerifiedMessage[Any], fields_of: Callable[[], Mapping[str, Any]]) -> None:
+        """Raise ReplayError unless this is the first sighting of a message. `fields_of`: the fields of its subject."""
+        first = self._verifier.first_sighting(signed)
+        if first is not None:
+            sighting, same = first
+            fields = self._with_sponsor(fields_of())
+            raise ReplayError(services.replayed(signed, sighting, same=same, fields=fields))
+
+    def _with_sponsor(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        if fields.get("agent") and "sponsor" not in fields:
+            return {**fields, "sponsor": self._verifier.sponsor_of(fields["agent"])}
+        return fields
 
     def _lease_fields(
         self, lease_id: str | None, agent: str | None = None, task: str | None = None
@@ -71,7 +75,7 @@ class RecordMapper:
         """Fields of a lease that audit has seen. Without one, or if it is another agent's: those of agent and task."""
         lease = self._verifier.lease(lease_id) if lease_id is not None else None
         if lease is not None and agent in (None, lease.agent):
-            return subjects.credential_fields(lease, self._verifier.facts(lease.request_id))
+            return credential_fields(lease, self._verifier.facts(lease.request_id))
         return self._agent_fields(agent, task)
 
     def _agent_fields(self, agent: str | None, task: str | None = None) -> dict[str, Any]:
@@ -91,7 +95,7 @@ class RecordMapper:
 
     def _task_fields(self, task: str) -> dict[str, Any]:
         state = self._verifier.task_of(task)
-        return subjects.task_fields(state) if state is not None else {}
+        return task_fields(state) if state is not None else {}
 
     def _incomplete(self, facts: RequestFacts) -> bool:
         """Return whether the local tables may have more fields later. A task never changes its agent."""
@@ -99,7 +103,7 @@ class RecordMapper:
             facts.on_behalf_of is None and self._verifier.task_of(facts.task) is None
         )
 
-    def _subject_fields(self, record: Received, signed: VerifiedMessage[Any]) -> dict[str, Any]:
+    def _subject_fields(self, signed: VerifiedMessage[Any]) -> dict[str, Any]:
         """Fields of the subject of an expired or replayed message whose signature holds."""
         claims = signed.claims
         match claims:
@@ -114,9 +118,9 @@ class RecordMapper:
             case RequestWithdraw():
                 return self._withdrawal_fields(claims)
             case Approval():
-                at_ms = record.appended_at_ms
+                at_ms = signed.record.appended_at_ms
                 facts = self._verifier.embedded_request(claims.request, claims.request_id, at_ms)
-                return subjects.credential_fields(None, facts) or {"request": claims.request_id}
+                return credential_fields(None, facts) or {"request": claims.request_id}
             case Grant() | ActionApproval() | ActionRequest() | RunOrder():
                 return self._agent_fields(claims.agent_id, getattr(claims, "task_id", None))
             case RunStop():
@@ -129,12 +133,10 @@ class RecordMapper:
 
     def _withdrawal_fields(self, claims: RequestWithdraw) -> dict[str, Any]:
         """Fields of the request that an agent withdraws; those of the agent alone if it is not its own, or unknown."""
-        agent, facts = (
-            subject_of(self._trust_domain, claims.iss, "agent"),
-            self._verifier.facts(claims.request_id),
-        )
+        agent = subject_of(self._trust_domain, claims.iss, "agent")
+        facts = self._verifier.facts(claims.request_id)
         if facts is not None and facts.agent == agent:
-            return subjects.credential_fields(None, facts)
+            return credential_fields(None, facts)
         return {**self._agent_fields(agent), "request": claims.request_id}
 
 

@@ -48,15 +48,11 @@ class RegistryMapper(RecordMapper):
     def _command(self, record: Received) -> MappedEvent:
         signed, consent_by = self._verifier.command(record)
         kind, _, fields = registry.subject_of_command(signed.claims)
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: fields)
         task = self._verifier.task_of(fields["task"]) if kind == "task" else None
         agent = fields.get("agent") or (task.agent_id if task is not None else None)
         event = registry.commanded(
-            record,
-            signed.claims,
-            signed.verified(*((_consent_typ(signed.claims),) if consent_by else ())),
+            signed._replace(embedded=(_consent_typ(signed.claims),)) if consent_by else signed,
             sponsor=self._verifier.sponsor_of(agent) if agent else None,
             consent_by=consent_by,
             task=task,
@@ -71,18 +67,14 @@ class RegistryMapper(RecordMapper):
             signed, last = self._verifier.record(record, model)
             claims = signed.claims
             agent = getattr(claims.state, "agent_id", None)
-            verified = signed.verified(last.typ)
-            newer = self._verifier.newer_revision(record, claims)
+            whole = signed._replace(embedded=(last.typ,))
+            newer = self._verifier.newer_revision(signed)
             if newer is not None:
-                return MappedEvent(registry.revision_fell(record, claims, newer, verified))
-            replay = self._replay(record, signed, lambda: {"agent": agent} if agent else {})
-            if replay is not None:
-                return MappedEvent(replay)
+                return MappedEvent(registry.revision_fell(whole, newer))
+            self._first(signed, lambda: {"agent": agent} if agent else {})
             sponsor = self._verifier.sponsor_of(agent) if agent else None
             act = getattr(claims.state, "act", None) or ()
-            event = registry.recorded(
-                record, claims, last, verified, sponsor=sponsor, sponsors=self._verifier.sponsors_of(act)
-            )
+            event = registry.recorded(whole, last, sponsor=sponsor, sponsors=self._verifier.sponsors_of(act))
             return MappedEvent(event, lacks_names(event))
 
         return map_record

@@ -25,29 +25,23 @@ class RunMapper(RecordMapper):
         signed = self._verifier.by_user(record, RunOrder)
         claims = signed.claims
         fields = self._agent_fields(claims.agent_id, claims.task_id)
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
-        event = runs.ordered(record, claims, fields, signed.verified())
+        self._first(signed, lambda: fields)
+        event = runs.ordered(signed, fields)
         return MappedEvent(event, lacks_names(event))
 
     def _stop(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_user(record, RunStop)
         claims = signed.claims
         fields = self._run_fields(claims.run_id)
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: fields)
         # Of an order that waits, no runner has said anything yet.
-        return MappedEvent(runs.stop_ordered(record, claims, fields, signed.verified()), not fields)
+        return MappedEvent(runs.stop_ordered(signed, fields), not fields)
 
     def _run(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_service(record, Run, *Run.signed_by)
         claims = signed.claims
         fields = self._agent_fields(claims.agent_id, claims.task_id)
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
+        self._first(signed, lambda: fields)
         counts = self._verifier.run_counted(record, claims)
-        event = runs.told(record, claims, fields, signed.verified(), counts=counts is not False)
+        event = runs.told(signed, fields, counts=counts is not False)
         return MappedEvent(event, counts is None or lacks_names(event))

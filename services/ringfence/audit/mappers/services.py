@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.audit.events import actions, registry, services, subjects
+from ringfence.audit.events import actions, registry, services
+from ringfence.audit.events.ocsf import credential_fields
 from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.record import Received
@@ -30,22 +31,18 @@ class ServiceMapper(RecordMapper):
         lease = self._verifier.lease(claims.lease_id) if claims.lease_id is not None else None
         request_id = claims.request_id or (lease.request_id if lease is not None else None)
         facts = self._verifier.facts(request_id) if request_id is not None else None
-        fields = subjects.credential_fields(lease, facts) or self._agent_fields(
-            self._agent_in(claims), claims.task_id
-        )
-        replay = self._replay(record, signed, lambda: fields)
-        if replay is not None:
-            return MappedEvent(replay)
+        fields = credential_fields(lease, facts) or self._agent_fields(self._agent_in(claims), claims.task_id)
+        self._first(signed, lambda: fields)
         if claims.kind in ("accepted", "refused") and claims.subject in registry.command_typs():
-            event = registry.answered(record, claims, fields, signed.verified())
+            event = registry.answered(signed, fields)
         elif services.is_sign_in(claims):
-            event = services.session_begun(record, claims, signed.verified())
+            event = services.session_begun(signed)
         elif services.is_shared_identity(claims):
-            event = services.shared_identity(record, claims, fields, signed.verified())
+            event = services.shared_identity(signed, fields)
         else:
             origin = lease or facts
             trace = origin.traceparent if origin is not None else None
-            event = services.reported(record, claims, fields, signed.verified(), trace)
+            event = services.reported(signed, fields, trace)
         return MappedEvent(event, lacks_names(event))
 
     def _agent_in(self, claims: ServiceEvent) -> str | None:

@@ -24,6 +24,7 @@ from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
 from ringfence.messages.base import Name, ServiceRole
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
@@ -160,8 +161,7 @@ def _make_trust(
 def add_gateways(folder: TrustFolder, gateways: Sequence[str]) -> TrustBundle:
     """Sign the next version of the trust bundle: with these gateways, each with new keys, beside everything in it.
 
-    Issuers and gateways from earlier versions without an encryption key get one. The end of the bundle stays what it
-    is.
+    The end of the bundle stays what it is.
 
     Returns the bundle. Needs the root's key. Raises InvalidCallError if a name is invalid; CeremonyError if it is
     taken, or there is no trust root, or its bundle has expired (see `ringfence.client.admin.key_rotation`).
@@ -288,9 +288,8 @@ def _with_services(
     now_s = int(time.time())
     if bundle.exp <= now_s:
         raise CeremonyError(f"the trust bundle in {folder.bundle} has expired; first sign it anew: --renew")
-    services = [_with_encryption_key(folder, service, now_s, bundle.exp) for service in bundle.services]
-    services += [_new_service(folder, bundle.aud, name, role, now_s, bundle.exp) for name, role in more]
-    return sign_next_bundle(folder, bundle, root, now_s, services=tuple(services))
+    new = [_new_service(folder, bundle.aud, name, role, now_s, bundle.exp) for name, role in more]
+    return sign_next_bundle(folder, bundle, root, now_s, services=(*bundle.services, *new))
 
 
 def _new_service(
@@ -299,19 +298,13 @@ def _new_service(
     """Return a service with fresh keys, and write the private keys to the folder."""
     key = SigningKey.generate(spiffe_id(trust_domain, "service", name))
     key.save(folder.service_key(name))
-    service = ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(end_s, now_s - 60),))
-    return _with_encryption_key(folder, service, now_s, end_s)
-
-
-def _with_encryption_key(
-    folder: TrustFolder, service: ServiceIdentity, now_s: int, end_s: int
-) -> ServiceIdentity:
-    """Return the same service, with an encryption key added where its role needs one and it has none."""
-    if service.encryption_keys or not set(_SEALED_TO) & set(service.roles):
-        return service
-    key = EncryptionKey.generate(service.id)
-    key.save(folder.encryption_key(service.id.rpartition("/")[2]))
-    return service.model_copy(update={"encryption_keys": (key.record(end_s, now_s - 60),)})
+    sealed_to: tuple[KeyRecord, ...] = ()
+    if role in _SEALED_TO:
+        encryption_key = EncryptionKey.generate(key.id)
+        encryption_key.save(folder.encryption_key(name))
+        sealed_to = (encryption_key.record(end_s, now_s - 60),)
+    keys = (key.record(end_s, now_s - 60),)
+    return ServiceIdentity(id=key.id, roles=(role,), keys=keys, encryption_keys=sealed_to)
 
 
 def load_root_and_bundle(folder: TrustFolder) -> tuple[SigningKey, TrustBundle]:

@@ -46,9 +46,8 @@ def _url(filters: Mapping[str, Any], **more: Any) -> str:
 
 
 def _older_url(filters: Mapping[str, Any], answer: Mapping[str, Any]) -> str | None:
-    """The address of the events before those of an answer; an earlier version of audit does not give it."""
-    before = answer.get("before")
-    return _url(filters, before=before) if before else None
+    """The address of the events before those of an answer; None if there are none."""
+    return _url(filters, before=answer["before"]) if answer["before"] else None
 
 
 def _looked_at_ms(answer: Mapping[str, Any]) -> int | None:
@@ -56,7 +55,7 @@ def _looked_at_ms(answer: Mapping[str, Any]) -> int | None:
 
     It changes with every event of anybody, which is no news for this person.
     """
-    return answer.get("looked_at_ms") if answer.get("before") and not answer["events"] else None
+    return answer.get("looked_at_ms") if answer["before"] and not answer["events"] else None
 
 
 async def trace(view: View) -> Page:

@@ -31,8 +31,7 @@ def bound_audience(trust_domain: str, kid: str) -> str:
 
 def selector_id(selector: AttestationSelector) -> str:
     """Return the id of a selector in enrolments and leases. Different selectors have different ids."""
-    # Ids of before, in leases and enrolments, stay: the field was not there then.
-    fields = selector.model_dump(mode="json", exclude={"runner"} if selector.runner is None else None)
+    fields = selector.model_dump(mode="json", exclude_none=True)
     return digest(json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=False))
 
 

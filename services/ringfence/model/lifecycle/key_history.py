@@ -1,6 +1,6 @@
 """Where keys of people and agents come from: who gave each key, and since when it counts for approvals. Pure.
 
-All of it follows from the commands that the user's record embeds. No state stores it, so older records have it as well
+All of it follows from the commands that the user's record embeds, and no state stores it
 (ADR 0074). The first key of a user counts at once. A key that somebody else adds later counts for approvals, grants and
 reviews only after `WAIT_S`, so that the user can end it first; or at once, if a second operator co-signed it. A key
 that the user adds by a key of their own counts as that one does.

@@ -42,7 +42,8 @@ class Consent:
     address_unverified: bool = False
     """Whether it depends on an `email` that the token does not call verified.
 
-    Registries no longer accept such a command. Readers do, because some old tasks depend on one.
+    The registry refuses such a command. Readers accept its record: the root may have changed what it says of the issuer
+    (`emails_verified`) after the task was assigned.
     """
 
 
