@@ -54,10 +54,10 @@ os.environ.setdefault("RINGFENCE_POLICY_EVALUATION_TIMEOUT_MS", "30000")
 # Those of detection switch it on.
 os.environ.setdefault("RINGFENCE_AUDIT_DETECT", "false")
 
-# Which settings files are trusted is the user's own list. Tests have one of theirs, and so has what they start: nothing
-# that was ever allowed counts here, and nothing that a test allows counts afterwards.
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="ringfence-state-")
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+# The personal settings file and the state of whoever runs the tests are not those of tests, nor of what they start.
+_USER = tempfile.mkdtemp(prefix="ringfence-user-")
+os.environ |= {"XDG_CONFIG_HOME": f"{_USER}/config", "XDG_STATE_HOME": f"{_USER}/state"}
+atexit.register(shutil.rmtree, _USER, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -203,7 +203,8 @@ def test_dev_leaves_no_process_behind(tmp_path: Path, how: signal.Signals) -> No
         assert len(children) >= 8, "broker, Valkey and six services"
         listed = subprocess.run(
             [*RINGFENCE, "--identity", ".ringfence/users/olga.json", "inventory", "--json"],
-            cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=WITHIN_S,
+            cwd=tmp_path, env=environment() | {"RINGFENCE_CONFIG": ".ringfence/ringfence.toml"}, capture_output=True,
+            text=True, timeout=WITHIN_S,
         )  # fmt: skip
         assert listed.returncode == 0, listed.stderr
         assert "deploy-bot" in listed.stdout
@@ -302,7 +303,6 @@ def test_dev_uses_nothing_that_others_left_where_it_starts(tmp_path: Path) -> No
     )  # fmt: skip
     try:
         said = wait_until_up(process)
-        assert said.count("ignored the settings file") == 1
         assert f"  cd {tmp_path} && source .ringfence/dev.sh\n" in said
         shell = (tmp_path / ".ringfence/dev.sh").read_text()
         assert f"export RINGFENCE_CONFIG={tmp_path / '.ringfence/ringfence.toml'}\n" in shell

@@ -171,6 +171,7 @@ async def test_an_example_runs_as_its_readme_says(reader: Reader, name: str) -> 
     task = "TASK"
     environment = {"RINGFENCE_DOOR": reader.gateway} if name in OVER_HTTP else {}
     async with reader.shell(**environment) as shell:
+        await shell.run("source .ringfence/dev.sh", [])
         for step in steps:
             # As a reader does: TASK stands for the id that was printed.
             command = re.sub(r"(?<=task )TASK\b|(?<= )TASK(?= )", task, step.command)

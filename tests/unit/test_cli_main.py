@@ -18,7 +18,6 @@ import ringfence
 from ringfence.cli.main import COMMANDS, EXTRAS, main
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.kernel.base import config_file
 from ringfence.kernel.crypto.keys import SigningKey
 
 ID = "5f0c0e6e-0000-4000-8000-000000000000"
@@ -248,25 +247,26 @@ def test_a_key_is_made_once_and_never_shown(tmp_path: Path, capsys: pytest.Captu
     assert "exists already" in capsys.readouterr().err
 
 
-def trust_settings(folder: Path, text: str) -> None:
-    file = folder / "ringfence.toml"
-    file.write_text(text)
-    config_file.allow(str(file), file.read_bytes())
+def name_settings(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    Path("ringfence.toml").write_text(text)
+    monkeypatch.setenv("RINGFENCE_CONFIG", "ringfence.toml")
 
 
 def test_the_identity_may_stand_in_the_settings_file(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trust_settings(tmp_path, '[identity]\npath = "gone.json"\n')
+    name_settings(monkeypatch, '[identity]\npath = "gone.json"\n')
     assert main(["user", "list"]) == 1
     assert "gone.json" in capsys.readouterr().err
-    trust_settings(tmp_path, 'identity = "also-gone.json"\n')
+    name_settings(monkeypatch, 'identity = "also-gone.json"\n')
     assert main(["user", "list"]) == 1
     assert "also-gone.json" in capsys.readouterr().err
 
 
-def test_a_broken_settings_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trust_settings(tmp_path, "kafka = \n")
+def test_a_broken_settings_file_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name_settings(monkeypatch, "kafka = \n")
     assert main(["user", "list"]) == 1
     assert "cannot read ringfence.toml" in capsys.readouterr().err
 

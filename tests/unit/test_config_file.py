@@ -1,9 +1,8 @@
-"""Which settings file counts: what was named, and what was found and is trusted with exactly this content."""
+"""Which settings file applies: the named one, else the user's own; never one of the working directory."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,152 +10,142 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.client.settings import ClientSettings
-from ringfence.kernel.base import config_file
-from ringfence.kernel.base.errors import SettingsError
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.client.settings import ClientSettings, load_settings
+from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.base.trusted_files import TrustedFiles
+from ringfence.kernel.crypto.keys import SigningKey
 
-PLANTED = 'kafka = "planted:1"\n[policy]\nbundle = "planted"\n'
+DEV_FILE = ".ringfence/ringfence.toml"
+HINT = "run 'source .ringfence/dev.sh', or set RINGFENCE_CONFIG"
 USUAL = "127.0.0.1:9092"
 
 
 @pytest.fixture(autouse=True)
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A working directory, and a list of trusted files that is empty."""
+    """A working directory, and a home folder without settings."""
     for name in list(os.environ):
-        if name.startswith("RINGFENCE_"):
+        if name.startswith(("RINGFENCE_", "XDG_")):
             monkeypatch.delenv(name)
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     return here
 
 
-def plant(text: str = PLANTED, path: str = "ringfence.toml") -> Path:
-    file = Path(path)
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(text)
-    return file
+def write(path: Path, kafka: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'kafka = "{kafka}"\n')
+    path.chmod(0o644)
+    return path
 
 
-def allow(file: Path) -> None:
-    config_file.allow(str(file), file.read_bytes())
+@pytest.fixture
+def personal(tmp_path: Path) -> Path:
+    return write(tmp_path / "home/.config/ringfence/ringfence.toml", "personal:1")
 
 
-def test_a_file_that_was_merely_found_decides_nothing(
-    capsys: pytest.CaptureFixture[str], folder: Path
+@pytest.mark.parametrize("path", ["ringfence.toml", DEV_FILE])
+@pytest.mark.parametrize("content", ['kafka = "planted:1"\n', "kafka = \n"])
+def test_file_in_working_directory_is_not_read(
+    path: str, content: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for path in config_file.CANDIDATES:
-        file = plant(path=path)
-        assert load(ClientSettings).kafka == load(ServiceSettings).kafka == USUAL
-        told = capsys.readouterr().err
-        assert told.count("\n") == 1, "once, though it is read for each kind of settings"
-        assert f"ignored the settings file {folder / path}: you have not allowed it" in told
-        assert told.endswith(f"ringfence config trust {path}\n")
-        file.unlink()
+    write(Path(path), "").write_text(content)
+    assert load(ClientSettings).kafka == load(ServiceSettings).kafka == USUAL
+    write(tmp_path / "home/.config/ringfence/ringfence.toml", "personal:1")
+    assert load(ClientSettings).kafka == load(ServiceSettings).kafka == "personal:1"
 
 
-def test_a_file_counts_once_its_user_allowed_it(capsys: pytest.CaptureFixture[str]) -> None:
-    allow(plant())
-    assert load(ClientSettings).kafka == load(ServiceSettings).kafka == "planted:1"
+def test_personal_file_is_in_configuration_folder(
+    personal: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert load(ClientSettings).kafka == "personal:1"
+    monkeypatch.setenv("XDG_CONFIG_HOME", "relative")
+    write(Path("relative/ringfence/ringfence.toml"), "planted:1")
+    assert load(ClientSettings).kafka == "personal:1"
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    assert load(ClientSettings).kafka == USUAL
+    file = write(tmp_path / "dotfiles/ringfence.toml", "dotfiles:1")
+    (tmp_path / "config/ringfence").mkdir(parents=True)
+    (tmp_path / "config/ringfence/ringfence.toml").symlink_to(file)
+    assert load(ClientSettings).kafka == "dotfiles:1"
+
+
+@pytest.mark.parametrize("home", [None, "", "relative"])
+def test_without_home_folder_there_is_no_personal_file(
+    home: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(Path("relative/.config/ringfence/ringfence.toml"), "planted:1")
+    write(Path(".config/ringfence/ringfence.toml"), "planted:1")
+    monkeypatch.delenv("HOME") if home is None else monkeypatch.setenv("HOME", home)
+    assert load(ClientSettings).kafka == USUAL
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o646])
+def test_personal_file_that_others_can_write_is_refused(personal: Path, mode: int) -> None:
+    personal.chmod(mode)
+    with pytest.raises(SettingsError, match=r"others can write it; .*chmod go-w"):
+        load(ClientSettings)
+
+
+def test_personal_file_of_another_user_is_refused(personal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 4711)
+    if personal.stat().st_uid == 0:
+        assert load(ClientSettings).kafka == "personal:1", "root may write every file"
+        os.chown(personal, 4712, -1)
+    with pytest.raises(SettingsError, match="belongs to another user"):
+        load(ClientSettings)
+
+
+def test_named_file_and_environment_win(
+    personal: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link.toml").symlink_to(write(Path("mine.toml"), "named:1").resolve())
+    for named in ("mine.toml", str(tmp_path / "link.toml")):
+        monkeypatch.setenv("RINGFENCE_CONFIG", named)
+        assert load(ClientSettings).kafka == "named:1"
+    monkeypatch.setenv("RINGFENCE_KAFKA", "environment:1")
+    assert load(ClientSettings).kafka == "environment:1"
+    monkeypatch.setenv("RINGFENCE_CONFIG", os.devnull)
+    monkeypatch.delenv("RINGFENCE_KAFKA")
+    assert load(ClientSettings).kafka == USUAL
+    monkeypatch.setenv("RINGFENCE_CONFIG", "gone.toml")
+    with pytest.raises(SettingsError, match="there is no such file"):
+        load(ClientSettings)
     assert capsys.readouterr().err == ""
 
 
-def test_a_file_that_changed_is_ignored_again(capsys: pytest.CaptureFixture[str]) -> None:
-    file = plant()
-    allow(file)
-    plant(PLANTED.replace("planted:1", "planted:2"))
-    assert load(ClientSettings).kafka == USUAL
-    assert "it has changed since you allowed it" in capsys.readouterr().err
-    plant(PLANTED)
-    assert load(ClientSettings).kafka == "planted:1"
-    allow(plant(PLANTED + "#"))
-    plant(PLANTED)
-    assert load(ClientSettings).kafka == USUAL, "what was allowed before counts no more"
-
-
-def test_a_copy_elsewhere_is_another_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    allow(plant())
-    other = tmp_path / "other"
-    other.mkdir()
-    shutil.copy("ringfence.toml", other)
-    monkeypatch.chdir(other)
-    assert load(ClientSettings).kafka == USUAL
-
-
-@pytest.mark.parametrize("whole_folder", [False, True])
-def test_a_link_to_a_trusted_file_is_not_followed(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    folder: Path,
-    whole_folder: bool,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Relative paths in it would name a stranger's files."""
-    allow(plant('kafka = "trusted:1"\nkafka_ssl_ca_file = "ca.pem"\n', config_file.FOUND_BY_ITSELF))
-    assert load(ClientSettings).kafka == "trusted:1"
-    other = tmp_path / "other"
-    other.mkdir()
-    if whole_folder:
-        (other / ".ringfence").symlink_to(folder / ".ringfence")
-    else:
-        (other / "ringfence.toml").symlink_to(folder / config_file.FOUND_BY_ITSELF)
-    monkeypatch.chdir(other)
-    assert load(ClientSettings).kafka == USUAL
-    assert "it is reached by a symbolic link" in capsys.readouterr().err
-    assert main(["config", "trust"]) == 1
-    assert "symbolic link" in capsys.readouterr().err
-
-
-def test_a_link_on_the_way_to_the_working_directory_is_no_matter(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, folder: Path
-) -> None:
-    allow(plant())
-    (tmp_path / "link").symlink_to(folder)
-    monkeypatch.chdir(tmp_path / "link")
-    assert load(ClientSettings).kafka == "planted:1"
-
-
-def test_the_first_file_decides_even_where_it_is_ignored(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its user would get other settings than the wanted ones."""
-    allow(plant('kafka = "dev:1"\n', config_file.FOUND_BY_ITSELF))
-    plant()
-    assert load(ClientSettings).kafka == USUAL
-    assert "ringfence config trust ringfence.toml" in capsys.readouterr().err
-
-
-def test_an_ignored_file_is_not_even_parsed(capsys: pytest.CaptureFixture[str]) -> None:
-    plant("kafka = \n")
-    assert load(ClientSettings).kafka == USUAL
-    assert "you have not allowed it" in capsys.readouterr().err
-
-
-def test_what_is_no_regular_file_is_not_waited_for() -> None:
-    os.mkfifo("ringfence.toml")
-    assert load(ClientSettings).kafka == USUAL
-    allow(plant('kafka = "dev:1"\n', config_file.FOUND_BY_ITSELF))
-    assert load(ClientSettings).kafka == "dev:1"
-
-
-def test_a_file_that_is_too_large_is_ignored(capsys: pytest.CaptureFixture[str]) -> None:
-    file = plant(PLANTED + "#" * config_file.MAX_FOUND_BYTES)
-    allow(file)
-    assert load(ClientSettings).kafka == USUAL
-    assert f"larger than {config_file.MAX_FOUND_BYTES} bytes" in capsys.readouterr().err
-
-
-def test_without_a_home_directory_nothing_found_counts(
+def test_errors_about_settings_hint_at_those_of_dev_without_reading_them(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    allow(plant())
-    monkeypatch.delenv("XDG_STATE_HOME")
-    monkeypatch.delenv("HOME", raising=False)
-    assert load(ClientSettings).kafka == USUAL
-    assert "there is no home directory" in capsys.readouterr().err
-    assert main(["config", "trust"]) == 1
-    assert "set HOME, or XDG_STATE_HOME" in capsys.readouterr().err
+    def missing_root() -> str:
+        with pytest.raises(SettingsError) as refused:
+            load_settings()
+        return refused.value.message
+
+    assert HINT not in missing_root()
+    file = write(Path(DEV_FILE), "")
+    file.write_text("kafka = \n")
+    assert HINT in missing_root()
+    assert main(["user", "list"]) == 1
+    assert HINT in capsys.readouterr().err
+    assert main(["doctor"]) == 1
+    assert HINT in " ".join(capsys.readouterr().out.split())
+    assert main([]) == 0
+    assert "If you started ringfence dev here, first: source .ringfence/dev.sh" in capsys.readouterr().out
+    monkeypatch.setenv("RINGFENCE_CONFIG", os.devnull)
+    assert HINT not in missing_root()
+
+
+async def test_service_that_does_not_answer_hints_at_settings_of_dev() -> None:
+    write(Path(DEV_FILE), "")
+    settings = ClientSettings(policy_url="http://127.0.0.1:1", trust_root="a" * 43)
+    async with ReadApi(
+        key=SigningKey.generate("spiffe://ringfence.local/user/sam"), settings=settings
+    ) as api:
+        with pytest.raises(RingfenceError, match=r"RINGFENCE_POLICY_URL.*source \.ringfence/dev\.sh"):
+            await api.inventory()
 
 
 LIKE_WINDOWS = """
@@ -172,53 +161,8 @@ print(ClientSettings().kafka)
 """
 
 
-def test_where_files_have_no_owners_agents_run_and_nothing_found_counts() -> None:
-    allow(plant())
+def test_where_files_have_no_owners_agents_read_the_personal_file(personal: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIKE_WINDOWS], check=False, capture_output=True, text=True, timeout=60
     )
-    assert (done.returncode, done.stdout) == (0, f"{USUAL}\n"), done.stderr
-    assert "name your settings file by RINGFENCE_CONFIG" in done.stderr
-
-
-def test_where_the_list_cannot_be_believed_nothing_found_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    allow(plant())
-    TrustedFiles.of_user().path.write_text("{")
-    assert load(ClientSettings).kafka == USUAL
-    assert "counts for nothing" in capsys.readouterr().err
-
-
-def test_environment_and_a_named_file_need_nobody_s_leave(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    plant()
-    (tmp_path / "link.toml").symlink_to(plant('kafka = "named:1"\n', "mine.toml").resolve())
-    for named in ("mine.toml", str(tmp_path / "link.toml")):
-        monkeypatch.setenv("RINGFENCE_CONFIG", named)
-        assert load(ClientSettings).kafka == "named:1"
-    monkeypatch.setenv("RINGFENCE_KAFKA", "environment:1")
-    assert load(ClientSettings).kafka == "environment:1"
-    monkeypatch.setenv("RINGFENCE_CONFIG", os.devnull)
-    monkeypatch.delenv("RINGFENCE_KAFKA")
-    assert load(ClientSettings).kafka == USUAL
-    assert capsys.readouterr().err == "", "what was not looked for is not ignored"
-    monkeypatch.setenv("RINGFENCE_CONFIG", "gone.toml")
-    with pytest.raises(SettingsError, match="there is no such file"):
-        load(ClientSettings)
-
-
-def test_the_path_of_an_ignored_file_moves_no_cursor(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    hostile = tmp_path / "a\x1b[2J\n\u202e\u0430"
-    hostile.mkdir()
-    monkeypatch.chdir(hostile)
-    plant()
-    assert load(ClientSettings).kafka == USUAL
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1
-    assert told.isascii() or not ({"\x1b", "\u202e"} & set(told))
-    assert "a‹U+001B›[2J‹U+000A›‹U+202E›а‹U+0430›" in told
-    assert main(["config", "trust"]) == 0
-    shown = capsys.readouterr()
-    assert not ({"\x1b", "\u202e"} & set(shown.out + shown.err))
+    assert (done.returncode, done.stdout) == (0, "personal:1\n"), done.stderr

@@ -17,7 +17,7 @@ from ringfence.cli.shared.output_files import kept_file, output_file, output_fol
 INPUTS = frozenset({
     "--attestation-root", "--baseline", "--bundle", "--ca-file", "--consent", "--delegation", "--endorsement",
     "--id-token", "--identity", "--invitation", "--jwks", "--key-file", "--package", "--public-key", "--socket",
-    "config trust path", "key prove file", "key show file", "scan paths", "user sync file",
+    "key prove file", "key show file", "scan paths", "user sync file",
 })  # fmt: skip
 """Options and arguments whose files are only read. A new path is either here, or has a callback of `output_files`."""
 OUTPUTS = (output_file, kept_file, output_folder)

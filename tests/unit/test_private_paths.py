@@ -83,12 +83,13 @@ def test_the_named_settings_file_is_in_no_writable_mount(
         check(folder, "config", writable=True)
 
 
-def test_the_list_of_trusted_settings_files_is_in_no_writable_mount(
+def test_place_of_personal_settings_file_is_in_no_writable_mount(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_STATE_HOME", str(folder / "elsewhere"))
+    """Also while there is no such file."""
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(folder / "elsewhere"))
     check(folder, "elsewhere")
-    with pytest.raises(RunRefusedError, match="trusted settings files"):
+    with pytest.raises(RunRefusedError, match="personal settings file"):
         check(folder, "elsewhere", writable=True)
 
 

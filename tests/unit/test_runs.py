@@ -901,7 +901,7 @@ async def is_active(place: Place, **claims: Any) -> bool:
     asked: Any = OfAnyTarget(said)
     http = IssuerHttp(
         issuer_url="https://issuer.example", authenticator=asked, keys=asked, store=asked,
-        runs=place.ledger.directory.runs, jwks_max_age_s=1,
+        runs=place.ledger.directory.runs,
     )  # fmt: skip
     transport = httpx.ASGITransport(app=Starlette(routes=http.routes()))
     async with httpx.AsyncClient(transport=transport, base_url="http://issuer") as client:

@@ -23,8 +23,6 @@ class AuditSettings(RingfenceSettings):
     """The interval of signed checkpoints of a hash chain that has grown."""
     remembered_messages: Annotated[int, Field(ge=1000)] = 200_000
     """The number of (`iss`, `jti`) that are remembered for replay detection; about 300 bytes each."""
-    remembered_requests: Annotated[int, Field(ge=100)] = 20_000
-    """The number of requests and leases that are remembered, to name agent, task and people in later events."""
     index_file: str = "audit.sqlite"
     """The file of the index in `RINGFENCE_STATE_DIR`. It is rebuilt from the topic at each start."""
     tree_file: str = "audit-tree.sqlite"
@@ -35,9 +33,7 @@ class AuditSettings(RingfenceSettings):
     detect_beyond_user: bool = True
     """Report agents that ask for something that their user may not do."""
     detect_denials: Annotated[int, Field(ge=0, le=1000)] = 20
-    """The number of denials of an agent within `detect_denials_s` that is a burst."""
-    detect_denials_s: Annotated[int, Field(ge=1, le=3600)] = 60
-    """The window of a burst of denials."""
+    """The number of denials of an agent within a minute that is a burst."""
     detect_first_use_s: Annotated[int, Field(ge=0)] = 7 * 86_400
     """The time after an agent's first credential from which a new target is reported."""
     detect_unused_s: Annotated[int, Field(ge=0)] = 30 * 86_400
@@ -48,7 +44,3 @@ class AuditSettings(RingfenceSettings):
     """The shortest time in which a person can read what they approve."""
     detect_impossible_s: Annotated[int, Field(ge=0, le=86_400)] = 300
     """The time for which the predecessor of an event may be missing, while audit is up to date."""
-    detect_late_s: Annotated[int, Field(ge=0, le=86_400)] = 60
-    """The time after the end of its lease within which an action may be reported."""
-    detect_back_s: Annotated[int, Field(ge=60)] = 86_400
-    """Findings about older events are not published, except standing ones."""

@@ -47,6 +47,8 @@ P = TypeVar("P", bound=Message)
 _REMEMBERED_BYTES, _REMEMBERED_PERMISSIONS = 16 * 1024, 16
 """Larger messages are not remembered, and are verified again wherever they are embedded."""
 _REMEMBERED_EMBEDDED = 2000
+_REMEMBERED = 20_000
+"""Requests and leases, to name agent, task and people in later events."""
 _ALL_ROLES: tuple[ServiceRole, ...] = get_args(ServiceRole)
 
 _REVOCATION_FIELDS = (
@@ -112,20 +114,20 @@ class VerifiedMessage(NamedTuple, Generic[C]):
 class RecordVerifier:
     """Verifies records, finds replays, and remembers facts about requests, leases, grants and revocations.
 
-    The memory is bounded by the settings `remembered_messages` and `remembered_requests`.
+    The memory is bounded by the setting `remembered_messages`, and by `_REMEMBERED` requests and leases.
     """
 
     def __init__(self, trust: TrustStore, directory: Directory, settings: AuditSettings) -> None:
         self._trust = trust
         self._directory = directory
         self._seen = SeenMessages(settings.remembered_messages)
-        self._requests: BoundedDict[str, RequestFacts] = BoundedDict(settings.remembered_requests)
+        self._requests: BoundedDict[str, RequestFacts] = BoundedDict(_REMEMBERED)
         self._embedded: BoundedDict[str, CredentialRequest] = BoundedDict(_REMEMBERED_EMBEDDED)
         """By text: requests verified while embedded, whose own records may be read later."""
-        self._leases: BoundedDict[str, LeaseFacts] = BoundedDict(settings.remembered_requests)
-        self._revocations: BoundedDict[str, Mapping[str, Any]] = BoundedDict(settings.remembered_requests)
-        self._approvals: BoundedDict[str, str] = BoundedDict(settings.remembered_requests)
-        self._grants: BoundedDict[str, dict[str, Any]] = BoundedDict(settings.remembered_requests)
+        self._leases: BoundedDict[str, LeaseFacts] = BoundedDict(_REMEMBERED)
+        self._revocations: BoundedDict[str, Mapping[str, Any]] = BoundedDict(_REMEMBERED)
+        self._approvals: BoundedDict[str, str] = BoundedDict(_REMEMBERED)
+        self._grants: BoundedDict[str, dict[str, Any]] = BoundedDict(_REMEMBERED)
         self._revisions: dict[str, tuple[int, int, int]] = {}
 
     # --- signatures: each method raises InvalidMessageError or ChainError if verification fails ---

@@ -152,7 +152,7 @@ COMMANDS: dict[str, CommandEntry] = {
         "commands.init", "init", _RUN, "Make the trust root, service keys, the first operator."
     ),
     "config": CommandEntry(
-        "commands.config", "app", _RUN, "Where settings come from; trust a settings file."
+        "commands.config", "app", _RUN, "Which settings apply, and where each comes from."
     ),
     "key": CommandEntry("commands.key", "app", _RUN, "Make and show identity keys."),
     "completion": CommandEntry(
@@ -189,9 +189,21 @@ def _visible_usage_errors() -> Iterator[None]:
             problem = problem_of(first)
             quoted = f"{first['input']!r} " if isinstance(first["input"], str) else ""
             error.message = problem if problem.startswith(quoted) else quoted + problem
+        if instead := _instead_of_removed(error):
+            error.message = instead  # type: ignore[attr-defined]
         if says := getattr(error, "format_message", None):
             error.format_message = lambda: shown(says())  # type: ignore[attr-defined]
         raise
+
+
+def _instead_of_removed(error: Exception) -> str | None:
+    """Return what to use instead of a removed command that the command line names, or None."""
+    from ringfence.cli.shared.removed import COMMANDS as REMOVED
+
+    group = getattr(getattr(error, "ctx", None), "command_path", "")
+    found = re.match(r"No such command '(\S+)'", str(getattr(error, "message", "")))
+    command = f"{group} {found[1]}" if found else ""
+    return f"{command} was removed: {REMOVED[command]}" if command in REMOVED else None
 
 
 class LazyGroup(TyperGroup):
@@ -337,7 +349,7 @@ def ringfence(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="The key file of who is calling. [RINGFENCE_IDENTITY, or identity in ringfence.toml]",
+            help="The key file of who is calling. [RINGFENCE_IDENTITY, or identity in the settings file]",
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, whatever the command.")] = False,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ringfence.client.errors import IdentityError
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 
 log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ def load_key(key: SigningKey | Path | str | None, settings: ClientSettings) -> S
     if path is None:
         raise IdentityError(
             "nobody said who is calling: name a key file with --identity or RINGFENCE_IDENTITY "
-            "(make one with: ringfence key new)"
+            f"(make one with: ringfence key new){unread_here()}"
         )
     return SigningKey.load(Path(path))
 

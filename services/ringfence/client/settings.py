@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
 
+from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.base.settings import BusSettings, Url, load
 from ringfence.messages.api import PORTS
@@ -76,6 +77,6 @@ def load_settings(settings: ClientSettings | None = None) -> ClientSettings:
     if not settings.trust_root:
         raise SettingsError(
             "RINGFENCE_TRUST_ROOT is not set: without the fingerprint of the trust root nobody can be believed; "
-            "set it to what 'ringfence init' printed"
+            f"set it to what 'ringfence init' printed{unread_here()}"
         )
     return settings

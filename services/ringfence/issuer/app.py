@@ -132,7 +132,6 @@ def build(
         keys=token_keys,
         store=store,
         runs=directory.runs,
-        jwks_max_age_s=own.jwks_max_age_s,
     ).routes()
     resealer = Resealer(settings, runtime.trust, store, seal_keys, runtime.clock)
     runtime.routes += GatewayHttp(resealer, authenticator).routes()

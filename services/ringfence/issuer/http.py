@@ -23,6 +23,8 @@ from ringfence.model.records.runs import RunTable
 INTROSPECTION_PATH = "/oauth2/introspect"
 JWKS_PATH = "/.well-known/jwks.json"
 MAX_BODY_BYTES = 64 * 1024
+_JWKS_MAX_AGE_S = 300
+"""For how long others may keep the published keys."""
 
 
 class IssuerHttp:
@@ -36,14 +38,13 @@ class IssuerHttp:
         keys: TokenKeys,
         store: LeaseStore,
         runs: RunTable,
-        jwks_max_age_s: int,
     ) -> None:
         self._issuer = issuer_url.rstrip("/")
         self._authenticator = authenticator
         self._keys = keys
         self._store = store
         self._runs = runs
-        self._caching = {"Cache-Control": f"public, max-age={jwks_max_age_s}"}
+        self._caching = {"Cache-Control": f"public, max-age={_JWKS_MAX_AGE_S}"}
 
     def routes(self) -> Sequence[BaseRoute]:
         return [

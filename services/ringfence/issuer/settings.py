@@ -27,8 +27,6 @@ class IssuerSettings(RingfenceSettings):
     set."""
     patience_s: Annotated[float, Field(ge=0, le=60)] = 2.0
     """How long a decision waits for records that policy has seen and this issuer has not, before it is refused."""
-    jwks_max_age_s: Annotated[int, Field(ge=0, le=86_400)] = 300
-    """How long others may keep the published keys."""
     mint_deadline_s: Annotated[float, Field(gt=0, le=60)] = 5.0
     """How long one call to a target may take that makes a credential there."""
     mint_within_s: Annotated[float, Field(gt=0, le=600)] = 30.0

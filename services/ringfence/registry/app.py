@@ -25,6 +25,8 @@ from ringfence.registry.store import REMEMBERED_MS, Memory
 from ringfence.registry.subscribers import GROUP, router
 
 RECALL_S = 5.0
+_HEARTBEAT_S = 1.0
+"""The interval at which the tables are confirmed; well below `RINGFENCE_GRACE_S`."""
 """How long an instance that enrols waits for the registry's memory."""
 
 
@@ -53,7 +55,7 @@ def build(
     def mine() -> bool:
         return commands.owns(command_topic, 0)
 
-    runtime.background("heartbeat", lambda: registry.beat_while(mine, own.heartbeat_s))
+    runtime.background("heartbeat", lambda: registry.beat_while(mine, _HEARTBEAT_S))
     runtime.background(
         "key warnings", lambda: warnings.run(lambda: mine() and registry.untrusted() is None, own.key_check_s)
     )

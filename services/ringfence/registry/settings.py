@@ -18,7 +18,5 @@ class RegistrySettings(RingfenceSettings):
 
     oidc_ca_file: Path | None = None
     """Authorities (PEM), besides the machine's own, that issuers of identity tokens are verified by."""
-    heartbeat_s: Annotated[float, Field(gt=0, le=60)] = 1.0
-    """How often the tables are confirmed; well below `RINGFENCE_GRACE_S`, after which every other service denies."""
     key_check_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """How often the registry looks for keys that expire soon; it warns 14 days, 3 days and a day before."""

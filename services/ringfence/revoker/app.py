@@ -42,7 +42,7 @@ from ringfence.revoker.revocations.runner_silence import RunnerSilence, SilentRu
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.runner_pools import RunnerPools
 from ringfence.revoker.runs_http import RunsApi
-from ringfence.revoker.settings import RevokerSettings
+from ringfence.revoker.settings import PATIENCE_S, RevokerSettings
 from ringfence.revoker.subscribers import GROUP, router
 
 _ACKS_BACK_MS = 10 * 60 * 1000
@@ -89,9 +89,9 @@ def build(
     expiry = Expiry(store, ender, own, runtime.clock, fast_path or ExpiryFastPath())
     cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
     rebuilder = Rebuilder(runtime, store, directory)
-    verifier = RevocationVerifier(runtime, directory, patience_s=own.patience_s)
+    verifier = RevocationVerifier(runtime, directory, patience_s=PATIENCE_S)
     revocations = RevocationHandler(runtime, verifier, store, ender, cuts)
-    records = RecordHandler(runtime, directory, verifier, store, ender, patience_s=own.patience_s)
+    records = RecordHandler(runtime, directory, verifier, store, ender, patience_s=PATIENCE_S)
     since_ms = runtime.clock.now_ms() - BACK_MS
     watch = LeaseWatch(store, runtime.trust, ender, rebuilder, runtime.clock, own_records, since_ms=since_ms)
 
@@ -139,7 +139,7 @@ def build(
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
     issued = IssuedLeaseRecheck(
-        runtime, directory, store, own_records, patience_s=own.patience_s, is_silent=silence.is_silent
+        runtime, directory, store, own_records, patience_s=PATIENCE_S, is_silent=silence.is_silent
     )
 
     async def on_issued(batch: Sequence[Received]) -> None:
@@ -151,7 +151,7 @@ def build(
             revocations=revocations,
             fences=FenceHandler(verifier, store, cuts),
             record_change=records,
-            run_end=RunEndHandler(runtime, directory, run_revoker, patience_s=own.patience_s),
+            run_end=RunEndHandler(runtime, directory, run_revoker, patience_s=PATIENCE_S),
             issued=on_issued,
             dead_letters=runtime.dead_letters,
             run_dead_letters=DeadLetters(
@@ -174,7 +174,7 @@ def build(
         every_s=own.sweep_every_s, min_age_s=own.stranger_age_s,
     )  # fmt: skip
     tombstoner = LeaseTombstoner(runtime, is_leader, after_s=own.forget_after_s, every_s=own.forget_every_s)
-    silent_runs = SilentRunEnder(runtime, silence, run_revoker, is_leader, patience_s=own.patience_s)
+    silent_runs = SilentRunEnder(runtime, silence, run_revoker, is_leader, patience_s=PATIENCE_S)
     runtime.background("orphan-sweep", sweeper.run)
     runtime.background("silent-runs", silent_runs.run)
     runtime.background("retention", tombstoner.run)

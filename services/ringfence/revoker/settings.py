@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
 from ringfence.kernel.base.settings import RingfenceSettings
+
+PATIENCE_S: Final = 5.0
+"""The longest wait for records that have not arrived in the local tables yet."""
 
 
 class RevokerSettings(RingfenceSettings):
@@ -24,8 +27,6 @@ class RevokerSettings(RingfenceSettings):
     """The time for which Redis keeps the record of an ended lease."""
     outbox_age_ms: Annotated[int, Field(ge=500)] = 2_000
     """The time for which a record may wait in the outbox for its writer. After that a revoker publishes it."""
-    patience_s: Annotated[float, Field(ge=0, le=60)] = 5.0
-    """The longest wait for records that have not arrived in the local tables yet."""
     undo_concurrency: Annotated[int, Field(ge=1, le=1000)] = 8
     """The number of credentials that are removed at one target at a time."""
     undo_deadline_s: Annotated[float, Field(gt=0, le=60)] = 5.0

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _RECONCILE_EVERY_S = 5.0
 _LOOK_AGAIN_S = 1.0
+_PATIENCE_S = 5.0
+"""The longest wait for records that have not arrived in the local tables yet."""
 _STATE = Path(".ringfence/runner")
 
 
@@ -87,7 +89,7 @@ def build(
 
     async def is_claimed_here(plan: RunPlan) -> bool:
         """Whether the first claim of the run is this runner's. Its own is on Kafka, so one of them is in the table."""
-        if not await runtime.tables_caught_up(own.patience_s):
+        if not await runtime.tables_caught_up(_PATIENCE_S):
             raise UnavailableError(f"nobody knows yet whose run {plan.run_id} is")
         run = directory.runs.get(plan.run_id)
         return run is not None and (run.iss, run.status) == (runtime.key.id, "claimed")
@@ -118,8 +120,8 @@ def build(
                 runs.stop(run_id, reason)
 
     stops.on_stop(stop_now)
-    intake = OrderIntake(runtime, directory, pool, runs, stops, hold=guard.silent, patience_s=own.patience_s)
-    unfinished = UnfinishedRuns(runtime, directory, runs, connection, patience_s=own.patience_s)
+    intake = OrderIntake(runtime, directory, pool, runs, stops, hold=guard.silent, patience_s=_PATIENCE_S)
+    unfinished = UnfinishedRuns(runtime, directory, runs, connection, patience_s=_PATIENCE_S)
     obstacles = list[str]()
     lock = _KeyLock(key_file)
     life = list[asyncio.Task[Any]]()

@@ -20,5 +20,3 @@ class RunnerSettings(RingfenceSettings):
     """The pool that this runner takes orders for, and what these may ask for (TOML, or JSON in a file `.json`)."""
     drain_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
     """How long runs may go on after SIGTERM, in seconds. Then they are ended."""
-    patience_s: Annotated[float, Field(ge=0, le=60)] = 5.0
-    """The longest wait for records that have not arrived in the local tables yet."""

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it tells of every request
 
 _MAX_CONCURRENT_PUSHES = 8
+_TIMEOUT_S = 10.0
 _MAX_ANSWER_BYTES = 4096
 MAX_REFUSALS = 5
 """So many refusals of an event are retried, e.g. until the receiver has fetched new keys. Then it counts as refused."""
@@ -50,7 +51,7 @@ class Pusher:
         self._limit = asyncio.Semaphore(_MAX_CONCURRENT_PUSHES)
         self._http = httpx.AsyncClient(
             verify=_tls_context(receiver),
-            timeout=settings.push_timeout_s,
+            timeout=_TIMEOUT_S,
             follow_redirects=False,
             trust_env=False,
         )
@@ -100,7 +101,7 @@ class Pusher:
         try:
             headers = self._headers()
             async with (
-                asyncio.timeout(self._settings.push_timeout_s),
+                asyncio.timeout(_TIMEOUT_S),
                 self._http.stream("POST", self._url, content=compact.encode(), headers=headers) as response,
             ):
                 if response.status_code == httpx.codes.ACCEPTED:

@@ -52,8 +52,6 @@ class SignalsSettings(RingfenceSettings):
     """Where receivers reach this service: the `iss` of what it signs."""
     poll_s: Annotated[float, Field(ge=0, le=300)] = 30.0
     """How long a poll waits for something to come, at most."""
-    push_timeout_s: Annotated[float, Field(gt=0, le=120)] = 10.0
-    """How long a receiver may take for one event."""
     first_delay_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     """How long after a push that failed the next one is tried; then twice as long each time."""
     longest_delay_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 60.0

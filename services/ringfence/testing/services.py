@@ -73,7 +73,7 @@ from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHandler
 from ringfence.revoker.revocations.revocations import RevocationHandler
 from ringfence.revoker.revocations.verification import RevocationVerifier
-from ringfence.revoker.settings import RevokerSettings
+from ringfence.revoker.settings import PATIENCE_S
 from ringfence.testing.backend import CredentialOf, GivenCredentials, NoRightsNeeded
 from ringfence.testing.bus import InMemoryBus
 from ringfence.testing.clock import MovableClock
@@ -156,7 +156,6 @@ class Services:
                 keys=token_keys,
                 store=self.store,
                 runs=self.directory.runs,
-                jwks_max_age_s=300,
             ).routes()
         )
         context.bus.when_idle(self._close_overdue_once)
@@ -292,7 +291,6 @@ class Services:
     def _build_revoker(self) -> LeaseEnder:
         context, directory, store = self._context, self.directory, self.store
         runtime = context.runtime("revoker")
-        own = RevokerSettings.model_construct()
         ender = LeaseEnder(
             runtime,
             store,
@@ -304,7 +302,7 @@ class Services:
         verifier = RevocationVerifier(runtime, directory, patience_s=0.0)
         cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=0)
         revocations = RevocationHandler(runtime, verifier, store, ender, cuts)
-        records = RecordHandler(runtime, directory, verifier, store, ender, patience_s=own.patience_s)
+        records = RecordHandler(runtime, directory, verifier, store, ender, patience_s=PATIENCE_S)
         context.bus.consume({REVOCATION_REQUEST: revocations})
         context.bus.consume(dict.fromkeys(RECORD_TOPICS, sequential(records, runtime.dead_letters)))
         return ender

@@ -32,6 +32,11 @@ log = logging.getLogger(__name__)
 
 _MIN_INTERVAL_S = 3600
 _MAX_PENDING = 10_000
+_DENIALS_WITHIN_S = 60
+_LATE_S = 60
+"""The time after the end of its lease within which an action may be reported."""
+_BACK_S = 86_400
+"""Findings about older events are not published, except standing ones."""
 
 
 class DetectorTrail(TrailQueries, Protocol):
@@ -46,7 +51,7 @@ def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
     """The rules that the settings switch on."""
     optional_rules: Iterable[tuple[float, Callable[[], Rule]]] = (
         (own.detect_beyond_user, lambda: BeyondUser(_MIN_INTERVAL_S)),
-        (own.detect_denials, lambda: DenialBurst(own.detect_denials, own.detect_denials_s, _MIN_INTERVAL_S)),
+        (own.detect_denials, lambda: DenialBurst(own.detect_denials, _DENIALS_WITHIN_S, _MIN_INTERVAL_S)),
         (own.detect_first_use_s, lambda: FirstUse(own.detect_first_use_s)),
         (own.detect_unused_s, lambda: UnusedCeiling(own.detect_unused_s)),
         (own.detect_unreviewed_s, lambda: UnreviewedBreakGlass(own.detect_unreviewed_s)),
@@ -55,7 +60,7 @@ def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
         (
             own.detect_impossible_s,
             lambda: ImpossibleSequences(
-                trail, settle_s=own.detect_impossible_s, late_s=own.detect_late_s, back_s=own.detect_back_s
+                trail, settle_s=own.detect_impossible_s, late_s=_LATE_S, back_s=_BACK_S
             ),
         ),
     )
@@ -71,7 +76,7 @@ class Detector:
         """`trail`: the index, which has indexed the records before `on_records` gets them."""
         self._rules = rules(settings, trail)
         self._rules_of = lru_cache(maxsize=1024)(self._rules_for)
-        self._back_ms = settings.detect_back_s * 1000
+        self._back_ms = _BACK_S * 1000
         self._trail = trail
         self._intake = intake
         self._clock = clock
@@ -105,7 +110,7 @@ class Detector:
             return
         for rule in self._rules_of(parsed.code, parsed.summary.log_name):
             for finding in rule.observe(parsed, now_ms):
-                # Events older than `detect_back_s` are history: findings about them are not published.
+                # Events older than `_BACK_S` are history: findings about them are not published.
                 if finding.standing or finding.at_ms >= now_ms - self._back_ms:
                     self._remember(finding)
 

@@ -54,7 +54,8 @@ class Finding:
     """A finding of a rule.
 
     `rule` and `subject` make its uid, so every replica that finds the same makes the same event. `standing`: it holds
-    until somebody acts on it, and is published however old it is; others are published only within `detect_back_s`.
+    until somebody acts on it, and is published however old it is; others are published only if their
+    event is younger than a day.
     """
 
     rule: str

@@ -17,10 +17,8 @@ from ringfence.cli.commands.dev_summary import SHELL_FILE, command_lines, organi
 from ringfence.cli.shared.output import console
 from ringfence.cli.shared.output_files import output_folder
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
-from ringfence.kernel.base import config_file
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.base.text import Lines, visible_lines
-from ringfence.kernel.base.trusted_files import TrustedFilesError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -163,19 +161,12 @@ def _print_lines(out: Console, lines: Iterable[str]) -> None:
 
 
 def write_config(environment: dict[str, str], path: Path) -> None:
-    """Write `RINGFENCE_*` as a TOML settings file without secrets, and trust it.
-
-    If there is no place for the list of trusted files, the file is written all the same: `RINGFENCE_CONFIG` can name
-    it.
-    """
+    """Write `RINGFENCE_*` as a TOML settings file without secrets."""
     lines = [
         f"{name.removeprefix('RINGFENCE_').lower()} = {_toml(value)}"
         for name, value in sorted(environment.items())
     ]
-    data = ("\n".join(lines) + "\n").encode()
-    write_private(path, data)
-    with contextlib.suppress(TrustedFilesError):
-        config_file.allow(str(path), data)
+    write_private(path, ("\n".join(lines) + "\n").encode())
 
 
 def _toml(value: str) -> str:

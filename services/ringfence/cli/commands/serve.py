@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ringfence.client.admin.trust_setup import BY_NAME, ON_DEMAND, SERVICE_ROLES
+from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import RingfenceSettings, ServiceSettings, problems, wrong
 from ringfence.kernel.crypto.keys import SigningKey
@@ -99,6 +100,7 @@ def check(services: Sequence[str]) -> None:
         if not settings.trust_root:
             mistakes.append(
                 "RINGFENCE_TRUST_ROOT: not set, so nobody would be believed. It is: what ringfence init printed"
+                + unread_here()
             )
         mistakes += [problem for name in services if (problem := _key_path(name, settings))]
     for cls in _classes(services):

@@ -29,6 +29,7 @@ from ringfence.cli.shared.tables import state
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.settings import ServiceSettings
@@ -130,7 +131,8 @@ def _pinned_root(settings: ServiceSettings) -> CheckResult:
     return CheckResult(
         "trust root",
         "bad",
-        "RINGFENCE_TRUST_ROOT is not set, so nobody is believed; set it to what ringfence init printed",
+        "RINGFENCE_TRUST_ROOT is not set, so nobody is believed; set it to what ringfence init printed"
+        + unread_here(),
     )
 
 

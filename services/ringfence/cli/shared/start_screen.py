@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.cli.shared.styles import painted
-from ringfence.kernel.base import config_file
+from ringfence.kernel.base.config_file import read_config, unread_here
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible_name
 
@@ -80,20 +80,14 @@ def here(identity: Path | None) -> list[str]:
 
 
 def _settings() -> tuple[str, Mapping[str, object]]:
-    """Return a sentence about the settings file, and its content where it counts."""
+    """Return a sentence about the settings file, and its content."""
     try:
-        if os.environ.get(config_file.CONFIG_FILE_ENV):
-            found = config_file.read_config()
-            return (f"Settings: {visible_name(found.path)}", found.content) if found else ("", {})
-        candidate = config_file.find()
-        if candidate is None:
-            return "", {}
-        if candidate.refused is not None or candidate.data is None:
-            path = visible_name(candidate.path)
-            return f"{path} is ignored; read it, then: ringfence config trust {path}", {}
-        return f"Settings: {visible_name(candidate.path)}", config_file.parse(candidate.path, candidate.data)
+        file = read_config()
     except RingfenceError:
         return "The settings file cannot be read: ringfence config show says why.", {}
+    if file is not None:
+        return f"Settings: {visible_name(file.path)}", file.content
+    return ("If you started ringfence dev here, first: source .ringfence/dev.sh" if unread_here() else ""), {}
 
 
 def _who(file: Path) -> str:

@@ -14,6 +14,7 @@ from ringfence.client.key_file import load_key
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
@@ -75,7 +76,7 @@ class ReadApi(Lifetime):
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ApiError(
                 f"the {service} at {base} does not answer ({type(error).__name__}); is it running? "
-                f"Its address is RINGFENCE_{service.upper()}_URL"
+                f"Its address is RINGFENCE_{service.upper()}_URL{unread_here()}"
             ) from None
         try:
             answer = orjson.loads(response.content)

@@ -1,6 +1,6 @@
 """Settings of services and clients, from `RINGFENCE_*` environment variables and from the settings file.
 
-The environment wins over the file. `config_file` says which file counts.
+The environment wins over the file. `config_file` says which file that is.
 """
 
 from __future__ import annotations

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, Final, get_args
 
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.base.config_file import CONFIG_FILE_ENV, read_config
+from ringfence.kernel.base.config_file import personal_path, read_config
 from ringfence.kernel.base.settings import RingfenceSettings, table_of
-from ringfence.kernel.base.trusted_files import TrustedFiles, TrustedFilesError
 from ringfence.runner.lifecycle.plan import PlannedMount, RunRefusedError
 from ringfence.runner.sandbox.mount_points import mount_points, place_of, shown_by
 
@@ -43,11 +42,10 @@ def private_paths(settings: ClientSettings) -> list[PrivatePath]:
     def add(what: str, path: Path, *, readable: bool = False) -> None:
         found[what, path] = PrivatePath(what, path, readable)
 
-    # A file that was merely found is ignored once it has changed: it counts by its digest.
-    if file is not None and file.origin == "named":
-        add(f"the settings file ({CONFIG_FILE_ENV})", Path(file.path), readable=True)
-    with contextlib.suppress(TrustedFilesError):
-        add("the list of trusted settings files", TrustedFiles.of_user().path, readable=True)
+    if file is not None:
+        add(f"the settings file ({file.source})", Path(file.path), readable=True)
+    if personal := personal_path():  # also one that is not there yet: a run could write it
+        add("the personal settings file", personal, readable=True)
     environment = {name.upper(): value for name, value in os.environ.items()}
     for cls in _classes(RingfenceSettings):
         prefix, table = str(cls.model_config.get("env_prefix") or ""), table_of(cls, file)
