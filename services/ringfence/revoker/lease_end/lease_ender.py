@@ -284,10 +284,6 @@ class LeaseEnder:
         """Whether its target may have a credential of it, so that the terminal record has to wait for the removal."""
         return lease.status in ("minting", "ending") and lease.backend not in self._stateless
 
-    def ends_in_one_step(self, lease: Lease, cause: EndCause) -> bool:
-        """Whether the next record of this lease is a terminal one."""
-        return next_status(lease, cause, self._stateless) in TERMINAL
-
     async def _steps(self, ends: Sequence[tuple[Lease, EndCause]]) -> list[Step]:
         """The next steps of leases. Those of one lease are consecutive, up to its end or to the removal."""
         steps: list[Step] = []
@@ -295,15 +291,11 @@ class LeaseEnder:
             if number % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)  # let other tasks run
             while True:
-                steps.append(self.next_step(lease, cause))
+                steps.append(Step(self._signed(self._following(lease, cause)), lease))
                 lease = steps[-1].lease.claims
                 if is_over(lease) or self._needs_removal(lease):
                     break
         return steps
-
-    def next_step(self, lease: Lease, cause: EndCause) -> Step:
-        """The signed next record of a lease that is not over. Raises LostError while Redis's epoch is unknown."""
-        return Step(self._signed(self._following(lease, cause)), lease)
 
     def _signed(self, claims: Lease) -> SignedLease:
         return SignedLease(claims, sign(claims, self._runtime.key))
