@@ -98,6 +98,7 @@ class Expiry:
         due = [(id, lease) for shard_claim in claimed for id, lease in shard_claim.leases.items()]
         for start in range(0, len(due), BATCH_SIZE):
             await self._slots.acquire()
+            await self._ender.yield_to_revocations()
             tasks.create_task(self._end_in_slot(dict(due[start : start + BATCH_SIZE])))
 
     async def _end_in_slot(self, due: Mapping[str, StoredLease | None]) -> None:

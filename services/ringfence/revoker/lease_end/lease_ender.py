@@ -45,6 +45,7 @@ BATCH_SIZE = 250
 CONCURRENT_BATCHES = 3
 """The batches in progress at a time: while Redis and Kafka take some, others are read and signed."""
 _PAUSE_EVERY = 25
+_YIELD_S = 1.0
 _ROUNDS = 8
 """More than the records that a lease's end has, as other revokers may end the same lease at the same time."""
 
@@ -90,6 +91,29 @@ class LeaseEnder:
         self._hand_over = hand_over
         self._on_publish = on_publish
         self._visibility_ms = visibility_ms
+        self._revoking = 0
+        self._no_revocation = asyncio.Event()
+        self._no_revocation.set()
+
+    # --- priority ---
+
+    @contextlib.contextmanager
+    def revoking(self) -> Iterator[None]:
+        """Expiry starts no batch meanwhile: its leases are refused already, those of a revocation may be in use."""
+        self._revoking += 1
+        self._no_revocation.clear()
+        try:
+            yield
+        finally:
+            self._revoking -= 1
+            if not self._revoking:
+                self._no_revocation.set()
+
+    async def yield_to_revocations(self) -> None:
+        """Return when no revocation is carried out, or after `_YIELD_S`: expiry never stops altogether."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_YIELD_S):
+                await self._no_revocation.wait()
 
     # --- reading ---
 
