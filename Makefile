@@ -20,7 +20,6 @@ SUITES := tests/unit tests/contract tests/gateway tests/policy tests/flows tests
 # What the gateway's fast path takes part in.
 SLOW_PATH := tests/gateway $(wildcard tests/flows/test_gateway*.py) tests/flows/test_observe.py tests/flows/test_cuts.py \
 	tests/unit/test_gateway_gate.py tests/unit/test_gateway_approving.py tests/unit/test_gateway_observing.py \
-	$(wildcard tests/flows/test_revoker*.py) tests/flows/test_mass_expiry.py tests/flows/test_epochs.py \
 	tests/flows/test_lifecycle.py tests/flows/test_expired_trust.py
 
 define need_python
@@ -68,7 +67,7 @@ test: $(STAMP) ## all tests, on the embedded broker and a real Valkey
 	$(BIN)/python -m pytest $(SUITES) -m "not tools and not upgrade" $(SHARED) $(ARGS)
 
 test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switched off: the result must be the same
-	$(BIN)/python -m pytest $(SLOW_PATH) -m "not tools" --no-fast-path --no-mass-expiry $(SHARED) $(ARGS)
+	$(BIN)/python -m pytest $(SLOW_PATH) -m "not tools" --no-fast-path $(SHARED) $(ARGS)
 
 test-apache: $(STAMP) ## what is about Kafka itself, on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "(broker or apache) and not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)

@@ -25,10 +25,7 @@ from tests.support.time_limits import TimeLimits, add_settings
 from tests.support.world import World
 
 KINDS = ("embedded", "apache", "docker")
-_SWITCHES = (
-    ("--no-fast-path", "gateway", "fast_path", "fast_path_only"),
-    ("--no-mass-expiry", "revoker", "mass_expiry", "mass_expiry_only"),
-)
+_SWITCHES = (("--no-fast-path", "gateway", "fast_path", "fast_path_only"),)
 """By option: the service, the argument of its `build` that is False then, and the marker of tests about that path."""
 ON_STACK = "tests/integration/stack/"
 """The folder of the tests that share one running stack."""
@@ -112,11 +109,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--no-fast-path",
         action="store_true",
         help="gateways that tests build in this process have no fast path; tests marked `fast_path_only` are left out",
-    )
-    group.addoption(
-        "--no-mass-expiry",
-        action="store_true",
-        help="revokers in the process of the test run without the mass-expiry path; tests about it are deselected",
     )
     group.addoption(
         "--upgrade-from",

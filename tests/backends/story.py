@@ -15,8 +15,8 @@ from ringfence.cli.commands.dev import client_settings
 from ringfence.cli.commands.target_templates import TEMPLATES, Template
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.kernel.crypto.jwe import EncryptionKey, unverified_about
 from ringfence.kernel.crypto.jws import parse, verify
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, unverified_about
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDelivery, Delivery
 from ringfence.messages.permission import Permission

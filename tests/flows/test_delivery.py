@@ -17,15 +17,15 @@ from ringfence.issuer.resealing import Resealer
 from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import parse, sign, verify
-from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.kernel.crypto.multi_recipient_jwe import (
+from ringfence.kernel.crypto.jwe import (
     EncryptionKey,
+    ReplyKey,
     enclose,
     recipients_of,
     unverified_about,
 )
+from ringfence.kernel.crypto.jws import parse, sign, verify
+from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import Credential, CredentialDelivery, ReplyContent

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
@@ -13,8 +13,10 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.lease import EndCause, Lease, Selector
 from ringfence.messages.topics import DEAD_LETTER, REVOCATION_REQUEST
-from ringfence.model.lease_store import LeaseStore
-from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.model.lease_store import LeaseStore, StoredLease
+from ringfence.revoker.lease_end import expiry
+from ringfence.revoker.lease_end.expiry import Expiry
+from ringfence.revoker.lease_end.lease_ender import CONCURRENT_BATCHES, LeaseEnder
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_office
@@ -22,12 +24,13 @@ from tests.support.benches.revocation_flows import (
     QUICK,
     accepted,
     ended,
+    expired_in_time,
     lives,
     redeliver,
     refused,
     statuses,
 )
-from tests.support.world import Party
+from tests.support.world import WITHIN_S, Party
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,34 @@ async def test_a_selector_ends_all_that_it_covers_and_nothing_else(
     for asked, _ in mine:
         assert statuses(await ended(desk, asked)) == ["active", "ending", "revoked"]
     await lives(desk, store, theirs)
+
+
+async def test_a_kill_switch_does_not_wait_behind_leases_that_are_due_together(
+    desk: IssuerBench, issuer_bench: IssuerBench, store: LeaseStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expiry has all its batches in progress, and more leases are due. The selector fences and ends all the same."""
+    taken, released, end_claimed = set[str](), asyncio.Event(), Expiry._end_claimed
+
+    async def end_later(self: Expiry, due: Mapping[str, StoredLease | None]) -> None:
+        taken.update(due)
+        await released.wait()
+        await end_claimed(self, due)
+
+    monkeypatch.setattr(Expiry, "_end_claimed", end_later)
+    monkeypatch.setattr(expiry, "BATCH_SIZE", 1)
+    stopped = await another(issuer_bench)
+    live, _ = await stopped.issued("read")
+    due = [one for one, _ in await asyncio.gather(*(desk.issued("read", ttl_s=8) for _ in range(6)))]
+    async with asyncio.timeout(WITHIN_S):
+        while len(taken) < CONCURRENT_BATCHES:
+            await asyncio.sleep(0.02)
+    await accepted(stopped, stopped.sam, selector=Selector(agent_id=stopped.bot.name))
+    assert statuses(await ended(stopped, live)) == ["active", "ending", "revoked"]
+    stored = await store.get([one.lease_id for one in due])
+    assert {one.status for one in stored.values()} == {"active"}, "expiry has ended none of them yet"
+    released.set()
+    for one in due:
+        await expired_in_time(desk, store, one)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQUEST, TARGET, TASK, USER
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease
 from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
-from ringfence.revoker.mass_expiry import OwnRecordCache
+from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_office

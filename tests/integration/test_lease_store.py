@@ -28,9 +28,8 @@ from ringfence.model.lease_store import (
     Preparation,
     SignedLease,
     outbox_field,
-    prepare_step,
 )
-from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS, uuid_bytes
+from ringfence.model.lease_store.keys import AHEAD_MS, FENCE_KEEP_MS
 from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys, shared_selector_keys
 from tests.brokers import RedisServer
 from tests.support.leases import (
@@ -320,22 +319,6 @@ async def test_a_lease_can_be_cut_and_ended_in_one_step(store: LeaseStore) -> No
     assert (await store.get([one.claims.lease_id]))[one.claims.lease_id].status == "revoked"
 
 
-async def test_what_is_due_soon_is_told_by_its_deadlines_and_not_taken(store: LeaseStore) -> None:
-    now_s = int(time.time())
-    near = [lease(deadline=now_s + 30 + number // 4) for number in range(12)]
-    await store.activate([*near, lease(deadline=now_s + 900)])
-    due = {}
-    for shard in store.shards:
-        due[shard] = await store.due_soon(shard, within_ms=AHEAD_MS, limit=99)
-        assert await store.due_soon(shard, within_ms=AHEAD_MS, limit=2) == due[shard][:2]
-    assert await store.count_due(within_ms=AHEAD_MS) == [len(due[shard]) for shard in store.shards]
-    deadlines = {one.claims.lease_id: one.claims.deadline for one in near}
-    assert sorted(id for ids in due.values() for id in ids) == sorted(deadlines)
-    for ids in due.values():
-        assert [deadlines[id] for id in ids] == sorted(deadlines[id] for id in ids)
-    assert await claimed(store) == {}
-
-
 async def test_a_claimed_lease_can_be_left_alone_for_longer(store: LeaseStore) -> None:
     one, other, ended = lease(), lease(), lease()
     await store.activate([one, other, ended])
@@ -487,62 +470,6 @@ async def test_where_a_record_does_not_follow_none_that_comes_after_it_does(
     answers = await store.step(both, visibility_ms=VISIBLE_MS)
     assert {one.outcome for one in answers} == {"moved"}
     assert {(one.stored.status, one.stored.seq) for one in answers if one.stored} == {(won, 2)}
-
-
-async def test_what_is_due_and_nobody_has_claimed_can_be_ended_without_a_claim(store: LeaseStore) -> None:
-    taken, lasting = lease(deadline=soon()), lease()
-    await store.activate([taken, lasting])
-
-    async def ended(*leases: SignedLease) -> list[str]:
-        steps = [prepare_step(step(one, "expired")) for one in leases]
-        return [one.outcome for one in await store.write(steps, visibility_ms=VISIBLE_MS, only_due=True)]
-
-    assert await ended(taken, lasting) == ["undue", "undue"], "neither is due"
-    await until(lambda: claimed(store))
-    due = lease(deadline=soon())
-    await store.activate([due])
-    assert await ended(due, taken, lasting) == ["undue", "undue", "undue"], "one is claimed"
-
-    async def ended_now() -> bool:
-        found = await ended(due, lasting)
-        assert found[1] == "undue"
-        return found[0] == "done"
-
-    await until(ended_now)
-    assert (await store.look(due.claims.lease_id)).now_ms >= due.claims.deadline * 1000
-    assert await ended(due) == ["moved"]
-    (stored,) = (await store.get([due.claims.lease_id])).values()
-    assert (stored.status, await claimed(store)) == ("expired", {})
-    assert await bearing(store, f"agent:{due.claims.agent_id}") == []
-    waiting = [one.lease_id for one in await store.unpublished(older_than_ms=0)]
-    assert waiting.count(due.claims.lease_id) == 2
-
-
-async def test_what_was_foreseen_is_the_end_whatever_somebody_put_in_the_place_of_the_record(
-    store: LeaseStore,
-) -> None:
-    """The script compares what stands at the head of a record: what was verified is the end, and nothing else is."""
-    one, other = lease(deadline=soon()), lease()
-    claims, at, id = one.claims, store.at(one.claims.lease_id), uuid_bytes(one.claims.lease_id)
-    await store.activate([one])
-    foreseen = step(one, "expired")
-    await store.link.pipeline([("HSET", at.leases, id, f"a1 {claims.deadline}\n{other.jws}")])
-
-    async def ended() -> bool:
-        (answer,) = await store.write([prepare_step(foreseen)], visibility_ms=VISIBLE_MS, only_due=True)
-        return answer.outcome == "done"
-
-    await until(ended)
-    (stored,) = (await store.get([claims.lease_id])).values()
-    assert stored.jws.decode() == foreseen.lease.jws
-    (waiting,) = [
-        one.jws.decode()
-        for one in await store.unpublished(older_than_ms=0)
-        if one.lease_id == claims.lease_id and one.seq == foreseen.lease.claims.seq
-    ]
-    assert waiting == foreseen.lease.jws
-    assert await bearing(store, f"agent:{claims.agent_id}") == []
-    assert await store.get([other.claims.lease_id]) == {}
 
 
 async def test_a_lease_nobody_knows_cannot_be_ended(store: LeaseStore) -> None:

@@ -20,9 +20,9 @@ from ringfence.client.admin.trust_setup import SERVICE_ROLES, publish_bundle
 from ringfence.client.agent.agent import Agent
 from ringfence.client.errors import RequestDeniedError
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.kernel.crypto.jwe import recipients_of
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.operations import DeadLetter

@@ -6,10 +6,9 @@ import uuid
 from typing import Any
 
 from ringfence.kernel.base.ids import derived_id, digest, message_id
-from ringfence.kernel.crypto.jwe import seal
+from ringfence.kernel.crypto.jwe import EncryptionKey, enclose, seal
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, Topic

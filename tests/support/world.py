@@ -32,9 +32,9 @@ from ringfence.dev.processes import free_port
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received

@@ -16,9 +16,9 @@ from ringfence.audit.records import AuditHandlers
 from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.ids import derived_id, digest, message_id
+from ringfence.kernel.crypto.jwe import EncryptionKey, enclose
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.audit import IntakeEntry

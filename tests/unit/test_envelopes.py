@@ -12,14 +12,14 @@ from joserfc import jwe
 from joserfc.jwk import ECKey, OKPKey
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64encode, thumbprint
-from ringfence.kernel.crypto.multi_recipient_jwe import (
+from ringfence.kernel.crypto.jwe import (
     EncryptionKey,
     enclose,
     recipients_of,
     unverified_about,
     usable,
 )
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64encode, thumbprint
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 END_S = 10**10

@@ -15,9 +15,9 @@ from ringfence.backends.http import StaticSecrets
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jwe import EncryptionKey, enclose
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import Credential, CredentialDelivery

@@ -29,10 +29,16 @@ from ringfence.kernel.base.errors import (
     SignatureError,
     UnavailableError,
 )
-from ringfence.kernel.crypto.jwe import ReplyKey, seal, unverified_kid
+from ringfence.kernel.crypto.jwe import (
+    EncryptionKey,
+    ReplyKey,
+    check_reply_key,
+    enclose,
+    seal,
+    unverified_kid,
+)
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64decode, b64encode
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, enclose
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.keys import PublicJwk
@@ -108,6 +114,29 @@ def test_a_reply_that_others_sealed_opens_as_well() -> None:
     header = {"alg": "ECDH-ES", "enc": "A256GCM", "kid": "r"}
     sealed = jwe.encrypt_compact(header, b"secret", key, algorithms=["ECDH-ES", "A256GCM"])
     assert mine.open(sealed) == b"secret"
+
+
+def test_a_reply_by_another_algorithm_is_refused_and_so_is_an_envelope() -> None:
+    """Replies are ECDH-ES alone, envelopes ECDH-ES+A256KW alone, however well others sealed them."""
+    mine, key = ReplyKey(), EncryptionKey.generate(f"spiffe://{TD}/service/gateway")
+    to_mine, to_key = (OKPKey.import_key(one.public.model_dump(exclude_none=True)) for one in (mine, key))
+    wrapped = {"alg": "ECDH-ES+A256KW", "enc": "A256GCM", "kid": "r"}
+    with pytest.raises(InvalidMessageError, match="UnsupportedAlgorithmError"):
+        mine.open(jwe.encrypt_compact(wrapped, b"secret", to_mine, algorithms=["ECDH-ES+A256KW", "A256GCM"]))
+    direct = jwe.GeneralJSONEncryption({"enc": "A256GCM"}, b"secret")
+    direct.add_recipient({"alg": "ECDH-ES", "kid": key.kid}, to_key)
+    with pytest.raises(InvalidMessageError, match="UnsupportedAlgorithmError"):
+        key.open(json.dumps(jwe.encrypt_json(direct, None, algorithms=["ECDH-ES", "A256GCM"])))
+
+
+def test_what_else_a_reply_key_says_of_itself_changes_nothing() -> None:
+    """A key that was checked can be sealed to: or a decision would be lost for the word `use`."""
+    mine = ReplyKey()
+    said = PublicJwk.model_validate(
+        {**mine.public.model_dump(exclude_none=True), "use": "sig", "key_ops": ["sign"]}
+    )
+    check_reply_key(said)
+    assert mine.open(seal(b"secret", said, kid="r")) == b"secret"
 
 
 def by_hand(to: ReplyKey, header: dict[str, object]) -> str:

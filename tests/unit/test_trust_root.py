@@ -8,9 +8,9 @@ import pytest
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole, typ_header
 from ringfence.messages.lease import Lease

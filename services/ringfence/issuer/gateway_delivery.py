@@ -13,9 +13,9 @@ from ringfence.issuer.domain import Issue, Refusal
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
+from ringfence.kernel.crypto.jwe import MAX_RECIPIENTS, enclose
 from ringfence.kernel.crypto.jws import compact_jws, signing_input
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import MAX_RECIPIENTS, enclose
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
 from ringfence.messages.keys import KeyRecord

@@ -18,8 +18,8 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.crypto.jwe import Opener, enclose, unverified_about
 from ringfence.kernel.crypto.jws import parse, verify
-from ringfence.kernel.crypto.multi_recipient_jwe import Opener, enclose, unverified_about
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower

@@ -26,13 +26,13 @@ from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseW
 from ringfence.revoker.consistency.rebuild import Rebuilder
 from ringfence.revoker.http import LeasesApi
 from ringfence.revoker.lease_end.credential_removal import CredentialRemover
-from ringfence.revoker.lease_end.expiry import Expiry, ExpiryFastPath
+from ringfence.revoker.lease_end.expiry import Expiry
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.lease_end.overdue import Overdue
+from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
 from ringfence.revoker.maintenance.heartbeat import HeartbeatSender
 from ringfence.revoker.maintenance.orphans import OrphanSweeper
 from ringfence.revoker.maintenance.tombstones import LeaseTombstoner
-from ringfence.revoker.mass_expiry import MassExpiry, OwnRecordCache
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.fencing import FenceHandler
 from ringfence.revoker.revocations.record_changes import RecordHandler
@@ -51,16 +51,9 @@ them already."""
 
 
 def build(
-    settings: ServiceSettings,
-    own: RevokerSettings | None = None,
-    clock: Clock | None = None,
-    *,
-    mass_expiry: bool = True,
+    settings: ServiceSettings, own: RevokerSettings | None = None, clock: Clock | None = None
 ) -> Runtime:
-    """The revoker, wired and not yet started: `Runtime.run` starts it.
-
-    `mass_expiry`: with the fast path for very many leases that are due together. The revoker is right without it.
-    """
+    """The revoker, wired and not yet started: `Runtime.run` starts it."""
     own = own or load(RevokerSettings)
     runtime = Runtime("revoker", settings, clock)
     # The revoker only ends and narrows, so a stale table is no reason to stop: no grace.
@@ -81,12 +74,11 @@ def build(
         store, backends, breaker, overdue, runtime.clock, runtime.tracing, longest_delay_ms=longest_delay_ms
     )
     stateless = [kind for kind, backend in backends.items() if backend.stateless]
-    own_records = OwnRecordCache() if mass_expiry else OwnRecordCache(max_records=0)
+    own_records = OwnRecordCache()
     ender = LeaseEnder(
         runtime, store, stateless, remover.enqueue, own_records.add, visibility_ms=own.visibility_ms
     )
-    fast_path = MassExpiry(runtime, store, ender, visibility_ms=own.visibility_ms) if mass_expiry else None
-    expiry = Expiry(store, ender, own, runtime.clock, fast_path or ExpiryFastPath())
+    expiry = Expiry(store, ender, own, runtime.clock)
     cuts = CutTracker(runtime.trust, runtime.clock, grace_ms=int(settings.grace_s * 1000))
     rebuilder = Rebuilder(runtime, store, directory)
     verifier = RevocationVerifier(runtime, directory, patience_s=PATIENCE_S)
@@ -134,8 +126,6 @@ def build(
     runtime.background("outbox-clearing", store.clear_outbox)
     runtime.background("credential-removal", partial(remover.run, ender.end_removed))
     runtime.background("expiry", expiry.run)
-    if fast_path is not None:
-        runtime.background("mass-expiry", partial(fast_path.run, expiry.is_busy))
     runtime.background("expired-events", expiry.listen)
     runtime.background("outbox", expiry.sweep)
     issued = IssuedLeaseRecheck(

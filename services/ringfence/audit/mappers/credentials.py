@@ -9,9 +9,8 @@ from ringfence.audit.events.ocsf import OcsfEvent
 from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
-from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.crypto.jwe import recipients_of, unverified_about, unverified_kid
 from ringfence.kernel.crypto.jws import kid_of, parse
-from ringfence.kernel.crypto.multi_recipient_jwe import recipients_of, unverified_about
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import UUID, Topic, typ_header
 from ringfence.messages.credential import DecidedTerms, RequestWithdraw

@@ -15,8 +15,8 @@ from ringfence.kernel.base.clock_skew import SkewCheck
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import NEXT
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.replication import Replication

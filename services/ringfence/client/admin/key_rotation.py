@@ -19,9 +19,9 @@ from ringfence.client.admin.trust_setup import (
     load_root_and_bundle,
     sign_next_bundle,
 )
+from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import file_before, files_before, next_file
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle

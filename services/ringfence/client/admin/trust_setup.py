@@ -19,9 +19,9 @@ from ringfence.client.errors import checked
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
 from ringfence.messages.base import Name, ServiceRole
 from ringfence.messages.keys import KeyRecord

@@ -20,9 +20,9 @@ from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.crypto.jwe import Opener, recipients_of
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.crypto.multi_recipient_jwe import Opener, recipients_of
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Credential, CredentialDelivery

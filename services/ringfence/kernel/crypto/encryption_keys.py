@@ -10,8 +10,8 @@ from pathlib import Path
 
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jwe import EncryptionKey, recipients_of
 from ringfence.kernel.crypto.keys import KeyFileError
-from ringfence.kernel.crypto.multi_recipient_jwe import EncryptionKey, recipients_of
 from ringfence.kernel.crypto.service_keys import files_before, next_file
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole

@@ -1,30 +1,90 @@
-"""JWE encryption (RFC 7516) with ECDH-ES and A256GCM, so that only the holder of one key can read a message."""
+"""JWE (RFC 7516) by joserfc: replies for one reader (compact), and envelopes for several (General JSON Serialization).
+
+Anybody can encrypt to a public key. So the content must say by a signature who wrote it.
+
+joserfc is imported by the first JWE: most readers of keys, commands above all, never see one.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 import orjson
-from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric import ec, x25519
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.keys import b64decode, b64encode
-from ringfence.messages.keys import PublicJwk
+from ringfence.kernel.crypto.keys import (
+    b64decode,
+    b64encode,
+    load_private,
+    p256_point,
+    save_private,
+    thumbprint,
+    unusable,
+)
+from ringfence.messages.keys import KeyRecord, PublicJwk
 
-_ALG, _ENC = "ECDH-ES", "A256GCM"
-_IV_BYTES, _TAG_BYTES = 12, 16
-"""RFC 7518, 5.3."""
-_KDF_INFO = len(_ENC).to_bytes(4) + _ENC.encode() + bytes(8) + (256).to_bytes(4)
-"""The algorithm, no PartyUInfo, no PartyVInfo, the key length in bits."""
-_CHANGE_THE_MEANING = frozenset({"crit", "zip", "apu", "apv"})
-"""Header members that change the meaning of a JWE.
+if TYPE_CHECKING:
+    from joserfc import jwe
+    from joserfc.jwk import ECKey, OKPKey
 
-A reader that does not understand them must refuse; `seal` never writes them.
+ABOUT = "about"
+"""A protected header, readable without a key, that names the content.
+
+Readers find an envelope by it without decrypting all of them.
 """
-_MALFORMED = (ValueError, TypeError, LookupError, AttributeError)
+MAX_BYTES = 2 * 1024 * 1024
+MAX_RECIPIENTS = 256
+
+_Algorithm = Literal["ECDH-ES", "ECDH-ES+A256KW"]
+"""Of replies, and of envelopes (RFC 7518 4.6). The content is encrypted with A256GCM in both."""
+_MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
+"""Errors that joserfc raises for malformed headers and keys, beside its own."""
+_PROBE = x25519.X25519PrivateKey.generate()
+
+
+@cache
+def _registry(alg: _Algorithm) -> jwe.JWERegistry:
+    """The allowed algorithms, and limits. In replies unknown headers are ignored, unless they are critical."""
+    from joserfc import jwe
+    from joserfc.registry import HeaderParameter
+
+    registry = jwe.JWERegistry(
+        header_registry={ABOUT: HeaderParameter("What is inside", "str")},
+        algorithms=[alg, "A256GCM"],
+        max_recipients=MAX_RECIPIENTS,
+        strict_check_header=alg != "ECDH-ES",
+    )
+    registry.max_ciphertext_length = MAX_BYTES
+    return registry
+
+
+def _recipient(jwk: PublicJwk) -> ECKey | OKPKey:
+    """A public key to encrypt to, of P-256 or X25519. Raises ValueError unless it is one, and on its curve."""
+    from joserfc.jwk import ECKey, OKPKey
+
+    point = _point(jwk)
+    return OKPKey.import_key(point) if isinstance(point, x25519.X25519PublicKey) else ECKey.import_key(point)
+
+
+def _point(jwk: PublicJwk) -> ec.EllipticCurvePublicKey | x25519.X25519PublicKey:
+    if (jwk.kty, jwk.crv) == ("EC", "P-256"):
+        return p256_point(jwk.x, jwk.y)
+    if (jwk.kty, jwk.crv) == ("OKP", "X25519"):
+        return x25519.X25519PublicKey.from_public_bytes(b64decode(jwk.x))
+    raise ValueError("not a curve for key agreement")
+
+
+def _x25519_jwk(key: x25519.X25519PrivateKey) -> PublicJwk:
+    return PublicJwk(kty="OKP", crv="X25519", x=b64encode(key.public_key().public_bytes_raw()))
+
+
+# --- replies ----------------------------------------------------------------------------------------------------------
 
 
 class ReplyKey:
@@ -32,138 +92,59 @@ class ReplyKey:
 
     def __init__(self) -> None:
         self._key = x25519.X25519PrivateKey.generate()
-        self.public = PublicJwk(kty="OKP", crv="X25519", x=_coordinate(self._key))
+        self.public = _x25519_jwk(self._key)
 
     def open(self, compact: str | bytes) -> bytes:
         """Decrypt a JWE for this key and return the plaintext. Raises InvalidMessageError if it is not for this key."""
+        from joserfc import jwe
+        from joserfc.errors import JoseError
+        from joserfc.jwk import OKPKey
+
         try:
-            return self._opened(compact.encode("ascii") if isinstance(compact, str) else compact)
-        except (*_MALFORMED, InvalidTag) as error:
+            key = OKPKey.import_key(self._key)
+            return jwe.decrypt_compact(compact, key, registry=_registry("ECDH-ES")).plaintext or b""
+        except (JoseError, *_MALFORMED) as error:
             raise InvalidMessageError(
                 f"cannot open the sealed reply: {type(error).__name__}", code="seal_broken"
             ) from None
 
-    def _opened(self, compact: bytes) -> bytes:
-        """Decrypt what `seal` encrypted to an X25519 key. Raises the errors in `_MALFORMED`, and InvalidTag."""
-        head, encrypted_key, iv, ciphertext, tag = compact.split(b".")
-        header = orjson.loads(b64decode(head))
-        epk = header["epk"]
-        how = (header["alg"], header["enc"], epk["kty"], epk["crv"])
-        if (
-            how != (_ALG, _ENC, "OKP", "X25519")
-            or encrypted_key
-            or not _CHANGE_THE_MEANING.isdisjoint(header)
-        ):
-            raise ValueError("sealed in another way")
-        secret = self._key.exchange(x25519.X25519PublicKey.from_public_bytes(b64decode(epk["x"])))
-        nonce, auth_tag = b64decode(iv), b64decode(tag)
-        if (len(nonce), len(auth_tag)) != (_IV_BYTES, _TAG_BYTES):
-            raise ValueError("not the lengths of A256GCM")
-        return AESGCM(_derived(secret)).decrypt(nonce, b64decode(ciphertext) + auth_tag, head)
-
 
 def seal(plaintext: bytes, to: PublicJwk, *, kid: str) -> str:
-    """Encrypt to one public key (P-256 or X25519), and return a compact JWE.
+    """Encrypt to one public key (P-256 or X25519), and return a compact JWE (ECDH-ES, A256GCM).
 
-    `kid` is not encrypted, so that the receiver finds its own messages. The algorithm is ECDH-ES in direct key
-    agreement mode (RFC 7518 4.6). It uses `cryptography` directly: joserfc takes nearly twice the time, and every
-    credential is encrypted. Tests decrypt the result with joserfc, and the other way round.
+    `kid` is not encrypted, so that the receiver finds its own messages.
 
     Raises InvalidMessageError if the key is no valid point.
     """
+    from joserfc import jwe
+
+    header = {"alg": "ECDH-ES", "enc": "A256GCM", "kid": kid}
     try:
-        secret, epk = _agreed(to)
-    except _MALFORMED as error:
-        raise InvalidMessageError(
-            f"the reply_key cannot be sealed to: {type(error).__name__}; send a fresh P-256 or X25519 key",
-            code="reply_key_invalid",
-        ) from None
-    head = b64encode(orjson.dumps({"alg": _ALG, "enc": _ENC, "kid": kid, "epk": epk}))
-    iv = os.urandom(_IV_BYTES)
-    sealed = AESGCM(_derived(secret)).encrypt(iv, plaintext, head.encode())
-    return f"{head}..{b64encode(iv)}.{b64encode(sealed[:-_TAG_BYTES])}.{b64encode(sealed[-_TAG_BYTES:])}"
-
-
-def _derived(secret: bytes) -> bytes:
-    """Derive the content encryption key by the Concat KDF (RFC 7518 4.6.2). One round gives the 256 bits."""
-    return hashlib.sha256(b"\0\0\0\1" + secret + _KDF_INFO).digest()
-
-
-def _coordinate(key: x25519.X25519PrivateKey) -> str:
-    return b64encode(key.public_key().public_bytes_raw())
-
-
-def _agreed(to: PublicJwk) -> tuple[bytes, dict[str, str]]:
-    """Return the secret shared with a public key, and the ephemeral public key (`epk`). Raises ValueError."""
-    if (to.kty, to.crv) == ("EC", "P-256"):
-        x, y = b64decode(to.x), b64decode(to.y or "")
-        if len(x) != 32 or len(y) != 32:
-            raise ValueError("coordinates of P-256 have 32 bytes")
-        curve = ec.SECP256R1()
-        point = ec.EllipticCurvePublicNumbers(int.from_bytes(x), int.from_bytes(y), curve).public_key()
-        own = ec.generate_private_key(curve)
-        numbers = own.public_key().public_numbers()
-        epk = {
-            "kty": "EC",
-            "crv": "P-256",
-            "x": b64encode(numbers.x.to_bytes(32)),
-            "y": b64encode(numbers.y.to_bytes(32)),
-        }
-        return own.exchange(ec.ECDH(), point), epk
-    if (to.kty, to.crv) == ("OKP", "X25519"):
-        fresh = x25519.X25519PrivateKey.generate()
-        secret = fresh.exchange(x25519.X25519PublicKey.from_public_bytes(b64decode(to.x)))
-        return secret, {"kty": "OKP", "crv": "X25519", "x": _coordinate(fresh)}
-    raise ValueError("not a curve for key agreement")
-
-
-# P-256 (FIPS 186-4, D.1.2.3): y^2 = x^3 - 3x + b over the field of p; with a cofactor of 1 no more is to be checked.
-_P = 2**256 - 2**224 + 2**192 + 2**96 - 1
-_B = 0x5AC635D8_AA3A93E7_B3EBBD55_769886BC_651D06B0_CC53B0F6_3BCE3C3E_27D2604B
-
-
-_25519_P = 2**255 - 19
-_25519_MASK = 2**255 - 1
-_25519_LOW_ORDER = frozenset(
-    {
-        0,
-        1,
-        _25519_P - 1,
-        325606250916557431795983626356110631294008115727848805560023387167927233504,
-        39382357235489614581723060781553021112529911719440698176882885853963445705823,
-    }
-)
-"""The u-coordinates of Curve25519 and its twist whose shared secret is all zeros (RFC 7748 6.1)."""
-
-
-def _on_p256(x: int, y: int) -> bool:
-    return x < _P and y < _P and (y * y - (x * x - 3) * x - _B) % _P == 0
+        return jwe.encrypt_compact(header, plaintext, _recipient(to), registry=_registry("ECDH-ES"))
+    except ValueError as error:
+        raise _unusable_reply_key(error) from None
 
 
 def check_reply_key(to: PublicJwk) -> None:
     """Check that `seal` will succeed, at a fraction of its cost, before any work whose result must be encrypted.
 
-    Raises InvalidMessageError if the key is no valid point of P-256 or X25519.
+    Raises InvalidMessageError if the key is no valid point of P-256 or X25519, or comes with its private half.
     """
     try:
         if to.model_extra and "d" in to.model_extra:
             raise ValueError("it comes with its private half, so that everybody could open the reply")
-        x = b64decode(to.x)
-        if (to.kty, to.crv) == ("EC", "P-256"):
-            y = b64decode(to.y or "")
-            if len(x) != 32 or len(y) != 32 or not _on_p256(int.from_bytes(x), int.from_bytes(y)):
-                raise ValueError("not a point of P-256")
-        elif (to.kty, to.crv) == ("OKP", "X25519"):
-            # RFC 7748 5: the top bit is ignored, and a value not below the prime is reduced.
-            if len(x) != 32 or (int.from_bytes(x, "little") & _25519_MASK) % _25519_P in _25519_LOW_ORDER:
-                raise ValueError("not a point of X25519 whose secret only two can know")
-        else:
-            raise ValueError("not a curve for key agreement")
+        point = _point(to)
+        if isinstance(point, x25519.X25519PublicKey):
+            _PROBE.exchange(point)  # raises ValueError if everybody would know the secret (RFC 7748 6.1)
     except ValueError as error:
-        raise InvalidMessageError(
-            f"the reply_key cannot be sealed to ({error}); send a fresh P-256 or X25519 key",
-            code="reply_key_invalid",
-        ) from None
+        raise _unusable_reply_key(error) from None
+
+
+def _unusable_reply_key(error: ValueError) -> InvalidMessageError:
+    return InvalidMessageError(
+        f"the reply_key cannot be sealed to ({error}); send a fresh P-256 or X25519 key",
+        code="reply_key_invalid",
+    )
 
 
 def unverified_kid(compact: bytes) -> str | None:
@@ -172,3 +153,155 @@ def unverified_kid(compact: bytes) -> str | None:
         return str(orjson.loads(b64decode(compact.split(b".", 1)[0]))["kid"])
     except (ValueError, KeyError, TypeError):
         return None
+
+
+# --- envelopes --------------------------------------------------------------------------------------------------------
+
+
+class Opener(Protocol):
+    """Decrypts envelopes that are encrypted to any of its keys."""
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """Return the `kid`s of the keys."""
+        ...
+
+    def open(self, envelope: str | bytes) -> bytes:
+        """Return the plaintext. Raises InvalidMessageError if it is no envelope, or not one for these keys."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EncryptionKey:
+    """A private X25519 key that decrypts envelopes, and the SPIFFE ID of its owner. It signs nothing."""
+
+    id: str
+    public: PublicJwk
+    kid: str
+    _key: x25519.X25519PrivateKey = field(repr=False)
+
+    @classmethod
+    def generate(cls, id: str) -> EncryptionKey:
+        """Generate a key for the SPIFFE ID `id`."""
+        return cls._of(id, x25519.X25519PrivateKey.generate())
+
+    @classmethod
+    def _of(cls, id: str, key: x25519.X25519PrivateKey) -> EncryptionKey:
+        public = _x25519_jwk(key)
+        return cls(id, public, thumbprint(public), key)
+
+    @property
+    def kids(self) -> frozenset[str]:
+        """Return the `kid` of this key."""
+        return frozenset({self.kid})
+
+    def record(self, not_after: int, not_before: int = 0) -> KeyRecord:
+        """Return the public key as the trust bundle has it, valid in `[not_before, not_after)` (seconds)."""
+        return KeyRecord(kid=self.kid, jwk=self.public, not_before=not_before, not_after=not_after)
+
+    def save(self, path: Path) -> None:
+        """Write the private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
+        save_private(path, self.id, self.public, self._key.private_bytes_raw())
+
+    @classmethod
+    def load(cls, path: Path) -> EncryptionKey:
+        """Read a private key. Raises KeyFileError if others can read the file, or if it holds no such key."""
+        id, crv, d = load_private(path)
+        if crv != "X25519" or len(d) != 32:
+            raise unusable(path)
+        return cls._of(id, x25519.X25519PrivateKey.from_private_bytes(d))
+
+    def open(self, envelope: str | bytes) -> bytes:
+        """Decrypt an envelope that has this key among its recipients, and return the plaintext.
+
+        Raises InvalidMessageError if it is no envelope, or not one for this key.
+        """
+        from joserfc import jwe
+        from joserfc.errors import JoseError
+        from joserfc.jwk import OKPKey
+
+        data = _parsed(envelope)
+        mine = [one for one in data["recipients"] if _kid(one) == self.kid]
+        if len(mine) != 1:
+            raise InvalidMessageError("the envelope is not sealed to this key", code="not_a_recipient")
+        try:
+            only = cast(jwe.GeneralJSONSerialization, {**data, "recipients": mine})
+            key, registry = OKPKey.import_key(self._key), _registry("ECDH-ES+A256KW")
+            plaintext = jwe.decrypt_json(only, key, registry=registry).plaintext
+        except (JoseError, *_MALFORMED) as error:
+            raise InvalidMessageError(
+                f"cannot open the envelope: {type(error).__name__}", code="seal_broken"
+            ) from None
+        if plaintext is None:
+            raise InvalidMessageError("the envelope is empty", code="seal_broken")
+        return plaintext
+
+
+def usable(keys: Iterable[KeyRecord], at_s: float) -> tuple[KeyRecord, ...]:
+    """Return the keys that are valid at `at_s` (seconds) and can be encrypted to.
+
+    A malformed key must not stop the others.
+    """
+    keys_by_kid = {}
+    for record in keys:
+        if not record.not_before <= at_s < record.not_after or record.kid != thumbprint(record.jwk):
+            continue
+        try:
+            check_reply_key(record.jwk)
+        except InvalidMessageError:
+            continue
+        keys_by_kid[record.kid] = record
+    return tuple(keys_by_kid.values())
+
+
+def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
+    """Encrypt to each of the keys (ECDH-ES+A256KW, A256GCM), and return the envelope. The keys come from `usable`.
+
+    `about` stays readable and is authenticated. Raises InvalidMessageError without a key, or with more keys than an
+    envelope may have.
+    """
+    from joserfc import jwe
+
+    recipients = list(to)
+    if not 0 < len(recipients) <= MAX_RECIPIENTS:
+        raise InvalidMessageError(
+            f"an envelope has 1 to {MAX_RECIPIENTS} recipients, not {len(recipients)}", code="recipients"
+        )
+    envelope = jwe.GeneralJSONEncryption({"enc": "A256GCM", ABOUT: about}, plaintext)
+    for record in recipients:
+        envelope.add_recipient({"alg": "ECDH-ES+A256KW", "kid": record.kid}, _recipient(record.jwk))
+    sealed = jwe.encrypt_json(envelope, None, registry=_registry("ECDH-ES+A256KW"))
+    return json.dumps(sealed, separators=(",", ":"))
+
+
+def unverified_about(envelope: bytes) -> str | None:
+    """Return the unverified `about` of an envelope. It may serve to find one: decryption proves the rest."""
+    try:
+        header = orjson.loads(b64decode(_parsed(envelope)["protected"]))
+        about = header[ABOUT]
+    except (InvalidMessageError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return about if isinstance(about, str) else None
+
+
+def recipients_of(envelope: str | bytes) -> tuple[str, ...]:
+    """Return the `kid` of each recipient that an envelope names. Raises InvalidMessageError if it is none."""
+    return tuple(kid for one in _parsed(envelope)["recipients"] if (kid := _kid(one)) is not None)
+
+
+def _parsed(envelope: str | bytes) -> dict[str, Any]:
+    if len(envelope) > MAX_BYTES:
+        raise InvalidMessageError("the envelope is too large", code="too_large")
+    try:
+        data = orjson.loads(envelope)
+    except ValueError:
+        data = None
+    if not isinstance(data, dict) or not isinstance(data.get("recipients"), list):
+        raise InvalidMessageError("not a JWE in General JSON serialisation", code="not_an_envelope")
+    return data
+
+
+def _kid(recipient: object) -> str | None:
+    header = recipient.get("header") if isinstance(recipient, Mapping) else None
+    kid = header.get("kid") if isinstance(header, Mapping) else None
+    return kid if isinstance(kid, str) else None

@@ -115,14 +115,19 @@ def _public_key(kty: str, crv: str, x: str, y: str | None) -> PublicKey:
     if (kty, crv) == ("OKP", "Ed25519"):
         return PublicKey(thumbprint(jwk), "EdDSA", ed25519.Ed25519PublicKey.from_public_bytes(b64decode(x)))
     if (kty, crv) == ("EC", "P-256"):
-        x_bytes, y_bytes = b64decode(x), b64decode(y or "")
-        if len(x_bytes) != 32 or len(y_bytes) != 32:
-            raise ValueError("coordinates of P-256 have 32 bytes")
-        numbers = ec.EllipticCurvePublicNumbers(
-            int.from_bytes(x_bytes), int.from_bytes(y_bytes), ec.SECP256R1()
-        )
-        return PublicKey(thumbprint(jwk), "ES256", numbers.public_key())
+        return PublicKey(thumbprint(jwk), "ES256", p256_point(x, y))
     raise ValueError(f"keys of {kty} {crv} do not sign; use EC P-256 (ES256) or OKP Ed25519 (EdDSA)")
+
+
+def p256_point(x: str, y: str | None) -> ec.EllipticCurvePublicKey:
+    """The point of P-256 with the coordinates of a JWK (RFC 7518 6.2.1).
+
+    Raises ValueError if it is off the curve, or if a coordinate is not below the prime: a point is written in one way.
+    """
+    x_bytes, y_bytes = b64decode(x), b64decode(y or "")
+    if len(x_bytes) != 32 or len(y_bytes) != 32:
+        raise ValueError("coordinates of P-256 have 32 bytes")
+    return ec.EllipticCurvePublicKey.from_encoded_point(ec.SECP256R1(), b"\4" + x_bytes + y_bytes)
 
 
 def public_key(jwk: PublicJwk) -> PublicKey:

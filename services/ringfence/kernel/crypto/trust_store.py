@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.crypto.jwe import usable
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key
-from ringfence.kernel.crypto.multi_recipient_jwe import usable
 from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer, OidcUse

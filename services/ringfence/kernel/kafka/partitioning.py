@@ -13,12 +13,7 @@ _SEED = 0x9747B28C
 
 def partition_number(key: bytes, count: int) -> int:
     """The number, from 0, of `count` partitions: what the default partitioners of Java and aiokafka say."""
-    return key_number(key) % count
-
-
-def key_number(key: bytes) -> int:
-    """What `partition_number` divides: it can be counted before it is known how many partitions there are."""
-    return _murmur2(key) & 0x7FFFFFFF
+    return (_murmur2(key) & 0x7FFFFFFF) % count
 
 
 def _murmur2(data: bytes) -> int:

@@ -164,9 +164,7 @@ class Publisher:
         every = await self.partitions(topic)
         by_partition: dict[int, list[Outbound]] = {}
         for record in records:
-            number = record.key_number
-            to = partition_of(record.key, every) if number is None else every[number % len(every)]
-            by_partition.setdefault(to, []).append(record)
+            by_partition.setdefault(partition_of(record.key, every), []).append(record)
         return [self.send_to(partition, topic, type, some) for partition, some in by_partition.items()]
 
     async def send_to(

@@ -72,8 +72,6 @@ class Outbound(NamedTuple):
     value: bytes
     id: str
     traceparent: str | None = None
-    key_number: int | None = None
-    """The hash of the key (`partitioning.key_number`), if it was computed before."""
 
 
 def missing_topics(names: Sequence[str]) -> UnavailableError:

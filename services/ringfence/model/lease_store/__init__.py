@@ -12,7 +12,6 @@ from __future__ import annotations
 from ringfence.model.lease_store.codec import unpack
 from ringfence.model.lease_store.connection import FullError, LostError
 from ringfence.model.lease_store.keys import (
-    AHEAD_MS,
     CLOSING_TOKEN,
     DAY_MS,
     FENCE_KEEP_MS,
@@ -23,7 +22,7 @@ from ringfence.model.lease_store.keys import (
     outbox_field,
 )
 from ringfence.model.lease_store.rebuild import LeaseKeys, RecordVersion, Restoration
-from ringfence.model.lease_store.script_args import prepare_step, uses_of
+from ringfence.model.lease_store.script_args import uses_of
 from ringfence.model.lease_store.store import LeaseStore
 from ringfence.model.lease_store.survey import SLACK_MS, Knowledge, LiveLease
 from ringfence.model.lease_store.types import (
@@ -32,7 +31,6 @@ from ringfence.model.lease_store.types import (
     LeaseLookup,
     OutboxRecord,
     Preparation,
-    PreparedStep,
     SignedLease,
     Step,
     StepResult,
@@ -40,7 +38,6 @@ from ringfence.model.lease_store.types import (
 )
 
 __all__ = [
-    "AHEAD_MS",
     "CLOSING_TOKEN",
     "DAY_MS",
     "FENCE_KEEP_MS",
@@ -60,7 +57,6 @@ __all__ = [
     "LostError",
     "OutboxRecord",
     "Preparation",
-    "PreparedStep",
     "RecordVersion",
     "Restoration",
     "SignedLease",
@@ -68,7 +64,6 @@ __all__ = [
     "StepResult",
     "StoredLease",
     "outbox_field",
-    "prepare_step",
     "unpack",
     "uses_of",
 ]

@@ -12,7 +12,6 @@ from ringfence.model.lease_store.types import (
     LETTERS,
     Activation,
     Preparation,
-    PreparedStep,
     SignedLease,
     Step,
     StepResult,
@@ -117,23 +116,19 @@ def issue_args(id: bytes, lease: SignedLease) -> tuple[Argument, ...]:
     )
 
 
-def prepare_step(step: Step) -> PreparedStep:
-    """A step, serialised as arguments of TRANSITION."""
+def step_args(step: Step) -> tuple[Argument, ...]:
+    """A step as arguments of TRANSITION."""
     claims = step.lease.claims
     over: tuple[Argument, ...] = ("",)
     if claims.status in TERMINAL:
         over = (claims.deadline * 1000, claims.agent_id, *shared_selector_keys(claims))
-    return PreparedStep(
-        claims.lease_id,
-        claims.epoch,
-        (
-            uuid_bytes(claims.lease_id),
-            expected_state(step.after),
-            head_of(claims),
-            step.lease.record,
-            outbox_field(claims.lease_id, claims.seq),
-            *over,
-        ),
+    return (
+        uuid_bytes(claims.lease_id),
+        expected_state(step.after),
+        head_of(claims),
+        step.lease.record,
+        outbox_field(claims.lease_id, claims.seq),
+        *over,
     )
 
 

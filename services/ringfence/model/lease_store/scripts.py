@@ -359,12 +359,6 @@ return {now, next, found}
     always=True,
 )
 
-# KEYS: deadlines. ARGV: within how long.
-COUNT_DUE = Script("return redis.call('ZCOUNT', KEYS[1], now, now + ARGV[1])")
-
-# KEYS: deadlines. ARGV: within how long, limit.
-DUE_SOON = Script("return redis.call('ZRANGEBYSCORE', KEYS[1], now, now + ARGV[1], 'LIMIT', 0, ARGV[2])")
-
 # KEYS: claimed. ARGV: (id, delay)...
 POSTPONE = Script(
     """
@@ -377,8 +371,7 @@ return {}
 # The next records of many leases of a shard. If one record of a lease does not follow, the later ones of it fail too.
 # KEYS: claimed, outbox, outbox times.
 # ARGV: prefixes of live keys, of leases of agents, and of agents of sponsors and users (same slot), how long a lease
-#       that has not ended is claimed, how long the record of an ended one is kept, `due` for only leases that are due
-#       and unclaimed (the mass-expiry path of the revoker), else '',
+#       that has not ended is claimed, how long the record of an ended one is kept,
 #       (id, status, seq and epoch of the record that must be there, head of the record, record, outbox field,
 #       deadline, agent and two selector keys if terminal, else '' and nothing more)...
 TRANSITION = Script(
@@ -386,7 +379,7 @@ TRANSITION = Script(
     + _DEADLINES
     + _INDEXES
     + """
-local ids, i = {}, 7
+local ids, i = {}, 6
 while i <= #ARGV do
     ids[#ids + 1] = ARGV[i]
     i = i + (ARGV[i + 5] == '' and 6 or 9)
@@ -395,9 +388,7 @@ local stored_now = {}
 for n, text in ipairs(all_stored(ids)) do stored_now[ids[n]] = text end
 local answers, done, due_s, over, claimed, live = {}, {}, {}, {}, {}, {}
 local records, times, moved, left = {}, {}, {}, {}
-local only_due, due_at = ARGV[6] == 'due', {}
-if only_due then due_at = redis.call('ZMSCORE', deadlines, unpack(ids)) end
-i = 7
+i = 6
 for n, id in ipairs(ids) do
     local deadline = ARGV[i + 5]
     local status, seq, deadline_s, epoch = head_in(stored_now[id])
@@ -407,8 +398,6 @@ for n, id in ipairs(ids) do
     elseif moved[id] or status .. seq .. ' ' .. epoch ~= ARGV[i + 1] then
         moved[id] = true
         answers[n] = {'moved'}
-    elseif only_due and not (due_at[n] and tonumber(due_at[n]) <= now) then
-        answers[n] = {'undue'}
     else
         answers[n] = {'done'}
         stored_now[id] = ARGV[i + 2] .. '\\n'
@@ -440,7 +429,7 @@ if #done > 0 then
     if #claimed > 0 then redis.call('ZADD', KEYS[1], unpack(claimed)) end
     if #over > 0 then
         redis.call('HDEL', leases, unpack(over))
-        if not only_due then redis.call('ZREM', KEYS[1], unpack(over)) end
+        redis.call('ZREM', KEYS[1], unpack(over))
         for _, some in pairs(left) do leave(unpack(some)) end
     end
     redis.call('HSET', KEYS[2], unpack(records))
@@ -603,6 +592,6 @@ return {}
 )
 
 SCRIPTS = (
-    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, COUNT_DUE, DUE_SOON, POSTPONE, TRANSITION, SEQS,
+    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, POSTPONE, TRANSITION, SEQS,
     STALE, RESTORE,
 )  # fmt: skip

@@ -36,8 +36,8 @@ from ringfence.model.lease_store.script_args import (
     parse_position,
     position_text,
     preparation_of,
-    prepare_step,
     restore_args,
+    step_args,
     step_result,
     stored_of,
     text_of,
@@ -48,8 +48,6 @@ from ringfence.model.lease_store.scripts import (
     ACTIVATE,
     CLAIM,
     CLOSE,
-    COUNT_DUE,
-    DUE_SOON,
     GET,
     LOOK,
     POSTPONE,
@@ -75,7 +73,6 @@ from ringfence.model.lease_store.types import (
     LeaseLookup,
     OutboxRecord,
     Preparation,
-    PreparedStep,
     SignedLease,
     Step,
     StepResult,
@@ -239,26 +236,18 @@ class LeaseStore(Shards):
         From `ending` on the credential is refused, and the lease counts as claimed for `visibility_ms`: if it has not
         ended by then, it is claimed again. A terminal record removes the lease from all indexes.
         """
-        return await self.write(list(map(prepare_step, steps)), visibility_ms=visibility_ms)
-
-    async def write(
-        self, steps: Sequence[PreparedStep], *, visibility_ms: int, only_due: bool = False
-    ) -> list[StepResult]:
-        """`step`, for steps that were serialised before.
-
-        `only_due`: only for leases that `claim` would return now; so they need not be claimed first.
-        """
         together: dict[tuple[Keys, str | None], list[int]] = {}
         for number, step in enumerate(steps):
-            together.setdefault((self.at(step.lease_id), step.epoch), []).append(number)
+            claims = step.lease.claims
+            together.setdefault((self.at(claims.lease_id), claims.epoch), []).append(number)
         parts = [
             (at, epoch, part)
             for (at, epoch), numbers in together.items()
-            for part in in_batches(numbers, [steps[n].lease_id for n in numbers])
+            for part in in_batches(numbers, [steps[n].lease.claims.lease_id for n in numbers])
         ]
         answers = await self._run(
             [
-                self._write(at, epoch, [steps[n] for n in numbers], visibility_ms, only_due)
+                self._step(at, epoch, [steps[n] for n in numbers], visibility_ms)
                 for at, epoch, numbers in parts
             ]
         )
@@ -268,19 +257,16 @@ class LeaseStore(Shards):
                 results[number] = DONE if answer == [b"done"] else step_result(*answer)
         return [results[number] for number in range(len(steps))]
 
-    def _write(
-        self, at: Keys, epoch: str | None, steps: Sequence[PreparedStep], visibility_ms: int, only_due: bool
-    ) -> ShardCall:
+    def _step(self, at: Keys, epoch: str | None, steps: Sequence[Step], visibility_ms: int) -> ShardCall:
         args: list[Argument] = [
             at.live_prefix,
             at.index_prefix,
             at.agents_prefix,
             visibility_ms,
             self.record_keep_ms,
-            "due" if only_due else "",
         ]
         for step in steps:
-            args += step.args
+            args += step_args(step)
         return ShardCall(TRANSITION, at, (at.claimed, at.outbox, at.outbox_times), tuple(args), epoch)
 
     async def claim(self, shards: Iterable[int], *, limit: int, visibility_ms: int) -> list[ClaimedLeases]:
@@ -299,17 +285,6 @@ class LeaseStore(Shards):
             leases = {uuid_text(id): stored_of(record) for id, record in pairs}
             claimed.append(ClaimedLeases(at.shard, now_ms, next_ms, leases))
         return claimed
-
-    async def count_due(self, *, within_ms: int) -> list[int]:
-        """How many leases of each shard have their deadlines within `within_ms`, at most `AHEAD_MS`, from now."""
-        calls = [ShardCall(COUNT_DUE, at, (at.deadlines,), (within_ms,)) for at in self.keys]
-        return await self._run(calls)
-
-    async def due_soon(self, shard: int, *, within_ms: int, limit: int) -> list[str]:
-        """Leases of a shard with deadlines within `within_ms`, at most `AHEAD_MS`, the first `limit` by deadline."""
-        at = self.keys[shard]
-        (ids,) = await self._run([ShardCall(DUE_SOON, at, (at.deadlines,), (within_ms, limit))])
-        return list(map(uuid_text, ids))
 
     async def postpone(self, delays_ms: Mapping[str, int]) -> None:
         """Extend claims, each by its delay from now. Leases that are not claimed any more are left unchanged."""

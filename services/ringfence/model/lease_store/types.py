@@ -8,7 +8,6 @@ from typing import Literal
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.lease import Lease, LeaseStatus
 from ringfence.model.lease_store.codec import pack, unpack, unverified_names
-from ringfence.model.lease_store.scripts import Argument
 from ringfence.model.leases.lifecycle import ALL_LEASES, is_covered
 
 LETTERS: dict[LeaseStatus, str] = {
@@ -102,23 +101,13 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
-class PreparedStep:
-    """A step, serialised as arguments of TRANSITION by `prepare_step`: that can be done ahead of time."""
-
-    lease_id: str
-    epoch: str | None
-    args: tuple[Argument, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class StepResult:
     """Result of a step.
 
-    `moved`: another record came first, see `stored`. `unknown`: Redis has no record of the lease. `undue`, with
-    `only_due`: the deadline has not come, or somebody has claimed the lease.
+    `moved`: another record came first, see `stored`. `unknown`: Redis has no record of the lease.
     """
 
-    outcome: Literal["done", "moved", "unknown", "undue"]
+    outcome: Literal["done", "moved", "unknown"]
     stored: StoredLease | None = None
 
 

@@ -23,7 +23,7 @@ from ringfence.model.leases.verification import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.domain import StaleBasis, derived_revocation, run_record, stale_basis
-from ringfence.revoker.mass_expiry import OwnRecordCache
+from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
 
 log = logging.getLogger(__name__)
 

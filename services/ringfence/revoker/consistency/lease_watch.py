@@ -33,7 +33,7 @@ from ringfence.model.leases.unverified_records import LeaseSummary
 from ringfence.model.leases.verification import verify_lease
 from ringfence.revoker.consistency.rebuild import Rebuilder
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
-from ringfence.revoker.mass_expiry import OwnRecordCache
+from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
 
 log = logging.getLogger(__name__)
 

@@ -10,8 +10,7 @@ import asyncio
 import contextlib
 import logging
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from aiokafka.errors import KafkaError
 
@@ -38,31 +37,6 @@ _FAILED_S = 0.5
 _SWEEP_EVERY_S = 1.0
 
 
-class ExpiryFastPath:
-    """Hooks for a faster way to end due leases. As defined here they do nothing: every due lease is claimed.
-
-    `MassExpiry` implements them. Expiry is correct without it.
-    """
-
-    def next_batch(self, shards: Sequence[int]) -> Callable[[], Awaitable[None]] | None:
-        """Work that ends due leases of one of these shards without a claim, or None."""
-        return None
-
-    def to_claim(self, shards: Sequence[int]) -> list[int]:
-        """The shards, of these, from which leases have to be claimed now."""
-        return list(shards)
-
-    def on_full_claim(self, shard: int, now_ms: int) -> None:
-        """Called if a claim of this shard reached its limit: by Redis's clock, more leases were due at `now_ms`."""
-
-    def on_failure(self) -> None:
-        """Called if Redis or Kafka failed: what is known of due leases may be outdated."""
-
-    async def end_claimed(self, due: Mapping[str, StoredLease | None]) -> dict[str, StoredLease | None]:
-        """End the claimed leases that this path can end. Returns the others, as Redis has them then."""
-        return dict(due)
-
-
 class Expiry:
     """Claims due leases in all shards, and ends them. The deadline sets decide; expired-key events wake it early."""
 
@@ -72,12 +46,10 @@ class Expiry:
         ender: LeaseEnder,
         settings: RevokerSettings,
         clock: Clock,
-        fast_path: ExpiryFastPath,
     ) -> None:
         self._store = store
         self._ender = ender
         self._clock = clock
-        self._fast_path = fast_path
         self._limit = settings.claim_limit
         self._visibility_ms = settings.visibility_ms
         self._outbox_age_ms = settings.outbox_age_ms
@@ -85,7 +57,6 @@ class Expiry:
         self._last_look = [0.0] * len(store.shards)
         self._hinted = asyncio.Event()
         self._slots = asyncio.Semaphore(CONCURRENT_BATCHES)
-        self._running = 0
         self._failure: Exception | None = None
 
     async def run(self) -> None:
@@ -103,7 +74,6 @@ class Expiry:
                 except Exception as error:  # noqa: BLE001 - logged below
                     failure = error
                 if failure is not None:
-                    self._fast_path.on_failure()
                     log.log(
                         _level(failure),
                         "ending leases failed, again in %.1f s: %s",
@@ -121,43 +91,28 @@ class Expiry:
 
     async def _end_due(self, shards: Sequence[int], now: float, tasks: asyncio.TaskGroup) -> None:
         """Claim due leases, and start to end them all: the next claim overlaps with the ends of the last."""
-        if (work := self._fast_path.next_batch(shards)) is not None:
-            await self._start(tasks, work)
-        shards = self._fast_path.to_claim(shards)
-        if not shards:
-            return
         claimed = await self._store.claim(shards, limit=self._limit, visibility_ms=self._visibility_ms)
         for shard_claim in claimed:
             self._last_look[shard_claim.shard] = now
             self._next_look[shard_claim.shard] = now + self._pause_s(shard_claim, now)
-            if len(shard_claim.leases) >= self._limit:
-                self._fast_path.on_full_claim(shard_claim.shard, shard_claim.now_ms)
         due = [(id, lease) for shard_claim in claimed for id, lease in shard_claim.leases.items()]
         for start in range(0, len(due), BATCH_SIZE):
-            await self._start(tasks, partial(self._end_claimed, dict(due[start : start + BATCH_SIZE])))
+            await self._slots.acquire()
+            await self._ender.yield_to_revocations()
+            tasks.create_task(self._end_in_slot(dict(due[start : start + BATCH_SIZE])))
 
-    async def _start(self, tasks: asyncio.TaskGroup, work: Callable[[], Awaitable[None]]) -> None:
-        await self._slots.acquire()
-        self._running += 1
-        tasks.create_task(self._in_slot(work))
-
-    async def _in_slot(self, work: Callable[[], Awaitable[None]]) -> None:
+    async def _end_in_slot(self, due: Mapping[str, StoredLease | None]) -> None:
         try:
-            await work()
+            await self._end_claimed(due)
         except Exception as error:  # noqa: BLE001 - `run` logs it; leases that did not end are claimed again
             self._failure = error
         finally:
             self._slots.release()
-            self._running -= 1
 
     async def _end_claimed(self, due: Mapping[str, StoredLease | None]) -> None:
-        leases = await self._ender.read(await self._fast_path.end_claimed(due))
+        leases = await self._ender.read(due)
         now_ms = self._clock.now_ms()
         await self._ender.end([EndRequest(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
-
-    def is_busy(self) -> bool:
-        """Whether leases are being ended now."""
-        return self._running > 0
 
     def _pause_s(self, claimed: ClaimedLeases, now: float) -> float:
         """The time in seconds until the next look at the shard."""

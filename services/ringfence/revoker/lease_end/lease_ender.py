@@ -45,6 +45,7 @@ BATCH_SIZE = 250
 CONCURRENT_BATCHES = 3
 """The batches in progress at a time: while Redis and Kafka take some, others are read and signed."""
 _PAUSE_EVERY = 25
+_YIELD_S = 1.0
 _ROUNDS = 8
 """More than the records that a lease's end has, as other revokers may end the same lease at the same time."""
 
@@ -90,6 +91,29 @@ class LeaseEnder:
         self._hand_over = hand_over
         self._on_publish = on_publish
         self._visibility_ms = visibility_ms
+        self._revoking = 0
+        self._no_revocation = asyncio.Event()
+        self._no_revocation.set()
+
+    # --- priority ---
+
+    @contextlib.contextmanager
+    def revoking(self) -> Iterator[None]:
+        """Expiry starts no batch meanwhile: its leases are refused already, those of a revocation may be in use."""
+        self._revoking += 1
+        self._no_revocation.clear()
+        try:
+            yield
+        finally:
+            self._revoking -= 1
+            if not self._revoking:
+                self._no_revocation.set()
+
+    async def yield_to_revocations(self) -> None:
+        """Return when no revocation is carried out, or after `_YIELD_S`: expiry never stops altogether."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_YIELD_S):
+                await self._no_revocation.wait()
 
     # --- reading ---
 
@@ -284,10 +308,6 @@ class LeaseEnder:
         """Whether its target may have a credential of it, so that the terminal record has to wait for the removal."""
         return lease.status in ("minting", "ending") and lease.backend not in self._stateless
 
-    def ends_in_one_step(self, lease: Lease, cause: EndCause) -> bool:
-        """Whether the next record of this lease is a terminal one."""
-        return next_status(lease, cause, self._stateless) in TERMINAL
-
     async def _steps(self, ends: Sequence[tuple[Lease, EndCause]]) -> list[Step]:
         """The next steps of leases. Those of one lease are consecutive, up to its end or to the removal."""
         steps: list[Step] = []
@@ -295,15 +315,11 @@ class LeaseEnder:
             if number % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)  # let other tasks run
             while True:
-                steps.append(self.next_step(lease, cause))
+                steps.append(Step(self._signed(self._following(lease, cause)), lease))
                 lease = steps[-1].lease.claims
                 if is_over(lease) or self._needs_removal(lease):
                     break
         return steps
-
-    def next_step(self, lease: Lease, cause: EndCause) -> Step:
-        """The signed next record of a lease that is not over. Raises LostError while Redis's epoch is unknown."""
-        return Step(self._signed(self._following(lease, cause)), lease)
 
     def _signed(self, claims: Lease) -> SignedLease:
         return SignedLease(claims, sign(claims, self._runtime.key))

@@ -63,6 +63,10 @@ class RevocationHandler:
 
         Raises what Redis or Kafka raise: the batch is redelivered.
         """
+        with self._ender.revoking():
+            await self._carry_out(batch)
+
+    async def _carry_out(self, batch: Sequence[Received]) -> None:
         epoch = self._store.epoch
         cases = [_Case(revocation) for revocation in await self._verify(batch)]
         named = await self._named_leases(cases)
