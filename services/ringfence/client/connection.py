@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, require_understood
+from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
 from ringfence.client.key_file import key_file, load_key, successor_key
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.passkeys.user import LIFE_S, PasskeyUser
 from ringfence.client.settings import ClientSettings, load_settings
+from ringfence.client.signed_messages import compose
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
@@ -332,6 +333,15 @@ class Connection(Lifetime):
             "jti": str(uuid.uuid4()),
         }
         return {**claims, "exp": now_s + life_s} if life_s else claims
+
+    def compose(self, model: type[C], *, life_s: int | None = None, **fields: Any) -> C:
+        """Compose a message of this identity; `fields` as `signed_messages.compose` takes them.
+
+        `life_s`: how long it counts, in seconds; None: `command_life_s`. Raises InvalidCallError if a field is invalid.
+        """
+        stamp = self.stamp(self.command_life_s if life_s is None else life_s)
+        with checked(f"the {model.typ}"):
+            return compose(model, stamp, **fields)
 
     async def publish(
         self,

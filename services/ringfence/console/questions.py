@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ringfence.client.passkeys.questions import STAMPED
 from ringfence.client.passkeys.user import LIFE_S
+from ringfence.client.signed_messages import topic_of, unstamped
 from ringfence.console.sealed_values import SealedValues
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
@@ -143,7 +143,7 @@ class Questions:
         """The question as the sign page takes it. Raises ChangedError."""
         if terms_digest(draft.claims) != question.terms:
             raise ChangedError("what this is about has changed since you were shown it; look at it again")
-        message = {"typ": draft.claims.typ, "claims": _terms(draft.claims)}
+        message = {"typ": draft.claims.typ, "claims": unstamped(draft.claims)}
         document = {
             "user": question.user_id,
             "message": message,
@@ -156,15 +156,12 @@ class Questions:
         """Note that the person signs nothing."""
         self._answered[question.nonce] = None
 
-    async def answer(
-        self, question: Question, model: type[Claims], topic: Topic[Any] | None, user: str, compact: object
-    ) -> str:
-        """Take the signature that the sign page posts, and publish it.
+    async def answer(self, question: Question, model: type[Claims], user: str, compact: object) -> str:
+        """Take the signature that the sign page posts, and publish it, unless another message embeds it.
 
         Args:
             question: what was asked.
             model: the message that its form makes.
-            topic: where it goes; None: nowhere, somebody embeds it.
             user: the person's record, as the registry signed it.
             compact: what the page posted as the person's signed message.
 
@@ -178,7 +175,7 @@ class Questions:
         claims = self._verified(question, model, user, compact)
         self._answered[question.nonce] = None
         try:
-            if topic is not None:
+            if (topic := topic_of(model)) is not None:
                 await self._publish(topic, question.key, compact, claims)
         except BaseException:
             self._answered.pop(question.nonce, None)
@@ -226,7 +223,7 @@ def new_question(
 
 def terms_digest(claims: Claims) -> str:
     """The digest of what is signed, without what the sign page stamps."""
-    return digest(json.dumps([claims.typ, _terms(claims)], sort_keys=True, separators=(",", ":")))
+    return digest(json.dumps([claims.typ, unstamped(claims)], sort_keys=True, separators=(",", ":")))
 
 
 def _user_of(compact: str) -> UserRecord | None:
@@ -234,7 +231,3 @@ def _user_of(compact: str) -> UserRecord | None:
         return parse(compact).unverified_claims(UserRecord)
     except InvalidMessageError:
         return None
-
-
-def _terms(claims: Claims) -> dict[str, Any]:
-    return claims.model_dump(mode="json", exclude_none=True, exclude=set(STAMPED))
