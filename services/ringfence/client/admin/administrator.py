@@ -17,7 +17,6 @@ from ringfence.client.passkeys.user import LIFE_S
 from ringfence.client.signed_messages import task_terms
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
-from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.enrolment import AttestationSelector
@@ -448,26 +447,15 @@ class Administrator(CommandClient):
         scope = permissions("scope", scope)
         return unknown_names(await self.connection.targets(), scope) if scope else []
 
-    def sign_consent(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
-        """This user's signature, by a key file, over the terms of a task that somebody else assigns on their behalf.
-
-        The one who assigns it embeds it, within `life_s` seconds. With a passkey: `consent_to_task`.
-        """
-        if self.connection.passkey_user is not None:
-            raise InvalidCallError("a passkey signs on the sign page: await consent_to_task")
-        return sign(self._task_consent(terms, life_s), self.connection.key)
-
     async def consent_to_task(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
-        """As `sign_consent`, also by a passkey: then for ten minutes at most.
+        """Sign the terms of a task that somebody else assigns on this user's behalf, and who embeds the signature.
 
-        `life_s`: for how many seconds it counts.
+        `life_s`: for how many seconds it counts; by a passkey for ten minutes at most.
         """
-        return (await self.connection.sign(self._task_consent(terms, life_s))).compact
-
-    def _task_consent(self, terms: TaskTerms, life_s: int) -> TaskConsent:
         self._user_id("the root consents to no tasks")
         require_understood(terms, "the terms of the task")
-        return self.connection.compose(TaskConsent, life_s=self._consent_life_s(life_s), terms=terms)
+        claims = self.connection.compose(TaskConsent, life_s=self._consent_life_s(life_s), terms=terms)
+        return (await self.connection.sign(claims)).compact
 
     def _consent_life_s(self, life_s: int) -> int:
         """How long a consent counts from now: the person with a passkey takes the time to sign it first."""
@@ -486,7 +474,7 @@ class Administrator(CommandClient):
     ) -> str:
         """Assign a task; returns its id.
 
-        `on_behalf_of` is whoever signs where None. For another user, `consent` is their `sign_consent` over the very
+        `on_behalf_of` is whoever signs where None. For another user, `consent` is their `consent_to_task` over the very
         same terms (use `assign_terms`, so that they are).
         """
         terms = self.terms(agent_id, purpose=purpose, scope=scope, ends_in_s=ends_in_s, not_after=not_after)
