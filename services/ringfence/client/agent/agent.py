@@ -532,9 +532,7 @@ class Agent(Lifetime):
                 self.connection.renew_key()
                 await self.connection.renew()
                 claims = self.connection.compose(
-                    RequestWithdraw,
-                    request_id=sent.request_id,
-                    enrolment=self.connection.enrolment,
+                    RequestWithdraw, request_id=sent.request_id, enrolment=self.connection.enrolment
                 )
                 await self.connection.publish(
                     CREDENTIAL_REQUEST, self.id, claims, traceparent=sent.traceparent
