@@ -6,6 +6,7 @@ they sign.
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -53,11 +54,17 @@ APPROVED_TERMS: Final = ("request", "request_id", "ttl_s", "delivery", "revision
 """What an approval repeats of the question, which has each under the same name."""
 
 
+def stamp(iss: str, aud: str, now_s: int, life_s: int) -> dict[str, Any]:
+    """The claims that every message has: `iss`, `aud`, `iat`, a new `jti`, and `exp` where `life_s` is not 0."""
+    claims: dict[str, Any] = {"iss": iss, "aud": aud, "iat": now_s, "jti": str(uuid.uuid4())}
+    return {**claims, "exp": now_s + life_s} if life_s else claims
+
+
 def compose(model: type[C], stamp: Mapping[str, Any], *, until: int | None = None, **fields: Any) -> C:
     """Compose a message.
 
     Args:
-        stamp: the claims that every message has; `exp` is left out where the message does not expire.
+        stamp: what `stamp` returned; `exp` is left out where the message does not expire.
         until: when it ends at the latest, in seconds since 1970.
         fields: its own claims.
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
 from ringfence.client.passkeys.user import LIFE_S
-from ringfence.client.signed_messages import topic_of, unstamped
+from ringfence.client.signed_messages import stamp, topic_of, unstamped
 from ringfence.console.sealed_values import SealedValues
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
@@ -112,13 +112,8 @@ class Questions:
 
     def stamp(self, user_id: str, asked_at: int, life_s: int = LIFE_S) -> dict[str, Any]:
         """Claims to be replaced by the sign page, with `exp` where `life_s` is not 0."""
-        stamped = {
-            "iss": spiffe_id(self._trust_domain, "user", user_id),
-            "aud": self._trust_domain,
-            "iat": asked_at,
-            "jti": "stamped-by-the-page",
-        }
-        return stamped | ({"exp": asked_at + life_s} if life_s else {})
+        iss = spiffe_id(self._trust_domain, "user", user_id)
+        return stamp(iss, self._trust_domain, asked_at, life_s)
 
     def path_of(self, question: Question) -> str:
         """The last part of its path. Raises WrongFormError if its texts are too long for an address."""
