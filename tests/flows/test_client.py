@@ -182,7 +182,7 @@ async def test_a_task_on_behalf_of_somebody_who_consents(world: World) -> None:
         await world.agent("bot", sam, READ)
         async with administrator(world, maria) as hers, administrator(world, sam) as his:
             terms = hers.terms("bot", purpose="look", scope=READ, ends_in_s=600)
-            consent = hers.sign_consent(terms)
+            consent = await hers.consent_to_task(terms)
             task = await his.assign_terms(terms, on_behalf_of="maria", consent=consent)
             entry = (await his.directory()).task(task)
             assert entry is not None

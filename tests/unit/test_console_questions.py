@@ -27,7 +27,6 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.registry import AgentSuspend
-from ringfence.messages.topics import REGISTRY_COMMAND
 from tests.support.in_memory_registry import TD, InMemoryRegistry
 from tests.support.passkeys import SESSION_ORIGIN, SoftwarePasskey
 from tests.support.user_keys import add_key
@@ -83,7 +82,7 @@ class Bench:
         entry = self.ledger.directory.entry("user", "sam")
         assert entry is not None
         me = entry.compact.decode()
-        await (at or self.questions).answer(question, AgentSuspend, REGISTRY_COMMAND, me, compact)
+        await (at or self.questions).answer(question, AgentSuspend, me, compact)
 
 
 @pytest.fixture

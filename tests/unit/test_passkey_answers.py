@@ -12,7 +12,6 @@ from typing import Any, cast
 import pytest
 
 from ringfence.client.admin import user_keys
-from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.user_keys import KeyPackage
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
@@ -167,10 +166,8 @@ def test_the_task_of_a_revocation_is_shown(registry: InMemoryRegistry, passkey: 
 def test_nothing_is_signed_by_the_key_that_only_says_who_it_is(registry: InMemoryRegistry) -> None:
     """A connection of a person with a passkey has a key of its own making. What it signed would be nobody's."""
     connection = Connection(PasskeyUser("pia", print), ClientSettings(trust_domain=TD, trust_root="x" * 43))
-    administrator = Administrator(connection)
     package = KeyPackage("sam", "a.b.c", "a.b.c", registry.key("sam").public, {})
     signing: list[Callable[[], object]] = [
-        lambda: administrator.sign_consent(registry.terms("deploy-bot")),
         lambda: user_keys.invite(connection, "sam"),
         lambda: user_keys.endorse(connection, package),
     ]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -15,11 +14,12 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
 
-from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, require_understood
+from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
 from ringfence.client.key_file import key_file, load_key, successor_key
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.passkeys.user import LIFE_S, PasskeyUser
 from ringfence.client.settings import ClientSettings, load_settings
+from ringfence.client.signed_messages import compose, stamp
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
@@ -323,15 +323,17 @@ class Connection(Lifetime):
         return Signed(claims, sign(claims, self.key))
 
     def stamp(self, life_s: int) -> dict[str, Any]:
-        """The claims that every message has: `iss`, `aud`, `iat`, `jti`; `exp` too where `life_s` is not 0."""
-        now_s = self.clock.now_ms() // 1000
-        claims: dict[str, Any] = {
-            "iss": self.key.id,
-            "aud": self.settings.trust_domain,
-            "iat": now_s,
-            "jti": str(uuid.uuid4()),
-        }
-        return {**claims, "exp": now_s + life_s} if life_s else claims
+        """The claims that every message of this identity has. See `signed_messages.stamp`."""
+        return stamp(self.key.id, self.settings.trust_domain, self.clock.now_ms() // 1000, life_s)
+
+    def compose(self, model: type[C], *, life_s: int | None = None, **fields: Any) -> C:
+        """Compose a message of this identity; `fields` as `signed_messages.compose` takes them.
+
+        `life_s`: how long it counts, in seconds; None: `command_life_s`. Raises InvalidCallError if a field is invalid.
+        """
+        claims = self.stamp(self.command_life_s if life_s is None else life_s)
+        with checked(f"the {model.typ}"):
+            return compose(model, claims, **fields)
 
     async def publish(
         self,

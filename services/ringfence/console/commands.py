@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from pydantic import ValidationError
 
 from ringfence.client.errors import ApiError
 from ringfence.client.passkeys.user import LIFE_S
+from ringfence.client.signed_messages import APPROVED_TERMS, C, compose, key_of, subjects_of
 from ringfence.console.offers import Offers
 from ringfence.console.questions import Draft, Question, Questions, WrongFormError, new_question
 from ringfence.console.reads import SessionReads
@@ -28,7 +30,7 @@ from ringfence.messages.approval import (
     Grant,
     GrantWithdraw,
 )
-from ringfence.messages.base import Claims, Topic
+from ringfence.messages.base import Claims
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.registry import (
@@ -39,12 +41,7 @@ from ringfence.messages.registry import (
     AgentTransferConsent,
     TaskEnd,
 )
-from ringfence.messages.topics import (
-    APPROVAL_RESPONSE,
-    CREDENTIAL_DECISION,
-    REGISTRY_COMMAND,
-    REVOCATION_REQUEST,
-)
+from ringfence.messages.topics import CREDENTIAL_DECISION
 
 Form = Mapping[str, str]
 MAX_TEXT_CHARS: Final = 1000
@@ -128,61 +125,59 @@ class Commands:
             where = ".".join(map(str, first["loc"])) or "the form"
             raise WrongFormError(f"{where}: {first['msg']}") from None
 
-    def _stamp(self, asking: Asking, life_s: int = LIFE_S) -> dict[str, Any]:
-        return self._questions.stamp(asking.user_id, asking.asked_at, life_s)
+    def _compose(self, asking: Asking, model: type[C], *, life_s: int = LIFE_S, **fields: Any) -> C:
+        return compose(model, self._questions.stamp(asking.user_id, asking.asked_at, life_s), **fields)
+
+    async def _draft_with_records(
+        self, asking: Asking, title: str, claims: Claims, *, key: str | None = None, **evidence: str
+    ) -> Draft:
+        """The draft of a message that the sign page shows by the records of its subjects, and by `evidence`."""
+        records = []
+        for kind, id in dict.fromkeys([("user", asking.user_id), *subjects_of(claims)]):
+            try:
+                records.append((await asking.reads.signed_record(kind, id))["record"])
+            except ApiError as error:
+                if not (error.status == 404 and kind == "task" and isinstance(claims, RevocationRequest)):
+                    raise
+        shown_by = {"trust": self._compact_trust(), "records": records, **evidence}
+        return Draft(title, claims, key or key_of(claims), shown_by)
 
     # --- approvals ---
 
-    async def _answer(self, asking: Asking, verdict: str) -> Draft:
+    async def answer(self, asking: Asking, *, verdict: str) -> Draft:
+        """Yes or no to one request, on the terms that it was shown with."""
         view = await self._pending(asking)
-        stamp = self._stamp(asking, MAX_LIFE_S)
-        claims = Approval.model_validate(
-            {
-                **stamp,
-                "exp": min(stamp["exp"], view["expires_at"]),
-                "verdict": verdict,
-                "request": view["request"],
-                "request_id": view["request_id"],
-                "request_digest": digest(view["request"]),
-                "ttl_s": view["ttl_s"],
-                "delivery": view["delivery"],
-                "revisions": view["revisions"],
-                "comment": asking.comment,
-            }
+        claims = self._compose(
+            asking,
+            Approval,
+            life_s=MAX_LIFE_S,
+            until=view["expires_at"],
+            verdict=verdict,
+            request_digest=digest(view["request"]),
+            comment=asking.comment,
+            **{name: view[name] for name in APPROVED_TERMS},
         )
         evidence = await asking.reads.evidence(view["request_id"])
-        word = "approve" if verdict == "approved" else "deny"
-        title = f"{word} request {view['request_id'][:8]} of {view['agent_id']}"
+        title = f"{_VERBS[verdict]} request {view['request_id'][:8]} of {view['agent_id']}"
         return Draft(title, claims, view["agent_id"], evidence)
-
-    async def approve(self, asking: Asking) -> Draft:
-        """Yes to one request, on the terms that it was shown with."""
-        return await self._answer(asking, "approved")
-
-    async def deny(self, asking: Asking) -> Draft:
-        """No to one request."""
-        return await self._answer(asking, "denied")
 
     async def grant(self, asking: Asking) -> Draft:
         """Yes ahead, to so many credentials like the one that is asked for."""
         view = await self._pending(asking)
         request = parse(view["request"]).unverified_claims(CredentialRequest)
-        hours = asking.number("hours", 1, MAX_GRANT_LIFE_S // 3600)
-        stamp = self._stamp(asking, hours * 3600)
-        ends_at = view.get("about", {}).get("task_ends_at", stamp["exp"])
-        claims = Grant.model_validate(
-            {
-                **stamp,
-                "exp": min(stamp["exp"], ends_at),
-                "agent_id": view["agent_id"],
-                "task_id": request.task_id,
-                "scope": [one.model_dump(mode="json", exclude_none=True) for one in request.scope],
-                "count": asking.number("count", 1, 1000),
-                "ttl_s": view["ttl_s"],
-                "delivery": view["delivery"],
-                "revisions": view["revisions"],
-                "comment": asking.comment,
-            }
+        claims = self._compose(
+            asking,
+            Grant,
+            life_s=asking.number("hours", 1, MAX_GRANT_LIFE_S // 3600) * 3600,
+            until=view.get("about", {}).get("task_ends_at"),
+            agent_id=view["agent_id"],
+            task_id=request.task_id,
+            scope=request.scope,
+            count=asking.number("count", 1, 1000),
+            ttl_s=view["ttl_s"],
+            delivery=view["delivery"],
+            revisions=view["revisions"],
+            comment=asking.comment,
         )
         evidence = await asking.reads.evidence(view["request_id"])
         title = f"approve ahead {claims.count} like request {view['request_id'][:8]} of {view['agent_id']}"
@@ -191,38 +186,29 @@ class Commands:
     async def withdraw_grant(self, asking: Asking) -> Draft:
         """Take back what was approved ahead."""
         grant = await asking.reads.get("policy", "grants", asking.required("id"))
-        claims = GrantWithdraw(
-            **self._stamp(asking), grant_id=grant["grant_id"], reason=asking.required("reason")
+        claims = self._compose(
+            asking, GrantWithdraw, grant_id=grant["grant_id"], reason=asking.required("reason")
         )
         title = f"take back what was approved ahead for {grant['agent_id']}"
-        return Draft(title, claims, grant["agent_id"], await self._evidence(asking, []))
+        return await self._draft_with_records(asking, title, claims, key=grant["agent_id"])
 
-    async def _answer_action(self, asking: Asking, verdict: str) -> Draft:
+    async def answer_action(self, asking: Asking, *, verdict: str) -> Draft:
+        """Yes or no to one action, once."""
         id = asking.required("id")
         action = await asking.reads.get("policy", "action-approvals", id)
-        stamp = self._stamp(asking)
-        claims = ActionApproval.model_validate(
-            {
-                **stamp,
-                "exp": min(stamp["exp"], action["expires_at"]),
-                "verdict": verdict,
-                "agent_id": action["agent"],
-                "request": action["request"],
-                "request_digest": digest(action["request"]),
-                "comment": asking.comment,
-            }
+        claims = self._compose(
+            asking,
+            ActionApproval,
+            until=action["expires_at"],
+            verdict=verdict,
+            agent_id=action["agent"],
+            request=action["request"],
+            request_digest=digest(action["request"]),
+            comment=asking.comment,
         )
         evidence = await asking.reads.get("policy", "action-approvals", id, "evidence")
-        title = f"{'approve' if verdict == 'approved' else 'deny'} one action of {action['agent']}"
+        title = f"{_VERBS[verdict]} one action of {action['agent']}"
         return Draft(title, claims, action["agent"], evidence)
-
-    async def approve_action(self, asking: Asking) -> Draft:
-        """Yes to one action, once."""
-        return await self._answer_action(asking, "approved")
-
-    async def deny_action(self, asking: Asking) -> Draft:
-        """No to one action."""
-        return await self._answer_action(asking, "denied")
 
     async def _pending(self, asking: Asking) -> dict[str, Any]:
         view = await asking.reads.approval(asking.required("id"))
@@ -238,16 +224,16 @@ class Commands:
         if use["review"] is not None:
             raise WrongFormError(f"this use was reviewed already, by {use['review']['by']}")
         decision = await self._decision(asking.reads, use["request_id"])
-        claims = BreakGlassReview(
-            **self._stamp(asking, 0),
+        claims = self._compose(
+            asking,
+            BreakGlassReview,
             request_id=use["request_id"],
             decision_digest=digest(decision),
             agent_id=use["agent"],
             note=asking.required("note"),
         )
-        evidence = {**await self._evidence(asking, []), "decision": decision}
         title = f"review the use of break glass by {use['agent']}"
-        return Draft(title, claims, use["agent"], evidence)
+        return await self._draft_with_records(asking, title, claims, key=use["agent"], decision=decision)
 
     async def _decision(self, reads: SessionReads, request_id: str) -> str:
         """The decision on a request, as policy signed it: what policy remembers, or what audit has the place of."""
@@ -271,20 +257,13 @@ class Commands:
 
     # --- agents and tasks ---
 
-    async def suspend(self, asking: Asking) -> Draft:
-        """Stop an agent: nothing is issued, its leases end."""
-        return await self._change_agent(asking, "suspend", AgentSuspend)
-
-    async def resume(self, asking: Asking) -> Draft:
-        """Let a suspended agent go on."""
-        return await self._change_agent(asking, "resume", AgentResume)
-
-    async def _change_agent(
-        self, asking: Asking, verb: str, command: type[AgentSuspend] | type[AgentResume]
-    ) -> Draft:
-        agent_id = asking.required("id")
-        claims = command(**self._stamp(asking), agent_id=agent_id, reason=asking.required("reason"))
-        return Draft(f"{verb} agent {agent_id}", claims, agent_id, await self._about_agent(asking, agent_id))
+    async def change_agent(self, asking: Asking, *, model: type[AgentSuspend | AgentResume]) -> Draft:
+        """Stop an agent, or let a suspended one go on."""
+        claims = self._compose(
+            asking, model, agent_id=asking.required("id"), reason=asking.required("reason")
+        )
+        verb = claims.typ.rpartition(".")[2]
+        return await self._draft_with_records(asking, f"{verb} agent {claims.agent_id}", claims)
 
     async def narrow(self, asking: Asking) -> Draft:
         """Take from an agent's ceiling what it did not use in 30 days."""
@@ -294,11 +273,8 @@ class Commands:
             raise WrongFormError(
                 f"agent {agent_id} used all of its ceiling in 30 days: there is nothing to take"
             )
-        claims = AgentSetCeiling.model_validate(
-            {**self._stamp(asking), "agent_id": agent_id, "ceiling": ceiling}
-        )
-        evidence = await self._about_agent(asking, agent_id)
-        return Draft(f"narrow the ceiling of agent {agent_id}", claims, agent_id, evidence)
+        claims = self._compose(asking, AgentSetCeiling, agent_id=agent_id, ceiling=ceiling)
+        return await self._draft_with_records(asking, f"narrow the ceiling of agent {agent_id}", claims)
 
     async def transfer(self, asking: Asking) -> Draft:
         """Make another user the agent's sponsor: with their consent, or as an operator without."""
@@ -307,15 +283,15 @@ class Commands:
         sponsor = asking.form.get("sponsor", "").strip() or (self._signer_of(consent) if consent else "")
         if not sponsor:
             raise WrongFormError("the form lacks the new sponsor")
-        claims = AgentTransfer(
-            **self._stamp(asking),
+        claims = self._compose(
+            asking,
+            AgentTransfer,
             agent_id=agent_id,
             sponsor=sponsor,
             consent=consent,
-            without_consent=True if asking.form.get("without_consent") == "1" else None,
+            without_consent=asking.form.get("without_consent") == "1" or None,
         )
-        evidence = await self._about_agent(asking, agent_id)
-        return Draft(f"transfer agent {agent_id} to {sponsor}", claims, agent_id, evidence)
+        return await self._draft_with_records(asking, f"transfer agent {agent_id} to {sponsor}", claims)
 
     def _signer_of(self, consent: str) -> str:
         """The user whom a consent names as its signer. The registry verifies it. Raises WrongFormError."""
@@ -329,8 +305,10 @@ class Commands:
         offer = self._offers.opened(asking.required("offer"))
         agent = await self._offers.reads(offer).signed_record("agent", offer.agent_id)
         mine = await asking.reads.signed_record("user", asking.user_id)
-        claims = AgentTransferConsent(
-            **self._stamp(asking, _CONSENT_LIFE_S),
+        claims = self._compose(
+            asking,
+            AgentTransferConsent,
+            life_s=_CONSENT_LIFE_S,
             agent_id=offer.agent_id,
             from_sponsor=agent["state"]["sponsor"],
             revision=agent["revision"],
@@ -341,23 +319,25 @@ class Commands:
     async def end_task(self, asking: Asking) -> Draft:
         """End a task, and the leases of it."""
         task_id = asking.required("id")
-        claims = TaskEnd(**self._stamp(asking), task_id=task_id, reason=asking.required("reason"))
-        evidence = await self._evidence(asking, [("task", task_id)])
-        return Draft(f"end task {task_id[:8]}", claims, task_id, evidence)
+        claims = self._compose(asking, TaskEnd, task_id=task_id, reason=asking.required("reason"))
+        return await self._draft_with_records(asking, f"end task {task_id[:8]}", claims)
 
     # --- leases ---
 
     async def revoke_lease(self, asking: Asking) -> Draft:
         """End one lease."""
         lease = await asking.reads.get("revoker", "leases", asking.required("id"), records=1)
-        claims = RevocationRequest(
-            **self._stamp(asking, 0),
+        claims = self._compose(
+            asking,
+            RevocationRequest,
             kind="revocation",
             lease_id=lease["id"],
             reason=asking.required("reason"),
         )
-        evidence = {**await self._evidence(asking, []), "lease": lease["record"]}
-        return Draft(f"revoke lease {lease['id'][:8]}", claims, lease["agent_id"], evidence)
+        title = f"revoke lease {lease['id'][:8]}"
+        return await self._draft_with_records(
+            asking, title, claims, key=lease["agent_id"], lease=lease["record"]
+        )
 
     async def revoke_all(self, asking: Asking) -> Draft:
         """The kill switch: end all that one condition covers."""
@@ -365,26 +345,15 @@ class Commands:
         if by not in _CONDITIONS:
             raise WrongFormError(f"leases are revoked by one of: {', '.join(_CONDITIONS)}")
         value = True if by == "all" else asking.required("id")
-        claims = RevocationRequest(
-            **self._stamp(asking, 0),
+        claims = self._compose(
+            asking,
+            RevocationRequest,
             kind="revocation",
             selector=Selector.model_validate({_CONDITIONS[by]: value}),
             reason=asking.required("reason"),
         )
         title = "revoke every lease" if by == "all" else f"revoke all leases of {by} {value}"
-        key = "all" if by == "all" else str(value)
-        return Draft(title, claims, key, await self._evidence(asking, []))
-
-    # --- evidence ---
-
-    async def _about_agent(self, asking: Asking, agent_id: str) -> dict[str, Any]:
-        return await self._evidence(asking, [("agent", agent_id)])
-
-    async def _evidence(self, asking: Asking, subjects: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        """The trust bundle, and the records of the person who signs and of `subjects`."""
-        wanted = dict.fromkeys([("user", asking.user_id), *subjects])
-        records = [(await asking.reads.signed_record(kind, id))["record"] for kind, id in wanted]
-        return {"trust": self._compact_trust(), "records": records}
+        return await self._draft_with_records(asking, title, claims)
 
     def _compact_trust(self) -> str:
         return self._trust.compact.decode().strip()
@@ -397,10 +366,9 @@ class Kind:
     compose: Callable[[Commands, Asking], Awaitable[Draft]]
     model: type[Claims]
     """What is signed."""
-    topic: Topic[Any] | None
-    """Where it goes; None: nowhere, it is embedded in another message."""
 
 
+_VERBS: Final = {"approved": "approve", "denied": "deny"}
 _CONDITIONS: Final = {
     "agent": "agent_id",
     "task": "task_id",
@@ -410,21 +378,21 @@ _CONDITIONS: Final = {
     "all": "all",
 }
 KINDS: Final[Mapping[str, Kind]] = {
-    "approve": Kind(Commands.approve, Approval, APPROVAL_RESPONSE),
-    "deny": Kind(Commands.deny, Approval, APPROVAL_RESPONSE),
-    "grant": Kind(Commands.grant, Grant, APPROVAL_RESPONSE),
-    "withdraw-grant": Kind(Commands.withdraw_grant, GrantWithdraw, APPROVAL_RESPONSE),
-    "approve-action": Kind(Commands.approve_action, ActionApproval, APPROVAL_RESPONSE),
-    "deny-action": Kind(Commands.deny_action, ActionApproval, APPROVAL_RESPONSE),
-    "review": Kind(Commands.review, BreakGlassReview, APPROVAL_RESPONSE),
-    "suspend": Kind(Commands.suspend, AgentSuspend, REGISTRY_COMMAND),
-    "resume": Kind(Commands.resume, AgentResume, REGISTRY_COMMAND),
-    "narrow": Kind(Commands.narrow, AgentSetCeiling, REGISTRY_COMMAND),
-    "transfer": Kind(Commands.transfer, AgentTransfer, REGISTRY_COMMAND),
-    "take-over": Kind(Commands.take_over, AgentTransferConsent, None),
-    "end-task": Kind(Commands.end_task, TaskEnd, REGISTRY_COMMAND),
-    "revoke-lease": Kind(Commands.revoke_lease, RevocationRequest, REVOCATION_REQUEST),
-    "revoke-all": Kind(Commands.revoke_all, RevocationRequest, REVOCATION_REQUEST),
+    "approve": Kind(partial(Commands.answer, verdict="approved"), Approval),
+    "deny": Kind(partial(Commands.answer, verdict="denied"), Approval),
+    "grant": Kind(Commands.grant, Grant),
+    "withdraw-grant": Kind(Commands.withdraw_grant, GrantWithdraw),
+    "approve-action": Kind(partial(Commands.answer_action, verdict="approved"), ActionApproval),
+    "deny-action": Kind(partial(Commands.answer_action, verdict="denied"), ActionApproval),
+    "review": Kind(Commands.review, BreakGlassReview),
+    "suspend": Kind(partial(Commands.change_agent, model=AgentSuspend), AgentSuspend),
+    "resume": Kind(partial(Commands.change_agent, model=AgentResume), AgentResume),
+    "narrow": Kind(Commands.narrow, AgentSetCeiling),
+    "transfer": Kind(Commands.transfer, AgentTransfer),
+    "take-over": Kind(Commands.take_over, AgentTransferConsent),
+    "end-task": Kind(Commands.end_task, TaskEnd),
+    "revoke-lease": Kind(Commands.revoke_lease, RevocationRequest),
+    "revoke-all": Kind(Commands.revoke_all, RevocationRequest),
 }
 """The forms by the last part of their path, below `/sign/`."""
 

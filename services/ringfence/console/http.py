@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from ringfence.client.errors import ApiError
 from ringfence.client.passkeys.questions import server_link, sign_origin
+from ringfence.client.signed_messages import topic_of
 from ringfence.console.assets import assets
 from ringfence.console.commands import KINDS, Commands
 from ringfence.console.offers import Offers
@@ -421,12 +422,10 @@ class Site:
             metrics.CONSOLE_QUESTIONS.labels(question.kind, "refused").inc()
             return self._next_url(question, "Not signed")
         me = await console.reads(question.statement).signed_record("user", question.user_id)
-        compact = await console.questions.answer(
-            question, kind.model, kind.topic, me["record"], answer.get("answer")
-        )
+        compact = await console.questions.answer(question, kind.model, me["record"], answer.get("answer"))
         log.info("user %s signed: %s", question.user_id, question.title)
         metrics.CONSOLE_QUESTIONS.labels(question.kind, "signed").inc()
-        if kind.topic is not None:
+        if topic_of(kind.model) is not None:
             return self._next_url(question, "Signed and sent")
         offer = console.offers.opened(question.form["offer"])
         taken = replace(offer, consent=compact, taken_by=question.user_id)

@@ -13,8 +13,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ringfence.client.passkeys.questions import STAMPED
 from ringfence.client.passkeys.user import LIFE_S
+from ringfence.client.signed_messages import stamp, topic_of, unstamped
 from ringfence.console.sealed_values import SealedValues
 from ringfence.kernel.base.bounded_dict import BoundedDict
 from ringfence.kernel.base.clock import Clock
@@ -112,13 +112,8 @@ class Questions:
 
     def stamp(self, user_id: str, asked_at: int, life_s: int = LIFE_S) -> dict[str, Any]:
         """Claims to be replaced by the sign page, with `exp` where `life_s` is not 0."""
-        stamped = {
-            "iss": spiffe_id(self._trust_domain, "user", user_id),
-            "aud": self._trust_domain,
-            "iat": asked_at,
-            "jti": "stamped-by-the-page",
-        }
-        return stamped | ({"exp": asked_at + life_s} if life_s else {})
+        iss = spiffe_id(self._trust_domain, "user", user_id)
+        return stamp(iss, self._trust_domain, asked_at, life_s)
 
     def path_of(self, question: Question) -> str:
         """The last part of its path. Raises WrongFormError if its texts are too long for an address."""
@@ -143,7 +138,7 @@ class Questions:
         """The question as the sign page takes it. Raises ChangedError."""
         if terms_digest(draft.claims) != question.terms:
             raise ChangedError("what this is about has changed since you were shown it; look at it again")
-        message = {"typ": draft.claims.typ, "claims": _terms(draft.claims)}
+        message = {"typ": draft.claims.typ, "claims": unstamped(draft.claims)}
         document = {
             "user": question.user_id,
             "message": message,
@@ -156,15 +151,12 @@ class Questions:
         """Note that the person signs nothing."""
         self._answered[question.nonce] = None
 
-    async def answer(
-        self, question: Question, model: type[Claims], topic: Topic[Any] | None, user: str, compact: object
-    ) -> str:
-        """Take the signature that the sign page posts, and publish it.
+    async def answer(self, question: Question, model: type[Claims], user: str, compact: object) -> str:
+        """Take the signature that the sign page posts, and publish it, unless another message embeds it.
 
         Args:
             question: what was asked.
             model: the message that its form makes.
-            topic: where it goes; None: nowhere, somebody embeds it.
             user: the person's record, as the registry signed it.
             compact: what the page posted as the person's signed message.
 
@@ -178,7 +170,7 @@ class Questions:
         claims = self._verified(question, model, user, compact)
         self._answered[question.nonce] = None
         try:
-            if topic is not None:
+            if (topic := topic_of(model)) is not None:
                 await self._publish(topic, question.key, compact, claims)
         except BaseException:
             self._answered.pop(question.nonce, None)
@@ -226,7 +218,7 @@ def new_question(
 
 def terms_digest(claims: Claims) -> str:
     """The digest of what is signed, without what the sign page stamps."""
-    return digest(json.dumps([claims.typ, _terms(claims)], sort_keys=True, separators=(",", ":")))
+    return digest(json.dumps([claims.typ, unstamped(claims)], sort_keys=True, separators=(",", ":")))
 
 
 def _user_of(compact: str) -> UserRecord | None:
@@ -234,7 +226,3 @@ def _user_of(compact: str) -> UserRecord | None:
         return parse(compact).unverified_claims(UserRecord)
     except InvalidMessageError:
         return None
-
-
-def _terms(claims: Claims) -> dict[str, Any]:
-    return claims.model_dump(mode="json", exclude_none=True, exclude=set(STAMPED))

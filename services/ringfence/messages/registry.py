@@ -6,7 +6,7 @@ state follows from. So a reader can fold the commands again, and trusts the peop
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -708,27 +708,6 @@ Command = (
     | TaskDelegate
     | TaskEnd
 )
-COMMANDS: tuple[type[ExpiringClaims], ...] = (
-    UserSet,
-    UserDisable,
-    UserAddKey,
-    UserEndKey,
-    ProvisionerSet,
-    ProvisionerLink,
-    AgentRegister,
-    AgentActivate,
-    AgentSetCeiling,
-    AgentSetAttestation,
-    AgentTransfer,
-    AgentRotateKey,
-    AgentSuspend,
-    AgentResume,
-    AgentDecommission,
-    TargetSet,
-    TargetRemove,
-    TaskAssign,
-    TaskDelegate,
-    TaskEnd,
-)
+COMMANDS: tuple[type[ExpiringClaims], ...] = get_args(Command)
 AnyState = UserState | AgentState | TargetState | TaskState
 AnyRecord = UserRecord | AgentRecord | TargetRecord | TaskRecord

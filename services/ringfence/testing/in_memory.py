@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from ringfence.client.errors import InvalidCallError, RefusedError, StaleApprova
 from ringfence.client.resource_server.dpop_proofs import Nonces
 from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.client.settings import ClientSettings
+from ringfence.client.signed_messages import compose, key_of, stamp, task_terms
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.settings import ServiceSettings
@@ -42,7 +42,6 @@ from ringfence.messages.registry import (
     TargetSet,
     TaskAssign,
     TaskConsent,
-    TaskTerms,
     UserSet,
     UserState,
     VerbFloor,
@@ -199,7 +198,6 @@ class InMemoryRingfence:
         self._command(
             TargetSet,
             by=f"user/{People.OPERATOR}",
-            key=target_id,
             target_id=target_id,
             description=f"target {target_id} of a test",
             backend=backend,
@@ -232,7 +230,6 @@ class InMemoryRingfence:
             self._command(
                 AgentRegister,
                 by=f"user/{sponsor}",
-                key=agent_id,
                 agent_id=agent_id,
                 sponsor=sponsor,
                 description=f"agent {agent_id} of a test",
@@ -273,12 +270,8 @@ class InMemoryRingfence:
         if not person.fixed and missing(scope, person.entitlements):
             person.entitlements = (*person.entitlements, *missing(scope, person.entitlements))
             self._set_user(on_behalf_of, person, by=People.OPERATOR)
-        terms = TaskTerms(
-            agent_id=agent_id,
-            purpose=purpose,
-            scope=scope,
-            not_after=self.clock.now_ms() // 1000 + ends_in_s,
-        )
+        now_s = self.clock.now_ms() // 1000
+        terms = task_terms(agent_id, purpose, scope, now_s, ends_in_s=ends_in_s, not_after=None)
         user_key = self.key(f"user/{on_behalf_of}")
         consent = None
         if on_behalf_of != known.sponsor:
@@ -460,7 +453,6 @@ class InMemoryRingfence:
         self._command(
             UserSet,
             by=None if by is None else f"user/{by}",
-            key=user_id,
             user_id=user_id,
             name=user_id.title(),
             roles=person.roles,
@@ -474,7 +466,7 @@ class InMemoryRingfence:
     def _set_ceiling(self, agent_id: str, known: _Registered, ceiling: Scope) -> None:
         validate_scope(ceiling, allow_empty=True)
         by = f"user/{known.sponsor}"
-        self._command(AgentSetCeiling, by=by, key=agent_id, agent_id=agent_id, ceiling=ceiling)
+        self._command(AgentSetCeiling, by=by, agent_id=agent_id, ceiling=ceiling)
         known.ceiling = ceiling
 
     def _registered(self, agent_id: str) -> _Registered | None:
@@ -507,31 +499,21 @@ class InMemoryRingfence:
         return key.record(self.clock.now_ms() // 1000 + _KEY_LIFE_S)
 
     def _stamp(self, key: SigningKey) -> dict[str, Any]:
-        now_s = self.clock.now_ms() // 1000
-        return {
-            "iss": key.id,
-            "aud": TRUST_DOMAIN,
-            "iat": now_s,
-            "exp": now_s + _COMMAND_LIFE_S,
-            "jti": str(uuid.uuid4()),
-        }
+        return stamp(key.id, TRUST_DOMAIN, self.clock.now_ms() // 1000, _COMMAND_LIFE_S)
 
-    def _command(
-        self, model: type[ExpiringClaims], *, by: str | None, key: str | None = None, **fields: Any
-    ) -> str:
+    def _command(self, model: type[ExpiringClaims], *, by: str | None, **fields: Any) -> str:
         """Have the registry carry out a command at once. Returns its id. Raises RefusedError, InvalidCallError."""
         signer = self._root if by is None else self.key(by)
         with checked(f"the {model.typ}"):
-            claims = model(**self._stamp(signer), **fields)
-        id = message_id(claims.iss, claims.jti)
-        at = self._bus.append_unconsumed(REGISTRY_COMMAND, key or id, sign(claims, signer).encode())
+            claims = compose(model, self._stamp(signer), **fields)
+        at = self._bus.append_unconsumed(REGISTRY_COMMAND, key_of(claims), sign(claims, signer).encode())
         run_at_once(self._services.registry.on_command(at))
         for event in _events(reversed(self._bus.of(SERVICE_EVENT))):
             if event.ref == claims.jti and event.kind == "refused":
                 raise RefusedError(claims.typ, event.reasons, "registry")
             if event.ref == claims.jti:
                 break
-        return id
+        return message_id(claims.iss, claims.jti)
 
     async def _answer(
         self,

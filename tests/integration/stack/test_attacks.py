@@ -451,7 +451,7 @@ async def test_a_task_on_behalf_of_someone_who_did_not_sign(realm: RunningStack)
             agent_id=realm.agent, purpose="more than I may", not_after=now_s() + 600,
             scope=(realm.permission(["write"], "env/production/*"),),
         )  # fmt: skip
-        forged_consent = maria.sign_consent(terms)
+        forged_consent = await maria.consent_to_task(terms)
         for consent in (None, forged_consent):
             async with realm_leaves(realm, seen, UNSIGNED_BEHALF):
                 with pytest.raises(RefusedError, match="on behalf of"):
@@ -468,7 +468,7 @@ async def test_a_consent_covers_the_terms_that_were_signed_and_no_others(realm: 
             agent_id=realm.agent, purpose="read", not_after=now_s() + 600,
             scope=(realm.permission(["read"], "env/production/*"),),
         )  # fmt: skip
-        consent = sam.sign_consent(terms)
+        consent = await sam.consent_to_task(terms)
         wider = terms.model_copy(update={"scope": (realm.permission(["write"], "env/production/*"),)})
         async with realm_leaves(realm, seen, UNSIGNED_BEHALF):
             with pytest.raises(RefusedError):

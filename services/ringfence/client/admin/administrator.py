@@ -11,13 +11,12 @@ from ringfence.client.admin.preview import Preview, preview, unknown_names
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.admin.unknown_subjects import similar_id, unknown_subject
 from ringfence.client.arguments import instances, permissions, roles_of, texts
-from ringfence.client.connection import COMMAND_LIFE_S, Connection, subject
+from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
 from ringfence.client.passkeys.user import LIFE_S
+from ringfence.client.signed_messages import task_terms
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
-from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.enrolment import AttestationSelector
@@ -55,7 +54,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.run import Mount, RunLimits, RunOrder, RunStop
-from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST, RUN_ORDER
+from ringfence.messages.topics import RUN_ORDER
 from ringfence.model.http_targets.request_map import RequestMap
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.runs import run_id_of
@@ -151,28 +150,24 @@ class Administrator(CommandClient):
                 since 1970 (None: now).
             provisioned: keeps a provisioned user with their provisioner; None takes them over.
         """
-        roles, entitlements = roles_of(roles), permissions("entitlements", entitlements)
-        validate_scope(entitlements, allow_empty=True)
-        stamp = self.connection.stamp(COMMAND_LIFE_S)
-        with checked("the user"):
-            command = UserSet(
-                **stamp,
-                user_id=user_id,
-                name=name,
-                roles=roles,
-                keys=self.key_records(keys),
-                entitlements=Entitlements(
-                    scope=entitlements, source=source, as_of=stamp["iat"] if as_of is None else as_of
-                ),
-                provisioned=provisioned,
-            )
-        return await self._command(command, user_id)
+        roles, scope = roles_of(roles), permissions("entitlements", entitlements)
+        validate_scope(scope, allow_empty=True)
+        as_of = self._now_s() if as_of is None else as_of
+        with checked("the entitlements"):
+            entitled = Entitlements(scope=scope, source=source, as_of=as_of)
+        return await self._command(
+            UserSet,
+            user_id=user_id,
+            name=name,
+            roles=roles,
+            keys=self.key_records(keys),
+            entitlements=entitled,
+            provisioned=provisioned,
+        )
 
     async def disable_user(self, user_id: str, *, reason: str) -> Accepted:
         """Disable a user: they may no longer act, and their agents become orphans."""
-        with checked("the command"):
-            command = UserDisable(**self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason)
-        return await self._command(command, user_id)
+        return await self._command(UserDisable, user_id=user_id, reason=reason)
 
     async def add_user_key(
         self,
@@ -190,16 +185,14 @@ class Administrator(CommandClient):
             possession: the `key.possession` by the new key.
             endorsement: a `key.endorsement` by a second operator: then the key counts for approvals at once.
         """
-        with checked("the key"):
-            command = UserAddKey(
-                **self.connection.stamp(COMMAND_LIFE_S),
-                user_id=user_id,
-                key=key,
-                invitation=invitation,
-                possession=possession,
-                endorsement=endorsement,
-            )
-        return await self._command(command, user_id)
+        return await self._command(
+            UserAddKey,
+            user_id=user_id,
+            key=key,
+            invitation=invitation,
+            possession=possession,
+            endorsement=endorsement,
+        )
 
     async def end_user_key(
         self,
@@ -219,16 +212,14 @@ class Administrator(CommandClient):
                 hands. Where an operator signs, no key of others that it gave since then approves anything; 0 of an
                 operator's key may be the whole organisation.
         """
-        with checked("the command"):
-            command = UserEndKey(
-                **self.connection.stamp(self.connection.command_life_s),
-                user_id=user_id,
-                kid=kid,
-                reason=reason,
-                compromised=True if compromised else None,
-                since_ms=since_ms,
-            )
-        return await self._command(command, user_id)
+        return await self._command(
+            UserEndKey,
+            user_id=user_id,
+            kid=kid,
+            reason=reason,
+            compromised=compromised or None,
+            since_ms=since_ms,
+        )
 
     async def set_provisioner(
         self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
@@ -237,15 +228,13 @@ class Administrator(CommandClient):
 
         `delegation`: the groups, and what each may give its members.
         """
-        with checked("the provisioner"):
-            command = ProvisionerSet(
-                **self.connection.stamp(COMMAND_LIFE_S),
-                provisioner_id=provisioner_id,
-                name=name,
-                keys=self.key_records(keys),
-                delegation=delegation,
-            )
-        return await self._command(command, provisioner_id)
+        return await self._command(
+            ProvisionerSet,
+            provisioner_id=provisioner_id,
+            name=name,
+            keys=self.key_records(keys),
+            delegation=delegation,
+        )
 
     # --- agents ---
 
@@ -267,36 +256,29 @@ class Administrator(CommandClient):
         """
         ceiling, attestation = permissions("ceiling", ceiling), _selectors(attestation)
         validate_scope(ceiling, allow_empty=True)
-        with checked("the agent"):
-            command = AgentRegister(
-                **self.connection.stamp(COMMAND_LIFE_S),
-                agent_id=agent_id,
-                sponsor=sponsor or self._user_id("name the sponsor"),
-                description=description,
-                keys=self.key_records(keys),
-                ceiling=ceiling,
-                attestation=attestation,
-                inactive=True if inactive else None,
-            )
-        return await self._command(command, agent_id)
+        return await self._command(
+            AgentRegister,
+            agent_id=agent_id,
+            sponsor=sponsor or self._user_id("name the sponsor"),
+            description=description,
+            keys=self.key_records(keys),
+            ceiling=ceiling,
+            attestation=attestation,
+            inactive=inactive or None,
+        )
 
     async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
         """Replace the selectors (`attestation`) of instances that may enrol a key.
 
         Instances that match none get nothing new.
         """
-        attestation = _selectors(attestation)
-        with checked("the selectors"):
-            command = AgentSetAttestation(
-                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, attestation=attestation
-            )
-        return await self._command(command, agent_id)
+        return await self._command(
+            AgentSetAttestation, agent_id=agent_id, attestation=_selectors(attestation)
+        )
 
     async def activate_agent(self, agent_id: str) -> Accepted:
         """Accept, as its sponsor, an agent that was registered as inactive."""
-        with checked("the command"):
-            command = AgentActivate(**self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id)
-        return await self._command(command, agent_id)
+        return await self._command(AgentActivate, agent_id=agent_id)
 
     async def rotate_key(
         self,
@@ -317,29 +299,21 @@ class Administrator(CommandClient):
             compromised: the replaced keys may be stolen: they end at once, whatever `overlap_s` says, and so do the
                 leases that were requested with them.
         """
-        record = self.key_records([key])[0] if key is not None else None
-        replaced = None if replaces is None else texts("replaces", replaces)
-        with checked("the command"):
-            command = AgentRotateKey(
-                **self.connection.stamp(COMMAND_LIFE_S),
-                agent_id=agent_id,
-                key=record,
-                replaces=replaced,
-                overlap_s=0 if compromised else overlap_s,
-                compromised=True if compromised else None,
-                reason=reason,
-            )
-        return await self._command(command, agent_id)
+        return await self._command(
+            AgentRotateKey,
+            agent_id=agent_id,
+            key=None if key is None else self.key_records([key])[0],
+            replaces=None if replaces is None else texts("replaces", replaces),
+            overlap_s=0 if compromised else overlap_s,
+            compromised=compromised or None,
+            reason=reason,
+        )
 
     async def set_ceiling(self, agent_id: str, ceiling: Sequence[Permission]) -> Accepted:
         """Replace the agent's ceiling, the most that it may ever hold. Leases beyond it end."""
         ceiling = permissions("ceiling", ceiling)
         validate_scope(ceiling, allow_empty=True)
-        with checked("the ceiling"):
-            command = AgentSetCeiling(
-                **self.connection.stamp(self.connection.command_life_s), agent_id=agent_id, ceiling=ceiling
-            )
-        return await self._command(command, agent_id)
+        return await self._command(AgentSetCeiling, agent_id=agent_id, ceiling=ceiling)
 
     async def transfer_agent(
         self, agent_id: str, *, sponsor: str, consent: str | None = None, without_consent: bool = False
@@ -350,15 +324,13 @@ class Administrator(CommandClient):
             consent: the new sponsor's `consent_to_transfer`; not needed where the new sponsor signs this command.
             without_consent: an operator transfers without asking the new sponsor; record and audit trail say so.
         """
-        with checked("the command"):
-            command = AgentTransfer(
-                **self.connection.stamp(self.connection.command_life_s),
-                agent_id=agent_id,
-                sponsor=sponsor,
-                consent=consent,
-                without_consent=True if without_consent else None,
-            )
-        return await self._command(command, agent_id)
+        return await self._command(
+            AgentTransfer,
+            agent_id=agent_id,
+            sponsor=sponsor,
+            consent=consent,
+            without_consent=without_consent or None,
+        )
 
     async def consent_to_transfer(self, agent_id: str, *, life_s: int = 3600) -> str:
         """Sign this user's consent to become the sponsor of an agent as it is now. The present sponsor embeds it.
@@ -373,36 +345,26 @@ class Administrator(CommandClient):
             raise unknown_subject(directory, "agent", agent_id)
         if entry.state.sponsor == user:
             raise InvalidCallError(f"{user} is the sponsor of {agent_id} already")
-        with checked("the consent"):
-            claims = AgentTransferConsent(
-                **self.connection.stamp(self._consent_life_s(life_s)),
-                agent_id=agent_id,
-                from_sponsor=entry.state.sponsor,
-                revision=entry.revision,
-            )
+        claims = self.connection.compose(
+            AgentTransferConsent,
+            life_s=self._consent_life_s(life_s),
+            agent_id=agent_id,
+            from_sponsor=entry.state.sponsor,
+            revision=entry.revision,
+        )
         return (await self.connection.sign(claims)).compact
 
     async def suspend_agent(self, agent_id: str, *, reason: str) -> Accepted:
         """Suspend the agent; its leases end."""
-        with checked("the command"):
-            stamp = self.connection.stamp(self.connection.command_life_s)
-            command = AgentSuspend(**stamp, agent_id=agent_id, reason=reason)
-        return await self._command(command, agent_id)
+        return await self._command(AgentSuspend, agent_id=agent_id, reason=reason)
 
     async def resume_agent(self, agent_id: str, *, reason: str) -> Accepted:
         """Resume a suspended agent."""
-        with checked("the command"):
-            stamp = self.connection.stamp(self.connection.command_life_s)
-            command = AgentResume(**stamp, agent_id=agent_id, reason=reason)
-        return await self._command(command, agent_id)
+        return await self._command(AgentResume, agent_id=agent_id, reason=reason)
 
     async def decommission_agent(self, agent_id: str, *, reason: str) -> Accepted:
         """Decommission the agent for ever. Its id is never given again."""
-        with checked("the command"):
-            command = AgentDecommission(
-                **self.connection.stamp(COMMAND_LIFE_S), agent_id=agent_id, reason=reason
-            )
-        return await self._command(command, agent_id)
+        return await self._command(AgentDecommission, agent_id=agent_id, reason=reason)
 
     # --- targets ---
 
@@ -433,26 +395,20 @@ class Administrator(CommandClient):
         RequestMap(requests).check_order(verbs)
         if wrong := backend_problem(backend, anyway=anyway):
             raise InvalidCallError(wrong)
-        with checked("the target"):
-            command = TargetSet(
-                **self.connection.stamp(COMMAND_LIFE_S),
-                target_id=target_id,
-                description=description,
-                backend=backend,
-                verbs=verbs,
-                requests=requests,
-                max_ttl_s=max_ttl_s,
-                keys=self.key_records(keys),
-            )
-        return await self._command(command, target_id)
+        return await self._command(
+            TargetSet,
+            target_id=target_id,
+            description=description,
+            backend=backend,
+            verbs=verbs,
+            requests=requests,
+            max_ttl_s=max_ttl_s,
+            keys=self.key_records(keys),
+        )
 
     async def remove_target(self, target_id: str, *, reason: str) -> Accepted:
         """Remove the target: nothing more is issued for it, and its leases end."""
-        with checked("the command"):
-            command = TargetRemove(
-                **self.connection.stamp(COMMAND_LIFE_S), target_id=target_id, reason=reason
-            )
-        return await self._command(command, target_id)
+        return await self._command(TargetRemove, target_id=target_id, reason=reason)
 
     # --- tasks ---
 
@@ -469,15 +425,7 @@ class Administrator(CommandClient):
 
         Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970).
         """
-        scope = permissions("scope", scope)
-        validate_scope(scope)
-        if (ends_in_s is None) == (not_after is None):
-            raise InvalidCallError("a task needs its end: give either ends_in_s or not_after")
-        end = (
-            not_after if not_after is not None else self.connection.clock.now_ms() // 1000 + (ends_in_s or 0)
-        )
-        with checked("the task"):
-            return TaskTerms(agent_id=agent_id, purpose=purpose, scope=scope, not_after=end)
+        return task_terms(agent_id, purpose, scope, self._now_s(), ends_in_s=ends_in_s, not_after=not_after)
 
     async def preview(self, terms: TaskTerms, *, on_behalf_of: str | None = None) -> Preview:
         """Preview what a task would allow, and what each limit removes from it.
@@ -499,27 +447,15 @@ class Administrator(CommandClient):
         scope = permissions("scope", scope)
         return unknown_names(await self.connection.targets(), scope) if scope else []
 
-    def sign_consent(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
-        """This user's signature, by a key file, over the terms of a task that somebody else assigns on their behalf.
-
-        The one who assigns it embeds it, within `life_s` seconds. With a passkey: `consent_to_task`.
-        """
-        if self.connection.passkey_user is not None:
-            raise InvalidCallError("a passkey signs on the sign page: await consent_to_task")
-        return sign(self._task_consent(terms, life_s), self.connection.key)
-
     async def consent_to_task(self, terms: TaskTerms, *, life_s: int = 3600) -> str:
-        """As `sign_consent`, also by a passkey: then for ten minutes at most.
+        """Sign the terms of a task that somebody else assigns on this user's behalf, and who embeds the signature.
 
-        `life_s`: for how many seconds it counts.
+        `life_s`: for how many seconds it counts; by a passkey for ten minutes at most.
         """
-        return (await self.connection.sign(self._task_consent(terms, life_s))).compact
-
-    def _task_consent(self, terms: TaskTerms, life_s: int) -> TaskConsent:
         self._user_id("the root consents to no tasks")
         require_understood(terms, "the terms of the task")
-        with checked("the consent"):
-            return TaskConsent(**self.connection.stamp(self._consent_life_s(life_s)), terms=terms)
+        claims = self.connection.compose(TaskConsent, life_s=self._consent_life_s(life_s), terms=terms)
+        return (await self.connection.sign(claims)).compact
 
     def _consent_life_s(self, life_s: int) -> int:
         """How long a consent counts from now: the person with a passkey takes the time to sign it first."""
@@ -538,7 +474,7 @@ class Administrator(CommandClient):
     ) -> str:
         """Assign a task; returns its id.
 
-        `on_behalf_of` is whoever signs where None. For another user, `consent` is their `sign_consent` over the very
+        `on_behalf_of` is whoever signs where None. For another user, `consent` is their `consent_to_task` over the very
         same terms (use `assign_terms`, so that they are).
         """
         terms = self.terms(agent_id, purpose=purpose, scope=scope, ends_in_s=ends_in_s, not_after=not_after)
@@ -557,25 +493,18 @@ class Administrator(CommandClient):
         `id_token`, in place of `consent`: an OIDC ID token of the user, with the nonce of the terms
         (`ringfence.nonce_of`).
         """
-        with checked("the task"):
-            command = TaskAssign(
-                **self.connection.stamp(self.connection.command_life_s),
-                terms=terms,
-                on_behalf_of=on_behalf_of or self._user_id("the root assigns no tasks"),
-                consent=consent,
-                id_token=id_token,
-            )
-        signed = await self.connection.sign(command)
-        task_id = message_id(signed.claims.iss, signed.claims.jti)
-        await self._command(signed, task_id)
-        return task_id
+        accepted = await self._command(
+            TaskAssign,
+            terms=terms,
+            on_behalf_of=on_behalf_of or self._user_id("the root assigns no tasks"),
+            consent=consent,
+            id_token=id_token,
+        )
+        return accepted.command_id
 
     async def end_task(self, task_id: str, *, reason: str) -> Accepted:
         """End a task; its leases end."""
-        with checked("the command"):
-            stamp = self.connection.stamp(self.connection.command_life_s)
-            command = TaskEnd(**stamp, task_id=task_id, reason=reason)
-        return await self._command(command, task_id)
+        return await self._command(TaskEnd, task_id=task_id, reason=reason)
 
     # --- leases ---
 
@@ -601,30 +530,21 @@ class Administrator(CommandClient):
         A condition covers every lease whose request was made before. Raises InvalidCallError unless exactly one is
         given.
         """
+        conditions = {
+            "agent_id": agent_id, "task_id": task_id, "sponsor": sponsor, "target_id": target_id, "user_id": user_id
+        }  # fmt: skip
         selector = None
-        with checked("the revocation"):
-            if lease_id is None:
-                selector = Selector(
-                    agent_id=agent_id,
-                    task_id=task_id,
-                    sponsor=sponsor,
-                    target_id=target_id,
-                    user_id=user_id,
-                    all=all,
-                )
-            elif task_id or sponsor or target_id or user_id or all:
-                raise InvalidCallError("the revocation: name a lease or a condition, and not both")
-            claims = RevocationRequest(
-                **self.connection.stamp(life_s=0),
-                kind="revocation",
-                lease_id=lease_id,
-                selector=selector,
-                reason=reason,
-            )
-        key = agent_id or lease_id or task_id or sponsor or target_id or user_id or "all"
+        if lease_id is None:
+            with checked("the revocation"):
+                selector = Selector(**conditions, all=all)
+        elif task_id or sponsor or target_id or user_id or all:
+            raise InvalidCallError("the revocation: name a lease or a condition, and not both")
+        claims = self.connection.compose(
+            RevocationRequest, kind="revocation", lease_id=lease_id, selector=selector, reason=reason
+        )
         signed = await self.connection.sign(claims, await self._lease_evidence(lease_id))
         return await self._outcomes.send(
-            REVOCATION_REQUEST, key, signed, by="revoker", timeout_s=self.timeout_s,
+            signed, key=(agent_id or lease_id) if lease_id else None, timeout_s=self.timeout_s,
             timeout_hint=UNKNOWN_OUTCOME if lease_id else _REVOCATION_TIMEOUT_HINT,
         )  # fmt: skip
 
@@ -671,19 +591,19 @@ class Administrator(CommandClient):
         task = directory.task(task_id)
         if task is None:
             raise InvalidCallError(f"there is no task {task_id}").with_remedy("ringfence task list")
-        with checked("the order"):
-            order = RunOrder(
-                **self.connection.stamp(valid_s),
-                pool=pool,
-                agent_id=task.state.agent_id,
-                task_id=task_id,
-                command=words,
-                image=image,
-                mounts=folders,
-                limits=limits,
-                ttl_s=ttl_s,
-                labels=dict(labels) if labels else None,
-            )
+        order = self.connection.compose(
+            RunOrder,
+            life_s=valid_s,
+            pool=pool,
+            agent_id=task.state.agent_id,
+            task_id=task_id,
+            command=words,
+            image=image,
+            mounts=folders,
+            limits=limits,
+            ttl_s=ttl_s,
+            labels=dict(labels) if labels else None,
+        )
         problem = order_problem(
             order, self.connection.key.kid, directory, self.connection.clock.now_ms() / 1000
         )
@@ -707,8 +627,7 @@ class Administrator(CommandClient):
         `agent_id`, `task_id`, `ordered_by`: of the run, if they are known. Then RefusedError is raised if the caller
         may not stop it, by the records as they are now.
         """
-        with checked("the stop"):
-            stop = RunStop(**self.connection.stamp(COMMAND_LIFE_S), run_id=run_id, reason=reason)
+        stop = self.connection.compose(RunStop, run_id=run_id, reason=reason)
         if agent_id is not None and task_id is not None:
             directory = await self.connection.current_directory()
             problem = stop_problem(stop, directory, agent_id=agent_id, task_id=task_id, ordered_by=ordered_by)
@@ -720,25 +639,25 @@ class Administrator(CommandClient):
 
     def key_records(self, keys: Sequence[AnyKey]) -> tuple[KeyRecord, ...]:
         """Return keys in the form of commands. A key without an end is valid for a year."""
-        end = self.connection.clock.now_ms() // 1000 + KEY_LIFE_S
+        end = self._now_s() + KEY_LIFE_S
         given = instances(
             "keys", keys, (SigningKey, PublicJwk, KeyRecord), '[SigningKey.load(Path("agent.json"))]'
         )
         return tuple(_record(key, end) for key in given)
 
-    async def _command(self, command: ExpiringClaims | Signed[Any], subject_id: str) -> Accepted:
-        try:
-            return await self._outcomes.send(
-                REGISTRY_COMMAND, subject_id, command, by="registry", timeout_s=self.timeout_s
-            )
-        except RefusedError as error:
-            claims = command.claims if isinstance(command, Signed) else command
-            raise await self._with_suggestion(error, claims) from None
+    def _now_s(self) -> int:
+        return self.connection.clock.now_ms() // 1000
 
-    async def _with_suggestion(self, error: RefusedError, command: ExpiringClaims) -> RefusedError:
+    async def _command(self, model: type[ExpiringClaims], **fields: Any) -> Accepted:
+        try:
+            return await super()._command(model, **fields)
+        except RefusedError as error:
+            raise await self._with_suggestion(error, fields) from None
+
+    async def _with_suggestion(self, error: RefusedError, fields: Mapping[str, Any]) -> RefusedError:
         """Return the refusal of a command about an unknown subject, with the closest id that there is."""
         kind = _UNKNOWN_SUBJECTS.get(error.code)
-        id = getattr(command, f"{kind}_id", None)
+        id = fields.get(f"{kind}_id")
         if kind is None or not isinstance(id, str):
             return error
         try:

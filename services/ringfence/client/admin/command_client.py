@@ -14,13 +14,14 @@ from ringfence.client.errors import NotAnsweredError, RefusedError
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.passkeys.user import PasskeyUser
 from ringfence.client.settings import ClientSettings
+from ringfence.client.signed_messages import ANSWERED_BY, key_of, topic_of
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Claims, ServiceRole, Topic
+from ringfence.messages.base import Claims, ExpiringClaims, ServiceRole
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.topics import DEAD_LETTER, SERVICE_EVENT
 from ringfence.model.records.directory import Directory
@@ -73,6 +74,13 @@ class CommandClient(Lifetime):
         """The verified records of users, agents, targets and tasks; kept up to date while connected."""
         return await self.connection.directory()
 
+    async def _command(self, model: type[ExpiringClaims], **fields: Any) -> Accepted:
+        """Compose a registry command, sign it, send it, and wait for the answer."""
+        return await self._send(self.connection.compose(model, **fields))
+
+    async def _send(self, claims: Claims | Signed[Any], key: str | None = None) -> Accepted:
+        return await self._outcomes.send(claims, key=key, timeout_s=self.timeout_s)
+
 
 # Results of signed commands: the services' `service.event` with the command's `jti`.
 
@@ -108,20 +116,19 @@ class CommandOutcomes:
 
     async def send(
         self,
-        topic: Topic[Any],
-        key: str,
         claims: Claims | Signed[Any],
         *,
-        by: ServiceRole,
         timeout_s: float,
+        key: str | None = None,
         traceparent: str | None = None,
         timeout_hint: str = UNKNOWN_OUTCOME,
     ) -> Accepted:
-        """Publish a command and wait for the answer of the service with the role `by`.
+        """Publish a command on its topic, and wait for the answer of the service that answers there.
 
         Args:
             claims: the command, signed already or not.
             timeout_s: how long to wait, in seconds.
+            key: the key of the record on Kafka; None: as `key_of` takes it from the command.
             timeout_hint: added to the error message where no answer comes in time.
 
         Raises:
@@ -131,12 +138,15 @@ class CommandOutcomes:
         """
         signed = claims if isinstance(claims, Signed) else await self._connection.sign(claims)
         claims = signed.claims
+        topic = topic_of(type(claims))
+        assert topic is not None, f"{claims.typ} is embedded, and not sent"
+        by = ANSWERED_BY[topic]
         await self._listen()
         answer: asyncio.Future[ServiceEvent] = asyncio.get_running_loop().create_future()
         self._waiting[claims.jti] = (by, answer)
         try:
             at = await self._connection.publish(
-                topic, key, claims, compact=signed.compact, traceparent=traceparent
+                topic, key or key_of(claims), claims, compact=signed.compact, traceparent=traceparent
             )
             event = await self._answer(answer, at, claims, by, timeout_s, timeout_hint)
         finally:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from ringfence.client.admin.command_client import Accepted, CommandClient
 from ringfence.client.arguments import instances
-from ringfence.client.connection import COMMAND_LIFE_S
 from ringfence.client.errors import RefusedError, checked
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
@@ -18,7 +18,6 @@ from ringfence.messages.registry import (
     UserDisable,
     UserSet,
 )
-from ringfence.messages.topics import REGISTRY_COMMAND
 from ringfence.model.records.provisioning import given_by
 
 _TRIES = 3
@@ -42,48 +41,33 @@ class Provisioner(CommandClient):
         `as_of`: when the directory said so, in seconds since 1970 (None: now).
         """
         granted = given_by(delegation, provisioning.groups)
-        stamp = self.connection.stamp(COMMAND_LIFE_S)
+        as_of = self.connection.clock.now_ms() // 1000 if as_of is None else as_of
         with checked("the user"):
-            command = UserSet(
-                **stamp,
-                user_id=user_id,
-                name=name,
-                roles=granted.roles,
-                keys=(),
-                entitlements=Entitlements(
-                    scope=granted.scope,
-                    source=delegation.source,
-                    as_of=stamp["iat"] if as_of is None else as_of,
-                ),
-                provisioned=provisioning.model_copy(update={"groups": granted.groups}),
-            )
-        return await self._command(command, user_id)
+            entitlements = Entitlements(scope=granted.scope, source=delegation.source, as_of=as_of)
+        return await self._command(
+            UserSet,
+            user_id=user_id,
+            name=name,
+            roles=granted.roles,
+            keys=(),
+            entitlements=entitlements,
+            provisioned=provisioning.model_copy(update={"groups": granted.groups}),
+        )
 
     async def disable_user(self, user_id: str, *, reason: str, gone: bool = False) -> Accepted:
         """Disable a user. `gone`: they left for good, and their keys end."""
-        with checked("the command"):
-            command = UserDisable(
-                **self.connection.stamp(COMMAND_LIFE_S), user_id=user_id, reason=reason, gone=gone
-            )
-        return await self._command(command, user_id)
+        return await self._command(UserDisable, user_id=user_id, reason=reason, gone=gone)
 
     async def link_groups(self, groups: Sequence[GroupLink]) -> Accepted:
         """Set which of the delegated groups exist in the directory."""
         groups = instances("groups", groups, GroupLink, "[GroupLink(...)]")
-        with checked("the groups"):
-            command = ProvisionerLink(
-                **self.connection.stamp(COMMAND_LIFE_S), provisioner_id=self.id, groups=groups
-            )
-        return await self._command(command, self.id)
+        return await self._command(ProvisionerLink, provisioner_id=self.id, groups=groups)
 
-    async def _command(self, command: ExpiringClaims, user_id: str) -> Accepted:
-        for attempt in range(1, _TRIES + 1):
+    async def _command(self, model: type[ExpiringClaims], **fields: Any) -> Accepted:
+        for _ in range(_TRIES - 1):
             try:
-                return await self._outcomes.send(
-                    REGISTRY_COMMAND, user_id, command, by="registry", timeout_s=self.timeout_s
-                )
+                return await super()._command(model, **fields)
             except RefusedError as error:
-                if error.code != "too_early" or attempt == _TRIES:
+                if error.code != "too_early":
                     raise
-            command = command.model_copy(update=self.connection.stamp(COMMAND_LIFE_S))
-        raise AssertionError("not reached")
+        return await super()._command(model, **fields)

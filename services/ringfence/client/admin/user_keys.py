@@ -130,9 +130,8 @@ def invite(connection: Connection, user_id: str, valid_s: int = INVITATION_LIFE_
     if not 0 < valid_s <= INVITATION_LIFE_S:
         raise InvalidCallError(f"an invitation is valid for {INVITATION_LIFE_S // 3600} h at most")
     _require_key_file(connection, UserInvite)
-    stamp = connection.stamp(valid_s) | {"jti": secrets.token_urlsafe(32)}
-    with checked("the invitation"):
-        return sign(UserInvite(**stamp, user_id=user_id), connection.key)
+    jti = secrets.token_urlsafe(32)
+    return sign(connection.compose(UserInvite, life_s=valid_s, jti=jti, user_id=user_id), connection.key)
 
 
 def prove(key: SigningKey, invitation: str, now_s: int) -> KeyPackage:
@@ -166,13 +165,13 @@ def prove(key: SigningKey, invitation: str, now_s: int) -> KeyPackage:
 def endorse(connection: Connection, package: KeyPackage, valid_s: int = INVITATION_LIFE_S) -> str:
     """Co-sign a new key as the second operator, and return the signature (compact JWS). Nothing is sent."""
     _require_key_file(connection, KeyEndorsement)
-    with checked("the co-signature"):
-        claims = KeyEndorsement(
-            **connection.stamp(valid_s),
-            user_id=package.user_id,
-            kid=package.kid,
-            possession_digest=digest(package.possession),
-        )
+    claims = connection.compose(
+        KeyEndorsement,
+        life_s=valid_s,
+        user_id=package.user_id,
+        kid=package.kid,
+        possession_digest=digest(package.possession),
+    )
     return sign(claims, connection.key)
 
 

@@ -36,11 +36,11 @@ from ringfence.client.errors import (
 from ringfence.client.instance_enrolment import Attested, EnrolledInstanceKey, RunInstance
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.settings import ClientSettings, load_settings
+from ringfence.client.signed_messages import task_terms
 from ringfence.client.task_view import TaskView
 from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -50,18 +50,15 @@ from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
-from ringfence.messages.registry import TaskDelegate, TaskEnd, TaskTerms
+from ringfence.messages.registry import TaskDelegate, TaskEnd
 from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,
-    REGISTRY_COMMAND,
     REVOCATION_REQUEST,
 )
 from ringfence.model.scope.scope import validate_scope
 
 log = logging.getLogger(__name__)
 
-REQUEST_LIFE_S = 120
-"""`exp` of a request: how long it may take to reach the broker, clocks that differ included."""
 
 COMMAND_TIMEOUT_S = 15.0
 _MAX_ABANDONED = 1000
@@ -384,26 +381,18 @@ class Agent(Lifetime):
         self.connection.renew_key()
         lease_id = credential if isinstance(credential, str) else credential.lease_id
         await self.connection.renew()
-        with checked("the release"):
-            claims = RevocationRequest(
-                **self.connection.stamp(life_s=0),
-                kind="release",
-                lease_id=lease_id,
-                reason=reason,
-                enrolment=self.connection.enrolment,
-            )
+        claims = self.connection.compose(
+            RevocationRequest,
+            kind="release",
+            lease_id=lease_id,
+            reason=reason,
+            enrolment=self.connection.enrolment,
+        )
         traceparent = None if isinstance(credential, str) else credential.traceparent
         if timeout_s is None:
             await self.connection.publish(REVOCATION_REQUEST, self.id, claims, traceparent=traceparent)
         else:
-            await self._outcomes.send(
-                REVOCATION_REQUEST,
-                self.id,
-                claims,
-                by="revoker",
-                timeout_s=timeout_s,
-                traceparent=traceparent,
-            )
+            await self._outcomes.send(claims, key=self.id, timeout_s=timeout_s, traceparent=traceparent)
 
     async def task(self, task: str) -> TaskView:
         """Look at one of this agent's own tasks (by its id): what it allows, until when, and its leases at the gateway.
@@ -443,21 +432,10 @@ class Agent(Lifetime):
         """
         if (ends_in_s is None) == (until is None):
             raise InvalidCallError("say when the task ends: ends_in_s or until")
-        scope = permissions("scope", scope)
-        validate_scope(scope)
-        stamp = self.connection.stamp(REQUEST_LIFE_S)
-        with checked("the task"):
-            terms = TaskTerms(
-                agent_id=to,
-                purpose=purpose,
-                scope=scope,
-                not_after=until if until is not None else stamp["iat"] + (ends_in_s or 0),
-            )
-            claims = TaskDelegate(**stamp, parent=task, terms=terms)
-        await self._outcomes.send(
-            REGISTRY_COMMAND, message_id(claims.iss, claims.jti), claims, by="registry", timeout_s=timeout_s
-        )
-        return message_id(claims.iss, claims.jti)
+        now_s = self.connection.clock.now_ms() // 1000
+        terms = task_terms(to, purpose, scope, now_s, ends_in_s=ends_in_s, not_after=until)
+        claims = self.connection.compose(TaskDelegate, parent=task, terms=terms)
+        return (await self._outcomes.send(claims, timeout_s=timeout_s)).command_id
 
     async def end_delegated(
         self, task: str, *, reason: str, timeout_s: float = COMMAND_TIMEOUT_S
@@ -471,24 +449,22 @@ class Agent(Lifetime):
 
         Raises as `delegate` does.
         """
-        with checked("the end of the task"):
-            claims = TaskEnd(**self.connection.stamp(REQUEST_LIFE_S), task_id=task, reason=reason)
-        return await self._outcomes.send(REGISTRY_COMMAND, task, claims, by="registry", timeout_s=timeout_s)
+        claims = self.connection.compose(TaskEnd, task_id=task, reason=reason)
+        return await self._outcomes.send(claims, timeout_s=timeout_s)
 
     def _prepare(self, traceparent: str, *, scope: tuple[Permission, ...], **fields: Any) -> _OpenRequest:
         """`fields`: further fields of the `CredentialRequest`."""
         validate_scope(scope)
         self.connection.renew_key()
         reply_key = ReplyKey()
-        with checked("the request"):
-            claims = CredentialRequest(
-                **self.connection.stamp(REQUEST_LIFE_S),
-                **fields,
-                scope=scope,
-                reply_key=reply_key.public,
-                process=process_id(),
-                enrolment=self.connection.enrolment,
-            )
+        claims = self.connection.compose(
+            CredentialRequest,
+            **fields,
+            scope=scope,
+            reply_key=reply_key.public,
+            process=process_id(),
+            enrolment=self.connection.enrolment,
+        )
         key = self.connection.key
         compact = sign(claims, key)
         if len(compact) > MAX_REQUEST_BYTES:
@@ -555,12 +531,9 @@ class Agent(Lifetime):
             async with asyncio.timeout(_WITHDRAW_TIMEOUT_S):
                 self.connection.renew_key()
                 await self.connection.renew()
-                with checked("the withdrawal"):
-                    claims = RequestWithdraw(
-                        **self.connection.stamp(REQUEST_LIFE_S),
-                        request_id=sent.request_id,
-                        enrolment=self.connection.enrolment,
-                    )
+                claims = self.connection.compose(
+                    RequestWithdraw, request_id=sent.request_id, enrolment=self.connection.enrolment
+                )
                 await self.connection.publish(
                     CREDENTIAL_REQUEST, self.id, claims, traceparent=sent.traceparent
                 )

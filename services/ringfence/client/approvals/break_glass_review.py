@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ringfence.client.connection import Connection, subject
-from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError, checked
+from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError
 from ringfence.client.id_prefix import find_by_prefix
 from ringfence.client.kafka_lookups import find_break_glass_use, request_of
 from ringfence.client.passkeys.user import PasskeyUser
@@ -71,14 +71,13 @@ async def review_break_glass(
             )
         if (before := use["review"]) is not None:
             raise InvalidCallError(f"request {use['request_id']} was reviewed already, by {before['by']}")
-        with checked("the review"):
-            review = BreakGlassReview(
-                **connection.stamp(0),
-                request_id=use["request_id"],
-                decision_digest=use["decision_digest"],
-                agent_id=use["agent"],
-                note=note,
-            )
+        review = connection.compose(
+            BreakGlassReview,
+            request_id=use["request_id"],
+            decision_digest=use["decision_digest"],
+            agent_id=use["agent"],
+            note=note,
+        )
         await connection.publish(APPROVAL_RESPONSE, review.agent_id, review)
         try:
             async with asyncio.timeout(timeout_s):
@@ -95,14 +94,13 @@ async def _review_with_passkey(
     async with Connection(key, settings) as connection:
         use = await find_break_glass_use(connection, request_id)
         agent_id = subject_of(connection.settings.trust_domain, request_of(use.claims).iss, "agent")
-        with checked("the review"):
-            review = BreakGlassReview(
-                **connection.stamp(0),
-                request_id=use.claims.request_id,
-                decision_digest=use.digest,
-                agent_id=agent_id or "",
-                note=note,
-            )
+        review = connection.compose(
+            BreakGlassReview,
+            request_id=use.claims.request_id,
+            decision_digest=use.digest,
+            agent_id=agent_id or "",
+            note=note,
+        )
         signed = await connection.sign(review, {"decision": use.compact})
         await connection.publish(APPROVAL_RESPONSE, review.agent_id, signed.claims, compact=signed.compact)
         return {"request_id": review.request_id, "agent": review.agent_id, "review": None}

@@ -10,14 +10,13 @@ from ringfence.client.admin.command_client import TIMEOUT_S, Accepted, CommandCl
 from ringfence.client.admin.preview import unknown_names
 from ringfence.client.arguments import permissions
 from ringfence.client.connection import Connection
-from ringfence.client.errors import InvalidCallError, StaleApprovalError, checked
+from ringfence.client.errors import InvalidCallError, StaleApprovalError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ApprovalClass
-from ringfence.messages.topics import APPROVAL_RESPONSE
 from ringfence.model.requests.approvals import may_approve
 from ringfence.model.requests.facts import DeniedError, load_records
 from ringfence.model.scope.rule import Limit, are_in_force, effective, limits_of
@@ -110,19 +109,19 @@ class Grantor(CommandClient):
         if unknown := unknown_names(directory, scope):
             raise InvalidCallError("; ".join(unknown))
         revision = await self._policy_revision()
-        stamp = self.connection.stamp(lasts_s)
-        with checked("the grant"):
-            grant = Grant(
-                **{**stamp, "exp": min(stamp["exp"], task.state.not_after)},
-                agent_id=task.state.agent_id,
-                task_id=task_id,
-                scope=scope,
-                count=count,
-                ttl_s=ttl_s or ground.target.state.max_ttl_s,
-                delivery=delivery,
-                revisions=ground.revisions(revision),
-                comment=comment,
-            )
+        grant = self.connection.compose(
+            Grant,
+            life_s=lasts_s,
+            until=task.state.not_after,
+            agent_id=task.state.agent_id,
+            task_id=task_id,
+            scope=scope,
+            count=count,
+            ttl_s=ttl_s or ground.target.state.max_ttl_s,
+            delivery=delivery,
+            revisions=ground.revisions(revision),
+            comment=comment,
+        )
         if grant.exp <= grant.iat:
             raise InvalidCallError(f"task {task_id} has ended; nothing is issued in it any more")
         entitlements = ground.user.state.entitlements
@@ -155,7 +154,7 @@ class Grantor(CommandClient):
             raise StaleApprovalError(
                 "agent, user, task or target changed since this was shown; look at it again"
             )
-        return await self._send(grant.agent_id, grant)
+        return await self._send(grant, grant.agent_id)
 
     async def withdraw(self, grant_id: str, *, reason: str) -> Accepted:
         """Withdraw a grant: nothing more is issued on it. Credentials already issued stay valid until `revoke` ends
@@ -164,11 +163,9 @@ class Grantor(CommandClient):
         Raises RefusedError, NotAnsweredError; ApiError if policy knows no such grant that this person may see.
         """
         grant_id, agent_id = await self._grant(grant_id)
-        with checked("the withdrawal"):
-            claims = GrantWithdraw(
-                **self.connection.stamp(self.connection.command_life_s), grant_id=grant_id, reason=reason
-            )
-        return await self._send(agent_id, claims)
+        return await self._send(
+            self.connection.compose(GrantWithdraw, grant_id=grant_id, reason=reason), agent_id
+        )
 
     async def grants(self) -> list[dict[str, Any]]:
         """All grants that this person may see, as policy knows them, by their end."""
@@ -190,8 +187,3 @@ class Grantor(CommandClient):
 
         found = await find_grant(self.connection, grant_id)
         return message_id(found.iss, found.jti), found.agent_id
-
-    async def _send(self, agent_id: str, claims: Grant | GrantWithdraw) -> Accepted:
-        return await self._outcomes.send(
-            APPROVAL_RESPONSE, agent_id, claims, by="policy", timeout_s=self.timeout_s
-        )

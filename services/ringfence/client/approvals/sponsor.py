@@ -15,11 +15,12 @@ from ringfence.client.approvals.pending_approval import PendingApproval
 from ringfence.client.approvals.request_groups import RequestGroup, group_equivalent, group_key
 from ringfence.client.approvers import describe_approvers
 from ringfence.client.connection import Connection, subject
-from ringfence.client.errors import NotYoursError, RefusedError, StaleApprovalError, checked
+from ringfence.client.errors import NotYoursError, RefusedError, StaleApprovalError
 from ringfence.client.id_prefix import find_by_prefix
 from ringfence.client.lifetime import Lifetime
 from ringfence.client.passkeys.user import PasskeyUser
 from ringfence.client.settings import ClientSettings
+from ringfence.client.signed_messages import APPROVED_TERMS
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
@@ -241,16 +242,16 @@ class Sponsor(Lifetime):
             raise NotYoursError(
                 f"action {pending.request_id} needs {describe_approvers((pending.required,))}, not {self.id}"
             )
-        claims = self.connection.stamp(APPROVAL_LIFE_S)
-        with checked("the approval"):
-            answer = ActionApproval(
-                **{**claims, "exp": min(claims["exp"], pending.expires_at)},
-                verdict=verdict,
-                agent_id=pending.agent,
-                request=pending.request,
-                request_digest=pending.digest,
-                comment=comment,
-            )
+        answer = self.connection.compose(
+            ActionApproval,
+            life_s=APPROVAL_LIFE_S,
+            until=pending.expires_at,
+            verdict=verdict,
+            agent_id=pending.agent,
+            request=pending.request,
+            request_digest=pending.digest,
+            comment=comment,
+        )
         signed = await self.connection.sign(answer)
         problem = self._require_actions().key_problem(signed, self.connection.clock.now_ms())
         if problem is not None:
@@ -302,19 +303,15 @@ class Sponsor(Lifetime):
         self, pending: PendingApproval, verdict: Literal["approved", "denied"], comment: str | None
     ) -> str:
         self._check(pending)
-        claims = self.connection.stamp(APPROVAL_LIFE_S if len(pending.required) == 1 else MAX_LIFE_S)
-        with checked("the approval"):
-            approval = Approval(
-                **{**claims, "exp": min(claims["exp"], pending.expires_at)},
-                verdict=verdict,
-                request=pending.request,
-                request_id=pending.request_id,
-                request_digest=pending.digest,
-                ttl_s=pending.ttl_s,
-                delivery=pending.delivery,
-                revisions=pending.revisions,
-                comment=comment,
-            )
+        approval = self.connection.compose(
+            Approval,
+            life_s=APPROVAL_LIFE_S if len(pending.required) == 1 else MAX_LIFE_S,
+            until=pending.expires_at,
+            verdict=verdict,
+            request_digest=pending.digest,
+            comment=comment,
+            **{name: getattr(pending, name) for name in APPROVED_TERMS},
+        )
         question = self._questions.get(pending.request_id)
         signed = await self.connection.sign(approval, {"question": question.compact} if question else {})
         if (reason := self._key_problem(signed, self.connection.clock.now_ms())) is not None:

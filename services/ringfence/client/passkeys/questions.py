@@ -8,36 +8,24 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import quote
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.jws import parse
+from ringfence.client.signed_messages import (
+    Subject,
+    approval_subjects_of,
+    evidence_of,
+    subjects_of,
+    unstamped,
+)
 from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import Claims
-from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.lease import RevocationRequest, Selector
-from ringfence.messages.registry import (
-    AgentResume,
-    AgentSetCeiling,
-    AgentSuspend,
-    AgentTransfer,
-    AgentTransferConsent,
-    TaskAssign,
-    TaskConsent,
-    TaskEnd,
-    UserEndKey,
-)
-from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.messages.lease import RevocationRequest
 from ringfence.model.records.directory import Directory
 
-STAMPED = ("iss", "aud", "iat", "jti")
-"""The claims that the page adds: it alone knows when the person signs, and makes the random id."""
-Subject = tuple[SubjectKind, str]
 BEGIN: Final = "\x01"
 END: Final = "\x02"
 """Around what is unwrapped. JSON has no such character: it would be written as an escape."""
@@ -57,7 +45,7 @@ def compose(
     """Compose the question whether `user_id` signs `claims`.
 
     Args:
-        claims: the message; what the page stamps (`STAMPED`) is left out.
+        claims: the message; what the page stamps is left out.
         evidence: further signed messages by name, as the page wants them for this message.
         return_to: the URL that takes the answer; None: the person copies it.
 
@@ -66,72 +54,16 @@ def compose(
     """
     if claims.passkey_use != "sign":
         raise InvalidCallError(f"no passkey signs {claims.typ}: it needs a key file")
-    terms = claims.model_dump(mode="json", exclude_none=True)
+    subjects = list(subjects_of(claims))
+    if isinstance(claims, RevocationRequest):
+        subjects = [one for one in subjects if directory.entry(*one)]
+    subjects = [("user", user_id), *subjects, *approval_subjects_of(claims, directory)]
     question = {
         "user": user_id,
-        "message": {
-            "typ": claims.typ,
-            "claims": {name: value for name, value in terms.items() if name not in STAMPED},
-        },
-        "evidence": {
-            **evidence_of(directory, trust, [("user", user_id), *subjects_of(claims, directory)]),
-            **evidence,
-        },
+        "message": {"typ": claims.typ, "claims": unstamped(claims)},
+        "evidence": {**evidence_of(directory, trust, subjects), **evidence},
     }
     return _json(question | ({"return_to": return_to} if return_to else {}))
-
-
-def evidence_of(directory: Directory, trust: TrustStore, subjects: Sequence[Subject]) -> dict[str, Any]:
-    """The trust bundle and the records of some subjects, each once. Raises InvalidCallError, UnavailableError."""
-    if not trust.compact:
-        raise UnavailableError(str(trust.unready()))
-    return {
-        "trust": trust.compact.decode().strip(),
-        "records": [_record(directory, kind, id) for kind, id in dict.fromkeys(subjects)],
-    }
-
-
-def _record(directory: Directory, kind: SubjectKind, id: str) -> str:
-    entry = directory.entry(kind, id)
-    if entry is None or not entry.compact:
-        raise InvalidCallError(f"there is no {kind} {id}")
-    return entry.compact.decode()
-
-
-def subjects_of(claims: Claims, directory: Directory) -> Iterator[Subject]:
-    """The subjects that the page shows a message by, besides the person who signs."""
-    match claims:
-        case Approval():
-            request = parse(claims.request).unverified_claims(CredentialRequest)
-            agent_id = subject_of(claims.aud, request.iss, "agent") or ""
-            yield from _ground(directory, agent_id, request.task_id, request.scope[0].target)
-        case ActionApproval():
-            action = parse(claims.request).unverified_claims(ActionRequest)
-            yield from _ground(directory, action.agent_id, action.task_id, action.target_id)
-        case Grant():
-            yield from _ground(directory, claims.agent_id, claims.task_id, claims.scope[0].target)
-        case AgentSuspend() | AgentResume() | AgentSetCeiling() | AgentTransfer() | AgentTransferConsent():
-            yield "agent", claims.agent_id
-        case TaskAssign() | TaskConsent():
-            yield "agent", claims.terms.agent_id
-        case TaskEnd():
-            yield "task", claims.task_id
-        case UserEndKey():
-            yield "user", claims.user_id
-        case RevocationRequest(selector=Selector(task_id=str(task_id))) if directory.task(task_id):
-            yield "task", task_id
-
-
-def _ground(directory: Directory, agent_id: str, task_id: str, target_id: str) -> Iterator[Subject]:
-    task = directory.task(task_id)
-    if task is None:
-        raise InvalidCallError(f"there is no task {task_id}")
-    yield from (
-        ("agent", agent_id),
-        ("task", task_id),
-        ("target", target_id),
-        ("user", task.state.on_behalf_of),
-    )
 
 
 def invitation_question(

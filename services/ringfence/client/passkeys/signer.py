@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.passkeys.question_server import QuestionServer
-from ringfence.client.passkeys.questions import STAMPED, compose, server_link, sign_origin
+from ringfence.client.passkeys.questions import compose, server_link, sign_origin
 from ringfence.client.passkeys.user import PasskeyUser
+from ringfence.client.signed_messages import unstamped
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG
 from ringfence.messages.base import Claims
@@ -72,10 +73,6 @@ def check_answer(
         audience=trust_domain,
         appended_at_ms=now_ms,
     )
-    if _terms(signed.claims) != _terms(asked) or signed.claims.iss != asked.iss:
+    if unstamped(signed.claims) != unstamped(asked) or signed.claims.iss != asked.iss:
         raise InvalidCallError("the sign page signed something else than was asked; nothing was sent")
     return signed
-
-
-def _terms(claims: Claims) -> dict[str, Any]:
-    return claims.model_dump(mode="json", exclude_none=True, exclude=set(STAMPED))

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
+from ringfence.client.signed_messages import Subject, evidence_of, ground_of
 from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
-from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -84,19 +83,9 @@ class ActionsApi:
         action = self._found(request, caller)
         if not action.mine:
             raise NotFoundError(_NOT_WAITING)
-        subjects: list[tuple[SubjectKind, str]] = [
-            ("user", caller.user.user_id),
-            ("agent", action.agent),
-            ("task", action.task_id),
-            ("target", action.target),
-            ("user", action.on_behalf_of),
-        ]
-        entries = [self._directory.entry(kind, id) for kind, id in dict.fromkeys(subjects)]
-        answer: dict[str, Any] = {
-            "trust": self._directory.trust.compact.decode().strip(),
-            "records": [entry.compact.decode() for entry in entries if entry is not None],
-        }
-        return JSONResponse(answer)
+        ground = ground_of(self._directory, action.agent, action.task_id, action.target)
+        subjects: list[Subject] = [("user", caller.user.user_id), *ground]
+        return JSONResponse(evidence_of(self._directory, self._directory.trust, subjects))
 
     def _visible(self, caller: Caller) -> list[PendingAction]:
         pending = self._questions.open.pending(everyone=True, user_id=caller.user.user_id)

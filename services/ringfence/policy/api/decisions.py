@@ -13,12 +13,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.client.signed_messages import evidence_of, ground_of
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.service.http import number_in, position_in, position_text
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import CredentialDecision
-from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -110,21 +110,14 @@ class DecisionsApi:
         if decision is None or facts is None:
             raise NotFoundError(_NOT_WAITING)
         question = sign(question_for(decision, me, self._runtime.key.id), self._runtime.believed_key())
-        subjects: list[tuple[SubjectKind, str]] = [
-            ("user", me),
-            ("agent", facts.agent.state.agent_id),
-            ("task", facts.task.state.task_id),
-            ("target", facts.target.state.target_id),
-            ("user", facts.task.state.on_behalf_of),
-        ]
-        entries = [self._directory.entry(kind, id) for kind, id in dict.fromkeys(subjects)]
-        return JSONResponse(
-            {
-                "trust": self._directory.trust.compact.decode().strip(),
-                "question": question,
-                "records": [entry.compact.decode() for entry in entries if entry is not None],
-            }
+        ground = ground_of(
+            self._directory,
+            facts.agent.state.agent_id,
+            facts.task.state.task_id,
+            facts.target.state.target_id,
         )
+        evidence = evidence_of(self._directory, self._directory.trust, [("user", me), *ground])
+        return JSONResponse({**evidence, "question": question})
 
     def _waiting_for(self, request: Request, caller: Caller) -> dict[str, Any]:
         """The pending request of a path, as the caller sees it. Raises NotFoundError."""
