@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 from pydantic import ValidationError
 
-from ringfence.audit.events.ocsf import permission, privileges, scope_text, scrubbed, user_of
+from ringfence.audit.events.ocsf import VerifiedMessage, permission, privileges, scope_text, scrubbed, user_of
 from ringfence.audit.memory import LeaseFacts, RequestFacts, SeenMessages, Sighting
 from ringfence.audit.settings import AuditSettings
 from ringfence.kernel.base.bounded_dict import BoundedDict
@@ -21,7 +20,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import ExpiredError
-from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, sign_count, verify
+from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
@@ -86,29 +85,6 @@ def require_trust(trust: TrustStore, batch: Iterable[Received], now_ms: int) -> 
     The broker's timestamps count as well: its clock may be ahead of `now_ms`. Raises UnavailableError.
     """
     trust.require(max(now_ms, *(record.appended_at_ms for record in batch)) / 1000)
-
-
-class VerifiedMessage(NamedTuple, Generic[C]):
-    """A verified message: its record, its claims, its exact text (compact JWS), and the key that signed it.
-
-    `embedded` has the typs of the messages inside it that were verified too, `key_fields` the vouchers of its key.
-    """
-
-    record: Received
-    claims: C
-    compact: str
-    kid: str
-    embedded: tuple[str, ...] = ()
-    key_fields: Mapping[str, Any] = MappingProxyType({})
-
-    def verified(self) -> dict[str, Any]:
-        """The field `unmapped.verified`: signer, key, a passkey's signCount, what else was verified, and vouchers."""
-        fields: dict[str, Any] = {"by": self.claims.iss, "kid": self.kid}
-        if (count := sign_count(self.compact)) is not None:
-            fields["sign_count"] = count
-        if self.embedded:
-            fields["embedded"] = list(self.embedded)
-        return fields | dict(self.key_fields)
 
 
 class RecordVerifier:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import (
     UNKNOWN_USER,
     Copied,
     OcsfEvent,
+    VerifiedMessage,
     event,
     event_time,
     permission,
@@ -22,9 +23,6 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.messages.approval import ActionApproval, ActionRequest, Grant, GrantWithdraw
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.requests.grants import id_of
-
-if TYPE_CHECKING:
-    from ringfence.audit.verification import VerifiedMessage
 
 _ACTION = Copied(ActionRequest, "agent task lease target action")
 _ACTION_TERMS = Copied(ActionRequest, "verb resource method")

@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringfence.audit.events import kinds
-from ringfence.audit.events.ocsf import Copied, OcsfEvent, event, scrubbed, user_of
+from ringfence.audit.events.ocsf import Copied, OcsfEvent, VerifiedMessage, event, scrubbed, user_of
 from ringfence.audit.memory import RequestFacts
 from ringfence.messages.approval import BreakGlassReview
 from ringfence.messages.credential import DecidedTerms, Reason
-
-if TYPE_CHECKING:
-    from ringfence.audit.verification import VerifiedMessage
 
 NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
 """Reason codes of such a decision that are not overridden denials."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringfence.audit.events import break_glass, kinds
 from ringfence.audit.events.ocsf import (
@@ -11,6 +11,7 @@ from ringfence.audit.events.ocsf import (
     Copied,
     EventKind,
     OcsfEvent,
+    VerifiedMessage,
     delegators_of,
     event,
     event_time,
@@ -20,15 +21,12 @@ from ringfence.audit.events.ocsf import (
 from ringfence.audit.memory import LeaseFacts, RequestFacts
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
 from ringfence.messages.credential import DecidedTerms, Reason, RequestWithdraw
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.requests.grants import id_of
-
-if TYPE_CHECKING:
-    from ringfence.audit.verification import VerifiedMessage
-    from ringfence.kernel.kafka.record import Received
 
 _MAX_SEALED_KEYS = 256
 _SELECTOR_FIELDS: Mapping[str, tuple[str, str]] = {

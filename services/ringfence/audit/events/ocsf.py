@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import orjson
 
@@ -22,9 +23,11 @@ from ringfence import __version__
 from ringfence.audit.memory import LeaseFacts, RequestFacts
 from ringfence.kernel.base.secret_scrubber import without_secrets, without_tokens
 from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.crypto.jws import sign_count
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.audit import OCSF_VERSION
+from ringfence.messages.base import Claims
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Delegator
 from ringfence.messages.permission import Permission
@@ -32,9 +35,7 @@ from ringfence.messages.registry import TaskState
 from ringfence.model.audit_log.chain import Source
 from ringfence.model.lifecycle import agents_of
 
-if TYPE_CHECKING:
-    from ringfence.audit.verification import VerifiedMessage
-
+C = TypeVar("C", bound=Claims)
 
 DETECTION_FINDING, AUTHENTICATION, AUTHORIZE_SESSION, ENTITY_MANAGEMENT = 2004, 3002, 3003, 3004
 API_ACTIVITY = 6003
@@ -73,6 +74,29 @@ _MAX_TEXT = 500
 _MAX_KEY = 2048  # of an entry of audit.intake; a stranger's record may have any key
 _MAX_LOOKED_AT = 2048
 _LAST_WORD = re.compile(r"(?<![\w.-])[\w.-]+$")
+
+
+class VerifiedMessage(NamedTuple, Generic[C]):
+    """A verified message: its record, its claims, its exact text (compact JWS), and the key that signed it.
+
+    `embedded` has the typs of the messages inside it that were verified too, `key_fields` the vouchers of its key.
+    """
+
+    record: Received
+    claims: C
+    compact: str
+    kid: str
+    embedded: tuple[str, ...] = ()
+    key_fields: Mapping[str, Any] = MappingProxyType({})
+
+    def verified(self) -> dict[str, Any]:
+        """The field `unmapped.verified`: signer, key, a passkey's signCount, what else was verified, and vouchers."""
+        fields: dict[str, Any] = {"by": self.claims.iss, "kid": self.kid}
+        if (count := sign_count(self.compact)) is not None:
+            fields["sign_count"] = count
+        if self.embedded:
+            fields["embedded"] = list(self.embedded)
+        return fields | dict(self.key_fields)
 
 
 class OcsfEvent(NamedTuple):

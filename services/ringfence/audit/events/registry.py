@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import (
@@ -17,6 +17,7 @@ from ringfence.audit.events.ocsf import (
     EventKind,
     OcsfEvent,
     Severity,
+    VerifiedMessage,
     event,
     event_kind,
     event_time,
@@ -53,9 +54,6 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.lifecycle import agents_of
-
-if TYPE_CHECKING:
-    from ringfence.audit.verification import VerifiedMessage
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,19 +6,16 @@ The instance of a run logs on when the run starts, and off when it ends.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringfence.audit.events import kinds
-from ringfence.audit.events.ocsf import Copied, OcsfEvent, event, scrubbed, user_of
+from ringfence.audit.events.ocsf import Copied, OcsfEvent, VerifiedMessage, event, scrubbed, user_of
 from ringfence.audit.events.services import PROTOCOL
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.credential import Reason
 from ringfence.messages.run import Mount, Run, RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.records.runs import run_id_of
-
-if TYPE_CHECKING:
-    from ringfence.audit.verification import VerifiedMessage
 
 _PLACE = Copied(RunOrder, "pool labels")
 _RUN = Copied(Run, "agent run order")

@@ -10,21 +10,26 @@ identities own, an identity token that two instances present. One identity must 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ringfence import __version__
 from ringfence.audit.events import kinds
-from ringfence.audit.events.ocsf import UNKNOWN_USER, Copied, OcsfEvent, event, scrubbed, user_of
+from ringfence.audit.events.ocsf import (
+    UNKNOWN_USER,
+    Copied,
+    OcsfEvent,
+    VerifiedMessage,
+    event,
+    scrubbed,
+    user_of,
+)
 from ringfence.audit.memory import Sighting
 from ringfence.kernel.base.text import with_article
+from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.operations import DeadLetter, ServiceEvent
 from ringfence.messages.registry import SessionStatement
-
-if TYPE_CHECKING:
-    from ringfence.audit.verification import VerifiedMessage
-    from ringfence.kernel.kafka.record import Received
 
 PROTOCOL = {"auth_protocol_id": 99, "auth_protocol": "JWS"}
 _ASKS_FOR_A_CREDENTIAL = frozenset({CredentialRequest.typ, CredentialDecision.typ})

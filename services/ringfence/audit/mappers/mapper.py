@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, NamedTuple
 
 from ringfence.audit.events import registry, services
-from ringfence.audit.events.ocsf import OcsfEvent, credential_fields, task_fields
+from ringfence.audit.events.ocsf import OcsfEvent, VerifiedMessage, credential_fields, task_fields
 from ringfence.audit.memory import RequestFacts
-from ringfence.audit.verification import OutdatedError, RecordVerifier, VerifiedMessage
+from ringfence.audit.verification import OutdatedError, RecordVerifier
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
