@@ -31,7 +31,7 @@ def test_the_page_lists_every_rule_as_it_is() -> None:
 
 def test_the_page_names_every_setting() -> None:
     names = [name for name in AuditSettings.model_fields if name.startswith("detect")]
-    assert len(names) >= 11
+    assert len(names) >= 8
     assert not [name for name in names if f"`RINGFENCE_AUDIT_{name.upper()}" not in PAGE]
 
 
