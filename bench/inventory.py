@@ -20,7 +20,7 @@ import psutil
 from bench.machine import cpu_s
 from bench.stack import running
 from ringfence.client.admin.trust_setup import first_operator
-from ringfence.client.reports.inventory import read_inventory
+from ringfence.client.reports.access_report import read_inventory
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack

@@ -22,7 +22,7 @@ from pathlib import Path
 from ringfence.scan.external_scanners import ADAPTERS, places_of
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.scanner import ScanOptions, scanning
-from ringfence.scan.secret_value import SecretValue
+from ringfence.scan.findings import SecretValue
 from tests.support.scan_corpus import Case, plant
 
 SEEDS = 20

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.grants import Grantor as Grantor
     from ringfence.client.approvals.grants import Proposal as Proposal
     from ringfence.client.approvals.pending_approval import PendingApproval as PendingApproval
-    from ringfence.client.approvals.request_groups import RequestGroup as RequestGroup
+    from ringfence.client.approvals.pending_approval import RequestGroup as RequestGroup
     from ringfence.client.approvals.sponsor import Sponsor as Sponsor
     from ringfence.client.errors import ApiError as ApiError
     from ringfence.client.errors import CredentialOverError as CredentialOverError
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from ringfence.client.errors import StaleApprovalError as StaleApprovalError
     from ringfence.client.errors import TokenRejectedError as TokenRejectedError
     from ringfence.client.passkeys.question_server import NotSignedError as NotSignedError
-    from ringfence.client.passkeys.user import PasskeyUser as PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser as PasskeyUser
     from ringfence.client.resource_server.asgi import Needs as Needs
     from ringfence.client.resource_server.asgi import TokenGuard as TokenGuard
     from ringfence.client.resource_server.asgi import any_token as any_token
@@ -210,7 +210,7 @@ _MODULES = {
     "NotSignedError": "ringfence.client.passkeys.question_server",
     "NotYoursError": "ringfence.client.errors",
     "OnPending": "ringfence.client.agent.agent",
-    "PasskeyUser": "ringfence.client.passkeys.user",
+    "PasskeyUser": "ringfence.client.passkeys.questions",
     "PendingAction": "ringfence.client.approvals.action_approvals",
     "PendingApproval": "ringfence.client.approvals.pending_approval",
     "PendingRequest": "ringfence.client.agent.replies",
@@ -226,7 +226,7 @@ _MODULES = {
     "RedisCredential": "ringfence.client.agent.credentials",
     "RefusedError": "ringfence.client.errors",
     "RequestDeniedError": "ringfence.client.errors",
-    "RequestGroup": "ringfence.client.approvals.request_groups",
+    "RequestGroup": "ringfence.client.approvals.pending_approval",
     "RequestMapError": "ringfence.model.http_targets.request_map",
     "RequestRule": "ringfence.messages.registry",
     "RequestTimeoutError": "ringfence.client.errors",

@@ -13,7 +13,7 @@ import asyncpg
 import pytest
 
 from ringfence.backends import PostgresBackend, TargetRefusedError
-from ringfence.backends.postgres import queries
+from ringfence.backends.postgres import privileges
 from ringfence.backends.postgres.backend import LOCK
 from ringfence.dev.processes import LOOPBACK
 from ringfence.messages.lease import Lease
@@ -346,7 +346,7 @@ async def test_the_undo_waits_for_what_is_being_made(
     )
     made = issuer.transaction()
     await made.start()
-    await issuer.fetch(queries.HERE, LOCK)
+    await issuer.fetch(privileges.HERE, LOCK)
     await issuer.execute(f'CREATE ROLE "{backend.roles_of(one.lease_id)}abcdef_d" LOGIN')
     undoing = asyncio.create_task(backend.undo(one.lease_id, target_id=TARGET))
     async with target.admin() as admin, asyncio.timeout(60):

@@ -15,7 +15,7 @@ import pytest
 
 from ringfence import Agent
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.environment import applied
+from ringfence.client.agent.credentials import applied
 from ringfence.client.errors import RequestDeniedError
 from ringfence.messages.topics import LEASE
 from tests.backends import story

@@ -21,7 +21,7 @@ from ringfence.client.agent.credentials import (
     IssuedCredential,
     PostgresCredential,
 )
-from ringfence.client.agent.environment import environment
+from ringfence.client.agent.credentials import environment
 from ringfence.client.errors import CredentialOverError, RequestDeniedError
 from ringfence.messages.credential import Delivery
 from ringfence.messages.lease import Lease

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.leases.lifecycle import (

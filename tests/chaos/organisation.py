@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
-from ringfence.client.lifetime import Lifetime
+from ringfence.client.arguments import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.permission import Permission

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.kernel.base.ids import derived_id, digest
 from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.kernel.base.times import LAST_MOMENT_S, utc_datetime, utc_text
+from ringfence.kernel.base.clock import LAST_MOMENT_S, utc_datetime, utc_text
 
 SERVICES = Path(__file__).parents[2] / "services/ringfence"
 CONVERSIONS = frozenset({"fromtimestamp", "utcfromtimestamp", "gmtime", "localtime", "ctime", "formatdate"})
@@ -24,7 +24,7 @@ def _conversions(path: Path) -> Iterator[str]:
 
 def test_only_one_module_converts_moments_to_dates() -> None:
     found = {line for path in SERVICES.rglob("*.py") for line in _conversions(path)}
-    assert found == {"kernel/base/times.py: fromtimestamp"}
+    assert found == {"kernel/base/clock.py: fromtimestamp"}
 
 
 @pytest.mark.parametrize("moment", [LAST_MOMENT_S + 1, 2**53 - 1, 2**63, 10**400, float("inf")])

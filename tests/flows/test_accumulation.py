@@ -11,7 +11,7 @@ from typing import Any, cast
 from ringfence.kernel.base.ids import lease_id, message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.partitioning import partition_of
+from ringfence.kernel.kafka.record import partition_of
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentSetCeiling, VerbFloor

@@ -30,7 +30,7 @@ from ringfence.messages.operations import DeadLetter, ServiceEvent
 from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST, SERVICE_EVENT
 from ringfence.model.scope.globs import ScopeError
-from ringfence.policy.incoming.verification import is_request_withdrawal
+from ringfence.policy.incoming.admission import is_request_withdrawal
 from tests.support.benches.agent_api_bench import by_gateway
 from tests.support.benches.sdk_clients import Played, client
 from tests.support.world import WITHIN_S, Party, World

@@ -19,7 +19,7 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload, verify
 from ringfence.kernel.crypto.keys import SigningKey, public_key
-from ringfence.kernel.kafka.detached_signature import detach
+from ringfence.kernel.kafka.record import detach
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Outcome, Reason, Revisions
 from ringfence.messages.registry import AgentSetCeiling

@@ -19,7 +19,7 @@ from ringfence.console.app import ConsoleServer
 from ringfence.console.assets import assets
 from ringfence.console.http import MAX_FORM_BYTES
 from ringfence.console.questions import MAX_ANSWER_BYTES
-from ringfence.console.session import COOKIE
+from ringfence.console.security import COOKIE
 from ringfence.console.settings import ConsoleSettings
 from ringfence.console.views.pages import PAGES
 from ringfence.kernel.base.clock import SystemClock

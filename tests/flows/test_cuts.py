@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from ringfence.dev.processes import Child, free_port, spawn
-from ringfence.gateway.state.cuts import RevocationApplier
+from ringfence.gateway.state.view import RevocationApplier
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.ids import lease_id
 from ringfence.kernel.service.runtime import Runtime

@@ -25,7 +25,7 @@ from ringfence.faststream import (
 )
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.detached_signature import detach
+from ringfence.kernel.kafka.record import detach
 from ringfence.messages.topics import ACTION, APPROVAL_REQUEST, AUDIT, LEASE
 from tests.support import leases
 from tests.support.world import WITHIN_S, World

@@ -22,7 +22,7 @@ from ringfence.gateway.agent_api.replies import WaitingRequests
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.kernel.kafka.partitioning import partition_of
+from ringfence.kernel.kafka.record import partition_of
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.messages.credential import RequestWithdraw
 from ringfence.messages.registry import BackendSettings, TargetSet, TaskEnd, VerbFloor

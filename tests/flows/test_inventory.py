@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.errors import ApiError
-from ringfence.client.reports.inventory import read_inventory
+from ringfence.client.reports.access_report import read_inventory
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.messages.registry import AgentSuspend, UserDisable

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import sign, sign_payload
 from ringfence.kernel.kafka.table_reader import Follower

@@ -38,7 +38,7 @@ from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, USER
 from ringfence.model.records.directory import Directory
 from ringfence.scim.directory_view import DirectoryView
 from ringfence.scim.provisioning import ProvisioningWriter
-from ringfence.scim.refresh import EntitlementRefresh
+from ringfence.scim.app import EntitlementRefresh
 from ringfence.scim.settings import ScimSettings
 from tests.conftest import Kafka
 from tests.support.audit_stories import expect_trail

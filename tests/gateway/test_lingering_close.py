@@ -12,7 +12,7 @@ import pytest
 from ringfence.gateway.contract import Answer, ApiRequest
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
-from ringfence.kernel.http1.refusal import LINGER_BYTES
+from ringfence.kernel.http1.head import LINGER_BYTES
 from tests.gateway.conftest import Place, placed
 from tests.gateway.raw import Raw
 

@@ -18,7 +18,7 @@ import pytest_asyncio
 from cryptography import x509
 
 from ringfence.gateway.contract import PresentedIdentity
-from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import DeadlineTimer
 from ringfence.gateway.dataplane.upstream_pool import UpstreamPool

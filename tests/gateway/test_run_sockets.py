@@ -13,8 +13,8 @@ import pytest
 
 from ringfence.gateway.dataplane.run_sockets import RunSockets
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.refusal_counts import RefusalCounts, RefusalKind
-from ringfence.gateway.events.run_events import RunEvents
+from ringfence.gateway.events.recorder import RefusalCounts, RefusalKind
+from ringfence.gateway.events.task_history import RunEvents
 from ringfence.gateway.events.spool import Spool
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided

@@ -24,7 +24,7 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
-from ringfence.kernel.kafka.unreadable_batches import UNREADABLE
+from ringfence.kernel.kafka.fetch_control import UNREADABLE
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, LEASE
 from tests.conftest import Kafka
 from tests.integration.test_bus import Seen, consuming

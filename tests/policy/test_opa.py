@@ -24,7 +24,7 @@ from ringfence.rego.engine import (
     PolicyUnavailableError,
 )
 from ringfence.rego.opa import OpaEngine
-from ringfence.rego.opa_http import MAX_ANSWER_BYTES
+from ringfence.rego.opa import MAX_ANSWER_BYTES
 from ringfence.rego.settings import OpaSettings
 from tests.policy.bundles import ALLOWS, made
 from tests.policy.cases import GOOD

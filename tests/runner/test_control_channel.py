@@ -32,7 +32,7 @@ from ringfence.runner.control.messages import (
     encode,
 )
 from ringfence.runner.init.instance import sign_enrolment
-from ringfence.runner.init.instance_key import InstanceKey
+from ringfence.runner.init.instance import InstanceKey
 
 START = StartCommand(
     argv=("sh", "-c", "true"),

@@ -18,7 +18,7 @@ import pytest
 from ringfence.dev.processes import StackError
 from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.kernel.crypto.keys import thumbprint
-from ringfence.runner.control.relays import (
+from ringfence.runner.control.messages import (
     RelayError,
     addresses_of,
     hosts_of,

@@ -14,7 +14,7 @@ import pyseccomp
 import pytest
 
 from ringfence.runner.sandbox.seccomp import compiled_filter, oci_profile
-from ringfence.runner.sandbox.syscall_policy import ALLOWED, REFUSED, conditional_rules
+from ringfence.runner.sandbox.seccomp import ALLOWED, REFUSED, conditional_rules
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 EPERM, ENOSYS = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS

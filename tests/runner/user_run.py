@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 
-from ringfence.runner.control.relays import relays_of
+from ringfence.runner.control.messages import relays_of
 from tests.runner.run_host import run_host
 
 PROGRAM = """

@@ -28,7 +28,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.key_expiry import DAY_S, endings, is_lost
+from ringfence.model.records.agent_keys import DAY_S, endings, is_lost
 from ringfence.model.requests.facts import load_context, violations
 from ringfence.registry.domain import MAX_RECORD_BYTES
 from tests.support import leases

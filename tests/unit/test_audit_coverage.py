@@ -9,7 +9,7 @@ import pytest
 
 from ringfence.audit.index.coverage import count_actions, count_leases, load_basis, went_through
 from ringfence.audit.index.store import Viewer
-from ringfence.client.reports.coverage import Coverage, Ratio
+from ringfence.client.reports.access_report import Coverage, Ratio
 from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.lease import Lease

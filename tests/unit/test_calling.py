@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 
 from ringfence.backends import CircuitBreaker, CircuitOpenError, TargetError, TargetRefusedError
-from ringfence.backends.circuit_breaker import FAILURES_TO_OPEN
+from ringfence.backends.http import FAILURES_TO_OPEN
 
 LONGEST_SHUT_S = 60.0
 

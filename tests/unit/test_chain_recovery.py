@@ -20,7 +20,7 @@ from ringfence.audit.trail.chain_recovery import (
     _UnsignedEvent,
     recover_chains,
 )
-from ringfence.audit.trail.handover_lookup import content_digest
+from ringfence.audit.trail.handover import content_digest
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import BusSettings

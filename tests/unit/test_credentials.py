@@ -23,7 +23,7 @@ from ringfence.client.agent.credentials import (
     TokenCredential,
     class_of,
 )
-from ringfence.client.agent.environment import environment
+from ringfence.client.agent.credentials import environment
 from ringfence.client.errors import CredentialOverError, CredentialUseError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Delivery

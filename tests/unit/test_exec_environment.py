@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ringfence.cli.shared.settings_check import DECLARED_IN, known_settings
-from ringfence.client.agent.environment import own_environment
+from ringfence.client.agent.credentials import own_environment
 from ringfence.client.settings import ClientSettings
 
 SAM = "/home/sam/sam.json"

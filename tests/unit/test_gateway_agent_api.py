@@ -13,7 +13,7 @@ import orjson
 import pytest
 
 from ringfence.gateway.agent_api.posted_messages import PostedMessage
-from ringfence.gateway.agent_api.publication_journal import KEPT_S, JournalEntry, PublicationJournal
+from ringfence.gateway.agent_api.publications import KEPT_S, JournalEntry, PublicationJournal
 from ringfence.gateway.agent_api.publications import Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.request_reader import ApiTarget, ListenerContext, read_api_target

@@ -10,7 +10,7 @@ import pytest
 from ringfence.gateway.contract import Attempt, Headers
 from ringfence.gateway.dataplane.headers import forwarded_headers, request_head
 from ringfence.gateway.dataplane.request_reader import ListenerContext, read_request
-from ringfence.gateway.decision.approved_headers import (
+from ringfence.gateway.decision.approval_questions import (
     DROPPED,
     MAX_SHOWN_CHARS,
     MAX_VALUE_CHARS,

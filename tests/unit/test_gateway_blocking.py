@@ -9,7 +9,7 @@ import pytest
 from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity
 from ringfence.gateway.decision.blocked_requests import BlockedRequests
 from ringfence.gateway.decision.targets import Targets
-from ringfence.gateway.events.refusal_counts import MAX_DESTINATIONS, RefusalCounts
+from ringfence.gateway.events.recorder import MAX_DESTINATIONS, RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.messages.operations import ActionDecided, Destination
 from tests.unit.test_gateway_domain import Place

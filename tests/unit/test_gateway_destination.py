@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.gateway.contract import Attempt
-from ringfence.gateway.events.destination import (
+from ringfence.gateway.events.spool import (
     destination_of,
     destination_of_line,
     printable_method,

@@ -22,10 +22,10 @@ from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import cut_error
 from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
 from ringfence.gateway.decision.gate import DecisionGate
-from ringfence.gateway.decision.mcp_bindings import BindingTable
+from ringfence.gateway.decision.mcp import BindingTable
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
-from ringfence.gateway.events.refusal_counts import RefusalCounts
+from ringfence.gateway.events.recorder import RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason

@@ -13,7 +13,7 @@ from ringfence.gateway.state.leases import (
     SLACK_MS,
     LeaseTable,
 )
-from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.model.leases.lifecycle import follow

@@ -19,7 +19,7 @@ from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, V
 from ringfence.model.http_targets.request_map import Action
 from ringfence.model.mcp import canonical
 from ringfence.model.mcp.messages import CAPABILITIES_KEY, VERSION_KEY, read_message
-from ringfence.model.mcp.revisions import STATELESS
+from ringfence.model.mcp.headers import STATELESS
 from tests.unit.test_gateway_approving import BUNDLE, Gateway, Sent
 from tests.unit.test_gateway_domain import WIDE
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.decision.action_ids import ActionIds
+from ringfence.gateway.decision.context import ActionIds
 from ringfence.gateway.decision.fast_path.cache import ChosenLeaseCache, RequestCache, valid_until_s
 from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.kernel.crypto.jws import sign

@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 from aiokafka.errors import KafkaConnectionError
 
-from ringfence.gateway.state.cuts import RevocationApplier
+from ringfence.gateway.state.view import RevocationApplier
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.audit.trail.handover_lookup import ContentDigest, HandoverLookup, content_digest
+from ringfence.audit.trail.handover import ContentDigest, HandoverLookup, content_digest
 from ringfence.kernel.crypto.jws import sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received

@@ -11,7 +11,8 @@ import pytest
 from ringfence.kernel.service.http import application
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records.api_access import Authenticator
-from ringfence.policy.api import agents, inventory
+from ringfence.policy.api import inventory
+from ringfence.policy.api import inventory as agents
 from ringfence.policy.api.inventory import InventoryApi
 from tests.support.in_memory_registry import TD
 from tests.unit.test_inventory import Book

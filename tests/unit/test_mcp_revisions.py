@@ -27,7 +27,7 @@ from ringfence.model.mcp.messages import (
 )
 from ringfence.model.mcp.request_state import RequestState, RequestStateError, RequestStates
 from ringfence.model.mcp.results import Grants, ResultFilter, UnreadableResultError
-from ringfence.model.mcp.revisions import STATELESS, revision_of
+from ringfence.model.mcp.headers import STATELESS, revision_of
 
 META = {VERSION_KEY: STATELESS, CAPABILITIES_KEY: {}}
 

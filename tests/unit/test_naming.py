@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.client.id_prefix import find_by_prefix
+from ringfence.client.arguments import find_by_prefix
 
 IDS = ["ce60feae-3234", "ce60feae-9999", "5d35cb05-b1f2"]
 

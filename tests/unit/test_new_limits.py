@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.base.times import LAST_MOMENT_S
+from ringfence.kernel.base.clock import LAST_MOMENT_S
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable

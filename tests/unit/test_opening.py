@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.lease import Lease
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from tests.support.in_memory_registry import FixedClock
 from tools.schemas.examples import EXAMPLES
 

@@ -7,8 +7,8 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.revoker.lease_end import overdue
-from ringfence.revoker.lease_end.overdue import Overdue
+from ringfence.revoker.lease_end import expiry
+from ringfence.revoker.lease_end.expiry import Overdue
 from tests.support.leases import lease
 
 
@@ -16,7 +16,7 @@ async def test_what_another_revoker_has_undone_is_forgotten_though_nobody_reads_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0
-    monkeypatch.setattr(overdue, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(expiry, "time", SimpleNamespace(monotonic=lambda: now))
     one = Overdue(cast(Any, None), cast(Any, None), after_ms=0, forget_ms=60_000)
     reported = one._reported
 

@@ -6,7 +6,7 @@ from aiokafka.partitioner import DefaultPartitioner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.kernel.kafka.partitioning import partition_number
+from ringfence.kernel.kafka.record import partition_number
 
 
 @given(st.binary(max_size=80), st.integers(min_value=1, max_value=1024))

@@ -24,8 +24,8 @@ from ringfence.client.passkeys.questions import (
     sign_origin,
     unwrapped,
 )
-from ringfence.client.passkeys.signer import check_answer
-from ringfence.client.passkeys.user import PasskeyUser
+from ringfence.client.passkeys.question_server import check_answer
+from ringfence.client.passkeys.questions import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign

@@ -45,7 +45,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.grants import GrantTable
 from ringfence.model.requests.run_orders import verified_order
-from ringfence.policy.incoming.verification import MessageVerifier
+from ringfence.policy.incoming.admission import MessageVerifier
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 from tests.support.passkeys import ORIGINS, SESSION_ORIGIN, SoftwarePasskey
 from tests.support.user_keys import add_key, end_key, new_key, new_passkey

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.policy.incoming.approvals import ReadBarrier
 
 

@@ -22,7 +22,7 @@ from ringfence.messages.topics import LEASE, SERVICE_EVENT
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.leases.lifecycle import is_short_lived
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.policy.agents.holdings import _REFUSED_KEPT, SLACK_S, Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS
 from ringfence.policy.domain import Case, Evaluation, Ruling, denied

@@ -14,8 +14,8 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentSuspend, VerbFloor
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records.api_access import Authenticator
-from ringfence.policy.api import reach
-from ringfence.policy.api.reach import ReachApi
+from ringfence.policy.api import grants
+from ringfence.policy.api.grants import ReachApi
 from tests.support.in_memory_registry import TD
 from tests.unit.test_inventory import Book
 
@@ -121,7 +121,7 @@ async def test_pages_go_on_where_they_ended(desk: Desk, monkeypatch: pytest.Monk
     whole = [agent["id"] for agent in await desk.agents()]
     assert whole == ["bot", "robot-0", "robot-1", "robot-2", "robot-3"]
     for name, most in (("_ROWS", 2), ("_LOOKED_AT", 1)):
-        monkeypatch.setattr(reach, name, most)
+        monkeypatch.setattr(grants, name, most)
         found: list[str] = []
         after: Any = ""
         while after is not None:
@@ -143,7 +143,7 @@ async def test_what_is_not_known_or_makes_no_sense_is_said(desk: Desk, monkeypat
     desk.stale = None
     for _ in range(2):
         desk.run()
-    monkeypatch.setattr(reach, "MAX_TASKS", 1)
+    monkeypatch.setattr(grants, "MAX_TASKS", 1)
     assert "2 running tasks: 1 were looked at" in (await desk.ask("olga")).json()["gaps"][0]
     desk.roster.complete = False
     assert (await desk.ask("olga")).status_code == 503

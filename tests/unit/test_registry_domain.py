@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.admin.key_compromise import MAX_KEYS_AT_ONCE
-from ringfence.kernel.base.times import LAST_MOMENT_S, utc_text
+from ringfence.kernel.base.clock import LAST_MOMENT_S, utc_text
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES
 from ringfence.kernel.crypto.keys import SigningKey

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.retry import backoff, run_periodically
 
 log = logging.getLogger(__name__)

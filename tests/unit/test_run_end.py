@@ -17,7 +17,7 @@ from ringfence.runner.lifecycle.execution import RunExecution, RunnerHost
 from ringfence.runner.lifecycle.mount_changes import MountChanges, changes_of
 from ringfence.runner.lifecycle.plan import PlannedMount, RunPlan
 from ringfence.runner.sandbox.backend import Mount, survey_mount
-from ringfence.runner.sandbox.mount_survey import Survey
+from ringfence.runner.sandbox.mount_points import Survey
 
 LEFT = ("mount work: .envrc (new: programs read settings there)",)
 

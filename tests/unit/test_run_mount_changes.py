@@ -14,7 +14,7 @@ import pytest
 from ringfence.runner.lifecycle import mount_changes
 from ringfence.runner.lifecycle.mount_changes import MountChanges, changes_of
 from ringfence.runner.sandbox.backend import Mount, SandboxSpecError, open_host, survey_mount
-from ringfence.runner.sandbox.mount_survey import Survey, survey
+from ringfence.runner.sandbox.mount_points import Survey, survey
 
 
 def write(path: Path, mode: int = 0o644, text: str = "x") -> None:

@@ -35,7 +35,7 @@ from ringfence.scan.findings import Note, Report
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.readers import FILE_READERS, TEXT_READER
-from ringfence.scan.readers.gcloud import _rows
+from ringfence.scan.readers.clouds import _rows
 from ringfence.scan.scanner import ScanError, ScanOptions, scanning
 from ringfence.scan.source_files import FileFacts, Root, SourceFile, UnreadableError
 from ringfence.scan.tree_walk import walk_tree
@@ -314,7 +314,7 @@ def test_gcloud_row_that_is_no_json_object_is_a_note(tmp_path: Path, value: str)
 
 def test_gcloud_reader_authorizes_no_function_and_no_other_column(monkeypatch) -> None:
     """The authorizer holds without the look at the schema."""
-    monkeypatch.setattr("ringfence.scan.readers.gcloud._is_plain_table", lambda *_: True)
+    monkeypatch.setattr("ringfence.scan.readers.clouds._is_plain_table", lambda *_: True)
     for value in ("upper('a')", "(SELECT sql FROM sqlite_master)", "(SELECT x FROM other)"):
         with contextlib.closing(sqlite3.connect(":memory:")) as connection:
             connection.execute("CREATE TABLE other (x)")

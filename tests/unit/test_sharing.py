@@ -7,9 +7,9 @@ import os
 from types import SimpleNamespace
 from typing import Any, cast
 
-from ringfence.client.agent.process_id import process_id
+from ringfence.client.agent.http_connection import process_id
 from ringfence.gateway.decision.shared_keys import SharedKeys
-from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
+from ringfence.model.records.agent_keys import WINDOW_MS, KeyUses
 from tests.support.in_memory_registry import TD, FixedClock
 from tests.support.world import WITHIN_S
 

@@ -24,7 +24,7 @@ from ringfence.signals.events import (
     subject_of,
 )
 from ringfence.signals.poll import MAX_SETS_PER_POLL, Window
-from ringfence.signals.receivers import Receiver, read_receivers
+from ringfence.signals.requests import Receiver, read_receivers
 from ringfence.signals.requests import InvalidRequestError, PollRequest, SubjectChange, parse_request
 from ringfence.signals.settings import SignalsSettings
 from tests.support.leases import lease

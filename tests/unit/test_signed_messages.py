@@ -14,7 +14,7 @@ from ringfence.client.passkeys import questions
 from ringfence.client.signed_messages import compose, key_of, topic_of
 from ringfence.console.commands import KINDS, Asking, Commands
 from ringfence.console.questions import Draft, Questions
-from ringfence.console.sealed_values import SealedValues
+from ringfence.console.security import SealedValues
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Claims

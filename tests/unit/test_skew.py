@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.kernel.base.clock_skew import MAX_SKEW_MS, SkewCheck
+from ringfence.kernel.base.clock import MAX_SKEW_MS, SkewCheck
 
 NOW = 1_800_000_000_000
 

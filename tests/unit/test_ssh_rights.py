@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.backends.ssh.privileges import MAX_COMMANDS, AllowedCommands, Rights, allowed, plan
+from ringfence.backends.ssh.certificates import MAX_COMMANDS, AllowedCommands, Rights, allowed, plan
 from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 

@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Any
 
 from ringfence import __version__
-from ringfence.console.session import COOKIE
+from ringfence.console.security import COOKIE
 from ringfence.messages.api import CONSOLE_ROUTES
 from tools.references.openapi.apis import APIS
 from tools.references.openapi.operation import FORBIDDEN, HEADERS, Answer, Operation

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import ClassVar, Literal, Protocol
 
 from ringfence.backends.access import BackendSettings, TargetAccess
-from ringfence.backends.circuit_breaker import CircuitBreaker
+from ringfence.backends.http import CircuitBreaker
 from ringfence.backends.http import HttpBackend, StaticSecrets
 from ringfence.backends.jwt import JwtBackend
 from ringfence.backends.postgres.backend import PostgresBackend
@@ -23,7 +23,7 @@ from ringfence.backends.target_settings import (
     TargetError,
     TargetRefusedError,
 )
-from ringfence.backends.token_keys import TokenKey, TokenKeyError, TokenKeys
+from ringfence.backends.jwt import TokenKey, TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 from urllib.parse import quote
 
 from ringfence.backends.access import TargetAccess
-from ringfence.backends.connection_pool import ConnectionCache
+from ringfence.backends.http import ConnectionCache
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.target_settings import (
     InexactError,

@@ -1,17 +1,77 @@
-"""Checks of arguments that are lists: Python takes a string for a list of characters, and a message for its fields."""
+"""Checks of arguments that are lists: Python takes a string for a list of characters, and a message for its fields.
+
+Find an item by its id or by a unique prefix of its id.
+
+Base class of everything in the SDK that connects: `async with`, or `start` and `close`.
+
+Who must approve a request, in words.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Final, TypeVar
+from types import TracebackType
+from typing import Self
+from ringfence.messages.credential import RequiredClass
 from collections.abc import Iterable, Mapping
 from typing import Final, TypeVar, cast
-
 from pydantic import BaseModel
-
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Role
 
+
+MIN_PREFIX_LENGTH: Final = 4
+"""Shorter prefixes match nothing. The empty prefix would match every id: a script with an unset variable would then
+approve the only request that waits.
+"""
 T = TypeVar("T")
+
+
+def find_by_prefix(prefix: str, items: Iterable[T], id_of: Callable[[T], str]) -> T | None:
+    """The item whose id is `prefix`, or the only one whose id begins with it.
+
+    Returns None if no item or several items match, or `prefix` is shorter than `MIN_PREFIX_LENGTH`.
+    """
+    if len(prefix) < MIN_PREFIX_LENGTH:
+        return None
+    matches = [one for one in items if id_of(one).startswith(prefix)]
+    return matches[0] if len(matches) == 1 else None
+
+
+class Lifetime:
+    """An async context manager: entering calls `start`, leaving calls `close`."""
+
+    async def start(self) -> None:
+        """Connect. Does nothing where there is nothing to connect."""
+
+    async def close(self) -> None:
+        """Disconnect. Idempotent."""
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+_APPROVERS: dict[RequiredClass, str] = {
+    "none": "nobody",
+    "sponsor": "the agent's sponsor",
+    "second_person": "a second person (a sponsor who is neither the agent's nor the user it acts for)",
+    "operator": "an operator (neither the agent's sponsor nor the user it acts for)",
+    "break_glass": "two operators (neither the agent's sponsor nor the user it acts for)",
+}
+
+
+def describe_approvers(required: tuple[RequiredClass, ...]) -> str:
+    """Return a text for people: who must give these approvals."""
+    return " and ".join(_APPROVERS[c] for c in dict.fromkeys(required)) or "a person"
+
 
 _PERMISSION: Final = 'Permission(target="staging", verbs=["read"], resources=["env/x"])'
 

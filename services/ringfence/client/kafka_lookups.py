@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.id_prefix import find_by_prefix
+from ringfence.client.arguments import find_by_prefix
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify

@@ -11,12 +11,12 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from ringfence.client.errors import ApiError
-from ringfence.client.passkeys.user import LIFE_S
+from ringfence.client.passkeys.questions import LIFE_S
 from ringfence.client.signed_messages import APPROVED_TERMS, C, compose, key_of, subjects_of
 from ringfence.console.offers import Offers
 from ringfence.console.questions import Draft, Question, Questions, WrongFormError, new_question
 from ringfence.console.reads import SessionReads
-from ringfence.console.session import Session
+from ringfence.console.security import Session
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.claims import MAX_LIFE_S

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 from ringfence.client.errors import ApiError
 from ringfence.console.reads import SessionReads
-from ringfence.console.sealed_values import SealedValues
-from ringfence.console.session import Session, Sessions
+from ringfence.console.security import SealedValues
+from ringfence.console.security import Session, Sessions
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final, NamedTuple
 
 from ringfence.console.views.page import Page
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 
 _COSTLY: Final = 5
 """So much more seldom a page is looked at for which services count much."""

@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 
 from ringfence.console.assets import STYLE, assets
 from ringfence.kernel.base.text import visible_lines, visible_name
-from ringfence.kernel.base.times import END_OF_TIME, utc_text
+from ringfence.kernel.base.clock import END_OF_TIME, utc_text
 
 _MAX_SCOPE_CHARS: Final = 1000
 

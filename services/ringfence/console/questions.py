@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-from ringfence.client.passkeys.user import LIFE_S
+from ringfence.client.passkeys.questions import LIFE_S
 from ringfence.client.signed_messages import stamp, topic_of, unstamped
-from ringfence.console.sealed_values import SealedValues
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.console.security import SealedValues
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import digest

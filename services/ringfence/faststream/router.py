@@ -19,7 +19,7 @@ from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLS
 
 from ringfence.client.settings import ClientSettings
 from ringfence.faststream.record_decoder import RecordDecoder, UnknownMessage
-from ringfence.faststream.trust_reader import TrustReader
+from ringfence.faststream.record_decoder import TrustReader
 from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.kafka.connection import connection

@@ -19,7 +19,7 @@ from ringfence.model.http_targets.request_map import Action
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import ref_void
-from ringfence.model.records.key_expiry import is_lost
+from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.runs import run_violations
 from ringfence.model.requests.facts import (
     DeniedError,

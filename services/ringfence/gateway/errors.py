@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ringfence.gateway.contract import Verdict
-from ringfence.kernel.http1.refusal import RequestRefusedError, answer_head, problem_answer
+from ringfence.kernel.http1.head import RequestRefusedError, answer_head, problem_answer
 
 __all__ = ["AnswerVerdict", "RequestRefusedError", "answer_head", "problem_answer"]
 

@@ -24,21 +24,21 @@ from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.refusal_counts import RefusalCounts
-from ringfence.gateway.events.run_events import RunEvents
+from ringfence.gateway.events.recorder import RefusalCounts
+from ringfence.gateway.events.task_history import RunEvents
 from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.gateway.state.leases import LEASES_SINCE_MS
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
+from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Reader
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
-from ringfence.model.records.key_sharing import KeyUses
+from ringfence.model.records.agent_keys import KeyUses
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
 from ringfence.rego.engine import ACTION

@@ -28,7 +28,7 @@ from ringfence.issuer.settings import IssuerSettings
 from ringfence.issuer.subscribers import router
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
+from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder

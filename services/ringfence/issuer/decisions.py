@@ -61,7 +61,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease, StoredLease
 from ringfence.model.leases.lifecycle import has_origin, origin_of
 from ringfence.model.leases.tracing import ids_of, step_of, work_on
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 

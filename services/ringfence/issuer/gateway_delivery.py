@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from ringfence.issuer.domain import Issue, Refusal
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.encryption_keys import EncryptionKeys
+from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.crypto.jwe import MAX_RECIPIENTS, enclose
 from ringfence.kernel.crypto.jws import compact_jws, signing_input
 from ringfence.kernel.crypto.keys import SigningKey

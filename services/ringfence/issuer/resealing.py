@@ -29,7 +29,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import ALL_LEASES, selector_keys
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.api_access import Authenticator, ForbiddenError
 
 log = logging.getLogger(__name__)

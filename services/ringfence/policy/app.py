@@ -33,21 +33,21 @@ from ringfence.messages.topics import (
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.model.records.key_sharing import KeyUses
+from ringfence.model.records.agent_keys import KeyUses
 from ringfence.model.records.session_events import SessionEvents
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.agent_index import AgentIndex
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
-from ringfence.policy.agents.shared_keys import SharedKeyDetector
+from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.agents.usage import KeyLastSeen
-from ringfence.policy.api.actions import KEEP_MS as QUESTIONS_KEEP_MS
-from ringfence.policy.api.actions import ActionQuestions, ActionsApi
+from ringfence.policy.api.usage import KEEP_MS as QUESTIONS_KEEP_MS
+from ringfence.policy.api.usage import ActionQuestions, ActionsApi
 from ringfence.policy.api.authzen import AuthZen
 from ringfence.policy.api.decisions import DecisionsApi
 from ringfence.policy.api.grants import GrantApi
 from ringfence.policy.api.inventory import InventoryApi
-from ringfence.policy.api.reach import ReachApi
+from ringfence.policy.api.grants import ReachApi
 from ringfence.policy.api.usage import UsageApi
 from ringfence.policy.decision_log import HISTORY_MS, Approvers, InMemoryDecisionLog
 from ringfence.policy.decisions.evaluator import RequestEvaluator
@@ -63,9 +63,9 @@ from ringfence.policy.incoming.approvals import ApprovalHandler, register_pendin
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.incoming.request_withdrawals import WithdrawalHandler, requests_then_withdrawals
-from ringfence.policy.incoming.verification import MessageVerifier
-from ringfence.policy.notifications.key_notices import key_notice_sender
+from ringfence.policy.incoming.credential_requests import WithdrawalHandler, requests_then_withdrawals
+from ringfence.policy.incoming.admission import MessageVerifier
+from ringfence.policy.notifications.notices import key_notice_sender
 from ringfence.policy.notifications.notices import Notices, notice_sender
 from ringfence.policy.notifications.receipts import receipt_sender
 from ringfence.policy.settings import PolicySettings

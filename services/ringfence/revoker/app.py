@@ -28,20 +28,20 @@ from ringfence.revoker.http import LeasesApi
 from ringfence.revoker.lease_end.credential_removal import CredentialRemover
 from ringfence.revoker.lease_end.expiry import Expiry
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
-from ringfence.revoker.lease_end.overdue import Overdue
+from ringfence.revoker.lease_end.expiry import Overdue
 from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
-from ringfence.revoker.maintenance.heartbeat import HeartbeatSender
-from ringfence.revoker.maintenance.orphans import OrphanSweeper
-from ringfence.revoker.maintenance.tombstones import LeaseTombstoner
+from ringfence.revoker.maintenance import HeartbeatSender
+from ringfence.revoker.maintenance import OrphanSweeper
+from ringfence.revoker.maintenance import LeaseTombstoner
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
-from ringfence.revoker.revocations.fencing import FenceHandler
+from ringfence.revoker.revocations.revocations import FenceHandler
 from ringfence.revoker.revocations.record_changes import RecordHandler
 from ringfence.revoker.revocations.revocations import RevocationHandler
-from ringfence.revoker.revocations.run_ends import RunEndHandler, RunRevoker
+from ringfence.revoker.revocations.runner_silence import RunEndHandler, RunRevoker
 from ringfence.revoker.revocations.runner_silence import RunnerSilence, SilentRunEnder
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.runner_pools import RunnerPools
-from ringfence.revoker.runs_http import RunsApi
+from ringfence.revoker.http import RunsApi
 from ringfence.revoker.settings import PATIENCE_S, RevokerSettings
 from ringfence.revoker.subscribers import GROUP, router
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from ringfence.scan import checksums, kinds, names
 from ringfence.scan.findings import Access, Confidence, Pattern
 from ringfence.scan.kinds import FORMATS, SCHEMES, Format, Kind
-from ringfence.scan.secret_value import SecretValue
+from ringfence.scan.findings import SecretValue
 
 UNKNOWN_ACCESS: Final = Access()
 

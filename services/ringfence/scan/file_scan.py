@@ -1,11 +1,22 @@
-"""Scans single files in worker processes: the readers of a file yield candidates, which become findings."""
+"""Scans single files in worker processes: the readers of a file yield candidates, which become findings.
+
+An index from paths to their readers: by file name first, then by the folders above.
+
+Published example credentials: vendors print them in documentation, or ship them for tests and emulators.
+
+The module has digests alone, so that no scanner reports it.
+"""
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Final
+from ringfence.scan.readers.reader import FileReader
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Final
-
 from ringfence.scan.candidates import MARKERS, Candidate, public_prefix_length
 from ringfence.scan.documents import DocumentError
 from ringfence.scan.findings import Finding, Note, Place, Readable
@@ -13,14 +24,119 @@ from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.limits import taken_limits
 from ringfence.scan.names import is_generated
 from ringfence.scan.output_guard import OutputGuard
-from ringfence.scan.path_index import PathIndex
-from ringfence.scan.process_protection import address_space, limit_memory
-from ringfence.scan.published_examples import is_published
+from ringfence.scan.output_guard import address_space, limit_memory
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import FileReader, Machine
 from ringfence.scan.rings import verdicts
-from ringfence.scan.secret_value import SecretValue
+from ringfence.scan.findings import SecretValue
 from ringfence.scan.source_files import Root, SourceFile, UnreadableError
+
+
+_WILD: Final = re.compile(r"[*?\[]")
+
+
+class _Declared:
+    """One end of a path that a reader declares: `.aws/credentials`, `*.service.d/*.conf`."""
+
+    __slots__ = ("_above", "_begin", "_end", "_whole", "reader")
+
+    def __init__(self, path: str, reader: FileReader) -> None:
+        self.reader = reader
+        self._above, _, name = path.strip("/").rpartition("/")
+        self._begin, star, self._end = name.partition("*")
+        if not star:
+            self._begin, self._end = "", name
+        simple = not _WILD.search(self._above) and "*" not in self._end
+        self._whole = None if simple else _end_of_path(path)
+
+    def matches(self, path: str, above: str, name: str) -> bool:
+        if not name.endswith(self._end):
+            return False
+        if self._whole is not None:
+            return self._whole.search(path) is not None
+        return (
+            name.startswith(self._begin)
+            and len(name) >= len(self._begin) + len(self._end)
+            and (not self._above or above == self._above or above.endswith(f"/{self._above}"))
+        )
+
+
+class PathIndex:
+    """Readers by the ends of paths that they declare.
+
+    A declaration is found by its fixed part: the name, the end of the name, or the folder above. The few others
+    are found by one expression over the name.
+    """
+
+    def __init__(self, readers: Sequence[FileReader]) -> None:
+        self._order = {reader.name: number for number, reader in enumerate(readers)}
+        self._by_name: dict[str, list[_Declared]] = defaultdict(list)
+        self._by_ending: dict[str, list[_Declared]] = defaultdict(list)
+        self._by_folder: dict[str, list[_Declared]] = defaultdict(list)
+        self._others: list[_Declared] = []
+        names = []
+        for reader in readers:
+            for path in reader.paths:
+                above, _, name = path.rpartition("/")
+                folder = above.rpartition("/")[2]
+                ending = name[name.rfind("*") + 1 :]
+                declared = _Declared(path, reader)
+                if not _WILD.search(name):
+                    self._by_name[name].append(declared)
+                elif ending.startswith(".") and "." not in ending[1:]:
+                    self._by_ending[ending].append(declared)
+                elif folder and not _WILD.search(folder):
+                    self._by_folder[folder].append(declared)
+                else:
+                    self._others.append(declared)
+                    names.append(_pattern(name) + r"\Z")
+        self._any_other = re.compile("|".join(names) or r"(?!)")
+
+    def readers_of(self, path: str) -> list[FileReader]:
+        """Return the readers whose paths match, in the order of the list of readers."""
+        above, _, name = path.rpartition("/")
+        declared = [
+            *self._by_name.get(name, ()),
+            *self._by_ending.get(name[name.rfind(".") :] if "." in name else "", ()),
+            *self._by_folder.get(above.rpartition("/")[2], ()),
+        ]
+        if self._any_other.match(name):
+            declared += self._others
+        if not declared:
+            return []
+        unique = {one.reader.name: one.reader for one in declared if one.matches(path, above, name)}
+        return sorted(unique.values(), key=lambda reader: self._order[reader.name])
+
+
+def _pattern(part: str) -> str:
+    return "".join("[^/]*" if char == "*" else re.escape(char) for char in part)
+
+
+def _end_of_path(path: str) -> re.Pattern[str]:
+    return re.compile(r"(?:^|/)" + "/".join(map(_pattern, path.strip("/").split("/"))) + r"\Z")
+
+
+_BEGIN: Final = 64
+"""So many characters of a value are compared: a private key is long."""
+_DIGESTS: Final = frozenset((
+    "2cafc0970149a84f3b9e62eaf169f36f", "f2d6ca16515033e5dce14eba840b979d",  # test keys in the documentation of Stripe
+    "f5e95c9954635b65acab57e6d5ea663e",  # the test secret of reCAPTCHA
+    "e1bd39a75f17bcc720c396df11280bad",  # Azurite and the storage emulator before it
+    "361d141620e684eba1eb1220e369cedf",  # the emulator of Cosmos DB
+    "0b5dd075ccdd03c42f4edda8e299e683",  # the documentation of Telegram bots
+    "f5375a46365089a84f4f822b70d44e74",  # the documentation of Slack
+    "ac9265e56c79b234607ec72c53753cfe",  # the documentation of Google Maps
+    "3543c50b0cb9cea8e55eb1f529b79f04",  # the documentation of GitHub
+    "b64ba217d95e8f030fd632d75e96fcdb",  # the token on the first page of jwt.io
+    "f0386f9be1fe905fb2f97a8daff11a9b",  # the client of the gcloud command: those of installed programs are no secrets
+    "eca7c0796c0d28714d81ae48ae76a194",  # the private key of Vagrant's boxes
+))  # fmt: skip
+
+
+def is_published(value: str) -> bool:
+    """Return whether a value is a published example."""
+    return hashlib.sha256(value[:_BEGIN].encode("utf-8", "surrogatepass")).hexdigest()[:32] in _DIGESTS
+
 
 MOST_FINDINGS_IN_A_FILE: Final = 1000
 MOST_PIECES_IN_A_FILE: Final = 200_000

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.kernel.base.private_files import make_private_folder, open_private
-from ringfence.scan.secret_value import SecretValue
+from ringfence.scan.findings import SecretValue
 
 KEY_NAME: Final = "fingerprint.key"
 _KEY_BYTES: Final = 32

@@ -12,7 +12,7 @@ from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.topics import LEASE, SIGNAL_STREAM
 from ringfence.signals.delivery import DeliverySupervisor
 from ringfence.signals.http import SignalsApi
-from ringfence.signals.receivers import read_receivers
+from ringfence.signals.requests import read_receivers
 from ringfence.signals.settings import SignalsSettings
 from ringfence.signals.streams import StreamTable
 from ringfence.signals.subscribers import router

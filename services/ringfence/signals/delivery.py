@@ -18,7 +18,7 @@ from functools import partial
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.text import visible
@@ -32,7 +32,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.signals import DeliveryMethod
 from ringfence.messages.topics import LEASE
 from ringfence.model.leases.epochs import Epochs
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.signals.events import (
     SESSION_REVOKED,
     UnsignedSet,
@@ -44,7 +44,7 @@ from ringfence.signals.events import (
 )
 from ringfence.signals.poll import Window
 from ringfence.signals.push import Pusher
-from ringfence.signals.receivers import Receiver
+from ringfence.signals.requests import Receiver
 from ringfence.signals.settings import SignalsSettings
 from ringfence.signals.streams import SignalStreamState, StreamTable
 from ringfence.signals.subscribers import group_name, router

@@ -17,7 +17,7 @@ from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible
 from ringfence.signals.events import UnsignedSet
-from ringfence.signals.receivers import Receiver
+from ringfence.signals.requests import Receiver
 from ringfence.signals.settings import SignalsSettings
 
 log = logging.getLogger(__name__)

@@ -50,7 +50,7 @@ from ringfence.messages.topics import APPROVAL_REQUEST, REGISTRY_COMMAND, SERVIC
 from ringfence.model.scope.scope import missing, validate_scope
 from ringfence.rego.bundle import load_bundle
 from ringfence.testing.clock import MovableClock
-from ringfence.testing.connection import InMemoryConnection, run_at_once
+from ringfence.testing.parts import InMemoryConnection, run_at_once
 from ringfence.testing.services import Services, create_context
 
 Verdict = Literal["approved", "denied"]

@@ -42,10 +42,10 @@ from ringfence.messages.topics import (
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.model.records.key_sharing import KeyUses
+from ringfence.model.records.agent_keys import KeyUses
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.holdings import Holdings
-from ringfence.policy.agents.shared_keys import SharedKeyDetector
+from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.decision_log import Approvers, InMemoryDecisionLog
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
@@ -60,8 +60,8 @@ from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.incoming.credential_requests import RequestHandler
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.incoming.request_withdrawals import WithdrawalHandler, requests_then_withdrawals
-from ringfence.policy.incoming.verification import MessageVerifier
+from ringfence.policy.incoming.credential_requests import WithdrawalHandler, requests_then_withdrawals
+from ringfence.policy.incoming.admission import MessageVerifier
 from ringfence.policy.notifications.notices import Notices
 from ringfence.policy.settings import PolicySettings
 from ringfence.registry.commands import Registry
@@ -74,12 +74,12 @@ from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHa
 from ringfence.revoker.revocations.revocations import RevocationHandler
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.settings import PATIENCE_S
-from ringfence.testing.backend import CredentialOf, GivenCredentials, NoRightsNeeded
+from ringfence.testing.parts import CredentialOf, GivenCredentials, NoRightsNeeded
 from ringfence.testing.bus import InMemoryBus
 from ringfence.testing.clock import MovableClock
 from ringfence.testing.lease_store import InMemoryLeaseStore
-from ringfence.testing.policy_engine import InProcessEngine
-from ringfence.testing.runtime import CaughtUpFollower, InMemoryRuntime
+from ringfence.testing.parts import InProcessEngine
+from ringfence.testing.parts import CaughtUpFollower, InMemoryRuntime
 
 _ROLES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker")
 _TRUST_S = 10 * 365 * 86_400

@@ -21,7 +21,7 @@ from ringfence.audit.index.store import TRACE_KINDS, ActionPage, EventIndex, Vie
 from ringfence.audit.index.trace import trace_tree
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.model.identity.spiffe_ids import SubjectKind

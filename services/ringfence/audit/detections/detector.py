@@ -21,7 +21,7 @@ from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQue
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited

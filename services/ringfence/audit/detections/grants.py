@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 
 MAX_REMEMBERED = 20_000
 """The most (agent, task) pairs remembered."""

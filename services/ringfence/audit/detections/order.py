@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent, TrailQueries
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 
 MAX_REMEMBERED = 20_000
 """The most entries of each kind that a rule remembers."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ringfence.audit.detections.rule import EventSummary, Finding, TrailEvent
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 
 MAX_AGENTS = 20_000
 MAX_TARGETS = 256

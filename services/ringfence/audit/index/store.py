@@ -25,7 +25,7 @@ from ringfence.audit.events.kinds import BREAK_GLASS_USED
 from ringfence.audit.events.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index_files import new_database
-from ringfence.audit.trail.handover_lookup import content_digest
+from ringfence.audit.trail.handover import content_digest
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.log_limiter import rate_limited

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import orjson
 
-from ringfence.audit.trail.handover_lookup import (
+from ringfence.audit.trail.handover import (
     ContentDigest,
     HandoverLookup,
     content_digest,

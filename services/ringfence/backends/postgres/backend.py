@@ -23,8 +23,8 @@ from urllib.parse import quote
 from uuid import UUID
 
 from ringfence.backends.access import TargetAccess
-from ringfence.backends.connection_pool import ConnectionCache
-from ringfence.backends.postgres import queries
+from ringfence.backends.http import ConnectionCache
+from ringfence.backends.postgres import privileges as queries
 from ringfence.backends.postgres.privileges import (
     PrivilegePlan,
     Relation,
@@ -38,7 +38,7 @@ from ringfence.backends.postgres.privileges import (
 from ringfence.backends.postgres.server import Connection, PostgresServer, verifier
 from ringfence.backends.secret_sources import AccessError
 from ringfence.backends.target_settings import InexactError, TargetRefusedError, problem_of, settings_of
-from ringfence.kernel.base.times import utc_datetime
+from ringfence.kernel.base.clock import utc_datetime
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

@@ -1,11 +1,25 @@
-"""OpenSSH user certificates: contents and signing."""
+"""OpenSSH user certificates: contents and signing.
+
+Translation of a scope into rights at an SSH host: one user, and the commands or kinds of access that it allows.
+
+A resource is `user` or `user/command`. `read` and `write` are rights on a command. The host's administrator names each
+command, and says which of the two it is. `shell` (every command), `terminal` and `forward` (TCP connections to and from
+wherever the host can) are rights on the user. A scope that a certificate cannot express exactly is refused, never
+rounded up.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+from ringfence.backends.ssh.host_helper import COMMAND_VERBS, WAYS
+from ringfence.backends.target_settings import InexactError
+from ringfence.messages.permission import Permission
+from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 import shlex
 from collections.abc import Sequence
-from typing import Final
-
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -15,9 +29,111 @@ from cryptography.hazmat.primitives.serialization import (
     SSHCertificateBuilder,
     SSHCertificateType,
 )
-
 from ringfence.backends.ssh.host_helper import KEY_ID, PRINCIPAL, serial_of
-from ringfence.backends.ssh.privileges import AllowedCommands
+
+
+VERBS: Final = (*COMMAND_VERBS, *WAYS)
+MAX_COMMANDS: Final = 64
+_USER: Final = re.compile(r"[a-z_][a-z0-9_-]{0,31}")
+_COMMAND: Final = re.compile(r"[A-Za-z0-9*][A-Za-z0-9._*-]{0,63}")
+
+Rights = Mapping[str, Mapping[str, Sequence[str]]]
+"""The host's offer by user: the names of its commands under `read` and `write`, its kinds of access under `may`."""
+
+
+@dataclass(frozen=True, slots=True)
+class CommandRequest:
+    verb: str
+    glob: Glob
+
+    def __str__(self) -> str:
+        return f"{self.verb} {self.glob.text!a}"
+
+
+@dataclass(frozen=True, slots=True)
+class CommandPlan:
+    """A parsed scope: the user, and the requested rights."""
+
+    user: str
+    requests: tuple[CommandRequest, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AllowedCommands:
+    """The rights that a certificate grants."""
+
+    user: str
+    commands: tuple[tuple[str, str], ...]
+    """(verb, name) of each command."""
+    login_kinds: frozenset[str]
+
+
+def plan(scope: Iterable[Permission]) -> CommandPlan:
+    """Parse a scope without access to the host. Raises InexactError."""
+    requests = [
+        CommandRequest(_checked_verb(verb), _resource_glob(resource))
+        for permission in scope
+        for resource in permission.resources
+        for verb in permission.verbs
+    ]
+    if not requests:
+        raise InexactError("the scope is empty")
+    for request in requests:
+        if not request.glob.reaches(2 if request.verb in COMMAND_VERBS else 1):
+            what = "command, user/command" if request.verb in COMMAND_VERBS else "user"
+            raise InexactError(f"{request}: {request.verb} is a right on a {what}, which this cannot name")
+    users = {request.glob.segments[0] for request in requests}
+    if len(users) > 1:
+        raise InexactError("a credential is for one user: ask for one for each")
+    verbs = {request.verb for request in requests}
+    if "shell" in verbs and verbs & set(COMMAND_VERBS):
+        raise InexactError("shell is every command, not those named beside it: ask for one or the other")
+    return CommandPlan(users.pop(), tuple(dict.fromkeys(requests)))
+
+
+def _checked_verb(verb: str) -> str:
+    if verb not in VERBS:
+        raise InexactError(f"the verb {verb!a} is none: write one of {', '.join(VERBS)}")
+    return verb
+
+
+def _resource_glob(text: str) -> Glob:
+    try:
+        glob = parse_glob(text)
+    except ScopeError as error:
+        raise InexactError(str(error)) from None
+    user, *rest = glob.segments
+    if "*" in user:
+        raise InexactError(f"{text!a} names no user: write user, or user/command")
+    if not _USER.fullmatch(user):
+        raise InexactError(f"{text!a}: {user!a} is no name of a user")
+    for segment in rest:
+        if not _COMMAND.fullmatch(segment):
+            raise InexactError(f"{text!a}: {segment!a} is no name of a command")
+    return glob
+
+
+def allowed(command_plan: CommandPlan, host_rights: Rights) -> AllowedCommands:
+    """Return what a plan means at a host with these rights. Raises InexactError if a request matches nothing there."""
+    if command_plan.user not in host_rights:
+        raise InexactError(f"no certificate can be for user {command_plan.user!a} there")
+    has = host_rights[command_plan.user]
+    commands: dict[tuple[str, str], None] = {}
+    login_kinds: set[str] = set()
+    for request in command_plan.requests:
+        if request.verb in WAYS:
+            if request.verb not in has["may"]:
+                raise InexactError(f"{request}: the host does not allow it")
+            login_kinds.add(request.verb)
+            continue
+        matching = [name for name in has[request.verb] if request.glob.matches(f"{command_plan.user}/{name}")]
+        if not matching:
+            raise InexactError(f"{request} means no command that the host has now")
+        commands.update({(request.verb, name): None for name in matching})
+    if len(commands) > MAX_COMMANDS:
+        raise InexactError(f"the scope means more than {MAX_COMMANDS} commands: ask for less at a time")
+    return AllowedCommands(command_plan.user, tuple(commands), frozenset(login_kinds))
+
 
 BEFORE_S: Final = 300
 """A certificate is valid from so long before it is made, because the host's clock may be behind."""

@@ -14,7 +14,7 @@ from ringfence.kernel.base.text import Lines
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
     from ringfence.client.approvals.sponsor import Sponsor
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
 
 
 def row(one: PendingAction, now_s: float) -> tuple[str, ...]:

@@ -55,7 +55,7 @@ from ringfence.cli.shared.records import list_records, print_record, read_record
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission
@@ -170,7 +170,7 @@ def set_ceiling(
     --allow says the whole ceiling and replaces what was; --add and --remove change parts of it. First shows what is
     taken away and which leases end, and asks.
     """
-    from ringfence.client.admin.affected_leases import Loss
+    from ringfence.client.admin.preview import Loss
 
     options = parse_scope_options(allow, allow_nothing, add, remove)
     if not options:

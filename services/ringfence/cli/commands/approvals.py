@@ -40,16 +40,16 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.cli.shared.tables import Column, ending, ids
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.id_prefix import find_by_prefix
+from ringfence.client.arguments import find_by_prefix
 from ringfence.kernel.base.text import Lines
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
     from ringfence.client.approvals.history_comparison import Comparison
     from ringfence.client.approvals.pending_approval import PendingApproval
-    from ringfence.client.approvals.request_groups import GroupKey, RequestGroup
+    from ringfence.client.approvals.pending_approval import GroupKey, RequestGroup
     from ringfence.client.approvals.sponsor import Sponsor
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
 
 app = typer.Typer(help="As a sponsor: see what waits, approve, deny; approve ahead.", no_args_is_help=True)
 
@@ -187,7 +187,7 @@ def watch(
     """Show each request that waits for you as it comes, until Ctrl-C: who asks, for what, why, for whom, and what
     differs from what the agent usually gets; and each action. With --json one object a line.
     """
-    from ringfence.client.approvals.request_groups import RequestGroup, group_key
+    from ringfence.client.approvals.pending_approval import RequestGroup, group_key
 
     who = signer(me, passkey, as_user)
 
@@ -271,7 +271,7 @@ def _find_question(
     request: str, who: Path | PasskeyUser | None, *, alone: bool = False
 ) -> tuple[RequestGroup, Comparison] | PendingAction:
     from ringfence.client.approvals.action_approvals import PendingAction
-    from ringfence.client.approvals.request_groups import RequestGroup
+    from ringfence.client.approvals.pending_approval import RequestGroup
 
     async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
         async with connect.sponsor(who) as sponsor:

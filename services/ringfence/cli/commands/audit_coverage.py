@@ -23,7 +23,7 @@ from ringfence.cli.shared.tables import ids, prose
 from ringfence.client.reports.read_api import ReadApi
 
 if TYPE_CHECKING:
-    from ringfence.client.reports.coverage import Coverage, Ratio
+    from ringfence.client.reports.access_report import Coverage, Ratio
 
 _SHARES = {
     "agents_sponsored": "agents with a live sponsor, now",
@@ -77,7 +77,7 @@ def coverage(
     Standing privileges: leases that are not both, or whose end is not known 5 minutes after their deadline. The aim is
     0. Operators and auditors see all, sponsors what concerns their agents.
     """
-    from ringfence.client.reports.coverage import coverage_report
+    from ringfence.client.reports.access_report import coverage_report
 
     now_ms = int(time.time() * 1000)
     since_ms, until_ms = span_ms(since, until, now_ms)

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from ringfence.cli.shared.tables import short_ids, wrapped
 from ringfence.kernel.base.text import visible
-from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.base.clock import utc_text
 
 _STYLES = {
     "user": "heading",

@@ -38,10 +38,10 @@ from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.text import Lines
-from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.base.clock import utc_text
 
 if TYPE_CHECKING:
-    from ringfence.client.reports.inventory import Inventory
+    from ringfence.client.reports.access_report import Inventory
     from ringfence.client.reports.read_api import Filters
 
 _WHY = {"disabled": "is disabled", "no_sponsor": "is no sponsor", "unknown": "is not known"}
@@ -118,7 +118,7 @@ def inventory(
 
     What could not be asked is left open, and said: an inventory that passes over a gap in silence would be none.
     """
-    from ringfence.client.reports.inventory import read_inventory
+    from ringfence.client.reports.access_report import read_inventory
 
     within_s, every_s = duration_s(keys_within), duration_s(every)
     filters: dict[str, str | int | None] = {
@@ -251,7 +251,7 @@ async def watch_table(
 
     Raises ApiError if policy does not answer at the start, or refuses.
     """
-    from ringfence.client.reports.inventory import read_inventory
+    from ringfence.client.reports.access_report import read_inventory
 
     found = await read_inventory(api, limit, filters)
     with Live(console=console(), auto_refresh=False, vertical_overflow="crop") as live:
@@ -300,7 +300,7 @@ async def watch_lines(api: ReadApi, every_s: int, filters: Filters) -> Never:
 
 async def _changes(api: ReadApi, cursor: str | None, filters: Filters, printed: _Printed) -> str:
     """Print what is new, and return the cursor to continue from. Raises ApiError."""
-    from ringfence.client.reports.inventory import PAGE_ROWS
+    from ringfence.client.reports.access_report import PAGE_ROWS
 
     if cursor is not None:
         page = await api.inventory_changes(cursor, filters)

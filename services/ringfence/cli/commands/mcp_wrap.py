@@ -160,7 +160,7 @@ def _static_keys(environment: dict[str, str], words: list[str]) -> Iterator[tupl
     """Yield where a static key is, and the title of its kind. A word may be a command of its own, as for `sh -c`."""
     from ringfence.scan.candidates import classify
     from ringfence.scan.names import looks_random
-    from ringfence.scan.readers.fields import classify_command, classify_words
+    from ringfence.scan.readers.reader import classify_command, classify_words
 
     for found in classify_words(words, ""):
         yield f"argument {found.field.partition('.')[0]} of the server", found.kind.title

@@ -130,7 +130,7 @@ def _value_lines(value: Any) -> list[str]:
 
 
 def _print_explanation(found: Mapping[str, Any]) -> None:
-    from ringfence.client.approvers import describe_approvers
+    from ringfence.client.arguments import describe_approvers
 
     policy_input = found.get("input") or {}
     request_input = policy_input.get("request", {})

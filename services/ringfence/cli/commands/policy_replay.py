@@ -126,7 +126,7 @@ def _print_report(report: Report, since: str) -> None:
 
 
 def _outcome_text(outcome: RequestOutcome) -> str:
-    from ringfence.client.approvers import describe_approvers
+    from ringfence.client.arguments import describe_approvers
 
     reasons = "; ".join(f"{reason.code}: {reason.message}" for reason in outcome.reasons)
     if outcome.outcome == "denied":

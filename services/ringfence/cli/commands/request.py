@@ -99,7 +99,7 @@ def request(
     identity but the agent's own. The exit status is then the command's.
     """
     from ringfence.client.agent.credentials import GatewayCredential
-    from ringfence.client.agent.environment import applied, own_environment
+    from ringfence.client.agent.credentials import applied, own_environment
 
     if not allow:
         raise typer.BadParameter("say what is needed", param_hint="--allow")

@@ -162,7 +162,7 @@ def scan(
     Nothing that is found is executed, no link out of a scanned folder is followed, and no connection is opened without
     --metadata.
     """
-    from ringfence.scan.process_protection import protect_process
+    from ringfence.scan.output_guard import protect_process
 
     protect_process()
     try:
@@ -179,7 +179,7 @@ def scan(
             f"the scan ended by an unexpected error ({type(error).__name__}); report it with the paths that you gave"
         ) from None
     if wants_json(as_json):
-        from ringfence.scan.reports.json_report import report_document
+        from ringfence.scan.reports import report_document
 
         print_json(report_document(report))
     else:
@@ -256,16 +256,16 @@ def _write_files(
     from ringfence.cli.shared.output import escaped_json
 
     if sarif is not None:
-        from ringfence.scan.reports.sarif import sarif_document
+        from ringfence.scan.reports import sarif_document
 
         write_output(sarif, escaped_json(json.dumps(sarif_document(report, __version__), indent=1)) + "\n")
     if ocsf is not None:
-        from ringfence.scan.reports.ocsf import ocsf_events
+        from ringfence.scan.reports import ocsf_events
 
         lines = [escaped_json(json.dumps(one)) + "\n" for one in ocsf_events(report, __version__)]
         write_output(ocsf, "".join(lines))
     if html is not None:
-        from ringfence.scan.reports.html_report import html_document
+        from ringfence.scan.reports import html_document
 
         write_output(html, html_document(report, __version__).encode("utf-8", "replace"))
     if write_baseline is not None:
@@ -276,7 +276,7 @@ def _write_files(
 
 
 def _print(report: Report, *, wide: bool, details: bool) -> None:
-    from ringfence.scan.reports.json_report import matrix
+    from ringfence.scan.reports import matrix
     from ringfence.scan.rings import RING_NAMES
 
     if details:
@@ -350,7 +350,7 @@ def _print_finding(one: Finding) -> None:
 
 
 def _print_summary(report: Report, *, details: bool) -> None:
-    from ringfence.scan.reports.json_report import summary
+    from ringfence.scan.reports import summary
 
     totals = summary(report)
     count, new = totals["findings"], totals["new"]

@@ -186,7 +186,7 @@ def disable(
 
     First shows which agents and leases that is, and asks.
     """
-    from ringfence.client.admin.affected_leases import Loss
+    from ringfence.client.admin.preview import Loss
 
     async def work() -> tuple[Accepted, dict[str, Any]]:
         from ringfence.client.admin.unknown_subjects import unknown_subject
@@ -276,7 +276,7 @@ def _replacement(
     keys: Sequence[KeyRecord],
 ) -> tuple[Replacement, str | None]:
     """Return what changes, and the question to ask first; None where nothing is removed or replaced."""
-    from ringfence.client.admin.affected_leases import Loss
+    from ringfence.client.admin.preview import Loss
 
     user, former = state.user_id, state.entitlements.scope
     replacement = Replacement(f"user {user}")

@@ -230,7 +230,7 @@ def _made_here(administrator: Administrator, user: str, file: Path) -> KeyPackag
 
 
 def _verify_attestation(package: KeyPackage | None, roots: list[Path]) -> None:
-    from ringfence.client.admin.passkey_attestation import verify_attestation
+    from ringfence.client.admin.user_keys import verify_attestation
 
     if package is None or not package.passkey:
         raise InvalidCallError("only a passkey has an attestation; leave out --attestation-root")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.clock import SkewCheck
 
 Verdict = Literal["good", "bad", "unknown"]
 

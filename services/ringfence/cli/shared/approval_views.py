@@ -16,12 +16,12 @@ from ringfence.kernel.base.text import Lines
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
     from ringfence.client.approvals.history_comparison import Comparison, Deviation
-    from ringfence.client.approvals.request_groups import RequestGroup
+    from ringfence.client.approvals.pending_approval import RequestGroup
 
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:
     """Print a group of equivalent requests, and how they differ from what the agent usually gets."""
-    from ringfence.client.approvers import describe_approvers
+    from ringfence.client.arguments import describe_approvers
 
     one, count = group.first, len(group.requests)
     print_fields(
@@ -68,7 +68,7 @@ def as_json(group: RequestGroup, comparison: Comparison | None = None) -> dict[s
 
 def print_action(one: PendingAction) -> None:
     """Print one pending action, from what the gateway signed and from verified records."""
-    from ringfence.client.approvers import describe_approvers
+    from ringfence.client.arguments import describe_approvers
 
     print_fields(
         {

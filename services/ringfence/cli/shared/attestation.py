@@ -62,7 +62,7 @@ def set_attestation(
     What is said replaces what was. First shows which selectors that takes away, and asks: leases of instances that
     enrolled by one of those end, and they get nothing new.
     """
-    from ringfence.client.admin.affected_leases import Loss
+    from ringfence.client.admin.preview import Loss
 
     if bool(selector) == none:
         raise typer.BadParameter("say all of them with --selector, or --none", param_hint="--selector")

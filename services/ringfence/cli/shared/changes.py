@@ -23,7 +23,7 @@ from ringfence.model.scope.scope import missing
 
 if TYPE_CHECKING:
     from ringfence.client.admin.administrator import Administrator
-    from ringfence.client.admin.affected_leases import Loss
+    from ringfence.client.admin.preview import Loss
     from ringfence.model.records.directory import VerifiedRecord
 
 
@@ -102,7 +102,7 @@ class Replacement:
         Returns the document for `--json`. Raises RingfenceError if the answer is no, WrongUseError if nobody is
         there to answer.
         """
-        from ringfence.client.admin.affected_leases import EndingLeases, ending_leases
+        from ringfence.client.admin.preview import EndingLeases, ending_leases
 
         ending = EndingLeases()
         if self.losses:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ringfence.client.agent.agent import Agent
     from ringfence.client.approvals.grants import Grantor
     from ringfence.client.approvals.sponsor import Sponsor
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
 
 
 def administrator(key: Path | PasskeyUser | None, **more: Any) -> Administrator:

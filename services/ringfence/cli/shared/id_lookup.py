@@ -16,12 +16,12 @@ import typer
 
 from ringfence.cli.shared.arguments import check_uuid
 from ringfence.client.errors import ApiError, InvalidCallError
-from ringfence.client.id_prefix import MIN_PREFIX_LENGTH
+from ringfence.client.arguments import MIN_PREFIX_LENGTH
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import Lines, did_you_mean, visible
 
 if TYPE_CHECKING:
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
 
 IdKind = Literal["task", "lease", "request", "grant", "run"]
 _WHOLE: Final = 36
@@ -74,7 +74,7 @@ async def whole_id(kind: IdKind, text: str, who: Path | PasskeyUser | None) -> s
     """
     if is_whole(text):
         return text
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
 
     if isinstance(who, PasskeyUser):
         return only_one(kind, text, await _ids_on_kafka(kind, text, who))

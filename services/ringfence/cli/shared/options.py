@@ -27,7 +27,7 @@ from ringfence.kernel.base.text import shown
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 
 if TYPE_CHECKING:
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
     from ringfence.client.settings import ClientSettings
     from ringfence.messages.keys import KeyRecord, PublicJwk
 
@@ -180,7 +180,7 @@ def signer(option: Path | None, passkey: bool, user: str | None) -> Path | Passk
         return context.identity(option)
     if option is not None:
         raise typer.BadParameter("name a key file or a passkey, and not both", param_hint="--passkey")
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
 
     user = user or settings().user
     if user is None:
@@ -190,7 +190,7 @@ def signer(option: Path | None, passkey: bool, user: str | None) -> Path | Passk
 
 def signs_on_page(who: Path | PasskeyUser | None) -> bool:
     """Return whether this person signs on the sign page, where they see what it is and answer."""
-    from ringfence.client.passkeys.user import PasskeyUser
+    from ringfence.client.passkeys.questions import PasskeyUser
 
     return isinstance(who, PasskeyUser)
 

@@ -28,7 +28,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind
-from ringfence.model.records.key_expiry import endings
+from ringfence.model.records.agent_keys import endings
 from ringfence.model.unknown_fields import names_of, unknown_fields
 
 _SOON = "ends soon: give another"

@@ -13,7 +13,7 @@ from ringfence.client.admin.unknown_subjects import similar_id, unknown_subject
 from ringfence.client.arguments import instances, permissions, roles_of, texts
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
-from ringfence.client.passkeys.user import LIFE_S
+from ringfence.client.passkeys.questions import LIFE_S
 from ringfence.client.signed_messages import task_terms
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.claims import MAX_LIFE_S

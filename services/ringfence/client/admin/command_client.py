@@ -11,8 +11,8 @@ from typing import Any, Self
 
 from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import NotAnsweredError, RefusedError
-from ringfence.client.lifetime import Lifetime
-from ringfence.client.passkeys.user import PasskeyUser
+from ringfence.client.arguments import Lifetime
+from ringfence.client.passkeys.questions import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.client.signed_messages import ANSWERED_BY, key_of, topic_of
 from ringfence.kernel.base.clock import Clock

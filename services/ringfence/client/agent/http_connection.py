@@ -1,20 +1,21 @@
 """An agent's connection by the gateway's HTTP API (`RINGFENCE_DOOR`), without Kafka, and without credentials for it.
 
 It carries requests, withdrawals and releases, sealed replies and the trust bundle. Commands and records need Kafka.
+
+A random id of this process, which tells processes with the same key apart. A forked child gets its own.
 """
 
 from __future__ import annotations
 
+import os
+import secrets
 import asyncio
 import logging
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urlsplit
-
 import httpx
-
 from ringfence.client.agent.dpop import NONCE_HEADER, proof
 from ringfence.client.agent.httpx_auth import wants_nonce
 from ringfence.client.connection import Connection, Coordinate
@@ -22,7 +23,7 @@ from ringfence.client.errors import InvalidCallError, RefusedError, require_unde
 from ringfence.client.instance_enrolment import EnrolledInstanceKey
 from ringfence.client.settings import ClientSettings
 from ringfence.client.task_view import TaskView
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError
 from ringfence.kernel.base.http_client import web_client
@@ -36,6 +37,23 @@ from ringfence.messages.credential import CredentialRequest, Reason, RequestWith
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.model.target_settings import RESERVED_NAME
+
+
+_process_id = secrets.token_urlsafe(12)
+
+
+def process_id() -> str:
+    """The id of this process."""
+    return _process_id
+
+
+def _renew_process_id() -> None:
+    global _process_id
+    _process_id = secrets.token_urlsafe(12)
+
+
+os.register_at_fork(after_in_child=_renew_process_id)
+
 
 log = logging.getLogger(__name__)
 

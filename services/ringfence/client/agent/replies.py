@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import ValidationError
 
 from ringfence.client.agent.credentials import IssuedCredential, Secret, class_of
-from ringfence.client.approvers import describe_approvers
+from ringfence.client.arguments import describe_approvers
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import digest, lease_id, message_id

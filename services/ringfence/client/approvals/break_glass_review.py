@@ -8,9 +8,9 @@ from typing import Any
 
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import InvalidCallError, NotAnsweredError, RefusedError
-from ringfence.client.id_prefix import find_by_prefix
+from ringfence.client.arguments import find_by_prefix
 from ringfence.client.kafka_lookups import find_break_glass_use, request_of
-from ringfence.client.passkeys.user import PasskeyUser
+from ringfence.client.passkeys.questions import PasskeyUser
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal, NamedTuple
 
-from ringfence.kernel.base.times import utc_datetime
+from ringfence.kernel.base.clock import utc_datetime
 
 Cell = str | int | bool | None
 Kind = Literal["text", "number", "truth"]

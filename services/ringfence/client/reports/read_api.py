@@ -11,7 +11,7 @@ import orjson
 
 from ringfence.client.errors import ApiError
 from ringfence.client.key_file import load_key
-from ringfence.client.lifetime import Lifetime
+from ringfence.client.arguments import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.config_file import unread_here

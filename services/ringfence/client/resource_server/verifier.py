@@ -10,7 +10,7 @@ import jwt
 from pydantic import TypeAdapter, ValidationError
 
 from ringfence.client.errors import TokenRejectedError
-from ringfence.client.lifetime import Lifetime
+from ringfence.client.arguments import Lifetime
 from ringfence.client.resource_server.challenges import (
     Headers,
     HttpRefusal,

@@ -16,10 +16,17 @@ password:
   makes room: local users without the password cannot keep out one who has it.
 
 Nothing is logged, so the password is in no log.
+
+Counts of connections and bytes of a proxy or a relay.
+
+Environment variables by which common programs find a proxy and the certificate that it shows.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 import asyncio
 import base64
 import contextlib
@@ -30,10 +37,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
-from pathlib import Path
 from typing import Any, Final
-
-from ringfence.client.task_proxy.traffic import Traffic
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.http1.body import LAST_CHUNK, chunk, request_body
 from ringfence.kernel.http1.head import (
@@ -42,13 +46,57 @@ from ringfence.kernel.http1.head import (
     parse_response,
     take_head,
 )
-from ringfence.kernel.http1.refusal import (
+from ringfence.kernel.http1.head import (
     LINGER_BYTES,
     LINGER_S,
     RequestRefusedError,
     answer_head,
     problem_answer,
 )
+
+
+@dataclass(slots=True)
+class Traffic:
+    """Numbers of connections that reached the gateway's socket, and of all bytes on them, heads of HTTP included."""
+
+    connections: int = 0
+    sent_bytes: int = 0
+    """To the gateway."""
+    received_bytes: int = 0
+
+    def sent(self, number: int) -> None:
+        self.sent_bytes += number
+
+    def received(self, number: int) -> None:
+        self.received_bytes += number
+
+
+_PROXY: Final = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")
+"""curl reads `http_proxy` in lower case alone; others read either."""
+_NO_PROXY: Final = ("NO_PROXY", "no_proxy")
+_CA: Final = (
+    "SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE", "GIT_SSL_CAINFO", "NODE_EXTRA_CA_CERTS",
+    "npm_config_cafile", "PIP_CERT",
+)  # fmt: skip
+"""OpenSSL and Python (httpx), curl, requests, git, Node.js, npm, pip. npm has a variable of its own, because where a
+file of npm says what it trusts, that of Node.js is not enough.
+"""
+
+
+def proxy_environment(url: str, ca_file: Path | None) -> dict[str, str]:
+    """Return the variables for the programs of a task.
+
+    Args:
+        url: the proxy URL, with its password if it has one.
+        ca_file: the gateway's CA certificate (PEM); None leaves out what concerns certificates.
+    """
+    variables = dict.fromkeys(_PROXY, url)
+    # Empty: exceptions that the shell already has would lead around the gateway.
+    variables |= dict.fromkeys(_NO_PROXY, "")
+    if ca_file is not None:
+        variables |= dict.fromkeys(_CA, str(ca_file))
+    return variables
+
 
 USER: Final = "ringfence"
 """The user in the proxy URL. It says nothing: the password is what counts."""

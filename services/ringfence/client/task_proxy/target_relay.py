@@ -15,9 +15,9 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Final
 
-from ringfence.client.task_proxy.traffic import Traffic
+from ringfence.client.task_proxy.server import Traffic
 from ringfence.kernel.http1.head import END_OF_HEAD, MAX_HEAD_BYTES, parse_response
-from ringfence.kernel.http1.refusal import RequestRefusedError
+from ringfence.kernel.http1.head import RequestRefusedError
 
 _READ_BYTES: Final = 65_536
 _CONNECT_S: Final = 60.0

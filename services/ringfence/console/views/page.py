@@ -8,7 +8,7 @@ from typing import Any
 
 from ringfence.console.offers import Offers
 from ringfence.console.reads import SessionReads
-from ringfence.console.session import Session
+from ringfence.console.security import Session
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,31 +4,33 @@ It verifies the sender of a message and publishes it, returns sealed replies to 
 tasks. It decides nothing else, and cannot read a reply. Over a task's socket only that task's messages count, over
 a run's socket only those of its instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the
 message.
+
+An agent's view of its own task: the terms, and the leases that requests through this gateway may use. Pure.
 """
 
 from __future__ import annotations
 
+from typing import Any
+from ringfence.gateway.domain import run_id_of_lease
+from ringfence.gateway.state.leases import LeaseTable
+from ringfence.messages.permission import Scope
+from ringfence.messages.registry import TaskState
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
 from typing import Final
 from urllib.parse import parse_qsl
-
 import orjson
-
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.dpop_proofs import ProofChecker
 from ringfence.gateway.agent_api.posted_messages import MAX_BYTES, PostedMessage, PostedMessageVerifier
 from ringfence.gateway.agent_api.publications import Publication, Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
-from ringfence.gateway.agent_api.task_view import task_view
 from ringfence.gateway.contract import Answer, ApiRequest, PresentedIdentity
 from ringfence.gateway.dataplane.limits import SenderLimits
 from ringfence.gateway.decision.sender import NONCE_REQUIRED, AgentKeys, unverified_thumbprint
-from ringfence.gateway.domain import run_id_of_lease
 from ringfence.gateway.errors import RequestRefusedError, problem_answer
-from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -36,12 +38,45 @@ from ringfence.kernel.tracing.traceparent import well_formed
 from ringfence.messages.base import UUID
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.registry import TaskState
 from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of
+
+
+def task_view(task: TaskState, leases: LeaseTable, run_id: str | None, now_s: float) -> dict[str, Any]:
+    """The task as JSON. It holds no secret: leases are named by their ids, which are their handles.
+
+    `run_id`: of the socket that the call came through. Then only leases of that run are listed, as only they count
+    there.
+    """
+    targets = dict.fromkeys(permission.target for permission in task.scope)
+    usable = [lease for target in targets for lease in leases.usable(task.agent_id, task.task_id, target)]
+    return {
+        "task_id": task.task_id,
+        "agent_id": task.agent_id,
+        "purpose": task.purpose,
+        "status": "ended" if task.not_after <= now_s else task.status,
+        "ends_at": task.not_after,
+        "on_behalf_of": task.on_behalf_of,
+        "scope": _scope_view(task.scope),
+        "leases": [
+            {
+                "lease_id": lease.lease_id,
+                "target": lease.target_id,
+                "scope": _scope_view(lease.scope),
+                "ends_at": lease.deadline,
+            }
+            for lease in usable
+            if run_id is None or run_id_of_lease(lease) == run_id
+        ],
+    }
+
+
+def _scope_view(scope: Scope) -> list[dict[str, Any]]:
+    return [permission.model_dump(mode="json") for permission in scope]
+
 
 JOSE: Final = "application/jose"
 MAX_WAIT_S: Final = 60.0

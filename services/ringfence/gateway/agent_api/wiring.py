@@ -7,7 +7,7 @@ from typing import Final
 
 from ringfence.gateway.agent_api.api import AgentRequestsApi
 from ringfence.gateway.agent_api.posted_messages import PostedMessageVerifier
-from ringfence.gateway.agent_api.publication_journal import PublicationJournal
+from ringfence.gateway.agent_api.publications import PublicationJournal
 from ringfence.gateway.agent_api.publications import Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits

@@ -28,7 +28,7 @@ from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RequestRefusedError, answer_head, problem_answer
-from ringfence.gateway.events.destination import destination_of_line, unparsed_line
+from ringfence.gateway.events.spool import destination_of_line, unparsed_line
 from ringfence.gateway.hosts import AGENT_API, canonical, split_host_and_port
 from ringfence.kernel.base import metrics
 from ringfence.kernel.http1.body import Body, request_body
@@ -38,7 +38,7 @@ from ringfence.kernel.http1.head import (
     parse_request,
     take_head,
 )
-from ringfence.kernel.http1.refusal import LINGER_BYTES
+from ringfence.kernel.http1.head import LINGER_BYTES
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """The most bytes of a body that are read before the decision."""

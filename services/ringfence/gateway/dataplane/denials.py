@@ -11,7 +11,7 @@ import orjson
 
 from ringfence.gateway.contract import RpcErrorReply, Verdict
 from ringfence.messages.credential import Reason
-from ringfence.model.mcp.revisions import SELF_STATED
+from ringfence.model.mcp.headers import SELF_STATED
 
 MEDIA_TYPE: Final = "application/problem+json"
 _JSON: Final = "application/json"

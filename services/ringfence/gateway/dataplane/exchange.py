@@ -44,7 +44,7 @@ from ringfence.kernel.http1.head import (
     parse_response,
     take_head,
 )
-from ringfence.kernel.http1.refusal import LINGER_S
+from ringfence.kernel.http1.head import LINGER_S
 from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})

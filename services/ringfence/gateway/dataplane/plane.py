@@ -30,7 +30,7 @@ from ringfence.gateway.contract import (
     RelayGate,
     ReportBlocked,
 )
-from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts

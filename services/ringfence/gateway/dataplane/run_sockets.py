@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.gateway.dataplane.plane import SERVER_SUFFIX, DataPlane, ListenError
-from ringfence.gateway.events.run_events import RunEvents
+from ringfence.gateway.events.task_history import RunEvents
 from ringfence.gateway.events.spool import SpoolMark
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.log_limiter import rate_limited

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.gateway.contract import AgentApi, Gate, ReportBlocked
-from ringfence.gateway.dataplane.certificate_authority import CertificateAuthority
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.forwarder import Forwarder
 from ringfence.gateway.dataplane.limits import SenderLimits

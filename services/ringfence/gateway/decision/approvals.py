@@ -19,7 +19,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.gateway.contract import Headers, HoldableRequest
 from ringfence.gateway.decision.approval_questions import ApprovalKey, OpenQuestions, Question, revisions_text
-from ringfence.gateway.decision.approved_headers import (
+from ringfence.gateway.decision.approval_questions import (
     digest_of_headers,
     shown_to_approver,
     unshowable_reason,

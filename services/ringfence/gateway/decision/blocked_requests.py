@@ -7,8 +7,8 @@ from typing import Final
 
 from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
-from ringfence.gateway.events.destination import destination_of, printable_method
-from ringfence.gateway.events.refusal_counts import RefusalCounts, RefusalKind, access_if_known
+from ringfence.gateway.events.spool import destination_of, printable_method
+from ringfence.gateway.events.recorder import RefusalCounts, RefusalKind, access_if_known
 from ringfence.messages.credential import Reason
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError

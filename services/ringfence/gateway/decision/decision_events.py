@@ -11,9 +11,9 @@ from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
 from ringfence.gateway.domain import Access, Refusal, access_of, run_id_of_lease
 from ringfence.gateway.events.action_fields import act_of, decision_counter, digest_of, label_of, method_of
-from ringfence.gateway.events.destination import destination_of, printable_method
+from ringfence.gateway.events.spool import destination_of, printable_method
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.refusal_counts import RefusalKind, access_if_known
+from ringfence.gateway.events.recorder import RefusalKind, access_if_known
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View

@@ -14,7 +14,7 @@ from ringfence.gateway.domain import (
     refuse,
 )
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState

@@ -24,10 +24,10 @@ from ringfence.gateway.contract import (
     RpcErrorReply,
     Verdict,
 )
-from ringfence.gateway.decision.action_ids import ActionIds
+from ringfence.gateway.decision.context import ActionIds
 from ringfence.gateway.decision.approval_questions import Question
 from ringfence.gateway.decision.approvals import PENDING, ActionToApprove, Approvals
-from ringfence.gateway.decision.approved_headers import headers_to_approve
+from ringfence.gateway.decision.approval_questions import headers_to_approve
 from ringfence.gateway.decision.context import DecisionContext
 from ringfence.gateway.decision.decision_events import DecisionEvents
 from ringfence.gateway.decision.evaluator import Evaluator
@@ -51,7 +51,7 @@ from ringfence.gateway.domain import (
     refuse_for,
 )
 from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.refusal_counts import RefusalCounts
+from ringfence.gateway.events.recorder import RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
@@ -62,7 +62,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
-from ringfence.model.mcp.revisions import is_known
+from ringfence.model.mcp.headers import is_known
 from ringfence.model.target_settings import STDIO_URL
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ import httpx
 from ringfence.backends.http import StaticSecrets
 from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.gateway.state.leases import LeaseTable
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited

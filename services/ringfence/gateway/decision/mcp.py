@@ -3,18 +3,19 @@
 Sessions (up to 2025-11-25), tasks of a server, and states of retried requests (2026-07-28) belong to the lease that
 opened them. Requests with one use that lease and no other, and they end with it. So all carry the same credential, and
 no other sender gets in.
+
+Sessions and tasks of MCP servers, each bound to the lease that opened it. They end with the lease.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
+from typing import Final
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
-
 from ringfence.gateway.contract import Attempt, McpExchange, McpHeaders, McpOutcome, RpcErrorReply
-from ringfence.gateway.decision.mcp_bindings import BindingTable
 from ringfence.gateway.decision.targets import CompiledTarget
 from ringfence.gateway.domain import (
     BAD_REQUEST,
@@ -26,7 +27,7 @@ from ringfence.gateway.domain import (
     refuse,
 )
 from ringfence.gateway.state.leases import LeaseTable
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import Lease
@@ -42,8 +43,45 @@ from ringfence.model.mcp.messages import (
 )
 from ringfence.model.mcp.request_state import RequestState, RequestStateError, RequestStates, Round
 from ringfence.model.mcp.results import Grants
-from ringfence.model.mcp.revisions import INPUT_REQUIRED, STATELESS, is_stateless, revision_of
+from ringfence.model.mcp.headers import INPUT_REQUIRED, STATELESS, is_stateless, revision_of
 from ringfence.model.scope.scope import intersect
+
+
+_ID: Final = re.compile(r"[!-~]{1,256}")
+_MAX_BOUND: Final = 256
+"""Per lease. A new id evicts the oldest."""
+
+
+class BindingTable:
+    """Maps ids that servers give out, at each target, to the leases that they belong to."""
+
+    def __init__(self) -> None:
+        self._lease: dict[tuple[str, str], str] = {}
+        self._of: dict[str, dict[tuple[str, str], None]] = {}
+
+    def open(self, target_id: str, id: str, lease_id: str) -> bool:
+        """Bind an id to a lease. False if it is bound to another one, or if it is no valid id."""
+        if _ID.fullmatch(id) is None:
+            return False
+        key = (target_id, id)
+        if self._lease.setdefault(key, lease_id) != lease_id:
+            return False
+        bound = self._of.setdefault(lease_id, {})
+        bound[key] = None
+        if len(bound) > _MAX_BOUND:
+            oldest = next(iter(bound))
+            del bound[oldest], self._lease[oldest]
+        return True
+
+    def lease_of(self, target_id: str, id: str) -> str | None:
+        """The live lease that an id is bound to."""
+        return self._lease.get((target_id, id))
+
+    def end(self, lease_id: str) -> None:
+        """Forget all ids of a lease that ended."""
+        for key in self._of.pop(lease_id, {}):
+            del self._lease[key]
+
 
 _JSON: Final = re.compile(r'application/json(?:[ \t]*;[ \t]*charset="?utf-8"?)?', re.IGNORECASE)
 _INITIALIZE: Final = "initialize"

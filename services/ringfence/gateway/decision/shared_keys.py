@@ -10,7 +10,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.model.identity.spiffe_ids import spiffe_id
-from ringfence.model.records.key_sharing import WINDOW_MS, KeyUses
+from ringfence.model.records.agent_keys import WINDOW_MS, KeyUses
 
 log = logging.getLogger(__name__)
 

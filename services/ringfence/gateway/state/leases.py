@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.clock_skew import MAX_SKEW_MS
+from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.model.leases.lifecycle import (

@@ -17,7 +17,7 @@ import re
 from typing import Final
 
 from ringfence.kernel.http1.head import RequestHead, ResponseHead, check_trailers
-from ringfence.kernel.http1.refusal import RequestRefusedError
+from ringfence.kernel.http1.head import RequestRefusedError
 
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"

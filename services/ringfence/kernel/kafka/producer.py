@@ -16,12 +16,12 @@ from aiokafka.errors import KafkaError
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.connection import connection, no_answer
-from ringfence.kernel.kafka.detached_signature import SIGNATURE, detach
-from ringfence.kernel.kafka.partitioning import partition_of, partitioner
+from ringfence.kernel.kafka.record import SIGNATURE, detach
+from ringfence.kernel.kafka.record import partition_of, partitioner
 from ringfence.kernel.kafka.record import Outbound, missing_topics
 from ringfence.kernel.tracing.api import NOT_TRACING, Span, Tracing
 from ringfence.kernel.tracing.traceparent import new_traceparent

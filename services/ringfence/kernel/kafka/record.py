@@ -1,17 +1,83 @@
-"""Kafka records: as received, with nothing verified, and as they are to be sent."""
+"""Kafka records: as received, with nothing verified, and as they are to be sent.
+
+Which partition a key goes to: as Kafka's own clients have it, so that everybody finds everything of a key in one.
+
+Signed messages that are plain JSON on their topic, with a detached signature in a header (RFC 7515, appendix F).
+
+Any JSON reader can read them. A service that acts on one joins the two parts to an ordinary JWS.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
+from functools import lru_cache
+from ringfence.kernel.crypto.keys import b64decode, b64encode
 from typing import Any, NamedTuple
-
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.kafka.detached_signature import attach
 from ringfence.kernel.tracing.api import NO_SPAN, Span
 from ringfence.kernel.tracing.traceparent import traceparent_of, well_formed
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
+
+
+_MASK = 0xFFFFFFFF
+_M = 0x5BD1E995
+_SEED = 0x9747B28C
+
+
+def partition_number(key: bytes, count: int) -> int:
+    """The number, from 0, of `count` partitions: what the default partitioners of Java and aiokafka say."""
+    return (_murmur2(key) & 0x7FFFFFFF) % count
+
+
+def _murmur2(data: bytes) -> int:
+    """MurmurHash2 by Austin Appleby (32 bits), as Kafka seeds it; half the time of aiokafka's, word by word."""
+    size = len(data)
+    whole = size & ~3
+    h = _SEED ^ size
+    for k in struct.unpack_from(f"<{whole >> 2}I", data):
+        k = k * _M & _MASK
+        h = (h * _M & _MASK) ^ ((k ^ k >> 24) * _M & _MASK)
+    if size != whole:
+        h = (h ^ int.from_bytes(data[whole:], "little")) * _M & _MASK
+    h = (h ^ h >> 13) * _M & _MASK
+    return h ^ h >> 15
+
+
+@lru_cache(maxsize=8192)
+def _partition_of(key: bytes, count: int) -> int:
+    """Where records with this key go. Remembered: it is counted in Python, and few keys come again and again."""
+    return partition_number(key, count)
+
+
+def partitioner(key: bytes, every: Sequence[int], available: Sequence[int]) -> int:
+    return every[_partition_of(key, len(every))]
+
+
+def partition_of(key: str, partitions: Sequence[int]) -> int:
+    """Which of a topic's partitions records with this key go to."""
+    return partitioner(key.encode(), partitions, partitions)
+
+
+SIGNATURE = "signature"
+"""The header: the compact JWS without its payload, `<header>..<signature>`."""
+
+
+def detach(compact: str) -> tuple[bytes, bytes]:
+    """The JSON that was signed, to the byte, and what makes a JWS of it again."""
+    head, payload, signature = compact.split(".")
+    return b64decode(payload), f"{head}..{signature}".encode()
+
+
+def attach(value: bytes, headers: Sequence[tuple[str, bytes | None]]) -> bytes:
+    """The compact JWS of JSON and its signature; nothing is verified. As it came where either is missing."""
+    beside = next((header for name, header in headers if name == SIGNATURE), None)
+    if beside is None or not value.startswith(b"{"):
+        return value
+    head, _, signature = beside.partition(b"..")
+    return b".".join((head, b64encode(value).encode(), signature))
 
 
 class Received(NamedTuple):

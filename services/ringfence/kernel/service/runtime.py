@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock, SystemClock
-from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.clock import SkewCheck
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import ServiceSettings

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringfence.kernel.base.clock import suspend_aware_ms
-from ringfence.kernel.base.clock_skew import SkewCheck
+from ringfence.kernel.base.clock import SkewCheck
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store.connection import Call, LostError, RedisConnection
 from ringfence.model.lease_store.keys import Keys, shard_of

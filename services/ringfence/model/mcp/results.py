@@ -13,7 +13,7 @@ from typing import Any, Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.model.mcp.headers import Declared, declarations
 from ringfence.model.mcp.messages import CALL, COMPLETE, LISTED, MAX_STATE_CHARS, SUBSCRIBE
-from ringfence.model.mcp.revisions import CACHEABLE, INPUT_REQUIRED, STATELESS, WITH_HANDSHAKE
+from ringfence.model.mcp.headers import CACHEABLE, INPUT_REQUIRED, STATELESS, WITH_HANDSHAKE
 
 MAX_LISTED: Final = 1000
 """The most entries of one page of a list: each is matched with the request map."""

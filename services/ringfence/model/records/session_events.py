@@ -10,7 +10,7 @@ import asyncio
 import logging
 from typing import Final
 
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import Signed

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
-from ringfence.kernel.base.times import utc_text
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.credential import Reason

@@ -22,7 +22,7 @@ from weakref import WeakValueDictionary
 
 import orjson
 
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import lease_id
@@ -37,7 +37,7 @@ from ringfence.messages.registry import AgentState
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import is_short_lived
 from ringfence.model.leases.unverified_records import unverified_claims
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
 from ringfence.policy.domain import Case, Evaluation
 

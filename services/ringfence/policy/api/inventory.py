@@ -1,27 +1,97 @@
 """HTTP API of the inventory: sums over agents, the agents page by page, and those that changed.
 
 Operators and auditors see all agents, sponsors their own, others none. `gaps` says what is not known.
+
+Common base of the APIs about agents: authenticates the caller, checks that enough is known, and reports gaps.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Final
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.registry import TargetState
+from ringfence.model.records.api_access import Authenticator, Caller
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.policy.agents.agent_index import AgentIndex
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Final
-
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-
 from ringfence.kernel.base.api_errors import CursorLostError, WrongQueryError
 from ringfence.kernel.service.http import number_in
 from ringfence.model.records.api_access import Caller
-from ringfence.model.records.key_expiry import WARN_BEFORE_S
+from ringfence.model.records.agent_keys import WARN_BEFORE_S
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
-from ringfence.policy.api.agents import AgentsApi, answered
+
+
+_SETTLED_AT_ONCE: Final = 4000
+"""The most changed agents that are refreshed for one query. Beyond, the answer names the gap."""
+
+
+class AgentsApi:
+    """Answers from the agent index. Every replica knows all agents."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        authenticator: Authenticator,
+        agent_index: AgentIndex,
+        stale: Callable[[], str | None],
+    ) -> None:
+        """`stale` returns why the records may be behind the registry's, or None."""
+        self._runtime = runtime
+        self._directory = directory
+        self._authenticator = authenticator
+        self._agent_index = agent_index
+        self._stale = stale
+
+    def _caller(self, request: Request) -> Caller:
+        """Return the caller. Raises UnauthenticatedError; UnavailableError while policy does not know all agents."""
+        caller = self._authenticator.authenticate(request)
+        if not self._agent_index.complete:
+            raise UnavailableError("policy is still reading its tables; what it told now would be too little")
+        return caller
+
+    async def _gaps(self, caller: Caller) -> list[str]:
+        """Return what will be missing in the answer after recent changes were refreshed."""
+        await self._agent_index.settle(_SETTLED_AT_ONCE)
+        gaps: list[str] = []
+        if not (caller.sees_all or "sponsor" in caller.user.roles):
+            return gaps  # they may see no agent, and not the number of agents
+        if behind := self._agent_index.behind:
+            gaps.append(
+                f"agents that changed, or came, and are not in it as they are now: {behind}; ask again"
+            )
+        if broken := self._agent_index.broken:
+            gaps.append(
+                f"agents whose records do not verify, which count for nothing and are left out: {broken}"
+            )
+        if stale := self._stale():
+            gaps.append(f"the records may be behind: {stale}")
+        return gaps
+
+    def _target(self, target_id: str) -> TargetState | None:
+        """Return a target for which credentials can be issued, or None."""
+        try:
+            entry = self._directory.target(target_id)
+        except ChainError:
+            return None
+        return entry.state if entry is not None and entry.state.status == "active" else None
+
+
+def answered(document: Any) -> Response:
+    """Return the document as a JSON response."""
+    return Response(orjson.dumps(document), media_type="application/json")
+
 
 KEYS_WITHIN_S: Final = WARN_BEFORE_S[0]
 """The default of how near the end of an agent's last key counts as "about to end"."""

@@ -1,18 +1,107 @@
-"""HTTP API to read an agent's ceiling, holdings and usage, and a narrower ceiling that would suffice."""
+"""HTTP API to read an agent's ceiling, holdings and usage, and a narrower ceiling that would suffice.
+
+HTTP API to read questions about single actions, which gateways hold until somebody answers.
+
+Who sees a question: operators and auditors, the agent's sponsor, and everybody who could answer it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-
+from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
+from ringfence.client.signed_messages import Subject, evidence_of, ground_of
 from ringfence.kernel.base.api_errors import NotFoundError
-from ringfence.kernel.base.clock import Clock
-from ringfence.model.records.api_access import Authenticator
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.kafka.record import Received
+from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.kernel.base.clock import Clock
+from ringfence.model.records.api_access import Authenticator
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, KeyLastSeen, narrower, verbs_of
+
+
+KEEP_MS = 24 * 3600 * 1000
+"""How far back questions are read: no longer than the longest may wait."""
+_NOT_WAITING = "no action with this id waits for an answer that you could see; it may be over"
+
+
+class ActionQuestions:
+    """The open questions about actions, from `approval.request` and `approval.response`."""
+
+    def __init__(self, open_actions: OpenActions) -> None:
+        self.open = open_actions
+
+    def on_requests(self, records: Sequence[Received]) -> None:
+        """Read gateways' questions. Ignores those that do not verify."""
+        for record in records:
+            if is_action(record, ActionRequest):
+                try:
+                    self.open.on_request(record)
+                except InvalidMessageError:
+                    continue
+
+    def on_answers(self, records: Sequence[Received]) -> None:
+        """Read people's answers. Ignores those that do not verify."""
+        for record in records:
+            if is_action(record, ActionApproval):
+                try:
+                    self.open.on_answer(record)
+                except (InvalidMessageError, ChainError):
+                    continue
+
+
+class ActionsApi:
+    """`GET /v1/action-approvals`, one of them, and the evidence by which the sign page shows it."""
+
+    def __init__(
+        self, questions: ActionQuestions, directory: Directory, authenticator: Authenticator
+    ) -> None:
+        self._questions = questions
+        self._directory = directory
+        self._authenticator = authenticator
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes to add to those of the runtime."""
+        return [
+            Route("/v1/action-approvals", self._list),
+            Route("/v1/action-approvals/{request_id}", self._one),
+            Route("/v1/action-approvals/{request_id}/evidence", self._evidence),
+        ]
+
+    async def _list(self, request: Request) -> Response:
+        caller = self._authenticator.authenticate(request)
+        return JSONResponse({"actions": [asdict(one) for one in self._visible(caller)]})
+
+    async def _one(self, request: Request) -> Response:
+        return JSONResponse(asdict(self._found(request, self._authenticator.authenticate(request))))
+
+    async def _evidence(self, request: Request) -> Response:
+        """Serve `{trust, records}`; only who could answer gets them."""
+        caller = self._authenticator.authenticate(request)
+        action = self._found(request, caller)
+        if not action.mine:
+            raise NotFoundError(_NOT_WAITING)
+        ground = ground_of(self._directory, action.agent, action.task_id, action.target)
+        subjects: list[Subject] = [("user", caller.user.user_id), *ground]
+        return JSONResponse(evidence_of(self._directory, self._directory.trust, subjects))
+
+    def _visible(self, caller: Caller) -> list[PendingAction]:
+        pending = self._questions.open.pending(everyone=True, user_id=caller.user.user_id)
+        return [one for one in pending if one.mine or caller.may_see_agent_of(one.sponsor)]
+
+    def _found(self, request: Request, caller: Caller) -> PendingAction:
+        id = request.path_params["request_id"]
+        for one in self._visible(caller):
+            if one.request_id == id:
+                return one
+        raise NotFoundError(_NOT_WAITING)
 
 
 class UsageApi:

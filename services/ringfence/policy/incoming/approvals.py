@@ -26,7 +26,7 @@ from ringfence.policy.decision_log import Decisions, RecordPosition, RequestStat
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.domain import MAX_REASONS, Case, Evaluation, Ruling, may_approve_any, signer
-from ringfence.policy.incoming.verification import MISPLACED, MessageVerifier, is_for_others
+from ringfence.policy.incoming.admission import MISPLACED, MessageVerifier, is_for_others
 
 log = logging.getLogger(__name__)
 

@@ -1,24 +1,157 @@
-"""Handler of agents' credential requests: publishes decisions, approval requests and replies."""
+"""Handler of agents' credential requests: publishes decisions, approval requests and replies.
+
+Handler of withdrawn requests: an agent that has given up a request ends it, if nobody has decided it yet.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
-
+from collections.abc import Awaitable, Callable, Sequence
+import orjson
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.claims import ExpiredError
-from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, concurrent, sequential
+from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason, RequestWithdraw
+from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import enrolment_of, void
+from ringfence.policy.decision_log import Decisions
+from ringfence.policy.incoming.admission import AdmissionControl
+from ringfence.policy.incoming.approvals import ApprovalHandler
+from ringfence.policy.incoming.load_shedding import ShedRequests
+from ringfence.policy.incoming.admission import MessageVerifier, is_request_withdrawal
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.credential import MAX_WAITING_BYTES, CredentialRequest, Reason
-from ringfence.policy.agents.shared_keys import SharedKeyDetector
+from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.decision_log import Decisions, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.domain import Case, Evaluation, denied
 from ringfence.policy.incoming.admission import AdmissionControl, PendingApprovalLimit
-from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.incoming.verification import MessageVerifier
+from ringfence.policy.incoming.admission import MessageVerifier
+
+
+class WithdrawalHandler:
+    """Processes withdrawals one at a time. One that changes nothing is refused by a `service.event`."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        verifier: MessageVerifier,
+        admission: AdmissionControl,
+        shed: ShedRequests,
+        decisions: Decisions,
+        approvals: ApprovalHandler,
+    ) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._verifier = verifier
+        self._admission = admission
+        self._shed = shed
+        self._decisions = decisions
+        self._approvals = approvals
+
+    async def handle(self, record: Received) -> Awaitable[object] | None:
+        """Process one withdrawal. Raises InvalidMessageError if it is malformed, or if no agent signed it.
+
+        Await the result, if any, for the broker's acknowledgement of the event about it.
+        """
+        overloaded = self._admission.should_shed(record, self._runtime.clock.now_ms())
+        if overloaded and not self._names_pending(record):
+            self._shed.count(record)
+            return None
+        withdrawal, late = await self._verifier.request_withdrawal(record)
+        agent_id = subject_of(withdrawal.claims.aud, withdrawal.claims.iss, "agent") or ""
+        reason = await self._objection(withdrawal, agent_id, late, record.appended_at_ms)
+        if reason is None:
+            reason = await self._approvals.withdraw(withdrawal, agent_id, record)
+        if reason is None:
+            return None
+        self._admission.count_refusal(agent_id)
+        return await self._report(withdrawal.claims, agent_id, reason, record)
+
+    def _names_pending(self, record: Received) -> bool:
+        """Return whether a record names a request that waits: of those there are few, so they are never shed."""
+        try:
+            # Unverified: it only says that an id is worth looking up.
+            id = str(orjson.loads(parse(record.value).payload)["request_id"])
+        except (InvalidMessageError, ValueError, TypeError, KeyError):
+            return False
+        state = self._decisions.get(id)
+        return state is not None and state.pending is not None
+
+    async def _objection(
+        self, withdrawal: Signed[RequestWithdraw], agent_id: str, late: ExpiredError | None, at_ms: int
+    ) -> Reason | None:
+        """Return the reason why the signer may withdraw nothing, or None."""
+        if late is not None:
+            return Reason(code=late.code, message=str(late))
+        if self._void_instance(withdrawal, agent_id) is not None:
+            # Nobody is refused for a record that has not arrived here yet.
+            await self._approvals.records.wait_until_known(at_ms)
+        return self._void_instance(withdrawal, agent_id)
+
+    def _void_instance(self, withdrawal: Signed[RequestWithdraw], agent_id: str) -> Reason | None:
+        """Return the reason why the agent's record does not admit the running instance that signed, or None."""
+        enrolment = enrolment_of(withdrawal.claims)
+        if enrolment is None:
+            return None
+        try:
+            agent = self._directory.agent(agent_id)
+        except ChainError as error:
+            return Reason(code=error.code, message=str(error))
+        if agent is None:
+            return Reason(code="agent_unknown", message=f"there is no agent {agent_id}")
+        return void(enrolment, agent.state)
+
+    async def _report(
+        self, claims: RequestWithdraw, agent_id: str, why: Reason, record: Received
+    ) -> Awaitable[object]:
+        return await self._runtime.event_soon(
+            "replayed" if why.code == "replayed" else "refused",
+            RequestWithdraw.typ,
+            about=(record.topic_name, record.partition, record.offset),
+            actor=claims.iss,
+            ref=claims.jti,
+            reasons=(why,),
+            source=record.coordinates,
+            traceparent=record.traceparent,
+            agent_id=agent_id,
+            request_id=claims.request_id,
+        )
+
+
+def requests_then_withdrawals(
+    request: Handler,
+    withdraw: Handler,
+    received: Callable[[Sequence[Received]], None],
+    dead_letters: DeadLetters,
+) -> BatchHandler:
+    """Return the handler of `credential.request`: requests of a batch run concurrently, withdrawals come after them.
+
+    So a withdrawal finds its request decided, though both came in one batch. `received` is told of the withdrawals
+    before they are handled.
+    """
+    decide, end = concurrent(request, dead_letters), sequential(withdraw, dead_letters)
+
+    async def handle(batch: Sequence[Received]) -> None:
+        asked, withdrawals = list[Received](), list[Received]()
+        for record in batch:
+            (withdrawals if is_request_withdrawal(record) else asked).append(record)
+        if asked:
+            await decide(asked)
+        if withdrawals:
+            received(withdrawals)
+            await end(withdrawals)
+
+    return handle
 
 
 class RequestHandler:

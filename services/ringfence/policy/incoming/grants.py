@@ -25,7 +25,7 @@ from ringfence.model.requests.grants import (
 )
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
-from ringfence.policy.incoming.verification import MessageVerifier
+from ringfence.policy.incoming.admission import MessageVerifier
 
 
 class GrantHandler:

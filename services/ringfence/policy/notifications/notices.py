@@ -1,6 +1,8 @@
 """Webhook notices: inform people that a question waits for them.
 
 A notice is only a hint. Decisions need a signature, and the response of a webhook's receiver is not even read.
+
+Webhook notices of added keys: a person who is given a key by somebody else can end it before it counts.
 """
 
 from __future__ import annotations
@@ -12,9 +14,8 @@ from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
-
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
@@ -37,9 +38,16 @@ from ringfence.policy.notifications.webhook import (
     parse_webhook,
     signed_headers,
 )
+from collections.abc import Awaitable, Callable
+from functools import partial
+from ringfence.kernel.base.ids import derived_id
+from ringfence.model.lifecycle import WAIT_S
+from ringfence.model.records.command_chain import ChainError
+from ringfence.policy.notifications.webhook import body_of_key
 
 if TYPE_CHECKING:
     import httpx
+
 
 log = logging.getLogger(__name__)
 # It logs every request with its URL, and these URLs are secrets.
@@ -266,5 +274,39 @@ def notice_sender(
                 lambda: body_of_action(id, claims, ground),
             )
         )
+
+    return tell
+
+
+def key_notice_sender(
+    runtime: Runtime, directory: Directory, notices: Notices
+) -> Callable[[Received], Awaitable[None]]:
+    """Return a handler of `user` records, which sends a notice of each key that was added in the last 24 hours, first
+    keys too.
+    """
+
+    async def tell(record: Received) -> None:
+        user_id = record.key or ""
+        await runtime.tables_caught_up(runtime.settings.grace_s)
+        try:
+            history = directory.key_history(user_id)
+        except ChainError:
+            return  # a record that counts for nothing adds no key
+        now_ms = runtime.clock.now_ms()
+        for origin in history.origins.values():
+            id = derived_id("key.added", user_id, origin.kid, origin.added_ms)
+            ends_ms = origin.added_ms + WAIT_S * 1000
+            if ends_ms <= now_ms or not notices.wants(user_id, id):
+                continue
+            notices.deliver(
+                Notice(
+                    id,
+                    user_id,
+                    f"key {origin.kid}",
+                    ends_ms // 1000,
+                    lambda: True,
+                    partial(body_of_key, user_id, origin),
+                )
+            )
 
     return tell

@@ -19,7 +19,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.model.lease_store import LeaseStore
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.domain import StaleBasis, derived_revocation, run_record, stale_basis

@@ -27,7 +27,7 @@ from ringfence.model.leases.unverified_records import (
     unverified_lease,
     unverified_revocation_id,
 )
-from ringfence.model.leases.verification import verify_lease
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.model.leases.unverified_records import LeaseSummary, summarise
 
 MAX_RECORDS = 10_000

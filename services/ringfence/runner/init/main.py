@@ -16,10 +16,10 @@ from ringfence.runner.control.messages import (
     StartFailedMessage,
 )
 from ringfence.runner.init import process
-from ringfence.runner.init.connection import RunnerConnection
-from ringfence.runner.init.environment import command_environment
+from ringfence.runner.init.listeners import RunnerConnection
+from ringfence.runner.init.supervisor import command_environment
 from ringfence.runner.init.instance import sign_enrolment, write_instance, write_program
-from ringfence.runner.init.instance_key import InstanceKey
+from ringfence.runner.init.instance import InstanceKey
 from ringfence.runner.init.listeners import open_listeners
 from ringfence.runner.sandbox.backend import CONTROL, INSTANCE
 

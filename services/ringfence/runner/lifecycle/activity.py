@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ringfence.client.connection import Connection
-from ringfence.kernel.base.bounded_dict import BoundedDict
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received

@@ -31,7 +31,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.runner.control.channel import CommandStartError, ControlChannel, ControlLostError
 from ringfence.runner.control.messages import InitReport, Relay, StartCommand
-from ringfence.runner.control.relays import (
+from ringfence.runner.control.messages import (
     RelayError,
     addresses_of,
     hosts_of,
@@ -44,9 +44,9 @@ from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
 from ringfence.runner.lifecycle.mount_changes import MountChanges, changes_of
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_owners, check_plan
 from ringfence.runner.lifecycle.private_paths import PrivatePath, check_private_paths, private_paths
-from ringfence.runner.lifecycle.raw_targets import has_loopback_target, raw_addresses
+from ringfence.runner.lifecycle.gateway_relay import has_loopback_target, raw_addresses
 from ringfence.runner.lifecycle.report import RunReport
-from ringfence.runner.lifecycle.run_folder import make_run_folder, remove_run_folder
+from ringfence.runner.lifecycle.report import make_run_folder, remove_run_folder
 from ringfence.runner.sandbox.backend import (
     NO_STREAMS,
     Destruction,
@@ -59,7 +59,7 @@ from ringfence.runner.sandbox.backend import (
     Streams,
     survey_mount,
 )
-from ringfence.runner.sandbox.mount_survey import Survey
+from ringfence.runner.sandbox.mount_points import Survey
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from typing import Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible
 from ringfence.runner.sandbox.backend import Mount, open_host
-from ringfence.runner.sandbox.mount_survey import Entry, Survey, survey
+from ringfence.runner.sandbox.mount_points import Entry, Survey, survey
 
 _SET_ID: Final = stat.S_ISUID | stat.S_ISGID
 _MOST_LINKS: Final = 40

@@ -17,7 +17,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.unknown_fields import is_understood
 from ringfence.runner.sandbox.backend import HOME, Mount
-from ringfence.runner.sandbox.syscall_policy import policy_text
+from ringfence.runner.sandbox.seccomp import policy_text
 
 
 class RunRefusedError(RingfenceError):

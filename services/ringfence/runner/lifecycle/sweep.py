@@ -17,7 +17,7 @@ from ringfence.kernel.base.private_files import make_folders, open_private
 from ringfence.messages.run import Run, RunExit
 from ringfence.messages.topics import RUN
 from ringfence.model.records.runs import OVER, RunTable
-from ringfence.runner.lifecycle.run_folder import dead_run_folders, remove_run_folder
+from ringfence.runner.lifecycle.report import dead_run_folders, remove_run_folder
 from ringfence.runner.sandbox.backend import Destruction, SandboxBackend
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from ringfence.runner.sandbox.mount_points import (
     place_of,
     shown_by,
 )
-from ringfence.runner.sandbox.mount_survey import Survey, survey
+from ringfence.runner.sandbox.mount_points import Survey, survey
 
 HOME = "/home/agent"
 """The home directory inside: empty at start, in memory."""

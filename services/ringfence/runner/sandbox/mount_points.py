@@ -2,16 +2,159 @@
 
 A recursive bind mount takes everything along that is mounted below a folder. Paths are compared by their place in a
 file system, as /proc/self/mountinfo has it (proc(5)), so that a bind mount counts as what it shows.
+
+The survey of a mounted folder: every entry below it, as the host has it, without following symbolic links.
+
+Before a run it finds what no sandbox may see, such as sockets of programs outside. A second survey after the run shows
+what the run changed.
 """
 
 from __future__ import annotations
 
 import os
+import stat
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Final
+
+
+MAX_ENTRIES = 500_000
+WITHIN_S = 20.0
+_MAX_DEPTH = 256
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+class Entry(NamedTuple):
+    """A file, folder, link or socket. Two entries differ if its content or its rights may differ."""
+
+    device: int
+    inode: int
+    mode: int
+    size: int | None
+    """None for a folder, like `changed_ns`: both differ with every file that is created or removed in it."""
+    changed_ns: int | None
+    """The time of the last change of content or rights (`st_ctime`), which no program can set."""
+    target: str | None
+    """Of a symbolic link."""
+
+    @property
+    def is_endpoint(self) -> bool:
+        """Whether programs talk to each other through it."""
+        return stat.S_ISSOCK(self.mode) or stat.S_ISFIFO(self.mode)
+
+
+@dataclass
+class Survey:
+    """A folder (`.`) and all entries below it by relative path, and what could not be listed."""
+
+    entries: dict[str, Entry] = field(default_factory=dict)
+    unlisted: dict[str, str] = field(default_factory=dict)
+    """Paths that could not be listed or read, each with the reason."""
+    hidden: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Device and inode of each hidden path. These and what is below them are not in `entries`."""
+    cut_off: str | None = None
+    """Why further entries are missing, apart from those of `unlisted`."""
+
+    @property
+    def endpoints(self) -> Iterator[str]:
+        """The sockets and named pipes."""
+        return (path for path, entry in self.entries.items() if entry.is_endpoint)
+
+
+def survey(
+    folder: int,
+    hidden: Mapping[str, tuple[int, int] | None],
+    *,
+    max_entries: int = MAX_ENTRIES,
+    within_s: float = WITHIN_S,
+) -> Survey:
+    """Survey the folder with this descriptor, which may be an O_PATH descriptor.
+
+    `hidden`: the paths to leave out, each with its device and inode: a run can rename a folder above it, and put
+    something else there. None: whatever is there.
+    """
+    found, until = Survey(), time.monotonic() + within_s
+    waiting: list[tuple[int, str, list[str]]] = []
+
+    def enter(parent: int, name: str, path: str) -> None:
+        if len(waiting) >= _MAX_DEPTH:
+            found.unlisted[path] = f"it is below {_MAX_DEPTH} other folders"
+            return
+        try:
+            descriptor = os.open(name, _FOLDER, dir_fd=parent)
+        except OSError as error:
+            found.unlisted[path] = error.strerror or type(error).__name__
+            return
+        below: list[str] = []
+        waiting.append((descriptor, path, below))
+        try:
+            with os.scandir(descriptor) as listed:
+                for one in listed:
+                    if found.cut_off is not None:
+                        return
+                    child = _below(path, one.name)
+                    try:
+                        entry = _entry(one, descriptor)
+                    except FileNotFoundError:  # removed meanwhile
+                        continue
+                    except OSError as error:
+                        found.unlisted[child] = error.strerror or type(error).__name__
+                        continue
+                    if child in hidden and hidden[child] in (None, entry[:2]):
+                        found.hidden[child] = entry.device, entry.inode
+                        continue
+                    found.entries[child] = entry
+                    if stat.S_ISDIR(entry.mode):
+                        below.append(one.name)
+                    if len(found.entries) >= max_entries:
+                        found.cut_off = f"it holds more than {max_entries} files"
+                    elif time.monotonic() > until:
+                        found.cut_off = f"its files could not be listed within {within_s:g} s"
+        except OSError as error:
+            found.unlisted[path] = error.strerror or type(error).__name__
+
+    try:
+        found.entries["."] = _entry_of(os.fstat(folder), None)
+        enter(folder, ".", ".")
+        while waiting:
+            descriptor, path, below = waiting[-1]
+            if below and found.cut_off is None:
+                name = below.pop()
+                enter(descriptor, name, _below(path, name))
+            else:
+                os.close(waiting.pop()[0])
+    finally:
+        for descriptor, _, _ in waiting:
+            os.close(descriptor)
+    return found
+
+
+def _below(path: str, name: str) -> str:
+    return name if path == "." else f"{path}/{name}"
+
+
+def _entry(one: os.DirEntry[str], folder: int) -> Entry:
+    status = one.stat(follow_symlinks=False)
+    return _entry_of(status, os.readlink(one.name, dir_fd=folder) if stat.S_ISLNK(status.st_mode) else None)
+
+
+def _entry_of(status: os.stat_result, target: str | None) -> Entry:
+    is_folder = stat.S_ISDIR(status.st_mode)
+    return Entry(
+        status.st_dev,
+        status.st_ino,
+        status.st_mode,
+        None if is_folder else status.st_size,
+        None if is_folder else status.st_ctime_ns,
+        target,
+    )
+
 
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 KERNEL_KINDS: Final = frozenset({

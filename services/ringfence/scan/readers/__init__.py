@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from typing import Final
 
-from ringfence.scan.readers.agent_logins import AgentLoginReader
-from ringfence.scan.readers.aws import AwsCacheReader, AwsCredentialsReader
-from ringfence.scan.readers.azure import AzureReader
-from ringfence.scan.readers.ci_files import CiReader
-from ringfence.scan.readers.cloud_metadata import CloudMetadataReader
+from ringfence.scan.readers.agents import AgentLoginReader
+from ringfence.scan.readers.clouds import AwsCacheReader, AwsCredentialsReader
+from ringfence.scan.readers.clouds import AzureReader
+from ringfence.scan.readers.forges import CiReader
+from ringfence.scan.readers.infrastructure import CloudMetadataReader
 from ringfence.scan.readers.database_clients import MysqlReader, NetrcReader, PgpassReader
-from ringfence.scan.readers.deployments import ComposeReader, HelmValuesReader, KubernetesReader
-from ringfence.scan.readers.docker import DockerReader
-from ringfence.scan.readers.forge_clis import GithubCliReader, GitlabCliReader
-from ringfence.scan.readers.gcloud import GcloudReader, GcpServiceAccountReader
-from ringfence.scan.readers.git import GitConfigReader, GitCredentialsReader
+from ringfence.scan.readers.containers import ComposeReader, HelmValuesReader, KubernetesReader
+from ringfence.scan.readers.containers import DockerReader
+from ringfence.scan.readers.forges import GithubCliReader, GitlabCliReader
+from ringfence.scan.readers.clouds import GcloudReader, GcpServiceAccountReader
+from ringfence.scan.readers.forges import GitConfigReader, GitCredentialsReader
 from ringfence.scan.readers.infrastructure import TerraformReader, VaultReader
-from ringfence.scan.readers.keyrings import KeyringReader
-from ringfence.scan.readers.kubeconfig import KubeconfigReader
-from ringfence.scan.readers.mcp_clients import readers as mcp_readers
+from ringfence.scan.readers.ssh import KeyringReader
+from ringfence.scan.readers.containers import KubeconfigReader
+from ringfence.scan.readers.agents import readers as mcp_readers
 from ringfence.scan.readers.package_managers import (
     CargoReader,
     GradleReader,
@@ -28,9 +28,9 @@ from ringfence.scan.readers.package_managers import (
 )
 from ringfence.scan.readers.processes import EnvironmentReader, ProcessReader
 from ringfence.scan.readers.reader import FileReader, MachineReader
-from ringfence.scan.readers.schedulers import CrontabReader, SystemdReader
-from ringfence.scan.readers.service_account import MountedSecretReader, ServiceAccountReader
-from ringfence.scan.readers.shell_files import DotenvReader, ShellFileReader
+from ringfence.scan.readers.processes import CrontabReader, SystemdReader
+from ringfence.scan.readers.clouds import MountedSecretReader, ServiceAccountReader
+from ringfence.scan.readers.processes import DotenvReader, ShellFileReader
 from ringfence.scan.readers.ssh import SshAgentReader, SshKeyReader
 from ringfence.scan.readers.text_files import TextFileReader
 

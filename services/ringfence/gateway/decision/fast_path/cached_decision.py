@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from ringfence.gateway.contract import Attempt, RateCheck, Verdict
-from ringfence.gateway.decision.action_ids import ActionIds
+from ringfence.gateway.decision.context import ActionIds
 from ringfence.gateway.decision.evaluator import NO_ANSWER, Evaluator, cache_key
 from ringfence.gateway.decision.fast_path.cache import CacheValidity
 from ringfence.gateway.decision.fast_path.event import AllowedEvents

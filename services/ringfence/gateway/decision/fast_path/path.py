@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.decision.action_ids import ActionIds
+from ringfence.gateway.decision.context import ActionIds
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.fast_path.cache import (
     CacheValidity,
