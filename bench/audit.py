@@ -23,7 +23,7 @@ import psutil
 
 from bench.machine import cpu_s
 from bench.stack import running
-from ringfence.audit.index.access_report import access_report, issued_leases
+from ringfence.audit.index.coverage import access_report, issued_leases
 from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.index.trace import trace_tree
 from ringfence.client.reports.auditor import verify_trail

@@ -28,8 +28,7 @@ from ringfence.dev.stack import Stack
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey, public_key
 from ringfence.kernel.crypto.webauthn import PasskeyKey, VerificationKey
-from ringfence.kernel.kafka.record import partition_number
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Received, partition_number
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.registry import KeyPossession, TaskEnd, UserInvite
 from ringfence.messages.topics import AUDIT

@@ -33,8 +33,7 @@ from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import stale_view
-from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.recorder import RefusalCounts
+from ringfence.gateway.events.recorder import Recorder, RefusalCounts
 from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth

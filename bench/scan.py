@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ringfence.scan.external_scanners import ADAPTERS, places_of
+from ringfence.scan.findings import SecretValue
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.scanner import ScanOptions, scanning
-from ringfence.scan.findings import SecretValue
 from tests.support.scan_corpus import Case, plant
 
 SEEDS = 20

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction as PendingAction
     from ringfence.client.approvals.grants import Grantor as Grantor
     from ringfence.client.approvals.grants import Proposal as Proposal
-    from ringfence.client.approvals.pending_approval import PendingApproval as PendingApproval
-    from ringfence.client.approvals.pending_approval import RequestGroup as RequestGroup
+    from ringfence.client.approvals.history_comparison import PendingApproval as PendingApproval
+    from ringfence.client.approvals.history_comparison import RequestGroup as RequestGroup
     from ringfence.client.approvals.sponsor import Sponsor as Sponsor
     from ringfence.client.errors import ApiError as ApiError
     from ringfence.client.errors import CredentialOverError as CredentialOverError
@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from ringfence.client.errors import RequestTimeoutError as RequestTimeoutError
     from ringfence.client.errors import StaleApprovalError as StaleApprovalError
     from ringfence.client.errors import TokenRejectedError as TokenRejectedError
-    from ringfence.client.passkeys.question_server import NotSignedError as NotSignedError
+    from ringfence.client.passkeys.questions import NotSignedError as NotSignedError
     from ringfence.client.passkeys.questions import PasskeyUser as PasskeyUser
     from ringfence.client.resource_server.asgi import Needs as Needs
     from ringfence.client.resource_server.asgi import TokenGuard as TokenGuard
@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from ringfence.messages.registry import Role as Role
     from ringfence.messages.registry import TaskTerms as TaskTerms
     from ringfence.messages.registry import VerbFloor as VerbFloor
-    from ringfence.model.http_targets.request_map import RequestMapError as RequestMapError
+    from ringfence.model.http_targets import RequestMapError as RequestMapError
     from ringfence.model.records.command_chain import ChainError as ChainError
     from ringfence.model.records.consent import nonce_of as nonce_of
     from ringfence.model.scope.globs import ScopeError as ScopeError
@@ -207,12 +207,12 @@ _MODULES = {
     "Needs": "ringfence.client.resource_server.asgi",
     "Nonces": "ringfence.client.resource_server.dpop_proofs",
     "NotAnsweredError": "ringfence.client.errors",
-    "NotSignedError": "ringfence.client.passkeys.question_server",
+    "NotSignedError": "ringfence.client.passkeys.questions",
     "NotYoursError": "ringfence.client.errors",
     "OnPending": "ringfence.client.agent.agent",
     "PasskeyUser": "ringfence.client.passkeys.questions",
     "PendingAction": "ringfence.client.approvals.action_approvals",
-    "PendingApproval": "ringfence.client.approvals.pending_approval",
+    "PendingApproval": "ringfence.client.approvals.history_comparison",
     "PendingRequest": "ringfence.client.agent.replies",
     "Permission": "ringfence.messages.permission",
     "PostgresCredential": "ringfence.client.agent.credentials",
@@ -226,8 +226,8 @@ _MODULES = {
     "RedisCredential": "ringfence.client.agent.credentials",
     "RefusedError": "ringfence.client.errors",
     "RequestDeniedError": "ringfence.client.errors",
-    "RequestGroup": "ringfence.client.approvals.pending_approval",
-    "RequestMapError": "ringfence.model.http_targets.request_map",
+    "RequestGroup": "ringfence.client.approvals.history_comparison",
+    "RequestMapError": "ringfence.model.http_targets",
     "RequestRule": "ringfence.messages.registry",
     "RequestTimeoutError": "ringfence.client.errors",
     "RequiredClass": "ringfence.messages.credential",

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 
 from ringfence import Agent
-from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.credentials import applied
+from ringfence.client.agent.credentials import IssuedCredential, applied
 from ringfence.client.errors import RequestDeniedError
 from ringfence.messages.topics import LEASE
 from tests.backends import story

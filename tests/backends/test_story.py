@@ -20,8 +20,8 @@ from ringfence.client.agent.credentials import (
     GatewayCredential,
     IssuedCredential,
     PostgresCredential,
+    environment,
 )
-from ringfence.client.agent.credentials import environment
 from ringfence.client.errors import CredentialOverError, RequestDeniedError
 from ringfence.messages.credential import Delivery
 from ringfence.messages.lease import Lease

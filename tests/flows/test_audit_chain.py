@@ -21,8 +21,8 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.producer import FencedError, TransactionalPublisher
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.kafka.transactions import FencedError, TransactionalPublisher
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
 from ringfence.messages.credential import Coordinates

@@ -19,7 +19,7 @@ from ringfence.audit.settings import AuditSettings
 from ringfence.cli.main import main
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.replies import PendingRequest
-from ringfence.client.approvals.break_glass_review import review_break_glass, uses_of_break_glass
+from ringfence.client.approvals.grants import review_break_glass, uses_of_break_glass
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import RefusedError
 from ringfence.client.settings import ClientSettings

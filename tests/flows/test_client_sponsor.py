@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.client.approvals.sponsor import APPROVAL_LIFE_S, Sponsor
 from ringfence.client.errors import NotYoursError, StaleApprovalError
 from ringfence.kernel.base.ids import digest, message_id

@@ -22,8 +22,8 @@ from ringfence.gateway.agent_api.replies import WaitingRequests
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.kernel.kafka.record import partition_of
 from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import partition_of
 from ringfence.messages.credential import RequestWithdraw
 from ringfence.messages.registry import BackendSettings, TargetSet, TaskEnd, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST
@@ -540,7 +540,7 @@ async def test_a_repeat_whose_time_is_over_counts_where_there_is_a_reply(
 @asynccontextmanager
 async def strict(office: ApiOffice, folder: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     """The URL of another gateway, with limits that a test reaches."""
-    wiring, port = "ringfence.gateway.agent_api.wiring", free_port()
+    wiring, port = "ringfence.gateway.app", free_port()
     monkeypatch.setattr(f"{wiring}.POSTS", Allowance(per_second_each=0.001, burst_each=3))
     monkeypatch.setattr(f"{wiring}.WAITING_PER_AGENT", 1)
     async with gateway(office.world, listen=str(port), spool=folder / "spool"):

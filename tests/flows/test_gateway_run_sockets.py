@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign

@@ -36,9 +36,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, USER
 from ringfence.model.records.directory import Directory
-from ringfence.scim.directory_view import DirectoryView
-from ringfence.scim.provisioning import ProvisioningWriter
 from ringfence.scim.app import EntitlementRefresh
+from ringfence.scim.provisioning import DirectoryView, ProvisioningWriter
 from ringfence.scim.settings import ScimSettings
 from tests.conftest import Kafka
 from tests.support.audit_stories import expect_trail

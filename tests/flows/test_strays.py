@@ -23,9 +23,8 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.record import partition_of
-from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.kafka.transactions import FencedError
+from ringfence.kernel.kafka.producer import FencedError
+from ringfence.kernel.kafka.record import Received, partition_of
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.credential import Coordinates

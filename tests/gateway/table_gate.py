@@ -15,7 +15,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetState, VerbFloor
-from ringfence.model.http_targets.request_map import RequestMap
+from ringfence.model.http_targets import RequestMap
 
 SECRET = "s3cret-of-the-target-0123456789"
 TASK = str(uuid.UUID(int=7))

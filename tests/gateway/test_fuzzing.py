@@ -15,7 +15,7 @@ from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, r
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.http1.body import ChunkedBody, chunk
 from ringfence.kernel.http1.head import parse_request, take_head
-from ringfence.model.http_targets.request_map import RequestMap
+from ringfence.model.http_targets import RequestMap
 from tests.gateway.conftest import Place, placed
 from tests.gateway.table_gate import RULES, SECRET
 from tests.gateway.test_smuggling import BODIES, REFUSED

@@ -18,10 +18,10 @@ import pytest_asyncio
 from cryptography import x509
 
 from ringfence.gateway.contract import PresentedIdentity
-from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
+from ringfence.gateway.dataplane.forwarder import UpstreamPool
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import DeadlineTimer
-from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import SystemClock
 from tests.gateway.certificates import Certificates

@@ -12,10 +12,9 @@ from typing import Any, cast
 import pytest
 
 from ringfence.gateway.dataplane.run_sockets import RunSockets
-from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.recorder import RefusalCounts, RefusalKind
-from ringfence.gateway.events.task_history import RunEvents
+from ringfence.gateway.events.recorder import Recorder, RefusalCounts, RefusalKind
 from ringfence.gateway.events.spool import Spool
+from ringfence.gateway.events.task_history import RunEvents
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from tests.gateway.conftest import Place

@@ -16,7 +16,7 @@ import pytest
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.kernel.http1.head import PROXY_FIELDS
-from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
+from ringfence.model.http_targets import MAX_BODY_BYTES
 from tests.gateway_external import programs
 from tests.gateway_external.agent import HOST, Agent, Answer, request
 from tests.gateway_external.conftest import SECRET, Running, Stage, next_action

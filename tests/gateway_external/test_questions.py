@@ -12,7 +12,7 @@ from ringfence.client.agent.dpop import proof
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
 from ringfence.gateway.proxies.authz import PROBLEM
-from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
+from ringfence.model.http_targets import MAX_BODY_BYTES
 from tests.gateway_external.agent import HOST, Agent, Answer, Headers, exchange, request
 from tests.gateway_external.conftest import HUB, Stage, next_action
 from tests.support.benches.gateway_flows import action

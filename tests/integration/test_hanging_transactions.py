@@ -11,9 +11,9 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 
 from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.kafka.producer import TransactionalPublisher
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
-from ringfence.kernel.kafka.transactions import TransactionalPublisher
 from ringfence.messages.topics import AUDIT
 from tests.brokers.apache import ApacheKafka
 from tests.conftest import needed

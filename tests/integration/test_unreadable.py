@@ -19,12 +19,11 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
-from ringfence.kernel.kafka.fetch_control import fetch_options
+from ringfence.kernel.kafka.fetch_control import UNREADABLE, fetch_options
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
-from ringfence.kernel.kafka.fetch_control import UNREADABLE
 from ringfence.messages.topics import ALL, AUDIT, CREDENTIAL_REQUEST, LEASE
 from tests.conftest import Kafka
 from tests.integration.test_bus import Seen, consuming

@@ -26,7 +26,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_requests.py", "test_delegation.py", "test_approvals.py", "test_agent_keys.py",
         "test_limiting_fields.py", "test_runs.py",
     ),
-    "model/http_targets/request_map.py": (
+    "model/http_targets.py": (
         "test_request_map.py", "test_mcp_rules.py", "test_target_templates.py", "test_limiting_fields.py",
     ),
     "kernel/crypto/claims.py": ("test_jws.py", "test_opening.py"),

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ringfence.client.approvals.sponsor import Sponsor
-from ringfence.client.passkeys.questions import compose, question_link
-from ringfence.client.passkeys.questions import PasskeyUser
+from ringfence.client.passkeys.questions import PasskeyUser, compose, question_link
 from ringfence.kernel.crypto.jws import parse, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.messages.approval import Approval

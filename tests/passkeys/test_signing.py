@@ -14,7 +14,7 @@ import pytest
 from playwright.async_api import Browser, Locator, Page, expect
 
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.break_glass_review import uses_of_break_glass
+from ringfence.client.approvals.grants import uses_of_break_glass
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import RequestDeniedError
 from ringfence.messages.lease import TERMINAL

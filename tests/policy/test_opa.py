@@ -23,8 +23,7 @@ from ringfence.rego.engine import (
     PolicyTimeoutError,
     PolicyUnavailableError,
 )
-from ringfence.rego.opa import OpaEngine
-from ringfence.rego.opa import MAX_ANSWER_BYTES
+from ringfence.rego.opa import MAX_ANSWER_BYTES, OpaEngine
 from ringfence.rego.settings import OpaSettings
 from tests.policy.bundles import ALLOWS, made
 from tests.policy.cases import GOOD

@@ -22,8 +22,14 @@ from cryptography.x509.oid import NameOID
 
 from ringfence.messages.keys import PublicJwk
 from ringfence.runner.control.channel import ControlChannel, ControlLostError
-from ringfence.runner.control.messages import InitReport, Relay, StartCommand
-from ringfence.runner.control.messages import addresses_of, hosts_of, needs_low_ports
+from ringfence.runner.control.messages import (
+    InitReport,
+    Relay,
+    StartCommand,
+    addresses_of,
+    hosts_of,
+    needs_low_ports,
+)
 from ringfence.runner.init.command import init_command
 from ringfence.runner.sandbox.backend import Mount, Sandbox, SandboxExit, SandboxSpec, Streams
 from ringfence.runner.sandbox.bubblewrap import BubblewrapBackend

@@ -31,8 +31,7 @@ from ringfence.runner.control.messages import (
     decode,
     encode,
 )
-from ringfence.runner.init.instance import sign_enrolment
-from ringfence.runner.init.instance import InstanceKey
+from ringfence.runner.init.instance import InstanceKey, sign_enrolment
 
 START = StartCommand(
     argv=("sh", "-c", "true"),

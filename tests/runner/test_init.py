@@ -17,10 +17,8 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey, public_key
 from ringfence.messages.enrolment import InstanceEnrol
 from ringfence.runner.control.channel import CommandStartError
-from ringfence.runner.control.messages import EnrolMessage
-from ringfence.runner.control.messages import relays_of
-from ringfence.runner.init.instance import sign_enrolment
-from ringfence.runner.init.instance import InstanceKey
+from ringfence.runner.control.messages import EnrolMessage, relays_of
+from ringfence.runner.init.instance import InstanceKey, sign_enrolment
 from ringfence.runner.sandbox.processes import descendants
 from tests.runner.run_host import AGENT, CA_PEM, ENROLMENT, TASK, TRUST_DOMAIN, RunHost, run_host
 

@@ -13,8 +13,7 @@ import struct
 import pyseccomp
 import pytest
 
-from ringfence.runner.sandbox.seccomp import compiled_filter, oci_profile
-from ringfence.runner.sandbox.seccomp import ALLOWED, REFUSED, conditional_rules
+from ringfence.runner.sandbox.seccomp import ALLOWED, REFUSED, compiled_filter, conditional_rules, oci_profile
 
 ALLOW, ERRNO = 0x7FFF0000, 0x00050000
 EPERM, ENOSYS = ERRNO | errno.EPERM, ERRNO | errno.ENOSYS

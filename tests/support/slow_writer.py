@@ -13,7 +13,7 @@ from typing import Any
 from ringfence.audit.app import build
 from ringfence.audit.trail.chain_writer import ChainWriter
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.kafka.transactions import TransactionalPublisher
+from ringfence.kernel.kafka.producer import TransactionalPublisher
 from ringfence.kernel.service.process import run
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ringfence.cli.commands.dev import client_settings
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import RequestDeniedError
 from ringfence.client.settings import ClientSettings

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from ringfence.cli.main import main
-from ringfence.client.approvals.pending_approval import RequestGroup
+from ringfence.client.approvals.history_comparison import RequestGroup
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.messages.permission import Permission

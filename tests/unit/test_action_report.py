@@ -9,8 +9,8 @@ import httpx
 import orjson
 import pytest
 
-from ringfence.audit.api.events import AuditApi
-from ringfence.audit.index.action_counts import (
+from ringfence.audit.api import AuditApi
+from ringfence.audit.index.filters import (
     action_groups,
     blocked_over_time,
     path_prefix,

@@ -27,8 +27,8 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.model.lifecycle import CommandRefusedError
-from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.agent_keys import DAY_S, endings, is_lost
+from ringfence.model.records.command_chain import ChainError
 from ringfence.model.requests.facts import load_context, violations
 from ringfence.registry.domain import MAX_RECORD_BYTES
 from tests.support import leases

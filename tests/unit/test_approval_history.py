@@ -10,8 +10,7 @@ import httpx
 import orjson
 import pytest
 
-from ringfence.audit.api.reports import MAX_AGENTS, ApprovalHistoryApi
-from ringfence.audit.api.events import AuditApi
+from ringfence.audit.api import MAX_AGENTS, ApprovalHistoryApi, AuditApi
 from ringfence.audit.index import store
 from ringfence.audit.index.store import SqliteIndex
 from ringfence.client.errors import ApiError

@@ -10,10 +10,9 @@ import httpx
 import orjson
 import pytest
 
-from ringfence.audit.api.events import AuditApi
-from ringfence.audit.api.reports import ReportApi
+from ringfence.audit.api import AuditApi, ReportApi
 from ringfence.audit.index import store
-from ringfence.audit.index.access_report import access_report, issued_leases
+from ringfence.audit.index.coverage import access_report, issued_leases
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.client.errors import ApiError

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
+from ringfence.audit.trail.chain_writer import WrittenEventCache
 from ringfence.audit.trail.handover import HandoverCache, Intake, PendingEvent, parse_intake
-from ringfence.audit.trail.written_cache import WrittenEventCache
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError

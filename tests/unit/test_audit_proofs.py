@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 import pytest
 
+from ringfence.audit.trail.chain_writer import ParsedRecord, WrittenEventCache
 from ringfence.audit.trail.proofs import NoProofError, ProofStore
-from ringfence.audit.trail.written_cache import ParsedRecord, WrittenEventCache
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received

@@ -20,8 +20,7 @@ from ringfence.console.questions import (
     WrongFormError,
     new_question,
 )
-from ringfence.console.security import SealedValues
-from ringfence.console.security import Session, Sessions
+from ringfence.console.security import SealedValues, Session, Sessions
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey

@@ -12,8 +12,7 @@ import pytest
 
 from ringfence.backends import BackendContext, built_in
 from ringfence.cli.commands.target_templates import TEMPLATES
-from ringfence.client.agent.credentials import CLASSES
-from ringfence.client.agent.credentials import VARIABLES
+from ringfence.client.agent.credentials import CLASSES, VARIABLES
 from ringfence.gateway.domain import INJECTABLE
 from ringfence.model.target_settings import CREDENTIAL_KINDS
 

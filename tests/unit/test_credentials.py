@@ -22,8 +22,8 @@ from ringfence.client.agent.credentials import (
     SshCredential,
     TokenCredential,
     class_of,
+    environment,
 )
-from ringfence.client.agent.credentials import environment
 from ringfence.client.errors import CredentialOverError, CredentialUseError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Delivery

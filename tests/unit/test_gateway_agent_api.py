@@ -12,9 +12,13 @@ from typing import Any, cast
 import orjson
 import pytest
 
-from ringfence.gateway.agent_api.posted_messages import PostedMessage
-from ringfence.gateway.agent_api.publications import KEPT_S, JournalEntry, PublicationJournal
-from ringfence.gateway.agent_api.publications import Publications
+from ringfence.gateway.agent_api.publications import (
+    KEPT_S,
+    JournalEntry,
+    PostedMessage,
+    PublicationJournal,
+    Publications,
+)
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.request_reader import ApiTarget, ListenerContext, read_api_target
 from ringfence.gateway.errors import RequestRefusedError

@@ -13,9 +13,8 @@ from typing import Any, cast
 import pytest
 
 from ringfence.gateway.contract import Attempt, Headers, PresentedIdentity, Verdict
-from ringfence.gateway.decision.approval_questions import OpenQuestions
+from ringfence.gateway.decision.approval_questions import OpenQuestions, digest_of_headers
 from ringfence.gateway.decision.approvals import Approvals
-from ringfence.gateway.decision.approval_questions import digest_of_headers
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view

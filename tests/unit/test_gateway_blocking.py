@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from ringfence.gateway.contract import Attempt, BlockedRequest, PresentedIdentity
-from ringfence.gateway.decision.blocked_requests import BlockedRequests
+from ringfence.gateway.decision.decision_events import BlockedRequests
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.recorder import MAX_DESTINATIONS, RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError

@@ -42,7 +42,7 @@ from ringfence.messages.registry import (
     TaskEnd,
     UserDisable,
 )
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from ringfence.model.identity.attestation import selector_id
 from ringfence.model.lifecycle import subject_key
 from tests.support import leases

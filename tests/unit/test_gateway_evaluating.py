@@ -13,7 +13,7 @@ from ringfence.gateway.domain import ApprovalRequired, ChosenLease, Refusal
 from ringfence.gateway.events.task_history import MAX_TASKS, TaskHistory
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState, VerbFloor
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from ringfence.rego.engine import (
     Answer,
     PolicyFailedError,

@@ -16,10 +16,10 @@ from ringfence.gateway.domain import ApprovalRequired, Refusal
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.approval import ActionRequest
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from ringfence.model.mcp import canonical
-from ringfence.model.mcp.messages import CAPABILITIES_KEY, VERSION_KEY, read_message
 from ringfence.model.mcp.headers import STATELESS
+from ringfence.model.mcp.messages import CAPABILITIES_KEY, VERSION_KEY, read_message
 from tests.unit.test_gateway_approving import BUNDLE, Gateway, Sent
 from tests.unit.test_gateway_domain import WIDE
 

@@ -12,8 +12,8 @@ from ringfence.cli.commands import serve
 from ringfence.cli.main import main
 from ringfence.gateway import app as gateway_app
 from ringfence.gateway.contract import PresentedIdentity, Verdict
+from ringfence.gateway.decision.context import STILL_DENIED
 from ringfence.gateway.decision.gate import DecisionGate
-from ringfence.gateway.decision.observe_mode import STILL_DENIED
 from ringfence.gateway.domain import ApprovalRequired, Sender, refuse
 from ringfence.gateway.proxies import envoy as authz_envoy
 from ringfence.gateway.proxies import forward_auth

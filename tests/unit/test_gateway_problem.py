@@ -20,7 +20,7 @@ from ringfence.gateway.dataplane.denials import (
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetRecord
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from tools.schemas.examples import EXAMPLES
 
 TARGET = cast(TargetRecord, EXAMPLES[TargetRecord]).state

@@ -15,7 +15,7 @@ from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.spool import Spool, SpoolFullError
 from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.operations import ActionDecided
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from tests.support import leases
 
 GATEWAY = "spiffe://acme.example/service/gateway"

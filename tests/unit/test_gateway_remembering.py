@@ -16,7 +16,7 @@ from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from tests.support.in_memory_registry import permission
 from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
 

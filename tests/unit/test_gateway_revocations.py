@@ -10,8 +10,8 @@ from typing import Any, cast
 import pytest
 from aiokafka.errors import KafkaConnectionError
 
-from ringfence.gateway.state.view import RevocationApplier
 from ringfence.gateway.state.leases import LeaseTable
+from ringfence.gateway.state.view import RevocationApplier
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore

@@ -61,7 +61,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
-from ringfence.model.http_targets.request_map import Action, RequestMap
+from ringfence.model.http_targets import Action, RequestMap
 from ringfence.model.identity.attestation import matching, selector_id
 from ringfence.model.leases.lifecycle import selector_key_of
 from ringfence.model.lifecycle import CommandRefusedError

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import McpRule, RequestRule
-from ringfence.model.http_targets.request_map import Action, RequestMap
+from ringfence.model.http_targets import Action, RequestMap
 from ringfence.model.mcp import canonical
-from ringfence.model.mcp.headers import Declared, check_headers, declarations
+from ringfence.model.mcp.headers import STATELESS, Declared, check_headers, declarations, revision_of
 from ringfence.model.mcp.messages import (
     CAPABILITIES_KEY,
     MAX_STATE_CHARS,
@@ -27,7 +27,6 @@ from ringfence.model.mcp.messages import (
 )
 from ringfence.model.mcp.request_state import RequestState, RequestStateError, RequestStates
 from ringfence.model.mcp.results import Grants, ResultFilter, UnreadableResultError
-from ringfence.model.mcp.headers import STATELESS, revision_of
 
 META = {VERSION_KEY: STATELESS, CAPABILITIES_KEY: {}}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ringfence.kernel.base.strict_json import case_folded
 from ringfence.messages.registry import McpRule, RequestRule
-from ringfence.model.http_targets.request_map import (
+from ringfence.model.http_targets import (
     MAX_BODY_BYTES,
     Action,
     RequestMap,

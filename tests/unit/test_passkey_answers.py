@@ -18,14 +18,14 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.client.passkeys.questions import (
     BEGIN,
     END,
+    PasskeyUser,
+    check_answer,
     compose,
     question_link,
     server_link,
     sign_origin,
     unwrapped,
 )
-from ringfence.client.passkeys.question_server import check_answer
-from ringfence.client.passkeys.questions import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign

@@ -11,8 +11,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from ringfence.client.admin.user_keys import AttestationError, verify_attestation
-from ringfence.client.admin.user_keys import KeyPackage
+from ringfence.client.admin.user_keys import AttestationError, KeyPackage, verify_attestation
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.messages.keys import PublicJwk

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.passkeys.question_server import MAX_ANSWER_BYTES, NotSignedError, QuestionServer
+from ringfence.client.passkeys.questions import MAX_ANSWER_BYTES, NotSignedError, QuestionServer
 
 ORIGIN = "http://localhost:8711"
 QUESTION = b'{"user":"sam"}'

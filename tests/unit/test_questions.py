@@ -10,9 +10,14 @@ from typing import Any, cast
 import pytest
 
 from ringfence.cli.shared.approval_views import as_json, print_question
-from ringfence.client.approvals.history_comparison import Comparison, PastAnswer, compare
-from ringfence.client.approvals.pending_approval import PendingApproval
-from ringfence.client.approvals.pending_approval import RequestGroup, group_equivalent
+from ringfence.client.approvals.history_comparison import (
+    Comparison,
+    PastAnswer,
+    PendingApproval,
+    RequestGroup,
+    compare,
+    group_equivalent,
+)
 from ringfence.messages.credential import Reason, Revisions
 from ringfence.messages.permission import Permission
 from tests.support.world import Scope, scope

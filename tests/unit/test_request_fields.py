@@ -14,7 +14,7 @@ import pytest
 from ringfence.audit.memory import RequestFacts
 from ringfence.cli.commands.request import request as request_command
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.credential import CredentialRequest
 from ringfence.policy.domain import REQUEST_FIELDS

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ringfence.messages.registry import RequestRule
-from ringfence.model.http_targets.request_map import (
+from ringfence.model.http_targets import (
     MAX_BODY_BYTES,
     Action,
     RequestMap,

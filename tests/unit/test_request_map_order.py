@@ -9,7 +9,7 @@ import pytest
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.cli.main import main
 from ringfence.messages.registry import Condition, McpRule, RequestRule, VerbFloor
-from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
+from ringfence.model.http_targets import RequestMap, RequestMapError
 
 FORCE: Condition = {"force": ("true",)}
 VERBS = (

@@ -14,9 +14,13 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
 from ringfence.messages.topics import CREDENTIAL_REQUEST
-from ringfence.policy.incoming.admission import TOLD_NO, AdmissionControl, AdmissionLimits
+from ringfence.policy.incoming.admission import (
+    TOLD_NO,
+    AdmissionControl,
+    AdmissionLimits,
+    is_request_withdrawal,
+)
 from ringfence.policy.incoming.credential_requests import WithdrawalHandler, requests_then_withdrawals
-from ringfence.policy.incoming.admission import is_request_withdrawal
 from tools.schemas.examples import EXAMPLES
 
 BOT = SigningKey.generate("spiffe://acme.example/agent/bot")

@@ -19,11 +19,10 @@ from ringfence.messages.run import Run, RunOrder, RunStop
 from ringfence.messages.topics import RUN_ORDER
 from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.run_orders import order_id_of
-from ringfence.runner.active_runs import RunningRuns
+from ringfence.runner.active_runs import RunningRuns, StopTable
 from ringfence.runner.lifecycle.plan import RunPlan
 from ringfence.runner.orders import OrderIntake
 from ringfence.runner.pool import read_pool
-from ringfence.runner.stops import StopTable
 from tests.support.in_memory_registry import TD
 from tests.support.runs import LIMITS
 from tests.unit.test_runner_active_runs import _Execution as Execution

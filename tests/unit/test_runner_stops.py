@@ -9,7 +9,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import UserDisable
 from ringfence.messages.run import RunStop
 from ringfence.messages.topics import RUN_ORDER
-from ringfence.runner.stops import StopTable
+from ringfence.runner.active_runs import StopTable
 from tests.support.in_memory_registry import TD
 from tests.unit.test_runs import Place
 

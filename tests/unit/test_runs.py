@@ -47,7 +47,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.run import Mount, Run, RunLimits, RunOrder, RunStatus
 from ringfence.messages.topics import RUN
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from ringfence.model.identity.attestation import problem, selector_id
 from ringfence.model.identity.runners import runner_issuer, runner_name, runner_selector
 from ringfence.model.lifecycle import CommandRefusedError, subject_key

@@ -27,10 +27,7 @@ from ringfence.scan.candidates import MARKERS, public_prefix_length
 from ringfence.scan.findings import Pattern
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.output_guard import PIECE
-from ringfence.scan.reports import html_document
-from ringfence.scan.reports import report_document
-from ringfence.scan.reports import ocsf_events
-from ringfence.scan.reports import sarif_document
+from ringfence.scan.reports import html_document, ocsf_events, report_document, sarif_document
 from ringfence.scan.rings import verdicts
 from ringfence.scan.scanner import ScanOptions, scanning
 from tests.support.ocsf import problems

@@ -17,14 +17,13 @@ from random import Random
 import pytest
 
 from ringfence.scan.candidates import formats_in
-from ringfence.scan.findings import Finding, Report
+from ringfence.scan.file_scan import PathIndex
+from ringfence.scan.findings import Finding, Report, SecretValue
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.kinds import FORMATS
-from ringfence.scan.file_scan import PathIndex
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import Machine
 from ringfence.scan.scanner import ScanOptions, scanning
-from ringfence.scan.findings import SecretValue
 from tests.support.scan_corpus import Case, Maker, cases, plant
 
 SEEDS = 6

@@ -10,10 +10,9 @@ import pytest
 from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.crypto.jwe import EncryptionKey, enclose, recipients_of
 from ringfence.kernel.crypto.keys import KeyFileError
-from ringfence.kernel.crypto.service_keys import files_before, next_file
+from ringfence.kernel.crypto.service_keys import EncryptionKeys, files_before, next_file
 from ringfence.kernel.crypto.trust_store import TrustStore
 from tests.support.in_memory_registry import TD, FixedClock
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from ringfence.audit.events.ocsf import scrubbed
-from ringfence.kernel.base.secret_scrubber import without_secrets
+from ringfence.kernel.base.secret_refs import without_secrets
 from ringfence.kernel.service.logging import redact
 
 MARK = "Canary0Canary0Canary0Canary0Canary0Canary0Canary0Canary0"

@@ -23,9 +23,15 @@ from ringfence.signals.events import (
     sign_set,
     subject_of,
 )
-from ringfence.signals.poll import MAX_SETS_PER_POLL, Window
-from ringfence.signals.requests import Receiver, read_receivers
-from ringfence.signals.requests import InvalidRequestError, PollRequest, SubjectChange, parse_request
+from ringfence.signals.push import MAX_SETS_PER_POLL, Window
+from ringfence.signals.requests import (
+    InvalidRequestError,
+    PollRequest,
+    Receiver,
+    SubjectChange,
+    parse_request,
+    read_receivers,
+)
 from ringfence.signals.settings import SignalsSettings
 from tests.support.leases import lease
 

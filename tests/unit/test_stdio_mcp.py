@@ -14,12 +14,13 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.runner.stdio_mcp.messages import header_value, outline_of
 from ringfence.runner.stdio_mcp.server_channel import (
     Exchange,
     ExchangeRefusedError,
     ServerChannel,
     ServerGoneError,
+    header_value,
+    outline_of,
 )
 from ringfence.runner.stdio_mcp.upstream import StdioUpstream
 

@@ -13,9 +13,8 @@ from ringfence.backends.postgres.privileges import RIGHTS
 from ringfence.backends.ssh.certificates import VERBS
 from ringfence.cli.commands.target import _merge_verbs, _parse_request_rule, _parse_settings, _template
 from ringfence.cli.commands.target_templates import TEMPLATES
-from ringfence.client.agent.credentials import IssuedCredential, Secret
-from ringfence.client.agent.credentials import applied, environment
-from ringfence.model.http_targets.request_map import Action, RequestMap
+from ringfence.client.agent.credentials import IssuedCredential, Secret, applied, environment
+from ringfence.model.http_targets import Action, RequestMap
 from ringfence.model.target_settings import HttpSettings
 
 

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode

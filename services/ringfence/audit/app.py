@@ -9,48 +9,41 @@ other's checkpoints would go on for ever.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from ringfence.audit.verification import require_trust
-from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
-from ringfence.kernel.crypto.jws import UnverifiedJws, parse, verify
-from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.record import Received
-from ringfence.messages.audit import AuditCheckpoint, AuditWitness
-from ringfence.messages.base import Claims, typ_header
-from ringfence.messages.operations import Heartbeat
-from ringfence.messages.signals import SignalStream
-from ringfence.messages.topics import ALL, AUDIT_CHECKPOINT
-from ringfence.model.identity.spiffe_ids import subject_of
-from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+
 from faststream import FastStream
-from ringfence.audit.api.reports import ApprovalHistoryApi
-from ringfence.audit.api.events import AuditApi
-from ringfence.audit.api.reports import ProofApi
-from ringfence.audit.api.reports import ReportApi
+
+from ringfence.audit.api import ApprovalHistoryApi, AuditApi, ProofApi, ReportApi
 from ringfence.audit.detections.detector import Detector
 from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.subscribers import router
-from ringfence.audit.trail.chain_writer import ChainWriter
+from ringfence.audit.trail.chain_writer import ChainWriter, WrittenEventCache
 from ringfence.audit.trail.handover import HandoverCache, Intake
 from ringfence.audit.trail.proofs import ProofStore
 from ringfence.audit.trail.unauthorised_records import UnauthorisedRecords
-from ringfence.audit.trail.written_cache import WrittenEventCache
-from ringfence.audit.verification import RecordVerifier
+from ringfence.audit.verification import RecordVerifier, require_trust
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.crypto.jws import UnverifiedJws, parse, verify
+from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
-from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, RUN, TRUST
+from ringfence.messages.audit import AuditCheckpoint, AuditWitness
+from ringfence.messages.base import Claims, typ_header
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.signals import SignalStream
+from ringfence.messages.topics import ALL, AUDIT, AUDIT_CHECKPOINT, RUN, TRUST
+from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.model.records.session_events import SessionEvents
-
+from ringfence.model.records.signed_messages import SessionEvents
 
 _CAUGHT_UP_S = 2.0
 _ELSEWHERE = frozenset(

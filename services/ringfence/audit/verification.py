@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from ringfence.audit.events.ocsf import VerifiedMessage, permission, privileges, scope_text, scrubbed, user_of
 from ringfence.audit.memory import LeaseFacts, RequestFacts, SeenMessages, Sighting
 from ringfence.audit.settings import AuditSettings
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, message_id
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify

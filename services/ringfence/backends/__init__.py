@@ -10,9 +10,8 @@ from importlib.metadata import entry_points
 from typing import ClassVar, Literal, Protocol
 
 from ringfence.backends.access import BackendSettings, TargetAccess
-from ringfence.backends.http import CircuitBreaker
-from ringfence.backends.http import HttpBackend, StaticSecrets
-from ringfence.backends.jwt import JwtBackend
+from ringfence.backends.http import CircuitBreaker, HttpBackend, StaticSecrets
+from ringfence.backends.jwt import JwtBackend, TokenKey, TokenKeyError, TokenKeys
 from ringfence.backends.postgres.backend import PostgresBackend
 from ringfence.backends.redis import RedisBackend
 from ringfence.backends.secret_sources import AccessError, SecretSource
@@ -23,7 +22,6 @@ from ringfence.backends.target_settings import (
     TargetError,
     TargetRefusedError,
 )
-from ringfence.backends.jwt import TokenKey, TokenKeyError, TokenKeys
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState

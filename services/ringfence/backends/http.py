@@ -13,27 +13,28 @@ Cache of a backend's connections: one server object for each target, as the curr
 from __future__ import annotations
 
 import asyncio
-import random
-import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import TypeVar
-from ringfence.backends.target_settings import CircuitOpenError, TargetError, TargetRefusedError
-from collections.abc import Callable
-from typing import Generic, Protocol, TypeVar
-from ringfence.backends.access import TargetAccess
 import base64
 import logging
+import random
 import re
-from collections.abc import Mapping
-from typing import ClassVar, Final, Literal
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Final, Generic, Literal, Protocol, TypeVar
+
+from ringfence.backends.access import TargetAccess
 from ringfence.backends.secret_sources import AccessError
-from ringfence.backends.target_settings import TargetRefusedError, TargetSettingsError, settings_of
+from ringfence.backends.target_settings import (
+    CircuitOpenError,
+    TargetError,
+    TargetRefusedError,
+    TargetSettingsError,
+    settings_of,
+)
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.target_settings import HttpSettings
-
 
 T = TypeVar("T")
 

@@ -9,29 +9,28 @@ They never sign messages. A verifier of tokens knows these keys alone.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, get_args
+from typing import Any, ClassVar, Final, Literal, Protocol, get_args
+
 import orjson
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key
-from ringfence.model.target_settings import TokenAlgorithm
-import logging
-from typing import Any, ClassVar, Literal
-from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.messages.registry import TargetState
 from ringfence.model.identity.spiffe_ids import spiffe_id
-from ringfence.model.target_settings import JwtSettings
-
+from ringfence.model.target_settings import JwtSettings, TokenAlgorithm
 
 TOKEN_TYPE: Final = "at+jwt"  # noqa: S105 - a media type
 """The `typ` of an access token (RFC 9068, 2.1)."""

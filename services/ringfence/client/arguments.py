@@ -9,18 +9,16 @@ Who must approve a request, in words.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Final, TypeVar
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Self
-from ringfence.messages.credential import RequiredClass
-from collections.abc import Iterable, Mapping
-from typing import Final, TypeVar, cast
+from typing import Final, Self, TypeVar, cast
+
 from pydantic import BaseModel
+
 from ringfence.client.errors import InvalidCallError
+from ringfence.messages.credential import RequiredClass
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Role
-
 
 MIN_PREFIX_LENGTH: Final = 4
 """Shorter prefixes match nothing. The empty prefix would match every id: a script with an unset variable would then

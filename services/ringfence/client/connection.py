@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from pydantic import ValidationError
 
+from ringfence.client.arguments import Lifetime
 from ringfence.client.errors import IdentityError, InvalidCallError, RefusedError, checked, require_understood
 from ringfence.client.key_file import key_file, load_key, successor_key
-from ringfence.client.arguments import Lifetime
 from ringfence.client.passkeys.questions import LIFE_S, PasskeyUser
 from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.client.signed_messages import compose, stamp
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -316,7 +316,7 @@ class Connection(Lifetime):
         """
         if self.passkey_user is not None:
             self._require_understood(claims)
-            from ringfence.client.passkeys.question_server import sign_with_passkey
+            from ringfence.client.passkeys.questions import sign_with_passkey
 
             directory = await self.directory()
             return await sign_with_passkey(self.passkey_user, claims, evidence, directory, self.clock)

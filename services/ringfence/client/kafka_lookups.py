@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+from ringfence.client.arguments import find_by_prefix
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.arguments import find_by_prefix
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify

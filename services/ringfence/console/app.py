@@ -15,9 +15,7 @@ from ringfence.console.offers import Offers
 from ringfence.console.page_digests import PageDigests
 from ringfence.console.questions import Questions
 from ringfence.console.reads import SessionReads
-from ringfence.console.security import SealedValues
-from ringfence.console.security import Guard
-from ringfence.console.security import Sessions
+from ringfence.console.security import Guard, SealedValues, Sessions
 from ringfence.console.settings import ConsoleSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SettingsError

@@ -30,9 +30,7 @@ from ringfence.console.page_digests import PageDigest, PageDigests, digest_of
 from ringfence.console.page_templates import render
 from ringfence.console.questions import MAX_ANSWER_BYTES, Question, Questions
 from ringfence.console.reads import SessionReads
-from ringfence.console.security import SealedValues
-from ringfence.console.security import QUESTION_PATH
-from ringfence.console.security import COOKIE, Session, Sessions
+from ringfence.console.security import COOKIE, QUESTION_PATH, SealedValues, Session, Sessions
 from ringfence.console.views.page import MakePage, Page, View
 from ringfence.console.views.pages import PAGES, SECTIONS
 from ringfence.kernel.base import metrics

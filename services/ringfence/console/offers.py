@@ -11,8 +11,7 @@ from dataclasses import asdict, dataclass
 
 from ringfence.client.errors import ApiError
 from ringfence.console.reads import SessionReads
-from ringfence.console.security import SealedValues
-from ringfence.console.security import Session, Sessions
+from ringfence.console.security import SealedValues, Session, Sessions
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from ringfence.console.assets import STYLE, assets
-from ringfence.kernel.base.text import visible_lines, visible_name
 from ringfence.kernel.base.clock import END_OF_TIME, utc_text
+from ringfence.kernel.base.text import visible_lines, visible_name
 
 _MAX_SCOPE_CHARS: Final = 1000
 

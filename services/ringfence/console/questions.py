@@ -16,10 +16,10 @@ from typing import Any, Final
 from ringfence.client.passkeys.questions import LIFE_S
 from ringfence.client.signed_messages import stamp, topic_of, unstamped
 from ringfence.console.security import SealedValues
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import digest
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, VerificationKey

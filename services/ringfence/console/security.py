@@ -15,33 +15,32 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import secrets
 import uuid
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
-from ringfence.kernel.base.replay_memory import BoundedDict
-from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jws import is_by_passkey, parse
-from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.messages.base import typ_header
-from ringfence.messages.registry import SessionStatement
-from ringfence.model.identity.spiffe_ids import spiffe_id
-import os
-import zlib
+from ipaddress import ip_address
 from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
 import orjson
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
-from ipaddress import ip_address
-from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from ringfence.console.assets import content_security_policy
 
+from ringfence.console.assets import content_security_policy
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.replay_memory import BoundedDict
+from ringfence.kernel.crypto.jws import is_by_passkey, parse
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
+from ringfence.messages.base import typ_header
+from ringfence.messages.registry import SessionStatement
+from ringfence.model.identity.spiffe_ids import spiffe_id
 
 COOKIE: Final = "__Host-ringfence"
 """Only the console's own origin sets it, over TLS or on localhost (RFC 6265bis, 4.1.3.2)."""

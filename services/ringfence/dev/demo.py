@@ -19,7 +19,7 @@ import httpx
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import ApiError, RequestDeniedError
 from ringfence.client.reports.read_api import ReadApi

@@ -6,24 +6,24 @@ The trust bundle in force, read from Kafka the first time that somebody needs it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
 from ringfence.client.connection import READY_TIMEOUT_S
 from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.kernel.base.clock import SystemClock
-from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
+from ringfence.kernel.base.validation_problems import explain
+from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.trust_updates import apply_bundle
-from ringfence.messages.topics import TRUST
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-from pydantic import ValidationError
-from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
-from ringfence.kernel.base.validation_problems import explain
-from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic, typ_header
+from ringfence.messages.topics import TRUST
 
 
 class TrustReader:

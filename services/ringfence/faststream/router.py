@@ -18,8 +18,7 @@ from faststream.kafka.schemas import Topic as KafkaTopic
 from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
 from ringfence.client.settings import ClientSettings
-from ringfence.faststream.record_decoder import RecordDecoder, UnknownMessage
-from ringfence.faststream.record_decoder import TrustReader
+from ringfence.faststream.record_decoder import RecordDecoder, TrustReader, UnknownMessage
 from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.kafka.connection import connection

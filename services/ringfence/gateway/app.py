@@ -1,29 +1,84 @@
 """Wiring of the gateway.
 
 The gateway's HTTP API for people: the state of a lease here.
+
+Wiring of the HTTP API for agents.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from typing import Final
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from ringfence.gateway.state.view import View
-from ringfence.kernel.base import metrics
-from ringfence.kernel.base.api_errors import NotFoundError
-from ringfence.messages.base import UUID
-from ringfence.model.records.api_access import Authenticator
-from ringfence.gateway.agent_api.wiring import build_agent_api
+
+from ringfence.gateway.agent_api.api import AgentRequestsApi
+from ringfence.gateway.agent_api.publications import PostedMessageVerifier, PublicationJournal, Publications
+from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
+from ringfence.gateway.dataplane.limits import Allowance, SenderLimits
 from ringfence.gateway.dataplane.listeners import Listeners
+from ringfence.gateway.decision.sender import AgentKeys
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth
 from ringfence.gateway.settings import GatewaySettings, host_and_port
-from ringfence.gateway.wiring import build_core
+from ringfence.gateway.state.view import View
+from ringfence.gateway.wiring import Core, build_core, spool_folder
+from ringfence.kernel.base import metrics
+from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.base import UUID
+from ringfence.model.records.api_access import Authenticator
+
+POSTS: Final = Allowance(per_second_each=20.0, burst_each=100)
+"""Posts of one agent. Twice the rate that policy decides by default: policy refuses first, and says why."""
+WAITING_PER_AGENT: Final = 32
+_CONNECTIONS_SHARE: Final = 2
+"""One of this many connections of an address or socket may wait for a reply, so that others behind it find one."""
+_JOURNAL: Final = "publications.jsonl"
+"""In the folder of the spool, which one process uses at a time."""
+_WAITING_SHARE: Final = 4
+"""One of this many connections may wait for a reply."""
+
+
+def build_agent_api(runtime: Runtime, core: Core, own: GatewaySettings) -> AgentRequestsApi:
+    """Build the API. The history of `credential.reply` feeds it."""
+    clock, directory, settings = runtime.clock, core.view.directory, runtime.settings
+    replies = SealedReplies()
+    core.reply_readers.append(replies.on_records)
+    verifier = PostedMessageVerifier(
+        directory,
+        audience=settings.trust_domain,
+        now_ms=runtime.broker_now_ms,
+        catch_up=lambda: runtime.tables_caught_up(settings.grace_s),
+    )
+    journal = PublicationJournal(
+        spool_folder(runtime, settings, own) / _JOURNAL, now_s=lambda: clock.now_ms() // 1000
+    )
+    publications = Publications(runtime.publisher, is_answered=replies.has, journal=journal)
+    runtime.on_stop(publications.close)
+    return AgentRequestsApi(
+        directory,
+        core.view.table,
+        runtime.trust,
+        verifier,
+        publications,
+        replies,
+        AgentKeys(directory),
+        core.proofs,
+        SenderLimits(POSTS, time.monotonic),
+        WaitingRequests(
+            per_agent=WAITING_PER_AGENT,
+            per_sender=Allowance().connections_each // _CONNECTIONS_SHARE,
+            in_total=max(1, own.connections // _WAITING_SHARE),
+        ),
+        clock,
+    )
 
 
 _LEASE_PATH = "/v1/leases/{lease_id}"

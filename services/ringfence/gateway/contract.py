@@ -17,7 +17,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import AnswerKind, Destination
 from ringfence.messages.registry import TargetState
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from ringfence.model.mcp.results import Grants
 
 Headers = tuple[tuple[str, str], ...]

@@ -15,11 +15,11 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ActionClass, TargetState
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
+from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import ref_void
-from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.runs import run_violations
 from ringfence.model.requests.facts import (
     DeniedError,

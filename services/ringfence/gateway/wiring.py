@@ -14,19 +14,18 @@ from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
 from ringfence.gateway.decision.approval_questions import OpenQuestions
 from ringfence.gateway.decision.approvals import Approvals
-from ringfence.gateway.decision.blocked_requests import BlockedRequests
+from ringfence.gateway.decision.context import notice
+from ringfence.gateway.decision.decision_events import BlockedRequests
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.gate import DecisionGate
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
-from ringfence.gateway.decision.observe_mode import notice
 from ringfence.gateway.decision.relays import Relays
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.shared_keys import SharedKeys
 from ringfence.gateway.decision.targets import Targets
-from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.recorder import RefusalCounts
-from ringfence.gateway.events.task_history import RunEvents
+from ringfence.gateway.events.recorder import Recorder, RefusalCounts
 from ringfence.gateway.events.spool import Spool
+from ringfence.gateway.events.task_history import RunEvents
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.gateway.state.leases import LEASES_SINCE_MS
 from ringfence.gateway.state.view import View

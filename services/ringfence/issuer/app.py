@@ -18,11 +18,10 @@ from ringfence.backends import (
 )
 from ringfence.issuer.decisions import DecisionHandler
 from ringfence.issuer.domain import Terms
-from ringfence.issuer.gateway_delivery import GatewayDelivery
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
 from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
-from ringfence.issuer.minting import Minter
+from ringfence.issuer.minting import GatewayDelivery, Minter
 from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.issuer.subscribers import router

@@ -31,10 +31,17 @@ from ringfence.issuer.domain import (
     fenced,
     weigh,
 )
-from ringfence.issuer.gateway_delivery import ENVELOPE_TYPE, GatewayDelivery, signed_delivery
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.limits import LeaseLimits
-from ringfence.issuer.minting import REPLAYED, Minted, Minter, Replayed
+from ringfence.issuer.minting import (
+    ENVELOPE_TYPE,
+    REPLAYED,
+    GatewayDelivery,
+    Minted,
+    Minter,
+    Replayed,
+    signed_delivery,
+)
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, digest, lease_id

@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.issuer.gateway_delivery import ENVELOPE_TYPE
+from ringfence.issuer.minting import ENVELOPE_TYPE
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from typing import Final
-from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.replies import PendingRequest
-from ringfence.mcp_server.tools import ToolError
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Any, Final
+
 from pydantic import BaseModel, ValidationError
+
 from ringfence.client.agent.agent import Agent
 from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
+from ringfence.client.agent.replies import PendingRequest
 from ringfence.client.task_view import HeldLease
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
-from ringfence.mcp_server.tools import ToolError, problem_of
 from ringfence.mcp_server.tools import (
     TOOLS,
     LeaseResult,
@@ -38,11 +35,12 @@ from ringfence.mcp_server.tools import (
     RequestResult,
     ShowTask,
     TaskResult,
+    ToolError,
     WaitForRequest,
     WithdrawnResult,
     WithdrawRequest,
+    problem_of,
 )
-
 
 MAX_OPEN: Final = 16
 """Requests that wait at a time. A model that asks in a loop must not fill the list of whoever approves."""

@@ -11,18 +11,17 @@ Only errors of Ringfence's own are quoted. Anything else may hold what a program
 from __future__ import annotations
 
 import shlex
-from typing import Any, Final
-import orjson
-from ringfence.client.errors import RefusedError, RequestDeniedError, RequestTimeoutError
-from ringfence.kernel.base.errors import RingfenceError
-from ringfence.messages.credential import Reason
-from ringfence.messages.permission import Permission
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
-from pydantic import BaseModel, ConfigDict, Field
-from ringfence.messages.base import TargetId, Uuid, Verb
-from ringfence.messages.permission import Glob, Permission, Scope
 
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from ringfence.client.errors import RefusedError, RequestDeniedError, RequestTimeoutError
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.base import TargetId, Uuid, Verb
+from ringfence.messages.credential import Reason
+from ringfence.messages.permission import Glob, Permission, Scope
 
 _ASK_BY_CODE: Final = {
     "approval_denied": "a person said no: do not ask again for the same without new reasons",

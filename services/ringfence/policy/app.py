@@ -30,25 +30,23 @@ from ringfence.messages.topics import (
     LEASE,
     SERVICE_EVENT,
 )
+from ringfence.model.records.agent_keys import KeyUses
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.model.records.agent_keys import KeyUses
-from ringfence.model.records.session_events import SessionEvents
+from ringfence.model.records.signed_messages import SessionEvents
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.agent_index import AgentIndex
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
 from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.agents.usage import KeyLastSeen
-from ringfence.policy.api.usage import KEEP_MS as QUESTIONS_KEEP_MS
-from ringfence.policy.api.usage import ActionQuestions, ActionsApi
 from ringfence.policy.api.authzen import AuthZen
 from ringfence.policy.api.decisions import DecisionsApi
-from ringfence.policy.api.grants import GrantApi
+from ringfence.policy.api.grants import GrantApi, ReachApi
 from ringfence.policy.api.inventory import InventoryApi
-from ringfence.policy.api.grants import ReachApi
-from ringfence.policy.api.usage import UsageApi
+from ringfence.policy.api.usage import KEEP_MS as QUESTIONS_KEEP_MS
+from ringfence.policy.api.usage import ActionQuestions, ActionsApi, UsageApi
 from ringfence.policy.decision_log import HISTORY_MS, Approvers, InMemoryDecisionLog
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
@@ -56,17 +54,19 @@ from ringfence.policy.grants import GrantBook
 from ringfence.policy.incoming.admission import (
     AdmissionControl,
     AdmissionLimits,
+    MessageVerifier,
     PendingApprovalLimit,
     PendingLimits,
 )
 from ringfence.policy.incoming.approvals import ApprovalHandler, register_pending_gauges
-from ringfence.policy.incoming.credential_requests import RequestHandler
+from ringfence.policy.incoming.credential_requests import (
+    RequestHandler,
+    WithdrawalHandler,
+    requests_then_withdrawals,
+)
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.incoming.credential_requests import WithdrawalHandler, requests_then_withdrawals
-from ringfence.policy.incoming.admission import MessageVerifier
-from ringfence.policy.notifications.notices import key_notice_sender
-from ringfence.policy.notifications.notices import Notices, notice_sender
+from ringfence.policy.notifications.notices import Notices, key_notice_sender, notice_sender
 from ringfence.policy.notifications.receipts import receipt_sender
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.subscribers import router

@@ -9,10 +9,10 @@ from typing import Any
 
 from aiokafka.errors import KafkaError
 
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id, digest
 from ringfence.kernel.base.retry import run_periodically
-from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower

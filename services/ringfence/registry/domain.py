@@ -9,8 +9,8 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ringfence.kernel.base.text import with_article
 from ringfence.kernel.base.clock import LAST_MOMENT_S, utc_text
+from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message

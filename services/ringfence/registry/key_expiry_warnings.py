@@ -21,9 +21,9 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState, AnyState, UserState
 from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.records.agent_keys import DAY_S, WARN_BEFORE_S, KeyEnding, endings
 from ringfence.model.records.command_chain import ChainError, subject_spiffe
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.agent_keys import DAY_S, WARN_BEFORE_S, KeyEnding, endings
 
 log = logging.getLogger(__name__)
 

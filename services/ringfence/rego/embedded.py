@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import socket
 import sys
 from collections import deque
 from typing import cast
+
 import orjson
+
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.rego.bundle import Bundle, BundleError
-from ringfence.rego.engine import PolicyFailedError, PolicyTimeoutError, PolicyUnavailableError
-import logging
 from ringfence.rego.engine import (
     ISSUANCE,
     Answer,
     PolicyFailedError,
+    PolicyTimeoutError,
     PolicyUnavailableError,
     read_result,
 )
-
 
 START_TIMEOUT_S = 60.0
 """How long a bundle may take to compile and to pass its tests."""

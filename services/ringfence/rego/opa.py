@@ -10,12 +10,13 @@ from __future__ import annotations
 import asyncio
 import ssl
 from types import TracebackType
-from typing import Self, cast
+from typing import Any, Self, cast
 from urllib.parse import urlsplit
+
 import httptools
-from ringfence.kernel.base.errors import UnavailableError
-from typing import Any
 import orjson
+
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.rego.bundle import Bundle
 from ringfence.rego.embedded import TIMEOUT_MS
 from ringfence.rego.engine import (
@@ -26,7 +27,6 @@ from ringfence.rego.engine import (
     PolicyUnavailableError,
     result_of,
 )
-
 
 MAX_ANSWER_BYTES = 2**20
 

@@ -20,28 +20,27 @@ from ringfence.model.leases.stream_digests import StreamDigests
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.model.records.session_events import SessionEvents
+from ringfence.model.records.signed_messages import SessionEvents
 from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
 from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
-from ringfence.revoker.http import LeasesApi
+from ringfence.revoker.http import LeasesApi, RunsApi
 from ringfence.revoker.lease_end.credential_removal import CredentialRemover
-from ringfence.revoker.lease_end.expiry import Expiry
+from ringfence.revoker.lease_end.expiry import Expiry, Overdue
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
-from ringfence.revoker.lease_end.expiry import Overdue
 from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
-from ringfence.revoker.maintenance import HeartbeatSender
-from ringfence.revoker.maintenance import OrphanSweeper
-from ringfence.revoker.maintenance import LeaseTombstoner
+from ringfence.revoker.maintenance import HeartbeatSender, LeaseTombstoner, OrphanSweeper
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
-from ringfence.revoker.revocations.revocations import FenceHandler
 from ringfence.revoker.revocations.record_changes import RecordHandler
-from ringfence.revoker.revocations.revocations import RevocationHandler
-from ringfence.revoker.revocations.runner_silence import RunEndHandler, RunRevoker
-from ringfence.revoker.revocations.runner_silence import RunnerSilence, SilentRunEnder
+from ringfence.revoker.revocations.revocations import FenceHandler, RevocationHandler
+from ringfence.revoker.revocations.runner_silence import (
+    RunEndHandler,
+    RunnerSilence,
+    RunRevoker,
+    SilentRunEnder,
+)
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.runner_pools import RunnerPools
-from ringfence.revoker.http import RunsApi
 from ringfence.revoker.settings import PATIENCE_S, RevokerSettings
 from ringfence.revoker.subscribers import GROUP, router
 

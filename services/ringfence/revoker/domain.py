@@ -21,10 +21,10 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.leases.lifecycle import end_status, is_over, matches, selector_key_of
+from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import ref_void
-from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.runs import run_violations
 from ringfence.model.scope.rule import are_in_force
 from ringfence.model.scope.scope import missing

@@ -5,31 +5,30 @@ HTTP API of the revoker: runs, as their runners said, of a caller's own tasks an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import Any
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+
 from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
-from ringfence.messages.run import Run
-from ringfence.model.records.api_access import Authenticator, Caller
-from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory
-from ringfence.model.records.runs import OVER, run_id_of
-from ringfence.revoker.runner_pools import RunnerPools
-import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
 from ringfence.messages.base import UUID
 from ringfence.messages.lease import Lease, LeaseStatus
+from ringfence.messages.run import Run
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import ALL_LEASES, matches
 from ringfence.model.leases.revocations import agent_of_task
 from ringfence.model.records.api_access import Authenticator, Caller, sponsored_agents
-from ringfence.revoker.lease_end.lease_ender import BATCH_SIZE, LeaseEnder
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.records.runs import OVER, run_id_of
 from ringfence.revoker.lease_end.expiry import Overdue
+from ringfence.revoker.lease_end.lease_ender import BATCH_SIZE, LeaseEnder
 from ringfence.revoker.revocations.verification import RevocationVerifier
-
+from ringfence.revoker.runner_pools import RunnerPools
 
 MAX_LISTED = 1000
 

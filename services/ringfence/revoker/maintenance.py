@@ -18,38 +18,35 @@ it stopped, up to the first record that is not old enough.
 
 from __future__ import annotations
 
-import logging
-from aiokafka.errors import KafkaError
-from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.ids import derived_id
-from ringfence.kernel.base.retry import run_periodically
-from ringfence.kernel.kafka.table_reader import Follower
-from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.operations import Heartbeat
-from ringfence.messages.topics import HEARTBEAT
-from ringfence.model.leases.stream_digests import CONFIRMED, StreamDigests
 import asyncio
+import contextlib
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+
+from aiokafka.errors import KafkaError
+
 from ringfence.backends import Backend, CircuitBreaker, existing_of
 from ringfence.kernel.base import metrics
-from ringfence.kernel.kafka.batch_handlers import gather_all
-from ringfence.messages.credential import Reason
-from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.messages.registry import TargetState
-from ringfence.model.lease_store import LeaseStore
-from ringfence.model.records.directory import Directory
-import contextlib
-from collections.abc import Callable, Iterable
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.base.retry import run_periodically
+from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.lease import Lease
-from ringfence.messages.topics import LEASE
+from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason
+from ringfence.messages.lease import TERMINAL, Lease
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.registry import TargetState
+from ringfence.messages.topics import HEARTBEAT, LEASE
+from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import is_over
+from ringfence.model.leases.stream_digests import CONFIRMED, StreamDigests
 from ringfence.model.leases.unverified_records import verify_lease
-
+from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received

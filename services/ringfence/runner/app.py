@@ -7,44 +7,39 @@ A run is left unfinished by a runner that was killed, or that could not publish 
 
 from __future__ import annotations
 
-import logging
-from ringfence.client.connection import Connection
-from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.run import Run
-from ringfence.messages.topics import RUN
-from ringfence.model.records.directory import Directory
-from ringfence.model.records.runs import OVER
-from ringfence.runner.active_runs import RunningRuns
-from ringfence.runner.lifecycle.sweep import lost
 import asyncio
 import fcntl
+import logging
 import os
 from pathlib import Path
 from typing import Any
+
 from faststream import FastStream
+
+from ringfence.client.connection import Connection
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, SettingsError, UnavailableError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.operations import Heartbeat, RunnerPool
-from ringfence.messages.topics import HEARTBEAT, RUN_ORDER
+from ringfence.messages.run import Run
+from ringfence.messages.topics import HEARTBEAT, RUN, RUN_ORDER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.runner.active_runs import Claimed, RunningRuns
+from ringfence.model.records.runs import OVER
+from ringfence.runner.active_runs import KEPT_MS, Claimed, RunningRuns, StopTable
 from ringfence.runner.heartbeats import Heartbeats, SilenceGuard
-from ringfence.runner.lifecycle.backends import make_backend
 from ringfence.runner.lifecycle.execution import RunExecution, RunnerHost
-from ringfence.runner.lifecycle.plan import RunPlan
-from ringfence.runner.lifecycle.sweep import sweep
+from ringfence.runner.lifecycle.plan import RunPlan, make_backend
+from ringfence.runner.lifecycle.sweep import lost, sweep
 from ringfence.runner.orders import OrderIntake
 from ringfence.runner.pool import read_pool
 from ringfence.runner.sandbox.backend import SandboxBackend
 from ringfence.runner.settings import RunnerSettings
-from ringfence.runner.stops import KEPT_MS, StopTable
 from ringfence.runner.subscribers import group_name, router
-
 
 log = logging.getLogger(__name__)
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.text import visible
 from ringfence.kernel.crypto.jws import kid_of
 from ringfence.kernel.kafka.consumer import Consumer
@@ -28,9 +28,8 @@ from ringfence.messages.topics import RUN
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.run_orders import order_id_of, order_problem, verified_order
-from ringfence.runner.active_runs import ClaimLostError, RunningRuns
+from ringfence.runner.active_runs import ClaimLostError, RunningRuns, StopTable
 from ringfence.runner.pool import Pool
-from ringfence.runner.stops import StopTable
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from ringfence.scan import checksums, kinds, names
-from ringfence.scan.findings import Access, Confidence, Pattern
+from ringfence.scan.findings import Access, Confidence, Pattern, SecretValue
 from ringfence.scan.kinds import FORMATS, SCHEMES, Format, Kind
-from ringfence.scan.findings import SecretValue
 
 UNKNOWN_ACCESS: Final = Access()
 

@@ -9,28 +9,24 @@ The module has digests alone, so that no scanner reports it.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from typing import Final
-from ringfence.scan.readers.reader import FileReader
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
+
 from ringfence.scan.candidates import MARKERS, Candidate, public_prefix_length
 from ringfence.scan.documents import DocumentError
-from ringfence.scan.findings import Finding, Note, Place, Readable
+from ringfence.scan.findings import Finding, Note, Place, Readable, SecretValue
 from ringfence.scan.fingerprint import Fingerprinter
 from ringfence.scan.limits import taken_limits
 from ringfence.scan.names import is_generated
-from ringfence.scan.output_guard import OutputGuard
-from ringfence.scan.output_guard import address_space, limit_memory
+from ringfence.scan.output_guard import OutputGuard, address_space, limit_memory
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import FileReader, Machine
 from ringfence.scan.rings import verdicts
-from ringfence.scan.findings import SecretValue
 from ringfence.scan.source_files import Root, SourceFile, UnreadableError
-
 
 _WILD: Final = re.compile(r"[*?\[]")
 

@@ -5,11 +5,10 @@ The value of a discovered secret: it has no text form, cannot be pickled, and le
 
 from __future__ import annotations
 
-from typing import NoReturn
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 
 class SecretValue:

@@ -15,11 +15,11 @@ import os
 import resource
 import signal
 import sys
-from typing import Final
 from collections.abc import Collection, Iterator
-from ringfence.scan.names import GENERATED_LENGTH, generated_spans, looks_random
-from ringfence.scan.findings import SecretValue
+from typing import Final
 
+from ringfence.scan.findings import SecretValue
+from ringfence.scan.names import GENERATED_LENGTH, generated_spans, looks_random
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE = 1, 4  # prctl(2)
 _NO_CORE: Final = 1

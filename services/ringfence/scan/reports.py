@@ -11,21 +11,18 @@ The report as SARIF 2.1.0, for code scanning of forges.
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import Any
-from ringfence.scan.findings import PATTERN_TITLES, Finding, Pattern, Report
-from ringfence.scan.rings import RING_NAMES, verdicts
-from html import escape
-from ringfence.kernel.base.text import visible
-from ringfence.kernel.base.clock import utc_text
-from ringfence.scan.findings import Finding, Report
-from ringfence.scan.rings import RING_NAMES
+import hashlib
 import uuid
 from collections.abc import Iterator
+from dataclasses import asdict
+from html import escape
 from typing import Any, Final
-import hashlib
 from urllib.parse import quote
 
+from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.base.text import visible
+from ringfence.scan.findings import PATTERN_TITLES, Finding, Pattern, Report
+from ringfence.scan.rings import RING_NAMES, verdicts
 
 VERSION = 1
 

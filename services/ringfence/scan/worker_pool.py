@@ -19,8 +19,7 @@ from typing import Final
 
 from ringfence.scan.file_scan import FileScanner, Job, JobResults
 from ringfence.scan.findings import Note
-from ringfence.scan.output_guard import OutputGuard, Pieces
-from ringfence.scan.output_guard import die_with_parent
+from ringfence.scan.output_guard import OutputGuard, Pieces, die_with_parent
 
 FILE_TIME_LIMIT_S: Final = 20.0
 _LOOK_EVERY_S: Final = 0.5

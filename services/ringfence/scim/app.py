@@ -10,27 +10,24 @@ confirmed. If it no longer calls, nothing is confirmed, and they expire.
 from __future__ import annotations
 
 import logging
+
+from ringfence.client.admin.provisioner import Provisioner
+from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.retry import run_periodically
-from ringfence.messages.registry import Delegation, UserRecord
-from ringfence.scim.directory_view import DirectoryView
-from ringfence.scim.provisioning import ProvisioningWriter, differs_from_delegation
-from ringfence.scim.settings import ScimSettings
-from ringfence.client.admin.provisioner import Provisioner
-from ringfence.client.settings import ClientSettings
-from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.bearer_tokens import Tokens
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
+from ringfence.messages.registry import Delegation, UserRecord
 from ringfence.messages.topics import HEARTBEAT, USER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import Directory
 from ringfence.scim.http import ScimApi
-from ringfence.scim.provisioning import ProvisioningWriter
-
+from ringfence.scim.provisioning import DirectoryView, ProvisioningWriter, differs_from_delegation
+from ringfence.scim.settings import ScimSettings
 
 log = logging.getLogger(__name__)
 

@@ -36,8 +36,7 @@ from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, Wron
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import GroupLink, UserRecord
 from ringfence.scim import discovery
-from ringfence.scim.directory_view import DirectoryView
-from ringfence.scim.provisioning import ProvisioningWriter
+from ringfence.scim.provisioning import DirectoryView, ProvisioningWriter
 from ringfence.scim.resources import Group, User, group_resource, user_resource
 
 log = logging.getLogger(__name__)

@@ -18,8 +18,8 @@ from scim2_models import (
     Uniqueness,
 )
 
-from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.clock import utc_datetime
+from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.registry import Mail, Provisioning, UserRecord
 
 # The libraries' own User has a dozen attributes more. What is not kept is not declared: a directory that looks at the

@@ -18,9 +18,9 @@ from functools import partial
 from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.text import visible
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.dead_letters import HaltedError
@@ -42,8 +42,7 @@ from ringfence.signals.events import (
     sign_set,
     subject_of,
 )
-from ringfence.signals.poll import Window
-from ringfence.signals.push import Pusher
+from ringfence.signals.push import Pusher, Window
 from ringfence.signals.requests import Receiver
 from ringfence.signals.settings import SignalsSettings
 from ringfence.signals.streams import SignalStreamState, StreamTable

@@ -22,11 +22,11 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
 from ringfence.signals.delivery import POLL, PUSH, Delivery, DeliverySupervisor
 from ringfence.signals.events import SUPPORTED, removed_without, verification
-from ringfence.signals.requests import Receiver
 from ringfence.signals.requests import (
     DeliveryRequest,
     InvalidRequestError,
     PollRequest,
+    Receiver,
     RequestTooLargeError,
     StatusChange,
     StreamChange,

@@ -8,21 +8,27 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from ringfence.kernel.base.errors import SettingsError
+from typing import Annotated, Any, TypeVar
+
+import orjson
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.secret_refs import SecretRef
+from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import NonEmpty, TargetId
 from ringfence.messages.lease import EndKind, Lease
-from ringfence.signals.settings import safe_url
-from typing import Annotated, Any, TypeVar
-import orjson
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
-from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.strict_json import json_object
 from ringfence.messages.signals import DeliveryMethod
-
+from ringfence.signals.settings import safe_url
 
 EVERY = "*"
 _SETTING = "RINGFENCE_SIGNALS_RECEIVERS"

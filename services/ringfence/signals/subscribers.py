@@ -8,7 +8,7 @@ from ringfence.kernel.kafka.batch_handlers import BatchHandler
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupRouter
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import DEAD_LETTER, LEASE, SERVICE_EVENT, SIGNAL_STREAM
-from ringfence.signals.poll import WINDOW_SIZE
+from ringfence.signals.push import WINDOW_SIZE
 
 _MAX_POLL_INTERVAL_MS = 7 * 24 * 3600 * 1000
 """How long a receiver may be away before the group removes its member, which then rejoins."""

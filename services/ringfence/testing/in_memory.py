@@ -12,7 +12,7 @@ import httpx
 
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
-from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.arguments import instances, permissions, roles_of, texts
 from ringfence.client.errors import InvalidCallError, RefusedError, StaleApprovalError, checked

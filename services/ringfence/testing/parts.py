@@ -9,38 +9,33 @@ The Rego bundle, evaluated in this process: a test brings its own bundle, and ne
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
-from ringfence.backends import Backend, TargetAccess
-from ringfence.messages.credential import Credential
-from ringfence.messages.lease import Lease
-from ringfence.messages.registry import TargetState
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, Literal, TypeVar
+
+import regorus
+from starlette.routing import BaseRoute
+
+from ringfence.backends import Backend, TargetAccess
 from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Claims, Topic
-from ringfence.testing.bus import InMemoryBus, InMemoryPublisher
-from ringfence.testing.clock import MovableClock
-from collections.abc import Sequence
-from typing import Any
-from starlette.routing import BaseRoute
 from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import NOT_TRACING
-from ringfence.messages.base import ServiceRole, Topic
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final
-import regorus
+from ringfence.messages.base import Claims, ServiceRole, Topic
+from ringfence.messages.credential import Credential
+from ringfence.messages.lease import Lease
+from ringfence.messages.registry import TargetState
 from ringfence.rego.bundle import Bundle, load_bundle
 from ringfence.rego.engine import ISSUANCE, Answer, PolicyFailedError, read_result
 from ringfence.rego.regorus_programs import compiled, first_line
-
+from ringfence.testing.bus import InMemoryBus, InMemoryPublisher
+from ringfence.testing.clock import MovableClock
 
 CredentialOf = Callable[[str], str | None]
 """By target id, the credential that a test gave."""

@@ -15,11 +15,10 @@ from ringfence.backends import Backend, BackendContext, CircuitBreaker, TokenKey
 from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.issuer.decisions import DecisionHandler
 from ringfence.issuer.domain import Terms
-from ringfence.issuer.gateway_delivery import GatewayDelivery
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
 from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
-from ringfence.issuer.minting import Minter
+from ringfence.issuer.minting import GatewayDelivery, Minter
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import sign
@@ -40,9 +39,9 @@ from ringfence.messages.topics import (
     TRUST,
 )
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.model.records.agent_keys import KeyUses
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.model.records.agent_keys import KeyUses
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.inventory import SharedKeyDetector
@@ -53,15 +52,18 @@ from ringfence.policy.grants import GrantBook
 from ringfence.policy.incoming.admission import (
     AdmissionControl,
     AdmissionLimits,
+    MessageVerifier,
     PendingApprovalLimit,
     PendingLimits,
 )
 from ringfence.policy.incoming.approvals import ApprovalHandler
-from ringfence.policy.incoming.credential_requests import RequestHandler
+from ringfence.policy.incoming.credential_requests import (
+    RequestHandler,
+    WithdrawalHandler,
+    requests_then_withdrawals,
+)
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.incoming.credential_requests import WithdrawalHandler, requests_then_withdrawals
-from ringfence.policy.incoming.admission import MessageVerifier
 from ringfence.policy.notifications.notices import Notices
 from ringfence.policy.settings import PolicySettings
 from ringfence.registry.commands import Registry
@@ -74,12 +76,17 @@ from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHa
 from ringfence.revoker.revocations.revocations import RevocationHandler
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.settings import PATIENCE_S
-from ringfence.testing.parts import CredentialOf, GivenCredentials, NoRightsNeeded
 from ringfence.testing.bus import InMemoryBus
 from ringfence.testing.clock import MovableClock
 from ringfence.testing.lease_store import InMemoryLeaseStore
-from ringfence.testing.parts import InProcessEngine
-from ringfence.testing.parts import CaughtUpFollower, InMemoryRuntime
+from ringfence.testing.parts import (
+    CaughtUpFollower,
+    CredentialOf,
+    GivenCredentials,
+    InMemoryRuntime,
+    InProcessEngine,
+    NoRightsNeeded,
+)
 
 _ROLES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker")
 _TRUST_S = 10 * 365 * 86_400

@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from ringfence.client.admin.administrator import Administrator
-from ringfence.client.approvals.pending_approval import PendingApproval
+from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.ids import digest, lease_id, message_id

@@ -21,10 +21,10 @@ from ringfence.audit.detections.rule import CODE_PREFIX, Finding, Rule, TrailQue
 from ringfence.audit.settings import AuditSettings
 from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.kafka.record import Received
 from ringfence.model.audit_log.chain import linkable, loaded
 

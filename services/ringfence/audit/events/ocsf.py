@@ -21,8 +21,8 @@ import orjson
 
 from ringfence import __version__
 from ringfence.audit.memory import LeaseFacts, RequestFacts
-from ringfence.kernel.base.secret_scrubber import without_secrets, without_tokens
 from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.base.secret_refs import without_secrets, without_tokens
 from ringfence.kernel.crypto.jws import sign_count
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.traceparent import trace_id

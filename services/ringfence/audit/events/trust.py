@@ -10,8 +10,8 @@ from typing import Any, Final, Literal, NamedTuple
 
 from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import Copied, OcsfEvent, event, event_time, user_of
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received

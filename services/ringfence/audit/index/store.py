@@ -24,7 +24,7 @@ from ringfence.audit.events.break_glass import add_uses
 from ringfence.audit.events.kinds import BREAK_GLASS_USED
 from ringfence.audit.events.ocsf import DETECTION_FINDING, ENTITY_MANAGEMENT
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
-from ringfence.audit.index_files import new_database
+from ringfence.audit.memory import new_database
 from ringfence.audit.trail.handover import content_digest
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.api_errors import CursorLostError

@@ -4,6 +4,8 @@ One process writes all partitions, the others are on standby. Each batch is one 
 offsets that were read for them. Checkpoints are transactions of their own. A process that takes over fences the writer
 before it, and continues from what is committed. So a process that was killed, or paused and resumed, never leaves two
 events with one number.
+
+A cache of the events that this process wrote to `audit`: read back byte by byte, they need no parsing or hashing.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
@@ -22,7 +24,6 @@ from aiokafka.errors import KafkaError
 from ringfence.audit.trail.chain_recovery import RecoveredChain, recover_chains
 from ringfence.audit.trail.handover import HandoverCache, PendingEvent, parse_intake
 from ringfence.audit.trail.unauthorised_records import UnauthorisedOffsets, UnauthorisedRecords, rejection_of
-from ringfence.audit.trail.written_cache import WrittenEventCache
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
@@ -31,15 +32,56 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.connection import connection, no_answer
+from ringfence.kernel.kafka.producer import TransactionalPublisher
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Outbound, Received
-from ringfence.kernel.kafka.transactions import TransactionalPublisher
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDIT_INTAKE
-from ringfence.model.audit_log.chain import Tip, linked, linked_event
+from ringfence.model.audit_log.chain import Tip, linked, linked_event, loaded
 from ringfence.model.audit_log.merkle import Hash, leaf_hash
+
+
+class ParsedRecord(NamedTuple):
+    """A record of the trail: the parsed JSON of its event, None if it is not JSON, and its leaf hash in the tree."""
+
+    event: Any
+    leaf: Hash
+
+
+class WrittenEventCache:
+    """The events that this process chained lately, by their exact bytes. Any other bytes are parsed as usual.
+
+    An event whose transaction failed is never read back; it is evicted in the end.
+    """
+
+    def __init__(self, max_bytes: int = 8 * 1024 * 1024) -> None:
+        """Keeps `max_bytes` of events, and about three times as much parsed JSON. The oldest are evicted first."""
+        self._free_bytes = max_bytes
+        self._entries: dict[bytes, ParsedRecord] = {}
+
+    def put(self, value: bytes, event: Mapping[str, Any], leaf: Hash) -> None:
+        """Keep an event that is written. `event` must be the parsed `value`."""
+        self._take(value)
+        self._entries[value] = ParsedRecord(event, leaf)
+        self._free_bytes -= len(value)
+        while self._free_bytes < 0:
+            self._take(next(iter(self._entries)))
+
+    def parse(self, records: Sequence[Received]) -> list[ParsedRecord]:
+        """Return the records, parsed and hashed. Removes them from the cache, as each is read back once."""
+        return [
+            self._take(record.value) or ParsedRecord(loaded(record.value), leaf_hash(record.value))
+            for record in records
+        ]
+
+    def _take(self, value: bytes) -> ParsedRecord | None:
+        entry = self._entries.pop(value, None)
+        if entry is not None:
+            self._free_bytes += len(value)
+        return entry
+
 
 log = logging.getLogger(__name__)
 

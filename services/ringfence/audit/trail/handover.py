@@ -15,10 +15,14 @@ read.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from itertools import zip_longest
+from typing import Any, Final, NamedTuple
+
 import orjson
+
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
@@ -26,22 +30,13 @@ from ringfence.kernel.crypto.jws import parse, sign_payload, verify_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
-from ringfence.kernel.kafka.record import partition_of
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Outbound, Received
+from ringfence.kernel.kafka.range_reader import Stretches
+from ringfence.kernel.kafka.record import Outbound, Received, partition_of
 from ringfence.messages.audit import AuditIntake
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 from ringfence.model.audit_log.chain import linkable
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
-from typing import Any, Final
-from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.kafka.range_reader import Stretches
-from ringfence.kernel.kafka.record import Received
-from ringfence.messages.topics import AUDIT_INTAKE
 from ringfence.model.audit_log.merkle import Hash
-
 
 _MAX_CHUNK_BYTES = 320 * 1024
 """The most bytes of events in one message. As a JWS they are a third longer, and a message has at most 512 KiB."""

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringfence.audit.index_files import new_database
+from ringfence.audit.memory import new_database
 from ringfence.audit.trail import merkle_leaves, tree_hashes
+from ringfence.audit.trail.chain_writer import ParsedRecord, WrittenEventCache
 from ringfence.audit.trail.merkle_leaves import Leaves
-from ringfence.audit.trail.written_cache import ParsedRecord, WrittenEventCache
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify

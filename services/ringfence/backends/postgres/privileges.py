@@ -9,14 +9,13 @@ SQL queries, all constant. Values are passed as parameters; names appear only in
 
 from __future__ import annotations
 
-from typing import Final
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
+
 from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
-
 
 HERE: Final = """
     SELECT d.oid, d.datname::text AS name,

@@ -19,8 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.http import ConnectionCache
-from ringfence.backends.ssh.certificates import for_lease, private_text
-from ringfence.backends.ssh.certificates import allowed, plan
+from ringfence.backends.ssh.certificates import allowed, for_lease, plan, private_text
 from ringfence.backends.ssh.server import SshServer
 from ringfence.backends.target_settings import InexactError, TargetRefusedError, problem_of, settings_of
 from ringfence.messages.credential import Credential

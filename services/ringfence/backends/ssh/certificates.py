@@ -11,15 +11,11 @@ rounded up.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
-from ringfence.backends.ssh.host_helper import COMMAND_VERBS, WAYS
-from ringfence.backends.target_settings import InexactError
-from ringfence.messages.permission import Permission
-from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
-import shlex
-from collections.abc import Sequence
+
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
@@ -29,8 +25,11 @@ from cryptography.hazmat.primitives.serialization import (
     SSHCertificateBuilder,
     SSHCertificateType,
 )
-from ringfence.backends.ssh.host_helper import KEY_ID, PRINCIPAL, serial_of
 
+from ringfence.backends.ssh.host_helper import COMMAND_VERBS, KEY_ID, PRINCIPAL, WAYS, serial_of
+from ringfence.backends.target_settings import InexactError
+from ringfence.messages.permission import Permission
+from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 
 VERBS: Final = (*COMMAND_VERBS, *WAYS)
 MAX_COMMANDS: Final = 64

@@ -54,8 +54,8 @@ from ringfence.cli.shared.output import note, print_json, print_table, say, span
 from ringfence.cli.shared.records import list_records, print_record, read_record
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Permission

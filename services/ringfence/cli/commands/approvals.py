@@ -39,15 +39,18 @@ from ringfence.cli.shared.output import (
     visible,
 )
 from ringfence.cli.shared.tables import Column, ending, ids
-from ringfence.client.errors import InvalidCallError
 from ringfence.client.arguments import find_by_prefix
+from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.text import Lines
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
-    from ringfence.client.approvals.history_comparison import Comparison
-    from ringfence.client.approvals.pending_approval import PendingApproval
-    from ringfence.client.approvals.pending_approval import GroupKey, RequestGroup
+    from ringfence.client.approvals.history_comparison import (
+        Comparison,
+        GroupKey,
+        PendingApproval,
+        RequestGroup,
+    )
     from ringfence.client.approvals.sponsor import Sponsor
     from ringfence.client.passkeys.questions import PasskeyUser
 
@@ -187,7 +190,7 @@ def watch(
     """Show each request that waits for you as it comes, until Ctrl-C: who asks, for what, why, for whom, and what
     differs from what the agent usually gets; and each action. With --json one object a line.
     """
-    from ringfence.client.approvals.pending_approval import RequestGroup, group_key
+    from ringfence.client.approvals.history_comparison import RequestGroup, group_key
 
     who = signer(me, passkey, as_user)
 
@@ -271,7 +274,7 @@ def _find_question(
     request: str, who: Path | PasskeyUser | None, *, alone: bool = False
 ) -> tuple[RequestGroup, Comparison] | PendingAction:
     from ringfence.client.approvals.action_approvals import PendingAction
-    from ringfence.client.approvals.pending_approval import RequestGroup
+    from ringfence.client.approvals.history_comparison import RequestGroup
 
     async def work() -> tuple[RequestGroup, Comparison] | PendingAction:
         async with connect.sponsor(who) as sponsor:

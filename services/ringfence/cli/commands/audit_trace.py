@@ -9,8 +9,8 @@ from typing import Any, Final
 from rich.text import Text
 
 from ringfence.cli.shared.tables import short_ids, wrapped
-from ringfence.kernel.base.text import visible
 from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.base.text import visible
 
 _STYLES = {
     "user": "heading",

@@ -35,7 +35,7 @@ def list_uses(
     as_json: JsonOption = False,
 ) -> None:
     """List the uses of break glass: who allowed what, for whom, against which denials; and who reviewed it."""
-    from ringfence.client.approvals.break_glass_review import uses_of_break_glass
+    from ringfence.client.approvals.grants import uses_of_break_glass
 
     uses = run(uses_of_break_glass(identity(me), unreviewed=unreviewed))
     if wants_json(as_json):
@@ -91,7 +91,7 @@ def review(
     as_json: JsonOption = False,
 ) -> None:
     """Sign a review of one use, as an operator or auditor who had no part in it."""
-    from ringfence.client.approvals.break_glass_review import review_break_glass
+    from ringfence.client.approvals.grants import review_break_glass
 
     use = run(review_break_glass(request, note, signer(me, passkey, as_user)))
     if wants_json(as_json):

@@ -23,7 +23,7 @@ from ringfence.cli.shared.output import (
 from ringfence.cli.shared.settings_check import import_settings
 from ringfence.cli.shared.tables import prose
 from ringfence.kernel.base.config_file import ConfigFile, read_config, unread_here
-from ringfence.kernel.base.secret_scrubber import REDACTED, without_secrets
+from ringfence.kernel.base.secret_refs import REDACTED, without_secrets
 from ringfence.kernel.base.settings import RingfenceSettings, table_of
 
 app = typer.Typer(help="Which settings apply, and where each comes from.", no_args_is_help=True)

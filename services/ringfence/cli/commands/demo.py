@@ -22,7 +22,7 @@ from ringfence.cli.shared.tables import list_lines, prose, wrapped
 from ringfence.kernel.base.text import visible
 
 if TYPE_CHECKING:
-    from ringfence.client.approvals.pending_approval import PendingApproval
+    from ringfence.client.approvals.history_comparison import PendingApproval
 
 
 _BAD = frozenset({

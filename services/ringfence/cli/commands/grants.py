@@ -46,7 +46,7 @@ from ringfence.messages.permission import Permission
 if TYPE_CHECKING:
     from ringfence.client.admin.command_client import Accepted
     from ringfence.client.approvals.grants import Proposal
-    from ringfence.client.approvals.pending_approval import PendingApproval
+    from ringfence.client.approvals.history_comparison import PendingApproval
 
 GrantArgument = Annotated[
     str, typer.Argument(metavar="GRANT", callback=check_id_prefix, help="The grant's id, or how it begins.")

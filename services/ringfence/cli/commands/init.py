@@ -33,9 +33,9 @@ from ringfence.client.admin.trust_setup import (
     require_newest,
 )
 from ringfence.client.errors import InvalidCallError
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
-from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.service_keys import files_before, next_file
 from ringfence.messages.trust import TrustBundle
 

@@ -36,9 +36,9 @@ from ringfence.cli.shared.output import (
 from ringfence.cli.shared.tables import Column, list_lines, state, wrapped
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.text import Lines
-from ringfence.kernel.base.clock import utc_text
 
 if TYPE_CHECKING:
     from ringfence.client.reports.access_report import Inventory

@@ -194,7 +194,7 @@ async def _wrap(
     from ringfence.cli.commands.run_local import SignalForwarder, connected_host
     from ringfence.model.records.runs import run_id_of
     from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
-    from ringfence.runner.local_guard import guarded
+    from ringfence.runner.pool import guarded
     from ringfence.runner.stdio_mcp.wrap import StdioWrap, wrapped_server
 
     signals = SignalForwarder()

@@ -98,8 +98,7 @@ def request(
     RINGFENCE_CREDENTIAL. With --delivery gateway it gets RINGFENCE_LEASE. Of RINGFENCE_*, it gets no key, token or
     identity but the agent's own. The exit status is then the command's.
     """
-    from ringfence.client.agent.credentials import GatewayCredential
-    from ringfence.client.agent.credentials import applied, own_environment
+    from ringfence.client.agent.credentials import GatewayCredential, applied, own_environment
 
     if not allow:
         raise typer.BadParameter("say what is needed", param_hint="--allow")

@@ -109,7 +109,7 @@ async def _run(
     from ringfence.model.records.runs import run_id_of
     from ringfence.runner.lifecycle.execution import RunExecution
     from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
-    from ringfence.runner.local_guard import guarded
+    from ringfence.runner.pool import guarded
     from ringfence.runner.sandbox.backend import Streams
 
     signals = SignalForwarder()
@@ -171,8 +171,7 @@ async def connected_host(backend: str | None) -> AsyncIterator[RunnerHost]:
 
 async def _backend(name: str | None, own: ClientSettings) -> SandboxBackend:
     """The backend that was named, or the first that works here. Raises RunRefusedError with each reason."""
-    from ringfence.runner.lifecycle.backends import BACKENDS, make_backend
-    from ringfence.runner.lifecycle.plan import RunRefusedError
+    from ringfence.runner.lifecycle.plan import BACKENDS, RunRefusedError, make_backend
 
     state = own.runner_state or _state_folder()
     reasons = []

@@ -49,7 +49,7 @@ from ringfence.messages.registry import (
     TargetState,
     VerbFloor,
 )
-from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
+from ringfence.model.http_targets import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.target_settings import CREDENTIAL_KINDS
 

@@ -10,9 +10,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.shared.output import note, print_json, say, visible
 from ringfence.cli.shared.yaml_files import YamlFile
-from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.admin.provisioner import (
     FileUser,
+    Provisioner,
     SyncPlan,
     UserChange,
     carry_out,

@@ -10,11 +10,9 @@ from pathlib import Path
 from ringfence.cli.doctor.finding import CheckResult, Verdict, clock
 from ringfence.client.admin.trust_setup import SEAL, missing_on_demand_services
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.base.clock import SystemClock
-from ringfence.kernel.base.clock import SkewCheck
+from ringfence.kernel.base.clock import SkewCheck, SystemClock, utc_text
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.settings import ServiceSettings, load
-from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.service_keys import NEXT

@@ -27,8 +27,7 @@ from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.settings_check import unread
 from ringfence.cli.shared.tables import state
 from ringfence.client.settings import ClientSettings
-from ringfence.kernel.base.clock import SystemClock
-from ringfence.kernel.base.clock import SkewCheck
+from ringfence.kernel.base.clock import SkewCheck, SystemClock
 from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.http_client import web_client

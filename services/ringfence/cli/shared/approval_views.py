@@ -15,8 +15,7 @@ from ringfence.kernel.base.text import Lines
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
-    from ringfence.client.approvals.history_comparison import Comparison, Deviation
-    from ringfence.client.approvals.pending_approval import RequestGroup
+    from ringfence.client.approvals.history_comparison import Comparison, Deviation, RequestGroup
 
 
 def print_question(group: RequestGroup, comparison: Comparison) -> None:

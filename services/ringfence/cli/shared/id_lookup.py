@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import typer
 
 from ringfence.cli.shared.arguments import check_uuid
-from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.arguments import MIN_PREFIX_LENGTH
+from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import Lines, did_you_mean, visible
 

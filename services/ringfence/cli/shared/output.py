@@ -24,8 +24,8 @@ from rich.theme import Theme
 from ringfence.cli.shared import styles
 from ringfence.cli.shared.progress import hidden
 from ringfence.cli.shared.tables import Column, list_lines, wrapped
-from ringfence.kernel.base.text import shown, visible, visible_lines, visible_name, visible_resource
 from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.base.text import shown, visible, visible_lines, visible_name, visible_resource
 
 __all__ = [
     "console", "escaped_json", "line_width", "moment", "note", "print_fields", "print_json", "print_json_line",

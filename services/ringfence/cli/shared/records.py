@@ -15,7 +15,7 @@ from ringfence.cli.shared.output import moment, print_fields, print_json, print_
 from ringfence.cli.shared.tables import Column, ids, prose, state
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.kernel.base.secret_scrubber import without_secrets
+from ringfence.kernel.base.secret_refs import without_secrets
 from ringfence.kernel.base.text import Lines, did_you_mean
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (

@@ -55,7 +55,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.run import Mount, RunLimits, RunOrder, RunStop
 from ringfence.messages.topics import RUN_ORDER
-from ringfence.model.http_targets.request_map import RequestMap
+from ringfence.model.http_targets import RequestMap
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.run_orders import order_id_of, order_problem, stop_problem

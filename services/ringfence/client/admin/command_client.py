@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from ringfence.client.arguments import Lifetime
 from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import NotAnsweredError, RefusedError
-from ringfence.client.arguments import Lifetime
 from ringfence.client.passkeys.questions import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.client.signed_messages import ANSWERED_BY, key_of, topic_of

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from ringfence.client.admin.unknown_subjects import unknown_subject
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.messages.permission import Permission, Scope
-from ringfence.model.scope.scope import missing
-from ringfence.client.admin.unknown_subjects import unknown_subject
 from ringfence.kernel.base.text import did_you_mean
-from ringfence.messages.permission import Scope
+from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import TargetState, TaskTerms
 from ringfence.model.records.directory import Directory
 from ringfence.model.scope.rule import Excess, are_in_force, effective, exceeding, limits_of
-from ringfence.model.scope.scope import validate_scope
+from ringfence.model.scope.scope import missing, validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
 
 

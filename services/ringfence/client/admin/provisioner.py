@@ -5,11 +5,15 @@ Reconciles users with a file: what has to change, and carrying it out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
 from ringfence.client.admin.command_client import Accepted, CommandClient
 from ringfence.client.arguments import instances
-from ringfence.client.errors import RefusedError, checked
+from ringfence.client.errors import InvalidCallError, RefusedError, checked
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.registry import (
     Delegation,
@@ -19,17 +23,9 @@ from ringfence.messages.registry import (
     Provisioning,
     UserDisable,
     UserSet,
+    UserState,
 )
-from ringfence.model.records.provisioning import given_by
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
-from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.base.errors import RingfenceError
-from ringfence.messages.registry import Delegation, Provisioning, UserState
 from ringfence.model.records.provisioning import given_by, is_of
-
 
 _TRIES = 3
 """A command sent while its signer's record changes is refused as `too_early`, and repeated."""

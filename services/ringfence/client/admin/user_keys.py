@@ -11,31 +11,27 @@ attested. Needs the extra `passkeys`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
 from pydantic import ValidationError
+
 from ringfence.client.connection import Connection
 from ringfence.client.errors import InvalidCallError, checked
-from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.kernel.crypto.keys import SigningKey, thumbprint
+from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode, thumbprint
 from ringfence.messages.base import Claims
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserInvite, UserState
 from ringfence.model.lifecycle import KeyOrigin
 from ringfence.model.records.directory import Directory
-import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
-from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.crypto.keys import b64decode, b64encode
-
 
 INVITATION_LIFE_S: Final = 24 * 3600
 """The longest life of an invitation, and so of the possession that answers it."""

@@ -13,8 +13,7 @@ from typing import Any, Self
 
 from ringfence.client.admin.command_client import Accepted, CommandOutcomes
 from ringfence.client.agent.credentials import IssuedCredential
-from ringfence.client.agent.http_connection import HttpConnection
-from ringfence.client.agent.http_connection import process_id
+from ringfence.client.agent.http_connection import HttpConnection, process_id
 from ringfence.client.agent.replies import (
     AllowedByPolicy,
     Answer,
@@ -23,8 +22,7 @@ from ringfence.client.agent.replies import (
     SentRequest,
     read_reply,
 )
-from ringfence.client.arguments import describe_approvers
-from ringfence.client.arguments import permissions, texts
+from ringfence.client.arguments import Lifetime, describe_approvers, permissions, texts
 from ringfence.client.connection import Connection, Coordinate, subject
 from ringfence.client.errors import (
     IdentityError,
@@ -34,7 +32,6 @@ from ringfence.client.errors import (
     checked,
 )
 from ringfence.client.instance_enrolment import Attested, EnrolledInstanceKey, RunInstance
-from ringfence.client.arguments import Lifetime
 from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.client.signed_messages import task_terms
 from ringfence.client.task_view import TaskView

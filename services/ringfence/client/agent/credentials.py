@@ -10,27 +10,26 @@ What a program only reads from files is written with mode 0600 to a folder that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
 from ringfence.client.agent.dpop import proof
 from ringfence.client.agent.ssh_files import ssh_client
 from ringfence.client.errors import CredentialOverError, CredentialUseError, InvalidCallError
+from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.credential import Delivery
 from ringfence.messages.permission import Scope
-import contextlib
-import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
-from ringfence.client.settings import ClientSettings
 
 if TYPE_CHECKING:
     import httpx

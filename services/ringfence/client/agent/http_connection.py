@@ -7,15 +7,17 @@ A random id of this process, which tells processes with the same key apart. A fo
 
 from __future__ import annotations
 
-import os
-import secrets
 import asyncio
 import logging
+import os
+import secrets
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urlsplit
+
 import httpx
+
 from ringfence.client.agent.dpop import NONCE_HEADER, proof
 from ringfence.client.agent.httpx_auth import wants_nonce
 from ringfence.client.connection import Connection, Coordinate
@@ -23,11 +25,11 @@ from ringfence.client.errors import InvalidCallError, RefusedError, require_unde
 from ringfence.client.instance_enrolment import EnrolledInstanceKey
 from ringfence.client.settings import ClientSettings
 from ringfence.client.task_view import TaskView
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -37,7 +39,6 @@ from ringfence.messages.credential import CredentialRequest, Reason, RequestWith
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.model.target_settings import RESERVED_NAME
-
 
 _process_id = secrets.token_urlsafe(12)
 

@@ -10,14 +10,17 @@ from pathlib import Path
 from typing import Literal, Self
 
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
-from ringfence.client.approvals.history_comparison import DAYS, ApprovalHistory
-from ringfence.client.approvals.pending_approval import PendingApproval
-from ringfence.client.approvals.pending_approval import RequestGroup, group_equivalent, group_key
-from ringfence.client.arguments import describe_approvers
+from ringfence.client.approvals.history_comparison import (
+    DAYS,
+    ApprovalHistory,
+    PendingApproval,
+    RequestGroup,
+    group_equivalent,
+    group_key,
+)
+from ringfence.client.arguments import Lifetime, describe_approvers, find_by_prefix
 from ringfence.client.connection import Connection, subject
 from ringfence.client.errors import NotYoursError, RefusedError, StaleApprovalError
-from ringfence.client.arguments import find_by_prefix
-from ringfence.client.arguments import Lifetime
 from ringfence.client.passkeys.questions import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.client.signed_messages import APPROVED_TERMS

@@ -7,16 +7,13 @@ The agent inventory, from policy's pages, with overdue leases from the revoker a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
-from ringfence.client.errors import ApiError
-from ringfence.client.reports.read_api import ReadApi
 from collections import Counter
-from dataclasses import dataclass
-from typing import Any, Final
-from ringfence.client.reports.read_api import Filters, ReadApi
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+
+from ringfence.client.errors import ApiError
+from ringfence.client.reports.read_api import Filters, ReadApi
 
 
 class Ratio(NamedTuple):

@@ -9,9 +9,9 @@ from urllib.parse import quote
 
 import orjson
 
+from ringfence.client.arguments import Lifetime
 from ringfence.client.errors import ApiError
 from ringfence.client.key_file import load_key
-from ringfence.client.arguments import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.config_file import unread_here

@@ -9,8 +9,8 @@ import httpx
 import jwt
 from pydantic import TypeAdapter, ValidationError
 
-from ringfence.client.errors import TokenRejectedError
 from ringfence.client.arguments import Lifetime
+from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.challenges import (
     Headers,
     HttpRefusal,

@@ -24,9 +24,6 @@ Environment variables by which common programs find a proxy and the certificate 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
 import asyncio
 import base64
 import contextlib
@@ -37,21 +34,21 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any, Final
+
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.http1.body import LAST_CHUNK, chunk, request_body
 from ringfence.kernel.http1.head import (
-    RequestHead,
-    parse_request,
-    parse_response,
-    take_head,
-)
-from ringfence.kernel.http1.head import (
     LINGER_BYTES,
     LINGER_S,
+    RequestHead,
     RequestRefusedError,
     answer_head,
+    parse_request,
+    parse_response,
     problem_answer,
+    take_head,
 )
 
 

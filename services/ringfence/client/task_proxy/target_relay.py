@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.client.task_proxy.server import Traffic
-from ringfence.kernel.http1.head import END_OF_HEAD, MAX_HEAD_BYTES, parse_response
-from ringfence.kernel.http1.head import RequestRefusedError
+from ringfence.kernel.http1.head import END_OF_HEAD, MAX_HEAD_BYTES, RequestRefusedError, parse_response
 
 _READ_BYTES: Final = 65_536
 _CONNECT_S: Final = 60.0

@@ -5,24 +5,27 @@ How a request differs from what people answered for its agent before, as audit k
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
-from ringfence.client.approvals.history_comparison import DAYS, PastAnswer, compare
-from ringfence.client.approvals.pending_approval import PendingApproval
-from ringfence.client.approvals.pending_approval import RequestGroup
-from ringfence.client.errors import ApiError
-from ringfence.console.views.page import View
-from ringfence.messages.permission import Permission
-import asyncio
-from ringfence.client.approvals.pending_approval import RequestGroup, group_equivalent
+
+from ringfence.client.approvals.history_comparison import (
+    DAYS,
+    PastAnswer,
+    PendingApproval,
+    RequestGroup,
+    compare,
+    group_equivalent,
+)
 from ringfence.client.arguments import describe_approvers
+from ringfence.client.errors import ApiError
 from ringfence.console.commands import shown_digest
 from ringfence.console.views.page import Page, View
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.credential import CredentialRequest, Reason, Revisions
-
+from ringfence.messages.permission import Permission
 
 _DAY_MS: Final = 86_400_000
 

@@ -15,19 +15,16 @@ Tasks, and one task with what hangs on it.
 
 from __future__ import annotations
 
-from typing import Any
-from ringfence.console.views.page import Page, View
-from ringfence.model.records.agent_keys import WARN_BEFORE_S
-from typing import Final
-from ringfence.client.reports.access_report import coverage_report
-from ringfence.console.views.gateway import SPAN_NAMES, SPANS
 from collections import Counter
+from typing import Any, Final
+
 from ringfence.client.errors import ApiError
+from ringfence.client.reports.access_report import coverage_report
 from ringfence.console.views.approvals import approval, approvals
 from ringfence.console.views.audit import audit, findings, trace
-from ringfence.console.views.gateway import gateway
-from ringfence.console.views.page import MakePage
-
+from ringfence.console.views.gateway import SPAN_NAMES, SPANS, gateway
+from ringfence.console.views.page import MakePage, Page, View
+from ringfence.model.records.agent_keys import WARN_BEFORE_S
 
 ROWS = 50
 KEYS_SOON_S = WARN_BEFORE_S[0]

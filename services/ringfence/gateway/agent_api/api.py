@@ -10,27 +10,31 @@ An agent's view of its own task: the terms, and the leases that requests through
 
 from __future__ import annotations
 
-from typing import Any
-from ringfence.gateway.domain import run_id_of_lease
-from ringfence.gateway.state.leases import LeaseTable
-from ringfence.messages.permission import Scope
-from ringfence.messages.registry import TaskState
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from http import HTTPStatus
-from typing import Final
+from typing import Any, Final
 from urllib.parse import parse_qsl
+
 import orjson
+
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.dpop_proofs import ProofChecker
-from ringfence.gateway.agent_api.posted_messages import MAX_BYTES, PostedMessage, PostedMessageVerifier
-from ringfence.gateway.agent_api.publications import Publication, Publications
+from ringfence.gateway.agent_api.publications import (
+    MAX_BYTES,
+    PostedMessage,
+    PostedMessageVerifier,
+    Publication,
+    Publications,
+)
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.contract import Answer, ApiRequest, PresentedIdentity
 from ringfence.gateway.dataplane.limits import SenderLimits
 from ringfence.gateway.decision.sender import NONCE_REQUIRED, AgentKeys, unverified_thumbprint
+from ringfence.gateway.domain import run_id_of_lease
 from ringfence.gateway.errors import RequestRefusedError, problem_answer
+from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -38,6 +42,8 @@ from ringfence.kernel.tracing.traceparent import well_formed
 from ringfence.messages.base import UUID
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
+from ringfence.messages.permission import Scope
+from ringfence.messages.registry import TaskState
 from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError

@@ -33,12 +33,12 @@ from ringfence.gateway.hosts import AGENT_API, canonical, split_host_and_port
 from ringfence.kernel.base import metrics
 from ringfence.kernel.http1.body import Body, request_body
 from ringfence.kernel.http1.head import (
+    LINGER_BYTES,
     MAX_HEAD_BYTES,
     RequestHead,
     parse_request,
     take_head,
 )
-from ringfence.kernel.http1.head import LINGER_BYTES
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """The most bytes of a body that are read before the decision."""

@@ -39,12 +39,12 @@ from ringfence.kernel.http1.body import (
     response_body,
 )
 from ringfence.kernel.http1.head import (
+    LINGER_S,
     RequestHead,
     ResponseHead,
     parse_response,
     take_head,
 )
-from ringfence.kernel.http1.head import LINGER_S
 from ringfence.messages.credential import Reason
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})

@@ -30,25 +30,23 @@ from ringfence.gateway.contract import (
     RelayGate,
     ReportBlocked,
 )
-from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
-from ringfence.gateway.dataplane.forwarder import Forwarder
+from ringfence.gateway.dataplane.forwarder import Forwarder, UpstreamPool
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, SenderLimits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
-from ringfence.gateway.dataplane.tls_listener import TlsListener
-from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority, TlsListener
 from ringfence.gateway.errors import AnswerVerdict
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.unix_sockets import socket_address
+from ringfence.kernel.base.http_client import socket_address
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from typing import Final
 
 from ringfence.gateway.contract import PresentedIdentity, RateCheck, RelayGate, RelayPermit, Verdict
 from ringfence.gateway.dataplane.exchange import Timeouts
+from ringfence.gateway.dataplane.forwarder import UpstreamPool
 from ringfence.gateway.dataplane.secret_redaction import Redactor
 from ringfence.gateway.dataplane.stream import DisconnectedError, Stream
-from ringfence.gateway.dataplane.upstream_pool import UpstreamPool
 from ringfence.gateway.dataplane.websockets import RelayedBytes, tunnel
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, split_host_and_port

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.gateway.dataplane.plane import SERVER_SUFFIX, DataPlane, ListenError
-from ringfence.gateway.events.task_history import RunEvents
 from ringfence.gateway.events.spool import SpoolMark
+from ringfence.gateway.events.task_history import RunEvents
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.messages.run import Run

@@ -10,29 +10,28 @@ else. When a host is added, the same key signs a new certificate. The old one st
 
 from __future__ import annotations
 
+import asyncio
 import datetime
 import ipaddress
+import logging
 import os
+import socket
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Final
+
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-from ringfence.gateway.errors import RequestRefusedError
-from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.private_files import write_private
-from ringfence.kernel.base.clock import utc_datetime
-import asyncio
-import logging
-import socket
-from collections.abc import Callable, Coroutine
+
 from ringfence.gateway.contract import BlockedRequest, ReportBlocked
 from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, SenderLimits, sender_at
 from ringfence.gateway.dataplane.stream import Stream, WriteBatcher
-
+from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.base.clock import Clock, utc_datetime
+from ringfence.kernel.base.private_files import write_private
 
 CA_LIFE: Final = datetime.timedelta(days=90)
 LEAF_LIFE: Final = datetime.timedelta(days=2)

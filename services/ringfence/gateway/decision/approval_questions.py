@@ -12,23 +12,27 @@ question for days: the person sees the values of a fixed list, and only the name
 
 from __future__ import annotations
 
-import hashlib
-from typing import Final
-from ringfence.backends.http import secret_header
-from ringfence.gateway.contract import Attempt, Headers
-from ringfence.messages.approval import MAX_HEADER_NAME_CHARS, MAX_HEADERS, ShownHeader
-from ringfence.messages.registry import TargetState
 import asyncio
+import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
+
+from ringfence.backends.http import secret_header
+from ringfence.gateway.contract import Attempt, Headers
 from ringfence.gateway.domain import TOO_MANY_REQUESTS, Refusal, refuse
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed
-from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.messages.approval import (
+    MAX_HEADER_NAME_CHARS,
+    MAX_HEADERS,
+    ActionApproval,
+    ActionRequest,
+    ShownHeader,
+)
 from ringfence.messages.credential import Revisions
-from ringfence.messages.registry import ActionClass
-
+from ringfence.messages.registry import ActionClass, TargetState
 
 DROPPED: Final = frozenset({"traceparent", "tracestate", "baggage", "date", "x-request-id"})
 """Clients change these with each attempt. They are neither hashed nor forwarded, so that an exact retry matches its

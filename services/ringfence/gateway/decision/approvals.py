@@ -18,9 +18,12 @@ from typing import Any, Final
 from aiokafka.errors import KafkaError
 
 from ringfence.gateway.contract import Headers, HoldableRequest
-from ringfence.gateway.decision.approval_questions import ApprovalKey, OpenQuestions, Question, revisions_text
 from ringfence.gateway.decision.approval_questions import (
+    ApprovalKey,
+    OpenQuestions,
+    Question,
     digest_of_headers,
+    revisions_text,
     shown_to_approver,
     unshowable_reason,
 )
@@ -38,7 +41,7 @@ from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_REQUEST
-from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory

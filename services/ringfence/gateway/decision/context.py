@@ -1,21 +1,91 @@
 """The state of one decision in progress: what earlier steps found, for later steps and for the event.
 
 Action ids: random UUIDs (RFC 9562, 5.4) from a buffer of random bytes.
+
+Observe mode: at configured targets, a request that would be blocked is recorded and forwarded as the agent sent it.
+
+It shows what agents do with inherited credentials, before those are withdrawn. Ringfence injects nothing, so agents can
+do nothing that they could not do without a gateway. Refusals that do not concern scope remain: an unknown target, a
+gateway that cannot decide, another agent's handle, and everything that people ended.
 """
 
 from __future__ import annotations
 
 import os
-from typing import Final
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from ringfence.gateway.contract import Attempt, HoldableRequest
+from typing import Final
+
+from ringfence.backends.http import secret_header
+from ringfence.gateway.contract import Attempt, HoldableRequest, PresentedIdentity
 from ringfence.gateway.decision.approval_questions import Question
 from ringfence.gateway.decision.mcp import McpRequest
-from ringfence.gateway.decision.targets import CompiledTarget
-from ringfence.gateway.domain import ChosenLease, Sender
+from ringfence.gateway.decision.targets import CompiledTarget, Targets
+from ringfence.gateway.domain import UNAVAILABLE, ChosenLease, Refusal, Sender
 from ringfence.messages.lease import Lease
-from ringfence.model.http_targets.request_map import Action
+from ringfence.messages.registry import TargetState
+from ringfence.model.http_targets import Action
+
+NO_CREDENTIALS: Final = "no_credentials"
+"""The refusal code for a sender who showed no credentials at all."""
+STILL_DENIED: Final = frozenset({
+    "agent_registered", "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
+    "key_compromised", "key_voucher_compromised",
+    "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
+    "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
+    "socket_other_run", "lease_of_run",
+    "instance_other_task", "run_ended", "run_mismatch", "run_not_started", "run_not_understood", "run_unknown",
+})  # fmt: skip
+"""Refusal codes that deny in observe mode too: what people ended, such as a suspended agent, and others' handles."""
+_ANYWHERE: Final = frozenset({"authorization", "cookie"})
+
+
+class ObserveMode:
+    """Decides which refused requests are forwarded."""
+
+    def __init__(self, targets: Targets, target_ids: Collection[str]) -> None:
+        """`target_ids`: of the targets that are only observed."""
+        self._targets = targets
+        self._target_ids = frozenset(target_ids)
+
+    def forward_target(
+        self, refusal: Refusal, target: CompiledTarget | None, presented: PresentedIdentity, attempt: Attempt
+    ) -> CompiledTarget | None:
+        """The target that a refused request is forwarded to; None if it is denied.
+
+        Args:
+            target: as the decision found it; None if the sender was not authenticated.
+            presented: a request is forwarded only if it carries a credential of its own.
+        """
+        if not self._target_ids or refusal.status == UNAVAILABLE:
+            return None
+        if any(reason.code in STILL_DENIED for reason in refusal.reasons):
+            return None
+        if target is None:
+            if refusal.reasons[0].code != NO_CREDENTIALS:
+                return None  # credentials were shown and are not valid, or there is no target
+            found_target = self._targets.find(attempt)
+            if isinstance(found_target, Refusal):
+                return None
+            target = found_target
+        if target.state.target_id not in self._target_ids:
+            return None
+        return target if presented.header_names & credential_headers(target.state) else None
+
+
+def credential_headers(target: TargetState) -> frozenset[str]:
+    """Names, in lower case, of the headers in which an agent could have a credential of its own for a target."""
+    name = secret_header(target)
+    return _ANYWHERE | {name} if name is not None else _ANYWHERE
+
+
+def notice(target_ids: Collection[str]) -> str:
+    """The warning of the gateway, for its log, its health and the audit trail."""
+    names = ", ".join(sorted(target_ids))
+    return (
+        f"observe mode: at {names} nothing is blocked that agents can do with what they inherited, and only recorded; "
+        "end it by unsetting RINGFENCE_GATEWAY_OBSERVE"
+    )
 
 
 _ID_BYTES: Final = 16

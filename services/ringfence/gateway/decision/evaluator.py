@@ -18,7 +18,7 @@ from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from ringfence.model.requests.policy_view import WrittenRecords, revisions_of
 from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 

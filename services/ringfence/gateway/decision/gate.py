@@ -24,17 +24,14 @@ from ringfence.gateway.contract import (
     RpcErrorReply,
     Verdict,
 )
-from ringfence.gateway.decision.context import ActionIds
-from ringfence.gateway.decision.approval_questions import Question
+from ringfence.gateway.decision.approval_questions import Question, headers_to_approve
 from ringfence.gateway.decision.approvals import PENDING, ActionToApprove, Approvals
-from ringfence.gateway.decision.approval_questions import headers_to_approve
-from ringfence.gateway.decision.context import DecisionContext
+from ringfence.gateway.decision.context import ActionIds, DecisionContext, ObserveMode
 from ringfence.gateway.decision.decision_events import DecisionEvents
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.mcp import McpRequests, rpc_error_reply
-from ringfence.gateway.decision.observe_mode import ObserveMode
 from ringfence.gateway.decision.sender import NONCE_REQUIRED, SenderAuthenticator
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
 from ringfence.gateway.domain import (
@@ -50,8 +47,7 @@ from ringfence.gateway.domain import (
     refuse,
     refuse_for,
 )
-from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.recorder import RefusalCounts
+from ringfence.gateway.events.recorder import Recorder, RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
@@ -61,7 +57,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.mcp.headers import is_known
 from ringfence.model.target_settings import STDIO_URL
 

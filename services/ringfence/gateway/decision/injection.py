@@ -16,10 +16,10 @@ import httpx
 from ringfence.backends.http import StaticSecrets
 from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.gateway.state.leases import LeaseTable
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
 from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jwe import Opener, recipients_of
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey

@@ -9,12 +9,12 @@ Sessions and tasks of MCP servers, each bound to the lease that opened it. They 
 
 from __future__ import annotations
 
-import re
-from typing import Final
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
+
 from ringfence.gateway.contract import Attempt, McpExchange, McpHeaders, McpOutcome, RpcErrorReply
 from ringfence.gateway.decision.targets import CompiledTarget
 from ringfence.gateway.domain import (
@@ -27,14 +27,21 @@ from ringfence.gateway.domain import (
     refuse,
 )
 from ringfence.gateway.state.leases import LeaseTable
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
-from ringfence.model.http_targets.request_map import MAX_BODY_BYTES, Action
+from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.mcp import canonical
-from ringfence.model.mcp.headers import Declared, check_headers
+from ringfence.model.mcp.headers import (
+    INPUT_REQUIRED,
+    STATELESS,
+    Declared,
+    check_headers,
+    is_stateless,
+    revision_of,
+)
 from ringfence.model.mcp.messages import (
     TASK_METHODS,
     McpMessage,
@@ -43,9 +50,7 @@ from ringfence.model.mcp.messages import (
 )
 from ringfence.model.mcp.request_state import RequestState, RequestStateError, RequestStates, Round
 from ringfence.model.mcp.results import Grants
-from ringfence.model.mcp.headers import INPUT_REQUIRED, STATELESS, is_stateless, revision_of
 from ringfence.model.scope.scope import intersect
-
 
 _ID: Final = re.compile(r"[!-~]{1,256}")
 _MAX_BOUND: Final = 256

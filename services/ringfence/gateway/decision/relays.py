@@ -14,8 +14,7 @@ from http import HTTPStatus
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, PresentedIdentity, RateCheck, RelayPermit, Verdict
-from ringfence.gateway.decision.context import ActionIds
-from ringfence.gateway.decision.context import DecisionContext
+from ringfence.gateway.decision.context import ActionIds, DecisionContext
 from ringfence.gateway.decision.decision_events import DecisionEvents
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.domain import (

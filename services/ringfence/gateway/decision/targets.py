@@ -11,7 +11,7 @@ from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.gateway.contract import Attempt
 from ringfence.gateway.domain import Refusal, refuse
 from ringfence.messages.registry import AnyRecord, TargetRecord, TargetState
-from ringfence.model.http_targets.request_map import RequestMap, RequestMapError
+from ringfence.model.http_targets import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory

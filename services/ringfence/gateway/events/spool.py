@@ -13,26 +13,25 @@ handle that the request shows, are redacted.
 
 from __future__ import annotations
 
-import re
-from typing import Final, Literal
-from urllib.parse import unquote
-from ringfence.gateway.contract import Attempt
-from ringfence.gateway.hosts import PORTS
-from ringfence.kernel.base.secret_scrubber import REDACTED, without_secrets, without_tokens
-from ringfence.messages.operations import MAX_PATH_CHARS, Destination
 import contextlib
 import errno
 import fcntl
 import logging
 import os
+import re
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
+from urllib.parse import unquote
+
+from ringfence.gateway.contract import Attempt
+from ringfence.gateway.hosts import PORTS
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import NotPrivateError, make_private_folder, open_private
-
+from ringfence.kernel.base.secret_refs import REDACTED, without_secrets, without_tokens
+from ringfence.messages.operations import MAX_PATH_CHARS, Destination
 
 MAX_METHOD_CHARS: Final = 32
 _MAX_HOST_CHARS: Final = 253

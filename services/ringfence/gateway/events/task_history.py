@@ -5,12 +5,12 @@ Tells whether Kafka has all events of a run that has ended.
 
 from __future__ import annotations
 
-from ringfence.gateway.events.recorder import Recorder
-from ringfence.gateway.events.recorder import RefusalCounts
-from ringfence.gateway.events.spool import SpoolMark
 from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import Any, Final
+
+from ringfence.gateway.events.recorder import Recorder, RefusalCounts
+from ringfence.gateway.events.spool import SpoolMark
 
 
 class RunEvents:

@@ -30,14 +30,14 @@ from ringfence.gateway.contract import (
 )
 from ringfence.gateway.dataplane.denials import MEDIA_TYPE, denial_headers, problem_details
 from ringfence.gateway.dataplane.request_reader import is_json
-from ringfence.gateway.decision.observe_mode import credential_headers
+from ringfence.gateway.decision.context import credential_headers
 from ringfence.gateway.events.spool import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.http1.body import CONTENT_METHODS
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 from ringfence.messages.registry import TargetState
-from ringfence.model.http_targets.request_map import MAX_BODY_BYTES
+from ringfence.model.http_targets import MAX_BODY_BYTES
 
 log = logging.getLogger(__name__)
 

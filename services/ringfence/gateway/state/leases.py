@@ -12,8 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.clock import MAX_SKEW_MS
+from ringfence.kernel.base.clock import MAX_SKEW_MS, Clock
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.model.leases.lifecycle import (

@@ -15,37 +15,32 @@ import logging
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
+
 from aiokafka.errors import KafkaError
-from ringfence.gateway.state.leases import LeaseTable
-from ringfence.kernel.base.errors import InvalidMessageError
+
+from ringfence.gateway.domain import stale_view
+from ringfence.gateway.state.leases import LEASES_SINCE_MS, REVOCATIONS_KEPT_MS, SLACK_MS, LeaseTable
+from ringfence.kernel.base.clock import MAX_SKEW_MS, RemoteClock, suspend_aware_ms
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationAck
-from ringfence.messages.topics import REVOCATION_ACK
+from ringfence.messages.operations import Heartbeat
+from ringfence.messages.run import Run
+from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import selector_key_of
 from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
-from ringfence.model.leases.unverified_records import verify_lease
-from ringfence.model.records.directory import Directory
-from collections.abc import Sequence
-from ringfence.gateway.domain import stale_view
-from ringfence.gateway.state.leases import LEASES_SINCE_MS, REVOCATIONS_KEPT_MS, SLACK_MS, LeaseTable
-from ringfence.kernel.base.clock import RemoteClock, suspend_aware_ms
-from ringfence.kernel.base.clock import MAX_SKEW_MS
-from ringfence.kernel.base.errors import RingfenceError
-from ringfence.messages.credential import Reason
-from ringfence.messages.operations import Heartbeat
-from ringfence.messages.run import Run
-from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_REQUEST
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, StreamDigests
+from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.runs import OVER
-
 
 log = logging.getLogger(__name__)
 

@@ -9,13 +9,11 @@ Nothing else converts a moment to a date (`tests/contract/test_times.py`).
 
 from __future__ import annotations
 
-from collections import deque
-from datetime import UTC, datetime
-from typing import Final
 import time
+from collections import deque
 from collections.abc import Callable
-from typing import Protocol
-
+from datetime import UTC, datetime
+from typing import Final, Protocol
 
 MAX_SKEW_MS = 1000
 """A clock that is further off makes the service not ready. Deadlines follow the clock of Redis, and expiry that of the

@@ -1,16 +1,40 @@
-"""HTTP client that uses the environment's proxies, except for loopback addresses."""
+"""HTTP client that uses the environment's proxies, except for loopback addresses.
+
+Addresses of unix sockets, which have a limit of length that paths have not.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import ssl
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from ringfence.kernel.base.errors import SettingsError
 
 if TYPE_CHECKING:
     import httpx
+
+
+LONGEST_ADDRESS: Final = 107
+"""The most bytes of a unix socket's address (unix(7))."""
+
+
+@contextlib.contextmanager
+def socket_address(path: Path) -> Iterator[str]:
+    """The path, or a short one that leads there inside the block: project folders can be deep. Raises OSError."""
+    if len(os.fsencode(path)) <= LONGEST_ADDRESS:
+        yield str(path)
+        return
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{folder}/{path.name}"
+    finally:
+        os.close(folder)
+
 
 _HERE = ("all://127.0.0.1", "all://localhost", "all://[::1]")
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from typing import TypeVar
-from ringfence.kernel.base.errors import UnavailableError
 
+from ringfence.kernel.base.errors import UnavailableError
 
 K = TypeVar("K")
 V = TypeVar("V")

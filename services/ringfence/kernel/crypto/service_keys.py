@@ -14,15 +14,14 @@ from __future__ import annotations
 import glob
 import logging
 from pathlib import Path
+
 from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.crypto.jwe import EncryptionKey, recipients_of
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.keys import KeyRecord
-from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.crypto.jwe import EncryptionKey, recipients_of
-from ringfence.kernel.crypto.keys import KeyFileError
-
 
 log = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.crypto.jwe import usable
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key

@@ -16,8 +16,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-from ringfence.kernel.http1.head import RequestHead, ResponseHead, check_trailers
-from ringfence.kernel.http1.head import RequestRefusedError
+from ringfence.kernel.http1.head import RequestHead, RequestRefusedError, ResponseHead, check_trailers
 
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"

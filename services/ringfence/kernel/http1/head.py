@@ -26,16 +26,16 @@ A message that is refused by its form or by a proxy itself, and the HTTP answer 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from http import HTTPStatus
-from typing import Final
-import orjson
-from ringfence.kernel.base.errors import RingfenceError
 import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final
 
+import orjson
+
+from ringfence.kernel.base.errors import RingfenceError
 
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 2 * 1024 * 1024

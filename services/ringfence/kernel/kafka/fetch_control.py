@@ -15,23 +15,21 @@ like other garbage, and reading continues after it (ADR 0041).
 
 from __future__ import annotations
 
-import logging
-from collections import OrderedDict
-from collections.abc import Iterator
-from typing import Any, Final
-from aiokafka import AIOKafkaConsumer
-from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
-from aiokafka.errors import CorruptRecordException
-from aiokafka.structs import ConsumerRecord
-from ringfence.kernel.base.log_limiter import rate_limited
 import asyncio
 import contextlib
+import logging
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
-from typing import Any
-from aiokafka.errors import KafkaError
-from ringfence.messages.base import Topic
+from typing import Any, Final
 
+from aiokafka import AIOKafkaConsumer
+from aiokafka.consumer.fetcher import FetchResult, PartitionRecords
+from aiokafka.errors import CorruptRecordException, KafkaError
+from aiokafka.structs import ConsumerRecord
+
+from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.messages.base import Topic
 
 log = logging.getLogger(__name__)
 

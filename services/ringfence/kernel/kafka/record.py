@@ -12,15 +12,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from functools import lru_cache
-from ringfence.kernel.crypto.keys import b64decode, b64encode
 from typing import Any, NamedTuple
+
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.keys import b64decode, b64encode
 from ringfence.kernel.tracing.api import NO_SPAN, Span
 from ringfence.kernel.tracing.traceparent import traceparent_of, well_formed
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
-
 
 _MASK = 0xFFFFFFFF
 _M = 0x5BD1E995

@@ -17,8 +17,7 @@ from ringfence.kernel.kafka.connection import connection, no_answer
 from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnDataLoss
 from ringfence.kernel.kafka.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
 from ringfence.kernel.kafka.fetch_control import FetchControl, fetch_options
-from ringfence.kernel.kafka.record import partitioner
-from ringfence.kernel.kafka.record import Received, missing_topics, received
+from ringfence.kernel.kafka.record import Received, missing_topics, partitioner, received
 from ringfence.messages.base import Topic
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from typing import Any
 
 import structlog
 
-from ringfence.kernel.base.secret_scrubber import REDACTED, without_secrets
+from ringfence.kernel.base.secret_refs import REDACTED, without_secrets
 from ringfence.kernel.base.terminal import filter_tracebacks, indented
 from ringfence.kernel.base.text import visible, visible_lines, visible_name
 

@@ -15,8 +15,7 @@ from typing import Any
 from starlette.routing import BaseRoute
 
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.clock import Clock, SystemClock
-from ringfence.kernel.base.clock import SkewCheck
+from ringfence.kernel.base.clock import Clock, SkewCheck, SystemClock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import ServiceSettings

@@ -12,8 +12,7 @@ from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequen
 from dataclasses import dataclass
 from typing import Any
 
-from ringfence.kernel.base.clock import suspend_aware_ms
-from ringfence.kernel.base.clock import SkewCheck
+from ringfence.kernel.base.clock import SkewCheck, suspend_aware_ms
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store.connection import Call, LostError, RedisConnection
 from ringfence.model.lease_store.keys import Keys, shard_of

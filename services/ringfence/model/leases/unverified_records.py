@@ -11,19 +11,20 @@ Verification of lease records. Every reader verifies every record that it acts o
 
 from __future__ import annotations
 
-from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import SignatureError
-from ringfence.kernel.crypto.claims import LEEWAY_S
-from ringfence.kernel.crypto.jws import parse, unverified_time, verify
-from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.crypto.webauthn import VerificationKey
-from ringfence.messages.lease import Lease
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
 import orjson
+
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import SignatureError
 from ringfence.kernel.base.ids import derived_id
+from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.kernel.crypto.jws import parse, unverified_time, verify
 from ringfence.kernel.crypto.keys import b64decode
+from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.lease import Delegator, Lease
 
 if TYPE_CHECKING:

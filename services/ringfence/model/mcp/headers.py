@@ -10,23 +10,22 @@ From 2026-07-28 on each request names its revision in `params._meta`, and over H
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
-from ringfence.model.mcp.messages import (
-    CAPABILITIES_KEY,
-    RESPONSE,
-    VERSION_KEY,
-    McpMessage,
-    McpMessageError,
-)
 import base64
 import binascii
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
-from ringfence.kernel.base.strict_json import case_folded
-from ringfence.model.mcp.messages import CALL, TASK_METHODS, McpMessage, McpMessageError
 
+from ringfence.kernel.base.strict_json import case_folded
+from ringfence.model.mcp.messages import (
+    CALL,
+    CAPABILITIES_KEY,
+    RESPONSE,
+    TASK_METHODS,
+    VERSION_KEY,
+    McpMessage,
+    McpMessageError,
+)
 
 STATELESS: Final = "2026-07-28"
 """The first revision without `initialize` and sessions."""

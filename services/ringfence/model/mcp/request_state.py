@@ -16,8 +16,8 @@ import orjson
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 
 _PREFIX: Final = "rf1."

@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.model.mcp.headers import Declared, declarations
+from ringfence.model.mcp.headers import (
+    CACHEABLE,
+    INPUT_REQUIRED,
+    STATELESS,
+    WITH_HANDSHAKE,
+    Declared,
+    declarations,
+)
 from ringfence.model.mcp.messages import CALL, COMPLETE, LISTED, MAX_STATE_CHARS, SUBSCRIBE
-from ringfence.model.mcp.headers import CACHEABLE, INPUT_REQUIRED, STATELESS, WITH_HANDSHAKE
 
 MAX_LISTED: Final = 1000
 """The most entries of one page of a list: each is matched with the request map."""

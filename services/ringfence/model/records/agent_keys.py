@@ -9,14 +9,13 @@ old process never returns. Uses by A, then B, then A within the window are two r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
+
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentState, AnyState, UserState
-from dataclasses import dataclass, field
-from ringfence.kernel.base.replay_memory import BoundedDict
-
 
 DAY_S: Final = 86_400
 WARN_BEFORE_S: Final = (14 * DAY_S, 3 * DAY_S, DAY_S)

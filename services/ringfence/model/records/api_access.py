@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.clock import Clock, utc_text
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.replay_memory import ReplayMemory
 from ringfence.kernel.base.text import visible_name
-from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import KeyFinder, Signed, UnverifiedJws, is_by_passkey, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.messages.api import (

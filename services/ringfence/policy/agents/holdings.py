@@ -22,11 +22,11 @@ from weakref import WeakValueDictionary
 
 import orjson
 
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import lease_id
 from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
@@ -36,8 +36,7 @@ from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import is_short_lived
-from ringfence.model.leases.unverified_records import unverified_claims
-from ringfence.model.leases.unverified_records import verify_lease
+from ringfence.model.leases.unverified_records import unverified_claims, verify_lease
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
 from ringfence.policy.domain import Case, Evaluation
 

@@ -5,21 +5,22 @@ Detection of agent keys that two processes use at once, in incoming requests. Ea
 
 from __future__ import annotations
 
-from ringfence.kernel.crypto.jws import kid_of
-from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import CredentialRequest, Reason
-from ringfence.model.records.agent_keys import WINDOW_MS, KeyUses
-from ringfence.policy.domain import Case
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
+
 import orjson
-from ringfence.kernel.crypto.jws import parse
+
+from ringfence.kernel.crypto.jws import kid_of, parse
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.registry import AgentState, EmbeddedCommand, TaskState, UserState
 from ringfence.model.leases.lifecycle import is_short_lived, is_task_bound
+from ringfence.model.records.agent_keys import WINDOW_MS, KeyUses
 from ringfence.policy.agents.holdings import LeaseGroup, Live
 from ringfence.policy.agents.usage import DAY_S, Verb, verbs_of
+from ringfence.policy.domain import Case
 
 
 class SharedKeyDetector:

@@ -9,34 +9,29 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
+
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
-from ringfence.kernel.base.api_errors import WrongQueryError
+
+from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.approval import Grant
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import TargetState
-from ringfence.model.records.api_access import Caller
+from ringfence.model.records.api_access import Authenticator, Caller
+from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, RecordContext, load_records, violations_of
+from ringfence.model.requests.grants import GrantTable, id_of, signer_of
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import Limit, effective
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood
 from ringfence.policy.agents.inventory import AgentFacts, row_of
 from ringfence.policy.api.inventory import AgentsApi, answered
-from collections.abc import Callable
-from typing import Any
-from starlette.responses import JSONResponse, Response
-from ringfence.kernel.base.api_errors import NotFoundError
-from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.approval import Grant
-from ringfence.model.records.api_access import Authenticator, Caller
-from ringfence.model.records.directory import Directory
-from ringfence.model.requests.facts import DeniedError, RecordContext, load_records
-from ringfence.model.requests.grants import GrantTable, id_of, signer_of
 from ringfence.policy.grants import GrantBook
-
 
 _ROWS: Final = 500
 _LOOKED_AT: Final = 5000

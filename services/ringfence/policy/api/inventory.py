@@ -7,30 +7,29 @@ Common base of the APIs about agents: authenticates the caller, checks that enou
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Final
-import orjson
-from starlette.requests import Request
-from starlette.responses import Response
-from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.registry import TargetState
-from ringfence.model.records.api_access import Authenticator, Caller
-from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory
-from ringfence.policy.agents.agent_index import AgentIndex
 import asyncio
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from itertools import islice
-from starlette.routing import BaseRoute, Route
-from ringfence.kernel.base.api_errors import CursorLostError, WrongQueryError
-from ringfence.kernel.service.http import number_in
-from ringfence.model.records.api_access import Caller
-from ringfence.model.records.agent_keys import WARN_BEFORE_S
-from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
+from typing import Any, Final
 
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
+
+from ringfence.kernel.base.api_errors import CursorLostError, WrongQueryError
+from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.service.http import number_in
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.registry import TargetState
+from ringfence.model.records.agent_keys import WARN_BEFORE_S
+from ringfence.model.records.api_access import Authenticator, Caller
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.policy.agents.agent_index import AgentIndex
+from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 
 _SETTLED_AT_ONCE: Final = 4000
 """The most changed agents that are refreshed for one query. Beyond, the answer names the gap."""

@@ -9,23 +9,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
 from ringfence.client.signed_messages import Subject, evidence_of, ground_of
 from ringfence.kernel.base.api_errors import NotFoundError
+from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.kernel.base.clock import Clock
-from ringfence.model.records.api_access import Authenticator
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, KeyLastSeen, narrower, verbs_of
-
 
 KEEP_MS = 24 * 3600 * 1000
 """How far back questions are read: no longer than the longest may wait."""

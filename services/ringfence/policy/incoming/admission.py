@@ -7,15 +7,18 @@ Verification of incoming records: requests of agents, approvals of people, grant
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+from math import ceil
 from typing import TypeVar
+
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jwe import check_reply_key
 from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse
 from ringfence.kernel.crypto.webauthn import VerificationKey
-from ringfence.kernel.kafka.record import partition_of
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Received, partition_of
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
@@ -24,15 +27,9 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.signed_messages import FindKey, key_of_agent, verify_message
-from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS
-from ringfence.policy.domain import Case
-from collections import Counter
-from dataclasses import dataclass
-from math import ceil
-from ringfence.policy.decision_log import Decisions
+from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
 from ringfence.policy.domain import Case, Evaluation, denied
 from ringfence.policy.incoming.load_shedding import BacklogMonitor, Stage
-
 
 C = TypeVar("C", bound=ExpiringClaims)
 

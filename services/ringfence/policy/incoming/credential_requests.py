@@ -6,7 +6,10 @@ Handler of withdrawn requests: an agent that has given up a request ends it, if 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+
 import orjson
+
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import Signed, parse
@@ -14,27 +17,24 @@ from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, concurr
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import Reason, RequestWithdraw
+from ringfence.messages.credential import MAX_WAITING_BYTES, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, void
-from ringfence.policy.decision_log import Decisions
-from ringfence.policy.incoming.admission import AdmissionControl
-from ringfence.policy.incoming.approvals import ApprovalHandler
-from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.incoming.admission import MessageVerifier, is_request_withdrawal
-from collections.abc import Awaitable, Callable
-from dataclasses import replace
-from ringfence.kernel.crypto.jws import parse
-from ringfence.messages.credential import MAX_WAITING_BYTES, CredentialRequest, Reason
 from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.decision_log import Decisions, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.domain import Case, Evaluation, denied
-from ringfence.policy.incoming.admission import AdmissionControl, PendingApprovalLimit
-from ringfence.policy.incoming.admission import MessageVerifier
+from ringfence.policy.incoming.admission import (
+    AdmissionControl,
+    MessageVerifier,
+    PendingApprovalLimit,
+    is_request_withdrawal,
+)
+from ringfence.policy.incoming.approvals import ApprovalHandler
+from ringfence.policy.incoming.load_shedding import ShedRequests
 
 
 class WithdrawalHandler:

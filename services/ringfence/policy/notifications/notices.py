@@ -13,12 +13,14 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
+
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.ids import derived_id, message_id
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import Signed, parse, verify
@@ -27,6 +29,8 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest
+from ringfence.model.lifecycle import WAIT_S
+from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context, load_records
 from ringfence.policy.decision_log import Decisions
@@ -35,15 +39,10 @@ from ringfence.policy.notifications.webhook import (
     WebhookError,
     body_of,
     body_of_action,
+    body_of_key,
     parse_webhook,
     signed_headers,
 )
-from collections.abc import Awaitable, Callable
-from functools import partial
-from ringfence.kernel.base.ids import derived_id
-from ringfence.model.lifecycle import WAIT_S
-from ringfence.model.records.command_chain import ChainError
-from ringfence.policy.notifications.webhook import body_of_key
 
 if TYPE_CHECKING:
     import httpx

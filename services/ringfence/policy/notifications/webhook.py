@@ -16,9 +16,9 @@ from urllib.parse import urlsplit
 
 import orjson
 
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible, visible_name
-from ringfence.kernel.base.clock import utc_text
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.model.lifecycle import KeyOrigin
 from ringfence.model.requests.facts import RecordContext, RequestContext

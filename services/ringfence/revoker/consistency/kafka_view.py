@@ -26,8 +26,8 @@ from ringfence.model.leases.unverified_records import (
     summarise,
     unverified_lease,
     unverified_revocation_id,
+    verify_lease,
 )
-from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)

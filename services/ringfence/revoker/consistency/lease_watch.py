@@ -29,8 +29,7 @@ from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.model.lease_store import LeaseStore, LostError, OutboxRecord, SignedLease, StoredLease
 from ringfence.model.leases.epochs import Epochs, number_of
 from ringfence.model.leases.lifecycle import comes_after
-from ringfence.model.leases.unverified_records import LeaseSummary
-from ringfence.model.leases.unverified_records import verify_lease
+from ringfence.model.leases.unverified_records import LeaseSummary, verify_lease
 from ringfence.revoker.consistency.rebuild import Rebuilder
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache

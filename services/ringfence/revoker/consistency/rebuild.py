@@ -38,8 +38,7 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.leases.lifecycle import comes_after, cut_before, follow, restated
-from ringfence.model.leases.unverified_records import unverified_lease
-from ringfence.model.leases.unverified_records import verify_lease
+from ringfence.model.leases.unverified_records import unverified_lease, verify_lease
 from ringfence.model.records.directory import Directory
 from ringfence.revoker.consistency.kafka_view import (
     HighestRecord,

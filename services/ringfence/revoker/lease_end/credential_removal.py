@@ -25,8 +25,8 @@ from ringfence.kernel.tracing.api import Tracing
 from ringfence.messages.lease import Lease
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.tracing import step_of
-from ringfence.revoker.lease_end.lease_ender import EndRequest
 from ringfence.revoker.lease_end.expiry import Overdue
+from ringfence.revoker.lease_end.lease_ender import EndRequest
 
 log = logging.getLogger(__name__)
 

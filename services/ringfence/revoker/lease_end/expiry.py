@@ -10,10 +10,18 @@ They are counted in a metric. The sponsor of each is notified once, by a `findin
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+
+from aiokafka.errors import KafkaError
+
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.batch_handlers import gather_all
@@ -21,19 +29,17 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import SERVICE_EVENT
-from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
-import asyncio
-import contextlib
-import math
-from collections.abc import AsyncIterator, Mapping, Sequence
-from aiokafka.errors import KafkaError
-from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import RingfenceError
-from ringfence.model.lease_store import MIN_LEFT_MS, ClaimedLeases, LeaseStore, LostError, StoredLease
+from ringfence.model.lease_store import (
+    MIN_LEFT_MS,
+    SELECTOR_KEEP_MS,
+    ClaimedLeases,
+    LeaseStore,
+    LostError,
+    StoredLease,
+)
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.lease_end.lease_ender import BATCH_SIZE, CONCURRENT_BATCHES, EndRequest, LeaseEnder
 from ringfence.revoker.settings import RevokerSettings
-
 
 log = logging.getLogger(__name__)
 

@@ -34,8 +34,7 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.leases.lifecycle import follow, is_over, matches, restated
 from ringfence.model.leases.tracing import work_on
-from ringfence.model.leases.unverified_records import LeaseSummary, summary_of
-from ringfence.model.leases.unverified_records import verify_lease
+from ringfence.model.leases.unverified_records import LeaseSummary, summary_of, verify_lease
 from ringfence.revoker.domain import next_status
 
 log = logging.getLogger(__name__)

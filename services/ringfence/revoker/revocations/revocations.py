@@ -8,29 +8,26 @@ Both write the fence, and neither waits for the other: `fence` is idempotent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from ringfence.kernel.kafka.record import Received
-from ringfence.messages.credential import Coordinates
-from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
-from ringfence.model.leases.lifecycle import selector_key_of
-from ringfence.model.leases.revocations import Revocation
-from ringfence.model.leases.unverified_records import may_have_selector
-from ringfence.revoker.revocations.cut_confirmation import CutTracker
-from ringfence.revoker.revocations.verification import RevocationVerifier
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
 from ringfence.kernel.base import metrics
 from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import Reason
+from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import TERMINAL, Lease, RevocationRequest, Selector
 from ringfence.messages.operations import EventKind
 from ringfence.model.identity.spiffe_ids import subject_of
-from ringfence.model.lease_store import LeaseStore
+from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
 from ringfence.model.leases.lifecycle import is_covered, selector_key_of
+from ringfence.model.leases.revocations import Revocation
+from ringfence.model.leases.unverified_records import may_have_selector
 from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
+from ringfence.revoker.revocations.cut_confirmation import CutTracker
+from ringfence.revoker.revocations.verification import RevocationVerifier
 
 
 async def fence(store: LeaseStore, revocations: Sequence[Revocation]) -> tuple[list[Coordinates], int]:

@@ -13,32 +13,31 @@ Derives revocations from runs that are over: the leases of a run's instance end 
 
 from __future__ import annotations
 
-from ringfence.kernel.base.replay_memory import BoundedDict
-from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.kafka.batch_handlers import gather_all
-from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.run import Run
-from ringfence.messages.topics import REVOCATION_REQUEST
-from ringfence.model.leases.lifecycle import agent_selector_key
-from ringfence.model.records.directory import Directory
-from ringfence.model.records.runs import OVER
-from ringfence.revoker.domain import derived_revocation, run_record
-from ringfence.revoker.lease_end.lease_ender import LeaseEnder
-from ringfence.revoker.revocations.record_changes import RECORD_AGE_MS
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, NoReturn
+
 from aiokafka.errors import KafkaError
+
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
+from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.operations import Heartbeat
+from ringfence.messages.run import Run
+from ringfence.messages.topics import REVOCATION_REQUEST
+from ringfence.model.leases.lifecycle import agent_selector_key
+from ringfence.model.records.directory import Directory
 from ringfence.model.records.runs import OVER, RunTable
-
+from ringfence.revoker.domain import derived_revocation, run_record
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder
+from ringfence.revoker.revocations.record_changes import RECORD_AGE_MS
 
 _MAX_REVOKED = 10_000
 

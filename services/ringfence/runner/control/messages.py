@@ -8,20 +8,18 @@ Relays to a run's targets without HTTP: the mapping from hosts to loopback addre
 from __future__ import annotations
 
 import dataclasses
+import ipaddress
 import json
 import os
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Final, TypeVar
+
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
-import ipaddress
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Final
 from ringfence.runner.sandbox.backend import is_host_address
-
 
 MAX_FROM_INIT_BYTES: Final = 64 * 1024
 """The longest line that a runner reads. The longest message has a token of at most 16 KiB."""

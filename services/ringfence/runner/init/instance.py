@@ -11,21 +11,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from base64 import urlsafe_b64encode
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from ringfence.kernel.base.private_files import open_private
 import shlex
 import shutil
 import sys
 import time
 import uuid
-from typing import Final
-from ringfence.kernel.base.private_files import write_private
+from base64 import urlsafe_b64encode
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+
+from ringfence.kernel.base.private_files import open_private, write_private
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.runner.control.messages import EnrolMessage, StartCommand
 

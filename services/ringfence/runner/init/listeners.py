@@ -6,12 +6,11 @@ Init's side of the control channel: a blocking socket until the command runs.
 from __future__ import annotations
 
 import socket
-from typing import TypeVar
-from ringfence.runner.control.messages import MAX_FROM_RUNNER_BYTES, Message, decode, encode
 from collections.abc import Sequence
 from dataclasses import dataclass
-from ringfence.runner.control.messages import Relay
+from typing import TypeVar
 
+from ringfence.runner.control.messages import MAX_FROM_RUNNER_BYTES, Message, Relay, decode, encode
 
 M = TypeVar("M", bound=Message)
 

@@ -5,26 +5,21 @@ The environment of the command: the sandbox's, the proxy, certificates, the SDK'
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
-from ringfence.client.task_proxy.server import proxy_environment
-from ringfence.runner.control.messages import StartCommand
-from ringfence.runner.init.instance import CA_FILE, PROGRAMS, TRUST_STORE_FILE, TRUST_STORE_PASSWORD
-from ringfence.runner.sandbox.backend import INSTANCE, SOCKET
-import asyncio
-import contextlib
-import signal
-from ringfence.client.task_proxy.server import TaskProxy
-from ringfence.client.task_proxy.target_relay import TargetRelay
-from ringfence.client.task_proxy.server import Traffic
-from ringfence.runner.control.messages import InitReport
-from ringfence.runner.init import process
-from ringfence.runner.init.listeners import RunnerConnection
-from ringfence.runner.init.listeners import Listeners
-from ringfence.runner.sandbox.backend import SOCKET
 
+from ringfence.client.task_proxy.server import TaskProxy, Traffic, proxy_environment
+from ringfence.client.task_proxy.target_relay import TargetRelay
+from ringfence.runner.control.messages import InitReport, StartCommand
+from ringfence.runner.init import process
+from ringfence.runner.init.instance import CA_FILE, PROGRAMS, TRUST_STORE_FILE, TRUST_STORE_PASSWORD
+from ringfence.runner.init.listeners import Listeners, RunnerConnection
+from ringfence.runner.sandbox.backend import INSTANCE, SOCKET
 
 _OF_INIT: Final = ("LD_LIBRARY_PATH",)
 """Variables that init itself was started with."""

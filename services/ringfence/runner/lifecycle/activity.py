@@ -11,8 +11,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from ringfence.client.connection import Connection
-from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, DecidedTerms

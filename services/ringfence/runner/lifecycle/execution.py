@@ -30,9 +30,11 @@ from ringfence.model.identity.runners import enrolment_token
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.runner.control.channel import CommandStartError, ControlChannel, ControlLostError
-from ringfence.runner.control.messages import InitReport, Relay, StartCommand
 from ringfence.runner.control.messages import (
+    InitReport,
+    Relay,
     RelayError,
+    StartCommand,
     addresses_of,
     hosts_of,
     needs_low_ports,
@@ -40,13 +42,11 @@ from ringfence.runner.control.messages import (
 )
 from ringfence.runner.init.command import init_command
 from ringfence.runner.lifecycle.activity import RunActivity
-from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
+from ringfence.runner.lifecycle.gateway_relay import GatewayRelay, has_loopback_target, raw_addresses
 from ringfence.runner.lifecycle.mount_changes import MountChanges, changes_of
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_owners, check_plan
 from ringfence.runner.lifecycle.private_paths import PrivatePath, check_private_paths, private_paths
-from ringfence.runner.lifecycle.gateway_relay import has_loopback_target, raw_addresses
-from ringfence.runner.lifecycle.report import RunReport
-from ringfence.runner.lifecycle.report import make_run_folder, remove_run_folder
+from ringfence.runner.lifecycle.report import RunReport, make_run_folder, remove_run_folder
 from ringfence.runner.sandbox.backend import (
     NO_STREAMS,
     Destruction,

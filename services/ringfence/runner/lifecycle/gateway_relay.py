@@ -8,18 +8,18 @@ The targets of a task without HTTP: their addresses, by the targets' records, to
 
 from __future__ import annotations
 
-from typing import Final
-from urllib.parse import urlsplit
-from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.directory import Directory
-from ringfence.model.target_settings import RELAYED_KINDS
 import asyncio
 import contextlib
 import time
 from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.http1.head import LINGER_S
-
+from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.directory import Directory
+from ringfence.model.target_settings import RELAYED_KINDS
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 

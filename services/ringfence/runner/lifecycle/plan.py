@@ -1,4 +1,7 @@
-"""The plan of a run: owner, command, mounts and limits; and the checks of a runner before the start."""
+"""The plan of a run: owner, command, mounts and limits; and the checks of a runner before the start.
+
+Chooses the sandbox backend of a runner by name, or the first that this machine offers.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import digest
@@ -16,7 +20,10 @@ from ringfence.model.identity.runners import runner_issuer
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.unknown_fields import is_understood
-from ringfence.runner.sandbox.backend import HOME, Mount
+from ringfence.runner.sandbox.backend import HOME, Mount, SandboxBackend
+from ringfence.runner.sandbox.bubblewrap import BubblewrapBackend
+from ringfence.runner.sandbox.machine import OCI_SOCKETS
+from ringfence.runner.sandbox.oci import OciBackend
 from ringfence.runner.sandbox.seccomp import policy_text
 
 
@@ -149,3 +156,25 @@ def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: s
         ).with_remedy(
             f"use a shorter --ttl, or let its sponsor allow more: --selector 'runner={runner} life=2h'"
         )
+
+
+BACKENDS: Final = ("bubblewrap", "oci")
+
+
+def make_backend(
+    name: str, state: Path, *, oci_socket: Path | None = None, oci_runtime: str | None = None
+) -> SandboxBackend:
+    """Return the backend with this name. `state`: the folder of the records of started sandboxes.
+
+    Raises RunRefusedError for an unknown name, and for `oci` if no engine's socket is found.
+    """
+    if name == "bubblewrap":
+        return BubblewrapBackend(state)
+    if name != "oci":
+        raise RunRefusedError(f"there is no backend {name}; there are {' and '.join(BACKENDS)}")
+    socket = oci_socket or next((Path(path) for path in OCI_SOCKETS if Path(path).is_socket()), None)
+    if socket is None:
+        raise RunRefusedError("there is no socket of Podman or Docker here").with_remedy(
+            "systemctl enable --now podman.socket; or name it by RINGFENCE_RUNNER_OCI_SOCKET"
+        )
+    return OciBackend(state, socket=socket, runtime=oci_runtime)

@@ -11,13 +11,12 @@ import os
 import shutil
 import tempfile
 import time
-from dataclasses import asdict
-from pathlib import Path
-from ringfence.runner.sandbox.processes import ProcessId, boot_id, this_process
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
-from ringfence.runner.sandbox.backend import Destruction
 
+from ringfence.runner.sandbox.backend import Destruction
+from ringfence.runner.sandbox.processes import ProcessId, boot_id, this_process
 
 _PREFIX = "ringfence-run-"
 _OWNER = "runner.json"

@@ -22,11 +22,12 @@ from ringfence.runner.sandbox.mount_points import (
     KERNEL_KINDS,
     MountPoint,
     Place,
+    Survey,
     mount_points,
     place_of,
     shown_by,
+    survey,
 )
-from ringfence.runner.sandbox.mount_points import Survey, survey
 
 HOME = "/home/agent"
 """The home directory inside: empty at start, in memory."""

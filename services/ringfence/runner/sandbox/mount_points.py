@@ -12,17 +12,13 @@ what the run changed.
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
-import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Final
-
+from typing import Final, NamedTuple
 
 MAX_ENTRIES = 500_000
 WITHIN_S = 20.0

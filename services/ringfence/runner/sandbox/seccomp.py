@@ -13,12 +13,13 @@ answers EPERM. Names that a machine's architecture does not have are left out.
 from __future__ import annotations
 
 import errno
-from collections.abc import Collection
-from dataclasses import dataclass
 import functools
 import os
 import platform
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
+
 from ringfence.runner.sandbox.backend import SandboxUnavailableError
 
 

@@ -18,7 +18,7 @@ import httpx
 import orjson
 
 from ringfence.kernel.base.log_limiter import rate_limited
-from ringfence.runner.stdio_mcp.messages import (
+from ringfence.runner.stdio_mcp.server_channel import (
     CANCELLED,
     INITIALIZE,
     INITIALIZED,

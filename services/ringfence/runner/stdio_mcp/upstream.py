@@ -14,16 +14,22 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.unix_sockets import socket_address
+from ringfence.kernel.base.http_client import socket_address
 from ringfence.kernel.http1.body import LAST_CHUNK, chunk, request_body
-from ringfence.kernel.http1.head import MAX_HEAD_BYTES, RequestHead, parse_request, take_head
-from ringfence.kernel.http1.head import RequestRefusedError
-from ringfence.runner.stdio_mcp.messages import Outline, outline_of
+from ringfence.kernel.http1.head import (
+    MAX_HEAD_BYTES,
+    RequestHead,
+    RequestRefusedError,
+    parse_request,
+    take_head,
+)
 from ringfence.runner.stdio_mcp.server_channel import (
     Exchange,
     ExchangeRefusedError,
+    Outline,
     ServerChannel,
     ServerGoneError,
+    outline_of,
 )
 
 log = logging.getLogger(__name__)

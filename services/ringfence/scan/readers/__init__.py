@@ -5,20 +5,32 @@ from __future__ import annotations
 from typing import Final
 
 from ringfence.scan.readers.agents import AgentLoginReader
-from ringfence.scan.readers.clouds import AwsCacheReader, AwsCredentialsReader
-from ringfence.scan.readers.clouds import AzureReader
-from ringfence.scan.readers.forges import CiReader
-from ringfence.scan.readers.infrastructure import CloudMetadataReader
-from ringfence.scan.readers.database_clients import MysqlReader, NetrcReader, PgpassReader
-from ringfence.scan.readers.containers import ComposeReader, HelmValuesReader, KubernetesReader
-from ringfence.scan.readers.containers import DockerReader
-from ringfence.scan.readers.forges import GithubCliReader, GitlabCliReader
-from ringfence.scan.readers.clouds import GcloudReader, GcpServiceAccountReader
-from ringfence.scan.readers.forges import GitConfigReader, GitCredentialsReader
-from ringfence.scan.readers.infrastructure import TerraformReader, VaultReader
-from ringfence.scan.readers.ssh import KeyringReader
-from ringfence.scan.readers.containers import KubeconfigReader
 from ringfence.scan.readers.agents import readers as mcp_readers
+from ringfence.scan.readers.clouds import (
+    AwsCacheReader,
+    AwsCredentialsReader,
+    AzureReader,
+    GcloudReader,
+    GcpServiceAccountReader,
+    MountedSecretReader,
+    ServiceAccountReader,
+)
+from ringfence.scan.readers.containers import (
+    ComposeReader,
+    DockerReader,
+    HelmValuesReader,
+    KubeconfigReader,
+    KubernetesReader,
+)
+from ringfence.scan.readers.database_clients import MysqlReader, NetrcReader, PgpassReader
+from ringfence.scan.readers.forges import (
+    CiReader,
+    GitConfigReader,
+    GitCredentialsReader,
+    GithubCliReader,
+    GitlabCliReader,
+)
+from ringfence.scan.readers.infrastructure import CloudMetadataReader, TerraformReader, VaultReader
 from ringfence.scan.readers.package_managers import (
     CargoReader,
     GradleReader,
@@ -26,12 +38,16 @@ from ringfence.scan.readers.package_managers import (
     NpmReader,
     PythonIndexReader,
 )
-from ringfence.scan.readers.processes import EnvironmentReader, ProcessReader
+from ringfence.scan.readers.processes import (
+    CrontabReader,
+    DotenvReader,
+    EnvironmentReader,
+    ProcessReader,
+    ShellFileReader,
+    SystemdReader,
+)
 from ringfence.scan.readers.reader import FileReader, MachineReader
-from ringfence.scan.readers.processes import CrontabReader, SystemdReader
-from ringfence.scan.readers.clouds import MountedSecretReader, ServiceAccountReader
-from ringfence.scan.readers.processes import DotenvReader, ShellFileReader
-from ringfence.scan.readers.ssh import SshAgentReader, SshKeyReader
+from ringfence.scan.readers.ssh import KeyringReader, SshAgentReader, SshKeyReader
 from ringfence.scan.readers.text_files import TextFileReader
 
 FILE_READERS: Final[tuple[FileReader, ...]] = (

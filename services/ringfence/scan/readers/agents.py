@@ -6,20 +6,15 @@ Configurations of agents and MCP clients: servers with their variables, headers 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, Final
-from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, of_format, of_jwt
-from ringfence.scan.documents import mapping, parse_json, walk
-from ringfence.scan.findings import Access
-from ringfence.scan.readers.reader import FileReader
-from ringfence.scan.source_files import SourceFile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
-from ringfence.scan.candidates import Candidate, classify, host_of
-from ringfence.scan.documents import mapping, parse_json, parse_toml, parse_yaml, sequence, text_of, walk
-from ringfence.scan.readers.reader import classify_document, classify_words, once
 
+from ringfence.scan import kinds
+from ringfence.scan.candidates import Candidate, candidate_of, classify, host_of, of_format, of_jwt
+from ringfence.scan.documents import mapping, parse_json, parse_toml, parse_yaml, sequence, text_of, walk
+from ringfence.scan.findings import Access
+from ringfence.scan.readers.reader import FileReader, classify_document, classify_words, once
+from ringfence.scan.source_files import SourceFile
 
 _TOKENS: Final = frozenset(
     (

@@ -9,30 +9,22 @@ Service account tokens and secrets that a platform mounts into containers.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator
-from datetime import datetime
-from typing import Any
-from ringfence.scan import checksums, kinds
-from ringfence.scan.candidates import Candidate, candidate_of, classify
-from ringfence.scan.documents import ini_options, mapping, parse_json, text_of
-from ringfence.scan.findings import Access
-from ringfence.scan.names import is_placeholder
-from ringfence.scan.readers.reader import FileReader
-from ringfence.scan.source_files import SourceFile
-from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, of_jwt
-from ringfence.scan.documents import mapping, parse_json, sequence, text_of
 import json
 import re
 import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
 from typing import Any, Final
-from ringfence.scan.candidates import Candidate, candidate_of, of_pem
-from ringfence.scan.documents import DocumentLimitError, mapping, parse_json, text_of
-from ringfence.scan.limits import limit_reached
-from ringfence.scan.candidates import Candidate, of_jwt
-from ringfence.scan.readers.reader import secret_or_format
 
+from ringfence.scan import checksums, kinds
+from ringfence.scan.candidates import Candidate, candidate_of, classify, of_jwt, of_pem
+from ringfence.scan.documents import DocumentLimitError, ini_options, mapping, parse_json, sequence, text_of
+from ringfence.scan.findings import Access
+from ringfence.scan.limits import limit_reached
+from ringfence.scan.names import is_placeholder
+from ringfence.scan.readers.reader import FileReader, secret_or_format
+from ringfence.scan.source_files import SourceFile
 
 _AWS_USERS = ("AWS CLI, SDKs and every process of the user",)
 
@@ -155,9 +147,9 @@ def _tokens(entry: Any, field: str, names: tuple[str, ...], user: str, tenant: s
     for name in names:
         if (value := text_of(entry.get(name))) and len(value) >= 16:
             place = f"{field}.{name}"
-            yield of_jwt(value, place, kind=kinds.AZURE_USER, opens=opens, used_by=_AZURE_USERS) or candidate_of(
-                kinds.AZURE_USER, value, place, opens=opens, used_by=_AZURE_USERS
-            )
+            yield of_jwt(
+                value, place, kind=kinds.AZURE_USER, opens=opens, used_by=_AZURE_USERS
+            ) or candidate_of(kinds.AZURE_USER, value, place, opens=opens, used_by=_AZURE_USERS)
 
 
 def _principal(entry: Any) -> Iterator[Candidate]:
@@ -180,7 +172,9 @@ _SQLITE_LIMITS: Final = {
 }  # fmt: skip
 
 
-def of_credentials(document: Any, prefix: str = "", used_by: tuple[str, ...] = _GCLOUD_USERS) -> Iterator[Candidate]:
+def of_credentials(
+    document: Any, prefix: str = "", used_by: tuple[str, ...] = _GCLOUD_USERS
+) -> Iterator[Candidate]:
     """Yield the credential of one document of Google's: a user's, a service account's, or an external account's."""
     found = mapping(document)
     if found.get("type") == "service_account":

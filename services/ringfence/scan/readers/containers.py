@@ -7,25 +7,33 @@ Deployments: Compose files, Kubernetes manifests, and values of Helm charts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, host_of, of_basic, of_format
-from ringfence.scan.documents import mapping, parse_json, text_of
-from ringfence.scan.findings import Access
-from ringfence.scan.readers.reader import FileReader
-from ringfence.scan.source_files import SourceFile
 import base64
 import binascii
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
-from ringfence.scan.candidates import Candidate, candidate_of, classify, host_of, of_jwt, of_pem
-from ringfence.scan.documents import mapping, parse_yaml, sequence, text_of
-from ringfence.scan.names import is_placeholder
-from ringfence.scan.readers.reader import once
-from typing import Any
-from ringfence.scan.candidates import Candidate, classify
+
+from ringfence.scan import kinds
+from ringfence.scan.candidates import (
+    Candidate,
+    candidate_of,
+    classify,
+    host_of,
+    of_basic,
+    of_format,
+    of_jwt,
+    of_pem,
+)
 from ringfence.scan.documents import mapping, parse_json, parse_yaml, sequence, text_of
-from ringfence.scan.readers.reader import classify_document, classify_words, once, secret_or_format
+from ringfence.scan.findings import Access
+from ringfence.scan.names import is_placeholder
+from ringfence.scan.readers.reader import (
+    FileReader,
+    classify_document,
+    classify_words,
+    once,
+    secret_or_format,
+)
+from ringfence.scan.source_files import SourceFile
 
 
 class DockerReader(FileReader):

@@ -9,19 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+
 from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate, candidate_of, of_format
-from ringfence.scan.documents import mapping, parse_yaml, text_of
+from ringfence.scan.candidates import Candidate, candidate_of, classify, of_format, of_url
+from ringfence.scan.documents import ini_options, mapping, parse_yaml, text_of, walk
 from ringfence.scan.findings import Access
 from ringfence.scan.names import is_placeholder
-from ringfence.scan.readers.reader import FileReader
+from ringfence.scan.readers.reader import FileReader, classify_command, classify_document, once
 from ringfence.scan.source_files import SourceFile
-from ringfence.scan.candidates import Candidate, classify, of_url
-from ringfence.scan.documents import ini_options
-from ringfence.scan.readers.reader import once
-from ringfence.scan.candidates import Candidate, classify
-from ringfence.scan.documents import parse_yaml, walk
-from ringfence.scan.readers.reader import classify_command, classify_document, once
 
 
 class GithubCliReader(FileReader):
@@ -148,7 +143,10 @@ class CiReader(FileReader):
             elif "=" in value and "\n" not in value:  # `env: [NAME=value]` of Travis and others
                 name, _, content = value.partition("=")
                 yield from classify(
-                    name.strip(), content.strip().strip("\"'"), ".".join((*path, name.strip()))[:200], **_PIPELINE_USED
+                    name.strip(),
+                    content.strip().strip("\"'"),
+                    ".".join((*path, name.strip()))[:200],
+                    **_PIPELINE_USED,
                 )
 
     def _commands(self, text: str, field: str) -> Iterator[Candidate]:

@@ -9,21 +9,17 @@ never for a credential.
 from __future__ import annotations
 
 import http.client
-from collections.abc import Iterator
-from typing import Final
-from urllib.parse import urlsplit
-from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate
-from ringfence.scan.findings import Access
-from ringfence.scan.readers.reader import Machine, MachineReader
 import re
+from collections.abc import Iterator
 from typing import Any, Final
+from urllib.parse import urlsplit
+
+from ringfence.scan import kinds
 from ringfence.scan.candidates import Candidate, classify
 from ringfence.scan.documents import assignments, mapping, parse_json, sequence, text_of, walk
-from ringfence.scan.readers.reader import name_in, once, secret_or_format
-from ringfence.scan.readers.reader import FileReader
+from ringfence.scan.findings import Access
+from ringfence.scan.readers.reader import FileReader, Machine, MachineReader, name_in, once, secret_or_format
 from ringfence.scan.source_files import SourceFile
-
 
 _TIMEOUT_S: Final = 1.0
 _MOST_BYTES: Final = 4096

@@ -22,8 +22,7 @@ from ringfence.scan.documents import (
 )
 from ringfence.scan.findings import Access
 from ringfence.scan.names import is_placeholder, is_reference
-from ringfence.scan.readers.reader import classify_document, secret_or_format
-from ringfence.scan.readers.reader import FileReader
+from ringfence.scan.readers.reader import FileReader, classify_document, secret_or_format
 from ringfence.scan.source_files import SourceFile
 
 _NPM = kinds.Kind("npm-auth", "npm registry token", kinds.KEY.pattern, "npm")

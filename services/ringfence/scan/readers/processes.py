@@ -7,23 +7,20 @@ systemd units and crontabs: variables and commands of jobs that a machine starts
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from typing import Final
-from ringfence.scan.candidates import Candidate, classify
-from ringfence.scan.documents import assignments
-from ringfence.scan.limits import limit_reached
-from ringfence.scan.readers.reader import classify_command, once
-from ringfence.scan.readers.reader import FileReader
-from ringfence.scan.source_files import SourceFile
-import shlex
 import os
+import re
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from ringfence.scan.findings import Note
-from ringfence.scan.readers.reader import Machine, MachineReader
+from typing import Final
 
+from ringfence.scan.candidates import Candidate, classify
+from ringfence.scan.documents import assignments
+from ringfence.scan.findings import Note
+from ringfence.scan.limits import limit_reached
+from ringfence.scan.readers.reader import FileReader, Machine, MachineReader, classify_command, once
+from ringfence.scan.source_files import SourceFile
 
 _NAMES: Final = (
     ".bashrc", ".bash_profile", ".bash_login", ".profile", ".zshrc", ".zshenv", ".zprofile", ".bash_history",

@@ -5,24 +5,21 @@ Shared by readers: finds credentials in the settings of documents, environments 
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Final
+
 from ringfence.scan import kinds
 from ringfence.scan.candidates import Candidate, candidate_of, classify, of_basic, of_format, of_login, of_url
 from ringfence.scan.documents import mapping, walk
+from ringfence.scan.findings import Note
 from ringfence.scan.limits import limit_reached
 from ringfence.scan.names import is_placeholder, is_reference, looks_random
-import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import ClassVar
-from ringfence.scan.candidates import Candidate
-from ringfence.scan.findings import Note
 from ringfence.scan.source_files import SourceFile
-
 
 _MOST_WORDS: Final = 2000
 _LONGEST_COMMAND: Final = 20_000

@@ -6,23 +6,19 @@ Keyrings: reports their places. It reads no encrypted one, but every program in 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Final
-from ringfence.scan import kinds
-from ringfence.scan.candidates import Candidate
-from ringfence.scan.documents import ini_options
-from ringfence.scan.findings import Access, Pattern
-from ringfence.scan.readers.reader import secret_or_format
-from ringfence.scan.readers.reader import FileReader
-from ringfence.scan.source_files import SourceFile
 import re
 import stat
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from ringfence.scan.candidates import Candidate, candidate_of, pems_in
-from ringfence.scan.findings import Access
-from ringfence.scan.readers.reader import FileReader, Machine, MachineReader
+from typing import Final
 
+from ringfence.scan import kinds
+from ringfence.scan.candidates import Candidate, candidate_of, pems_in
+from ringfence.scan.documents import ini_options
+from ringfence.scan.findings import Access, Pattern
+from ringfence.scan.readers.reader import FileReader, Machine, MachineReader, secret_or_format
+from ringfence.scan.source_files import SourceFile
 
 KEYRING: Final = kinds.Kind("keyring", "keyring of a signed-in user", Pattern.USER_TOKEN)
 _OTHER: Final = kinds.Kind("key-store", "encrypted store of keys or passwords", Pattern.OTHER)

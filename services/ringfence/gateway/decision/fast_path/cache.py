@@ -21,7 +21,7 @@ from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.registry import TargetState
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 from ringfence.model.records.directory import Directory
 
 MAX_CHOSEN_LEASES: Final = 20_000

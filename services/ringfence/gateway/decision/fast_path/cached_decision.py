@@ -17,15 +17,14 @@ from ringfence.gateway.decision.fast_path.cache import CacheValidity
 from ringfence.gateway.decision.fast_path.event import AllowedEvents
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.domain import ChosenLease, Sender, access_of
-from ringfence.gateway.events.action_fields import decision_counter
-from ringfence.gateway.events.recorder import Recorder
+from ringfence.gateway.events.recorder import Recorder, decision_counter
 from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 
 
 class FastPathDependencies:

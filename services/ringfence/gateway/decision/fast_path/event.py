@@ -11,10 +11,9 @@ import orjson
 
 from ringfence.gateway.contract import Attempt
 from ringfence.gateway.domain import Access, run_id_of_lease
-from ringfence.gateway.events.action_fields import act_of, digest_of, label_of, method_of
-from ringfence.gateway.events.recorder import entry_head
+from ringfence.gateway.events.recorder import act_of, digest_of, entry_head, label_of, method_of
 from ringfence.messages.lease import Lease
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 
 _ID: Final = "00000000-0000-4000-8000-000000000000"
 """A placeholder for the action id."""

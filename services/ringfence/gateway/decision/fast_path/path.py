@@ -34,7 +34,7 @@ from ringfence.gateway.state.view import View
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.http_targets.request_map import Action
+from ringfence.model.http_targets import Action
 
 Authorize = Callable[[Sender, TargetState, Action], ChosenLease | Refusal]
 

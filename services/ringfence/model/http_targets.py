@@ -1,4 +1,6 @@
-"""The request map of an HTTP target: says which HTTP request means which verb on which resource. Pure.
+"""HTTP targets: the map from requests to verbs and resources, and the Model Context Protocol.
+
+The request map of an HTTP target: says which HTTP request means which verb on which resource. Pure.
 
 The rules are ordered, and the first that matches counts. A request that matches no rule, or whose meaning is uncertain,
 has no verb, and nothing allows it. A request that two readers could understand differently is uncertain.
