@@ -1,5 +1,14 @@
-"""Backends: one for each kind of credential. The issuer mints credentials with them, and the revoker removes them at
-their targets.
+"""Backends: one for each kind of credential. The issuer mints credentials with them, and the revoker removes
+them at their targets.
+
+Enters: a lease and its target's verified record, from issuer (`problem`, `mint`); ids of leases, from revoker
+(`undo`, `existing`) and issuer (`undo`); questions of policy and gateway about revocability, enforcement and
+static secrets.
+Leaves: a `Credential`, rights and sessions at targets made or removed; TargetError, TargetRefusedError.
+Imports: `model`, `kernel`, `messages` and the drivers of targets; not `client` and `rego` beside it.
+Other packages add a backend by the entry point `ringfence.backends` (`all_backends`).
+Read first: this module (`Backend`, the interface), `jwt.py` (the pure token), `postgres/backend.py` (a role
+for each lease).
 """
 
 from __future__ import annotations

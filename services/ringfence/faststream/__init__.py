@@ -1,6 +1,13 @@
-"""FastStream subscribers for those who consume Ringfence's topics: SIEMs, tools of sponsors, platforms.
+"""FastStream subscribers for consumers of Ringfence's topics: SIEMs, tools of sponsors, platforms.
 
 Needs the extra `faststream`: `pip install 'ringfence[faststream]'`. See `docs/how-to/consume.md`.
+
+Enters: records of the topics `audit`, `approval.request`, `lease` and `action`; handlers of a program.
+Leaves: typed messages to handlers, at least once, signatures verified where there are any; `UnknownMessage`
+for others.
+Imports: every package below, and no `testing` beside it; it uses `client.settings`, `kernel` and `messages`.
+Read first: `router.py` (`RingfenceRouter`, the subscriptions and the pause after a failure),
+`record_decoder.py` (records into verified messages).
 """
 
 from __future__ import annotations

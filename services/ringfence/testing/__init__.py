@@ -1,15 +1,21 @@
 """An in-memory Ringfence for the test suites of agents: real rules, no Kafka, no Redis, no network.
 
 ```python
-pytest_plugins = ["ringfence.testing"]                  # in conftest.py; or make an InMemoryRingfence yourself
+pytest_plugins = ["ringfence.testing"]  # in conftest.py; or make an InMemoryRingfence yourself
 
 async def test_deploys(in_memory_ringfence):
     in_memory_ringfence.target("staging", verbs=["deploy"])
     agent = in_memory_ringfence.agent("deploy-bot")
     scope = [Permission(target="staging", verbs=["deploy"], resources=["env/**"])]
-    await deploy(agent, in_memory_ringfence.task("deploy-bot", scope))     # the code under test takes a ringfence.Agent
+    await deploy(agent, in_memory_ringfence.task("deploy-bot", scope))  # your code, with a ringfence.Agent
     assert [lease.status for lease in in_memory_ringfence.leases()] == ["released"]
 ```
+
+Enters: a test's calls: users, targets, agents, tasks, approvals, revocations, time.
+Leaves: `ringfence.Agent` and other SDK objects on an in-memory bus; leases and their states to assert.
+Imports: every package below, services included; it needs the extra `testing`. Not `faststream` beside it.
+Read first: `in_memory.py` (`InMemoryRingfence`, for a test), `services.py` (the handlers of four services,
+wired once more), `bus.py` (Kafka in memory).
 """
 
 from __future__ import annotations

@@ -1,10 +1,15 @@
 """Lease store: the live leases in Redis or Valkey (7 or newer), shared by all issuers and revokers.
 
-Leases are sharded. Each shard has a hash tag of its own, and every script touches one slot, so a cluster works. Scripts
-read Redis's clock, never the caller's. Every operation is idempotent: a repeat returns that it was done already.
+Leases are sharded. Each shard has a hash tag of its own, and every script touches one slot, so a cluster
+works. Scripts read Redis's clock, never the caller's. Every operation is idempotent: a repeat returns that it
+was done already. `rebuild` restores Redis from Kafka after data loss, `survey` checks its integrity, `codec`
+packs records.
 
-`store` has the operations, `scripts` their Lua, `keys` every Redis key. `rebuild` restores Redis from Kafka after data
-loss, `survey` checks its integrity, `codec` is the form of records in Redis.
+Enters: signed lease records, selectors, steps of leases; from issuer and revoker.
+Leaves: activations, due leases, outbox records to publish; UnavailableError if Redis does not answer,
+LostError if it may have lost leases.
+Imports: all of the model below it, `kernel` and `messages`; the console may not import it.
+Read first: `store.py` (the operations), `scripts.py` (their Lua), `keys.py` (every Redis key).
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """State machine of users, agents, targets and tasks: what each command changes, and who may give it. Pure.
 
-The registry applies these rules to each new command. Every reader applies the same rules again to the commands that a
-record embeds. So a registry that lies is detected.
+The registry applies these rules to each new command. Every reader applies the same rules again to the
+commands that a record embeds. So a registry that lies is detected.
+
+Enters: a state, a command of `messages.registry`, and a `Context` (signer, time, roles, consent).
+Leaves: the next state, or CommandRefusedError with a reason; where each key comes from (`KeyHistory`).
+Imports: `scope`, `identity` and lower parts of the model, `kernel` and `messages`.
+Read first: `apply.py` (dispatches a command to its rules), `context.py` (what a rule knows, shared checks),
+`key_history.py` (when a key is accepted for approvals).
 """
 
 from __future__ import annotations
