@@ -9,6 +9,11 @@ The order is fixed. `R` is the runner, `I` the init:
     I  started       or start_failed, with which the channel ends
     I  ended         the command's exit code, and what its connections carried
 
-Everything that comes from inside is untrusted: a message out of order, too late, too long or of another form ends the
-channel. `messages` has the messages; both sides import it. `channel` is the runner's side.
+Everything that comes from inside is untrusted: a message out of order, too late, too long or of another form
+ends the channel.
+Enters: messages of init.
+Leaves: messages of the runner, and errors (`ControlLostError`) to `runner.lifecycle`.
+Imports: messages.py only `kernel.base` and `runner.sandbox.backend`, no pydantic, as init imports it.
+channel.py also `kernel.crypto` and `ringfence.messages`.
+Read first: messages.py (the messages and their codec; both sides import it), channel.py (the runner's side).
 """

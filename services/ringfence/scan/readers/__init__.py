@@ -1,4 +1,11 @@
-"""The list of all readers. A reader that is not in it is never used."""
+"""The list of all readers of credentials. A reader that is not in it is never used.
+
+Enters: untrusted files, environments and the cloud metadata service (only with `--metadata`).
+Leaves: candidates.
+Imports: `scan.candidates` and the layers below it; no httpx, Kafka or Redis.
+Read first: reader.py (the interface), text_files.py (reads what no other reader reads), clouds.py (AWS,
+Azure, Google).
+"""
 
 from __future__ import annotations
 
