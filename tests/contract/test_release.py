@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md", "docs/release.md")),
     *sorted((ROOT / "docs/how-to").glob("*.md")),
+    *sorted((ROOT / "docs/contributors").glob("*.md")),
 ]
 _SECTION = re.compile(r"^## \[([^\]]+)\](?: - (\d{4}-\d\d-\d\d))?$", re.MULTILINE)
 _KINDS = {"Upgrading", "Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
@@ -44,6 +46,18 @@ def missing(page: Path) -> list[str]:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     shown = "\n".join(match["block"] or match["inline"] for match in _CODE.finditer(page.read_text()))
     return lost + [f"make {target}" for target in _MAKE.findall(shown) if target not in targets]
+
+
+def functions_of(file: Path) -> set[str]:
+    """The functions of a module, as `function()`, and the methods of its classes, as `Class.method()`."""
+    found = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            found.add(f"{node.name}()")
+        elif isinstance(node, ast.ClassDef):
+            methods = (one for one in node.body if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef))
+            found |= {f"{node.name}.{one.name}()" for one in methods}
+    return found
 
 
 def test_one_version_stands_everywhere() -> None:
@@ -79,3 +93,17 @@ def test_what_is_not_there_is_found(tmp_path: Path) -> None:
     assert missing(page) == [
         "tests/no.py", "contract/test_release.py::test_no", "make no", "make neither",
     ]  # fmt: skip
+
+
+def test_each_function_on_the_path_of_a_request_is_in_the_file_before_it() -> None:
+    text = (ROOT / "docs/contributors/code.md").read_text()
+    steps, _, rest = text.partition("## The packages")
+    package, functions, lost = ROOT / "services/ringfence", set[str](), list[str]()
+    for word in re.findall(r"`([\w./]+(?:\.py|/[\w/]+|\(\)))`", steps + rest.partition("## ")[0]):
+        if word.endswith("()"):
+            lost += [word] if word not in functions else []
+        elif word.endswith(".py") and (package / word).is_file():
+            functions = functions_of(package / word)
+        elif not (package / word).exists() and not (ROOT / word).exists():
+            lost.append(word)
+    assert lost == []
