@@ -3,7 +3,7 @@
 Enters: `lease` and `revocation.request`, read whole or as they come; the lease store in Redis.
 Leaves: restored records in Redis, republished records and epoch markers on `lease`, derived
 `revocation.request`; differences, for `ringfence rebuild --check`.
-Imports: `revoker.mass_expiry`, `revoker.lease_end`, `revoker.domain`, `revoker.settings`; not
+Imports: `revoker.lease_end`, `revoker.domain`, `revoker.settings`; not
 `revoker.revocations`.
 Read first:
   lease_watch.py           repairs differences as they appear
