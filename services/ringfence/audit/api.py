@@ -1,17 +1,10 @@
-"""The HTTP API of audit.
+"""The HTTP API of audit: answers queries and reports over events, serves approval history, and proofs for verifiers.
 
-HTTP API of audit: traces, events, actions, break glass and coverage, filtered by caller.
-
-Operators and auditors see everything; a sponsor sees events of their agents; a user sees what was done on their behalf.
-For events that a caller may not see, the API answers as if they did not exist.
-
-HTTP API of audit for reports over many events: the access report of a target, and exports.
-
-HTTP API of audit: how people answered requests of agents before, so that an approver sees what is unusual about one.
-
-An answer is an `approval.given`, an `approval.denied` or a `grant.given` that audit verified. Equal ones are counted.
-
-HTTP API of audit for verifiers: signed checkpoints, inclusion and consistency proofs (RFC 9162, section 2.1).
+Operators and auditors see everything; a sponsor sees events of their agents; a user sees what was done on their
+behalf. For events that a caller may not see, the API answers as if they did not exist. Approval history shows an
+approver what is unusual about a request: it has the `approval.given`, `approval.denied` and `grant.given` events that
+audit verified, with equal ones summed. Proofs are signed checkpoints, inclusion and consistency proofs (RFC 9162,
+section 2.1).
 """
 
 from __future__ import annotations

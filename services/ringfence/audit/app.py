@@ -1,10 +1,8 @@
-"""Wiring of the audit service.
+"""Wiring of the audit service, and its handler for records that fail verification on topics that no service consumes.
 
-Dead-letters malformed records on topics that no service consumes, and that yield no events themselves.
-
-A message that an audit service signed for `audit.checkpoint` is never dead-lettered. Each dead letter makes an event,
-each event extends the hash chain, and each longer chain gets a checkpoint: two versions that could not read each
-other's checkpoints would go on for ever.
+The handler dead-letters them; such topics yield no events themselves. A message that an audit service signed for
+`audit.checkpoint` is never dead-lettered. Each dead letter makes an event, each event extends the hash chain, and
+each longer chain gets a checkpoint: two versions that could not read each other's checkpoints would go on for ever.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Bounded in-memory state of audit between records: facts of requests and leases, and an index of seen messages.
+"""The working state of audit: creates its SQLite files, holds facts of requests and leases, and detects replays.
 
-The SQLite files of audit. They are private to its user, and created anew at each start from the topics.
+Facts and the replay index are in memory, and bounded. The SQLite files are private to audit's user, and created anew
+at each start from the topics.
 """
 
 from __future__ import annotations

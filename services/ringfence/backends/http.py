@@ -1,13 +1,10 @@
-"""Backend for static secrets of HTTP APIs: an API key, a password, a bearer token.
+"""Backend for static secrets of HTTP APIs (API key, password, bearer token), and protected calls to targets.
 
-Nothing is minted and nothing is handed out. A lease is the right to have the gateway inject the secret. The gateway
-reads the secret from a source of its own for each request. A secret that is replaced at its source takes effect at
-once, and no agent notices.
-
-Circuit breaker, bulkhead and deadline for calls to targets: a target that is down or hangs delays no other
-target.
-
-Cache of a backend's connections: one server object for each target, as the current secret names it.
+The backend mints nothing and hands out nothing. A lease is the right to have the gateway inject the secret, which the
+gateway reads from a source of its own for each request. So a secret that is replaced at its source takes effect at
+once, and no agent notices. For all backends, `CircuitBreaker` limits calls (circuit, bulkhead, deadline), so that a
+target that is down or hangs delays no other; `ConnectionCache` keeps one server object for each target, and replaces
+it when the target's secret changes.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Backend for access tokens: a JWT (RFC 9068) that a resource server verifies with the issuer's public keys and by
-introspection.
+"""Backend for access tokens (JWT, RFC 9068), and the issuer's token keys: sign tokens, publish the key set.
 
-Signing keys of access tokens, and their rotation: all keys are published, one of each algorithm signs.
-
-They never sign messages. A verifier of tokens knows these keys alone.
+A resource server verifies a token with the issuer's public keys and by introspection. For rotation, the next and the
+previous keys are published, too; one of each algorithm signs. Token keys never sign messages, and a verifier of
+tokens knows these keys alone.
 """
 
 from __future__ import annotations

@@ -1,10 +1,6 @@
-"""Checks of arguments that are lists: Python takes a string for a list of characters, and a message for its fields.
+"""Helpers of the SDK: check list arguments, find an item by prefix, start and close (`Lifetime`), describe approvers.
 
-Find an item by its id or by a unique prefix of its id.
-
-Base class of everything in the SDK that connects: `async with`, or `start` and `close`.
-
-Who must approve a request, in words.
+Python takes a string for a list of characters, and a message for its fields, so arguments that are lists are checked.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""What holds for every request and every response: names of the host, origins of writes, headers.
+"""Security of the console: guards requests and responses (hosts, origins, headers), keeps sessions, and seals values.
 
-Sessions: what a browser shows at each request, and nothing that this process has to remember.
-
-The cookie is a random secret, the session statement that the person signed at sign-in, and a MAC by the console's key,
-which it makes once the registry accepted the statement. So nothing else is taken for a session, replicas with the same
-key share sessions, and a restart ends none. The statement names the secret's digest and the console's key.
-
-Values that a console hands out and takes back: sealed, so that nobody else reads, changes or invents them.
-
-They take the place of a table of what is under way: every replica with the same key opens what another one sealed.
+The cookie is a random secret, the session statement that the person signed at sign-in, and a MAC by the console's
+key, which it makes once the registry accepted the statement. So nothing else is taken for a session, replicas with
+the same key share sessions, and a restart ends none. The statement names the secret's digest and the console's key.
+Sealed values take the place of a table of what is under way: nobody else reads, changes or invents them, and every
+replica with the same key opens what another one sealed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Decodes Kafka records of one topic into its messages, and verifies the signatures of those that are signed.
+"""Decodes Kafka records of one topic into messages, verifies their signatures, and follows the trust bundle in force.
 
-The trust bundle in force, read from Kafka the first time that somebody needs it.
+`TrustReader` reads the bundle from Kafka at the first call of `store`.
 """
 
 from __future__ import annotations

@@ -1,9 +1,4 @@
-"""Wiring of the gateway.
-
-The gateway's HTTP API for people: the state of a lease here.
-
-Wiring of the HTTP API for agents.
-"""
+"""Wiring of the gateway and its HTTP API for agents, and its HTTP API for people: reports the state of a lease."""
 
 from __future__ import annotations
 

@@ -1,14 +1,11 @@
-"""Minting of credentials that leave something at their target: announced on Kafka first, active only at the end.
+"""Mints credentials that leave something at their target, and encrypts credentials for gateways (JWE).
 
-The steps: Kafka acknowledges the `minting` record. The backend makes the credential at the target. Redis activates the
-lease conditionally. If the process dies in between, the announcement remains: whoever receives the decision again
-resumes, and a revoker that finds a lease unfinished removes what exists at the target. One call handles one target, so
-that no target waits for another.
+Steps: Kafka acknowledges the `minting` record. The backend makes the credential at the target. Redis activates the
+lease conditionally. If the process dies in between, the announcement remains: the issuer that receives the decision
+again resumes, and a revoker that finds a lease unfinished removes what exists at the target. One call, one target.
 
-Encryption of credentials for gateways (JWE with several recipients): to each gateway, and to the issuer itself.
-
-The issuer's own copy serves gateways that start later. Envelopes for gateways stand only on `credential.reply`. That
-topic is kept for as long as a lease can live.
+A JWE has each gateway as a recipient, and the issuer, whose own copy serves gateways that start later. Envelopes for
+gateways are only on `credential.reply`, a topic that is kept for as long as a lease can live.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What the tools do, by the SDK, as one agent. No result and no error has a credential in it.
+"""The tools of one agent, run by the SDK, and the credential requests that go on after their tool call has returned.
 
-Credential requests that go on while no tool call waits for them: a person may take longer than a call may.
+No result and no error has a credential in it.
 
-A request ends with its answer, by `withdraw`, or with the server. The SDK withdraws what nobody waits for any more.
+A person may take longer to approve than a call may last. A request ends with its answer, by `withdraw`, or with the
+server. The SDK withdraws what no call waits for any more.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The tools: names, descriptions for models, and the JSON schemas of arguments and results.
+"""The tools: names, descriptions for models, JSON schemas of arguments and results, and errors as a model reads them.
 
-What a tool returns ends up in the context of a model, and from there in logs and in other programs. So no result has a
-field that could hold a credential: an agent gets the handle of a lease, which the gateway turns into the credential.
+What a tool returns ends up in the context of a model, and from there in logs and in other programs. So no result has
+a field that could hold a credential: an agent gets the handle of a lease, which the gateway turns into a credential.
 
-What a tool says about an error: code, message, the missing permission and its side, and what to do next.
-
-Only errors of Ringfence's own are quoted. Anything else may hold what a program was given, so only its type is named.
+An error has code, message, the missing permission and its side, and what to do next. Only Ringfence's own errors are
+quoted. Anything else may hold what a program was given, so only its type is named.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""HTTP targets: the map from requests to verbs and resources, and the Model Context Protocol.
+"""HTTP targets: maps requests, those of the Model Context Protocol too, to verbs and resources. Pure.
 
-The request map of an HTTP target: says which HTTP request means which verb on which resource. Pure.
-
-The rules are ordered, and the first that matches counts. A request that matches no rule, or whose meaning is uncertain,
-has no verb, and nothing allows it. A request that two readers could understand differently is uncertain.
+The rules are ordered, and the first that matches applies. A request that matches no rule, or whose meaning is
+uncertain, has no verb, and nothing allows it. A request that two readers could understand differently is uncertain.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
-"""The registry's wiring.
+"""Builds the registry, and reads the public keys of token issuers over HTTPS (OpenID Connect Discovery 1.0).
 
-OpenID Connect Discovery 1.0: reads the public keys of token issuers over HTTPS. Only the registry does this.
-
-Keys are cached, and read again when a token names an unknown key. A minimum interval applies whatever tokens arrive.
-Otherwise strangers could make the registry send requests as often as they like.
+Only the registry reads these keys. They are cached, and read again when a token names an unknown key. A minimum
+interval applies whatever tokens arrive. Otherwise strangers could make the registry send requests without a limit.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The embedded engine: regorus, compiled once, in a worker process of the service.
+"""The embedded engine: evaluates the bundle with regorus, compiled once, in worker processes of the service.
 
-A worker process (`worker`) as the service sees it: it answers, or it is killed.
+A worker process answers in time, or it is killed and a new one replaces it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""HTTP API of the revoker: leases, of a caller's own agents, or all for operators and auditors.
+"""HTTP API of the revoker: the routes that list leases, runs and runner pools, and return one lease or run.
 
-HTTP API of the revoker: runs, as their runners said, of a caller's own tasks and agents, or all.
+A caller sees the leases and runs of its own agents and tasks, or on its behalf; operators and auditors see all. The
+state of a run is what its runner reported.
 """
 
 from __future__ import annotations

@@ -1,19 +1,11 @@
-"""Periodic work: removal of orphaned credentials at targets, tombstones for old leases, heartbeats.
+"""Periodic work: sends heartbeats, removes orphaned credentials at targets, writes tombstones for old leases.
 
-Heartbeat of the revoker: signs once a second the digests of `lease` and `revocation.request`.
-
-Readers of those topics compare the digests with what they have read (`stream_digests`). A heartbeat also names consumer
-groups that have halted. It continues after a halt, so that issuers and gateways learn of it (`revoker_halts`).
-
-Orphaned credentials: reconciles the credentials at targets with the leases, and removes those without a lease.
-
-A lease is announced before a credential is made at its target. So each credential there has a record, unless an issuer
-that died or was delayed made it after the lease's end. Such an orphan is removed once it has been seen for a while.
-
-Retention of `lease`: writes tombstones for leases that ended long ago, so that the topic does not grow for ever.
-
-The topic is compacted: the last record of a key stays until a tombstone follows. One revoker reads the topic from where
-it stopped, up to the first record that is not old enough.
+Heartbeats sign the digests of `lease` and `revocation.request` once a second, for readers to compare
+(`stream_digests`), and name halted consumer groups (`revoker_halts`). They continue after a halt.
+An orphan is a credential without a lease: a lease is announced before its credential is made, so an issuer that died
+or was delayed made it after the lease's end. It is removed once it has been seen for a while.
+`lease` is a compacted topic: the last record of a key stays until a tombstone follows. One revoker reads it from
+where it stopped, up to the first record that is not old enough.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The running runs of this process: started up to the pool's concurrency, frozen, and ended with the process.
+"""The running runs of this process, up to the pool's concurrency, and the stops of runs that users order.
 
-Stops of runs, which users order. Every runner reads all of them, because a run ends where it was started.
+Runs are frozen and destroyed when the runner is cut off, and end with the process. Every runner reads all stops,
+because a run ends where it was started.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Wiring of the runner: runs for fleets, by signed orders over Kafka.
+"""Wiring of the runner: starts runs by signed orders over Kafka, and reports runs that it left unfinished as lost.
 
-Reconciliation of the topic `run` with the running runs: those that this runner left unfinished are reported as lost.
-
-A run is left unfinished by a runner that was killed, or that could not publish its end.
+A run is left unfinished by a runner that was killed, or that could not publish its end: `UnfinishedRuns` compares the
+topic `run` with the running runs.
 """
 
 from __future__ import annotations

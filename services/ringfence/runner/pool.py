@@ -1,9 +1,8 @@
-"""The pool of a runner: the images, mounts and limits that its owner offers to orders; and the check of an order.
+"""The pool of a runner: images, mounts and limits that orders may request; and the supervision of a local run.
 
 An order names a pool, an image by its digest and mounts by their names. Paths of hosts and values of the environment
-are in the pool's file alone.
-
-The supervision of a local run: heartbeats that name it, the guard of their silence, and stops.
+are in the pool's file alone. A local run is supervised by heartbeats that name it, the guard of their silence, and
+stops (`guarded`).
 """
 
 from __future__ import annotations

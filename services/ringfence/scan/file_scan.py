@@ -1,10 +1,8 @@
-"""Scans single files in worker processes: the readers of a file yield candidates, which become findings.
+"""Scans single files in worker processes: finds the readers of a path, and turns their candidates into findings.
 
-An index from paths to their readers: by file name first, then by the folders above.
-
-Published example credentials: vendors print them in documentation, or ship them for tests and emulators.
-
-The module has digests alone, so that no scanner reports it.
+Readers are found by file name first, then by the folders above (`PathIndex`). Example credentials that vendors
+publish in documentation, or ship for tests and emulators, are recognised by digest (`is_published`): the module has
+digests alone, so that no scanner reports it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""The result of a scan: typed findings, and notes on what could not be read. None of it holds a secret.
+"""The result of a scan: findings, notes on what could not be read, and the value of a discovered secret in memory.
 
-The value of a discovered secret: it has no text form, cannot be pickled, and leaves only as a fingerprint.
+No finding or note holds a secret. `SecretValue` has no text form, cannot be pickled, and leaves only as a
+fingerprint.
 """
 
 from __future__ import annotations

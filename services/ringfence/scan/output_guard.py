@@ -1,10 +1,9 @@
-"""The guard of outputs: masks six consecutive characters of any discovered secret in text that comes from files.
+"""Masks discovered secrets in the output of a scan, and protects the memory of its processes from dumps and overuse.
 
-No reader puts a secret into a text on purpose. But a file's name, a field or a subject may repeat one, also one that
-is in another file. The guard keeps hashes of all pieces of six characters, and no secret. They are Python's own hashes,
-which have a random key in each process that its forked workers share: they mean nothing elsewhere, and are not written.
-
-Protects the memory of a scan: it is not dumped, other processes of the user cannot read it, and it is bounded.
+No reader puts a secret into a text on purpose, but a file's name, a field or a subject may repeat one, also one that
+is in another file. Six consecutive characters of a secret are masked. The guard keeps hashes of all such pieces, and
+no secret. They are Python's own hashes, which have a random key in each process that its forked workers share: they
+mean nothing elsewhere, and are not written.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""Forms of a report for programs and for people: JSON, SARIF, OCSF, HTML. The command line has the table.
+"""Writes a scan report for programs and for people: JSON, SARIF, OCSF and HTML. The command line has the table.
 
-The report as JSON, for `--json`.
-
-The report as one HTML file without scripts or anything from elsewhere, with the matrix of patterns and rings.
-
-The report as OCSF 1.5.0 Detection Findings (class 2004), one JSON object each, for SIEMs.
-
-The report as SARIF 2.1.0, for code scanning of forges.
+JSON: the whole report, for `--json`.
+HTML: one file without scripts or anything from elsewhere, with the matrix of patterns and rings.
+OCSF 1.5.0: Detection Findings (class 2004), one JSON object each, for SIEMs.
+SARIF 2.1.0: for code scanning of forges.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""Wiring of the SCIM 2.0 service provider.
-
-Reconciles users with the delegation, and confirms entitlements before they expire.
+"""Wiring of the SCIM 2.0 service provider, and the periodic refresh of users' entitlements from the delegation.
 
 If an operator changed the delegation, every user gets what it grants now. Entitlements expire with age. A directory
 reports changes only, so while it calls, its silence about a user means that nothing changed, and the entitlements are

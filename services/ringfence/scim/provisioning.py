@@ -1,8 +1,7 @@
-"""Carries out SCIM changes as signed provisioner commands, one request at a time.
+"""Carries out SCIM changes as signed provisioner commands, and reads the users and groups of one provisioner.
 
-The registry and all readers check each command against the delegation. Nothing is kept here.
-
-The users and groups of one provisioner, read from the verified records. The service keeps nothing else.
+Commands are sent one request at a time. The registry and all readers check each against the delegation. Users and
+groups come from the verified records: the service keeps nothing else.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Push delivery (RFC 8935): each event is retried until its receiver takes it, or refuses it repeatedly.
+"""Delivers events to receivers: by push with retries (RFC 8935), and by poll from a bounded window (RFC 8936).
 
-Poll delivery (RFC 8936): the events of one stream that wait for their receiver. Further events wait on Kafka.
+Push retries each event until its receiver takes it, or refuses it repeatedly. Poll keeps the events of one stream
+that wait for their receiver; further events wait on Kafka.
 """
 
 from __future__ import annotations

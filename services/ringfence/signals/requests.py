@@ -1,6 +1,7 @@
-"""Request bodies of receivers: stream management (SSF 1.0, 8.1) and polls (RFC 8936, 2.2).
+"""The receivers that the operator declares in a TOML file, and the request bodies that receivers send.
 
-The receivers that the operator declares in a TOML file, and what each may be told. A receiver can only narrow it.
+Bodies are those of stream management (SSF 1.0, 8.1) and of polls (RFC 8936, 2.2). The file limits what each receiver
+may learn; a receiver can only narrow it.
 """
 
 from __future__ import annotations

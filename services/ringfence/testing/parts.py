@@ -1,10 +1,9 @@
-"""Backends in memory: tokens are real; credentials of other kinds are what the test says.
+"""In-memory parts for tests: credential backends, a connection of the SDK, a service runtime, and a Rego engine.
 
-A connection of the SDK to an in-memory bus: all of `ringfence.Agent`, `Sponsor` and `Administrator` stands on it.
-
-What the handlers of a service need, in memory: identity, trust, a publisher, dead letters. Nothing is started.
-
-The Rego bundle, evaluated in this process: a test brings its own bundle, and needs no worker that can be killed.
+Backends: tokens are real; credentials of other kinds are what the test gives.
+Connection: `ringfence.Agent`, `Sponsor` and `Administrator` all work on it, over an in-memory bus.
+Runtime: what the handlers of a service need (identity, trust, a publisher, dead letters). Nothing is started.
+Rego engine: evaluates in this process; a test brings its own bundle, and needs no worker that can be killed.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""The coverage report: how many leases and actions trace back to a human, by verified events. Pure.
+"""Reports computed from audit events: coverage of leases and actions, and access to a target. Pure.
 
-A lease traces back to a human if all these were verified and agree: its issue, the decision that it names, the agent's
-request in that decision, and the task. They must also name a user on whose behalf it was issued. An action traces back
-if its lease does. Whatever cannot be traced counts against.
-
-The access report: who acted at a target, and who held a credential for it. Pure: events in, counts out.
-
-Each line names people: the sponsor of the agent, and the user on whose behalf it acted.
+Coverage is how many leases and actions trace back to a human. A lease does if all these were verified and agree: its
+issue, the decision that it names, the agent's request in that decision, and the task. They must also name a user on
+whose behalf it was issued. An action does if its lease does. Whatever cannot be traced is reported as untraced. The
+access report lists who acted at a target and who held a credential for it. Each line names people: the sponsor of the
+agent, and the user on whose behalf it acted.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Filters over audit events: parsed from the query parameters of the HTTP API, rendered as SQL conditions.
+"""Filters of audit events, and the gateway report: parses query parameters, renders SQL conditions, groups actions.
 
-The gateway report: counts of audited actions, grouped by agent, target, outcome and reason; unknown destinations.
+The report has numbers of audited actions by agent, target, outcome and reason, blocked actions over time, and blocked
+requests to unknown destinations.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
 """The chain writer: appends the events of `audit.intake` to the hash chains on `audit`, and signs checkpoints.
 
 One process writes all partitions, the others are on standby. Each batch is one Kafka transaction: its events, and the
-offsets that were read for them. Checkpoints are transactions of their own. A process that takes over fences the writer
-before it, and continues from what is committed. So a process that was killed, or paused and resumed, never leaves two
-events with one number.
-
-A cache of the events that this process wrote to `audit`: read back byte by byte, they need no parsing or hashing.
+offsets that were read for them. Checkpoints are transactions of their own. A process that takes over fences the
+writer before it, and continues from what is committed. So a process that was killed, or paused and resumed, never
+leaves two events with one number. `WrittenEventCache` keeps the events that this process wrote to `audit`: read back
+byte by byte, they need no parsing or hashing.
 """
 
 from __future__ import annotations

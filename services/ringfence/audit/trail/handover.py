@@ -1,16 +1,10 @@
-"""The handover of events to the chain writer: signed messages on `audit.intake`, many events in each.
+"""The handover of events to the chain writer: signs messages on `audit.intake`, and looks up which events they hold.
 
-Looks up which events on `audit` an audit service handed over. Without a checkpoint, anybody may have written others.
-
-Handed-over events are on `audit.intake`, signed.
-
-The search starts at the offset up to which events are chained, and alternates between later and earlier ranges until
-no event is missing. Earlier ranges hold what was handed over and chained last, which is all that callers look up.
-Later ranges hold what was handed over since, and also the rest if somebody set the committed offset back.
-
-The cost is bounded. Events are chained in the order of their handover, so few other events lie between those that are
-looked up. An attacker who forges events, which are never found, or repeats old ones, cannot cause the whole topic to be
-read.
+A message holds many events. Without a checkpoint, events on `audit` may be forged: only the handover tells. The
+search starts at the offset up to which events are chained, and alternates between later and earlier ranges until no
+event is missing. Earlier ranges hold what was chained last; later ones what was handed over since, and the rest if
+the committed offset was set back. Events are chained in the order of handover, so the cost is bounded: an attacker
+who forges events, or repeats old ones, cannot cause the whole topic to be read.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Translation of a scope into PostgreSQL privileges: exactly these rights on these objects, or none. Pure, no I/O.
+"""Translation of a scope into PostgreSQL privileges, and the constant SQL queries of the backend. Pure, no I/O.
 
-A resource is `database`, `database/schema`, `database/schema/table` or `database/schema/table/column`. Names are those
-of the catalogue as they are, never folded and never cut. The database is literal, and one for a whole lease, because a
-credential logs in to one. Below it, a wildcard means the objects that exist when the credential is made.
-
-SQL queries, all constant. Values are passed as parameters; names appear only in GRANT.
+A scope becomes exactly these rights on these objects, or none. A resource is `database`, `database/schema`,
+`database/schema/table` or `database/schema/table/column`. Names are those of the catalogue as they are, never folded
+and never cut. The database is literal, and one for a whole lease, because a credential logs in to one. Below it, a
+wildcard means the objects that exist when the credential is made. Queries get values as parameters; names appear only
+in GRANT.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""OpenSSH user certificates: contents and signing.
+"""OpenSSH user certificates: translates a scope into rights at a host, and signs a certificate for them.
 
-Translation of a scope into rights at an SSH host: one user, and the commands or kinds of access that it allows.
-
-A resource is `user` or `user/command`. `read` and `write` are rights on a command. The host's administrator names each
-command, and says which of the two it is. `shell` (every command), `terminal` and `forward` (TCP connections to and from
-wherever the host can) are rights on the user. A scope that a certificate cannot express exactly is refused, never
-rounded up.
+A resource is `user` or `user/command`. `read` and `write` are rights on a command. The host's administrator names
+each command, and says which of the two it is. `shell` (every command), `terminal` and `forward` (TCP connections to
+and from wherever the host can) are rights on the user. A scope that a certificate cannot express exactly is refused,
+never rounded up.
 """
 
 from __future__ import annotations

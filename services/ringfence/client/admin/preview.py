@@ -1,6 +1,6 @@
-"""Previews what a task will allow. It informs only: policy and issuer decide for themselves.
+"""Previews of a change: computes what a new task will allow, and asks the revoker which leases a change would end.
 
-Preview of leases that a change would end: asks the revoker before the change is signed.
+A preview informs only: policy, issuer and revoker decide for themselves.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Signed commands of a provisioner: users within what an operator delegated to named groups.
+"""Provisioning of users: signs a provisioner's commands, and reconciles the users with a file.
 
-Reconciles users with a file: what has to change, and carrying it out.
+A provisioner manages users within what an operator delegated to named groups. `plan` compares the records with the
+file, and `carry_out` sends the commands.
 """
 
 from __future__ import annotations

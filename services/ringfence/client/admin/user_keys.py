@@ -1,12 +1,9 @@
-"""Keys of people: invitations, proofs of possession, co-signatures, and the commands that add and end a key.
+"""Keys of people: invite to a key, prove, co-sign and list keys, and verify the attestation of a new passkey.
 
-An invitation, a possession and a co-signature are signed apart, often by three people, and stand in one `user.add-key`.
-None of them adds anything by itself.
-
-Attestation of a new passkey: its authenticator's maker vouches that the key lives in an authenticator of that model.
-
-WebAuthn Level 3, 7.1 and 8. An operator verifies it against roots of their choice, before they sign the key in as
-attested. Needs the extra `passkeys`.
+An invitation, a possession and a co-signature are signed apart, often by three people, and go into one
+`user.add-key`. None of them adds anything by itself. An attestation is the maker's statement that a passkey lives in
+an authenticator of that model (WebAuthn Level 3, 7.1 and 8). An operator verifies it against roots of their choice,
+before they sign the key in as attested. Needs the extra `passkeys`.
 """
 
 from __future__ import annotations

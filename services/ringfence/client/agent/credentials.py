@@ -1,11 +1,9 @@
-"""Credential classes of the SDK, one for each kind: how it is used, and how it is wiped. None renews itself.
+"""Credential classes of the SDK, one for each kind: apply a credential, wipe it, and pass it to a program.
 
-`apply()` returns what the usual client library of the kind takes. A kind of a third-party backend has no class here:
-only its value is known.
-
-Passes a credential to a program in environment variables that programs of its kind read.
-
-What a program only reads from files is written with mode 0600 to a folder that is deleted when the program ends.
+`apply()` returns what the usual client library of the kind takes. No credential renews itself. A kind of a
+third-party backend has no class here: only its value is known. A program gets a credential in environment variables
+that programs of its kind read. What it only reads from files is written with mode 0600 to a folder that is deleted
+when the program ends.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""An agent's connection by the gateway's HTTP API (`RINGFENCE_DOOR`), without Kafka, and without credentials for it.
+"""An agent's connection by the gateway's HTTP API (`RINGFENCE_DOOR`), without Kafka, and the id of this process.
 
-It carries requests, withdrawals and releases, sealed replies and the trust bundle. Commands and records need Kafka.
-
-A random id of this process, which tells processes with the same key apart. A forked child gets its own.
+It carries requests, withdrawals and releases, sealed replies and the trust bundle, and needs no credentials for
+Kafka. Commands and records need Kafka. The process id is random: it tells processes with the same key apart; a forked
+child gets its own.
 """
 
 from __future__ import annotations

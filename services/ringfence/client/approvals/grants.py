@@ -1,6 +1,6 @@
-"""Grants: approvals in advance, for a number of credentials of one agent, in one task, at one target, until a time.
+"""Grants (approvals in advance) and reviews of break glass: signs a grant, lists uses of break glass, signs a review.
 
-The reviewer's side of break glass: list its uses, and sign a review of one.
+A grant is for a number of credentials of one agent, in one task, at one target, until a time.
 """
 
 from __future__ import annotations

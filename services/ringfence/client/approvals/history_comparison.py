@@ -1,10 +1,8 @@
-"""How a request differs from what people approved for its agent in the last 30 days.
+"""Pending credential requests: groups equivalent ones, and compares one with what people approved before.
 
-A credential request that waits for approval, as it is shown to a person.
-
-Groups requests that would produce the same credential, so that an approver sees each question once.
-
-Somebody who is asked the same thing ten times stops reading.
+Requests that would produce the same credential form one group, so that an approver sees each question once: somebody
+who is asked the same thing ten times stops reading. The comparison covers answers to the agent's requests in the last
+30 days.
 """
 
 from __future__ import annotations

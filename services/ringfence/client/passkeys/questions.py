@@ -1,19 +1,10 @@
-"""Questions for the sign page: what a person is asked to sign, with the signed messages that it is shown by.
+"""Signing with a passkey: composes a question for the sign page, serves it on loopback, and verifies the answer.
 
-Anybody may compose a question. The page verifies the evidence up to its pinned root, and shows only that.
-
-A person who signs with a passkey, as the identity of a connection.
-
-The question server, on the loopback interface: gives the sign page one question, and takes one answer.
-
-Any page in the person's browser, and any local user, can connect to a port. So the path is random, the `Host` is that
-of this port, and the `Origin` is the sign page's: another page gets nothing, and learns nothing by the attempt. These
-checks prove nothing about an answer: the caller's `accept` verifies it.
-
-Signs messages with a person's passkey: shows a link to the sign page, and verifies what comes back.
-
-The answer has to be exactly what was asked, besides what the page stamps, and by a passkey of that person. The services
-verify the same; here it is told at once, and nothing else is published.
+Anybody may compose a question. The page verifies the evidence up to its pinned root, and shows only that. Any page in
+the person's browser, and any local user, can connect to the question server's port. So the path is random, the `Host`
+is that of this port, and the `Origin` is the sign page's. These checks prove nothing about an answer: the caller's
+`accept` verifies it. The answer has to be exactly what was asked, besides what the page stamps, and by a passkey of
+that person. The services verify the same; here a fault is found at once, and nothing else is published.
 """
 
 from __future__ import annotations

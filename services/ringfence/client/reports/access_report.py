@@ -1,8 +1,8 @@
-"""Access report: who could reach a target, by policy, and who acted there, by audit.
+"""Reports of the SDK: who could reach a target and who acted there, the coverage shares, and the agent inventory.
 
-Coverage report: which share of leases and actions can be traced to a human, summed over audit's pages.
-
-The agent inventory, from policy's pages, with overdue leases from the revoker and long tasks from the registry.
+Access combines reach by policy with actions by audit. Coverage is the share of leases and actions that can be traced
+to a human, summed over audit's pages. The inventory comes from policy's pages, with overdue leases from the revoker
+and long tasks from the registry.
 """
 
 from __future__ import annotations

@@ -1,25 +1,11 @@
-"""A proxy on the loopback interface that forwards to the unix socket of one task.
+"""A loopback proxy that forwards to the unix socket of one task, and the environment variables for its programs.
 
-The socket authenticates by its file mode. Any local user can connect to a port, so here a random password
-authenticates. Inside a sandbox the loopback interface is the sandbox's own, and no password is needed. With the
-password:
-
-- Nothing reaches the socket before the credentials of that very request were checked (RFC 9110, 11.7). They are not
-  forwarded.
-- A connection carries one request, or one CONNECT. The gateway is told to close (`Connection: close`), and what follows
-  the body of the request is not forwarded. So no request can follow an authenticated one on its connection.
-- Bytes are relayed both ways only after the gateway accepted a CONNECT. What they mean is then the gateway's business:
-  it ends the TLS inside, and decides each request.
-- Heads and bodies are read by the gateway's own strict parser, and bodies are framed anew. The gateway cannot see
-  another end of a request than this proxy.
-- A connection that has not authenticated has a time limit for its head. If there are many such connections, the oldest
-  makes room: local users without the password cannot keep out one who has it.
-
-Nothing is logged, so the password is in no log.
-
-Counts of connections and bytes of a proxy or a relay.
-
-Environment variables by which common programs find a proxy and the certificate that it shows.
+The socket authenticates by its file mode; any local user can connect to a port, so here a random password does (not
+in a sandbox, whose loopback is private). No byte reaches the socket before a request's credentials were checked (RFC
+9110, 11.7); they are not forwarded. A connection carries one request or CONNECT, so none can follow an authenticated
+one. Bytes are relayed both ways only after the gateway accepted a CONNECT. The gateway's own strict parser reads
+heads and bodies, and bodies are framed anew, so proxy and gateway see the same end of a request. Heads have a time
+limit, and the oldest unauthenticated connection makes room: local users cannot keep out the agent. Nothing is logged.
 """
 
 from __future__ import annotations

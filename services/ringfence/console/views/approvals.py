@@ -1,6 +1,6 @@
-"""Approvals: what waits, in groups of equivalent requests, and one request by itself.
+"""Approval pages: show pending requests in groups of equivalent ones, and how each differs from earlier answers.
 
-How a request differs from what people answered for its agent before, as audit knows it, in the last 30 days.
+The comparison uses what people answered for the agent in the last 30 days, as audit knows it.
 """
 
 from __future__ import annotations

@@ -1,16 +1,7 @@
-"""All pages by path, and the navigation.
+"""The console's pages by path, and the navigation: agents, coverage, grants, leases, offers and tasks.
 
-Agents: the inventory, and one agent.
-
-Coverage: who answers for agents, leases and actions, and which privileges stand.
-
-What was approved ahead, and how much of it was used.
-
-Leases that have not ended, and one lease.
-
-An agent that its sponsor offers to whoever has the address of this page.
-
-Tasks, and one task with what hangs on it.
+Coverage shows who answers for agents, leases and actions, and which leases are standing. Grants show how much of each
+was used. An offer is an agent that its sponsor offers to anyone with the address of the page.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""The HTTP API for agents: `POST /v1/requests`, `GET /v1/requests/ID`, `GET /v1/tasks/ID` and `GET /v1/trust`.
+"""The HTTP API for agents: publishes posted messages, returns sealed replies, and shows an agent its tasks.
 
-It verifies the sender of a message and publishes it, returns sealed replies to the sender, and shows an agent its own
-tasks. It decides nothing else, and cannot read a reply. Over a task's socket only that task's messages count, over
-a run's socket only those of its instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key that signed the
-message.
-
-An agent's view of its own task: the terms, and the leases that requests through this gateway may use. Pure.
+It serves `POST /v1/requests`, `GET /v1/requests/ID`, `GET /v1/tasks/ID` and `GET /v1/trust`. It verifies the sender
+of a message, decides nothing else, and cannot read a reply. Over a task's socket it accepts only that task's
+messages, over a run's socket only those of its instance. Elsewhere each call needs a DPoP proof (RFC 9449) by the key
+that signed the message. The view of a task has its terms, and the leases that requests through this gateway may use.
 """
 
 from __future__ import annotations

@@ -1,14 +1,10 @@
-"""Publishes each posted message once, and remembers who may ask for the replies to it (idempotent producer).
+"""Messages that agents post: verifies each, publishes it once (idempotent producer), and keeps a journal for replies.
 
-The memory is bounded and of this gateway: requests outlive a restart by a journal. A message that is posted again at
-another gateway, or once it is forgotten, is a replay on Kafka: policy and revoker report it, and it changes nothing.
-
-The journal of posted requests on disk. After a restart, it shows the gateway which agent may fetch which replies.
-
-It is a cache of this gateway: a file of JSON lines, without anything secret. What it lacks, an agent proves by posting
-the same bytes again. A line is written once Kafka has acknowledged the request.
-
-Verifies what an agent posts: exactly the messages that agents may sign, by the rules of those who act on them.
+Exactly the messages that agents may sign are accepted, by the rules of the services that act on them. The memory of
+who may ask for which replies is bounded and of this gateway; the journal, a file of JSON lines without anything
+secret, keeps it over a restart. A line is written once Kafka has acknowledged the request. What the journal lacks, an
+agent proves by posting the same bytes again. A message that is posted again at another gateway, or once it is
+forgotten, is a replay on Kafka: policy and revoker report it, and it changes nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Forwards requests to their targets: with the credential injected, or unchanged in observe mode.
+"""Forwards requests to their targets, and pools the connections to them.
 
-The connection pool of upstream targets: connections are verified, used by one request at a time, and reused if
-clean.
+A request gets the credential injected, or is unchanged in observe mode. Connections are verified, used by one request
+at a time, and reused if clean.
 """
 
 from __future__ import annotations

@@ -1,11 +1,9 @@
-"""A TLS listener with limits: each handshake is counted before it begins, and has a deadline.
+"""The gateway's TLS for agents: a listener that limits handshakes, and a private CA that signs certificates.
 
-The event loop's own TLS server would begin any number of handshakes, and not report those that fail.
-
-A private certificate authority, kept in memory, by which this gateway terminates the TLS of its agents.
-
-Its certificate has name constraints (RFC 5280, 4.2.1.10) for the hosts of targets: who trusts it trusts it for nothing
-else. When a host is added, the same key signs a new certificate. The old one stays valid for the old hosts.
+Each handshake is registered before it begins, and has a deadline. The event loop's own TLS server would begin any
+number of handshakes, and not report those that fail. The CA is kept in memory. Its certificate has name constraints
+(RFC 5280, 4.2.1.10) for the hosts of targets: agents that trust it trust it for nothing else. When a host is added,
+the same key signs a new certificate. The old one stays valid for the old hosts.
 """
 
 from __future__ import annotations

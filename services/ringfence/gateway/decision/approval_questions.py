@@ -1,13 +1,10 @@
-"""The open approval questions of this gateway: which are open, who waits for them, and their answers. Pure and bounded.
+"""Approval questions of this gateway: tracks the open ones and their answers, and selects the headers they cover.
 
-A question stays open until it expires, answered or not. So a denied question is not asked again, and the number of
-questions of one agent is limited. Only the use of an approval makes room.
-
-The headers that an approval covers. Exactly these are forwarded with an approved action, and no others.
-
-A header can change the meaning of the same bytes (`Content-Type`, `Content-Encoding`, `Destination`). So an approval
-covers all headers that will be forwarded, before the credential is added. Values may be secrets, and the topic keeps a
-question for days: the person sees the values of a fixed list, and only the names of all others.
+A question stays open until it expires, answered or not: a denied question is not asked again, and the number of
+questions of one agent is limited. Only the use of an approval makes room. All is pure and bounded. A header can
+change the meaning of the same bytes (`Content-Type`, `Content-Encoding`, `Destination`), so an approval covers all
+headers that will be forwarded, before the credential is added, and no others are forwarded. Values may be secrets,
+and the topic keeps a question for days: the person sees the values of a fixed list, else only names.
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""The state of one decision in progress: what earlier steps found, for later steps and for the event.
+"""The context of one decision (what earlier steps found, for later ones and the event), action ids, and observe mode.
 
-Action ids: random UUIDs (RFC 9562, 5.4) from a buffer of random bytes.
-
-Observe mode: at configured targets, a request that would be blocked is recorded and forwarded as the agent sent it.
-
-It shows what agents do with inherited credentials, before those are withdrawn. Ringfence injects nothing, so agents can
-do nothing that they could not do without a gateway. Refusals that do not concern scope remain: an unknown target, a
-gateway that cannot decide, another agent's handle, and everything that people ended.
+Action ids are random UUIDs (RFC 9562, 5.4) from a buffer of random bytes. In observe mode, at configured targets, a
+request that would be blocked is recorded and forwarded as the agent sent it. It shows what agents do with inherited
+credentials, before those are withdrawn. Ringfence injects nothing, so agents can do nothing that they could not do
+without a gateway. Refusals that do not concern scope remain: an unknown target, a gateway that cannot decide, another
+agent's handle, and everything that people ended.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The audit events of decisions, on the topic `action`, and their metrics.
+"""The audit events of decisions, on the topic `action`, and of requests that a data plane blocked before a decision.
 
-Events for requests that a data plane blocked before a decision, rate limited by `RefusalCounts`.
+Decisions also have metrics. Events of blocked requests are rate limited by `RefusalCounts`.
 """
 
 from __future__ import annotations

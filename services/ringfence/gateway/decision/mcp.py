@@ -1,10 +1,8 @@
-"""MCP at the gateway: each request must carry exactly one message of a known revision, of its own sender.
+"""Parses requests to MCP endpoints: one message each, of a known revision, bound to the lease of its own sender.
 
 Sessions (up to 2025-11-25), tasks of a server, and states of retried requests (2026-07-28) belong to the lease that
-opened them. Requests with one use that lease and no other, and they end with it. So all carry the same credential, and
-no other sender gets in.
-
-Sessions and tasks of MCP servers, each bound to the lease that opened it. They end with the lease.
+opened them (`BindingTable`). Requests with one use that lease and no other, and they end with it. So all carry the
+same credential, and no other sender gets in.
 """
 
 from __future__ import annotations

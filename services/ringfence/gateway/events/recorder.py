@@ -1,11 +1,9 @@
-"""Records decisions on the topic `action`: first in the spool on disk, then in the background on Kafka.
+"""Records decisions on the topic `action`, first in the spool, then on Kafka, and limits the rate of refusal events.
 
-Rate limiting of refusal events: refusals that cost their sender nothing are counted instead of recorded one by one.
+Refusals that cost their sender nothing are added up by kind. The first of a kind is recorded at once, further ones
+within a second as one event with their count. So the numbers miss nothing of a flood, and the spool does not fill.
 
-The first refusal of a kind is recorded at once, further ones within a second as one event with their count. So the
-numbers miss nothing of a flood, and the spool does not fill.
-
-Fields of an action's event that are derived from its request and its lease, and the counter of decisions.
+An event has fields that are derived from the request and its lease: delegation chain, method, label and digest.
 """
 
 from __future__ import annotations

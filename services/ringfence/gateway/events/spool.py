@@ -1,14 +1,11 @@
-"""A durable queue on disk for events until Kafka has them: no decision is lost, and no request waits for Kafka.
+"""The spool, a durable queue on disk for events until Kafka has them, and the destination of an attempt.
 
-It is a folder of numbered append-only segments. An entry is its length and CRC-32 (4 bytes each, big-endian), then its
-bytes. `append` returns after the write, so entries survive the end of the process; `sync`, called once a second, makes
-them survive a crash of the machine. A segment is deleted when Kafka has all of it. Delivery is at least once: what was
-published but not marked is published again after a crash. The id of each event allows deduplication.
+The spool is a folder of numbered append-only segments. An entry is its length and CRC-32 (4 bytes each, big-endian),
+then its bytes. After `append` an entry survives the end of the process, after `sync` (once a second) a crash of the
+machine. A segment is deleted when Kafka has all of it. Delivery is at least once: event ids allow deduplication.
 
-The destination of a refused request, for its event: bounded, printable, without query and user information.
-
-The sender chose it, so no decision depends on it. Secrets do not belong in a path. Those of a known form, and the
-handle that the request shows, are redacted.
+A destination is bounded, printable, and without query and user information; secrets of a known form and the handle of
+the request are redacted. The sender chose it, so no decision depends on it.
 """
 
 from __future__ import annotations

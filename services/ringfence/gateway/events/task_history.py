@@ -1,6 +1,6 @@
-"""The recent actions of each task, as input for the bundle: counts, and a sliding window of one minute.
+"""The recent actions of each task, as input for the bundle, and a check that Kafka has all events of a run.
 
-Tells whether Kafka has all events of a run that has ended.
+A task's history has counts by target and verb, and a sliding window of one minute.
 """
 
 from __future__ import annotations

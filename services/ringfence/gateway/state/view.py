@@ -1,11 +1,9 @@
-"""The gateway's view of records, leases and revocations, and its freshness. A stale view denies everything.
+"""The gateway's view: applies records, leases and revocations from Kafka, and denies everything once it is stale.
 
 Freshness is checked against what registry and revokers sign once a second (`heartbeat`).
 
-Applies lease records and revocations from Kafka to the lease table, and acknowledges each revocation (a cut).
-
-A revocation is acknowledged once nothing more can be forwarded under it: the table has it, and every decision in
-progress checks the table once more at its end.
+A revocation (a cut) is acknowledged once nothing more can be forwarded under it: the table has it, and every decision
+in progress checks the table once more at its end.
 """
 
 from __future__ import annotations

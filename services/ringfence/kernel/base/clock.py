@@ -1,10 +1,10 @@
-"""Clocks. Rules do not read a clock: callers pass the time in, in UTC.
+"""Clocks, the detection of clock skew, and the conversion of moments to UTC dates and text.
 
-Detection of clock skew: compares this machine's clock with those of the broker and of Redis.
+Rules do not read a clock: callers pass the time in, in UTC. `SkewCheck` compares this machine's clock with those of
+the broker and of Redis.
 
-Moments as UTC dates and as text. Both functions are total: records and tokens of others may hold any number.
-
-Nothing else converts a moment to a date (`tests/contract/test_times.py`).
+`utc_datetime` and `utc_text` accept any number, as records and tokens of others may hold any. Nothing else converts a
+moment to a date (`tests/contract/test_times.py`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The settings file: where it is, and its content.
 
-`RINGFENCE_CONFIG` names it. Without that, it is the user's own, in their configuration folder. The working directory is
-never searched: strangers leave files there, and a settings file says whom to trust (ADR 0090).
+`RINGFENCE_CONFIG` names it. Without that, it is the user's own, in their configuration folder. The working directory
+is never searched: strangers leave files there, and a settings file says whom to trust (ADR 0090).
 """
 
 from __future__ import annotations

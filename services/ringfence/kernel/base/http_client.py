@@ -1,6 +1,7 @@
-"""HTTP client that uses the environment's proxies, except for loopback addresses.
+"""Makes HTTP clients that use the environment's proxies, and shortens addresses of unix sockets in deep folders.
 
-Addresses of unix sockets, which have a limit of length that paths have not.
+Loopback addresses are never reached through a proxy. The address of a unix socket has a limit of length that paths
+have not.
 """
 
 from __future__ import annotations

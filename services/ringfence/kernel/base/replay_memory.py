@@ -1,6 +1,7 @@
-"""Replay protection: remembers the ids of one-time messages until each message has expired.
+"""Replay protection, which remembers the ids of one-time messages until they expire, and a dict of bounded size.
 
-A dict with a bound, for caches and for memories of what was seen.
+`BoundedDict` is for caches and for memories of what was seen: it evicts entries.
+A full `ReplayMemory` refuses new ids instead.
 """
 
 from __future__ import annotations

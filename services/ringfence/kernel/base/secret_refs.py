@@ -1,10 +1,10 @@
-"""Secret references: `env:NAME` or `file:PATH`. The secret is read when needed, never from Kafka, and never kept.
+"""Reads secrets by reference (`env:NAME` or `file:PATH`), and redacts secrets of known formats in text.
 
-Redaction of secrets in text of people, agents and programs, recognised by their known formats.
+A referenced secret is read when needed, never from Kafka, and never kept.
 
-It is only a safety net: no secret is written anywhere on purpose. A secret without a format (a password in prose)
-passes. Each pattern starts at a word boundary or with fixed letters. So the running time grows linearly with the text,
-whatever a stranger writes.
+Redaction is only a safety net: no secret is written anywhere on purpose. A secret without a format (a password in
+prose) passes. Each pattern starts at a word boundary or with fixed letters, so the running time grows linearly with
+the text, whatever a stranger writes.
 """
 
 from __future__ import annotations

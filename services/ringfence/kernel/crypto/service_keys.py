@@ -1,12 +1,10 @@
-"""The signing keys of a service, and their rotation without a restart.
+"""The signing keys and the encryption keys of a service, and their rotation without a restart.
 
-An operator puts the next key beside the current one before the trust bundle names it. The service signs with it
-`SETTLE_S` after the bundle: by then all readers have the bundle, and nobody meets a signature by an unknown key.
+Signing: an operator puts the next key beside the current one before the trust bundle names it. The service signs with
+it `SETTLE_S` after the bundle: by then all readers have the bundle, and know the key of each signature.
 
-The encryption keys of a service: the current one, the next one, and former ones that are still needed.
-
-Credentials are encrypted to these keys. While two keys are valid, senders encrypt to both, so that rotation needs no
-coordination: a process decrypts with whichever it has.
+Encryption: a service has the current key, the next one, and former ones that are still needed. While two keys are
+valid, senders encrypt to both, so that rotation needs no coordination: a process decrypts with the one that it has.
 """
 
 from __future__ import annotations

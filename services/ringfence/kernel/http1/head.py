@@ -1,11 +1,11 @@
-"""A strict parser for the head of an HTTP/1.1 message.
+"""Strict parser for the head of an HTTP/1.1 message, and the answer to a message that is refused (RFC 9457).
 
 RFC 9112 lets a recipient be lenient in places. Each of these places is a way to smuggle a request past a decision, as
-the target may read it differently. So a head that two readers could understand differently is refused (400). Nothing is
-repaired, and field lines are kept as they were received. The rules:
+the target may read it differently. So a head that two readers could understand differently is refused (400). Nothing
+is repaired, and field lines are kept as they were received. The rules:
 
-- Request line (RFC 9112, 3): `METHOD SP TARGET SP HTTP/1.0` or `HTTP/1.1`, with single spaces. The method is a token of
-  up to 32 characters, the target up to 8192 visible ASCII characters.
+- Request line (RFC 9112, 3): `METHOD SP TARGET SP HTTP/1.0` or `HTTP/1.1`, with single spaces. The method is a token
+  of up to 32 characters, the target up to 8192 visible ASCII characters.
 - Status line (RFC 9112, 4): `HTTP/1.0` or `HTTP/1.1`, a status from 100 to 599, an optional reason phrase.
 - Line ends (RFC 9112, 2.2): CRLF only. A bare CR, a bare LF or a NUL anywhere in the head is refused.
 - Field lines (RFC 9112, 5; RFC 9110, 5.5): a name is a token of up to 256 characters, directly followed by the colon.
@@ -15,13 +15,11 @@ repaired, and field lines are kept as they were received. The rules:
 - `Host` (RFC 9112, 3.2): a request has one. Only CONNECT in HTTP/1.0 may lack it, as Python sent it before 3.12.
 - `Content-Length` (RFC 9110, 8.6): one decimal number without sign or leading zeros, at most 2^50.
 - `Transfer-Encoding` (RFC 9112, 6.1 and 6.3): exactly `chunked`, not together with `Content-Length`, not in HTTP/1.0.
-- `Connection` (RFC 9110, 7.6.1): a request must not name `Content-Type` or `Content-Encoding` there, which say how its
-  body is read. A message may name at most 101 options.
+- `Connection` (RFC 9110, 7.6.1): a request must not name `Content-Type` or `Content-Encoding` there, which say how
+  its body is read. A message may name at most 101 options.
 - Underscores: some targets read `_` in a name as `-`. A name that would then be a field with a meaning is refused.
 - Override fields: a request must not have a field by which a target acts on another method or path
   (`OVERRIDE_FIELDS`).
-
-A message that is refused by its form or by a proxy itself, and the HTTP answer to it (RFC 9457).
 """
 
 from __future__ import annotations

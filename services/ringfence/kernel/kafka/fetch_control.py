@@ -1,16 +1,11 @@
-"""Flow control of fetches: a consumer fetches no records while it is paused, and none before a fetch is worth a
-request.
+"""Controls the fetches of a consumer: paces and pauses them, and passes over batches that cannot be read.
 
-aiokafka fetches again as soon as it has handed out records. This module wraps `AIOKafkaConsumer._client.send`, through
-which all requests of a consumer go. Only fetches wait: heartbeats, commits, joins and metadata pass. Stopping the
-consumer, or a rebalance, cancels the wait.
+aiokafka fetches again as soon as it has handed out records. `FetchControl` wraps `AIOKafkaConsumer._client.send`, so
+that only fetches wait, not heartbeats, commits, joins or metadata. A stop or a rebalance cancels the wait.
 
-Unreadable batches: compressed by a missing codec, with a header name that is not UTF-8, or with a timestamp of their
-writer instead of the broker's.
-
-Anybody with Write on a topic can write one. aiokafka raises each time that it reaches it, and loses what it had read of
-other partitions. Here the rest of the batch, which one writer sent, becomes one meaningless record. Handlers refuse it
-like other garbage, and reading continues after it (ADR 0041).
+Anybody with Write on a topic can write an unreadable batch: a missing codec, a header name that is not UTF-8, a
+timestamp of its writer. aiokafka raises each time that it reaches it, and loses what it had read of other partitions.
+Here the rest of such a batch becomes one meaningless record, which handlers refuse like other garbage (ADR 0041).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Publishes records to Kafka: idempotent, with CloudEvents headers; acknowledged by all in-sync replicas.
+"""Publishes records to Kafka with CloudEvents headers, by an idempotent producer or in transactions.
 
-Kafka transactions: records and the consumer offsets behind them are committed together or not at all, by one writer.
+All in-sync replicas acknowledge a record. A transaction commits records and the consumer offsets behind them together
+or not at all.
 
 A new `TransactionalPublisher` fences all earlier ones with its id: a process that was paused and wakes can write
 nothing more. Its open transaction is aborted, and readers (`read_committed`) never see it.

@@ -1,10 +1,10 @@
-"""Kafka records: as received, with nothing verified, and as they are to be sent.
+"""Kafka records as received and as sent, the partition of a key, and JSON records with a detached signature.
 
-Which partition a key goes to: as Kafka's own clients have it, so that everybody finds everything of a key in one.
+Nothing in a received record is verified. A key goes to the partition that Kafka's own clients choose, so that all
+readers find everything of a key in one.
 
-Signed messages that are plain JSON on their topic, with a detached signature in a header (RFC 7515, appendix F).
-
-Any JSON reader can read them. A service that acts on one joins the two parts to an ordinary JWS.
+Some signed messages are plain JSON on their topic, for any JSON reader, with the signature in a header (RFC 7515,
+appendix F). A service that acts on one joins the two parts to an ordinary JWS (`attach`).
 """
 
 from __future__ import annotations

@@ -1,12 +1,10 @@
-"""Unverified looks at signed records: read the claims without checking who signed them.
+"""Verifies lease records, and reads claims of signed records without verification, to select which to verify.
 
-Verifying a signature costs much more than reading claims, and most records need not be verified. A look decides which
-do: it filters, orders and compares records. Nothing may be allowed, ended or written because of what a look returns;
-whoever acts on a record verifies it first (`verify_lease`, `verify_revocation`).
+Verifying a signature costs much more than reading claims, and most records need not be verified. An unverified look
+only filters, orders and compares records, and returns None for bytes that are not what it looks for.
 
-Every look is safe on any bytes: it returns None where they are not what it looks for.
-
-Verification of lease records. Every reader verifies every record that it acts on.
+Nothing may be allowed, ended or written because of what a look returns. A reader verifies every record that it acts
+on (`verify_lease`, `verify_revocation`).
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The `Mcp-...` headers of a request over HTTP, compared with its message (2026-07-28, SEP-2243). Pure.
+"""Revisions of the Model Context Protocol, and the check of a request's `Mcp-...` headers against its message. Pure.
 
-A proxy may route by them, and a server act on them. So they must say what the body says, and nothing besides.
-
-Revisions of the Model Context Protocol: which one a message is of, and the methods that each one has. Pure.
-
-Up to 2025-11-25 a connection begins with `initialize`, and requests name the negotiated revision in a header, at most.
+Up to 2025-11-25 a connection begins with `initialize`, and requests may name the negotiated revision in a header.
 From 2026-07-28 on each request names its revision in `params._meta`, and over HTTP in `MCP-Protocol-Version` too.
+
+A proxy may route by the `Mcp-...` headers (2026-07-28, SEP-2243), and a server act on them. So they must say what the
+body says, and nothing besides.
 """
 
 from __future__ import annotations

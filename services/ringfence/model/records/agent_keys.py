@@ -1,9 +1,7 @@
-"""Key expiry: which keys to warn about, and which leases end with a compromised key. Pure.
+"""Agent keys: finds keys that end soon, leases that end with a compromised key, and keys that two runners share.
 
-Detection of shared keys: two runners use one agent's key at the same time.
-
-A mark distinguishes the users of a key: it stands for a process or an address. Uses by A, then B, are a restart: the
-old process never returns. Uses by A, then B, then A within the window are two runners at once.
+A mark distinguishes the users of a key: it means a process or an address. Uses by A, then B, are a restart: the old
+process never returns. Uses by A, then B, then A within the window are two runners at once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Verification of messages of agents and people: by policy as they arrive, by gateways before they publish them.
+"""Verifies messages that agents and people signed, and publishes an event for each sign-in at a console.
 
-Events of sign-ins: a service says once when it begins to answer a console for somebody.
+Policy verifies messages as they arrive, gateways before they publish them.
 
-A console has no right to say anything of itself. So each service that takes session statements records them, and
-whoever took over a console reads nowhere unnoticed. Only the browser knows of a sign-out.
+A console has no right to publish anything itself. So each service that takes session statements records them, once
+each: an attacker who took over a console reads nowhere unnoticed. Only the browser knows of a sign-out.
 """
 
 from __future__ import annotations

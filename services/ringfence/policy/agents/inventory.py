@@ -1,6 +1,6 @@
-"""Inventory row of one agent: joins what is known about it in many places, and sums rows. Pure.
+"""Inventory rows of agents, joined from what is known and summed, and the detection of keys that two processes share.
 
-Detection of agent keys that two processes use at once, in incoming requests. Each case becomes a finding.
+Rows and sums are pure. `SharedKeyDetector` examines incoming requests, and publishes each case as a finding.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
-"""HTTP API to read grants, and what a person needs to sign one.
+"""HTTP APIs of grants, with what a person needs to sign one, and of reach: the agents that could act at a target now.
 
-HTTP API of reach: which agents could act at a target now, page by page.
-
-Operators and auditors see all agents, sponsors their own, others none.
+Reach is answered page by page. Operators and auditors see all agents, sponsors their own, others none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""HTTP API of the inventory: sums over agents, the agents page by page, and those that changed.
+"""HTTP API of the inventory (sums over agents, pages of agents, changes), and the base of all APIs about agents.
 
-Operators and auditors see all agents, sponsors their own, others none. `gaps` says what is not known.
-
-Common base of the APIs about agents: authenticates the caller, checks that enough is known, and reports gaps.
+`AgentsApi` authenticates the caller, checks that enough is known, and reports in `gaps` what is not known.
+Operators and auditors see all agents, sponsors their own, others none.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""HTTP API to read an agent's ceiling, holdings and usage, and a narrower ceiling that would suffice.
+"""HTTP APIs to read an agent's ceiling and usage, and the open questions about single actions that gateways hold.
 
-HTTP API to read questions about single actions, which gateways hold until somebody answers.
+Usage includes the agent's holdings, and a narrower ceiling that would suffice.
 
-Who sees a question: operators and auditors, the agent's sponsor, and everybody who could answer it.
+A question is visible to operators and auditors, to the agent's sponsor, and to everybody who could answer it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Admission control of policy: rate limits, limits on waiting time, and limits on pending approvals.
+"""Verifies incoming records of agents and people, and limits their rate, their waiting time and pending approvals.
 
-A refusal is a signed decision like any other, and says when a new request may succeed.
-
-Verification of incoming records: requests of agents, approvals of people, grants.
+Verified are requests of agents, approvals of people, and grants. A refusal by a limit is a signed decision like any
+other, and says when a new request may succeed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Handler of agents' credential requests: publishes decisions, approval requests and replies.
+"""Handles agents' credential requests and their withdrawal: publishes decisions, approval requests and replies.
 
-Handler of withdrawn requests: an agent that has given up a request ends it, if nobody has decided it yet.
+An agent that has given up a request ends it by a withdrawal, if the request is not decided yet.
 """
 
 from __future__ import annotations

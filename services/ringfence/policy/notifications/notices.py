@@ -1,8 +1,8 @@
-"""Webhook notices: inform people that a question waits for them.
+"""Webhook notices: inform people of questions that wait for them, and of keys that were added for them.
 
 A notice is only a hint. Decisions need a signature, and the response of a webhook's receiver is not even read.
 
-Webhook notices of added keys: a person who is given a key by somebody else can end it before it counts.
+A person who is given a key by somebody else can end it before it becomes valid.
 """
 
 from __future__ import annotations

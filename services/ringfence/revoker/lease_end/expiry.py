@@ -1,11 +1,10 @@
-"""Ends leases at their deadlines, takes over unfinished work of other revokers, and sweeps the outbox.
+"""Ends leases at their deadlines, takes over work of other revokers, sweeps the outbox, reports overdue removals.
 
-The sorted sets of deadlines in Redis decide which leases are due. Redis's expired-key notifications only trigger a look
-early: they are late on big keyspaces, and are lost while no revoker listens.
+The sorted sets of deadlines in Redis decide which leases are due. Redis's expired-key notifications only trigger a
+look early: they are late on big keyspaces, and are lost while no revoker listens.
 
-Overdue removals: leases that were cut a while ago and whose credentials are still not removed at their targets.
-
-They are counted in a metric. The sponsor of each is notified once, by a `finding`, whichever revoker finds it first.
+A removal is overdue if its lease was cut a while ago and the credential is still at its target. A metric has the
+number of them. The sponsor of each is notified once, by a `finding`, whichever revoker finds it first.
 """
 
 from __future__ import annotations

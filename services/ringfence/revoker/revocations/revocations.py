@@ -1,7 +1,6 @@
-"""Carries out revocations: reads `revocation.request`, ends the leases that it names or covers, and answers.
+"""Carries out revocations: reads `revocation.request`, fences selectors, ends the leases they cover, and answers.
 
-Fencing: selectors take effect in Redis as soon as they arrive, however many leases are being ended at that moment.
-
+Selectors take effect in Redis as soon as they arrive, however many leases are being ended at that moment.
 `FenceHandler` has a consumer group of its own, because `RevocationHandler` takes as long as there are leases to end.
 Both write the fence, and neither waits for the other: `fence` is idempotent.
 """

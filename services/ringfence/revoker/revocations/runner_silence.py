@@ -1,14 +1,10 @@
-"""Silent runners: the leases of a run end when no heartbeat has named the run for `RINGFENCE_RUN_GRACE_S`.
+"""Ends the leases of runs that are over, or that no heartbeat has named for `RINGFENCE_RUN_GRACE_S`.
 
-The silence is counted in the broker's time, from the append time of the last heartbeat that named the run to that of
-this revoker's own last heartbeat that came back. So a revoker that is cut off itself ends nothing, and no clock but the
-broker's counts. The runner counts from the sending of a heartbeat, which is earlier: it has destroyed the sandbox by
-then, if it lives.
-
-The run stays `started`: only its own runner says something of it. Its leases are looked for in Redis when it becomes
-silent, and for `_LOOK_AGAIN_MS` after that. `IssuedLeaseRecheck` finds those that are issued later.
-
-Derives revocations from runs that are over: the leases of a run's instance end one by one.
+Silence is measured in the broker's time, from the append time of the last heartbeat that named the run to that of
+this revoker's own last heartbeat that came back. So a revoker that is cut off itself ends nothing. The runner
+measures from the sending of a heartbeat, which is earlier: if it lives, it has destroyed the sandbox by then.
+A silent run stays `started`, since only its own runner reports its state. Its leases are looked for in Redis when it
+becomes silent and for `_LOOK_AGAIN_MS` after that; `IssuedLeaseRecheck` finds those that are issued later.
 """
 
 from __future__ import annotations

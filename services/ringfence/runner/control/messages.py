@@ -1,8 +1,7 @@
-"""The messages of the control channel: frozen dataclasses, and their strict codec of one JSON object a line.
+"""The messages of the control channel between runner and init, and the relays to a run's targets without HTTP.
 
-Init imports this module while the command waits, so it needs no pydantic.
-
-Relays to a run's targets without HTTP: the mapping from hosts to loopback addresses of the sandbox.
+Messages are frozen dataclasses, with a strict codec of one JSON object a line. Relays map hosts to loopback addresses
+of the sandbox. Init imports this module while the command waits, so it needs no pydantic.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The instance of the run: its signed enrolment for the registry, and its files in memory.
+"""The instance of the run: its key (ECDSA P-256), its signed enrolment for the registry, and its files in memory.
 
-The key of the run's instance (ECDSA P-256) and its signatures: RFC 7517, 7638 and 7515 with `cryptography` alone.
-
-`kernel.crypto` does the same with pydantic, whose import costs more than all of init: each run would wait for it. Tests
-read everything that is written here with `kernel.crypto`.
+Keys and signatures (RFC 7517, 7638 and 7515) need `cryptography` alone. `kernel.crypto` does the same with pydantic,
+whose import costs more than all of init: each run would wait for it. Tests read everything that is written here with
+`kernel.crypto`.
 """
 
 from __future__ import annotations

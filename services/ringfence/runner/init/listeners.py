@@ -1,6 +1,7 @@
-"""The listening sockets of init: opened before the command starts, so that its first connection finds them.
+"""The sockets of init: the listening ones of proxy and relays, and the connection to the runner (control channel).
 
-Init's side of the control channel: a blocking socket until the command runs.
+Proxy and relays listen before the command starts, so that its first connection finds them. The connection to the
+runner is a blocking socket until the command runs.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Supervises the running command: serves proxy and relays, forwards signals, reaps orphans, and reports the end.
+"""Builds the command's environment, and supervises the command: proxy, relays, signals, orphans, report of its end.
 
-The environment of the command: the sandbox's, the proxy, certificates, the SDK's settings, and the run's own.
+The environment has the sandbox's variables, the proxy, certificates, the SDK's settings, and the run's own variables.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""The run's way out: a unix socket in the run's private folder, relayed byte by byte to the gateway's `RUN-ID.sock`.
+"""The run's way out: a relay to the gateway's `RUN-ID.sock`, and the addresses of the task's targets without HTTP.
 
-The sandbox mounts this socket when it starts. The gateway opens its own only once the run has started, so that there
-would be nothing to mount yet.
-
-The targets of a task without HTTP: their addresses, by the targets' records, to which the sandbox's relays lead.
+The sandbox mounts a unix socket in the run's private folder, relayed byte by byte. It cannot mount the gateway's own
+socket: the gateway opens that only once the run has started. Addresses come from the targets' records, and the
+sandbox's relays lead to them.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The plan of a run: owner, command, mounts and limits; and the checks of a runner before the start.
+"""The plan of a run (owner, command, mounts, limits), its checks before the start, and the sandbox backend by name.
 
-Chooses the sandbox backend of a runner by name, or the first that this machine offers.
+The checks find early, as the runner, what policy, issuer and registry would refuse later; each of them still checks.
 """
 
 from __future__ import annotations

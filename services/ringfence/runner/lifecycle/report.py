@@ -1,6 +1,6 @@
-"""The report of a run: its leases, denials, resource usage, and the destruction of its sandbox.
+"""The report of a run (leases, denials, usage, destruction of its sandbox), and the private folder of a run.
 
-The private folder of a run, with the sockets that its sandbox mounts. Also finds the folders of dead runners.
+The folder has the sockets that the sandbox mounts. `dead_run_folders` finds the folders of dead runners.
 """
 
 from __future__ import annotations

@@ -1,12 +1,9 @@
-"""Mount points below a folder of the host: a folder also shows what is mounted there, and the source of bind mounts.
+"""Surveys a mounted folder of the host, and finds the mount points below it and the sources of bind mounts.
 
+A survey has every entry below the folder, without following symbolic links. Before a run it finds what no sandbox may
+see, such as sockets of programs outside; a second one after the run shows what the run changed.
 A recursive bind mount takes everything along that is mounted below a folder. Paths are compared by their place in a
-file system, as /proc/self/mountinfo has it (proc(5)), so that a bind mount counts as what it shows.
-
-The survey of a mounted folder: every entry below it, as the host has it, without following symbolic links.
-
-Before a run it finds what no sandbox may see, such as sockets of programs outside. A second survey after the run shows
-what the run changed.
+file system, as /proc/self/mountinfo has it (proc(5)), so that a bind mount is treated as what it shows.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
-"""Compiles the system call policy: to BPF by libseccomp, and to the profile of an OCI runtime.
-
-libseccomp is the library of the distribution (Debian: libseccomp2), pyseccomp its binding. Neither is imported before a
-filter is needed.
-
-The system call policy of sandboxes (seccomp). The BPF filter and the OCI profile are made from these tables.
+"""The system call policy of sandboxes (seccomp), compiled to BPF by libseccomp and to the profile of an OCI runtime.
 
 A call that is not listed answers ENOSYS, as on a kernel that lacks it. That includes future system calls, and
 `clone3` and `openat2`, whose flags and mode are in memory, where no filter can read them. A call listed as refused
 answers EPERM. Names that a machine's architecture does not have are left out.
+libseccomp is the library of the distribution (Debian: libseccomp2), pyseccomp its binding. Neither is imported before
+a filter is needed.
 """
 
 from __future__ import annotations

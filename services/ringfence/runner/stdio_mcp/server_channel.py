@@ -1,11 +1,9 @@
-"""The channel to the server's standard input and output. It assigns each message of the server to an exchange.
+"""The channel to an MCP server's standard input and output, and the outline of JSON-RPC messages that bridges read.
 
 A server writes all its messages to one stream. Each goes to the exchange that it belongs to: a response by its id,
 progress by its token, an event of a subscription by its id, anything else to the open stream of the client, or to an
 exchange that is under way. Messages without an exchange are dropped. All streams lead to one client, through the
-gateway.
-
-The part of a JSON-RPC message that both bridges read: whose answer it is. The gateway interprets the rest. Pure.
+gateway, which interprets the rest of each message.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Logins of coding agents: the OAuth tokens and keys that Claude Code, Codex, Gemini, Copilot and others keep.
+"""Readers of coding agents: their login files (OAuth tokens, keys), and their settings of MCP servers and model keys.
 
-Configurations of agents and MCP clients: servers with their variables, headers and arguments, and model keys.
+Logins are those of Claude Code, Codex, Gemini, Copilot and others. Of MCP servers, it reads variables, headers and
+arguments.
 """
 
 from __future__ import annotations

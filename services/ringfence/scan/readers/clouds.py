@@ -1,10 +1,9 @@
-"""AWS: shared credentials and config files, and the caches of IAM Identity Center and of assumed roles.
+"""Readers of cloud credentials: AWS, Azure, Google Cloud, and secrets that a platform mounts into containers.
 
+AWS: shared credentials and config files, and the caches of IAM Identity Center and of assumed roles.
 Azure: the token cache of the az command, its service principals, and older token files.
-
 Google Cloud: application default credentials, service account keys, and the databases of the gcloud command.
-
-Service account tokens and secrets that a platform mounts into containers.
+Mounted: tokens of service accounts, and secrets of Docker and Compose.
 """
 
 from __future__ import annotations

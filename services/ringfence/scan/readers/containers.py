@@ -1,7 +1,7 @@
-"""Docker and Podman: passwords and identity tokens of container registries.
+"""Readers of container tools: registry logins, kubeconfig files, and Compose, Kubernetes and Helm deployments.
 
+Docker and Podman: passwords and identity tokens of container registries.
 Kubeconfig files: tokens, keys and passwords of users, and which cluster each opens.
-
 Deployments: Compose files, Kubernetes manifests, and values of Helm charts.
 """
 

@@ -1,7 +1,6 @@
-"""The command lines of GitHub (`gh`) and GitLab (`glab`): tokens of signed-in users.
+"""Readers of git and its forges: tokens of `gh` and `glab`, git's stored credentials, and secrets in CI files.
 
 git: stored credentials, remotes with a password, and headers in its configuration.
-
 CI files: literal secrets in the variables and scripts of pipelines.
 """
 

@@ -1,9 +1,8 @@
-"""Terraform and Vault: tokens of their command lines, variables, and secrets in state files.
+"""Readers of Terraform, Vault and, only with `--metadata`, the cloud metadata service.
 
-The cloud metadata service, only with `--metadata`: the role or service account that every process here can use.
-
-It is the only reader that opens a connection, to the link-local address of the metadata service. It asks for names,
-never for a credential.
+Terraform and Vault: tokens of their command lines, variables, and secrets in state files.
+Metadata service: the role or service account that every process here can use. This reader is the only one that opens
+a connection, to the link-local address of the service. It asks for names, never for a credential.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Environments: this process's own, and those of running processes (`/proc/*/environ`).
+"""Readers of environments and of files that set them: processes, shells, `.env` files, systemd units and crontabs.
 
+Environments: this process's own, and those of running processes (`/proc/*/environ`).
 Start-up files and histories of shells, and `.env` files: exported variables, and secrets in commands.
-
 systemd units and crontabs: variables and commands of jobs that a machine starts by itself.
 """
 

@@ -1,6 +1,6 @@
-"""The interface of readers: a reader knows a location and its format, and yields candidates.
+"""The interface of readers, and shared functions that find credentials in documents, environments and command lines.
 
-Shared by readers: finds credentials in the settings of documents, environments and command lines.
+A reader knows a location and its format, and yields candidates.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""SSH: private keys with and without passphrase, and agents of signed-in users.
+"""Readers of SSH and keyrings: private keys with and without passphrase, SSH agents, and the places of keyrings.
 
-Keyrings: reports their places. It reads no encrypted one, but every program in the user's session can open them.
+No encrypted keyring is read, but every program in the user's session can open it.
 """
 
 from __future__ import annotations
