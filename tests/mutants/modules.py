@@ -45,6 +45,12 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_issuer_vouched_keys.py", "test_limiting_fields.py", "test_passkey_records.py", "test_runs.py",
     ),
     "revoker/domain.py": ("test_revoker_domain.py",),
+    "registry/domain.py": (
+        "test_registry_domain.py", "test_delegation.py", "test_id_token_consent.py", "test_limiting_fields.py",
+        "test_provisioners.py", "test_task_length.py", "test_transfers.py", "test_user_keys.py",
+    ),
+    "audit/trail/chain_recovery.py": ("test_chain_recovery.py", "test_strays.py"),
+    "client/resource_server/dpop_proofs.py": ("test_client_dpop.py",),
     "gateway/state/leases.py": ("test_gateway_leases.py",),
     "client/resource_server/verifier.py": ("test_client_verify.py", "test_client_dpop.py", "test_client_asgi.py"),
 }  # fmt: skip

@@ -24,12 +24,12 @@ from ringfence.audit.trail.handover import content_digest
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.audit import AuditCheckpoint, ChainLink
+from ringfence.messages.audit import AuditCheckpoint, AuditIntake, ChainLink
 from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.topics import AUDIT as AUDIT_TOPIC
@@ -208,6 +208,7 @@ def test_an_event_without_a_whole_link_claims_none(event: Any) -> None:
 
 ROOT = SigningKey.generate(f"spiffe://{TD}/root")
 AUDIT, POLICY = (SigningKey.generate(f"spiffe://{TD}/service/{name}") for name in ("audit", "policy"))
+ENDED, YOUNG = (SigningKey.generate(AUDIT.id) for _ in range(2))
 YEAR_S = 365 * 86_400
 
 
@@ -215,8 +216,9 @@ YEAR_S = 365 * 86_400
 def trust() -> TrustStore:
     now_s = START_MS // 1000
     roles: dict[SigningKey, ServiceRole] = {AUDIT: "audit", POLICY: "policy"}
+    others = {AUDIT: (ENDED.record(now_s), YOUNG.record(now_s + YEAR_S, not_before=now_s))}
     services = tuple(
-        ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + YEAR_S),))
+        ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + YEAR_S), *others.get(key, ())))
         for key, role in roles.items()
     )
     bundle = TrustBundle(
@@ -256,6 +258,8 @@ def checkpoint(size: int, key: SigningKey = AUDIT, **fields: Any) -> str:
         ([checkpoint(3), checkpoint(2)], 3),
         ([checkpoint(2), checkpoint(3, POLICY)], 2),  # no audit service
         ([checkpoint(2), checkpoint(3, SigningKey.generate(AUDIT.id))], 2),  # an unknown key
+        ([checkpoint(2), checkpoint(3, ENDED)], 2),  # a key that ended in the second in which it was appended
+        ([checkpoint(2), checkpoint(3, YOUNG)], 3),  # a key that is valid from then on
         ([checkpoint(2), checkpoint(3, aud="other.example")], 2),
         ([checkpoint(3, root=OTHER.hex()), checkpoint(2)], 2),  # its parts contradict each other
         (["garbage", checkpoint(2)], 2),
@@ -267,6 +271,15 @@ async def test_the_chain_begins_behind_the_largest_head_that_an_audit_service_si
 ) -> None:
     found = await _last_checkpoints(cast(Stretches, Checkpoints(*values)), trust)
     assert {tree: tip.head.size for tree, tip in found.items()} == {TREE: size}
+
+
+async def test_a_second_checkpoint_of_the_same_size_does_not_replace_the_first(trust: TrustStore) -> None:
+    fork = tip_of([b"a", b"b"])
+    fields: dict[str, Any] = {"peaks": tuple(peak.hex() for peak in fork.head.peaks), "last": fork.last.hex()}
+    both = checkpoint(2), checkpoint(2, root=fork.head.root.hex(), **fields)
+    for first, second, last in ((*both, leaf_hash(bytes([1]))), (*both[::-1], fork.last)):
+        found = await _last_checkpoints(cast(Stretches, Checkpoints(first, second)), trust)
+        assert found[TREE].last == last
 
 
 # --- the end of a partition ---
@@ -293,13 +306,26 @@ def tip_of(values: Sequence[bytes]) -> Tip:
 
 
 class Partition:
-    """`Stretches` over the partition 0 of `audit`, and over the checkpoints. It notes the ranges that are read."""
+    """`Stretches` over the partition 0 of `audit` and of `audit.intake`, and over the checkpoints.
+
+    It notes the ranges that are read.
+    """
 
     def __init__(
-        self, *values: bytes, start: int = 0, at_ms: int = LONG_AGO_MS, checkpoints: Sequence[str] = ()
+        self,
+        *values: bytes,
+        start: int = 0,
+        at_ms: int = LONG_AGO_MS,
+        checkpoints: Sequence[str] = (),
+        handovers: Sequence[str] = (),
     ) -> None:
         self.settled = True
         self.read: list[tuple[int, int]] = []
+        self.read_of_intake: list[tuple[int, int]] = []
+        self._intake = [
+            Received(AUDIT_INTAKE, "intake", 0, offset, at_ms, None, value.encode())
+            for offset, value in enumerate(handovers)
+        ]
         self._bounds = start, start + len(values)
         self._records = [
             Received(AUDIT_TOPIC, "audit", 0, offset, at_ms, None, value)
@@ -322,14 +348,16 @@ class Partition:
 
     async def bounds(self, topic: Topic[Any], partition: int) -> tuple[int, int]:
         assert partition == 0
-        return self._bounds if topic is AUDIT_TOPIC else (0, 0)
+        return self._bounds if topic is AUDIT_TOPIC else (0, len(self._intake))
 
     async def records(
         self, topic: Topic[Any], partition: int, start: int, end: int
     ) -> AsyncIterator[Received]:
-        assert (topic, partition) == (AUDIT_TOPIC, 0)
-        self.read.append((start, end))
-        for record in self._records:
+        assert partition == 0
+        of_intake = topic is AUDIT_INTAKE
+        assert of_intake or topic is AUDIT_TOPIC
+        (self.read_of_intake if of_intake else self.read).append((start, end))
+        for record in self._intake if of_intake else self._records:
             if start <= record.offset < end:
                 yield record
 
@@ -410,9 +438,10 @@ async def test_the_end_of_a_partition_has_each_record_and_the_events_behind_the_
 async def recovered(
     monkeypatch: pytest.MonkeyPatch, trust: TrustStore, kafka: Partition, **given: Any
 ) -> RecoveredChain:
-    monkeypatch.setattr(chain_recovery, "Stretches", lambda _: kafka)
+    settings = BusSettings(trust_domain=TD)
+    monkeypatch.setattr(chain_recovery, "Stretches", lambda given: kafka if given is settings else None)
     found = await recover_chains(
-        BusSettings(trust_domain=TD), trust,
+        settings, trust,
         **{"remember": 9, "chained": {}, "checked": {}, "now_ms": START_MS, **given},
     )  # fmt: skip
     assert found.keys() == {0}
@@ -446,6 +475,55 @@ async def test_events_without_their_handover_are_faults_and_do_not_count(
     assert found.tip == tip_of(HUNDRED[:3])
     assert [fault.partition(" over ")[0] for fault in found.faults] == ["no audit service handed"] * 2
     assert found.unauthorised == [range(3, 4), range(4, 5)]
+
+
+def handover(*values: bytes, key: SigningKey = AUDIT) -> str:
+    entries = [{"key": "k", "event": json.loads(value)} for value in values]
+    claims = {"iss": key.id, "aud": TD, "iat": START_MS // 1000, "jti": "h", "entries": entries}
+    return sign_payload(AuditIntake, json.dumps(claims).encode(), key)
+
+
+async def test_events_count_if_an_audit_service_handed_them_over_and_not_if_another_did(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    given: dict[str, Any] = {"at_ms": START_MS, "checkpoints": [signed_head(3)]}
+    kafka = Partition(*HUNDRED[:5], handovers=[handover(body(3), body(4))], **given)
+    found = await recovered(monkeypatch, trust, kafka)
+    assert (found.tip, found.faults) == (tip_of(HUNDRED[:5]), [])
+    kafka = Partition(*HUNDRED[:5], handovers=[handover(body(3), body(4), key=POLICY)], **given)
+    found = await recovered(monkeypatch, trust, kafka)
+    assert (found.tip, len(found.faults)) == (tip_of(HUNDRED[:3]), 2)
+
+
+async def test_handovers_of_events_that_are_too_old_to_have_one_are_not_read(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    kafka = Partition(*HUNDRED[:5], checkpoints=[signed_head(3)], handovers=[handover(body(9))])
+    assert (await recovered(monkeypatch, trust, kafka)).tip == tip_of(HUNDRED[:5])
+    assert kafka.read_of_intake == []
+
+
+async def test_a_chain_without_a_checkpoint_is_recovered_from_its_first_event(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    found = await recovered(monkeypatch, trust, Partition(*HUNDRED[:3]))
+    assert (found.tip, found.signed_size, found.unauthorised) == (tip_of(HUNDRED[:3]), 0, [])
+
+
+async def test_all_records_from_the_first_that_is_not_judged_are_judged_however_many_events_follow(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    kafka = Partition(*HUNDRED[:60], b"x", *HUNDRED[60:], checkpoints=[signed_head(100)])
+    found = await recovered(monkeypatch, trust, kafka, remember=2, checked={0: 50})
+    assert found.unauthorised == [range(60, 61)]
+
+
+async def test_signed_events_whose_successors_are_lost_are_not_unauthorised(
+    monkeypatch: pytest.MonkeyPatch, trust: TrustStore
+) -> None:
+    kafka = Partition(*HUNDRED[:3], b"x", *HUNDRED[6:9], checkpoints=[signed_head(6)])
+    found = await recovered(monkeypatch, trust, kafka, checked={0: 0})
+    assert (found.tip, found.unauthorised) == (tip_of(HUNDRED[:9]), [range(3, 4)])
 
 
 async def test_while_a_transaction_is_open_no_chain_is_taken_over(

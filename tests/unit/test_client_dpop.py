@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from ringfence.client.agent.dpop import access_token_hash, proof, target_uri
 from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth
+from ringfence.client.resource_server import dpop_proofs
 from ringfence.client.resource_server.dpop_proofs import (
     MAX_PROOF_BYTES,
     MAX_PROOFS,
@@ -27,6 +28,7 @@ from ringfence.client.resource_server.dpop_proofs import (
     ProofsInMemory,
 )
 from ringfence.client.resource_server.verifier import TokenVerifier
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
@@ -220,6 +222,14 @@ async def test_a_proof_is_of_the_last_minute(clock: Clock) -> None:
             await check(checker, made(clock, iat=clock.now - age_s, jti=f"bad-{n}"))
 
 
+async def test_without_a_clock_the_age_of_a_proof_is_by_the_clock_of_the_machine(clock: Clock) -> None:
+    checker = ProofChecker()
+    now_s = SystemClock().now_ms() // 1000
+    await check(checker, made(clock, iat=now_s))
+    with pytest.raises(ProofError, match="clock"):
+        await check(checker, made(clock, iat=now_s - 2 * PROOF_LIFE_S, jti="2"))
+
+
 @pytest.mark.parametrize(
     ("claim", "from_now_s", "counts"),
     [
@@ -348,6 +358,15 @@ def test_urls_that_differ() -> None:
     ):  # fmt: skip
         with pytest.raises(ValueError):
             target_uri(wrong)
+
+
+async def test_ever_new_urls_and_keys_take_no_more_than_a_fixed_number_of_cache_entries(clock: Clock) -> None:
+    checker = ProofChecker(clock=clock)
+    for number in range(1100):
+        one = made(clock, header={"n": number}, htu=f"{URL}/{number}", jti=str(number))
+        await check(checker, one, url=f"{URL}/{number}")
+    for cached in (dpop_proofs._target_uri, dpop_proofs._proof_key):
+        assert cached.cache_info().currsize == 1024
 
 
 @given(st.text(alphabet="aZ09-._~%/é日 ", max_size=30))

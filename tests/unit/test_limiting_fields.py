@@ -64,7 +64,7 @@ from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
 from ringfence.model.http_targets import Action, RequestMap
 from ringfence.model.identity.attestation import matching, selector_id
 from ringfence.model.leases.lifecycle import selector_key_of
-from ringfence.model.lifecycle import CommandRefusedError
+from ringfence.model.lifecycle import CommandRefusedError, command_subject
 from ringfence.model.mcp.messages import read_message
 from ringfence.model.records.instances import EnrolmentError, instance_id, open_enrolment, ref_void
 from ringfence.model.records.provisioning import given_by
@@ -219,6 +219,9 @@ def test_the_registry_takes_no_command_that_gives_with_one_and_every_command_tha
             # A permission is looked at by itself, in records too.
             assert caught.value.code in ("unknown_field", "scope_invalid"), command.typ
             assert f'unknown field "{NAME}"' in str(caught.value)
+            if caught.value.code == "unknown_field":
+                kind, id = command_subject(command, message_id(command.iss, command.jti))
+                assert f'"{NAME}" in {kind} {id}' in str(caught.value)
         assert ledger.give(command) is not None, command.typ
     assert kinds == set(COMMANDS)
 
@@ -260,14 +263,8 @@ def test_what_is_refused_for_one_says_nothing_of_who_may_give_it() -> None:
 def test_of_a_delegation_that_is_not_understood_a_provisioner_gives_nothing_new() -> None:
     ledger = InMemoryRegistry()
     ledger.organisation()
-    group = GroupDelegation(group="dev", scope=(WIDE,)).model_copy(update={"only_in": "Berlin"})
-    delegation = Delegation(source="hr", groups=(group,))
-    keys = (ledger.key_record(ledger.key("hr")),)
-    as_before(
-        ledger,
-        ledger.claims(
-            ProvisionerSet, "olga", provisioner_id="hr", name="HR", keys=keys, delegation=delegation
-        ),
+    delegated_to_hr(
+        ledger, GroupDelegation(group="dev", scope=(WIDE,)).model_copy(update={"only_in": "Berlin"})
     )
     entitlements = ledger.entitlements(WIDE).model_copy(update={"source": "hr"})
     said = Provisioning(groups=("dev",))
@@ -277,6 +274,61 @@ def test_of_a_delegation_that_is_not_understood_a_provisioner_gives_nothing_new(
         ledger.give(ledger.user_set("hr", "dora", keys=(), entitlements=entitlements, provisioned=said))
     nothing = ledger.entitlements().model_copy(update={"source": "hr"})
     assert ledger.give(ledger.user_set("hr", "dora", keys=(), entitlements=nothing, provisioned=said))
+
+
+def delegated_to_hr(ledger: InMemoryRegistry, *groups: GroupDelegation) -> None:
+    delegation = Delegation(source="hr", groups=groups)
+    keys = (ledger.key_record(ledger.key("hr")),)
+    as_before(
+        ledger,
+        ledger.claims(
+            ProvisionerSet, "olga", provisioner_id="hr", name="HR", keys=keys, delegation=delegation
+        ),
+    )
+
+
+def test_a_group_with_one_gives_no_role_and_every_other_group_does() -> None:
+    ledger = InMemoryRegistry()
+    ledger.organisation()
+    limited = GroupDelegation(group="leads", roles=("sponsor",)).model_copy(update={"only_in": "Berlin"})
+    delegated_to_hr(ledger, limited, GroupDelegation(group="chiefs", roles=("sponsor",)))
+    nothing = ledger.entitlements().model_copy(update={"source": "hr"})
+
+    def sponsor(group: str) -> Any:
+        said = Provisioning(groups=(group,))
+        return ledger.user_set("hr", group, ["sponsor"], keys=(), entitlements=nothing, provisioned=said)
+
+    with pytest.raises(CommandRefusedError, match='unknown field "only_in" in what is delegated to hr'):
+        ledger.give(sponsor("leads"))
+    assert ledger.give(sponsor("chiefs"))
+
+
+@pytest.mark.parametrize(
+    ("part", "what"),
+    [
+        ("invitation", "the invitation"),
+        ("possession", "the possession"),
+        ("endorsement", "the co-signature"),
+    ],
+)
+def test_no_key_is_added_by_an_invitation_possession_or_co_signature_with_one(part: str, what: str) -> None:
+    ledger = InMemoryRegistry()
+    ledger.organisation()
+    new = user_keys.new_key("sam")
+    limits: dict[str, dict[str, Any]] = {part: {NAME: "of this month"}}
+    invited = user_keys.invitation(ledger, "olga", "sam", **limits.get("invitation", {}))
+    possessed = user_keys.possession(ledger, new, "sam", invited, **limits.get("possession", {}))
+    endorsed = user_keys.endorsement(
+        ledger, "otto", "sam", new.kid, possessed, **limits.get("endorsement", {})
+    )
+    with pytest.raises(CommandRefusedError, match=f'unknown field "{NAME}" in {what}: ') as caught:
+        ledger.give(
+            user_keys.add_key(
+                ledger, "olga", "sam", new, invitation=invited, possession=possessed, endorsement=endorsed
+            )
+        )
+    assert caught.value.code == "unknown_field"
+    assert ledger.give(user_keys.add_key(ledger, "olga", "sam", new, cosigned="otto"))
 
 
 async def test_the_sdk_signs_no_command_with_one(tmp_path: Path) -> None:

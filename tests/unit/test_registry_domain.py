@@ -11,7 +11,7 @@ import pytest
 from ringfence.client.admin.key_compromise import MAX_KEYS_AT_ONCE
 from ringfence.kernel.base.clock import LAST_MOMENT_S, utc_text
 from ringfence.kernel.crypto.claims import LEEWAY_S
-from ringfence.kernel.crypto.jws import MAX_JWS_BYTES
+from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import (
     AgentDecommission,
@@ -22,6 +22,7 @@ from ringfence.messages.registry import (
     BackendSettings,
     Command,
     TaskAssign,
+    TaskConsent,
     TaskDelegate,
     TaskEnd,
     TaskState,
@@ -179,6 +180,20 @@ def after_use_of_the_consent(ledger: InMemoryRegistry) -> Any:
     return first.model_copy(update={"jti": "again"})
 
 
+def with_a_consent_that_was_used(ledger: InMemoryRegistry) -> Any:
+    """A task that uma gives herself, which needs none."""
+    first = consented(ledger, "bot", "uma")
+    ledger.give(first)
+    return ledger.assign("uma", "bot", terms=first.terms, consent=first.consent)
+
+
+def with_a_consent_by_another_key(ledger: InMemoryRegistry) -> Any:
+    """A task that uma gives herself, with a consent that does not verify, and has an unknown field."""
+    terms = ledger.terms("bot")
+    forged = sign(ledger.claims(TaskConsent, "uma", terms=terms, only_once=True), ledger.key("mallory"))
+    return ledger.assign("uma", "bot", terms=terms, consent=forged)
+
+
 @pytest.mark.parametrize(
     ("make", "code"),
     [
@@ -254,6 +269,9 @@ def test_a_command_is_refused_with_its_code_and_changes_nothing(
         after_sams_passkey(lambda r: after_suzy_took_the_id_of_an_ended_passkey(r, passing_ms=0)),
         lambda r: ending_at(LAST_MOMENT_S, r, "user"),
         lambda r: ending_at(LAST_MOMENT_S, r, "agent"),
+        lambda r: ends_of_keys(r, r.key("bot", "agent").kid),
+        with_a_consent_that_was_used,
+        with_a_consent_by_another_key,
         after_a_compromise(lambda r: r.claims(UserDisable, "o2", user_id="uma", reason="left")),
         after_a_compromise(lambda r: r.user_set("otto", "o3", ["operator"])),
     ],
@@ -310,6 +328,7 @@ def test_limits_are_30_days_32_parts_8_kib_and_three_quarters_of_a_record() -> N
     assert (TASK_MAX_S, MAX_PARTS) == (30 * 86_400, 32)
     assert (MAX_NARROWING_BYTES, MAX_RECORD_BYTES, MAX_JWS_BYTES) == (8 * 1024, 384 * 1024, 512 * 1024)
     assert isinstance(MAX_RECORD_BYTES, int)
+    assert MAX_JWS_BYTES - MAX_ENDS_BYTES == 6 * MAX_NARROWING_BYTES
 
 
 def test_a_command_for_what_is_already_so_changes_nothing(ledger: InMemoryRegistry) -> None:
@@ -329,6 +348,25 @@ def test_a_command_at_the_moment_of_the_last_is_accepted_and_one_before_is_not(
     with pytest.raises(CommandRefusedError) as refused:
         ledger.give(ledger.user_set("olga", "third"), at_ms=last_ms - 1)
     assert refused.value.code == "too_early"
+
+
+def test_no_task_is_given_for_a_user_whose_record_does_not_verify(
+    ledger: InMemoryRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger.memory, "user", lambda user_id: None)
+    with pytest.raises(CommandRefusedError) as refused:
+        ledger.give(consented(ledger, "bot", "uma"))
+    assert refused.value.code == "user_disabled"
+
+
+def test_a_task_of_an_agent_whose_record_does_not_verify_can_be_ended(
+    ledger: InMemoryRegistry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    end = ending_of_a_task("uma")(ledger)
+    monkeypatch.setattr(ledger.memory, "agent", lambda agent_id: None)
+    change = ledger.give(end)
+    assert change is not None
+    assert change.state.status == "ended"
 
 
 @pytest.mark.parametrize("kind", ["user", "agent"])

@@ -228,6 +228,27 @@ def test_a_chain_whose_first_events_are_gone_has_no_strays() -> None:
     assert strays_of([*TRUE[3:], UNLINKED], tip_of(TRUE), 30, start=30) == [33]
 
 
+@pytest.mark.parametrize(
+    "stray",
+    [
+        FORGED,
+        linked(event(9), "0", 4, leaf_hash(TRUE[2])),
+        linked(event(1), "1", 1, bytes(32)),
+        UNLINKED,
+        b"x",
+    ],
+    ids=["a later number", "the number of the first", "another tree", "no link", "no event"],
+)
+def test_of_records_before_the_first_event_that_is_left_only_earlier_events_of_the_chain_are_none(
+    stray: bytes,
+) -> None:
+    assert strays_of([TRUE[0], stray, *TRUE[3:]], tip_of(TRUE), 0) == [1]
+
+
+def test_an_event_with_a_link_before_the_first_of_the_chain_is_one() -> None:
+    assert strays_of([FORGED, *TRUE], tip_of(TRUE), 0) == [0]
+
+
 def test_events_from_before_there_were_chains_are_no_strays() -> None:
     assert strays_of([UNLINKED, *TRUE, UNLINKED], tip_of(TRUE), 0) == [7]
     assert strays_of([UNLINKED, b"x"], Tip(), None) == [1]
