@@ -69,8 +69,8 @@ def test_nothing_of_outside_is_in_the_environment(here: Installation) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_signals_reach_the_command(here: Installation, number: signal.Signals) -> None:
-    script = "import signal,sys,time\n"
-    script += f"signal.signal({int(number)}, lambda *_: (print('got it', flush=True), sys.exit(7)))\n"
+    script = "import os,signal,sys,time\n"
+    script += f"signal.signal({int(number)}, lambda *_: (os.write(1, b'got it\\n'), sys.exit(7)))\n"
     script += "print('ready', flush=True)\nwhile True: time.sleep(60)"
     process = here.start("run", "--task", here.task, "--", "python3", "-c", script)
     assert process.stdout is not None
