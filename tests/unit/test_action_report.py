@@ -314,13 +314,6 @@ def test_a_million_destinations_fill_no_memory_and_hide_no_frequent_one() -> Non
     assert counts + said["unknown_destinations_left_out"] == 25_000
 
 
-def test_a_connect_is_neither_read_nor_write() -> None:
-    """Older gateways said that it was a write."""
-    (group,) = action_groups([went("api.example", method="CONNECT", access="write")])
-    assert group["access"] is None
-    assert report([group])["blocked"] == {"total": 1, "read": 0, "write": 0, "injected": 0}
-
-
 def test_blocked_actions_are_counted_by_steps_of_time() -> None:
     def event(at_ms: int, access: str, outcome: str = "denied", **more: Any) -> dict[str, Any]:
         return {"time": at_ms, "unmapped": {"outcome": outcome, "access": access}, **more}

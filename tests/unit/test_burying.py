@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -72,7 +73,10 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
     settings = SimpleNamespace(trust_domain="test.example")
     runtime = SimpleNamespace(dead_letters=letters(broker), settings=settings, clock=SystemClock())
     orders = SimpleNamespace(verify=opened, objections=nothing)
-    store, ender = SimpleNamespace(epoch=None, confirm=nothing), SimpleNamespace(end=nothing)
+    store, ender = (
+        SimpleNamespace(epoch=None, confirm=nothing),
+        SimpleNamespace(end=nothing, revoking=nullcontext),
+    )
     return RevocationHandler(*cast(Any, (runtime, orders, store, ender, None)))
 
 

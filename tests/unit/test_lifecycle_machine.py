@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -499,4 +500,5 @@ def _assert_over_is_over(before: AgentState, after: AgentState) -> None:
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=40, stateful_step_count=60, deadline=None)
+TestLives.pytestmark = [pytest.mark.timeout(300)]
+TestLives.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)

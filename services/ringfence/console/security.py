@@ -43,7 +43,7 @@ COOKIE: Final = "__Host-ringfence"
 _SECRET_CHARS: Final = 43
 _MAX_COOKIE: Final = 4000
 """Browsers keep no cookie of more than 4096 bytes, with its name and attributes."""
-_SESSION_INFO: Final = b"ringfence.console.security.v1"
+_SESSION_INFO: Final = b"ringfence.console.session.v1"
 _MOST_ENDED: Final = 100_000
 
 

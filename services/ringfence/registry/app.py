@@ -159,9 +159,9 @@ def _tls(ca_file: Path | None = None) -> ssl.SSLContext:
 
 
 RECALL_S = 5.0
+"""How long an instance that enrols waits for the registry's memory."""
 _HEARTBEAT_S = 1.0
 """The interval at which the tables are confirmed; well below `RINGFENCE_GRACE_S`."""
-"""How long an instance that enrols waits for the registry's memory."""
 
 
 def build(

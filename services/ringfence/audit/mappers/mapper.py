@@ -44,7 +44,7 @@ class ReplayError(Exception):
 
 
 class RecordMapper:
-    """The base class of mappers: events of replays and of outdated messages, and the fields of"""
+    """The base class of mappers: events of replays and of outdated messages, and the fields of subjects."""
 
     def __init__(self, verifier: RecordVerifier, trust_domain: str) -> None:
         self._verifier = verifier

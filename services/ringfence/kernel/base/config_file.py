@@ -45,6 +45,7 @@ def read_config() -> ConfigFile | None:
     try:
         with path.open("rb") as file:
             _check_owner(path, os.fstat(file.fileno()))
+            _check_owner(path.parent, path.parent.stat())
             data = file.read()
     except OSError as error:
         raise _unreadable(str(path), str(error)) from None
@@ -98,7 +99,7 @@ def _exists(path: Path) -> bool:
 
 
 def _check_owner(path: Path, status: os.stat_result) -> None:
-    """Check the personal file, as ssh checks its own. Raises SettingsError if others own it or can write it."""
+    """Check the personal file or its folder, as ssh does. Raises SettingsError if others own it or can write it."""
     if not hasattr(os, "geteuid"):  # Windows, where agents may run
         return
     if status.st_uid not in (0, os.geteuid()) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

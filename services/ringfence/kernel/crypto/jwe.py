@@ -117,11 +117,12 @@ def seal(plaintext: bytes, to: PublicJwk, *, kid: str) -> str:
     Raises InvalidMessageError if the key is no valid point.
     """
     from joserfc import jwe
+    from joserfc.errors import JoseError
 
     header = {"alg": "ECDH-ES", "enc": "A256GCM", "kid": kid}
     try:
         return jwe.encrypt_compact(header, plaintext, _recipient(to), registry=_registry("ECDH-ES"))
-    except ValueError as error:
+    except (JoseError, ValueError) as error:
         raise _unusable_reply_key(error) from None
 
 
@@ -140,7 +141,7 @@ def check_reply_key(to: PublicJwk) -> None:
         raise _unusable_reply_key(error) from None
 
 
-def _unusable_reply_key(error: ValueError) -> InvalidMessageError:
+def _unusable_reply_key(error: Exception) -> InvalidMessageError:
     return InvalidMessageError(
         f"the reply_key cannot be sealed to ({error}); send a fresh P-256 or X25519 key",
         code="reply_key_invalid",

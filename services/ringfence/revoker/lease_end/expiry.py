@@ -210,15 +210,20 @@ class Expiry:
         self._hinted.clear()
 
     async def _end_due(self, shards: Sequence[int], now: float, tasks: asyncio.TaskGroup) -> None:
-        """Claim due leases, and start to end them all: the next claim overlaps with the ends of the last."""
-        claimed = await self._store.claim(shards, limit=self._limit, visibility_ms=self._visibility_ms)
+        """Claim due leases, and start to end them all: the next claim overlaps with the ends of the last.
+
+        A claim takes no more than what is ended at a time, and waits for revocations before, not after it: other
+        revokers take leases over once `visibility_ms` has passed.
+        """
+        await self._ender.yield_to_revocations()
+        limit = max(1, min(self._limit, CONCURRENT_BATCHES * BATCH_SIZE // len(shards)))
+        claimed = await self._store.claim(shards, limit=limit, visibility_ms=self._visibility_ms)
         for shard_claim in claimed:
             self._last_look[shard_claim.shard] = now
-            self._next_look[shard_claim.shard] = now + self._pause_s(shard_claim, now)
+            self._next_look[shard_claim.shard] = now + self._pause_s(shard_claim, limit, now)
         due = [(id, lease) for shard_claim in claimed for id, lease in shard_claim.leases.items()]
         for start in range(0, len(due), BATCH_SIZE):
             await self._slots.acquire()
-            await self._ender.yield_to_revocations()
             tasks.create_task(self._end_in_slot(dict(due[start : start + BATCH_SIZE])))
 
     async def _end_in_slot(self, due: Mapping[str, StoredLease | None]) -> None:
@@ -234,9 +239,9 @@ class Expiry:
         now_ms = self._clock.now_ms()
         await self._ender.end([EndRequest(lease, deadline_cause(lease, now_ms)) for lease in leases.values()])
 
-    def _pause_s(self, claimed: ClaimedLeases, now: float) -> float:
+    def _pause_s(self, claimed: ClaimedLeases, limit: int, now: float) -> float:
         """The time in seconds until the next look at the shard."""
-        if len(claimed.leases) >= self._limit:
+        if len(claimed.leases) >= limit:
             return 0.0
         # On a grid, so that idle shards are looked at together, in one round trip.
         pause_s = (math.floor(now / LOOK_EVERY_S) + 1) * LOOK_EVERY_S - now
