@@ -89,6 +89,12 @@ def test_personal_file_that_others_can_write_is_refused(personal: Path, mode: in
         load(ClientSettings)
 
 
+def test_personal_file_in_folder_that_others_can_write_is_refused(personal: Path) -> None:
+    personal.parent.chmod(0o775)
+    with pytest.raises(SettingsError, match=r"others can write it; .*chmod go-w"):
+        load(ClientSettings)
+
+
 def test_personal_file_of_another_user_is_refused(personal: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "geteuid", lambda: 4711)
     if personal.stat().st_uid == 0:

@@ -42,6 +42,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
+pytestmark = pytest.mark.timeout(300)
 PEOPLE = ("root", "olga", "otto", "sam", "suzy", "uma")
 OTHERS = ("eve", "a forger", "the agent")
 """Nobody knows eve; the forger signs in the name of sam; the agent signs with a key that it has."""
@@ -500,5 +501,4 @@ def _assert_over_is_over(before: AgentState, after: AgentState) -> None:
 
 
 TestLives = Lives.TestCase
-TestLives.pytestmark = [pytest.mark.timeout(300)]
 TestLives.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)
