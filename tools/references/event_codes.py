@@ -30,7 +30,12 @@ def reference() -> str:
     rows: dict[int, list[str]] = defaultdict(list)
     for kind in sorted(
         event_kinds(),
-        key=lambda one: (one.code, one.attributes["activity_id"], one.attributes["severity_id"]),
+        key=lambda one: (
+            one.code,
+            one.attributes["activity_id"],
+            one.attributes["severity_id"],
+            str(sorted(one.attributes.items())),
+        ),
     ):
         ocsf = kind.attributes
         alert = "alert" if ocsf.get("is_alert") else ""
