@@ -1,4 +1,4 @@
-"""Expiry lets revocations go first: while one is carried out, it starts no batch, but never waits for long."""
+"""Expiry lets revocations go first: while one is carried out, it claims nothing, but never waits for long."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class RevokerSettings(RingfenceSettings):
     model_config = SettingsConfigDict(env_prefix="RINGFENCE_REVOKER_", extra="ignore", frozen=True)
 
     claim_limit: Annotated[int, Field(ge=1, le=10_000)] = 250
-    """The number of due leases of one shard that are claimed at a time."""
+    """The most due leases of one shard that a claim takes. A claim of all shards takes 750 at most."""
     visibility_ms: Annotated[int, Field(ge=100, le=600_000)] = 5_000
     """The time for which a claimed lease is left to its revoker. After that the revoker counts as dead, or its removal
     as failed."""

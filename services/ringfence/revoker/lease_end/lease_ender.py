@@ -98,7 +98,7 @@ class LeaseEnder:
 
     @contextlib.contextmanager
     def revoking(self) -> Iterator[None]:
-        """Expiry starts no batch meanwhile: its leases are refused already, those of a revocation may be in use."""
+        """Expiry claims nothing meanwhile: its leases are refused already, those of a revocation may be in use."""
         self._revoking += 1
         self._no_revocation.clear()
         try:
