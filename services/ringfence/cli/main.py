@@ -198,7 +198,7 @@ def _visible_usage_errors() -> Iterator[None]:
 
 def _instead_of_removed(error: Exception) -> str | None:
     """Return what to use instead of a removed command that the command line names, or None."""
-    from ringfence.cli.shared.removed import COMMANDS as REMOVED
+    from ringfence.cli.shared.removals import COMMANDS as REMOVED
 
     group = getattr(getattr(error, "ctx", None), "command_path", "")
     found = re.match(r"No such command '(\S+)'", str(getattr(error, "message", "")))

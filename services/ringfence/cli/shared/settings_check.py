@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ringfence.cli.shared.removed import SETTINGS as REMOVED
+from ringfence.cli.shared.removals import SETTINGS as REMOVED
 from ringfence.kernel.base.config_file import CONFIG_FILE_ENV, read_config
 from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.kernel.base.text import did_you_mean
