@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from faststream import FastStream
 
 from ringfence.backends import (
+    Backend,
     BackendContext,
     BackendSettings,
     CircuitBreaker,
@@ -48,6 +50,19 @@ _LONGEST_SHUT_S = 5.0
 """Agents wait: a target that failed is soon tried again."""
 
 
+@dataclass(frozen=True, slots=True)
+class IssuerParts:
+    """What the issuer works with. A process and a test bring theirs; `wire` makes one service of either."""
+
+    runtime: Runtime
+    own: IssuerSettings
+    directory: Directory
+    store: LeaseStore
+    backends: Mapping[str, Backend]
+    token_keys: TokenKeys
+    seal_keys: EncryptionKeys | None
+
+
 def build(
     settings: ServiceSettings, own: IssuerSettings | None = None, clock: Clock | None = None
 ) -> Runtime:
@@ -64,6 +79,26 @@ def build(
     store = LeaseStore(settings, runtime.clock)
     access = TargetAccess.of(load(BackendSettings))
     backends = all_backends(BackendContext(settings.trust_domain, settings.issuer_url, token_keys, access))
+    seal_keys = _seal_keys(runtime, own.seal_key_file, settings.key_dir / SEAL_KEY_FILE)
+    runtime.table(RUN_TABLES, directory.on_records)
+    runtime.on_start(store.connect)
+    runtime.on_stop(access.close)
+    for backend in backends.values():
+        runtime.on_stop(backend.close)
+    runtime.on_stop(store.close)
+    runtime.ready_when(store.unready)
+    runtime.warns_when(store.warning)
+    runtime.denies_when(directory.stale)
+    runtime.background("redis-watch", store.watch)
+    runtime.background("outbox-clearing", store.clear_outbox)
+    wire(IssuerParts(runtime, own, directory, store, backends, token_keys, seal_keys))
+    return runtime
+
+
+def wire(parts: IssuerParts) -> None:
+    """Register all that the issuer reads, does and serves at its runtime."""
+    runtime, own, directory, store = parts.runtime, parts.own, parts.directory, parts.store
+    backends, settings = parts.backends, parts.runtime.settings
     caller = CircuitBreaker(
         concurrency=own.mint_concurrency, deadline_s=own.mint_deadline_s, longest_shut_s=_LONGEST_SHUT_S
     )
@@ -83,9 +118,8 @@ def build(
         [APPROVAL_RESPONSE], granted.on_records, since_ms=max(runtime.clock.now_ms() - GRANTS_KEEP_MS, 1)
     )
     grants = GrantKeeper(granted, store, responses.caught_up, own.patience_s)
-    seal_keys = _seal_keys(runtime, own.seal_key_file, settings.key_dir / SEAL_KEY_FILE)
     delivery = GatewayDelivery(
-        runtime.trust, lambda: runtime.key, seal_keys, runtime.clock, settings.trust_domain
+        runtime.trust, lambda: runtime.key, parts.seal_keys, runtime.clock, settings.trust_domain
     )
     halts = RevokerHalts(runtime.trust, grace_ms=int(settings.grace_s * 1000))
     handler = DecisionHandler(
@@ -106,19 +140,8 @@ def build(
         directory.on_records(records)
         halts.on_heartbeats(records)
 
-    runtime.table(RUN_TABLES, directory.on_records)
     runtime.table([HEARTBEAT], on_heartbeats)
-    runtime.on_start(store.connect)
-    runtime.on_stop(access.close)
-    for backend in backends.values():
-        runtime.on_stop(backend.close)
-    runtime.on_stop(store.close)
-    runtime.ready_when(store.unready)
-    runtime.warns_when(store.warning)
-    runtime.denies_when(directory.stale)
     runtime.denies_when(lambda: said.message if (said := halts.denial()) else None)
-    runtime.background("redis-watch", store.watch)
-    runtime.background("outbox-clearing", store.clear_outbox)
 
     async def settle() -> None:
         granted.settle()
@@ -128,13 +151,12 @@ def build(
     runtime.routes += IssuerHttp(
         issuer_url=settings.issuer_url,
         authenticator=authenticator,
-        keys=token_keys,
+        keys=parts.token_keys,
         store=store,
         runs=directory.runs,
     ).routes()
-    resealer = Resealer(settings, runtime.trust, store, seal_keys, runtime.clock)
+    resealer = Resealer(settings, runtime.trust, store, parts.seal_keys, runtime.clock)
     runtime.routes += GatewayHttp(resealer, authenticator).routes()
-    return runtime
 
 
 def described() -> FastStream:

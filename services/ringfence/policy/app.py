@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from faststream import FastStream
@@ -72,13 +73,24 @@ from ringfence.policy.settings import PolicySettings
 from ringfence.policy.subscribers import router
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
-from ringfence.rego.engine import ISSUANCE
+from ringfence.rego.engine import ISSUANCE, PolicyEngine
 from ringfence.rego.settings import OpaSettings, engine_of
 
 log = logging.getLogger(__name__)
 
 _READ_BACK_MS = 100
 """What policy has decided it knows: reading it back is for what others decided, and for a crash."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyParts:
+    """What policy works with. A process and a test bring theirs; `wire` makes one service of either."""
+
+    runtime: Runtime
+    own: PolicySettings
+    directory: Directory
+    engine: PolicyEngine
+    declared: BackendCapabilities
 
 
 def build(
@@ -96,6 +108,23 @@ def build(
         grace_ms=int(settings.grace_s * 1000),
         on_alarm=report_alarms(runtime),
     )
+    declared = BackendCapabilities(all_backends(BackendContext(settings.trust_domain, settings.issuer_url)))
+
+    async def bundle_refused(mark: str, why: str) -> None:
+        reason = Reason(code="bundle_refused", message=why[:2000])
+        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
+
+    runtime.table(RUN_TABLES, directory.on_records)
+    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
+    runtime.denies_when(directory.stale)
+    wire(PolicyParts(runtime, own, directory, engine, declared))
+    return runtime
+
+
+def wire(parts: PolicyParts) -> ApprovalHandler:
+    """Register all that policy reads, does and serves at its runtime. Returns the handler of what waits for people."""
+    runtime, own, directory, engine = parts.runtime, parts.own, parts.directory, parts.engine
+    settings = runtime.settings
     holdings = Holdings(runtime.trust, runtime.clock)
     grant_table = GrantTable(directory, settings.trust_domain)
     grants = GrantBook(grant_table, directory)
@@ -145,8 +174,7 @@ def build(
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
     publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
     verifier = MessageVerifier(runtime, directory)
-    declared = BackendCapabilities(all_backends(BackendContext(settings.trust_domain, settings.issuer_url)))
-    judge = RequestEvaluator(runtime, directory, engine, holdings, (history,), grants, declared)
+    judge = RequestEvaluator(runtime, directory, engine, holdings, (history,), grants, parts.declared)
     limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
     pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
     admission, shed = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
@@ -182,7 +210,6 @@ def build(
         approvals.received(batch)
         await responses(batch)
 
-    runtime.table(RUN_TABLES, directory.on_records)
     consumers = runtime.consume(
         router(
             requests=requests_then_withdrawals(
@@ -210,21 +237,15 @@ def build(
         await decisions.settle()
         await approvals.close_overdue(consumers["policy"].owns)
 
-    async def bundle_refused(mark: str, why: str) -> None:
-        reason = Reason(code="bundle_refused", message=why[:2000])
-        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
-
     runtime.on_start(engine.start)
     runtime.on_stop(engine.close)
     runtime.on_start(notices.start)
     runtime.on_stop(notices.close)
-    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
     runtime.background("overdue approvals", close_overdue)
     runtime.background("inventory", agent_index.keep)
     runtime.background("load shedding", shed.run)
     runtime.on_stop(shed.close)
     runtime.ready_when(decisions.unready)
-    runtime.denies_when(directory.stale)
     runtime.warns_when(lambda: admission.behind(runtime.clock.now_ms()))
     authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
     decisions_api = DecisionsApi(runtime, directory, authenticator, decisions, lambda: judge.policy_revision)
@@ -243,7 +264,7 @@ def build(
         runtime, directory, authenticator, grant_table, grants, lambda: judge.policy_revision
     ).routes()
     runtime.routes += AuthZen(runtime, authenticator, judge).routes()
-    return runtime
+    return approvals
 
 
 def described() -> FastStream:

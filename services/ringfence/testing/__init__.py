@@ -14,8 +14,8 @@ async def test_deploys(in_memory_ringfence):
 Enters: a test's calls: users, targets, agents, tasks, approvals, revocations, time.
 Leaves: `ringfence.Agent` and other SDK objects on an in-memory bus; leases and their states to assert.
 Imports: every package below, services included; it needs the extra `testing`. Not `faststream` beside it.
-Read first: `in_memory.py` (`InMemoryRingfence`, for a test), `services.py` (the handlers of four services,
-wired once more), `bus.py` (Kafka in memory).
+Read first: `in_memory.py` (`InMemoryRingfence`, for a test), `services.py` (four services, policy and
+issuer by their own `wire`), `bus.py` (Kafka in memory).
 """
 
 from __future__ import annotations

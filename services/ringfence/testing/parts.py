@@ -8,9 +8,9 @@ Rego engine: evaluates in this process; a test brings its own bundle, and needs 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, cast
 
 import regorus
 from starlette.routing import BaseRoute
@@ -21,9 +21,12 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.dead_letters import DeadLetters
+from ringfence.kernel.kafka.faststream_adapter import GroupRouter
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.kernel.kafka.table_reader import Follower, Reader
+from ringfence.kernel.service.http import ReadyCheck
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import NOT_TRACING
 from ringfence.messages.base import Claims, ServiceRole, Topic
@@ -183,6 +186,44 @@ class InMemoryRuntime(Runtime):
         self.routes: list[BaseRoute] = []
         self.bundle_overwritten = False
         self._key = key
+        self._bus = bus
+
+    # Readers have each record at once, so that nothing is awaited before work is taken. Work in the background is for
+    # what only a process has, and a test moves the clock by itself; so it is left out, as are the checks of `/readyz`.
+
+    def table(self, topics: Sequence[Topic[Any]], reader: Reader) -> None:
+        self._bus.read(topics, reader)
+
+    def history(
+        self, topics: Sequence[Topic[Any]], reader: Reader, *, since_ms: int, linger_ms: int = 0
+    ) -> Follower:
+        self._bus.read(topics, reader, since_ms=since_ms)
+        return CaughtUpFollower(self.settings, topics)
+
+    def redeliver_after_rotation(self, reader: Reader) -> Reader:
+        return reader
+
+    def consume(self, router: GroupRouter) -> dict[str, Consumer]:
+        groups = {}
+        for group in router.groups:
+            for subscriber in group.subscribers:
+                self._bus.consume(dict.fromkeys(subscriber.reads, subscriber.batch_handler))
+            groups[group.name] = cast("Consumer", _AllPartitions())
+        return groups
+
+    def background(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
+        """See above."""
+
+    def ready_when(self, check: ReadyCheck) -> None:
+        """See above."""
+
+    denies_when = warns_when = ready_when
+
+    def on_start(self, opening: Callable[[], Awaitable[None]]) -> None:
+        """See above."""
+
+    def on_stop(self, closing: Callable[[], Awaitable[None]]) -> None:
+        """See above."""
 
     @property
     def key(self) -> SigningKey:
@@ -199,6 +240,13 @@ class InMemoryRuntime(Runtime):
 
     async def trust_moved(self) -> bool:
         return False
+
+
+class _AllPartitions:
+    """In place of a consumer: the only member of its group."""
+
+    def owns(self, topic_name: str, partition: int) -> bool:
+        return True
 
 
 class CaughtUpFollower(Follower):

@@ -1,70 +1,37 @@
-"""Registry, policy, issuer and revoker over an in-memory bus: the handlers of the services themselves, wired once more.
+"""Registry, policy, issuer and revoker over an in-memory bus. Policy and issuer are wired as in a process.
 
 What is left out is what only a cluster needs: heartbeats, rebuilds, outboxes, sweeps, minting at targets, gateways.
 """
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import cast
 
 from starlette.applications import Starlette
 
-from ringfence.backends import Backend, BackendContext, CircuitBreaker, TokenKey, TokenKeys, built_in
+from ringfence.backends import Backend, BackendContext, TokenKey, TokenKeys, built_in
 from ringfence.backends.capabilities import BackendCapabilities
-from ringfence.issuer.decisions import DecisionHandler
-from ringfence.issuer.domain import Terms
-from ringfence.issuer.grant_use import GrantKeeper
-from ringfence.issuer.http import IssuerHttp
-from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
-from ringfence.issuer.minting import GatewayDelivery, Minter
+from ringfence.issuer import app as issuer
+from ringfence.issuer.app import IssuerParts
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import sequential
-from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import ServiceRole
-from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.topics import (
-    APPROVAL_RESPONSE,
-    CREDENTIAL_DECISION,
-    CREDENTIAL_REQUEST,
-    LEASE,
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
-    SERVICE_EVENT,
     TRUST,
 )
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.records.agent_keys import KeyUses
-from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
-from ringfence.model.requests.grants import GrantTable, kind_of
-from ringfence.policy.agents.holdings import Holdings
-from ringfence.policy.agents.inventory import SharedKeyDetector
-from ringfence.policy.decision_log import Approvers, InMemoryDecisionLog
-from ringfence.policy.decisions.evaluator import RequestEvaluator
-from ringfence.policy.decisions.responder import DecisionPublisher
-from ringfence.policy.grants import GrantBook
-from ringfence.policy.incoming.admission import (
-    AdmissionControl,
-    AdmissionLimits,
-    MessageVerifier,
-    PendingApprovalLimit,
-    PendingLimits,
-)
+from ringfence.policy import app as policy
+from ringfence.policy.app import PolicyParts
 from ringfence.policy.incoming.approvals import ApprovalHandler
-from ringfence.policy.incoming.credential_requests import (
-    RequestHandler,
-    WithdrawalHandler,
-    requests_then_withdrawals,
-)
-from ringfence.policy.incoming.grants import GrantHandler
-from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.notifications.notices import Notices
 from ringfence.policy.settings import PolicySettings
 from ringfence.registry.commands import Registry
 from ringfence.registry.store import Memory
@@ -80,7 +47,6 @@ from ringfence.testing.bus import InMemoryBus
 from ringfence.testing.clock import MovableClock
 from ringfence.testing.lease_store import InMemoryLeaseStore
 from ringfence.testing.parts import (
-    CaughtUpFollower,
     CredentialOf,
     GivenCredentials,
     InMemoryRuntime,
@@ -153,18 +119,8 @@ class Services:
         }
         self.registry = self._build_registry()
         self.approvals = self._build_policy(bundle)
-        self._build_issuer()
+        self.issuer_http = self._build_issuer(token_keys)
         self._ender = self._build_revoker()
-        authenticator = Authenticator(self.directory, "issuer", clock)
-        self.issuer_http = Starlette(
-            routes=IssuerHttp(
-                issuer_url=settings.issuer_url,
-                authenticator=authenticator,
-                keys=token_keys,
-                store=self.store,
-                runs=self.directory.runs,
-            ).routes()
-        )
         context.bus.when_idle(self._close_overdue_once)
 
     async def end_due_leases(self) -> None:
@@ -183,117 +139,15 @@ class Services:
         return registry
 
     def _build_policy(self, bundle: Bundle | None) -> ApprovalHandler:
-        context, directory, declared = self._context, self.directory, self._declared
-        runtime, bus = context.runtime("policy"), context.bus
+        runtime = self._context.runtime("policy")
         own = PolicySettings.model_construct()
-        holdings = Holdings(runtime.trust, runtime.clock)
-        grant_table = GrantTable(directory, runtime.settings.trust_domain)
-        grants = GrantBook(grant_table, directory)
+        return policy.wire(PolicyParts(runtime, own, self.directory, InProcessEngine(bundle), self._declared))
 
-        def on_allowed(decision: CredentialDecision, agent_id: str, at_ms: int) -> None:
-            holdings.decided(decision, agent_id, at_ms)
-            grants.on_allowed(decision)
-
-        decisions = InMemoryDecisionLog(runtime.trust, on_allowed)
-        bus.read([LEASE], holdings.on_leases)
-        bus.read([SERVICE_EVENT], holdings.on_events)
-        bus.read([CREDENTIAL_DECISION], decisions.on_records)
-        bus.read([APPROVAL_RESPONSE], grant_table.on_records)
-        grant_table.settle()
-
-        async def recall() -> None:
-            await decisions.settle()
-
-        notices = Notices({}, directory, decisions, runtime.clock)
-        publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
-        verifier = MessageVerifier(runtime, directory)
-        feed = CaughtUpFollower(runtime.settings, [CREDENTIAL_DECISION])
-        judge = RequestEvaluator(
-            runtime, directory, InProcessEngine(bundle), holdings, (feed,), grants, declared
-        )
-        limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
-        pending = PendingLimits(own.agent_pending_approvals, own.sponsor_pending_approvals)
-        admission, shed = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
-        requests = RequestHandler(
-            runtime,
-            verifier,
-            admission,
-            judge,
-            decisions,
-            publisher,
-            PendingApprovalLimit(directory, decisions, pending),
-            recall,
-            SharedKeyDetector(runtime, KeyUses()),
-            shed,
-            approval_timeout_s=own.approval_timeout_s,
-        )
-        approvals = ApprovalHandler(runtime, directory, verifier, judge, decisions, publisher, recall)
-        withdrawals = WithdrawalHandler(runtime, directory, verifier, admission, shed, decisions, approvals)
-        granting = GrantHandler(
-            runtime,
-            directory,
-            verifier,
-            grant_table,
-            lambda: judge.policy_revision,
-            approvals.records.wait_until_known,
-            approvals.reconsider,
-        )
-
-        async def respond(record: Received) -> Awaitable[object] | None:
-            if kind_of(record) is None:
-                return await approvals.handle(record)
-            await granting.handle(record)
-            return None
-
-        bus.consume({
-            CREDENTIAL_REQUEST: requests_then_withdrawals(
-                requests.handle, withdrawals.handle, approvals.received, runtime.dead_letters
-            ),
-            APPROVAL_RESPONSE: sequential(respond, runtime.dead_letters),
-        })  # fmt: skip
-        return approvals
-
-    def _build_issuer(self) -> None:
-        context, directory, store = self._context, self.directory, self.store
-        runtime, backends = context.runtime("issuer"), self._backends
+    def _build_issuer(self, token_keys: TokenKeys) -> Starlette:
+        runtime = self._context.runtime("issuer")
         own = IssuerSettings.model_construct()
-        minter = Minter(
-            runtime,
-            store,
-            backends,
-            CircuitBreaker(concurrency=1, deadline_s=1.0, longest_shut_s=1.0),
-            mint_ms=0,
-        )
-        values = LeaseLimitValues(own.agent_leases, own.sponsor_leases, own.wait_s)
-        granted = GrantTable(directory, runtime.settings.trust_domain)
-        context.bus.read([APPROVAL_RESPONSE], granted.on_records)
-        granted.settle()
-
-        async def caught_up(within_s: float) -> bool:
-            return True
-
-        handler = DecisionHandler(
-            runtime,
-            directory,
-            store,
-            backends,
-            minter,
-            LeaseLimits(store, runtime.clock, values),
-            GrantKeeper(granted, store, caught_up, own.patience_s),
-            GatewayDelivery(
-                runtime.trust, lambda: runtime.key, None, runtime.clock, runtime.settings.trust_domain
-            ),
-            Terms(
-                id=runtime.key.id,
-                trust_domain=runtime.settings.trust_domain,
-                entitlements_max_age_s=runtime.settings.entitlements_max_age_s,
-                backends=frozenset(backends),
-                injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
-            ),
-            patience_s=0.0,
-            halted=lambda: None,
-        )
-        context.bus.consume({CREDENTIAL_DECISION: handler})
+        issuer.wire(IssuerParts(runtime, own, self.directory, self.store, self._backends, token_keys, None))
+        return Starlette(routes=runtime.routes)
 
     def _build_revoker(self) -> LeaseEnder:
         context, directory, store = self._context, self.directory, self.store

@@ -81,6 +81,8 @@ class GroupSubscriber(BatchSubscriber):
     order: Order
     function: Callable[[Any], Awaitable[Any]]
     """As it was declared."""
+    batch_handler: BatchHandler
+    """The same for whole batches, outside FastStream: without its middlewares."""
 
     async def start(self) -> None:
         """Get ready to be handed batches. Upstream would start a consumer here.
@@ -165,7 +167,8 @@ class GroupRegistrator(KafkaRegistrator):
             subscriber.__class__ = GroupSubscriber  # upstream makes its subscribers in a function of its own
             subscriber.group, subscriber.reads = group, topics
             subscriber.order, subscriber.function = order, handler
-            subscriber(_declared_function(handler, _batch_handler(handler, order, group)))
+            subscriber.batch_handler = _batch_handler(handler, order, group)
+            subscriber(_declared_function(handler, subscriber.batch_handler))
             group.subscribers.append(subscriber)
             if group not in self.groups:
                 self.groups.append(group)
