@@ -11,7 +11,7 @@ UV         := .cache/uv
 ARGS   ?=
 # How many processes share the tests, each with a broker, a Redis and a stack of its own; 0: none besides pytest, as --pdb needs it
 JOBS   ?= 3
-SHARED := -n $(JOBS) --dist loadfile --max-worker-restart 3 --durations 10 --durations-min 5
+SHARED := -n $(JOBS) --dist loadfile --no-loadscope-reorder --max-worker-restart 3 --durations 10 --durations-min 5
 
 # The tests start hundreds of Python processes: each would compile all modules again.
 unexport PYTHONDONTWRITEBYTECODE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import gc
+import itertools
 import os
 import shutil
 import tempfile
@@ -27,6 +28,8 @@ from tests.support.world import World
 KINDS = ("embedded", "apache", "docker")
 _SWITCHES = (("--no-fast-path", "gateway", "fast_path", "fast_path_only"),)
 """By option: the service, the argument of its `build` that is False then, and the marker of tests about that path."""
+_WAIT = ("integration", "e2e", "flows", "gateway", "chaos", "")
+"""The folders of tests that wait for servers, those with the longest files first."""
 ON_STACK = "tests/integration/stack/"
 """The folder of the tests that share one running stack."""
 BEFORE = "5e433043e474aee64aecd0a2190160745fc965e2"
@@ -144,7 +147,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     markers = [marker for option, _, _, marker in _SWITCHES if config.getoption(option)]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in markers)]
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    items[:] = _in_order([item for item in items if item not in left_out])
+
+
+def _in_order(items: list[pytest.Item]) -> list[pytest.Item]:
+    """By turns a file of tests that wait for servers and one of tests that compute: together they use the processors.
+
+    The stack first, as one process has all of it; then the files with most tests. So no long file is left for the end.
+    """
+    files: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.nodeid.split("::", 1)[0], []).append(item)
+    longest = sorted(
+        files, key=lambda path: (not path.startswith(ON_STACK), _WAIT.index(_suite(path)), -len(files[path]))
+    )
+    wait = [path for path in longest if _suite(path)]
+    compute = [path for path in longest if not _suite(path)]
+    turns = itertools.chain.from_iterable(itertools.zip_longest(wait, compute))
+    return [item for path in turns if path is not None for item in files[path]]
+
+
+def _suite(path: str) -> str:
+    """The folder of tests that wait for servers; empty for those that compute."""
+    return next((suite for suite in _WAIT if suite and path.startswith(f"tests/{suite}/")), "")
 
 
 def pytest_collection_finish() -> None:
