@@ -36,8 +36,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, USER
 from ringfence.model.records.directory import Directory
-from ringfence.scim.app import EntitlementRefresh
-from ringfence.scim.provisioning import DirectoryView, ProvisioningWriter
+from ringfence.scim.provisioning import DirectoryView, EntitlementRefresh, ProvisioningWriter
 from ringfence.scim.settings import ScimSettings
 from tests.conftest import Kafka
 from tests.support.audit_stories import expect_trail

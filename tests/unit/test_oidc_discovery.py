@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
-from ringfence.registry.app import MAX_DOCUMENT_BYTES, Discovery
+from ringfence.registry.oidc_discovery import MAX_DOCUMENT_BYTES, Discovery
 from tests.gateway.certificates import Certificates
 from tests.support.in_memory_registry import FixedClock
 from tests.support.oidc_tokens import TokenIssuer

@@ -7,6 +7,7 @@ groups come from the verified records: the service keeps nothing else.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import cast
@@ -22,7 +23,9 @@ from scim2_models import (
 )
 
 from ringfence.client.admin.provisioner import Provisioner
-from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.base.errors import RingfenceError, UnavailableError
+from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.registry import Delegation, GroupLink, Provisioned, Provisioning, UserRecord
 from ringfence.model.records.command_chain import ChainError
@@ -37,6 +40,9 @@ from ringfence.scim.resources import (
     to_provisioning,
     user_resource,
 )
+from ringfence.scim.settings import ScimSettings
+
+log = logging.getLogger(__name__)
 
 
 class DirectoryView:
@@ -371,3 +377,64 @@ def ids_for(user_name: str, mail_domain: str | None) -> Iterator[str]:
 def free_id(user_name: str, mail_domain: str | None, is_retired: Callable[[str], bool]) -> str | None:
     """The first candidate id that no departed user had: a later user of the same name is another person."""
     return next((id for id in ids_for(user_name, mail_domain) if not is_retired(id)), None)
+
+
+class EntitlementRefresh:
+    """Refreshes users' entitlements from the delegation periodically.
+
+    If an operator changed the delegation, every user gets what it grants now. Entitlements expire with age. A directory
+    reports changes only, so while it calls, its silence about a user means that nothing changed, and the entitlements
+    are confirmed. If it no longer calls, nothing is confirmed, and they expire.
+    """
+
+    def __init__(
+        self, view: DirectoryView, writer: ProvisioningWriter, settings: ScimSettings, clock: Clock
+    ) -> None:
+        self._view = view
+        self._writer = writer
+        self._settings = settings
+        self._clock = clock
+        self._last_request_s = 0
+
+    def note_request(self) -> None:
+        """Record an authenticated call of the directory."""
+        self._last_request_s = self._clock.now_ms() // 1000
+
+    async def run(self) -> None:
+        """Refresh every `check_s` seconds, for ever."""
+        await run_periodically(
+            self._settings.check_s, self.refresh, "users could not be confirmed this time", log,
+            expected=(RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
+
+    async def refresh(self) -> int:
+        """Reprovision the users that need it. Returns how many."""
+        try:
+            delegation = self._view.delegation()
+        except UnavailableError:
+            return 0
+        now_s, refreshed = self._clock.now_ms() // 1000, 0
+        for record in list(self._view.all()):
+            as_of = self._as_of(record, delegation, now_s)
+            if as_of is None:
+                continue
+            try:
+                await self._writer.reprovision(record, as_of)
+                refreshed += 1
+            except RingfenceError as error:  # a user whose command fails does not stop the others
+                log.warning("user %s could not be confirmed: %s", record.state.user_id, error)
+        return refreshed
+
+    def _as_of(self, record: UserRecord, delegation: Delegation, now_s: int) -> int | None:
+        """The `as_of` to reprovision a user with; None where nothing is due, or an operator disabled them."""
+        if record.state.provisioned is not None and record.state.provisioned.blocked:
+            return None
+        if differs_from_delegation(record, delegation):
+            # The delegation is another, and that is all that is known: what was of then stays of then.
+            return record.state.entitlements.as_of
+        return self._last_request_s if self._is_due(record, now_s) else None
+
+    def _is_due(self, record: UserRecord, now_s: int) -> bool:
+        if record.state.status != "active" or now_s - self._last_request_s > self._settings.heard_s:
+            return False
+        return self._last_request_s - record.state.entitlements.as_of > self._settings.confirm_s

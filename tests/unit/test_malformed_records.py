@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from ringfence.audit.app import MalformedRecordHandler
+from ringfence.audit.malformed_records import MalformedRecordHandler
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import sign
