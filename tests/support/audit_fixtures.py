@@ -47,6 +47,9 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,
+    AgentState,
+    AgentTransfer,
+    AgentTransferConsent,
     AnyRecord,
     AnyState,
     BackendSettings,
@@ -192,6 +195,18 @@ class AuditFixtures:
         """Claims of a model with a fresh head."""
         return model(**{**self._head(by, expires=issubclass(model, ExpiringClaims)), **fields})
 
+    def transfer_consent(self, sponsor: str, agent_id: str = "deploy-bot") -> str:
+        """The consent of a new sponsor to take an agent over as it is now."""
+        revision, state, _ = self.states[AGENT, agent_id]
+        by = self.key("user", sponsor)
+        assert isinstance(state, AgentState)
+        return sign(
+            self.claims(
+                AgentTransferConsent, by, agent_id=agent_id, from_sponsor=state.sponsor, revision=revision
+            ),
+            by,
+        )
+
     # --- records ---
 
     def received(
@@ -261,7 +276,11 @@ class AuditFixtures:
         agent = chains.agent_at(name, self.now_ms) if "/agent/" in by.id else None
         person = None if by is self.root or agent is not None else name
         jws = sign(claims, by)
-        given = chains.authorise(parse(jws), self.now_ms) if isinstance(claims, UserAddKey) else None
+        given = (
+            chains.authorise(parse(jws), self.now_ms)
+            if isinstance(claims, UserAddKey | AgentTransfer)
+            else None
+        )
         context = Context(
             actor=Actor(person, frozenset() if agent is not None else everything, agent=agent),
             task_at=lambda task_id: chains.task_at(task_id, self.now_ms),
@@ -269,6 +288,7 @@ class AuditFixtures:
             command_id=message_id(claims.iss, claims.jti),
             roles_of=lambda user: frozenset({"operator", "sponsor"}),
             key_history=self.directory.key_history(id) if topic is USER else NO_HISTORY,
+            transfer_consent=given.consent.transfer if given and given.consent else None,
             key_proof=given.key_proof if given else None,
             key_proof_problem=given.key_proof_problem if given else None,
         )

@@ -658,7 +658,7 @@ async def test_every_change_of_an_agent_has_an_event_of_its_own(office: AuditFix
         (AgentRotateKey, {"key": fresh[0], "overlap_s": 60}, "agent.key_rotated", 3),
         (AgentRotateKey, {"key": fresh[1], "compromised": True}, "agent.key_compromised", 3),
         (AgentSetCeiling, {"ceiling": wider}, "agent.ceiling_set", 3),
-        (AgentTransfer, {"sponsor": "petra"}, "agent.transferred", 3),
+        (AgentTransfer, {"sponsor": "petra", "consent": office.transfer_consent("petra")}, "agent.transferred", 3),
     ]  # fmt: skip
     for model, fields, code, activity in changes:
         claims = office.claims(model, sam, **bot, **fields)

@@ -130,16 +130,18 @@ def _activate(state: AgentState, *, is_sponsor: bool) -> AgentState:
 
 
 def _check_consent(state: AgentState, command: AgentTransfer, context: Context) -> None:
-    """Check that a transfer states the new sponsor's consent truthfully.
+    """Check that the new sponsor consents, and that a transfer states it truthfully.
 
-    Only the registry demands a consent: records of transfers without one, from before that rule, stay valid.
+    Needed is a consent, or the new sponsor's own signature, or an operator's statement that there is none.
     """
     if command.without_consent and not context.actor.is_operator:
         raise CommandRefusedError(
             "only an operator transfers an agent without the new sponsor's consent", code="not_operator"
         )
     if command.consent is None:
-        return
+        if command.without_consent or context.actor.user_id == command.sponsor:
+            return
+        raise _consent_missing(command, context)
     if command.without_consent:
         raise CommandRefusedError(
             "the transfer has a consent and says that it has none: leave out one of them",
@@ -157,6 +159,20 @@ def _check_consent(state: AgentState, command: AgentTransfer, context: Context) 
             f"{state.sponsor}; ask {command.sponsor} for another",
             code="consent_other_terms",
         )
+
+
+def _consent_missing(command: AgentTransfer, context: Context) -> CommandRefusedError:
+    if context.actor.is_operator:
+        message = (
+            f"the transfer has no consent of {command.sponsor}; an operator may do without, and has to sign so: "
+            "`without_consent`"
+        )
+    else:
+        message = (
+            f"the transfer has no consent of {command.sponsor}, who signs it with: ringfence agent consent-transfer "
+            f"{command.agent_id}; add it with --consent, or ask an operator"
+        )
+    return CommandRefusedError(message, code="consent_missing")
 
 
 def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) -> AgentState:
