@@ -41,8 +41,8 @@ from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import search_seldom_for_cycles
-from ringfence.messages.credential import Reason
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ACTION
@@ -114,11 +114,11 @@ class _View:
     def stale(self) -> str | None:
         return self.directory.stale()
 
-    def denial(self) -> Reason | None:
+    def check_freshness(self) -> Allowed | Refused:
         stale = self.stale()
-        return stale_view(stale) if stale is not None else None
+        return Refused(stale_view(stale)) if stale is not None else ALLOWED
 
-    view_problem = denial
+    check_view = check_freshness
 
 
 class _World:

@@ -21,6 +21,7 @@ from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Sender
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.model.verdict import ALLOWED, Allowed
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import permission
 from tests.support.switches import build_options
@@ -80,10 +81,10 @@ class McpPlace(PlayedRecorder):
     def stale(self) -> str | None:
         return None
 
-    def denial(self) -> None:
-        return None
+    def check_freshness(self) -> Allowed:
+        return ALLOWED
 
-    view_problem = denial
+    check_view = check_freshness
 
     def nonce(self) -> str:
         return "fresh"
@@ -91,8 +92,8 @@ class McpPlace(PlayedRecorder):
     async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
 
-    async def answer(self, *args: Any, **kwargs: Any) -> None:
-        return None
+    async def answer(self, *args: Any, **kwargs: Any) -> Allowed:
+        return ALLOWED
 
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         return {"Authorization": TOKEN}

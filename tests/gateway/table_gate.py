@@ -16,6 +16,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetState, VerbFloor
 from ringfence.model.http_targets import RequestMap
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
 SECRET = "s3cret-of-the-target-0123456789"
 TASK = str(uuid.UUID(int=7))
@@ -89,7 +90,7 @@ class TableAllowance:
         return dataclasses.replace(self._verdict(), action_id=action_id)
 
     def _verdict(self) -> Verdict:
-        return self.gate._decided(self.presented, self.attempt, lambda agent_id: None)
+        return self.gate._decided(self.presented, self.attempt, lambda agent_id: ALLOWED)
 
 
 class TableGate:
@@ -144,7 +145,7 @@ class TableGate:
         return verdict
 
     def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> TableAllowance | None:
-        verdict = self._decided(presented, attempt, lambda agent_id: None)
+        verdict = self._decided(presented, attempt, lambda agent_id: ALLOWED)
         if not verdict.allowed or verdict.target is None or verdict.lease is None:
             return None
         entry = self.targets[verdict.target.target_id]
@@ -157,10 +158,10 @@ class TableGate:
         rate_check: RateCheck,
         on_recorded: Callable[[bool], None],
     ) -> tuple[str, Mapping[str, str]] | None:
-        verdict = self._decided(presented, attempt, lambda agent_id: None)
+        verdict = self._decided(presented, attempt, lambda agent_id: ALLOWED)
         if not verdict.allowed or not self.credentials or verdict.target is None:
             return None
-        if rate_check(presented.handle or "helper") is not None:
+        if isinstance(rate_check(presented.handle or "helper"), Refused):
             return None
         if self.keeps_records and not self.full:
             self.records.append((presented, attempt, verdict))
@@ -190,8 +191,8 @@ class TableGate:
         if ended in watching:
             watching.remove(ended)
 
-    def view_problem(self) -> Reason | None:
-        return Reason(code="stale_view", message="it stood still") if self.stood_still else None
+    def check_view(self) -> Allowed | Refused:
+        return refused("stale_view", "it stood still") if self.stood_still else ALLOWED
 
     def view_expired(self) -> bool:
         return self.stood_still
@@ -223,8 +224,9 @@ class TableGate:
             return _denied(503, "view_stale", "nothing can be decided now")
         if self.handles is not None and presented.handle not in self.handles:
             return _denied(401, "unknown_sender", "nobody knows who sends this")
-        if rate_check is not None and (reason := rate_check(presented.handle or "helper")) is not None:
-            return _denied(429, reason.code, reason.message)
+        rate = rate_check(presented.handle or "helper") if rate_check is not None else ALLOWED
+        if isinstance(rate, Refused):
+            return _denied(429, rate.reason.code, rate.reason.message)
         target_id = self._target(attempt)
         if target_id is None:
             return _denied(403, "target_unknown", "there is no such target")

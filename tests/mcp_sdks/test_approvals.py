@@ -15,6 +15,7 @@ from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.model.verdict import ALLOWED, Allowed
 from tests.mcp_sdks.conftest import WITHIN_S, agent, serving
 from tests.mcp_sdks.test_sdks import CLIENTS
 from tests.support.switches import build_options
@@ -50,8 +51,8 @@ class Asking(McpGateway):
     def view_expired(self) -> bool:
         return False
 
-    def view_problem(self) -> None:
-        return None
+    def check_view(self) -> Allowed:
+        return ALLOWED
 
 
 @contextlib.asynccontextmanager

@@ -57,6 +57,7 @@ from ringfence.model.records.runs import KEPT_MS, RunTable, run_id_of, run_viola
 from ringfence.model.requests.facts import load_context, violations
 from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, order_id_of, order_problem, verified_order
 from ringfence.model.unknown_fields import is_understood
+from ringfence.model.verdict import ALLOWED, Refused
 from ringfence.revoker.domain import stale_basis
 from tests.support import leases
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
@@ -936,11 +937,11 @@ def test_what_a_run_uses_is_cut_when_it_ends(started: Place) -> None:
     assert cut == []
     table.end_run(started.run.id)
     assert cut == [lease.lease_id]
-    problem_ = table.problem(lease)
-    assert problem_ is not None
-    assert problem_.code == "run_ended"
+    live = table.check_live(lease)
+    assert isinstance(live, Refused)
+    assert live.reason.code == "run_ended"
     assert not table.is_live(lease.lease_id, started.ledger.clock.ms)
-    assert table.problem(other) is None
+    assert table.check_live(other) == ALLOWED
     assert started.gateway(lease) == ["run_ended"]
 
 
@@ -978,8 +979,10 @@ def test_runs_that_ended_long_ago_are_not_kept(started: Place) -> None:
     for later_ms, code in ((REVOCATIONS_KEPT_MS, "run_ended"), (ENDED_KEPT_MS, None)):
         clock.ms += later_ms
         started.table.sweep()
-        found = started.table.problem(lease)
-        assert (found.code if found else None) == code, "`authorize` knows of its end all the same"
+        live = started.table.check_live(lease)
+        assert (live.reason.code if isinstance(live, Refused) else None) == code, (
+            "`authorize` knows of its end all the same"
+        )
 
 
 def test_a_record_changes_the_version_that_cached_decisions_rest_on(started: Place) -> None:

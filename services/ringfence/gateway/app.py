@@ -29,6 +29,7 @@ from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import UUID
 from ringfence.model.records.api_access import Authenticator
+from ringfence.model.verdict import Refused
 
 POSTS: Final = Allowance(per_second_each=20.0, burst_each=100)
 """Posts of one agent. Twice the rate that policy decides by default: policy refuses first, and says why."""
@@ -97,8 +98,8 @@ class GatewayApi:
         agent = self._view.directory.agent(lease.agent_id) if lease is not None else None
         if lease is None or agent is None or not caller.may_see_agent_of(agent.state.sponsor):
             raise NotFoundError(f"this gateway knows no lease {lease_id[:64]} that you may see")
-        stale, problem = self._view.stale(), self._view.table.problem(lease)
-        reason = stale or (problem.message if problem is not None else None)
+        stale, live = self._view.stale(), self._view.table.check_live(lease)
+        reason = stale or (live.reason.message if isinstance(live, Refused) else None)
         if reason is None and lease.delivery != "gateway":
             reason = "its credential was delivered to the agent itself"
         metrics.HTTP_REQUESTS.labels(_LEASE_PATH, "200").inc()

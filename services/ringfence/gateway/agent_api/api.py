@@ -47,6 +47,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of
+from ringfence.model.verdict import Refused
 
 
 def task_view(task: TaskState, leases: LeaseTable, run_id: str | None, now_s: float) -> dict[str, Any]:
@@ -374,8 +375,10 @@ class AgentRequestsApi:
 
     def _check_limits(self, request: ApiRequest, agent_id: str) -> None:
         """Count the call for its agent, once that is certain: strangers use up nobody's share."""
-        if (reason := request.check_agent(agent_id)) is not None:
-            raise RequestRefusedError(429, reason.code, reason.message, headers={"Retry-After": "1"})
+        if isinstance(rate := request.check_agent(agent_id), Refused):
+            raise RequestRefusedError(
+                429, rate.reason.code, rate.reason.message, headers={"Retry-After": "1"}
+            )
 
     def _agent_of(self, task_id: str) -> str | None:
         task = self._task(task_id)

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.gateway.errors import RequestRefusedError
-from ringfence.messages.credential import Reason
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
 HANDSHAKE_COST = 10
@@ -221,15 +221,15 @@ class RequestSlot:
         self._charged = False
         self._sender_usage = take(self._sender)
 
-    def check_agent(self, agent_id: str) -> Reason | None:
+    def check_agent(self, agent_id: str) -> Allowed | Refused:
         """The `RateCheck` of the data plane: the limits of an agent over all its connections."""
         if self._agent[0] != agent_id:
             self._agent = agent_id, f"agent:{agent_id}"
         try:
             self._agent_usage = self._limits.charge_and_begin(self._agent[1])
         except RequestRefusedError as error:
-            return Reason(code=error.code, message=error.message)
-        return None
+            return refused(error.code, error.message)
+        return ALLOWED
 
     def end(self) -> None:
         if self._sender_usage is not None:

@@ -21,7 +21,7 @@ from ringfence.gateway.domain import (
     NOT_FOUND,
     Refusal,
     Sender,
-    lease_elsewhere,
+    check_run_of_lease,
     refuse,
 )
 from ringfence.gateway.state.leases import LeaseTable
@@ -49,6 +49,7 @@ from ringfence.model.mcp.messages import (
 from ringfence.model.mcp.request_state import RequestState, RequestStateError, RequestStates, Round
 from ringfence.model.mcp.results import Grants
 from ringfence.model.scope.scope import intersect
+from ringfence.model.verdict import Allowed, Refused
 
 _ID: Final = re.compile(r"[!-~]{1,256}")
 _MAX_BOUND: Final = 256
@@ -225,9 +226,15 @@ class McpRequests:
         return sender
 
     def _restricted(self, sender: Sender, lease_id: str | None, what: _Bound) -> Sender | Refusal:
-        """The sender, restricted to the lease that a session, a task of the server or a state belongs to."""
+        """The sender, restricted to the lease that a session, a task of the server or a state belongs to.
+
+        1. There is such a lease, and it is live.
+        2. It is of the sender's agent.
+        3. It is of the sender's task, if that is known.
+        4. It is the lease that the sender showed, if it showed one.
+        """
         lease = self._table.get(lease_id) if lease_id is not None else None
-        if lease is None or self._table.problem(lease) is not None:
+        if lease is None or isinstance(self._table.check_live(lease), Refused):
             message = f"there is no such {what} here, or its lease has ended: {_ANEW[what]}"
             return refuse(_UNKNOWN[what], message, status=NOT_FOUND if what == "session" else BAD_REQUEST)
         if lease.agent_id != sender.agent_id:
@@ -290,7 +297,7 @@ class McpRequests:
         target_id, message = target.state.target_id, mcp_request.message
 
         def opened(session: str) -> bool:
-            alive = self._table.problem(lease) is None
+            alive = isinstance(self._table.check_live(lease), Allowed)
             return alive and self._sessions.open(target_id, session, lease.lease_id)
 
         return McpExchange(
@@ -312,7 +319,7 @@ class McpRequests:
             if mcp_request.sender.lease_id is not None:
                 return [lease]
             usable = self._table.usable(lease.agent_id, lease.task_id, target_id)
-            return [one for one in usable if lease_elsewhere(mcp_request.sender, one) is None]
+            return [one for one in usable if isinstance(check_run_of_lease(mcp_request.sender, one), Allowed)]
 
         def allowed(offers: tuple[Action, ...]) -> bool:
             return any(
@@ -338,7 +345,8 @@ class McpRequests:
             fresh_ms=fresh_ms,
             seal_state=seal,
             bind_task=lambda task: (
-                self._table.problem(lease) is None and self._tasks.open(target_id, task, lease.lease_id)
+                isinstance(self._table.check_live(lease), Allowed)
+                and self._tasks.open(target_id, task, lease.lease_id)
             ),
             owns_task=lambda task: self._tasks.lease_of(target_id, task) == lease.lease_id,
             learn_headers=learn,

@@ -23,6 +23,7 @@ from ringfence.messages.registry import AgentRecord
 from ringfence.model.identity.spiffe_ids import SubjectKind, spiffe_id, subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import ALLOWED, Allowed
 
 NONCE_REQUIRED: Final = "use_dpop_nonce"
 """The code of a refusal that only asks for a proof with a nonce. It is not a decision."""
@@ -118,12 +119,18 @@ class SenderAuthenticator:
             return refuse("record_untrusted", str(error))
         if task is None:
             return refuse("task_unknown", f"there is no task {task_id}; have one assigned")
-        if run_id is not None and (problem := self._run_problem(run_id, task_id, task.state.agent_id)):
-            return problem
+        if run_id is not None:
+            run = self._check_run(run_id, task_id, task.state.agent_id)
+            if isinstance(run, Refusal):
+                return run
         return Sender(task.state.agent_id, task_id, handle, run_id)
 
-    def _run_problem(self, run_id: str, task_id: str, agent_id: str) -> Refusal | None:
-        """Why nothing counts on the socket of a run, or None. It may be open for a moment longer than its run."""
+    def _check_run(self, run_id: str, task_id: str, agent_id: str) -> Allowed | Refusal:
+        """Check whether requests on the socket of a run are accepted:
+
+        1. The run goes on (`run_ended`). Its socket may be open for a moment longer.
+        2. It is of this agent and task (`run_mismatch`).
+        """
         run, now_s = self._directory.runs.get(run_id), self._clock.now_ms() / 1000
         if run is None or not self._directory.runs.goes_on(run_id) or now_s >= run.deadline:
             return refuse(
@@ -131,7 +138,7 @@ class SenderAuthenticator:
             )
         if (run.agent_id, run.task_id) != (agent_id, task_id):
             return refuse("run_mismatch", f"run {run_id} is of another agent or task")
-        return None
+        return ALLOWED
 
     def _by_certificate(self, certificate: str, handle: str | None) -> Sender | Refusal:
         agent_id = subject_of(self._trust_domain, certificate, "agent")

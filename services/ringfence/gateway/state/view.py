@@ -25,7 +25,6 @@ from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.run import Run
@@ -39,6 +38,7 @@ from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.runs import OVER
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 
 log = logging.getLogger(__name__)
 
@@ -292,20 +292,27 @@ class View:
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
-    def denial(self) -> Reason | None:
-        """`stale` as the reason of a denial."""
+    def check_freshness(self) -> Allowed | Refused:
+        """Check whether anything may be decided by this view: see `stale`, whose text is in the reason."""
         if (stale := self.stale()) is None:
-            return None
-        return self._halts.denial() or stale_view(stale)
+            return ALLOWED
+        halted = self._halts.denial()
+        return Refused(halted if halted is not None else stale_view(stale))
 
-    def view_problem(self) -> Reason | None:
-        """Why it is unknown whether a lease that cannot be used here has ended, or None."""
-        if (denial := self.denial()) is not None:
-            return denial
+    def check_view(self) -> Allowed | Refused:
+        """Check whether a lease that cannot be used here has ended for certain:
+
+        1. The view is fresh (`check_freshness`).
+        2. The clock of this gateway is not ahead of the broker's (`stale_view`).
+        """
+        if isinstance(freshness := self.check_freshness(), Refused):
+            return freshness
         ahead_ms = self._runtime.clock.now_ms() - self._broker_clock.now_ms()
         if ahead_ms <= MAX_SKEW_MS:
-            return None
-        return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
+            return ALLOWED
+        return Refused(
+            stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
+        )
 
     def _on_run(self, run: Run) -> None:
         """Cut the leases of a run's instance once the run is over. Runs of long ago have no lease any more."""
