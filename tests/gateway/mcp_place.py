@@ -13,12 +13,13 @@ import httpx
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
-from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.dataplane.denials import denial_answer
-from ringfence.gateway.dataplane.plane import DataPlane
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.contract import Attempt, DecisionCore, PresentedIdentity
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Sender
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from ringfence.model.verdict import ALLOWED, Allowed
@@ -160,18 +161,18 @@ async def mcp_placed(
         place.leased(one)
     played = cast(Any, found)
     gate = DecisionGate(
-        played, targets, played, played, played, played, played, played, ledger.clock,
-        gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
-        observe=observe,
-        **build_options("gateway"),
-    )  # fmt: skip
+        played,
+        DecisionSteps(played, targets, played, played, played),
+        DecisionLog("spiffe://acme.example/service/gateway", played, played),
+        DecisionSettings(10**9, observe, **build_options("gateway")),
+        clock=ledger.clock,
+        key=lambda: GATEWAY_KEY,
+    )
     found.plane = plane = DataPlane(
-        gate,
-        is_target_host=targets.is_target_host,
-        hosts=targets.hosts(),
-        answer=denial_answer,
+        DecisionCore(gate, targets.is_target_host),
+        authority=CertificateAuthority("gateway", targets.hosts(), SystemClock()),
         tls=tls,
-        **build_options("gateway"),
+        settings=DataPlaneSettings(**build_options("gateway")),
     )
     await plane.start()
     found.socket = folder / "task.sock"

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfence.gateway.contract import Attempt, HoldableRequest, PresentedIdentity, RateCheck, Verdict
+from ringfence.gateway.contract import (
+    AgentApi,
+    Attempt,
+    DecisionCore,
+    HoldableRequest,
+    PresentedIdentity,
+    RateCheck,
+    ReportBlocked,
+    Verdict,
+)
+from ringfence.gateway.dataplane.exchange import Timeouts
+from ringfence.gateway.dataplane.limits import Allowance
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
@@ -17,6 +32,7 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetState, VerbFloor
 from ringfence.model.http_targets import RequestMap
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
+from tests.support.switches import build_options
 
 SECRET = "s3cret-of-the-target-0123456789"
 TASK = str(uuid.UUID(int=7))
@@ -237,6 +253,26 @@ class TableGate:
         if action is None or action.verb not in self.targets[target_id].verbs:
             return _denied(403, "out_of_scope", "no lease of the task allows this")
         return Verdict("action", True, 200, (), self.leases[target_id], self._states[target_id], action)
+
+
+def data_plane(
+    gate: TableGate,
+    *,
+    blocked: ReportBlocked = lambda _: None,
+    tls: ssl.SSLContext | None = None,
+    agent_api: AgentApi | None = None,
+    allowance: Allowance | None = None,
+    timeouts: Timeouts | None = None,
+) -> DataPlane:
+    """A data plane that asks this gate, and whose CA may certify the hosts of its targets."""
+    settings = DataPlaneSettings(allowance or Allowance(), timeouts or Timeouts(), **build_options("gateway"))
+    return DataPlane(
+        DecisionCore(gate, gate.is_target_host, blocked),
+        authority=CertificateAuthority("gateway", gate.hosts, SystemClock()),
+        tls=tls,
+        agent_api=agent_api,
+        settings=settings,
+    )
 
 
 def _denied(status: int, code: str, message: str) -> Verdict:

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from ringfence.dev.processes import free_port
-from ringfence.gateway.dataplane.denials import denial_answer
-from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.gateway.contract import DecisionCore
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from ringfence.model.verdict import ALLOWED, Allowed
@@ -59,11 +59,8 @@ class Asking(McpGateway):
 async def asking(port: int) -> AsyncIterator[tuple[Asking, str]]:
     gateway, listens = Asking(port), free_port()
     plane = DataPlane(
-        gateway.gate,
-        is_target_host=lambda host: False,
-        hosts=(),
-        answer=denial_answer,
-        **build_options("gateway"),
+        DecisionCore(gateway.gate, lambda host: False),
+        settings=DataPlaneSettings(**build_options("gateway")),
     )
     await plane.start()
     try:

@@ -15,7 +15,7 @@ import pytest
 from ringfence.gateway.contract import Attempt, Headers, PresentedIdentity, Verdict
 from ringfence.gateway.decision.approval_questions import OpenQuestions, digest_of_headers
 from ringfence.gateway.decision.approvals import Approvals
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
 from ringfence.kernel.base.errors import UnavailableError
@@ -95,10 +95,13 @@ class Gateway(PlayedRecorder):
         )
         played = cast(Any, self)
         self.gate = DecisionGate(
-            played, targets, played, played, played, played, played, self.approvals, ledger.clock,
-            gateway=self.key.id, key=lambda: self.key, entitlements_max_age_s=10**9,
-            **build_options("gateway"),
-        )  # fmt: skip
+            played,
+            DecisionSteps(played, targets, played, self.approvals, played),
+            DecisionLog(self.key.id, played, played),
+            DecisionSettings(10**9, **build_options("gateway")),
+            clock=ledger.clock,
+            key=lambda: self.key,
+        )
 
     # view, identifier, evaluator, recorder, and what a runtime does
     def stale(self) -> str | None:

@@ -21,7 +21,7 @@ from ringfence.gateway.contract import (
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import cut_error
 from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.mcp import BindingTable
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
@@ -66,10 +66,13 @@ class Parts(PlayedRecorder):
         played = cast(Any, self)
         self.counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         self.gate: Gate = DecisionGate(
-            played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
-            gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
-            **build_options("gateway"),
-        )  # fmt: skip
+            played,
+            DecisionSteps(played, self.targets, played, played, played),
+            DecisionLog("spiffe://acme.example/service/gateway", played, self.counted),
+            DecisionSettings(10**9, **build_options("gateway")),
+            clock=ledger.clock,
+            key=lambda: GATEWAY_KEY,
+        )
 
     # view
     def stale(self) -> str | None:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.gateway.agent_api.api import AgentRequestsApi
+from ringfence.gateway.agent_api.api import AgentRequestsApi, AwaitedReplies, CallerProofs, PostedMessages
 from ringfence.gateway.agent_api.publications import PostedMessageVerifier, PublicationJournal, Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits
@@ -58,21 +58,18 @@ def build_agent_api(runtime: Runtime, core: Core, own: GatewaySettings) -> Agent
     )
     publications = Publications(runtime.publisher, is_answered=replies.has, journal=journal)
     runtime.on_stop(publications.close)
+    waiting = WaitingRequests(
+        per_agent=WAITING_PER_AGENT,
+        per_sender=Allowance().connections_each // _CONNECTIONS_SHARE,
+        in_total=max(1, own.connections // _WAITING_SHARE),
+    )
     return AgentRequestsApi(
         directory,
         core.view.table,
         runtime.trust,
-        verifier,
-        publications,
-        replies,
-        AgentKeys(directory),
-        core.proofs,
-        SenderLimits(POSTS, time.monotonic),
-        WaitingRequests(
-            per_agent=WAITING_PER_AGENT,
-            per_sender=Allowance().connections_each // _CONNECTIONS_SHARE,
-            in_total=max(1, own.connections // _WAITING_SHARE),
-        ),
+        PostedMessages(verifier, SenderLimits(POSTS, time.monotonic), publications),
+        AwaitedReplies(replies, waiting),
+        CallerProofs(AgentKeys(directory), core.proofs),
         clock,
     )
 

@@ -358,6 +358,19 @@ class RelayGate(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class DecisionCore:
+    """The decision core, as the embedded data plane uses it."""
+
+    gate: Gate
+    is_target_host: Callable[[str], bool]
+    """Whether a canonical `host[:port]` is a target's. Others are denied before any TLS."""
+    report_blocked: ReportBlocked = lambda _: None
+    """Called for each request that is blocked before a decision."""
+    relays: RelayGate | None = None
+    """Decides on byte relays for runs. Without it there are none."""
+
+
 # --- HTTP access for agents: the gateway answers these requests itself ------------------------------------------------
 
 Answer = tuple[int, Mapping[str, str], bytes]

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -93,6 +94,33 @@ _AFTER: Final = re.compile(r"[0-9]{1,4}")
 _POLL_AFTER_S: Final = 1
 
 
+@dataclass(frozen=True, slots=True)
+class PostedMessages:
+    """What handles posted messages."""
+
+    verifier: PostedMessageVerifier
+    limits: SenderLimits
+    """The limits of each agent's posts."""
+    publications: Publications
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitedReplies:
+    """The replies, and the requests that wait for one."""
+
+    sealed: SealedReplies
+    waiting: WaitingRequests
+
+
+@dataclass(frozen=True, slots=True)
+class CallerProofs:
+    """What authenticates a caller outside of task sockets."""
+
+    keys: AgentKeys
+    checker: ProofChecker
+    """That of the whole gateway, so that a proof counts once."""
+
+
 class AgentRequestsApi:
     """The `AgentApi` of the data plane."""
 
@@ -101,26 +129,21 @@ class AgentRequestsApi:
         directory: Directory,
         leases: LeaseTable,
         trust: TrustStore,
-        verifier: PostedMessageVerifier,
-        publications: Publications,
-        replies: SealedReplies,
-        keys: AgentKeys,
-        proofs: ProofChecker,
-        posts: SenderLimits,
-        waiting: WaitingRequests,
+        posted: PostedMessages,
+        replies: AwaitedReplies,
+        proofs: CallerProofs,
         clock: Clock,
     ) -> None:
-        """`proofs`: the checker of the whole gateway, so that a proof counts once; `posts`: limits of each agent."""
         self._directory = directory
         self._leases = leases
         self._trust = trust
-        self._verifier = verifier
-        self._publications = publications
-        self._replies = replies
-        self._keys = keys
-        self._proofs = proofs
-        self._posts = posts
-        self._waiting = waiting
+        self._verifier = posted.verifier
+        self._publications = posted.publications
+        self._posts = posted.limits
+        self._replies = replies.sealed
+        self._waiting = replies.waiting
+        self._keys = proofs.keys
+        self._proofs = proofs.checker
         self._clock = clock
 
     async def answer(self, request: ApiRequest) -> Answer:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ringfence.gateway.contract import (
@@ -72,56 +72,78 @@ more, and try ten times.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class DecisionSteps:
+    """The parts of a gate that carry out the steps of a decision."""
+
+    authenticator: SenderAuthenticator
+    targets: Targets
+    evaluator: Evaluator
+    approvals: Approvals
+    injector: Injector
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionLog:
+    """The parts of a gate that record decisions."""
+
+    gateway: str
+    """The SPIFFE ID of this gateway, for events."""
+    recorder: Recorder
+    refusal_counts: RefusalCounts
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionSettings:
+    """The settings of a gate."""
+
+    entitlements_max_age_s: int
+    observe: Collection[str] = ()
+    """The ids of the targets that are only observed."""
+    fast_path: bool = True
+    """Whether decisions are cached for repeated requests; without, each is decided step by step."""
+
+
 class DecisionGate:
     """The `Gate` of this gateway. See the protocol for the contract of each method."""
 
     def __init__(
         self,
         view: View,
-        targets: Targets,
-        authenticator: SenderAuthenticator,
-        evaluator: Evaluator,
-        injector: Injector,
-        recorder: Recorder,
-        refusal_counts: RefusalCounts,
-        approvals: Approvals,
-        clock: Clock,
+        steps: DecisionSteps,
+        decision_log: DecisionLog,
+        settings: DecisionSettings,
         *,
-        gateway: str,
+        clock: Clock,
         key: Callable[[], SigningKey],
-        entitlements_max_age_s: int,
-        observe: Collection[str] = (),
-        fast_path: bool = True,
     ) -> None:
-        """Args:
-            gateway: the SPIFFE ID of this one, for events.
-            key: the current key of this one; that which seals request states of MCP is derived from it.
-            observe: the targets that are only observed.
-            fast_path: whether decisions are cached for repeated requests; without, each is decided step by step.
-        """  # fmt: skip
+        """`key`: the current key of this gateway; that which seals request states of MCP is derived from it."""
+        recorder, gateway = decision_log.recorder, decision_log.gateway
         self._view = view
-        self._targets = targets
-        self._authenticator = authenticator
-        self._evaluator = evaluator
-        self._injector = injector
-        self._refusal_counts = refusal_counts
-        self._approvals = approvals
+        self._targets = targets = steps.targets
+        self._authenticator = steps.authenticator
+        self._evaluator = steps.evaluator
+        self._injector = steps.injector
+        self._refusal_counts = decision_log.refusal_counts
+        self._approvals = steps.approvals
         self._clock = clock
-        self._entitlements_max_age_s = entitlements_max_age_s
+        self._entitlements_max_age_s = settings.entitlements_max_age_s
         self._ids = ActionIds()
         self._task_history = TaskHistory()
         self._fast_path: DecisionFastPath | None = None
         self._authorize = self._authorize_uncached
-        if fast_path:
+        if settings.fast_path:
             self._fast_path = DecisionFastPath(
-                view, targets, authenticator, evaluator, injector, recorder, self._task_history, self._ids, clock,
-                gateway=gateway, entitlements_max_age_s=entitlements_max_age_s, authorize=self._authorize_uncached,
+                view, targets, steps.authenticator, steps.evaluator, steps.injector, recorder, self._task_history,
+                self._ids, clock,
+                gateway=gateway, entitlements_max_age_s=settings.entitlements_max_age_s,
+                authorize=self._authorize_uncached,
             )  # fmt: skip
             self._authorize = self._fast_path.authorize
         self._events = DecisionEvents(
             view, targets, recorder, self._task_history, clock, gateway=gateway, fast_path=self._fast_path
         )
-        self._observe_mode = ObserveMode(targets, observe)
+        self._observe_mode = ObserveMode(targets, settings.observe)
         self._mcp = McpRequests(view.table, clock, key)
 
     @property
