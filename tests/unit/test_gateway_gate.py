@@ -245,6 +245,20 @@ async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> N
     assert parts.events == []
 
 
+async def test_a_step_without_a_result_allows_nothing(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types forbid it. Should it happen all the same, it is no permission."""
+
+    async def no_result(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    monkeypatch.setattr(parts, "answer", no_result)
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
+    assert (verdict.allowed, verdict.injected) == (False, None)
+    assert [event.allowed for event in parts.events] == [False]
+    with pytest.raises(UnavailableError):
+        await parts.gate.headers_to_inject(verdict)
+
+
 async def test_a_cut_while_the_bundle_is_asked_overtakes_the_answer(parts: Parts) -> None:
     parts.meanwhile = lambda: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms)
     verdict = await parts.gate.decide(PresentedIdentity(), attempt())

@@ -168,6 +168,18 @@ class AgentRequestsApi:
     # --- POST /v1/requests ---
 
     async def _post(self, request: ApiRequest) -> Answer:
+        """Publish a posted message. Raises RequestRefusedError; the checks:
+
+        1. It is announced as a JWS (415), by a caller who shows evidence (401).
+        2. It is not too long (413).
+        3. It is valid (`PostedMessageVerifier.verify`).
+        4. On a run's socket it is of the run's instance; on a task's socket, of that task.
+        5. Elsewhere it is of the certificate's agent, if there is one, and comes with a proof by its key.
+        6. The rate limits of its agent allow one more call (429).
+        7. A message whose time is over is one that was published before.
+        8. The limits of its agent's posts allow one more (429).
+        9. Kafka takes it (`Publications.publish`).
+        """
         if (request.content_type or "").partition(";")[0].strip().lower() != JOSE:
             raise RequestRefusedError(415, "content_type_unexpected", f"post one compact JWS, as {JOSE}")
         self._require_evidence(request.presented)

@@ -74,7 +74,12 @@ class SenderLimits:
         self._forget_after_s = 0.0
 
     def open_connection(self, sender: str) -> bool:
-        """Count a new connection of this sender. False if it may not have one more."""
+        """Count a new connection of this sender. False if it may not have one more:
+
+        1. All senders together have fewer connections than allowed.
+        2. So has this sender.
+        3. Senders that are known only by their address leave the reserved share to others.
+        """
         having = self._connections.get(sender, 0)
         if self.connections >= self._allowed.connections or having >= self._allowed.connections_each:
             return False
@@ -98,7 +103,13 @@ class SenderLimits:
         return self._connections.get(sender, 0)
 
     def begin_handshake(self, address: str) -> bool:
-        """Count a new connection of this address that begins a TLS handshake. False if it may not have one more."""
+        """Count a new connection of this address that begins a TLS handshake. False if it may not have one more:
+
+        1. All addresses together are in fewer handshakes than allowed.
+        2. So is this address.
+        3. It may have one more connection (`open_connection`).
+        4. Its bucket has the tokens that a handshake costs.
+        """
         having = self._handshakes.get(address, 0)
         most = max(1, self._allowed.connections // _HANDSHAKE_SHARE)
         if (

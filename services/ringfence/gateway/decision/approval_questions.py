@@ -87,7 +87,13 @@ def shown_to_approver(headers: Headers) -> tuple[ShownHeader, ...]:
 
 
 def unshowable_reason(headers: Headers) -> str | None:
-    """Why a person cannot be shown these headers, or None."""
+    """Why a person cannot be shown these headers, or None:
+
+    1. The values that are shown are printable ASCII.
+    2. There are not too many headers, and none has too long a name.
+    3. No value that is shown is too long.
+    4. All together are not too long.
+    """
     shown_values = [value for name, value in headers if name in SHOWN_VALUES]
     if not all(" " <= char <= "~" for value in shown_values for char in value):
         names = ", ".join(sorted(SHOWN_VALUES & {name for name, _ in headers}))

@@ -306,7 +306,12 @@ class Approvals:
                 self._run_in_background(self._handle_answer(jws, record))
 
     def _to_this_gateway(self, record: Received) -> UnverifiedJws | None:
-        """The unverified answer in a record, if this gateway has to handle it."""
+        """The unverified answer in a record, if this gateway has to handle it:
+
+        1. It is not too long.
+        2. It is a JWS, and an answer by its type.
+        3. It names a question that is open here, or it quotes a question of this gateway.
+        """
         try:
             if len(record.value) > MAX_ANSWER_BYTES:
                 return None

@@ -81,7 +81,10 @@ class Evaluator:
     ) -> Allowed | Refusal | ApprovalRequired:
         """Evaluate the bundle.
 
-        Fails closed: an engine that gives no answer denies. Only answers that allow without approval are cached.
+        1. A valid answer is cached: allowed. Only answers that allow without approval are cached.
+        2. The engine gives an answer; if it fails, nothing is allowed (503).
+        3. The answer allows the action (`_check_result`).
+        4. Neither the answer nor the target's record requires an approval.
 
         Args:
             chosen: the lease and the verified records.

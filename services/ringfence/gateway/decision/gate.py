@@ -520,6 +520,13 @@ class DecisionGate:
         return ALLOWED
 
     def _unmapped_refusal(self, target: CompiledTarget, attempt: Attempt) -> Refusal:
+        """The refusal of a request for which the target's map has no action, by the first of these causes:
+
+        1. The map has a rule that this gateway does not understand (`rule_not_understood`).
+        2. A rule reads the body, and that was not seen whole (`body_unseen`).
+        3. A rule reads the body, and that is not JSON for certain (`body_not_json`).
+        4. No rule fits (`request_unmapped`).
+        """
         id = target.state.target_id
         body = attempt.body
         shown = body if attempt.json or target.map.speaks_mcp(attempt.target) else None

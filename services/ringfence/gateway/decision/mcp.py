@@ -176,7 +176,17 @@ class McpRequests:
     # --- requests ---
 
     def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
-        """Parse a request. Refuses it if it is ambiguous, or if its session, task or state is another sender's."""
+        """Parse a request. Refuses it if it is ambiguous, or if its session, task or state is another sender's.
+
+        1. The data plane can filter the answers (`mcp_needs_plane`).
+        2. A posted message can be read (`_message`).
+        3. The headers state at most one revision, which is that of the message.
+        4. The headers of the message agree with it; without a message there are none.
+        5. A revision without sessions names no session, and resumes no stream.
+        6. A stream is resumed in a session (`mcp_resume_unbound`).
+        7. Session and tasks belong to a lease of the sender (`_bind`).
+        8. In a revision with request states: the state is of this call, and of a lease of the sender (`_with_state`).
+        """
         carried, id = attempt.mcp_headers, target.state.target_id
         if carried is None:
             message = (
@@ -249,7 +259,13 @@ class McpRequests:
     # --- states of retried requests ---
 
     def _with_state(self, request: McpRequest, message: McpMessage, target_id: str) -> McpRequest | Refusal:
-        """The request with its opened state, restricted to the lease that the state was sealed to."""
+        """The request with its opened state, restricted to the lease that the state was sealed to.
+
+        1. Responses to the server's questions come with a state (`mcp_state_missing`).
+        2. The state was sealed by this gateway, and the call can be digested.
+        3. The state has not expired, and its lease may be used by the sender (`_restricted`).
+        4. The state is of this target and call (`mcp_state_other_call`).
+        """
         if message.request_state is None:
             if message.input_responses and message.method in INPUT_REQUIRED:
                 text = "inputResponses come with the requestState of the answer that asked for them"
@@ -379,7 +395,13 @@ def _stated_revision(carried: McpHeaders, message: McpMessage | None) -> str | N
 
 
 def _message(attempt: Attempt, mcp_headers: McpHeaders) -> McpMessage:
-    """Raises McpMessageError."""
+    """The posted message. Raises McpMessageError.
+
+    1. It is not compressed (`mcp_compressed`).
+    2. It is JSON in UTF-8 (`mcp_media_type`).
+    3. It was seen whole (`body_unseen`).
+    4. It is one message of JSON-RPC (`read_message`).
+    """
     if mcp_headers.content_encoding not in (None, "", "identity"):
         raise McpMessageError("mcp_compressed", "a message is sent as it is: leave out Content-Encoding")
     if mcp_headers.content_type is None or _JSON.fullmatch(mcp_headers.content_type) is None:

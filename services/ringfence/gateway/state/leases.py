@@ -95,7 +95,11 @@ class LeaseTable:
     def apply(self, lease: Lease) -> None:
         """Apply one verified record. The highest `seq` of a lease counts, in whatever order records arrive.
 
-        A record that changes the terms of a known lease, or revives one that ended, is ignored, whoever signed it.
+        A record is ignored, whoever signed it, unless:
+
+        1. The deadline of its lease is not long over.
+        2. Its `seq` is higher than the last one's.
+        3. It neither changes the terms of a known lease, nor revives one that ended.
         """
         now_ms = self._clock.now_ms()
         if lease.deadline * 1000 + SLACK_MS <= now_ms:
