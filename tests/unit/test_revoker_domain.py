@@ -25,6 +25,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.run import RunStatus
 from ringfence.model.identity.attestation import selector_id
+from ringfence.model.verdict import ALLOWED
 from ringfence.revoker.domain import (
     EndReason,
     Narrowing,
@@ -216,16 +217,17 @@ def test_who_was_ever_a_sponsor_is_found_in_the_commands() -> None:
 
 def test_a_lease_beyond_the_new_scope_ends_and_one_within_stays(records: Records) -> None:
     beyond = EndReason("scope_narrowed", "beyond")
-    assert Narrowing("agent:bot", (WIDE,), beyond).unfit(records.lease) is None
-    assert Narrowing("agent:bot", (permission("env/other"),), beyond).unfit(records.lease) == beyond
+    assert Narrowing("agent:bot", (WIDE,), beyond).check_lease(records.lease) == ALLOWED
+    assert Narrowing("agent:bot", (permission("env/other"),), beyond).check_lease(records.lease) == beyond
 
 
 @pytest.mark.parametrize(("agent", "how"), [("bot", "asked for"), ("lead", "handed on")])
 def test_a_lease_by_a_compromised_key_ends(records: Records, agent: str, how: str) -> None:
     kid = records.key(agent, "agent").kid
     state = records.agent(agent, compromised=(kid,), keys=())
-    found = Narrowing(f"agent:{agent}", (WIDE,), EndReason("scope_narrowed", ""), state).unfit(records.lease)
-    assert found is not None
+    narrowing = Narrowing(f"agent:{agent}", (WIDE,), EndReason("scope_narrowed", ""), state)
+    found = narrowing.check_lease(records.lease)
+    assert isinstance(found, EndReason)
     assert found.kind == "key_compromised"
     assert how in found.reason
 
@@ -246,12 +248,12 @@ def of_instance(lease: Lease, selector: AttestationSelector, run: OneRun | None 
 def test_a_lease_of_an_instance_ends_with_the_selector_that_let_it_in(records: Records) -> None:
     lease = of_instance(records.lease, SELECTOR)
     beyond = EndReason("scope_narrowed", "beyond")
-    found = Narrowing("agent:bot", (WIDE,), beyond, records.agent()).unfit(lease)
-    assert found is not None
+    found = Narrowing("agent:bot", (WIDE,), beyond, records.agent()).check_lease(lease)
+    assert isinstance(found, EndReason)
     assert found.kind == "scope_narrowed"
     assert found.reason
     assert found != beyond
-    assert Narrowing("agent:bot", (WIDE,), beyond).unfit(lease) is None
+    assert Narrowing("agent:bot", (WIDE,), beyond).check_lease(lease) == ALLOWED
 
 
 def test_a_lease_of_an_instance_whose_selector_is_in_the_record_ends_only_beyond_the_ceiling(
@@ -259,8 +261,8 @@ def test_a_lease_of_an_instance_whose_selector_is_in_the_record_ends_only_beyond
 ) -> None:
     lease = of_instance(records.lease, SELECTOR)
     agent, beyond = records.agent(attestation=(SELECTOR,)), EndReason("scope_narrowed", "beyond")
-    assert Narrowing("agent:bot", (WIDE,), beyond, agent).unfit(lease) is None
-    assert Narrowing("agent:bot", (), beyond, agent).unfit(lease) == beyond
+    assert Narrowing("agent:bot", (WIDE,), beyond, agent).check_lease(lease) == ALLOWED
+    assert Narrowing("agent:bot", (), beyond, agent).check_lease(lease) == beyond
 
 
 @pytest.mark.parametrize(

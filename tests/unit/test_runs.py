@@ -55,7 +55,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.instances import EnrolmentError, keys_of_agents, open_enrolment, ref_of
 from ringfence.model.records.runs import KEPT_MS, RunTable, run_id_of, run_violations
 from ringfence.model.requests.facts import load_context, violations
-from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, order_id_of, order_problem, verified_order
+from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, check_order, order_id_of, verified_order
 from ringfence.model.unknown_fields import is_understood
 from ringfence.revoker.domain import stale_basis
 from tests.support import leases
@@ -63,6 +63,7 @@ from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.runs import LIFE_S, LIMITS, OneRun, Runners, claims_of
 from tests.support.unknown_field_cases import NAME, planted
 from tests.support.user_keys import add_key, end_key, new_key
+from tests.support.verdicts import code_of
 
 WIDE = permission("env/**", verbs=("read",))
 MAX_AGE_S = 30 * 86_400
@@ -733,8 +734,7 @@ def against(
     place: Place, order: RunOrder, at_s: float | None = None, key: SigningKey | None = None
 ) -> str | None:
     kid = (key or place.ledger.key("uma")).kid
-    reason = order_problem(order, kid, place.ledger.directory, place.now_s if at_s is None else at_s)
-    return reason.code if reason is not None else None
+    return code_of(check_order(order, kid, place.ledger.directory, place.now_s if at_s is None else at_s))
 
 
 def test_a_run_is_ordered_by_who_answers_for_its_task(place: Place) -> None:

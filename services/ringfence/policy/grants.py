@@ -15,9 +15,10 @@ from ringfence.model.requests.approvals import unmet
 from ringfence.model.requests.facts import RecordContext
 from ringfence.model.requests.grants import (
     GrantTable,
-    grant_problem,
+    check_grant,
     id_of,
 )
+from ringfence.model.verdict import Refused
 from ringfence.policy.domain import Case, Evaluation
 
 _MOST_REMEMBERED = 1000
@@ -42,12 +43,12 @@ class GrantBook:
         chosen: list[Signed[Grant]] = []
         lacking = unmet(ruling.required, approvals, self._directory, facts, at_ms=at_ms)
         for grant in self._table.of_task(facts.task.state.task_id):
-            problem = grant_problem(
+            covers = check_grant(
                 grant.claims, facts,
                 at_ms=at_ms, ttl_s=ruling.ttl_s, delivery=case.request.claims.delivery, revisions=revisions,
             )  # fmt: skip
             if (
-                problem
+                isinstance(covers, Refused)
                 or self._is_withdrawn(grant.claims, facts)
                 or not self._is_left(grant, case.request_id)
             ):

@@ -45,9 +45,10 @@ from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.approvals import may_approve, not_understood
-from ringfence.model.requests.approver_keys import approver_key_problem
+from ringfence.model.requests.approvals import check_understood, may_approve
+from ringfence.model.requests.approver_keys import check_approver_key
 from ringfence.model.requests.facts import DeniedError, RecordContext, load_records
+from ringfence.model.verdict import Refused
 
 log = logging.getLogger(__name__)
 
@@ -376,10 +377,11 @@ class Approvals:
             return _problem("already_decided", f"{question.answered_by} answered before, and that stands")
         if record.appended_at_ms >= request.claims.exp * 1000:
             return _problem("approval_expired", "the time in which answers counted is over")
-        return (
-            not_understood(claims)
-            or self._stale_problem(question)
-            or self._approver_problem(question, answer, user_id, record.appended_at_ms)
+        understood = check_understood(claims)
+        if isinstance(understood, Refused):
+            return understood.reason
+        return self._stale_problem(question) or self._approver_problem(
+            question, answer, user_id, record.appended_at_ms
         )
 
     def _stale_problem(self, question: Question) -> Reason | None:
@@ -416,8 +418,8 @@ class Approvals:
         if answer.claims.verdict != "approved":
             return None
         verbs = {question.signed.claims.verb}
-        found = approver_key_problem(answer, self._directory, ground, verbs, at_ms=at_ms)
-        return found.reason if found is not None else None
+        verdict = check_approver_key(answer, self._directory, ground, verbs, at_ms=at_ms)
+        return verdict.reason if isinstance(verdict, Refused) else None
 
     async def _report_refused(self, answer: Signed[ActionApproval], reason: Reason, record: Received) -> None:
         """Report that a signed answer does not count, because the person who gave it expects an effect."""

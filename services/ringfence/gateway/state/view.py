@@ -32,13 +32,14 @@ from ringfence.messages.run import Run
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import selector_key_of
-from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
+from ringfence.model.leases.revocations import Revocation, check_revocation, verify_revocation
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, StreamDigests
 from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.runs import OVER
+from ringfence.model.verdict import Allowed, Refused
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +197,9 @@ class RevocationApplier:
         except InvalidMessageError:
             return None
         lease = self._table.get(revocation.claims.lease_id or "")
-        return revocation if objection(revocation, lease, self._directory) is None else None
+        return (
+            revocation if isinstance(check_revocation(revocation, lease, self._directory), Allowed) else None
+        )
 
     async def _acknowledge(self, revocation: Revocation, cut_at_ms: int) -> None:
         key = self._runtime.key
@@ -286,9 +289,9 @@ class View:
         now_ms = self._runtime.clock.now_ms()
         if now_ms == self._fresh_at_ms:
             return None
-        halted = self._halts.denial()
+        halts = self._halts.check()
         # `clock_behind`: while nothing arrives, leases expire only by this gateway's own clock.
-        stale = halted.message if halted else self._stale_reason()
+        stale = halts.reason.message if isinstance(halts, Refused) else self._stale_reason()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
@@ -296,7 +299,8 @@ class View:
         """`stale` as the reason of a denial."""
         if (stale := self.stale()) is None:
             return None
-        return self._halts.denial() or stale_view(stale)
+        halts = self._halts.check()
+        return halts.reason if isinstance(halts, Refused) else stale_view(stale)
 
     def view_problem(self) -> Reason | None:
         """Why it is unknown whether a lease that cannot be used here has ended, or None."""

@@ -22,8 +22,9 @@ from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.approvals import key_problems
+from ringfence.model.requests.approvals import check_approver_keys
 from ringfence.model.requests.facts import DeniedError, load_context, violations
+from ringfence.model.verdict import Allowed
 from ringfence.policy.agents.holdings import MAX_HELD, Holdings
 from ringfence.policy.decisions.responder import say, step_of
 from ringfence.policy.domain import Case, Evaluation, InputBuilder, Ruling, approver, denied, rule, signer
@@ -176,8 +177,10 @@ class RequestEvaluator:
             facts = load_context(self._directory, case.request, case.request_id)
         except DeniedError as error:
             return Evaluation(Ruling("denied", (error.reason,)))
-        problems = key_problems(approvals, self._directory, facts, at_ms=at_ms)
-        approvals = [one for one, problem in zip(approvals, problems, strict=True) if problem is None]
+        verdicts = check_approver_keys(approvals, self._directory, facts, at_ms=at_ms)
+        approvals = [
+            one for one, verdict in zip(approvals, verdicts, strict=True) if isinstance(verdict, Allowed)
+        ]
         max_age_s = self._runtime.settings.entitlements_max_age_s
         against = violations(facts, at_ms / 1000, max_age_s)
         against += self._declared.delivery_refusals(facts.target.state, case.request.claims.delivery)

@@ -21,7 +21,8 @@ from ringfence.messages.credential import MAX_WAITING_BYTES, CredentialRequest, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.instances import enrolment_of, void
+from ringfence.model.records.instances import check_enrolment, enrolment_of
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.decision_log import Decisions, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
@@ -69,13 +70,13 @@ class WithdrawalHandler:
             return None
         withdrawal, late = await self._verifier.request_withdrawal(record)
         agent_id = subject_of(withdrawal.claims.aud, withdrawal.claims.iss, "agent") or ""
-        reason = await self._objection(withdrawal, agent_id, late, record.appended_at_ms)
-        if reason is None:
-            reason = await self._approvals.withdraw(withdrawal, agent_id, record)
-        if reason is None:
+        verdict = await self._check_signer(withdrawal, agent_id, late, record.appended_at_ms)
+        if isinstance(verdict, Allowed):
+            verdict = await self._approvals.withdraw(withdrawal, agent_id, record)
+        if isinstance(verdict, Allowed):
             return None
         self._admission.count_refusal(agent_id)
-        return await self._report(withdrawal.claims, agent_id, reason, record)
+        return await self._report(withdrawal.claims, agent_id, verdict.reason, record)
 
     def _names_pending(self, record: Received) -> bool:
         """Return whether a record names a request that waits: of those there are few, so they are never shed."""
@@ -87,29 +88,29 @@ class WithdrawalHandler:
         state = self._decisions.get(id)
         return state is not None and state.pending is not None
 
-    async def _objection(
+    async def _check_signer(
         self, withdrawal: Signed[RequestWithdraw], agent_id: str, late: ExpiredError | None, at_ms: int
-    ) -> Reason | None:
-        """Return the reason why the signer may withdraw nothing, or None."""
+    ) -> Verdict:
+        """Check that a withdrawal came in time, and that the agent's record admits the instance that signed it."""
         if late is not None:
-            return Reason(code=late.code, message=str(late))
-        if self._void_instance(withdrawal, agent_id) is not None:
+            return refused(late.code, str(late))
+        if isinstance(self._check_instance(withdrawal, agent_id), Refused):
             # Nobody is refused for a record that has not arrived here yet.
             await self._approvals.records.wait_until_known(at_ms)
-        return self._void_instance(withdrawal, agent_id)
+        return self._check_instance(withdrawal, agent_id)
 
-    def _void_instance(self, withdrawal: Signed[RequestWithdraw], agent_id: str) -> Reason | None:
-        """Return the reason why the agent's record does not admit the running instance that signed, or None."""
+    def _check_instance(self, withdrawal: Signed[RequestWithdraw], agent_id: str) -> Verdict:
+        """Check that the agent's record admits the running instance that signed, if it was one."""
         enrolment = enrolment_of(withdrawal.claims)
         if enrolment is None:
-            return None
+            return ALLOWED
         try:
             agent = self._directory.agent(agent_id)
         except ChainError as error:
-            return Reason(code=error.code, message=str(error))
+            return Refused(Reason(code=error.code, message=str(error)))
         if agent is None:
-            return Reason(code="agent_unknown", message=f"there is no agent {agent_id}")
-        return void(enrolment, agent.state)
+            return refused("agent_unknown", f"there is no agent {agent_id}")
+        return check_enrolment(enrolment, agent.state)
 
     async def _report(
         self, claims: RequestWithdraw, agent_id: str, why: Reason, record: Received

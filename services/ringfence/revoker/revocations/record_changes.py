@@ -29,6 +29,7 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.revoker.domain import (
+    EndReason,
     Narrowing,
     SelectorEnd,
     consequences,
@@ -188,7 +189,7 @@ class RecordHandler:
             (lease, reason)
             async for leases in self._ender.find(narrowing.selector_key, holders=holders)
             for lease in leases.values()
-            if (reason := narrowing.unfit(lease))
+            if isinstance(reason := narrowing.check_lease(lease), EndReason)
         ]
         for lease, reason in unfit:
             revocation = derived_revocation(
