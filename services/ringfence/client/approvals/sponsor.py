@@ -256,9 +256,9 @@ class Sponsor(Lifetime):
             comment=comment,
         )
         signed = await self.connection.sign(answer)
-        verdict = self._require_actions().check_key(signed, self.connection.clock.now_ms())
-        if isinstance(verdict, Refused):
-            raise RefusedError(ActionApproval.typ, (verdict.reason,), "client")
+        by_key = self._require_actions().check_key(signed, self.connection.clock.now_ms())
+        if isinstance(by_key, Refused):
+            raise RefusedError(ActionApproval.typ, (by_key.reason,), "client")
         await self.connection.publish(APPROVAL_RESPONSE, pending.agent, signed.claims, compact=signed.compact)
         self._require_actions().answered(pending.digest)
         self._notify()
@@ -317,8 +317,9 @@ class Sponsor(Lifetime):
         )
         question = self._questions.get(pending.request_id)
         signed = await self.connection.sign(approval, {"question": question.compact} if question else {})
-        if isinstance(verdict := self._check_key(signed, self.connection.clock.now_ms()), Refused):
-            raise RefusedError(Approval.typ, (verdict.reason,), "client")
+        by_key = self._check_key(signed, self.connection.clock.now_ms())
+        if isinstance(by_key, Refused):
+            raise RefusedError(Approval.typ, (by_key.reason,), "client")
         await self.connection.publish(
             APPROVAL_RESPONSE,
             pending.agent,
