@@ -57,7 +57,7 @@ from ringfence.model.records.runs import KEPT_MS, RunTable, run_id_of, run_viola
 from ringfence.model.requests.facts import load_context, violations
 from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, check_order, order_id_of, verified_order
 from ringfence.model.unknown_fields import is_understood
-from ringfence.revoker.domain import stale_basis
+from ringfence.revoker.domain import StaleBasis, check_basis
 from tests.support import leases
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.runs import LIFE_S, LIMITS, OneRun, Runners, claims_of
@@ -168,8 +168,8 @@ class Place:
 
     def revoker(self, lease: Lease) -> str | None:
         """The kind of end that the revoker has for a lease that was issued; None if it may stay."""
-        basis = stale_basis(lease, self.ledger.directory, MAX_AGE_S)
-        return basis.kind if basis is not None else None
+        basis = check_basis(lease, self.ledger.directory, MAX_AGE_S)
+        return basis.kind if isinstance(basis, StaleBasis) else None
 
 
 @pytest.fixture

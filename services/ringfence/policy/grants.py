@@ -19,7 +19,7 @@ from ringfence.model.requests.grants import (
     id_of,
 )
 from ringfence.model.verdict import Refused
-from ringfence.policy.domain import Case, Evaluation
+from ringfence.policy.domain import Case, Evaluation, RequestRefused
 
 _MOST_REMEMBERED = 1000
 """Beyond this number, expired grants are removed."""
@@ -38,7 +38,7 @@ class GrantBook:
     ) -> tuple[Signed[Grant], ...]:
         """Return grants that, with these approvals, satisfy every requirement; empty where they would not be enough."""
         facts, ruling, revisions = evaluation.facts, evaluation.ruling, evaluation.revisions
-        if facts is None or revisions is None or ruling.ttl_s is None:
+        if facts is None or revisions is None or isinstance(ruling, RequestRefused):
             return ()
         chosen: list[Signed[Grant]] = []
         lacking = unmet(ruling.required, approvals, self._directory, facts, at_ms=at_ms)

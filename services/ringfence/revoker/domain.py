@@ -139,18 +139,18 @@ def _of_user(
     user_narrowing = Narrowing(f"user:{state.user_id}", entitled, EndReason("scope_narrowed", reason))
     if "sponsor" in state.roles or not ever_sponsor:
         return (user_narrowing,)
-    orphaned = orphan_reason(state)
-    assert orphaned is not None
-    return user_narrowing, Narrowing(f"sponsor:{state.user_id}", (), EndReason(*orphaned))
+    orphaned = check_sponsor(state)
+    assert isinstance(orphaned, EndReason)
+    return user_narrowing, Narrowing(f"sponsor:{state.user_id}", (), orphaned)
 
 
-def orphan_reason(state: UserState) -> tuple[EndKind, str] | None:
-    """Why an agent that this user sponsors is an orphan, or None if it is not."""
+def check_sponsor(state: UserState) -> Allowed | EndReason:
+    """Check that agents that this user sponsors are no orphans."""
     if state.status != "active":
-        return "user_disabled", f"user {state.user_id}, the sponsor, was disabled"
+        return EndReason("user_disabled", f"user {state.user_id}, the sponsor, was disabled")
     if "sponsor" not in state.roles:
-        return "agent_orphaned", f"user {state.user_id}, the sponsor, is no sponsor any more"
-    return None
+        return EndReason("agent_orphaned", f"user {state.user_id}, the sponsor, is no sponsor any more")
+    return ALLOWED
 
 
 def was_sponsor(record: AnyRecord) -> bool:
@@ -171,8 +171,8 @@ class StaleBasis:
     """Its subject and revision."""
 
 
-def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> StaleBasis | None:
-    """The first of the records that a lease rests on that leaves no room for it now, or None.
+def check_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> Allowed | StaleBasis:
+    """Check that the records that a lease rests on leave room for it now. Returns the first that does not.
 
     Whether entitlements were too old is judged as of the lease's issue. Raises ChainError if a record does not count.
     """
@@ -209,7 +209,7 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
                 verdict = consequence.check_lease(lease)
                 if isinstance(verdict, EndReason):
                     return StaleBasis(verdict.kind, verdict.reason, record)
-    return None
+    return ALLOWED
 
 
 def run_record(run_id: str) -> tuple[str, int]:

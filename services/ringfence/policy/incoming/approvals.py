@@ -26,8 +26,17 @@ from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
-from ringfence.policy.domain import MAX_REASONS, Case, Evaluation, Ruling, may_approve_any, signer
-from ringfence.policy.incoming.admission import MISPLACED, MessageVerifier, is_for_others
+from ringfence.policy.domain import (
+    MAX_REASONS,
+    ApprovalRequired,
+    Case,
+    Evaluation,
+    RequestAllowed,
+    RequestRefused,
+    may_approve_any,
+    signer,
+)
+from ringfence.policy.incoming.admission import MessageVerifier, is_for_others
 
 log = logging.getLogger(__name__)
 
@@ -158,8 +167,9 @@ class ApprovalHandler:
             return refused(
                 "key_unexpected", f"the Kafka key of an approval is the agent's id, {state.agent_id}"
             )
-        if problem := await self._verifier.misplaced(record, state.agent_id):
-            return refused(MISPLACED, problem)
+        placement = await self._verifier.check_placement(record, state.agent_id)
+        if isinstance(placement, Refused):
+            return placement
         state.traceparent = nearest(record.traceparent, state.traceparent)
         seen = state.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:
@@ -259,11 +269,11 @@ class ApprovalHandler:
         """Evaluate again with one more approval: allowed, denied after all, or still waiting for somebody else."""
         approvals = [*collected, approval]
         evaluation = await self._evaluator.evaluate(case, at_ms, approvals)
-        outcome = evaluation.ruling.outcome
-        if outcome != "denied" and evaluation.ruling.ttl_s != pending.ttl_s:
+        ruling = evaluation.ruling
+        if not isinstance(ruling, RequestRefused) and ruling.ttl_s != pending.ttl_s:
             await self._close(state, pending, (_stale(),), approval, place, at_ms)
             return
-        waiting = outcome == "approval_required"
+        waiting = isinstance(ruling, ApprovalRequired)
         state = await self._publisher.decide(
             case,
             evaluation,
@@ -272,7 +282,7 @@ class ApprovalHandler:
             expires_at=pending.expires_at if waiting else None,
         )
         state.saw(approval, place)
-        if not waiting or evaluation.ruling.required != pending.required:
+        if not waiting or ruling.required != pending.required:
             await self._publisher.notify(state, case)
 
     async def _close(
@@ -289,7 +299,7 @@ class ApprovalHandler:
         """
         case = _case(state, pending)
         evaluation = Evaluation(
-            Ruling("denied", why, None, pending.required),
+            RequestRefused(why, pending.required),
             revisions=pending.revisions,
             input=pending.input,
             input_digest=pending.input_digest,
@@ -350,8 +360,9 @@ class ApprovalHandler:
                 return refused(
                     "key_unexpected", f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
                 )
-            if problem := await self._verifier.misplaced(record, agent_id):
-                return refused(MISPLACED, problem)
+            placement = await self._verifier.check_placement(record, agent_id)
+            if isinstance(placement, Refused):
+                return placement
             at = RecordPosition(record.partition, record.offset)
             if state.pending is None:
                 return await self._withdrawn_before(state, withdrawal, at)
@@ -394,8 +405,10 @@ class ApprovalHandler:
                 if case.request.claims.task_id != grant.task_id or not _all_valid(collected, at_ms):
                     continue
                 evaluation = await self._evaluator.evaluate(case, at_ms, collected)
-                same = (evaluation.revisions, evaluation.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
-                if same and evaluation.ruling.outcome == "allowed":
+                ruling = evaluation.ruling
+                if not isinstance(ruling, RequestAllowed):
+                    continue
+                if (evaluation.revisions, ruling.ttl_s) == (pending.revisions, pending.ttl_s):
                     await self._publisher.decide(
                         case,
                         evaluation,
