@@ -19,7 +19,7 @@ from ringfence.model.http_targets import Action
 from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.instances import ref_void
+from ringfence.model.records.instances import check_ref
 from ringfence.model.records.runs import run_violations
 from ringfence.model.requests.facts import (
     DeniedError,
@@ -185,8 +185,8 @@ def lease_reasons(
     lease: Lease, ground: RecordContext | None, wanted: Scope, directory: Directory, now_s: float
 ) -> list[Reason]:
     """The reasons why a live lease may not be used by what the records are now, besides task, limits and statuses."""
-    gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
-    reasons = [gone] if gone else []
+    admitted = check_ref(lease.instance, ground.agent.state) if lease.instance and ground else ALLOWED
+    reasons = [admitted.reason] if isinstance(admitted, Refused) else []
     reasons += run_violations(
         lease.instance, directory.runs.of(lease.instance), agent_id=lease.agent_id, task_id=lease.task_id,
         kid=lease.key_thumbprint, now_s=now_s,

@@ -39,6 +39,7 @@ from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable
+from ringfence.model.verdict import Refused
 
 TOKEN_KEY_FILE = "issuer-token.json"  # noqa: S105 - the name of a file
 """In the folder of the services' keys."""
@@ -99,7 +100,7 @@ def build(
         delivery,
         terms,
         patience_s=own.patience_s,
-        halted=halts.denial,
+        halts=halts.check,
     )
 
     def on_heartbeats(records: Sequence[Received]) -> None:
@@ -116,7 +117,9 @@ def build(
     runtime.ready_when(store.unready)
     runtime.warns_when(store.warning)
     runtime.denies_when(directory.stale)
-    runtime.denies_when(lambda: said.message if (said := halts.denial()) else None)
+    runtime.denies_when(
+        lambda: verdict.reason.message if isinstance(verdict := halts.check(), Refused) else None
+    )
     runtime.background("redis-watch", store.watch)
     runtime.background("outbox-clearing", store.clear_outbox)
 

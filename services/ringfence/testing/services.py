@@ -43,6 +43,7 @@ from ringfence.model.records.agent_keys import KeyUses
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.requests.grants import GrantTable, kind_of
+from ringfence.model.verdict import ALLOWED
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.decision_log import Approvers, InMemoryDecisionLog
@@ -291,7 +292,7 @@ class Services:
                 injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
             ),
             patience_s=0.0,
-            halted=lambda: None,
+            halts=lambda: ALLOWED,
         )
         context.bus.consume({CREDENTIAL_DECISION: handler})
 

@@ -45,8 +45,8 @@ from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.approvals import may_approve, not_understood
-from ringfence.model.requests.approver_keys import approver_key_problem
+from ringfence.model.requests.approvals import check_understood, may_approve
+from ringfence.model.requests.approver_keys import check_approver_key
 from ringfence.model.requests.facts import DeniedError, RecordContext, load_records
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
@@ -396,7 +396,7 @@ class Approvals:
         2. The Kafka key and the agent in it are the question's agent (`key_unexpected`).
         3. A user signed it (`not_a_person`).
         4. It is the first answer (`already_decided`), and came in time (`approval_expired`).
-        5. If it approves, it has no unknown field (`not_understood`).
+        5. If it approves, it has no unknown field (`check_understood`).
         6. No record has changed since the question (`_check_records`).
         7. The user may approve this, by a key that counts (`_check_approver`).
         """
@@ -414,8 +414,8 @@ class Approvals:
             return refused("already_decided", f"{question.answered_by} answered before, and that stands")
         if record.appended_at_ms >= request.claims.exp * 1000:
             return refused("approval_expired", "the time in which answers counted is over")
-        if (reason := not_understood(claims)) is not None:
-            return Refused(reason)
+        if isinstance(understood := check_understood(claims), Refused):
+            return understood
         if isinstance(records := self._check_records(question), Refused):
             return records
         return self._check_approver(question, answer, user_id, record.appended_at_ms)
@@ -453,8 +453,7 @@ class Approvals:
         if answer.claims.verdict != "approved":
             return ALLOWED
         verbs = {question.signed.claims.verb}
-        found = approver_key_problem(answer, self._directory, ground, verbs, at_ms=at_ms)
-        return Refused(found.reason) if found is not None else ALLOWED
+        return check_approver_key(answer, self._directory, ground, verbs, at_ms=at_ms)
 
     async def _report_refused(self, answer: Signed[ActionApproval], reason: Reason, record: Received) -> None:
         """Report that a signed answer does not count, because the person who gave it expects an effect."""

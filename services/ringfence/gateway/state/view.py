@@ -31,7 +31,7 @@ from ringfence.messages.run import Run
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import selector_key_of
-from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
+from ringfence.model.leases.revocations import Revocation, check_revocation, verify_revocation
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, StreamDigests
 from ringfence.model.leases.unverified_records import verify_lease
@@ -196,7 +196,9 @@ class RevocationApplier:
         except InvalidMessageError:
             return None
         lease = self._table.get(revocation.claims.lease_id or "")
-        return revocation if objection(revocation, lease, self._directory) is None else None
+        return (
+            revocation if isinstance(check_revocation(revocation, lease, self._directory), Allowed) else None
+        )
 
     async def _acknowledge(self, revocation: Revocation, cut_at_ms: int) -> None:
         key = self._runtime.key
@@ -286,9 +288,9 @@ class View:
         now_ms = self._runtime.clock.now_ms()
         if now_ms == self._fresh_at_ms:
             return None
-        halted = self._halts.denial()
+        halts = self._halts.check()
         # `clock_behind`: while nothing arrives, leases expire only by this gateway's own clock.
-        stale = halted.message if halted else self._stale_reason()
+        stale = halts.reason.message if isinstance(halts, Refused) else self._stale_reason()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
@@ -296,8 +298,8 @@ class View:
         """Check whether anything may be decided by this view: see `stale`, whose text is in the reason."""
         if (stale := self.stale()) is None:
             return ALLOWED
-        halted = self._halts.denial()
-        return Refused(halted if halted is not None else stale_view(stale))
+        halts = self._halts.check()
+        return halts if isinstance(halts, Refused) else Refused(stale_view(stale))
 
     def check_view(self) -> Allowed | Refused:
         """Check whether a lease that cannot be used here has ended for certain:
