@@ -25,10 +25,12 @@ from ringfence.backends.capabilities import BackendCapabilities
 from ringfence.backends.http import StaticSecrets
 from ringfence.client.resource_server.dpop_proofs import Nonces, ProofChecker
 from ringfence.dev.processes import LOOPBACK
+from ringfence.gateway.contract import DecisionCore
 from ringfence.gateway.dataplane.limits import Allowance
-from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.decision.evaluator import Evaluator
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import Targets
@@ -38,11 +40,12 @@ from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.proxies import envoy, forward_auth
 from ringfence.gateway.proxies.authz import ProxyAuth
 from ringfence.gateway.state.leases import LeaseTable
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.process import search_seldom_for_cycles
-from ringfence.messages.credential import Reason
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ACTION
@@ -114,11 +117,11 @@ class _View:
     def stale(self) -> str | None:
         return self.directory.stale()
 
-    def denial(self) -> Reason | None:
+    def check_freshness(self) -> Allowed | Refused:
         stale = self.stale()
-        return stale_view(stale) if stale is not None else None
+        return Refused(stale_view(stale)) if stale is not None else ALLOWED
 
-    view_problem = denial
+    check_view = check_freshness
 
 
 class _World:
@@ -180,10 +183,13 @@ class _World:
         recorder, name = Recorder(spool, None), f"spiffe://{TD}/service/gateway"  # type: ignore[arg-type]
         key = SigningKey.generate(name)
         return DecisionGate(
-            _View(self.ledger, self.table), self.targets, self.identifier, Evaluator(engine, declared),  # type: ignore[arg-type]
-            injector, recorder, RefusalCounts(recorder.record, self.clock, gateway=name), None, self.clock,  # type: ignore[arg-type]
-            gateway=name, key=lambda: key, entitlements_max_age_s=30 * _DAY_S,
-        )  # fmt: skip
+            _View(self.ledger, self.table),  # type: ignore[arg-type]
+            DecisionSteps(self.identifier, self.targets, Evaluator(engine, declared), None, injector),  # type: ignore[arg-type]
+            DecisionLog(name, recorder, RefusalCounts(recorder.record, self.clock, gateway=name)),
+            DecisionSettings(30 * _DAY_S),
+            clock=self.clock,
+            key=lambda: key,
+        )
 
 
 def _without_limit(places: Places) -> Path:
@@ -202,9 +208,11 @@ async def _serve(places: Places) -> None:
     gate = await world.gate()
     trust = ssl.create_default_context(cafile=places.authority)
     plane = DataPlane(
-        gate, is_target_host=world.targets.is_target_host, hosts=world.targets.hosts(), tls=trust,
-        allowance=Allowance(per_second_each=1e9, burst_each=10**9),
-    )  # fmt: skip
+        DecisionCore(gate, world.targets.is_target_host),
+        authority=CertificateAuthority("gateway", world.targets.hosts(), SystemClock()),
+        tls=trust,
+        settings=DataPlaneSettings(Allowance(per_second_each=1e9, burst_each=10**9)),
+    )
     await plane.start()
     plane.authority.write(places.bundle)
     await plane.listen_for_task(places.socket, world.task)

@@ -449,8 +449,8 @@ async def test_a_run_has_so_many_relays_at_a_time(yard: Yard) -> None:
 async def test_a_relay_on_which_nothing_happens_ends(
     yard: Yard, short_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick = partial(plane.DataPlane, timeouts=Timeouts(stream_s=0.5))
-    monkeypatch.setattr("ringfence.gateway.dataplane.listeners.DataPlane", quick)
+    quick = partial(plane.DataPlaneSettings, timeouts=Timeouts(stream_s=0.5))
+    monkeypatch.setattr("ringfence.gateway.dataplane.listeners.DataPlaneSettings", quick)
     run = await run_of(yard)
     sockets = short_path / "s"
     async with run.started():

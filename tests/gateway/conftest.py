@@ -17,9 +17,8 @@ from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected
-from tests.gateway.table_gate import Entry, TableGate
+from tests.gateway.table_gate import Entry, TableGate, data_plane
 from tests.gateway.target import Target
-from tests.support.switches import build_options
 
 NAME = "gateway.test"
 
@@ -77,15 +76,8 @@ async def placed(
     async with (target or Target()).serving() as serving:
         gate = TableGate({target_id: Entry(f"http://127.0.0.1:{serving.port}", frozenset({"api.test"}))})
         blocked: list[BlockedRequest] = []
-        plane = DataPlane(
-            gate,
-            blocked=blocked.append,
-            is_target_host=gate.is_target_host,
-            hosts=gate.hosts,
-            allowance=allowance or Allowance(),
-            timeouts=timeouts or Timeouts(),
-            agent_api=agent_api,
-            **build_options("gateway"),
+        plane = data_plane(
+            gate, blocked=blocked.append, agent_api=agent_api, allowance=allowance, timeouts=timeouts
         )
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=[NAME])

@@ -13,14 +13,16 @@ import httpx
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
-from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.dataplane.denials import denial_answer
-from ringfence.gateway.dataplane.plane import DataPlane
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.contract import Attempt, DecisionCore, PresentedIdentity
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Sender
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.model.verdict import ALLOWED, Allowed
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import permission
 from tests.support.switches import build_options
@@ -80,10 +82,10 @@ class McpPlace(PlayedRecorder):
     def stale(self) -> str | None:
         return None
 
-    def denial(self) -> None:
-        return None
+    def check_freshness(self) -> Allowed:
+        return ALLOWED
 
-    view_problem = denial
+    check_view = check_freshness
 
     def nonce(self) -> str:
         return "fresh"
@@ -91,8 +93,8 @@ class McpPlace(PlayedRecorder):
     async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender(self.agent, self.place.task if self.agent == "bot" else None, self.handle)
 
-    async def answer(self, *args: Any, **kwargs: Any) -> None:
-        return None
+    async def answer(self, *args: Any, **kwargs: Any) -> Allowed:
+        return ALLOWED
 
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         return {"Authorization": TOKEN}
@@ -159,18 +161,18 @@ async def mcp_placed(
         place.leased(one)
     played = cast(Any, found)
     gate = DecisionGate(
-        played, targets, played, played, played, played, played, played, ledger.clock,
-        gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
-        observe=observe,
-        **build_options("gateway"),
-    )  # fmt: skip
+        played,
+        DecisionSteps(played, targets, played, played, played),
+        DecisionLog("spiffe://acme.example/service/gateway", played, played),
+        DecisionSettings(10**9, observe, **build_options("gateway")),
+        clock=ledger.clock,
+        key=lambda: GATEWAY_KEY,
+    )
     found.plane = plane = DataPlane(
-        gate,
-        is_target_host=targets.is_target_host,
-        hosts=targets.hosts(),
-        answer=denial_answer,
+        DecisionCore(gate, targets.is_target_host),
+        authority=CertificateAuthority("gateway", targets.hosts(), SystemClock()),
         tls=tls,
-        **build_options("gateway"),
+        settings=DataPlaneSettings(**build_options("gateway")),
     )
     await plane.start()
     found.socket = folder / "task.sock"

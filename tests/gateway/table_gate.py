@@ -4,18 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import ssl
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ringfence.gateway.contract import Attempt, HoldableRequest, PresentedIdentity, RateCheck, Verdict
+from ringfence.gateway.contract import (
+    AgentApi,
+    Attempt,
+    DecisionCore,
+    HoldableRequest,
+    PresentedIdentity,
+    RateCheck,
+    ReportBlocked,
+    Verdict,
+)
+from ringfence.gateway.dataplane.exchange import Timeouts
+from ringfence.gateway.dataplane.limits import Allowance
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetState, VerbFloor
 from ringfence.model.http_targets import RequestMap
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
+from tests.support.switches import build_options
 
 SECRET = "s3cret-of-the-target-0123456789"
 TASK = str(uuid.UUID(int=7))
@@ -89,7 +106,7 @@ class TableAllowance:
         return dataclasses.replace(self._verdict(), action_id=action_id)
 
     def _verdict(self) -> Verdict:
-        return self.gate._decided(self.presented, self.attempt, lambda agent_id: None)
+        return self.gate._decided(self.presented, self.attempt, lambda agent_id: ALLOWED)
 
 
 class TableGate:
@@ -144,7 +161,7 @@ class TableGate:
         return verdict
 
     def cached_allowance(self, presented: PresentedIdentity, attempt: Attempt) -> TableAllowance | None:
-        verdict = self._decided(presented, attempt, lambda agent_id: None)
+        verdict = self._decided(presented, attempt, lambda agent_id: ALLOWED)
         if not verdict.allowed or verdict.target is None or verdict.lease is None:
             return None
         entry = self.targets[verdict.target.target_id]
@@ -157,10 +174,10 @@ class TableGate:
         rate_check: RateCheck,
         on_recorded: Callable[[bool], None],
     ) -> tuple[str, Mapping[str, str]] | None:
-        verdict = self._decided(presented, attempt, lambda agent_id: None)
+        verdict = self._decided(presented, attempt, lambda agent_id: ALLOWED)
         if not verdict.allowed or not self.credentials or verdict.target is None:
             return None
-        if rate_check(presented.handle or "helper") is not None:
+        if isinstance(rate_check(presented.handle or "helper"), Refused):
             return None
         if self.keeps_records and not self.full:
             self.records.append((presented, attempt, verdict))
@@ -190,8 +207,8 @@ class TableGate:
         if ended in watching:
             watching.remove(ended)
 
-    def view_problem(self) -> Reason | None:
-        return Reason(code="stale_view", message="it stood still") if self.stood_still else None
+    def check_view(self) -> Allowed | Refused:
+        return refused("stale_view", "it stood still") if self.stood_still else ALLOWED
 
     def view_expired(self) -> bool:
         return self.stood_still
@@ -223,8 +240,9 @@ class TableGate:
             return _denied(503, "view_stale", "nothing can be decided now")
         if self.handles is not None and presented.handle not in self.handles:
             return _denied(401, "unknown_sender", "nobody knows who sends this")
-        if rate_check is not None and (reason := rate_check(presented.handle or "helper")) is not None:
-            return _denied(429, reason.code, reason.message)
+        rate = rate_check(presented.handle or "helper") if rate_check is not None else ALLOWED
+        if isinstance(rate, Refused):
+            return _denied(429, rate.reason.code, rate.reason.message)
         target_id = self._target(attempt)
         if target_id is None:
             return _denied(403, "target_unknown", "there is no such target")
@@ -235,6 +253,26 @@ class TableGate:
         if action is None or action.verb not in self.targets[target_id].verbs:
             return _denied(403, "out_of_scope", "no lease of the task allows this")
         return Verdict("action", True, 200, (), self.leases[target_id], self._states[target_id], action)
+
+
+def data_plane(
+    gate: TableGate,
+    *,
+    blocked: ReportBlocked = lambda _: None,
+    tls: ssl.SSLContext | None = None,
+    agent_api: AgentApi | None = None,
+    allowance: Allowance | None = None,
+    timeouts: Timeouts | None = None,
+) -> DataPlane:
+    """A data plane that asks this gate, and whose CA may certify the hosts of its targets."""
+    settings = DataPlaneSettings(allowance or Allowance(), timeouts or Timeouts(), **build_options("gateway"))
+    return DataPlane(
+        DecisionCore(gate, gate.is_target_host, blocked),
+        authority=CertificateAuthority("gateway", gate.hosts, SystemClock()),
+        tls=tls,
+        agent_api=agent_api,
+        settings=settings,
+    )
 
 
 def _denied(status: int, code: str, message: str) -> Verdict:

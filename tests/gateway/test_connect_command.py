@@ -21,9 +21,8 @@ import pytest_asyncio
 
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.certificates import Certificates
-from tests.gateway.table_gate import TASK, Entry, TableGate
+from tests.gateway.table_gate import TASK, Entry, TableGate, data_plane
 from tests.gateway.target import Target
-from tests.support.switches import build_options
 
 RINGFENCE = [sys.executable, "-P", "-m", "ringfence.cli.main"]
 ASK = "import httpx; print(httpx.get('https://api.test/files/a').text)"
@@ -84,13 +83,7 @@ async def place() -> AsyncIterator[Place]:
         certificates = Certificates(folder)
         await stack.enter_async_context(target.serving(certificates.server("localhost")))
         gate = TableGate({"api": Entry(f"https://localhost:{target.port}", frozenset({"api.test"}))})
-        plane = DataPlane(
-            gate,
-            is_target_host=gate.is_target_host,
-            hosts=gate.hosts,
-            tls=certificates.trusting(),
-            **build_options("gateway"),
-        )
+        plane = data_plane(gate, tls=certificates.trusting())
         await plane.start()
         stack.push_async_callback(plane.close)
         made = Place(target, plane, folder)

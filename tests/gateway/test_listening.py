@@ -27,9 +27,8 @@ from ringfence.kernel.base.clock import SystemClock
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place
 from tests.gateway.raw import Raw, connected, connected_unix
-from tests.gateway.table_gate import TASK, Entry, TableGate, with_entry
+from tests.gateway.table_gate import TASK, Entry, TableGate, data_plane, with_entry
 from tests.gateway.target import Target
-from tests.support.switches import build_options
 
 GET = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
 INSIDE = b"GET /files/a HTTP/1.1\r\nHost: api.test\r\n\r\n"
@@ -64,13 +63,7 @@ async def secure(tmp_path: Path) -> AsyncIterator[Secure]:
     certificates = Certificates(tmp_path)
     async with Target().serving(certificates.server("localhost")) as target:
         gate = TableGate({"api": Entry(f"https://localhost:{target.port}", frozenset({"api.test"}))})
-        plane = DataPlane(
-            gate,
-            is_target_host=gate.is_target_host,
-            hosts=gate.hosts,
-            tls=certificates.trusting(),
-            **build_options("gateway"),
-        )
+        plane = data_plane(gate, tls=certificates.trusting())
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=["gateway.test"])
         yield Secure(target, gate, plane, port, certificates)

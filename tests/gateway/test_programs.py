@@ -23,9 +23,8 @@ from ringfence.client.task_proxy.server import TaskProxy
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.agents import Sandbox, bridged, missing
 from tests.gateway.certificates import Certificates
-from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate, rule, with_entry
+from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate, data_plane, rule, with_entry
 from tests.gateway.target import Received, Target
-from tests.support.switches import build_options
 
 GIT_RULES = (
     rule("GET", "/{repo}/info/refs", "fetch", "repo/{repo}", query={"service": ("git-upload-pack",)}),
@@ -81,13 +80,7 @@ async def shop(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[
             "npm": Entry(f"https://localhost:{npm.port}", frozenset({"npm.test"}), NPM_RULES),
             "pip": Entry(f"https://localhost:{pip.port}", frozenset({"pip.test"}), PIP_RULES),
         })  # fmt: skip
-        plane = DataPlane(
-            gate,
-            is_target_host=gate.is_target_host,
-            hosts=gate.hosts,
-            tls=certificates.trusting(),
-            **build_options("gateway"),
-        )
+        plane = data_plane(gate, tls=certificates.trusting())
         await plane.start()
         stack.push_async_callback(plane.close)
         await plane.listen_for_task(tmp_path / "task.sock", TASK)

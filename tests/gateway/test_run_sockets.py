@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.dataplane.run_sockets import RunSockets
+from ringfence.gateway.dataplane.run_sockets import RunSockets, RunSocketSettings
 from ringfence.gateway.events.recorder import Recorder, RefusalCounts, RefusalKind
 from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.events.task_history import RunEvents
@@ -52,8 +52,7 @@ class Runs:
             trust_domain=TD,
             is_active=lambda task: task not in self.ended_tasks,
             events=RunEvents(recorder, self.counted),
-            per_runner=per_runner,
-            in_total=in_total,
+            settings=RunSocketSettings(per_runner=per_runner, in_total=in_total),
         )
 
     def start(self, nonce: str, runner: str = "runner-1") -> OneRun:

@@ -12,7 +12,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.gateway.contract import DecisionCore
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
 from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate
 
 RUN, OTHER = str(uuid.UUID(int=1)), str(uuid.UUID(int=2))
@@ -28,7 +29,7 @@ def folder() -> Iterator[Path]:
 @contextlib.asynccontextmanager
 async def listening(folder: Path) -> AsyncIterator[TableGate]:
     gate = TableGate({"noted": Entry("stdio://run", frozenset())})
-    plane = DataPlane(gate, is_target_host=lambda _: False, fast_path=False)
+    plane = DataPlane(DecisionCore(gate, lambda _: False), settings=DataPlaneSettings(fast_path=False))
     await plane.start()
     for run in (RUN, OTHER):
         await plane.listen_for_task(folder / f"{run}.sock", TASK, run_id=run)

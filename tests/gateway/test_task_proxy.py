@@ -16,11 +16,9 @@ import pytest
 import pytest_asyncio
 
 from ringfence.client.task_proxy.server import ProxyLimits, SocketGoneError, TaskProxy
-from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.raw import Raw, connected
-from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate
+from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate, data_plane
 from tests.gateway.target import Target
-from tests.support.switches import build_options
 
 OK = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: 2\r\n\r\nok"
 ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
@@ -489,9 +487,7 @@ async def plane(tmp_path: Path) -> AsyncIterator[Plane]:
     async with Target().serving() as target, contextlib.AsyncExitStack() as stack:
         url = f"http://127.0.0.1:{target.port}"
         gate = TableGate({"api": Entry(url, frozenset({f"127.0.0.1:{target.port}"}))})
-        plane = DataPlane(
-            gate, is_target_host=gate.is_target_host, hosts=gate.hosts, **build_options("gateway")
-        )
+        plane = data_plane(gate)
         await plane.start()
         stack.push_async_callback(plane.close)
         await plane.listen_for_task(tmp_path / "task.sock", TASK)

@@ -15,9 +15,8 @@ from ringfence.gateway.contract import BlockedRequest
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.mcp_place import DEPLOYS, mcp_placed
 from tests.gateway.raw import Raw, Response, connected, connected_unix
-from tests.gateway.table_gate import Entry, TableGate, rule
+from tests.gateway.table_gate import Entry, TableGate, data_plane, rule
 from tests.support.servers.unread_bodies import Executed, serving_unread_bodies
-from tests.support.switches import build_options
 
 SAFE = ("GET", "HEAD", "OPTIONS", "TRACE")
 RULES = (
@@ -59,13 +58,7 @@ async def before(*, observed: bool = False) -> AsyncIterator[Before]:
         gate = TableGate({"api": Entry(f"http://127.0.0.1:{target.port}", frozenset({"api.test"}), RULES)})
         gate.observed = frozenset({"api"} if observed else ())
         blocked: list[BlockedRequest] = []
-        plane = DataPlane(
-            gate,
-            blocked=blocked.append,
-            is_target_host=gate.is_target_host,
-            hosts=gate.hosts,
-            **build_options("gateway"),
-        )
+        plane = data_plane(gate, blocked=blocked.append)
         await plane.start()
         port = await plane.listen("127.0.0.1", 0, names=["gateway.test"])
         try:

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from ringfence.dev.processes import free_port
-from ringfence.gateway.dataplane.denials import denial_answer
-from ringfence.gateway.dataplane.plane import DataPlane
+from ringfence.gateway.contract import DecisionCore
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.model.verdict import ALLOWED, Allowed
 from tests.mcp_sdks.conftest import WITHIN_S, agent, serving
 from tests.mcp_sdks.test_sdks import CLIENTS
 from tests.support.switches import build_options
@@ -50,19 +51,16 @@ class Asking(McpGateway):
     def view_expired(self) -> bool:
         return False
 
-    def view_problem(self) -> None:
-        return None
+    def check_view(self) -> Allowed:
+        return ALLOWED
 
 
 @contextlib.asynccontextmanager
 async def asking(port: int) -> AsyncIterator[tuple[Asking, str]]:
     gateway, listens = Asking(port), free_port()
     plane = DataPlane(
-        gateway.gate,
-        is_target_host=lambda host: False,
-        hosts=(),
-        answer=denial_answer,
-        **build_options("gateway"),
+        DecisionCore(gateway.gate, lambda host: False),
+        settings=DataPlaneSettings(**build_options("gateway")),
     )
     await plane.start()
     try:

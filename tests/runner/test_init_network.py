@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 
 from ringfence.dev.processes import StackError
-from ringfence.gateway.dataplane.plane import DataPlane
 from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.runner.control.messages import (
     RelayError,
@@ -28,7 +27,7 @@ from ringfence.runner.control.messages import (
 from ringfence.runner.lifecycle.gateway_relay import GatewayRelay
 from ringfence.runner.sandbox.backend import Mount
 from tests.gateway.certificates import Certificates
-from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate
+from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate, data_plane
 from tests.gateway.target import Target
 from tests.gateway.test_programs import (
     GIT_RULES,
@@ -97,9 +96,7 @@ async def inside(tmp_path: Path) -> AsyncIterator[Inside]:
             "npm": Entry(*hosts["npm"], NPM_RULES),
             "pip": Entry(*hosts["pip"], PIP_RULES),
         })  # fmt: skip
-        plane = DataPlane(
-            gate, is_target_host=gate.is_target_host, hosts=gate.hosts, tls=certificates.trusting()
-        )
+        plane = data_plane(gate, tls=certificates.trusting())
         await plane.start()
         stack.push_async_callback(plane.close)
         host = await stack.enter_async_context(run_host())

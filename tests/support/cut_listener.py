@@ -16,6 +16,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.process import run
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.model.verdict import ALLOWED, Refused
 
 
 class CutListener:
@@ -36,24 +37,26 @@ class CutListener:
 
     def doubt(self) -> str | None:
         """Why it cannot tell whether a lease has ended that goes no further here, or None."""
-        doubt = self._view.view_problem()
-        return doubt.message if doubt is not None else None
+        doubt = self._view.check_view()
+        return doubt.reason.message if isinstance(doubt, Refused) else None
 
     def denial(self) -> str | None:
         """The code by which it denies everything, or None."""
-        denial = self._view.denial()
-        return denial.code if denial is not None else None
+        freshness = self._view.check_freshness()
+        return freshness.reason.code if isinstance(freshness, Refused) else None
 
     def problem(self, lease_id: str) -> str | None:
         """The code of what it says of a lease that may be used no more, or None."""
         lease = self._view.table.get(lease_id)
-        problem = self._view.table.problem(lease) if lease is not None else None
-        return problem.code if problem is not None else None
+        live = self._view.table.check_live(lease) if lease is not None else ALLOWED
+        return live.reason.code if isinstance(live, Refused) else None
 
     def forwards(self, lease_id: str) -> bool:
         """Whether a request under this lease could go on to its target now."""
         lease = self._view.table.get(lease_id)
-        return lease is not None and self._view.stale() is None and self._view.table.problem(lease) is None
+        if lease is None or self._view.stale() is not None:
+            return False
+        return self._view.table.check_live(lease) == ALLOWED
 
     async def _told(self, request: Request) -> Response:
         if self._runtime.unready():

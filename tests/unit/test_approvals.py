@@ -22,7 +22,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
     append_time_of,
-    approval_problem,
+    check_approval,
     may_approve,
     required_classes,
     unmet,
@@ -31,6 +31,7 @@ from ringfence.model.requests.facts import RequestContext, load_records
 from tests.support.in_memory_registry import InMemoryRegistry, permission
 from tests.support.passkeys import SoftwarePasskey
 from tests.support.user_keys import first_key, said_by
+from tests.support.verdicts import code_of, reason_of
 from tools.schemas.examples import EXAMPLES
 
 ROLES = {
@@ -180,11 +181,11 @@ STALE = GIVEN.revisions.model_copy(update={"task": GIVEN.revisions.task + 1})
 
 def problem(at_ms: int = END_MS, **changes: Any) -> str | None:
     request = Signed(cast(CredentialRequest, EXAMPLES[CredentialRequest]), GIVEN.request)
-    found = approval_problem(
+    found = check_approval(
         Signed(GIVEN.model_copy(update=changes), ""), cast(RequestContext, SimpleNamespace(request=request)),
         at_ms=at_ms, ttl_s=GIVEN.ttl_s, delivery=GIVEN.delivery, revisions=GIVEN.revisions,
     )  # fmt: skip
-    return found.code if found is not None else None
+    return code_of(found)
 
 
 @pytest.mark.parametrize(
@@ -207,13 +208,12 @@ def test_an_approval_is_for_one_request_on_its_terms_and_records(changes: dict[s
 def test_a_denial_names_who_said_so_and_why():
     request = Signed(cast(CredentialRequest, EXAMPLES[CredentialRequest]), GIVEN.request)
     no = GIVEN.model_copy(update={"verdict": "denied", "comment": "not on a Friday"})
-    found = approval_problem(
+    found = check_approval(
         Signed(no, ""), cast(RequestContext, SimpleNamespace(request=request)), at_ms=END_MS, ttl_s=GIVEN.ttl_s,
         delivery=GIVEN.delivery, revisions=GIVEN.revisions,
     )  # fmt: skip
-    assert found is not None
-    assert no.iss in found.message
-    assert "not on a Friday" in found.message
+    assert no.iss in reason_of(found).message
+    assert "not on a Friday" in reason_of(found).message
 
 
 def test_an_approval_ends_a_minute_after_its_time_at_the_latest():

@@ -14,12 +14,14 @@ from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialRequest, RequiredClass
 from ringfence.messages.registry import FloorKey, TaskState, VerbFloor
 from ringfence.model.lifecycle import WAIT_S, Giver, KeyOrigin
-from ringfence.model.requests.approvals import key_problems, unmet
-from ringfence.model.requests.approver_keys import KeyProblem, floor_problem, lent_by
+from ringfence.model.requests.approvals import check_approver_keys, unmet
+from ringfence.model.requests.approver_keys import KeyRefused, check_key_floor, check_not_voucher
 from ringfence.model.requests.facts import RequestContext, load_context
+from ringfence.model.verdict import ALLOWED
 from tests.support import user_keys
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.user_keys import add_key, end_key, new_key, new_passkey
+from tests.support.verdicts import code_of
 from tools.schemas.examples import EXAMPLES
 
 WAIT_MS = WAIT_S * 1000
@@ -72,13 +74,16 @@ class Office:
         return Signed(claims, sign(claims, key or self.ledger.key(by)))
 
     def codes(self, *approvals: Signed[Any]) -> list[str | None]:
-        found = key_problems(approvals, self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms)
-        return [one.reason.code if one else None for one in found]
+        found = check_approver_keys(
+            approvals, self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms
+        )
+        return [code_of(one) for one in found]
 
-    def problem(self, approval: Signed[Any]) -> KeyProblem:
+    def problem(self, approval: Signed[Any]) -> KeyRefused:
         """Why the key of one approval does not count."""
-        (found,) = key_problems([approval], self.ledger.directory, self.facts(), at_ms=self.ledger.clock.ms)
-        assert found is not None
+        directory, at_ms = self.ledger.directory, self.ledger.clock.ms
+        (found,) = check_approver_keys([approval], directory, self.facts(), at_ms=at_ms)
+        assert isinstance(found, KeyRefused)
         return found
 
     def left(self, required: tuple[RequiredClass, ...], *approvals: Signed[Any]) -> tuple[RequiredClass, ...]:
@@ -180,24 +185,21 @@ def test_who_gave_somebody_a_key_does_not_approve_beside_them(office: Office):
     directory = office.ledger.directory
     by_lent, by_own = office.approval("sam", key), office.approval("suzy")
     for voucher in ("olga", "otto"):
-        reason = lent_by(voucher, [by_own, by_lent], directory)
-        assert reason is not None
-        assert reason.code == "key_beside_voucher"
-    assert lent_by("oscar", [by_own, by_lent], directory) is None
-    assert lent_by("sam", [by_lent], directory) is None
-    assert lent_by("olga", [by_own], directory) is None
-    assert lent_by("olga", [office.approval("sam", new_key("sam"))], directory) is None
+        assert code_of(check_not_voucher(voucher, [by_own, by_lent], directory)) == "key_beside_voucher"
+    assert check_not_voucher("oscar", [by_own, by_lent], directory) == ALLOWED
+    assert check_not_voucher("sam", [by_lent], directory) == ALLOWED
+    assert check_not_voucher("olga", [by_own], directory) == ALLOWED
+    assert check_not_voucher("olga", [office.approval("sam", new_key("sam"))], directory) == ALLOWED
 
 
 def test_a_key_file_is_no_attested_passkey_whatever_its_record_says(office: Office):
     office.target("attested")
     target = office.facts().target.state
     passkey = user_keys.record_of(new_passkey("sam")).model_copy(update={"attested": True})
-    assert floor_problem(passkey, target, office.facts().verbs) is None
+    assert check_key_floor(passkey, target, office.facts().verbs) == ALLOWED
     for wrong in ({"use": None}, {"attested": None}, {"attested": False}):
-        reason = floor_problem(passkey.model_copy(update=wrong), target, office.facts().verbs)
-        assert reason is not None
-        assert reason.code == "key_not_attested"
+        verdict = check_key_floor(passkey.model_copy(update=wrong), target, office.facts().verbs)
+        assert code_of(verdict) == "key_not_attested"
 
 
 def test_what_no_user_signed_is_no_approval(office: Office):

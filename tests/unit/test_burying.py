@@ -19,6 +19,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import REGISTRY_COMMAND, USER
+from ringfence.model.verdict import ALLOWED
 from ringfence.revoker.revocations.revocations import RevocationHandler
 from tests.support.malformed_records import Services, malformed
 
@@ -72,7 +73,7 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
 
     settings = SimpleNamespace(trust_domain="test.example")
     runtime = SimpleNamespace(dead_letters=letters(broker), settings=settings, clock=SystemClock())
-    orders = SimpleNamespace(verify=opened, objections=nothing)
+    orders = SimpleNamespace(verify=opened, check=nothing)
     store, ender = (
         SimpleNamespace(epoch=None, confirm=nothing),
         SimpleNamespace(end=nothing, revoking=nullcontext),
@@ -83,7 +84,7 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
 def of_the_issuer(broker: Broker) -> BatchHandler:
     runtime = SimpleNamespace(dead_letters=letters(broker))
     others = cast(Any, (runtime, *[None] * 8))
-    handler = DecisionHandler(*others, patience_s=0, halted=lambda: None)
+    handler = DecisionHandler(*others, patience_s=0, halts=lambda: ALLOWED)
 
     async def opened(batch: Sequence[Received]) -> None:
         assert await handler._verified([record for record in batch if record.value == b"bad"]) == []

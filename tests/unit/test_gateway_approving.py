@@ -15,7 +15,7 @@ import pytest
 from ringfence.gateway.contract import Attempt, Headers, PresentedIdentity, Verdict
 from ringfence.gateway.decision.approval_questions import OpenQuestions, digest_of_headers
 from ringfence.gateway.decision.approvals import Approvals
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
 from ringfence.kernel.base.errors import UnavailableError
@@ -23,7 +23,6 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, ActionRequest
-from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import (
     ActionClass,
@@ -33,6 +32,7 @@ from ringfence.messages.registry import (
     UserDisable,
 )
 from ringfence.messages.topics import APPROVAL_RESPONSE
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import TD
 from tests.support.switches import build_options
@@ -95,17 +95,20 @@ class Gateway(PlayedRecorder):
         )
         played = cast(Any, self)
         self.gate = DecisionGate(
-            played, targets, played, played, played, played, played, self.approvals, ledger.clock,
-            gateway=self.key.id, key=lambda: self.key, entitlements_max_age_s=10**9,
-            **build_options("gateway"),
-        )  # fmt: skip
+            played,
+            DecisionSteps(played, targets, played, self.approvals, played),
+            DecisionLog(self.key.id, played, played),
+            DecisionSettings(10**9, **build_options("gateway")),
+            clock=ledger.clock,
+            key=lambda: self.key,
+        )
 
     # view, identifier, evaluator, recorder, and what a runtime does
     def stale(self) -> str | None:
         return self.problem
 
-    def denial(self) -> Reason | None:
-        return stale_view(self.problem) if self.problem else None
+    def check_freshness(self) -> Allowed | Refused:
+        return Refused(stale_view(self.problem)) if self.problem else ALLOWED
 
     def nonce(self) -> str:
         return "fresh"
@@ -113,11 +116,13 @@ class Gateway(PlayedRecorder):
     async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender:
         return Sender("bot", self.place.task)
 
-    async def answer(self, *args: Any, **kwargs: Any) -> Refusal | ApprovalRequired | None:
+    async def answer(self, *args: Any, **kwargs: Any) -> Allowed | Refusal | ApprovalRequired:
         self._times += 1
         if self._times > 1:
             self.when_it_goes_on()
-        return self.denies or (ApprovalRequired(self.wants, BUNDLE) if self.wants is not None else None)
+        if self.denies is not None:
+            return self.denies
+        return ApprovalRequired(self.wants, BUNDLE) if self.wants is not None else ALLOWED
 
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
         self.equips()

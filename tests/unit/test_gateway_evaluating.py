@@ -14,6 +14,7 @@ from ringfence.gateway.events.task_history import MAX_TASKS, TaskHistory
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState, VerbFloor
 from ringfence.model.http_targets import Action
+from ringfence.model.verdict import ALLOWED, Allowed
 from ringfence.rego.engine import (
     Answer,
     PolicyFailedError,
@@ -25,7 +26,7 @@ from tests.unit.test_gateway_domain import Place
 
 READ = Action("read", "env/staging/web")
 NOW_MS = 1_000_000
-ALLOWED = PolicyResult(True, (), (), 5)
+ALLOWS = PolicyResult(True, (), (), 5)
 
 
 class Engine:
@@ -34,7 +35,7 @@ class Engine:
     def __init__(self) -> None:
         self.revision = "a" * 64
         self.inputs: list[dict[str, Any]] = []
-        self.result: PolicyResult | PolicyFailedError = ALLOWED
+        self.result: PolicyResult | PolicyFailedError = ALLOWS
 
     async def evaluate(self, input_json: bytes) -> Answer:
         self.inputs.append(orjson.loads(input_json))
@@ -62,7 +63,7 @@ class Asked:
         now_ms: int = NOW_MS,
         reads: bool = True,
         chosen: ChosenLease | None = None,
-    ) -> Refusal | ApprovalRequired | None:
+    ) -> Allowed | Refusal | ApprovalRequired:
         return await self.evaluator.answer(
             chosen or self.chosen, action, id="a-1", reads=reads,
             task_history=lambda: {"since_s": 1, "allowed": {}, "denied": 0, "last_minute": 0}, now_ms=now_ms,
@@ -79,16 +80,16 @@ def asked() -> Asked:
 
 
 async def test_an_answer_is_gone_by_for_as_long_as_it_says(asked: Asked) -> None:
-    asked.engine.result = replace(ALLOWED, max_ttl_s=2)
+    asked.engine.result = replace(ALLOWS, max_ttl_s=2)
     for now_ms in (NOW_MS, NOW_MS, NOW_MS + 1999):
-        assert await asked(now_ms=now_ms) is None
+        assert await asked(now_ms=now_ms) == ALLOWED
     assert asked.times == 1
-    assert await asked(now_ms=NOW_MS + 2000) is None
+    assert await asked(now_ms=NOW_MS + 2000) == ALLOWED
     assert asked.times == 2
 
 
 async def test_and_never_for_longer_than_five_seconds(asked: Asked) -> None:
-    asked.engine.result = replace(ALLOWED, max_ttl_s=3600)
+    asked.engine.result = replace(ALLOWS, max_ttl_s=3600)
     await asked()
     await asked(now_ms=NOW_MS + MAX_CACHE_MS - 1)
     assert asked.times == 1
@@ -98,9 +99,9 @@ async def test_and_never_for_longer_than_five_seconds(asked: Asked) -> None:
 
 @pytest.mark.parametrize("ttl_s", [0, -1])
 async def test_no_time_at_all_is_asked_each_time(asked: Asked, ttl_s: int) -> None:
-    asked.engine.result = replace(ALLOWED, max_ttl_s=ttl_s)
+    asked.engine.result = replace(ALLOWS, max_ttl_s=ttl_s)
     for _ in range(3):
-        assert await asked() is None
+        assert await asked() == ALLOWED
     assert asked.times == 3
 
 
@@ -118,7 +119,7 @@ async def test_it_is_for_this_action_lease_records_and_bundle_alone(asked: Asked
         newer = replace(getattr(ground, name), revision=99)
         others.append({"chosen": replace(chosen, ground=replace(ground, **{name: newer}))})
     for number, other in enumerate(others, 2):
-        assert await asked(**other) is None
+        assert await asked(**other) == ALLOWED
         assert asked.times == number, other
     asked.engine.revision = "b" * 64
     await asked()
@@ -131,8 +132,8 @@ async def test_denials_are_told_whole_and_asked_anew(asked: Asked) -> None:
     for _ in range(2):
         assert await asked() == Refusal(403, reasons)
     assert asked.times == 2
-    asked.engine.result = ALLOWED
-    assert await asked() is None
+    asked.engine.result = ALLOWS
+    assert await asked() == ALLOWED
 
 
 @pytest.mark.parametrize("wanted", ["sponsor", "second_person", "operator"])
@@ -151,7 +152,7 @@ async def test_what_the_targets_record_asks_for_no_bundle_takes_back(asked: Aske
         asked.chosen, ground=replace(ground, target=replace(ground.target, state=state, revision=7))
     )
     assert await asked(chosen=chosen) == ApprovalRequired("operator", asked.engine.revision)
-    assert await asked() is None
+    assert await asked() == ALLOWED
     asked.engine.result = PolicyResult(True, (), ("sponsor",), 5)
     several = await asked(chosen=chosen)
     assert isinstance(several, Refusal)

@@ -21,16 +21,16 @@ from ringfence.gateway.contract import (
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import cut_error
 from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.mcp import BindingTable
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
 from ringfence.gateway.events.recorder import RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.switches import build_options, is_on
 from tests.support.unknown_field_cases import as_before
@@ -66,21 +66,24 @@ class Parts(PlayedRecorder):
         played = cast(Any, self)
         self.counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         self.gate: Gate = DecisionGate(
-            played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
-            gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
-            **build_options("gateway"),
-        )  # fmt: skip
+            played,
+            DecisionSteps(played, self.targets, played, played, played),
+            DecisionLog("spiffe://acme.example/service/gateway", played, self.counted),
+            DecisionSettings(10**9, **build_options("gateway")),
+            clock=ledger.clock,
+            key=lambda: GATEWAY_KEY,
+        )
 
     # view
     def stale(self) -> str | None:
         return self.problem
 
-    def denial(self) -> Reason | None:
+    def check_freshness(self) -> Allowed | Refused:
         if self.problem == "halted":
-            return Reason(code="revoker_halted", message="a revoker has halted")
-        return stale_view(self.problem) if self.problem else None
+            return refused("revoker_halted", "a revoker has halted")
+        return Refused(stale_view(self.problem)) if self.problem else ALLOWED
 
-    view_problem = denial
+    check_view = check_freshness
 
     # identifier
     def nonce(self) -> str:
@@ -103,11 +106,11 @@ class Parts(PlayedRecorder):
     def cached_answer(self, *args: Any) -> CachedAnswer:
         return NO_ANSWER
 
-    async def answer(self, *args: Any, **kwargs: Any) -> Refusal | ApprovalRequired | None:
+    async def answer(self, *args: Any, **kwargs: Any) -> Allowed | Refusal | ApprovalRequired:
         self.meanwhile()
         if isinstance(self.refuses, Exception):
             raise self.refuses
-        return self.refuses
+        return self.refuses if self.refuses is not None else ALLOWED
 
     # injector
     def cached_headers(self, lease: Any, target: Any) -> dict[str, str]:
@@ -147,8 +150,8 @@ async def test_what_is_allowed_goes_by_the_lease_that_is_injected(parts: Parts) 
     assert event.request_digest is not None
 
 
-def admits(agent_id: str) -> Reason | None:
-    return None
+def admits(agent_id: str) -> Allowed | Refused:
+    return ALLOWED
 
 
 def allowed_at_once(
@@ -226,8 +229,8 @@ async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(part
 
 
 async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> None:
-    def full(agent_id: str) -> Reason:
-        return Reason(code="too_many_requests", message="wait")
+    def full(agent_id: str) -> Refused:
+        return refused("too_many_requests", "wait")
 
     def broken() -> None:
         raise UnavailableError("the issuer has none")
@@ -240,6 +243,20 @@ async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> N
     parts.equips = broken
     assert allowed_at_once(parts, PresentedIdentity(), attempt()) is None
     assert parts.events == []
+
+
+async def test_a_step_without_a_result_allows_nothing(parts: Parts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types forbid it. Should it happen all the same, it is no permission."""
+
+    async def no_result(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    monkeypatch.setattr(parts, "answer", no_result)
+    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
+    assert (verdict.allowed, verdict.injected) == (False, None)
+    assert [event.allowed for event in parts.events] == [False]
+    with pytest.raises(UnavailableError):
+        await parts.gate.headers_to_inject(verdict)
 
 
 async def test_a_cut_while_the_bundle_is_asked_overtakes_the_answer(parts: Parts) -> None:
@@ -261,7 +278,7 @@ async def test_an_old_view_and_a_halted_revoker_decide_inject_and_keep_open_noth
     with pytest.raises(UnavailableError) as refuse:
         await parts.gate.headers_to_inject(allowed)
     assert refuse.value.code == code
-    assert cut_error(parts.gate.view_problem()).code == code
+    assert cut_error(parts.gate.check_view()).code == code
     told: list[int] = []
     parts.gate.on_lease_end(parts.place.lease.lease_id, lambda: told.append(1))
     assert told == [1]
@@ -308,18 +325,18 @@ async def test_a_cut_after_the_decision_leaves_nothing_to_inject(parts: Parts) -
 
 async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts: Parts) -> None:
     asked: list[str] = []
-    many = Reason(code="too_many_requests", message="too many")
+    many = refused("too_many_requests", "too many")
 
-    def admits(agent_id: str) -> Reason | None:
+    def admits(agent_id: str) -> Allowed | Refused:
         asked.append(agent_id)
-        return many if len(asked) > 1 else None
+        return many if len(asked) > 1 else ALLOWED
 
     assert (await parts.gate.decide(PresentedIdentity(), attempt(), admits)).allowed
     verdict = await parts.gate.decide(PresentedIdentity(), attempt(), admits)
     assert (verdict.allowed, verdict.status, verdict.reasons, verdict.retry_after_s) == (
         False,
         429,
-        (many,),
+        (many.reason,),
         5,
     )
     assert [(event.allowed, event.agent_id) for event in parts.events] == [(True, "bot"), (False, "bot")]
@@ -360,7 +377,7 @@ async def test_a_flood_with_bad_credentials_is_told_of_once_a_second_and_whole(p
 
 
 async def test_so_is_one_while_nothing_can_be_decided_or_of_too_many(parts: Parts) -> None:
-    many = Reason(code="too_many_requests", message="wait")
+    many = refused("too_many_requests", "wait")
     parts.full = True
     for _ in range(10):
         assert (await parts.gate.decide(PresentedIdentity(), attempt(), lambda agent_id: many)).status == 429

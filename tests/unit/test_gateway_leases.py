@@ -17,8 +17,10 @@ from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.lease import EndCause, Lease
 from ringfence.model.leases.lifecycle import follow
+from ringfence.model.verdict import ALLOWED, Refused
 from tests.support import leases
 from tests.support.in_memory_registry import START_MS, FixedClock, permission
+from tests.support.verdicts import code_of
 
 NOW_S = START_MS // 1000
 AGENT, TARGET = "bot", "hub"
@@ -120,12 +122,12 @@ def test_what_is_over_by_a_clock_that_is_ahead_is_refused_and_not_said_to_have_e
     mine = lease(deadline=NOW_S + 10)
     table.apply(mine)
     clock.ms = (NOW_S + 10) * 1000 - 1
-    assert table.problem(mine) is None
+    assert table.check_live(mine) == ALLOWED
     clock.ms += 1 + past_ms
-    problem = table.problem(mine)
-    assert problem is not None
-    assert problem.code == code
-    assert ("try again" in problem.message) == (code == "stale_view")
+    live = table.check_live(mine)
+    assert isinstance(live, Refused)
+    assert live.reason.code == code
+    assert ("try again" in live.reason.message) == (code == "stale_view")
     assert usable(table) == set(), "it is denied by whatever clock"
 
 
@@ -193,9 +195,7 @@ def test_a_fence_cuts_what_was_requested_by_then_and_nothing_later(table: LeaseT
     table.fence(mark, START_MS, revocation_id="an order")
     assert usable(table) == {after.lease_id}
     assert (told.times, not_told.times) == (1, 0)
-    problem = table.problem(before)
-    assert problem is not None
-    assert problem.code == "lease_cut"
+    assert code_of(table.check_live(before)) == "lease_cut"
     late = lease(**fields)
     table.apply(late)
     assert late.lease_id not in usable(table), "a record that came after the order"
@@ -302,9 +302,7 @@ def test_who_watches_a_lease_that_is_not_there_is_not_told_of_another_ones_end(
     table.apply(forgotten)
     clock.ms += ENDED_KEPT_MS
     table.sweep()
-    problem = table.problem(forgotten)
-    assert problem is not None
-    assert problem.code == "lease_ended"
+    assert code_of(table.check_live(forgotten)) == "lease_ended"
     for lease_id in (forgotten.lease_id, "unknown"):
         table.watch_live(lease_id, told)
     table.fence("all", clock.ms, revocation_id="order")
@@ -438,10 +436,10 @@ def test_the_end_of_a_run_cuts_its_leases_and_no_others(table: LeaseTable) -> No
     table.end_run(RUN)
     assert [told[one.lease_id].times for one in (ended, injected, *others)] == [1, 1, 0, 0, 0]
     for one in (ended, injected):
-        problem = table.problem(one)
-        assert problem is not None
-        assert (problem.code, problem.side) == ("run_ended", "lease")
-    assert [table.problem(one) for one in others] == [None, None, None]
+        live = table.check_live(one)
+        assert isinstance(live, Refused)
+        assert (live.reason.code, live.reason.side) == ("run_ended", "lease")
+    assert [table.check_live(one) for one in others] == [ALLOWED, ALLOWED, ALLOWED]
     assert table.delivered_to_run(RUN) == []
     assert table.delivered_to_run(OTHER_RUN) == [others[0]]
     late = of_run(RUN)
@@ -489,13 +487,10 @@ def test_a_lease_of_a_run_leaves_the_table_with_its_end(table: LeaseTable, clock
 )
 def test_a_lease_is_live_unless_something_ended_it(table: LeaseTable, make: Any, code: str | None) -> None:
     one = lease()
-    unknown = table.problem(one)
-    assert unknown is not None
-    assert unknown.code == "lease_ended"
+    assert code_of(table.check_live(one)) == "lease_ended"
     table.apply(one)
     make(table, one)
-    problem = table.problem(one)
-    assert (problem.code if problem else None) == code
+    assert code_of(table.check_live(one)) == code
     assert table.is_live(one.lease_id, START_MS) == (code is None)
     assert not table.is_live(one.lease_id, one.deadline * 1000)
     assert table.is_live(one.lease_id, one.deadline * 1000 - 1) == (code is None)

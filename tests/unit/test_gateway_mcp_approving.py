@@ -20,6 +20,7 @@ from ringfence.model.http_targets import Action
 from ringfence.model.mcp import canonical
 from ringfence.model.mcp.headers import STATELESS
 from ringfence.model.mcp.messages import CAPABILITIES_KEY, VERSION_KEY, read_message
+from ringfence.model.verdict import ALLOWED, Allowed
 from tests.unit.test_gateway_approving import BUNDLE, Gateway, Sent
 from tests.unit.test_gateway_domain import WIDE
 
@@ -48,8 +49,12 @@ class McpGateway(Gateway):
         )
         self.lease_id = self.place.leased(WIDE).lease_id
 
-    async def answer(self, chosen: Any, action: Action, **context: Any) -> Refusal | ApprovalRequired | None:
-        return self.denies or (ApprovalRequired("sponsor", BUNDLE) if action.verb == "deploy" else None)
+    async def answer(
+        self, chosen: Any, action: Action, **context: Any
+    ) -> Allowed | Refusal | ApprovalRequired:
+        if self.denies is not None:
+            return self.denies
+        return ApprovalRequired("sponsor", BUNDLE) if action.verb == "deploy" else ALLOWED
 
     def posted(self, said: dict[str, Any], *versions: str) -> Attempt:
         method, name = said["method"], said["params"].get("name")
@@ -121,7 +126,7 @@ async def test_a_client_is_told_to_retry_and_goes_on_once_a_person_said_yes(gate
 
 async def test_a_question_about_a_server_in_a_run_names_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """Such a server is nowhere: its record has no URL that a person could read."""
-    monkeypatch.setattr("ringfence.gateway.decision.gate._outside_refusal", lambda *of: None)
+    monkeypatch.setattr("ringfence.gateway.decision.gate._check_run_socket", lambda *of: ALLOWED)
     gateway = McpGateway(url="stdio://run")
     state = state_of(await gateway.ask(call(), STATELESS))
     assert question(gateway).url == "http://staging/mcp"

@@ -13,7 +13,7 @@ from ringfence.cli.main import main
 from ringfence.gateway import app as gateway_app
 from ringfence.gateway.contract import PresentedIdentity, Verdict
 from ringfence.gateway.decision.context import STILL_DENIED
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.domain import ApprovalRequired, Sender, refuse
 from ringfence.gateway.proxies import envoy as authz_envoy
 from ringfence.gateway.proxies import forward_auth
@@ -42,10 +42,13 @@ class Watched(Parts):
         backend = BackendSettings.model_validate({"kind": "jwt", "url": "https://other.example"})
         ledger.give(ledger.target_set("olga", "other", backend=backend, requests=RULES))
         self.gate = DecisionGate(
-            played, self.targets, played, played, played, played, self.counted, played, ledger.clock,
-            gateway="spiffe://acme.example/service/gateway", key=lambda: GATEWAY_KEY, entitlements_max_age_s=10**9,
-            observe=observe or ("staging",), **build_options("gateway"),
-        )  # fmt: skip
+            played,
+            DecisionSteps(played, self.targets, played, played, played),
+            DecisionLog("spiffe://acme.example/service/gateway", played, self.counted),
+            DecisionSettings(10**9, observe or ("staging",), **build_options("gateway")),
+            clock=ledger.clock,
+            key=lambda: GATEWAY_KEY,
+        )
 
     async def ask(
         self, target: str = BEYOND, *, header_names: frozenset[str] = OWN, **fields: Any

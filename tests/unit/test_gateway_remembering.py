@@ -17,6 +17,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling
 from ringfence.messages.trust import TrustBundle
 from ringfence.model.http_targets import Action
+from ringfence.model.verdict import Refused
 from tests.support.in_memory_registry import permission
 from tests.unit.test_gateway_domain import MAX_AGE_S, READ, WIDE, Place
 
@@ -141,7 +142,9 @@ def test_what_it_rests_on_changed(change: Callable[[Memory], None]) -> None:
     change(memory)
     assert memory.found() is None
     recalled = memory.recall()
-    assert recalled is None or memory.place.table.problem(recalled.lease) is not None, "asked each time"
+    assert recalled is None or isinstance(memory.place.table.check_live(recalled.lease), Refused), (
+        "asked each time"
+    )
 
 
 def test_a_lease_of_somebody_else_changes_nothing() -> None:

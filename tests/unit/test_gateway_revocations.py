@@ -19,8 +19,10 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest, Selector
 from ringfence.messages.topics import REVOCATION_REQUEST
+from ringfence.model.verdict import ALLOWED
 from tests.support import leases
 from tests.support.in_memory_registry import START_MS, TD, FixedClock, InMemoryRegistry
+from tests.support.verdicts import code_of
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Gateway:
         return leases.lease(delivery="gateway", deadline=now_s + 600, requested_at_ms=START_MS).claims
 
     def forwards(self, lease: Lease) -> bool:
-        return self.applier.backlog() is None and self.table.problem(lease) is None
+        return self.applier.backlog() is None and self.table.check_live(lease) == ALLOWED
 
     async def verified(self) -> None:
         """Wait for everything that the applier does in the background, its acknowledgements too."""
@@ -103,15 +105,13 @@ async def test_nothing_is_decided_after_a_start_until_earlier_revocations_are_ve
     gateway.reads(gateway.revocation(lease_id=lease.lease_id))
     gateway.table.apply(lease)
     gateway.applier.start_acknowledging()
-    assert gateway.table.problem(lease) is None, "the table alone does not know of it yet"
+    assert gateway.table.check_live(lease) == ALLOWED, "the table alone does not know of it yet"
     assert not gateway.forwards(lease)
     assert "before the start" in (gateway.applier.backlog() or "")
     gateway.runtime.answers.put_nowait(True)
     await gateway.verified()
     assert gateway.applier.backlog() is None
-    problem = gateway.table.problem(lease)
-    assert problem is not None
-    assert problem.code == "lease_cut"
+    assert code_of(gateway.table.check_live(lease)) == "lease_cut"
     assert gateway.runtime.acks == [], "the process before this one saw to that"
 
 

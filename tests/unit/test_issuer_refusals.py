@@ -19,6 +19,7 @@ from ringfence.issuer.domain import (
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.credential import CredentialRequest, Reason
+from ringfence.model.verdict import Refused
 from tests.support.benches.decision_bench import POLICY, DecisionBench
 
 
@@ -71,11 +72,13 @@ def test_a_backend_that_cannot_says_why_to_the_agent(bench: DecisionBench) -> No
 def test_while_it_is_halted_nothing_is_issued_and_no_forged_request_is_answered(bench: DecisionBench) -> None:
     halted = Reason(code="revoker_halted", message="a revoker stands still")
     decision = bench.decision()
-    found = weigh(decision, bench.ledger.directory, bench.terms, halted)
+    found = weigh(decision, bench.ledger.directory, bench.terms, Refused(halted))
     request = parse(decision.claims.request).unverified_claims(CredentialRequest)
     assert found == Refusal((halted,), request, finding=False, retry_after_s=30)
     stranger = SigningKey.generate(bench.ledger.key("bot", "agent").id)
-    forged = weigh(bench.decision(bench.request(stranger)), bench.ledger.directory, bench.terms, halted)
+    forged = weigh(
+        bench.decision(bench.request(stranger)), bench.ledger.directory, bench.terms, Refused(halted)
+    )
     assert isinstance(forged, Refusal)
     assert ([reason.code for reason in forged.reasons], forged.request) == (["key_unknown"], None)
 

@@ -66,17 +66,19 @@ from ringfence.model.identity.attestation import matching, selector_id
 from ringfence.model.leases.lifecycle import selector_key_of
 from ringfence.model.lifecycle import CommandRefusedError, command_subject
 from ringfence.model.mcp.messages import read_message
-from ringfence.model.records.instances import EnrolmentError, instance_id, open_enrolment, ref_void
+from ringfence.model.records.instances import EnrolmentError, check_ref, instance_id, open_enrolment
 from ringfence.model.records.provisioning import given_by
-from ringfence.model.requests.approvals import approval_problem, not_understood
+from ringfence.model.requests.approvals import check_approval, check_understood
 from ringfence.model.requests.facts import load_context, violations
-from ringfence.model.requests.grants import grant_problem
+from ringfence.model.requests.grants import check_grant
 from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD, describe_unknown, is_understood, unknown_fields
+from ringfence.model.verdict import ALLOWED
 from ringfence.registry.domain import only_reduces
 from tests.support import user_keys
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.unknown_field_cases import NAME, as_before, planted
+from tests.support.verdicts import code_of
 from tests.unit.test_gateway_domain import Place
 from tests.unit.test_id_token_consent import trusting
 from tests.unit.test_requests import AGE_S, AS_OF, WANTED, facts
@@ -567,9 +569,8 @@ def test_a_selector_with_one_lets_nobody_in_and_nobody_stay() -> None:
             instance_id="3f1c7a52-9a0e-5c1b-8d2e-7a529a0e5c1b", issuer=ISSUER, subject="s",
             selector=selector_id(one), not_after=1,
         )  # fmt: skip
-        gone = ref_void(ref, agent.model_copy(update={"attestation": (one,)}))
-        assert gone is not None
-        assert gone.code == "instance_void"
+        verdict = check_ref(ref, agent.model_copy(update={"attestation": (one,)}))
+        assert code_of(verdict) == "instance_void"
 
 
 def test_a_delegation_with_one_gives_nothing() -> None:
@@ -594,13 +595,11 @@ def test_a_grant_with_one_opens_nothing() -> None:
     terms: dict[str, Any] = {
         "at_ms": grant.iat * 1000, "ttl_s": grant.ttl_s, "delivery": grant.delivery, "revisions": revisions,
     }  # fmt: skip
-    assert grant_problem(grant, given, **terms) is None
+    assert check_grant(grant, given, **terms) == ALLOWED
     places = list(planted(grant))
     assert len(places) == 3
     for one in places:
-        problem = grant_problem(one, given, **terms)
-        assert problem is not None
-        assert problem.code == "grant_not_understood"
+        assert code_of(check_grant(one, given, **terms)) == "grant_not_understood"
 
 
 def test_a_yes_with_one_counts_for_nothing_and_a_no_counts() -> None:
@@ -615,17 +614,13 @@ def test_a_yes_with_one_counts_for_nothing_and_a_no_counts() -> None:
     terms: dict[str, Any] = {
         "at_ms": approval.iat * 1000, "ttl_s": approval.ttl_s, "delivery": approval.delivery, "revisions": revisions,
     }  # fmt: skip
-    assert approval_problem(Signed(approval, ""), given, **terms) is None
+    assert check_approval(Signed(approval, ""), given, **terms) == ALLOWED
     for one in planted(approval):
-        problem = approval_problem(Signed(one, ""), given, **terms)
-        assert problem is not None
-        assert problem.code == "approval_not_understood"
+        assert code_of(check_approval(Signed(one, ""), given, **terms)) == "approval_not_understood"
     action = cast(ActionApproval, EXAMPLES[ActionApproval])
     for one in planted(action):
-        said = not_understood(one.model_copy(update={"verdict": "approved"}))
-        assert said is not None
-        assert said.code in NOT_UNDERSTOOD
-        assert not_understood(one.model_copy(update={"verdict": "denied"})) is None
+        assert code_of(check_understood(one.model_copy(update={"verdict": "approved"}))) in NOT_UNDERSTOOD
+        assert check_understood(one.model_copy(update={"verdict": "denied"})) == ALLOWED
 
 
 @pytest.mark.parametrize(

@@ -25,12 +25,16 @@ from ringfence.policy.domain import (
     INPUT_FIELDS,
     MAX_ASKED,
     MAX_REASONS,
+    ApprovalRequired,
+    Evaluation,
     InputBuilder,
+    RequestAllowed,
+    RequestRefused,
     Ruling,
     approver,
-    denied,
     may_approve_any,
     people_to_ask,
+    refuse,
     rule,
     signer,
     verdict_of,
@@ -92,9 +96,8 @@ results = st.builds(
 @given(results)
 def test_nothing_that_the_bundle_says_outweighs_the_rule(result: PolicyResult):
     found = ruling(result, (LACK,))
-    assert found.outcome == "denied"
+    assert isinstance(found, RequestRefused)
     assert LACK in found.reasons
-    assert found.ttl_s is None
 
 
 @given(results, st.integers(1, 86_400))
@@ -104,10 +107,9 @@ def test_the_bundle_never_widens(result: PolicyResult, asked_s: int):
     assert found.outcome != "allowed"  # the target's floor wants the sponsor, and nobody has approved
     assert "sponsor" in found.required
     assert set(result.approvals) - {"none"} <= set(found.required)
-    if found.outcome == "approval_required":
+    if isinstance(found, ApprovalRequired):
         assert result.allow
         assert not result.deny
-        assert found.ttl_s is not None
         assert 1 <= found.ttl_s <= min(asked_s, result.max_ttl_s, given_facts.target.state.max_ttl_s)
     else:
         assert found.reasons
@@ -116,11 +118,10 @@ def test_the_bundle_never_widens(result: PolicyResult, asked_s: int):
 @given(results)
 def test_what_is_allowed_was_allowed_by_all(result: PolicyResult):
     found = ruling(result)
-    if found.outcome == "allowed":
+    if isinstance(found, RequestAllowed):
         assert result.allow
         assert not result.deny
         assert not set(result.approvals) - {"none"}
-        assert found.ttl_s is not None
         assert 1 <= found.ttl_s <= result.max_ttl_s
 
 
@@ -155,9 +156,8 @@ def test_break_glass_outweighs_the_bundle_and_nothing_else(
     elif result.allow and not result.deny and result.max_ttl_s >= 1:
         assert (found.outcome, [r.code for r in found.reasons]) == ("denied", ["break_glass_not_needed"])
     else:
-        assert found.outcome == "approval_required"
+        assert isinstance(found, ApprovalRequired)
         assert set(result.deny) <= set(found.reasons)
-        assert found.ttl_s is not None
         assert 1 <= found.ttl_s <= min(BREAK_GLASS_TTL_S, asked_s, given_facts.target.state.max_ttl_s)
         assert result.max_ttl_s < 1 or found.ttl_s <= result.max_ttl_s
 
@@ -183,7 +183,8 @@ def test_reasons_end_somewhere():
 
 def test_a_shortened_life_is_told():
     found = ruling(PolicyResult(True, (), (), 60))
-    assert (found.outcome, found.ttl_s) == ("allowed", 60)
+    assert isinstance(found, RequestAllowed)
+    assert found.ttl_s == 60
     assert [r.code for r in found.reasons] == ["ttl_shortened"]
     assert "300" in found.reasons[0].message
 
@@ -415,6 +416,7 @@ def test_what_is_required_is_met_by_who_may_give_it():
     ):
         found = decided(wants, given, *people)
         assert (found.outcome, found.required) == (outcome, ("sponsor", "operator"))
+        assert not isinstance(found, RequestRefused)
         assert found.ttl_s == given.request.claims.ttl_s
 
 
@@ -512,18 +514,17 @@ def test_only_a_user_of_the_domain_is_a_signer():
 
 
 def test_a_denial_may_say_when_to_ask_again():
-    assert denied("x", "y", retry_after_s=5).ruling == Ruling(
-        "denied", (Reason(code="x", message="y"),), retry_after_s=5
-    )
-    assert denied("x", "y").ruling.retry_after_s is None
-    assert (denied("x", "y").facts, denied("x", "y").grants) == (None, ())
-    assert (Ruling("denied").reasons, Ruling("denied").required) == ((), ())
+    reasons = (Reason(code="x", message="y"),)
+    assert refuse("x", "y", retry_after_s=5) == RequestRefused(reasons, retry_after_s=5)
+    assert refuse("x", "y").retry_after_s is None
+    evaluation = Evaluation(refuse("x", "y"))
+    assert (evaluation.facts, evaluation.grants) == (None, ())
+    assert (RequestRefused().reasons, RequestRefused().required) == ((), ())
 
 
 def test_what_was_held_against_nothing_says_so():
     """None and nothing else: what stands in these fields goes into the decision as it is."""
-    bare = Ruling("denied")
-    assert (bare.ttl_s, bare.retry_after_s) == (None, None)
-    evaluation = denied("x", "y")
+    assert RequestRefused().retry_after_s is None
+    evaluation = Evaluation(refuse("x", "y"))
     made_on = (evaluation.revisions, evaluation.input, evaluation.input_digest, evaluation.input_json)
     assert made_on == (None, None, None, None)

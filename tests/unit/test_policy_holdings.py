@@ -25,7 +25,7 @@ from ringfence.model.leases.lifecycle import is_short_lived
 from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.policy.agents.holdings import _REFUSED_KEPT, SLACK_S, Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS
-from ringfence.policy.domain import Case, Evaluation, Ruling, denied
+from ringfence.policy.domain import Case, Evaluation, RequestAllowed, refuse
 from tests.support.in_memory_registry import FixedClock
 from tools.schemas.examples import EXAMPLES
 
@@ -71,7 +71,7 @@ class Table(Holdings):
         request = self.request(jti, scope)
         case = self.case(request)
         document = {"request": {"task_id": TASK, "scope": [p.model_dump(mode="json") for p in scope]}}
-        self.record_evaluation(case, Evaluation(Ruling("allowed", ttl_s=TTL_S), input=document))
+        self.record_evaluation(case, Evaluation(RequestAllowed(TTL_S), input=document))
         return case.request_id
 
     def case(self, request: CredentialRequest) -> Case:
@@ -154,11 +154,11 @@ def test_what_is_allowed_is_held_at_once_and_not_against_itself(table: Table):
 
 def test_what_is_judged_again_and_denied_is_let_go_unless_it_was_decided(table: Table):
     request = table.allow("one")
-    table.record_evaluation(table.case(table.request("one")), denied("x", "y"))
+    table.record_evaluation(table.case(table.request("one")), Evaluation(refuse("x", "y")))
     assert table.ids() == []
     table.allow("one")
     assert table.publish("one") == request
-    table.record_evaluation(table.case(table.request("one")), denied("x", "y"))
+    table.record_evaluation(table.case(table.request("one")), Evaluation(refuse("x", "y")))
     assert table.ids() == [lease_id(request)]
 
 

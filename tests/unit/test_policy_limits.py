@@ -12,7 +12,8 @@ import pytest
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.model.records.command_chain import ChainError
-from ringfence.policy.domain import Case, Evaluation
+from ringfence.model.verdict import ALLOWED, Allowed
+from ringfence.policy.domain import Case, RequestRefused
 from ringfence.policy.incoming.admission import (
     PENDING_RETRY_S,
     AdmissionControl,
@@ -49,34 +50,34 @@ def case(agent: str = "a", at_ms: int = START) -> Case:
     return Case(Signed(claims, "a.b.c"), "5b0a4d7e-6c0f-5d39-9b5e-0a4d7e6c0f5d", agent, place, None)
 
 
-def codes(judgements: list[Evaluation | None]) -> list[str | None]:
-    return [one.ruling.reasons[0].code if one else None for one in judgements]
+def codes(admissions: list[Allowed | RequestRefused]) -> list[str | None]:
+    return [one.reasons[0].code if isinstance(one, RequestRefused) else None for one in admissions]
 
 
 def test_each_agent_has_its_own_number_a_minute():
     gate = gatekeeper(agent=2)
-    asked = [gate.refusal(case(agent), START) for agent in "aaabba"]
+    asked = [gate.admit(case(agent), START) for agent in "aaabba"]
     assert codes(asked) == [None, None, "rate_limited", None, None, "rate_limited"]
 
 
 def test_the_agents_of_a_sponsor_share_one():
     gate = gatekeeper(sponsor=2)
-    assert codes([gate.refusal(case(agent), START) for agent in "abac"]) == [None, None, "rate_limited", None]
+    assert codes([gate.admit(case(agent), START) for agent in "abac"]) == [None, None, "rate_limited", None]
 
 
 def test_the_next_minute_counts_anew_and_the_refusal_says_when_it_begins():
     gate = gatekeeper(agent=1)
-    assert gate.refusal(case(at_ms=START + 1), START + 1) is None
-    refused = gate.refusal(case(at_ms=START + 17_500), START + 17_500)
-    assert refused is not None
-    assert refused.ruling.outcome == "denied"
-    assert refused.ruling.retry_after_s == 43
-    assert gate.refusal(case(at_ms=START + MINUTE), START + MINUTE) is None
+    assert gate.admit(case(at_ms=START + 1), START + 1) == ALLOWED
+    refused = gate.admit(case(at_ms=START + 17_500), START + 17_500)
+    assert isinstance(refused, RequestRefused)
+    assert refused.outcome == "denied"
+    assert refused.retry_after_s == 43
+    assert gate.admit(case(at_ms=START + MINUTE), START + MINUTE) == ALLOWED
 
 
 def test_what_is_refused_uses_up_nothing():
     gate = gatekeeper(agent=1, sponsor=2)
-    assert codes([gate.refusal(case(agent), START) for agent in "aaaab"]) == [
+    assert codes([gate.admit(case(agent), START) for agent in "aaaab"]) == [
         None, "rate_limited", "rate_limited", "rate_limited", None,
     ]  # fmt: skip
 
@@ -84,31 +85,31 @@ def test_what_is_refused_uses_up_nothing():
 def test_a_backlog_is_counted_by_the_time_when_it_was_sent():
     gate = gatekeeper(agent=1)
     late = START + 10 * MINUTE
-    assert codes([gate.refusal(case(at_ms=START + n * MINUTE), late) for n in range(3)]) == [None] * 3
+    assert codes([gate.admit(case(at_ms=START + n * MINUTE), late) for n in range(3)]) == [None] * 3
 
 
 def test_a_partition_that_is_read_a_little_later_begins_no_new_minute():
     gate = gatekeeper(agent=1)
     times = [START + MINUTE, START + MINUTE - 1, START + MINUTE + 1]
-    assert codes([gate.refusal(case(at_ms=at), at) for at in times]) == [None, "rate_limited", "rate_limited"]
+    assert codes([gate.admit(case(at_ms=at), at) for at in times]) == [None, "rate_limited", "rate_limited"]
 
 
 @pytest.mark.parametrize(("age_ms", "refused"), [(5000, False), (5001, True)])
 def test_who_waited_too_long_is_told_to_ask_again(age_ms: int, refused: bool):
-    judgement = gatekeeper(wait_s=5).refusal(case(), START + age_ms)
-    assert bool(judgement) == refused
-    if judgement:
-        assert (judgement.ruling.reasons[0].code, judgement.ruling.retry_after_s) == ("overloaded", 5)
+    admission = gatekeeper(wait_s=5).admit(case(), START + age_ms)
+    assert isinstance(admission, RequestRefused) == refused
+    if isinstance(admission, RequestRefused):
+        assert (admission.reasons[0].code, admission.retry_after_s) == ("overloaded", 5)
 
 
 def test_0_is_without_limit():
     gate = gatekeeper()
-    assert codes([gate.refusal(case(), START + 10**9) for _ in range(1000)]) == [None] * 1000
+    assert codes([gate.admit(case(), START + 10**9) for _ in range(1000)]) == [None] * 1000
 
 
 def test_an_agent_that_is_not_believed_is_counted_all_the_same():
     gate = AdmissionControl(cast(Any, Agents({"x": None})), AdmissionLimits(1, 1, 0))
-    assert codes([gate.refusal(case("x"), START) for _ in range(2)]) == [None, "rate_limited"]
+    assert codes([gate.admit(case("x"), START) for _ in range(2)]) == [None, "rate_limited"]
 
 
 # --- what waits for people ---
@@ -144,11 +145,11 @@ def ask(door: PendingApprovalLimit, waiting: Waiting, *agents: str) -> list[str 
         id = f"{agent}-{len(waiting.known)}"
         waiting.claim(id, agent)
         sponsor = Agents().sponsors[agent]
-        refusal = door.refusal(replace(case(agent), request_id=id), sponsor or "")
-        if refusal is not None:
+        admission = door.admit(replace(case(agent), request_id=id), sponsor or "")
+        if isinstance(admission, RequestRefused):
             waiting.known[id].outcome = "denied"
-            assert refusal.ruling.retry_after_s == PENDING_RETRY_S
-        found.append(refusal)
+            assert admission.retry_after_s == PENDING_RETRY_S
+        found.append(admission)
     return codes(found)
 
 
@@ -171,7 +172,7 @@ def test_the_agents_of_one_sponsor_leave_the_next_sponsor_in_peace():
 def test_a_request_that_is_tried_again_counts_once():
     door, waiting = doorkeeper(agent=1)
     waiting.claim("one", "a")
-    again = [door.refusal(replace(case("a"), request_id="one"), "sam") for _ in range(3)]
+    again = [door.admit(replace(case("a"), request_id="one"), "sam") for _ in range(3)]
     assert codes(again) == [None, None, None]
 
 

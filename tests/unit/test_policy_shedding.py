@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST
-from ringfence.policy.domain import Case
+from ringfence.policy.domain import Case, RequestRefused
 from ringfence.policy.incoming.admission import LOOKED_AT, SHARE, TOLD_NO, AdmissionControl, AdmissionLimits
 from ringfence.policy.incoming.load_shedding import BacklogMonitor, ShedRequests, Stage
 from tools.schemas.examples import EXAMPLES
@@ -46,8 +46,8 @@ def gatekeeper(agent: int = 0, wait_s: int = WAIT_S) -> AdmissionControl:
 def fate(gate: AdmissionControl, of: Received, now_ms: int) -> str:
     if gate.should_shed(of, now_ms):
         return "let go"
-    refused = gate.refusal(case(of), now_ms)
-    return refused.ruling.reasons[0].code if refused else "served"
+    admission = gate.admit(case(of), now_ms)
+    return admission.reasons[0].code if isinstance(admission, RequestRefused) else "served"
 
 
 # --- how far behind ---

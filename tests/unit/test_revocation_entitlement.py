@@ -19,11 +19,13 @@ from ringfence.messages.lease import Delegator, EndCause, EndKind, Lease, Revoca
 from ringfence.messages.registry import TaskState, UserDisable
 from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.model.leases.revocations import Revocation, agent_of_task, objection, verify_revocation
+from ringfence.model.leases.revocations import Revocation, agent_of_task, check_revocation, verify_revocation
 from ringfence.model.records.command_chain import ChainError
+from ringfence.model.verdict import ALLOWED
 from tests.support import leases
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 from tests.support.instance_enrolments import enrolment_of
+from tests.support.verdicts import code_of
 
 BOT = "bot"
 
@@ -53,9 +55,9 @@ class Organisation(InMemoryRegistry):
     def counts(self, record: Received) -> bool:
         """For a reader that reads it now."""
         revocation = verify_revocation(record, self.directory, self.trust)
-        reason = objection(revocation, self.lease, self.directory)
-        assert reason is None or reason.code == "not_entitled"
-        return reason is None
+        code = code_of(check_revocation(revocation, self.lease, self.directory))
+        assert code in (None, "not_entitled")
+        return code is None
 
 
 @pytest.fixture
@@ -171,8 +173,7 @@ class TeamWithParts(Organisation):
             iss=f"spiffe://{TD}/{by}", aud=TD, iat=self.clock.ms // 1000, jti="r", **given
         )
         at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=self.clock.ms)
-        reason = objection(Revocation(Signed(claims, "a.b.c"), at), lease, self.directory)
-        return reason.code if reason else None
+        return code_of(check_revocation(Revocation(Signed(claims, "a.b.c"), at), lease, self.directory))
 
 
 @pytest.fixture(scope="module")
@@ -320,8 +321,8 @@ def test_a_sponsor_is_entitled_by_a_change_in_the_millisecond_of_the_revocation(
     )  # fmt: skip
     for at_ms, entitled in ((transferred_ms, True), (transferred_ms + 1, False)):
         at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=at_ms)
-        reason = objection(Revocation(Signed(claims, "a.b.c"), at), None, team.directory)
-        assert (reason is None) is entitled
+        verdict = check_revocation(Revocation(Signed(claims, "a.b.c"), at), None, team.directory)
+        assert (verdict == ALLOWED) is entitled
 
 
 def test_a_revocation_that_arrives_before_the_record_of_its_signer_counts(organisation: Organisation) -> None:
@@ -342,9 +343,8 @@ def test_a_record_that_no_command_justifies_entitles_to_nothing(organisation: Or
     organisation.admit(forged)
     with pytest.raises(ChainError):
         organisation.directory.user("uma")
-    reason = objection(revocation, organisation.lease, organisation.directory)
-    assert reason is not None
-    assert reason.code == "not_entitled"
+    verdict = check_revocation(revocation, organisation.lease, organisation.directory)
+    assert code_of(verdict) == "not_entitled"
 
 
 def test_the_agent_of_a_task_is_the_one_that_it_was_assigned_to(team: TeamWithParts) -> None:

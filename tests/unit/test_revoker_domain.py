@@ -25,17 +25,19 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.run import RunStatus
 from ringfence.model.identity.attestation import selector_id
+from ringfence.model.verdict import ALLOWED
 from ringfence.revoker.domain import (
     EndReason,
     Narrowing,
     SelectorEnd,
+    StaleBasis,
+    check_basis,
+    check_sponsor,
     consequences,
     deadline_cause,
     derived_revocation,
     next_status,
-    orphan_reason,
     run_record,
-    stale_basis,
     was_sponsor,
 )
 from tests.support import leases
@@ -189,8 +191,8 @@ def test_a_user_who_is_no_sponsor_any_more_leaves_orphans(
 def test_an_agent_is_an_orphan_without_an_active_sponsor(
     records: Records, changed: dict[str, Any], kind: EndKind | None
 ) -> None:
-    reason = orphan_reason(records.user("sam", **changed))
-    assert (reason[0] if reason else None) == kind
+    verdict = check_sponsor(records.user("sam", **changed))
+    assert (verdict.kind if isinstance(verdict, EndReason) else None) == kind
 
 
 def test_who_was_ever_a_sponsor_is_found_in_the_commands() -> None:
@@ -216,16 +218,17 @@ def test_who_was_ever_a_sponsor_is_found_in_the_commands() -> None:
 
 def test_a_lease_beyond_the_new_scope_ends_and_one_within_stays(records: Records) -> None:
     beyond = EndReason("scope_narrowed", "beyond")
-    assert Narrowing("agent:bot", (WIDE,), beyond).unfit(records.lease) is None
-    assert Narrowing("agent:bot", (permission("env/other"),), beyond).unfit(records.lease) == beyond
+    assert Narrowing("agent:bot", (WIDE,), beyond).check_lease(records.lease) == ALLOWED
+    assert Narrowing("agent:bot", (permission("env/other"),), beyond).check_lease(records.lease) == beyond
 
 
 @pytest.mark.parametrize(("agent", "how"), [("bot", "asked for"), ("lead", "handed on")])
 def test_a_lease_by_a_compromised_key_ends(records: Records, agent: str, how: str) -> None:
     kid = records.key(agent, "agent").kid
     state = records.agent(agent, compromised=(kid,), keys=())
-    found = Narrowing(f"agent:{agent}", (WIDE,), EndReason("scope_narrowed", ""), state).unfit(records.lease)
-    assert found is not None
+    narrowing = Narrowing(f"agent:{agent}", (WIDE,), EndReason("scope_narrowed", ""), state)
+    found = narrowing.check_lease(records.lease)
+    assert isinstance(found, EndReason)
     assert found.kind == "key_compromised"
     assert how in found.reason
 
@@ -246,12 +249,12 @@ def of_instance(lease: Lease, selector: AttestationSelector, run: OneRun | None 
 def test_a_lease_of_an_instance_ends_with_the_selector_that_let_it_in(records: Records) -> None:
     lease = of_instance(records.lease, SELECTOR)
     beyond = EndReason("scope_narrowed", "beyond")
-    found = Narrowing("agent:bot", (WIDE,), beyond, records.agent()).unfit(lease)
-    assert found is not None
+    found = Narrowing("agent:bot", (WIDE,), beyond, records.agent()).check_lease(lease)
+    assert isinstance(found, EndReason)
     assert found.kind == "scope_narrowed"
     assert found.reason
     assert found != beyond
-    assert Narrowing("agent:bot", (WIDE,), beyond).unfit(lease) is None
+    assert Narrowing("agent:bot", (WIDE,), beyond).check_lease(lease) == ALLOWED
 
 
 def test_a_lease_of_an_instance_whose_selector_is_in_the_record_ends_only_beyond_the_ceiling(
@@ -259,8 +262,8 @@ def test_a_lease_of_an_instance_whose_selector_is_in_the_record_ends_only_beyond
 ) -> None:
     lease = of_instance(records.lease, SELECTOR)
     agent, beyond = records.agent(attestation=(SELECTOR,)), EndReason("scope_narrowed", "beyond")
-    assert Narrowing("agent:bot", (WIDE,), beyond, agent).unfit(lease) is None
-    assert Narrowing("agent:bot", (), beyond, agent).unfit(lease) == beyond
+    assert Narrowing("agent:bot", (WIDE,), beyond, agent).check_lease(lease) == ALLOWED
+    assert Narrowing("agent:bot", (), beyond, agent).check_lease(lease) == beyond
 
 
 @pytest.mark.parametrize(
@@ -285,9 +288,9 @@ def test_a_lease_of_a_run_that_does_not_cover_it_ends_with_the_run(
     run = OneRun(runners, "bot", getattr(records, task))
     run.go(*statuses)
     lease = of_instance(records.lease, selector, run).model_copy(update=changed)
-    basis = stale_basis(lease, records.directory, MAX_AGE_S)
-    assert (basis is not None) is ends
-    if basis is not None:
+    basis = check_basis(lease, records.directory, MAX_AGE_S)
+    assert isinstance(basis, StaleBasis) is ends
+    if isinstance(basis, StaleBasis):
         assert (basis.kind, basis.record) == ("run_ended", run_record(run.id))
         assert "run" in basis.reason
 
@@ -322,11 +325,11 @@ def test_a_lease_of_a_run_that_does_not_cover_it_ends_with_the_run(
 )
 def test_a_lease_ends_with_each_record_that_it_rests_on(command: State, kind: EndKind, subject: str) -> None:
     records = Records()
-    assert stale_basis(records.lease, records.directory, MAX_AGE_S) is None
+    assert check_basis(records.lease, records.directory, MAX_AGE_S) == ALLOWED
     change = records.give(command(records))
     assert change is not None
-    basis = stale_basis(records.lease, records.directory, MAX_AGE_S)
-    assert basis is not None
+    basis = check_basis(records.lease, records.directory, MAX_AGE_S)
+    assert isinstance(basis, StaleBasis)
     assert (basis.kind, basis.record[1]) == (kind, change.revision)
     assert basis.reason
     assert f"/{subject}" in basis.record[0]
@@ -341,8 +344,8 @@ def test_records_that_are_not_known_end_nothing(records: Records) -> None:
         "sponsor": "x",
     }
     assert (
-        stale_basis(records.lease.model_copy(update={**unknown, "delegators": None}), records.directory, 1)
-        is None
+        check_basis(records.lease.model_copy(update={**unknown, "delegators": None}), records.directory, 1)
+        == ALLOWED
     )
 
 
@@ -352,10 +355,10 @@ def test_the_first_revision_of_a_record_ends_nothing_and_a_later_record_is_judge
     beyond = records.lease.model_copy(
         update={"scope": (permission("other"),), "on_behalf_of": "x", "delegators": None}
     )
-    assert stale_basis(beyond, records.directory, MAX_AGE_S) is None
+    assert check_basis(beyond, records.directory, MAX_AGE_S) == ALLOWED
     unknown_agent = records.lease.model_copy(update={"agent_id": "x", "scope": (permission("other"),)})
-    basis = stale_basis(unknown_agent, records.directory, MAX_AGE_S)
-    assert basis is not None
+    basis = check_basis(unknown_agent, records.directory, MAX_AGE_S)
+    assert isinstance(basis, StaleBasis)
     assert basis.record[0].endswith("/user/uma")
 
 

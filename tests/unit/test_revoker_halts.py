@@ -14,6 +14,7 @@ from ringfence.messages.operations import Heartbeat, StreamDigest
 from ringfence.messages.topics import HEARTBEAT
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from tests.support.malformed_records import Services, second_form
+from tests.support.verdicts import code_of, reason_of
 
 GRACE_MS = 5000
 GROUP = "ringfence.revoker"
@@ -52,8 +53,7 @@ class Listener:
         return record
 
     def code(self) -> str | None:
-        denial = self.halts.denial()
-        return denial.code if denial else None
+        return code_of(self.halts.check())
 
 
 @pytest.fixture
@@ -66,8 +66,7 @@ def test_what_a_revoker_names_denies_until_nobody_has_named_it_for_the_grace(lis
     listener.beat()
     assert listener.code() is None
     listener.beat(GROUP)
-    denial = listener.halts.denial()
-    assert denial is not None
+    denial = reason_of(listener.halts.check())
     assert denial.code == "revoker_halted"
     assert GROUP in denial.message
     assert "restart" in denial.message
@@ -90,12 +89,10 @@ def test_every_group_is_named(listener: Listener) -> None:
     listener.beat(GROUP)
     listener.ms += 3000
     listener.beat("ringfence.revoker-records")
-    denial = listener.halts.denial()
-    assert denial is not None
+    denial = reason_of(listener.halts.check())
     assert f"{GROUP}, {GROUP}-records" in denial.message
     listener.ms += 3000
-    denial = listener.halts.denial()
-    assert denial is not None
+    denial = reason_of(listener.halts.check())
     assert f"(consumer group {GROUP}-records)" in denial.message
 
 

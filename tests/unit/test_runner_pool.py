@@ -11,7 +11,9 @@ import pytest
 
 from ringfence.kernel.base.errors import SettingsError
 from ringfence.messages.run import Mount, RunLimits, RunOrder
+from ringfence.model.verdict import ALLOWED
 from ringfence.runner.pool import read_pool
+from tests.support.verdicts import code_of
 
 IMAGE, OTHER_IMAGE = f"sha256:{'a' * 64}", f"sha256:{'b' * 64}"
 TASK = "c1a5e6f0-1b2c-5d3e-8f40-e6f01b2c5d3e"
@@ -46,7 +48,7 @@ def limits(**fields: int) -> RunLimits:
 def test_an_order_within_the_pool_has_no_problem_and_becomes_a_plan(tmp_path: Path) -> None:
     pool = read_pool(pool_file(tmp_path, environment={"MODE": "ci"}))
     order = ordered(mounts=(Mount(name="sources"), Mount(name="reports", read_write=True)))
-    assert pool.problem(order) is None
+    assert pool.check_order(order) == ALLOWED
     plan = pool.plan(order, order_id="o", run_id="r", deadline_s=9)
     assert [(one.name, one.host, one.inside, one.writable) for one in plan.mounts] == [
         ("sources", tmp_path / "sources", "/workspace/sources", False),
@@ -85,20 +87,18 @@ def test_a_mount_that_may_be_written_is_read_only_where_the_order_says_so(tmp_pa
 )
 def test_what_the_pool_does_not_have_is_refused(tmp_path: Path, fields: dict[str, Any], code: str) -> None:
     pool = read_pool(pool_file(tmp_path, labels={"zone": "eu-1", "disk": "fast"}))
-    problem = pool.problem(ordered(**fields))
-    assert problem is not None
-    assert problem.code == code
+    assert code_of(pool.check_order(ordered(**fields))) == code
 
 
 def test_a_pool_runs_what_demands_labels_that_it_has(tmp_path: Path) -> None:
     pool = read_pool(pool_file(tmp_path, labels={"zone": "eu-1", "disk": "fast"}))
     for labels in (None, {}, {"zone": "eu-1"}, {"zone": "eu-1", "disk": "fast"}):
-        assert pool.problem(ordered(labels=labels)) is None
+        assert pool.check_order(ordered(labels=labels)) == ALLOWED
 
 
 def test_the_highest_limits_are_allowed(tmp_path: Path) -> None:
     most = RunLimits(memory_bytes=2 << 30, cpu_millis=1000, pids=256)
-    assert read_pool(pool_file(tmp_path)).problem(ordered(limits=most, ttl_s=1800)) is None
+    assert read_pool(pool_file(tmp_path)).check_order(ordered(limits=most, ttl_s=1800)) == ALLOWED
 
 
 @pytest.mark.parametrize(
@@ -110,17 +110,17 @@ def test_an_image_is_one_of_the_pools(
 ) -> None:
     file = pool_file(tmp_path, backend="oci", images=[IMAGE], default_image=default, mounts={})
     pool, order = read_pool(file), ordered(image=asked)
-    problem = pool.problem(order)
-    assert (problem is None) == (runs is not None)
-    if problem is None:
+    code = code_of(pool.check_order(order))
+    assert (code is None) == (runs is not None)
+    if code is None:
         assert pool.plan(order, order_id="o", run_id="r", deadline_s=9).image == runs
     else:
-        assert problem.code == "image_not_in_pool"
+        assert code == "image_not_in_pool"
 
 
 def test_every_agent_and_every_command_have_to_be_said(tmp_path: Path) -> None:
     pool = read_pool(pool_file(tmp_path, agents=["*"], commands=None))
-    assert pool.problem(ordered(agent_id="other-bot", command=("sh",))) is None
+    assert pool.check_order(ordered(agent_id="other-bot", command=("sh",))) == ALLOWED
 
 
 def test_the_digest_is_of_everything_in_the_file(tmp_path: Path) -> None:

@@ -55,14 +55,16 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.instances import EnrolmentError, keys_of_agents, open_enrolment, ref_of
 from ringfence.model.records.runs import KEPT_MS, RunTable, run_id_of, run_violations
 from ringfence.model.requests.facts import load_context, violations
-from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, order_id_of, order_problem, verified_order
+from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, check_order, order_id_of, verified_order
 from ringfence.model.unknown_fields import is_understood
-from ringfence.revoker.domain import stale_basis
+from ringfence.model.verdict import ALLOWED
+from ringfence.revoker.domain import StaleBasis, check_basis
 from tests.support import leases
 from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
 from tests.support.runs import LIFE_S, LIMITS, OneRun, Runners, claims_of
 from tests.support.unknown_field_cases import NAME, planted
 from tests.support.user_keys import add_key, end_key, new_key
+from tests.support.verdicts import code_of
 
 WIDE = permission("env/**", verbs=("read",))
 MAX_AGE_S = 30 * 86_400
@@ -167,8 +169,8 @@ class Place:
 
     def revoker(self, lease: Lease) -> str | None:
         """The kind of end that the revoker has for a lease that was issued; None if it may stay."""
-        basis = stale_basis(lease, self.ledger.directory, MAX_AGE_S)
-        return basis.kind if basis is not None else None
+        basis = check_basis(lease, self.ledger.directory, MAX_AGE_S)
+        return basis.kind if isinstance(basis, StaleBasis) else None
 
 
 @pytest.fixture
@@ -733,8 +735,7 @@ def against(
     place: Place, order: RunOrder, at_s: float | None = None, key: SigningKey | None = None
 ) -> str | None:
     kid = (key or place.ledger.key("uma")).kid
-    reason = order_problem(order, kid, place.ledger.directory, place.now_s if at_s is None else at_s)
-    return reason.code if reason is not None else None
+    return code_of(check_order(order, kid, place.ledger.directory, place.now_s if at_s is None else at_s))
 
 
 def test_a_run_is_ordered_by_who_answers_for_its_task(place: Place) -> None:
@@ -936,11 +937,9 @@ def test_what_a_run_uses_is_cut_when_it_ends(started: Place) -> None:
     assert cut == []
     table.end_run(started.run.id)
     assert cut == [lease.lease_id]
-    problem_ = table.problem(lease)
-    assert problem_ is not None
-    assert problem_.code == "run_ended"
+    assert code_of(table.check_live(lease)) == "run_ended"
     assert not table.is_live(lease.lease_id, started.ledger.clock.ms)
-    assert table.problem(other) is None
+    assert table.check_live(other) == ALLOWED
     assert started.gateway(lease) == ["run_ended"]
 
 
@@ -978,8 +977,7 @@ def test_runs_that_ended_long_ago_are_not_kept(started: Place) -> None:
     for later_ms, code in ((REVOCATIONS_KEPT_MS, "run_ended"), (ENDED_KEPT_MS, None)):
         clock.ms += later_ms
         started.table.sweep()
-        found = started.table.problem(lease)
-        assert (found.code if found else None) == code, "`authorize` knows of its end all the same"
+        assert code_of(started.table.check_live(lease)) == code, "`authorize` knows of its end all the same"
 
 
 def test_a_record_changes_the_version_that_cached_decisions_rest_on(started: Place) -> None:

@@ -26,7 +26,7 @@ from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, BreakGlassReview, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
-from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
+from ringfence.messages.credential import CredentialDecision, CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
 from ringfence.messages.run import Run
@@ -37,8 +37,9 @@ from ringfence.model.records.command_chain import BY_AGENTS, COMMAND_OF_TYP, Cha
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, keys_of_agents, ref_of
 from ringfence.model.requests.approvals import append_time_of
-from ringfence.model.requests.approver_keys import origin_problem
+from ringfence.model.requests.approver_keys import check_key_origin
 from ringfence.model.requests.grants import id_of, signer_of
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 C = TypeVar("C", bound=Claims)
 P = TypeVar("P", bound=Message)
@@ -411,29 +412,31 @@ class RecordVerifier:
             fields = {"vouched_by": sorted(origin.vouchers), "counts_from_ms": origin.counts_from_ms}
         return signed._replace(embedded=embedded, key_fields=fields)
 
-    def review_key_problem(
-        self, signed: VerifiedMessage[BreakGlassReview], use: Mapping[str, Any]
-    ) -> Reason | None:
-        """Why the key of a review does not count for it, or None (`model.requests.approver_keys`).
+    def check_review_key(self, signed: VerifiedMessage[BreakGlassReview], use: Mapping[str, Any]) -> Verdict:
+        """Check that the key of a review counts for it (`model.requests.approver_keys`).
+
+        1. A record says where the key comes from.
+        2. It counts beside the people who took part in the use.
+        3. No key by which the use was approved rests on the word of the reviewer.
 
         `use`: the `unmapped` fields of the use's event.
         """
         reviewer = subject_of(self._trust.trust_domain, signed.claims.iss, "user") or ""
         origin = self.key_origin(reviewer, signed.kid)
         if origin is None:
-            return Reason(code="key_unknown", message="no record says where this key comes from")
+            return refused("key_unknown", "no record says where this key comes from")
         named = (*(use.get("approvers") or ()), use.get("sponsor"), use.get("on_behalf_of"))
-        found = origin_problem(
+        verdict = check_key_origin(
             origin, reviewer, self._directory, [one for one in named if one], signed.record.appended_at_ms
         )
-        if found is not None:
-            return found.reason
+        if isinstance(verdict, Refused):
+            return verdict
         for one in use.get("approver_keys") or ():
             lent = self.key_origin(str(one.get("user")), str(one.get("kid")))
             if lent is not None and reviewer in lent.vouchers:
                 message = f"{one.get('user')} approved with a key that rests on the word of {reviewer}"
-                return Reason(code="key_beside_voucher", message=f"{message}; somebody else reviews it")
-        return None
+                return refused("key_beside_voucher", f"{message}; somebody else reviews it")
+        return ALLOWED
 
     def roles_of(self, user: str) -> tuple[str, ...]:
         """The present roles of a user; empty if there is no such user, or they are disabled."""

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from ringfence.gateway.agent_api.api import AgentRequestsApi
+from ringfence.gateway.agent_api.api import AgentRequestsApi, AwaitedReplies, CallerProofs, PostedMessages
 from ringfence.gateway.agent_api.publications import PostedMessageVerifier, PublicationJournal, Publications
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits
@@ -29,6 +29,7 @@ from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import UUID
 from ringfence.model.records.api_access import Authenticator
+from ringfence.model.verdict import Refused
 
 POSTS: Final = Allowance(per_second_each=20.0, burst_each=100)
 """Posts of one agent. Twice the rate that policy decides by default: policy refuses first, and says why."""
@@ -57,21 +58,18 @@ def build_agent_api(runtime: Runtime, core: Core, own: GatewaySettings) -> Agent
     )
     publications = Publications(runtime.publisher, is_answered=replies.has, journal=journal)
     runtime.on_stop(publications.close)
+    waiting = WaitingRequests(
+        per_agent=WAITING_PER_AGENT,
+        per_sender=Allowance().connections_each // _CONNECTIONS_SHARE,
+        in_total=max(1, own.connections // _WAITING_SHARE),
+    )
     return AgentRequestsApi(
         directory,
         core.view.table,
         runtime.trust,
-        verifier,
-        publications,
-        replies,
-        AgentKeys(directory),
-        core.proofs,
-        SenderLimits(POSTS, time.monotonic),
-        WaitingRequests(
-            per_agent=WAITING_PER_AGENT,
-            per_sender=Allowance().connections_each // _CONNECTIONS_SHARE,
-            in_total=max(1, own.connections // _WAITING_SHARE),
-        ),
+        PostedMessages(verifier, SenderLimits(POSTS, time.monotonic), publications),
+        AwaitedReplies(replies, waiting),
+        CallerProofs(AgentKeys(directory), core.proofs),
         clock,
     )
 
@@ -97,8 +95,8 @@ class GatewayApi:
         agent = self._view.directory.agent(lease.agent_id) if lease is not None else None
         if lease is None or agent is None or not caller.may_see_agent_of(agent.state.sponsor):
             raise NotFoundError(f"this gateway knows no lease {lease_id[:64]} that you may see")
-        stale, problem = self._view.stale(), self._view.table.problem(lease)
-        reason = stale or (problem.message if problem is not None else None)
+        stale, live = self._view.stale(), self._view.table.check_live(lease)
+        reason = stale or (live.reason.message if isinstance(live, Refused) else None)
         if reason is None and lease.delivery != "gateway":
             reason = "its credential was delivered to the agent itself"
         metrics.HTTP_REQUESTS.labels(_LEASE_PATH, "200").inc()

@@ -19,6 +19,7 @@ from ringfence.messages.operations import AnswerKind, Destination
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets import Action
 from ringfence.model.mcp.results import Grants
+from ringfence.model.verdict import Allowed, Refused
 
 Headers = tuple[tuple[str, str], ...]
 """Names in lower case with `-` for `_`, and values without surrounding white space. Each byte is one character."""
@@ -197,9 +198,9 @@ class Verdict:
 ReportBlocked = Callable[[BlockedRequest], None]
 """Called for each blocked request before its sender gets the answer. Never raises."""
 
-RateCheck = Callable[[str], Reason | None]
-"""The data plane's own limits. Called with the agent id once that is known, before anything else is decided. Returns
-why the agent may not send one more request now, or None.
+RateCheck = Callable[[str], Allowed | Refused]
+"""The data plane's own limits: whether the agent may send one more request now. Called with the agent id once that is
+known, before anything else is decided.
 """
 
 
@@ -307,9 +308,9 @@ class Gate(Protocol):
         """Stop calling `on_ended`."""
         ...
 
-    def view_problem(self) -> Reason | None:
-        """Why this gateway cannot tell whether a lease that it stopped using has ended: its view is stale, a revoker
-        has halted, or its clock is ahead. Otherwise None.
+    def check_view(self) -> Allowed | Refused:
+        """Whether this gateway can tell that a lease which it stopped using has ended. Refused if its view is stale, a
+        revoker has halted, or its clock is ahead.
         """
         ...
 
@@ -334,8 +335,8 @@ class RelayPermit(Protocol):
         """
         ...
 
-    def problem(self) -> Reason | None:
-        """Why nothing more may be relayed, or None. Cheap while no record changes: ask before each piece."""
+    def check(self) -> Allowed | Refused:
+        """Whether more may be relayed. Cheap while no record changes: ask before each piece."""
         ...
 
     def ended(self, sent_bytes: int, received_bytes: int, reason: Reason | None) -> None:
@@ -355,6 +356,19 @@ class RelayGate(Protocol):
     ) -> tuple[Verdict, RelayPermit | None]:
         """Decide on a relay to this address, and record the decision. Never raises. A permit if it is allowed."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionCore:
+    """The decision core, as the embedded data plane uses it."""
+
+    gate: Gate
+    is_target_host: Callable[[str], bool]
+    """Whether a canonical `host[:port]` is a target's. Others are denied before any TLS."""
+    report_blocked: ReportBlocked = lambda _: None
+    """Called for each request that is blocked before a decision."""
+    relays: RelayGate | None = None
+    """Decides on byte relays for runs. Without it there are none."""
 
 
 # --- HTTP access for agents: the gateway answers these requests itself ------------------------------------------------

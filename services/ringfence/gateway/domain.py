@@ -19,7 +19,7 @@ from ringfence.model.http_targets import Action
 from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.instances import ref_void
+from ringfence.model.records.instances import check_ref
 from ringfence.model.records.runs import run_violations
 from ringfence.model.requests.facts import (
     DeniedError,
@@ -31,6 +31,7 @@ from ringfence.model.requests.facts import (
 from ringfence.model.scope.rule import Limit, exceeding
 from ringfence.model.scope.scope import missing
 from ringfence.model.target_settings import CREDENTIAL_KINDS
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
 INJECTABLE: Final = frozenset(name for name, kind in CREDENTIAL_KINDS.items() if kind.fits_header)
 """The kinds of credentials that can be injected as a request header."""
@@ -97,7 +98,7 @@ class Leases(Protocol):
 
     def usable(self, agent_id: str, task_id: str | None, target_id: str) -> list[Lease]: ...
 
-    def problem(self, lease: Lease) -> Reason | None: ...
+    def check_live(self, lease: Lease) -> Allowed | Refused: ...
 
 
 def access_of(method: str) -> Access | None:
@@ -126,9 +127,9 @@ def stale_view(why: str) -> Reason:
     return Reason(code="stale_view", message=f"{why}; denied until that is known again"[:1000])
 
 
-def refuse_for(problem: Reason) -> Refusal:
+def refuse_for(reason: Reason) -> Refusal:
     """Build a refusal from the reason why a lease cannot be used."""
-    return Refusal(UNAVAILABLE if problem.code == "stale_view" else FORBIDDEN, (problem,))
+    return Refusal(UNAVAILABLE if reason.code == "stale_view" else FORBIDDEN, (reason,))
 
 
 def authorize(
@@ -152,7 +153,7 @@ def authorize(
     usable = (
         [named] if named is not None else leases.usable(sender.agent_id, sender.task_id, target.target_id)
     )
-    candidates = [one for one in usable if lease_elsewhere(sender, one) is None]
+    candidates = [one for one in usable if isinstance(check_run_of_lease(sender, one), Allowed)]
     lease = narrowest(one for one in candidates if not missing(wanted, one.scope))
     task_id = lease.task_id if lease is not None else sender.task_id or (named.task_id if named else None)
     reasons: list[Reason] = []
@@ -166,8 +167,12 @@ def authorize(
         except DeniedError as error:
             reasons.append(error.reason)
     if lease is None:
-        elsewhere = lease_elsewhere(sender, usable[0]) if usable and not candidates else None
-        reasons.append(elsewhere or _no_lease_reason(sender, wanted[0], candidates))
+        elsewhere = check_run_of_lease(sender, usable[0]) if usable and not candidates else ALLOWED
+        reasons.append(
+            elsewhere.reason
+            if isinstance(elsewhere, Refused)
+            else _no_lease_reason(sender, wanted[0], candidates)
+        )
     else:
         reasons += _unusable_reasons(lease, target)
         reasons += lease_reasons(lease, ground, wanted, directory, now_s)
@@ -180,8 +185,8 @@ def lease_reasons(
     lease: Lease, ground: RecordContext | None, wanted: Scope, directory: Directory, now_s: float
 ) -> list[Reason]:
     """The reasons why a live lease may not be used by what the records are now, besides task, limits and statuses."""
-    gone = ref_void(lease.instance, ground.agent.state) if lease.instance and ground else None
-    reasons = [gone] if gone else []
+    admitted = check_ref(lease.instance, ground.agent.state) if lease.instance and ground else ALLOWED
+    reasons = [admitted.reason] if isinstance(admitted, Refused) else []
     reasons += run_violations(
         lease.instance, directory.runs.of(lease.instance), agent_id=lease.agent_id, task_id=lease.task_id,
         kid=lease.key_thumbprint, now_s=now_s,
@@ -215,22 +220,23 @@ def _breadth(lease: Lease) -> tuple[int, int, int, int, str]:
     return trees, segments, pairs, lease.deadline, lease.lease_id
 
 
-def lease_elsewhere(sender: Sender, lease: Lease) -> Reason | None:
-    """Why a lease does not count where the request came in, or None.
+def check_run_of_lease(sender: Sender, lease: Lease) -> Allowed | Refused:
+    """Check whether a lease may be used where the request came in.
 
-    On a run's socket only leases of its instance count. They count nowhere else without a proof by their key: a task's
-    socket is open to all who can open the file, and a certificate is the agent's.
+    1. On a run's socket: the lease is of that run's instance (`socket_other_run`).
+    2. Elsewhere: the lease is of no run, or the request has a proof by its key (`lease_of_run`). A task's socket is
+       open to all who can open the file, and a certificate is the agent's.
     """
     run_id = run_id_of_lease(lease)
     if sender.run_id is not None and run_id != sender.run_id:
         message = f"the socket is of run {sender.run_id}, and the lease is another's; ask for one here"
-        return Reason(code="socket_other_run", message=message, side="lease")
+        return refused("socket_other_run", message, side="lease")
     if run_id is not None and sender.run_id is None and not sender.key_proved:
         message = (
             f"the lease is of run {run_id}: use the run's own socket, or a listener with a proof by its key"
         )
-        return Reason(code="lease_of_run", message=message, side="lease")
-    return None
+        return refused("lease_of_run", message, side="lease")
+    return ALLOWED
 
 
 def run_id_of_lease(lease: Lease) -> str | None:
@@ -241,7 +247,14 @@ def run_id_of_lease(lease: Lease) -> str | None:
 
 
 def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lease | Refusal | None:
-    """The lease that the handle names, if the sender has it at this target; None if there is no handle."""
+    """The lease that the handle names, if the sender may use it at this target; None if there is no handle.
+
+    1. The lease is known (`handle_unknown`).
+    2. It is of the sender's agent (`handle_other_agent`), and of its task (`handle_other_task`).
+    3. It may be used where the request came in (`check_run_of_lease`).
+    4. It is for this target (`handle_other_target`), and was delivered to gateways (`lease_not_for_gateways`).
+    5. It is live (`Leases.check_live`).
+    """
     if sender.lease_id is None:
         return None
     lease = leases.get(sender.lease_id)
@@ -251,8 +264,8 @@ def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lea
         return refuse("handle_other_agent", f"the handle is a lease of agent {lease.agent_id}")
     if sender.task_id not in (None, lease.task_id):
         return refuse("handle_other_task", "the handle is a lease of another task")
-    if (elsewhere := lease_elsewhere(sender, lease)) is not None:
-        return Refusal(FORBIDDEN, (elsewhere,))
+    if isinstance(elsewhere := check_run_of_lease(sender, lease), Refused):
+        return Refusal(FORBIDDEN, (elsewhere.reason,))
     if lease.target_id != target.target_id:
         message = (
             f"the handle is a lease for target {lease.target_id}, and this request is for {target.target_id}"
@@ -261,8 +274,8 @@ def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lea
     if lease.delivery != "gateway":
         message = "the lease was delivered to the agent itself: use its credential, or ask for delivery to the gateway"
         return refuse("lease_not_for_gateways", message, side="lease")
-    problem = leases.problem(lease)
-    return refuse_for(problem) if problem is not None else lease
+    live = leases.check_live(lease)
+    return refuse_for(live.reason) if isinstance(live, Refused) else lease
 
 
 def _agent_reasons(agent_id: str, directory: Directory) -> list[Reason]:

@@ -17,7 +17,7 @@ from ringfence.gateway.decision.approvals import Approvals
 from ringfence.gateway.decision.context import notice
 from ringfence.gateway.decision.decision_events import BlockedRequests
 from ringfence.gateway.decision.evaluator import Evaluator
-from ringfence.gateway.decision.gate import DecisionGate
+from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
 from ringfence.gateway.decision.relays import Relays
 from ringfence.gateway.decision.sender import SenderAuthenticator
@@ -69,7 +69,7 @@ def build_core(
 ) -> Core:
     """Build the core. `runtime` feeds and runs it.
 
-    `fast_path`: see `DecisionGate`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
+    `fast_path`: see `DecisionSettings`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
     """
     clock, view = runtime.clock, View(runtime)
     targets = Targets(view.directory)
@@ -98,10 +98,13 @@ def build_core(
         wait_s=own.approval_wait_s, life_s=own.approval_life_s,
     )  # fmt: skip
     gate = DecisionGate(
-        view, targets, authenticator, Evaluator(engine, declared), injector, recorder, counted, approvals, clock,
-        gateway=runtime.key.id, key=lambda: runtime.key, entitlements_max_age_s=settings.entitlements_max_age_s,
-        observe=own.observe, fast_path=fast_path,
-    )  # fmt: skip
+        view,
+        DecisionSteps(authenticator, targets, Evaluator(engine, declared), approvals, injector),
+        DecisionLog(runtime.key.id, recorder, counted),
+        DecisionSettings(settings.entitlements_max_age_s, observe=own.observe, fast_path=fast_path),
+        clock=clock,
+        key=lambda: runtime.key,
+    )
 
     relays = Relays(
         view, authenticator, gate.events, clock, entitlements_max_age_s=settings.entitlements_max_age_s

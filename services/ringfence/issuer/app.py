@@ -41,6 +41,7 @@ from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable
+from ringfence.model.verdict import Refused
 
 TOKEN_KEY_FILE = "issuer-token.json"  # noqa: S105 - the name of a file
 """In the folder of the services' keys."""
@@ -133,7 +134,7 @@ def wire(parts: IssuerParts) -> None:
         delivery,
         terms,
         patience_s=own.patience_s,
-        halted=halts.denial,
+        halts=halts.check,
     )
 
     def on_heartbeats(records: Sequence[Received]) -> None:
@@ -141,7 +142,9 @@ def wire(parts: IssuerParts) -> None:
         halts.on_heartbeats(records)
 
     runtime.table([HEARTBEAT], on_heartbeats)
-    runtime.denies_when(lambda: said.message if (said := halts.denial()) else None)
+    runtime.denies_when(
+        lambda: verdict.reason.message if isinstance(verdict := halts.check(), Refused) else None
+    )
 
     async def settle() -> None:
         granted.settle()

@@ -71,6 +71,7 @@ from ringfence.model.leases.tracing import ids_of, step_of, work_on
 from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import Verdict
 
 log = logging.getLogger(__name__)
 
@@ -123,11 +124,11 @@ class DecisionHandler:
         terms: Terms,
         *,
         patience_s: float,
-        halted: Callable[[], Reason | None],
+        halts: Callable[[], Verdict],
     ) -> None:
         """Args:
             patience_s: how long a decision waits for records that policy has seen and this issuer has not.
-            halted: returns the reason why the issuer may issue nothing now, or None.
+            halts: checks that the issuer may issue anything now.
         """  # fmt: skip
         self._runtime = runtime
         self._directory = directory
@@ -139,7 +140,7 @@ class DecisionHandler:
         self._delivery = delivery
         self._terms = terms
         self._patience_s = patience_s
-        self._halted = halted
+        self._halts = halts
 
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Handle a batch of decisions until every effect is durable.
@@ -262,7 +263,7 @@ class DecisionHandler:
         return [one.refusal() if isinstance(one, StaleView) else one for one in weighed]
 
     def _weigh_one(self, decision: Decision) -> Issue | Refusal | StaleView:
-        return weigh(decision, self._directory, self._terms, self._halted())
+        return weigh(decision, self._directory, self._terms, self._halts())
 
     def _weigh_again(
         self,

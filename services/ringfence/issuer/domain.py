@@ -33,15 +33,17 @@ from ringfence.model.records.runs import BY_TIME_OR_END
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
     append_time_of,
-    approval_problem,
-    key_problems,
+    check_approval,
+    check_approver_keys,
     required_classes,
     unmet,
 )
+from ringfence.model.requests.approver_keys import KeyRefused
 from ringfence.model.requests.facts import DeniedError, RequestContext, load_context, violations
-from ringfence.model.requests.grants import grant_problem, id_of
+from ringfence.model.requests.grants import check_grant, id_of
 from ringfence.model.scope.rule import DeadlineError, deadline_ms
 from ringfence.model.unknown_fields import NOT_UNDERSTOOD
+from ringfence.model.verdict import ALLOWED, Refused, Verdict
 
 A = TypeVar("A", Approval, Grant)
 
@@ -137,18 +139,18 @@ class _RefusedError(Exception):
 
 
 def weigh(
-    decision: Decision, directory: Directory, terms: Terms, halted: Reason | None = None
+    decision: Decision, directory: Directory, terms: Terms, halts: Verdict = ALLOWED
 ) -> Issue | Refusal | StaleView:
     """Hold an `allowed` decision against everything. Recorded values only: a redelivery gives the same lease.
 
-    `halted`: why nothing may be issued, whatever was decided.
+    `halts`: whether anything may be issued at all, whatever was decided.
     """
     stale = directory.stale()
     verified: _VerifiedRequest | None = None
     try:
         verified = _request(decision, directory, terms)
-        if halted is not None:
-            return Refusal((halted,), verified.signed.claims, retry_after_s=HALTED_RETRY_S)
+        if isinstance(halts, Refused):
+            return Refusal((halts.reason,), verified.signed.claims, retry_after_s=HALTED_RETRY_S)
         if stale is None:
             return _issue(decision, verified, directory, terms)
         refused = _RefusedError(_reason("stale_view", stale))
@@ -251,7 +253,7 @@ def _ended_in_between(request: Jws, source: Coordinates, directory: Directory) -
         jws = parse(request)
         claims = jws.unverified_claims(CredentialRequest)
         agent = directory.agent(subject_of(claims.aud, claims.iss, "agent") or "")
-        if directory.voucher_problem(claims.iss, jws.header.kid) is not None:
+        if isinstance(directory.check_vouchers(claims.iss, jws.header.kid), Refused):
             return True
     except (InvalidMessageError, ChainError):
         return False
@@ -372,14 +374,14 @@ def _check_approvals(
     approvals = [_verified_answer(compact, Approval, decision, directory) for compact in claims.approvals]
     grants = [_verified_answer(compact, Grant, decision, directory) for compact in claims.grants or ()]
     terms: _Terms = {"at_ms": at_ms, "ttl_s": ttl_s, "delivery": claims.delivery, "revisions": revisions}
-    found = [approval_problem(approval, facts, **terms) for approval in approvals]
-    found += [grant_problem(grant.claims, facts, **terms) for grant in grants]
-    problems = [problem for problem in found if problem is not None]
-    if problems:
+    verdicts = [check_approval(approval, facts, **terms) for approval in approvals]
+    verdicts += [check_grant(grant.claims, facts, **terms) for grant in grants]
+    reasons = [verdict.reason for verdict in verdicts if isinstance(verdict, Refused)]
+    if reasons:
         # Policy decided earlier, so that the end of an approval or a grant may have come in between.
         honest = {"approval_expired", "grant_ended", *NOT_UNDERSTOOD}
-        finding = unchanged and any(problem.code not in honest for problem in problems)
-        raise _RefusedError(*problems, finding=finding)
+        finding = unchanged and any(reason.code not in honest for reason in reasons)
+        raise _RefusedError(*reasons, finding=finding)
     _check_keys([*approvals, *grants], decision, facts, directory, unchanged=unchanged)
     required = required_classes(facts.floors(), claims.required, break_glass=facts.break_glass)
     try:
@@ -405,8 +407,8 @@ def _check_keys(
     unchanged: bool,
 ) -> None:
     """Refuse approvals by keys that do not count for them, at the time of the decision."""
-    found = key_problems(approvals, directory, facts, at_ms=decision.at.appended_at_ms)
-    problems = [problem for problem in found if problem is not None]
+    verdicts = check_approver_keys(approvals, directory, facts, at_ms=decision.at.appended_at_ms)
+    problems = [verdict for verdict in verdicts if isinstance(verdict, KeyRefused)]
     if problems:
         # A key that was given again meanwhile has another origin than policy saw.
         before_ms = decision.claims.source.appended_at_ms

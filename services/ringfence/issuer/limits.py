@@ -55,20 +55,19 @@ class LeaseLimits:
         await self._refresh_counts(one for one in weighed if isinstance(one, Issue))
         now_ms = self._clock.now_ms()
         return [
-            (self._late_refusal(decision, one, now_ms) or self._limit_refusal(one) or one)
-            if isinstance(one, Issue)
-            else one
+            self._check(decision, one, now_ms) if isinstance(one, Issue) else one
             for decision, one in zip(decisions, weighed, strict=True)
         ]
 
-    def _late_refusal(self, decision: Decision, issue: Issue, now_ms: int) -> Refusal | None:
+    def _check(self, decision: Decision, issue: Issue, now_ms: int) -> Issue | Refusal:
+        """Check that a decision has not waited for too long, and count its lease, if no limit is reached."""
         waited_s = (now_ms - decision.at.appended_at_ms) / 1000
         if not self._limits.wait_s or waited_s <= self._limits.wait_s:
-            return None
+            return self._count_lease(issue)
         message = f"the issuer is behind: the decision waited for {waited_s:.0f} s; ask again later"
         return _refusal("overloaded", message, issue, self._limits.wait_s)
 
-    def _limit_refusal(self, issue: Issue) -> Refusal | None:
+    def _count_lease(self, issue: Issue) -> Issue | Refusal:
         limits = self._limits_of(issue)
         for mark, limit in limits.items():
             if self._counts[mark].leases >= limit:
@@ -79,7 +78,7 @@ class LeaseLimits:
                 return _refusal("too_many_leases", message, issue, RETRY_AFTER_S)
         for mark in limits:
             self._counts[mark].leases += 1
-        return None
+        return issue
 
     def _limits_of(self, issue: Issue) -> dict[str, int]:
         both = {

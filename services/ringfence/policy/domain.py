@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval, Grant
@@ -50,15 +50,47 @@ REQUEST_FIELDS = CredentialRequest.model_fields.keys() - _NOT_WEIGHED
 
 
 @dataclass(frozen=True, slots=True)
-class Ruling:
-    """What is decided, and everything that speaks for or against it."""
+class RequestAllowed:
+    """The credential may be issued."""
 
-    outcome: Outcome
+    outcome: ClassVar[Outcome] = "allowed"
+
+    ttl_s: int
+    """The life of the credential."""
     reasons: tuple[Reason, ...] = ()
-    ttl_s: int | None = None
+    """Notes, such as why the life is shorter than what was asked for."""
     required: tuple[RequiredClass, ...] = ()
+    """The approvals that it took."""
+
+
+@dataclass(frozen=True, slots=True)
+class ApprovalRequired:
+    """The credential may be issued once people have given the approvals that are required."""
+
+    outcome: ClassVar[Outcome] = "approval_required"
+
+    ttl_s: int
+    """The life of the credential if they do."""
+    reasons: tuple[Reason, ...] = ()
+    """Why people are asked, and notes."""
+    required: tuple[RequiredClass, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRefused:
+    """The request is denied."""
+
+    outcome: ClassVar[Outcome] = "denied"
+
+    reasons: tuple[Reason, ...] = ()
+    required: tuple[RequiredClass, ...] = ()
+    """The approvals that it would have taken besides."""
     retry_after_s: int | None = None
     """Set if the same request may be allowed later."""
+
+
+Ruling = RequestAllowed | ApprovalRequired | RequestRefused
+"""What is decided about a request, and everything that speaks for or against it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,9 +121,9 @@ class Evaluation:
     """Their append times, by the digest of each."""
 
 
-def denied(code: str, message: str, *, retry_after_s: int | None = None) -> Evaluation:
+def refuse(code: str, message: str, *, retry_after_s: int | None = None) -> RequestRefused:
     """A denial that needs no records."""
-    return Evaluation(Ruling("denied", (Reason(code=code, message=message),), retry_after_s=retry_after_s))
+    return RequestRefused((Reason(code=code, message=message),), retry_after_s=retry_after_s)
 
 
 class InputBuilder:
@@ -182,14 +214,14 @@ def rule(
         against, result, floors, asked_s, facts.target.state.max_ttl_s, break_glass=facts.break_glass
     )
     if verdict.ttl_s is None:
-        return Ruling("denied", verdict.denials, None, verdict.required)
+        return RequestRefused(verdict.denials, verdict.required)
     if facts.break_glass and not verdict.outweighed and not approvals:
-        return Ruling("denied", (_NOT_NEEDED,), None, verdict.required)
+        return RequestRefused((_NOT_NEEDED,), verdict.required)
     notes = (*_overridden(verdict), *result.notes[:MAX_REASONS], *_shortened(asked_s, verdict.ttl_s))
     if unmet(verdict.required, approvals, directory, facts, at_ms=at_ms):
         asked = _why_asked(facts, verdict.required, result)
-        return Ruling("approval_required", (*asked, *notes), verdict.ttl_s, verdict.required)
-    return Ruling("allowed", notes, verdict.ttl_s, verdict.required)
+        return ApprovalRequired(verdict.ttl_s, (*asked, *notes), verdict.required)
+    return RequestAllowed(verdict.ttl_s, notes, verdict.required)
 
 
 class RequestVerdict(NamedTuple):

@@ -15,10 +15,11 @@ from ringfence.model.requests.approvals import unmet
 from ringfence.model.requests.facts import RecordContext
 from ringfence.model.requests.grants import (
     GrantTable,
-    grant_problem,
+    check_grant,
     id_of,
 )
-from ringfence.policy.domain import Case, Evaluation
+from ringfence.model.verdict import Refused
+from ringfence.policy.domain import Case, Evaluation, RequestRefused
 
 _MOST_REMEMBERED = 1000
 """Beyond this number, expired grants are removed."""
@@ -37,17 +38,17 @@ class GrantBook:
     ) -> tuple[Signed[Grant], ...]:
         """Return grants that, with these approvals, satisfy every requirement; empty where they would not be enough."""
         facts, ruling, revisions = evaluation.facts, evaluation.ruling, evaluation.revisions
-        if facts is None or revisions is None or ruling.ttl_s is None:
+        if facts is None or revisions is None or isinstance(ruling, RequestRefused):
             return ()
         chosen: list[Signed[Grant]] = []
         lacking = unmet(ruling.required, approvals, self._directory, facts, at_ms=at_ms)
         for grant in self._table.of_task(facts.task.state.task_id):
-            problem = grant_problem(
+            covers = check_grant(
                 grant.claims, facts,
                 at_ms=at_ms, ttl_s=ruling.ttl_s, delivery=case.request.claims.delivery, revisions=revisions,
             )  # fmt: skip
             if (
-                problem
+                isinstance(covers, Refused)
                 or self._is_withdrawn(grant.claims, facts)
                 or not self._is_left(grant, case.request_id)
             ):

@@ -57,6 +57,7 @@ from ringfence.model.records.command_chain import Authorised
 from ringfence.model.records.provisioning import given_by
 from ringfence.model.target_settings import problems, reserved_name
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
+from ringfence.model.verdict import Refused, Verdict
 
 Subject = tuple[SubjectKind, str]
 
@@ -124,8 +125,8 @@ class Surroundings(Protocol):
         """Return the origins of a user's keys."""
         ...
 
-    def voucher_problem(self, iss: str, kid: str) -> str | None:
-        """Return which compromised key a key of a user or an agent rests on; None if it rests on none."""
+    def check_vouchers(self, iss: str, kid: str) -> Verdict:
+        """Check that a key of a user or an agent rests on no compromised key."""
         ...
 
     @property
@@ -278,8 +279,9 @@ def _check_signer_key(command: Authorised, around: Surroundings) -> None:
     if command.consent is not None and command.consent.kid is not None:
         signers.append((command.consent.mark[0], command.consent.kid))
     for iss, kid in signers:
-        if (problem := around.voucher_problem(iss, kid)) is not None:
-            raise CommandRefusedError(f"{problem}; sign with another key", code="key_voucher_compromised")
+        if isinstance(verdict := around.check_vouchers(iss, kid), Refused):
+            message = f"{verdict.reason.message}; sign with another key"
+            raise CommandRefusedError(message, code=verdict.reason.code)
 
 
 def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:

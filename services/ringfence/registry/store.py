@@ -31,6 +31,7 @@ from ringfence.model.lifecycle import KeyHistory
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.consent import unverified_mark
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import Verdict
 from ringfence.registry.domain import Subject, keys_of, uses_consent
 
 REMEMBERED_MS = (MAX_LIFE_S + LEEWAY_S + 600) * 1000
@@ -161,8 +162,8 @@ class Memory:
     def key_history(self, user_id: str) -> KeyHistory:
         return self._directory.key_history(user_id)
 
-    def voucher_problem(self, iss: str, kid: str) -> str | None:
-        return self._directory.voucher_problem(iss, kid)
+    def check_vouchers(self, iss: str, kid: str) -> Verdict:
+        return self._directory.check_vouchers(iss, kid)
 
     @property
     def rp_id(self) -> str | None:

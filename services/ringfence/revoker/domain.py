@@ -24,10 +24,11 @@ from ringfence.model.leases.lifecycle import end_status, is_over, matches, selec
 from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
-from ringfence.model.records.instances import ref_void
+from ringfence.model.records.instances import check_ref
 from ringfence.model.records.runs import run_violations
 from ringfence.model.scope.rule import are_in_force
 from ringfence.model.scope.scope import missing
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 
 # --- records ----------------------------------------------------------------------------------------------------------
 
@@ -60,16 +61,22 @@ class Narrowing:
     agent: AgentState | None = None
     """If given, leases also end that were asked for with a compromised key, or an attestation selector it lost."""
 
-    def unfit(self, lease: Lease) -> EndReason | None:
+    def check_lease(self, lease: Lease) -> Allowed | EndReason:
+        """Check that the records leave room for a lease.
+
+        1. No key that it was asked for or handed on with is compromised.
+        2. The agent's record still admits the instance that asked for it.
+        3. `scope` covers its scope.
+        """
         if self.agent is not None and is_lost(lease, self.agent):
             how = "asked for" if lease.agent_id == self.agent.agent_id else "its task was handed on"
             reason = f"{how} with a key of agent {self.agent.agent_id} that is compromised"
             return EndReason("key_compromised", reason)
         if self.agent is not None and lease.instance is not None:
-            void_reason = ref_void(lease.instance, self.agent)
-            if void_reason is not None:
-                return EndReason("scope_narrowed", void_reason.message)
-        return self.beyond if missing(lease.scope, self.scope) else None
+            admitted = check_ref(lease.instance, self.agent)
+            if isinstance(admitted, Refused):
+                return EndReason("scope_narrowed", admitted.reason.message)
+        return self.beyond if missing(lease.scope, self.scope) else ALLOWED
 
 
 def consequences(
@@ -132,18 +139,18 @@ def _of_user(
     user_narrowing = Narrowing(f"user:{state.user_id}", entitled, EndReason("scope_narrowed", reason))
     if "sponsor" in state.roles or not ever_sponsor:
         return (user_narrowing,)
-    orphaned = orphan_reason(state)
-    assert orphaned is not None
-    return user_narrowing, Narrowing(f"sponsor:{state.user_id}", (), EndReason(*orphaned))
+    orphaned = check_sponsor(state)
+    assert isinstance(orphaned, EndReason)
+    return user_narrowing, Narrowing(f"sponsor:{state.user_id}", (), orphaned)
 
 
-def orphan_reason(state: UserState) -> tuple[EndKind, str] | None:
-    """Why an agent that this user sponsors is an orphan, or None if it is not."""
+def check_sponsor(state: UserState) -> Allowed | EndReason:
+    """Check that agents that this user sponsors are no orphans."""
     if state.status != "active":
-        return "user_disabled", f"user {state.user_id}, the sponsor, was disabled"
+        return EndReason("user_disabled", f"user {state.user_id}, the sponsor, was disabled")
     if "sponsor" not in state.roles:
-        return "agent_orphaned", f"user {state.user_id}, the sponsor, is no sponsor any more"
-    return None
+        return EndReason("agent_orphaned", f"user {state.user_id}, the sponsor, is no sponsor any more")
+    return ALLOWED
 
 
 def was_sponsor(record: AnyRecord) -> bool:
@@ -164,8 +171,8 @@ class StaleBasis:
     """Its subject and revision."""
 
 
-def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> StaleBasis | None:
-    """The first of the records that a lease rests on that leaves no room for it now, or None.
+def check_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int) -> Allowed | StaleBasis:
+    """Check that the records that a lease rests on leave room for it now. Returns the first that does not.
 
     Whether entitlements were too old is judged as of the lease's issue. Raises ChainError if a record does not count.
     """
@@ -198,9 +205,11 @@ def stale_basis(lease: Lease, directory: Directory, entitlements_max_age_s: int)
             if isinstance(consequence, SelectorEnd):
                 if matches(lease, selector_key_of(consequence.selector)):
                     return StaleBasis(consequence.kind, consequence.reason, record)
-            elif matches(lease, consequence.selector_key) and (reason := consequence.unfit(lease)):
-                return StaleBasis(reason.kind, reason.reason, record)
-    return None
+            elif matches(lease, consequence.selector_key):
+                verdict = consequence.check_lease(lease)
+                if isinstance(verdict, EndReason):
+                    return StaleBasis(verdict.kind, verdict.reason, record)
+    return ALLOWED
 
 
 def run_record(run_id: str) -> tuple[str, int]:

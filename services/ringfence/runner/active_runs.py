@@ -21,10 +21,10 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import typ_header
-from ringfence.messages.credential import Reason
 from ringfence.messages.run import RunStop
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.run_orders import stop_problem, verified_stop
+from ringfence.model.requests.run_orders import check_stop, verified_stop
+from ringfence.model.verdict import ALLOWED, Allowed, Verdict, refused
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
 from ringfence.runner.lifecycle.report import RunReport
 from ringfence.runner.sandbox.backend import SandboxSpecError, SandboxUnavailableError
@@ -67,14 +67,13 @@ class StopTable:
         """The reason why a run must end, from the first stop by a user who may stop it; None without one."""
         self.retry()
         for stop in self._stops.get(run_id, ()):
-            problem = stop_problem(
+            verdict = check_stop(
                 stop, self._directory, agent_id=agent_id, task_id=task_id, ordered_by=ordered_by
             )
-            if problem is None:
+            if isinstance(verdict, Allowed):
                 return f"stopped by {stop.iss.rpartition('/')[2]}: {stop.reason}"
-            log.warning(
-                "run %s goes on: %s", run_id, problem.message, extra=rate_limited("stop", problem.code)
-            )
+            why = verdict.reason
+            log.warning("run %s goes on: %s", run_id, why.message, extra=rate_limited("stop", why.code))
         return None
 
     def _take(self, record: Received) -> None:
@@ -176,8 +175,8 @@ class RunningRuns:
         """An event that is set when the next run ends. Get it before you check the state, so that no end is missed."""
         return self._changed
 
-    async def start(self, plan: RunPlan) -> Reason | None:
-        """Start a run. Returns None once it is claimed, or the reason why it is refused.
+    async def start(self, plan: RunPlan) -> Verdict:
+        """Start a run. Returns once it is claimed or refused.
 
         Raises ClaimLostError; UnavailableError if Kafka did not acknowledge the claim, which may be there all the same.
         """
@@ -199,12 +198,12 @@ class RunningRuns:
         finally:
             waiting.cancel()
         if claimed.is_set():
-            return None
+            return ALLOWED
         try:
             await task
         except (RunRefusedError, SandboxUnavailableError, SandboxSpecError) as error:
-            return Reason(code=error.code, message=error.message[:1000])
-        return None
+            return refused(error.code, error.message)
+        return ALLOWED
 
     def plan_of(self, run_id: str) -> RunPlan | None:
         """The plan of a running run; None if it does not run here."""

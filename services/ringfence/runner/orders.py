@@ -27,7 +27,8 @@ from ringfence.messages.run import Run, RunExit, RunOrder
 from ringfence.messages.topics import RUN
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.runs import run_id_of
-from ringfence.model.requests.run_orders import order_id_of, order_problem, verified_order
+from ringfence.model.requests.run_orders import check_order, order_id_of, verified_order
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.runner.active_runs import ClaimLostError, RunningRuns, StopTable
 from ringfence.runner.pool import Pool
 
@@ -164,15 +165,30 @@ class OrderIntake:
         ):
             return None  # delivered twice
         waiting = _Waiting(record, order, kid_of(signed.compact), order_id, run_id)
-        problem = order_problem(order, waiting.kid, self._directory, record.appended_at_ms / 1000)
-        problem = problem or self._pool.problem(order)
-        if problem is None and not self._has_room() and self.waiting >= self._pool.queue_length:
-            message = f"{self.waiting} orders of pool {self._pool.name} wait already; order again later"
-            problem = Reason(code="queue_full", message=message)
-        if problem is not None:
-            await self._refuse(waiting, problem)
+        verdict = self._check_new(waiting)
+        if isinstance(verdict, Refused):
+            await self._refuse(waiting, verdict.reason)
             return None
         return waiting
+
+    def _check_new(self, waiting: _Waiting) -> Verdict:
+        """Check that a new order may be queued.
+
+        1. Its signer may order such a run when Kafka appends it.
+        2. The pool allows what it orders.
+        3. There is room for it, in the pool or in the queue.
+        """
+        order = waiting.order
+        by_records = check_order(order, waiting.kid, self._directory, waiting.record.appended_at_ms / 1000)
+        if isinstance(by_records, Refused):
+            return by_records
+        by_pool = self._pool.check_order(order)
+        if isinstance(by_pool, Refused):
+            return by_pool
+        if not self._has_room() and self.waiting >= self._pool.queue_length:
+            message = f"{self.waiting} orders of pool {self._pool.name} wait already; order again later"
+            return refused("queue_full", message)
+        return ALLOWED
 
     async def _advance(self) -> None:
         """Start queued orders in order while there is room. Commit completed records before the first queued one."""
@@ -199,8 +215,8 @@ class OrderIntake:
         """
         self._stops.retry()  # the user's record may have come after the stop
         for place, one in list(enumerate(self._line)):
-            if isinstance(one, _Waiting) and (problem := self._waiting_problem(one)) is not None:
-                await self._refuse(one, problem)
+            if isinstance(one, _Waiting) and isinstance(verdict := self._check_waiting(one), Refused):
+                await self._refuse(one, verdict.reason)
                 self._line[place] = _Settled({(one.record.topic_name, one.record.partition): one.record})
 
     async def _take(self, waiting: _Waiting) -> None:
@@ -210,8 +226,10 @@ class OrderIntake:
         if self._is_settled(waiting.run_id):
             return
         order, now_s = waiting.order, self._runtime.broker_now_ms() / 1000
-        problem = self._waiting_problem(waiting) or order_problem(order, waiting.kid, self._directory, now_s)
-        if problem is None:
+        verdict = self._check_waiting(waiting)
+        if isinstance(verdict, Allowed):
+            verdict = check_order(order, waiting.kid, self._directory, now_s)
+        if isinstance(verdict, Allowed):
             task = self._directory.task(order.task_id)
             assert task is not None
             deadline_s = min(int(now_s) + order.ttl_s, task.state.not_after)
@@ -219,23 +237,24 @@ class OrderIntake:
                 order, order_id=waiting.order_id, run_id=waiting.run_id, deadline_s=deadline_s
             )
             try:
-                problem = await self._runs.start(plan)
+                verdict = await self._runs.start(plan)
             except ClaimLostError as error:
                 log.warning("%s", error)
-        if problem is not None:
-            await self._refuse(waiting, problem)
+        if isinstance(verdict, Refused):
+            await self._refuse(waiting, verdict.reason)
         self._recent[waiting.run_id] = None
 
-    def _waiting_problem(self, waiting: _Waiting) -> Reason | None:
+    def _check_waiting(self, waiting: _Waiting) -> Verdict:
+        """Check that an order that waits was not stopped, and is still valid."""
         order = waiting.order
         stopped = self._stops.reason(
             waiting.run_id, agent_id=order.agent_id, task_id=order.task_id, ordered_by=order.iss
         )
         if stopped is not None:
-            return Reason(code="run_stopped", message=stopped[:1000])
+            return refused("run_stopped", stopped)
         if order.exp < self._runtime.broker_now_ms() // 1000:
-            return Reason(code="order_expired", message="the order waited for longer than it is valid")
-        return None
+            return refused("order_expired", "the order waited for longer than it is valid")
+        return ALLOWED
 
     async def _refuse(self, waiting: _Waiting, reason: Reason) -> None:
         """Publish on the topic `run` why an order starts nothing. Its signer is verified, so a user waits for it."""

@@ -29,6 +29,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.run import ImageDigest, Labels, RunOrder
 from ringfence.messages.topics import HEARTBEAT, RUN_ORDER
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 from ringfence.runner.active_runs import StopTable
 from ringfence.runner.heartbeats import Heartbeats, SilenceGuard
 from ringfence.runner.lifecycle.execution import RunExecution
@@ -187,18 +188,27 @@ class Pool(_Strict):
         """The digest of the file's content, from which the `policy_digest` of the pool's runs is made."""
         return digest(json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")))
 
-    def problem(self, order: RunOrder) -> Reason | None:
-        """The reason why this pool refuses a verified order, or None."""
+    def check_order(self, order: RunOrder) -> Verdict:
+        """Check that this pool runs what a verified order asks for.
+
+        1. The order is for this pool.
+        2. The pool runs something for the agent.
+        3. It runs the command.
+        4. It has the image, or has no images and the order names none.
+        5. It has every label that the order demands.
+        6. It has every mount, writable where that is asked for.
+        7. No limit is above its own.
+        """
         image = order.image or self.default_image
         if order.pool != self.name:
-            return _reason("order_other_pool", f"the order is for pool {order.pool}, and this is {self.name}")
+            return refused("order_other_pool", f"the order is for pool {order.pool}, and this is {self.name}")
         if EVERY not in self.agents and order.agent_id not in self.agents:
-            return _reason("agent_not_in_pool", f"pool {self.name} runs nothing for agent {order.agent_id}")
+            return refused("agent_not_in_pool", f"pool {self.name} runs nothing for agent {order.agent_id}")
         if self.commands is not None and order.command[0] not in self.commands:
             what = visible(order.command[0])[:200]
-            return _reason("command_not_in_pool", f"pool {self.name} does not run {what!r}")
+            return refused("command_not_in_pool", f"pool {self.name} does not run {what!r}")
         if self.backend == "bubblewrap" and order.image is not None:
-            return _reason(
+            return refused(
                 "image_not_in_pool",
                 f"pool {self.name} has no images: leave the image out, or use another pool",
             )
@@ -206,37 +216,40 @@ class Pool(_Strict):
             message = (
                 f"pool {self.name} does not run the image {image}" if image else "the order names no image"
             )
-            return _reason("image_not_in_pool", message)
-        return self._label_problem(order) or self._mount_problem(order) or self._limit_problem(order)
+            return refused("image_not_in_pool", message)
+        for check in (self._check_labels, self._check_mounts, self._check_limits):
+            if isinstance(verdict := check(order), Refused):
+                return verdict
+        return ALLOWED
 
-    def _label_problem(self, order: RunOrder) -> Reason | None:
+    def _check_labels(self, order: RunOrder) -> Verdict:
         for name, value in (order.labels or {}).items():
             if self.labels.get(name) != value:
                 own = self.labels.get(name)
                 has = f"has {visible(own)!r} there" if own is not None else "has no such label"
                 message = f"the order demands {name}={visible(value)[:256]}, and pool {self.name} {has}"
-                return _reason("label_not_in_pool", message[:1000])
-        return None
+                return refused("label_not_in_pool", message)
+        return ALLOWED
 
-    def _mount_problem(self, order: RunOrder) -> Reason | None:
+    def _check_mounts(self, order: RunOrder) -> Verdict:
         names = [mount.name for mount in order.mounts]
         if len(set(names)) < len(names):
-            return _reason("mount_repeated", "the order names a mount twice")
+            return refused("mount_repeated", "the order names a mount twice")
         for mount in order.mounts:
             known = self.mounts.get(mount.name)
             if known is None:
-                return _reason("mount_not_in_pool", f"pool {self.name} has no mount {mount.name}")
+                return refused("mount_not_in_pool", f"pool {self.name} has no mount {mount.name}")
             if mount.read_write and not known.read_write:
-                return _reason("mount_read_only", f"mount {mount.name} of pool {self.name} is read-only")
-        return None
+                return refused("mount_read_only", f"mount {mount.name} of pool {self.name} is read-only")
+        return ALLOWED
 
-    def _limit_problem(self, order: RunOrder) -> Reason | None:
+    def _check_limits(self, order: RunOrder) -> Verdict:
         asked = {**order.limits.model_dump(), "ttl_s": order.ttl_s}
         for name, most in self.limits.model_dump().items():
             if asked[name] > most:
                 message = f"{name} is {asked[name]}, and pool {self.name} allows {most} at most"
-                return _reason("limit_above_pool", message)
-        return None
+                return refused("limit_above_pool", message)
+        return ALLOWED
 
     def plan(self, order: RunOrder, *, order_id: str, run_id: str, deadline_s: int) -> RunPlan:
         """Build the plan for an order without a problem. `deadline_s`: the run's latest end, in seconds since 1970."""

@@ -15,6 +15,7 @@ from ringfence.audit.events.ocsf import Copied, OcsfEvent, VerifiedMessage, even
 from ringfence.audit.memory import RequestFacts
 from ringfence.messages.approval import BreakGlassReview
 from ringfence.messages.credential import DecidedTerms, Reason
+from ringfence.model.verdict import ALLOWED, Verdict, refused
 
 NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
 """Reason codes of such a decision that are not overridden denials."""
@@ -78,10 +79,15 @@ def reviewed(
     )  # fmt: skip
 
 
-def review_problem(
+def check_review(
     claims: BreakGlassReview, reviewer: str, roles: Iterable[str], use: Mapping[str, Any] | None
-) -> Reason | None:
-    """Why a review is invalid, or None.
+) -> Verdict:
+    """Check that a review is valid.
+
+    1. The reviewer is an operator or an auditor.
+    2. The use that the review names was audited.
+    3. The reviewer did not approve it.
+    4. The reviewer neither sponsors the agent, nor is whom it acted on behalf of.
 
     Args:
         claims: the verified review.
@@ -90,15 +96,15 @@ def review_problem(
         use: the `unmapped` fields of the use's event, or None if no such use was audited.
     """
     if {"operator", "auditor"}.isdisjoint(roles):
-        return Reason(code="not_reviewer", message="operators and auditors review break glass")
+        return refused("not_reviewer", "operators and auditors review break glass")
     if use is None or use.get("decision_digest") != claims.decision_digest:
-        return Reason(code="break_glass_unknown", message="no such use of break glass was audited")
+        return refused("break_glass_unknown", "no such use of break glass was audited")
     if reviewer in (use.get("approvers") or ()):
-        return Reason(code="reviewer_approved", message=f"{reviewer} approved it; somebody else reviews it")
+        return refused("reviewer_approved", f"{reviewer} approved it; somebody else reviews it")
     if reviewer in (use.get("sponsor"), use.get("on_behalf_of")):
         message = f"{reviewer} answers for the agent, or had the task done; somebody else reviews it"
-        return Reason(code="reviewer_involved", message=message)
-    return None
+        return refused("reviewer_involved", message)
+    return ALLOWED
 
 
 def collect_uses(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ringfence.audit.events import approvals, break_glass, credentials
-from ringfence.audit.events.break_glass import review_problem
+from ringfence.audit.events.break_glass import check_review
 from ringfence.audit.mappers.mapper import PENDING_CODES, MappedEvent, Mapper, RecordMapper, lacks_names
 from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -25,6 +25,7 @@ from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.requests.grants import kind_of
+from ringfence.model.verdict import Allowed, Refused
 
 
 class ApprovalMapper(RecordMapper):
@@ -127,8 +128,9 @@ class ApprovalMapper(RecordMapper):
         self._first(signed, lambda: {"agent": claims.agent_id, "request": claims.request_id})
         reviewer = subject_of(claims.aud, claims.iss, "user") or ""
         use = self._use_of(claims.request_id)
-        rejection = review_problem(claims, reviewer, self._verifier.roles_of(reviewer), use)
-        if rejection is None and use is not None:
-            rejection = self._verifier.review_key_problem(signed, use)
+        verdict = check_review(claims, reviewer, self._verifier.roles_of(reviewer), use)
+        if isinstance(verdict, Allowed) and use is not None:
+            verdict = self._verifier.check_review_key(signed, use)
+        rejection = verdict.reason if isinstance(verdict, Refused) else None
         event = break_glass.reviewed(self._verifier.with_key_fields(signed), use, rejection)
         return MappedEvent(event, rejection is not None and rejection.code in PENDING_CODES)

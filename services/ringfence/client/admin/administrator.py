@@ -58,8 +58,9 @@ from ringfence.messages.topics import RUN_ORDER
 from ringfence.model.http_targets import RequestMap
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.runs import run_id_of
-from ringfence.model.requests.run_orders import order_id_of, order_problem, stop_problem
+from ringfence.model.requests.run_orders import check_order, check_stop, order_id_of
 from ringfence.model.scope.scope import validate_scope
+from ringfence.model.verdict import Refused
 
 KEY_LIFE_S = 365 * 24 * 3600
 """The default validity of a key, in seconds."""
@@ -604,11 +605,11 @@ class Administrator(CommandClient):
             ttl_s=ttl_s,
             labels=dict(labels) if labels else None,
         )
-        problem = order_problem(
+        verdict = check_order(
             order, self.connection.key.kid, directory, self.connection.clock.now_ms() / 1000
         )
-        if problem is not None:
-            raise RefusedError(order.typ, (problem,), "client")
+        if isinstance(verdict, Refused):
+            raise RefusedError(order.typ, (verdict.reason,), "client")
         order_id = order_id_of(order)
         await self.connection.publish(RUN_ORDER, pool, order)
         return OrderedRun(order_id, run_id_of("", order_id=order_id), order.agent_id)
@@ -630,9 +631,9 @@ class Administrator(CommandClient):
         stop = self.connection.compose(RunStop, run_id=run_id, reason=reason)
         if agent_id is not None and task_id is not None:
             directory = await self.connection.current_directory()
-            problem = stop_problem(stop, directory, agent_id=agent_id, task_id=task_id, ordered_by=ordered_by)
-            if problem is not None:
-                raise RefusedError(stop.typ, (problem,), "client")
+            verdict = check_stop(stop, directory, agent_id=agent_id, task_id=task_id, ordered_by=ordered_by)
+            if isinstance(verdict, Refused):
+                raise RefusedError(stop.typ, (verdict.reason,), "client")
         await self.connection.publish(RUN_ORDER, run_id, stop)
 
     # --- ---

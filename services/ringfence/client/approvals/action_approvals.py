@@ -17,14 +17,14 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import Jws, typ_header
-from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.approver_keys import approver_key_problem
+from ringfence.model.requests.approver_keys import check_approver_key
 from ringfence.model.requests.facts import DeniedError, load_records
+from ringfence.model.verdict import ALLOWED, Allowed, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -167,21 +167,20 @@ class OpenActions:
         if not may_approve(self._directory, user_id, claims.required, records):
             return
         # A yes by a key that does not count is none: the question must not vanish from the list of who can answer it.
-        if self.key_problem(signed, record.appended_at_ms) is None:
+        if isinstance(self.check_key(signed, record.appended_at_ms), Allowed):
             self._answered.add(answer.request_digest)
 
-    def key_problem(self, answer: Signed[ActionApproval], at_ms: int) -> Reason | None:
-        """Why the key of a yes does not count for an open action at `at_ms`, or None. A no counts by any key."""
+    def check_key(self, answer: Signed[ActionApproval], at_ms: int) -> Verdict:
+        """Check that the key of a yes counts for an open action at `at_ms`. A no counts by any key."""
         open_action = self._requests.get(answer.claims.request_digest)
         if answer.claims.verdict == "denied" or open_action is None:
-            return None
+            return ALLOWED
         claims = open_action.signed.claims
         try:
             records = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError:
-            return None
-        found = approver_key_problem(answer, self._directory, records, {claims.verb}, at_ms=at_ms)
-        return found.reason if found else None
+            return ALLOWED
+        return check_approver_key(answer, self._directory, records, {claims.verb}, at_ms=at_ms)
 
     def answered(self, digest: str) -> None:
         """Mark an action as answered by this person."""

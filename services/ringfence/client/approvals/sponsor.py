@@ -36,15 +36,15 @@ from ringfence.messages.base import typ_header
 from ringfence.messages.credential import (
     CredentialDecision,
     CredentialRequest,
-    Reason,
 )
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_DECISION
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.approver_keys import approver_key_problem
+from ringfence.model.requests.approver_keys import check_approver_key
 from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -256,9 +256,9 @@ class Sponsor(Lifetime):
             comment=comment,
         )
         signed = await self.connection.sign(answer)
-        problem = self._require_actions().key_problem(signed, self.connection.clock.now_ms())
-        if problem is not None:
-            raise RefusedError(ActionApproval.typ, (problem,), "client")
+        by_key = self._require_actions().check_key(signed, self.connection.clock.now_ms())
+        if isinstance(by_key, Refused):
+            raise RefusedError(ActionApproval.typ, (by_key.reason,), "client")
         await self.connection.publish(APPROVAL_RESPONSE, pending.agent, signed.claims, compact=signed.compact)
         self._require_actions().answered(pending.digest)
         self._notify()
@@ -317,8 +317,9 @@ class Sponsor(Lifetime):
         )
         question = self._questions.get(pending.request_id)
         signed = await self.connection.sign(approval, {"question": question.compact} if question else {})
-        if (reason := self._key_problem(signed, self.connection.clock.now_ms())) is not None:
-            raise RefusedError(Approval.typ, (reason,), "client")
+        by_key = self._check_key(signed, self.connection.clock.now_ms())
+        if isinstance(by_key, Refused):
+            raise RefusedError(Approval.typ, (by_key.reason,), "client")
         await self.connection.publish(
             APPROVAL_RESPONSE,
             pending.agent,
@@ -504,14 +505,14 @@ class Sponsor(Lifetime):
             audience=self.connection.settings.trust_domain,
         )
         # A yes by a key that does not count is none: the question must not vanish from the list of who can answer it.
-        if self._key_problem(approval, record.appended_at_ms) is None:
+        if isinstance(self._check_key(approval, record.appended_at_ms), Allowed):
             self._answered.add(approval.claims.request_id)
 
-    def _key_problem(self, approval: Signed[Approval], at_ms: int) -> Reason | None:
-        """Why the key of a yes does not count for an open question at `at_ms`, or None. A no counts by any key."""
+    def _check_key(self, approval: Signed[Approval], at_ms: int) -> Verdict:
+        """Check that the key of a yes counts for an open question at `at_ms`. A no counts by any key."""
         open_question = self._questions.get(approval.claims.request_id)
         if approval.claims.verdict == "denied" or open_question is None:
-            return None
+            return ALLOWED
         directory, compact = self._require_directory(), open_question.message.request
         request = Signed(
             parse(compact).unverified_claims(CredentialRequest), compact
@@ -519,9 +520,8 @@ class Sponsor(Lifetime):
         try:
             facts = load_context(directory, request)
         except DeniedError:
-            return None
-        found = approver_key_problem(approval, directory, facts, facts.verbs, at_ms=at_ms)
-        return found.reason if found else None
+            return ALLOWED
+        return check_approver_key(approval, directory, facts, facts.verbs, at_ms=at_ms)
 
     def _notify(self) -> None:
         """Wake every watcher; each takes the next event before it looks, so none misses a change."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import parse_qsl
@@ -47,6 +48,7 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of
+from ringfence.model.verdict import Refused
 
 
 def task_view(task: TaskState, leases: LeaseTable, run_id: str | None, now_s: float) -> dict[str, Any]:
@@ -92,6 +94,33 @@ _AFTER: Final = re.compile(r"[0-9]{1,4}")
 _POLL_AFTER_S: Final = 1
 
 
+@dataclass(frozen=True, slots=True)
+class PostedMessages:
+    """What handles posted messages."""
+
+    verifier: PostedMessageVerifier
+    limits: SenderLimits
+    """The limits of each agent's posts."""
+    publications: Publications
+
+
+@dataclass(frozen=True, slots=True)
+class AwaitedReplies:
+    """The replies, and the requests that wait for one."""
+
+    sealed: SealedReplies
+    waiting: WaitingRequests
+
+
+@dataclass(frozen=True, slots=True)
+class CallerProofs:
+    """What authenticates a caller outside of task sockets."""
+
+    keys: AgentKeys
+    checker: ProofChecker
+    """That of the whole gateway, so that a proof counts once."""
+
+
 class AgentRequestsApi:
     """The `AgentApi` of the data plane."""
 
@@ -100,26 +129,21 @@ class AgentRequestsApi:
         directory: Directory,
         leases: LeaseTable,
         trust: TrustStore,
-        verifier: PostedMessageVerifier,
-        publications: Publications,
-        replies: SealedReplies,
-        keys: AgentKeys,
-        proofs: ProofChecker,
-        posts: SenderLimits,
-        waiting: WaitingRequests,
+        posted: PostedMessages,
+        replies: AwaitedReplies,
+        proofs: CallerProofs,
         clock: Clock,
     ) -> None:
-        """`proofs`: the checker of the whole gateway, so that a proof counts once; `posts`: limits of each agent."""
         self._directory = directory
         self._leases = leases
         self._trust = trust
-        self._verifier = verifier
-        self._publications = publications
-        self._replies = replies
-        self._keys = keys
-        self._proofs = proofs
-        self._posts = posts
-        self._waiting = waiting
+        self._verifier = posted.verifier
+        self._publications = posted.publications
+        self._posts = posted.limits
+        self._replies = replies.sealed
+        self._waiting = replies.waiting
+        self._keys = proofs.keys
+        self._proofs = proofs.checker
         self._clock = clock
 
     async def answer(self, request: ApiRequest) -> Answer:
@@ -144,6 +168,18 @@ class AgentRequestsApi:
     # --- POST /v1/requests ---
 
     async def _post(self, request: ApiRequest) -> Answer:
+        """Publish a posted message. Raises RequestRefusedError; the checks:
+
+        1. It is announced as a JWS (415), by a caller who shows evidence (401).
+        2. It is not too long (413).
+        3. It is valid (`PostedMessageVerifier.verify`).
+        4. On a run's socket it is of the run's instance; on a task's socket, of that task.
+        5. Elsewhere it is of the certificate's agent, if there is one, and comes with a proof by its key.
+        6. The rate limits of its agent allow one more call (429).
+        7. A message whose time is over is one that was published before.
+        8. The limits of its agent's posts allow one more (429).
+        9. Kafka takes it (`Publications.publish`).
+        """
         if (request.content_type or "").partition(";")[0].strip().lower() != JOSE:
             raise RequestRefusedError(415, "content_type_unexpected", f"post one compact JWS, as {JOSE}")
         self._require_evidence(request.presented)
@@ -374,8 +410,10 @@ class AgentRequestsApi:
 
     def _check_limits(self, request: ApiRequest, agent_id: str) -> None:
         """Count the call for its agent, once that is certain: strangers use up nobody's share."""
-        if (reason := request.check_agent(agent_id)) is not None:
-            raise RequestRefusedError(429, reason.code, reason.message, headers={"Retry-After": "1"})
+        if isinstance(rate := request.check_agent(agent_id), Refused):
+            raise RequestRefusedError(
+                429, rate.reason.code, rate.reason.message, headers={"Retry-After": "1"}
+            )
 
     def _agent_of(self, task_id: str) -> str | None:
         task = self._task(task_id)

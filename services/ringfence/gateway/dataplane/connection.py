@@ -104,7 +104,7 @@ class AgentConnection:
         forwarded, exchange = self._fast_path.handed_over()
         try:
             if self._fast_path.lease_ended:
-                over = cut_error(self._shared.gate.view_problem())
+                over = cut_error(self._shared.gate.check_view())
                 return await self._send_refusal(over, forwarded.head, close=False, body=forwarded.body)
             if exchange is None:
                 return await self._forward(forwarded)

@@ -45,7 +45,7 @@ from ringfence.kernel.http1.head import (
     parse_response,
     take_head,
 )
-from ringfence.messages.credential import Reason
+from ringfence.model.verdict import Allowed, Refused
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Safe methods whose request may be sent again if a pooled connection turns out to be closed (RFC 9110, 9.2.2)."""
@@ -105,6 +105,7 @@ class Exchange:
 
     __slots__ = (
         "_answering",
+        "_check_view",
         "_client",
         "_head",
         "_in_chunks",
@@ -119,7 +120,6 @@ class Exchange:
         "_upgrade",
         "_uploading",
         "_view_expired",
-        "_view_problem",
         "_whole_body",
         "origin",
         "unsubscribe",
@@ -134,7 +134,7 @@ class Exchange:
         origin: Origin,
         timeouts: Timeouts,
         view_expired: Callable[[], bool],
-        view_problem: Callable[[], Reason | None],
+        check_view: Callable[[], Allowed | Refused],
     ) -> None:
         self.origin = origin
         self.upstream: Stream | None = None
@@ -145,7 +145,7 @@ class Exchange:
         self._request = request
         self._timeouts = timeouts
         self._view_expired = view_expired
-        self._view_problem = view_problem
+        self._check_view = check_view
         self._injects = injected is not None
         self._needles = needles_of(tuple(injected.values())) if injected is not None else ()
         self._uploading: asyncio.Task[None] | None = None
@@ -176,7 +176,7 @@ class Exchange:
 
     def on_lease_end(self) -> None:
         """Stop the exchange in both directions."""
-        self._cut(cut_error(self._view_problem()))
+        self._cut(cut_error(self._check_view()))
 
     def _check_cut(self) -> None:
         """Raise RequestRefusedError if the lease has ended, also while this process was suspended."""
@@ -475,13 +475,13 @@ class Exchange:
             self._client.fail(DisconnectedError(error.message))
 
 
-def cut_error(view_problem: Reason | None) -> RequestRefusedError:
-    """The refusal of an exchange that was cut. `view_problem`: why it is unknown whether the lease has ended, or None.
+def cut_error(view: Allowed | Refused) -> RequestRefusedError:
+    """The refusal of an exchange that was cut. `view`: whether the lease has ended for certain (`Gate.check_view`).
 
     Told that its lease has ended, an agent would ask for a new one, which does not help against a stale view.
     """
-    if view_problem is not None:
-        return RequestRefusedError(503, view_problem.code, view_problem.message, headers={"Retry-After": "1"})
+    if isinstance(view, Refused):
+        return RequestRefusedError(503, view.reason.code, view.reason.message, headers={"Retry-After": "1"})
     return RequestRefusedError(403, "lease_ended", "the lease that allowed this has ended")
 
 

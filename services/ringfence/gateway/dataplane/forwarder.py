@@ -199,7 +199,7 @@ class Forwarder:
         injected, origin = await self._credential_and_origin(request.verdict, request.server_socket)
         view_expired = never_expired if is_observed(request.verdict) else self._gate.view_expired
         exchange = Exchange(
-            client, request, injected, origin, self._timeouts, view_expired, self._gate.view_problem
+            client, request, injected, origin, self._timeouts, view_expired, self._gate.check_view
         )
         exchange.unsubscribe = self._on_lease_end(request.verdict, exchange.on_lease_end)
         try:
@@ -221,7 +221,7 @@ class Forwarder:
         assert request.verdict.lease is not None, "it was allowed"
         gate = self._gate
         exchange = Exchange(
-            client, request, injected, origin, self._timeouts, gate.view_expired, gate.view_problem
+            client, request, injected, origin, self._timeouts, gate.view_expired, gate.check_view
         )
         exchange.upstream = upstream
         client.on_disconnect = exchange.on_client_disconnect

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.gateway.errors import RequestRefusedError
-from ringfence.messages.credential import Reason
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
 TOO_MANY_CONNECTIONS = "too_many_connections"
 HANDSHAKE_COST = 10
@@ -74,7 +74,12 @@ class SenderLimits:
         self._forget_after_s = 0.0
 
     def open_connection(self, sender: str) -> bool:
-        """Count a new connection of this sender. False if it may not have one more."""
+        """Count a new connection of this sender. False if it may not have one more:
+
+        1. All senders together have fewer connections than allowed.
+        2. So has this sender.
+        3. Senders that are known only by their address leave the reserved share to others.
+        """
         having = self._connections.get(sender, 0)
         if self.connections >= self._allowed.connections or having >= self._allowed.connections_each:
             return False
@@ -98,7 +103,13 @@ class SenderLimits:
         return self._connections.get(sender, 0)
 
     def begin_handshake(self, address: str) -> bool:
-        """Count a new connection of this address that begins a TLS handshake. False if it may not have one more."""
+        """Count a new connection of this address that begins a TLS handshake. False if it may not have one more:
+
+        1. All addresses together are in fewer handshakes than allowed.
+        2. So is this address.
+        3. It may have one more connection (`open_connection`).
+        4. Its bucket has the tokens that a handshake costs.
+        """
         having = self._handshakes.get(address, 0)
         most = max(1, self._allowed.connections // _HANDSHAKE_SHARE)
         if (
@@ -221,15 +232,15 @@ class RequestSlot:
         self._charged = False
         self._sender_usage = take(self._sender)
 
-    def check_agent(self, agent_id: str) -> Reason | None:
+    def check_agent(self, agent_id: str) -> Allowed | Refused:
         """The `RateCheck` of the data plane: the limits of an agent over all its connections."""
         if self._agent[0] != agent_id:
             self._agent = agent_id, f"agent:{agent_id}"
         try:
             self._agent_usage = self._limits.charge_and_begin(self._agent[1])
         except RequestRefusedError as error:
-            return Reason(code=error.code, message=error.message)
-        return None
+            return refused(error.code, error.message)
+        return ALLOWED
 
     def end(self) -> None:
         if self._sender_usage is not None:

@@ -9,11 +9,11 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-from ringfence.gateway.contract import AgentApi
-from ringfence.gateway.dataplane.denials import denial_answer
+from ringfence.gateway.contract import AgentApi, DecisionCore
 from ringfence.gateway.dataplane.limits import Allowance
-from ringfence.gateway.dataplane.plane import DataPlane, ListenError
-from ringfence.gateway.dataplane.run_sockets import IN_TOTAL, RunSockets
+from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings, ListenError
+from ringfence.gateway.dataplane.run_sockets import IN_TOTAL, RunSockets, RunSocketSettings
+from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.hosts import AGENT_API
 from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.gateway.wiring import Core
@@ -42,7 +42,10 @@ class Listeners:
         fast_path: bool = True,
         agent_api: AgentApi | None = None,
     ) -> None:
-        """`fast_path` and `agent_api`: see `DataPlane`. Raises SettingsError if a certificate or key cannot be used."""
+        """`fast_path`: see `DataPlaneSettings`; `agent_api`: see `DataPlane`.
+
+        Raises SettingsError if a certificate or key cannot be used.
+        """
         self._runtime = runtime
         self._core = core
         self._own = own
@@ -50,17 +53,11 @@ class Listeners:
         allowance = Allowance(connections=own.connections)
         _raise_file_limit(2 * own.connections + IN_TOTAL + _OTHER_FILES)
         self._plane = DataPlane(
-            core.gate,
-            is_target_host=core.targets.is_target_host,
-            answer=denial_answer,
-            blocked=core.blocked.add,
-            name=runtime.key.id.rpartition("/")[2],
-            clock=runtime.clock,
+            DecisionCore(core.gate, core.targets.is_target_host, core.blocked.add, core.relays),
+            authority=CertificateAuthority(runtime.key.id.rpartition("/")[2], (), runtime.clock),
             tls=_tls_for_targets(own),
-            allowance=allowance,
-            fast_path=fast_path,
             agent_api=agent_api,
-            relays=core.relays,
+            settings=DataPlaneSettings(allowance=allowance, fast_path=fast_path),
         )
         self._own_hosts = frozenset({AGENT_API}) if agent_api is not None else frozenset[str]()
         self._sockets: dict[str, Path] = {}
@@ -72,7 +69,7 @@ class Listeners:
             trust_domain=runtime.settings.trust_domain,
             is_active=self._is_active,
             events=core.run_events,
-            runners=own.runners,
+            settings=RunSocketSettings(frozenset(own.runners)),
         )
         self._open = False
 

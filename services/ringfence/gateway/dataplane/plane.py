@@ -1,6 +1,6 @@
 """The embedded data plane: it listens for agents, and asks the decision core about each request before forwarding it.
 
-plane = DataPlane(gate, is_target_host=..., hosts=..., answer=...)
+plane = DataPlane(DecisionCore(gate, is_target_host), authority=..., tls=...)
 await plane.start()
 port = await plane.listen("127.0.0.1", 8443, names={"gateway.example:8443"}, tls=context)
 await plane.listen_for_task(path, task_id)
@@ -19,16 +19,15 @@ import ssl
 import stat
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from ringfence.gateway.contract import (
     AgentApi,
     BlockedRequest,
-    Gate,
+    DecisionCore,
     PresentedIdentity,
-    RelayGate,
-    ReportBlocked,
 )
 from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
@@ -44,7 +43,7 @@ from ringfence.gateway.dataplane.tls_listener import CertificateAuthority, TlsLi
 from ringfence.gateway.errors import AnswerVerdict
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.kernel.base import metrics
-from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.http_client import socket_address
 
@@ -62,38 +61,37 @@ class ListenError(RingfenceError):
     code = "cannot_listen"
 
 
+@dataclass(frozen=True, slots=True)
+class DataPlaneSettings:
+    """The settings of a data plane."""
+
+    allowance: Allowance = field(default_factory=Allowance)
+    timeouts: Timeouts = field(default_factory=Timeouts)
+    fast_path: bool = True
+    """Whether repeated requests are served without a coroutine."""
+
+
 class DataPlane:
     """All listeners of one gateway, and the pool of connections to targets that they share."""
 
     def __init__(
         self,
-        gate: Gate,
+        core: DecisionCore,
         *,
-        is_target_host: Callable[[str], bool],
-        hosts: Iterable[str] = (),
-        answer: AnswerVerdict = denial_answer,
-        blocked: ReportBlocked = lambda _: None,
-        name: str = "gateway",
-        clock: Clock | None = None,
+        authority: CertificateAuthority | None = None,
         tls: ssl.SSLContext | None = None,
-        allowance: Allowance = Allowance(),  # noqa: B008 - frozen
-        timeouts: Timeouts = Timeouts(),  # noqa: B008 - frozen
-        fast_path: bool = True,
         agent_api: AgentApi | None = None,
-        relays: RelayGate | None = None,
+        answer: AnswerVerdict = denial_answer,
+        settings: DataPlaneSettings = DataPlaneSettings(),
     ) -> None:
         """Args:
-            gate: the decision core.
-            is_target_host: whether a canonical `host[:port]` is a target's. Others are denied before any TLS.
-            hosts: the hosts of targets, without ports, for the gateway's CA. See `CertificateAuthority.set_hosts`.
-            answer: makes the answer to a verdict that does not allow.
-            blocked: called for each request that is blocked before a decision.
-            name: of this gateway, in its CA's certificate.
+            core: decides on requests.
+            authority: the gateway's CA, for connections to targets through it; by default one without hosts.
             tls: verifies targets; by default with the machine's authorities.
-            fast_path: whether repeated requests are served without a coroutine.
             agent_api: answers requests to the gateway itself. Without it there is no such host.
-            relays: decides on byte relays for runs. Without it there are none.
+            answer: makes the answer to a verdict that does not allow.
         """  # fmt: skip
+        gate, timeouts = core.gate, settings.timeouts
         self._deadline_timer, self._write_batcher = DeadlineTimer(), WriteBatcher()
         self.upstreams = UpstreamPool(
             tls or ssl.create_default_context(),
@@ -101,24 +99,24 @@ class DataPlane:
             connect_s=timeouts.connect_s,
             write_batcher=self._write_batcher,
         )
-        self.authority = CertificateAuthority(name, hosts, clock or SystemClock())
+        self.authority = authority or CertificateAuthority("gateway", (), SystemClock())
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.limits = SenderLimits(allowance, time.monotonic)
+        self.limits = SenderLimits(settings.allowance, time.monotonic)
         forwarder = Forwarder(gate, self.upstreams, timeouts)
         self._shared = DataPlaneContext(
             gate,
-            is_target_host,
+            core.is_target_host,
             answer,
             self.authority,
             forwarder,
             self.upstreams,
             self.limits,
             timeouts,
-            blocked,
+            core.report_blocked,
             agent_api,
-            RunRelays(relays, self.upstreams, timeouts) if relays is not None else None,
+            RunRelays(core.relays, self.upstreams, timeouts) if core.relays is not None else None,
         )
-        self._fast_paths = FastPaths(self._shared, enabled=fast_path)
+        self._fast_paths = FastPaths(self._shared, enabled=settings.fast_path)
         self._servers: list[asyncio.Server] = []
         self._tls_listeners: list[TlsListener] = []
         self._tasks: dict[Path, tuple[asyncio.Server, set[Stream]]] = {}

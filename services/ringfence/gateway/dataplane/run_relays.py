@@ -22,6 +22,7 @@ from ringfence.gateway.dataplane.websockets import RelayedBytes, tunnel
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, split_host_and_port
 from ringfence.messages.credential import Reason
+from ringfence.model.verdict import Refused
 
 PER_RUN: Final = 32
 """The most relays of one run at a time."""
@@ -123,7 +124,12 @@ class _Relay:
 
     def cut(self) -> None:
         """End the relay in both directions, and drop what is still to be sent."""
-        reason = self._permit.problem() or Reason(code="lease_ended", message="the lease has ended")
+        permitted = self._permit.check()
+        reason = (
+            permitted.reason
+            if isinstance(permitted, Refused)
+            else Reason(code="lease_ended", message="the lease has ended")
+        )
         self.cut_by = self.cut_by or reason
         self._refused = RequestRefusedError(403, reason.code, reason.message)
         if self.upstream is not None:
@@ -133,7 +139,7 @@ class _Relay:
 
     def check(self) -> None:
         """Raise RequestRefusedError if the relay was cut, or if nothing more may be relayed."""
-        if self._refused is None and self._permit.problem() is not None:
+        if self._refused is None and isinstance(self._permit.check(), Refused):
             self.cut()
         if self._refused is not None:
             raise self._refused

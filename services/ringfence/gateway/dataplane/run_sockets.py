@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -31,6 +31,16 @@ log = logging.getLogger(__name__)
 PER_RUNNER: Final = 512
 """The most sockets for runs of one runner at a time, so that no runner takes those of the others."""
 IN_TOTAL: Final = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class RunSocketSettings:
+    """Which runs have sockets, and how many."""
+
+    runners: frozenset[str] = frozenset()
+    """The names of the runners whose runs have sockets; empty for all."""
+    per_runner: int = PER_RUNNER
+    in_total: int = IN_TOTAL
 
 
 @dataclass(slots=True)
@@ -54,16 +64,13 @@ class RunSockets:
         trust_domain: str,
         is_active: Callable[[str], bool],
         events: RunEvents,
-        runners: Collection[str] = (),
-        per_runner: int = PER_RUNNER,
-        in_total: int = IN_TOTAL,
+        settings: RunSocketSettings = RunSocketSettings(),
     ) -> None:
         """Args:
             plane: listens on the sockets.
             runs: the table of runs; to be fed after this is made.
             is_active: whether the task with this id is active.
             events: of runs, on their way to Kafka.
-            runners: names of the runners whose runs have sockets; empty for all.
         """  # fmt: skip
         self._plane = plane
         self._runs = runs
@@ -71,9 +78,7 @@ class RunSockets:
         self._trust_domain = trust_domain
         self._is_active = is_active
         self._events = events
-        self._runners = frozenset(runners)
-        self._per_runner = per_runner
-        self._in_total = in_total
+        self._settings = settings
         self._started: dict[str, Run] = {}
         """Runs that had started when last heard of, in the order of their start."""
         self._sockets: dict[str, tuple[Path, str]] = {}
@@ -129,7 +134,10 @@ class RunSockets:
 
     def _has_room(self, run: Run) -> bool:
         """Whether one more socket may be open. If not, the run gets its own once that of another run is closed."""
-        if self._count_of[run.iss] < self._per_runner and len(self._sockets) < self._in_total:
+        if (
+            self._count_of[run.iss] < self._settings.per_runner
+            and len(self._sockets) < self._settings.in_total
+        ):
             return True
         log.warning(
             "run %s of %s waits for a socket: that runner has %d, and there are %d in total",
@@ -141,7 +149,8 @@ class RunSockets:
     def _on_run(self, run: Run) -> None:
         issuer = runner_issuer_of(run.iss)
         name = runner_name(self._trust_domain, issuer) if issuer is not None else None
-        if run.status == "started" and (not self._runners or name in self._runners):
+        runners = self._settings.runners
+        if run.status == "started" and (not runners or name in runners):
             self._started[run.run_id] = run
         else:
             self._started.pop(run.run_id, None)

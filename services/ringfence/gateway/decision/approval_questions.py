@@ -30,6 +30,7 @@ from ringfence.messages.approval import (
 )
 from ringfence.messages.credential import Revisions
 from ringfence.messages.registry import ActionClass, TargetState
+from ringfence.model.verdict import ALLOWED, Allowed
 
 DROPPED: Final = frozenset({"traceparent", "tracestate", "baggage", "date", "x-request-id"})
 """Clients change these with each attempt. They are neither hashed nor forwarded, so that an exact retry matches its
@@ -86,7 +87,13 @@ def shown_to_approver(headers: Headers) -> tuple[ShownHeader, ...]:
 
 
 def unshowable_reason(headers: Headers) -> str | None:
-    """Why a person cannot be shown these headers, or None."""
+    """Why a person cannot be shown these headers, or None:
+
+    1. The values that are shown are printable ASCII.
+    2. There are not too many headers, and none has too long a name.
+    3. No value that is shown is too long.
+    4. All together are not too long.
+    """
     shown_values = [value for name, value in headers if name in SHOWN_VALUES]
     if not all(" " <= char <= "~" for value in shown_values for char in value):
         names = ", ".join(sorted(SHOWN_VALUES & {name for name, _ in headers}))
@@ -191,13 +198,13 @@ class OpenQuestions:
         """Whether an approval of this question was used already."""
         return request_digest in self._used
 
-    def too_many_open(self, agent_id: str) -> Refusal | None:
-        """Why no more questions may be asked for this agent now, or None."""
-        return _too_many("questions to people", self._open, agent_id, self._per_agent, self._in_total)
+    def check_open(self, agent_id: str) -> Allowed | Refusal:
+        """Check whether one more question may be asked for this agent now."""
+        return _check_count("questions to people", self._open, agent_id, self._per_agent, self._in_total)
 
-    def too_many_waiting(self, agent_id: str) -> Refusal | None:
-        """Why no more requests of this agent may wait now, or None."""
-        return _too_many(
+    def check_waiting(self, agent_id: str) -> Allowed | Refusal:
+        """Check whether one more request of this agent may wait now."""
+        return _check_count(
             "requests that wait for people", self._waiting, agent_id, self._per_agent, self._in_total
         )
 
@@ -249,15 +256,15 @@ class OpenQuestions:
         _less(self._open, question.approval_key.agent_id)
 
 
-def _too_many(
+def _check_count(
     counted: str, counts: Counter[str], agent_id: str, per_agent: int, in_total: int
-) -> Refusal | None:
+) -> Allowed | Refusal:
     if counts[agent_id] >= per_agent:
         message = f"agent {agent_id} has {per_agent} {counted}; wait until they are answered, or over"
     elif counts.total() >= in_total:
         message = f"there are {in_total} {counted} here; ask again later"
     else:
-        return None
+        return ALLOWED
     return refuse("approvals_pending_limit", message, status=TOO_MANY_REQUESTS)
 
 

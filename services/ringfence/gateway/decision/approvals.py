@@ -45,9 +45,10 @@ from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.approvals import may_approve, not_understood
-from ringfence.model.requests.approver_keys import approver_key_problem
+from ringfence.model.requests.approvals import check_understood, may_approve
+from ringfence.model.requests.approver_keys import check_approver_key
 from ringfence.model.requests.facts import DeniedError, RecordContext, load_records
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
 log = logging.getLogger(__name__)
 
@@ -98,44 +99,57 @@ class Approvals:
 
     async def wait_for_answer(
         self, pending: ActionToApprove, holdable: HoldableRequest | None, *, wait_s: float | None = None
-    ) -> tuple[Question | None, Refusal | None]:
-        """Ask, or join an open question, and wait. Returns the question, if any, and why the request is refused.
+    ) -> tuple[Question | None, Allowed | Refusal]:
+        """Ask, or join an open question, and wait. Returns the question, if any, and whether a person approved.
 
-        Without a refusal there is an approval, which the request may use (`use_approval`). `holdable`: the request, as
-        the data plane has it; None if the data plane cannot tell whether its client is still there. `wait_s`: a shorter
-        time to wait; with 0 the request is not held at all.
+        If allowed, there is an approval, which the request may use (`use_approval`). `holdable`: the request, as the
+        data plane has it; None if the data plane cannot tell whether its client is still there. `wait_s`: a shorter
+        time to wait; with 0 the request is not held at all. The checks:
+
+        1. A person can be shown the request (`_check_showable`).
+        2. For a new question: the agent may have one more (`OpenQuestions.check_open`).
+        3. For a new question, if the request is held: it may wait (`OpenQuestions.check_waiting`).
+        4. For a new question: Kafka takes it (`_publish_question`).
+        5. While the question has no answer: the request may be held (`approval_pending`), and may wait
+           (`OpenQuestions.check_waiting`).
+        6. There is an answer in time (`_wait`), and it approves the request (`_check_answer`).
         """
         wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
-        if (refusal := _unshowable_refusal(pending)) is not None:
-            return None, refusal
+        if isinstance(showable := _check_showable(pending), Refusal):
+            return None, showable
         claims = self._claims(pending)
         agent_id = claims.agent_id
         question = self._questions.approval_key(ApprovalKey.of(claims), self._runtime.clock.now_ms())
         if question is None:
-            if (
-                refusal := self._questions.too_many_open(agent_id)
-                or (self._questions.too_many_waiting(agent_id) if wait_s else None)
-            ) is not None:
-                return None, refusal
+            if isinstance(room := self._questions.check_open(agent_id), Refusal):
+                return None, room
+            if wait_s and isinstance(room := self._questions.check_waiting(agent_id), Refusal):
+                return None, room
             question = Question(Signed(claims, sign(claims, self._runtime.key)), ApprovalKey.of(claims))
             self._questions.add(question)
-            if (refusal := await self._publish_question(question, pending)) is not None:
-                return None, refusal
-        if not question.settled and not wait_s:
+            if isinstance(published := await self._publish_question(question, pending), Refusal):
+                return None, published
+        if question.settled:
+            return question, _check_answer(question)
+        if not wait_s:
             return question, self._timeout_refusal(question)
-        if not question.settled:
-            if (refusal := self._questions.too_many_waiting(agent_id)) is not None:
-                return question, refusal
-            if (refusal := await self._wait(question, pending, holdable, wait_s)) is not None:
-                return question, refusal
-        return question, _settled_refusal(question)
+        if isinstance(room := self._questions.check_waiting(agent_id), Refusal):
+            return question, room
+        return question, await self._wait(question, pending, holdable, wait_s)
 
     def approval_key(self, pending: ActionToApprove) -> ApprovalKey:
         """The key of questions whose approval would cover this request."""
         return ApprovalKey.of(self._claims(pending))
 
-    def use_approval(self, question: Question) -> Refusal | None:
-        """Use an approval, once. Returns why it cannot be used, or None. The caller must await nothing after it."""
+    def use_approval(self, question: Question) -> Allowed | Refusal:
+        """Use an approval, once. The caller must await nothing after it. The checks:
+
+        1. The question is open, so the approval was not used (`approval_used`).
+        2. Neither question nor answer has expired (`approval_timeout`).
+        3. All records can be read, and none has changed since the question (`approval_stale`).
+        4. The person may still approve this (`approval_stale`).
+        5. The person's key still counts (`_check_key`).
+        """
         claims = question.signed.claims
         if self._questions.by_digest(question.signed.digest) is not question:
             message = (
@@ -156,12 +170,12 @@ class Approvals:
             self._questions.drop(question)
             return refuse("approval_stale", f"{question.answered_by} cannot approve this any more; ask anew")
         if question.answer is not None:
-            reason = self._key_problem(question.answer, question, ground, self._runtime.clock.now_ms())
-            if reason is not None:
+            key = self._check_key(question.answer, question, ground, self._runtime.clock.now_ms())
+            if isinstance(key, Refused):
                 self._questions.drop(question)
-                return Refusal(403, (reason,))
+                return Refusal(403, (key.reason,))
         self._questions.use(question)
-        return None
+        return ALLOWED
 
     def _claims(self, pending: ActionToApprove) -> ActionRequest:
         lease, ground, now_s = (
@@ -192,7 +206,8 @@ class Approvals:
             revisions=ground.revisions(pending.approval.policy),
         )
 
-    async def _publish_question(self, question: Question, pending: ActionToApprove) -> Refusal | None:
+    async def _publish_question(self, question: Question, pending: ActionToApprove) -> Allowed | Refusal:
+        """Publish a new question. Refused if Kafka does not take it; then it is closed."""
         claims = question.signed.claims
         try:
             async with asyncio.timeout(_PUBLISH_TIMEOUT_S):
@@ -211,12 +226,19 @@ class Approvals:
         except BaseException:
             self._close(question, refuse("approval_unavailable", "nobody was asked", status=UNAVAILABLE))
             raise
-        return None
+        return ALLOWED
 
     async def _wait(
         self, question: Question, pending: ActionToApprove, holdable: HoldableRequest | None, wait_s: float
-    ) -> Refusal | None:
-        """Wait for an answer. Returns None if there may be one, otherwise why this request waits no longer."""
+    ) -> Allowed | Refusal:
+        """Wait for the answer to a question, and check it:
+
+        1. It comes in time (`approval_pending`, or `approval_timeout` once the question has expired).
+        2. The client is still there (`client_gone`).
+        3. It approves the request (`_check_answer`).
+        4. Without an answer, the wait ended with the lease (`LeaseTable.check_live`), or as the view got stale
+           (`stale_view`).
+        """
         lease, has_left = pending.chosen.lease, False
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -238,7 +260,7 @@ class Approvals:
             async with asyncio.timeout(max(0.0, min(wait_s, question.signed.claims.exp - now_s))):
                 await waiter
         except TimeoutError:
-            return self._timeout_refusal(question)
+            return _check_answer(question) if question.settled else self._timeout_refusal(question)
         finally:
             self._questions.stop_waiting(question, waiter)
             metrics.ACTIONS_WAITING.dec()
@@ -248,18 +270,16 @@ class Approvals:
         if has_left:
             return refuse("client_gone", "whoever sent this did not wait for the answer")
         if question.settled:
-            return None
-        problem = self._table.problem(lease)
-        if problem is not None:
-            return refuse_for(problem)
+            return _check_answer(question)
+        if isinstance(live := self._table.check_live(lease), Refused):
+            return refuse_for(live.reason)
         return refuse(
             "stale_view", "what this gateway knows got too old while this waited", status=UNAVAILABLE
         )
 
-    def _timeout_refusal(self, question: Question) -> Refusal | None:
+    def _timeout_refusal(self, question: Question) -> Refusal:
+        """The refusal of a request whose question has no answer yet, and that waits no longer."""
         claims = question.signed.claims
-        if question.settled:
-            return None
         if self._runtime.clock.now_ms() >= claims.exp * 1000:
             message = (
                 f"nobody answered question {question.id} in time; send the same request again to ask anew"
@@ -286,7 +306,12 @@ class Approvals:
                 self._run_in_background(self._handle_answer(jws, record))
 
     def _to_this_gateway(self, record: Received) -> UnverifiedJws | None:
-        """The unverified answer in a record, if this gateway has to handle it."""
+        """The unverified answer in a record, if this gateway has to handle it:
+
+        1. It is not too long.
+        2. It is a JWS, and an answer by its type.
+        3. It names a question that is open here, or it quotes a question of this gateway.
+        """
         try:
             if len(record.value) > MAX_ANSWER_BYTES:
                 return None
@@ -316,9 +341,8 @@ class Approvals:
             return
         # The person may have seen records that have not arrived here yet.
         await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
-        problem = self._apply(answer, record)
-        if problem is not None:
-            await self._report_refused(answer, problem, record)
+        if isinstance(applied := self._apply(answer, record), Refused):
+            await self._report_refused(answer, applied.reason, record)
 
     async def _verify(self, jws: UnverifiedJws, record: Received) -> Signed[ActionApproval]:
         """Raises InvalidMessageError, ChainError."""
@@ -342,82 +366,94 @@ class Approvals:
             await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
             return opened()
 
-    def _apply(self, answer: Signed[ActionApproval], record: Received) -> Reason | None:
-        """Apply a verified answer to its question. Returns why it has no effect, or None if it has."""
+    def _apply(self, answer: Signed[ActionApproval], record: Received) -> Allowed | Refused:
+        """Apply a verified answer to its question, if it counts:
+
+        1. The question is known here (`request_unknown`).
+        2. Its approval was not used (`approval_replayed`).
+        3. The answer is valid (`_check_signed_answer`).
+        """
         claims = answer.claims
         question = self._questions.by_digest(claims.request_digest)
         if question is None and not self._questions.was_used(claims.request_digest):
-            return _problem("request_unknown", "no such question stands here: it is over, or was never asked")
+            return refused("request_unknown", "no such question stands here: it is over, or was never asked")
         if question is None:
-            return _problem(
+            return refused(
                 "approval_replayed", "this question was answered, and the answer used; each counts once"
             )
-        problem = self._answer_problem(question, answer, record)
-        if problem is not None:
-            return problem
+        if isinstance(valid := self._check_signed_answer(question, answer, record), Refused):
+            return valid
         question.answer, question.answered_by = answer, subject_of(claims.aud, claims.iss, "user")
         question.wake()
-        return None
+        return ALLOWED
 
-    def _answer_problem(
+    def _check_signed_answer(
         self, question: Question, answer: Signed[ActionApproval], record: Received
-    ) -> Reason | None:
+    ) -> Allowed | Refused:
+        """Check a verified answer:
+
+        1. It is a signature over exactly this question (`approval_other_request`).
+        2. The Kafka key and the agent in it are the question's agent (`key_unexpected`).
+        3. A user signed it (`not_a_person`).
+        4. It is the first answer (`already_decided`), and came in time (`approval_expired`).
+        5. If it approves, it has no unknown field (`check_understood`).
+        6. No record has changed since the question (`_check_records`).
+        7. The user may approve this, by a key that counts (`_check_approver`).
+        """
         claims, request = answer.claims, question.signed
         if (claims.request, claims.request_digest) != (request.compact, request.digest):
-            return _problem("approval_other_request", "the answer is a signature over another question")
+            return refused("approval_other_request", "the answer is a signature over another question")
         if (record.key, claims.agent_id) != (request.claims.agent_id, request.claims.agent_id):
-            return _problem(
+            return refused(
                 "key_unexpected", f"the Kafka key of an answer is the agent's id, {request.claims.agent_id}"
             )
         user_id = subject_of(claims.aud, claims.iss, "user")
         if user_id is None:
-            return _problem("not_a_person", f"{claims.iss} is no user; only people approve")
+            return refused("not_a_person", f"{claims.iss} is no user; only people approve")
         if question.answer is not None:
-            return _problem("already_decided", f"{question.answered_by} answered before, and that stands")
+            return refused("already_decided", f"{question.answered_by} answered before, and that stands")
         if record.appended_at_ms >= request.claims.exp * 1000:
-            return _problem("approval_expired", "the time in which answers counted is over")
-        return (
-            not_understood(claims)
-            or self._stale_problem(question)
-            or self._approver_problem(question, answer, user_id, record.appended_at_ms)
-        )
+            return refused("approval_expired", "the time in which answers counted is over")
+        if isinstance(understood := check_understood(claims), Refused):
+            return understood
+        if isinstance(records := self._check_records(question), Refused):
+            return records
+        return self._check_approver(question, answer, user_id, record.appended_at_ms)
 
-    def _stale_problem(self, question: Question) -> Reason | None:
+    def _check_records(self, question: Question) -> Allowed | Refused:
         """Close a question if records have changed since it was asked: the person might answer differently now."""
         claims = question.signed.claims
         try:
             ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
             self._close(question, Refusal(403, (error.reason,)))
-            return error.reason
+            return Refused(error.reason)
         if revisions_text(ground.revisions(claims.revisions.policy)) == revisions_text(claims.revisions):
-            return None
-        reason = _problem(
+            return ALLOWED
+        changed = refused(
             "approval_stale", "agent, user, task or target changed since it was asked; ask anew"
         )
-        self._close(question, Refusal(403, (reason,)))
-        return reason
+        self._close(question, Refusal(403, (changed.reason,)))
+        return changed
 
-    def _approver_problem(
+    def _check_approver(
         self, question: Question, answer: Signed[ActionApproval], user_id: str, at_ms: int
-    ) -> Reason | None:
+    ) -> Allowed | Refused:
+        """Check that the user may approve this (`not_approver`), by a key that counts (`_check_key`)."""
         claims = question.signed.claims
         ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         if not may_approve(self._directory, user_id, claims.required, ground):
-            return _problem(
-                "not_approver", f"{user_id} cannot give what is asked for here: {claims.required}"
-            )
-        return self._key_problem(answer, question, ground, at_ms)
+            return refused("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
+        return self._check_key(answer, question, ground, at_ms)
 
-    def _key_problem(
+    def _check_key(
         self, answer: Signed[ActionApproval], question: Question, ground: RecordContext, at_ms: int
-    ) -> Reason | None:
-        """Why the key of a yes does not count at `at_ms`, or None. A no counts by any key."""
+    ) -> Allowed | Refused:
+        """Check whether the key of an approval counts at `at_ms`. A denial counts by any key."""
         if answer.claims.verdict != "approved":
-            return None
+            return ALLOWED
         verbs = {question.signed.claims.verb}
-        found = approver_key_problem(answer, self._directory, ground, verbs, at_ms=at_ms)
-        return found.reason if found is not None else None
+        return check_approver_key(answer, self._directory, ground, verbs, at_ms=at_ms)
 
     async def _report_refused(self, answer: Signed[ActionApproval], reason: Reason, record: Received) -> None:
         """Report that a signed answer does not count, because the person who gave it expects an effect."""
@@ -449,7 +485,13 @@ _APPROVERS: Final = {
 }
 
 
-def _unshowable_refusal(pending: ActionToApprove) -> Refusal | None:
+def _check_showable(pending: ActionToApprove) -> Allowed | Refusal:
+    """Check whether a person can be shown a request:
+
+    1. Its body is no longer than what a data plane reads whole (`body_unseen`).
+    2. Its URL is ASCII, and short enough (`action_unshowable`).
+    3. Its headers can be shown (`unshowable_reason`).
+    """
     if len(pending.body) > MAX_BODY_BYTES:
         return refuse(
             "body_unseen", f"a request that waits for a person may have {MAX_BODY_BYTES} bytes", status=413
@@ -459,19 +501,15 @@ def _unshowable_refusal(pending: ActionToApprove) -> Refusal | None:
         return refuse("action_unshowable", message)
     if (reason := unshowable_reason(pending.headers)) is not None:
         return refuse("action_unshowable", f"nobody can be shown this request: {reason}")
-    return None
+    return ALLOWED
 
 
-def _settled_refusal(question: Question) -> Refusal | None:
-    """Why the request of a settled question is refused; None if it was approved."""
+def _check_answer(question: Question) -> Allowed | Refusal:
+    """Check that a settled question was answered, and approved."""
     if question.closed is not None:
         return question.closed
     answer = question.answer
     if answer is None or answer.claims.verdict != "approved":
         comment = f": {answer.claims.comment[:500]}" if answer is not None and answer.claims.comment else ""
         return refuse("approval_denied", f"{question.answered_by} denied it{comment}")
-    return None
-
-
-def _problem(code: str, message: str) -> Reason:
-    return Reason(code=code, message=message[:1000])
+    return ALLOWED

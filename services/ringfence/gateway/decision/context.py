@@ -51,6 +51,12 @@ class ObserveMode:
     ) -> CompiledTarget | None:
         """The target that a refused request is forwarded to; None if it is denied.
 
+        1. Targets are observed, and the gateway could decide.
+        2. No reason is one that denies in observe mode too (`STILL_DENIED`).
+        3. The request has a target. Without an authenticated sender: no credentials were shown at all.
+        4. The target is observed.
+        5. The request carries a credential of its own.
+
         Args:
             target: as the decision found it; None if the sender was not authenticated.
             presented: a request is forwarded only if it carries a credential of its own.

@@ -20,6 +20,7 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.http_targets import Action
 from ringfence.model.requests.policy_view import WrittenRecords, revisions_of
+from ringfence.model.verdict import ALLOWED, Allowed
 from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, PolicyResult
 
 MAX_CACHE_MS: Final = 5000
@@ -77,10 +78,13 @@ class Evaluator:
         reads: bool,
         task_history: Callable[[], Mapping[str, Any]],
         now_ms: int,
-    ) -> Refusal | ApprovalRequired | None:
-        """Evaluate the bundle. Returns a refusal, a required approval, or None if the action is allowed.
+    ) -> Allowed | Refusal | ApprovalRequired:
+        """Evaluate the bundle.
 
-        Fails closed: an engine that gives no answer denies. Only answers that allow without approval are cached.
+        1. A valid answer is cached: allowed. Only answers that allow without approval are cached.
+        2. The engine gives an answer; if it fails, nothing is allowed (503).
+        3. The answer allows the action (`_check_result`).
+        4. Neither the answer nor the target's record requires an approval.
 
         Args:
             chosen: the lease and the verified records.
@@ -89,21 +93,21 @@ class Evaluator:
         """
         key = cache_key(chosen, action, reads=reads)
         if self.is_valid(self.cached_answer(key), now_ms):
-            return None
+            return ALLOWED
         document = self._input(chosen, action, id=id, reads=reads, task_history=task_history(), now_ms=now_ms)
         try:
             answer = await self._engine.evaluate(to_json(document))
         except PolicyFailedError as error:
             metrics.POLICY_FAILURES.labels(error.code).inc()
             return Refusal(UNAVAILABLE, (Reason(code=error.code, message=str(error)[:1000]),))
-        if (denied := _refusal_of(answer.result)) is not None:
+        if isinstance(denied := _check_result(answer.result), Refusal):
             return denied
         if required := _required_approvals(answer, chosen, action):
             return _approval_required(required, answer.revision)
         for_ms = min(answer.result.max_ttl_s * 1000, MAX_CACHE_MS)
         if for_ms > 0 and answer.revision == self._engine.revision:
             self._answers[key] = CachedAnswer(answer.revision, now_ms + for_ms)
-        return None
+        return ALLOWED
 
     def _input(
         self,
@@ -161,10 +165,11 @@ def cache_key(chosen: ChosenLease, action: Action, *, reads: bool) -> CacheKey:
     )  # fmt: skip
 
 
-def _refusal_of(result: PolicyResult) -> Refusal | None:
+def _check_result(result: PolicyResult) -> Allowed | Refusal:
+    """Check what the bundle decided, besides approvals: it allows the action, and gives no reason to deny it."""
     reasons = result.deny[:_MAX_REASONS]
     if result.allow and not reasons:
-        return None
+        return ALLOWED
     if not reasons:
         message = "policy does not allow it and gave no reason"
         reasons = (Reason(code="policy_denied", message=message),)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
 from ringfence.gateway.contract import (
@@ -60,6 +60,7 @@ from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.mcp.headers import is_known
 from ringfence.model.target_settings import STDIO_URL
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 
 log = logging.getLogger(__name__)
 
@@ -71,56 +72,78 @@ more, and try ten times.
 """
 
 
+@dataclass(frozen=True, slots=True)
+class DecisionSteps:
+    """The parts of a gate that carry out the steps of a decision."""
+
+    authenticator: SenderAuthenticator
+    targets: Targets
+    evaluator: Evaluator
+    approvals: Approvals
+    injector: Injector
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionLog:
+    """The parts of a gate that record decisions."""
+
+    gateway: str
+    """The SPIFFE ID of this gateway, for events."""
+    recorder: Recorder
+    refusal_counts: RefusalCounts
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionSettings:
+    """The settings of a gate."""
+
+    entitlements_max_age_s: int
+    observe: Collection[str] = ()
+    """The ids of the targets that are only observed."""
+    fast_path: bool = True
+    """Whether decisions are cached for repeated requests; without, each is decided step by step."""
+
+
 class DecisionGate:
     """The `Gate` of this gateway. See the protocol for the contract of each method."""
 
     def __init__(
         self,
         view: View,
-        targets: Targets,
-        authenticator: SenderAuthenticator,
-        evaluator: Evaluator,
-        injector: Injector,
-        recorder: Recorder,
-        refusal_counts: RefusalCounts,
-        approvals: Approvals,
-        clock: Clock,
+        steps: DecisionSteps,
+        decision_log: DecisionLog,
+        settings: DecisionSettings,
         *,
-        gateway: str,
+        clock: Clock,
         key: Callable[[], SigningKey],
-        entitlements_max_age_s: int,
-        observe: Collection[str] = (),
-        fast_path: bool = True,
     ) -> None:
-        """Args:
-            gateway: the SPIFFE ID of this one, for events.
-            key: the current key of this one; that which seals request states of MCP is derived from it.
-            observe: the targets that are only observed.
-            fast_path: whether decisions are cached for repeated requests; without, each is decided step by step.
-        """  # fmt: skip
+        """`key`: the current key of this gateway; that which seals request states of MCP is derived from it."""
+        recorder, gateway = decision_log.recorder, decision_log.gateway
         self._view = view
-        self._targets = targets
-        self._authenticator = authenticator
-        self._evaluator = evaluator
-        self._injector = injector
-        self._refusal_counts = refusal_counts
-        self._approvals = approvals
+        self._targets = targets = steps.targets
+        self._authenticator = steps.authenticator
+        self._evaluator = steps.evaluator
+        self._injector = steps.injector
+        self._refusal_counts = decision_log.refusal_counts
+        self._approvals = steps.approvals
         self._clock = clock
-        self._entitlements_max_age_s = entitlements_max_age_s
+        self._entitlements_max_age_s = settings.entitlements_max_age_s
         self._ids = ActionIds()
         self._task_history = TaskHistory()
         self._fast_path: DecisionFastPath | None = None
         self._authorize = self._authorize_uncached
-        if fast_path:
+        if settings.fast_path:
             self._fast_path = DecisionFastPath(
-                view, targets, authenticator, evaluator, injector, recorder, self._task_history, self._ids, clock,
-                gateway=gateway, entitlements_max_age_s=entitlements_max_age_s, authorize=self._authorize_uncached,
+                view, targets, steps.authenticator, steps.evaluator, steps.injector, recorder, self._task_history,
+                self._ids, clock,
+                gateway=gateway, entitlements_max_age_s=settings.entitlements_max_age_s,
+                authorize=self._authorize_uncached,
             )  # fmt: skip
             self._authorize = self._fast_path.authorize
         self._events = DecisionEvents(
             view, targets, recorder, self._task_history, clock, gateway=gateway, fast_path=self._fast_path
         )
-        self._observe_mode = ObserveMode(targets, observe)
+        self._observe_mode = ObserveMode(targets, settings.observe)
         self._mcp = McpRequests(view.table, clock, key)
 
     @property
@@ -143,13 +166,13 @@ class DecisionGate:
     ) -> Verdict:
         context = DecisionContext(self._ids.new(), attempt, holdable)
         try:
-            refusal = await self._decide(context, presented, attempt, rate_check)
+            result = await self._decide(context, presented, attempt, rate_check)
         except Exception:  # fail closed
             log.exception("a request could not be decided")
-            refusal = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
-        if refusal is not None and context.unexamined and not context.observed:
-            return self._record_counted(context, presented, attempt, refusal)
-        verdict = self._verdict(context, presented, attempt, refusal)
+            result = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
+        if isinstance(result, Refusal) and context.unexamined and not context.observed:
+            return self._record_counted(context, presented, attempt, result)
+        verdict = self._verdict(context, presented, attempt, result)
         try:
             self._events.record(context, presented, verdict)
         except SpoolFullError as error:
@@ -188,10 +211,10 @@ class DecisionGate:
     async def headers_to_inject(self, verdict: Verdict) -> Mapping[str, str]:
         if not verdict.allowed or verdict.lease is None or verdict.injected is None:
             raise UnavailableError("this request was not allowed: nothing is injected")
-        if (denial := self._view.denial()) is not None:
-            raise UnavailableError(denial.message, code=denial.code)
-        if (problem := self._view.table.problem(verdict.lease)) is not None:
-            raise UnavailableError(problem.message, code=problem.code)
+        if isinstance(freshness := self._view.check_freshness(), Refused):
+            raise UnavailableError(freshness.reason.message, code=freshness.reason.code)
+        if isinstance(live := self._view.table.check_live(verdict.lease), Refused):
+            raise UnavailableError(live.reason.message, code=live.reason.code)
         return verdict.injected
 
     def upstream(self, target: TargetState) -> str:
@@ -212,8 +235,8 @@ class DecisionGate:
     def unwatch(self, lease_id: str, on_ended: Callable[[], None]) -> None:
         self._view.table.unwatch(lease_id, on_ended)
 
-    def view_problem(self) -> Reason | None:
-        return self._view.view_problem()
+    def check_view(self) -> Allowed | Refused:
+        return self._view.check_view()
 
     def view_expired(self) -> bool:
         return self._view.view_expired()
@@ -226,21 +249,28 @@ class DecisionGate:
         presented: PresentedIdentity,
         attempt: Attempt,
         rate_check: RateCheck | None,
-    ) -> Refusal | None:
+    ) -> Allowed | Refusal:
+        """Decide on a request:
+
+        1. The checks up to a person's approval (`_check`).
+        2. The target can be reached (`_check_url`).
+        3. The credential is available, and the lease still live (`_fetch_credential`).
+        4. The approval, if one was required, can be used (`Approvals.use_approval`).
+        """
         began_ns = time.perf_counter_ns()
         try:
-            refusal = await self._check(context, presented, attempt, rate_check)
+            result = await self._check(context, presented, attempt, rate_check)
         finally:
             context.took_ns = time.perf_counter_ns() - began_ns - context.waited_ns
-        if refusal is None and context.target is not None:
-            refusal = _no_url_refusal(context.target, attempt)
-        if refusal is None and context.chosen is not None and context.target is not None:
-            refusal = await self._fetch_credential(context, context.chosen.lease, context.target.state)
-        if refusal is None and context.question is not None:
-            refusal = self._approvals.use_approval(context.question)
-        if refusal is not None:
-            self._apply_observe_mode(context, refusal, presented, attempt)
-        return refusal
+        if isinstance(result, Allowed) and context.target is not None:
+            result = _check_url(context.target, attempt)
+        if isinstance(result, Allowed) and context.chosen is not None and context.target is not None:
+            result = await self._fetch_credential(context, context.chosen.lease, context.target.state)
+        if isinstance(result, Allowed) and context.question is not None:
+            result = self._approvals.use_approval(context.question)
+        if isinstance(result, Refusal):
+            self._apply_observe_mode(context, result, presented, attempt)
+        return result
 
     async def _check(
         self,
@@ -248,35 +278,54 @@ class DecisionGate:
         presented: PresentedIdentity,
         attempt: Attempt,
         rate_check: RateCheck | None,
-    ) -> Refusal | None:
+    ) -> Allowed | Refusal:
+        """Run the checks up to a person's approval:
+
+        1. The view is fresh.
+        2. The sender is authenticated.
+        3. The data plane's rate limits allow one more request of its agent.
+        4. Target, request map, lease and bundle allow the action (`_authorize_action`).
+        5. If the bundle requires an approval: a person may be asked (`_check_askable`), and gives it.
+        """
         context.unexamined = True
-        if (stale := self._stale_refusal()) is not None:
-            return stale
+        if isinstance(freshness := self._check_freshness(), Refusal):
+            return freshness
         sender = await self._authenticator.authenticate(presented, attempt)
         if isinstance(sender, Refusal):
             context.sender = sender.sender
             return sender
         context.sender = sender
-        if rate_check is not None and (reason := rate_check(sender.agent_id)) is not None:
-            return Refusal(TOO_MANY_REQUESTS, (reason,))
+        if rate_check is not None and isinstance(rate := rate_check(sender.agent_id), Refused):
+            return Refusal(TOO_MANY_REQUESTS, (rate.reason,))
         context.unexamined = False
         result = await self._authorize_action(context, sender)
         if not isinstance(result, ApprovalRequired):
             return result
-        if (refusal := self._unaskable_refusal(context, presented)) is not None:
-            return refusal
+        if isinstance(askable := self._check_askable(context, presented), Refusal):
+            return askable
         return await self._wait_for_approval(context, sender, result)
 
     async def _authorize_action(
         self, context: DecisionContext, sender: Sender
-    ) -> Refusal | ApprovalRequired | None:
+    ) -> Allowed | Refusal | ApprovalRequired:
+        """Authorize what a request does:
+
+        1. The request has a target.
+        2. For a target inside of a run: it came through that run's socket (`_check_run_socket`).
+        3. For an MCP message: all of its actions are allowed (`_authorize_mcp`). Otherwise:
+        4. The target's request map says what the request does.
+        5. A lease allows that (`domain.authorize`).
+        6. The bundle allows it (`Evaluator.answer`).
+        """
         attempt = context.attempt
         target = self._targets.find(attempt)
         if isinstance(target, Refusal):
             return target
         context.target = target
-        if target.url == STDIO_URL and (outside := _outside_refusal(target, attempt, sender)) is not None:
-            return outside
+        if target.url == STDIO_URL:
+            run_socket = _check_run_socket(target, attempt, sender)
+            if isinstance(run_socket, Refusal):
+                return run_socket
         if target.map.speaks_mcp(attempt.target):
             return await self._authorize_mcp(context, target, sender)
         action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
@@ -291,8 +340,15 @@ class DecisionGate:
 
     async def _authorize_mcp(
         self, context: DecisionContext, target: CompiledTarget, sender: Sender
-    ) -> Refusal | ApprovalRequired | None:
-        """Authorize all actions of one MCP message, by one lease. The first action stands for the message in events."""
+    ) -> Allowed | Refusal | ApprovalRequired:
+        """Authorize all actions of one MCP message, by one lease. The first action stands for the message in events.
+
+        1. The message can be read, and belongs to the sender (`McpRequests.read`).
+        2. The target's request map has a rule for each of its actions.
+        3. For each action: a lease allows it (`domain.authorize`), which is the one of the actions before.
+        4. For each action: the bundle allows it (`Evaluator.answer`).
+        5. At most one action requires a person's approval.
+        """
         mcp_request = self._mcp.read(context.attempt, target, sender)
         if isinstance(mcp_request, Refusal):
             return mcp_request
@@ -315,7 +371,7 @@ class DecisionGate:
             result = await self._ask_bundle(context, chosen, action)
             if isinstance(result, Refusal):
                 return result
-            if result is not None:
+            if not isinstance(result, Allowed):
                 required.append((action, chosen, result))
             sender = replace(sender, lease_id=chosen.lease.lease_id, task_id=chosen.lease.task_id)
         if len(required) > 1:
@@ -325,7 +381,7 @@ class DecisionGate:
             context.action, context.chosen, approval = required[0]
             return approval
         context.action = actions[0]
-        return None
+        return ALLOWED
 
     def _authorize_uncached(
         self, sender: Sender, target: TargetState, action: Action
@@ -342,7 +398,7 @@ class DecisionGate:
 
     async def _ask_bundle(
         self, context: DecisionContext, chosen: ChosenLease, action: Action
-    ) -> Refusal | ApprovalRequired | None:
+    ) -> Allowed | Refusal | ApprovalRequired:
         now_ms = self._clock.now_ms()
         return await self._evaluator.answer(
             chosen,
@@ -355,58 +411,76 @@ class DecisionGate:
 
     async def _fetch_credential(
         self, context: DecisionContext, lease: Lease, target: TargetState
-    ) -> Refusal | None:
-        """Fetch the credential of an allowed request. Returns a refusal if there is none, which is recorded as such."""
-        refusal = None
+    ) -> Allowed | Refusal:
+        """Fetch the credential of an allowed request, and check the lease and the view once more after that await.
+
+        1. The lease is still live: it may have been cut meanwhile, and this gateway may have acknowledged that.
+        2. The view is still fresh.
+        3. There is a credential.
+        """
+        fetched: Allowed | Refusal = ALLOWED
         try:
             context.injected = await self._injector.headers(lease, target)
         except UnavailableError as error:
-            refusal = refuse(error.code, error.message[:1000], status=UNAVAILABLE)
-        # The lease may have been cut during an await, and this gateway may have acknowledged that.
-        problem = self._view.table.problem(lease)
-        return refuse_for(problem) if problem is not None else self._stale_refusal() or refusal
+            fetched = refuse(error.code, error.message[:1000], status=UNAVAILABLE)
+        if isinstance(live := self._view.table.check_live(lease), Refused):
+            return refuse_for(live.reason)
+        if isinstance(freshness := self._check_freshness(), Refusal):
+            return freshness
+        return fetched
 
-    def _stale_refusal(self) -> Refusal | None:
-        denial = self._view.denial()
-        return Refusal(UNAVAILABLE, (denial,)) if denial is not None else None
+    def _check_freshness(self) -> Allowed | Refusal:
+        """Check that the view is fresh; if it is not, nothing can be decided (503)."""
+        freshness = self._view.check_freshness()
+        return Refusal(UNAVAILABLE, (freshness.reason,)) if isinstance(freshness, Refused) else ALLOWED
 
     # --- approval by a person, if the bundle requires it ---
 
-    def _unaskable_refusal(self, context: DecisionContext, presented: PresentedIdentity) -> Refusal | None:
-        """A refusal if no person should be asked: in observe mode the request is forwarded anyway."""
+    def _check_askable(self, context: DecisionContext, presented: PresentedIdentity) -> Allowed | Refusal:
+        """Check whether a person should be asked: not if the request is forwarded anyway, in observe mode."""
         refusal = refuse("approval_required", "a person would be asked about this action")
         observed = self._observe_mode.forward_target(refusal, context.target, presented, context.attempt)
-        return refusal if observed is not None else None
+        return refusal if observed is not None else ALLOWED
 
     async def _wait_for_approval(
         self, context: DecisionContext, sender: Sender, approval: ApprovalRequired
-    ) -> Refusal | None:
-        """Wait for an approval, then check everything again. The approval is used only if no other check refuses."""
+    ) -> Allowed | Refusal:
+        """Wait for an approval, then check everything again. The approval is used only if no other check refuses.
+
+        1. The data plane shows all headers that it forwards (`headers_unseen`).
+        2. The whole body was read (`body_unseen`).
+        3. All of the action can be shown to a person (`action_unshowable`).
+        4. A person approves it in time (`Approvals.wait_for_answer`).
+        5. The action is still allowed, and is what was approved (`_check_again`).
+        """
         if context.target is None or headers_to_approve(context.attempt, context.target.state) is None:
             message = (
                 "a person is asked about this, with its headers, and this data plane does not show all that it "
                 "forwards: go through the gateway's own data plane"
             )
             return refuse("headers_unseen", message)
-        if (refusal := await self._read_whole_body(context)) is not None:
-            return refusal
+        if isinstance(body := await self._read_whole_body(context), Refusal):
+            return body
         waiting = _pending_action(context, approval)
         if waiting is None:
             text = "the target does not say where it is, or a number in the message is too large to be told exactly"
             return refuse("action_unshowable", f"nobody can be asked: {text}")
         began_ns = time.perf_counter_ns()
         try:
-            context.question, refusal = await self._approvals.wait_for_answer(
+            context.question, answer = await self._approvals.wait_for_answer(
                 waiting, context.holdable, wait_s=_hold_s(context)
             )
         finally:
             context.waited_ns = time.perf_counter_ns() - began_ns
-        if refusal is not None and refusal.reasons[0].code == PENDING:
-            self._offer_retry(context)
-        if refusal is not None and refusal.status == UNAVAILABLE:
-            refusal = self._stale_refusal() or refusal  # the stale refusal names what is stale
-        if refusal is not None or context.question is None:
-            return refusal or refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
+        if isinstance(answer, Refusal):
+            if answer.reasons[0].code == PENDING:
+                self._offer_retry(context)
+            if answer.status == UNAVAILABLE:
+                freshness = self._check_freshness()  # its refusal names what is stale
+                return freshness if isinstance(freshness, Refusal) else answer
+            return answer
+        if context.question is None:
+            return refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
         return await self._check_again(context, sender, context.question)
 
     def _offer_retry(self, context: DecisionContext) -> None:
@@ -415,33 +489,44 @@ class DecisionGate:
         if mcp_request is not None and lease is not None and mcp_request.learns_of_approval:
             context.request_state = self._mcp.approval_state(mcp_request, lease)
 
-    async def _read_whole_body(self, context: DecisionContext) -> Refusal | None:
+    async def _read_whole_body(self, context: DecisionContext) -> Allowed | Refusal:
+        """Read the rest of the request's body into the context. Refused if the data plane does not have all of it."""
         if context.attempt.body is None and context.holdable is not None:
             context.attempt = replace(context.attempt, body=await context.holdable.read_body())
         if context.attempt.body is None:
             message = "a person is asked about this, with its body, and that was not seen whole"
             return refuse("body_unseen", message, status=CONTENT_TOO_LARGE)
-        return None
+        return ALLOWED
 
     async def _check_again(
         self, context: DecisionContext, sender: Sender, question: Question
-    ) -> Refusal | None:
-        """Repeat the decision after waiting. The request must still be the one that was approved."""
-        if (stale := self._stale_refusal()) is not None:
-            return stale
+    ) -> Allowed | Refusal:
+        """Repeat the decision after waiting:
+
+        1. The view is fresh.
+        2. Target, request map, lease and bundle allow the action (`_authorize_action`).
+        3. If an approval is still required: the request is the one that was approved (`approval_stale`).
+        """
+        if isinstance(freshness := self._check_freshness(), Refusal):
+            return freshness
         result = await self._authorize_action(context, sender)
-        if isinstance(result, Refusal):
+        if not isinstance(result, ApprovalRequired):
             return result
-        repeated = _pending_action(context, result) if result is not None else None
-        if result is not None and (
-            repeated is None or self._approvals.approval_key(repeated) != question.approval_key
-        ):
+        repeated = _pending_action(context, result)
+        if repeated is None or self._approvals.approval_key(repeated) != question.approval_key:
             return refuse(
                 "approval_stale", "what was approved is another thing by now; send it again to ask anew"
             )
-        return None
+        return ALLOWED
 
     def _unmapped_refusal(self, target: CompiledTarget, attempt: Attempt) -> Refusal:
+        """The refusal of a request for which the target's map has no action, by the first of these causes:
+
+        1. The map has a rule that this gateway does not understand (`rule_not_understood`).
+        2. A rule reads the body, and that was not seen whole (`body_unseen`).
+        3. A rule reads the body, and that is not JSON for certain (`body_not_json`).
+        4. No rule fits (`request_unmapped`).
+        """
         id = target.state.target_id
         body = attempt.body
         shown = body if attempt.json or target.map.speaks_mcp(attempt.target) else None
@@ -474,13 +559,15 @@ class DecisionGate:
         context: DecisionContext,
         presented: PresentedIdentity,
         attempt: Attempt,
-        refusal: Refusal | None,
+        result: Allowed | Refusal,
     ) -> Verdict:
         by_proof = presented.task_id is None and presented.certificate is None
+        allowed = isinstance(result, Allowed)
+        refusal = result if isinstance(result, Refusal) else None
         status = 200 if refusal is None else refusal.status
         return Verdict(
             context.id,
-            allowed=refusal is None,
+            allowed=allowed,
             status=status,
             reasons=() if refusal is None else refusal.reasons[:_MAX_REASONS],
             lease=context.lease,
@@ -490,11 +577,11 @@ class DecisionGate:
             retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_MANY_REQUESTS) else None,
             task_id=context.task_id,
             observed=context.observed,
-            mcp=self._mcp_exchange(context, attempt) if refusal is None else None,
-            rpc=self._rpc_error_reply(context, attempt) if refusal is not None else None,
-            body=_forwarded_body(context) if refusal is None or context.observed else None,
-            headers=_approved_headers(context) if refusal is None else None,
-            injected=context.injected if refusal is None else None,
+            mcp=self._mcp_exchange(context, attempt) if allowed else None,
+            rpc=self._rpc_error_reply(context, attempt) if not allowed else None,
+            body=_forwarded_body(context) if allowed or context.observed else None,
+            headers=_approved_headers(context) if allowed else None,
+            injected=context.injected if allowed else None,
         )
 
     def _mcp_exchange(self, context: DecisionContext, attempt: Attempt) -> McpExchange | None:
@@ -539,17 +626,17 @@ def _approved_headers(context: DecisionContext) -> Headers | None:
     return headers_to_approve(context.attempt, context.target.state)
 
 
-def _no_url_refusal(target: CompiledTarget, attempt: Attempt) -> Refusal | None:
-    """A refusal if the target has no URL: whatever is recorded as allowed can be sent."""
+def _check_url(target: CompiledTarget, attempt: Attempt) -> Allowed | Refusal:
+    """Check that the target has a URL: whatever is recorded as allowed can be sent."""
     if target.can_be_sent(attempt):
-        return None
+        return ALLOWED
     return refuse("target_nowhere", _no_url_message(target.state), status=UNAVAILABLE)
 
 
-def _outside_refusal(target: CompiledTarget, attempt: Attempt, sender: Sender) -> Refusal | None:
-    """A refusal unless an MCP message for a server in a run comes through that run's own socket."""
+def _check_run_socket(target: CompiledTarget, attempt: Attempt, sender: Sender) -> Allowed | Refusal:
+    """Check that a request for a server in a run is an MCP message, and came through a run's own socket."""
     if attempt.sent_by_gateway and sender.run_id is not None and target.map.speaks_mcp(attempt.target):
-        return None
+        return ALLOWED
     message = (
         f"target {target.state.target_id} is an MCP server inside of a run: start it with ringfence mcp wrap, and send "
         "it messages by that command's standard input alone"

@@ -29,6 +29,7 @@ from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.identity.api_tokens import api_token
+from ringfence.model.verdict import Refused
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +126,11 @@ class SealedCredentials:
         if delivery.credential.expires_at * 1000 <= self._clock.now_ms():
             return
         lease = self._table.get(delivery.lease_id)
-        if lease is not None and self._table.problem(lease) is not None and lease.status != "minting":
+        if (
+            lease is not None
+            and lease.status != "minting"
+            and isinstance(self._table.check_live(lease), Refused)
+        ):
             return
         self._deliveries[delivery.lease_id] = delivery
 
@@ -204,9 +209,8 @@ class Injector:
                 extra=rate_limited(lease.target_id),
             )
             raise UnavailableError(f"Ringfence has no credential for target {target.target_id} now") from None
-        problem = self._table.problem(lease)
-        if problem is not None:
-            raise UnavailableError(problem.message, code=problem.code)
+        if isinstance(live := self._table.check_live(lease), Refused):
+            raise UnavailableError(live.reason.message, code=live.reason.code)
         return headers
 
     def cached_headers(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:

@@ -21,7 +21,7 @@ from ringfence.gateway.domain import (
     NOT_FOUND,
     Refusal,
     Sender,
-    lease_elsewhere,
+    check_run_of_lease,
     refuse,
 )
 from ringfence.gateway.state.leases import LeaseTable
@@ -49,6 +49,7 @@ from ringfence.model.mcp.messages import (
 from ringfence.model.mcp.request_state import RequestState, RequestStateError, RequestStates, Round
 from ringfence.model.mcp.results import Grants
 from ringfence.model.scope.scope import intersect
+from ringfence.model.verdict import Allowed, Refused
 
 _ID: Final = re.compile(r"[!-~]{1,256}")
 _MAX_BOUND: Final = 256
@@ -175,7 +176,17 @@ class McpRequests:
     # --- requests ---
 
     def read(self, attempt: Attempt, target: CompiledTarget, sender: Sender) -> McpRequest | Refusal:
-        """Parse a request. Refuses it if it is ambiguous, or if its session, task or state is another sender's."""
+        """Parse a request. Refuses it if it is ambiguous, or if its session, task or state is another sender's.
+
+        1. The data plane can filter the answers (`mcp_needs_plane`).
+        2. A posted message can be read (`_message`).
+        3. The headers state at most one revision, which is that of the message.
+        4. The headers of the message agree with it; without a message there are none.
+        5. A revision without sessions names no session, and resumes no stream.
+        6. A stream is resumed in a session (`mcp_resume_unbound`).
+        7. Session and tasks belong to a lease of the sender (`_bind`).
+        8. In a revision with request states: the state is of this call, and of a lease of the sender (`_with_state`).
+        """
         carried, id = attempt.mcp_headers, target.state.target_id
         if carried is None:
             message = (
@@ -225,9 +236,15 @@ class McpRequests:
         return sender
 
     def _restricted(self, sender: Sender, lease_id: str | None, what: _Bound) -> Sender | Refusal:
-        """The sender, restricted to the lease that a session, a task of the server or a state belongs to."""
+        """The sender, restricted to the lease that a session, a task of the server or a state belongs to.
+
+        1. There is such a lease, and it is live.
+        2. It is of the sender's agent.
+        3. It is of the sender's task, if that is known.
+        4. It is the lease that the sender showed, if it showed one.
+        """
         lease = self._table.get(lease_id) if lease_id is not None else None
-        if lease is None or self._table.problem(lease) is not None:
+        if lease is None or isinstance(self._table.check_live(lease), Refused):
             message = f"there is no such {what} here, or its lease has ended: {_ANEW[what]}"
             return refuse(_UNKNOWN[what], message, status=NOT_FOUND if what == "session" else BAD_REQUEST)
         if lease.agent_id != sender.agent_id:
@@ -242,7 +259,13 @@ class McpRequests:
     # --- states of retried requests ---
 
     def _with_state(self, request: McpRequest, message: McpMessage, target_id: str) -> McpRequest | Refusal:
-        """The request with its opened state, restricted to the lease that the state was sealed to."""
+        """The request with its opened state, restricted to the lease that the state was sealed to.
+
+        1. Responses to the server's questions come with a state (`mcp_state_missing`).
+        2. The state was sealed by this gateway, and the call can be digested.
+        3. The state has not expired, and its lease may be used by the sender (`_restricted`).
+        4. The state is of this target and call (`mcp_state_other_call`).
+        """
         if message.request_state is None:
             if message.input_responses and message.method in INPUT_REQUIRED:
                 text = "inputResponses come with the requestState of the answer that asked for them"
@@ -290,7 +313,7 @@ class McpRequests:
         target_id, message = target.state.target_id, mcp_request.message
 
         def opened(session: str) -> bool:
-            alive = self._table.problem(lease) is None
+            alive = isinstance(self._table.check_live(lease), Allowed)
             return alive and self._sessions.open(target_id, session, lease.lease_id)
 
         return McpExchange(
@@ -312,7 +335,7 @@ class McpRequests:
             if mcp_request.sender.lease_id is not None:
                 return [lease]
             usable = self._table.usable(lease.agent_id, lease.task_id, target_id)
-            return [one for one in usable if lease_elsewhere(mcp_request.sender, one) is None]
+            return [one for one in usable if isinstance(check_run_of_lease(mcp_request.sender, one), Allowed)]
 
         def allowed(offers: tuple[Action, ...]) -> bool:
             return any(
@@ -338,7 +361,8 @@ class McpRequests:
             fresh_ms=fresh_ms,
             seal_state=seal,
             bind_task=lambda task: (
-                self._table.problem(lease) is None and self._tasks.open(target_id, task, lease.lease_id)
+                isinstance(self._table.check_live(lease), Allowed)
+                and self._tasks.open(target_id, task, lease.lease_id)
             ),
             owns_task=lambda task: self._tasks.lease_of(target_id, task) == lease.lease_id,
             learn_headers=learn,
@@ -371,7 +395,13 @@ def _stated_revision(carried: McpHeaders, message: McpMessage | None) -> str | N
 
 
 def _message(attempt: Attempt, mcp_headers: McpHeaders) -> McpMessage:
-    """Raises McpMessageError."""
+    """The posted message. Raises McpMessageError.
+
+    1. It is not compressed (`mcp_compressed`).
+    2. It is JSON in UTF-8 (`mcp_media_type`).
+    3. It was seen whole (`body_unseen`).
+    4. It is one message of JSON-RPC (`read_message`).
+    """
     if mcp_headers.content_encoding not in (None, "", "identity"):
         raise McpMessageError("mcp_compressed", "a message is sent as it is: leave out Content-Encoding")
     if mcp_headers.content_type is None or _JSON.fullmatch(mcp_headers.content_type) is None:

@@ -24,7 +24,7 @@ from ringfence.gateway.domain import (
     ChosenLease,
     Refusal,
     Sender,
-    lease_elsewhere,
+    check_run_of_lease,
     lease_reasons,
     refuse,
 )
@@ -41,6 +41,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_records, violations_of
 from ringfence.model.target_settings import RELAYED_KINDS
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 
 log = logging.getLogger(__name__)
 
@@ -150,22 +151,37 @@ class Relays:
     async def _decide(
         self, context: DecisionContext, presented: PresentedIdentity, address: Address, rate_check: RateCheck
     ) -> RelayLeases | Refusal:
-        if (denial := self._view.denial()) is not None:
-            return Refusal(UNAVAILABLE, (denial,))
+        """Decide on a relay:
+
+        1. The view is fresh.
+        2. The sender is authenticated.
+        3. The data plane's rate limits allow one more request of its agent.
+        4. The run has leases at the address (`leases`).
+        """
+        if isinstance(freshness := self._view.check_freshness(), Refused):
+            return Refusal(UNAVAILABLE, (freshness.reason,))
         sender = await self._authenticator.authenticate(presented, context.attempt)
         if isinstance(sender, Refusal):
             context.sender = sender.sender
             return sender
         context.sender = sender
-        if (reason := rate_check(sender.agent_id)) is not None:
-            return Refusal(TOO_MANY_REQUESTS, (reason,))
+        if isinstance(rate := rate_check(sender.agent_id), Refused):
+            return Refusal(TOO_MANY_REQUESTS, (rate.reason,))
         found = self.leases(sender, address)
         if not isinstance(found, Refusal):
             context.chosen = found[0]
         return found
 
     def leases(self, sender: Sender, address: Address) -> RelayLeases | Refusal:
-        """The live leases that a relay of a run to this address rests on, at least one; or why there is no relay."""
+        """The live leases that a relay of a run to this address rests on, at least one; or why there is no relay.
+
+        1. The records of the targets at this address can be trusted (`record_untrusted`).
+        2. There is a target (`target_unknown`).
+        3. None of them is an SSH server that forwards (`forward_not_relayed`).
+        4. The lease that the handle names, if any, may be used on this socket (`check_run_of_lease`).
+        5. The run has a live lease there that was delivered to it; with a handle, that one (`no_lease`).
+        6. Everything that these leases' credentials allow is still allowed (`_chosen`).
+        """
         now_s = self._clock.now_ms() / 1000
         try:
             targets = {target.target_id: target for target in self._targets.at(address)}
@@ -181,8 +197,8 @@ class Relays:
                 )
                 return refuse("forward_not_relayed", message)
         named = self._view.table.get(sender.lease_id) if sender.lease_id is not None else None
-        if named is not None and (elsewhere := lease_elsewhere(sender, named)) is not None:
-            return Refusal(FORBIDDEN, (elsewhere,))
+        if named is not None and isinstance(elsewhere := check_run_of_lease(sender, named), Refused):
+            return Refusal(FORBIDDEN, (elsewhere.reason,))
         leases = [
             lease
             for lease in self._view.table.delivered_to_run(sender.run_id or "")
@@ -255,21 +271,27 @@ class _Permit:
 
         return unsubscribe
 
-    def problem(self) -> Reason | None:
+    def check(self) -> Allowed | Refused:
+        """Check whether more may be relayed:
+
+        1. The view is fresh.
+        2. Each lease of the relay is live.
+        3. If a record has changed, or a second has passed: the relay would still be allowed (`Relays.leases`).
+        """
         table, directory = self._view.table, self._view.directory
-        if (denial := self._view.denial()) is not None:
-            return denial
+        if isinstance(freshness := self._view.check_freshness(), Refused):
+            return freshness
         for one in self._leases:
-            if (problem := table.problem(one.lease)) is not None:
-                return problem
+            if isinstance(live := table.check_live(one.lease), Refused):
+                return live
         versions = (*directory.versions, directory.trust.version, int(time.monotonic()))
         if versions == self._checked:
-            return None
+            return ALLOWED
         found = self._relays.leases(self._sender, self._address)
         if isinstance(found, Refusal):
-            return found.reasons[0]
+            return Refused(found.reasons[0])
         self._checked = versions
-        return None
+        return ALLOWED
 
     def ended(self, sent_bytes: int, received_bytes: int, reason: Reason | None) -> None:
         self._events.record_relay_end(

@@ -23,6 +23,7 @@ from ringfence.messages.registry import AgentRecord
 from ringfence.model.identity.spiffe_ids import SubjectKind, spiffe_id, subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import ALLOWED, Allowed
 
 NONCE_REQUIRED: Final = "use_dpop_nonce"
 """The code of a refusal that only asks for a proof with a nonce. It is not a decision."""
@@ -94,7 +95,12 @@ class SenderAuthenticator:
 
     async def authenticate(self, presented: PresentedIdentity, attempt: Attempt) -> Sender | Refusal:
         """Authenticate. The strongest evidence counts: the socket, then the certificate, then the handle with its
-        proof.
+        proof. The checks:
+
+        1. A handle is a UUID (`handle_malformed`).
+        2. On a task's socket: see `_by_task`.
+        3. With a client certificate: see `_by_certificate`.
+        4. Otherwise there is a handle (`no_credentials`), with a proof (`proof_missing`): see `_by_proof`.
         """
         handle = presented.handle
         if handle is not None and not UUID.fullmatch(handle):
@@ -112,18 +118,29 @@ class SenderAuthenticator:
         return await self._by_proof(handle, presented.proof, presented.htu, attempt.method, presented.address)
 
     def _by_task(self, task_id: str, handle: str | None, run_id: str | None) -> Sender | Refusal:
+        """The sender on the socket of a task or run.
+
+        1. The record of the task can be trusted (`record_untrusted`), and there is one (`task_unknown`).
+        2. On a run's socket: the run goes on, and is of this task (`_check_run`).
+        """
         try:
             task = self._directory.task(task_id)
         except ChainError as error:
             return refuse("record_untrusted", str(error))
         if task is None:
             return refuse("task_unknown", f"there is no task {task_id}; have one assigned")
-        if run_id is not None and (problem := self._run_problem(run_id, task_id, task.state.agent_id)):
-            return problem
+        if run_id is not None:
+            run = self._check_run(run_id, task_id, task.state.agent_id)
+            if isinstance(run, Refusal):
+                return run
         return Sender(task.state.agent_id, task_id, handle, run_id)
 
-    def _run_problem(self, run_id: str, task_id: str, agent_id: str) -> Refusal | None:
-        """Why nothing counts on the socket of a run, or None. It may be open for a moment longer than its run."""
+    def _check_run(self, run_id: str, task_id: str, agent_id: str) -> Allowed | Refusal:
+        """Check whether requests on the socket of a run are accepted:
+
+        1. The run goes on (`run_ended`). Its socket may be open for a moment longer.
+        2. It is of this agent and task (`run_mismatch`).
+        """
         run, now_s = self._directory.runs.get(run_id), self._clock.now_ms() / 1000
         if run is None or not self._directory.runs.goes_on(run_id) or now_s >= run.deadline:
             return refuse(
@@ -131,9 +148,14 @@ class SenderAuthenticator:
             )
         if (run.agent_id, run.task_id) != (agent_id, task_id):
             return refuse("run_mismatch", f"run {run_id} is of another agent or task")
-        return None
+        return ALLOWED
 
     def _by_certificate(self, certificate: str, handle: str | None) -> Sender | Refusal:
+        """The sender with a client certificate.
+
+        1. The certificate is an agent's (`certificate_unknown`).
+        2. The handle, if it is a known lease, is that agent's (`handle_other_agent`).
+        """
         agent_id = subject_of(self._trust_domain, certificate, "agent")
         if agent_id is None:
             message = "the certificate is no agent's of this trust domain"
@@ -147,6 +169,17 @@ class SenderAuthenticator:
     async def _by_proof(
         self, handle: str, proof: str, htu: str, method: str, address: str | None
     ) -> Sender | Refusal:
+        """The sender with a handle and a DPoP proof (RFC 9449).
+
+        1. The handle is a known lease (`handle_unknown`).
+        2. The proof names its key (`invalid_dpop_proof`).
+        3. The key is an agent's (`proof_by_stranger`): before verification, so that strangers do not fill the replay
+           cache.
+        4. The proof is valid (`ProofChecker.check`), except that its nonce may be missing.
+        5. The key's agent is the lease's (`handle_other_agent`).
+        6. The lease is bound to no other key (`proof_other_key`).
+        7. The proof has a nonce, if one is required (`use_dpop_nonce`).
+        """
         lease = self._leases.get(handle)
         if lease is None:
             message = "there is no such lease, or it ended long ago"
@@ -158,7 +191,7 @@ class SenderAuthenticator:
         now_s = self._clock.now_ms() / 1000
         # The lease's instance first: a record that lists its key for another agent must not take the lease from it.
         owner = _agent_of_instance_key(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
-        if owner is None:  # before verification, so that strangers do not fill the replay cache
+        if owner is None:
             message = "the proof is by a key that is no agent's, or counts no more"
             return refuse("proof_by_stranger", message, status=UNAUTHORIZED)
         try:

@@ -60,7 +60,12 @@ class Targets:
         directory.on_change(self._on_change)
 
     def find(self, attempt: Attempt) -> CompiledTarget | Refusal:
-        """The one active target that a request is for."""
+        """The one active target that a request is for.
+
+        1. Named by its id, the target can be used (`_by_id`). Otherwise:
+        2. A usable target is at the scheme, host and port of the request (`target_unknown`).
+        3. It is the only one there (`target_ambiguous`).
+        """
         if attempt.target_id is not None:
             return self._by_id(attempt.target_id)
         endpoint = endpoint_of(attempt.scheme, attempt.authority or "")
@@ -96,6 +101,12 @@ class Targets:
         return frozenset(host for (_, host, _), ids in self._ids_by_endpoint.items() if ids)
 
     def _by_id(self, target_id: str) -> CompiledTarget | Refusal:
+        """The target with this id.
+
+        1. Its record can be trusted (`record_untrusted`), and there is one (`target_unknown`).
+        2. It is active (`target_removed`).
+        3. Its request map and settings can be used (`target_invalid`).
+        """
         try:
             entry = self._directory.target(target_id)
         except ChainError as error:

@@ -95,6 +95,14 @@ class ProxyAuth:
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
+        """The answer to one question. It allows the request only if:
+
+        1. The path is that of a known kind of proxy.
+        2. The question can be read for certain.
+        3. The request has no body that some servers execute as the next request.
+        4. The gate allows it, or it is only observed.
+        5. Its credential is available, and its lease has not ended since.
+        """
         path: str = request.scope["path"]  # not `request.url`, which also depends on the sender's `Host`
         read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
         if read is None:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.base.clock import MAX_SKEW_MS, Clock
-from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.model.leases.lifecycle import (
     ALL_LEASES,
@@ -24,6 +23,7 @@ from ringfence.model.leases.lifecycle import (
     matches,
     selector_keys,
 )
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,11 @@ class LeaseTable:
     def apply(self, lease: Lease) -> None:
         """Apply one verified record. The highest `seq` of a lease counts, in whatever order records arrive.
 
-        A record that changes the terms of a known lease, or revives one that ended, is ignored, whoever signed it.
+        A record is ignored, whoever signed it, unless:
+
+        1. The deadline of its lease is not long over.
+        2. Its `seq` is higher than the last one's.
+        3. It neither changes the terms of a known lease, nor revives one that ended.
         """
         now_ms = self._clock.now_ms()
         if lease.deadline * 1000 + SLACK_MS <= now_ms:
@@ -231,11 +235,11 @@ class LeaseTable:
         """The leases that requests of an agent at a target may use now: of one task, or of all tasks if None."""
         tasks = self._usable.get((agent_id, target_id), {})
         by_task = [tasks.get(task_id, {})] if task_id is not None else list(tasks.values())
-        return [lease for leases in by_task for lease in leases.values() if self.problem(lease) is None]
+        return [lease for leases in by_task for lease in leases.values() if self._is_usable(lease)]
 
     def delivered_to_run(self, run_id: str) -> list[Lease]:
         """The leases whose credentials the instance of a run has itself, and may use now."""
-        return [lease for lease in self._of_runs.get(run_id, {}).values() if self.problem(lease) is None]
+        return [lease for lease in self._of_runs.get(run_id, {}).values() if self._is_usable(lease)]
 
     def version(self, key: tuple[str, str]) -> int:
         """A number that changes with each lease of an agent at a target (`key`: their ids); -1 if it has none."""
@@ -245,35 +249,47 @@ class LeaseTable:
         """The tasks that have leases for gateways."""
         return {task_id for tasks in self._usable.values() for task_id in tasks}
 
-    def problem(self, lease: Lease) -> Reason | None:
-        """Why a lease can no longer be used, or None."""
-        problem_code = self._problem_code(lease.lease_id, self._clock.now_ms())
-        return _lease_problem(*problem_code, lease) if problem_code is not None else None
+    def check_live(self, lease: Lease) -> Allowed | Refused:
+        """Check whether a lease can still be used, at this moment of the gateway's own clock."""
+        return self._check_live(lease.lease_id, self._clock.now_ms())
 
     def is_live(self, lease_id: str, now_ms: int) -> bool:
-        """Whether `problem` would return None at this time of the gateway's own clock."""
-        return self._problem_code(lease_id, now_ms) is None
+        """Whether `check_live` would allow the lease at this time of the gateway's own clock."""
+        return self._check_live(lease_id, now_ms) is ALLOWED
 
-    def _problem_code(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
-        """Code and message of the reason why a lease cannot be used."""
+    def _is_usable(self, lease: Lease) -> bool:
+        return self._check_live(lease.lease_id, self._clock.now_ms()) is ALLOWED
+
+    def _check_live(self, lease_id: str, now_ms: int) -> Allowed | Refused:
+        """Check a lease:
+
+        1. Its last record is known, and active (`lease_ended`).
+        2. Its deadline has not passed (`lease_ended`, or `stale_view` if only this gateway's clock says so).
+        3. It was not revoked by its id (`lease_cut`).
+        4. The run whose instance asked for it goes on (`run_ended`).
+        5. No fence covers it (`lease_cut`).
+        """
         entry = self._entries.get(lease_id)
         if entry is None or entry.lease is None or entry.lease.status != "active":
-            return "lease_ended", "has ended"
+            return _refused("lease_ended", "has ended", lease_id)
         if entry.lease.deadline * 1000 <= now_ms:
-            return self._deadline_problem(entry.lease.deadline * 1000, now_ms)
+            return self._refused_by_deadline(lease_id, entry.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
-            return "lease_cut", "was revoked"
+            return _refused("lease_cut", "was revoked", lease_id)
         if entry.lease.instance is not None and _run_of(entry.lease) in self._ended_runs:
-            return "run_ended", "is of a run that has ended"
+            return _refused("run_ended", "is of a run that has ended", lease_id)
         if entry.fences_seen != self._fence_changes:
             entry.fenced, entry.fences_seen = self._is_fenced(entry.lease), self._fence_changes
-        return ("lease_cut", "was revoked together with others") if entry.fenced else None
+        if entry.fenced:
+            return _refused("lease_cut", "was revoked together with others", lease_id)
+        return ALLOWED
 
-    def _deadline_problem(self, deadline_ms: int, now_ms: int) -> tuple[str, str]:
+    def _refused_by_deadline(self, lease_id: str, deadline_ms: int, now_ms: int) -> Refused:
         broker_ms = self._broker_ms()
         if deadline_ms <= broker_ms or now_ms - broker_ms <= MAX_SKEW_MS:
-            return "lease_ended", "has passed its deadline"
-        return "stale_view", "has passed its deadline by the clock of this gateway alone, which is ahead"
+            return _refused("lease_ended", "has passed its deadline", lease_id)
+        message = "has passed its deadline by the clock of this gateway alone, which is ahead"
+        return _refused("stale_view", message, lease_id)
 
     def _is_fenced(self, lease: Lease) -> bool:
         return any(
@@ -290,7 +306,7 @@ class LeaseTable:
     def watch(self, lease_id: str, on_ended: OnEnded) -> Callable[[], None]:
         """Call `on_ended` once when the lease can no longer be used, maybe now. Returns a function to unsubscribe."""
         lease = self.get(lease_id)
-        if lease is None or self.problem(lease) is not None:
+        if lease is None or not self._is_usable(lease):
             on_ended()
             return lambda: None
         self.watch_live(lease_id, on_ended)
@@ -333,6 +349,6 @@ def _run_of(lease: Lease) -> str | None:
     )
 
 
-def _lease_problem(code: str, problem: str, lease: Lease) -> Reason:
+def _refused(code: str, problem: str, lease_id: str) -> Refused:
     remedy = "try again" if code == "stale_view" else "ask for a new credential"
-    return Reason(code=code, message=f"lease {lease.lease_id} {problem}; {remedy}", side="lease")
+    return refused(code, f"lease {lease_id} {problem}; {remedy}", side="lease")

@@ -25,20 +25,20 @@ from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationAck
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.run import Run
 from ringfence.messages.topics import HEARTBEAT, LEASE, REVOCATION_ACK, REVOCATION_REQUEST
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import selector_key_of
-from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
+from ringfence.model.leases.revocations import Revocation, check_revocation, verify_revocation
 from ringfence.model.leases.revoker_halts import RevokerHalts
 from ringfence.model.leases.stream_digests import CONFIRMED, StreamCheck, StreamDigests
 from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.runs import OVER
+from ringfence.model.verdict import ALLOWED, Allowed, Refused
 
 log = logging.getLogger(__name__)
 
@@ -196,7 +196,9 @@ class RevocationApplier:
         except InvalidMessageError:
             return None
         lease = self._table.get(revocation.claims.lease_id or "")
-        return revocation if objection(revocation, lease, self._directory) is None else None
+        return (
+            revocation if isinstance(check_revocation(revocation, lease, self._directory), Allowed) else None
+        )
 
     async def _acknowledge(self, revocation: Revocation, cut_at_ms: int) -> None:
         key = self._runtime.key
@@ -286,26 +288,33 @@ class View:
         now_ms = self._runtime.clock.now_ms()
         if now_ms == self._fresh_at_ms:
             return None
-        halted = self._halts.denial()
+        halts = self._halts.check()
         # `clock_behind`: while nothing arrives, leases expire only by this gateway's own clock.
-        stale = halted.message if halted else self._stale_reason()
+        stale = halts.reason.message if isinstance(halts, Refused) else self._stale_reason()
         self._fresh_at_ms = now_ms if stale is None else 0
         return stale
 
-    def denial(self) -> Reason | None:
-        """`stale` as the reason of a denial."""
+    def check_freshness(self) -> Allowed | Refused:
+        """Check whether anything may be decided by this view: see `stale`, whose text is in the reason."""
         if (stale := self.stale()) is None:
-            return None
-        return self._halts.denial() or stale_view(stale)
+            return ALLOWED
+        halts = self._halts.check()
+        return halts if isinstance(halts, Refused) else Refused(stale_view(stale))
 
-    def view_problem(self) -> Reason | None:
-        """Why it is unknown whether a lease that cannot be used here has ended, or None."""
-        if (denial := self.denial()) is not None:
-            return denial
+    def check_view(self) -> Allowed | Refused:
+        """Check whether a lease that cannot be used here has ended for certain:
+
+        1. The view is fresh (`check_freshness`).
+        2. The clock of this gateway is not ahead of the broker's (`stale_view`).
+        """
+        if isinstance(freshness := self.check_freshness(), Refused):
+            return freshness
         ahead_ms = self._runtime.clock.now_ms() - self._broker_clock.now_ms()
         if ahead_ms <= MAX_SKEW_MS:
-            return None
-        return stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
+            return ALLOWED
+        return Refused(
+            stale_view(f"the clock of this gateway is {ahead_ms / 1000:.1f} s ahead of the broker's")
+        )
 
     def _on_run(self, run: Run) -> None:
         """Cut the leases of a run's instance once the run is over. Runs of long ago have no lease any more."""

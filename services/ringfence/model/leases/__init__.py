@@ -2,7 +2,7 @@
 
 Enters: records of `lease`, `revocation.request` and the revokers' heartbeats; from issuer, revoker, gateway,
 policy and audit.
-Leaves: the next record of a lease (unsigned), verified leases and revocations, objections, reasons to deny.
+Leaves: the next record of a lease (unsigned), verified leases and revocations, verdicts.
 Imports: `records` and all of the model below it, `kernel` and `messages`; not `requests` and `audit_log`
 beside it.
 Read first:

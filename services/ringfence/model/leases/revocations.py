@@ -10,13 +10,14 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
-from ringfence.messages.credential import Coordinates, Reason
+from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest
 from ringfence.messages.registry import AnyState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import enrolment_of, keys_of_agents
+from ringfence.model.verdict import ALLOWED, Verdict, refused
 
 if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -70,8 +71,13 @@ class Revocation:
         )
 
 
-def objection(revocation: Revocation, lease: Lease | None, directory: Directory) -> Reason | None:
-    """Why a revocation is not followed, or None. `lease`: the one that it names, if Redis knows it.
+def check_revocation(revocation: Revocation, lease: Lease | None, directory: Directory) -> Verdict:
+    """Check that the signer of a revocation may ask for it. `lease`: the one that it names, if Redis knows it.
+
+    1. An end of this kind is for an agent, a user or a service to ask for, whichever the signer is.
+    2. The lease that it names is known.
+    3. An agent gives back only its own leases, and a run only those of the run.
+    4. A user is entitled to revoke the lease or those that the selector describes.
 
     A person must be entitled when Kafka appends the revocation, or later. So a revocation that was valid once stays
     valid for every reader, whatever the registry accepts after it. A gateway that acknowledged it may start again, and
@@ -82,15 +88,11 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
     user_id = subject_of(claims.aud, claims.iss, "user")
     kinds = BY_AGENTS if agent_id else BY_USERS if user_id else BY_SERVICES
     if claims.kind not in kinds:
-        return Reason(
-            code="kind_unexpected", message=f"{claims.iss} may not ask for an end of kind {claims.kind}"
-        )
+        return refused("kind_unexpected", f"{claims.iss} may not ask for an end of kind {claims.kind}")
     if claims.lease_id is not None and lease is None:
-        return Reason(
-            code="lease_unknown", message=f"there is no lease {claims.lease_id}, or it ended long ago"
-        )
+        return refused("lease_unknown", f"there is no lease {claims.lease_id}, or it ended long ago")
     if agent_id is None and user_id is None:
-        return None  # a service: its signature was accepted for its role
+        return ALLOWED  # a service: its signature was accepted for its role
     if agent_id is not None:
         entitled = lease is not None and lease.agent_id == agent_id and not _is_of_another_run(claims, lease)
         rule = "an agent gives back its own leases only, and a run those of the run"
@@ -100,7 +102,7 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
             "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
             "behalf of, or an operator"
         )
-    return None if entitled else Reason(code="not_entitled", message=rule)
+    return ALLOWED if entitled else refused("not_entitled", rule)
 
 
 def _is_of_another_run(claims: RevocationRequest, lease: Lease) -> bool:

@@ -14,8 +14,8 @@ from ringfence.kernel.base.clock import RemoteClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import message_digest, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
+from ringfence.model.verdict import ALLOWED, Verdict, refused
 
 if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -47,20 +47,20 @@ class RevokerHalts:
             for group in self._groups(record):
                 self._named[group] = max(record.appended_at_ms, self._named.get(group, 0))
 
-    def denial(self) -> Reason | None:
-        """Why nothing may be issued or forwarded, or None."""
+    def check(self) -> Verdict:
+        """Check that no revoker has halted. Otherwise nothing may be issued or forwarded."""
         if not self._named:
-            return None
+            return ALLOWED
         since_ms = self._broker.now_ms() - self._grace_ms
         self._named = {group: at_ms for group, at_ms in self._named.items() if at_ms >= since_ms}
         if not self._named:
-            return None
+            return ALLOWED
         groups = ", ".join(sorted(self._named)[:5])
         message = (
             f"a revoker has halted (consumer group {groups}), so what is ordered to end may live on: nothing is issued "
             "or forwarded. Look at /readyz of each revoker and at its dead letters, mend what wrote them, restart it"
         )
-        return Reason(code=HALTED, message=message)
+        return refused(HALTED, message)
 
     def _groups(self, record: Received) -> tuple[str, ...]:
         try:

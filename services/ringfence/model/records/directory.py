@@ -43,6 +43,7 @@ from ringfence.model.lifecycle import NO_HISTORY, Giver, KeyHistory, KeyOrigin, 
 from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
 from ringfence.model.records.user_keys import user_key
+from ringfence.model.verdict import ALLOWED, Verdict, refused
 
 if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -449,19 +450,20 @@ class Directory:
                 return giver
         return None
 
-    def voucher_problem(self, iss: str, kid: str) -> str | None:
-        """Return which compromised key the key `kid` of the user or agent `iss` rests on; None if it rests on none.
+    def check_vouchers(self, iss: str, kid: str) -> Verdict:
+        """Check that the key `kid` of the user or agent `iss` rests on no compromised key.
 
-        Such a key gives nothing more, also before somebody ends it (ADR 0087). Raises ChainError.
+        A key that does gives nothing more, also before somebody ends it (ADR 0087). Raises ChainError.
         """
         user_id, agent_id = (subject_of(self._trust.trust_domain, iss, kind) for kind in ("user", "agent"))
         history = self.key_history(user_id) if user_id else self.agent_key_history(agent_id or "")
         origin = history.origins.get(kid)
         giver = self.compromised_giver(origin) if origin is not None else None
         if giver is None:
-            return None
+            return ALLOWED
         id = user_id or agent_id
-        return f"key {kid} of {id} rests on key {giver.kid} of {giver.user_id}, which was compromised then"
+        message = f"key {kid} of {id} rests on key {giver.kid} of {giver.user_id}, which was compromised then"
+        return refused("key_voucher_compromised", message)
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the resource server of target `iss` if it is valid at `at_s` (seconds). Raises

@@ -16,7 +16,7 @@ from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.oidc import IdentityToken, TokenError, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
-from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
+from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.enrolment import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef, RunRef
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.oidc import OidcKey
@@ -25,6 +25,7 @@ from ringfence.model.identity.attestation import audience, bound_audience, claim
 from ringfence.model.identity.runners import issuer_of_instances, runner_name
 from ringfence.model.records.directory import Directory
 from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 MAX_TOKEN_AGE_S = 3600
 """The greatest age of a platform's token at enrolment. Platforms renew tokens within an hour."""
@@ -65,7 +66,7 @@ def _unverified_enrolment(jws: UnverifiedJws, model: type[Claims]) -> str | None
 def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnrolment:
     """Verify an enrolment as of `at_s` and return its claims.
 
-    Whether its agent still admits such instances is checked by `void`.
+    Whether its agent still admits such instances is checked by `check_enrolment`.
 
     Raises EnrolmentError.
     """
@@ -191,8 +192,8 @@ def ref_of(enrolment: InstanceEnrolment) -> InstanceRef:
     )
 
 
-def ref_void(instance: InstanceRef, agent: AgentState) -> Reason | None:
-    """Return the reason why the agent's record no longer admits the instance of a lease, or None."""
+def check_ref(instance: InstanceRef, agent: AgentState) -> Verdict:
+    """Check that the agent's record still admits the instance of a lease."""
     is_run = instance.run is not None
     for one in agent.attestation:
         if (
@@ -200,12 +201,20 @@ def ref_void(instance: InstanceRef, agent: AgentState) -> Reason | None:
             and is_understood(one)
             and (one.runner is not None) == is_run
         ):
-            return None
+            return ALLOWED
     return _void(agent, instance.subject, instance.issuer)
 
 
-def void(enrolment: InstanceEnrolment, agent: AgentState) -> Reason | None:
-    """Return the reason why the agent's record no longer admits such an instance, or None."""
+def check_enrolment(enrolment: InstanceEnrolment, agent: AgentState) -> Verdict:
+    """Check that the agent's record still admits the instance of an enrolment.
+
+    The selector that admitted it has to be in the record, and to fit it now:
+
+    1. The issuer and the claims of the instance are those that the selector admits.
+    2. Its key lives no longer than the selector allows.
+    3. Its key is bound to the platform's identity if the selector demands that.
+    4. It is of a run if the selector is a runner's, and of none otherwise.
+    """
     for selector in agent.attestation:
         if selector_id(selector) != enrolment.selector:
             continue
@@ -217,12 +226,12 @@ def void(enrolment: InstanceEnrolment, agent: AgentState) -> Reason | None:
             break
         if (selector.runner is None) != (enrolment.run is None):
             break
-        return None
+        return ALLOWED
     return _void(agent, enrolment.subject, enrolment.issuer)
 
 
-def _void(agent: AgentState, subject: str, issuer: str) -> Reason:
+def _void(agent: AgentState, subject: str, issuer: str) -> Refused:
     message = (
         f"agent {agent.agent_id} does not let {subject[:200]} of {issuer} in by that any more; enrol again"
     )
-    return Reason(code="instance_void", message=message)
+    return refused("instance_void", message)

@@ -25,6 +25,7 @@ from ringfence.messages.enrolment import InstanceEnrolment, InstanceRef
 from ringfence.messages.run import Run, RunStatus
 from ringfence.model.identity.runners import runner_issuer_of
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 if TYPE_CHECKING:  # rules look runs up here, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -245,29 +246,35 @@ def run_violations(
     if instance.run.task_id != task_id:
         message = f"the instance is that of a run of task {instance.run.task_id}, and acts within no other"
         found.append(Reason(code="instance_other_task", message=message))
-    problem = _problem(instance, run, agent_id, kid, now_s)
-    return (*found, problem) if problem is not None else tuple(found)
+    verdict = _check_run(instance, run, agent_id, kid, now_s)
+    return (*found, verdict.reason) if isinstance(verdict, Refused) else tuple(found)
 
 
-def _problem(
+def _check_run(
     instance: InstanceRef, run: Run | None, agent_id: str, kid: str | None, now_s: float
-) -> Reason | None:
+) -> Verdict:
+    """Check that the run of an instance goes on, and is that of this agent, task, runner and key.
+
+    1. A runner says that there is such a run.
+    2. It has not ended.
+    3. It has started.
+    4. Its record has no field that is unknown here.
+    5. It is of the same agent, task, runner and key.
+    """
     assert instance.run is not None
     id = instance.run.run_id
     if run is None:
-        return Reason(code="run_unknown", message=f"no runner says that there is a run {id}")
+        return refused("run_unknown", f"no runner says that there is a run {id}")
     if run.status in OVER or now_s >= run.deadline:
-        return Reason(
-            code="run_ended", message=f"run {id} has ended, and with it everything that its instance may"
-        )
+        return refused("run_ended", f"run {id} has ended, and with it everything that its instance may")
     if run.status != "started":
-        return Reason(code="run_not_started", message=f"run {id} has not started yet")
+        return refused("run_not_started", f"run {id} has not started yet")
     if fields := unknown_fields(run):
         message = (
             f"run {id} has a field that is not known here, and may limit it: {names_of(fields)}; upgrade"
         )
-        return Reason(code="run_not_understood", message=message[:1000])
+        return refused("run_not_understood", message)
     same = (run.agent_id, run.task_id) == (agent_id, instance.run.task_id)
     if not same or runner_issuer_of(run.iss) != instance.issuer or kid not in (None, run.key_thumbprint):
-        return Reason(code="run_mismatch", message=f"run {id} is of another agent, task, runner or key")
-    return None
+        return refused("run_mismatch", f"run {id} is of another agent, task, runner or key")
+    return ALLOWED

@@ -13,9 +13,10 @@ from ringfence.messages.credential import CredentialDecision, Delivery, Reason, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.approver_keys import KeyProblem, approver_key_problem
+from ringfence.model.requests.approver_keys import KeyVerdict, check_approver_key
 from ringfence.model.requests.facts import RecordContext, RequestContext
 from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 
 _ORDER: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator")
 BREAK_GLASS_TTL_S = 15 * 60
@@ -62,7 +63,7 @@ def may_approve(
             return False
 
 
-def approval_problem(
+def check_approval(
     approval: Signed[Approval],
     facts: RequestContext,
     *,
@@ -70,32 +71,34 @@ def approval_problem(
     ttl_s: int,
     delivery: Delivery,
     revisions: Revisions,
-) -> Reason | None:
-    """Why one verified approval does not stand for this request as it would be issued at `at_ms`, or None."""
+) -> Verdict:
+    """Check that a verified approval is one of this request as it would be issued at `at_ms`.
+
+    1. It is a signature over this very request.
+    2. It approves.
+    3. It has no field that is unknown here.
+    4. It was given for this life and delivery of the credential.
+    5. It had not ended by `at_ms`, give or take `APPROVAL_SLACK_MS`.
+    6. No record that it was given on has changed since.
+    """
     claims = approval.claims
     if claims.request_digest != facts.request.digest or claims.request != facts.request.compact:
-        return Reason(
-            code="approval_other_request", message="the approval is a signature over another request"
-        )
+        return refused("approval_other_request", "the approval is a signature over another request")
     if claims.verdict != "approved":
-        return Reason(
-            code="approval_denied",
-            message=f"{claims.iss} denied it: {(claims.comment or 'no comment')[:500]}",
-        )
-    if (unread := not_understood(claims)) is not None:
-        return unread
+        message = f"{claims.iss} denied it: {(claims.comment or 'no comment')[:500]}"
+        return refused("approval_denied", message)
+    understood = check_understood(claims)
+    if isinstance(understood, Refused):
+        return understood
     if (claims.ttl_s, claims.delivery) != (ttl_s, delivery):
-        return Reason(
-            code="approval_other_terms", message="the approval was given for another TTL or delivery"
-        )
+        return refused("approval_other_terms", "the approval was given for another TTL or delivery")
     if at_ms > claims.exp * 1000 + APPROVAL_SLACK_MS:
-        return Reason(code="approval_expired", message="the time of the approval is over; ask anew")
+        return refused("approval_expired", "the time of the approval is over; ask anew")
     if claims.revisions != revisions:
-        return Reason(
-            code="approval_stale",
-            message="agent, user, task, target or policy changed since the approval; ask anew",
+        return refused(
+            "approval_stale", "agent, user, task, target or policy changed since the approval; ask anew"
         )
-    return None
+    return ALLOWED
 
 
 def append_time_of(decision: CredentialDecision, answer: Jws) -> int | None:
@@ -113,15 +116,15 @@ def append_time_of(decision: CredentialDecision, answer: Jws) -> int | None:
     return at_ms
 
 
-def not_understood(answer: Approval | ActionApproval) -> Reason | None:
-    """Why an approval with an unknown field, which may limit it, does not count; or None.
+def check_understood(answer: Approval | ActionApproval) -> Verdict:
+    """Check that an approval has no unknown field: it may limit the approval, so such an approval does not count.
 
     A denial counts with any field.
     """
     if answer.verdict != "approved" or is_understood(answer):
-        return None
+        return ALLOWED
     message = describe_unknown(unknown_fields(answer), "the approval")[:2048]
-    return Reason(code="approval_not_understood", message=message)
+    return Refused(Reason(code="approval_not_understood", message=message))
 
 
 def unmet(
@@ -134,16 +137,15 @@ def unmet(
 ) -> tuple[RequiredClass, ...]:
     """The approval classes that are still missing. Each needs a person of its own; nobody counts twice.
 
-    `approvals` are those without a problem (`approval_problem`, `grant_problem`). Those by keys that do not count at
-    `at_ms` (`key_problems`) are ignored. As many classes as possible are filled: a maximum matching of persons to
+    `approvals` are those that passed `check_approval` and `check_grant`. Those by keys that do not count at `at_ms`
+    (`check_approver_keys`) are ignored. As many classes as possible are filled: a maximum matching of persons to
     classes, by Kuhn's augmenting paths.
     """
     if not required:
         return ()
-    problems = key_problems(approvals, directory, facts, at_ms=at_ms)
-    people = sorted(
-        {_signer(a) for a, problem in zip(approvals, problems, strict=True) if problem is None} - {""}
-    )
+    verdicts = check_approver_keys(approvals, directory, facts, at_ms=at_ms)
+    counted = (a for a, verdict in zip(approvals, verdicts, strict=True) if isinstance(verdict, Allowed))
+    people = sorted({_signer(a) for a in counted} - {""})
     fitting = [
         [person for person in people if may_approve(directory, person, wanted, facts)] for wanted in required
     ]
@@ -162,17 +164,17 @@ def unmet(
     return tuple(wanted for place, wanted in enumerate(required) if not found(place, set()))
 
 
-def key_problems(
+def check_approver_keys(
     approvals: Sequence[Signed[Approval] | Signed[Grant]],
     directory: Directory,
     facts: RequestContext,
     *,
     at_ms: int,
-) -> list[KeyProblem | None]:
-    """For each approval or grant, in their order: why its key does not count beside the others at `at_ms`, or None."""
+) -> list[KeyVerdict]:
+    """Check for each approval or grant, in their order, that its key counts beside the others at `at_ms`."""
     signers = {_signer(one) for one in approvals}
     return [
-        approver_key_problem(one, directory, facts, facts.verbs, at_ms=at_ms, beside=signers - {_signer(one)})
+        check_approver_key(one, directory, facts, facts.verbs, at_ms=at_ms, beside=signers - {_signer(one)})
         for one in approvals
     ]
 

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.approval import ActionApproval, Approval, Grant
-from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import FloorKey, TargetState
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -22,17 +21,21 @@ from ringfence.model.lifecycle import KeyOrigin
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import RecordContext
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 
 AnyApproval = Signed[Approval] | Signed[ActionApproval] | Signed[Grant]
 
 
 @dataclass(frozen=True, slots=True)
-class KeyProblem:
-    """Why a key does not count for an approval."""
+class KeyRefused(Refused):
+    """A key does not count for an approval, for this reason."""
 
-    reason: Reason
     since_ms: int
     """Since when this has been so at the latest: the append time of the command that added the key; 0 of floors."""
+
+
+KeyVerdict = Allowed | KeyRefused
+"""Whether a key counts for an approval."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +45,7 @@ class _ApproverKey:
     origin: KeyOrigin
 
 
-def approver_key_problem(
+def check_approver_key(
     approval: AnyApproval,
     directory: Directory,
     facts: RecordContext,
@@ -50,8 +53,13 @@ def approver_key_problem(
     *,
     at_ms: int,
     beside: Iterable[str] = (),
-) -> KeyProblem | None:
-    """Return why the key of a verified approval does not count for it, or None.
+) -> KeyVerdict:
+    """Check that the key of a verified approval counts for it.
+
+    1. The present records of the signer verify, and have the key.
+    2. The key has not ended by `at_ms`.
+    3. It is of the kind that the floors of the target demand.
+    4. Where somebody else added it, it counts beside these people (`check_key_origin`).
 
     Args:
         facts: the records of what is approved.
@@ -62,48 +70,54 @@ def approver_key_problem(
     try:
         signer = _key_of(approval, directory)
     except ChainError as error:
-        return KeyProblem(Reason(code="record_untrusted", message=str(error)[:1000]), 0)
+        return _refused("record_untrusted", str(error))
     if signer is None:
         message = f"the record of {approval.claims.iss} does not say where this key comes from"
-        return KeyProblem(Reason(code="key_unknown", message=message), 0)
+        return _refused("key_unknown", message)
     if at_ms // 1000 >= signer.key.not_after:
         message = f"key {signer.key.kid} of {signer.user_id} has ended since; approve anew with another"
-        return KeyProblem(Reason(code="key_ended", message=message), 0)
-    if (reason := floor_problem(signer.key, facts.target.state, verbs)) is not None:
-        return KeyProblem(reason, 0)
+        return _refused("key_ended", message)
+    verdict = check_key_floor(signer.key, facts.target.state, verbs)
+    if isinstance(verdict, Refused):
+        return KeyRefused(verdict.reason, since_ms=0)
     parties = {*beside, *facts.sponsors, facts.task.state.on_behalf_of}
-    return origin_problem(signer.origin, signer.user_id, directory, parties, at_ms)
+    return check_key_origin(signer.origin, signer.user_id, directory, parties, at_ms)
 
 
-def origin_problem(
+def check_key_origin(
     origin: KeyOrigin, user_id: str, directory: Directory, parties: Collection[str], at_ms: int
-) -> KeyProblem | None:
-    """Return why a key that somebody else added does not count at `at_ms` beside these people, or None."""
+) -> KeyVerdict:
+    """Check that a key of `user_id`, if somebody else added it, counts at `at_ms` beside the people `parties`.
+
+    1. Its delay is over, or a second operator co-signed it.
+    2. None of its vouchers takes part.
+    3. No key that it rests on was compromised by then.
+    """
     if at_ms < origin.counts_from_ms:
         since = utc_text(origin.counts_from_ms / 1000)
         message = (
             f"key {origin.kid} of {user_id} was added by {origin.by or 'the root'} and counts for approvals only from "
             f"{since}; use another key, or have a second operator co-sign a new one (ringfence user endorse-key)"
         )
-        return _problem("key_too_new", message, origin)
+        return _refused("key_too_new", message, origin.added_ms)
     if beside := sorted(origin.vouchers & set(parties) - {user_id}):
         message = (
             f"key {origin.kid} of {user_id} rests on the word of {', '.join(beside)}, who takes part in this; "
             "use another key, or have somebody else approve"
         )
-        return _problem("key_beside_voucher", message, origin)
+        return _refused("key_beside_voucher", message, origin.added_ms)
     if (giver := directory.compromised_giver(origin)) is not None:
         message = (
             f"key {origin.kid} of {user_id} rests on key {giver.kid} of {giver.user_id}, which was compromised then; "
             f"end it, and have another added: ringfence user end-key {user_id} {origin.kid} --compromised --since TIME"
         )
-        return _problem("key_voucher_compromised", message, origin)
-    return None
+        return _refused("key_voucher_compromised", message, origin.added_ms)
+    return ALLOWED
 
 
-def lent_by(user_id: str, approvals: Sequence[AnyApproval], directory: Directory) -> Reason | None:
-    """Return the reason why `user_id` cannot approve beside these approvals, or None: a key of one of them rests on the
-    word of `user_id`.
+def check_not_voucher(user_id: str, approvals: Sequence[AnyApproval], directory: Directory) -> Verdict:
+    """Check that no key of these approvals rests on the word of `user_id`, who then cannot approve beside them. Raises
+    ChainError.
     """
     for approval in approvals:
         signer = _key_of(approval, directory)
@@ -112,18 +126,18 @@ def lent_by(user_id: str, approvals: Sequence[AnyApproval], directory: Directory
                 f"{signer.user_id} approved with a key that rests on the word of {user_id}; somebody else has to "
                 "approve beside that"
             )
-            return Reason(code="key_beside_voucher", message=message)
-    return None
+            return refused("key_beside_voucher", message)
+    return ALLOWED
 
 
-def floor_problem(key: KeyRecord, target: TargetState, verbs: Collection[str]) -> Reason | None:
-    """Return why a key is not of the kind that the floors of these verbs demand, or None."""
+def check_key_floor(key: KeyRecord, target: TargetState, verbs: Collection[str]) -> Verdict:
+    """Check that a key is of the kind that the target's floors of these verbs demand."""
     for floor in target.verbs:
         if floor.verb in verbs and floor.key is not None and not _fits(key, floor.key):
             code, wanted = _WANTED[floor.key]
             message = f"{target.target_id} takes approvals of {floor.verb} only by {wanted}; approve with one"
-            return Reason(code=code, message=message)
-    return None
+            return refused(code, message)
+    return ALLOWED
 
 
 _WANTED: dict[FloorKey, tuple[str, str]] = {
@@ -150,5 +164,5 @@ def _key_of(approval: AnyApproval, directory: Directory) -> _ApproverKey | None:
     return _ApproverKey(user_id, key, origin) if key is not None and origin is not None else None
 
 
-def _problem(code: str, message: str, origin: KeyOrigin) -> KeyProblem:
-    return KeyProblem(Reason(code=code, message=message[:1000]), origin.added_ms)
+def _refused(code: str, message: str, since_ms: int = 0) -> KeyRefused:
+    return KeyRefused(refused(code, message).reason, since_ms)

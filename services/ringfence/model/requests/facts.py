@@ -26,12 +26,13 @@ from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
-from ringfence.model.records.instances import enrolment_of, ref_of, void
+from ringfence.model.records.instances import check_enrolment, enrolment_of, ref_of
 from ringfence.model.records.runs import run_violations
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import Limit, are_in_force, exceeding, limits_of
 from ringfence.model.scope.scope import validate_scope
 from ringfence.model.unknown_fields import is_understood, names_of, unknown_fields
+from ringfence.model.verdict import ALLOWED, Refused, Verdict
 
 _CACHED_SCOPES = 512
 """Each cache entry keeps the records that it was computed from in memory, though newer ones may have followed."""
@@ -56,8 +57,8 @@ class DelegationStep:
     task: VerifiedRecord[TaskState]
     kid: str
     """The key that signed the delegation."""
-    voucher_problem: str | None = None
-    """Which compromised key that key rests on (`Directory.voucher_problem`)."""
+    vouchers: Verdict = ALLOWED
+    """Whether that key rests on no compromised key (`Directory.check_vouchers`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,8 +145,8 @@ class RequestContext(RecordContext):
     """The running instance that asks, if it is one."""
     run: Run | None = None
     """The run that the instance is of, if it is of one that is there."""
-    voucher_problem: str | None = None
-    """Which compromised key the key of the request rests on (`Directory.voucher_problem`)."""
+    vouchers: Verdict = ALLOWED
+    """Whether the key of the request rests on no compromised key (`Directory.check_vouchers`)."""
 
     @property
     def not_after(self) -> int:
@@ -187,11 +188,11 @@ def load_context(
     records = load_records(directory, agent_id, claims.task_id, target_id)
     enrolment = enrolment_of(claims)
     signed = request.compact  # what an enforcement point asks is signed by nobody
-    problem = directory.voucher_problem(claims.iss, kid_of(signed)) if signed else None
+    vouchers = directory.check_vouchers(claims.iss, kid_of(signed)) if signed else ALLOWED
     return RequestContext(
         records.agent, records.sponsor, records.task, records.user, records.target,
         request, request_id or message_id(claims.iss, claims.jti), enrolment, directory.runs.of(enrolment),
-        problem, delegations=records.delegations,
+        vouchers, delegations=records.delegations,
     )  # fmt: skip
 
 
@@ -235,8 +236,8 @@ def _delegations(directory: Directory, task: VerifiedRecord[TaskState]) -> Itera
             )
             raise DeniedError(_reason("task_unknown", message))
         kid = kid_of(task.record.commands[0].jws)  # no command of a task is dropped
-        problem = directory.voucher_problem(agent.record.sub, kid)
-        yield DelegationStep(agent, directory.user(agent.state.sponsor), parent, kid, problem)
+        vouchers = directory.check_vouchers(agent.record.sub, kid)
+        yield DelegationStep(agent, directory.user(agent.state.sponsor), parent, kid, vouchers)
         task = parent
 
 
@@ -245,11 +246,11 @@ def violations(facts: RequestContext, now_s: float, entitlements_max_age_s: int)
 
     `now_s` is a time on the broker's clock, an append time, so that a retry gives the same result.
     """
-    void_reason = void(facts.instance, facts.agent.state) if facts.instance else None
+    admitted = check_enrolment(facts.instance, facts.agent.state) if facts.instance else ALLOWED
     return (
         *_signature(facts),
         *violations_of(facts, facts.request.claims.scope, now_s, entitlements_max_age_s),
-        *((void_reason,) if void_reason else ()),
+        *((admitted.reason,) if isinstance(admitted, Refused) else ()),
         *_of_run(facts, now_s),
     )
 
@@ -282,10 +283,9 @@ def _signature(facts: RequestContext) -> tuple[Reason, ...]:
     agent, compact = facts.agent.state, facts.request.compact
     if compact and kid_of(compact) in agent.compromised:
         return (key_compromised(agent.agent_id),)
-    if facts.voucher_problem is not None:
-        return (
-            _reason("key_voucher_compromised", f"{facts.voucher_problem}; sign the request with another key"),
-        )
+    if isinstance(facts.vouchers, Refused):
+        found = facts.vouchers.reason
+        return (_reason(found.code, f"{found.message}; sign the request with another key"),)
     return ()
 
 
@@ -313,9 +313,10 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
                 f"the task was handed on with a key of agent {step.agent.state.agent_id} that is compromised"
             )
             found.append(_reason("key_compromised", message))
-        elif step.voucher_problem is not None:
-            message = f"the task was handed on with a key that gives nothing: {step.voucher_problem}"
-            found.append(_reason("key_voucher_compromised", message))
+        elif isinstance(step.vouchers, Refused):
+            reason = step.vouchers.reason
+            message = f"the task was handed on with a key that gives nothing: {reason.message}"
+            found.append(_reason(reason.code, message))
         above = step.task.state
         if above.status != "active" or above.not_after <= now_s:
             message = (

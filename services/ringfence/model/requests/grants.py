@@ -22,6 +22,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import RequestContext
 from ringfence.model.scope.scope import missing
 from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 if TYPE_CHECKING:
     from ringfence.kernel.kafka.record import Received
@@ -47,51 +48,54 @@ def signer_of(grant: Grant) -> str | None:
     return subject_of(grant.aud, grant.iss, "user")
 
 
-def grant_problem(
+def check_grant(
     grant: Grant, facts: RequestContext, *, at_ms: int, ttl_s: int, delivery: Delivery, revisions: Revisions
-) -> Reason | None:
-    """Return the reason why a verified grant does not cover this request, issued at `at_ms`, or None.
+) -> Verdict:
+    """Check that a verified grant covers this request, issued at `at_ms`.
+
+    1. It has no field that is unknown here.
+    2. It lives no longer than a grant may.
+    3. It is for this agent and task.
+    4. The request is no break glass.
+    5. The scope of the request is within its scope, at its one target.
+    6. The life of the credential is within its own, and the delivery is the same.
+    7. It has not ended by `at_ms`.
+    8. No record that it was given on has changed since.
 
     Other checks decide whether its signer may give what is needed, how often it was used, and whether it was withdrawn.
     """
     agent, task = facts.agent.state, facts.task.state
-    if (unread := not_understood(grant)) is not None:
-        return unread
+    understood = check_understood(grant)
+    if isinstance(understood, Refused):
+        return understood
     if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
-        return Reason(
-            code="grant_too_long",
-            message=f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one",
+        return refused(
+            "grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one"
         )
     if (grant.agent_id, grant.task_id) != (agent.agent_id, task.task_id):
-        return Reason(code="grant_other_task", message="the grant was given for another task or agent")
+        return refused("grant_other_task", "the grant was given for another task or agent")
     if facts.break_glass:
-        return Reason(
-            code="grant_breaks_no_glass", message="break glass takes signatures over the very request"
-        )
+        return refused("grant_breaks_no_glass", "break glass takes signatures over the very request")
     one_target = len({permission.target for permission in grant.scope}) == 1  # it has one target's revision
     if not one_target or missing(facts.request.claims.scope, grant.scope):
-        return Reason(code="grant_other_scope", message="the request reaches beyond the scope of the grant")
+        return refused("grant_other_scope", "the request reaches beyond the scope of the grant")
     if ttl_s > grant.ttl_s or delivery != grant.delivery:
-        return Reason(
-            code="grant_other_terms", message="the grant was given for a shorter life or another delivery"
-        )
+        return refused("grant_other_terms", "the grant was given for a shorter life or another delivery")
     if at_ms >= grant.exp * 1000:
-        return Reason(code="grant_ended", message="the time of the grant is over; ask anew")
+        return refused("grant_ended", "the time of the grant is over; ask anew")
     if grant.revisions != revisions:
-        return Reason(
-            code="grant_stale",
-            message="agent, user, task, target or policy changed since the grant was given; ask anew",
+        return refused(
+            "grant_stale", "agent, user, task, target or policy changed since the grant was given; ask anew"
         )
-    return None
+    return ALLOWED
 
 
-def not_understood(grant: Grant) -> Reason | None:
-    """Return the reason why a grant with an unknown field covers nothing, or None. The field may limit it."""
+def check_understood(grant: Grant) -> Verdict:
+    """Check that a grant has no unknown field: it may limit the grant, so such a grant covers nothing."""
     if is_understood(grant):
-        return None
-    return Reason(
-        code="grant_not_understood", message=describe_unknown(unknown_fields(grant), "the grant")[:2048]
-    )
+        return ALLOWED
+    message = describe_unknown(unknown_fields(grant), "the grant")[:2048]
+    return Refused(Reason(code="grant_not_understood", message=message))
 
 
 @dataclass(frozen=True, slots=True)

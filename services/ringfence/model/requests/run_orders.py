@@ -11,13 +11,13 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.messages.base import ExpiringClaims
-from ringfence.messages.credential import Reason
 from ringfence.messages.registry import AgentState, TaskState, UserState
 from ringfence.messages.run import RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 C = TypeVar("C", bound=ExpiringClaims)
 MAX_ORDER_BYTES = 192 * 1024
@@ -60,69 +60,73 @@ def order_id_of(order: RunOrder) -> str:
     return message_id(order.iss, order.jti)
 
 
-def order_problem(order: RunOrder, kid: str, directory: Directory, at_s: float) -> Reason | None:
-    """Why a verified order starts nothing, or None.
+def check_order(order: RunOrder, kid: str, directory: Directory, at_s: float) -> Verdict:
+    """Check that a verified order may start a run. `kid` is the key that signed it, and `at_s` its append time.
 
-    It may come from the task's assigner, from the user whom the task is on behalf of, or from the agent's sponsor.
-    `kid` is the key that signed it, and `at_s` its append time.
+    1. It has no field that is unknown here.
+    2. The records of task, agent and signer verify.
+    3. The signer's key rests on no compromised key.
+    4. The key itself was not compromised by `at_s`.
+    5. The agent is active.
+    6. The task is there, is this agent's, and has not ended by `at_s`.
+    7. The signer is an active user: the task's assigner, its user, or the agent's sponsor.
     """
     if fields := unknown_fields(order):
-        return Reason(code="unknown_field", message=describe_unknown(fields, "the order")[:1000])
+        return refused("unknown_field", describe_unknown(fields, "the order"))
     try:
         task, agent = directory.task(order.task_id), directory.agent(order.agent_id)
         user_id = subject_of(order.aud, order.iss, "user")
         user = directory.user(user_id) if user_id is not None else None
-        voucher_problem = directory.voucher_problem(order.iss, kid)
+        vouchers = directory.check_vouchers(order.iss, kid)
     except ChainError as error:
-        return Reason(code="record_untrusted", message=str(error)[:1000])
-    if voucher_problem is not None:
-        message = f"{voucher_problem}; order the run with another key"
-        return Reason(code="key_voucher_compromised", message=message)
+        return refused("record_untrusted", str(error))
+    if isinstance(vouchers, Refused):
+        return refused(vouchers.reason.code, f"{vouchers.reason.message}; order the run with another key")
     since_ms = (user.state.compromised or {}).get(kid) if user is not None else None
     if since_ms is not None and at_s * 1000 >= since_ms:
         message = f"key {kid} of {order.iss} is ended as compromised; order the run with another key"
-        return Reason(code="key_compromised", message=message)
+        return refused("key_compromised", message)
     if agent is None or agent.state.status != "active":
         status = agent.state.status if agent is not None else "unknown"
-        return Reason(code=f"agent_{status}", message=f"agent {order.agent_id} is {status}")
+        return refused(f"agent_{status}", f"agent {order.agent_id} is {status}")
     if task is None:
-        return Reason(code="task_unknown", message=f"there is no task {order.task_id}")
+        return refused("task_unknown", f"there is no task {order.task_id}")
     if task.state.agent_id != order.agent_id:
-        return Reason(code="task_other_agent", message=f"task {order.task_id} was assigned to another agent")
+        return refused("task_other_agent", f"task {order.task_id} was assigned to another agent")
     if task.state.status != "active" or task.state.not_after <= at_s:
-        return Reason(code="task_ended", message=f"task {order.task_id} has ended")
-    return _user_problem(order.iss, user, task, agent)
+        return refused("task_ended", f"task {order.task_id} has ended")
+    return _check_user(order.iss, user, task, agent)
 
 
-def stop_problem(
+def check_stop(
     stop: RunStop, directory: Directory, *, agent_id: str, task_id: str, ordered_by: str | None
-) -> Reason | None:
-    """Why a verified stop ends nothing, or None. It may come from whoever ordered the run, or may order one.
+) -> Verdict:
+    """Check that a verified stop may end a run: its signer ordered the run, or may order one.
 
     An unknown field does not hold it up: a stop takes rights away, and gives none.
     """
     if stop.iss == ordered_by:
-        return None
+        return ALLOWED
     try:
         task, agent = directory.task(task_id), directory.agent(agent_id)
         user_id = subject_of(stop.aud, stop.iss, "user")
         user = directory.user(user_id) if user_id is not None else None
     except ChainError as error:
-        return Reason(code="record_untrusted", message=str(error)[:1000])
+        return refused("record_untrusted", str(error))
     if task is None or agent is None:
-        return Reason(code="task_unknown", message=f"there is no task {task_id} of agent {agent_id}")
-    return _user_problem(stop.iss, user, task, agent)
+        return refused("task_unknown", f"there is no task {task_id} of agent {agent_id}")
+    return _check_user(stop.iss, user, task, agent)
 
 
-def _user_problem(
+def _check_user(
     signer: str,
     user: VerifiedRecord[UserState] | None,
     task: VerifiedRecord[TaskState],
     agent: VerifiedRecord[AgentState],
-) -> Reason | None:
+) -> Verdict:
     if user is None or user.state.status != "active" or user.state.delegation is not None:
-        return Reason(code="user_disabled", message=f"{signer} is no active user")
+        return refused("user_disabled", f"{signer} is no active user")
     if user.state.user_id not in (task.state.assigned_by, task.state.on_behalf_of, agent.state.sponsor):
         message = "a run is ordered and stopped by its task's assigner or user, or by its agent's sponsor"
-        return Reason(code="not_entitled", message=message)
-    return None
+        return refused("not_entitled", message)
+    return ALLOWED

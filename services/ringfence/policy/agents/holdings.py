@@ -38,7 +38,7 @@ from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import is_short_lived
 from ringfence.model.leases.unverified_records import unverified_claims, verify_lease
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, Usage, Used, Verb, summary, verbs_of
-from ringfence.policy.domain import Case, Evaluation
+from ringfence.policy.domain import Case, Evaluation, RequestAllowed
 
 log = logging.getLogger(__name__)
 
@@ -266,15 +266,15 @@ class Holdings:
 
     def record_evaluation(self, case: Case, evaluation: Evaluation) -> None:
         """Record an evaluation before anybody learns of it: the agent holds what was allowed from now on."""
-        id, document = _lease_id(case.request_id), evaluation.input
-        if evaluation.ruling.outcome != "allowed" or document is None:
+        id, ruling, document = _lease_id(case.request_id), evaluation.ruling, evaluation.input
+        if not isinstance(ruling, RequestAllowed) or document is None:
             lease = self._leases.get(id)
             if lease is not None and not lease.decided:
                 self._shed(id, lease)
                 del self._leases[id]
             return
         now_s, request = self._now_s(), document["request"]
-        until_s = now_s + (evaluation.ruling.ttl_s or 0) + SLACK_S
+        until_s = now_s + ruling.ttl_s + SLACK_S
         self._hold(id, case.agent_id, request["task_id"], request["scope"], now_s, until_s)
 
     def decided(self, decision: CredentialDecision, agent_id: str, at_ms: int) -> None:

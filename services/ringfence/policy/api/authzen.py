@@ -32,7 +32,7 @@ from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission
 from ringfence.model.records.api_access import Authenticator, ForbiddenError
 from ringfence.policy.decisions.evaluator import RequestEvaluator
-from ringfence.policy.domain import Case, Evaluation
+from ringfence.policy.domain import Case, Evaluation, RequestAllowed
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +193,7 @@ def _authzen_response(evaluation: Evaluation) -> dict[str, Any]:
         context["approvals"] = list(ruling.required)
     if revisions is not None:
         context["policy_revision"] = revisions.policy
-    return {"decision": ruling.outcome == "allowed", "context": context}
+    return {"decision": isinstance(ruling, RequestAllowed), "context": context}
 
 
 def _answering(

@@ -22,11 +22,23 @@ from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.requests.approvals import key_problems
+from ringfence.model.requests.approvals import check_approver_keys
 from ringfence.model.requests.facts import DeniedError, load_context, violations
+from ringfence.model.verdict import Allowed
 from ringfence.policy.agents.holdings import MAX_HELD, Holdings
 from ringfence.policy.decisions.responder import say, step_of
-from ringfence.policy.domain import Case, Evaluation, InputBuilder, Ruling, approver, denied, rule, signer
+from ringfence.policy.domain import (
+    ApprovalRequired,
+    Case,
+    Evaluation,
+    InputBuilder,
+    RequestAllowed,
+    RequestRefused,
+    approver,
+    refuse,
+    rule,
+    signer,
+)
 from ringfence.policy.grants import GrantBook
 from ringfence.rego.engine import PolicyEngine, PolicyFailedError, PolicyResult
 
@@ -95,7 +107,7 @@ class RequestEvaluator:
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], *, binding: bool
     ) -> Evaluation:
         if stale := await self.stale():
-            return denied("stale_view", stale)
+            return Evaluation(refuse("stale_view", stale))
         tries_left = _WEIGHINGS
         while True:
             tries_left -= 1
@@ -105,7 +117,7 @@ class RequestEvaluator:
             if binding:
                 evaluation = await self._granted(case, at_ms, approvals, evaluation)
                 self._holdings.record_evaluation(case, evaluation)
-            if evaluation.ruling.outcome != "denied":
+            if not isinstance(evaluation.ruling, RequestRefused):
                 return evaluation
             await self.caught_up()
             if evaluation.input and evaluation.input["held"]:  # some of it may have ended
@@ -118,15 +130,15 @@ class RequestEvaluator:
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], evaluation: Evaluation
     ) -> Evaluation:
         """Return a new evaluation with grants in place of the missing approvals, else the given one."""
-        if evaluation.ruling.outcome != "approval_required":
+        waiting = evaluation.ruling
+        if not isinstance(waiting, ApprovalRequired):
             return evaluation
         while chosen := self._grants.fitting(case, evaluation, approvals, at_ms):
             with_grants = await self._query_with_all_held(case, at_ms, [*approvals, *chosen])
-            same = (with_grants.revisions, with_grants.ruling.ttl_s) == (
-                evaluation.revisions,
-                evaluation.ruling.ttl_s,
-            )
-            if not same or with_grants.ruling.outcome != "allowed":
+            ruling = with_grants.ruling
+            if not isinstance(ruling, RequestAllowed):
+                break
+            if (with_grants.revisions, ruling.ttl_s) != (evaluation.revisions, waiting.ttl_s):
                 break
             if self._grants.use(chosen, case.request_id):
                 times = self._grants.append_times(chosen)
@@ -162,7 +174,7 @@ class RequestEvaluator:
         agent_id = case.agent_id
         kinds = self._holdings.kinds(agent_id)
         evaluation = await self._query_engine(case, at_ms, approvals)
-        if evaluation.ruling.outcome == "allowed" and self._holdings.kinds(agent_id) != kinds:
+        if isinstance(evaluation.ruling, RequestAllowed) and self._holdings.kinds(agent_id) != kinds:
             async with self._holdings.turn(agent_id):
                 while self._holdings.kinds(agent_id) != kinds:
                     kinds = self._holdings.kinds(agent_id)
@@ -175,9 +187,11 @@ class RequestEvaluator:
         try:
             facts = load_context(self._directory, case.request, case.request_id)
         except DeniedError as error:
-            return Evaluation(Ruling("denied", (error.reason,)))
-        problems = key_problems(approvals, self._directory, facts, at_ms=at_ms)
-        approvals = [one for one, problem in zip(approvals, problems, strict=True) if problem is None]
+            return Evaluation(RequestRefused((error.reason,)))
+        verdicts = check_approver_keys(approvals, self._directory, facts, at_ms=at_ms)
+        approvals = [
+            one for one, verdict in zip(approvals, verdicts, strict=True) if isinstance(verdict, Allowed)
+        ]
         max_age_s = self._runtime.settings.entitlements_max_age_s
         against = violations(facts, at_ms / 1000, max_age_s)
         against += self._declared.delivery_refusals(facts.target.state, case.request.claims.delivery)

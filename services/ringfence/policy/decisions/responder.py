@@ -23,7 +23,7 @@ from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CRE
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context
 from ringfence.policy.decision_log import Approvers, Decisions, RecordPosition, RequestState
-from ringfence.policy.domain import Case, Evaluation, people_to_ask
+from ringfence.policy.domain import ApprovalRequired, Case, Evaluation, RequestRefused, people_to_ask
 from ringfence.policy.notifications.notices import Notices
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class DecisionPublisher:
             source=case.source,
             outcome=ruling.outcome,
             reasons=ruling.reasons,
-            ttl_s=ruling.ttl_s,
+            ttl_s=None if isinstance(ruling, RequestRefused) else ruling.ttl_s,
             delivery=case.request.claims.delivery,
             required=ruling.required,
             approvals=tuple(approval.compact for approval in approvals),
@@ -89,7 +89,7 @@ class DecisionPublisher:
             input=evaluation.input,
             input_digest=evaluation.input_digest,
             expires_at=expires_at,
-            retry_after_s=ruling.retry_after_s,
+            retry_after_s=ruling.retry_after_s if isinstance(ruling, RequestRefused) else None,
         )
         jws = _signed(decision, evaluation.input_json, runtime.key)
         if len(jws) > MAX_JWS_BYTES:
@@ -200,9 +200,9 @@ def _decision_id(case: Case, evaluation: Evaluation, approvals: Sequence[Signed[
     """Return the decision's id: one for the final answer, whatever it rests on; one for each set of answers while
     waiting.
     """
-    outcome = evaluation.ruling.outcome
-    collected = sorted(a.digest for a in approvals) if outcome == "approval_required" else []
-    return derived_id("decision", case.request_id, outcome, *collected)
+    ruling = evaluation.ruling
+    collected = sorted(a.digest for a in approvals) if isinstance(ruling, ApprovalRequired) else []
+    return derived_id("decision", case.request_id, ruling.outcome, *collected)
 
 
 def _times_of_passkeys(

@@ -26,8 +26,9 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.signed_messages import FindKey, key_of_agent, verify_message
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
-from ringfence.policy.domain import Case, Evaluation, denied
+from ringfence.policy.domain import Case, RequestRefused, refuse
 from ringfence.policy.incoming.load_shedding import BacklogMonitor, Stage
 
 C = TypeVar("C", bound=ExpiringClaims)
@@ -77,27 +78,29 @@ class MessageVerifier:
             raise InvalidMessageError(
                 f"the Kafka key of a request is the agent's id, {agent_id}", code="key_unexpected"
             )
-        if problem := await self.misplaced(record, agent_id):
-            raise InvalidMessageError(problem, code=MISPLACED)
+        placement = await self.check_placement(record, agent_id)
+        if isinstance(placement, Refused):
+            raise InvalidMessageError(placement.reason.message, code=placement.reason.code)
         check_reply_key(claims.reply_key)
         id = message_id(claims.iss, claims.jti)
         return Case(request, id, agent_id, record.coordinates, record.traceparent), late
 
-    async def misplaced(self, record: Received, agent_id: str) -> str | None:
-        """Return the reason why a record about an agent is in the wrong partition, or None.
+    async def check_placement(self, record: Received, agent_id: str) -> Verdict:
+        """Check that a record about an agent is in the agent's partition.
 
         One replica processes all requests of an agent and the answers to them, in order. Two replicas that evaluate
         concurrently do not know what the other allows. A producer can write a key to any partition.
         """
         if self._partitions and record.partition == partition_of(agent_id, self._partitions):
-            return None
+            return ALLOWED
         self._partitions = await self._runtime.publisher.partitions(record.topic)
         right = partition_of(agent_id, self._partitions)
         if record.partition == right:
-            return None
-        return (
+            return ALLOWED
+        return refused(
+            MISPLACED,
             f"what is about agent {agent_id} belongs in partition {right} of {record.topic_name}: use Kafka's default "
-            "partitioner (murmur2 of the key)"
+            "partitioner (murmur2 of the key)",
         )
 
     async def approval(self, record: Received) -> tuple[Signed[Approval], ExpiredError | None]:
@@ -209,12 +212,16 @@ class AdmissionControl:
                 self._looked_at[record.partition] += 1
                 return self._looked_at[record.partition] > LOOKED_AT
 
-    def refusal(self, case: Case, now_ms: int) -> Evaluation | None:
-        """Count a new request. Returns the reason why it is not evaluated, or None."""
-        refused = self._late_refusal(case, now_ms) or self._too_many(case)
-        if refused is not None:
+    def admit(self, case: Case, now_ms: int) -> Allowed | RequestRefused:
+        """Count a new request, and check that it is evaluated: it has not waited for too long, and neither its agent
+        nor the sponsor's agents together ask too often.
+        """
+        admission = self._check_wait(case, now_ms)
+        if isinstance(admission, Allowed):
+            admission = self._check_rates(case)
+        if isinstance(admission, RequestRefused):
             self._refusals[case.agent_id] += 1
-        return refused
+        return admission
 
     def count_refusal(self, agent_id: str) -> None:
         """Count a refusal of another signed message of an agent, so that a flood of those is shed as well."""
@@ -224,27 +231,25 @@ class AdmissionControl:
         """Return a warning that requests are refused because policy is behind, or None."""
         return self._backlog.warning(now_ms)
 
-    def _late_refusal(self, case: Case, now_ms: int) -> Evaluation | None:
+    def _check_wait(self, case: Case, now_ms: int) -> Allowed | RequestRefused:
         waited_ms, wait_s = now_ms - case.source.appended_at_ms, self._limits.wait_s
         if not wait_s or waited_ms <= wait_s * 1000:
-            return None
+            return ALLOWED
         message = f"policy is behind: the request waited for {waited_ms / 1000:.0f} s; ask again later"
-        return denied("overloaded", message, retry_after_s=wait_s)
+        return refuse("overloaded", message, retry_after_s=wait_s)
 
-    def _too_many(self, case: Case) -> Evaluation | None:
+    def _check_rates(self, case: Case) -> Allowed | RequestRefused:
         at_ms = case.source.appended_at_ms
         self._begin(at_ms)
         agent, sponsor = f"agent {case.agent_id}", _sponsor_of(self._directory, case.agent_id)
-        if reached := self._reached(agent, self._limits.agent_per_minute, at_ms):
-            return reached
-        if sponsor and (
-            reached := self._reached(f"sponsor {sponsor}", self._limits.sponsor_per_minute, at_ms)
-        ):
-            return reached
-        self._counts[agent] += 1
-        if sponsor:
-            self._counts[f"sponsor {sponsor}"] += 1
-        return None
+        rate = self._check_rate(agent, self._limits.agent_per_minute, at_ms)
+        if isinstance(rate, Allowed) and sponsor:
+            rate = self._check_rate(f"sponsor {sponsor}", self._limits.sponsor_per_minute, at_ms)
+        if isinstance(rate, Allowed):
+            self._counts[agent] += 1
+            if sponsor:
+                self._counts[f"sponsor {sponsor}"] += 1
+        return rate
 
     def _begin(self, at_ms: int) -> None:
         # Partitions are not read in step: slightly older requests count in this window as well.
@@ -254,12 +259,12 @@ class AdmissionControl:
             self._refusals.clear()
             self._looked_at.clear()
 
-    def _reached(self, who: str, limit: int, at_ms: int) -> Evaluation | None:
+    def _check_rate(self, who: str, limit: int, at_ms: int) -> Allowed | RequestRefused:
         if not limit or self._counts[who] < limit:
-            return None
+            return ALLOWED
         left_s = ceil(((self._window + 1) * _WINDOW_MS - at_ms) / 1000)
         message = f"{who} may ask {limit} times a minute, and has; ask again in {left_s} s"
-        return denied("rate_limited", message, retry_after_s=left_s)
+        return refuse("rate_limited", message, retry_after_s=left_s)
 
 
 class PendingApprovalLimit:
@@ -276,21 +281,21 @@ class PendingApprovalLimit:
         self._asking: dict[str, str] = {}
         """Requests that are about to wait, by id, with their agents."""
 
-    def refusal(self, case: Case, sponsor: str) -> Evaluation | None:
-        """Return the reason why nobody can be asked about a request, or None; then it counts as waiting from now on."""
+    def admit(self, case: Case, sponsor: str) -> Allowed | RequestRefused:
+        """Check that people can be asked about a request. If so, it counts as waiting from now on."""
         asking = self._about_to_wait(but_for=case.request_id)
         waiting = self._decisions.waiting()
         count = waiting.get(case.agent_id, 0) + asking[case.agent_id]
-        refused = self._reached(f"agent {case.agent_id}", count, self._limits.agent)
-        if refused is None and self._limits.sponsor:
+        admission = self._check_count(f"agent {case.agent_id}", count, self._limits.agent)
+        if isinstance(admission, Allowed) and self._limits.sponsor:
             theirs = [
                 agent for agent in {*waiting, *asking} if _sponsor_of(self._directory, agent) == sponsor
             ]
             count = sum(waiting.get(agent, 0) + asking[agent] for agent in theirs)
-            refused = self._reached(f"the agents of {sponsor}", count, self._limits.sponsor)
-        if refused is None:
+            admission = self._check_count(f"the agents of {sponsor}", count, self._limits.sponsor)
+        if isinstance(admission, Allowed):
             self._asking[case.request_id] = case.agent_id
-        return refused
+        return admission
 
     def _about_to_wait(self, *, but_for: str) -> Counter[str]:
         """Return, by agent, how many requests were admitted and are not among the waiting ones yet."""
@@ -300,14 +305,14 @@ class PendingApprovalLimit:
                 del self._asking[id]
         return Counter(agent for id, agent in self._asking.items() if id != but_for)
 
-    def _reached(self, who: str, count: int, limit: int) -> Evaluation | None:
+    def _check_count(self, who: str, count: int, limit: int) -> Allowed | RequestRefused:
         if not limit or count < limit:
-            return None
+            return ALLOWED
         message = (
             f"{count} requests of {who} wait for people already, and no more may; wait for answers, or have them "
             "approved ahead (ringfence approvals grant)"
         )
-        return denied("approvals_pending_limit", message, retry_after_s=PENDING_RETRY_S)
+        return refuse("approvals_pending_limit", message, retry_after_s=PENDING_RETRY_S)
 
 
 def _sponsor_of(directory: Directory, agent_id: str) -> str | None:

@@ -19,14 +19,24 @@ from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, is_same_requester
-from ringfence.model.requests.approvals import approval_problem, key_problems
-from ringfence.model.requests.approver_keys import approver_key_problem, lent_by
+from ringfence.model.requests.approvals import check_approval, check_approver_keys
+from ringfence.model.requests.approver_keys import check_approver_key, check_not_voucher
 from ringfence.model.requests.facts import DeniedError, load_context, violations
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
-from ringfence.policy.domain import MAX_REASONS, Case, Evaluation, Ruling, may_approve_any, signer
-from ringfence.policy.incoming.admission import MISPLACED, MessageVerifier, is_for_others
+from ringfence.policy.domain import (
+    MAX_REASONS,
+    ApprovalRequired,
+    Case,
+    Evaluation,
+    RequestAllowed,
+    RequestRefused,
+    may_approve_any,
+    signer,
+)
+from ringfence.policy.incoming.admission import MessageVerifier, is_for_others
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +131,8 @@ class ApprovalHandler:
             return None
         approval, late = await self._verifier.approval(record)
         async with self._locked(record.appended_at_ms):
-            problem = await self._apply(approval, late, record)
-        return await self._refuse(approval, problem, record) if problem is not None else None
+            verdict = await self._apply(approval, late, record)
+        return await self._refuse(approval, verdict.reason, record) if isinstance(verdict, Refused) else None
 
     @contextlib.asynccontextmanager
     async def _locked(self, at_ms: int | None = None) -> AsyncIterator[None]:
@@ -140,33 +150,41 @@ class ApprovalHandler:
 
     async def _apply(
         self, approval: Signed[Approval], late: ExpiredError | None, record: Received
-    ) -> Reason | None:
-        """Apply an answer. Returns the reason why it changes nothing, or None."""
+    ) -> Verdict:
+        """Apply an answer, if it counts.
+
+        1. The request that it names is known.
+        2. The record has the agent's id as its Kafka key, and is in the agent's partition.
+        3. It was not given before; redelivered after a crash, it is completed.
+        4. The request still waits, and the answer came in time.
+        5. The person can give what the request waits for, by the records as they are now (`_evaluate`).
+        """
         claims, place = approval.claims, RecordPosition(record.partition, record.offset)
         state = self._decisions.get(claims.request_id)
         if state is None or state.outcome is None:
-            return _reason("request_unknown", "no request with this id waits for an approval")
+            return refused("request_unknown", "no request with this id waits for an approval")
         if record.key != state.agent_id:
-            return _reason(
+            return refused(
                 "key_unexpected", f"the Kafka key of an approval is the agent's id, {state.agent_id}"
             )
-        if problem := await self._verifier.misplaced(record, state.agent_id):
-            return _reason(MISPLACED, problem)
+        placement = await self._verifier.check_placement(record, state.agent_id)
+        if isinstance(placement, Refused):
+            return placement
         state.traceparent = nearest(record.traceparent, state.traceparent)
         seen = state.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:
             if seen[0] != approval.digest or seen[1] not in (None, place):
-                return _reason("approval_replayed", "this approval was given before; each counts once")
+                return refused("approval_replayed", "this approval was given before; each counts once")
             await self._finish(state)
-            return None
+            return ALLOWED
         if state.pending is None:
-            return _reason("already_decided", f"the request is {state.outcome} already, and that stands")
+            return refused("already_decided", f"the request is {state.outcome} already, and that stands")
         if late is not None:
-            return _reason(late.code, str(late))
+            return refused(late.code, str(late))
         pending = state.pending
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
             await self._close(state, pending, (_expired_reason(pending),))
-            return _reason("approval_expired", "the time in which approvals counted is over")
+            return refused("approval_expired", "the time in which approvals counted is over")
         return await self._evaluate(approval, place, record.appended_at_ms, state, pending)
 
     async def _evaluate(
@@ -176,60 +194,67 @@ class ApprovalHandler:
         at_ms: int,
         state: RequestState,
         pending: CredentialDecision,
-    ) -> Reason | None:
+    ) -> Verdict:
+        """Apply an answer to a request that waits. If the request cannot be allowed any more, it is closed instead.
+
+        1. A user signed the answer, over this very request.
+        2. The user can give one of the approvals that are required. A denial then closes the request.
+        3. The approval is one of this request as it is now (`check_approval`).
+        4. The approvals that were given before still count.
+        5. The user has not approved it before.
+        6. The key counts beside those approvals, and none of theirs rests on the user's word.
+        """
         claims, case, user_id = approval.claims, _case(state, pending), signer(approval)
         if user_id is None:
-            return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
+            return refused("not_a_person", f"{claims.iss} is no user; only people approve")
         if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
-            return _reason("approval_other_request", "the approval is a signature over another request")
+            return refused("approval_other_request", "the approval is a signature over another request")
         if stale := await self._evaluator.stale():
-            return _reason("stale_view", f"{stale}; then approve again")
+            return refused("stale_view", f"{stale}; then approve again")
         await self.records.wait_until_known(at_ms)
         try:
             facts = load_context(self._directory, case.request)
         except DeniedError as error:
             await self._close(state, pending, (error.reason,))
-            return None
+            return ALLOWED
         if not may_approve_any(self._directory, user_id, pending.required, facts):
             required = ", ".join(pending.required)
-            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {required}")
+            return refused("not_approver", f"{user_id} cannot give what is asked for here: {required}")
         if claims.verdict == "denied":
             comment = (claims.comment or "no comment")[:500]
             no = _reason("approval_denied", f"{user_id} denied it: {comment}")
             await self._close(state, pending, (no,), approval, place, at_ms)
-            return None
+            return ALLOWED
         present = facts.revisions(self._evaluator.policy_revision)
         if present != pending.revisions:
             await self._close(state, pending, (_stale(),))
-            return None
-        problem = approval_problem(
+            return ALLOWED
+        verdict = check_approval(
             approval, facts,
             at_ms=at_ms, ttl_s=pending.ttl_s or 0, delivery=pending.delivery, revisions=present,
         )  # fmt: skip
-        if problem is not None:
-            return problem
+        if isinstance(verdict, Refused):
+            return verdict
         collected = [_collected(jws) for jws in pending.approvals]
         if not _all_valid(collected, at_ms):
             await self._close(state, pending, (_expired_reason(pending),))
-            return _reason("approval_expired", "the time of an approval that was given before is over")
-        void = [
-            one for one in key_problems(collected, self._directory, facts, at_ms=at_ms) if one is not None
-        ]
+            return refused("approval_expired", "the time of an approval that was given before is over")
+        keys = check_approver_keys(collected, self._directory, facts, at_ms=at_ms)
+        void = [key for key in keys if isinstance(key, Refused)]
         if void:  # a key was ended as compromised since, or given anew
-            await self._close(state, pending, tuple(one.reason for one in void))
-            return void[0].reason
+            await self._close(state, pending, tuple(key.reason for key in void))
+            return void[0]
         if user_id in map(signer, collected):
-            return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
+            return refused("approved_already", f"{user_id} approved this before; nobody counts twice")
         beside = [one for one in map(signer, collected) if one]
-        found = approver_key_problem(
-            approval, self._directory, facts, facts.verbs, at_ms=at_ms, beside=beside
-        )
-        if found is not None:
-            return found.reason
-        if lent := lent_by(user_id, collected, self._directory):
-            return lent
+        by_key = check_approver_key(approval, self._directory, facts, facts.verbs, at_ms=at_ms, beside=beside)
+        if isinstance(by_key, Refused):
+            return by_key
+        no_voucher = check_not_voucher(user_id, collected, self._directory)
+        if isinstance(no_voucher, Refused):
+            return no_voucher
         await self._count_approval(state, pending, case, collected, approval, place, at_ms)
-        return None
+        return ALLOWED
 
     async def _count_approval(
         self,
@@ -244,11 +269,11 @@ class ApprovalHandler:
         """Evaluate again with one more approval: allowed, denied after all, or still waiting for somebody else."""
         approvals = [*collected, approval]
         evaluation = await self._evaluator.evaluate(case, at_ms, approvals)
-        outcome = evaluation.ruling.outcome
-        if outcome != "denied" and evaluation.ruling.ttl_s != pending.ttl_s:
+        ruling = evaluation.ruling
+        if not isinstance(ruling, RequestRefused) and ruling.ttl_s != pending.ttl_s:
             await self._close(state, pending, (_stale(),), approval, place, at_ms)
             return
-        waiting = outcome == "approval_required"
+        waiting = isinstance(ruling, ApprovalRequired)
         state = await self._publisher.decide(
             case,
             evaluation,
@@ -257,7 +282,7 @@ class ApprovalHandler:
             expires_at=pending.expires_at if waiting else None,
         )
         state.saw(approval, place)
-        if not waiting or evaluation.ruling.required != pending.required:
+        if not waiting or ruling.required != pending.required:
             await self._publisher.notify(state, case)
 
     async def _close(
@@ -274,7 +299,7 @@ class ApprovalHandler:
         """
         case = _case(state, pending)
         evaluation = Evaluation(
-            Ruling("denied", why, None, pending.required),
+            RequestRefused(why, pending.required),
             revisions=pending.revisions,
             input=pending.input,
             input_digest=pending.input_digest,
@@ -313,58 +338,57 @@ class ApprovalHandler:
 
     # --- requests that their agents withdraw ---
 
-    async def withdraw(
-        self, withdrawal: Signed[RequestWithdraw], agent_id: str, record: Received
-    ) -> Reason | None:
+    async def withdraw(self, withdrawal: Signed[RequestWithdraw], agent_id: str, record: Received) -> Verdict:
         """End a waiting request of an agent, because the requester withdrew it: the agent, or the run or instance.
 
         The lock separates the withdrawal from approvals and from the end of the time: one of them decides.
 
         Returns:
-            The reason why it changes nothing, or None. The repeat of an effective withdrawal at another position has
-            the code `replayed`.
+            `Refused` if it changes nothing. The repeat of an effective withdrawal at another position has the code
+            `replayed`.
         """
         async with self._locked(record.appended_at_ms):
             state = self._decisions.get(withdrawal.claims.request_id)
             if state is None or state.outcome is None:
-                return _reason("request_unknown", "no request with this id is known here")
+                return refused("request_unknown", "no request with this id is known here")
             if state.agent_id != agent_id:
-                return _reason("not_requester", "another agent signed this request")
+                return refused("not_requester", "another agent signed this request")
             if state.pending is not None and not _is_requester(state.pending, withdrawal.claims):
                 message = "another instance of the agent asked for this: the run or instance that asked withdraws it"
-                return _reason("not_requester", message)
+                return refused("not_requester", message)
             if record.key != agent_id:
-                return _reason(
+                return refused(
                     "key_unexpected", f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
                 )
-            if problem := await self._verifier.misplaced(record, agent_id):
-                return _reason(MISPLACED, problem)
+            placement = await self._verifier.check_placement(record, agent_id)
+            if isinstance(placement, Refused):
+                return placement
             at = RecordPosition(record.partition, record.offset)
             if state.pending is None:
                 return await self._withdrawn_before(state, withdrawal, at)
             message = f"agent {agent_id} withdrew the request: nobody waits for it any more"
             await self._close(state, state.pending, (_reason(WITHDRAWN, message),))
             state.withdrawal = (withdrawal.digest, at)
-            return None
+            return ALLOWED
 
     async def _withdrawn_before(
         self, state: RequestState, withdrawal: Signed[RequestWithdraw], at: RecordPosition
-    ) -> Reason | None:
-        """Return why a withdrawal of a finally decided request changes nothing.
+    ) -> Verdict:
+        """Refuse a withdrawal of a finally decided request, because it changes nothing.
 
-        A withdrawal that is redelivered after a crash is completed: the reply may not have been sent. Then it is None.
+        A withdrawal that is redelivered after a crash is completed instead: the reply may not have been sent.
         """
         seen = state.withdrawal
         if seen is None and _is_withdrawn(state):
             seen = state.withdrawal = (withdrawal.digest, at)  # from before this process
         if seen == (withdrawal.digest, at):
             await self._finish(state)
-            return None
+            return ALLOWED
         if seen is not None and seen[0] == withdrawal.digest:
-            return _reason(
+            return refused(
                 "replayed", "this withdrawal was taken in before, elsewhere; a repeat changes nothing"
             )
-        return _reason("already_decided", f"the request is {state.outcome} already, and that stands")
+        return refused("already_decided", f"the request is {state.outcome} already, and that stands")
 
     # --- requests that a new grant answers ---
 
@@ -381,8 +405,10 @@ class ApprovalHandler:
                 if case.request.claims.task_id != grant.task_id or not _all_valid(collected, at_ms):
                     continue
                 evaluation = await self._evaluator.evaluate(case, at_ms, collected)
-                same = (evaluation.revisions, evaluation.ruling.ttl_s) == (pending.revisions, pending.ttl_s)
-                if same and evaluation.ruling.outcome == "allowed":
+                ruling = evaluation.ruling
+                if not isinstance(ruling, RequestAllowed):
+                    continue
+                if (evaluation.revisions, ruling.ttl_s) == (pending.revisions, pending.ttl_s):
                     await self._publisher.decide(
                         case,
                         evaluation,

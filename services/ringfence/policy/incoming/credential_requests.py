@@ -21,12 +21,13 @@ from ringfence.messages.credential import MAX_WAITING_BYTES, CredentialRequest, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.instances import enrolment_of, void
+from ringfence.model.records.instances import check_enrolment, enrolment_of
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.decision_log import Decisions, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
-from ringfence.policy.domain import Case, Evaluation, denied
+from ringfence.policy.domain import ApprovalRequired, Case, Evaluation, RequestRefused, refuse
 from ringfence.policy.incoming.admission import (
     AdmissionControl,
     MessageVerifier,
@@ -69,13 +70,13 @@ class WithdrawalHandler:
             return None
         withdrawal, late = await self._verifier.request_withdrawal(record)
         agent_id = subject_of(withdrawal.claims.aud, withdrawal.claims.iss, "agent") or ""
-        reason = await self._objection(withdrawal, agent_id, late, record.appended_at_ms)
-        if reason is None:
-            reason = await self._approvals.withdraw(withdrawal, agent_id, record)
-        if reason is None:
+        verdict = await self._check_signer(withdrawal, agent_id, late, record.appended_at_ms)
+        if isinstance(verdict, Allowed):
+            verdict = await self._approvals.withdraw(withdrawal, agent_id, record)
+        if isinstance(verdict, Allowed):
             return None
         self._admission.count_refusal(agent_id)
-        return await self._report(withdrawal.claims, agent_id, reason, record)
+        return await self._report(withdrawal.claims, agent_id, verdict.reason, record)
 
     def _names_pending(self, record: Received) -> bool:
         """Return whether a record names a request that waits: of those there are few, so they are never shed."""
@@ -87,29 +88,29 @@ class WithdrawalHandler:
         state = self._decisions.get(id)
         return state is not None and state.pending is not None
 
-    async def _objection(
+    async def _check_signer(
         self, withdrawal: Signed[RequestWithdraw], agent_id: str, late: ExpiredError | None, at_ms: int
-    ) -> Reason | None:
-        """Return the reason why the signer may withdraw nothing, or None."""
+    ) -> Verdict:
+        """Check that a withdrawal came in time, and that the agent's record admits the instance that signed it."""
         if late is not None:
-            return Reason(code=late.code, message=str(late))
-        if self._void_instance(withdrawal, agent_id) is not None:
+            return refused(late.code, str(late))
+        if isinstance(self._check_instance(withdrawal, agent_id), Refused):
             # Nobody is refused for a record that has not arrived here yet.
             await self._approvals.records.wait_until_known(at_ms)
-        return self._void_instance(withdrawal, agent_id)
+        return self._check_instance(withdrawal, agent_id)
 
-    def _void_instance(self, withdrawal: Signed[RequestWithdraw], agent_id: str) -> Reason | None:
-        """Return the reason why the agent's record does not admit the running instance that signed, or None."""
+    def _check_instance(self, withdrawal: Signed[RequestWithdraw], agent_id: str) -> Verdict:
+        """Check that the agent's record admits the running instance that signed, if it was one."""
         enrolment = enrolment_of(withdrawal.claims)
         if enrolment is None:
-            return None
+            return ALLOWED
         try:
             agent = self._directory.agent(agent_id)
         except ChainError as error:
-            return Reason(code=error.code, message=str(error))
+            return Refused(Reason(code=error.code, message=str(error)))
         if agent is None:
-            return Reason(code="agent_unknown", message=f"there is no agent {agent_id}")
-        return void(enrolment, agent.state)
+            return refused("agent_unknown", f"there is no agent {agent_id}")
+        return check_enrolment(enrolment, agent.state)
 
     async def _report(
         self, claims: RequestWithdraw, agent_id: str, why: Reason, record: Received
@@ -203,29 +204,36 @@ class RequestHandler:
         if state.at != place:
             await self._replayed(case)
         elif state.outcome is None:
-            refused = self._refused(case, late, first=not state.tried)
+            admission = self._check_admission(case, late, first=not state.tried)
             if late is None and not state.tried:
                 await self._shared.observe(case)
             state.tried = True
-            await self._decide(case, refused)
+            await self._decide(case, admission)
         else:  # it is delivered again, after a crash or a failure: the missing messages are published
             await self._publisher.notify(state, case)
 
-    def _refused(self, case: Case, late: ExpiredError | None, *, first: bool) -> Evaluation | None:
-        """Return the denial of a request that is not evaluated, or None."""
+    def _check_admission(
+        self, case: Case, late: ExpiredError | None, *, first: bool
+    ) -> Allowed | RequestRefused:
+        """Check that a request came in time, and that it is admitted; one that was tried before was."""
         if late is not None:
-            return denied(late.code, str(late))
-        return self._admission.refusal(case, self._runtime.clock.now_ms()) if first else None
+            return refuse(late.code, str(late))
+        return self._admission.admit(case, self._runtime.clock.now_ms()) if first else ALLOWED
 
-    async def _decide(self, case: Case, refused: Evaluation | None) -> None:
+    async def _decide(self, case: Case, admission: Allowed | RequestRefused) -> None:
         at_ms, expires_at = case.source.appended_at_ms, None
-        evaluation = refused or await self._evaluator.evaluate(case, at_ms)
-        if evaluation.ruling.outcome == "approval_required" and evaluation.facts is not None:
+        if isinstance(admission, RequestRefused):
+            evaluation = Evaluation(admission)
+        else:
+            evaluation = await self._evaluator.evaluate(case, at_ms)
+        if isinstance(evaluation.ruling, ApprovalRequired) and evaluation.facts is not None:
             facts = evaluation.facts
             expires_at = min(at_ms // 1000 + self._approval_timeout_s, facts.task.state.not_after)
-            not_asked = _unfit_for_people(case) or self._doorkeeper.refusal(case, facts.agent.state.sponsor)
-            if not_asked is not None:
-                evaluation, expires_at = replace(evaluation, ruling=not_asked.ruling), None
+            question = _check_readable(case)
+            if isinstance(question, Allowed):
+                question = self._doorkeeper.admit(case, facts.agent.state.sponsor)
+            if isinstance(question, RequestRefused):
+                evaluation, expires_at = replace(evaluation, ruling=question), None
         state = await self._publisher.decide(case, evaluation, expires_at=expires_at)
         await self._publisher.notify(state, case)
 
@@ -247,15 +255,13 @@ class RequestHandler:
         )
 
 
-def _unfit_for_people(case: Case) -> Evaluation | None:
-    """Return the denial of a request that no person can be asked about, or None: it is too long to be read, or readers
-    could read it differently.
-    """
+def _check_readable(case: Case) -> Allowed | RequestRefused:
+    """Check that people can be asked about a request: it is short enough to be read, and has only one reading."""
     if (size := len(case.request.compact)) > MAX_WAITING_BYTES:
         message = f"a request of {size} bytes; one that needs approval has at most {MAX_WAITING_BYTES}: ask for less"
-        return denied("too_large", message)
+        return refuse("too_large", message)
     try:
         parse(case.request.compact).check_one_reading()
     except InvalidMessageError as error:
-        return denied(error.code, f"nobody can be asked about this: {error}; sign it anew")
-    return None
+        return refuse(error.code, f"nobody can be asked about this: {error}; sign it anew")
+    return ALLOWED

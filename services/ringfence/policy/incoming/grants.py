@@ -13,18 +13,19 @@ from ringfence.messages.credential import Reason
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
-from ringfence.model.requests.approver_keys import approver_key_problem
+from ringfence.model.requests.approver_keys import check_approver_key
 from ringfence.model.requests.facts import DeniedError, load_records
 from ringfence.model.requests.grants import (
     MOST_OF_ONE,
     GrantTable,
+    check_understood,
     id_of,
     kind_of,
-    not_understood,
     signer_of,
 )
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.incoming.admission import MessageVerifier
 
 
@@ -65,120 +66,131 @@ class GrantHandler:
         grant, late = await self._verifier.grant(record)
         # The person may have seen records that have not arrived here yet.
         await self._records(record.appended_at_ms)
-        reason = self._objection(grant, late, record)
-        if reason is None:
-            entry = self._table.keep(grant, record.partition, record.offset, record.appended_at_ms)
-            if entry is None:
-                message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
-                reason = Reason(code="grants_too_many", message=message)
-            elif (entry.partition, entry.offset) != (record.partition, record.offset):
-                reason = Reason(
-                    code="grant_replayed",
-                    message="this grant was given before; given again it counts for nothing more",
-                )
-        if reason is None:  # whoever reads the acceptance sees its effects on waiting requests
+        verdict = self._check_grant(grant, late, record)
+        if isinstance(verdict, Allowed):
+            verdict = self._keep(grant, record)
+        if isinstance(verdict, Allowed):  # whoever reads the acceptance sees its effects on waiting requests
             await self._reconsider(grant.claims, record.appended_at_ms)
-        await self._answer(grant.claims, reason, record)
+        await self._answer(grant.claims, verdict, record)
 
-    def _objection(self, signed: Signed[Grant], late: ExpiredError | None, record: Received) -> Reason | None:
-        """Return the reason why a grant would have no effect now, or None. Its signer learns it at once."""
+    def _keep(self, grant: Signed[Grant], record: Received) -> Verdict:
+        """Keep a grant, unless its signer gave too many, or it was given before elsewhere."""
+        entry = self._table.keep(grant, record.partition, record.offset, record.appended_at_ms)
+        if entry is None:
+            message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
+            return refused("grants_too_many", message)
+        if (entry.partition, entry.offset) != (record.partition, record.offset):
+            return refused(
+                "grant_replayed", "this grant was given before; given again it counts for nothing more"
+            )
+        return ALLOWED
+
+    def _check_grant(self, signed: Signed[Grant], late: ExpiredError | None, record: Received) -> Verdict:
+        """Check that a grant would have an effect now. Its signer learns at once if it has none.
+
+        1. A user signed it.
+        2. Its Kafka key is the agent's id.
+        3. It reached Kafka in time.
+        4. It has no field that is unknown here, and lives no longer than a grant may.
+        5. Its scope is valid and for one target, and the records of agent, task and target are there.
+        6. The task is the agent's.
+        7. The signer can approve something of the agent in this task, and with this key.
+        8. No record that it was given on has changed since.
+        """
         grant = signed.claims
         user_id = signer_of(grant)
         if user_id is None:
-            return Reason(code="not_a_person", message=f"{grant.iss} is no user; only people approve")
+            return refused("not_a_person", f"{grant.iss} is no user; only people approve")
         if record.key != grant.agent_id:
-            return Reason(
-                code="key_unexpected", message=f"the Kafka key of a grant is the agent's id, {grant.agent_id}"
-            )
+            return refused("key_unexpected", f"the Kafka key of a grant is the agent's id, {grant.agent_id}")
         if late is not None:
-            return Reason(code=late.code, message=str(late))
-        if (unread := not_understood(grant)) is not None:
-            return unread
+            return refused(late.code, str(late))
+        understood = check_understood(grant)
+        if isinstance(understood, Refused):
+            return understood
         if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
-            return Reason(
-                code="grant_too_long", message=f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most"
-            )
+            return refused("grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most")
         targets = {permission.target for permission in grant.scope}
         if len(targets) != 1:
-            return Reason(code="several_targets", message="a grant is for one target; give one for each")
+            return refused("several_targets", "a grant is for one target; give one for each")
         try:
             validate_scope(grant.scope)
             ground = load_records(self._directory, grant.agent_id, grant.task_id, targets.pop())
         except ScopeError as error:
-            return Reason(code="scope_invalid", message=str(error))
+            return Refused(Reason(code="scope_invalid", message=str(error)))
         except DeniedError as error:
-            return error.reason
+            return Refused(error.reason)
         if ground.task.state.agent_id != grant.agent_id:
-            return Reason(
-                code="task_other_agent", message=f"task {grant.task_id} was assigned to another agent"
-            )
+            return refused("task_other_agent", f"task {grant.task_id} was assigned to another agent")
         if not any(
             may_approve(self._directory, user_id, one, ground)
             for one in ("sponsor", "second_person", "operator")
         ):
-            return Reason(
-                code="not_approver",
-                message=f"{user_id} can approve nothing of agent {grant.agent_id} in this task",
+            return refused(
+                "not_approver", f"{user_id} can approve nothing of agent {grant.agent_id} in this task"
             )
         verbs = {verb for permission in grant.scope for verb in permission.verbs}
-        found = approver_key_problem(signed, self._directory, ground, verbs, at_ms=record.appended_at_ms)
-        if found is not None:
-            return found.reason
+        by_key = check_approver_key(signed, self._directory, ground, verbs, at_ms=record.appended_at_ms)
+        if isinstance(by_key, Refused):
+            return by_key
         if grant.revisions != ground.revisions(self._policy_revision()):
-            return Reason(
-                code="grant_stale",
-                message="agent, user, task, target or policy changed before the grant came here; sign it anew",
+            return refused(
+                "grant_stale",
+                "agent, user, task, target or policy changed before the grant came here; sign it anew",
             )
-        return None
+        return ALLOWED
 
     async def _withdraw(self, record: Received) -> None:
         signed, late = await self._verifier.withdrawal(record)
         claims = signed.claims
-        if late is None and self._withdrawal_objection(claims) is not None:
+        if late is None and isinstance(self._check_withdrawal(claims), Refused):
             # Nobody is refused for a record that has not arrived here yet.
             await self._records(record.appended_at_ms)
-        reason = Reason(code=late.code, message=str(late)) if late else self._withdrawal_objection(claims)
-        if reason is None:
+        verdict = refused(late.code, str(late)) if late else self._check_withdrawal(claims)
+        if isinstance(verdict, Allowed):
             user_id = subject_of(claims.aud, claims.iss, "user") or ""
             self._table.take_back(claims.grant_id, user_id, record.appended_at_ms)
-        await self._answer(claims, reason, record)
+        await self._answer(claims, verdict, record)
 
-    def _withdrawal_objection(self, claims: GrantWithdraw) -> Reason | None:
-        """Return the reason why a person cannot withdraw a grant, or None."""
+    def _check_withdrawal(self, claims: GrantWithdraw) -> Verdict:
+        """Check that a person may withdraw a grant.
+
+        1. The grant is remembered here.
+        2. The records that it is about are there.
+        3. The person signed it, sponsors the agent, or is whom the task is on behalf of.
+        """
         entry = self._table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
         if entry is None:
-            return Reason(
-                code="grant_unknown",
-                message="no grant with this id is remembered: it may have ended long ago",
-            )
+            return refused("grant_unknown", "no grant with this id is remembered: it may have ended long ago")
         grant = entry.signed.claims
         try:
             ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError as error:
-            return error.reason
+            return Refused(error.reason)
         concerned = {signer_of(grant), ground.agent.state.sponsor, ground.task.state.on_behalf_of}
         if user_id is None or user_id not in concerned:
-            return Reason(
-                code="not_concerned",
-                message=f"{claims.iss} neither signed the grant, nor sponsors the agent, "
+            return refused(
+                "not_concerned",
+                f"{claims.iss} neither signed the grant, nor sponsors the agent, "
                 "nor is whom the task is on behalf of; "
                 "an operator may end the task or suspend the agent",
             )
-        return None
+        return ALLOWED
 
-    async def _answer(self, claims: Grant | GrantWithdraw, why: Reason | None, record: Received) -> None:
+    async def _answer(self, claims: Grant | GrantWithdraw, verdict: Verdict, record: Received) -> None:
         grant_id = id_of(claims) if isinstance(claims, Grant) else claims.grant_id
         entry = self._table.get(grant_id)
         grant = claims if isinstance(claims, Grant) else entry.signed.claims if entry else None
-        replayed = why is not None and why.code == "grant_replayed"
+        reasons = (verdict.reason,) if isinstance(verdict, Refused) else ()
+        replayed = any(reason.code == "grant_replayed" for reason in reasons)
         await self._runtime.event(
-            "accepted" if why is None else "replayed" if replayed else "refused",
+            "replayed" if replayed else "refused" if reasons else "accepted",
             claims.typ,
             about=(record.topic_name, record.partition, record.offset),
             actor=claims.iss,
             ref=claims.jti,
-            reasons=(why,) if why else (),
+            reasons=reasons,
             result=grant_id,
             source=record.coordinates,
             traceparent=record.traceparent,

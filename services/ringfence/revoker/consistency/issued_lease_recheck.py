@@ -22,7 +22,8 @@ from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.revoker.domain import StaleBasis, derived_revocation, run_record, stale_basis
+from ringfence.model.verdict import Allowed
+from ringfence.revoker.domain import StaleBasis, check_basis, derived_revocation, run_record
 from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
 
 log = logging.getLogger(__name__)
@@ -91,14 +92,15 @@ class IssuedLeaseRecheck:
         for record in records:
             try:
                 # Most leases fit, so signatures are verified only for the others.
-                if self._basis(parse(record.value).unverified_claims(Lease), max_age_s):
+                unverified = parse(record.value).unverified_claims(Lease)
+                if isinstance(self._check_basis(unverified, max_age_s), StaleBasis):
                     lease = verify_lease(
                         record.value,
                         self._runtime.trust,
                         self._runtime.clock,
                         appended_at_ms=record.appended_at_ms,
                     )
-                    if basis := self._basis(lease, max_age_s):
+                    if isinstance(basis := self._check_basis(lease, max_age_s), StaleBasis):
                         yield lease, basis
             except InvalidMessageError:
                 self._runtime.trust.require_judgeable(
@@ -107,14 +109,14 @@ class IssuedLeaseRecheck:
             except ChainError as error:
                 log.error("lease %s is not held against a record: %s", record.key, error)
 
-    def _basis(self, lease: Lease, max_age_s: int) -> StaleBasis | None:
-        """Why a lease has to end, or None."""
+    def _check_basis(self, lease: Lease, max_age_s: int) -> Allowed | StaleBasis:
+        """Check that a lease may stay: its run, if it has one, is not silent, and the records leave room for it."""
         run = lease.instance.run if lease.instance is not None else None
         if run is not None and self._is_silent(run.run_id):
             return StaleBasis(
                 "run_ended", f"the runner of run {run.run_id} is silent", run_record(run.run_id)
             )
-        return stale_basis(lease, self._directory, max_age_s)
+        return check_basis(lease, self._directory, max_age_s)
 
     async def _revoke(self, lease: Lease, basis: StaleBasis) -> Awaitable[object]:
         revocation = derived_revocation(

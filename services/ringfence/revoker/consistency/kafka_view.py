@@ -20,7 +20,7 @@ from ringfence.messages.topics import LEASE, REVOCATION_REQUEST
 from ringfence.model.lease_store import Knowledge, SignedLease
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import ALL_LEASES, cut_key, is_covered, selector_key_of, selector_keys
-from ringfence.model.leases.revocations import Revocation, objection, verify_revocation
+from ringfence.model.leases.revocations import Revocation, check_revocation, verify_revocation
 from ringfence.model.leases.unverified_records import (
     may_have_selector,
     summarise,
@@ -29,6 +29,7 @@ from ringfence.model.leases.unverified_records import (
     verify_lease,
 )
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import Allowed
 
 log = logging.getLogger(__name__)
 
@@ -220,7 +221,9 @@ async def read_revocations(
             revocation = verify_revocation(record, directory, trust)
         except InvalidMessageError:
             continue  # its handler sends it to the dead letters
-        if revocation.claims.selector is not None and objection(revocation, None, directory) is None:
+        if revocation.claims.selector is None:
+            continue
+        if isinstance(check_revocation(revocation, None, directory), Allowed):
             revocations.append(revocation)
     return RevocationIndex(revocations, claimed)
 

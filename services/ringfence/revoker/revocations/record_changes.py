@@ -28,12 +28,14 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
+from ringfence.model.verdict import Allowed
 from ringfence.revoker.domain import (
+    EndReason,
     Narrowing,
     SelectorEnd,
+    check_sponsor,
     consequences,
     derived_revocation,
-    orphan_reason,
     was_sponsor,
 )
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
@@ -116,14 +118,13 @@ class RecordHandler:
 
         By agent, not by sponsor: a lease may have been issued under another sponsor.
         """
-        orphaned = orphan_reason(record.state)
-        if orphaned is None:
+        orphaned = check_sponsor(record.state)
+        if isinstance(orphaned, Allowed):
             return
-        kind, reason = orphaned
         for number, agent in enumerate(self._directory.agents_of(record.state.user_id), start=1):
             if number % _PAUSE_EVERY == 0:
                 await asyncio.sleep(0)  # let other tasks run
-            end = SelectorEnd(kind, Selector(agent_id=agent.state.agent_id), reason)
+            end = SelectorEnd(orphaned.kind, Selector(agent_id=agent.state.agent_id), orphaned.reason)
             await self._revoke_all(end, record, traceparent)
 
     def _was_in_force(self, record: AnyRecord, now_ms: int) -> bool:
@@ -188,7 +189,7 @@ class RecordHandler:
             (lease, reason)
             async for leases in self._ender.find(narrowing.selector_key, holders=holders)
             for lease in leases.values()
-            if (reason := narrowing.unfit(lease))
+            if isinstance(reason := narrowing.check_lease(lease), EndReason)
         ]
         for lease, reason in unfit:
             revocation = derived_revocation(

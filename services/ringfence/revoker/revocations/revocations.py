@@ -24,6 +24,7 @@ from ringfence.model.lease_store import SELECTOR_KEEP_MS, LeaseStore
 from ringfence.model.leases.lifecycle import is_covered, selector_key_of
 from ringfence.model.leases.revocations import Revocation
 from ringfence.model.leases.unverified_records import may_have_selector
+from ringfence.model.verdict import Allowed, Refused, Verdict
 from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.verification import RevocationVerifier
@@ -65,11 +66,11 @@ class FenceHandler:
         selecting = [revocation for revocation in verified if revocation.claims.selector is not None]
         if not selecting:
             return
-        objections = await self._verifier.objections(selecting, {})
+        verdicts = await self._verifier.check(selecting, {})
         followed = [
             revocation
-            for revocation, objection in zip(selecting, objections, strict=True)
-            if objection is None
+            for revocation, verdict in zip(selecting, verdicts, strict=True)
+            if isinstance(verdict, Allowed)
         ]
         first_positions, at_ms = await fence(self._store, followed)
         for revocation, first in zip(followed, first_positions, strict=True):
@@ -88,7 +89,8 @@ class _Case:
     """One revocation of a batch, and its result."""
 
     revocation: Revocation
-    objection: Reason | None = None
+    verdict: Verdict
+    """Whether it is followed."""
     replayed: bool = False
     ended: int = 0
     """The number of leases that it ended: their credentials are refused from now on."""
@@ -122,10 +124,11 @@ class RevocationHandler:
 
     async def _carry_out(self, batch: Sequence[Received]) -> None:
         epoch = self._store.epoch
-        cases = [_Case(revocation) for revocation in await self._verify(batch)]
-        named = await self._named_leases(cases)
-        await self._judge(cases, named)
-        followed = [case for case in cases if case.objection is None]
+        revocations = await self._verify(batch)
+        named = await self._named_leases(revocations)
+        verdicts = await self._verifier.check(revocations, named)
+        cases = [_Case(*judged) for judged in zip(revocations, verdicts, strict=True)]
+        followed = [case for case in cases if isinstance(case.verdict, Allowed)]
         await self._end_named([case for case in followed if case.revocation.claims.selector is None], named)
         for case in followed:
             if case.revocation.claims.selector is not None:
@@ -143,15 +146,10 @@ class RevocationHandler:
         await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
         return verified
 
-    async def _named_leases(self, cases: Sequence[_Case]) -> dict[str, Lease]:
+    async def _named_leases(self, revocations: Sequence[Revocation]) -> dict[str, Lease]:
         """The leases that revocations name by their ids."""
-        ids = [id for case in cases if (id := case.revocation.claims.lease_id) is not None]
+        ids = [id for one in revocations if (id := one.claims.lease_id) is not None]
         return await self._ender.read(await self._store.get(ids)) if ids else {}
-
-    async def _judge(self, cases: Sequence[_Case], leases: dict[str, Lease]) -> None:
-        objections = await self._verifier.objections([case.revocation for case in cases], leases)
-        for case, objection in zip(cases, objections, strict=True):
-            case.objection = objection
 
     # --- ending leases ---
 
@@ -181,7 +179,7 @@ class RevocationHandler:
         case.ended = _count(ended, revocation)
         if not case.ended and holders is not None and subject_of(self._td, revocation.claims.iss, "user"):
             # The fence stays. But a person who mistyped a name must not think that they stopped an agent.
-            case.objection = self._verifier.unknown_subject(selector)
+            case.verdict = self._verifier.check_subject(selector)
 
     def _is_own(self, revocation: Revocation) -> bool:
         return revocation.claims.iss == self._runtime.key.id
@@ -189,8 +187,8 @@ class RevocationHandler:
     # --- the answer ---
 
     async def _answer(self, case: _Case) -> None:
-        if case.objection is not None:
-            await self._event("refused", case, (case.objection,))
+        if isinstance(case.verdict, Refused):
+            await self._event("refused", case, (case.verdict.reason,))
         elif not case.replayed:
             await self._event("accepted", case, (), result=str(case.ended))
         elif not self._is_own(case.revocation):

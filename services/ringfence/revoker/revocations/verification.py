@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector
 from ringfence.model.identity.spiffe_ids import SubjectKind
-from ringfence.model.leases.revocations import Revocation, agent_of_task, objection, verify_revocation
+from ringfence.model.leases.revocations import Revocation, agent_of_task, check_revocation, verify_revocation
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.delegations import Delegations
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 
 class RevocationVerifier:
@@ -47,20 +47,19 @@ class RevocationVerifier:
                 break
         return [verified[i] for i in sorted(verified)], [(batch[i], problem) for i, problem in failed.items()]
 
-    async def objections(
-        self, revocations: Sequence[Revocation], leases: Mapping[str, Lease]
-    ) -> list[Reason | None]:
-        """Why each revocation is not followed, or None. `leases`: those that revocations name, by their ids."""
-        reasons = [self._objection(revocation, leases) for revocation in revocations]
-        if any(reasons) and await self._runtime.tables_caught_up(self._patience_s):
-            reasons = [
-                reason and self._objection(revocation, leases)
-                for revocation, reason in zip(revocations, reasons, strict=True)
+    async def check(self, revocations: Sequence[Revocation], leases: Mapping[str, Lease]) -> list[Verdict]:
+        """Check for each revocation whether to follow it. `leases`: those that revocations name, by their ids."""
+        verdicts = [self._check(revocation, leases) for revocation in revocations]
+        any_refused = any(isinstance(verdict, Refused) for verdict in verdicts)
+        if any_refused and await self._runtime.tables_caught_up(self._patience_s):
+            verdicts = [
+                self._check(revocation, leases) if isinstance(verdict, Refused) else verdict
+                for revocation, verdict in zip(revocations, verdicts, strict=True)
             ]
-        return reasons
+        return verdicts
 
-    def _objection(self, revocation: Revocation, leases: Mapping[str, Lease]) -> Reason | None:
-        return objection(revocation, leases.get(revocation.claims.lease_id or ""), self._directory)
+    def _check(self, revocation: Revocation, leases: Mapping[str, Lease]) -> Verdict:
+        return check_revocation(revocation, leases.get(revocation.claims.lease_id or ""), self._directory)
 
     def agent_of(self, selector: Selector) -> str | None:
         """The only agent whose leases a selector can cover; None if there may be others, or that is not known."""
@@ -68,8 +67,8 @@ class RevocationVerifier:
             return agent_of_task(selector.task_id, self._directory)
         return selector.agent_id
 
-    def unknown_subject(self, selector: Selector) -> Reason | None:
-        """The reason if nothing has the name that a selector gives, or None. Call it once the tables have caught up."""
+    def check_subject(self, selector: Selector) -> Verdict:
+        """Check that there is what a selector names. Call it once the tables have caught up."""
         named: dict[SubjectKind, str | None] = {
             "agent": selector.agent_id,
             "task": selector.task_id,
@@ -79,8 +78,8 @@ class RevocationVerifier:
         for kind, id in named.items():
             if id is not None and not self._is_known(kind, id):
                 message = f"there is no {kind} {id}, so nothing was ended; look it up: ringfence {kind} list"
-                return Reason(code="subject_unknown", message=message)
-        return None
+                return refused("subject_unknown", message)
+        return ALLOWED
 
     def _is_known(self, kind: SubjectKind, id: str) -> bool:
         try:

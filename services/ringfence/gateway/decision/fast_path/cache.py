@@ -23,6 +23,7 @@ from ringfence.gateway.state.leases import LeaseTable
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets import Action
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import Allowed
 
 MAX_CHOSEN_LEASES: Final = 20_000
 MAX_REQUESTS: Final = 10_000
@@ -104,7 +105,11 @@ class ChosenLeaseCache:
         """The lease that would be chosen now; None if that is not certain."""
         cached = self._cache.get(_lease_key(sender, target.target_id, action), now_s)
         # Another lease may allow the action where this one no longer does.
-        return cached if cached is not None and self._table.problem(cached.lease) is None else None
+        return (
+            cached
+            if cached is not None and isinstance(self._table.check_live(cached.lease), Allowed)
+            else None
+        )
 
     def put(self, sender: Sender, action: Action, chosen: ChosenLease, entitlements_max_age_s: int) -> None:
         """Cache the lease that was chosen just now."""

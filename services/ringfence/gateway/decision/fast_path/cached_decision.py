@@ -25,6 +25,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets import Action
+from ringfence.model.verdict import Allowed
 
 
 class FastPathDependencies:
@@ -111,7 +112,7 @@ class CachedDecision:
             injects = self._injects(now_ms)
         except Exception:  # noqa: BLE001 - whatever it is, `decide` comes upon it too, and says so
             return None
-        if injects is None or rate_check(self._sender.agent_id) is not None:
+        if injects is None or not isinstance(rate_check(self._sender.agent_id), Allowed):
             return None
         id, took_ns = at_hand.ids.new(), time.perf_counter_ns() - began_ns
         at_hand.recorder.append_at_end_of_turn(self._events.entry(id, took_ns // 1000, now_ms), on_recorded)

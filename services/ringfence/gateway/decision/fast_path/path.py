@@ -6,7 +6,7 @@ It caches the results of repeated requests, so that the gate does not repeat eve
 - `authorize`: the lease that allows an action, for requests that differ in other ways;
 - `allowed_entry`: the event of an allowed action, formatted from a template.
 
-It only saves time: `DecisionGate(fast_path=False)` decides the same without it.
+It only saves time: a gate with `DecisionSettings.fast_path` off decides the same without it.
 """
 
 from __future__ import annotations
