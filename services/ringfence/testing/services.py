@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 
 from ringfence.backends import Backend, BackendContext, CircuitBreaker, TokenKey, TokenKeys, built_in
 from ringfence.backends.capabilities import BackendCapabilities
-from ringfence.issuer.decisions import DecisionHandler
+from ringfence.issuer.decisions import DecisionChecks, DecisionHandler, IssuanceSteps
 from ringfence.issuer.domain import Terms
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
@@ -58,6 +58,7 @@ from ringfence.policy.incoming.admission import (
 )
 from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.incoming.credential_requests import (
+    RequestChecks,
     RequestHandler,
     WithdrawalHandler,
     requests_then_withdrawals,
@@ -216,15 +217,17 @@ class Services:
         admission, shed = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
         requests = RequestHandler(
             runtime,
-            verifier,
-            admission,
+            RequestChecks(
+                verifier,
+                admission,
+                PendingApprovalLimit(directory, decisions, pending),
+                SharedKeyDetector(runtime, KeyUses()),
+                shed,
+            ),
             judge,
             decisions,
             publisher,
-            PendingApprovalLimit(directory, decisions, pending),
             recall,
-            SharedKeyDetector(runtime, KeyUses()),
-            shed,
             approval_timeout_s=own.approval_timeout_s,
         )
         approvals = ApprovalHandler(runtime, directory, verifier, judge, decisions, publisher, recall)
@@ -274,24 +277,30 @@ class Services:
 
         handler = DecisionHandler(
             runtime,
-            directory,
             store,
             backends,
-            minter,
-            LeaseLimits(store, runtime.clock, values),
-            GrantKeeper(granted, store, caught_up, own.patience_s),
-            GatewayDelivery(
-                runtime.trust, lambda: runtime.key, None, runtime.clock, runtime.settings.trust_domain
+            DecisionChecks(
+                directory,
+                Terms(
+                    id=runtime.key.id,
+                    trust_domain=runtime.settings.trust_domain,
+                    entitlements_max_age_s=runtime.settings.entitlements_max_age_s,
+                    backends=frozenset(backends),
+                    injected=frozenset(
+                        kind for kind, one in backends.items() if one.enforced_by == "gateway"
+                    ),
+                ),
+                patience_s=0.0,
+                halted=lambda: None,
             ),
-            Terms(
-                id=runtime.key.id,
-                trust_domain=runtime.settings.trust_domain,
-                entitlements_max_age_s=runtime.settings.entitlements_max_age_s,
-                backends=frozenset(backends),
-                injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
+            IssuanceSteps(
+                LeaseLimits(store, runtime.clock, values),
+                GrantKeeper(granted, store, caught_up, own.patience_s),
+                minter,
+                GatewayDelivery(
+                    runtime.trust, lambda: runtime.key, None, runtime.clock, runtime.settings.trust_domain
+                ),
             ),
-            patience_s=0.0,
-            halted=lambda: None,
         )
         context.bus.consume({CREDENTIAL_DECISION: handler})
 

@@ -195,11 +195,11 @@ def init(
     elif renew:
         following = partial(_renew, trust, result, origin_change)
     elif oidc_issuer:
-        following = partial(
-            _add_issuer, trust, oidc_issuer, result, jwks, oidc_for, discovery=oidc_discovery,
-            claim=oidc_user_claim, suffix=oidc_user_suffix, external=oidc_external_id,
-            emails_verified=oidc_emails_verified,
+        issuer = oidc_issuers.IssuerOptions(
+            oidc_issuer, jwks, oidc_for or [], discovery=oidc_discovery, claim=oidc_user_claim,
+            suffix=oidc_user_suffix, external=oidc_external_id, emails_verified=oidc_emails_verified,
         )  # fmt: skip
+        following = partial(_add_issuer, trust, issuer, result)
     elif remove_oidc_issuer:
         following = partial(_remove_issuer, trust, remove_oidc_issuer, result)
     elif origin_change and trust.root_key.exists():
@@ -431,15 +431,8 @@ def _say_origins(bundle: TrustBundle, result: _Result) -> None:
     }
 
 
-def _add_issuer(
-    trust: TrustFolder,
-    issuer: str,
-    result: _Result,
-    jwks: Path | None,
-    uses: list[str] | None,
-    **how: Any,
-) -> int:
-    version, sentence = oidc_issuers.add(trust, issuer, jwks, uses, **how)
+def _add_issuer(trust: TrustFolder, issuer: oidc_issuers.IssuerOptions, result: _Result) -> int:
+    version, sentence = oidc_issuers.add(trust, issuer)
     result.line(sentence)
     return version
 

@@ -31,6 +31,7 @@ from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.revoker.domain import (
     Narrowing,
     SelectorEnd,
+    StaleBasis,
     consequences,
     derived_revocation,
     orphan_reason,
@@ -155,12 +156,10 @@ class RecordHandler:
 
     async def _revoke_all(self, end: SelectorEnd, record: AnyRecord, traceparent: str | None) -> None:
         revocation = derived_revocation(
-            end.kind,
-            end.reason,
+            StaleBasis(end.kind, end.reason, (record.sub, record.revision)),
             by=self._runtime.key.id,
             trust_domain=self._td,
             at_ms=self._runtime.clock.now_ms(),
-            record=(record.sub, record.revision),
             selector=end.selector,
         )
         selector = end.selector
@@ -192,12 +191,10 @@ class RecordHandler:
         ]
         for lease, reason in unfit:
             revocation = derived_revocation(
-                reason.kind,
-                reason.reason,
+                StaleBasis(reason.kind, reason.reason, (sub, entry.revision)),
                 by=self._runtime.key.id,
                 trust_domain=self._td,
                 at_ms=self._runtime.clock.now_ms(),
-                record=(sub, entry.revision),
                 lease_id=lease.lease_id,
             )
             _, ack = await self._runtime.publisher.send_signed(
