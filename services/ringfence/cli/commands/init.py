@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -222,12 +223,12 @@ def init(
         result.end()
 
 
+@dataclass(slots=True)
 class _Result:
     """The result of the command: printed line by line for people, as one document at the end for programs."""
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.data: dict[str, Any] = {}
+    as_json: bool
+    data: dict[str, Any] = field(default_factory=dict)
 
     def line(self, text: str) -> None:
         if not self.as_json:
