@@ -31,7 +31,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.dev.stack import Stack
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.permission import Permission
@@ -259,7 +259,7 @@ async def _serve(stack: Stack, api: ReadApi, chained: _Chained, pids: dict[str, 
                 request_digest="ab" * 32, latency_us=180, at_ms=int(time.time() * 1000),
             )  # fmt: skip
             message = action.model_dump_json(exclude_none=True)
-            sent.append(await publisher.send(ACTION, agent, message, id=id, type=ACTION.what))
+            sent.append(await publisher.send(ACTION, ACTION.what, Outbound(agent, message, id=id)))
             if len(sent) == _BATCH:
                 await asyncio.gather(*sent)
                 sent.clear()

@@ -16,11 +16,11 @@ from typing import Any
 from bench.machine import percentile
 from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.kernel.base.settings import ServiceSettings
-from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.consumer import Consumer, ConsumerOptions
 from ringfence.kernel.kafka.embedded_broker import adapt_to_embedded_broker
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupBroker, GroupRouter
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
@@ -56,7 +56,9 @@ async def _ours(settings: ServiceSettings, arrived: Arrived) -> AsyncIterator[No
     async def handle(batch: Sequence[Received]) -> None:
         arrived(len(batch))
 
-    task = asyncio.create_task(Consumer(settings, uuid.uuid4().hex, {CREDENTIAL_REQUEST: handle}).run())
+    task = asyncio.create_task(
+        Consumer(settings, ConsumerOptions(uuid.uuid4().hex), {CREDENTIAL_REQUEST: handle}).run()
+    )
     try:
         yield
     finally:
@@ -119,7 +121,7 @@ async def _measure(name: str, settings: ServiceSettings, kind: Any) -> None:
     async with Publisher(settings, "spiffe://bench/client") as publisher:
         counter = _Counter()
         async with kind(settings, counter.add):
-            await (await publisher.send(CREDENTIAL_REQUEST, "a", PAYLOAD, id="0", type="bench"))
+            await (await publisher.send(CREDENTIAL_REQUEST, "bench", Outbound("a", PAYLOAD, id="0")))
             await counter.until(1)
             latencies = []
             for _ in range(PROBES):
@@ -127,11 +129,11 @@ async def _measure(name: str, settings: ServiceSettings, kind: Any) -> None:
                     time.perf_counter(),
                     counter.count + 1,
                 )  # it may arrive before its acknowledgement
-                await (await publisher.send(CREDENTIAL_REQUEST, "a", PAYLOAD, id="0", type="bench"))
+                await (await publisher.send(CREDENTIAL_REQUEST, "bench", Outbound("a", PAYLOAD, id="0")))
                 await counter.until(goal)
                 latencies.append((time.perf_counter() - start) * 1000)
         sent = [
-            await publisher.send(CREDENTIAL_REQUEST, str(n), PAYLOAD, id="0", type="bench")
+            await publisher.send(CREDENTIAL_REQUEST, "bench", Outbound(str(n), PAYLOAD, id="0"))
             for n in range(MESSAGES)
         ]
         await asyncio.gather(*sent)

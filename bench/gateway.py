@@ -152,13 +152,14 @@ class _Bench:
         self,
         name: str,
         direct: str,
-        way: Way,
+        ways: Sequence[Way],
         requests: Iterator[bytes],
         processes: _Processes,
         count: int,
         alone: int,
-        also: Sequence[Way] = (),
     ) -> None:
+        """Measure the first way, with the same load on the others."""
+        way, *also = ways
         found = await measure(
             way, requests, connections=CONNECTIONS, count=count, alone=alone, before=[processes.begin], also=also
         )  # fmt: skip
@@ -226,7 +227,7 @@ class _Agent:
 async def _in_clear(bench: _Bench, leases: int, child: Child, places: Places) -> None:
     requests = itertools.cycle([request(f"/plain/files/{n}", "gateway") for n in range(PATHS)])
     await bench.row(
-        f"embedded, {leases:,} leases", "direct", Way(socket=places.socket), requests,
+        f"embedded, {leases:,} leases", "direct", [Way(socket=places.socket)], requests,
         _Processes.of(gateway=child.pid), EMBEDDED, ALONE,
     )  # fmt: skip
 
@@ -235,7 +236,7 @@ async def _mcp(bench: _Bench, leases: int, child: Child, places: Places) -> None
     """Calls of tools (2026-07-28): each message is parsed, decided by its arguments, and its answer filtered."""
     requests = itertools.cycle([mcp_call("/plain/mcp", "gateway", n % PATHS) for n in range(PATHS)])
     await bench.row(
-        f"MCP calls, {leases:,} leases", "direct", Way(socket=places.socket), requests,
+        f"MCP calls, {leases:,} leases", "direct", [Way(socket=places.socket)], requests,
         _Processes.of(gateway=child.pid), MCP, ALONE,
     )  # fmt: skip
 
@@ -248,18 +249,18 @@ async def _never_the_same(bench: _Bench, leases: int, child: Child, places: Plac
         for n in range(1, total)
     ]
     await bench.row(
-        f"heads all new, {leases:,} leases", "direct", Way(socket=places.socket), iter(requests),
+        f"heads all new, {leases:,} leases", "direct", [Way(socket=places.socket)], iter(requests),
         _Processes.of(gateway=child.pid), EMBEDDED, ALONE,
     )  # fmt: skip
 
 
 async def _side_by_side(bench: _Bench, leases: int, running: Sequence[tuple[Child, Places]]) -> None:
     requests = itertools.cycle([request(f"/plain/files/{n}", "gateway") for n in range(PATHS)])
-    first, *others = (Way(socket=places.socket) for _, places in running)
+    ways = [Way(socket=places.socket) for _, places in running]
     pids = {f"gateway {at}": child.pid for at, (child, _) in enumerate(running, 1)}
     await bench.row(
-        f"{len(running)} gateways, {leases:,} leases", "direct", first, requests, _Processes.of(**pids),
-        EMBEDDED, ALONE, others,
+        f"{len(running)} gateways, {leases:,} leases", "direct", ways, requests, _Processes.of(**pids),
+        EMBEDDED, ALONE,
     )  # fmt: skip
 
 
@@ -272,7 +273,7 @@ async def _with_proofs(
     await agent.ask_for_a_nonce(own, host)
     requests = agent.requests(total, "/hub", host, host)
     await bench.row(
-        f"embedded, {leases:,} leases", "direct, TLS", own, requests, _Processes.of(gateway=child.pid), PROVEN,
+        f"embedded, {leases:,} leases", "direct, TLS", [own], requests, _Processes.of(gateway=child.pid), PROVEN,
         ALONE_PROVEN,
     )  # fmt: skip
     for name, port in ports.items():
@@ -280,7 +281,7 @@ async def _with_proofs(
         processes = _Processes.of(gateway=child.pid, **{name: _pid_of(port)})
         requests = agent.requests(total, "", HOST, HOST)
         await bench.row(
-            f"{name}, {leases:,} leases", "direct, TLS", way, requests, processes, PROVEN, ALONE_PROVEN
+            f"{name}, {leases:,} leases", "direct, TLS", [way], requests, processes, PROVEN, ALONE_PROVEN
         )
 
 

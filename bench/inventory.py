@@ -28,6 +28,7 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Topic
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
@@ -167,7 +168,9 @@ async def publish(publisher: Publisher, records: Iterator[Record]) -> int:
     for record in records:
         size += len(record.jws)
         sent.append(
-            await publisher.send(record.topic, record.key, record.jws, id=record.key, type=record.topic.what)
+            await publisher.send(
+                record.topic, record.topic.what, Outbound(record.key, record.jws, id=record.key)
+            )
         )
         if len(sent) >= _AT_A_TIME:
             await asyncio.gather(*sent)

@@ -17,6 +17,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
@@ -42,7 +43,7 @@ def _lease(key: SigningKey, settings: ServiceSettings, number: int) -> SignedLea
 
 async def _publish(publisher: Publisher, leases: list[SignedLease]) -> None:
     sent = [
-        await publisher.send(LEASE, one.claims.lease_id, one.jws, id=one.claims.jti, type=Lease.typ)
+        await publisher.send(LEASE, Lease.typ, Outbound(one.claims.lease_id, one.jws, id=one.claims.jti))
         for one in leases
     ]
     await asyncio.gather(*sent)

@@ -25,6 +25,7 @@ from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.approval import ActionRequest, ShownHeader
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
@@ -243,7 +244,9 @@ async def _blocked(realm: NamedRealm, tasks: dict[str, str], leases: dict[str, s
             )  # fmt: skip
             sent.append(
                 await publisher.send(
-                    ACTION, agent, event.model_dump_json(exclude_none=True), id=event.action_id, type="action"
+                    ACTION,
+                    "action",
+                    Outbound(agent, event.model_dump_json(exclude_none=True), id=event.action_id),
                 )
             )
         await asyncio.gather(*sent)

@@ -27,6 +27,7 @@ from ringfence.console.views.pages import PAGES
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.api import CONSOLE_ROUTES, ConsoleToken, api_audience
 from ringfence.messages.approval import Approval
 from ringfence.messages.base import ServiceRole
@@ -424,7 +425,7 @@ async def test_a_reason_of_64_kib_violates_nothing(sponsor: Visitor, organisatio
         payload = claims.model_dump_json(exclude_none=True).encode()
         compact = sign_payload(CredentialRequest, payload, key)
         acknowledged = await publisher.send(
-            CREDENTIAL_REQUEST, realm.agent, compact, id=claims.jti, type=CredentialRequest.typ
+            CREDENTIAL_REQUEST, CredentialRequest.typ, Outbound(realm.agent, compact, id=claims.jti)
         )
         await acknowledged
         await seen.until(lambda: seen.of(DEAD_LETTER), "what is too long is dead-lettered")
@@ -577,7 +578,7 @@ async def test_a_console_taken_over_approves_nothing(sponsor: Visitor, organisat
             )  # fmt: skip
             await publisher.publish_signed(APPROVAL_RESPONSE, realm.agent, approval, key)
         acknowledged = await publisher.send(
-            APPROVAL_RESPONSE, realm.agent, statement, id=str(uuid.uuid4()), type=Approval.typ
+            APPROVAL_RESPONSE, Approval.typ, Outbound(realm.agent, statement, id=str(uuid.uuid4()))
         )
         await acknowledged
 

@@ -12,6 +12,7 @@ import pytest
 from playwright.async_api import Page, expect
 
 from ringfence.console.views.audit import ROWS
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION
@@ -36,7 +37,9 @@ async def tell(organisation: Organisation, names: Iterable[str]) -> None:
                 reasons=(Reason(code="not_granted", message="no lease allows it"),),
             )  # fmt: skip
             message = event.model_dump_json(exclude_none=True)
-            sent.append(await publisher.send(ACTION, realm.agent, message, id=event.action_id, type="action"))
+            sent.append(
+                await publisher.send(ACTION, "action", Outbound(realm.agent, message, id=event.action_id))
+            )
         await asyncio.gather(*sent)
 
 

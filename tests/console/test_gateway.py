@@ -7,6 +7,7 @@ import uuid
 
 from playwright.async_api import expect
 
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.topics import ACTION
@@ -31,10 +32,8 @@ async def test_340_blocked_are_280_reads_and_60_writes(sponsor: Visitor, organis
             )  # fmt: skip
             acknowledged = await publisher.send(
                 ACTION,
-                realm.agent,
-                event.model_dump_json(exclude_none=True),
-                id=event.action_id,
-                type="action",
+                "action",
+                Outbound(realm.agent, event.model_dump_json(exclude_none=True), id=event.action_id),
             )
             await acknowledged
     # The page follows by itself.

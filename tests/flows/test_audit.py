@@ -20,7 +20,7 @@ from ringfence.kernel.base.ids import digest, lease_id, message_id
 from ringfence.kernel.crypto.jwe import ReplyKey, seal
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.topics_admin import partitions_of
 from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id
 from ringfence.messages.approval import Approval
@@ -135,7 +135,7 @@ class Credential:
     async def put(self, topic: Topic[Any], key: str, value: str) -> Coordinates:
         metadata = await (
             await self.house.world.publisher.send(
-                topic, key, value, id=str(uuid.uuid4()), type="test", traceparent=self.traceparent
+                topic, "test", Outbound(key, value, id=str(uuid.uuid4()), traceparent=self.traceparent)
             )
         )
         return Coordinates(

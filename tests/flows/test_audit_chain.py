@@ -22,7 +22,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import FencedError, TransactionalPublisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.audit import AuditCheckpoint, AuditIntake, IntakeEntry
 from ringfence.messages.credential import Coordinates
@@ -124,7 +124,9 @@ async def test_each_kind_of_tampering_on_the_topic_is_found(world: World, sam: P
 
 async def put(world: World, partition: int, value: bytes) -> Coordinates:
     """As whoever may write to the topic would."""
-    sent = await (await world.publisher.send(AUDIT, "x", value, id="x", type="audit", partition=partition))
+    sent = await (
+        await world.publisher.send(AUDIT, "audit", Outbound("x", value, id="x"), partition=partition)
+    )
     return Coordinates(
         topic=sent.topic, partition=sent.partition, offset=sent.offset, appended_at_ms=sent.timestamp
     )

@@ -238,7 +238,10 @@ async def mark(
                 partition=one if partition is None else partition,
             )  # fmt: skip
             sent = await publisher.send(
-                LEASE, marker_key(epoch), sign(marker, key), id=marker.jti, type=marker.typ, partition=one
+                LEASE,
+                marker.typ,
+                Outbound(marker_key(epoch), sign(marker, key), id=marker.jti),
+                partition=one,
             )
             await sent
 

@@ -13,7 +13,7 @@ import pytest
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.producer import to_json
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
@@ -103,11 +103,8 @@ async def test_one_request_is_one_trace(world: World):
         parent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
         acknowledged = await world.publisher.send(
             CREDENTIAL_REQUEST,
-            office.bot.name,
-            sign(claims, office.bot.key),
-            id="x",
-            type="t",
-            traceparent=parent,
+            "t",
+            Outbound(office.bot.name, sign(claims, office.bot.key), id="x", traceparent=parent),
         )
         await acknowledged
         id = message_id(claims.iss, claims.jti)

@@ -104,7 +104,7 @@ async def test_an_end_that_kafka_did_not_take_is_published_later_as_it_was(
 
     async def failing(topic: Topic[Any], type: str, records: Sequence[Outbound]) -> Any:
         if topic is LEASE and len(lost) < 2:
-            lost.extend(record.value.decode() for record in records)
+            lost.extend(record.payload.decode() for record in records)
             raise UnavailableError("the broker went away")
         return await send(topic, type, records)
 

@@ -285,7 +285,7 @@ async def test_after_a_crash_at_any_step_the_agent_is_served_and_nothing_is_left
             )
             monkeypatch.setattr(publisher, "send_to", crashing(publisher.send_to, is_active))
         case _:
-            is_it = lambda topic, key, *_, **more: key == asked.lease_id and more["id"].endswith(".1")  # noqa: E731
+            is_it = lambda topic, what, one, **_: one.key == asked.lease_id and one.id.endswith(".1")  # noqa: E731
             monkeypatch.setattr(publisher, "send", crashing(publisher.send, is_it))
     await desk.decide(asked)
     content = await desk.answer(asked)

@@ -24,7 +24,7 @@ from ringfence.kernel.kafka.batch_handlers import BatchHandler, concurrent, sequ
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters, HaltedError
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin, partitions_of
 from ringfence.messages.base import Topic, typ_header
@@ -51,7 +51,7 @@ WITHIN_S = 60
 
 async def send(publisher: Publisher, *values: str, key: str = "bot") -> None:
     for value in values:
-        await (await publisher.send(CREDENTIAL_REQUEST, key, value, id=value, type="test"))
+        await (await publisher.send(CREDENTIAL_REQUEST, "test", Outbound(key, value, id=value)))
 
 
 class Seen:
@@ -210,7 +210,7 @@ async def test_records_carry_cloudevents_headers_and_the_append_time(
     parent = f"00-{'a' * 32}-{'b' * 16}-01"
     await (
         await publisher.send(
-            CREDENTIAL_REQUEST, "bot", "x", id="42", type="credential.request", traceparent=parent
+            CREDENTIAL_REQUEST, "credential.request", Outbound("bot", "x", id="42", traceparent=parent)
         )
     )
     async with following(settings, CREDENTIAL_REQUEST) as seen:
@@ -302,7 +302,7 @@ async def test_what_one_handler_takes_comes_in_one_batch_topic_after_topic(
     async with consuming(make_consumer(settings, "g", handlers, linger_ms=100)), asyncio.timeout(WITHIN_S):
         while not mixed.is_set():  # what is sent together may still be read apart
             for topic in (DEAD_LETTER, CREDENTIAL_REQUEST, LEASE):
-                await (await publisher.send(topic, "bot", "x", id="x", type="test"))
+                await (await publisher.send(topic, "test", Outbound("bot", "x", id="x")))
     for batch in batches:
         assert batch == sorted(batch, key=["lease", "credential.request"].index)
 
@@ -478,7 +478,7 @@ async def test_a_bad_deploy_halts_the_consumer_and_each_restart_gets_further(
     services, typ = Services(), typ_header(CredentialDecision)
     bad = [malformed(services.keys["policy"], typ, services.td) for _ in range(MAX_INVALID_SIGNED + 5)]
     for value in ["good 1", *bad, "good 2"]:
-        await (await publisher.send(CREDENTIAL_DECISION, "bot", value, id=value[:99], type="test"))
+        await (await publisher.send(CREDENTIAL_DECISION, "test", Outbound("bot", value, id=value[:99])))
     first = Decisions(settings, publisher, services, make_consumer)
     async with consuming(first.consumer):
         assert "look at its dead letters" in await first.until_halted()
@@ -550,7 +550,7 @@ async def test_a_follower_of_several_topics_reads_each_from_its_own_start_for_it
     async def write(value: str) -> int:
         """To each topic; returns when the last was appended."""
         written = [
-            await (await publisher.send(topic, "bot", value, id=value, type="test"))
+            await (await publisher.send(topic, "test", Outbound("bot", value, id=value)))
             for topic in (CREDENTIAL_REQUEST, CREDENTIAL_DECISION, LEASE)
         ]
         return int(written[-1].timestamp)

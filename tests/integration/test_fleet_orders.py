@@ -20,6 +20,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.dev.processes import free_port
 from ringfence.dev.stack import Stack, StackOptions, readiness
 from ringfence.kernel.crypto.jws import parse
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.run import Run, RunLimits, RunOrder
 from ringfence.messages.topics import RUN, RUN_ORDER
 from ringfence.model.identity.runners import runner_selector
@@ -124,7 +125,7 @@ async def test_orders_run_once_in_their_order_and_stop_where_they_wait(fleet: Fl
         # Whoever may write to the topic appends the first order again.
         order = next(record for record in seen.of(RUN_ORDER) if _is_of(record.value, first))
         async with realm.publisher() as publisher:
-            await (await publisher.send(RUN_ORDER, POOL, order.value, id="again", type="run.order"))
+            await (await publisher.send(RUN_ORDER, "run.order", Outbound(POOL, order.value, id="again")))
         async with realm.administrator("maria") as maria:
             await maria.stop_run(first, reason="room")
         assert (await fleet.until(first, "ended"))["exit"]["reason"].endswith("room")

@@ -13,7 +13,7 @@ from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.data_loss import LostRange
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicDifference, TopicError, TopicsAdmin
 from ringfence.messages.topics import CREDENTIAL_REQUEST
@@ -31,7 +31,7 @@ def partitions() -> int:
 
 async def send(publisher: Publisher, *values: str) -> None:
     for value in values:
-        await (await publisher.send(CREDENTIAL_REQUEST, "bot", value, id=value, type="test"))
+        await (await publisher.send(CREDENTIAL_REQUEST, "test", Outbound("bot", value, id=value)))
 
 
 async def remove(settings: ServiceSettings, until: int) -> None:

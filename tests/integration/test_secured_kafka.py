@@ -26,6 +26,7 @@ from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings
 from ringfence.kernel.kafka.acls import PARTIES
 from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.registry import VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, CREDENTIAL_REQUEST, LEASE
@@ -86,7 +87,7 @@ def grant() -> None:
 
 async def write(settings: BusSettings, topic: Topic[Any]) -> None:
     async with Publisher(settings, "spiffe://test.example/test") as publisher:
-        await (await publisher.send(topic, "key", b"x", id="1", type="test"))
+        await (await publisher.send(topic, "test", Outbound("key", b"x", id="1")))
 
 
 async def test_the_command_of_docs_operations_md_grants(world: SecuredWorld):

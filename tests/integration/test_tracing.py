@@ -29,6 +29,7 @@ from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.connection import connection
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.tracing.otel import SpanTracing
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialRequest
@@ -418,7 +419,9 @@ async def test_what_is_no_request_is_buried_by_name(traced: RunningStack, collec
     mark = os.urandom(16).hex()
     async with traced.as_agent(), traced.seen(DEAD_LETTER) as seen, traced.publisher() as stranger:
         sent = await stranger.send(
-            CREDENTIAL_REQUEST, traced.agent, "hunter2", id="x", type="x", traceparent=f"00-{mark}-{SPAN}-01"
+            CREDENTIAL_REQUEST,
+            "x",
+            Outbound(traced.agent, "hunter2", id="x", traceparent=f"00-{mark}-{SPAN}-01"),
         )
         at = await sent
         await seen.until(

@@ -22,6 +22,7 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, challenge_of
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.base import Claims, typ_header
 from ringfence.messages.credential import CredentialRequest
@@ -466,7 +467,7 @@ async def test_what_was_signed_on_the_session_origin_approves_nothing(
         compact = f"{signing_input}.{b64encode(json.dumps(third, separators=(',', ':')).encode())}"
         async with realm.seen(DEAD_LETTER) as seen, realm.publisher() as publisher:
             delivery = await publisher.send(
-                APPROVAL_RESPONSE, realm.agent, compact, id=str(claims["jti"]), type=Approval.typ
+                APPROVAL_RESPONSE, Approval.typ, Outbound(realm.agent, compact, id=str(claims["jti"]))
             )
             at = await delivery
 

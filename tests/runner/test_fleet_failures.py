@@ -20,6 +20,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.run import Mount, Run, RunLimits, RunOrder
 from ringfence.messages.topics import RUN, RUN_ORDER
 from ringfence.model.records.runs import run_id_of
@@ -203,7 +204,7 @@ async def test_strangers_and_tampered_orders_start_nothing_and_hold_nothing_up(
             ordered.append(run_id_of("", order_id=order_id_of(order)))
             elsewhere = order.model_copy(update={"jti": "x", "pool": "elsewhere"})
             await who._publisher.send(
-                RUN_ORDER, fleet.name, sign(elsewhere, signer), id="x", type="run.order"
+                RUN_ORDER, "run.order", Outbound(fleet.name, sign(elsewhere, signer), id="x")
             )
     assert fleet.ended(fleet.order())["exit"] == {"code": 0}
     assert fleet.run(ordered[0]) is None

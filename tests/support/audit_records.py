@@ -378,7 +378,9 @@ def changes(office: AuditFixtures) -> dict[str, Received]:
         (AGENT, "deploy-bot", AgentSetAttestation, sam, {**bot, "attestation": (_SELECTOR,)}),
         (AGENT, "deploy-bot", AgentRotateKey, sam, {**bot, "key": keys[0], "overlap_s": 60}),
         (AGENT, "deploy-bot", AgentSetCeiling, sam, {**bot, "ceiling": ()}),
-        (AGENT, "deploy-bot", AgentTransfer, sam, {**bot, "sponsor": "petra", "consent": office.transfer_consent("petra")}),
+        (AGENT, "deploy-bot", AgentTransfer, sam, {
+            **bot, "sponsor": "petra", "consent": office.transfer_consent("petra"),
+        }),
         (AGENT, "sleeper", AgentActivate, sam, {"agent_id": "sleeper"}),
         (AGENT, "deploy-bot", AgentDecommission, olga, {**bot, "reason": "replaced"}),
         (TASK, office.task, TaskEnd, maria, {"task_id": office.task, "reason": "done"}),

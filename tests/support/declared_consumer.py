@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.batch_handlers import BatchHandler
-from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.consumer import Consumer, ConsumerOptions
 from ringfence.kernel.kafka.data_loss import OnDataLoss
 from ringfence.kernel.kafka.dead_letters import HaltedError
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupBroker, GroupRouter
@@ -28,10 +28,17 @@ class MakeConsumer(Protocol):
 
 
 def bare_consumer(
-    settings: ServiceSettings, group: str, handlers: Mapping[Topic[Any], BatchHandler], **options: Any
+    settings: ServiceSettings,
+    group: str,
+    handlers: Mapping[Topic[Any], BatchHandler],
+    *,
+    on_data_loss: OnDataLoss | None = None,
+    on_halted: Callable[[HaltedError], Awaitable[None]] | None = None,
+    **options: Any,
 ) -> Consumer:
     """Our loop alone."""
-    return Consumer(settings, group, dict(handlers), **options)
+    own = ConsumerOptions(group, **options)
+    return Consumer(settings, own, dict(handlers), on_data_loss=on_data_loss, on_halted=on_halted)
 
 
 def declared_consumer(

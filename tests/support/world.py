@@ -37,7 +37,7 @@ from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.kernel.service.runtime import Runtime
@@ -236,7 +236,9 @@ class World:
         bundle = bundle or self.bundle
         compact = sign(bundle, self.root.key, header_jwk=True)
         await (
-            await self.publisher.send(TRUST, str(bundle.version), compact, id=bundle.jti, type="trust.bundle")
+            await self.publisher.send(
+                TRUST, "trust.bundle", Outbound(str(bundle.version), compact, id=bundle.jti)
+            )
         )
         if first:
             claims = self.user_set(self.root, self.operator, roles=("operator",))
@@ -283,7 +285,7 @@ class World:
         """Append one record as it is; where it came to stand. `partition`: where to, whatever the key says."""
         id = derived_id("test", uuid.uuid4().hex)
         sending = await self.publisher.send(
-            topic, key, value, id=id, type=type, partition=partition, signature=signature
+            topic, type, Outbound(key, value, id=id), partition=partition, signature=signature
         )
         metadata = await sending
         return Coordinates(

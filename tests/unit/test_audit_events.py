@@ -259,7 +259,7 @@ async def test_an_event_quotes_nothing_of_what_a_stranger_wrote(office: AuditFix
 def test_a_key_of_any_length_makes_an_event_that_can_be_handed_over(office: AuditFixtures) -> None:
     """Whoever may write to a topic chooses the ids that findings are about; a key on `audit.intake` has a bound."""
     record = office.received(DEAD_LETTER, b"")
-    told = ocsf.event(record, kinds.DEAD_LETTER, "told", {}, {}, key="k" * 5000)
+    told = ocsf.event(record, kinds.DEAD_LETTER, "told", {}, {}, ocsf.EventContext("k" * 5000))
     IntakeEntry(key=told.key, event=told.body)
 
 

@@ -15,11 +15,10 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.batch_handlers import BatchHandler, concurrent, sequential
 from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters, HaltedError
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.base import typ_header
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import REGISTRY_COMMAND, USER
-from ringfence.model.verdict import ALLOWED
 from ringfence.revoker.revocations.revocations import RevocationHandler
 from tests.support.malformed_records import Services, malformed
 
@@ -35,8 +34,8 @@ class Broker:
         self._together = together
         self._waiting: list[asyncio.Future[None]] = []
 
-    async def send(self, topic: Any, key: str, value: str, **_: Any) -> Awaitable[None]:
-        self.dead_letters.append(value)
+    async def send(self, topic: Any, type: str, record: Outbound, **_: Any) -> Awaitable[None]:
+        self.dead_letters.append(str(record.value))
         self._waiting.append(asyncio.get_running_loop().create_future())
         if len(self.dead_letters) == self._together:
             for one in self._waiting:
@@ -83,8 +82,7 @@ def of_the_revoker(broker: Broker) -> BatchHandler:
 
 def of_the_issuer(broker: Broker) -> BatchHandler:
     runtime = SimpleNamespace(dead_letters=letters(broker))
-    others = cast(Any, (runtime, *[None] * 8))
-    handler = DecisionHandler(*others, patience_s=0, halts=lambda: ALLOWED)
+    handler = DecisionHandler(*cast(Any, (runtime, *[None] * 4)))
 
     async def opened(batch: Sequence[Received]) -> None:
         assert await handler._verified([record for record in batch if record.value == b"bad"]) == []

@@ -62,10 +62,9 @@ class Bench:
         return Draft("suspend agent bot", claims, "bot", {"trust": "t", "records": []})
 
     def ask(self) -> Question:
-        return new_question(
-            kind="suspend", form={"id": "bot", "reason": "it behaves oddly"}, user_id="sam", statement="a.b.c",
-            cookie_digest="c", draft=self.draft(), asked_at=self.questions.now_s(), back="/agents",
-        )  # fmt: skip
+        now_s, form = self.questions.now_s(), {"id": "bot", "reason": "it behaves oddly"}
+        session = Session("sam", "a.b.c", ends_at=now_s + 60, cookie_digest="c")
+        return new_question("suspend", form, session, self.draft(), asked_at=now_s, back="/agents")
 
     def signed(self, question: Question, by: SigningKey | None = None, **changed: Any) -> str:
         """What the sign page posts: it stamps `iat` and `jti`."""

@@ -268,6 +268,6 @@ def test_the_groups_of_a_router_are_read_in_the_order_of_declaration() -> None:
     assert list(consumers["one"]._handlers) == [
         topic.name("t") for topic in (CREDENTIAL_REQUEST, APPROVAL_RESPONSE)
     ]
-    assert consumers["one"]._max_records == 7
+    assert consumers["one"]._options.max_records == 7
     assert consumers["one"].group == "t.one"
     assert broker.unready() == "the consumer t.one has not started"

@@ -28,7 +28,7 @@ from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.http1.head import parse_request
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
@@ -144,8 +144,8 @@ class Recorder(Publisher):
     def __init__(self) -> None:
         self.sent: list[tuple[str, str]] = []
 
-    async def send(self, topic: Any, key: str, value: Any, **_: Any) -> Any:
-        self.sent.append((key, value))
+    async def send(self, topic: Any, type: str, record: Outbound, **_: Any) -> Any:
+        self.sent.append((record.key, str(record.value)))
         acknowledged: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         acknowledged.set_result(None)
         return acknowledged

@@ -22,6 +22,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import (
@@ -134,10 +135,10 @@ class Gateway(PlayedRecorder):
     async def caught_up(self, timeout_s: float) -> bool:
         return True
 
-    async def send(self, topic: Any, key: str, compact: str, **more: Any) -> Any:
+    async def send(self, topic: Any, type: str, record: Outbound, **more: Any) -> Any:
         if not self.kafka:
             raise UnavailableError("no broker")
-        self.sent.append((key, compact))
+        self.sent.append((record.key, str(record.value)))
         self.asked.set()
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         done.set_result(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.consumer import Consumer, ConsumerOptions
 from ringfence.kernel.kafka.fetch_control import FetchControl
 
 
@@ -25,7 +25,7 @@ async def test_nothing_is_fetched_before_what_is_here_was_handled() -> None:
     subscription = SimpleNamespace(fetch_context=None)
     fetches = FetchControl(SimpleNamespace(_client=SimpleNamespace(send=None), _subscription=subscription))
     consumer = Consumer.__new__(Consumer)
-    consumer._max_records, consumer._gathering_s = 32, 0.0
+    consumer._options, consumer._gathering_s = ConsumerOptions("g"), 0.0
     consumer._reader = kept = Kept(fetches, {"here": [1]})  # type: ignore[assignment]
     commits: Any = SimpleNamespace(waiting=False, due=False)
     fetches.pause()

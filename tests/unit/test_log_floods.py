@@ -16,7 +16,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogLimiter, rate_limited
 from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service import logging as ringfence_logging
 from ringfence.messages.topics import HEARTBEAT, REGISTRY_COMMAND
 
@@ -137,8 +137,8 @@ class Letters:
     def __init__(self) -> None:
         self.values: list[str] = []
 
-    async def send(self, topic: Any, key: str, value: str, **_: Any) -> Any:
-        self.values.append(value)
+    async def send(self, topic: Any, type: str, record: Outbound, **_: Any) -> Any:
+        self.values.append(str(record.value))
 
         async def acknowledged() -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -366,12 +367,11 @@ def test_the_first_revision_of_a_record_ends_nothing_and_a_later_record_is_judge
 
 
 def test_a_revocation_that_follows_from_a_record_has_the_same_id_for_each_service() -> None:
-    given: dict[str, Any] = {"trust_domain": TD, "at_ms": 2_002_999, "record": ("spiffe://x", 2)}
-    one = derived_revocation(
-        "task_ended", "why", by=f"spiffe://{TD}/service/a", selector=Selector(agent_id="bot"), **given
-    )
+    basis = StaleBasis("task_ended", "why", ("spiffe://x", 2))
+    given: dict[str, Any] = {"by": f"spiffe://{TD}/service/a", "trust_domain": TD, "at_ms": 2_002_999}
+    one = derived_revocation(basis, selector=Selector(agent_id="bot"), **given)
     again = derived_revocation(
-        "task_ended", "why", by=f"spiffe://{TD}/service/b", selector=Selector(agent_id="bot"), **given
+        basis, selector=Selector(agent_id="bot"), **{**given, "by": f"spiffe://{TD}/service/b"}
     )
     assert (one.iss, one.aud, one.iat, one.kind, one.reason) == (
         f"spiffe://{TD}/service/a",
@@ -384,17 +384,9 @@ def test_a_revocation_that_follows_from_a_record_has_the_same_id_for_each_servic
     assert one.jti == again.jti == derived_id("revocation.request", "spiffe://x", 2, '{"agent_id":"bot"}')
     lease_id = str(uuid.uuid4())
     others = [
-        derived_revocation(
-            "task_ended", "why", by=f"spiffe://{TD}/service/a", selector=Selector(agent_id="c"), **given
-        ),
-        derived_revocation("task_ended", "why", by=f"spiffe://{TD}/service/a", lease_id=lease_id, **given),
-        derived_revocation(
-            "task_ended",
-            "why",
-            by=f"spiffe://{TD}/service/a",
-            lease_id=lease_id,
-            **{**given, "record": ("spiffe://x", 3)},
-        ),
+        derived_revocation(basis, selector=Selector(agent_id="c"), **given),
+        derived_revocation(basis, lease_id=lease_id, **given),
+        derived_revocation(replace(basis, record=("spiffe://x", 3)), lease_id=lease_id, **given),
     ]
     assert others[1].lease_id == lease_id
     assert others[1].jti == derived_id("revocation.request", "spiffe://x", 2, lease_id)

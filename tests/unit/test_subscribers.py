@@ -9,6 +9,7 @@ import ast
 import importlib
 import inspect
 from collections.abc import Awaitable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ SERVICES = {
 }
 SETTINGS = ServiceSettings(kafka="localhost:1", topic_prefix="t")
 OPTIONS: dict[str, Any] = {"linger_ms": 7, "stream_id": "1", "pool": "reviews"}
+GROUPED: dict[str, Any] = {"notices": policy.NoticeHandlers, "verified": audit.VerificationHandlers}
 
 
 class Spies:
@@ -81,6 +83,9 @@ class Spies:
     def _argument(self, name: str) -> Any:
         if name in OPTIONS:
             return OPTIONS[name]
+        if name in GROUPED:
+            kind = GROUPED[name]
+            return kind(**{one.name: self._argument(f"{name}.{one.name}") for one in fields(kind)})
         if name.endswith("dead_letters"):
             return _Letters(name, self.dead)
 
@@ -122,15 +127,15 @@ BATCHES: Sequence[tuple[str, Topic[Any], str]] = (
 )
 RECORDS: Sequence[tuple[str, Topic[Any], str, str]] = (
     ("registry", REGISTRY_COMMAND, "command", "dead_letters"),
-    ("policy", APPROVAL_REQUEST, "notice", "notice_dead_letters"),
-    ("policy", USER, "key_notice", "notice_dead_letters"),
-    ("policy", REGISTRY_COMMAND, "receipt", "notice_dead_letters"),
-    ("policy", REVOCATION_REQUEST, "receipt", "notice_dead_letters"),
+    ("policy", APPROVAL_REQUEST, "notices.question", "notices.dead_letters"),
+    ("policy", USER, "notices.key", "notices.dead_letters"),
+    ("policy", REGISTRY_COMMAND, "notices.receipt", "notices.dead_letters"),
+    ("policy", REVOCATION_REQUEST, "notices.receipt", "notices.dead_letters"),
     *(("revoker", topic, "record_change", "dead_letters") for topic in (AGENT, TASK, USER, TARGET)),
     ("revoker", RUN, "run_end", "run_dead_letters"),
-    ("audit", HEARTBEAT, "heartbeat", "dead_letters"),
-    ("audit", AUDIT_CHECKPOINT, "checkpoint", "dead_letters"),
-    ("audit", SIGNAL_STREAM, "signal_stream", "dead_letters"),
+    ("audit", HEARTBEAT, "verified.heartbeat", "verified.dead_letters"),
+    ("audit", AUDIT_CHECKPOINT, "verified.checkpoint", "verified.dead_letters"),
+    ("audit", SIGNAL_STREAM, "verified.signal_stream", "verified.dead_letters"),
 )
 
 
@@ -223,11 +228,9 @@ def test_groups_and_their_options_are_those_of_before() -> None:
 def test_without_webhooks_nobody_reads_for_notices() -> None:
     async def handle(*_: Any) -> Any: ...
 
-    letters: Any = None
     router = policy.router(
-        requests=handle, responses=handle, notice=None, key_notice=None, receipt=None, on_assigned=handle,
-        dead_letters=letters, notice_dead_letters=letters,
-    )  # fmt: skip
+        requests=handle, responses=handle, notices=None, on_assigned=handle, dead_letters=None
+    )
     assert [group.name for group in router.groups] == ["policy"]
 
 

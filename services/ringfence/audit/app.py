@@ -12,7 +12,7 @@ from ringfence.audit.index.store import SqliteIndex
 from ringfence.audit.malformed_records import MalformedRecordHandler
 from ringfence.audit.records import AuditHandlers
 from ringfence.audit.settings import AuditSettings
-from ringfence.audit.subscribers import router
+from ringfence.audit.subscribers import VerificationHandlers, router
 from ringfence.audit.trail.chain_writer import ChainWriter, WrittenEventCache
 from ringfence.audit.trail.handover import HandoverCache, Intake
 from ringfence.audit.trail.proofs import ProofStore
@@ -96,15 +96,15 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     runtime.consume(
         router(
             audited=handlers.handle_batch,
-            heartbeat=followed.heartbeat,
-            checkpoint=followed.checkpoint,
-            signal_stream=followed.signal_stream,
+            verified=VerificationHandlers(
+                followed.heartbeat,
+                followed.checkpoint,
+                followed.signal_stream,
+                # By itself, as above: it halts at nothing.
+                DeadLetters(runtime.publisher, runtime.role, runtime.clock, trust_moved=runtime.trust_moved),
+            ),
             intake=chain.on_batch,
             on_intake_assigned=chain.on_assigned,
-            # By itself, as above: it halts at nothing.
-            dead_letters=DeadLetters(
-                runtime.publisher, runtime.role, runtime.clock, trust_moved=runtime.trust_moved
-            ),
             linger_ms=own.linger_ms,
         )
     )
@@ -131,12 +131,9 @@ def described() -> FastStream:
         "audit",
         router(
             audited=placeholder,
-            heartbeat=placeholder,
-            checkpoint=placeholder,
-            signal_stream=placeholder,
+            verified=VerificationHandlers(placeholder, placeholder, placeholder, dead_letters=None),
             intake=placeholder,
             on_intake_assigned=placeholder,
-            dead_letters=None,
             linger_ms=0,
         ),
     )

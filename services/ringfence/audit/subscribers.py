@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 
 from ringfence.audit.trail.chain_writer import GROUP, UNAUTHORISED_GROUP
 from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler
@@ -25,20 +26,27 @@ _PATIENTLY = 10
 """So many times as long do heartbeats and the like gather: nothing is made of those that hold."""
 
 
+@dataclass(frozen=True, slots=True)
+class VerificationHandlers:
+    """The handlers of topics whose records only have to be valid."""
+
+    heartbeat: Handler
+    checkpoint: Handler
+    signal_stream: Handler
+    dead_letters: DeadLetters | None
+    """Halt no consumer."""
+
+
 def router(
     *,
     audited: BatchHandler,
-    heartbeat: Handler,
-    checkpoint: Handler,
-    signal_stream: Handler,
+    verified: VerificationHandlers,
     intake: BatchHandler,
     on_intake_assigned: Callable[[], Awaitable[None]],
-    dead_letters: DeadLetters | None,
     linger_ms: int,
 ) -> GroupRouter:
     """Args:
         on_intake_assigned: awaited before the first record of the intake after each assignment.
-        dead_letters: the dead letters of `heartbeat`, `checkpoint` and `signal_stream`, which halt no consumer.
         linger_ms: how long a batch gathers records, as nobody waits for an event.
     """  # fmt: skip
     router = GroupRouter(
@@ -53,7 +61,7 @@ def router(
     events = ConsumerGroup("audit", max_records=1000, linger_ms=linger_ms, report_initial_gap=True)
     unauthorised = ConsumerGroup(
         UNAUTHORISED_GROUP,
-        dead_letters,
+        verified.dead_letters,
         max_records=100,
         linger_ms=_PATIENTLY * linger_ms,
         # Strangers may leave transactions open anywhere.
@@ -79,17 +87,17 @@ def router(
     @router.subscriber(HEARTBEAT, group=unauthorised, order="concurrent")
     async def on_heartbeat(record: Received) -> Awaitable[object] | None:
         """Dead-letter what is no heartbeat."""
-        return await heartbeat(record)
+        return await verified.heartbeat(record)
 
     @router.subscriber(AUDIT_CHECKPOINT, group=unauthorised, order="concurrent")
     async def on_checkpoint(record: Received) -> Awaitable[object] | None:
         """Dead-letter what is no checkpoint and no statement of a witness."""
-        return await checkpoint(record)
+        return await verified.checkpoint(record)
 
     @router.subscriber(SIGNAL_STREAM, group=unauthorised, order="concurrent")
     async def on_signal_stream(record: Received) -> Awaitable[object] | None:
         """Dead-letter what is no signal stream."""
-        return await signal_stream(record)
+        return await verified.signal_stream(record)
 
     @router.subscriber(AUDIT_INTAKE, group=chain)
     async def on_intake(batch: Sequence[Received]) -> None:

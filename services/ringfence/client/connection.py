@@ -26,7 +26,7 @@ from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.trust_updates import apply_bundle
 from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
@@ -364,7 +364,7 @@ class Connection(Lifetime):
         compact = compact or sign(claims, self.key)
         try:
             delivery: Awaitable[Any] = await self._publisher.send(
-                topic, key, compact, id=claims.jti, type=claims.typ, traceparent=traceparent
+                topic, claims.typ, Outbound(key, compact, id=claims.jti, traceparent=traceparent)
             )
             at = await delivery
         except KafkaError as error:

@@ -25,6 +25,7 @@ from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.api import CONSOLE_PORT
 from ringfence.messages.base import Claims, Topic
@@ -138,7 +139,7 @@ class ConsoleServer:
         return next((one.origin for one in found if one.use == "sign"), None)
 
     async def _publish(self, topic: Topic[Any], key: str, compact: str, claims: Claims) -> None:
-        acknowledged = await self._publisher.send(topic, key, compact, id=claims.jti, type=claims.typ)
+        acknowledged = await self._publisher.send(topic, claims.typ, Outbound(key, compact, id=claims.jti))
         await acknowledged
 
     async def _connect(self) -> None:

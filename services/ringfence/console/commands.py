@@ -106,10 +106,7 @@ class Commands:
                 raise WrongFormError(f"{name} is too long: {most:,} characters at most")
         asked_at = self._questions.now_s()
         draft = await self._draft(kind, Asking(reads, session.user_id, kept, asked_at))
-        return new_question(
-            kind=kind, form=kept, user_id=session.user_id, statement=session.statement,
-            cookie_digest=session.cookie_digest, draft=draft, asked_at=asked_at, back=back,
-        )  # fmt: skip
+        return new_question(kind, kept, session, draft, asked_at=asked_at, back=back)
 
     async def draft(self, question: Question, reads: SessionReads) -> Draft:
         """What a question asks to sign, composed anew from what services say now. Raises as `ask` does."""

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from ringfence.client.passkeys.questions import LIFE_S
 from ringfence.client.signed_messages import stamp, topic_of, unstamped
-from ringfence.console.security import SealedValues
+from ringfence.console.security import SealedValues, Session
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import digest
@@ -198,16 +198,15 @@ class Questions:
 
 
 def new_question(
-    *, kind: str, form: Mapping[str, str], user_id: str, statement: str, cookie_digest: str, draft: Draft,
-    asked_at: int, back: str,
-) -> Question:  # fmt: skip
+    kind: str, form: Mapping[str, str], session: Session, draft: Draft, *, asked_at: int, back: str
+) -> Question:
     """The question of a draft."""
     return Question(
         kind=kind,
         form={name: value for name, value in form.items() if value},
-        user_id=user_id,
-        statement=statement,
-        cookie_digest=cookie_digest,
+        user_id=session.user_id,
+        statement=session.statement,
+        cookie_digest=session.cookie_digest,
         terms=terms_digest(draft.claims),
         title=draft.title[:_MAX_TITLE],
         key=draft.key,

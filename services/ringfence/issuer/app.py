@@ -18,7 +18,7 @@ from ringfence.backends import (
     TokenKeys,
     all_backends,
 )
-from ringfence.issuer.decisions import DecisionHandler
+from ringfence.issuer.decisions import DecisionChecks, DecisionHandler, IssuanceSteps
 from ringfence.issuer.domain import Terms
 from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
@@ -111,7 +111,7 @@ def wire(parts: IssuerParts) -> None:
         backends=frozenset(backends),
         injected=frozenset(kind for kind, one in backends.items() if one.enforced_by == "gateway"),
     )
-    gatekeeper = LeaseLimits(
+    limits = LeaseLimits(
         store, runtime.clock, LeaseLimitValues(own.agent_leases, own.sponsor_leases, own.wait_s)
     )
     granted = GrantTable(directory, settings.trust_domain)
@@ -125,16 +125,10 @@ def wire(parts: IssuerParts) -> None:
     halts = RevokerHalts(runtime.trust, grace_ms=int(settings.grace_s * 1000))
     handler = DecisionHandler(
         runtime,
-        directory,
         store,
         backends,
-        minter,
-        gatekeeper,
-        grants,
-        delivery,
-        terms,
-        patience_s=own.patience_s,
-        halts=halts.check,
+        DecisionChecks(directory, terms, own.patience_s, halts.check),
+        IssuanceSteps(limits, grants, minter, delivery),
     )
 
     def on_heartbeats(records: Sequence[Received]) -> None:

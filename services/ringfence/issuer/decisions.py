@@ -102,10 +102,32 @@ class _Reply:
     """The credential as a JWE for the gateways. None if the credential goes to the agent."""
 
     def outbound(self) -> Outbound:
-        return Outbound(self.agent_id, self.jwe.encode(), self.id, self.traceparent)
+        return Outbound(self.agent_id, self.jwe, self.id, self.traceparent)
 
 
 _Outcome = _Live | Minted | Refusal | Replayed
+
+
+@dataclass(frozen=True, slots=True)
+class DecisionChecks:
+    """By what a decision is checked before anything is issued."""
+
+    directory: Directory
+    terms: Terms
+    patience_s: float
+    """How long a decision waits for records that policy has seen and this issuer has not."""
+    halts: Callable[[], Verdict]
+    """Checks that the issuer may issue anything now."""
+
+
+@dataclass(frozen=True, slots=True)
+class IssuanceSteps:
+    """The parts that admit an issue, mint its credential and deliver it."""
+
+    limits: LeaseLimits
+    grants: GrantKeeper
+    minter: Minter
+    delivery: GatewayDelivery
 
 
 class DecisionHandler:
@@ -114,33 +136,16 @@ class DecisionHandler:
     def __init__(
         self,
         runtime: Runtime,
-        directory: Directory,
         store: LeaseStore,
         backends: Mapping[str, Backend],
-        minter: Minter,
-        gatekeeper: LeaseLimits,
-        grants: GrantKeeper,
-        delivery: GatewayDelivery,
-        terms: Terms,
-        *,
-        patience_s: float,
-        halts: Callable[[], Verdict],
+        checks: DecisionChecks,
+        steps: IssuanceSteps,
     ) -> None:
-        """Args:
-            patience_s: how long a decision waits for records that policy has seen and this issuer has not.
-            halts: checks that the issuer may issue anything now.
-        """  # fmt: skip
         self._runtime = runtime
-        self._directory = directory
         self._store = store
         self._backends = backends
-        self._minter = minter
-        self._gatekeeper = gatekeeper
-        self._grants = grants
-        self._delivery = delivery
-        self._terms = terms
-        self._patience_s = patience_s
-        self._halts = halts
+        self._checks = checks
+        self._steps = steps
 
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Handle a batch of decisions until every effect is durable.
@@ -166,8 +171,8 @@ class DecisionHandler:
         work = (Work(one.traceparent, {"request_id": one.claims.request_id}) for one in decisions)
         with self._runtime.tracing.steps("check", work) as spans:
             weighed = [self._checked(one) for one in await self._weigh(decisions)]
-            admitted = await self._gatekeeper.admit(decisions, self._delivery.admit(weighed))
-            admitted = await self._grants.admit(admitted)
+            admitted = await self._steps.limits.admit(decisions, self._steps.delivery.admit(weighed))
+            admitted = await self._steps.grants.admit(admitted)
             for span, one in zip(spans, admitted, strict=False):
                 note_outcome(span, one)
         return admitted
@@ -191,7 +196,8 @@ class DecisionHandler:
 
     async def _mint(self, issues: Sequence[tuple[Decision, Issue]]) -> None:
         await self._answer(
-            [decision for decision, _ in issues], await self._minter.mint([issue for _, issue in issues])
+            [decision for decision, _ in issues],
+            await self._steps.minter.mint([issue for _, issue in issues]),
         )
 
     async def _answer(self, decisions: Sequence[Decision], outcomes: Sequence[_Outcome]) -> None:
@@ -235,7 +241,7 @@ class DecisionHandler:
                     parse(record.value),
                     DecidedTerms,
                     self._runtime.trust.finder(*DecidedTerms.signed_by, at_s=record.appended_at_ms / 1000),
-                    audience=self._terms.trust_domain,
+                    audience=self._checks.terms.trust_domain,
                     appended_at_ms=record.appended_at_ms,
                 )
             except InvalidMessageError as error:
@@ -252,10 +258,10 @@ class DecisionHandler:
         A record that policy has seen and that has not arrived here *yet* is waited for, not refused.
         """
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._patience_s
+        until = loop.time() + self._checks.patience_s
         weighed = [self._weigh_one(decision) for decision in decisions]
         if not all(isinstance(one, Issue) for one in weighed):
-            await self._runtime.tables_caught_up(self._patience_s)
+            await self._runtime.tables_caught_up(self._checks.patience_s)
             self._weigh_again(decisions, weighed, (Refusal, StaleView))
         while any(isinstance(one, StaleView) for one in weighed) and loop.time() < until:
             await asyncio.sleep(_RECHECK_EVERY_S)
@@ -263,7 +269,7 @@ class DecisionHandler:
         return [one.refusal() if isinstance(one, StaleView) else one for one in weighed]
 
     def _weigh_one(self, decision: Decision) -> Issue | Refusal | StaleView:
-        return weigh(decision, self._directory, self._terms, self._halts())
+        return weigh(decision, self._checks.directory, self._checks.terms, self._checks.halts())
 
     def _weigh_again(
         self,
@@ -334,12 +340,12 @@ class DecisionHandler:
         live = self._recovered(decision, refusal.request, stored)
         if live is None or self._backends[live.issue.lease.backend].stateless:
             return live
-        return await self._minter.remint(live.issue, live.jws)
+        return await self._steps.minter.remint(live.issue, live.jws)
 
     def _recovered(self, decision: Decision, request: CredentialRequest, stored: StoredLease) -> _Live | None:
         try:
             lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
-            target = self._directory.target(lease.target_id)
+            target = self._checks.directory.target(lease.target_id)
         except (InvalidMessageError, ChainError):
             return None
         origin = origin_of(lease.lease_id, decision.at)
@@ -380,7 +386,7 @@ class DecisionHandler:
         reply = self._sealed(decision, content, issue.request)
         if credential is None or not to_gateway:
             return reply
-        return replace(reply, envelope=self._delivery.sealed(issue, credential, id=_envelope_id(reply)))
+        return replace(reply, envelope=self._steps.delivery.sealed(issue, credential, id=_envelope_id(reply)))
 
     def _signed(self, live: _Live | Minted, credential: Credential) -> str:
         lease = live.issue.lease
@@ -420,8 +426,8 @@ class DecisionHandler:
     async def _send_refusal(self, decision: Decision, refusal: Refusal, request: CredentialRequest) -> None:
         """Encrypt the signed refusal to the agent and publish it."""
         claims = IssuerRefusal(
-            iss=self._terms.id,
-            aud=self._terms.trust_domain,
+            iss=self._checks.terms.id,
+            aud=self._checks.terms.trust_domain,
             iat=decision.at.appended_at_ms // 1000,
             jti=derived_id("issuer.refusal", *_decision_order(decision)),
             request_id=decision.claims.request_id,
@@ -448,8 +454,8 @@ class DecisionHandler:
         text = orjson.dumps(content.model_dump(exclude_none=True))
         sealed = seal(text, request.reply_key, kid=content.request_id)
         return _Reply(
-            agent_id=subject_of(self._terms.trust_domain, request.iss, "agent") or "",
-            id=derived_id("credential.reply", self._terms.id, *_decision_order(decision)),
+            agent_id=subject_of(self._checks.terms.trust_domain, request.iss, "agent") or "",
+            id=derived_id("credential.reply", self._checks.terms.id, *_decision_order(decision)),
             jwe=sealed,
             traceparent=decision.traceparent,
         )
@@ -457,21 +463,15 @@ class DecisionHandler:
     async def _send(self, reply: _Reply) -> Awaitable[object]:
         return await self._runtime.publisher.send(
             CREDENTIAL_REPLY,
-            reply.agent_id,
-            reply.jwe,
-            id=reply.id,
-            type=CREDENTIAL_REPLY.what,
-            traceparent=reply.traceparent,
+            CREDENTIAL_REPLY.what,
+            reply.outbound(),
         )
 
     async def _send_envelope(self, reply: _Reply) -> Awaitable[object]:
         return await self._runtime.publisher.send(
             CREDENTIAL_REPLY,
-            reply.agent_id,
-            reply.envelope or "",
-            id=_envelope_id(reply),
-            type=CredentialDelivery.typ,
-            traceparent=reply.traceparent,
+            CredentialDelivery.typ,
+            Outbound(reply.agent_id, reply.envelope or "", _envelope_id(reply), reply.traceparent),
             content_type=ENVELOPE_TYPE,
         )
 
@@ -482,7 +482,7 @@ class DecisionHandler:
         reasons: Sequence[Reason],
         request: CredentialRequest | None = None,
     ) -> None:
-        agent_id = subject_of(self._terms.trust_domain, request.iss, "agent") if request else None
+        agent_id = subject_of(self._checks.terms.trust_domain, request.iss, "agent") if request else None
         await self._runtime.event(
             kind,
             CredentialDecision.typ,

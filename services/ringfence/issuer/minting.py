@@ -26,6 +26,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
 from ringfence.messages.keys import KeyRecord
@@ -341,7 +342,9 @@ class Minter:
     async def _send(self, record: SignedLease) -> Awaitable[object]:
         claims = record.claims
         return await self._runtime.publisher.send(
-            LEASE, claims.lease_id, record.jws, id=claims.jti, type=Lease.typ, traceparent=claims.traceparent
+            LEASE,
+            Lease.typ,
+            Outbound(claims.lease_id, record.jws, id=claims.jti, traceparent=claims.traceparent),
         )
 
     def _verified_lease(self, issue: Issue, stored: StoredLease) -> Lease | None:

@@ -61,6 +61,7 @@ from ringfence.policy.incoming.admission import (
 )
 from ringfence.policy.incoming.approvals import ApprovalHandler, register_pending_gauges
 from ringfence.policy.incoming.credential_requests import (
+    RequestChecks,
     RequestHandler,
     WithdrawalHandler,
     requests_then_withdrawals,
@@ -70,7 +71,7 @@ from ringfence.policy.incoming.load_shedding import ShedRequests
 from ringfence.policy.notifications.notices import Notices, key_notice_sender, notice_sender
 from ringfence.policy.notifications.receipts import receipt_sender
 from ringfence.policy.settings import PolicySettings
-from ringfence.policy.subscribers import router
+from ringfence.policy.subscribers import NoticeHandlers, router
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
 from ringfence.rego.engine import ISSUANCE, PolicyEngine
@@ -180,15 +181,17 @@ def wire(parts: PolicyParts) -> ApprovalHandler:
     admission, shed = AdmissionControl(directory, limits), ShedRequests(runtime, decisions)
     requests = RequestHandler(
         runtime,
-        verifier,
-        admission,
+        RequestChecks(
+            verifier,
+            admission,
+            PendingApprovalLimit(directory, decisions, pending),
+            SharedKeyDetector(runtime, KeyUses()),
+            shed,
+        ),
         judge,
         decisions,
         publisher,
-        PendingApprovalLimit(directory, decisions, pending),
         load_decisions,
-        SharedKeyDetector(runtime, KeyUses()),
-        shed,
         approval_timeout_s=own.approval_timeout_s,
     )
     approvals = ApprovalHandler(runtime, directory, verifier, judge, decisions, publisher, load_decisions)
@@ -210,26 +213,29 @@ def wire(parts: PolicyParts) -> ApprovalHandler:
         approvals.received(batch)
         await responses(batch)
 
+    notice_handlers = NoticeHandlers(
+        notice_sender(runtime, directory, notices),
+        key_notice_sender(runtime, directory, notices),
+        receipt_sender(runtime, directory, notices),
+        # A gateway that is taken over must not take policy out of use: hints are lost at most.
+        DeadLetters(
+            runtime.publisher,
+            runtime.role,
+            runtime.clock,
+            runtime.trust,
+            runtime.trust_moved,
+            halts=False,
+        ),
+    )
     consumers = runtime.consume(
         router(
             requests=requests_then_withdrawals(
                 requests.handle, withdrawals.handle, approvals.received, runtime.dead_letters
             ),
             responses=respond_to_all,
-            notice=notice_sender(runtime, directory, notices) if own.webhooks else None,
-            key_notice=key_notice_sender(runtime, directory, notices) if own.webhooks else None,
-            receipt=receipt_sender(runtime, directory, notices) if own.webhooks else None,
+            notices=notice_handlers if own.webhooks else None,
             on_assigned=load_before_assignment,
             dead_letters=runtime.dead_letters,
-            # A gateway that is taken over must not take policy out of use: hints are lost at most.
-            notice_dead_letters=DeadLetters(
-                runtime.publisher,
-                runtime.role,
-                runtime.clock,
-                runtime.trust,
-                runtime.trust_moved,
-                halts=False,
-            ),
         )
     )
 
@@ -274,11 +280,8 @@ def described() -> FastStream:
         router(
             requests=placeholder,
             responses=placeholder,
-            notice=placeholder,
-            key_notice=placeholder,
-            receipt=placeholder,
+            notices=NoticeHandlers(placeholder, placeholder, placeholder, dead_letters=None),
             on_assigned=placeholder,
             dead_letters=None,
-            notice_dead_letters=None,
         ),
     )

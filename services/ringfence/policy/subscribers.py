@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler
@@ -29,23 +30,31 @@ SIGNED_BY_PEOPLE: tuple[Topic[Any], ...] = (APPROVAL_RESPONSE, REVOCATION_REQUES
 """Where people publish what they sign."""
 
 
+@dataclass(frozen=True, slots=True)
+class NoticeHandlers:
+    """The handlers that notify people by webhooks."""
+
+    question: Handler
+    """Of questions of gateways."""
+    key: Handler
+    """Of keys that were added to them."""
+    receipt: Handler
+    """Of what their passkeys signed."""
+    dead_letters: DeadLetters | None
+    """Never halt."""
+
+
 def router(
     *,
     requests: BatchHandler,
     responses: BatchHandler,
-    notice: Handler | None,
-    key_notice: Handler | None,
-    receipt: Handler | None,
+    notices: NoticeHandlers | None,
     on_assigned: Callable[[], Awaitable[None]],
     dead_letters: DeadLetters | None,
-    notice_dead_letters: DeadLetters | None,
 ) -> GroupRouter:
     """Args:
-        notice: notifies people of questions, by webhooks; None without webhooks, and then no group reads for it.
-        key_notice: notifies people of keys that were added to them; only with a `notice`.
-        receipt: notifies people of what their passkeys signed; only with a `notice`.
+        notices: None without webhooks, and then no group reads for them.
         on_assigned: awaited before the first record of `policy` after each assignment.
-        notice_dead_letters: dead letters of the notices, which never halt.
     """  # fmt: skip
     router = GroupRouter(
         {
@@ -72,29 +81,23 @@ def router(
         """Take what people sign: approvals and grants, in their order. Each may decide requests that waited."""
         await responses(batch)
 
-    if notice is not None:
-        tell = notice
-        notices = ConsumerGroup("policy-notices", notice_dead_letters)
+    if notices is not None:
+        tell = notices
+        group = ConsumerGroup("policy-notices", notices.dead_letters)
 
-        @router.subscriber(APPROVAL_REQUEST, group=notices, order="sequential")
+        @router.subscriber(APPROVAL_REQUEST, group=group, order="sequential")
         async def on_question(record: Received) -> Awaitable[object] | None:
             """Tell a person by webhook that a question of policy or a gateway waits."""
-            return await tell(record)
+            return await tell.question(record)
 
-        if key_notice is not None:
-            tell_of_keys = key_notice
+        @router.subscriber(USER, group=group, order="sequential")
+        async def on_user(record: Received) -> Awaitable[object] | None:
+            """Tell a person by webhook that a key was added to them."""
+            return await tell.key(record)
 
-            @router.subscriber(USER, group=notices, order="sequential")
-            async def on_user(record: Received) -> Awaitable[object] | None:
-                """Tell a person by webhook that a key was added to them."""
-                return await tell_of_keys(record)
-
-        if receipt is not None:
-            tell_signer = receipt
-
-            @router.subscriber(*SIGNED_BY_PEOPLE, group=notices, order="sequential")
-            async def on_signed(record: Received) -> Awaitable[object] | None:
-                """Tell a person by webhook what their passkey signed."""
-                return await tell_signer(record)
+        @router.subscriber(*SIGNED_BY_PEOPLE, group=group, order="sequential")
+        async def on_signed(record: Received) -> Awaitable[object] | None:
+            """Tell a person by webhook what their passkey signed."""
+            return await tell.receipt(record)
 
     return router

@@ -14,7 +14,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, Un
 from ringfence.kernel.base.ids import derived_id, digest
 from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.crypto.jws import parse, sign, verify
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
@@ -164,7 +164,7 @@ class Registry:
         topic = TOPICS[kind]
         written = await (
             await self._runtime.publisher.send(
-                topic, id, compact, id=jti, type=topic.what, traceparent=traceparent
+                topic, topic.what, Outbound(id, compact, id=jti, traceparent=traceparent)
             )
         )
         at = Coordinates(
@@ -355,7 +355,7 @@ class Registry:
         id = derived_id("trust", str(trust.version), digest(trust.compact))
         await (
             await self._runtime.publisher.send(
-                TRUST, str(trust.version), trust.compact, id=id, type=TrustBundle.typ
+                TRUST, TrustBundle.typ, Outbound(str(trust.version), trust.compact, id=id)
             )
         )
 

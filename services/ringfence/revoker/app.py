@@ -158,10 +158,7 @@ def build(
         """Periodic work is done by one revoker: the one that has the first partition of `revocation.request`."""
         return consumers[GROUP].owns(REVOCATION_REQUEST.name(settings.topic_prefix), 0)
 
-    sweeper = OrphanSweeper(
-        runtime, store, directory, backends, breaker, is_leader,
-        every_s=own.sweep_every_s, min_age_s=own.stranger_age_s,
-    )  # fmt: skip
+    sweeper = OrphanSweeper(runtime, store, directory, backends, breaker, is_leader, own)
     tombstoner = LeaseTombstoner(runtime, is_leader, after_s=own.forget_after_s, every_s=own.forget_every_s)
     silent_runs = SilentRunEnder(runtime, silence, run_revoker, is_leader, patience_s=PATIENCE_S)
     runtime.background("orphan-sweep", sweeper.run)

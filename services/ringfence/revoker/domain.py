@@ -218,27 +218,25 @@ def run_record(run_id: str) -> tuple[str, int]:
 
 
 def derived_revocation(
-    kind: EndKind,
-    reason: str,
+    basis: StaleBasis,
     *,
     by: str,
     trust_domain: str,
     at_ms: int,
-    record: tuple[str, int],
     lease_id: str | None = None,
     selector: Selector | None = None,
 ) -> RevocationRequest:
-    """The revocation that follows from a record (subject, revision). The same record gives the same `jti`."""
+    """The revocation that follows from a record. The same record gives the same `jti`."""
     covered = lease_id or (selector.model_dump_json(exclude_defaults=True) if selector else "")
     return RevocationRequest(
         iss=by,
         aud=trust_domain,
         iat=at_ms // 1000,
-        jti=derived_id("revocation.request", *record, covered),
-        kind=kind,
+        jti=derived_id("revocation.request", *basis.record, covered),
+        kind=basis.kind,
         lease_id=lease_id,
         selector=selector,
-        reason=reason,
+        reason=basis.reason,
     )
 
 

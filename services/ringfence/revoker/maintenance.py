@@ -25,7 +25,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.range_reader import Stretches
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
@@ -39,6 +39,7 @@ from ringfence.model.leases.lifecycle import is_over
 from ringfence.model.leases.stream_digests import CONFIRMED, StreamDigests
 from ringfence.model.leases.unverified_records import verify_lease
 from ringfence.model.records.directory import Directory
+from ringfence.revoker.settings import RevokerSettings
 
 log = logging.getLogger(__name__)
 
@@ -88,23 +89,17 @@ class OrphanSweeper:
         backends: Mapping[str, Backend],
         breaker: CircuitBreaker,
         is_leader: Callable[[], bool],
-        *,
-        every_s: float,
-        min_age_s: float,
+        own: RevokerSettings,
     ) -> None:
-        """Args:
-            is_leader: whether this revoker, of several, does it now.
-            every_s: the interval of sweeps of each target.
-            min_age_s: the time for which an orphan must have been seen before it is removed.
-        """  # fmt: skip
+        """`is_leader`: whether this revoker, of several, does it now."""
         self._runtime = runtime
         self._store = store
         self._directory = directory
         self._backends = {kind: backend for kind, backend in backends.items() if not backend.stateless}
         self._breaker = breaker
         self._is_leader = is_leader
-        self._every_s = every_s
-        self._min_age_s = min_age_s
+        self._every_s = own.sweep_every_s
+        self._min_age_s = own.stranger_age_s
         self._seen_at: dict[tuple[str, str], dict[str, float]] = {}
         """By backend and target: orphans, and when each was first seen."""
 
@@ -227,7 +222,7 @@ class LeaseTombstoner:
             return 0
         sent = [
             await self._runtime.publisher.send(
-                LEASE, lease.lease_id, b"", id=f"{lease.jti}.deleted", type=Lease.typ
+                LEASE, Lease.typ, Outbound(lease.lease_id, b"", id=f"{lease.jti}.deleted")
             )
             for lease in _ended(old, self._verify)
         ]

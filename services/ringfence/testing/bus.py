@@ -161,31 +161,25 @@ class InMemoryPublisher(Publisher):
     async def send(
         self,
         topic: Topic[Any],
-        key: str,
-        value: str | bytes,
-        *,
-        id: str,
         type: str,
-        traceparent: str | None = None,
+        record: Outbound,
+        *,
         partition: int | None = None,
         content_type: str | None = None,
         signature: bytes | None = None,
     ) -> Awaitable[Any]:
-        payload = value.encode() if isinstance(value, str) else value
-        headers = [("ce_id", id.encode()), ("traceparent", (traceparent or new_traceparent()).encode())]
+        trace = record.traceparent or new_traceparent()
+        headers = [("ce_id", record.id.encode()), ("traceparent", trace.encode())]
         if content_type is not None:
             headers.append(("content-type", content_type.encode()))
-        return Done(self._bus.append(topic, key, payload, headers))
+        return Done(self._bus.append(topic, record.key, record.payload, headers))
 
     async def send_many(
         self, topic: Topic[Any], type: str, records: Iterable[Outbound]
     ) -> list[Awaitable[Any]]:
         offsets = []
         for one in records:
-            sending = await self.send(
-                topic, one.key, one.value, id=one.id, type=type, traceparent=one.traceparent
-            )
-            sent: Place = await sending
+            sent: Place = await (await self.send(topic, type, one))
             offsets.append(range(sent.offset, sent.offset + 1))
         return [Done(offsets)] if offsets else []
 
@@ -195,5 +189,5 @@ class InMemoryPublisher(Publisher):
         # Readers get the compact JWS of what is signed in the clear as well: nothing has to be detached.
         compact = sign(claims, by)
         return compact, await self.send(
-            topic, key, compact, id=claims.jti, type=claims.typ, traceparent=traceparent
+            topic, claims.typ, Outbound(key, compact, id=claims.jti, traceparent=traceparent)
         )

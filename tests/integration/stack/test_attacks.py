@@ -24,7 +24,7 @@ from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.approval import Approval, ApprovalRequest
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions
@@ -98,7 +98,7 @@ async def put(
     publisher: Publisher, topic: Topic[Any], key: str, value: str | bytes, partition_of: str = ""
 ) -> Coordinates:
     sent = await (
-        await publisher.send(topic, partition_of or key, value, id=str(uuid.uuid4()), type=topic.what)
+        await publisher.send(topic, topic.what, Outbound(partition_of or key, value, id=str(uuid.uuid4())))
     )
     return Coordinates(
         topic=sent.topic, partition=sent.partition, offset=sent.offset, appended_at_ms=sent.timestamp

@@ -23,7 +23,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.dead_letters import DeadLetters, HaltedError
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupBroker, GroupRouter
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.base import SERVICE_ROLES
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
@@ -34,7 +34,7 @@ WITHIN_S = 60
 
 async def send(publisher: Publisher, *values: str, partition_of: str = "bot") -> None:
     for value in values:
-        await (await publisher.send(CREDENTIAL_REQUEST, partition_of, value, id=value, type="test"))
+        await (await publisher.send(CREDENTIAL_REQUEST, "test", Outbound(partition_of, value, id=value)))
 
 
 async def committed(settings: ServiceSettings) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
 from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
@@ -121,5 +122,7 @@ async def late(place: LostRedisBench, status: LeaseStatus = "active", **fields: 
 async def publish(place: LostRedisBench, *records: SignedLease) -> None:
     async with Publisher(place.world.settings("issuer"), place.world.key("issuer").id) as publisher:
         for one in records:
-            ack = await publisher.send(LEASE, one.claims.lease_id, one.jws, id=one.claims.jti, type=Lease.typ)
+            ack = await publisher.send(
+                LEASE, Lease.typ, Outbound(one.claims.lease_id, one.jws, id=one.claims.jti)
+            )
             await ack

@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ringfence.audit.detections.rule import EventSummary, Finding
-from ringfence.audit.events.ocsf import DETECTION_FINDING, UNKNOWN_USER, OcsfEvent, event, event_kind, user_of
+from ringfence.audit.events.ocsf import (
+    DETECTION_FINDING,
+    UNKNOWN_USER,
+    EventContext,
+    OcsfEvent,
+    event,
+    event_kind,
+    user_of,
+)
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import AUDITED
 from ringfence.model.identity.spiffe_ids import spiffe_id
@@ -79,8 +87,7 @@ def finding_event(finding: Finding, trust_domain: str) -> OcsfEvent:
         finding.message,
         {"finding_info": info, "evidences": [{"actor": {"user": user}}]},
         fields,
-        key=summary.key,
-        correlation=summary.field("request") or summary.field("task") or agent,
+        EventContext(summary.key, summary.field("request") or summary.field("task") or agent),
     )
     built.body["metadata"]["uid"] = finding.uid
     trace = summary.field("trace_id")

@@ -12,7 +12,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from ringfence.audit.events import kinds
-from ringfence.audit.events.ocsf import UNKNOWN_USER, Copied, EventKind, OcsfEvent, event, scrubbed, user_of
+from ringfence.audit.events.ocsf import (
+    UNKNOWN_USER,
+    Copied,
+    EventContext,
+    EventKind,
+    OcsfEvent,
+    event,
+    scrubbed,
+    user_of,
+)
 from ringfence.audit.memory import LeaseFacts
 from ringfence.kernel.base.text import with_article
 from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination, RelayEnded
@@ -80,8 +89,8 @@ def acted(
     attributes |= _network_attributes(claims)
     if claims.count is not None:
         attributes["count"] = claims.count
-    about = _about(record, claims, lease, fields)
-    return event(record, _kind(claims), _message(claims), attributes, fields, reasons=claims.reasons, **about)
+    context = _context(record, claims, lease, fields)
+    return event(record, _kind(claims), _message(claims), attributes, fields, context, reasons=claims.reasons)
 
 
 def answered(
@@ -97,7 +106,7 @@ def answered(
     message = f"{claims.agent_id or 'somebody'} {_ANSWER_TEXTS[claims.answer]} for {request}"
     kind = kinds.ACTION_ANSWERED if claims.answer in ("result", "accepted") else kinds.ACTION_FAILED
     attributes = _attributes(claims, claims.verb, trust_domain)
-    return event(record, kind, message, attributes, fields, **_about(record, claims, lease, fields))
+    return event(record, kind, message, attributes, fields, _context(record, claims, lease, fields))
 
 
 def relay_ended(
@@ -120,20 +129,19 @@ def relay_ended(
         f"{claims.received_bytes} back{why}"
     )
     reasons = (claims.reason,) if claims.reason is not None else ()
-    about = _about(record, claims, lease, fields)
-    return event(record, kinds.RELAY_ENDED, message, attributes, fields, reasons=reasons, **about)
+    context = _context(record, claims, lease, fields)
+    return event(record, kinds.RELAY_ENDED, message, attributes, fields, context, reasons=reasons)
 
 
-def _about(
+def _context(
     record: Received, claims: _Action, lease: LeaseFacts | None, fields: Mapping[str, Any]
-) -> dict[str, Any]:
-    """Key, correlation and trace of an event."""
+) -> EventContext:
     own = lease if lease is not None and lease.agent == claims.agent_id else None
-    return {
-        "key": claims.agent_id or record.topic.what,
-        "correlation": fields.get("request") or claims.task_id,
-        "traceparent": claims.traceparent or (own.traceparent if own is not None else None),
-    }
+    return EventContext(
+        claims.agent_id or record.topic.what,
+        fields.get("request") or claims.task_id,
+        claims.traceparent or (own.traceparent if own is not None else None),
+    )
 
 
 def _attributes(claims: _Action, operation: str | None, trust_domain: str) -> dict[str, Any]:

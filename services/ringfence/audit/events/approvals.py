@@ -9,6 +9,7 @@ from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import (
     UNKNOWN_USER,
     Copied,
+    EventContext,
     OcsfEvent,
     VerifiedMessage,
     event,
@@ -36,8 +37,8 @@ def requested(signed: VerifiedMessage[ActionRequest], subject_fields: Mapping[st
     fields = {**_action_fields(claims, subject_fields), "asked": asked}
     message = f"{asked} was asked about {_action_text(claims)}"
     return event(
-        signed, kinds.ACTION_APPROVAL_REQUESTED, message, _class_attributes(claims), fields, key=claims.agent_id,
-        correlation=subject_fields.get("request") or claims.task_id,
+        signed, kinds.ACTION_APPROVAL_REQUESTED, message, _class_attributes(claims), fields,
+        EventContext(claims.agent_id, subject_fields.get("request") or claims.task_id),
     )  # fmt: skip
 
 
@@ -64,8 +65,9 @@ def answered(
     message = f"{approver['name']} {claims.verdict} {subject}" + (f": {comment}" if comment else "")
     return event(
         signed, kinds.ACTION_APPROVALS[claims.verdict], message, {**attributes, "actor": {"user": approver}}, fields,
-        key=claims.agent_id,
-        correlation=subject_fields.get("request") or (request.task_id if request is not None else None),
+        EventContext(
+            claims.agent_id, subject_fields.get("request") or (request.task_id if request is not None else None)
+        ),
     )  # fmt: skip
 
 
@@ -124,7 +126,7 @@ def given(signed: VerifiedMessage[Grant], subject_fields: dict[str, Any]) -> Ocs
         "policy_revision": claims.revisions.policy,
         "comment": comment,
     }
-    return event(signed, kinds.GRANT_GIVEN, message, attributes, fields, key=agent, correlation=task)
+    return event(signed, kinds.GRANT_GIVEN, message, attributes, fields, EventContext(agent, task))
 
 
 def withdrawn(signed: VerifiedMessage[GrantWithdraw], subject_fields: dict[str, Any]) -> OcsfEvent:
@@ -140,6 +142,6 @@ def withdrawn(signed: VerifiedMessage[GrantWithdraw], subject_fields: dict[str, 
     message = f"{grantor['name']} took back grant {claims.grant_id}{of_whom}: {comment}"
     fields = {**subject_fields, "grant": claims.grant_id, "comment": comment}
     return event(
-        signed, kinds.GRANT_WITHDRAWN, message, attributes, fields, key=agent or str(grantor["name"]),
-        correlation=subject_fields.get("task"),
+        signed, kinds.GRANT_WITHDRAWN, message, attributes, fields,
+        EventContext(agent or str(grantor["name"]), subject_fields.get("task")),
     )  # fmt: skip

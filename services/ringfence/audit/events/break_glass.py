@@ -11,7 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from ringfence.audit.events import kinds
-from ringfence.audit.events.ocsf import Copied, OcsfEvent, VerifiedMessage, event, scrubbed, user_of
+from ringfence.audit.events.ocsf import (
+    Copied,
+    EventContext,
+    OcsfEvent,
+    VerifiedMessage,
+    event,
+    scrubbed,
+    user_of,
+)
 from ringfence.audit.memory import RequestFacts
 from ringfence.messages.approval import BreakGlassReview
 from ringfence.messages.credential import DecidedTerms, Reason
@@ -41,8 +49,8 @@ def used(signed: VerifiedMessage[DecidedTerms], facts: RequestFacts, fields: Map
     keys = [{"user": user, "kid": kid} for user, kid in facts.approver_keys]
     fields = {**fields, "verified": signed.verified(), "approver_keys": keys, "comment": facts.reason}
     return event(
-        signed, kinds.BREAK_GLASS_USED, message, attributes, fields, key=facts.agent, correlation=claims.request_id,
-        reasons=claims.reasons, traceparent=facts.traceparent,
+        signed, kinds.BREAK_GLASS_USED, message, attributes, fields,
+        EventContext(facts.agent, claims.request_id, traceparent=facts.traceparent), reasons=claims.reasons,
     )  # fmt: skip
 
 
@@ -75,7 +83,7 @@ def reviewed(
     }
     return event(
         signed, kinds.REVIEWED if rejection is None else kinds.REVIEW_REFUSED, message, attributes, fields,
-        key=claims.agent_id, correlation=claims.request_id, reasons=() if rejection is None else (rejection,),
+        EventContext(claims.agent_id, claims.request_id), reasons=() if rejection is None else (rejection,),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from ringfence.audit.events import break_glass, kinds
 from ringfence.audit.events.ocsf import (
     UNKNOWN_USER,
     Copied,
+    EventContext,
     EventKind,
     OcsfEvent,
     VerifiedMessage,
@@ -66,7 +67,7 @@ def requested(signed: VerifiedMessage[Any], facts: RequestFacts) -> OcsfEvent:
     attributes = _attributes(facts, _actor(facts.signer, facts.task))
     fields = {**_request_fields(facts, facts.request_id), "ttl_s": facts.ttl_s}
     key, request_id = facts.agent, facts.request_id
-    return event(signed, kinds.REQUESTED, message, attributes, fields, key=key, correlation=request_id)
+    return event(signed, kinds.REQUESTED, message, attributes, fields, EventContext(key, request_id))
 
 
 def withdrawal_requested(
@@ -90,8 +91,10 @@ def withdrawal_requested(
         message = f"agent {agent['name']} asked to withdraw {whose}, {claims.request_id}"
     return event(
         signed, kinds.WITHDRAWAL_REQUESTED, message, attributes, subject_fields,
-        key=subject_fields.get("agent") or str(agent["name"]), correlation=claims.request_id,
-        traceparent=own.traceparent if own is not None else None,
+        EventContext(
+            subject_fields.get("agent") or str(agent["name"]), claims.request_id,
+            traceparent=own.traceparent if own is not None else None,
+        ),
     )  # fmt: skip
 
 
@@ -138,8 +141,8 @@ def decided(
         if outcome == "allowed":
             return break_glass.used(signed, facts, fields)
         kind = kinds.BREAK_GLASS_PENDING
-    about = _about(facts, request_id)
-    return event(signed, kind, message, attributes, fields, reasons=claims.reasons, **about)
+    context = _context(facts, request_id)
+    return event(signed, kind, message, attributes, fields, context, reasons=claims.reasons)
 
 
 def approval_requested(signed: VerifiedMessage[ApprovalRequest], facts: RequestFacts) -> OcsfEvent:
@@ -159,7 +162,7 @@ def approval_requested(signed: VerifiedMessage[ApprovalRequest], facts: RequestF
     }
     return event(
         signed, kinds.APPROVAL_REQUESTED, message, _attributes(facts, _actor(claims.iss, facts.task)), fields,
-        reasons=claims.reasons, **_about(facts, facts.request_id),
+        _context(facts, facts.request_id), reasons=claims.reasons,
     )  # fmt: skip
 
 
@@ -186,7 +189,7 @@ def approval_given(signed: VerifiedMessage[Approval], facts: RequestFacts | None
     }
     return event(
         signed, kinds.APPROVALS[claims.verdict], message, _attributes(facts, _actor(claims.iss)), fields,
-        **_about(facts, claims.request_id, str(approver["name"])),
+        _context(facts, claims.request_id, str(approver["name"])),
     )  # fmt: skip
 
 
@@ -215,8 +218,8 @@ def _sealed(
     fields = _request_fields(facts, request_id)
     if facts is not None:
         fields["policy_revision"] = facts.policy_revision
-    attributes, about = _attributes(facts), _about(facts, request_id)
-    return event(record, kind, message, attributes, {**fields, **extra_fields}, **about)
+    attributes, context = _attributes(facts), _context(facts, request_id)
+    return event(record, kind, message, attributes, {**fields, **extra_fields}, context)
 
 
 def leased(signed: VerifiedMessage[Lease], lease: LeaseFacts, facts: RequestFacts | None) -> OcsfEvent:
@@ -274,7 +277,7 @@ def leased(signed: VerifiedMessage[Lease], lease: LeaseFacts, facts: RequestFact
         message += f": {fields['comment']}"
     return event(
         signed, kinds.BREAK_GLASS_ISSUED if claims.break_glass and active else kinds.LEASES[claims.status], message,
-        attributes, fields, key=claims.agent_id, correlation=claims.request_id, traceparent=lease.traceparent,
+        attributes, fields, EventContext(claims.agent_id, claims.request_id, traceparent=lease.traceparent),
     )  # fmt: skip
 
 
@@ -305,8 +308,9 @@ def lease_void(
     by = user_of(claims.iss)["name"]
     message = f"a record of lease {claims.lease_id} by {by} came too late and counts for nothing"
     return event(
-        signed, kinds.LEASE_VOID, message, attributes, fields, key=claims.agent_id, correlation=claims.request_id,
-        reasons=(Reason(code="epoch_over", message=why),), traceparent=lease.traceparent,
+        signed, kinds.LEASE_VOID, message, attributes, fields,
+        EventContext(claims.agent_id, claims.request_id, traceparent=lease.traceparent),
+        reasons=(Reason(code="epoch_over", message=why),),
     )  # fmt: skip
 
 
@@ -334,7 +338,7 @@ def cut_confirmed(signed: VerifiedMessage[RevocationAck], revocation: Mapping[st
     subject = f"revocation {revocation.get('revocation', claims.revocation_id)}"
     message = f"gateway {gateway['name']} forwards nothing more of what {subject} covers"
     key, correlation = str(agent or lease or gateway["name"]), revocation.get("request")
-    return event(signed, kinds.CUT_CONFIRMED, message, attributes, fields, key=key, correlation=correlation)
+    return event(signed, kinds.CUT_CONFIRMED, message, attributes, fields, EventContext(key, correlation))
 
 
 def lease_forgotten(record: Received, lease_id: str, subject_fields: Mapping[str, Any]) -> OcsfEvent:
@@ -348,7 +352,7 @@ def lease_forgotten(record: Received, lease_id: str, subject_fields: Mapping[str
         {**subject_fields, "lease": lease_id},
     )
     key = subject_fields.get("agent") or lease_id
-    return event(record, kinds.LEASE_FORGOTTEN, message, attributes, fields, key=key)
+    return event(record, kinds.LEASE_FORGOTTEN, message, attributes, fields, EventContext(key))
 
 
 def revocation_requested(
@@ -392,9 +396,12 @@ def revocation_requested(
     fields |= {name: value for name, value in subject_fields.items() if name not in fields}
     message = f"{requester['name']} asked to end {subject} ({claims.kind}): {fields['comment']}"
     return event(
-        signed, kind, message, attributes, fields, key=fields.get("agent") or lease_id or str(requester["name"]),
-        correlation=fields.get("request") or fields.get("task") or claims.jti,
-        traceparent=lease.traceparent if lease is not None else None,
+        signed, kind, message, attributes, fields,
+        EventContext(
+            fields.get("agent") or lease_id or str(requester["name"]),
+            fields.get("request") or fields.get("task") or claims.jti,
+            traceparent=lease.traceparent if lease is not None else None,
+        ),
     )  # fmt: skip
 
 
@@ -414,11 +421,11 @@ def _attributes(facts: RequestFacts | None, actor: dict[str, Any] | None = None)
     return {"user": user, **by, "privileges": facts.privileges if facts is not None else []}
 
 
-def _about(facts: RequestFacts | None, request_id: str, key: str | None = None) -> dict[str, Any]:
-    """Key, correlation and trace of an event about a request. `key`: if its agent is not known."""
-    trace = facts.traceparent if facts is not None else None
-    key = facts.agent if facts is not None else key or request_id
-    return {"key": key, "correlation": request_id, "traceparent": trace}
+def _context(facts: RequestFacts | None, request_id: str, key: str | None = None) -> EventContext:
+    """The context of an event about a request. `key`: if its agent is not known."""
+    if facts is None:
+        return EventContext(key or request_id, request_id)
+    return EventContext(facts.agent, request_id, facts.traceparent)
 
 
 def _request_fields(facts: RequestFacts | None, request_id: str) -> dict[str, Any]:

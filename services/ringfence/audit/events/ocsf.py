@@ -110,6 +110,17 @@ class OcsfEvent(NamedTuple):
         return str(self.body["metadata"]["uid"])
 
 
+class EventContext(NamedTuple):
+    """By what an event is found together with others."""
+
+    key: str
+    """The Kafka key: the agent's id, or the subject's if there is no agent."""
+    correlation: str | None = None
+    """`correlation_uid`: the id of the request or task that the event belongs to."""
+    traceparent: str | None = None
+    """Its trace, if known better than from the record's own header."""
+
+
 @dataclass(frozen=True, slots=True)
 class EventKind:
     """A kind of event: its code, and the attributes and metadata that all events of the kind share."""
@@ -189,11 +200,9 @@ def event(
     message: str,
     attributes: dict[str, Any],
     unmapped: Mapping[str, Any],
+    context: EventContext,
     *,
-    key: str,
-    correlation: str | None = None,
     reasons: Sequence[Reason] = (),
-    traceparent: str | None = None,
 ) -> OcsfEvent:
     """Build one event.
 
@@ -204,10 +213,8 @@ def event(
         message: one sentence for a person.
         attributes: the attributes of its OCSF class.
         unmapped: Ringfence's own fields; those that are None are left out.
-        key: the Kafka key: the agent's id, or the subject's if there is no agent.
-        correlation: `correlation_uid`: the id of the request or task that the event belongs to.
+        context: the key, the correlation and the trace.
         reasons: why; the first one gives `status_code`.
-        traceparent: its trace, if known better than from the record's own header.
     """
     record = source if isinstance(source, Received) else source.record
     metadata = {
@@ -215,8 +222,8 @@ def event(
         "uid": Source(record.topic_name, record.partition, record.offset).uid,
         "log_name": record.topic.what,
     }
-    if correlation is not None:
-        metadata["correlation_uid"] = correlation
+    if context.correlation is not None:
+        metadata["correlation_uid"] = context.correlation
     body: dict[str, Any] = {**kind.attributes, "time": record.appended_at_ms}
     body["message"] = _cut(message, _MAX_MESSAGE)
     body["metadata"] = metadata
@@ -228,13 +235,13 @@ def event(
         body["status_code"] = reasons[0].code
         body["status_detail"] = _cut("; ".join(scrubbed(reason.message) for reason in reasons), _MAX_MESSAGE)
         fields["reasons"] = [_reason_fields(reason) for reason in reasons]
-    fields["trace_id"] = trace_id(traceparent) or trace_id(record.own_traceparent)
+    fields["trace_id"] = trace_id(context.traceparent) or trace_id(record.own_traceparent)
     fields["source"] = {"topic": record.topic_name, "partition": record.partition, "offset": record.offset}
     people = [_observable(role, fields[role]) for role in _PEOPLE if role in fields]
     if people:
         body["observables"] = people
     body["unmapped"] = fields
-    return OcsfEvent(_cut(key, _MAX_KEY), body)
+    return OcsfEvent(_cut(context.key, _MAX_KEY), body)
 
 
 def shortened(event: OcsfEvent) -> OcsfEvent:

@@ -14,6 +14,7 @@ from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import (
     ENTITY_MANAGEMENT,
     Copied,
+    EventContext,
     EventKind,
     OcsfEvent,
     Severity,
@@ -197,7 +198,7 @@ def _event(
     correlation = str(fields.get("task") or fields.get("agent") or by.jti)
     key = fields.get("agent") or attributes["entity"]["name"]
     return event(
-        signed, kind, message, attributes, fields | {"command": by.jti}, key=key, correlation=correlation
+        signed, kind, message, attributes, fields | {"command": by.jti}, EventContext(key, correlation)
     )
 
 
@@ -221,7 +222,7 @@ def revision_fell(signed: VerifiedMessage[AnyRecord], newer: int) -> OcsfEvent:
     fields |= {"revision": revision, "known_revision": newer}
     reasons = (Reason(code="revision_fell", message=message),)
     key = fields.get("agent") or id
-    return event(signed, kinds.REVISION_FELL, message, attributes, fields, key=key, reasons=reasons)
+    return event(signed, kinds.REVISION_FELL, message, attributes, fields, EventContext(key), reasons=reasons)
 
 
 def answered(signed: VerifiedMessage[ServiceEvent], subject_fields: dict[str, Any]) -> OcsfEvent:
@@ -247,7 +248,7 @@ def answered(signed: VerifiedMessage[ServiceEvent], subject_fields: dict[str, An
     }  # fmt: skip
     correlation = claims.task_id or claims.agent_id or claims.ref
     return event(
-        signed, chosen, message, attributes, fields, key=claims.agent_id or id, correlation=correlation,
+        signed, chosen, message, attributes, fields, EventContext(claims.agent_id or id, correlation),
         reasons=claims.reasons,
     )  # fmt: skip
 

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from ringfence.audit.events import kinds
-from ringfence.audit.events.ocsf import Copied, OcsfEvent, VerifiedMessage, event, scrubbed, user_of
+from ringfence.audit.events.ocsf import (
+    Copied,
+    EventContext,
+    OcsfEvent,
+    VerifiedMessage,
+    event,
+    scrubbed,
+    user_of,
+)
 from ringfence.audit.events.services import PROTOCOL
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.credential import Reason
@@ -42,9 +50,7 @@ def ordered(signed: VerifiedMessage[RunOrder], subject_fields: Mapping[str, Any]
     message = f"{signer['name']} ordered a run of agent {agent} in pool {claims.pool}: {command}"
     user = user_of(spiffe_id(claims.aud, "agent", agent))
     attributes = {"user": user, "actor": {"user": signer}, "privileges": []}
-    return event(
-        signed, kinds.RUN_ORDERED, message, attributes, fields, key=agent, correlation=claims.task_id
-    )  # fmt: skip
+    return event(signed, kinds.RUN_ORDERED, message, attributes, fields, EventContext(agent, claims.task_id))
 
 
 def stop_ordered(signed: VerifiedMessage[RunStop], subject_fields: Mapping[str, Any]) -> OcsfEvent:
@@ -56,8 +62,8 @@ def stop_ordered(signed: VerifiedMessage[RunStop], subject_fields: Mapping[str, 
     attributes = {"user": user, "actor": {"user": signer}, "privileges": []}
     message = f"{signer['name']} ordered the end of run {claims.run_id}: {reason}"
     return event(
-        signed, kinds.RUN_STOP_ORDERED, message, attributes, fields, key=agent or claims.run_id,
-        correlation=subject_fields.get("task"),
+        signed, kinds.RUN_STOP_ORDERED, message, attributes, fields,
+        EventContext(agent or claims.run_id, subject_fields.get("task")),
     )  # fmt: skip
 
 
@@ -103,8 +109,8 @@ def told(signed: VerifiedMessage[Run], subject_fields: Mapping[str, Any], *, cou
         **PROTOCOL,
     }
     return event(
-        signed, kind, message, attributes, fields, key=agent, correlation=claims.task_id, reasons=reasons
-    )  # fmt: skip
+        signed, kind, message, attributes, fields, EventContext(agent, claims.task_id), reasons=reasons
+    )
 
 
 def _mounts(mounts: tuple[Mount, ...]) -> list[dict[str, Any]] | None:

@@ -17,6 +17,7 @@ from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import (
     UNKNOWN_USER,
     Copied,
+    EventContext,
     OcsfEvent,
     VerifiedMessage,
     event,
@@ -75,7 +76,9 @@ def not_believed(record: Received, code: str) -> OcsfEvent:
     fields = {"verified": {"by": None}, "outcome": "not_believed", "size_bytes": len(record.value)}
     kind = kinds.FORGED if code in _FORGERIES else kinds.MALFORMED
     reasons = (Reason(code=code, message=reason_text),)
-    return event(record, kind, message, _attributes(record), fields, key=record.topic.what, reasons=reasons)
+    return event(
+        record, kind, message, _attributes(record), fields, EventContext(record.topic.what), reasons=reasons
+    )
 
 
 def expired(signed: VerifiedMessage[Any], code: str, fields: Mapping[str, Any]) -> OcsfEvent:
@@ -86,7 +89,7 @@ def expired(signed: VerifiedMessage[Any], code: str, fields: Mapping[str, Any]) 
     attributes = _attributes(record, signer, actor=signer)
     key = _event_key(fields, signer)
     fields = {**fields, "outcome": "expired"}
-    return event(signed, kinds.EXPIRED, message, attributes, fields, key=key, reasons=(reason,))
+    return event(signed, kinds.EXPIRED, message, attributes, fields, EventContext(key), reasons=(reason,))
 
 
 def replayed(
@@ -103,10 +106,12 @@ def replayed(
     fields = {**fields, "outcome": "replayed", "first_seen": seen}
     if signer["type"] == "System" and same:
         message = f"{what} record by {by} stands there twice ({place}); it changes nothing"
-        return event(signed, kinds.REPEATED, message, _attributes(record, signer), fields, key=key)
+        return event(signed, kinds.REPEATED, message, _attributes(record, signer), fields, EventContext(key))
     reasons = (Reason(code="replayed", message=f"the same message was seen before, at {place}"),)
     message = f"{what} signed by {by} was replayed, by whom is not known; first at {place}"
-    return event(signed, kinds.REPLAYED, message, _attributes(record), fields, key=key, reasons=reasons)
+    return event(
+        signed, kinds.REPLAYED, message, _attributes(record), fields, EventContext(key), reasons=reasons
+    )
 
 
 def reported(
@@ -156,8 +161,11 @@ def reported(
             kind = kinds.FINDINGS.get(codes.pop(), kinds.FINDING) if len(codes) == 1 else kinds.FINDING
             message = f"{service['name']} found: {text or claims.subject}"
     return event(
-        signed, kind, message, attributes, fields, key=agent or str(service["name"]),
-        correlation=fields["request"] or fields["task"] or claims.ref, reasons=claims.reasons, traceparent=traceparent,
+        signed, kind, message, attributes, fields,
+        EventContext(
+            agent or str(service["name"]), fields["request"] or fields["task"] or claims.ref, traceparent=traceparent
+        ),
+        reasons=claims.reasons,
     )  # fmt: skip
 
 
@@ -181,7 +189,7 @@ def session_begun(signed: VerifiedMessage[ServiceEvent]) -> OcsfEvent:
         "subject": claims.subject, "given_by": claims.actor, "outcome": claims.kind, "said_by": service["name"],
     }  # fmt: skip
     key = str(person["name"])
-    return event(signed, kinds.SESSION, message, attributes, fields, key=key, correlation=claims.ref)
+    return event(signed, kinds.SESSION, message, attributes, fields, EventContext(key, claims.ref))
 
 
 def epoch_began(signed: VerifiedMessage[LeaseEpoch]) -> OcsfEvent:
@@ -193,7 +201,7 @@ def epoch_began(signed: VerifiedMessage[LeaseEpoch]) -> OcsfEvent:
     )
     attributes = _attributes(signed.record, revoker, actor=revoker)
     fields = {"epoch": claims.epoch, "outcome": "began"}
-    return event(signed, kinds.EPOCH, message, attributes, fields, key=str(revoker["name"]))
+    return event(signed, kinds.EPOCH, message, attributes, fields, EventContext(str(revoker["name"])))
 
 
 def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
@@ -207,7 +215,8 @@ def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
     fields = {"about": about, "said_by": claims.service, "outcome": "dead_lettered"}
     reasons = (Reason(code=claims.code, message=claims.reason[:2048]),)
     return event(
-        record, kinds.DEAD_LETTER, message, _attributes(record), fields, key=record.topic.what, reasons=reasons
+        record, kinds.DEAD_LETTER, message, _attributes(record), fields, EventContext(record.topic.what),
+        reasons=reasons,
     )  # fmt: skip
 
 
@@ -242,9 +251,7 @@ def shared_identity(signed: VerifiedMessage[ServiceEvent], fields: Mapping[str, 
         "about": claims.source.model_dump(exclude_none=True) if claims.source is not None else None,
     }
     key, kind = str(fields["agent"] or service["name"]), kinds.SHARED_IDENTITY[code]
-    return event(
-        signed, kind, message, attributes, fields, key=key, correlation=key, reasons=claims.reasons
-    )  # fmt: skip
+    return event(signed, kind, message, attributes, fields, EventContext(key, key), reasons=claims.reasons)
 
 
 def _attributes(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal, NamedTuple
 
 from ringfence.audit.events import kinds
-from ringfence.audit.events.ocsf import Copied, OcsfEvent, event, event_time, user_of
+from ringfence.audit.events.ocsf import Copied, EventContext, OcsfEvent, event, event_time, user_of
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse
@@ -60,7 +60,7 @@ def bundle_event(record: Received, classified: BundleRecord) -> OcsfEvent:
             )
             reasons = (Reason(code="version_fell", message=message),)
     return event(
-        record, kinds.TRUST[classified.status], message, attributes, fields, key="trust", correlation="trust",
+        record, kinds.TRUST[classified.status], message, attributes, fields, EventContext("trust", "trust"),
         reasons=reasons,
     )  # fmt: skip
 

@@ -63,8 +63,8 @@ class HandoverCache:
     def put(self, message: Outbound, key: SigningKey, events: Sequence[PendingEvent]) -> None:
         """Keep a message that `key` has signed, and its events."""
         self.take(message.id)
-        self._entries[message.id] = (message.value, key, events)
-        self._free_bytes -= len(message.value)
+        self._entries[message.id] = (message.payload, key, events)
+        self._free_bytes -= len(message.payload)
         while self._free_bytes < 0:
             self.take(next(iter(self._entries)))
 

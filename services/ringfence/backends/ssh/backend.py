@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ringfence.backends.access import TargetAccess
 from ringfence.backends.http import ConnectionCache
-from ringfence.backends.ssh.certificates import allowed, for_lease, plan, private_text
+from ringfence.backends.ssh.certificates import CertificateTerms, allowed, for_lease, plan, private_text
 from ringfence.backends.ssh.server import SshServer
 from ringfence.backends.target_settings import InexactError, TargetRefusedError, problem_of, settings_of
 from ringfence.messages.credential import Credential
@@ -75,12 +75,14 @@ class SshBackend:
         certificate = for_lease(
             server.login.authority,
             key.public_key(),
-            self.name_of(lease.lease_id),
-            granted,
-            run=host_rights["run"],
-            source_addresses=settings.source_address,
-            began_s=lease.iat,
-            deadline_s=lease.deadline,
+            CertificateTerms(
+                self.name_of(lease.lease_id),
+                granted,
+                run=host_rights["run"],
+                source_addresses=settings.source_address,
+                began_s=lease.iat,
+                deadline_s=lease.deadline,
+            ),
         )
         value = {
             "url": f"ssh://{granted.user}@{_address(server, settings)}/",

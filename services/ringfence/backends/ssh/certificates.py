@@ -138,41 +138,41 @@ _OWN_S: Final = 300
 _EXTENSIONS: Final = {"terminal": b"permit-pty", "forward": b"permit-port-forwarding"}
 
 
-def for_lease(
-    authority: Ed25519PrivateKey,
-    key: Ed25519PublicKey,
-    name: str,
-    allowed: AllowedCommands,
-    *,
-    run: Sequence[str],
-    source_addresses: str | None,
-    began_s: int,
-    deadline_s: int,
-) -> str:
-    """Return a certificate that allows exactly `allowed`, as one line.
+@dataclass(frozen=True, slots=True)
+class CertificateTerms:
+    """What the certificate of a lease allows, from where, and when."""
 
-    Args:
-        name: the lease's, `<trust domain>.<lease id>`. Serial and key id follow from it.
-        run: the command line that the host runs to choose among commands.
-        source_addresses: networks in CIDR notation, separated by commas; None allows any.
-        began_s: start of the lease in seconds since 1970; `deadline_s`: its end.
-    """  # fmt: skip
+    name: str
+    """The lease's, `<trust domain>.<lease id>`. Serial and key id follow from it."""
+    allowed: AllowedCommands
+    run: Sequence[str]
+    """The command line that the host runs to choose among commands."""
+    source_addresses: str | None
+    """Networks in CIDR notation, separated by commas; None allows any."""
+    began_s: int
+    """Start of the lease in seconds since 1970."""
+    deadline_s: int
+
+
+def for_lease(authority: Ed25519PrivateKey, key: Ed25519PublicKey, terms: CertificateTerms) -> str:
+    """Return a certificate that allows exactly `terms`, as one line."""
+    allowed = terms.allowed
     builder = (
         SSHCertificateBuilder()
         .public_key(key)
         .type(SSHCertificateType.USER)
-        .serial(serial_of(name))
-        .key_id((KEY_ID + name).encode())
+        .serial(serial_of(terms.name))
+        .key_id((KEY_ID + terms.name).encode())
         .valid_principals([(PRINCIPAL + allowed.user).encode()])
-        .valid_after(began_s - BEFORE_S)
-        .valid_before(deadline_s)
+        .valid_after(terms.began_s - BEFORE_S)
+        .valid_before(terms.deadline_s)
     )
     if "shell" not in allowed.login_kinds:
         granted = [f"{verb}:{command}" for verb, command in allowed.commands]
-        forced = shlex.join([*run, allowed.user, *granted])
+        forced = shlex.join([*terms.run, allowed.user, *granted])
         builder = builder.add_critical_option(b"force-command", forced.encode())
-    if source_addresses is not None:
-        builder = builder.add_critical_option(b"source-address", source_addresses.encode())
+    if terms.source_addresses is not None:
+        builder = builder.add_critical_option(b"source-address", terms.source_addresses.encode())
     for way in sorted(allowed.login_kinds & _EXTENSIONS.keys(), key=_EXTENSIONS.__getitem__):
         builder = builder.add_extension(_EXTENSIONS[way], b"")
     return builder.sign(authority).public_bytes().decode()

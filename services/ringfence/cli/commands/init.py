@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -195,11 +196,11 @@ def init(
     elif renew:
         following = partial(_renew, trust, result, origin_change)
     elif oidc_issuer:
-        following = partial(
-            _add_issuer, trust, oidc_issuer, result, jwks, oidc_for, discovery=oidc_discovery,
-            claim=oidc_user_claim, suffix=oidc_user_suffix, external=oidc_external_id,
-            emails_verified=oidc_emails_verified,
+        issuer = oidc_issuers.IssuerOptions(
+            oidc_issuer, jwks, oidc_for or [], discovery=oidc_discovery, claim=oidc_user_claim,
+            suffix=oidc_user_suffix, external=oidc_external_id, emails_verified=oidc_emails_verified,
         )  # fmt: skip
+        following = partial(_add_issuer, trust, issuer, result)
     elif remove_oidc_issuer:
         following = partial(_remove_issuer, trust, remove_oidc_issuer, result)
     elif origin_change and trust.root_key.exists():
@@ -222,12 +223,12 @@ def init(
         result.end()
 
 
+@dataclass(slots=True)
 class _Result:
     """The result of the command: printed line by line for people, as one document at the end for programs."""
 
-    def __init__(self, as_json: bool) -> None:
-        self.as_json = as_json
-        self.data: dict[str, Any] = {}
+    as_json: bool
+    data: dict[str, Any] = field(default_factory=dict)
 
     def line(self, text: str) -> None:
         if not self.as_json:
@@ -431,15 +432,8 @@ def _say_origins(bundle: TrustBundle, result: _Result) -> None:
     }
 
 
-def _add_issuer(
-    trust: TrustFolder,
-    issuer: str,
-    result: _Result,
-    jwks: Path | None,
-    uses: list[str] | None,
-    **how: Any,
-) -> int:
-    version, sentence = oidc_issuers.add(trust, issuer, jwks, uses, **how)
+def _add_issuer(trust: TrustFolder, issuer: oidc_issuers.IssuerOptions, result: _Result) -> int:
+    version, sentence = oidc_issuers.add(trust, issuer)
     result.line(sentence)
     return version
 

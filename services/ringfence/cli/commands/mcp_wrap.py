@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Final
@@ -18,9 +17,8 @@ from ringfence.cli.shared.output import note, visible
 from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption
 
 if TYPE_CHECKING:
+    from ringfence.cli.commands.run_local import LocalRun
     from ringfence.messages.permission import Scope
-    from ringfence.messages.run import RunLimits
-    from ringfence.runner.lifecycle.plan import PlannedMount
     from ringfence.runner.lifecycle.report import RunReport
 
 _URL_USER: Final = re.compile(r"://([^/?#@:\s]+):?@")
@@ -107,7 +105,7 @@ def wrap(
     network but the gateway. Without --allow it asks for everything that the task allows at the target. When the lease,
     the task or the client ends, the server is destroyed.
     """
-    from ringfence.cli.commands.run_local import parse_environment, parse_mounts, remarks
+    from ringfence.cli.commands.run_local import LocalRun, parse_environment, parse_mounts, remarks
     from ringfence.messages.run import RunLimits
 
     if not command:
@@ -118,20 +116,16 @@ def wrap(
     if image is None:
         check_program(command[0], [one.host for one in mounts])
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
+    wanted = parse_scope(allow) if allow else ()
+    local = LocalRun(tuple(command), mounts, environment, limits, duration_s(ttl), image, backend)
     report = run(
         _wrap(
-            command=tuple(command),
-            target=target,
-            task=task,
-            wanted=parse_scope(allow) if allow else (),
+            local,
+            target,
+            task,
+            wanted,
             reason=reason or f"serve the MCP tools of {target}",
-            mounts=mounts,
-            environment=environment,
-            ttl_s=duration_s(ttl),
             approved_within_s=duration_s(timeout),
-            limits=limits,
-            backend=backend,
-            image=image,
         )
     )
     for line in remarks(report):
@@ -177,56 +171,31 @@ def _static_keys(environment: dict[str, str], words: list[str]) -> Iterator[tupl
 
 
 async def _wrap(
-    *,
-    command: tuple[str, ...],
-    target: str,
-    task: str,
-    wanted: Scope,
-    reason: str,
-    mounts: tuple[PlannedMount, ...],
-    environment: dict[str, str],
-    ttl_s: int,
-    approved_within_s: int,
-    limits: RunLimits,
-    backend: str | None,
-    image: str | None,
+    local: LocalRun, target: str, task: str, wanted: Scope, *, reason: str, approved_within_s: int
 ) -> RunReport:
     from ringfence.cli.commands.run_local import SignalForwarder, connected_host
-    from ringfence.model.records.runs import run_id_of
-    from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
+    from ringfence.runner.lifecycle.plan import RunRefusedError
     from ringfence.runner.pool import guarded
     from ringfence.runner.stdio_mcp.wrap import StdioWrap, wrapped_server
 
     signals = SignalForwarder()
     with signals.taken():
-        async with connected_host(backend) as host:
+        async with connected_host(local.backend) as host:
             directory = await host.connection.current_directory()
             server = wrapped_server(directory, task, target, wanted)
             entry = directory.task(task)
             if entry is None:
                 raise RunRefusedError(f"there is no task {task}", code="task_unknown")
-            now_s, nonce = int(time.time()), secrets.token_hex(16)
-            deadline_s = min(now_s + ttl_s, entry.state.not_after)
+            now_s = int(time.time())
+            deadline_s = local.deadline_s(entry.state, now_s)
             argv = server.command(
-                command,
+                local.command,
                 task_id=task,
                 reason=reason,
                 ttl_s=max(1, deadline_s - now_s),
                 approved_within_s=approved_within_s,
             )
-            plan = RunPlan(
-                run_id=run_id_of(host.connection.key.id, nonce=nonce),
-                agent_id=entry.state.agent_id,
-                task_id=task,
-                argv=argv,
-                deadline_s=deadline_s,
-                limits=limits,
-                nonce=nonce,
-                environment=environment,
-                mounts=mounts,
-                image=image,
-                image_digest=image if image is not None and image.startswith("sha256:") else None,
-            )
+            plan = local.plan(host.connection.key.id, entry.state, argv, deadline_s)
             wrapped = StdioWrap(host, plan, server, stdin=0, stdout=1)
             signals.execution = wrapped.execution
             async with guarded(host.connection, plan, wrapped.execution):

@@ -4,6 +4,7 @@ bundle.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -82,45 +83,48 @@ RemoveOption = Annotated[
 _USES: dict[str, OidcUse] = {"users": "users", "instances": "instances"}
 
 
-def add(
-    trust: TrustFolder,
-    issuer: str,
-    jwks: Path | None,
-    uses: list[str] | None,
-    *,
-    discovery: bool,
-    claim: str,
-    suffix: str | None,
-    external: bool,
-    emails_verified: bool = False,
-) -> tuple[int, str]:
+@dataclass(frozen=True, slots=True)
+class IssuerOptions:
+    """An issuer, as the options of the command describe it."""
+
+    issuer: str
+    jwks: Path | None
+    uses: list[str]
+    discovery: bool
+    claim: str
+    suffix: str | None
+    external: bool
+    emails_verified: bool
+
+
+def add(trust: TrustFolder, new: IssuerOptions) -> tuple[int, str]:
     """Sign a bundle with an issuer. Returns its version, and a sentence about it. Raises CeremonyError, JwksError."""
-    if unknown := sorted(set(uses or ()) - set(_USES)):
+    if unknown := sorted(set(new.uses) - set(_USES)):
         raise typer.BadParameter(f"{unknown[0]!r} is neither users nor instances", param_hint="--oidc-for")
-    if not uses:
+    if not new.uses:
         raise typer.BadParameter("say whom its tokens speak for: users, instances", param_hint="--oidc-for")
     try:
-        keys = read_jwks(jwks.read_bytes()) if jwks else ()
+        keys = read_jwks(new.jwks.read_bytes()) if new.jwks else ()
     except OSError as error:
-        raise CeremonyError(f"cannot read {jwks}: {error.strerror}") from None
-    if emails_verified and claim != "email":
+        raise CeremonyError(f"cannot read {new.jwks}: {error.strerror}") from None
+    if new.emails_verified and new.claim != "email":
         raise typer.BadParameter("goes with --oidc-user-claim email", param_hint="--oidc-emails-verified")
-    with checked(issuer):
+    with checked(new.issuer):
         oidc_issuer = OidcIssuer(
-            issuer=issuer,
-            uses=tuple(dict.fromkeys(_USES[use] for use in uses)),
+            issuer=new.issuer,
+            uses=tuple(dict.fromkeys(_USES[use] for use in new.uses)),
             keys=keys,
-            discovery=discovery,
-            user_claim=claim,
-            user_suffix=suffix,
-            user_match="external_id" if external else "id",
-            emails_verified=True if emails_verified else None,
+            discovery=new.discovery,
+            user_claim=new.claim,
+            user_suffix=new.suffix,
+            user_match="external_id" if new.external else "id",
+            emails_verified=True if new.emails_verified else None,
         )
     version = set_oidc_issuer(trust, oidc_issuer).version
     known_by = f"{len(keys)} pinned keys" if keys else "keys that it publishes"
     return (
         version,
-        f"Trust bundle {version} believes {issuer} for {', '.join(oidc_issuer.uses)}, by {known_by}.",
+        f"Trust bundle {version} believes {new.issuer} for {', '.join(oidc_issuer.uses)}, by {known_by}.",
     )
 
 

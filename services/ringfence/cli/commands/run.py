@@ -12,9 +12,10 @@ import typer
 from typer.core import TyperGroup
 
 from ringfence.cli.commands.run_orders import list_runs, order, pools, show, stop
-from ringfence.cli.shared.arguments import check_name
+from ringfence.cli.shared.arguments import check_name, parse_scope
 from ringfence.cli.shared.id_lookup import check_whole_id
-from ringfence.cli.shared.options import IdentityOption, JsonOption
+from ringfence.cli.shared.mounted_program import check_program
+from ringfence.cli.shared.options import IdentityOption, JsonOption, duration_s, identity, size_bytes
 from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption
 
 
@@ -144,22 +145,21 @@ def run(
         raise typer.BadParameter("give --task, or --assign for a task of this run alone", param_hint="--task")
     if agent is not None and not assign:
         raise typer.BadParameter("--agent goes with --assign: a task has its agent", param_hint="--agent")
-    from ringfence.cli.commands.run_local import run_local
-
-    run_local(
-        command=command,
-        task=task,
-        assign=assign or [],
-        agent=agent,
-        mount=mount or [],
-        hide=hide or [],
-        image=image,
-        env=env or [],
-        ttl=ttl,
-        memory=memory,
-        cpus=cpus,
-        pids=pids,
-        backend=backend,
-        me=me,
-        as_json=as_json,
+    from ringfence.cli.commands.run_local import (
+        LocalRun,
+        TaskChoice,
+        parse_environment,
+        parse_mounts,
+        run_local,
     )
+    from ringfence.messages.run import RunLimits
+
+    limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
+    mounts = parse_mounts(mount or [], hide or [])
+    if image is None:
+        check_program(command[0], [one.host for one in mounts])
+    scope = parse_scope(assign) if assign else ()
+    local = LocalRun(
+        tuple(command), mounts, parse_environment(env or []), limits, duration_s(ttl), image, backend
+    )
+    run_local(local, TaskChoice(task, scope, agent, identity(me)), as_json=as_json)

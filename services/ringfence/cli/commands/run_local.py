@@ -11,25 +11,25 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from ringfence.cli.shared import connect
-from ringfence.cli.shared.arguments import parse_scope
-from ringfence.cli.shared.mounted_program import check_program
-from ringfence.cli.shared.options import duration_s, identity, run, settings, size_bytes, wants_json
+from ringfence.cli.shared.options import run, settings, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
 from ringfence.cli.shared.settings_check import import_settings
 from ringfence.kernel.base.errors import SettingsError
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
+    from ringfence.messages.registry import TaskState
     from ringfence.messages.run import RunLimits
     from ringfence.model.records.directory import Directory
     from ringfence.runner.lifecycle.execution import RunExecution, RunnerHost
-    from ringfence.runner.lifecycle.plan import PlannedMount
+    from ringfence.runner.lifecycle.plan import PlannedMount, RunPlan
     from ringfence.runner.lifecycle.report import RunReport
     from ringfence.runner.sandbox.backend import SandboxBackend
 
@@ -42,46 +42,58 @@ _TASK_MARGIN_S = 60
 """A task made for a run lasts so much longer: the run is destroyed by its own deadline, not by its task's."""
 
 
-def run_local(
-    *,
-    command: list[str],
-    task: str | None,
-    assign: list[str],
-    agent: str | None,
-    mount: list[str],
-    hide: list[str],
-    image: str | None,
-    env: list[str],
-    ttl: str,
-    memory: str,
-    cpus: float,
-    pids: int,
-    backend: str | None,
-    me: Path | None,
-    as_json: bool,
-) -> None:
-    """Run a command in a fresh sandbox on this machine, with the options of `ringfence run`."""
-    from ringfence.messages.run import RunLimits
+@dataclass(frozen=True, slots=True)
+class LocalRun:
+    """A command for a fresh sandbox on this machine, as the options of `run` and `mcp wrap` describe it."""
 
-    limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
-    mounts = parse_mounts(mount, hide)
-    if image is None:
-        check_program(command[0], [one.host for one in mounts])
-    work = _run(
-        command=tuple(command),
-        task=task,
-        scope=parse_scope(assign) if assign else (),
-        agent=agent,
-        mounts=mounts,
-        image=image,
-        environment=parse_environment(env),
-        ttl_s=duration_s(ttl),
-        limits=limits,
-        backend=backend,
-        me=identity(me),
-        awaits_events=wants_json(as_json),
-    )
-    report = run(work)
+    command: tuple[str, ...]
+    mounts: tuple[PlannedMount, ...]
+    environment: dict[str, str]
+    limits: RunLimits
+    ttl_s: int
+    image: str | None
+    backend: str | None
+
+    def deadline_s(self, task: TaskState, now_s: int) -> int:
+        """The end of the run if it begins at `now_s`, in seconds since 1970: its task may end earlier."""
+        return min(now_s + self.ttl_s, task.not_after)
+
+    def plan(self, runner: str, task: TaskState, argv: tuple[str, ...], deadline_s: int) -> RunPlan:
+        """The plan of the run. `runner`: the SPIFFE ID of this machine's runner; `argv`: what the sandbox starts."""
+        from ringfence.model.records.runs import run_id_of
+        from ringfence.runner.lifecycle.plan import RunPlan
+
+        nonce = secrets.token_hex(16)
+        return RunPlan(
+            run_id=run_id_of(runner, nonce=nonce),
+            agent_id=task.agent_id,
+            task_id=task.task_id,
+            argv=argv,
+            deadline_s=deadline_s,
+            limits=self.limits,
+            nonce=nonce,
+            environment=self.environment,
+            mounts=self.mounts,
+            image=self.image,
+            image_digest=self.image if self.image is not None and self.image.startswith("sha256:") else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskChoice:
+    """The task of a run: an existing one, or the scope of one that is assigned for the run."""
+
+    task: str | None
+    scope: Sequence[Any]
+    agent: str | None
+    """Of a new task. None: the only one that this runner may start runs of."""
+    me: Path | None
+    """The key file of the person who assigns it."""
+
+
+def run_local(local: LocalRun, choice: TaskChoice, *, as_json: bool) -> None:
+    """Run a command in a fresh sandbox on this machine, and exit with its status."""
+    report = run(_run(local, choice, awaits_events=wants_json(as_json)))
     for line in remarks(report):
         note(visible(line), "warning")
     if wants_json(as_json):
@@ -91,51 +103,26 @@ def run_local(
     raise typer.Exit(report.code)
 
 
-async def _run(
-    *,
-    command: tuple[str, ...],
-    task: str | None,
-    scope: Sequence[Any],
-    agent: str | None,
-    mounts: tuple[PlannedMount, ...],
-    image: str | None,
-    environment: dict[str, str],
-    ttl_s: int,
-    limits: RunLimits,
-    backend: str | None,
-    me: Path | None,
-    awaits_events: bool,
-) -> RunReport:
-    from ringfence.model.records.runs import run_id_of
+async def _run(local: LocalRun, choice: TaskChoice, *, awaits_events: bool) -> RunReport:
     from ringfence.runner.lifecycle.execution import RunExecution
-    from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError
+    from ringfence.runner.lifecycle.plan import RunRefusedError
     from ringfence.runner.pool import guarded
     from ringfence.runner.sandbox.backend import Streams
 
     signals = SignalForwarder()
     with signals.taken():
         async with (
-            connected_host(backend) as host,
-            task_of_run(task, scope, agent, host.name, ttl_s, me, command) as task_id,
+            connected_host(local.backend) as host,
+            task_of_run(local, choice, host.name) as task_id,
         ):
             entry = (await host.connection.current_directory()).task(task_id)
             if entry is None:
                 raise RunRefusedError(f"there is no task {task_id}", code="task_unknown").with_remedy(
                     "see: ringfence task list"
                 )
-            nonce = secrets.token_hex(16)
-            plan = RunPlan(
-                run_id=run_id_of(host.connection.key.id, nonce=nonce),
-                agent_id=entry.state.agent_id,
-                task_id=task_id,
-                argv=command,
-                deadline_s=min(int(time.time()) + ttl_s, entry.state.not_after),
-                limits=limits,
-                nonce=nonce,
-                environment=environment,
-                mounts=mounts,
-                image=image,
-                image_digest=image if image is not None and image.startswith("sha256:") else None,
+            task = entry.state
+            plan = local.plan(
+                host.connection.key.id, task, local.command, local.deadline_s(task, int(time.time()))
             )
             # Without --json nobody sees what was blocked.
             execution = RunExecution(host, plan, Streams(0, 1, 2), awaits_events=awaits_events)
@@ -198,28 +185,20 @@ def _state_folder() -> Path:
 
 
 @contextlib.asynccontextmanager
-async def task_of_run(
-    task: str | None,
-    scope: Sequence[Any],
-    agent: str | None,
-    runner: str,
-    ttl_s: int,
-    me: Path | None,
-    command: tuple[str, ...],
-) -> AsyncIterator[str]:
+async def task_of_run(local: LocalRun, choice: TaskChoice, runner: str) -> AsyncIterator[str]:
     """The task of the run: the named one, or one that is assigned now and ends with the run."""
-    if task is not None:
-        yield task
+    if choice.task is not None:
+        yield choice.task
         return
-    async with connect.administrator(me) as administrator:
+    async with connect.administrator(choice.me) as administrator:
         agent = (
-            agent
+            choice.agent
             or settings().agent
             or _only_agent(await administrator.directory(), administrator.id, runner)
         )
-        purpose = visible(f"run {' '.join(command)}")[:200]
+        purpose = visible(f"run {' '.join(local.command)}")[:200]
         task_id = await administrator.assign_task(
-            agent, purpose=purpose, scope=scope, ends_in_s=ttl_s + _TASK_MARGIN_S
+            agent, purpose=purpose, scope=choice.scope, ends_in_s=local.ttl_s + _TASK_MARGIN_S
         )
         try:
             yield task_id

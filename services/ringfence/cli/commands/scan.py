@@ -18,6 +18,7 @@ from ringfence.kernel.base.errors import RingfenceError
 if TYPE_CHECKING:
     from ringfence.scan.findings import Finding, Report
     from ringfence.scan.fingerprint import Fingerprinter
+    from ringfence.scan.scanner import ScanOptions
 
 _PATTERNS = ("static-key", "user-token", "service-account", "password", "other")
 _RINGS = ("1", "2", "3", "4")
@@ -166,10 +167,10 @@ def scan(
 
     protect_process()
     try:
+        options = _options(paths or [], duration_s(time_limit), max_size, all_processes, metadata)
         report = _scan(
-            paths or [], all_processes, metadata, with_scanner or [], max_size, duration_s(time_limit),
-            as_json=as_json, history=not no_history, baseline=baseline,
-        )  # fmt: skip
+            options, with_scanner or [], as_json=as_json, history=not no_history, baseline=baseline
+        )
         _write_files(report, sarif, ocsf, html, write_baseline)
     except (RingfenceError, typer.BadParameter, typer.Exit, OSError):
         raise
@@ -189,26 +190,32 @@ def scan(
         raise typer.Exit(1)
 
 
-def _scan(
-    paths: list[Path], all_processes: bool, metadata: bool, scanners: list[str], max_size_kib: int, time_limit_s: int,
-    *, as_json: bool, history: bool, baseline: Path | None,
-) -> Report:  # fmt: skip
-    from ringfence.scan.baseline import apply_baseline, compare_with_last, load_baseline
-    from ringfence.scan.external_scanners import adapters, include
-    from ringfence.scan.fingerprint import state_folder
+def _options(
+    paths: list[Path], time_limit_s: int, max_size_kib: int, all_processes: bool, metadata: bool
+) -> ScanOptions:
     from ringfence.scan.readers.reader import Machine
-    from ringfence.scan.scanner import ScanOptions, scanning
+    from ringfence.scan.scanner import ScanOptions
 
-    known = load_baseline(baseline) if baseline is not None else None
-    chosen = adapters(scanners)
-    options = ScanOptions(
+    if paths and (all_processes or metadata):
+        raise typer.BadParameter("--all-processes and --metadata are for a scan of the machine: give no path")
+    return ScanOptions(
         paths=paths or _working_directory(),
         machine=None if paths else Machine(all_processes=all_processes, metadata=metadata),
         max_bytes=max_size_kib * _KIB,
         time_limit_s=time_limit_s,
     )
-    if paths and (all_processes or metadata):
-        raise typer.BadParameter("--all-processes and --metadata are for a scan of the machine: give no path")
+
+
+def _scan(
+    options: ScanOptions, scanners: list[str], *, as_json: bool, history: bool, baseline: Path | None
+) -> Report:
+    from ringfence.scan.baseline import apply_baseline, compare_with_last, load_baseline
+    from ringfence.scan.external_scanners import adapters, include
+    from ringfence.scan.fingerprint import state_folder
+    from ringfence.scan.scanner import scanning
+
+    known = load_baseline(baseline) if baseline is not None else None
+    chosen = adapters(scanners)
     folder = state_folder()
     fingerprinter, problem = _fingerprinter(folder)
     with scanning(options, fingerprinter) as scanner, progress("reading files", as_json=as_json) as line:

@@ -23,6 +23,7 @@ from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Name, ServiceRole
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
@@ -378,7 +379,9 @@ async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:
     async with Publisher(settings, root.id) as publisher:
         await publisher.require(TRUST)
         await require_newest(folder, settings)
-        await (await publisher.send(TRUST, version, compact, id=f"trust-{bundle.jti}", type=TrustBundle.typ))
+        await (
+            await publisher.send(TRUST, TrustBundle.typ, Outbound(version, compact, id=f"trust-{bundle.jti}"))
+        )
 
 
 async def require_newest(folder: TrustFolder, settings: BusSettings) -> None:

@@ -31,6 +31,7 @@ from ringfence.kernel.base.private_files import NotPrivateError, open_private, w
 from ringfence.kernel.crypto.jwe import check_reply_key
 from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.kafka.producer import Publisher
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
@@ -38,7 +39,7 @@ from ringfence.messages.topics import CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.revocations import BY_AGENTS
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.signed_messages import verify_message
+from ringfence.model.records.signed_messages import SignedMessageVerifier
 
 Message = CredentialRequest | RequestWithdraw | RevocationRequest
 MAX_BYTES: Final = MAX_REQUEST_BYTES
@@ -86,11 +87,9 @@ class PostedMessageVerifier:
         now_ms: Callable[[], int],
         catch_up: Callable[[], Awaitable[object]],
     ) -> None:
-        """`now_ms`: the broker's time as far as it is known; `catch_up`: see `verify_message`."""
-        self._directory = directory
-        self._audience = audience
+        """`now_ms`: the broker's time as far as it is known; `catch_up`: see `SignedMessageVerifier`."""
+        self._verifier = SignedMessageVerifier(directory, audience, catch_up)
         self._now_ms = now_ms
-        self._catch_up = catch_up
 
     async def verify(self, body: bytes) -> PostedMessage:
         """Verify a message. One that is only too late is returned as such.
@@ -105,17 +104,14 @@ class PostedMessageVerifier:
                     "post a credential.request, a request.withdraw or a release (revocation.request)",
                     code="typ_unexpected",
                 )
-            signed, late = await verify_message(
-                body, model, self._directory, audience=self._audience, at_ms=self._now_ms(),
-                max_bytes=MAX_BYTES, catch_up=self._catch_up,
-            )  # fmt: skip
+            signed, late = await self._verifier.verify(body, model, at_ms=self._now_ms(), max_bytes=MAX_BYTES)
             _check_claims(signed.claims)
         except SignatureError as error:
             raise RequestRefusedError(403, error.code, error.message) from None
         except InvalidMessageError as error:
             raise RequestRefusedError(400, error.code, error.message) from None
         claims = signed.claims
-        agent_id = subject_of(self._audience, claims.iss, "agent")
+        agent_id = subject_of(self._verifier.audience, claims.iss, "agent")
         if agent_id is None:
             raise RequestRefusedError(403, "key_unknown", "only agents post messages")
         return PostedMessage(signed, message_id(claims.iss, claims.jti), agent_id, jws.header.kid, late)
@@ -315,11 +311,8 @@ class Publications:
         try:
             acknowledgement = await self._publisher.send(
                 message.topic,
-                message.agent_id,
-                message.signed.compact,
-                id=claims.jti,
-                type=claims.typ,
-                traceparent=traceparent,
+                claims.typ,
+                Outbound(message.agent_id, message.signed.compact, id=claims.jti, traceparent=traceparent),
             )
             await acknowledgement
             publication.acknowledged = True

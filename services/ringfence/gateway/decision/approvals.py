@@ -35,7 +35,7 @@ from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, sign, verify
 from ringfence.kernel.crypto.webauthn import VerificationKey
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header
@@ -212,8 +212,9 @@ class Approvals:
         try:
             async with asyncio.timeout(_PUBLISH_TIMEOUT_S):
                 sent = await self._runtime.publisher.send(
-                    APPROVAL_REQUEST, pending.chosen.ground.agent.state.sponsor, question.signed.compact,
-                    id=question.id, type=claims.typ, content_type="application/jose",
+                    APPROVAL_REQUEST, claims.typ,
+                    Outbound(pending.chosen.ground.agent.state.sponsor, question.signed.compact, id=question.id),
+                    content_type="application/jose",
                 )  # fmt: skip
                 await sent
         except (TimeoutError, KafkaError, RingfenceError, OSError) as error:

@@ -135,19 +135,18 @@ def verify_token(
         ) from None
     except (jwt.PyJWTError, JwksError, ValueError):
         raise TokenError("not a JWT that can be read in one way only", code="token_malformed") from None
-    return _judged(token, kid, claims, issuer, audience, at_s, max_age_s, leeway_s)
+    _check_parties(claims, issuer, audience)
+    issued, ends = _check_times(claims, at_s, max_age_s, leeway_s)
+    subject = claims.get("sub")
+    if not isinstance(subject, str) or not subject:
+        raise TokenError("the token has no `sub`", code="token_malformed")
+    return IdentityToken(
+        issuer, subject, int(issued), int(ends), kid, digest(token.rpartition(".")[0]), claims
+    )
 
 
-def _judged(
-    token: str,
-    kid: str,
-    claims: dict[str, Any],
-    issuer: str,
-    audience: str | tuple[str, ...],
-    at_s: float,
-    max_age_s: int,
-    leeway_s: int,
-) -> IdentityToken:
+def _check_parties(claims: Mapping[str, Any], issuer: str, audience: str | tuple[str, ...]) -> None:
+    """Check `iss` and `aud`. Raises TokenError."""
     if claims.get("iss") != issuer:
         raise TokenError(
             f"iss is {str(claims.get('iss'))[:200]!r}, expected {issuer!r}", code="iss_unexpected"
@@ -161,6 +160,12 @@ def _judged(
             f"aud is {str(presented)[:200]!r}; ask for a token for {accepted[0]!r} alone",
             code="aud_unexpected",
         )
+
+
+def _check_times(
+    claims: Mapping[str, Any], at_s: float, max_age_s: int, leeway_s: int
+) -> tuple[float, float]:
+    """Return `iat` and `exp`. Raises TokenError unless the token is in force at `at_s`, and young enough."""
     issued, ends = _moment(claims, "iat"), _moment(claims, "exp")
     if at_s >= ends + leeway_s:
         raise TokenError(f"expired {at_s - ends:.0f} s ago; get a new one", code="expired")
@@ -172,12 +177,7 @@ def _judged(
         raise TokenError(
             f"issued {at_s - issued:.0f} s ago, and may be {max_age_s} s old; get a new one", code="too_old"
         )
-    subject = claims.get("sub")
-    if not isinstance(subject, str) or not subject:
-        raise TokenError("the token has no `sub`", code="token_malformed")
-    return IdentityToken(
-        issuer, subject, int(issued), int(ends), kid, digest(token.rpartition(".")[0]), claims
-    )
+    return issued, ends
 
 
 def _moment(claims: Mapping[str, Any], name: str) -> float:

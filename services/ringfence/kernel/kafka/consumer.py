@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -65,58 +66,62 @@ async def _leave_group(consumer: AIOKafkaConsumer, commits: OffsetCommitter) -> 
         await consumer.stop()
 
 
+@dataclass(eq=False)
+class ConsumerOptions:
+    """How a member of a consumer group reads."""
+
+    name: str
+    """Of the group, without the topic prefix."""
+    _: KW_ONLY
+    max_records: int = 32
+    """The largest batch. Small batches keep latency even; 32 was the best measured."""
+    linger_ms: int = 0
+    """Let records gather for so long, if nobody waits for the results: few large batches take far less CPU than many
+    small ones."""
+    on_assigned: Callable[[], Awaitable[None]] | None = None
+    """Awaited before the first record after each assignment, e.g. until a local table is complete."""
+    single_active: bool = False
+    """One member has all partitions, the others stand by."""
+    max_poll_interval_ms: int = 600_000
+    """A member that handles one batch for longer counts as dead."""
+    report_initial_gap: bool = False
+    """Whether data loss before the group's first read is reported too."""
+    read_uncommitted: bool = False
+    """Read records of open and aborted transactions too, to find what should not be there."""
+
+
 class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     """A member of a consumer group over some topics, each with its batch handler."""
 
     def __init__(
         self,
         settings: ServiceSettings,
-        group: str,
+        group: ConsumerOptions,
         handlers: dict[Topic[Any], BatchHandler],
         *,
-        max_records: int = 32,
-        linger_ms: int = 0,
-        on_assigned: Callable[[], Awaitable[None]] | None = None,
-        single_active: bool = False,
-        max_poll_interval_ms: int = 600_000,
         on_data_loss: OnDataLoss | None = None,
         on_halted: Callable[[HaltedError], Awaitable[None]] | None = None,
-        report_initial_gap: bool = False,
-        read_uncommitted: bool = False,
         tracing: Tracing = NOT_TRACING,
     ) -> None:
         """Args:
-            group: the name of the group, without the topic prefix.
             handlers: by topic. Topics with the same partition count are assigned together (range assignor), so that
                 records with the same key come to the same member. Of records that came together, those of earlier
                 topics are handled first. Neighbouring topics with the same handler share a batch.
-            max_records: the largest batch. Small batches keep latency even; 32 was the best measured.
-            linger_ms: let records gather for so long, if nobody waits for the results: few large batches take far
-                less CPU than many small ones.
-            on_assigned: awaited before the first record after each assignment, e.g. until a local table is complete.
-            single_active: one member has all partitions, the others stand by.
-            max_poll_interval_ms: a member that handles one batch for longer counts as dead.
             on_data_loss: called for records that Kafka removed before this group had read them.
             on_halted: called once, when this member halts.
-            report_initial_gap: whether `on_data_loss` also reports records removed before the group's first read.
-            read_uncommitted: read records of open and aborted transactions too, to find what should not be there.
         """  # fmt: skip
-        self._read_uncommitted = read_uncommitted
+        self._options = group
         self._on_halted = on_halted
         self._halting: asyncio.Task[None] | None = None
-        self._max_poll_interval_ms = max_poll_interval_ms
         self._tracing = tracing
-        self.group = f"{settings.topic_prefix}.{group}"
+        self.group = f"{settings.topic_prefix}.{group.name}"
         self._settings = settings
         self._handlers = {topic.name(settings.topic_prefix): handler for topic, handler in handlers.items()}
         self._topics = {topic.name(settings.topic_prefix): topic for topic in handlers}
-        self._max_records = max_records
-        self._linger_ms = linger_ms
-        self._on_assigned = on_assigned
-        way = AllToOneAssignor if single_active else RangePartitionAssignor
+        way = AllToOneAssignor if group.single_active else RangePartitionAssignor
         self._assignor = InstanceOrderedAssignor(way, settings.instance)
         self._assigned_anew = True
-        self._gathering = BatchDelay(max_records)
+        self._gathering = BatchDelay(group.max_records)
         self._gathering_s = 0.0
         self._consumer: AIOKafkaConsumer | None = None
         self._commits: OffsetCommitter | None = None
@@ -126,7 +131,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._draining = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._reader = LossAwareReader(self.group, on_data_loss, report_initial_gap=report_initial_gap)
+        self._reader = LossAwareReader(self.group, on_data_loss, report_initial_gap=group.report_initial_gap)
         self.lost_ranges = self._reader.lost_ranges
         """The last lost range of each partition; see `LossAwareReader`."""
         self.halted: str | None = None
@@ -151,13 +156,13 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             group_instance_id=self._settings.instance,
             enable_auto_commit=False,
             auto_offset_reset=NO_RESET,
-            **fetch_options(self._topics.values(), read_uncommitted=self._read_uncommitted),
+            **fetch_options(self._topics.values(), read_uncommitted=self._options.read_uncommitted),
             session_timeout_ms=10_000,
             heartbeat_interval_ms=1_000,
-            max_poll_interval_ms=self._max_poll_interval_ms,
+            max_poll_interval_ms=self._options.max_poll_interval_ms,
             partition_assignment_strategy=(self._assignor,),
         )
-        fetches, commits = paced(consumer, self._settings, self._linger_ms), OffsetCommitter(consumer)
+        fetches, commits = paced(consumer, self._settings, self._options.linger_ms), OffsetCommitter(consumer)
         consumer.subscribe(list(self._topics), listener=self)
         try:
             await self._start(consumer)
@@ -255,7 +260,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
         self._idle.clear()
         try:
             await self._handle(consumer, commits, batches)
-            if not self._linger_ms:
+            if not self._options.linger_ms:
                 self._gathering_s = self._gathering.after(sum(map(len, batches.values())))
         finally:
             self._idle.set()
@@ -265,7 +270,7 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
     ) -> dict[TopicPartition, list[Any]]:
         """Records left from the last fetch; if there are none, the next ones. Raises KafkaError."""
         if fetches.held:
-            batches = await self._reader.next(consumer, timeout_ms=0, max_records=self._max_records)
+            batches = await self._reader.next(consumer, timeout_ms=0, max_records=self._options.max_records)
             if not batches:
                 fetches.resume(self._gathering_s)
             if commits.due:
@@ -273,14 +278,14 @@ class Consumer(ConsumerRebalanceListener):  # type: ignore[misc]
             if batches:
                 return batches
         timeout_ms = COMMIT_MS if commits.waiting else _IDLE_MS
-        return await self._reader.next(consumer, timeout_ms=timeout_ms, max_records=self._max_records)
+        return await self._reader.next(consumer, timeout_ms=timeout_ms, max_records=self._options.max_records)
 
     async def _handle(
         self, consumer: AIOKafkaConsumer, commits: OffsetCommitter, batches: dict[TopicPartition, list[Any]]
     ) -> None:
-        while self._assigned_anew and self._on_assigned is not None:
+        while self._assigned_anew and self._options.on_assigned is not None:
             self._assigned_anew = False  # before it is awaited: meanwhile there may be yet another assignment
-            await self._on_assigned()
+            await self._options.on_assigned()
         by_topic: dict[str, list[Received]] = {}
         for partition, records in batches.items():
             by_topic.setdefault(partition.topic, []).extend(

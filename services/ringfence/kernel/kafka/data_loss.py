@@ -51,7 +51,9 @@ OnDataLoss = Callable[[LostRange], Awaitable[None]]
 class LossAwareReader:
     """Reads batches from one aiokafka consumer, and reports lost ranges before it skips them."""
 
-    def __init__(self, by: str, on_data_loss: OnDataLoss | None, *, report_initial_gap: bool = False) -> None:
+    def __init__(
+        self, by: str, on_data_loss: OnDataLoss | None = None, *, report_initial_gap: bool = False
+    ) -> None:
         """Args:
             by: the name of the reader.
             on_data_loss: called with each lost range; while it raises, the reader does not go on.

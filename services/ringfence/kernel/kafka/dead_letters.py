@@ -14,7 +14,7 @@ from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import UnverifiedJws, message_digest, parse, unverified_time
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.kernel.kafka.record import Received
+from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import DEAD_LETTER
 
@@ -109,11 +109,13 @@ class DeadLetters:
         id = derived_id("dead-letter", self._service, record.topic_name, record.partition, record.offset)
         return await self._publisher.send(
             DEAD_LETTER,
-            record.topic_name,
-            letter.model_dump_json(exclude_none=True),
-            id=id,
-            type=DEAD_LETTER.what,
-            traceparent=record.traceparent,
+            DEAD_LETTER.what,
+            Outbound(
+                record.topic_name,
+                letter.model_dump_json(exclude_none=True),
+                id=id,
+                traceparent=record.traceparent,
+            ),
         )
 
     def _is_of_a_bad_deploy(self, record: Received, error: InvalidMessageError) -> bool:

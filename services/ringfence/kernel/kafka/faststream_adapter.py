@@ -32,7 +32,7 @@ from pydantic import TypeAdapter
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, concurrent, sequential
-from ringfence.kernel.kafka.consumer import Consumer
+from ringfence.kernel.kafka.consumer import Consumer, ConsumerOptions
 from ringfence.kernel.kafka.data_loss import OnDataLoss
 from ringfence.kernel.kafka.dead_letters import DeadLetters, HaltedError
 from ringfence.kernel.kafka.record import Received, received
@@ -50,20 +50,11 @@ _CANCEL_AGAIN_S = 3.0
 
 
 @dataclass(eq=False)
-class ConsumerGroup:
-    """A consumer group of a service. See `Consumer` for the options."""
+class ConsumerGroup(ConsumerOptions):
+    """A consumer group of a service."""
 
-    name: str
-    """Without the topic prefix."""
     dead_letters: DeadLetters | None = None
     """Where invalid records go. A group whose subscribers take single records is not read without."""
-    max_records: int = 32
-    linger_ms: int = 0
-    on_assigned: Callable[[], Awaitable[None]] | None = None
-    single_active: bool = False
-    max_poll_interval_ms: int = 600_000
-    report_initial_gap: bool = False
-    read_uncommitted: bool = False
     audit_data_loss: bool = True
     """Whether lost records are also reported to the audit trail and to the metric that alerts use. The log and
     `/readyz` report them in any case."""
@@ -241,17 +232,10 @@ class GroupBroker(GroupRegistrator, KafkaBroker):
         group.is_read = True
         return Consumer(
             self._settings,
-            group.name,
+            group,
             {topic: one.handle for one in group.subscribers for topic in one.reads},
-            max_records=group.max_records,
-            linger_ms=group.linger_ms,
-            on_assigned=group.on_assigned,
-            single_active=group.single_active,
-            max_poll_interval_ms=group.max_poll_interval_ms,
             on_data_loss=self._on_data_loss if group.audit_data_loss else None,
             on_halted=self._on_halted,
-            report_initial_gap=group.report_initial_gap,
-            read_uncommitted=group.read_uncommitted,
             tracing=self._tracing,
         )
 

@@ -124,12 +124,9 @@ class Publisher:
     async def send(
         self,
         topic: Topic[Any],
-        key: str,
-        value: str | bytes,
-        *,
-        id: str,
         type: str,
-        traceparent: str | None = None,
+        record: Outbound,
+        *,
         partition: int | None = None,
         content_type: str | None = None,
         signature: bytes | None = None,
@@ -137,27 +134,22 @@ class Publisher:
         """Hand one record to the producer. Await what it returns for the broker's acknowledgement.
 
         Args:
-            topic: where to; `key`: the Kafka key.
-            value: a compact JWS or JWE, or JSON. Empty writes a tombstone.
-            id: `ce_id`, derived from what the message says, so that a repeat has the same one.
             type: the message's name, for `ce_type`.
-            traceparent: the trace to continue; None: a new one.
-            partition: the partition; None: by the key.
+            partition: None: by the key.
             content_type: the value's media type; None: the topic's usual one.
-            signature: the detached signature of plain JSON (`detached_signature`).
+            signature: the detached signature of plain JSON (`detach`).
         """
-        payload = value.encode() if isinstance(value, str) else value
         producer, name = self._connected(), topic.name(self._settings.topic_prefix)
-        span = self._tracing.sending(name, id, key, traceparent)
-        headers = self._headers_of(topic, type, content_type)(id, span)
+        span = self._tracing.sending(name, record.id, record.key, record.traceparent)
+        headers = self._headers_of(topic, type, content_type)(record.id, span)
         if signature is not None:
             headers.append((SIGNATURE, signature))
         try:
             future: asyncio.Future[Any] = await producer.send(
                 name,
-                payload or None,
+                record.payload or None,
                 partition=partition,
-                key=key.encode(),
+                key=record.key.encode(),
                 headers=headers,
             )
         except BaseException as error:
@@ -190,7 +182,7 @@ class Publisher:
             span = self._tracing.sending(name, record.id, record.key, record.traceparent)
             message = {
                 "key": record.key.encode(),
-                "value": record.value or None,
+                "value": record.payload or None,
                 "timestamp": None,
                 "headers": headers(record.id, span),
             }
@@ -260,7 +252,10 @@ class Publisher:
         compact = sign(claims, by)
         value, signature = detach(compact) if type(claims) in topic.in_the_clear else (compact, None)
         return compact, await self.send(
-            topic, key, value, id=claims.jti, type=claims.typ, traceparent=traceparent, signature=signature
+            topic,
+            claims.typ,
+            Outbound(key, value, id=claims.jti, traceparent=traceparent),
+            signature=signature,
         )
 
     async def publish_signed(

@@ -132,12 +132,19 @@ class Received(NamedTuple):
 
 
 class Outbound(NamedTuple):
-    """One of many records to send to a topic; see `Publisher.send` for the fields."""
+    """A record to send to a topic."""
 
     key: str
-    value: bytes
+    value: str | bytes
+    """A compact JWS or JWE, or JSON. Empty writes a tombstone."""
     id: str
+    """`ce_id`, derived from what the message says, so that a repeat has the same one."""
     traceparent: str | None = None
+    """The trace to continue; None: a new one."""
+
+    @property
+    def payload(self) -> bytes:
+        return self.value.encode() if isinstance(self.value, str) else self.value
 
 
 def missing_topics(names: Sequence[str]) -> UnavailableError:

@@ -14,7 +14,7 @@ from aiokafka.errors import KafkaError
 
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.connection import connection, no_answer
-from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader, OnDataLoss
+from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader
 from ringfence.kernel.kafka.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
 from ringfence.kernel.kafka.fetch_control import FetchControl, fetch_options
 from ringfence.kernel.kafka.record import Received, missing_topics, partitioner, received
@@ -59,18 +59,17 @@ class Follower:
         since_ms: int | None = 0,
         linger_ms: int = 0,
         key: str | None = None,
-        reader: str = "a reader",
-        on_data_loss: OnDataLoss | None = None,
+        reader: LossAwareReader | None = None,
     ) -> None:
         """Args:
             since_ms: where to start: 0 at the beginning, a time at the first record appended then or later, None at
                 the present end.
             linger_ms: let records gather for so long, if nobody waits for them.
             key: read only the partitions that records with this key go to (by Kafka's default partitioner).
-            reader: the name of the reader, for reports to `on_data_loss` of records that Kafka removed unread.
+            reader: reports records that Kafka removed unread; None: the log reports them.
         """  # fmt: skip
         self._key = key.encode() if key is not None else None
-        self._reader = LossAwareReader(reader, on_data_loss)
+        self._reader = reader or LossAwareReader("a reader")
         self.lost_ranges = self._reader.lost_ranges
         """The last lost range of each partition; see `LossAwareReader`."""
         self._settings = settings

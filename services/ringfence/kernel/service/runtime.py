@@ -23,7 +23,7 @@ from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
 from ringfence.kernel.crypto.service_keys import ServiceKeys
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.consumer import Consumer
-from ringfence.kernel.kafka.data_loss import LostRange
+from ringfence.kernel.kafka.data_loss import LossAwareReader, LostRange
 from ringfence.kernel.kafka.dead_letters import DeadLetters, HaltedError
 from ringfence.kernel.kafka.faststream_adapter import GroupBroker, GroupRouter
 from ringfence.kernel.kafka.producer import Publisher
@@ -155,11 +155,13 @@ class Runtime:
             reader,
             since_ms=since_ms,
             linger_ms=linger_ms,
-            reader=self.role,
-            on_data_loss=self._report_data_loss,
+            reader=self._reader(),
         )
         self._followers.append(follower)
         return follower
+
+    def _reader(self) -> LossAwareReader:
+        return LossAwareReader(self.role, self._report_data_loss)
 
     def redeliver_after_rotation(self, reader: Reader) -> Reader:
         """Wrap `reader` so that records signed after the end of the current bundle are delivered again when the next
@@ -394,11 +396,7 @@ class Runtime:
         trust = self._trust_follower = Follower(self.settings, [TRUST], self._on_trust, linger_ms=_TRUST_MS)
         if self._tables:
             self._table_follower = Follower(
-                self.settings,
-                list(self._tables),
-                self._on_tables,
-                reader=self.role,
-                on_data_loss=self._report_data_loss,
+                self.settings, list(self._tables), self._on_tables, reader=self._reader()
             )
             self._followers.insert(0, self._table_follower)
         tables, self._followers = self._followers, [trust]

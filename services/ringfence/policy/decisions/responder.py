@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.jwe import seal
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, Signed, is_by_passkey, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Span, Tracing, Work
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
@@ -99,11 +100,8 @@ class DecisionPublisher:
             say(span, decision.outcome, decision.reasons)
             acknowledged = await runtime.publisher.send(
                 CREDENTIAL_DECISION,
-                case.agent_id,
-                jws,
-                id=decision.jti,
-                type=decision.typ,
-                traceparent=span.traceparent,
+                decision.typ,
+                Outbound(case.agent_id, jws, id=decision.jti, traceparent=span.traceparent),
             )
             at = await acknowledged
         metrics.DECISIONS.labels(decision.outcome).inc()
@@ -155,11 +153,13 @@ class DecisionPublisher:
             return
         acknowledged = await self._runtime.publisher.send(
             CREDENTIAL_REPLY,
-            state.agent_id,
-            sealed,
-            id=derived_id("reply", state.decision_id or ""),
-            type=CREDENTIAL_REPLY.what,
-            traceparent=case.traceparent,
+            CREDENTIAL_REPLY.what,
+            Outbound(
+                state.agent_id,
+                sealed,
+                id=derived_id("reply", state.decision_id or ""),
+                traceparent=case.traceparent,
+            ),
         )
         await acknowledged
 

@@ -25,7 +25,7 @@ from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.signed_messages import FindKey, key_of_agent, verify_message
+from ringfence.model.records.signed_messages import FindKey, SignedMessageVerifier, key_of_agent
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
 from ringfence.policy.domain import Case, RequestRefused, refuse
@@ -133,11 +133,12 @@ class MessageVerifier:
         max_bytes: int,
     ) -> tuple[Signed[C], ExpiredError | None]:
         settings = self._runtime.settings
-        return await verify_message(
-            record.value, model, self._directory, find_key, audience=settings.trust_domain,
-            at_ms=record.appended_at_ms, max_bytes=max_bytes,
-            catch_up=lambda: self._runtime.tables_caught_up(settings.grace_s),
-        )  # fmt: skip
+        verifier = SignedMessageVerifier(
+            self._directory, settings.trust_domain, lambda: self._runtime.tables_caught_up(settings.grace_s)
+        )
+        return await verifier.verify(
+            record.value, model, find_key, at_ms=record.appended_at_ms, max_bytes=max_bytes
+        )
 
     def _person_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> VerificationKey | None:
         user_id = subject_of(self._runtime.settings.trust_domain, iss, "user")

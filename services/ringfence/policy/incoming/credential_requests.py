@@ -6,7 +6,7 @@ An agent that has given up a request ends it by a withdrawal, if the request is 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import orjson
 
@@ -155,45 +155,48 @@ def requests_then_withdrawals(
     return handle
 
 
+@dataclass(frozen=True, slots=True)
+class RequestChecks:
+    """What a request passes besides its evaluation."""
+
+    verifier: MessageVerifier
+    admission: AdmissionControl
+    pending: PendingApprovalLimit
+    shared_keys: SharedKeyDetector
+    shed: ShedRequests
+
+
 class RequestHandler:
     """Decides requests. Those of one batch may run concurrently: each is claimed before anything is awaited."""
 
     def __init__(
         self,
         runtime: Runtime,
-        verifier: MessageVerifier,
-        admission: AdmissionControl,
+        checks: RequestChecks,
         evaluator: RequestEvaluator,
         decisions: Decisions,
         publisher: DecisionPublisher,
-        doorkeeper: PendingApprovalLimit,
         recall: Callable[[], Awaitable[None]],
-        shared: SharedKeyDetector,
-        shed: ShedRequests,
         *,
         approval_timeout_s: int,
     ) -> None:
         """`recall` returns when every decision on Kafka is known. Raises UnavailableError."""
         self._runtime = runtime
-        self._verifier = verifier
-        self._admission = admission
+        self._checks = checks
         self._evaluator = evaluator
         self._decisions = decisions
         self._publisher = publisher
-        self._doorkeeper = doorkeeper
         self._recall = recall
-        self._shared = shared
-        self._shed = shed
         self._approval_timeout_s = approval_timeout_s
 
     async def handle(self, record: Received) -> None:
         """Decide one request. Raises InvalidMessageError if it is malformed, or if no agent signed it."""
-        if self._admission.should_shed(record, self._runtime.clock.now_ms()) and not self._shed.is_known(
-            record
-        ):
-            self._shed.count(record)
+        checks = self._checks
+        overloaded = checks.admission.should_shed(record, self._runtime.clock.now_ms())
+        if overloaded and not checks.shed.is_known(record):
+            checks.shed.count(record)
             return
-        case, late = await self._verifier.request(record)
+        case, late = await checks.verifier.request(record)
         place = RecordPosition(record.partition, record.offset)
         state = self._decisions.claim(
             case.request_id, case.agent_id, place, at_ms=record.appended_at_ms, exp=case.request.claims.exp
@@ -206,7 +209,7 @@ class RequestHandler:
         elif state.outcome is None:
             admission = self._check_admission(case, late, first=not state.tried)
             if late is None and not state.tried:
-                await self._shared.observe(case)
+                await checks.shared_keys.observe(case)
             state.tried = True
             await self._decide(case, admission)
         else:  # it is delivered again, after a crash or a failure: the missing messages are published
@@ -218,7 +221,7 @@ class RequestHandler:
         """Check that a request came in time, and that it is admitted; one that was tried before was."""
         if late is not None:
             return refuse(late.code, str(late))
-        return self._admission.admit(case, self._runtime.clock.now_ms()) if first else ALLOWED
+        return self._checks.admission.admit(case, self._runtime.clock.now_ms()) if first else ALLOWED
 
     async def _decide(self, case: Case, admission: Allowed | RequestRefused) -> None:
         at_ms, expires_at = case.source.appended_at_ms, None
@@ -231,7 +234,7 @@ class RequestHandler:
             expires_at = min(at_ms // 1000 + self._approval_timeout_s, facts.task.state.not_after)
             question = _check_readable(case)
             if isinstance(question, Allowed):
-                question = self._doorkeeper.admit(case, facts.agent.state.sponsor)
+                question = self._checks.pending.admit(case, facts.agent.state.sponsor)
             if isinstance(question, RequestRefused):
                 evaluation, expires_at = replace(evaluation, ruling=question), None
         state = await self._publisher.decide(case, evaluation, expires_at=expires_at)

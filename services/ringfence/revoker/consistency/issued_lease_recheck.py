@@ -120,12 +120,10 @@ class IssuedLeaseRecheck:
 
     async def _revoke(self, lease: Lease, basis: StaleBasis) -> Awaitable[object]:
         revocation = derived_revocation(
-            basis.kind,
-            basis.reason,
+            basis,
             by=self._runtime.key.id,
             trust_domain=self._runtime.settings.trust_domain,
             at_ms=self._runtime.clock.now_ms(),
-            record=basis.record,
             lease_id=lease.lease_id,
         )
         _, ack = await self._runtime.publisher.send_signed(

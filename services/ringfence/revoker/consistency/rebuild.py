@@ -23,6 +23,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, Un
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.batch_handlers import gather_all
+from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.lease import Lease, LeaseEpoch
@@ -213,7 +214,10 @@ class Rebuilder:
             partition=partition,
         )
         return await self._runtime.publisher.send(
-            LEASE, marker_key(epoch), sign(marker, key), id=marker.jti, type=marker.typ, partition=partition
+            LEASE,
+            marker.typ,
+            Outbound(marker_key(epoch), sign(marker, key), id=marker.jti),
+            partition=partition,
         )
 
     async def _compare(self, restoration: Restoration, lease_ids: Iterable[str]) -> dict[str, RecordVersion]:
@@ -386,7 +390,9 @@ class Rebuilder:
     async def _send(self, lease: SignedLease) -> Awaitable[object]:
         claims = lease.claims
         return await self._runtime.publisher.send(
-            LEASE, claims.lease_id, lease.jws, id=claims.jti, type=Lease.typ, traceparent=claims.traceparent
+            LEASE,
+            Lease.typ,
+            Outbound(claims.lease_id, lease.jws, id=claims.jti, traceparent=claims.traceparent),
         )
 
 

@@ -350,7 +350,7 @@ class LeaseEnder:
     async def publish(self, records: Sequence[tuple[LeaseSummary, Outbound]]) -> None:
         """Publish records that Redis has taken, and count the ends among them. Raises what Kafka raises."""
         for summary, record in records:
-            self._on_publish(record.value, summary)
+            self._on_publish(record.payload, summary)
         await self._send([record for _, record in records])
         self._store.published((summary.lease_id, summary.seq) for summary, _ in records)
         self._count(summary for summary, _ in records)

@@ -33,6 +33,7 @@ from ringfence.revoker.domain import (
     EndReason,
     Narrowing,
     SelectorEnd,
+    StaleBasis,
     check_sponsor,
     consequences,
     derived_revocation,
@@ -156,12 +157,10 @@ class RecordHandler:
 
     async def _revoke_all(self, end: SelectorEnd, record: AnyRecord, traceparent: str | None) -> None:
         revocation = derived_revocation(
-            end.kind,
-            end.reason,
+            StaleBasis(end.kind, end.reason, (record.sub, record.revision)),
             by=self._runtime.key.id,
             trust_domain=self._td,
             at_ms=self._runtime.clock.now_ms(),
-            record=(record.sub, record.revision),
             selector=end.selector,
         )
         selector = end.selector
@@ -193,12 +192,10 @@ class RecordHandler:
         ]
         for lease, reason in unfit:
             revocation = derived_revocation(
-                reason.kind,
-                reason.reason,
+                StaleBasis(reason.kind, reason.reason, (sub, entry.revision)),
                 by=self._runtime.key.id,
                 trust_domain=self._td,
                 at_ms=self._runtime.clock.now_ms(),
-                record=(sub, entry.revision),
                 lease_id=lease.lease_id,
             )
             _, ack = await self._runtime.publisher.send_signed(

@@ -31,7 +31,7 @@ from ringfence.messages.topics import REVOCATION_REQUEST
 from ringfence.model.leases.lifecycle import agent_selector_key
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.runs import OVER, RunTable
-from ringfence.revoker.domain import derived_revocation, run_record
+from ringfence.revoker.domain import StaleBasis, derived_revocation, run_record
 from ringfence.revoker.lease_end.lease_ender import LeaseEnder
 from ringfence.revoker.revocations.record_changes import RECORD_AGE_MS
 
@@ -99,12 +99,10 @@ class RunRevoker:
         acknowledged = []
         for lease in leases:
             revocation = derived_revocation(
-                "run_ended",
-                reason,
+                StaleBasis("run_ended", reason, run_record(run.run_id)),
                 by=self._runtime.key.id,
                 trust_domain=self._runtime.settings.trust_domain,
                 at_ms=self._runtime.clock.now_ms(),
-                record=run_record(run.run_id),
                 lease_id=lease.lease_id,
             )
             _, ack = await self._runtime.publisher.send_signed(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ class ContainerEngineError(RingfenceError):
         self.status = status
 
 
+@dataclass(frozen=True, slots=True)
 class ContainerEngine:
     """The client of a Docker or Podman engine on this machine."""
 
-    def __init__(self, socket: Path) -> None:
-        self.socket = socket
+    socket: Path
 
     async def get(self, path: str) -> dict[str, Any]:
         """GET a path of the API. Raises ContainerEngineError, as all methods do."""

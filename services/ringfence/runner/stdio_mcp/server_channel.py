@@ -16,7 +16,7 @@ import logging
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ringfence.kernel.base.errors import RingfenceError
@@ -124,16 +124,16 @@ class ExchangeRefusedError(RingfenceError):
     code = "exchange_refused"
 
 
+@dataclass(eq=False, slots=True)
 class Exchange:
     """One request to the server and the messages that belong to it, or the client's own stream (`id` is None)."""
 
-    def __init__(self, id: Id | None, progress_token: Id | None) -> None:
-        self.id = id
-        self.progress_token = progress_token
-        self.messages: asyncio.Queue[bytes | None] = asyncio.Queue(_MAX_QUEUED)
-        """In order; None at the end."""
-        self.abandoned = False
-        """Whether nobody waits for its answer any more."""
+    id: Id | None
+    progress_token: Id | None
+    messages: asyncio.Queue[bytes | None] = field(default_factory=lambda: asyncio.Queue(_MAX_QUEUED))
+    """In order; None at the end."""
+    abandoned: bool = False
+    """Whether nobody waits for its answer any more."""
 
     def end(self) -> None:
         """Take no more messages, and release the callers that wait to add one."""
