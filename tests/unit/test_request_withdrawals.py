@@ -12,8 +12,9 @@ from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import Signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
+from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.topics import CREDENTIAL_REQUEST
+from ringfence.model.verdict import ALLOWED, Verdict, refused
 from ringfence.policy.incoming.admission import (
     TOLD_NO,
     AdmissionControl,
@@ -133,13 +134,11 @@ class Flood:
         jws = parse(record.value)
         return Signed(jws.unverified_claims(RequestWithdraw), jws.compact), None
 
-    async def withdraw(
-        self, withdrawal: Signed[RequestWithdraw], agent_id: str, record: Received
-    ) -> Reason | None:
+    async def withdraw(self, withdrawal: Signed[RequestWithdraw], agent_id: str, record: Received) -> Verdict:
         if withdrawal.claims.request_id != WAITS:
-            return Reason(code="request_unknown", message="no")
+            return refused("request_unknown", "no")
         self.withdrawn.append(agent_id)
-        return None
+        return ALLOWED
 
     def count(self, record: Received) -> None:
         self.shed.append(record.offset)
