@@ -459,7 +459,7 @@ async def test_nobody_is_passed_over_where_the_records_cannot_be_read_to_their_e
 
     monkeypatch.setattr(desk.world.runtimes["revoker"], "tables_caught_up", never)
     monkeypatch.setattr(
-        "ringfence.model.records.delegations.Delegations.holders", lambda self, mark: frozenset()
+        "ringfence.revoker.revocations.verification.Delegations.holders", lambda self, mark: frozenset()
     )
     claims, _ = await desk.revoke(desk.world.operator, selector=Selector(agent_id=desk.bot.name))
     assert (await desk.verdict(claims)).kind == "accepted"

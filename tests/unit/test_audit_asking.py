@@ -16,7 +16,7 @@ from ringfence.audit.index.coverage import access_report, issued_leases
 from ringfence.audit.index.filters import NO_FILTER, EventFilter
 from ringfence.audit.index.store import SqliteIndex, Viewer
 from ringfence.client.errors import ApiError
-from ringfence.client.exports.export import (
+from ringfence.client.exports import (
     ExportError,
     ExportProgress,
     ExportQuery,

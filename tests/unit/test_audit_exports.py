@@ -12,8 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
-from ringfence.client.exports.columns import COLUMNS
-from ringfence.client.exports.writers import Format, writer_of
+from ringfence.client.exports import COLUMNS, Format, writer_of
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import REGISTRY_COMMAND
 from tests.support.audit_fixtures import AuditFixtures

@@ -29,11 +29,11 @@ from ringfence.messages.registry import (
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import MAX_DEPTH, CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.delegations import Delegations
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.approvals import may_approve
 from ringfence.model.requests.facts import load_records, violations_of
 from ringfence.registry.domain import MAX_PARTS
+from ringfence.revoker.revocations.verification import Delegations
 from tests.support import user_keys
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli.commands.dev_summary import command_lines, organisation_lines, shell_file
+from ringfence.cli.commands.dev import command_lines, organisation_lines, shell_file
 from ringfence.dev.organisation import PEOPLE
 
 TASK = str(uuid.uuid4())

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.cli.shared.mounted_program import check_program
+from ringfence.cli.shared.run_options import check_program
 from ringfence.client.errors import InvalidCallError
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.client.exports import export
+from ringfence.client import exports
 from ringfence.client.reports.auditor import TrailReport, TreeReport
 from ringfence.gateway.events.spool import Spool, SpoolError
 from ringfence.kernel.base.private_files import (
@@ -157,7 +157,7 @@ def test_what_belongs_to_somebody_else_and_is_open_is_refused(
 
 def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
     target = tmp_path / "out.ndjson"
-    one = export.begin(target, export.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one = exports.begin(target, exports.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
     one.state.after = "here"
     one.checkpoint()
     one.abort()
@@ -165,17 +165,17 @@ def test_an_export_that_stopped_and_goes_on(tmp_path: Path, umask: int) -> None:
     assert [mode(path) for path in files] == [0o600, 0o600]
     for path in files:
         path.chmod(0o666)
-    two = export.resume(target)
+    two = exports.resume(target)
     two.checkpoint()
     assert [mode(path) for path in files] == [0o600, 0o600]
     two.finish()
     assert mode(target) == 0o600
 
 
-@pytest.mark.parametrize("suffix", ["", export.PART, export.STATE])
+@pytest.mark.parametrize("suffix", ["", exports.PART, exports.STATE])
 def test_export_beside_link_is_refused(tmp_path: Path, suffix: str) -> None:
     target, victim = tmp_path / "out.ndjson", tmp_path / "victim"
-    one = export.begin(target, export.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one = exports.begin(target, exports.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
     one.state.after = "here"
     one.checkpoint()
     one.abort()
@@ -184,19 +184,19 @@ def test_export_beside_link_is_refused(tmp_path: Path, suffix: str) -> None:
     victim.write_text("untouched")
     link.symlink_to(victim)
     with pytest.raises(OutputFileError, match="symbolic link"):
-        export.resume(target)
+        exports.resume(target)
     assert victim.read_text() == "untouched"
 
 
 def test_export_of_another_user_is_not_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = tmp_path / "out.ndjson"
-    one = export.begin(target, export.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
+    one = exports.begin(target, exports.ExportQuery(format="ocsf", since_ms=0, until_ms=1, filters={}))
     one.state.after = "here"
     one.checkpoint()
     one.abort()
     monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
-    with pytest.raises(export.ExportError, match="belongs to another user"):
-        export.resume(target)
+    with pytest.raises(exports.ExportError, match="belongs to another user"):
+        exports.resume(target)
 
 
 def test_a_spool_that_is_there_is_closed(tmp_path: Path, umask: int) -> None:

@@ -21,8 +21,7 @@ from ringfence.audit.events import services
 from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, OcsfEvent, shortened
 from ringfence.audit.events.trust import BundleHistory
 from ringfence.audit.mappers.approvals import ApprovalMapper
-from ringfence.audit.mappers.credentials import CredentialMapper
-from ringfence.audit.mappers.leases import LeaseMapper
+from ringfence.audit.mappers.credentials import CredentialMapper, LeaseMapper
 from ringfence.audit.mappers.mapper import PENDING_CODES, Mapper, RecordMapper, ReplayError
 from ringfence.audit.mappers.registry import RegistryMapper
 from ringfence.audit.mappers.runs import RunMapper

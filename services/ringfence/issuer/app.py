@@ -20,9 +20,8 @@ from ringfence.backends import (
 )
 from ringfence.issuer.decisions import DecisionChecks, DecisionHandler, IssuanceSteps
 from ringfence.issuer.domain import Terms
-from ringfence.issuer.grant_use import GrantKeeper
 from ringfence.issuer.http import IssuerHttp
-from ringfence.issuer.limits import LeaseLimits, LeaseLimitValues
+from ringfence.issuer.limits import GrantKeeper, LeaseLimits, LeaseLimitValues
 from ringfence.issuer.minting import GatewayDelivery, Minter
 from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings

@@ -31,8 +31,7 @@ from ringfence.issuer.domain import (
     fenced,
     weigh,
 )
-from ringfence.issuer.grant_use import GrantKeeper
-from ringfence.issuer.limits import LeaseLimits
+from ringfence.issuer.limits import GrantKeeper, LeaseLimits
 from ringfence.issuer.minting import (
     ENVELOPE_TYPE,
     REPLAYED,

@@ -1,22 +1,28 @@
-"""Admission control of the issuer: limits on leases per agent and per sponsor, and on how long a decision waited.
+"""Admission control of the issuer: limits on leases, on how long a decision waited, and on the use of grants.
 
 Lease counts are read from Redis at intervals and incremented locally in between, so that the hot path costs no round
 trip. Several issuers together may therefore exceed a limit by a few leases.
+
+Only issues that rest on a grant are checked by `GrantKeeper`. A Redis script on the grant's shard counts a use before
+the lease exists. So concurrent issuers never exceed the limit of a grant. A use that was counted stays counted, even if
+nothing is issued then.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from ringfence.issuer.domain import Decision, Issue, Refusal
+from ringfence.issuer.domain import FULL, FULL_RETRY_S, RETRY_AFTER_S, Decision, Issue, Refusal
 from ringfence.kernel.base.clock import Clock
+from ringfence.messages.approval import Grant
 from ringfence.messages.credential import Reason
-from ringfence.model.lease_store import LeaseStore
+from ringfence.model.lease_store import FullError, LeaseStore
 from ringfence.model.leases.lifecycle import agent_selector_key, sponsor_selector_key
+from ringfence.model.requests.grants import GrantTable, id_of
 
-RETRY_AFTER_S = 10
+_RELEASED_AFTER_S = 10
 """When to ask again after "too many leases". Some leases end by themselves."""
 _COUNT_AGAIN_S = 2.0
 _COUNT_AGAIN_AT_LIMIT_S = 0.25
@@ -75,7 +81,7 @@ class LeaseLimits:
                 message = (
                     f"{holder} holds {limit} leases, and may hold no more at once; release some, or wait"
                 )
-                return _refusal("too_many_leases", message, issue, RETRY_AFTER_S)
+                return _refusal("too_many_leases", message, issue, _RELEASED_AFTER_S)
         for mark in limits:
             self._counts[mark].leases += 1
         return issue
@@ -111,3 +117,59 @@ class LeaseLimits:
 
 def _refusal(code: str, message: str, issue: Issue, retry_after_s: int) -> Refusal:
     return Refusal((Reason(code=code, message=message),), issue.request, retry_after_s=retry_after_s)
+
+
+class GrantKeeper:
+    """Admission control by grants: the last check before a lease is issued."""
+
+    def __init__(
+        self,
+        table: GrantTable,
+        store: LeaseStore,
+        caught_up: Callable[[float], Awaitable[bool]],
+        patience_s: float,
+    ) -> None:
+        """Args:
+            caught_up: reads the topic up to its present end within so many seconds, and returns whether it did.
+            patience_s: how long that may take.
+        """  # fmt: skip
+        self._table = table
+        self._store = store
+        self._caught_up = caught_up
+        self._patience_s = patience_s
+
+    async def admit(self, weighed: Sequence[Issue | Refusal]) -> list[Issue | Refusal]:
+        """Return `weighed`, with a refusal in place of each issue that its grant no longer covers.
+
+        Raises UnavailableError.
+        """
+        if not any(isinstance(one, Issue) and one.grants for one in weighed):
+            return list(weighed)
+        fresh = await self._caught_up(self._patience_s)
+        return list(await asyncio.gather(*(self._admit(one, fresh=fresh) for one in weighed)))
+
+    async def _admit(self, one: Issue | Refusal, *, fresh: bool) -> Issue | Refusal:
+        if isinstance(one, Refusal) or not one.grants:
+            return one
+        if not fresh:
+            message = "whether the grant was taken back cannot be read from Kafka now; ask again"
+            return _refusal("stale_view", message, one, RETRY_AFTER_S)
+        for grant in one.grants:
+            if self._table.is_withdrawn(
+                grant, sponsor=one.lease.sponsor, on_behalf_of=one.lease.on_behalf_of
+            ):
+                return _refusal(
+                    "grant_withdrawn", f"grant {id_of(grant)} was taken back; ask anew", one, RETRY_AFTER_S
+                )
+        for grant in one.grants:
+            try:
+                used = await self._use(grant, one)
+            except FullError:
+                return Refusal(FULL, one.request, retry_after_s=FULL_RETRY_S)
+            if not used:
+                message = f"grant {id_of(grant)} was for {grant.count} leases, and has them; ask anew"
+                return _refusal("grant_used_up", message, one, RETRY_AFTER_S)
+        return one
+
+    async def _use(self, grant: Grant, issue: Issue) -> bool:
+        return await self._store.use_grant(id_of(grant), issue.lease.lease_id, limit=grant.count)

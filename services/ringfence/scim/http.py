@@ -35,9 +35,17 @@ from ringfence.kernel.base.metrics import HTTP_REQUESTS
 from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import GroupLink, UserRecord
-from ringfence.scim import discovery
 from ringfence.scim.provisioning import DirectoryView, ProvisioningWriter
-from ringfence.scim.resources import Group, User, group_resource, user_resource
+from ringfence.scim.resources import (
+    MAX_RESULTS,
+    Group,
+    User,
+    group_resource,
+    resource_types,
+    schemas,
+    service_provider_config,
+    user_resource,
+)
 
 log = logging.getLogger(__name__)
 
@@ -85,8 +93,8 @@ class ScimApi:
         """The routes, for `Runtime.routes`."""
         found: dict[str, dict[str, Endpoint]] = {
             "/ServiceProviderConfig": {"GET": self._config},
-            **self._discovery_routes("/ResourceTypes", discovery.resource_types),
-            **self._discovery_routes("/Schemas", discovery.schemas),
+            **self._discovery_routes("/ResourceTypes", resource_types),
+            **self._discovery_routes("/Schemas", schemas),
             "/.search": {"POST": self._search_all},
             "/Users": {"GET": self._list_users, "POST": self._create_user},
             "/Users/.search": {"POST": self._list_users},
@@ -114,7 +122,7 @@ class ScimApi:
     # --- discovery ---
 
     async def _config(self, request: Request) -> Response:
-        return _scim_response(discovery.config(self._base(request)))
+        return _scim_response(service_provider_config(self._base(request)))
 
     def _discovery_routes(
         self, path: str, catalogue: Callable[[str], Mapping[str, Resource[Any]]]
@@ -321,7 +329,7 @@ def _page_response(search: Any, resources: Sequence[Any]) -> Response:
     found = [resource for resource in resources if search.filter is None or search.filter.match(resource)]
     if search.sort_by is not None:
         found = search.sort(found)
-    count = min(_DEFAULT_PAGE_SIZE if search.count is None else search.count, discovery.MAX_RESULTS)
+    count = min(_DEFAULT_PAGE_SIZE if search.count is None else search.count, MAX_RESULTS)
     start = search.start_index or 1
     return _scim_response(
         _list_response(found[start - 1 : start - 1 + count], len(found), start), parameters=search

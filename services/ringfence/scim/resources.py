@@ -1,4 +1,6 @@
-"""The SCIM schemas of users and groups (RFC 7643), and their mapping to records. Pure."""
+"""The SCIM schemas of users and groups (RFC 7643), their mapping to records, and what the discovery endpoints answer
+(RFC 7644, 4). Pure.
+"""
 
 from __future__ import annotations
 
@@ -8,19 +10,75 @@ from typing import Annotated, Any, ClassVar
 from pydantic import Field
 from scim2_models import (
     URN,
+    AuthenticationScheme,
+    Bulk,
     CaseExact,
+    ChangePassword,
     ComplexAttribute,
+    ETag,
+    Filter,
     Meta,
     Mutability,
+    Patch,
     Reference,
     Required,
     Resource,
+    ResourceType,
+    Schema,
+    ServiceProviderConfig,
+    Sort,
     Uniqueness,
 )
 
 from ringfence.kernel.base.clock import utc_datetime
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.registry import Mail, Provisioning, UserRecord
+
+MAX_RESULTS = 200
+"""The longest page of a list."""
+
+
+def service_provider_config(url: str) -> ServiceProviderConfig:
+    """What is there and what is not."""
+    return ServiceProviderConfig(
+        patch=Patch(supported=True),
+        bulk=Bulk(supported=False, max_operations=0, max_payload_size=0),
+        filter=Filter(supported=True, max_results=MAX_RESULTS),
+        change_password=ChangePassword(supported=False),
+        sort=Sort(supported=True),
+        etag=ETag(supported=False),
+        authentication_schemes=[
+            AuthenticationScheme(
+                type=AuthenticationScheme.Type.oauthbearertoken,
+                name="Bearer token",
+                description="A token that `ringfence provisioner new-token` printed",
+                spec_uri=Reference("https://datatracker.ietf.org/doc/html/rfc6750"),
+                primary=True,
+            )
+        ],
+        meta=Meta(resource_type="ServiceProviderConfig", location=f"{url}/ServiceProviderConfig"),
+    )
+
+
+def resource_types(url: str) -> dict[str, ResourceType]:
+    """Users and groups, by id."""
+    found = {}
+    for model in (User, Group):
+        one = ResourceType.from_resource(model)
+        one.meta = Meta(resource_type="ResourceType", location=f"{url}/ResourceTypes/{one.id}")
+        found[str(one.id)] = one
+    return found
+
+
+def schemas(url: str) -> dict[str, Schema]:
+    """What users and groups are made of, by id."""
+    found = {}
+    for model in (User, Group):
+        one = model.to_schema()
+        one.meta = Meta(resource_type="Schema", location=f"{url}/Schemas/{one.id}")
+        found[str(one.id)] = one
+    return found
+
 
 # The libraries' own User has a dozen attributes more. What is not kept is not declared: a directory that looks at the
 # schema sees what it gets.

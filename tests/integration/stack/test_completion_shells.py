@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.commands.dev import write_config
-from ringfence.cli.completion.scripts import SCRIPTS, Shell
+from ringfence.cli.completion.command import SCRIPTS, Shell
 from tests.support.stack import RunningStack, first_pending
 from tests.support.terminal import ESCAPES, WITHIN_S, Terminal
 

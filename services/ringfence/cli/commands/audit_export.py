@@ -28,8 +28,7 @@ from ringfence.cli.shared.progress import counting
 from ringfence.client.reports.read_api import ReadApi
 
 if TYPE_CHECKING:
-    from ringfence.client.exports.export import ExportFile, ExportProgress, ExportQuery
-    from ringfence.client.exports.writers import ExportWriter, Format
+    from ringfence.client.exports import ExportFile, ExportProgress, ExportQuery, ExportWriter, Format
 
 _FORMATS: Final = ("ocsf", "csv")
 _REMOVED: Final = {
@@ -91,7 +90,7 @@ def export(
     Operators and auditors see all, sponsors what concerns their agents, others what is on their behalf. A file is
     FILE.part until it is whole.
     """
-    from ringfence.client.exports.export import ExportQuery, begin, resume, set_filters
+    from ringfence.client.exports import ExportQuery, begin, resume, set_filters
 
     out = None if out is None or is_stdout(out) else out
     if out is None and go_on:
@@ -134,8 +133,7 @@ def _visible_rows(text: str) -> str:
 
 
 def _to_stdout(question: ExportQuery, me: Path | None) -> None:
-    from ringfence.client.exports.export import ExportProgress
-    from ringfence.client.exports.writers import writer_of
+    from ringfence.client.exports import ExportProgress, writer_of
 
     state = ExportProgress(question=question)
     sys.stdout.flush()
@@ -170,7 +168,7 @@ def _next_steps(one: ExportFile, out: Path) -> str:
 async def _all(
     state: ExportProgress, writer: ExportWriter, me: Path | None, one: ExportFile | None = None
 ) -> None:
-    from ringfence.client.exports.export import export_pages
+    from ringfence.client.exports import export_pages
 
     async with ReadApi(identity(me)) as api:
         # Events that go to the terminal show by themselves how far it is.
@@ -179,7 +177,7 @@ async def _all(
 
 
 def _stopped(state: ExportProgress) -> str:
-    from ringfence.client.exports.export import stopped_at_ms
+    from ringfence.client.exports import stopped_at_ms
 
     at_ms = stopped_at_ms(state)
     if at_ms is None:

@@ -14,9 +14,8 @@ from typer.core import TyperGroup
 from ringfence.cli.commands.run_orders import list_runs, order, pools, show, stop
 from ringfence.cli.shared.arguments import check_name, parse_scope
 from ringfence.cli.shared.id_lookup import check_whole_id
-from ringfence.cli.shared.mounted_program import check_program
 from ringfence.cli.shared.options import IdentityOption, JsonOption, duration_s, identity, size_bytes
-from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption
+from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption, check_program
 
 
 class RunGroup(TyperGroup):

@@ -13,14 +13,49 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, get_args
 
 from ringfence.cli.completion import command_line
 from ringfence.cli.completion.candidates import NOTHING, Candidate, Completion
 from ringfence.cli.completion.command_line import Slot, Typed, found_completion, static_completion
-from ringfence.cli.completion.words import words_of
+
+
+def words_of(path: Sequence[str]) -> Mapping[str, Sequence[str]]:
+    """Return the words by placeholder or by option, for the options of one command."""
+    match tuple(path):
+        case ("dev",):
+            from ringfence.client.admin.trust_setup import ON_DEMAND
+
+            return {"SERVICE": tuple(ON_DEMAND)}
+        case ("serve",):
+            from ringfence.client.admin.trust_setup import BY_NAME, ON_DEMAND, SERVICE_ROLES
+
+            return {"SERVICE...": (*SERVICE_ROLES, *ON_DEMAND, *BY_NAME, "sign-page")}
+        case ("init",):
+            from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
+
+            return {
+                "--add-service": tuple(ON_DEMAND),
+                "--rotate-service": (*SERVICE_ROLES, *ON_DEMAND),
+                "USE": ("users", "instances"),
+            }
+        case ("user", _):
+            from ringfence.messages.registry import Role
+
+            return {"ROLE": get_args(Role)}
+        case ("target", "add"):
+            from ringfence.cli.commands.target_templates import TEMPLATES
+            from ringfence.model.target_settings import CREDENTIAL_KINDS
+
+            return {"--backend": tuple(CREDENTIAL_KINDS), "--template": tuple(TEMPLATES)}
+        case ("request",) | ("release",) | ("mcp", "serve"):
+            return {"SOURCE": ("file:", "github", "gcp")}
+        case ("completion",):
+            return {"SHELL": ("bash", "zsh", "fish")}
+    return {}
+
 
 LOOKUP_S: Final = 1.5
 """How long services and Kafka may take to name ids."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import stat
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from ringfence.cli.doctor.finding import CheckResult, Verdict, clock
 from ringfence.client.admin.trust_setup import SEAL, missing_on_demand_services
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SkewCheck, SystemClock, utc_text
@@ -19,6 +19,25 @@ from ringfence.kernel.crypto.service_keys import NEXT
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.replication import Replication
 from ringfence.messages.trust import ServiceIdentity
+
+Verdict = Literal["good", "bad", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckResult:
+    """The result of one check: what was checked, what came out, and what to do if that is not good."""
+
+    what: str
+    verdict: Verdict
+    says: str
+
+
+def clock(whose: str, skew: SkewCheck) -> CheckResult:
+    """Return the result for the difference between another clock and ours."""
+    if reason := skew.unready():
+        return CheckResult(f"clock, {whose}", "bad", reason)
+    return CheckResult(f"clock, {whose}", "good", f"at most {abs(skew.ahead_ms() or 0)} ms apart")
+
 
 _WITHIN_MS = 3_000
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import typer
 
 from ringfence.cli.doctor.checks import (
+    CheckResult,
     bundle_findings,
     key_files,
     opa_findings,
@@ -19,8 +20,7 @@ from ringfence.cli.doctor.checks import (
     sandbox_findings,
     versions,
 )
-from ringfence.cli.doctor.finding import CheckResult
-from ringfence.cli.doctor.finding import clock as clock_finding
+from ringfence.cli.doctor.checks import clock as clock_finding
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import print_json, print_table
 from ringfence.cli.shared.progress import progress

@@ -1,10 +1,67 @@
-"""The options that a local run and an ordered run have in common."""
+"""The options that a local run and an ordered run have in common, and the check of a local run's program.
+
+A program in a mounted folder is refused early if it is a link to a file that the sandbox does not show, as in virtual
+environments (pyenv, uv, conda). The kernel would only report a missing file.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Final
 
 import typer
+
+from ringfence.client.errors import InvalidCallError
+
+_SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives")
+"""What a sandbox without an image shows of the host."""
+_MOST_LINKS: Final = 40
+"""As many as the kernel follows (path_resolution(7))."""
+
+
+def check_program(program: str, folders: Sequence[Path]) -> None:
+    """Check the program of a run without an image. `folders`: the mounts; the first is the working directory.
+
+    Raises InvalidCallError with the folder to mount.
+    """
+    if not folders or "/" not in program:
+        return
+    path = Path(os.path.normpath(folders[0] / program))
+    for one in filter(None, (path, _interpreter(path))):
+        if not any(one.is_relative_to(folder) for folder in folders) or not one.exists():
+            continue
+        if (hidden := _first_hidden(one, [*folders, *map(Path, _SYSTEM)])) is not None:
+            folder = hidden.parent.parent if hidden.parent.name == "bin" else hidden.parent
+            what = f"{program} is" if one == path else f"{program} needs {one}, which is"
+            raise InvalidCallError(f"{what} a link to {hidden}, which is in no mounted folder").with_remedy(
+                f"add --mount {folder}"
+            )
+
+
+def _interpreter(path: Path) -> Path | None:
+    """Return the interpreter in the first line of a script; None without one."""
+    try:
+        with path.open("rb") as file:
+            line = file.readline(4096)
+    except OSError:
+        return None
+    words = line[2:].split() if line.startswith(b"#!") else []
+    return Path(os.fsdecode(words[0])) if words else None
+
+
+def _first_hidden(path: Path, shown: Sequence[Path]) -> Path | None:
+    """Follow the links of a path. Return the first path on the way that is in none of the folders; None if all are."""
+    for _ in range(_MOST_LINKS):
+        if not any(path.is_relative_to(folder) for folder in shown):
+            return path
+        link = next((one for one in (*reversed(path.parents), path) if one.is_symlink()), None)
+        if link is None:
+            return None
+        path = Path(os.path.normpath(link.parent / link.readlink() / path.relative_to(link)))
+    return path
+
 
 RunTtlOption = Annotated[str, typer.Option("--ttl", metavar="DURATION", help="How long the run may take.")]
 MemoryOption = Annotated[

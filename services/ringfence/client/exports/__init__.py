@@ -1,1 +1,0 @@
-"""Export of the audit trail for `audit export`: formats, files and progress."""
