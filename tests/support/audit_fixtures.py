@@ -88,6 +88,7 @@ from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.epochs import marker_key
 from ringfence.model.lifecycle import NO_HISTORY, Actor, Context, apply
 from ringfence.model.records.directory import Directory
+from ringfence.model.verdict import ALLOWED
 
 TD = "acme.example"
 PREFIX = "ringfence"
@@ -276,8 +277,8 @@ class AuditFixtures:
         commands = (*commands, EmbeddedCommand(jws=jws, appended_at_ms=self.now_ms))
         self.states[topic, id] = (revision + 1, state, commands)
         record = self.record_of(topic, id)
-        problem = self.directory.admit(topic.what, record.topic_name, 0, record.value, record.appended_at_ms)  # type: ignore[arg-type]
-        assert problem is None, problem
+        verdict = self.directory.admit(topic.what, record.topic_name, 0, record.value, record.appended_at_ms)  # type: ignore[arg-type]
+        assert verdict == ALLOWED, verdict
         return record
 
     def record_of(self, topic: Topic[Any], id: str, by: SigningKey | None = None, **fields: Any) -> Received:

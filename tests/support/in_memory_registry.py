@@ -42,6 +42,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import Context, apply, command_subject, subject_key
 from ringfence.model.records.command_chain import Chains, subject_spiffe, unverified_command
 from ringfence.model.records.directory import Alarm, Directory
+from ringfence.model.verdict import Refused
 from ringfence.registry.domain import TASK_MAX_S, Change, Current, Embedded, decide
 from ringfence.registry.store import Memory
 from tests.support.passkeys import ORIGINS, RP_ID
@@ -224,16 +225,17 @@ class InMemoryRegistry:
         return Current(entry.state, entry.revision, commands)
 
     def admit(self, compact: str, reader: Directory | None = None) -> str | None:
-        """Hand a record to a reader (its own directory where none is named). Returns why not."""
+        """Hand a record to a reader (its own directory where none is named). Returns why not, as `code: message`."""
         record = parse(compact)
         kind = record.header.typ.removeprefix("ringfence.").removesuffix("+jwt")
-        return (reader or self.directory).admit(
+        verdict = (reader or self.directory).admit(
             kind,  # type: ignore[arg-type]
             TOPICS[kind].name("ringfence"),
             0,
             compact.encode(),
             self.clock.ms,
         )
+        return f"{verdict.reason.code}: {verdict.reason.message}" if isinstance(verdict, Refused) else None
 
     def organisation(self) -> None:
         """The root makes olga and otto operators; olga makes sam and suzy sponsors, adam an auditor, uma a user."""

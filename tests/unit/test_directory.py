@@ -27,6 +27,7 @@ from ringfence.messages.topics import AGENT, HEARTBEAT, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Alarm, Directory
+from ringfence.model.verdict import ALLOWED
 from tests.support.in_memory_registry import TOPICS, InMemoryRegistry, permission
 from tests.support.polling import until
 
@@ -215,7 +216,7 @@ def test_what_a_registry_publishes_is_no_old_record_when_its_topic_brings_it_lat
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="robot", reason="x"))
     then = written()
     for one in (first, again, then):
-        assert reader.directory.take_own("agent", one.value, one.coordinates) is None
+        assert reader.directory.take_own("agent", one.value, one.coordinates) == ALLOWED
     reader.directory.on_records([first, again, then])
     assert (reader.alarms, reader.directory.displaced()) == ([], [])
     assert reader.reads(first.value, "robot") == ["revision_fell"]
@@ -227,7 +228,7 @@ def test_what_the_topic_brought_first_is_awaited_no_more(ledger: InMemoryRegistr
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     new = ledger.received(AGENT, "bot", sign(record(ledger), ledger.registry).encode())
     reader.directory.on_records([new])
-    assert reader.directory.take_own("agent", new.value, new.coordinates) is None
+    assert reader.directory.take_own("agent", new.value, new.coordinates) == ALLOWED
     assert reader.reads(old) == ["revision_fell"]
     reader.directory.on_records([new._replace(value=b"x")])
     assert [alarm.code for alarm in reader.alarms] == ["revision_fell", "not_a_jws"]

@@ -31,14 +31,16 @@ from ringfence.model.lifecycle import (
     KeyOrigin,
     KeyProof,
     SignerKey,
-    endorsement_problem,
+    check_endorsement,
 )
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.key_proofs import verified_key_proof
+from ringfence.model.verdict import ALLOWED
 from tests.support import user_keys
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.user_keys import add_key, end_key, new_key, new_passkey, record_of
+from tests.support.verdicts import reason_of
 
 WAIT_MS = WAIT_S * 1000
 
@@ -746,8 +748,9 @@ def test_a_co_signature_counts_from_the_moment_from_which_its_key_does():
 
     for late in ("olga", "otto"):
         olga, otto = (signer(name, 1000 if name == late else 0) for name in ("olga", "otto"))
-        assert endorsement_problem("sam", olga, otto, 1000) is None
-        assert f"the key of {late} was added" in (endorsement_problem("sam", olga, otto, 999) or "")
+        assert check_endorsement("sam", olga, otto, 1000) == ALLOWED
+        verdict = check_endorsement("sam", olga, otto, 999)
+        assert f"the key of {late} was added" in reason_of(verdict).message
 
 
 def test_who_is_no_second_operator(ledger: InMemoryRegistry):

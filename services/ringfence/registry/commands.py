@@ -38,6 +38,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError, KeyOrigin, command_subject
 from ringfence.model.records.command_chain import Authorised, ChainError, unverified_command
 from ringfence.model.records.directory import Alarm, Directory
+from ringfence.model.verdict import Refused
 from ringfence.registry.domain import Change, Current, Embedded, Subject, check_size, decide
 from ringfence.registry.key_expiry_warnings import SUBJECT
 from ringfence.registry.store import Memory
@@ -171,9 +172,10 @@ class Registry:
             topic=written.topic, partition=written.partition, offset=written.offset,
             appended_at_ms=written.timestamp,
         )  # fmt: skip
-        problem = self._directory.take_own(kind, compact.encode(), at)
-        if problem:
-            raise RingfenceError(f"the record that was just published does not count: {problem}")
+        verdict = self._directory.take_own(kind, compact.encode(), at)
+        if isinstance(verdict, Refused):
+            why = f"{verdict.reason.code}: {verdict.reason.message}"
+            raise RingfenceError(f"the record that was just published does not count: {why}")
 
     async def _answer(
         self,

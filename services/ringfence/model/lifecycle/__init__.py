@@ -23,7 +23,7 @@ from ringfence.model.lifecycle.key_history import (
     KeyOrigin,
     KeyProof,
     SignerKey,
-    endorsement_problem,
+    check_endorsement,
 )
 from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
 
@@ -41,8 +41,8 @@ __all__ = [
     "SignerKey",
     "agents_of",
     "apply",
+    "check_endorsement",
     "command_subject",
-    "endorsement_problem",
     "may_be_dropped",
     "may_widen",
     "still_needed",

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from ringfence.messages.registry import AgentState, UserState
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 WAIT_S: Final = 24 * 3600
 """How long a key that somebody else added does not count for approvals. A constant: no setting shortens it."""
@@ -210,21 +211,29 @@ def _origin(
     )
 
 
-def endorsement_problem(user_id: str, signer: SignerKey, endorser: SignerKey, at_ms: int) -> str | None:
-    """Return why a second operator's signature under a new key of `user_id` counts for nothing, or None.
+def check_endorsement(user_id: str, signer: SignerKey, endorser: SignerKey, at_ms: int) -> Verdict:
+    """Check that a second operator's signature under a new key of `user_id` counts at `at_ms`.
 
     Neither of the two may rest on the word of the other, nor on the user's: one person could otherwise be both.
     """
     if endorser.user_id in (user_id, signer.user_id):
-        return f"{endorser.user_id} is nobody else: it takes a second operator, who is not {user_id} either"
+        return _not_apart(
+            f"{endorser.user_id} is nobody else: it takes a second operator, who is not {user_id} either"
+        )
     for one, others in ((signer, {endorser.user_id}), (endorser, {signer.user_id})):
         origin = one.origin
         if origin is None:
             continue
         if origin.counts_from_ms > at_ms:
-            return (
+            return _not_apart(
                 f"the key of {one.user_id} was added by somebody else, and does not count for approvals yet"
             )
         if origin.vouchers & (others | {user_id}):
-            return f"the key of {one.user_id} rests on the word of another of the two, or of {user_id}"
-    return None
+            return _not_apart(
+                f"the key of {one.user_id} rests on the word of another of the two, or of {user_id}"
+            )
+    return ALLOWED
+
+
+def _not_apart(why: str) -> Refused:
+    return refused("endorsement_not_apart", f"the co-signature does not count: {why}")

@@ -22,7 +22,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
-from ringfence.messages.credential import Coordinates
+from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.operations import Heartbeat, PartitionDigest
 from ringfence.messages.registry import (
     AgentRecord,
@@ -43,7 +43,7 @@ from ringfence.model.lifecycle import NO_HISTORY, Giver, KeyHistory, KeyOrigin, 
 from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
 from ringfence.model.records.user_keys import user_key
-from ringfence.model.verdict import ALLOWED, Verdict, refused
+from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 
 if TYPE_CHECKING:  # rules look things up here, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
@@ -232,8 +232,14 @@ class Directory:
         at_ms: int,
         source: Coordinates | None = None,
         key: str | None = None,
-    ) -> str | None:
-        """Admit one record. Returns None, or the reason for refusing it, as `code: message`.
+    ) -> Verdict:
+        """Admit one record, unless one of these checks fails.
+
+        1. The registry signed it.
+        2. It is about a subject of its kind, and of this trust domain.
+        3. Its subject's id is `key`, if that is given.
+        4. Its revision is higher than the known one. The same record again, perhaps signed anew, changes nothing.
+        5. Its commands continue those of the known record.
 
         `key` is the Kafka key, if it has to equal the id. Otherwise compaction would let a record replace another
         subject's.
@@ -244,20 +250,23 @@ class Directory:
                 audience=self._trust.trust_domain,
             ).claims  # fmt: skip
         except InvalidMessageError as error:
-            return f"{error.code}: {error}"
+            return Refused(Reason(code=error.code, message=str(error)[:2048]))
         id = subject_of(self._trust.trust_domain, record.sub, kind)
         if id is None:
-            return f"wrong_subject: {record.sub} is no {kind}"
+            return refused("wrong_subject", f"{record.sub} is no {kind}")
         if key is not None and key != id:
-            return f"wrong_key: the record of {record.sub} stands under the key {key}"
+            return refused("wrong_key", f"the record of {record.sub} stands under the key {key}")
         slot = self._slots[kind].get(id)
         if slot is not None:
             if record == slot.record:
-                return None  # the same record, perhaps signed again
+                return ALLOWED
             if record.revision <= slot.record.revision:
-                return f"revision_fell: {record.sub} has revision {slot.record.revision}, this says {record.revision}"
-            if problem := _history_problem(slot.record.commands, record.commands):
-                return f"history_changed: revision {record.revision} of {record.sub} {problem}"
+                known = slot.record.revision
+                message = f"{record.sub} has revision {known}, this says {record.revision}"
+                return refused("revision_fell", message)
+            history = _check_history(record, slot.record.commands)
+            if isinstance(history, Refused):
+                return history
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
         if kind != "target":  # other records may rest on it
@@ -270,37 +279,38 @@ class Directory:
         self._oldest = None
         for listener in self._listeners:
             listener(kind, id)
-        return None
+        return ALLOWED
 
-    def take_own(self, kind: SubjectKind, compact: bytes, at: Coordinates) -> str | None:
-        """Admit a record that this registry has just published. Returns None, or the reason for refusing it.
+    def take_own(self, kind: SubjectKind, compact: bytes, at: Coordinates) -> Verdict:
+        """Admit a record that this registry has just published (`admit`).
 
         The registry may publish a newer record of the subject before it reads this one back. The older record then is
         not a replay by somebody else.
         """
-        problem = self.admit(kind, at.topic, at.partition, compact, at.appended_at_ms, at)
-        if problem is None and at.offset > self._read_to.get((at.topic, at.partition), -1):
+        verdict = self.admit(kind, at.topic, at.partition, compact, at.appended_at_ms, at)
+        if isinstance(verdict, Allowed) and at.offset > self._read_to.get((at.topic, at.partition), -1):
             self._own.add((at.topic, at.partition, at.offset))
-        return problem
+        return verdict
 
     def _on_record(self, record: Received) -> None:
         kind = cast(SubjectKind, record.topic.what)
-        problem = None if self._is_own(record) else self._problem(kind, record)
+        verdict = ALLOWED if self._is_own(record) else self._admit(kind, record)
         key = record.key or ""
-        if problem is None:
+        if isinstance(verdict, Allowed):
             self._displaced.discard((kind, key))
             return
         if key in self._slots[kind]:
             self._displaced.add((kind, key))
-        code, _, message = problem.partition(": ")
+        code, message = verdict.reason.code, verdict.reason.message
         if code == "key_unknown":
             self._awaiting_trust.append(record)
         log.error(
-            "refused a %s record at %d@%d: %s",
+            "refused a %s record at %d@%d: %s: %s",
             record.topic.what,
             record.partition,
             record.offset,
-            problem,
+            code,
+            message,
             extra=rate_limited(record.topic_name, code),
         )
         subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
@@ -315,13 +325,13 @@ class Directory:
         self._own.remove(position)
         return True
 
-    def _problem(self, kind: SubjectKind, record: Received) -> str | None:
+    def _admit(self, kind: SubjectKind, record: Received) -> Verdict:
         if not record.value:
-            return "tombstone: a record was deleted, which no registry does"
+            return refused("tombstone", "a record was deleted, which no registry does")
         key = record.key or ""
         slot = self._slots[kind].get(key)
         if slot is not None and slot.compact == record.value:
-            return None
+            return ALLOWED
         return self.admit(
             kind, record.topic_name, record.partition, record.value, record.appended_at_ms,
             record.coordinates, key,
@@ -556,12 +566,13 @@ class Directory:
         return cast(UserRecord, slot.record) if slot else None
 
 
-def _history_problem(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> str | None:
-    """The reason if the commands of a newer record do not continue those of the known one, else None.
+def _check_history(record: AnyRecord, known: Sequence[EmbeddedCommand]) -> Verdict:
+    """Check that the commands of a newer record continue those of the known one.
 
     A registry may append commands, and drop commands that later ones made irrelevant (`may_be_dropped`); nothing else.
     So it can leave out no suspension, register no name a second time, and slip in no command.
     """
+    what, new = f"revision {record.revision} of {record.sub}", record.commands
     new_commands = {(command.jws, command.appended_at_ms) for command in new}
     kept: list[EmbeddedCommand] = []
     try:
@@ -572,13 +583,14 @@ def _history_problem(known: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCom
             before = unverified_command(kept[-1]) if kept else None
             after = [unverified_command(later) for later in new[len(kept) :]]
             if not may_be_dropped(unverified_command(command), before, after):
-                return f"leaves out a command of {command.appended_at_ms} ms that still counts"
+                message = f"{what} leaves out a command of {command.appended_at_ms} ms that still counts"
+                return refused("history_changed", message)
     except InvalidMessageError as error:
-        return f"embeds what is no command: {error}"
+        return refused("history_changed", f"{what} embeds what is no command: {error}")
     added = new[len(kept) :]
     if list(new[: len(kept)]) != kept or any(c.appended_at_ms < known[-1].appended_at_ms for c in added):
-        return "changes the order of its commands, or adds to their past"
-    return None
+        return refused("history_changed", f"{what} changes the order of its commands, or adds to their past")
+    return ALLOWED
 
 
 def _record_hash(id: str, revision: int) -> int:

@@ -17,8 +17,9 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, Role, UserAddKey, UserInvite
 from ringfence.model.identity.spiffe_ids import spiffe_id, subject_of
-from ringfence.model.lifecycle import KeyOrigin, KeyProof, SignerKey, endorsement_problem
+from ringfence.model.lifecycle import KeyOrigin, KeyProof, SignerKey, check_endorsement
 from ringfence.model.records.user_keys import user_key
+from ringfence.model.verdict import Refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +120,9 @@ def _verified_endorser(
             f"the co-signature is by {claims.iss}, who is no operator", code="endorsement_not_operator"
         )
     endorser = SignerKey(user_id, jws.header.kid, people.origin_of(user_id, jws.header.kid))
-    if reason := endorsement_problem(command.user_id, signer, endorser, at_ms):
-        raise InvalidMessageError(f"the co-signature does not count: {reason}", code="endorsement_not_apart")
+    verdict = check_endorsement(command.user_id, signer, endorser, at_ms)
+    if isinstance(verdict, Refused):
+        raise InvalidMessageError(verdict.reason.message, code=verdict.reason.code)
     return endorser
 
 
