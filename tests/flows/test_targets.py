@@ -448,7 +448,7 @@ def _handler(desk: IssuerBench) -> Any:
 def _caller(desk: IssuerBench) -> Any:
     (group,) = desk.world.runtimes["issuer"]._groups.groups
     declared = inspect.getclosurevars(group.subscribers[0].function)
-    return declared.nonlocals["decisions"]._minter._caller
+    return declared.nonlocals["decisions"]._steps.minter._caller
 
 
 async def test_a_mint_that_takes_too_long_is_aborted_and_what_it_made_is_taken_back(
