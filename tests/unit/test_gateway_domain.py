@@ -27,6 +27,7 @@ from ringfence.gateway.domain import (
 )
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.enrolment import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
@@ -527,11 +528,11 @@ def test_what_only_reads(method: str, access: str | None) -> None:
 
 def test_a_refusal_says_all_that_it_is_given() -> None:
     wanted, sender = permission("a", verbs=("read",)), Sender("bot")
-    found = refuse("x", "y" * 1001, status=429, permission=wanted, side="task", sender=sender)
+    found = refuse(ReceivedCode("x"), "y" * 1001, status=429, permission=wanted, side="task", sender=sender)
     assert (found.status, found.sender) == (429, sender)
     (reason,) = found.reasons
     assert (reason.code, reason.message, reason.permission, reason.side) == ("x", "y" * 1000, wanted, "task")
-    plain = refuse("x", "y")
+    plain = refuse(ReceivedCode("x"), "y")
     assert (plain.status, plain.sender, plain.reasons[0].side) == (403, None, None)
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.approval import Approval
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest, Reason, RequiredClass
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.permission import Permission
@@ -512,11 +513,11 @@ def test_only_a_user_of_the_domain_is_a_signer():
 
 
 def test_a_denial_may_say_when_to_ask_again():
-    assert denied("x", "y", retry_after_s=5).ruling == Ruling(
-        "denied", (Reason(code="x", message="y"),), retry_after_s=5
+    assert denied(Code.POLICY_DENIED, "y", retry_after_s=5).ruling == Ruling(
+        "denied", (Reason(code=Code.POLICY_DENIED, message="y"),), retry_after_s=5
     )
-    assert denied("x", "y").ruling.retry_after_s is None
-    assert (denied("x", "y").facts, denied("x", "y").grants) == (None, ())
+    assert denied(Code.POLICY_DENIED, "y").ruling.retry_after_s is None
+    assert (denied(Code.POLICY_DENIED, "y").facts, denied(Code.POLICY_DENIED, "y").grants) == (None, ())
     assert (Ruling("denied").reasons, Ruling("denied").required) == ((), ())
 
 
@@ -524,6 +525,6 @@ def test_what_was_held_against_nothing_says_so():
     """None and nothing else: what stands in these fields goes into the decision as it is."""
     bare = Ruling("denied")
     assert (bare.ttl_s, bare.retry_after_s) == (None, None)
-    evaluation = denied("x", "y")
+    evaluation = denied(Code.POLICY_DENIED, "y")
     made_on = (evaluation.revisions, evaluation.input, evaluation.input_digest, evaluation.input_json)
     assert made_on == (None, None, None, None)

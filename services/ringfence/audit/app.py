@@ -33,6 +33,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import ALL, AUDIT, AUDIT_CHECKPOINT, RUN, TRUST
@@ -115,7 +116,7 @@ class MalformedRecordHandler:
         ).claims  # fmt: skip
         auditor = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
         if "auditor" not in chains.roles_at(auditor, at_ms):
-            raise InvalidMessageError("whoever signed it is no auditor", code="not_auditor")
+            raise InvalidMessageError("whoever signed it is no auditor", code=Code.NOT_AUDITOR)
         _check_place(record, f"{claims.tree}/{auditor}")
 
     def _require_trust(self, record: Received) -> None:
@@ -125,7 +126,7 @@ class MalformedRecordHandler:
 def _check_place(record: Received, key: str) -> None:
     """Require the record's own key. Compaction keeps the last record of a key, so a wrong key would erase another's."""
     if record.key != key:
-        raise InvalidMessageError("it stands under another key than its own", code="wrong_key")
+        raise InvalidMessageError("it stands under another key than its own", code=Code.WRONG_KEY)
 
 
 _AT_ONCE = 32

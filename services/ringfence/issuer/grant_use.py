@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from ringfence.issuer.domain import FULL, FULL_RETRY_S, RETRY_AFTER_S, Issue, Refusal
 from ringfence.messages.approval import Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.lease_store import FullError, LeaseStore
 from ringfence.model.requests.grants import GrantTable, id_of
@@ -50,12 +51,12 @@ class GrantKeeper:
             return one
         if not fresh:
             message = "whether the grant was taken back cannot be read from Kafka now; ask again"
-            return _refusal("stale_view", message, one)
+            return _refusal(Code.STALE_VIEW, message, one)
         for grant in one.grants:
             if self._table.is_withdrawn(
                 grant, sponsor=one.lease.sponsor, on_behalf_of=one.lease.on_behalf_of
             ):
-                return _refusal("grant_withdrawn", f"grant {id_of(grant)} was taken back; ask anew", one)
+                return _refusal(Code.GRANT_WITHDRAWN, f"grant {id_of(grant)} was taken back; ask anew", one)
         for grant in one.grants:
             try:
                 used = await self._use(grant, one)
@@ -63,12 +64,12 @@ class GrantKeeper:
                 return Refusal(FULL, one.request, retry_after_s=FULL_RETRY_S)
             if not used:
                 message = f"grant {id_of(grant)} was for {grant.count} leases, and has them; ask anew"
-                return _refusal("grant_used_up", message, one)
+                return _refusal(Code.GRANT_USED_UP, message, one)
         return one
 
     async def _use(self, grant: Grant, issue: Issue) -> bool:
         return await self._store.use_grant(id_of(grant), issue.lease.lease_id, limit=grant.count)
 
 
-def _refusal(code: str, message: str, issue: Issue) -> Refusal:
+def _refusal(code: Code, message: str, issue: Issue) -> Refusal:
     return Refusal((Reason(code=code, message=message),), issue.request, retry_after_s=RETRY_AFTER_S)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ringfence.issuer.domain import Decision, Issue, Refusal
 from ringfence.kernel.base.clock import Clock
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import agent_selector_key, sponsor_selector_key
@@ -66,7 +67,7 @@ class LeaseLimits:
         if not self._limits.wait_s or waited_s <= self._limits.wait_s:
             return None
         message = f"the issuer is behind: the decision waited for {waited_s:.0f} s; ask again later"
-        return _refusal("overloaded", message, issue, self._limits.wait_s)
+        return _refusal(Code.OVERLOADED, message, issue, self._limits.wait_s)
 
     def _limit_refusal(self, issue: Issue) -> Refusal | None:
         limits = self._limits_of(issue)
@@ -76,7 +77,7 @@ class LeaseLimits:
                 message = (
                     f"{holder} holds {limit} leases, and may hold no more at once; release some, or wait"
                 )
-                return _refusal("too_many_leases", message, issue, RETRY_AFTER_S)
+                return _refusal(Code.TOO_MANY_LEASES, message, issue, RETRY_AFTER_S)
         for mark in limits:
             self._counts[mark].leases += 1
         return None
@@ -110,5 +111,5 @@ class LeaseLimits:
         return now_s - cached.read_at_s > good_for_s
 
 
-def _refusal(code: str, message: str, issue: Issue, retry_after_s: int) -> Refusal:
+def _refusal(code: Code, message: str, issue: Issue, retry_after_s: int) -> Refusal:
     return Refusal((Reason(code=code, message=message),), issue.request, retry_after_s=retry_after_s)

@@ -22,7 +22,9 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.base import Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, Reason
+from ringfence.messages.operations import EventSubject
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
@@ -211,8 +213,10 @@ def build(
         await approvals.close_overdue(consumers["policy"].owns)
 
     async def bundle_refused(mark: str, why: str) -> None:
-        reason = Reason(code="bundle_refused", message=why[:2000])
-        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
+        reason = Reason(code=Code.BUNDLE_REFUSED, message=why[:2000])
+        await runtime.event(
+            "finding", EventSubject.POLICY_BUNDLE, about=("bundle_refused", mark), reasons=(reason,)
+        )
 
     runtime.on_start(engine.start)
     runtime.on_stop(engine.close)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import (
     Coordinates,
     CredentialRequest,
@@ -89,7 +90,7 @@ class Evaluation:
     """Their append times, by the digest of each."""
 
 
-def denied(code: str, message: str, *, retry_after_s: int | None = None) -> Evaluation:
+def denied(code: Code, message: str, *, retry_after_s: int | None = None) -> Evaluation:
     """A denial that needs no records."""
     return Evaluation(Ruling("denied", (Reason(code=code, message=message),), retry_after_s=retry_after_s))
 
@@ -216,11 +217,11 @@ def verdict_of(
     required = required_classes(floors, result.approvals, break_glass=break_glass)
     denials = _distinct([*against, *result.deny])
     if not result.allow and not denials:
-        denials = (Reason(code="policy_denied", message="policy does not allow it and gave no reason"),)
+        denials = (Reason(code=Code.POLICY_DENIED, message="policy does not allow it and gave no reason"),)
     ttl_s = min(asked_s, result.max_ttl_s, target_max_ttl_s)
     if not denials and ttl_s < 1:
         message = f"policy allows it for {ttl_s} s, which is no time at all"
-        denials = (Reason(code="policy_invalid", message=message),)
+        denials = (Reason(code=Code.POLICY_INVALID, message=message),)
     if break_glass and not against:
         # A bundle that denies may give no life at all. If it gives one, break glass cannot exceed it.
         limits = [asked_s, target_max_ttl_s, BREAK_GLASS_TTL_S]
@@ -230,7 +231,7 @@ def verdict_of(
 
 
 _NOT_NEEDED = Reason(
-    code="break_glass_not_needed", message="policy does not deny it: ask without break glass"
+    code=Code.BREAK_GLASS_NOT_NEEDED, message="policy does not deny it: ask without break glass"
 )
 
 
@@ -238,7 +239,7 @@ def _overridden(verdict: RequestVerdict) -> tuple[Reason, ...]:
     if not verdict.outweighed:
         return ()
     message = "break glass: it takes two operators, who allow once what policy denies"
-    return (Reason(code="break_glass", message=message), *verdict.outweighed)
+    return (Reason(code=Code.BREAK_GLASS, message=message), *verdict.outweighed)
 
 
 def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
@@ -253,7 +254,7 @@ def _shortened(asked_s: int, ttl_s: int) -> tuple[Reason, ...]:
     if ttl_s == asked_s:
         return ()
     return (
-        Reason(code="ttl_shortened", message=f"{ttl_s} s instead of the {asked_s} s that were asked for"),
+        Reason(code=Code.TTL_SHORTENED, message=f"{ttl_s} s instead of the {asked_s} s that were asked for"),
     )
 
 
@@ -268,9 +269,9 @@ def _why_asked(
         verbs = sorted(v.verb for v in target.verbs if v.floor == wanted_class and v.verb in wanted)
         if verbs:
             message = f"{target.target_id} wants {_WHOSE[wanted_class]} for {', '.join(verbs)}"
-            found.append(Reason(code="floor", message=message[:1000]))
+            found.append(Reason(code=Code.FLOOR, message=message[:1000]))
         if wanted_class in result.approvals:
-            found.append(Reason(code="policy", message=f"policy wants {_WHOSE[wanted_class]}"))
+            found.append(Reason(code=Code.POLICY, message=f"policy wants {_WHOSE[wanted_class]}"))
     return tuple(found)
 
 

@@ -22,6 +22,7 @@ from ringfence.kernel.crypto.jws import kid_of
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.run import Run, RunExit, RunOrder
 from ringfence.messages.topics import RUN
@@ -152,7 +153,7 @@ class OrderIntake:
             signed = verified_order(record.value, self._directory, record.appended_at_ms)
             order = signed.claims
             if order.pool != record.key:
-                raise InvalidMessageError("the Kafka key of an order is its pool", code="key_unexpected")
+                raise InvalidMessageError("the Kafka key of an order is its pool", code=Code.KEY_UNEXPECTED)
         except InvalidMessageError as error:
             metrics.RUN_ORDERS_REFUSED.labels("invalid").inc()
             await self._runtime.dead_letters.send(record, error)
@@ -168,7 +169,7 @@ class OrderIntake:
         problem = problem or self._pool.problem(order)
         if problem is None and not self._has_room() and self.waiting >= self._pool.queue_length:
             message = f"{self.waiting} orders of pool {self._pool.name} wait already; order again later"
-            problem = Reason(code="queue_full", message=message)
+            problem = Reason(code=Code.QUEUE_FULL, message=message)
         if problem is not None:
             await self._refuse(waiting, problem)
             return None
@@ -232,9 +233,9 @@ class OrderIntake:
             waiting.run_id, agent_id=order.agent_id, task_id=order.task_id, ordered_by=order.iss
         )
         if stopped is not None:
-            return Reason(code="run_stopped", message=stopped[:1000])
+            return Reason(code=Code.RUN_STOPPED, message=stopped[:1000])
         if order.exp < self._runtime.broker_now_ms() // 1000:
-            return Reason(code="order_expired", message="the order waited for longer than it is valid")
+            return Reason(code=Code.ORDER_EXPIRED, message="the order waited for longer than it is valid")
         return None
 
     async def _refuse(self, waiting: _Waiting, reason: Reason) -> None:

@@ -14,9 +14,10 @@ from ringfence.audit.events import kinds
 from ringfence.audit.events.ocsf import Copied, OcsfEvent, VerifiedMessage, event, scrubbed, user_of
 from ringfence.audit.memory import RequestFacts
 from ringfence.messages.approval import BreakGlassReview
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import DecidedTerms, Reason
 
-NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
+NO_DENIALS = frozenset({Code.BREAK_GLASS, Code.TTL_SHORTENED})
 """Reason codes of such a decision that are not overridden denials."""
 _TITLE = "Break glass: a credential that policy denied"
 _OF_USE = ("agent", "act", "task", "on_behalf_of", "sponsor", "target", "permissions")
@@ -90,14 +91,16 @@ def review_problem(
         use: the `unmapped` fields of the use's event, or None if no such use was audited.
     """
     if {"operator", "auditor"}.isdisjoint(roles):
-        return Reason(code="not_reviewer", message="operators and auditors review break glass")
+        return Reason(code=Code.NOT_REVIEWER, message="operators and auditors review break glass")
     if use is None or use.get("decision_digest") != claims.decision_digest:
-        return Reason(code="break_glass_unknown", message="no such use of break glass was audited")
+        return Reason(code=Code.BREAK_GLASS_UNKNOWN, message="no such use of break glass was audited")
     if reviewer in (use.get("approvers") or ()):
-        return Reason(code="reviewer_approved", message=f"{reviewer} approved it; somebody else reviews it")
+        return Reason(
+            code=Code.REVIEWER_APPROVED, message=f"{reviewer} approved it; somebody else reviews it"
+        )
     if reviewer in (use.get("sponsor"), use.get("on_behalf_of")):
         message = f"{reviewer} answers for the agent, or had the task done; somebody else reviews it"
-        return Reason(code="reviewer_involved", message=message)
+        return Reason(code=Code.REVIEWER_INVOLVED, message=message)
     return None
 
 

@@ -23,6 +23,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import DecidedTerms, Reason, RequestWithdraw
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
 from ringfence.model.identity.spiffe_ids import spiffe_id
@@ -306,7 +307,7 @@ def lease_void(
     message = f"a record of lease {claims.lease_id} by {by} came too late and counts for nothing"
     return event(
         signed, kinds.LEASE_VOID, message, attributes, fields, key=claims.agent_id, correlation=claims.request_id,
-        reasons=(Reason(code="epoch_over", message=why),), traceparent=lease.traceparent,
+        reasons=(Reason(code=Code.EPOCH_OVER, message=why),), traceparent=lease.traceparent,
     )  # fmt: skip
 
 

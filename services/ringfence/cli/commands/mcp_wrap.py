@@ -16,6 +16,7 @@ from ringfence.cli.shared.mounted_program import check_program
 from ringfence.cli.shared.options import AllowOption, duration_s, run, size_bytes
 from ringfence.cli.shared.output import note, visible
 from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.messages.permission import Scope
@@ -149,7 +150,7 @@ def _refuse_static_keys(environment: dict[str, str], words: list[str]) -> None:
     for where, title in _static_keys(environment, words):
         raise RingfenceError(
             f"{where} looks like a static key ({title}), and none gets into the sandbox",
-            code="static_key",
+            code=Code.STATIC_KEY,
         ).with_remedy(
             "put the server's target behind the gateway, ask for it with --allow, and give a placeholder: the "
             "gateway replaces it"
@@ -204,7 +205,7 @@ async def _wrap(
             server = wrapped_server(directory, task, target, wanted)
             entry = directory.task(task)
             if entry is None:
-                raise RunRefusedError(f"there is no task {task}", code="task_unknown")
+                raise RunRefusedError(f"there is no task {task}", code=Code.TASK_UNKNOWN)
             now_s, nonce = int(time.time()), secrets.token_hex(16)
             deadline_s = min(now_s + ttl_s, entry.state.not_after)
             argv = server.command(

@@ -23,6 +23,7 @@ from ringfence.cli.shared.options import duration_s, identity, run, settings, si
 from ringfence.cli.shared.output import note, print_json_line, visible
 from ringfence.cli.shared.settings_check import import_settings
 from ringfence.kernel.base.errors import SettingsError
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
@@ -120,7 +121,7 @@ async def _run(
         ):
             entry = (await host.connection.current_directory()).task(task_id)
             if entry is None:
-                raise RunRefusedError(f"there is no task {task_id}", code="task_unknown").with_remedy(
+                raise RunRefusedError(f"there is no task {task_id}", code=Code.TASK_UNKNOWN).with_remedy(
                     "see: ringfence task list"
                 )
             nonce = secrets.token_hex(16)
@@ -187,7 +188,7 @@ async def _backend(name: str | None, own: ClientSettings) -> SandboxBackend:
             return found
         reasons.append(f"{one}: {'; '.join(problems)}")
     raise RunRefusedError(
-        f"no sandbox can be made here. {' '.join(reasons)}", code="sandbox_unavailable"
+        f"no sandbox can be made here. {' '.join(reasons)}", code=Code.SANDBOX_UNAVAILABLE
     ).with_remedy("see what this machine lacks: ringfence doctor")
 
 

@@ -14,6 +14,7 @@ from ringfence.client.exports.writers import ExportWriter, Format, writer_of
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import check_output, open_private, write_private
+from ringfence.messages.codes import Code
 
 PART: Final = ".part"
 STATE: Final = ".part.json"
@@ -22,7 +23,7 @@ STATE: Final = ".part.json"
 class ExportError(RingfenceError):
     """Raised when an export cannot begin or resume with the files that exist."""
 
-    code = "export_files"
+    code = Code.EXPORT_FILES
 
 
 class ExportQuery(BaseModel):

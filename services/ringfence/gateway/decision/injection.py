@@ -25,6 +25,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -206,7 +207,7 @@ class Injector:
             raise UnavailableError(f"Ringfence has no credential for target {target.target_id} now") from None
         problem = self._table.problem(lease)
         if problem is not None:
-            raise UnavailableError(problem.message, code=problem.code)
+            raise UnavailableError(problem.message, code=ReceivedCode(problem.code))
         return headers
 
     def cached_headers(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:

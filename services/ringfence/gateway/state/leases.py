@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.base.clock import MAX_SKEW_MS, Clock
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.model.leases.lifecycle import (
@@ -254,26 +255,26 @@ class LeaseTable:
         """Whether `problem` would return None at this time of the gateway's own clock."""
         return self._problem_code(lease_id, now_ms) is None
 
-    def _problem_code(self, lease_id: str, now_ms: int) -> tuple[str, str] | None:
+    def _problem_code(self, lease_id: str, now_ms: int) -> tuple[Code, str] | None:
         """Code and message of the reason why a lease cannot be used."""
         entry = self._entries.get(lease_id)
         if entry is None or entry.lease is None or entry.lease.status != "active":
-            return "lease_ended", "has ended"
+            return Code.LEASE_ENDED, "has ended"
         if entry.lease.deadline * 1000 <= now_ms:
             return self._deadline_problem(entry.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
-            return "lease_cut", "was revoked"
+            return Code.LEASE_CUT, "was revoked"
         if entry.lease.instance is not None and _run_of(entry.lease) in self._ended_runs:
-            return "run_ended", "is of a run that has ended"
+            return Code.RUN_ENDED, "is of a run that has ended"
         if entry.fences_seen != self._fence_changes:
             entry.fenced, entry.fences_seen = self._is_fenced(entry.lease), self._fence_changes
-        return ("lease_cut", "was revoked together with others") if entry.fenced else None
+        return (Code.LEASE_CUT, "was revoked together with others") if entry.fenced else None
 
-    def _deadline_problem(self, deadline_ms: int, now_ms: int) -> tuple[str, str]:
+    def _deadline_problem(self, deadline_ms: int, now_ms: int) -> tuple[Code, str]:
         broker_ms = self._broker_ms()
         if deadline_ms <= broker_ms or now_ms - broker_ms <= MAX_SKEW_MS:
-            return "lease_ended", "has passed its deadline"
-        return "stale_view", "has passed its deadline by the clock of this gateway alone, which is ahead"
+            return Code.LEASE_ENDED, "has passed its deadline"
+        return Code.STALE_VIEW, "has passed its deadline by the clock of this gateway alone, which is ahead"
 
     def _is_fenced(self, lease: Lease) -> bool:
         return any(
@@ -333,6 +334,6 @@ def _run_of(lease: Lease) -> str | None:
     )
 
 
-def _lease_problem(code: str, problem: str, lease: Lease) -> Reason:
-    remedy = "try again" if code == "stale_view" else "ask for a new credential"
+def _lease_problem(code: Code, problem: str, lease: Lease) -> Reason:
+    remedy = "try again" if code == Code.STALE_VIEW else "ask for a new credential"
     return Reason(code=code, message=f"lease {lease.lease_id} {problem}; {remedy}", side="lease")

@@ -10,6 +10,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest
 from ringfence.messages.registry import AnyState
@@ -83,11 +84,11 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
     kinds = BY_AGENTS if agent_id else BY_USERS if user_id else BY_SERVICES
     if claims.kind not in kinds:
         return Reason(
-            code="kind_unexpected", message=f"{claims.iss} may not ask for an end of kind {claims.kind}"
+            code=Code.KIND_UNEXPECTED, message=f"{claims.iss} may not ask for an end of kind {claims.kind}"
         )
     if claims.lease_id is not None and lease is None:
         return Reason(
-            code="lease_unknown", message=f"there is no lease {claims.lease_id}, or it ended long ago"
+            code=Code.LEASE_UNKNOWN, message=f"there is no lease {claims.lease_id}, or it ended long ago"
         )
     if agent_id is None and user_id is None:
         return None  # a service: its signature was accepted for its role
@@ -100,7 +101,7 @@ def objection(revocation: Revocation, lease: Lease | None, directory: Directory)
             "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
             "behalf of, or an operator"
         )
-    return None if entitled else Reason(code="not_entitled", message=rule)
+    return None if entitled else Reason(code=Code.NOT_ENTITLED, message=rule)
 
 
 def _is_of_another_run(claims: RevocationRequest, lease: Lease) -> bool:

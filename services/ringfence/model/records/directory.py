@@ -22,6 +22,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
+from ringfence.messages.codes import AnyCode, Code, ReceivedCode
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.operations import Heartbeat, PartitionDigest
 from ringfence.messages.registry import (
@@ -40,7 +41,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import AGENT, HEARTBEAT, RUN, TARGET, TASK, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import NO_HISTORY, Giver, KeyHistory, KeyOrigin, may_be_dropped
-from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
+from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
 from ringfence.model.records.user_keys import user_key
 
@@ -84,7 +85,7 @@ class VerifiedRecord(Generic[S]):
 class Alarm:
     """Something on a record topic that an honest registry does not do."""
 
-    code: str
+    code: AnyCode
     message: str
     subject: str
     """The SPIFFE ID of the record's subject, or the key of the Kafka record."""
@@ -246,17 +247,18 @@ class Directory:
             return f"{error.code}: {error}"
         id = subject_of(self._trust.trust_domain, record.sub, kind)
         if id is None:
-            return f"wrong_subject: {record.sub} is no {kind}"
+            return f"{Code.WRONG_SUBJECT}: {record.sub} is no {kind}"
         if key is not None and key != id:
-            return f"wrong_key: the record of {record.sub} stands under the key {key}"
+            return f"{Code.WRONG_KEY}: the record of {record.sub} stands under the key {key}"
         slot = self._slots[kind].get(id)
         if slot is not None:
             if record == slot.record:
                 return None  # the same record, perhaps signed again
             if record.revision <= slot.record.revision:
-                return f"revision_fell: {record.sub} has revision {slot.record.revision}, this says {record.revision}"
+                said = f"{record.sub} has revision {slot.record.revision}, this says {record.revision}"
+                return f"{Code.REVISION_FELL}: {said}"
             if problem := _history_problem(slot.record.commands, record.commands):
-                return f"history_changed: revision {record.revision} of {record.sub} {problem}"
+                return f"{Code.HISTORY_CHANGED}: revision {record.revision} of {record.sub} {problem}"
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
         if kind != "target":  # other records may rest on it
@@ -292,7 +294,7 @@ class Directory:
         if key in self._slots[kind]:
             self._displaced.add((kind, key))
         code, _, message = problem.partition(": ")
-        if code == "key_unknown":
+        if code == Code.KEY_UNKNOWN:
             self._awaiting_trust.append(record)
         log.error(
             "refused a %s record at %d@%d: %s",
@@ -303,7 +305,7 @@ class Directory:
             extra=rate_limited(record.topic_name, code),
         )
         subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
-        self._on_alarm(Alarm(code, message, subject, record.coordinates))
+        self._on_alarm(Alarm(ReceivedCode(code), message, subject, record.coordinates))
 
     def _is_own(self, record: Received) -> bool:
         """Whether this record was admitted when it was published. True once for each."""
@@ -316,7 +318,7 @@ class Directory:
 
     def _problem(self, kind: SubjectKind, record: Received) -> str | None:
         if not record.value:
-            return "tombstone: a record was deleted, which no registry does"
+            return f"{Code.TOMBSTONE}: a record was deleted, which no registry does"
         key = record.key or ""
         slot = self._slots[kind].get(key)
         if slot is not None and slot.compact == record.value:
@@ -540,9 +542,9 @@ class Directory:
         try:
             self._chains.verify(slot.record)
         except ChainError as error:
-            if error.code == INCOMPLETE:
+            if error.code == Code.CHAIN_INCOMPLETE:
                 log.info("the record of %s does not count yet: %s", slot.record.sub, error)
-            elif slot.broken is None or slot.broken.code == INCOMPLETE:
+            elif slot.broken is None or slot.broken.code == Code.CHAIN_INCOMPLETE:
                 log.error("the record of %s counts for nothing: %s", slot.record.sub, error)
                 self._on_alarm(Alarm(error.code, str(error), slot.record.sub, slot.source))
             slot.broken, slot.broken_as_of = error, self._admitted_count

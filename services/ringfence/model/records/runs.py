@@ -20,6 +20,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.enrolment import InstanceEnrolment, InstanceRef
 from ringfence.messages.run import Run, RunStatus
@@ -39,7 +40,9 @@ FOLLOWING: Final[dict[RunStatus, frozenset[RunStatus]]] = {
 }
 """Which statuses may follow each status."""
 OVER: Final[frozenset[RunStatus]] = frozenset({"ended", "lost"})
-BY_TIME_OR_END: Final = frozenset({"run_ended", "run_unknown", "run_not_started", "run_not_understood"})
+BY_TIME_OR_END: Final = frozenset(
+    {Code.RUN_ENDED, Code.RUN_UNKNOWN, Code.RUN_NOT_STARTED, Code.RUN_NOT_UNDERSTOOD}
+)
 """Codes of denials that an honest policy may not have known when it decided."""
 _SAME: Final = (
     "run_id", "order_id", "nonce", "ordered_by", "agent_id", "task_id", "deadline", "backend", "limits",
@@ -133,7 +136,7 @@ class RunTable:
         try:
             run = self.verified(record)
         except InvalidMessageError as error:
-            if error.code == "key_unknown":
+            if error.code == Code.KEY_UNKNOWN:
                 self._awaiting_trust.append(record)
             log.warning(
                 "not a run: %s/%d@%d: %s",
@@ -195,14 +198,15 @@ class RunTable:
             audience=self._trust.trust_domain,
         ).claims
         if record.key != run.run_id:
-            raise InvalidMessageError("the Kafka key of a run is its id", code="key_unexpected")
+            raise InvalidMessageError("the Kafka key of a run is its id", code=Code.KEY_UNEXPECTED)
         if run.run_id != run_id_of(run.iss, order_id=run.order_id, nonce=run.nonce):
             raise InvalidMessageError(
-                "the id of a run follows from its order, or its runner", code="run_id_unexpected"
+                "the id of a run follows from its order, or its runner", code=Code.RUN_ID_UNEXPECTED
             )
         if run.deadline > record.appended_at_ms // 1000 + MAX_RUN_S + _CLOCKS_DIFFER_S:
             raise InvalidMessageError(
-                f"a run lasts {MAX_RUN_S // 3600} h at most, and its deadline is later", code="run_too_long"
+                f"a run lasts {MAX_RUN_S // 3600} h at most, and its deadline is later",
+                code=Code.RUN_TOO_LONG,
             )
         return run
 
@@ -244,7 +248,7 @@ def run_violations(
     found = []
     if instance.run.task_id != task_id:
         message = f"the instance is that of a run of task {instance.run.task_id}, and acts within no other"
-        found.append(Reason(code="instance_other_task", message=message))
+        found.append(Reason(code=Code.INSTANCE_OTHER_TASK, message=message))
     problem = _problem(instance, run, agent_id, kid, now_s)
     return (*found, problem) if problem is not None else tuple(found)
 
@@ -255,19 +259,19 @@ def _problem(
     assert instance.run is not None
     id = instance.run.run_id
     if run is None:
-        return Reason(code="run_unknown", message=f"no runner says that there is a run {id}")
+        return Reason(code=Code.RUN_UNKNOWN, message=f"no runner says that there is a run {id}")
     if run.status in OVER or now_s >= run.deadline:
         return Reason(
-            code="run_ended", message=f"run {id} has ended, and with it everything that its instance may"
+            code=Code.RUN_ENDED, message=f"run {id} has ended, and with it everything that its instance may"
         )
     if run.status != "started":
-        return Reason(code="run_not_started", message=f"run {id} has not started yet")
+        return Reason(code=Code.RUN_NOT_STARTED, message=f"run {id} has not started yet")
     if fields := unknown_fields(run):
         message = (
             f"run {id} has a field that is not known here, and may limit it: {names_of(fields)}; upgrade"
         )
-        return Reason(code="run_not_understood", message=message[:1000])
+        return Reason(code=Code.RUN_NOT_UNDERSTOOD, message=message[:1000])
     same = (run.agent_id, run.task_id) == (agent_id, instance.run.task_id)
     if not same or runner_issuer_of(run.iss) != instance.issuer or kid not in (None, run.key_thumbprint):
-        return Reason(code="run_mismatch", message=f"run {id} is of another agent, task, runner or key")
+        return Reason(code=Code.RUN_MISMATCH, message=f"run {id} is of another agent, task, runner or key")
     return None

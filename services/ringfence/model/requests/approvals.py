@@ -9,6 +9,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import Signed, is_by_passkey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.base import Jws
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, Delivery, Reason, RequiredClass, Revisions
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
@@ -75,24 +76,24 @@ def approval_problem(
     claims = approval.claims
     if claims.request_digest != facts.request.digest or claims.request != facts.request.compact:
         return Reason(
-            code="approval_other_request", message="the approval is a signature over another request"
+            code=Code.APPROVAL_OTHER_REQUEST, message="the approval is a signature over another request"
         )
     if claims.verdict != "approved":
         return Reason(
-            code="approval_denied",
+            code=Code.APPROVAL_DENIED,
             message=f"{claims.iss} denied it: {(claims.comment or 'no comment')[:500]}",
         )
     if (unread := not_understood(claims)) is not None:
         return unread
     if (claims.ttl_s, claims.delivery) != (ttl_s, delivery):
         return Reason(
-            code="approval_other_terms", message="the approval was given for another TTL or delivery"
+            code=Code.APPROVAL_OTHER_TERMS, message="the approval was given for another TTL or delivery"
         )
     if at_ms > claims.exp * 1000 + APPROVAL_SLACK_MS:
-        return Reason(code="approval_expired", message="the time of the approval is over; ask anew")
+        return Reason(code=Code.APPROVAL_EXPIRED, message="the time of the approval is over; ask anew")
     if claims.revisions != revisions:
         return Reason(
-            code="approval_stale",
+            code=Code.APPROVAL_STALE,
             message="agent, user, task, target or policy changed since the approval; ask anew",
         )
     return None
@@ -108,7 +109,7 @@ def append_time_of(decision: CredentialDecision, answer: Jws) -> int | None:
     at_ms = (decision.answers_at_ms or {}).get(digest(answer))
     if at_ms is None:
         raise InvalidMessageError(
-            "the decision does not say when the passkey's answer was appended", code="append_time_unknown"
+            "the decision does not say when the passkey's answer was appended", code=Code.APPEND_TIME_UNKNOWN
         )
     return at_ms
 
@@ -121,7 +122,7 @@ def not_understood(answer: Approval | ActionApproval) -> Reason | None:
     if answer.verdict != "approved" or is_understood(answer):
         return None
     message = describe_unknown(unknown_fields(answer), "the approval")[:2048]
-    return Reason(code="approval_not_understood", message=message)
+    return Reason(code=Code.APPROVAL_NOT_UNDERSTOOD, message=message)
 
 
 def unmet(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.approval import ActionApproval, Approval, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import FloorKey, TargetState
@@ -62,13 +63,13 @@ def approver_key_problem(
     try:
         signer = _key_of(approval, directory)
     except ChainError as error:
-        return KeyProblem(Reason(code="record_untrusted", message=str(error)[:1000]), 0)
+        return KeyProblem(Reason(code=Code.RECORD_UNTRUSTED, message=str(error)[:1000]), 0)
     if signer is None:
         message = f"the record of {approval.claims.iss} does not say where this key comes from"
-        return KeyProblem(Reason(code="key_unknown", message=message), 0)
+        return KeyProblem(Reason(code=Code.KEY_UNKNOWN, message=message), 0)
     if at_ms // 1000 >= signer.key.not_after:
         message = f"key {signer.key.kid} of {signer.user_id} has ended since; approve anew with another"
-        return KeyProblem(Reason(code="key_ended", message=message), 0)
+        return KeyProblem(Reason(code=Code.KEY_ENDED, message=message), 0)
     if (reason := floor_problem(signer.key, facts.target.state, verbs)) is not None:
         return KeyProblem(reason, 0)
     parties = {*beside, *facts.sponsors, facts.task.state.on_behalf_of}
@@ -85,19 +86,19 @@ def origin_problem(
             f"key {origin.kid} of {user_id} was added by {origin.by or 'the root'} and counts for approvals only from "
             f"{since}; use another key, or have a second operator co-sign a new one (ringfence user endorse-key)"
         )
-        return _problem("key_too_new", message, origin)
+        return _problem(Code.KEY_TOO_NEW, message, origin)
     if beside := sorted(origin.vouchers & set(parties) - {user_id}):
         message = (
             f"key {origin.kid} of {user_id} rests on the word of {', '.join(beside)}, who takes part in this; "
             "use another key, or have somebody else approve"
         )
-        return _problem("key_beside_voucher", message, origin)
+        return _problem(Code.KEY_BESIDE_VOUCHER, message, origin)
     if (giver := directory.compromised_giver(origin)) is not None:
         message = (
             f"key {origin.kid} of {user_id} rests on key {giver.kid} of {giver.user_id}, which was compromised then; "
             f"end it, and have another added: ringfence user end-key {user_id} {origin.kid} --compromised --since TIME"
         )
-        return _problem("key_voucher_compromised", message, origin)
+        return _problem(Code.KEY_VOUCHER_COMPROMISED, message, origin)
     return None
 
 
@@ -112,7 +113,7 @@ def lent_by(user_id: str, approvals: Sequence[AnyApproval], directory: Directory
                 f"{signer.user_id} approved with a key that rests on the word of {user_id}; somebody else has to "
                 "approve beside that"
             )
-            return Reason(code="key_beside_voucher", message=message)
+            return Reason(code=Code.KEY_BESIDE_VOUCHER, message=message)
     return None
 
 
@@ -126,9 +127,9 @@ def floor_problem(key: KeyRecord, target: TargetState, verbs: Collection[str]) -
     return None
 
 
-_WANTED: dict[FloorKey, tuple[str, str]] = {
-    "attested": ("key_not_attested", "a passkey whose attestation an operator verified"),
-    "file": ("key_not_file", "a key file"),
+_WANTED: dict[FloorKey, tuple[Code, str]] = {
+    "attested": (Code.KEY_NOT_ATTESTED, "a passkey whose attestation an operator verified"),
+    "file": (Code.KEY_NOT_FILE, "a key file"),
 }
 
 
@@ -150,5 +151,5 @@ def _key_of(approval: AnyApproval, directory: Directory) -> _ApproverKey | None:
     return _ApproverKey(user_id, key, origin) if key is not None and origin is not None else None
 
 
-def _problem(code: str, message: str, origin: KeyOrigin) -> KeyProblem:
+def _problem(code: Code, message: str, origin: KeyOrigin) -> KeyProblem:
     return KeyProblem(Reason(code=code, message=message[:1000]), origin.added_ms)

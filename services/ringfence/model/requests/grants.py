@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.base import typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Delivery, Reason, Revisions
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
@@ -59,27 +60,29 @@ def grant_problem(
         return unread
     if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
         return Reason(
-            code="grant_too_long",
+            code=Code.GRANT_TOO_LONG,
             message=f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one",
         )
     if (grant.agent_id, grant.task_id) != (agent.agent_id, task.task_id):
-        return Reason(code="grant_other_task", message="the grant was given for another task or agent")
+        return Reason(code=Code.GRANT_OTHER_TASK, message="the grant was given for another task or agent")
     if facts.break_glass:
         return Reason(
-            code="grant_breaks_no_glass", message="break glass takes signatures over the very request"
+            code=Code.GRANT_BREAKS_NO_GLASS, message="break glass takes signatures over the very request"
         )
     one_target = len({permission.target for permission in grant.scope}) == 1  # it has one target's revision
     if not one_target or missing(facts.request.claims.scope, grant.scope):
-        return Reason(code="grant_other_scope", message="the request reaches beyond the scope of the grant")
+        return Reason(
+            code=Code.GRANT_OTHER_SCOPE, message="the request reaches beyond the scope of the grant"
+        )
     if ttl_s > grant.ttl_s or delivery != grant.delivery:
         return Reason(
-            code="grant_other_terms", message="the grant was given for a shorter life or another delivery"
+            code=Code.GRANT_OTHER_TERMS, message="the grant was given for a shorter life or another delivery"
         )
     if at_ms >= grant.exp * 1000:
-        return Reason(code="grant_ended", message="the time of the grant is over; ask anew")
+        return Reason(code=Code.GRANT_ENDED, message="the time of the grant is over; ask anew")
     if grant.revisions != revisions:
         return Reason(
-            code="grant_stale",
+            code=Code.GRANT_STALE,
             message="agent, user, task, target or policy changed since the grant was given; ask anew",
         )
     return None
@@ -90,7 +93,7 @@ def not_understood(grant: Grant) -> Reason | None:
     if is_understood(grant):
         return None
     return Reason(
-        code="grant_not_understood", message=describe_unknown(unknown_fields(grant), "the grant")[:2048]
+        code=Code.GRANT_NOT_UNDERSTOOD, message=describe_unknown(unknown_fields(grant), "the grant")[:2048]
     )
 
 

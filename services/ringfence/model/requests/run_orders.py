@@ -11,6 +11,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import AgentState, TaskState, UserState
 from ringfence.messages.run import RunOrder, RunStop
@@ -41,7 +42,7 @@ def verified_stop(compact: str | bytes, directory: Directory, appended_at_ms: in
 def _verified(compact: str | bytes, model: type[C], directory: Directory, appended_at_ms: int) -> Signed[C]:
     if len(compact) > MAX_ORDER_BYTES:
         raise InvalidMessageError(
-            f"a {model.typ} of {len(compact)} bytes; the limit is {MAX_ORDER_BYTES}", code="too_large"
+            f"a {model.typ} of {len(compact)} bytes; the limit is {MAX_ORDER_BYTES}", code=Code.TOO_LARGE
         )
     try:
         return verify(
@@ -67,30 +68,33 @@ def order_problem(order: RunOrder, kid: str, directory: Directory, at_s: float) 
     `kid` is the key that signed it, and `at_s` its append time.
     """
     if fields := unknown_fields(order):
-        return Reason(code="unknown_field", message=describe_unknown(fields, "the order")[:1000])
+        return Reason(code=Code.UNKNOWN_FIELD, message=describe_unknown(fields, "the order")[:1000])
     try:
         task, agent = directory.task(order.task_id), directory.agent(order.agent_id)
         user_id = subject_of(order.aud, order.iss, "user")
         user = directory.user(user_id) if user_id is not None else None
         voucher_problem = directory.voucher_problem(order.iss, kid)
     except ChainError as error:
-        return Reason(code="record_untrusted", message=str(error)[:1000])
+        return Reason(code=Code.RECORD_UNTRUSTED, message=str(error)[:1000])
     if voucher_problem is not None:
         message = f"{voucher_problem}; order the run with another key"
-        return Reason(code="key_voucher_compromised", message=message)
+        return Reason(code=Code.KEY_VOUCHER_COMPROMISED, message=message)
     since_ms = (user.state.compromised or {}).get(kid) if user is not None else None
     if since_ms is not None and at_s * 1000 >= since_ms:
         message = f"key {kid} of {order.iss} is ended as compromised; order the run with another key"
-        return Reason(code="key_compromised", message=message)
-    if agent is None or agent.state.status != "active":
-        status = agent.state.status if agent is not None else "unknown"
-        return Reason(code=f"agent_{status}", message=f"agent {order.agent_id} is {status}")
+        return Reason(code=Code.KEY_COMPROMISED, message=message)
+    if agent is None:
+        return Reason(code=Code.AGENT_UNKNOWN, message=f"agent {order.agent_id} is unknown")
+    if (status := agent.state.status) != "active":
+        return Reason(code=inactive_agent(status), message=f"agent {order.agent_id} is {status}")
     if task is None:
-        return Reason(code="task_unknown", message=f"there is no task {order.task_id}")
+        return Reason(code=Code.TASK_UNKNOWN, message=f"there is no task {order.task_id}")
     if task.state.agent_id != order.agent_id:
-        return Reason(code="task_other_agent", message=f"task {order.task_id} was assigned to another agent")
+        return Reason(
+            code=Code.TASK_OTHER_AGENT, message=f"task {order.task_id} was assigned to another agent"
+        )
     if task.state.status != "active" or task.state.not_after <= at_s:
-        return Reason(code="task_ended", message=f"task {order.task_id} has ended")
+        return Reason(code=Code.TASK_ENDED, message=f"task {order.task_id} has ended")
     return _user_problem(order.iss, user, task, agent)
 
 
@@ -108,9 +112,9 @@ def stop_problem(
         user_id = subject_of(stop.aud, stop.iss, "user")
         user = directory.user(user_id) if user_id is not None else None
     except ChainError as error:
-        return Reason(code="record_untrusted", message=str(error)[:1000])
+        return Reason(code=Code.RECORD_UNTRUSTED, message=str(error)[:1000])
     if task is None or agent is None:
-        return Reason(code="task_unknown", message=f"there is no task {task_id} of agent {agent_id}")
+        return Reason(code=Code.TASK_UNKNOWN, message=f"there is no task {task_id} of agent {agent_id}")
     return _user_problem(stop.iss, user, task, agent)
 
 
@@ -121,8 +125,8 @@ def _user_problem(
     agent: VerifiedRecord[AgentState],
 ) -> Reason | None:
     if user is None or user.state.status != "active" or user.state.delegation is not None:
-        return Reason(code="user_disabled", message=f"{signer} is no active user")
+        return Reason(code=Code.USER_DISABLED, message=f"{signer} is no active user")
     if user.state.user_id not in (task.state.assigned_by, task.state.on_behalf_of, agent.state.sponsor):
         message = "a run is ordered and stopped by its task's assigner or user, or by its agent's sponsor"
-        return Reason(code="not_entitled", message=message)
+        return Reason(code=Code.NOT_ENTITLED, message=message)
     return None

@@ -16,6 +16,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.traceparent import nearest
 from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, is_same_requester
@@ -26,14 +27,12 @@ from ringfence.policy.decision_log import Decisions, RecordPosition, RequestStat
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.domain import MAX_REASONS, Case, Evaluation, Ruling, may_approve_any, signer
-from ringfence.policy.incoming.admission import MISPLACED, MessageVerifier, is_for_others
+from ringfence.policy.incoming.admission import MessageVerifier, is_for_others
 
 log = logging.getLogger(__name__)
 
 OVERDUE_MS = 2_000
 """How long after their end pending requests are closed: answers appended in time should have been read by then."""
-WITHDRAWN = "withdrawn"
-"""The reason code of a request that its agent withdrew."""
 _CLOSE_EVERY_S = 0.5
 _PAUSE_EVERY = 20
 
@@ -145,28 +144,28 @@ class ApprovalHandler:
         claims, place = approval.claims, RecordPosition(record.partition, record.offset)
         state = self._decisions.get(claims.request_id)
         if state is None or state.outcome is None:
-            return _reason("request_unknown", "no request with this id waits for an approval")
+            return _reason(Code.REQUEST_UNKNOWN, "no request with this id waits for an approval")
         if record.key != state.agent_id:
             return _reason(
-                "key_unexpected", f"the Kafka key of an approval is the agent's id, {state.agent_id}"
+                Code.KEY_UNEXPECTED, f"the Kafka key of an approval is the agent's id, {state.agent_id}"
             )
         if problem := await self._verifier.misplaced(record, state.agent_id):
-            return _reason(MISPLACED, problem)
+            return _reason(Code.PARTITION_UNEXPECTED, problem)
         state.traceparent = nearest(record.traceparent, state.traceparent)
         seen = state.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:
             if seen[0] != approval.digest or seen[1] not in (None, place):
-                return _reason("approval_replayed", "this approval was given before; each counts once")
+                return _reason(Code.APPROVAL_REPLAYED, "this approval was given before; each counts once")
             await self._finish(state)
             return None
         if state.pending is None:
-            return _reason("already_decided", f"the request is {state.outcome} already, and that stands")
+            return _reason(Code.ALREADY_DECIDED, f"the request is {state.outcome} already, and that stands")
         if late is not None:
             return _reason(late.code, str(late))
         pending = state.pending
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
             await self._close(state, pending, (_expired_reason(pending),))
-            return _reason("approval_expired", "the time in which approvals counted is over")
+            return _reason(Code.APPROVAL_EXPIRED, "the time in which approvals counted is over")
         return await self._evaluate(approval, place, record.appended_at_ms, state, pending)
 
     async def _evaluate(
@@ -179,11 +178,11 @@ class ApprovalHandler:
     ) -> Reason | None:
         claims, case, user_id = approval.claims, _case(state, pending), signer(approval)
         if user_id is None:
-            return _reason("not_a_person", f"{claims.iss} is no user; only people approve")
+            return _reason(Code.NOT_A_PERSON, f"{claims.iss} is no user; only people approve")
         if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
-            return _reason("approval_other_request", "the approval is a signature over another request")
+            return _reason(Code.APPROVAL_OTHER_REQUEST, "the approval is a signature over another request")
         if stale := await self._evaluator.stale():
-            return _reason("stale_view", f"{stale}; then approve again")
+            return _reason(Code.STALE_VIEW, f"{stale}; then approve again")
         await self.records.wait_until_known(at_ms)
         try:
             facts = load_context(self._directory, case.request)
@@ -192,10 +191,10 @@ class ApprovalHandler:
             return None
         if not may_approve_any(self._directory, user_id, pending.required, facts):
             required = ", ".join(pending.required)
-            return _reason("not_approver", f"{user_id} cannot give what is asked for here: {required}")
+            return _reason(Code.NOT_APPROVER, f"{user_id} cannot give what is asked for here: {required}")
         if claims.verdict == "denied":
             comment = (claims.comment or "no comment")[:500]
-            no = _reason("approval_denied", f"{user_id} denied it: {comment}")
+            no = _reason(Code.APPROVAL_DENIED, f"{user_id} denied it: {comment}")
             await self._close(state, pending, (no,), approval, place, at_ms)
             return None
         present = facts.revisions(self._evaluator.policy_revision)
@@ -211,7 +210,7 @@ class ApprovalHandler:
         collected = [_collected(jws) for jws in pending.approvals]
         if not _all_valid(collected, at_ms):
             await self._close(state, pending, (_expired_reason(pending),))
-            return _reason("approval_expired", "the time of an approval that was given before is over")
+            return _reason(Code.APPROVAL_EXPIRED, "the time of an approval that was given before is over")
         void = [
             one for one in key_problems(collected, self._directory, facts, at_ms=at_ms) if one is not None
         ]
@@ -219,7 +218,7 @@ class ApprovalHandler:
             await self._close(state, pending, tuple(one.reason for one in void))
             return void[0].reason
         if user_id in map(signer, collected):
-            return _reason("approved_already", f"{user_id} approved this before; nobody counts twice")
+            return _reason(Code.APPROVED_ALREADY, f"{user_id} approved this before; nobody counts twice")
         beside = [one for one in map(signer, collected) if one]
         found = approver_key_problem(
             approval, self._directory, facts, facts.verbs, at_ms=at_ms, beside=beside
@@ -327,23 +326,23 @@ class ApprovalHandler:
         async with self._locked(record.appended_at_ms):
             state = self._decisions.get(withdrawal.claims.request_id)
             if state is None or state.outcome is None:
-                return _reason("request_unknown", "no request with this id is known here")
+                return _reason(Code.REQUEST_UNKNOWN, "no request with this id is known here")
             if state.agent_id != agent_id:
-                return _reason("not_requester", "another agent signed this request")
+                return _reason(Code.NOT_REQUESTER, "another agent signed this request")
             if state.pending is not None and not _is_requester(state.pending, withdrawal.claims):
                 message = "another instance of the agent asked for this: the run or instance that asked withdraws it"
-                return _reason("not_requester", message)
+                return _reason(Code.NOT_REQUESTER, message)
             if record.key != agent_id:
                 return _reason(
-                    "key_unexpected", f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
+                    Code.KEY_UNEXPECTED, f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
                 )
             if problem := await self._verifier.misplaced(record, agent_id):
-                return _reason(MISPLACED, problem)
+                return _reason(Code.PARTITION_UNEXPECTED, problem)
             at = RecordPosition(record.partition, record.offset)
             if state.pending is None:
                 return await self._withdrawn_before(state, withdrawal, at)
             message = f"agent {agent_id} withdrew the request: nobody waits for it any more"
-            await self._close(state, state.pending, (_reason(WITHDRAWN, message),))
+            await self._close(state, state.pending, (_reason(Code.WITHDRAWN, message),))
             state.withdrawal = (withdrawal.digest, at)
             return None
 
@@ -362,9 +361,9 @@ class ApprovalHandler:
             return None
         if seen is not None and seen[0] == withdrawal.digest:
             return _reason(
-                "replayed", "this withdrawal was taken in before, elsewhere; a repeat changes nothing"
+                Code.REPLAYED, "this withdrawal was taken in before, elsewhere; a repeat changes nothing"
             )
-        return _reason("already_decided", f"the request is {state.outcome} already, and that stands")
+        return _reason(Code.ALREADY_DECIDED, f"the request is {state.outcome} already, and that stands")
 
     # --- requests that a new grant answers ---
 
@@ -473,7 +472,7 @@ def _is_withdrawn(state: RequestState) -> bool:
     if state.jws is None:
         return False
     decision = parse(state.jws).unverified_claims(CredentialDecision)  # this service signed it
-    return state.outcome == "denied" and any(reason.code == WITHDRAWN for reason in decision.reasons)
+    return state.outcome == "denied" and any(reason.code == Code.WITHDRAWN for reason in decision.reasons)
 
 
 def _collected(jws: str) -> Signed[Approval]:
@@ -494,18 +493,18 @@ def _all_valid(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
     return all(at_ms < approval.claims.exp * 1000 for approval in approvals)
 
 
-def _reason(code: str, message: str) -> Reason:
+def _reason(code: Code, message: str) -> Reason:
     return Reason(code=code, message=message)
 
 
 def _expired_reason(pending: CredentialDecision) -> Reason:
     required = ", ".join(pending.required)
-    return _reason("approval_expired", f"nobody gave the approval in time ({required}); ask anew")
+    return _reason(Code.APPROVAL_EXPIRED, f"nobody gave the approval in time ({required}); ask anew")
 
 
 def _stale() -> Reason:
     return _reason(
-        "approval_stale",
+        Code.APPROVAL_STALE,
         "agent, user, task, target or policy changed since the approval was asked for; ask anew",
     )
 

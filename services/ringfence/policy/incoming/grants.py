@@ -9,6 +9,7 @@ from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.directory import Directory
@@ -70,10 +71,10 @@ class GrantHandler:
             entry = self._table.keep(grant, record.partition, record.offset, record.appended_at_ms)
             if entry is None:
                 message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
-                reason = Reason(code="grants_too_many", message=message)
+                reason = Reason(code=Code.GRANTS_TOO_MANY, message=message)
             elif (entry.partition, entry.offset) != (record.partition, record.offset):
                 reason = Reason(
-                    code="grant_replayed",
+                    code=Code.GRANT_REPLAYED,
                     message="this grant was given before; given again it counts for nothing more",
                 )
         if reason is None:  # whoever reads the acceptance sees its effects on waiting requests
@@ -85,10 +86,11 @@ class GrantHandler:
         grant = signed.claims
         user_id = signer_of(grant)
         if user_id is None:
-            return Reason(code="not_a_person", message=f"{grant.iss} is no user; only people approve")
+            return Reason(code=Code.NOT_A_PERSON, message=f"{grant.iss} is no user; only people approve")
         if record.key != grant.agent_id:
             return Reason(
-                code="key_unexpected", message=f"the Kafka key of a grant is the agent's id, {grant.agent_id}"
+                code=Code.KEY_UNEXPECTED,
+                message=f"the Kafka key of a grant is the agent's id, {grant.agent_id}",
             )
         if late is not None:
             return Reason(code=late.code, message=str(late))
@@ -96,28 +98,28 @@ class GrantHandler:
             return unread
         if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
             return Reason(
-                code="grant_too_long", message=f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most"
+                code=Code.GRANT_TOO_LONG, message=f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most"
             )
         targets = {permission.target for permission in grant.scope}
         if len(targets) != 1:
-            return Reason(code="several_targets", message="a grant is for one target; give one for each")
+            return Reason(code=Code.SEVERAL_TARGETS, message="a grant is for one target; give one for each")
         try:
             validate_scope(grant.scope)
             ground = load_records(self._directory, grant.agent_id, grant.task_id, targets.pop())
         except ScopeError as error:
-            return Reason(code="scope_invalid", message=str(error))
+            return Reason(code=Code.SCOPE_INVALID, message=str(error))
         except DeniedError as error:
             return error.reason
         if ground.task.state.agent_id != grant.agent_id:
             return Reason(
-                code="task_other_agent", message=f"task {grant.task_id} was assigned to another agent"
+                code=Code.TASK_OTHER_AGENT, message=f"task {grant.task_id} was assigned to another agent"
             )
         if not any(
             may_approve(self._directory, user_id, one, ground)
             for one in ("sponsor", "second_person", "operator")
         ):
             return Reason(
-                code="not_approver",
+                code=Code.NOT_APPROVER,
                 message=f"{user_id} can approve nothing of agent {grant.agent_id} in this task",
             )
         verbs = {verb for permission in grant.scope for verb in permission.verbs}
@@ -126,7 +128,7 @@ class GrantHandler:
             return found.reason
         if grant.revisions != ground.revisions(self._policy_revision()):
             return Reason(
-                code="grant_stale",
+                code=Code.GRANT_STALE,
                 message="agent, user, task, target or policy changed before the grant came here; sign it anew",
             )
         return None
@@ -149,7 +151,7 @@ class GrantHandler:
         user_id = subject_of(claims.aud, claims.iss, "user")
         if entry is None:
             return Reason(
-                code="grant_unknown",
+                code=Code.GRANT_UNKNOWN,
                 message="no grant with this id is remembered: it may have ended long ago",
             )
         grant = entry.signed.claims
@@ -160,7 +162,7 @@ class GrantHandler:
         concerned = {signer_of(grant), ground.agent.state.sponsor, ground.task.state.on_behalf_of}
         if user_id is None or user_id not in concerned:
             return Reason(
-                code="not_concerned",
+                code=Code.NOT_CONCERNED,
                 message=f"{claims.iss} neither signed the grant, nor sponsors the agent, "
                 "nor is whom the task is on behalf of; "
                 "an operator may end the task or suspend the agent",
@@ -171,7 +173,7 @@ class GrantHandler:
         grant_id = id_of(claims) if isinstance(claims, Grant) else claims.grant_id
         entry = self._table.get(grant_id)
         grant = claims if isinstance(claims, Grant) else entry.signed.claims if entry else None
-        replayed = why is not None and why.code == "grant_replayed"
+        replayed = why is not None and why.code == Code.GRANT_REPLAYED
         await self._runtime.event(
             "accepted" if why is None else "replayed" if replayed else "refused",
             claims.typ,

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease, Selector
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -79,7 +80,7 @@ class RevocationVerifier:
         for kind, id in named.items():
             if id is not None and not self._is_known(kind, id):
                 message = f"there is no {kind} {id}, so nothing was ended; look it up: ringfence {kind} list"
-                return Reason(code="subject_unknown", message=message)
+                return Reason(code=Code.SUBJECT_UNKNOWN, message=message)
         return None
 
     def _is_known(self, kind: SubjectKind, id: str) -> bool:
