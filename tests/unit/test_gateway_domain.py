@@ -10,9 +10,7 @@ import pytest
 
 from ringfence.gateway.domain import (
     BAD_REQUEST,
-    CONTENT_TOO_LARGE,
     FORBIDDEN,
-    NOT_FOUND,
     TOO_MANY_REQUESTS,
     UNAUTHORIZED,
     UNAVAILABLE,
@@ -541,13 +539,11 @@ def test_statuses_are_those_of_http() -> None:
         BAD_REQUEST,
         UNAUTHORIZED,
         FORBIDDEN,
-        NOT_FOUND,
-        CONTENT_TOO_LARGE,
         TOO_MANY_REQUESTS,
         UNAVAILABLE,
     )
     assert [HTTPStatus(status).phrase for status in named] == [
-        "Bad Request", "Unauthorized", "Forbidden", "Not Found", "Request Entity Too Large", "Too Many Requests",
+        "Bad Request", "Unauthorized", "Forbidden", "Too Many Requests",
         "Service Unavailable",
     ]  # fmt: skip
 

@@ -41,8 +41,6 @@ Access = Literal["read", "write"]
 BAD_REQUEST: Final = 400
 UNAUTHORIZED: Final = 401
 FORBIDDEN: Final = 403
-NOT_FOUND: Final = 404
-CONTENT_TOO_LARGE: Final = 413
 TOO_MANY_REQUESTS: Final = 429
 UNAVAILABLE: Final = 503
 
