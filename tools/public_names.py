@@ -1,9 +1,8 @@
 """The public contract as a list of names: `python -m tools.public_names` compares the list with the code.
 
 The list has schemas, topics, metrics, settings, codes of errors and events, the SDK, the plugin API and the command
-line: users, operators and authors of backends depend on them. The tool asks the running code for names. It finds codes
-that are plain strings by data-flow analysis (`tools.literals`). No entry depends on the place of a module or on the
-name of a helper: where modules move, only the imports below change.
+line: users, operators and authors of backends depend on them. The tool asks the running code for names. No entry
+depends on the place of a module or on the name of a helper: where modules move, only the imports below change.
 """
 
 from __future__ import annotations
@@ -43,15 +42,16 @@ from ringfence.cli.commands.serve import _classes as settings_of
 from ringfence.cli.main import COMMANDS, app, load
 from ringfence.cli.shared.settings_check import known_settings
 from ringfence.client.settings import ClientSettings
+from ringfence.gateway.dataplane.denials import PROBLEM_TYPE
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import RingfenceSettings, ServiceSettings
 from ringfence.kernel.kafka.topics_admin import partitions_of
 from ringfence.messages.base import SERVICE_ROLES
-from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.codes import Code
+from ringfence.messages.operations import EventSubject, ServiceEvent
 from ringfence.messages.topics import ALL
 from ringfence.model.target_settings import ENTRY_POINTS
 from ringfence.sign_page.settings import SignPageSettings
-from tools.literals import DataFlow
 from tools.metrics_reference import declared, labels_of
 from tools.schemas.generate import message_name
 
@@ -67,11 +67,6 @@ _HEAD = """\
 """
 _PACKAGE = ringfence.__name__
 _ADD = "python -m tools.public_names --write"
-_CODE_FIELDS = ("code", "err", "scim_type", "scimType")
-"""What errors and answers call their codes: Ringfence itself, RFC 8935 (`err`) and RFC 7644 (`scimType`)."""
-_CODE = re.compile(r"[a-z][A-Za-z0-9]*(_[a-z0-9*]+)*")
-"""Error codes; those of events have a dot, and are collected from the events."""
-_REGO_CODE = re.compile(r'(?:"code":\s*|\breason\()"(\w+)"')
 _PROTOCOL = re.compile(r"__(call|await|iter|aiter|anext|next|len|getitem|contains|bool|a?enter|a?exit)__")
 """Special methods that a caller uses, by way of the syntax that they stand for."""
 
@@ -80,15 +75,14 @@ def collect() -> Names:
     """Every public name of the code that runs this."""
     import_all()
     found: Names = {}
-    source = DataFlow(Path(next(iter(ringfence.__path__))), _PACKAGE)
     for kind, names in (
         ("schema", _schemas()),
         ("topic", _topics()),
         ("metric", _metrics()),
         ("setting", _settings()),
-        ("error code", _error_codes(source)),
+        ("error code", _error_codes()),
         ("event", _events()),
-        ("service event", _service_events(source)),
+        ("service event", _service_events()),
         ("exit status", _exit_statuses()),
         ("sdk", _sdk()),
         ("testing", _names_of(ringfence.testing)),
@@ -183,14 +177,9 @@ def _is_read(cls: type[RingfenceSettings], read_by: Mapping[type[RingfenceSettin
 # --- codes ---
 
 
-def _error_codes(source: DataFlow) -> Iterator[tuple[str, str]]:
-    """Of refusals, denials, problem details and exceptions, by the package and by the policy bundle."""
-    found = {code for code in source.into(_CODE_FIELDS) if _CODE.fullmatch(code)}
-    for file in (ROOT / "deploy/policy").glob("*.rego"):
-        if not file.stem.endswith("_test"):
-            found |= set(_REGO_CODE.findall(file.read_text()))
-    yield from ((code, "") for code in sorted(found))
-    yield from ((f"type {text}", "") for text in sorted(source.beginning_with("urn:ringfence:problem:")))
+def _error_codes() -> Iterator[tuple[str, str]]:
+    yield from ((str(code), "") for code in Code)
+    yield f"type {PROBLEM_TYPE}", ""
 
 
 def _events() -> Iterator[tuple[str, str]]:
@@ -219,10 +208,9 @@ def import_all() -> None:
             importlib.import_module(module.name)
 
 
-def _service_events(source: DataFlow) -> Iterator[tuple[str, str]]:
-    owner = ServiceEvent.__name__
+def _service_events() -> Iterator[tuple[str, str]]:
     yield from ((f"kind {kind}", "") for kind in get_args(ServiceEvent.model_fields["kind"].annotation))
-    yield from ((f"subject {subject}", "") for subject in source.into(("subject",), owner) if subject)
+    yield from ((f"subject {subject}", "") for subject in EventSubject)
 
 
 def _exit_statuses() -> Iterator[tuple[str, str]]:
@@ -382,6 +370,8 @@ def signature(function: Any, *, bound: bool = False) -> str:
 def shown_default(value: Any) -> str:
     """A default. `...` stands for an object, whose class may be anything."""
     match value:
+        case Code():
+            return repr(str(value))
         case enum.Enum():
             return value.name
         case PurePath():

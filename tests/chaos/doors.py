@@ -12,9 +12,9 @@ import orjson
 
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.dpop import proof
-from ringfence.gateway.decision.sender import NONCE_REQUIRED
 from ringfence.issuer.http import INTROSPECTION_PATH
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code
 from ringfence.model.identity.api_tokens import api_token
 
 ANSWER_WITHIN_S = 5.0
@@ -113,7 +113,7 @@ class ForwardingDoor:
         try:
             async with asyncio.timeout(ANSWER_WITHIN_S):
                 code = await self._send(credential)
-                if code == NONCE_REQUIRED:
+                if code == Code.USE_DPOP_NONCE:
                     code = await self._send(credential)
         except _NO_ANSWER:
             return None

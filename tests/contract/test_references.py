@@ -26,7 +26,6 @@ from tests.support.audit_fixtures import AuditFixtures
 from tests.support.audit_records import every_record
 from tools.public_names import SNAPSHOT, import_all, read, settings_classes
 from tools.references import http_apis, sdk
-from tools.references.error_codes import sentences
 from tools.references.openapi.apis import APIS
 from tools.references.sdk import constructor_docstring
 from tools.references.settings import kind_of
@@ -71,13 +70,6 @@ def test_every_public_name_of_the_sdk_is_there() -> None:
     shown = {name for name in names if f"### `{name}`\n" in text or f"- **`{name}`**" in text}
     assert names - shown == set()
     assert [name for name in sorted(errors) if f"- **`{name}`**" not in text] == []
-
-
-def test_sentences_of_codes_are_found_where_they_stand() -> None:
-    found = sentences({"rate_limited", "not_operator", "rate_exceeded"})
-    assert any("a minute" in sentence for sentence in found["rate_limited"])
-    assert found["rate_exceeded"], "of the bundle"
-    assert found["not_operator"]
 
 
 async def test_every_event_has_described_fields_of_the_described_types() -> None:

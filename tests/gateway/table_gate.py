@@ -26,6 +26,7 @@ from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
@@ -208,7 +209,7 @@ class TableGate:
             watching.remove(ended)
 
     def check_view(self) -> Allowed | Refused:
-        return refused("stale_view", "it stood still") if self.stood_still else ALLOWED
+        return refused(Code.STALE_VIEW, "it stood still") if self.stood_still else ALLOWED
 
     def view_expired(self) -> bool:
         return self.stood_still

@@ -13,6 +13,7 @@ import pytest_asyncio
 from ringfence.gateway.contract import Answer, ApiRequest
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.errors import RequestRefusedError
+from ringfence.messages.codes import Code
 from tests.gateway.conftest import Place, placed
 
 GET = b"GET /v1/x?y=1 HTTP/1.1\r\nHost: ringfence\r\n\r\n"
@@ -83,7 +84,7 @@ async def test_without_it_the_name_is_a_target_like_others() -> None:
 
 async def test_a_refusal_is_answered_and_told_with_its_agent(there: Place, played: Played) -> None:
     async def refuse(request: ApiRequest) -> Answer:
-        error = RequestRefusedError(409, "id_taken", "no", headers={"Retry-After": "7"})
+        error = RequestRefusedError(Code.ID_TAKEN, "no", headers={"Retry-After": "7"})
         error.agent_id = "bot"
         raise error
 

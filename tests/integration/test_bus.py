@@ -28,6 +28,7 @@ from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin, partitions_of
 from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import (
@@ -416,7 +417,7 @@ async def test_invalid_records_are_dead_lettered_and_stop_nobody(
 
     async def handle(record: Received) -> None:
         if record.value.startswith(b"bad"):
-            raise InvalidMessageError("not a JWS", code="not_a_jws")
+            raise InvalidMessageError("not a JWS", code=Code.NOT_A_JWS)
         await done.add(record)
 
     bad = [f"bad secret {n}" for n in range(MAX_INVALID_SIGNED + 10)]
@@ -461,7 +462,7 @@ class Decisions:
 
     async def _handle(self, record: Received) -> None:
         if not record.value.startswith(b"good"):
-            raise InvalidMessageError("a field is missing", code="claims_invalid")
+            raise InvalidMessageError("a field is missing", code=Code.CLAIMS_INVALID)
         await self.done.add(record)
 
     async def until_halted(self) -> str:

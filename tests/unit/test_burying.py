@@ -17,6 +17,7 @@ from ringfence.kernel.kafka.batch_handlers import BatchHandler, concurrent, sequ
 from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters, HaltedError
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.base import typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import REGISTRY_COMMAND, USER
 from ringfence.revoker.revocations.revocations import RevocationHandler
@@ -115,7 +116,7 @@ async def test_nothing_is_handled_behind_the_record_that_halts():
 
     async def refuse(record: Received) -> None:
         handled.append(record.offset)
-        raise InvalidMessageError("a field is missing", code="claims_invalid")
+        raise InvalidMessageError("a field is missing", code=Code.CLAIMS_INVALID)
 
     broker, services = Broker(MAX_INVALID_SIGNED), Services()
     typ, now_ms = typ_header(UserRecord), SystemClock().now_ms()

@@ -18,6 +18,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from tests.support.terminal_lists import IDS, WHO_AUDIT
 from tests.unit.test_cli_ids import commands
@@ -84,7 +85,7 @@ def test_a_record_that_is_not_there_has_its_list_as_remedy(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def record(*_: object) -> None:
-        raise ApiError("there is no agent deploy-bt that sam may see", code="not_found", status=404)
+        raise ApiError("there is no agent deploy-bt that sam may see", code=Code.NOT_FOUND, status=404)
 
     async def records(*_: object) -> list[dict[str, str]]:
         return [{"id": "deploy-bot"}]

@@ -16,6 +16,7 @@ from ringfence.client.resource_server.challenges import read_presented_token, re
 from ringfence.client.resource_server.dpop_proofs import Nonces
 from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code
 from tests.unit.test_client_verify import AUDIENCE, ISSUER, TARGET, Clock, Issuer
 
 BASE = "https://staging.example"
@@ -333,7 +334,7 @@ async def test_a_websocket_opens_with_a_token_alone(place: Place) -> None:
 
 
 def test_a_description_has_no_characters_that_end_it() -> None:
-    error = TokenRejectedError('a "quoted" \\ é\r\nSet-Cookie: x', code="invalid_token")
+    error = TokenRejectedError('a "quoted" \\ é\r\nSet-Cookie: x', code=Code.INVALID_TOKEN)
     (challenge,) = [value for name, value in refusal(error).headers if name == "WWW-Authenticate"]
     assert (
         challenge

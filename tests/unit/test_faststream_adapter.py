@@ -20,6 +20,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka import faststream_adapter
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupBroker, GroupRouter, GroupSubscriber
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE, CREDENTIAL_REQUEST, LEASE
 
 SETTINGS = ServiceSettings(kafka="localhost:1", topic_prefix="t")
@@ -178,7 +179,7 @@ async def test_of_single_records_the_invalid_are_dead_lettered(order: Any) -> No
     @router.subscriber(CREDENTIAL_REQUEST, group=ConsumerGroup("g", dead), order=order)
     async def handle(record: Received) -> None:
         if record.value.startswith(b"bad"):
-            raise InvalidMessageError("not a JWS", code="not_a_jws")
+            raise InvalidMessageError("not a JWS", code=Code.NOT_A_JWS)
         seen.append(record.value)
 
     subscriber = await subscriber_of(router)

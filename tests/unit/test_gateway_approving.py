@@ -24,6 +24,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import (
     ActionClass,
@@ -388,7 +389,7 @@ async def test_everything_is_weighed_once_more_when_it_goes_on(gateway: Gateway,
         elif how == "another class":
             gateway.wants = "operator"
         else:
-            gateway.denies = refuse("too_late", "not at night")
+            gateway.denies = refuse(ReceivedCode("too_late"), "not at night")
 
     gateway.when_it_goes_on = change
     async with gateway.waiting() as decided:

@@ -11,6 +11,7 @@ from ringfence.gateway.decision.decision_events import BlockedRequests
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.recorder import MAX_DESTINATIONS, RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
+from ringfence.messages.codes import Code
 from ringfence.messages.operations import ActionDecided, Destination
 from tests.unit.test_gateway_domain import Place
 
@@ -35,7 +36,7 @@ class Parts:
             raise SpoolFullError("full")
         self.events.append(event)
 
-    def add(self, code: str = "too_many_requests", **fields: Any) -> None:
+    def add(self, code: Code = Code.TOO_MANY_REQUESTS, **fields: Any) -> None:
         self.blocked.add(BlockedRequest(code, "what was wrong", **fields))
 
 
@@ -49,8 +50,8 @@ def test_whose_it_is_as_far_as_the_connection_shows_it(parts: Parts) -> None:
     parts.add(presented=PresentedIdentity(task_id=task), method="GET")
     parts.add(presented=PresentedIdentity(certificate="spiffe://test.example/agent/bot"), method="PUT")
     parts.add(presented=PresentedIdentity(certificate="spiffe://elsewhere.example/agent/bot"))
-    parts.add("head_timeout", presented=PresentedIdentity(task_id="nobody's"))
-    parts.add("odd", presented=PresentedIdentity(handle=parts.place.lease.lease_id))
+    parts.add(Code.HEAD_TIMEOUT, presented=PresentedIdentity(task_id="nobody's"))
+    parts.add(Code.ERROR, presented=PresentedIdentity(handle=parts.place.lease.lease_id))
     assert [(one.agent_id, one.task_id, one.access, one.method) for one in parts.events] == [
         ("bot", task, "read", "GET"), ("bot", None, "write", "PUT"), (None, None, None, None),
         (None, None, None, None), (None, None, None, None),
@@ -120,7 +121,7 @@ async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> 
 
 
 def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
-    for code in ("host_invalid", "malformed_http"):
+    for code in (Code.HOST_INVALID, Code.MALFORMED_HTTP):
         parts.blocked.add(BlockedRequest(code, "quoted: eve.example", method="EVE \x1b[31m" + "E" * 99))
     assert "eve.example" not in "".join(one.model_dump_json() for one in parts.events).lower()
     assert {one.method for one in parts.events} == {"EVE??[31m" + "E" * 23}

@@ -10,9 +10,7 @@ import pytest
 
 from ringfence.gateway.domain import (
     BAD_REQUEST,
-    CONTENT_TOO_LARGE,
     FORBIDDEN,
-    NOT_FOUND,
     TOO_MANY_REQUESTS,
     UNAUTHORIZED,
     UNAVAILABLE,
@@ -27,6 +25,7 @@ from ringfence.gateway.domain import (
 )
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.enrolment import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
@@ -527,11 +526,11 @@ def test_what_only_reads(method: str, access: str | None) -> None:
 
 def test_a_refusal_says_all_that_it_is_given() -> None:
     wanted, sender = permission("a", verbs=("read",)), Sender("bot")
-    found = refuse("x", "y" * 1001, status=429, permission=wanted, side="task", sender=sender)
+    found = refuse(ReceivedCode("x"), "y" * 1001, status=429, permission=wanted, side="task", sender=sender)
     assert (found.status, found.sender) == (429, sender)
     (reason,) = found.reasons
     assert (reason.code, reason.message, reason.permission, reason.side) == ("x", "y" * 1000, wanted, "task")
-    plain = refuse("x", "y")
+    plain = refuse(ReceivedCode("x"), "y")
     assert (plain.status, plain.sender, plain.reasons[0].side) == (403, None, None)
 
 
@@ -540,13 +539,11 @@ def test_statuses_are_those_of_http() -> None:
         BAD_REQUEST,
         UNAUTHORIZED,
         FORBIDDEN,
-        NOT_FOUND,
-        CONTENT_TOO_LARGE,
         TOO_MANY_REQUESTS,
         UNAVAILABLE,
     )
     assert [HTTPStatus(status).phrase for status in named] == [
-        "Bad Request", "Unauthorized", "Forbidden", "Not Found", "Request Entity Too Large", "Too Many Requests",
+        "Bad Request", "Unauthorized", "Forbidden", "Too Many Requests",
         "Service Unavailable",
     ]  # fmt: skip
 

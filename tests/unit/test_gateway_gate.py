@@ -28,6 +28,7 @@ from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, 
 from ringfence.gateway.events.recorder import RefusalCounts
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
@@ -80,7 +81,7 @@ class Parts(PlayedRecorder):
 
     def check_freshness(self) -> Allowed | Refused:
         if self.problem == "halted":
-            return refused("revoker_halted", "a revoker has halted")
+            return refused(Code.REVOKER_HALTED, "a revoker has halted")
         return Refused(stale_view(self.problem)) if self.problem else ALLOWED
 
     check_view = check_freshness
@@ -180,7 +181,7 @@ async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) ->
     "change",
     [
         lambda parts: setattr(parts, "problem", "old"),
-        lambda parts: setattr(parts, "refuses", refuse("policy_denied", "no")),
+        lambda parts: setattr(parts, "refuses", refuse(Code.POLICY_DENIED, "no")),
         lambda parts: parts.table.revoke(parts.place.lease.lease_id, parts.place.ledger.clock.ms),
         lambda parts: parts.table.fence(
             "agent:bot", parts.place.lease.requested_at_ms, revocation_id="an order"
@@ -230,7 +231,7 @@ async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(part
 
 async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> None:
     def full(agent_id: str) -> Refused:
-        return refused("too_many_requests", "wait")
+        return refused(Code.TOO_MANY_REQUESTS, "wait")
 
     def broken() -> None:
         raise UnavailableError("the issuer has none")
@@ -325,7 +326,7 @@ async def test_a_cut_after_the_decision_leaves_nothing_to_inject(parts: Parts) -
 
 async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts: Parts) -> None:
     asked: list[str] = []
-    many = refused("too_many_requests", "too many")
+    many = refused(Code.TOO_MANY_REQUESTS, "too many")
 
     def admits(agent_id: str) -> Allowed | Refused:
         asked.append(agent_id)
@@ -339,15 +340,18 @@ async def test_a_plane_is_asked_for_its_limits_before_anything_is_recorded(parts
         (many.reason,),
         5,
     )
-    assert [(event.allowed, event.agent_id) for event in parts.events] == [(True, "bot"), (False, "bot")]
-    parts.refuses = refuse("no_credentials", "say who you are", status=401)
+    assert [(event.allowed, event.agent_id) for event in parts.events] == [
+        (True, "bot"),
+        (False, "bot"),
+    ]
+    parts.refuses = refuse(Code.NO_CREDENTIALS, "say who you are", status=401)
     await parts.gate.decide(PresentedIdentity(handle="none"), attempt(), admits)
     assert asked == ["bot", "bot"], "nobody is asked about for whom nobody stands"
 
 
 async def test_a_flood_with_bad_credentials_is_told_of_once_a_second_and_whole(parts: Parts) -> None:
     def others(code: str, lease_id: str) -> Refusal:
-        return refuse(code, "x", status=401, sender=Sender("thief", None, lease_id))
+        return refuse(ReceivedCode(code), "x", status=401, sender=Sender("thief", None, lease_id))
 
     answers = []
     for lease_id in ("L1", "L2"):
@@ -355,7 +359,7 @@ async def test_a_flood_with_bad_credentials_is_told_of_once_a_second_and_whole(p
         answers += [
             await parts.gate.decide(PresentedIdentity(handle="none"), attempt(label="pr")) for _ in range(100)
         ]
-    parts.refuses = refuse("proof_missing", "x", status=401)
+    parts.refuses = refuse(Code.PROOF_MISSING, "x", status=401)
     answers += [await parts.gate.decide(PresentedIdentity(handle="none"), attempt("PUT")) for _ in range(50)]
     assert {one.status for one in answers} == {401}
     assert [(one.agent_id, one.lease_id, one.method, one.count) for one in parts.events] == [
@@ -377,7 +381,7 @@ async def test_a_flood_with_bad_credentials_is_told_of_once_a_second_and_whole(p
 
 
 async def test_so_is_one_while_nothing_can_be_decided_or_of_too_many(parts: Parts) -> None:
-    many = refused("too_many_requests", "wait")
+    many = refused(Code.TOO_MANY_REQUESTS, "wait")
     parts.full = True
     for _ in range(10):
         assert (await parts.gate.decide(PresentedIdentity(), attempt(), lambda agent_id: many)).status == 429
@@ -408,11 +412,11 @@ async def test_what_cannot_be_recorded_is_denied(parts: Parts) -> None:
 
 
 async def test_a_question_for_a_nonce_is_no_decision(parts: Parts) -> None:
-    parts.refuses = refuse("use_dpop_nonce", "x", status=401)
+    parts.refuses = refuse(Code.USE_DPOP_NONCE, "x", status=401)
     verdict = await parts.gate.decide(PresentedIdentity(handle="none"), attempt())
     assert (verdict.status, verdict.nonce) == (401, "fresh")
     assert parts.events == []
-    parts.refuses = refuse("handle_other_agent", "x", sender=Sender("thief", None, "L"))
+    parts.refuses = refuse(Code.HANDLE_OTHER_AGENT, "x", sender=Sender("thief", None, "L"))
     await parts.gate.decide(PresentedIdentity(handle="none"), attempt())
     (event,) = parts.events
     assert (event.agent_id, event.lease_id) == ("thief", "L")
@@ -572,7 +576,7 @@ async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says
 async def test_a_denial_says_where_it_was_going(parts: Parts, method: str, target: str, code: str) -> None:
     await parts.gate.decide(PresentedIdentity(), attempt(method, target))
     await parts.gate.decide(PresentedIdentity(), attempt(method, target, authority=None, target_id="staging"))
-    parts.refuses = refuse("proof_missing", "no proof")
+    parts.refuses = refuse(Code.PROOF_MISSING, "no proof")
     await parts.gate.decide(PresentedIdentity(handle="none"), attempt(method, target))
     path = target.partition("?")[0]
     expected = Destination(scheme="https", host="hub.example", port=443, path=path)

@@ -22,6 +22,7 @@ from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.service import process
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
 from tests.support.switches import build_options
 from tests.support.unknown_field_cases import as_before, planted
@@ -30,7 +31,7 @@ from tests.unit.test_gateway_gate import RULES, Parts, attempt
 
 OWN = frozenset({"authorization"})
 BEYOND = "/env/production/web"
-BARE = refuse("no_credentials", "say who you are", status=401)
+BARE = refuse(Code.NO_CREDENTIALS, "say who you are", status=401)
 
 
 class Watched(Parts):
@@ -168,19 +169,19 @@ async def test_who_shows_nothing_is_observed_as_nobody(parts: Watched) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "invalid_dpop_proof",
-        "proof_by_stranger",
-        "proof_missing",
-        "use_dpop_nonce",
-        "handle_unknown",
-        "certificate_unknown",
+        Code.INVALID_DPOP_PROOF,
+        Code.PROOF_BY_STRANGER,
+        Code.PROOF_MISSING,
+        Code.USE_DPOP_NONCE,
+        Code.HANDLE_UNKNOWN,
+        Code.CERTIFICATE_UNKNOWN,
     ],
 )
-async def test_who_shows_what_does_not_hold_is_denied(parts: Watched, code: str) -> None:
+async def test_who_shows_what_does_not_hold_is_denied(parts: Watched, code: Code) -> None:
     parts.refuses = refuse(code, "x", status=401)
     verdict = await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt())
     assert (verdict.allowed, verdict.observed) == (False, False)
-    parts.refuses = refuse("handle_other_agent", "x", sender=Sender("thief", None, "L"))
+    parts.refuses = refuse(Code.HANDLE_OTHER_AGENT, "x", sender=Sender("thief", None, "L"))
     assert await denied(
         parts, await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt())
     )
@@ -225,7 +226,7 @@ async def test_a_gateway_that_cannot_decide_or_record_denies(parts: Watched) -> 
     parts.problem = None
     parts.refuses = RuntimeError("boom")
     assert await denied(parts, await parts.ask("/env/staging/web"))
-    parts.refuses = refuse("policy_timeout", "the bundle gave no answer", status=503)
+    parts.refuses = refuse(Code.POLICY_TIMEOUT, "the bundle gave no answer", status=503)
     assert await denied(parts, await parts.ask("/env/staging/web"))
     parts.refuses, parts.full = None, True
     verdict = await parts.ask()

@@ -22,6 +22,7 @@ from ringfence.kernel.kafka.dead_letters import (
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.trust_updates import DeferredRecords
 from ringfence.messages.base import SERVICE_ROLES, Claims, ServiceRole, Topic, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import Lease, RevocationRequest
 from ringfence.messages.topics import (
     ALL,
@@ -85,7 +86,7 @@ class Reader:
         jws, trust = parse(record.value), self._services.trust
         model = next((m for m in signed_messages(record.topic) if typ_header(m) == jws.header.typ), Claims)
         if model is Claims:
-            raise InvalidMessageError("another typ", code="typ_unexpected")
+            raise InvalidMessageError("another typ", code=Code.TYP_UNEXPECTED)
         find = trust.finder(*model.signed_by, at_s=record.appended_at_ms / 1000)
         verify(jws, model, find, audience=trust.trust_domain)
 
@@ -191,7 +192,7 @@ async def test_after_the_end_of_the_bundle_only_who_may_write_there_is_waited_fo
         postponed = DeferredRecords(services.trust, kept.extend)
         postponed.on_records([record])
         postponed.redeliver()
-        refused = InvalidMessageError("nobody is believed", code="key_unknown")
+        refused = InvalidMessageError("nobody is believed", code=Code.KEY_UNKNOWN)
         if role in model.signed_by:
             with pytest.raises(UnavailableError):
                 await Reader(services).dead_letters.send(record, refused)

@@ -18,6 +18,7 @@ from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service import logging as ringfence_logging
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import HEARTBEAT, REGISTRY_COMMAND
 
 LOG = logging.getLogger("ringfence.test")
@@ -151,7 +152,7 @@ async def test_a_flood_of_garbage_is_dead_lettered_and_counted_each_and_told_of_
     broker, secret = Letters(), "what-was-in-it"
 
     async def refuse(record: Received) -> None:
-        raise InvalidMessageError("not a JWS in compact serialisation", code="not_a_jws")
+        raise InvalidMessageError("not a JWS in compact serialisation", code=Code.NOT_A_JWS)
 
     def counted() -> float:
         return metrics.RECORDS.labels(HEARTBEAT.what, "dead_lettered")._value.get()
@@ -183,7 +184,7 @@ async def test_the_reason_is_not_logged_at_length_and_the_letter_has_it(lines: L
     broker = Letters()
     letters = DeadLetters(cast(Any, broker), "test", SystemClock())
     record = Received(REGISTRY_COMMAND, "commands", 0, 0, 0, "key", b"x", ())
-    await letters.send(record, InvalidMessageError("y" * 1500, code="key_unknown"))
+    await letters.send(record, InvalidMessageError("y" * 1500, code=Code.KEY_UNKNOWN))
     (told,) = lines.said()
     assert len(told) < 600
     assert "y" * 1500 in broker.values[0]

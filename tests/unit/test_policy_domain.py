@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.approval import Approval
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.credential import CredentialRequest, Reason, RequiredClass
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.permission import Permission
@@ -515,9 +516,9 @@ def test_only_a_user_of_the_domain_is_a_signer():
 
 def test_a_denial_may_say_when_to_ask_again():
     reasons = (Reason(code="x", message="y"),)
-    assert refuse("x", "y", retry_after_s=5) == RequestRefused(reasons, retry_after_s=5)
-    assert refuse("x", "y").retry_after_s is None
-    evaluation = Evaluation(refuse("x", "y"))
+    assert refuse(ReceivedCode("x"), "y", retry_after_s=5) == RequestRefused(reasons, retry_after_s=5)
+    assert refuse(ReceivedCode("x"), "y").retry_after_s is None
+    evaluation = Evaluation(refuse(ReceivedCode("x"), "y"))
     assert (evaluation.facts, evaluation.grants) == (None, ())
     assert (RequestRefused().reasons, RequestRefused().required) == ((), ())
 
@@ -525,6 +526,6 @@ def test_a_denial_may_say_when_to_ask_again():
 def test_what_was_held_against_nothing_says_so():
     """None and nothing else: what stands in these fields goes into the decision as it is."""
     assert RequestRefused().retry_after_s is None
-    evaluation = Evaluation(refuse("x", "y"))
+    evaluation = Evaluation(refuse(ReceivedCode("x"), "y"))
     made_on = (evaluation.revisions, evaluation.input, evaluation.input_digest, evaluation.input_json)
     assert made_on == (None, None, None, None)

@@ -14,6 +14,7 @@ from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.operations import ServiceEvent
@@ -154,11 +155,11 @@ def test_what_is_allowed_is_held_at_once_and_not_against_itself(table: Table):
 
 def test_what_is_judged_again_and_denied_is_let_go_unless_it_was_decided(table: Table):
     request = table.allow("one")
-    table.record_evaluation(table.case(table.request("one")), Evaluation(refuse("x", "y")))
+    table.record_evaluation(table.case(table.request("one")), Evaluation(refuse(ReceivedCode("x"), "y")))
     assert table.ids() == []
     table.allow("one")
     assert table.publish("one") == request
-    table.record_evaluation(table.case(table.request("one")), Evaluation(refuse("x", "y")))
+    table.record_evaluation(table.case(table.request("one")), Evaluation(refuse(ReceivedCode("x"), "y")))
     assert table.ids() == [lease_id(request)]
 
 

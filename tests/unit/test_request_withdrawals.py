@@ -12,6 +12,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.jws import Signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 from ringfence.model.verdict import ALLOWED, Verdict, refused
@@ -105,7 +106,7 @@ async def test_nothing_is_withdrawn_while_a_request_of_the_batch_is_undecided() 
 
 async def test_invalid_records_of_both_kinds_go_to_the_dead_letters() -> None:
     batches = Batches()
-    batches.fails = InvalidMessageError("no", code="not_a_jws")
+    batches.fails = InvalidMessageError("no", code=Code.NOT_A_JWS)
     await batches.handle([withdrawn(0), asked(1), withdrawn(2)])
     assert sorted(batches.dead) == [0, 1, 2]
 
@@ -136,7 +137,7 @@ class Flood:
 
     async def withdraw(self, withdrawal: Signed[RequestWithdraw], agent_id: str, record: Received) -> Verdict:
         if withdrawal.claims.request_id != WAITS:
-            return refused("request_unknown", "no")
+            return refused(Code.REQUEST_UNKNOWN, "no")
         self.withdrawn.append(agent_id)
         return ALLOWED
 

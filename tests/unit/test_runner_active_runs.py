@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.messages.codes import Code
 from ringfence.messages.run import RunLimits
 from ringfence.model.verdict import ALLOWED
 from ringfence.runner.active_runs import Claimed, ClaimLostError, RunningRuns
@@ -91,7 +92,7 @@ async def test_there_is_room_for_as_many_as_the_pool_says(bench: _Bench) -> None
 
 
 async def test_a_refused_run_says_why_and_leaves_nothing(bench: _Bench) -> None:
-    bench.fails = RunRefusedError("no", code="instance_unmatched")
+    bench.fails = RunRefusedError("no", code=Code.INSTANCE_UNMATCHED)
     assert code_of(await bench.runs.start(plan())) == "instance_unmatched"
     await asyncio.sleep(0)
     assert list(bench.runs.ids()) == []

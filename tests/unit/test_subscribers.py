@@ -25,6 +25,7 @@ from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.faststream_adapter import GroupBroker, GroupRouter
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import (
     AGENT,
     APPROVAL_REQUEST,
@@ -170,7 +171,7 @@ async def test_records_come_one_by_one_and_invalid_ones_go_to_the_dead_letters(
     broker, _ = broker_of(spies.of(role))
     async with TestKafkaBroker(broker) as memory:
         await memory.publish(b"good", topic.name("t"), key=b"k")
-        spies.fails = InvalidMessageError("not a JWS", code="not_a_jws")
+        spies.fails = InvalidMessageError("not a JWS", code=Code.NOT_A_JWS)
         await memory.publish(b"bad", topic.name("t"), key=b"k")
         spies.fails = UnavailableError("Redis is away")
         with pytest.raises(UnavailableError, match="Redis is away"):

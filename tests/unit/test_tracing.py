@@ -30,6 +30,7 @@ from ringfence.kernel.tracing.export import MOST_WAITING, Exporting
 from ringfence.kernel.tracing.otel import SpanTracing
 from ringfence.kernel.tracing.settings import of_service, where_to
 from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 TOPIC = "t.credential.request.v1"
@@ -146,7 +147,7 @@ async def test_what_is_done_for_many_at_once_is_not_mixed_up(kept: Kept) -> None
 
 def test_a_batch_that_fails_says_what_failed_and_no_more(kept: Kept) -> None:
     with pytest.raises(UnavailableError), kept.tracing.received([record(), record()], "g"):
-        raise UnavailableError("the secret is hunter2", code="redis_away")
+        raise UnavailableError("the secret is hunter2", code=ReceivedCode("redis_away"))
     for span in kept.spans:
         assert span.status.status_code is StatusCode.ERROR
         assert span.status.description == "redis_away"

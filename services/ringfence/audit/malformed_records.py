@@ -17,6 +17,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.signals import SignalStream
 from ringfence.messages.topics import ALL, AUDIT_CHECKPOINT
@@ -96,7 +97,7 @@ class MalformedRecordHandler:
         ).claims  # fmt: skip
         auditor = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
         if "auditor" not in chains.roles_at(auditor, at_ms):
-            raise InvalidMessageError("whoever signed it is no auditor", code="not_auditor")
+            raise InvalidMessageError("whoever signed it is no auditor", code=Code.NOT_AUDITOR)
         _check_place(record, f"{claims.tree}/{auditor}")
 
     def _require_trust(self, record: Received) -> None:
@@ -106,4 +107,4 @@ class MalformedRecordHandler:
 def _check_place(record: Received, key: str) -> None:
     """Require the record's own key. Compaction keeps the last record of a key, so a wrong key would erase another's."""
     if record.key != key:
-        raise InvalidMessageError("it stands under another key than its own", code="wrong_key")
+        raise InvalidMessageError("it stands under another key than its own", code=Code.WRONG_KEY)

@@ -36,6 +36,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import (
     ACTION,
     APPROVAL_REQUEST,
@@ -175,7 +176,7 @@ class AuditHandlers:
             # One record that audit cannot describe must not block those that follow it.
             where = (record.topic_name, record.partition, record.offset)
             log.exception("no event could be made of %s/%d@%d", *where, extra=rate_limited(record.topic_name))
-            rejection = InvalidMessageError("audit could not read it", code="unreadable")
+            rejection = InvalidMessageError("audit could not read it", code=Code.UNREADABLE)
         return _prepare(services.not_believed(record, rejection.code), pending, rejection)
 
     async def _publish(self, batch: Sequence[Received], ready: Sequence[_PreparedEvent]) -> None:

@@ -26,6 +26,7 @@ from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, BreakGlassReview, Grant
 from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole
+from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.registry import AgentTransfer, AnyRecord, TaskAssign, TaskState
@@ -75,7 +76,7 @@ def _content_mark(signed: VerifiedMessage[Any]) -> str:
 class OutdatedError(InvalidMessageError):
     """The signature holds, but the message reached the broker outside its validity. `signed` is the message."""
 
-    def __init__(self, signed: VerifiedMessage[Any], code: str) -> None:
+    def __init__(self, signed: VerifiedMessage[Any], code: AnyCode) -> None:
         super().__init__("outside its time", code=code)
         self.signed = signed
 
@@ -153,7 +154,7 @@ class RecordVerifier:
         jws = parse(record.value)
         model = COMMAND_OF_TYP.get(jws.header.typ)
         if model is None:
-            raise InvalidMessageError("typ names no command", code="typ_unexpected")
+            raise InvalidMessageError("typ names no command", code=Code.TYP_UNEXPECTED)
         chains = self._directory.chains
 
         def find(iss: str, kid: str) -> VerificationKey | None:
@@ -180,7 +181,7 @@ class RecordVerifier:
         signed: VerifiedMessage[AnyRecord] = self._verify(record, jws, model, find)
         claims = signed.claims
         if subject_of(self._trust.trust_domain, claims.sub, record.topic.what) is None:  # type: ignore[arg-type]
-            raise InvalidMessageError("another kind of subject", code="wrong_subject")
+            raise InvalidMessageError("another kind of subject", code=Code.WRONG_SUBJECT)
         self._directory.chains.verify(claims)
         last = parse(claims.commands[-1].jws)
         return signed, last.unverified_claims(COMMAND_OF_TYP[last.header.typ])  # the chain verified it
@@ -190,7 +191,7 @@ class RecordVerifier:
         try:
             return model.model_validate_json(record.value)
         except ValidationError as error:
-            code = "not_json" if error.errors()[0]["type"] == "json_invalid" else "claims_invalid"
+            code = Code.NOT_JSON if error.errors()[0]["type"] == "json_invalid" else Code.CLAIMS_INVALID
             raise InvalidMessageError(f"not {with_article(model.__name__)}", code=code) from None
 
     def embedded_request(self, compact: str, request_id: str, appended_at_ms: int) -> RequestFacts | None:
@@ -424,7 +425,7 @@ class RecordVerifier:
         reviewer = subject_of(self._trust.trust_domain, signed.claims.iss, "user") or ""
         origin = self.key_origin(reviewer, signed.kid)
         if origin is None:
-            return refused("key_unknown", "no record says where this key comes from")
+            return refused(Code.KEY_UNKNOWN, "no record says where this key comes from")
         named = (*(use.get("approvers") or ()), use.get("sponsor"), use.get("on_behalf_of"))
         verdict = check_key_origin(
             origin, reviewer, self._directory, [one for one in named if one], signed.record.appended_at_ms
@@ -435,7 +436,7 @@ class RecordVerifier:
             lent = self.key_origin(str(one.get("user")), str(one.get("kid")))
             if lent is not None and reviewer in lent.vouchers:
                 message = f"{one.get('user')} approved with a key that rests on the word of {reviewer}"
-                return refused("key_beside_voucher", f"{message}; somebody else reviews it")
+                return refused(Code.KEY_BESIDE_VOUCHER, f"{message}; somebody else reviews it")
         return ALLOWED
 
     def roles_of(self, user: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from ringfence.backends import Backend
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Delivery, Reason
 from ringfence.messages.registry import TargetState
 
@@ -27,7 +28,7 @@ class BackendCapabilities:
             return ()
         ask = "ask for delivery to the gateway (--delivery gateway)"
         message = f"what {target.target_id} takes is never handed out: {ask}"
-        return (Reason(code="delivery_gateway_only", message=message),)
+        return (Reason(code=Code.DELIVERY_GATEWAY_ONLY, message=message),)
 
     def __call__(self, target: TargetState) -> dict[str, str]:
         """Return `revocability` and `enforced_by` of credentials for a target."""

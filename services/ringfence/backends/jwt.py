@@ -24,6 +24,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import PERMISSION_TYPE
@@ -40,7 +41,7 @@ SMALLEST_RSA_BITS: Final = 2048
 class TokenKeyError(RingfenceError):
     """Raised when a token key is missing or unusable, or when this process has none: only the issuer signs tokens."""
 
-    code = "token_key_invalid"
+    code = Code.TOKEN_KEY_INVALID
 
 
 class _Pair(Protocol):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret, read_variable
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     import httpx
@@ -25,7 +26,7 @@ class AccessError(RingfenceError):
     Never quotes them.
     """
 
-    code = "access_missing"
+    code = Code.ACCESS_MISSING
 
 
 class SecretSource(Protocol):

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from ringfence.backends.access import TargetAccess
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
+from ringfence.messages.codes import Code
 from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.target_settings import TargetSettings
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 class TargetSettingsError(RingfenceError):
     """Raised when a target's record has settings that its backend does not understand."""
 
-    code = "target_settings_invalid"
+    code = Code.TARGET_SETTINGS_INVALID
 
 
 S = TypeVar("S", bound=TargetSettings)
@@ -73,25 +74,25 @@ def problem_of(
 class BackendError(RingfenceError):
     """Raised at start when a backend of another package cannot be used."""
 
-    code = "backend_invalid"
+    code = Code.BACKEND_INVALID
 
 
 class TargetError(RingfenceError):
     """Raised when a target does not answer, or does not let Ringfence work there. The same call may succeed later."""
 
-    code = "target_unavailable"
+    code = Code.TARGET_UNAVAILABLE
 
 
 class TargetRefusedError(RingfenceError):
     """Raised when a target answered and refused this one credential. It says nothing about the target's health."""
 
-    code = "target_refused"
+    code = Code.TARGET_REFUSED
 
 
 class CircuitOpenError(TargetError):
     """Raised while the circuit breaker of a target is open after repeated failures. Try again in `retry_ms`."""
 
-    code = "target_shut"
+    code = Code.TARGET_SHUT
 
     def __init__(self, message: str, retry_ms: int) -> None:
         super().__init__(message)

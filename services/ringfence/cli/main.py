@@ -31,6 +31,7 @@ from ringfence.cli.shared.refused_records import summarised_refusals
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.terminal import filter_stderr
 from ringfence.kernel.base.text import Lines, did_you_mean, shown, visible_lines
+from ringfence.messages.codes import Code
 
 EXTRAS = {
     "anyio": "mcp",
@@ -432,7 +433,7 @@ def _run(words: list[str]) -> int:
         _report(
             RingfenceError(
                 f"this command needs the extra `{extra}` (ringfence[{extra}]): {remedy}",
-                code="extra_missing",
+                code=Code.EXTRA_MISSING,
             ).with_remedy(remedy),
             as_json,
         )
@@ -449,7 +450,7 @@ def _run(words: list[str]) -> int:
         _report(
             RingfenceError(
                 f"Kafka did not do what was asked ({str(error) or type(error).__name__}); run: ringfence doctor",
-                code="kafka_failed",
+                code=Code.KAFKA_FAILED,
             ),
             as_json,
         )
@@ -478,7 +479,7 @@ def _asks_for_json(words: Sequence[str]) -> bool:
 def _usage_error(error: Exception) -> RingfenceError | None:
     """Return an error of typer as one of ours; None if it is another error."""
     if isinstance(error, typer.Abort):
-        return RingfenceError("nothing was done", code="aborted")
+        return RingfenceError("nothing was done", code=Code.ABORTED)
     says = getattr(error, "format_message", None)
     if says is None:
         return None

@@ -30,6 +30,7 @@ from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.trust_updates import apply_bundle
 from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter
@@ -256,7 +257,7 @@ class Connection(Lifetime):
             entry = None
         if entry is None or entry.state.agent_id != agent_id:
             reason = Reason(
-                code="task_unknown", message=f"there is no task {task_id[:64]} of agent {agent_id}"
+                code=Code.TASK_UNKNOWN, message=f"there is no task {task_id[:64]} of agent {agent_id}"
             )
             raise RefusedError("the look at a task", (reason,), "registry")
         return TaskView.of_state(entry.state, self.clock.now_ms() / 1000)

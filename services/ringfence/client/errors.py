@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
+from ringfence.messages.codes import AnyCode, Code, ReceivedCode
 
 if TYPE_CHECKING:
     from ringfence.messages.base import Message
@@ -19,32 +20,34 @@ if TYPE_CHECKING:
 class InvalidCallError(RingfenceError):
     """The arguments of a call do not make a valid message. Nothing was sent."""
 
-    code = "call_invalid"
+    code = Code.CALL_INVALID
 
 
 class IdentityError(RingfenceError):
     """No key was given, or the key belongs to another kind of identity than the call needs."""
 
-    code = "identity_wrong"
+    code = Code.IDENTITY_WRONG
 
 
 class EnrolmentRefusedError(RingfenceError):
     """The registry refused to enrol a running instance; `code` says why."""
 
-    code = "enrol_refused"
+    code = Code.ENROL_REFUSED
 
 
 class RequestDeniedError(RingfenceError):
     """Policy or the issuer denied a credential request. `reasons` holds every reason, `by` says who."""
 
-    code = "denied"
+    code = Code.DENIED
 
     def __init__(
         self, request_id: str, reasons: Sequence[Reason], by: str, *, retry_after_s: int | None = None
     ) -> None:
         reasons_text = "; ".join(reason.message for reason in reasons) or "no reason was given"
         retry = f" (ask again in {retry_after_s} s)" if retry_after_s is not None else ""
-        super().__init__(f"denied by {by}: {reasons_text}{retry}", code=reasons[0].code if reasons else None)
+        super().__init__(
+            f"denied by {by}: {reasons_text}{retry}", code=ReceivedCode(reasons[0].code) if reasons else None
+        )
         self.request_id = request_id
         self.reasons = tuple(reasons)
         self.by = by
@@ -55,7 +58,7 @@ class RequestDeniedError(RingfenceError):
 class RequestTimeoutError(RingfenceError):
     """No final answer to a credential request came in time. `waiting_for` says what was missing."""
 
-    code = "timeout"
+    code = Code.TIMEOUT
 
     def __init__(self, request_id: str, waiting_for: str, timeout_s: float, hint: str = "") -> None:
         super().__init__(
@@ -69,12 +72,13 @@ class RequestTimeoutError(RingfenceError):
 class RefusedError(RingfenceError):
     """A service refused a command. `reasons` holds every reason."""
 
-    code = "refused"
+    code = Code.REFUSED
 
     def __init__(self, command: str, reasons: Sequence[Reason], by: str) -> None:
         reasons_text = "; ".join(reason.message for reason in reasons) or "no reason was given"
         super().__init__(
-            f"{command} was refused by the {by}: {reasons_text}", code=reasons[0].code if reasons else None
+            f"{command} was refused by the {by}: {reasons_text}",
+            code=ReceivedCode(reasons[0].code) if reasons else None,
         )
         self.command = command
         self.reasons = tuple(reasons)
@@ -84,27 +88,27 @@ class RefusedError(RingfenceError):
 class NotAnsweredError(RingfenceError):
     """A service did not answer a command in time. The command may still be carried out."""
 
-    code = "not_answered"
+    code = Code.NOT_ANSWERED
 
 
 class StaleApprovalError(RingfenceError):
     """The records or the question changed after a person was shown them. Nothing was signed."""
 
-    code = "approval_stale"
+    code = Code.APPROVAL_STALE
 
 
 class NotYoursError(RingfenceError):
     """The person may not give this approval. Nothing was signed."""
 
-    code = "not_approver"
+    code = Code.NOT_APPROVER
 
 
 class ApiError(RingfenceError):
     """A read API refused the call, or did not answer."""
 
-    code = "api_failed"
+    code = Code.API_FAILED
 
-    def __init__(self, message: str, *, code: str | None = None, status: int | None = None) -> None:
+    def __init__(self, message: str, *, code: AnyCode | None = None, status: int | None = None) -> None:
         super().__init__(message, code=code)
         self.status = status
 
@@ -112,7 +116,7 @@ class ApiError(RingfenceError):
 class TokenRejectedError(RingfenceError):
     """A resource server must refuse this request: its token is missing or invalid."""
 
-    code = "token_rejected"
+    code = Code.TOKEN_REJECTED
 
     scheme: Literal["Bearer", "DPoP"] | None = None
     """How the token was presented. The refusal uses the same scheme in its challenge; None if there was no token."""
@@ -138,10 +142,10 @@ def require_understood(message: Message, what: str) -> None:
 class CredentialOverError(RingfenceError):
     """The credential was wiped or has expired. Credentials are never renewed: request a new one."""
 
-    code = "credential_over"
+    code = Code.CREDENTIAL_OVER
 
 
 class CredentialUseError(RingfenceError):
     """The credential's kind does not support this use."""
 
-    code = "credential_use"
+    code = Code.CREDENTIAL_USE

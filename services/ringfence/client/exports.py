@@ -18,6 +18,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.clock import utc_datetime
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import check_output, open_private, write_private
+from ringfence.messages.codes import Code
 
 Cell = str | int | bool | None
 Kind = Literal["text", "number", "truth"]
@@ -200,7 +201,7 @@ STATE: Final = ".part.json"
 class ExportError(RingfenceError):
     """Raised when an export cannot begin or resume with the files that exist."""
 
-    code = "export_files"
+    code = Code.EXPORT_FILES
 
 
 class ExportQuery(BaseModel):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.oidc import MAX_TOKEN_BYTES
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     import httpx
@@ -24,7 +25,7 @@ SYNTAX = "file:PATH, github or gcp"
 class TokenSourceError(RingfenceError):
     """Raised when the platform gave no identity token. The message says what to set up there."""
 
-    code = "no_platform_token"
+    code = Code.NO_PLATFORM_TOKEN
 
 
 class TokenSource(Protocol):

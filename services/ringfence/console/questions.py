@@ -24,6 +24,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, VerificationKey
 from ringfence.messages.base import Claims, Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import UserRecord
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.records.user_keys import user_key
@@ -38,19 +39,19 @@ _MAX_TITLE: Final = 200
 class WrongFormError(RingfenceError):
     """Raised when a form of the console lacks something, or says more than a question can hold."""
 
-    code = "wrong_form"
+    code = Code.WRONG_FORM
 
 
 class WrongAnswerError(RingfenceError):
     """Raised when what came back is not what was asked, or is signed by nobody who was."""
 
-    code = "wrong_answer"
+    code = Code.WRONG_ANSWER
 
 
 class ChangedError(RingfenceError):
     """Raised when what a question is about is not any more what it was when the person asked for it."""
 
-    code = "question_changed"
+    code = Code.QUESTION_CHANGED
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 
@@ -45,7 +46,7 @@ _REFUSED = "refused"
 class StoryError(RingfenceError):
     """Raised when a step of the demo fails."""
 
-    code = "story_broken"
+    code = Code.STORY_BROKEN
 
 
 class Narrator(Protocol):

@@ -31,6 +31,7 @@ from typing import Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_folders, open_private
 from ringfence.kernel.base.text import Lines
+from ringfence.messages.codes import Code
 
 LOOPBACK = "127.0.0.1"
 MOST_PATIENCE = 10
@@ -68,7 +69,7 @@ class StackError(RingfenceError):
     The message names the remedy.
     """
 
-    code = "stack_failed"
+    code = Code.STACK_FAILED
 
 
 class Patience:

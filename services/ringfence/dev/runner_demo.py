@@ -38,6 +38,7 @@ from ringfence.dev.processes import LOOPBACK, free_port, spawn
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_private_folder, write_private
+from ringfence.messages.codes import Code
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity.runners import runner_selector
@@ -80,7 +81,7 @@ _BLOCKED: Final = "blocked"
 class SandboxMissingError(RingfenceError):
     """Raised where this machine cannot make the sandbox that the demo is about."""
 
-    code = "sandbox_unavailable"
+    code = Code.SANDBOX_UNAVAILABLE
 
 
 async def check_sandbox(folder: Path) -> None:

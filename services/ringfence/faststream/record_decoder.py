@@ -23,6 +23,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.trust_updates import apply_bundle
 from ringfence.messages.base import Claims, ExpiringClaims, Message, Topic, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import TRUST
 
 
@@ -135,7 +136,7 @@ class RecordDecoder:
         """
         try:
             if not record.value:
-                raise InvalidMessageError("the record deletes what its key names", code="tombstone")
+                raise InvalidMessageError("the record deletes what its key names", code=Code.TOMBSTONE)
             return await self._verified(record) if self._signed else self._unsigned(record)
         except InvalidMessageError as error:
             return UnknownMessage(
@@ -156,7 +157,7 @@ class RecordDecoder:
             return self._verify(record, trust)
         except SignatureError as error:
             # The bundle that has this key may have been published just before the record.
-            if error.code != "key_unknown" or not await self._trust.moved():
+            if error.code != Code.KEY_UNKNOWN or not await self._trust.moved():
                 raise
             return self._verify(record, trust)
 
@@ -165,7 +166,7 @@ class RecordDecoder:
         model = self._signed.get(jws.header.typ)
         if model is None:
             raise InvalidMessageError(
-                f"the type {jws.header.typ[:80]!r} is not known here", code="typ_unexpected"
+                f"the type {jws.header.typ[:80]!r} is not known here", code=Code.TYP_UNEXPECTED
             )
         return verify(
             jws,
@@ -184,5 +185,5 @@ class RecordDecoder:
             except ValidationError as error:
                 problem = problem or explain(error)
         raise InvalidMessageError(
-            f"none of the messages of {self._topic.what}: {problem}", code="claims_invalid"
+            f"none of the messages of {self._topic.what}: {problem}", code=Code.CLAIMS_INVALID
         )

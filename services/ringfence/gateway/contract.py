@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from ringfence.messages.codes import AnyCode
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import AnswerKind, Destination
@@ -101,7 +102,7 @@ class Attempt:
 class BlockedRequest:
     """A request that a data plane refused before a decision: it could not be parsed, or a limit was exceeded."""
 
-    code: str
+    code: AnyCode
     message: str
     presented: PresentedIdentity = PresentedIdentity()
     """The evidence of the connection alone."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, Protocol
 
+from ringfence.messages.codes import AnyCode, Code, inactive_agent, status_of
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission, Scope
@@ -109,27 +110,27 @@ def access_of(method: str) -> Access | None:
 
 
 def refuse(
-    code: str,
+    code: AnyCode,
     message: str,
     *,
-    status: int = FORBIDDEN,
+    status: int | None = None,
     permission: Permission | None = None,
     side: str | None = None,
     sender: Sender | None = None,
 ) -> Refusal:
-    """Build a refusal with one reason."""
+    """Build a refusal with one reason. `status`: where it is another one than that of the code."""
     reason = Reason(code=code, message=message[:1000], permission=permission, side=side)
-    return Refusal(status, (reason,), sender)
+    return Refusal(status or status_of(code, FORBIDDEN), (reason,), sender)
 
 
 def stale_view(why: str) -> Reason:
     """The reason for a denial by a gateway whose view is too old."""
-    return Reason(code="stale_view", message=f"{why}; denied until that is known again"[:1000])
+    return Reason(code=Code.STALE_VIEW, message=f"{why}; denied until that is known again"[:1000])
 
 
 def refuse_for(reason: Reason) -> Refusal:
     """Build a refusal from the reason why a lease cannot be used."""
-    return Refusal(UNAVAILABLE if reason.code == "stale_view" else FORBIDDEN, (reason,))
+    return Refusal(UNAVAILABLE if reason.code == Code.STALE_VIEW else FORBIDDEN, (reason,))
 
 
 def authorize(
@@ -230,12 +231,12 @@ def check_run_of_lease(sender: Sender, lease: Lease) -> Allowed | Refused:
     run_id = run_id_of_lease(lease)
     if sender.run_id is not None and run_id != sender.run_id:
         message = f"the socket is of run {sender.run_id}, and the lease is another's; ask for one here"
-        return refused("socket_other_run", message, side="lease")
+        return refused(Code.SOCKET_OTHER_RUN, message, side="lease")
     if run_id is not None and sender.run_id is None and not sender.key_proved:
         message = (
             f"the lease is of run {run_id}: use the run's own socket, or a listener with a proof by its key"
         )
-        return refused("lease_of_run", message, side="lease")
+        return refused(Code.LEASE_OF_RUN, message, side="lease")
     return ALLOWED
 
 
@@ -259,21 +260,21 @@ def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lea
         return None
     lease = leases.get(sender.lease_id)
     if lease is None:
-        return refuse("handle_unknown", "there is no such lease, or it ended long ago", status=UNAUTHORIZED)
+        return refuse(Code.HANDLE_UNKNOWN, "there is no such lease, or it ended long ago")
     if lease.agent_id != sender.agent_id:
-        return refuse("handle_other_agent", f"the handle is a lease of agent {lease.agent_id}")
+        return refuse(Code.HANDLE_OTHER_AGENT, f"the handle is a lease of agent {lease.agent_id}")
     if sender.task_id not in (None, lease.task_id):
-        return refuse("handle_other_task", "the handle is a lease of another task")
+        return refuse(Code.HANDLE_OTHER_TASK, "the handle is a lease of another task")
     if isinstance(elsewhere := check_run_of_lease(sender, lease), Refused):
         return Refusal(FORBIDDEN, (elsewhere.reason,))
     if lease.target_id != target.target_id:
         message = (
             f"the handle is a lease for target {lease.target_id}, and this request is for {target.target_id}"
         )
-        return refuse("handle_other_target", message, side="lease")
+        return refuse(Code.HANDLE_OTHER_TARGET, message, side="lease")
     if lease.delivery != "gateway":
         message = "the lease was delivered to the agent itself: use its credential, or ask for delivery to the gateway"
-        return refuse("lease_not_for_gateways", message, side="lease")
+        return refuse(Code.LEASE_NOT_FOR_GATEWAYS, message, side="lease")
     live = leases.check_live(lease)
     return refuse_for(live.reason) if isinstance(live, Refused) else lease
 
@@ -283,12 +284,14 @@ def _agent_reasons(agent_id: str, directory: Directory) -> list[Reason]:
     try:
         agent = directory.agent(agent_id)
     except ChainError as error:
-        return [Reason(code="record_untrusted", message=str(error)[:1000])]
+        return [Reason(code=Code.RECORD_UNTRUSTED, message=str(error)[:1000])]
     if agent is None:
-        return [Reason(code="agent_unknown", message=f"there is no agent {agent_id}")]
+        return [Reason(code=Code.AGENT_UNKNOWN, message=f"there is no agent {agent_id}")]
     if agent.state.status != "active":
         return [
-            Reason(code=f"agent_{agent.state.status}", message=f"agent {agent_id} is {agent.state.status}")
+            Reason(
+                code=inactive_agent(agent.state.status), message=f"agent {agent_id} is {agent.state.status}"
+            )
         ]
     return []
 
@@ -298,9 +301,9 @@ def _no_lease_reason(sender: Sender, wanted: Permission, candidates: Sequence[Le
     if not candidates:
         whose = f"task {sender.task_id}" if sender.task_id is not None else f"agent {sender.agent_id}"
         message = f"{whose} has no live lease at {wanted.target} that is for gateways"
-        return Reason(code="no_lease", message=message, permission=wanted, side="lease")
+        return Reason(code=Code.NO_LEASE, message=message, permission=wanted, side="lease")
     message = f"no live lease allows {verb} on {resource} at {wanted.target}"
-    return Reason(code="beyond_lease", message=message[:1000], permission=wanted, side="lease")
+    return Reason(code=Code.BEYOND_LEASE, message=message[:1000], permission=wanted, side="lease")
 
 
 def _unusable_reasons(lease: Lease, target: TargetState) -> list[Reason]:
@@ -308,10 +311,10 @@ def _unusable_reasons(lease: Lease, target: TargetState) -> list[Reason]:
         message = (
             f"a credential of kind {lease.backend} does not go into a header: ask for delivery to the agent"
         )
-        return [Reason(code="not_injectable", message=message)]
+        return [Reason(code=Code.NOT_INJECTABLE, message=message)]
     if lease.backend != target.backend.kind:
         message = f"target {target.target_id} takes another kind of credential by now: ask for a new one"
-        return [Reason(code="lease_outdated", message=message, side="lease")]
+        return [Reason(code=Code.LEASE_OUTDATED, message=message, side="lease")]
     return []
 
 
@@ -331,6 +334,6 @@ def _delegation_chain_reasons(
         for lack in exceeding(wanted, (Limit.ceiling(agent_id, agent.state.ceiling),)):
             message = f"{lack.limit} does not allow it"
             found.append(
-                Reason(code="beyond_scope", message=message, permission=lack.permission, side=lack.limit)
+                Reason(code=Code.BEYOND_SCOPE, message=message, permission=lack.permission, side=lack.limit)
             )
     return found

@@ -11,6 +11,7 @@ from typing import Final, Literal
 from urllib.parse import urlsplit
 
 from ringfence.gateway.errors import RequestRefusedError
+from ringfence.messages.codes import Code
 from ringfence.model.target_settings import RESERVED_NAME
 
 Scheme = Literal["http", "https"]
@@ -63,9 +64,7 @@ def origin_of(url: str) -> Origin:
     """The origin of `https://host[:port]`. Raises RequestRefusedError (502) if it is not one."""
     parts = urlsplit(url)
     if parts.scheme not in PORTS or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise RequestRefusedError(
-            502, "target_misconfigured", "the target says no usable URL; ask an operator"
-        )
+        raise RequestRefusedError(Code.TARGET_MISCONFIGURED, "the target says no usable URL; ask an operator")
     scheme: Scheme = "https" if parts.scheme == "https" else "http"
     host, port = split_host_and_port(parts.netloc, scheme)
     return Origin(scheme, host, port, canonical(parts.netloc, scheme))
@@ -95,5 +94,5 @@ def _host(host: str, authority: str) -> str:
 
 def _invalid(authority: str) -> RequestRefusedError:
     return RequestRefusedError(
-        400, "host_invalid", f"{authority[:80]!r} is no host[:port] that all would read alike"
+        Code.HOST_INVALID, f"{authority[:80]!r} is no host[:port] that all would read alike"
     )

@@ -35,7 +35,9 @@ from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Reader
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import EventSubject
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
 from ringfence.model.records.agent_keys import KeyUses
 from ringfence.rego.bundle import load_bundle
@@ -111,8 +113,10 @@ def build_core(
     )
 
     async def bundle_refused(mark: str, message: str) -> None:
-        reason = Reason(code="bundle_refused", message=message[:2000])
-        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
+        reason = Reason(code=Code.BUNDLE_REFUSED, message=message[:2000])
+        await runtime.event(
+            "finding", EventSubject.POLICY_BUNDLE, about=("bundle_refused", mark), reasons=(reason,)
+        )
 
     reply_readers: list[Reader] = [sealed.on_records]
 
@@ -144,8 +148,8 @@ def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:
 
     async def announce() -> None:
         log.warning("%s", warning)
-        reason = Reason(code="observe_mode", message=warning)
-        await runtime.event("finding", "observe mode", about=(uuid.uuid4(),), reasons=(reason,))
+        reason = Reason(code=Code.OBSERVE_MODE, message=warning)
+        await runtime.event("finding", EventSubject.OBSERVE_MODE, about=(uuid.uuid4(),), reasons=(reason,))
 
     runtime.warns_when(lambda: warning)
     runtime.on_start(announce)

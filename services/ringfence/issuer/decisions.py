@@ -50,6 +50,7 @@ from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Span, Work
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import (
     Credential,
     CredentialDecision,
@@ -409,7 +410,9 @@ class DecisionHandler:
         if isinstance(outcome, Refusal):
             await self._refuse(decision, outcome)
         else:
-            reason = Reason(code="replayed", message="the lease of this request was issued on another record")
+            reason = Reason(
+                code=Code.REPLAYED, message="the lease of this request was issued on another record"
+            )
             await self._event("replayed", decision, (reason,))
 
     async def _refuse(self, decision: Decision, refusal: Refusal) -> None:

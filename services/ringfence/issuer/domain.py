@@ -13,6 +13,7 @@ from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.webauthn import PasskeyKey, VerificationKey
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import Jws
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import (
     Coordinates,
     CredentialDecision,
@@ -95,7 +96,7 @@ class StaleView:
 
     def refusal(self) -> Refusal:
         """What comes of it when they do not arrive."""
-        return Refusal((_reason("stale_view", self.reason),), self.request, retry_after_s=RETRY_AFTER_S)
+        return Refusal((_reason(Code.STALE_VIEW, self.reason),), self.request, retry_after_s=RETRY_AFTER_S)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +154,7 @@ def weigh(
             return Refusal((halts.reason,), verified.signed.claims, retry_after_s=HALTED_RETRY_S)
         if stale is None:
             return _issue(decision, verified, directory, terms)
-        refused = _RefusedError(_reason("stale_view", stale))
+        refused = _RefusedError(_reason(Code.STALE_VIEW, stale))
     except _RefusedError as error:
         refused = error
     request = verified.signed.claims if verified else None
@@ -210,7 +211,7 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Verifie
     """The agent's own request, its signature as of when the broker took it."""
     claims, source = decision.claims, decision.claims.source
     if source.appended_at_ms > decision.at.appended_at_ms + SKEW_MS:
-        raise _RefusedError(_reason("source_later", "the request came after its decision"), finding=True)
+        raise _RefusedError(_reason(Code.SOURCE_LATER, "the request came after its decision"), finding=True)
 
     try:
         jws = parse(claims.request)
@@ -220,14 +221,14 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Verifie
             audience=terms.trust_domain, appended_at_ms=source.appended_at_ms,
         )  # fmt: skip
     except ChainError as error:
-        raise _RefusedError(_reason("record_untrusted", str(error))) from None
+        raise _RefusedError(_reason(Code.RECORD_UNTRUSTED, str(error))) from None
     except InvalidMessageError as error:
         message = f"the request that the decision embeds does not hold: {error}"
         finding = not _ended_in_between(claims.request, source, directory)
         raise _RefusedError(_reason(error.code, message), finding=finding) from None
     if message_id(request.claims.iss, request.claims.jti) != claims.request_id:
         raise _RefusedError(
-            _reason("request_mismatch", "the decision names another request than the one that it embeds"),
+            _reason(Code.REQUEST_MISMATCH, "the decision names another request than the one that it embeds"),
             finding=True,
         )
     return _VerifiedRequest(request, jws.header.kid)
@@ -269,15 +270,15 @@ def _issue(decision: Decision, verified: _VerifiedRequest, directory: Directory,
     claims, at_ms = decision.claims, decision.at.appended_at_ms
     if at_ms / 1000 - claims.iat > DECISION_LIFE_S:
         raise _RefusedError(
-            _reason("decision_too_old", "the decision reached Kafka long after it was signed; ask anew")
+            _reason(Code.DECISION_TOO_OLD, "the decision reached Kafka long after it was signed; ask anew")
         )
     if at_ms - claims.source.appended_at_ms > REQUEST_LIFE_MS:
-        raise _RefusedError(_reason("request_too_old", "the request is days old; ask anew"))
+        raise _RefusedError(_reason(Code.REQUEST_TOO_OLD, "the request is days old; ask anew"))
     within_ms = ENDED_KEY_MS + (APPROVALS_MS if claims.approvals else 0)
     if not _counted_at(verified, directory, max(claims.source.appended_at_ms, at_ms - within_ms)):
         raise _RefusedError(
             _reason(
-                "key_ended", "the key of this request ended long before the decision; ask anew by another"
+                Code.KEY_ENDED, "the key of this request ended long before the decision; ask anew by another"
             )
         )
     try:
@@ -286,12 +287,12 @@ def _issue(decision: Decision, verified: _VerifiedRequest, directory: Directory,
         raise _RefusedError(error.reason) from None
     if claims.revisions is None:
         raise _RefusedError(
-            _reason("decision_incomplete", "the decision does not say which records it was made on"),
+            _reason(Code.DECISION_INCOMPLETE, "the decision does not say which records it was made on"),
             finding=True,
         )
     revisions = facts.revisions(claims.revisions.policy)
     if _is_older(revisions, claims.revisions):
-        raise _RefusedError(_reason("stale_view", "policy saw later records"))
+        raise _RefusedError(_reason(Code.STALE_VIEW, "policy saw later records"))
     unchanged = revisions == claims.revisions
     _check_rule(decision, facts, terms, unchanged=unchanged)
     ttl_s = _check_terms(decision, facts, terms, unchanged=unchanged)
@@ -326,22 +327,22 @@ def _check_terms(decision: Decision, facts: RequestContext, terms: Terms, *, unc
     claims, request, target = decision.claims, facts.request.claims, facts.target.state
     if claims.ttl_s is None:
         raise _RefusedError(
-            _reason("decision_incomplete", "the decision allows and gives no TTL"), finding=True
+            _reason(Code.DECISION_INCOMPLETE, "the decision allows and gives no TTL"), finding=True
         )
     if claims.ttl_s > request.ttl_s:
         raise _RefusedError(
-            _reason("ttl_too_long", f"the decision gives {claims.ttl_s} s, asked were {request.ttl_s} s"),
+            _reason(Code.TTL_TOO_LONG, f"the decision gives {claims.ttl_s} s, asked were {request.ttl_s} s"),
             finding=True,
         )
     if claims.ttl_s > target.max_ttl_s:
         message = f"the decision gives {claims.ttl_s} s, {target.target_id} allows {target.max_ttl_s} s"
-        raise _RefusedError(_reason("ttl_too_long", message), finding=unchanged)
+        raise _RefusedError(_reason(Code.TTL_TOO_LONG, message), finding=unchanged)
     if facts.break_glass and claims.ttl_s > BREAK_GLASS_TTL_S:
         message = f"the decision gives {claims.ttl_s} s, break glass {BREAK_GLASS_TTL_S} s at most"
-        raise _RefusedError(_reason("ttl_too_long", message), finding=True)
+        raise _RefusedError(_reason(Code.TTL_TOO_LONG, message), finding=True)
     if claims.delivery != request.delivery:
         message = f"asked was delivery to the {request.delivery}, decided was to the {claims.delivery}"
-        raise _RefusedError(_reason("delivery_changed", message), finding=True)
+        raise _RefusedError(_reason(Code.DELIVERY_CHANGED, message), finding=True)
     try:
         check_reply_key(request.reply_key)
     except InvalidMessageError as error:
@@ -351,12 +352,12 @@ def _check_terms(decision: Decision, facts: RequestContext, terms: Terms, *, unc
         message = (
             f"{target.target_id} wants credentials of kind {target.backend.kind}; this issuer makes {known}"
         )
-        raise _RefusedError(_reason("backend_unknown", message))
+        raise _RefusedError(_reason(Code.BACKEND_UNKNOWN, message))
     if request.delivery != "gateway" and target.backend.kind in terms.injected:
         message = (
             f"the secret that {target.target_id} takes is never handed out; ask for delivery to the gateway"
         )
-        raise _RefusedError(_reason("delivery_gateway_only", message))
+        raise _RefusedError(_reason(Code.DELIVERY_GATEWAY_ONLY, message))
     return claims.ttl_s
 
 
@@ -379,7 +380,7 @@ def _check_approvals(
     reasons = [verdict.reason for verdict in verdicts if isinstance(verdict, Refused)]
     if reasons:
         # Policy decided earlier, so that the end of an approval or a grant may have come in between.
-        honest = {"approval_expired", "grant_ended", *NOT_UNDERSTOOD}
+        honest = {Code.APPROVAL_EXPIRED, Code.GRANT_ENDED, *NOT_UNDERSTOOD}
         finding = unchanged and any(reason.code not in honest for reason in reasons)
         raise _RefusedError(*reasons, finding=finding)
     _check_keys([*approvals, *grants], decision, facts, directory, unchanged=unchanged)
@@ -387,14 +388,16 @@ def _check_approvals(
     try:
         unmet_classes = unmet(required, [*approvals, *grants], directory, facts, at_ms=at_ms)
     except ChainError as error:
-        raise _RefusedError(_reason("record_untrusted", str(error))) from None
+        raise _RefusedError(_reason(Code.RECORD_UNTRUSTED, str(error))) from None
     if unmet_classes:
         message = f"approvals are lacking: {', '.join(unmet_classes)}"
-        raise _RefusedError(_reason("approval_lacking", message), finding=unchanged)
+        raise _RefusedError(_reason(Code.APPROVAL_LACKING, message), finding=unchanged)
     return tuple(grant.claims for grant in grants)
 
 
-_HONEST_KEY_CODES = frozenset({"key_ended", "key_voucher_compromised", "key_unknown", "record_untrusted"})
+_HONEST_KEY_CODES = frozenset(
+    {Code.KEY_ENDED, Code.KEY_VOUCHER_COMPROMISED, Code.KEY_UNKNOWN, Code.RECORD_UNTRUSTED}
+)
 """What may have become so between the decision and now, without a change of the records that it names."""
 
 
@@ -439,16 +442,16 @@ def _verified_answer(compact: Jws, model: type[A], decision: Decision, directory
             return key
         answered_at_ms = append_time_of(decision.claims, compact)
         if answered_at_ms is None or answered_at_ms > at_ms + SKEW_MS:
-            raise InvalidMessageError("it came after its decision", code="answer_later")
+            raise InvalidMessageError("it came after its decision", code=Code.ANSWER_LATER)
         return directory.user_key(iss, kid, answered_at_ms / 1000)
 
     try:
         return verify(parse(compact), model, find, audience=decision.claims.aud)
     except ChainError as error:
-        raise _RefusedError(_reason("record_untrusted", str(error))) from None
+        raise _RefusedError(_reason(Code.RECORD_UNTRUSTED, str(error))) from None
     except InvalidMessageError as error:
         message = f"an embedded {model.typ} does not hold: {error}"
-        raise _RefusedError(_reason("approval_invalid", message), finding=True) from None
+        raise _RefusedError(_reason(Code.APPROVAL_INVALID, message), finding=True) from None
 
 
 def _new_lease(
@@ -500,20 +503,20 @@ def fenced(mark: str) -> tuple[Reason, ...]:
     kind, _, id = mark.partition(":")
     what = f"{kind} {id}".strip()
     message = f"{what} was revoked or changed after the request was made; ask anew if it still holds"
-    return (_reason("fenced", message),)
+    return (_reason(Code.FENCED, message),)
 
 
 def cannot(problem: str, request: CredentialRequest) -> Refusal:
     """The target's backend cannot make exactly what was decided."""
-    return Refusal((_reason("backend_cannot", problem[:2048]),), request)
+    return Refusal((_reason(Code.BACKEND_CANNOT, problem[:2048]),), request)
 
 
-LATE = (Reason(code="deadline_passed", message="the credential's time was over before it was made"),)
-FULL = (Reason(code="overloaded", message="there is no room for another lease now; ask again later"),)
+LATE = (Reason(code=Code.DEADLINE_PASSED, message="the credential's time was over before it was made"),)
+FULL = (Reason(code=Code.OVERLOADED, message="there is no room for another lease now; ask again later"),)
 FULL_RETRY_S = 5
 """When to ask again: leases end all the time, and make room."""
-OVER = (Reason(code="lease_ended", message="the lease of this request was issued, and has ended"),)
+OVER = (Reason(code=Code.LEASE_ENDED, message="the lease of this request was issued, and has ended"),)
 
 
-def _reason(code: str, message: str) -> Reason:
+def _reason(code: Code, message: str) -> Reason:
     return Reason(code=code, message=message)

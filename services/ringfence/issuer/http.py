@@ -14,6 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from ringfence.backends import TokenKeys
 from ringfence.kernel.base import metrics
+from ringfence.messages.codes import Code
 from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.model.lease_store import LeaseStore
 from ringfence.model.leases.lifecycle import ALL_LEASES
@@ -104,7 +105,7 @@ class IssuerHttp:
             metrics.HTTP_REQUESTS.labels(INTROSPECTION_PATH, "400").inc()
             return JSONResponse(
                 {
-                    "error": "invalid_request",
+                    "error": Code.INVALID_REQUEST,
                     "error_description": "send the token as the form field `token` (RFC 7662, 2.1)",
                 },
                 status_code=400,

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ringfence.issuer.domain import FULL, FULL_RETRY_S, RETRY_AFTER_S, Decision, Issue, Refusal
 from ringfence.kernel.base.clock import Clock
 from ringfence.messages.approval import Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.lease_store import FullError, LeaseStore
 from ringfence.model.leases.lifecycle import agent_selector_key, sponsor_selector_key
@@ -71,7 +72,7 @@ class LeaseLimits:
         if not self._limits.wait_s or waited_s <= self._limits.wait_s:
             return self._count_lease(issue)
         message = f"the issuer is behind: the decision waited for {waited_s:.0f} s; ask again later"
-        return _refusal("overloaded", message, issue, self._limits.wait_s)
+        return _refusal(Code.OVERLOADED, message, issue, self._limits.wait_s)
 
     def _count_lease(self, issue: Issue) -> Issue | Refusal:
         limits = self._limits_of(issue)
@@ -81,7 +82,7 @@ class LeaseLimits:
                 message = (
                     f"{holder} holds {limit} leases, and may hold no more at once; release some, or wait"
                 )
-                return _refusal("too_many_leases", message, issue, _RELEASED_AFTER_S)
+                return _refusal(Code.TOO_MANY_LEASES, message, issue, _RELEASED_AFTER_S)
         for mark in limits:
             self._counts[mark].leases += 1
         return issue
@@ -115,7 +116,7 @@ class LeaseLimits:
         return now_s - cached.read_at_s > good_for_s
 
 
-def _refusal(code: str, message: str, issue: Issue, retry_after_s: int) -> Refusal:
+def _refusal(code: Code, message: str, issue: Issue, retry_after_s: int) -> Refusal:
     return Refusal((Reason(code=code, message=message),), issue.request, retry_after_s=retry_after_s)
 
 
@@ -153,13 +154,13 @@ class GrantKeeper:
             return one
         if not fresh:
             message = "whether the grant was taken back cannot be read from Kafka now; ask again"
-            return _refusal("stale_view", message, one, RETRY_AFTER_S)
+            return _refusal(Code.STALE_VIEW, message, one, RETRY_AFTER_S)
         for grant in one.grants:
             if self._table.is_withdrawn(
                 grant, sponsor=one.lease.sponsor, on_behalf_of=one.lease.on_behalf_of
             ):
                 return _refusal(
-                    "grant_withdrawn", f"grant {id_of(grant)} was taken back; ask anew", one, RETRY_AFTER_S
+                    Code.GRANT_WITHDRAWN, f"grant {id_of(grant)} was taken back; ask anew", one, RETRY_AFTER_S
                 )
         for grant in one.grants:
             try:
@@ -168,7 +169,7 @@ class GrantKeeper:
                 return Refusal(FULL, one.request, retry_after_s=FULL_RETRY_S)
             if not used:
                 message = f"grant {id_of(grant)} was for {grant.count} leases, and has them; ask anew"
-                return _refusal("grant_used_up", message, one, RETRY_AFTER_S)
+                return _refusal(Code.GRANT_USED_UP, message, one, RETRY_AFTER_S)
         return one
 
     async def _use(self, grant: Grant, issue: Issue) -> bool:

@@ -28,6 +28,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import TERMINAL, Lease
@@ -101,7 +102,7 @@ class GatewayDelivery:
             message = "no gateway has a key that could be sealed to; ask an operator for a gateway"
         else:
             return one
-        return Refusal((Reason(code="gateway_missing", message=message),), one.request)
+        return Refusal((Reason(code=Code.GATEWAY_MISSING, message=message),), one.request)
 
     def sealed(self, issue: Issue, credential: Credential, *, id: str) -> str:
         """Return the envelope with a credential. `id` is the message's `jti`.
@@ -362,7 +363,8 @@ class Minter:
 
 TOO_SLOW = (
     Reason(
-        code="mint_too_slow", message="making the credential took too long, so it was taken back; ask again"
+        code=Code.MINT_TOO_SLOW,
+        message="making the credential took too long, so it was taken back; ask again",
     ),
 )
 

@@ -42,6 +42,7 @@ from ringfence.mcp_server.tools import (
     WithdrawRequest,
     problem_of,
 )
+from ringfence.messages.codes import Code
 
 MAX_OPEN: Final = 16
 """Requests that wait at a time. A model that asks in a loop must not fill the list of whoever approves."""
@@ -82,7 +83,7 @@ class OpenRequests:
         for one in ended[:-MAX_ENDED]:
             del self._requests[one.name]
         if len(self._requests) - len(ended) >= MAX_OPEN:
-            raise ToolError(f"{MAX_OPEN} requests wait for an answer already", code="requests_limit")
+            raise ToolError(f"{MAX_OPEN} requests wait for an answer already", code=Code.REQUESTS_LIMIT)
         self._number += 1
         name = f"r{self._number}"
 
@@ -105,7 +106,7 @@ class OpenRequests:
         if request is None:
             raise ToolError(
                 f"there is no request {name} here: this server has started again, or it ended long ago",
-                code="request_unknown",
+                code=Code.REQUEST_UNKNOWN,
             )
         return request
 
@@ -120,7 +121,7 @@ class OpenRequests:
         if not request.answer.done():
             return None
         if request.answer.cancelled():
-            raise ToolError(f"request {request.name} was withdrawn", code="request_unknown")
+            raise ToolError(f"request {request.name} was withdrawn", code=Code.REQUEST_UNKNOWN)
         return request.answer.result()
 
     async def withdraw(self, request: OpenRequest) -> bool:
@@ -183,7 +184,7 @@ class AgentTools:
         try:
             spec = next((tool for tool in TOOLS if tool.name == name), None)
             if spec is None:
-                raise ToolError(f"there is no tool {name[:64]!r}; see tools/list", code="tool_unknown")
+                raise ToolError(f"there is no tool {name[:64]!r}; see tools/list", code=Code.TOOL_UNKNOWN)
             try:
                 parsed = spec.arguments.model_validate(arguments)
             except ValidationError as error:
@@ -197,7 +198,7 @@ class AgentTools:
             work.cancel()
             raise
         if work.cancelled():
-            return _error(ToolError("the call was given up", code="cancelled"))
+            return _error(ToolError("the call was given up", code=Code.CANCELLED))
         if (failure := work.exception()) is not None:
             if not isinstance(failure, RingfenceError):
                 # Not the error itself: it may hold what the tool was given.
@@ -235,7 +236,7 @@ class AgentTools:
         task_id = self._task(arguments.task_id)
         scope = tuple(wanted.permission() for wanted in arguments.permissions)
         if len({permission.target for permission in scope}) > 1:
-            raise ToolError("a request is for one target", code="several_targets")
+            raise ToolError("a request is for one target", code=Code.SEVERAL_TARGETS)
 
         async def ask(on_pending: Callable[[PendingRequest], None]) -> IssuedCredential:
             credential = await self._agent.request_scope(
@@ -252,7 +253,7 @@ class AgentTools:
                 credential.wipe()
                 await self._release_quietly(credential)
                 raise ToolError(
-                    "the credential came to this server instead of the gateway", code="not_a_handle"
+                    "the credential came to this server instead of the gateway", code=Code.NOT_A_HANDLE
                 )
             self._held[credential.lease_id] = credential
             return credential
@@ -318,7 +319,7 @@ class AgentTools:
             return
         raise ToolError(
             f"this server is for task {task_id} alone, and knows no such lease of it: see list_leases",
-            code="task_other",
+            code=Code.TASK_OTHER,
         )
 
     async def _leases_at_gateway(self, task_id: str) -> tuple[HeldLease, ...] | None:
@@ -330,11 +331,11 @@ class AgentTools:
     def _task(self, named: str | None) -> str:
         if self._task_id is not None and named not in (None, self._task_id):
             raise ToolError(
-                f"this server is for task {self._task_id} alone: leave task_id out", code="task_other"
+                f"this server is for task {self._task_id} alone: leave task_id out", code=Code.TASK_OTHER
             )
         task_id = named or self._task_id
         if task_id is None:
-            raise ToolError("no task is named: give task_id", code="task_missing")
+            raise ToolError("no task is named: give task_id", code=Code.TASK_MISSING)
         return task_id
 
     def _state(self, request: OpenRequest, credential: IssuedCredential | None) -> RequestResult:

@@ -10,6 +10,7 @@ quoted. Anything else may hold what a program was given, so only its type is nam
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -19,37 +20,38 @@ from pydantic import BaseModel, ConfigDict, Field
 from ringfence.client.errors import RefusedError, RequestDeniedError, RequestTimeoutError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.base import TargetId, Uuid, Verb
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Glob, Permission, Scope
 
-_ASK_BY_CODE: Final = {
-    "approval_denied": "a person said no: do not ask again for the same without new reasons",
-    "approval_expired": "nobody approved in time: ask again, and tell the person who has to approve",
-    "call_invalid": "correct the arguments",
-    "overloaded": "ask again later",
-    "request_unknown": "call request_credential again",
-    "requests_limit": "withdraw what is no longer needed, or wait for it: withdraw_request, wait_for_approval",
-    "scope_invalid": "correct the permissions",
-    "several_targets": "make one request for each target",
-    "task_missing": "name the task in task_id; whoever assigned it knows the id",
-    "task_ended": "the user has to assign a new task: ringfence task assign AGENT",
-    "task_unknown": "name a task of this agent; whoever assigned it knows the id",
-    "timeout": "ask again, and tell the person who has to approve",
-    "unavailable": "try again later; if it lasts, an operator runs: ringfence doctor",
+_ASK_BY_CODE: Final[Mapping[str, str]] = {
+    Code.APPROVAL_DENIED: "a person said no: do not ask again for the same without new reasons",
+    Code.APPROVAL_EXPIRED: "nobody approved in time: ask again, and tell the person who has to approve",
+    Code.CALL_INVALID: "correct the arguments",
+    Code.OVERLOADED: "ask again later",
+    Code.REQUEST_UNKNOWN: "call request_credential again",
+    Code.REQUESTS_LIMIT: "withdraw what is no longer needed, or wait for it: withdraw_request, wait_for_approval",
+    Code.SCOPE_INVALID: "correct the permissions",
+    Code.SEVERAL_TARGETS: "make one request for each target",
+    Code.TASK_MISSING: "name the task in task_id; whoever assigned it knows the id",
+    Code.TASK_ENDED: "the user has to assign a new task: ringfence task assign AGENT",
+    Code.TASK_UNKNOWN: "name a task of this agent; whoever assigned it knows the id",
+    Code.TIMEOUT: "ask again, and tell the person who has to approve",
+    Code.UNAVAILABLE: "try again later; if it lasts, an operator runs: ringfence doctor",
 }
 
 
 class ToolError(RingfenceError):
     """Raised by a tool for arguments that it cannot act on. Nothing was sent."""
 
-    code = "call_invalid"
+    code = Code.CALL_INVALID
 
 
 def problem_of(error: BaseException) -> dict[str, Any]:
     """The error as a JSON object: `code`, `message`, and, where known, `reasons`, `ask` and `retry_after_s`."""
     if not isinstance(error, RingfenceError):
         return {
-            "code": "internal",
+            "code": Code.INTERNAL,
             "message": f"the tool failed ({type(error).__name__}); the log of the server says more",
             "ask": "try again; if it lasts, tell the person who runs this server",
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, ClassVar, Final, Literal
 
 from pydantic import Field
@@ -22,6 +23,19 @@ from ringfence.messages.enrolment import EnrolledInstance
 from ringfence.messages.run import Labels
 
 EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
+
+
+class EventSubject(StrEnum):
+    """The subjects of service events that are about no message and no service."""
+
+    CONSUMER_HALTED = "consumer halted"
+    KEY = "key"
+    OBSERVE_MODE = "observe mode"
+    POLICY_BUNDLE = "policy bundle"
+    RECORD = "record"
+    RECORDS_GONE = "records gone"
+    SCIM = "scim"
+    SIGNALS = "signals"
 
 
 class ServiceEvent(Claims):

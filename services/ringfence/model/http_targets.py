@@ -16,6 +16,7 @@ from urllib.parse import unquote_to_bytes
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import case_folded, json_object
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import ActionClass, ApprovalClass, RequestRule, VerbFloor
 from ringfence.model.mcp.messages import McpMessage, McpMessageError, read_message
 from ringfence.model.mcp.rules import (
@@ -56,7 +57,7 @@ _OVERRIDES: Final = frozenset({"_method", "x-http-method-override", "x-http-meth
 class RequestMapError(RingfenceError):
     """A rule of the map is invalid. The message names the rule, and says what to write."""
 
-    code = "request_map_invalid"
+    code = Code.REQUEST_MAP_INVALID
 
 
 @dataclass(frozen=True, slots=True)

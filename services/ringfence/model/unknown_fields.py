@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from ringfence.kernel.base.text import nearest_name, visible_name
 from ringfence.messages.base import Claims, Message
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import BackendSettings, GroupDelegation, RequestRule, VerbFloor
 
 _OPEN: Final = (BackendSettings,)
@@ -20,7 +21,9 @@ _OF_ALL_CLAIMS: Final = frozenset({"nbf"})
 """Claims that no model declares, and that every reader of a signed message checks (RFC 7519, 4.1.5)."""
 _LONGEST_NAME: Final = 80
 _MOST_TOLD: Final = 5
-NOT_UNDERSTOOD: Final = frozenset({"verb_not_understood", "grant_not_understood", "approval_not_understood"})
+NOT_UNDERSTOOD: Final = frozenset(
+    {Code.VERB_NOT_UNDERSTOOD, Code.GRANT_NOT_UNDERSTOOD, Code.APPROVAL_NOT_UNDERSTOOD}
+)
 """Codes of denials that are due to an unknown field alone: an honest service of another version may know the field."""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from ringfence.messages.codes import AnyCode
 from ringfence.messages.credential import Reason
 from ringfence.messages.permission import Permission
 
@@ -33,7 +34,7 @@ ALLOWED: Final = Allowed()
 
 
 def refused(
-    code: str, message: str, *, permission: Permission | None = None, side: str | None = None
+    code: AnyCode, message: str, *, permission: Permission | None = None, side: str | None = None
 ) -> Refused:
     """Build a refusal; a message longer than `MAX_MESSAGE_LENGTH` characters is cut.
 

@@ -23,7 +23,9 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
 from ringfence.messages.base import Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, Reason
+from ringfence.messages.operations import EventSubject
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
@@ -112,8 +114,10 @@ def build(
     declared = BackendCapabilities(all_backends(BackendContext(settings.trust_domain, settings.issuer_url)))
 
     async def bundle_refused(mark: str, why: str) -> None:
-        reason = Reason(code="bundle_refused", message=why[:2000])
-        await runtime.event("finding", "policy bundle", about=("bundle_refused", mark), reasons=(reason,))
+        reason = Reason(code=Code.BUNDLE_REFUSED, message=why[:2000])
+        await runtime.event(
+            "finding", EventSubject.POLICY_BUNDLE, about=("bundle_refused", mark), reasons=(reason,)
+        )
 
     runtime.table(RUN_TABLES, directory.on_records)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)

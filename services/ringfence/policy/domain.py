@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.credential import (
     Coordinates,
     CredentialRequest,
@@ -121,7 +122,7 @@ class Evaluation:
     """Their append times, by the digest of each."""
 
 
-def refuse(code: str, message: str, *, retry_after_s: int | None = None) -> RequestRefused:
+def refuse(code: AnyCode, message: str, *, retry_after_s: int | None = None) -> RequestRefused:
     """A denial that needs no records."""
     return RequestRefused((Reason(code=code, message=message),), retry_after_s=retry_after_s)
 
@@ -248,11 +249,11 @@ def verdict_of(
     required = required_classes(floors, result.approvals, break_glass=break_glass)
     denials = _distinct([*against, *result.deny])
     if not result.allow and not denials:
-        denials = (Reason(code="policy_denied", message="policy does not allow it and gave no reason"),)
+        denials = (Reason(code=Code.POLICY_DENIED, message="policy does not allow it and gave no reason"),)
     ttl_s = min(asked_s, result.max_ttl_s, target_max_ttl_s)
     if not denials and ttl_s < 1:
         message = f"policy allows it for {ttl_s} s, which is no time at all"
-        denials = (Reason(code="policy_invalid", message=message),)
+        denials = (Reason(code=Code.POLICY_INVALID, message=message),)
     if break_glass and not against:
         # A bundle that denies may give no life at all. If it gives one, break glass cannot exceed it.
         limits = [asked_s, target_max_ttl_s, BREAK_GLASS_TTL_S]
@@ -262,7 +263,7 @@ def verdict_of(
 
 
 _NOT_NEEDED = Reason(
-    code="break_glass_not_needed", message="policy does not deny it: ask without break glass"
+    code=Code.BREAK_GLASS_NOT_NEEDED, message="policy does not deny it: ask without break glass"
 )
 
 
@@ -270,7 +271,7 @@ def _overridden(verdict: RequestVerdict) -> tuple[Reason, ...]:
     if not verdict.outweighed:
         return ()
     message = "break glass: it takes two operators, who allow once what policy denies"
-    return (Reason(code="break_glass", message=message), *verdict.outweighed)
+    return (Reason(code=Code.BREAK_GLASS, message=message), *verdict.outweighed)
 
 
 def _distinct(reasons: Iterable[Reason]) -> tuple[Reason, ...]:
@@ -285,7 +286,7 @@ def _shortened(asked_s: int, ttl_s: int) -> tuple[Reason, ...]:
     if ttl_s == asked_s:
         return ()
     return (
-        Reason(code="ttl_shortened", message=f"{ttl_s} s instead of the {asked_s} s that were asked for"),
+        Reason(code=Code.TTL_SHORTENED, message=f"{ttl_s} s instead of the {asked_s} s that were asked for"),
     )
 
 
@@ -300,9 +301,9 @@ def _why_asked(
         verbs = sorted(v.verb for v in target.verbs if v.floor == wanted_class and v.verb in wanted)
         if verbs:
             message = f"{target.target_id} wants {_WHOSE[wanted_class]} for {', '.join(verbs)}"
-            found.append(Reason(code="floor", message=message[:1000]))
+            found.append(Reason(code=Code.FLOOR, message=message[:1000]))
         if wanted_class in result.approvals:
-            found.append(Reason(code="policy", message=f"policy wants {_WHOSE[wanted_class]}"))
+            found.append(Reason(code=Code.POLICY, message=f"policy wants {_WHOSE[wanted_class]}"))
     return tuple(found)
 
 

@@ -18,8 +18,9 @@ from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates, Reason
-from ringfence.messages.operations import EventKind, Heartbeat, ServiceEvent
+from ringfence.messages.operations import EventKind, EventSubject, Heartbeat, ServiceEvent
 from ringfence.messages.registry import (
     AgentRecord,
     AnyRecord,
@@ -40,7 +41,6 @@ from ringfence.model.records.command_chain import Authorised, ChainError, unveri
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.model.verdict import Refused
 from ringfence.registry.domain import Change, Current, Embedded, Subject, check_size, decide
-from ringfence.registry.key_expiry_warnings import SUBJECT
 from ringfence.registry.store import Memory
 
 log = logging.getLogger(__name__)
@@ -52,8 +52,6 @@ RECORDS: dict[SubjectKind, Any] = {
     "target": TargetRecord,
     "task": TaskRecord,
 }
-KEY_ADDED = "key_added"
-"""The code of the finding that tells a user of a new key."""
 _CATCH_UP_S = 5.0
 
 
@@ -125,7 +123,7 @@ class Registry:
                 await self._publish(subject, change, authorised, record.traceparent)
         except (CommandRefusedError, ChainError) as error:
             await self._answer("refused", authorised, record, str(error), error.code)
-            if error.code == "key_taken":
+            if error.code == Code.KEY_TAKEN:
                 await self._report_key_taken(authorised, record, error)
             return
         await self._report_added_keys(authorised, record)
@@ -218,7 +216,7 @@ class Registry:
             "finding",
             authorised.claims.typ,
             about=("key_taken", authorised.claims.iss, authorised.claims.jti),
-            reasons=(Reason(code="key_taken", message=str(error)[:2048]),),
+            reasons=(Reason(code=Code.KEY_TAKEN, message=str(error)[:2048]),),
             source=record.coordinates,
             traceparent=record.traceparent,
             agent_id=self._agent_id(authorised),
@@ -237,9 +235,9 @@ class Registry:
             owner = f"spiffe://{self._runtime.settings.trust_domain}/user/{id}"
             await self._runtime.event(
                 "finding",
-                SUBJECT,
-                about=(KEY_ADDED, owner, origin.kid, origin.added_ms),
-                reasons=(Reason(code=KEY_ADDED, message=_added_text(id, origin)),),
+                EventSubject.KEY,
+                about=(Code.KEY_ADDED, owner, origin.kid, origin.added_ms),
+                reasons=(Reason(code=Code.KEY_ADDED, message=_added_text(id, origin)),),
                 source=record.coordinates,
                 traceparent=record.traceparent,
                 actor=authorised.claims.iss,
@@ -336,7 +334,7 @@ class Registry:
         for found in self._directory.unmatched():
             message = f"{found}, which is not what the last heartbeat confirmed: records may be gone"
             log.error("%s", message)
-            self._on_alarm(Alarm("table_differs", message, found.partition(" ")[0], None))
+            self._on_alarm(Alarm(Code.TABLE_DIFFERS, message, found.partition(" ")[0], None))
 
     async def _write_again(self, kind: SubjectKind, id: str) -> None:
         """Publish a record again. Compaction keeps the last record of a key, so it must be the valid one."""

@@ -14,6 +14,7 @@ from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message
+from ringfence.messages.codes import Code, ReceivedCode, inactive_agent
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
@@ -188,7 +189,7 @@ def decide(
     if only_reduces(command) and len(compact) > MAX_NARROWING_BYTES:
         raise CommandRefusedError(
             f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
-            code="too_large",
+            code=Code.TOO_LARGE,
         )
     kind, id = command_subject(command, authorised.command_id)
     context = Context(
@@ -244,7 +245,7 @@ def check_size(command: Command, size: int) -> None:
     if size > limit:
         raise CommandRefusedError(
             f"the record would have {size} bytes, the limit is {limit}; say it shorter, or start a new subject",
-            code="record_too_large",
+            code=Code.RECORD_TOO_LARGE,
         )
 
 
@@ -256,7 +257,7 @@ def _check_time(command: Authorised, around: Surroundings) -> None:
         raise CommandRefusedError(
             f"appended {around.latest_ms - command.appended_at_ms} ms before a command that was accepted earlier: the "
             "broker's clock went back; sign and send it again",
-            code="too_early",
+            code=Code.TOO_EARLY,
         )
     user_id, agent = command.actor.user_id, command.actor.agent
     signer = agent.agent_id if agent else user_id
@@ -264,7 +265,7 @@ def _check_time(command: Authorised, around: Surroundings) -> None:
     if signer is not None and command.appended_at_ms <= around.changed_ms(kind, signer):
         raise CommandRefusedError(
             f"appended in the same moment as a change of its signer, {signer}; sign and send it again",
-            code="too_early",
+            code=Code.TOO_EARLY,
         )
 
 
@@ -281,7 +282,7 @@ def _check_signer_key(command: Authorised, around: Surroundings) -> None:
     for iss, kid in signers:
         if isinstance(verdict := around.check_vouchers(iss, kid), Refused):
             message = f"{verdict.reason.message}; sign with another key"
-            raise CommandRefusedError(message, code=verdict.reason.code)
+            raise CommandRefusedError(message, code=ReceivedCode(verdict.reason.code))
 
 
 def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:
@@ -318,7 +319,7 @@ def _check_fields(command: Command, subject: Subject, authorised: Authorised, ar
 
 def _require_understood(message: Message, what: str) -> None:
     if unknown := unknown_fields(message):
-        raise CommandRefusedError(describe_unknown(unknown, what)[:2048], code="unknown_field")
+        raise CommandRefusedError(describe_unknown(unknown, what)[:2048], code=Code.UNKNOWN_FIELD)
 
 
 def _check_keys(command: Command, subject: Subject, around: Surroundings, at_s: int) -> None:
@@ -333,12 +334,13 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings, at_s: 
         if other_holders := [holder for holder in around.holders(key.kid) if holder != subject]:
             kind, id = min(other_holders)
             raise CommandRefusedError(
-                f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another", code="key_taken"
+                f"key {key.kid} belongs to {kind} {id}; a key has one owner: make another",
+                code=Code.KEY_TAKEN,
             )
         if key.not_after > LAST_MOMENT_S:
             raise CommandRefusedError(
                 f"key {key.kid} would end after the year 9999; give it an earlier not_after",
-                code="key_invalid",
+                code=Code.KEY_INVALID,
             )
     for key in keys:
         if key.credential_id is None or key.not_after <= at_s:
@@ -348,13 +350,13 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings, at_s: 
                 raise CommandRefusedError(
                     f"the credential id of key {key.kid} is that of key {known.kid} of {user.user_id}; end that one "
                     "first, or make another passkey",
-                    code="credential_taken",
+                    code=Code.CREDENTIAL_TAKEN,
                 )
     if isinstance(command, UserAddKey) and command.key.use is not None and command.key.rp_id != around.rp_id:
         raise CommandRefusedError(
             f"the passkey was made for {command.key.rp_id}, and the trust bundle names {around.rp_id or 'no domain'}; "
             "make one on the sign page of this organisation",
-            code="rp_id_unexpected",
+            code=Code.RP_ID_UNEXPECTED,
         )
 
 
@@ -364,11 +366,11 @@ def _check_target(command: TargetSet) -> None:
     Only the issuer knows the backends of other packages.
     """
     if reserved := reserved_name(command.target_id, command.backend):
-        raise CommandRefusedError(reserved, code="name_reserved")
+        raise CommandRefusedError(reserved, code=Code.NAME_RESERVED)
     if mistakes := problems(command.backend):
         raise CommandRefusedError(
             f"the settings of target {command.target_id} are wrong: {'; '.join(mistakes)}",
-            code="target_settings_invalid",
+            code=Code.TARGET_SETTINGS_INVALID,
         )
 
 
@@ -382,7 +384,7 @@ def _check_transfer(command: AgentTransfer, authorised: Authorised, revision: in
         raise CommandRefusedError(
             f"{command.sponsor} consented to revision {consent.revision} of agent {command.agent_id}, which has "
             f"changed since, to revision {revision}; ask for another consent",
-            code="consent_stale",
+            code=Code.CONSENT_STALE,
         )
 
 
@@ -393,12 +395,12 @@ def _check_task(command: TaskAssign, authorised: Authorised, around: Surrounding
         raise CommandRefusedError(
             "the ID token does not say that its email was verified (email_verified): take another claim, or let the "
             "root say that this issuer verifies all of them: ringfence init --oidc-issuer ... --oidc-emails-verified",
-            code="email_unverified",
+            code=Code.EMAIL_UNVERIFIED,
         )
     if used is not None and (task := around.task_of_consent(*used.mark)):
         raise CommandRefusedError(
             f"this consent was used for task {task}; ask {command.on_behalf_of} for another",
-            code="consent_used",
+            code=Code.CONSENT_USED,
         )
 
 
@@ -420,7 +422,7 @@ def _check_task_length(terms: TaskTerms, at_ms: int, task_max_s: int) -> None:
         raise CommandRefusedError(
             f"the task would end later than a new task may, which is {latest} (RINGFENCE_TASK_MAX_S is {task_max_s}); "
             "give it an earlier end",
-            code="task_too_long",
+            code=Code.TASK_TOO_LONG,
         )
 
 
@@ -431,7 +433,7 @@ def _check_part(task: TaskState, around: Surroundings) -> None:
     if around.parts_of(parent) >= MAX_PARTS:
         raise CommandRefusedError(
             f"{MAX_PARTS} parts of task {parent} were handed on, and no more can be; have another task assigned",
-            code="too_many_parts",
+            code=Code.TOO_MANY_PARTS,
         )
 
 
@@ -439,12 +441,14 @@ def _check_people(agent_ids: Iterable[str], user_id: str, around: Surroundings) 
     for agent_id in agent_ids:
         agent = around.agent(agent_id)
         if agent is None:
-            raise CommandRefusedError(f"there is no agent {agent_id}", code="unknown_agent")
+            raise CommandRefusedError(f"there is no agent {agent_id}", code=Code.UNKNOWN_AGENT)
         if agent.status != "active":
-            raise CommandRefusedError(f"agent {agent_id} is {agent.status}", code=f"agent_{agent.status}")
+            raise CommandRefusedError(
+                f"agent {agent_id} is {agent.status}", code=inactive_agent(agent.status)
+            )
     user = around.user(user_id)
     if user is None or user.status != "active":
-        raise CommandRefusedError(f"{user_id} is no active user", code="user_disabled")
+        raise CommandRefusedError(f"{user_id} is no active user", code=Code.USER_DISABLED)
 
 
 def uses_consent(command: TaskAssign, signer: str | None) -> bool:

@@ -28,6 +28,7 @@ from ringfence.kernel.crypto.oidc import (
     verify_token,
 )
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.credential import Reason
 from ringfence.messages.enrolment import (
     AttestationSelector,
@@ -57,18 +58,24 @@ TOKENS_REMEMBERED_S = MAX_TOKEN_AGE_S + 10 * 60
 _SWEEP_EVERY = 10_000
 _MOST_REFUSALS = 10_000
 _BY_STRANGERS = frozenset(
-    {"token_malformed", "alg_not_allowed", "key_unknown", "signature_invalid", "issuer_untrusted"}
+    {
+        Code.TOKEN_MALFORMED,
+        Code.ALG_NOT_ALLOWED,
+        Code.KEY_UNKNOWN,
+        Code.SIGNATURE_INVALID,
+        Code.ISSUER_UNTRUSTED,
+    }
 )
 """Codes of tokens that no platform signed. Anybody can send those, so they appear in the log alone."""
 
-_FINDINGS = frozenset({"token_replayed", "key_taken"})
+_FINDINGS = frozenset({Code.TOKEN_REPLAYED, Code.KEY_TAKEN})
 """Codes of acts that no honest instance commits."""
 
 
 class EnrolRefusedError(RingfenceError):
     """Raised when an instance is not enrolled; `code` says why."""
 
-    code = "enrol_refused"
+    code = Code.ENROL_REFUSED
 
 
 class KeysByDiscovery(Protocol):
@@ -172,7 +179,7 @@ class Enroller:
             key = public_key(claims.key)
         except ValueError as error:
             raise InvalidMessageError(
-                f"the key to be enrolled cannot be used: {error}", code="key_invalid"
+                f"the key to be enrolled cannot be used: {error}", code=Code.KEY_INVALID
             ) from None
 
         def find(iss: str, kid: str) -> PublicKey | None:
@@ -199,7 +206,7 @@ class Enroller:
             (issuer, f"issuer {issuer.issuer} in the trust bundle"),
         ):
             if fields := unknown_fields(message):
-                raise EnrolRefusedError(describe_unknown(fields, what), code="unknown_field")
+                raise EnrolRefusedError(describe_unknown(fields, what), code=Code.UNKNOWN_FIELD)
         agent, revision = self._agent(claims.iss)
         if self._memory.registered_by(kid):
             raise _key_in_use()
@@ -219,7 +226,7 @@ class Enroller:
             raise EnrolRefusedError(
                 f"no selector of agent {agent.agent_id} lets in {token.subject[:200]} of {issuer.issuer}; compare "
                 "with: ringfence agent show",
-                code="instance_unmatched",
+                code=Code.INSTANCE_UNMATCHED,
             )
         return _Admission(agent, revision, *match, token, not issuer.discovery, run)
 
@@ -235,7 +242,7 @@ class Enroller:
             raise EnrolRefusedError(
                 f"the trust bundle does not believe {name[:200]} about instances; the root adds it with: "
                 "ringfence init --oidc-issuer",
-                code="issuer_untrusted",
+                code=Code.ISSUER_UNTRUSTED,
             )
         return issuer
 
@@ -248,10 +255,10 @@ class Enroller:
                 f"the record of {iss} counts for nothing: {error}", code=error.code
             ) from None
         if entry is None:
-            raise EnrolRefusedError(f"there is no agent {agent_id or iss}", code="agent_unknown")
+            raise EnrolRefusedError(f"there is no agent {agent_id or iss}", code=Code.AGENT_UNKNOWN)
         if entry.state.status != "active":
             raise EnrolRefusedError(
-                f"agent {agent_id} is {entry.state.status}", code=f"agent_{entry.state.status}"
+                f"agent {agent_id} is {entry.state.status}", code=inactive_agent(entry.state.status)
             )
         return entry.state, entry.revision
 
@@ -268,7 +275,7 @@ class Enroller:
         if spent is not None and (spent.agent_id, spent.enrolled.kid) != (admission.agent.agent_id, kid):
             raise EnrolRefusedError(
                 "another key, or the same for another agent, was enrolled with this token; get a new token for each",
-                code="token_replayed",
+                code=Code.TOKEN_REPLAYED,
             )
         if spent is not None:
             return spent.enrolled, False
@@ -370,7 +377,7 @@ class Enroller:
 
 
 def _key_in_use() -> EnrolRefusedError:
-    return EnrolRefusedError("that key belongs to somebody already; make a fresh one", code="key_taken")
+    return EnrolRefusedError("that key belongs to somebody already; make a fresh one", code=Code.KEY_TAKEN)
 
 
 # `POST /v1/enrol`: a running instance enrols. The signed body authenticates its sender, and nothing else does.
@@ -397,7 +404,7 @@ async def _body(request: Request) -> bytes:
         async for part in request.stream():
             body += part
             if len(body) > MAX_ENROL_BYTES:
-                raise InvalidMessageError(f"more than {MAX_ENROL_BYTES} bytes", code="too_large")
+                raise InvalidMessageError(f"more than {MAX_ENROL_BYTES} bytes", code=Code.TOO_LARGE)
     except ClientDisconnect:
-        raise InvalidMessageError("the sender went away", code="not_a_jws") from None
+        raise InvalidMessageError("the sender went away", code=Code.NOT_A_JWS) from None
     return body.strip()

@@ -17,8 +17,9 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
-from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.operations import EventSubject, ServiceEvent
 from ringfence.messages.registry import AgentState, AnyState, UserState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.agent_keys import DAY_S, WARN_BEFORE_S, KeyEnding, endings
@@ -27,9 +28,7 @@ from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
 
-SUBJECT = "key"
 """The `subject` of the finding. Its `ref` is the key's thumbprint, its `result` the key's owner."""
-CODE = "key_ending"
 _PAUSE_EVERY = 500
 _CATCH_UP_S = 5.0
 
@@ -50,7 +49,7 @@ class KeyWarnings:
 
     def remember(self, event: ServiceEvent) -> None:
         """Note a warning that this or another registry published recently."""
-        if event.subject == SUBJECT and event.ref and event.result and _is_warning(event):
+        if event.subject == EventSubject.KEY and event.ref and event.result and _is_warning(event):
             self._reported.add((event.result, event.ref, event.at_ms))
 
     async def run(self, mine: Callable[[], bool], every_s: float) -> None:
@@ -105,10 +104,10 @@ class KeyWarnings:
         log.warning("%s", message)
         await self._runtime.event(
             "finding",
-            SUBJECT,
+            EventSubject.KEY,
             # The text depends on the signing key: another one may repeat the same warning.
             about=(*warning, self._runtime.key.kid),
-            reasons=(Reason(code=CODE, message=message),),
+            reasons=(Reason(code=Code.KEY_ENDING, message=message),),
             at_ms=at_ms,
             ref=kid,
             result=owner,
@@ -123,7 +122,7 @@ class KeyWarnings:
 
 
 def _is_warning(event: ServiceEvent) -> bool:
-    return any(reason.code == CODE for reason in event.reasons)
+    return any(reason.code == Code.KEY_ENDING for reason in event.reasons)
 
 
 def _message(state: AnyState, ending: KeyEnding) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 TEST_SUFFIX = "_test.rego"
 _INSTALLED = Path(__file__).parent / "bundle"
@@ -26,7 +27,7 @@ Module = tuple[str, str]
 class BundleError(RingfenceError):
     """The bundle is missing, does not compile, or fails its tests. The message names file and line if there is one."""
 
-    code = "bundle_invalid"
+    code = Code.BUNDLE_INVALID
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import cast
 import orjson
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.rego.bundle import Bundle, BundleError
 from ringfence.rego.engine import (
     ISSUANCE,
@@ -37,7 +38,7 @@ _INHERITED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "LANG", "LC
 class WorkerLostError(RingfenceError):
     """The worker ended before this input's turn came: another worker may answer it."""
 
-    code = "worker_lost"
+    code = Code.WORKER_LOST
 
 
 class Worker(asyncio.Protocol):

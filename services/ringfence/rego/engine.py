@@ -10,6 +10,7 @@ import orjson
 from pydantic import ValidationError
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ApprovalClass
 from ringfence.rego.bundle import Bundle
@@ -26,19 +27,19 @@ _CLASSES = frozenset(get_args(ApprovalClass))
 class PolicyFailedError(RingfenceError):
     """The bundle gave no result, or an invalid one. The request is denied."""
 
-    code = "policy_invalid"
+    code = Code.POLICY_INVALID
 
 
 class PolicyTimeoutError(PolicyFailedError):
     """The result did not come in time."""
 
-    code = "policy_timeout"
+    code = Code.POLICY_TIMEOUT
 
 
 class PolicyUnavailableError(PolicyFailedError):
     """No engine can evaluate the bundle now."""
 
-    code = "policy_unavailable"
+    code = Code.POLICY_UNAVAILABLE
 
 
 @dataclass(frozen=True, slots=True)

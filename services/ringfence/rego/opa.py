@@ -18,6 +18,7 @@ import httptools
 import orjson
 
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.messages.codes import Code
 from ringfence.rego.bundle import Bundle
 from ringfence.rego.embedded import TIMEOUT_MS
 from ringfence.rego.engine import (
@@ -89,7 +90,7 @@ class HttpPool:
 class _StaleError(UnavailableError):
     """A kept connection turned out to be closed before anything came."""
 
-    code = "connection_stale"
+    code = Code.CONNECTION_STALE
 
 
 class _Connection(asyncio.Protocol):

@@ -28,6 +28,7 @@ from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.operations import Heartbeat
@@ -157,7 +158,7 @@ class OrphanSweeper:
             "finding",
             Lease.typ,
             about=("orphan", lease_id, target_id, self._runtime.clock.now_ms()),
-            reasons=(Reason(code="orphan_undone", message=message),),
+            reasons=(Reason(code=Code.ORPHAN_UNDONE, message=message),),
             lease_id=lease_id,
         )
 

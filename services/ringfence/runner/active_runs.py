@@ -21,6 +21,7 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.run import RunStop
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.run_orders import check_stop, verified_stop
@@ -82,9 +83,9 @@ class StopTable:
                 return
             stop = verified_stop(record.value, self._directory, record.appended_at_ms).claims
             if record.key != stop.run_id:
-                raise InvalidMessageError("the Kafka key of a stop is the run's id", code="key_unexpected")
+                raise InvalidMessageError("the Kafka key of a stop is the run's id", code=Code.KEY_UNEXPECTED)
         except InvalidMessageError as error:
-            if error.code == "key_unknown":
+            if error.code == Code.KEY_UNKNOWN:
                 self._awaiting_key.append(record)
             log.warning(
                 "not a stop: %s/%d@%d: %s",
@@ -105,7 +106,7 @@ class StopTable:
 class ClaimLostError(RingfenceError):
     """Raised if another runner's claim of a run came first. Nothing was started here."""
 
-    code = "claim_lost"
+    code = Code.CLAIM_LOST
 
 
 class Execution(Protocol):

@@ -22,6 +22,7 @@ from ringfence.kernel.crypto.jws import kid_of
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.run import Run, RunExit, RunOrder
 from ringfence.messages.topics import RUN
@@ -153,7 +154,7 @@ class OrderIntake:
             signed = verified_order(record.value, self._directory, record.appended_at_ms)
             order = signed.claims
             if order.pool != record.key:
-                raise InvalidMessageError("the Kafka key of an order is its pool", code="key_unexpected")
+                raise InvalidMessageError("the Kafka key of an order is its pool", code=Code.KEY_UNEXPECTED)
         except InvalidMessageError as error:
             metrics.RUN_ORDERS_REFUSED.labels("invalid").inc()
             await self._runtime.dead_letters.send(record, error)
@@ -187,7 +188,7 @@ class OrderIntake:
             return by_pool
         if not self._has_room() and self.waiting >= self._pool.queue_length:
             message = f"{self.waiting} orders of pool {self._pool.name} wait already; order again later"
-            return refused("queue_full", message)
+            return refused(Code.QUEUE_FULL, message)
         return ALLOWED
 
     async def _advance(self) -> None:
@@ -251,9 +252,9 @@ class OrderIntake:
             waiting.run_id, agent_id=order.agent_id, task_id=order.task_id, ordered_by=order.iss
         )
         if stopped is not None:
-            return refused("run_stopped", stopped)
+            return refused(Code.RUN_STOPPED, stopped)
         if order.exp < self._runtime.broker_now_ms() // 1000:
-            return refused("order_expired", "the order waited for longer than it is valid")
+            return refused(Code.ORDER_EXPIRED, "the order waited for longer than it is valid")
         return ALLOWED
 
     async def _refuse(self, waiting: _Waiting, reason: Reason) -> None:

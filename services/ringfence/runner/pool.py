@@ -25,6 +25,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.text import visible
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.run import ImageDigest, Labels, RunOrder
@@ -201,22 +202,26 @@ class Pool(_Strict):
         """
         image = order.image or self.default_image
         if order.pool != self.name:
-            return refused("order_other_pool", f"the order is for pool {order.pool}, and this is {self.name}")
+            return refused(
+                Code.ORDER_OTHER_POOL, f"the order is for pool {order.pool}, and this is {self.name}"
+            )
         if EVERY not in self.agents and order.agent_id not in self.agents:
-            return refused("agent_not_in_pool", f"pool {self.name} runs nothing for agent {order.agent_id}")
+            return refused(
+                Code.AGENT_NOT_IN_POOL, f"pool {self.name} runs nothing for agent {order.agent_id}"
+            )
         if self.commands is not None and order.command[0] not in self.commands:
             what = visible(order.command[0])[:200]
-            return refused("command_not_in_pool", f"pool {self.name} does not run {what!r}")
+            return refused(Code.COMMAND_NOT_IN_POOL, f"pool {self.name} does not run {what!r}")
         if self.backend == "bubblewrap" and order.image is not None:
             return refused(
-                "image_not_in_pool",
+                Code.IMAGE_NOT_IN_POOL,
                 f"pool {self.name} has no images: leave the image out, or use another pool",
             )
         if self.backend == "oci" and image not in self.images:
             message = (
                 f"pool {self.name} does not run the image {image}" if image else "the order names no image"
             )
-            return refused("image_not_in_pool", message)
+            return refused(Code.IMAGE_NOT_IN_POOL, message)
         for check in (self._check_labels, self._check_mounts, self._check_limits):
             if isinstance(verdict := check(order), Refused):
                 return verdict
@@ -228,19 +233,19 @@ class Pool(_Strict):
                 own = self.labels.get(name)
                 has = f"has {visible(own)!r} there" if own is not None else "has no such label"
                 message = f"the order demands {name}={visible(value)[:256]}, and pool {self.name} {has}"
-                return refused("label_not_in_pool", message)
+                return refused(Code.LABEL_NOT_IN_POOL, message)
         return ALLOWED
 
     def _check_mounts(self, order: RunOrder) -> Verdict:
         names = [mount.name for mount in order.mounts]
         if len(set(names)) < len(names):
-            return refused("mount_repeated", "the order names a mount twice")
+            return refused(Code.MOUNT_REPEATED, "the order names a mount twice")
         for mount in order.mounts:
             known = self.mounts.get(mount.name)
             if known is None:
-                return refused("mount_not_in_pool", f"pool {self.name} has no mount {mount.name}")
+                return refused(Code.MOUNT_NOT_IN_POOL, f"pool {self.name} has no mount {mount.name}")
             if mount.read_write and not known.read_write:
-                return refused("mount_read_only", f"mount {mount.name} of pool {self.name} is read-only")
+                return refused(Code.MOUNT_READ_ONLY, f"mount {mount.name} of pool {self.name} is read-only")
         return ALLOWED
 
     def _check_limits(self, order: RunOrder) -> Verdict:
@@ -248,7 +253,7 @@ class Pool(_Strict):
         for name, most in self.limits.model_dump().items():
             if asked[name] > most:
                 message = f"{name} is {asked[name]}, and pool {self.name} allows {most} at most"
-                return refused("limit_above_pool", message)
+                return refused(Code.LIMIT_ABOVE_POOL, message)
         return ALLOWED
 
     def plan(self, order: RunOrder, *, order_id: str, run_id: str, deadline_s: int) -> RunPlan:
@@ -285,7 +290,7 @@ def _planned(name: str, mount: PoolMount, read_write: bool) -> PlannedMount:
     )
 
 
-def _reason(code: str, message: str) -> Reason:
+def _reason(code: Code, message: str) -> Reason:
     return Reason(code=code, message=message)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_private_folder, open_private
 from ringfence.kernel.base.strict_json import json_object
+from ringfence.messages.codes import Code
 from ringfence.scan.findings import Finding, Identity, Pattern, Report
 
 VERSION: Final = 1
@@ -25,7 +26,7 @@ _MEMBERS: Final = frozenset(("reader", "path", "field", "pattern"))
 class BaselineError(RingfenceError):
     """Raised for a baseline that cannot be read. A baseline that is not understood hides nothing."""
 
-    code = "scan_baseline_invalid"
+    code = Code.SCAN_BASELINE_INVALID
 
 
 def load_baseline(path: Path) -> frozenset[Identity]:

@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.programs import find_program, search_path
 from ringfence.kernel.base.text import did_you_mean
+from ringfence.messages.codes import Code
 from ringfence.scan import kinds
 from ringfence.scan.documents import mapping, sequence
 from ringfence.scan.findings import Access, Finding, Note, Place, Report
@@ -35,7 +36,7 @@ _MAX_RULE: Final = 100
 class ScannerMissingError(RingfenceError):
     """Raised if `--with` names a scanner that is unknown or not installed."""
 
-    code = "scan_scanner_missing"
+    code = Code.SCAN_SCANNER_MISSING
 
 
 class Adapter(ABC):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.scan.file_scan import MACHINE, FileScanner, Job, JobResults
 from ringfence.scan.findings import Finding, Identity, Note, Place, Report
 from ringfence.scan.fingerprint import Fingerprinter
@@ -73,7 +74,7 @@ class _Notes:
 class ScanError(RingfenceError):
     """Raised for a path that cannot be scanned at all."""
 
-    code = "scan_path_invalid"
+    code = Code.SCAN_PATH_INVALID
 
 
 @dataclass(slots=True)

@@ -13,6 +13,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.bearer_tokens import Tokens
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import EventSubject
 from ringfence.messages.topics import HEARTBEAT, USER
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.directory import Directory
@@ -47,7 +48,7 @@ def build(settings: ServiceSettings, own: ScimSettings | None = None, clock: Clo
             raise UnavailableError("the table of users is behind; ask again")
 
     async def report_refusal(event_id: tuple[object, ...], reason: Reason) -> None:
-        await runtime.event("refused", "scim", about=event_id, reasons=(reason,))
+        await runtime.event("refused", EventSubject.SCIM, about=event_id, reasons=(reason,))
 
     writer = ProvisioningWriter(view, provisioner, caught_up, own.mail_domain)
     refresh = EntitlementRefresh(view, writer, own, runtime.clock)

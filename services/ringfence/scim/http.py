@@ -33,6 +33,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.metrics import HTTP_REQUESTS
 from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import GroupLink, UserRecord
 from ringfence.scim.provisioning import DirectoryView, ProvisioningWriter
@@ -268,7 +269,9 @@ class ScimApi:
             )
         where = request.client.host if request.client else "unknown"
         log.warning("a call from %s without a token that is let in", where)
-        reason = Reason(code="token_unknown", message=f"a call from {where} without a token that is let in")
+        reason = Reason(
+            code=Code.TOKEN_UNKNOWN, message=f"a call from {where} without a token that is let in"
+        )
         await self._report_refusal((uuid.uuid4(),), reason)
         return _failure(
             401,
@@ -290,7 +293,7 @@ class ScimApi:
         except (NotAnsweredError, UnavailableError) as error:
             return _failure(503, str(error), headers={"Retry-After": "10"})
         except RingfenceError as error:
-            return _failure(400, f"{error.code}: {error}", "invalidValue")
+            return _failure(400, f"{error.code}: {error}", Code.INVALID_VALUE)
 
 
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import write_public
 from ringfence.kernel.base.settings import BusSettings
+from ringfence.messages.codes import Code
 from ringfence.sign_page.settings import SignPageSettings
 
 CSP_HEADER = "Content-Security-Policy"
@@ -32,7 +33,7 @@ _TYPES = {
 class SignPageError(RingfenceError):
     """Raised when the sign page cannot be built: a setting is missing, or the folder holds something else."""
 
-    code = "sign_page_failed"
+    code = Code.SIGN_PAGE_FAILED
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,10 @@ from ringfence.kernel.kafka.dead_letters import HaltedError
 from ringfence.kernel.kafka.faststream_adapter import GroupBroker
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
+from ringfence.messages.operations import EventSubject
 from ringfence.messages.signals import DeliveryMethod
 from ringfence.messages.topics import LEASE
 from ringfence.model.leases.epochs import Epochs
@@ -146,9 +148,9 @@ class Delivery:
         log.error("%s", message)
         await self._runtime.event(
             "refused",
-            "signals",
+            EventSubject.SIGNALS,
             about=(self.stream_id, event.jti),
-            reasons=(Reason(code="signal_refused", message=message),),
+            reasons=(Reason(code=Code.SIGNAL_REFUSED, message=message),),
             lease_id=event.lease_id,
         )
 

@@ -19,7 +19,9 @@ from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.service.bearer_tokens import WRONG_WINDOW_MS, Tokens, WrongTokens
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import EventSubject
 from ringfence.signals.delivery import POLL, PUSH, Delivery, DeliverySupervisor
 from ringfence.signals.events import SUPPORTED, removed_without, verification
 from ringfence.signals.requests import (
@@ -69,7 +71,7 @@ Endpoint = Callable[[Request, Receiver], Awaitable[Response]]
 class StreamNotFoundError(RingfenceError):
     """The receiver has no such stream. It cannot tell whether another receiver has."""
 
-    code = "not_found"
+    code = Code.NOT_FOUND
 
 
 class SignalsApi:
@@ -158,7 +160,7 @@ class SignalsApi:
         )
         if stream is None:
             return _failure(
-                409, "invalid_request", "there is a stream of yours already; each receiver has one"
+                409, Code.INVALID_REQUEST, "there is a stream of yours already; each receiver has one"
             )
         await self._deliveries.reconciled()
         log.info("receiver %s has a stream: %s", receiver.name, stream.id)
@@ -255,7 +257,7 @@ class SignalsApi:
         if now_ms - self._verified_ms.get(stream.id, -wait_ms) < wait_ms:
             why = "too soon after the one before: see min_verification_interval"
             wait = {"Retry-After": str(self._settings.verification_interval_s)}
-            return _failure(429, "invalid_request", why, wait)
+            return _failure(429, Code.INVALID_REQUEST, why, wait)
         self._verified_ms[stream.id] = now_ms
         delivery.verify(
             verification(
@@ -340,7 +342,7 @@ class SignalsApi:
             if name is None:
                 response = await self._refuse_unauthenticated(request)
             elif (receiver := self._receivers.get(name)) is None:
-                response = _failure(403, "access_denied", f"the operator declared no receiver {name}")
+                response = _failure(403, Code.ACCESS_DENIED, f"the operator declared no receiver {name}")
             else:
                 response = await _respond(endpoint, request, receiver)
             response.headers.update(_NO_STORE)
@@ -354,13 +356,15 @@ class SignalsApi:
         if not self._wrong_tokens.add(self._runtime.clock.now_ms()):
             wait = {"Retry-After": str(WRONG_WINDOW_MS // 1000)}
             return _failure(
-                429, "authentication_failed", "too many calls without a token that is let in", wait
+                429, Code.AUTHENTICATION_FAILED, "too many calls without a token that is let in", wait
             )
         where = request.client.host if request.client else "unknown"
         log.warning("a call from %s without a token that is let in", where)
-        reason = Reason(code="token_unknown", message=f"a call from {where} without a token that is let in")
-        await self._runtime.event("refused", "signals", about=(uuid.uuid4(),), reasons=(reason,))
-        return _failure(401, "authentication_failed", what, {"WWW-Authenticate": 'Bearer realm="signals"'})
+        reason = Reason(
+            code=Code.TOKEN_UNKNOWN, message=f"a call from {where} without a token that is let in"
+        )
+        await self._runtime.event("refused", EventSubject.SIGNALS, about=(uuid.uuid4(),), reasons=(reason,))
+        return _failure(401, Code.AUTHENTICATION_FAILED, what, {"WWW-Authenticate": 'Bearer realm="signals"'})
 
 
 async def _settle(delivery: Delivery, asked_for: PollRequest, receiver: Receiver) -> None:
@@ -463,5 +467,7 @@ def _json_response(content: Any) -> Response:
     return JSONResponse(content)
 
 
-def _failure(status: int, code: str, description: str, headers: Mapping[str, str] | None = None) -> Response:
+def _failure(
+    status: int, code: AnyCode, description: str, headers: Mapping[str, str] | None = None
+) -> Response:
     return JSONResponse({"err": code, "description": description}, status, headers)

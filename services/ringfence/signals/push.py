@@ -21,6 +21,7 @@ from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible
+from ringfence.messages.codes import Code
 from ringfence.signals.events import UnsignedSet
 from ringfence.signals.requests import Receiver
 from ringfence.signals.settings import SignalsSettings
@@ -106,7 +107,7 @@ _TIMEOUT_S = 10.0
 _MAX_ANSWER_BYTES = 4096
 MAX_REFUSALS = 5
 """So many refusals of an event are retried, e.g. until the receiver has fetched new keys. Then it counts as refused."""
-_TRANSMITTER_ERRORS = ("authentication_failed", "access_denied")
+_TRANSMITTER_ERRORS = (Code.AUTHENTICATION_FAILED, Code.ACCESS_DENIED)
 """Errors of RFC 8935, 2.4, about the transmitter: a retry with the right token may succeed."""
 
 OnRefused = Callable[[UnsignedSet, str], Awaitable[None]]

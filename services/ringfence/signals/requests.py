@@ -27,6 +27,7 @@ from ringfence.kernel.base.secret_refs import SecretRef
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import NonEmpty, TargetId
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import EndKind, Lease
 from ringfence.messages.signals import DeliveryMethod
 from ringfence.signals.settings import safe_url
@@ -105,7 +106,7 @@ A = TypeVar("A", bound="SsfModel")
 class InvalidRequestError(RingfenceError):
     """A malformed or impossible request; `code` is the `err` of RFC 8935 where one fits."""
 
-    code = "invalid_request"
+    code = Code.INVALID_REQUEST
 
 
 class RequestTooLargeError(InvalidRequestError):

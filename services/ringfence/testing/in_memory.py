@@ -27,6 +27,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ServiceEvent
@@ -65,7 +66,7 @@ _TOPIC_PREFIX: Final = "ringfence"
 class NothingPendingError(RingfenceError):
     """No request came to wait for an approval within the time that the test gave."""
 
-    code = "nothing_pending"
+    code = Code.NOTHING_PENDING
 
 
 class People:

@@ -25,6 +25,7 @@ from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupBroker
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.base import SERVICE_ROLES
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import CREDENTIAL_REQUEST
 
 pytestmark = pytest.mark.broker
@@ -270,7 +271,7 @@ async def test_single_records_that_are_invalid_are_dead_lettered_and_committed(
     @router.subscriber(CREDENTIAL_REQUEST, group=ConsumerGroup("g", letters), order="sequential")
     async def handle(record: Received) -> None:
         if record.value.startswith(b"bad"):
-            raise InvalidMessageError("not a JWS", code="not_a_jws")
+            raise InvalidMessageError("not a JWS", code=Code.NOT_A_JWS)
         good.append(record.value)
 
     broker.include(router)

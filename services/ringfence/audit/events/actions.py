@@ -24,6 +24,7 @@ from ringfence.audit.events.ocsf import (
 )
 from ringfence.audit.memory import LeaseFacts
 from ringfence.kernel.base.text import with_article
+from ringfence.messages.codes import Code
 from ringfence.messages.operations import ActionAnswered, ActionDecided, Destination, RelayEnded
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 _Action = ActionDecided | ActionAnswered | RelayEnded
 
 _STOLEN: Final = frozenset({
-    "handle_other_agent", "proof_by_stranger", "mcp_session_other_agent", "mcp_task_other_agent",
-    "mcp_state_other_agent",
+    Code.HANDLE_OTHER_AGENT, Code.PROOF_BY_STRANGER, Code.MCP_SESSION_OTHER_AGENT, Code.MCP_TASK_OTHER_AGENT,
+    Code.MCP_STATE_OTHER_AGENT,
 })  # fmt: skip
 """Reason codes of a stolen handle or session: another agent than its owner presented it. They raise an alert."""
 _ACTIVITIES: Final[Mapping[str, str]] = {

@@ -22,10 +22,11 @@ from ringfence.audit.events.ocsf import (
 )
 from ringfence.audit.memory import RequestFacts
 from ringfence.messages.approval import BreakGlassReview
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import DecidedTerms, Reason
 from ringfence.model.verdict import ALLOWED, Verdict, refused
 
-NO_DENIALS = frozenset({"break_glass", "ttl_shortened"})
+NO_DENIALS = frozenset({Code.BREAK_GLASS, Code.TTL_SHORTENED})
 """Reason codes of such a decision that are not overridden denials."""
 _TITLE = "Break glass: a credential that policy denied"
 _OF_USE = ("agent", "act", "task", "on_behalf_of", "sponsor", "target", "permissions")
@@ -104,14 +105,14 @@ def check_review(
         use: the `unmapped` fields of the use's event, or None if no such use was audited.
     """
     if {"operator", "auditor"}.isdisjoint(roles):
-        return refused("not_reviewer", "operators and auditors review break glass")
+        return refused(Code.NOT_REVIEWER, "operators and auditors review break glass")
     if use is None or use.get("decision_digest") != claims.decision_digest:
-        return refused("break_glass_unknown", "no such use of break glass was audited")
+        return refused(Code.BREAK_GLASS_UNKNOWN, "no such use of break glass was audited")
     if reviewer in (use.get("approvers") or ()):
-        return refused("reviewer_approved", f"{reviewer} approved it; somebody else reviews it")
+        return refused(Code.REVIEWER_APPROVED, f"{reviewer} approved it; somebody else reviews it")
     if reviewer in (use.get("sponsor"), use.get("on_behalf_of")):
         message = f"{reviewer} answers for the agent, or had the task done; somebody else reviews it"
-        return refused("reviewer_involved", message)
+        return refused(Code.REVIEWER_INVOLVED, message)
     return ALLOWED
 
 

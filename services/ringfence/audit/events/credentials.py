@@ -24,6 +24,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import DecidedTerms, Reason, RequestWithdraw
 from ringfence.messages.lease import Lease, LeaseStatus, RevocationAck, RevocationRequest, Selector
 from ringfence.model.identity.spiffe_ids import spiffe_id
@@ -310,7 +311,7 @@ def lease_void(
     return event(
         signed, kinds.LEASE_VOID, message, attributes, fields,
         EventContext(claims.agent_id, claims.request_id, traceparent=lease.traceparent),
-        reasons=(Reason(code="epoch_over", message=why),),
+        reasons=(Reason(code=Code.EPOCH_OVER, message=why),),
     )  # fmt: skip
 
 

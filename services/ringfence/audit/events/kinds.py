@@ -20,6 +20,7 @@ from ringfence.audit.events.ocsf import (
     Status,
 )
 from ringfence.audit.events.ocsf import event_kind as kind
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import LeaseStatus
 
 _A, _S, _E, _F = AUTHENTICATION, AUTHORIZE_SESSION, ENTITY_MANAGEMENT, DETECTION_FINDING
@@ -135,14 +136,14 @@ CREDENTIAL_REFUSED = kind("credential.refused", _S, "Assign Privileges", "Low", 
 SESSION = kind("session.begun", _A, "Logon")
 FINDING = kind("finding", _A, "Finding", "High", "Failure", alert=True)
 FINDINGS: Mapping[str, EventKind] = {
-    "key_ending": kind("key.ending", _A, "Warn", "Medium", alert=True),
-    "key_added": kind("key.added", _A, "Warn", "Medium", alert=True),
+    Code.KEY_ENDING: kind("key.ending", _A, "Warn", "Medium", alert=True),
+    Code.KEY_ADDED: kind("key.added", _A, "Warn", "Medium", alert=True),
 }
 """By their reason code, if it is the only one. All others are a `FINDING`."""
 SHARED_IDENTITY: Mapping[str, EventKind] = {
-    "key_shared": kind("key.shared", _F, "Create", "High", "New", alert=True),
-    "key_taken": kind("key.taken", _F, "Create", "Medium", "New", alert=True),
-    "token_replayed": kind("token.replayed", _F, "Create", "High", "New", alert=True),
+    Code.KEY_SHARED: kind("key.shared", _F, "Create", "High", "New", alert=True),
+    Code.KEY_TAKEN: kind("key.taken", _F, "Create", "Medium", "New", alert=True),
+    Code.TOKEN_REPLAYED: kind("token.replayed", _F, "Create", "High", "New", alert=True),
 }
 DEAD_LETTER = kind("record.dead_lettered", _A, "Dead Letter", "Low", "Failure", "Denied")
 MALFORMED = kind("record.not_believed", _A, "Logon", "Medium", "Failure", "Denied")

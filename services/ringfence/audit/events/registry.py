@@ -30,6 +30,7 @@ from ringfence.audit.events.ocsf import (
 )  # fmt: skip
 from ringfence.kernel.base.ids import message_id
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.operations import ServiceEvent
@@ -220,7 +221,7 @@ def revision_fell(signed: VerifiedMessage[AnyRecord], newer: int) -> OcsfEvent:
     message = f"a record of {kind} {id} with revision {revision} came after revision {newer}; it is refused"
     attributes = {"entity": _entity_object(signed.claims.aud, kind, id)}
     fields |= {"revision": revision, "known_revision": newer}
-    reasons = (Reason(code="revision_fell", message=message),)
+    reasons = (Reason(code=Code.REVISION_FELL, message=message),)
     key = fields.get("agent") or id
     return event(signed, kinds.REVISION_FELL, message, attributes, fields, EventContext(key), reasons=reasons)
 

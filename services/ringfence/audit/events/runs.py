@@ -20,6 +20,7 @@ from ringfence.audit.events.ocsf import (
 )
 from ringfence.audit.events.services import PROTOCOL
 from ringfence.kernel.base.ids import message_id
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.run import Mount, Run, RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import spiffe_id
@@ -76,7 +77,7 @@ def told(signed: VerifiedMessage[Run], subject_fields: Mapping[str, Any], *, cou
     if not counts:
         kind = kinds.RUN_REFUSED
         why = "it takes the run back, or is about a run of another runner, agent, task or key"
-        reasons = (Reason(code="run_refused", message=why),)
+        reasons = (Reason(code=Code.RUN_REFUSED, message=why),)
         message = f"what runner {runner['name']} said of {run} changes nothing: {why}"
     elif claims.refused is not None:
         kind, why = kinds.RUN_NOT_STARTED, scrubbed(claims.refused.message)

@@ -27,6 +27,7 @@ from ringfence.audit.events.ocsf import (
 from ringfence.audit.memory import Sighting
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.operations import DeadLetter, ServiceEvent
@@ -36,33 +37,33 @@ PROTOCOL = {"auth_protocol_id": 99, "auth_protocol": "JWS"}
 _ASKS_FOR_A_CREDENTIAL = frozenset({CredentialRequest.typ, CredentialDecision.typ})
 _SUBJECT = Copied(ServiceEvent, "agent task request lease")
 _SHARED_IDENTITY_TITLES = {
-    "key_shared": "Two use one key at once",
-    "key_taken": "One key for two identities",
-    "token_replayed": "One identity token for two instances",
+    Code.KEY_SHARED: "Two use one key at once",
+    Code.KEY_TAKEN: "One key for two identities",
+    Code.TOKEN_REPLAYED: "One identity token for two instances",
 }
 
 # Error messages may quote text of an unverified writer, so events have these texts instead.
 _REASON_TEXTS: Mapping[str, str] = {
-    "not_a_jws": "it is not a JWS in compact serialisation",
-    "not_json": "it is not the JSON that belongs there",
-    "not_a_jwe": "it is not a JWE in compact serialisation",
-    "too_large": "it is larger than any message may be",
-    "typ_unexpected": "its typ names another message",
-    "claims_invalid": "its claims are not those of the message",
-    "aud_unexpected": "it is for another trust domain",
-    "key_unknown": "no key that may sign it signed it",
-    "alg_unexpected": "its alg is not that of the key",
-    "signature_invalid": "its signature does not verify",
-    "chain_broken": "the commands that it embeds do not hold",
-    "enrolment_invalid": "the enrolment of an instance in it does not hold",
-    "enrolment_ended": "the enrolment of an instance in it is over",
-    "issuer_untrusted": "the enrolment of an instance in it rests on an issuer that is not believed",
-    "wrong_subject": "it is about another subject than it says",
-    "tombstone": "it deletes a record, which nobody may",
+    Code.NOT_A_JWS: "it is not a JWS in compact serialisation",
+    Code.NOT_JSON: "it is not the JSON that belongs there",
+    Code.NOT_A_JWE: "it is not a JWE in compact serialisation",
+    Code.TOO_LARGE: "it is larger than any message may be",
+    Code.TYP_UNEXPECTED: "its typ names another message",
+    Code.CLAIMS_INVALID: "its claims are not those of the message",
+    Code.AUD_UNEXPECTED: "it is for another trust domain",
+    Code.KEY_UNKNOWN: "no key that may sign it signed it",
+    Code.ALG_UNEXPECTED: "its alg is not that of the key",
+    Code.SIGNATURE_INVALID: "its signature does not verify",
+    Code.CHAIN_BROKEN: "the commands that it embeds do not hold",
+    Code.ENROLMENT_INVALID: "the enrolment of an instance in it does not hold",
+    Code.ENROLMENT_ENDED: "the enrolment of an instance in it is over",
+    Code.ISSUER_UNTRUSTED: "the enrolment of an instance in it rests on an issuer that is not believed",
+    Code.WRONG_SUBJECT: "it is about another subject than it says",
+    Code.TOMBSTONE: "it deletes a record, which nobody may",
 }
 _FORGERIES = frozenset({
-    "key_unknown", "alg_unexpected", "signature_invalid", "chain_broken", "enrolment_invalid", "wrong_subject",
-    "tombstone",
+    Code.KEY_UNKNOWN, Code.ALG_UNEXPECTED, Code.SIGNATURE_INVALID, Code.CHAIN_BROKEN, Code.ENROLMENT_INVALID,
+    Code.WRONG_SUBJECT, Code.TOMBSTONE,
 })  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def replayed(
     if signer["type"] == "System" and same:
         message = f"{what} record by {by} stands there twice ({place}); it changes nothing"
         return event(signed, kinds.REPEATED, message, _attributes(record, signer), fields, EventContext(key))
-    reasons = (Reason(code="replayed", message=f"the same message was seen before, at {place}"),)
+    reasons = (Reason(code=Code.REPLAYED, message=f"the same message was seen before, at {place}"),)
     message = f"{what} signed by {by} was replayed, by whom is not known; first at {place}"
     return event(
         signed, kinds.REPLAYED, message, _attributes(record), fields, EventContext(key), reasons=reasons
@@ -233,7 +234,7 @@ def shared_identity(signed: VerifiedMessage[ServiceEvent], fields: Mapping[str, 
     `fields`: the known fields of the subject: agent, sponsor, task and the like.
     """
     claims, service = signed.claims, user_of(signed.claims.iss)
-    code = claims.reasons[0].code
+    code = Code(claims.reasons[0].code)
     message = f"{service['name']} found: {scrubbed(claims.reasons[0].message)}"
     attributes = {
         "finding_info": {

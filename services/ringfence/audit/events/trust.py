@@ -15,6 +15,7 @@ from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import Origin, TrustBundle
@@ -58,7 +59,7 @@ def bundle_event(record: Received, classified: BundleRecord) -> OcsfEvent:
             message = (
                 f"trust bundle {bundle.version} was put there after bundle {before.version}; it is refused"
             )
-            reasons = (Reason(code="version_fell", message=message),)
+            reasons = (Reason(code=Code.VERSION_FELL, message=message),)
     return event(
         record, kinds.TRUST[classified.status], message, attributes, fields, EventContext("trust", "trust"),
         reasons=reasons,
@@ -150,7 +151,7 @@ class BundleHistory:
         self._read(record)
         classified = self._classified.get(record.offset)
         if classified is None:
-            raise InvalidMessageError("too many bundles came after it", code="bundle_forgotten")
+            raise InvalidMessageError("too many bundles came after it", code=Code.BUNDLE_FORGOTTEN)
         if isinstance(classified, InvalidMessageError):
             raise classified
         return classified
@@ -166,7 +167,7 @@ class BundleHistory:
 
     def _classify(self, record: Received) -> BundleRecord:
         if not record.value:
-            raise InvalidMessageError("a bundle is never deleted", code="tombstone")
+            raise InvalidMessageError("a bundle is never deleted", code=Code.TOMBSTONE)
         current, before = self._trust.compact, self._in_force
         newer = self._trust.load(record.value, record.appended_at_ms / 1000)
         jws = parse(record.value)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, ReportQueries
+from ringfence.messages.codes import Code
 from ringfence.messages.permission import Permission
 from ringfence.model.leases.lifecycle import CLOCKS_S, is_short_lived, is_task_bound
 from ringfence.model.scope.scope import intersect
@@ -175,19 +176,19 @@ OUTLIVED_S: Final = 300
 MAX_LISTED: Final = 100
 """The most untraced items listed in one page."""
 
-FAULTS: Final[Mapping[str, str]] = {
-    "unreadable": "its event is none that audit writes",
-    "lease_unverified": "no signature of an issuer on the lease was verified",
-    "decision_missing": "no decision of policy that allowed it was audited",
-    "decision_differs": "the decision that was audited is not the one that the lease names",
-    "request_unverified": "the agent's signature on the request in its decision was not verified",
-    "task_missing": "no verified record of its task was audited",
-    "task_differs": "the record of its task names another agent or another user",
-    "human_unknown": "there is no verified record of the user on whose behalf it was",
-    "no_lease": "it went by no lease",
-    "lease_unknown": "no record of its lease was audited",
-    "other_agent": "its lease is another agent's",
-    "after_end": "it came after the deadline of its lease",
+FAULTS: Final[Mapping[Code, str]] = {
+    Code.UNREADABLE: "its event is none that audit writes",
+    Code.LEASE_UNVERIFIED: "no signature of an issuer on the lease was verified",
+    Code.DECISION_MISSING: "no decision of policy that allowed it was audited",
+    Code.DECISION_DIFFERS: "the decision that was audited is not the one that the lease names",
+    Code.REQUEST_UNVERIFIED: "the agent's signature on the request in its decision was not verified",
+    Code.TASK_MISSING: "no verified record of its task was audited",
+    Code.TASK_DIFFERS: "the record of its task names another agent or another user",
+    Code.HUMAN_UNKNOWN: "there is no verified record of the user on whose behalf it was",
+    Code.NO_LEASE: "it went by no lease",
+    Code.LEASE_UNKNOWN: "no record of its lease was audited",
+    Code.OTHER_AGENT: "its lease is another agent's",
+    Code.AFTER_END: "it came after the deadline of its lease",
 }
 """Why a lease or an action leads back to nobody, by the codes of the coverage report."""
 
@@ -232,45 +233,45 @@ def _add_to_basis(basis: LeaseBasis, event: Event) -> None:
         basis.tasks[fields["task"]] = event
 
 
-def lease_fault(issued: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
+def lease_fault(issued: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> Code | None:
     """Why a lease does not trace back to a human, as a code of `FAULTS`; None if it does."""
     fields = issued["unmapped"]
     if not _is_whole(issued):
-        return "unreadable"
+        return Code.UNREADABLE
     if not _verified_by(issued):
-        return "lease_unverified"
+        return Code.LEASE_UNVERIFIED
     allowed = basis.allowed.get(fields.get("request", ""), [])
     if not allowed:
-        return "decision_missing"
+        return Code.DECISION_MISSING
     named = ("decision", "decision_digest")
     decision = next((one for one in allowed if _verified_by(one) and _agree(one, issued, named)), None)
     if decision is None:
-        return "decision_differs"
+        return Code.DECISION_DIFFERS
     if "credential.request" not in decision["unmapped"]["verified"].get("embedded", ()):
-        return "request_unverified"
+        return Code.REQUEST_UNVERIFIED
     if not _agree(decision, issued, ("agent", "task")):
-        return "decision_differs"
+        return Code.DECISION_DIFFERS
     task = basis.tasks.get(fields.get("task", ""))
     if task is None or not _verified_by(task):
-        return "task_missing"
+        return Code.TASK_MISSING
     on_behalf_of = fields.get("on_behalf_of")
     if not _agree(task, issued, ("agent", "on_behalf_of")):
-        return "task_differs"
-    return None if on_behalf_of and is_user(on_behalf_of) else "human_unknown"
+        return Code.TASK_DIFFERS
+    return None if on_behalf_of and is_user(on_behalf_of) else Code.HUMAN_UNKNOWN
 
 
-def action_fault(action: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> str | None:
+def action_fault(action: Event, basis: LeaseBasis, is_user: Callable[[str], bool]) -> Code | None:
     """Why an action does not trace back to a human, as a code of `FAULTS`; None if it does."""
     fields = action["unmapped"]
     if not fields.get("lease"):
-        return "no_lease"
+        return Code.NO_LEASE
     issued = basis.issued.get(str(fields["lease"]))
     if issued is None:
-        return "lease_unknown"
+        return Code.LEASE_UNKNOWN
     if issued["unmapped"].get("agent") != fields.get("agent"):
-        return "other_agent"
+        return Code.OTHER_AGENT
     if action["time"] / 1000 > issued["unmapped"]["deadline"] + CLOCKS_S:
-        return "after_end"
+        return Code.AFTER_END
     return lease_fault(issued, basis, is_user)
 
 
@@ -296,7 +297,7 @@ def count_leases(
             continue  # a revoker repeated it after Redis was lost
         fault = lease_fault(event, basis, is_user)
         sums["total"] += 1
-        if fault == "unreadable":
+        if fault == Code.UNREADABLE:
             untraced.append(_list_entry(event, fault, FAULTS[fault]))
             continue
         since_s, until_s = event["time"] / 1000, fields["deadline"]
@@ -316,7 +317,7 @@ def count_leases(
         ]
         if standing_reasons:
             sums["standing"] += 1
-            standing.append(_list_entry(event, "standing", "; ".join(standing_reasons)))
+            standing.append(_list_entry(event, Code.STANDING, "; ".join(standing_reasons)))
     return {**sums, "against": untraced[:MAX_LISTED], "standing_leases": standing[:MAX_LISTED]}
 
 
@@ -338,7 +339,7 @@ def went_through(events: Iterable[Event]) -> list[Event]:
     return [event for event in events if event["metadata"].get("event_code") in WENT_THROUGH]
 
 
-def _list_entry(event: Event, code: str, reason: str) -> dict[str, Any]:
+def _list_entry(event: Event, code: Code, reason: str) -> dict[str, Any]:
     fields = event["unmapped"]
     named = ("agent", "sponsor", "on_behalf_of", "task", "request", "lease", "target", "action")
     return {"at_ms": event["time"], "code": code, "why": reason, **{name: fields.get(name) for name in named}}

@@ -15,17 +15,21 @@ from starlette.requests import Request
 
 from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.service.http import number_in
+from ringfence.messages.codes import Code
 
 BY: Final = ("agent", "target", "outcome", "access", "reason", "label")
 """The grouping key of actions. A value is None if it is unknown."""
 
 WHERE: Final = ("scheme", "host", "port", "method", "path", "target")
 """The grouping key of unknown destinations. Each value may be None."""
-UNKNOWN: Final = frozenset({"target_unknown", "target_missing", "host_unknown", "request_unmapped"})
+UNKNOWN: Final = frozenset(
+    {Code.TARGET_UNKNOWN, Code.TARGET_MISSING, Code.HOST_UNKNOWN, Code.REQUEST_UNMAPPED}
+)
 """Reason codes: no target is registered there, or no rule of the target maps the request."""
 _BEFORE_DESTINATION: Final = frozenset({
-    "no_credentials", "proof_missing", "handle_malformed", "handle_unknown", "handle_other_agent", "invalid_dpop_proof",
-    "proof_by_stranger", "proof_other_key", "proofs_full", "certificate_unknown", "task_unknown",
+    Code.NO_CREDENTIALS, Code.PROOF_MISSING, Code.HANDLE_MALFORMED, Code.HANDLE_UNKNOWN, Code.HANDLE_OTHER_AGENT,
+    Code.INVALID_DPOP_PROOF,
+    Code.PROOF_BY_STRANGER, Code.PROOF_OTHER_KEY, Code.PROOFS_FULL, Code.CERTIFICATE_UNKNOWN, Code.TASK_UNKNOWN,
 })  # fmt: skip
 """Reason codes of requests that were blocked before the gateway looked at the destination: the sender was not
 authenticated. A CONNECT with a handle is one for any unknown host, as no proof comes with it."""

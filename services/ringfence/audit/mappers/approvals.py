@@ -22,6 +22,7 @@ from ringfence.messages.approval import (
     GrantWithdraw,
 )
 from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import APPROVAL_REQUEST, APPROVAL_RESPONSE
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.requests.grants import kind_of
@@ -56,7 +57,7 @@ class ApprovalMapper(RecordMapper):
             claims.request, claims.request_id, claims.source.appended_at_ms
         )
         if facts is None:
-            raise InvalidMessageError("the embedded request does not hold", code="key_unknown")
+            raise InvalidMessageError("the embedded request does not hold", code=Code.KEY_UNKNOWN)
         self._first(signed, lambda: {"agent": facts.agent, "request": claims.request_id})
         signed = signed._replace(embedded=("credential.request",))
         return MappedEvent(credentials.approval_requested(signed, facts), self._incomplete(facts))

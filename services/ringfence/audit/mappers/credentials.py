@@ -14,6 +14,7 @@ from ringfence.kernel.crypto.jwe import recipients_of, unverified_about, unverif
 from ringfence.kernel.crypto.jws import kid_of, parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import UUID, Topic, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import DecidedTerms, RequestWithdraw
 from ringfence.messages.lease import Lease, LeaseEpoch, RevocationAck, RevocationRequest
 from ringfence.messages.topics import (
@@ -144,12 +145,12 @@ class CredentialMapper(RecordMapper):
             return MappedEvent(self._delivery(record))
         request_id = unverified_kid(record.value) if record.value.count(b".") == 4 else None
         if request_id is None or not UUID.fullmatch(request_id):
-            raise InvalidMessageError("not a sealed reply", code="not_a_jwe")
+            raise InvalidMessageError("not a sealed reply", code=Code.NOT_A_JWE)
         return MappedEvent(credentials.replied(record, request_id, self._verifier.facts(request_id)))
 
     def _delivery(self, record: Received) -> OcsfEvent:
         request_id = unverified_about(record.value)
         if request_id is None or not UUID.fullmatch(request_id):
-            raise InvalidMessageError("not an envelope for gateways", code="not_an_envelope")
+            raise InvalidMessageError("not an envelope for gateways", code=Code.NOT_AN_ENVELOPE)
         to = recipients_of(record.value)
         return credentials.delivered(record, request_id, to, self._verifier.facts(request_id))

@@ -16,11 +16,14 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.run import RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import subject_of
 
-PENDING_CODES: Final = frozenset({"key_unknown", "chain_broken", "not_reviewer", "break_glass_unknown"})
+PENDING_CODES: Final = frozenset(
+    {Code.KEY_UNKNOWN, Code.CHAIN_BROKEN, Code.NOT_REVIEWER, Code.BREAK_GLASS_UNKNOWN}
+)
 """Errors that may only mean that the local tables, or the index, are behind."""
 
 

@@ -11,6 +11,7 @@ from ringfence.audit.verification import RecordVerifier
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import ExpiringClaims, Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     AgentRecord,
     AgentTransfer,
@@ -63,7 +64,7 @@ class RegistryMapper(RecordMapper):
     def _record_of(self, model: type[AnyRecord]) -> Mapper:
         def map_record(record: Received) -> MappedEvent:
             if not record.value:
-                raise InvalidMessageError("a record is never deleted", code="tombstone")
+                raise InvalidMessageError("a record is never deleted", code=Code.TOMBSTONE)
             signed, last = self._verifier.record(record, model)
             claims = signed.claims
             agent = getattr(claims.state, "agent_id", None)

@@ -28,6 +28,7 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Outbound, Received, partition_of
 from ringfence.messages.audit import AuditIntake
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import AUDIT, AUDIT_INTAKE
 from ringfence.model.audit_log.chain import linkable
 from ringfence.model.audit_log.merkle import Hash
@@ -149,7 +150,7 @@ def _require_same_key(signed_by: SigningKey, current: SigningKey) -> None:
     An event that comes twice is chained once.
     """
     if current.kid != signed_by.kid:
-        raise UnavailableError(f"{signed_by.id} signs by another key now: once more", code="key_changed")
+        raise UnavailableError(f"{signed_by.id} signs by another key now: once more", code=Code.KEY_CHANGED)
 
 
 def parse_intake(record: Received, trust: TrustStore) -> Sequence[PendingEvent]:
@@ -163,7 +164,7 @@ def parse_intake(record: Received, trust: TrustStore) -> Sequence[PendingEvent]:
     try:
         return [_pending_event(entry) for entry in claims["entries"]]
     except (KeyError, TypeError, ValueError):
-        raise InvalidMessageError("not an audit.intake: entries", code="claims_invalid") from None
+        raise InvalidMessageError("not an audit.intake: entries", code=Code.CLAIMS_INVALID) from None
 
 
 def _pending_event(entry: dict[str, Any]) -> PendingEvent:

@@ -21,6 +21,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint
 from ringfence.messages.base import typ_header
+from ringfence.messages.codes import Code
 from ringfence.model.audit_log.chain import Tip, claimed_link, event_of
 from ringfence.model.audit_log.merkle import (
     Hash,
@@ -44,7 +45,7 @@ PRAGMA synchronous = OFF;
 class NoProofError(RingfenceError):
     """Raised if a proof cannot be given; the message says why."""
 
-    code = "no_proof"
+    code = Code.NO_PROOF
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import Code
 from ringfence.model.audit_log.chain import event_of, loaded
 
 
@@ -174,7 +175,9 @@ def rejection_of(record: Received) -> InvalidMessageError:
     """The error of the dead letter of an unauthorised record. It repeats nothing of the record's contents."""
     event = loaded(record.value)
     if event is None:
-        return InvalidMessageError("not the JSON of an event", code="not_json")
+        return InvalidMessageError("not the JSON of an event", code=Code.NOT_JSON)
     if event_of(record.value) is None:
-        return InvalidMessageError("no audit event", code="claims_invalid")
-    return InvalidMessageError("no audit service chained it: not what its writer wrote", code="not_chained")
+        return InvalidMessageError("no audit event", code=Code.CLAIMS_INVALID)
+    return InvalidMessageError(
+        "no audit service chained it: not what its writer wrote", code=Code.NOT_CHAINED
+    )

@@ -39,6 +39,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.text import Lines
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.client.reports.access_report import Inventory
@@ -289,7 +290,7 @@ async def watch_lines(api: ReadApi, every_s: int, filters: Filters) -> Never:
         try:
             cursor = await _changes(api, cursor, filters, printed)
         except ApiError as error:
-            if error.code == "cursor_lost":
+            if error.code == Code.CURSOR_LOST:
                 cursor = None
                 continue
             if error.status is not None and error.status < 500:

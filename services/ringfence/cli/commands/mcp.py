@@ -30,6 +30,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note, visible
 from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, check_program
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.cli.commands.run_local import LocalRun
@@ -158,7 +159,7 @@ def _refuse_static_keys(environment: dict[str, str], words: list[str]) -> None:
     for where, title in _static_keys(environment, words):
         raise RingfenceError(
             f"{where} looks like a static key ({title}), and none gets into the sandbox",
-            code="static_key",
+            code=Code.STATIC_KEY,
         ).with_remedy(
             "put the server's target behind the gateway, ask for it with --allow, and give a placeholder: the "
             "gateway replaces it"
@@ -200,7 +201,7 @@ async def _wrap(
             server = wrapped_server(directory, task, target, wanted)
             entry = directory.task(task)
             if entry is None:
-                raise RunRefusedError(f"there is no task {task}", code="task_unknown")
+                raise RunRefusedError(f"there is no task {task}", code=Code.TASK_UNKNOWN)
             now_s = int(time.time())
             deadline_s = local.deadline_s(entry.state, now_s)
             argv = server.command(

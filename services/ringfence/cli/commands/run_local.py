@@ -22,6 +22,7 @@ from ringfence.cli.shared.options import run, settings, wants_json
 from ringfence.cli.shared.output import note, print_json_line, visible
 from ringfence.cli.shared.settings_check import import_settings
 from ringfence.kernel.base.errors import SettingsError
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
@@ -117,7 +118,7 @@ async def _run(local: LocalRun, choice: TaskChoice, *, awaits_events: bool) -> R
         ):
             entry = (await host.connection.current_directory()).task(task_id)
             if entry is None:
-                raise RunRefusedError(f"there is no task {task_id}", code="task_unknown").with_remedy(
+                raise RunRefusedError(f"there is no task {task_id}", code=Code.TASK_UNKNOWN).with_remedy(
                     "see: ringfence task list"
                 )
             task = entry.state
@@ -174,7 +175,7 @@ async def _backend(name: str | None, own: ClientSettings) -> SandboxBackend:
             return found
         reasons.append(f"{one}: {'; '.join(problems)}")
     raise RunRefusedError(
-        f"no sandbox can be made here. {' '.join(reasons)}", code="sandbox_unavailable"
+        f"no sandbox can be made here. {' '.join(reasons)}", code=Code.SANDBOX_UNAVAILABLE
     ).with_remedy("see what this machine lacks: ringfence doctor")
 
 

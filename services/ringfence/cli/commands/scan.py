@@ -14,6 +14,7 @@ from ringfence.cli.shared.output_files import output_file, write_output
 from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.tables import Column, prose
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.scan.findings import Finding, Report
@@ -36,7 +37,7 @@ _KIB = 1024
 class ScanFailedError(RingfenceError):
     """Raised where a scan ended by an unexpected error, whose message might quote a file."""
 
-    code = "scan_failed"
+    code = Code.SCAN_FAILED
 
 
 def _fail_on(values: list[str] | None) -> list[str]:

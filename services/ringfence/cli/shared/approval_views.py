@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name, visible_resource
 from ringfence.kernel.base.text import Lines
+from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction
@@ -115,7 +116,9 @@ def _compared(comparison: Comparison) -> list[str]:
 
 
 def _difference(one: Deviation) -> str:
-    what = f": {show_scope(one.scope).replace(chr(10), ', ')}" if one.scope and one.code != "target" else ""
+    what = (
+        f": {show_scope(one.scope).replace(chr(10), ', ')}" if one.scope and one.code != Code.TARGET else ""
+    )
     return f"UNUSUAL  {one.message}{what}"
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 
 class WrongUseError(RingfenceError):
     """Raised when a command line cannot be executed, which shows only after the options were parsed: exit 2."""
 
-    code = "wrong_use"
+    code = Code.WRONG_USE
 
 
 @dataclass(slots=True)

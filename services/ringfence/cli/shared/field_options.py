@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 _OPTIONS: Final[Mapping[str, str]] = {
     "comment": "--comment",
@@ -31,6 +32,6 @@ _FIELD = re.compile(r"(?<=[:;] )(?:terms\.)?([a-z_]+)(?:\.\d+)*(?:\.[a-z_]+)*(?=
 
 def with_options(error: RingfenceError) -> str:
     """Return the message of an error. Where it is about the arguments of a call, fields are named by their options."""
-    if error.code != "call_invalid":
+    if error.code != Code.CALL_INVALID:
         return error.message
     return _FIELD.sub(lambda found: _OPTIONS.get(found[1], found[0]), error.message)

@@ -10,6 +10,7 @@ import yaml
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import Lines
+from ringfence.messages.codes import Code
 from ringfence.model.unknown_fields import nearest
 
 MAX_BYTES = 16 * 1024 * 1024
@@ -18,7 +19,7 @@ MAX_BYTES = 16 * 1024 * 1024
 class YamlFileError(RingfenceError):
     """A YAML file is invalid. The message lists all errors, one a line."""
 
-    code = "file_invalid"
+    code = Code.FILE_INVALID
 
 
 class YamlFile:

@@ -19,6 +19,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code
 from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
@@ -85,7 +86,7 @@ def _by_root(connection: Connection) -> bool:
 
 
 _UNKNOWN_SUBJECTS: Final[Mapping[str, SubjectKind]] = {
-    "unknown_agent": "agent", "unknown_target": "target", "unknown_user": "user",
+    Code.UNKNOWN_AGENT: "agent", Code.UNKNOWN_TARGET: "target", Code.UNKNOWN_USER: "user",
 }  # fmt: skip
 """By the registry's code: the kind of subject that it does not know, and that has an id which people spell."""
 _REVOCATION_TIMEOUT_HINT = (

@@ -16,6 +16,7 @@ from ringfence.client.arguments import instances
 from ringfence.client.errors import InvalidCallError, RefusedError, checked
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     Delegation,
     Entitlements,
@@ -76,7 +77,7 @@ class Provisioner(CommandClient):
             try:
                 return await super()._command(model, **fields)
             except RefusedError as error:
-                if error.code != "too_early":
+                if error.code != Code.TOO_EARLY:
                     raise
         return await super()._command(model, **fields)
 

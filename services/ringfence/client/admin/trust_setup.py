@@ -25,6 +25,7 @@ from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Name, ServiceRole
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
@@ -54,7 +55,7 @@ _NAME = TypeAdapter(Name)
 class CeremonyError(RingfenceError):
     """Raised when the trust root cannot be made or does not exist."""
 
-    code = "ceremony_failed"
+    code = Code.CEREMONY_FAILED
 
 
 @dataclass(frozen=True, slots=True)

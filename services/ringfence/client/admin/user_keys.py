@@ -25,6 +25,7 @@ from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode, thumbprint
 from ringfence.messages.base import Claims
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserInvite, UserState
 from ringfence.model.lifecycle import KeyOrigin
@@ -202,7 +203,7 @@ def keys_of(directory: Directory, state: UserState) -> list[KeyOfUser]:
 class AttestationError(RingfenceError):
     """A passkey's attestation does not hold against the given roots. The key can be added without it."""
 
-    code = "attestation_invalid"
+    code = Code.ATTESTATION_INVALID
 
 
 def verify_attestation(package: KeyPackage, root_pems: Sequence[bytes]) -> None:

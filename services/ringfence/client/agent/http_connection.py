@@ -35,6 +35,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, Topic
+from ringfence.messages.codes import AnyCode, Code, ReceivedCode
 from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST, REVOCATION_REQUEST
@@ -71,8 +72,6 @@ _MISSES: Final = 5
 """So often a gateway may not know a request before it counts as never posted."""
 _MAX_POSTED: Final = 1000
 """As many as a gateway remembers of an agent."""
-_FORGOTTEN: Final = "socket_other_run"
-"""The code for a withdrawal of a request that the socket of a run does not know as the run's own."""
 _TRUST_EVERY_S: Final = 60.0
 _UNIX: Final = "unix:"
 _LONGEST_ADDRESS: Final = 107
@@ -192,7 +191,7 @@ class HttpConnection(Connection):
             await self._post(claims.typ, compact, signer, traceparent)
         except RefusedError as error:
             forgotten = None
-            if isinstance(claims, RequestWithdraw) and error.code == _FORGOTTEN:
+            if isinstance(claims, RequestWithdraw) and error.code == Code.SOCKET_OTHER_RUN:
                 forgotten = self._posted.get(claims.request_id)
             if forgotten is None:
                 raise
@@ -390,13 +389,13 @@ def _needs_kafka(what: str) -> NoReturn:
     )
 
 
-def _problem(answer: httpx.Response) -> tuple[str, str]:
+def _problem(answer: httpx.Response) -> tuple[AnyCode, str]:
     """Code and text of the problem details (RFC 9457) in an answer."""
     try:
         body = answer.json()
-        return str(body["code"])[:100], str(body["detail"])[:1000]
+        return ReceivedCode(str(body["code"])[:100]), str(body["detail"])[:1000]
     except (ValueError, KeyError, TypeError):
-        return "http_status", f"it answered {answer.status_code}"
+        return Code.HTTP_STATUS, f"it answered {answer.status_code}"
 
 
 def _retry_after_s(answer: httpx.Response) -> float:

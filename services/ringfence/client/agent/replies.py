@@ -22,6 +22,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Jws
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import (
     Credential,
     CredentialDelivery,
@@ -113,7 +114,7 @@ def read_reply(value: bytes, sent: SentRequest, trust: TrustStore, at_ms: int) -
         content = _OpenedReply.model_validate_json(sent.reply_key.open(value))
     except ValidationError as error:
         raise InvalidMessageError(
-            f"not the content of a reply: {explain(error)}", code="claims_invalid"
+            f"not the content of a reply: {explain(error)}", code=Code.CLAIMS_INVALID
         ) from None
     decision = verify(
         parse(content.decision), DecidedTerms, trust.finder("policy", at_s=at_ms / 1000),
@@ -228,4 +229,4 @@ def _credential_of_kind(lease: Lease, credential: Credential | None, sent: SentR
 
 
 def _mismatch(message: str) -> InvalidMessageError:
-    return InvalidMessageError(message, code="reply_unfit")
+    return InvalidMessageError(message, code=Code.REPLY_UNFIT)

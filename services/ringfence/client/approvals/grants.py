@@ -23,6 +23,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Delivery, Reason
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ApprovalClass
@@ -127,7 +128,7 @@ async def _review_view(api: ReadApi, review: BreakGlassReview) -> Any:
             return use
         for refused in use["refused_reviews"]:
             if refused["id"] == review.jti:
-                reason = Reason(code="review_refused", message=refused["why"])
+                reason = Reason(code=Code.REVIEW_REFUSED, message=refused["why"])
                 raise RefusedError(review.typ, (reason,), "audit")
         await asyncio.sleep(_LOOK_EVERY_S)
 

@@ -19,6 +19,7 @@ from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.base import Jws, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import (
     CredentialRequest,
     Delivery,
@@ -157,7 +158,7 @@ class PastAnswer:
 class Deviation:
     """One way in which a request is not as usual."""
 
-    code: Literal["first", "target", "verbs", "resources", "ttl", "delivery", "denied"]
+    code: Literal[Code.FIRST, Code.TARGET, Code.VERBS, Code.RESOURCES, Code.TTL, Code.DELIVERY, Code.DENIED]
     message: str
     scope: Scope = ()
 
@@ -183,26 +184,26 @@ def compare(scope: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAns
     denied = [one for one in answers if one.verdict == "denied"]
     deviations = _deviations(scope, approved)
     if approved and ttl_s > (longest := max(one.ttl_s for one in approved)):
-        deviations.append(Deviation("ttl", f"for {ttl_s} s, and at most {longest} s was approved before"))
+        deviations.append(Deviation(Code.TTL, f"for {ttl_s} s, and at most {longest} s was approved before"))
     if approved and delivery not in {one.delivery for one in approved}:
-        deviations.append(Deviation("delivery", f"delivered to the {delivery}, and never was before"))
+        deviations.append(Deviation(Code.DELIVERY, f"delivered to the {delivery}, and never was before"))
     # Of the denied parts, those that overlap as a whole: the same again, or a part of it.
     denied_before = sum(not missing(scope, one.scope) for one in denied)
     if denied_before:
-        deviations.append(Deviation("denied", f"this was denied before, {_times(denied_before)}"))
+        deviations.append(Deviation(Code.DENIED, f"this was denied before, {_times(denied_before)}"))
     return Comparison(len(approved), len(denied), tuple(deviations))
 
 
 def _deviations(scope: Scope, approved: Sequence[PastAnswer]) -> list[Deviation]:
     if not approved:
-        return [Deviation("first", f"nothing was approved for this agent in {DAYS} days", scope)]
+        return [Deviation(Code.FIRST, f"nothing was approved for this agent in {DAYS} days", scope)]
     before = tuple(permission for one in approved for permission in one.scope)
     deviations: list[Deviation] = []
     for excess in missing(scope, before):
         at_target = [permission for permission in before if permission.target == excess.target]
         if not at_target:
             deviations.append(
-                Deviation("target", f"never approved before: anything at {excess.target}", (excess,))
+                Deviation(Code.TARGET, f"never approved before: anything at {excess.target}", (excess,))
             )
             continue
         verbs = {verb for permission in at_target for verb in permission.verbs}
@@ -210,11 +211,11 @@ def _deviations(scope: Scope, approved: Sequence[PastAnswer]) -> list[Deviation]
         if new:
             part = excess.model_copy(update={"verbs": new})
             deviations.append(
-                Deviation("verbs", f"never approved before: {', '.join(new)} at {excess.target}", (part,))
+                Deviation(Code.VERBS, f"never approved before: {', '.join(new)} at {excess.target}", (part,))
             )
         if old := tuple(verb for verb in excess.verbs if verb in verbs):
             part = excess.model_copy(update={"verbs": old})
-            deviations.append(Deviation("resources", "wider than what was approved before", (part,)))
+            deviations.append(Deviation(Code.RESOURCES, "wider than what was approved before", (part,)))
     return deviations
 
 

@@ -38,6 +38,7 @@ from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG
 from ringfence.kernel.http1.body import request_body
 from ringfence.kernel.http1.head import RequestHead, RequestRefusedError, parse_request, take_head
 from ringfence.messages.base import Claims
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import RevocationRequest
 from ringfence.model.records.directory import Directory
 
@@ -176,7 +177,7 @@ A = TypeVar("A")
 class NotSignedError(RingfenceError):
     """The person signed nothing: they refused, or no answer came in time."""
 
-    code = "not_signed"
+    code = Code.NOT_SIGNED
 
 
 class QuestionServer(Generic[A]):
@@ -308,7 +309,7 @@ async def _read_request(reader: asyncio.StreamReader) -> tuple[RequestHead, byte
     while True:
         content += body.take(buffer)
         if len(content) > MAX_ANSWER_BYTES:
-            raise RequestRefusedError(413, "too_large", "the answer is too large")
+            raise RequestRefusedError(Code.TOO_LARGE, "the answer is too large")
         if body.done:
             return request, bytes(content)
         buffer += await _more(reader)

@@ -25,6 +25,7 @@ from ringfence.kernel.kafka.range_reader import Stretches
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import AUDIT, AUDIT_CHECKPOINT, AUDITED, TRUST, USER
 from ringfence.model.audit_log import SETTLE_S
 from ringfence.model.audit_log.chain import Source, Tip
@@ -250,7 +251,7 @@ def _verify_witness(
     ).claims  # fmt: skip
     user_id = subject_of(trust.trust_domain, claims.iss, "user") or ""
     if "auditor" not in directory.chains.roles_at(user_id, at_ms):
-        raise InvalidMessageError(f"{user_id} is no auditor", code="not_auditor")
+        raise InvalidMessageError(f"{user_id} is no auditor", code=Code.NOT_AUDITOR)
     return claims
 
 

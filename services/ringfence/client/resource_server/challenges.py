@@ -13,14 +13,14 @@ from ringfence.client.agent.dpop import NONCE_HEADER
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.dpop_proofs import PROOF_ALGORITHMS
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code, status_of
 
 Headers = Mapping[str, str] | Iterable[tuple[str, str]]
 Scheme = Literal["Bearer", "DPoP"]
 
 _SCHEMES: Final[dict[str, Scheme]] = {"bearer": "Bearer", "dpop": "DPoP"}
 _ALGORITHMS: Final = f'algs="{" ".join(PROOF_ALGORITHMS)}"'
-_STATUS: Final = {"invalid_request": 400, "insufficient_scope": 403}
-_WORDS: Final = {"inactive": "invalid_token", "token_rejected": "invalid_token"}
+_WORDS: Final = {Code.INACTIVE: Code.INVALID_TOKEN, Code.TOKEN_REJECTED: Code.INVALID_TOKEN}
 """Error codes of the RFCs for codes of ours."""
 _UNQUOTABLE: Final = re.compile(r"[^\x20-\x21\x23-\x5b\x5d-\x7e]")
 """Characters that `error_description` must not have (RFC 6750 3)."""
@@ -44,12 +44,12 @@ def read_presented_token(headers: Headers) -> PresentedToken:
     pairs = list(headers.items() if isinstance(headers, Mapping) else headers)
     authorizations = [value for name, value in pairs if name.lower() == "authorization"]
     if len(authorizations) > 1:
-        raise TokenRejectedError("send one Authorization header, and no more", code="invalid_request")
+        raise TokenRejectedError("send one Authorization header, and no more", code=Code.INVALID_REQUEST)
     name, _, token = "".join(authorizations).partition(" ")
     scheme = _SCHEMES.get(name.lower())
     if scheme is None or not token.strip():
         raise TokenRejectedError(
-            "send Authorization: Bearer or DPoP with a token of Ringfence", code="token_missing"
+            "send Authorization: Bearer or DPoP with a token of Ringfence", code=Code.TOKEN_MISSING
         )
     proofs = tuple(value for name, value in pairs if name.lower() == "dpop")
     return PresentedToken(scheme, token.strip(), proofs)
@@ -81,7 +81,7 @@ def refusal(error: RingfenceError, *, require_proof: bool = False, nonce: str | 
     headers += [("WWW-Authenticate", challenge) for challenge in _challenges(error, require_proof)]
     if nonce is not None:
         headers.append((NONCE_HEADER, nonce))
-    return HttpRefusal(_STATUS.get(error.code, 401), tuple(headers), _error_body(error.code, error.message))
+    return HttpRefusal(status_of(error.code, 401), tuple(headers), _error_body(error.code, error.message))
 
 
 def not_mapped(allowed_methods: Sequence[str]) -> HttpRefusal:
@@ -89,16 +89,16 @@ def not_mapped(allowed_methods: Sequence[str]) -> HttpRefusal:
     headers = [("Content-Type", "application/json"), ("Cache-Control", "no-store")]
     if not allowed_methods:
         return HttpRefusal(
-            403, tuple(headers), _error_body("path_unmapped", "no access is defined for this path")
+            403, tuple(headers), _error_body(Code.PATH_UNMAPPED, "no access is defined for this path")
         )
     headers.append(("Allow", ", ".join(allowed_methods)))
     message = f"this path takes {', '.join(allowed_methods)}"
-    return HttpRefusal(405, tuple(headers), _error_body("method_unmapped", message))
+    return HttpRefusal(405, tuple(headers), _error_body(Code.METHOD_UNMAPPED, message))
 
 
 def _challenges(error: TokenRejectedError, require_proof: bool) -> list[str]:
     """Return challenges of the scheme that was used, else of each accepted scheme."""
-    if error.code == "token_missing":  # RFC 6750 3.1: a request without authentication gets no error code
+    if error.code == Code.TOKEN_MISSING:  # RFC 6750 3.1: a request without authentication gets no error code
         return [f"DPoP {_ALGORITHMS}"] if require_proof else ["Bearer", f"DPoP {_ALGORITHMS}"]
     error_code = _WORDS.get(error.code, error.code)
     described = f'error="{error_code}", error_description="{_UNQUOTABLE.sub("?", error.message)}"'

@@ -18,6 +18,7 @@ from ringfence.kernel.base.replay_memory import ReplayMemory, ReplayMemoryFullEr
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import PublicKey, b64decode, b64encode, public_key
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import PublicJwk
 
 PROOF_ALGORITHMS: Final = ("ES256", "EdDSA")
@@ -97,7 +98,7 @@ class Nonces:
 class ProofError(TokenRejectedError):
     """A request with a bound token has no valid proof."""
 
-    code = "invalid_dpop_proof"
+    code = Code.INVALID_DPOP_PROOF
 
 
 class ProofChecker:
@@ -139,7 +140,7 @@ class ProofChecker:
         ):
             raise ProofError("the proof is over, or is not to count yet")
         if self._nonces is not None and not self._nonces.counts(str(claims.get("nonce", "")), now_s):
-            raise ProofError("make the proof with the nonce of this answer", code="use_dpop_nonce")
+            raise ProofError("make the proof with the nonce of this answer", code=Code.USE_DPOP_NONCE)
         jti = claims.get("jti")
         if not isinstance(jti, str) or not 0 < len(jti) <= _MAX_JTI:
             raise ProofError("the proof has no jti")

@@ -30,6 +30,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code
 from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
 from ringfence.model.scope.globs import ScopeError, parse_name
 from ringfence.model.scope.scope import missing
@@ -81,7 +82,7 @@ class VerifiedToken:
         if not self.allows(verb, resource):
             raise TokenRejectedError(
                 f"the token of {self.agent} (lease {self.lease_id}) does not allow {verb} on {resource}",
-                code="insufficient_scope",
+                code=Code.INSUFFICIENT_SCOPE,
             )
 
 
@@ -230,7 +231,7 @@ class TokenVerifier(Lifetime):
         if key is not None and not await self._issuer.is_active(token, key):
             raise TokenRejectedError(
                 f"lease {verified.lease_id} has ended (introspection says inactive); ask for a new credential",
-                code="inactive",
+                code=Code.INACTIVE,
             )
 
     async def _verified_claims(self, token: str) -> dict[str, Any]:
@@ -335,4 +336,4 @@ def _text(claims: dict[str, Any], name: str) -> str:
 
 
 def _rejected(message: str) -> TokenRejectedError:
-    return TokenRejectedError(message, code="invalid_token")
+    return TokenRejectedError(message, code=Code.INVALID_TOKEN)

@@ -36,6 +36,7 @@ from ringfence.kernel.http1.head import (
     problem_answer,
     take_head,
 )
+from ringfence.messages.codes import Code
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ _NOT_NAMED: Final = _NOT_FORWARDED | {b"", b"close"}
 class SocketGoneError(RingfenceError):
     """Raised if nothing listens at the task's socket."""
 
-    code = "task_socket_missing"
+    code = Code.TASK_SOCKET_MISSING
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +233,14 @@ class TaskProxy:
             async with asyncio.timeout(self._limits.head_s):
                 head = await _read_head(client.reader, client.buffer)
         except TimeoutError:
-            raise RequestRefusedError(408, "head_timeout", "the head of the request does not come") from None
+            raise RequestRefusedError(Code.HEAD_TIMEOUT, "the head of the request does not come") from None
         if head is None:
             return
         request = parse_request(head)
         self._authenticate(request)
         task = asyncio.current_task()
         if len(self._connections) - len(self._unauthenticated) >= self._limits.authenticated:
-            raise RequestRefusedError(503, "too_many_connections", "this proxy has too many connections")
+            raise RequestRefusedError(Code.TOO_MANY_CONNECTIONS, "this proxy has too many connections")
         if task is not None:
             self._unauthenticated.pop(task, None)
         forwarded = _forwarded_head(head, request)
@@ -247,7 +248,7 @@ class TaskProxy:
             await self._tunnel(client, forwarded)
         elif request.target.startswith("/"):
             raise RequestRefusedError(
-                400, "malformed_http", "this is a proxy: a request names a whole URL, as by HTTP_PROXY"
+                Code.MALFORMED_HTTP, "this is a proxy: a request names a whole URL, as by HTTP_PROXY"
             )
         else:
             await self._forward(client, request, forwarded)
@@ -260,11 +261,11 @@ class TaskProxy:
         scheme, _, value = (given or b"").partition(b" ")
         if hmac.compare_digest(value.strip(b" "), self._expected) and scheme.lower() == b"basic":
             return
-        code = "proxy_authorization_missing" if given is None else "proxy_authorization_invalid"
+        code = Code.PROXY_AUTHORIZATION_MISSING if given is None else Code.PROXY_AUTHORIZATION_INVALID
         raise RequestRefusedError(
-            HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
             code,
             "this proxy needs the password in the URL that ringfence gateway connect printed",
+            status=HTTPStatus.PROXY_AUTHENTICATION_REQUIRED,
             headers={"Proxy-Authenticate": 'Basic realm="ringfence"'},
         )
 
@@ -288,7 +289,7 @@ class TaskProxy:
         """Forward a CONNECT. Once the gateway has accepted it, relay bytes until one side ends."""
         if client.buffer:
             raise RequestRefusedError(
-                400, "connect_refused", "nothing may follow a CONNECT before it is answered"
+                Code.CONNECT_REFUSED, "nothing may follow a CONNECT before it is answered"
             )
         reader, writer = await self._open()
         try:
@@ -441,7 +442,7 @@ async def _first_of(*works: Coroutine[Any, Any, None]) -> None:
 
 def _gateway_gone() -> RequestRefusedError:
     return RequestRefusedError(
-        503, "task_socket_missing", "the gateway does not answer at the socket of this task"
+        Code.TASK_SOCKET_MISSING, "the gateway does not answer at the socket of this task"
     )
 
 

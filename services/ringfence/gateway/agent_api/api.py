@@ -30,7 +30,7 @@ from ringfence.gateway.agent_api.publications import (
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.contract import Answer, ApiRequest, PresentedIdentity
 from ringfence.gateway.dataplane.limits import SenderLimits
-from ringfence.gateway.decision.sender import NONCE_REQUIRED, AgentKeys, unverified_thumbprint
+from ringfence.gateway.decision.sender import AgentKeys, unverified_thumbprint
 from ringfence.gateway.domain import run_id_of_lease
 from ringfence.gateway.errors import RequestRefusedError, problem_answer
 from ringfence.gateway.state.leases import LeaseTable
@@ -39,6 +39,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.tracing.traceparent import well_formed
 from ringfence.messages.base import UUID
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Scope
@@ -162,7 +163,7 @@ class AgentRequestsApi:
             _require_method(request, "GET")
             return HTTPStatus.OK, {"Content-Type": JOSE, **self._fresh_nonce(request)}, self._trust.compact
         raise RequestRefusedError(
-            404, "api_path_unknown", f"there are {_REQUESTS}, {_REQUESTS}/ID, {_TASKS}/ID and {_TRUST} here"
+            Code.API_PATH_UNKNOWN, f"there are {_REQUESTS}, {_REQUESTS}/ID, {_TASKS}/ID and {_TRUST} here"
         )
 
     # --- POST /v1/requests ---
@@ -181,11 +182,11 @@ class AgentRequestsApi:
         9. Kafka takes it (`Publications.publish`).
         """
         if (request.content_type or "").partition(";")[0].strip().lower() != JOSE:
-            raise RequestRefusedError(415, "content_type_unexpected", f"post one compact JWS, as {JOSE}")
+            raise RequestRefusedError(Code.CONTENT_TYPE_UNEXPECTED, f"post one compact JWS, as {JOSE}")
         self._require_evidence(request.presented)
         body = b"" if (request.length or 0) > MAX_BYTES else await request.read_body(MAX_BYTES)
         if len(body) > MAX_BYTES or (request.length or 0) > MAX_BYTES:
-            raise RequestRefusedError(413, "too_large", f"a message has at most {MAX_BYTES} bytes")
+            raise RequestRefusedError(Code.TOO_LARGE, f"a message has at most {MAX_BYTES} bytes")
         message = await self._verifier.verify(body)
         presented = request.presented
         if presented.task_id is not None:
@@ -199,7 +200,7 @@ class AgentRequestsApi:
         with _attributed_to(message.agent_id):
             self._check_limits(request, message.agent_id)
             if message.late is not None and not self._publications.is_published(message):
-                raise RequestRefusedError(400, message.late.code, message.late.message)
+                raise RequestRefusedError(message.late.code, message.late.message, status=400)
             self._posts.charge(f"agent:{message.agent_id}")
             await self._publications.publish(message, well_formed(request.traceparent))
         return self._accepted(request, message)
@@ -216,9 +217,7 @@ class AgentRequestsApi:
         """On a task's socket only messages of its agent count, and only those about this task."""
         claims = message.claims
         if self._agent_of(task_id) != message.agent_id:
-            raise RequestRefusedError(
-                403, "socket_other_agent", "this socket is for the task of another agent"
-            )
+            raise RequestRefusedError(Code.SOCKET_OTHER_AGENT, "this socket is for the task of another agent")
         about: str | None = None
         if isinstance(claims, CredentialRequest):
             about = claims.task_id
@@ -229,9 +228,7 @@ class AgentRequestsApi:
             lease = self._leases.get(claims.lease_id)
             about = lease.task_id if lease is not None else None
         if about is not None and about != task_id:
-            raise RequestRefusedError(
-                403, "socket_other_task", "this socket is for another task of the agent"
-            )
+            raise RequestRefusedError(Code.SOCKET_OTHER_TASK, "this socket is for another task of the agent")
 
     def _require_run(self, run_id: str, message: PostedMessage) -> None:
         """On a run's socket only messages of its instance count, and only those about what is the instance's own."""
@@ -247,7 +244,7 @@ class AgentRequestsApi:
             is_own = lease is None or run_id_of_lease(lease) == run_id
         if not is_own:
             raise RequestRefusedError(
-                403, "socket_other_run", "the instance of a run withdraws and gives back only what it asked for "
+                Code.SOCKET_OTHER_RUN, "the instance of a run withdraws and gives back only what it asked for "
                 "itself; where the gateway has forgotten a request, post the request again before it is withdrawn",
             )  # fmt: skip
 
@@ -255,8 +252,7 @@ class AgentRequestsApi:
         """Raise RequestRefusedError if the run is over, or if `kid` is not the key that was made in it."""
         if self._require_running(run_id).key_thumbprint != kid:
             raise RequestRefusedError(
-                403,
-                "socket_other_run",
+                Code.SOCKET_OTHER_RUN,
                 "this socket is for the instance of one run: sign with the key that was made in "
                 "it, and send its enrolment",
             )
@@ -267,7 +263,7 @@ class AgentRequestsApi:
         run = runs.get(run_id)
         if run is None or not runs.goes_on(run_id) or self._clock.now_ms() / 1000 >= run.deadline:
             raise RequestRefusedError(
-                403, "run_ended", f"run {run_id} has ended, and with it everything that its instance may"
+                Code.RUN_ENDED, f"run {run_id} has ended, and with it everything that its instance may"
             )
         return run
 
@@ -367,15 +363,15 @@ class AgentRequestsApi:
     def _require_evidence(self, presented: PresentedIdentity) -> None:
         if presented.task_id is None and presented.proof is None:
             raise RequestRefusedError(
-                401, "proof_missing", "send a DPoP proof by the key that signed the message; it has no ath",
-                headers=self._challenge("invalid_dpop_proof"),
+                Code.PROOF_MISSING, "send a DPoP proof by the key that signed the message; it has no ath",
+                headers=self._challenge(Code.INVALID_DPOP_PROOF),
             )  # fmt: skip
 
     def _require_certificate_of(self, agent_id: str, presented: PresentedIdentity) -> None:
         certificate = presented.certificate
         if certificate is not None and subject_of(self._trust.trust_domain, certificate, "agent") != agent_id:
             raise RequestRefusedError(
-                403, "certificate_other_agent", "the client certificate is another agent's"
+                Code.CERTIFICATE_OTHER_AGENT, "the client certificate is another agent's"
             )
 
     async def _check_proof(self, request: ApiRequest, kid: str) -> Answer | None:
@@ -390,12 +386,14 @@ class AgentRequestsApi:
                 thumbprint=kid,
             )  # fmt: skip
         except TokenRejectedError as error:
-            refused = RequestRefusedError(401, error.code, str(error), headers=self._challenge(error.code))
-            if error.code != NONCE_REQUIRED:
+            refused = RequestRefusedError(
+                error.code, str(error), status=401, headers=self._challenge(error.code)
+            )
+            if error.code != Code.USE_DPOP_NONCE:
                 raise refused from None
             return problem_answer(refused)
         except UnavailableError as error:
-            raise RequestRefusedError(503, "proofs_full", str(error), headers={"Retry-After": "1"}) from None
+            raise RequestRefusedError(Code.PROOFS_FULL, str(error), headers={"Retry-After": "1"}) from None
         return None
 
     def _challenge(self, error: str) -> dict[str, str]:
@@ -412,7 +410,7 @@ class AgentRequestsApi:
         """Count the call for its agent, once that is certain: strangers use up nobody's share."""
         if isinstance(rate := request.check_agent(agent_id), Refused):
             raise RequestRefusedError(
-                429, rate.reason.code, rate.reason.message, headers={"Retry-After": "1"}
+                ReceivedCode(rate.reason.code), rate.reason.message, status=429, headers={"Retry-After": "1"}
             )
 
     def _agent_of(self, task_id: str) -> str | None:
@@ -440,13 +438,13 @@ def _attributed_to(agent_id: str) -> Iterator[None]:
 def _require_method(request: ApiRequest, method: str) -> None:
     if request.method != method:
         raise RequestRefusedError(
-            405, "method_unexpected", f"this takes {method} alone", headers={"Allow": method}
+            Code.METHOD_UNEXPECTED, f"this takes {method} alone", headers={"Allow": method}
         )
 
 
 def _unknown_request() -> RequestRefusedError:
     return RequestRefusedError(
-        404, "request_unknown",
+        Code.REQUEST_UNKNOWN,
         "no such request of yours is known here: its reply is too old, or it was posted elsewhere or long ago and has "
         "no reply yet; post the same bytes again",
     )  # fmt: skip
@@ -454,9 +452,9 @@ def _unknown_request() -> RequestRefusedError:
 
 def _unknown_task() -> RequestRefusedError:
     return RequestRefusedError(
-        404,
-        "task_unknown",
+        Code.TASK_UNKNOWN,
         "no such task of yours is known here: name a task of this agent, or this socket's own",
+        status=404,
     )
 
 
@@ -468,16 +466,14 @@ def _read_query(query: str) -> tuple[float, int]:
         pairs = [("", "")]
     fields: Mapping[str, str] = dict(pairs)
     if len(fields) != len(pairs) or not fields.keys() <= {"wait", "after"}:
-        raise RequestRefusedError(400, "query_invalid", "the query has wait and after, each at most once")
+        raise RequestRefusedError(Code.QUERY_INVALID, "the query has wait and after, each at most once")
     wait, after = fields.get("wait", "0s"), fields.get("after", "0")
     match = _DURATION.fullmatch(wait)
     wait_s = float(int(match[1] or 0) * 60 + int(match[2] or 0)) if match and wait else -1.0
     if not 0 <= wait_s <= MAX_WAIT_S:
         raise RequestRefusedError(
-            400, "query_invalid", "wait is a duration with its unit, at most 60s: wait=30s"
+            Code.QUERY_INVALID, "wait is a duration with its unit, at most 60s: wait=30s"
         )
     if not _AFTER.fullmatch(after):
-        raise RequestRefusedError(
-            400, "query_invalid", "after is the number of replies that you have: after=1"
-        )
+        raise RequestRefusedError(Code.QUERY_INVALID, "after is the number of replies that you have: after=1")
     return wait_s, int(after)

@@ -33,6 +33,7 @@ from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Topic, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.topics import CREDENTIAL_REQUEST, REVOCATION_REQUEST
@@ -102,18 +103,18 @@ class PostedMessageVerifier:
             if model is None:
                 raise InvalidMessageError(
                     "post a credential.request, a request.withdraw or a release (revocation.request)",
-                    code="typ_unexpected",
+                    code=Code.TYP_UNEXPECTED,
                 )
             signed, late = await self._verifier.verify(body, model, at_ms=self._now_ms(), max_bytes=MAX_BYTES)
             _check_claims(signed.claims)
         except SignatureError as error:
-            raise RequestRefusedError(403, error.code, error.message) from None
+            raise RequestRefusedError(error.code, error.message, status=403) from None
         except InvalidMessageError as error:
-            raise RequestRefusedError(400, error.code, error.message) from None
+            raise RequestRefusedError(error.code, error.message, status=400) from None
         claims = signed.claims
         agent_id = subject_of(self._verifier.audience, claims.iss, "agent")
         if agent_id is None:
-            raise RequestRefusedError(403, "key_unknown", "only agents post messages")
+            raise RequestRefusedError(Code.KEY_UNKNOWN, "only agents post messages")
         return PostedMessage(signed, message_id(claims.iss, claims.jti), agent_id, jws.header.kid, late)
 
 
@@ -123,7 +124,7 @@ def _check_claims(claims: Message) -> None:
         check_reply_key(claims.reply_key)
     if isinstance(claims, RevocationRequest) and (claims.kind not in BY_AGENTS or claims.lease_id is None):
         raise InvalidMessageError(
-            "an agent gives back one lease: kind release, and its lease_id", code="kind_unexpected"
+            "an agent gives back one lease: kind release, and its lease_id", code=Code.KIND_UNEXPECTED
         )
 
 
@@ -288,8 +289,7 @@ class Publications:
             publication = self._remember(message)
         elif publication.digest != message.signed.digest:
             raise RequestRefusedError(
-                409,
-                "id_taken",
+                Code.ID_TAKEN,
                 "another message with this iss and jti was posted; post the same bytes, or a new jti",
             )
         if publication.acknowledged:
@@ -302,7 +302,7 @@ class Publications:
                 await asyncio.shield(publication.sending)
         except (KafkaError, UnavailableError, TimeoutError):
             raise RequestRefusedError(
-                503, "kafka_unavailable", "Kafka did not take the message; post the same bytes again",
+                Code.KAFKA_UNAVAILABLE, "Kafka did not take the message; post the same bytes again",
                 headers={"Retry-After": str(RETRY_AFTER_S)},
             ) from None  # fmt: skip
 

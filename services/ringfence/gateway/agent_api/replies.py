@@ -17,6 +17,7 @@ from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import UUID
+from ringfence.messages.codes import Code
 
 BYTES_PER_AGENT: Final = 8 * 1024 * 1024
 BYTES_IN_TOTAL: Final = 128 * 1024 * 1024
@@ -151,7 +152,7 @@ class WaitingRequests:
             or self._count >= self._in_total
         ):
             raise RequestRefusedError(
-                429, "waiting_limit", "too many requests wait for replies already; wait for fewer at a time",
+                Code.WAITING_LIMIT, "too many requests wait for replies already; wait for fewer at a time",
                 headers={"Retry-After": "1"},
             )  # fmt: skip
         self._add(agent_id, sender, 1)

@@ -26,7 +26,6 @@ from ringfence.gateway.dataplane.request_reader import (
 from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
-from ringfence.gateway.dataplane.tls_listener import TLS_FAILED
 from ringfence.gateway.errors import RequestRefusedError, answer_head, problem_answer
 from ringfence.gateway.events.spool import destination_of_line, unparsed_line
 from ringfence.gateway.hosts import AGENT_API, canonical, split_host_and_port
@@ -39,6 +38,7 @@ from ringfence.kernel.http1.head import (
     parse_request,
     take_head,
 )
+from ringfence.messages.codes import AnyCode, Code
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """The most bytes of a body that are read before the decision."""
@@ -127,7 +127,7 @@ class AgentConnection:
                     if not client.buffer:
                         raise
                     raise RequestRefusedError(
-                        408, "head_timeout", "the head of the request does not come"
+                        Code.HEAD_TIMEOUT, "the head of the request does not come"
                     ) from None
                 if fast_path.needs_slow_path:
                     return None
@@ -245,7 +245,7 @@ class AgentConnection:
                 await client.read_more()
             except PeerTimeoutError:
                 raise RequestRefusedError(
-                    408, "body_timeout", "the body of the request does not come"
+                    Code.BODY_TIMEOUT, "the body of the request does not come"
                 ) from None
             pieces += body.take(client.buffer)
         client.deadline = None
@@ -262,8 +262,7 @@ class AgentConnection:
             is_api = shared.agent_api is not None and authority == AGENT_API
             if self._listener.challenge and presented == PresentedIdentity() and not is_api:
                 raise RequestRefusedError(
-                    407,
-                    "proxy_authorization_missing",
+                    Code.PROXY_AUTHORIZATION_MISSING,
                     "write the handle as the user of the proxy URL",
                     headers={"Proxy-Authenticate": 'Basic realm="ringfence"'},
                 )
@@ -281,7 +280,7 @@ class AgentConnection:
         try:
             await self._client.open_tls(context, timeout_s=shared.timeouts.head_s)
         except DisconnectedError as error:
-            self._report_blocked(TLS_FAILED, error.message, request)
+            self._report_blocked(Code.TLS_FAILED, error.message, request)
             raise
         self._listener = dataclasses.replace(
             self._listener, scheme="https", connect_authority=authority, handle=presented.handle
@@ -316,7 +315,7 @@ class AgentConnection:
     def _unknown_host_answer(self, verdict: Verdict) -> tuple[int, Mapping[str, str], bytes]:
         if verdict.allowed:
             return problem_answer(
-                RequestRefusedError(403, "host_unknown", "this host is no target of the gateway")
+                RequestRefusedError(Code.HOST_UNKNOWN, "this host is no target of the gateway", status=403)
             )
         return self._shared.answer(verdict)
 
@@ -336,7 +335,7 @@ class AgentConnection:
         return await self._send_refusal(error, request, close=close, body=body)
 
     def _report_blocked(
-        self, code: str, message: str, request: RequestHead | None, agent_id: str | None = None
+        self, code: AnyCode, message: str, request: RequestHead | None, agent_id: str | None = None
     ) -> None:
         shown = PresentedIdentity(
             self._listener.task_id, self._listener.certificate, run_id=self._listener.run_id
@@ -439,7 +438,7 @@ def _expects_continue(request: RequestHead) -> bool:
     if expected is None:
         return False
     if expected.lower() != b"100-continue":
-        raise RequestRefusedError(417, "expectation_failed", "nothing but 100-continue can be expected")
+        raise RequestRefusedError(Code.EXPECTATION_FAILED, "nothing but 100-continue can be expected")
     return request.minor == 1
 
 
@@ -451,17 +450,15 @@ CONNECT_ESTABLISHED = b"HTTP/1.1 200 Connection established\r\n\r\n"
 def connect_authority(request: RequestHead, listener: ListenerContext, client: Stream) -> str:
     """The canonical authority of a CONNECT (RFC 9110, 9.3.6). Raises RequestRefusedError."""
     if listener.connect_authority is not None:
-        raise RequestRefusedError(400, "connect_refused", "there is no CONNECT inside another")
+        raise RequestRefusedError(Code.CONNECT_REFUSED, "there is no CONNECT inside another")
     if request.chunked or request.length or client.buffer:
-        raise RequestRefusedError(
-            400, "connect_refused", "nothing may follow a CONNECT before it is answered"
-        )
+        raise RequestRefusedError(Code.CONNECT_REFUSED, "nothing may follow a CONNECT before it is answered")
     if ":" not in request.target.rpartition("]")[2]:
-        raise RequestRefusedError(400, "connect_refused", "CONNECT names a host and a port")
+        raise RequestRefusedError(Code.CONNECT_REFUSED, "CONNECT names a host and a port")
     authority = canonical(request.target, "https")
     host = request.values.get(b"host")
     if host is not None and canonical(host.decode("latin-1"), "https") != authority:
-        raise RequestRefusedError(400, "host_disagrees", "Host names another host than the CONNECT")
+        raise RequestRefusedError(Code.HOST_DISAGREES, "Host names another host than the CONNECT")
     return authority
 
 

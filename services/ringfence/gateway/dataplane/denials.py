@@ -10,6 +10,7 @@ from typing import Any, Final
 import orjson
 
 from ringfence.gateway.contract import RpcErrorReply, Verdict
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.mcp.headers import SELF_STATED
 
@@ -17,21 +18,23 @@ MEDIA_TYPE: Final = "application/problem+json"
 _JSON: Final = "application/json"
 _HTTP_STATUSES: Final = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.NOT_FOUND})
 """MCP clients act on these HTTP statuses: the sender is not authenticated, or the session has ended."""
-_TYPE: Final = "urn:ringfence:problem:"
+PROBLEM_TYPE: Final = "urn:ringfence:problem:"
+"""The beginning of the type of problem details (RFC 9457), before the code."""
 _METHOD_NOT_FOUND: Final = -32601
 _UNSUPPORTED_VERSION: Final = -32022
 _STATELESS_CODES: Final[Mapping[str, int]] = {
-    "mcp_header": -32020,
-    "mcp_version": _UNSUPPORTED_VERSION,
-    "mcp_unreadable": -32700,
-    "mcp_batch": -32600, "mcp_compressed": -32600, "mcp_media_type": -32600, "mcp_invalid": -32600,
-    "mcp_meta": -32602, "mcp_state_missing": -32602, "mcp_state_invalid": -32602, "mcp_state_unknown": -32602,
-    "mcp_state_other_call": -32602, "mcp_task_unknown": -32602,
-    "mcp_method": _METHOD_NOT_FOUND,
+    Code.MCP_HEADER: -32020,
+    Code.MCP_VERSION: _UNSUPPORTED_VERSION,
+    Code.MCP_UNREADABLE: -32700,
+    Code.MCP_BATCH: -32600, Code.MCP_COMPRESSED: -32600, Code.MCP_MEDIA_TYPE: -32600, Code.MCP_INVALID: -32600,
+    Code.MCP_META: -32602, Code.MCP_STATE_MISSING: -32602, Code.MCP_STATE_INVALID: -32602,
+    Code.MCP_STATE_UNKNOWN: -32602,
+    Code.MCP_STATE_OTHER_CALL: -32602, Code.MCP_TASK_UNKNOWN: -32602,
+    Code.MCP_METHOD: _METHOD_NOT_FOUND,
 }  # fmt: skip
 """The codes that revision 2026-07-28 of MCP has for refusals."""
 _FIXED_BY_NEW_CREDENTIAL: Final = frozenset({
-    "no_lease", "beyond_lease", "lease_ended", "lease_cut", "socket_other_run",
+    Code.NO_LEASE, Code.BEYOND_LEASE, Code.LEASE_ENDED, Code.LEASE_CUT, Code.SOCKET_OTHER_RUN,
 })  # fmt: skip
 """Refusal codes that a new credential may resolve."""
 
@@ -41,9 +44,9 @@ def problem_details(verdict: Verdict) -> dict[str, Any]:
 
     `type` is derived from the code of the reason. `instance` is the id of the action, by which audit finds it.
     """
-    first = verdict.reasons[0] if verdict.reasons else Reason(code="denied", message="it is not allowed")
+    first = verdict.reasons[0] if verdict.reasons else Reason(code=Code.DENIED, message="it is not allowed")
     body: dict[str, Any] = {
-        "type": f"{_TYPE}{first.code}",
+        "type": f"{PROBLEM_TYPE}{first.code}",
         "title": HTTPStatus(verdict.status).phrase,
         "status": verdict.status,
         "instance": f"urn:uuid:{verdict.action_id}",
@@ -129,7 +132,7 @@ def denial_headers(verdict: Verdict) -> dict[str, str]:
         headers["DPoP-Nonce"] = verdict.nonce
     if verdict.status == HTTPStatus.UNAUTHORIZED:
         code = verdict.reasons[0].code if verdict.reasons else ""
-        error = code if code in ("use_dpop_nonce", "invalid_dpop_proof") else "invalid_token"
+        error = code if code in (Code.USE_DPOP_NONCE, Code.INVALID_DPOP_PROOF) else Code.INVALID_TOKEN
         headers["WWW-Authenticate"] = f'DPoP error="{error}", algs="ES256 EdDSA"'
     if verdict.retry_after_s is not None:
         headers["Retry-After"] = str(verdict.retry_after_s)

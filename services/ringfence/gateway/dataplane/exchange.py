@@ -45,6 +45,7 @@ from ringfence.kernel.http1.head import (
     parse_response,
     take_head,
 )
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.model.verdict import Allowed, Refused
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
@@ -220,7 +221,7 @@ class Exchange:
             response = await self._next_response_head(upstream, began=interim > 0)
             if response.status >= 200 or response.status == 101:
                 return response
-        raise RequestRefusedError(502, "target_unreadable", "the target sends nothing but interim responses")
+        raise RequestRefusedError(Code.TARGET_UNREADABLE, "the target sends nothing but interim responses")
 
     async def _next_response_head(self, upstream: Stream, *, began: bool) -> ResponseHead:
         while True:
@@ -240,8 +241,7 @@ class Exchange:
         body = response_body(response, self._request.head.method)
         if self._injects and not body.done and is_compressed(response):
             raise RequestRefusedError(
-                502,
-                "target_compresses",
+                Code.TARGET_COMPRESSES,
                 "the target compressed its response though it was asked not to; nobody could see what it says",
             )
         until_closed = isinstance(body, CloseDelimitedBody)
@@ -316,7 +316,7 @@ class Exchange:
                 if upstream.blocked and not await _drain(upstream):
                     return
         except PeerTimeoutError:
-            self._cut(RequestRefusedError(408, "body_timeout", "the body of the request does not come"))
+            self._cut(RequestRefusedError(Code.BODY_TIMEOUT, "the body of the request does not come"))
         except RequestRefusedError as error:
             self._cut(error)
         except DisconnectedError:
@@ -346,11 +346,11 @@ class Exchange:
             whole = self._mcp_filter.message(data) if media == JSON else None
             if whole is None:
                 raise RequestRefusedError(
-                    502, "target_unreadable", "the target answers with what is not asked for"
+                    Code.TARGET_UNREADABLE, "the target answers with what is not asked for"
                 )
             return whole, None
         raise RequestRefusedError(
-            502, "target_unreadable", "the target answers a message of MCP with something else"
+            Code.TARGET_UNREADABLE, "the target answers a message of MCP with something else"
         )
 
     async def _read_whole_body(self, upstream: Stream, body: Body) -> bytes:
@@ -368,7 +368,7 @@ class Exchange:
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RequestRefusedError as error:
-                if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
+                if isinstance(body, CloseDelimitedBody) and error.code == Code.TARGET_GONE:
                     return bytes(pieces)
                 raise
 
@@ -406,7 +406,7 @@ class Exchange:
             try:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RequestRefusedError as error:
-                if isinstance(body, CloseDelimitedBody) and error.code == "target_gone":
+                if isinstance(body, CloseDelimitedBody) and error.code == Code.TARGET_GONE:
                     client.write(redactor.last(self._last_event(event_filter)))
                     return
                 self._abort_response(client, error)
@@ -435,7 +435,7 @@ class Exchange:
         """Relay a WebSocket until it or the lease ends."""
         if not self._upgrade or not accepts_websocket(self._request.head, response, plain=self._injects):
             raise RequestRefusedError(
-                502, "target_unreadable", "the target switches to what nobody asked it for"
+                Code.TARGET_UNREADABLE, "the target switches to what nobody asked it for"
             )
         self._answering = True
         self._client.write(redact(switching_head(response), self._needles))
@@ -451,13 +451,13 @@ class Exchange:
             await upstream.read_more()
             self._check_cut()
         except PeerTimeoutError:
-            raise RequestRefusedError(504, "target_timeout", "the target does not answer in time") from None
+            raise RequestRefusedError(Code.TARGET_TIMEOUT, "the target does not answer in time") from None
         except DisconnectedError:
             if not self._client.alive:
                 raise DisconnectedError("the client left") from None
             if not began:
                 raise StaleConnectionError("the target closed the connection") from None
-            raise RequestRefusedError(502, "target_gone", "the target closed the connection") from None
+            raise RequestRefusedError(Code.TARGET_GONE, "the target closed the connection") from None
         finally:
             upstream.deadline = None
 
@@ -481,8 +481,10 @@ def cut_error(view: Allowed | Refused) -> RequestRefusedError:
     Told that its lease has ended, an agent would ask for a new one, which does not help against a stale view.
     """
     if isinstance(view, Refused):
-        return RequestRefusedError(503, view.reason.code, view.reason.message, headers={"Retry-After": "1"})
-    return RequestRefusedError(403, "lease_ended", "the lease that allowed this has ended")
+        return RequestRefusedError(
+            ReceivedCode(view.reason.code), view.reason.message, status=503, headers={"Retry-After": "1"}
+        )
+    return RequestRefusedError(Code.LEASE_ENDED, "the lease that allowed this has ended")
 
 
 def is_compressed(response: ResponseHead) -> bool:
@@ -505,5 +507,5 @@ async def _drain(upstream: Stream) -> bool:
 
 def _unreadable(error: RequestRefusedError) -> RequestRefusedError:
     return RequestRefusedError(
-        502, "target_unreadable", f"the target's response is not forwarded: {error.message}"
+        Code.TARGET_UNREADABLE, f"the target's response is not forwarded: {error.message}"
     )

@@ -31,6 +31,7 @@ from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, origin_of, stdio_origin
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.http_client import socket_address
+from ringfence.messages.codes import Code
 from ringfence.model.target_settings import STDIO_URL
 
 IDLE_S: Final = 15.0
@@ -130,15 +131,15 @@ class UpstreamPool:
                 )
         except TimeoutError:
             raise RequestRefusedError(
-                504, "target_timeout", "the target accepts no connection in time"
+                Code.TARGET_TIMEOUT, "the target accepts no connection in time"
             ) from None
         except ssl.SSLError:
             raise RequestRefusedError(
-                502, "target_not_verified", "the target's certificate does not stand for its name"
+                Code.TARGET_NOT_VERIFIED, "the target's certificate does not stand for its name"
             ) from None
         except OSError:
             raise RequestRefusedError(
-                502, "target_unreachable", "no connection to the target can be had"
+                Code.TARGET_UNREACHABLE, "no connection to the target can be had"
             ) from None
         return stream
 
@@ -148,7 +149,7 @@ class UpstreamPool:
             found = os.lstat(path)
             if not stat.S_ISSOCK(found.st_mode) or found.st_uid not in (0, os.geteuid()):
                 raise RequestRefusedError(
-                    502, "target_not_verified", "what stands for the server is not the runner's"
+                    Code.TARGET_NOT_VERIFIED, "what stands for the server is not the runner's"
                 )
             async with asyncio.timeout(self._connect_s):
                 with socket_address(Path(path)) as address:
@@ -157,12 +158,11 @@ class UpstreamPool:
                     )
         except TimeoutError:
             raise RequestRefusedError(
-                504, "target_timeout", "the server in the run takes no connection"
+                Code.TARGET_TIMEOUT, "the server in the run takes no connection"
             ) from None
         except OSError:
             raise RequestRefusedError(
-                502,
-                "target_unreachable",
+                Code.TARGET_UNREACHABLE,
                 "there is no MCP server in this run: start it with ringfence mcp wrap",
             ) from None
         return stream
@@ -242,7 +242,7 @@ class Forwarder:
         """The headers to inject, None if the request is forwarded unchanged; and the origin of the target."""
         as_it_came = is_observed(verdict)
         if verdict.target is None or (verdict.lease is None and not as_it_came):
-            raise RequestRefusedError(503, "undecided", "the decision names no lease; try again")
+            raise RequestRefusedError(Code.UNDECIDED, "the decision names no lease; try again")
         try:
             injected = None if as_it_came else await self._gate.headers_to_inject(verdict)
             url = self._gate.upstream(verdict.target)
@@ -251,7 +251,9 @@ class Forwarder:
                 return {}, stdio_origin(verdict.target.target_id, server_socket)
             return injected, origin_of(url)
         except UnavailableError as error:
-            raise RequestRefusedError(503, error.code, error.message, headers={"Retry-After": "1"}) from None
+            raise RequestRefusedError(
+                error.code, error.message, status=503, headers={"Retry-After": "1"}
+            ) from None
 
     def _on_lease_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
         if verdict.lease is None or is_observed(verdict):
@@ -267,9 +269,7 @@ class Forwarder:
             except StaleConnectionError:
                 upstream.abort()
                 if not reused or not exchange.can_repeat:
-                    raise RequestRefusedError(
-                        502, "target_gone", "the target closed the connection"
-                    ) from None
+                    raise RequestRefusedError(Code.TARGET_GONE, "the target closed the connection") from None
                 upstream, reused = await self._upstreams.acquire(exchange.origin, fresh=True)
                 begun = False
                 continue

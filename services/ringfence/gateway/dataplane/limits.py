@@ -10,9 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.gateway.errors import RequestRefusedError
+from ringfence.messages.codes import Code
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
-TOO_MANY_CONNECTIONS = "too_many_connections"
 HANDSHAKE_COST = 10
 """The cost of a TLS handshake in requests: it takes as long as some of them."""
 _MAX_SENDERS = 10_000
@@ -264,8 +264,7 @@ def _decrement(counts: dict[str, int], sender: str) -> None:
 
 def _too_many(exceeded: str, wait_s: float) -> RequestRefusedError:
     return RequestRefusedError(
-        429,
-        "too_many_requests",
+        Code.TOO_MANY_REQUESTS,
         f"too many {exceeded} from this sender; wait and try again",
         headers={"Retry-After": str(max(1, round(wait_s)))},
     )

@@ -14,6 +14,7 @@ from ringfence.gateway.contract import McpExchange, McpOutcome
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.http1.head import ResponseHead
+from ringfence.messages.codes import Code
 from ringfence.model.mcp.results import ResultFilter, TooLongListError, UnreadableResultError
 
 MAX_MESSAGE_BYTES: Final = 4 * 1024 * 1024
@@ -54,7 +55,7 @@ class McpResponseFilter:
             return
         if not self._mcp.bind_session(session.decode("latin-1")):
             text = "the target gives out a session that is another lease's already, or none that can be one"
-            raise RequestRefusedError(502, "mcp_session_taken", text)
+            raise RequestRefusedError(Code.MCP_SESSION_TAKEN, text)
 
     def finish(self) -> None:
         """Record the outcome, at the end of the response."""
@@ -161,9 +162,9 @@ def _value(line: bytes) -> bytes:
 
 
 def _unreadable(problem: str) -> RequestRefusedError:
-    return RequestRefusedError(502, "target_unreadable", f"the target's answer is not forwarded: {problem}")
+    return RequestRefusedError(Code.TARGET_UNREADABLE, f"the target's answer is not forwarded: {problem}")
 
 
 def too_large(text: str = f"a message of a target may have {MAX_MESSAGE_BYTES} bytes") -> RequestRefusedError:
     """The refusal of a message that is too large to be buffered, or has too many entries."""
-    return RequestRefusedError(502, "target_too_large", text)
+    return RequestRefusedError(Code.TARGET_TOO_LARGE, text)

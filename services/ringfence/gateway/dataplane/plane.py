@@ -34,7 +34,7 @@ from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.fast_path.path import FastPaths
 from ringfence.gateway.dataplane.forwarder import Forwarder, UpstreamPool
-from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, Allowance, SenderLimits, sender_at
+from ringfence.gateway.dataplane.limits import Allowance, SenderLimits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.shared import DataPlaneContext
@@ -46,6 +46,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.http_client import socket_address
+from ringfence.messages.codes import Code
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ SERVER_SUFFIX: Final = ".stdio"
 class ListenError(RingfenceError):
     """A socket cannot be opened. The message says which, and what to do."""
 
-    code = "cannot_listen"
+    code = Code.CANNOT_LISTEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +261,7 @@ class DataPlane:
         if not self.limits.open_connection(listener.sender):
             shown = PresentedIdentity(listener.task_id, listener.certificate, run_id=listener.run_id)
             self._shared.report_blocked(
-                BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this sender", shown)
+                BlockedRequest(Code.TOO_MANY_CONNECTIONS, "too many connections of this sender", shown)
             )
             stream.abort()
             return

@@ -24,6 +24,7 @@ from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import AGENT_API, Scheme, canonical
 from ringfence.kernel.http1.body import CONTENTLESS_METHODS, has_risky_body
 from ringfence.kernel.http1.head import FieldSection, RequestHead
+from ringfence.messages.codes import Code
 
 _VERSION: Final = b"mcp-protocol-version"
 _HANDLED_MCP_FIELDS: Final = frozenset({b"mcp-session-id", _VERSION})
@@ -73,13 +74,13 @@ def read_request(
     if authority is None:
         authority = canonical(host, scheme)
     elif canonical(host, scheme) != authority:
-        raise RequestRefusedError(400, "host_disagrees", "Host names another host than the request line")
+        raise RequestRefusedError(Code.HOST_DISAGREES, "Host names another host than the request line")
     if listener.connect_authority is not None and (scheme, authority) != (
         "https",
         listener.connect_authority,
     ):
         raise RequestRefusedError(
-            400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
+            Code.HOST_DISAGREES, "the request is for another host than the CONNECT that it came through"
         )
     target_id = None
     if (
@@ -113,8 +114,7 @@ def check_body(request: RequestHead, *, read_by_map: bool) -> None:
     if has_risky_body(request) and method in CONTENTLESS_METHODS and not (method == "DELETE" and read_by_map):
         unless = ", unless a rule of the target's map reads it" if method == "DELETE" else ""
         raise RequestRefusedError(
-            400,
-            "body_refused",
+            Code.BODY_REFUSED,
             f"a request with {method} may have no body{unless}: some servers execute it as the next request; send "
             "neither Transfer-Encoding nor a Content-Length other than 0",
         )
@@ -150,10 +150,10 @@ def read_api_target(
     scheme, authority, target = _split_target(request.target, listener)
     named = canonical(host, scheme)
     if authority is not None and named != authority:
-        raise RequestRefusedError(400, "host_disagrees", "Host names another host than the request line")
+        raise RequestRefusedError(Code.HOST_DISAGREES, "Host names another host than the request line")
     if listener.connect_authority is not None and (scheme, named) != ("https", listener.connect_authority):
         raise RequestRefusedError(
-            400, "host_disagrees", "the request is for another host than the CONNECT that it came through"
+            Code.HOST_DISAGREES, "the request is for another host than the CONNECT that it came through"
         )
     by_path = request.target.startswith("/") and listener.connect_authority is None
     own = listener.own_authorities
@@ -162,7 +162,7 @@ def read_api_target(
         pass
     elif by_path and target.startswith(f"{_API_BASE}/") and not is_target_host(named):
         if own is not None and named not in own:
-            raise RequestRefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
+            raise RequestRefusedError(Code.HOST_UNKNOWN, "Host is neither this gateway nor a target of it")
         base, target = _API_BASE, target.removeprefix(_API_BASE)
     else:
         return None
@@ -253,7 +253,7 @@ def _handle(request: RequestHead, listener: ListenerContext) -> str | None:
     if is_handle(authorization):
         if separate is not None:
             raise RequestRefusedError(
-                400, "handle_twice", "show one handle: in Authorization or in X-Ringfence-Handle"
+                Code.HANDLE_TWICE, "show one handle: in Authorization or in X-Ringfence-Handle"
             )
         return authorization.partition(b" ")[2].strip(b" ").decode("latin-1")
     if separate is not None:
@@ -273,7 +273,7 @@ def _split_target(target: str, listener: ListenerContext) -> tuple[Scheme, str |
             authority, rest = _split_authority(target[len(prefix) :])
             return scheme, canonical(authority, scheme), rest if rest.startswith("/") else f"/{rest}"
     raise RequestRefusedError(
-        400, "malformed_http", "the target of a request is a path, or an http or https URL"
+        Code.MALFORMED_HTTP, "the target of a request is a path, or an http or https URL"
     )
 
 
@@ -285,10 +285,10 @@ def _split_authority(rest: str) -> tuple[str, str]:
 def _target_by_path(authority: str, target: str, listener: ListenerContext) -> tuple[str, str]:
     """The target id in the first segment of the path, and the rest of the path as it was sent."""
     if listener.own_authorities is not None and authority not in listener.own_authorities:
-        raise RequestRefusedError(421, "host_unknown", "Host is neither this gateway nor a target of it")
+        raise RequestRefusedError(Code.HOST_UNKNOWN, "Host is neither this gateway nor a target of it")
     target_id, slash, rest = target[1:].partition("/")
     if not target_id or not slash or "?" in target_id:
-        raise RequestRefusedError(404, "target_missing", "a path through the gateway is /TARGET/...")
+        raise RequestRefusedError(Code.TARGET_MISSING, "a path through the gateway is /TARGET/...")
     return target_id, f"/{rest}"
 
 
@@ -306,7 +306,7 @@ def _basic_user(value: bytes) -> str:
         user = ""
     if scheme.lower() != b"basic" or not user:
         raise RequestRefusedError(
-            400, "proxy_authorization_invalid", "write the handle as the user of the proxy URL"
+            Code.PROXY_AUTHORIZATION_INVALID, "write the handle as the user of the proxy URL", status=400
         )
     return user
 

@@ -21,6 +21,7 @@ from ringfence.gateway.dataplane.stream import DisconnectedError, Stream
 from ringfence.gateway.dataplane.websockets import RelayedBytes, tunnel
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, split_host_and_port
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import Reason
 from ringfence.model.verdict import Refused
 
@@ -49,7 +50,7 @@ class RunRelays:
         """Take a place for one relay of a run's socket. Raises RequestRefusedError (429)."""
         if self._open[sender] >= self._per_run:
             raise RequestRefusedError(
-                429, "relays_limit", f"a run has {self._per_run} relays at a time; close one first",
+                Code.RELAYS_LIMIT, f"a run has {self._per_run} relays at a time; close one first",
                 headers={"Retry-After": "1"},
             )  # fmt: skip
         self._open[sender] += 1
@@ -128,10 +129,10 @@ class _Relay:
         reason = (
             permitted.reason
             if isinstance(permitted, Refused)
-            else Reason(code="lease_ended", message="the lease has ended")
+            else Reason(code=Code.LEASE_ENDED, message="the lease has ended")
         )
         self.cut_by = self.cut_by or reason
-        self._refused = RequestRefusedError(403, reason.code, reason.message)
+        self._refused = RequestRefusedError(ReceivedCode(reason.code), reason.message, status=403)
         if self.upstream is not None:
             self.upstream.fail(self._refused)
         if self.established:

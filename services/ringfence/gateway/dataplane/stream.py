@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 HIGH_WATER_BYTES: Final = 64 * 1024
 
@@ -21,13 +22,13 @@ HIGH_WATER_BYTES: Final = 64 * 1024
 class DisconnectedError(RingfenceError):
     """The peer has closed the connection, or it was lost."""
 
-    code = "gone"
+    code = Code.GONE
 
 
 class PeerTimeoutError(RingfenceError):
     """The peer missed a deadline."""
 
-    code = "expired"
+    code = Code.EXPIRED
 
 
 class Stream(asyncio.Protocol):

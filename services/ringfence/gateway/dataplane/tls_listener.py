@@ -25,11 +25,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from ringfence.gateway.contract import BlockedRequest, ReportBlocked
-from ringfence.gateway.dataplane.limits import TOO_MANY_CONNECTIONS, SenderLimits, sender_at
+from ringfence.gateway.dataplane.limits import SenderLimits, sender_at
 from ringfence.gateway.dataplane.stream import Stream, WriteBatcher
 from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import Clock, utc_datetime
 from ringfence.kernel.base.private_files import write_private
+from ringfence.messages.codes import Code
 
 CA_LIFE: Final = datetime.timedelta(days=90)
 LEAF_LIFE: Final = datetime.timedelta(days=2)
@@ -91,7 +92,7 @@ class CertificateAuthority:
     def context(self, host: str) -> ssl.SSLContext:
         """The TLS context for this host. Raises RequestRefusedError for a host that is not certified."""
         if host not in self._hosts:
-            raise RequestRefusedError(403, "host_unknown", "this host is no target")
+            raise RequestRefusedError(Code.HOST_UNKNOWN, "this host is no target", status=403)
         cached = self._contexts.get(host)
         now_ms = self._clock.now_ms()
         if cached is None or now_ms - cached[1] > _RENEW_AFTER_MS:
@@ -213,7 +214,6 @@ def _require_server_name(host: str) -> Callable[[ssl.SSLObject, str | None, ssl.
 
 log = logging.getLogger(__name__)
 
-TLS_FAILED: Final = "tls_failed"
 _RETRY_DELAY_S: Final = 0.1
 """The delay before the next accept when the process is out of files."""
 
@@ -291,7 +291,9 @@ class TlsListener:
                 self._start(self._handshake(connection, address, on_open, on_lost))
             else:
                 connection.close()
-                self._blocked(BlockedRequest(TOO_MANY_CONNECTIONS, "too many connections of this address"))
+                self._blocked(
+                    BlockedRequest(Code.TOO_MANY_CONNECTIONS, "too many connections of this address")
+                )
 
     async def _handshake(
         self, connection: socket.socket, address: str, on_open: StreamCallback, on_lost: StreamCallback
@@ -316,6 +318,6 @@ class TlsListener:
                 ssl_handshake_timeout=self._handshake_s,
             )
         except OSError:
-            self._blocked(BlockedRequest(TLS_FAILED, "the client did not agree to TLS, or not in time"))
+            self._blocked(BlockedRequest(Code.TLS_FAILED, "the client did not agree to TLS, or not in time"))
         finally:
             end_handshake()

@@ -18,7 +18,7 @@ from typing import Final
 
 from ringfence.backends.http import secret_header
 from ringfence.gateway.contract import Attempt, Headers
-from ringfence.gateway.domain import TOO_MANY_REQUESTS, Refusal, refuse
+from ringfence.gateway.domain import Refusal, refuse
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.messages.approval import (
@@ -28,6 +28,7 @@ from ringfence.messages.approval import (
     ActionRequest,
     ShownHeader,
 )
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Revisions
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.verdict import ALLOWED, Allowed
@@ -265,7 +266,7 @@ def _check_count(
         message = f"there are {in_total} {counted} here; ask again later"
     else:
         return ALLOWED
-    return refuse("approvals_pending_limit", message, status=TOO_MANY_REQUESTS)
+    return refuse(Code.APPROVALS_PENDING_LIMIT, message)
 
 
 def _less(counts: Counter[str], agent_id: str) -> None:

@@ -27,7 +27,7 @@ from ringfence.gateway.decision.approval_questions import (
     shown_to_approver,
     unshowable_reason,
 )
-from ringfence.gateway.domain import UNAVAILABLE, ApprovalRequired, ChosenLease, Refusal, refuse, refuse_for
+from ringfence.gateway.domain import ApprovalRequired, ChosenLease, Refusal, refuse, refuse_for
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SignatureError
@@ -39,6 +39,7 @@ from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, ActionRequest
 from ringfence.messages.base import typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.topics import APPROVAL_REQUEST
 from ringfence.model.http_targets import MAX_BODY_BYTES, Action
@@ -52,8 +53,6 @@ from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 
 log = logging.getLogger(__name__)
 
-PENDING: Final = "approval_pending"
-"""The code of the refusal while a person is asked."""
 MAX_URL_CHARS: Final = 8000
 MAX_ANSWER_BYTES: Final = 64 * 1024
 MAX_ANSWERS_IN_PROGRESS: Final = 1000
@@ -155,20 +154,24 @@ class Approvals:
             message = (
                 "an approval counts once, and another request just like this one used it, or its time is over"
             )
-            return refuse("approval_used", f"{message}; send it again to ask anew")
+            return refuse(Code.APPROVAL_USED, f"{message}; send it again to ask anew")
         if self._runtime.clock.now_ms() >= question.ends_ms:
-            return refuse("approval_timeout", "the time of the approval is over; send it again to ask anew")
+            return refuse(
+                Code.APPROVAL_TIMEOUT, "the time of the approval is over; send it again to ask anew"
+            )
         try:
             ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
-            return refuse(error.reason.code, error.reason.message)
+            return refuse(error.code, error.reason.message)
         if revisions_text(ground.revisions(claims.revisions.policy)) != revisions_text(claims.revisions):
             return refuse(
-                "approval_stale", "records changed since it was approved; send it again to ask anew"
+                Code.APPROVAL_STALE, "records changed since it was approved; send it again to ask anew"
             )
         if not may_approve(self._directory, question.answered_by or "", claims.required, ground):
             self._questions.drop(question)
-            return refuse("approval_stale", f"{question.answered_by} cannot approve this any more; ask anew")
+            return refuse(
+                Code.APPROVAL_STALE, f"{question.answered_by} cannot approve this any more; ask anew"
+            )
         if question.answer is not None:
             key = self._check_key(question.answer, question, ground, self._runtime.clock.now_ms())
             if isinstance(key, Refused):
@@ -219,13 +222,11 @@ class Approvals:
                 await sent
         except (TimeoutError, KafkaError, RingfenceError, OSError) as error:
             log.warning("a person could not be asked: %r", error)
-            refusal = refuse(
-                "approval_unavailable", "nobody can be asked now; try again later", status=UNAVAILABLE
-            )
+            refusal = refuse(Code.APPROVAL_UNAVAILABLE, "nobody can be asked now; try again later")
             self._close(question, refusal)
             return refusal
         except BaseException:
-            self._close(question, refuse("approval_unavailable", "nobody was asked", status=UNAVAILABLE))
+            self._close(question, refuse(Code.APPROVAL_UNAVAILABLE, "nobody was asked"))
             raise
         return ALLOWED
 
@@ -269,14 +270,12 @@ class Approvals:
             if stay is not None:
                 stay()
         if has_left:
-            return refuse("client_gone", "whoever sent this did not wait for the answer")
+            return refuse(Code.CLIENT_GONE, "whoever sent this did not wait for the answer")
         if question.settled:
             return _check_answer(question)
         if isinstance(live := self._table.check_live(lease), Refused):
             return refuse_for(live.reason)
-        return refuse(
-            "stale_view", "what this gateway knows got too old while this waited", status=UNAVAILABLE
-        )
+        return refuse(Code.STALE_VIEW, "what this gateway knows got too old while this waited")
 
     def _timeout_refusal(self, question: Question) -> Refusal:
         """The refusal of a request whose question has no answer yet, and that waits no longer."""
@@ -285,12 +284,12 @@ class Approvals:
             message = (
                 f"nobody answered question {question.id} in time; send the same request again to ask anew"
             )
-            return refuse("approval_timeout", message)
+            return refuse(Code.APPROVAL_TIMEOUT, message)
         message = (
             f"{_APPROVERS[claims.required]} has not answered yet (question {question.id}); send exactly the same "
             f"request again until {claims.exp} (seconds since 1970): a yes counts for the next one, once"
         )
-        return refuse(PENDING, message)
+        return refuse(Code.APPROVAL_PENDING, message)
 
     def _close(self, question: Question, refusal: Refusal) -> None:
         question.closed = refusal
@@ -362,7 +361,7 @@ class Approvals:
         except ExpiredError:
             raise
         except SignatureError as error:
-            if error.code != "key_unknown":
+            if error.code != Code.KEY_UNKNOWN:
                 raise
             await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
             return opened()
@@ -377,10 +376,12 @@ class Approvals:
         claims = answer.claims
         question = self._questions.by_digest(claims.request_digest)
         if question is None and not self._questions.was_used(claims.request_digest):
-            return refused("request_unknown", "no such question stands here: it is over, or was never asked")
+            return refused(
+                Code.REQUEST_UNKNOWN, "no such question stands here: it is over, or was never asked"
+            )
         if question is None:
             return refused(
-                "approval_replayed", "this question was answered, and the answer used; each counts once"
+                Code.APPROVAL_REPLAYED, "this question was answered, and the answer used; each counts once"
             )
         if isinstance(valid := self._check_signed_answer(question, answer, record), Refused):
             return valid
@@ -403,18 +404,19 @@ class Approvals:
         """
         claims, request = answer.claims, question.signed
         if (claims.request, claims.request_digest) != (request.compact, request.digest):
-            return refused("approval_other_request", "the answer is a signature over another question")
+            return refused(Code.APPROVAL_OTHER_REQUEST, "the answer is a signature over another question")
         if (record.key, claims.agent_id) != (request.claims.agent_id, request.claims.agent_id):
             return refused(
-                "key_unexpected", f"the Kafka key of an answer is the agent's id, {request.claims.agent_id}"
+                Code.KEY_UNEXPECTED,
+                f"the Kafka key of an answer is the agent's id, {request.claims.agent_id}",
             )
         user_id = subject_of(claims.aud, claims.iss, "user")
         if user_id is None:
-            return refused("not_a_person", f"{claims.iss} is no user; only people approve")
+            return refused(Code.NOT_A_PERSON, f"{claims.iss} is no user; only people approve")
         if question.answer is not None:
-            return refused("already_decided", f"{question.answered_by} answered before, and that stands")
+            return refused(Code.ALREADY_DECIDED, f"{question.answered_by} answered before, and that stands")
         if record.appended_at_ms >= request.claims.exp * 1000:
-            return refused("approval_expired", "the time in which answers counted is over")
+            return refused(Code.APPROVAL_EXPIRED, "the time in which answers counted is over")
         if isinstance(understood := check_understood(claims), Refused):
             return understood
         if isinstance(records := self._check_records(question), Refused):
@@ -432,7 +434,7 @@ class Approvals:
         if revisions_text(ground.revisions(claims.revisions.policy)) == revisions_text(claims.revisions):
             return ALLOWED
         changed = refused(
-            "approval_stale", "agent, user, task or target changed since it was asked; ask anew"
+            Code.APPROVAL_STALE, "agent, user, task or target changed since it was asked; ask anew"
         )
         self._close(question, Refusal(403, (changed.reason,)))
         return changed
@@ -444,7 +446,9 @@ class Approvals:
         claims = question.signed.claims
         ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
         if not may_approve(self._directory, user_id, claims.required, ground):
-            return refused("not_approver", f"{user_id} cannot give what is asked for here: {claims.required}")
+            return refused(
+                Code.NOT_APPROVER, f"{user_id} cannot give what is asked for here: {claims.required}"
+            )
         return self._check_key(answer, question, ground, at_ms)
 
     def _check_key(
@@ -494,14 +498,12 @@ def _check_showable(pending: ActionToApprove) -> Allowed | Refusal:
     3. Its headers can be shown (`unshowable_reason`).
     """
     if len(pending.body) > MAX_BODY_BYTES:
-        return refuse(
-            "body_unseen", f"a request that waits for a person may have {MAX_BODY_BYTES} bytes", status=413
-        )
+        return refuse(Code.BODY_UNSEEN, f"a request that waits for a person may have {MAX_BODY_BYTES} bytes")
     if len(pending.url) > MAX_URL_CHARS or not all("!" <= one <= "~" for one in pending.url):
         message = f"nobody can be shown this URL: it has to be ASCII, {MAX_URL_CHARS} characters at most"
-        return refuse("action_unshowable", message)
+        return refuse(Code.ACTION_UNSHOWABLE, message)
     if (reason := unshowable_reason(pending.headers)) is not None:
-        return refuse("action_unshowable", f"nobody can be shown this request: {reason}")
+        return refuse(Code.ACTION_UNSHOWABLE, f"nobody can be shown this request: {reason}")
     return ALLOWED
 
 
@@ -512,5 +514,5 @@ def _check_answer(question: Question) -> Allowed | Refusal:
     answer = question.answer
     if answer is None or answer.claims.verdict != "approved":
         comment = f": {answer.claims.comment[:500]}" if answer is not None and answer.claims.comment else ""
-        return refuse("approval_denied", f"{question.answered_by} denied it{comment}")
+        return refuse(Code.APPROVAL_DENIED, f"{question.answered_by} denied it{comment}")
     return ALLOWED

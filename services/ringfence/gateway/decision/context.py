@@ -20,19 +20,20 @@ from ringfence.gateway.decision.approval_questions import Question
 from ringfence.gateway.decision.mcp import McpRequest
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
 from ringfence.gateway.domain import UNAVAILABLE, ChosenLease, Refusal, Sender
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets import Action
 
-NO_CREDENTIALS: Final = "no_credentials"
-"""The refusal code for a sender who showed no credentials at all."""
 STILL_DENIED: Final = frozenset({
-    "agent_registered", "agent_suspended", "agent_decommissioned", "agent_orphaned", "agent_unknown",
-    "key_compromised", "key_voucher_compromised",
-    "task_ended", "task_unknown", "task_other_agent", "user_disabled", "user_unknown", "target_removed", "lease_cut",
-    "handle_unknown", "handle_other_agent", "handle_other_task", "record_untrusted",
-    "socket_other_run", "lease_of_run",
-    "instance_other_task", "run_ended", "run_mismatch", "run_not_started", "run_not_understood", "run_unknown",
+    Code.AGENT_REGISTERED, Code.AGENT_SUSPENDED, Code.AGENT_DECOMMISSIONED, Code.AGENT_ORPHANED, Code.AGENT_UNKNOWN,
+    Code.KEY_COMPROMISED, Code.KEY_VOUCHER_COMPROMISED,
+    Code.TASK_ENDED, Code.TASK_UNKNOWN, Code.TASK_OTHER_AGENT,
+    Code.USER_DISABLED, Code.USER_UNKNOWN, Code.TARGET_REMOVED, Code.LEASE_CUT,
+    Code.HANDLE_UNKNOWN, Code.HANDLE_OTHER_AGENT, Code.HANDLE_OTHER_TASK, Code.RECORD_UNTRUSTED,
+    Code.SOCKET_OTHER_RUN, Code.LEASE_OF_RUN,
+    Code.INSTANCE_OTHER_TASK, Code.RUN_ENDED, Code.RUN_MISMATCH, Code.RUN_NOT_STARTED,
+    Code.RUN_NOT_UNDERSTOOD, Code.RUN_UNKNOWN,
 })  # fmt: skip
 """Refusal codes that deny in observe mode too: what people ended, such as a suspended agent, and others' handles."""
 _ANYWHERE: Final = frozenset({"authorization", "cookie"})
@@ -66,7 +67,7 @@ class ObserveMode:
         if any(reason.code in STILL_DENIED for reason in refusal.reasons):
             return None
         if target is None:
-            if refusal.reasons[0].code != NO_CREDENTIALS:
+            if refusal.reasons[0].code != Code.NO_CREDENTIALS:
                 return None  # credentials were shown and are not valid, or there is no target
             found_target = self._targets.find(attempt)
             if isinstance(found_target, Refusal):

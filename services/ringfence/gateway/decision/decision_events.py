@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, BlockedRequest, McpOutcome, PresentedIdentity, Verdict
@@ -30,6 +31,7 @@ from ringfence.gateway.events.task_history import TaskHistory
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import (
     ActionAnswered,
@@ -44,9 +46,9 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 
 _FLUSH_EVERY_S: Final = 1.0
-_REPLACED_MESSAGES: Final = {
-    "malformed_http": "the message cannot be understood for certain",
-    "host_invalid": "it names a host that not all would read alike",
+_REPLACED_MESSAGES: Final[Mapping[str, str]] = {
+    Code.MALFORMED_HTTP: "the message cannot be understood for certain",
+    Code.HOST_INVALID: "it names a host that not all would read alike",
 }
 """The original messages quote what the sender wrote."""
 

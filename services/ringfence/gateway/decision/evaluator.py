@@ -16,6 +16,7 @@ from ringfence.gateway.domain import (
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.kafka.producer import to_json
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.http_targets import Action
@@ -26,7 +27,6 @@ from ringfence.rego.engine import Answer, PolicyEngine, PolicyFailedError, Polic
 MAX_CACHE_MS: Final = 5000
 """No answer is cached for longer, whatever the bundle says."""
 MAX_CACHED_ANSWERS: Final = 20_000
-_RATE: Final = "rate_exceeded"
 _MAX_REASONS: Final = 50
 
 CacheKey = tuple[object, ...]
@@ -172,8 +172,8 @@ def _check_result(result: PolicyResult) -> Allowed | Refusal:
         return ALLOWED
     if not reasons:
         message = "policy does not allow it and gave no reason"
-        reasons = (Reason(code="policy_denied", message=message),)
-    status = TOO_MANY_REQUESTS if any(reason.code == _RATE for reason in reasons) else 403
+        reasons = (Reason(code=Code.POLICY_DENIED, message=message),)
+    status = TOO_MANY_REQUESTS if any(reason.code == Code.RATE_EXCEEDED for reason in reasons) else 403
     return Refusal(status, reasons)
 
 
@@ -192,4 +192,4 @@ def _approval_required(required: set[str], revision: str) -> Refusal | ApprovalR
     message = (
         f"the word of {names} is wanted, and one person is asked about an action: ask for another credential"
     )
-    return refuse("approval_required", message)
+    return refuse(Code.APPROVAL_REQUIRED, message)

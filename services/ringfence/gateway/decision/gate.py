@@ -25,17 +25,16 @@ from ringfence.gateway.contract import (
     Verdict,
 )
 from ringfence.gateway.decision.approval_questions import Question, headers_to_approve
-from ringfence.gateway.decision.approvals import PENDING, ActionToApprove, Approvals
+from ringfence.gateway.decision.approvals import ActionToApprove, Approvals
 from ringfence.gateway.decision.context import ActionIds, DecisionContext, ObserveMode
 from ringfence.gateway.decision.decision_events import DecisionEvents
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.fast_path.path import DecisionFastPath
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.mcp import McpRequests, rpc_error_reply
-from ringfence.gateway.decision.sender import NONCE_REQUIRED, SenderAuthenticator
+from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
 from ringfence.gateway.domain import (
-    CONTENT_TOO_LARGE,
     SAFE_METHODS,
     TOO_MANY_REQUESTS,
     UNAVAILABLE,
@@ -54,6 +53,7 @@ from ringfence.gateway.state.view import View
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -169,7 +169,7 @@ class DecisionGate:
             result = await self._decide(context, presented, attempt, rate_check)
         except Exception:  # fail closed
             log.exception("a request could not be decided")
-            result = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
+            result = refuse(Code.UNDECIDED, "the gateway could not decide this")
         if isinstance(result, Refusal) and context.unexamined and not context.observed:
             return self._record_counted(context, presented, attempt, result)
         verdict = self._verdict(context, presented, attempt, result)
@@ -187,7 +187,7 @@ class DecisionGate:
         self, context: DecisionContext, presented: PresentedIdentity, attempt: Attempt, refusal: Refusal
     ) -> Verdict:
         """The verdict on a request that was not examined. These refusals are counted: they cost the sender nothing."""
-        if refusal.reasons[0].code == NONCE_REQUIRED:
+        if refusal.reasons[0].code == Code.USE_DPOP_NONCE:
             return self._verdict(context, presented, attempt, refusal)
         kind = self._events.kind(context, presented, attempt, refusal)
         counted_by = self._refusal_counts.count(kind, refusal.reasons[0])
@@ -212,9 +212,9 @@ class DecisionGate:
         if not verdict.allowed or verdict.lease is None or verdict.injected is None:
             raise UnavailableError("this request was not allowed: nothing is injected")
         if isinstance(freshness := self._view.check_freshness(), Refused):
-            raise UnavailableError(freshness.reason.message, code=freshness.reason.code)
+            raise UnavailableError(freshness.reason.message, code=ReceivedCode(freshness.reason.code))
         if isinstance(live := self._view.table.check_live(verdict.lease), Refused):
-            raise UnavailableError(live.reason.message, code=live.reason.code)
+            raise UnavailableError(live.reason.message, code=ReceivedCode(live.reason.code))
         return verdict.injected
 
     def upstream(self, target: TargetState) -> str:
@@ -359,7 +359,7 @@ class DecisionGate:
             message = mcp_request.message
             if message is not None and not is_known(message.method):
                 text = f"no revision of MCP has {message.method[:64]}, and no rule of the target names it"
-                return refuse("mcp_method", text)
+                return refuse(Code.MCP_METHOD, text)
             return self._unmapped_refusal(target, context.attempt)
         required: list[tuple[Action, ChosenLease, ApprovalRequired]] = []
         for action in actions:
@@ -376,7 +376,7 @@ class DecisionGate:
             sender = replace(sender, lease_id=chosen.lease.lease_id, task_id=chosen.lease.task_id)
         if len(required) > 1:
             text = "several things in this message need a person's approval each: send them one at a time"
-            return refuse("mcp_several_approvals", text)
+            return refuse(Code.MCP_SEVERAL_APPROVALS, text)
         if required:
             context.action, context.chosen, approval = required[0]
             return approval
@@ -438,7 +438,7 @@ class DecisionGate:
 
     def _check_askable(self, context: DecisionContext, presented: PresentedIdentity) -> Allowed | Refusal:
         """Check whether a person should be asked: not if the request is forwarded anyway, in observe mode."""
-        refusal = refuse("approval_required", "a person would be asked about this action")
+        refusal = refuse(Code.APPROVAL_REQUIRED, "a person would be asked about this action")
         observed = self._observe_mode.forward_target(refusal, context.target, presented, context.attempt)
         return refusal if observed is not None else ALLOWED
 
@@ -458,13 +458,13 @@ class DecisionGate:
                 "a person is asked about this, with its headers, and this data plane does not show all that it "
                 "forwards: go through the gateway's own data plane"
             )
-            return refuse("headers_unseen", message)
+            return refuse(Code.HEADERS_UNSEEN, message)
         if isinstance(body := await self._read_whole_body(context), Refusal):
             return body
         waiting = _pending_action(context, approval)
         if waiting is None:
             text = "the target does not say where it is, or a number in the message is too large to be told exactly"
-            return refuse("action_unshowable", f"nobody can be asked: {text}")
+            return refuse(Code.ACTION_UNSHOWABLE, f"nobody can be asked: {text}")
         began_ns = time.perf_counter_ns()
         try:
             context.question, answer = await self._approvals.wait_for_answer(
@@ -473,14 +473,14 @@ class DecisionGate:
         finally:
             context.waited_ns = time.perf_counter_ns() - began_ns
         if isinstance(answer, Refusal):
-            if answer.reasons[0].code == PENDING:
+            if answer.reasons[0].code == Code.APPROVAL_PENDING:
                 self._offer_retry(context)
             if answer.status == UNAVAILABLE:
                 freshness = self._check_freshness()  # its refusal names what is stale
                 return freshness if isinstance(freshness, Refusal) else answer
             return answer
         if context.question is None:
-            return refuse("undecided", "nobody could be asked", status=UNAVAILABLE)
+            return refuse(Code.UNDECIDED, "nobody could be asked")
         return await self._check_again(context, sender, context.question)
 
     def _offer_retry(self, context: DecisionContext) -> None:
@@ -495,7 +495,7 @@ class DecisionGate:
             context.attempt = replace(context.attempt, body=await context.holdable.read_body())
         if context.attempt.body is None:
             message = "a person is asked about this, with its body, and that was not seen whole"
-            return refuse("body_unseen", message, status=CONTENT_TOO_LARGE)
+            return refuse(Code.BODY_UNSEEN, message)
         return ALLOWED
 
     async def _check_again(
@@ -515,7 +515,7 @@ class DecisionGate:
         repeated = _pending_action(context, result)
         if repeated is None or self._approvals.approval_key(repeated) != question.approval_key:
             return refuse(
-                "approval_stale", "what was approved is another thing by now; send it again to ask anew"
+                Code.APPROVAL_STALE, "what was approved is another thing by now; send it again to ask anew"
             )
         return ALLOWED
 
@@ -531,19 +531,19 @@ class DecisionGate:
         body = attempt.body
         shown = body if attempt.json or target.map.speaks_mcp(attempt.target) else None
         if (unread := target.map.not_understood(attempt.method, attempt.target, shown)) is not None:
-            return refuse("rule_not_understood", f"at target {id}, {unread}")
+            return refuse(Code.RULE_NOT_UNDERSTOOD, f"at target {id}, {unread}")
         if target.map.reads_body(attempt.method, attempt.target) and (
             body is None or len(body) > MAX_BODY_BYTES
         ):
             message = f"what this request does at {id} stands in its body, which was not seen whole"
-            return refuse("body_unseen", message, status=CONTENT_TOO_LARGE)
+            return refuse(Code.BODY_UNSEEN, message)
         if body and not attempt.json and target.map.reads_body(attempt.method, attempt.target):
             message = (
                 f"what this request does at {id} stands in its body: send that with Content-Type: application/json, in "
                 "UTF-8 and without Content-Encoding, so that it cannot be read as something else"
             )
-            return refuse("body_not_json", message)
-        return refuse("request_unmapped", f"the map of target {id} does not say what this request does")
+            return refuse(Code.BODY_NOT_JSON, message)
+        return refuse(Code.REQUEST_UNMAPPED, f"the map of target {id} does not say what this request does")
 
     # --- the verdict ---
 
@@ -630,7 +630,7 @@ def _check_url(target: CompiledTarget, attempt: Attempt) -> Allowed | Refusal:
     """Check that the target has a URL: whatever is recorded as allowed can be sent."""
     if target.can_be_sent(attempt):
         return ALLOWED
-    return refuse("target_nowhere", _no_url_message(target.state), status=UNAVAILABLE)
+    return refuse(Code.TARGET_NOWHERE, _no_url_message(target.state))
 
 
 def _check_run_socket(target: CompiledTarget, attempt: Attempt, sender: Sender) -> Allowed | Refusal:
@@ -641,7 +641,7 @@ def _check_run_socket(target: CompiledTarget, attempt: Attempt, sender: Sender) 
         f"target {target.state.target_id} is an MCP server inside of a run: start it with ringfence mcp wrap, and send "
         "it messages by that command's standard input alone"
     )
-    return refuse("stdio_outside_run", message)
+    return refuse(Code.STDIO_OUTSIDE_RUN, message)
 
 
 def _no_url_message(target: TargetState) -> str:

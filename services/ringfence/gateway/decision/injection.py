@@ -25,6 +25,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -210,7 +211,7 @@ class Injector:
             )
             raise UnavailableError(f"Ringfence has no credential for target {target.target_id} now") from None
         if isinstance(live := self._table.check_live(lease), Refused):
-            raise UnavailableError(live.reason.message, code=live.reason.code)
+            raise UnavailableError(live.reason.message, code=ReceivedCode(live.reason.code))
         return headers
 
     def cached_headers(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:

@@ -17,8 +17,6 @@ from ringfence.gateway.contract import Attempt, McpExchange, McpHeaders, McpOutc
 from ringfence.gateway.decision.targets import CompiledTarget
 from ringfence.gateway.domain import (
     BAD_REQUEST,
-    CONTENT_TOO_LARGE,
-    NOT_FOUND,
     Refusal,
     Sender,
     check_run_of_lease,
@@ -28,6 +26,7 @@ from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code, status_of
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from ringfence.model.http_targets import MAX_BODY_BYTES, Action
@@ -100,17 +99,17 @@ _ANEW: Final[Mapping[_Bound, str]] = {
 }  # fmt: skip
 
 
-_UNKNOWN: Final[Mapping[_Bound, str]] = {
-    "session": "mcp_session_unknown", "task": "mcp_task_unknown", "state": "mcp_state_unknown",
+_UNKNOWN: Final[Mapping[_Bound, Code]] = {
+    "session": Code.MCP_SESSION_UNKNOWN, "task": Code.MCP_TASK_UNKNOWN, "state": Code.MCP_STATE_UNKNOWN,
 }  # fmt: skip
-_OTHER_AGENT: Final[Mapping[_Bound, str]] = {
-    "session": "mcp_session_other_agent", "task": "mcp_task_other_agent", "state": "mcp_state_other_agent",
+_OTHER_AGENT: Final[Mapping[_Bound, Code]] = {
+    "session": Code.MCP_SESSION_OTHER_AGENT, "task": Code.MCP_TASK_OTHER_AGENT, "state": Code.MCP_STATE_OTHER_AGENT,
 }  # fmt: skip
-_OTHER_TASK: Final[Mapping[_Bound, str]] = {
-    "session": "mcp_session_other_task", "task": "mcp_task_other_task", "state": "mcp_state_other_task",
+_OTHER_TASK: Final[Mapping[_Bound, Code]] = {
+    "session": Code.MCP_SESSION_OTHER_TASK, "task": Code.MCP_TASK_OTHER_TASK, "state": Code.MCP_STATE_OTHER_TASK,
 }  # fmt: skip
-_OTHER_LEASE: Final[Mapping[_Bound, str]] = {
-    "session": "mcp_session_other_lease", "task": "mcp_task_other_lease", "state": "mcp_state_other_lease",
+_OTHER_LEASE: Final[Mapping[_Bound, Code]] = {
+    "session": Code.MCP_SESSION_OTHER_LEASE, "task": Code.MCP_TASK_OTHER_LEASE, "state": Code.MCP_STATE_OTHER_LEASE,
 }  # fmt: skip
 
 
@@ -192,7 +191,7 @@ class McpRequests:
             message = (
                 f"{id} speaks MCP there: go through the gateway's own data plane, which sees the answers too"
             )
-            return refuse("mcp_needs_plane", message)
+            return refuse(Code.MCP_NEEDS_PLANE, message)
         try:
             posted = _message(attempt, carried) if attempt.method == "POST" else None
             stated = _stated_revision(carried, posted)
@@ -203,16 +202,19 @@ class McpRequests:
                     lambda tool: self._declared.get((sender.agent_id, id, _path(attempt), tool)),
                 )  # fmt: skip
             elif carried.mcp_fields:
-                raise McpMessageError("mcp_header", "headers of messages come with a message that is posted")
+                raise McpMessageError(
+                    Code.MCP_HEADER, "headers of messages come with a message that is posted"
+                )
             if revision == STATELESS and (carried.session_id is not None or carried.resumes_stream):
                 raise McpMessageError(
-                    "mcp_header", f"revision {STATELESS} has no sessions, and resumes no streams"
+                    Code.MCP_HEADER, f"revision {STATELESS} has no sessions, and resumes no streams"
                 )
         except McpMessageError as error:
-            status = CONTENT_TOO_LARGE if error.code == "body_unseen" else BAD_REQUEST
-            return refuse(error.code, error.message, status=status)
+            return refuse(error.code, error.message, status=status_of(error.code, BAD_REQUEST))
         if carried.session_id is None and carried.resumes_stream:
-            return refuse("mcp_resume_unbound", "a stream is resumed in a session: name it in Mcp-Session-Id")
+            return refuse(
+                Code.MCP_RESUME_UNBOUND, "a stream is resumed in a session: name it in Mcp-Session-Id"
+            )
         bound = self._bind(sender, id, carried.session_id, posted)
         if isinstance(bound, Refusal) or posted is None or revision != STATELESS:
             return bound if isinstance(bound, Refusal) else McpRequest(bound, posted, revision)
@@ -246,7 +248,7 @@ class McpRequests:
         lease = self._table.get(lease_id) if lease_id is not None else None
         if lease is None or isinstance(self._table.check_live(lease), Refused):
             message = f"there is no such {what} here, or its lease has ended: {_ANEW[what]}"
-            return refuse(_UNKNOWN[what], message, status=NOT_FOUND if what == "session" else BAD_REQUEST)
+            return refuse(_UNKNOWN[what], message)
         if lease.agent_id != sender.agent_id:
             return refuse(_OTHER_AGENT[what], f"the {what} is one of agent {lease.agent_id}")
         if sender.task_id not in (None, lease.task_id):
@@ -269,7 +271,7 @@ class McpRequests:
         if message.request_state is None:
             if message.input_responses and message.method in INPUT_REQUIRED:
                 text = "inputResponses come with the requestState of the answer that asked for them"
-                return refuse("mcp_state_missing", text, status=BAD_REQUEST)
+                return refuse(Code.MCP_STATE_MISSING, text)
             return request
         try:
             state = self._states.open(message.request_state)
@@ -282,7 +284,7 @@ class McpRequests:
             return bound
         if (state.target_id, state.call) != (target_id, call):
             text = "this requestState is of another call: retry with the same method, name and arguments"
-            return refuse("mcp_state_other_call", text, status=BAD_REQUEST)
+            return refuse(Code.MCP_STATE_OTHER_CALL, text)
         return dataclasses.replace(request, sender=bound, state=state)
 
     def approval_state(self, request: McpRequest, lease: Lease) -> str:
@@ -390,7 +392,7 @@ def _stated_revision(carried: McpHeaders, message: McpMessage | None) -> str | N
     """Raises McpMessageError."""
     if len(carried.versions) > 1:
         id = message.id if message is not None else None
-        raise McpMessageError("mcp_header", "the header MCP-Protocol-Version comes twice", id=id)
+        raise McpMessageError(Code.MCP_HEADER, "the header MCP-Protocol-Version comes twice", id=id)
     return carried.versions[0] if carried.versions else None
 
 
@@ -403,12 +405,12 @@ def _message(attempt: Attempt, mcp_headers: McpHeaders) -> McpMessage:
     4. It is one message of JSON-RPC (`read_message`).
     """
     if mcp_headers.content_encoding not in (None, "", "identity"):
-        raise McpMessageError("mcp_compressed", "a message is sent as it is: leave out Content-Encoding")
+        raise McpMessageError(Code.MCP_COMPRESSED, "a message is sent as it is: leave out Content-Encoding")
     if mcp_headers.content_type is None or _JSON.fullmatch(mcp_headers.content_type) is None:
-        raise McpMessageError("mcp_media_type", "a message is application/json, in UTF-8")
+        raise McpMessageError(Code.MCP_MEDIA_TYPE, "a message is application/json, in UTF-8")
     if attempt.body is None or len(attempt.body) > MAX_BODY_BYTES:
         raise McpMessageError(
-            "body_unseen", "what this request does stands in its body, which was not seen whole"
+            Code.BODY_UNSEEN, "what this request does stands in its body, which was not seen whole"
         )
     return read_message(attempt.body)
 

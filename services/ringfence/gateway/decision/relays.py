@@ -33,6 +33,7 @@ from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.gateway.hosts import split_host_and_port
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base.clock import Clock
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetRecord, TargetState
@@ -133,7 +134,7 @@ class Relays:
             found = await self._decide(context, presented, (host, port), rate_check)
         except Exception:  # fail closed
             log.exception("a relay could not be decided")
-            found = refuse("undecided", "the gateway could not decide this", status=UNAVAILABLE)
+            found = refuse(Code.UNDECIDED, "the gateway could not decide this")
         context.took_ns = time.perf_counter_ns() - began_ns
         verdict = _verdict(context, found)
         try:
@@ -186,16 +187,18 @@ class Relays:
         try:
             targets = {target.target_id: target for target in self._targets.at(address)}
         except ChainError as error:
-            return refuse("record_untrusted", str(error))
+            return refuse(Code.RECORD_UNTRUSTED, str(error))
         if not targets:
-            return refuse("target_unknown", "no target is there: have an operator add it, or ask for another")
+            return refuse(
+                Code.TARGET_UNKNOWN, "no target is there: have an operator add it, or ask for another"
+            )
         for target in targets.values():
             if target.backend.kind == "ssh" and any(verb.verb == FORWARD for verb in target.verbs):
                 message = (
                     f"target {target.target_id} grants {FORWARD}, by which everything is reachable that its server "
                     "reaches: no relay goes there; have an operator add the host without that verb"
                 )
-                return refuse("forward_not_relayed", message)
+                return refuse(Code.FORWARD_NOT_RELAYED, message)
         named = self._view.table.get(sender.lease_id) if sender.lease_id is not None else None
         if named is not None and isinstance(elsewhere := check_run_of_lease(sender, named), Refused):
             return Refusal(FORBIDDEN, (elsewhere.reason,))
@@ -209,7 +212,7 @@ class Relays:
                 f"run {sender.run_id} has no live lease at {', '.join(sorted(targets))} that was delivered to it: ask "
                 "for one, with delivery to the agent"
             )
-            return Refusal(FORBIDDEN, (Reason(code="no_lease", message=message[:1000], side="lease"),))
+            return Refusal(FORBIDDEN, (Reason(code=Code.NO_LEASE, message=message[:1000], side="lease"),))
         chosen = [self._chosen(sender, lease, now_s) for lease in leases]
         reasons = [reason for one in chosen if isinstance(one, Refusal) for reason in one.reasons]
         if reasons:
@@ -228,7 +231,7 @@ class Relays:
             *lease_reasons(lease, ground, wanted, directory, now_s),
         ]
         if sender.task_id != lease.task_id:
-            reasons.append(Reason(code="handle_other_task", message="the lease is of another task"))
+            reasons.append(Reason(code=Code.HANDLE_OTHER_TASK, message="the lease is of another task"))
         return Refusal(FORBIDDEN, tuple(reasons)) if reasons else ChosenLease(lease, ground, wanted)
 
 

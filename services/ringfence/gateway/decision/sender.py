@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Final
 
 import orjson
 from pydantic import ValidationError
@@ -12,11 +11,12 @@ from pydantic import ValidationError
 from ringfence.client.errors import TokenRejectedError
 from ringfence.client.resource_server.dpop_proofs import MAX_PROOF_BYTES, ProofChecker
 from ringfence.gateway.contract import Attempt, PresentedIdentity
-from ringfence.gateway.domain import UNAUTHORIZED, UNAVAILABLE, Leases, Refusal, Sender, refuse
+from ringfence.gateway.domain import UNAUTHORIZED, Leases, Refusal, Sender, refuse
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.keys import b64decode, thumbprint
 from ringfence.messages.base import UUID
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentRecord
@@ -24,9 +24,6 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, spiffe_id, subject_
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.verdict import ALLOWED, Allowed
-
-NONCE_REQUIRED: Final = "use_dpop_nonce"
-"""The code of a refusal that only asks for a proof with a nonce. It is not a decision."""
 
 
 class AgentKeys:
@@ -104,17 +101,17 @@ class SenderAuthenticator:
         """
         handle = presented.handle
         if handle is not None and not UUID.fullmatch(handle):
-            return refuse("handle_malformed", "a handle is the id of a lease", status=UNAUTHORIZED)
+            return refuse(Code.HANDLE_MALFORMED, "a handle is the id of a lease")
         if presented.task_id is not None:
             return self._by_task(presented.task_id, handle, presented.run_id)
         if presented.certificate is not None:
             return self._by_certificate(presented.certificate, handle)
         if handle is None:
             message = "say who you are: Authorization: DPoP LEASE, with a DPoP proof by the agent's key"
-            return refuse("no_credentials", message, status=UNAUTHORIZED)
+            return refuse(Code.NO_CREDENTIALS, message)
         if presented.proof is None or presented.htu is None:
             message = "a handle alone counts on the socket of its task only: send a DPoP proof with it"
-            return refuse("proof_missing", message, status=UNAUTHORIZED)
+            return refuse(Code.PROOF_MISSING, message)
         return await self._by_proof(handle, presented.proof, presented.htu, attempt.method, presented.address)
 
     def _by_task(self, task_id: str, handle: str | None, run_id: str | None) -> Sender | Refusal:
@@ -126,9 +123,9 @@ class SenderAuthenticator:
         try:
             task = self._directory.task(task_id)
         except ChainError as error:
-            return refuse("record_untrusted", str(error))
+            return refuse(Code.RECORD_UNTRUSTED, str(error))
         if task is None:
-            return refuse("task_unknown", f"there is no task {task_id}; have one assigned")
+            return refuse(Code.TASK_UNKNOWN, f"there is no task {task_id}; have one assigned")
         if run_id is not None:
             run = self._check_run(run_id, task_id, task.state.agent_id)
             if isinstance(run, Refusal):
@@ -144,10 +141,10 @@ class SenderAuthenticator:
         run, now_s = self._directory.runs.get(run_id), self._clock.now_ms() / 1000
         if run is None or not self._directory.runs.goes_on(run_id) or now_s >= run.deadline:
             return refuse(
-                "run_ended", f"run {run_id} has ended, and with it everything that its instance may"
+                Code.RUN_ENDED, f"run {run_id} has ended, and with it everything that its instance may"
             )
         if (run.agent_id, run.task_id) != (agent_id, task_id):
-            return refuse("run_mismatch", f"run {run_id} is of another agent or task")
+            return refuse(Code.RUN_MISMATCH, f"run {run_id} is of another agent or task")
         return ALLOWED
 
     def _by_certificate(self, certificate: str, handle: str | None) -> Sender | Refusal:
@@ -159,7 +156,7 @@ class SenderAuthenticator:
         agent_id = subject_of(self._trust_domain, certificate, "agent")
         if agent_id is None:
             message = "the certificate is no agent's of this trust domain"
-            return refuse("certificate_unknown", message, status=UNAUTHORIZED)
+            return refuse(Code.CERTIFICATE_UNKNOWN, message)
         sender = Sender(agent_id, None, handle)
         lease = self._leases.get(handle) if handle is not None else None
         if lease is not None and lease.agent_id != agent_id:
@@ -183,34 +180,34 @@ class SenderAuthenticator:
         lease = self._leases.get(handle)
         if lease is None:
             message = "there is no such lease, or it ended long ago"
-            return refuse("handle_unknown", message, status=UNAUTHORIZED)
+            return refuse(Code.HANDLE_UNKNOWN, message)
         kid = unverified_thumbprint(proof)
         if kid is None:
             message = "not a proof: a JWT with typ dpop+jwt, alg ES256 or EdDSA and a public jwk"
-            return refuse("invalid_dpop_proof", message, status=UNAUTHORIZED)
+            return refuse(Code.INVALID_DPOP_PROOF, message)
         now_s = self._clock.now_ms() / 1000
         # The lease's instance first: a record that lists its key for another agent must not take the lease from it.
         owner = _agent_of_instance_key(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
         if owner is None:
             message = "the proof is by a key that is no agent's, or counts no more"
-            return refuse("proof_by_stranger", message, status=UNAUTHORIZED)
+            return refuse(Code.PROOF_BY_STRANGER, message)
         try:
             await self._proofs.check(proof, method=method, url=htu, access_token=handle, thumbprint=kid)
             wants_nonce = False
         except TokenRejectedError as error:
-            wants_nonce = error.code == NONCE_REQUIRED
+            wants_nonce = error.code == Code.USE_DPOP_NONCE
             if not wants_nonce:
                 return refuse(error.code, str(error), status=UNAUTHORIZED)
         except UnavailableError as error:
-            return refuse("proofs_full", str(error), status=UNAVAILABLE)
+            return refuse(Code.PROOFS_FULL, str(error))
         if owner != lease.agent_id:
             return _other_agents_handle(lease, owner)
         if lease.key_thumbprint not in (None, kid):
             message = "the lease is bound to another key of the agent: use that, or ask for a new credential"
-            return refuse("proof_other_key", message, status=UNAUTHORIZED)
+            return refuse(Code.PROOF_OTHER_KEY, message)
         if wants_nonce:
             message = "make the proof with the nonce of this answer"
-            return refuse(NONCE_REQUIRED, message, status=UNAUTHORIZED)
+            return refuse(Code.USE_DPOP_NONCE, message)
         self._on_use(lease.agent_id, kid, address)
         # A lease of a run names its key: `proof_other_key` has refused any other.
         return Sender(lease.agent_id, lease.task_id, handle, key_proved=lease.key_thumbprint is not None)
@@ -226,7 +223,7 @@ def _agent_of_instance_key(lease: Lease, kid: str, now_s: float) -> str | None:
 def _other_agents_handle(lease: Lease, by: str) -> Refusal:
     """A refusal that is attributed to the agent that showed another agent's handle."""
     message = f"the handle is a lease of agent {lease.agent_id}, and agent {by} showed it"
-    return refuse("handle_other_agent", message, sender=Sender(by, None, lease.lease_id))
+    return refuse(Code.HANDLE_OTHER_AGENT, message, sender=Sender(by, None, lease.lease_id))
 
 
 def unverified_thumbprint(proof: str) -> str | None:

@@ -7,6 +7,7 @@ import logging
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
 from ringfence.model.identity.spiffe_ids import spiffe_id
@@ -50,7 +51,7 @@ class SharedKeys:
             "finding",
             ActionDecided.__name__,
             about=("key_shared", agent_id, kid, at_ms // WINDOW_MS),
-            reasons=(Reason(code="key_shared", message=message),),
+            reasons=(Reason(code=Code.KEY_SHARED, message=message),),
             actor=spiffe_id(self._runtime.settings.trust_domain, "agent", agent_id),
             agent_id=agent_id,
         )

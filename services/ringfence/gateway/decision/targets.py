@@ -10,6 +10,7 @@ from typing import Final
 from ringfence.backends.target_settings import TargetSettingsError, settings_of
 from ringfence.gateway.contract import Attempt
 from ringfence.gateway.domain import Refusal, refuse
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import AnyRecord, TargetRecord, TargetState
 from ringfence.model.http_targets import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -77,10 +78,12 @@ class Targets:
             if target.url is not None and _endpoint_of_url(target.url) == endpoint
         ]
         if not candidates:
-            return refuse("target_unknown", "no target is there: have an operator add it, or ask for another")
+            return refuse(
+                Code.TARGET_UNKNOWN, "no target is there: have an operator add it, or ask for another"
+            )
         if len(candidates) > 1:
             names = ", ".join(target.state.target_id for target in candidates)
-            return refuse("target_ambiguous", f"several targets are there ({names}): go by /<target>/...")
+            return refuse(Code.TARGET_AMBIGUOUS, f"several targets are there ({names}): go by /<target>/...")
         return candidates[0]
 
     def url_of(self, target: TargetState) -> str | None:
@@ -110,11 +113,11 @@ class Targets:
         try:
             entry = self._directory.target(target_id)
         except ChainError as error:
-            return refuse("record_untrusted", str(error))
+            return refuse(Code.RECORD_UNTRUSTED, str(error))
         if entry is None:
-            return refuse("target_unknown", f"there is no target {target_id[:64]}")
+            return refuse(Code.TARGET_UNKNOWN, f"there is no target {target_id[:64]}")
         if entry.state.status != "active":
-            return refuse("target_removed", f"target {target_id} was removed")
+            return refuse(Code.TARGET_REMOVED, f"target {target_id} was removed")
         compiled = self._compiled.get(target_id)
         if compiled is not None and compiled.record is entry.record:
             return compiled
@@ -123,7 +126,7 @@ class Targets:
                 entry.state, entry.record, RequestMap(entry.state.requests), url_of(entry.state)
             )
         except (RequestMapError, TargetSettingsError) as error:
-            return refuse("target_invalid", f"the record of target {target_id} cannot be used: {error}")
+            return refuse(Code.TARGET_INVALID, f"the record of target {target_id} cannot be used: {error}")
         self._compiled[target_id] = compiled
         return compiled
 

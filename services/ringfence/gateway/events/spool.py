@@ -28,6 +28,7 @@ from ringfence.gateway.hosts import PORTS
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import NotPrivateError, make_private_folder, open_private
 from ringfence.kernel.base.secret_refs import REDACTED, without_secrets, without_tokens
+from ringfence.messages.codes import Code
 from ringfence.messages.operations import MAX_PATH_CHARS, Destination
 
 MAX_METHOD_CHARS: Final = 32
@@ -169,13 +170,13 @@ SpoolMark = tuple[int, int]
 class SpoolError(RingfenceError):
     """The folder of the spool cannot be used: another process uses it, or it is not writable. Raised at the start."""
 
-    code = "spool_unusable"
+    code = Code.SPOOL_UNUSABLE
 
 
 class SpoolFullError(RingfenceError):
     """An event cannot be written: the spool or the disk is full. The action is denied."""
 
-    code = "spool_full"
+    code = Code.SPOOL_FULL
 
 
 class Spool:

@@ -28,12 +28,13 @@ from ringfence.gateway.contract import (
     ReportBlocked,
     Verdict,
 )
-from ringfence.gateway.dataplane.denials import MEDIA_TYPE, denial_headers, problem_details
+from ringfence.gateway.dataplane.denials import MEDIA_TYPE, PROBLEM_TYPE, denial_headers, problem_details
 from ringfence.gateway.dataplane.request_reader import is_json
 from ringfence.gateway.decision.context import credential_headers
 from ringfence.gateway.events.spool import destination_of_line
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.http1.body import CONTENT_METHODS
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 from ringfence.messages.registry import TargetState
@@ -51,7 +52,6 @@ PROBLEM: Final = "X-Ringfence-Problem"
 _MAX_PROBLEM_CHARS: Final = 2048
 """nginx accepts 4 KiB for the whole head of an answer."""
 _OPTIONAL_MEMBERS: Final = ("reasons", "ask", "permission", "detail")
-_INVALID: Final = "question_invalid"
 _UNCERTAIN: Final = (
     "the question does not say for certain which request it is about: a proxy says each thing once"
 )
@@ -91,7 +91,7 @@ class ProxyAuth:
             response = await self._answer(Request(scope, receive))
         except Exception:
             log.exception("a proxy could not be answered")
-            response = _undecided(_INVALID, "the gateway could not decide this")
+            response = _undecided(Code.QUESTION_INVALID, "the gateway could not decide this")
         await response(scope, receive, send)
 
     async def _answer(self, request: Request) -> Response:
@@ -106,19 +106,21 @@ class ProxyAuth:
         path: str = request.scope["path"]  # not `request.url`, which also depends on the sender's `Host`
         read = next((read for prefix, read in self._readers.items() if path.startswith(prefix)), None)
         if read is None:
-            return _undecided(_INVALID, f"ask {' or '.join(self._readers)}")
+            return _undecided(Code.QUESTION_INVALID, f"ask {' or '.join(self._readers)}")
         question = await read(request)
         if question is None:
             method, destination = _unverified_destination(request)
-            self._blocked(BlockedRequest(_INVALID, _UNCERTAIN, method=method, destination=destination))
-            return _undecided(_INVALID, _UNCERTAIN)
+            self._blocked(
+                BlockedRequest(Code.QUESTION_INVALID, _UNCERTAIN, method=method, destination=destination)
+            )
+            return _undecided(Code.QUESTION_INVALID, _UNCERTAIN)
         method = question[1].method
         if method not in CONTENT_METHODS and _announces_body(request):
             text = (
                 f"a request with {method} may have no body here: some servers execute it as the next request"
             )
-            self._blocked(BlockedRequest("body_refused", text, attempt=question[1], method=method))
-            return _undecided("body_refused", text)
+            self._blocked(BlockedRequest(Code.BODY_REFUSED, text, attempt=question[1], method=method))
+            return _undecided(Code.BODY_REFUSED, text)
         verdict = await self._gate.decide(*question, holdable=WaitingProxy(request.receive))
         if verdict.observed and verdict.target is not None:
             return _observed_answer(request, question[0], verdict.target)
@@ -247,9 +249,9 @@ def _observed_answer(request: Request, presented: PresentedIdentity, target: Tar
     return Response(status_code=200, headers={"Authorization": NO_CREDENTIAL, **_NO_STORE, **own_headers})
 
 
-def _undecided(code: str, text: str) -> Response:
+def _undecided(code: Code, text: str) -> Response:
     """The answer if there was no decision."""
-    details = {"type": f"urn:ringfence:problem:{code}", "title": "Forbidden", "status": 403}
+    details = {"type": f"{PROBLEM_TYPE}{code}", "title": "Forbidden", "status": 403}
     return _refusal(403, {**details, "code": code, "detail": text}, {"Content-Type": MEDIA_TYPE, **_NO_STORE})
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ringfence.kernel.base.clock import MAX_SKEW_MS, Clock
+from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.lease import Lease
 from ringfence.model.leases.lifecycle import (
     ALL_LEASES,
@@ -271,25 +272,25 @@ class LeaseTable:
         """
         entry = self._entries.get(lease_id)
         if entry is None or entry.lease is None or entry.lease.status != "active":
-            return _refused("lease_ended", "has ended", lease_id)
+            return _refused(Code.LEASE_ENDED, "has ended", lease_id)
         if entry.lease.deadline * 1000 <= now_ms:
             return self._refused_by_deadline(lease_id, entry.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
-            return _refused("lease_cut", "was revoked", lease_id)
+            return _refused(Code.LEASE_CUT, "was revoked", lease_id)
         if entry.lease.instance is not None and _run_of(entry.lease) in self._ended_runs:
-            return _refused("run_ended", "is of a run that has ended", lease_id)
+            return _refused(Code.RUN_ENDED, "is of a run that has ended", lease_id)
         if entry.fences_seen != self._fence_changes:
             entry.fenced, entry.fences_seen = self._is_fenced(entry.lease), self._fence_changes
         if entry.fenced:
-            return _refused("lease_cut", "was revoked together with others", lease_id)
+            return _refused(Code.LEASE_CUT, "was revoked together with others", lease_id)
         return ALLOWED
 
     def _refused_by_deadline(self, lease_id: str, deadline_ms: int, now_ms: int) -> Refused:
         broker_ms = self._broker_ms()
         if deadline_ms <= broker_ms or now_ms - broker_ms <= MAX_SKEW_MS:
-            return _refused("lease_ended", "has passed its deadline", lease_id)
+            return _refused(Code.LEASE_ENDED, "has passed its deadline", lease_id)
         message = "has passed its deadline by the clock of this gateway alone, which is ahead"
-        return _refused("stale_view", message, lease_id)
+        return _refused(Code.STALE_VIEW, message, lease_id)
 
     def _is_fenced(self, lease: Lease) -> bool:
         return any(
@@ -349,6 +350,6 @@ def _run_of(lease: Lease) -> str | None:
     )
 
 
-def _refused(code: str, problem: str, lease_id: str) -> Refused:
-    remedy = "try again" if code == "stale_view" else "ask for a new credential"
+def _refused(code: AnyCode, problem: str, lease_id: str) -> Refused:
+    remedy = "try again" if code == Code.STALE_VIEW else "ask for a new credential"
     return refused(code, f"lease {lease_id} {problem}; {remedy}", side="lease")

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 
 class NotFoundError(RingfenceError):
     """Raised when an HTTP API has nothing with this id that the caller may see (status 404)."""
 
-    code = "not_found"
+    code = Code.NOT_FOUND
 
 
 class WrongQueryError(RingfenceError):
     """Raised when a query parameter of an HTTP API is malformed or out of range (status 400)."""
 
-    code = "query_invalid"
+    code = Code.QUERY_INVALID
 
 
 class CursorLostError(RingfenceError):
@@ -22,4 +23,4 @@ class CursorLostError(RingfenceError):
     listing again.
     """
 
-    code = "cursor_lost"
+    code = Code.CURSOR_LOST

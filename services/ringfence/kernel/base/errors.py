@@ -10,16 +10,17 @@ from __future__ import annotations
 from typing import Self
 
 from ringfence.kernel.base.text import shown
+from ringfence.messages.codes import AnyCode, Code
 
 
 class RingfenceError(Exception):
     """Root of all errors raised on purpose. `code` is stable: programs may act on it."""
 
-    code: str = "error"
+    code: AnyCode = Code.ERROR
     remedy: str | None = None
     """What to do next, such as a command; None where only the message says it, or nobody knows."""
 
-    def __init__(self, message: str, *, code: str | None = None) -> None:
+    def __init__(self, message: str, *, code: AnyCode | None = None) -> None:
         message = shown(message)  # of several lines only where it is `Lines`
         super().__init__(message)
         self.message = message
@@ -35,7 +36,7 @@ class RingfenceError(Exception):
 class SettingsError(RingfenceError):
     """Raised at start when settings are missing or malformed. The message names each of them and its remedy."""
 
-    code = "settings_invalid"
+    code = Code.SETTINGS_INVALID
 
 
 class InvalidMessageError(RingfenceError):
@@ -45,7 +46,7 @@ class InvalidMessageError(RingfenceError):
     The consumer writes it to the dead-letter topic, with its coordinates and this reason.
     """
 
-    code = "message_invalid"
+    code = Code.MESSAGE_INVALID
 
 
 class SignatureError(InvalidMessageError):
@@ -53,7 +54,7 @@ class SignatureError(InvalidMessageError):
     wrong.
     """
 
-    code = "signature_invalid"
+    code = Code.SIGNATURE_INVALID
 
 
 class UnavailableError(RingfenceError):
@@ -62,4 +63,4 @@ class UnavailableError(RingfenceError):
     The same call may succeed later.
     """
 
-    code = "unavailable"
+    code = Code.UNAVAILABLE

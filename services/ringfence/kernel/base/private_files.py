@@ -14,6 +14,7 @@ import stat
 from pathlib import Path
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 _FILE, _FOLDER = 0o600, 0o700
 
@@ -21,13 +22,13 @@ _FILE, _FOLDER = 0o600, 0o700
 class NotPrivateError(RingfenceError):
     """Raised when others can access a private file or directory, and this user may not change its mode."""
 
-    code = "not_private"
+    code = Code.NOT_PRIVATE
 
 
 class OutputFileError(RingfenceError):
     """Raised for an output path that is a symbolic link or no regular file."""
 
-    code = "output_file_refused"
+    code = Code.OUTPUT_FILE_REFUSED
 
 
 def make_folders(folder: Path) -> None:

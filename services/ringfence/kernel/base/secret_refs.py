@@ -19,6 +19,7 @@ from pydantic import Field
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import others_can_access
+from ringfence.messages.codes import Code
 
 REDACTED: Final = "[redacted]"
 _SHORTEST: Final = 20
@@ -80,7 +81,7 @@ SecretRef = Annotated[str, Field(pattern=r"^(env|file):.+$")]
 class PlaceError(RingfenceError):
     """Raised when a secret is not where its reference says, or when others can read it. Never quotes it."""
 
-    code = "secret_missing"
+    code = Code.SECRET_MISSING
 
 
 def read_secret(place: str, what: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.messages.base import Claims, ExpiringClaims
+from ringfence.messages.codes import Code
 
 MAX_LIFE_S = 24 * 3600
 """The longest life (`exp` - `iat`, in seconds) of a command or an approval."""
@@ -16,14 +17,14 @@ class ExpiredError(InvalidMessageError):
     allowed.
     """
 
-    code = "expired"
+    code = Code.EXPIRED
 
 
 def check_audience(aud: str, audience: str) -> None:
     """Raises InvalidMessageError if `aud` is not `audience`, the trust domain."""
     if aud != audience:
         raise InvalidMessageError(
-            f"aud is {aud[:80]!r}; this trust domain is {audience!r}", code="aud_unexpected"
+            f"aud is {aud[:80]!r}; this trust domain is {audience!r}", code=Code.AUD_UNEXPECTED
         )
 
 
@@ -36,15 +37,15 @@ def check_times(claims: Claims, appended_at_ms: int) -> None:
     at_s = appended_at_ms / 1000
     nbf = claims.model_extra.get("nbf") if claims.model_extra else None
     if nbf is not None and not (isinstance(nbf, int | float) and nbf <= at_s + LEEWAY_S):
-        raise ExpiredError("nbf lies ahead of the broker; send it once it counts", code="not_yet")
+        raise ExpiredError("nbf lies ahead of the broker; send it once it counts", code=Code.NOT_YET)
     if claims.iat > at_s + LEEWAY_S:
         raise ExpiredError(
-            f"iat lies {claims.iat - at_s:.0f} s ahead of the broker; set the clock", code="iat_in_future"
+            f"iat lies {claims.iat - at_s:.0f} s ahead of the broker; set the clock", code=Code.IAT_IN_FUTURE
         )
     if isinstance(claims, ExpiringClaims):
         if claims.exp - claims.iat > MAX_LIFE_S:
             raise ExpiredError(
-                f"exp lies more than {MAX_LIFE_S} s after iat; sign it shorter", code="life_too_long"
+                f"exp lies more than {MAX_LIFE_S} s after iat; sign it shorter", code=Code.LIFE_TOO_LONG
             )
         if at_s >= claims.exp:
             raise ExpiredError(f"reached the broker {at_s - claims.exp:.1f} s after its exp; sign it anew")

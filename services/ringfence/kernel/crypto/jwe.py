@@ -27,6 +27,7 @@ from ringfence.kernel.crypto.keys import (
     thumbprint,
     unusable,
 )
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class ReplyKey:
             return jwe.decrypt_compact(compact, key, registry=_registry("ECDH-ES")).plaintext or b""
         except (JoseError, *_MALFORMED) as error:
             raise InvalidMessageError(
-                f"cannot open the sealed reply: {type(error).__name__}", code="seal_broken"
+                f"cannot open the sealed reply: {type(error).__name__}", code=Code.SEAL_BROKEN
             ) from None
 
 
@@ -144,7 +145,7 @@ def check_reply_key(to: PublicJwk) -> None:
 def _unusable_reply_key(error: Exception) -> InvalidMessageError:
     return InvalidMessageError(
         f"the reply_key cannot be sealed to ({error}); send a fresh P-256 or X25519 key",
-        code="reply_key_invalid",
+        code=Code.REPLY_KEY_INVALID,
     )
 
 
@@ -224,17 +225,17 @@ class EncryptionKey:
         data = _parsed(envelope)
         mine = [one for one in data["recipients"] if _kid(one) == self.kid]
         if len(mine) != 1:
-            raise InvalidMessageError("the envelope is not sealed to this key", code="not_a_recipient")
+            raise InvalidMessageError("the envelope is not sealed to this key", code=Code.NOT_A_RECIPIENT)
         try:
             only = cast(jwe.GeneralJSONSerialization, {**data, "recipients": mine})
             key, registry = OKPKey.import_key(self._key), _registry("ECDH-ES+A256KW")
             plaintext = jwe.decrypt_json(only, key, registry=registry).plaintext
         except (JoseError, *_MALFORMED) as error:
             raise InvalidMessageError(
-                f"cannot open the envelope: {type(error).__name__}", code="seal_broken"
+                f"cannot open the envelope: {type(error).__name__}", code=Code.SEAL_BROKEN
             ) from None
         if plaintext is None:
-            raise InvalidMessageError("the envelope is empty", code="seal_broken")
+            raise InvalidMessageError("the envelope is empty", code=Code.SEAL_BROKEN)
         return plaintext
 
 
@@ -266,7 +267,7 @@ def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
     recipients = list(to)
     if not 0 < len(recipients) <= MAX_RECIPIENTS:
         raise InvalidMessageError(
-            f"an envelope has 1 to {MAX_RECIPIENTS} recipients, not {len(recipients)}", code="recipients"
+            f"an envelope has 1 to {MAX_RECIPIENTS} recipients, not {len(recipients)}", code=Code.RECIPIENTS
         )
     envelope = jwe.GeneralJSONEncryption({"enc": "A256GCM", ABOUT: about}, plaintext)
     for record in recipients:
@@ -292,13 +293,13 @@ def recipients_of(envelope: str | bytes) -> tuple[str, ...]:
 
 def _parsed(envelope: str | bytes) -> dict[str, Any]:
     if len(envelope) > MAX_BYTES:
-        raise InvalidMessageError("the envelope is too large", code="too_large")
+        raise InvalidMessageError("the envelope is too large", code=Code.TOO_LARGE)
     try:
         data = orjson.loads(envelope)
     except ValueError:
         data = None
     if not isinstance(data, dict) or not isinstance(data.get("recipients"), list):
-        raise InvalidMessageError("not a JWE in General JSON serialisation", code="not_an_envelope")
+        raise InvalidMessageError("not a JWE in General JSON serialisation", code=Code.NOT_AN_ENVELOPE)
     return data
 
 

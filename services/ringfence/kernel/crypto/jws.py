@@ -25,6 +25,7 @@ from ringfence.kernel.crypto.claims import check_audience, check_times
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, PasskeyKey, VerificationKey, sign_count_of
 from ringfence.messages.base import Claims, typ_header
+from ringfence.messages.codes import Code
 
 C = TypeVar("C", bound=Claims)
 
@@ -62,13 +63,13 @@ class UnverifiedJws(NamedTuple):
         """
         if self.header.typ != typ_header(model):
             raise InvalidMessageError(
-                f"typ is {self.header.typ[:80]!r}, expected {typ_header(model)!r}", code="typ_unexpected"
+                f"typ is {self.header.typ[:80]!r}, expected {typ_header(model)!r}", code=Code.TYP_UNEXPECTED
             )
         try:
             return model.model_validate_json(self.payload)
         except ValidationError as error:
             raise InvalidMessageError(
-                f"not {with_article(model.typ)}: {explain(error)}", code="claims_invalid"
+                f"not {with_article(model.typ)}: {explain(error)}", code=Code.CLAIMS_INVALID
             ) from None
 
     def check_one_reading(self) -> None:
@@ -82,7 +83,7 @@ class UnverifiedJws(NamedTuple):
             json_object(self.payload)
         except ValueError as error:
             raise InvalidMessageError(
-                f"its claims can be read in two ways: {error}", code="ambiguous"
+                f"its claims can be read in two ways: {error}", code=Code.AMBIGUOUS
             ) from None
 
 
@@ -189,7 +190,7 @@ def _unverified_header(compact: str) -> _Header:
     try:
         return _header(compact.partition(".")[0])
     except (ValueError, RecursionError):
-        raise InvalidMessageError("not a JWS in compact serialisation", code="not_a_jws") from None
+        raise InvalidMessageError("not a JWS in compact serialisation", code=Code.NOT_A_JWS) from None
 
 
 def is_by_passkey(compact: str) -> bool:
@@ -212,7 +213,7 @@ def parse(compact: str | bytes) -> UnverifiedJws:
     """Parse a compact JWS; nothing is verified. Raises InvalidMessageError if it is malformed or over 512 KiB."""
     if len(compact) > MAX_JWS_BYTES:
         raise InvalidMessageError(
-            f"a JWS of {len(compact)} bytes; the limit is {MAX_JWS_BYTES}", code="too_large"
+            f"a JWS of {len(compact)} bytes; the limit is {MAX_JWS_BYTES}", code=Code.TOO_LARGE
         )
     try:
         text = compact.decode("ascii") if isinstance(compact, bytes) else compact
@@ -225,7 +226,7 @@ def parse(compact: str | bytes) -> UnverifiedJws:
             b64decode(tail),
         )
     except (ValueError, RecursionError):
-        raise InvalidMessageError("not a JWS in compact serialisation", code="not_a_jws") from None
+        raise InvalidMessageError("not a JWS in compact serialisation", code=Code.NOT_A_JWS) from None
 
 
 def verify(
@@ -276,15 +277,15 @@ def verify_payload(
     For large messages that this service itself signed: the caller checks what it needs. Raises as `verify` does.
     """
     if jws.header.typ != typ_header(model):
-        raise InvalidMessageError(f"not {with_article(model.typ)}", code="typ_unexpected")
+        raise InvalidMessageError(f"not {with_article(model.typ)}", code=Code.TYP_UNEXPECTED)
     try:
         claims: dict[str, Any] = orjson.loads(jws.payload)
         iss, aud = str(claims["iss"]), str(claims["aud"])
     except (ValueError, KeyError, TypeError):
-        raise InvalidMessageError(f"not {with_article(model.typ)}", code="claims_invalid") from None
+        raise InvalidMessageError(f"not {with_article(model.typ)}", code=Code.CLAIMS_INVALID) from None
     key = _signing_key(jws, model, iss, aud, find_key, audience)
     if isinstance(key, PasskeyKey):  # its freshness is not checked here
-        raise SignatureError(f"{model.typ} is verified as a service's", code="passkey_not_allowed")
+        raise SignatureError(f"{model.typ} is verified as a service's", code=Code.PASSKEY_NOT_ALLOWED)
     _check_signature(jws, model, iss, key)
     return claims
 
@@ -298,10 +299,12 @@ def _signing_key(
     if key is None:
         raise SignatureError(
             f"no valid key {visible_name(jws.header.kid[:43])} of {visible_name(iss[:512])} may sign {model.typ}",
-            code="key_unknown",
+            code=Code.KEY_UNKNOWN,
         )
     if jws.header.alg != key.alg:
-        raise SignatureError(f"alg is {jws.header.alg[:16]!r}, the key's is {key.alg}", code="alg_unexpected")
+        raise SignatureError(
+            f"alg is {jws.header.alg[:16]!r}, the key's is {key.alg}", code=Code.ALG_UNEXPECTED
+        )
     return key
 
 
@@ -309,7 +312,7 @@ def _check_signature(jws: UnverifiedJws, model: type[Claims], iss: str, key: Ver
     if isinstance(key, PasskeyKey):
         if model.passkey_use is None:
             raise SignatureError(
-                f"no passkey may sign {model.typ}; sign it with a key file", code="passkey_not_allowed"
+                f"no passkey may sign {model.typ}; sign it with a key file", code=Code.PASSKEY_NOT_ALLOWED
             )
         problem = key.problem(jws.signature, jws.signing_input, model.passkey_use)
         if problem is not None:

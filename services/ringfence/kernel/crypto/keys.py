@@ -23,6 +23,7 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_folders, open_private, others_can_access
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
@@ -37,7 +38,7 @@ _LAST = (b"", b"", b"AQgw", b"AEIMQUYcgkosw048")
 class KeyFileError(RingfenceError):
     """Raised when a key file is missing, readable by others, or does not hold a usable key."""
 
-    code = "key_file_invalid"
+    code = Code.KEY_FILE_INVALID
 
 
 def b64encode(data: bytes) -> str:

@@ -19,6 +19,7 @@ from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import b64decode
+from ringfence.messages.codes import Code
 from ringfence.messages.oidc import OidcAlgorithm, OidcKey
 
 if TYPE_CHECKING:
@@ -42,13 +43,13 @@ _USUAL: dict[tuple[Any, Any], OidcAlgorithm] = {
 class TokenError(RingfenceError):
     """Raised when an identity token is invalid. `code` says why; the message never holds the token."""
 
-    code = "token_invalid"
+    code = Code.TOKEN_INVALID
 
 
 class JwksError(RingfenceError):
     """Raised when a JWK set (RFC 7517 5) is malformed, or has no key that may verify identity tokens."""
 
-    code = "jwks_invalid"
+    code = Code.JWKS_INVALID
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +77,7 @@ def unverified_issuer(token: str) -> str:
     """
     issuer = _unverified(token, 1).get("iss")
     if not isinstance(issuer, str):
-        raise TokenError("the token has no `iss`", code="token_malformed")
+        raise TokenError("the token has no `iss`", code=Code.TOKEN_MALFORMED)
     return issuer
 
 
@@ -84,7 +85,7 @@ def unverified_kid(token: str) -> str:
     """Return the unverified `kid` of a token. Raises TokenError (`token_malformed`)."""
     kid = _unverified(token, 0).get("kid")
     if not isinstance(kid, str) or not kid:
-        raise TokenError("the token does not name its key (`kid`)", code="token_malformed")
+        raise TokenError("the token does not name its key (`kid`)", code=Code.TOKEN_MALFORMED)
     return kid
 
 
@@ -118,11 +119,11 @@ def verify_token(
     key = next((key for key in keys if key.kid == kid), None)
     if key is None:
         raise TokenError(
-            f"{issuer} has no key {visible_name(kid[:80])!r} that is known here", code="key_unknown"
+            f"{issuer} has no key {visible_name(kid[:80])!r} that is known here", code=Code.KEY_UNKNOWN
         )
     if header.get("alg") != key.alg:
         raise TokenError(
-            f"alg is {str(header.get('alg'))[:16]!r}, that of the key is {key.alg}", code="alg_not_allowed"
+            f"alg is {str(header.get('alg'))[:16]!r}, that of the key is {key.alg}", code=Code.ALG_NOT_ALLOWED
         )
     import jwt
 
@@ -131,15 +132,15 @@ def verify_token(
         claims = json_object(payload)
     except jwt.InvalidSignatureError:
         raise TokenError(
-            f"the signature is not by key {visible_name(kid[:80])} of {issuer}", code="signature_invalid"
+            f"the signature is not by key {visible_name(kid[:80])} of {issuer}", code=Code.SIGNATURE_INVALID
         ) from None
     except (jwt.PyJWTError, JwksError, ValueError):
-        raise TokenError("not a JWT that can be read in one way only", code="token_malformed") from None
+        raise TokenError("not a JWT that can be read in one way only", code=Code.TOKEN_MALFORMED) from None
     _check_parties(claims, issuer, audience)
     issued, ends = _check_times(claims, at_s, max_age_s, leeway_s)
     subject = claims.get("sub")
     if not isinstance(subject, str) or not subject:
-        raise TokenError("the token has no `sub`", code="token_malformed")
+        raise TokenError("the token has no `sub`", code=Code.TOKEN_MALFORMED)
     return IdentityToken(
         issuer, subject, int(issued), int(ends), kid, digest(token.rpartition(".")[0]), claims
     )
@@ -149,7 +150,7 @@ def _check_parties(claims: Mapping[str, Any], issuer: str, audience: str | tuple
     """Check `iss` and `aud`. Raises TokenError."""
     if claims.get("iss") != issuer:
         raise TokenError(
-            f"iss is {str(claims.get('iss'))[:200]!r}, expected {issuer!r}", code="iss_unexpected"
+            f"iss is {str(claims.get('iss'))[:200]!r}, expected {issuer!r}", code=Code.ISS_UNEXPECTED
         )
     accepted = (audience,) if isinstance(audience, str) else audience
     presented = claims.get("aud")
@@ -158,7 +159,7 @@ def _check_parties(claims: Mapping[str, Any], issuer: str, audience: str | tuple
     if not isinstance(presented, str) or presented not in accepted:
         raise TokenError(
             f"aud is {str(presented)[:200]!r}; ask for a token for {accepted[0]!r} alone",
-            code="aud_unexpected",
+            code=Code.AUD_UNEXPECTED,
         )
 
 
@@ -168,14 +169,15 @@ def _check_times(
     """Return `iat` and `exp`. Raises TokenError unless the token is in force at `at_s`, and young enough."""
     issued, ends = _moment(claims, "iat"), _moment(claims, "exp")
     if at_s >= ends + leeway_s:
-        raise TokenError(f"expired {at_s - ends:.0f} s ago; get a new one", code="expired")
+        raise TokenError(f"expired {at_s - ends:.0f} s ago; get a new one", code=Code.EXPIRED)
     if issued > at_s + leeway_s:
-        raise TokenError(f"iat lies {issued - at_s:.0f} s ahead; compare the clocks", code="iat_in_future")
+        raise TokenError(f"iat lies {issued - at_s:.0f} s ahead; compare the clocks", code=Code.IAT_IN_FUTURE)
     if "nbf" in claims and _moment(claims, "nbf") > at_s + leeway_s:
-        raise TokenError("nbf lies ahead; compare the clocks, or wait", code="not_yet_valid")
+        raise TokenError("nbf lies ahead; compare the clocks, or wait", code=Code.NOT_YET_VALID)
     if at_s - issued > max_age_s + leeway_s:
         raise TokenError(
-            f"issued {at_s - issued:.0f} s ago, and may be {max_age_s} s old; get a new one", code="too_old"
+            f"issued {at_s - issued:.0f} s ago, and may be {max_age_s} s old; get a new one",
+            code=Code.TOO_OLD,
         )
     return issued, ends
 
@@ -183,7 +185,7 @@ def _check_times(
 def _moment(claims: Mapping[str, Any], name: str) -> float:
     value = claims.get(name)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 2**53:
-        raise TokenError(f"the token has no `{name}` that is a time", code="token_malformed")
+        raise TokenError(f"the token has no `{name}` that is a time", code=Code.TOKEN_MALFORMED)
     return value
 
 
@@ -191,15 +193,15 @@ def _header(token: str) -> dict[str, Any]:
     header = _unverified(token, 0)
     if "crit" in header or "b64" in header:
         raise TokenError(
-            "its header asks for what is not understood here (crit, b64)", code="token_malformed"
+            "its header asks for what is not understood here (crit, b64)", code=Code.TOKEN_MALFORMED
         )
     typ = header.get("typ")
     if (typ.upper() if isinstance(typ, str) else typ) not in _TYPES:
-        raise TokenError(f"typ is {str(typ)[:40]!r}: this is no identity token", code="token_malformed")
+        raise TokenError(f"typ is {str(typ)[:40]!r}: this is no identity token", code=Code.TOKEN_MALFORMED)
     if header.get("alg") not in ALGORITHMS:
         raise TokenError(
             f"alg is {str(header.get('alg'))[:16]!r}; it may be {', '.join(ALGORITHMS)}",
-            code="alg_not_allowed",
+            code=Code.ALG_NOT_ALLOWED,
         )
     return header
 
@@ -207,7 +209,7 @@ def _header(token: str) -> dict[str, Any]:
 def _unverified(token: str, part: int) -> dict[str, Any]:
     if len(token) > MAX_TOKEN_BYTES:
         raise TokenError(
-            f"a token of {len(token)} bytes; the limit is {MAX_TOKEN_BYTES}", code="token_malformed"
+            f"a token of {len(token)} bytes; the limit is {MAX_TOKEN_BYTES}", code=Code.TOKEN_MALFORMED
         )
     parts = token.split(".")
     try:
@@ -215,7 +217,7 @@ def _unverified(token: str, part: int) -> dict[str, Any]:
             raise ValueError("not three parts")
         return json_object(b64decode(parts[part]))
     except ValueError:
-        raise TokenError("not a JWT in compact serialisation", code="token_malformed") from None
+        raise TokenError("not a JWT in compact serialisation", code=Code.TOKEN_MALFORMED) from None
 
 
 # --- keys -------------------------------------------------------------------------------------------------------------

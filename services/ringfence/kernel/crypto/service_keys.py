@@ -19,6 +19,7 @@ from ringfence.kernel.crypto.jwe import EncryptionKey, recipients_of
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 
 log = logging.getLogger(__name__)
@@ -197,7 +198,7 @@ class EncryptionKeys:
         """
         key = next((self._held[kid] for kid in recipients_of(envelope) if kid in self._held), None)
         if key is None:
-            raise InvalidMessageError("the envelope is not sealed to these keys", code="not_a_recipient")
+            raise InvalidMessageError("the envelope is not sealed to these keys", code=Code.NOT_A_RECIPIENT)
         return key.open(envelope)
 
     def records(self, trust: TrustStore, role: ServiceRole, at_s: float, end_s: int) -> tuple[KeyRecord, ...]:

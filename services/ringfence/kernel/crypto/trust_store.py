@@ -18,6 +18,7 @@ from ringfence.kernel.crypto.jwe import usable
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key
 from ringfence.messages.base import Claims, ServiceRole, Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.oidc import OidcIssuer, OidcUse
 from ringfence.messages.trust import Origin, RootHandover, TrustBundle
@@ -79,7 +80,7 @@ class TrustStore:
         try:
             root, bundle = self._by_any_root(compact, TrustBundle)
         except InvalidMessageError as error:
-            if error.code != "aud_unexpected":
+            if error.code != Code.AUD_UNEXPECTED:
                 raise
             self._of_another = (
                 f"the trust bundle on Kafka is of another trust domain ({error}): this is another installation; "
@@ -208,7 +209,7 @@ class TrustStore:
         if self.may_be_vouched_for(topic, compact, at_s):
             raise UnavailableError(
                 f"a service signed this after the end of the bundle: {self.expired(at_s)}",
-                code="trust_expired",
+                code=Code.TRUST_EXPIRED,
             )
 
     def no_later_s(self, at_s: float) -> float:
@@ -277,5 +278,5 @@ class TrustStore:
         if self._bundle is None:
             raise UnavailableError(str(self.unready()))
         if now_s is not None and (reason := self.expired(now_s)):
-            raise UnavailableError(reason, code="trust_expired")
+            raise UnavailableError(reason, code=Code.TRUST_EXPIRED)
         return self._bundle

@@ -22,6 +22,7 @@ from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.crypto.claims import LEEWAY_S, ExpiredError
 from ringfence.kernel.crypto.keys import PublicKey, b64decode, b64encode, public_key
 from ringfence.messages.base import PasskeyUse
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import Origin
 
@@ -110,13 +111,14 @@ class PasskeyKey:
         """
         if iat > self.at_s + LEEWAY_S:
             raise ExpiredError(
-                f"iat lies {iat - self.at_s:.0f} s ahead of the broker; set the clock", code="iat_in_future"
+                f"iat lies {iat - self.at_s:.0f} s ahead of the broker; set the clock",
+                code=Code.IAT_IN_FUTURE,
             )
         if self.at_s - iat > MAX_AGE_S:
             raise ExpiredError(
                 f"reached the broker {self.at_s - iat:.0f} s after the passkey signed it; the limit is {MAX_AGE_S} s: "
                 "sign it anew",
-                code="passkey_too_late",
+                code=Code.PASSKEY_TOO_LATE,
             )
 
     def _client_data_problem(self, client_data: bytes, challenge: bytes, use: PasskeyUse) -> str | None:

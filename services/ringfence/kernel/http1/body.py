@@ -17,6 +17,7 @@ import re
 from typing import Final
 
 from ringfence.kernel.http1.head import RequestHead, RequestRefusedError, ResponseHead, check_trailers
+from ringfence.messages.codes import Code
 
 MAX_TRAILER_BYTES: Final = 8 * 1024
 LAST_CHUNK: Final = b"0\r\n\r\n"
@@ -197,4 +198,4 @@ def chunk(piece: bytes) -> bytes:
 
 
 def _malformed(problem: str) -> RequestRefusedError:
-    return RequestRefusedError(400, "malformed_http", f"the body cannot be understood for certain: {problem}")
+    return RequestRefusedError(Code.MALFORMED_HTTP, f"the body cannot be understood for certain: {problem}")

@@ -34,6 +34,7 @@ from typing import Final
 import orjson
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import AnyCode, Code, status_of
 
 LINGER_S: Final = 5.0
 LINGER_BYTES: Final = 2 * 1024 * 1024
@@ -48,10 +49,16 @@ class RequestRefusedError(RingfenceError):
     """A request or its response is not forwarded. `status` is the HTTP status for the client (RFC 9110, 15)."""
 
     def __init__(
-        self, status: int, code: str, message: str, *, headers: Mapping[str, str] | None = None
+        self,
+        code: AnyCode,
+        message: str,
+        *,
+        status: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
+        """`status`: where it is another one than that of the code, which is 403 where the code has none."""
         super().__init__(message, code=code)
-        self.status = status
+        self.status = status or status_of(code, HTTPStatus.FORBIDDEN)
         self.headers = headers or {}
         self.agent_id: str | None = None
         """The agent that the refusal is attributed to, if the request itself proved who sent it."""
@@ -191,7 +198,7 @@ def take_head(buffer: bytearray, searched: int = 0) -> bytes | None:
     if end < 0:
         if len(buffer) >= MAX_HEAD_BYTES:
             raise RequestRefusedError(
-                431, "head_too_large", f"the head of a message may have {MAX_HEAD_BYTES} bytes"
+                Code.HEAD_TOO_LARGE, f"the head of a message may have {MAX_HEAD_BYTES} bytes"
             )
         if _BARE_CR_LF_OR_NUL.search(buffer, max(0, searched - 1)):
             raise _malformed("a bare CR or LF, or a NUL, in its head")
@@ -248,8 +255,7 @@ def _request_fields(section: bytes) -> FieldSection:
     if not OVERRIDE_FIELDS.isdisjoint(dict(parsed.lines)):
         name = next(name for name, _ in parsed.lines if name in OVERRIDE_FIELDS)
         raise RequestRefusedError(
-            400,
-            "override_refused",
+            Code.OVERRIDE_REFUSED,
             f"{name.decode()} would make the target do another thing than what is decided on; leave it out",
         )
     return parsed
@@ -265,7 +271,7 @@ def _parse_fields(section: bytes) -> FieldSection:
     lines = section.split(b"\r\n")
     lines.pop()
     if len(lines) > MAX_FIELDS:
-        raise RequestRefusedError(431, "too_many_fields", f"a message may have {MAX_FIELDS} header fields")
+        raise RequestRefusedError(Code.TOO_MANY_FIELDS, f"a message may have {MAX_FIELDS} header fields")
     fields: list[tuple[bytes, bytes]] = []
     values: dict[bytes, bytes] = {}
     for line in lines:
@@ -355,5 +361,5 @@ def _chunked_in_http_1_0() -> RequestRefusedError:
 
 def _malformed(problem: str) -> RequestRefusedError:
     return RequestRefusedError(
-        400, "malformed_http", f"the message cannot be understood for certain: {problem}"
+        Code.MALFORMED_HTTP, f"the message cannot be understood for certain: {problem}"
     )

@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.jws import UnverifiedJws, message_digest, parse, un
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
+from ringfence.messages.codes import Code
 from ringfence.messages.operations import DeadLetter
 from ringfence.messages.topics import DEAD_LETTER
 
@@ -35,7 +36,7 @@ BURST_MS = 600_000
 class HaltedError(RingfenceError):
     """A consumer stopped itself: too many malformed records from services that may write them. Needs a person."""
 
-    code = "consumer_halted"
+    code = Code.CONSUMER_HALTED
 
     def __init__(self, message: str, record: Received) -> None:
         super().__init__(message)
@@ -82,9 +83,9 @@ class DeadLetters:
         its key may be known by now, or counts once the bundle that has expired is followed by another: the same record
         is to be looked at again.
         """
-        if error.code == "key_unknown" and self._trust_moved is not None and await self._trust_moved():
+        if error.code == Code.KEY_UNKNOWN and self._trust_moved is not None and await self._trust_moved():
             raise UnavailableError(f"a new trust bundle came meanwhile, so once more: {error}")
-        if error.code == "key_unknown" and self._trust is not None:
+        if error.code == Code.KEY_UNKNOWN and self._trust is not None:
             self._trust.require_judgeable(record.topic, record.value, record.appended_at_ms / 1000)
         if self._is_of_a_bad_deploy(record, error):
             self._count(record, error)
@@ -124,7 +125,7 @@ class DeadLetters:
         Everything else that services sign counts as a stranger's. So do messages of a key that has ended since: once a
         stolen key is rotated, the thief's messages halt no restarted consumer.
         """
-        if not self._halts or self._trust is None or error.code != "claims_invalid":
+        if not self._halts or self._trust is None or error.code != Code.CLAIMS_INVALID:
             return False
         try:
             jws = parse(record.value)

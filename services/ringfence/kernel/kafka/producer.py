@@ -38,6 +38,7 @@ from ringfence.kernel.kafka.record import (
 from ringfence.kernel.tracing.api import NOT_TRACING, Span, Tracing
 from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.base import Claims, Topic
+from ringfence.messages.codes import Code
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +282,7 @@ _WITHIN_S = 10.0
 class FencedError(UnavailableError):
     """Another process writes under this id now."""
 
-    code = "fenced"
+    code = Code.FENCED
 
 
 class TransactionalPublisher(Publisher):

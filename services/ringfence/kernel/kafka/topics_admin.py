@@ -23,6 +23,7 @@ from ringfence.kernel.kafka.acls import Acl, Party
 from ringfence.kernel.kafka.connection import connection, no_answer
 from ringfence.kernel.kafka.replication import Replication, TopicReplication
 from ringfence.messages.base import Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.topics import ALL, HEARTBEAT, LEASE
 
 _ANY_HOST, _ALLOW = "*", 3
@@ -55,7 +56,7 @@ _KEPT_LONGER = frozenset({"retention.ms", "min.compaction.lag.ms"})
 class TopicError(RingfenceError):
     """The broker refused to create, describe or alter a topic, or to create an ACL."""
 
-    code = "topic_refused"
+    code = Code.TOPIC_REFUSED
 
 
 @dataclass(frozen=True, slots=True)

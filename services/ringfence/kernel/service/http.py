@@ -19,13 +19,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code, status_of
 
 log = logging.getLogger(__name__)
-
-_STATUS = {
-    "unauthenticated": 401, "forbidden": 403, "not_found": 404, "too_large": 413, "unavailable": 503,
-}  # fmt: skip
-"""The status of each error code; of all others it is 400."""
 
 ReadyCheck = Callable[[], str | None]
 """Returns why a service is not ready, or None."""
@@ -34,7 +30,7 @@ ReadyCheck = Callable[[], str | None]
 class HttpListenError(RingfenceError):
     """Raised when the HTTP port is in use, or when the address is not this machine's."""
 
-    code = "cannot_listen"
+    code = Code.CANNOT_LISTEN
 
 
 def application(
@@ -75,7 +71,7 @@ def application(
 
     async def refused(_: Request, error: Exception) -> Response:
         assert isinstance(error, RingfenceError)
-        status = _STATUS.get(error.code, 400)
+        status = status_of(error.code, 400)
         headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
         return JSONResponse({"error": error.code, "message": str(error)}, status_code=status, headers=headers)
 
@@ -85,11 +81,11 @@ def application(
             # Starlette names the methods of one route. Several may have the path (RFC 9110, 15.5.6).
             headers = {"Allow": ", ".join(_methods_of(request))}
             refusal = {
-                "error": "method_unexpected",
+                "error": Code.METHOD_UNEXPECTED,
                 "message": f"{request.method} is no method of this path",
             }
             return JSONResponse(refusal, status_code=405, headers=headers)
-        refusal = {"error": "not_found", "message": "there is nothing at this path"}
+        refusal = {"error": Code.NOT_FOUND, "message": "there is nothing at this path"}
         return JSONResponse(refusal, status_code=error.status_code)
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]

@@ -35,8 +35,9 @@ from ringfence.kernel.tracing.api import Work
 from ringfence.kernel.tracing.settings import of_service
 from ringfence.messages.api import PORTS
 from ringfence.messages.base import ServiceRole, Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates, Reason
-from ringfence.messages.operations import EventKind, ServiceEvent
+from ringfence.messages.operations import EventKind, EventSubject, ServiceEvent
 from ringfence.messages.topics import HEARTBEAT, SERVICE_EVENT, TRUST
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,7 @@ class Runtime:
         """
         self.trust.require(self.clock.now_ms() / 1000)
         if (reason := self._keys.uncounted(self.role)) is not None:
-            raise UnavailableError(reason, code="key_uncounted")
+            raise UnavailableError(reason, code=Code.KEY_UNCOUNTED)
         return self.key
 
     def reload_keys(self) -> None:
@@ -452,9 +453,9 @@ class Runtime:
         """Report lost records as a finding in the audit trail and as a metric, so that people learn of them."""
         await self.event(
             "finding",
-            "records gone",
+            EventSubject.RECORDS_GONE,
             about=("records_gone", *gone),
-            reasons=(Reason(code="records_gone", message=gone.message),),
+            reasons=(Reason(code=Code.RECORDS_GONE, message=gone.message),),
         )
         metrics.RECORDS_GONE.labels(gone.topic_name, gone.by).inc(gone.until - gone.first)
 
@@ -463,7 +464,7 @@ class Runtime:
         at = error.record
         await self.event(
             "finding",
-            "consumer halted",
+            EventSubject.CONSUMER_HALTED,
             about=("consumer_halted", self._instance, at.topic_name, at.partition, at.offset),
             reasons=(Reason(code=error.code, message=str(error)[:2048]),),
         )

@@ -18,6 +18,7 @@ from opentelemetry.util.types import AttributeValue
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.tracing.api import NO_SPAN, NOT_TRACING, Span, TraceableRecord, Tracing, Work
 from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id, well_formed, written
+from ringfence.messages.codes import Code
 
 SCOPE = "ringfence"
 VERSION = version("ringfence")
@@ -37,7 +38,7 @@ class TracedSpan(Span):
 
     def refused(self, *codes: str) -> None:
         self._span.set_attribute("ringfence.reasons", [code[:LONGEST] for code in codes])
-        self._fail(codes[0] if codes else "refused")
+        self._fail(codes[0] if codes else Code.REFUSED)
 
     def end(self, error: BaseException | None = None) -> None:
         """End the span. Of an error it records the code or the type, not the message."""

@@ -31,6 +31,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.messages.codes import Code
 from ringfence.model.lease_store.scripts import LOST, Argument, Command, Script
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ class LostError(UnavailableError):
 class FullError(UnavailableError):
     """Raised when Redis is out of memory. Scripts that end leases work all the same."""
 
-    code = "overloaded"
+    code = Code.OVERLOADED
 
 
 class _WrongServerError(RedisError):

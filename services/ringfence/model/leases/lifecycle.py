@@ -11,6 +11,7 @@ from typing import Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.base import SpiffeId
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import TERMINAL, EndCause, EndKind, Lease, LeaseStatus, Selector
 
@@ -31,7 +32,7 @@ ALL_LEASES = "all"
 class LeaseStateError(RingfenceError):
     """Raised for a transition that the life cycle of a lease does not have."""
 
-    code = "lease_state"
+    code = Code.LEASE_STATE
 
 
 def origin_of(lease_id: str, decision: Coordinates) -> str:

@@ -10,6 +10,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.lease import EndCause, EndKind, Lease, RevocationRequest
 from ringfence.messages.registry import AnyState
@@ -88,9 +89,9 @@ def check_revocation(revocation: Revocation, lease: Lease | None, directory: Dir
     user_id = subject_of(claims.aud, claims.iss, "user")
     kinds = BY_AGENTS if agent_id else BY_USERS if user_id else BY_SERVICES
     if claims.kind not in kinds:
-        return refused("kind_unexpected", f"{claims.iss} may not ask for an end of kind {claims.kind}")
+        return refused(Code.KIND_UNEXPECTED, f"{claims.iss} may not ask for an end of kind {claims.kind}")
     if claims.lease_id is not None and lease is None:
-        return refused("lease_unknown", f"there is no lease {claims.lease_id}, or it ended long ago")
+        return refused(Code.LEASE_UNKNOWN, f"there is no lease {claims.lease_id}, or it ended long ago")
     if agent_id is None and user_id is None:
         return ALLOWED  # a service: its signature was accepted for its role
     if agent_id is not None:
@@ -102,7 +103,7 @@ def check_revocation(revocation: Revocation, lease: Lease | None, directory: Dir
             "leases are revoked by the sponsor of an agent that acts, the task's assigner, the user they are on "
             "behalf of, or an operator"
         )
-    return ALLOWED if entitled else refused("not_entitled", rule)
+    return ALLOWED if entitled else refused(Code.NOT_ENTITLED, rule)
 
 
 def _is_of_another_run(claims: RevocationRequest, lease: Lease) -> bool:

@@ -8,19 +8,19 @@ halt ends after the grace: other revokers do its work, or nobody confirms what i
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from ringfence.kernel.base.clock import RemoteClock
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import message_digest, parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.codes import Code
 from ringfence.messages.operations import Heartbeat
 from ringfence.model.verdict import ALLOWED, Verdict, refused
 
 if TYPE_CHECKING:  # rules use this module, and import nothing that does I/O
     from ringfence.kernel.kafka.record import Received
 
-HALTED: Final = "revoker_halted"
 RETRY_AFTER_S = 30
 """When a denied agent may ask again: a person has to act first."""
 _CLOCKS_DIFFER_MS = 60_000
@@ -60,7 +60,7 @@ class RevokerHalts:
             f"a revoker has halted (consumer group {groups}), so what is ordered to end may live on: nothing is issued "
             "or forwarded. Look at /readyz of each revoker and at its dead letters, mend what wrote them, restart it"
         )
-        return refused(HALTED, message)
+        return refused(Code.REVOKER_HALTED, message)
 
     def _groups(self, record: Received) -> tuple[str, ...]:
         try:

@@ -23,6 +23,7 @@ from ringfence.kernel.crypto.jws import parse, unverified_time, verify
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import Delegator, Lease
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def verify_lease(
 
     lease = verify(parsed, Lease, find, audience=trust.trust_domain).claims
     if by_former_key and lease.deadline - lease.iat > _LONGEST_S + LEEWAY_S:
-        raise SignatureError(f"lease {lease.lease_id} outlives the key that signed it", code="key_ended")
+        raise SignatureError(f"lease {lease.lease_id} outlives the key that signed it", code=Code.KEY_ENDED)
     return lease
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     AgentActivate,
     AgentDecommission,
@@ -43,14 +44,16 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
     if isinstance(command, AgentRegister):
         return _register(state, command, context)
     if state is None:
-        raise CommandRefusedError(f"there is no agent {command.agent_id}", code="unknown_agent")
+        raise CommandRefusedError(f"there is no agent {command.agent_id}", code=Code.UNKNOWN_AGENT)
     if state.status == "decommissioned":
-        raise CommandRefusedError(f"agent {state.agent_id} is decommissioned for good", code="decommissioned")
+        raise CommandRefusedError(
+            f"agent {state.agent_id} is decommissioned for good", code=Code.DECOMMISSIONED
+        )
     is_sponsor = context.actor.user_id == state.sponsor and "sponsor" in context.actor.roles
     if not (is_sponsor or context.actor.is_operator):
         raise CommandRefusedError(
             f"only the sponsor of {state.agent_id} ({state.sponsor}) or an operator may do this",
-            code="not_sponsor",
+            code=Code.NOT_SPONSOR,
         )
     match command:
         case AgentActivate():
@@ -74,17 +77,17 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
                 raise CommandRefusedError(
                     f"agent {state.agent_id} was never activated: there is nothing to stop; end it with: ringfence "
                     "agent decommission",
-                    code="not_active",
+                    code=Code.NOT_ACTIVE,
                 )
             by_operator = state.suspended_by_operator or not is_sponsor
             return state.model_copy(update={"status": "suspended", "suspended_by_operator": by_operator})
         case AgentResume():
             if state.status != "suspended":
-                raise CommandRefusedError(f"agent {state.agent_id} is not suspended", code="not_suspended")
+                raise CommandRefusedError(f"agent {state.agent_id} is not suspended", code=Code.NOT_SUSPENDED)
             if state.suspended_by_operator and not context.actor.is_operator:
                 raise CommandRefusedError(
                     f"an operator suspended {state.agent_id}: only an operator resumes it",
-                    code="not_operator",
+                    code=Code.NOT_OPERATOR,
                 )
             return state.model_copy(update={"status": "active", "suspended_by_operator": False})
         case AgentDecommission():
@@ -94,12 +97,12 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
 def _register(state: AgentState | None, command: AgentRegister, context: Context) -> AgentState:
     if state is not None:
         raise CommandRefusedError(
-            f"the name {command.agent_id} was given before and is never given again", code="name_taken"
+            f"the name {command.agent_id} was given before and is never given again", code=Code.NAME_TAKEN
         )
     actor = context.actor
     if not (actor.is_operator or (actor.user_id == command.sponsor and "sponsor" in actor.roles)):
         raise CommandRefusedError(
-            "an agent is registered by its sponsor (role sponsor), or by an operator", code="not_sponsor"
+            "an agent is registered by its sponsor (role sponsor), or by an operator", code=Code.NOT_SPONSOR
         )
     check_sponsor(command.sponsor, context)
     check_scope(command.ceiling, allow_empty=True)
@@ -120,11 +123,11 @@ def _activate(state: AgentState, *, is_sponsor: bool) -> AgentState:
     """Activate an agent. Only the sponsor may: an operator cannot make somebody accountable."""
     if not is_sponsor:
         raise CommandRefusedError(
-            f"only the sponsor of {state.agent_id}, {state.sponsor}, takes it on", code="not_sponsor"
+            f"only the sponsor of {state.agent_id}, {state.sponsor}, takes it on", code=Code.NOT_SPONSOR
         )
     if state.status != "registered":
         raise CommandRefusedError(
-            f"agent {state.agent_id} is {state.status}, not waiting to be activated", code="not_registered"
+            f"agent {state.agent_id} is {state.status}, not waiting to be activated", code=Code.NOT_REGISTERED
         )
     return state.model_copy(update={"status": "active", "without_consent": None})
 
@@ -136,7 +139,7 @@ def _check_consent(state: AgentState, command: AgentTransfer, context: Context) 
     """
     if command.without_consent and not context.actor.is_operator:
         raise CommandRefusedError(
-            "only an operator transfers an agent without the new sponsor's consent", code="not_operator"
+            "only an operator transfers an agent without the new sponsor's consent", code=Code.NOT_OPERATOR
         )
     if command.consent is None:
         if command.without_consent or context.actor.user_id == command.sponsor:
@@ -145,19 +148,19 @@ def _check_consent(state: AgentState, command: AgentTransfer, context: Context) 
     if command.without_consent:
         raise CommandRefusedError(
             "the transfer has a consent and says that it has none: leave out one of them",
-            code="consent_contradicted",
+            code=Code.CONSENT_CONTRADICTED,
         )
     consent = context.transfer_consent
     if consent is None:
         raise CommandRefusedError(
             f"the consent does not count: {context.consent_problem}; ask {command.sponsor} for another",
-            code="consent_invalid",
+            code=Code.CONSENT_INVALID,
         )
     if consent.from_sponsor != state.sponsor:
         raise CommandRefusedError(
             f"the consent is to take {state.agent_id} over from {consent.from_sponsor}, and its sponsor is "
             f"{state.sponsor}; ask {command.sponsor} for another",
-            code="consent_other_terms",
+            code=Code.CONSENT_OTHER_TERMS,
         )
 
 
@@ -172,7 +175,7 @@ def _consent_missing(command: AgentTransfer, context: Context) -> CommandRefused
             f"the transfer has no consent of {command.sponsor}, who signs it with: ringfence agent consent-transfer "
             f"{command.agent_id}; add it with --consent, or ask an operator"
         )
-    return CommandRefusedError(message, code="consent_missing")
+    return CommandRefusedError(message, code=Code.CONSENT_MISSING)
 
 
 def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) -> AgentState:
@@ -184,13 +187,13 @@ def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) ->
         if key.kid in known_kids:
             raise CommandRefusedError(
                 f"key {key.kid} is, or was, one of {state.agent_id}: make another with: ringfence key new",
-                code="key_known",
+                code=Code.KEY_KNOWN,
             )
     replaced = known_kids if command.replaces is None else set(command.replaces)
     if replaced - known_kids:
         raise CommandRefusedError(
             f"{state.agent_id} has no key {min(replaced - known_kids)}; see: ringfence agent show {state.agent_id}",
-            code="unknown_key",
+            code=Code.UNKNOWN_KEY,
         )
     end_s = context.at_s + command.overlap_s
     keys = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     AgentActivate,
     AgentResume,
@@ -63,16 +64,16 @@ def may_widen(command: Command) -> bool:
 def apply(state: AnyState | None, command: Command, context: Context) -> AnyState:
     """Return the state after `command`. Raises CommandRefusedError with a reason; a refused command changes nothing."""
     if state is not None and subject_key(state) != command_subject(command, context.command_id):
-        raise CommandRefusedError("the command is about another subject", code="wrong_subject")
+        raise CommandRefusedError("the command is about another subject", code=Code.WRONG_SUBJECT)
     if may_widen(command) and command.iat < context.last_signed_s:
         raise CommandRefusedError(
             "it was signed before a later change of the same subject; look at what that changed, and sign anew",
-            code="overtaken",
+            code=Code.OVERTAKEN,
         )
     if context.actor.delegation is not None and not isinstance(command, BY_PROVISIONERS):
         raise CommandRefusedError(
             f"{context.actor.user_id} is a provisioner, which only sets and disables users",
-            code="provisioner_only",
+            code=Code.PROVISIONER_ONLY,
         )
     # The type of the state follows from its kind, which was just compared.
     held: Any = state
@@ -132,15 +133,15 @@ def apply_to_target(
     operator_only(context, "set or remove targets")
     if isinstance(command, TargetRemove):
         if state is None:
-            raise CommandRefusedError(f"there is no target {command.target_id}", code="unknown_target")
+            raise CommandRefusedError(f"there is no target {command.target_id}", code=Code.UNKNOWN_TARGET)
         return state.model_copy(update={"status": "removed"})
     verbs = {floor.verb for floor in command.verbs}
     if len(verbs) != len(command.verbs):
-        raise CommandRefusedError("one verb is listed twice", code="verb_twice")
+        raise CommandRefusedError("one verb is listed twice", code=Code.VERB_TWICE)
     unknown = {rule.verb for rule in command.requests} - verbs
     if unknown:
         raise CommandRefusedError(
-            f"requests name verbs that are not listed: {sorted(unknown)}", code="unknown_verb"
+            f"requests name verbs that are not listed: {sorted(unknown)}", code=Code.UNKNOWN_VERB
         )
     return TargetState(
         target_id=command.target_id,

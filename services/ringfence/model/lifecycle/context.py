@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import public_key
+from ringfence.messages.codes import Code
 from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
@@ -29,7 +30,7 @@ from ringfence.model.scope.scope import validate_scope
 class CommandRefusedError(RingfenceError):
     """Raised when the signer may not give a command, or when it does not fit the state of its subject."""
 
-    code = "command_refused"
+    code = Code.COMMAND_REFUSED
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def operator_only(context: Context, what: str) -> None:
     `what` names, in the message, what only they may do.
     """
     if not context.actor.is_operator:
-        raise CommandRefusedError(f"only an operator may {what}", code="not_operator")
+        raise CommandRefusedError(f"only an operator may {what}", code=Code.NOT_OPERATOR)
 
 
 def check_sponsor(user_id: str, context: Context) -> None:
@@ -99,7 +100,7 @@ def check_sponsor(user_id: str, context: Context) -> None:
     if "sponsor" not in context.roles_of(user_id):
         raise CommandRefusedError(
             f"{user_id} is no active user with the role sponsor; give it with: ringfence user set",
-            code="not_a_sponsor",
+            code=Code.NOT_A_SPONSOR,
         )
 
 
@@ -108,25 +109,27 @@ def check_keys(keys: Sequence[KeyRecord], at_s: int, *, at_least: int, passkeys:
     valid at `at_s`. Only people have `passkeys`.
     """
     if len({key.kid for key in keys}) != len(keys):
-        raise CommandRefusedError("one key is listed twice", code="key_twice")
+        raise CommandRefusedError("one key is listed twice", code=Code.KEY_TWICE)
     for key in keys:
         if "d" in (key.jwk.model_extra or {}):
             raise CommandRefusedError(
                 f"key {key.kid} comes with its private part, which everyone can now read; make another key",
-                code="private_key",
+                code=Code.PRIVATE_KEY,
             )
         try:
             thumbprint = public_key(key.jwk).kid
         except ValueError as error:
-            raise CommandRefusedError(f"key {key.kid} cannot be used: {error}", code="key_invalid") from None
+            raise CommandRefusedError(
+                f"key {key.kid} cannot be used: {error}", code=Code.KEY_INVALID
+            ) from None
         if thumbprint != key.kid:
             raise CommandRefusedError(
-                f"key {key.kid} is not named by its RFC 7638 thumbprint, {thumbprint}", code="key_invalid"
+                f"key {key.kid} is not named by its RFC 7638 thumbprint, {thumbprint}", code=Code.KEY_INVALID
             )
         if reason := _kind_problem(key, passkeys=passkeys):
-            raise CommandRefusedError(f"key {key.kid} cannot be used: {reason}", code="key_invalid")
+            raise CommandRefusedError(f"key {key.kid} cannot be used: {reason}", code=Code.KEY_INVALID)
     if sum(key.not_before <= at_s < key.not_after for key in keys) < at_least:
-        raise CommandRefusedError("no key is valid now; see not_before and not_after", code="no_valid_key")
+        raise CommandRefusedError("no key is valid now; see not_before and not_after", code=Code.NO_VALID_KEY)
 
 
 def _kind_problem(key: KeyRecord, *, passkeys: bool) -> str | None:
@@ -146,10 +149,10 @@ def _kind_problem(key: KeyRecord, *, passkeys: bool) -> str | None:
 def check_attestation(selectors: Sequence[AttestationSelector]) -> None:
     """Raise CommandRefusedError unless each selector names whose workload it matches."""
     if len({selector_id(selector) for selector in selectors}) != len(selectors):
-        raise CommandRefusedError("one selector is listed twice", code="selector_twice")
+        raise CommandRefusedError("one selector is listed twice", code=Code.SELECTOR_TWICE)
     for selector in selectors:
         if reason := problem(selector):
-            raise CommandRefusedError(reason, code="selector_too_wide")
+            raise CommandRefusedError(reason, code=Code.SELECTOR_TOO_WIDE)
 
 
 def ended_keys(state: UserState | None, new: Sequence[KeyRecord], at_s: int) -> tuple[KeyRecord, ...]:
@@ -164,4 +167,4 @@ def check_scope(scope: Scope, *, allow_empty: bool = False) -> None:
     try:
         validate_scope(scope, allow_empty=allow_empty)
     except ScopeError as error:
-        raise CommandRefusedError(str(error), code="scope_invalid") from None
+        raise CommandRefusedError(str(error), code=Code.SCOPE_INVALID) from None

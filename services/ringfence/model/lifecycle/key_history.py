@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import AgentState, UserState
 from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
@@ -236,4 +237,4 @@ def check_endorsement(user_id: str, signer: SignerKey, endorser: SignerKey, at_m
 
 
 def _not_apart(why: str) -> Refused:
-    return refused("endorsement_not_apart", f"the co-signature does not count: {why}")
+    return refused(Code.ENDORSEMENT_NOT_APART, f"the co-signature does not count: {why}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     Delegation,
     Entitlements,
@@ -44,13 +45,13 @@ def apply_to_provisioner(
     if state is not None and state.delegation is None:
         raise CommandRefusedError(
             f"{command.provisioner_id} is a person; give the provisioner a name of its own",
-            code="not_a_provisioner",
+            code=Code.NOT_A_PROVISIONER,
         )
     if context.actor.provisioned_by == command.provisioner_id:
         raise CommandRefusedError(
             f"nobody widens their own roles or entitlements: {context.actor.user_id} comes from this provisioner; "
             "another operator must sign",
-            code="self_widening",
+            code=Code.SELF_WIDENING,
         )
     check_keys(command.keys, context.at_s, at_least=1)
     _check_delegation(command.delegation)
@@ -71,22 +72,24 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
     """Return the user after a provisioner's command. Raises CommandRefusedError if it exceeds the delegation."""
     delegation, provisioning = context.actor.delegation, command.provisioned
     if delegation is None or context.actor.user_id is None or provisioning is None:
-        raise CommandRefusedError("a provisioner says which groups the user is in", code="groups_missing")
+        raise CommandRefusedError("a provisioner says which groups the user is in", code=Code.GROUPS_MISSING)
     before = _own(state, command.user_id, context)
     if before is not None and before.gone:
         raise CommandRefusedError(
             f"{command.user_id} left for good; whoever comes now is somebody else: choose another id",
-            code="user_gone",
+            code=Code.USER_GONE,
         )
     if before is not None and before.blocked and provisioning.active:
         raise CommandRefusedError(
             f"an operator disabled {command.user_id}; only an operator lets them act again",
-            code="disabled_by_operator",
+            code=Code.DISABLED_BY_OPERATOR,
         )
     if command.keys:
-        raise CommandRefusedError("a provisioner sets no keys; an operator does", code="keys_not_delegated")
+        raise CommandRefusedError(
+            "a provisioner sets no keys; an operator does", code=Code.KEYS_NOT_DELEGATED
+        )
     if command.entitlements.as_of > context.at_s + LEEWAY_S:
-        raise CommandRefusedError("entitlements are as of a moment to come", code="as_of_in_future")
+        raise CommandRefusedError("entitlements are as of a moment to come", code=Code.AS_OF_IN_FUTURE)
     _check_within(command, provisioning, delegation)
     provisioned = provisioned_of(
         provisioning, context.actor.user_id, blocked=before is not None and before.blocked
@@ -107,7 +110,7 @@ def disable_by_provisioner(state: UserState, command: UserDisable, context: Cont
     """Return the user after a provisioner disabled them. Their keys end if they left for good."""
     before = _own(state, command.user_id, context)
     if before is None:
-        raise CommandRefusedError(f"there is no user {command.user_id}", code="unknown_user")
+        raise CommandRefusedError(f"there is no user {command.user_id}", code=Code.UNKNOWN_USER)
     provisioned = before.model_copy(update={"active": False, "gone": before.gone or command.gone})
     keys = ended_keys(state, (), context.at_s) if command.gone else state.keys
     return state.model_copy(update={"status": "disabled", "provisioned": provisioned, "keys": keys})
@@ -127,7 +130,7 @@ def _own(state: UserState | None, user_id: str, context: Context) -> Provisioned
     if state.provisioned is None or state.provisioned.by != context.actor.user_id:
         raise CommandRefusedError(
             f"{context.actor.user_id} did not make {user_id}, and changes only whom it made",
-            code="not_its_user",
+            code=Code.NOT_ITS_USER,
         )
     return state.provisioned
 
@@ -135,29 +138,29 @@ def _own(state: UserState | None, user_id: str, context: Context) -> Provisioned
 def _check_within(command: UserSet, said: Provisioning, delegation: Delegation) -> None:
     by_group = {one.group: one for one in delegation.groups}
     if unknown := sorted(set(said.groups) - by_group.keys()):
-        raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code="group_not_delegated")
+        raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code=Code.GROUP_NOT_DELEGATED)
     entitlements = [by_group[group] for group in said.groups]
     if command.entitlements.source != delegation.source:
         raise CommandRefusedError(
-            f"entitlements from here have the source {delegation.source}", code="source_not_delegated"
+            f"entitlements from here have the source {delegation.source}", code=Code.SOURCE_NOT_DELEGATED
         )
     if roles := sorted(set(command.roles) - {role for one in entitlements for role in one.roles}):
         raise CommandRefusedError(
             f"the role {roles[0]} is not delegated to the groups of {command.user_id}",
-            code="beyond_delegation",
+            code=Code.BEYOND_DELEGATION,
         )
     check_scope(command.entitlements.scope, allow_empty=True)
     if missing(command.entitlements.scope, tuple(p for one in entitlements for p in one.scope)):
         raise CommandRefusedError(
             f"the entitlements reach beyond what is delegated to the groups of {command.user_id}",
-            code="beyond_delegation",
+            code=Code.BEYOND_DELEGATION,
         )
 
 
 def _check_delegation(delegation: Delegation) -> None:
     groups = [one.group for one in delegation.groups]
     if len(set(groups)) != len(groups):
-        raise CommandRefusedError("one group is delegated twice", code="group_twice")
+        raise CommandRefusedError("one group is delegated twice", code=Code.GROUP_TWICE)
     for one in delegation.groups:
         check_scope(one.scope, allow_empty=True)
 
@@ -165,11 +168,11 @@ def _check_delegation(delegation: Delegation) -> None:
 def _link(state: UserState | None, command: ProvisionerLink, context: Context) -> UserState:
     if state is None or state.delegation is None or context.actor.user_id != command.provisioner_id:
         raise CommandRefusedError(
-            "a provisioner tells of its own groups, and nobody else's", code="not_entitled"
+            "a provisioner tells of its own groups, and nobody else's", code=Code.NOT_ENTITLED
         )
     groups = [link.group for link in command.groups]
     if len(set(groups)) != len(groups):
-        raise CommandRefusedError("one group is named twice", code="group_twice")
+        raise CommandRefusedError("one group is named twice", code=Code.GROUP_TWICE)
     if unknown := sorted(set(groups) - {one.group for one in state.delegation.groups}):
-        raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code="group_not_delegated")
+        raise CommandRefusedError(f"the group {unknown[0]} is not delegated", code=Code.GROUP_NOT_DELEGATED)
     return state.model_copy(update={"linked": command.groups})

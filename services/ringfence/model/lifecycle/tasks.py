@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
+from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.registry import (
     TaskAssign,
     TaskDelegate,
@@ -21,22 +22,22 @@ def apply_to_task(state: TaskState | None, command: TaskCommand, context: Contex
     if isinstance(command, TaskEnd):
         return _end_task(state, command, context)
     if state is not None:
-        raise CommandRefusedError("this task was assigned before", code="task_exists")
+        raise CommandRefusedError("this task was assigned before", code=Code.TASK_EXISTS)
     if isinstance(command, TaskDelegate):
         return delegate(command, context)
     if context.actor.user_id is None:
-        raise CommandRefusedError("the root assigns no tasks", code="not_a_user")
+        raise CommandRefusedError("the root assigns no tasks", code=Code.NOT_A_USER)
     if command.on_behalf_of not in (context.actor.user_id, context.consent_by):
         raise CommandRefusedError(
             f"a task is on behalf of its signer ({context.actor.user_id}) or of who consented to the "
             f"same terms; {command.on_behalf_of} did neither"
             + (f" ({context.consent_problem})" if context.consent_problem else ""),
-            code="on_behalf_of_unsigned",
+            code=Code.ON_BEHALF_OF_UNSIGNED,
         )
     check_scope(command.terms.scope)
     if command.terms.not_after <= context.at_s:
         raise CommandRefusedError(
-            "the task would have ended before it began; set a later end", code="task_over"
+            "the task would have ended before it began; set a later end", code=Code.TASK_OVER
         )
     return TaskState(
         task_id=context.command_id,
@@ -52,7 +53,7 @@ def apply_to_task(state: TaskState | None, command: TaskCommand, context: Contex
 
 def _end_task(state: TaskState | None, command: TaskEnd, context: Context) -> TaskState:
     if state is None:
-        raise CommandRefusedError(f"there is no task {command.task_id}", code="unknown_task")
+        raise CommandRefusedError(f"there is no task {command.task_id}", code=Code.UNKNOWN_TASK)
     actor = context.actor
     if actor.agent is not None:
         return _end_handed_on(state, context)
@@ -61,7 +62,7 @@ def _end_task(state: TaskState | None, command: TaskEnd, context: Context) -> Ta
     if not (actor.is_operator or is_sponsor or actor.user_id in (state.assigned_by, state.on_behalf_of)):
         raise CommandRefusedError(
             "a task is ended by who assigned it, the user it is on behalf of, the agent's sponsor, or an operator",
-            code="not_entitled",
+            code=Code.NOT_ENTITLED,
         )
     return state.model_copy(update={"status": "ended"})
 
@@ -72,7 +73,7 @@ def _end_handed_on(state: TaskState, context: Context) -> TaskState:
     if agent is None or agent.agent_id not in agents_of(state)[1:]:
         raise CommandRefusedError(
             "of agents, only those that handed a task on end it; who needs its own no more releases what it holds",
-            code="not_entitled",
+            code=Code.NOT_ENTITLED,
         )
     check_active(context)
     return state.model_copy(update={"status": "ended"})
@@ -102,12 +103,12 @@ def delegate(command: TaskDelegate, context: Context) -> TaskState:
         raise CommandRefusedError(
             f"{terms.agent_id} is in the chain already ({', '.join(reversed(chain))}): work does not come back to who "
             "handed it on",
-            code="delegation_loop",
+            code=Code.DELEGATION_LOOP,
         )
     if len(chain) > MAX_DEPTH:
         raise CommandRefusedError(
             f"the task was handed on {MAX_DEPTH} times already, and no further: do it, or hand it on earlier",
-            code="delegation_too_deep",
+            code=Code.DELEGATION_TOO_DEEP,
         )
     check_scope(terms.scope)
     if exceeding := missing(terms.scope, parent.scope):
@@ -115,16 +116,16 @@ def delegate(command: TaskDelegate, context: Context) -> TaskState:
         names = f"{', '.join(first.verbs)} on {', '.join(first.resources)} at {first.target}"
         raise CommandRefusedError(
             f"task {parent.task_id} does not allow {names[:500]}: hand on what it allows, or less",
-            code="beyond_parent",
+            code=Code.BEYOND_PARENT,
         )
     if terms.not_after > parent.not_after:
         raise CommandRefusedError(
             f"task {parent.task_id} ends {terms.not_after - parent.not_after} s earlier than that; set an earlier end",
-            code="later_than_parent",
+            code=Code.LATER_THAN_PARENT,
         )
     if terms.not_after <= context.at_s:
         raise CommandRefusedError(
-            "the task would have ended before it began; set a later end", code="task_over"
+            "the task would have ended before it began; set a later end", code=Code.TASK_OVER
         )
     return TaskState(
         task_id=context.command_id,
@@ -147,11 +148,11 @@ def _running_parent(command: TaskDelegate, context: Context) -> TaskState:
     while True:
         if task is None:
             raise CommandRefusedError(
-                f"there was no task {command.parent} then, to hand on a part of", code="unknown_parent"
+                f"there was no task {command.parent} then, to hand on a part of", code=Code.UNKNOWN_PARENT
             )
         if task.status != "active" or task.not_after <= context.at_s:
             raise CommandRefusedError(
-                f"task {task.task_id} has ended, and so has every part of it", code="task_ended"
+                f"task {task.task_id} has ended, and so has every part of it", code=Code.TASK_ENDED
             )
         if task.parent is None:
             break
@@ -165,7 +166,7 @@ def _check_signer(parent: TaskState, context: Context) -> None:
     if agent is None or agent.agent_id != parent.agent_id:
         raise CommandRefusedError(
             f"only {parent.agent_id}, whose task {parent.task_id} is, hands on parts of it",
-            code="not_task_agent",
+            code=Code.NOT_TASK_AGENT,
         )
     check_active(context)
 
@@ -174,4 +175,6 @@ def check_active(context: Context) -> None:
     """Refuse commands of an agent that is not active. Other signers pass."""
     agent = context.actor.agent
     if agent is not None and agent.status != "active":
-        raise CommandRefusedError(f"agent {agent.agent_id} is {agent.status}", code=f"agent_{agent.status}")
+        raise CommandRefusedError(
+            f"agent {agent.agent_id} is {agent.status}", code=inactive_agent(agent.status)
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     MAX_KEYS,
@@ -52,7 +53,7 @@ def _set(state: UserState | None, command: UserSet, context: Context) -> UserSta
     if command.entitlements.as_of > context.at_s + LEEWAY_S:
         raise CommandRefusedError(
             "entitlements are as of a moment to come: they would never grow old; set as_of to when they were read",
-            code="as_of_in_future",
+            code=Code.AS_OF_IN_FUTURE,
         )
     if context.actor.user_id == command.user_id:
         _refuse_self_widening(state, command)
@@ -73,7 +74,7 @@ def _disable(state: UserState | None, command: UserDisable, context: Context) ->
     if not (context.actor.is_root or by_provisioner):
         operator_only(context, "set or disable users")
     if state is None:
-        raise CommandRefusedError(f"there is no user {command.user_id}", code="unknown_user")
+        raise CommandRefusedError(f"there is no user {command.user_id}", code=Code.UNKNOWN_USER)
     if by_provisioner:
         return disable_by_provisioner(state, command, context)
     blocked = state.provisioned and state.provisioned.model_copy(update={"blocked": True})
@@ -83,11 +84,11 @@ def _disable(state: UserState | None, command: UserDisable, context: Context) ->
 def _person(state: UserState | None, user_id: str) -> UserState:
     """Return the state of a user who is a person. Raises CommandRefusedError."""
     if state is None:
-        raise CommandRefusedError(f"there is no user {user_id}", code="unknown_user")
+        raise CommandRefusedError(f"there is no user {user_id}", code=Code.UNKNOWN_USER)
     if state.delegation is not None:
         raise CommandRefusedError(
             f"{user_id} is a provisioner, and no person; give it keys with: ringfence provisioner set",
-            code="is_provisioner",
+            code=Code.IS_PROVISIONER,
         )
     return state
 
@@ -100,25 +101,25 @@ def _add_key(state: UserState, command: UserAddKey, context: Context) -> UserSta
     if state.status != "active":
         raise CommandRefusedError(
             f"user {user_id} is disabled; let them act again first: ringfence user set {user_id}",
-            code="user_disabled",
+            code=Code.USER_DISABLED,
         )
     check_keys((key,), at_s, at_least=1, passkeys=True)
     _check_new_key(state, key, at_s)
     if key.attested and (by_oneself or not context.actor.is_operator):
         raise CommandRefusedError(
             "nobody says of their own key that it is attested; an operator verifies its attestation, and signs",
-            code="attestation_not_verified",
+            code=Code.ATTESTATION_NOT_VERIFIED,
         )
     if context.key_proof is None:
         reason = context.key_proof_problem or "it embeds no invitation and no possession"
         raise CommandRefusedError(
-            f"nothing proves that {user_id} has this key: {reason}", code="possession_invalid"
+            f"nothing proves that {user_id} has this key: {reason}", code=Code.POSSESSION_INVALID
         )
     if context.key_proof.invitation_id in context.key_history.invitations:
         raise CommandRefusedError(
             f"this invitation of {user_id} was used before, and counts once; make another with: "
             f"ringfence user invite {user_id}",
-            code="invitation_used",
+            code=Code.INVITATION_USED,
         )
     former = tuple(one for one in state.keys if one.kid != key.kid)
     return state.model_copy(update={"keys": (key, *former)})
@@ -127,15 +128,15 @@ def _add_key(state: UserState, command: UserAddKey, context: Context) -> UserSta
 def _check_new_key(state: UserState, key: KeyRecord, at_s: int) -> None:
     """Refuse a key that the user has already, or that must not come back. Raises CommandRefusedError."""
     if key.kid in (state.compromised or ()):
-        raise CommandRefusedError(_compromised_text(key.kid), code="key_compromised")
+        raise CommandRefusedError(_compromised_text(key.kid), code=Code.KEY_COMPROMISED)
     live = [one.kid for one in state.keys if one.not_after > at_s]
     if key.kid in live:
-        raise CommandRefusedError(f"{state.user_id} has key {key.kid} already", code="key_twice")
+        raise CommandRefusedError(f"{state.user_id} has key {key.kid} already", code=Code.KEY_TWICE)
     if len(live) >= MAX_KEYS:
         raise CommandRefusedError(
             f"{state.user_id} has {len(live)} keys, and no more can be; end one with: "
             f"ringfence user end-key {state.user_id} KID",
-            code="too_many_keys",
+            code=Code.TOO_MANY_KEYS,
         )
 
 
@@ -149,15 +150,16 @@ def _check_known_keys(state: UserState | None, keys: tuple[KeyRecord, ...], at_s
         former = known.get(key.kid)
         if former is None and _passkey_fields(key) != _NO_PASSKEY:
             raise CommandRefusedError(
-                f"key {key.kid} is a passkey: add it with: ringfence user add-key", code="possession_invalid"
+                f"key {key.kid} is a passkey: add it with: ringfence user add-key",
+                code=Code.POSSESSION_INVALID,
             )
         if former is not None and _passkey_fields(key) != _passkey_fields(former):
             raise CommandRefusedError(
                 f"key {key.kid} is given as another kind of key than it is; list it as its record has it",
-                code="key_changed",
+                code=Code.KEY_CHANGED,
             )
         if state and key.kid in (state.compromised or ()) and key.not_after > at_s:
-            raise CommandRefusedError(_compromised_text(key.kid), code="key_compromised")
+            raise CommandRefusedError(_compromised_text(key.kid), code=Code.KEY_COMPROMISED)
 
 
 def _passkey_fields(key: KeyRecord) -> tuple[object, ...]:
@@ -180,7 +182,7 @@ def _end_key(state: UserState, command: UserEndKey, context: Context) -> UserSta
     if command.kid not in {key.kid for key in state.keys}:
         raise CommandRefusedError(
             f"{state.user_id} has no key {command.kid}; see: ringfence user keys {state.user_id}",
-            code="unknown_key",
+            code=Code.UNKNOWN_KEY,
         )
     ended = {command.kid}
     if command.compromised:
@@ -205,13 +207,13 @@ def _left_to_provisioner(state: UserState | None, command: UserSet) -> Provision
     if state is not None and state.delegation is not None:
         raise CommandRefusedError(
             f"{command.user_id} is a provisioner, and no person; set it with: ringfence provisioner set",
-            code="is_provisioner",
+            code=Code.IS_PROVISIONER,
         )
     if command.provisioned is None:
         return None
     if state is None or state.provisioned is None:
         raise CommandRefusedError(
-            f"{command.user_id} comes from no provisioner; leave out `provisioned`", code="not_provisioned"
+            f"{command.user_id} comes from no provisioner; leave out `provisioned`", code=Code.NOT_PROVISIONED
         )
     return provisioned_of(command.provisioned, state.provisioned.by)
 
@@ -220,18 +222,18 @@ def _refuse_self_widening(state: UserState | None, command: UserSet) -> None:
     """Refuse users, operators included, who widen their own roles or entitlements, or renew old entitlements."""
     if state is None or set(command.roles) - set(state.roles):
         raise CommandRefusedError(
-            "nobody gives roles to themselves; another operator must sign", code="self_widening"
+            "nobody gives roles to themselves; another operator must sign", code=Code.SELF_WIDENING
         )
     if state.provisioned is not None and command.provisioned is None:
         raise CommandRefusedError(
             "nobody takes themselves away from their provisioner; another operator must sign",
-            code="self_widening",
+            code=Code.SELF_WIDENING,
         )
     if missing(command.entitlements.scope, state.entitlements.scope):
         raise CommandRefusedError(
-            "nobody widens their own entitlements; another operator must sign", code="self_widening"
+            "nobody widens their own entitlements; another operator must sign", code=Code.SELF_WIDENING
         )
     if command.entitlements.as_of > state.entitlements.as_of:
         raise CommandRefusedError(
-            "nobody refreshes their own entitlements; another operator must sign", code="self_widening"
+            "nobody refreshes their own entitlements; another operator must sign", code=Code.SELF_WIDENING
         )

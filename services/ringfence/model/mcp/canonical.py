@@ -13,6 +13,7 @@ from typing import Any, Final
 import orjson
 
 from ringfence.kernel.base.strict_json import MAX_EXACT
+from ringfence.messages.codes import Code
 from ringfence.model.mcp.messages import CAPABILITIES_KEY, VERSION_KEY, McpMessage, McpMessageError
 
 _LOG_LEVEL_KEY: Final = "io.modelcontextprotocol/logLevel"
@@ -34,7 +35,7 @@ def canonical_form(message: McpMessage, *, without: frozenset[str] = frozenset()
     }
     if not _is_exact(params):
         text = "a number in it is larger than all readers can tell exactly: send it as a text"
-        raise McpMessageError("mcp_invalid", f"the message is refused: {text}", id=message.id)
+        raise McpMessageError(Code.MCP_INVALID, f"the message is refused: {text}", id=message.id)
     return orjson.dumps({"method": message.method, "params": params}, option=orjson.OPT_SORT_KEYS)
 
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from ringfence.kernel.base.strict_json import case_folded
+from ringfence.messages.codes import Code
 from ringfence.model.mcp.messages import (
     CALL,
     CAPABILITIES_KEY,
@@ -84,29 +85,29 @@ def revision_of(message: McpMessage, stated: str | None, *, always_stated: bool 
     id, own = message.id, message.meta.get(VERSION_KEY)
     in_meta = VERSION_KEY in message.meta
     if in_meta and not isinstance(own, str):
-        raise McpMessageError("mcp_meta", f"{VERSION_KEY} in its _meta is no text", id=id)
+        raise McpMessageError(Code.MCP_META, f"{VERSION_KEY} in its _meta is no text", id=id)
     if in_meta and always_stated and stated != own:
         text = "MCP-Protocol-Version is missing, or names another revision than _meta does; send the same in both"
-        raise McpMessageError("mcp_header", text, id=id)
+        raise McpMessageError(Code.MCP_HEADER, text, id=id)
     revision: str | None = own if in_meta else stated
     offered = message.params.get("protocolVersion") if message.method == "initialize" else None
     if offered is not None and stated is not None and offered != stated:
         text = (
             "MCP-Protocol-Version names another revision than initialize offers; leave the header out of it"
         )
-        raise McpMessageError("mcp_header", text, id=id)
+        raise McpMessageError(Code.MCP_HEADER, text, id=id)
     if revision is None:
         _check_method(message, WITH_HANDSHAKE[-1])
     elif revision not in _METHODS:
         text = f"revision {revision[:32]} of MCP is not known here; these are: {', '.join(SUPPORTED)}"
-        raise McpMessageError("mcp_version", text, id=id)
+        raise McpMessageError(Code.MCP_VERSION, text, id=id)
     else:
         _check_method(message, revision)
     if revision == STATELESS and message.kind == "request":
         _check_envelope(message)
     elif revision != STATELESS and (message.request_state is not None or message.input_responses is not None):
         text = f"the message is refused: requestState and inputResponses are of {STATELESS}, which it does not state"
-        raise McpMessageError("mcp_invalid", text, id=id)
+        raise McpMessageError(Code.MCP_INVALID, text, id=id)
     return revision
 
 
@@ -114,19 +115,19 @@ def _check_method(message: McpMessage, revision: str) -> None:
     """Refuse methods of other revisions. A method that no revision has is left to the rules, which have to name it."""
     if message.method in _KNOWN and message.method not in _METHODS[revision]:
         text = f"revision {revision} of MCP has no {message.method}"
-        raise McpMessageError("mcp_method", text, id=message.id)
+        raise McpMessageError(Code.MCP_METHOD, text, id=message.id)
     if revision == STATELESS and message.kind == "notification" and message.method not in _METHODS[revision]:
         text = f"a client of revision {revision} sends no {message.method}"
-        raise McpMessageError("mcp_method", text, id=message.id)
+        raise McpMessageError(Code.MCP_METHOD, text, id=message.id)
 
 
 def _check_envelope(message: McpMessage) -> None:
     if VERSION_KEY not in message.meta or not isinstance(message.meta.get(CAPABILITIES_KEY), dict):
         text = f"a request of {STATELESS} names {VERSION_KEY} and {CAPABILITIES_KEY} in params._meta"
-        raise McpMessageError("mcp_meta", text, id=message.id)
+        raise McpMessageError(Code.MCP_META, text, id=message.id)
     if message.method not in INPUT_REQUIRED and message.request_state is not None:
         raise McpMessageError(
-            "mcp_invalid",
+            Code.MCP_INVALID,
             f"the message is refused: {message.method} is never retried with a requestState",
             id=message.id,
         )
@@ -136,7 +137,9 @@ def _check_envelope(message: McpMessage) -> None:
         and message.input_responses is not None
     ):
         raise McpMessageError(
-            "mcp_invalid", f"the message is refused: {message.method} takes no inputResponses", id=message.id
+            Code.MCP_INVALID,
+            f"the message is refused: {message.method} takes no inputResponses",
+            id=message.id,
         )
 
 
@@ -262,4 +265,4 @@ def _compare(message: McpMessage, name: str, value: str | None, expected: str | 
 
 
 def _refused(text: str, message: McpMessage) -> McpMessageError:
-    return McpMessageError("mcp_header", text, id=message.id)
+    return McpMessageError(Code.MCP_HEADER, text, id=message.id)

@@ -14,6 +14,7 @@ from typing import Any, Final, Literal
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import MAX_EXACT, case_folded, json_object
+from ringfence.messages.codes import Code
 
 RESPONSE: Final = "response"
 """Stands for the method of a response to a request of the server. A response has no method."""
@@ -67,7 +68,7 @@ MAX_SUBSCRIBED: Final = 16
 class McpMessageError(RingfenceError):
     """Raised when a body is not exactly one message that can be read unambiguously. The message says what is wrong."""
 
-    def __init__(self, code: str, message: str, *, id: str | int | None = None) -> None:
+    def __init__(self, code: Code, message: str, *, id: str | int | None = None) -> None:
         super().__init__(message, code=code)
         self.id = id
         """The id of the request, if that could be read."""
@@ -133,12 +134,12 @@ class McpMessage:
 def read_message(body: bytes) -> McpMessage:
     """Parse a body into one message. Raises McpMessageError."""
     if body.lstrip(b" \t\r\n")[:1] == b"[":
-        raise McpMessageError("mcp_batch", "several messages at once are not taken: post each by itself")
+        raise McpMessageError(Code.MCP_BATCH, "several messages at once are not taken: post each by itself")
     try:
         document = json_object(body)
     except ValueError as error:
         raise McpMessageError(
-            "mcp_unreadable", f"the message is not one JSON object: {_without_quotation(error)}"
+            Code.MCP_UNREADABLE, f"the message is not one JSON object: {_without_quotation(error)}"
         ) from None
     if not document.keys() <= _TOP or document.get("jsonrpc") != "2.0":
         raise invalid("it is not JSON-RPC 2.0, or has members that JSON-RPC does not know")
@@ -197,7 +198,7 @@ def _name(method: str, params: Mapping[str, Any], id: str | int | None) -> str |
     name = _name_in_ref(params.get("ref"), id) if method == COMPLETE else params.get(NAMED_BY[method])
     if not (isinstance(name, str) and 0 < len(name) <= _MAX_NAME_CHARS):
         if method in _GONE and VERSION_KEY in params.get("_meta", {}):
-            raise McpMessageError("mcp_method", f"the stated revision of MCP has no {method}", id=id)
+            raise McpMessageError(Code.MCP_METHOD, f"the stated revision of MCP has no {method}", id=id)
         raise invalid(f"{method} needs params.{NAMED_BY[method]}, which names something", id)
     return name
 
@@ -273,7 +274,7 @@ def _is_id(id: Any) -> bool:
 
 def invalid(what: str, id: str | int | None = None) -> McpMessageError:
     """Return the refusal of a message that is none of the protocol."""
-    return McpMessageError("mcp_invalid", f"the message is refused: {what}", id=id)
+    return McpMessageError(Code.MCP_INVALID, f"the message is refused: {what}", id=id)
 
 
 def _without_quotation(error: ValueError) -> str:

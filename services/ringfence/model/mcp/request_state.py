@@ -19,6 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
+from ringfence.messages.codes import Code
 
 _PREFIX: Final = "rf1."
 """Also the additional data of the encryption: a state of another format cannot be opened as one of this."""
@@ -34,7 +35,7 @@ Round = Literal["server", "approval"]
 class RequestStateError(RingfenceError):
     """Raised when a state cannot be opened: it was changed, or another gateway sealed it."""
 
-    code = "mcp_state_invalid"
+    code = Code.MCP_STATE_INVALID
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.model.mcp.headers import (
     CACHEABLE,
     INPUT_REQUIRED,
@@ -39,13 +40,13 @@ _SHOWN: Final = frozenset({"logging", "experimental"})
 class UnreadableResultError(RingfenceError):
     """Raised when a server's message cannot be understood for certain. Its text is for the client too."""
 
-    code = "target_unreadable"
+    code = Code.TARGET_UNREADABLE
 
 
 class TooLongListError(RingfenceError):
     """Raised when a page of a list has too many entries."""
 
-    code = "target_too_large"
+    code = Code.TARGET_TOO_LARGE
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.credential import Reason
+from ringfence.messages.operations import EventSubject
 from ringfence.model.records.directory import Alarm
 
 log = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ async def _published(runtime: Runtime, alarm: Alarm) -> None:
         try:
             await runtime.event(
                 "finding",
-                "record",
+                EventSubject.RECORD,
                 about=(alarm.code, *subject),
                 reasons=(Reason(code=alarm.code, message=alarm.message[:2048]),),
                 source=source,

@@ -23,6 +23,7 @@ from ringfence.messages.api import (
     api_audience,
 )
 from ringfence.messages.base import ServiceRole, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import SessionStatement, UserState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
@@ -39,13 +40,13 @@ _BROKEN_RECORD: Final = "the record of its user counts for nothing; the audit tr
 class UnauthenticatedError(RingfenceError):
     """Raised when a call has no valid bearer token (status 401)."""
 
-    code = "unauthenticated"
+    code = Code.UNAUTHENTICATED
 
 
 class ForbiddenError(RingfenceError):
     """Raised when the caller is authenticated, and may not see this (status 403)."""
 
-    code = "forbidden"
+    code = Code.FORBIDDEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +210,7 @@ class Authenticator:
             claims = verify(jws, ApiToken, find_key, audience=self._audience, appended_at_ms=now_ms).claims
         except InvalidMessageError as error:
             reason = None
-            if error.code == "key_unknown" and inactive is not None:
+            if error.code == Code.KEY_UNKNOWN and inactive is not None:
                 reason = _reason_for_holder(jws, self._audience, now_ms, inactive)
             raise _refused(reason or error) from None
         except ChainError:
@@ -223,7 +224,7 @@ class Authenticator:
         if aud != self._audience:
             raise InvalidMessageError(
                 f"aud is {aud[:80]!r}, which is not this service; sign one for {self._audience!r}",
-                code="aud_unexpected",
+                code=Code.AUD_UNEXPECTED,
             )
 
     def _check_once(self, claims: ApiToken | ConsoleToken, *, sender: str, now_s: float) -> None:

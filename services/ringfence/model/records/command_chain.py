@@ -21,6 +21,7 @@ from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.base import ExpiringClaims, typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     COMMANDS,
     AgentState,
@@ -70,7 +71,7 @@ COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command 
 class ChainError(RingfenceError):
     """The command chain of a record does not verify. The record counts for nothing, and its signer lied."""
 
-    code = "chain_broken"
+    code = Code.CHAIN_BROKEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +113,6 @@ RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
 BY_AGENTS = (TaskDelegate, TaskEnd)
 """Commands that agents may give too."""
 _ABOUT_USERS = (UserSet, UserDisable, UserAddKey, UserEndKey, ProvisionerSet, ProvisionerLink)
-INCOMPLETE = "chain_incomplete"
-"""The code of a chain that needs a record which is missing, and may be on its way: nobody need have lied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +174,9 @@ class Chains:
         """
         model = COMMAND_OF_TYP.get(jws.header.typ)
         if model is None:
-            raise InvalidMessageError(f"typ {jws.header.typ[:80]!r} names no command", code="typ_unexpected")
+            raise InvalidMessageError(
+                f"typ {jws.header.typ[:80]!r} names no command", code=Code.TYP_UNEXPECTED
+            )
 
         def find(iss: str, kid: str) -> VerificationKey | None:
             key: VerificationKey | None = self._trust.root_key(iss, kid, appended_at_ms / 1000)
@@ -432,7 +433,7 @@ class Chains:
                 assert before is None or isinstance(before, UserState | AgentState)
                 keys = keys.after(before, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
         except (InvalidMessageError, CommandRefusedError) as error:
-            code = INCOMPLETE if error.code == "unknown_parent" else None
+            code = Code.CHAIN_INCOMPLETE if error.code == Code.UNKNOWN_PARENT else None
             raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
         return _Step(state, given.command_id, max(signed_s, given.claims.iat), given.consent, keys)
 
@@ -485,7 +486,9 @@ class Chains:
             return None
         if command.id_token is not None:
             if command.consent is not None:
-                raise InvalidMessageError("a consent and an ID token: give one of them", code="consent_twice")
+                raise InvalidMessageError(
+                    "a consent and an ID token: give one of them", code=Code.CONSENT_TWICE
+                )
             user = self.user_at(command.on_behalf_of, at_ms)
             return verified_consent(command.id_token, command.terms, user, self._trust, at_ms)
         if command.consent is None:
@@ -496,7 +499,7 @@ class Chains:
             audience=self._trust.trust_domain, appended_at_ms=at_ms,
         ).claims  # fmt: skip
         if claims.terms != command.terms:
-            raise InvalidMessageError("the consent is to other terms", code="consent_other_terms")
+            raise InvalidMessageError("the consent is to other terms", code=Code.CONSENT_OTHER_TERMS)
         user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
         return Consent(user_id, (claims.iss, claims.jti), jws.header.kid)
 
@@ -512,7 +515,7 @@ class Chains:
         user_id = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
         if (claims.agent_id, user_id) != (command.agent_id, command.sponsor):
             raise InvalidMessageError(
-                f"it is {user_id}'s, to take over agent {claims.agent_id}", code="consent_other_terms"
+                f"it is {user_id}'s, to take over agent {claims.agent_id}", code=Code.CONSENT_OTHER_TERMS
             )
         return Consent(user_id, (claims.iss, claims.jti), jws.header.kid, claims)
 
@@ -531,7 +534,7 @@ def unverified_command(embedded: EmbeddedCommand) -> Command:
     jws = parse(embedded.jws)
     model = COMMAND_OF_TYP.get(jws.header.typ)
     if model is None:
-        raise InvalidMessageError("an embedded command of an unknown type", code="typ_unexpected")
+        raise InvalidMessageError("an embedded command of an unknown type", code=Code.TYP_UNEXPECTED)
     return cast(Command, jws.unverified_claims(model))
 
 

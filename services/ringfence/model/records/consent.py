@@ -22,6 +22,7 @@ from ringfence.kernel.crypto.oidc import (
     verify_token,
 )
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.codes import Code
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentTransferConsent, TaskTerms, UserState
 
@@ -77,7 +78,7 @@ def verified_consent(
         issuer = trust.oidc_issuer(unverified_issuer(token), "users", at_s)
         if issuer is None or not issuer.keys:
             raise InvalidMessageError(
-                "no keys of its issuer are pinned for users in the trust bundle", code="issuer_not_pinned"
+                "no keys of its issuer are pinned for users in the trust bundle", code=Code.ISSUER_NOT_PINNED
             )
         verified = verify_token(
             token, issuer.keys,
@@ -88,13 +89,13 @@ def verified_consent(
     if verified.claims.get("nonce") != nonce_of(terms):
         raise InvalidMessageError(
             "the nonce of the ID token is not that of these terms (ringfence task nonce)",
-            code="consent_other_terms",
+            code=Code.CONSENT_OTHER_TERMS,
         )
     if user is None or user.status != "active" or user.delegation is not None:
-        raise InvalidMessageError("the ID token is for no active user", code="user_disabled")
+        raise InvalidMessageError("the ID token is for no active user", code=Code.USER_DISABLED)
     if not _is_theirs(verified, issuer, user):
         raise InvalidMessageError(
-            f"the ID token is not {user.user_id}'s, by its claim {issuer.user_claim}", code="user_mismatch"
+            f"the ID token is not {user.user_id}'s, by its claim {issuer.user_claim}", code=Code.USER_MISMATCH
         )
     unsaid = issuer.user_claim == "email" and "email_verified" not in verified.claims
     return Consent(

@@ -22,6 +22,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
+from ringfence.messages.codes import AnyCode, Code, ReceivedCode
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.operations import Heartbeat, PartitionDigest
 from ringfence.messages.registry import (
@@ -40,7 +41,7 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import AGENT, HEARTBEAT, RUN, TARGET, TASK, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import NO_HISTORY, Giver, KeyHistory, KeyOrigin, may_be_dropped
-from ringfence.model.records.command_chain import INCOMPLETE, ChainError, Chains, unverified_command
+from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
 from ringfence.model.records.user_keys import user_key
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
@@ -85,7 +86,7 @@ class VerifiedRecord(Generic[S]):
 class Alarm:
     """Something on a record topic that an honest registry does not do."""
 
-    code: str
+    code: AnyCode
     message: str
     subject: str
     """The SPIFFE ID of the record's subject, or the key of the Kafka record."""
@@ -253,9 +254,9 @@ class Directory:
             return Refused(Reason(code=error.code, message=str(error)[:2048]))
         id = subject_of(self._trust.trust_domain, record.sub, kind)
         if id is None:
-            return refused("wrong_subject", f"{record.sub} is no {kind}")
+            return refused(Code.WRONG_SUBJECT, f"{record.sub} is no {kind}")
         if key is not None and key != id:
-            return refused("wrong_key", f"the record of {record.sub} stands under the key {key}")
+            return refused(Code.WRONG_KEY, f"the record of {record.sub} stands under the key {key}")
         slot = self._slots[kind].get(id)
         if slot is not None:
             if record == slot.record:
@@ -263,7 +264,7 @@ class Directory:
             if record.revision <= slot.record.revision:
                 known = slot.record.revision
                 message = f"{record.sub} has revision {known}, this says {record.revision}"
-                return refused("revision_fell", message)
+                return refused(Code.REVISION_FELL, message)
             history = _check_history(record, slot.record.commands)
             if isinstance(history, Refused):
                 return history
@@ -302,7 +303,7 @@ class Directory:
         if key in self._slots[kind]:
             self._displaced.add((kind, key))
         code, message = verdict.reason.code, verdict.reason.message
-        if code == "key_unknown":
+        if code == Code.KEY_UNKNOWN:
             self._awaiting_trust.append(record)
         log.error(
             "refused a %s record at %d@%d: %s: %s",
@@ -314,7 +315,7 @@ class Directory:
             extra=rate_limited(record.topic_name, code),
         )
         subject = f"spiffe://{self._trust.trust_domain}/{kind}/{key}"
-        self._on_alarm(Alarm(code, message, subject, record.coordinates))
+        self._on_alarm(Alarm(ReceivedCode(code), message, subject, record.coordinates))
 
     def _is_own(self, record: Received) -> bool:
         """Whether this record was admitted when it was published. True once for each."""
@@ -327,7 +328,7 @@ class Directory:
 
     def _admit(self, kind: SubjectKind, record: Received) -> Verdict:
         if not record.value:
-            return refused("tombstone", "a record was deleted, which no registry does")
+            return refused(Code.TOMBSTONE, "a record was deleted, which no registry does")
         key = record.key or ""
         slot = self._slots[kind].get(key)
         if slot is not None and slot.compact == record.value:
@@ -473,7 +474,7 @@ class Directory:
             return ALLOWED
         id = user_id or agent_id
         message = f"key {kid} of {id} rests on key {giver.kid} of {giver.user_id}, which was compromised then"
-        return refused("key_voucher_compromised", message)
+        return refused(Code.KEY_VOUCHER_COMPROMISED, message)
 
     def target_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
         """The key `kid` of the resource server of target `iss` if it is valid at `at_s` (seconds). Raises
@@ -552,9 +553,9 @@ class Directory:
         try:
             self._chains.verify(slot.record)
         except ChainError as error:
-            if error.code == INCOMPLETE:
+            if error.code == Code.CHAIN_INCOMPLETE:
                 log.info("the record of %s does not count yet: %s", slot.record.sub, error)
-            elif slot.broken is None or slot.broken.code == INCOMPLETE:
+            elif slot.broken is None or slot.broken.code == Code.CHAIN_INCOMPLETE:
                 log.error("the record of %s counts for nothing: %s", slot.record.sub, error)
                 self._on_alarm(Alarm(error.code, str(error), slot.record.sub, slot.source))
             slot.broken, slot.broken_as_of = error, self._admitted_count
@@ -584,12 +585,14 @@ def _check_history(record: AnyRecord, known: Sequence[EmbeddedCommand]) -> Verdi
             after = [unverified_command(later) for later in new[len(kept) :]]
             if not may_be_dropped(unverified_command(command), before, after):
                 message = f"{what} leaves out a command of {command.appended_at_ms} ms that still counts"
-                return refused("history_changed", message)
+                return refused(Code.HISTORY_CHANGED, message)
     except InvalidMessageError as error:
-        return refused("history_changed", f"{what} embeds what is no command: {error}")
+        return refused(Code.HISTORY_CHANGED, f"{what} embeds what is no command: {error}")
     added = new[len(kept) :]
     if list(new[: len(kept)]) != kept or any(c.appended_at_ms < known[-1].appended_at_ms for c in added):
-        return refused("history_changed", f"{what} changes the order of its commands, or adds to their past")
+        return refused(
+            Code.HISTORY_CHANGED, f"{what} changes the order of its commands, or adds to their past"
+        )
     return ALLOWED
 
 

@@ -16,6 +16,7 @@ from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.oidc import IdentityToken, TokenError, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.enrolment import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef, RunRef
 from ringfence.messages.lease import RevocationRequest
@@ -34,7 +35,7 @@ MAX_TOKEN_AGE_S = 3600
 class EnrolmentError(InvalidMessageError):
     """Raised when an enrolment is invalid: wrong signer, for another key or agent, or expired."""
 
-    code = "enrolment_invalid"
+    code = Code.ENROLMENT_INVALID
 
 
 def keys_of_agents(directory: Directory, jws: UnverifiedJws, model: type[Claims], at_s: float) -> KeyFinder:
@@ -81,25 +82,26 @@ def open_enrolment(compact: str, trust: TrustStore, at_s: float) -> InstanceEnro
         raise EnrolmentError(f"the enrolment does not hold: {error}") from None
     key = enrolment.key
     if not key.not_before <= at_s < key.not_after:
-        raise EnrolmentError("the enrolment has ended; enrol again", code="enrolment_ended")
+        raise EnrolmentError("the enrolment has ended; enrol again", code=Code.ENROLMENT_ENDED)
     if key.not_after - enrolment.iat > MAX_ENROLMENT_S or enrolment.iat > at_s + LEEWAY_S:
         raise EnrolmentError("the enrolment claims a longer life than any may have")
     if enrolment.run is not None and not is_understood(enrolment.run):
         raise EnrolmentError(
             describe_unknown(unknown_fields(enrolment.run), "the run that the enrolment names"),
-            code="run_not_understood",
+            code=Code.RUN_NOT_UNDERSTOOD,
         )
     if enrolment.instance_id != instance_id(enrolment.token_digest, key.kid):
         raise EnrolmentError("the enrolment has the id of another instance")
     issuer = issuer_of_instances(trust, enrolment.issuer, at_s)
     if issuer is None:
         raise EnrolmentError(
-            f"the trust bundle does not believe {enrolment.issuer} about instances", code="issuer_untrusted"
+            f"the trust bundle does not believe {enrolment.issuer} about instances",
+            code=Code.ISSUER_UNTRUSTED,
         )
     if not is_understood(issuer):
         raise EnrolmentError(
             describe_unknown(unknown_fields(issuer), f"issuer {issuer.issuer} in the trust bundle"),
-            code="issuer_not_understood",
+            code=Code.ISSUER_NOT_UNDERSTOOD,
         )
     if not issuer.discovery:
         token = _check_token(enrolment, trust, issuer.keys)
@@ -130,7 +132,9 @@ def run_of(token: IdentityToken) -> RunRef:
             {"run_id": token.claims.get("run_id"), "task_id": token.claims.get("task_id")}
         )
     except ValidationError:
-        raise TokenError("the runner's token names no run_id and task_id", code="token_malformed") from None
+        raise TokenError(
+            "the runner's token names no run_id and task_id", code=Code.TOKEN_MALFORMED
+        ) from None
 
 
 def _check_token(enrolment: InstanceEnrolment, trust: TrustStore, keys: tuple[OidcKey, ...]) -> IdentityToken:
@@ -234,4 +238,4 @@ def _void(agent: AgentState, subject: str, issuer: str) -> Refused:
     message = (
         f"agent {agent.agent_id} does not let {subject[:200]} of {issuer} in by that any more; enrol again"
     )
-    return refused("instance_void", message)
+    return refused(Code.INSTANCE_VOID, message)

@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse, verify
 from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, Role, UserAddKey, UserInvite
 from ringfence.model.identity.spiffe_ids import spiffe_id, subject_of
 from ringfence.model.lifecycle import KeyOrigin, KeyProof, SignerKey, check_endorsement
@@ -41,13 +42,13 @@ def verified_key_proof(
     `signer` is who signed the command itself. Raises InvalidMessageError with the reason why it proves nothing.
     """
     if command.invitation is None:
-        raise InvalidMessageError("it embeds no invitation", code="invitation_missing")
+        raise InvalidMessageError("it embeds no invitation", code=Code.INVITATION_MISSING)
     if command.possession is None:
-        raise InvalidMessageError("it embeds no possession by the new key", code="possession_missing")
+        raise InvalidMessageError("it embeds no possession by the new key", code=Code.POSSESSION_MISSING)
     invitation = _verified_invitation(command.invitation, command.user_id, people, trust, at_ms)
     possession = _verified_possession(command, command.possession, trust, at_ms)
     if possession.invitation != invitation.jti:
-        raise InvalidMessageError("the possession answers another invitation", code="possession_other")
+        raise InvalidMessageError("the possession answers another invitation", code=Code.POSSESSION_OTHER)
     endorser = None
     if command.endorsement is not None:
         endorser = _verified_endorser(command, command.endorsement, signer, people, trust, at_ms)
@@ -62,7 +63,7 @@ def _verified_invitation(
         audience=trust.trust_domain, appended_at_ms=at_ms,
     ).claims  # fmt: skip
     if claims.user_id != user_id:
-        raise InvalidMessageError(f"the invitation is for {claims.user_id}", code="invitation_other_user")
+        raise InvalidMessageError(f"the invitation is for {claims.user_id}", code=Code.INVITATION_OTHER_USER)
     inviter = subject_of(trust.trust_domain, claims.iss, "user")
     if (
         claims.iss != trust.root_id
@@ -71,7 +72,7 @@ def _verified_invitation(
     ):
         raise InvalidMessageError(
             f"the invitation is by {claims.iss}, who is neither an operator nor {user_id}",
-            code="invitation_not_allowed",
+            code=Code.INVITATION_NOT_ALLOWED,
         )
     return claims
 
@@ -87,7 +88,7 @@ def _verified_possession(command: UserAddKey, compact: str, trust: TrustStore, a
     claims = verify(jws, KeyPossession, find, audience=trust.trust_domain, appended_at_ms=at_ms).claims
     if (claims.user_id, thumbprint(claims.jwk)) != (command.user_id, command.key.kid):
         raise InvalidMessageError(
-            "the possession is of another key, or for another user", code="possession_other"
+            "the possession is of another key, or for another user", code=Code.POSSESSION_OTHER
         )
     return claims
 
@@ -112,17 +113,17 @@ def _verified_endorser(
         possession_digest,
     ):
         raise InvalidMessageError(
-            "the co-signature is under another key or another possession", code="endorsement_other"
+            "the co-signature is under another key or another possession", code=Code.ENDORSEMENT_OTHER
         )
     user_id = subject_of(trust.trust_domain, claims.iss, "user") or ""
     if "operator" not in people.roles_of(user_id):
         raise InvalidMessageError(
-            f"the co-signature is by {claims.iss}, who is no operator", code="endorsement_not_operator"
+            f"the co-signature is by {claims.iss}, who is no operator", code=Code.ENDORSEMENT_NOT_OPERATOR
         )
     endorser = SignerKey(user_id, jws.header.kid, people.origin_of(user_id, jws.header.kid))
     verdict = check_endorsement(command.user_id, signer, endorser, at_ms)
     if isinstance(verdict, Refused):
-        raise InvalidMessageError(verdict.reason.message, code=verdict.reason.code)
+        raise InvalidMessageError(verdict.reason.message, code=ReceivedCode(verdict.reason.code))
     return endorser
 
 

@@ -20,6 +20,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.enrolment import InstanceEnrolment, InstanceRef
 from ringfence.messages.run import Run, RunStatus
@@ -40,7 +41,9 @@ FOLLOWING: Final[dict[RunStatus, frozenset[RunStatus]]] = {
 }
 """Which statuses may follow each status."""
 OVER: Final[frozenset[RunStatus]] = frozenset({"ended", "lost"})
-BY_TIME_OR_END: Final = frozenset({"run_ended", "run_unknown", "run_not_started", "run_not_understood"})
+BY_TIME_OR_END: Final = frozenset(
+    {Code.RUN_ENDED, Code.RUN_UNKNOWN, Code.RUN_NOT_STARTED, Code.RUN_NOT_UNDERSTOOD}
+)
 """Codes of denials that an honest policy may not have known when it decided."""
 _SAME: Final = (
     "run_id", "order_id", "nonce", "ordered_by", "agent_id", "task_id", "deadline", "backend", "limits",
@@ -134,7 +137,7 @@ class RunTable:
         try:
             run = self.verified(record)
         except InvalidMessageError as error:
-            if error.code == "key_unknown":
+            if error.code == Code.KEY_UNKNOWN:
                 self._awaiting_trust.append(record)
             log.warning(
                 "not a run: %s/%d@%d: %s",
@@ -175,7 +178,7 @@ class RunTable:
         going_on = {id: deadline for id, deadline in going_on.items() if deadline * 1000 > now_ms}
         self._going_on[run.iss] = going_on
         if len(going_on) >= MAX_RUNS:
-            return refused("run_refused", f"{run.iss} has {MAX_RUNS} runs that go on")
+            return refused(Code.RUN_REFUSED, f"{run.iss} has {MAX_RUNS} runs that go on")
         return ALLOWED
 
     def _forget(self, now_ms: int) -> None:
@@ -195,14 +198,15 @@ class RunTable:
             audience=self._trust.trust_domain,
         ).claims
         if record.key != run.run_id:
-            raise InvalidMessageError("the Kafka key of a run is its id", code="key_unexpected")
+            raise InvalidMessageError("the Kafka key of a run is its id", code=Code.KEY_UNEXPECTED)
         if run.run_id != run_id_of(run.iss, order_id=run.order_id, nonce=run.nonce):
             raise InvalidMessageError(
-                "the id of a run follows from its order, or its runner", code="run_id_unexpected"
+                "the id of a run follows from its order, or its runner", code=Code.RUN_ID_UNEXPECTED
             )
         if run.deadline > record.appended_at_ms // 1000 + MAX_RUN_S + _CLOCKS_DIFFER_S:
             raise InvalidMessageError(
-                f"a run lasts {MAX_RUN_S // 3600} h at most, and its deadline is later", code="run_too_long"
+                f"a run lasts {MAX_RUN_S // 3600} h at most, and its deadline is later",
+                code=Code.RUN_TOO_LONG,
             )
         return run
 
@@ -221,13 +225,13 @@ def check_succession(known: Run, following: Run) -> Verdict:
     4. It does not change the key of the run's instance.
     """
     if known.iss != following.iss:
-        return refused("run_refused", f"the run is {known.iss}'s, and {following.iss} signed this")
+        return refused(Code.RUN_REFUSED, f"the run is {known.iss}'s, and {following.iss} signed this")
     if following.status not in FOLLOWING[known.status]:
-        return refused("run_refused", f"the run is {known.status}, and this says {following.status}")
+        return refused(Code.RUN_REFUSED, f"the run is {known.status}, and this says {following.status}")
     if changed := [name for name in _SAME if getattr(known, name) != getattr(following, name)]:
-        return refused("run_refused", f"it changes {', '.join(changed)}")
+        return refused(Code.RUN_REFUSED, f"it changes {', '.join(changed)}")
     if known.key_thumbprint is not None and following.key_thumbprint != known.key_thumbprint:
-        return refused("run_refused", "it changes the key of the run's instance")
+        return refused(Code.RUN_REFUSED, "it changes the key of the run's instance")
     return ALLOWED
 
 
@@ -250,7 +254,7 @@ def run_violations(
     found = []
     if instance.run.task_id != task_id:
         message = f"the instance is that of a run of task {instance.run.task_id}, and acts within no other"
-        found.append(Reason(code="instance_other_task", message=message))
+        found.append(Reason(code=Code.INSTANCE_OTHER_TASK, message=message))
     verdict = _check_run(instance, run, agent_id, kid, now_s)
     return (*found, verdict.reason) if isinstance(verdict, Refused) else tuple(found)
 
@@ -269,17 +273,17 @@ def _check_run(
     assert instance.run is not None
     id = instance.run.run_id
     if run is None:
-        return refused("run_unknown", f"no runner says that there is a run {id}")
+        return refused(Code.RUN_UNKNOWN, f"no runner says that there is a run {id}")
     if run.status in OVER or now_s >= run.deadline:
-        return refused("run_ended", f"run {id} has ended, and with it everything that its instance may")
+        return refused(Code.RUN_ENDED, f"run {id} has ended, and with it everything that its instance may")
     if run.status != "started":
-        return refused("run_not_started", f"run {id} has not started yet")
+        return refused(Code.RUN_NOT_STARTED, f"run {id} has not started yet")
     if fields := unknown_fields(run):
         message = (
             f"run {id} has a field that is not known here, and may limit it: {names_of(fields)}; upgrade"
         )
-        return refused("run_not_understood", message)
+        return refused(Code.RUN_NOT_UNDERSTOOD, message)
     same = (run.agent_id, run.task_id) == (agent_id, instance.run.task_id)
     if not same or runner_issuer_of(run.iss) != instance.issuer or kid not in (None, run.key_thumbprint):
-        return refused("run_mismatch", f"run {id} is of another agent, task, runner or key")
+        return refused(Code.RUN_MISMATCH, f"run {id} is of another agent, task, runner or key")
     return ALLOWED

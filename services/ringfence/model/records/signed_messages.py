@@ -23,6 +23,7 @@ from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse, verify
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Claims
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import SessionStatement
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -107,7 +108,8 @@ class SignedMessageVerifier:
         """
         if len(value) > max_bytes:
             raise InvalidMessageError(
-                f"{with_article(model.typ)} of {len(value)} bytes; the limit is {max_bytes}", code="too_large"
+                f"{with_article(model.typ)} of {len(value)} bytes; the limit is {max_bytes}",
+                code=Code.TOO_LARGE,
             )
         jws, at_s = parse(value), at_ms / 1000
         of_agents = keys_of_agents(self.directory, jws, model, at_s)
@@ -121,7 +123,7 @@ class SignedMessageVerifier:
                 # Decided after the signature check: these claims are verified.
                 return Signed(jws.unverified_claims(model), jws.compact), error
             except SignatureError as error:
-                if known_here or error.code != "key_unknown":
+                if known_here or error.code != Code.KEY_UNKNOWN:
                     raise
                 await self.catch_up()
             else:

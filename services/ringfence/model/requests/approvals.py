@@ -9,6 +9,7 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import Signed, is_by_passkey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
 from ringfence.messages.base import Jws
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, Delivery, Reason, RequiredClass, Revisions
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
@@ -83,20 +84,20 @@ def check_approval(
     """
     claims = approval.claims
     if claims.request_digest != facts.request.digest or claims.request != facts.request.compact:
-        return refused("approval_other_request", "the approval is a signature over another request")
+        return refused(Code.APPROVAL_OTHER_REQUEST, "the approval is a signature over another request")
     if claims.verdict != "approved":
         message = f"{claims.iss} denied it: {(claims.comment or 'no comment')[:500]}"
-        return refused("approval_denied", message)
+        return refused(Code.APPROVAL_DENIED, message)
     understood = check_understood(claims)
     if isinstance(understood, Refused):
         return understood
     if (claims.ttl_s, claims.delivery) != (ttl_s, delivery):
-        return refused("approval_other_terms", "the approval was given for another TTL or delivery")
+        return refused(Code.APPROVAL_OTHER_TERMS, "the approval was given for another TTL or delivery")
     if at_ms > claims.exp * 1000 + APPROVAL_SLACK_MS:
-        return refused("approval_expired", "the time of the approval is over; ask anew")
+        return refused(Code.APPROVAL_EXPIRED, "the time of the approval is over; ask anew")
     if claims.revisions != revisions:
         return refused(
-            "approval_stale", "agent, user, task, target or policy changed since the approval; ask anew"
+            Code.APPROVAL_STALE, "agent, user, task, target or policy changed since the approval; ask anew"
         )
     return ALLOWED
 
@@ -111,7 +112,7 @@ def append_time_of(decision: CredentialDecision, answer: Jws) -> int | None:
     at_ms = (decision.answers_at_ms or {}).get(digest(answer))
     if at_ms is None:
         raise InvalidMessageError(
-            "the decision does not say when the passkey's answer was appended", code="append_time_unknown"
+            "the decision does not say when the passkey's answer was appended", code=Code.APPEND_TIME_UNKNOWN
         )
     return at_ms
 
@@ -124,7 +125,7 @@ def check_understood(answer: Approval | ActionApproval) -> Verdict:
     if answer.verdict != "approved" or is_understood(answer):
         return ALLOWED
     message = describe_unknown(unknown_fields(answer), "the approval")[:2048]
-    return Refused(Reason(code="approval_not_understood", message=message))
+    return Refused(Reason(code=Code.APPROVAL_NOT_UNDERSTOOD, message=message))
 
 
 def unmet(

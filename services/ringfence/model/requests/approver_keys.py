@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.approval import ActionApproval, Approval, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import FloorKey, TargetState
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -70,13 +71,13 @@ def check_approver_key(
     try:
         signer = _key_of(approval, directory)
     except ChainError as error:
-        return _refused("record_untrusted", str(error))
+        return _refused(Code.RECORD_UNTRUSTED, str(error))
     if signer is None:
         message = f"the record of {approval.claims.iss} does not say where this key comes from"
-        return _refused("key_unknown", message)
+        return _refused(Code.KEY_UNKNOWN, message)
     if at_ms // 1000 >= signer.key.not_after:
         message = f"key {signer.key.kid} of {signer.user_id} has ended since; approve anew with another"
-        return _refused("key_ended", message)
+        return _refused(Code.KEY_ENDED, message)
     verdict = check_key_floor(signer.key, facts.target.state, verbs)
     if isinstance(verdict, Refused):
         return KeyRefused(verdict.reason, since_ms=0)
@@ -99,19 +100,19 @@ def check_key_origin(
             f"key {origin.kid} of {user_id} was added by {origin.by or 'the root'} and counts for approvals only from "
             f"{since}; use another key, or have a second operator co-sign a new one (ringfence user endorse-key)"
         )
-        return _refused("key_too_new", message, origin.added_ms)
+        return _refused(Code.KEY_TOO_NEW, message, origin.added_ms)
     if beside := sorted(origin.vouchers & set(parties) - {user_id}):
         message = (
             f"key {origin.kid} of {user_id} rests on the word of {', '.join(beside)}, who takes part in this; "
             "use another key, or have somebody else approve"
         )
-        return _refused("key_beside_voucher", message, origin.added_ms)
+        return _refused(Code.KEY_BESIDE_VOUCHER, message, origin.added_ms)
     if (giver := directory.compromised_giver(origin)) is not None:
         message = (
             f"key {origin.kid} of {user_id} rests on key {giver.kid} of {giver.user_id}, which was compromised then; "
             f"end it, and have another added: ringfence user end-key {user_id} {origin.kid} --compromised --since TIME"
         )
-        return _refused("key_voucher_compromised", message, origin.added_ms)
+        return _refused(Code.KEY_VOUCHER_COMPROMISED, message, origin.added_ms)
     return ALLOWED
 
 
@@ -126,7 +127,7 @@ def check_not_voucher(user_id: str, approvals: Sequence[AnyApproval], directory:
                 f"{signer.user_id} approved with a key that rests on the word of {user_id}; somebody else has to "
                 "approve beside that"
             )
-            return refused("key_beside_voucher", message)
+            return refused(Code.KEY_BESIDE_VOUCHER, message)
     return ALLOWED
 
 
@@ -140,9 +141,9 @@ def check_key_floor(key: KeyRecord, target: TargetState, verbs: Collection[str])
     return ALLOWED
 
 
-_WANTED: dict[FloorKey, tuple[str, str]] = {
-    "attested": ("key_not_attested", "a passkey whose attestation an operator verified"),
-    "file": ("key_not_file", "a key file"),
+_WANTED: dict[FloorKey, tuple[Code, str]] = {
+    "attested": (Code.KEY_NOT_ATTESTED, "a passkey whose attestation an operator verified"),
+    "file": (Code.KEY_NOT_FILE, "a key file"),
 }
 
 
@@ -164,5 +165,5 @@ def _key_of(approval: AnyApproval, directory: Directory) -> _ApproverKey | None:
     return _ApproverKey(user_id, key, origin) if key is not None and origin is not None else None
 
 
-def _refused(code: str, message: str, since_ms: int = 0) -> KeyRefused:
+def _refused(code: Code, message: str, since_ms: int = 0) -> KeyRefused:
     return KeyRefused(refused(code, message).reason, since_ms)

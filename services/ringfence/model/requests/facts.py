@@ -9,6 +9,7 @@ from functools import lru_cache
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, kid_of
+from ringfence.messages.codes import AnyCode, Code, ReceivedCode, inactive_agent
 from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.lease import Delegator
@@ -41,10 +42,10 @@ _CACHED_SCOPES = 512
 class DeniedError(RingfenceError):
     """A request that cannot be evaluated, because something that it names does not exist. `reason` says what."""
 
-    code = "denied"
+    code = Code.DENIED
 
     def __init__(self, reason: Reason) -> None:
-        super().__init__(reason.message, code=reason.code)
+        super().__init__(reason.message, code=ReceivedCode(reason.code))
         self.reason = reason
 
 
@@ -181,7 +182,7 @@ def load_context(
     targets = {permission.target for permission in claims.scope}
     if len(targets) != 1:
         raise DeniedError(
-            _reason("several_targets", "a request is for one target; ask for each with its own request")
+            _reason(Code.SEVERAL_TARGETS, "a request is for one target; ask for each with its own request")
         )
     agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
     (target_id,) = targets
@@ -204,20 +205,20 @@ def load_records(directory: Directory, agent_id: str, task_id: str, target_id: s
     try:
         agent = directory.agent(agent_id)
         if agent is None:
-            raise DeniedError(_reason("agent_unknown", f"there is no agent {agent_id}"))
+            raise DeniedError(_reason(Code.AGENT_UNKNOWN, f"there is no agent {agent_id}"))
         task = directory.task(task_id)
         if task is None:
-            raise DeniedError(_reason("task_unknown", f"there is no task {task_id}; have one assigned"))
+            raise DeniedError(_reason(Code.TASK_UNKNOWN, f"there is no task {task_id}; have one assigned"))
         user = directory.user(task.state.on_behalf_of)
         if user is None:
-            raise DeniedError(_reason("user_unknown", f"there is no user {task.state.on_behalf_of}"))
+            raise DeniedError(_reason(Code.USER_UNKNOWN, f"there is no user {task.state.on_behalf_of}"))
         target = directory.target(target_id)
         if target is None:
-            raise DeniedError(_reason("target_unknown", f"there is no target {target_id}"))
+            raise DeniedError(_reason(Code.TARGET_UNKNOWN, f"there is no target {target_id}"))
         sponsor = directory.user(agent.state.sponsor)
         delegations = tuple(_delegations(directory, task))
     except ChainError as error:
-        raise DeniedError(_reason("record_untrusted", str(error))) from None
+        raise DeniedError(_reason(Code.RECORD_UNTRUSTED, str(error))) from None
     return RecordContext(agent, sponsor, task, user, target, delegations=delegations)
 
 
@@ -234,7 +235,7 @@ def _delegations(directory: Directory, task: VerifiedRecord[TaskState]) -> Itera
             message = (
                 f"task {state.task_id} is a part of {state.parent}, which is not there, or whose agent is not"
             )
-            raise DeniedError(_reason("task_unknown", message))
+            raise DeniedError(_reason(Code.TASK_UNKNOWN, message))
         kid = kid_of(task.record.commands[0].jws)  # no command of a task is dropped
         vouchers = directory.check_vouchers(agent.record.sub, kid)
         yield DelegationStep(agent, directory.user(agent.state.sponsor), parent, kid, vouchers)
@@ -285,7 +286,7 @@ def _signature(facts: RequestContext) -> tuple[Reason, ...]:
         return (key_compromised(agent.agent_id),)
     if isinstance(facts.vouchers, Refused):
         found = facts.vouchers.reason
-        return (_reason(found.code, f"{found.message}; sign the request with another key"),)
+        return (_reason(ReceivedCode(found.code), f"{found.message}; sign the request with another key"),)
     return ()
 
 
@@ -294,7 +295,7 @@ def key_compromised(agent_id: str) -> Reason:
     message = (
         f"it was asked for with a key of agent {agent_id} that is compromised; ask anew with the new one"
     )
-    return _reason("key_compromised", message)
+    return _reason(Code.KEY_COMPROMISED, message)
 
 
 def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> list[Reason]:
@@ -312,27 +313,27 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
             message = (
                 f"the task was handed on with a key of agent {step.agent.state.agent_id} that is compromised"
             )
-            found.append(_reason("key_compromised", message))
+            found.append(_reason(Code.KEY_COMPROMISED, message))
         elif isinstance(step.vouchers, Refused):
             reason = step.vouchers.reason
             message = f"the task was handed on with a key that gives nothing: {reason.message}"
-            found.append(_reason(reason.code, message))
+            found.append(_reason(ReceivedCode(reason.code), message))
         above = step.task.state
         if above.status != "active" or above.not_after <= now_s:
             message = (
                 f"task {above.task_id} of agent {above.agent_id} has ended, and with it every part of it"
             )
-            found.append(_reason("task_ended", message))
+            found.append(_reason(Code.TASK_ENDED, message))
     if task.agent_id != agent.agent_id:
-        found.append(_reason("task_other_agent", f"task {task.task_id} was assigned to another agent"))
+        found.append(_reason(Code.TASK_OTHER_AGENT, f"task {task.task_id} was assigned to another agent"))
     if task.status != "active" or task.not_after <= now_s:
-        found.append(_reason("task_ended", f"task {task.task_id} has ended; have a new one assigned"))
+        found.append(_reason(Code.TASK_ENDED, f"task {task.task_id} has ended; have a new one assigned"))
     if user.status != "active":
         found.append(
-            _reason("user_disabled", f"user {user.user_id}, whom the task is on behalf of, is disabled")
+            _reason(Code.USER_DISABLED, f"user {user.user_id}, whom the task is on behalf of, is disabled")
         )
     if target.status != "active":
-        found.append(_reason("target_removed", f"target {target.target_id} was removed"))
+        found.append(_reason(Code.TARGET_REMOVED, f"target {target.target_id} was removed"))
     known = {floor.verb: floor for floor in target.verbs}
     for permission in wanted:
         for verb in permission.verbs:
@@ -342,26 +343,26 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
                     f"the floor of {verb} at {target.target_id} has a field that is not known here, and may limit it: "
                     f"{names_of(unknown_fields(known[verb]))}; upgrade, or have an operator set the target without it"
                 )
-                found.append(_reason("verb_not_understood", message, permission, "target"))
+                found.append(_reason(Code.VERB_NOT_UNDERSTOOD, message, permission, "target"))
         unknown = [verb for verb in permission.verbs if verb not in known]
         if unknown:
             message = (
                 f"{target.target_id} has no verb {', '.join(unknown)}; it has {', '.join(sorted(known))}"
             )
-            found.append(_reason("verb_unknown", message, permission, "target"))
+            found.append(_reason(Code.VERB_UNKNOWN, message, permission, "target"))
     return found
 
 
 def _agent_violations(agent: AgentState, sponsored_by: VerifiedRecord[UserState] | None) -> Iterator[Reason]:
     """Violations that concern one agent of the chain, whatever is wanted."""
     if agent.status != "active":
-        yield _reason(f"agent_{agent.status}", f"agent {agent.agent_id} is {agent.status}")
+        yield _reason(inactive_agent(agent.status), f"agent {agent.agent_id} is {agent.status}")
     sponsor = sponsored_by.state if sponsored_by else None
     if sponsor is None or sponsor.status != "active" or "sponsor" not in sponsor.roles:
         message = (
             f"the sponsor {agent.sponsor} of {agent.agent_id} is no active sponsor; transfer the agent first"
         )
-        yield _reason("agent_orphaned", message)
+        yield _reason(Code.AGENT_ORPHANED, message)
 
 
 @lru_cache(maxsize=_CACHED_SCOPES)
@@ -400,18 +401,22 @@ def _beyond(
     try:
         validate_scope(wanted)
     except ScopeError as error:
-        return (_reason("scope_invalid", str(error)),)
+        return (_reason(Code.SCOPE_INVALID, str(error)),)
     found: list[Reason] = []
     for excess in exceeding(wanted, _limits_of(task, agents, user, entitled=entitled)):
         verbs, resources = ", ".join(excess.permission.verbs), ", ".join(excess.permission.resources)
         names = f"{verbs} on {resources} at {excess.permission.target}"
         found.append(
-            _reason("beyond_scope", f"{excess.limit} does not allow {names}", excess.permission, excess.limit)
+            _reason(
+                Code.BEYOND_SCOPE, f"{excess.limit} does not allow {names}", excess.permission, excess.limit
+            )
         )
     return tuple(found)
 
 
-def _reason(code: str, message: str, permission: Permission | None = None, side: str | None = None) -> Reason:
+def _reason(
+    code: AnyCode, message: str, permission: Permission | None = None, side: str | None = None
+) -> Reason:
     # A scope of many long globs is longer than a message may be; `permission` names it whole.
     short = message if len(message) <= 1000 else f"{message[:997]}..."
     return Reason(code=code, message=short, permission=permission, side=side)

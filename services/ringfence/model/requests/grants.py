@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
 from ringfence.messages.base import typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Delivery, Reason, Revisions
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
@@ -70,22 +71,23 @@ def check_grant(
         return understood
     if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
         return refused(
-            "grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one"
+            Code.GRANT_TOO_LONG, f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most; sign a shorter one"
         )
     if (grant.agent_id, grant.task_id) != (agent.agent_id, task.task_id):
-        return refused("grant_other_task", "the grant was given for another task or agent")
+        return refused(Code.GRANT_OTHER_TASK, "the grant was given for another task or agent")
     if facts.break_glass:
-        return refused("grant_breaks_no_glass", "break glass takes signatures over the very request")
+        return refused(Code.GRANT_BREAKS_NO_GLASS, "break glass takes signatures over the very request")
     one_target = len({permission.target for permission in grant.scope}) == 1  # it has one target's revision
     if not one_target or missing(facts.request.claims.scope, grant.scope):
-        return refused("grant_other_scope", "the request reaches beyond the scope of the grant")
+        return refused(Code.GRANT_OTHER_SCOPE, "the request reaches beyond the scope of the grant")
     if ttl_s > grant.ttl_s or delivery != grant.delivery:
-        return refused("grant_other_terms", "the grant was given for a shorter life or another delivery")
+        return refused(Code.GRANT_OTHER_TERMS, "the grant was given for a shorter life or another delivery")
     if at_ms >= grant.exp * 1000:
-        return refused("grant_ended", "the time of the grant is over; ask anew")
+        return refused(Code.GRANT_ENDED, "the time of the grant is over; ask anew")
     if grant.revisions != revisions:
         return refused(
-            "grant_stale", "agent, user, task, target or policy changed since the grant was given; ask anew"
+            Code.GRANT_STALE,
+            "agent, user, task, target or policy changed since the grant was given; ask anew",
         )
     return ALLOWED
 
@@ -95,7 +97,7 @@ def check_understood(grant: Grant) -> Verdict:
     if is_understood(grant):
         return ALLOWED
     message = describe_unknown(unknown_fields(grant), "the grant")[:2048]
-    return Refused(Reason(code="grant_not_understood", message=message))
+    return Refused(Reason(code=Code.GRANT_NOT_UNDERSTOOD, message=message))
 
 
 @dataclass(frozen=True, slots=True)

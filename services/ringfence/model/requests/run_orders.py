@@ -11,6 +11,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.codes import Code, ReceivedCode, inactive_agent
 from ringfence.messages.registry import AgentState, TaskState, UserState
 from ringfence.messages.run import RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -41,7 +42,7 @@ def verified_stop(compact: str | bytes, directory: Directory, appended_at_ms: in
 def _verified(compact: str | bytes, model: type[C], directory: Directory, appended_at_ms: int) -> Signed[C]:
     if len(compact) > MAX_ORDER_BYTES:
         raise InvalidMessageError(
-            f"a {model.typ} of {len(compact)} bytes; the limit is {MAX_ORDER_BYTES}", code="too_large"
+            f"a {model.typ} of {len(compact)} bytes; the limit is {MAX_ORDER_BYTES}", code=Code.TOO_LARGE
         )
     try:
         return verify(
@@ -72,29 +73,32 @@ def check_order(order: RunOrder, kid: str, directory: Directory, at_s: float) ->
     7. The signer is an active user: the task's assigner, its user, or the agent's sponsor.
     """
     if fields := unknown_fields(order):
-        return refused("unknown_field", describe_unknown(fields, "the order"))
+        return refused(Code.UNKNOWN_FIELD, describe_unknown(fields, "the order"))
     try:
         task, agent = directory.task(order.task_id), directory.agent(order.agent_id)
         user_id = subject_of(order.aud, order.iss, "user")
         user = directory.user(user_id) if user_id is not None else None
         vouchers = directory.check_vouchers(order.iss, kid)
     except ChainError as error:
-        return refused("record_untrusted", str(error))
+        return refused(Code.RECORD_UNTRUSTED, str(error))
     if isinstance(vouchers, Refused):
-        return refused(vouchers.reason.code, f"{vouchers.reason.message}; order the run with another key")
+        return refused(
+            ReceivedCode(vouchers.reason.code), f"{vouchers.reason.message}; order the run with another key"
+        )
     since_ms = (user.state.compromised or {}).get(kid) if user is not None else None
     if since_ms is not None and at_s * 1000 >= since_ms:
         message = f"key {kid} of {order.iss} is ended as compromised; order the run with another key"
-        return refused("key_compromised", message)
-    if agent is None or agent.state.status != "active":
-        status = agent.state.status if agent is not None else "unknown"
-        return refused(f"agent_{status}", f"agent {order.agent_id} is {status}")
+        return refused(Code.KEY_COMPROMISED, message)
+    if agent is None:
+        return refused(Code.AGENT_UNKNOWN, f"agent {order.agent_id} is unknown")
+    if agent.state.status != "active":
+        return refused(inactive_agent(agent.state.status), f"agent {order.agent_id} is {agent.state.status}")
     if task is None:
-        return refused("task_unknown", f"there is no task {order.task_id}")
+        return refused(Code.TASK_UNKNOWN, f"there is no task {order.task_id}")
     if task.state.agent_id != order.agent_id:
-        return refused("task_other_agent", f"task {order.task_id} was assigned to another agent")
+        return refused(Code.TASK_OTHER_AGENT, f"task {order.task_id} was assigned to another agent")
     if task.state.status != "active" or task.state.not_after <= at_s:
-        return refused("task_ended", f"task {order.task_id} has ended")
+        return refused(Code.TASK_ENDED, f"task {order.task_id} has ended")
     return _check_user(order.iss, user, task, agent)
 
 
@@ -112,9 +116,9 @@ def check_stop(
         user_id = subject_of(stop.aud, stop.iss, "user")
         user = directory.user(user_id) if user_id is not None else None
     except ChainError as error:
-        return refused("record_untrusted", str(error))
+        return refused(Code.RECORD_UNTRUSTED, str(error))
     if task is None or agent is None:
-        return refused("task_unknown", f"there is no task {task_id} of agent {agent_id}")
+        return refused(Code.TASK_UNKNOWN, f"there is no task {task_id} of agent {agent_id}")
     return _check_user(stop.iss, user, task, agent)
 
 
@@ -125,8 +129,8 @@ def _check_user(
     agent: VerifiedRecord[AgentState],
 ) -> Verdict:
     if user is None or user.state.status != "active" or user.state.delegation is not None:
-        return refused("user_disabled", f"{signer} is no active user")
+        return refused(Code.USER_DISABLED, f"{signer} is no active user")
     if user.state.user_id not in (task.state.assigned_by, task.state.on_behalf_of, agent.state.sponsor):
         message = "a run is ordered and stopped by its task's assigner or user, or by its agent's sponsor"
-        return refused("not_entitled", message)
+        return refused(Code.NOT_ENTITLED, message)
     return ALLOWED

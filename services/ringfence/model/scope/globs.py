@@ -39,6 +39,7 @@ from functools import lru_cache
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 
 MAX_GLOB_CHARS: Final = 512
 MAX_WILDCARDS: Final = 8
@@ -85,7 +86,7 @@ _REFUSED_CATEGORIES: Final = frozenset(["Cc", "Cf", "Cs", "Co", "Cn", "Zs", "Zl"
 class ScopeError(RingfenceError):
     """A glob, verb, target id or scope is outside the grammar. The message says where, and what to write instead."""
 
-    code = "scope_invalid"
+    code = Code.SCOPE_INVALID
 
 
 @dataclass(frozen=True, slots=True)

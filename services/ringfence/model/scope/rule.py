@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import Entitlements
 from ringfence.model.scope.globs import ScopeError
@@ -27,7 +28,7 @@ class DeadlineError(RingfenceError):
     the cause.
     """
 
-    code = "deadline_too_close"
+    code = Code.DEADLINE_TOO_CLOSE
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import orjson
 
 from ringfence.kernel.crypto.jws import kid_of, parse
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.registry import AgentState, EmbeddedCommand, TaskState, UserState
 from ringfence.model.leases.lifecycle import is_short_lived, is_task_bound
@@ -45,7 +46,7 @@ class SharedKeyDetector:
             "finding",
             CredentialRequest.typ,
             about=("key_shared", case.agent_id, kid, at_ms // WINDOW_MS),
-            reasons=(Reason(code="key_shared", message=message),),
+            reasons=(Reason(code=Code.KEY_SHARED, message=message),),
             source=case.source,
             actor=claims.iss,
             traceparent=case.traceparent,

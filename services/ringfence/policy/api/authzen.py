@@ -28,6 +28,7 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code, status_of
 from ringfence.messages.credential import Coordinates, CredentialRequest
 from ringfence.messages.permission import Permission
 from ringfence.model.records.api_access import Authenticator, ForbiddenError
@@ -46,7 +47,7 @@ _STOPS_AT = {"deny_on_first_deny": False, "permit_on_first_permit": True}
 class BadQuestionError(RingfenceError):
     """Raised when a question is not valid AuthZEN, or lacks a field that is needed here."""
 
-    code = "question_invalid"
+    code = Code.QUESTION_INVALID
 
 
 class _Subject(BaseModel):
@@ -139,7 +140,7 @@ class AuthZen:
             try:
                 answers.append(await self._answered(_parsed(_AuthzenRequest, {**defaults, **one}), target_id))
             except RingfenceError as error:
-                problem = {"status": _status(error), "message": str(error)}
+                problem = {"status": status_of(error.code, 400), "message": str(error)}
                 answers.append({"decision": False, "context": {"error": problem}})
             if answers[-1]["decision"] is stops_at:
                 break
@@ -209,7 +210,7 @@ def _answering(
         try:
             return JSONResponse(await endpoint(request), headers=headers)
         except RingfenceError as error:
-            if (status := _status(error)) == 401:
+            if (status := status_of(error.code, 400)) == 401:
                 headers["WWW-Authenticate"] = "Bearer"
             return PlainTextResponse(str(error), status_code=status, headers=headers)
         except Exception:
@@ -220,12 +221,6 @@ def _answering(
     return answer
 
 
-def _status(error: RingfenceError) -> int:
-    return {"unauthenticated": 401, "forbidden": 403, "too_large": 413, "unavailable": 503}.get(
-        error.code, 400
-    )
-
-
 async def _body(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise BadQuestionError("a question has the Content-Type application/json")
@@ -233,7 +228,7 @@ async def _body(request: Request) -> dict[str, Any]:
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_BODY_BYTES:
-            raise BadQuestionError(f"a question has at most {MAX_BODY_BYTES} bytes", code="too_large")
+            raise BadQuestionError(f"a question has at most {MAX_BODY_BYTES} bytes", code=Code.TOO_LARGE)
     try:
         return json_object(body)
     except ValueError:

@@ -17,6 +17,7 @@ from ringfence.kernel.kafka.producer import to_json
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -52,7 +53,7 @@ arrived by then.
 
 
 _TOO_MUCH = Reason(
-    code="holds_too_much",
+    code=Code.HOLDS_TOO_MUCH,
     message=f"the agent holds more than {MAX_HELD} different things at once; give back what is not needed",
 )
 
@@ -107,7 +108,7 @@ class RequestEvaluator:
         self, case: Case, at_ms: int, approvals: Sequence[Signed[Approval]], *, binding: bool
     ) -> Evaluation:
         if stale := await self.stale():
-            return Evaluation(refuse("stale_view", stale))
+            return Evaluation(refuse(Code.STALE_VIEW, stale))
         tries_left = _WEIGHINGS
         while True:
             tries_left -= 1

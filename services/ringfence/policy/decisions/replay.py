@@ -29,6 +29,7 @@ from ringfence.kernel.kafka.connection import connection, no_answer
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.kernel.kafka.record import Received, missing_topics, received
 from ringfence.kernel.kafka.table_reader import Follower, paced
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, Reason, RequiredClass
 from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.topics import CREDENTIAL_DECISION, TRUST
@@ -45,8 +46,8 @@ Skipped = Literal[
     "later_decision", "answered_by_people", "withdrawn", "without_input", "engine_failed", "break_glass_not_needed",
     "input_incomplete", "input_unreadable", "signature_not_policys",
 ]  # fmt: skip
-_BY_PEOPLE = frozenset({"approval_denied", "approval_stale", "approval_expired"})
-_ENGINE = frozenset({"policy_timeout", "policy_unavailable", "policy_invalid"})
+_BY_PEOPLE = frozenset({Code.APPROVAL_DENIED, Code.APPROVAL_STALE, Code.APPROVAL_EXPIRED})
+_ENGINE = frozenset({Code.POLICY_TIMEOUT, Code.POLICY_UNAVAILABLE, Code.POLICY_INVALID})
 _INPUT_OF_RULES = re.compile(
     r"""
     \binput (?: \.(\w+) | \["(\w+)"\] ) (?: \.(\w+) | \["(\w+)"\] )?
@@ -220,11 +221,11 @@ class Replay:
             return "without_input"
         if decision.outcome == "denied" and codes & _BY_PEOPLE:
             return "answered_by_people"
-        if "withdrawn" in codes:
+        if Code.WITHDRAWN in codes:
             return "withdrawn"
         if codes & _ENGINE:
             return "engine_failed"
-        if "break_glass_not_needed" in codes:
+        if Code.BREAK_GLASS_NOT_NEEDED in codes:
             return "break_glass_not_needed"
         missing = {field for field in self._needed if not _has(decision.input, field)}
         if missing:

@@ -19,6 +19,7 @@ from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Span, Tracing, Work
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, Outcome, Reason, ReplyContent
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
 from ringfence.model.records.directory import Directory
@@ -222,7 +223,7 @@ def _times_of_passkeys(
 def _too_large(decision: CredentialDecision) -> CredentialDecision:
     """Return the denial to publish instead if the request and its records together exceed what a reader accepts."""
     reason = Reason(
-        code="decision_too_large",
+        code=Code.DECISION_TOO_LARGE,
         message="the request and the records that it is held against are too large to be signed together: "
         "ask for less, or have task, ceiling or entitlements written with fewer, wider permissions",
     )

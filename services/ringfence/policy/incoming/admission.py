@@ -21,6 +21,7 @@ from ringfence.kernel.kafka.record import Received, partition_of
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
 from ringfence.messages.base import ExpiringClaims, typ_header
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, RequestWithdraw
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
@@ -34,7 +35,6 @@ from ringfence.policy.incoming.load_shedding import BacklogMonitor, Stage
 C = TypeVar("C", bound=ExpiringClaims)
 
 MAX_APPROVAL_BYTES = 192 * 1024
-MISPLACED = "partition_unexpected"
 
 _FOR_OTHERS = frozenset({typ_header(BreakGlassReview), typ_header(ActionApproval)})
 
@@ -67,7 +67,7 @@ class MessageVerifier:
         """Return the request in a record, signed by an agent, and the error if it came too late."""
         if self._runtime.clock.now_ms() - record.appended_at_ms > MAX_AGE_MS:
             raise InvalidMessageError(
-                "the request has waited longer than any request may live; ask anew", code="too_old"
+                "the request has waited longer than any request may live; ask anew", code=Code.TOO_OLD
             )
         request, late = await self._verified(record, CredentialRequest, key_of_agent, MAX_REQUEST_BYTES)
         claims = request.claims
@@ -76,11 +76,11 @@ class MessageVerifier:
         agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
         if record.key != agent_id:
             raise InvalidMessageError(
-                f"the Kafka key of a request is the agent's id, {agent_id}", code="key_unexpected"
+                f"the Kafka key of a request is the agent's id, {agent_id}", code=Code.KEY_UNEXPECTED
             )
         placement = await self.check_placement(record, agent_id)
         if isinstance(placement, Refused):
-            raise InvalidMessageError(placement.reason.message, code=placement.reason.code)
+            raise InvalidMessageError(placement.reason.message, code=ReceivedCode(placement.reason.code))
         check_reply_key(claims.reply_key)
         id = message_id(claims.iss, claims.jti)
         return Case(request, id, agent_id, record.coordinates, record.traceparent), late
@@ -98,7 +98,7 @@ class MessageVerifier:
         if record.partition == right:
             return ALLOWED
         return refused(
-            MISPLACED,
+            Code.PARTITION_UNEXPECTED,
             f"what is about agent {agent_id} belongs in partition {right} of {record.topic_name}: use Kafka's default "
             "partitioner (murmur2 of the key)",
         )
@@ -237,7 +237,7 @@ class AdmissionControl:
         if not wait_s or waited_ms <= wait_s * 1000:
             return ALLOWED
         message = f"policy is behind: the request waited for {waited_ms / 1000:.0f} s; ask again later"
-        return refuse("overloaded", message, retry_after_s=wait_s)
+        return refuse(Code.OVERLOADED, message, retry_after_s=wait_s)
 
     def _check_rates(self, case: Case) -> Allowed | RequestRefused:
         at_ms = case.source.appended_at_ms
@@ -265,7 +265,7 @@ class AdmissionControl:
             return ALLOWED
         left_s = ceil(((self._window + 1) * _WINDOW_MS - at_ms) / 1000)
         message = f"{who} may ask {limit} times a minute, and has; ask again in {left_s} s"
-        return refuse("rate_limited", message, retry_after_s=left_s)
+        return refuse(Code.RATE_LIMITED, message, retry_after_s=left_s)
 
 
 class PendingApprovalLimit:
@@ -313,7 +313,7 @@ class PendingApprovalLimit:
             f"{count} requests of {who} wait for people already, and no more may; wait for answers, or have them "
             "approved ahead (ringfence approvals grant)"
         )
-        return refuse("approvals_pending_limit", message, retry_after_s=PENDING_RETRY_S)
+        return refuse(Code.APPROVALS_PENDING_LIMIT, message, retry_after_s=PENDING_RETRY_S)
 
 
 def _sponsor_of(directory: Directory, agent_id: str) -> str | None:

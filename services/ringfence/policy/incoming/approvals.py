@@ -16,6 +16,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.traceparent import nearest
 from ringfence.messages.approval import Approval, Grant
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, is_same_requester
@@ -42,8 +43,6 @@ log = logging.getLogger(__name__)
 
 OVERDUE_MS = 2_000
 """How long after their end pending requests are closed: answers appended in time should have been read by then."""
-WITHDRAWN = "withdrawn"
-"""The reason code of a request that its agent withdrew."""
 _CLOSE_EVERY_S = 0.5
 _PAUSE_EVERY = 20
 
@@ -162,10 +161,10 @@ class ApprovalHandler:
         claims, place = approval.claims, RecordPosition(record.partition, record.offset)
         state = self._decisions.get(claims.request_id)
         if state is None or state.outcome is None:
-            return refused("request_unknown", "no request with this id waits for an approval")
+            return refused(Code.REQUEST_UNKNOWN, "no request with this id waits for an approval")
         if record.key != state.agent_id:
             return refused(
-                "key_unexpected", f"the Kafka key of an approval is the agent's id, {state.agent_id}"
+                Code.KEY_UNEXPECTED, f"the Kafka key of an approval is the agent's id, {state.agent_id}"
             )
         placement = await self._verifier.check_placement(record, state.agent_id)
         if isinstance(placement, Refused):
@@ -174,17 +173,17 @@ class ApprovalHandler:
         seen = state.approvals.get(message_id(claims.iss, claims.jti))
         if seen is not None:
             if seen[0] != approval.digest or seen[1] not in (None, place):
-                return refused("approval_replayed", "this approval was given before; each counts once")
+                return refused(Code.APPROVAL_REPLAYED, "this approval was given before; each counts once")
             await self._finish(state)
             return ALLOWED
         if state.pending is None:
-            return refused("already_decided", f"the request is {state.outcome} already, and that stands")
+            return refused(Code.ALREADY_DECIDED, f"the request is {state.outcome} already, and that stands")
         if late is not None:
             return refused(late.code, str(late))
         pending = state.pending
         if record.appended_at_ms >= (pending.expires_at or 0) * 1000:
             await self._close(state, pending, (_expired_reason(pending),))
-            return refused("approval_expired", "the time in which approvals counted is over")
+            return refused(Code.APPROVAL_EXPIRED, "the time in which approvals counted is over")
         return await self._evaluate(approval, place, record.appended_at_ms, state, pending)
 
     async def _evaluate(
@@ -206,11 +205,11 @@ class ApprovalHandler:
         """
         claims, case, user_id = approval.claims, _case(state, pending), signer(approval)
         if user_id is None:
-            return refused("not_a_person", f"{claims.iss} is no user; only people approve")
+            return refused(Code.NOT_A_PERSON, f"{claims.iss} is no user; only people approve")
         if (claims.request, claims.request_digest) != (case.request.compact, case.request.digest):
-            return refused("approval_other_request", "the approval is a signature over another request")
+            return refused(Code.APPROVAL_OTHER_REQUEST, "the approval is a signature over another request")
         if stale := await self._evaluator.stale():
-            return refused("stale_view", f"{stale}; then approve again")
+            return refused(Code.STALE_VIEW, f"{stale}; then approve again")
         await self.records.wait_until_known(at_ms)
         try:
             facts = load_context(self._directory, case.request)
@@ -219,10 +218,10 @@ class ApprovalHandler:
             return ALLOWED
         if not may_approve_any(self._directory, user_id, pending.required, facts):
             required = ", ".join(pending.required)
-            return refused("not_approver", f"{user_id} cannot give what is asked for here: {required}")
+            return refused(Code.NOT_APPROVER, f"{user_id} cannot give what is asked for here: {required}")
         if claims.verdict == "denied":
             comment = (claims.comment or "no comment")[:500]
-            no = _reason("approval_denied", f"{user_id} denied it: {comment}")
+            no = _reason(Code.APPROVAL_DENIED, f"{user_id} denied it: {comment}")
             await self._close(state, pending, (no,), approval, place, at_ms)
             return ALLOWED
         present = facts.revisions(self._evaluator.policy_revision)
@@ -238,14 +237,14 @@ class ApprovalHandler:
         collected = [_collected(jws) for jws in pending.approvals]
         if not _all_valid(collected, at_ms):
             await self._close(state, pending, (_expired_reason(pending),))
-            return refused("approval_expired", "the time of an approval that was given before is over")
+            return refused(Code.APPROVAL_EXPIRED, "the time of an approval that was given before is over")
         keys = check_approver_keys(collected, self._directory, facts, at_ms=at_ms)
         void = [key for key in keys if isinstance(key, Refused)]
         if void:  # a key was ended as compromised since, or given anew
             await self._close(state, pending, tuple(key.reason for key in void))
             return void[0]
         if user_id in map(signer, collected):
-            return refused("approved_already", f"{user_id} approved this before; nobody counts twice")
+            return refused(Code.APPROVED_ALREADY, f"{user_id} approved this before; nobody counts twice")
         beside = [one for one in map(signer, collected) if one]
         by_key = check_approver_key(approval, self._directory, facts, facts.verbs, at_ms=at_ms, beside=beside)
         if isinstance(by_key, Refused):
@@ -350,15 +349,15 @@ class ApprovalHandler:
         async with self._locked(record.appended_at_ms):
             state = self._decisions.get(withdrawal.claims.request_id)
             if state is None or state.outcome is None:
-                return refused("request_unknown", "no request with this id is known here")
+                return refused(Code.REQUEST_UNKNOWN, "no request with this id is known here")
             if state.agent_id != agent_id:
-                return refused("not_requester", "another agent signed this request")
+                return refused(Code.NOT_REQUESTER, "another agent signed this request")
             if state.pending is not None and not _is_requester(state.pending, withdrawal.claims):
                 message = "another instance of the agent asked for this: the run or instance that asked withdraws it"
-                return refused("not_requester", message)
+                return refused(Code.NOT_REQUESTER, message)
             if record.key != agent_id:
                 return refused(
-                    "key_unexpected", f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
+                    Code.KEY_UNEXPECTED, f"the Kafka key of a withdrawal is the agent's id, {agent_id}"
                 )
             placement = await self._verifier.check_placement(record, agent_id)
             if isinstance(placement, Refused):
@@ -367,7 +366,7 @@ class ApprovalHandler:
             if state.pending is None:
                 return await self._withdrawn_before(state, withdrawal, at)
             message = f"agent {agent_id} withdrew the request: nobody waits for it any more"
-            await self._close(state, state.pending, (_reason(WITHDRAWN, message),))
+            await self._close(state, state.pending, (_reason(Code.WITHDRAWN, message),))
             state.withdrawal = (withdrawal.digest, at)
             return ALLOWED
 
@@ -386,9 +385,9 @@ class ApprovalHandler:
             return ALLOWED
         if seen is not None and seen[0] == withdrawal.digest:
             return refused(
-                "replayed", "this withdrawal was taken in before, elsewhere; a repeat changes nothing"
+                Code.REPLAYED, "this withdrawal was taken in before, elsewhere; a repeat changes nothing"
             )
-        return refused("already_decided", f"the request is {state.outcome} already, and that stands")
+        return refused(Code.ALREADY_DECIDED, f"the request is {state.outcome} already, and that stands")
 
     # --- requests that a new grant answers ---
 
@@ -499,7 +498,7 @@ def _is_withdrawn(state: RequestState) -> bool:
     if state.jws is None:
         return False
     decision = parse(state.jws).unverified_claims(CredentialDecision)  # this service signed it
-    return state.outcome == "denied" and any(reason.code == WITHDRAWN for reason in decision.reasons)
+    return state.outcome == "denied" and any(reason.code == Code.WITHDRAWN for reason in decision.reasons)
 
 
 def _collected(jws: str) -> Signed[Approval]:
@@ -520,18 +519,18 @@ def _all_valid(approvals: Iterable[Signed[Approval]], at_ms: int) -> bool:
     return all(at_ms < approval.claims.exp * 1000 for approval in approvals)
 
 
-def _reason(code: str, message: str) -> Reason:
+def _reason(code: Code, message: str) -> Reason:
     return Reason(code=code, message=message)
 
 
 def _expired_reason(pending: CredentialDecision) -> Reason:
     required = ", ".join(pending.required)
-    return _reason("approval_expired", f"nobody gave the approval in time ({required}); ask anew")
+    return _reason(Code.APPROVAL_EXPIRED, f"nobody gave the approval in time ({required}); ask anew")
 
 
 def _stale() -> Reason:
     return _reason(
-        "approval_stale",
+        Code.APPROVAL_STALE,
         "agent, user, task, target or policy changed since the approval was asked for; ask anew",
     )
 

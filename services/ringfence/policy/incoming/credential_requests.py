@@ -17,6 +17,7 @@ from ringfence.kernel.kafka.batch_handlers import BatchHandler, Handler, concurr
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import MAX_WAITING_BYTES, CredentialRequest, Reason, RequestWithdraw
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
@@ -109,14 +110,14 @@ class WithdrawalHandler:
         except ChainError as error:
             return Refused(Reason(code=error.code, message=str(error)))
         if agent is None:
-            return refused("agent_unknown", f"there is no agent {agent_id}")
+            return refused(Code.AGENT_UNKNOWN, f"there is no agent {agent_id}")
         return check_enrolment(enrolment, agent.state)
 
     async def _report(
         self, claims: RequestWithdraw, agent_id: str, why: Reason, record: Received
     ) -> Awaitable[object]:
         return await self._runtime.event_soon(
-            "replayed" if why.code == "replayed" else "refused",
+            "replayed" if why.code == Code.REPLAYED else "refused",
             RequestWithdraw.typ,
             about=(record.topic_name, record.partition, record.offset),
             actor=claims.iss,
@@ -249,7 +250,7 @@ class RequestHandler:
             about=(source.topic, source.partition, source.offset),
             actor=claims.iss,
             ref=claims.jti,
-            reasons=(Reason(code="replayed", message=message),),
+            reasons=(Reason(code=Code.REPLAYED, message=message),),
             source=source,
             traceparent=case.traceparent,
             agent_id=case.agent_id,
@@ -262,7 +263,7 @@ def _check_readable(case: Case) -> Allowed | RequestRefused:
     """Check that people can be asked about a request: it is short enough to be read, and has only one reading."""
     if (size := len(case.request.compact)) > MAX_WAITING_BYTES:
         message = f"a request of {size} bytes; one that needs approval has at most {MAX_WAITING_BYTES}: ask for less"
-        return refuse("too_large", message)
+        return refuse(Code.TOO_LARGE, message)
     try:
         parse(case.request.compact).check_one_reading()
     except InvalidMessageError as error:

@@ -9,6 +9,7 @@ from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, Grant, GrantWithdraw
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.directory import Directory
@@ -78,10 +79,10 @@ class GrantHandler:
         entry = self._table.keep(grant, record.partition, record.offset, record.appended_at_ms)
         if entry is None:
             message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
-            return refused("grants_too_many", message)
+            return refused(Code.GRANTS_TOO_MANY, message)
         if (entry.partition, entry.offset) != (record.partition, record.offset):
             return refused(
-                "grant_replayed", "this grant was given before; given again it counts for nothing more"
+                Code.GRANT_REPLAYED, "this grant was given before; given again it counts for nothing more"
             )
         return ALLOWED
 
@@ -100,34 +101,36 @@ class GrantHandler:
         grant = signed.claims
         user_id = signer_of(grant)
         if user_id is None:
-            return refused("not_a_person", f"{grant.iss} is no user; only people approve")
+            return refused(Code.NOT_A_PERSON, f"{grant.iss} is no user; only people approve")
         if record.key != grant.agent_id:
-            return refused("key_unexpected", f"the Kafka key of a grant is the agent's id, {grant.agent_id}")
+            return refused(
+                Code.KEY_UNEXPECTED, f"the Kafka key of a grant is the agent's id, {grant.agent_id}"
+            )
         if late is not None:
             return refused(late.code, str(late))
         understood = check_understood(grant)
         if isinstance(understood, Refused):
             return understood
         if grant.exp - grant.iat > MAX_GRANT_LIFE_S:
-            return refused("grant_too_long", f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most")
+            return refused(Code.GRANT_TOO_LONG, f"a grant lives {MAX_GRANT_LIFE_S // 3600} h at most")
         targets = {permission.target for permission in grant.scope}
         if len(targets) != 1:
-            return refused("several_targets", "a grant is for one target; give one for each")
+            return refused(Code.SEVERAL_TARGETS, "a grant is for one target; give one for each")
         try:
             validate_scope(grant.scope)
             ground = load_records(self._directory, grant.agent_id, grant.task_id, targets.pop())
         except ScopeError as error:
-            return Refused(Reason(code="scope_invalid", message=str(error)))
+            return Refused(Reason(code=Code.SCOPE_INVALID, message=str(error)))
         except DeniedError as error:
             return Refused(error.reason)
         if ground.task.state.agent_id != grant.agent_id:
-            return refused("task_other_agent", f"task {grant.task_id} was assigned to another agent")
+            return refused(Code.TASK_OTHER_AGENT, f"task {grant.task_id} was assigned to another agent")
         if not any(
             may_approve(self._directory, user_id, one, ground)
             for one in ("sponsor", "second_person", "operator")
         ):
             return refused(
-                "not_approver", f"{user_id} can approve nothing of agent {grant.agent_id} in this task"
+                Code.NOT_APPROVER, f"{user_id} can approve nothing of agent {grant.agent_id} in this task"
             )
         verbs = {verb for permission in grant.scope for verb in permission.verbs}
         by_key = check_approver_key(signed, self._directory, ground, verbs, at_ms=record.appended_at_ms)
@@ -135,7 +138,7 @@ class GrantHandler:
             return by_key
         if grant.revisions != ground.revisions(self._policy_revision()):
             return refused(
-                "grant_stale",
+                Code.GRANT_STALE,
                 "agent, user, task, target or policy changed before the grant came here; sign it anew",
             )
         return ALLOWED
@@ -162,7 +165,9 @@ class GrantHandler:
         entry = self._table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
         if entry is None:
-            return refused("grant_unknown", "no grant with this id is remembered: it may have ended long ago")
+            return refused(
+                Code.GRANT_UNKNOWN, "no grant with this id is remembered: it may have ended long ago"
+            )
         grant = entry.signed.claims
         try:
             ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
@@ -171,7 +176,7 @@ class GrantHandler:
         concerned = {signer_of(grant), ground.agent.state.sponsor, ground.task.state.on_behalf_of}
         if user_id is None or user_id not in concerned:
             return refused(
-                "not_concerned",
+                Code.NOT_CONCERNED,
                 f"{claims.iss} neither signed the grant, nor sponsors the agent, "
                 "nor is whom the task is on behalf of; "
                 "an operator may end the task or suspend the agent",
@@ -183,7 +188,7 @@ class GrantHandler:
         entry = self._table.get(grant_id)
         grant = claims if isinstance(claims, Grant) else entry.signed.claims if entry else None
         reasons = (verdict.reason,) if isinstance(verdict, Refused) else ()
-        replayed = any(reason.code == "grant_replayed" for reason in reasons)
+        replayed = any(reason.code == Code.GRANT_REPLAYED for reason in reasons)
         await self._runtime.event(
             "replayed" if replayed else "refused" if reasons else "accepted",
             claims.typ,

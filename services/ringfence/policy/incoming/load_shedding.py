@@ -23,6 +23,7 @@ from ringfence.kernel.base.retry import run_periodically
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates, CredentialRequest, Reason
 from ringfence.policy.decision_log import Decisions
 
@@ -179,6 +180,6 @@ class ShedRequests:
             "finding",
             CredentialRequest.typ,
             about=("requests_shed", partition, tally.first.offset),
-            reasons=(Reason(code="requests_shed", message=message),),
+            reasons=(Reason(code=Code.REQUESTS_SHED, message=message),),
             source=tally.last,
         )

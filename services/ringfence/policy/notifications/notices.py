@@ -28,6 +28,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.base import typ_header
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest
 from ringfence.model.lifecycle import WAIT_S
 from ringfence.model.records.command_chain import ChainError
@@ -66,7 +67,7 @@ _REMEMBERED = 10_000
 class GaveUpError(RingfenceError):
     """Raised when a webhook is not tried again."""
 
-    code = "webhook_failed"
+    code = Code.WEBHOOK_FAILED
 
 
 @dataclass(frozen=True, slots=True)

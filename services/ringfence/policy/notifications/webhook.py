@@ -20,6 +20,7 @@ from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible, visible_name
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
+from ringfence.messages.codes import Code
 from ringfence.model.lifecycle import KeyOrigin
 from ringfence.model.requests.facts import RecordContext, RequestContext
 
@@ -37,7 +38,7 @@ _WHOM = {
 class WebhookError(RingfenceError):
     """Raised when a configured webhook is invalid. Never quotes it."""
 
-    code = "webhook_invalid"
+    code = Code.WEBHOOK_INVALID
 
 
 @dataclass(frozen=True, slots=True)

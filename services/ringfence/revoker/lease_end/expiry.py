@@ -25,6 +25,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import SERVICE_EVENT
@@ -121,7 +122,7 @@ class Overdue:
             "finding",
             Lease.typ,
             about=("overdue", lease.lease_id),
-            reasons=(Reason(code="revocation_overdue", message=message),),
+            reasons=(Reason(code=Code.REVOCATION_OVERDUE, message=message),),
             traceparent=lease.traceparent,
             lease_id=lease.lease_id,
             agent_id=lease.agent_id,

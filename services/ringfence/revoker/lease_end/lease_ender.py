@@ -19,6 +19,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, EndCause, Lease, LeaseStatus
 from ringfence.messages.topics import LEASE
@@ -400,7 +401,7 @@ class LeaseEnder:
             "finding",
             Lease.typ,
             about=("record", lease_id, message),
-            reasons=(Reason(code="lease_record_broken", message=message[:2048]),),
+            reasons=(Reason(code=Code.LEASE_RECORD_BROKEN, message=message[:2048]),),
             lease_id=lease_id,
         )
 

@@ -13,6 +13,7 @@ from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import Selector
 from ringfence.messages.registry import (
     AgentRecord,
@@ -152,7 +153,7 @@ class RecordHandler:
             if not caught_up and not await self._runtime.tables_caught_up(self._patience_s):
                 raise UnavailableError(f"{record.sub} at revision {record.revision} has not arrived here yet")
         raise InvalidMessageError(
-            f"the record of {record.sub} counts for nothing: {reason}", code="record_untrusted"
+            f"the record of {record.sub} counts for nothing: {reason}", code=Code.RECORD_UNTRUSTED
         )
 
     async def _revoke_all(self, end: SelectorEnd, record: AnyRecord, traceparent: str | None) -> None:

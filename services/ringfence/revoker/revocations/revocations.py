@@ -16,6 +16,7 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.lease import TERMINAL, Lease, RevocationRequest, Selector
 from ringfence.messages.operations import EventKind
@@ -193,7 +194,7 @@ class RevocationHandler:
             await self._event("accepted", case, (), result=str(case.ended))
         elif not self._is_own(case.revocation):
             message = "this selector was seen before at another place; what it covered then is what it covers"
-            await self._event("replayed", case, (Reason(code="replayed", message=message),))
+            await self._event("replayed", case, (Reason(code=Code.REPLAYED, message=message),))
 
     async def _event(self, kind: EventKind, case: _Case, reasons: Sequence[Reason], **fields: Any) -> None:
         revocation = case.revocation

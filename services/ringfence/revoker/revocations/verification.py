@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.codes import Code
 from ringfence.messages.lease import Lease, Selector
 from ringfence.messages.registry import TaskState
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -127,7 +128,7 @@ class RevocationVerifier:
         for kind, id in named.items():
             if id is not None and not self._is_known(kind, id):
                 message = f"there is no {kind} {id}, so nothing was ended; look it up: ringfence {kind} list"
-                return refused("subject_unknown", message)
+                return refused(Code.SUBJECT_UNKNOWN, message)
         return ALLOWED
 
     def _is_known(self, kind: SubjectKind, id: str) -> bool:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.crypto import jws as signed
 from ringfence.kernel.crypto.keys import public_key
+from ringfence.messages.codes import Code
 from ringfence.messages.enrolment import InstanceEnrol
 from ringfence.messages.keys import PublicJwk
 from ringfence.runner.control.messages import (
@@ -45,13 +46,13 @@ M = TypeVar("M", bound=Message)
 class ControlLostError(RingfenceError):
     """Raised if the init of a sandbox ended, missed a deadline, or broke the protocol. End its sandbox."""
 
-    code = "control_lost"
+    code = Code.CONTROL_LOST
 
 
 class CommandStartError(RingfenceError):
     """Raised if the command cannot be run. `exit_code` is a shell's: 127 not found, 126 not executable."""
 
-    code = "command_not_started"
+    code = Code.COMMAND_NOT_STARTED
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final, TypeVar
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
+from ringfence.messages.codes import Code
 from ringfence.runner.sandbox.backend import is_host_address
 
 MAX_FROM_INIT_BYTES: Final = 64 * 1024
@@ -31,7 +32,7 @@ _NUMBER: Final = (0, 1 << 62)
 class ControlMessageError(RingfenceError):
     """Raised if a line is no message of the control channel, or not the expected one."""
 
-    code = "control_message_invalid"
+    code = Code.CONTROL_MESSAGE_INVALID
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +259,7 @@ _HOST: Final = re.compile(r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,62})(\.[a-z0-9_]
 class RelayError(RingfenceError):
     """Raised if a target can have no relay."""
 
-    code = "relay_invalid"
+    code = Code.RELAY_INVALID
 
 
 def relays_of(targets: Iterable[tuple[str, int]]) -> tuple[Relay, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.runner.sandbox.backend import Mount
 
 _INSIDE: Final = "/opt/ringfence"
@@ -24,7 +25,7 @@ _HIDDEN: Final = (Path("/usr/etc"), Path("/usr/local/etc"))
 class InitUnavailableError(RingfenceError):
     """Raised if this installation has no init that a sandbox could start."""
 
-    code = "init_unavailable"
+    code = Code.INIT_UNAVAILABLE
 
 
 @dataclass(frozen=True)

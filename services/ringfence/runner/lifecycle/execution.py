@@ -23,6 +23,7 @@ from ringfence.client.instance_enrolment import post_enrolment
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.crypto.keys import thumbprint
+from ringfence.messages.codes import Code
 from ringfence.messages.enrolment import RunRef
 from ringfence.messages.run import Run, RunExit, RunStatus
 from ringfence.messages.topics import RUN
@@ -202,7 +203,7 @@ class RunExecution:
         check_private_paths(plan.mounts, self._host.private_paths)
         check_owners(plan.mounts)
         if reasons := await self._host.backend.available():
-            raise RunRefusedError("; ".join(reasons), code="sandbox_unavailable")
+            raise RunRefusedError("; ".join(reasons), code=Code.SANDBOX_UNAVAILABLE)
         self._ca_pem = self._read_ca()
         for mount in plan.mounts:
             if mount.writable:
@@ -311,7 +312,7 @@ class RunExecution:
         except ControlLostError as error:
             if self._at.exit is None:
                 raise RingfenceError(
-                    f"the first program of the sandbox ended: {error}", code="sandbox_failed"
+                    f"the first program of the sandbox ended: {error}", code=Code.SANDBOX_FAILED
                 ) from None
             raise
         finally:
@@ -578,7 +579,7 @@ async def _while_alive(sandbox: Sandbox, work: Coroutine[Any, Any, None]) -> Non
         await asyncio.wait({working, ended}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
             raise RingfenceError(
-                f"the first program of the sandbox ended with {ended.result().code}", code="sandbox_failed"
+                f"the first program of the sandbox ended with {ended.result().code}", code=Code.SANDBOX_FAILED
             ).with_remedy("see what this machine lacks: ringfence doctor")
         await working
     finally:

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.http1.head import LINGER_S
+from ringfence.messages.codes import Code
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.target_settings import RELAYED_KINDS
@@ -77,7 +78,7 @@ _MAX_CONNECTIONS = 256
 class GatewaySocketError(RingfenceError):
     """Raised when no gateway of this machine opens the socket of a run."""
 
-    code = "gateway_socket_missing"
+    code = Code.GATEWAY_SOCKET_MISSING
 
 
 class GatewayRelay:

@@ -14,6 +14,7 @@ from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import digest
+from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.run import Mount as NamedMount
 from ringfence.messages.run import RunLimits
 from ringfence.model.identity.runners import runner_issuer
@@ -30,7 +31,7 @@ from ringfence.runner.sandbox.seccomp import policy_text
 class RunRefusedError(RingfenceError):
     """Raised if a run may not start as requested. Nothing has been claimed or started."""
 
-    code = "run_refused"
+    code = Code.RUN_REFUSED
 
 
 @dataclass(frozen=True)
@@ -124,19 +125,20 @@ def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: s
     except ChainError as error:
         raise RunRefusedError(f"the records of the task or its agent do not verify: {error}") from None
     if task is None:
-        raise RunRefusedError(f"there is no task {plan.task_id}", code="task_unknown").with_remedy(
+        raise RunRefusedError(f"there is no task {plan.task_id}", code=Code.TASK_UNKNOWN).with_remedy(
             "assign one: ringfence task assign AGENT --allow SCOPE --for 1h --purpose TEXT"
         )
     if task.state.status != "active" or task.state.not_after <= now_s:
-        raise RunRefusedError(f"task {plan.task_id} has ended", code="task_ended").with_remedy(
+        raise RunRefusedError(f"task {plan.task_id} has ended", code=Code.TASK_ENDED).with_remedy(
             "assign the agent a new one"
         )
     if task.state.agent_id != plan.agent_id:
         message = f"task {plan.task_id} was assigned to {task.state.agent_id}"
-        raise RunRefusedError(message, code="task_other_agent")
-    if agent is None or agent.state.status != "active":
-        status = agent.state.status if agent is not None else "unknown"
-        raise RunRefusedError(f"agent {plan.agent_id} is {status}", code=f"agent_{status}")
+        raise RunRefusedError(message, code=Code.TASK_OTHER_AGENT)
+    if agent is None:
+        raise RunRefusedError(f"agent {plan.agent_id} is unknown", code=Code.AGENT_UNKNOWN)
+    if (status := agent.state.status) != "active":
+        raise RunRefusedError(f"agent {plan.agent_id} is {status}", code=inactive_agent(status))
     issuer = runner_issuer(trust_domain, runner)
     lives = [
         selector.max_life_s
@@ -145,14 +147,14 @@ def check_plan(plan: RunPlan, directory: Directory, trust_domain: str, runner: s
     ]
     if not lives:
         raise RunRefusedError(
-            f"agent {plan.agent_id} does not let {runner} start runs of it", code="instance_unmatched"
+            f"agent {plan.agent_id} does not let {runner} start runs of it", code=Code.INSTANCE_UNMATCHED
         ).with_remedy(
             f"its sponsor does: ringfence agent set-attestation {plan.agent_id} --selector runner={runner}"
         )
     # The enrolment of the run's key is not renewed: it has to last until the end.
     if plan.deadline_s - now_s > max(lives) + 1:
         raise RunRefusedError(
-            f"agent {plan.agent_id} lets runs by {runner} last {max(lives)} s at most", code="run_too_long"
+            f"agent {plan.agent_id} lets runs by {runner} last {max(lives)} s at most", code=Code.RUN_TOO_LONG
         ).with_remedy(
             f"use a shorter --ttl, or let its sponsor allow more: --selector 'runner={runner} life=2h'"
         )

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import visible
+from ringfence.messages.codes import Code
 from ringfence.runner.sandbox.mount_points import (
     KERNEL_KINDS,
     MountPoint,
@@ -54,13 +55,13 @@ _REFUSED_HOST = ("/dev", "/proc", "/run", "/sys", "/var/run")
 class SandboxUnavailableError(RingfenceError):
     """Raised if this machine or backend cannot provide what was asked. Nothing has been started."""
 
-    code = "sandbox_unavailable"
+    code = Code.SANDBOX_UNAVAILABLE
 
 
 class SandboxSpecError(RingfenceError):
     """Raised if a specification contradicts itself, or asks for something that no sandbox may have."""
 
-    code = "sandbox_spec_invalid"
+    code = Code.SANDBOX_SPEC_INVALID
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.runner.sandbox.descriptors import readable
 
 _API = "/v1.41"
@@ -23,7 +24,7 @@ _ANSWERS_WITHIN_S = 60
 class ContainerEngineError(RingfenceError):
     """Raised if the engine refused or did not answer. `status`: that of its HTTP answer, 0 without one."""
 
-    code = "container_engine_failed"
+    code = Code.CONTAINER_ENGINE_FAILED
 
     def __init__(self, message: str, status: int = 0) -> None:
         super().__init__(message)

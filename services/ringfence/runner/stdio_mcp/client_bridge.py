@@ -18,6 +18,7 @@ import httpx
 import orjson
 
 from ringfence.kernel.base.log_limiter import rate_limited
+from ringfence.messages.codes import Code
 from ringfence.runner.stdio_mcp.server_channel import (
     CANCELLED,
     INITIALIZE,
@@ -96,7 +97,7 @@ class ClientBridge:
                         break
                     except asyncio.LimitOverrunError as more:
                         await reader.readexactly(more.consumed)
-            self._refuse(None, 413, "body_unseen", f"a message has at most {MAX_LINE_BYTES} bytes here")
+            self._refuse(None, 413, Code.BODY_UNSEEN, f"a message has at most {MAX_LINE_BYTES} bytes here")
             return b""
 
     async def _take(self, line: bytes) -> None:
@@ -119,7 +120,7 @@ class ClientBridge:
         assert id is not None
         if id in self._calls:
             self._refuse(
-                id, _BAD_REQUEST, "mcp_id_taken", "a request with this id is under way: use another id"
+                id, _BAD_REQUEST, Code.MCP_ID_TAKEN, "a request with this id is under way: use another id"
             )
             return
         await self._free.acquire()
@@ -133,7 +134,7 @@ class ClientBridge:
         if not call.cancelled() and (error := call.exception()) is not None:
             # Not the error itself: it may hold what was sent.
             log.error("a request failed: %s", type(error).__name__)
-            self._refuse(id, 500, "internal", "the request could not be carried to the gateway")
+            self._refuse(id, 500, Code.INTERNAL, "the request could not be carried to the gateway")
 
     # --- calls ---
 
@@ -162,7 +163,7 @@ class ClientBridge:
             self._refuse(
                 outline.id,
                 502,
-                "stream_ended",
+                Code.STREAM_ENDED,
                 "the call ended without an answer: see the log of the gateway",
             )
 
@@ -221,7 +222,7 @@ class ClientBridge:
     def _version(self, version: str | None) -> dict[str, str]:
         return {"MCP-Protocol-Version": header_value(version)} if version is not None else {}
 
-    def _refuse(self, id: Id | None, status: int, code: str, detail: str) -> None:
+    def _refuse(self, id: Id | None, status: int, code: Code, detail: str) -> None:
         self._write(
             _error(id, status, f"{code}: {detail}", {"code": code, "detail": detail, "status": status})
         )
@@ -267,7 +268,7 @@ def _problem(body: bytes, status: int) -> dict[str, Any]:
         found = orjson.loads(body)
         if isinstance(found, dict) and "code" in found and "detail" in found:
             return found
-    return {"code": "http_status", "detail": f"it was answered {status}", "status": status}
+    return {"code": Code.HTTP_STATUS, "detail": f"it was answered {status}", "status": status}
 
 
 def _error(id: Id | None, code: int, message: str, data: Mapping[str, Any]) -> bytes:

@@ -22,6 +22,7 @@ from typing import Any, Final
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.strict_json import json_object
+from ringfence.messages.codes import Code
 
 VERSION: Final = "io.modelcontextprotocol/protocolVersion"
 SUBSCRIPTION: Final = "io.modelcontextprotocol/subscriptionId"
@@ -115,13 +116,13 @@ _MAX_QUEUED: Final = 1024
 class ServerGoneError(RingfenceError):
     """Raised if the server has closed its standard input or output."""
 
-    code = "server_gone"
+    code = Code.SERVER_GONE
 
 
 class ExchangeRefusedError(RingfenceError):
     """Raised if a request must not be sent to the server now. The message gives the reason."""
 
-    code = "exchange_refused"
+    code = Code.EXCHANGE_REFUSED
 
 
 @dataclass(eq=False, slots=True)

@@ -23,6 +23,7 @@ from ringfence.kernel.http1.head import (
     parse_request,
     take_head,
 )
+from ringfence.messages.codes import Code
 from ringfence.runner.stdio_mcp.server_channel import (
     Exchange,
     ExchangeRefusedError,
@@ -51,7 +52,7 @@ _ACCEPTED: Final = b"HTTP/1.1 202 Accepted\r\nContent-Length: 0\r\n\r\n"
 class UpstreamError(RingfenceError):
     """Raised if the socket for the gateway cannot be opened."""
 
-    code = "cannot_listen"
+    code = Code.CANNOT_LISTEN
 
 
 class StdioUpstream:
@@ -203,7 +204,7 @@ async def _read_body(reader: asyncio.StreamReader, buffer: bytearray, head: Requ
     while True:
         content += body.take(buffer)
         if len(content) > _MAX_BODY_BYTES:
-            raise RequestRefusedError(413, "body_unseen", "the message is too long")
+            raise RequestRefusedError(Code.BODY_UNSEEN, "the message is too long")
         if body.done:
             return bytes(content)
         if not (data := await reader.read(_READ_BYTES)):

@@ -13,6 +13,7 @@ from typing import Final
 import httpx
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.codes import Code
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetState
 from ringfence.model.records.command_chain import ChainError
@@ -73,11 +74,11 @@ def wrapped_server(
     except ChainError as error:
         raise RunRefusedError(f"the records of the task or the target do not verify: {error}") from None
     if task is None:
-        raise RunRefusedError(f"there is no task {task_id}", code="task_unknown").with_remedy(
+        raise RunRefusedError(f"there is no task {task_id}", code=Code.TASK_UNKNOWN).with_remedy(
             "see: ringfence task list"
         )
     if target is None or target.state.status != "active":
-        raise RunRefusedError(f"there is no target {target_id}", code="target_unknown").with_remedy(
+        raise RunRefusedError(f"there is no target {target_id}", code=Code.TARGET_UNKNOWN).with_remedy(
             f"an operator adds it: ringfence target add {target_id} --template mcp --backend jwt --setting "
             f"url={STDIO_URL}"
         )
@@ -87,7 +88,7 @@ def wrapped_server(
     for permission in asked:
         by_target.setdefault(permission.target, []).append(permission)
     if not by_target[target_id]:
-        raise RunRefusedError(f"nothing is asked for at {target_id}", code="beyond_scope").with_remedy(
+        raise RunRefusedError(f"nothing is asked for at {target_id}", code=Code.BEYOND_SCOPE).with_remedy(
             f"name a task that allows something there, or permissions of it: --allow {target_id}:VERB:RESOURCE"
         )
     return WrappedServer(target_id, path, tuple(tuple(scope) for scope in by_target.values()))
@@ -98,14 +99,14 @@ def _endpoint(target: TargetState) -> str:
     url = (target.backend.model_extra or {}).get("url")
     if target.backend.kind != "jwt" or url != STDIO_URL:
         raise RunRefusedError(
-            f"target {target.target_id} is no server in a run", code="not_stdio"
+            f"target {target.target_id} is no server in a run", code=Code.NOT_STDIO
         ).with_remedy(
             f"its record says so by --backend jwt --setting url={STDIO_URL}; servers over HTTP need no wrap"
         )
     paths = list(dict.fromkeys(rule.path for rule in target.requests if rule.method == "MCP"))
     if len(paths) != 1 or "{" in paths[0]:
         raise RunRefusedError(
-            f"target {target.target_id} has no single MCP endpoint", code="not_stdio"
+            f"target {target.target_id} has no single MCP endpoint", code=Code.NOT_STDIO
         ).with_remedy("give all of its MCP rules the same path, such as /mcp")
     return paths[0]
 
