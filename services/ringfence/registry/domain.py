@@ -281,7 +281,7 @@ def _check_signer_key(command: Authorised, around: Surroundings) -> None:
     for iss, kid in signers:
         if isinstance(verdict := around.check_vouchers(iss, kid), Refused):
             message = f"{verdict.reason.message}; sign with another key"
-            raise CommandRefusedError(message, code=verdict.reason.code)
+            raise CommandRefusedError(message, code="key_voucher_compromised")
 
 
 def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:

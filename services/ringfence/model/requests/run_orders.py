@@ -81,7 +81,8 @@ def check_order(order: RunOrder, kid: str, directory: Directory, at_s: float) ->
     except ChainError as error:
         return refused("record_untrusted", str(error))
     if isinstance(vouchers, Refused):
-        return refused(vouchers.reason.code, f"{vouchers.reason.message}; order the run with another key")
+        message = f"{vouchers.reason.message}; order the run with another key"
+        return refused("key_voucher_compromised", message)
     since_ms = (user.state.compromised or {}).get(kid) if user is not None else None
     if since_ms is not None and at_s * 1000 >= since_ms:
         message = f"key {kid} of {order.iss} is ended as compromised; order the run with another key"
