@@ -14,7 +14,7 @@ from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.messages.base import Message
-from ringfence.messages.codes import Code, ReceivedCode, inactive_agent
+from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
@@ -282,7 +282,7 @@ def _check_signer_key(command: Authorised, around: Surroundings) -> None:
     for iss, kid in signers:
         if isinstance(verdict := around.check_vouchers(iss, kid), Refused):
             message = f"{verdict.reason.message}; sign with another key"
-            raise CommandRefusedError(message, code=ReceivedCode(verdict.reason.code))
+            raise CommandRefusedError(message, code=Code.KEY_VOUCHER_COMPROMISED)
 
 
 def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:

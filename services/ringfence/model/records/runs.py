@@ -149,15 +149,18 @@ class RunTable:
             )
             return
         known = self._runs.get(run.run_id)
-        verdict = check_succession(known.run, run) if known else self._check_count(run, record.appended_at_ms)
-        if isinstance(verdict, Refused):
+        if (
+            problem := succession_problem(known.run, run)
+            if known
+            else self._excess(run, record.appended_at_ms)
+        ):
             log.error(
                 "refused a record of run %s at %d@%d: %s",
                 run.run_id,
                 record.partition,
                 record.offset,
-                verdict.reason.message,
-                extra=rate_limited(record.topic_name, verdict.reason.code),
+                problem,
+                extra=rate_limited(record.topic_name, Code.RUN_REFUSED),
             )
             return
         accepted = known.accepted if known is not None else ()
@@ -170,16 +173,14 @@ class RunTable:
         for listener in self._listeners:
             listener(run)
 
-    def _check_count(self, run: Run, now_ms: int) -> Verdict:
-        """Check that a new run is not one too many of its runner."""
+    def _excess(self, run: Run, now_ms: int) -> str | None:
+        """Why a new run is one too many of its runner, or None."""
         going_on = self._going_on.get(run.iss, {})
         if run.status in OVER or len(going_on) < MAX_RUNS:
-            return ALLOWED
+            return None
         going_on = {id: deadline for id, deadline in going_on.items() if deadline * 1000 > now_ms}
         self._going_on[run.iss] = going_on
-        if len(going_on) >= MAX_RUNS:
-            return refused(Code.RUN_REFUSED, f"{run.iss} has {MAX_RUNS} runs that go on")
-        return ALLOWED
+        return f"{run.iss} has {MAX_RUNS} runs that go on" if len(going_on) >= MAX_RUNS else None
 
     def _forget(self, now_ms: int) -> None:
         """Forget runs that were over days ago: their instances' keys are, and no order lives so long."""
@@ -216,23 +217,17 @@ def run_id_of(runner: str, *, order_id: str | None = None, nonce: str | None = N
     return derived_id("run", order_id) if order_id is not None else derived_id("run", runner, str(nonce))
 
 
-def check_succession(known: Run, following: Run) -> Verdict:
-    """Check that a record takes its run forward.
-
-    1. The run's runner signed it.
-    2. Its status may follow the known one.
-    3. It changes nothing that was fixed by the claim.
-    4. It does not change the key of the run's instance.
-    """
+def succession_problem(known: Run, following: Run) -> str | None:
+    """Why a record does not take its run forward, or None."""
     if known.iss != following.iss:
-        return refused(Code.RUN_REFUSED, f"the run is {known.iss}'s, and {following.iss} signed this")
+        return f"the run is {known.iss}'s, and {following.iss} signed this"
     if following.status not in FOLLOWING[known.status]:
-        return refused(Code.RUN_REFUSED, f"the run is {known.status}, and this says {following.status}")
+        return f"the run is {known.status}, and this says {following.status}"
     if changed := [name for name in _SAME if getattr(known, name) != getattr(following, name)]:
-        return refused(Code.RUN_REFUSED, f"it changes {', '.join(changed)}")
+        return f"it changes {', '.join(changed)}"
     if known.key_thumbprint is not None and following.key_thumbprint != known.key_thumbprint:
-        return refused(Code.RUN_REFUSED, "it changes the key of the run's instance")
-    return ALLOWED
+        return "it changes the key of the run's instance"
+    return None
 
 
 def run_violations(

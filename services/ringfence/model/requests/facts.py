@@ -285,8 +285,8 @@ def _signature(facts: RequestContext) -> tuple[Reason, ...]:
     if compact and kid_of(compact) in agent.compromised:
         return (key_compromised(agent.agent_id),)
     if isinstance(facts.vouchers, Refused):
-        found = facts.vouchers.reason
-        return (_reason(ReceivedCode(found.code), f"{found.message}; sign the request with another key"),)
+        message = f"{facts.vouchers.reason.message}; sign the request with another key"
+        return (_reason(Code.KEY_VOUCHER_COMPROMISED, message),)
     return ()
 
 
@@ -315,9 +315,9 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
             )
             found.append(_reason(Code.KEY_COMPROMISED, message))
         elif isinstance(step.vouchers, Refused):
-            reason = step.vouchers.reason
-            message = f"the task was handed on with a key that gives nothing: {reason.message}"
-            found.append(_reason(ReceivedCode(reason.code), message))
+            why = step.vouchers.reason.message
+            message = f"the task was handed on with a key that gives nothing: {why}"
+            found.append(_reason(Code.KEY_VOUCHER_COMPROMISED, message))
         above = step.task.state
         if above.status != "active" or above.not_after <= now_s:
             message = (

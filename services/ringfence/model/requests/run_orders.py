@@ -11,7 +11,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, verify
 from ringfence.messages.base import ExpiringClaims
-from ringfence.messages.codes import Code, ReceivedCode, inactive_agent
+from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.registry import AgentState, TaskState, UserState
 from ringfence.messages.run import RunOrder, RunStop
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -82,9 +82,8 @@ def check_order(order: RunOrder, kid: str, directory: Directory, at_s: float) ->
     except ChainError as error:
         return refused(Code.RECORD_UNTRUSTED, str(error))
     if isinstance(vouchers, Refused):
-        return refused(
-            ReceivedCode(vouchers.reason.code), f"{vouchers.reason.message}; order the run with another key"
-        )
+        message = f"{vouchers.reason.message}; order the run with another key"
+        return refused(Code.KEY_VOUCHER_COMPROMISED, message)
     since_ms = (user.state.compromised or {}).get(kid) if user is not None else None
     if since_ms is not None and at_s * 1000 >= since_ms:
         message = f"key {kid} of {order.iss} is ended as compromised; order the run with another key"
