@@ -292,6 +292,7 @@ def commands(office: AuditFixtures) -> dict[str, Received]:
         (AgentRotateKey, sam, {**bot, "key": key, "overlap_s": 60}),
         (AgentSetCeiling, sam, {**bot, "ceiling": office.scope}),
         (AgentTransfer, sam, {**bot, "sponsor": "maria", "consent": office.transfer_consent("maria")}),
+        (AgentTransfer, olga, {**bot, "sponsor": "maria", "without_consent": True}),
         (AgentSuspend, sam, {**bot, "reason": "odd requests overnight"}),
         (AgentResume, sam, {**bot, "reason": "explained"}),
         (AgentDecommission, sam, {**bot, "reason": "replaced"}),
@@ -381,6 +382,7 @@ def changes(office: AuditFixtures) -> dict[str, Received]:
         (AGENT, "deploy-bot", AgentTransfer, sam, {
             **bot, "sponsor": "petra", "consent": office.transfer_consent("petra"),
         }),
+        (AGENT, "deploy-bot", AgentTransfer, olga, {**bot, "sponsor": "sam", "without_consent": True}),
         (AGENT, "sleeper", AgentActivate, sam, {"agent_id": "sleeper"}),
         (AGENT, "deploy-bot", AgentDecommission, olga, {**bot, "reason": "replaced"}),
         (TASK, office.task, TaskEnd, maria, {"task_id": office.task, "reason": "done"}),

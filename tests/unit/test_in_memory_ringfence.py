@@ -28,6 +28,7 @@ from ringfence import (
     TokenRejectedError,
     TokenVerifier,
 )
+from ringfence.model.requests.grants import GrantTable
 from ringfence.testing import InMemoryRingfence, NothingPendingError, People
 from tests.policy.bundles import write
 
@@ -471,3 +472,13 @@ def test_without_the_extra_it_says_what_to_install(lacking: str) -> None:
 def test_without_pytest_it_works() -> None:
     code = "import sys; sys.modules['pytest'] = None; import ringfence.testing as t; t.InMemoryRingfence()"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_readers_of_the_services_have_their_partitions_before_the_first_record(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settled: list[GrantTable] = []
+    settle = GrantTable.settle
+    monkeypatch.setattr(GrantTable, "settle", lambda table: (settled.append(table), settle(table)) and None)
+    InMemoryRingfence()
+    assert len({id(table) for table in settled}) == 2  # that of policy, and that of the issuer

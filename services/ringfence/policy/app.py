@@ -50,7 +50,7 @@ from ringfence.policy.api.grants import GrantApi, ReachApi
 from ringfence.policy.api.inventory import InventoryApi
 from ringfence.policy.api.usage import KEEP_MS as QUESTIONS_KEEP_MS
 from ringfence.policy.api.usage import ActionQuestions, ActionsApi, UsageApi
-from ringfence.policy.decision_log import HISTORY_MS, Approvers, InMemoryDecisionLog
+from ringfence.policy.decision_log import HISTORY_MS, Approvers, Decisions, InMemoryDecisionLog
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.grants import GrantBook
@@ -122,12 +122,16 @@ def build(
     runtime.table(RUN_TABLES, directory.on_records)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
     runtime.denies_when(directory.stale)
-    wire(PolicyParts(runtime, own, directory, engine, declared))
+    _, decisions = wire(PolicyParts(runtime, own, directory, engine, declared))
+    register_pending_gauges(decisions, runtime.clock)
     return runtime
 
 
-def wire(parts: PolicyParts) -> ApprovalHandler:
-    """Register all that policy reads, does and serves at its runtime. Returns the handler of what waits for people."""
+def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
+    """Register all that policy reads, does and serves at its runtime.
+
+    Returns the handler of what waits for people, and the decisions.
+    """
     runtime, own, directory, engine = parts.runtime, parts.own, parts.directory, parts.engine
     settings = runtime.settings
     holdings = Holdings(runtime.trust, runtime.clock)
@@ -175,7 +179,6 @@ def wire(parts: PolicyParts) -> ApprovalHandler:
                 log.warning("no requests are taken yet: %s", error)
                 await asyncio.sleep(0.5)
 
-    register_pending_gauges(decisions, runtime.clock)
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
     publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
     verifier = MessageVerifier(runtime, directory)
@@ -274,7 +277,7 @@ def wire(parts: PolicyParts) -> ApprovalHandler:
         runtime, directory, authenticator, grant_table, grants, lambda: judge.policy_revision
     ).routes()
     runtime.routes += AuthZen(runtime, authenticator, judge).routes()
-    return approvals
+    return approvals, decisions
 
 
 def described() -> FastStream:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 from functools import partial
-from typing import TYPE_CHECKING
 
 from faststream import FastStream
 
@@ -25,12 +23,6 @@ from ringfence.registry.oidc_discovery import Discovery
 from ringfence.registry.settings import RegistrySettings
 from ringfence.registry.store import REMEMBERED_MS, Memory
 from ringfence.registry.subscribers import GROUP, router
-
-if TYPE_CHECKING:
-    pass
-
-
-log = logging.getLogger(__name__)
 
 RECALL_S = 5.0
 """How long an instance that enrols waits for the registry's memory."""

@@ -27,8 +27,6 @@ from ringfence.model.records.command_chain import ChainError, subject_spiffe
 from ringfence.model.records.directory import Directory
 
 log = logging.getLogger(__name__)
-
-"""The `subject` of the finding. Its `ref` is the key's thumbprint, its `result` the key's owner."""
 _PAUSE_EVERY = 500
 _CATCH_UP_S = 5.0
 

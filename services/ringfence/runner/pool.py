@@ -26,7 +26,6 @@ from ringfence.kernel.base.text import visible
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name
 from ringfence.messages.codes import Code
-from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Heartbeat
 from ringfence.messages.run import ImageDigest, Labels, RunOrder
 from ringfence.messages.topics import HEARTBEAT, RUN_ORDER
@@ -288,10 +287,6 @@ def _planned(name: str, mount: PoolMount, read_write: bool) -> PlannedMount:
     return PlannedMount(
         name, mount.path, f"{WORKSPACE}/{name}", read_write, as_root=mount.as_root, hidden=mount.hide
     )
-
-
-def _reason(code: Code, message: str) -> Reason:
-    return Reason(code=code, message=message)
 
 
 def read_pool(file: Path) -> Pool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from ringfence.client.admin.provisioner import Provisioner
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
@@ -24,9 +22,6 @@ from ringfence.scim.provisioning import (
     ProvisioningWriter,
 )
 from ringfence.scim.settings import ScimSettings
-
-log = logging.getLogger(__name__)
-
 
 _CAUGHT_UP_S = 10.0
 

@@ -188,7 +188,7 @@ class InMemoryRuntime(Runtime):
         self._key = key
         self._bus = bus
 
-    # Readers have each record at once, so that nothing is awaited before work is taken. Work in the background is for
+    # Readers have each record at once, and a group has its partitions from the beginning. Work in the background is for
     # what only a process has, and a test moves the clock by itself; so it is left out, as are the checks of `/readyz`.
 
     def table(self, topics: Sequence[Topic[Any]], reader: Reader) -> None:
@@ -206,6 +206,8 @@ class InMemoryRuntime(Runtime):
     def consume(self, router: GroupRouter) -> dict[str, Consumer]:
         groups = {}
         for group in router.groups:
+            if group.on_assigned is not None:
+                run_at_once(cast("Coroutine[Any, Any, None]", group.on_assigned()))
             for subscriber in group.subscribers:
                 self._bus.consume(dict.fromkeys(subscriber.reads, subscriber.batch_handler))
             groups[group.name] = cast("Consumer", _AllPartitions())

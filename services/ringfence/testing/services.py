@@ -141,7 +141,10 @@ class Services:
     def _build_policy(self, bundle: Bundle | None) -> ApprovalHandler:
         runtime = self._context.runtime("policy")
         own = PolicySettings.model_construct()
-        return policy.wire(PolicyParts(runtime, own, self.directory, InProcessEngine(bundle), self._declared))
+        approvals, _ = policy.wire(
+            PolicyParts(runtime, own, self.directory, InProcessEngine(bundle), self._declared)
+        )
+        return approvals
 
     def _build_issuer(self, token_keys: TokenKeys) -> Starlette:
         runtime = self._context.runtime("issuer")
