@@ -479,6 +479,11 @@ def test_readers_of_the_services_have_their_partitions_before_the_first_record(
 ) -> None:
     settled: list[GrantTable] = []
     settle = GrantTable.settle
-    monkeypatch.setattr(GrantTable, "settle", lambda table: (settled.append(table), settle(table)) and None)
+
+    def counted(table: GrantTable) -> None:
+        settled.append(table)
+        settle(table)
+
+    monkeypatch.setattr(GrantTable, "settle", counted)
     InMemoryRingfence()
     assert len({id(table) for table in settled}) == 2  # that of policy, and that of the issuer
