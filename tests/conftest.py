@@ -32,6 +32,7 @@ _WAIT = ("integration", "e2e", "flows", "gateway", "chaos", "")
 """The folders of tests that wait for servers, those with the longest files first."""
 ON_STACK = "tests/integration/stack/"
 """The folder of the tests that share one running stack."""
+_FIRST = (ON_STACK, "tests/integration/test_upgrade.py")
 BEFORE = "5e433043e474aee64aecd0a2190160745fc965e2"
 """The last commit that changed a format, from which an upgrade is tested. Nothing was released, so what older commits
 wrote is read by nothing."""
@@ -154,12 +155,13 @@ def _in_order(items: list[pytest.Item]) -> list[pytest.Item]:
     """By turns a file of tests that wait for servers and one of tests that compute: together they use the processors.
 
     The stack first, as one process has all of it; then the files with most tests. So no long file is left for the end.
+    An upgrade has few tests that take minutes.
     """
     files: dict[str, list[pytest.Item]] = {}
     for item in items:
         files.setdefault(item.nodeid.split("::", 1)[0], []).append(item)
     longest = sorted(
-        files, key=lambda path: (not path.startswith(ON_STACK), _WAIT.index(_suite(path)), -len(files[path]))
+        files, key=lambda path: (not path.startswith(_FIRST), _WAIT.index(_suite(path)), -len(files[path]))
     )
     wait = [path for path in longest if _suite(path)]
     compute = [path for path in longest if not _suite(path)]

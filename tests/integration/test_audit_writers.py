@@ -32,7 +32,7 @@ from ringfence.messages.topics import AUDIT, AUDIT_INTAKE, DEAD_LETTER
 from ringfence.model.audit_log.chain import Source, event_of
 from tests.support.world import World
 
-pytestmark = pytest.mark.broker
+pytestmark = pytest.mark.apache
 
 SERVE = [sys.executable, "-m", "ringfence.cli.main", "serve", "audit"]
 WITHIN_S = 60.0
@@ -188,7 +188,6 @@ def stray_in(record: Received, world: World) -> tuple[int, int] | None:
     return (source.partition, source.offset) if source.topic == AUDIT.name(world.prefix) else None
 
 
-@pytest.mark.apache
 @pytest.mark.timeout(300)
 async def test_who_stands_by_takes_over_from_a_writer_that_is_gone(world: World, tmp_path: Path) -> None:
     handed: list[str] = []

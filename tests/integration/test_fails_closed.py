@@ -20,7 +20,7 @@ from tests.support.benches.issuer_bench import Asked, IssuerBench, another, open
 from tests.support.servers.siem import Rsyslog
 from tests.support.world import WITHIN_S, World
 
-pytestmark = pytest.mark.broker
+pytestmark = pytest.mark.apache
 
 QUICK = AuditSettings(linger_ms=10, checkpoint_s=0.1)
 

@@ -30,7 +30,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.stack import WITHIN_S, RunningStack, realm_in
 
-pytestmark = pytest.mark.broker
+pytestmark = pytest.mark.apache
 
 LIMITS = RunLimits(memory_bytes=1 << 30, cpu_millis=500, pids=64)
 POOL = "reviews"

@@ -29,11 +29,10 @@ from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, DEAD_LETTER, LEASE
 from ringfence.model.audit_log.chain import event_of
 from tests.brokers.restorable import RestorableKafka, own_kafka
-from tests.conftest import Kafka
 from tests.site.page_commands import ROOT, run_page, section_of
 from tests.support.installation import THIS_CLONE, WITHIN_S, Installation, lease, organise, request
 
-pytestmark = pytest.mark.broker
+pytestmark = pytest.mark.apache
 
 PAGE = ROOT / "docs/operators/backup-and-restore.md"
 STARTED = ("audit", "gateway", "revoker", "issuer", "policy", "registry")
@@ -60,7 +59,6 @@ class Place:
 
     here: Installation
     folder: Path
-    kafka_kind: str
     kafka: RestorableKafka
     tokens: dict[str, str] = field(default_factory=dict)
 
@@ -94,7 +92,7 @@ class Place:
                     shutil.rmtree(old)
                 for new in groups.glob(pattern):
                     shutil.copytree(new, whole / new.name)
-        self.kafka = _own_kafka(self.kafka_kind, self.folder / "second", whole)
+        self.kafka = _own_kafka(self.folder / "second", whole)
         self.here.change(kafka=self.kafka.bootstrap)
 
     async def verdict(self, lease_id: str, *, introspect: bool = True) -> str:
@@ -130,15 +128,15 @@ class Place:
         return {(one.partition, one.offset): one.value for one in await self.here.records(topic)}
 
 
-def _own_kafka(kind: str, folder: Path, restored_from: Path | None = None) -> RestorableKafka:
+def _own_kafka(folder: Path, restored_from: Path | None = None) -> RestorableKafka:
     folder.mkdir()
-    kafka = own_kafka(kind, folder, restored_from)
+    kafka = own_kafka("apache", folder, restored_from)
     kafka.start()
     return kafka
 
 
 @contextmanager
-def placed(kafka: Kafka, folder: Path) -> Iterator[Place]:
+def placed(folder: Path) -> Iterator[Place]:
     """A running installation on servers that no other test uses."""
     program = folder / "redis-cli"
     program.write_text(_REDIS_CLI.format(python=sys.executable))
@@ -146,13 +144,12 @@ def placed(kafka: Kafka, folder: Path) -> Iterator[Place]:
     (folder / "installation").mkdir()
     redis = EmbeddedRedis(folder / "redis")
     redis.start()
-    kind = "apache" if kafka.kind == "apache" else "embedded"
-    own = _own_kafka(kind, folder / "first")
+    own = _own_kafka(folder / "first")
     here = Installation(
         THIS_CLONE, folder / "installation",
-        kafka=own.bootstrap, embedded_broker=kind == "embedded", redis_url=redis.url,
+        kafka=own.bootstrap, embedded_broker=False, redis_url=redis.url,
     )  # fmt: skip
-    place = Place(here, folder, kind, own)
+    place = Place(here, folder, own)
     try:
         here.make()
         here.start(settings=_OFTEN)
@@ -185,14 +182,10 @@ def first_of_each_lease(records: list[Received]) -> dict[str, Received]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     "disks",
-    [
-        "of one moment",
-        pytest.param("groups later", marks=pytest.mark.apache),
-        pytest.param("groups earlier", marks=pytest.mark.apache),
-    ],
+    ["of one moment", "groups later", "groups earlier"],
 )
-async def test_kafka_is_lost_and_restored(kafka: Kafka, tmp_path: Path, disks: Disks) -> None:
-    with placed(kafka, tmp_path) as place:
+async def test_kafka_is_lost_and_restored(tmp_path: Path, disks: Disks) -> None:
+    with placed(tmp_path) as place:
         here = place.here
         task = people(here)
         kept = place.issue(task, "30m")
@@ -206,7 +199,7 @@ async def test_kafka_is_lost_and_restored(kafka: Kafka, tmp_path: Path, disks: D
 
         earlier, later = tmp_path / "earlier", tmp_path / "later"
         await asyncio.to_thread(place.kafka.snapshot, earlier)
-        # The embedded broker was away meanwhile: services deny until each has heard from it again.
+        # The broker was away meanwhile: services deny until each has heard from it again.
         await place.until(lambda: asyncio.to_thread(place.issues, task), "that credentials are issued again")
         if disks != "of one moment":
             here.say("release", lease(here, task, "10m"), who="bot")

@@ -22,7 +22,7 @@ from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.stack import WITHIN_S, first_pending, realm_in
 
-pytestmark = pytest.mark.broker
+pytestmark = pytest.mark.apache
 
 REQUESTS = 60
 TTL_S = 40

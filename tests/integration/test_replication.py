@@ -17,7 +17,7 @@ from ringfence.messages.topics import ALL
 from tests.brokers.apache import ApacheKafka
 from tests.conftest import needed
 
-pytestmark = pytest.mark.broker
+pytestmark = pytest.mark.apache
 
 
 async def test_on_a_single_broker_there_is_nothing_to_warn_of(settings: ServiceSettings) -> None:
@@ -63,7 +63,6 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[ApacheKafka]:
                 broker.stop()
 
 
-@pytest.mark.apache
 @pytest.mark.parametrize(
     ("replication", "warned"),
     [(1, "on one of them alone (replication factor 1)"), (2, "min.insync.replicas is 1")],

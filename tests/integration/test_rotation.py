@@ -42,7 +42,7 @@ from tests.integration.test_gateway_faults import place_in
 from tests.support.http_client import plain_client
 from tests.support.stack import WITHIN_S, RunningStack, Seen, realm_in
 
-pytestmark = [pytest.mark.broker, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.apache, pytest.mark.timeout(300)]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.dev.stack import Stack, StackOptions
 
-pytestmark = pytest.mark.broker
+pytestmark = pytest.mark.apache
 
 WITHIN_S = 60
 

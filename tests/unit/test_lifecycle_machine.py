@@ -501,4 +501,4 @@ def _assert_over_is_over(before: AgentState, after: AgentState) -> None:
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=30, stateful_step_count=60, deadline=None)
+TestLives.settings = settings(max_examples=20, stateful_step_count=60, deadline=None)
