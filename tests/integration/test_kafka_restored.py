@@ -28,7 +28,7 @@ from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.lease import LeaseEpoch
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, DEAD_LETTER, LEASE
 from ringfence.model.audit_log.chain import event_of
-from tests.brokers.restorable import RestorableKafka, own_kafka
+from tests.brokers.apache import ApacheKafka
 from tests.site.page_commands import ROOT, run_page, section_of
 from tests.support.installation import THIS_CLONE, WITHIN_S, Installation, lease, organise, request
 
@@ -59,7 +59,7 @@ class Place:
 
     here: Installation
     folder: Path
-    kafka: RestorableKafka
+    kafka: ApacheKafka
     tokens: dict[str, str] = field(default_factory=dict)
 
     def issue(self, task: str, ttl: str) -> str:
@@ -128,9 +128,9 @@ class Place:
         return {(one.partition, one.offset): one.value for one in await self.here.records(topic)}
 
 
-def _own_kafka(folder: Path, restored_from: Path | None = None) -> RestorableKafka:
+def _own_kafka(folder: Path, restored_from: Path | None = None) -> ApacheKafka:
     folder.mkdir()
-    kafka = own_kafka("apache", folder, restored_from)
+    kafka = ApacheKafka(folder, restored_from=restored_from)
     kafka.start()
     return kafka
 
