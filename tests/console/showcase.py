@@ -103,7 +103,7 @@ async def showcase(
         grant = await _grant(realm, tasks["report-bot"])
         leases = {
             id: (await _ask(bots[id], tasks[id], "read", "env/staging/web", "to look", ttl_s)).lease_id
-            for id, ttl_s in {"deploy-bot": 600, "review-bot": 1700, "report-bot": 3000}.items()
+            for id, ttl_s in {"deploy-bot": 1500, "review-bot": 2400, "report-bot": 3000}.items()
         }
         await _ask(bots["deploy-bot"], tasks["deploy-bot"], "read", "env/staging/db", "to compare", 3300)
         await _blocked(realm, tasks, leases)
@@ -188,7 +188,7 @@ async def _ask(
     agent: Agent, task: str, verb: str, resource: str, reason: str, ttl_s: int, *, break_glass: bool = False
 ) -> Any:
     return await agent.request(
-        task=task, target="shop", verbs=[verb], resources=[resource], reason=reason, ttl_s=ttl_s, timeout_s=300,
+        task=task, target="shop", verbs=[verb], resources=[resource], reason=reason, ttl_s=ttl_s, timeout_s=3000,
         break_glass=break_glass,
     )  # fmt: skip
 

@@ -48,7 +48,7 @@ async def ask(
     realm = organisation.realm
     return await agent.request(
         task=realm.task, target=realm.target, verbs=["write"], resources=[resource], reason=reason,
-        ttl_s=600, timeout_s=120,
+        ttl_s=600, timeout_s=600,
     )  # fmt: skip
 
 

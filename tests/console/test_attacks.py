@@ -86,7 +86,7 @@ async def theirs(sponsor: Visitor, organisation: Organisation, other_person: Per
         waiting = asyncio.create_task(
             agent.request(
                 task=realm.task, target=realm.target, verbs=["write"], resources=["env/staging/other"],
-                reason="their secret reason", ttl_s=600, timeout_s=120,
+                reason="their secret reason", ttl_s=600, timeout_s=1200,
             )
         )  # fmt: skip
         await sponsor.open("/approvals")
