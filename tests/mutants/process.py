@@ -186,7 +186,9 @@ class _Mutating(_Quick):
         if session.testsfailed:
             raise session.Failed("the tests cannot be collected")
         # Programs in `tools` import the package: loaded before a mutant, they would bring the module without it.
-        names = [name for name in sys.modules if name.partition(".")[0] not in ("ringfence", "tests", "tools")]
+        names = [
+            name for name in sys.modules if name.partition(".")[0] not in ("ringfence", "tests", "tools")
+        ]
         self._tell({"modules": names})
         gc.unfreeze()  # tests/conftest.py hides from `get_objects` what was there after the collection
         self._caches = [

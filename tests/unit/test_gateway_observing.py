@@ -177,7 +177,7 @@ async def test_who_shows_nothing_is_observed_as_nobody(parts: Watched) -> None:
         Code.CERTIFICATE_UNKNOWN,
     ],
 )
-async def test_who_shows_what_does_not_hold_is_denied(parts: Watched, code: Code) -> None:
+async def test_invalid_credential_is_denied_while_observing(parts: Watched, code: Code) -> None:
     parts.refuses = refuse(code, "x", status=401)
     verdict = await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt())
     assert (verdict.allowed, verdict.observed) == (False, False)

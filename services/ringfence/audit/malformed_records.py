@@ -2,7 +2,7 @@
 
 The handler dead-letters them; such topics yield no events themselves. A message that an audit service signed for
 `audit.checkpoint` is never dead-lettered. Each dead letter makes an event, each event extends the hash chain, and
-each longer chain gets a checkpoint: two versions that could not read each other's checkpoints would go on for ever.
+each longer chain gets a checkpoint: two versions that could not read each other's checkpoints would never stop.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ELSEWHERE = frozenset(
     for model in topic.models
     if topic is not AUDIT_CHECKPOINT and issubclass(model, Claims)
 )
-"""The typs of messages that belong on other topics. Here they are invalid, whoever signed them."""
+"""The typs of messages that belong on other topics. Here they are invalid, whatever key signed them."""
 
 
 class MalformedRecordHandler:
@@ -97,7 +97,7 @@ class MalformedRecordHandler:
         ).claims  # fmt: skip
         auditor = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
         if "auditor" not in chains.roles_at(auditor, at_ms):
-            raise InvalidMessageError("whoever signed it is no auditor", code=Code.NOT_AUDITOR)
+            raise InvalidMessageError("the signer is no auditor", code=Code.NOT_AUDITOR)
         _check_place(record, f"{claims.tree}/{auditor}")
 
     def _require_trust(self, record: Received) -> None:

@@ -128,7 +128,7 @@ _FORMULA: Final = re.compile(
     # Characters that start a formula, with the variants that some programs treat as the same (Unicode, NFKC).
     r"[=+\-@＝＋－＠﹦﹢﹣﹫⁼⁺⁻₌₊₋−])"
 )
-"""Where a spreadsheet takes a cell for a formula (OWASP, CSV Injection)."""
+"""The beginnings of cells that a spreadsheet takes for a formula (OWASP, CSV Injection)."""
 _CONTROL: Final = ("\t", "\r", "\n", "\x00")
 
 
@@ -257,7 +257,7 @@ class ExportFile:
 
     @property
     def can_be_resumed(self) -> bool:
-        """Whether a page is complete."""
+        """True if the page is complete."""
         return self.state.after is not None
 
 

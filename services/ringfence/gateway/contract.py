@@ -310,8 +310,8 @@ class Gate(Protocol):
         ...
 
     def check_view(self) -> Allowed | Refused:
-        """Whether this gateway can tell that a lease which it stopped using has ended. Refused if its view is stale, a
-        revoker has halted, or its clock is ahead.
+        """Check that this gateway can tell that a lease which it stopped using has ended. Refused if its view is stale,
+        a revoker has halted, or its clock is ahead.
         """
         ...
 
@@ -337,7 +337,7 @@ class RelayPermit(Protocol):
         ...
 
     def check(self) -> Allowed | Refused:
-        """Whether more may be relayed. Cheap while no record changes: ask before each piece."""
+        """Check that more may be relayed. Cheap while no record changes: ask before each piece."""
         ...
 
     def ended(self, sent_bytes: int, received_bytes: int, reason: Reason | None) -> None:

@@ -59,7 +59,7 @@ _REASON_TEXTS: Mapping[str, str] = {
     Code.ENROLMENT_ENDED: "the enrolment of an instance in it is over",
     Code.ISSUER_UNTRUSTED: "the enrolment of an instance in it rests on an issuer that is not believed",
     Code.WRONG_SUBJECT: "it is about another subject than it says",
-    Code.TOMBSTONE: "it deletes a record, which nobody may",
+    Code.TOMBSTONE: "it deletes a record, which no service may do",
 }
 _FORGERIES = frozenset({
     Code.KEY_UNKNOWN, Code.ALG_UNEXPECTED, Code.SIGNATURE_INVALID, Code.CHAIN_BROKEN, Code.ENROLMENT_INVALID,

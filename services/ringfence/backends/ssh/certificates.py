@@ -140,7 +140,7 @@ _EXTENSIONS: Final = {"terminal": b"permit-pty", "forward": b"permit-port-forwar
 
 @dataclass(frozen=True, slots=True)
 class CertificateTerms:
-    """What the certificate of a lease allows, from where, and when."""
+    """The terms of a lease's certificate: its commands, source addresses and times."""
 
     name: str
     """The lease's, `<trust domain>.<lease id>`. Serial and key id follow from it."""

@@ -16,7 +16,7 @@ import typer
 from ringfence.client.errors import InvalidCallError
 
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives")
-"""What a sandbox without an image shows of the host."""
+"""The folders of the host in a sandbox without an image."""
 _MOST_LINKS: Final = 40
 """As many as the kernel follows (path_resolution(7))."""
 

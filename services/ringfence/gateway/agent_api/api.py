@@ -97,7 +97,7 @@ _POLL_AFTER_S: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class PostedMessages:
-    """What handles posted messages."""
+    """The handlers of posted messages."""
 
     verifier: PostedMessageVerifier
     limits: SenderLimits
@@ -115,7 +115,7 @@ class AwaitedReplies:
 
 @dataclass(frozen=True, slots=True)
 class CallerProofs:
-    """What authenticates a caller outside of task sockets."""
+    """The authentication of callers outside of task sockets."""
 
     keys: AgentKeys
     checker: ProofChecker
