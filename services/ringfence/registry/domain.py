@@ -21,7 +21,6 @@ from ringfence.messages.registry import (
     AgentRegister,
     AgentRotateKey,
     AgentState,
-    AgentTransfer,
     AnyState,
     Command,
     EmbeddedCommand,
@@ -213,8 +212,8 @@ def decide(
     _check_keys(command, (kind, id), around, context.at_s)
     if isinstance(command, TargetSet):
         _check_target(command)
-    if isinstance(command, AgentTransfer) and current is not None:
-        _check_transfer(command, authorised, current.revision)
+    if current is not None:
+        _check_transfer_consent(authorised, current.revision)
     if isinstance(command, TaskAssign):
         _check_task(command, authorised, around)
         _check_task_length(command.terms, at_ms, task_max_s)
@@ -374,15 +373,16 @@ def _check_target(command: TargetSet) -> None:
         )
 
 
-def _check_transfer(command: AgentTransfer, authorised: Authorised, revision: int) -> None:
-    """Refuse a consent to another revision of the agent. Readers do not know the revision of that day."""
-    consent = authorised.consent.transfer if authorised.consent else None
-    if consent is None:
+def _check_transfer_consent(authorised: Authorised, revision: int) -> None:
+    """Refuse a consent to a transfer that is to another revision. Readers do not know the revision of that day."""
+    consent = authorised.consent
+    if consent is None or consent.transfer is None:
         return
-    _require_understood(consent, "the consent")
-    if consent.revision != revision:
+    transfer = consent.transfer
+    _require_understood(transfer, "the consent")
+    if transfer.revision != revision:
         raise CommandRefusedError(
-            f"{command.sponsor} consented to revision {consent.revision} of agent {command.agent_id}, which has "
+            f"{consent.user_id} consented to revision {transfer.revision} of agent {transfer.agent_id}, which has "
             f"changed since, to revision {revision}; ask for another consent",
             code=Code.CONSENT_STALE,
         )
