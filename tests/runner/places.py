@@ -73,7 +73,9 @@ class Runner:
         self._reading = asyncio.create_task(self._read())
 
     async def call(self, call: str, **arguments: Any) -> Any:
-        """Raises CallError."""
+        """Raises CallError: what the runner answers, or that it has died."""
+        if self._reading.done():
+            raise CallError("dead", "the runner is dead", None)
         number = next(self._numbers)
         future = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -125,7 +127,7 @@ class Runner:
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(CallError("dead", "the runner is dead", None))
-                future.exception()  # nobody may be waiting
+                future.exception()  # its caller may be gone
 
 
 @asynccontextmanager
@@ -176,6 +178,9 @@ def copy_code(folder: Path) -> Path:
     shutil.copytree(_SERVICES / "kernel" / "base", package / "kernel" / "base", ignore=ignored)
     shutil.copytree(_SERVICES / "runner", package / "runner", ignore=ignored)
     (package / "kernel" / "__init__.py").touch()
+    (package / "messages").mkdir()
+    (package / "messages" / "__init__.py").touch()
+    shutil.copy(_SERVICES / "messages" / "codes.py", package / "messages")
     shutil.copy(HOST, folder / "host.py")
     import pyseccomp
 
