@@ -32,7 +32,11 @@ _WAIT = ("integration", "e2e", "flows", "gateway", "chaos", "")
 """The folders of tests that wait for servers, those with the longest files first."""
 ON_STACK = "tests/integration/stack/"
 """The folder of the tests that share one running stack."""
-_FIRST = (ON_STACK, "tests/integration/test_upgrade.py")
+_APART = tuple(f"tests/integration/test_{name}.py" for name in ("kafka_restored", "kills", "rotation"))
+"""Files whose tests take a minute and more, and share no fixture of their file: each test goes to whichever process is
+free.
+"""
+_FIRST = (ON_STACK, "tests/integration/test_upgrade.py", *_APART)
 BEFORE = "5e433043e474aee64aecd0a2190160745fc965e2"
 """The last commit that changed a format, from which an upgrade is tested. Nothing was released, so what older commits
 wrote is read by nothing."""
@@ -125,10 +129,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 class FilesAndStack(LoadFileScheduling):  # type: ignore[misc]
     """Gives the tests of a file to one process, and all tests on the one running stack: each stack costs a fifth of a
-    core.
+    core. The tests of files in `_APART` are given out one by one.
     """
 
     def _split_scope(self, nodeid: str) -> str:
+        if nodeid.startswith(_APART):
+            return nodeid
         return ON_STACK if nodeid.startswith(ON_STACK) else str(super()._split_scope(nodeid))
 
 
