@@ -9,6 +9,7 @@ import pytest
 
 from ringfence.runner.sandbox.backend import ResourceLimits, SandboxSpec, SandboxUnavailableError
 from ringfence.runner.sandbox.oci import OciBackend
+from ringfence.runner.sandbox.oci_client import ContainerEngine
 from tests.runner.places import CallError, Place, Runner, running
 from tests.runner.podman import Podman
 
@@ -62,13 +63,13 @@ async def test_an_engine_that_ignores_a_limit_is_refused(
     place: Place, folder: Path, podman: Podman, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend = OciBackend(folder / "state", socket=podman.socket)
-    create = backend._engine.create
+    create = ContainerEngine.create
 
-    async def forgetful(name: str, body: dict) -> str:
+    async def forgetful(engine: ContainerEngine, name: str, body: dict) -> str:
         del body["HostConfig"]["Memory"], body["HostConfig"]["MemorySwap"]
-        return await create(name, body)
+        return await create(engine, name, body)
 
-    monkeypatch.setattr(backend._engine, "create", forgetful)
+    monkeypatch.setattr(ContainerEngine, "create", forgetful)
     with pytest.raises(SandboxUnavailableError, match="memory limit"):
         await backend.start(
             SandboxSpec("t-limit", ("true",), image=place.image, limits=ResourceLimits(memory_bytes=64 << 20))

@@ -22,8 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
-from ringfence.messages.codes import Code
-
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD")
 _WITHIN_S: Final = 20.0
 _DIRECT_WITHIN_S: Final = 3.0
@@ -177,7 +175,7 @@ def _call(
         except ValueError:
             return error.code, {"code": f"status {error.code}"}
     except OSError as error:
-        return 0, {"code": Code.UNREACHABLE, "detail": str(error)}
+        return 0, {"code": "unreachable", "detail": str(error)}
 
 
 def _reason(answer: dict[str, Any]) -> str:

@@ -350,7 +350,9 @@ class RunnerStory:
             raise StoryError(f"the run ended with status {code}: {err.decode()}") from None
         seen = await self._look(http, "run", out)
         if code != 0:
-            raise StoryError(f"the reviewer in the run ended with status {code}: {out.decode()}")
+            raise StoryError(
+                f"the reviewer in the run ended with status {code}: {out.decode()}{err.decode()}"
+            )
         check_run(seen, report)
         (lease,) = report["allowed"]
         run = report["run_id"]
