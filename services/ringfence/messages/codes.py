@@ -1036,8 +1036,6 @@ class Code(StrEnum):
     """A variable looks like a static key, and none gets into the sandbox."""
     STORY_BROKEN = "story_broken"
     """A step of the demo failed."""
-    UNREACHABLE = "unreachable"
-    """The service did not answer."""
     WRONG_ANSWER = "wrong_answer"
     """The answer is not what was asked for, or its signer was not asked."""
     WRONG_FORM = "wrong_form"
