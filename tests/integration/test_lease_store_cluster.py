@@ -280,8 +280,8 @@ async def test_every_node_tells_of_expired_keys(store: LeaseStore) -> None:
     told: set[str] = set()
 
     async def listen() -> None:
-        async for shard in store.expirations():
-            told.add(node_of_shard[shard])
+        async for lease_ids in store.expirations():
+            told.update(node_of_shard[store.shard_of(id)] for id in lease_ids)
             if len(told) == 3:
                 return
 
