@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ringfence.cli.doctor.checks import redis_findings
 from ringfence.dev.processes import free_port
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
@@ -421,6 +422,27 @@ async def test_redis_names_the_lease_whose_live_key_expired(store: LeaseStore) -
         await asyncio.sleep(0.02)
     await store.activate([one])
     assert await asyncio.wait_for(expired, 60) == [one.claims.lease_id]
+
+
+async def test_doctor_tries_whether_redis_notifies(settings: ServiceSettings, tmp_path: Path) -> None:
+    assert await notifications_of(settings) == (
+        "good",
+        "a key that expired was notified: the TTL of a lease ends it",
+    )
+    redis = EmbeddedRedis(tmp_path, options={"notify-keyspace-events": "Kx"})
+    redis.start()
+    try:
+        verdict, says = await notifications_of(settings.model_copy(update={"redis_url": redis.url}))
+    finally:
+        redis.stop()
+    assert verdict == "unknown"
+    assert "set notify-keyspace-events to Ex" in says
+
+
+async def notifications_of(settings: ServiceSettings) -> tuple[str, str]:
+    """What doctor finds of notifications."""
+    found = {one.what: one async for one in redis_findings(settings)}
+    return found["Redis, notifications"].verdict, found["Redis, notifications"].says
 
 
 async def test_lease_without_live_key_and_with_a_past_deadline_is_claimed_once(store: LeaseStore) -> None:
