@@ -126,6 +126,7 @@ def build(
     runtime.background("credential-removal", partial(remover.run, ender.end_removed))
     runtime.background("expiry", expiry.run)
     runtime.background("expired-events", expiry.listen)
+    runtime.background("expired-scan", expiry.scan)
     runtime.background("outbox", expiry.sweep)
     issued = IssuedLeaseRecheck(
         runtime, directory, store, own_records, patience_s=PATIENCE_S, is_silent=silence.is_silent

@@ -33,6 +33,7 @@ from ringfence.model.lease_store.survey import SLACK_MS, Knowledge, LiveLease
 from ringfence.model.lease_store.types import (
     Activation,
     ClaimedLeases,
+    ExpiredScan,
     LeaseLookup,
     OutboxRecord,
     Preparation,
@@ -53,6 +54,7 @@ __all__ = [
     "SLACK_MS",
     "Activation",
     "ClaimedLeases",
+    "ExpiredScan",
     "FullError",
     "Knowledge",
     "LeaseKeys",

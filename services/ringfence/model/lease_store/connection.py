@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
 from urllib.parse import unquote, urlsplit
+from uuid import uuid4
 
 import hiredis
 from redis.asyncio import ConnectionPool, Redis, RedisCluster
@@ -20,6 +21,7 @@ from redis.backoff import ExponentialBackoff
 from redis.crc import key_slot
 from redis.exceptions import (
     AuthenticationError,
+    MovedError,
     NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
@@ -48,7 +50,8 @@ WHO = ("INFO", "server", "replication")
 again has its old `run_id` and the data of the other server, but a new replication id."""
 _CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
 """Schemes of the URL of a cluster, and whether they speak TLS."""
-_MAX_QUEUED_KEYS = 50
+_MAX_QUEUED_KEYS = 1000
+_NOTIFIES_WITHIN_S = 2.0
 _LOOK_FOR_NODES_S = 10.0
 
 
@@ -241,8 +244,11 @@ class RedisConnection:
 
     # --- notifications ---
 
-    async def expired_keys(self) -> AsyncGenerator[bytes, None]:
-        """Keys as they expire, for ever, as far as Redis notifies (`notify-keyspace-events Ex`, on each node)."""
+    async def expired_keys(self) -> AsyncGenerator[list[bytes], None]:
+        """Keys as they expire, for ever, as far as Redis notifies (`notify-keyspace-events Ex`, on each node).
+
+        Those that came while the last ones were handled come together.
+        """
         loop = asyncio.get_running_loop()
         expired: asyncio.Queue[bytes] = asyncio.Queue(_MAX_QUEUED_KEYS)
         listening: dict[str, asyncio.Task[None]] = {}
@@ -258,10 +264,12 @@ class RedisConnection:
                 look_again_at = loop.time() + _LOOK_FOR_NODES_S
                 while (left_s := look_again_at - loop.time()) > 0:
                     try:
-                        key = await asyncio.wait_for(expired.get(), left_s)
+                        keys = [await asyncio.wait_for(expired.get(), left_s)]
                     except TimeoutError:
                         break
-                    yield key
+                    while not expired.empty():
+                        keys.append(expired.get_nowait())
+                    yield keys
         finally:
             for task in listening.values():
                 task.cancel()
@@ -272,7 +280,7 @@ class RedisConnection:
             client = connect()
             try:
                 async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
-                    await pubsub.subscribe(f"__keyevent@{self._address.db}__:expired")
+                    await pubsub.subscribe(self._expired_channel)
                     async for message in pubsub.listen():
                         await expired.put(message["data"])
             except (RedisError, OSError) as error:
@@ -280,6 +288,45 @@ class RedisConnection:
                 await asyncio.sleep(1)
             finally:
                 await client.aclose()
+
+    async def missed_expirations(self, prefix: str, shards: int) -> list[str]:
+        """The servers that do not notify of a key that expires, tried with a key of a second; empty for none.
+
+        Args:
+            prefix: the prefix of all keys (`RINGFENCE_REDIS_PREFIX`).
+            shards: the number of shards: each server of a cluster has keys of some.
+
+        Raises UnavailableError if Redis does not answer, or refuses the key.
+        """  # fmt: skip
+        name = f":doctor:{uuid4()}"
+        keys = [f"{prefix}{{{shard}}}{name}" for shard in range(shards)]
+        with self._translated():
+            return [
+                server or str(self._address)
+                for server, connect in (await self._nodes()).items()
+                if not await self._notifies(connect, keys)
+            ]
+
+    async def _notifies(self, connect: Callable[[], Redis], keys: Sequence[str]) -> bool:
+        client = connect()
+        ends = asyncio.get_running_loop().time() + _NOTIFIES_WITHIN_S
+        try:
+            async with client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                await pubsub.subscribe(self._expired_channel)
+                await pubsub.get_message(timeout=_NOTIFIES_WITHIN_S)  # the subscription is confirmed
+                key = await _set_expiring(client, keys)
+                while key is not None and asyncio.get_running_loop().time() < ends:
+                    await client.get(key)  # Redis deletes it now if it is over
+                    message = await pubsub.get_message(timeout=0.05)
+                    if message is not None and message["data"] == key.encode():
+                        return True
+                return key is None
+        finally:
+            await client.aclose()
+
+    @property
+    def _expired_channel(self) -> str:
+        return f"__keyevent@{self._address.db}__:expired"
 
     async def _nodes(self) -> dict[str, Callable[[], Redis]]:
         """By server name, how to connect to each server that holds keys."""
@@ -333,6 +380,15 @@ class RedisConnection:
 
 
 Greeting = Callable[[AbstractConnection], Any] | None
+
+
+async def _set_expiring(client: Redis, keys: Sequence[str]) -> str | None:
+    """Set the first of these keys that the server holds, for a moment. None if it holds none."""
+    for key in keys:
+        with contextlib.suppress(MovedError):
+            await client.set(key, "", px=1)
+            return key
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from ringfence.model.lease_store.keys import (
     AHEAD_MS,
     DEADLINES,
     DUE,
+    LIVE,
     MINUTES,
     REBUILD_ALL,
     THUMBPRINT,
@@ -359,6 +360,57 @@ return {now, next, found}
     always=True,
 )
 
+# Leases whose live key is gone though no record ended them. Anybody may publish that a key expired: a lease is claimed
+# only if Redis has no such key, its signed deadline has come, and no revoker has claimed it.
+_EXPIRED = f"""
+local function claim_expired(ids, texts, visible)
+    local claimed, due_s, over, found = {{}}, {{}}, {{}}, {{}}
+    for i, text in ipairs(texts) do
+        local status, _, deadline_s = head_in(text)
+        if status == 'a' and deadline_s * 1000 <= now
+            and redis.call('EXISTS', base .. '{LIVE}' .. ids[i]) == 0
+            and not redis.call('ZSCORE', KEYS[1], ids[i])
+        then
+            over[#over + 1], due_s[#over + 1] = ids[i], deadline_s
+            claimed[2 * #over - 1], claimed[2 * #over] = visible, ids[i]
+            found[2 * #over - 1], found[2 * #over] = ids[i], whole(text)
+        end
+    end
+    if #over > 0 then
+        redis.call('ZADD', KEYS[1], unpack(claimed))
+        forget(over, due_s)
+    end
+    return found
+end
+"""
+
+# KEYS: claimed. ARGV: visibility, id... (at most a batch)
+CLAIM_EXPIRED = Script(
+    RECORDS_LUA
+    + _DEADLINES
+    + _EXPIRED
+    + """
+local ids = {unpack(ARGV, 2)}
+return claim_expired(ids, redis.call('HMGET', leases, unpack(ids)), now + ARGV[1])
+""",
+    always=True,
+)
+
+# The same for a part of all leases, which HSCAN chooses. Answers the next cursor, how many were looked at, and what was
+# claimed. KEYS: claimed. ARGV: visibility, cursor, how many.
+SCAN_EXPIRED = Script(
+    RECORDS_LUA
+    + _DEADLINES
+    + _EXPIRED
+    + """
+local cursor, pairs = unpack(redis.call('HSCAN', leases, ARGV[2], 'COUNT', ARGV[3]))
+local ids, texts = {}, {}
+for i = 1, #pairs, 2 do ids[#ids + 1], texts[#texts + 1] = pairs[i], pairs[i + 1] end
+return {cursor, #ids, claim_expired(ids, texts, now + ARGV[1])}
+""",
+    always=True,
+)
+
 # KEYS: claimed. ARGV: (id, delay)...
 POSTPONE = Script(
     """
@@ -592,6 +644,6 @@ return {}
 )
 
 SCRIPTS = (
-    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, POSTPONE, TRANSITION, SEQS,
-    STALE, RESTORE,
+    PREPARE, CLOSE, ACTIVATE, USE_GRANT, RECOUNT, LOOK, GET, CLAIM, CLAIM_EXPIRED, SCAN_EXPIRED, POSTPONE, TRANSITION,
+    SEQS, STALE, RESTORE,
 )  # fmt: skip

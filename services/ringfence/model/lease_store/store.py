@@ -47,6 +47,7 @@ from ringfence.model.lease_store.script_args import (
 from ringfence.model.lease_store.scripts import (
     ACTIVATE,
     CLAIM,
+    CLAIM_EXPIRED,
     CLOSE,
     GET,
     LOOK,
@@ -54,6 +55,7 @@ from ringfence.model.lease_store.scripts import (
     PREPARE,
     RECOUNT,
     RESTORE,
+    SCAN_EXPIRED,
     SCRIPTS,
     SEQS,
     STALE,
@@ -70,6 +72,7 @@ from ringfence.model.lease_store.shards import HEALTH_COMMANDS, ServerHealth, Sh
 from ringfence.model.lease_store.types import (
     Activation,
     ClaimedLeases,
+    ExpiredScan,
     LeaseLookup,
     OutboxRecord,
     Preparation,
@@ -279,12 +282,10 @@ class LeaseStore(Shards):
             ShardCall(CLAIM, at, (at.deadlines, at.claimed, at.minutes), (limit, visibility_ms))
             for at in shard_keys
         ]
-        claimed = []
-        for at, (now_ms, next_ms, flat) in zip(shard_keys, await self._run(calls), strict=True):
-            pairs = zip(flat[::2], flat[1::2], strict=True)
-            leases = {uuid_text(id): stored_of(record) for id, record in pairs}
-            claimed.append(ClaimedLeases(at.shard, now_ms, next_ms, leases))
-        return claimed
+        return [
+            ClaimedLeases(at.shard, now_ms, next_ms, _claimed([flat]))
+            for at, (now_ms, next_ms, flat) in zip(shard_keys, await self._run(calls), strict=True)
+        ]
 
     async def postpone(self, delays_ms: Mapping[str, int]) -> None:
         """Extend claims, each by its delay from now. Leases that are not claimed any more are left unchanged."""
@@ -295,18 +296,54 @@ class LeaseStore(Shards):
             [ShardCall(POSTPONE, at, (at.claimed,), tuple(args)) for at, args in by_shard.items()]
         )
 
-    async def expirations(self) -> AsyncGenerator[int, None]:
-        """The shard of each lease whose live key has just expired, as far as Redis notifies: only a hint.
+    async def claim_expired(
+        self, lease_ids: Iterable[str], *, visibility_ms: int
+    ) -> dict[str, StoredLease | None]:
+        """Claim those of these leases whose TTL has ended them: by id, None if the record is missing.
 
-        Nothing comes unless Redis is configured to notify (`notify-keyspace-events Ex`), or while the connection is
-        lost.
+        Redis has no live key of such a lease, the deadline in its record is over by Redis's clock, and nobody has
+        claimed it. Other leases are left out and stay as they are, as anybody may publish that a key has expired.
         """
-        shard_by_prefix = {at.live_prefix: at.shard for at in self.keys}
+        by_shard: dict[Keys, list[Argument]] = {}
+        for id in lease_ids:
+            by_shard.setdefault(self.at(id), []).append(uuid_bytes(id))
+        calls = [
+            ShardCall(CLAIM_EXPIRED, at, (at.claimed,), (visibility_ms, *ids[start : start + BATCH_SIZE]))
+            for at, ids in by_shard.items()
+            for start in range(0, len(ids), BATCH_SIZE)
+        ]
+        return _claimed(await self._run(calls))
+
+    async def scan_expired(self, cursors: Mapping[int, int], *, visibility_ms: int) -> ExpiredScan:
+        """Look at some dozens of leases in each of these shards, and claim those as `claim_expired` does.
+
+        `cursors`: by shard, 0 at its beginning, then what the last call answered.
+        """
+        calls = [
+            ShardCall(SCAN_EXPIRED, self.keys[shard], (self.keys[shard].claimed,),
+                      (visibility_ms, cursor, BATCH_SIZE))
+            for shard, cursor in cursors.items()
+        ]  # fmt: skip
+        answers = await self._run(calls)
+        after = {shard: int(cursor) for shard, (cursor, *_) in zip(cursors, answers, strict=True)}
+        return ExpiredScan(
+            cursors={shard: cursor for shard, cursor in after.items() if cursor},
+            seen=sum(seen for _, seen, _ in answers),
+            leases=_claimed(flat for *_, flat in answers),
+        )
+
+    async def expirations(self) -> AsyncGenerator[list[str], None]:
+        """The leases whose live keys expired, as far as Redis says: those that came meanwhile are together.
+
+        Redis notifies only with `notify-keyspace-events Ex`, seconds late on big keyspaces, and does not repeat what
+        expired while nobody listened.
+        """
+        prefixes = {at.live_prefix for at in self.keys}
         async with contextlib.aclosing(self.link.expired_keys()) as expired:
-            async for key in expired:
-                shard = shard_by_prefix.get(key[:-ID_BYTES])
-                if shard is not None:
-                    yield shard
+            async for keys in expired:
+                lease_ids = [uuid_text(key[-ID_BYTES:]) for key in keys if key[:-ID_BYTES] in prefixes]
+                if lease_ids:
+                    yield lease_ids
 
     # --- the outbox ---
 
@@ -524,3 +561,12 @@ class LeaseStore(Shards):
             selector_key: sum(counts[i * size : (i + 1) * size])
             for i, selector_key in enumerate(selector_keys)
         }
+
+
+def _claimed(parts: Iterable[Sequence[bytes]]) -> dict[str, StoredLease | None]:
+    """The leases in answers of scripts that claim: each has ids and records by turns."""
+    return {
+        uuid_text(id): stored_of(record)
+        for flat in parts
+        for id, record in zip(flat[::2], flat[1::2], strict=True)
+    }

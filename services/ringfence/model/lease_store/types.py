@@ -123,6 +123,18 @@ class ClaimedLeases:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpiredScan:
+    """A part of a scan for leases whose live key is gone though their record is active."""
+
+    cursors: dict[int, int]
+    """By shard: where the scan continues. A shard that was scanned to its end is left out."""
+    seen: int
+    """How many leases were looked at."""
+    leases: dict[str, StoredLease | None]
+    """What was claimed, by id; None if the record is missing."""
+
+
+@dataclass(frozen=True, slots=True)
 class LeaseLookup:
     """A lease at a moment of Redis's clock."""
 

@@ -1,7 +1,8 @@
 """Ends leases at their deadlines, takes over work of other revokers, sweeps the outbox, reports overdue removals.
 
-The sorted sets of deadlines in Redis decide which leases are due. Redis's expired-key notifications only trigger a
-look early: they are late on big keyspaces, and are lost while no revoker listens.
+A lease ends by its deadline in two ways, and either is enough. The sorted sets of deadlines in Redis say which leases
+are due. And the expired TTL of a live key names its lease. Redis notifies late on big keyspaces, and of nothing while
+no revoker listens: a scan finds what was missed. What a notification says is checked, as anybody may publish one.
 
 A removal is overdue if its lease was cut a while ago and the credential is still at its target. A metric has the
 number of them. The sponsor of each is notified once, by a `finding`, whichever revoker finds it first.
@@ -14,7 +15,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
 
 from aiokafka.errors import KafkaError
 
@@ -149,17 +150,22 @@ LOOK_EVERY_S = (MIN_LEFT_MS - 50) / 1000
 next look, so every deadline is known in time."""
 _AFTER_MS = 1
 """A claim is made just after a deadline, not just before it."""
-_HINT_INTERVAL_S = 0.025
-"""The least time between two looks because of expired-key notifications."""
-_MANY_HINTS, _MANY_HINTS_WITHIN_S = 100, 1.0
-_IGNORE_HINTS_S = 1.0
-"""The time for which notifications are ignored after `_MANY_HINTS` arrived within `_MANY_HINTS_WITHIN_S`."""
+_MAX_EXPIRED, _WITHIN_S = 2_000, 1.0
+_IGNORE_S = 1.0
+"""The time for which notifications are ignored after `_MAX_EXPIRED` arrived within `_WITHIN_S`: reading them costs more
+than to claim many leases at a time by the deadline sets. Then a scan finds what those do not have.
+"""
+_SCAN_EVERY_S = 0.5
+_SCAN_AT_ONCE = 1_000
+"""How many leases a scan looks at before it pauses: so each of a thousand within a second, and each of a million within
+nine minutes.
+"""
 _FAILED_S = 0.5
 _SWEEP_EVERY_S = 1.0
 
 
 class Expiry:
-    """Claims due leases in all shards, and ends them. The deadline sets decide; expired-key events wake it early."""
+    """Claims due leases in all shards, and ends them: by their deadline sets, and by the TTL of their live keys."""
 
     def __init__(
         self,
@@ -175,8 +181,6 @@ class Expiry:
         self._visibility_ms = settings.visibility_ms
         self._outbox_age_ms = settings.outbox_age_ms
         self._next_look = [0.0] * len(store.shards)
-        self._last_look = [0.0] * len(store.shards)
-        self._hinted = asyncio.Event()
         self._slots = asyncio.Semaphore(CONCURRENT_BATCHES)
         self._failure: Exception | None = None
 
@@ -190,7 +194,7 @@ class Expiry:
                     if due:
                         await self._end_due(due, now, tasks)
                     else:
-                        await self._wait(min(self._next_look) - now)
+                        await asyncio.sleep(min(self._next_look) - now)
                     failure, self._failure = self._failure, None
                 except Exception as error:  # noqa: BLE001 - logged below
                     failure = error
@@ -204,12 +208,6 @@ class Expiry:
                     )
                     await asyncio.sleep(_FAILED_S)
 
-    async def _wait(self, pause_s: float) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):
-                await self._hinted.wait()
-        self._hinted.clear()
-
     async def _end_due(self, shards: Sequence[int], now: float, tasks: asyncio.TaskGroup) -> None:
         """Claim due leases, and start to end them all: the next claim overlaps with the ends of the last.
 
@@ -220,7 +218,6 @@ class Expiry:
         limit = max(1, min(self._limit, CONCURRENT_BATCHES * BATCH_SIZE // len(shards)))
         claimed = await self._store.claim(shards, limit=limit, visibility_ms=self._visibility_ms)
         for shard_claim in claimed:
-            self._last_look[shard_claim.shard] = now
             self._next_look[shard_claim.shard] = now + self._pause_s(shard_claim, limit, now)
         due = [(id, lease) for shard_claim in claimed for id, lease in shard_claim.leases.items()]
         for start in range(0, len(due), BATCH_SIZE):
@@ -251,27 +248,65 @@ class Expiry:
         return pause_s
 
     async def listen(self) -> None:
-        """Look early at each expired-key notification, for ever. After very many, it stops listening for a while."""
+        """End each lease whose TTL has expired, for ever. After very many, notifications are ignored for a while."""
         while True:
             async with contextlib.aclosing(self._store.expirations()) as expired:
-                await self._wake(expired)
-            await asyncio.sleep(_IGNORE_HINTS_S)
+                await self._end_by_ttl(expired)
+            await asyncio.sleep(_IGNORE_S)
 
-    async def _wake(self, expired: AsyncIterator[int]) -> None:
-        """Process notifications until too many arrive within too short a time."""
+    async def _end_by_ttl(self, expired: AsyncIterator[list[str]]) -> None:
+        """End what is notified, until too many notifications arrive within too short a time."""
         loop = asyncio.get_running_loop()
-        since, hints = loop.time(), 0
-        async for shard in expired:
-            soon = self._last_look[shard] + _HINT_INTERVAL_S
-            if soon < self._next_look[shard]:
-                self._next_look[shard] = soon
-                self._hinted.set()
-            hints += 1
-            if hints >= _MANY_HINTS:
+        since, count = loop.time(), 0
+        async for lease_ids in expired:
+            await self._end_expired(self._store.claim_expired(lease_ids, visibility_ms=self._visibility_ms))
+            count += len(lease_ids)
+            if count >= _MAX_EXPIRED:
                 now = loop.time()
-                if now - since < _MANY_HINTS_WITHIN_S:
+                if now - since < _WITHIN_S:
                     return
-                since, hints = now, 0
+                since, count = now, 0
+
+    async def scan(self) -> None:
+        """End leases whose TTL expired and of which Redis has not notified, for ever: some of all leases by turns."""
+        cursors: dict[int, int] = {}
+        while True:
+            cursors = await self._scan_on(cursors or dict.fromkeys(self._store.shards, 0))
+            await asyncio.sleep(_SCAN_EVERY_S)
+
+    async def _scan_on(self, cursors: dict[int, int]) -> dict[int, int]:
+        """Scan some leases. Returns where the next scan continues; empty if this one has come to the end."""
+        seen = 0
+
+        async def claim_part() -> Mapping[str, StoredLease | None]:
+            nonlocal cursors, seen
+            part = await self._store.scan_expired(cursors, visibility_ms=self._visibility_ms)
+            cursors, seen = part.cursors, seen + part.seen
+            return part.leases
+
+        while cursors and seen < _SCAN_AT_ONCE:
+            if not await self._end_expired(claim_part()):
+                break
+        return cursors
+
+    async def _end_expired(self, claim: Awaitable[Mapping[str, StoredLease | None]]) -> bool:
+        """End what this claim finds. False if it failed: the leases are found again by a scan."""
+        await self._ender.yield_to_revocations()
+        try:
+            due = list((await claim).items())
+        except Exception as error:
+            log.log(
+                _level(error),
+                "claiming leases whose TTL has expired failed: %s",
+                error,
+                extra=rate_limited(type(error).__name__),
+                exc_info=_trace(error),
+            )
+            return False
+        for start in range(0, len(due), BATCH_SIZE):
+            await self._slots.acquire()
+            await self._end_in_slot(dict(due[start : start + BATCH_SIZE]))
+        return True
 
     async def sweep(self) -> None:
         """Publish records that have waited in the outbox for too long, for ever."""
