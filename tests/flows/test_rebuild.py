@@ -648,7 +648,7 @@ async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
     stray, later_ms = str(uuid.uuid4()), (time.time_ns() // 1_000_000) + 3_600_000
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:
         await redis.delete(store.at(grant_id).grant(grant_id), store.at(order_id).selector(order_id))
-        await redis.hset(store.at(stray).leases, uuid_bytes(stray), "a1 1790000000\nx.y.z")
+        await redis.hset(store.at(stray).leases, uuid_bytes(stray), "a1 1990000000\nx.y.z")
         await redis.zadd(store.keys[1].fences, {ALL_LEASES: later_ms})
     assert await command.differences() == {
         ("uncounted", f"{asked.lease_id} on grant {grant_id}"),
