@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ringfence.client.task_proxy.server import proxy_environment
+from ringfence.client.task_proxy.environment import proxy_environment
 
 
 @dataclass

@@ -20,7 +20,7 @@ from ringfence.cli.shared.output import note, print_json_line, visible
 from ringfence.cli.shared.signals import not_ignored
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.settings import ClientSettings
-from ringfence.client.task_proxy.server import proxy_environment
+from ringfence.client.task_proxy.environment import proxy_environment
 from ringfence.kernel.base.errors import SettingsError
 
 if TYPE_CHECKING:

@@ -16,9 +16,9 @@ from ringfence.runner.control.messages import (
     StartFailedMessage,
 )
 from ringfence.runner.init import process
+from ringfence.runner.init.environment import command_environment
 from ringfence.runner.init.instance import InstanceKey, sign_enrolment, write_instance, write_program
 from ringfence.runner.init.listeners import RunnerConnection, open_listeners
-from ringfence.runner.init.supervisor import command_environment
 from ringfence.runner.sandbox.backend import CONTROL, INSTANCE
 
 FAILED: Final = 125
