@@ -54,7 +54,7 @@ def test_a_test_that_its_limit_ended_is_named(tmp_path: Path) -> None:
     summary, _, end = summary.partition("\n=== The end of: the tests, again what failed\n")
     assert "FAILED test_it.py::test_hangs" in end, said
     first, hung, again, hung_again = summary.splitlines()
-    assert re.fullmatch(r"unsteady +the tests \(exit 2, \d+ s\): test_it\.py::test_hangs", first)
+    assert re.fullmatch(r"unsteady +the tests \(exit 2, \d+ s, CPU \d+ s\): test_it\.py::test_hangs", first)
     assert again.startswith("FAILED  the tests, again what failed (exit 2")
     assert {hung.strip(), hung_again.strip()} == {"hung: test_it.py::test_hangs"}
 
@@ -76,4 +76,4 @@ def test_a_test_that_ran_when_its_stage_was_stopped_is_named(tmp_path: Path) -> 
 def test_nothing_is_said_of_tests_that_pass(tmp_path: Path) -> None:
     status, said, summary = check(tmp_path, 'suite 60s "the tests" it', code="def test_runs():\n    pass\n")
     assert status == 0, said
-    assert re.fullmatch(r"passed  the tests \(\d+ s\)\n", summary)
+    assert re.fullmatch(r"passed  the tests \(\d+ s, CPU \d+ s\)\n", summary)
