@@ -362,7 +362,7 @@ async def test_a_refused_command_leaves_no_key_behind(shell: Shell) -> None:
     assert file.exists()  # it is the key of somebody who is there
 
 
-async def test_what_is_approved_ahead_needs_no_question(shell: Shell) -> None:
+async def test_request_within_a_grant_needs_no_approval(shell: Shell) -> None:
     task = await organisation(shell)
     ahead = ("approvals", "grant", task, "--allow", "platform:deploy:env/**", "--count", "2", "--for", "2h")
     refused = await shell("maria", *ahead, "--yes", status=1)
@@ -733,7 +733,7 @@ async def test_a_later_trust_bundle_leaves_the_first_operator_as_they_are(
     assert (await init("--publish", "--operator", "ada"))["operator"] == "ada"
 
 
-def test_nothing_is_published_before_its_topics_are_there(
+def test_init_publishes_nothing_before_its_topics_exist(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("kafka", "trust_domain", "embedded_broker"):
@@ -801,7 +801,7 @@ async def test_a_command_with_a_credential_goes_on_without_its_terminal_under_no
     assert process.returncode == 9, err
 
 
-async def test_what_would_change_nothing_or_lock_oneself_out_is_asked_about(
+async def test_no_op_or_self_lockout_change_asks_for_confirmation(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())

@@ -55,7 +55,9 @@ async def committed(world: World) -> int:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-async def test_what_was_begun_is_ended_and_committed(world: World, tmp_path: Path, signum: int) -> None:
+async def test_message_in_progress_at_sigterm_is_completed_and_committed(
+    world: World, tmp_path: Path, signum: int
+) -> None:
     async with slow_service(world, tmp_path, work_s=2) as (child, url):
         await world.send(CREDENTIAL_REQUEST, "a", "one")
         await said(world, "began")

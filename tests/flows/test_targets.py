@@ -385,7 +385,7 @@ async def test_a_credential_made_again_while_its_lease_ends_is_taken_back(
 
 
 @pytest.mark.parametrize("mode", ["shut", "hanging"])
-async def test_where_the_target_is_away_the_agent_is_told_to_come_again(
+async def test_unavailable_target_refuses_with_retry_after_and_aborts_the_lease(
     desk: IssuerBench, yard: Yard, mode: Any
 ) -> None:
     yard.gates["cache"].turn(mode)
@@ -488,7 +488,7 @@ async def test_a_mint_that_is_finished_just_in_time_is_left_alone(
     assert statuses(await ended(desk, asked)) == ["minting", "active", "ending", "revoked"]
 
 
-async def test_what_a_revoker_aborts_no_issuer_takes_up_again(desk: IssuerBench, yard: Yard) -> None:
+async def test_lease_aborted_by_a_revoker_is_not_minted_by_an_issuer(desk: IssuerBench, yard: Yard) -> None:
     """Else a credential could be made between its undo and its end, and be given away dead."""
     yard.gates["cache"].turn("shut")
     asked = await desk.ask(scope=desk.scope("read"))
@@ -572,7 +572,7 @@ async def command(desk: IssuerBench, model: Any, by: Party | None = None, **fiel
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-async def test_what_is_revoked_while_it_is_made_is_never_given_and_nothing_is_left(
+async def test_credential_revoked_while_minting_is_not_delivered_and_removed(
     desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch, switch: str
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
@@ -590,7 +590,7 @@ async def test_what_is_revoked_while_it_is_made_is_never_given_and_nothing_is_le
 
 
 @pytest.mark.parametrize("switch", SWITCHES)
-async def test_what_is_revoked_while_it_lives_is_cut_and_taken_back(
+async def test_revoked_credential_is_removed_from_its_target(
     desk: IssuerBench, yard: Yard, switch: str
 ) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"))
@@ -649,7 +649,7 @@ async def test_the_fence_holds_at_both_looks_of_the_issuer(
         assert statuses(await ended(desk, asked)) == ["minting", "aborted"]
 
 
-async def test_what_was_decided_before_the_cut_is_not_announced_after_it(
+async def test_decision_before_a_revocation_is_fenced_and_mints_nothing(
     desk: IssuerBench, yard: Yard
 ) -> None:
     asked = await desk.ask(scope=desk.scope("read"))
@@ -735,7 +735,7 @@ async def test_a_dead_target_delays_no_other_its_sponsor_is_told_once_and_nothin
     assert listed.json()["leases"] == []
 
 
-async def test_what_was_put_off_comes_as_soon_as_its_target_takes_one_back(
+async def test_postponed_removals_resume_once_the_target_answers(
     desk: IssuerBench, yard: Yard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     postpone, put_off = LeaseStore.postpone, set[str]()
@@ -809,9 +809,7 @@ async def test_an_undo_that_a_dead_revoker_left_is_done_by_another(
 # --- sweeping ---------------------------------------------------------------------------------------------------------
 
 
-async def test_what_stands_at_a_target_without_a_lease_is_taken_back_and_nothing_else(
-    desk: IssuerBench, yard: Yard
-) -> None:
+async def test_credential_without_a_lease_is_removed_from_the_target(desk: IssuerBench, yard: Yard) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"))
     over, _ = await desk.issued(scope=desk.scope("read"))
     await revoked(desk, lease_id=over.lease_id)
