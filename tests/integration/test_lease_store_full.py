@@ -47,7 +47,9 @@ async def fill(settings: ServiceSettings) -> None:
         await client.script_flush()
 
 
-async def test_nothing_is_issued(store: LeaseStore, settings: ServiceSettings) -> None:
+async def test_full_redis_refuses_activation_and_preparation(
+    store: LeaseStore, settings: ServiceSettings
+) -> None:
     started = minting()
     await store.prepare([started], token="a", mint_ms=VISIBLE_MS)
     await fill(settings)
@@ -61,7 +63,7 @@ async def test_nothing_is_issued(store: LeaseStore, settings: ServiceSettings) -
     assert await store.get([one.claims.lease_id, other.claims.lease_id]) == {}
 
 
-async def test_what_is_known_is_told_though_it_is_full(store: LeaseStore, settings: ServiceSettings) -> None:
+async def test_full_redis_still_answers_reads(store: LeaseStore, settings: ServiceSettings) -> None:
     one = lease()
     await store.activate([one])
     await fill(settings)
@@ -94,7 +96,7 @@ async def test_leases_end_and_revocations_stand(store: LeaseStore, settings: Ser
     assert len(await store.unpublished(older_than_ms=0)) == 7
 
 
-async def test_what_others_issued_is_given_to_it(store: LeaseStore, settings: ServiceSettings) -> None:
+async def test_full_redis_still_accepts_restored_leases(store: LeaseStore, settings: ServiceSettings) -> None:
     await fill(settings)
     one = lease()
     assert await store.restore([one]) == 1

@@ -151,7 +151,7 @@ async def test_a_record_of_which_something_is_gone_is_none(
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_due_much_later_comes_to_the_deadlines_when_its_minute_has_nearly_come(
+async def test_distant_deadline_moves_to_the_deadlines_shortly_before_its_minute(
     store: LeaseStore, redis: Any, at: Keys
 ) -> None:
     deadline = later()
@@ -173,7 +173,7 @@ async def test_what_is_due_much_later_comes_to_the_deadlines_when_its_minute_has
     }
 
 
-async def test_what_ended_before_its_minute_does_not_come_back(
+async def test_lease_ended_before_its_minute_gets_no_deadline(
     store: LeaseStore, redis: Any, at: Keys
 ) -> None:
     leases = [lease(deadline=later()) for _ in range(3)]

@@ -237,7 +237,7 @@ async def test_one_request_is_one_trace_over_all_hops(realm: RunningStack) -> No
         await seen.until(complete, "the trace on each topic")
 
 
-async def test_what_strangers_read_validates_against_the_published_schemas(realm: RunningStack) -> None:
+async def test_published_messages_validate_against_the_schemas(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, Seen(realm.settings, (APPROVAL_REQUEST, AUDIT)) as seen:
         await approved_write(realm, agent)
         await seen.until(
