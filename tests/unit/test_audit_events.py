@@ -199,7 +199,7 @@ async def test_a_restarted_audit_says_the_same_of_a_decision_without_the_request
 # --- seen, not believed ---
 
 
-async def test_what_is_not_believed_is_attributed_to_its_coordinates_and_nobody_else(
+async def test_unverified_record_is_attributed_to_its_coordinates_only(
     office: AuditFixtures,
 ) -> None:
     records = unbelievable(office)
@@ -216,7 +216,7 @@ async def test_what_is_not_believed_is_attributed_to_its_coordinates_and_nobody_
             assert not [word for word in named if word in json.dumps(event)], name
 
 
-async def test_what_nobody_else_buries_audit_does(office: AuditFixtures) -> None:
+async def test_malformed_records_on_followed_topics_are_dead_lettered_by_audit(office: AuditFixtures) -> None:
     for topic in AUDITED:
         await office.audit(office.received(topic, b"\x00\xff", key="deploy-bot"))
     assert {what for what, _ in office.buried} == {
@@ -552,7 +552,7 @@ async def test_long_texts_are_cut_and_cost_no_time(office: AuditFixtures) -> Non
     assert len(event["unmapped"]["comment"]) <= 500
 
 
-async def test_what_newer_writers_add_does_not_swell_an_event(office: AuditFixtures) -> None:
+async def test_oversized_unknown_fields_are_left_out_of_an_event(office: AuditFixtures) -> None:
     olga = office.key("user", "olga")
     selector = Selector.model_validate({"agent_id": "deploy-bot", "note": "x" * 300_000})
     order = office.claims(RevocationRequest, olga, kind="revocation", selector=selector, reason="x")
@@ -803,7 +803,7 @@ async def test_a_refusal_by_the_issuer_is_a_credential_refused_to_the_agent(offi
     assert (event["unmapped"]["agent"], event["unmapped"]["on_behalf_of"]) == ("deploy-bot", "maria")
 
 
-async def test_what_a_service_says_of_a_lease_names_everybody_and_keeps_its_trace(
+async def test_service_event_about_a_lease_names_its_people_and_trace(
     office: AuditFixtures,
 ) -> None:
     story = office.credential()
@@ -845,7 +845,7 @@ async def test_a_decision_is_judged_whole_though_what_policy_was_given_is_not_re
     ]  # fmt: skip
 
 
-async def test_nobody_stands_behind_an_agent_that_names_the_task_of_another(office: AuditFixtures) -> None:
+async def test_task_of_another_agent_gives_no_on_behalf_of(office: AuditFixtures) -> None:
     office.agent("stray")
     by = office.key("agent", "stray")
     request = office.signed(CREDENTIAL_REQUEST, office.request(iss=by.id), by)

@@ -70,7 +70,7 @@ def test_one_that_cannot_be_used_stops_the_start(folder: Path, module: str, poin
 
 
 @pytest.mark.parametrize("name", ["existing", "standing"])
-async def test_what_exists_at_a_target_is_asked_by_the_name_of_now_or_of_0_1(folder: Path, name: str) -> None:
+async def test_plugin_may_name_its_list_of_credentials_existing_or_standing(folder: Path, name: str) -> None:
     defined = f"\n    async def {name}(self, target_id):\n        return frozenset([target_id])\n"
     install(folder, MODULE + defined, "paper = paper_backend:Paper")
     assert await existing_of(all_backends(MATERIAL)["paper"], "vault") == {"vault"}

@@ -68,7 +68,7 @@ def broken(ledger: InMemoryRegistry, record: AnyRecord, **users: Any) -> str:
     return str(caught.value)
 
 
-def test_what_an_honest_registry_wrote_holds(ledger: InMemoryRegistry):
+def test_records_of_an_honest_registry_verify(ledger: InMemoryRegistry):
     ledger.give(ledger.target_set("olga", "staging"))
     ledger.give(ledger.assign("uma", "bot"))
     chains = ledger.chains()
@@ -242,7 +242,7 @@ def test_a_command_of_another_trust_domain_is_none(ledger: InMemoryRegistry, dom
 @pytest.mark.parametrize(
     "path", ["agent/olga", "service/olga", "user/olga/x", "user/", "user/Olga", "task/olga"]
 )
-def test_what_only_looks_like_a_user_is_none(ledger: InMemoryRegistry, path: str):
+def test_signer_path_that_only_resembles_a_user_is_rejected(ledger: InMemoryRegistry, path: str):
     claims = ledger.user_set("olga", "uma", ["operator"], iss=f"spiffe://test.example/{path}")
     with pytest.raises(InvalidMessageError, match="no valid key"):
         ledger.chains().authorise(parse(sign(claims, ledger.key("olga"))), ledger.clock.ms)
@@ -268,7 +268,7 @@ def test_a_consent_or_a_record_is_no_command(ledger: InMemoryRegistry):
             ledger.chains().authorise(parse(compact), ledger.clock.ms)
 
 
-def test_who_holds_no_agents_believes_none(ledger: InMemoryRegistry):
+def test_agent_signature_is_rejected_by_a_reader_without_agent_records(ledger: InMemoryRegistry):
     claims = ledger.claims(
         TaskEnd, "bot", iss=ledger.key("bot", "agent").id, task_id=str(uuid.UUID(int=0)), reason="x"
     )
@@ -287,7 +287,7 @@ def test_two_people_may_use_the_same_jti(ledger: InMemoryRegistry):
     assert len(ids) == 2
 
 
-def test_what_is_embedded_and_of_an_unknown_type_is_no_command(ledger: InMemoryRegistry):
+def test_embedded_message_of_an_unknown_type_is_no_command(ledger: InMemoryRegistry):
     consent = EmbeddedCommand(jws=ledger.consent("uma", ledger.terms("bot")), appended_at_ms=ledger.clock.ms)
     with pytest.raises(InvalidMessageError) as unread:
         unverified_command(consent)
@@ -346,7 +346,7 @@ def test_it_cannot_use_a_key_that_does_not_count_then(ledger: InMemoryRegistry, 
     )
 
 
-def test_what_was_signed_before_somebody_left_stays_good(ledger: InMemoryRegistry):
+def test_commands_signed_before_a_disablement_stay_valid(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(UserDisable, "otto", user_id="olga", reason="left"))
     chains = ledger.chains()
     for id in ("sam", "suzy", "uma"):
@@ -401,7 +401,7 @@ def test_a_key_that_was_replaced_in_the_very_moment_signs_nothing_about_its_owne
     assert "no valid key" in broken(ledger, forged(ledger, olga, (*olga.commands, own)))
 
 
-def test_who_is_disabled_has_no_role_from_then_on(ledger: InMemoryRegistry):
+def test_disabled_user_has_no_role_from_then_on(ledger: InMemoryRegistry):
     before_ms = ledger.clock.ms
     ledger.give(ledger.claims(UserDisable, "otto", user_id="sam", reason="left"))
     chains = ledger.chains()
@@ -490,7 +490,7 @@ def test_a_user_whose_history_was_rewritten_is_folded_anew(ledger: InMemoryRegis
         chains.roles_at("olga", START_MS + 10**9)
 
 
-def test_what_is_forgotten_is_folded_anew(ledger: InMemoryRegistry):
+def test_forgotten_fold_is_computed_again(ledger: InMemoryRegistry):
     """Until then a fold stands, whatever becomes of what it rests on; another trust bundle makes readers forget."""
     users: dict[str, Any] = {}
 
@@ -511,7 +511,7 @@ def test_what_is_forgotten_is_folded_anew(ledger: InMemoryRegistry):
         chains.user_at("sam", now_ms)
 
 
-def test_what_was_folded_of_a_user_is_kept(ledger: InMemoryRegistry):
+def test_folded_user_is_cached(ledger: InMemoryRegistry):
     """Else whoever reads would verify all commands about an operator for each that they give."""
     users: dict[str, Any] = {"sam": the(ledger, "user", "sam")}
     chains, then_ms = ledger.chains(users), ledger.clock.ms
@@ -533,7 +533,7 @@ def over_agents(ledger: InMemoryRegistry, records: dict[str, AnyRecord]) -> Chai
     )
 
 
-def test_what_was_folded_of_an_agent_is_kept(ledger: InMemoryRegistry):
+def test_folded_agent_is_cached(ledger: InMemoryRegistry):
     """Else whoever reads would verify all that an agent ever was for each command that it gives."""
     records = {"bot": the(ledger, "agent", "bot")}
     chains, then_ms = over_agents(ledger, records), ledger.clock.ms
@@ -696,7 +696,7 @@ def act(ledger: InMemoryRegistry, action: tuple[Any, ...]) -> Any:
     ),
     seed=st.integers(0, 2**32),
 )
-def test_what_a_registry_accepts_every_reader_believes(actions: list[Any], seed: int):
+def test_accepted_records_verify_for_every_reader(actions: list[Any], seed: int):
     """Whatever was accepted, in whatever moments, by whosever clock.
 
     Each record's chain holds, for a reader that got them in any order, and for one that missed any of the revisions;
@@ -765,7 +765,7 @@ def test_records_do_not_grow_with_what_no_longer_matters(ledger: InMemoryRegistr
             assert all(unverified_command(c) for c in entry.record.commands)
 
 
-def test_what_somebody_narrowed_themselves_from_is_kept(ledger: InMemoryRegistry):
+def test_command_before_a_self_narrowing_is_kept_in_the_record(ledger: InMemoryRegistry):
     """olga may narrow what otto gave her; without his command in the record hers would widen what was before."""
     as_of = ledger.clock.ms // 1000
     for by, scope in (("otto", ()), ("otto", WIDE), ("olga", NARROW)):

@@ -183,7 +183,7 @@ async def test_ceilings_that_change_all_the_time_take_no_more_memory(
     assert found.fields == {"target": "target 49"}
 
 
-async def test_what_was_set_before_the_trail_began_is_not_judged(watch: Watch) -> None:
+async def test_rights_set_before_the_trail_began_are_not_judged(watch: Watch) -> None:
     """The record says since when an agent may hold something only where it is the one that set it."""
     event = await registered(watch)
     event["metadata"]["event_code"] = "agent.key_rotated"
@@ -344,7 +344,7 @@ async def test_a_flood_of_leases_makes_nobody_forget_when_one_was_over(
     ]  # fmt: skip
 
 
-async def test_who_is_at_work_is_not_forgotten_for_those_that_come_and_go(
+async def test_active_agent_is_not_forgotten_for_short_lived_ones(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reach, "MAX_AGENTS", 5)
@@ -462,7 +462,7 @@ async def test_two_that_find_the_same_make_the_same_event(watch: Watch) -> None:
     assert here == there
 
 
-async def test_what_kafka_does_not_take_is_told_later(watch: Watch) -> None:
+async def test_finding_that_kafka_refused_is_published_later(watch: Watch) -> None:
     watch.follow(await refused(watch))
     watch.intake.fail_next = 1
     with pytest.raises(OSError, match="the broker went away"):
@@ -470,14 +470,14 @@ async def test_what_kafka_does_not_take_is_told_later(watch: Watch) -> None:
     assert await watch.rules() == ["beyond_user"]
 
 
-async def test_what_is_old_when_it_is_first_looked_at_is_no_news(watch: Watch) -> None:
+async def test_event_older_than_a_day_gives_no_finding(watch: Watch) -> None:
     event = await refused(watch)
     watch.clock.at_ms += 25 * HOUR_S * 1000
     watch.follow(event)
     assert await watch.told() == []
 
 
-async def test_nothing_is_found_about_findings_and_junk_stops_nothing(watch: Watch) -> None:
+async def test_findings_and_malformed_events_give_no_finding(watch: Watch) -> None:
     event = await refused(watch)
     watch.follow({**event, "unmapped": {}}, {**event, "metadata": {}}, {"time": 1})
     watch.follow({**event, "metadata": {**event["metadata"], "log_name": "nowhere"}})
@@ -499,7 +499,7 @@ def test_each_rule_can_be_switched_off(off: str) -> None:
     assert len(left) == (6 if off == "quick_approval_s" else 7)
 
 
-async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pending_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "MAX_REMEMBERED", 5)
     watch = Watch()
     action = await watch.event(watch.office.action(lease_id="a lease"))

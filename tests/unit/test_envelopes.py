@@ -52,7 +52,7 @@ def test_a_strangers_tools_open_it() -> None:
     assert jwe.decrypt_json(only, key, registry=registry).plaintext == b"hello"
 
 
-def test_what_was_changed_does_not_open() -> None:
+def test_changed_envelope_does_not_open() -> None:
     envelope: dict[str, Any] = json.loads(enclose(b"hello", TO, about="lease-1"))
     other = json.loads(enclose(b"hello", TO, about="lease-2"))
     for part in ("protected", "iv", "ciphertext", "tag", "recipients"):
@@ -76,7 +76,7 @@ def test_junk_is_none(junk: bytes) -> None:
     assert unverified_about(junk) is None
 
 
-def test_what_is_too_large_is_not_even_parsed() -> None:
+def test_oversized_envelope_is_rejected_before_parsing() -> None:
     with pytest.raises(InvalidMessageError, match="large"):
         ONE.open(b" " * (3 * 1024 * 1024))
 

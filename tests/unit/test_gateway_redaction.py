@@ -120,7 +120,7 @@ def test_it_is_found_however_it_comes_in_pieces(value: str, size: int) -> None:
             )
 
 
-def test_what_may_be_the_beginning_is_held_back_and_found_again() -> None:
+def test_prefix_matcher_finds_the_longest_beginning() -> None:
     """The longest beginning, also after another one came to nothing, with needles of two letters."""
     numbers = random.Random(1)
     for _ in range(3000):

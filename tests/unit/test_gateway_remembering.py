@@ -137,7 +137,7 @@ def at_its_deadline(memory: Memory) -> None:
     "change",
     [another_ceiling, another_lease, revoked, fenced, ended, another_trust_bundle, at_its_deadline],
 )
-def test_what_it_rests_on_changed(change: Callable[[Memory], None]) -> None:
+def test_changed_input_invalidates_the_memory(change: Callable[[Memory], None]) -> None:
     memory = Memory()
     change(memory)
     assert memory.found() is None

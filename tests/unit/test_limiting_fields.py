@@ -253,7 +253,7 @@ def test_a_consent_with_one_is_none_for_a_new_task() -> None:
     assert ledger.give(ledger.assign("sam", "bot", terms=terms, on_behalf_of="uma", consent=consent))
 
 
-def test_what_is_refused_for_one_says_nothing_of_who_may_give_it() -> None:
+def test_unknown_field_is_not_reported_to_an_unentitled_sender() -> None:
     """Whoever may not give the command is told so, and not which fields there are."""
     ledger = InMemoryRegistry()
     ledger.organisation()
@@ -670,7 +670,7 @@ def test_the_command_line_names_it_in_a_delegation(tmp_path: Path) -> None:
     ]
 
 
-def test_who_looks_at_a_record_is_shown_what_an_unknown_field_comes_to(
+def test_unknown_limiting_field_is_shown_with_its_effect(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     verb = VerbFloor(verb="deploy", floor="sponsor").model_copy(update={"asks": "sponsor"})

@@ -62,7 +62,7 @@ def sorted_of(usage: Usage) -> list[Used]:
     return sorted(usage.within(NOW_S), key=lambda one: (one.target, one.verb))
 
 
-def test_what_is_not_known_is_told_apart():
+def test_unknown_days_of_use_are_reported_as_unknown():
     usage = Usage()
     usage.add([READ], TODAY)
     assert usage.knows([READ], TODAY)
@@ -72,7 +72,7 @@ def test_what_is_not_known_is_told_apart():
     assert usage.knows([READ], TODAY - WINDOW_DAYS)  # out of every window from now on
 
 
-def test_what_is_old_is_let_go():
+def test_use_outside_the_window_is_forgotten():
     usage = Usage()
     usage.add([READ], TODAY)
     usage.add([DEPLOY], TODAY - 5)

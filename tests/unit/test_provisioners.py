@@ -172,7 +172,9 @@ def test_users_get_what_their_groups_are_delegated_and_no_key(ledger: InMemoryRe
         ({"provisioned": None}, "groups_missing"),
     ],
 )
-def test_nothing_beyond_the_delegation(ledger: InMemoryRegistry, change: dict[str, Any], code: str):
+def test_provisioning_beyond_the_delegation_is_refused(
+    ledger: InMemoryRegistry, change: dict[str, Any], code: str
+):
     fields = dict(change)
     groups = fields.pop("groups", ("Developers",))
     if "source" in fields or "as_of" in fields:
@@ -253,7 +255,7 @@ def test_it_disables_and_lets_act_again_whom_it_disabled(ledger: InMemoryRegistr
     assert (user(ledger).status, len(user(ledger).keys)) == ("active", 1)
 
 
-def test_whom_an_operator_disabled_it_lets_not_act_again(ledger: InMemoryRegistry):
+def test_provisioner_cannot_enable_a_user_disabled_by_an_operator(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     ledger.give(ledger.claims(UserDisable, "olga", user_id="maria", reason="stolen laptop"))
     assert refused(ledger, synced(ledger, "maria", "Developers")) == "disabled_by_operator"
@@ -265,7 +267,7 @@ def test_whom_an_operator_disabled_it_lets_not_act_again(ledger: InMemoryRegistr
     assert user(ledger).status == "active"
 
 
-def test_who_left_for_good_never_comes_back_and_their_keys_end(ledger: InMemoryRegistry):
+def test_deleted_user_never_returns_and_their_keys_end(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
     ledger.give(ledger.claims(UserDisable, "scim", user_id="maria", reason="deleted", gone=True))
@@ -297,13 +299,13 @@ def otilia(ledger: InMemoryRegistry) -> InMemoryRegistry:
     return ledger
 
 
-def test_nobody_widens_the_delegation_that_they_come_from(otilia: InMemoryRegistry):
+def test_operator_cannot_widen_the_delegation_they_come_from(otilia: InMemoryRegistry):
     wide = (GroupDelegation(group="Ops", roles=("operator", "sponsor"), scope=(WIDE,)),)
     assert refused(otilia, provisioner_set(otilia, "otilia", groups=wide)) == "self_widening"
     assert otilia.give(provisioner_set(otilia, "olga", groups=wide)) is not None
 
 
-def test_nobody_takes_themselves_away_from_their_directory(otilia: InMemoryRegistry):
+def test_provisioned_operator_cannot_leave_their_directory(otilia: InMemoryRegistry):
     assert refused(otilia, otilia.user_set("otilia", "otilia", ["operator"])) == "self_widening"
 
 

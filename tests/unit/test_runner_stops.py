@@ -47,7 +47,7 @@ def test_the_assigner_and_the_sponsor_stop_a_run(stops: _Stops, who: str) -> Non
     assert stops.told == [RUN]
 
 
-def test_whoever_ordered_it_stops_it(stops: _Stops) -> None:
+def test_user_that_ordered_the_run_stops_it(stops: _Stops) -> None:
     stops.stop("olga")
     assert stops.reason() is None
     assert stops.reason(f"spiffe://{TD}/user/olga") == "stopped by olga: enough"

@@ -248,7 +248,7 @@ def test_the_run_of_an_instance_is_found_by_it_alone(started: Place) -> None:
     assert runs.of(None) is None
 
 
-def test_what_was_claimed_stays(place: Place) -> None:
+def test_claimed_fields_of_a_run_cannot_change(place: Place) -> None:
     run = place.run
     first = run.said("claimed")
     changes: dict[str, Any] = {
@@ -263,7 +263,7 @@ def test_what_was_claimed_stays(place: Place) -> None:
     assert told(place, first, started, stolen) == started
 
 
-def test_nobody_but_its_runner_says_anything_of_a_run(place: Place) -> None:
+def test_run_record_of_another_signer_is_ignored(place: Place) -> None:
     run, runners = place.run, place.runners
     other = runners.keys["runner-2"]
     run.go("claimed", "started")
@@ -340,7 +340,7 @@ def test_a_directory_looks_again_at_runs_when_the_next_bundle_comes(place: Place
     assert directory.runs.get(run_id) is not None
 
 
-def test_what_a_key_signed_after_its_end_counts_for_nothing(place: Place) -> None:
+def test_run_record_signed_by_an_ended_key_is_ignored(place: Place) -> None:
     place.run.go("claimed", "started")
     place.runners.trust(version=3, runner_1=place.now_s)
     place.run.go("ended")
@@ -776,7 +776,7 @@ def test_an_order_of_what_cannot_run_starts_nothing(place: Place) -> None:
     assert against(place, ordered(place)) == "agent_suspended"
 
 
-def test_who_may_not_be_believed_orders_nothing(place: Place) -> None:
+def test_order_by_a_provisioner_agent_or_untrusted_user_is_refused(place: Place) -> None:
     """A provisioner signs like a user, and is none. What rests on a record that does not hold starts nothing."""
     ledger = place.ledger
     delegation = Delegation(source="hr", groups=(GroupDelegation(group="dev"),))
@@ -926,7 +926,7 @@ async def test_a_token_of_a_run_is_active_while_the_run_goes_on(place: Place) ->
 # --- the gateway's own table of leases --------------------------------------------------------------------------------
 
 
-def test_what_a_run_uses_is_cut_when_it_ends(started: Place) -> None:
+def test_leases_of_a_run_are_cut_at_its_end(started: Place) -> None:
     table = started.table
     cut: list[str] = []
     lease, other = started.leased(), started.leased(instance=None)

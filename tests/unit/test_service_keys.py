@@ -178,7 +178,7 @@ def test_a_service_that_nobody_knows(folder: TrustFolder) -> None:
     assert bundle_of(folder).version == 1
 
 
-def test_what_has_expired_is_renewed(folder: TrustFolder) -> None:
+def test_expired_bundle_is_renewed(folder: TrustFolder) -> None:
     service = Service(folder)
     kid = service.kid
     service.clock.ms = (service.trust.require().exp + 1) * 1000

@@ -32,7 +32,7 @@ def test_two_at_once_are_told_by_the_other() -> None:
     assert told(KeyUses(), "a", "b", "a") == [None, None, "b"]
 
 
-def test_what_lies_far_apart_is_not_at_once() -> None:
+def test_uses_far_apart_are_no_sharing() -> None:
     assert told(KeyUses(), "a", "b", "a", step_ms=WINDOW_MS) == [None] * 3
 
 

@@ -32,7 +32,7 @@ def said(*services: str) -> str:
     return caught.value.message
 
 
-def test_what_is_right_is_let_through() -> None:
+def test_valid_settings_pass() -> None:
     check(["policy", "issuer"])
 
 

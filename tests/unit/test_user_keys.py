@@ -127,7 +127,7 @@ def test_credential_id_of_another_live_passkey_is_refused(ledger: InMemoryRegist
     assert refused(ledger, back) == "credential_taken"
 
 
-def test_nobody_adds_a_key_to_somebody_else(ledger: InMemoryRegistry):
+def test_adding_a_key_to_another_user_needs_an_operator(ledger: InMemoryRegistry):
     assert refused(ledger, add_key(ledger, "suzy", "sam", new_key("sam"))) == "not_operator"
 
 
@@ -348,7 +348,7 @@ def test_a_proof_names_its_invitation_and_who_co_signed(ledger: InMemoryRegistry
     assert (found.endorser.user_id, found.endorser.kid) == ("otto", ledger.key("otto").kid)
 
 
-def test_what_is_wrong_with_a_proof_has_a_code(ledger: InMemoryRegistry):
+def test_invalid_proof_of_possession_has_a_code(ledger: InMemoryRegistry):
     key = new_key("sam")
     invited, other = (user_keys.invitation(ledger, "olga", "sam") for _ in range(2))
     possessed = user_keys.possession(ledger, key, "sam", invited)
@@ -753,7 +753,7 @@ def test_a_co_signature_counts_from_the_moment_from_which_its_key_does():
         assert f"the key of {late} was added" in reason_of(verdict).message
 
 
-def test_who_is_no_second_operator(ledger: InMemoryRegistry):
+def test_endorsement_by_an_unentitled_user_is_refused(ledger: InMemoryRegistry):
     for cosigned, by, user in (("olga", "olga", "sam"), ("suzy", "olga", "sam"), ("otto", "olga", "otto"),
                                ("mallory", "olga", "sam"), ("sam", "olga", "sam")):  # fmt: skip
         command = add_key(ledger, by, user, new_key(user), cosigned=cosigned)
@@ -824,7 +824,7 @@ def test_a_co_signature_takes_two_keys_that_count(ledger: InMemoryRegistry):
             ledger.clock.ms += WAIT_MS
 
 
-def test_whose_word_a_key_rests_on_is_followed(ledger: InMemoryRegistry):
+def test_vouchers_of_a_key_are_followed_to_their_own_keys(ledger: InMemoryRegistry):
     lent, key = new_key("otto"), new_key("sam")
     ledger.give(add_key(ledger, "olga", "otto", lent))
     ledger.give(add_key(ledger, "otto", "sam", key), lent)
