@@ -365,7 +365,7 @@ TRUE: list[Plant] = [
 
 
 @pytest.mark.parametrize("story", TRUE, ids=lambda one: one.__name__)
-def test_what_somebody_entitled_asked_for_is_no_problem(story: Plant) -> None:
+def test_entitled_history_is_no_problem(story: Plant) -> None:
     past = clean()
     story(past)
     assert check(past.history) == []

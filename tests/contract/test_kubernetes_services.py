@@ -321,7 +321,7 @@ def test_issuer_and_revoker_are_those_with_redis() -> None:
     assert {name for name in SERVICES if has_redis(name)} == {"issuer", "revoker"}
 
 
-def test_nothing_is_open_that_is_not_named() -> None:
+def test_network_policies_allow_only_named_peers() -> None:
     nothing = ALL["NetworkPolicy/ringfence/nothing"]["spec"]
     assert nothing["policyTypes"] == ["Ingress", "Egress"]
     assert set(nothing) == {"podSelector", "policyTypes"}

@@ -54,7 +54,7 @@ def test_lines_that_no_test_evaluates_are_named(tmp_path: Path, capsys: pytest.C
         ("other := 1\n", ALLOWED, "no rule data.ringfence.issuance.decision"),
     ],
 )
-def test_what_cannot_be_tested_fails(
+def test_bundle_that_cannot_be_tested_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rules: str, tests: str, said: str
 ):
     write(tmp_path, rules, tests)

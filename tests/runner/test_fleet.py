@@ -76,9 +76,7 @@ def test_labels_select_the_pool_of_an_order(here: Installation, fleet: Fleet) ->
     ],
     ids=str,
 )
-def test_what_the_pool_does_not_allow_is_refused_and_shown(
-    fleet: Fleet, words: tuple[str, ...], code: str
-) -> None:
+def test_order_beyond_the_pool_is_refused_and_shown(fleet: Fleet, words: tuple[str, ...], code: str) -> None:
     found = fleet.ended(fleet.order(*words))
     assert found["refused"]["code"] == code
     assert "key_thumbprint" not in found

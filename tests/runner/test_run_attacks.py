@@ -223,7 +223,7 @@ async def test_an_enrolment_token_is_for_one_key_and_run_and_only_while_it_goes_
 # --- forged records ---------------------------------------------------------------------------------------------------
 
 
-async def test_nobody_but_its_runner_ends_or_revives_a_run(here: Installation) -> None:
+async def test_forged_run_records_neither_end_nor_revive_a_run(here: Installation) -> None:
     keys = here.folder / ".ringfence/keys"
 
     async def seen(connection: Connection, run_id: str) -> list[Run]:
