@@ -24,10 +24,10 @@ from ringfence.runner.lifecycle.plan import RunPlan
 from ringfence.runner.orders import OrderIntake
 from ringfence.runner.pool import read_pool
 from tests.support.in_memory_registry import TD
+from tests.support.run_place import Place
 from tests.support.runs import LIMITS
 from tests.unit.test_runner_active_runs import _Execution as Execution
 from tests.unit.test_runner_pool import pool_file
-from tests.unit.test_runs import Place
 
 POOL = "reviews"
 WITHIN_S = 10.0

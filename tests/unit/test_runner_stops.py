@@ -11,7 +11,7 @@ from ringfence.messages.run import RunStop
 from ringfence.messages.topics import RUN_ORDER
 from ringfence.runner.active_runs import StopTable
 from tests.support.in_memory_registry import TD
-from tests.unit.test_runs import Place
+from tests.support.run_place import Place
 
 RUN = "9d1c2b3a-4f5e-5a6b-8c7d-2b3a4f5e5a6b"
 
