@@ -9,13 +9,14 @@ import pytest
 
 TESTS = Path(__file__).parents[1]
 FILES = sorted(TESTS.rglob("test_*.py"))
+RULES = sorted(TESTS.parent.glob("deploy/policy/*_test.rego"))
 MAX_LINES = 800
 
 # A relative clause or a negated person in place of the noun that an engineer would search for.
 RIDDLE = re.compile(
-    r"^ *(?:async )?def (test_(?:"
+    r"^ *(?:(?:async )?def )?(test_(?:"
     r"who|whom|whose|whoever|what|whatever|where|wherever|which|whichever|when|nobody|nothing|no_one|everybody|everything"
-    r")(?:_\w*)?)\(",
+    r")(?:_\w*)?)(?:\(| if\b)",
     re.MULTILINE,
 )
 
@@ -30,6 +31,7 @@ def riddles(source: str) -> list[str]:
 )
 def test_name_that_begins_with_a_relative_clause_is_found(name: str) -> None:
     assert riddles(f"async def {name}(desk):\n    pass\n") == [name]
+    assert riddles(f"{name} if count(deny) == 0\n") == [name]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,11 @@ def test_name_that_begins_with_a_noun_is_not_found(name: str) -> None:
 
 
 def test_names_of_tests_begin_with_a_noun() -> None:
-    found = {str(file.relative_to(TESTS)): names for file in FILES if (names := riddles(file.read_text()))}
+    found = {
+        str(file.relative_to(TESTS.parent)): names
+        for file in (*FILES, *RULES)
+        if (names := riddles(file.read_text()))
+    }
     assert found == {}, (
         "begin with a noun of docs/glossary.md, then the result: test_expired_lease_is_revoked"
     )
