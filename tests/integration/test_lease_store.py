@@ -7,7 +7,6 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,14 +53,6 @@ async def settings(redis_server: RedisServer) -> ServiceSettings:
     )
     await declare_complete(settings)
     return settings
-
-
-@pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
 
 
 def opens_ms(one: SignedLease) -> int:

@@ -32,14 +32,6 @@ async def settings(tmp_path: Path) -> AsyncIterator[ServiceSettings]:
         server.stop()
 
 
-@pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
-
-
 async def fill(settings: ServiceSettings) -> None:
     """From now on there is no memory for anything, and no script is known any more."""
     async with Redis.from_url(settings.redis_url) as client:

@@ -37,14 +37,6 @@ async def settings(redis_server: RedisServer) -> ServiceSettings:
 
 
 @pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
-
-
-@pytest.fixture
 async def redis(settings: ServiceSettings) -> AsyncIterator[Any]:
     async with Redis.from_url(settings.redis_url) as client:
         yield client

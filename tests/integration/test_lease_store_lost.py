@@ -56,14 +56,6 @@ async def settings(redis_server: RedisServer) -> ServiceSettings:
     return settings
 
 
-@pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
-
-
 @pytest.mark.parametrize("what", list(CALLS))
 @pytest.mark.parametrize("how", ["emptied", "of another server", "to be rebuilt"])
 async def test_incomplete_redis_refuses_every_call(settings: ServiceSettings, what: str, how: str) -> None:

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.runner.fleet import POOL, Fleet
-from tests.runner.installation import Installation, installation
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
+from tests.runner.installation import Installation
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import pytest
 from mcp import ClientSession, McpError, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
-from tests.runner.installation import WITHIN_S, Installation, installation, until
+from tests.runner.installation import WITHIN_S, Installation, until
 
 SITE = Path(mcp.__file__).parents[1]
 PYTHON = Path(os.path.realpath(sys.executable))
@@ -77,12 +77,6 @@ class Wrapping:
         finally:
             process.kill()
             process.communicate()
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
 
 
 @pytest.fixture(scope="module")

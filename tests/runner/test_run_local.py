@@ -8,22 +8,15 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runner.installation import SCOPE, WITHIN_S, Installation, installation, until
+from tests.runner.installation import SCOPE, WITHIN_S, Installation, until
 
 REQUEST = f"ringfence request --task $RINGFENCE_TASK --allow '{SCOPE}' --reason look --delivery gateway"
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
 
 
 # --- the command's own: exit code, signals, streams, environment -----------------------------------------------------
