@@ -437,7 +437,7 @@ async def test_names_in_the_url_are_quoted(
         await admin.execute('DROP DATABASE "odd-""-&"')
 
 
-async def test_it_ends_no_later_than_the_lease(backend: PostgresBackend, target: PostgresTarget) -> None:
+async def test_role_ends_no_later_than_the_lease(backend: PostgresBackend, target: PostgresTarget) -> None:
     one = wanting(allow("read", "shop/shop/a"), deadline=int(time.time()) + 1234)
     url = await url_of(backend, one)
     async with target.admin() as admin:

@@ -66,7 +66,9 @@ def said_of(value: str, folder: Path) -> str:
 # --- what a certificate says ------------------------------------------------------------------------------------------
 
 
-async def test_it_says_what_the_lease_says_and_nothing_else(backend: SshBackend, tmp_path: Path) -> None:
+async def test_certificate_says_what_the_lease_says_and_nothing_else(
+    backend: SshBackend, tmp_path: Path
+) -> None:
     one = wanting(READS_A, allow(("read", "write"), "deploy/b"))
     said = said_of(await value_of(backend, one, source_address="10.0.0.0/8, 192.0.2.7"), tmp_path)
     name = f"test.example.{one.lease_id}"

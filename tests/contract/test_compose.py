@@ -27,7 +27,7 @@ def compose() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", [COMPOSE_FILE, TLS_FILE])
-def test_it_follows_the_compose_specification(file: str) -> None:
+def test_compose_file_follows_its_specification(file: str) -> None:
     # check-jsonschema ships the schema that the Compose project publishes.
     schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
     errors = validator_for(schema)(schema).iter_errors(loaded(file))

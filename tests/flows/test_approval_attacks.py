@@ -263,7 +263,7 @@ def question_digest(question: ApprovalRequest) -> str:
 # --- at the person ---
 
 
-async def test_one_request_shown_under_the_name_of_another(world: World) -> None:
+async def test_request_shown_under_another_id_is_rejected(world: World) -> None:
     """A policy that lies asks with the harmless request, under the id of the harmful one."""
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)

@@ -199,7 +199,7 @@ async def test_a_key_that_an_operator_lent_an_auditor_reviews_nothing(world: Wor
         assert refused["unmapped"]["verified"]["vouched_by"] == ["olga"]
 
 
-async def test_it_is_reviewed_by_somebody_who_had_no_part_in_it(world: World, tmp_path: Path):
+async def test_break_glass_use_is_reviewed_by_an_uninvolved_person(world: World, tmp_path: Path):
     async with world.running("registry", "policy", "audit", own=own(tmp_path)):
         office = await Emergency.open(world)
         both = await world.user("petra-2", roles=("sponsor", "auditor"))

@@ -321,7 +321,7 @@ async def test_answered_request_is_not_shown_after_a_restart(org: Organisation) 
         assert [p.request_id for p in sam.pending()] == [second_id]
 
 
-async def test_somebody_elses_answer_does_not_hide_the_question(org: Organisation) -> None:
+async def test_answer_of_another_approver_does_not_hide_the_question(org: Organisation) -> None:
     async with org.sponsor() as sam, org.sponsor(org.petra) as petra:
         id = await org.ask(org.request(), required=("sponsor", "second_person"))
         await shown(sam, id)

@@ -71,7 +71,7 @@ async def test_message_in_progress_at_sigterm_is_completed_and_committed(
             httpx.get(f"{url}/healthz")
 
 
-async def test_it_does_not_wait_for_ever(world: World, tmp_path: Path) -> None:
+async def test_unfinished_message_does_not_delay_the_exit_for_ever(world: World, tmp_path: Path) -> None:
     """What does not come to an end is not committed: it comes again, to whoever is there then."""
     async with slow_service(world, tmp_path, FOR_EVER_S) as (child, _):
         await world.send(CREDENTIAL_REQUEST, "a", "one")

@@ -387,7 +387,7 @@ async def test_a_query_that_is_not_understood_is_refused(
         ("GET", "/v2/trust", 404, "api_path_unknown"),
     ],
 )
-async def test_there_is_nothing_else(
+async def test_unknown_path_or_method_of_the_api_is_refused(
     office: ApiOffice, desk: IssuerBench, method: str, path: str, status: int, why: str
 ) -> None:
     assert code(await office.over_tcp(desk).call(method, path)) == (status, why)
@@ -614,7 +614,7 @@ def problem(answer: Response) -> tuple[int, str]:
     return answer.status, json.loads(answer.body)["code"]
 
 
-async def test_it_is_at_its_host_and_under_its_path_and_nowhere_else(office: ApiOffice) -> None:
+async def test_agent_api_answers_at_its_host_and_path_only(office: ApiOffice) -> None:
     own = f"127.0.0.1:{office.port}"
     for line, host in [
         ("GET http://ringfence/v1/trust", "ringfence"),

@@ -334,7 +334,7 @@ async def test_undecidable_requests_are_counted_by_reason(week: Week, shell: She
     assert len(records) < 13 + week.tried, "a flood takes less of the spool than it counts"
 
 
-async def test_it_is_loud(week: Week) -> None:
+async def test_observe_mode_warns_in_readiness_metrics_and_audit(week: Week) -> None:
     world = week.first.world
     ready = (await world.get("gateway", "/readyz")).json()
     assert ready["status"] == "ready"

@@ -108,7 +108,7 @@ async def test_a_redis_that_is_lost_again_while_it_is_rebuilt_is_rebuilt_anew(
     assert await place.life(kept) == ["active", "ending", "released"]
 
 
-async def test_how_often_a_grant_was_used_is_known_again(place: LostRedisBench) -> None:
+async def test_grant_uses_are_counted_after_a_rebuild(place: LostRedisBench) -> None:
     desk = place.desk
     compact = grant(desk, count=3)
     id = id_of(claims_of(compact))
@@ -617,7 +617,7 @@ async def test_unauthorised_lease_is_listed_and_replaced_by_a_rebuild(
                 await asyncio.sleep(0.05)
 
 
-async def test_that_redis_is_lost_is_a_difference(
+async def test_check_reports_a_lost_redis(
     place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nobody_does(self: Rebuilder) -> bool:

@@ -480,7 +480,7 @@ async def test_a_token_is_replaced_without_a_stop(own: Company):
 # --- from records, and within the delegation --------------------------------------------------------------------------
 
 
-async def test_all_that_it_knows_is_in_the_records(own: Company):
+async def test_restarted_scim_service_answers_from_the_records(own: Company):
     path = f"Groups/{(await own.group('Leads'))['id']}"
     user = await member(own, "Leads", externalId="e1", displayName="Maria")
     before = [await own.call("GET", f"Users/{user}"), await own.call("GET", path)]

@@ -41,7 +41,7 @@ yard, desk, open_gates = target_yard.yard, target_yard.desk, target_yard.open_ga
 # --- the life of one --------------------------------------------------------------------------------------------------
 
 
-async def test_it_is_announced_made_and_active_before_the_agent_has_it(desk: IssuerBench, yard: Yard) -> None:
+async def test_lease_is_announced_minted_and_active_before_delivery(desk: IssuerBench, yard: Yard) -> None:
     asked, content = await desk.issued(scope=desk.scope("read", "write", resource="jobs/**"))
     await desk.lease(asked.lease_id, "active")
     records = await desk.records(asked.lease_id)
@@ -72,7 +72,7 @@ async def test_released_it_is_cut_taken_back_and_only_then_over(desk: IssuerBenc
     assert not await works(url(content))
 
 
-async def test_its_time_over_it_is_taken_back_too(desk: IssuerBench, yard: Yard) -> None:
+async def test_expired_credential_is_removed_from_its_target(desk: IssuerBench, yard: Yard) -> None:
     asked, content = await desk.issued(scope=desk.scope("read"), ttl_s=10)
     assert await works(url(content))
     life = await ended(desk, asked)

@@ -188,7 +188,7 @@ extra: 1
 """
 
 
-def test_all_that_is_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+def test_every_mistake_in_the_users_file_is_reported_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "users.yaml"
     file.write_text(WRONG)
     with pytest.raises(YamlFileError) as caught:

@@ -151,7 +151,7 @@ async def test_json_has_the_url_and_the_environment(place: Place) -> None:
     assert told["environment"]["NO_PROXY"] == ""
 
 
-async def test_it_ends_with_the_task(place: Place) -> None:
+async def test_connect_ends_with_the_task(place: Place) -> None:
     async with place.connect() as process:
         await lines(process)
         await place.plane.close_for_task(place.socket)

@@ -108,7 +108,7 @@ async def test_a_body_that_the_map_looks_at_is_read_before_the_decision(place: P
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_such_a_body_without_measure_is_refused(place: Place, chunked: bool) -> None:
+async def test_decided_body_over_the_limit_is_refused(place: Place, chunked: bool) -> None:
     size = 1024 * 1024 + 1
     async with place.connected() as raw:
         if chunked:

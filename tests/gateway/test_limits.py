@@ -232,7 +232,7 @@ async def test_many_requests_at_once_are_answered_in_turns_with_others() -> None
             assert (await greedy.response()).status == 403
 
 
-async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
+async def test_slow_clients_do_not_block_others() -> None:
     timeouts = Timeouts(head_s=0.5, idle_s=0.5, piece_s=0.5)
     async with placed(timeouts=timeouts) as place, contextlib.AsyncExitStack() as stack:
         slow = [await stack.enter_async_context(place.connected()) for _ in range(200)]

@@ -33,7 +33,7 @@ def sent(place: Place) -> list[str]:
     return bytes(place.target.raw[0]).decode("latin-1").split("\r\n")
 
 
-async def test_it_goes_on_as_it_came(place: Place) -> None:
+async def test_observed_request_is_forwarded_unchanged(place: Place) -> None:
     response = await ask(
         place, DELETE, "Accept: text/plain", "X-Own:  two  spaces ", "x-own: again", OLD, "Cookie: a=b",
         "Accept-Encoding: gzip", f"X-Ringfence-Handle: {LEASE}", "DPoP: a.b.c", "X-Ringfence-Label: issue",

@@ -127,7 +127,7 @@ async def test_a_group_whose_next_records_are_gone_says_which(
     )
 
 
-async def test_it_does_not_go_on_before_somebody_was_told(
+async def test_consumer_waits_until_a_loss_is_reported(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     await send(publisher, "0", "1", "2")

@@ -506,7 +506,7 @@ async def test_leases_are_found_by_each_of_their_marks_across_shards(store: Leas
     assert len(await store.find(ALL_LEASES)) == 21
 
 
-async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_are_any(
+async def test_leases_of_several_agents_are_found_and_counted_by_mark(
     store: LeaseStore,
 ) -> None:
     sam = {"sponsor": "sam", "on_behalf_of": "maria"}

@@ -95,7 +95,7 @@ async def test_full_redis_still_accepts_restored_leases(store: LeaseStore, setti
     assert (await store.look(one.claims.lease_id)).active
 
 
-async def test_it_is_rebuilt(settings: ServiceSettings) -> None:
+async def test_full_redis_is_rebuilt(settings: ServiceSettings) -> None:
     kept, ended, waiting = lease(), lease(), lease()
     await fill(settings)
     restoration = Restoration(settings)

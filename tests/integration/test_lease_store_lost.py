@@ -245,9 +245,7 @@ async def test_fences_and_first_sightings_are_put_back(restoration: Restoration,
     assert await store.first_seen({id: replayed}, keep_ms=60_000) == {id: AT}
 
 
-async def test_there_may_be_as_many_fences_as_tasks_were_ended_in_a_week(
-    restoration: Restoration, store: LeaseStore
-) -> None:
+async def test_fences_of_a_week_of_ended_tasks_fit(restoration: Restoration, store: LeaseStore) -> None:
     fences = {f"task:{number}": 1000 + number for number in range(20_000)}
     await restoration.begin(anyway=True)
     await restoration.fence(fences)

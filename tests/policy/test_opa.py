@@ -128,7 +128,7 @@ async def test_an_honest_answer_counts(bundle: Bundle):
     ],
     ids=lambda value: str(value)[:50],
 )
-async def test_anything_else_denies(bundle: Bundle, document: bytes, code: str):
+async def test_invalid_opa_response_denies(bundle: Bundle, document: bytes, code: str):
     body = document.replace(b"OURS", bundle.revision.encode())
     async with misbehaving(saying(body)) as url:
         assert (await failure(url, bundle)).code == code

@@ -96,7 +96,7 @@ async def test_files_that_are_gone_leave_the_old_one(tmp_path: Path):
         assert (await engine.evaluate(b"{}")).result.allow
 
 
-async def test_that_nobody_can_be_told_stops_nothing(tmp_path: Path):
+async def test_failed_notification_does_not_stop_reloading(tmp_path: Path):
     tried = asyncio.Event()
 
     async def broken(_mark: str, _why: str) -> None:

@@ -142,7 +142,7 @@ def test_failed_demo_exits_1_and_ends_its_helpers(folder: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_it_can_be_interrupted_while_the_run_goes_on(folder: Path) -> None:
+def test_demo_can_be_interrupted_during_a_run(folder: Path) -> None:
     with start(folder) as demo:
         assert demo.stdout is not None
         assert any(json.loads(line)["step"] == "task.assigned" for line in demo.stdout)

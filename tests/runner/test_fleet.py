@@ -103,7 +103,7 @@ def test_a_host_path_is_no_mount(fleet: Fleet) -> None:
     assert done.returncode == 2, done.stderr
 
 
-def test_somebody_else_orders_and_stops_nothing(fleet: Fleet) -> None:
+def test_unentitled_user_orders_and_stops_no_run(fleet: Fleet) -> None:
     done = fleet.here.call(
         "run", "order", "--pool", POOL, "--task", fleet.here.task, "--", "true", who="olga"
     )

@@ -208,7 +208,7 @@ def test_no_rotation_can_be_left_out(ledger: InMemoryRegistry):
 
 
 @pytest.mark.parametrize("lie", ["the old key counts", "it is not compromised", "a key of its own"])
-def test_it_cannot_say_otherwise_of_keys(ledger: InMemoryRegistry, lie: str):
+def test_registry_cannot_change_the_keys_of_an_agent(ledger: InMemoryRegistry, lie: str):
     rotate(ledger, compromised=True)
     state, commands = agent(ledger), ledger.directory.unverified("agent", "bot").commands  # type: ignore[union-attr]
     old = ledger.key_record(ledger.key("bot", "agent"))
@@ -222,7 +222,7 @@ def test_it_cannot_say_otherwise_of_keys(ledger: InMemoryRegistry, lie: str):
         ledger.chains().verify(ledger.record(state.model_copy(update=update), commands, 2))
 
 
-def test_it_cannot_use_a_rotation_that_the_agent_signed(ledger: InMemoryRegistry):
+def test_registry_cannot_use_a_rotation_signed_by_the_agent(ledger: InMemoryRegistry):
     register = ledger.embed(ledger.register("sam", "robot", "sam"))
     stolen = ledger.key("robot", "agent")
     forged = ledger.claims(AgentRotateKey, "sam", iss=stolen.id, agent_id="robot", key=fresh(ledger))
@@ -230,7 +230,7 @@ def test_it_cannot_use_a_rotation_that_the_agent_signed(ledger: InMemoryRegistry
         ledger.follow([register, ledger.embed(forged, key=stolen)], 2)
 
 
-def test_there_is_room_for_many_rotations(ledger: InMemoryRegistry):
+def test_record_has_room_for_many_rotations(ledger: InMemoryRegistry):
     """Nothing of them is dropped, so a record grows with each."""
     sizes = []
     for _ in range(3):

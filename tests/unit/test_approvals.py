@@ -117,9 +117,7 @@ classes = st.lists(st.sampled_from(["sponsor", "second_person", "operator", "bre
 
 
 @given(classes.map(tuple), st.lists(st.sampled_from(sorted(ROLES)), max_size=5))
-def test_it_is_as_few_as_any_assignment_of_people_leaves(
-    required: tuple[RequiredClass, ...], people: list[str]
-):
+def test_lacking_is_minimal_over_all_assignments(required: tuple[RequiredClass, ...], people: list[str]):
     padded: list[str | None] = [*sorted(set(people)), *[None] * len(required)]
 
     def left(chosen: tuple[str | None, ...]) -> int:
@@ -230,7 +228,7 @@ def test_break_glass_gives_a_quarter_of_an_hour():
 # --- who may give one -------------------------------------------------------------------------------------------------
 
 
-def test_all_that_are_asked_for_stand_in_one_order():
+def test_required_classes_have_one_order():
     every: tuple[RequiredClass, ...] = ("operator", "second_person", "sponsor")
     assert required_classes(every, (), break_glass=False) == ("sponsor", "second_person", "operator")
     assert required_classes((), every, break_glass=True) == ("sponsor", "second_person", "operator", *TWO)

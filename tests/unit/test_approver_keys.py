@@ -152,7 +152,7 @@ def test_the_end_of_a_key_is_the_second_that_its_record_names(office: Office):
         assert office.codes(approval) == [code]
 
 
-def test_somebody_whose_record_does_not_hold_approves_and_vouches_for_nothing(office: Office):
+def test_user_with_an_unverifiable_record_approves_and_vouches_for_nothing(office: Office):
     key = lent(office, "olga", "sam")
     by_lent = office.approval("sam", key)
     by_suzy = office.approval("suzy")
@@ -210,7 +210,7 @@ def test_approval_signed_by_an_agent_is_rejected(office: Office):
     assert office.left(("sponsor",), by_agent) == ("sponsor",)
 
 
-def test_it_never_counts_beside_who_vouched_for_it_in_any_order(office: Office):
+def test_lent_key_never_counts_beside_its_voucher_in_any_order(office: Office):
     key = lent(office, "olga", "sam", cosigned="otto")
     by_lent = office.approval("sam", key)
     required: tuple[RequiredClass, ...] = ("sponsor", "operator")

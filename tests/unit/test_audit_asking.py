@@ -335,7 +335,7 @@ async def test_a_forged_event_neither_stays_the_latest_nor_stops_the_pages(shelf
     assert len(found) == len(shelf.lines) + 2
 
 
-async def test_somebody_who_may_see_nothing_has_little_scanned(
+async def test_viewer_without_rights_has_a_bounded_scan(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_MAX_SCANNED", 2)

@@ -368,7 +368,7 @@ def size_of(record: Received) -> int:
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_it_is_built_anew_at_a_start_in_the_file_of_before(tmp_path: Any, order: str) -> None:
+def test_proof_tree_is_rebuilt_at_start_in_the_same_file(tmp_path: Any, order: str) -> None:
     trail = Trail()
     file = tmp_path / "tree.sqlite"
     events = [*trail.chained(10), *trail.forged(10, 2), *trail.chained(500), *trail.forged(510, 600)]

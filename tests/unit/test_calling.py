@@ -125,7 +125,7 @@ async def test_a_probe_that_fails_shuts_it_again() -> None:
     assert await calls.call("a", good) == "done"
 
 
-async def test_it_is_left_alone_for_longer_and_longer_up_to_a_limit() -> None:
+async def test_circuit_breaker_opens_for_longer_up_to_a_limit() -> None:
     seconds = Seconds()
     calls = caller(seconds=seconds)
     await fail(calls, FAILURES_TO_OPEN)

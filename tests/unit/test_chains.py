@@ -62,25 +62,25 @@ def test_records_of_an_honest_registry_verify(ledger: InMemoryRegistry):
 # --- a registry that makes things up ----------------------------------------------------------------------------------
 
 
-def test_it_cannot_make_a_sponsor(ledger: InMemoryRegistry):
+def test_registry_cannot_make_a_sponsor(ledger: InMemoryRegistry):
     uma = the(ledger, "user", "uma")
     assert "not what its commands say" in broken(
         ledger, forged(ledger, uma, uma.commands, roles=("sponsor",))
     )
 
 
-def test_it_cannot_raise_a_ceiling(ledger: InMemoryRegistry):
+def test_registry_cannot_raise_a_ceiling(ledger: InMemoryRegistry):
     bot = the(ledger, "agent", "bot")
     assert "not what its commands say" in broken(ledger, forged(ledger, bot, bot.commands, ceiling=WIDE))
 
 
-def test_it_cannot_un_suspend_an_agent(ledger: InMemoryRegistry):
+def test_registry_cannot_resume_an_agent(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
     bot = the(ledger, "agent", "bot")
     assert broken(ledger, forged(ledger, bot, bot.commands, status="active", suspended_by_operator=False))
 
 
-def test_it_cannot_sign_commands_itself(ledger: InMemoryRegistry):
+def test_registry_cannot_sign_commands_itself(ledger: InMemoryRegistry):
     uma = the(ledger, "user", "uma")
     for iss in (ledger.registry.id, ledger.key("olga").id, ledger.root.id):
         claims = ledger.user_set("olga", "uma", ["operator"], iss=iss)
@@ -90,7 +90,7 @@ def test_it_cannot_sign_commands_itself(ledger: InMemoryRegistry):
         )
 
 
-def test_it_cannot_use_the_command_of_somebody_who_may_not_give_it(ledger: InMemoryRegistry):
+def test_registry_cannot_use_a_command_of_an_unentitled_user(ledger: InMemoryRegistry):
     uma, bot = the(ledger, "user", "uma"), the(ledger, "agent", "bot")
     for who in ("sam", "adam", "uma"):
         command = ledger.embed(ledger.user_set(who, "uma", ["operator"]))
@@ -101,7 +101,7 @@ def test_it_cannot_use_the_command_of_somebody_who_may_not_give_it(ledger: InMem
     assert "only the sponsor" in broken(ledger, forged(ledger, bot, (*bot.commands, command), ceiling=WIDE))
 
 
-def test_it_cannot_let_an_operator_widen_themselves(ledger: InMemoryRegistry):
+def test_registry_cannot_let_an_operator_widen_themselves(ledger: InMemoryRegistry):
     olga = the(ledger, "user", "olga")
     claims = ledger.user_set("olga", "olga", ["operator", "sponsor"])
     record = forged(ledger, olga, (*olga.commands, ledger.embed(claims)), roles=("operator", "sponsor"))
@@ -109,7 +109,7 @@ def test_it_cannot_let_an_operator_widen_themselves(ledger: InMemoryRegistry):
     assert "nobody gives roles to themselves" in broken(ledger, record, olga=record)
 
 
-def test_it_cannot_begin_a_user_with_their_own_command(ledger: InMemoryRegistry):
+def test_registry_cannot_begin_a_user_with_their_own_command(ledger: InMemoryRegistry):
     """eve's record says that eve, an operator by that record, made her one."""
     command = ledger.embed(ledger.user_set("eve", "eve", ["operator"]))
     state = the(ledger, "user", "olga").state.model_copy(
@@ -156,7 +156,7 @@ def test_a_long_line_of_operators_is_believed(ledger: InMemoryRegistry):
     ledger.chains().verify(the(ledger, "user", by))
 
 
-def test_it_cannot_exhaust_whoever_reads(ledger: InMemoryRegistry):
+def test_registry_cannot_exhaust_a_reader(ledger: InMemoryRegistry):
     """With an operator's help: users that are none, each of which can be judged only after the next one."""
     users: dict[str, Any] = {}
     state = the(ledger, "user", "uma").state
@@ -172,7 +172,7 @@ def test_it_cannot_exhaust_whoever_reads(ledger: InMemoryRegistry):
 # --- another subject, another shape -----------------------------------------------------------------------------------
 
 
-def test_it_cannot_use_a_command_about_another_agent(ledger: InMemoryRegistry):
+def test_registry_cannot_use_a_command_about_another_agent(ledger: InMemoryRegistry):
     """sam resumes one of two suspended agents; that resumes the other as little as it is meant to."""
     ledger.give(ledger.register("sam", "robot", "sam", ceiling=WIDE))
     for agent in ("bot", "robot"):
@@ -184,7 +184,7 @@ def test_it_cannot_use_a_command_about_another_agent(ledger: InMemoryRegistry):
     assert "another subject" in broken(ledger, forged(ledger, bot, (*bot.commands, ceiling), ceiling=WIDE))
 
 
-def test_it_cannot_put_another_users_command_into_a_record(ledger: InMemoryRegistry):
+def test_registry_cannot_put_another_users_command_into_a_record(ledger: InMemoryRegistry):
     """otto's record, continued by a command about olga that otto may give, and back again."""
     olga, otto = the(ledger, "user", "olga"), the(ledger, "user", "otto")
     mixed = (*otto.commands, ledger.embed(ledger.user_set("otto", "olga", ["operator", "sponsor"])))
@@ -193,7 +193,7 @@ def test_it_cannot_put_another_users_command_into_a_record(ledger: InMemoryRegis
     assert "something else" in broken(ledger, record, olga=record)
 
 
-def test_it_cannot_use_a_task_end_for_another_task(ledger: InMemoryRegistry):
+def test_registry_cannot_use_a_task_end_for_another_task(ledger: InMemoryRegistry):
     first, second = (ledger.give(ledger.assign("uma", "bot")) for _ in range(2))
     assert first
     assert second
@@ -204,7 +204,7 @@ def test_it_cannot_use_a_task_end_for_another_task(ledger: InMemoryRegistry):
     )
 
 
-def test_it_cannot_publish_one_subjects_record_as_anothers(ledger: InMemoryRegistry):
+def test_registry_cannot_publish_one_subjects_record_as_anothers(ledger: InMemoryRegistry):
     bot = the(ledger, "agent", "bot")
     record = ledger.record(bot.state, bot.commands, 1, sub="spiffe://test.example/agent/robot")
     assert "about another subject" in broken(ledger, record)
@@ -289,7 +289,7 @@ def test_the_root_may_what_an_operator_may(ledger: InMemoryRegistry):
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
-def test_it_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: InMemoryRegistry):
+def test_registry_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: InMemoryRegistry):
     claims = ledger.assign("sam", "bot", on_behalf_of="uma")
     given = ledger.give(ledger.assign("sam", "bot"))
     assert given
@@ -312,7 +312,7 @@ def test_it_cannot_assign_a_task_on_behalf_of_who_did_not_sign(ledger: InMemoryR
         ("of another domain", "aud is 'other.example'"),
     ],
 )
-def test_it_cannot_make_up_a_consent_to_a_task(ledger: InMemoryRegistry, lie: str, why: str):
+def test_registry_cannot_make_up_a_consent_to_a_task(ledger: InMemoryRegistry, lie: str, why: str):
     terms = ledger.terms("bot")
     consent = ledger.consent("uma", terms)
     given = ledger.give(ledger.assign("sam", "bot", terms=terms, on_behalf_of="uma", consent=consent))
@@ -339,7 +339,7 @@ def test_it_cannot_make_up_a_consent_to_a_task(ledger: InMemoryRegistry, lie: st
     assert why in said
 
 
-def test_it_cannot_give_a_task_another_name(ledger: InMemoryRegistry):
+def test_registry_cannot_give_a_task_another_id(ledger: InMemoryRegistry):
     given = ledger.give(ledger.assign("uma", "bot"))
     assert given
     other = given.state.model_copy(update={"task_id": "00000000-0000-5000-8000-000000000000"})

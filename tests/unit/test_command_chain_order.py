@@ -32,14 +32,14 @@ def ledger() -> InMemoryRegistry:
 # --- time -------------------------------------------------------------------------------------------------------------
 
 
-def test_it_cannot_use_an_expired_command(ledger: InMemoryRegistry):
+def test_registry_cannot_use_an_expired_command(ledger: InMemoryRegistry):
     bot = the(ledger, "agent", "bot")
     claims = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
     late = ledger.embed(claims, claims.exp * 1000)
     assert "after its exp" in broken(ledger, forged(ledger, bot, (*bot.commands, late), ceiling=WIDE))
 
 
-def test_it_cannot_use_a_command_of_somebody_who_is_no_operator_any_more(ledger: InMemoryRegistry):
+def test_registry_cannot_use_a_command_of_a_former_operator(ledger: InMemoryRegistry):
     uma = the(ledger, "user", "uma")
     ledger.give(ledger.user_set("otto", "olga", []))
     command = ledger.embed(ledger.user_set("olga", "uma", ["operator"]))
@@ -49,7 +49,7 @@ def test_it_cannot_use_a_command_of_somebody_who_is_no_operator_any_more(ledger:
 
 
 @pytest.mark.parametrize("how", ["disabled", "key ended", "key not begun", "key over"])
-def test_it_cannot_use_a_key_that_does_not_count_then(ledger: InMemoryRegistry, how: str):
+def test_registry_cannot_use_a_key_that_does_not_count_then(ledger: InMemoryRegistry, how: str):
     key, now_s = ledger.key("olga"), ledger.clock.ms // 1000
     match how:
         case "disabled":
@@ -137,7 +137,7 @@ def test_disabled_user_has_no_role_from_then_on(ledger: InMemoryRegistry):
 # --- dropping, swapping, repeating ------------------------------------------------------------------------------------
 
 
-def test_it_cannot_change_the_order_in_which_things_were_signed(ledger: InMemoryRegistry):
+def test_registry_cannot_change_the_order_of_signing(ledger: InMemoryRegistry):
     """The wider ceiling was signed first, the narrower after it. Both still live; swapping them would raise it."""
     wide = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE)
     ledger.clock.ms += 1000
@@ -148,7 +148,7 @@ def test_it_cannot_change_the_order_in_which_things_were_signed(ledger: InMemory
     assert "signed before a later change" in broken(ledger, forged(ledger, bot, swapped, ceiling=WIDE))
 
 
-def test_it_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: InMemoryRegistry):
+def test_registry_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
     resume = ledger.claims(AgentResume, "olga", agent_id="bot", reason="fine")
     ledger.give(resume)
@@ -160,7 +160,7 @@ def test_it_cannot_use_an_earlier_resume_for_a_later_suspension(ledger: InMemory
     )
 
 
-def test_it_cannot_use_a_command_twice(ledger: InMemoryRegistry):
+def test_registry_cannot_use_a_command_twice(ledger: InMemoryRegistry):
     """Within one second, the time of signing cannot tell; the command itself does."""
     bot = the(ledger, "agent", "bot")
     now = ledger.clock.ms
@@ -172,7 +172,7 @@ def test_it_cannot_use_a_command_twice(ledger: InMemoryRegistry):
     assert "embedded twice" in broken(ledger, record)
 
 
-def test_it_cannot_order_commands_against_their_times(ledger: InMemoryRegistry):
+def test_registry_cannot_order_commands_against_their_times(ledger: InMemoryRegistry):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=WIDE))
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
     bot, uma = the(ledger, "agent", "bot"), the(ledger, "user", "uma")

@@ -140,16 +140,16 @@ def test_a_task_of_nobody_elses_says_what_it_said_before_there_were_parts(
         (permission("env/a"), permission("other")),
     ],
 )
-def test_it_is_no_wider_than_the_task(ledger: InMemoryRegistry, task: str, wanted: Scope):
+def test_delegated_task_is_no_wider_than_the_task(ledger: InMemoryRegistry, task: str, wanted: Scope):
     assert refused(ledger, part(ledger, "bot", task, "second", scope=wanted)) == "beyond_parent"
 
 
-def test_it_is_no_wider_than_the_part_that_it_is_a_part_of(ledger: InMemoryRegistry, task: str):
+def test_delegated_task_is_no_wider_than_the_one_above(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     assert refused(ledger, part(ledger, "second", first, "third", scope=WIDE)) == "beyond_parent"
 
 
-def test_it_ends_no_later(ledger: InMemoryRegistry, task: str):
+def test_delegated_task_ends_no_later_than_the_task(ledger: InMemoryRegistry, task: str):
     end = state_of(ledger, task).not_after
     later = part(ledger, "bot", task, "second", not_after=end + 1)
     assert refused(ledger, later) == "later_than_parent"
@@ -158,7 +158,7 @@ def test_it_ends_no_later(ledger: InMemoryRegistry, task: str):
     assert made(ledger, part(ledger, "bot", task, "second", not_after=end))
 
 
-def test_it_is_handed_on_so_often_and_no_further(ledger: InMemoryRegistry, task: str):
+def test_delegation_beyond_the_maximal_depth_is_refused(ledger: InMemoryRegistry, task: str):
     at = task
     for by, to in pairwise(AGENTS[: MAX_DEPTH + 1]):
         at = made(ledger, part(ledger, by, at, to))
@@ -166,7 +166,7 @@ def test_it_is_handed_on_so_often_and_no_further(ledger: InMemoryRegistry, task:
     assert refused(ledger, deeper) == "delegation_too_deep"
 
 
-def test_it_does_not_come_back(ledger: InMemoryRegistry, task: str):
+def test_delegation_back_to_a_delegating_agent_is_refused(ledger: InMemoryRegistry, task: str):
     assert refused(ledger, part(ledger, "bot", task, "bot")) == "delegation_loop"
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
@@ -174,7 +174,7 @@ def test_it_does_not_come_back(ledger: InMemoryRegistry, task: str):
         assert refused(ledger, part(ledger, "third", second, back)) == "delegation_loop"
 
 
-def test_there_are_so_many_parts_of_a_task(ledger: InMemoryRegistry, task: str):
+def test_delegations_of_one_task_are_limited(ledger: InMemoryRegistry, task: str):
     for n in range(MAX_PARTS):
         one = made(ledger, part(ledger, "bot", task, "second"))
         if n % 2:  # those that have ended count too
@@ -348,12 +348,12 @@ def forged(ledger: InMemoryRegistry, id: str, commands: Any = None, **state: Any
         {"act": ("second", "fifth")},
     ],
 )
-def test_it_widens_no_part(ledger: InMemoryRegistry, task: str, state: dict[str, Any]):
+def test_registry_cannot_widen_a_delegated_task(ledger: InMemoryRegistry, task: str, state: dict[str, Any]):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     assert "not what its commands say" in forged(ledger, first, **state)
 
 
-def test_it_invents_no_part(ledger: InMemoryRegistry, task: str):
+def test_registry_cannot_invent_a_delegated_task(ledger: InMemoryRegistry, task: str):
     """It signs the command itself, with its own key or as the agent; or has none at all."""
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     claims = part(ledger, "bot", task, "second")
@@ -381,7 +381,7 @@ def test_reader_rejects_every_delegation_that_the_registry_refuses(ledger: InMem
     assert "no valid key" in forged(ledger, first, (before,))  # there was no agent yet
 
 
-def test_it_gives_no_agent_the_history_of_another(ledger: InMemoryRegistry, task: str):
+def test_registry_cannot_give_an_agent_the_history_of_another(ledger: InMemoryRegistry, task: str):
     """A record under the bot's name has the commands that made `second`: its key does not speak for the bot."""
     second = ledger.directory.agent("second")
     assert second is not None
@@ -393,7 +393,7 @@ def test_it_gives_no_agent_the_history_of_another(ledger: InMemoryRegistry, task
         reader.chains.authorise(parse(command), ledger.clock.ms)
 
 
-def test_it_gives_no_task_the_history_of_another(ledger: InMemoryRegistry, task: str):
+def test_registry_cannot_give_a_task_the_history_of_another(ledger: InMemoryRegistry, task: str):
     """What the narrow task allows is no more for a record that has the commands of a wider one."""
     narrow = made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", scope=NARROW)))
     first = made(ledger, part(ledger, "bot", narrow, "second", scope=NARROW))

@@ -66,12 +66,12 @@ async def test_an_agent_that_asks_beyond_its_user_is_told(watch: Watch) -> None:
     assert "maria" in found["message"]
 
 
-async def test_one_that_asks_beyond_task_or_ceiling_alone_is_not(watch: Watch) -> None:
+async def test_denial_beyond_task_or_ceiling_alone_is_no_finding(watch: Watch) -> None:
     watch.follow(await refused(watch, "task"), await refused(watch, "ceiling:deploy-bot"))
     assert await watch.told() == []
 
 
-async def test_one_that_goes_on_is_told_once_an_hour(watch: Watch) -> None:
+async def test_repeated_denial_beyond_the_user_is_one_finding_an_hour(watch: Watch) -> None:
     hour_ms = watch.clock.at_ms // (HOUR_S * 1000) * HOUR_S * 1000
     for minute in (1, 2, 59):
         watch.follow(await refused(watch, at_ms=hour_ms + minute * 60_000))
@@ -97,12 +97,12 @@ async def test_a_burst_of_denials_is_told_once(watch: Watch) -> None:
     assert len(found["unmapped"]["evidence"]) == 20
 
 
-async def test_as_many_over_a_longer_time_are_no_burst(watch: Watch) -> None:
+async def test_same_number_of_denials_over_a_longer_time_is_no_burst(watch: Watch) -> None:
     await denials(watch, 40, 4000)
     assert await watch.told() == []
 
 
-async def test_as_many_of_two_agents_are_no_burst(watch: Watch) -> None:
+async def test_same_number_of_denials_of_two_agents_is_no_burst(watch: Watch) -> None:
     await denials(watch, 15, 10)
     await denials(watch, 15, 10, agent="other-bot")
     assert await watch.told() == []
@@ -161,7 +161,7 @@ async def test_a_ceiling_that_was_never_used_is_told_when_its_time_has_come(watc
     assert await watch.told(86_400) == []
 
 
-async def test_one_that_is_used_is_not(watch: Watch) -> None:
+async def test_used_permission_is_no_finding(watch: Watch) -> None:
     watch.follow(await registered(watch))
     _, events = await lived(watch, approved=False)
     watch.follow(events["request.allowed"], events["credential.issued"])
@@ -256,7 +256,7 @@ async def test_an_approval_faster_than_a_human_reads_is_told(watch: Watch, first
     assert words["source"] == given["unmapped"]["source"]
 
 
-async def test_one_by_somebody_who_read_it_is_not(watch: Watch) -> None:
+async def test_approval_after_reading_time_is_no_finding(watch: Watch) -> None:
     _, events = await lived(watch)
     asked = events["approval.requested"]
     watch.follow(asked, other(events["approval.given"], asked["time"] + 3000))
@@ -417,7 +417,7 @@ async def test_an_action_after_the_end_of_its_lease_is_told(watch: Watch) -> Non
     assert await used(watch, 60_001) == ["used_ended"]
 
 
-async def test_one_that_was_only_told_of_late_is_not(watch: Watch) -> None:
+async def test_use_reported_late_is_no_finding(watch: Watch) -> None:
     assert await used(watch, 59_999) == []
 
 

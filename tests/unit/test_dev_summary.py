@@ -23,7 +23,7 @@ def test_all_of_it_fits_80_columns() -> None:
     assert [line for line in lines if len(line) > 80] == []
 
 
-def test_all_that_was_made_is_named() -> None:
+def test_summary_names_everything_that_was_made() -> None:
     told = "\n".join(organisation_lines("olga", TASK))
     for name in ("olga", *(person.id for person in PEOPLE), "platform", "deploy-bot", "review-bot", TASK):
         assert name in told

@@ -435,7 +435,7 @@ def test_superseded_commands_may_be_left_out(ledger: InMemoryRegistry, reader: R
 
 
 @pytest.mark.parametrize("what", ["garbage", "tombstone", "an old record", "another's record"])
-def test_it_knows_what_was_written_over(ledger: InMemoryRegistry, reader: Reader, what: str):
+def test_overwritten_record_is_listed_as_displaced(ledger: InMemoryRegistry, reader: Reader, what: str):
     old = record(ledger)
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     reader.reads(record(ledger))
@@ -491,7 +491,7 @@ def test_an_empty_table_denies_too(ledger: InMemoryRegistry):
     assert "never" in (reader.directory.stale() or "")
 
 
-def test_it_denies_when_the_grace_is_over(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_when_the_grace_is_over(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.clock.ms += GRACE_MS
     assert guarded.directory.stale() is None
@@ -509,7 +509,7 @@ def test_a_clock_that_is_set_back_makes_it_no_younger(ledger: InMemoryRegistry):
     until(lambda: reader.directory.stale() is not None)
 
 
-def test_it_denies_while_a_record_is_missing(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_while_a_record_is_missing(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"), passing_ms=GRACE_MS + 1)
     guarded.beats()
@@ -518,7 +518,7 @@ def test_it_denies_while_a_record_is_missing(ledger: InMemoryRegistry, guarded: 
     assert guarded.directory.stale() is None
 
 
-def test_it_denies_where_a_whole_topic_is_missing(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_while_a_topic_is_missing(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.give(ledger.target_set("olga", "staging"), passing_ms=GRACE_MS + 1)
     guarded.beats()
@@ -539,7 +539,7 @@ def test_the_first_record_of_a_topic_need_not_wait_for_its_heartbeat(
     assert guarded.directory.stale() is None
 
 
-def test_it_denies_where_it_holds_what_the_registry_does_not(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_with_records_that_the_registry_lacks(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.clock.ms += GRACE_MS + 1
     guarded.beats(tuple(d for d in ledger.directory.digests() if d.topic != USER.name("ringfence")))
@@ -573,7 +573,7 @@ def test_only_the_registry_confirms_tables(ledger: InMemoryRegistry, guarded: Re
     assert guarded.directory.stale()
 
 
-def test_it_says_which_tables_are_not_what_was_confirmed(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_names_tables_that_do_not_match_the_heartbeat(ledger: InMemoryRegistry, guarded: Reader):
     assert guarded.directory.unmatched() == []
     guarded.beats()
     assert guarded.directory.unmatched() == []

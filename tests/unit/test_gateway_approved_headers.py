@@ -51,7 +51,7 @@ def forwarded(request: RequestHead, approved: Headers) -> list[str]:
     return raw.decode("latin-1").split("\r\n")[1:-2]
 
 
-def test_all_that_goes_on_is_told_in_order_and_nothing_that_ends_here() -> None:
+def test_forwarded_headers_keep_their_order_and_leave_out_hop_headers() -> None:
     request = head(
         "Content-Type: text/plain", "X_Note:  one ", "Connection: keep-alive, X-Hop", "X-Hop: 1", "TE: trailers",
         "Authorization: DPoP 0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11", "DPoP: a.b.c", "X-Ringfence-Label: pr",

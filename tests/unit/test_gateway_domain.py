@@ -478,13 +478,13 @@ def test_each_of_them_is_active(others: Place) -> None:
     assert ["thief" in found.reasons[0].message, "helper" in found.reasons[1].message] == [True, True]
 
 
-def test_one_that_nobody_knows_is_none(place: Place) -> None:
+def test_unknown_delegating_agent_is_denied(place: Place) -> None:
     place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
     place.leased(act=("bot", "nobody"))
     assert reasons(place.weigh()) == [("agent_unknown", None, None)]
 
 
-def test_those_that_the_task_names_too_are_told_of_once(place: Place) -> None:
+def test_delegating_agents_named_by_the_task_are_checked_once(place: Place) -> None:
     ledger = place.ledger
     terms = ledger.terms("thief", scope=(WIDE,), not_after=ledger.clock.ms // 1000 + 600)
     change = ledger.give(

@@ -105,7 +105,7 @@ async def test_no_time_at_all_is_asked_each_time(asked: Asked, ttl_s: int) -> No
     assert asked.times == 3
 
 
-async def test_it_is_for_this_action_lease_records_and_bundle_alone(asked: Asked) -> None:
+async def test_cached_bundle_answer_is_for_this_action_lease_and_records_only(asked: Asked) -> None:
     await asked()
     chosen, ground = asked.chosen, asked.chosen.ground
     others: list[dict[str, Any]] = [

@@ -204,7 +204,7 @@ async def test_a_certificate_says_which_agent(door: Door) -> None:
     assert stolen.sender == Sender("thief", None, door.lease.lease_id)
 
 
-async def test_that_an_agent_is_suspended_is_for_the_decision_to_say(door: Door) -> None:
+async def test_suspended_agent_is_still_identified(door: Door) -> None:
     door.ledger.give(door.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     assert isinstance(await door.shown(door.proof()), Sender)
 

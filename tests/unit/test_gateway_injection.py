@@ -143,7 +143,7 @@ async def test_credential_for_another_target_or_kind_is_not_injected(
         await memory.sealed.get(memory.lease)
 
 
-async def test_it_goes_with_its_lease(memory: Memory) -> None:
+async def test_cached_credential_is_dropped_with_its_lease(memory: Memory) -> None:
     memory.comes(memory.envelope(memory.delivery()))
     memory.table.revoke(memory.lease.lease_id, START_MS)
     assert memory.sealed._deliveries == {}
@@ -151,7 +151,7 @@ async def test_it_goes_with_its_lease(memory: Memory) -> None:
     assert memory.sealed._deliveries == {}, "what came after the end was kept"
 
 
-async def test_one_that_is_not_sealed_to_it_is_asked_for_once_for_all(memory: Memory) -> None:
+async def test_credential_not_sealed_to_this_gateway_is_fetched_once(memory: Memory) -> None:
     memory.comes(memory.envelope(memory.delivery(), OTHER))
     go_on = asyncio.Event()
 

@@ -162,7 +162,7 @@ def test_a_lease_that_came_back_is_another() -> None:
     assert memory.found() is None
 
 
-def test_it_ends_with_the_age_of_entitlements() -> None:
+def test_memory_ends_with_the_age_of_entitlements() -> None:
     entitlements = Memory().chosen.ground.user.state.entitlements
     memory = Memory(max_age_s=memory_age(entitlements.as_of))
     assert memory.found() is memory.chosen

@@ -71,7 +71,7 @@ def test_expired_grants_are_dropped_and_make_room(table: GrantTable) -> None:
     assert table.keep(signed(), 0, 0, 0) is not None
 
 
-def test_those_who_may_take_a_grant_back(table: GrantTable) -> None:
+def test_withdrawal_of_a_grant_counts_by_its_people_only(table: GrantTable) -> None:
     grant = signed().claims
     id = message_id(grant.iss, grant.jti)
     for user, counts in (("olga", False), ("maria", True), ("petra", True), ("sam", True)):

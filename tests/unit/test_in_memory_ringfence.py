@@ -155,7 +155,7 @@ async def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch
     await broker.agent("deploy-bot").request(task=task, target="staging", **READ)
 
 
-def test_it_is_used_in_one_event_loop_after_the_other(
+def test_in_memory_ringfence_works_in_consecutive_event_loops(
     broker: InMemoryRingfence, agent: Agent, task: str
 ) -> None:
     async def request() -> None:
@@ -402,7 +402,7 @@ async def test_other_kinds_of_credentials_are_what_the_test_gives(broker: InMemo
     assert (denied.value.by, denied.value.code) == ("issuer", "backend_cannot")
 
 
-async def test_there_is_no_gateway(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
+async def test_in_memory_ringfence_has_no_gateway(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
     with pytest.raises(RequestDeniedError) as denied:
         await agent.request(task=task, target="staging", **READ, delivery="gateway")
     assert denied.value.by == "issuer"

@@ -169,7 +169,7 @@ def test_decommissioned_agent_is_no_orphan(book: Book):
     assert not book.line("old").orphan
 
 
-def test_it_says_by_whose_leave_an_agent_reaches_what(book: Book):
+def test_inventory_names_the_commands_behind_an_agents_reach(book: Book):
     ceiling = (Permission(target="shop", verbs=("read",), resources=("**",)),)
     book.ledger.give(book.ledger.claims(AgentSetCeiling, "olga", agent_id="bot", ceiling=ceiling))
     at_ms = book.clock.ms - 1000

@@ -56,7 +56,7 @@ async def codes(gate: LeaseLimits, *weighed: Issue | Refusal, age_ms: int = 0) -
     return [one.reasons[0].code if isinstance(one, Refusal) and one.reasons else None for one in admitted]
 
 
-async def test_those_of_one_batch_count_too():
+async def test_leases_of_one_batch_are_counted():
     gate = gatekeeper(Counted({"agent:a": 1}), agent=3)
     assert await codes(gate, issue(), issue(), issue(), issue("b")) == [None, None, "too_many_leases", None]
 

@@ -108,7 +108,7 @@ def test_diagnosis_never_suggests_plain_text_instead_of_tls():
     assert "PLAINTEXT" not in told, "who is on the way could answer in clear in the place of Kafka"
 
 
-def test_it_is_looked_where_the_client_connects_to():
+def test_probed_addresses_are_those_of_the_client():
     settings = BusSettings(kafka="localhost,[::1]:1234,h:1")
     assert addresses(settings) == [("localhost", 9092), ("::1", 1234), ("h", 1)]
 

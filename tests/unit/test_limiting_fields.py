@@ -140,7 +140,9 @@ def target_set(**fields: Any) -> TargetSet:
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )  # fmt: skip
-def test_it_is_named_with_its_place_and_the_nearest_name(fields: dict[str, Any], said: str) -> None:
+def test_unknown_field_is_named_with_its_place_and_the_nearest_name(
+    fields: dict[str, Any], said: str
+) -> None:
     found = unknown_fields(target_set(**fields))
     assert bool(found) is bool(said)
     assert not said or describe_unknown(found, "target platform").startswith(said)

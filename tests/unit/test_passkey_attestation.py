@@ -96,7 +96,7 @@ def test_an_authenticator_is_no_authority(maker: Maker):
         verify_attestation(registered(maker, statement=statement), [maker.pem])
 
 
-def test_it_is_the_attestation_of_this_very_key(maker: Maker):
+def test_attestation_of_another_key_is_rejected(maker: Maker):
     package, other = registered(maker), registered(maker)
     for wrong in (
         replace(package, jwk=other.jwk),

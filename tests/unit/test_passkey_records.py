@@ -130,7 +130,7 @@ def test_a_passkey_gives_these_commands_and_a_reader_who_starts_later_believes_t
         ]
 
 
-def test_none_of_them_is_given_on_a_session_origin_late_or_twice(office: Organisation) -> None:
+def test_passkey_commands_are_rejected_late_twice_or_on_a_session_origin(office: Organisation) -> None:
     for command in passkey_commands(office):
         for how in ({"origin": SESSION_ORIGIN}, {"flags": 1}, {"rp_id": "evil.example"}):
             with pytest.raises(SignatureError) as refused:

@@ -349,7 +349,7 @@ def test_a_plain_message_by_the_key_of_a_passkey_is_refused() -> None:
     assert refused.value.code == "alg_unexpected"
 
 
-def test_this_format_by_an_ordinary_key_is_refused() -> None:
+def test_passkey_format_by_an_ordinary_key_is_rejected() -> None:
     compact = sign(end_key(), PASSKEY)
     key = public_key(PASSKEY.public)
     with pytest.raises(SignatureError) as refused:

@@ -85,7 +85,7 @@ def test_without_limit_nothing_is_too_old():
     assert backlog.warning(START + 10**9) is None
 
 
-def test_it_is_said_while_requests_are_turned_away():
+def test_shedding_is_reported_while_requests_are_dropped():
     gate, now_ms = gatekeeper(), START + 50_000
     assert gate.behind(now_ms) is None
     gate.should_shed(record(), now_ms)

@@ -177,7 +177,7 @@ async def test_junk_at_the_start_is_not_believed_either(memory: InMemoryDecision
     assert memory.get(message_id(two.iss, two.jti)) is not None
 
 
-async def test_it_forgets_by_the_time_of_the_topic_not_of_the_clock(memory: InMemoryDecisionLog):
+async def test_decisions_are_forgotten_by_topic_time_not_by_the_clock(memory: InMemoryDecisionLog):
     """Whatever the last batch before a crash decided is known after it, however long the service was down."""
     await memory.settle()
     long_ago = NOW_MS - 20 * 3600 * 1000

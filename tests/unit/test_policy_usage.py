@@ -26,7 +26,7 @@ days = st.integers(TODAY - 70, TODAY + 40)
 
 
 @given(st.lists(st.tuples(verbs, days)), st.integers(TODAY - 40, TODAY + 40))
-def test_as_plain_sets_of_days_have_it(uses: list[tuple[tuple[str, str], int]], today: int):
+def test_usage_equals_plain_sets_of_days(uses: list[tuple[tuple[str, str], int]], today: int):
     usage = Usage()
     for verb, day in uses:
         usage.add([verb], day)

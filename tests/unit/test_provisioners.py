@@ -190,7 +190,7 @@ def test_a_delegated_operator_is_one_that_was_listed(ledger: InMemoryRegistry):
     assert user(ledger).roles == ("operator",)
 
 
-def test_it_brings_no_keys_and_ends_none(ledger: InMemoryRegistry):
+def test_provisioner_adds_and_ends_no_keys(ledger: InMemoryRegistry):
     assert refused(ledger, synced(ledger, keys=(_fresh(ledger),))) == "keys_not_delegated"
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
@@ -201,7 +201,7 @@ def test_it_brings_no_keys_and_ends_none(ledger: InMemoryRegistry):
 
 
 @pytest.mark.parametrize("victim", ["sam", "olga", "scim"])
-def test_it_touches_only_whom_it_made(ledger: InMemoryRegistry, victim: str):
+def test_provisioner_changes_only_users_that_it_made(ledger: InMemoryRegistry, victim: str):
     ledger.give(provisioner_set(ledger, provisioner_id="hr", keys=(ledger.key_record(ledger.key("hr")),)))
     assert refused(ledger, synced(ledger, victim, "Developers")) == "not_its_user"
     gone = ledger.claims(UserDisable, "scim", user_id=victim, reason="x")
@@ -210,7 +210,7 @@ def test_it_touches_only_whom_it_made(ledger: InMemoryRegistry, victim: str):
     assert refused(ledger, synced(ledger, "maria")) == "not_its_user"
 
 
-def test_it_gives_no_other_command(ledger: InMemoryRegistry):
+def test_provisioner_gives_no_other_command(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Leads", roles=("sponsor",)))
     assert refused(ledger, ledger.register("scim", "bot", "maria")) == "provisioner_only"
     assert refused(ledger, ledger.assign("scim", "bot")) == "provisioner_only"
@@ -218,7 +218,7 @@ def test_it_gives_no_other_command(ledger: InMemoryRegistry):
     assert refused(ledger, provisioner_set(ledger, "scim")) == "provisioner_only"
 
 
-def test_it_consents_to_nothing_and_opens_nothing(ledger: InMemoryRegistry):
+def test_provisioner_consents_to_nothing(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     terms = ledger.terms("bot")
     consent = ledger.consent("scim", terms)
@@ -244,7 +244,7 @@ def test_a_narrower_delegation_counts_from_then_on_and_older_records_still_hold(
 # --- leaving and coming back ------------------------------------------------------------------------------------------
 
 
-def test_it_disables_and_lets_act_again_whom_it_disabled(ledger: InMemoryRegistry):
+def test_provisioner_enables_only_users_that_it_disabled(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
     ledger.give(ledger.claims(UserDisable, "scim", user_id="maria", reason="on leave"))
@@ -312,7 +312,7 @@ def test_provisioned_operator_cannot_leave_their_directory(otilia: InMemoryRegis
 # --- its own groups ---------------------------------------------------------------------------------------------------
 
 
-def test_it_tells_of_its_groups_and_only_of_delegated_ones(ledger: InMemoryRegistry):
+def test_provisioner_links_only_delegated_groups(ledger: InMemoryRegistry):
     link = ledger.claims(ProvisionerLink, "scim", provisioner_id="scim", groups=(GroupLink(group="Leads"),))
     ledger.give(link)
     assert [one.group for one in user(ledger, "scim").linked] == ["Leads"]

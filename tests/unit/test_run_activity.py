@@ -67,7 +67,7 @@ def test_leases_of_the_run_are_what_it_was_allowed_with_how_they_ended(bench: Be
     assert (allowed["status"], allowed["ended_by"]) == ("revoked", "run_ended"), "the highest seq counts"
 
 
-async def test_it_waits_for_the_end_of_the_leases(bench: Bench) -> None:
+async def test_run_activity_waits_for_the_end_of_the_leases(bench: Bench) -> None:
     story = bench.story()
     bench.read(bench.active(story))
     assert await bench.activity.leases_ended(0.01) == (story.lease_id,)

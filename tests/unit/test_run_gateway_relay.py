@@ -167,7 +167,7 @@ async def test_connections_are_limited(
             one.close()
 
 
-async def test_it_waits_until_the_gateway_removes_its_socket(
+async def test_relay_waits_until_the_gateway_removes_its_socket(
     relay: GatewayRelay, gateway: EchoGateway
 ) -> None:
     assert not await relay.wait_for_removal(0.01)

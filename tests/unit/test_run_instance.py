@@ -50,7 +50,7 @@ def settings(folder: Path, **fields: object) -> ClientSettings:
     return ClientSettings.model_validate({**own, **fields})
 
 
-async def test_it_is_the_key_of_the_folder_with_its_enrolment(folder: Path, key: SigningKey) -> None:
+async def test_run_instance_has_the_key_and_enrolment_of_its_folder(folder: Path, key: SigningKey) -> None:
     enrolled = await RunInstance("bot", folder, settings(folder), ClockAt(BEGINS_S)).current()
     assert (enrolled.key.kid, enrolled.not_after) == (key.kid, ENDS_S)
     assert enrolled.enrolment == (folder / RUN_ENROLMENT_FILE).read_text().strip()

@@ -72,7 +72,7 @@ def test_a_stop_of_another_run_leaves_this_one(stops: _Stops) -> None:
     assert other is None
 
 
-def test_somebody_who_is_disabled_meanwhile_stops_nothing_any_more(stops: _Stops) -> None:
+def test_disabled_user_can_no_longer_stop_a_run(stops: _Stops) -> None:
     stops.stop("uma")
     stops.ledger.give(stops.ledger.claims(UserDisable, "olga", user_id="uma", reason="left"))
     assert stops.reason() is None

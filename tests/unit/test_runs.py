@@ -480,7 +480,7 @@ def test_the_instance_of_a_run_that_has_started_acts_within_its_task(started: Pl
     assert (started.gateway(started.leased()), started.revoker(started.leased())) == ([], None)
 
 
-def test_it_acts_within_no_other_task_of_its_agent(started: Place) -> None:
+def test_instance_acts_within_no_other_task_of_its_agent(started: Place) -> None:
     compact = started.request(started.second)
     assert started.policy(compact) == ["instance_other_task"]
     assert started.issuer(compact) == (["instance_other_task"], True), (

@@ -80,7 +80,7 @@ def test_to_a_stolen_key_nothing_is_sealed_any_more(place: Place) -> None:
     assert place.keys.open(envelope) == b"secret"
 
 
-def test_they_follow_again_and_again(place: Place) -> None:
+def test_seal_keys_rotate_repeatedly(place: Place) -> None:
     used = [*place.keys.kids]
     for _ in range(3):
         rotate_services(place.folder, ["gateway"])

@@ -76,7 +76,7 @@ def ranges(document: bytes) -> list[tuple[int, int]]:
 
 
 @given(st.sets(st.integers(1, LAST) | st.sampled_from([1, 2, 3, LAST - 1, LAST]), max_size=20))
-def test_it_revokes_every_serial_but_these(serials: set[int]) -> None:
+def test_krl_revokes_every_serial_but_the_announced(serials: set[int]) -> None:
     found = ranges(krl([BLOB], serials, 1, 1))
     assert all(first <= last for first, last in found)
     assert sum(last - first + 1 for first, last in found) == LAST - len(serials)
@@ -302,7 +302,7 @@ def test_requested_command_must_be_granted(granted: list[str], asked: str, runs:
     assert chosen(granted, asked) == runs
 
 
-def test_it_becomes_the_command_that_the_administrator_named(tmp_path: Path) -> None:
+def test_helper_executes_the_command_that_the_administrator_named(tmp_path: Path) -> None:
     argv = [sys.executable, "-IS", helper.__file__, "--config", str(write_config(tmp_path)), "run", "deploy"]
 
     def run(*granted: str, asked: str = "") -> subprocess.CompletedProcess[str]:
@@ -343,7 +343,7 @@ def test_invalid_host_configuration_is_refused(tmp_path: Path, wrong: dict[str, 
         Config(str(write_config(tmp_path, **wrong)))
 
 
-def test_it_must_be_its_administrators_alone(tmp_path: Path) -> None:
+def test_helper_configuration_writable_by_others_is_refused(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     path.chmod(0o666)
     with pytest.raises(FailedError, match="can be changed by others"):

@@ -81,7 +81,7 @@ def test_waiting_that_came_before_and_of_two_at_once_counts_once() -> None:
     assert patience.delayed_s == 30
 
 
-def test_there_is_an_end_to_patience() -> None:
+def test_waiting_for_a_processor_is_bounded() -> None:
     machine = Machine()
     patience = machine.patience(60)
     machine.passes(60 * MOST_PATIENCE, waiting=60 * MOST_PATIENCE)

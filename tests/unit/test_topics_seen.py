@@ -8,7 +8,7 @@ from ringfence.kernel.kafka import topics_admin
 from ringfence.kernel.kafka.topics_admin import TopicError
 
 
-async def test_it_is_waited_for() -> None:
+async def test_missing_topics_are_waited_for() -> None:
     answers = [["lease.v1", "audit.v1"], ["lease.v1"], []]
 
     async def find() -> list[str]:
