@@ -21,7 +21,7 @@ test_a_sponsor_who_lost_the_role if {
 	"agent_orphaned" in denied with input as fixture.with_value("/sponsor/roles", ["auditor"])
 }
 
-test_somebody_elses_sponsor if {
+test_sponsor_of_another_agent if {
 	"agent_orphaned" in denied with input as fixture.with_value("/sponsor/user_id", "petra")
 }
 
