@@ -25,7 +25,7 @@ test_a_lease_for_another_task if denied == {"task_other_agent"} with input as ch
 
 test_a_suspended_agent if denied == {"agent_suspended"} with input as changed("/agent/status", "suspended")
 
-test_what_the_rule_found_is_repeated_whole if {
+test_excess_found_by_the_rule_is_repeated_whole if {
 	lack := {"code": "beyond_scope", "message": "the lease does not allow deploy", "side": "lease"}
 	found := action.decision.deny with input as changed("/lacking", [lack])
 	found == [lack]
@@ -47,7 +47,7 @@ test_no_more_in_a_minute_than_a_task_may_do if {
 	denied == {"rate_exceeded"} with input as changed("/earlier/last_minute", null)
 }
 
-test_nothing_is_allowed_for_want_of_input if {
+test_missing_input_allows_nothing if {
 	every part in ["now_s", "action", "lease", "agent", "sponsor", "task", "user", "target", "lacking", "earlier"] {
 		missing := json.remove(fixture.action, [part])
 		not action.decision.allow with input as missing
@@ -67,7 +67,7 @@ test_no_other_verb_waits if {
 	decision.allow
 }
 
-test_what_is_denied_is_denied_marked_or_not if {
+test_denied_action_stays_denied_with_a_verb_floor if {
 	suspended := json.patch(
 		marked([{"verb": "read", "ask": "operator"}]),
 		[{"op": "replace", "path": "/agent/status", "value": "suspended"}],

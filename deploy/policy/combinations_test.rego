@@ -3,7 +3,7 @@ package ringfence.combinations_test
 import data.ringfence.combinations
 import data.ringfence.fixture
 
-test_nothing_stands_against_the_good_request if count(combinations.deny) == 0 with input as fixture.good
+test_good_request_is_not_denied if count(combinations.deny) == 0 with input as fixture.good
 
 test_code_and_ci_at_once if {
 	denied == {"combination"} with input as fixture.wanting(["clone", "run-ci"], ["web"])
@@ -29,7 +29,7 @@ test_the_other_half_is_held if {
 test_two_halves_of_different_pairs if count(combinations.deny) == 0 with input as holding(["pull"], "merge")
 
 # Nothing held is an empty list. Where there is no list, nobody knows what is held.
-test_nothing_is_added_to_what_nobody_knows if {
+test_unknown_holdings_are_denied if {
 	denied == {"held_unknown"} with input as fixture.without("held")
 	denied == {"held_unknown"} with input as fixture.with_value("/held", {})
 	denied == {"held_unknown"} with input as fixture.with_value("/held", [{"lease_id": "1"}])

@@ -40,7 +40,7 @@ test_approvals_are_passed_on if {
 }
 
 # Whatever is missing from the input, nothing is allowed for want of it.
-test_nothing_is_allowed_for_want_of_input if {
+test_missing_input_allows_nothing if {
 	every part in ["now_s", "request", "agent", "sponsor", "task", "user", "target", "lacking", "held", "history"] {
 		not issuance.decision.allow with input as fixture.without(part)
 	}

@@ -3,12 +3,12 @@ package ringfence.delivery_test
 import data.ringfence.delivery
 import data.ringfence.fixture
 
-test_what_can_be_recalled_may_be_held_for_long if {
+test_revocable_credential_may_live_long if {
 	count(delivery.deny) == 0 with input as lasting("instant", 3600)
 	count(delivery.deny) == 0 with input as lasting("session", 3600)
 }
 
-test_what_cannot_be_recalled_may_be_held_for_five_minutes if {
+test_irrevocable_credential_lives_five_minutes_at_most if {
 	count(delivery.deny) == 0 with input as lasting("ttl", 300)
 	"not_recallable" in fixture.codes(delivery.deny) with input as lasting("ttl", 301)
 }
@@ -17,12 +17,12 @@ test_a_gateway_may_use_it_for_longer if {
 	count(delivery.deny) == 0 with input as for_the_gateway(lasting("ttl", 3600))
 }
 
-test_what_the_limits_leave_is_what_counts if {
+test_lifetime_after_limits_is_checked if {
 	count(delivery.deny) == 0 with input as json.patch(lasting("ttl", 3600), [{"op": "replace", "path": "/target/max_ttl_s", "value": 300}])
 	count(delivery.deny) == 1 with input as json.patch(lasting("ttl", 3600), [{"op": "replace", "path": "/target/max_ttl_s", "value": 301}])
 }
 
-test_what_nobody_says_cannot_be_recalled if {
+test_unknown_revocability_is_irrevocable if {
 	unknown := json.remove(lasting("ttl", 301), ["target/revocability"])
 	count(delivery.deny) == 1 with input as unknown
 	count(delivery.deny) == 1 with input as lasting("at will", 301)

@@ -3,7 +3,7 @@ package ringfence.history_test
 import data.ringfence.fixture
 import data.ringfence.history
 
-test_nobody_is_asked_about_a_new_agent if {
+test_new_agent_needs_no_approval if {
 	asked == set() with input as fixture.good
 	asked == set() with input as registered(1000 - 604799)
 }
@@ -17,7 +17,7 @@ test_an_agent_that_has_been_there_since_nobody_knows_when if {
 	asked == {"first_use"} with input as fixture.without("agent/registered_at_s")
 }
 
-test_what_was_used_or_is_held_is_no_first_use if {
+test_used_or_held_permission_is_no_first_use if {
 	asked == set() with input as settled(["read"], {"read": {}})
 	asked == set() with input as settled(["list"], {"read": {}})
 	asked == set() with input as fixture.holding(registered(-1000000), "platform", ["list"])

@@ -3,7 +3,7 @@ package ringfence.identity_test
 import data.ringfence.fixture
 import data.ringfence.identity
 
-test_nothing_stands_against_the_good_request if {
+test_good_request_is_not_denied if {
 	count(identity.deny) == 0 with input as fixture.good
 }
 
@@ -21,7 +21,7 @@ test_a_sponsor_who_lost_the_role if {
 	"agent_orphaned" in denied with input as fixture.with_value("/sponsor/roles", ["auditor"])
 }
 
-test_somebody_elses_sponsor if {
+test_sponsor_of_another_agent if {
 	"agent_orphaned" in denied with input as fixture.with_value("/sponsor/user_id", "petra")
 }
 
@@ -47,7 +47,7 @@ test_another_user_than_the_tasks if {
 
 test_a_removed_target if "target_removed" in denied with input as fixture.with_value("/target/status", "removed")
 
-test_nobody_known_at_all if {
+test_empty_input_denies_every_party if {
 	denied == {
 		"agent_unknown", "agent_orphaned", "task_ended",
 		"task_other_agent", "user_disabled", "target_removed",

@@ -3,7 +3,7 @@ package ringfence.limits_test
 import data.ringfence.fixture
 import data.ringfence.limits
 
-test_nothing_stands_against_the_good_request if {
+test_good_request_is_not_denied if {
 	count(limits.deny) == 0 with input as fixture.good
 	limits.max_ttl_s == 3600 with input as fixture.good
 }

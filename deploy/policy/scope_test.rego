@@ -10,9 +10,9 @@ lack := {
 	"side": "task",
 }
 
-test_nothing_stands_against_the_good_request if count(scope.deny) == 0 with input as fixture.good
+test_good_request_is_not_denied if count(scope.deny) == 0 with input as fixture.good
 
-test_what_the_rule_found_is_repeated_whole if {
+test_excess_found_by_the_rule_is_repeated_whole if {
 	found := [denial | some denial in scope.deny] with input as fixture.with_value("/lacking", [lack])
 	found == [lack]
 }

@@ -73,7 +73,7 @@ async def until(true: Callable[[], Awaitable[bool]], what: str) -> None:
 # --- the scope --------------------------------------------------------------------------------------------------------
 
 
-async def test_what_the_scope_says_is_possible(kind: Kind, backend: Backend) -> None:
+async def test_action_within_the_scope_is_possible(kind: Kind, backend: Backend) -> None:
     one = usual(kind)
     value = await minted(backend, one)
     for act in (kind.read_a, kind.read_b, kind.write_b):
@@ -81,7 +81,7 @@ async def test_what_the_scope_says_is_possible(kind: Kind, backend: Backend) -> 
     await backend.undo(one.lease_id, target_id=TARGET)
 
 
-async def test_what_is_beyond_it_is_refused(kind: Kind, backend: Backend) -> None:
+async def test_action_beyond_the_scope_is_refused_by_the_target(kind: Kind, backend: Backend) -> None:
     one = usual(kind)
     value = await minted(backend, one)
     for act in (kind.write_a, *kind.beyond):
@@ -119,7 +119,7 @@ async def test_a_name_is_only_itself_whatever_is_in_it(kind: Kind, backend: Back
     assert await kind.names() == before
 
 
-async def test_what_cannot_be_said_exactly_is_refused_before_anything_is_made(
+async def test_inexact_permission_is_refused_before_anything_is_made(
     stateful: Stateful, own: Backend
 ) -> None:
     before = await stateful.names()
@@ -136,9 +136,7 @@ async def test_what_cannot_be_said_exactly_is_refused_before_anything_is_made(
     assert await stateful.names() == before
 
 
-async def test_what_the_record_of_a_target_says_and_nobody_understands_is_refused(
-    stateful: Stateful, own: Backend
-) -> None:
+async def test_unknown_target_setting_is_refused(stateful: Stateful, own: Backend) -> None:
     for settings in ({"read_only": True}, {"address": "elsewhere"}, {"address": "a b:1"}):
         assert "operator" in (own.problem(usual(stateful), state(stateful.name, **settings)) or "")
         with pytest.raises(RingfenceError):
@@ -148,7 +146,7 @@ async def test_what_the_record_of_a_target_says_and_nobody_understands_is_refuse
 # --- ends -------------------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_said_to_end_by_itself_does_with_ringfence_gone(kind: Kind) -> None:
+async def test_self_ending_credential_ends_without_ringfence(kind: Kind) -> None:
     backend = kind.backend()
     one = usual(kind)
     one = one.model_copy(update={"deadline": int(time.time()) + 8})
@@ -266,9 +264,7 @@ async def test_made_and_undone_at_once(kind: Kind, backend: Backend) -> None:
     assert await kind.names() == before
 
 
-async def test_what_stands_at_the_target_is_told_of_this_trust_domain_alone(
-    stateful: Stateful, own: Backend
-) -> None:
+async def test_existing_lists_only_the_own_trust_domain(stateful: Stateful, own: Backend) -> None:
     neighbour = stateful.backend("test.example.org")
     mine, theirs = usual(stateful), usual(stateful)
     await minted(own, mine)
@@ -380,7 +376,7 @@ async def test_a_server_that_was_restarted_is_found_again(stateful: Stateful) ->
 # --- Ringfence's own rights -------------------------------------------------------------------------------------------
 
 
-async def test_what_is_wrong_with_ringfences_rights_is_said_without_telling_them(stateful: Stateful) -> None:
+async def test_wrong_admin_secret_is_reported_without_the_secret(stateful: Stateful) -> None:
     for what, url in stateful.wrong_secrets().items():
         stateful.secret_file.write_text(url)
         stateful.secret_file.chmod(0o600)
@@ -469,7 +465,7 @@ async def test_the_server_is_never_told_a_secret_and_each_is_another(
 # --- what is declared -------------------------------------------------------------------------------------------------
 
 
-def test_what_only_the_gateway_enforces_is_declared_and_marked() -> None:
+def test_gateway_enforced_kinds_are_declared_and_marked() -> None:
     """Else its cases would be left out without a word."""
     backends = built_in(BackendContext("test.example", "https://issuer.test.example"))
     assert {kind for kind, one in backends.items() if one.enforced_by == "gateway"} == set(BY_THE_GATEWAY)

@@ -126,7 +126,7 @@ async def test_a_key_that_is_replaced_at_its_source_breaks_no_agent(api: Api, so
     assert backend.problem(one, at) is None
 
 
-async def test_it_is_never_made_and_never_handed_out(
+async def test_static_secret_is_never_made_and_never_handed_out(
     source: Source, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("DEBUG")

@@ -99,7 +99,7 @@ async def _recorded(stage: Gated, settings: dict[str, str]) -> None:
     )
 
 
-async def test_nobody_else_has_it_injected(stage: Gated, handle: str) -> None:
+async def test_stolen_handle_injects_nothing(stage: Gated, handle: str) -> None:
     """A handle is no secret, so whoever found one has nothing."""
     stranger = stage.world.party("agent", "a-stranger")
     other = await stage.world.agent("another-bot", sponsor=stage.desk.sam)
@@ -167,7 +167,9 @@ async def _more(statuses: list[int], than: int) -> bool:
 
 
 @pytest.mark.parametrize("secret", [None, "canary\r\nX-Admin: yes", "canary\x00", "canarý"])
-async def test_where_there_is_none_nothing_goes_on(stage: Gated, handle: str, secret: str | None) -> None:
+async def test_missing_or_malformed_secret_forwards_nothing(
+    stage: Gated, handle: str, secret: str | None
+) -> None:
     if secret is None:
         stage.source.unlink()
     else:

@@ -210,7 +210,7 @@ async def test_an_engine_takes_the_options_of_its_user(ledger: Ledger, blocking:
 # --- what is no login ---
 
 
-async def test_what_is_denied_reaches_the_caller(ledger: Ledger) -> None:
+async def test_denial_reaches_the_caller(ledger: Ledger) -> None:
     async with (
         ledger.realm.as_agent() as agent,
         CredentialSource(agent, **ledger.wants(resources=["elsewhere/**"])) as source,

@@ -189,11 +189,11 @@ async def test_an_agent_is_a_user_of_the_cluster(cluster: Cluster) -> None:
     assert user["extra"]["ringfence.example/on-behalf-of"] == [cluster.desk.maria.id]
 
 
-async def test_what_the_token_does_not_allow_lets_nobody_in(cluster: Cluster) -> None:
+async def test_token_beyond_its_scope_cannot_impersonate(cluster: Cluster) -> None:
     assert "does not allow to assume" in await cluster.refusal(await cluster.token("look"))
 
 
-async def test_whoever_is_not_meant_is_refused(cluster: Cluster) -> None:
+async def test_token_with_wrong_audience_or_signature_is_rejected_by_kubernetes(cluster: Cluster) -> None:
     assert "audience" in await cluster.refusal(await cluster.token(audience="https://other.k8s.example"))
     head, body, tail = (await cluster.token()).split(".")
     assert "signature" in await cluster.refusal(f"{head}.{body}.{tail[:-4]}AAAA")

@@ -129,7 +129,7 @@ async def test_the_scope_can_be_part_of_a_role(federation: Federation) -> None:
     assert "does not match" in await federation.refuses("writer", token)
 
 
-async def test_whoever_is_not_meant_is_refused(federation: Federation) -> None:
+async def test_token_with_wrong_audience_or_subject_is_rejected_by_openbao(federation: Federation) -> None:
     token = await federation.token()
     for name, changed, says in (
         ("audience", {"bound_audiences": ["https://other.test.example"]}, "aud"),

@@ -133,7 +133,7 @@ async def test_wildcards_stand_for_what_is_there_now(
         ("read", "template0/shop/a"),
     ],
 )
-async def test_what_is_not_there_is_refused(backend: PostgresBackend, verb: str, resource: str) -> None:
+async def test_missing_relation_is_refused(backend: PostgresBackend, verb: str, resource: str) -> None:
     await refused(backend, wanting(allow(verb, resource)), r"means nothing|no such database|refuses")
 
 
@@ -170,7 +170,7 @@ async def test_a_database_that_ringfence_may_not_log_in_to_is_no_fault_of_the_se
         ("all", "shop/shop/a", "verb"),
     ],
 )
-def test_what_a_verb_cannot_mean_is_told_at_once(
+def test_verb_that_does_not_fit_is_refused_with_the_reason(
     backend: PostgresBackend, verb: str, resource: str, says: str
 ) -> None:
     assert says in (backend.problem(wanting(allow(verb, resource)), of()) or "")
@@ -184,7 +184,7 @@ def test_a_lease_is_for_one_database(backend: PostgresBackend) -> None:
 # --- no more, no less -------------------------------------------------------------------------------------------------
 
 
-async def test_what_ringfence_may_not_give_is_refused_whole(backend: PostgresBackend) -> None:
+async def test_right_that_the_broker_lacks_is_refused_whole(backend: PostgresBackend) -> None:
     await refused(backend, wanting(allow("read", "shop/vault/a")), r"may not give")
     await refused(backend, wanting(allow("truncate", "shop/shop/a")), r"may not give")
     await refused(backend, wanting(allow(("read", "truncate"), "shop/shop/a")), r"may not give")
@@ -208,7 +208,7 @@ async def test_what_ringfence_may_not_give_is_refused_whole(backend: PostgresBac
         ),
     ],
 )
-async def test_what_everybody_may_beyond_the_scope_is_a_reason_to_refuse(
+async def test_public_right_beyond_the_scope_is_refused(
     backend: PostgresBackend, target: PostgresTarget, give: str, take: str, says: str
 ) -> None:
     one = wanting(allow("read", "shop/shop/a"))
@@ -224,7 +224,7 @@ async def test_what_everybody_may_beyond_the_scope_is_a_reason_to_refuse(
     await backend.undo(one.lease_id, target_id=TARGET)
 
 
-async def test_what_everybody_may_is_no_reason_where_the_lease_says_it_too(
+async def test_public_right_within_the_scope_is_accepted(
     backend: PostgresBackend, target: PostgresTarget
 ) -> None:
     one = wanting(allow("read", "shop/shop/a"))
@@ -292,7 +292,7 @@ MADE = (
 )
 
 
-async def test_what_it_made_goes_with_it(backend: PostgresBackend, making: Any) -> None:
+async def test_objects_made_by_a_lease_are_removed_with_it(backend: PostgresBackend, making: Any) -> None:
     one = wanting(allow(("read", "create"), "shop/work"))
     await query(await url_of(backend, one), *MADE)
     assert await making.fetchval("SELECT to_regclass('work.made')") is not None
@@ -302,7 +302,9 @@ async def test_what_it_made_goes_with_it(backend: PostgresBackend, making: Any) 
     assert one.lease_id not in await backend.standing(TARGET)
 
 
-async def test_what_it_made_is_kept_where_the_target_says_so(backend: PostgresBackend, making: Any) -> None:
+async def test_objects_made_by_a_lease_are_kept_if_the_target_says_so(
+    backend: PostgresBackend, making: Any
+) -> None:
     one = wanting(allow("create", "shop/work"))
     await query(await url_of(backend, one, owned="keep"), *MADE[:3])
     await backend.undo(one.lease_id, target_id=TARGET)
@@ -311,7 +313,7 @@ async def test_what_it_made_is_kept_where_the_target_says_so(backend: PostgresBa
     assert one.lease_id not in await backend.standing(TARGET)
 
 
-async def test_what_others_built_on_is_not_taken_from_them(backend: PostgresBackend, making: Any) -> None:
+async def test_objects_of_others_on_lease_objects_are_kept(backend: PostgresBackend, making: Any) -> None:
     one = wanting(allow("create", "shop/work"))
     await query(await url_of(backend, one), *MADE[:1])
     await making.execute("CREATE VIEW work.theirs AS SELECT * FROM work.made")
@@ -435,7 +437,7 @@ async def test_names_in_the_url_are_quoted(
         await admin.execute('DROP DATABASE "odd-""-&"')
 
 
-async def test_it_ends_no_later_than_the_lease(backend: PostgresBackend, target: PostgresTarget) -> None:
+async def test_role_ends_no_later_than_the_lease(backend: PostgresBackend, target: PostgresTarget) -> None:
     one = wanting(allow("read", "shop/shop/a"), deadline=int(time.time()) + 1234)
     url = await url_of(backend, one)
     async with target.admin() as admin:
@@ -450,7 +452,7 @@ async def test_it_ends_no_later_than_the_lease(backend: PostgresBackend, target:
 # --- the document -----------------------------------------------------------------------------------------------------
 
 
-async def test_what_the_document_says_takes_ringfences_rights_away_again(
+async def test_documented_commands_remove_the_broker_role(
     own_postgres_server: PostgresServer, tmp_path: Any
 ) -> None:
     """On a server of its own: the role is one for all databases of a server."""

@@ -57,7 +57,7 @@ async def test_a_replaced_secret_is_seen_before_long(vault: Vault, token_file: P
     await source.close()
 
 
-async def test_what_vault_does_not_give_is_said_without_the_token(vault: Vault, token_file: Path) -> None:
+async def test_missing_vault_secret_is_reported_without_the_token(vault: Vault, token_file: Path) -> None:
     put(vault, url="hush", other="x")
     vault.call("POST", "secret/data/ringfence/gone", {"data": {"url": "x"}})
     vault.call("DELETE", "secret/data/ringfence/gone")

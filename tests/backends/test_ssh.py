@@ -66,7 +66,9 @@ def said_of(value: str, folder: Path) -> str:
 # --- what a certificate says ------------------------------------------------------------------------------------------
 
 
-async def test_it_says_what_the_lease_says_and_nothing_else(backend: SshBackend, tmp_path: Path) -> None:
+async def test_certificate_says_what_the_lease_says_and_nothing_else(
+    backend: SshBackend, tmp_path: Path
+) -> None:
     one = wanting(READS_A, allow(("read", "write"), "deploy/b"))
     said = said_of(await value_of(backend, one, source_address="10.0.0.0/8, 192.0.2.7"), tmp_path)
     name = f"test.example.{one.lease_id}"
@@ -91,7 +93,7 @@ async def test_from_elsewhere_it_is_good_for_nothing(backend: SshBackend) -> Non
     await backend.undo(one.lease_id, target_id=TARGET)
 
 
-async def test_where_there_is_one_command_it_needs_no_name(backend: SshBackend) -> None:
+async def test_only_permitted_command_needs_no_name(backend: SshBackend) -> None:
     one = wanting(READS_A)
     async with client(await value_of(backend, one)) as ssh:
         assert (await ssh.run(given=ECHO))[:2] == (0, ECHO)
@@ -177,7 +179,7 @@ async def test_a_connection_in_which_nothing_runs_ends_too(backend: SshBackend) 
         assert held.returncode == 255
 
 
-async def test_what_runs_in_a_session_ends_with_it(backend: SshBackend) -> None:
+async def test_processes_of_a_session_end_with_it(backend: SshBackend) -> None:
     one = wanting(allow("shell", "deploy"))
     script = "trap '' HUP TERM; sleep 600 & sleep 601 & (sleep 602; true) & echo $$; wait"
     async with client(await value_of(backend, one)) as ssh, ssh.open(command=script) as session:
@@ -266,7 +268,7 @@ async def test_a_state_that_is_lost_lets_nobody_in(backend: SshBackend, target: 
 # --- what the host decides --------------------------------------------------------------------------------------------
 
 
-async def test_what_its_administrator_changes_counts_at_once(backend: SshBackend, target: SshTarget) -> None:
+async def test_changed_host_configuration_applies_at_once(backend: SshBackend, target: SshTarget) -> None:
     one, shell = wanting(READS_A), wanting(allow("shell", "deploy"))
     value = await value_of(backend, one)
     try:
@@ -341,7 +343,7 @@ async def test_a_host_that_trusts_the_authority_but_has_no_program_lets_nobody_i
         (("BEGIN OPENSSH", "BEGIN"), "no private key of an authority"),
     ],
 )
-async def test_what_is_wrong_with_them(target: SshTarget, change: tuple[str, str], why: str) -> None:
+async def test_invalid_ssh_login_is_rejected(target: SshTarget, change: tuple[str, str], why: str) -> None:
     text = target.secret_file.read_text()
     with pytest.raises(ValueError, match=why):
         SshLogin.parse(text.replace(*change))

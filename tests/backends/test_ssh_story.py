@@ -82,7 +82,7 @@ async def test_one_command_for_as_long_as_the_lease(office: Office) -> None:
             assert (status, "Permission denied (publickey)" in told) == (255, True)
 
 
-async def test_what_the_host_does_not_have_is_refused_in_words(office: Office) -> None:
+async def test_command_missing_on_the_host_is_denied_with_the_reason(office: Office) -> None:
     realm = office.realm
     async with realm.as_agent() as agent:
         with pytest.raises(RequestDeniedError, match="means no command that the host has now"):

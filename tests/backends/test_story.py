@@ -122,7 +122,7 @@ def _life(realm: RunningStack, agent: Agent, seen: object, credential: IssuedCre
     return [by_seq[seq] for seq in sorted(by_seq)]
 
 
-async def test_what_cannot_be_said_is_refused_in_words(office: Office) -> None:
+async def test_missing_table_is_denied_with_the_reason(office: Office) -> None:
     realm = office.realm
     async with realm.as_agent() as agent:
         with pytest.raises(RequestDeniedError) as denied:
@@ -154,7 +154,7 @@ async def test_one_command_has_it_and_it_is_released_after(office: Office, tmp_p
     assert role not in await office.target.roles()
 
 
-async def test_what_goes_to_the_gateway_works_there_and_ends_with_the_lease(office: Office) -> None:
+async def test_gateway_delivered_credential_works_and_ends_with_the_lease(office: Office) -> None:
     realm = office.realm
     async with realm.as_agent() as agent, realm.seen(CREDENTIAL_REPLY) as seen:
         handle = await _approved(realm, agent, "books/shop/orders", 600, "gateway")

@@ -96,7 +96,7 @@ async def test_a_kind_that_was_always_left_out_strikes_when_all_else_is_over() -
 @pytest.mark.parametrize(
     "error", [StackError("Apache Kafka ended with status 1"), TimeoutError(), RedisError("no")]
 )
-async def test_what_does_not_come_back_is_said_at_once(error: Exception) -> None:
+async def test_fault_that_does_not_recover_is_reported_at_once(error: Exception) -> None:
     """And not when all other faults are over."""
 
     async def strike(_: Any, blow: Blow) -> None:

@@ -68,7 +68,7 @@ async def test_a_cut_ends_what_is_there_and_what_comes_until_it_is_healed() -> N
             assert await client.ask() == b"hello\n"
 
 
-async def test_what_is_held_arrives_when_it_is_healed() -> None:
+async def test_held_data_arrives_after_healing() -> None:
     async with echo() as port, Link("x", free_port(), port) as link, Client(link.port) as client:
         assert await client.ask() == b"hello\n"
         link.hold()
@@ -79,7 +79,7 @@ async def test_what_is_held_arrives_when_it_is_healed() -> None:
         assert await answer == b"late\n"
 
 
-async def test_where_answers_are_held_what_was_said_arrives_at_once() -> None:
+async def test_held_answers_do_not_delay_requests() -> None:
     heard = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -117,7 +117,7 @@ async def test_switched_it_leads_to_another_server() -> None:
             assert await client.ask() == b"b:hello\n"
 
 
-async def test_where_nobody_listens_the_link_hangs_up() -> None:
+async def test_link_without_a_listener_hangs_up() -> None:
     async with Link("x", free_port(), free_port()) as link, Client(link.port) as client:
         assert await ended(client)
 

@@ -54,7 +54,7 @@ async def test_a_server_that_ended_by_itself_breaks_a_run_off_and_one_that_was_s
             await while_standing(standing, strike_is_over())
 
 
-async def test_what_came_of_a_run_is_what_came_of_it_while_all_stands() -> None:
+async def test_result_of_a_run_is_returned_while_the_stack_stands() -> None:
     async def work() -> int:
         return 7
 
@@ -64,7 +64,7 @@ async def test_what_came_of_a_run_is_what_came_of_it_while_all_stands() -> None:
 
 
 @pytest.mark.parametrize("in_the_end", [True, False])
-async def test_what_seems_untold_is_waited_for_and_read_once_more(in_the_end: bool) -> None:
+async def test_unaudited_step_is_read_once_more(in_the_end: bool) -> None:
     at = Coordinates(topic="ringfence.action.v1", partition=3, offset=7, appended_at_ms=1)
     untold, told = History(steps=[at]), History(steps=[at], audited={("ringfence.action.v1", 3, 7)})
     reads, waits = [told if in_the_end else untold, untold], list[int]()

@@ -62,14 +62,14 @@ async def test_a_session_that_was_ended_is_begun_anew_while_the_user_is_there(ma
     await door.forget(made.credential)
 
 
-async def test_nobody_says_no_where_the_target_is_down(made: Made) -> None:
+async def test_unavailable_target_answers_neither_yes_nor_no(made: Made) -> None:
     door = ValkeyDoor()
     made.target.server.stop()
     assert await door.opens(made.credential) is None
     await door.forget(made.credential)
 
 
-async def test_what_is_left_is_found(made: Made) -> None:
+async def test_leftover_user_is_found(made: Made) -> None:
     (left,) = await leftovers(made.target)
     assert (left.target_id, left.lease_id) == (TARGET, made.credential.lease_id)
     await made.own.execute_command("ACL", "DELUSER", made.user)

@@ -101,7 +101,7 @@ async def test_a_denial_reaches_the_agent(sponsor: Visitor, organisation: Organi
             await request
 
 
-async def test_what_is_approved_ahead_is_not_asked_again(
+async def test_request_within_a_grant_is_not_asked_again(
     sponsor: Visitor, organisation: Organisation
 ) -> None:
     page = await sponsor.sign_in("/approvals")
@@ -114,7 +114,7 @@ async def test_what_is_approved_ahead_is_not_asked_again(
         assert (await ask(organisation, agent, "again")).lease_id
 
 
-async def test_what_was_approved_ahead_is_taken_back(sponsor: Visitor, organisation: Organisation) -> None:
+async def test_grant_is_withdrawn_in_the_console(sponsor: Visitor, organisation: Organisation) -> None:
     page = await sponsor.sign_in("/approvals")
     async with asking(organisation) as (request,):
         await page.get_by_text("Approve ahead").first.click()
@@ -141,9 +141,7 @@ async def test_equivalent_requests_are_one_card(sponsor: Visitor, organisation: 
         await expect(page.locator("article")).to_have_count(1)
 
 
-async def test_what_somebody_writes_stays_when_the_page_follows(
-    sponsor: Visitor, organisation: Organisation
-) -> None:
+async def test_typed_text_survives_a_page_update(sponsor: Visitor, organisation: Organisation) -> None:
     page = await sponsor.sign_in("/approvals")
     async with asking(organisation):
         comment = page.locator("article").get_by_label("Your comment").first

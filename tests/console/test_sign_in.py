@@ -58,7 +58,7 @@ async def test_a_sign_in_is_audited_by_the_services_that_answer(
         assert len(all_told) <= 4
 
 
-async def test_nobody_sees_a_page_without_signing_in(sponsor: Visitor) -> None:
+async def test_pages_redirect_to_sign_in_without_a_session(sponsor: Visitor) -> None:
     for path in ("/approvals", "/agents", "/agents/x"):
         page = await sponsor.open(path)
         assert page.url.startswith(sponsor.url("/sign-in?next="))
@@ -85,7 +85,7 @@ async def test_the_statement_in_a_cookie_is_for_its_secret_alone(sponsor: Visito
         assert answer.status_code == 303
 
 
-async def test_who_is_disabled_is_signed_out_while_the_page_is_open(
+async def test_disabled_user_is_signed_out_of_an_open_page(
     sponsor: Visitor, organisation: Organisation
 ) -> None:
     page = await sponsor.sign_in("/agents")
@@ -125,7 +125,7 @@ async def test_headers_of_every_answer(sponsor: Visitor) -> None:
     assert "immutable" in httpx.get(sponsor.url(str(script))).headers["cache-control"]
 
 
-async def test_whose_session_ends_in_between_comes_back_after_signing_in(
+async def test_expired_session_returns_to_the_page_after_sign_in(
     sponsor: Visitor, organisation: Organisation
 ) -> None:
     page = await sponsor.sign_in(f"/agents/{organisation.realm.agent}?kept=1")

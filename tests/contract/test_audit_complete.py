@@ -348,9 +348,7 @@ UNSIGNED = {
 
 
 @pytest.mark.parametrize("topic", AUDITED, ids=lambda topic: topic.what)
-async def test_what_stands_there_a_second_time_is_told_as_that(
-    office: AuditFixtures, told: Told, topic
-) -> None:
+async def test_repeated_record_is_audited_as_a_replay(office: AuditFixtures, told: Told, topic) -> None:
     first = next(r for r, e in told.values() if r.topic is topic and _counts(e))
     office.now_ms = first.appended_at_ms  # later on some of the keys count no more
     event = await office.event(office.received(topic, first.value, key=first.key))
@@ -376,7 +374,7 @@ def _counts(event: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("topic", AUDITED, ids=lambda topic: topic.what)
-async def test_what_a_stranger_signs_is_nobodys(office: AuditFixtures, told: Told, topic) -> None:
+async def test_record_signed_by_a_stranger_has_no_actor(office: AuditFixtures, told: Told, topic) -> None:
     signed = [r for r, e in told.values() if r.topic is topic and _counts(e) and message_in(r)]
     signed = [r for r in signed if r.value.count(b".") == 2 and not r.value.startswith(b"{")]
     if not signed:
@@ -401,7 +399,7 @@ NOT_EXPIRED = {
 
 
 @pytest.mark.parametrize("model", EXPIRING, ids=lambda model: model.__name__)
-async def test_what_comes_after_its_time_is_told_with_who_signed_it(
+async def test_expired_message_is_audited_with_its_signer(
     office: AuditFixtures, told: Told, model: type[ExpiringClaims]
 ) -> None:
     if model.__name__ in NOT_EXPIRED:

@@ -27,7 +27,7 @@ def compose() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", [COMPOSE_FILE, TLS_FILE])
-def test_it_follows_the_compose_specification(file: str) -> None:
+def test_compose_file_follows_its_specification(file: str) -> None:
     # check-jsonschema ships the schema that the Compose project publishes.
     schema = json.loads((files("check_jsonschema") / "builtin_schemas/vendor/compose-spec.json").read_text())
     errors = validator_for(schema)(schema).iter_errors(loaded(file))
@@ -97,9 +97,7 @@ def test_the_broker_keeps_the_promises_of_the_design(compose: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("name", [*SERVICES, "topics", "cli"])
-def test_what_is_in_the_environment_is_settings_and_they_are_valid(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compose_environment_holds_only_valid_settings(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for variable in [variable for variable in os.environ if variable.startswith("RINGFENCE_")]:
         monkeypatch.delenv(variable)
     given = environment_of(name, {"RINGFENCE_TRUST_ROOT": "x" * 43}, tls=True)
@@ -167,7 +165,7 @@ def test_clients_on_this_machine_need_to_know_the_broker_alone(compose: dict[str
     assert kafka["ports"] == ["127.0.0.1:9093:9093"]
 
 
-def test_nothing_is_reachable_from_outside_this_machine(compose: dict[str, Any]) -> None:
+def test_compose_publishes_ports_on_loopback_only(compose: dict[str, Any]) -> None:
     services = [*compose["services"].values(), *loaded(TLS_FILE)["services"].values()]
     assert [service for service in services if service.get("network_mode")] == []
     ports = [port for service in services for port in service.get("ports", [])]
@@ -235,7 +233,7 @@ def test_the_image_installs_what_the_lock_verified_and_is_not_root() -> None:
     assert 'ENTRYPOINT ["ringfence"]' in final_stage
 
 
-def test_what_is_written_to_is_a_volume_that_any_user_of_the_image_may_write(compose: dict[str, Any]) -> None:
+def test_written_paths_are_volumes_writable_by_any_user(compose: dict[str, Any]) -> None:
     for name in SERVICES:
         volumes = compose["services"][name].get("volumes", ())
         for volume in (

@@ -31,7 +31,7 @@ def test_no_page_needs_a_second_reading(page: Path) -> None:
         ("| a |\n|---|\n| b |\n\n| c |", "row outside its table", 5),
     ],
 )
-def test_what_is_hard_to_read_is_found(text: str, problem: str, line: int) -> None:
+def test_hard_to_read_prose_is_found(text: str, problem: str, line: int) -> None:
     assert [(one.problem, one.line) for one in findings(text, "page.md")] == [(problem, line)]
 
 
@@ -47,7 +47,7 @@ def test_what_is_hard_to_read_is_found(text: str, problem: str, line: int) -> No
         "| a |\n|---|\n| One. Two. Three. |",
     ],
 )
-def test_what_is_easy_to_read_is_not_found(text: str) -> None:
+def test_readable_prose_has_no_finding(text: str) -> None:
     assert findings(text, "page.md") == []
 
 

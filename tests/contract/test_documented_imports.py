@@ -105,7 +105,7 @@ def test_pages_with_imports_are_found() -> None:
         "async with x as y:\n    ...\nfrom ringfence.model.scope import scope\nprint(",
     ],
 )
-def test_what_is_not_public_is_found(wrong: str, tmp_path: Path) -> None:
+def test_private_import_in_documentation_is_found(wrong: str, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(f"Text.\n\n```python\n{wrong}\n```\n")
     assert problems(page, "page.md")

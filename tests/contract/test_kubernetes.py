@@ -42,7 +42,7 @@ def pods() -> Iterator[tuple[str, dict[str, Any], dict[str, str]]]:
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", ALL)
-def test_it_follows_the_schema_of_kubernetes(name: str, version: str) -> None:
+def test_manifest_follows_the_schema_of_kubernetes(name: str, version: str) -> None:
     kubernetes_validate.validate(ALL[name], version, strict=True)
 
 

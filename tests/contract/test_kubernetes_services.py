@@ -52,7 +52,7 @@ SERVICES = {
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", ALL)
-def test_it_follows_the_schema_of_kubernetes(name: str, version: str) -> None:
+def test_service_manifest_follows_the_schema_of_kubernetes(name: str, version: str) -> None:
     kubernetes_validate.validate(ALL[name], version, strict=True)
 
 
@@ -103,7 +103,7 @@ def test_a_pod_has_no_privilege_and_no_token(name: str, workload: Document) -> N
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES))
-def test_it_listens_where_probes_and_service_look(name: str) -> None:
+def test_service_listens_where_probes_and_service_connect(name: str) -> None:
     workload = SERVICES[name]
     container, environment = container_of(workload), environment_of(workload)
     listens = environment["RINGFENCE_SIGN_PAGE_HTTP" if name == "sign-page" else "RINGFENCE_HTTP"]
@@ -197,7 +197,7 @@ NOT_OF_A_POD = {
 
 
 @pytest.mark.parametrize("name", sorted(SERVICES.keys() - {"sign-page"}))
-def test_it_has_the_settings_that_compose_gives_it(name: str) -> None:
+def test_pod_has_the_settings_that_compose_gives_the_service(name: str) -> None:
     compose = set(compose_loaded("docker-compose.yml")["services"][name]["environment"])
     missing = compose - environment_of(SERVICES[name]).keys() - LEFT_TO_OPERATORS
     assert missing == NOT_OF_A_POD.get(name, set())
@@ -321,7 +321,7 @@ def test_issuer_and_revoker_are_those_with_redis() -> None:
     assert {name for name in SERVICES if has_redis(name)} == {"issuer", "revoker"}
 
 
-def test_nothing_is_open_that_is_not_named() -> None:
+def test_network_policies_allow_only_named_peers() -> None:
     nothing = ALL["NetworkPolicy/ringfence/nothing"]["spec"]
     assert nothing["policyTypes"] == ["Ingress", "Egress"]
     assert set(nothing) == {"podSelector", "policyTypes"}

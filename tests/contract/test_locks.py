@@ -172,7 +172,7 @@ def test_the_demo_installs_its_own_lock_and_tests_add_the_rest(clone: Path) -> N
         assert would_install(clone, target) == ["requirements-demo.lock", "requirements.lock"]
 
 
-def test_what_is_there_is_not_installed_again(clone: Path) -> None:
+def test_installed_requirements_are_not_installed_again(clone: Path) -> None:
     (clone / ".venv/.stamp-demo").touch()
     assert would_install(clone, "demo") == []
     assert would_install(clone, "test") == ["requirements.lock"]

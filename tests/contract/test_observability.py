@@ -112,7 +112,7 @@ def test_queries_use_what_there_is(query: Query) -> None:
         "sum by (le) (ringfence_decisions_total)",
     ],
 )
-def test_what_is_not_there_is_found(expr: str) -> None:
+def test_unknown_metric_or_label_is_found(expr: str) -> None:
     assert problems(Query("x", expr, ()))
 
 

@@ -83,7 +83,7 @@ async def test_requests_that_were_counted_together_say_so(told) -> None:
     assert "count" not in told["action denied"][1]
 
 
-async def test_where_a_denied_request_was_going_is_told_in_the_words_of_ocsf(told) -> None:
+async def test_destination_of_a_denied_request_is_in_ocsf_fields(told) -> None:
     _, event = told["action to a host that is no target"]
     assert event["http_request"]["url"] == {
         "scheme": "https", "hostname": "api.example", "port": 8443, "path": "/v1/charges",
@@ -115,7 +115,7 @@ async def test_where_a_denied_request_was_going_is_told_in_the_words_of_ocsf(tol
     assert "dst_endpoint" not in told["action denied"][1]
 
 
-async def test_what_could_not_be_read_is_not_told_as_what_it_begins_with(told) -> None:
+async def test_unreadable_action_keeps_its_whole_method(told) -> None:
     _, event = told["action that could not be read"]
     assert (event["activity_name"], event["http_request"]["http_method"]) == ("Call", "POST")
 

@@ -42,7 +42,7 @@ def test_the_list_is_sorted_and_lists_each_name_once() -> None:
 LISTED = {"metric a": "counter", "metric b": "gauge", "error code c": ""}
 
 
-def test_what_is_gone_or_changed_is_named() -> None:
+def test_removed_or_changed_public_name_is_reported() -> None:
     assert changed(LISTED, LISTED) == []
     assert changed(LISTED, LISTED | {"metric b": "counter"}) == [
         "changed: metric b\n  was gauge\n  is  counter"
@@ -50,7 +50,7 @@ def test_what_is_gone_or_changed_is_named() -> None:
     assert changed(LISTED, {"metric a": "counter", "metric b": "gauge"}) == ["gone: error code c"]
 
 
-def test_what_is_new_is_named_with_the_command_that_adds_it() -> None:
+def test_new_public_name_is_reported_with_its_command() -> None:
     (problem,) = new(LISTED, LISTED | {"metric d": "gauge"})
     assert "metric d" in problem
     assert "python -m tools.public_names --write" in problem
@@ -71,7 +71,7 @@ def test_a_name_is_removed_by_name_alone_and_replaced_where_it_changed() -> None
 
 
 @pytest.mark.parametrize("name", ["metric b", "metric z"])
-def test_what_is_unchanged_or_not_listed_cannot_be_removed(name: str) -> None:
+def test_unchanged_or_unlisted_name_cannot_be_removed(name: str) -> None:
     with pytest.raises(LookupError, match=name):
         updated(LISTED, LISTED, write=True, remove=[name])
 

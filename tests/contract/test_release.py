@@ -80,11 +80,11 @@ def test_the_changelog_has_a_section_for_what_comes_and_for_this_version() -> No
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_what_a_page_names_is_there(page: Path) -> None:
+def test_names_in_a_page_exist(page: Path) -> None:
     assert missing(page) == []
 
 
-def test_what_is_not_there_is_found(tmp_path: Path) -> None:
+def test_missing_names_in_a_page_are_found(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(
         "`tests/no.py` `services/ringfence` `contract/test_release.py::test_no` `make no` `make test`\n"

@@ -113,7 +113,7 @@ def plain(schema: Any) -> Any:
 
 
 @pytest.mark.parametrize("role", SERVICES)
-def test_what_is_consumed_and_published_is_what_the_topics_say(role: str) -> None:
+def test_consumed_and_published_topics_match_the_acls(role: str) -> None:
     """`read_by` names more: tables and histories are followed without a group. `written_by` is the same."""
     granted = {
         operation: {

@@ -169,7 +169,7 @@ def test_pysigma_has_nothing_against_them() -> None:
 
 
 @pytest.mark.parametrize("title", STORIES)
-async def test_it_fires_on_its_story_and_not_on_the_one_next_to_it(title: str) -> None:
+async def test_sigma_rule_fires_on_its_story_only(title: str) -> None:
     watch = Watch()
     fires, quiet = await STORIES[title](watch)
     assert matches(title, fires) >= 1

@@ -186,7 +186,7 @@ async def test_a_reviewer_gets_ci_write_six_weeks_later(world: World):
         assert (await world.get("policy", "/v1/agents/nobody/usage", world.operator)).status_code == 404
 
 
-async def test_what_was_used_once_and_approved_is_not_asked_about_again_also_after_a_restart(world: World):
+async def test_permission_used_and_approved_once_needs_no_approval_after_restart(world: World):
     review = Review()
     await review.six_weeks_ago(world)
     async with world.running("registry"):
@@ -210,7 +210,7 @@ async def test_what_was_used_once_and_approved_is_not_asked_about_again_also_aft
             assert len(third.input["held"]) == 1
 
 
-async def test_what_came_to_be_held_while_somebody_thought_counts(world: World):
+async def test_combination_held_since_the_question_denies_an_approved_request(world: World):
     """The sponsor approves what was no combination when it was asked for."""
     review = Review()
     await review.six_weeks_ago(world)
@@ -274,7 +274,7 @@ async def test_of_two_halves_in_two_partitions_one_is_decided(world: World):
         assert (await office.letter(sent)).code == "partition_unexpected"
 
 
-async def test_what_is_under_way_is_held_by_whoever_takes_over(world: World):
+async def test_undelivered_decision_still_forms_a_combination_after_restart(world: World):
     async with world.running("registry"):
         async with world.running("policy"):
             office = await clerk(world)
@@ -288,7 +288,7 @@ async def test_what_is_under_way_is_held_by_whoever_takes_over(world: World):
             assert await office.outcomes_of(reading) == {"allowed": 1}
 
 
-async def test_what_the_issuer_refused_is_held_no_more(world: World):
+async def test_request_the_issuer_refused_no_longer_forms_a_combination(world: World):
     async with world.running("registry", "policy"):
         office = await clerk(world)
         reading = await office.ask(READ_CODE)

@@ -177,7 +177,7 @@ async def test_an_operator_whose_own_it_is_anyway_is_nobody_else(desk: IssuerBen
             await request_leaves(world, asked_for() + LACKING, asked.id, bot=theirs.bot.name)
 
 
-async def test_who_sponsors_the_agent_that_acts_for_them_gives_the_approval_of_the_sponsor(
+async def test_sponsor_of_the_agent_acting_for_them_gives_the_sponsor_approval(
     desk: IssuerBench,
 ) -> None:
     everything = scope("staging", ("read", "deploy", "wipe"), ("**",))
@@ -263,7 +263,7 @@ def question_digest(question: ApprovalRequest) -> str:
 # --- at the person ---
 
 
-async def test_one_request_shown_under_the_name_of_another(world: World) -> None:
+async def test_request_shown_under_another_id_is_rejected(world: World) -> None:
     """A policy that lies asks with the harmless request, under the id of the harmful one."""
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)

@@ -371,7 +371,7 @@ async def test_a_replay_is_told(house: House) -> None:
     assert event["unmapped"]["first_seen"]["offset"] == made.asked.offset
 
 
-async def test_what_is_redelivered_is_handed_over_again_and_chained_once(world: World) -> None:
+async def test_redelivered_record_is_handed_over_again_and_chained_once(world: World) -> None:
     async with world.running("registry", "audit", own={"audit": QUICK}):
         sam = await world.user("sam", ("sponsor",), DEPLOY)
         maria = await world.user("maria", (), DEPLOY)

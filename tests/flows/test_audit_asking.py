@@ -59,7 +59,7 @@ async def strangers(shell: Any, world: World) -> None:
         await world.known(Party(name, SigningKey.load(shell.folder / f"{name}.json")), "audit", "policy")
 
 
-async def test_who_could_and_who_did_lead_to_people(shell: Any, world: World) -> None:
+async def test_audit_who_names_people_who_could_and_who_did(shell: Any, world: World) -> None:
     await world.known(world.operator, "audit", "policy")
     assert "there is no target platform" in await shell("olga", *WHO, status=1)
 
@@ -122,7 +122,7 @@ async def test_who_could_and_who_did_lead_to_people(shell: Any, world: World) ->
     assert "--target" in await shell("olga", "audit", "who", status=2)
 
 
-async def test_who_could_is_left_open_without_policy(
+async def test_audit_who_reports_a_gap_without_policy(
     shell: Any, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await world.known(world.operator, "audit")

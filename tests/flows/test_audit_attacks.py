@@ -69,7 +69,7 @@ def of_the_chain(report: TrailReport) -> list[str]:
 @pytest.mark.parametrize(
     "what", ["nothing", "an earlier head", "the head of another chain", "a witness's word"]
 )
-async def test_what_would_take_the_place_of_a_signed_head_is_found(world: World, what: str) -> None:
+async def test_replaced_signed_head_is_found(world: World, what: str) -> None:
     """Compaction leaves the last under each key: then nobody could tell any more that events at the end are gone."""
     async with world.running("registry"):
         vera = await world.user("vera", ("auditor",))
@@ -93,7 +93,7 @@ async def test_what_would_take_the_place_of_a_signed_head_is_found(world: World,
     assert of_the_chain(await verified(world)) == ["foreign"]
 
 
-async def test_what_nobody_handed_over_is_chained_by_nobody_who_takes_over(world: World) -> None:
+async def test_unsigned_chained_event_is_ignored_by_the_next_writer(world: World) -> None:
     """Audit is down, or about to be; an event is linked to the last one as if it were the next."""
     sources = [Source("x", 0, offset) for offset in range(4)]
     for count, sign in ((2, True), (3, False)):
@@ -124,7 +124,7 @@ async def test_the_name_of_an_event_that_is_to_come_keeps_it_from_nothing(world:
     assert [e["metadata"]["uid"] for e in events if "message" not in e] == [first.uid, hidden.uid, last.uid]
 
 
-async def test_what_was_handed_over_and_not_signed_yet_is_gone_on_with(world: World) -> None:
+async def test_next_writer_continues_with_entries_not_yet_signed(world: World) -> None:
     sources = [Source("x", 0, offset) for offset in range(40)]
     for start, count in pairwise((0, 10, 20, 30, 40)):
         await hand_over(world, *sources[start:count])

@@ -146,7 +146,7 @@ def letter_in(record: Received) -> DeadLetter:
     return DeadLetter.model_validate_json(record.value)
 
 
-async def test_what_was_never_audited_and_what_was_made_up_is_found(world: World) -> None:
+async def test_missing_and_invented_events_are_found(world: World) -> None:
     async with world.running("registry", "audit", own={"audit": QUICK}):
         sam = await world.user("sam", ("sponsor",), DEPLOY)
         await world.agent("deploy-bot", sam, DEPLOY)
@@ -184,7 +184,7 @@ def told_of(source: Source) -> bytes:
     return json.dumps({"metadata": {"uid": source.uid}, "unmapped": words}).encode()
 
 
-async def test_what_no_audit_service_signed_is_not_chained(world: World) -> None:
+async def test_entry_not_signed_by_audit_is_not_chained(world: World) -> None:
     entry = IntakeEntry(key="x", event=json.loads(told_of(Source("x", 0, 1))))
     for key in (world.key("policy"), world.party("user", "eve").key):
         claims = AuditIntake(iss=key.id, aud=world.td, iat=1, jti="1", entries=(entry,))
@@ -223,7 +223,7 @@ def uids_in(handed_over: list[Received], partition: int) -> list[Any]:
 
 
 @pytest.mark.parametrize("event", [{}, {"metadata": {}, "unmapped": {}}, {"metadata": {"uid": "1"}}])
-async def test_what_is_signed_and_has_not_the_shape_of_an_event_stops_nothing(
+async def test_malformed_signed_entry_is_dead_lettered_and_chaining_continues(
     world: World, event: dict[str, Any]
 ) -> None:
     key, good = world.key("audit"), Source("x", 0, 2)
@@ -249,7 +249,7 @@ async def test_a_forged_checkpoint_moves_nothing_and_is_found(world: World, sam:
     assert kinds(report) == ["foreign"]
 
 
-async def test_what_an_auditor_kept_or_a_witness_signed_must_still_be_so(world: World, sam: Party) -> None:
+async def test_kept_or_witnessed_head_that_changed_is_found(world: World, sam: Party) -> None:
     report = await verified(world)
     assert (await verified(world, earlier_heads=report.heads)).faults == []
     tree, (size, root) = next(iter(report.heads.items()))
@@ -300,7 +300,7 @@ async def test_a_paused_writer_that_wakes_writes_nothing_more(world: World) -> N
     ] == []
 
 
-async def test_who_takes_over_goes_on_where_the_other_was_killed(world: World) -> None:
+async def test_chain_writer_continues_where_a_killed_one_stopped(world: World) -> None:
     """Killed before its commit, all comes again; after it, nothing does."""
     sources = [Source("x", 0, offset) for offset in range(6)]
     await hand_over(world, *sources[:3])
@@ -469,7 +469,7 @@ def test_the_nodes_that_are_kept_give_the_roots_of_all_subtrees() -> None:
 
 
 @pytest.mark.parametrize("place", ["taken", "next", "of another chain"])
-def test_what_stands_in_no_chain_has_no_proof(place: str) -> None:
+def test_event_in_no_chain_has_no_proof(place: str) -> None:
     store = ProofStore(TrustStore("example.org", "x"), None)
     tip, value = Tip(), b""
     for offset in range(300):

@@ -29,7 +29,7 @@ async def covered(shell: Any, who: str, **numbers: Any) -> Any:
                 return found
 
 
-async def test_what_leads_back_to_a_human_and_what_does_not(shell: Any, world: World) -> None:
+async def test_coverage_counts_leases_that_trace_to_a_person(shell: Any, world: World) -> None:
     await world.known(world.operator, "audit", "policy")
     nothing = await shell.json("olga", "audit", "coverage")
     assert nothing["leases_traced"] == {"part": 0, "whole": 0, "percent": None}
@@ -103,7 +103,9 @@ async def test_what_leads_back_to_a_human_and_what_does_not(shell: Any, world: W
         await shell("olga", "audit", "coverage", *wrong, status=2)
 
 
-async def test_who_is_away_is_said(shell: Any, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_coverage_names_services_that_do_not_answer(
+    shell: Any, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await world.known(world.operator, "audit")
     monkeypatch.setenv("RINGFENCE_POLICY_URL", "http://127.0.0.1:1")
     found = await shell.json("olga", "audit", "coverage")

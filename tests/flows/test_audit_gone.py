@@ -97,7 +97,7 @@ async def test_heartbeats_that_were_gone_are_no_alarm(world: World) -> None:
     assert not [record for record in await world.records(AUDIT) if b'"records_gone"' in record.value]
 
 
-async def test_what_was_gone_before_it_was_chained_is_told_as_well(world: World) -> None:
+async def test_intake_record_lost_before_chaining_is_audited(world: World) -> None:
     async with world.running("audit", own={"audit": QUICK}):
         at = await junk(world)
         await told_of(world, at)

@@ -71,7 +71,7 @@ async def denies(world: World) -> list[str]:
     return list((await world.get("audit", "/readyz")).json()["denies"])
 
 
-async def test_what_comes_while_the_bundle_has_expired_waits_for_the_next_one(world: World) -> None:
+async def test_records_during_an_expired_bundle_wait_for_the_next_bundle(world: World) -> None:
     async with world.running("audit", own={"audit": QUICK}):
         before = await told(world, await world.send(CREDENTIAL_REQUEST, "x", b"garbage"))
         assert before["status_code"] == "not_a_jws"
@@ -105,7 +105,7 @@ async def test_what_comes_while_the_bundle_has_expired_waits_for_the_next_one(wo
         assert (await verified(world)).faults == []
 
 
-async def test_what_was_handed_over_before_the_end_is_chained_after_it(world: World) -> None:
+async def test_entries_handed_over_before_bundle_expiry_are_chained_after_it(world: World) -> None:
     """It was on its way meanwhile, and appended after the end."""
     async with world.running("audit", own={"audit": QUICK}):
         ending = world.make_bundle(2).model_copy(update={"exp": int(time.time()) + 2})
@@ -118,7 +118,7 @@ async def test_what_was_handed_over_before_the_end_is_chained_after_it(world: Wo
         assert await letters_about(world, AUDIT_INTAKE) == []
 
 
-async def test_where_audits_own_key_has_ended_it_waits_for_a_bundle_in_which_it_counts(
+async def test_audit_waits_for_a_bundle_with_its_key_after_its_key_ended(
     world: World, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with world.running("audit", own={"audit": QUICK}):

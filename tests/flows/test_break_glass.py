@@ -199,7 +199,7 @@ async def test_a_key_that_an_operator_lent_an_auditor_reviews_nothing(world: Wor
         assert refused["unmapped"]["verified"]["vouched_by"] == ["olga"]
 
 
-async def test_it_is_reviewed_by_somebody_who_had_no_part_in_it(world: World, tmp_path: Path):
+async def test_break_glass_use_is_reviewed_by_an_uninvolved_person(world: World, tmp_path: Path):
     async with world.running("registry", "policy", "audit", own=own(tmp_path)):
         office = await Emergency.open(world)
         both = await world.user("petra-2", roles=("sponsor", "auditor"))
@@ -336,7 +336,7 @@ async def test_approvals_that_break_no_glass(world: World, tmp_path: Path):
         assert first in decision.approvals
 
 
-async def test_what_no_pair_of_operators_outweighs(world: World, tmp_path: Path):
+async def test_two_operators_cannot_override_the_hard_limits(world: World, tmp_path: Path):
     async with world.running("registry", "policy", own=own(tmp_path)):
         office = await Emergency.open(world)
         beyond = await office.final(await office.shatter(scope("platform", ["read"], ["elsewhere"])))
@@ -409,7 +409,7 @@ async def test_a_bundle_without_an_answer_is_outweighed_like_any_denial(world: W
         assert (await office.decision(floor)).required == ("sponsor", *TWO)
 
 
-async def test_what_two_operators_do_not_sign_in_time_ends(world: World, tmp_path: Path):
+async def test_break_glass_request_without_approvals_expires(world: World, tmp_path: Path):
     async with world.running("registry", "policy", own=own(tmp_path, approval_timeout_s=1)):
         office = await Emergency.open(world)
         asked = await office.shatter()
@@ -475,7 +475,7 @@ async def test_a_lying_policy_breaks_no_glass(desk: IssuerBench, who: str):
     assert await desk.is_finding(asked)
 
 
-async def test_what_was_approved_ahead_breaks_no_glass(desk: IssuerBench):
+async def test_grant_is_refused_for_a_break_glass_request(desk: IssuerBench):
     olga, otto = desk.world.operator, desk.sue
     asked = await desk.ask("read", break_glass=True)
     grants = [

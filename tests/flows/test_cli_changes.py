@@ -69,7 +69,7 @@ async def test_a_ceiling_is_shown_before_and_after_and_which_leases_end(
     assert shell.noted == ""
 
 
-async def test_who_cannot_be_asked_about_leases_is_said_and_not_guessed(
+async def test_leases_that_end_are_unknown_without_the_revoker(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await organisation(shell)
@@ -95,7 +95,7 @@ class Meddler(Terminal):
         return super().readline(-1 if size is None else size)
 
 
-async def test_what_changed_while_the_question_stood_is_not_overwritten(
+async def test_change_during_confirmation_is_not_overwritten(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await organisation(shell)
@@ -144,7 +144,7 @@ async def test_a_ceiling_and_entitlements_change_in_parts(
     ]  # fmt: skip
 
 
-async def test_what_is_left_of_entitlements_grows_no_younger_where_something_is_removed(
+async def test_removing_entitlements_does_not_renew_their_age(
     shell: Shell,
 ) -> None:
     """Else that would give back all the rest, once it has grown too old to count."""
@@ -176,7 +176,7 @@ async def test_a_consent_is_for_a_day_at_most(shell: Shell) -> None:
         assert "longer than a consent may be used" in " ".join(said.replace("│", " ").split())
 
 
-async def test_what_a_user_loses_is_said_first(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_user_set_lists_losses_before_it_asks(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
     task = await organisation(shell)
     lease = await lease_of(shell, task)
@@ -232,7 +232,7 @@ async def test_selectors_are_shown_before_they_are_replaced(
 # --- names that are not there -----------------------------------------------------------------------------------------
 
 
-async def test_what_names_something_that_is_not_there_is_refused_with_the_nearest_name(shell: Shell) -> None:
+async def test_unknown_name_is_refused_with_the_nearest_name(shell: Shell) -> None:
     task = await organisation(shell)
     bot2 = ("agent", "register", "bot2", "--description", "x", "--new-key", str(shell.folder / "bot2.json"))
     misspelt = ("--allow", "platfrom:read:env/**")
@@ -406,7 +406,7 @@ async def test_a_target_that_is_there_is_shown_before_it_is_replaced(
 # --- revoking ---------------------------------------------------------------------------------------------------------
 
 
-async def test_who_revokes_is_told_that_it_may_be_asked_again_and_what_stops_that(shell: Shell) -> None:
+async def test_revoke_says_that_the_agent_may_ask_again_and_how_to_stop_it(shell: Shell) -> None:
     task = await organisation(shell)
     await lease_of(shell, task)
     said = await shell("sam", "revoke", "--agent", "bot", "--reason", "odd")

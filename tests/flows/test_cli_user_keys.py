@@ -90,7 +90,7 @@ async def test_a_compromised_key_takes_those_that_it_vouched_for_along(shell: Sh
     assert "compromised" in refused
 
 
-async def test_what_does_not_fit_is_told_before_anything_is_sent(shell: Shell) -> None:  # noqa: F811
+async def test_mismatched_key_package_is_refused_before_sending(shell: Shell) -> None:  # noqa: F811
     await people(shell)
     folder = shell.folder
     file = await package(shell, "olga", "sam", "sam2")

@@ -113,7 +113,7 @@ async def test_commands_side_by_side_get_their_own_answers(world: World) -> None
         assert f"nobody-{n}" in str(results[n])
 
 
-async def test_nobody_answers(world: World) -> None:
+async def test_command_without_an_answer_raises_not_answered_error(world: World) -> None:
     async with administrator(world, world.operator, timeout_s=0.5) as olga:
         with pytest.raises(
             NotAnsweredError, match=r"the registry did not answer the agent\.suspend within 0\.5 s"
@@ -160,7 +160,7 @@ async def test_an_answer_that_is_not_the_registrys_or_not_to_us_is_none(world: W
             await waiting
 
 
-async def test_what_makes_no_command_is_not_sent(world: World) -> None:
+async def test_invalid_command_is_not_sent(world: World) -> None:
     async with administrator(world, world.operator) as olga:
         with pytest.raises(InvalidCallError):
             await olga.suspend_agent("Not A Name", reason="x")

@@ -106,7 +106,7 @@ async def test_a_request_says_exactly_what_was_asked_and_gets_its_credential(
 
 
 @either_way
-async def test_what_forgers_reply_is_ignored(world: World, agent: Agent) -> None:
+async def test_forged_replies_are_ignored(world: World, agent: Agent) -> None:
     asked = ask(agent)
     played = await arrived(world)
     no = (Reason(code="no", message="no"),)
@@ -223,7 +223,7 @@ async def pending(world: World) -> Played:
 
 @either_way
 @pytest.mark.parametrize("end", ["timeout", "cancelled", "the caller's own"])
-async def test_who_gives_up_withdraws_the_request_and_keeps_the_exception(
+async def test_abandoned_request_is_withdrawn_and_keeps_the_exception(
     world: World, agent: Agent, end: str
 ) -> None:
     waits = asyncio.Event()
@@ -252,7 +252,7 @@ async def test_who_gives_up_withdraws_the_request_and_keeps_the_exception(
     await world.until(lambda: played.request_id not in agent._open_requests or None, "the late answer")
 
 
-async def test_what_was_answered_or_allowed_is_not_withdrawn(world: World) -> None:
+async def test_answered_or_allowed_request_is_not_withdrawn(world: World) -> None:
     async with Agent.connect(world.party("agent", "bot").key, client(world)) as agent:
         issued = ask(agent, reason="issued")
         first = await arrived(world, lambda p: p.claims.reason == "issued")
@@ -372,7 +372,7 @@ async def test_a_release_that_nobody_answers(world: World, agent: Agent) -> None
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
-async def test_what_makes_no_request_is_not_sent(world: World, agent: Agent, wrong: dict[str, Any]) -> None:
+async def test_invalid_request_is_not_sent(world: World, agent: Agent, wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidCallError):
         await ask(agent, **wrong)
     with pytest.raises(ScopeError):
@@ -406,7 +406,7 @@ async def test_a_running_agent_takes_up_the_key_that_its_file_holds_by_now(
         assert (parse(record.value).header.kid, revocation(record).iss) == (new.kid, new.id)
 
 
-async def test_what_is_no_key_of_this_agent_is_not_taken_up(
+async def test_key_file_without_a_key_of_the_agent_is_ignored(
     world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old, other = world.party("agent", "bot").key, world.party("agent", "other").key

@@ -43,7 +43,7 @@ async def bot_of(world: World, **fields: Any) -> Party:
     return await world.agent("bot", sponsor=await world.user("sam", roles=("sponsor",)), **fields)
 
 
-async def test_what_needs_kafka_says_so_and_sends_nothing(world: World, behind: ClientSettings) -> None:
+async def test_kafka_only_calls_raise_and_send_nothing(world: World, behind: ClientSettings) -> None:
     bot = await bot_of(world)
     before = len(await world.records(REGISTRY_COMMAND))
     async with Agent.connect(bot.key, behind) as agent:
@@ -259,7 +259,7 @@ def is_withdrawal(record: Received) -> bool:
         ("unix:/run/tasks/1.sock", "http://ringfence/v1"),
     ],
 )
-def test_where_the_api_is(door: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_url_follows_the_door_setting(door: str, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RINGFENCE_DOOR", door)
     settings = load(ClientSettings)
     assert settings.door == door
@@ -269,7 +269,7 @@ def test_where_the_api_is(door: str, url: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     "door", ["127.0.0.1:8707", "http://x/path", "ftp://x", "unix:", "http://u:p@x", "unix:a/"]
 )
-def test_what_leads_nowhere_is_a_mistake_in_the_settings(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_door_setting_is_rejected(door: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RINGFENCE_DOOR", door)
     with pytest.raises(SettingsError, match="DOOR"):
         load(ClientSettings)

@@ -106,7 +106,7 @@ async def shown(sponsor: Sponsor, request_id: str, *, everyone: bool = False) ->
     raise AssertionError("the watch ended")
 
 
-async def test_what_is_shown_is_what_the_agent_signed_and_what_the_records_say(org: Organisation) -> None:
+async def test_pending_request_shows_what_agent_and_records_say(org: Organisation) -> None:
     claims = org.request(reason="release 41")
     compact = sign(claims, org.bot.key)
     async with org.sponsor() as sam:
@@ -184,7 +184,7 @@ FORGED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("forged", FORGED.values(), ids=list(FORGED))
-async def test_what_is_not_what_an_agent_signed_is_not_shown(
+async def test_request_not_signed_by_its_agent_is_not_shown(
     org: Organisation, forged: dict[str, Any]
 ) -> None:
     parties = {
@@ -208,7 +208,7 @@ async def test_what_is_not_what_an_agent_signed_is_not_shown(
         assert len(sam.unshowable) == 1
 
 
-async def test_what_policy_did_not_sign_asks_nobody_and_changes_no_question(org: Organisation) -> None:
+async def test_approval_request_not_signed_by_policy_is_ignored(org: Organisation) -> None:
     """Whoever can write to the topic had a question vanish by an end in the past, or gave it a reason of their own."""
     claims = org.request()
     asked: dict[str, Any] = {
@@ -235,7 +235,7 @@ async def test_what_policy_did_not_sign_asks_nobody_and_changes_no_question(org:
         await sam.approve(before)
 
 
-async def test_what_can_be_read_in_two_ways_is_not_shown(org: Organisation) -> None:
+async def test_ambiguous_request_is_not_shown(org: Organisation) -> None:
     claims = org.request()
     payload = claims.model_dump_json(exclude_none=True).replace('"scope":', '"scope":[],"scope":', 1)
     async with org.sponsor() as sam:
@@ -312,7 +312,7 @@ async def test_only_a_decision_that_policy_signed_settles_a_question(org: Organi
         assert [p.request_id for p in sam.pending()] == [another]
 
 
-async def test_what_was_answered_is_not_shown_again_after_a_restart(org: Organisation) -> None:
+async def test_answered_request_is_not_shown_after_a_restart(org: Organisation) -> None:
     async with org.sponsor() as sam:
         first_id, second_id = await org.ask(org.request()), await org.ask(org.request())
         await shown(sam, second_id)
@@ -321,7 +321,7 @@ async def test_what_was_answered_is_not_shown_again_after_a_restart(org: Organis
         assert [p.request_id for p in sam.pending()] == [second_id]
 
 
-async def test_somebody_elses_answer_does_not_hide_the_question(org: Organisation) -> None:
+async def test_answer_of_another_approver_does_not_hide_the_question(org: Organisation) -> None:
     async with org.sponsor() as sam, org.sponsor(org.petra) as petra:
         id = await org.ask(org.request(), required=("sponsor", "second_person"))
         await shown(sam, id)
@@ -356,7 +356,7 @@ async def test_each_of_several_people_who_were_asked_sees_the_question(org: Orga
             assert {p.request_id for p in sponsor.pending()} == ids
 
 
-async def test_what_is_others_to_answer_is_not_signed(org: Organisation) -> None:
+async def test_request_for_other_approvers_is_not_signed(org: Organisation) -> None:
     id = await org.ask(org.request(), required=("operator",))
     for who in (org.sam, org.petra, org.maria):
         async with org.sponsor(who) as sponsor:
@@ -437,7 +437,7 @@ async def approvals(org: Organisation) -> dict[str, str]:
     return {one.request_id: one.request_digest for one in found}
 
 
-async def test_what_is_alike_is_answered_together_and_each_digest_is_signed(org: Organisation) -> None:
+async def test_similar_requests_are_approved_as_a_group_with_each_digest_signed(org: Organisation) -> None:
     async with org.sponsor() as sam:
         same = [await org.ask(org.request(reason=f"build {n}")) for n in range(3)]
         other = await org.ask(org.request(scope=READ))
@@ -460,7 +460,7 @@ async def test_what_is_alike_is_answered_together_and_each_digest_is_signed(org:
         assert {one.request_id for one in sam.pending()} == {other, late}
 
 
-async def test_where_one_of_them_changed_none_is_answered(org: Organisation) -> None:
+async def test_changed_request_leaves_its_whole_group_unanswered(org: Organisation) -> None:
     async with org.sponsor() as sam, org.sponsor() as sam_elsewhere:
         same = [await org.ask(org.request()) for _ in range(2)]
         await shown(sam, same[1])

@@ -206,7 +206,7 @@ SUSPENDED_HANDS_ON = """
 # --- what the registry refuses, and audit is told ---------------------------------------------------------------------
 
 
-async def test_what_reaches_further_is_refused_with_the_reason(desk: IssuerBench):
+async def test_delegation_beyond_its_parent_is_refused_with_the_reason(desk: IssuerBench):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     other = (await another(desk)).bot
     narrow = desk.scope("read")
@@ -251,7 +251,7 @@ async def test_a_key_that_is_nobodys_hands_nothing_on(desk: IssuerBench):
             await command(desk, stranger, child, desk.scope("read"))
 
 
-async def test_who_is_suspended_hands_nothing_on(desk: IssuerBench):
+async def test_suspended_agent_cannot_delegate(desk: IssuerBench):
     child = await desk.world.agent(f"sub-{uuid.uuid4().hex[:8]}", desk.sue, desk.scope("read"))
     suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="x")
     await desk.world.accepted(suspend, desk.sam)
@@ -322,7 +322,7 @@ async def test_the_end_of_a_part_leaves_the_task_as_it_is(desk: IssuerBench):
 
 
 @pytest.mark.parametrize("what", ["suspended", "decommissioned", "narrowed", "orphaned"])
-async def test_what_befalls_an_agent_above_ends_what_is_below(desk: IssuerBench, what: str):
+async def test_change_to_a_delegating_agent_ends_leases_below(desk: IssuerBench, what: str):
     sponsor = await desk.world.user(f"boss-{uuid.uuid4().hex[:8]}", ("sponsor",))
     boss = await another(desk)
     boss.sam = sponsor
@@ -349,7 +349,7 @@ async def test_what_befalls_an_agent_above_ends_what_is_below(desk: IssuerBench,
     await ended(below, asked, kinds[what])
 
 
-async def test_what_was_handed_on_with_a_compromised_key_ends_and_nothing_else(desk: IssuerBench):
+async def test_compromised_key_ends_only_what_was_delegated_with_it(desk: IssuerBench):
     """A thief hands a part to an agent of their own: what that one holds ends with the key, and what is below it."""
     boss = await another(desk)
     stolen = boss.bot
@@ -397,7 +397,7 @@ async def test_the_kill_switch_on_what_is_above_reaches_what_is_below(desk: Issu
     await ended(below, asked, "revocation")
 
 
-async def test_who_answers_for_an_agent_above_revokes_one_lease_below(desk: IssuerBench):
+async def test_sponsor_of_a_delegating_agent_revokes_a_lease_below(desk: IssuerBench):
     """sam sponsors who handed it on; sue's agent holds it. Who sponsors neither may not."""
     below = await handed(desk)
     asked = await issued(below)
@@ -409,7 +409,7 @@ async def test_who_answers_for_an_agent_above_revokes_one_lease_below(desk: Issu
     await ended(below, asked, "revocation")
 
 
-async def test_who_answers_for_an_agent_above_sees_the_leases_below(desk: IssuerBench):
+async def test_sponsor_of_a_delegating_agent_sees_leases_below(desk: IssuerBench):
     """sam sponsors who handed it on, sue's agent holds it, and it is on maria's behalf."""
     asked = await issued(await handed(desk))
     stranger = await desk.world.user(f"boss-{uuid.uuid4().hex[:8]}", ("sponsor",))
@@ -418,7 +418,7 @@ async def test_who_answers_for_an_agent_above_sees_the_leases_below(desk: Issuer
         assert (asked.lease_id in {lease["id"] for lease in listed}) is sees, who.name
 
 
-async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: IssuerBench):
+async def test_pending_request_below_a_fenced_task_is_not_issued(desk: IssuerBench):
     """Asked for before, decided after: the fence on the task above stands in its way, though no record has changed."""
     below = await handed(desk)
     asked = await below.ask("read")
@@ -430,7 +430,7 @@ async def test_what_is_under_way_when_the_task_above_is_cut_is_not_issued(desk: 
     await issued(below)
 
 
-async def test_what_is_under_way_when_the_task_above_ends_is_not_issued(desk: IssuerBench):
+async def test_pending_request_below_an_ended_task_is_not_issued(desk: IssuerBench):
     below = await handed(desk)
     asked = [await below.ask("read") for _ in range(3)]
     end = desk.world.claims(TaskEnd, desk.maria, task_id=desk.task, reason="done")
@@ -447,7 +447,7 @@ async def test_what_is_under_way_when_the_task_above_ends_is_not_issued(desk: Is
             assert await below.records(one.lease_id) == []
 
 
-async def test_nobody_is_passed_over_where_the_records_cannot_be_read_to_their_end(
+async def test_unreadable_records_make_the_revoker_check_all_leases(
     desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ):
     """Which agents hold parts, the revoker then does not know: it looks at all leases."""

@@ -188,7 +188,7 @@ async def test_a_gateway_that_came_later_asks_the_issuer(desk: IssuerBench) -> N
     assert opened(desk, (await envelope_of(desk, later)).value, seal).lease_id == later.lease_id
 
 
-async def test_what_stands_on_kafka_outlives_the_issuer(desk: IssuerBench) -> None:
+async def test_envelopes_on_kafka_survive_a_restart_of_the_issuer(desk: IssuerBench) -> None:
     """The issuer keeps nothing but its key: another process with that key answers the same."""
     asked, _ = await handed(desk, "read")
     world, clock = desk.world, SystemClock()
@@ -207,7 +207,7 @@ async def test_what_stands_on_kafka_outlives_the_issuer(desk: IssuerBench) -> No
         await store.close()
 
 
-async def test_nobody_but_gateways_is_answered(desk: IssuerBench) -> None:
+async def test_only_gateways_get_a_credential_sealed_again(desk: IssuerBench) -> None:
     asked, _ = await handed(desk, "read")
     policy = Party("policy", desk.world.key("policy"))
     impostor = Party("gateway", SigningKey.generate(gateway(desk).id))
@@ -247,7 +247,7 @@ async def test_only_live_leases_for_gateways_are_answered(desk: IssuerBench) -> 
         assert (answer.status_code, answer.json()["error"]) == (404, "not_found"), lease_id
 
 
-async def test_what_strangers_put_beside_it_is_passed_over(desk: IssuerBench) -> None:
+async def test_forged_envelope_on_the_topic_is_skipped(desk: IssuerBench) -> None:
     """Whoever can write to the topic can seal to the issuer: its signature inside is what counts."""
     asked = await desk.ask("read", delivery="gateway")
     world = desk.world
@@ -370,7 +370,7 @@ async def test_policy_gets_no_credential_sealed_to_a_key_of_its_own(desk: Issuer
                 mine.open(record.value)
 
 
-async def test_nothing_of_it_is_in_redis(desk: IssuerBench, issuer_bench: IssuerBench) -> None:
+async def test_credential_is_never_stored_in_redis(desk: IssuerBench, issuer_bench: IssuerBench) -> None:
     """Neither of what goes to gateways nor of what goes to agents, under any key, while the leases live."""
     asked, _ = await handed(desk, "read")
     value = opened(desk, (await envelope_of(desk, asked)).value, desk.world.seals["gateway"]).credential.value

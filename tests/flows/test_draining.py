@@ -55,7 +55,9 @@ async def committed(world: World) -> int:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-async def test_what_was_begun_is_ended_and_committed(world: World, tmp_path: Path, signum: int) -> None:
+async def test_message_in_progress_at_sigterm_is_completed_and_committed(
+    world: World, tmp_path: Path, signum: int
+) -> None:
     async with slow_service(world, tmp_path, work_s=2) as (child, url):
         await world.send(CREDENTIAL_REQUEST, "a", "one")
         await said(world, "began")
@@ -69,7 +71,7 @@ async def test_what_was_begun_is_ended_and_committed(world: World, tmp_path: Pat
             httpx.get(f"{url}/healthz")
 
 
-async def test_it_does_not_wait_for_ever(world: World, tmp_path: Path) -> None:
+async def test_unfinished_message_does_not_delay_the_exit_for_ever(world: World, tmp_path: Path) -> None:
     """What does not come to an end is not committed: it comes again, to whoever is there then."""
     async with slow_service(world, tmp_path, FOR_EVER_S) as (child, _):
         await world.send(CREDENTIAL_REQUEST, "a", "one")

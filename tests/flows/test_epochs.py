@@ -251,7 +251,7 @@ async def epoch_of(place: LostRedisBench) -> int:
     return number_of(place.store.epoch)
 
 
-async def test_what_became_void_after_it_was_acknowledged_is_said_once_more(
+async def test_voided_end_of_a_lease_is_published_again(
     place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk, number = place.desk, await epoch_of(place)
@@ -302,7 +302,7 @@ async def test_markers_that_nobody_signed_who_may_or_that_are_not_higher_change_
 # --- what Redis has and Kafka has not ---------------------------------------------------------------------------------
 
 
-async def test_what_a_redis_has_that_came_back_from_another_epoch_gives_way_to_what_kafka_has(
+async def test_redis_from_an_older_epoch_is_corrected_from_kafka(
     place: LostRedisBench,
 ) -> None:
     desk, store = place.desk, place.store
@@ -331,7 +331,7 @@ async def test_what_a_redis_has_that_came_back_from_another_epoch_gives_way_to_w
     assert await counted(place, asked.lease_id) == ["active", "ending", "released"]
 
 
-async def test_what_was_on_its_way_when_redis_was_rebuilt_with_all_that_it_has_is_said_in_the_new_epoch(
+async def test_end_in_transit_during_a_rebuild_is_published_in_the_new_epoch(
     place: LostRedisBench,
 ) -> None:
     desk, store = place.desk, place.store

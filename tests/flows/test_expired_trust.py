@@ -56,7 +56,7 @@ async def buried(world: World, *places: Coordinates) -> set[Place]:
     return {place(letter_in(record).source) for record in await world.records(DEAD_LETTER)}
 
 
-async def test_what_policy_allowed_waits_for_the_next_bundle_and_garbage_does_not(desk: IssuerBench) -> None:
+async def test_decision_under_an_expired_bundle_waits_and_garbage_is_dead_lettered(desk: IssuerBench) -> None:
     world = desk.world
     tries = metrics.BATCH_RETRIES.labels(f"{world.prefix}.issuer")._value.get
     await bundle_ended(world)
@@ -94,7 +94,7 @@ async def test_an_end_needs_no_bundle_in_force(desk: IssuerBench, issuer_bench: 
     await world.publish_trust(world.make_bundle(3))  # for the trail, which waits
 
 
-async def test_who_reads_once_reads_again_with_the_next_bundle(world: World) -> None:
+async def test_topic_reader_rereads_records_with_the_next_bundle(world: World) -> None:
     """Readers of a whole topic hold up nothing; what they passed over unbelieved comes to them once more."""
     heard: list[tuple[str, bool]] = []
 

@@ -136,7 +136,7 @@ async def test_a_message_comes_again_until_its_handler_is_done_and_nothing_behin
     assert tried == ["first", "second", "second", "second", "third"]
 
 
-async def test_what_was_not_handled_before_a_stop_comes_after_it(world: World) -> None:
+async def test_unhandled_message_is_redelivered_after_a_restart(world: World) -> None:
     """And nothing that was handled comes again."""
     first = Consumer(world)
     failing = asyncio.Event()

@@ -8,7 +8,7 @@ from ringfence.messages.lease import Selector
 from tests.support.benches.lost_redis_bench import LostRedisBench
 
 
-async def test_who_asks_while_redis_is_full_is_told_to_come_again(place: LostRedisBench) -> None:
+async def test_request_while_redis_is_full_is_refused_with_retry_after(place: LostRedisBench) -> None:
     desk = place.desk
     released, _ = await desk.issued("read")
     revoked, _ = await desk.issued("read")

@@ -147,7 +147,9 @@ async def test_out_of_scope_is_blocked_and_reported(
     await is_told(desk.world, said, {"action": event.action_id}, bot=desk.bot.name, user=user)
 
 
-async def test_it_says_how_to_ask_for_what_is_lacking(desk: IssuerBench, proxy: Proxy) -> None:
+async def test_denial_names_the_command_that_asks_for_the_missing_permission(
+    desk: IssuerBench, proxy: Proxy
+) -> None:
     lease = await handle(desk, "read")
     await until_allowed(desk, proxy, lease)
     problem = (await proxy.as_agent(desk.bot.key, lease, "GET", f"https://{HUB}/b/x")).json()

@@ -141,7 +141,7 @@ async def test_withdrawals_and_releases_are_published(office: ApiOffice, desk: I
     ]
 
 
-async def test_whoever_calls_gets_the_trust_bundle(office: ApiOffice) -> None:
+async def test_trust_bundle_is_served_to_any_caller(office: ApiOffice) -> None:
     answer = await Caller(f"http://127.0.0.1:{office.port}/ringfence").call("GET", "/v1/trust")
     assert (answer.status_code, answer.headers["content-type"]) == (200, "application/jose")
     assert answer.content == office.world.trust.compact
@@ -222,7 +222,7 @@ REFUSED: list[tuple[Callable[[IssuerBench], str], int, str]] = [
 
 
 @pytest.mark.parametrize(("made", "status", "why"), REFUSED)
-async def test_what_no_agent_may_post_is_refused_and_told(
+async def test_post_an_agent_may_not_make_is_refused_and_audited(
     office: ApiOffice, desk: IssuerBench, made: Callable[[IssuerBench], str], status: int, why: str
 ) -> None:
     caller = await with_socket(office, desk)
@@ -387,7 +387,7 @@ async def test_a_query_that_is_not_understood_is_refused(
         ("GET", "/v2/trust", 404, "api_path_unknown"),
     ],
 )
-async def test_there_is_nothing_else(
+async def test_unknown_path_or_method_of_the_api_is_refused(
     office: ApiOffice, desk: IssuerBench, method: str, path: str, status: int, why: str
 ) -> None:
     assert code(await office.over_tcp(desk).call(method, path)) == (status, why)
@@ -412,7 +412,7 @@ async def test_an_agent_sees_its_own_tasks_and_their_leases(office: ApiOffice, d
             await asyncio.sleep(0.02)
 
 
-async def test_nobody_sees_the_task_of_another_agent(office: ApiOffice, desk: IssuerBench) -> None:
+async def test_task_of_another_agent_is_hidden(office: ApiOffice, desk: IssuerBench) -> None:
     other, path = await agent_desk(office), f"/v1/tasks/{desk.task}"
     stranger = office.over_tcp(desk, SigningKey.generate(desk.bot.key.id))
     for caller in (office.over_tcp(other), await with_socket(office, other), stranger):
@@ -426,7 +426,7 @@ async def test_nobody_sees_the_task_of_another_agent(office: ApiOffice, desk: Is
     assert code(await office.over_tcp(desk).call("POST", path)) == (405, "method_unexpected")
 
 
-async def test_what_is_posted_again_is_published_once(office: ApiOffice, desk: IssuerBench) -> None:
+async def test_message_posted_twice_is_published_once(office: ApiOffice, desk: IssuerBench) -> None:
     caller, asked, at_once = office.over_tcp(desk), request(desk), request(desk)
     first, second = await caller.post(asked), await caller.post(asked)
     assert (first.status_code, first.json()) == (second.status_code, second.json())
@@ -567,7 +567,7 @@ async def test_a_flood_of_one_agent_is_stopped_and_another_is_served(
     assert len(await office.published(desk)) == 3
 
 
-async def test_who_waits_holds_up_nobody(
+async def test_waiting_reply_request_does_not_block_other_callers(
     office: ApiOffice, desk: IssuerBench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even in a data plane that lets one request of an address be in progress at a time."""
@@ -614,7 +614,7 @@ def problem(answer: Response) -> tuple[int, str]:
     return answer.status, json.loads(answer.body)["code"]
 
 
-async def test_it_is_at_its_host_and_under_its_path_and_nowhere_else(office: ApiOffice) -> None:
+async def test_agent_api_answers_at_its_host_and_path_only(office: ApiOffice) -> None:
     own = f"127.0.0.1:{office.port}"
     for line, host in [
         ("GET http://ringfence/v1/trust", "ringfence"),
@@ -670,7 +670,7 @@ async def test_a_body_is_framed_in_one_way_or_refused(office: ApiOffice, desk: I
     assert len(await office.published(desk)) == 1
 
 
-async def test_what_follows_a_call_is_a_request_of_its_own(office: ApiOffice) -> None:
+async def test_pipelined_request_after_an_api_call_is_handled_separately(office: ApiOffice) -> None:
     own = f"Host: 127.0.0.1:{office.port}\r\n\r\n"
     async with connected(office.port) as connection:
         await connection.send(

@@ -314,7 +314,7 @@ async def test_a_no_and_a_request_that_nobody_sees_stay_away_from_the_target(sta
     assert event.asked.by == "sam"
 
 
-async def test_what_a_verb_asks_an_operator_for_is_not_the_sponsors_to_give(stage: Stage) -> None:
+async def test_action_that_needs_an_operator_is_refused_to_the_sponsor(stage: Stage) -> None:
     actor = await stage.actor()
     async with stage.sponsor() as sam, stage.sponsor(stage.world.operator) as olga:
         sending = asyncio.create_task(actor.send("DELETE", "/dev/shop"))
@@ -341,7 +341,7 @@ async def test_what_a_verb_asks_an_operator_for_is_not_the_sponsors_to_give(stag
     assert event.asked.by == stage.world.operator.name
 
 
-async def test_what_no_gateway_signed_is_shown_to_nobody(stage: Stage) -> None:
+async def test_action_not_signed_by_a_gateway_is_not_shown(stage: Stage) -> None:
     actor, world = await stage.actor(), stage.world
     async with stage.sponsor() as sam:
         sending = asyncio.create_task(actor.send("PUT", "/dev/shop/9", b"x"))
@@ -372,7 +372,7 @@ async def test_what_no_gateway_signed_is_shown_to_nobody(stage: Stage) -> None:
         await later
 
 
-async def test_who_left_while_it_waited_finds_the_answer_when_it_comes_again(stage: Stage) -> None:
+async def test_agent_that_left_during_a_hold_gets_the_approval_on_retry(stage: Stage) -> None:
     actor, before = await stage.actor(), len(stage.puts())
     async with stage.sponsor() as sam:
         sending = asyncio.create_task(actor.send("PUT", "/dev/shop/13", b"x"))
@@ -430,7 +430,7 @@ async def test_the_headers_that_go_on_are_those_that_were_approved(stage: Stage)
 
 
 @pytest.mark.parametrize("how", ["suspended", "transferred"])
-async def test_what_people_change_meanwhile_counts(stage: Stage, how: str) -> None:
+async def test_agent_suspended_or_transferred_during_a_hold_is_denied(stage: Stage, how: str) -> None:
     actor, world, before = await stage.actor(), stage.world, len(stage.puts())
     async with stage.sponsor() as sam:
         sending = asyncio.create_task(actor.send("PUT", "/dev/shop/11", b"x"))

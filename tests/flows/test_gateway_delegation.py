@@ -78,7 +78,9 @@ async def test_an_action_names_the_agents_that_act(office: tuple[IssuerBench, Pr
 
 
 @pytest.mark.parametrize("what", ["task_ended", "agent_suspended", "beyond_scope"])
-async def test_what_happens_above_stops_the_next_action(office: tuple[IssuerBench, Proxy], what: str) -> None:
+async def test_change_to_a_delegating_agent_blocks_the_next_action(
+    office: tuple[IssuerBench, Proxy], what: str
+) -> None:
     first, proxy = office
     world = first.world
     above, below = await handed_on(first)

@@ -142,7 +142,7 @@ async def test_a_handle_that_somebody_else_found_is_worth_nothing(office: Office
     assert len(office.target.requests) == before
 
 
-async def test_what_cannot_be_decided_is_on_record_as_the_agents(office: Office, desk: IssuerBench) -> None:
+async def test_malformed_request_is_audited_as_the_agents_action(office: Office, desk: IssuerBench) -> None:
     await handle(desk, "read")
     await until_there(office.of(desk))
     async with connected_unix(str(office.of(desk))) as raw:
@@ -175,7 +175,7 @@ async def test_curl_through_the_socket_of_its_task(office: Office, desk: IssuerB
         await until_there(office.of(desk), gone=True)
 
 
-async def test_whoever_finds_a_gateway_ready_finds_it_open(
+async def test_ready_gateway_accepts_connections(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opens, listen, serve = asyncio.Event(), DataPlane.listen, HttpServer.serve

@@ -133,7 +133,7 @@ async def test_without_kafka_it_goes_on_until_its_grace_and_then_denies(
         assert told.reasons[0].code == "stale_view", "it was spooled, and came when Kafka did"
 
 
-async def test_what_was_decided_and_not_published_is_published_by_the_next_process(
+async def test_unpublished_action_is_published_by_the_next_process(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nothing(self: Recorder) -> None:

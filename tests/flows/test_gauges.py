@@ -52,7 +52,7 @@ async def test_the_clock_is_held_against_that_of_the_broker(world: World) -> Non
     assert abs(ahead_s) < 60
 
 
-async def test_what_waits_for_an_approval_is_counted_with_its_age(world: World) -> None:
+async def test_waiting_approval_is_counted_with_its_age(world: World) -> None:
     def waits(count: int) -> bool | None:
         return value("ringfence_approvals_waiting") == count or None
 

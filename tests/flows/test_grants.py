@@ -110,7 +110,7 @@ async def grants(world: World) -> AsyncIterator[Grants]:
         yield found
 
 
-async def test_what_fits_a_grant_needs_no_question_until_it_is_used_up(grants: Grants) -> None:
+async def test_request_within_a_grant_is_allowed_until_the_grant_is_used_up(grants: Grants) -> None:
     waiting = await grants.asks()
     grant = await grants.given(count=4)
     compact = sign(grant, grants.office.sam.key)
@@ -143,7 +143,7 @@ async def test_a_restarted_policy_knows_grants_and_how_often_they_were_used(worl
             await grants.asks()
 
 
-async def test_what_does_not_fit_is_asked_for(grants: Grants) -> None:
+async def test_request_beyond_a_grant_asks_for_approval(grants: Grants) -> None:
     await grants.given(count=1)  # for what waited
     await grants.given(scope=scope("platform", ["deploy"], ["env/staging/*"]))
     await grants.asks(scope("platform", ["deploy"], ["env/test/web"]))
@@ -224,7 +224,7 @@ async def test_a_grant_given_again_counts_for_nothing_more(grants: Grants) -> No
     await grants.asks()
 
 
-async def test_what_changed_makes_a_grant_stale_for_good(grants: Grants) -> None:
+async def test_change_of_agent_records_makes_a_grant_stale_for_good(grants: Grants) -> None:
     office, world = grants.office, grants.world
     await grants.given()
     await grants.granted()
@@ -255,7 +255,7 @@ async def test_a_former_sponsors_grant_is_nothing_to_the_new_one(grants: Grants)
     assert (await office.question(asked, office.petra)).request == asked.jws
 
 
-async def test_who_may_take_a_grant_back_does_so_at_once(grants: Grants) -> None:
+async def test_grant_is_withdrawn_at_once_by_its_people_only(grants: Grants) -> None:
     office = grants.office
     for by in (office.sam, office.maria):
         grant = await grants.given()
@@ -272,7 +272,7 @@ async def test_who_may_take_a_grant_back_does_so_at_once(grants: Grants) -> None
     assert (event.kind, event.reasons[0].code) == ("refused", "grant_unknown")
 
 
-async def test_who_has_become_the_sponsor_a_moment_ago_takes_a_grant_back(grants: Grants) -> None:
+async def test_new_sponsor_withdraws_a_grant_at_once(grants: Grants) -> None:
     office, world = grants.office, grants.world
     grant = await grants.given()
     reading = HeldUp(world)
@@ -292,7 +292,7 @@ async def test_a_withdrawal_outlives_a_restart(world: World) -> None:
             await grants.asks()
 
 
-async def test_who_is_asked_though_a_grant_fits_is_nobody(grants: Grants) -> None:
+async def test_request_within_a_grant_asks_no_approver(grants: Grants) -> None:
     await grants.given()
     asked = await grants.office.ask(DEPLOY)
     await grants.office.final(asked)

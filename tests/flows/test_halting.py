@@ -240,7 +240,7 @@ async def test_a_halted_revoker_beside_a_healthy_one_denies_until_it_is_started_
             assert healthy.unready() == []
 
 
-async def test_what_halts_a_reader_of_records_alone_denies_as_well(world: World) -> None:
+async def test_revoker_halted_on_records_makes_the_issuer_refuse(world: World) -> None:
     """Whatever a revoker leaves undone: here what a suspension would end."""
     async with opened_desks(world) as first, world.running("issuer", "revoker"):
         desk = await another(first)

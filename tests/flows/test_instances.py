@@ -215,7 +215,9 @@ async def test_a_token_that_does_not_fit_enrols_nothing(
         )
 
 
-async def test_what_no_platform_signed_is_told_to_its_sender_alone(yard: AttestationBench) -> None:
+async def test_enrolment_with_an_unsigned_token_is_reported_only_to_its_sender(
+    yard: AttestationBench,
+) -> None:
     agent = await yard.agent(yard.selector("github"))
     forger = Given(TokenIssuer("https://github.acme.example"))
     token = await forger.token(audience("test.example"))
@@ -407,7 +409,7 @@ async def test_an_enrolment_is_for_its_key_its_agent_and_its_time(yard: Attestat
     await counts_for_nothing(yard, agent, key, sign(over, yard.world.key("registry")), "enrolment_ended")
 
 
-async def test_who_has_a_key_of_the_record_is_no_instance(yard: AttestationBench) -> None:
+async def test_key_of_the_agent_record_is_rejected_as_an_instance(yard: AttestationBench) -> None:
     agent = await yard.world.agent("keyed", yard.sam, READ, attestation=(yard.selector("github"),))
     enrolment = (await yard.enrol(agent, yard.token("github"), fresh(agent))).json()["enrolment"]
     mine = opened(enrolment)
@@ -497,7 +499,7 @@ async def test_a_file_that_was_not_renewed_is_no_reason_to_stop(
     assert refused.value.code == "token_replayed"
 
 
-async def test_what_an_instance_needs_is_said(yard: AttestationBench, tmp_path: Path) -> None:
+async def test_instance_with_missing_settings_is_told_which(yard: AttestationBench, tmp_path: Path) -> None:
     settings = client(yard.world)
     with pytest.raises(IdentityError, match="RINGFENCE_AGENT"):
         Agent.connect(attest="github", settings=settings)
@@ -514,7 +516,7 @@ async def test_what_an_instance_needs_is_said(yard: AttestationBench, tmp_path: 
 # --- the registry's memory --------------------------------------------------------------------------------------------
 
 
-async def test_what_was_spent_stays_spent_when_the_registry_starts_again(
+async def test_spent_token_stays_spent_after_a_registry_restart(
     kafka: Kafka, redis_server: RedisServer, tmp_path: Path
 ) -> None:
     async with (

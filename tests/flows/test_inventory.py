@@ -134,7 +134,7 @@ async def test_agents_are_found_by_what_is_amiss(staff: Staff) -> None:
     )
 
 
-async def test_it_is_told_in_pages_that_leave_nothing_out(staff: Staff) -> None:
+async def test_inventory_pages_are_complete(staff: Staff) -> None:
     found, after = [], ""
     while True:
         page = await staff.ask(staff.adam, limit="1", **({"after": after} if after else {}))

@@ -137,7 +137,7 @@ async def test_an_allowed_request_becomes_a_lease_and_a_credential(
     assert (await store.look(asked.lease_id)).active
 
 
-async def test_nobody_has_a_credential_before_kafka_has_its_lease(desk: IssuerBench) -> None:
+async def test_lease_is_on_kafka_before_its_credential_is_delivered(desk: IssuerBench) -> None:
     asked, content = await desk.issued("read")
     lease = await desk.world.consume_until(LEASE, lambda r: r.key == asked.lease_id)
 
@@ -167,7 +167,7 @@ async def test_policy_may_shorten(desk: IssuerBench) -> None:
     assert lease.deadline == (at.appended_at_ms + 60_000) // 1000
 
 
-async def test_what_policy_did_not_allow_is_not_issued(desk: IssuerBench) -> None:
+async def test_request_that_policy_did_not_allow_is_not_issued(desk: IssuerBench) -> None:
     denied, pending = await desk.ask("read"), await desk.ask("read")
     await desk.decide(denied, outcome="denied")
     await desk.decide(pending, outcome="approval_required")
@@ -429,9 +429,7 @@ async def test_less_than_a_second_is_no_credential(desk: IssuerBench) -> None:
     assert refusal.reasons[0].code in ("deadline_too_close", "deadline_passed")
 
 
-async def test_what_was_revoked_before_it_was_issued_is_not_issued(
-    desk: IssuerBench, store: LeaseStore
-) -> None:
+async def test_request_fenced_before_issuance_is_not_issued(desk: IssuerBench, store: LeaseStore) -> None:
     covered = await desk.ask("read")
     await store.fence({f"task:{desk.task}": covered.source.appended_at_ms})
     await desk.decide(covered)
@@ -508,7 +506,7 @@ async def test_a_second_decision_on_a_request_is_a_replay_even_in_the_same_batch
 
 
 @pytest.mark.parametrize("lost", [LEASE, CREDENTIAL_REPLY], ids=lambda topic: topic.what)
-async def test_what_fails_between_redis_and_kafka_is_finished_with_the_same_lease(
+async def test_failure_between_redis_and_kafka_is_retried_with_the_same_lease(
     desk: IssuerBench, store: LeaseStore, monkeypatch: pytest.MonkeyPatch, lost: Topic[Any]
 ) -> None:
     publisher = desk.world.runtimes["issuer"].publisher
@@ -612,7 +610,7 @@ async def test_an_agent_holds_so_many_leases_and_no_more(world: World) -> None:
                 break
 
 
-async def test_what_was_issued_is_answered_again_though_the_agent_holds_all_it_may(world: World) -> None:
+async def test_redelivered_decision_at_the_lease_limit_is_answered_again(world: World) -> None:
     own: dict[ServiceRole, Any] = {"issuer": IssuerSettings(agent_leases=1)}
     async with opened_desks(world) as first, world.running("issuer", own=own):
         desk = await another(first)

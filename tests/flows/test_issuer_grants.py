@@ -89,7 +89,7 @@ async def test_a_grant_that_does_not_count(desk: IssuerBench, code: str, wrong: 
     assert await desk.is_finding(asked)
 
 
-async def test_nobody_counts_twice_by_a_grant_and_an_approval(desk: IssuerBench) -> None:
+async def test_grant_and_approval_of_one_person_count_once(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sam)
     await desk.decide(
@@ -141,7 +141,7 @@ async def test_a_grant_after_a_suspension_a_change_and_a_transfer_counts_for_not
     assert await desk.refusal_codes(await granted(desk, changed)) == ["grant_stale"]
 
 
-async def test_what_was_taken_back_opens_nothing_more_whatever_policy_says(desk: IssuerBench) -> None:
+async def test_withdrawn_grant_issues_nothing_even_if_policy_allows(desk: IssuerBench) -> None:
     compact = grant(desk, count=9)
     claims = claims_of(compact)
     assert (await desk.answer(await granted(desk, compact))).credential is not None

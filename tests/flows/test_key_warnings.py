@@ -77,9 +77,7 @@ async def test_a_key_that_was_replaced_is_not_told_of(world: World) -> None:
     assert {event.ref for event in await told(world)} == later
 
 
-async def test_what_is_told_again_after_a_long_time_is_the_same_text(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_repeated_key_warning_has_the_same_text(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry that does not know what was told long ago says it once more, word for word."""
     async with world.running("registry", own=OFTEN):
         sam = await world.user("sam", roles=("sponsor",))

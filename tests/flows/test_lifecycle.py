@@ -177,7 +177,7 @@ async def test_a_compromised_key_takes_what_it_asked_for_with_it_and_nothing_els
     await lives(desk, store, by_second, by_third, again)
 
 
-async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk: IssuerBench) -> None:
+async def test_pending_request_of_a_compromised_key_is_not_issued(desk: IssuerBench) -> None:
     await a_second_begins()
     pending = await desk.ask("read")
     stolen = desk.bot
@@ -197,7 +197,7 @@ async def test_what_a_compromised_key_asked_for_before_is_not_issued_after(desk:
     assert (await desk.issued("read"))[1].credential is not None
 
 
-async def test_who_had_not_heard_of_it_issues_nothing_that_lasts(
+async def test_lease_of_a_compromised_key_from_a_stale_issuer_is_revoked(
     issuer_bench: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Policy and issuer may both go by the record before, for as long as the grace."""
@@ -227,7 +227,7 @@ async def test_an_agent_gives_nobody_a_key(desk: IssuerBench) -> None:
 # --- the other steps --------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_issued_before_the_sponsor_has_taken_an_agent_on(issuer_bench: IssuerBench) -> None:
+async def test_agent_registered_but_not_adopted_gets_no_credential(issuer_bench: IssuerBench) -> None:
     world, name = issuer_bench.world, f"late-{uuid.uuid4().hex[:8]}"
     desk = await another(issuer_bench)
     desk.bot = await world.agent(name, issuer_bench.sam, desk.scope("read"), inactive=True)
@@ -279,7 +279,7 @@ async def test_an_agent_that_is_resumed_asks_anew(desk: IssuerBench, store: Leas
     await lives(desk, store, after)
 
 
-async def test_when_its_key_ends_an_agent_gets_nothing_more(
+async def test_agent_with_an_expired_key_gets_no_credential(
     issuer_bench: IssuerBench, store: LeaseStore
 ) -> None:
     """What it holds lives on to its own end; at gateways it is shown with the key, which counts for nothing now."""
@@ -365,7 +365,7 @@ async def test_a_leaver_leaves_what_was_transferred_before(
     await lives(desk, store, after)
 
 
-async def test_who_never_was_a_sponsor_leaves_nobody_alone(
+async def test_change_of_a_user_who_was_no_sponsor_orphans_no_agent(
     issuer_bench: IssuerBench, store: LeaseStore
 ) -> None:
     everything = scope("staging", ("read", "deploy", "wipe"), ("**",))

@@ -258,7 +258,7 @@ async def test_calls_that_make_no_request_say_why(
     assert list(await world.records(CREDENTIAL_REQUEST)) == []
 
 
-async def test_what_a_refused_call_held_is_not_repeated(served: Serving) -> None:
+async def test_arguments_of_a_refused_call_are_not_repeated(served: Serving) -> None:
     failed, result = await served.call(
         "request_credential", permissions=READ, reason="x", token=SECRET, ttl_s=SECRET
     )
@@ -277,9 +277,7 @@ async def test_a_withdrawn_request_is_withdrawn(world: World, served: Serving) -
     assert claims.request_id == played.request_id
 
 
-async def test_when_the_client_leaves_its_requests_are_withdrawn_and_its_leases_given_back(
-    world: World, tmp_path: Path
-) -> None:
+async def test_client_disconnect_withdraws_requests_and_releases_leases(world: World, tmp_path: Path) -> None:
     async with serving(world, tmp_path) as served:
         first = served.call_soon("request_credential", permissions=READ, reason="held")
         lease_id = await (await arrived(world, lambda p: p.claims.reason == "held")).issue(

@@ -166,7 +166,7 @@ async def test_a_sponsor_is_told_and_nothing_that_comes_back_decides(
     assert base64.b64encode(KEY).decode() not in caplog.text
 
 
-async def test_what_is_alike_is_told_once_while_it_waits(
+async def test_similar_requests_are_notified_once_while_pending(
     world: World, receiver: Receiver, tmp_path: Path
 ) -> None:
     async with office(world, settings(tmp_path, sam=receiver)) as desk:
@@ -207,7 +207,7 @@ async def test_a_webhook_that_hangs_holds_up_neither_decisions_nor_others(
             await told(world, receiver, 12)
 
 
-async def test_what_was_answered_is_not_told_any_more_and_what_is_gone_never(
+async def test_notice_stops_after_the_answer_and_after_http_410(
     world: World, receiver: Receiver, tmp_path: Path
 ) -> None:
     with receiving() as other:

@@ -298,7 +298,7 @@ async def test_the_report_on_the_seed_week(week: Week, shell: Shell) -> None:
             assert b"what-all-of-them-share" not in record.value
 
 
-async def test_who_sees_which_numbers(week: Week, shell: Shell) -> None:
+async def test_blocked_counts_are_limited_to_what_a_person_may_see(week: Week, shell: Shell) -> None:
     world = week.first.world
     petra = await world.user("petra", roles=("sponsor",))
     petra.key.save(shell.folder / "petra.json")
@@ -318,7 +318,7 @@ async def test_who_sees_which_numbers(week: Week, shell: Shell) -> None:
 
 
 @pytest.mark.parametrize("week", ["plane"], indirect=True)
-async def test_what_could_not_even_be_decided_is_counted(week: Week, shell: Shell) -> None:
+async def test_undecidable_requests_are_counted_by_reason(week: Week, shell: Shell) -> None:
     assert isinstance(week.front, Plane)
     async with connected(week.front.port) as raw:
         assert (await raw.ask(b"GET /hub/a HTTP/1.1\r\nHost: x y\r\n\r\n")).status == 400
@@ -334,7 +334,7 @@ async def test_what_could_not_even_be_decided_is_counted(week: Week, shell: Shel
     assert len(records) < 13 + week.tried, "a flood takes less of the spool than it counts"
 
 
-async def test_it_is_loud(week: Week) -> None:
+async def test_observe_mode_warns_in_readiness_metrics_and_audit(week: Week) -> None:
     world = week.first.world
     ready = (await world.get("gateway", "/readyz")).json()
     assert ready["status"] == "ready"

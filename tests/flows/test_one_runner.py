@@ -115,7 +115,7 @@ async def test_a_key_that_is_registered_twice_is_a_finding(runner: Runner) -> No
     )
 
 
-async def test_when_a_key_was_seen_last_can_be_asked(runner: Runner, office: World) -> None:
+async def test_usage_shows_when_a_key_was_last_seen(runner: Runner, office: World) -> None:
     await runner.ask(ONE)
     async with ReadApi(office.operator.key, client(office)) as api:
         usage: Any = await api.usage(runner.agent.name)

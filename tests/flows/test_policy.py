@@ -122,7 +122,7 @@ async def test_one_request_is_one_trace(world: World):
             assert trace_id(seen.traceparent) == trace_id(parent)
 
 
-async def test_whom_policy_asks_beyond_the_sponsor(world: World):
+async def test_policy_asks_approvers_beyond_the_sponsor(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         drop = await office.ask(scope("platform", ["drop"], ["env/staging/web"]))
@@ -216,7 +216,7 @@ async def test_a_scope_too_long_to_be_told_is_denied_not_stumbled_over(world: Wo
 # --- to whom it goes ---
 
 
-async def test_what_is_only_for_the_gateway_is_denied_to_the_agent_and_says_what_to_do(world: World):
+async def test_gateway_only_target_is_denied_to_the_agent_with_the_option_to_use(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         static = BackendSettings.model_validate({"kind": "http", "url": "https://api.example"})
@@ -290,7 +290,7 @@ async def test_a_request_that_came_too_late_is_answered(world: World):
         assert (await office.letter(sent)).code == "expired"
 
 
-async def test_who_asks_too_often_is_refused_and_told_when_to_ask_again(world: World):
+async def test_agent_over_its_request_rate_is_denied_with_retry_after(world: World):
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_requests_per_minute=2)}
     async with world.running("registry", "policy", own=own):
         office = await PolicyBench.open(world)
@@ -329,7 +329,7 @@ async def test_why_something_was_denied_is_told_when_policy_keeps_the_text_no_lo
         assert told[0].get(name) == told[1].get(name)
 
 
-async def test_who_goes_on_asking_is_not_answered_for_ever_and_what_is_not_is_counted(
+async def test_repeated_requests_over_the_rate_are_dropped_and_counted(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("ringfence.policy.incoming.admission.TOLD_NO", 2)
@@ -363,7 +363,7 @@ def _counts(event: ServiceEvent) -> bool:
     return any(reason.code == "requests_shed" for reason in event.reasons)
 
 
-async def test_nobody_is_refused_for_what_policy_has_not_read_yet(world: World):
+async def test_request_waits_until_policy_has_read_its_records(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         reading = HeldUp(world)

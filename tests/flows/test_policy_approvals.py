@@ -130,7 +130,7 @@ async def test_a_person_says_no(world: World):
         assert await office.refused(yes) == "already_decided"
 
 
-async def test_what_changed_while_it_waited_is_asked_anew(world: World):
+async def test_pending_request_goes_stale_when_its_agent_is_transferred(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
@@ -146,7 +146,7 @@ async def test_what_changed_while_it_waited_is_asked_anew(world: World):
 # --- its end by time ---
 
 
-async def test_what_nobody_approves_ends_by_time(world: World):
+async def test_request_without_approvals_expires(world: World):
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(approval_timeout_s=1)}
     async with world.running("registry", "policy", own=own):
         office = await PolicyBench.open(world)
@@ -178,7 +178,7 @@ async def test_an_approval_that_waits_for_others_ends_by_time_too(world: World):
 # --- restarts ---
 
 
-async def test_nobody_is_asked_about_what_can_be_read_in_two_ways(world: World):
+async def test_ambiguous_request_is_denied_and_asks_no_approver(world: World):
     """The last of two names counts here; whoever takes the first would see, and sign, a harmless request."""
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
@@ -203,7 +203,7 @@ async def test_request_too_long_for_people_is_denied_instead_of_asked(world: Wor
         assert (await office.final(asked)).outcome == "allowed"
 
 
-async def test_what_waits_ends_with_its_agent_and_with_its_task(world: World):
+async def test_pending_request_ends_with_its_agent_or_task(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         other = await world.agent("other-bot", sponsor=office.sam, ceiling=EVERYTHING)
@@ -232,7 +232,7 @@ async def test_what_waits_ends_with_its_agent_and_with_its_task(world: World):
         assert (await office.final(unconcerned)).outcome == "allowed"
 
 
-async def test_what_waits_for_an_agent_that_was_suspended_while_policy_was_down(world: World):
+async def test_agent_suspended_while_policy_was_down_has_its_request_denied(world: World):
     async with world.running("registry"):
         async with world.running("policy"):
             office = await PolicyBench.open(world)
@@ -276,7 +276,7 @@ async def test_an_approval_that_waited_for_a_restart_is_taken_in(world: World):
 # --- who sees it, and how much of it there may be ---
 
 
-async def test_who_sees_what_waits(world: World):
+async def test_pending_approval_is_visible_to_its_people_only(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         asked = await office.ask(DEPLOY)
@@ -310,7 +310,7 @@ async def test_who_sees_what_waits(world: World):
         assert (await world.get("policy", f"/v1/decisions/{asked.id}", office.petra)).status_code == 404
 
 
-async def test_who_has_too_much_wait_for_people_is_refused_until_something_is_answered(world: World):
+async def test_agent_at_its_pending_approvals_limit_is_denied_until_an_answer(world: World):
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_pending_approvals=2)}
     async with world.running("registry"):
         async with world.running("policy", own=own):
@@ -329,9 +329,7 @@ async def test_who_has_too_much_wait_for_people_is_refused_until_something_is_an
             assert (await office.decision(await office.ask(DEPLOY))).outcome == "approval_required"
 
 
-async def test_who_signs_answers_by_the_hundred_holds_up_nobody(
-    world: World, monkeypatch: pytest.MonkeyPatch
-):
+async def test_flood_of_answers_does_not_delay_decisions(world: World, monkeypatch: pytest.MonkeyPatch):
     """Asking Kafka what was decided takes a tenth of a second: one question is the answer for all that was there."""
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
@@ -357,7 +355,7 @@ async def test_who_signs_answers_by_the_hundred_holds_up_nobody(
         assert 0 < asked < 10
 
 
-async def test_what_waits_comes_page_by_page(world: World):
+async def test_pending_approvals_are_listed_in_pages(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         other = await world.agent("other-bot", sponsor=office.petra, ceiling=EVERYTHING)

@@ -51,7 +51,7 @@ async def test_a_replay_elsewhere_changes_nothing_and_is_told(world: World):
         assert await office.outcomes(asked) == {"allowed": 1}
 
 
-async def test_what_comes_again_after_a_crash_is_finished_and_not_decided_again(world: World):
+async def test_redelivery_after_a_crash_completes_without_a_second_decision(world: World):
     async with world.running("registry"):
         async with world.running("policy"):
             office = await PolicyBench.open(world)

@@ -108,7 +108,7 @@ async def test_a_redis_that_is_lost_again_while_it_is_rebuilt_is_rebuilt_anew(
     assert await place.life(kept) == ["active", "ending", "released"]
 
 
-async def test_how_often_a_grant_was_used_is_known_again(place: LostRedisBench) -> None:
+async def test_grant_uses_are_counted_after_a_rebuild(place: LostRedisBench) -> None:
     desk = place.desk
     compact = grant(desk, count=3)
     id = id_of(claims_of(compact))
@@ -137,7 +137,7 @@ async def test_how_often_a_grant_was_used_is_known_again(place: LostRedisBench) 
     assert await place.uses(id) == 1
 
 
-async def test_what_is_asked_for_while_redis_is_lost_is_issued_once_when_it_is_back(
+async def test_request_while_redis_is_lost_is_issued_once_after_recovery(
     place: LostRedisBench,
 ) -> None:
     desk = place.desk
@@ -228,7 +228,7 @@ async def test_a_kill_switch_stands_after_a_rebuild(place: LostRedisBench) -> No
     await place.active(after)
 
 
-async def test_what_strangers_write_to_the_topic_hides_no_lease_and_makes_none(place: LostRedisBench) -> None:
+async def test_forged_lease_records_hide_and_create_no_lease(place: LostRedisBench) -> None:
     desk, world = place.desk, place.world
     asked, _ = await desk.issued("read")
     lease = await desk.lease(asked.lease_id, "active")
@@ -335,7 +335,7 @@ async def test_the_leases_of_a_run_that_ended_while_redis_was_lost_end(place: Lo
     assert not (await place.store.look(one.claims.lease_id)).active
 
 
-async def test_what_redis_has_and_kafka_does_not_have_yet_is_left_as_it_is(place: LostRedisBench) -> None:
+async def test_check_leaves_leases_that_kafka_does_not_have_yet(place: LostRedisBench) -> None:
     desk, store = place.desk, place.store
     one = await late(place)
     order, _ = await desk.revoke(desk.sam, selector=Selector(agent_id=desk.bot.name), reason="enough")
@@ -579,7 +579,7 @@ async def test_each_difference_is_listed_and_a_rebuild_mends_it(
         assert lease_id in await store.find(f"agent:{desk.bot.name}")
 
 
-async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_counts_in_its_place(
+async def test_unauthorised_lease_is_listed_and_replaced_by_a_rebuild(
     place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without it such a lease would never end: revokers act on no record that does not hold."""
@@ -617,7 +617,7 @@ async def test_what_nobody_of_authority_wrote_is_listed_and_a_rebuild_puts_what_
                 await asyncio.sleep(0.05)
 
 
-async def test_that_redis_is_lost_is_a_difference(
+async def test_check_reports_a_lost_redis(
     place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def nobody_does(self: Rebuilder) -> bool:
@@ -633,7 +633,7 @@ async def test_that_redis_is_lost_is_a_difference(
     await place.rebuilt(before)
 
 
-async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
+async def test_check_lists_wrong_fences_orders_and_grant_counts(
     place: LostRedisBench, command: Command
 ) -> None:
     desk, store = place.desk, place.store
@@ -663,7 +663,7 @@ async def test_what_would_let_too_much_or_too_little_happen_later_is_listed(
     assert await command.differences() == {("overfenced", "all in shard 1")}, "no fence is taken away"
 
 
-async def test_what_goes_with_a_lease_is_listed_where_it_is_wrong_and_a_rebuild_mends_it(
+async def test_wrong_lease_indexes_are_listed_and_repaired_by_a_rebuild(
     place: LostRedisBench, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk, store = place.desk, place.store
@@ -725,7 +725,7 @@ async def test_what_goes_with_a_lease_is_listed_where_it_is_wrong_and_a_rebuild_
         assert (await store.look(lease_id)).active
 
 
-async def test_what_was_evicted_is_put_back_and_not_only_what_is_missing_by_its_record(
+async def test_evicted_lease_indexes_are_restored_even_if_the_record_remains(
     place: LostRedisBench,
 ) -> None:
     """Redis says that keys are gone, and not which: that a lease's record is there says nothing."""

@@ -181,7 +181,7 @@ async def test_a_command_with_a_field_that_nobody_knows_is_refused_by_name(world
         assert not await values(world, TARGET, "platform")
 
 
-async def test_what_is_so_already_is_accepted_and_changes_nothing(world: World):
+async def test_command_without_a_change_is_accepted_and_writes_no_record(world: World):
     async with world.running("registry"):
         sam = await world.user("sam", ("sponsor",))
         await world.agent("deploy-bot", sam, ENV)
@@ -270,7 +270,7 @@ async def test_a_replay_is_still_known_after_a_restart(world: World):
         assert len(await values(world, AGENT, "deploy-bot")) == 3
 
 
-async def test_everything_delivered_again_is_done_once(world: World):
+async def test_redelivered_commands_are_carried_out_once(world: World):
     async with world.running("registry"):
         sam = await world.user("sam", ("sponsor",))
         bot = await world.agent("deploy-bot", sam)
@@ -375,7 +375,7 @@ async def test_keys_names_and_consents_are_remembered_over_a_restart(world: Worl
 # --- what strangers send ----------------------------------------------------------------------------------------------
 
 
-async def test_what_nobody_known_signed_goes_to_the_dead_letters(world: World):
+async def test_command_of_an_unknown_signer_is_dead_lettered(world: World):
     async with world.running("registry"):
         sam = await world.user("sam", ("sponsor",))
         stranger = world.party("user", "eve")
@@ -559,7 +559,7 @@ async def test_only_the_replica_that_has_the_commands_sends_heartbeats(world: Wo
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-async def test_who_sees_what(world: World):
+async def test_each_role_sees_only_its_own_records(world: World):
     async with world.running("registry"):
         sam = await world.user("sam", ("sponsor",))
         suzy = await world.user("suzy", ("sponsor",))

@@ -118,7 +118,7 @@ async def test_an_end_that_kafka_did_not_take_is_published_later_as_it_was(
     assert event.result == "1"
 
 
-async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_beyond_once_it_has(
+async def test_record_after_an_unpublished_end_is_superseded_once_published(
     desk: IssuerBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, _ = await desk.issued("read")
@@ -158,7 +158,7 @@ async def test_what_comes_after_an_end_that_has_not_left_the_outbox_yet_is_gone_
     await stands_last("released", len(life) + 1)
 
 
-async def test_what_came_while_no_revoker_was_there_is_gone_beyond_by_the_next(
+async def test_lease_published_without_a_revoker_is_ended_by_the_next_revoker(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by an issuer that wrote a lease to Redis, was held up until it had ended, and died before it was told."""

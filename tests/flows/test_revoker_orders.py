@@ -96,7 +96,7 @@ async def test_a_lease_that_nobody_knows(desk: IssuerBench) -> None:
 
 
 @pytest.mark.parametrize("who", ["sam", "maria", "operator"])
-async def test_who_answers_for_a_lease_revokes_it(desk: IssuerBench, who: str) -> None:
+async def test_sponsor_user_and_operator_revoke_a_lease(desk: IssuerBench, who: str) -> None:
     by = desk.world.operator if who == "operator" else getattr(desk, who)
     asked, _ = await desk.issued("read")
     event = await accepted(desk, by, lease_id=asked.lease_id)
@@ -106,7 +106,9 @@ async def test_who_answers_for_a_lease_revokes_it(desk: IssuerBench, who: str) -
     assert (life[-1].claims.cause.by, life[-1].claims.cause.ref) == (by.id, event.ref)
 
 
-async def test_nobody_else_revokes(desk: IssuerBench, issuer_bench: IssuerBench, store: LeaseStore) -> None:
+async def test_revocation_by_anyone_else_is_refused(
+    desk: IssuerBench, issuer_bench: IssuerBench, store: LeaseStore
+) -> None:
     asked, _ = await desk.issued("read")
     ada = await issuer_bench.world.user("ada", roles=("auditor",))
     for stranger in (desk.sue, ada):
@@ -220,7 +222,7 @@ async def test_a_kill_switch_does_not_wait_behind_leases_that_are_due_together(
         (Selector(user_id="smith"), "no user smith"),
     ],
 )
-async def test_who_mistypes_a_name_is_told_that_nobody_was_stopped(
+async def test_order_for_an_unknown_name_is_refused_as_subject_unknown(
     desk: IssuerBench, selector: Selector, said: str
 ) -> None:
     claims, _ = await desk.revoke(desk.world.operator, selector=selector)
@@ -229,7 +231,7 @@ async def test_who_mistypes_a_name_is_told_that_nobody_was_stopped(
     assert said in verdict.reasons[0].message
 
 
-async def test_what_was_asked_for_before_a_selector_is_not_issued_after_it(desk: IssuerBench) -> None:
+async def test_request_made_before_a_revocation_order_is_not_issued(desk: IssuerBench) -> None:
     before = await desk.ask("read")
     await accepted(desk, desk.sam, selector=Selector(agent_id=desk.bot.name))
     after = await desk.ask("read")

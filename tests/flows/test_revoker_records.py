@@ -192,7 +192,7 @@ async def slow_office(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator[
         (USER, "scope_narrowed"),
     ],
 )
-async def test_what_is_issued_after_a_revoker_has_looked_by_who_had_not_heard_of_the_record_ends(
+async def test_lease_from_an_issuer_with_stale_records_is_ended(
     slow_office: IssuerBench, monkeypatch: pytest.MonkeyPatch, topic: Topic[Any], kind: str
 ) -> None:
     """Policy and issuer may both go by the record before, for as long as the grace."""

@@ -191,7 +191,7 @@ async def test_entra_makes_a_user_and_puts_them_into_a_group(shared: Company):
         {"op": "replace", "path": "ACTIVE", "value": "false"},
     ],
 )
-async def test_who_is_not_active_is_disabled(shared: Company, operation: dict[str, Any]):
+async def test_inactive_user_is_disabled(shared: Company, operation: dict[str, Any]):
     user = await member(shared)
     answer = await shared.patch(f"Users/{user}", operation)
     assert answer["active"] is False
@@ -231,7 +231,9 @@ async def test_entra_changes_attributes_by_paths_with_filters(shared: Company):
         {"op": "remove", "path": "members"},
     ],
 )
-async def test_who_leaves_a_group_has_nothing_of_it_any_more(own: Company, removal: dict[str, Any]):
+async def test_user_removed_from_a_group_loses_its_roles_and_entitlements(
+    own: Company, removal: dict[str, Any]
+):
     path = f"Groups/{(await own.group('Leads'))['id']}"
     user = await member(own, "Leads")
     assert (await own.state(user)).roles == ("sponsor",)
@@ -390,7 +392,7 @@ async def test_a_group_that_nobody_delegated_is_refused(shared: Company):
     assert (await shared.patch(path, stranger, status=400))["scimType"] == "invalidValue"
 
 
-async def test_whom_an_operator_disabled_the_directory_lets_not_act_again(shared: Company):
+async def test_directory_cannot_enable_a_user_disabled_by_an_operator(shared: Company):
     user = await member(shared)
     operator = shared.world.operator
     await shared.world.accepted(
@@ -443,7 +445,7 @@ async def test_a_body_beyond_all_measure_is_not_read(shared: Company):
 # --- who may call -----------------------------------------------------------------------------------------------------
 
 
-async def test_nobody_calls_without_a_token_and_wrong_ones_are_told_and_limited(own: Company):
+async def test_missing_or_wrong_tokens_are_rejected_and_rate_limited(own: Company):
     async with expect_trail(own.world, WRONG_TOKENS), httpx.AsyncClient(base_url=f"{own.url}/") as http:
         for number in range(MAX_WRONG):
             header = {} if number == 0 else {"Authorization": f"Bearer wrong{number}"}
@@ -478,7 +480,7 @@ async def test_a_token_is_replaced_without_a_stop(own: Company):
 # --- from records, and within the delegation --------------------------------------------------------------------------
 
 
-async def test_all_that_it_knows_is_in_the_records(own: Company):
+async def test_restarted_scim_service_answers_from_the_records(own: Company):
     path = f"Groups/{(await own.group('Leads'))['id']}"
     user = await member(own, "Leads", externalId="e1", displayName="Maria")
     before = [await own.call("GET", f"Users/{user}"), await own.call("GET", path)]
@@ -521,7 +523,7 @@ async def test_another_delegation_counts_for_those_who_are_there(kafka: Kafka):
         assert (await company.call("GET", "Groups"))["totalResults"] == 0
 
 
-async def test_nothing_is_done_for_a_provisioner_that_was_disabled(own: Company):
+async def test_disabled_provisioner_changes_nothing(own: Company):
     operator = own.world.operator
     await own.world.accepted(
         own.world.claims(UserDisable, operator, user_id="acme", reason="stolen"), operator

@@ -257,7 +257,7 @@ async def test_streams_are_their_receivers_own(desk: IssuerBench, office: Office
         assert (await one.create())["stream_id"] != made["stream_id"]
 
 
-async def test_what_a_receiver_cannot_have(desk: IssuerBench, office: Office) -> None:
+async def test_unsupported_stream_settings_are_refused(desk: IssuerBench, office: Office) -> None:
     office.declare("asker", push='"https://asker.example/events"')
     async with office.running():
         client = office.client("asker")
@@ -302,7 +302,7 @@ async def test_strangers_are_turned_away(desk: IssuerBench, office: Office) -> N
         await office.client("undeclared").call("GET", "/ssf/streams", status=403)
 
 
-async def test_what_anybody_may_read(desk: IssuerBench, office: Office) -> None:
+async def test_public_pages_are_served_without_a_token(desk: IssuerBench, office: Office) -> None:
     office.declare("reader")
     async with office.running(), plain_client(base_url=office.url, timeout=60) as http:
         about = (await http.get("/.well-known/ssf-configuration")).json()
@@ -330,7 +330,7 @@ async def test_one_verification_after_the_other(desk: IssuerBench, office: Offic
         await client.call("POST", "/ssf/verify", body, 429)
 
 
-async def test_nobody_else_says_how_a_stream_stands(desk: IssuerBench, office: Office) -> None:
+async def test_stream_status_of_another_signer_is_ignored(desk: IssuerBench, office: Office) -> None:
     office.declare("victim")
     world = desk.world
     async with office.running():
@@ -352,7 +352,7 @@ async def test_nobody_else_says_how_a_stream_stands(desk: IssuerBench, office: O
         assert [lease_of(one) for one in (await client.polled(1)).values()] == [lease_id]
 
 
-async def test_what_nobody_signed_who_may_ends_nothing(desk: IssuerBench, office: Office) -> None:
+async def test_lease_end_of_an_unauthorised_signer_sends_no_signal(desk: IssuerBench, office: Office) -> None:
     office.declare("wary")
     async with office.running():
         client = office.client("wary")

@@ -185,7 +185,7 @@ async def test_more_is_available_across_batches(desk: IssuerBench, office: Offic
         assert await receiver.poll(stream, returnImmediately=True) == {"sets": {}}
 
 
-async def test_what_was_acknowledged_is_committed_though_later_batches_are_not(
+async def test_acknowledged_event_stays_committed_when_later_batches_do_not(
     desk: IssuerBench, office: Office
 ) -> None:
     office.declare("restarted")

@@ -11,7 +11,7 @@ from ringfence.messages.topics import USER
 from tests.support.world import World
 
 
-async def test_it_is_not_ready_before_its_tables_though_it_has_no_consumer(world: World) -> None:
+async def test_service_without_a_consumer_waits_for_its_tables(world: World) -> None:
     await world.send(USER, "maria", "a record")
     read: list[str | None] = []
     open_now, opening = asyncio.Event(), asyncio.Event()

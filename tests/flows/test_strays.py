@@ -144,7 +144,7 @@ async def true_ones(world: World, strays: dict[Coordinates, str]) -> None:
         assert seqs == list(range(1, len(seqs) + 1))
 
 
-async def test_what_the_writer_did_not_write_is_dead_lettered(world: World) -> None:
+async def test_record_of_another_writer_is_dead_lettered(world: World) -> None:
     async with world.running("audit", own=OWN):
         await begun(world)
         strays = await put_all(world)
@@ -157,7 +157,7 @@ async def test_what_the_writer_did_not_write_is_dead_lettered(world: World) -> N
         await true_ones(world, strays)
 
 
-async def test_what_came_while_nobody_wrote_is_dead_lettered_by_who_writes_next_and_never_again(
+async def test_stray_record_without_a_writer_is_dead_lettered_once_by_the_next(
     world: World,
 ) -> None:
     async with world.running("audit", own=OWN):
@@ -231,7 +231,7 @@ async def read_by(strays: UnauthorisedRecords, world: World) -> None:
             strays.read(some)
 
 
-async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(world: World) -> None:
+async def test_paused_writer_dead_letters_no_record_of_its_successor(world: World) -> None:
     """Woken, it reads what stands there now before it hears that another writes."""
     strays = UnauthorisedRecords()
     async with two_writers(world, strays) as (first, second):
@@ -245,7 +245,7 @@ async def test_who_was_paused_dead_letters_nothing_that_its_successor_wrote(worl
         assert await letters(world) == []
 
 
-async def test_who_was_paused_and_writes_again_dead_letters_nothing_that_was_written_meanwhile(
+async def test_resumed_writer_dead_letters_no_record_written_meanwhile(
     world: World,
 ) -> None:
     """It is the writer once more by the time that it has read what it took for strays before."""
@@ -296,7 +296,7 @@ async def whole(world: World, count: int) -> None:
     assert await letters(world) == []
 
 
-async def test_who_takes_over_waits_for_what_a_transaction_that_is_left_open_hides(world: World) -> None:
+async def test_next_writer_waits_for_an_open_transaction_to_end(world: World) -> None:
     """Else it would chain on to what is older, and call strays what the writer before it wrote behind that."""
     sources = [Source("x", 0, offset) for offset in range(7)]
     strays = UnauthorisedRecords()
@@ -405,9 +405,7 @@ def wrong(world: World, topic: Topic[Any]) -> Iterator[tuple[str, str | bytes]]:
 
 
 @pytest.mark.parametrize("topic", TOPICS, ids=lambda topic: topic.what)
-async def test_what_is_no_message_of_a_topic_that_is_followed_is_dead_lettered(
-    world: World, topic: Topic[Any]
-) -> None:
+async def test_malformed_record_on_a_followed_topic_is_dead_lettered(world: World, topic: Topic[Any]) -> None:
     make, role, key = TOPICS[topic]
     signer = world.key(role)  # type: ignore[arg-type]
     async with world.running("audit", own=OWN):
@@ -426,7 +424,7 @@ async def test_what_is_no_message_of_a_topic_that_is_followed_is_dead_lettered(
         assert sorted(about, key=place) == sorted([*expected, last], key=place)
 
 
-async def test_what_audit_signed_is_never_dead_lettered_by_audit(world: World) -> None:
+async def test_message_signed_by_audit_is_never_dead_lettered_by_audit(world: World) -> None:
     """Two versions that could not read each other's checkpoints would tell each other of them for ever."""
     key = world.key("audit")
     async with world.running("audit", own=OWN):

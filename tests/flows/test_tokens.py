@@ -168,7 +168,7 @@ async def test_introspection_says_how_a_token_is_to_be_presented(world: World) -
 # --- what can be recalled ---------------------------------------------------------------------------------------------
 
 
-async def test_what_nobody_can_take_back_is_held_for_a_short_time(world: World) -> None:
+async def test_irrevocable_token_lives_300_seconds_at_most(world: World) -> None:
     async with organisation(world) as there:
         deaf = await world.target("staging", FREE, keys=())
         with pytest.raises(RequestDeniedError, match="300 s at most") as denied:

@@ -53,7 +53,7 @@ async def granted(office: PolicyBench, by: Party, question: Any) -> str | None:
     return event.reasons[0].code if event.reasons else None
 
 
-async def test_what_a_lent_key_adds_counts_no_sooner(world: World) -> None:
+async def test_key_added_with_a_lent_key_counts_no_sooner(world: World) -> None:
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         lent = await give_key(world, world.operator, office.sam)
@@ -86,7 +86,7 @@ async def test_a_second_operator_lets_it_count_and_neither_approves_beside_it(wo
         assert (await office.final(again)).outcome == "allowed"
 
 
-async def test_who_has_it_asked_for_takes_part_in_the_request(world: World) -> None:
+async def test_voucher_that_the_request_is_for_blocks_approval_by_the_lent_key(world: World) -> None:
     """otto gave petra a key, and petra is the second person for what is done on behalf of otto."""
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)

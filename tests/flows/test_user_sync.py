@@ -64,7 +64,7 @@ async def shell(
             gc.enable()
 
 
-async def test_what_is_delegated_is_said_before_it_replaces_what_was(shell: Shell) -> None:
+async def test_changed_delegation_is_shown_and_needs_confirmation(shell: Shell) -> None:
     file = shell.folder / "delegation.yaml"
     change = ("provisioner", "set", "hr", "--delegation", str(file))
     await shell("olga", *change)  # nothing changes, and nobody is asked
@@ -113,7 +113,7 @@ async def test_users_become_what_the_file_says(shell: Shell, world: World) -> No
     assert noor.roles == ()
 
 
-async def test_who_is_not_in_the_file_any_more_is_disabled_and_comes_back(shell: Shell, world: World) -> None:
+async def test_user_missing_from_the_file_is_disabled_and_can_return(shell: Shell, world: World) -> None:
     await sync(shell)
     (shell.folder / "users.yaml").write_text(USERS.partition("  noor")[0])
     assert await kinds(shell) == {"maria": "confirm", "noor": "disable"}
@@ -148,9 +148,7 @@ async def test_a_file_that_was_cut_short_disables_nobody(shell: Shell, world: Wo
     await sync(shell, "--force")
 
 
-async def test_whom_an_operator_made_or_disabled_is_no_business_of_the_file(
-    shell: Shell, world: World
-) -> None:
+async def test_sync_leaves_users_that_an_operator_made_or_disabled(shell: Shell, world: World) -> None:
     await world.user("maria")
     told = await sync(shell, status=1)
     assert "maria does not come from hr" in told
@@ -168,7 +166,7 @@ async def test_whom_an_operator_made_or_disabled_is_no_business_of_the_file(
     assert "noor does not come from hr" in await sync(shell, status=1)
 
 
-async def test_who_is_no_provisioner_syncs_nothing(shell: Shell) -> None:
+async def test_sync_by_anyone_but_a_provisioner_is_refused(shell: Shell) -> None:
     told = await shell("olga", "user", "sync", str(shell.folder / "users.yaml"), status=1)
     assert "olga is no provisioner" in told
 
@@ -190,7 +188,7 @@ extra: 1
 """
 
 
-def test_all_that_is_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None:
+def test_every_mistake_in_the_users_file_is_reported_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "users.yaml"
     file.write_text(WRONG)
     with pytest.raises(YamlFileError) as caught:
@@ -222,7 +220,7 @@ def test_all_that_is_wrong_is_said_at_once_with_its_line(tmp_path: Path) -> None
         ("[" * 2000, "nested"),
     ],
 )
-def test_what_is_no_such_file(tmp_path: Path, text: str, word: str) -> None:
+def test_invalid_users_file_is_rejected(tmp_path: Path, text: str, word: str) -> None:
     file = tmp_path / "users.yaml"
     file.write_text(text)
     with pytest.raises(YamlFileError, match=word):

@@ -47,7 +47,7 @@ async def there(played: Played) -> AsyncIterator[Place]:
         yield place
 
 
-async def test_it_is_told_what_was_asked_and_its_answer_is_sent(there: Place, played: Played) -> None:
+async def test_api_receives_the_request_and_its_answer_is_sent(there: Place, played: Played) -> None:
     async with there.connected() as raw:
         for _ in range(2):
             answer = await raw.ask(GET)
@@ -137,7 +137,7 @@ async def test_a_body_that_is_not_read_ends_the_connection(there: Place, played:
         assert await raw.ended()
 
 
-async def test_it_learns_that_the_agent_has_gone(there: Place, played: Played) -> None:
+async def test_api_is_notified_of_a_client_disconnect(there: Place, played: Played) -> None:
     waits, gone = asyncio.Event(), asyncio.Event()
 
     async def wait(request: ApiRequest) -> Answer:

@@ -81,7 +81,9 @@ async def test_a_body_that_does_not_come_is_told_with_its_target() -> None:
         assert blocked.attempt.target_id == "api"
 
 
-async def test_who_came_through_a_tasks_socket_is_shown(tmp_path_factory: pytest.TempPathFactory) -> None:
+async def test_blocked_request_on_a_task_socket_names_its_task(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
     async with placed(allowance=Allowance(per_second_each=0.001, burst_each=1)) as place:
         path = tmp_path_factory.mktemp("s") / "t"
         await place.plane.listen_for_task(path, "the-task")
@@ -91,7 +93,7 @@ async def test_who_came_through_a_tasks_socket_is_shown(tmp_path_factory: pytest
         assert told == [("too_many_requests", "the-task")] * 3
 
 
-async def test_what_was_decided_is_not_told_again(place: Place) -> None:
+async def test_decided_request_is_not_reported_as_blocked(place: Place) -> None:
     place.gate.credentials = False
     async with place.connected() as raw:
         assert (await raw.ask(GET)).status == 503

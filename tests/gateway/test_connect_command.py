@@ -114,7 +114,7 @@ async def shell(place: Place, printed: list[str], command: str) -> tuple[int, st
     return process.returncode, out.decode()
 
 
-async def test_what_it_prints_works_in_a_shell(place: Place) -> None:
+async def test_connect_prints_settings_that_work_in_a_shell(place: Place) -> None:
     async with place.connect() as process:
         printed = await lines(process)
         url = next(line for line in printed if "HTTPS_PROXY" in line).partition("=")[2].strip("'")
@@ -151,7 +151,7 @@ async def test_json_has_the_url_and_the_environment(place: Place) -> None:
     assert told["environment"]["NO_PROXY"] == ""
 
 
-async def test_it_ends_with_the_task(place: Place) -> None:
+async def test_connect_ends_with_the_task(place: Place) -> None:
     async with place.connect() as process:
         await lines(process)
         await place.plane.close_for_task(place.socket)
@@ -214,7 +214,7 @@ async def test_a_command_goes_on_after_the_end_of_the_task(place: Place) -> None
         assert b"the task is over" in err
 
 
-async def test_what_is_wrong_is_told(place: Place) -> None:
+async def test_connect_with_wrong_arguments_fails_with_the_reason(place: Place) -> None:
     status, out, err = await place.run("--task", TASK[:8])
     assert (status, out) == (2, "")
     assert "only how an id begins" in " ".join(err.split())

@@ -108,7 +108,7 @@ async def test_a_body_that_the_map_looks_at_is_read_before_the_decision(place: P
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_such_a_body_without_measure_is_refused(place: Place, chunked: bool) -> None:
+async def test_decided_body_over_the_limit_is_refused(place: Place, chunked: bool) -> None:
     size = 1024 * 1024 + 1
     async with place.connected() as raw:
         if chunked:
@@ -134,7 +134,7 @@ async def test_expect_is_answered_by_the_gateway_and_not_passed_on(place: Place)
     assert len(place.target.requests) == 1
 
 
-async def test_who_expects_and_is_denied_sends_no_body(place: Place) -> None:
+async def test_denied_request_with_expect_continue_sends_no_body(place: Place) -> None:
     async with place.connected() as raw:
         data = request("PATCH /api/files/a HTTP/1.1", "Content-Length: 5", "Expect: 100-continue")
         assert (await raw.ask(data)).status == 403
@@ -172,7 +172,7 @@ async def test_by_host_and_in_absolute_form(place: Place) -> None:
         (b"TRACE /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n\r\n", 403),
     ],
 )
-async def test_what_is_for_no_target_goes_nowhere(place: Place, data: bytes, status: int) -> None:
+async def test_request_for_an_unknown_target_is_rejected(place: Place, data: bytes, status: int) -> None:
     async with place.connected() as raw:
         response = await raw.ask(data)
         assert response.status == status
@@ -180,7 +180,7 @@ async def test_what_is_for_no_target_goes_nowhere(place: Place, data: bytes, sta
     assert place.target.raw == []
 
 
-async def test_nothing_is_forwarded_while_nobody_can_decide_or_the_credential_is_away(place: Place) -> None:
+async def test_request_without_a_decision_or_credential_is_not_forwarded(place: Place) -> None:
     async with place.connected() as raw:
         place.gate.available = False
         assert (await raw.ask(GET)).status == 503
@@ -277,7 +277,7 @@ async def test_responses_that_end_for_certain_leave_both_connections_open(
         assert place.plane.upstreams.open == 1
 
 
-async def test_nothing_has_no_length() -> None:
+async def test_no_content_response_loses_its_content_length() -> None:
     answer = b"HTTP/1.1 204 No Content\r\nContent-Length: 30\r\n\r\n"
     async with placed(saying(answer)) as place, place.connected() as raw:
         for _ in range(2):  # once by each way through the plane
@@ -360,7 +360,7 @@ async def test_a_kept_connection_that_the_target_closed_is_noticed_in_time() -> 
         assert served == 4
 
 
-async def test_what_is_not_repeatable_is_sent_once() -> None:
+async def test_non_idempotent_request_is_sent_once() -> None:
     served = 0
 
     async def script(reader: Reader, writer: Writer) -> None:
@@ -538,7 +538,7 @@ async def test_an_answer_before_the_end_of_the_request_is_passed_on() -> None:
 
 
 @pytest.mark.parametrize("upwards", [True, False])
-async def test_who_takes_nothing_stops_who_sends(upwards: bool) -> None:
+async def test_slow_reader_stops_the_sender_by_backpressure(upwards: bool) -> None:
     go = asyncio.Event()
     size, limit = 32 * 1024 * 1024, 16 * 1024 * 1024
     received = sent = 0
@@ -645,7 +645,9 @@ async def test_a_request_is_not_sent_again_without_its_body(place: Place) -> Non
     assert [one.body for one in place.target.requests] == [b"", b"hello"]
 
 
-async def test_what_a_person_approved_is_sent_once(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_request_approved_by_a_person_is_sent_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where the connection that was kept for its target is closed."""
     decide, asks = place.gate.decide, GET.replace(b"/a ", b"/asks ")
 

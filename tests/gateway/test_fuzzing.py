@@ -211,7 +211,7 @@ def refuses(head: bytes) -> bool:
     return False
 
 
-def test_what_was_looked_at_is_not_looked_at_again() -> None:
+def test_request_head_is_not_scanned_twice() -> None:
     """Else who sends byte by byte costs as much as the square of what it sends."""
     assert take_head(bytearray(b"GET / HTTP/1.1\x00\r\nX: y"), 20) is None
 
@@ -231,7 +231,7 @@ def test_chunks_come_out_as_they_went_in_however_they_are_cut(pieces: list[bytes
 
 @settings(max_examples=500)
 @given(st.binary(max_size=60) | st.tuples(CHUNKS.map(b"".join), LAST).map(b"".join))
-def test_what_is_no_body_in_chunks_never_ends_as_one(data: bytes) -> None:
+def test_malformed_chunked_body_never_completes(data: bytes) -> None:
     """Read by h11 as well: where it finds an end, ours is the same or a refusal."""
     import h11
 

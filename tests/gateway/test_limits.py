@@ -73,7 +73,7 @@ def test_one_network_of_ipv6_is_one_sender() -> None:
     assert sender_at("::ffff:192.0.2.1") == sender_at("192.0.2.1") != sender_at("192.0.2.2")
 
 
-def test_who_has_many_addresses_leaves_room_for_those_who_show_who_they_are() -> None:
+def test_many_anonymous_addresses_leave_connections_for_known_senders() -> None:
     limits = SenderLimits(Allowance(connections=8, connections_each=2), Seconds())
     came = [limits.open_connection(sender_at(f"192.0.2.{number}")) for number in range(8)]
     assert came == [True] * 6 + [False] * 2
@@ -83,7 +83,7 @@ def test_who_has_many_addresses_leaves_room_for_those_who_show_who_they_are() ->
     assert limits.connections == 8
 
 
-def test_who_has_not_asked_for_long_is_forgotten() -> None:
+def test_usage_of_an_idle_sender_is_forgotten() -> None:
     seconds = Seconds()
     limits = SenderLimits(Allowance(per_second_each=100, burst_each=100), seconds)
     for number in range(10_001):
@@ -199,7 +199,7 @@ async def test_one_address_has_so_many_connections() -> None:
 
 
 @pytest.mark.parametrize("path", [b"/", b"/api/secrets"])
-async def test_who_takes_no_answers_gets_no_more_of_them(path: bytes) -> None:
+async def test_client_that_reads_no_responses_gets_no_more(path: bytes) -> None:
     """Refused by the plane or denied by the core: what nobody takes is not heaped up."""
     loop, asked = asyncio.get_running_loop(), b"GET " + path + b" HTTP/1.1\r\nHost: gateway.test\r\n\r\n"
     async with placed(timeouts=Timeouts(piece_s=1.0)) as place:
@@ -232,7 +232,7 @@ async def test_many_requests_at_once_are_answered_in_turns_with_others() -> None
             assert (await greedy.response()).status == 403
 
 
-async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
+async def test_slow_clients_do_not_block_others() -> None:
     timeouts = Timeouts(head_s=0.5, idle_s=0.5, piece_s=0.5)
     async with placed(timeouts=timeouts) as place, contextlib.AsyncExitStack() as stack:
         slow = [await stack.enter_async_context(place.connected()) for _ in range(200)]
@@ -266,7 +266,7 @@ async def test_those_who_send_nothing_or_slowly_do_not_stop_others() -> None:
             await asyncio.sleep(0.01)
 
 
-async def test_what_comes_at_the_very_end_of_patience_is_no_way_around_it() -> None:
+async def test_data_at_the_last_moment_does_not_bypass_the_timeout() -> None:
     loop, stream = asyncio.get_running_loop(), Stream()
     stream.deadline = loop.time()
     waiting = asyncio.create_task(stream.read_more())

@@ -152,7 +152,7 @@ async def test_another_name_in_tls_than_in_the_connect_is_refused(secure: Secure
             pass
 
 
-async def test_what_is_no_tls_goes_nowhere(secure: Secure) -> None:
+async def test_plain_text_inside_connect_is_dropped(secure: Secure) -> None:
     async with connected(secure.port) as raw:
         await raw.send(CONNECT)
         await raw.reader.readuntil(b"\r\n\r\n")
@@ -173,7 +173,7 @@ async def test_connect_to_an_unknown_port_is_denied_and_recorded(secure: Secure)
     assert (presented.handle, attempt.method, attempt.authority) == ("handle", "CONNECT", "api.test:22")
 
 
-async def test_who_shows_nothing_is_asked_where_that_is_wanted(secure: Secure) -> None:
+async def test_connect_without_credentials_is_challenged(secure: Secure) -> None:
     port = await secure.plane.listen("127.0.0.1", 0, challenge=True)
     async with connected(port) as raw:
         response = await raw.ask(CONNECT)
@@ -240,7 +240,7 @@ def test_an_authority_without_hosts_can_stand_for_nobody() -> None:
     assert [str(name.value) for name in excluded] == ["0.0.0.0/0", "::/0", ""]
 
 
-async def test_who_trusts_an_older_authority_still_reaches_what_it_covered(secure: Secure) -> None:
+async def test_older_authority_still_verifies_hosts_it_covered(secure: Secure) -> None:
     older = secure.trusting_gateway()
     assert secure.plane.authority.set_hosts(["api.test", "new.test"])
     assert not secure.plane.authority.set_hosts(["api.test", "new.test"])

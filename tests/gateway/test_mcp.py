@@ -85,7 +85,7 @@ async def test_a_task_calls_what_its_lease_allows_and_sees_no_more(server: McpSe
         ("delete_repo", {"repo": "a"}, "request_unmapped", None),
     ],
 )
-async def test_what_it_may_not_call_is_an_error_with_the_words_of_the_problem(
+async def test_denied_tool_call_is_an_error_with_the_problem_detail(
     server: McpServer,
     tmp_path: Path,
     tool: str,
@@ -418,7 +418,7 @@ CALL = json.dumps(message("tools/call", name="get_issue", arguments={"repo": "a"
         (CALL, {"Mcp-Param-Repo": "b"}, "mcp_header"),
     ],
 )
-async def test_what_could_be_read_in_two_ways_does_not_reach_the_server(
+async def test_ambiguous_mcp_message_is_rejected_before_the_server(
     streaming: McpServer, tmp_path: Path, body: bytes, headers: dict[str, str], code: str
 ) -> None:
     async with mcp_placed(streaming.port, tmp_path, READS) as place, place.http() as http:
@@ -469,7 +469,7 @@ async def test_a_task_of_a_server_is_its_leases_and_nobody_elses(tmp_path: Path)
         assert await code(asks) == "mcp_task_unknown"
 
 
-async def test_what_is_not_of_the_stated_revision_does_not_reach_the_server(
+async def test_message_of_another_mcp_revision_is_rejected_before_the_server(
     streaming: McpServer, tmp_path: Path
 ) -> None:
     async with mcp_placed(streaming.port, tmp_path, READS) as place, place.http() as http:

@@ -33,7 +33,7 @@ def sent(place: Place) -> list[str]:
     return bytes(place.target.raw[0]).decode("latin-1").split("\r\n")
 
 
-async def test_it_goes_on_as_it_came(place: Place) -> None:
+async def test_observed_request_is_forwarded_unchanged(place: Place) -> None:
     response = await ask(
         place, DELETE, "Accept: text/plain", "X-Own:  two  spaces ", "x-own: again", OLD, "Cookie: a=b",
         "Accept-Encoding: gzip", f"X-Ringfence-Handle: {LEASE}", "DPoP: a.b.c", "X-Ringfence-Label: issue",
@@ -53,7 +53,7 @@ async def test_it_goes_on_as_it_came(place: Place) -> None:
     assert place.gate.watching == {}, "it is bound to no lease"
 
 
-async def test_what_is_allowed_beside_it_goes_with_what_is_injected(place: Place) -> None:
+async def test_allowed_request_replaces_the_observed_credential(place: Place) -> None:
     response = await ask(
         place, "GET /api/files/a HTTP/1.1", OLD, f"X-Ringfence-Handle: {LEASE}", "DPoP: a.b.c"
     )
@@ -75,7 +75,7 @@ async def test_a_handle_in_authorization_is_nothing_of_the_agents_own(
     assert LEASE not in bytes(place.target.raw[0]).decode()
 
 
-async def test_what_would_be_left_out_is_not_the_agents_own_either(place: Place) -> None:
+async def test_header_named_in_connection_is_not_observed(place: Place) -> None:
     assert (await ask(place, DELETE, OLD, "Connection: Authorization")).status == 403
     assert place.gate.last[0].header_names == frozenset()
 
@@ -102,7 +102,7 @@ async def test_the_handle_beside_an_authorization_counts_before_the_proxys(place
     assert place.gate.last[0].handle == LEASE
 
 
-async def test_what_is_not_observed_stays_denied(place: Place) -> None:
+async def test_unobserved_request_stays_denied(place: Place) -> None:
     place.gate.observed = frozenset({"another"})
     assert (await ask(place, DELETE, OLD)).status == 403
     place.gate.observed = frozenset({"api"})

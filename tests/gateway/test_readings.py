@@ -44,7 +44,7 @@ async def whole(raw: Raw, place: Place) -> None:
 
 
 @pytest.mark.parametrize("name", [b"Content-Type", b"content-encoding"])
-async def test_what_says_how_a_body_is_read_is_not_left_out_on_the_way(place: Place, name: bytes) -> None:
+async def test_body_header_named_in_connection_is_rejected(place: Place, name: bytes) -> None:
     async with place.connected() as raw:
         lines = (b"Content-Type: application/json", b"Connection: keep-alive, " + name)
         assert (await raw.ask(post(*lines))).status == 400
@@ -59,7 +59,7 @@ async def test_what_says_how_a_body_is_read_is_not_left_out_on_the_way(place: Pl
         b"Remote-User: admin", b"X-WebAuth-User: admin", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABkAAQ", b"A-IM: gzip",
     ],
 )  # fmt: skip
-async def test_what_a_target_may_believe_of_a_proxy_no_agent_says(place: Place, line: bytes) -> None:
+async def test_proxy_headers_of_an_agent_are_removed(place: Place, line: bytes) -> None:
     connection = b"Connection: Upgrade, HTTP2-Settings"
     get = b"GET /api/files/a HTTP/1.1\r\nHost: gateway.test\r\n%b\r\n%b\r\n\r\n"
     async with place.connected() as raw:

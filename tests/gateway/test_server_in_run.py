@@ -77,7 +77,7 @@ async def test_a_request_goes_to_the_server_of_its_own_run_without_any_credentia
         assert len(heads) == 1
 
 
-async def test_what_is_no_socket_of_its_own_user_is_not_connected_to(folder: Path) -> None:
+async def test_socket_of_another_owner_or_type_is_not_connected(folder: Path) -> None:
     async with listening(folder), bridge(folder / "elsewhere") as heads:
         (folder / f"{RUN}.stdio").symlink_to(folder / "elsewhere")
         answer = await get(folder, RUN)

@@ -88,7 +88,7 @@ async def test_requests_in_one_piece_are_answered_one_after_the_other(place: Pla
     assert [one.method for one in place.target.requests] == ["GET", "GET", "PUT", "GET", "GET"]
 
 
-async def test_what_comes_before_the_answer_waits_for_it() -> None:
+async def test_pipelined_request_waits_for_the_response_before_it() -> None:
     slow = Slow()
     async with placed(Target(script=slow.script)) as place, place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
@@ -224,7 +224,7 @@ async def test_a_connection_to_a_target_serves_both_ways_in_turn(place: Place) -
     assert place.plane.upstreams.open == 1
 
 
-async def test_what_is_left_to_the_long_way_counts_once() -> None:
+async def test_fast_path_fallback_charges_the_rate_limit_once() -> None:
     async with (
         placed(allowance=Allowance(per_second_each=0.001, burst_each=3)) as place,
         place.connected() as raw,
@@ -265,7 +265,7 @@ async def test_a_connection_that_brought_much_serves_the_short_way_too(place: Pl
         (lambda gate: setattr(gate, "stood_still", True), (503, b"stale_view")),
     ],
 )
-async def test_what_is_cut_before_it_is_sent_is_not_sent(
+async def test_request_cut_between_decision_and_send_is_not_sent(
     place: Place, monkeypatch: pytest.MonkeyPatch, cut: Any, said: tuple[int, bytes]
 ) -> None:
     """What is sent goes out when all that came in a turn of the loop was seen to: a cut may come in between."""
@@ -300,7 +300,7 @@ async def test_answers_in_one_turn_come_in_their_order(place: Place) -> None:
             assert [(await raw.response()).status for _ in range(3)] == [200, 403, 200]
 
 
-async def test_what_cannot_be_recorded_is_not_sent_and_decided_anew(place: Place) -> None:
+async def test_request_that_cannot_be_recorded_takes_the_slow_path(place: Place) -> None:
     """Nothing of it is lost, nor of what came behind it."""
     async with place.connected() as raw:
         assert (await raw.ask(GET)).status == 200
@@ -336,7 +336,7 @@ async def test_the_same_head_with_another_body_is_another_request(place: Place) 
     assert at_once(place, 7)
 
 
-async def test_what_changed_is_read_anew(place: Place) -> None:
+async def test_changed_catalogue_entry_rebuilds_the_request_plan(place: Place) -> None:
     """A plan is kept by every byte of a head, and only as long as it stands."""
     async with place.connected() as raw:
         for _ in range(3):

@@ -136,7 +136,7 @@ BODIES = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-async def test_what_is_ambiguous_reaches_nobody(place: Place, name: str) -> None:
+async def test_ambiguous_request_is_rejected_and_not_forwarded(place: Place, name: str) -> None:
     async with place.connected() as raw:
         response = await raw.ask(REFUSED[name] + SMUGGLED)
         assert response.status == 400, response
@@ -222,7 +222,7 @@ async def test_paths_that_others_read_otherwise_are_judged_as_they_were_sent(
 @pytest.mark.parametrize(
     "target", ["/files/a%41", "/files/a?x=%2e%2e", "/files/a?", "/files/%C3%A9", "/files/~a.b"]
 )
-async def test_what_is_allowed_arrives_as_it_was_sent(place: Place, target: str) -> None:
+async def test_allowed_request_is_forwarded_with_its_exact_path(place: Place, target: str) -> None:
     async with place.connected() as raw:
         data = f"GET /api{target} HTTP/1.1\r\nHost: gateway.test\r\n\r\n".encode()
         assert (await raw.ask(data)).status == 200

@@ -243,7 +243,7 @@ async def test_a_lease_that_ends_cuts_off_who_takes_nothing_as_well() -> None:
 
 
 @pytest.mark.parametrize("what", ["events", "socket"])
-async def test_what_came_while_it_stood_still_goes_nowhere(what: str) -> None:
+async def test_data_received_while_stale_is_not_forwarded(what: str) -> None:
     go = asyncio.Event()
 
     async def script(reader: Reader, writer: Writer) -> None:

@@ -347,7 +347,7 @@ async def test_an_accepted_connect_relays_bytes_both_ways(tmp_path: Path) -> Non
     assert bytes(seen) == HEADS["CONNECT"] + b"Connection: close\r\n\r\n\x16 from the client"
 
 
-async def test_nothing_follows_a_connect_before_it_is_answered(tmp_path: Path) -> None:
+async def test_data_pipelined_after_connect_is_rejected(tmp_path: Path) -> None:
     async with placed(tmp_path, answer=ESTABLISHED) as place, place.connected() as raw:
         assert (await raw.ask(HEADS["CONNECT"] + place.key + b"\r\n" + NEXT, "CONNECT")).status == 400
         assert place.gateway.connections == []
@@ -533,7 +533,7 @@ async def test_expect_continue(plane: Plane) -> None:
     assert plane.target.requests[0].body == b"abc"
 
 
-async def test_who_is_still_sending_gets_a_refusal(plane: Plane) -> None:
+async def test_client_still_sending_its_body_receives_the_denial(plane: Plane) -> None:
     size = 2 * 1024 * 1024
     async with connected(plane.proxy.port) as raw:
         await raw.send(plane.head("PATCH", "/files/a", b"Content-Length: %d\r\n" % size))

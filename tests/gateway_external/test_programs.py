@@ -142,7 +142,7 @@ async def test_out_of_scope_is_told_why_and_reaches_nothing(
             assert problem["ask"].startswith("ringfence request --task ")
 
 
-async def test_who_does_not_show_all_headers_asks_nobody(stage: Stage, running: Running) -> None:
+async def test_proxy_that_hides_headers_cannot_ask_for_approval(stage: Stage, running: Running) -> None:
     agent = await stage.agent(running.port, "read", "merge")
     stage.target.received.clear()
     answer = await agent.send("PATCH", "/a/x", [("Content-Type", "text/plain")], b"merge it")
@@ -266,7 +266,7 @@ async def test_http_2_without_negotiation_is_refused(stage: Stage, running: Runn
     assert came in (b"HTTP", b"")
 
 
-async def test_nobody_in_particular_is_401(stage: Stage, agent: Agent) -> None:
+async def test_request_without_credentials_is_401(stage: Stage, agent: Agent) -> None:
     answer = await agent.send_raw(request("GET", "/a/x", [], None))
     assert (answer.status, answer.json()["code"]) == (401, "no_credentials")
     assert answer.get("WWW-Authenticate").startswith("DPoP ")
@@ -389,7 +389,7 @@ async def test_an_odd_target_arrives_as_it_was_decided_on_or_not_at_all(
         ("X-Envoy-Original-Path", "/a/x"),
     ],
 )
-async def test_what_an_agent_says_of_its_request_counts_for_nothing(
+async def test_forged_proxy_headers_of_an_agent_are_ignored(
     stage: Stage, agent: Agent, name_of_header: str, value: str, times: int
 ) -> None:
     spoofed = [(name_of_header, value)] * times
@@ -444,7 +444,7 @@ async def test_a_header_that_is_spelled_otherwise_is_the_same_header(
 
 
 @pytest.mark.parametrize("header", sorted(name.decode() for name in PROXY_FIELDS))
-async def test_who_sends_it_no_agent_says_itself(stage: Stage, agent: Agent, header: str) -> None:
+async def test_proxy_header_of_an_agent_is_not_forwarded(stage: Stage, agent: Agent, header: str) -> None:
     assert (await agent.send("GET", "/a/x", [(header, "of-the-agent")])).status == 200
     [received] = stage.target.received
     assert "of-the-agent" not in str(received.headers)
@@ -470,7 +470,7 @@ async def test_events_come_as_they_are_sent(stage: Stage, agent: Agent) -> None:
         await reader.readuntil(SECOND)
 
 
-async def test_what_the_target_says_itself_is_passed_on(stage: Stage, agent: Agent) -> None:
+async def test_response_of_the_target_is_passed_on_unchanged(stage: Stage, agent: Agent) -> None:
     answer = await agent.send("GET", FORBIDDEN)
     assert (answer.status, answer.body) == (403, b"no")
     assert [received.target for received in stage.target.received] == [FORBIDDEN]
@@ -535,7 +535,7 @@ NOTE, OTHER = b'{"kind": "note", "text": "x"}', b'{"kind": "order"}'
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_what_stands_in_the_body_is_decided_on_where_the_program_shows_it(
+async def test_body_is_part_of_the_decision_where_the_program_shows_it(
     stage: Stage, running: Running, agent: Agent, chunked: bool
 ) -> None:
     def sent(body: bytes) -> tuple[list[tuple[str, str]], bytes]:

@@ -82,7 +82,7 @@ def allowed(answer: Answer) -> bool:
     return False
 
 
-async def test_what_proxies_ask_for(agent: Agent) -> None:
+async def test_each_proxy_form_of_question_is_answered(agent: Agent) -> None:
     assert allowed(await ask(agent, "/authz/fwd/hub", told()))
     assert allowed(await ask(agent, "/authz/envoy-target/hub/a/x", FORWARDED[1:]))
     by_host = ("GET", f"https://{HUB}/a/x")
@@ -129,7 +129,7 @@ async def test_envoy_asks_with_the_method_of_the_request(agent: Agent, method: s
 
 
 @pytest.mark.parametrize("name", [name for name, _ in told()])
-async def test_what_a_proxy_must_say_is_said_once(agent: Agent, name: str) -> None:
+async def test_missing_or_repeated_proxy_header_is_refused(agent: Agent, name: str) -> None:
     said = [pair for pair in told() if pair[0] == name]
     for headers in ([pair for pair in told() if pair[0] != name], told() + said, [*told(), (name, "")]):
         answer = await ask(agent, "/authz/fwd/hub", headers)
@@ -138,7 +138,7 @@ async def test_what_a_proxy_must_say_is_said_once(agent: Agent, name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["Authorization", "DPoP"])
-async def test_what_an_agent_shows_is_shown_once(agent: Agent, name: str) -> None:
+async def test_repeated_agent_credential_header_is_refused(agent: Agent, name: str) -> None:
     for where, headers in (("/authz/fwd/hub", told()), ("/authz/envoy-target/hub/a/x", FORWARDED[1:])):
         answer = await ask(agent, where, [*headers, (name, "x")])
         assert not allowed(answer)
@@ -152,7 +152,7 @@ async def test_what_an_agent_shows_is_shown_once(agent: Agent, name: str) -> Non
         ("X-Forwarded-Proto", "ws"), ("X-Forwarded-Proto", "https, http"), ("X-Forwarded-Host", ""),
     ],
 )  # fmt: skip
-async def test_what_is_no_request_is_refused(agent: Agent, name: str, value: str) -> None:
+async def test_malformed_forwarded_request_is_refused(agent: Agent, name: str, value: str) -> None:
     answer = await ask(
         agent, "/authz/fwd/hub", [pair for pair in told() if pair[0] != name] + [(name, value)]
     )

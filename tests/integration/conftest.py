@@ -11,6 +11,7 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.topics import ALL
+from ringfence.model.lease_store import LeaseStore
 from tests.conftest import Kafka
 from tests.support.declared_consumer import MAKERS, MakeConsumer
 from tests.support.topics import delete_topics
@@ -58,3 +59,12 @@ async def publisher(settings: ServiceSettings) -> AsyncIterator[Publisher]:
     """Writes to the topics of `settings`."""
     async with Publisher(settings, "spiffe://acme.example/service/test") as made:
         yield made
+
+
+@pytest.fixture
+async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
+    """A connected lease store in the Redis of `settings`."""
+    made = LeaseStore(settings)
+    await made.connect()
+    yield made
+    await made.close()

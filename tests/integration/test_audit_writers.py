@@ -189,7 +189,7 @@ def stray_in(record: Received, world: World) -> tuple[int, int] | None:
 
 
 @pytest.mark.timeout(300)
-async def test_who_stands_by_takes_over_from_a_writer_that_is_gone(world: World, tmp_path: Path) -> None:
+async def test_standby_takes_over_from_a_stopped_chain_writer(world: World, tmp_path: Path) -> None:
     handed: list[str] = []
     async with AsyncExitStack() as running:
         replicas = [

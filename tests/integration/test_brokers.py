@@ -277,7 +277,7 @@ async def test_redis_never_evicts_and_keeps_its_keys_over_a_restart(tmp_path: Pa
         server.stop()
 
 
-def test_nothing_of_the_stack_outlives_a_parent_that_was_killed(tmp_path: Path) -> None:
+def test_dev_servers_end_with_a_killed_parent(tmp_path: Path) -> None:
     program = f"""
         import sys
         from pathlib import Path

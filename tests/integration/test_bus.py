@@ -282,7 +282,7 @@ async def test_a_batch_that_failed_comes_again_and_is_not_lost(
     assert done.values[-3:] == ["a", "b", "c"], "the whole batch in its order"
 
 
-async def test_what_one_handler_takes_comes_in_one_batch_topic_after_topic(
+async def test_handler_of_two_topics_gets_one_batch_ordered_by_topic(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     mixed, batches = asyncio.Event(), list[list[str]]()
@@ -308,7 +308,7 @@ async def test_what_one_handler_takes_comes_in_one_batch_topic_after_topic(
         assert batch == sorted(batch, key=["lease", "credential.request"].index)
 
 
-async def test_what_was_committed_does_not_come_again(
+async def test_committed_message_is_not_redelivered(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     first, second = Seen(), Seen()
@@ -326,7 +326,7 @@ async def test_what_was_committed_does_not_come_again(
     assert "a" not in second.values or first.values == ["a", "b"], "at least once, never less"
 
 
-async def test_what_was_read_ahead_comes_again_where_its_batch_fails_and_is_committed_where_it_is_done(
+async def test_prefetched_message_is_committed_only_with_its_batch(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     """Two tries, then a member that comes after: what was read ahead counts only as far as it was done."""
@@ -388,7 +388,7 @@ async def test_a_halt_at_what_was_read_ahead_takes_the_batch_before_it_to_its_en
     assert after.values == ["halts"]
 
 
-async def test_what_was_not_finished_comes_to_the_next_member(
+async def test_unfinished_message_is_redelivered_to_the_next_member(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     reached, second = asyncio.Event(), Seen()
@@ -502,7 +502,7 @@ async def test_a_follower_is_complete_once_it_has_read_what_was_there(
         assert len(seen) == 50
 
 
-async def test_who_reads_stops_in_good_order_while_the_broker_is_gone(
+async def test_consumers_stop_cleanly_while_the_broker_is_down(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whoever stops it was not cancelled, and has more to do: others to stop, and a connection to close."""

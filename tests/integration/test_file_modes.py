@@ -122,7 +122,7 @@ async def test_a_gateways_files_are_for_its_user_alone(world: World, tmp_path: P
 
 
 @pytest.mark.parametrize("umask", UMASKS, ids=oct)
-async def test_what_dev_writes_is_for_its_user_alone(tmp_path: Path, umask: int) -> None:
+async def test_dev_state_is_readable_by_its_user_alone(tmp_path: Path, umask: int) -> None:
     """The broker and Redis with it: they are programs of others."""
     state = tmp_path / "above" / "state"
     wide(state, "lock", "ringfence.toml")

@@ -127,7 +127,7 @@ async def test_a_group_whose_next_records_are_gone_says_which(
     )
 
 
-async def test_it_does_not_go_on_before_somebody_was_told(
+async def test_consumer_waits_until_a_loss_is_reported(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     await send(publisher, "0", "1", "2")
@@ -139,7 +139,7 @@ async def test_it_does_not_go_on_before_somebody_was_told(
     assert (span(reading.told), reading.values) == ([(0, 2)], ["2"])
 
 
-async def test_what_was_gone_before_a_group_began_is_no_loss_of_its_own(
+async def test_records_lost_before_a_group_began_are_not_reported_as_loss(
     settings: ServiceSettings, publisher: Publisher, make_consumer: MakeConsumer
 ) -> None:
     await send(publisher, "0", "1", "2")

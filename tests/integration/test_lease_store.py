@@ -7,7 +7,6 @@ import os
 import signal
 import time
 import uuid
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -56,14 +55,6 @@ async def settings(redis_server: RedisServer) -> ServiceSettings:
     )
     await declare_complete(settings)
     return settings
-
-
-@pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
 
 
 def opens_ms(one: SignedLease) -> int:
@@ -138,7 +129,7 @@ async def test_an_ended_lease_is_known_and_not_issued_again(store: LeaseStore) -
 
 
 @pytest.mark.parametrize("left_s", [-5, 0])
-async def test_what_is_over_is_not_activated(store: LeaseStore, left_s: int) -> None:
+async def test_lease_past_its_deadline_is_not_activated(store: LeaseStore, left_s: int) -> None:
     one = lease(deadline=int(time.time()) + left_s)
     assert await store.activate([one]) == [Activation("late")]
     assert (await store.look(one.claims.lease_id)).stored is None
@@ -245,7 +236,7 @@ async def test_a_lease_that_is_not_activated_in_time_comes_to_a_revoker_which_ab
     assert (again.outcome, again.stored and again.stored.status) == ("known", "aborted")
 
 
-async def test_who_takes_a_lease_over_keeps_its_record_and_shuts_the_other_out(store: LeaseStore) -> None:
+async def test_new_token_takes_over_a_prepared_lease_and_blocks_the_other(store: LeaseStore) -> None:
     one = minting()
     await store.prepare([one], token="a", mint_ms=50)
     other = SignedLease(one.claims, "signed.otherwise.1")
@@ -276,7 +267,7 @@ async def test_preparing_and_activating_again_change_nothing(store: LeaseStore) 
     assert not (await store.look(one.claims.lease_id)).active
 
 
-async def test_what_was_never_prepared_or_by_somebody_else_is_not_activated(store: LeaseStore) -> None:
+async def test_lease_prepared_by_another_or_not_at_all_is_not_activated(store: LeaseStore) -> None:
     one, pure = minting(), lease()
     assert await store.activate([minted(one)], token="a") == [Activation("lost")]
     await store.activate([pure])
@@ -362,7 +353,7 @@ async def test_a_due_lease_is_claimed_by_one_revoker_and_again_when_that_one_die
     await other.close()
 
 
-async def test_what_was_claimed_and_ended_never_comes_again(store: LeaseStore) -> None:
+async def test_claimed_and_expired_lease_is_not_claimed_again(store: LeaseStore) -> None:
     one = lease(deadline=soon())
     await store.activate([one])
     await until(lambda: claimed(store, 1))
@@ -539,9 +530,7 @@ async def test_a_step_that_was_done_changes_nothing_when_it_comes_again(store: L
 
 
 @pytest.mark.parametrize("won", ["expired", "ending"])
-async def test_where_a_record_does_not_follow_none_that_comes_after_it_does(
-    store: LeaseStore, won: LeaseStatus
-) -> None:
+async def test_conflicting_step_stops_every_step_after_it(store: LeaseStore, won: LeaseStatus) -> None:
     """Two causes meet: what one of them means to write second could follow upon what the other wrote first."""
     leases = [lease() for _ in range(200)]  # more than go through one run of a script
     await store.activate(leases)
@@ -599,7 +588,7 @@ async def test_leases_are_found_by_each_of_their_marks_across_shards(store: Leas
     assert len(await store.find(ALL_LEASES)) == 21
 
 
-async def test_those_of_several_agents_are_found_and_counted_as_long_as_there_are_any(
+async def test_leases_of_several_agents_are_found_and_counted_by_mark(
     store: LeaseStore,
 ) -> None:
     sam = {"sponsor": "sam", "on_behalf_of": "maria"}
@@ -655,7 +644,7 @@ async def test_a_record_stays_in_the_outbox_until_kafka_has_it(store: LeaseStore
     clearing.cancel()
 
 
-async def test_what_redis_did_not_take_from_the_outbox_is_taken_later(
+async def test_outbox_entry_that_redis_kept_is_removed_later(
     settings: ServiceSettings, tmp_path: Path
 ) -> None:
     server = EmbeddedRedis(tmp_path)

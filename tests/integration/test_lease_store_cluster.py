@@ -69,14 +69,6 @@ async def settings(nodes: list[ChaosValkey]) -> ServiceSettings:
     return settings
 
 
-@pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
-
-
 async def test_the_shards_lie_on_all_nodes(store: LeaseStore, nodes: list[ChaosValkey]) -> None:
     found = await store.link.inspect([at.epoch for at in store.keys])
     assert len({run_id for run_id, _ in found}) == len(nodes)

@@ -32,14 +32,6 @@ async def settings(tmp_path: Path) -> AsyncIterator[ServiceSettings]:
         server.stop()
 
 
-@pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
-
-
 async def fill(settings: ServiceSettings) -> None:
     """From now on there is no memory for anything, and no script is known any more."""
     async with Redis.from_url(settings.redis_url) as client:
@@ -47,7 +39,9 @@ async def fill(settings: ServiceSettings) -> None:
         await client.script_flush()
 
 
-async def test_nothing_is_issued(store: LeaseStore, settings: ServiceSettings) -> None:
+async def test_full_redis_refuses_activation_and_preparation(
+    store: LeaseStore, settings: ServiceSettings
+) -> None:
     started = minting()
     await store.prepare([started], token="a", mint_ms=VISIBLE_MS)
     await fill(settings)
@@ -61,7 +55,7 @@ async def test_nothing_is_issued(store: LeaseStore, settings: ServiceSettings) -
     assert await store.get([one.claims.lease_id, other.claims.lease_id]) == {}
 
 
-async def test_what_is_known_is_told_though_it_is_full(store: LeaseStore, settings: ServiceSettings) -> None:
+async def test_full_redis_still_answers_reads(store: LeaseStore, settings: ServiceSettings) -> None:
     one = lease()
     await store.activate([one])
     await fill(settings)
@@ -94,14 +88,14 @@ async def test_leases_end_and_revocations_stand(store: LeaseStore, settings: Ser
     assert len(await store.unpublished(older_than_ms=0)) == 7
 
 
-async def test_what_others_issued_is_given_to_it(store: LeaseStore, settings: ServiceSettings) -> None:
+async def test_full_redis_still_accepts_restored_leases(store: LeaseStore, settings: ServiceSettings) -> None:
     await fill(settings)
     one = lease()
     assert await store.restore([one]) == 1
     assert (await store.look(one.claims.lease_id)).active
 
 
-async def test_it_is_rebuilt(settings: ServiceSettings) -> None:
+async def test_full_redis_is_rebuilt(settings: ServiceSettings) -> None:
     kept, ended, waiting = lease(), lease(), lease()
     await fill(settings)
     restoration = Restoration(settings)

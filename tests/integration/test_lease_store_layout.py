@@ -37,14 +37,6 @@ async def settings(redis_server: RedisServer) -> ServiceSettings:
 
 
 @pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
-
-
-@pytest.fixture
 async def redis(settings: ServiceSettings) -> AsyncIterator[Any]:
     async with Redis.from_url(settings.redis_url) as client:
         yield client
@@ -151,7 +143,7 @@ async def test_a_record_of_which_something_is_gone_is_none(
 # --- deadlines --------------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_due_much_later_comes_to_the_deadlines_when_its_minute_has_nearly_come(
+async def test_distant_deadline_moves_to_the_deadlines_shortly_before_its_minute(
     store: LeaseStore, redis: Any, at: Keys
 ) -> None:
     deadline = later()
@@ -173,7 +165,7 @@ async def test_what_is_due_much_later_comes_to_the_deadlines_when_its_minute_has
     }
 
 
-async def test_what_ended_before_its_minute_does_not_come_back(
+async def test_lease_ended_before_its_minute_gets_no_deadline(
     store: LeaseStore, redis: Any, at: Keys
 ) -> None:
     leases = [lease(deadline=later()) for _ in range(3)]

@@ -56,19 +56,9 @@ async def settings(redis_server: RedisServer) -> ServiceSettings:
     return settings
 
 
-@pytest.fixture
-async def store(settings: ServiceSettings) -> AsyncIterator[LeaseStore]:
-    store = LeaseStore(settings)
-    await store.connect()
-    yield store
-    await store.close()
-
-
 @pytest.mark.parametrize("what", list(CALLS))
 @pytest.mark.parametrize("how", ["emptied", "of another server", "to be rebuilt"])
-async def test_nothing_is_told_or_done_where_leases_may_be_forgotten(
-    settings: ServiceSettings, what: str, how: str
-) -> None:
+async def test_incomplete_redis_refuses_every_call(settings: ServiceSettings, what: str, how: str) -> None:
     store = LeaseStore(settings)
     await store.connect()
     await store.activate([SOME])
@@ -206,7 +196,7 @@ async def test_a_restored_lease_is_as_if_it_had_never_been_away(
     assert await store.unpublished(older_than_ms=0) == []
 
 
-async def test_nothing_is_lowered_and_what_is_behind_is_raised(
+async def test_restore_raises_older_records_and_lowers_none(
     restoration: Restoration, store: LeaseStore
 ) -> None:
     ahead, behind = lease(), lease()
@@ -255,9 +245,7 @@ async def test_fences_and_first_sightings_are_put_back(restoration: Restoration,
     assert await store.first_seen({id: replayed}, keep_ms=60_000) == {id: AT}
 
 
-async def test_there_may_be_as_many_fences_as_tasks_were_ended_in_a_week(
-    restoration: Restoration, store: LeaseStore
-) -> None:
+async def test_fences_of_a_week_of_ended_tasks_fit(restoration: Restoration, store: LeaseStore) -> None:
     fences = {f"task:{number}": 1000 + number for number in range(20_000)}
     await restoration.begin(anyway=True)
     await restoration.fence(fences)
@@ -307,7 +295,7 @@ async def _is_ready(store: LeaseStore) -> bool:
     return (store.unready(), store.warning()) == (None, None)
 
 
-async def test_what_another_has_just_rebuilt_is_not_rebuilt_once_more(settings: ServiceSettings) -> None:
+async def test_second_rebuild_after_a_finished_one_is_skipped(settings: ServiceSettings) -> None:
     restoration = Restoration(settings)
     assert not await restoration.begin()
     store = LeaseStore(settings)

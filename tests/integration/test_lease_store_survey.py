@@ -405,7 +405,7 @@ NOT_SURVEYED = {"epoch", "spread", "fences"}
 """Kafka alone says what must stand there, and the check asks it: see the tests of the command."""
 
 
-async def test_nothing_is_wrong_with_what_the_store_writes_itself(stock: Stock) -> None:
+async def test_survey_of_undamaged_keys_finds_no_fault(stock: Stock) -> None:
     assert await stock.found() == {}
     assert await stock.repair() == 0
 
@@ -447,7 +447,7 @@ async def test_a_damage_is_named_and_mended(stock: Stock, damage: Damage) -> Non
     ]
 
 
-async def test_what_was_long_on_its_way_mends_nothing_after_another_has_rebuilt(
+async def test_stale_survey_repairs_nothing_after_another_rebuild(
     stock: Stock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What it found wrong is put right by then, and counted on from there."""

@@ -129,7 +129,7 @@ def test_a_command_without_a_broker_says_where_it_looked(
     )
 
 
-async def test_what_answers_is_seen_as_what_it_is(settings: ServiceSettings):
+async def test_plain_text_listener_is_recognised(settings: ServiceSettings):
     (found,) = (await look(settings, None)).values()
     assert isinstance(found, Listener)
     assert (found.protocol, found.disbelieved) == ("PLAINTEXT", "")

@@ -145,7 +145,7 @@ def test_a_verb_that_is_no_command_on_named_keys(verb: str) -> None:
         rules([wild])
 
 
-def test_nothing_and_too_much_are_refused_too() -> None:
+def test_empty_and_inexact_pattern_rules_are_refused() -> None:
     with pytest.raises(InexactError):
         rules([])
     many = [f"{number}/**/a/**/b/**" for number in range(MAX_PATTERNS // 8)]

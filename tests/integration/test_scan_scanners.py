@@ -91,7 +91,7 @@ def scan(
     )  # fmt: skip
 
 
-def test_what_the_real_scanner_finds_is_included_without_its_values(
+def test_findings_of_the_real_scanner_are_included_without_values(
     name: str, noted: Path, tree: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
     folder, secrets = tree

@@ -151,7 +151,7 @@ async def test_the_main_line_with_these_rights_and_no_others(world: SecuredWorld
                 await write(world.outsider(party), topic)
 
 
-async def test_who_is_not_believed_is_told_what_to_set(
+async def test_rejected_kafka_client_is_told_what_to_set(
     world: SecuredWorld, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("GOOD", PASSWORD)

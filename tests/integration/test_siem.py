@@ -108,7 +108,7 @@ async def the_sink_killed(trail: Trail, sink: Sink) -> None:
 
 
 @pytest.mark.parametrize("kind", [Rsyslog, Kcat])
-async def test_nothing_is_lost_and_every_byte_is_kept(trail: Trail, folder: Path, kind: type[Sink]) -> None:
+async def test_every_audit_event_arrives_byte_for_byte(trail: Trail, folder: Path, kind: type[Sink]) -> None:
     sink = kind(folder, trail.broker.bootstrap, AUDIT.name(trail.world.prefix))
     sink.start()
     try:
@@ -147,7 +147,7 @@ async def test_a_file_that_cannot_be_opened_is_tried_until_it_can(trail: Trail, 
     assert broken_links(lines) == []
 
 
-async def test_what_was_changed_or_left_out_on_the_way_breaks_the_chain(trail: Trail, folder: Path) -> None:
+async def test_changed_or_missing_event_breaks_the_chain(trail: Trail, folder: Path) -> None:
     sink = Rsyslog(folder, trail.broker.bootstrap, AUDIT.name(trail.world.prefix))
     sink.start()
     try:

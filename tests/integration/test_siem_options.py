@@ -41,7 +41,7 @@ def test_librdkafka_knows_the_option_and_its_value(file: str, option: str, value
 
 
 @pytest.mark.tools
-def test_it_would_say_so_if_it_did_not() -> None:
+def test_librdkafka_rejects_unknown_options() -> None:
     assert "No such configuration property" in said("isolation.levels", "read_committed")
     assert "Invalid value" in said("isolation.level", "committed")
 

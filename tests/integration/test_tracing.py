@@ -372,7 +372,7 @@ async def test_a_malformed_traceparent_does_no_harm(
     assert len([span for span in spans if span.place == "policy: decide"]) == 1
 
 
-async def test_who_asks_not_to_be_traced_is_audited_all_the_same(
+async def test_unsampled_request_is_audited_but_not_traced(
     traced: RunningStack, collector: Collector
 ) -> None:
     _, compact, request_id = request_of(traced)
@@ -415,7 +415,9 @@ async def test_a_foreign_trace_shows_whose_request_it_was(traced: RunningStack, 
             assert span["request.id"] == above["request.id"], "none hangs on what is the other's"
 
 
-async def test_what_is_no_request_is_buried_by_name(traced: RunningStack, collector: Collector) -> None:
+async def test_malformed_request_is_dead_lettered_under_a_span_without_its_value(
+    traced: RunningStack, collector: Collector
+) -> None:
     mark = os.urandom(16).hex()
     async with traced.as_agent(), traced.seen(DEAD_LETTER) as seen, traced.publisher() as stranger:
         sent = await stranger.send(
@@ -469,7 +471,9 @@ async def behind_the_gateway(realm: RunningStack, port: int) -> None:
         )  # fmt: skip
 
 
-async def test_what_is_done_with_it_through_the_gateway(traced: RunningStack, collector: Collector) -> None:
+async def test_gateway_action_is_a_span_in_the_trace_of_its_request(
+    traced: RunningStack, collector: Collector
+) -> None:
     """An action that a lease lets pass is a span in the trace of the request that the lease came from."""
     folder = traced.stack.sockets
     async with shop() as port, traced.as_agent() as agent:
@@ -538,7 +542,7 @@ async def spans_counted(stack: Stack, role: ServiceRole, outcome: str) -> float:
     return float(found[0].split()[1]) if found else 0.0
 
 
-async def test_where_what_takes_spans_hangs_nobody_waits(traced: RunningStack, traced_stack: Stack) -> None:
+async def test_hanging_span_receiver_delays_no_request(traced: RunningStack, traced_stack: Stack) -> None:
     """Credentials are issued, and the services end as ever: what they could not send is not waited for."""
     with socket.socket() as hanging:
         hanging.bind(("127.0.0.1", 0))
@@ -552,7 +556,7 @@ async def test_where_what_takes_spans_hangs_nobody_waits(traced: RunningStack, t
             taken.close()
 
 
-async def test_where_nobody_takes_spans_it_is_counted(traced: RunningStack, traced_stack: Stack) -> None:
+async def test_unreachable_span_receiver_is_counted(traced: RunningStack, traced_stack: Stack) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # and does not listen
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -119,7 +119,7 @@ def of(seen: Sequence[Received], partition: int) -> list[str]:
     return [record.value.decode() for record in seen if record.partition == partition]
 
 
-async def test_whoever_works_reads_on(
+async def test_consumer_continues_past_unreadable_records(
     settings: ServiceSettings, producer: AIOKafkaProducer, make_consumer: MakeConsumer
 ) -> None:
     await put_all(producer, settings)
@@ -146,7 +146,9 @@ async def test_whoever_works_reads_on(
         assert again.values == ["later"]
 
 
-async def test_whoever_follows_reads_on(settings: ServiceSettings, producer: AIOKafkaProducer) -> None:
+async def test_follower_continues_past_unreadable_records(
+    settings: ServiceSettings, producer: AIOKafkaProducer
+) -> None:
     await put_all(producer, settings)
     wanted = expected(settings)
     seen: list[Received] = []
@@ -186,7 +188,7 @@ async def test_a_transaction_that_is_left_open_holds_up_nobody(
     await leaves_open.stop()
 
 
-def test_what_audit_chains_is_read_when_it_is_committed() -> None:
+def test_audit_topics_are_read_committed() -> None:
     assert {topic.what for topic in ALL if topic.in_transactions} == {"audit", "audit.checkpoint"}
     assert fetch_options([LEASE, AUDIT])["isolation_level"] == "read_committed"
 

@@ -140,9 +140,7 @@ async def test_an_unknown_revision_names_those_that_are_known(place: Between) ->
         (lambda text: text + "{}", "mcp_unreadable"),
     ],
 )  # fmt: skip
-async def test_what_is_not_one_message_does_not_reach_the_server(
-    place: Between, body: Any, code: str
-) -> None:
+async def test_ambiguous_message_is_rejected_before_the_server(place: Between, body: Any, code: str) -> None:
     said = call()
     async with place.place.http() as http:
         answer = await http.post(URL, content=body(json.dumps(said)), headers=headers(said))
@@ -163,7 +161,7 @@ async def test_headers_that_come_twice_are_refused(place: Between) -> None:
     assert place.server.calls == []
 
 
-async def test_what_is_refused_says_who_lacks_what_and_how_to_ask(place: Between) -> None:
+async def test_denied_call_names_the_missing_permission_and_how_to_ask(place: Between) -> None:
     error = (await post(place, call("push"))).json()["error"]
     data = error["data"]
     assert (error["code"], data["code"], data["side"]) == (403, "beyond_lease", "lease")

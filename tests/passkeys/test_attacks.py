@@ -432,7 +432,7 @@ TOUCH = """async ([challenge, id]) => {
 }"""
 
 
-async def test_what_was_signed_on_the_session_origin_approves_nothing(
+async def test_signature_of_the_session_origin_approves_nothing(
     organisation: Organisation, site: Site, person: Person
 ) -> None:
     """The console was taken over: it has real touches of a sponsor, and write access to every topic."""

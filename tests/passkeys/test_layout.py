@@ -43,7 +43,7 @@ async def overflow(page: Page) -> list[Any]:
     )
 
 
-async def test_everything_fits_on_a_small_phone(asked: Asked, person: Person) -> None:
+async def test_page_fits_a_small_phone(asked: Asked, person: Person) -> None:
     await person.page.set_viewport_size({"width": 360, "height": 740})
     page = await person.open(asked.link(asked.question()))
     await expect(page.get_by_role("button", name="Approve")).to_be_visible()

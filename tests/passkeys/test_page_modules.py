@@ -40,7 +40,7 @@ async def call(person: Person, module: str, function: str, *arguments: Any) -> A
     return json.loads(await person.page.evaluate(script, json.dumps(arguments)))
 
 
-async def test_what_links_write_out_is_written_back_as_it_was(modules: Person) -> None:
+async def test_unwrapped_links_wrap_to_the_same_text(modules: Person) -> None:
     inner = '{"a":"' + b64encode('{"b":"ü"}'.encode()) + '"}'
     texts = ["{}", '{"jws":"' + b64encode(inner.encode()) + "." + b64encode(b'{"c":1}') + '.AAAA"}']
     assert unwrapped(texts[1]).count(BEGIN) == 3

@@ -87,7 +87,9 @@ async def test_an_agent_receives_what_a_passkey_approved(
     assert person.complaints == []
 
 
-async def test_what_a_passkey_denied_is_denied(organisation: Organisation, person: Person, pia: str) -> None:
+async def test_passkey_denial_denies_the_request(
+    organisation: Organisation, person: Person, pia: str
+) -> None:
     async with organisation.realm.as_agent() as agent:
         request = asyncio.create_task(write(organisation, agent))
         request_id = await waiting(organisation, pia)
@@ -102,7 +104,7 @@ async def test_what_a_passkey_denied_is_denied(organisation: Organisation, perso
             await request
 
 
-async def test_who_signs_nothing_ends_the_command(
+async def test_refusal_on_the_sign_page_ends_the_command(
     organisation: Organisation, person: Person, pia: str
 ) -> None:
     async with organisation.realm.as_agent() as agent:
@@ -296,7 +298,7 @@ async def test_all_leases_of_a_task_end_by_a_passkey_that_is_shown_whose_it_is(
     ],
     ids=lambda command: " ".join(command[:2]),
 )
-async def test_nobody_is_asked_to_sign_about_an_id_that_begins_like_none(
+async def test_unknown_id_prefix_is_refused_before_signing(
     organisation: Organisation, pia: str, command: list[str]
 ) -> None:
     reason = [] if "grant" in command else ["--reason", "odd"]

@@ -158,7 +158,7 @@ async def test_many_questions(world: World):
         assert await decisions(wrong, staging, staging, semantic="permit_on_first_permit") == [False, True]
 
 
-async def test_who_may_ask_and_what_is_no_question(world: World):
+async def test_authzen_callers_and_questions_are_checked(world: World):
     async with world.running("registry", "policy"):
         desk = await Desk.open(world)
         other = await world.target("database")
@@ -215,9 +215,7 @@ async def test_who_may_ask_and_what_is_no_question(world: World):
         assert "X-Request-ID" not in (await desk.post("evaluation", good)).headers
 
 
-async def test_what_breaks_is_no_yes_and_is_told_under_the_id_of_the_request(
-    world: World, monkeypatch: pytest.MonkeyPatch
-):
+async def test_internal_error_is_500_with_the_request_id(world: World, monkeypatch: pytest.MonkeyPatch):
     async def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("a secret of the inside")
 
@@ -231,7 +229,7 @@ async def test_what_breaks_is_no_yes_and_is_told_under_the_id_of_the_request(
             assert "secret" not in answered.text
 
 
-async def test_where_to_ask(world: World):
+async def test_authzen_discovery_names_the_endpoints(world: World):
     async with world.running("registry", "policy", policy_url="https://pdp.example.com/"):
         url = f"http://127.0.0.1:{world.ports['policy']}"
         async with plain_client(timeout=WITHIN_S, trust_env=False) as http:

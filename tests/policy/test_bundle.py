@@ -70,7 +70,7 @@ def test_the_compiled_bundle_answers_as_the_interpreted_one():
         assert read_result(machines[case.entry_point].execute()) == expected, case.name
 
 
-async def test_what_the_benchmark_asks_for_is_allowed(engines: Engines):
+async def test_benchmark_request_is_allowed(engines: Engines):
     (given,) = Directory(1).inputs(1)
     assert (await engines[ISSUANCE].evaluate(given)).result.allow
 
@@ -162,7 +162,7 @@ def test_the_revision_names_what_the_rules_say(tmp_path: Path):
     assert len({revision, changed_revision, load_bundle(tmp_path).revision}) == 3
 
 
-def test_what_opa_is_given_is_the_rules_and_their_revision():
+def test_opa_archive_is_the_rules_and_their_revision():
     packed = archive(OWN)
     assert packed == archive(load_bundle())
     with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as tar:

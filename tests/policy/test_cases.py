@@ -18,7 +18,7 @@ async def test_case(engines: Engines, bundle: Bundle, case: Case):
     assert case.agrees(answer.result), answer.result
 
 
-def test_there_are_enough_and_each_has_a_name_of_its_own():
+def test_cases_are_numerous_and_have_distinct_names():
     assert len(CASES) >= 200
     assert len({case.name for case in CASES}) == len(CASES)
     assert {case.entry_point for case in CASES} == {ISSUANCE, ACTION}

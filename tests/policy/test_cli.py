@@ -54,7 +54,7 @@ def test_lines_that_no_test_evaluates_are_named(tmp_path: Path, capsys: pytest.C
         ("other := 1\n", ALLOWED, "no rule data.ringfence.issuance.decision"),
     ],
 )
-def test_what_cannot_be_tested_fails(
+def test_bundle_that_cannot_be_tested_fails(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], rules: str, tests: str, said: str
 ):
     write(tmp_path, rules, tests)
@@ -62,7 +62,7 @@ def test_what_cannot_be_tested_fails(
     assert said in capsys.readouterr().err
 
 
-def test_it_packs_what_opa_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_policy_build_writes_the_archive_that_opa_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     file = tmp_path / "policy.tar.gz"
     assert main(["policy", "build", str(file)]) == 0
     assert file.read_bytes() == archive(load_bundle())

@@ -67,13 +67,13 @@ async def outcome(engine: EmbeddedEngine, input_json: bytes) -> Any:
         return error.code
 
 
-async def test_what_never_ends_is_ended_and_the_next_is_answered(engine: EmbeddedEngine):
+async def test_endless_rule_is_ended_and_the_next_is_answered(engine: EmbeddedEngine):
     with pytest.raises(PolicyTimeoutError, match="did not answer within 2000 ms"):
         await engine.evaluate(exploding("time"))
     assert (await engine.evaluate(HARMLESS)).result.max_ttl_s == 60
 
 
-async def test_what_takes_all_memory_is_ended_and_the_next_is_answered(engine: EmbeddedEngine):
+async def test_memory_exhausting_rule_is_ended_and_the_next_is_answered(engine: EmbeddedEngine):
     # Where memory is slow to take, the time is over first.
     assert await outcome(engine, exploding("memory")) in ("policy_invalid", "policy_timeout")
     assert (await engine.evaluate(HARMLESS)).result.allow
@@ -180,7 +180,7 @@ async def test_a_bundle_whose_tests_end_the_process_does_not_take_over(
     assert (await engine.evaluate(HARMLESS)).result.allow
 
 
-async def test_nothing_of_the_environment_reaches_a_bundle(
+async def test_environment_is_hidden_from_the_bundle(
     engine: EmbeddedEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     monkeypatch.setenv("RINGFENCE_TEST_SECRET", "hunter2")
@@ -190,7 +190,7 @@ async def test_nothing_of_the_environment_reaches_a_bundle(
     assert "RINGFENCE_TEST_SECRET" not in worker.environ()
 
 
-async def test_nothing_is_left_when_it_is_closed(tmp_path: Path):
+async def test_closed_engine_leaves_no_worker(tmp_path: Path):
     engine = EmbeddedEngine(made(tmp_path, ALLOWS))
     await engine.start()
     (worker,) = workers()

@@ -128,7 +128,7 @@ async def test_an_honest_answer_counts(bundle: Bundle):
     ],
     ids=lambda value: str(value)[:50],
 )
-async def test_anything_else_denies(bundle: Bundle, document: bytes, code: str):
+async def test_invalid_opa_response_denies(bundle: Bundle, document: bytes, code: str):
     body = document.replace(b"OURS", bundle.revision.encode())
     async with misbehaving(saying(body)) as url:
         assert (await failure(url, bundle)).code == code
@@ -154,12 +154,12 @@ async def test_another_status_denies(bundle: Bundle, status: int, body: bytes, c
         assert (await failure(url, bundle)).code == code
 
 
-async def test_nobody_there_denies(bundle: Bundle):
+async def test_unreachable_opa_denies(bundle: Bundle):
     error = await failure(f"http://127.0.0.1:{free_port()}", bundle)
     assert isinstance(error, PolicyUnavailableError)
 
 
-async def test_who_never_answers_denies(bundle: Bundle):
+async def test_hanging_opa_denies(bundle: Bundle):
     async def hang(_: asyncio.StreamWriter) -> None:
         await asyncio.Event().wait()
 
@@ -167,7 +167,7 @@ async def test_who_never_answers_denies(bundle: Bundle):
         assert isinstance(await failure(url, bundle, 100), PolicyTimeoutError)
 
 
-async def test_who_answers_bit_by_bit_denies(bundle: Bundle):
+async def test_dripping_opa_response_denies(bundle: Bundle):
     """Each byte comes in time, and the whole does not."""
 
     async def drip(writer: asyncio.StreamWriter) -> None:
@@ -181,7 +181,7 @@ async def test_who_answers_bit_by_bit_denies(bundle: Bundle):
         assert isinstance(await failure(url, bundle, 200), PolicyTimeoutError)
 
 
-async def test_who_hangs_up_denies(bundle: Bundle):
+async def test_closed_opa_connection_denies(bundle: Bundle):
     async def hang_up(writer: asyncio.StreamWriter) -> None:
         writer.close()
 
@@ -198,7 +198,7 @@ async def test_a_proxy_of_the_environment_is_not_asked(bundle: Bundle, monkeypat
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8181", "ftp://x", "http://", "http://x?y=1"])
-def test_what_is_no_url_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch, url: str):
+def test_invalid_opa_url_is_refused_at_start(monkeypatch: pytest.MonkeyPatch, url: str):
     monkeypatch.setenv("RINGFENCE_OPA_URL", url)
     with pytest.raises(Exception, match="RINGFENCE_OPA_URL"):
         load(OpaSettings)
@@ -274,7 +274,7 @@ def loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return loaded
 
 
-async def test_where_opa_decides_the_wheel_of_the_embedded_engine_is_not_loaded(bundle: Bundle, loads: Path):
+async def test_embedded_engine_is_not_loaded_with_opa(bundle: Bundle, loads: Path):
     services = "import ringfence.policy.app, ringfence.gateway.app"
     done = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", services], check=False)
     assert done.returncode == 0
@@ -325,7 +325,7 @@ async def test_opa_without_a_bundle_denies(opa: Path, bundle: Bundle, tmp_path: 
 
 
 @pytest.mark.opa
-async def test_nobody_adds_rules_to_the_bundle_of_opa(opa_url: str, bundle: Bundle):
+async def test_rules_cannot_be_added_to_the_bundle_of_opa(opa_url: str, bundle: Bundle):
     more = "package ringfence.identity\n\nagent_active if true\n"
     async with httpx.AsyncClient(timeout=30, trust_env=False) as http:
         refused = await http.put(f"{opa_url}/v1/policies/more", content=more)
@@ -350,6 +350,6 @@ async def test_an_evaluation_that_fails_in_opa_denies(opa: Path, tmp_path: Path)
     [("check", "--strict"), ("test",), ("fmt", "--list", "--fail")],
     ids=lambda command: command[0],
 )
-def test_what_opa_says_of_the_bundle(opa: Path, command: tuple[str, ...]):
+def test_opa_check_test_and_format_pass(opa: Path, command: tuple[str, ...]):
     done = subprocess.run([opa, *command, OWN_BUNDLE.resolve()], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr

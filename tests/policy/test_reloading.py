@@ -72,7 +72,7 @@ async def test_a_change_comes_into_force(tmp_path: Path):
     [("decision := {\n", "rules.rego:4:1"), (DENIES, "test_allowed")],
     ids=["does not compile", "fails its tests"],
 )
-async def test_what_is_unfit_is_told_and_the_old_one_stays(tmp_path: Path, rules: str, said: str):
+async def test_invalid_bundle_is_reported_and_the_old_one_stays(tmp_path: Path, rules: str, said: str):
     told = Told()
     async with watched(write(tmp_path, ALLOWS, WANTS_ALLOWED), told) as engine:
         before = engine.revision
@@ -96,7 +96,7 @@ async def test_files_that_are_gone_leave_the_old_one(tmp_path: Path):
         assert (await engine.evaluate(b"{}")).result.allow
 
 
-async def test_that_nobody_can_be_told_stops_nothing(tmp_path: Path):
+async def test_failed_notification_does_not_stop_reloading(tmp_path: Path):
     tried = asyncio.Event()
 
     async def broken(_mark: str, _why: str) -> None:

@@ -48,11 +48,13 @@ DENIED, ASKED = standing("denied", ttl_s=None), standing("approval_required", ("
         (standing(), standing(ttl_s=299), ("ttl_shorter",)),
     ],
 )
-def test_what_a_difference_comes_to(before: RequestOutcome, after: RequestOutcome, changes: tuple[str, ...]):
+def test_difference_of_decisions_is_classified(
+    before: RequestOutcome, after: RequestOutcome, changes: tuple[str, ...]
+):
     assert changes_between(before, after) == changes
 
 
-def test_what_a_bundle_looks_at(tmp_path: Path):
+def test_fields_read_by_a_bundle_are_found(tmp_path: Path):
     rules = (
         'a := input.held\n\nb := input["floors"]["x"]\n\nc := object.get(input, ["task", "y"], 1)\n\n'
         'd := object.get(input, "user", 1)\n\ne := input.agent.ceiling[0].target\n\nf := input_of(1)\n'
@@ -94,7 +96,9 @@ def shell(world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     return Shell(world, monkeypatch, capsys)
 
 
-async def test_what_another_bundle_would_decide(world: World, shell: Shell, tmp_path: Path):
+async def test_replay_lists_decisions_that_another_bundle_would_change(
+    world: World, shell: Shell, tmp_path: Path
+):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         read = await office.ask(READ)
@@ -144,7 +148,7 @@ async def test_what_another_bundle_would_decide(world: World, shell: Shell, tmp_
         assert status == 1
 
 
-async def test_what_cannot_be_compared_is_said_and_not_guessed(world: World, shell: Shell, tmp_path: Path):
+async def test_incomparable_decision_is_skipped_with_the_reason(world: World, shell: Shell, tmp_path: Path):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         asked = [await office.ask(READ) for _ in range(4)]
@@ -210,7 +214,7 @@ async def test_a_bundle_that_explodes_denies_and_the_replay_goes_on(
         assert [reason["code"] for reason in example["after"]["reasons"]] == ["policy_timeout"]
 
 
-async def test_what_every_input_has_is_what_policy_writes(world: World):
+async def test_required_input_fields_are_the_ones_policy_writes(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
         decision = await office.final(await office.ask(READ))

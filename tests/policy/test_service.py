@@ -193,7 +193,7 @@ async def test_the_command_explains_what_each_side_holds(
         assert "no decision with this request id" in capsys.readouterr().err
 
 
-async def test_what_policy_forgot_is_explained_as_audit_knows_where_it_stands(
+async def test_forgotten_decision_is_explained_from_audit(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     async with world.running("registry", "policy", "audit"):

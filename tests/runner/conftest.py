@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import needed
+from tests.runner.installation import Installation, installation
 from tests.runner.places import ORDINARY_UID, Place, Runner, copy_code, running
 from tests.runner.podman import Podman
 
@@ -83,3 +84,10 @@ async def runner(
         yield runner
         left = [report for report in await runner.call("sweep") if not report["complete"]]
     assert not left
+
+
+@pytest.fixture(scope="module")
+async def here() -> AsyncIterator[Installation]:
+    """A local stack with a runner, in a folder of its own."""
+    async with installation() as made:
+        yield made

@@ -389,7 +389,7 @@ async def test_a_folder_with_a_socket_or_pipe_is_refused_unless_hidden(
     assert (await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])).code == 0
 
 
-async def test_what_is_hidden_stays_hidden_in_a_writable_mount(runner: Runner) -> None:
+async def test_hidden_path_stays_hidden_in_a_writable_mount(runner: Runner) -> None:
     if runner.place.backend == "oci":
         pytest.skip("containers have no writable mounts")
     folder, deep = runner.own_folder("m"), runner.own_folder("m/a")
@@ -439,7 +439,7 @@ async def test_signals_reach_the_commands_whole_group(runner: Runner, folder: Pa
         await runner.call("destroy", run_id=spec["run_id"])
 
 
-async def test_nothing_of_a_command_outlives_it(runner: Runner, folder: Path) -> None:
+async def test_processes_of_a_command_end_with_it(runner: Runner, folder: Path) -> None:
     async with Listener(folder / "s.sock", runner.place.uid) as listener:
         spec = runner.spec("python3", "-c", DAEMON, "end", socket=str(listener.path))
         await runner.call("start", spec=spec)
@@ -697,7 +697,7 @@ async def test_addresses_of_the_sandbox_are_inside_and_lead_nowhere_else(runner:
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1", "::1", "0.0.0.0", "fe80::1", "10.1", "name", "2001:DB8::7"])
-async def test_what_is_no_address_of_a_machine_is_refused(runner: Runner, address: str) -> None:
+async def test_address_of_no_machine_is_refused(runner: Runner, address: str) -> None:
     with pytest.raises(CallError, match="no IP address"):
         await runner.run("true", addresses=[address])
 

@@ -186,7 +186,7 @@ async def test_silence_ends_the_channel(
         await channel.public_key()
 
 
-async def test_who_does_not_read_is_given_up(
+async def test_peer_that_does_not_read_is_given_up(
     channel: ControlChannel, peer: Peer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(channel_module, "ANSWER_WITHIN_S", 0.05)

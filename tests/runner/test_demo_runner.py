@@ -126,7 +126,7 @@ def test_all_of_the_demo_fits_80_columns(folder: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_what_is_not_as_told_ends_it_with_1_and_the_helper_of_the_shell_is_ended(folder: Path) -> None:
+def test_failed_demo_exits_1_and_ends_its_helpers(folder: Path) -> None:
     with start(folder) as demo:
         assert demo.stdout is not None
         assert any(json.loads(line)["step"] == "task.assigned" for line in demo.stdout)
@@ -142,7 +142,7 @@ def test_what_is_not_as_told_ends_it_with_1_and_the_helper_of_the_shell_is_ended
 
 
 @pytest.mark.timeout(600)
-def test_it_can_be_interrupted_while_the_run_goes_on(folder: Path) -> None:
+def test_demo_can_be_interrupted_during_a_run(folder: Path) -> None:
     with start(folder) as demo:
         assert demo.stdout is not None
         assert any(json.loads(line)["step"] == "task.assigned" for line in demo.stdout)
@@ -179,7 +179,7 @@ async def test_without_control_groups_it_says_how_to_get_them(
     assert "systemd-run" in str(refused.value.remedy)
 
 
-def test_nobody_is_asked_in_it(tmp_path: Path) -> None:
+def test_runner_demo_refuses_interactive(tmp_path: Path) -> None:
     done = subprocess.run(
         [*RINGFENCE, "demo", "--runner", "--interactive"],
         cwd=tmp_path,
@@ -242,7 +242,7 @@ def host(of: Seen, **changed: Any) -> Seen:
         replace(SHELL, helper_runs=False),
     ],
 )
-def test_whatever_fails_in_the_shell_ends_the_story(seen: Seen) -> None:
+def test_failed_attack_in_the_shell_ends_the_story(seen: Seen) -> None:
     check_shell(SHELL, TOKEN)
     with pytest.raises(StoryError):
         check_shell(seen, TOKEN)
@@ -264,7 +264,7 @@ def test_whatever_fails_in_the_shell_ends_the_story(seen: Seen) -> None:
         replace(RUN, helper_runs=True),
     ],
 )
-def test_whatever_succeeds_in_the_run_ends_the_story(seen: Seen) -> None:
+def test_successful_attack_in_the_run_ends_the_story(seen: Seen) -> None:
     check_run(RUN, REPORT)
     with pytest.raises(StoryError):
         check_run(seen, REPORT)

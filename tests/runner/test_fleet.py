@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import pytest
 
 from tests.runner.fleet import POOL, Fleet
-from tests.runner.installation import Installation, installation
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
+from tests.runner.installation import Installation
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +70,7 @@ def test_labels_select_the_pool_of_an_order(here: Installation, fleet: Fleet) ->
     ],
     ids=str,
 )
-def test_what_the_pool_does_not_allow_is_refused_and_shown(
-    fleet: Fleet, words: tuple[str, ...], code: str
-) -> None:
+def test_order_beyond_the_pool_is_refused_and_shown(fleet: Fleet, words: tuple[str, ...], code: str) -> None:
     found = fleet.ended(fleet.order(*words))
     assert found["refused"]["code"] == code
     assert "key_thumbprint" not in found
@@ -111,7 +103,7 @@ def test_a_host_path_is_no_mount(fleet: Fleet) -> None:
     assert done.returncode == 2, done.stderr
 
 
-def test_somebody_else_orders_and_stops_nothing(fleet: Fleet) -> None:
+def test_unentitled_user_orders_and_stops_no_run(fleet: Fleet) -> None:
     done = fleet.here.call(
         "run", "order", "--pool", POOL, "--task", fleet.here.task, "--", "true", who="olga"
     )

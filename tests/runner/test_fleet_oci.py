@@ -61,9 +61,7 @@ def test_an_order_becomes_a_container_with_an_identity_of_its_own(fleet: Fleet, 
     ],
     ids=str,
 )
-def test_what_the_pool_of_images_does_not_allow_is_refused(
-    fleet: Fleet, words: tuple[str, ...], code: str
-) -> None:
+def test_order_beyond_the_pool_of_images_is_refused(fleet: Fleet, words: tuple[str, ...], code: str) -> None:
     assert fleet.ended(fleet.order(*words))["refused"]["code"] == code
 
 

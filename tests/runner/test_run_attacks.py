@@ -30,19 +30,13 @@ from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.permission import Permission
 from ringfence.messages.run import Run
 from ringfence.messages.topics import CREDENTIAL_REQUEST, RUN
-from tests.runner.installation import SCOPE, WITHIN_S, Installation, installation, until
+from tests.runner.installation import SCOPE, WITHIN_S, Installation, until
 from tests.support.benches.agent_api_bench import JOSE, Caller, Posted
 
 READ = (Permission(target="notes", verbs=("read",), resources=("note/*",)),)
 FLOOD = 300
 BURST, A_SECOND = 100, 20
 """Posts of one agent (docs/http-access.md)."""
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
 
 
 @dataclass
@@ -223,7 +217,7 @@ async def test_an_enrolment_token_is_for_one_key_and_run_and_only_while_it_goes_
 # --- forged records ---------------------------------------------------------------------------------------------------
 
 
-async def test_nobody_but_its_runner_ends_or_revives_a_run(here: Installation) -> None:
+async def test_forged_run_records_neither_end_nor_revive_a_run(here: Installation) -> None:
     keys = here.folder / ".ringfence/keys"
 
     async def seen(connection: Connection, run_id: str) -> list[Run]:

@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,7 +32,7 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.run import Run
 from ringfence.messages.topics import LEASE, RUN
-from tests.runner.installation import SCOPE, WITHIN_S, Installation, installation, until
+from tests.runner.installation import SCOPE, WITHIN_S, Installation, until
 from tests.support import secret_canary
 
 RUNS = int(os.environ.get("RINGFENCE_TEST_CANARY_RUNS", "20"))
@@ -50,12 +50,6 @@ cat /run/ringfence/instance/key.json; echo
 echo asked; exec sleep $2
 """
 _GONE = (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess)
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
 
 
 @dataclass

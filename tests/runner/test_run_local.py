@@ -8,22 +8,15 @@ import re
 import signal
 import socket
 import subprocess
-from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.runner.installation import SCOPE, WITHIN_S, Installation, installation, until
+from tests.runner.installation import SCOPE, WITHIN_S, Installation, until
 
 REQUEST = f"ringfence request --task $RINGFENCE_TASK --allow '{SCOPE}' --reason look --delivery gateway"
-
-
-@pytest.fixture(scope="module")
-async def here() -> AsyncIterator[Installation]:
-    async with installation() as here:
-        yield here
 
 
 # --- the command's own: exit code, signals, streams, environment -----------------------------------------------------
@@ -55,7 +48,7 @@ def test_streams_are_the_commands_to_the_byte(here: Installation) -> None:
     assert done.stderr == b"problem\n"
 
 
-def test_nothing_of_outside_is_in_the_environment(here: Installation) -> None:
+def test_environment_of_the_caller_is_not_inherited(here: Installation) -> None:
     done = here.run("--env", "ASKED=for", "--", "env", "-0")
     inside = dict(one.split("=", 1) for one in done.stdout.decode().split("\0") if one)
     assert inside["ASKED"] == "for"
@@ -116,7 +109,7 @@ def _shown_with_denials(here: Installation, run_id: str) -> Any:
     return found if found["denied"] else None
 
 
-def test_what_is_blocked_names_its_run_and_no_other(here: Installation) -> None:
+def test_blocked_requests_are_reported_by_run(here: Installation) -> None:
     """Two runs of one agent in one task, at the same time: each report has what that run was kept from."""
     blocked = {}
     url = f"http://127.0.0.1:{here.notes.port}"
@@ -148,7 +141,7 @@ def test_what_is_blocked_names_its_run_and_no_other(here: Installation) -> None:
     assert blocked == {"one": ["/one"], "two": ["/two"]}
 
 
-def test_what_was_only_counted_when_the_run_ended_is_in_its_report(here: Installation) -> None:
+def test_requests_counted_at_the_end_are_in_the_report(here: Installation) -> None:
     """The gateway records repeats within a second by their count. The run is over before that second is."""
     url = f"http://127.0.0.1:{here.notes.port}/again?number=[1-30]"
     code, report, _ = here.report("--", "curl", "-sS", "-o", "/dev/null", url)
@@ -285,7 +278,7 @@ TRICKS: dict[str, tuple[str, str]] = {
 }
 
 
-def test_what_a_run_leaves_in_a_writable_mount_is_reported(here: Installation) -> None:
+def test_files_left_in_a_writable_mount_are_reported(here: Installation) -> None:
     folder = here.folder / "work"
     for name in (".git/HEAD", "docs/samples/pre-commit", "docs/settings.txt", "lib/readme", "team/x"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -308,7 +301,7 @@ def test_what_a_run_leaves_in_a_writable_mount_is_reported(here: Installation) -
     assert (read_only.returncode != 0, read_only.stdout) == (True, b"text\n")
 
 
-def test_what_a_run_puts_in_place_of_a_hidden_folder_is_reported(here: Installation) -> None:
+def test_replacement_of_a_hidden_folder_is_reported(here: Installation) -> None:
     folder = here.folder / "app"
     (folder / "web/node_modules").mkdir(parents=True)
     words = ("--mount", f"{folder}:rw-as-root", "--hide", f"{folder}/web/node_modules")

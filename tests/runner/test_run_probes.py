@@ -394,7 +394,7 @@ def report_of(process: subprocess.Popen[bytes]) -> tuple[dict[str, Any], bytes]:
     return json.loads(lines[-1]), said
 
 
-def test_whoever_kills_init_ends_the_run(plant: Planted, shared: Path) -> None:
+def test_killed_init_ends_the_run(plant: Planted, shared: Path) -> None:
     marks = [shared / "outside", shared / "inside"]
     with subprocess.Popen(["sleep", "600"]) as init:
         survivor = subprocess.Popen([sys.executable, "-c", SURVIVOR, str(init.pid), str(marks[0])])
@@ -453,7 +453,7 @@ def test_no_variable_of_the_run_is_inits(plant: Planted) -> None:
     assert (process.returncode, problems.count(b"such.so")) == (0, 1), problems
 
 
-def test_nothing_outlives_the_command(plant: Planted, shared: Path) -> None:
+def test_processes_of_a_command_end_with_the_run(plant: Planted, shared: Path) -> None:
     mark = secrets.token_hex(8)
     script = f"setsid sh -c 'sleep 600 & echo ready; wait; : {mark}' & sleep 0.5; exit 0"
     with subprocess.Popen(["sh", "-c", script], stdout=subprocess.DEVNULL, start_new_session=True) as outside:

@@ -165,12 +165,12 @@ def test_personality_is_one_of_linux() -> None:
 
 
 @pytest.mark.parametrize("syscall", sorted(REFUSED))
-def test_what_is_refused_answers_eperm(syscall: str) -> None:
+def test_refused_system_call_answers_eperm(syscall: str) -> None:
     if pyseccomp.resolve_syscall(pyseccomp.system_arch(), syscall) >= 0:
         assert answer(syscall) == EPERM
 
 
-def test_what_is_allowed_is_allowed_and_all_else_does_not_exist() -> None:
+def test_allowed_system_calls_pass_and_all_others_answer_enosys() -> None:
     numbers = {}
     for name in ALLOWED | REFUSED | {rule.syscall for rule in conditional_rules()}:
         numbers[pyseccomp.resolve_syscall(pyseccomp.system_arch(), name)] = name

@@ -52,7 +52,7 @@ def misread(text: str) -> Iterator[str]:
             yield inner[:120]
 
 
-def test_nothing_comes_from_another_host(site: Path) -> None:
+def test_built_site_loads_nothing_from_another_host(site: Path) -> None:
     files = [*site.rglob("*.html"), *site.rglob("*.css"), *site.rglob("*.svg")]
     assert len(files) > 100
     found = {str(file.relative_to(site)): foreign_hosts(file.read_text()) for file in files}

@@ -62,7 +62,7 @@ def test_a_disabled_user_is_told_so(ledger: InMemoryRegistry):
     assert "user uma is disabled" in told(ledger, before)
 
 
-def test_whose_key_has_ended_is_told_when(ledger: InMemoryRegistry):
+def test_ended_key_is_refused_with_its_end_and_the_remedy(ledger: InMemoryRegistry):
     old, end_s = ledger.key("uma"), ledger.clock.ms // 1000 + 600
     ledger.give(ledger.user_set("olga", "uma", keys=(old.record(end_s),)))
     ledger.clock.ms = end_s * 1000
@@ -71,7 +71,7 @@ def test_whose_key_has_ended_is_told_when(ledger: InMemoryRegistry):
     assert "ringfence user set --public-key" in says
 
 
-def test_whose_key_is_to_come_is_told_from_when_on(ledger: InMemoryRegistry):
+def test_future_key_is_refused_with_its_start(ledger: InMemoryRegistry):
     next_key, now_s = SigningKey.generate(ledger.key("uma").id), ledger.clock.ms // 1000
     keys = (ledger.key_record(ledger.key("uma")), next_key.record(now_s + 9000, now_s + 600))
     ledger.give(ledger.user_set("olga", "uma", keys=keys))
@@ -86,13 +86,13 @@ def test_a_stranger_learns_nothing_of_who_is_disabled(ledger: InMemoryRegistry, 
     assert says == (f"the bearer token is refused: no valid key {stranger.kid} of {stranger.id} may sign api")
 
 
-def test_who_is_no_user_is_told_who_is_answered(ledger: InMemoryRegistry):
+def test_agent_key_is_refused_as_no_user(ledger: InMemoryRegistry):
     agent = SigningKey.generate(f"spiffe://{TD}/agent/bot")
     bearer = f"Bearer {api_token(agent, 'policy', now_ms=ledger.clock.ms)}"
     assert f"{agent.id} is no user" in told(ledger, bearer)
 
 
-def test_who_names_anothers_key_learns_nothing(ledger: InMemoryRegistry):
+def test_token_with_a_forged_signature_learns_nothing_of_the_key(ledger: InMemoryRegistry):
     disable(ledger, "uma")
     right = token(ledger, "uma").split(".")
     forged = ".".join([*right[:2], token(ledger, "sam").split(".")[2]])
@@ -178,7 +178,7 @@ def test_of_a_signer_whose_clock_is_ahead_a_token_is_remembered_as_long_as_it_co
     assert "iat lies" in told(ledger, token(ledger, "uma", iat=ahead + 100, exp=ahead + 101), here)
 
 
-def test_what_is_refused_is_not_used_up(ledger: InMemoryRegistry):
+def test_refused_token_is_not_marked_as_used(ledger: InMemoryRegistry):
     """A token that was sent to the wrong place still counts at the right one; nor do strangers fill the memory."""
     here, elsewhere, bearer = of_service(ledger), of_service(ledger, "audit"), token(ledger, "uma")
     told(ledger, bearer, elsewhere)
@@ -210,7 +210,7 @@ def test_a_token_without_an_id_or_with_too_long_a_life_is_refused(
     assert says in told(ledger, bearer)
 
 
-def test_who_sends_all_that_can_be_remembered_shuts_out_nobody_else(
+def test_user_that_fills_its_token_memory_blocks_no_other_user(
     ledger: InMemoryRegistry, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(api_access, "MAX_REMEMBERED", 100)

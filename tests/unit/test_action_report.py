@@ -77,7 +77,7 @@ def whole(
             return made.as_json()
 
 
-async def test_what_was_blocked_allowed_and_only_observed_is_told_apart() -> None:
+async def test_blocked_allowed_and_observed_actions_are_counted_apart() -> None:
     index = await indexed(
         {"allowed": True, "access": "read"},
         {"allowed": True, "access": "write"},
@@ -150,7 +150,7 @@ def test_labels_are_what_senders_say_and_do_not_grow_without_bound() -> None:
     assert said["blocked"]["injected"] == MAX_LABELS + 50
 
 
-def test_what_is_not_known_to_be_allowed_counts_as_blocked() -> None:
+def test_action_with_an_unknown_outcome_counts_as_blocked() -> None:
     group = {"agent": None, "target": None, "access": None, "reason": None, "label": None, "count": 2}
     said = report([{**group, "outcome": None}])
     assert said["blocked"] == {"total": 2, "read": 0, "write": 0, "injected": 0}
@@ -166,7 +166,7 @@ def test_what_is_not_known_to_be_allowed_counts_as_blocked() -> None:
         (None, False),
     ],
 )
-def test_which_labels_say_that_it_was_injected(label: str | None, so: bool) -> None:
+def test_injected_label_is_recognised_by_its_prefix(label: str | None, so: bool) -> None:
     assert is_injected(label) is so
 
 
@@ -215,7 +215,7 @@ async def test_an_index_that_is_being_built_counts_nothing() -> None:
     assert error.value.status == 503
 
 
-async def test_what_makes_no_sense_is_refused() -> None:
+async def test_invalid_action_query_is_refused() -> None:
     place = await placed(1)
     async with place.api as api:
         for query in ({"since_ms": "x"}, {"until_ms": str(10**17)}, {"limit": "1001"}, {"after": "x"}):
@@ -224,7 +224,7 @@ async def test_what_makes_no_sense_is_refused() -> None:
             assert error.value.status == 400
 
 
-def test_what_came_of_an_action_is_not_another_one() -> None:
+def test_answer_to_an_action_is_not_counted_as_an_action() -> None:
     words = {"agent": "bot", "target": "repos", "outcome": "allowed", "access": "write", "label": None}
     decided = {"unmapped": words}
     answered = {"unmapped": {"agent": "bot", "target": "repos", "answer": "tool_error"}}
@@ -268,7 +268,7 @@ def test_unknown_destinations_are_counted_by_the_first_segments_of_their_paths()
 
 
 @pytest.mark.parametrize("code", ["no_credentials", "proof_missing", "handle_unknown", "invalid_dpop_proof"])
-def test_where_nobody_knows_who_sent_it_an_unknown_destination_counts(code: str) -> None:
+def test_unidentified_sender_of_an_unknown_destination_is_counted(code: str) -> None:
     """As with a CONNECT, with which no proof comes."""
     (found,) = unknown_destinations([
         went("other.example", code=code, method="CONNECT"), went("hub.example", code=code, target="hub"),
@@ -276,7 +276,7 @@ def test_where_nobody_knows_who_sent_it_an_unknown_destination_counts(code: str)
     assert (found["host"], found["method"], found["count"]) == ("other.example", "CONNECT", 1)
 
 
-def test_what_is_neither_read_nor_write_is_shown_as_that(capsys: pytest.CaptureFixture[str]) -> None:
+def test_connect_is_shown_as_neither_read_nor_write(capsys: pytest.CaptureFixture[str]) -> None:
     events = [went("api.example", method="CONNECT", agent="bot", target=None)]
     made = ActionReport(0, 1)
     made.add(action_groups([{**events[0], "count": 7}]), unknown_destinations(events))

@@ -148,7 +148,7 @@ def test_a_key_that_counts_for_nothing_now_is_no_new_key(ledger: InMemoryRegistr
     assert refused(ledger, rotation(ledger, key=to_come)) == "no_valid_key"
 
 
-def test_what_is_compromised_has_no_overlap(ledger: InMemoryRegistry):
+def test_compromised_rotation_allows_no_overlap(ledger: InMemoryRegistry):
     with pytest.raises(ValidationError, match="ends at once"):
         rotation(ledger, compromised=True, overlap_s=1)
     with pytest.raises(ValidationError):
@@ -208,7 +208,7 @@ def test_no_rotation_can_be_left_out(ledger: InMemoryRegistry):
 
 
 @pytest.mark.parametrize("lie", ["the old key counts", "it is not compromised", "a key of its own"])
-def test_it_cannot_say_otherwise_of_keys(ledger: InMemoryRegistry, lie: str):
+def test_registry_cannot_change_the_keys_of_an_agent(ledger: InMemoryRegistry, lie: str):
     rotate(ledger, compromised=True)
     state, commands = agent(ledger), ledger.directory.unverified("agent", "bot").commands  # type: ignore[union-attr]
     old = ledger.key_record(ledger.key("bot", "agent"))
@@ -222,7 +222,7 @@ def test_it_cannot_say_otherwise_of_keys(ledger: InMemoryRegistry, lie: str):
         ledger.chains().verify(ledger.record(state.model_copy(update=update), commands, 2))
 
 
-def test_it_cannot_use_a_rotation_that_the_agent_signed(ledger: InMemoryRegistry):
+def test_registry_cannot_use_a_rotation_signed_by_the_agent(ledger: InMemoryRegistry):
     register = ledger.embed(ledger.register("sam", "robot", "sam"))
     stolen = ledger.key("robot", "agent")
     forged = ledger.claims(AgentRotateKey, "sam", iss=stolen.id, agent_id="robot", key=fresh(ledger))
@@ -230,7 +230,7 @@ def test_it_cannot_use_a_rotation_that_the_agent_signed(ledger: InMemoryRegistry
         ledger.follow([register, ledger.embed(forged, key=stolen)], 2)
 
 
-def test_there_is_room_for_many_rotations(ledger: InMemoryRegistry):
+def test_record_has_room_for_many_rotations(ledger: InMemoryRegistry):
     """Nothing of them is dropped, so a record grows with each."""
     sizes = []
     for _ in range(3):
@@ -322,7 +322,7 @@ def test_neither_are_keys_of_those_who_are_gone_or_that_are_short_lived(ledger: 
     assert endings(uma.state, START_S + 60) == endings(agent(ledger), START_S + 60) == ()
 
 
-def test_which_leases_are_lost_with_a_key(ledger: InMemoryRegistry):
+def test_leases_lost_with_a_compromised_key(ledger: InMemoryRegistry):
     old = ledger.key("bot", "agent")
     ended_ms = ledger.clock.ms // 1000 * 1000
     new = rotate(ledger, compromised=True)
@@ -350,7 +350,7 @@ def test_which_leases_are_lost_with_a_key(ledger: InMemoryRegistry):
     assert not is_lost(lease(old.kid), other)
 
 
-def test_what_a_compromised_key_asked_for_is_denied_however_early_it_was(ledger: InMemoryRegistry):
+def test_request_of_a_compromised_key_is_denied_whenever_it_was_made(ledger: InMemoryRegistry):
     """Policy and issuer weigh it by the same rule."""
     allowed = permission("env/**")
     ledger.give(ledger.target_set("olga", "staging", verbs=(VerbFloor(verb="deploy"),)))

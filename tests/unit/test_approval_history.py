@@ -109,7 +109,7 @@ async def test_old_answers_count_however_many_events_came_since(monkeypatch: pyt
     assert (await asked("deploy-bot", since_ms=11))["deploy-bot"] == []
 
 
-async def test_nobody_is_told_of_agents_that_are_not_theirs() -> None:
+async def test_approval_history_hides_agents_of_others() -> None:
     events = [event("approval.given", agent, "r", WRITE) for agent in ("deploy-bot", "other-bot")]
     assert await (await Asked.of(*events))("deploy-bot", "other-bot") == {
         "deploy-bot": [answer("approved", 1, WRITE)],

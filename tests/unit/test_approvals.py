@@ -107,7 +107,9 @@ TWO: tuple[RequiredClass, ...] = ("break_glass", "break_glass")
         (("second_person", "operator"), ("otto", "petra"), 0),
     ],
 )
-def test_what_is_still_missing(required: tuple[RequiredClass, ...], people: tuple[str, ...], left: int):
+def test_lacking_counts_the_approvals_still_missing(
+    required: tuple[RequiredClass, ...], people: tuple[str, ...], left: int
+):
     assert len(lacking(required, *people)) == left
 
 
@@ -115,9 +117,7 @@ classes = st.lists(st.sampled_from(["sponsor", "second_person", "operator", "bre
 
 
 @given(classes.map(tuple), st.lists(st.sampled_from(sorted(ROLES)), max_size=5))
-def test_it_is_as_few_as_any_assignment_of_people_leaves(
-    required: tuple[RequiredClass, ...], people: list[str]
-):
+def test_lacking_is_minimal_over_all_assignments(required: tuple[RequiredClass, ...], people: list[str]):
     padded: list[str | None] = [*sorted(set(people)), *[None] * len(required)]
 
     def left(chosen: tuple[str | None, ...]) -> int:
@@ -132,7 +132,7 @@ def test_it_is_as_few_as_any_assignment_of_people_leaves(
 
 
 @pytest.mark.parametrize("wanted", ["second_person", "operator", "break_glass"])
-def test_who_hands_their_agent_over_is_nobody_else_by_that(wanted: RequiredClass):
+def test_transfer_of_an_agent_does_not_make_its_old_sponsor_independent(wanted: RequiredClass):
     """sam has the bot's key, and could name whomever he likes as its sponsor, who need not even agree."""
     ledger = InMemoryRegistry()
     ledger.organisation()
@@ -228,7 +228,7 @@ def test_break_glass_gives_a_quarter_of_an_hour():
 # --- who may give one -------------------------------------------------------------------------------------------------
 
 
-def test_all_that_are_asked_for_stand_in_one_order():
+def test_required_classes_have_one_order():
     every: tuple[RequiredClass, ...] = ("operator", "second_person", "sponsor")
     assert required_classes(every, (), break_glass=False) == ("sponsor", "second_person", "operator")
     assert required_classes((), every, break_glass=True) == ("sponsor", "second_person", "operator", *TWO)
@@ -245,7 +245,7 @@ class Nobody:
 
 
 @pytest.mark.parametrize("wanted", ["sponsor", "second_person", "operator", "break_glass"])
-def test_whoever_has_no_record_that_holds_gives_none(wanted: RequiredClass):
+def test_user_without_a_valid_record_approves_nothing(wanted: RequiredClass):
     for directory in (Distrusted(), Nobody()):
         assert not may_approve(cast(Directory, directory), "sam", wanted, FACTS)
 
@@ -264,7 +264,7 @@ def test_the_agents_sponsor_is_one_no_more_without_the_role():
     assert not may_approve(DIRECTORY, "olga", "sponsor", facts)
 
 
-def test_what_no_user_signed_counts_for_nobody():
+def test_approval_not_signed_by_a_user_counts_for_no_role():
     by_agent = [by("spiffe://td/agent/olga", "key of olga")]
     assert unmet(("operator",), by_agent, DIRECTORY, FACTS, at_ms=0) == ("operator",)
     elsewhere = [by("spiffe://other/user/olga", "key of olga")]

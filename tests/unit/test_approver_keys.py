@@ -152,7 +152,7 @@ def test_the_end_of_a_key_is_the_second_that_its_record_names(office: Office):
         assert office.codes(approval) == [code]
 
 
-def test_somebody_whose_record_does_not_hold_approves_and_vouches_for_nothing(office: Office):
+def test_user_with_an_unverifiable_record_approves_and_vouches_for_nothing(office: Office):
     key = lent(office, "olga", "sam")
     by_lent = office.approval("sam", key)
     by_suzy = office.approval("suzy")
@@ -179,7 +179,7 @@ def test_somebody_whose_record_does_not_hold_approves_and_vouches_for_nothing(of
         assert (directory.compromised_giver(resting) is not None) is expected
 
 
-def test_who_gave_somebody_a_key_does_not_approve_beside_them(office: Office):
+def test_voucher_of_a_key_does_not_approve_beside_it(office: Office):
     """As policy asks it when the voucher comes second."""
     key = lent(office, "olga", "sam", cosigned="otto")
     directory = office.ledger.directory
@@ -202,7 +202,7 @@ def test_a_key_file_is_no_attested_passkey_whatever_its_record_says(office: Offi
         assert code_of(verdict) == "key_not_attested"
 
 
-def test_what_no_user_signed_is_no_approval(office: Office):
+def test_approval_signed_by_an_agent_is_rejected(office: Office):
     approval = office.approval("sam")
     claims = approval.claims.model_copy(update={"iss": f"spiffe://{TD}/agent/bot"})
     by_agent = Signed(claims, sign(claims, office.ledger.key("bot", "agent")))
@@ -210,7 +210,7 @@ def test_what_no_user_signed_is_no_approval(office: Office):
     assert office.left(("sponsor",), by_agent) == ("sponsor",)
 
 
-def test_it_never_counts_beside_who_vouched_for_it_in_any_order(office: Office):
+def test_lent_key_never_counts_beside_its_voucher_in_any_order(office: Office):
     key = lent(office, "olga", "sam", cosigned="otto")
     by_lent = office.approval("sam", key)
     required: tuple[RequiredClass, ...] = ("sponsor", "operator")
@@ -225,7 +225,7 @@ def test_it_never_counts_beside_who_vouched_for_it_in_any_order(office: Office):
     assert office.left(required, by_lent, office.approval("oscar"), office.approval("olga")) == ("sponsor",)
 
 
-def test_who_vouched_does_not_take_part_as_sponsor_or_user_either(office: Office):
+def test_voucher_as_sponsor_or_user_blocks_approval_by_the_lent_key(office: Office):
     ledger = office.ledger
     ledger.give(ledger.user_set("olga", "sam", ["sponsor", "operator"]))
     key = lent(office, "sam", "suzy", cosigned="otto")
@@ -301,6 +301,6 @@ def test_a_floor_takes_one_kind_of_key(office: Office, required: tuple[RequiredC
     assert office.codes(office.approval(who)) == [None]
 
 
-def test_what_no_record_explains_counts_for_nothing(office: Office):
+def test_approval_by_an_unrecorded_key_is_rejected(office: Office):
     assert office.codes(office.approval("sam", new_key("sam"))) == ["key_unknown"]
     assert office.codes(office.approval("mallory")) == ["key_unknown"]

@@ -86,7 +86,7 @@ def test_claims_are_read_in_one_way(name: str, value: str | None) -> None:
     assert claim(CLAIMS, name) == value
 
 
-def test_all_claims_of_a_selector_must_be_so() -> None:
+def test_every_claim_of_a_selector_must_match() -> None:
     wanted = selector(sub="repo:acme/deploy:*", n="7")
     assert matching([wanted], URL, CLAIMS) == (wanted, {"sub": CLAIMS["sub"], "n": "7"})
     assert matching([wanted], URL + "/", CLAIMS) is None

@@ -335,7 +335,7 @@ async def test_a_forged_event_neither_stays_the_latest_nor_stops_the_pages(shelf
     assert len(found) == len(shelf.lines) + 2
 
 
-async def test_somebody_who_may_see_nothing_has_little_scanned(
+async def test_viewer_without_rights_has_a_bounded_scan(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_MAX_SCANNED", 2)
@@ -351,7 +351,7 @@ async def test_somebody_who_may_see_nothing_has_little_scanned(
 
 
 @pytest.mark.parametrize("limit", [1, 500])
-async def test_who_did_is_counted_and_leads_to_people(shelf: Shelf, limit: int) -> None:
+async def test_access_report_counts_actions_per_agent_and_people(shelf: Shelf, limit: int) -> None:
     sums: dict[tuple[Any, ...], dict[str, int]] = {}
     for line in shelf.who(limit=limit):
         key = (line["agent"], line["sponsor"], line["on_behalf_of"])
@@ -409,7 +409,7 @@ async def test_a_lease_counts_once_and_while_it_lives(shelf: Shelf) -> None:
     assert held(issued["unmapped"]["deadline"] * 1000) == 0
 
 
-async def test_what_no_issuer_signed_is_no_lease(shelf: Shelf) -> None:
+async def test_lease_not_signed_by_an_issuer_counts_as_unverified(shelf: Shelf) -> None:
     issued = next(e for e in map(orjson.loads, shelf.lines) if code_of(e) == "credential.issued")
     made_up = {
         **issued,
@@ -491,7 +491,7 @@ async def test_an_export_that_stopped_goes_on_where_it_was(
         resume(tmp_path / "other")
 
 
-async def test_nothing_is_left_of_an_export_that_never_began(shelf: Shelf, tmp_path: Path) -> None:
+async def test_failed_export_leaves_no_file(shelf: Shelf, tmp_path: Path) -> None:
     counter = Counter(shelf)
     counter.fail_after = 0
     one = begin(tmp_path / "trail.csv", question(format="csv"))
@@ -501,7 +501,7 @@ async def test_nothing_is_left_of_an_export_that_never_began(shelf: Shelf, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-async def test_who_says_what_is_not_known(shelf: Shelf) -> None:
+async def test_access_report_lists_its_gaps(shelf: Shelf) -> None:
     async with Counter(shelf).api as api:
         report = await ask_access_report(api, shelf.target, 0, 2**52, lambda share: None)
     assert report.could is None

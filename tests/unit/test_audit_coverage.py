@@ -144,14 +144,14 @@ async def test_a_human_of_whom_there_is_no_record_is_none(desk: Counter):
     assert why(counts) == ["human_unknown"]
 
 
-async def test_what_lives_longer_than_is_short_stands(desk: Counter):
+async def test_lease_longer_than_the_short_limit_counts_as_standing(desk: Counter):
     await desk.credential()
     counts = desk.leases(short_s=60)
     assert (counts["traced"], counts["short_lived"], counts["task_bound"], counts["standing"]) == (1, 0, 1, 1)
     assert "it lives 3" in counts["standing_leases"][0]["why"]
 
 
-async def test_what_is_not_known_to_have_ended_stands_once_its_deadline_is_over(desk: Counter):
+async def test_lease_without_a_known_end_is_standing_past_its_deadline(desk: Counter):
     story = desk.office.credential()
     await without(desk, story.ended, story)
     assert desk.leases()["standing"] == 0
@@ -161,7 +161,7 @@ async def test_what_is_not_known_to_have_ended_stands_once_its_deadline_is_over(
     assert desk.leases(later_s=HOUR_S)["standing"] == 0
 
 
-async def test_what_a_revoker_says_once_more_is_one_lease(desk: Counter):
+async def test_republished_lease_record_is_counted_once(desk: Counter):
     story = await desk.credential()
     (issued,) = desk.index.issued(None, EVER, None, 100).events
     again = {**issued, "time": issued["time"] + 5, "metadata": {**issued["metadata"], "uid": "again"}}

@@ -125,7 +125,7 @@ async def test_no_cell_is_a_formula_wherever_a_program_splits(
 
 
 @pytest.mark.parametrize("said", ["a=b; c-d, user@example.com", "1 - 2 = 3", "x;y\tz", "it's -fine"])
-async def test_what_is_no_formula_stays_as_it_was(events: list[dict[str, Any]], said: str) -> None:
+async def test_text_without_a_formula_is_unchanged_in_csv(events: list[dict[str, Any]], said: str) -> None:
     events[0]["message"] = said
     (row,) = csv.DictReader(io.StringIO(written("csv", events[:1]).decode(), newline=""))
     assert row["message"] == said
@@ -140,7 +140,7 @@ async def test_a_csv_that_is_gone_on_with_has_one_header(events: list[dict[str, 
 
 
 @pytest.mark.parametrize("format", ["ocsf", "csv"])
-def test_nothing_is_a_whole_file_too(format: Format) -> None:
+def test_empty_export_is_a_complete_file(format: Format) -> None:
     made = written(format, [])
     if format == "csv":
         assert list(csv.reader(io.StringIO(made.decode()))) == [[column.name for column in COLUMNS]]
@@ -148,7 +148,7 @@ def test_nothing_is_a_whole_file_too(format: Format) -> None:
         assert made == b""
 
 
-async def test_what_is_of_another_kind_is_left_out(events: list[dict[str, Any]]) -> None:
+async def test_csv_leaves_out_values_of_the_wrong_type(events: list[dict[str, Any]]) -> None:
     words = {"agent": 7, "deadline": "soon", "chain": "no", "source": {"offset": 1.5}}
     odd = {**events[0], "time": 2**60, "is_alert": "yes", "unmapped": {**events[0]["unmapped"], **words}}
     (row,) = csv.DictReader(io.StringIO(written("csv", [odd]).decode(), newline=""))

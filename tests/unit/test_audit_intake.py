@@ -67,7 +67,7 @@ def came_back(office: AuditFixtures, message: Outbound) -> Received:
     return record._replace(raw_headers=[("ce_id", message.id.encode())])
 
 
-async def test_what_comes_back_is_what_others_read_of_it() -> None:
+async def test_handover_cache_equals_the_parsed_intake() -> None:
     office, lately = AuditFixtures(), HandoverCache()
     record = await handed_over(office, lately, 1, 2, 3)
     assert lately.events(record, office.trust) == parse_intake(record, office.trust)
@@ -81,7 +81,7 @@ async def test_another_text_under_the_same_id_is_not_taken_for_it() -> None:
     assert lately.events(another, office.trust) is None
 
 
-async def test_what_was_signed_by_a_key_that_no_longer_may_is_not_believed() -> None:
+async def test_cached_intake_of_a_revoked_key_is_rejected() -> None:
     office, lately = AuditFixtures(), HandoverCache()
     record = await handed_over(office, lately, 1)
     others = tuple(one for one in office.bundle.services if "audit" not in one.roles)
@@ -91,7 +91,7 @@ async def test_what_was_signed_by_a_key_that_no_longer_may_is_not_believed() -> 
         parse_intake(record, office.trust)
 
 
-async def test_nothing_is_handed_over_that_nobody_would_believe() -> None:
+async def test_intake_without_a_valid_key_sends_nothing() -> None:
     sent = Sent()
 
     def key() -> SigningKey:
@@ -105,7 +105,7 @@ async def test_nothing_is_handed_over_that_nobody_would_believe() -> None:
 
 
 @pytest.mark.parametrize("at_once", [True, False])
-async def test_what_a_key_signed_that_ended_meanwhile_is_handed_over_again_by_the_next(at_once: bool) -> None:
+async def test_intake_signed_by_an_ended_key_is_sent_again_with_the_next_key(at_once: bool) -> None:
     """Also where the next one is here when that is asked: by a bundle that came meanwhile, it was appended too late."""
     office, sent = AuditFixtures(), Sent()
     first, following = office.key("service", "audit"), office.key("service", "issuer")
@@ -125,7 +125,7 @@ async def test_what_a_key_signed_that_ended_meanwhile_is_handed_over_again_by_th
     ]
 
 
-def test_what_the_broker_appended_after_the_end_waits_though_our_clock_is_behind() -> None:
+def test_records_appended_after_bundle_expiry_wait_despite_a_slow_clock() -> None:
     office = AuditFixtures()
     office.now_ms = office.bundle.exp * 1000 - 2
     before, after = (office.received(AUDIT_INTAKE, b"x") for _ in range(2))
@@ -135,7 +135,7 @@ def test_what_the_broker_appended_after_the_end_waits_though_our_clock_is_behind
             require_trust(office.trust, batch, now_ms)
 
 
-async def test_nothing_is_judged_by_a_bundle_that_had_ended_when_it_was_appended() -> None:
+async def test_record_appended_after_bundle_expiry_waits_for_the_next_bundle() -> None:
     office = AuditFixtures()
     end_s = office.now_ms // 1000 + 60
     office.trust.load(office.trust_bundle(2, exp=end_s).value, office.now_ms / 1000)
@@ -192,7 +192,7 @@ def trailed(office: AuditFixtures, number: int) -> tuple[Received, dict[str, Any
     return office.received(AUDIT, value), linked_event(event(number), "0", number, HASH)
 
 
-def test_what_is_read_back_to_the_letter_is_not_taken_apart_again() -> None:
+def test_own_event_read_back_unchanged_is_not_parsed_again() -> None:
     office, read_back = AuditFixtures(), WrittenEventCache()
     (own, words), (others, _) = trailed(office, 1), trailed(office, 2)
     read_back.put(own.value, words, HASH)
@@ -214,7 +214,7 @@ def test_other_bytes_of_the_same_event_are_looked_at() -> None:
     assert (told["message"], leaf) == ("another", leaf_hash(changed.value))
 
 
-def test_what_is_never_read_back_goes_at_last_and_counts_once() -> None:
+def test_written_event_cache_evicts_the_oldest_and_serves_each_once() -> None:
     office = AuditFixtures()
     every = [trailed(office, number) for number in range(1, 6)]
     read_back = WrittenEventCache(max_bytes=2 * len(every[0][0].value))

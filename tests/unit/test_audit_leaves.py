@@ -46,7 +46,7 @@ def candidates(db: sqlite3.Connection, tree: Leaves) -> int:
     return int(count)
 
 
-def test_what_is_linked_to_nothing_or_there_already_is_not_kept(db: sqlite3.Connection) -> None:
+def test_unlinked_or_repeated_leaf_is_not_kept(db: sqlite3.Connection) -> None:
     tree = Leaves(db, "0")
     true = way("true", 9)
     fed(
@@ -70,7 +70,7 @@ def test_the_trunk_does_not_stay_on_a_forged_event_for_want_of_a_checkpoint(db: 
     assert (tree.settled, candidates(db, tree)) == (1003, 0)
 
 
-def test_what_was_on_the_trunk_can_still_be_signed(db: sqlite3.Connection) -> None:
+def test_leaf_displaced_by_a_longer_branch_can_still_be_signed(db: sqlite3.Connection) -> None:
     tree = Leaves(db, "0")
     true = way("true", 300)
     fed(tree, true, way("forged", 1500, true[:10]))
@@ -80,7 +80,7 @@ def test_what_was_on_the_trunk_can_still_be_signed(db: sqlite3.Connection) -> No
     assert tree.main_branch.leaf(299) == true[-1][2]
 
 
-def test_what_came_beyond_what_is_signed_goes_on_from_it(db: sqlite3.Connection) -> None:
+def test_leaves_beyond_the_signed_head_continue_from_it(db: sqlite3.Connection) -> None:
     tree = Leaves(db, "0")
     true = way("true", 90)
     fed(tree, way("forged", 1), true)

@@ -129,7 +129,7 @@ def trail() -> Iterator[Trail]:
         b'{"unmapped":{}}', b'{"unmapped":7}', b'{"time":7}', b"[]", b"7", b"null", b'"words"', b"no JSON", b"",
     ],
 )  # fmt: skip
-def test_what_is_not_in_the_chain_is_no_leaf(trail: Trail, value: bytes) -> None:
+def test_event_outside_the_chain_is_no_leaf(trail: Trail, value: bytes) -> None:
     trail.comes(*trail.chained(), value, *trail.chained(2))
     trail.comes_signed()
     trail.is_proved(3)
@@ -223,7 +223,7 @@ def test_events_that_came_beyond_what_is_signed_are_kept(trail: Trail) -> None:
     trail.is_proved(13)
 
 
-def test_what_comes_again_changes_nothing(trail: Trail) -> None:
+def test_repeated_events_change_no_proof(trail: Trail) -> None:
     forged, values = trail.forged(0, 3), trail.chained(4)
     trail.comes(*values[:2], *values[:2], *forged, *forged, *values[1:3], *values[2:], *values)
     trail.comes_signed()
@@ -233,7 +233,7 @@ def test_what_comes_again_changes_nothing(trail: Trail) -> None:
     trail.has_none(forged)
 
 
-def test_what_is_read_back_is_held_against_the_chain_as_well(trail: Trail) -> None:
+def test_events_read_back_are_checked_against_the_chain(trail: Trail) -> None:
     values = [*trail.forged(0), *trail.chained(3)]
     records = [trail.office.received(AUDIT, value) for value in values]
     trail.store.add_events(records, [ParsedRecord(loaded(value), leaf_hash(value)) for value in values])
@@ -263,7 +263,7 @@ def test_checkpoints_and_events_come_in_any_order(trail: Trail, order: str, forg
     trail.is_proved(600)
 
 
-def test_what_is_signed_later_is_proved_though_a_checkpoint_is_missing(trail: Trail) -> None:
+def test_later_signature_proves_events_of_a_missing_checkpoint(trail: Trail) -> None:
     trail.comes(*trail.chained(3))
     trail.has_none(trail.values, "not signed yet")
     trail.comes(*trail.forged(3, 2), *trail.chained(1000))
@@ -272,7 +272,7 @@ def test_what_is_signed_later_is_proved_though_a_checkpoint_is_missing(trail: Tr
     trail.is_proved(1003)
 
 
-def test_nothing_is_proved_under_a_head_whose_last_event_did_not_come(trail: Trail) -> None:
+def test_head_with_a_missing_last_event_proves_nothing(trail: Trail) -> None:
     trail.comes(*trail.chained(5))
     trail.chained(3)
     trail.comes_signed()
@@ -283,7 +283,7 @@ def test_nothing_is_proved_under_a_head_whose_last_event_did_not_come(trail: Tra
     trail.is_proved(8)
 
 
-def test_what_comes_after_a_gap_is_not_proved(trail: Trail) -> None:
+def test_events_after_a_gap_are_not_proved(trail: Trail) -> None:
     """The first events are gone by their age."""
     values = trail.chained(9)
     trail.comes(*values[3:])
@@ -303,7 +303,7 @@ def test_no_proof_is_given_under_a_head_that_is_signed_over_something_else(trail
     trail.is_proved(6)
 
 
-def test_what_audit_did_not_sign_settles_nothing(trail: Trail) -> None:
+def test_checkpoint_not_signed_by_audit_is_ignored(trail: Trail) -> None:
     trail.comes(*trail.chained(3), *trail.forged(3, 2))
     for role in ("gateway", "registry"):
         trail.comes_signed(by=trail.office.key("service", role))
@@ -315,7 +315,7 @@ def test_what_audit_did_not_sign_settles_nothing(trail: Trail) -> None:
 
 
 @pytest.mark.parametrize("seed", range(16))
-def test_whatever_is_forged_what_is_signed_is_proved(seed: int) -> None:
+def test_signed_events_are_proved_despite_forged_branches(seed: int) -> None:
     """At once, and by whoever reads everything again from the beginning, in another order between the topics."""
     trail, chance = Trail(), random.Random(seed)
     most = chance.choice([2, 20, 300])
@@ -368,7 +368,7 @@ def size_of(record: Received) -> int:
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
-def test_it_is_built_anew_at_a_start_in_the_file_of_before(tmp_path: Any, order: str) -> None:
+def test_proof_tree_is_rebuilt_at_start_in_the_same_file(tmp_path: Any, order: str) -> None:
     trail = Trail()
     file = tmp_path / "tree.sqlite"
     events = [*trail.chained(10), *trail.forged(10, 2), *trail.chained(500), *trail.forged(510, 600)]

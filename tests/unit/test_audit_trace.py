@@ -384,7 +384,7 @@ async def test_the_same_event_twice_counts_once(desk: Desk) -> None:
         b'{"unmapped":{},"metadata":{"uid":"u"},"time":"now","class_uid":1,"message":"x"}',
     ],
 )  # fmt: skip
-async def test_what_is_no_event_is_passed_over(desk: Desk, junk: bytes) -> None:
+async def test_malformed_audit_record_is_skipped_by_the_index(desk: Desk, junk: bytes) -> None:
     before = len(desk.index.page(None, None, 1000).events)
     (good,) = await desk.office.audit(desk.office.received(CREDENTIAL_REQUEST, b"x"))
     (record,) = as_records([good])
@@ -459,7 +459,7 @@ async def test_a_part_is_told_under_the_task_that_it_is_a_part_of() -> None:
         assert below["actor"] == "deploy-bot"
 
 
-async def test_what_a_part_came_to_is_told_with_the_task() -> None:
+async def test_trace_of_a_task_includes_its_delegated_tasks() -> None:
     desk, part = await handed_on()
     bot = desk.office.key("agent", "migrate-bot")
     asked = desk.office.claims(

@@ -67,7 +67,7 @@ def kinds(faults: Sequence[Fault]) -> set[str]:
     return {fault.kind for fault in faults}
 
 
-def test_what_nobody_touched_is_without_fault_and_has_the_signed_root() -> None:
+def test_untouched_chain_has_no_fault_and_the_signed_root() -> None:
     verifier = ChainVerifier(TREE, tuple(map(checkpoint, TIPS)))
     for offset, value in enumerate(VALUES):
         verifier.take(value, offset)
@@ -132,7 +132,7 @@ def test_an_event_that_is_there_twice_is_named(at: int, again: int) -> None:
 
 
 @given(st.integers(1, COUNT - 1))
-def test_what_is_cut_off_at_the_end_is_named(at: int) -> None:
+def test_truncated_chain_is_found(at: int) -> None:
     (fault,) = verify(VALUES[:at], TIPS[-1])
     assert (fault.kind, fault.seq) == ("truncated", at + 1)
     (fault,) = verify(VALUES[:at], seen=[(COUNT, "0" * 64)])
@@ -160,7 +160,7 @@ def test_a_chain_that_was_written_anew_is_not_the_signed_one(at: int) -> None:
     ],
 )
 @pytest.mark.parametrize("at", [1, COUNT // 2, COUNT])
-def test_what_is_no_event_of_the_chain_is_named(junk: Callable[[], bytes], at: int) -> None:
+def test_foreign_record_in_the_chain_is_found(junk: Callable[[], bytes], at: int) -> None:
     (fault,) = verify([*VALUES[:at], junk(), *VALUES[at:]], TIPS[-1])
     assert (fault.kind, fault.offset) == ("foreign", at)
 
@@ -187,7 +187,7 @@ def test_events_from_before_there_was_a_chain_are_counted() -> None:
 
 
 @given(st.integers(1, COUNT - 1))
-def test_where_the_beginning_is_gone_by_its_age_an_old_checkpoint_lets_the_root_be_told(at: int) -> None:
+def test_checkpoint_before_an_expired_beginning_still_gives_the_root(at: int) -> None:
     for known, whole in ([TIPS[at - 1], TIPS[-1]], True), ([TIPS[-1]], False):
         verifier = ChainVerifier(TREE, tuple(map(checkpoint, known)))
         for offset, value in enumerate(VALUES[at:]):

@@ -63,20 +63,20 @@ def test_an_installed_package_brings_a_backend(folder: Path) -> None:
         ("def Paper(material): raise ValueError('x')", "paper = paper_backend:Paper"),
     ],
 )
-def test_one_that_cannot_be_used_stops_the_start(folder: Path, module: str, point: str) -> None:
+def test_invalid_plugin_stops_the_start(folder: Path, module: str, point: str) -> None:
     install(folder, module, point)
     with pytest.raises(BackendError, match="backend"):
         all_backends(MATERIAL)
 
 
 @pytest.mark.parametrize("name", ["existing", "standing"])
-async def test_what_exists_at_a_target_is_asked_by_the_name_of_now_or_of_0_1(folder: Path, name: str) -> None:
+async def test_plugin_may_name_its_list_of_credentials_existing_or_standing(folder: Path, name: str) -> None:
     defined = f"\n    async def {name}(self, target_id):\n        return frozenset([target_id])\n"
     install(folder, MODULE + defined, "paper = paper_backend:Paper")
     assert await existing_of(all_backends(MATERIAL)["paper"], "vault") == {"vault"}
 
 
-def test_one_that_does_not_say_what_it_must_is_not_used(folder: Path) -> None:
+def test_plugin_without_a_required_declaration_is_rejected(folder: Path) -> None:
     install(folder, MODULE.replace("enforced_by", "_enforced_by"), "paper = paper_backend:Paper")
     with pytest.raises(BackendError, match="does not say its enforced_by"):
         all_backends(MATERIAL)

@@ -111,7 +111,7 @@ async def test_a_batch_is_not_over_before_its_letters_are_there():
     await asyncio.wait_for(batch, WITHIN_S)
 
 
-async def test_nothing_is_handled_behind_the_record_that_halts():
+async def test_halting_record_stops_the_records_after_it():
     handled = []
 
     async def refuse(record: Received) -> None:

@@ -72,7 +72,7 @@ async def test_so_many_at_a_time_for_each_target_by_itself() -> None:
     assert most == {"a": 2, "b": 1}
 
 
-async def test_what_hangs_ends_at_its_deadline() -> None:
+async def test_hanging_call_ends_at_its_deadline() -> None:
     with pytest.raises(TargetError, match="did not answer"):
         await caller(deadline_s=0.01).call("a", asyncio.Event().wait)
 
@@ -90,7 +90,7 @@ async def test_a_failing_target_is_shut_and_others_are_not() -> None:
     assert await calls.call("b", good) == "done"
 
 
-async def test_what_is_refused_says_nothing_about_the_target() -> None:
+async def test_refused_call_does_not_open_the_circuit_breaker() -> None:
     calls = caller()
     for _ in range(2 * FAILURES_TO_OPEN):
         with pytest.raises(TargetRefusedError):
@@ -125,7 +125,7 @@ async def test_a_probe_that_fails_shuts_it_again() -> None:
     assert await calls.call("a", good) == "done"
 
 
-async def test_it_is_left_alone_for_longer_and_longer_up_to_a_limit() -> None:
+async def test_circuit_breaker_opens_for_longer_up_to_a_limit() -> None:
     seconds = Seconds()
     calls = caller(seconds=seconds)
     await fail(calls, FAILURES_TO_OPEN)

@@ -455,7 +455,7 @@ def signed_head(size: int) -> str:
     )  # fmt: skip
 
 
-async def test_who_takes_over_goes_on_behind_the_last_event_that_follows_the_checkpoint(
+async def test_recovery_continues_after_the_last_event_chained_to_the_checkpoint(
     monkeypatch: pytest.MonkeyPatch, trust: TrustStore
 ) -> None:
     kafka = Partition(*HUNDRED[:6], b"x", checkpoints=[signed_head(3)])

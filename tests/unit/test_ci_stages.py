@@ -74,7 +74,7 @@ def test_a_test_that_ran_when_its_stage_was_stopped_is_named(tmp_path: Path) -> 
     assert re.fullmatch(r" +stopped after \d+ s: test_it\.py::test_hangs", running), said
 
 
-def test_nothing_is_said_of_tests_that_pass(tmp_path: Path) -> None:
+def test_passing_tests_are_not_named_in_the_summary(tmp_path: Path) -> None:
     status, said, summary = check(tmp_path, 'suite 60s "the tests" it', code="def test_runs():\n    pass\n")
     assert status == 0, said
     assert re.fullmatch(r"passed  the tests \(\d+ s, CPU \d+ s\)\n", summary)

@@ -146,7 +146,9 @@ class _Tty(io.StringIO):
         (True, {"FORCE_COLOR": "1", "NO_COLOR": "1"}, False),
     ],
 )
-def test_where_colours_are_shown(tty: bool, variables: dict[str, str], coloured: bool) -> None:
+def test_colours_depend_on_terminal_and_environment(
+    tty: bool, variables: dict[str, str], coloured: bool
+) -> None:
     assert styles.colours(_Tty(tty), {"TERM": "xterm", **variables}) is coloured
 
 
@@ -237,7 +239,7 @@ def test_the_meaning_of_a_state(cell: str, meaning: str) -> None:
         ("overdue for 3 min", "late"),
     ],
 )
-def test_what_ends_soon(cell: str, meaning: str) -> None:
+def test_ending_marks_times_that_are_soon_or_past(cell: str, meaning: str) -> None:
     assert styles.ending(cell) == meaning
 
 
@@ -292,13 +294,13 @@ def test_a_terminal_sees_how_far_long_work_is_and_nothing_stays() -> None:
 
 
 @pytest.mark.parametrize("variables", [{"TERM": "dumb"}, {}])
-def test_nothing_is_said_with_json_or_on_a_dumb_terminal(variables: dict[str, str]) -> None:
+def test_progress_is_hidden_with_json_or_on_a_dumb_terminal(variables: dict[str, str]) -> None:
     seen = in_terminal(_WORK.format(as_json=not variables), variables)
     assert "reading" not in seen
     assert "waiting" not in seen
 
 
-def test_nothing_is_said_where_stderr_is_no_terminal(tmp_path: Path) -> None:
+def test_progress_is_hidden_when_stderr_is_no_terminal(tmp_path: Path) -> None:
     with (tmp_path / "stderr").open("wb") as file:
         code = [sys.executable, "-c", _WORK.format(as_json=False)]
         with Terminal(code, environment(FORCE_COLOR="1"), stderr=file.fileno()) as terminal:

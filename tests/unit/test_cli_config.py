@@ -105,7 +105,7 @@ def test_show_shows_no_password_that_nobody_encoded(
     assert shown == ("redis://[redacted]@redis:6379/0", "environment")
 
 
-def test_what_is_no_utf8_is_shown(
+def test_value_that_is_not_utf8_is_shown_with_its_source(
     capsys: pytest.CaptureFixture[str], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strange = folder / "strange\udcff"

@@ -41,7 +41,7 @@ async def test_enter_and_the_end_of_input_are_a_no(
     assert capsys.readouterr().err.count("[y/N]") == (2 if keys == b"what?\n" else 1)
 
 
-def test_what_to_try_next_is_there_in_a_clone_and_elsewhere(tmp_path: Path) -> None:
+def test_next_commands_fit_a_clone_and_an_installation(tmp_path: Path) -> None:
     assert [line.split()[0] for line in next_commands(tmp_path)] == ["ringfence"] * 3
     (tmp_path / ".venv/bin").mkdir(parents=True)
     (tmp_path / ".venv/bin/ringfence").touch()

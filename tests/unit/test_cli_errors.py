@@ -178,7 +178,7 @@ WHO = ["audit", "who", "--target", "stagign"]
 
 
 @pytest.mark.parametrize(("lines", "status"), [((), 1), ((1,), 0)], ids=["never was", "was removed"])
-def test_who_could_reach_a_target_that_does_not_exist(
+def test_audit_who_for_an_unknown_or_removed_target(
     lines: tuple[int, ...],
     status: int,
     tmp_path: Path,

@@ -48,7 +48,7 @@ def test_no_command_takes_just_anything_for_an_id(capsys: pytest.CaptureFixture[
         (["lease", "show", "5f0c0e6e-0000-4000-8000-000000000000"], 1),
     ],
 )
-def test_what_could_be_an_id_is_asked_for(
+def test_possible_id_prefix_is_looked_up(
     args: list[str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RINGFENCE_IDENTITY", "RINGFENCE_TRUST_ROOT", "RINGFENCE_CONFIG"):
@@ -77,7 +77,7 @@ def test_several_ids_that_begin_so_are_all_named_and_none_is_taken() -> None:
 
 
 @pytest.mark.parametrize("text", ["3f2", "", "9999"])
-def test_what_no_id_begins_with_is_not_found(text: str) -> None:
+def test_prefix_of_no_known_id_is_not_found(text: str) -> None:
     with pytest.raises(InvalidCallError, match="ringfence task list"):
         only_one("task", text, KNOWN)
 
@@ -138,7 +138,7 @@ async def test_ids_are_known_from_lists_and_from_audit() -> None:
         ["approvals", "grant", "--like", "3f2a9c1d", "--yes"],
     ],
 )
-def test_where_an_agent_could_make_a_prefix_collide_whole_ids_are_needed(
+def test_prefix_is_refused_where_an_agent_could_forge_a_collision(
     args: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(args) == 2

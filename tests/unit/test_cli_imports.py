@@ -78,9 +78,7 @@ def test_no_command_loads_more_than_it_declares(environment: dict[str, str]) -> 
     "serve --help", "doctor --help", "key show {key}", "config show", "topics acls",
     "sign-page build {folder} --origin http://localhost:1",
 ])  # fmt: skip
-def test_what_prints_what_is_here_loads_no_client(
-    words: str, environment: dict[str, str], tmp_path: Path
-) -> None:
+def test_offline_commands_import_no_client(words: str, environment: dict[str, str], tmp_path: Path) -> None:
     line = words.format(key=environment["RINGFENCE_IDENTITY"], folder=tmp_path / "page").split()
     assert run(_RUN, environment, *line) == [0, []]
 
@@ -90,12 +88,12 @@ def test_what_prints_what_is_here_loads_no_client(
     "gateway stats", "audit trace deploy-bot", "audit who --target platform", "audit coverage", "audit export",
     "policy explain 5f0c0e6e-0000-4000-8000-000000000000", "break-glass list", "provisioner list", "approvals grants",
 ])  # fmt: skip
-def test_what_reads_an_api_loads_no_client_of_kafka(words: str, environment: dict[str, str]) -> None:
+def test_api_commands_import_no_kafka_client(words: str, environment: dict[str, str]) -> None:
     assert run(_RUN, environment, *words.split()) == [1, sorted((HTTP, "httpcore"))]
 
 
 @pytest.mark.parametrize("words", ["approvals list", "topics check", "audit verify"])
-def test_what_reads_kafka_loads_no_client_of_http(words: str, environment: dict[str, str]) -> None:
+def test_kafka_commands_import_no_http_client(words: str, environment: dict[str, str]) -> None:
     assert run(_RUN, environment, *words.split()) == [1, [KAFKA]]
 
 

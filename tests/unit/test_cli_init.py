@@ -77,7 +77,7 @@ def test_a_moment_with_a_time_zone_is_that_moment() -> None:
     assert _moment_s(datetime.fromisoformat("2026-11-25T09:00:00+02:00")) == 1_795_590_000
 
 
-def test_what_was_broken_off_leaves_nothing_in_the_way(
+def test_failed_init_leaves_nothing_that_blocks_the_next(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("trust/users").mkdir(parents=True)

@@ -163,7 +163,7 @@ def test_wrong_use_is_exit_2_and_says_why(
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_cannot_be_done_is_exit_1_and_one_clear_message(
+def test_failing_command_exits_1_with_one_message(
     args: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -185,7 +185,7 @@ def test_what_cannot_be_done_is_exit_1_and_one_clear_message(
     ],
     ids=" ".join,
 )
-def test_what_has_to_be_asked_is_wrong_use_where_nobody_can_answer(
+def test_confirmation_without_a_terminal_exits_2(
     args: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO())
@@ -214,7 +214,7 @@ def test_an_agents_key_gives_no_commands(
 
 
 @pytest.mark.parametrize("id", ["", "a/b", "../users"])
-async def test_what_can_be_no_id_is_not_asked_for(
+async def test_impossible_id_is_refused_before_any_request(
     id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("RINGFENCE_TRUST_ROOT", "x" * 43)
@@ -310,7 +310,7 @@ def shown(tmp_path: Path, stdout: Any, **environment: str) -> subprocess.Complet
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "iso-8859-1", "utf-8"])
-def test_what_a_terminal_has_no_signs_for_is_printed_all_the_same(tmp_path: Path, encoding: str) -> None:
+def test_unprintable_characters_are_escaped_for_the_encoding(tmp_path: Path, encoding: str) -> None:
     done = shown(tmp_path, subprocess.PIPE, PYTHONIOENCODING=encoding)
     assert (done.returncode, done.stderr) == (0, b"")
     *document, line, said = done.stdout.decode(encoding).splitlines()
@@ -320,7 +320,7 @@ def test_what_a_terminal_has_no_signs_for_is_printed_all_the_same(tmp_path: Path
     assert said.startswith("d\\xe9ploie \\u2713" if encoding == "ascii" else "d\u00e9ploie ")
 
 
-def test_what_cannot_be_written_is_a_failure_with_one_line(tmp_path: Path) -> None:
+def test_write_error_exits_1_with_one_line(tmp_path: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = shown(tmp_path, full)
     assert (done.returncode, done.stderr.decode()) == (1, "error: No space left on device\n")
@@ -334,7 +334,7 @@ def test_a_reader_that_has_gone_is_no_reason_to_complain(tmp_path: Path) -> None
     assert (done.returncode, done.stderr) == (1, b"")
 
 
-def test_what_kafka_refuses_in_the_middle_is_said_in_a_line(
+def test_kafka_error_is_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from aiokafka.errors import TopicAuthorizationFailedError

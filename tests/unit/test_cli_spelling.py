@@ -26,7 +26,7 @@ def test_every_setting_is_known() -> None:
                 assert {f"{prefix}{field}".upper() for field in cls.model_fields} <= known
 
 
-def test_what_is_mistyped_is_told_with_what_was_meant() -> None:
+def test_mistyped_settings_are_reported_with_a_suggestion() -> None:
     told = mistyped(
         ["RINGFENCE_KAKFA", "RINGFENCE_KAFKA", "RINGFENCE_CONFIG", "RINGFENCE_TEST_KAFKA", "PATH"],
         {"trust_rot": "x", "kafka": "y", "identity": {"path": "z"}, "policy": {"bundel": "a", "bundle": "b"}},
@@ -49,7 +49,7 @@ def test_removed_setting_says_what_to_do() -> None:
     ]
 
 
-def test_what_kubernetes_tells_a_pod_of_services_is_no_mistake() -> None:
+def test_kubernetes_service_variables_are_no_mistyped_settings() -> None:
     names = [
         "SERVICE_HOST",
         "SERVICE_PORT",

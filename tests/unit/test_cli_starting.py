@@ -53,7 +53,7 @@ def test_with_what_init_makes_it_starts(service: str, trust: TrustFolder) -> Non
         ("audit", "RINGFENCE_KAFKA", "kafka://broker:9092"),
     ],
 )
-def test_what_is_wrong_is_told_with_its_setting(
+def test_invalid_setting_is_named_in_the_refusal(
     service: str,
     setting: str,
     value: str,

@@ -50,7 +50,7 @@ def test_with_stderr_or_stdin_closed_the_exit_status_is_the_same() -> None:
     assert "add --yes" in done.stderr
 
 
-def test_what_is_not_utf_8_is_refused_before_anything_is_done() -> None:
+def test_argument_that_is_not_utf8_is_refused() -> None:
     done = in_shell("ringfence agent show $'\\xff'")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "is not UTF-8" in done.stderr
@@ -62,7 +62,7 @@ def test_no_error_moves_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("columns", ["0", "1", "20"])
-def test_nothing_is_left_out_on_a_narrow_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_narrow_terminal_still_shows_every_word(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", columns)
     monkeypatch.setenv("TERM", "dumb")
     ours, theirs = pty.openpty()

@@ -84,7 +84,7 @@ def test_wrapped_text_is_all_there_and_marked_where_a_word_is_broken(text: str) 
     assert whole.split() == text.split()
 
 
-def test_nothing_in_a_cell_passes_for_another_field() -> None:
+def test_hostile_cell_text_cannot_imitate_another_field() -> None:
     columns: list[str | Column] = ["agent", prose("reason"), "ends"]
     hostile = "fine\n  ends     never\n" + "x" * 200 + "   ends never"
     lines = [line.plain for line in list_lines(columns, [["b" * 60, hostile, "in 4 min"]], width=80)]

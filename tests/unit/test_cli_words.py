@@ -128,7 +128,7 @@ def test_durations(text: str, seconds: int) -> None:
 @pytest.mark.parametrize(
     "text", ["", "0", "5", "90", "0s", "1h30", "-5", "1.5h", "h", "30m1h", "1 h", "1w", "٣m"]
 )
-def test_what_is_no_duration(text: str) -> None:
+def test_invalid_duration_is_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         duration_s(text)
 
@@ -156,7 +156,7 @@ def test_letters_that_are_drawn_as_nothing_are_shown(char: str) -> None:
     assert visible_name(f"env/prod{char}") == f"env/prod{shown}"
 
 
-def test_nothing_invisible_reaches_the_terminal() -> None:
+def test_invisible_characters_are_escaped() -> None:
     told = visible("ok\x1b[2J\r\u202egnp.exe\u200b \x07 straße")
     assert told == "ok‹U+001B›[2J‹U+000D›‹U+202E›gnp.exe‹U+200B› ‹U+0007› straße"
 
@@ -177,7 +177,7 @@ def test_a_name_that_looks_like_another_shows_that_it_is_not() -> None:
         (SpiffeId, "a SPIFFE ID"),
     ],
 )
-def test_what_has_another_shape_is_told_in_words(wanted: Any, says: str) -> None:
+def test_invalid_value_is_described_in_words(wanted: Any, says: str) -> None:
     with (
         pytest.raises(InvalidCallError, match=f"^the call: it: must be {says}") as refused,
         checked("the call"),
@@ -194,7 +194,7 @@ def test_an_end_beyond_all_calendars_can_be_shown(seconds: int) -> None:
 
 
 @pytest.mark.parametrize("since", ["1969-01-01T00:00:00Z", "0001-01-01T00:00:00+14:00", "99999999d"])
-def test_what_began_before_all_records_is_from_the_first(since: str) -> None:
+def test_time_before_all_records_means_from_the_first(since: str) -> None:
     assert when_ms(since, 1_700_000_000_000) == 0
 
 
@@ -206,7 +206,7 @@ def test_a_wrong_verb_is_told_once_and_in_words(verb: str) -> None:
     assert "Tuple" not in str(told.value)
 
 
-def test_what_is_proposed_for_a_day_is_a_moment() -> None:
+def test_suggested_moment_for_a_day_is_valid() -> None:
     with pytest.raises(typer.BadParameter) as told:
         moment_s("2030-01-31")
     proposed = str(told.value).split()[-3]

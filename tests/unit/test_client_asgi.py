@@ -107,7 +107,7 @@ async def test_a_bound_token_passes_with_a_proof_of_its_key(place: Place) -> Non
     assert [token and token.key_thumbprint for token in place.application.tokens] == [BOT.kid] * 2
 
 
-async def test_what_needs_no_token_passes_as_it_is(place: Place) -> None:
+async def test_exempt_request_passes_without_a_token(place: Place) -> None:
     for auth in (None, BearerAuth("garbage")):
         assert (await place.ask(auth, f"{BASE}/healthz")).status_code == 200
     assert place.application.tokens == [None, None]
@@ -214,7 +214,7 @@ async def test_a_token_that_was_recalled(make: Callable[..., Place]) -> None:
     assert 'error="invalid_token"' in challenges(response)[0]
 
 
-async def test_who_finds_a_bound_token_can_do_nothing_with_it(place: Place) -> None:
+async def test_stolen_bound_token_is_rejected_without_a_proof(place: Place) -> None:
     token = place.token(**BOUND)
     response = await place.ask(BearerAuth(token))
     assert response.status_code == 401
@@ -342,7 +342,7 @@ def test_a_description_has_no_characters_that_end_it() -> None:
     )
 
 
-def test_what_a_request_shows_is_not_shown_again() -> None:
+def test_presented_token_hides_its_secrets_in_repr() -> None:
     shown = read_presented_token({"AUTHORIZATION": "dpop  secret-token ", "dPoP": "secret-proof"})
     assert (shown.scheme, shown.token, shown.proofs) == ("DPoP", "secret-token", ("secret-proof",))
     assert "secret" not in repr(shown)

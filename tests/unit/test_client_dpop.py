@@ -136,9 +136,7 @@ async def test_a_proof_is_what_the_rfc_says_and_counts_once(clock: Clock, alg: s
     ],
     ids=lambda changed: re.sub(r"[\w-]{43}", "...", str(changed)),  # keys of one run,
 )
-async def test_what_is_not_exactly_a_proof_of_this_request_is_refused(
-    clock: Clock, changed: dict[str, Any]
-) -> None:
+async def test_proof_of_another_request_is_rejected(clock: Clock, changed: dict[str, Any]) -> None:
     checker = ProofChecker(clock=clock)
     with pytest.raises(ProofError) as refused:
         await check(checker, made(clock, **changed))
@@ -147,7 +145,7 @@ async def test_what_is_not_exactly_a_proof_of_this_request_is_refused(
 
 
 @pytest.mark.parametrize("twice", ["htm", "jwk", "ath", "typ"])
-async def test_what_can_be_read_in_two_ways_is_refused(clock: Clock, twice: str) -> None:
+async def test_ambiguous_proof_is_rejected(clock: Clock, twice: str) -> None:
     head, body, _ = made(clock).split(".")
     parts = [
         b64decode(part).decode().replace(f'"{twice}"', f'"{twice}": "x", "{twice}"', 1)
@@ -279,7 +277,7 @@ async def test_a_memory_that_is_full_takes_no_more_and_forgets_what_is_over(cloc
     await check(checker, made(clock, jti="0"))
 
 
-async def test_whoever_sends_all_they_can_leave_room_for_others() -> None:
+async def test_flood_of_one_key_leaves_room_for_proofs_of_others() -> None:
     memory = ProofsInMemory(limit=1000)
 
     async def fill(key: str, now_s: int = 50) -> int:
@@ -316,7 +314,7 @@ async def test_a_nonce_counts_for_a_while_where_it_was_made(clock: Clock) -> Non
     assert ProofChecker(clock=clock).nonce() is None
 
 
-async def test_what_a_process_forgot_that_started_anew_is_not_taken_by_its_nonces(clock: Clock) -> None:
+async def test_nonce_of_an_earlier_process_is_rejected(clock: Clock) -> None:
     nonces = Nonces()
     sent = made(clock, nonce=nonces.fresh(clock.now))
     await check(ProofChecker(clock=clock, nonces=nonces), sent)

@@ -312,7 +312,7 @@ FORGERIES: dict[str, Callable[[SentRequest, str], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("forged", FORGERIES.values(), ids=list(FORGERIES))
-def test_what_does_not_prove_itself_is_no_answer(
+def test_forged_reply_is_rejected(
     forged: Callable[[SentRequest, str], dict[str, Any]], sent: SentRequest, trust: TrustStore
 ) -> None:
     decided = decision(sent)

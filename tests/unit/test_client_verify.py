@@ -210,7 +210,7 @@ async def test_permissions_of_another_type_allow_nothing(
     ],
     ids=str,
 )
-async def test_what_is_not_exactly_a_token_for_here_and_now_is_rejected(
+async def test_token_for_another_audience_issuer_or_time_is_rejected(
     verifier: TokenVerifier, issuer: Issuer, clock: Clock, changed: dict[str, Any]
 ) -> None:
     with pytest.raises(TokenRejectedError):

@@ -64,7 +64,7 @@ async def test_batches_are_committed_together_behind_their_last_records() -> Non
     assert len(member.committed) == 1, "nothing new, nothing committed"
 
 
-async def test_what_was_assigned_away_is_not_committed() -> None:
+async def test_offsets_of_a_revoked_partition_are_not_committed() -> None:
     member = Member(held={TWO})
     commits = of(member)
     commits.done([*records(ONE, 3), *records(TWO, 4)])
@@ -75,7 +75,7 @@ async def test_what_was_assigned_away_is_not_committed() -> None:
 
 
 @pytest.mark.parametrize("error", [CommitFailedError(), KafkaError()])
-async def test_what_was_refused_comes_again_and_is_not_committed_by_the_way(error: Exception) -> None:
+async def test_refused_commit_is_not_repeated_with_the_next(error: Exception) -> None:
     member = Member(refuses=[error])
     commits = of(member)
     commits.done(records(ONE, 3))

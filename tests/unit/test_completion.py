@@ -309,7 +309,7 @@ def ask(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ("tcsh", "ringfence", ""),
     ],
 )
-def test_what_fails_is_silent(words: tuple[str, ...]) -> None:
+def test_failing_completion_is_silent(words: tuple[str, ...]) -> None:
     done = ask(*words)
     assert done.returncode == 0
     assert done.stderr == ""

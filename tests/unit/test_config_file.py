@@ -167,7 +167,7 @@ print(ClientSettings().kafka)
 """
 
 
-def test_where_files_have_no_owners_agents_read_the_personal_file(personal: Path) -> None:
+def test_personal_settings_file_applies_on_systems_without_file_owners(personal: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", LIKE_WINDOWS], check=False, capture_output=True, text=True, timeout=60
     )

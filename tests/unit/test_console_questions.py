@@ -124,7 +124,7 @@ async def test_only_a_passkey_of_who_was_asked_answers(bench: Bench) -> None:
     assert bench.sent == []
 
 
-async def test_who_signs_nothing_is_not_asked_again(bench: Bench) -> None:
+async def test_refused_question_cannot_be_answered(bench: Bench) -> None:
     question = bench.ask()
     answer = bench.signed(question)
     bench.questions.refuse(question)
@@ -163,7 +163,7 @@ async def test_another_replica_takes_the_answer_to_a_question_of_the_first(bench
     assert bench.replica(SigningKey.generate(bench.key.id)).at(bench.questions.path_of(asked)) is None
 
 
-def test_what_changed_since_it_was_asked_is_not_shown_for_a_signature(bench: Bench) -> None:
+def test_changed_draft_is_not_shown_for_signature(bench: Bench) -> None:
     question = bench.ask()
     with pytest.raises(ChangedError):
         bench.questions.document(question, bench.draft("another", question.asked_at), "http://x")
@@ -219,7 +219,7 @@ def test_a_statement_for_another_cookie_or_console_begins_nothing(bench: Bench) 
 @pytest.mark.parametrize(
     "cookie", [None, "", ".", "x.y.z", "a" * 86, "a" * 86 + ".a.b.c", "a" * 86 + "." + "é" * 9]
 )
-def test_what_is_no_cookie_is_no_session(bench: Bench, cookie: str | None) -> None:
+def test_malformed_cookie_gives_no_session(bench: Bench, cookie: str | None) -> None:
     sessions, _ = session_of(bench, SigningKey.generate(f"spiffe://{TD}/service/console"))
     assert sessions.of(cookie) is None
 

@@ -103,7 +103,7 @@ def bench() -> Bench:
     )
 
 
-def test_who_signed_in_reads_as_themselves(bench: Bench) -> None:
+def test_signed_in_user_reads_with_their_own_rights(bench: Bench) -> None:
     assert bench.reads(bench.token()).user.user_id == "uma"
 
 
@@ -146,7 +146,7 @@ def test_only_get_is_answered(bench: Bench, method: str) -> None:
         "/v1/inventory/",
     ],
 )
-def test_what_is_not_listed_is_refused(bench: Bench, path: str) -> None:
+def test_path_that_is_not_listed_is_refused(bench: Bench, path: str) -> None:
     with pytest.raises(ForbiddenError):
         bench.reads(bench.token(), path)
 
@@ -171,7 +171,7 @@ def test_services_without_a_list_refuse_everything(bench: Bench) -> None:
             issuer.authenticate(request(bench.token(aud=api_audience(TD, "issuer")), path))
 
 
-def test_whoever_steals_cookie_and_statement_reads_nothing_without_the_consoles_key(bench: Bench) -> None:
+def test_stolen_session_statement_is_useless_without_the_console_key(bench: Bench) -> None:
     session = bench.statement()
     thief = SigningKey.generate(bench.console.id)
     assert "no valid key" in bench.refused(bench.token(session, by=thief))
@@ -201,7 +201,7 @@ def test_a_key_file_opens_no_session(bench: Bench) -> None:
     assert "passkey" in bench.refused(bench.token(session))
 
 
-def test_what_was_signed_on_the_sign_page_is_no_session(bench: Bench) -> None:
+def test_statement_signed_on_the_sign_page_is_no_session(bench: Bench) -> None:
     elsewhere = bench.passkey.but(origin="http://localhost:8551")
     assert "no session origin" in bench.refused(bench.token(bench.statement(by=elsewhere)))
 

@@ -32,7 +32,7 @@ def test_the_sdk_has_a_class_and_variables_for_each_that_is_handed_out() -> None
     assert VARIABLES.keys() == HANDED_OUT
 
 
-def test_what_the_gateway_alone_can_use_it_can_inject() -> None:
+def test_gateway_only_kinds_are_injectable() -> None:
     assert CREDENTIAL_KINDS.keys() - HANDED_OUT <= INJECTABLE <= CREDENTIAL_KINDS.keys()
 
 

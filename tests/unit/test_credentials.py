@@ -54,12 +54,14 @@ def issued(kind: str, value: str = CANARY, delivery: Delivery = "agent", left_s:
         ("paper", "gateway", GatewayCredential),
     ],
 )
-def test_it_is_of_its_kind(kind: str, delivery: Delivery, is_a: type[IssuedCredential]) -> None:
+def test_credential_type_follows_its_kind(
+    kind: str, delivery: Delivery, is_a: type[IssuedCredential]
+) -> None:
     assert type(issued(kind, delivery=delivery)) is is_a
 
 
 @pytest.mark.parametrize("kind", ["jwt", "postgres", "redis", "paper"])
-def test_its_value_is_shown_by_nothing(kind: str) -> None:
+def test_credential_value_is_hidden_in_repr(kind: str) -> None:
     credential = issued(kind)
     assert CANARY not in f"{credential!r} {credential} {credential.secret!r} {credential.secret}"
 
@@ -141,7 +143,7 @@ def test_a_login_is_no_header(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["jwt", "postgres", "redis", "paper"])
-def test_it_is_wiped_at_the_end_of_its_block(kind: str) -> None:
+def test_credential_is_wiped_at_the_end_of_its_block(kind: str) -> None:
     with issued(kind) as credential:
         data = credential.secret._data
         assert credential.value == CANARY
@@ -153,7 +155,7 @@ def test_it_is_wiped_at_the_end_of_its_block(kind: str) -> None:
     assert CANARY not in repr(credential)
 
 
-def test_it_is_wiped_however_its_block_ends() -> None:
+def test_credential_is_wiped_when_its_block_raises() -> None:
     credential = issued("jwt")
     with pytest.raises(RuntimeError), credential:
         raise RuntimeError

@@ -40,7 +40,7 @@ def test_the_example_has_a_key() -> None:
         ("nobody-knows", True, ("ttl", "target")),
     ],
 )
-def test_what_is_declared(kind: str, keys: bool, said: tuple[str, str]) -> None:
+def test_declared_revocability_and_enforcement_per_kind(kind: str, keys: bool, said: tuple[str, str]) -> None:
     found = declared(target(kind, keys=keys))
     assert (found["revocability"], found["enforced_by"]) == said
 

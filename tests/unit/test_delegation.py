@@ -140,16 +140,16 @@ def test_a_task_of_nobody_elses_says_what_it_said_before_there_were_parts(
         (permission("env/a"), permission("other")),
     ],
 )
-def test_it_is_no_wider_than_the_task(ledger: InMemoryRegistry, task: str, wanted: Scope):
+def test_delegated_task_is_no_wider_than_the_task(ledger: InMemoryRegistry, task: str, wanted: Scope):
     assert refused(ledger, part(ledger, "bot", task, "second", scope=wanted)) == "beyond_parent"
 
 
-def test_it_is_no_wider_than_the_part_that_it_is_a_part_of(ledger: InMemoryRegistry, task: str):
+def test_delegated_task_is_no_wider_than_the_one_above(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     assert refused(ledger, part(ledger, "second", first, "third", scope=WIDE)) == "beyond_parent"
 
 
-def test_it_ends_no_later(ledger: InMemoryRegistry, task: str):
+def test_delegated_task_ends_no_later_than_the_task(ledger: InMemoryRegistry, task: str):
     end = state_of(ledger, task).not_after
     later = part(ledger, "bot", task, "second", not_after=end + 1)
     assert refused(ledger, later) == "later_than_parent"
@@ -158,7 +158,7 @@ def test_it_ends_no_later(ledger: InMemoryRegistry, task: str):
     assert made(ledger, part(ledger, "bot", task, "second", not_after=end))
 
 
-def test_it_is_handed_on_so_often_and_no_further(ledger: InMemoryRegistry, task: str):
+def test_delegation_beyond_the_maximal_depth_is_refused(ledger: InMemoryRegistry, task: str):
     at = task
     for by, to in pairwise(AGENTS[: MAX_DEPTH + 1]):
         at = made(ledger, part(ledger, by, at, to))
@@ -166,7 +166,7 @@ def test_it_is_handed_on_so_often_and_no_further(ledger: InMemoryRegistry, task:
     assert refused(ledger, deeper) == "delegation_too_deep"
 
 
-def test_it_does_not_come_back(ledger: InMemoryRegistry, task: str):
+def test_delegation_back_to_a_delegating_agent_is_refused(ledger: InMemoryRegistry, task: str):
     assert refused(ledger, part(ledger, "bot", task, "bot")) == "delegation_loop"
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
@@ -174,7 +174,7 @@ def test_it_does_not_come_back(ledger: InMemoryRegistry, task: str):
         assert refused(ledger, part(ledger, "third", second, back)) == "delegation_loop"
 
 
-def test_there_are_so_many_parts_of_a_task(ledger: InMemoryRegistry, task: str):
+def test_delegations_of_one_task_are_limited(ledger: InMemoryRegistry, task: str):
     for n in range(MAX_PARTS):
         one = made(ledger, part(ledger, "bot", task, "second"))
         if n % 2:  # those that have ended count too
@@ -243,13 +243,15 @@ def test_part_handed_on_by_key_that_rests_on_compromised_key_gives_nothing(
 
 
 @pytest.mark.parametrize("model", [AgentSuspend, AgentDecommission])
-def test_who_is_stopped_hands_nothing_on(ledger: InMemoryRegistry, task: str, model: type[Any]):
+def test_suspended_or_decommissioned_agent_cannot_delegate(
+    ledger: InMemoryRegistry, task: str, model: type[Any]
+):
     ledger.give(ledger.claims(model, "olga", agent_id="bot", reason="x"))
     code = "agent_suspended" if model is AgentSuspend else "agent_decommissioned"
     assert refused(ledger, part(ledger, "bot", task, "second")) == code
 
 
-def test_nothing_is_handed_on_to_or_through_who_is_stopped(ledger: InMemoryRegistry, task: str):
+def test_delegation_to_or_through_a_suspended_agent_is_refused(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     assert refused(ledger, part(ledger, "bot", task, "nobody")) == "unknown_agent"
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="third", reason="x"))
@@ -258,7 +260,7 @@ def test_nothing_is_handed_on_to_or_through_who_is_stopped(ledger: InMemoryRegis
     assert refused(ledger, part(ledger, "second", first, "fourth")) == "agent_suspended"
 
 
-def test_nothing_is_handed_on_of_what_has_ended(ledger: InMemoryRegistry, task: str):
+def test_delegation_of_an_ended_task_is_refused(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", not_after=NOW_S + 60))
     assert refused(ledger, part(ledger, "bot", "0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11", "second")) == (
         "unknown_parent"
@@ -273,7 +275,7 @@ def test_nothing_is_handed_on_of_what_has_ended(ledger: InMemoryRegistry, task: 
     assert refused(ledger, part(ledger, "bot", short, "second")) == "task_ended"
 
 
-def test_nothing_is_handed_on_on_behalf_of_who_is_disabled(ledger: InMemoryRegistry, task: str):
+def test_delegation_on_behalf_of_a_disabled_user_is_refused(ledger: InMemoryRegistry, task: str):
     ledger.give(ledger.claims(UserDisable, "olga", user_id="uma", reason="left"))
     assert refused(ledger, part(ledger, "bot", task, "second")) == "user_disabled"
 
@@ -282,7 +284,7 @@ def test_nothing_is_handed_on_on_behalf_of_who_is_disabled(ledger: InMemoryRegis
 
 
 @pytest.mark.parametrize("who", ["bot", "second"])
-def test_whoever_handed_it_on_ends_it(ledger: InMemoryRegistry, task: str, who: str):
+def test_every_delegating_agent_above_can_end_a_delegated_task(ledger: InMemoryRegistry, task: str, who: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
     end = by_agent(ledger, TaskEnd, who, task_id=second, reason="done")
@@ -346,12 +348,12 @@ def forged(ledger: InMemoryRegistry, id: str, commands: Any = None, **state: Any
         {"act": ("second", "fifth")},
     ],
 )
-def test_it_widens_no_part(ledger: InMemoryRegistry, task: str, state: dict[str, Any]):
+def test_registry_cannot_widen_a_delegated_task(ledger: InMemoryRegistry, task: str, state: dict[str, Any]):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     assert "not what its commands say" in forged(ledger, first, **state)
 
 
-def test_it_invents_no_part(ledger: InMemoryRegistry, task: str):
+def test_registry_cannot_invent_a_delegated_task(ledger: InMemoryRegistry, task: str):
     """It signs the command itself, with its own key or as the agent; or has none at all."""
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     claims = part(ledger, "bot", task, "second")
@@ -363,7 +365,7 @@ def test_it_invents_no_part(ledger: InMemoryRegistry, task: str):
     assert forged(ledger, first, assigned.record.commands)
 
 
-def test_what_the_registry_refuses_no_reader_believes(ledger: InMemoryRegistry, task: str):
+def test_reader_rejects_every_delegation_that_the_registry_refuses(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     at_ms = ledger.clock.ms
     refusals = {
@@ -379,7 +381,7 @@ def test_what_the_registry_refuses_no_reader_believes(ledger: InMemoryRegistry, 
     assert "no valid key" in forged(ledger, first, (before,))  # there was no agent yet
 
 
-def test_it_gives_no_agent_the_history_of_another(ledger: InMemoryRegistry, task: str):
+def test_registry_cannot_give_an_agent_the_history_of_another(ledger: InMemoryRegistry, task: str):
     """A record under the bot's name has the commands that made `second`: its key does not speak for the bot."""
     second = ledger.directory.agent("second")
     assert second is not None
@@ -391,7 +393,7 @@ def test_it_gives_no_agent_the_history_of_another(ledger: InMemoryRegistry, task
         reader.chains.authorise(parse(command), ledger.clock.ms)
 
 
-def test_it_gives_no_task_the_history_of_another(ledger: InMemoryRegistry, task: str):
+def test_registry_cannot_give_a_task_the_history_of_another(ledger: InMemoryRegistry, task: str):
     """What the narrow task allows is no more for a record that has the commands of a wider one."""
     narrow = made(ledger, ledger.assign("uma", "bot", terms=ledger.terms("bot", scope=NARROW)))
     first = made(ledger, part(ledger, "bot", narrow, "second", scope=NARROW))
@@ -483,7 +485,7 @@ def test_the_verdict_is_the_same_for_ever(ledger: InMemoryRegistry, task: str):
     assert ledger.alarms == []
 
 
-def test_what_was_signed_while_suspended_counts_at_no_time(ledger: InMemoryRegistry, task: str):
+def test_delegation_signed_while_suspended_is_rejected_after_resuming(ledger: InMemoryRegistry, task: str):
     """Not even where the registry took it, and the agent is active again."""
     first = made(ledger, part(ledger, "bot", task, "second"))
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
@@ -530,7 +532,7 @@ def test_every_ceiling_of_the_chain_counts(ledger: InMemoryRegistry, small: str,
     assert ("beyond_scope", f"ceiling:{other}") in reasons(ledger, "second", first, permission("env/a"))
 
 
-def test_what_ends_above_ends_below(ledger: InMemoryRegistry, task: str):
+def test_end_or_suspension_above_denies_requests_below(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     second = made(ledger, part(ledger, "second", first, "third"))
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
@@ -543,9 +545,7 @@ def test_what_ends_above_ends_below(ledger: InMemoryRegistry, task: str):
     assert ("agent_orphaned", None) in reasons(ledger, "third", second, permission("env/a"))
 
 
-def test_what_was_handed_on_with_a_compromised_key_is_good_for_nothing_more(
-    ledger: InMemoryRegistry, task: str
-):
+def test_delegation_with_a_compromised_key_denies_every_request(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second"))
     assert reasons(ledger, "second", first, permission("env/a")) == []
     new = SigningKey.generate(ledger.key("bot", "agent").id)
@@ -582,7 +582,7 @@ def test_an_agent_of_the_chain_does_not_act_in_another_ones_part(ledger: InMemor
 # --- where to look ----------------------------------------------------------------------------------------------------
 
 
-def test_who_holds_parts_of_what(ledger: InMemoryRegistry):
+def test_holders_of_delegated_tasks_by_task_agent_and_sponsor(ledger: InMemoryRegistry):
     held = Delegations(ledger.directory)
     task = made(ledger, ledger.assign("uma", "bot"))
     first = made(ledger, part(ledger, "bot", task, "second"))

@@ -66,12 +66,12 @@ async def test_an_agent_that_asks_beyond_its_user_is_told(watch: Watch) -> None:
     assert "maria" in found["message"]
 
 
-async def test_one_that_asks_beyond_task_or_ceiling_alone_is_not(watch: Watch) -> None:
+async def test_denial_beyond_task_or_ceiling_alone_is_no_finding(watch: Watch) -> None:
     watch.follow(await refused(watch, "task"), await refused(watch, "ceiling:deploy-bot"))
     assert await watch.told() == []
 
 
-async def test_one_that_goes_on_is_told_once_an_hour(watch: Watch) -> None:
+async def test_repeated_denial_beyond_the_user_is_one_finding_an_hour(watch: Watch) -> None:
     hour_ms = watch.clock.at_ms // (HOUR_S * 1000) * HOUR_S * 1000
     for minute in (1, 2, 59):
         watch.follow(await refused(watch, at_ms=hour_ms + minute * 60_000))
@@ -97,12 +97,12 @@ async def test_a_burst_of_denials_is_told_once(watch: Watch) -> None:
     assert len(found["unmapped"]["evidence"]) == 20
 
 
-async def test_as_many_over_a_longer_time_are_no_burst(watch: Watch) -> None:
+async def test_same_number_of_denials_over_a_longer_time_is_no_burst(watch: Watch) -> None:
     await denials(watch, 40, 4000)
     assert await watch.told() == []
 
 
-async def test_as_many_of_two_agents_are_no_burst(watch: Watch) -> None:
+async def test_same_number_of_denials_of_two_agents_is_no_burst(watch: Watch) -> None:
     await denials(watch, 15, 10)
     await denials(watch, 15, 10, agent="other-bot")
     assert await watch.told() == []
@@ -161,7 +161,7 @@ async def test_a_ceiling_that_was_never_used_is_told_when_its_time_has_come(watc
     assert await watch.told(86_400) == []
 
 
-async def test_one_that_is_used_is_not(watch: Watch) -> None:
+async def test_used_permission_is_no_finding(watch: Watch) -> None:
     watch.follow(await registered(watch))
     _, events = await lived(watch, approved=False)
     watch.follow(events["request.allowed"], events["credential.issued"])
@@ -183,7 +183,7 @@ async def test_ceilings_that_change_all_the_time_take_no_more_memory(
     assert found.fields == {"target": "target 49"}
 
 
-async def test_what_was_set_before_the_trail_began_is_not_judged(watch: Watch) -> None:
+async def test_rights_set_before_the_trail_began_are_not_judged(watch: Watch) -> None:
     """The record says since when an agent may hold something only where it is the one that set it."""
     event = await registered(watch)
     event["metadata"]["event_code"] = "agent.key_rotated"
@@ -256,7 +256,7 @@ async def test_an_approval_faster_than_a_human_reads_is_told(watch: Watch, first
     assert words["source"] == given["unmapped"]["source"]
 
 
-async def test_one_by_somebody_who_read_it_is_not(watch: Watch) -> None:
+async def test_approval_after_reading_time_is_no_finding(watch: Watch) -> None:
     _, events = await lived(watch)
     asked = events["approval.requested"]
     watch.follow(asked, other(events["approval.given"], asked["time"] + 3000))
@@ -344,7 +344,7 @@ async def test_a_flood_of_leases_makes_nobody_forget_when_one_was_over(
     ]  # fmt: skip
 
 
-async def test_who_is_at_work_is_not_forgotten_for_those_that_come_and_go(
+async def test_active_agent_is_not_forgotten_for_short_lived_ones(
     watch: Watch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reach, "MAX_AGENTS", 5)
@@ -417,7 +417,7 @@ async def test_an_action_after_the_end_of_its_lease_is_told(watch: Watch) -> Non
     assert await used(watch, 60_001) == ["used_ended"]
 
 
-async def test_one_that_was_only_told_of_late_is_not(watch: Watch) -> None:
+async def test_use_reported_late_is_no_finding(watch: Watch) -> None:
     assert await used(watch, 59_999) == []
 
 
@@ -462,7 +462,7 @@ async def test_two_that_find_the_same_make_the_same_event(watch: Watch) -> None:
     assert here == there
 
 
-async def test_what_kafka_does_not_take_is_told_later(watch: Watch) -> None:
+async def test_finding_that_kafka_refused_is_published_later(watch: Watch) -> None:
     watch.follow(await refused(watch))
     watch.intake.fail_next = 1
     with pytest.raises(OSError, match="the broker went away"):
@@ -470,14 +470,14 @@ async def test_what_kafka_does_not_take_is_told_later(watch: Watch) -> None:
     assert await watch.rules() == ["beyond_user"]
 
 
-async def test_what_is_old_when_it_is_first_looked_at_is_no_news(watch: Watch) -> None:
+async def test_event_older_than_a_day_gives_no_finding(watch: Watch) -> None:
     event = await refused(watch)
     watch.clock.at_ms += 25 * HOUR_S * 1000
     watch.follow(event)
     assert await watch.told() == []
 
 
-async def test_nothing_is_found_about_findings_and_junk_stops_nothing(watch: Watch) -> None:
+async def test_findings_and_malformed_events_give_no_finding(watch: Watch) -> None:
     event = await refused(watch)
     watch.follow({**event, "unmapped": {}}, {**event, "metadata": {}}, {"time": 1})
     watch.follow({**event, "metadata": {**event["metadata"], "log_name": "nowhere"}})
@@ -499,7 +499,7 @@ def test_each_rule_can_be_switched_off(off: str) -> None:
     assert len(left) == (6 if off == "quick_approval_s" else 7)
 
 
-async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_pending_events_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(order, "MAX_REMEMBERED", 5)
     watch = Watch()
     action = await watch.event(watch.office.action(lease_id="a lease"))

@@ -23,7 +23,7 @@ def test_all_of_it_fits_80_columns() -> None:
     assert [line for line in lines if len(line) > 80] == []
 
 
-def test_all_that_was_made_is_named() -> None:
+def test_summary_names_everything_that_was_made() -> None:
     told = "\n".join(organisation_lines("olga", TASK))
     for name in ("olga", *(person.id for person in PEOPLE), "platform", "deploy-bot", "review-bot", TASK):
         assert name in told
@@ -38,7 +38,7 @@ def test_an_operator_alone_is_all_where_nothing_else_was_made() -> None:
 
 
 @pytest.mark.parametrize("name", ["plain", "two words", "it's", "$HOME", "a;b"])
-def test_what_a_terminal_sources_survives_any_path(name: str, tmp_path: Path) -> None:
+def test_sourced_shell_file_works_in_any_path(name: str, tmp_path: Path) -> None:
     state = tmp_path / name
     state.mkdir()
     (state / "dev.sh").write_text(shell_file(state, "users/sam.json"))
@@ -53,7 +53,7 @@ def test_what_a_terminal_sources_survives_any_path(name: str, tmp_path: Path) ->
     assert folder == str(tmp_path)
 
 
-def test_what_moves_the_cursor_is_not_printed() -> None:
+def test_control_characters_in_a_path_are_not_printed() -> None:
     lines = list(command_lines(Path("/tmp/\x1b[2J"), Path(".ringfence"), TASK))
     assert "\x1b" not in "".join(lines)
     assert shlex.split(lines[1]), "and the line is still one for a shell"

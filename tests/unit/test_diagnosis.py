@@ -60,7 +60,9 @@ def trust(ends_s: int, key_ends_s: int) -> TrustStore:
         (NOW_S + YEAR_S, NOW_S - 10, {"keys of issuer": "ended on"}),
     ],
 )
-def test_what_is_about_to_end_is_said_before(ends_s: int, key_ends_s: int, wrong: dict[str, str]) -> None:
+def test_bundle_and_keys_about_to_end_are_reported(
+    ends_s: int, key_ends_s: int, wrong: dict[str, str]
+) -> None:
     found = {one.what: one for one in bundle_findings(trust(ends_s, key_ends_s), (), NOW_S)}
     bad = {what: one.says for what, one in found.items() if one.verdict == "bad"}
     assert bad.keys() == wrong.keys()

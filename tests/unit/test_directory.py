@@ -114,7 +114,7 @@ def ceiling(reader: Reader) -> Any:
 # --- taking in --------------------------------------------------------------------------------------------------------
 
 
-def test_what_it_answers(ledger: InMemoryRegistry, reader: Reader):
+def test_directory_answers_with_state_revision_and_ids(ledger: InMemoryRegistry, reader: Reader):
     directory = reader.directory
     entry = directory.agent("bot")
     assert entry is not None
@@ -201,9 +201,7 @@ def test_a_lower_revision_is_refused_and_told(ledger: InMemoryRegistry, reader: 
     assert alarm.source.topic == AGENT.name("ringfence")
 
 
-def test_what_a_registry_publishes_is_no_old_record_when_its_topic_brings_it_late(
-    ledger: InMemoryRegistry, reader: Reader
-):
+def test_late_copy_of_a_published_record_is_no_replay(ledger: InMemoryRegistry, reader: Reader):
     """It had published the next one by then. Put there again, the same bytes are an old record."""
 
     def written() -> Received:
@@ -223,7 +221,7 @@ def test_what_a_registry_publishes_is_no_old_record_when_its_topic_brings_it_lat
     assert reader.directory.displaced() == [("agent", "robot")]
 
 
-def test_what_the_topic_brought_first_is_awaited_no_more(ledger: InMemoryRegistry, reader: Reader):
+def test_record_read_before_its_own_publication_is_expected_once(ledger: InMemoryRegistry, reader: Reader):
     old = record(ledger)
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     new = ledger.received(AGENT, "bot", sign(record(ledger), ledger.registry).encode())
@@ -311,7 +309,7 @@ def next_record(ledger: InMemoryRegistry, commands: Any, kind: SubjectKind = "ag
         ("target", "prod", lambda ledger: ledger.target_set("olga", "prod", max_ttl_s=1)),
     ],
 )
-def test_what_takes_away_cannot_be_left_out(
+def test_restricting_command_left_out_is_detected(
     ledger: InMemoryRegistry, kind: SubjectKind, id: str, what: Callable[[InMemoryRegistry], Any]
 ):
     """A suspension, a lower ceiling, a lost role: without that command the chain holds, and gives what was before."""
@@ -343,7 +341,7 @@ def test_an_order_of_the_past_cannot_undo_a_newer_one(ledger: InMemoryRegistry, 
     assert ceiling(reader) == ()
 
 
-def test_what_an_operator_narrowed_cannot_be_left_out_with_the_help_of_whom_it_was_narrowed_for(
+def test_operators_narrowing_cannot_be_left_out_by_its_subject(
     ledger: InMemoryRegistry,
 ):
     """Nobody widens themselves: what dora sets of herself is held against what otto left her, and that stays."""
@@ -420,7 +418,7 @@ def test_times_of_commands_cannot_be_changed(ledger: InMemoryRegistry, reader: R
     assert reader.reads(next_record(ledger, moved)) == ["history_changed"]
 
 
-def test_what_later_commands_replaced_may_be_left_out(ledger: InMemoryRegistry, reader: Reader):
+def test_superseded_commands_may_be_left_out(ledger: InMemoryRegistry, reader: Reader):
     """Also where the reader missed some of the revisions: compaction takes them."""
     for scope in (WIDE, (), NARROW):
         ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=scope))
@@ -437,7 +435,7 @@ def test_what_later_commands_replaced_may_be_left_out(ledger: InMemoryRegistry, 
 
 
 @pytest.mark.parametrize("what", ["garbage", "tombstone", "an old record", "another's record"])
-def test_it_knows_what_was_written_over(ledger: InMemoryRegistry, reader: Reader, what: str):
+def test_overwritten_record_is_listed_as_displaced(ledger: InMemoryRegistry, reader: Reader, what: str):
     old = record(ledger)
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     reader.reads(record(ledger))
@@ -493,7 +491,7 @@ def test_an_empty_table_denies_too(ledger: InMemoryRegistry):
     assert "never" in (reader.directory.stale() or "")
 
 
-def test_it_denies_when_the_grace_is_over(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_when_the_grace_is_over(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.clock.ms += GRACE_MS
     assert guarded.directory.stale() is None
@@ -511,7 +509,7 @@ def test_a_clock_that_is_set_back_makes_it_no_younger(ledger: InMemoryRegistry):
     until(lambda: reader.directory.stale() is not None)
 
 
-def test_it_denies_while_a_record_is_missing(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_while_a_record_is_missing(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"), passing_ms=GRACE_MS + 1)
     guarded.beats()
@@ -520,7 +518,7 @@ def test_it_denies_while_a_record_is_missing(ledger: InMemoryRegistry, guarded: 
     assert guarded.directory.stale() is None
 
 
-def test_it_denies_where_a_whole_topic_is_missing(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_while_a_topic_is_missing(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.give(ledger.target_set("olga", "staging"), passing_ms=GRACE_MS + 1)
     guarded.beats()
@@ -541,7 +539,7 @@ def test_the_first_record_of_a_topic_need_not_wait_for_its_heartbeat(
     assert guarded.directory.stale() is None
 
 
-def test_it_denies_where_it_holds_what_the_registry_does_not(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_denies_with_records_that_the_registry_lacks(ledger: InMemoryRegistry, guarded: Reader):
     guarded.beats()
     ledger.clock.ms += GRACE_MS + 1
     guarded.beats(tuple(d for d in ledger.directory.digests() if d.topic != USER.name("ringfence")))
@@ -575,7 +573,7 @@ def test_only_the_registry_confirms_tables(ledger: InMemoryRegistry, guarded: Re
     assert guarded.directory.stale()
 
 
-def test_it_says_which_tables_are_not_what_was_confirmed(ledger: InMemoryRegistry, guarded: Reader):
+def test_directory_names_tables_that_do_not_match_the_heartbeat(ledger: InMemoryRegistry, guarded: Reader):
     assert guarded.directory.unmatched() == []
     guarded.beats()
     assert guarded.directory.unmatched() == []

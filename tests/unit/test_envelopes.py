@@ -52,7 +52,7 @@ def test_a_strangers_tools_open_it() -> None:
     assert jwe.decrypt_json(only, key, registry=registry).plaintext == b"hello"
 
 
-def test_what_was_changed_does_not_open() -> None:
+def test_changed_envelope_does_not_open() -> None:
     envelope: dict[str, Any] = json.loads(enclose(b"hello", TO, about="lease-1"))
     other = json.loads(enclose(b"hello", TO, about="lease-2"))
     for part in ("protected", "iv", "ciphertext", "tag", "recipients"):
@@ -76,7 +76,7 @@ def test_junk_is_none(junk: bytes) -> None:
     assert unverified_about(junk) is None
 
 
-def test_what_is_too_large_is_not_even_parsed() -> None:
+def test_oversized_envelope_is_rejected_before_parsing() -> None:
     with pytest.raises(InvalidMessageError, match="large"):
         ONE.open(b" " * (3 * 1024 * 1024))
 
@@ -97,7 +97,7 @@ def test_a_key_counts_in_its_time() -> None:
     assert [bool(usable([record], at_s)) for at_s in (99, 100, 199, 200)] == [False, True, True, False]
 
 
-def test_there_is_nobody_to_seal_to() -> None:
+def test_envelope_without_recipients_is_refused() -> None:
     with pytest.raises(InvalidMessageError, match="recipients"):
         enclose(b"x", (), about="x")
 
@@ -119,7 +119,7 @@ def test_a_large_message_fits() -> None:
     assert TWO.open(enclose(text, TO, about="x")) == text
 
 
-def test_it_opens_with_a_key_of_another_library() -> None:
+def test_envelope_opens_with_a_key_of_another_library() -> None:
     key = OKPKey.generate_key("X25519")
     x = str(key.as_dict(private=False)["x"])
     jwk = PublicJwk(kty="OKP", crv="X25519", x=x)

@@ -72,7 +72,7 @@ async def subscriber_of(router: GroupRouter, **options: Any) -> GroupSubscriber:
 
 
 @pytest.mark.parametrize("module", NOT_PUBLIC)
-def test_what_the_adapter_uses_of_faststream_is_still_there(module: str) -> None:
+def test_private_names_of_faststream_still_exist(module: str) -> None:
     """Each name that is not public: a version of FastStream without one of them must not come unnoticed."""
     found = importlib.import_module(module)
     for name in NOT_PUBLIC[module]:
@@ -132,7 +132,7 @@ def test_single_records_need_dead_letters(order: Any) -> None:
 async def handle_nothing(batch: Sequence[Received]) -> None: ...
 
 
-def test_what_is_declared_twice_is_refused() -> None:
+def test_duplicate_declaration_is_refused() -> None:
     """One of the two would never get a record, and nobody would be told."""
     two_groups = GroupRouter()
     two_groups.subscriber(LEASE, group=ConsumerGroup("g"))(handle_nothing)

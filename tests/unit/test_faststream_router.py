@@ -37,7 +37,7 @@ async def test_a_handler_is_tested_in_memory() -> None:
     assert received[1].topic == "ringfence.audit.v1"
 
 
-def test_its_broker_connects_as_the_settings_say() -> None:
+def test_broker_connects_as_the_settings_say() -> None:
     settings = ClientSettings(
         kafka="kafka.example:9093",
         kafka_security_protocol="SASL_PLAINTEXT",

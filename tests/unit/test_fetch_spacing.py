@@ -119,7 +119,7 @@ async def test_behind_a_broker_that_has_much_nobody_waits() -> None:
         await client.send(1, FETCH)
 
 
-async def test_nothing_is_fetched_while_a_batch_is_handled() -> None:
+async def test_paused_consumer_does_not_fetch() -> None:
     client = Client([answer(b"record")])
     fetches = FetchControl(of(client))
     fetches.pause()

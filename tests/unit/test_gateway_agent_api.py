@@ -63,7 +63,7 @@ def test_replies_are_kept_in_order_and_found_by_agent_and_request() -> None:
     assert not replies.has("else", other)
 
 
-def test_what_is_no_reply_to_an_agent_is_passed_over() -> None:
+def test_malformed_reply_is_skipped() -> None:
     replies, id = SealedReplies(), ids(1)[0]
     for value in (b"", b"{}", b"a.b", b"\xff.a", orjson.dumps({"kid": id})):
         replies.on_records([reply(id)._replace(value=value)])
@@ -189,7 +189,7 @@ async def test_a_request_that_has_a_reply_was_published_by_somebody() -> None:
     assert len(recorder.sent) == 1
 
 
-async def test_what_failed_is_published_by_the_next_post() -> None:
+async def test_failed_publication_is_sent_by_the_next_post() -> None:
     class Broken(Recorder):
         async def send(self, *args: Any, **options: Any) -> Any:
             from aiokafka.errors import KafkaConnectionError
@@ -261,7 +261,9 @@ OWN = frozenset({"gateway.test"})
         ("/v1/a", "ringfence.test", None),
     ],
 )
-def test_which_requests_are_for_the_gateway_itself(line: str, host: str, found: ApiTarget | None) -> None:
+def test_requests_to_the_gateways_own_api_are_recognised(
+    line: str, host: str, found: ApiTarget | None
+) -> None:
     request = parse_request(f"GET {line} HTTP/1.1\r\nHost: {host}\r\n".encode())
     listener = ListenerContext("x", "http", OWN)
     assert read_api_target(request, listener, lambda authority: authority == "api.test") == found
@@ -292,7 +294,7 @@ def test_a_gateway_that_is_named_so_itself_keeps_its_targets() -> None:
         ("hub", {"url": 5}, False),
     ],
 )
-def test_which_names_new_targets_must_not_have(target: str, settings: dict[str, Any], reserved: bool) -> None:
+def test_reserved_target_names_are_recognised(target: str, settings: dict[str, Any], reserved: bool) -> None:
     backend = BackendSettings.model_validate({"kind": "jwt", **settings})
     assert (reserved_name(target, backend) is not None) == reserved
 

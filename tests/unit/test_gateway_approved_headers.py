@@ -51,7 +51,7 @@ def forwarded(request: RequestHead, approved: Headers) -> list[str]:
     return raw.decode("latin-1").split("\r\n")[1:-2]
 
 
-def test_all_that_goes_on_is_told_in_order_and_nothing_that_ends_here() -> None:
+def test_forwarded_headers_keep_their_order_and_leave_out_hop_headers() -> None:
     request = head(
         "Content-Type: text/plain", "X_Note:  one ", "Connection: keep-alive, X-Hop", "X-Hop: 1", "TE: trailers",
         "Authorization: DPoP 0b8a1a5c-9a3e-5d57-8a2b-4a8d2f7f5b11", "DPoP: a.b.c", "X-Ringfence-Label: pr",
@@ -63,7 +63,7 @@ def test_all_that_goes_on_is_told_in_order_and_nothing_that_ends_here() -> None:
     )  # fmt: skip
 
 
-def test_what_is_forwarded_is_what_was_hashed_and_the_credential() -> None:
+def test_forwarded_headers_are_the_hashed_ones_and_the_credential() -> None:
     request = head("X_Note:  one ", "Content-Type: text/plain", "Date: today", "X-Note: \xe9")
     approved = headers_to_approve(attempt(forwarded_headers(request, upgrade=False)), target())
     assert approved == (("x-note", "one"), ("content-type", "text/plain"), ("x-note", "\xe9"))
@@ -73,7 +73,7 @@ def test_what_is_forwarded_is_what_was_hashed_and_the_credential() -> None:
     ]  # fmt: skip
 
 
-def test_what_differs_with_each_attempt_is_neither_hashed_nor_forwarded() -> None:
+def test_per_attempt_headers_are_neither_hashed_nor_forwarded() -> None:
     lines = [f"{name.title()}: 1" for name in sorted(DROPPED)] + ["X_Request_Id: 2", "X-Note: 1"]
     approved = headers_to_approve(attempt(forwarded_headers(head(*lines), upgrade=False)), target())
     assert approved == (("x-note", "1"),)
@@ -166,11 +166,11 @@ def test_a_person_sees_values_of_the_list_and_names_of_the_others() -> None:
         (("x" * (MAX_HEADER_NAME_CHARS + 1), ""),),
     ],
 )
-def test_what_cannot_be_shown_is_not_asked_about(headers: Headers) -> None:
+def test_unshowable_headers_cannot_be_approved(headers: Headers) -> None:
     assert unshowable_reason(headers) is not None
 
 
-def test_what_can_be_shown_is() -> None:
+def test_longest_showable_headers_can_be_approved() -> None:
     assert unshowable_reason((("content-type", "x" * MAX_VALUE_CHARS), ("x-note", "\xe9" * 9000))) is None
     many = tuple((f"x-{number:0{MAX_HEADER_NAME_CHARS - 2}}", "") for number in range(30))
     for headers in (many, tuple((f"x-{number}", "") for number in range(MAX_HEADERS))):

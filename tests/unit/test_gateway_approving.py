@@ -245,7 +245,7 @@ async def test_exactly_what_would_go_on_is_asked_and_goes_on_with_a_yes(gateway:
         ({"only_at": "night"}, "sam", "bot", "approval_not_understood"),
     ],
 )
-async def test_what_is_no_answer_to_it_changes_nothing(
+async def test_answer_that_does_not_match_the_question_is_ignored(
     gateway: Gateway, fields: dict[str, Any], by: str, key: str, why: str | None
 ) -> None:
     async with gateway.waiting() as decided:
@@ -329,7 +329,7 @@ async def test_a_no_is_the_answer_to_the_same_request_until_its_end(gateway: Gat
     assert gateway.events[-1].asked.by == "sam"
 
 
-async def test_who_waited_too_long_sends_the_same_again_and_finds_the_answer() -> None:
+async def test_repeated_request_after_a_timeout_gets_the_late_answer() -> None:
     gateway = Gateway(wait_s=0.01)
     verdict = await gateway.gate.decide(PresentedIdentity(), gateway.attempt(), holdable=Sent())
     assert (verdict.status, verdict.reasons[0].code) == (403, "approval_pending")
@@ -354,7 +354,7 @@ async def test_a_yes_that_nobody_fetched_in_time_is_worth_nothing() -> None:
 
 
 @pytest.mark.parametrize("how", ["cut", "deadline", "stale", "suspended"])
-async def test_what_ends_while_it_waits_is_denied_at_once(gateway: Gateway, how: str) -> None:
+async def test_change_during_a_hold_denies_at_once(gateway: Gateway, how: str) -> None:
     lease = gateway.place.lease
     async with gateway.waiting() as decided:
         if how == "cut":
@@ -380,7 +380,9 @@ async def test_what_ends_while_it_waits_is_denied_at_once(gateway: Gateway, how:
         ("another class", "approval_stale"),
     ],
 )
-async def test_everything_is_weighed_once_more_when_it_goes_on(gateway: Gateway, how: str, why: str) -> None:
+async def test_approved_request_is_decided_again_before_forwarding(
+    gateway: Gateway, how: str, why: str
+) -> None:
     def change() -> None:
         if how == "cut":
             gateway.table.revoke(gateway.place.lease.lease_id, gateway.ledger.clock.ms)
@@ -422,7 +424,7 @@ async def test_a_yes_over_older_records_counts_for_nothing(gateway: Gateway) -> 
         assert await code(decided) == "approval_stale"
 
 
-async def test_who_was_disabled_after_the_yes_is_no_approver(gateway: Gateway) -> None:
+async def test_approver_disabled_after_the_approval_makes_it_stale(gateway: Gateway) -> None:
     ledger = gateway.ledger
     gateway.wants, otto = "operator", ledger.key("otto")
     disable = ledger.claims(UserDisable, "olga", user_id="otto", reason="left")
@@ -432,7 +434,7 @@ async def test_who_was_disabled_after_the_yes_is_no_approver(gateway: Gateway) -
         assert await code(decided) == "approval_stale"
 
 
-async def test_what_changes_while_the_credential_is_fetched_counts_too(gateway: Gateway) -> None:
+async def test_change_while_fetching_the_credential_makes_the_approval_stale(gateway: Gateway) -> None:
     ledger = gateway.ledger
     change = ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(WIDE, WIDE))
     gateway.equips = lambda: cast(None, ledger.give(change))
@@ -518,7 +520,7 @@ async def test_and_so_many_may_wait_and_no_more(gateway: Gateway) -> None:
     assert sum(verdict.allowed for verdict in verdicts) == 1
 
 
-async def test_who_shows_the_whole_body_can_wait_without_a_connection_of_its_own(gateway: Gateway) -> None:
+async def test_hold_with_the_whole_body_needs_no_connection(gateway: Gateway) -> None:
     decided = asyncio.create_task(
         gateway.gate.decide(PresentedIdentity(), gateway.attempt("POST", body=b"all of it"))
     )
@@ -599,7 +601,7 @@ async def test_the_question_shows_no_value_that_may_be_a_secret(gateway: Gateway
     assert "s3cret" not in asked.model_dump_json()
 
 
-async def test_who_does_not_show_all_headers_cannot_ask(gateway: Gateway) -> None:
+async def test_attempt_with_unseen_headers_cannot_be_held(gateway: Gateway) -> None:
     unseen = gateway.attempt("POST", body=b"x", headers=None)
     traced = gateway.attempt(
         "POST", body=b"x", headers=lambda: (("traceparent", "1"),), sent_by_gateway=False
@@ -616,7 +618,7 @@ async def test_who_does_not_show_all_headers_cannot_ask(gateway: Gateway) -> Non
     )
 
 
-async def test_who_left_does_not_act_any_more(gateway: Gateway) -> None:
+async def test_client_that_left_is_denied_as_client_gone(gateway: Gateway) -> None:
     sent = Sent()
     async with gateway.waiting(sent=sent) as decided:
         assert sent.told is not None
@@ -635,7 +637,7 @@ async def test_without_kafka_nobody_is_asked_and_nothing_is_left(gateway: Gatewa
         assert (await decided).allowed
 
 
-async def test_what_cannot_be_read_is_passed_over(gateway: Gateway) -> None:
+async def test_malformed_answers_are_skipped(gateway: Gateway) -> None:
     async with gateway.waiting() as decided:
         for value in (b"", b"{}", b"a.b.c", b"x" * 70_000, b"\xff"):
             record = gateway.ledger.received(APPROVAL_RESPONSE, "bot", value)

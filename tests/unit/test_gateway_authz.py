@@ -133,7 +133,7 @@ async def test_headers_count_as_seen_only_where_the_configuration_promises_all(p
         assert (answer.status_code, answer.json()["code"]) == (403, "question_invalid")
 
 
-async def test_what_may_go_on_with_a_request_is_hashed_whatever_family_it_is_of(played: Played) -> None:
+async def test_forwardable_headers_are_hashed_whatever_their_prefix(played: Played) -> None:
     others = [
         ("X-Forwarded-User", "root"),
         ("x_forwarded_prefix", "/p"),
@@ -158,7 +158,7 @@ async def test_what_may_go_on_with_a_request_is_hashed_whatever_family_it_is_of(
         (["close", " DESTINATION\t, close"], False),
     ],
 )
-async def test_what_connection_names_may_be_left_out_so_nobody_is_asked(
+async def test_headers_named_in_connection_prevent_a_hold(
     played: Played, connection: list[str], seen: bool
 ) -> None:
     named = [("Connection", one) for one in connection]
@@ -220,7 +220,7 @@ def without(name: str) -> list[tuple[str, str]]:
         ("/authz/envoy/a", [*ENVOY, ("DPoP", "a"), ("DPoP", "b")]),
     ],
 )
-async def test_what_is_not_certain_is_not_even_decided(
+async def test_incomplete_or_ambiguous_question_is_denied_undecided(
     played: Played, path: str, headers: list[tuple[str, str]]
 ) -> None:
     answer = await played.ask(path, headers)
@@ -294,7 +294,7 @@ async def test_envoy_may_say_which_target_it_stands_before(played: Played) -> No
 
 
 @pytest.mark.parametrize("spoil", ["decide", "inject", "unavailable"])
-async def test_what_goes_wrong_denies_without_a_word_of_it(played: Played, spoil: str) -> None:
+async def test_internal_error_denies_without_details(played: Played, spoil: str) -> None:
     def set_up() -> dict[str, Callable[[], None]]:
         return {
             "decide": lambda: setattr(played, "verdict", RuntimeError("secret")),

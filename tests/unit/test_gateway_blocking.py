@@ -45,7 +45,7 @@ def parts() -> Parts:
     return Parts()
 
 
-def test_whose_it_is_as_far_as_the_connection_shows_it(parts: Parts) -> None:
+def test_blocked_event_names_the_sender_as_far_as_verified(parts: Parts) -> None:
     task = parts.place.task
     parts.add(presented=PresentedIdentity(task_id=task), method="GET")
     parts.add(presented=PresentedIdentity(certificate="spiffe://test.example/agent/bot"), method="PUT")
@@ -61,7 +61,7 @@ def test_whose_it_is_as_far_as_the_connection_shows_it(parts: Parts) -> None:
     assert parts.events[0].reasons[0].code == "too_many_requests"
 
 
-def test_which_target_it_was_for(parts: Parts) -> None:
+def test_blocked_event_names_only_a_known_target(parts: Parts) -> None:
     for target_id in ("staging", "nowhere"):
         parts.add(attempt=Attempt(None, "https", "GET", "/", target_id=target_id))
     assert [one.target_id for one in parts.events] == ["staging", None]
@@ -84,7 +84,7 @@ def test_a_flood_is_one_event_a_second_and_none_of_it_is_missing(parts: Parts) -
     assert len({one.action_id for one in parts.events}) == 5
 
 
-def test_what_one_run_sent_is_recorded_at_its_end_and_the_others_within_the_second(parts: Parts) -> None:
+def test_counts_of_a_run_are_flushed_at_its_end(parts: Parts) -> None:
     one, other = (PresentedIdentity(task_id=parts.place.task, run_id=run_id) for run_id in RUNS)
     for _ in range(3):
         parts.add(presented=one)
@@ -108,7 +108,7 @@ def test_a_run_whose_refusals_have_no_room_is_told_from_one_that_has_none(parts:
     assert [event.count for event in parts.events] == [1, 1]
 
 
-async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> None:
+async def test_counts_without_room_are_recorded_later(parts: Parts) -> None:
     parts.full = True
     for _ in range(3):
         parts.add()
@@ -120,14 +120,14 @@ async def test_what_there_is_no_room_for_is_told_when_there_is(parts: Parts) -> 
     assert [one.count for one in parts.events] == [4]
 
 
-def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
+def test_host_and_method_of_a_stranger_are_not_quoted_in_events(parts: Parts) -> None:
     for code in (Code.HOST_INVALID, Code.MALFORMED_HTTP):
         parts.blocked.add(BlockedRequest(code, "quoted: eve.example", method="EVE \x1b[31m" + "E" * 99))
     assert "eve.example" not in "".join(one.model_dump_json() for one in parts.events).lower()
     assert {one.method for one in parts.events} == {"EVE??[31m" + "E" * 23}
 
 
-def test_where_it_was_going(parts: Parts) -> None:
+def test_blocked_event_names_its_destination_without_the_query(parts: Parts) -> None:
     read = Attempt("hub.example", "https", "GET", "/a?token=s3cret")
     parts.add(attempt=read, method="GET")
     parts.add(destination=Destination(host="elsewhere.example"), method="CONNECT")
@@ -138,7 +138,7 @@ def test_where_it_was_going(parts: Parts) -> None:
     assert [one.access for one in parts.events] == ["read", None]
 
 
-def test_who_tries_a_million_hosts_gets_no_event_for_each(parts: Parts) -> None:
+def test_many_destinations_share_a_bounded_number_of_events(parts: Parts) -> None:
     for number in range(1000):
         parts.add(method=f"M{number}", destination=Destination(host=f"host-{number}.example"))
     parts.blocked.flush()

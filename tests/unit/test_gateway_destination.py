@@ -135,7 +135,7 @@ def test_no_part_of_a_url_is_taken_for_a_method(
 
 
 @given(st.binary(max_size=600), st.text(max_size=300))
-def test_whatever_comes_is_bounded_and_printable(head: bytes, text: str) -> None:
+def test_destination_is_bounded_and_printable_for_any_input(head: bytes, text: str) -> None:
     method, target, host = unparsed_line(head)
     for found in (
         destination_of_line(method, target, host, "https"),

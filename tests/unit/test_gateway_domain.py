@@ -111,7 +111,7 @@ def place() -> Place:
     return Place()
 
 
-def test_what_is_within_every_side_goes_by_the_lease(place: Place) -> None:
+def test_action_within_every_limit_is_allowed_by_the_lease(place: Place) -> None:
     found = place.weigh()
     assert isinstance(found, ChosenLease)
     assert found.lease == place.lease
@@ -128,7 +128,7 @@ def test_what_is_within_every_side_goes_by_the_lease(place: Place) -> None:
         (Action("wipe", "env/staging/web"), {"verb_unknown", "beyond_scope", "beyond_lease"}),
     ],
 )
-def test_what_is_beyond_says_by_which_side(place: Place, action: Action, codes: set[str]) -> None:
+def test_action_beyond_a_limit_names_that_limit(place: Place, action: Action, codes: set[str]) -> None:
     assert place.codes(action=action) == codes
 
 
@@ -169,7 +169,7 @@ def test_entitlements_past_their_age_count_for_nothing(place: Place) -> None:
         (TargetRemove, "olga", {"target_id": "staging", "reason": "x"}, "target_removed"),
     ],
 )
-def test_whoever_is_not_active_stops_it(
+def test_inactive_party_denies_the_action(
     place: Place, model: Any, by: str, fields: dict[str, str], code: str
 ) -> None:
     place.ledger.give(place.ledger.claims(model, by, **fields))
@@ -190,7 +190,7 @@ def test_a_task_is_for_its_agent_alone(place: Place) -> None:
     assert place.codes(Sender("thief", place.task)) == {"task_other_agent", "no_lease"}
 
 
-def test_whom_nobody_knows_is_told_so(place: Place) -> None:
+def test_unknown_agent_or_task_is_denied_by_name(place: Place) -> None:
     assert place.codes(Sender("nobody", place.task)) == {"agent_unknown", "no_lease"}
     assert place.codes(Sender("nobody")) == {"agent_unknown", "no_lease"}
     missing = "00000000-0000-5000-8000-000000000000"
@@ -232,7 +232,7 @@ def test_a_handle_of_somebody_or_something_else_is_none(place: Place) -> None:
 
 
 @pytest.mark.parametrize(("ahead_ms", "status", "code"), [(0, 403, "lease_ended"), (5000, 503, "stale_view")])
-def test_what_is_over_only_by_a_clock_that_is_ahead_may_be_tried_again(
+def test_lease_ended_only_by_a_fast_clock_is_denied_as_stale(
     place: Place, ahead_ms: int, status: int, code: str
 ) -> None:
     clock = place.ledger.clock
@@ -252,7 +252,7 @@ def test_only_an_active_lease_counts(place: Place, status: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["postgres", "redis", "ssh", "unheard-of"])
-def test_what_goes_into_no_header_is_said_to(place: Place, kind: str) -> None:
+def test_kind_without_an_http_header_is_not_injectable(place: Place, kind: str) -> None:
     place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
     place.leased(backend=kind)
     assert place.codes() == {"not_injectable"}
@@ -356,7 +356,7 @@ def reasons(found: ChosenLease | Refusal) -> list[tuple[str, str | None, Permiss
     return [(reason.code, reason.side, reason.permission) for reason in found.reasons]
 
 
-def test_what_is_chosen_is_held_against_what_was_wanted(place: Place) -> None:
+def test_chosen_lease_carries_the_wanted_permission(place: Place) -> None:
     found = place.weigh()
     assert isinstance(found, ChosenLease)
     assert found.wanted == (permission("env/staging/web", verbs=("read",)),)
@@ -478,13 +478,13 @@ def test_each_of_them_is_active(others: Place) -> None:
     assert ["thief" in found.reasons[0].message, "helper" in found.reasons[1].message] == [True, True]
 
 
-def test_one_that_nobody_knows_is_none(place: Place) -> None:
+def test_unknown_delegating_agent_is_denied(place: Place) -> None:
     place.table.revoke(place.lease.lease_id, place.ledger.clock.ms)
     place.leased(act=("bot", "nobody"))
     assert reasons(place.weigh()) == [("agent_unknown", None, None)]
 
 
-def test_those_that_the_task_names_too_are_told_of_once(place: Place) -> None:
+def test_delegating_agents_named_by_the_task_are_checked_once(place: Place) -> None:
     ledger = place.ledger
     terms = ledger.terms("thief", scope=(WIDE,), not_after=ledger.clock.ms // 1000 + 600)
     change = ledger.give(
@@ -520,7 +520,7 @@ def test_the_leases_own_agent_is_told_of_once_where_its_task_is_not_there(place:
         ("CONNECT", None),
     ],
 )  # fmt: skip
-def test_what_only_reads(method: str, access: str | None) -> None:
+def test_access_of_a_method_is_read_or_write(method: str, access: str | None) -> None:
     assert access_of(method) == access
 
 

@@ -105,7 +105,7 @@ async def test_no_time_at_all_is_asked_each_time(asked: Asked, ttl_s: int) -> No
     assert asked.times == 3
 
 
-async def test_it_is_for_this_action_lease_records_and_bundle_alone(asked: Asked) -> None:
+async def test_cached_bundle_answer_is_for_this_action_lease_and_records_only(asked: Asked) -> None:
     await asked()
     chosen, ground = asked.chosen, asked.chosen.ground
     others: list[dict[str, Any]] = [
@@ -137,14 +137,16 @@ async def test_denials_are_told_whole_and_asked_anew(asked: Asked) -> None:
 
 
 @pytest.mark.parametrize("wanted", ["sponsor", "second_person", "operator"])
-async def test_whose_word_is_wanted_is_told_and_asked_anew(asked: Asked, wanted: ActionClass) -> None:
+async def test_bundle_demanding_an_approval_is_asked_again_each_time(
+    asked: Asked, wanted: ActionClass
+) -> None:
     asked.engine.result = PolicyResult(True, (), (wanted,), 5)
     for times in (1, 2):
         assert await asked() == ApprovalRequired(wanted, asked.engine.revision)
         assert asked.times == times
 
 
-async def test_what_the_targets_record_asks_for_no_bundle_takes_back(asked: Asked) -> None:
+async def test_verb_floor_of_the_target_overrides_the_bundle(asked: Asked) -> None:
     ground = asked.chosen.ground
     verbs = (VerbFloor(verb="read", ask="operator"), VerbFloor(verb="deploy", ask="sponsor"))
     state = ground.target.state.model_copy(update={"verbs": verbs})
@@ -172,7 +174,7 @@ async def test_what_the_targets_record_asks_for_no_bundle_takes_back(asked: Aske
         (PolicyUnavailableError("x"), 503, "policy_unavailable"),
     ],
 )
-async def test_whatever_is_no_plain_yes_denies(asked: Asked, result: Any, status: int, code: str) -> None:
+async def test_unclear_bundle_result_denies(asked: Asked, result: Any, status: int, code: str) -> None:
     asked.engine.result = result
     refusal = await asked()
     assert isinstance(refusal, Refusal)

@@ -140,7 +140,7 @@ def parts() -> Parts:
     return Parts()
 
 
-async def test_what_is_allowed_goes_by_the_lease_that_is_injected(parts: Parts) -> None:
+async def test_allowed_action_uses_the_injected_lease(parts: Parts) -> None:
     verdict = await parts.gate.decide(PresentedIdentity(), attempt(label="pr"))
     assert (verdict.allowed, verdict.status, verdict.lease) == (True, 200, parts.place.lease)
     assert (verdict.task_id, verdict.nonce) == (parts.place.task, "fresh")
@@ -164,7 +164,7 @@ def allowed_at_once(
 
 
 @pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
-async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) -> None:
+async def test_cached_allowance_equals_a_full_decision(parts: Parts) -> None:
     decided = await parts.gate.decide(PresentedIdentity(), attempt(label="pr"))
     allowed = allowed_at_once(parts, PresentedIdentity(task_id=parts.place.task), attempt(label="pr"))
     assert allowed is not None
@@ -197,7 +197,7 @@ async def test_what_is_allowed_at_once_is_what_would_be_decided(parts: Parts) ->
         lambda parts: setattr(parts.place.ledger.clock, "ms", parts.place.lease.deadline * 1000),
     ],
 )
-async def test_what_is_in_doubt_is_not_allowed_at_once(
+async def test_doubtful_change_invalidates_a_cached_allowance(
     parts: Parts, change: Callable[[Parts], object]
 ) -> None:
     standing = parts.gate.cached_allowance(PresentedIdentity(), attempt())
@@ -211,7 +211,7 @@ async def test_what_is_in_doubt_is_not_allowed_at_once(
 
 
 @pytest.mark.fast_path_only(reason="compares cached decisions with those that are made step by step")
-async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(parts: Parts) -> None:
+async def test_changed_record_or_lease_makes_a_new_cached_allowance(parts: Parts) -> None:
     standing = parts.gate.cached_allowance(PresentedIdentity(), attempt())
     assert standing is not None
     assert parts.gate.cached_allowance(PresentedIdentity(), attempt()) is standing
@@ -229,7 +229,7 @@ async def test_what_stands_is_found_anew_when_a_record_or_its_lease_changed(part
     assert found.is_valid()
 
 
-async def test_nothing_but_what_is_allowed_is_decided_at_once(parts: Parts) -> None:
+async def test_only_allowed_actions_are_decided_from_the_cache(parts: Parts) -> None:
     def full(agent_id: str) -> Refused:
         return refused(Code.TOO_MANY_REQUESTS, "wait")
 
@@ -301,7 +301,7 @@ async def test_without_its_credential_it_is_denied_and_recorded_so(parts: Parts)
         await parts.gate.headers_to_inject(verdict)
 
 
-async def test_what_ends_while_the_credential_is_asked_for_is_not_recorded_as_allowed(parts: Parts) -> None:
+async def test_lease_ended_during_credential_fetch_is_recorded_as_denied(parts: Parts) -> None:
     def old() -> None:
         parts.problem = "old"
 
@@ -396,7 +396,7 @@ async def test_so_is_one_while_nothing_can_be_decided_or_of_too_many(parts: Part
     ]  # fmt: skip
 
 
-async def test_whatever_goes_wrong_denies_and_is_recorded(parts: Parts) -> None:
+async def test_internal_error_denies_and_is_recorded(parts: Parts) -> None:
     parts.refuses = RuntimeError("boom, with a secret")
     verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "undecided")
@@ -404,7 +404,7 @@ async def test_whatever_goes_wrong_denies_and_is_recorded(parts: Parts) -> None:
     assert [event.allowed for event in parts.events] == [False]
 
 
-async def test_what_cannot_be_recorded_is_denied(parts: Parts) -> None:
+async def test_action_that_cannot_be_recorded_is_denied(parts: Parts) -> None:
     parts.full = True
     verdict = await parts.gate.decide(PresentedIdentity(), attempt())
     assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "spool_full")
@@ -488,14 +488,14 @@ async def test_a_body_that_decides_must_be_seen(parts: Parts) -> None:
     assert len(digests) == len(parts.events), "each was another request"
 
 
-async def test_where_it_goes_is_the_targets_own_word(parts: Parts) -> None:
+async def test_upstream_comes_from_the_target_record(parts: Parts) -> None:
     target = parts.place.target()
     assert parts.gate.upstream(target) == "https://hub.example"
     with pytest.raises(UnavailableError, match="--setting url"):
         parts.gate.upstream(parts.place.target("other"))
 
 
-async def test_what_cannot_be_sent_anywhere_is_not_recorded_as_allowed(parts: Parts) -> None:
+async def test_target_without_an_upstream_is_recorded_as_denied(parts: Parts) -> None:
     ledger = parts.place.ledger
     ledger.give(ledger.target_set("olga", "staging", requests=RULES))
     by_id = attempt(authority=None, target_id="staging", sent_by_gateway=True)
@@ -537,14 +537,14 @@ async def test_a_message_is_a_read_where_it_or_the_map_says_so(
     assert [event.access for event in parts.events] == [access]
 
 
-async def test_what_a_stranger_wrote_does_not_reach_events(parts: Parts) -> None:
+async def test_method_and_label_of_a_stranger_are_sanitised_in_events(parts: Parts) -> None:
     await parts.gate.decide(PresentedIdentity(), attempt("G\nET", "/\udcff", label="a b\n"))
     (event,) = parts.events
     assert (event.method, event.label, event.allowed) == ("G?ET", None, False)
     assert event.destination == Destination(scheme="https", host="hub.example", port=443, path="/?")
 
 
-async def test_what_comes_under_a_rule_that_is_not_understood_is_denied_and_says_so(parts: Parts) -> None:
+async def test_request_rule_that_is_not_understood_denies(parts: Parts) -> None:
     """Neither way lets it pass, though the rule after it would."""
     assert (await parts.gate.decide(PresentedIdentity(), attempt())).allowed
     at_once = allowed_at_once(parts, PresentedIdentity(), attempt())

@@ -99,7 +99,7 @@ async def test_a_handle_alone_counts_on_the_socket_of_its_task_and_nowhere_else(
     assert code(await door.sender(task_id="00000000-0000-5000-8000-000000000000")) == "task_unknown"
 
 
-async def test_nothing_counts_on_the_socket_of_a_run_that_does_not_go_on(door: Door) -> None:
+async def test_socket_of_a_run_that_has_ended_is_rejected(door: Door) -> None:
     runners = Runners(door.ledger)
     run = OneRun(runners, "bot", door.task)
     shown = {"task_id": door.task, "run_id": run.id}
@@ -119,7 +119,7 @@ async def test_nothing_counts_on_the_socket_of_a_run_that_does_not_go_on(door: D
     assert code(await door.sender(**shown)) == "run_ended"
 
 
-async def test_who_shows_nothing_is_nobody(door: Door) -> None:
+async def test_request_without_credentials_has_no_sender(door: Door) -> None:
     assert code(await door.sender()) == "no_credentials"
     assert code(await door.shown(door.proof(), handle="x")) == "handle_malformed"
     assert code(await door.shown(door.proof(), htu=None)) == "proof_missing"
@@ -150,7 +150,7 @@ async def test_a_proof_counts_once_and_has_this_gateways_nonce(door: Door) -> No
 
 
 @pytest.mark.parametrize("dpop", ["", "x", "a.b.c", "e30.e30.e30", "x" * 9000])
-async def test_what_is_no_proof_is_none(door: Door, dpop: str) -> None:
+async def test_malformed_proof_is_rejected(door: Door, dpop: str) -> None:
     assert code(await door.shown(dpop)) == "invalid_dpop_proof"
 
 
@@ -163,7 +163,7 @@ async def test_a_stolen_handle_is_attributed_to_whose_key_it_came_with(door: Doo
     assert found.sender == Sender("thief", None, door.lease.lease_id)
 
 
-async def test_nobody_is_blamed_by_a_proof_that_is_not_theirs(door: Door) -> None:
+async def test_forged_proof_is_not_attributed_to_its_key(door: Door) -> None:
     """With the thief's public key in its header, and somebody else's signature."""
     head, _, _ = door.proof(door.key("thief")).split(".")
     _, body, tail = door.proof().split(".")
@@ -204,7 +204,7 @@ async def test_a_certificate_says_which_agent(door: Door) -> None:
     assert stolen.sender == Sender("thief", None, door.lease.lease_id)
 
 
-async def test_that_an_agent_is_suspended_is_for_the_decision_to_say(door: Door) -> None:
+async def test_suspended_agent_is_still_identified(door: Door) -> None:
     door.ledger.give(door.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
     assert isinstance(await door.shown(door.proof()), Sender)
 

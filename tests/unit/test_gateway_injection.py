@@ -111,7 +111,7 @@ def memory() -> Memory:
     return Memory()
 
 
-async def test_what_the_issuer_sealed_to_this_gateway_is_there(memory: Memory) -> None:
+async def test_credential_sealed_by_the_issuer_is_cached(memory: Memory) -> None:
     memory.comes("a.b.c.d.e", memory.envelope(memory.delivery()), "{}", "{")
     assert (await memory.sealed.get(memory.lease)).value == "secret-1"
 
@@ -123,7 +123,9 @@ async def test_what_the_issuer_sealed_to_this_gateway_is_there(memory: Memory) -
         {"expires_at": NOW_S},
     ],
 )  # fmt: skip
-async def test_what_nobody_who_may_said_of_this_lease_is_not(memory: Memory, wrong: dict[str, Any]) -> None:
+async def test_credential_of_another_signer_or_lease_is_rejected(
+    memory: Memory, wrong: dict[str, Any]
+) -> None:
     memory.comes(memory.envelope(memory.delivery(**wrong)))
     memory.issuer_says(404)
     with pytest.raises(UnavailableError):
@@ -133,13 +135,15 @@ async def test_what_nobody_who_may_said_of_this_lease_is_not(memory: Memory, wro
 @pytest.mark.parametrize(
     "wrong", [{"target_id": "other"}, {"request_id": "00000000-0000-5000-8000-000000000000"}, {"kind": "ssh"}]
 )
-async def test_what_is_for_something_else_is_not_injected(memory: Memory, wrong: dict[str, Any]) -> None:
+async def test_credential_for_another_target_or_kind_is_not_injected(
+    memory: Memory, wrong: dict[str, Any]
+) -> None:
     memory.comes(memory.envelope(memory.delivery(**wrong)))
     with pytest.raises(UnavailableError):
         await memory.sealed.get(memory.lease)
 
 
-async def test_it_goes_with_its_lease(memory: Memory) -> None:
+async def test_cached_credential_is_dropped_with_its_lease(memory: Memory) -> None:
     memory.comes(memory.envelope(memory.delivery()))
     memory.table.revoke(memory.lease.lease_id, START_MS)
     assert memory.sealed._deliveries == {}
@@ -147,7 +151,7 @@ async def test_it_goes_with_its_lease(memory: Memory) -> None:
     assert memory.sealed._deliveries == {}, "what came after the end was kept"
 
 
-async def test_one_that_is_not_sealed_to_it_is_asked_for_once_for_all(memory: Memory) -> None:
+async def test_credential_not_sealed_to_this_gateway_is_fetched_once(memory: Memory) -> None:
     memory.comes(memory.envelope(memory.delivery(), OTHER))
     go_on = asyncio.Event()
 
@@ -233,7 +237,9 @@ def test_no_secret_is_in_what_is_shown_of_it(memory: Memory) -> None:
     assert "secret-1" not in repr(lease)
 
 
-async def test_what_is_at_hand_needs_nobody(memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cached_headers_are_returned_without_the_issuer(
+    memory: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     injector, hub = _injector(memory), _target("http", url="https://hub.example")
     assert injector.cached_headers(memory.lease, _target()) is None  # the issuer would have to be asked
     memory.comes(memory.envelope(memory.delivery()))

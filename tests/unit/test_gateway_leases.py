@@ -115,7 +115,7 @@ class Told:
         (3000, 3000, "lease_ended"),
     ],
 )
-def test_what_is_over_by_a_clock_that_is_ahead_is_refused_and_not_said_to_have_ended(
+def test_lease_ended_only_by_a_fast_clock_is_refused_as_stale(
     clock: FixedClock, ahead_ms: int, past_ms: int, code: str
 ) -> None:
     table = LeaseTable(clock, lambda: clock.ms - ahead_ms)
@@ -234,7 +234,7 @@ def test_a_revoked_lease_is_cut_before_its_record_says_so(table: LeaseTable) -> 
     assert told.times == 1, "told once"
 
 
-def test_who_watches_what_has_ended_is_told_at_once(table: LeaseTable) -> None:
+def test_watcher_of_an_ended_lease_is_called_at_once(table: LeaseTable) -> None:
     told = Told()
     table.watch("unknown", told)
     one = lease()
@@ -244,7 +244,7 @@ def test_who_watches_what_has_ended_is_told_at_once(table: LeaseTable) -> None:
     assert told.times == 2
 
 
-def test_who_takes_it_back_is_not_told_and_others_are(table: LeaseTable) -> None:
+def test_removed_watcher_is_not_called(table: LeaseTable) -> None:
     one, first, second = lease(), Told(), Told()
     table.apply(one)
     back = table.watch(one.lease_id, first)
@@ -294,9 +294,7 @@ def test_an_order_of_another_selector_makes_no_fence_wider(table: LeaseTable) ->
     assert usable(table) == {later.lease_id}
 
 
-def test_who_watches_a_lease_that_is_not_there_is_not_told_of_another_ones_end(
-    table: LeaseTable, clock: FixedClock
-) -> None:
+def test_watcher_of_a_forgotten_lease_is_not_called_for_others(table: LeaseTable, clock: FixedClock) -> None:
     """A gateway may watch what it has seen, and the table has forgotten."""
     forgotten, told = lease(status="revoked"), Told()
     table.apply(forgotten)
@@ -310,7 +308,7 @@ def test_who_watches_a_lease_that_is_not_there_is_not_told_of_another_ones_end(
     assert told.times == 0
 
 
-def test_nothing_that_is_over_is_kept(table: LeaseTable, clock: FixedClock) -> None:
+def test_ended_leases_and_fences_are_swept(table: LeaseTable, clock: FixedClock) -> None:
     for number in range(100):
         one = lease(task_id=f"task-{number}")
         table.apply(one)

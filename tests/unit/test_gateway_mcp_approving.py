@@ -230,7 +230,7 @@ async def test_a_client_of_before_waits_and_a_retry_with_another_id_finds_its_an
     }  # fmt: skip
 
 
-async def test_what_has_no_rounds_waits_in_every_revision(gateway: McpGateway) -> None:
+async def test_method_without_input_rounds_waits_in_every_revision(gateway: McpGateway) -> None:
     said = {
         "jsonrpc": "2.0", "id": 1, "method": "completion/complete", "params": {
             "ref": {"type": "ref/prompt", "name": "a"}, "argument": {"name": "b", "value": "c"}, "_meta": META,

@@ -20,7 +20,7 @@ from ringfence.gateway.dataplane.request_reader import is_json
         ("application/merge-patch+json; v=1", None),
     ],
 )
-def test_what_is_json(content_type: str, coding: str | None) -> None:
+def test_json_content_types_are_recognised(content_type: str, coding: str | None) -> None:
     assert is_json(content_type, coding)
 
 
@@ -48,5 +48,5 @@ def test_what_is_json(content_type: str, coding: str | None) -> None:
         ("application/json;", None),
     ],
 )
-def test_what_may_be_read_otherwise(content_type: str | None, coding: str | None) -> None:
+def test_ambiguous_content_types_are_not_json(content_type: str | None, coding: str | None) -> None:
     assert not is_json(content_type, coding)

@@ -64,7 +64,7 @@ def parts() -> Watched:
     return Watched()
 
 
-async def test_nobody_is_asked_about_what_goes_on_all_the_same(parts: Watched) -> None:
+async def test_observed_action_asks_no_approver(parts: Watched) -> None:
     parts.refuses = ApprovalRequired("sponsor", "a" * 64)
     verdict = await parts.ask("/env/staging/web")
     assert (verdict.allowed, verdict.observed, verdict.reasons[0].code) == (False, True, "approval_required")
@@ -87,7 +87,7 @@ async def denied(parts: Watched, verdict: Verdict) -> bool:
         ({"target": "/r", "method": "POST"}, "body_unseen"),
     ],
 )
-async def test_what_would_be_blocked_goes_on_as_it_came_and_is_recorded(
+async def test_blocked_action_is_observed_forwarded_and_recorded(
     parts: Watched, fields: dict[str, Any], code: str
 ) -> None:
     verdict = await parts.ask(**fields)
@@ -100,7 +100,7 @@ async def test_what_would_be_blocked_goes_on_as_it_came_and_is_recorded(
         await parts.gate.headers_to_inject(verdict)
 
 
-async def test_what_comes_under_a_rule_that_is_not_understood_goes_on_as_it_came(parts: Watched) -> None:
+async def test_rule_that_is_not_understood_is_observed_without_injection(parts: Watched) -> None:
     """Whether it would be allowed is not known here; nothing of Ringfence is injected, so nothing becomes possible."""
     ledger, state = parts.place.ledger, parts.place.target()
     rules = tuple(next(planted(rule)) for rule in state.requests)
@@ -112,7 +112,7 @@ async def test_what_comes_under_a_rule_that_is_not_understood_goes_on_as_it_came
         await parts.gate.headers_to_inject(verdict)
 
 
-async def test_what_is_allowed_is_as_ever(parts: Watched) -> None:
+async def test_allowed_action_is_unaffected_by_observe_mode(parts: Watched) -> None:
     verdict = await parts.ask("/env/staging/web")
     assert (verdict.allowed, verdict.observed, parts.events[-1].observed) == (True, False, None)
     assert await parts.gate.headers_to_inject(verdict)
@@ -158,7 +158,7 @@ async def test_the_header_that_the_target_takes_its_secret_in_is_one(parts: Watc
     assert (await parts.ask(header_names=frozenset({"x-api-key"}))).observed
 
 
-async def test_who_shows_nothing_is_observed_as_nobody(parts: Watched) -> None:
+async def test_sender_without_credentials_is_observed_without_an_agent(parts: Watched) -> None:
     parts.refuses = BARE
     verdict = await parts.gate.decide(PresentedIdentity(handle="none", header_names=OWN), attempt())
     assert (verdict.observed, verdict.target) == (True, parts.place.target())
@@ -187,7 +187,7 @@ async def test_invalid_credential_is_denied_while_observing(parts: Watched, code
     )
 
 
-async def test_what_people_ended_stays_ended(parts: Watched) -> None:
+async def test_ended_task_stays_denied_in_observe_mode(parts: Watched) -> None:
     ledger = parts.place.ledger
     ledger.give(ledger.claims(TaskEnd, "uma", task_id=parts.place.task, reason="done"))
     verdict = await parts.ask()

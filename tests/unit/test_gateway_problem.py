@@ -46,7 +46,7 @@ def test_the_first_reason_is_the_problems_and_all_are_there() -> None:
 
 
 @pytest.mark.parametrize("resource", ["env/a", "env/it's", "a,b", "x:y", "a b", "$(id)"])
-def test_what_it_says_to_run_asks_for_just_that(resource: str) -> None:
+def test_suggested_command_asks_for_exactly_the_missing_permission(resource: str) -> None:
     told = how_to_ask(verdict(target=TARGET, action=Action("read", resource), task_id="T"))
     assert told is not None
     words = shlex.split(told)
@@ -57,7 +57,7 @@ def test_what_it_says_to_run_asks_for_just_that(resource: str) -> None:
     assert (wanted.target, wanted.verbs, wanted.resources) == (TARGET.target_id, ("read",), (resource,))
 
 
-def test_nobody_is_told_to_ask_for_what_they_would_not_get() -> None:
+def test_request_that_would_be_denied_is_not_suggested() -> None:
     beyond = Reason(code="beyond_scope", message="task does not allow it", permission=WANTED, side="task")
     known: dict[str, Any] = {"target": TARGET, "action": Action("read", "env/a")}
     assert how_to_ask(verdict(LACK, beyond, **known)) is None

@@ -50,7 +50,7 @@ def denied(id: str) -> ActionDecided:
     return ActionDecided(action_id=id, gateway=GATEWAY, allowed=False, reasons=(), at_ms=1)
 
 
-async def test_what_one_turn_decides_is_one_write_and_then_goes_on(tmp_path: Path) -> None:
+async def test_records_of_one_turn_are_written_at_once(tmp_path: Path) -> None:
     spool = Watched(tmp_path)
     recorder, told = recorder_on(spool), list[tuple[int, bool, int]]()
     for number in range(3):
@@ -67,7 +67,7 @@ async def test_what_one_turn_decides_is_one_write_and_then_goes_on(tmp_path: Pat
     assert len(told) == 3
 
 
-async def test_what_is_decided_before_is_kept_before(tmp_path: Path) -> None:
+async def test_earlier_decisions_are_recorded_first(tmp_path: Path) -> None:
     spool = Watched(tmp_path)
     recorder, told = recorder_on(spool), list[bool]()
     recorder.append_at_end_of_turn(b"a\none\n\n{}", told.append)
@@ -81,7 +81,7 @@ async def test_what_is_decided_before_is_kept_before(tmp_path: Path) -> None:
     assert told == [True, True]
 
 
-async def test_what_cannot_be_kept_goes_nowhere_and_the_next_is_asked_anew(tmp_path: Path) -> None:
+async def test_full_spool_fails_the_whole_write(tmp_path: Path) -> None:
     spool = Watched(tmp_path, max_bytes=100)
     recorder, told = recorder_on(spool), list[bool]()
     recorder.append_at_end_of_turn(b"x" * 60, told.append)
@@ -106,7 +106,7 @@ async def test_a_mark_is_after_what_this_turn_decided(tmp_path: Path) -> None:
     assert recorder.is_published(mark)
 
 
-async def test_what_waits_is_kept_when_the_process_ends(tmp_path: Path) -> None:
+async def test_pending_records_are_written_at_close(tmp_path: Path) -> None:
     recorder, told = Recorder(Watched(tmp_path), cast(Any, Gone())), list[bool]()
     recorder.append_at_end_of_turn(b"a\none\n\n{}", told.append)
     await recorder.close()

@@ -94,7 +94,7 @@ def test_a_secret_of_very_many_words_is_searched_for_as_a_whole_and_in_some() ->
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 1000])
 @pytest.mark.parametrize("value", VALUES.values(), ids=VALUES)
-def test_it_is_found_however_it_comes_in_pieces(value: str, size: int) -> None:
+def test_secret_is_redacted_in_pieces_of_any_size(value: str, size: int) -> None:
     """At most `MAX_UNHELD_BYTES` of a beginning are not held back. Hiding one part hides no beginning of another."""
     needles = needles_of((value,))
     for text in (
@@ -120,7 +120,7 @@ def test_it_is_found_however_it_comes_in_pieces(value: str, size: int) -> None:
             )
 
 
-def test_what_may_be_the_beginning_is_held_back_and_found_again() -> None:
+def test_prefix_matcher_finds_the_longest_beginning() -> None:
     """The longest beginning, also after another one came to nothing, with needles of two letters."""
     numbers = random.Random(1)
     for _ in range(3000):

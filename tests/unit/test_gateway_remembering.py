@@ -137,7 +137,7 @@ def at_its_deadline(memory: Memory) -> None:
     "change",
     [another_ceiling, another_lease, revoked, fenced, ended, another_trust_bundle, at_its_deadline],
 )
-def test_what_it_rests_on_changed(change: Callable[[Memory], None]) -> None:
+def test_changed_input_invalidates_the_memory(change: Callable[[Memory], None]) -> None:
     memory = Memory()
     change(memory)
     assert memory.found() is None
@@ -162,7 +162,7 @@ def test_a_lease_that_came_back_is_another() -> None:
     assert memory.found() is None
 
 
-def test_it_ends_with_the_age_of_entitlements() -> None:
+def test_memory_ends_with_the_age_of_entitlements() -> None:
     entitlements = Memory().chosen.ground.user.state.entitlements
     memory = Memory(max_age_s=memory_age(entitlements.as_of))
     assert memory.found() is memory.chosen

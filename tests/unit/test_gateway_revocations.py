@@ -96,7 +96,7 @@ async def gateway() -> Gateway:
     return Gateway()
 
 
-async def test_nothing_is_decided_after_a_start_until_earlier_revocations_are_verified(
+async def test_earlier_revocations_are_verified_before_any_decision(
     gateway: Gateway,
 ) -> None:
     """The process before this one may have acknowledged the revocation: nothing more goes on under that lease."""

@@ -37,7 +37,7 @@ def crashed(spool: Spool) -> None:
         os.close(descriptor)
 
 
-def test_what_goes_in_comes_out_once_and_in_order(tmp_path: Path) -> None:
+def test_entries_come_out_once_and_in_order(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     for entry in entries(100):
         spool.append(entry)
@@ -70,7 +70,7 @@ def test_a_place_in_the_spool_is_published_once_all_before_it_is(tmp_path: Path)
     spool.close()
 
 
-def test_what_an_earlier_process_left_is_before_every_place(tmp_path: Path) -> None:
+def test_entries_of_an_earlier_process_precede_every_mark(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     spool.append(b"one")
     crashed(spool)
@@ -98,7 +98,7 @@ def test_files_go_when_kafka_has_them(tmp_path: Path) -> None:
     spool.close()
 
 
-def test_what_was_not_published_is_there_after_a_crash(tmp_path: Path) -> None:
+def test_unpublished_entries_survive_a_crash(tmp_path: Path) -> None:
     spool = opened(tmp_path)
     for entry in entries(20):
         spool.append(entry)
@@ -125,7 +125,7 @@ def test_without_its_mark_everything_comes_again_rather_than_nothing(tmp_path: P
     again.close()
 
 
-def test_what_is_damaged_while_it_is_written_to_stops_nothing(tmp_path: Path) -> None:
+def test_damaged_segment_does_not_block_the_spool(tmp_path: Path) -> None:
     """Whoever publishes would look at it for ever."""
     spool = opened(tmp_path, segment_bytes=10_000)
     for entry in entries(3):

@@ -55,7 +55,7 @@ def test_one_place_has_several_spellings(map: Map, authority: str) -> None:
         "hub.example\x00", "hub\u3002example", "[::1]", None,
     ],
 )  # fmt: skip
-def test_whatever_else_is_no_target(map: Map, authority: str | None) -> None:
+def test_authority_of_no_target_is_unknown(map: Map, authority: str | None) -> None:
     assert map.at(authority) == "target_unknown"
 
 
@@ -110,7 +110,7 @@ def test_a_revision_is_compiled_once(map: Map) -> None:
     assert later.map.action("GET", "/a") is None
 
 
-def test_what_is_known_by_its_place(map: Map) -> None:
+def test_target_hosts_follow_the_records(map: Map) -> None:
     assert map.targets.hosts() == {"hub.example", "127.0.0.1"}
     for known in ("hub.example", "HUB.example:443", "127.0.0.1:8080"):
         assert map.targets.is_target_host(known), known

@@ -445,7 +445,7 @@ def test_beyond_the_step_limit_the_answer_is_no(monkeypatch: pytest.MonkeyPatch)
     assert not module._search(left, right)[0]
 
 
-def test_what_someone_would_write_takes_few_steps() -> None:
+def test_common_globs_take_few_steps() -> None:
     right = ("env/*/deploy/**", "env/staging/**", "repo/acme/*/issues/*", "**/public/**")
     for left in ("env/staging/api-*", "env/**/deploy/*", "repo/**/issues/1", "x/public/**", "**"):
         assert module._search(left, right)[1] < 40
@@ -478,7 +478,7 @@ def test_their_neighbours_are_accepted(text: str) -> None:
     assert parse_glob(text).text == text
 
 
-def test_what_is_next_to_the_variation_selectors_is_a_compatibility_form() -> None:
+def test_compatibility_form_next_to_variation_selectors_is_rejected() -> None:
     with pytest.raises(ScopeError, match="compatibility"):
         parse_glob("a\ufe10")
 

@@ -49,7 +49,7 @@ def test_one_person_fills_nobodys_memory(table: GrantTable) -> None:
     assert taken == [1, 1, 1, 0, 1]
 
 
-def test_who_took_back_very_much_still_takes_back_what_was_given(table: GrantTable) -> None:
+def test_many_withdrawals_of_one_person_still_withdraw_new_grants(table: GrantTable) -> None:
     for number in range(5):
         table.take_back(str(uuid.uuid4()), "sam", AT_MS)
         grant = signed(f"sponsor-{number}").claims
@@ -58,7 +58,7 @@ def test_who_took_back_very_much_still_takes_back_what_was_given(table: GrantTab
         assert table.is_withdrawn(grant, sponsor="sam", on_behalf_of="maria")
 
 
-def test_what_is_over_goes_and_makes_room(table: GrantTable) -> None:
+def test_expired_grants_are_dropped_and_make_room(table: GrantTable) -> None:
     old, later = signed(exp=EXAMPLE.iat + 60), signed(exp=EXAMPLE.iat + 7200, task_id=str(uuid.uuid4()))
     for grant in (old, later, signed(exp=EXAMPLE.iat + 61)):
         table.keep(grant, 0, 0, 0)
@@ -71,7 +71,7 @@ def test_what_is_over_goes_and_makes_room(table: GrantTable) -> None:
     assert table.keep(signed(), 0, 0, 0) is not None
 
 
-def test_those_who_may_take_a_grant_back(table: GrantTable) -> None:
+def test_withdrawal_of_a_grant_counts_by_its_people_only(table: GrantTable) -> None:
     grant = signed().claims
     id = message_id(grant.iss, grant.jti)
     for user, counts in (("olga", False), ("maria", True), ("petra", True), ("sam", True)):

@@ -112,7 +112,7 @@ async def test_a_message_of_another_topic_halts_nobody(role: ServiceRole, servic
         assert not await reader.take_all(REVOCATION_REQUEST, some(services.keys[role], typ))
 
 
-async def test_what_agents_and_people_sign_halts_nobody(services: Services) -> None:
+async def test_records_signed_by_agents_and_people_never_halt(services: Services) -> None:
     reader = Reader(services)
     for kind in ("agent", "user", "provisioner"):
         key = SigningKey.generate(f"spiffe://test.example/{kind}/somebody")
@@ -121,7 +121,7 @@ async def test_what_agents_and_people_sign_halts_nobody(services: Services) -> N
                 assert not await reader.take_all(topic, some(key, typ))
 
 
-async def test_whoever_signs_in_the_name_of_another_halts_nobody(services: Services) -> None:
+async def test_records_signed_in_the_name_of_another_never_halt(services: Services) -> None:
     """Also of one whose role may write there: a signature holds for one `iss` and its keys."""
     typ, policy = typ_header(RevocationRequest), services.keys["policy"]
     reader = Reader(services)
@@ -170,7 +170,7 @@ async def test_one_topics_limit_is_not_used_up_by_who_writes_to_another(services
     )
 
 
-async def test_what_came_before_a_burst_counts_no_more(services: Services) -> None:
+async def test_records_before_a_burst_are_not_counted(services: Services) -> None:
     reader, key = Reader(services), services.keys["revoker"]
     for n in range(3):
         values = some(key, typ_header(RevocationRequest), MAX_INVALID_SIGNED, burst=n)

@@ -82,34 +82,34 @@ def handed_over(intake: Intake, taken: int, enough: int) -> HandoverLookup:
     return HandoverLookup(intake, intake._office.trust, {0: taken}, max_others=enough)  # type: ignore[arg-type]
 
 
-async def test_what_was_chained_last_is_found_and_the_rest_is_not_read(intake: Intake) -> None:
+async def test_recently_chained_events_are_found_without_reading_all(intake: Intake) -> None:
     intake.messages(1000)
     wanted = 9999, 9990, 9985
     assert await handed_over(intake, 1000, 100).find(0, asked(*wanted)) == hashes(*wanted)
     assert intake.read == 50
 
 
-async def test_what_nobody_handed_over_makes_nobody_read_all(intake: Intake) -> None:
+async def test_event_never_handed_over_does_not_cause_reading_all(intake: Intake) -> None:
     intake.messages(1000)
     assert await handed_over(intake, 1000, 500).find(0, asked(9999) | MADE_UP) == hashes(9999)
     assert intake.read == 50 + 200, "the first stretch has one less than enough that are not asked for"
 
 
-async def test_what_somebody_repeats_of_long_ago_makes_nobody_read_all(intake: Intake) -> None:
+async def test_repeated_old_events_do_not_cause_reading_all(intake: Intake) -> None:
     intake.messages(1000)
     wanted = asked(9999, 8000, 4000, 10) | MADE_UP
     assert await handed_over(intake, 1000, 500).find(0, wanted) == hashes(9999, 8000)
     assert intake.read == 50 + 200
 
 
-async def test_what_was_handed_over_twice_lies_between(intake: Intake) -> None:
+async def test_event_handed_over_twice_is_found_between(intake: Intake) -> None:
     intake.messages(300)
     for _ in range(240):
         intake.add([event(number) for number in range(EACH)])
     assert await handed_over(intake, 540, 2600).find(0, asked(2999)) == hashes(2999)
 
 
-async def test_what_strangers_sign_is_neither_found_nor_counted(intake: Intake) -> None:
+async def test_intake_of_other_signers_is_neither_found_nor_counted(intake: Intake) -> None:
     intake.messages(10)
     stranger = intake._office.key("agent", "bot")
     for number in range(300):
@@ -117,12 +117,12 @@ async def test_what_strangers_sign_is_neither_found_nor_counted(intake: Intake) 
     assert await handed_over(intake, 310, 5).find(0, asked(99, 10_100)) == hashes(99)
 
 
-async def test_what_comes_after_what_was_read_counts_too(intake: Intake) -> None:
+async def test_intake_after_the_read_end_is_found(intake: Intake) -> None:
     intake.messages(40)
     assert await handed_over(intake, 10, 20).find(0, asked(399)) == hashes(399)
 
 
-async def test_what_waits_to_be_chained_is_not_read_where_nothing_of_it_is_asked_for(intake: Intake) -> None:
+async def test_unchained_intake_is_not_read_without_a_need(intake: Intake) -> None:
     """Others hand over while nobody chains. What was chained last stands before that."""
     intake.messages(1100)
     assert await handed_over(intake, 100, 100).find(0, asked(999)) == hashes(999)

@@ -89,7 +89,7 @@ async def place() -> AsyncIterator[Place]:
 @pytest.mark.parametrize(
     "said", [b"", b"GET /hea", HEALTH[:-2] + b"X-A: "], ids=["nothing", "a line", "a header"]
 )
-async def test_who_opens_very_many_and_says_little_shuts_out_nobody(place: Place, said: bytes) -> None:
+async def test_flood_of_slow_connections_blocks_no_other_client(place: Place, said: bytes) -> None:
     for number in range(60):
         await place.connected(said, ATTACKERS[number % len(ATTACKERS)])
     for _ in range(5):
@@ -114,7 +114,7 @@ async def test_of_one_address_half_of_them_are_answered_and_others_are_served(pl
     assert [await place.status(one) for one in held] == [b"200"] * len(held)
 
 
-async def test_where_all_are_being_answered_a_new_one_is_told_so_and_none_is_cut_off(place: Place) -> None:
+async def test_full_server_answers_503_and_drops_no_request_in_progress(place: Place) -> None:
     held = [await place.connected(HOLD, ATTACKERS[number % 2]) for number in range(MOST)]
     await place.until_held(MOST)
     assert await place.status(await place.connected(HEALTH)) == b"503"
@@ -123,7 +123,7 @@ async def test_where_all_are_being_answered_a_new_one_is_told_so_and_none_is_cut
     assert await place.status(await place.connected(HEALTH)) == b"200"
 
 
-async def test_who_goes_leaves_their_place(place: Place) -> None:
+async def test_closed_connection_frees_its_place(place: Place) -> None:
     one = await place.connected(HEALTH)
     assert await place.status(one) == b"200"
     one[1].close()
@@ -143,7 +143,7 @@ async def test_an_answer_that_is_on_its_way_is_not_cut_off(place: Place) -> None
 
 
 @pytest.mark.parametrize("times", [1, 9], ids=["one request", "many at once"])
-async def test_who_takes_no_answer_makes_room(
+async def test_client_that_reads_no_response_is_evicted(
     place: Place, monkeypatch: pytest.MonkeyPatch, times: int
 ) -> None:
     monkeypatch.setattr(Requests, "stall_s", 0.05)
@@ -157,7 +157,9 @@ async def test_who_takes_no_answer_makes_room(
             await asyncio.sleep(0.01)
 
 
-async def test_who_takes_no_answer_is_not_waited_for(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_client_that_reads_no_response_is_dropped_after_the_stall_limit(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Requests, "stall_s", 0.05)
     monkeypatch.setattr(Requests, "reading_s", 0.2)
     reader, _ = await place.connected(LARGE)

@@ -174,7 +174,7 @@ def test_an_issuer_of_instances_speaks_for_no_user(ledger: InMemoryRegistry):
     assert "pinned" in refused(ledger, assign(ledger, ISSUER.token(claims_of(ledger, terms)), terms))
 
 
-def test_which_claim_names_the_user_is_in_the_trust_bundle(ledger: InMemoryRegistry):
+def test_user_claim_of_an_id_token_comes_from_the_trust_bundle(ledger: InMemoryRegistry):
     pinned = ISSUER.pinned("users").model_copy(
         update={"user_claim": "preferred_username", "user_suffix": "@acme.example"}
     )

@@ -69,7 +69,7 @@ def task(broker: InMemoryRingfence, agent: Agent) -> str:
 # --- setting up ---
 
 
-def test_what_is_set_up_needs_no_event_loop(broker: InMemoryRingfence) -> None:
+def test_set_up_needs_no_event_loop(broker: InMemoryRingfence) -> None:
     broker.user("vera", roles=["auditor"])
     agent = broker.agent("deploy-bot")
     assert type(agent) is Agent
@@ -105,7 +105,7 @@ async def test_a_ceiling_and_entitlements_that_the_test_gives_are_kept(broker: I
     await agent.request(task=task, target="staging", verbs=["read"], resources=["env/b"], reason="r")
 
 
-def test_what_the_registry_refuses_is_refused_here(broker: InMemoryRingfence) -> None:
+def test_registry_refusals_are_raised_with_their_code(broker: InMemoryRingfence) -> None:
     with pytest.raises(RefusedError) as refused:
         broker.agent("other-bot", sponsor=People.USER)
     assert refused.value.by == "registry"
@@ -145,7 +145,7 @@ async def test_an_agent_that_an_administrator_registered_is_there(broker: InMemo
     assert [lease.agent_id for lease in broker.leases(agent="made-by-hand")] == ["made-by-hand"]
 
 
-async def test_nothing_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+async def test_environment_variables_are_ignored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("RINGFENCE_POLICY_BUNDLE", str(tmp_path / "nowhere"))
     monkeypatch.setenv("RINGFENCE_TRUST_DOMAIN", "elsewhere.example")
     monkeypatch.setenv("RINGFENCE_KAFKA", "no such address")
@@ -155,7 +155,7 @@ async def test_nothing_of_the_environment_counts(monkeypatch: pytest.MonkeyPatch
     await broker.agent("deploy-bot").request(task=task, target="staging", **READ)
 
 
-def test_it_is_used_in_one_event_loop_after_the_other(
+def test_in_memory_ringfence_works_in_consecutive_event_loops(
     broker: InMemoryRingfence, agent: Agent, task: str
 ) -> None:
     async def request() -> None:
@@ -206,7 +206,9 @@ async def test_of_several_that_wait_one_is_named(broker: InMemoryRingfence, agen
         await broker.approve(first)
 
 
-async def test_who_may_not_approve_cannot(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
+async def test_approval_by_an_unentitled_user_is_refused(
+    broker: InMemoryRingfence, agent: Agent, task: str
+) -> None:
     asked = asyncio.create_task(agent.request(task=task, target="staging", **{**READ, "verbs": ["wipe"]}))
     with pytest.raises(NotYoursError):
         await broker.approve(by=People.SPONSOR)
@@ -214,7 +216,7 @@ async def test_who_may_not_approve_cannot(broker: InMemoryRingfence, agent: Agen
     await asked
 
 
-async def test_nothing_that_waits_is_an_error_in_time(broker: InMemoryRingfence) -> None:
+async def test_approve_without_a_pending_request_raises_in_time(broker: InMemoryRingfence) -> None:
     with pytest.raises(NothingPendingError, match="no request came to wait"):
         await broker.approve(within_s=0.01)
 
@@ -231,7 +233,7 @@ async def test_answers_may_be_given_ahead(broker: InMemoryRingfence, agent: Agen
     assert late.value.waiting_for == "the approval of the agent's sponsor"
 
 
-async def test_what_an_agent_gave_up_waits_for_nobody(
+async def test_request_given_up_by_an_agent_is_no_longer_pending(
     broker: InMemoryRingfence, agent: Agent, task: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(RequestTimeoutError):
@@ -400,7 +402,7 @@ async def test_other_kinds_of_credentials_are_what_the_test_gives(broker: InMemo
     assert (denied.value.by, denied.value.code) == ("issuer", "backend_cannot")
 
 
-async def test_there_is_no_gateway(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
+async def test_in_memory_ringfence_has_no_gateway(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
     with pytest.raises(RequestDeniedError) as denied:
         await agent.request(task=task, target="staging", **READ, delivery="gateway")
     assert denied.value.by == "issuer"

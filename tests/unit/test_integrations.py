@@ -157,7 +157,7 @@ async def test_a_short_life_is_used_up_to_its_half() -> None:
         assert await source.current() is not first
 
 
-async def test_what_is_denied_is_asked_for_again_and_never_held() -> None:
+async def test_denied_credential_is_requested_again_and_not_cached() -> None:
     shop = made(dpop=False)
     async with shop.source(verbs=["destroy"]) as source:
         for _ in range(2):

@@ -155,12 +155,12 @@ def test_an_agent_has_a_live_sponsor_until_that_one_is_disabled(book: Book):
     assert (book.line().sponsor, book.line().orphan) == ("suzy", False)
 
 
-def test_who_has_lost_the_role_answers_for_nobody(book: Book):
+def test_sponsor_without_the_role_leaves_an_orphan(book: Book):
     book.ledger.give(book.ledger.user_set("olga", "sam", ["auditor"]))
     assert (book.line().sponsor_is, book.line().orphan) == ("no_sponsor", True)
 
 
-def test_nobody_has_to_answer_for_what_is_decommissioned(book: Book):
+def test_decommissioned_agent_is_no_orphan(book: Book):
     book.register("old")
     book.ledger.give(book.ledger.claims(AgentDecommission, "sam", agent_id="old", reason="done"))
     book.ledger.give(book.ledger.claims(UserDisable, "olga", user_id="sam", reason="left"))
@@ -169,7 +169,7 @@ def test_nobody_has_to_answer_for_what_is_decommissioned(book: Book):
     assert not book.line("old").orphan
 
 
-def test_it_says_by_whose_leave_an_agent_reaches_what(book: Book):
+def test_inventory_names_the_commands_behind_an_agents_reach(book: Book):
     ceiling = (Permission(target="shop", verbs=("read",), resources=("**",)),)
     book.ledger.give(book.ledger.claims(AgentSetCeiling, "olga", agent_id="bot", ceiling=ceiling))
     at_ms = book.clock.ms - 1000
@@ -239,7 +239,7 @@ def test_leases_that_stand_are_named_and_no_others(book: Book):
     assert row["leases_until"] == book.now_s + 1200
 
 
-def test_what_was_used_of_a_ceiling_is_known_for_30_days(book: Book):
+def test_use_of_a_ceiling_is_remembered_for_30_days(book: Book):
     task = book.assign()
     assert (book.line().granted, book.line().unused, book.line().seen) == (2, 2, False)
     book.lease(book.allow(task), task)
@@ -316,7 +316,7 @@ def test_an_agent_that_its_sponsor_has_not_taken_on_is_one_of_those_that_there_a
 # --- what changed -----------------------------------------------------------------------------------------------------
 
 
-def test_what_changed_after_a_cursor_is_told_once_and_the_latest_first(book: Book):
+def test_changes_after_a_cursor_are_listed_once(book: Book):
     book.register("robot", "suzy")
     book.line()
     cursor = book.roster.cursor

@@ -42,12 +42,12 @@ def desk() -> Desk:
     return Desk()
 
 
-async def test_nothing_is_counted_before_the_tables_are_complete(desk: Desk):
+async def test_inventory_is_unavailable_before_the_tables_are_complete(desk: Desk):
     answer = await desk.get("olga")
     assert (answer.status_code, answer.json()["error"]) == (503, "unavailable")
 
 
-async def test_who_is_not_looked_at_yet_is_said_to_be_missing(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+async def test_agents_not_read_yet_are_reported_as_a_gap(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     desk.roster.complete = True
     desk.register("robot")
     monkeypatch.setattr(agents, "_SETTLED_AT_ONCE", 0)
@@ -59,7 +59,7 @@ async def test_who_is_not_looked_at_yet_is_said_to_be_missing(desk: Desk, monkey
     assert (answer["totals"]["agents"], answer["gaps"]) == (2, [])
 
 
-async def test_what_does_not_hold_is_said_to_whom_it_may_concern(desk: Desk):
+async def test_unverifiable_records_are_reported_to_auditors(desk: Desk):
     desk.roster.complete = True
     desk.stale = "the registry was not heard"
     entry = desk.ledger.directory.agent("bot")

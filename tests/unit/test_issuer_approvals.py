@@ -53,7 +53,7 @@ def test_a_floor_that_came_since_accuses_nobody(bench: DecisionBench) -> None:
     assert bench.refused(revisions=before) == (["approval_lacking"], False)
 
 
-def test_what_is_lacking_is_named(bench: DecisionBench) -> None:
+def test_missing_approvals_are_named(bench: DecisionBench) -> None:
     found = bench.weigh(required=("operator", "second_person"))
     assert isinstance(found, Refusal)
     assert "second_person, operator" in found.reasons[0].message

@@ -26,7 +26,7 @@ def bench() -> DecisionBench:
         (AgentSetCeiling, "sam", {"agent_id": "bot", "ceiling": ()}, "beyond_scope"),
     ],
 )
-def test_what_the_records_say_by_now_counts_and_accuses_who_saw_them(
+def test_change_since_the_decision_is_refused_and_an_older_one_is_a_finding(
     bench: DecisionBench, model: Any, by: str, fields: dict[str, Any], code: str
 ) -> None:
     before = bench.revisions()

@@ -56,7 +56,7 @@ async def codes(gate: LeaseLimits, *weighed: Issue | Refusal, age_ms: int = 0) -
     return [one.reasons[0].code if isinstance(one, Refusal) and one.reasons else None for one in admitted]
 
 
-async def test_those_of_one_batch_count_too():
+async def test_leases_of_one_batch_are_counted():
     gate = gatekeeper(Counted({"agent:a": 1}), agent=3)
     assert await codes(gate, issue(), issue(), issue(), issue("b")) == [None, None, "too_many_leases", None]
 
@@ -68,7 +68,7 @@ async def test_all_agents_of_a_sponsor_share():
     ]  # fmt: skip
 
 
-async def test_what_the_sponsor_may_not_is_not_counted_for_the_agent():
+async def test_request_over_the_sponsor_limit_is_not_counted_for_the_agent():
     gate = gatekeeper(Counted({"sponsor:sam": 1}), agent=1, sponsor=1)
     assert await codes(gate, issue(), issue(sponsor="sue")) == ["too_many_leases", None]
 
@@ -88,7 +88,7 @@ async def test_without_limits_nobody_counts():
 
 
 @pytest.mark.parametrize(("age_ms", "code"), [(5000, None), (5001, "overloaded")])
-async def test_what_waited_too_long_is_refused(age_ms: int, code: str | None):
+async def test_request_waiting_too_long_is_refused_as_overloaded(age_ms: int, code: str | None):
     assert await codes(gatekeeper(Counted(), wait_s=5), issue(), age_ms=age_ms) == [code]
 
 

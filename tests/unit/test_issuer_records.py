@@ -21,7 +21,7 @@ def bench() -> DecisionBench:
 
 
 @pytest.mark.parametrize("name", ["agent", "user", "task", "target"])
-def test_what_policy_saw_and_is_not_here_is_waited_for(bench: DecisionBench, name: str) -> None:
+def test_decision_on_records_not_read_yet_is_deferred_as_stale(bench: DecisionBench, name: str) -> None:
     seen = bench.revisions()
     ahead = seen.model_copy(update={name: getattr(seen, name) + 1})
     decision = bench.decision(revisions=ahead)

@@ -52,7 +52,7 @@ def test_a_refusal_says_what_the_task_leaves(bench: DecisionBench) -> None:
     ("mark", "what"),
     [("agent:bot", "agent bot was"), ("all", "all was"), ("task:a:b", "task a:b was")],
 )
-def test_what_was_revoked_before_the_lease_was_there_is_named(mark: str, what: str) -> None:
+def test_fenced_refusal_names_the_fence(mark: str, what: str) -> None:
     (reason,) = fenced(mark)
     assert reason.code == "fenced"
     assert reason.message.startswith(what)

@@ -56,7 +56,9 @@ def test_the_key_of_an_instance_that_ended_is_good_no_longer(
 
 
 @pytest.mark.parametrize("late_ms", [0, 1])
-def test_where_people_were_asked_it_is_good_for_a_day_more(bench: DecisionBench, late_ms: int) -> None:
+def test_request_with_approvals_by_an_ended_key_is_valid_for_a_day_more(
+    bench: DecisionBench, late_ms: int
+) -> None:
     assert APPROVALS_MS == 86_400_000
     old, end_s = rotated(bench)
     request = bench.request(old, iat=end_s - 5, exp=end_s + 300, scope=(DEPLOY,))

@@ -58,7 +58,7 @@ def test_a_kind_of_credential_that_this_issuer_does_not_make(bench: DecisionBenc
         assert part in reason.message
 
 
-def test_where_no_secret_is_kept_back_all_are_handed_out(bench: DecisionBench) -> None:
+def test_every_kind_is_delivered_to_agents_without_gateway_only_secrets(bench: DecisionBench) -> None:
     bench.terms = Terms(ISSUER, TD, 30 * 86_400, ("jwt",))
     assert bench.issued().lease.delivery == "agent"
 

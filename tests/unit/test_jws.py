@@ -79,7 +79,7 @@ def pyjwk(key: SigningKey) -> Any:
     ("model", "says"),
     [(ApiToken, "not an api: "), (UserDisable, "not a user.disable: "), (AgentResume, "not an agent.")],
 )
-def test_what_is_none_is_named_in_good_grammar(model: type[Claims], says: str):
+def test_unexpected_type_is_named_in_good_grammar(model: type[Claims], says: str):
     key = SigningKey.generate(f"spiffe://{TD}/user/olga")
     with pytest.raises(InvalidMessageError) as refused:
         open_as(sign_payload(model, b"{}", key), key, model)
@@ -98,7 +98,7 @@ def test_no_header_of_a_strangers_is_kept_that_is_longer_than_any_of_ours() -> N
     assert jws._remembered_header.cache_info().currsize == 1
 
 
-def test_what_we_sign_pyjwt_verifies(key: SigningKey) -> None:
+def test_own_signature_verifies_in_pyjwt(key: SigningKey) -> None:
     compact = sign(command(key), key)
     options: Any = {"verify_exp": False, "verify_iat": False}
     decoded = jwt.decode_complete(compact, pyjwk(key), algorithms=[key.alg], audience=TD, options=options)
@@ -106,7 +106,7 @@ def test_what_we_sign_pyjwt_verifies(key: SigningKey) -> None:
     assert decoded["payload"] == command(key).model_dump()
 
 
-def test_what_pyjwt_signs_we_verify() -> None:
+def test_pyjwt_signature_verifies_here() -> None:
     private = ec.generate_private_key(ec.SECP256R1())
     key = SigningKey._of(f"spiffe://{TD}/user/olga", private)
     headers = {"kid": key.kid, "typ": "ringfence.user.disable+jwt"}
@@ -202,7 +202,7 @@ def test_the_key_that_a_message_names_is_told_by_its_header_alone(key: SigningKe
 
 
 @pytest.mark.parametrize(("nbf", "counts"), [(NOW_S, True), (NOW_S + 3600, False), ("soon", False)])
-def test_what_does_not_count_yet_is_refused(key: SigningKey, nbf: Any, counts: bool) -> None:
+def test_message_before_its_nbf_is_rejected(key: SigningKey, nbf: Any, counts: bool) -> None:
     """RFC 7519, 4.1.5: writers of their own may set it, though nothing here does."""
     compact = sign(command(key, nbf=nbf), key)
     if counts:
@@ -285,7 +285,7 @@ def test_a_life_is_a_day_at_most(key: SigningKey) -> None:
     assert (error.code, "86400 s" in error.message) == ("life_too_long", True)
 
 
-def test_what_expired_has_that_code(key: SigningKey) -> None:
+def test_expired_message_has_the_code_expired(key: SigningKey) -> None:
     assert refusal(sign(command(key), key), key, at_s=NOW_S + 60).code == "expired"
 
 
@@ -345,14 +345,14 @@ def test_every_refusal_has_its_code(key: SigningKey) -> None:
     assert key.id in found["signature"].message
 
 
-def test_what_another_typ_is_and_should_be_is_said(key: SigningKey) -> None:
+def test_unexpected_typ_names_both_types(key: SigningKey) -> None:
     error = refusal(sign(command(key), key), key, model=AgentResume)
     assert error.code == "typ_unexpected"
     assert "ringfence.user.disable+jwt" in error.message
     assert "ringfence.agent.resume+jwt" in error.message
 
 
-def test_what_is_wrong_with_claims_is_said_by_field_and_without_values(key: SigningKey) -> None:
+def test_invalid_claims_are_named_without_values(key: SigningKey) -> None:
     secret = "hunter2-and-more"
     error = refusal(
         sign_payload(
@@ -367,7 +367,7 @@ def test_what_is_wrong_with_claims_is_said_by_field_and_without_values(key: Sign
     assert len(refusal(sign_payload(UserDisable, b"[]", key), key).message) < 600
 
 
-def test_what_the_whole_is_lacking_is_said_of_it(key: SigningKey) -> None:
+def test_error_of_the_whole_message_is_reported_as_it(key: SigningKey) -> None:
     assert "it: " in refusal(sign_payload(UserDisable, b"[]", key), key).message
 
 
@@ -388,7 +388,7 @@ def test_a_list_of_nothing_but_mistakes_is_not_called_too_short() -> None:
     assert explain(caught.value).startswith("many: ")
 
 
-def test_what_is_wrong_is_cut_where_a_message_ends() -> None:
+def test_long_explanation_is_truncated() -> None:
     inner = create_model("Inner", **{f"{'x' * 70}{n}": (int, ...) for n in range(6)})  # type: ignore[call-overload]
     outer = "y" * 100
     model = create_model("Outer", **{outer: (inner, ...)})  # type: ignore[call-overload]
@@ -400,7 +400,7 @@ def test_what_is_wrong_is_cut_where_a_message_ends() -> None:
     )
 
 
-def test_what_is_not_there_is_not_written(key: SigningKey) -> None:
+def test_absent_claim_is_not_serialised(key: SigningKey) -> None:
     claims = cast(CredentialRequest, EXAMPLES[CredentialRequest])
     assert None in dict(claims).values()
     assert b"null" not in parse(sign(claims, key)).payload
@@ -447,7 +447,7 @@ def test_a_payload_is_verified_as_a_message_is(key: SigningKey) -> None:
         assert caught.value.code == code
 
 
-def test_what_was_verified_before_still_has_a_key_and_its_times(key: SigningKey) -> None:
+def test_verified_message_is_checked_again_for_key_and_time(key: SigningKey) -> None:
     jws_ = parse(sign(command(key), key))
     before = open_as(jws_.compact, key).claims
 
@@ -527,7 +527,7 @@ FLIPPED = sign(command(FLIPPED_KEY), FLIPPED_KEY)
         (b"iat", None),
     ],
 )
-def test_when_a_message_says_that_it_was_signed(key: SigningKey, payload: bytes, said: int | None) -> None:
+def test_unverified_time_is_read_from_any_payload(key: SigningKey, payload: bytes, said: int | None) -> None:
     """Of whatever shape it is: for what is kept or dropped before anything of it is verified."""
     head = sign(command(key), key).split(".")[0]
     assert unverified_time(parse(f"{head}.{b64encode(payload)}.{b64encode(bytes(64))}")) == said

@@ -45,7 +45,7 @@ def test_brokers_are_always_verified():
         ({"SASL_PASSWORD": "hunter2"}, "RINGFENCE_KAFKA_SASL_PASSWORD"),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_together_is_named(
+def test_inconsistent_kafka_settings_are_refused_by_name(
     environment: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
 ):
     for name, value in environment.items():
@@ -95,7 +95,7 @@ ASKS_FOR_A_CERTIFICATE = Listener(tls=True, sasl=None)
         ("SASL_PLAINTEXT", SCRAM_IN_CLEAR, "does not let us in.*RINGFENCE_KAFKA_SASL_\\*"),
     ],
 )  # fmt: skip
-def test_who_is_not_let_in_is_told_what_is_there_and_what_to_set(wanted: str, found: Found, says: str):
+def test_rejected_client_is_told_the_listener_and_the_setting(wanted: str, found: Found, says: str):
     who: dict[str, Any] = {"kafka_sasl_username": "me", "kafka_sasl_password": "env:X"}
     settings = BusSettings(kafka_security_protocol=wanted, **who if "SASL" in wanted else {})  # type: ignore[arg-type]
     told = diagnosis(settings, OSError(), {"h:1": found})
@@ -103,12 +103,12 @@ def test_who_is_not_let_in_is_told_what_is_there_and_what_to_set(wanted: str, fo
     assert "h:1" in told or settings.kafka in told
 
 
-def test_nobody_is_led_to_go_without_tls():
+def test_diagnosis_never_suggests_plain_text_instead_of_tls():
     told = diagnosis(BusSettings(kafka_security_protocol="SSL"), OSError(), {"h:1": CLEAR})
     assert "PLAINTEXT" not in told, "who is on the way could answer in clear in the place of Kafka"
 
 
-def test_it_is_looked_where_the_client_connects_to():
+def test_probed_addresses_are_those_of_the_client():
     settings = BusSettings(kafka="localhost,[::1]:1234,h:1")
     assert addresses(settings) == [("localhost", 9092), ("::1", 1234), ("h", 1)]
 
@@ -121,7 +121,7 @@ def test_of_several_each_is_told_and_one_that_answers_says_most():
 
 
 @pytest.mark.parametrize("host", ["a..b", f"{'x' * 64}.example", "ä" * 70])
-def test_what_can_be_no_name_of_a_host_is_refused_before_anybody_looks_it_up(host: str):
+def test_impossible_host_name_is_rejected_before_lookup(host: str):
     with pytest.raises(ValidationError, match="names no host"):
         BusSettings(kafka=f"kafka.example:9092,{host}:9092")
     assert BusSettings(kafka="broker-1.example.,bücher.example:9092,[::1]:1").kafka

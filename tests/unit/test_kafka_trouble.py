@@ -106,7 +106,7 @@ async def test_silence_alone_is_not_that_it_is_back(lines: Lines) -> None:
     assert "has not answered as it should for 30 s" in lines.new()[0]
 
 
-async def test_who_only_begins_says_it_in_their_own_words(lines: Lines) -> None:
+async def test_first_connection_error_keeps_the_clients_own_words(lines: Lines) -> None:
     CLIENT.error('Unable connect to "%s:%s": %s', "h", 1, REFUSED)
     assert lines.new() == []
     lines.now_s = REPORT_EVERY_S
@@ -115,7 +115,7 @@ async def test_who_only_begins_says_it_in_their_own_words(lines: Lines) -> None:
     assert 'the last: Unable connect to "h:1"' in lines.new()[0]
 
 
-async def test_what_is_about_something_else_is_written(lines: Lines) -> None:
+async def test_unrelated_messages_are_logged(lines: Lines) -> None:
     complain()
     lines.new()
     CLIENT.error("Topic %s not found in cluster metadata", "x")
@@ -127,6 +127,6 @@ async def test_what_is_about_something_else_is_written(lines: Lines) -> None:
     assert lines.new() == []
 
 
-async def test_what_comes_of_it_is_written_where_there_is_no_trouble(lines: Lines) -> None:
+async def test_follow_up_messages_are_logged_without_an_outage(lines: Lines) -> None:
     CLIENT.warning("Marking the coordinator dead (node %s)for group %s.", 0, "g")
     assert len(lines.new()) == 1

@@ -129,7 +129,7 @@ def test_a_reply_by_another_algorithm_is_refused_and_so_is_an_envelope() -> None
         key.open(json.dumps(jwe.encrypt_json(direct, None, algorithms=["ECDH-ES", "A256GCM"])))
 
 
-def test_what_else_a_reply_key_says_of_itself_changes_nothing() -> None:
+def test_other_members_of_a_reply_key_are_ignored() -> None:
     """A key that was checked can be sealed to: or a decision would be lost for the word `use`."""
     mine = ReplyKey()
     said = PublicJwk.model_validate(
@@ -152,7 +152,7 @@ def by_hand(to: ReplyKey, header: dict[str, object]) -> str:
 
 
 @pytest.mark.parametrize("name", ["crit", "zip", "apu", "apv"])
-def test_what_changes_the_meaning_of_a_seal_is_refused(name: str) -> None:
+def test_seal_with_a_meaning_changing_header_is_rejected(name: str) -> None:
     mine = ReplyKey()
     assert mine.open(by_hand(mine, {"from_a_newer_writer": 1})) == b"secret"
     with pytest.raises(InvalidMessageError, match="cannot open"):

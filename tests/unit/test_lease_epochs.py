@@ -78,7 +78,7 @@ def test_records_of_an_older_epoch_are_void_from_the_marker_on(epochs: Epochs, m
     assert (epochs.of(0), epochs.of(1), epochs.highest()) == (TWO, None, 2)
 
 
-def test_what_is_read_once_more_is_judged_as_the_first_time(epochs: Epochs, markers: Markers) -> None:
+def test_record_read_again_is_judged_the_same(epochs: Epochs, markers: Markers) -> None:
     first, record, second, late = markers.marker(ONE), markers.here(), markers.marker(TWO), markers.here()
     for _ in range(2):
         assert epochs.took(first)
@@ -117,7 +117,7 @@ def test_a_marker_that_does_not_hold_begins_nothing(
     assert epochs.highest() == 0
 
 
-def test_what_is_no_marker_is_left_to_the_reader(epochs: Epochs) -> None:
+def test_record_that_is_no_marker_is_left_to_the_reader(epochs: Epochs) -> None:
     for key in (None, "", "0c6f2f2e-55a3-5f0e-8f4e-2f2e55a35f0e"):
         assert not epochs.took(Received(LEASE, "t.lease.v1", 0, 0, 0, key, b"x"))
 

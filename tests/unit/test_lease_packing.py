@@ -113,7 +113,7 @@ def test_a_record_is_a_third_of_its_size_and_byte_for_byte_what_it_was(what: str
 
 
 @pytest.mark.parametrize("what", OTHERWISE)
-def test_what_is_said_in_another_way_takes_more_and_is_what_it_was_as_well(what: str) -> None:
+def test_unusual_serialisation_is_packed_without_loss(what: str) -> None:
     record = sign(OTHERWISE[what], SigningKey.generate(REVOKER))
     stored = pack(record)
     assert len(stored) < 0.45 * len(record)
@@ -123,17 +123,17 @@ def test_what_is_said_in_another_way_takes_more_and_is_what_it_was_as_well(what:
 
 
 @given(st.binary(), st.binary(), st.binary(min_size=64, max_size=64) | st.binary())
-def test_whatever_is_written_as_a_jws_comes_back(header: bytes, payload: bytes, signature: bytes) -> None:
+def test_any_jws_survives_packing(header: bytes, payload: bytes, signature: bytes) -> None:
     text = ".".join(map(b64encode, (header, payload, signature)))
     assert unpack(pack(text)) == text.encode()
 
 
 @given(st.text(alphabet=st.characters(min_codepoint=32, exclude_categories=["Cs"])))
-def test_what_is_no_jws_comes_back_as_well(text: str) -> None:
+def test_any_text_survives_packing(text: str) -> None:
     assert unpack(pack(text)) == text.encode()
 
 
-def test_what_is_written_in_another_way_comes_back_as_it_was() -> None:
+def test_non_canonical_jws_survives_packing() -> None:
     key = SigningKey.generate(REVOKER)
     head, payload, signature = sign(lease().claims, key).split(".")
     for text in (f"{head}=.{payload}.{signature}", f"{head}.{payload}.{signature[:-1]}_"):
@@ -142,7 +142,7 @@ def test_what_is_written_in_another_way_comes_back_as_it_was() -> None:
 
 @pytest.mark.parametrize("begins", [b"\x01", b"\x02"])
 @given(rest=st.binary())
-def test_what_somebody_else_put_there_is_no_record(begins: bytes, rest: bytes) -> None:
+def test_foreign_packed_bytes_are_no_record(begins: bytes, rest: bytes) -> None:
     with pytest.raises(InvalidMessageError):
         parse(unpack(begins + bytes(64) + rest))
 
@@ -156,7 +156,7 @@ def test_a_record_that_somebody_changed_or_cut_is_not_the_record() -> None:
         assert unpack(stored[:at]) != record.encode()
 
 
-def test_what_would_fill_the_memory_is_no_record() -> None:
+def test_decompression_bomb_is_no_record() -> None:
     deflating = zlib.compressobj(9, zlib.DEFLATED, -12)
     bomb = deflating.compress(bytes(64 * 1024 * 1024)) + deflating.flush()
     stored = b"\x01" + bytes(64) + bomb

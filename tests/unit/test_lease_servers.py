@@ -29,7 +29,7 @@ def test_one_node_of_which_the_clock_is_off_is_enough() -> None:
     assert servers.unready() is None, "b is no node any more"
 
 
-def test_who_may_evict_is_warned_of() -> None:
+def test_eviction_policy_is_warned_about() -> None:
     servers = ServerHealth()
     assert servers.warning() is None
     servers.update({"a": said(policy="volatile-lru")}, epoch="1")
@@ -40,7 +40,7 @@ def test_who_may_evict_is_warned_of() -> None:
     )
 
 
-def test_what_was_evicted_in_an_epoch_counts_once() -> None:
+def test_eviction_in_an_epoch_is_reported_once() -> None:
     servers = ServerHealth()
 
     def evicted(number: int, epoch: str) -> list[str]:

@@ -61,7 +61,7 @@ def test_of_two_equal_ones_the_first_counts() -> None:
     assert folded(first, second).highest[ONE].jws == first.value
 
 
-def test_what_a_revoker_wrote_before_a_marker_and_published_after_it_does_not_count() -> None:
+def test_record_of_an_old_epoch_after_its_marker_is_void() -> None:
     old, new = "1.aaaaaaaa", "2.bbbbbbbb"
     begin, again = MARKERS.marker(old), MARKERS.marker(new)
     cut = record(seq=2, status="ending", epoch=old)
@@ -83,7 +83,7 @@ def test_a_void_end_of_long_ago_hides_no_lease() -> None:
     assert not fold.contested
 
 
-def test_what_ended_long_ago_is_not_needed() -> None:
+def test_long_ended_lease_is_left_out() -> None:
     gone = record(seq=2, status="expired", deadline=999)
     assert highest(folded(gone)) == {}
     assert highest(folded(gone, record(seq=3, status="expired", deadline=999))) == {}
@@ -91,7 +91,7 @@ def test_what_ended_long_ago_is_not_needed() -> None:
     assert highest(folded(record(seq=2, status="ending", deadline=999))) == {ONE: 2}, "it has not ended"
 
 
-def test_what_ended_long_ago_is_needed_where_redis_thinks_it_alive() -> None:
+def test_long_ended_lease_is_kept_if_redis_has_it_alive() -> None:
     gone = record(seq=2, status="expired", deadline=999)
     assert highest(folded(gone, needed={ONE})) == {ONE: 2}
 
@@ -123,6 +123,6 @@ def test_records_that_do_not_count_are_as_if_they_were_not_there() -> None:
         record(lease_id=7).value,  # type: ignore[arg-type]
     ],
 )  # fmt: skip
-def test_what_is_no_record_of_a_lease_is_passed_over(value: bytes) -> None:
+def test_malformed_lease_record_is_skipped(value: bytes) -> None:
     assert summarise(value) is None
     assert highest(folded(record(), received(value))) == {ONE: 1}

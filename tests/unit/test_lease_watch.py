@@ -99,6 +99,6 @@ def test_an_end_is_looked_at_with_what_came_of_the_lease_before_and_is_not_decid
     assert watch.to_look_at(watch.say(ended(one))) == ["expired"], "else Redis seems ahead of Kafka"
 
 
-def test_what_comes_after_an_end_is_looked_at() -> None:
+def test_record_after_an_end_is_checked() -> None:
     watch, one = Watch(), lease()
     assert watch.to_look_at(watch.say(ended(one)), one) == ["active"]

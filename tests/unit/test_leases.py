@@ -133,7 +133,7 @@ def test_every_cause_leads_an_active_lease_to_one_end_by_legal_steps(kind: EndKi
     assert ("ending" in steps) == (kind not in ("deadline", "mint_failed"))
 
 
-def test_what_lives_at_its_target_is_cut_and_undone_also_at_its_deadline() -> None:
+def test_session_credential_past_its_deadline_is_ended_and_removed() -> None:
     assert next_status(lease(), deadline_cause(lease(), 0), frozenset()) == "ending"
 
 
@@ -218,7 +218,7 @@ def test_the_cut_before_an_end_is_the_one_that_was_written() -> None:
     assert cut_before(aborted) is None
 
 
-def test_what_redis_has_goes_on_from_what_kafka_has_or_it_does_not() -> None:
+def test_redis_record_follows_the_kafka_record_or_is_rejected() -> None:
     active = lease()
     ending = follow(active, "ending", by=REVOKER, cause=CAUSE, epoch="1.aaaaaaaa")
     revoked = follow(ending, "revoked", by=REVOKER, cause=CAUSE)

@@ -21,7 +21,7 @@ class Kept:
         return self._kept.pop(0) if self._kept else {}
 
 
-async def test_nothing_is_fetched_before_what_is_here_was_handled() -> None:
+async def test_buffered_records_are_handled_before_the_next_fetch() -> None:
     subscription = SimpleNamespace(fetch_context=None)
     fetches = FetchControl(SimpleNamespace(_client=SimpleNamespace(send=None), _subscription=subscription))
     consumer = Consumer.__new__(Consumer)

@@ -99,7 +99,7 @@ def test_disabling_a_user_that_is_not_there(ledger: InMemoryRegistry):
         ({"as_of": NOW_S + 4}, "refreshes"),
     ],
 )
-def test_nobody_widens_themselves(ledger: InMemoryRegistry, change: dict[str, Any], why: str):
+def test_operator_cannot_widen_their_own_rights(ledger: InMemoryRegistry, change: dict[str, Any], why: str):
     start: dict[str, Any] = {"roles": ("operator",), "entitlements": ledger.entitlements(*NARROW)}
     ledger.give(ledger.user_set("otto", "olga", **start))
     wider = dict(start)
@@ -211,7 +211,7 @@ def test_others_do_nothing_to_an_agent(ledger: InMemoryRegistry, who: str):
         assert refused(ledger, claims) == "not_sponsor"
 
 
-def test_who_was_the_sponsor_has_no_more_say(ledger: InMemoryRegistry):
+def test_former_sponsor_has_no_rights_over_the_agent(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
     assert refused(ledger, ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")) == "not_sponsor"
@@ -225,7 +225,7 @@ def test_a_sponsor_without_the_role_is_none(ledger: InMemoryRegistry):
     assert refused(ledger, claims) == "not_sponsor"
 
 
-def test_what_an_operator_suspended_only_an_operator_resumes(ledger: InMemoryRegistry):
+def test_operators_suspension_is_resumed_only_by_an_operator(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     ledger.give(ledger.claims(AgentSuspend, "olga", agent_id="bot", reason="looking into it"))
     # Suspending it once more does not make it the sponsor's own suspension.
@@ -370,7 +370,7 @@ def test_the_root_assigns_no_tasks(ledger: InMemoryRegistry):
 
 
 @pytest.mark.parametrize("who", ["uma", "sam", "olga"])
-def test_who_may_end_a_task(ledger: InMemoryRegistry, who: str):
+def test_task_is_ended_by_its_user_the_sponsor_or_an_operator(ledger: InMemoryRegistry, who: str):
     ledger.give(ledger.register("sam", "bot", "sam"))
     id = assigned(ledger)
     assert refused(ledger, ledger.claims(TaskEnd, "suzy", task_id=id, reason="x")) == "not_entitled"
@@ -429,7 +429,7 @@ def test_a_broker_whose_clock_went_back(ledger: InMemoryRegistry):
     assert refused(ledger, claims, at_ms=ledger.clock.ms - 1001) == "too_early"
 
 
-def test_what_takes_away_fits_into_every_record(ledger: InMemoryRegistry):
+def test_oversized_restricting_command_is_refused(ledger: InMemoryRegistry):
     padded = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x", padding="x" * 8192)
     ledger.give(ledger.register("sam", "bot", "sam"))
     assert refused(ledger, padded) == "too_large"

@@ -140,7 +140,9 @@ def target_set(**fields: Any) -> TargetSet:
     ],
     ids=lambda value: str(value)[:40] if isinstance(value, str) else "",
 )  # fmt: skip
-def test_it_is_named_with_its_place_and_the_nearest_name(fields: dict[str, Any], said: str) -> None:
+def test_unknown_field_is_named_with_its_place_and_the_nearest_name(
+    fields: dict[str, Any], said: str
+) -> None:
     found = unknown_fields(target_set(**fields))
     assert bool(found) is bool(said)
     assert not said or describe_unknown(found, "target platform").startswith(said)
@@ -253,7 +255,7 @@ def test_a_consent_with_one_is_none_for_a_new_task() -> None:
     assert ledger.give(ledger.assign("sam", "bot", terms=terms, on_behalf_of="uma", consent=consent))
 
 
-def test_what_is_refused_for_one_says_nothing_of_who_may_give_it() -> None:
+def test_unknown_field_is_not_reported_to_an_unentitled_sender() -> None:
     """Whoever may not give the command is told so, and not which fields there are."""
     ledger = InMemoryRegistry()
     ledger.organisation()
@@ -670,7 +672,7 @@ def test_the_command_line_names_it_in_a_delegation(tmp_path: Path) -> None:
     ]
 
 
-def test_who_looks_at_a_record_is_shown_what_an_unknown_field_comes_to(
+def test_unknown_limiting_field_is_shown_with_its_effect(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     verb = VerbFloor(verb="deploy", floor="sponsor").model_copy(update={"asks": "sponsor"})

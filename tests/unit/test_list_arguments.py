@@ -133,7 +133,7 @@ ALL = [
     ["read", b"read", SCOPE[0], {"verb": "read"}, 7, [b"read"], [None], None],
     ids=lambda wrong: type(wrong).__name__,
 )
-async def test_what_is_no_list_is_refused_before_anything_is_sent(
+async def test_argument_that_is_no_list_is_refused_before_sending(
     cls: Any, who: str, argument: str, call: Call, wrong: Any, connect: Callable[..., Connection]
 ) -> None:
     if wrong is None and argument == "replaces":

@@ -98,7 +98,7 @@ def test_each_topic_and_each_reason_is_a_kind_of_its_own(lines: Lines) -> None:
     ]
 
 
-def test_what_has_not_come_for_long_is_new_again(lines: Lines) -> None:
+def test_message_after_a_quiet_time_is_logged_again(lines: Lines) -> None:
     complain(FIRST + 1)
     lines.now_s += QUIET_S
     lines.floods.report()
@@ -108,7 +108,7 @@ def test_what_has_not_come_for_long_is_new_again(lines: Lines) -> None:
     assert lines.said() == ["ignored 0 of commands (not_a_jws)"]
 
 
-def test_what_was_left_out_is_told_when_the_process_ends(lines: Lines) -> None:
+def test_suppressed_messages_are_counted_at_exit(lines: Lines) -> None:
     complain(FIRST + 2)
     lines.new()
     lines.floods.report(all=True)
@@ -123,7 +123,7 @@ def test_kinds_beyond_all_that_there_are_take_no_memory(lines: Lines) -> None:
     assert len(lines.floods._counters) == 1001
 
 
-def test_what_is_said_last_is_not_quoted_at_length(lines: Lines) -> None:
+def test_suppressed_message_is_quoted_briefly(lines: Lines) -> None:
     for _ in range(FIRST + 1):
         LOG.warning("ignored: %s", "x" * 100_000, extra=rate_limited("commands"))
     lines.new()

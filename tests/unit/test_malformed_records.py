@@ -57,7 +57,7 @@ class Desk:
         return self.office.received(AUDIT_CHECKPOINT, sign(word, key), key=f"0/{by}")
 
 
-async def test_who_is_not_in_the_tables_yet_is_no_stranger() -> None:
+async def test_reader_waits_for_records_before_it_rejects_a_user() -> None:
     desk = Desk()
     assert await desk.look(desk.word("vera")) == []
     assert await desk.look(desk.word("sam")) == ["not_auditor"]

@@ -89,13 +89,13 @@ def test_lists_have_what_may_be_used_and_nothing_else(member: str, key: str) -> 
         },
     ],
 )
-def test_what_is_not_cut_down_passes_byte_by_byte(message: dict[str, Any]) -> None:
+def test_unfiltered_message_passes_unchanged(message: dict[str, Any]) -> None:
     spaced = json.dumps(message, indent=1).encode()
     assert answers().message(spaced) == spaced
 
 
 @pytest.mark.parametrize("wrong", [b"[]", b"{", b'{"id":1,"id":2}', b"", b"null"])
-def test_what_is_not_one_message_goes_no_further(wrong: bytes) -> None:
+def test_response_that_is_not_one_message_is_rejected(wrong: bytes) -> None:
     with pytest.raises(RequestRefusedError) as refused:
         answers().message(wrong)
     assert refused.value.status == 502
@@ -115,7 +115,7 @@ def test_what_is_not_one_message_goes_no_further(wrong: bytes) -> None:
         ({"method": "notifications/progress"}, "none", None),
     ],
 )
-def test_what_came_of_a_request(message: dict[str, Any], kind: str, code: int | None) -> None:
+def test_outcome_follows_the_response_message(message: dict[str, Any], kind: str, code: int | None) -> None:
     one = answers()
     one.on_response_head(head())
     one.message(data({"jsonrpc": "2.0", **message}))
@@ -125,13 +125,13 @@ def test_what_came_of_a_request(message: dict[str, Any], kind: str, code: int | 
 @pytest.mark.parametrize(
     ("status", "kind"), [(200, "none"), (202, "accepted"), (302, "transport_error"), (404, "transport_error")]
 )
-def test_what_a_status_says(status: int, kind: str) -> None:
+def test_outcome_follows_the_http_status(status: int, kind: str) -> None:
     one = answers()
     one.on_response_head(head(status))
     assert one.outcome.kind == kind
 
 
-def test_where_nothing_is_to_be_answered_it_is_enough_that_the_server_took_it() -> None:
+def test_notification_outcome_is_accepted() -> None:
     one = answers(None)
     one.on_response_head(head())
     one.message(data({"jsonrpc": "2.0", "id": 1, "result": {}}))
@@ -202,7 +202,7 @@ def test_a_message_that_does_not_end_is_not_held_for_ever() -> None:
 
 
 @given(st.binary(max_size=300), st.integers(1, 50))
-def test_whatever_comes_passes_or_is_refused(stream: bytes, size: int) -> None:
+def test_event_stream_in_any_pieces_shows_no_hidden_tool(stream: bytes, size: int) -> None:
     sieve = EventStreamFilter(answers())
     try:
         out = b"".join(sieve.feed(stream[at : at + size]) for at in range(0, len(stream), size))

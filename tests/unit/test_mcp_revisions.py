@@ -121,7 +121,7 @@ def test_over_another_transport_the_message_alone_states_it() -> None:
         {"_Meta": {}},
     ],
 )
-def test_what_could_be_read_in_two_ways_is_no_message(params: dict[str, Any]) -> None:
+def test_ambiguous_mcp_params_are_rejected(params: dict[str, Any]) -> None:
     body = {"jsonrpc": "2.0", "id": 1, "method": "tools/call", "params": {"name": "a", **params}}
     assert why(lambda: read_message(json.dumps(body).encode())) == "mcp_invalid"
 
@@ -219,7 +219,7 @@ def test_a_retry_has_the_same_canonical_form() -> None:
         max_leaves=8,
     )
 )
-def test_what_is_rebuilt_has_the_form_that_was_approved(value: Any) -> None:
+def test_rebuilt_message_has_the_approved_canonical_form(value: Any) -> None:
     try:
         posted = call({"repo": "a", "value": value})
     except McpMessageError:
@@ -229,7 +229,7 @@ def test_what_is_rebuilt_has_the_form_that_was_approved(value: Any) -> None:
     assert (sent.id, sent.request_state, sent.meta) == (posted.id, "own", META)
 
 
-def test_nothing_goes_along_that_nobody_approved() -> None:
+def test_unapproved_meta_fields_are_not_forwarded() -> None:
     meta = {
         **META, "progressToken": "p", "com.acme/dry-run": True, "traceparent": "00-1",
         CAPABILITIES_KEY: {
@@ -388,7 +388,7 @@ def test_completion_is_decided_by_what_it_completes() -> None:
         lambda: message("tasks/get", taskId=7),
     ],
 )
-def test_what_does_not_say_what_it_is_for_is_refused(wrong: Any) -> None:
+def test_completion_without_a_clear_reference_is_rejected(wrong: Any) -> None:
     assert why(wrong) == "mcp_invalid"
 
 
@@ -425,7 +425,7 @@ def shown(method: str | None, result: dict[str, Any], revision: str | None = STA
         ({"ttlMs": -1}, {"ttlMs": 0, "cacheScope": "private"}),
     ],
 )
-def test_nobody_caches_longer_than_the_lease_or_for_others(
+def test_cache_of_a_result_is_private_and_no_longer_than_the_lease(
     given: dict[str, Any], kept: dict[str, Any]
 ) -> None:
     assert shown("resources/read", given) == kept

@@ -159,7 +159,7 @@ def test_the_first_rule_that_matches_counts(posted: bytes, verb: str, resource: 
         body("tools/list").decode().encode("utf-16"),
     ],
 )
-def test_what_is_in_doubt_is_no_verb(posted: bytes) -> None:
+def test_doubtful_call_is_no_verb(posted: bytes) -> None:
     assert decided(posted) is None
 
 
@@ -262,7 +262,7 @@ def test_why_a_message_is_refused(posted: bytes, code: str) -> None:
     assert refused.value.code == code
 
 
-def test_what_cannot_be_parsed_is_not_quoted() -> None:
+def test_unparsable_message_is_not_quoted() -> None:
     with pytest.raises(McpMessageError) as refused:
         read_message(b'{"token": "s3cret-value" oops')
     assert "s3cret" not in refused.value.message
@@ -277,7 +277,7 @@ def test_what_cannot_be_parsed_is_not_quoted() -> None:
         ("delete_repo", []),
     ],
 )
-def test_what_a_tool_may_come_to(tool: str, offered: list[Action]) -> None:
+def test_tool_offers_list_its_possible_actions(tool: str, offered: list[Action]) -> None:
     assert list(MAP.mcp_offers("/mcp", "tools/call", tool)) == offered
 
 
@@ -325,9 +325,7 @@ _TOOLS = st.sampled_from(["get_issue", "push", "write_file", "close_issue"]) | s
 
 
 @given(tool=_TOOLS, arguments=_ARGUMENTS)
-def test_whatever_is_called_is_one_resource_of_the_rule_or_nothing(
-    tool: str, arguments: dict[str, Any]
-) -> None:
+def test_called_tool_is_one_offered_resource_or_denied(tool: str, arguments: dict[str, Any]) -> None:
     found = decided(call(tool, **arguments))
     if found is None:
         return
@@ -342,7 +340,7 @@ def test_whatever_is_called_is_one_resource_of_the_rule_or_nothing(
 
 
 @given(st.binary(max_size=200) | _VALUES.map(lambda value: json.dumps(value).encode()))
-def test_whatever_is_posted_is_decided(posted: bytes) -> None:
+def test_arbitrary_post_is_no_verb(posted: bytes) -> None:
     assert decided(posted) is None
 
 
@@ -378,14 +376,14 @@ def test_each_endpoint_has_rules_of_its_own() -> None:
     assert TWO.mcp_action("/Api/a/one#", read_message(call("push"))) is None
 
 
-def test_what_some_would_take_for_an_endpoint_is_no_other_request() -> None:
+def test_path_similar_to_an_mcp_endpoint_is_no_other_request() -> None:
     for target in ("/api/a/one", "/API/a/ONE", "/Api/A/Two"):
         assert TWO.action("POST", target, call("push")) is None
         assert TWO.action("GET", target) == Action("look", "x")
     assert TWO.action("POST", "/api/a/three", call("push")) == Action("anything", "x")
 
 
-def test_where_an_endpoint_is() -> None:
+def test_mcp_endpoint_is_matched_exactly() -> None:
     assert TWO.speaks_mcp("/Api/a/one")
     assert TWO.speaks_mcp("/Api/a/one?session=1")
     for target in ("/Api/a/one/", "/Api/a", "/Api/../Api/a/one", "/api/a/one"):
@@ -440,6 +438,6 @@ def test_a_rule_for_messages_has_no_condition_on_the_query() -> None:
         RequestMap([at("/mcp", "v", "t").model_copy(update={"query": {"a": ("b",)}})])
 
 
-def test_what_is_wrong_with_a_message_is_said() -> None:
+def test_invalid_mcp_rule_is_refused_by_field() -> None:
     with pytest.raises(RequestMapError, match=r"\bname\b"):
         RequestMap([rule("tools/list", "x", "x", "name")])

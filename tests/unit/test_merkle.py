@@ -90,7 +90,7 @@ def test_no_proof_leads_from_a_tree_that_was_rewritten(size: int, data: st.DataO
     assert not is_consistent(old, mth(LEAVES[:old]), size, mth(LEAVES[:size]), shortened)
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_impossible_heads_and_proofs_are_rejected() -> None:
     with pytest.raises(ValueError, match="peaks"):
         TreeHead(3, (LEAVES[0],))
     with pytest.raises(ValueError, match="no leaf"):

@@ -163,7 +163,7 @@ def _is_there(pid: int) -> bool:
         return False
 
 
-def test_those_that_run_end_where_nobody_asks_any_more(tmp_path: Path):
+def test_abandoned_workers_are_ended(tmp_path: Path):
     file = tmp_path / "waits"
 
     def once_it_waits() -> bool:

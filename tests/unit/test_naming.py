@@ -24,5 +24,5 @@ def test_an_id_or_how_it_begins_names_one_thing(written: str, found: str | None)
     assert find_by_prefix(written, IDS, str) == found
 
 
-def test_nothing_names_nothing_even_where_a_single_thing_is_there() -> None:
+def test_empty_prefix_names_no_id() -> None:
     assert find_by_prefix("", IDS[:1], str) is None

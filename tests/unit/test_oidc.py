@@ -72,7 +72,7 @@ def test_a_token_says_who_it_speaks_for(alg: str) -> None:
         ({"sub": 7}, "token_malformed"),
     ],
 )
-def test_what_does_not_count_is_told_by_code(issuer: TokenIssuer, claims: dict[str, Any], code: str) -> None:
+def test_rejected_token_has_its_code(issuer: TokenIssuer, claims: dict[str, Any], code: str) -> None:
     given = {k: v for k, v in (issuer.claims(TD, NOW) | claims).items() if v is not None}
     # PyJWT signs no claims of wrong types, and others do.
     token = jwt.PyJWS().encode(json.dumps(given).encode(), issuer.key, "RS256", headers={"kid": "key-1"})
@@ -160,7 +160,7 @@ def test_claims_that_can_be_read_in_two_ways_are_refused(issuer: TokenIssuer, pa
 
 
 @pytest.mark.parametrize("token", ["", "a.b", "a.b.c.d", "é.é.é", "x" * 20_000])
-def test_what_is_no_token_is_refused(issuer: TokenIssuer, token: str) -> None:
+def test_malformed_token_is_rejected(issuer: TokenIssuer, token: str) -> None:
     with pytest.raises(TokenError) as refused:
         judge(issuer, token)
     assert refused.value.code == "token_malformed"

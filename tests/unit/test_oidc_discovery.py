@@ -116,7 +116,7 @@ def no_json(issuer: OidcServer) -> None:
         (no_json, "could not be read"),
     ],
 )
-async def test_what_is_not_the_issuers_own_word_gives_no_keys(
+async def test_configuration_not_from_the_issuer_gives_no_keys(
     place: Place, broken: Callable[[OidcServer], None], says: str
 ) -> None:
     broken(place.issuer)

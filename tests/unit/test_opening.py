@@ -23,7 +23,7 @@ NOW_S = 1_790_000_000
 FROM_S, UNTIL_S = NOW_S + 500, NOW_S + 5_000
 
 
-def test_what_a_key_that_has_ended_signed_is_judged_by_when_kafka_had_it() -> None:
+def test_signature_of_an_ended_key_is_judged_by_the_append_time() -> None:
     """Whoever stole it can say that it was signed before; Kafka says when it came."""
     opened = opener(0)
     opened(iat=UNTIL_S - 10, deadline=UNTIL_S + 600, appended_ms=UNTIL_S * 1000 - 1)
@@ -31,7 +31,7 @@ def test_what_a_key_that_has_ended_signed_is_judged_by_when_kafka_had_it() -> No
         opened(iat=UNTIL_S - 10, deadline=UNTIL_S + 600, appended_ms=UNTIL_S * 1000)
 
 
-def test_where_nobody_knows_when_it_came_nothing_outlives_the_key_by_more_than_a_lease() -> None:
+def test_lease_of_an_ended_key_without_append_time_is_bounded() -> None:
     opened = opener(0)
     opened(iat=UNTIL_S - 10, deadline=UNTIL_S + 86_000)
     with pytest.raises(SignatureError, match="outlives"):

@@ -96,7 +96,7 @@ def test_the_relying_party_id_is_what_all_origins_have_in_common(
         (OriginChange(end=[SIGN]), "no origin that is in force; these are: none"),
     ],
 )
-def test_what_cannot_be_is_refused(change: OriginChange, says: str) -> None:
+def test_impossible_origin_change_is_refused(change: OriginChange, says: str) -> None:
     with pytest.raises(CeremonyError, match=says):
         changed_origins(change, NOW_S)
 

@@ -12,7 +12,7 @@ from ringfence.revoker.lease_end.expiry import Overdue
 from tests.support.leases import lease
 
 
-async def test_what_another_revoker_has_undone_is_forgotten_though_nobody_reads_the_metric(
+async def test_lease_undone_by_another_revoker_is_forgotten(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = 100.0

@@ -29,7 +29,7 @@ def test_of_all_others_it_knows_what_they_say() -> None:
     assert cache.summarise(b"garbage") is None
 
 
-def test_it_remembers_the_latest_only() -> None:
+def test_own_record_cache_keeps_the_latest_only() -> None:
     cache, records = OwnRecordCache(max_records=2), [lease() for _ in range(3)]
     for one in records:
         cache.add(one.jws.encode(), summary_of(one.claims))

@@ -75,7 +75,9 @@ def taken(registry: InMemoryRegistry, answer: object, now_s: int = NOW_S + 60) -
     return check_answer(suspend(), answer, registry.directory, trust_domain=TD, now_ms=now_s * 1000).claims
 
 
-def test_what_the_page_stamps_may_differ(registry: InMemoryRegistry, passkey: SoftwarePasskey) -> None:
+def test_answer_may_differ_in_the_stamps_of_the_page(
+    registry: InMemoryRegistry, passkey: SoftwarePasskey
+) -> None:
     stamped = suspend(iat=NOW_S + 50, jti="of the page")
     assert taken(registry, sign(stamped, passkey)) == stamped
 
@@ -97,7 +99,7 @@ def test_another_message_is_not_what_was_asked(
         taken(registry, sign(suspend(**changed), passkey))
 
 
-def test_who_else_signs_is_not_who_was_asked(registry: InMemoryRegistry, passkey: SoftwarePasskey) -> None:
+def test_answer_of_another_signer_is_rejected(registry: InMemoryRegistry, passkey: SoftwarePasskey) -> None:
     with pytest.raises(InvalidCallError, match="not signed by a passkey"):
         taken(registry, sign(suspend(), registry.key("sam")))
     with pytest.raises(InvalidMessageError):
@@ -108,7 +110,7 @@ def test_who_else_signs_is_not_who_was_asked(registry: InMemoryRegistry, passkey
 
 
 @pytest.mark.parametrize("answer", [None, 1, {}, "x", "a.b.c"], ids=str)
-def test_what_is_no_answer_is_refused(registry: InMemoryRegistry, answer: object) -> None:
+def test_malformed_answer_is_rejected(registry: InMemoryRegistry, answer: object) -> None:
     with pytest.raises((InvalidCallError, InvalidMessageError)):
         taken(registry, answer)
 
@@ -146,7 +148,9 @@ def test_a_question_has_the_message_without_what_the_page_stamps_and_the_records
     assert len(asked["evidence"]["records"]) == len(set(asked["evidence"]["records"])) == 2
 
 
-def test_what_no_passkey_signs_is_not_asked(registry: InMemoryRegistry, passkey: SoftwarePasskey) -> None:
+def test_message_that_passkeys_cannot_sign_is_no_question(
+    registry: InMemoryRegistry, passkey: SoftwarePasskey
+) -> None:
     command: UserSet = registry.user_set("olga", "eve")
     with pytest.raises(InvalidCallError, match="needs a key file"):
         question(registry, command)
@@ -163,7 +167,7 @@ def test_the_task_of_a_revocation_is_shown(registry: InMemoryRegistry, passkey: 
         assert len(question(registry, claims)["evidence"]["records"]) == count
 
 
-def test_nothing_is_signed_by_the_key_that_only_says_who_it_is(registry: InMemoryRegistry) -> None:
+def test_connection_key_of_a_passkey_user_signs_nothing(registry: InMemoryRegistry) -> None:
     """A connection of a person with a passkey has a key of its own making. What it signed would be nobody's."""
     connection = Connection(PasskeyUser("pia", print), ClientSettings(trust_domain=TD, trust_root="x" * 43))
     package = KeyPackage("sam", "a.b.c", "a.b.c", registry.key("sam").public, {})
@@ -209,7 +213,7 @@ def test_a_question_in_a_link_is_short_and_comes_back_as_it_was(
         ('{"a":"eyJ","b":"reyJhIjoxfQ"}', 1),
     ],
 )  # fmt: skip
-def test_what_is_written_out_is_written_back(text: str, levels: int) -> None:
+def test_unwrapped_text_wraps_to_the_same(text: str, levels: int) -> None:
     packed = unwrapped(text)
     assert packed.count(BEGIN) == packed.count(END) == levels
     assert wrapped(packed) == text

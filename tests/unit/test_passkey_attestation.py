@@ -63,7 +63,7 @@ def test_a_certificate_that_does_not_say_that_it_is_an_authoritys_is_none(maker:
         verify_attestation(registered(maker, chain=(maker.leaf, middle)), [maker.pem])
 
 
-def test_what_no_given_root_vouches_for_does_not(maker: Maker):
+def test_attestation_by_another_root_is_rejected(maker: Maker):
     package, stranger = registered(maker), Maker()
     for roots in ([stranger.pem], []):
         with pytest.raises(AttestationError, match="no given root vouches"):
@@ -96,7 +96,7 @@ def test_an_authenticator_is_no_authority(maker: Maker):
         verify_attestation(registered(maker, statement=statement), [maker.pem])
 
 
-def test_it_is_the_attestation_of_this_very_key(maker: Maker):
+def test_attestation_of_another_key_is_rejected(maker: Maker):
     package, other = registered(maker), registered(maker)
     for wrong in (
         replace(package, jwk=other.jwk),
@@ -114,7 +114,7 @@ def test_it_is_the_attestation_of_this_very_key(maker: Maker):
         verify_attestation(replace(package, client_data=b64encode(bytes(changed))), [maker.pem])
 
 
-def test_what_cannot_be_read_is_told(maker: Maker):
+def test_unreadable_attestation_is_rejected(maker: Maker):
     package = registered(maker)
     for broken in ("", "AAAA", b64encode(b"\xa0")):
         with pytest.raises(AttestationError):

@@ -130,7 +130,7 @@ def test_a_passkey_gives_these_commands_and_a_reader_who_starts_later_believes_t
         ]
 
 
-def test_none_of_them_is_given_on_a_session_origin_late_or_twice(office: Organisation) -> None:
+def test_passkey_commands_are_rejected_late_twice_or_on_a_session_origin(office: Organisation) -> None:
     for command in passkey_commands(office):
         for how in ({"origin": SESSION_ORIGIN}, {"flags": 1}, {"rp_id": "evil.example"}):
             with pytest.raises(SignatureError) as refused:
@@ -253,7 +253,7 @@ def test_ending_a_key_leaves_what_rests_on_it_valid_and_signs_nothing_new(office
 
 
 @pytest.mark.parametrize("kind", ["passkey", "key file"])
-def test_what_a_key_signed_while_it_had_ended_counts_for_nothing_once_it_comes_back(
+def test_signature_made_while_a_key_was_ended_stays_void_after_its_return(
     office: Organisation, kind: str
 ) -> None:
     """The attack: a thief appends a grant with a key that was ended as lost. Its owner finds the device, and the key is
@@ -451,7 +451,7 @@ def test_a_passkey_and_a_key_file_are_worth_the_same(office: Organisation, place
         assert reads(office, sign(claims, key), office.clock.ms) == claims
 
 
-def test_what_is_signed_on_a_session_origin_counts_nowhere(office: Organisation, place: Any) -> None:
+def test_signature_on_a_session_origin_is_rejected_everywhere(office: Organisation, place: Any) -> None:
     """The attack: code on the console's origin, with real touches, and write access to every topic."""
     model, reads = place
     passkey = office.passkeys["sam"].but(origin=SESSION_ORIGIN)
@@ -468,7 +468,7 @@ def test_what_is_signed_on_a_session_origin_counts_nowhere(office: Organisation,
             reads(office, compact, office.clock.ms)
 
 
-def test_nobody_takes_what_was_appended_late(office: Organisation, place: Any) -> None:
+def test_signature_appended_too_late_is_rejected(office: Organisation, place: Any) -> None:
     model, reads = place
     claims = message(office, model)
     compact = sign(claims, office.passkeys["sam"])
@@ -481,13 +481,13 @@ def test_nobody_takes_what_was_appended_late(office: Organisation, place: Any) -
     assert reads(office, file_signed, limit_ms + 1) == claims, "a key file has until exp"
 
 
-def test_nobody_takes_a_plain_message_by_a_passkeys_key(office: Organisation, place: Any) -> None:
+def test_plain_message_under_a_passkey_is_rejected(office: Organisation, place: Any) -> None:
     model, reads = place
     with pytest.raises(InvalidMessageError):
         reads(office, sign(message(office, model), office.passkeys["sam"].plain()), office.clock.ms)
 
 
-def test_nobody_takes_this_format_by_a_key_file(office: Organisation, place: Any) -> None:
+def test_passkey_format_under_a_key_file_is_rejected(office: Organisation, place: Any) -> None:
     model, reads = place
     file = office.key("sam")
     odd = office.passkeys["sam"].but(public=file.public, kid=file.kid, _key=file._key)
@@ -495,7 +495,7 @@ def test_nobody_takes_this_format_by_a_key_file(office: Organisation, place: Any
         reads(office, sign(message(office, model), odd), office.clock.ms)
 
 
-def test_nobody_takes_an_ended_key_or_an_ended_origin(office: Organisation, place: Any) -> None:
+def test_ended_key_or_origin_is_rejected(office: Organisation, place: Any) -> None:
     model, reads = place
     before = message(office, model)
     compact, at_ms = sign(before, office.passkeys["sam"]), office.clock.ms

@@ -314,7 +314,7 @@ def test_only_strict_der_is_a_signature() -> None:
     assert read(with_tail(third_part(ad, cd, sig))) == end_key()
 
 
-def test_what_is_changed_after_signing_does_not_verify() -> None:
+def test_changed_message_does_not_verify() -> None:
     head, body, tail = sign(end_key(), PASSKEY).split(".")
     for changed in (
         {"reason": "found"},
@@ -349,7 +349,7 @@ def test_a_plain_message_by_the_key_of_a_passkey_is_refused() -> None:
     assert refused.value.code == "alg_unexpected"
 
 
-def test_this_format_by_an_ordinary_key_is_refused() -> None:
+def test_passkey_format_by_an_ordinary_key_is_rejected() -> None:
     compact = sign(end_key(), PASSKEY)
     key = public_key(PASSKEY.public)
     with pytest.raises(SignatureError) as refused:
@@ -409,7 +409,7 @@ def test_an_ed25519_key_is_no_passkey() -> None:
     assert PasskeyKey.of(type(PASSKEY.record(1)).model_validate(fields), ORIGINS, AT_S) is None
 
 
-def test_which_algorithm_a_message_claims_is_read_from_its_header() -> None:
+def test_algorithm_is_read_from_the_header() -> None:
     assert is_by_passkey(sign(end_key(), PASSKEY))
     assert not is_by_passkey(sign(end_key(), PASSKEY.plain()))
     with pytest.raises(InvalidMessageError):
@@ -460,7 +460,7 @@ SIGNED = [example for example in EXAMPLES.values() if isinstance(example, Claims
 
 
 @pytest.mark.parametrize("example", SIGNED, ids=lambda example: example.typ)
-def test_everything_else_takes_a_key_file(example: Claims) -> None:
+def test_other_message_types_reject_passkeys(example: Claims) -> None:
     claims = example.model_copy(update={"iss": SAM, "aud": TD, "iat": NOW_S})
     if hasattr(claims, "exp"):
         claims = claims.model_copy(update={"exp": NOW_S + 60})
@@ -669,7 +669,7 @@ def test_thousands_of_assertions_are_read_as_another_library_reads_them() -> Non
     assert min(counted[True, True], counted[False, False], counted[False, True]) > 100, counted
 
 
-def test_what_an_authenticator_counted_is_read_for_the_trail() -> None:
+def test_sign_count_is_read_for_the_trail_only() -> None:
     for count in (0, 1, 2**32 - 1):
         compact = sign(end_key(), PASSKEY.but(sign_count=count))
         assert sign_count(compact) == count

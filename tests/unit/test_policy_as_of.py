@@ -49,9 +49,7 @@ async def test_one_question_is_the_answer_for_all_that_came_together(
     assert kafka.asked == 3
 
 
-async def test_what_came_together_says_nothing_of_what_a_slower_broker_appends_later(
-    kafka: Kafka, as_of: ReadBarrier
-) -> None:
+async def test_earlier_time_from_a_slower_broker_is_asked_again(kafka: Kafka, as_of: ReadBarrier) -> None:
     """Its time may lie before that of one that was here already, and what stood there then is not known."""
     as_of.received(5000)
     await as_of.wait_until_known(5000)
@@ -60,7 +58,7 @@ async def test_what_came_together_says_nothing_of_what_a_slower_broker_appends_l
     assert kafka.asked == 2
 
 
-async def test_what_came_while_kafka_was_asked_is_asked_for_again(kafka: Kafka) -> None:
+async def test_record_received_during_a_question_is_asked_again(kafka: Kafka) -> None:
     async def ask() -> None:
         await kafka.ask()
         if kafka.asked == 1:
@@ -73,7 +71,7 @@ async def test_what_came_while_kafka_was_asked_is_asked_for_again(kafka: Kafka) 
     assert kafka.asked == 2
 
 
-async def test_what_is_over_for_every_broker_is_not_asked_for_again(kafka: Kafka, as_of: ReadBarrier) -> None:
+async def test_time_past_on_every_broker_is_not_asked_again(kafka: Kafka, as_of: ReadBarrier) -> None:
     kafka.past_ms = 6000
     as_of.received(1000)
     await as_of.wait_until_known(1000)

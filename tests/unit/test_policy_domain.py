@@ -95,7 +95,7 @@ results = st.builds(
 
 
 @given(results)
-def test_nothing_that_the_bundle_says_outweighs_the_rule(result: PolicyResult):
+def test_bundle_cannot_override_the_invariant(result: PolicyResult):
     found = ruling(result, (LACK,))
     assert isinstance(found, RequestRefused)
     assert LACK in found.reasons
@@ -117,7 +117,7 @@ def test_the_bundle_never_widens(result: PolicyResult, asked_s: int):
 
 
 @given(results)
-def test_what_is_allowed_was_allowed_by_all(result: PolicyResult):
+def test_allowed_request_was_allowed_by_rule_and_bundle(result: PolicyResult):
     found = ruling(result)
     if isinstance(found, RequestAllowed):
         assert result.allow
@@ -252,7 +252,7 @@ def test_the_input_has_what_bundles_and_replays_go_by():
     assert len(INPUT_FIELDS) == 14
 
 
-def test_what_signs_and_delivers_a_request_is_not_in_the_input():
+def test_process_mark_and_enrolment_are_not_in_the_input():
     given = facts(process="a-process-mark", enrolment="e30.e30.e30")
     assert built(given) == built(facts())
 
@@ -334,7 +334,7 @@ def test_the_kind_of_credential_is_asked_about_the_target():
     assert found["target"]["revocability"] == "immediate"
 
 
-def test_what_is_not_there_is_left_out_of_the_input():
+def test_absent_facts_are_left_out_of_the_input():
     given = replace(facts(), sponsor=None)
     document = built(given)
     assert document.keys().isdisjoint({"sponsor", "delegations"})
@@ -405,7 +405,7 @@ def decided(result: PolicyResult, given: RequestContext, *people: str) -> Ruling
     return rule(given, (), result, signed(*people), PEOPLE, 0)
 
 
-def test_what_is_required_is_met_by_who_may_give_it():
+def test_required_approvals_are_met_by_entitled_people():
     wants = PolicyResult(True, (), ("operator",), 3600)
     given = sponsored()
     for people, outcome in (
@@ -460,7 +460,7 @@ def test_without_break_glass_nothing_is_outweighed():
         ("deploy", "sponsor", ("second_person",), ["floor", "policy"]),
     ],
 )
-def test_who_wants_it_is_told_apart(verb: str, floor: str, asks: tuple[Any, ...], codes: list[str]):
+def test_reasons_tell_floor_from_policy(verb: str, floor: str, asks: tuple[Any, ...], codes: list[str]):
     verbs = (VerbFloor(verb=verb, floor=cast(Any, floor)), VerbFloor(verb="unasked", floor="sponsor"))
     given = replace(sponsored(), target=entry(TargetRecord, verbs=verbs))
     found = decided(PolicyResult(True, (), asks, 3600), given)
@@ -488,7 +488,7 @@ def test_for_each_class_those_are_asked_who_may_give_it():
     assert people_to_ask(PEOPLE, given, (), candidates) == ()
 
 
-def test_where_nobody_may_the_sponsor_is_asked():
+def test_sponsor_is_asked_when_no_other_approver_exists():
     assert people_to_ask(PEOPLE, sponsored(), ("operator",), ["petra"]) == ("sam",)
     assert people_to_ask(PEOPLE, sponsored(), ("operator",), []) == ("sam",)
 
@@ -498,7 +498,7 @@ def test_no_more_are_asked_than_a_crowd():
     assert people_to_ask(PEOPLE, sponsored(), ("operator",), crowd) == tuple(crowd[:20])
 
 
-def test_which_classes_one_may_give():
+def test_classes_that_a_person_may_approve():
     given = sponsored()
     every: tuple[RequiredClass, ...] = ("sponsor", "second_person", "operator", "break_glass")
     assert may_approve_any(PEOPLE, "sam", every, given) == ("sponsor",)
@@ -523,7 +523,7 @@ def test_a_denial_may_say_when_to_ask_again():
     assert (RequestRefused().reasons, RequestRefused().required) == ((), ())
 
 
-def test_what_was_held_against_nothing_says_so():
+def test_unevaluated_refusal_has_empty_fields():
     """None and nothing else: what stands in these fields goes into the decision as it is."""
     assert RequestRefused().retry_after_s is None
     evaluation = Evaluation(refuse(ReceivedCode("x"), "y"))

@@ -139,12 +139,12 @@ def table() -> Table:
 # --- held ---
 
 
-def test_nothing_is_held_by_whom_nobody_knows(table: Table):
+def test_unknown_agent_holds_nothing(table: Table):
     assert table.held("nobody", NOW) == []
     assert table.used("nobody", NOW) == []
 
 
-def test_what_is_allowed_is_held_at_once_and_not_against_itself(table: Table):
+def test_allowed_request_is_held_at_once_except_against_itself(table: Table):
     request = table.allow("one")
     (held,) = table.held(AGENT, NOW)
     assert (held["lease_id"], held["task_id"]) == (lease_id(request), TASK)
@@ -153,7 +153,7 @@ def test_what_is_allowed_is_held_at_once_and_not_against_itself(table: Table):
     assert table.ids(but_for=request) == []
 
 
-def test_what_is_judged_again_and_denied_is_let_go_unless_it_was_decided(table: Table):
+def test_reevaluated_denial_releases_an_unpublished_request(table: Table):
     request = table.allow("one")
     table.record_evaluation(table.case(table.request("one")), Evaluation(refuse(ReceivedCode("x"), "y")))
     assert table.ids() == []
@@ -182,7 +182,7 @@ ENDS: tuple[LeaseStatus, ...] = ("released", "revoked", "expired", "aborted")
 
 
 @pytest.mark.parametrize("status", ENDS)
-def test_what_has_ended_is_held_no_more(table: Table, status: LeaseStatus):
+def test_ended_lease_is_not_held(table: Table, status: LeaseStatus):
     request = table.publish("one")
     table.lease(request, "active")
     table.lease(request, "ending", 2, by="revoker")
@@ -229,7 +229,7 @@ def test_a_lease_without_a_known_decision_is_held(table: Table):
     assert table.ids() == [lease_id(request)]
 
 
-def test_what_nobody_may_say_changes_nothing(table: Table):
+def test_records_of_unauthorised_signers_are_ignored(table: Table):
     request = table.publish("one")
     held = table.ids()
     table.lease(request, "released", 3, by="policy")
@@ -247,7 +247,7 @@ def test_what_nobody_may_say_changes_nothing(table: Table):
     assert table.verbs() == set()
 
 
-def test_what_the_issuer_refused_is_held_no_more(table: Table):
+def test_request_refused_by_the_issuer_is_not_held(table: Table):
     request = table.publish("one")
     table.refuse(request)
     assert table.ids() == []
@@ -262,7 +262,7 @@ def test_a_refusal_that_is_read_before_its_decision_counts(table: Table):
     assert table.ids() == []
 
 
-def test_what_was_issued_after_a_refusal_is_held(table: Table):
+def test_request_issued_after_a_refusal_is_held(table: Table):
     """The issuer refused, crashed, was given the decision again, and issued."""
     request = table.publish("one")
     table.refuse(request)
@@ -283,7 +283,7 @@ def test_of_leases_that_are_alike_one_stands_for_all(table: Table):
     assert len(table.ids()) == 1
 
 
-def test_whoever_looked_before_is_told_that_more_is_held(table: Table):
+def test_growth_of_holdings_is_visible_to_later_readers(table: Table):
     seen = [table.kinds(AGENT)]
 
     def grown() -> bool:
@@ -301,7 +301,7 @@ def test_whoever_looked_before_is_told_that_more_is_held(table: Table):
     assert grown()  # by a clock that is ahead the first two were over
 
 
-def test_what_is_over_takes_no_memory(table: Table):
+def test_expired_holdings_are_dropped(table: Table):
     for number in range(20):
         request = table.publish(f"r{number}")
         if number % 2:
@@ -318,7 +318,7 @@ def test_what_is_over_takes_no_memory(table: Table):
 # --- used ---
 
 
-def test_what_was_issued_was_used(table: Table):
+def test_active_lease_counts_as_use(table: Table):
     request = table.publish("one")
     assert table.verbs() == set()
     table.lease(request, "minting")
@@ -327,7 +327,7 @@ def test_what_was_issued_was_used(table: Table):
     assert table.verbs() == {("platform", "read")}
 
 
-def test_what_could_not_be_minted_was_not_used(table: Table):
+def test_aborted_minting_is_no_use(table: Table):
     request = table.publish("one")
     table.lease(request, "minting")
     table.lease(request, "aborted", 2)
@@ -346,7 +346,7 @@ def test_of_what_ended_long_ago_its_last_record_is_enough(table: Table):
     assert table.ids() == []
 
 
-def test_what_is_older_than_the_window_is_not_even_verified(table: Table, monkeypatch: pytest.MonkeyPatch):
+def test_lease_older_than_the_window_is_not_verified(table: Table, monkeypatch: pytest.MonkeyPatch):
     opened = count_opened(monkeypatch)
     ago_s = WINDOW_DAYS * DAY_S
     table.lease(

@@ -75,7 +75,7 @@ def test_the_next_minute_counts_anew_and_the_refusal_says_when_it_begins():
     assert gate.admit(case(at_ms=START + MINUTE), START + MINUTE) == ALLOWED
 
 
-def test_what_is_refused_uses_up_nothing():
+def test_refused_request_does_not_use_up_the_rate():
     gate = gatekeeper(agent=1, sponsor=2)
     assert codes([gate.admit(case(agent), START) for agent in "aaaab"]) == [
         None, "rate_limited", "rate_limited", "rate_limited", None,
@@ -95,7 +95,7 @@ def test_a_partition_that_is_read_a_little_later_begins_no_new_minute():
 
 
 @pytest.mark.parametrize(("age_ms", "refused"), [(5000, False), (5001, True)])
-def test_who_waited_too_long_is_told_to_ask_again(age_ms: int, refused: bool):
+def test_request_waiting_too_long_is_refused_with_retry_after(age_ms: int, refused: bool):
     admission = gatekeeper(wait_s=5).admit(case(), START + age_ms)
     assert isinstance(admission, RequestRefused) == refused
     if isinstance(admission, RequestRefused):

@@ -67,7 +67,7 @@ def fate(gate: AdmissionControl, of: Received, now_ms: int) -> str:
         ((81, 10), Stage.SERVED),
     ],
 )
-def test_what_is_behind_stays_so_until_it_has_caught_up(ages_s: tuple[float, ...], last: Stage):
+def test_backlog_stays_in_its_stage_until_it_has_caught_up(ages_s: tuple[float, ...], last: Stage):
     backlog = BacklogMonitor(WAIT_S)
     stages = [backlog.observe(0, START, START + int(age_s * 1000)) for age_s in ages_s]
     assert stages[-1] is backlog.stage(0) is last
@@ -85,7 +85,7 @@ def test_without_limit_nothing_is_too_old():
     assert backlog.warning(START + 10**9) is None
 
 
-def test_it_is_said_while_requests_are_turned_away():
+def test_shedding_is_reported_while_requests_are_dropped():
     gate, now_ms = gatekeeper(), START + 50_000
     assert gate.behind(now_ms) is None
     gate.should_shed(record(), now_ms)
@@ -98,7 +98,7 @@ def test_it_is_said_while_requests_are_turned_away():
 # --- who hears of it ---
 
 
-def test_where_policy_is_behind_each_agent_has_a_share():
+def test_backlog_gives_each_agent_a_share_of_refusals():
     gate, now_ms = gatekeeper(), START + 50_000
     fates = [fate(gate, record(), now_ms) for _ in range(SHARE + 2)]
     assert fates == ["overloaded"] * SHARE + ["let go"] * 2
@@ -109,14 +109,14 @@ def test_where_policy_is_behind_each_agent_has_a_share():
 
 
 @pytest.mark.parametrize(("limit", "told"), [(3, TOLD_NO), (TOLD_NO + 1, TOLD_NO + 1)])
-def test_who_asks_too_often_is_told_as_often_as_they_may_ask(limit: int, told: int):
+def test_agent_over_its_rate_gets_a_bounded_number_of_refusals(limit: int, told: int):
     gate = gatekeeper(agent=limit)
     fates = [fate(gate, record(), START) for _ in range(limit + told + 2)]
     assert fates == ["served"] * limit + ["rate_limited"] * told + ["let go"] * 2
     assert fate(gate, record(at_ms=START + 60_000), START + 60_000) == "served"
 
 
-def test_what_strangers_write_under_the_key_of_an_agent_uses_up_nothing():
+def test_records_of_others_under_an_agents_key_use_up_nothing():
     gate, now_ms = gatekeeper(agent=3), START + 50_000
     assert not any(gate.should_shed(record(), now_ms) for _ in range(1000))  # none was verified
     assert fate(gate, record(), now_ms) == "overloaded"
@@ -166,7 +166,7 @@ def test_five_times_as_much_as_can_be_answered():
     assert after
 
 
-def test_who_has_a_limit_keeps_nobody_else_from_being_served(monkeypatch: pytest.MonkeyPatch):
+def test_agent_at_its_limit_does_not_delay_others(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(
         "ringfence.policy.incoming.admission.TOLD_NO", 100
     )  # only 20 answers a second can be had here
@@ -201,7 +201,7 @@ def let_go(*known: str) -> tuple[ShedRequests, Runtime]:
     return ShedRequests(cast(Any, runtime), cast(Any, Decisions.fromkeys(known, "something"))), runtime
 
 
-async def test_what_is_let_go_is_told_with_its_number_and_where_it_stands():
+async def test_shed_requests_are_reported_by_number_and_offsets():
     counted, runtime = let_go()
     for offset, key in enumerate(["bot", "other", "bot", "bot"]):
         counted.count(record(key, offset=offset))
@@ -218,7 +218,7 @@ async def test_what_is_let_go_is_told_with_its_number_and_where_it_stands():
     assert len(runtime.events) == 2
 
 
-async def test_what_could_not_be_told_is_told_later():
+async def test_failed_shedding_report_is_sent_later():
     counted, runtime = let_go()
     counted.count(record(offset=1))
     runtime.broken = True
@@ -248,7 +248,7 @@ async def test_a_thousand_keys_that_strangers_chose_are_told_apart_and_no_more()
     assert runtime.events[0]["reasons"][0].message.startswith("3000 requests")
 
 
-def test_what_was_taken_in_before_is_known():
+def test_request_taken_in_before_is_known():
     claims = REQUEST.model_copy(update={"iss": BOT.id, "jti": "one"})
     signed = record(value=sign(claims, BOT).encode())
     counted, _ = let_go(message_id(BOT.id, "one"))

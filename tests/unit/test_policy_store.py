@@ -75,7 +75,7 @@ def record(of: CredentialDecision, offset: int, by: SigningKey = POLICY, at_ms: 
     )
 
 
-async def test_what_was_decided_is_known_after_a_restart(memory: InMemoryDecisionLog):
+async def test_decisions_are_known_after_a_restart(memory: InMemoryDecisionLog):
     one, two, three = request("one"), request("two"), request("three")
     given = approval()
     waiting = decision(two, "approval_required", 8, approvals=(given,))
@@ -177,7 +177,7 @@ async def test_junk_at_the_start_is_not_believed_either(memory: InMemoryDecision
     assert memory.get(message_id(two.iss, two.jti)) is not None
 
 
-async def test_it_forgets_by_the_time_of_the_topic_not_of_the_clock(memory: InMemoryDecisionLog):
+async def test_decisions_are_forgotten_by_topic_time_not_by_the_clock(memory: InMemoryDecisionLog):
     """Whatever the last batch before a crash decided is known after it, however long the service was down."""
     await memory.settle()
     long_ago = NOW_MS - 20 * 3600 * 1000
@@ -191,7 +191,7 @@ async def test_it_forgets_by_the_time_of_the_topic_not_of_the_clock(memory: InMe
     assert memory.get(message_id(BOT.id, "later")) is not None
 
 
-async def test_what_waits_is_not_forgotten_before_its_time(memory: InMemoryDecisionLog):
+async def test_pending_request_is_kept_until_it_expires(memory: InMemoryDecisionLog):
     await memory.settle()
     one = request("one", exp=NOW + 60)
     memory.on_records([record(decision(one, "approval_required", expires_at=NOW + 80_000), 0)])
@@ -204,7 +204,7 @@ async def test_what_waits_is_not_forgotten_before_its_time(memory: InMemoryDecis
     assert not memory.waiting()
 
 
-async def test_what_is_over_at_the_start_is_let_go_unverified(
+async def test_expired_decisions_are_dropped_unverified_at_start(
     memory: InMemoryDecisionLog, monkeypatch: pytest.MonkeyPatch
 ):
     verified: list[float] = []

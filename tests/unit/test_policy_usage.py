@@ -26,7 +26,7 @@ days = st.integers(TODAY - 70, TODAY + 40)
 
 
 @given(st.lists(st.tuples(verbs, days)), st.integers(TODAY - 40, TODAY + 40))
-def test_as_plain_sets_of_days_have_it(uses: list[tuple[tuple[str, str], int]], today: int):
+def test_usage_equals_plain_sets_of_days(uses: list[tuple[tuple[str, str], int]], today: int):
     usage = Usage()
     for verb, day in uses:
         usage.add([verb], day)
@@ -62,7 +62,7 @@ def sorted_of(usage: Usage) -> list[Used]:
     return sorted(usage.within(NOW_S), key=lambda one: (one.target, one.verb))
 
 
-def test_what_is_not_known_is_told_apart():
+def test_unknown_days_of_use_are_reported_as_unknown():
     usage = Usage()
     usage.add([READ], TODAY)
     assert usage.knows([READ], TODAY)
@@ -72,7 +72,7 @@ def test_what_is_not_known_is_told_apart():
     assert usage.knows([READ], TODAY - WINDOW_DAYS)  # out of every window from now on
 
 
-def test_what_is_old_is_let_go():
+def test_use_outside_the_window_is_forgotten():
     usage = Usage()
     usage.add([READ], TODAY)
     usage.add([DEPLOY], TODAY - 5)

@@ -57,7 +57,7 @@ def test_a_folder_that_is_there_is_closed_where_it_is_ringfences_own(tmp_path: P
     assert mode(tmp_path / "shared") == 0o700
 
 
-def test_what_stands_in_the_way_of_a_folder_is_told(tmp_path: Path) -> None:
+def test_file_in_the_way_of_a_private_folder_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(OSError, match="file"):
@@ -135,9 +135,7 @@ def test_failed_write_keeps_old_file_and_leaves_no_draft(
     assert (tmp_path / "file").read_text() == "old"
 
 
-def test_what_belongs_to_somebody_else_and_is_open_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_folder_of_another_owner_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise PermissionError(1, "not permitted")
 
@@ -228,7 +226,7 @@ def test_heads_that_an_auditor_keeps(tmp_path: Path, umask: int, monkeypatch: py
 
 
 @pytest.mark.parametrize("umask", [0, 0o022], ids=oct)
-def test_what_the_command_line_writes(tmp_path: Path, umask: int) -> None:
+def test_command_line_writes_private_files_under_any_umask(tmp_path: Path, umask: int) -> None:
     cli = [sys.executable, "-m", "ringfence.cli.main"]
     (tmp_path / "tokens").write_text("# of before\n")
     (tmp_path / "tokens").chmod(0o666)

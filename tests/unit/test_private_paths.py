@@ -64,7 +64,7 @@ def test_a_mount_that_shows_what_is_private_is_refused(folder: Path, mounted: st
 
 
 @pytest.mark.parametrize("mounted", ["public", "gateway-public"])
-def test_what_a_run_may_read_is_in_no_writable_mount(folder: Path, mounted: str) -> None:
+def test_writable_mount_of_readable_paths_is_refused(folder: Path, mounted: str) -> None:
     check(folder, mounted)
     with pytest.raises(RunRefusedError, match="could change") as refused:
         check(folder, mounted, writable=True)
@@ -161,7 +161,7 @@ MOUNTS = r"""
 """
 
 
-def test_what_is_mounted_below_a_folder_is_what_it_shows() -> None:
+def test_mount_below_a_folder_is_seen() -> None:
     points = mount_points(MOUNTS.strip())
     shown = shown_by(Path("/data/job"), points)
     assert [(str(point.path), point.place.device, str(point.place.path)) for point in shown] == [

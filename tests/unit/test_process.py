@@ -115,7 +115,7 @@ def test_a_flood_of_one_kind_is_a_few_lines_of_its_log_and_what_is_left_out_is_t
     assert last.endswith("bad record 99")
 
 
-def test_who_is_told_to_stop_once_more_while_it_ends_has_ended_well() -> None:
+def test_second_stop_signal_during_exit_ends_cleanly() -> None:
     done = subprocess.run([sys.executable, "-c", ASKED_TWICE], check=False, capture_output=True, timeout=60)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -132,7 +132,7 @@ def test_a_thread_that_hangs_does_not_hold_what_has_ended(how: str, status: int,
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_who_is_told_to_stop_once_more_waits_for_no_thread(signum: signal.Signals) -> None:
+def test_second_stop_signal_does_not_wait_for_threads(signum: signal.Signals) -> None:
     script = HELD.replace(
         "kernel.process import run", "kernel import process; process.HELD_S = 3600; run = process.run"
     )

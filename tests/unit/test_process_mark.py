@@ -13,13 +13,13 @@ MARK: TypeAdapter[str] = TypeAdapter(ProcessMark)
 
 
 @pytest.mark.parametrize("text", ["a" * 8, "a" * 64, "-_" * 4, "é" * 8, "𝒜" * 64])
-def test_what_the_published_pattern_allows_is_accepted(text: str) -> None:
+def test_published_pattern_accepts_what_the_field_accepts(text: str) -> None:
     assert re.fullmatch(_published(), text)
     assert MARK.validate_python(text) == text
 
 
 @pytest.mark.parametrize("text", ["", "a" * 7, "a" * 65, "é" * 7, "a" * 8 + "\n", "a b c d e", "a.b.c.d.e"])
-def test_what_it_does_not_allow_is_refused(text: str) -> None:
+def test_published_pattern_rejects_what_the_field_rejects(text: str) -> None:
     assert not re.fullmatch(_published(), text)
     with pytest.raises(ValidationError):
         MARK.validate_python(text)

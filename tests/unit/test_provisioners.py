@@ -172,7 +172,9 @@ def test_users_get_what_their_groups_are_delegated_and_no_key(ledger: InMemoryRe
         ({"provisioned": None}, "groups_missing"),
     ],
 )
-def test_nothing_beyond_the_delegation(ledger: InMemoryRegistry, change: dict[str, Any], code: str):
+def test_provisioning_beyond_the_delegation_is_refused(
+    ledger: InMemoryRegistry, change: dict[str, Any], code: str
+):
     fields = dict(change)
     groups = fields.pop("groups", ("Developers",))
     if "source" in fields or "as_of" in fields:
@@ -188,7 +190,7 @@ def test_a_delegated_operator_is_one_that_was_listed(ledger: InMemoryRegistry):
     assert user(ledger).roles == ("operator",)
 
 
-def test_it_brings_no_keys_and_ends_none(ledger: InMemoryRegistry):
+def test_provisioner_adds_and_ends_no_keys(ledger: InMemoryRegistry):
     assert refused(ledger, synced(ledger, keys=(_fresh(ledger),))) == "keys_not_delegated"
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
@@ -199,7 +201,7 @@ def test_it_brings_no_keys_and_ends_none(ledger: InMemoryRegistry):
 
 
 @pytest.mark.parametrize("victim", ["sam", "olga", "scim"])
-def test_it_touches_only_whom_it_made(ledger: InMemoryRegistry, victim: str):
+def test_provisioner_changes_only_users_that_it_made(ledger: InMemoryRegistry, victim: str):
     ledger.give(provisioner_set(ledger, provisioner_id="hr", keys=(ledger.key_record(ledger.key("hr")),)))
     assert refused(ledger, synced(ledger, victim, "Developers")) == "not_its_user"
     gone = ledger.claims(UserDisable, "scim", user_id=victim, reason="x")
@@ -208,7 +210,7 @@ def test_it_touches_only_whom_it_made(ledger: InMemoryRegistry, victim: str):
     assert refused(ledger, synced(ledger, "maria")) == "not_its_user"
 
 
-def test_it_gives_no_other_command(ledger: InMemoryRegistry):
+def test_provisioner_gives_no_other_command(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Leads", roles=("sponsor",)))
     assert refused(ledger, ledger.register("scim", "bot", "maria")) == "provisioner_only"
     assert refused(ledger, ledger.assign("scim", "bot")) == "provisioner_only"
@@ -216,7 +218,7 @@ def test_it_gives_no_other_command(ledger: InMemoryRegistry):
     assert refused(ledger, provisioner_set(ledger, "scim")) == "provisioner_only"
 
 
-def test_it_consents_to_nothing_and_opens_nothing(ledger: InMemoryRegistry):
+def test_provisioner_consents_to_nothing(ledger: InMemoryRegistry):
     ledger.give(ledger.register("sam", "bot", "sam"))
     terms = ledger.terms("bot")
     consent = ledger.consent("scim", terms)
@@ -242,7 +244,7 @@ def test_a_narrower_delegation_counts_from_then_on_and_older_records_still_hold(
 # --- leaving and coming back ------------------------------------------------------------------------------------------
 
 
-def test_it_disables_and_lets_act_again_whom_it_disabled(ledger: InMemoryRegistry):
+def test_provisioner_enables_only_users_that_it_disabled(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
     ledger.give(ledger.claims(UserDisable, "scim", user_id="maria", reason="on leave"))
@@ -253,7 +255,7 @@ def test_it_disables_and_lets_act_again_whom_it_disabled(ledger: InMemoryRegistr
     assert (user(ledger).status, len(user(ledger).keys)) == ("active", 1)
 
 
-def test_whom_an_operator_disabled_it_lets_not_act_again(ledger: InMemoryRegistry):
+def test_provisioner_cannot_enable_a_user_disabled_by_an_operator(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     ledger.give(ledger.claims(UserDisable, "olga", user_id="maria", reason="stolen laptop"))
     assert refused(ledger, synced(ledger, "maria", "Developers")) == "disabled_by_operator"
@@ -265,7 +267,7 @@ def test_whom_an_operator_disabled_it_lets_not_act_again(ledger: InMemoryRegistr
     assert user(ledger).status == "active"
 
 
-def test_who_left_for_good_never_comes_back_and_their_keys_end(ledger: InMemoryRegistry):
+def test_deleted_user_never_returns_and_their_keys_end(ledger: InMemoryRegistry):
     ledger.give(synced(ledger, "maria", "Developers"))
     enrolled(ledger)
     ledger.give(ledger.claims(UserDisable, "scim", user_id="maria", reason="deleted", gone=True))
@@ -297,20 +299,20 @@ def otilia(ledger: InMemoryRegistry) -> InMemoryRegistry:
     return ledger
 
 
-def test_nobody_widens_the_delegation_that_they_come_from(otilia: InMemoryRegistry):
+def test_operator_cannot_widen_the_delegation_they_come_from(otilia: InMemoryRegistry):
     wide = (GroupDelegation(group="Ops", roles=("operator", "sponsor"), scope=(WIDE,)),)
     assert refused(otilia, provisioner_set(otilia, "otilia", groups=wide)) == "self_widening"
     assert otilia.give(provisioner_set(otilia, "olga", groups=wide)) is not None
 
 
-def test_nobody_takes_themselves_away_from_their_directory(otilia: InMemoryRegistry):
+def test_provisioned_operator_cannot_leave_their_directory(otilia: InMemoryRegistry):
     assert refused(otilia, otilia.user_set("otilia", "otilia", ["operator"])) == "self_widening"
 
 
 # --- its own groups ---------------------------------------------------------------------------------------------------
 
 
-def test_it_tells_of_its_groups_and_only_of_delegated_ones(ledger: InMemoryRegistry):
+def test_provisioner_links_only_delegated_groups(ledger: InMemoryRegistry):
     link = ledger.claims(ProvisionerLink, "scim", provisioner_id="scim", groups=(GroupLink(group="Leads"),))
     ledger.give(link)
     assert [one.group for one in user(ledger, "scim").linked] == ["Leads"]

@@ -36,7 +36,7 @@ def test_dir_lists_the_public_names_and_nothing_of_the_implementation() -> None:
     assert listed == ringfence.__all__
 
 
-def test_what_type_checkers_see_is_what_there_is() -> None:
+def test_typed_imports_equal_the_public_names() -> None:
     tree = ast.parse(SOURCE.read_text())
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     seen = {

@@ -19,7 +19,7 @@ def asked(**query: str) -> Request:
 
 
 @pytest.mark.parametrize("text", ODD)
-def test_what_is_no_number_within_the_bounds_is_refused(text: str) -> None:
+def test_number_out_of_bounds_is_refused(text: str) -> None:
     assert number_in(text, 0, 1000) is None
     with pytest.raises(WrongQueryError):
         limit_of(asked(limit=text), 100, 1000)
@@ -28,7 +28,7 @@ def test_what_is_no_number_within_the_bounds_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 999, 1000])
-def test_what_is_within_them_is_taken(number: int) -> None:
+def test_number_within_bounds_is_accepted(number: int) -> None:
     assert number_in(str(number), 0, 1000) == number
     assert number_in("1001", 0, 1000) is None
 

@@ -57,7 +57,7 @@ async def test_the_page_gets_the_question_and_hands_over_the_answer(server: Ques
     assert (await send(server, "POST", b'{"answer":"signed"}')).status_code == 410
 
 
-async def test_what_does_not_verify_is_refused_and_the_relay_waits_on(server: QuestionServer[str]):
+async def test_invalid_answer_is_refused_and_the_server_waits_on(server: QuestionServer[str]):
     for wrong, status in (
         (b'{"answer":"other"}', 422),
         (b"[]", 400),
@@ -71,7 +71,7 @@ async def test_what_does_not_verify_is_refused_and_the_relay_waits_on(server: Qu
     assert (await send(server, "POST", b'{"answer":"signed"}')).status_code == 200
 
 
-async def test_who_refuses_ends_the_wait(server: QuestionServer[str]):
+async def test_refusal_on_the_sign_page_ends_the_wait(server: QuestionServer[str]):
     assert (await send(server, "POST", b'{"refused":true}')).status_code == 200
     with pytest.raises(NotSignedError, match="refused on the sign page"):
         await server.answer(1)

@@ -80,7 +80,7 @@ def test_hostile_text_stays_in_its_place(text: str, capsys: pytest.CaptureFixtur
         assert "[red]approve[/red] :thumbs_up:" in told
 
 
-def test_what_is_alike_is_shown_once_with_each_digest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_similar_requests_are_shown_once_with_each_digest(capsys: pytest.CaptureFixture[str]) -> None:
     others = [replace(ONE, request_id=f"id-{n}", digest=f"{n}" * 64, reason=f"build {n}") for n in range(2)]
     text = shown(RequestGroup((ONE, *others)), USUAL, capsys)
     assert "and 2 alike" in text
@@ -138,7 +138,7 @@ def past(wanted: Scope = WEB, **fields: Any) -> PastAnswer:
         (ALL, {}, [past(scope("staging", ["deploy"], ["**"])), past(verdict="denied")], []),
     ],
 )  # fmt: skip
-def test_what_is_unusual_is_said(
+def test_unusual_request_is_marked_with_its_differences(
     wanted: Scope, fields: dict[str, Any], known: list[PastAnswer], codes: list[str]
 ) -> None:
     terms = {"ttl_s": 300, "delivery": "agent", **fields}

@@ -99,7 +99,7 @@ async def test_entitlements_past_their_age_let_nobody_reach_anything(desk: Desk)
     assert (bot["now"], bot["tasks"]) == (False, [])
 
 
-async def test_what_stands_in_the_way_is_said(desk: Desk):
+async def test_reasons_against_an_agents_reach_are_listed(desk: Desk):
     desk.run()
     desk.ledger.give(desk.ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="odd"))
     (bot,) = await desk.agents()
@@ -131,7 +131,7 @@ async def test_pages_go_on_where_they_ended(desk: Desk, monkeypatch: pytest.Monk
         assert found == whole, name
 
 
-async def test_what_is_not_known_or_makes_no_sense_is_said(desk: Desk, monkeypatch: pytest.MonkeyPatch):
+async def test_unknown_or_invalid_reach_is_reported(desk: Desk, monkeypatch: pytest.MonkeyPatch):
     answer = (await desk.ask("olga", target="nowhere")).json()
     assert (answer["exists"], answer["agents"]) == (False, [])
     for query in ({"verb": "fly"}, {"resource": "a//b"}, {"target": ""}):

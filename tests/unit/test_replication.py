@@ -35,7 +35,7 @@ SINGLE = cluster(3, (1, 1), (1, 1), (3, 2))
     ],
     ids=["replicated", "a single broker", "a broker that does not say", "no topics", "nobody known"],
 )
-def test_there_is_nothing_to_warn_of(replication: Replication) -> None:
+def test_sufficient_replication_has_no_warning(replication: Replication) -> None:
     assert replication.warnings() == []
 
 

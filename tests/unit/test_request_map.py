@@ -85,7 +85,7 @@ def test_the_first_rule_that_matches_counts(method: str, target: str, verb: str,
         ("POST", "/envs/a/runs?dry=01"), ("POST", "/envs/a/runs?dry=1.0"),
     ],
 )  # fmt: skip
-def test_what_matches_nothing_or_could_be_read_otherwise_is_no_verb(method: str, target: str) -> None:
+def test_unmatched_or_ambiguous_request_is_no_verb(method: str, target: str) -> None:
     assert MAP.action(method, target) is None
 
 
@@ -125,7 +125,7 @@ def test_a_body_that_cannot_be_read_for_certain_is_no_verb(body: bytes | None) -
     "other",
     ["Event", "EVENT", "\u0065vent ", "event\\u0000x", "e_vent", "e-vent", "event[]", "event.", "ev\u1e9ent"],
 )
-def test_what_a_lax_reader_takes_for_the_name_of_a_condition_is_no_verb(other: str) -> None:
+def test_field_name_that_a_lax_reader_confuses_is_no_verb(other: str) -> None:
     """Go takes `Event` for `event`, protobuf `dry_run` for `dryRun`: of two the last one counts there."""
     body = f'{{"event": "COMMENT", "{other}": "APPROVE"}}'.encode()
     expected = Action("comment", "reviews") if "\u1e9e" in other else None
@@ -152,7 +152,7 @@ def test_so_is_a_parameter_that_pollutes_another(query: str) -> None:
         "X-HTTP-Method-Override=PUT",
     ],
 )  # fmt: skip
-def test_what_makes_it_another_method_is_no_verb(query: str) -> None:
+def test_method_override_in_the_query_is_no_verb(query: str) -> None:
     assert MAP.action("POST", f"/envs/a/runs?{query}") is None
     assert MAP.action("GET", f"/envs/a?{query}") == Action("read", "env/a"), (
         "of a POST alone others make another"
@@ -162,7 +162,7 @@ def test_what_makes_it_another_method_is_no_verb(query: str) -> None:
 @pytest.mark.parametrize(
     "query", ["method=card", "x=_method", "my_method=1", "payment-method=x", "%", "&&=", "x=%5f"]
 )
-def test_what_only_looks_like_it_is_one(query: str) -> None:
+def test_query_that_only_resembles_an_override_is_allowed(query: str) -> None:
     assert RequestMap([rule("POST", "/x", "write")]).action("POST", f"/x?{query}") == Action("write", "x")
 
 
@@ -198,7 +198,7 @@ def test_a_rule_without_a_meaning_is_named(path: str, resource: str, says: str) 
     assert path in str(refused.value)
 
 
-def test_nothing_is_allowed_by_an_empty_map() -> None:
+def test_empty_request_map_allows_nothing() -> None:
     assert RequestMap([]).action("GET", "/") is None
 
 
@@ -206,9 +206,7 @@ _TRICKY = st.text(st.sampled_from(list("/.%2eEfF5cC;?#&=\\ abci{}*\x00é")), max
 
 
 @given(st.sampled_from(["GET", "PUT", "POST"]), _TRICKY, st.none() | st.binary(max_size=40))
-def test_whatever_is_sent_a_verb_has_a_resource_that_is_one(
-    method: str, tail: str, body: bytes | None
-) -> None:
+def test_any_matched_request_has_a_valid_resource(method: str, tail: str, body: bytes | None) -> None:
     for target in (tail, f"/{tail}", f"/files/{tail}", f"/envs/{tail}"):
         action = MAP.action(method, target, body)
         if action is not None:
@@ -219,7 +217,7 @@ def test_whatever_is_sent_a_verb_has_a_resource_that_is_one(
 
 
 @given(st.dictionaries(st.text(max_size=5), st.text(max_size=5)))
-def test_whatever_is_in_a_body_the_weaker_verb_is_shown(members: dict[str, str]) -> None:
+def test_stronger_verb_needs_an_unambiguous_body(members: dict[str, str]) -> None:
     action = MAP.action("POST", "/reviews", json.dumps(members).encode())
     assert ((action and action.verb) == "comment") <= (members.get("event") in ("COMMENT", "ASK"))
 
@@ -331,7 +329,7 @@ def test_a_body_need_not_be_seen_where_the_target_is_none() -> None:
         assert not MAP.reads_body("POST", target)
 
 
-def test_what_is_wrong_with_a_map_has_its_code() -> None:
+def test_invalid_request_map_is_refused_with_its_code() -> None:
     for path in ("/a/./b", "/a/../b"):
         with pytest.raises(RequestMapError, match="neither a segment") as refused:
             RequestMap([rule("GET", path, "read")])

@@ -96,7 +96,7 @@ async def test_withdrawals_come_after_the_requests_of_their_batch_in_order() -> 
     assert batches.seen == [("request", 4)]
 
 
-async def test_nothing_is_withdrawn_while_a_request_of_the_batch_is_undecided() -> None:
+async def test_withdrawals_wait_for_undecided_requests_of_the_batch() -> None:
     batches = Batches()
     batches.fails = UnavailableError("Kafka is away")
     with pytest.raises(UnavailableError):
@@ -149,7 +149,7 @@ class Flood:
         return None
 
 
-async def test_who_withdraws_nothing_by_the_hundred_is_answered_no_more() -> None:
+async def test_flood_of_void_withdrawals_is_shed() -> None:
     flood = Flood()
     for offset in range(TOLD_NO + 5):
         await flood.handle(withdrawn(offset, f"22222222-2222-4222-8222-{offset:012d}"))
@@ -160,7 +160,7 @@ async def test_who_withdraws_nothing_by_the_hundred_is_answered_no_more() -> Non
     assert flood.withdrawn == ["bot"]
 
 
-async def test_where_policy_is_behind_what_waits_is_withdrawn_and_nothing_else_is_looked_at() -> None:
+async def test_backlog_handles_withdrawals_of_pending_requests_only() -> None:
     flood = Flood(now_ms=NOW_MS + 100_000)
     for offset in range(TOLD_NO + 1):
         await flood.handle(withdrawn(offset, f"22222222-2222-4222-8222-{offset:012d}"))

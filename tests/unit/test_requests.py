@@ -231,7 +231,7 @@ def only(ledger: InMemoryRegistry, *, but_for: Sequence[str] = ()) -> Directory:
     return reader
 
 
-def test_what_it_is_held_against_are_the_records_that_it_names(ledger: InMemoryRegistry, assigned: str):
+def test_context_holds_the_records_that_the_request_names(ledger: InMemoryRegistry, assigned: str):
     request = asked(ledger, assigned)
     given = load_context(ledger.directory, request)
     directory = ledger.directory
@@ -308,7 +308,7 @@ def test_revisions_are_those_of_each_record(ledger: InMemoryRegistry, assigned: 
         (("bot", None, "nowhere"), "target_unknown", "nowhere"),
     ],
 )
-def test_what_is_not_there_is_named(
+def test_missing_record_is_denied_by_name(
     ledger: InMemoryRegistry, assigned: str, names: tuple[str, str | None, str], code: str, said: str
 ):
     agent, task, target = names
@@ -357,7 +357,7 @@ def test_a_request_is_for_one_target(ledger: InMemoryRegistry, assigned: str):
     assert codes(ledger, asked(ledger, assigned, scope=scope)) == []
 
 
-def test_nobody_but_an_agent_asks(ledger: InMemoryRegistry, assigned: str):
+def test_request_of_a_user_is_denied(ledger: InMemoryRegistry, assigned: str):
     with pytest.raises(DeniedError) as caught:
         load_context(ledger.directory, asked(ledger, assigned, iss=ledger.key("sam").id))
     assert caught.value.reason.code == "agent_unknown"
@@ -373,7 +373,7 @@ def test_nobody_but_an_agent_asks(ledger: InMemoryRegistry, assigned: str):
         (TargetRemove, "olga", {"target_id": "staging"}, "target_removed", "staging"),
     ],
 )
-def test_who_is_not_active_stands_against_it(
+def test_inactive_party_denies_the_request(
     ledger: InMemoryRegistry,
     assigned: str,
     model: Any,
@@ -437,7 +437,7 @@ def test_a_verb_that_the_target_does_not_have_is_named_with_those_that_it_has(
     assert "deploy, read, wipe" in reason.message
 
 
-def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: InMemoryRegistry, assigned: str):
+def test_permission_beyond_a_limit_is_named_with_its_side(ledger: InMemoryRegistry, assigned: str):
     ledger.give(
         ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(permission("a", verbs=("read",)),))
     )
@@ -448,7 +448,7 @@ def test_what_is_beyond_a_side_is_named_with_the_part_that_is(ledger: InMemoryRe
     assert "read on b at staging" in reason.message
 
 
-def test_what_breaks_the_grammar_is_said_with_its_place(ledger: InMemoryRegistry, assigned: str):
+def test_invalid_glob_is_denied_with_its_text(ledger: InMemoryRegistry, assigned: str):
     request = asked(ledger, assigned, scope=(permission("a/../b", verbs=("read",)),))
     (reason,) = reasons(ledger, load_context(ledger.directory, request))
     assert reason.code == "scope_invalid"
@@ -493,9 +493,7 @@ def test_break_glass_is_what_the_request_says(ledger: InMemoryRegistry, assigned
     assert load_context(ledger.directory, asked(ledger, assigned)).break_glass is False
 
 
-def test_what_a_compromised_key_signed_is_told_apart_from_what_another_did(
-    ledger: InMemoryRegistry, assigned: str
-):
+def test_request_signed_by_a_compromised_key_is_denied(ledger: InMemoryRegistry, assigned: str):
     before = asked(ledger, assigned)
     new = SigningKey.generate(ledger.key("bot", "agent").id)
     rotate = ledger.claims(
@@ -524,7 +522,7 @@ def test_request_by_key_that_rests_on_compromised_key_is_denied(ledger: InMemory
     assert codes(ledger, honest) == codes(ledger, Signed(honest.claims, "")) == []
 
 
-def test_everybody_who_ever_answered_for_the_agent_is_a_sponsor(ledger: InMemoryRegistry, assigned: str):
+def test_every_former_sponsor_counts_as_a_sponsor(ledger: InMemoryRegistry, assigned: str):
     ledger.give(ledger.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(EVERYTHING, EVERYTHING)))
     ledger.give(ledger.transfer("sam", "bot", "suzy"))
     assert load_records(ledger.directory, "bot", assigned, "staging").sponsors == {"sam", "suzy"}
@@ -544,7 +542,7 @@ def test_an_instance_is_the_one_that_the_request_carries_the_enrolment_of(
 
 
 @pytest.mark.parametrize(("task_ends", "key_ends"), [(100, 200), (200, 100), (100, 100)])
-def test_nothing_outlives_the_task_or_the_instances_key(task_ends: int, key_ends: int):
+def test_request_ends_with_the_task_or_the_instance_key(task_ends: int, key_ends: int):
     key = ENROLMENT.key.model_copy(update={"not_after": key_ends})
     given = replace(facts(), task=entry(TaskRecord, not_after=task_ends))
     assert given.not_after == task_ends

@@ -118,7 +118,7 @@ def test_an_operators_revocation_outlives_the_operators_role(organisation: Organ
     assert organisation.counts(before)
 
 
-def test_who_never_answered_for_it_revokes_nothing(organisation: Organisation) -> None:
+def test_revocation_by_an_unentitled_user_is_rejected(organisation: Organisation) -> None:
     assert not organisation.counts(organisation.revocation("uma"))
     assert not organisation.counts(organisation.revocation("suzy"))
 

@@ -196,7 +196,7 @@ def test_an_agent_is_an_orphan_without_an_active_sponsor(
     assert (verdict.kind if isinstance(verdict, EndReason) else None) == kind
 
 
-def test_who_was_ever_a_sponsor_is_found_in_the_commands() -> None:
+def test_former_sponsor_role_is_read_from_the_commands() -> None:
     records = Records()
     records.give(records.user_set("olga", "sam"))
     for name in ("sam", "uma"):

@@ -61,7 +61,7 @@ def listener(services: Services) -> Listener:
     return Listener(services)
 
 
-def test_what_a_revoker_names_denies_until_nobody_has_named_it_for_the_grace(listener: Listener) -> None:
+def test_halt_named_by_a_revoker_denies_until_the_grace_passes(listener: Listener) -> None:
     assert listener.code() is None
     listener.beat()
     assert listener.code() is None

@@ -155,7 +155,7 @@ def test_the_refusal_names_each_permission_and_its_side() -> None:
     )
 
 
-def test_nothing_is_allowed_by_default() -> None:
+def test_empty_limits_allow_nothing() -> None:
     wanted = (permission("r", "a"), permission("w", "b"))
     assert NO_LIMIT == "none"  # refusals show it
     assert exceeding(wanted, ()) == tuple(Excess(p, NO_LIMIT) for p in wanted)

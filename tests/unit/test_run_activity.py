@@ -67,7 +67,7 @@ def test_leases_of_the_run_are_what_it_was_allowed_with_how_they_ended(bench: Be
     assert (allowed["status"], allowed["ended_by"]) == ("revoked", "run_ended"), "the highest seq counts"
 
 
-async def test_it_waits_for_the_end_of_the_leases(bench: Bench) -> None:
+async def test_run_activity_waits_for_the_end_of_the_leases(bench: Bench) -> None:
     story = bench.story()
     bench.read(bench.active(story))
     assert await bench.activity.leases_ended(0.01) == (story.lease_id,)
@@ -77,7 +77,7 @@ async def test_it_waits_for_the_end_of_the_leases(bench: Bench) -> None:
     assert await waiting == ()
 
 
-def test_what_no_issuer_signed_is_no_lease(bench: Bench) -> None:
+def test_forged_lease_is_not_in_the_run_report(bench: Bench) -> None:
     story = bench.story()
     forged = story.lease("active", 1, SigningKey.generate(bench.issuer.id), instance=instance(RUN))
     bench.read(
@@ -122,7 +122,7 @@ def test_relays_are_told_with_their_bytes(bench: Bench) -> None:
     assert (relay["target_id"], relay["sent_bytes"], relay["received_bytes"]) == ("staging", 120, 4096)
 
 
-async def test_what_cannot_be_read_is_said_and_stops_nothing() -> None:
+async def test_unreadable_topic_is_reported_in_the_run_report() -> None:
     async def away(*_: Any, **__: Any) -> None:
         raise UnavailableError("the topic is missing")
 

@@ -67,7 +67,9 @@ async def test_bytes_go_both_ways_and_an_end_is_passed_on(relay: GatewayRelay) -
     assert relay.relayed == 1
 
 
-async def test_what_the_gateway_closes_is_over_inside(relay: GatewayRelay, gateway: EchoGateway) -> None:
+async def test_connection_closed_by_the_gateway_closes_inside(
+    relay: GatewayRelay, gateway: EchoGateway
+) -> None:
     async with asyncio.timeout(WITHIN_S):
         reader, writer = await asyncio.open_unix_connection(relay.path)
         writer.write(b"x")
@@ -165,7 +167,7 @@ async def test_connections_are_limited(
             one.close()
 
 
-async def test_it_waits_until_the_gateway_removes_its_socket(
+async def test_relay_waits_until_the_gateway_removes_its_socket(
     relay: GatewayRelay, gateway: EchoGateway
 ) -> None:
     assert not await relay.wait_for_removal(0.01)

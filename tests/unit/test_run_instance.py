@@ -50,7 +50,7 @@ def settings(folder: Path, **fields: object) -> ClientSettings:
     return ClientSettings.model_validate({**own, **fields})
 
 
-async def test_it_is_the_key_of_the_folder_with_its_enrolment(folder: Path, key: SigningKey) -> None:
+async def test_run_instance_has_the_key_and_enrolment_of_its_folder(folder: Path, key: SigningKey) -> None:
     enrolled = await RunInstance("bot", folder, settings(folder), ClockAt(BEGINS_S)).current()
     assert (enrolled.key.kid, enrolled.not_after) == (key.kid, ENDS_S)
     assert enrolled.enrolment == (folder / RUN_ENROLMENT_FILE).read_text().strip()
@@ -122,7 +122,7 @@ def _enrolled(key: SigningKey, **fields: object) -> InstanceEnrolment:
     return claims.model_copy(update=fields)
 
 
-def test_who_asked_is_the_agent_or_one_run_or_one_identity_of_a_platform(key: SigningKey) -> None:
+def test_requester_is_the_agent_the_run_or_the_platform_identity(key: SigningKey) -> None:
     task = "6b0e6a5e-61c5-4d4b-9f6a-5a1f6d7d3b52"
     one, other = (RunRef(run_id=f"{n}b0e6a5e-61c5-4d4b-9f6a-5a1f6d7d3b52", task_id=task) for n in (1, 2))
     pod = {"issuer": "https://pods.example", "subject": "pod-1", "run": None}

@@ -337,7 +337,7 @@ def test_a_socket_is_refused_and_a_hidden_one_is_not_seen(tmp_path: Path) -> Non
         assert not [*survey_mount(Mount(tmp_path, "/work", hidden=(hidden,))).endpoints]
 
 
-def test_what_is_hidden_is_not_compared(tmp_path: Path) -> None:
+def test_hidden_paths_are_not_compared(tmp_path: Path) -> None:
     write(tmp_path / "web/node_modules/.bin/old", 0o755)
     write(tmp_path / ".env")
 
@@ -348,7 +348,7 @@ def test_what_is_hidden_is_not_compared(tmp_path: Path) -> None:
     assert changes(tmp_path, make, "web/node_modules", ".env") == MountChanges()
 
 
-def test_what_replaces_a_hidden_path_is_compared(tmp_path: Path) -> None:
+def test_replacement_of_a_hidden_path_is_compared(tmp_path: Path) -> None:
     write(tmp_path / "web/node_modules/.bin/old", 0o755)
     write(tmp_path / "web/.env")
 

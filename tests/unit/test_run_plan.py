@@ -10,8 +10,8 @@ from ringfence.messages.registry import AgentDecommission, AgentSetAttestation, 
 from ringfence.model.identity.runners import runner_selector
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
 from tests.support.in_memory_registry import TD
+from tests.support.run_place import Place
 from tests.support.runs import LIMITS
-from tests.unit.test_runs import Place
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
 

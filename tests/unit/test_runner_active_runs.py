@@ -79,7 +79,7 @@ async def test_a_claimed_run_goes_on_until_it_ends(bench: _Bench) -> None:
     assert list(bench.runs.ids()) == []
 
 
-async def test_there_is_room_for_as_many_as_the_pool_says(bench: _Bench) -> None:
+async def test_runner_has_room_for_as_many_runs_as_the_pool_says(bench: _Bench) -> None:
     rooms = [bench.runs.has_room]
     for id in ("r1", "r2"):
         await bench.runs.start(plan(id))

@@ -108,7 +108,7 @@ async def test_a_heartbeat_that_fails_does_not_end_the_silence(bench: _Bench) ->
     assert bench.heartbeats.silence_s == 5
 
 
-async def test_nothing_is_claimed_before_the_first_acknowledgement(bench: _Bench) -> None:
+async def test_runner_claims_nothing_before_the_first_acknowledgement(bench: _Bench) -> None:
     waiting = asyncio.create_task(bench.heartbeats.acknowledged())
     bench.kafka.up = False
     await bench.heartbeats.beat()
@@ -144,7 +144,7 @@ async def test_runs_go_on_when_kafka_answers_in_time(bench: _Bench) -> None:
     assert not bench.guard.frozen
 
 
-async def test_what_could_not_be_frozen_or_destroyed_is_tried_again(bench: _Bench) -> None:
+async def test_failed_freeze_or_destruction_is_retried(bench: _Bench) -> None:
     bench.runs.problem = UnavailableError("no freezer")
     bench.time.pass_s(40)
     await bench.guard.look()

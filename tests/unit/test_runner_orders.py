@@ -24,10 +24,10 @@ from ringfence.runner.lifecycle.plan import RunPlan
 from ringfence.runner.orders import OrderIntake
 from ringfence.runner.pool import read_pool
 from tests.support.in_memory_registry import TD
+from tests.support.run_place import Place
 from tests.support.runs import LIMITS
 from tests.unit.test_runner_active_runs import _Execution as Execution
 from tests.unit.test_runner_pool import pool_file
-from tests.unit.test_runs import Place
 
 POOL = "reviews"
 WITHIN_S = 10.0
@@ -195,7 +195,7 @@ async def test_an_order_whose_run_is_known_starts_nothing(bench: Bench) -> None:
     assert (bench.made, bench.said) == ({}, [])
 
 
-async def test_what_nobody_known_signed_or_is_under_another_key_is_a_dead_letter(bench: Bench) -> None:
+async def test_order_of_an_unknown_signer_or_other_pool_is_dead_lettered(bench: Bench) -> None:
     stranger = SigningKey.generate(bench.ledger.keys["uma"].id)
     await asyncio.wait_for(bench.taking(bench.order(by=stranger), bench.order(pool="elsewhere")), WITHIN_S)
     assert bench.letters == ["key_unknown", "key_unexpected"]
@@ -204,7 +204,7 @@ async def test_what_nobody_known_signed_or_is_under_another_key_is_a_dead_letter
     assert (bench.made, bench.said) == ({}, [])
 
 
-async def test_what_pool_and_records_do_not_allow_is_refused_by_name(bench: Bench) -> None:
+async def test_order_beyond_pool_or_records_is_refused_by_name(bench: Bench) -> None:
     bench.ledger.give(bench.ledger.user_set("olga", "nobody"))
     refused = {
         "not_entitled": bench.order("nobody"),
@@ -288,7 +288,7 @@ async def test_a_runner_that_is_silent_starts_nothing(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("end", ["draining", "lost"])
-async def test_what_waits_is_left_to_another_member(bench: Bench, end: str) -> None:
+async def test_pending_order_is_left_to_another_member(bench: Bench, end: str) -> None:
     first, second = bench.order(), bench.order()
     taking = bench.taking(first, second)
     await bench.until(lambda: bench.intake.waiting == 1)
@@ -306,7 +306,7 @@ async def test_without_its_records_no_order_is_judged(bench: Bench) -> None:
     assert (bench.made, bench.said, bench.letters) == ({}, [], [])
 
 
-async def test_nothing_is_taken_before_what_was_left_is_reported(bench: Bench) -> None:
+async def test_runner_reports_leftover_runs_before_it_takes_orders(bench: Bench) -> None:
     bench.intake.opened.clear()
     taking = bench.taking(bench.order())
     await asyncio.sleep(0)

@@ -85,7 +85,7 @@ def test_a_mount_that_may_be_written_is_read_only_where_the_order_says_so(tmp_pa
         ({"ttl_s": 1801}, "limit_above_pool"),
     ],
 )
-def test_what_the_pool_does_not_have_is_refused(tmp_path: Path, fields: dict[str, Any], code: str) -> None:
+def test_order_beyond_the_pool_is_refused(tmp_path: Path, fields: dict[str, Any], code: str) -> None:
     pool = read_pool(pool_file(tmp_path, labels={"zone": "eu-1", "disk": "fast"}))
     assert code_of(pool.check_order(ordered(**fields))) == code
 
@@ -190,7 +190,7 @@ def test_a_writable_folder_of_root_is_refused_unless_the_pool_allows_it(tmp_path
     read_pool(pool_file(tmp_path, mounts={"a": given}))
 
 
-def test_what_a_pool_hides_is_hidden_in_its_runs(tmp_path: Path) -> None:
+def test_path_hidden_by_the_pool_is_hidden_in_its_runs(tmp_path: Path) -> None:
     mounts = {"a": {"path": str(tmp_path), "hide": ["run/agent.sock"]}}
     pool = read_pool(pool_file(tmp_path, mounts=mounts))
     (mount,) = pool.plan(ordered(mounts=(Mount(name="a"),)), order_id="o", run_id="r", deadline_s=9).mounts

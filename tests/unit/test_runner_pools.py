@@ -75,7 +75,7 @@ def test_the_last_word_of_a_runner_counts_and_only_for_a_while(bench: _Bench) ->
     assert bench.names() == []
 
 
-def test_what_no_runner_signed_counts_for_nothing(bench: _Bench) -> None:
+def test_heartbeat_not_signed_by_a_runner_is_ignored(bench: _Bench) -> None:
     bench.told(SigningKey.generate(bench.keys["runner-1"].id), "reviews")
     bench.told(bench.ledger.registry, "reviews")
     bench.told("runner-1", None)

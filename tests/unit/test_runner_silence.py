@@ -155,7 +155,7 @@ def test_a_run_that_is_over_is_not_silent(bench: _Bench, end: str) -> None:
     assert bench.silent() == []
 
 
-def test_what_no_runner_or_revoker_signed_counts_for_nothing(bench: _Bench) -> None:
+def test_heartbeat_not_signed_by_runner_or_revoker_is_ignored(bench: _Bench) -> None:
     bench.pass_s(61)
     bench.beat(SigningKey.generate(bench.revoker.id))
     assert bench.silent() == []

@@ -11,7 +11,7 @@ from ringfence.messages.run import RunStop
 from ringfence.messages.topics import RUN_ORDER
 from ringfence.runner.active_runs import StopTable
 from tests.support.in_memory_registry import TD
-from tests.unit.test_runs import Place
+from tests.support.run_place import Place
 
 RUN = "9d1c2b3a-4f5e-5a6b-8c7d-2b3a4f5e5a6b"
 
@@ -47,7 +47,7 @@ def test_the_assigner_and_the_sponsor_stop_a_run(stops: _Stops, who: str) -> Non
     assert stops.told == [RUN]
 
 
-def test_whoever_ordered_it_stops_it(stops: _Stops) -> None:
+def test_user_that_ordered_the_run_stops_it(stops: _Stops) -> None:
     stops.stop("olga")
     assert stops.reason() is None
     assert stops.reason(f"spiffe://{TD}/user/olga") == "stopped by olga: enough"
@@ -72,7 +72,7 @@ def test_a_stop_of_another_run_leaves_this_one(stops: _Stops) -> None:
     assert other is None
 
 
-def test_somebody_who_is_disabled_meanwhile_stops_nothing_any_more(stops: _Stops) -> None:
+def test_disabled_user_can_no_longer_stop_a_run(stops: _Stops) -> None:
     stops.stop("uma")
     stops.ledger.give(stops.ledger.claims(UserDisable, "olga", user_id="uma", reason="left"))
     assert stops.reason() is None

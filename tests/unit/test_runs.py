@@ -14,18 +14,14 @@ from starlette.applications import Starlette
 
 from ringfence.cli.shared.attestation import parse_selectors, show_selector
 from ringfence.client.admin.trust_setup import CeremonyError, TrustFolder, make_trust, set_oidc_issuer
-from ringfence.gateway.domain import ChosenLease, Refusal, Sender, authorize
-from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS, LeaseTable
-from ringfence.issuer import domain as issuer_domain
-from ringfence.issuer.domain import Decision, Issue, Terms, weigh
+from ringfence.gateway.domain import Sender
+from ringfence.gateway.state.leases import ENDED_KEPT_MS, REVOCATIONS_KEPT_MS
 from ringfence.issuer.http import IssuerHttp
 from ringfence.kernel.base.errors import InvalidMessageError
-from ringfence.kernel.base.ids import derived_id, digest, message_id
-from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import Signed, parse, sign, verify
+from ringfence.kernel.base.ids import derived_id, digest
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Message
-from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.enrolment import (
     AttestationSelector,
     ClaimName,
@@ -37,140 +33,25 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.oidc import IssuerUrl, OidcIssuer, OidcKey
 from ringfence.messages.registry import (
     AgentSetAttestation,
-    AgentSuspend,
-    Delegation,
-    GroupDelegation,
-    ProvisionerSet,
     TaskDelegate,
-    TaskEnd,
-    UserDisable,
 )
-from ringfence.messages.run import Mount, Run, RunLimits, RunOrder, RunStatus
+from ringfence.messages.run import Run, RunLimits, RunStatus
 from ringfence.messages.topics import RUN
-from ringfence.model.http_targets import Action
 from ringfence.model.identity.attestation import problem, selector_id
 from ringfence.model.identity.runners import runner_issuer, runner_name, runner_selector
-from ringfence.model.lifecycle import CommandRefusedError, subject_key
+from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
-from ringfence.model.records.instances import EnrolmentError, keys_of_agents, open_enrolment, ref_of
+from ringfence.model.records.instances import EnrolmentError, open_enrolment, ref_of
 from ringfence.model.records.runs import KEPT_MS, RunTable, run_id_of, run_violations
-from ringfence.model.requests.facts import load_context, violations
-from ringfence.model.requests.run_orders import MAX_ORDER_BYTES, check_order, order_id_of, verified_order
 from ringfence.model.unknown_fields import is_understood
 from ringfence.model.verdict import ALLOWED
-from ringfence.revoker.domain import StaleBasis, check_basis
-from tests.support import leases
-from tests.support.in_memory_registry import TD, InMemoryRegistry, permission
-from tests.support.runs import LIFE_S, LIMITS, OneRun, Runners, claims_of
+from tests.support.in_memory_registry import TD
+from tests.support.run_place import WIDE, Place
+from tests.support.runs import LIFE_S, OneRun, claims_of
 from tests.support.unknown_field_cases import NAME, planted
-from tests.support.user_keys import add_key, end_key, new_key
 from tests.support.verdicts import code_of
 
-WIDE = permission("env/**", verbs=("read",))
-MAX_AGE_S = 30 * 86_400
 STATUSES: tuple[RunStatus, ...] = ("claimed", "started", "ended", "lost")
-
-
-class Place:
-    """sam sponsors bot; uma assigned it two tasks; a run of the first has started, by a runner that bot names."""
-
-    def __init__(self) -> None:
-        self.ledger = ledger = InMemoryRegistry()
-        ledger.organisation()
-        ledger.give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(WIDE)))
-        ledger.give(ledger.target_set("olga", "staging"))
-        for agent in ("bot", "other"):
-            ledger.give(ledger.register("sam", agent, "sam", ceiling=(WIDE,)))
-        self.task, self.second = self.assigned("bot"), self.assigned("bot")
-        self.runners = Runners(ledger)
-        self.selector = self.runners.admits("bot")
-        self.run = OneRun(self.runners, "bot", self.task)
-        self.table = LeaseTable(ledger.clock)
-
-    def assigned(self, agent: str) -> str:
-        change = self.ledger.give(
-            self.ledger.assign("uma", agent, terms=self.ledger.terms(agent, scope=(WIDE,)))
-        )
-        assert change is not None
-        return subject_key(change.state)[1]
-
-    @property
-    def now_s(self) -> int:
-        return self.ledger.clock.ms // 1000
-
-    def request(self, task: str | None = None, enrolment: str | None = None, **fields: Any) -> str:
-        """A request by the run's instance, as it signs it."""
-        claims = self.ledger.claims(
-            CredentialRequest, "agent/bot", iss=self.run.key.id, task_id=task or self.task, scope=(WIDE,), ttl_s=60,
-            reason="test", reply_key=ReplyKey().public, enrolment=enrolment or self.run.enrolment(self.selector),
-            **fields,
-        )  # fmt: skip
-        return sign(claims, self.run.key)
-
-    def policy(self, compact: str) -> list[str]:
-        """The codes of what policy has against a request."""
-        jws, directory, at_ms = parse(compact), self.ledger.directory, self.ledger.clock.ms
-        find = keys_of_agents(directory, jws, CredentialRequest, at_ms / 1000)
-        signed = verify(jws, CredentialRequest, find, audience=TD, appended_at_ms=at_ms)
-        return [
-            reason.code for reason in violations(load_context(directory, signed), at_ms / 1000, MAX_AGE_S)
-        ]
-
-    def issuer(self, compact: str) -> tuple[list[str], bool] | Lease:
-        """What the issuer makes of it where policy says yes: the lease, or why not and whether that is a finding."""
-        ledger, claims = self.ledger, parse(compact).unverified_claims(CredentialRequest)
-        at = Coordinates(topic="t", partition=0, offset=1, appended_at_ms=ledger.clock.ms)
-        id = message_id(claims.iss, claims.jti)
-        facts = load_context(ledger.directory, Signed(claims, compact), id)
-        decision = ledger.claims(
-            CredentialDecision, "root", request_id=id, request=compact, source=at, outcome="allowed", ttl_s=60,
-            delivery="agent", revisions=facts.revisions("0" * 64),
-        )  # fmt: skip
-        terms = Terms(f"spiffe://{TD}/service/issuer", TD, MAX_AGE_S, ("jwt",))
-        found = weigh(Decision(Signed(decision, "x.y.z"), at), ledger.directory, terms)
-        if isinstance(found, Issue):
-            return found.lease
-        assert isinstance(found, issuer_domain.Refusal)
-        return [reason.code for reason in found.reasons], found.finding
-
-    def leased(self, **fields: Any) -> Lease:
-        """A lease of the run's instance, for gateways; only a lying issuer makes some that are asked for here."""
-        enrolment = open_enrolment(self.run.enrolment(self.selector), self.ledger.trust, self.now_s)
-        given: dict[str, Any] = {
-            "agent_id": "bot", "act": ("bot",), "task_id": self.task, "target_id": "staging", "backend": "jwt",
-            "delivery": "gateway", "deadline": self.now_s + 600, "iat": self.now_s, "scope": (WIDE,), "sponsor": "sam",
-            "on_behalf_of": "uma", "requested_at_ms": self.ledger.clock.ms, "key_thumbprint": self.run.key.kid,
-            "instance": ref_of(enrolment), **fields,
-        }  # fmt: skip
-        return leases.lease(**given).claims
-
-    def gateway(self, lease: Lease, sender: Sender | None = None) -> list[str]:
-        """The codes of what a gateway has against an action by this lease; with a proof by its key if not said else."""
-        self.table.apply(lease)
-        entry = self.ledger.directory.target("staging")
-        assert entry is not None
-        found = authorize(
-            sender or Sender("bot", None, lease.lease_id, key_proved=True), entry.state, Action("read", "env/a"),
-            self.table, self.ledger.directory, now_s=self.now_s, entitlements_max_age_s=MAX_AGE_S,
-        )  # fmt: skip
-        assert isinstance(found, ChosenLease | Refusal)
-        return [reason.code for reason in found.reasons] if isinstance(found, Refusal) else []
-
-    def chosen(self, sender: Sender) -> str:
-        """The lease that a gateway chooses for an action."""
-        entry = self.ledger.directory.target("staging")
-        assert entry is not None
-        found = authorize(
-            sender, entry.state, Action("read", "env/a"), self.table, self.ledger.directory, now_s=self.now_s,
-            entitlements_max_age_s=MAX_AGE_S,
-        )  # fmt: skip
-        assert isinstance(found, ChosenLease), found
-        return found.lease.lease_id
-
-    def revoker(self, lease: Lease) -> str | None:
-        """The kind of end that the revoker has for a lease that was issued; None if it may stay."""
-        basis = check_basis(lease, self.ledger.directory, MAX_AGE_S)
-        return basis.kind if isinstance(basis, StaleBasis) else None
 
 
 @pytest.fixture
@@ -187,6 +68,7 @@ def started(place: Place) -> Place:
 FORWARD = {
     ("claimed", "started"), ("claimed", "ended"), ("claimed", "lost"), ("started", "ended"), ("started", "lost"),
 }  # fmt: skip
+
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
@@ -248,7 +130,7 @@ def test_the_run_of_an_instance_is_found_by_it_alone(started: Place) -> None:
     assert runs.of(None) is None
 
 
-def test_what_was_claimed_stays(place: Place) -> None:
+def test_claimed_fields_of_a_run_cannot_change(place: Place) -> None:
     run = place.run
     first = run.said("claimed")
     changes: dict[str, Any] = {
@@ -263,7 +145,7 @@ def test_what_was_claimed_stays(place: Place) -> None:
     assert told(place, first, started, stolen) == started
 
 
-def test_nobody_but_its_runner_says_anything_of_a_run(place: Place) -> None:
+def test_run_record_of_another_signer_is_ignored(place: Place) -> None:
     run, runners = place.run, place.runners
     other = runners.keys["runner-2"]
     run.go("claimed", "started")
@@ -340,7 +222,7 @@ def test_a_directory_looks_again_at_runs_when_the_next_bundle_comes(place: Place
     assert directory.runs.get(run_id) is not None
 
 
-def test_what_a_key_signed_after_its_end_counts_for_nothing(place: Place) -> None:
+def test_run_record_signed_by_an_ended_key_is_ignored(place: Place) -> None:
     place.run.go("claimed", "started")
     place.runners.trust(version=3, runner_1=place.now_s)
     place.run.go("ended")
@@ -598,7 +480,7 @@ def test_the_instance_of_a_run_that_has_started_acts_within_its_task(started: Pl
     assert (started.gateway(started.leased()), started.revoker(started.leased())) == ([], None)
 
 
-def test_it_acts_within_no_other_task_of_its_agent(started: Place) -> None:
+def test_instance_acts_within_no_other_task_of_its_agent(started: Place) -> None:
     compact = started.request(started.second)
     assert started.policy(compact) == ["instance_other_task"]
     assert started.issuer(compact) == (["instance_other_task"], True), (
@@ -720,159 +602,6 @@ def test_an_instance_hands_no_task_on(started: Place) -> None:
         ledger.give(claims, started.run.key)
 
 
-# --- who may order a run ----------------------------------------------------------------------------------------------
-
-
-def ordered(place: Place, by: str = "uma", **fields: Any) -> RunOrder:
-    given: dict[str, Any] = {
-        "pool": "reviews", "agent_id": "bot", "task_id": place.task, "command": ("review",), "limits": LIMITS,
-        "ttl_s": 600, **fields,
-    }  # fmt: skip
-    return place.ledger.claims(RunOrder, by, **given)
-
-
-def against(
-    place: Place, order: RunOrder, at_s: float | None = None, key: SigningKey | None = None
-) -> str | None:
-    kid = (key or place.ledger.key("uma")).kid
-    return code_of(check_order(order, kid, place.ledger.directory, place.now_s if at_s is None else at_s))
-
-
-def test_a_run_is_ordered_by_who_answers_for_its_task(place: Place) -> None:
-    ledger = place.ledger
-    terms = ledger.terms("bot", scope=(WIDE,))
-    change = ledger.give(
-        ledger.assign("suzy", "bot", terms=terms, on_behalf_of="uma", consent=ledger.consent("uma", terms))
-    )
-    assert change is not None
-    task = subject_key(change.state)[1]
-    for by, code in (
-        ("uma", None), ("suzy", None), ("sam", None), ("adam", "not_entitled"), ("olga", "not_entitled"),
-        ("nobody", "user_disabled"),
-    ):  # fmt: skip
-        assert against(place, ordered(place, by, task_id=task)) == code, by
-    assert against(place, ordered(place, "suzy")) == "not_entitled", "it is of no task of hers"
-    ledger.give(ledger.claims(UserDisable, "olga", user_id="uma", reason="x"))
-    assert against(place, ordered(place)) == "user_disabled"
-
-
-def test_an_order_of_what_cannot_run_starts_nothing(place: Place) -> None:
-    ledger = place.ledger
-    entry = ledger.directory.task(place.task)
-    assert entry is not None
-    end_s = entry.state.not_after
-    assert (against(place, ordered(place), end_s - 1), against(place, ordered(place), end_s)) == (
-        None,
-        "task_ended",
-    )
-    assert against(place, ordered(place, task_id=str(uuid.uuid4()))) == "task_unknown"
-    assert against(place, ordered(place, agent_id="nobody")) == "agent_unknown"
-    assert against(place, ordered(place, agent_id="other")) == "task_other_agent"
-    for limited in planted(ordered(place, mounts=(Mount(name="sources"),))):
-        assert against(place, limited) == "unknown_field"
-    ledger.give(ledger.claims(TaskEnd, "uma", task_id=place.task, reason="done"))
-    assert against(place, ordered(place)) == "task_ended"
-    ledger.give(ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
-    assert against(place, ordered(place)) == "agent_suspended"
-
-
-def test_who_may_not_be_believed_orders_nothing(place: Place) -> None:
-    """A provisioner signs like a user, and is none. What rests on a record that does not hold starts nothing."""
-    ledger = place.ledger
-    delegation = Delegation(source="hr", groups=(GroupDelegation(group="dev"),))
-    key = ledger.key_record(ledger.key("scim"))
-    ledger.give(
-        ledger.claims(
-            ProvisionerSet, "olga", provisioner_id="scim", name="S", keys=(key,), delegation=delegation
-        )
-    )
-    assert against(place, ordered(place, "scim")) == "user_disabled"
-    assert against(place, ordered(place, iss=ledger.key("bot", "agent").id)) == "user_disabled"
-    entry = ledger.directory.agent("bot")
-    assert entry is not None
-    forged = ledger.sign_record(entry.state, (*entry.record.commands, ledger.embed(_by_stranger(ledger))), 9)
-    assert ledger.admit(forged) is None
-    assert against(place, ordered(place)) == "record_untrusted"
-
-
-def test_order_by_key_that_rests_on_compromised_key_starts_nothing(place: Place) -> None:
-    ledger = place.ledger
-    since_ms, thief = ledger.clock.ms, new_key("uma")
-    ledger.give(add_key(ledger, "olga", "uma", thief))
-    assert against(place, ordered(place), key=thief) is None
-    kid = ledger.key("olga").kid
-    ledger.give(end_key(ledger, "otto", "olga", kid, compromised=True, since_ms=since_ms))
-    assert against(place, ordered(place), key=thief) == "key_voucher_compromised"
-    assert against(place, ordered(place)) is None
-
-
-def test_order_by_key_that_is_compromised_since_before_starts_nothing(place: Place) -> None:
-    """An order that waits for a free place, or its task's time, while its key is ended."""
-    ledger = place.ledger
-    at_s = ledger.clock.ms / 1000
-    thief = ledger.key("uma")
-    ledger.give(add_key(ledger, "olga", "uma", new_key("uma")))
-    ledger.give(end_key(ledger, "olga", "uma", thief.kid, compromised=True, since_ms=int(at_s * 1000)))
-    assert against(place, ordered(place), at_s, thief) == "key_compromised"
-    assert against(place, ordered(place), at_s - 1, thief) is None, "ordered before it was in other hands"
-
-
-def _by_stranger(ledger: InMemoryRegistry) -> AgentSuspend:
-    return ledger.claims(AgentSuspend, "stranger", agent_id="bot", reason="x")
-
-
-def test_an_order_is_verified_as_of_its_append_time(place: Place) -> None:
-    ledger, order = place.ledger, ordered(place)
-    assert MAX_ORDER_BYTES == 192 * 1024
-    compact, at_ms = ledger.signed(order), ledger.clock.ms
-    assert verified_order(compact, ledger.directory, at_ms).claims == order
-    assert order_id_of(order) == message_id(order.iss, order.jti)
-    thief, agent = SigningKey.generate(order.iss), ledger.key("bot", "agent")
-    for forged, late_ms, code in (
-        (sign(order, thief), 0, "key_unknown"),
-        (sign(order.model_copy(update={"iss": agent.id}), agent), 0, "key_unknown"),
-        (compact, 600_000, "expired"),
-        ("x" * (MAX_ORDER_BYTES + 1), 0, "too_large"),
-        ("x" * MAX_ORDER_BYTES, 0, "not_a_jws"),
-        (compact[:-8] + "AAAAAAAA", 0, "signature_invalid"),
-    ):
-        with pytest.raises(InvalidMessageError) as refused:
-            verified_order(forged, ledger.directory, at_ms + late_ms)
-        assert refused.value.code == code
-
-
-def test_an_order_counts_by_a_key_in_its_time_and_a_record_that_holds(place: Place) -> None:
-    ledger = place.ledger
-    end_s = place.now_s + 60
-    ledger.give(ledger.user_set("olga", "uma", keys=(ledger.key("uma").record(end_s),)))
-    order = ordered(place)
-    compact = ledger.signed(order)
-    assert verified_order(compact, ledger.directory, end_s * 1000 - 1).claims == order
-    with pytest.raises(InvalidMessageError) as refused:
-        verified_order(compact, ledger.directory, end_s * 1000)
-    assert refused.value.code == "key_unknown"
-    entry = ledger.directory.user("uma")
-    assert entry is not None
-    commands = (*entry.record.commands, ledger.embed(ledger.user_set("sam", "uma")))
-    assert ledger.admit(ledger.sign_record(entry.state, commands, 9)) is None
-    with pytest.raises(InvalidMessageError, match="only an operator") as refused:
-        verified_order(compact, ledger.directory, ledger.clock.ms)
-    assert refused.value.code == "chain_broken"
-
-
-def test_an_order_names_no_path_of_a_host_and_no_command_of_nothing(place: Place) -> None:
-    wrong: tuple[dict[str, Any], ...] = (
-        {"command": ()}, {"command": ("a\0b",)}, {"image": "reviewer:latest"}, {"ttl_s": 0}, {"ttl_s": 86_401},
-        {"pool": "../x"},
-    )  # fmt: skip
-    for fields in wrong:
-        with pytest.raises(ValidationError):
-            ordered(place, **fields)
-    for name in ("/etc", "../etc", "a/b", "~"):
-        with pytest.raises(ValidationError):
-            Mount(name=name)
-
-
 # --- introspection ----------------------------------------------------------------------------------------------------
 
 
@@ -926,7 +655,7 @@ async def test_a_token_of_a_run_is_active_while_the_run_goes_on(place: Place) ->
 # --- the gateway's own table of leases --------------------------------------------------------------------------------
 
 
-def test_what_a_run_uses_is_cut_when_it_ends(started: Place) -> None:
+def test_leases_of_a_run_are_cut_at_its_end(started: Place) -> None:
     table = started.table
     cut: list[str] = []
     lease, other = started.leased(), started.leased(instance=None)

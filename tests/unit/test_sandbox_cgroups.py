@@ -67,7 +67,7 @@ def test_limits_are_written(mounted: Path) -> None:
     }
 
 
-def test_what_nobody_enforces_is_lacking(mounted: Path) -> None:
+def test_limit_without_a_controller_is_lacking(mounted: Path) -> None:
     group = ControlGroup("ringfence-one", Hierarchies(mounted, frozenset({"pids"})))
     assert group.lacking(ResourceLimits(memory_bytes=64 << 20, cpus=1, pids=20)) == ["memory", "cpu"]
     assert group.lacking(ResourceLimits()) == []

@@ -55,7 +55,7 @@ def reasons(report: Report) -> dict[str, str]:
     return {note.path.rpartition("/")[2]: note.reason for note in report.notes}
 
 
-def test_what_is_no_regular_file_is_a_note(tmp_path: Path) -> None:
+def test_irregular_file_is_a_note(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / ".env")
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(tmp_path / "socket.env"))
@@ -432,7 +432,7 @@ def test_findings_of_a_whole_scan_are_limited_and_the_report_says_so(tmp_path: P
         assert any("too many findings" in note.reason for note in report.notes)
 
 
-def test_what_the_guard_knows_is_limited_for_a_file_and_for_a_scan(tmp_path: Path, monkeypatch) -> None:
+def test_guarded_secrets_are_limited_per_file_and_scan(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("ringfence.scan.file_scan.MOST_PIECES_IN_A_FILE", 2000)
     make = Maker(9)
     (tmp_path / "a.txt").write_text("".join(f"{make.crc_token('ghp')}\n" for _ in range(200)))
@@ -613,7 +613,7 @@ def test_the_guard_masks_pieces_of_secrets_wherever_they_stand(tmp_path: Path) -
     assert "…" in one.place.path
 
 
-def test_what_workers_collect_masks_what_other_workers_found(tmp_path: Path) -> None:
+def test_secret_found_by_another_worker_is_masked_in_paths(tmp_path: Path) -> None:
     """Findings of several processes: a secret of one file is masked in the path of another."""
     token = Maker(4).token(40)
     for number in range(700):

@@ -69,7 +69,7 @@ def test_every_planted_secret_is_found_by_its_reader_with_its_pattern(corpus) ->
             assert case.reader in {one.reader for one in found[str(path)]}, case.path
 
 
-def test_nothing_else_is_found(corpus) -> None:
+def test_readers_find_only_planted_secrets(corpus) -> None:
     planted, found = corpus
     extra: Counter[tuple[str, str]] = Counter()
     for path, case in planted:

@@ -104,7 +104,7 @@ def test_permissions_of_one_target_and_verb_add_up() -> None:
     assert missing((permission("t", "w", ["a/**"]),), allowed) == (permission("t", "w", ["a/**"]),)
 
 
-def test_what_breaks_the_grammar_is_lacking_and_grants_nothing() -> None:
+def test_invalid_glob_is_missing_and_grants_nothing() -> None:
     everything = (permission("t", "rw", ["**"]),)
     for text in ("a/../b", "a%2Fb", "a//b", "\u2024\u2024", "***"):
         bad = (permission("t", "r", [text, "a"]),)

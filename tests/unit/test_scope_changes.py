@@ -30,7 +30,7 @@ def scope(*texts: str) -> Scope:
         (("hub:read:**",), ("hub:read:**",), ()),
     ],
 )
-def test_what_is_removed_goes_verb_by_verb_and_resource_by_resource(
+def test_removal_subtracts_verbs_and_resources(
     held: tuple[str, ...], less: tuple[str, ...], left: tuple[str, ...]
 ) -> None:
     assert with_removed(scope(*held), scope(*less)) == scope(*left)
@@ -50,7 +50,7 @@ def test_what_is_removed_goes_verb_by_verb_and_resource_by_resource(
         ("hub:read:*/a", "only a part of what is held, hub:read:env/**"),
     ],
 )
-def test_what_cannot_be_removed_changes_nothing_and_says_why(less: str, says: str) -> None:
+def test_removal_of_a_permission_not_held_is_refused(less: str, says: str) -> None:
     with pytest.raises(InvalidCallError) as refused:
         with_removed(scope("hub:read:env/**"), scope(less))
     assert says in str(refused.value)
@@ -58,7 +58,7 @@ def test_what_cannot_be_removed_changes_nothing_and_says_why(less: str, says: st
         with_removed((), scope(less))
 
 
-def test_what_is_added_is_allowed_beside_what_was() -> None:
+def test_added_permission_is_merged_with_the_held_ones() -> None:
     held = scope("hub:read:env/a", "hub:read:lab")
     assert with_added(held, scope("hub:read:env/a")) == held
     assert with_added(held, scope("hub:write:env/a")) == (*held, *scope("hub:write:env/a"))
@@ -79,7 +79,7 @@ _SCOPE = st.lists(_PART, max_size=3).map(tuple)
 
 
 @given(held=_SCOPE, more=_SCOPE, less=_SCOPE)
-def test_nothing_is_lost_or_kept_by_mistake(held: Scope, more: Scope, less: Scope) -> None:
+def test_additions_and_removals_are_exact(held: Scope, more: Scope, less: Scope) -> None:
     both = with_added(held, more)
     assert not missing(held, both)
     assert not missing(more, both)

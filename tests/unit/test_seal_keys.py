@@ -48,7 +48,7 @@ def place(tmp_path: Path) -> Place:
     return Place(folder)
 
 
-def test_nobody_has_to_wait_for_anybody(place: Place) -> None:
+def test_key_rotation_needs_no_waiting(place: Place) -> None:
     before, (old,) = place.sealed(), place.keys.kids
     rotate_services(place.folder, ["gateway"])
     place.hear()
@@ -80,7 +80,7 @@ def test_to_a_stolen_key_nothing_is_sealed_any_more(place: Place) -> None:
     assert place.keys.open(envelope) == b"secret"
 
 
-def test_they_follow_again_and_again(place: Place) -> None:
+def test_seal_keys_rotate_repeatedly(place: Place) -> None:
     used = [*place.keys.kids]
     for _ in range(3):
         rotate_services(place.folder, ["gateway"])
@@ -94,7 +94,7 @@ def test_they_follow_again_and_again(place: Place) -> None:
 
 
 @pytest.mark.parametrize("compromised", [False, True])
-def test_what_was_sealed_to_any_key_of_the_last_day_is_opened(place: Place, compromised: bool) -> None:
+def test_envelope_sealed_to_any_recent_key_opens(place: Place, compromised: bool) -> None:
     envelopes = [place.sealed()]
     for _ in range(3):
         rotate_services(place.folder, ["gateway"], compromised=compromised)

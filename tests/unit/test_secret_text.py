@@ -54,7 +54,7 @@ HARMLESS = (
 
 
 @pytest.mark.parametrize("said", SAID.values(), ids=SAID)
-def test_what_has_the_form_of_a_secret_is_neither_audited_nor_logged(said: str) -> None:
+def test_text_shaped_like_a_secret_is_redacted(said: str) -> None:
     found = (scrubbed(said), str(redact(None, "", {"event": said})["event"]), without_secrets(said))
     for text in found:
         assert "Canary" not in text
@@ -70,7 +70,7 @@ def test_a_phrase_ends_where_the_next_setting_begins(end: str) -> None:
 
 
 @pytest.mark.parametrize("said", HARMLESS)
-def test_what_has_not_is_told_as_it_was_said(said: str) -> None:
+def test_harmless_text_is_unchanged(said: str) -> None:
     assert without_secrets(said) == said
     assert scrubbed(said) == said
 

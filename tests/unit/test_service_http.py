@@ -70,7 +70,7 @@ async def test_a_request_that_comes_in_pieces_is_answered(port: int) -> None:
         b"POST /echo HTTP/1.1\r\nHost: here\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nab\r\n",
     ],
 )
-async def test_who_never_comes_to_the_end_of_a_request_is_not_waited_for(port: int, beginning: bytes) -> None:
+async def test_incomplete_request_times_out(port: int, beginning: bytes) -> None:
     assert b" 200 " not in await answer(port, beginning)
 
 
@@ -125,7 +125,7 @@ async def test_a_large_body_that_comes_with_the_end_of_the_headers(port: int) ->
         assert (await reader.read()).endswith(str(len(body)).encode())
 
 
-async def test_nobody_is_sent_elsewhere(port: int) -> None:
+async def test_trailing_slash_gives_404_and_no_redirect(port: int) -> None:
     """A redirect would go to the host that the request names, and take what is in its body along."""
     for path in (b"/healthz/", b"/echo/"):
         said = await answer(
@@ -135,5 +135,5 @@ async def test_nobody_is_sent_elsewhere(port: int) -> None:
         assert b"evil.example" not in said
 
 
-async def test_nothing_stands_behind_a_hash_in_the_target(port: int) -> None:
+async def test_fragment_in_the_target_is_rejected(port: int) -> None:
     assert (await answer(port, b"GET /healthz#x HTTP/1.1\r\nHost: here\r\n\r\n")).startswith(b"HTTP/1.1 400")

@@ -72,7 +72,7 @@ def test_the_new_key_signs_once_everybody_has_heard_of_it(folder: TrustFolder) -
     assert service.kid == new
 
 
-def test_one_that_starts_in_between_begins_by_the_old_key(folder: TrustFolder) -> None:
+def test_service_started_during_a_rotation_signs_with_the_old_key(folder: TrustFolder) -> None:
     old = SigningKey.load(folder.service_key("issuer")).kid
     rotate_services(folder, ["issuer"])
     service = Service(folder)
@@ -132,7 +132,7 @@ def test_a_key_does_not_count_for_what_would_be_appended_after_its_end(folder: T
     assert "has ended" in (service.keys.uncounted("issuer") or "")
 
 
-def test_that_a_bundle_has_expired_is_not_said_of_the_key(folder: TrustFolder) -> None:
+def test_expired_bundle_is_not_reported_as_an_ended_key(folder: TrustFolder) -> None:
     service = Service(folder)
     service.clock.ms = service.trust.require().exp * 1000
     assert service.keys.uncounted("issuer") is None
@@ -178,7 +178,7 @@ def test_a_service_that_nobody_knows(folder: TrustFolder) -> None:
     assert bundle_of(folder).version == 1
 
 
-def test_what_has_expired_is_renewed(folder: TrustFolder) -> None:
+def test_expired_bundle_is_renewed(folder: TrustFolder) -> None:
     service = Service(folder)
     kid = service.kid
     service.clock.ms = (service.trust.require().exp + 1) * 1000

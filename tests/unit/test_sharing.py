@@ -20,7 +20,7 @@ def told(uses: KeyUses, *marks: str | None, step_ms: int = MINUTE_MS, since_ms: 
     return [uses.saw("bot", "kid", mark, since_ms + step_ms * n) for n, mark in enumerate(marks, start=1)]
 
 
-def test_one_process_is_one() -> None:
+def test_uses_by_one_process_are_no_sharing() -> None:
     assert told(KeyUses(), "a", "a", "a", None, "a") == [None] * 5
 
 
@@ -32,7 +32,7 @@ def test_two_at_once_are_told_by_the_other() -> None:
     assert told(KeyUses(), "a", "b", "a") == [None, None, "b"]
 
 
-def test_what_lies_far_apart_is_not_at_once() -> None:
+def test_uses_far_apart_are_no_sharing() -> None:
     assert told(KeyUses(), "a", "b", "a", step_ms=WINDOW_MS) == [None] * 3
 
 

@@ -54,7 +54,7 @@ def test_each_module_runs_by_its_digest_alone():
     assert f'src="main.js" integrity="{digest(modules["main.js"])}"' in html
 
 
-def test_nothing_is_loaded_from_elsewhere_and_nothing_is_sent_elsewhere():
+def test_csp_allows_no_foreign_source_or_connection():
     page = build(CONFIG)
     assert page.csp.startswith("default-src 'none'; ")
     assert f"connect-src http://127.0.0.1:* {CONSOLE}; " in page.csp

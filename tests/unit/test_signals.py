@@ -61,12 +61,12 @@ def test_every_end_is_one(status: str) -> None:
 
 
 @pytest.mark.parametrize("one", [ended("mint_failed", "aborted"), ended("mint_failed", "ending")])
-def test_what_was_never_made_does_not_end(one: Lease) -> None:
+def test_failed_minting_is_no_session_end(one: Lease) -> None:
     assert not has_ended(one)
 
 
 @pytest.mark.parametrize("status", ["minting", "active"])
-def test_what_lives_has_not_ended(status: str) -> None:
+def test_live_lease_has_not_ended(status: str) -> None:
     assert not has_ended(lease(status=status).claims)
 
 
@@ -106,7 +106,7 @@ def test_an_event_says_who_and_why_and_quotes_nobody() -> None:
         ("task_ended", f"spiffe://{TD}/service/revoker", "admin"),
     ],
 )
-def test_who_ended_it(kind: str, by: str | None, said: str) -> None:
+def test_initiating_entity_follows_the_cause(kind: str, by: str | None, said: str) -> None:
     claims = event_of(ended(kind, by=by, on_behalf_of="maria")).claims
     assert claims["events"][SESSION_REVOKED]["initiating_entity"] == said
 
@@ -122,7 +122,7 @@ def test_a_set_is_typed_and_the_same_each_time(alg: str) -> None:
     assert found == event.claims
 
 
-def test_what_a_receiver_left_out() -> None:
+def test_removed_subject_matches_only_what_it_names() -> None:
     one = ended(agent_id="bot", on_behalf_of="maria")
     subject = subject_of(one, TD)
     bot = {"format": "uri", "uri": f"spiffe://{TD}/agent/bot"}
@@ -148,7 +148,7 @@ def test_what_a_receiver_left_out() -> None:
         assert not is_removed(subject, [passing])
 
 
-def test_what_is_heard_again_once_a_subject_is_added() -> None:
+def test_adding_a_subject_cancels_matching_removals() -> None:
     maria = {"format": "email", "email": "maria@acme.example"}
     other = {"format": "email", "email": "other@acme.example"}
     bot = {"format": "opaque", "id": "bot"}
@@ -178,7 +178,7 @@ def receiver(**fields: object) -> Receiver:
     return Receiver.model_validate(given)
 
 
-def test_who_may_hear_of_what() -> None:
+def test_receiver_accepts_only_its_targets_and_causes() -> None:
     here, elsewhere = ended(target_id="billing"), ended(target_id="staging")
     assert receiver().accepts(here)
     assert not receiver().accepts(elsewhere)
@@ -277,7 +277,7 @@ async def test_no_answer_empties_a_window_behind_which_nothing_was_looked_at() -
     assert (len(events), more) == (MAX_SETS_PER_POLL, True)
 
 
-async def test_what_another_replica_hands_over_is_dropped() -> None:
+async def test_event_handed_over_by_another_replica_is_discarded() -> None:
     window = Window(SystemClock())
     event, other = event_of(ended()), event_of(ended())
     window.add([event, other])

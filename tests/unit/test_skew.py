@@ -16,7 +16,7 @@ def check(*ahead_ms: int) -> SkewCheck:
     return skew
 
 
-def test_nothing_heard_is_nothing_wrong():
+def test_clock_without_a_sample_is_ready():
     assert check().unready() is None
 
 
@@ -40,7 +40,7 @@ def test_only_a_clock_that_is_behind_is_behind(ahead_ms: int, behind: bool):
     assert (check(ahead_ms).behind() is not None) == behind
 
 
-def test_what_was_long_under_way_does_not_make_a_clock_wrong():
+def test_delayed_message_is_no_clock_skew():
     assert check(5000, 20, 9000).unready() is None
 
 
@@ -49,11 +49,11 @@ def test_a_clock_that_was_set_right_is_right_again():
 
 
 @pytest.mark.parametrize("ahead_ms", [-9000, 0, 500, 9000])
-def test_what_is_over_for_the_other_clock_is_over_however_far_ours_is_off(ahead_ms: int):
+def test_past_of_the_other_clock_is_independent_of_our_skew(ahead_ms: int):
     past_ms = check(ahead_ms, ahead_ms + 40).past_ms(NOW + ahead_ms)
     assert past_ms is not None
     assert past_ms <= NOW - MAX_SKEW_MS
 
 
-def test_nothing_is_over_by_a_clock_of_which_nothing_was_heard():
+def test_clock_without_a_sample_has_no_past():
     assert SkewCheck("the broker").past_ms(NOW) is None

@@ -76,7 +76,7 @@ def ranges(document: bytes) -> list[tuple[int, int]]:
 
 
 @given(st.sets(st.integers(1, LAST) | st.sampled_from([1, 2, 3, LAST - 1, LAST]), max_size=20))
-def test_it_revokes_every_serial_but_these(serials: set[int]) -> None:
+def test_krl_revokes_every_serial_but_the_announced(serials: set[int]) -> None:
     found = ranges(krl([BLOB], serials, 1, 1))
     assert all(first <= last for first, last in found)
     assert sum(last - first + 1 for first, last in found) == LAST - len(serials)
@@ -91,7 +91,7 @@ def revokes(config: Config, name: str) -> bool:
     return any(first <= serial_of(name) <= last for first, last in ranges(document))
 
 
-def test_what_is_announced_is_let_in_until_it_is_undone(config: Config) -> None:
+def test_announced_lease_is_valid_until_it_is_undone(config: Config) -> None:
     state, one, other = State(config), name(), name()
     assert ranges((config.state / "krl").read_bytes()) == [(1, LAST)]
     for lease in (one, other):
@@ -150,7 +150,7 @@ def asks(config: Config, user: str, lease: str, **other: str) -> str:
     return principals(config, user, **(given | other))
 
 
-def test_whom_a_certificate_lets_in(config: Config) -> None:
+def test_certificate_admits_only_its_user_and_serial(config: Config) -> None:
     one, late = name(), name()
     State(config).announce(one, "deploy", int(time.time()) + 60)
     State(config).announce(late, "deploy", int(time.time()) - 1)
@@ -175,7 +175,7 @@ def test_whom_a_certificate_lets_in(config: Config) -> None:
     )
 
 
-def test_who_logs_in_after_the_undo_is_refused_and_who_did_before_is_ended(config: Config) -> None:
+def test_undo_refuses_new_logins_and_ends_open_sessions(config: Config) -> None:
     state, one = State(config), name()
     state.announce(one, "deploy", int(time.time()) + 60)
     tree = subprocess.Popen(["/bin/sh", "-c", "sleep 600 & sleep 600 & wait"], start_new_session=True)
@@ -197,7 +197,7 @@ def test_who_logs_in_after_the_undo_is_refused_and_who_did_before_is_ended(confi
             process.wait()
 
 
-def test_what_left_the_tree_is_found_in_the_scope_of_the_session(tmp_path: Path, monkeypatch: Any) -> None:
+def test_processes_outside_the_tree_are_found_by_session_scope(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(helper, "_PROC", str(tmp_path / "proc"))
     monkeypatch.setattr(helper, "_CGROUPS", str(tmp_path / "cgroups"))
     for pid, path in ((7, "/user.slice/user-1000.slice/session-c3.scope"), (8, "/system.slice/ssh.service")):
@@ -211,9 +211,7 @@ def test_what_left_the_tree_is_found_in_the_scope_of_the_session(tmp_path: Path,
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can start what runs as somebody else")
-def test_what_runs_as_a_user_for_agents_only_ends_with_the_last_lease(
-    tmp_path: Path, monkeypatch: Any
-) -> None:
+def test_processes_of_an_agents_only_user_end_with_the_last_lease(tmp_path: Path, monkeypatch: Any) -> None:
     users = {"deploy": {"agents_only": True}, "web": {"agents_only": False}}
     numbers = {"deploy": 60_101, "web": 60_102}
     monkeypatch.setattr(
@@ -262,7 +260,7 @@ def test_a_number_that_belongs_to_another_process_now_is_left_alone(config: Conf
         bystander.wait()
 
 
-def test_what_does_not_end_is_not_reported_as_ended(config: Config, monkeypatch: Any) -> None:
+def test_surviving_process_is_not_reported_as_ended(config: Config, monkeypatch: Any) -> None:
     state, one = State(config), name()
     monkeypatch.setattr(helper, "_END_WITHIN_S", 0.05)
     monkeypatch.setattr(helper, "_signal", lambda *_: None)
@@ -300,11 +298,11 @@ def test_what_does_not_end_is_not_reported_as_ended(config: Config, monkeypatch:
         ([], "sh", None),
     ],
 )
-def test_which_command_is_run(granted: list[str], asked: str, runs: list[str] | None) -> None:
+def test_requested_command_must_be_granted(granted: list[str], asked: str, runs: list[str] | None) -> None:
     assert chosen(granted, asked) == runs
 
 
-def test_it_becomes_the_command_that_the_administrator_named(tmp_path: Path) -> None:
+def test_helper_executes_the_command_that_the_administrator_named(tmp_path: Path) -> None:
     argv = [sys.executable, "-IS", helper.__file__, "--config", str(write_config(tmp_path)), "run", "deploy"]
 
     def run(*granted: str, asked: str = "") -> subprocess.CompletedProcess[str]:
@@ -340,12 +338,12 @@ def test_it_becomes_the_command_that_the_administrator_named(tmp_path: Path) -> 
         {"users": []},
     ],
 )
-def test_what_is_wrong_in_it_lets_nobody_in(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_invalid_host_configuration_is_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
     with pytest.raises(FailedError, match="is wrong"):
         Config(str(write_config(tmp_path, **wrong)))
 
 
-def test_it_must_be_its_administrators_alone(tmp_path: Path) -> None:
+def test_helper_configuration_writable_by_others_is_refused(tmp_path: Path) -> None:
     path = write_config(tmp_path)
     path.chmod(0o666)
     with pytest.raises(FailedError, match="can be changed by others"):

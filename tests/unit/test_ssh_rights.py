@@ -54,7 +54,7 @@ def test_ways_are_rights_on_the_user() -> None:
         ((can("read shell", "deploy/**"),), "shell is every command"),
     ],
 )
-def test_what_no_certificate_can_say(scope: tuple[Permission, ...], why: str) -> None:
+def test_scope_that_no_certificate_can_express_is_refused(scope: tuple[Permission, ...], why: str) -> None:
     with pytest.raises(InexactError, match=why):
         plan(scope)
 
@@ -69,7 +69,7 @@ def test_what_no_certificate_can_say(scope: tuple[Permission, ...], why: str) ->
         (can("shell", "web"), "does not allow it"),
     ],
 )
-def test_what_the_host_does_not_have(permission: Permission, why: str) -> None:
+def test_permission_that_the_host_lacks_is_refused(permission: Permission, why: str) -> None:
     with pytest.raises(InexactError, match=why):
         meant(permission)
 

@@ -32,11 +32,11 @@ def said(*services: str) -> str:
     return caught.value.message
 
 
-def test_what_is_right_is_let_through() -> None:
+def test_valid_settings_pass() -> None:
     check(["policy", "issuer"])
 
 
-def test_all_that_is_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_wrong_setting_is_reported_at_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """In what all share, in what each service has of its own, and in what it reads besides."""
     wrong = {
         "RINGFENCE_GRACE_S": "-1",

@@ -57,7 +57,7 @@ def test_on_an_idle_machine_the_limit_is_the_clocks() -> None:
     assert patience.spent == "60 s"
 
 
-def test_what_waits_for_a_processor_has_more_time() -> None:
+def test_time_waiting_for_a_processor_extends_the_limit() -> None:
     machine = Machine()
     patience = machine.patience(60)
     machine.passes(300, waiting=290)
@@ -81,7 +81,7 @@ def test_waiting_that_came_before_and_of_two_at_once_counts_once() -> None:
     assert patience.delayed_s == 30
 
 
-def test_there_is_an_end_to_patience() -> None:
+def test_waiting_for_a_processor_is_bounded() -> None:
     machine = Machine()
     patience = machine.patience(60)
     machine.passes(60 * MOST_PATIENCE, waiting=60 * MOST_PATIENCE)
@@ -97,7 +97,7 @@ def test_the_waiting_of_every_thread_is_known() -> None:
     assert all(delay_s >= 0 for delay_s in found.values())
 
 
-def test_what_does_not_start_is_named_with_its_reason_and_its_log(tmp_path: Path) -> None:
+def test_failed_start_names_reason_and_log(tmp_path: Path) -> None:
     machine = Machine()
 
     def ready() -> bool:
@@ -116,7 +116,7 @@ def test_what_does_not_start_is_named_with_its_reason_and_its_log(tmp_path: Path
     )
 
 
-def test_what_is_ready_at_the_last_look_is_ready(tmp_path: Path) -> None:
+def test_readiness_at_the_last_check_counts(tmp_path: Path) -> None:
     machine = Machine()
     looks = iter([False, True])
 

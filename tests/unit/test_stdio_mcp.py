@@ -114,7 +114,7 @@ async def test_an_id_counts_until_the_server_has_answered_it() -> None:
         assert [one["result"]["about"] for one in await taken(again, 2)] == ["again"]
 
 
-async def test_what_belongs_to_a_request_goes_to_it_and_the_rest_to_the_stream() -> None:
+async def test_notification_goes_to_its_request_else_to_the_stream() -> None:
     async with played() as server:
         first = await request(server, 1, _meta={"progressToken": "p1"})
         listens = await request(server, 2, "subscriptions/listen")
@@ -140,7 +140,7 @@ async def test_what_belongs_to_a_request_goes_to_it_and_the_rest_to_the_stream()
 @pytest.mark.parametrize(
     "line", ["nothing", "[1]", '{"jsonrpc": "2.0"}', '{"id": 1, "id": 2}', '{"id": true}', "\r"]
 )
-async def test_what_is_no_message_is_dropped(line: str) -> None:
+async def test_malformed_line_is_dropped(line: str) -> None:
     async with played() as server:
         exchange = await request(server, 1)
         server.say(line, message(3, about="nobody"), message(1, about="mine"))
@@ -156,7 +156,7 @@ async def test_a_message_that_is_too_long_ends_the_server_for_its_client() -> No
             await request(server, 2)
 
 
-async def test_who_takes_nothing_stops_nobody_once_it_is_given_up() -> None:
+async def test_abandoned_slow_reader_does_not_block_others() -> None:
     async with played() as server:
         slow = await request(server, 1, _meta={"progressToken": 1})
         told = message(None, "notifications/progress", progressToken=1, progress=1)

@@ -38,7 +38,7 @@ def taken_over(end: int = 10, *found: int) -> UnauthorisedRecords:
     return strays
 
 
-def test_whoever_stands_by_finds_nothing() -> None:
+def test_standby_finds_no_stray() -> None:
     strays = UnauthorisedRecords()
     strays.read(records(0, 1))
     strays.add_written(0, range(2, 3))
@@ -47,7 +47,7 @@ def test_whoever_stands_by_finds_nothing() -> None:
     assert strays.checked_offsets() == {}
 
 
-def test_what_the_writer_wrote_is_none_and_what_else_comes_is() -> None:
+def test_record_that_the_writer_did_not_write_is_a_stray() -> None:
     strays = taken_over()
     strays.add_written(0, range(10, 13))
     strays.add_written(0, range(14, 16))
@@ -60,14 +60,14 @@ def test_what_the_writer_wrote_is_none_and_what_else_comes_is() -> None:
     assert strays.checked_offsets() == {0: 19, 1: 10}
 
 
-def test_what_was_read_before_it_was_acknowledged_is_the_writers_all_the_same() -> None:
+def test_record_read_before_its_acknowledgement_is_no_stray() -> None:
     strays = taken_over()
     strays.read(records(10, 11, 12, 13))
     strays.add_written(0, range(11, 13))
     assert waiting(strays) == {(0, 10), (0, 13)}
 
 
-def test_what_is_acknowledged_after_it_was_found_is_none_any_more() -> None:
+def test_late_acknowledgement_clears_a_found_stray() -> None:
     strays = taken_over()
     strays.read(records(10, 11, 12, 13, 14))
     found = strays.next(4)
@@ -81,20 +81,20 @@ def test_what_is_acknowledged_after_it_was_found_is_none_any_more() -> None:
     assert strays.still_unauthorised(found) is None
 
 
-def test_what_was_read_while_the_writer_took_over_is_nobodys() -> None:
+def test_record_read_during_takeover_is_a_stray() -> None:
     strays = UnauthorisedRecords()
     strays.read(records(8, 9, 10, 11))
     strays.start_writing({0: 10}, {0: [range(3, 5), range(7, 8)]})
     assert waiting(strays) == {(0, 3), (0, 4), (0, 7), (0, 10), (0, 11)}
 
 
-def test_what_stands_before_the_end_of_then_was_looked_at_then() -> None:
+def test_record_before_the_checked_offset_is_skipped() -> None:
     strays = taken_over(10, 5)
     strays.read(records(2, 5, 9))
     assert waiting(strays) == {(0, 5)}
 
 
-def test_what_comes_once_more_is_judged_once() -> None:
+def test_repeated_record_is_judged_once() -> None:
     strays = taken_over()
     strays.add_written(0, range(10, 12))
     strays.read(records(10, 11, 12))
@@ -102,7 +102,7 @@ def test_what_comes_once_more_is_judged_once() -> None:
     assert waiting(strays) == {(0, 12), (0, 13)}
 
 
-def test_who_lets_go_has_nothing_left_to_say() -> None:
+def test_stopped_writer_reports_no_stray() -> None:
     strays = taken_over(10, 1)
     strays.stop_writing()
     assert waiting(strays) == set()
@@ -120,9 +120,7 @@ def test_partitions_take_turns_and_no_span_is_longer_than_asked_for() -> None:
 
 
 @given(st.lists(st.sampled_from(["own", "stray", "marker", "read"]), max_size=60), st.integers(1, 9))
-def test_whatever_comes_in_between_the_strays_are_those_that_are_not_the_writers(
-    steps: list[str], most: int
-) -> None:
+def test_strays_are_exactly_the_records_not_written_by_the_writer(steps: list[str], most: int) -> None:
     strays, expected, unread = taken_over(0), set(), []
     for offset, step in enumerate(steps):
         if step == "own":
@@ -193,7 +191,7 @@ def test_a_chain_alone_has_no_strays() -> None:
 @pytest.mark.parametrize(
     "stray", [b"x", b"", b"{}", FORGED, TAKEN, UNLINKED, TRUE[0], linked(event(1), "1", 1, bytes(32))]
 )
-def test_what_is_not_on_the_way_back_is_one(stray: bytes) -> None:
+def test_record_off_the_chain_is_a_stray(stray: bytes) -> None:
     assert strays_of([*TRUE[:3], stray, *TRUE[3:], stray], tip_of(TRUE), 0) == [3, 7]
     assert strays_of([*TRUE[:3], stray, *TRUE[3:], stray], tip_of(TRUE), 5) == [7]
     assert strays_of([*TRUE, stray], tip_of(TRUE), None) == [6]

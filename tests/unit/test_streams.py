@@ -54,7 +54,7 @@ class Reader:
         self.check.on_heartbeats([Received(HEARTBEAT, "t.heartbeat.v1", 0, 0, now_ms, by, value)])
 
 
-def test_who_read_the_same_is_fresh_until_the_grace_is_over() -> None:
+def test_reader_is_fresh_until_the_grace_passes() -> None:
     reader = Reader()
     assert reader.check.stale(), "nobody has confirmed anything"
     reader.beat({P0: 0, P1: 0})
@@ -80,7 +80,7 @@ def test_a_clock_that_is_set_back_makes_no_view_younger() -> None:
     until(lambda: reader.check.stale() is not None)
 
 
-def test_who_has_not_got_as_far_is_not_fresh_until_it_has() -> None:
+def test_reader_behind_the_heartbeat_is_stale_until_it_catches_up() -> None:
     reader = Reader()
     reader.beat({P0: 0, P1: 0})
     late = records(b"a")
@@ -108,7 +108,7 @@ def test_one_difference_counts_for_good(seen: tuple[bytes, ...]) -> None:
     assert "read everything anew" in (reader.check.stale() or "")
 
 
-def test_what_came_before_a_reader_began_is_not_compared() -> None:
+def test_records_before_the_start_are_not_compared() -> None:
     reader = Reader(since=2)
     reader.beat({P0: 0, P1: 0})
     reader.signed.on_records(records(b"a", b"b", b"c"))

@@ -153,7 +153,7 @@ async def test_batches_come_whole_to_their_handler(role: str, topic: Topic[Any],
 
 
 @pytest.mark.parametrize(("role", "topic", "handler"), BATCHES, ids=str)
-async def test_what_a_handler_of_batches_raises_is_raised(role: str, topic: Topic[Any], handler: str) -> None:
+async def test_error_of_a_batch_handler_is_raised(role: str, topic: Topic[Any], handler: str) -> None:
     spies = Spies()
     spies.fails = UnavailableError("Redis is away")
     broker, _ = broker_of(spies.of(role))
@@ -256,7 +256,7 @@ def test_groups_are_declared_in_subscribers_alone() -> None:
 
 
 @pytest.mark.parametrize("role", SERVICES)
-def test_nothing_is_made_at_import(role: str) -> None:
+def test_subscriber_modules_create_no_router_at_import(role: str) -> None:
     module = importlib.import_module(f"ringfence.{role}.subscribers")
     functions = [
         name for name, _ in inspect.getmembers(module, inspect.isfunction) if not name.startswith("_")

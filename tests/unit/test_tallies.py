@@ -7,7 +7,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from ringfence.kernel.base.metrics import TalliedCounter, TalliedHistogram
 
 
-def test_what_was_tallied_is_told_with_what_was_counted() -> None:
+def test_tallies_and_counts_add_up_in_a_scrape() -> None:
     registry = CollectorRegistry()
     counter = TalliedCounter("asked", "", ["how"], registry=registry)
     counter.labels("well").tally()

@@ -68,7 +68,7 @@ REPO = "/repos/octo/hello"
         ("POST", "/dispatches", "actions:run"),
     ],
 )
-def test_what_is_what_at_github(method: str, path: str, verb: str) -> None:
+def test_github_request_maps_to_its_verb(method: str, path: str, verb: str) -> None:
     action = RequestMap(TEMPLATES["github-api"].requests).action(method, REPO + path)
     assert action is not None
     assert action.verb == verb
@@ -116,7 +116,7 @@ def test_a_review_at_github_that_may_approve_is_an_approval() -> None:
         ("POST", "/repos/octo/hello/forks"),
     ],
 )
-def test_what_is_nothing_at_github(method: str, target: str) -> None:
+def test_unmapped_github_request_is_no_verb(method: str, target: str) -> None:
     assert RequestMap(TEMPLATES["github-api"].requests).action(method, target, b"{}") is None
 
 
@@ -174,12 +174,12 @@ def test_a_request_is_written_in_four_words_and_conditions() -> None:
      "GET /x read x y", "POST /x read x argument:a=b", "MCP /x read x message:ping message:ping",
      "MCP /x read x message:tools/*", "MCP /x read x message:"],
 )  # fmt: skip
-def test_what_is_no_request(text: str) -> None:
+def test_malformed_request_rule_is_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         _parse_request_rule(text)
 
 
-def test_what_is_given_counts_instead() -> None:
+def test_given_verb_overrides_the_template() -> None:
     verbs = {one.verb: one.floor for one in _merge_verbs(TEMPLATES["redis"], ["write=operator", "incr"])}
     assert verbs == {"read": "none", "write": "operator", "incr": "none"}
     assert [one.verb for one in _merge_verbs(None, ["deploy"])] == ["deploy"]
@@ -191,7 +191,7 @@ def test_settings_keep_their_type() -> None:
 
 
 @pytest.mark.parametrize("text", ["owned", "=x", "kind=jwt", "audience=x", "a b=1"])
-def test_what_is_no_setting(text: str) -> None:
+def test_malformed_setting_is_rejected(text: str) -> None:
     with pytest.raises(typer.BadParameter):
         _parse_settings([text])
 
@@ -227,7 +227,7 @@ def test_libpq_is_told_what_the_url_says() -> None:
     assert environment(issued("jwt", "token")) == {"RINGFENCE_CREDENTIAL": "token"}
 
 
-def test_what_needs_no_file_is_in_the_environment_alone() -> None:
+def test_credential_without_a_file_is_only_in_the_environment() -> None:
     with applied(issued("redis", "redis://u:p@h:1/0")) as variables:
         assert variables == {"REDIS_URL": "redis://u:p@h:1/0"}
 

@@ -422,7 +422,7 @@ def test_the_tail_of_the_trail_is_harmless(audit: str, as_json: Sequence[str], t
         assert "‹U+001B›[2J" in told
 
 
-def test_where_stdout_is_not_utf_8_json_is_the_same_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_json_on_a_non_utf8_stdout_is_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
     monkeypatch.setattr(sys, "stdout", stream)
     print_json({"a": "\x85é😀\U000e0001"})

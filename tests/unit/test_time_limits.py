@@ -287,7 +287,7 @@ def outcomes(said: str) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("options", [(), ("-n", "2", "--dist", "loadfile")], ids=["alone", "xdist"])
-def test_what_hangs_fails_by_its_name_and_the_rest_runs_on(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_hanging_test_fails_by_name_and_the_rest_runs(tmp_path: Path, options: tuple[str, ...]) -> None:
     hung = tmp_path / "running"
     said = run(tmp_path, HANGING, *options, **{RUNNING: str(hung)})
     names = re.findall(r"^(?:async )?def (test_\w+)", HANGING, re.MULTILINE)
@@ -308,7 +308,7 @@ def test_what_hangs_fails_by_its_name_and_the_rest_runs_on(tmp_path: Path, optio
     assert not list(hung.glob("running-*"))
 
 
-def test_what_nothing_ends_ends_its_worker_and_the_others_run_on(tmp_path: Path) -> None:
+def test_unkillable_test_ends_its_worker_and_the_rest_runs(tmp_path: Path) -> None:
     said = run(tmp_path, STUBBORN, "-n", "2", "--max-worker-restart", "3")
     assert outcomes(said) == {
         "test_before": {"PASSED"},
@@ -331,7 +331,7 @@ def test_without_workers_what_nothing_ends_ends_the_run_by_name(tmp_path: Path) 
     ]
 
 
-def test_what_hangs_behind_what_hangs_ends_too(tmp_path: Path) -> None:
+def test_hang_after_a_hang_ends_too(tmp_path: Path) -> None:
     """In one tear-down, in a set-up that several tests share, and in a thread that Python waits for at its end."""
     said = run(tmp_path, LEFT, "-s")
     assert outcomes(said) == {
@@ -346,7 +346,7 @@ def test_what_hangs_behind_what_hangs_ends_too(tmp_path: Path) -> None:
     assert "A thread is left that this process waits for" in said
 
 
-def test_what_hangs_when_all_is_over_ends_with_a_summary(tmp_path: Path) -> None:
+def test_hang_after_the_last_test_ends_with_a_summary(tmp_path: Path) -> None:
     """An interruption ends the run before what the tests share is torn down."""
     hung = tmp_path / "running"
     said = run(tmp_path, FAILING, "--maxfail", "1", **{RUNNING: str(hung)})

@@ -82,7 +82,7 @@ async def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
     assert await source.token(AUDIENCE) == "d.e.f"
 
 
-async def test_where_there_is_no_token_it_is_said_why(platform: Platform, tmp_path: Path) -> None:
+async def test_missing_platform_token_is_reported_with_the_reason(platform: Platform, tmp_path: Path) -> None:
     with pytest.raises(TokenSourceError, match="id-token: write"):
         await GitHubActions({}).token(AUDIENCE)
     platform.status = 403

@@ -129,7 +129,7 @@ async def test_a_token_is_bound_to_the_agents_key_where_the_target_demands_a_pro
     "settings",
     [{"dpop": "sometimes"}, {"dpop": True}, {"alg": "HS256"}, {"alg": "RS256"}, {"depop": "required"}],
 )
-def test_what_a_target_asks_for_in_vain_is_said_before_a_token_is_made(settings: dict[str, Any]) -> None:
+def test_unsupported_token_setting_is_refused_before_minting(settings: dict[str, Any]) -> None:
     problem = backend(KEY).problem(lease(), target(**settings))
     assert problem == "Ringfence is not set up to make tokens for target staging; ask an operator"
     assert backend(KEY).problem(lease(), target()) is None

@@ -8,7 +8,7 @@ from ringfence.kernel.kafka import topics_admin
 from ringfence.kernel.kafka.topics_admin import TopicError
 
 
-async def test_it_is_waited_for() -> None:
+async def test_missing_topics_are_waited_for() -> None:
     answers = [["lease.v1", "audit.v1"], ["lease.v1"], []]
 
     async def find() -> list[str]:
@@ -18,7 +18,7 @@ async def test_it_is_waited_for() -> None:
     assert answers == []
 
 
-async def test_where_it_does_not_come_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_topic_that_does_not_appear_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(topics_admin, "_SEEN_WITHIN_S", 0.1)
 
     async def find() -> list[str]:

@@ -45,7 +45,7 @@ def test_traceparent_with_any_flags_is_well_formed(flags: str) -> None:
 
 
 @pytest.mark.parametrize("text", NONE, ids=lambda text: repr(text[:60]))
-def test_what_is_none_is_as_good_as_nothing(text: str) -> None:
+def test_malformed_traceparent_is_ignored(text: str) -> None:
     assert well_formed(text) is None
     assert trace_id(text) is None
     assert record(("traceparent", text.encode())).traceparent == record().traceparent
@@ -57,7 +57,7 @@ def test_a_header_that_is_no_text_is_none() -> None:
     assert record(("traceparent", GOOD.encode())).traceparent == GOOD
 
 
-def test_what_comes_without_one_has_one_by_its_place() -> None:
+def test_record_without_a_traceparent_gets_one_from_its_offset() -> None:
     """Policy and audit, which read the same record, name the same trace, and so do they after a restart."""
     here = record()
     assert well_formed(here.traceparent)
@@ -79,7 +79,7 @@ def test_a_new_one_is_of_no_other_trace() -> None:
     assert (one[-3:], other[-3:]) == ("-01", "-00")
 
 
-def test_nobody_moves_a_request_into_a_trace_of_their_own() -> None:
+def test_foreign_traceparent_does_not_replace_the_requests_trace() -> None:
     later, strange = f"00-{TRACE}-00000000000000ff-01", new_traceparent()
     assert nearest(later, GOOD) == later
     assert nearest(strange, GOOD) == GOOD

@@ -108,7 +108,7 @@ def test_a_tombstone_says_so(kept: Kept) -> None:
     assert kept.only().attributes["messaging.kafka.message.tombstone"] is True
 
 
-async def test_what_is_done_for_many_at_once_is_not_mixed_up(kept: Kept) -> None:
+async def test_spans_of_concurrent_records_stay_in_their_traces(kept: Kept) -> None:
     """32 records side by side, each with steps of its own: every span is in its record's trace, under its record."""
     batch = [record(new_traceparent(), offset) for offset in range(32)]
     gate = asyncio.Event()
@@ -179,7 +179,7 @@ def test_record_with_the_sampled_flag_is_traced(kept: Kept, flags: str) -> None:
     assert parent_of(kept.only()) == SPAN
 
 
-def test_who_asks_not_to_be_traced_is_not(kept: Kept) -> None:
+def test_unsampled_request_has_no_span(kept: Kept) -> None:
     with kept.tracing.received([record(f"00-{TRACE}-{SPAN}-00")], "g") as (handed,):
         assert handed.traceparent is not None
         assert handed.traceparent.startswith(f"00-{TRACE}-")
@@ -189,7 +189,7 @@ def test_who_asks_not_to_be_traced_is_not(kept: Kept) -> None:
     assert not kept.spans
 
 
-def test_what_a_stranger_wrote_is_cut_short(kept: Kept) -> None:
+def test_oversized_attributes_are_truncated(kept: Kept) -> None:
     long = record()._replace(key="k" * 1_000_000, raw_headers=[("ce_id", b"i" * 1_000_000)])
     with kept.tracing.received([long], "g") as (handed,):
         handed.note(agent_id="a" * 1_000_000)
@@ -233,7 +233,7 @@ async def test_a_record_that_kafka_did_not_take(kept: Kept) -> None:
 
 
 @pytest.mark.parametrize("traceparent", [None, "garbage"])
-def test_what_services_tell_each_other_all_the_time_is_no_trace(kept: Kept, traceparent: str | None) -> None:
+def test_routine_message_between_services_has_no_span(kept: Kept, traceparent: str | None) -> None:
     span = kept.tracing.sending(TOPIC, "1", "bot", traceparent)
     assert span.traceparent is not None
     assert span.traceparent.endswith("-00"), "nor is it one for whoever reads it"
@@ -262,7 +262,7 @@ def test_a_step_says_ids_outcomes_and_codes(kept: Kept) -> None:
     assert (step.status.status_code, step.status.description) == (StatusCode.ERROR, "beyond")
 
 
-def test_what_set_it_off_in_another_trace_is_linked(kept: Kept) -> None:
+def test_cause_in_another_trace_is_linked(kept: Kept) -> None:
     order = new_traceparent()
     kept.tracing.step("end", Work(PARENT, {}, because_of=order)).end()
     kept.tracing.step("end", Work(PARENT, {}, because_of=f"00-{TRACE}-00000000000000ff-01")).end()
@@ -271,7 +271,7 @@ def test_what_set_it_off_in_another_trace_is_linked(kept: Kept) -> None:
     assert not same.links
 
 
-def test_it_may_have_been_going_on_already(kept: Kept) -> None:
+def test_span_includes_time_before_it_was_made(kept: Kept) -> None:
     kept.tracing.step("decide", Work(PARENT, {}, took_ns=5_000_000)).end()
     span = kept.only()
     assert span.end_time - span.start_time >= 5_000_000
@@ -353,7 +353,7 @@ def test_another_protocol_is_refused() -> None:
         where_to(BASE, {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"})
 
 
-def test_what_is_asked_for_and_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_exporter_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, tracing_export.__name__)
     monkeypatch.setitem(sys.modules, OTLPSpanExporter.__module__, None)
     with pytest.raises(SettingsError, match=r"pip install \'\.\[otel\]\'"):
@@ -402,7 +402,7 @@ def make(tracing: Tracing, count: int) -> None:
         tracing.step("x", Work(PARENT, {})).end()
 
 
-async def test_what_is_too_much_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_spans_beyond_the_queue_are_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracing_export, "CLOSE_S", 0.1)
     stuck, dropped = Stuck(), counted("dropped")
     tracing = Exporting("policy", "one", stuck)
@@ -414,7 +414,7 @@ async def test_what_is_too_much_is_dropped_and_counted(monkeypatch: pytest.Monke
     stuck.let_go.set()
 
 
-async def test_what_is_left_is_sent_at_the_end() -> None:
+async def test_queued_spans_are_sent_at_close() -> None:
     exporter, sent = InMemorySpanExporter(), counted("sent")
     tracing = Exporting("policy", "one", exporter)
     make(tracing, 3)
@@ -426,7 +426,7 @@ async def test_what_is_left_is_sent_at_the_end() -> None:
     assert said["service.version"]
 
 
-async def test_nobody_there_is_counted_as_well_and_said_once(
+async def test_unreachable_receiver_is_counted_and_logged_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracing_export._first_failure, "failing", False)
@@ -444,7 +444,7 @@ async def test_nobody_there_is_counted_as_well_and_said_once(
     assert "export" in said.getMessage()
 
 
-async def test_where_they_arrive_again_the_next_failure_is_said(
+async def test_failure_after_a_success_is_logged_again(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tracing_export._first_failure, "failing", False)

@@ -118,7 +118,7 @@ def test_an_operator_transfers_an_orphan(ledger: InMemoryRegistry):
     assert (bot(ledger).sponsor, bot(ledger).without_consent) == ("suzy", True)
 
 
-def test_who_activates_an_agent_has_agreed_to_answer_for_it(ledger: InMemoryRegistry):
+def test_activation_by_the_new_sponsor_is_consent(ledger: InMemoryRegistry):
     ledger.give(ledger.register("olga", "crab", "sam", inactive=True))
     ledger.give(ledger.transfer("olga", "crab", "suzy", without_consent=True))
     ledger.give(ledger.claims(AgentActivate, "suzy", agent_id="crab"))

@@ -58,7 +58,7 @@ def both(roots: list[SigningKey]) -> tuple[str, str]:
     return handover(roots[0], roots[1]), handover(roots[1], roots[2])
 
 
-def test_who_is_pinned_to_the_old_root_follows_while_running(
+def test_process_pinned_to_an_old_root_follows_handovers(
     roots: list[SigningKey], both: tuple[str, str]
 ) -> None:
     store = TrustStore(TD, roots[0].kid)
@@ -90,7 +90,7 @@ def test_a_root_that_handed_over_signs_nothing_any_more(
     assert store.version == 2
 
 
-def test_nobody_makes_themselves_the_next_root(roots: list[SigningKey], both: tuple[str, str]) -> None:
+def test_root_without_a_handover_is_rejected(roots: list[SigningKey], both: tuple[str, str]) -> None:
     store = TrustStore(TD, roots[0].kid)
     thief = new_root()
     for handovers in ((), (handover(thief, thief),), both, (both[1],), (handover(roots[1], thief),)):
@@ -164,7 +164,7 @@ def test_records_that_the_old_root_began_hold_under_the_new_one(ledger: InMemory
         assert isinstance(entry.record, UserRecord)
 
 
-def test_what_a_stolen_root_signed_counts_for_nothing(ledger: InMemoryRegistry) -> None:
+def test_operator_made_by_a_stolen_root_is_rejected(ledger: InMemoryRegistry) -> None:
     """An operator that the thief made was believed, and is not any more once the root that followed says since when."""
     ledger.give(ledger.user_set("root", "olga", ("operator",)))
     stolen_s = ledger.clock.ms // 1000
@@ -177,7 +177,7 @@ def test_what_a_stolen_root_signed_counts_for_nothing(ledger: InMemoryRegistry) 
         ledger.directory.user("mallory")
 
 
-def test_what_an_agent_of_the_thiefs_signs_counts_for_nothing_either(ledger: InMemoryRegistry) -> None:
+def test_agent_of_an_operator_made_by_a_stolen_root_is_rejected(ledger: InMemoryRegistry) -> None:
     """Its commands were believed, so its record has been folded: it is folded anew."""
     ledger.give(ledger.user_set("root", "olga", ("operator",)))
     stolen_s = ledger.clock.ms // 1000
@@ -359,7 +359,7 @@ def test_whether_a_service_signed_it_whatever_it_says(store: TrustStore) -> None
         assert not signed(said(ISSUER, payload))
 
 
-def test_what_a_service_signs_after_the_bundles_end_waits_for_the_next(store: TrustStore) -> None:
+def test_signature_after_bundle_expiry_waits_for_the_next_bundle(store: TrustStore) -> None:
     typ = typ_header(Lease)
     for compact, at_s, waits in (
         (said(ISSUER, typ=typ), END_S, True),

@@ -51,7 +51,7 @@ def test_while_a_secret_is_replaced_both_sign() -> None:
         URL, "https://10.0.0.1:8443/x?y=z", "http://127.0.0.1:8080/x", "http://[::1]/x", "http://localhost/x",
     ],
 )  # fmt: skip
-def test_where_a_webhook_may_go(url: str) -> None:
+def test_https_or_loopback_webhook_is_accepted(url: str) -> None:
     assert parse_webhook(f"{url} {SECRET}").url == url
 
 
@@ -63,7 +63,7 @@ def test_where_a_webhook_may_go(url: str) -> None:
         "//h/x", "http://169.254.169.254/latest", "http://localhost.evil.example/",
     ],
 )  # fmt: skip
-def test_where_none_may_go(url: str) -> None:
+def test_unsafe_webhook_is_rejected_without_its_secrets(url: str) -> None:
     with pytest.raises(WebhookError) as raised:
         parse_webhook(f"{url} {SECRET}")
     assert "pass" not in str(raised.value)
@@ -74,7 +74,7 @@ def test_where_none_may_go(url: str) -> None:
     "secret",
     ["", "whsec_", "whsec_c2hvcnQ=", "whsec_" + "A" * 88, SECRET.removeprefix("whsec_"), "whsec_!!!!" * 8],
 )
-def test_what_is_no_secret(secret: str) -> None:
+def test_malformed_webhook_secret_is_rejected(secret: str) -> None:
     with pytest.raises(WebhookError) as raised:
         parse_webhook(f"{URL} {secret}")
     assert URL not in str(raised.value)
@@ -93,7 +93,7 @@ def text_of(**changes: Any) -> str:
     return str(document["text"])
 
 
-def test_what_a_person_is_told() -> None:
+def test_webhook_text_names_the_request_and_how_to_answer() -> None:
     text = text_of(reason="deploy build 421")
     for part in (
         "`deploy-bot`", "the agent's sponsor and an operator", "`staging:deploy:env/staging/*`", "`maria`", "300 s",
@@ -117,7 +117,7 @@ def test_break_glass_is_told_first() -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_what_others_wrote_stays_code(text: str) -> None:
+def test_hostile_text_stays_inside_code_marks(text: str) -> None:
     lines, plain = text_of(reason=text).split("\n"), text_of(reason="plain").split("\n")
     assert len(lines) == len(plain)
     line = next(line for line in lines if line.startswith("Its reason: "))
@@ -128,7 +128,7 @@ def test_what_others_wrote_stays_code(text: str) -> None:
     assert not set("<>\r\x1b\u202e") & set(said)
 
 
-def test_what_is_long_is_cut() -> None:
+def test_long_webhook_text_is_truncated() -> None:
     found = replace(facts(), task=entry(TaskRecord, purpose="y" * 2000))
     many = tuple(p for n in range(64) for p in scope("staging", ["deploy"], [f"{n}/{'z' * 500}"]))
     found = replace(found, request=facts(reason="x" * 2000, scope=many).request)

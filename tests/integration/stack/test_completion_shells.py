@@ -235,7 +235,7 @@ async def test_text_of_an_attacker_runs_nothing_and_moves_no_cursor(
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)
-def test_nothing_is_said_where_nobody_answers(shell: Shell, realm: RunningStack, place: Path) -> None:
+def test_completion_without_an_answer_prints_nothing(shell: Shell, realm: RunningStack, place: Path) -> None:
     (place / "settings.toml").write_text('identity = "nowhere.json"\n')
     typed = "ringfence agent show "
     if shell == "fish":

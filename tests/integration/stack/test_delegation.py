@@ -92,7 +92,7 @@ async def test_the_end_of_the_task_ends_what_was_handed_on(realm: RunningStack) 
         assert realm.task in reason[1]
 
 
-async def test_who_handed_it_on_takes_it_back(realm: RunningStack) -> None:
+async def test_delegating_agent_ends_its_delegation(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     async with crew.as_below() as below, realm.as_agent() as agent, realm.seen(LEASE) as seen:
         credential, own = await crew.asked(below, "read"), await realm.read(agent)
@@ -106,7 +106,7 @@ async def test_who_handed_it_on_takes_it_back(realm: RunningStack) -> None:
         assert refused.value.code == "not_entitled"
 
 
-async def test_nothing_goes_beyond_any_of_them(realm: RunningStack) -> None:
+async def test_request_beyond_delegation_or_ceiling_is_denied_by_name(realm: RunningStack) -> None:
     """The ceiling of who handed it on, the task, and the part: each is told by name."""
     crew = await Crew(realm).make()
     async with realm.administrator("sam") as sam:
@@ -122,7 +122,7 @@ async def test_nothing_goes_beyond_any_of_them(realm: RunningStack) -> None:
         await crew.asked(below, "read", resource="env/staging/api")
 
 
-async def test_what_is_not_in_order_is_refused_with_the_reason(realm: RunningStack) -> None:
+async def test_invalid_delegation_call_is_refused_with_its_code(realm: RunningStack) -> None:
     crew = await Crew(realm).make()
     wide, narrow = realm.permission(["read"], "**"), realm.permission(["read"], "env/staging/*")
     async with realm.as_agent() as agent, crew.as_below() as below:

@@ -107,7 +107,7 @@ async def test_a_batch_that_raises_is_retried_and_nothing_behind_it_is_handled_o
     assert await committed(settings) == 4
 
 
-async def test_what_was_under_way_when_the_broker_stopped_comes_to_the_next_member(
+async def test_unfinished_batch_is_redelivered_to_the_next_member(
     settings: ServiceSettings, publisher: Publisher
 ) -> None:
     reached, seen = asyncio.Event(), list[str]()

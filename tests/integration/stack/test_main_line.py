@@ -110,7 +110,7 @@ async def test_a_lease_ends_by_itself_at_its_deadline(realm: RunningStack) -> No
 
 
 @pytest.mark.parametrize("how", ["lease", "agent", "task", "target", "sponsor", "user"])
-async def test_those_entitled_revoke_what_they_name(realm: RunningStack, how: str) -> None:
+async def test_entitled_people_revoke_by_each_selector(realm: RunningStack, how: str) -> None:
     async with realm.as_agent() as agent, realm.seen(LEASE) as seen, verifier(realm) as server:
         credential = await realm.read(agent)
         what = {
@@ -237,7 +237,7 @@ async def test_one_request_is_one_trace_over_all_hops(realm: RunningStack) -> No
         await seen.until(complete, "the trace on each topic")
 
 
-async def test_what_strangers_read_validates_against_the_published_schemas(realm: RunningStack) -> None:
+async def test_published_messages_validate_against_the_schemas(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, Seen(realm.settings, (APPROVAL_REQUEST, AUDIT)) as seen:
         await approved_write(realm, agent)
         await seen.until(

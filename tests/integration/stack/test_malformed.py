@@ -233,7 +233,7 @@ async def test_a_key_in_the_header_is_nobodys(realm: RunningStack) -> None:
         await realm.read(agent)
 
 
-async def test_what_a_newer_writer_adds_is_kept_in_what_embeds_it(realm: RunningStack) -> None:
+async def test_unknown_field_of_a_newer_request_is_kept_in_the_decision(realm: RunningStack) -> None:
     async with realm.as_agent() as agent, realm.publisher() as publisher, realm.seen(*WATCHED) as seen:
         request = make_request(realm, colour={"of": ["the", "sky"]})
         compact = sign(request, realm.key("agent", realm.agent))
