@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import get_args
+from typing import Final, get_args
 
 import orjson
 import pytest
@@ -23,6 +23,49 @@ BUNDLE = "".join(
     file.read_text() for file in (ROOT / "deploy/policy").glob("*.rego") if not file.stem.endswith("_test")
 )
 OF_BUNDLE = set(re.findall(r'(?:"code":\s*|\breason\()"(\w+)"', BUNDLE))
+
+
+STATUSES: Final[dict[int, set[Code]]] = {
+    400: {
+        Code.BODY_REFUSED, Code.CONNECT_REFUSED, Code.HANDLE_TWICE, Code.HOST_DISAGREES, Code.HOST_INVALID,
+        Code.INVALID_REQUEST, Code.MALFORMED_HTTP, Code.MCP_STATE_MISSING, Code.MCP_STATE_OTHER_CALL,
+        Code.MCP_STATE_UNKNOWN, Code.MCP_TASK_UNKNOWN, Code.OVERRIDE_REFUSED, Code.QUERY_INVALID,
+    },
+    401: {
+        Code.CERTIFICATE_UNKNOWN, Code.HANDLE_MALFORMED, Code.HANDLE_UNKNOWN, Code.INVALID_DPOP_PROOF,
+        Code.NO_CREDENTIALS, Code.PROOF_BY_STRANGER, Code.PROOF_MISSING, Code.PROOF_OTHER_KEY,
+        Code.UNAUTHENTICATED, Code.USE_DPOP_NONCE,
+    },
+    403: {
+        Code.CERTIFICATE_OTHER_AGENT, Code.FORBIDDEN, Code.INSUFFICIENT_SCOPE, Code.SOCKET_OTHER_AGENT,
+        Code.SOCKET_OTHER_RUN, Code.SOCKET_OTHER_TASK,
+    },
+    404: {
+        Code.API_PATH_UNKNOWN, Code.MCP_SESSION_UNKNOWN, Code.NOT_FOUND, Code.REQUEST_UNKNOWN,
+        Code.TARGET_MISSING,
+    },
+    405: {Code.METHOD_UNEXPECTED},
+    407: {Code.PROXY_AUTHORIZATION_MISSING},
+    408: {Code.BODY_TIMEOUT, Code.HEAD_TIMEOUT},
+    409: {Code.ID_TAKEN},
+    413: {Code.BODY_UNSEEN, Code.TOO_LARGE},
+    415: {Code.CONTENT_TYPE_UNEXPECTED},
+    417: {Code.EXPECTATION_FAILED},
+    421: {Code.HOST_UNKNOWN},
+    429: {Code.APPROVALS_PENDING_LIMIT, Code.RELAYS_LIMIT, Code.TOO_MANY_REQUESTS, Code.WAITING_LIMIT},
+    431: {Code.HEAD_TOO_LARGE, Code.TOO_MANY_FIELDS},
+    502: {
+        Code.MCP_SESSION_TAKEN, Code.TARGET_COMPRESSES, Code.TARGET_GONE, Code.TARGET_MISCONFIGURED,
+        Code.TARGET_NOT_VERIFIED, Code.TARGET_TOO_LARGE, Code.TARGET_UNREACHABLE, Code.TARGET_UNREADABLE,
+    },
+    503: {
+        Code.APPROVAL_UNAVAILABLE, Code.KAFKA_UNAVAILABLE, Code.PROOFS_FULL, Code.STALE_VIEW,
+        Code.TARGET_NOWHERE, Code.TASK_SOCKET_MISSING, Code.TOO_MANY_CONNECTIONS, Code.UNAVAILABLE,
+        Code.UNDECIDED,
+    },
+    504: {Code.TARGET_TIMEOUT},
+}  # fmt: skip
+"""The codes whose answers have an HTTP status of their own (RFC 9110)."""
 
 
 def literals(tree: ast.AST) -> Iterator[ast.expr]:
@@ -84,9 +127,15 @@ def test_each_status_of_an_inactive_agent_has_a_code() -> None:
     assert {inactive_agent(status) for status in statuses} == {f"agent_{status}" for status in statuses}
 
 
-def test_the_status_of_a_code_of_others_is_the_default() -> None:
-    assert (status_of(Code.TOO_LARGE, 400), status_of("too_large", 400)) == (413, 413)
-    assert (status_of(Code.GRANT_ENDED, 403), status_of("a_code_of_a_bundle", 403)) == (403, 403)
+@pytest.mark.parametrize("status", STATUSES)
+def test_codes_have_their_http_status(status: int) -> None:
+    assert {code for code in Code if status_of(code, 0) == status} == STATUSES[status]
+    assert {status_of(str(code), 0) for code in STATUSES[status]} == {status}
+
+
+def test_the_status_of_any_other_code_is_the_default() -> None:
+    others = set(Code).difference(*STATUSES.values())
+    assert {status_of(code, 403) for code in (*others, "a_code_of_a_bundle")} == {403}
 
 
 @pytest.mark.parametrize("code", [Code.GRANT_ENDED, Code.TOO_LARGE, Code.INVALID_VALUE])

@@ -414,21 +414,6 @@ async def test_a_kind_of_credential_that_nobody_makes_is_refused(desk: IssuerBen
     assert [reason.code for reason in refusal.reasons] == ["backend_unknown"]
 
 
-async def test_a_decision_that_lay_about_is_too_old(desk: IssuerBench) -> None:
-    asked = await desk.ask("read")
-    await desk.decide(asked, iat=int(time.time()) - 2 * 3600)
-    refusal = await desk.refused(asked)
-    assert [reason.code for reason in refusal.reasons] == ["decision_too_old"]
-
-
-async def test_less_than_a_second_is_no_credential(desk: IssuerBench) -> None:
-    asked = await desk.ask("read", ttl_s=1)
-    while (await desk.decide(asked)).appended_at_ms % 1000 == 0:
-        asked = await desk.ask("read", ttl_s=1)  # decided on the second, it has a whole one
-    refusal = await desk.refused(asked)
-    assert refusal.reasons[0].code in ("deadline_too_close", "deadline_passed")
-
-
 async def test_request_fenced_before_issuance_is_not_issued(desk: IssuerBench, store: LeaseStore) -> None:
     covered = await desk.ask("read")
     await store.fence({f"task:{desk.task}": covered.source.appended_at_ms})

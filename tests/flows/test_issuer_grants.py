@@ -104,13 +104,6 @@ async def test_grant_and_approval_of_one_person_count_once(desk: IssuerBench) ->
     assert (await desk.answer(asked)).credential is not None
 
 
-async def test_a_grant_that_has_ended_is_refused_and_is_no_finding(desk: IssuerBench) -> None:
-    now = int(time.time())
-    asked = await granted(desk, grant(desk, iat=now - 60, exp=now - 1))
-    assert await desk.refusal_codes(asked) == ["grant_ended"]
-    assert not await desk.is_finding(asked)
-
-
 async def test_a_grant_that_is_not_understood_opens_nothing_and_is_no_finding(desk: IssuerBench) -> None:
     """A policy of another version may know the field that limits it."""
     asked = await granted(desk, grant(desk, only_at="night"))

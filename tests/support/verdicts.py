@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import Reason
 from ringfence.model.verdict import Allowed, Refused
 
@@ -17,3 +19,14 @@ def reason_of(verdict: Any) -> Reason:
     """The reason of a refusal. Fails if the check passed."""
     assert isinstance(verdict, Refused), verdict
     return verdict.reason
+
+
+def refusal_code(ask: Callable[[], object]) -> str:
+    """The one code with which a function refuses: that of the error which it raises, of its reason, or its result."""
+    try:
+        found = ask()
+    except RingfenceError as error:
+        return error.code
+    reasons = getattr(found, "reasons", None) or [getattr(found, "reason", found)]
+    (code,) = {getattr(reason, "code", reason) for reason in reasons}
+    return str(code)

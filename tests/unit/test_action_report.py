@@ -267,11 +267,13 @@ def test_unknown_destinations_are_counted_by_the_first_segments_of_their_paths()
     assert (found[0]["scheme"], found[0]["port"], found[0]["method"]) == ("https", 443, "POST")
 
 
-@pytest.mark.parametrize("code", ["no_credentials", "proof_missing", "handle_unknown", "invalid_dpop_proof"])
-def test_unidentified_sender_of_an_unknown_destination_is_counted(code: str) -> None:
+@pytest.mark.parametrize(
+    "reason", ["no_credentials", "proof_missing", "handle_unknown", "invalid_dpop_proof"]
+)
+def test_unidentified_sender_of_an_unknown_destination_is_counted(reason: str) -> None:
     """As with a CONNECT, with which no proof comes."""
     (found,) = unknown_destinations([
-        went("other.example", code=code, method="CONNECT"), went("hub.example", code=code, target="hub"),
+        went("other.example", code=reason, method="CONNECT"), went("hub.example", code=reason, target="hub"),
     ])  # fmt: skip
     assert (found["host"], found["method"], found["count"]) == ("other.example", "CONNECT", 1)
 

@@ -24,7 +24,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.approval import ActionApproval, ActionRequest
-from ringfence.messages.codes import ReceivedCode
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import (
     ActionClass,
@@ -232,7 +232,7 @@ async def test_exactly_what_would_go_on_is_asked_and_goes_on_with_a_yes(gateway:
 
 
 @pytest.mark.parametrize(
-    ("fields", "by", "key", "why"),
+    ("fields", "by", "key", "code"),
     [
         ({"request_digest": "0" * 64}, "sam", "bot", "request_unknown"),
         ({"request": "e30.e30.e30"}, "sam", "bot", "approval_other_request"),
@@ -246,13 +246,13 @@ async def test_exactly_what_would_go_on_is_asked_and_goes_on_with_a_yes(gateway:
     ],
 )
 async def test_answer_that_does_not_match_the_question_is_ignored(
-    gateway: Gateway, fields: dict[str, Any], by: str, key: str, why: str | None
+    gateway: Gateway, fields: dict[str, Any], by: str, key: str, code: str | None
 ) -> None:
     async with gateway.waiting() as decided:
         signer = gateway.ledger.key(by)
         await gateway.said(gateway.claims(**{"iss": signer.id, **fields}), signer, key)
         assert await gateway.still_waits(decided)
-        assert gateway.refused == ([why] if why else [])
+        assert gateway.refused == ([code] if code else [])
         await gateway.said()
         assert (await decided).allowed, "and the right one counts all the same"
 
@@ -601,19 +601,23 @@ async def test_the_question_shows_no_value_that_may_be_a_secret(gateway: Gateway
     assert "s3cret" not in asked.model_dump_json()
 
 
-async def test_attempt_with_unseen_headers_cannot_be_held(gateway: Gateway) -> None:
-    unseen = gateway.attempt("POST", body=b"x", headers=None)
-    traced = gateway.attempt(
-        "POST", body=b"x", headers=lambda: (("traceparent", "1"),), sent_by_gateway=False
-    )
-    for attempt in (unseen, traced):
-        verdict = await gateway.gate.decide(PresentedIdentity(), attempt)
-        assert (verdict.status, verdict.reasons[0].code) == (403, "headers_unseen")
-    odd = gateway.attempt("POST", body=b"x", headers=lambda: (("destination", "/\xe9"),))
-    assert (await gateway.gate.decide(PresentedIdentity(), odd)).reasons[0].code == "action_unshowable"
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        (Code.HEADERS_UNSEEN, {"headers": None}),
+        (Code.HEADERS_UNSEEN, {"headers": lambda: (("traceparent", "1"),), "sent_by_gateway": False}),
+        (Code.ACTION_UNSHOWABLE, {"headers": lambda: (("destination", "/\xe9"),)}),
+    ],
+)
+async def test_request_that_cannot_be_shown_whole_is_denied(
+    gateway: Gateway, code: Code, shown: dict[str, Any]
+) -> None:
+    attempt = gateway.attempt("POST", body=b"x", **shown)
+    verdict = await gateway.gate.decide(PresentedIdentity(), attempt)
+    assert (verdict.status, verdict.reasons[0].code) == (403, code)
     assert gateway.sent == []
     gateway.wants = None
-    assert (await gateway.gate.decide(PresentedIdentity(), unseen)).allowed, (
+    assert (await gateway.gate.decide(PresentedIdentity(), attempt)).allowed, (
         "where nobody is asked it goes on"
     )
 

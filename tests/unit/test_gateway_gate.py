@@ -404,14 +404,39 @@ async def test_internal_error_denies_and_is_recorded(parts: Parts) -> None:
     assert [event.allowed for event in parts.events] == [False]
 
 
-async def test_action_that_cannot_be_recorded_is_denied(parts: Parts) -> None:
+FORM = b'{"event": "COMMENT", "x": "&event=APPROVE&"}'
+"""JSON that a target may read as a form."""
+BY_ID = attempt(authority=None, target_id="staging", sent_by_gateway=True)
+
+
+def move_target_nowhere(parts: Parts) -> None:
+    parts.place.ledger.give(parts.place.ledger.target_set("olga", "staging", requests=RULES))
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "change", "asked"),
+    [
+        (Code.UNDECIDED, 503, lambda parts: setattr(parts, "refuses", RuntimeError("boom")), attempt()),
+        (Code.SPOOL_FULL, 503, lambda parts: setattr(parts, "full", True), attempt()),
+        (Code.BODY_NOT_JSON, 403, lambda parts: None, attempt("POST", "/r", body=FORM)),
+        (Code.TARGET_NOWHERE, 503, move_target_nowhere, BY_ID),
+    ],
+)
+async def test_request_is_denied(
+    parts: Parts, code: Code, status: int, change: Callable[[Parts], None], asked: Attempt
+) -> None:
+    change(parts)
+    verdict = await parts.gate.decide(PresentedIdentity(), asked)
+    assert (verdict.allowed, verdict.status, verdict.injected) == (False, status, None)
+    assert [reason.code for reason in verdict.reasons] == [code]
+
+
+async def test_unrecordable_request_has_no_lease(parts: Parts) -> None:
     parts.full = True
-    verdict = await parts.gate.decide(PresentedIdentity(), attempt())
-    assert (verdict.allowed, verdict.status, verdict.reasons[0].code) == (False, 503, "spool_full")
-    assert verdict.lease is None
+    assert (await parts.gate.decide(PresentedIdentity(), attempt())).lease is None
 
 
-async def test_a_question_for_a_nonce_is_no_decision(parts: Parts) -> None:
+async def test_nonce_challenge_is_no_decision(parts: Parts) -> None:
     parts.refuses = refuse(Code.USE_DPOP_NONCE, "x", status=401)
     verdict = await parts.gate.decide(PresentedIdentity(handle="none"), attempt())
     assert (verdict.status, verdict.nonce) == (401, "fresh")
@@ -481,9 +506,6 @@ async def test_a_body_that_decides_must_be_seen(parts: Parts) -> None:
     for odd in (b"", b"[]", b'{"event": "COMMENT", "event": "x"}'):
         verdict = await parts.gate.decide(PresentedIdentity(), attempt("POST", "/r", body=odd, json=True))
         assert (verdict.status, verdict.reasons[0].code) == (403, "request_unmapped"), odd
-    form = b'{"event": "COMMENT", "x": "&event=APPROVE&"}'
-    verdict = await parts.gate.decide(PresentedIdentity(), attempt("POST", "/r", body=form))
-    assert (verdict.status, verdict.reasons[0].code) == (403, "body_not_json"), "it may be read as a form"
     digests = {event.request_digest for event in parts.events}
     assert len(digests) == len(parts.events), "each was another request"
 

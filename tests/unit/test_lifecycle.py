@@ -15,14 +15,12 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentState,
     AgentSuspend,
-    RequestRule,
     TargetRemove,
     TargetState,
     TaskEnd,
     TaskState,
     UserDisable,
     UserState,
-    VerbFloor,
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from tests.support.in_memory_registry import START_MS, InMemoryRegistry, permission
@@ -85,10 +83,6 @@ def test_only_operators_and_the_root_set_or_disable_users(ledger: InMemoryRegist
     assert refused(ledger, ledger.user_set(who, "eve", ["operator"])) == "not_operator"
     disable = ledger.claims(UserDisable, who, user_id="uma", reason="x")
     assert refused(ledger, disable) == "not_operator"
-
-
-def test_disabling_a_user_that_is_not_there(ledger: InMemoryRegistry):
-    assert refused(ledger, ledger.claims(UserDisable, "olga", user_id="eve", reason="x")) == "unknown_user"
 
 
 @pytest.mark.parametrize(
@@ -158,18 +152,6 @@ def test_an_ended_key_is_kept_with_its_end_and_can_be_given_again(ledger: InMemo
 def test_a_key_that_verifies_nothing_is_refused(ledger: InMemoryRegistry, spoil: Any):
     key = spoil(ledger.key_record(SigningKey.generate("spiffe://test.example/user/uma")))
     assert refused(ledger, ledger.user_set("olga", "uma", keys=(key,))) == "key_invalid"
-
-
-def test_a_key_with_its_private_part_is_refused(ledger: InMemoryRegistry):
-    key = ledger.key_record(SigningKey.generate("spiffe://test.example/user/uma"))
-    jwk = PublicJwk(**key.jwk.model_dump(exclude_none=True), d="c2VjcmV0")  # type: ignore[call-arg]
-    leaked = key.model_copy(update={"jwk": jwk})
-    assert refused(ledger, ledger.user_set("olga", "uma", keys=(leaked,))) == "private_key"
-
-
-def test_the_same_key_twice_in_one_command(ledger: InMemoryRegistry):
-    key = ledger.key_record(ledger.key("uma"))
-    assert refused(ledger, ledger.user_set("olga", "uma", keys=(key, key))) == "key_twice"
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -291,13 +273,6 @@ def test_targets_come_go_and_come_again(ledger: InMemoryRegistry):
     assert target(ledger).status == "active"
 
 
-def test_a_target_whose_words_do_not_fit(ledger: InMemoryRegistry):
-    twice = ledger.target_set("olga", "staging", verbs=(VerbFloor(verb="read"), VerbFloor(verb="read")))
-    assert refused(ledger, twice) == "verb_twice"
-    unknown = RequestRule(method="GET", path="/x", verb="write", resource="x")
-    assert refused(ledger, ledger.target_set("olga", "staging", requests=(unknown,))) == "unknown_verb"
-
-
 # --- tasks ------------------------------------------------------------------------------------------------------------
 
 
@@ -363,12 +338,6 @@ def test_tasks_need_an_active_agent_and_an_end_to_come(ledger: InMemoryRegistry)
     assert refused(ledger, ledger.assign("uma", "bot")) == "agent_decommissioned"
 
 
-def test_the_root_assigns_no_tasks(ledger: InMemoryRegistry):
-    ledger.give(ledger.register("sam", "bot", "sam"))
-    claims = ledger.assign("root", "bot", iss=ledger.root.id, on_behalf_of="uma")
-    assert refused(ledger, claims, ledger.root) == "not_a_user"
-
-
 @pytest.mark.parametrize("who", ["uma", "sam", "olga"])
 def test_task_is_ended_by_its_user_the_sponsor_or_an_operator(ledger: InMemoryRegistry, who: str):
     ledger.give(ledger.register("sam", "bot", "sam"))
@@ -377,11 +346,6 @@ def test_task_is_ended_by_its_user_the_sponsor_or_an_operator(ledger: InMemoryRe
     ledger.give(ledger.claims(TaskEnd, who, task_id=id, reason="x"))
     assert task(ledger, id).status == "ended"
     assert ledger.give(ledger.claims(TaskEnd, who, task_id=id, reason="twice")) is None
-
-
-def test_ending_a_task_that_is_not_there(ledger: InMemoryRegistry):
-    nowhere = "00000000-0000-5000-8000-000000000000"
-    assert refused(ledger, ledger.claims(TaskEnd, "olga", task_id=nowhere, reason="x")) == "unknown_task"
 
 
 # --- keys and moments, across subjects --------------------------------------------------------------------------------
@@ -421,12 +385,6 @@ def test_a_command_in_the_moment_in_which_its_signer_changed(ledger: InMemoryReg
     ledger.clock.ms += 1
     with pytest.raises(Exception, match="no valid key"):
         ledger.give(last)
-
-
-def test_a_broker_whose_clock_went_back(ledger: InMemoryRegistry):
-    ledger.give(ledger.register("sam", "bot", "sam"))
-    claims = ledger.claims(AgentSuspend, "sam", agent_id="bot", reason="x")
-    assert refused(ledger, claims, at_ms=ledger.clock.ms - 1001) == "too_early"
 
 
 def test_oversized_restricting_command_is_refused(ledger: InMemoryRegistry):

@@ -108,14 +108,6 @@ def test_only_operators_delegate(ledger: InMemoryRegistry, who: str):
     assert refused(ledger, provisioner_set(ledger, who)) == "not_operator"
 
 
-def test_a_person_does_not_become_a_provisioner_nor_a_provisioner_a_person(ledger: InMemoryRegistry):
-    assert (
-        refused(ledger, provisioner_set(ledger, provisioner_id="sam", keys=(_fresh(ledger),)))
-        == "not_a_provisioner"
-    )
-    assert refused(ledger, ledger.user_set("olga", "scim", ["operator"])) == "is_provisioner"
-
-
 def _fresh(ledger: InMemoryRegistry) -> Any:
     return ledger.key_record(SigningKey.generate(ledger.key("scim").id))
 
@@ -280,11 +272,6 @@ def test_an_operator_takes_a_user_over(ledger: InMemoryRegistry):
     ledger.give(ledger.user_set("olga", "maria", ["sponsor"]))
     assert user(ledger).provisioned is None
     assert refused(ledger, synced(ledger, "maria", "Developers")) == "not_its_user"
-
-
-def test_an_operators_user_is_not_said_to_come_from_a_directory(ledger: InMemoryRegistry):
-    claims = ledger.user_set("olga", "uma", provisioned=Provisioning(groups=("Leads",)))
-    assert refused(ledger, claims) == "not_provisioned"
 
 
 # --- nobody widens themselves -----------------------------------------------------------------------------------------

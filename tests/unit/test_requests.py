@@ -328,13 +328,26 @@ class Without:
         return lambda name: None if (kind, name) == self._missing else find(name)
 
 
+@pytest.mark.parametrize(
+    ("kind", "id", "code"),
+    [
+        ("agent", "bot", "agent_unknown"),
+        ("target", "staging", "target_unknown"),
+        ("user", "uma", "user_unknown"),
+    ],
+)
+def test_missing_record_denies(
+    ledger: InMemoryRegistry, assigned: str, kind: str, id: str, code: str
+) -> None:
+    found = denied(cast(Directory, Without(ledger.directory, kind, id)), "bot", assigned, "staging")
+    assert (found.code, id in found.message) == (code, True)
+
+
 def test_a_record_of_the_chain_that_is_not_there_denies(ledger: InMemoryRegistry, assigned: str):
     def reason(kind: str, id: str, task: str, agent: str = "bot") -> Reason:
         return denied(cast(Directory, Without(ledger.directory, kind, id)), agent, task, "staging")
 
     part = handed_on(ledger, assigned)
-    user = reason("user", "uma", assigned)
-    assert (user.code, "uma" in user.message) == ("user_unknown", True)
     for missing in (("task", assigned), ("agent", "bot")):
         found = reason(*missing, part, "other")
         assert found.code == "task_unknown"

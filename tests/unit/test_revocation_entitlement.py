@@ -182,7 +182,7 @@ def team() -> TeamWithParts:
 
 
 @pytest.mark.parametrize(
-    ("user", "refusal"),
+    ("user", "code"),
     [
         ("olga", None),  # an operator
         ("sam", None),  # the sponsor of the agent
@@ -196,9 +196,9 @@ def team() -> TeamWithParts:
     ],
 )
 def test_a_lease_is_revoked_only_by_users_who_answer_for_it(
-    team: TeamWithParts, user: str, refusal: str | None
+    team: TeamWithParts, user: str, code: str | None
 ) -> None:
-    assert team.refusal(f"user/{user}", team.lease) == refusal
+    assert team.refusal(f"user/{user}", team.lease) == code
 
 
 def test_the_user_of_a_lease_revokes_it_whatever_is_known_of_its_task(team: TeamWithParts) -> None:
@@ -210,7 +210,7 @@ def test_the_user_of_a_lease_revokes_it_whatever_is_known_of_its_task(team: Team
 
 
 @pytest.mark.parametrize(
-    ("user", "selector", "refusal"),
+    ("user", "selector", "code"),
     [
         ("olga", {"all": True}, None),
         ("gone", {"all": True}, "not_entitled"),
@@ -232,15 +232,15 @@ def test_the_user_of_a_lease_revokes_it_whatever_is_known_of_its_task(team: Team
     ],
 )
 def test_a_selector_is_followed_only_from_a_user_who_answers_for_all_of_it(
-    team: TeamWithParts, user: str, selector: dict[str, Any], refusal: str | None
+    team: TeamWithParts, user: str, selector: dict[str, Any], code: str | None
 ) -> None:
     if "task_id" in selector:
         selector = {"task_id": team.task if selector["task_id"] == "the bot's" else str(uuid.uuid4())}
-    assert team.refusal(f"user/{user}", None, selector=Selector(**selector)) == refusal
+    assert team.refusal(f"user/{user}", None, selector=Selector(**selector)) == code
 
 
 @pytest.mark.parametrize(
-    ("signer", "kind", "refusal"),
+    ("signer", "kind", "code"),
     [
         *(
             (f"user/{user}", kind, "kind_unexpected")
@@ -255,9 +255,9 @@ def test_a_selector_is_followed_only_from_a_user_who_answers_for_all_of_it(
     ],
 )
 def test_a_signer_ends_leases_only_by_the_kinds_of_its_own(
-    team: TeamWithParts, signer: str, kind: str, refusal: str | None
+    team: TeamWithParts, signer: str, kind: str, code: str | None
 ) -> None:
-    assert team.refusal(signer, team.lease, kind=kind) == refusal
+    assert team.refusal(signer, team.lease, kind=kind) == code
 
 
 @pytest.mark.parametrize(
@@ -282,11 +282,11 @@ def test_an_agent_releases_its_own_leases_only_and_none_by_a_selector(team: Team
 
 
 @pytest.mark.parametrize(
-    ("run_of_lease", "refusal"),
+    ("run_of_lease", "code"),
     [("its own", None), ("another", "not_entitled"), ("no run", "not_entitled"), (None, "not_entitled")],
 )
 def test_the_instance_of_a_run_releases_the_leases_of_that_run_only(
-    team: TeamWithParts, run_of_lease: str | None, refusal: str | None
+    team: TeamWithParts, run_of_lease: str | None, code: str | None
 ) -> None:
     signed = enrolment_of(
         SigningKey.generate("a").record(60).jwk, f"spiffe://acme.example/agent/{BOT}", 1, 60
@@ -299,7 +299,7 @@ def test_the_instance_of_a_run_releases_the_leases_of_that_run_only(
     )
     instance = None if run_of_lease is None else of_platform.model_copy(update={"run": runs[run_of_lease]})
     lease = team.lease.model_copy(update={"instance": instance})
-    assert team.refusal(f"agent/{BOT}", lease, kind="release", enrolment=signed) == refusal
+    assert team.refusal(f"agent/{BOT}", lease, kind="release", enrolment=signed) == code
 
 
 def test_the_instance_of_a_platform_releases_any_lease_of_its_agent(team: TeamWithParts) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from ringfence.messages.codes import Code
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.registry import AgentDecommission, AgentSetAttestation, AgentSuspend, TaskEnd
 from ringfence.model.identity.runners import runner_selector
 from ringfence.runner.lifecycle.plan import RunPlan, RunRefusedError, check_plan
@@ -14,6 +16,9 @@ from tests.support.run_place import Place
 from tests.support.runs import LIMITS
 
 UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+SELECTOR = runner_selector(TD, "runner-1", "bot")
 
 
 @pytest.fixture
@@ -46,9 +51,13 @@ def test_a_plan_within_task_and_selector_is_good(place: Place) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "code"),
-    [({"task_id": UNKNOWN}, "task_unknown"), ({"agent_id": "other"}, "task_other_agent")],
+    [
+        ({"task_id": UNKNOWN}, "task_unknown"),
+        ({"agent_id": "other"}, "task_other_agent"),
+        ({"deadline_s": 2**40}, "run_too_long"),
+    ],
 )
-def test_task_and_agent_belong_together(place: Place, fields: dict[str, Any], code: str) -> None:
+def test_plan_beyond_task_or_selector_is_refused(place: Place, fields: dict[str, Any], code: str) -> None:
     assert refused(place, planned(place, **fields)).code == code
 
 
@@ -68,19 +77,22 @@ def test_an_agent_that_is_not_active_has_no_runs(place: Place, command: Any, cod
     assert refused(place, planned(place)).code == code
 
 
-def test_only_a_runner_that_the_agent_names_starts_its_runs(place: Place) -> None:
-    other = refused(place, planned(place), "runner-2")
-    assert (other.code, "runner=runner-2" in (other.remedy or "")) == ("instance_unmatched", True)
-    place.ledger.give(place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=()))
-    assert refused(place, planned(place)).code == "instance_unmatched"
-
-
-def test_a_selector_with_a_field_that_is_not_known_lets_no_run_in(place: Place) -> None:
-    selector = runner_selector(TD, "runner-1", "bot").model_copy(update={"only_on": "mondays"})
-    place.ledger.give_as_before(
-        place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=(selector,))
-    )
-    assert refused(place, planned(place)).code == "instance_unmatched"
+@pytest.mark.parametrize(
+    ("code", "selectors", "runner"),
+    [
+        (Code.INSTANCE_UNMATCHED, (SELECTOR,), "runner-2"),
+        (Code.INSTANCE_UNMATCHED, (), "runner-1"),
+        (Code.INSTANCE_UNMATCHED, (SELECTOR.model_copy(update={"only_on": "mondays"}),), "runner-1"),
+    ],
+    ids=["another runner", "no selector", "a field that is not known"],
+)
+def test_runner_that_no_selector_names_is_refused(
+    place: Place, code: Code, selectors: tuple[AttestationSelector, ...], runner: str
+) -> None:
+    claims = place.ledger.claims(AgentSetAttestation, "sam", agent_id="bot", attestation=selectors)
+    place.ledger.give_as_before(claims)
+    found = refused(place, planned(place), runner)
+    assert (found.code, f"runner={runner}" in (found.remedy or "")) == (code, True)
 
 
 def test_a_run_is_not_longer_than_the_selector_says(place: Place) -> None:

@@ -127,12 +127,6 @@ def test_activation_by_the_new_sponsor_is_consent(ledger: InMemoryRegistry):
     assert entry.state.without_consent is None
 
 
-def test_a_transfer_says_one_thing_of_its_consent(ledger: InMemoryRegistry):
-    consent = ledger.transfer_consent("suzy", "bot")
-    both = ledger.transfer("olga", "bot", "suzy", consent=consent, without_consent=True)
-    assert refused(ledger, both) == "consent_contradicted"
-
-
 @pytest.mark.parametrize(
     "lie", ["none", "forged", "by another", "from another", "twice", "without an operator"]
 )

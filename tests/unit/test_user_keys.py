@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     AgentRotateKey,
     TaskConsent,
@@ -29,7 +32,7 @@ from ringfence.model.records.key_proofs import verified_key_proof
 from tests.support import user_keys
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.key_histories import givers, origin, refused, reread, state
-from tests.support.user_keys import add_key, end_key, new_key, new_passkey, record_of
+from tests.support.user_keys import add_key, end_key, invitation, new_key, new_passkey, record_of
 
 WAIT_MS = WAIT_S * 1000
 
@@ -305,31 +308,46 @@ def test_a_proof_names_its_invitation_and_who_co_signed(ledger: InMemoryRegistry
     assert (found.endorser.user_id, found.endorser.kid) == ("otto", ledger.key("otto").kid)
 
 
-def test_invalid_proof_of_possession_has_a_code(ledger: InMemoryRegistry):
-    key = new_key("sam")
-    invited, other = (user_keys.invitation(ledger, "olga", "sam") for _ in range(2))
+@dataclass(frozen=True)
+class NewKey:
+    """A new key of sam, olga's invitation, what the key signed in answer, and the ledger that they are of."""
+
+    ledger: InMemoryRegistry
+    key: SigningKey
+    invited: str
+    possessed: str
+
+    def cosigned(self, by: str, user: str = "sam") -> str:
+        return user_keys.endorsement(self.ledger, by, user, self.key.kid, self.possessed)
+
+    def possession(self, **fields: Any) -> str:
+        return user_keys.possession(self.ledger, self.key, "sam", self.invited, **fields)
+
+
+@pytest.mark.parametrize(
+    ("code", "change"),
+    [
+        (Code.INVITATION_MISSING, lambda new: {"invitation": None}),
+        (Code.INVITATION_OTHER_USER, lambda new: {"invitation": invitation(new.ledger, "olga", "suzy")}),
+        (Code.INVITATION_NOT_ALLOWED, lambda new: {"invitation": invitation(new.ledger, "suzy", "sam")}),
+        (Code.POSSESSION_MISSING, lambda new: {"possession": None}),
+        (Code.POSSESSION_OTHER, lambda new: {"invitation": invitation(new.ledger, "olga", "sam")}),
+        (Code.POSSESSION_OTHER, lambda new: {"possession": new.possession(jwk=new_key("sam").public)}),
+        (Code.ENDORSEMENT_OTHER, lambda new: {"endorsement": new.cosigned("otto", "suzy")}),
+        (Code.ENDORSEMENT_NOT_OPERATOR, lambda new: {"endorsement": new.cosigned("suzy")}),
+        (Code.ENDORSEMENT_NOT_APART, lambda new: {"endorsement": new.cosigned("olga")}),
+    ],
+)
+def test_proof_of_a_key_is_refused(
+    ledger: InMemoryRegistry, code: Code, change: Callable[[NewKey], dict[str, Any]]
+) -> None:
+    key, invited = new_key("sam"), invitation(ledger, "olga", "sam")
     possessed = user_keys.possession(ledger, key, "sam", invited)
     good = add_key(ledger, "olga", "sam", key, invitation=invited, possession=possessed)
-    cosigned = user_keys.endorsement
-    wrong: dict[str, dict[str, Any]] = {
-        "invitation_missing": {"invitation": None},
-        "possession_missing": {"possession": None},
-        "invitation_other_user": {"invitation": user_keys.invitation(ledger, "olga", "suzy")},
-        "invitation_not_allowed": {"invitation": user_keys.invitation(ledger, "suzy", "sam")},
-        "possession_other": {"possession": user_keys.possession(ledger, key, "sam", other)},
-        "endorsement_other": {"endorsement": cosigned(ledger, "otto", "suzy", key.kid, possessed)},
-        "endorsement_not_operator": {"endorsement": cosigned(ledger, "suzy", "sam", key.kid, possessed)},
-        "endorsement_not_apart": {"endorsement": cosigned(ledger, "olga", "sam", key.kid, possessed)},
-    }
     assert proof(ledger, good).endorser is None
-    for code, changed in wrong.items():
-        with pytest.raises(InvalidMessageError) as caught:
-            proof(ledger, good.model_copy(update=changed))
-        assert caught.value.code == code
-    with pytest.raises(InvalidMessageError) as caught:
-        proof(ledger, good.model_copy(update={"user_id": "sam", "possession": user_keys.possession(
-            ledger, key, "sam", invited, jwk=new_key("sam").public)}))  # fmt: skip
-    assert caught.value.code == "possession_other"
+    with pytest.raises(InvalidMessageError) as refused:
+        proof(ledger, good.model_copy(update=change(NewKey(ledger, key, invited, possessed))))
+    assert refused.value.code == code
 
 
 # --- ending -----------------------------------------------------------------------------------------------------------

@@ -442,7 +442,7 @@ def _verified_answer(compact: Jws, model: type[A], decision: Decision, directory
             return key
         answered_at_ms = append_time_of(decision.claims, compact)
         if answered_at_ms is None or answered_at_ms > at_ms + SKEW_MS:
-            raise InvalidMessageError("it came after its decision", code=Code.ANSWER_LATER)
+            raise InvalidMessageError("it came after its decision")
         return directory.user_key(iss, kid, answered_at_ms / 1000)
 
     try:

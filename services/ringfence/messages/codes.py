@@ -140,8 +140,6 @@ class Code(StrEnum):
     """A sealed message cannot be opened."""
     SIGNATURE_INVALID = "signature_invalid"
     """A signature does not verify: an unknown key, another algorithm, or a wrong signature."""
-    TOKEN_INVALID = "token_invalid"
-    """An identity token is invalid; the message says why and never holds the token."""
     TOKEN_MALFORMED = "token_malformed"
     """An identity token lacks a claim or header, or has one in a wrong form."""
     TOO_OLD = "too_old"
@@ -158,8 +156,6 @@ class Code(StrEnum):
     """The signed history of a record does not verify; the record is rejected."""
     CHAIN_INCOMPLETE = "chain_incomplete"
     """A record rests on another one that is not here yet."""
-    COMMAND_REFUSED = "command_refused"
-    """The signer may not give this command, or the command does not fit the state of its subject."""
     HISTORY_CHANGED = "history_changed"
     """An earlier part of the signed history of a record is another one than before."""
     ID_TAKEN = "id_taken", 409
@@ -336,8 +332,6 @@ class Code(StrEnum):
     """The consent is to other terms than these; ask for another."""
     CONSENT_STALE = "consent_stale"
     """The agent changed after the consent was signed; ask for another consent."""
-    CONSENT_TWICE = "consent_twice"
-    """The task has a consent and an ID token; give one of them."""
     CONSENT_USED = "consent_used"
     """The consent was used for another task; ask for another."""
     DECOMMISSIONED = "decommissioned"
@@ -566,8 +560,6 @@ class Code(StrEnum):
     """These verbs were never approved before."""
 
     # The issuer and its leases
-    ANSWER_LATER = "answer_later"
-    """An embedded approval came after its decision."""
     DEADLINE_PASSED = "deadline_passed"
     """The time of the credential was over before it was made."""
     DECISION_INCOMPLETE = "decision_incomplete"

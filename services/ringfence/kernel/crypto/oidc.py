@@ -19,7 +19,7 @@ from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import b64decode
-from ringfence.messages.codes import Code
+from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.oidc import OidcAlgorithm, OidcKey
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ _USUAL: dict[tuple[Any, Any], OidcAlgorithm] = {
 class TokenError(RingfenceError):
     """Raised when an identity token is invalid. `code` says why; the message never holds the token."""
 
-    code = Code.TOKEN_INVALID
+    def __init__(self, message: str, *, code: AnyCode) -> None:
+        super().__init__(message, code=code)
 
 
 class JwksError(RingfenceError):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import public_key
-from ringfence.messages.codes import Code
+from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.permission import Scope
@@ -30,7 +30,8 @@ from ringfence.model.scope.scope import validate_scope
 class CommandRefusedError(RingfenceError):
     """Raised when the signer may not give a command, or when it does not fit the state of its subject."""
 
-    code = Code.COMMAND_REFUSED
+    def __init__(self, message: str, *, code: AnyCode) -> None:
+        super().__init__(message, code=code)
 
 
 @dataclass(frozen=True, slots=True)

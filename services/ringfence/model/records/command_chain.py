@@ -486,9 +486,7 @@ class Chains:
             return None
         if command.id_token is not None:
             if command.consent is not None:
-                raise InvalidMessageError(
-                    "a consent and an ID token: give one of them", code=Code.CONSENT_TWICE
-                )
+                raise InvalidMessageError("a consent and an ID token: give one of them")
             user = self.user_at(command.on_behalf_of, at_ms)
             return verified_consent(command.id_token, command.terms, user, self._trust, at_ms)
         if command.consent is None:
