@@ -9,7 +9,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "model/records/command_chain.py": (
         "test_chains.py", "test_command_chain_order.py", "test_delegation.py", "test_agent_keys.py",
         "test_id_token_consent.py", "test_provisioners.py", "test_directory.py", "test_transfers.py",
-        "test_trust_root.py", "test_lifecycle.py",
+        "test_trust_root.py", "test_lifecycle.py", "test_user_keys.py", "test_key_history.py",
     ),
     "model/records/runs.py": ("test_runs.py",),
     "model/records/user_keys.py": ("test_passkeys.py", "test_passkey_records.py"),
