@@ -433,6 +433,7 @@ class InMemoryRingfence:
 
         Raises ValueError if `by` is negative.
         """
+        await self._bus.settle()
         self.clock.advance(by.total_seconds() if isinstance(by, timedelta) else by)
         await self._bus.settle()
         await self._services.end_due_leases()

@@ -19,9 +19,9 @@ from ringfence.testing import InMemoryRingfence, NothingPendingError, People
 
 SCOPE = [Permission(target="forge", verbs=("read", "merge"), resources=("repos/a/**",))]
 REQUESTS = [
-    RequestRule(method="GET", path="/repos/{path*}", verb="read", resource="repos/{path}"),
-    RequestRule(method="PUT", path="/repos/{path*}", verb="merge", resource="repos/{path}"),
-    RequestRule(method="DELETE", path="/repos/{path*}", verb="delete", resource="repos/{path}"),
+    RequestRule(method="GET", path="/repos/{path*}", verb="read", resource="repos/{path*}"),
+    RequestRule(method="PUT", path="/repos/{path*}", verb="merge", resource="repos/{path*}"),
+    RequestRule(method="DELETE", path="/repos/{path*}", verb="delete", resource="repos/{path*}"),
 ]
 LONG_S = 60.0
 
@@ -65,15 +65,18 @@ def task(broker: InMemoryRingfence, agent: Agent) -> str:
 
 
 @pytest.fixture
-async def credential(agent: Agent, task: str) -> GatewayCredential:
-    return await lease(agent, task)
+async def credential(broker: InMemoryRingfence, task: str) -> GatewayCredential:
+    return await lease(broker, task)
 
 
-async def lease(agent: Agent, task: str, **more: Any) -> GatewayCredential:
+async def lease(broker: InMemoryRingfence, task: str, **more: Any) -> GatewayCredential:
+    """A lease for the gateway, with the approvals that it needs."""
     given: dict[str, Any] = {
         "target": "forge", "verbs": ["read", "merge"], "resources": ["repos/a/**"], "reason": "a test",
     }  # fmt: skip
-    credential = await agent.request(task=task, delivery="gateway", **{**given, **more})
+    broker.answer_all("approved")
+    credential = await broker.agent("merge-bot").request(task=task, delivery="gateway", **{**given, **more})
+    broker.answer_all(None)
     assert isinstance(credential, GatewayCredential)
     return credential
 
@@ -152,11 +155,13 @@ async def test_each_request_is_recorded_also_when_refusals_repeat(
 async def test_a_secret_in_a_response_is_redacted(
     broker: InMemoryRingfence, credential: GatewayCredential, http: httpx.AsyncClient, server: Server
 ) -> None:
-    server.respond = lambda request: httpx.Response(200, text=request.headers["Authorization"])
-    assert "ey" not in (await http.get("/repos/a/1")).text
+    server.respond = lambda request: httpx.Response(200, text=f"it was {request.headers['Authorization']}")
+    answer = await http.get("/repos/a/1")
+    assert answer.text.startswith("it was ")
+    assert server.requests[0].headers["Authorization"].partition(" ")[2] not in answer.text
 
 
-async def test_asgi_application_answers_and_streams(broker: InMemoryRingfence, agent: Agent) -> None:
+async def test_asgi_application_answers_and_streams(broker: InMemoryRingfence) -> None:
     async def upload(request: Request) -> JSONResponse:
         return JSONResponse({"bytes": len(await request.body())})
 
@@ -178,7 +183,7 @@ async def test_asgi_application_answers_and_streams(broker: InMemoryRingfence, a
         "store", verbs=["read", "write"], requests=rules, server=app, url="https://store.example:8443"
     )
     task = broker.task("merge-bot", [Permission(target="store", verbs=("read", "write"), resources=("*",))])
-    await lease(agent, task, target="store", verbs=["read", "write"], resources=["*"])
+    await lease(broker, task, target="store", verbs=["read", "write"], resources=["*"])
 
     async def body() -> AsyncIterator[bytes]:
         for _ in range(8):
@@ -219,17 +224,17 @@ async def test_static_secret_of_the_test_is_injected(
 ) -> None:
     broker.target(
         "api", verbs=["read"], requests=REQUESTS[:1], kind="http", credential="s3cret-key", server=server,
-        header="X-Api-Key",
+        auth="header", header="X-Api-Key",
     )  # fmt: skip
     task = broker.task("merge-bot", [Permission(target="api", verbs=("read",), resources=("repos/**",))])
-    await lease(agent, task, target="api", verbs=["read"], resources=["repos/**"])
+    await lease(broker, task, target="api", verbs=["read"], resources=["repos/**"])
     async with httpx.AsyncClient(transport=broker.gateway(task=task)) as http:
         assert (await http.get("http://gateway/api/repos/a")).status_code == 200
     assert server.requests[0].headers["X-Api-Key"] == "s3cret-key"
 
 
 def test_blocking_client_without_an_event_loop(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
-    asyncio.run(lease(agent, task))
+    asyncio.run(lease(broker, task))
     broker.answer_all("approved")
     with httpx.Client(
         transport=broker.gateway(task=task), base_url="http://gateway/forge", timeout=LONG_S
@@ -307,11 +312,12 @@ async def test_of_several_actions_one_is_named(
 )
 async def test_unanswered_action_times_out_as_the_clock_moves(
     broker: InMemoryRingfence,
-    credential: GatewayCredential,
+    task: str,
     http: httpx.AsyncClient,
     by: timedelta,
     code: str,
 ) -> None:
+    await lease(broker, task, ttl_s=1800)
     asked = asyncio.create_task(http.put("/repos/a/1"))
     await until(broker.pending_actions)
     await broker.advance(by)
@@ -384,4 +390,4 @@ async def test_end_of_the_lease_ends_requests_in_progress(
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(LONG_S):
         while not condition():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.005)
