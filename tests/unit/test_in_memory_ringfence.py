@@ -400,13 +400,6 @@ async def test_other_kinds_of_credentials_are_what_the_test_gives(broker: InMemo
     assert (denied.value.by, denied.value.code) == ("issuer", "backend_cannot")
 
 
-async def test_there_is_no_gateway(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
-    with pytest.raises(RequestDeniedError) as denied:
-        await agent.request(task=task, target="staging", **READ, delivery="gateway")
-    assert denied.value.by == "issuer"
-    assert broker.leases() == []
-
-
 async def test_delegated_tasks_work_as_they_do(broker: InMemoryRingfence, agent: Agent, task: str) -> None:
     helper = broker.agent("helper", ceiling=EVERYTHING)
     part = [Permission(target="staging", verbs=("read",), resources=("env/a/*",))]

@@ -52,6 +52,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import ACTION, APPROVAL_REQUEST, REGISTRY_COMMAND, SERVICE_EVENT
+from ringfence.model.http_targets import RequestMap
 from ringfence.model.scope.scope import missing, validate_scope
 from ringfence.rego.bundle import load_bundle
 from ringfence.testing.clock import MovableClock
@@ -197,7 +198,7 @@ class InMemoryRingfence:
             settings: further fields of the backend's settings, e.g. `sslmode` of a PostgreSQL server. With `server`,
                 `url` is `https://TARGET.ringfence.test` where none is given.
 
-        Raises InvalidCallError; RefusedError by the registry.
+        Raises InvalidCallError, RequestMapError; RefusedError by the registry.
         """
         floors: Mapping[str, ApprovalClass] = (
             verbs if isinstance(verbs, Mapping) else dict.fromkeys(texts("verbs", verbs), "none")
@@ -214,6 +215,7 @@ class InMemoryRingfence:
             verb_floors = tuple(
                 VerbFloor(verb=verb, floor=floor, ask=asked.get(verb)) for verb, floor in floors.items()
             )
+        RequestMap(rules).check_order(verb_floors)
         self._command(
             TargetSet,
             by=f"user/{People.OPERATOR}",
