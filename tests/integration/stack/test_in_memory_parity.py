@@ -506,7 +506,7 @@ REQUESTS = [
 ]
 VERBS = [
     VerbFloor(verb="read"),
-    VerbFloor(verb="write", ask="sponsor"),
+    VerbFloor(verb="write", floor="sponsor", ask="sponsor"),
     VerbFloor(verb="destroy", ask="sponsor"),
 ]
 LABEL = {"X-Ringfence-Label": "table"}
@@ -551,7 +551,7 @@ class GatewayPlace:
                 await self.news()
         return [
             (one.allowed, one.method, one.verb, one.resource, one.access, one.asked is not None,
-             [(reason.code, reason.side) for reason in one.reasons])
+             [(reason.code, said(self.realm, reason.side)) for reason in one.reasons])
             for one in self.recorded() if one.label == "table" and one.count is None
         ]  # fmt: skip
 
