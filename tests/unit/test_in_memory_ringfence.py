@@ -445,11 +445,13 @@ async def deploy(agent, task):
 
 def test_the_page_for_users_shows_tests_that_pass(pytester: pytest.Pytester) -> None:
     page = (Path(__file__).parents[2] / "docs/testing-agents.md").read_text()
-    conftest, tests, *_ = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    conftest, tests, *_ = blocks
+    (through_gateway,) = (one for one in blocks if "gateway(task=task)" in one)
     pytester.makeini("[pytest]\nasyncio_mode = auto\nasyncio_default_fixture_loop_scope = function")
     pytester.makeconftest(conftest)
-    pytester.makepyfile(f"{tests}\n{CODE_UNDER_TEST}")
-    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=2)
+    pytester.makepyfile(test_agent=f"{tests}\n{CODE_UNDER_TEST}", test_gateway=through_gateway)
+    pytester.runpytest_subprocess("-p", "no:cacheprovider").assert_outcomes(passed=5)
 
 
 @pytest.mark.parametrize("lacking", ["regorus", "starlette", "prometheus_client", "redis"])

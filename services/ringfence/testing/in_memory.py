@@ -120,7 +120,10 @@ class InMemoryRingfence:
     """
 
     def __init__(self, *, policy: Path | str | None = None) -> None:
-        """`policy`: the folder of a Rego bundle; None takes the one that comes with Ringfence. Raises BundleError."""
+        """`policy`: the folder of a Rego bundle; None takes the one that comes with Ringfence. Raises BundleError.
+
+        The gateway takes it as well, if it has the rule `data.ringfence.action.decision`.
+        """
         self.clock = MovableClock()
         self._root = SigningKey.generate(f"spiffe://{TRUST_DOMAIN}/root")
         common: dict[str, Any] = {

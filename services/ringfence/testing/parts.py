@@ -301,8 +301,9 @@ _MOST_MACHINES: Final = 16
 def _machine(bundle: Bundle, entry_point: str) -> Any:
     key = bundle.revision, entry_point
     if key not in _machines:
+        program = compiled(bundle.modules, entry_point)  # an error of it must hold no machine: see `_thread`
         machine = regorus.Rvm()
-        machine.load_program(compiled(bundle.modules, entry_point))
+        machine.load_program(program)
         if len(_machines) >= _MOST_MACHINES:
             del _machines[next(iter(_machines))]
         _machines[key] = machine

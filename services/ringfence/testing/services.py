@@ -40,7 +40,7 @@ from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.settings import PolicySettings
 from ringfence.registry.commands import Registry
 from ringfence.registry.store import Memory
-from ringfence.rego.bundle import Bundle
+from ringfence.rego.bundle import Bundle, BundleError
 from ringfence.rego.engine import ACTION
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
@@ -116,6 +116,14 @@ def create_context(root: SigningKey, settings: ServiceSettings, clock: MovableCl
     return ServiceContext(bus, clock, settings, trust, keys, seals)
 
 
+def _action_engine(bundle: Bundle | None) -> InProcessEngine:
+    """The gateway's engine. A bundle that decides on credentials alone leaves it the one that comes with Ringfence."""
+    try:
+        return InProcessEngine(bundle, entry_point=ACTION)
+    except BundleError:
+        return InProcessEngine(entry_point=ACTION)
+
+
 class Services:
     """The services that decide, at work on one bus."""
 
@@ -185,7 +193,7 @@ class Services:
                 runtime,
                 GatewaySettings.model_construct(),
                 InMemoryView(runtime),
-                InProcessEngine(bundle, entry_point=ACTION),
+                _action_engine(bundle),
                 self._declared,
                 context.seals["gateway"],
                 StaticSecrets(GivenSecrets(credential_of)),

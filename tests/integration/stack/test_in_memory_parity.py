@@ -580,7 +580,7 @@ async def gateway_place(realm: RunningStack) -> AsyncIterator[GatewayPlace]:
             yield GatewayPlace(
                 realm, socket, listener,
                 lambda: [_came(r.method, r.url.raw_path.decode(), r.headers, r.content) for r in requests],
-                ringfence.actions, no_news,
+                lambda: ringfence.actions(agent=realm.agent), no_news,
             )  # fmt: skip
         return
     transport = httpx.AsyncHTTPTransport(uds=str(realm.stack.sockets / f"{realm.task}.sock"))
@@ -704,11 +704,13 @@ async def the_gateway_stops_forwarding_as_leases_end(realm: RunningStack) -> Out
                 await sam.revoke(reason="a story", lease_id=credential.lease_id)
             else:
                 await sam.suspend_agent(realm.agent, reason="odd")
-            await place.until("agent_suspended" if how == "suspended" else "no_lease")
+            if how == "suspended":
+                await place.until("agent_suspended")
+                break
+            await place.until("no_lease")
             named = {**LABEL, "Authorization": f"DPoP {credential.lease_id}"}
             found.append(await place.answer(place.socket.get(web, headers=LABEL)))
-            if how != "suspended":
-                found.append(await place.answer(place.socket.get(web, headers=named)))
+            found.append(await place.answer(place.socket.get(web, headers=named)))
         return found
 
 
