@@ -433,13 +433,13 @@ class InMemoryRingfence:
 
     # --- time ---
 
-    async def advance(self, by: float | timedelta) -> None:
-        """Move the clock forward, by seconds or a `timedelta`: leases and tasks end, and open questions are denied.
+    async def advance(self, seconds: float | timedelta) -> None:
+        """Move the clock forward by so many `seconds`: leases and tasks end, and open questions are denied.
 
-        Raises ValueError if `by` is negative.
+        Raises ValueError if `seconds` is negative.
         """
         await self._bus.settle()
-        self.clock.advance(by.total_seconds() if isinstance(by, timedelta) else by)
+        self.clock.advance(seconds.total_seconds() if isinstance(seconds, timedelta) else seconds)
         await self._bus.settle()
         await self._services.end_due_leases()
         await self._bus.settle()
