@@ -199,7 +199,7 @@ async def test_asgi_application_answers_and_streams(broker: InMemoryRingfence) -
         assert (await http.head("https://store.example:8443/down/x")).status_code == 200
 
 
-async def test_what_the_server_raises_the_request_raises(
+async def test_request_raises_what_the_server_raises(
     broker: InMemoryRingfence, credential: GatewayCredential, http: httpx.AsyncClient, server: Server
 ) -> None:
     def fail(request: httpx.Request) -> httpx.Response:
