@@ -31,6 +31,7 @@ from ringfence.gateway.state.leases import LEASES_SINCE_MS
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
+from ringfence.kernel.crypto.jwe import Opener
 from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Reader
@@ -42,12 +43,27 @@ from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
 from ringfence.model.records.agent_keys import KeyUses
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
-from ringfence.rego.engine import ACTION
+from ringfence.rego.engine import ACTION, PolicyEngine
 from ringfence.rego.settings import OpaSettings, engine_of
 
 log = logging.getLogger(__name__)
 
 SEAL = "-seal.json"
+
+
+@dataclass(frozen=True, slots=True)
+class CoreParts:
+    """What the decision core works with. A process and a test bring theirs; `wire_core` makes one core of either."""
+
+    runtime: Runtime
+    own: GatewaySettings
+    view: View
+    engine: PolicyEngine
+    declared: BackendCapabilities
+    seal: Opener | None
+    """Opens the credentials that are sealed to this gateway. Without it, only static secrets are injected."""
+    secrets: StaticSecrets
+    recorder: Recorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +74,7 @@ class Core:
     view: View
     targets: Targets
     relays: Relays
+    approvals: Approvals
     blocked: BlockedRequests
     run_events: RunEvents
     proofs: ProofChecker
@@ -73,7 +90,31 @@ def build_core(
 
     `fast_path`: see `DecisionSettings`. Raises AccessError, BundleError, KeyFileError, SettingsError, SpoolError.
     """
-    clock, view = runtime.clock, View(runtime)
+    view = View(runtime)
+    with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
+        bundle = load_bundle(own.bundle)
+    engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION)
+    declared = BackendCapabilities(all_backends(BackendContext(settings.trust_domain, settings.issuer_url)))
+    seal, secrets = _seal_keys(runtime, settings, own), StaticSecrets(TargetAccess.of(load(BackendSettings)))
+    recorder = _recorder(runtime, settings, own)
+
+    async def bundle_refused(mark: str, message: str) -> None:
+        reason = Reason(code=Code.BUNDLE_REFUSED, message=message[:2000])
+        await runtime.event(
+            "finding", EventSubject.POLICY_BUNDLE, about=("bundle_refused", mark), reasons=(reason,)
+        )
+
+    if own.observe:
+        _announce_observe_mode(runtime, own)
+    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
+    parts = CoreParts(runtime, own, view, engine, declared, seal, secrets, recorder)
+    return wire_core(parts, fast_path=fast_path)
+
+
+def wire_core(parts: CoreParts, *, fast_path: bool = True) -> Core:
+    """Make the core, and register all that it reads and does at its runtime. `fast_path`: see `DecisionSettings`."""
+    runtime, own, view, recorder = parts.runtime, parts.own, parts.view, parts.recorder
+    clock, settings = runtime.clock, runtime.settings
     targets = Targets(view.directory)
     proofs = ProofChecker(nonces=Nonces(), clock=clock)
     shared_keys = SharedKeys(runtime, KeyUses())
@@ -81,17 +122,11 @@ def build_core(
     authenticator = SenderAuthenticator(
         settings.trust_domain, view.directory, view.table, proofs, clock, shared_keys.used
     )
-    with of_setting("RINGFENCE_GATEWAY_BUNDLE"):
-        bundle = load_bundle(own.bundle)
-    engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ACTION)
-    declared = BackendCapabilities(all_backends(BackendContext(settings.trust_domain, settings.issuer_url)))
     sealed = SealedCredentials(
         view.table, runtime.trust, clock,
-        key=lambda: runtime.key, seal=_seal_keys(runtime, settings, own), issuer_url=own.issuer or settings.issuer_url,
+        key=lambda: runtime.key, seal=parts.seal, issuer_url=own.issuer or settings.issuer_url,
     )  # fmt: skip
-    secrets = StaticSecrets(TargetAccess.of(load(BackendSettings)))
-    injector = Injector(view.table, sealed, secrets)
-    recorder = _recorder(runtime, settings, own)
+    injector = Injector(view.table, sealed, parts.secrets)
     counted = RefusalCounts(recorder.record, clock, gateway=runtime.key.id)
     blocked = BlockedRequests(counted, view.directory, targets, trust_domain=settings.trust_domain)
     approvals = Approvals(
@@ -101,7 +136,7 @@ def build_core(
     )  # fmt: skip
     gate = DecisionGate(
         view,
-        DecisionSteps(authenticator, targets, Evaluator(engine, declared), approvals, injector),
+        DecisionSteps(authenticator, targets, Evaluator(parts.engine, parts.declared), approvals, injector),
         DecisionLog(runtime.key.id, recorder, counted),
         DecisionSettings(settings.entitlements_max_age_s, observe=own.observe, fast_path=fast_path),
         clock=clock,
@@ -112,12 +147,6 @@ def build_core(
         view, authenticator, gate.events, clock, entitlements_max_age_s=settings.entitlements_max_age_s
     )
 
-    async def bundle_refused(mark: str, message: str) -> None:
-        reason = Reason(code=Code.BUNDLE_REFUSED, message=message[:2000])
-        await runtime.event(
-            "finding", EventSubject.POLICY_BUNDLE, about=("bundle_refused", mark), reasons=(reason,)
-        )
-
     reply_readers: list[Reader] = [sealed.on_records]
 
     def on_replies(records: Sequence[Received]) -> None:
@@ -127,18 +156,15 @@ def build_core(
     runtime.history([CREDENTIAL_REPLY], on_replies, since_ms=max(clock.now_ms() - LEASES_SINCE_MS, 1))
     # Questions belong to this process, so answers from before its start are not for it.
     runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
-    if own.observe:
-        _announce_observe_mode(runtime, own)
     runtime.background("blocked requests", blocked.run)
-    runtime.on_start(engine.start)
-    runtime.on_stop(secrets.close)
+    runtime.on_start(parts.engine.start)
+    runtime.on_stop(parts.secrets.close)
     runtime.on_stop(sealed.close)
-    runtime.on_stop(engine.close)
+    runtime.on_stop(parts.engine.close)
     runtime.on_stop(recorder.close)
     runtime.on_stop(blocked.close)
-    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
     run_events = RunEvents(recorder, counted)
-    return Core(gate, view, targets, relays, blocked, run_events, proofs, reply_readers)
+    return Core(gate, view, targets, relays, approvals, blocked, run_events, proofs, reply_readers)
 
 
 def _announce_observe_mode(runtime: Runtime, own: GatewaySettings) -> None:

@@ -1,4 +1,4 @@
-"""An in-memory Ringfence for the test suites of agents: real rules, no Kafka, no Redis, no network.
+"""An in-memory Ringfence for the test suites of agents: real rules and a gateway, no Kafka, no Redis, no network.
 
 ```python
 pytest_plugins = ["ringfence.testing"]  # in conftest.py; or make an InMemoryRingfence yourself
@@ -11,11 +11,11 @@ async def test_deploys(in_memory_ringfence):
     assert [lease.status for lease in in_memory_ringfence.leases()] == ["released"]
 ```
 
-Enters: a test's calls: users, targets, agents, tasks, approvals, revocations, time.
-Leaves: `ringfence.Agent` and other SDK objects on an in-memory bus; leases and their states to assert.
+Enters: a test's calls: users, targets, agents, tasks, approvals, revocations, time; requests through the gateway.
+Leaves: `ringfence.Agent` and other SDK objects on an in-memory bus; leases and recorded actions to assert.
 Imports: every package below, services included; it needs the extra `testing`. Not `faststream` beside it.
-Read first: `in_memory.py` (`InMemoryRingfence`, for a test), `services.py` (four services, policy and
-issuer by their own `wire`), `bus.py` (Kafka in memory).
+Read first: `in_memory.py` (`InMemoryRingfence`, for a test), `services.py` (the services, most by their own
+`wire`), `gateway.py` (a client of httpx, the gateway, a test's server), `bus.py` (Kafka in memory).
 """
 
 from __future__ import annotations

@@ -191,3 +191,34 @@ class InMemoryPublisher(Publisher):
         return compact, await self.send(
             topic, claims.typ, Outbound(key, compact, id=claims.jti, traceparent=traceparent)
         )
+
+
+class SettlingPublisher(InMemoryPublisher):
+    """For what is no handler of the pump: what it sends is acknowledged once all that follows from it is handled."""
+
+    async def send(
+        self,
+        topic: Topic[Any],
+        type: str,
+        record: Outbound,
+        *,
+        partition: int | None = None,
+        content_type: str | None = None,
+        signature: bytes | None = None,
+    ) -> Awaitable[Any]:
+        sent = await super().send(
+            topic, type, record, partition=partition, content_type=content_type, signature=signature
+        )
+        return _Settled(self._bus, sent)
+
+
+class _Settled:
+    """An awaitable of an acknowledgement, and of all that follows from the record."""
+
+    def __init__(self, bus: InMemoryBus, sent: Awaitable[Any]) -> None:
+        self._bus = bus
+        self._sent = sent
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from self._bus.settle().__await__()
+        return (yield from self._sent.__await__())

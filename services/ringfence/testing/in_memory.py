@@ -1,17 +1,20 @@
-"""`InMemoryRingfence`: people, agents, targets and tasks for a test; approvals, revocations and time at its command."""
+"""`InMemoryRingfence`: people, agents, targets and tasks for a test; approvals, revocations and time at its command,
+and a gateway to send requests through."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 import httpx
 
 from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
+from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.client.approvals.history_comparison import PendingApproval
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.arguments import instances, permissions, roles_of, texts
@@ -30,9 +33,10 @@ from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import ServiceEvent
+from ringfence.messages.operations import ActionDecided, ServiceEvent
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import (
+    ActionClass,
     AgentRegister,
     AgentSetCeiling,
     ApprovalClass,
@@ -47,14 +51,17 @@ from ringfence.messages.registry import (
     UserState,
     VerbFloor,
 )
-from ringfence.messages.topics import APPROVAL_REQUEST, REGISTRY_COMMAND, SERVICE_EVENT
+from ringfence.messages.topics import ACTION, APPROVAL_REQUEST, REGISTRY_COMMAND, SERVICE_EVENT
+from ringfence.model.http_targets import RequestMap
 from ringfence.model.scope.scope import missing, validate_scope
 from ringfence.rego.bundle import load_bundle
 from ringfence.testing.clock import MovableClock
+from ringfence.testing.gateway import GATEWAY_NAME, GatewayTransport, Server
 from ringfence.testing.parts import InMemoryConnection, run_at_once
 from ringfence.testing.services import Services, create_context
 
 Verdict = Literal["approved", "denied"]
+P = TypeVar("P", PendingApproval, PendingAction)
 
 TRUST_DOMAIN: Final = "ringfence.test"
 ISSUER_URL: Final = "https://issuer.ringfence.test"
@@ -113,7 +120,10 @@ class InMemoryRingfence:
     """
 
     def __init__(self, *, policy: Path | str | None = None) -> None:
-        """`policy`: the folder of a Rego bundle; None takes the one that comes with Ringfence. Raises BundleError."""
+        """`policy`: the folder of a Rego bundle; None takes the one that comes with Ringfence. Raises BundleError.
+
+        The gateway takes it as well, if it has the rule `data.ringfence.action.decision`.
+        """
         self.clock = MovableClock()
         self._root = SigningKey.generate(f"spiffe://{TRUST_DOMAIN}/root")
         common: dict[str, Any] = {
@@ -171,6 +181,8 @@ class InMemoryRingfence:
         dpop: bool = False,
         credential: str | None = None,
         requests: Sequence[RequestRule] = (),
+        ask: Mapping[str, ActionClass] | None = None,
+        server: Server | None = None,
         **settings: Any,
     ) -> None:
         """Add a target, or replace it.
@@ -180,22 +192,33 @@ class InMemoryRingfence:
                 "second_person" or "operator").
             kind: of its credentials. Tokens ("jwt") are real; of all other kinds `credential` is what agents get.
             max_ttl_s: how long a credential may live at the most, in seconds.
-            requests: the map from HTTP requests to verbs, for a gateway.
+            requests: the map from HTTP requests to verbs, for the gateway.
+            ask: the verbs of which the gateway asks a person about each request: `{"merge": "sponsor"}`.
+            server: what answers the requests that the gateway forwards: an httpx transport, an ASGI application, or a
+                function from `httpx.Request` to `httpx.Response`. Without it no connection to the target can be had.
             audience: the `aud` of its tokens; None takes its SPIFFE ID.
             dpop: tokens are bound to the agent's key (RFC 9449).
-            settings: further fields of the backend's settings, e.g. `sslmode` of a PostgreSQL server.
+            settings: further fields of the backend's settings, e.g. `sslmode` of a PostgreSQL server. With `server`,
+                `url` is `https://TARGET.ringfence.test` where none is given.
 
-        Raises InvalidCallError; RefusedError by the registry.
+        Raises InvalidCallError, RequestMapError; RefusedError by the registry.
         """
         floors: Mapping[str, ApprovalClass] = (
             verbs if isinstance(verbs, Mapping) else dict.fromkeys(texts("verbs", verbs), "none")
         )
         if dpop:
             settings["dpop"] = "required"
+        if server is not None:
+            url = str(settings.setdefault("url", f"https://{target_id}.{TRUST_DOMAIN}"))
+            self._services.gateway.serve(url, server)
+        asked = ask or {}
         rules = instances("requests", requests, RequestRule, "[RequestRule(...)]")
         with checked("the target"):
             backend = BackendSettings(kind=kind, audience=audience, **settings)
-            verb_floors = tuple(VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items())
+            verb_floors = tuple(
+                VerbFloor(verb=verb, floor=floor, ask=asked.get(verb)) for verb, floor in floors.items()
+            )
+        RequestMap(rules).check_order(verb_floors)
         self._command(
             TargetSet,
             by=f"user/{People.OPERATOR}",
@@ -347,8 +370,34 @@ class InMemoryRingfence:
         """Deny a request that waits. See `approve`."""
         return await self._answer(request, "denied", by, comment, within_s)
 
+    def pending_actions(self) -> list[PendingAction]:
+        """The single actions about which the gateway asks people now, oldest first."""
+        return self.sponsor(People.OPERATOR).actions(everyone=True)
+
+    async def approve_action(
+        self,
+        action: PendingAction | str | None = None,
+        *,
+        by: str | None = None,
+        comment: str | None = None,
+        within_s: float = 5.0,
+    ) -> PendingAction:
+        """Approve a single action that waits at the gateway. Returns it as it was pending. See `approve`."""
+        return await self._answer_action(action, "approved", by, comment, within_s)
+
+    async def deny_action(
+        self,
+        action: PendingAction | str | None = None,
+        *,
+        by: str | None = None,
+        comment: str | None = None,
+        within_s: float = 5.0,
+    ) -> PendingAction:
+        """Deny a single action that waits at the gateway. See `approve`."""
+        return await self._answer_action(action, "denied", by, comment, within_s)
+
     def answer_all(self, verdict: Verdict | None, *, comment: str | None = None) -> None:
-        """Answer each request that comes to wait from now on, at once.
+        """Answer each request for a credential, and each single action, that comes to wait from now on, at once.
 
         `verdict`: `approved` or `denied`; None leaves requests to wait again.
         """
@@ -384,11 +433,13 @@ class InMemoryRingfence:
 
     # --- time ---
 
-    async def advance(self, seconds: float) -> None:
-        """Move the clock forward by so many `seconds`: leases and tasks end, and questions that nobody answered are
-        denied.
+    async def advance(self, seconds: float | timedelta) -> None:
+        """Move the clock forward by so many `seconds`: leases and tasks end, and open questions are denied.
+
+        Raises ValueError if `seconds` is negative.
         """
-        self.clock.advance(seconds)
+        await self._bus.settle()
+        self.clock.advance(seconds.total_seconds() if isinstance(seconds, timedelta) else seconds)
         await self._bus.settle()
         await self._services.end_due_leases()
         await self._bus.settle()
@@ -401,6 +452,35 @@ class InMemoryRingfence:
         `agent`: only of this agent.
         """
         return [one for one in self._services.store.latest() if agent in (None, one.agent_id)]
+
+    def actions(self, *, agent: str | None = None) -> list[ActionDecided]:
+        """What the gateway recorded of each request, allowed or denied, in order.
+
+        `agent`: only of this agent.
+        """
+        decided = (
+            ActionDecided.model_validate_json(record.value)
+            for record in self._bus.of(ACTION)
+            if b'"allowed"' in record.value  # not the outcome of an action at an MCP endpoint
+        )
+        return [one for one in decided if agent in (None, one.agent_id)]
+
+    # --- the gateway ---
+
+    @property
+    def gateway_url(self) -> str:
+        """The URL at which agents address the gateway through `gateway()`: `{gateway_url}/TARGET/...`."""
+        return f"https://{GATEWAY_NAME}"
+
+    def gateway(self, *, task: str | None = None) -> GatewayTransport:
+        """The way to the gateway, for `httpx.AsyncClient` and `httpx.Client`.
+
+        A request is decided, answered and recorded as by a real gateway, and goes to the `server` of its target.
+
+        Args:
+            task: the socket of this task, which needs no proof; None is the listener, for `credential.auth()`.
+        """
+        return self._services.gateway.transport(task)
 
     # --- resource servers ---
 
@@ -524,19 +604,39 @@ class InMemoryRingfence:
         comment: str | None,
         within_s: float,
     ) -> PendingApproval:
-        pending = await self._wanted(request, within_s)
+        arrivals = self.sponsor(People.OPERATOR).watch(everyone=True)
+        pending = await self._wanted(request, self.pending, arrivals, within_s)
         await self._give(pending, verdict, by, comment)
         return pending
 
-    async def _wanted(self, request: PendingApproval | str | None, within_s: float) -> PendingApproval:
-        if isinstance(request, PendingApproval):
+    async def _answer_action(
+        self,
+        action: PendingAction | str | None,
+        verdict: Verdict,
+        by: str | None,
+        comment: str | None,
+        within_s: float,
+    ) -> PendingAction:
+        arrivals = self.sponsor(People.OPERATOR).watch_actions(everyone=True)
+        pending = await self._wanted(action, self.pending_actions, arrivals, within_s)
+        await self._give_action(pending, verdict, by, comment)
+        return pending
+
+    async def _wanted(
+        self,
+        request: P | str | None,
+        waiting: Callable[[], list[P]],
+        arrivals: AsyncIterator[P],
+        within_s: float,
+    ) -> P:
+        if request is not None and not isinstance(request, str):
             return request
         await self._bus.settle()
         try:
             async with asyncio.timeout(within_s):
-                async for pending in self.sponsor(People.OPERATOR).watch(everyone=True):
+                async for pending in arrivals:
                     if request is None:
-                        self._require_one()
+                        _require_one(waiting())
                     if request in (None, pending.request_id):
                         return pending
         except TimeoutError:
@@ -544,22 +644,11 @@ class InMemoryRingfence:
         which = "no request" if request is None else f"no request {request}"
         raise NothingPendingError(f"{which} came to wait for an approval within {within_s:g} s")
 
-    def _require_one(self) -> None:
-        if len(waiting := self.pending()) > 1:
-            ids = ", ".join(one.request_id for one in waiting)
-            raise InvalidCallError(f"{len(waiting)} requests wait; say which: {ids}")
-
     async def _give(
         self, pending: PendingApproval, verdict: Verdict, by: str | None, comment: str | None
     ) -> None:
-        users = self._services.directory.entries("user")
-        people = (
-            [by]
-            if by is not None
-            else [one.state.user_id for one in users if isinstance(one.state, UserState)]
-        )
         lacking = list(pending.required)
-        for user_id in people:
+        for user_id in self._people_who_may_answer(by):
             sponsor = self.sponsor(user_id)
             theirs = sponsor.find(pending.request_id)
             mine = theirs.mine if theirs is not None else ()
@@ -579,6 +668,27 @@ class InMemoryRingfence:
             f"request {pending.request_id} is no longer open, or nobody may give it: {', '.join(lacking)}"
         )
 
+    async def _give_action(
+        self, pending: PendingAction, verdict: Verdict, by: str | None, comment: str | None
+    ) -> None:
+        for user_id in self._people_who_may_answer(by):
+            sponsor = self.sponsor(user_id)
+            theirs = sponsor.find_action(pending.request_id)
+            if by is None and (theirs is None or not theirs.mine):
+                continue
+            answer = sponsor.approve_action if verdict == "approved" else sponsor.deny_action
+            await answer(theirs or pending, comment)
+            return
+        raise StaleApprovalError(
+            f"action {pending.request_id} is no longer open, or nobody may give it: {pending.required}"
+        )
+
+    def _people_who_may_answer(self, by: str | None) -> list[str]:
+        if by is not None:
+            return [by]
+        users = self._services.directory.entries("user")
+        return [one.state.user_id for one in users if isinstance(one.state, UserState)]
+
     async def _on_question(self, batch: Sequence[Received]) -> None:
         if self._verdict is None:
             return
@@ -587,6 +697,16 @@ class InMemoryRingfence:
             if pending.request_id not in self._answered:
                 self._answered.add(pending.request_id)
                 await self._give(pending, verdict, None, comment)
+        for action in self.pending_actions():
+            if action.request_id not in self._answered:
+                self._answered.add(action.request_id)
+                await self._give_action(action, verdict, None, comment)
+
+
+def _require_one(waiting: Sequence[PendingApproval | PendingAction]) -> None:
+    if len(waiting) > 1:
+        ids = ", ".join(one.request_id for one in waiting)
+        raise InvalidCallError(f"{len(waiting)} requests wait; say which: {ids}")
 
 
 def _events(records: Iterable[Received]) -> Iterable[ServiceEvent]:

@@ -15,11 +15,13 @@ from typing import Any, Final, Literal, TypeVar, cast
 import regorus
 from starlette.routing import BaseRoute
 
-from ringfence.backends import Backend, TargetAccess
+from ringfence.backends import AccessError, Backend, TargetAccess
 from ringfence.client.connection import Connection, Coordinate
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.kernel.crypto.service_keys import EncryptionKeys
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.consumer import Consumer
 from ringfence.kernel.kafka.dead_letters import DeadLetters
@@ -51,6 +53,33 @@ class NoRightsNeeded(TargetAccess):
 
     def check(self, target_id: str) -> None:
         """Nothing is missing."""
+
+
+class GivenSecrets(NoRightsNeeded):
+    """The static secrets that a test gave, for the gateway to inject."""
+
+    def __init__(self, credential_of: CredentialOf) -> None:
+        super().__init__()
+        self._credential_of = credential_of
+
+    async def read(self, target_id: str) -> str:
+        """The secret. Raises AccessError if the test gave none."""
+        return self.at_hand(target_id)
+
+    def at_hand(self, target_id: str) -> str:
+        """As `read`."""
+        secret = self._credential_of(target_id)
+        if secret is None:
+            raise AccessError(f"the test gave no credential for target {target_id}")
+        return secret
+
+
+class InMemoryEncryptionKeys(EncryptionKeys):
+    """The encryption key of a service, without a file."""
+
+    def __init__(self, key: EncryptionKey) -> None:
+        # Not that of the base class: it reads key files.
+        self._held = {key.kid: key}
 
 
 class GivenCredentials:
@@ -181,7 +210,7 @@ class InMemoryRuntime(Runtime):
         self.clock = clock
         self.trust = trust
         self.tracing = NOT_TRACING
-        self.publisher = InMemoryPublisher(bus, settings, key.id, clock)
+        self.publisher: InMemoryPublisher = InMemoryPublisher(bus, settings, key.id, clock)
         self.dead_letters = DeadLetters(self.publisher, role, clock, trust, self.trust_moved)
         self.routes: list[BaseRoute] = []
         self.bundle_overwritten = False
@@ -272,8 +301,9 @@ _MOST_MACHINES: Final = 16
 def _machine(bundle: Bundle, entry_point: str) -> Any:
     key = bundle.revision, entry_point
     if key not in _machines:
+        program = compiled(bundle.modules, entry_point)  # an error of it must hold no machine: see `_thread`
         machine = regorus.Rvm()
-        machine.load_program(compiled(bundle.modules, entry_point))
+        machine.load_program(program)
         if len(_machines) >= _MOST_MACHINES:
             del _machines[next(iter(_machines))]
         _machines[key] = machine

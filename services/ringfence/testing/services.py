@@ -1,6 +1,7 @@
-"""Registry, policy, issuer and revoker over an in-memory bus. Policy and issuer are wired as in a process.
+"""Registry, policy, issuer, revoker and gateway over an in-memory bus. All but registry and revoker are wired as in a
+process.
 
-What is left out is what only a cluster needs: heartbeats, rebuilds, outboxes, sweeps, minting at targets, gateways.
+What is left out is what only a cluster needs: heartbeats, rebuilds, outboxes, sweeps, minting at targets.
 """
 
 from __future__ import annotations
@@ -13,10 +14,14 @@ from starlette.applications import Starlette
 
 from ringfence.backends import Backend, BackendContext, TokenKey, TokenKeys, built_in
 from ringfence.backends.capabilities import BackendCapabilities
+from ringfence.backends.http import StaticSecrets
+from ringfence.gateway.settings import GatewaySettings
+from ringfence.gateway.wiring import CoreParts
 from ringfence.issuer import app as issuer
 from ringfence.issuer.app import IssuerParts
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
@@ -35,7 +40,8 @@ from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.settings import PolicySettings
 from ringfence.registry.commands import Registry
 from ringfence.registry.store import Memory
-from ringfence.rego.bundle import Bundle
+from ringfence.rego.bundle import Bundle, BundleError
+from ringfence.rego.engine import ACTION
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
@@ -43,18 +49,22 @@ from ringfence.revoker.revocations.record_changes import RECORD_TOPICS, RecordHa
 from ringfence.revoker.revocations.revocations import RevocationHandler
 from ringfence.revoker.revocations.verification import RevocationVerifier
 from ringfence.revoker.settings import PATIENCE_S
-from ringfence.testing.bus import InMemoryBus
+from ringfence.testing.bus import InMemoryBus, SettlingPublisher
 from ringfence.testing.clock import MovableClock
+from ringfence.testing.gateway import InMemoryGateway, InMemoryRecorder, InMemoryView
 from ringfence.testing.lease_store import InMemoryLeaseStore
 from ringfence.testing.parts import (
     CredentialOf,
     GivenCredentials,
+    GivenSecrets,
+    InMemoryEncryptionKeys,
     InMemoryRuntime,
     InProcessEngine,
     NoRightsNeeded,
 )
 
-_ROLES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker")
+_ROLES: tuple[ServiceRole, ...] = ("registry", "policy", "issuer", "revoker", "gateway")
+_SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
 _TRUST_S = 10 * 365 * 86_400
 _VISIBILITY_MS = 10_000
 
@@ -68,6 +78,8 @@ class ServiceContext:
     settings: ServiceSettings
     trust: TrustStore
     keys: Mapping[ServiceRole, SigningKey]
+    seals: Mapping[ServiceRole, EncryptionKey]
+    """The keys that credentials for the gateway are sealed to."""
 
     def runtime(self, role: ServiceRole) -> InMemoryRuntime:
         """The runtime of one service."""
@@ -79,6 +91,7 @@ def create_context(root: SigningKey, settings: ServiceSettings, clock: MovableCl
     bus = InMemoryBus(clock, settings.topic_prefix)
     td, now_s = settings.trust_domain, clock.now_ms() // 1000
     keys = {role: SigningKey.generate(f"spiffe://{td}/service/{role}") for role in _ROLES}
+    seals = {role: EncryptionKey.generate(keys[role].id) for role in _SEALED_TO}
     bundle = TrustBundle(
         iss=root.id,
         aud=td,
@@ -87,7 +100,12 @@ def create_context(root: SigningKey, settings: ServiceSettings, clock: MovableCl
         jti="bundle-1",
         version=1,
         services=tuple(
-            ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(now_s + _TRUST_S),))
+            ServiceIdentity(
+                id=key.id,
+                roles=(role,),
+                keys=(key.record(now_s + _TRUST_S),),
+                encryption_keys=(seals[role].record(now_s + _TRUST_S),) if role in seals else (),
+            )
             for role, key in keys.items()
         ),
     )
@@ -95,11 +113,19 @@ def create_context(root: SigningKey, settings: ServiceSettings, clock: MovableCl
     trust = TrustStore(td, root.kid)
     trust.load(compact, now_s)
     bus.append(TRUST, "1", compact.encode(), ())
-    return ServiceContext(bus, clock, settings, trust, keys)
+    return ServiceContext(bus, clock, settings, trust, keys, seals)
+
+
+def _action_engine(bundle: Bundle | None) -> InProcessEngine:
+    """The gateway's engine. A bundle that decides on credentials alone leaves it the one that comes with Ringfence."""
+    try:
+        return InProcessEngine(bundle, entry_point=ACTION)
+    except BundleError:
+        return InProcessEngine(entry_point=ACTION)
 
 
 class Services:
-    """The four services that decide, at work on one bus."""
+    """The services that decide, at work on one bus."""
 
     def __init__(self, context: ServiceContext, bundle: Bundle | None, credential_of: CredentialOf) -> None:
         """`bundle`: the Rego bundle; None is the one that comes with Ringfence. Raises BundleError."""
@@ -121,12 +147,14 @@ class Services:
         self.approvals = self._build_policy(bundle)
         self.issuer_http = self._build_issuer(token_keys)
         self._ender = self._build_revoker()
+        self.gateway = self._build_gateway(bundle, credential_of)
         context.bus.when_idle(self._close_overdue_once)
 
     async def end_due_leases(self) -> None:
-        """End the leases whose deadline has come."""
+        """End the leases whose deadline has come, and what the gateway does under them."""
         now_ms = self._context.clock.now_ms()
         await self._ender.end([EndRequest(one, deadline_cause(one, now_ms)) for one in self.store.due()])
+        self.gateway.on_clock_moved()
 
     async def _close_overdue_once(self) -> None:
         await self.approvals.close_overdue_once(lambda topic, partition: True)
@@ -149,8 +177,29 @@ class Services:
     def _build_issuer(self, token_keys: TokenKeys) -> Starlette:
         runtime = self._context.runtime("issuer")
         own = IssuerSettings.model_construct()
-        issuer.wire(IssuerParts(runtime, own, self.directory, self.store, self._backends, token_keys, None))
+        seal_keys = InMemoryEncryptionKeys(self._context.seals["issuer"])
+        issuer.wire(
+            IssuerParts(runtime, own, self.directory, self.store, self._backends, token_keys, seal_keys)
+        )
         return Starlette(routes=runtime.routes)
+
+    def _build_gateway(self, bundle: Bundle | None, credential_of: CredentialOf) -> InMemoryGateway:
+        context, runtime = self._context, self._context.runtime("gateway")
+        recorder = InMemoryRecorder(runtime.publisher)
+        # A question to a person is asked outside of the pump.
+        runtime.publisher = SettlingPublisher(context.bus, context.settings, runtime.key.id, context.clock)
+        return InMemoryGateway(
+            CoreParts(
+                runtime,
+                GatewaySettings.model_construct(),
+                InMemoryView(runtime),
+                _action_engine(bundle),
+                self._declared,
+                context.seals["gateway"],
+                StaticSecrets(GivenSecrets(credential_of)),
+                recorder,
+            )
+        )
 
     def _build_revoker(self) -> LeaseEnder:
         context, directory, store = self._context, self.directory, self.store

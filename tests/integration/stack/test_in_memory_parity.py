@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import pytest
 
 from ringfence import (
@@ -17,9 +19,11 @@ from ringfence import (
     BackendSettings,
     InvalidCallError,
     IssuedCredential,
+    PendingAction,
     PendingApproval,
     Permission,
     RequestDeniedError,
+    RequestRule,
     RequestTimeoutError,
     RingfenceError,
     SigningKey,
@@ -28,8 +32,11 @@ from ringfence import (
     TokenVerifier,
     VerbFloor,
 )
+from ringfence.messages.operations import ActionDecided
+from ringfence.messages.topics import ACTION
 from ringfence.testing import InMemoryRingfence, People
-from tests.support.stack import WITHIN_S, RunningStack, first_pending
+from tests.gateway.target import Target
+from tests.support.stack import WITHIN_S, RunningStack, Seen, first_pending
 
 Outcome = Any
 Story = Callable[[RunningStack], Awaitable[Outcome]]
@@ -488,6 +495,244 @@ async def the_registry_refuses_alike(realm: RunningStack) -> Outcome:
             ),
             await outcome(realm, sam.set_user(realm.name("eve"), name="Eve", roles=["operator"])),
         ]
+
+
+# --- stories of requests through the gateway ---
+
+REQUESTS = [
+    RequestRule(method="GET", path="/env/{path*}", verb="read", resource="env/{path*}"),
+    RequestRule(method="PUT", path="/env/{path*}", verb="write", resource="env/{path*}"),
+    RequestRule(method="DELETE", path="/env/{path*}", verb="destroy", resource="env/{path*}"),
+]
+VERBS = [
+    VerbFloor(verb="read"),
+    VerbFloor(verb="write", floor="sponsor", ask="sponsor"),
+    VerbFloor(verb="destroy", ask="sponsor"),
+]
+LABEL = {"X-Ringfence-Label": "table"}
+_UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+
+
+@dataclass
+class GatewayPlace:
+    """The gateway of a realm, and the server behind the realm's target."""
+
+    realm: RunningStack
+    socket: httpx.AsyncClient
+    """By the socket of the task."""
+    listener: httpx.AsyncClient
+    arrived: Callable[[], list[Outcome]]
+    """What came to the server."""
+    recorded: Callable[[], list[ActionDecided]]
+    news: Callable[[], Awaitable[None]]
+
+    async def answer(self, sent: Awaitable[httpx.Response]) -> Outcome:
+        """An answer, without what differs from run to run."""
+        response = await sent
+        headers = {name: value for name, value in response.headers.items() if name != "content-length"}
+        headers |= {"dpop-nonce": "NONCE"} if "dpop-nonce" in headers else {}
+        return response.status_code, headers, _UUID.sub("UUID", said(self.realm, response.text) or "")
+
+    async def until(self, code: str) -> None:
+        """Until a read is answered by this code: changes arrive at a gateway after they were accepted."""
+        async with asyncio.timeout(WITHIN_S):
+            while True:
+                response = await self.socket.get(f"/{self.realm.target}/env/staging/web")
+                if code == (response.text if response.is_success else response.json()["code"]):
+                    return
+                await asyncio.sleep(0.02)
+
+    async def actions(self) -> Outcome:
+        """What was recorded of the requests with a label, up to the one that the last call of this sends."""
+        last = {"X-Ringfence-Label": "last"}
+        await self.socket.get(f"/{self.realm.target}/last", headers=last)
+        async with asyncio.timeout(WITHIN_S):
+            while not any(one.label == "last" for one in self.recorded()):
+                await self.news()
+        return [
+            (one.allowed, one.method, one.verb, one.resource, one.access, one.asked is not None,
+             [(reason.code, said(self.realm, reason.side)) for reason in one.reasons])
+            for one in self.recorded() if one.label == "table" and one.count is None
+        ]  # fmt: skip
+
+
+@asynccontextmanager
+async def gateway_place(realm: RunningStack) -> AsyncIterator[GatewayPlace]:
+    """The target of the realm with a map and a server, and the agent with a lease to read."""
+    if isinstance(realm, InMemoryRealm):
+        ringfence, requests = realm.ringfence, list[httpx.Request]()
+
+        def respond(request: httpx.Request) -> httpx.Response:
+            requests.append(request)
+            return httpx.Response(200, headers={"Content-Type": "text/plain"}, content=b"ok")
+
+        async def no_news() -> None:
+            await asyncio.sleep(0)
+
+        ringfence.target(realm.target, verbs=["read"], server=respond, url="http://127.0.0.1:9001")
+        await _set_target(realm, "http://127.0.0.1:9001")
+        async with (
+            httpx.AsyncClient(
+                transport=ringfence.gateway(task=realm.task), base_url="http://gateway"
+            ) as socket,
+            httpx.AsyncClient(transport=ringfence.gateway(), base_url=ringfence.gateway_url) as listener,
+        ):
+            yield GatewayPlace(
+                realm, socket, listener,
+                lambda: [_came(r.method, r.url.raw_path.decode(), r.headers, r.content) for r in requests],
+                lambda: ringfence.actions(agent=realm.agent), no_news,
+            )  # fmt: skip
+        return
+    transport = httpx.AsyncHTTPTransport(uds=str(realm.stack.sockets / f"{realm.task}.sock"))
+    async with (
+        Target().serving() as server,
+        realm.seen(ACTION) as seen,
+        httpx.AsyncClient(transport=transport, base_url="http://gateway") as socket,
+        httpx.AsyncClient(base_url=realm.stack.door or "", trust_env=False) as listener,
+    ):
+        await _set_target(realm, f"http://127.0.0.1:{server.port}")
+        yield GatewayPlace(
+            realm, socket, listener,
+            lambda: [_came(r.method, r.target, dict(r.headers), r.body) for r in server.requests],
+            lambda: _decided(seen, realm.agent), seen.news,
+        )  # fmt: skip
+
+
+async def _set_target(realm: RunningStack, url: str) -> None:
+    async with realm.as_operator() as olga:
+        await olga.set_target(
+            realm.target, description="a shop", verbs=VERBS, requests=REQUESTS,
+            backend=BackendSettings(kind="jwt", url=url), keys=[realm.key("target", realm.target)],  # type: ignore[call-arg]
+        )  # fmt: skip
+
+
+def _came(method: str, target: str, headers: Mapping[str, str], body: bytes) -> Outcome:
+    injected = dict(headers)["authorization"].partition(" ")[0]
+    return method, target, sorted(dict(headers)), injected, body
+
+
+def _decided(seen: Seen, agent_id: str) -> list[ActionDecided]:
+    decided = (ActionDecided.model_validate_json(one.value) for one in seen.of(ACTION))
+    return [one for one in decided if one.agent_id == agent_id]
+
+
+async def first_action(sponsor: Sponsor) -> PendingAction:
+    """The first single action that waits for this person."""
+    async with asyncio.timeout(WITHIN_S):
+        async for action in sponsor.watch_actions():
+            return action
+    raise AssertionError("the watch ended")
+
+
+async def lease_to_read(realm: RunningStack, agent: Agent, place: GatewayPlace) -> IssuedCredential:
+    credential = await ask(realm, agent, "read", delivery="gateway", resources=["env/staging/*"])
+    if not isinstance(realm, InMemoryRealm):
+        socket = realm.stack.sockets / f"{realm.task}.sock"
+        async with asyncio.timeout(WITHIN_S):
+            while not socket.exists():
+                await asyncio.sleep(0.02)
+    await place.until("ok")
+    return credential
+
+
+@story
+async def the_gateway_answers_requests_on_the_socket_of_a_task(realm: RunningStack) -> Outcome:
+    unknown = "3f0b6a52-0000-5000-8000-000000000000"
+    shop, web = f"/{realm.target}", f"/{realm.target}/env/staging/web"
+    table: list[tuple[str, str, dict[str, Any]]] = [
+        ("GET", web, {}),
+        (
+            "GET",
+            f"{web}?a=1&b=%20",
+            {"headers": {"X-Own": "1", "Authorization": "Basic own", "Forwarded": "x"}},
+        ),
+        ("GET", f"{shop}/env/production/web", {}),
+        ("PUT", web, {"content": b"x"}),
+        ("DELETE", web, {}),
+        ("POST", web, {"json": {}}),
+        ("GET", f"{shop}/elsewhere", {}),
+        ("GET", f"{shop}/env/staging/%2e%2e/x", {}),
+        ("GET", f"{shop}/env//web", {}),
+        ("GET", "/no-such-target/env/staging/web", {}),
+        ("GET", "/", {}),
+        ("GET", web, {"content": b"a body"}),
+        ("DELETE", web, {"content": b"a body"}),
+        ("GET", web, {"headers": {"X-HTTP-Method-Override": "PUT"}}),
+        ("GET", web, {"headers": {"Expect": "a miracle"}}),
+        ("GET", web, {"headers": {"Host": "127.1"}}),
+        ("GET", web, {"headers": {"Authorization": "DPoP nonsense"}}),
+        ("GET", web, {"headers": {"Authorization": f"DPoP {unknown}"}}),
+        ("GET", web, {"headers": {"Authorization": f"DPoP {unknown}", "X-Ringfence-Handle": unknown}}),
+    ]
+    async with realm.as_agent() as agent, gateway_place(realm) as place:
+        await lease_to_read(realm, agent, place)
+        before = len(place.arrived())
+        found = []
+        for method, path, options in table:
+            headers = {**LABEL, **options.pop("headers", {})}
+            found.append(await place.answer(place.socket.request(method, path, headers=headers, **options)))
+        statuses = [one[0] for one in found]
+        assert statuses.count(200) == 2, statuses
+        return found, place.arrived()[before:], await place.actions()
+
+
+@story
+async def the_gateway_answers_requests_at_its_listener(realm: RunningStack) -> Outcome:
+    web = f"/{realm.target}/env/staging/web"
+    async with realm.as_agent() as agent, gateway_place(realm) as place:
+        credential = await lease_to_read(realm, agent, place)
+        http, handle = place.listener, {"Authorization": f"DPoP {credential.lease_id}"}
+        return [
+            await place.answer(http.get(web)),
+            await place.answer(http.get(web, headers=handle)),
+            await place.answer(http.get(web, headers={**handle, "DPoP": "no proof"})),
+            await place.answer(http.get(web, auth=credential.auth())),
+            await place.answer(http.put(web, auth=credential.auth())),
+            await place.answer(http.get(web, headers={"Host": "elsewhere.example"})),
+        ]
+
+
+@story
+async def the_gateway_stops_forwarding_as_leases_end(realm: RunningStack) -> Outcome:
+    web, found = f"/{realm.target}/env/staging/web", []
+    async with realm.as_agent() as agent, gateway_place(realm) as place, realm.administrator("sam") as sam:
+        for how in ("released", "revoked", "suspended"):
+            credential = await lease_to_read(realm, agent, place)
+            if how == "released":
+                await agent.release(credential, timeout_s=WITHIN_S)
+            elif how == "revoked":
+                await sam.revoke(reason="a story", lease_id=credential.lease_id)
+            else:
+                await sam.suspend_agent(realm.agent, reason="odd")
+            if how == "suspended":
+                await place.until("agent_suspended")
+                break
+            await place.until("no_lease")
+            named = {**LABEL, "Authorization": f"DPoP {credential.lease_id}"}
+            found.append(await place.answer(place.socket.get(web, headers=LABEL)))
+            found.append(await place.answer(place.socket.get(web, headers=named)))
+        return found
+
+
+@story
+async def the_gateway_asks_a_sponsor_about_single_actions(realm: RunningStack) -> Outcome:
+    web = f"/{realm.target}/env/staging/web"
+    async with realm.as_agent() as agent, realm.sponsor() as sam, gateway_place(realm) as place:
+        await lease_to_read(realm, agent, place)
+        asked = ask(realm, agent, "write", delivery="gateway")
+        await sam.approve(await first_pending(sam))
+        credential = await asked
+        named = {**LABEL, "Authorization": f"DPoP {credential.lease_id}"}
+        before, found = len(place.arrived()), []
+        for verdict in (sam.approve_action, sam.deny_action):
+            waiting = asyncio.create_task(
+                place.answer(place.socket.put(web, content=verdict.__name__, headers=named, timeout=WITHIN_S))
+            )
+            action = await first_action(sam)
+            await verdict(action, "a comment")
+            shown = [(one.name, one.value) for one in action.headers]
+            found.append((await waiting, action.required, action.method, action.body_digest, shown))
+        return found, place.arrived()[before:], await place.actions()
 
 
 @pytest.fixture

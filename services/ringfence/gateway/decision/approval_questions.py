@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -148,7 +149,8 @@ class Question:
     """The id of the user who answered."""
     closed: Refusal | None = None
     """The refusal, if no answer can count any more."""
-    waiting: set[asyncio.Future[None]] = field(default_factory=set)
+    waiting: dict[asyncio.Future[None], int] = field(default_factory=dict)
+    """By request that waits: when its wait ends, in ms."""
 
     @property
     def id(self) -> str:
@@ -165,10 +167,10 @@ class Question:
         """Whether its answer is known, or can no longer count."""
         return self.answer is not None or self.closed is not None
 
-    def wake(self) -> None:
-        """Wake all requests that wait for it."""
-        for waiter in self.waiting:
-            if not waiter.done():
+    def wake(self, until_ms: float = math.inf) -> None:
+        """Wake the requests that wait for it: all, or those whose wait ends by `until_ms`."""
+        for waiter, ends_ms in self.waiting.items():
+            if not waiter.done() and ends_ms <= until_ms:
                 waiter.set_result(None)
 
 
@@ -226,14 +228,14 @@ class OpenQuestions:
         """Close a question that could not be asked, or whose subject has changed."""
         self._drop(question)
 
-    def add_waiter(self, question: Question, waiter: asyncio.Future[None]) -> None:
-        """Add a request that waits for the answer."""
-        question.waiting.add(waiter)
+    def add_waiter(self, question: Question, waiter: asyncio.Future[None], ends_ms: int) -> None:
+        """Add a request that waits for the answer, until `ends_ms`."""
+        question.waiting[waiter] = ends_ms
         self._waiting[question.approval_key.agent_id] += 1
 
     def stop_waiting(self, question: Question, waiter: asyncio.Future[None]) -> None:
         """Remove a request that waited for the answer."""
-        question.waiting.discard(waiter)
+        question.waiting.pop(waiter, None)
         _less(self._waiting, question.approval_key.agent_id)
 
     def sweep(self, now_ms: int) -> None:

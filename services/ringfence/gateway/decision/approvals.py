@@ -253,13 +253,14 @@ class Approvals:
             has_left = True
             wake()
 
-        now_s = self._runtime.clock.now_ms() / 1000
-        self._questions.add_waiter(question, waiter)
+        now_ms = self._runtime.clock.now_ms()
+        ends_ms = min(now_ms + int(wait_s * 1000), question.signed.claims.exp * 1000)
+        self._questions.add_waiter(question, waiter, ends_ms)
         metrics.ACTIONS_WAITING.inc()
         unwatch = self._table.watch(lease.lease_id, wake)
         stay = holdable.on_disconnect(on_left) if holdable is not None else None
         try:
-            async with asyncio.timeout(max(0.0, min(wait_s, question.signed.claims.exp - now_s))):
+            async with asyncio.timeout(max(0.0, (ends_ms - now_ms) / 1000)):
                 await waiter
         except TimeoutError:
             return _check_answer(question) if question.settled else self._timeout_refusal(question)
@@ -275,7 +276,14 @@ class Approvals:
             return _check_answer(question)
         if isinstance(live := self._table.check_live(lease), Refused):
             return refuse_for(live.reason)
+        if self._runtime.clock.now_ms() >= ends_ms:
+            return self._timeout_refusal(question)
         return refuse(Code.STALE_VIEW, "what this gateway knows got too old while this waited")
+
+    def end_waits(self) -> None:
+        """End the waits whose time is over by the gateway's clock. Timers end them unless that clock was moved."""
+        for question in self._questions:
+            question.wake(self._runtime.clock.now_ms())
 
     def _timeout_refusal(self, question: Question) -> Refusal:
         """The refusal of a request whose question has no answer yet, and that waits no longer."""

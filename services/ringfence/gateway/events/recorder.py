@@ -330,7 +330,7 @@ class Recorder:
     async def _publish_some(self) -> None:
         entries, mark = self._spool.peek()
         if entries:
-            records = (_outbound(entry) for entry in entries)
+            records = (outbound_of(entry) for entry in entries)
             await gather_all(await self._publisher.send_many(ACTION, ACTION.what, records))
         self._spool.mark_published(mark)
 
@@ -345,7 +345,8 @@ def _parts(entry: bytes) -> tuple[bytes, bytes, bytes, bytes]:
     return key, id, traceparent, value
 
 
-def _outbound(entry: bytes) -> Outbound:
+def outbound_of(entry: bytes) -> Outbound:
+    """The record of a spool entry."""
     key, id, traceparent, value = _parts(entry)
     return Outbound(key.decode(), value, id.decode(), traceparent.decode() or None)
 

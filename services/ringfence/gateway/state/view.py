@@ -234,14 +234,19 @@ _COMPARE_EVERY = 2
 class View:
     """Everything that decisions rest on: records, leases, revocations. Fed from Kafka once `runtime` runs."""
 
-    def __init__(self, runtime: Runtime, *, acknowledges: bool = True) -> None:
-        """Register all readers with `runtime`. `acknowledges`: see `RevocationApplier`."""
+    def __init__(
+        self, runtime: Runtime, *, acknowledges: bool = True, broker_clock: RemoteClock | None = None
+    ) -> None:
+        """Register all readers with `runtime`.
+
+        `acknowledges`: see `RevocationApplier`; `broker_clock`: the broker's time, by default that of heartbeats.
+        """
         self._runtime = runtime
         grace_ms = int(runtime.settings.grace_s * 1000)
         self.directory = Directory(
             runtime.trust, runtime.clock, grace_ms=grace_ms, on_alarm=report_alarms(runtime)
         )
-        self._broker_clock = RemoteClock()
+        self._broker_clock = broker_clock or RemoteClock()
         self.table = LeaseTable(runtime.clock, self._broker_clock.now_ms)
         self._streams = StreamDigests()
         self._halts = RevokerHalts(runtime.trust, grace_ms=grace_ms)
