@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.unit.test_time_limits import CONFTEST, ROOT, SETTINGS
 
 CODE = """
@@ -90,3 +92,42 @@ def test_stages_beside_others_are_in_the_summary(tmp_path: Path) -> None:
     assert status == 1, said
     assert "FAILED  beside, again what failed" in summary
     assert "FAILED  here, again what failed" in summary
+
+
+def test_digest_changes_with_what_a_suite_imports_and_with_nothing_else(tmp_path: Path) -> None:
+    files = {
+        "tests/__init__.py": "",
+        "tests/conftest.py": "",
+        "tests/suite/test_it.py": "from tests.support import used\n",
+        "tests/support/__init__.py": "",
+        "tests/support/used.py": "import tests.support.deep\n",
+        "tests/support/deep.py": "",
+        "tests/support/other.py": "",
+        "docs/page.md": "",
+        "docs/other.md": "",
+    }
+
+    def git(*words: str) -> None:
+        identity = ("-c", "user.name=x", "-c", "user.email=x@example.org")
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    def digest() -> str:
+        command = [sys.executable, ROOT / ".ci/digest", "tests/suite", "docs/page.md"]
+        return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    git("init", "-q")
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    git("add", "-A")
+    git("commit", "-qm", "first")
+    seen = {digest()}
+    for name in files:
+        (tmp_path / name).write_text("# changed\n" + files[name])
+        git("commit", "-qam", name)
+        new = digest()
+        assert (new in seen) == (name in ("tests/support/other.py", "docs/other.md")), name
+        seen.add(new)
+    (tmp_path / "tests/support/deep.py").write_text("# not committed\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        digest()
