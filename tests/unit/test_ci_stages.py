@@ -30,7 +30,6 @@ def check(folder: Path, stage: str, *, settings: str = SETTINGS, code: str = COD
     """Exit status, output, and what stands from the summary on, of a check that has this one stage; `make it` runs the
     tests.
     """
-    folder.mkdir(exist_ok=True)
     (folder / "pytest.ini").write_text(settings)
     (folder / "conftest.py").write_text(CONFTEST)
     (folder / "test_it.py").write_text(code)
@@ -80,18 +79,6 @@ def test_passing_tests_are_not_named_in_the_summary(tmp_path: Path) -> None:
     status, said, summary = check(tmp_path, 'suite 60s "the tests" it', code="def test_runs():\n    pass\n")
     assert status == 0, said
     assert re.fullmatch(r"passed  the tests \(\d+ s, CPU \d+ s\)\n", summary)
-
-
-def test_stages_beside_others_are_in_the_summary(tmp_path: Path) -> None:
-    stages = 'beside other suite 60s "beside" it; suite 60s "here" it; beside_done'
-    code = "import pathlib\n\n\ndef test_runs():\n    name = pathlib.Path().resolve().name\n    assert name\n"
-    status, said, summary = check(tmp_path, stages, code=code)
-    assert status == 0, said
-    assert [line.split(" (")[0] for line in summary.splitlines()] == ["passed  here", "passed  beside"]
-    status, said, summary = check(tmp_path / "failing", stages, code="def test_fails():\n    assert False\n")
-    assert status == 1, said
-    assert "FAILED  beside, again what failed" in summary
-    assert "FAILED  here, again what failed" in summary
 
 
 def test_digest_changes_with_what_a_suite_imports_and_with_nothing_else(tmp_path: Path) -> None:
