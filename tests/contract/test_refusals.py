@@ -17,6 +17,7 @@ from ringfence.messages.codes import Code
 TESTS: Final = Path(__file__).parents[1]
 CODE_ARGUMENTS: Final = frozenset(("code", "codes"))
 WITHOUT_A_ROW: Final[frozenset[Code]] = frozenset({
+    Code.DEADLINE_PASSED, Code.FENCED, Code.BACKEND_CANNOT,
     Code.CANNOT_LISTEN, Code.CONSUMER_HALTED, Code.ERROR, Code.EXTRA_MISSING, Code.FORBIDDEN,
     Code.INTERNAL, Code.MESSAGE_INVALID, Code.NOT_FOUND, Code.NOT_PRIVATE, Code.RECORDS_GONE,
     Code.TOPIC_REFUSED, Code.KEY_UNCOUNTED, Code.NOT_A_JWE, Code.REPLY_UNFIT, Code.ALREADY_DECIDED,

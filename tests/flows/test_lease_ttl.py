@@ -73,7 +73,10 @@ async def test_lease_that_expired_without_a_listener_is_ended(desk: IssuerBench,
     assert statuses(await ended(desk, asked)) == ["active", "expired"]
 
 
-async def test_deadline_sets_alone_end_a_lease(place: LostRedisBench) -> None:
+async def test_deadline_sets_alone_end_a_lease(
+    place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Expiry, "_scan_on", AsyncMock(return_value={}))
     await place.store.connect()
     await place.store.link.pipeline([("CONFIG", "SET", "notify-keyspace-events", "")])
     asked, _ = await place.desk.issued("read", ttl_s=8)

@@ -29,8 +29,9 @@ from ringfence import (
     TokenVerifier,
 )
 from ringfence.model.requests.grants import GrantTable
+from ringfence.rego.bundle import BundleError
 from ringfence.testing import InMemoryRingfence, NothingPendingError, People
-from tests.policy.bundles import write
+from tests.policy.bundles import ALLOWS, write
 
 pytest_plugins = ["pytester"]
 
@@ -229,7 +230,7 @@ async def test_answers_may_be_given_ahead(broker: InMemoryRingfence, agent: Agen
         await agent.request(task=task, target="staging", **DEPLOY)
     broker.answer_all(None)
     with pytest.raises(RequestTimeoutError) as late:
-        await agent.request(task=task, target="staging", **DEPLOY, timeout_s=0.05)
+        await agent.request(task=task, target="staging", **DEPLOY, timeout_s=1.0)
     assert late.value.waiting_for == "the approval of the agent's sponsor"
 
 
@@ -266,6 +267,13 @@ async def test_an_approval_that_nobody_gives_ends_with_the_time(
     with pytest.raises(RequestDeniedError) as denied:
         await asked
     assert denied.value.code == "approval_expired"
+
+
+def test_bundle_whose_action_rules_do_not_compile_is_refused(tmp_path: Path) -> None:
+    bundle = write(tmp_path / "bundle", ALLOWS)
+    (bundle / "action.rego").write_text("package ringfence.action\n\ndecision := nosuch(input)\n")
+    with pytest.raises(BundleError, match="nosuch"):
+        InMemoryRingfence(policy=bundle)
 
 
 async def test_break_glass_takes_two_operators(tmp_path: Path) -> None:

@@ -30,6 +30,10 @@ class BundleError(RingfenceError):
     code = Code.BUNDLE_INVALID
 
 
+class MissingRuleError(BundleError):
+    """The bundle has no rule of that name: it does not decide what is asked."""
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """The modules of a policy bundle."""

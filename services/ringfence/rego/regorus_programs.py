@@ -13,7 +13,7 @@ from typing import Any
 
 import regorus
 
-from ringfence.rego.bundle import BundleError, Module
+from ringfence.rego.bundle import BundleError, MissingRuleError, Module
 
 _PLACE = re.compile(r"--> (.+?:\d+:\d+)")
 _ERROR = re.compile(r"^error: (.+)$", re.MULTILINE)
@@ -22,18 +22,20 @@ _CALL = re.compile(r"(?:CallRule|FunctionCall) +r\d+ ← ([^\s(]+)")
 _PACKAGE = re.compile(r"^package (\S+)", re.MULTILINE)
 _TEST = re.compile(r"^(test_\w+)", re.MULTILINE)
 _CONDITIONAL = re.compile(r"^(\w+) (?:.*? )?(?:if|contains)\b", re.MULTILINE)
+_NO_RULE = "not a valid rule path"
 _NAMED = 5
 """So many failing tests are named in one message."""
 
 
 def compiled(modules: Sequence[Module], entry_point: str) -> Any:
-    """The bundle as a program for `regorus.Rvm`. Raises BundleError if it does not compile, naming file and line."""
+    """The bundle as a program for `regorus.Rvm`. Raises BundleError if it does not compile, naming file and line;
+    MissingRuleError, a subclass, if it has no such rule.
+    """
     try:
         program = regorus.Program.compile_from_modules("{}", list(modules), [entry_point])
     except RuntimeError as error:
-        raise BundleError(
-            f"the policy bundle does not compile: {_explained(str(error), entry_point)}"
-        ) from None
+        kind = MissingRuleError if _NO_RULE in str(error) else BundleError
+        raise kind(f"the policy bundle does not compile: {_explained(str(error), entry_point)}") from None
     if circle := _circle(program.generate_listing()):
         raise BundleError(
             "the policy bundle does not compile: rules refer to themselves in a circle: "
@@ -180,7 +182,7 @@ def _circle(listing: str) -> tuple[str, ...]:
 
 def _explained(text: str, entry_point: str) -> str:
     """File, line and cause out of what regorus says: the rest is a picture, and a trace of its own code."""
-    if "not a valid rule path" in text:
+    if _NO_RULE in text:
         return f"it has no rule {entry_point}"
     place, cause = _PLACE.search(text), _ERROR.search(text)
     if place and cause:

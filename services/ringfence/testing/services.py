@@ -40,7 +40,7 @@ from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.settings import PolicySettings
 from ringfence.registry.commands import Registry
 from ringfence.registry.store import Memory
-from ringfence.rego.bundle import Bundle, BundleError
+from ringfence.rego.bundle import Bundle, MissingRuleError
 from ringfence.rego.engine import ACTION
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
@@ -120,7 +120,7 @@ def _action_engine(bundle: Bundle | None) -> InProcessEngine:
     """The gateway's engine. A bundle that decides on credentials alone leaves it the one that comes with Ringfence."""
     try:
         return InProcessEngine(bundle, entry_point=ACTION)
-    except BundleError:
+    except MissingRuleError:
         return InProcessEngine(entry_point=ACTION)
 
 

@@ -8,7 +8,6 @@ from typing import Any, Final
 
 import pytest
 
-from ringfence.issuer.domain import LATE, cannot, fenced
 from ringfence.issuer.limits import GrantKeeper, LeaseLimits, LeaseLimitValues
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import SigningKey
@@ -148,11 +147,8 @@ REFUSALS: Final[dict[Code, Ask]] = {
     Code.GRANT_WITHDRAWN: lambda b: kept(b, withdrawn=True),
     Code.GRANT_USED_UP: lambda b: kept(b, withdrawn=False),
     # The lease
-    Code.DEADLINE_PASSED: lambda b: LATE[0],
     Code.TOO_MANY_LEASES: lambda b: limited(b, LeaseLimitValues(agent_leases=1, sponsor_leases=0, wait_s=0)),
     Code.OVERLOADED: lambda b: limited(b, LeaseLimitValues(agent_leases=0, sponsor_leases=0, wait_s=5)),
-    Code.FENCED: lambda b: fenced("agent:bot")[0],
-    Code.BACKEND_CANNOT: lambda b: cannot("there is no such role", b.issued().request),
 }
 
 

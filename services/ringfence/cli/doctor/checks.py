@@ -113,12 +113,10 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult
     questions, ours = [*(("CONFIG", "GET", name) for name in _OPTIONS), ("TIME",)], SystemClock()
     try:
         servers = {name: (ours.now_ms(), answers) async for name, answers in link.ask_each(questions)}
-        silent = await link.missed_expirations(settings.redis_prefix, settings.redis_shards)
     except RingfenceError as error:
         yield CheckResult("Redis", "bad", str(error))
-        return
-    finally:
         await link.close()
+        return
     for address, (now_ms, (*answers, (seconds, micros))) in servers.items():
         name = "Redis" if len(servers) == 1 else f"Redis at {address}"
         skew = SkewCheck(name)
@@ -127,7 +125,12 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult
         options = {option: _option(answer) for option, answer in zip(_OPTIONS, answers, strict=True)}
         for finding in (eviction(options), persistence(options)):
             yield replace(finding, what=finding.what.replace("Redis", name))
-    yield notifications(silent)
+    try:
+        yield notifications(await link.missed_expirations(settings.redis_prefix, settings.redis_shards))
+    except RingfenceError as error:
+        yield CheckResult("Redis, notifications", "unknown", f"not tried: {error}")
+    finally:
+        await link.close()
 
 
 def eviction(options: Mapping[str, str]) -> CheckResult:

@@ -247,7 +247,7 @@ class RedisConnection:
     async def expired_keys(self) -> AsyncGenerator[list[bytes], None]:
         """Keys as they expire, for ever, as far as Redis notifies (`notify-keyspace-events Ex`, on each node).
 
-        Those that came while the last ones were handled come together.
+        Each list has the keys that arrived since the last one.
         """
         loop = asyncio.get_running_loop()
         expired: asyncio.Queue[bytes] = asyncio.Queue(_MAX_QUEUED_KEYS)
@@ -290,7 +290,7 @@ class RedisConnection:
                 await client.aclose()
 
     async def missed_expirations(self, prefix: str, shards: int) -> list[str]:
-        """The servers that do not notify of a key that expires, tried with a key of a second; empty for none.
+        """The servers that do not notify of a key that expires, tried with a key of a millisecond; empty for none.
 
         Args:
             prefix: the prefix of all keys (`RINGFENCE_REDIS_PREFIX`).
@@ -332,7 +332,7 @@ class RedisConnection:
         """By server name, how to connect to each server that holds keys."""
         if isinstance(self._client, Redis):
             return {"": lambda: cast(Redis, self._address.client(None))}
-        with contextlib.suppress(RedisError, OSError):
+        with contextlib.suppress(RedisError, RedisClusterException, OSError):
             await self._client.initialize()
         return {node.name: partial(self._address.node_client, node) for node in self._client.get_primaries()}
 

@@ -361,7 +361,8 @@ return {now, next, found}
 )
 
 # Leases whose live key is gone though no record ended them. Anybody may publish that a key expired: a lease is claimed
-# only if Redis has no such key, its signed deadline has come, and no revoker has claimed it.
+# only if Redis has no such key, the deadline in its record has come, and no revoker has claimed it. The record is not
+# verified here: the revoker does that before it ends the lease.
 _EXPIRED = f"""
 local function claim_expired(ids, texts, visible)
     local claimed, due_s, over, found = {{}}, {{}}, {{}}, {{}}
@@ -403,9 +404,9 @@ SCAN_EXPIRED = Script(
     + _DEADLINES
     + _EXPIRED
     + """
-local cursor, pairs = unpack(redis.call('HSCAN', leases, ARGV[2], 'COUNT', ARGV[3]))
+local cursor, entries = unpack(redis.call('HSCAN', leases, ARGV[2], 'COUNT', ARGV[3]))
 local ids, texts = {}, {}
-for i = 1, #pairs, 2 do ids[#ids + 1], texts[#texts + 1] = pairs[i], pairs[i + 1] end
+for i = 1, #entries, 2 do ids[#ids + 1], texts[#texts + 1] = entries[i], entries[i + 1] end
 return {cursor, #ids, claim_expired(ids, texts, now + ARGV[1])}
 """,
     always=True,

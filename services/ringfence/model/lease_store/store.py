@@ -299,9 +299,9 @@ class LeaseStore(Shards):
     async def claim_expired(
         self, lease_ids: Iterable[str], *, visibility_ms: int
     ) -> dict[str, StoredLease | None]:
-        """Claim those of these leases whose TTL has ended them: by id, None if the record is missing.
+        """Claim those of these leases whose TTL has ended them, by id.
 
-        Redis has no live key of such a lease, the deadline in its record is over by Redis's clock, and nobody has
+        Redis has no live key of such a lease, the deadline in its record is over by Redis's clock, and no revoker has
         claimed it. Other leases are left out and stay as they are, as anybody may publish that a key has expired.
         """
         by_shard: dict[Keys, list[Argument]] = {}
@@ -333,7 +333,7 @@ class LeaseStore(Shards):
         )
 
     async def expirations(self) -> AsyncGenerator[list[str], None]:
-        """The leases whose live keys expired, as far as Redis says: those that came meanwhile are together.
+        """The leases whose live keys expired, as far as Redis notifies: each list has those since the last one.
 
         Redis notifies only with `notify-keyspace-events Ex`, seconds late on big keyspaces, and does not repeat what
         expired while nobody listened.

@@ -131,7 +131,7 @@ class ExpiredScan:
     seen: int
     """How many leases were looked at."""
     leases: dict[str, StoredLease | None]
-    """What was claimed, by id; None if the record is missing."""
+    """What was claimed, by id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 from aiokafka.errors import KafkaError
 
@@ -156,6 +158,8 @@ _IGNORE_S = 1.0
 than to claim many leases at a time by the deadline sets. Then a scan finds what those do not have.
 """
 _SCAN_EVERY_S = 0.5
+_SHARDS_AT_ONCE = 4
+"""As many as one batch has leases: the store looks at some dozens in each."""
 _SCAN_AT_ONCE = 1_000
 """How many leases a scan looks at before it pauses: so each of a thousand within a second, and each of a million within
 nine minutes.
@@ -250,8 +254,11 @@ class Expiry:
     async def listen(self) -> None:
         """End each lease whose TTL has expired, for ever. After very many, notifications are ignored for a while."""
         while True:
-            async with contextlib.aclosing(self._store.expirations()) as expired:
-                await self._end_by_ttl(expired)
+            try:
+                async with contextlib.aclosing(self._store.expirations()) as expired:
+                    await self._end_by_ttl(expired)
+            except Exception as error:
+                log.log(_level(error), "reading notifications failed: %s", error, exc_info=_trace(error))
             await asyncio.sleep(_IGNORE_S)
 
     async def _end_by_ttl(self, expired: AsyncIterator[list[str]]) -> None:
@@ -259,7 +266,11 @@ class Expiry:
         loop = asyncio.get_running_loop()
         since, count = loop.time(), 0
         async for lease_ids in expired:
-            await self._end_expired(self._store.claim_expired(lease_ids, visibility_ms=self._visibility_ms))
+            for start in range(0, len(lease_ids), BATCH_SIZE):
+                some = lease_ids[start : start + BATCH_SIZE]
+                await self._end_expired(
+                    partial(self._store.claim_expired, some, visibility_ms=self._visibility_ms)
+                )
             count += len(lease_ids)
             if count >= _MAX_EXPIRED:
                 now = loop.time()
@@ -268,7 +279,7 @@ class Expiry:
                 since, count = now, 0
 
     async def scan(self) -> None:
-        """End leases whose TTL expired and of which Redis has not notified, for ever: some of all leases by turns."""
+        """End leases whose TTL expired and of which Redis has not notified, for ever: a part of all at a time."""
         cursors: dict[int, int] = {}
         while True:
             cursors = await self._scan_on(cursors or dict.fromkeys(self._store.shards, 0))
@@ -279,21 +290,25 @@ class Expiry:
         seen = 0
 
         async def claim_part() -> Mapping[str, StoredLease | None]:
-            nonlocal cursors, seen
-            part = await self._store.scan_expired(cursors, visibility_ms=self._visibility_ms)
-            cursors, seen = part.cursors, seen + part.seen
+            nonlocal seen
+            shards = dict(itertools.islice(cursors.items(), _SHARDS_AT_ONCE))
+            part = await self._store.scan_expired(shards, visibility_ms=self._visibility_ms)
+            for shard in shards:
+                del cursors[shard]
+            cursors.update(part.cursors)
+            seen += part.seen
             return part.leases
 
         while cursors and seen < _SCAN_AT_ONCE:
-            if not await self._end_expired(claim_part()):
+            if not await self._end_expired(claim_part):
                 break
         return cursors
 
-    async def _end_expired(self, claim: Awaitable[Mapping[str, StoredLease | None]]) -> bool:
-        """End what this claim finds. False if it failed: the leases are found again by a scan."""
+    async def _end_expired(self, claim: Callable[[], Awaitable[Mapping[str, StoredLease | None]]]) -> bool:
+        """End what this claims, a batch at most. False if it failed: the leases are found again by a scan."""
         await self._ender.yield_to_revocations()
         try:
-            due = list((await claim).items())
+            due = await claim()
         except Exception as error:
             log.log(
                 _level(error),
@@ -303,9 +318,9 @@ class Expiry:
                 exc_info=_trace(error),
             )
             return False
-        for start in range(0, len(due), BATCH_SIZE):
+        if due:
             await self._slots.acquire()
-            await self._end_in_slot(dict(due[start : start + BATCH_SIZE]))
+            await self._end_in_slot(due)
         return True
 
     async def sweep(self) -> None:
