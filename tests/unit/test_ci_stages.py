@@ -99,7 +99,7 @@ def test_digest_changes_with_what_a_suite_imports_and_with_nothing_else(tmp_path
         subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
 
     def digest() -> str:
-        command = [sys.executable, ROOT / ".ci/digest", "tests/suite", "docs/page.md"]
+        command = [sys.executable, str(ROOT / ".ci/digest"), "tests/suite", "docs/page.md"]
         return subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True).stdout
 
     git("init", "-q")
