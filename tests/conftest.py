@@ -36,7 +36,11 @@ _APART = tuple(f"tests/integration/test_{name}.py" for name in ("kafka_restored"
 """Files whose tests take a minute and more, and share no fixture of their file: each test goes to whichever process is
 free.
 """
-_FIRST = (ON_STACK, "tests/integration/test_upgrade.py", *_APART)
+_FIRST = (
+    ON_STACK, "tests/integration/test_upgrade.py", *_APART,
+    *(f"tests/runner/test_{name}" for name in ("fleet", "run_", "pages", "demo_runner")),
+)  # fmt: skip
+"""What takes long though it has few tests begins first, so that it is not left for one process at the end."""
 BEFORE = "5e433043e474aee64aecd0a2190160745fc965e2"
 """The last commit that changed a format, from which an upgrade is tested. Nothing was released, so what older commits
 wrote is read by nothing."""
