@@ -77,6 +77,7 @@ class InMemoryRegistry:
         self.task_max_s = TASK_MAX_S
         self.root = SigningKey.generate(f"spiffe://{TD}/root")
         self.registry = SigningKey.generate(f"spiffe://{TD}/service/registry")
+        self.policy = SigningKey.generate(f"spiffe://{TD}/service/policy")
         self.trust = self.fresh_trust()
         self.alarms: list[Alarm] = []
         self.directory = self.reader(self.alarms.append)
@@ -89,14 +90,17 @@ class InMemoryRegistry:
 
     def fresh_trust(self) -> TrustStore:
         trust = TrustStore(TD, self.root.kid)
-        year_s = 365 * 86_400
+        validity_s = 3 * 365 * 86_400
         now_s = START_MS // 1000
         bundle = TrustBundle(
-            iss=self.root.id, aud=TD, iat=now_s, exp=now_s + year_s, jti="bundle", version=1,
+            iss=self.root.id, aud=TD, iat=now_s, exp=now_s + validity_s, jti="bundle", version=1,
             rp_id=RP_ID, origins=ORIGINS,
             services=(
                 ServiceIdentity(
-                    id=self.registry.id, roles=("registry",), keys=(self.registry.record(now_s + year_s),)
+                    id=self.registry.id, roles=("registry",), keys=(self.registry.record(now_s + validity_s),)
+                ),
+                ServiceIdentity(
+                    id=self.policy.id, roles=("policy",), keys=(self.policy.record(now_s + validity_s),)
                 ),
             ),
         )  # fmt: skip

@@ -34,7 +34,7 @@ from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.lifecycle import statement
 from ringfence.model.lifecycle import KeyOrigin, agents_of
-from ringfence.model.records.command_chain import BY_AGENTS, COMMAND_OF_TYP, ChainError
+from ringfence.model.records.command_chain import COMMAND_OF_TYP, ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, keys_of_agents, ref_of
 from ringfence.model.requests.approvals import append_time_of
@@ -157,11 +157,7 @@ class RecordVerifier:
             raise InvalidMessageError("typ names no command", code=Code.TYP_UNEXPECTED)
         chains = self._directory.chains
 
-        def find(iss: str, kid: str) -> VerificationKey | None:
-            key = self._trust.root_key(iss, kid, at_ms / 1000) or chains.command_key(iss, kid, at_ms)
-            return key or (chains.agent_key(iss, kid, at_ms) if model in BY_AGENTS else None)
-
-        signed = self._verify(record, jws, model, find)
+        signed = self._verify(record, jws, model, lambda iss, kid: chains.signer_key(model, iss, kid, at_ms))
         consent_by: str | None = None
         claims = signed.claims
         if (isinstance(claims, TaskAssign) and (claims.consent or claims.id_token)) or (

@@ -291,6 +291,11 @@ class Connection(Lifetime):
 
     # --- identity ---
 
+    @property
+    def key_path(self) -> Path | None:
+        """The file that the identity came from, if it came from one."""
+        return self._key_file.path if self._key_file is not None else None
+
     def renew_key(self) -> None:
         """Sign with the key that the key file holds now, where the identity came from a file."""
         if self._key_file is not None:

@@ -27,7 +27,7 @@ class KeyFile:
     """A key file that is reloaded when it is replaced."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._last_version = self._version()
 
     def changed(self, key: SigningKey) -> SigningKey:
@@ -41,13 +41,13 @@ class KeyFile:
             return key
         self._last_version = version
         try:
-            new_key = SigningKey.load(self._path)
+            new_key = SigningKey.load(self.path)
         except KeyFileError as error:
             log.error("the key file was replaced by what is no key; the old one is used on: %s", error)
             return key
         if new_key.id != key.id:
             log.error(
-                "the key file %s was replaced by a key of %s; the old one is used on", self._path, new_key.id
+                "the key file %s was replaced by a key of %s; the old one is used on", self.path, new_key.id
             )
             return key
         if new_key.kid != key.kid:
@@ -56,7 +56,7 @@ class KeyFile:
 
     def _version(self) -> _Version | None:
         try:
-            new_key = self._path.stat()
+            new_key = self.path.stat()
         except OSError:
             return None  # between the old file and the new one
         return _Version(new_key.st_dev, new_key.st_ino, new_key.st_mtime_ns, new_key.st_size)

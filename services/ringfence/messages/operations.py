@@ -58,7 +58,7 @@ class ServiceEvent(Claims):
     source: Coordinates | None = None
     reasons: tuple[Reason, ...] = ()
     result: str | None = None
-    """The id of what came out of it, e.g. of the task."""
+    """The id of what came out of it, e.g. of the task; of a renewed key its end, in seconds since 1970."""
     agent_id: str | None = None
     request_id: str | None = None
     lease_id: str | None = None

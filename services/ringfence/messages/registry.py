@@ -44,6 +44,10 @@ MAX_KEYS = 16
 """The most keys of one user that have not ended."""
 MAX_OVERLAP_S = 7 * 24 * 3600
 """How long a key of an agent may count on beside the one that takes its place."""
+AGENT_KEY_S = 30 * 24 * 3600
+"""How long a key of an agent lives unless its sponsor says otherwise."""
+MAX_AGENT_KEY_S = 90 * 24 * 3600
+"""The longest life of a key that an agent made by a renewal, and of one that the command line registers."""
 
 
 # --- users ------------------------------------------------------------------------------------------------------------
@@ -394,6 +398,28 @@ class AgentRotateKey(ExpiringClaims):
         return self
 
 
+class AgentRenewKey(ExpiringClaims):
+    """Replace the key that signs this by a new one, which lives as long as the first key of the line was given.
+
+    Signed by the agent, with the key that it replaces. The same again, with another `jti`, changes nothing.
+    """
+
+    typ: ClassVar[str] = "agent.renew-key"
+
+    agent_id: Name
+    key: PublicJwk
+
+
+class AgentReportReuse(ExpiringClaims):
+    """Report a message that a renewed key signed. The message is the proof: the signer's word adds nothing to it."""
+
+    typ: ClassVar[str] = "agent.report-reuse"
+    signed_by = ("policy", "gateway")
+
+    agent_id: Name
+    message: Annotated[Jws, Field(max_length=64 * 1024)]
+
+
 class AgentSuspend(ExpiringClaims):
     """Stop the agent for now: nothing is issued, its leases end. Signed by its sponsor or an operator."""
 
@@ -423,6 +449,18 @@ class AgentDecommission(ExpiringClaims):
     reason: NonEmpty
 
 
+class RenewedKey(Message):
+    """A key of an agent that a renewal ended. It signs no requests, and proves its leases until they end."""
+
+    kid: NonEmpty
+    successor: NonEmpty
+    """The thumbprint of the key that took its place."""
+    at: Seconds
+    """The append time of the renewal."""
+    first_not_after: Seconds
+    """The end that it had before. Until then a message that it signs shows that somebody else has it."""
+
+
 class AgentState(Message):
     """An agent as of one revision."""
 
@@ -442,6 +480,8 @@ class AgentState(Message):
     """The thumbprints of keys that another took the place of, though they may count for a while yet."""
     compromised: tuple[NonEmpty, ...] = ()
     """Those of them that may be in other hands: nothing that they asked for is issued, whenever that was."""
+    renewed: tuple[RenewedKey, ...] = ()
+    """Those that the agent renewed itself."""
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -699,6 +739,8 @@ Command = (
     | AgentSetAttestation
     | AgentTransfer
     | AgentRotateKey
+    | AgentRenewKey
+    | AgentReportReuse
     | AgentSuspend
     | AgentResume
     | AgentDecommission

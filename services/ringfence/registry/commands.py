@@ -18,12 +18,15 @@ from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Topic
-from ringfence.messages.codes import Code
+from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.operations import EventKind, EventSubject, Heartbeat, ServiceEvent
 from ringfence.messages.registry import (
     AgentRecord,
+    AgentRenewKey,
+    AgentReportReuse,
     AnyRecord,
+    Command,
     TargetRecord,
     TaskAssign,
     TaskDelegate,
@@ -53,6 +56,10 @@ RECORDS: dict[SubjectKind, Any] = {
     "task": TaskRecord,
 }
 _CATCH_UP_S = 5.0
+_FINDINGS = frozenset({Code.KEY_TAKEN, Code.KEY_REUSED_LATE})
+"""Refusals that are findings as well: two subjects use one key, and whoever holds it could pass as either; or an old
+copy of a key is somewhere.
+"""
 
 
 class Registry:
@@ -105,7 +112,7 @@ class Registry:
                 return
             # The process ended after the record and before the answer.
             await self._report_added_keys(authorised, record)
-            await self._answer("accepted", authorised, record)
+            await self._answer_done(authorised, record, changed=True)
         else:
             await self._handle(authorised, record)
         self._memory.remember(iss, jti, record.coordinates)
@@ -123,11 +130,11 @@ class Registry:
                 await self._publish(subject, change, authorised, record.traceparent)
         except (CommandRefusedError, ChainError) as error:
             await self._answer("refused", authorised, record, str(error), error.code)
-            if error.code == Code.KEY_TAKEN:
-                await self._report_key_taken(authorised, record, error)
+            if error.code in _FINDINGS:
+                await self._report(authorised, record, error.code, str(error))
             return
         await self._report_added_keys(authorised, record)
-        await self._answer("accepted", authorised, record)
+        await self._answer_done(authorised, record, changed=change is not None)
 
     def _current(self, subject: Subject) -> Current | None:
         entry = self._directory.entry(*subject)
@@ -200,23 +207,54 @@ class Registry:
             traceparent=record.traceparent,
             actor=command.iss,
             ref=command.jti,
-            result=id if kind == "accepted" else None,
+            result=self._result(command, id) if kind == "accepted" else None,
             agent_id=self._agent_id(authorised),
             task_id=id if subject_kind == "task" else None,
         )
 
-    async def _report_key_taken(
-        self, authorised: Authorised, record: Received, error: RingfenceError
-    ) -> None:
-        """Publish a finding: two subjects use one key.
+    def _result(self, command: Command, id: str) -> str:
+        """Return the id of what a command created; of a renewal, the end of the new key in seconds since 1970."""
+        agent = self._memory.agent(id) if isinstance(command, AgentRenewKey) else None
+        if agent is None or not isinstance(command, AgentRenewKey):
+            return id
+        return str(next(key.not_after for key in agent.keys if key.jwk == command.key))
 
-        Whoever holds it could pass as either, so somebody should look at it.
+    async def _answer_done(self, authorised: Authorised, record: Received, *, changed: bool) -> None:
+        """Publish the answer to a command that was carried out, and a finding if it ended a line of keys.
+
+        A renewal that ended its own line is answered as refused: it gave its signer no key.
         """
+        reuse = self._reuse_text(authorised) if changed else None
+        if reuse is not None:
+            await self._report(authorised, record, Code.KEY_REUSED, reuse)
+        if reuse is not None and isinstance(authorised.claims, AgentRenewKey):
+            await self._answer("refused", authorised, record, reuse, Code.KEY_REUSED)
+        else:
+            await self._answer("accepted", authorised, record)
+
+    def _reuse_text(self, authorised: Authorised) -> str | None:
+        """Return what a command showed about the reuse of a renewed key, or None."""
+        claims, kid = authorised.claims, authorised.signer_key.kid
+        if isinstance(claims, AgentReportReuse) and authorised.reuse is not None:
+            kid = authorised.reuse.kid
+        elif not isinstance(claims, AgentRenewKey):
+            return None
+        agent = self._memory.agent(claims.agent_id)
+        if agent is None or kid not in agent.compromised:
+            return None
+        return (
+            f"key {kid} of agent {agent.agent_id} was renewed, and signed again: a copy of it is in other hands. All "
+            f"keys of its line and their leases ended; {agent.sponsor} gives the agent another key with: ringfence "
+            f"agent rotate-key {agent.agent_id}"
+        )
+
+    async def _report(self, authorised: Authorised, record: Received, code: AnyCode, message: str) -> None:
+        """Publish a finding about a command."""
         await self._runtime.event(
             "finding",
             authorised.claims.typ,
-            about=("key_taken", authorised.claims.iss, authorised.claims.jti),
-            reasons=(Reason(code=Code.KEY_TAKEN, message=str(error)[:2048]),),
+            about=(code, authorised.claims.iss, authorised.claims.jti),
+            reasons=(Reason(code=code, message=message[:2048]),),
             source=record.coordinates,
             traceparent=record.traceparent,
             agent_id=self._agent_id(authorised),

@@ -13,12 +13,15 @@ from ringfence.kernel.base.clock import LAST_MOMENT_S, utc_text
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
+from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.messages.base import Message
 from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRegister,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentRotateKey,
     AgentState,
     AnyState,
@@ -49,6 +52,7 @@ from ringfence.model.lifecycle import (
     KeyHistory,
     agents_of,
     apply,
+    by_person,
     command_subject,
     may_widen,
     still_needed,
@@ -125,6 +129,10 @@ class Surroundings(Protocol):
         """Return the origins of a user's keys."""
         ...
 
+    def agent_key_history(self, agent_id: str) -> KeyHistory:
+        """Return the origins of an agent's keys."""
+        ...
+
     def check_vouchers(self, iss: str, kid: str) -> Verdict:
         """Check that a key of a user or an agent rests on no compromised key."""
         ...
@@ -185,23 +193,30 @@ def decide(
     command, at_ms = authorised.claims, authorised.appended_at_ms
     _check_time(authorised, around)
     compact = authorised.signed.compact
-    if only_reduces(command) and len(compact) > MAX_NARROWING_BYTES:
+    if (
+        only_reduces(command) and len(compact) > MAX_NARROWING_BYTES
+    ) and not isinstance(command, AgentReportReuse):
         raise CommandRefusedError(
             f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
             code=Code.TOO_LARGE,
         )
     kind, id = command_subject(command, authorised.command_id)
+    people = [one for one in current.commands if by_person(one.claims)] if current else []
     context = Context(
         actor=authorised.actor,
         at_s=at_ms // 1000,
         command_id=authorised.command_id,
         roles_of=lambda user_id: around.roles_at(user_id, at_ms),
         task_at=lambda task_id: around.task_at(task_id, at_ms),
-        last_signed_s=max((e.claims.iat for e in current.commands), default=0) if current else 0,
+        last_signed_s=max((one.claims.iat for one in people), default=0),
+        person_signed_s=max((one.embedded.appended_at_ms // 1000 for one in people), default=0),
         consent_by=authorised.consent_by,
         consent_problem=authorised.consent_problem,
         transfer_consent=authorised.consent.transfer if authorised.consent else None,
-        key_history=around.key_history(id) if kind == "user" else NO_HISTORY,
+        key_history=_key_history(around, kind, id),
+        signer_kid=authorised.signer_key.kid,
+        reuse=authorised.reuse,
+        reuse_problem=authorised.reuse_problem,
         key_proof=authorised.key_proof,
         key_proof_problem=authorised.key_proof_problem,
         sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
@@ -229,9 +244,15 @@ def decide(
     return Change(state, current.revision + 1, (*remaining, embedded))
 
 
+def _key_history(around: Surroundings, kind: SubjectKind, id: str) -> KeyHistory:
+    if kind == "user":
+        return around.key_history(id)
+    return around.agent_key_history(id) if kind == "agent" else NO_HISTORY
+
+
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
-    return not (may_widen(command) or isinstance(command, AgentRegister | TaskAssign | TaskDelegate))
+    return not (may_widen(command) or isinstance(command, AgentRegister | AgentRenewKey | TaskAssign | TaskDelegate))
 
 
 def check_size(command: Command, size: int) -> None:
@@ -327,6 +348,8 @@ def _check_keys(command: Command, subject: Subject, around: Surroundings, at_s: 
             keys = command.keys
         case AgentRotateKey() | UserAddKey():
             keys = (command.key,) if command.key else ()
+        case AgentRenewKey():
+            keys = (KeyRecord(kid=thumbprint(command.key), jwk=command.key, not_after=at_s),)
         case _:
             return
     for key in keys:

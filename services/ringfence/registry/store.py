@@ -162,6 +162,9 @@ class Memory:
     def key_history(self, user_id: str) -> KeyHistory:
         return self._directory.key_history(user_id)
 
+    def agent_key_history(self, agent_id: str) -> KeyHistory:
+        return self._directory.agent_key_history(agent_id)
+
     def check_vouchers(self, iss: str, kid: str) -> Verdict:
         return self._directory.check_vouchers(iss, kid)
 

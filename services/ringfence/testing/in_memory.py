@@ -36,6 +36,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionDecided, ServiceEvent
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import (
+    AGENT_KEY_S,
     ActionClass,
     AgentRegister,
     AgentSetCeiling,
@@ -239,12 +240,15 @@ class InMemoryRingfence:
         *,
         ceiling: Sequence[Permission] | None = None,
         sponsor: str = People.SPONSOR,
+        key_file: Path | str | None = None,
     ) -> Agent:
         """The agent with this id, registered when it is first asked for. It is connected, and may be entered as well.
 
         Args:
             ceiling: the most that it may ever hold; None has it grow with its tasks.
             sponsor: who answers for it, where it is registered.
+            key_file: the file of its key, which is made where there is none and lives for 30 days. The agent renews it.
+                Each call is another process of the agent, which reads the file when it is entered.
 
         Raises InvalidCallError, ScopeError; RefusedError by the registry.
         """
@@ -257,7 +261,7 @@ class InMemoryRingfence:
                 agent_id=agent_id,
                 sponsor=sponsor,
                 description=f"agent {agent_id} of a test",
-                keys=(self._key_record(self.key(f"agent/{agent_id}")),),
+                keys=(self._agent_key(agent_id, key_file),),
                 ceiling=given or (),
             )
             known = _Registered(sponsor, given or (), given is not None, self._connected(agent_id))
@@ -265,6 +269,8 @@ class InMemoryRingfence:
         elif given is not None:
             known.fixed = True
             self._set_ceiling(agent_id, known, given)
+        if key_file is not None:
+            return Agent(InMemoryConnection(self._bus, Path(key_file), self.settings, self.clock))
         return known.agent
 
     def task(
@@ -572,6 +578,14 @@ class InMemoryRingfence:
         if entry is None:
             raise InvalidCallError(f'there is no user {user_id}: user("{user_id}")')
         return _Person(entry.state.roles, entry.state.entitlements.scope, fixed=True)
+
+    def _agent_key(self, agent_id: str, key_file: Path | str | None) -> KeyRecord:
+        if key_file is None:
+            return self._key_record(self.key(f"agent/{agent_id}"))
+        key = self.key(f"agent/{agent_id}")
+        if not Path(key_file).exists():
+            key.save(key_file)
+        return SigningKey.load(key_file).record(self.clock.now_ms() // 1000 + AGENT_KEY_S)
 
     def _connection(self, key: SigningKey) -> InMemoryConnection:
         return InMemoryConnection(self._bus, key, self.settings, self.clock)

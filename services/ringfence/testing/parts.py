@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, cast
 
 import regorus
@@ -138,11 +139,11 @@ class InMemoryConnection(Connection):
     """Starting it twice is the same as starting it once, so that code under test may enter an agent or not."""
 
     def __init__(
-        self, bus: InMemoryBus, key: SigningKey, settings: ClientSettings, clock: MovableClock
+        self, bus: InMemoryBus, key: SigningKey | Path, settings: ClientSettings, clock: MovableClock
     ) -> None:
         super().__init__(key, settings, clock)
         self._bus = bus
-        self._publisher = InMemoryPublisher(bus, settings, key.id, clock)
+        self._publisher = InMemoryPublisher(bus, settings, self.key.id, clock)
         self._read: list[tuple[frozenset[Topic[Any]], Callable[[Sequence[Received]], None]]] = []
 
     async def follow(

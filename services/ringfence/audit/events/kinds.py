@@ -141,6 +141,8 @@ FINDINGS: Mapping[str, EventKind] = {
 }
 """By their reason code, if it is the only one. All others are a `FINDING`."""
 SHARED_IDENTITY: Mapping[str, EventKind] = {
+    Code.KEY_REUSED: kind("key.reused", _F, "Create", "High", "New", alert=True),
+    Code.KEY_REUSED_LATE: kind("key.reused_late", _F, "Create", "Medium", "New", alert=True),
     Code.KEY_SHARED: kind("key.shared", _F, "Create", "High", "New", alert=True),
     Code.KEY_TAKEN: kind("key.taken", _F, "Create", "Medium", "New", alert=True),
     Code.TOKEN_REPLAYED: kind("token.replayed", _F, "Create", "High", "New", alert=True),

@@ -29,6 +29,7 @@ from ringfence.audit.events.ocsf import (
     user_of,
 )  # fmt: skip
 from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.messages.base import ExpiringClaims
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
@@ -36,6 +37,8 @@ from ringfence.messages.keys import KeyRecord
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
     AgentRegister,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentRotateKey,
     AgentSetCeiling,
     AgentState,
@@ -84,6 +87,10 @@ _VERBS: Mapping[str, _Verb] = {
     ),
     "agent.activate": _Verb("Activate", "activate", "activated", "agent.activated"),
     "agent.rotate-key": _Verb("Update", "rotate a key of", "given another key", "agent.key_rotated", "Low"),
+    "agent.renew-key": _Verb("Update", "renew a key of", "given a renewed key", "agent.key_renewed"),
+    "agent.report-reuse": _Verb(
+        "Update", "report the reuse of a key of", "left without a line of keys", "agent.key_reused", "High"
+    ),
     "agent.set-ceiling": _Verb("Update", "set the ceiling of", "given another ceiling", "agent.ceiling_set", "Low"),
     "agent.transfer": _Verb("Update", "transfer", "transferred", "agent.transferred", "Low"),
     "agent.suspend": _Verb("Suspend", "suspend", "suspended", "agent.suspended", "Medium"),
@@ -169,7 +176,13 @@ def recorded(
     fields.setdefault("sponsor", sponsor)
     actor, entity = user_of(by.iss), _entity_object(claims.aud, kind, id)
     created = claims.revision == 1 and by.typ in CREATED
-    done = "created" if created else _VERBS[by.typ].done
+    # A renewal that its signer's successor contradicts is itself the proof that the line of keys was copied.
+    reused = (
+        isinstance(by, AgentRenewKey)
+        and isinstance(state, AgentState)
+        and thumbprint(by.key) not in {key.kid for key in state.keys}
+    )
+    done = "created" if created else _VERBS[AgentReportReuse.typ if reused else by.typ].done
     message = f"{kind} {id} was {done} by {actor['name']}{_terms_text(state, by)}"
     attributes = {
         "actor": {"user": actor},
@@ -178,6 +191,8 @@ def recorded(
     }
     compromised = isinstance(by, AgentRotateKey | UserEndKey) and by.compromised
     chosen = (COMPROMISED if compromised else CREATED if created else DONE)[by.typ]
+    if reused:
+        chosen = DONE[AgentReportReuse.typ]
     # The chain of the record was verified, and the embedded consent with it.
     message += _consent(by, by.sponsor if isinstance(by, AgentTransfer) and by.consent else None, fields)
     fields |= {"sponsors": sponsors or None, "revision": claims.revision, "status": state.status}
@@ -303,6 +318,8 @@ def _command_terms(claims: ExpiringClaims) -> str:
             old = "all others" if claims.replaces is None else ", ".join(claims.replaces)
             how = "compromised" if claims.compromised else f"which count for {claims.overlap_s} s yet"
             return f": {claims.key.kid if claims.key else 'no key'} in the place of {old}, {how}"
+        case AgentRenewKey():
+            return f": {thumbprint(claims.key)}"
         case UserSet():
             return (
                 f", roles {', '.join(claims.roles) or 'none'}, may do {scope_text(claims.entitlements.scope)}"

@@ -37,6 +37,8 @@ PROTOCOL = {"auth_protocol_id": 99, "auth_protocol": "JWS"}
 _ASKS_FOR_A_CREDENTIAL = frozenset({CredentialRequest.typ, CredentialDecision.typ})
 _SUBJECT = Copied(ServiceEvent, "agent task request lease")
 _SHARED_IDENTITY_TITLES = {
+    Code.KEY_REUSED: "A renewed key was used again",
+    Code.KEY_REUSED_LATE: "An old copy of a renewed key was used",
     Code.KEY_SHARED: "Two use one key at once",
     Code.KEY_TAKEN: "One key for two identities",
     Code.TOKEN_REPLAYED: "One identity token for two instances",

@@ -14,6 +14,7 @@ from typing import Any, Self
 from ringfence.client.admin.command_client import Accepted, CommandOutcomes
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.http_connection import HttpConnection, process_id
+from ringfence.client.agent.key_renewal import KeyRenewal
 from ringfence.client.agent.replies import (
     AllowedByPolicy,
     Answer,
@@ -39,7 +40,7 @@ from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing.api import Work
@@ -47,7 +48,7 @@ from ringfence.kernel.tracing.traceparent import new_traceparent
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Permission
-from ringfence.messages.registry import TaskDelegate, TaskEnd
+from ringfence.messages.registry import AgentRenewKey, TaskDelegate, TaskEnd
 from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,
     REVOCATION_REQUEST,
@@ -92,8 +93,9 @@ def _connection(
 class Agent(Lifetime):
     """An agent's identity, connected. One reply listener serves any number of concurrent requests.
 
-    Where the key came from a file and the file is replaced by another key of the same agent, that key signs from then
-    on; see also `use_key`. A credential that was requested with the old key is still presented with the old key.
+    Where the key came from a file, the agent renews it there when it is older than a day. If another key of the same
+    agent replaces the file, that key signs from then on; see also `use_key`. A credential that was requested with the
+    old key is still presented with the old key.
 
     ```python
     async with Agent.connect(key="deploy-bot.json") as agent:
@@ -110,6 +112,7 @@ class Agent(Lifetime):
         self.connection = connection
         self._outcomes = CommandOutcomes(connection)
         self._open_requests: dict[str, _OpenRequest] = {}
+        self._renewal: KeyRenewal | None = None
         self._farewells: set[asyncio.Task[None]] = set()
         """Releases and withdrawals under way, of what nobody waits for any more."""
 
@@ -166,6 +169,7 @@ class Agent(Lifetime):
         await self.connection.start()
         try:
             await self.connection.listen_for_replies(self.id, self._on_replies)
+            await self._renew_key()
         except BaseException:
             await self.connection.close()
             raise
@@ -177,6 +181,24 @@ class Agent(Lifetime):
         """
         await asyncio.gather(*self._farewells, return_exceptions=True)
         await self.connection.close()
+
+    async def _renew_key(self) -> None:
+        """Sign with the present key of the file or the instance from now on. Renew either where it is due."""
+        path = self.connection.key_path
+        if path is not None:
+            if self._renewal is None or self._renewal.path != path:
+                self._renewal = KeyRenewal(path, self.connection.clock)
+            await self._renewal.run(self._send_renewal)
+        self.connection.renew_key()
+        await self.connection.renew()
+
+    async def _send_renewal(self, old: SigningKey, new: SigningKey) -> int:
+        claims = self.connection.compose(AgentRenewKey, agent_id=self.id, key=new.public)
+        signed = Signed(claims, sign(claims, old))
+        if isinstance(self.connection, HttpConnection):
+            return await self.connection.renew_agent_key(signed, old)
+        accepted = await self._outcomes.send(signed, timeout_s=COMMAND_TIMEOUT_S)
+        return int(accepted.result or 0)
 
     def use_key(self, key: SigningKey | Path | str) -> None:
         """Sign with another key of this agent from now on, one registered by `ringfence agent rotate-key`.
@@ -252,7 +274,7 @@ class Agent(Lifetime):
         `scope`: the permissions, in place of target, verbs and resources.
         """
         scope = permissions("scope", scope)
-        await self.connection.renew()
+        await self._renew_key()
         facts = {"agent_id": self.id, "task_id": task}
         with self.connection.tracing.step("request credential", Work(None, facts)) as span:
             open_request = self._prepare(
@@ -375,9 +397,8 @@ class Agent(Lifetime):
             RefusedError, NotAnsweredError: from the revoker, where its answer is waited for.
             UnavailableError: Kafka did not take the release.
         """
-        self.connection.renew_key()
         lease_id = credential if isinstance(credential, str) else credential.lease_id
-        await self.connection.renew()
+        await self._renew_key()
         claims = self.connection.compose(
             RevocationRequest,
             kind="release",
@@ -431,6 +452,7 @@ class Agent(Lifetime):
             raise InvalidCallError("say when the task ends: ends_in_s or until")
         now_s = self.connection.clock.now_ms() // 1000
         terms = task_terms(to, purpose, scope, now_s, ends_in_s=ends_in_s, not_after=until)
+        await self._renew_key()
         claims = self.connection.compose(TaskDelegate, parent=task, terms=terms)
         return (await self._outcomes.send(claims, timeout_s=timeout_s)).command_id
 
@@ -446,6 +468,7 @@ class Agent(Lifetime):
 
         Raises as `delegate` does.
         """
+        await self._renew_key()
         claims = self.connection.compose(TaskEnd, task_id=task, reason=reason)
         return await self._outcomes.send(claims, timeout_s=timeout_s)
 

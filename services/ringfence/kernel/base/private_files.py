@@ -109,9 +109,12 @@ def open_private(path: Path, flags: int) -> int:
     return descriptor
 
 
-def write_private(path: Path, content: str | bytes) -> None:
-    """Write a whole private file atomically. Raises OSError, OutputFileError."""
-    _replace(path, content, private=True)
+def write_private(path: Path, content: str | bytes, *, durable: bool = False) -> None:
+    """Write a whole private file atomically; `durable`: it is on disk (fsync) when this returns.
+
+    Raises OSError, OutputFileError.
+    """
+    _replace(path, content, private=True, durable=durable)
 
 
 def write_public(path: Path, content: str | bytes) -> None:
@@ -119,7 +122,7 @@ def write_public(path: Path, content: str | bytes) -> None:
     _replace(path, content, private=False)
 
 
-def _replace(path: Path, content: str | bytes, *, private: bool) -> None:
+def _replace(path: Path, content: str | bytes, *, private: bool, durable: bool = False) -> None:
     """Write a new file beside `path`, and rename it: a link that is planted meanwhile is replaced, not followed."""
     check_output(path)
     draft = path.with_name(f".ringfence-{secrets.token_hex(8)}")
@@ -134,10 +137,24 @@ def _replace(path: Path, content: str | bytes, *, private: bool) -> None:
             if private:
                 os.fchmod(descriptor, _FILE)
             file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(descriptor)
         draft.rename(path)
+        if durable:
+            _sync_folder(path.parent)
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _require_regular(path: Path, status: os.stat_result) -> None:

@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.private_files import make_folders, open_private, others_can_access
+from ringfence.kernel.base.private_files import make_folders, open_private, others_can_access, write_private
 from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord, PublicJwk
 
@@ -209,6 +209,15 @@ class SigningKey:
         """Write the private key to a new file at `path`, of mode 0600. Raises KeyFileError if the file exists."""
         save_private(Path(path), self.id, self.public, self._secret())
 
+    def write(self, path: Path, *, renew_after_s: int | None = None) -> None:
+        """Write the private key to `path`, atomically and durably; a file that is there is replaced.
+
+        `renew_after_s`: a note in the file, when the agent next renews the key, in seconds since 1970. Raises OSError,
+        OutputFileError.
+        """
+        text = _key_file_text(self.id, self.public, self._secret(), renew_after_s)
+        write_private(path, text, durable=True)
+
     @classmethod
     def load(cls, path: Path | str) -> SigningKey:
         """Read a private key from the file at `path`.
@@ -230,15 +239,20 @@ class SigningKey:
 def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
     """Write a private key to a new file of mode 0600. Raises KeyFileError if the file exists."""
     make_folders(path.parent)
-    text = json.dumps(
-        {"id": id, "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)}}, indent=1
-    )
+    text = _key_file_text(id, public, d)
     try:
         descriptor = open_private(path, os.O_WRONLY | os.O_EXCL)
     except FileExistsError:
         raise KeyFileError(f"{path} exists already; move it away, or name another file") from None
     with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
+        file.write(text)
+
+
+def _key_file_text(id: str, public: PublicJwk, d: bytes, renew_after_s: int | None = None) -> str:
+    content: dict[str, object] = {"id": id, "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)}}
+    if renew_after_s is not None:
+        content["renew_after"] = renew_after_s
+    return json.dumps(content, indent=1) + "\n"
 
 
 def load_private(path: Path) -> tuple[str, str, bytes]:

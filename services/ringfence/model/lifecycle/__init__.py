@@ -12,8 +12,9 @@ Read first: `apply.py` (dispatches a command to its rules), `context.py` (what a
 
 from __future__ import annotations
 
-from ringfence.model.lifecycle.apply import apply, command_subject, may_widen, subject_key
-from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context
+from ringfence.model.lifecycle.apply import apply, by_person, command_subject, may_widen, subject_key
+from ringfence.model.lifecycle.agents import REUSE_AFTER_S
+from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context, KeyUse
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
 from ringfence.model.lifecycle.key_history import (
     NO_HISTORY,
@@ -30,6 +31,7 @@ from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
 __all__ = [
     "MAX_DEPTH",
     "NO_HISTORY",
+    "REUSE_AFTER_S",
     "WAIT_S",
     "Actor",
     "CommandRefusedError",
@@ -38,9 +40,11 @@ __all__ = [
     "KeyHistory",
     "KeyOrigin",
     "KeyProof",
+    "KeyUse",
     "SignerKey",
     "agents_of",
     "apply",
+    "by_person",
     "check_endorsement",
     "command_subject",
     "may_be_dropped",

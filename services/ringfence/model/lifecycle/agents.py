@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from typing import Final
 
+from ringfence.kernel.base.clock import utc_text
+from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.messages.codes import Code
+from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
+    MAX_AGENT_KEY_S,
     AgentActivate,
     AgentDecommission,
     AgentRegister,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentResume,
     AgentRotateKey,
     AgentSetAttestation,
@@ -16,10 +23,12 @@ from ringfence.messages.registry import (
     AgentState,
     AgentSuspend,
     AgentTransfer,
+    RenewedKey,
 )
 from ringfence.model.lifecycle.context import (
     CommandRefusedError,
     Context,
+    KeyUse,
     check_attestation,
     check_keys,
     check_scope,
@@ -33,10 +42,19 @@ AgentCommand = (
     | AgentSetAttestation
     | AgentTransfer
     | AgentRotateKey
+    | AgentRenewKey
+    | AgentReportReuse
     | AgentSuspend
     | AgentResume
     | AgentDecommission
 )
+
+LINE_S: Final = 400 * 24 * 3600
+"""How long an agent renews its keys after the last command about it that a person signed, in seconds."""
+RENEWAL_INTERVAL_S: Final = 24 * 3600
+"""The shortest time between two renewals of a line of keys."""
+REUSE_AFTER_S: Final = 300
+"""How long after a renewal the agent's other processes may still sign with the former key."""
 
 
 def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Context) -> AgentState:
@@ -49,6 +67,10 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
         raise CommandRefusedError(
             f"agent {state.agent_id} is decommissioned for good", code=Code.DECOMMISSIONED
         )
+    if isinstance(command, AgentRenewKey):
+        return _renew_key(state, command, context)
+    if isinstance(command, AgentReportReuse):
+        return _report_reuse(state, context)
     is_sponsor = context.actor.user_id == state.sponsor and "sponsor" in context.actor.roles
     if not (is_sponsor or context.actor.is_operator):
         raise CommandRefusedError(
@@ -190,24 +212,137 @@ def _rotate_key(state: AgentState, command: AgentRotateKey, context: Context) ->
                 code=Code.KEY_KNOWN,
             )
     replaced = known_kids if command.replaces is None else set(command.replaces)
+    if command.compromised:  # whoever had the key could renew it
+        replaced |= {kid for one in replaced for kid in _descendants(state, one)}
     if replaced - known_kids:
         raise CommandRefusedError(
             f"{state.agent_id} has no key {min(replaced - known_kids)}; see: ringfence agent show {state.agent_id}",
             code=Code.UNKNOWN_KEY,
         )
     end_s = context.at_s + command.overlap_s
-    keys = [
-        key.model_copy(update={"not_after": min(key.not_after, end_s)}) if key.kid in replaced else key
-        for key in state.keys
-    ]
+    ended = _ended(state, replaced, end_s)
     named = [key.kid for key in state.keys if key.kid in replaced]
-    return state.model_copy(
-        update={
-            "keys": (*new, *keys),
-            "replaced": _with(state.replaced, named),
-            "compromised": _with(state.compromised, named if command.compromised else ()),
-        }
+    compromised = _with(state.compromised, named if command.compromised else ())
+    return ended.model_copy(update={"keys": (*new, *ended.keys), "compromised": compromised})
+
+
+def _renew_key(state: AgentState, command: AgentRenewKey, context: Context) -> AgentState:
+    """Replace the key that signed the command. The state is unchanged if this successor took its place before.
+
+    1. The agent itself signed it (`not_the_agent`), by a key that is not compromised (`key_compromised`).
+    2. The key has no successor; otherwise see `_reuse`.
+    3. It is valid, and no person gave another key in its place (`key_ended`).
+    4. The agent is active (`not_active`).
+    5. A person signed a command about it within `LINE_S` (`key_line_ended`).
+    6. The key was not itself made by a renewal within `RENEWAL_INTERVAL_S` (`renewal_early`).
+    7. The new key was never one of this agent (`key_known`), and signs (`key_invalid`).
+    """
+    kid, agent_id = context.signer_kid, state.agent_id
+    if context.actor.agent is None or context.actor.agent.agent_id != agent_id:
+        raise CommandRefusedError(
+            f"only agent {agent_id} itself renews its key; people rotate it: ringfence agent rotate-key {agent_id}",
+            code=Code.NOT_THE_AGENT,
+        )
+    if kid in state.compromised:
+        raise CommandRefusedError(
+            f"key {kid} was ended as compromised; ask {state.sponsor} for another", code=Code.KEY_COMPROMISED
+        )
+    new_kid = thumbprint(command.key)
+    if (renewed := _renewed(state, kid)) is not None:
+        return state if renewed.successor == new_kid else _reuse(state, KeyUse(kid, command.iat), context)
+    old = next(key for key in state.keys if key.kid == kid)
+    if kid in state.replaced or not old.not_before <= context.at_s < old.not_after:
+        raise CommandRefusedError(
+            f"key {kid} ended, or a person gave another in its place: use that one, or ask {state.sponsor} for one",
+            code=Code.KEY_ENDED,
+        )
+    if state.status != "active":
+        raise CommandRefusedError(
+            f"agent {agent_id} is {state.status}: only an active agent renews its key", code=Code.NOT_ACTIVE
+        )
+    if context.at_s > context.person_signed_s + LINE_S:
+        raise CommandRefusedError(
+            f"no person signed anything about {agent_id} for {LINE_S // 86_400} days: its sponsor gives it a key with: "
+            f"ringfence agent rotate-key {agent_id}",
+            code=Code.KEY_LINE_ENDED,
+        )
+    made_s = next((one.at for one in state.renewed if one.successor == kid), 0)
+    if context.at_s < made_s + RENEWAL_INTERVAL_S:
+        raise CommandRefusedError(
+            f"key {kid} was made by a renewal at {utc_text(made_s)}; a key is renewed once a day",
+            code=Code.RENEWAL_EARLY,
+        )
+    if any(key.kid == new_kid for key in state.keys):
+        raise CommandRefusedError(
+            f"key {new_kid} is, or was, one of {agent_id}: make another", code=Code.KEY_KNOWN
+        )
+    given_s = context.key_history.origins[kid].added_ms // 1000
+    life_s = min(old.not_after - given_s, MAX_AGENT_KEY_S)
+    new = KeyRecord(kid=new_kid, jwk=command.key, not_after=context.at_s + life_s)
+    check_keys((new,), context.at_s, at_least=1)
+    record = RenewedKey(kid=kid, successor=new_kid, at=context.at_s, first_not_after=old.not_after)
+    ended = _ended(state, {kid}, context.at_s)
+    return ended.model_copy(update={"keys": (new, *ended.keys), "renewed": (*state.renewed, record)})
+
+
+def _report_reuse(state: AgentState, context: Context) -> AgentState:
+    """End the line of a key by a message that proves its reuse; unchanged if that line was ended before."""
+    use = context.reuse
+    if use is None:
+        raise CommandRefusedError(
+            f"the report proves no use of a key of {state.agent_id}: {context.reuse_problem}",
+            code=Code.REUSE_UNPROVEN,
+        )
+    return state if use.kid in state.compromised else _reuse(state, use, context)
+
+
+def _reuse(state: AgentState, use: KeyUse, context: Context) -> AgentState:
+    """End the whole line of a renewed key that was used again, as compromised: a copy of it is in other hands.
+
+    Raises CommandRefusedError if the use proves no copy: soon after the renewal another process of the agent may not
+    know the new key yet (`key_ended`), and after the key's first end it could do nothing (`key_reused_late`).
+    """
+    renewed = _renewed(state, use.kid)
+    if renewed is None:
+        raise CommandRefusedError(f"key {use.kid} was not renewed", code=Code.REUSE_UNPROVEN)
+    if use.signed_s <= renewed.at + REUSE_AFTER_S:
+        raise CommandRefusedError(
+            f"key {use.kid} was renewed at {utc_text(renewed.at)}; read the key file again", code=Code.KEY_ENDED
+        )
+    if use.signed_s >= renewed.first_not_after:
+        raise CommandRefusedError(
+            f"key {use.kid} was renewed at {utc_text(renewed.at)}, and was used again after its end: an old copy of it "
+            "is somewhere",
+            code=Code.KEY_REUSED_LATE,
+        )
+    first = use.kid
+    while (before := next((one.kid for one in state.renewed if one.successor == first), None)) is not None:
+        first = before
+    line = {first, *_descendants(state, first)}
+    named = [key.kid for key in state.keys if key.kid in line]
+    ended = _ended(state, line, context.at_s)
+    return ended.model_copy(update={"compromised": _with(state.compromised, named)})
+
+
+def _renewed(state: AgentState, kid: str) -> RenewedKey | None:
+    return next((one for one in state.renewed if one.kid == kid), None)
+
+
+def _descendants(state: AgentState, kid: str) -> Iterable[str]:
+    """Return the keys that took the place of a key by renewals, one after the other."""
+    while (renewed := _renewed(state, kid)) is not None:
+        kid = renewed.successor
+        yield kid
+
+
+def _ended(state: AgentState, kids: Collection[str], end_s: int) -> AgentState:
+    """Return the agent with an end of these keys, unless they end earlier."""
+    keys = tuple(
+        key.model_copy(update={"not_after": min(key.not_after, end_s)}) if key.kid in kids else key
+        for key in state.keys
     )
+    named = [key.kid for key in state.keys if key.kid in kids]
+    return state.model_copy(update={"keys": keys, "replaced": _with(state.replaced, named)})
 
 
 def _with(known: tuple[str, ...], more: Iterable[str]) -> tuple[str, ...]:

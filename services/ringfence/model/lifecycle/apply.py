@@ -7,6 +7,8 @@ from typing import Any
 from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     AgentActivate,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentResume,
     AgentRotateKey,
     AgentSetAttestation,
@@ -59,6 +61,11 @@ def may_widen(command: Command) -> bool:
     """
     ends_keys = isinstance(command, AgentRotateKey) and command.key is None
     return isinstance(command, _MAY_WIDEN) and not ends_keys
+
+
+def by_person(command: Command) -> bool:
+    """Return whether a command is one that a person decided on, and not an agent's renewal or a report of one."""
+    return not isinstance(command, AgentRenewKey | AgentReportReuse)
 
 
 def apply(state: AnyState | None, command: Command, context: Context) -> AnyState:

@@ -46,14 +46,25 @@ class Actor:
     """The provisioner of a user who comes from a directory."""
     agent: AgentState | None = None
     """The signing agent's state at that time. Agents may give few commands."""
+    is_service: bool = False
+    """Whether a service signed it. Services only report what other signatures prove."""
 
     @property
     def is_root(self) -> bool:
-        return self.user_id is None and self.agent is None
+        return self.user_id is None and self.agent is None and not self.is_service
 
     @property
     def is_operator(self) -> bool:
         return "operator" in self.roles
+
+
+@dataclass(frozen=True, slots=True)
+class KeyUse:
+    """A message with a valid signature by one key of an agent, of whatever validity."""
+
+    kid: str
+    signed_s: int
+    """Its `iat`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,14 @@ class Context:
     """The new sponsor's consent, if it is to the transfer of the same agent."""
     consent_problem: str | None = None
     key_history: KeyHistory = NO_HISTORY
-    """The origins of the keys of the user whom the command is about, as of before it."""
+    """The origins of the keys of the user or agent whom the command is about, as of before it."""
+    signer_kid: str = ""
+    """The key that signed the command."""
+    person_signed_s: int = 0
+    """The append time of the last command about the subject that a person signed, in seconds."""
+    reuse: KeyUse | None = None
+    """What a report of reuse embeds, if its signature is valid."""
+    reuse_problem: str | None = None
     key_proof: KeyProof | None = None
     """What a `user.add-key` embeds, if all of it is valid."""
     key_proof_problem: str | None = None

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Any, TypeVar
 
 from ringfence.messages.registry import (
+    AgentRenewKey,
     AgentResume,
     AgentSetAttestation,
     AgentSetCeiling,
@@ -31,8 +33,15 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
     Returns:
         The second elements of those to keep. Applying them and the latest gives the same state as applying all. What a
         user could sign, or was, at any time stays known. So do all keys that an agent ever had: otherwise nobody could
-        say that a key has ended, or whose it was.
+        say that a key has ended, or whose it was. What came before the last renewal of an agent's key stays as well: it
+        says until when the agent could renew.
     """
+    renewals = [i for i, (command, _) in enumerate(commands) if isinstance(command, AgentRenewKey)]
+    since = renewals[-1] + 1 if renewals else 0
+    return [*(item for _, item in commands[:since]), *_needed_since(commands[since:], latest)]
+
+
+def _needed_since(commands: Sequence[tuple[Command, T]], latest: Command) -> list[T]:
     superseded: tuple[type[Any], ...] = ()
     if isinstance(latest, AgentSetCeiling):
         superseded = (AgentSetCeiling,)
@@ -79,6 +88,8 @@ def may_be_dropped(command: Command, before: Command | None, after: Sequence[Com
         before: the last remaining command that came before it.
         after: those that came after it, oldest first.
     """
+    # What a renewal of a key rests on stays.
+    after = list(takewhile(lambda later: not isinstance(later, AgentRenewKey), after))
     # A replacement was signed later: an old command must not be replayed to undo a newer one.
     newer = [later for later in after if later.iat >= command.iat]
     match command:

@@ -145,7 +145,13 @@ class KeyHistory:
         if not given and not of_root:
             return self
         if isinstance(state, AgentState):
-            new = {kid: _given(kid, signer, None, at_ms=at_ms, first=True) for kid in given}
+            parent = self.origins.get(signer.kid)  # an agent that renews its key
+            new = {
+                kid: replace(parent, kid=kid, added_ms=at_ms, by_kid=signer.kid, counts_from_ms=at_ms)
+                if parent
+                else _given(kid, signer, None, at_ms=at_ms, first=True)
+                for kid in given
+            }
             return KeyHistory(MappingProxyType({**self.origins, **new}))
         first = not self.origins
         endorser = proof.endorser if proof else None

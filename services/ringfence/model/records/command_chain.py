@@ -16,14 +16,19 @@ from typing import cast
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
-from ringfence.messages.base import ExpiringClaims, typ_header
+from ringfence.messages.base import Claims, ExpiringClaims, typ_header
 from ringfence.messages.codes import Code
+from ringfence.messages.credential import CredentialRequest, RequestWithdraw
+from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import (
     COMMANDS,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentState,
     AgentTransfer,
     AgentTransferConsent,
@@ -56,8 +61,10 @@ from ringfence.model.lifecycle import (
     KeyHistory,
     KeyOrigin,
     KeyProof,
+    KeyUse,
     SignerKey,
     apply,
+    by_person,
     subject_key,
 )
 from ringfence.model.records.consent import Consent, verified_consent
@@ -66,6 +73,11 @@ from ringfence.model.records.user_keys import user_key
 
 COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
 """The class of a command, by its `typ` header."""
+SIGNED_BY_AGENTS: dict[str, type[Claims]] = {
+    typ_header(model): model
+    for model in (CredentialRequest, RequestWithdraw, RevocationRequest, TaskDelegate, TaskEnd, AgentRenewKey)
+}
+"""The class of a message that agents sign, by its `typ` header."""
 
 
 class ChainError(RingfenceError):
@@ -91,6 +103,9 @@ class Authorised:
     """What a `user.add-key` embeds, where all of it counts."""
     key_proof_problem: str | None = None
     """Why what a `user.add-key` embeds proves nothing."""
+    reuse: KeyUse | None = None
+    """What an `agent.report-reuse` embeds, where its signature holds."""
+    reuse_problem: str | None = None
 
     @property
     def claims(self) -> Command:
@@ -110,7 +125,7 @@ UserLookup = Callable[[str], UserRecord | None]
 """Returns the record of a user id in the local table. Its chain is not verified yet."""
 RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
 """The same for records of any kind."""
-BY_AGENTS = (TaskDelegate, TaskEnd)
+BY_AGENTS = (TaskDelegate, TaskEnd, AgentRenewKey)
 """Commands that agents may give too."""
 _ABOUT_USERS = (UserSet, UserDisable, UserAddKey, UserEndKey, ProvisionerSet, ProvisionerLink)
 
@@ -122,7 +137,9 @@ class _Step:
     state: AnyState
     command_id: str
     last_signed_s: int
-    """The latest `iat` up to here."""
+    """The latest `iat` of a person's command up to here."""
+    person_signed_s: int
+    """The append time of the last command that a person signed, in seconds."""
     consent: Consent | None
     """What this one command rests on."""
     keys: KeyHistory = NO_HISTORY
@@ -161,13 +178,13 @@ class Chains:
         self,
         jws: UnverifiedJws,
         appended_at_ms: int,
-        own: UserState | None = None,
+        own: UserState | AgentState | None = None,
         own_keys: KeyHistory = NO_HISTORY,
     ) -> Authorised:
         """Verify the signature of a command, as of its append time.
 
-        `own` and `own_keys` are the state so far, and the origins of the keys, of the user whose own record is being
-        folded.
+        `own` and `own_keys` are the state so far, and the origins of the keys, of the user or agent whose own record is
+        being folded.
 
         Raises InvalidMessageError if the command is malformed, expired, or not signed by a user or the root of this
         trust domain, and ChainError if the signer's record does not verify.
@@ -178,15 +195,16 @@ class Chains:
                 f"typ {jws.header.typ[:80]!r} names no command", code=Code.TYP_UNEXPECTED
             )
 
-        def find(iss: str, kid: str) -> VerificationKey | None:
-            key: VerificationKey | None = self._trust.root_key(iss, kid, appended_at_ms / 1000)
-            key = key or self.command_key(iss, kid, appended_at_ms, own)
-            if key is None and model in BY_AGENTS:
-                key = self.agent_key(iss, kid, appended_at_ms)
-            return key
-
-        signed = verify(jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms)
-        actor = self._actor(signed.claims.iss, appended_at_ms, own)
+        own_agent = own if isinstance(own, AgentState) else None
+        own = own if isinstance(own, UserState) else None
+        signed = verify(
+            jws, model, lambda iss, kid: self.signer_key(model, iss, kid, appended_at_ms, own, own_agent),
+            audience=self._trust.trust_domain, appended_at_ms=appended_at_ms,
+        )  # fmt: skip
+        if model is AgentReportReuse:
+            actor = Actor(None, frozenset(), is_service=True)
+        else:
+            actor = self._actor(signed.claims.iss, appended_at_ms, own, own_agent)
         people = self._people(appended_at_ms, own, own_keys)
         origin = people.origin_of(actor.user_id, jws.header.kid) if actor.user_id else None
         signer = SignerKey(actor.user_id, jws.header.kid, origin)
@@ -200,9 +218,41 @@ class Chains:
                 proof = verified_key_proof(signed.claims, signer, people, self._trust, appended_at_ms)
             except InvalidMessageError as error:
                 proof_problem = str(error)
+        reuse, reuse_problem = None, None
+        if isinstance(signed.claims, AgentReportReuse):
+            try:
+                reuse = self._key_use(signed.claims, appended_at_ms, own_agent)
+            except InvalidMessageError as error:
+                reuse_problem = str(error)
         return Authorised(
-            signed, actor, appended_at_ms, consent, consent_problem, signer, proof, proof_problem
+            signed, actor, appended_at_ms, consent, consent_problem, signer, proof, proof_problem, reuse, reuse_problem
         )
+
+    def signer_key(
+        self,
+        model: type[ExpiringClaims],
+        iss: str,
+        kid: str,
+        at_ms: int,
+        own: UserState | None = None,
+        own_agent: AgentState | None = None,
+    ) -> VerificationKey | None:
+        """The key `kid` of `iss` if it may sign commands of this type at `at_ms`; else None.
+
+        An agent's renewal is verified by its former keys too: a repeat is answered again, and another message shows
+        that a former key is in other hands.
+        """
+        if model is AgentReportReuse:
+            return self._trust.finder(*model.signed_by, at_s=at_ms / 1000)(iss, kid)
+        key: VerificationKey | None = self._trust.root_key(iss, kid, at_ms / 1000)
+        key = key or self.command_key(iss, kid, at_ms, own)
+        if key is not None or model not in BY_AGENTS:
+            return key
+        agent = self._agent_of(iss, at_ms, own_agent)
+        if agent is None:
+            return None
+        found = valid_key(agent.keys, kid, at_ms / 1000)
+        return found or (known_key(agent, kid) if model is AgentRenewKey else None)
 
     def user_key(self, iss: str, kid: str, at_ms: int) -> VerificationKey | None:
         """The key `kid` of the user `iss` if it counted at `at_ms`, by a chain that ends at the root; else None.
@@ -221,9 +271,30 @@ class Chains:
 
     def agent_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the agent `iss` if it was valid at `at_ms`, whatever the agent's status; else None."""
-        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
-        agent = self.agent_at(agent_id, at_ms) if agent_id else None
+        agent = self._agent_of(iss, at_ms, None)
         return valid_key(agent.keys, kid, at_ms / 1000) if agent else None
+
+    def _agent_of(self, iss: str, at_ms: int, own: AgentState | None) -> AgentState | None:
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
+        if own is not None and own.agent_id == agent_id:
+            return own
+        return self.agent_at(agent_id, at_ms) if agent_id else None
+
+    def _key_use(self, report: AgentReportReuse, at_ms: int, own: AgentState | None) -> KeyUse:
+        """The verified use of a key in a report, of an agent's former key too. Raises InvalidMessageError."""
+        jws = parse(report.message)
+        model = SIGNED_BY_AGENTS.get(jws.header.typ)
+        if model is None:
+            raise InvalidMessageError("agents sign no such message", code=Code.TYP_UNEXPECTED)
+
+        def find(iss: str, kid: str) -> PublicKey | None:
+            agent = self._agent_of(iss, at_ms, own)
+            return known_key(agent, kid) if agent and agent.agent_id == report.agent_id else None
+
+        claims = verify(jws, model, find, audience=self._trust.trust_domain).claims
+        if claims.iat > at_ms // 1000 + LEEWAY_S:
+            raise InvalidMessageError("the message is of the future", code=Code.CLAIMS_INVALID)
+        return KeyUse(jws.header.kid, claims.iat)
 
     def roles_at(self, user_id: str, at_ms: int) -> frozenset[Role]:
         """The roles of an active user just before `at_ms`; none where unknown or disabled."""
@@ -403,8 +474,9 @@ class Chains:
         at_ms = embedded.appended_at_ms
         state = steps[-1].state if steps else None
         signed_s = steps[-1].last_signed_s if steps else 0
+        person_s = steps[-1].person_signed_s if steps else 0
         before = state
-        own = state if isinstance(state, UserState) else None
+        own = state if isinstance(state, UserState | AgentState) else None
         keys = steps[-1].keys if steps else NO_HISTORY
         try:
             given = self.authorise(parse(embedded.jws), at_ms, own, keys)
@@ -427,6 +499,10 @@ class Chains:
                 key_history=keys,
                 key_proof=given.key_proof,
                 key_proof_problem=given.key_proof_problem,
+                signer_kid=given.signer_key.kid,
+                person_signed_s=person_s,
+                reuse=given.reuse,
+                reuse_problem=given.reuse_problem,
             )
             state = apply(state, given.claims, context)
             if isinstance(state, UserState | AgentState):
@@ -435,7 +511,9 @@ class Chains:
         except (InvalidMessageError, CommandRefusedError) as error:
             code = Code.CHAIN_INCOMPLETE if error.code == Code.UNKNOWN_PARENT else None
             raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
-        return _Step(state, given.command_id, max(signed_s, given.claims.iat), given.consent, keys)
+        if by_person(given.claims):
+            signed_s, person_s = max(signed_s, given.claims.iat), at_ms // 1000
+        return _Step(state, given.command_id, signed_s, person_s, given.consent, keys)
 
     def _people(self, at_ms: int, own: UserState | None, own_keys: KeyHistory) -> PeopleThen:
         """The people as of just before `at_ms`; `own` as it is so far."""
@@ -455,11 +533,11 @@ class Chains:
 
         return PeopleThen(find_key, roles_of, origin_of)
 
-    def _actor(self, iss: str, at_ms: int, own: UserState | None) -> Actor:
+    def _actor(self, iss: str, at_ms: int, own: UserState | None, own_agent: AgentState | None) -> Actor:
         if iss == self._trust.root_id:
             return Actor(None, frozenset({"operator"}))
         if agent_id := subject_of(self._trust.trust_domain, iss, "agent"):
-            agent = self.agent_at(agent_id, at_ms)
+            agent = self._agent_of(iss, at_ms, own_agent)
             if agent is None:  # whose key then was it?
                 raise ChainError(f"there was no agent {agent_id} then")
             return Actor(None, frozenset(), agent=agent)
@@ -516,6 +594,12 @@ class Chains:
                 f"it is {user_id}'s, to take over agent {claims.agent_id}", code=Code.CONSENT_OTHER_TERMS
             )
         return Consent(user_id, (claims.iss, claims.jti), jws.header.kid, claims)
+
+
+def known_key(agent: AgentState, kid: str) -> PublicKey | None:
+    """The key `kid` that an agent has or had, whenever it is or was valid. For what shows a use, never to allow one."""
+    record = next((key for key in agent.keys if key.kid == kid), None)
+    return valid_key((record,), kid, record.not_before) if record else None
 
 
 def subject_spiffe(trust_domain: str, state: AnyState) -> str:
