@@ -5,21 +5,27 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
-from ringfence import Agent, Permission, RequestDeniedError, RequestTimeoutError
+from ringfence import Agent, Permission, RequestDeniedError, RequestRule, RequestTimeoutError
 from ringfence.client.agent.key_renewal import KeyRenewal
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.registry import AgentRenewKey
+from ringfence.messages.topics import REGISTRY_COMMAND
 from ringfence.model.records.agent_keys import DAY_S
 from ringfence.testing import InMemoryRingfence
+from ringfence.testing.parts import InMemoryConnection
 
 READ: dict[str, Any] = {
-    "target": "staging", "verbs": ["read"], "resources": ["env/x"], "reason": "to look", "timeout_s": 2.0,
+    "target": "staging", "verbs": ["read"], "resources": ["env/x"], "reason": "to look", "timeout_s": 5.0,
 }  # fmt: skip
 SCOPE = [Permission(target="staging", verbs=("read",), resources=("env/**",))]
 
@@ -196,6 +202,51 @@ async def test_use_of_a_copied_key_file_ends_the_line_whoever_renews_first(
     assert set(state(broker).compromised) == {key.kid for key in state(broker).keys}
     async with broker.agent("bot", key_file=first) as agent:
         assert not await gets_credential(broker, agent)
+
+
+async def test_request_by_a_copied_key_ends_the_line(broker: InMemoryRingfence, file: Path):
+    stolen = SigningKey.load(file)
+    broker.clock.advance(2 * DAY_S)
+    await connect(broker, file)
+    thief = Agent(InMemoryConnection(broker._bus, stolen, broker.settings, broker.clock))
+    async with thief:
+        broker.clock.advance(240)
+        assert not await gets_credential(broker, thief)
+        assert state(broker).compromised == ()
+        broker.clock.advance(120)
+        assert not await gets_credential(broker, thief)
+    assert set(state(broker).compromised) == {key.kid for key in state(broker).keys}
+
+
+async def test_lease_of_a_renewed_key_is_proved_by_that_key_until_it_ends(
+    broker: InMemoryRingfence, file: Path
+):
+    served = httpx.MockTransport(lambda request: httpx.Response(200, text="served"))
+    rule = RequestRule(method="GET", path="/env/{name}", verb="read", resource="env/{name}")
+    broker.target("staging", verbs={"read": "none"}, requests=[rule], server=served)
+    task = broker.task("bot", SCOPE)
+    through = httpx.AsyncClient(
+        transport=broker.gateway(), base_url=f"{broker.gateway_url}/staging", timeout=60
+    )
+    async with broker.agent("bot", key_file=file) as agent, through:
+        lease = await agent.request(task=task, delivery="gateway", ttl_s=3000, **READ)
+        former = agent.connection.key
+        os.utime(file, (0, 0))
+        broker.clock.advance(60)
+        other = await agent.request(task=task, delivery="gateway", ttl_s=3000, **READ)
+        assert agent.connection.key.kid != former.kid
+        for one in (lease, other):
+            assert (await through.get("/env/x", auth=one.auth())).text == "served"
+        renewals = AgentRenewKey(
+            **agent.connection.stamp(60),
+            agent_id="bot",
+            key=SigningKey.generate(agent.connection.key.id).public,
+        )
+        broker.clock.advance(600)
+        late = renewals.model_copy(update={"iat": renewals.iat + 600, "exp": renewals.exp + 600})
+        await agent.connection.publish(REGISTRY_COMMAND, "bot", late, compact=sign(late, former))
+        for one in (lease, other):
+            assert (await through.get("/env/x", auth=one.auth())).status_code in (401, 403)
 
 
 async def test_restored_key_file_ends_the_line(broker: InMemoryRingfence, file: Path, tmp_path: Path):

@@ -48,7 +48,9 @@ def agent(ledger: InMemoryRegistry) -> AgentState:
     return entry.state
 
 
-def renew(ledger: InMemoryRegistry, old: SigningKey, new: SigningKey | None = None, **when: Any) -> SigningKey:
+def renew(
+    ledger: InMemoryRegistry, old: SigningKey, new: SigningKey | None = None, **when: Any
+) -> SigningKey:
     new = new or SigningKey.generate(BOT)
     ledger.give(ledger.claims(AgentRenewKey, "sam", iss=BOT, agent_id="bot", key=new.public), old, **when)
     return new
@@ -80,7 +82,9 @@ def end_of(ledger: InMemoryRegistry, key: SigningKey) -> int:
 
 def release(ledger: InMemoryRegistry, key: SigningKey, iat: int | None = None) -> str:
     """A message of the agent, signed by one of its keys."""
-    claims = ledger.claims(RevocationRequest, "sam", iss=BOT, kind="release", lease_id=str(uuid.uuid4()), reason="x")
+    claims = ledger.claims(
+        RevocationRequest, "sam", iss=BOT, kind="release", lease_id=str(uuid.uuid4()), reason="x"
+    )
     return sign(claims.model_copy(update={"iat": iat or claims.iat}), key)
 
 

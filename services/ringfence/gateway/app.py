@@ -29,6 +29,7 @@ from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import UUID
 from ringfence.model.records.api_access import Authenticator
+from ringfence.model.records.key_reuse import ReuseReporter
 from ringfence.model.verdict import Refused
 
 POSTS: Final = Allowance(per_second_each=20.0, burst_each=100)
@@ -52,6 +53,7 @@ def build_agent_api(runtime: Runtime, core: Core, own: GatewaySettings) -> Agent
         audience=settings.trust_domain,
         now_ms=runtime.broker_now_ms,
         catch_up=lambda: runtime.tables_caught_up(settings.grace_s),
+        report_reuse=ReuseReporter(runtime, directory),
     )
     journal = PublicationJournal(
         spool_folder(runtime, settings, own) / _JOURNAL, now_s=lambda: clock.now_ms() // 1000

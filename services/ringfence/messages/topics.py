@@ -64,7 +64,14 @@ REGISTRY_COMMAND: Topic[Any] = Topic(
     COMMANDS,
     "subject id",
     "jws",
-    ("users", "console (what users signed)", "scim", "agents"),
+    (
+        "users",
+        "console (what users signed)",
+        "scim",
+        "agents",
+        "policy (keys that are used again)",
+        "gateway (what agents post to it)",
+    ),
     ("registry", "policy (receipts of passkeys)", "audit"),
     7 * _DAY,
 )

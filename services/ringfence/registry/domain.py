@@ -193,9 +193,9 @@ def decide(
     command, at_ms = authorised.claims, authorised.appended_at_ms
     _check_time(authorised, around)
     compact = authorised.signed.compact
-    if (
-        only_reduces(command) and len(compact) > MAX_NARROWING_BYTES
-    ) and not isinstance(command, AgentReportReuse):
+    if (only_reduces(command) and len(compact) > MAX_NARROWING_BYTES) and not isinstance(
+        command, AgentReportReuse
+    ):
         raise CommandRefusedError(
             f"{with_article(command.typ)} of {len(compact)} bytes; the limit is {MAX_NARROWING_BYTES}",
             code=Code.TOO_LARGE,
@@ -252,7 +252,9 @@ def _key_history(around: Surroundings, kind: SubjectKind, id: str) -> KeyHistory
 
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
-    return not (may_widen(command) or isinstance(command, AgentRegister | AgentRenewKey | TaskAssign | TaskDelegate))
+    return not (
+        may_widen(command) or isinstance(command, AgentRegister | AgentRenewKey | TaskAssign | TaskDelegate)
+    )
 
 
 def check_size(command: Command, size: int) -> None:

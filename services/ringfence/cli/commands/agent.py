@@ -24,13 +24,13 @@ from ringfence.cli.shared.changes import Replacement, check_unchanged, parse_sco
 from ringfence.cli.shared.command_results import print_accepted, refuse_unknown
 from ringfence.cli.shared.options import (
     AddOption,
+    AgentKeyDaysOption,
     AllowOption,
     AnywayOption,
     AsOption,
     ConsentValidOption,
     IdentityOption,
     JsonOption,
-    KeyDaysOption,
     NewKeyOption,
     PasskeyOption,
     PublicKeyOption,
@@ -93,7 +93,7 @@ def register(
     key_file: KeyFileOption = None,
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
-    key_days: KeyDaysOption = 365,
+    key_days: AgentKeyDaysOption = 30,
     selector: SelectorOption = None,
     me: IdentityOption = None,
     inactive: Annotated[
@@ -308,7 +308,7 @@ def rotate_key(
     key_file: KeyFileOption = None,
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
-    key_days: KeyDaysOption = 365,
+    key_days: AgentKeyDaysOption = 30,
     overlap: Annotated[
         str | None,
         typer.Option(

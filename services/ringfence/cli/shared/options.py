@@ -137,6 +137,16 @@ NewKeyOption = Annotated[
 KeyDaysOption = Annotated[
     int, typer.Option("--key-days", metavar="DAYS", min=1, max=3650, help="How many days the key is valid.")
 ]
+AgentKeyDaysOption = Annotated[
+    int,
+    typer.Option(
+        "--key-days",
+        metavar="DAYS",
+        min=1,
+        max=90,
+        help="How many days the key is valid. The agent renews it by itself; each key lives as long as this one.",
+    ),
+]
 
 ConsentValidOption = Annotated[
     str,

@@ -25,6 +25,7 @@ from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
+    AGENT_KEY_S,
     AgentActivate,
     AgentDecommission,
     AgentRegister,
@@ -110,7 +111,7 @@ class Administrator(CommandClient):
         name, description, purpose: text for people.
         reason: why, in a sentence. It stands in the audit trail.
         keys: public keys, or signing keys, of which only the public half is sent. A key without an end is valid for a
-            year. Keys that are not listed end.
+            year, an agent's for 30 days. Keys that are not listed end.
         ceiling, scope: permissions, each with a target, verbs and resources (globs).
         ends_in_s, not_after: the end of a task: seconds from now, or seconds since 1970. Give one of them.
         terms: what `terms` returned.
@@ -263,7 +264,7 @@ class Administrator(CommandClient):
             agent_id=agent_id,
             sponsor=sponsor or self._user_id("name the sponsor"),
             description=description,
-            keys=self.key_records(keys),
+            keys=self.key_records(keys, AGENT_KEY_S),
             ceiling=ceiling,
             attestation=attestation,
             inactive=inactive or None,
@@ -299,12 +300,12 @@ class Administrator(CommandClient):
             overlap_s: how long the replaced keys stay valid, in seconds; 7 days at most.
             replaces: thumbprints of the replaced keys; None replaces all.
             compromised: the replaced keys may be stolen: they end at once, whatever `overlap_s` says, and so do the
-                leases that were requested with them.
+                keys that renewals made of them, and the leases that were requested with any of these.
         """
         return await self._command(
             AgentRotateKey,
             agent_id=agent_id,
-            key=None if key is None else self.key_records([key])[0],
+            key=None if key is None else self.key_records([key], AGENT_KEY_S)[0],
             replaces=None if replaces is None else texts("replaces", replaces),
             overlap_s=0 if compromised else overlap_s,
             compromised=compromised or None,
@@ -639,9 +640,9 @@ class Administrator(CommandClient):
 
     # --- ---
 
-    def key_records(self, keys: Sequence[AnyKey]) -> tuple[KeyRecord, ...]:
-        """Return keys in the form of commands. A key without an end is valid for a year."""
-        end = self._now_s() + KEY_LIFE_S
+    def key_records(self, keys: Sequence[AnyKey], life_s: int = KEY_LIFE_S) -> tuple[KeyRecord, ...]:
+        """Return keys in the form of commands. A key without an end is valid for `life_s` seconds from now."""
+        end = self._now_s() + life_s
         given = instances(
             "keys", keys, (SigningKey, PublicJwk, KeyRecord), '[SigningKey.load(Path("agent.json"))]'
         )

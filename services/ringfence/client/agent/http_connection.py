@@ -31,13 +31,14 @@ from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.retry import backoff
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.codes import AnyCode, Code, ReceivedCode
 from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
+from ringfence.messages.registry import AgentRenewKey
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.model.target_settings import RESERVED_NAME
 
@@ -183,6 +184,16 @@ class HttpConnection(Connection):
         self._start_to_poll(request_id, signer, claims.typ, compact)
         return NOWHERE
 
+    async def renew_agent_key(self, renewal: Signed[AgentRenewKey], signer: SigningKey) -> int:
+        """Post the renewal of a key. Returns the end of the new key, in seconds since 1970. Raises as `publish`."""
+        answer = await self._post(AgentRenewKey.typ, renewal.compact, signer, None)
+        if answer.status_code == _OK:
+            try:
+                return int(answer.json()["not_after"])
+            except (ValueError, KeyError, TypeError):
+                pass
+        raise UnavailableError("the registry has not renewed the key yet")
+
     async def _post_or_repeat(
         self, claims: Claims, compact: str, signer: SigningKey, traceparent: str | None
     ) -> None:
@@ -205,7 +216,9 @@ class HttpConnection(Connection):
             poll = asyncio.create_task(self._poll(request_id, signer, typ, compact))
             self._polls[request_id] = poll
 
-    async def _post(self, typ: str, compact: str, signer: SigningKey, traceparent: str | None) -> None:
+    async def _post(
+        self, typ: str, compact: str, signer: SigningKey, traceparent: str | None
+    ) -> httpx.Response:
         headers = {**_JOSE, "traceparent": traceparent} if traceparent is not None else _JOSE
         delays, loop = backoff(0.2, 3.0), asyncio.get_running_loop()
         until = loop.time() + GIVE_UP_S
@@ -216,8 +229,8 @@ class HttpConnection(Connection):
             except UnavailableError as error:
                 problem = error
             else:
-                if answer.status_code == _ACCEPTED:
-                    return
+                if answer.status_code in (_OK, _ACCEPTED):
+                    return answer
                 code, detail = _problem(answer)
                 if answer.status_code not in (_TOO_MANY, _UNAVAILABLE):
                     raise RefusedError(typ, (Reason(code=code, message=detail),), "gateway")

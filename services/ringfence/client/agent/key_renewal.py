@@ -55,8 +55,9 @@ class KeyRenewal:
         self._running = asyncio.Lock()
 
     async def run(self, send: SendRenewal) -> None:
-        """Renew the key if it is due; what asks meanwhile waits for it. An error is logged: the present key is valid until
-        its end.
+        """Renew the key if it is due. Concurrent calls wait for the first.
+
+        An error is logged and not raised: the present key is valid until its end.
         """
         async with self._running:
             await self._run(send)

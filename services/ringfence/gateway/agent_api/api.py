@@ -8,6 +8,7 @@ that signed the message. The view of a task has its terms, and the leases that r
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Iterator, Mapping
@@ -35,7 +36,7 @@ from ringfence.gateway.domain import run_id_of_lease
 from ringfence.gateway.errors import RequestRefusedError, problem_answer
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import UnavailableError
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.tracing.traceparent import well_formed
 from ringfence.messages.base import UUID
@@ -43,13 +44,14 @@ from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.permission import Scope
-from ringfence.messages.registry import TaskState
+from ringfence.messages.registry import AgentRenewKey, TaskState
 from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of
-from ringfence.model.verdict import Refused
+from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
 
 
 def task_view(task: TaskState, leases: LeaseTable, run_id: str | None, now_s: float) -> dict[str, Any]:
@@ -93,6 +95,8 @@ _TRUST: Final = "/v1/trust"
 _DURATION: Final = re.compile(r"(?:([0-9]{1,2})m)?(?:([0-9]{1,4})s)?")
 _AFTER: Final = re.compile(r"[0-9]{1,4}")
 _POLL_AFTER_S: Final = 1
+_RENEWED_WITHIN_S: Final = 10.0
+_RENEWED_POLL_S: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +183,8 @@ class AgentRequestsApi:
         6. The rate limits of its agent allow one more call (429).
         7. A message whose time is over is one that was published before.
         8. The limits of its agent's posts allow one more (429).
-        9. Kafka takes it (`Publications.publish`).
+        9. The registry would take it, if it is the renewal of a key (`_check_renewal`).
+        10. Kafka takes it (`Publications.publish`).
         """
         if (request.content_type or "").partition(";")[0].strip().lower() != JOSE:
             raise RequestRefusedError(Code.CONTENT_TYPE_UNEXPECTED, f"post one compact JWS, as {JOSE}")
@@ -202,8 +207,52 @@ class AgentRequestsApi:
             if message.late is not None and not self._publications.is_published(message):
                 raise RequestRefusedError(message.late.code, message.late.message, status=400)
             self._posts.charge(f"agent:{message.agent_id}")
+            renewal = self._check_renewal(message)
             await self._publications.publish(message, well_formed(request.traceparent))
+            if isinstance(renewal, Refused):
+                raise RequestRefusedError(ReceivedCode(renewal.reason.code), renewal.reason.message)
+        if isinstance(message.claims, AgentRenewKey):
+            return await self._renewed(request, message, message.claims)
         return self._accepted(request, message)
+
+    def _check_renewal(self, message: PostedMessage) -> Verdict:
+        """Check whether the registry would renew the key now.
+
+        Returns the refusal of a renewal that the registry has to see all the same: it proves that a former key is used.
+        Raises RequestRefusedError for any other.
+        """
+        if not isinstance(message.claims, AgentRenewKey):
+            return ALLOWED
+        compact, at_ms = message.signed.compact, self._clock.now_ms()
+        try:
+            after = self._directory.chains.agent_after(message.agent_id, compact, at_ms)
+        except (CommandRefusedError, InvalidMessageError, ChainError) as error:
+            if error.code == Code.KEY_REUSED_LATE:
+                return refused(error.code, str(error))
+            raise RequestRefusedError(error.code, str(error), status=403) from None
+        if after is not None and message.kid in after.compromised:
+            return refused(
+                Code.KEY_REUSED,
+                f"key {message.kid} was renewed before; ask {after.sponsor} for another key of the agent",
+            )
+        return ALLOWED
+
+    async def _renewed(self, request: ApiRequest, message: PostedMessage, claims: AgentRenewKey) -> Answer:
+        """The end of the renewed key (200), or 202 if the registry has not renewed it yet.
+
+        The same bytes may be posted again.
+        """
+        fields: dict[str, Any] = {"id": message.id}
+        headers = {"Content-Type": "application/json", **self._fresh_nonce(request)}
+        loop = asyncio.get_running_loop()
+        until = loop.time() + _RENEWED_WITHIN_S
+        while loop.time() < until:
+            entry = self._directory.agent(message.agent_id)
+            key = next((one for one in entry.state.keys if one.jwk == claims.key), None) if entry else None
+            if key is not None:
+                return HTTPStatus.OK, headers, orjson.dumps({**fields, "not_after": key.not_after})
+            await asyncio.sleep(_RENEWED_POLL_S)
+        return HTTPStatus.ACCEPTED, headers, orjson.dumps(fields)
 
     def _accepted(self, request: ApiRequest, message: PostedMessage) -> Answer:
         claims, fields = message.claims, {"id": message.id}
@@ -224,7 +273,7 @@ class AgentRequestsApi:
         elif isinstance(claims, RequestWithdraw):
             request = self._publications.find(claims.request_id)
             about = request.task_id if request is not None else None
-        elif claims.lease_id is not None:
+        elif isinstance(claims, RevocationRequest) and claims.lease_id is not None:
             lease = self._leases.get(claims.lease_id)
             about = lease.task_id if lease is not None else None
         if about is not None and about != task_id:
@@ -233,6 +282,10 @@ class AgentRequestsApi:
     def _require_run(self, run_id: str, message: PostedMessage) -> None:
         """On a run's socket only messages of its instance count, and only those about what is the instance's own."""
         claims, is_own = message.claims, True
+        if isinstance(claims, AgentRenewKey):
+            raise RequestRefusedError(
+                Code.SOCKET_OTHER_RUN, "the key of a run's instance ends with the run, and is not renewed"
+            )
         enrolment = enrolment_of(claims)
         run = enrolment.run if enrolment is not None else None
         self._require_run_key(run_id, message.kid if run is not None and run.run_id == run_id else None)

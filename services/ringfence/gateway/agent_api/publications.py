@@ -29,29 +29,35 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.private_files import NotPrivateError, open_private, write_private
 from ringfence.kernel.crypto.jwe import check_reply_key
-from ringfence.kernel.crypto.jws import Signed, parse
+from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse
+from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.topics import CREDENTIAL_REQUEST, REVOCATION_REQUEST
+from ringfence.messages.registry import AgentRenewKey
+from ringfence.messages.topics import CREDENTIAL_REQUEST, REGISTRY_COMMAND, REVOCATION_REQUEST
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.revocations import BY_AGENTS
+from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
-from ringfence.model.records.signed_messages import SignedMessageVerifier
+from ringfence.model.records.key_reuse import ReuseReporter
+from ringfence.model.records.signed_messages import SignedMessageVerifier, key_of_agent
 
-Message = CredentialRequest | RequestWithdraw | RevocationRequest
+Message = CredentialRequest | RequestWithdraw | RevocationRequest | AgentRenewKey
 MAX_BYTES: Final = MAX_REQUEST_BYTES
 
 _MODELS: Final[Mapping[str, type[Message]]] = {
-    typ_header(model): model for model in (CredentialRequest, RequestWithdraw, RevocationRequest)
+    typ_header(model): model
+    for model in (CredentialRequest, RequestWithdraw, RevocationRequest, AgentRenewKey)
 }
 _TOPICS: Final[Mapping[type[Message], Topic[Any]]] = {
     CredentialRequest: CREDENTIAL_REQUEST,
     RequestWithdraw: CREDENTIAL_REQUEST,
     RevocationRequest: REVOCATION_REQUEST,
+    AgentRenewKey: REGISTRY_COMMAND,
 }
 
 
@@ -87,9 +93,11 @@ class PostedMessageVerifier:
         audience: str,
         now_ms: Callable[[], int],
         catch_up: Callable[[], Awaitable[object]],
+        report_reuse: ReuseReporter | None = None,
     ) -> None:
-        """`now_ms`: the broker's time as far as it is known; `catch_up`: see `SignedMessageVerifier`."""
-        self._verifier = SignedMessageVerifier(directory, audience, catch_up)
+        """`now_ms`: the broker's time as far as it is known; for the others see `SignedMessageVerifier`."""
+        self._verifier = SignedMessageVerifier(directory, audience, catch_up, report_reuse)
+        self._directory = directory
         self._now_ms = now_ms
 
     async def verify(self, body: bytes) -> PostedMessage:
@@ -102,10 +110,15 @@ class PostedMessageVerifier:
             model = _MODELS.get(jws.header.typ)
             if model is None:
                 raise InvalidMessageError(
-                    "post a credential.request, a request.withdraw or a release (revocation.request)",
+                    "post a credential.request, a request.withdraw, a release (revocation.request) or an "
+                    "agent.renew-key",
                     code=Code.TYP_UNEXPECTED,
                 )
-            signed, late = await self._verifier.verify(body, model, at_ms=self._now_ms(), max_bytes=MAX_BYTES)
+            at_ms = self._now_ms()
+            find_key = self._renewing_key if model is AgentRenewKey else key_of_agent
+            signed, late = await self._verifier.verify(
+                body, model, find_key, at_ms=at_ms, max_bytes=MAX_BYTES
+            )
             _check_claims(signed.claims)
         except SignatureError as error:
             raise RequestRefusedError(error.code, error.message, status=403) from None
@@ -115,7 +128,15 @@ class PostedMessageVerifier:
         agent_id = subject_of(self._verifier.audience, claims.iss, "agent")
         if agent_id is None:
             raise RequestRefusedError(Code.KEY_UNKNOWN, "only agents post messages")
+        if isinstance(claims, AgentRenewKey) and claims.agent_id != agent_id:
+            raise RequestRefusedError(Code.NOT_THE_AGENT, "an agent renews its own key alone", status=403)
         return PostedMessage(signed, message_id(claims.iss, claims.jti), agent_id, jws.header.kid, late)
+
+    def _renewing_key(self, iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> VerificationKey | None:
+        try:
+            return self._directory.chains.signer_key(AgentRenewKey, iss, kid, round(at_s * 1000))
+        except ChainError:
+            return None
 
 
 def _check_claims(claims: Message) -> None:

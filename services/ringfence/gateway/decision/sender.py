@@ -187,7 +187,11 @@ class SenderAuthenticator:
             return refuse(Code.INVALID_DPOP_PROOF, message)
         now_s = self._clock.now_ms() / 1000
         # The lease's instance first: a record that lists its key for another agent must not take the lease from it.
-        owner = _agent_of_instance_key(lease, kid, now_s) or self._keys.owner(self._trust_domain, kid, now_s)
+        owner = (
+            _agent_of_instance_key(lease, kid, now_s)
+            or self._keys.owner(self._trust_domain, kid, now_s)
+            or self._agent_of_renewed_key(lease, kid)
+        )
         if owner is None:
             message = "the proof is by a key that is no agent's, or counts no more"
             return refuse(Code.PROOF_BY_STRANGER, message)
@@ -211,6 +215,19 @@ class SenderAuthenticator:
         self._on_use(lease.agent_id, kid, address)
         # A lease of a run names its key: `proof_other_key` has refused any other.
         return Sender(lease.agent_id, lease.task_id, handle, key_proved=lease.key_thumbprint is not None)
+
+    def _agent_of_renewed_key(self, lease: Lease, kid: str) -> str | None:
+        """The agent of a lease that was requested with a key that the agent renewed since.
+
+        Such a key proves its own leases and nothing else.
+        """
+        try:
+            agent = self._directory.agent(lease.agent_id) if lease.key_thumbprint == kid else None
+        except ChainError:
+            return None
+        if agent is None or kid in agent.state.compromised:
+            return None
+        return lease.agent_id if any(one.kid == kid for one in agent.state.renewed) else None
 
 
 def _agent_of_instance_key(lease: Lease, kid: str, now_s: float) -> str | None:

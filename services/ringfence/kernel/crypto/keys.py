@@ -249,7 +249,10 @@ def save_private(path: Path, id: str, public: PublicJwk, d: bytes) -> None:
 
 
 def _key_file_text(id: str, public: PublicJwk, d: bytes, renew_after_s: int | None = None) -> str:
-    content: dict[str, object] = {"id": id, "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)}}
+    content: dict[str, object] = {
+        "id": id,
+        "jwk": {**public.model_dump(exclude_none=True), "d": b64encode(d)},
+    }
     if renew_after_s is not None:
         content["renew_after"] = renew_after_s
     return json.dumps(content, indent=1) + "\n"

@@ -12,8 +12,8 @@ Read first: `apply.py` (dispatches a command to its rules), `context.py` (what a
 
 from __future__ import annotations
 
-from ringfence.model.lifecycle.apply import apply, by_person, command_subject, may_widen, subject_key
 from ringfence.model.lifecycle.agents import REUSE_AFTER_S
+from ringfence.model.lifecycle.apply import apply, by_person, command_subject, may_widen, subject_key
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context, KeyUse
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
 from ringfence.model.lifecycle.key_history import (

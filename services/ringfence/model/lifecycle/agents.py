@@ -307,7 +307,8 @@ def _reuse(state: AgentState, use: KeyUse, context: Context) -> AgentState:
         raise CommandRefusedError(f"key {use.kid} was not renewed", code=Code.REUSE_UNPROVEN)
     if use.signed_s <= renewed.at + REUSE_AFTER_S:
         raise CommandRefusedError(
-            f"key {use.kid} was renewed at {utc_text(renewed.at)}; read the key file again", code=Code.KEY_ENDED
+            f"key {use.kid} was renewed at {utc_text(renewed.at)}; read the key file again",
+            code=Code.KEY_ENDED,
         )
     if use.signed_s >= renewed.first_not_after:
         raise CommandRefusedError(

@@ -221,11 +221,21 @@ class Chains:
         reuse, reuse_problem = None, None
         if isinstance(signed.claims, AgentReportReuse):
             try:
-                reuse = self._key_use(signed.claims, appended_at_ms, own_agent)
+                report = signed.claims
+                reuse = self.key_use(report.agent_id, parse(report.message), appended_at_ms, own_agent)
             except InvalidMessageError as error:
                 reuse_problem = str(error)
         return Authorised(
-            signed, actor, appended_at_ms, consent, consent_problem, signer, proof, proof_problem, reuse, reuse_problem
+            signed,
+            actor,
+            appended_at_ms,
+            consent,
+            consent_problem,
+            signer,
+            proof,
+            proof_problem,
+            reuse,
+            reuse_problem,
         )
 
     def signer_key(
@@ -280,16 +290,18 @@ class Chains:
             return own
         return self.agent_at(agent_id, at_ms) if agent_id else None
 
-    def _key_use(self, report: AgentReportReuse, at_ms: int, own: AgentState | None) -> KeyUse:
-        """The verified use of a key in a report, of an agent's former key too. Raises InvalidMessageError."""
-        jws = parse(report.message)
+    def key_use(self, agent_id: str, jws: UnverifiedJws, at_ms: int, own: AgentState | None = None) -> KeyUse:
+        """The use of a key that an agent has or had, by a message whose signature is verified.
+
+        Raises InvalidMessageError.
+        """
         model = SIGNED_BY_AGENTS.get(jws.header.typ)
         if model is None:
             raise InvalidMessageError("agents sign no such message", code=Code.TYP_UNEXPECTED)
 
         def find(iss: str, kid: str) -> PublicKey | None:
             agent = self._agent_of(iss, at_ms, own)
-            return known_key(agent, kid) if agent and agent.agent_id == report.agent_id else None
+            return known_key(agent, kid) if agent and agent.agent_id == agent_id else None
 
         claims = verify(jws, model, find, audience=self._trust.trust_domain).claims
         if claims.iat > at_ms // 1000 + LEEWAY_S:
@@ -342,6 +354,16 @@ class Chains:
     def agent_at(self, agent_id: str, at_ms: int) -> AgentState | None:
         """The state of an agent just before `at_ms`, folded from its commands. Raises ChainError."""
         return cast("AgentState | None", self._other_at("agent", agent_id, at_ms))
+
+    def agent_after(self, agent_id: str, command: str, at_ms: int) -> AgentState | None:
+        """The state of an agent if the registry took a command (compact JWS) now; None if there is no such agent.
+
+        Raises InvalidMessageError, CommandRefusedError and ChainError.
+        """
+        if self.agent_at(agent_id, at_ms) is None:
+            return None
+        steps = self._others["agent", agent_id].steps
+        return cast(AgentState, self._fold(steps, EmbeddedCommand(jws=command, appended_at_ms=at_ms)).state)
 
     def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
         """The state of a task just before `at_ms`, folded from its commands. Raises ChainError."""
@@ -471,6 +493,14 @@ class Chains:
 
     def _next(self, steps: Sequence[_Step], embedded: EmbeddedCommand) -> _Step:
         """Fold one embedded command onto `steps`. Raises ChainError."""
+        try:
+            return self._fold(steps, embedded)
+        except (InvalidMessageError, CommandRefusedError) as error:
+            code = Code.CHAIN_INCOMPLETE if error.code == Code.UNKNOWN_PARENT else None
+            raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
+
+    def _fold(self, steps: Sequence[_Step], embedded: EmbeddedCommand) -> _Step:
+        """As `_next`. Raises InvalidMessageError and CommandRefusedError as they come."""
         at_ms = embedded.appended_at_ms
         state = steps[-1].state if steps else None
         signed_s = steps[-1].last_signed_s if steps else 0
@@ -478,39 +508,33 @@ class Chains:
         before = state
         own = state if isinstance(state, UserState | AgentState) else None
         keys = steps[-1].keys if steps else NO_HISTORY
-        try:
-            given = self.authorise(parse(embedded.jws), at_ms, own, keys)
-            if any(step.command_id == given.command_id for step in steps):
-                raise ChainError("one command is embedded twice")
-            if given.consent and any(
-                step.consent and step.consent.mark == given.consent.mark for step in steps
-            ):
-                raise ChainError("one consent is used twice")
-            context = Context(
-                actor=given.actor,
-                at_s=at_ms // 1000,
-                command_id=given.command_id,
-                roles_of=lambda user_id: self.roles_at(user_id, at_ms),
-                task_at=lambda task_id: self.task_at(task_id, at_ms),
-                last_signed_s=signed_s,
-                consent_by=given.consent_by,
-                consent_problem=given.consent_problem,
-                transfer_consent=given.consent.transfer if given.consent else None,
-                key_history=keys,
-                key_proof=given.key_proof,
-                key_proof_problem=given.key_proof_problem,
-                signer_kid=given.signer_key.kid,
-                person_signed_s=person_s,
-                reuse=given.reuse,
-                reuse_problem=given.reuse_problem,
-            )
-            state = apply(state, given.claims, context)
-            if isinstance(state, UserState | AgentState):
-                assert before is None or isinstance(before, UserState | AgentState)
-                keys = keys.after(before, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
-        except (InvalidMessageError, CommandRefusedError) as error:
-            code = Code.CHAIN_INCOMPLETE if error.code == Code.UNKNOWN_PARENT else None
-            raise ChainError(f"an embedded command does not hold: {error}", code=code) from None
+        given = self.authorise(parse(embedded.jws), at_ms, own, keys)
+        if any(step.command_id == given.command_id for step in steps):
+            raise ChainError("one command is embedded twice")
+        if given.consent and any(step.consent and step.consent.mark == given.consent.mark for step in steps):
+            raise ChainError("one consent is used twice")
+        context = Context(
+            actor=given.actor,
+            at_s=at_ms // 1000,
+            command_id=given.command_id,
+            roles_of=lambda user_id: self.roles_at(user_id, at_ms),
+            task_at=lambda task_id: self.task_at(task_id, at_ms),
+            last_signed_s=signed_s,
+            consent_by=given.consent_by,
+            consent_problem=given.consent_problem,
+            transfer_consent=given.consent.transfer if given.consent else None,
+            key_history=keys,
+            key_proof=given.key_proof,
+            key_proof_problem=given.key_proof_problem,
+            signer_kid=given.signer_key.kid,
+            person_signed_s=person_s,
+            reuse=given.reuse,
+            reuse_problem=given.reuse_problem,
+        )
+        state = apply(state, given.claims, context)
+        if isinstance(state, UserState | AgentState):
+            assert before is None or isinstance(before, UserState | AgentState)
+            keys = keys.after(before, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
         if by_person(given.claims):
             signed_s, person_s = max(signed_s, given.claims.iat), at_ms // 1000
         return _Step(state, given.command_id, signed_s, person_s, given.consent, keys)

@@ -28,6 +28,7 @@ from ringfence.messages.registry import SessionStatement
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
+from ringfence.model.records.key_reuse import ReuseReporter, ended_by_renewal, renewed_key
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +93,7 @@ class SignedMessageVerifier:
     catch_up: Callable[[], Awaitable[object]]
     """Reads the records to their end. It is awaited once if the key is unknown: a recently registered signer is not
     refused while their record is on its way."""
+    report_reuse: ReuseReporter | None = None
 
     async def verify(
         self, value: bytes, model: type[C], find_key: FindKey = key_of_agent, *, at_ms: int, max_bytes: int
@@ -123,7 +125,13 @@ class SignedMessageVerifier:
                 # Decided after the signature check: these claims are verified.
                 return Signed(jws.unverified_claims(model), jws.compact), error
             except SignatureError as error:
-                if known_here or error.code != Code.KEY_UNKNOWN:
+                if error.code != Code.KEY_UNKNOWN:
+                    raise
+                if (renewed := renewed_key(self.directory, jws)) is not None:
+                    if self.report_reuse is not None:
+                        await self.report_reuse(*renewed, jws)
+                    raise ended_by_renewal(jws.header.kid) from None
+                if known_here:
                     raise
                 await self.catch_up()
             else:

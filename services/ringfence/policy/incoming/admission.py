@@ -26,6 +26,7 @@ from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.key_reuse import ReuseReporter
 from ringfence.model.records.signed_messages import FindKey, SignedMessageVerifier, key_of_agent
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
@@ -61,6 +62,7 @@ class MessageVerifier:
     def __init__(self, runtime: Runtime, directory: Directory) -> None:
         self._runtime = runtime
         self._directory = directory
+        self._report_reuse = ReuseReporter(runtime, directory)
         self._partitions: list[int] = []
 
     async def request(self, record: Received) -> tuple[Case, ExpiredError | None]:
@@ -134,7 +136,10 @@ class MessageVerifier:
     ) -> tuple[Signed[C], ExpiredError | None]:
         settings = self._runtime.settings
         verifier = SignedMessageVerifier(
-            self._directory, settings.trust_domain, lambda: self._runtime.tables_caught_up(settings.grace_s)
+            self._directory,
+            settings.trust_domain,
+            lambda: self._runtime.tables_caught_up(settings.grace_s),
+            self._report_reuse,
         )
         return await verifier.verify(
             record.value, model, find_key, at_ms=record.appended_at_ms, max_bytes=max_bytes
