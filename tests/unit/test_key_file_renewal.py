@@ -16,16 +16,18 @@ import pytest
 from ringfence import Agent, Permission, RequestDeniedError, RequestRule, RequestTimeoutError
 from ringfence.client.agent.key_renewal import KeyRenewal
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.codes import Code
+from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentRenewKey
-from ringfence.messages.topics import REGISTRY_COMMAND
+from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.records.agent_keys import DAY_S
 from ringfence.testing import InMemoryRingfence
 from ringfence.testing.parts import InMemoryConnection
 
 READ: dict[str, Any] = {
-    "target": "staging", "verbs": ["read"], "resources": ["env/x"], "reason": "to look", "timeout_s": 5.0,
+    "target": "staging", "verbs": ["read"], "resources": ["env/x"], "reason": "to look",
 }  # fmt: skip
 SCOPE = [Permission(target="staging", verbs=("read",), resources=("env/**",))]
 
@@ -59,10 +61,10 @@ async def connect(broker: InMemoryRingfence, file: Path) -> None:
         pass
 
 
-async def gets_credential(broker: InMemoryRingfence, agent: Agent) -> bool:
+async def gets_credential(broker: InMemoryRingfence, agent: Agent, timeout_s: float = 5.0) -> bool:
     broker.user("uma", entitlements=SCOPE)  # of now: old ones do not count
     try:
-        await agent.request(task=broker.task("bot", SCOPE), **READ)
+        await agent.request(task=broker.task("bot", SCOPE), timeout_s=timeout_s, **READ)
     except (RequestDeniedError, RequestTimeoutError):
         return False
     return True
@@ -72,6 +74,12 @@ def state(broker: InMemoryRingfence) -> Any:
     entry = broker._services.directory.agent("bot")
     assert entry is not None
     return entry.state
+
+
+def findings(broker: InMemoryRingfence) -> list[str]:
+    """The codes of the registry's findings about the agent."""
+    events = [parse(record.value).unverified_claims(ServiceEvent) for record in broker._bus.of(SERVICE_EVENT)]
+    return [one.reasons[0].code for one in events if one.kind == "finding" and one.agent_id == "bot"]
 
 
 def lost(broker: InMemoryRingfence, file: Path) -> list[str]:
@@ -187,9 +195,9 @@ async def test_suspended_agent_keeps_its_key_file(broker: InMemoryRingfence, fil
     assert beside(file) == ["bot.json.lock"]
 
 
-@pytest.mark.parametrize("who", ["agent", "thief"])
+@pytest.mark.parametrize(("who", "code"), [("agent", Code.KEY_REUSED), ("thief", Code.KEY_REUSED)])
 async def test_use_of_a_copied_key_file_ends_the_line_whoever_renews_first(
-    broker: InMemoryRingfence, file: Path, who: str
+    broker: InMemoryRingfence, file: Path, who: str, code: Code
 ):
     copy = file.with_name("copy.json")
     shutil.copy2(file, copy)
@@ -200,8 +208,9 @@ async def test_use_of_a_copied_key_file_ends_the_line_whoever_renews_first(
     broker.clock.advance(600)
     await connect(broker, second)
     assert set(state(broker).compromised) == {key.kid for key in state(broker).keys}
+    assert findings(broker) == [code]
     async with broker.agent("bot", key_file=first) as agent:
-        assert not await gets_credential(broker, agent)
+        assert not await gets_credential(broker, agent, timeout_s=1.0)
 
 
 async def test_request_by_a_copied_key_ends_the_line(broker: InMemoryRingfence, file: Path):
@@ -211,10 +220,10 @@ async def test_request_by_a_copied_key_ends_the_line(broker: InMemoryRingfence, 
     thief = Agent(InMemoryConnection(broker._bus, stolen, broker.settings, broker.clock))
     async with thief:
         broker.clock.advance(240)
-        assert not await gets_credential(broker, thief)
+        assert not await gets_credential(broker, thief, timeout_s=1.0)
         assert state(broker).compromised == ()
         broker.clock.advance(120)
-        assert not await gets_credential(broker, thief)
+        assert not await gets_credential(broker, thief, timeout_s=1.0)
     assert set(state(broker).compromised) == {key.kid for key in state(broker).keys}
 
 
@@ -266,5 +275,6 @@ async def test_restored_key_file_after_its_end_ends_nothing(broker: InMemoryRing
         await connect(broker, file)
     await connect(broker, backup)
     assert state(broker).compromised == ()
+    assert findings(broker) == ["key_reused_late"]
     async with broker.agent("bot", key_file=file) as agent:
         assert await gets_credential(broker, agent)

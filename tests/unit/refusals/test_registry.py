@@ -7,6 +7,7 @@ from typing import Any, Final
 
 import pytest
 
+from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.webauthn import MAX_AGE_S
 from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord, PublicJwk
@@ -14,6 +15,8 @@ from ringfence.messages.registry import (
     MAX_KEYS,
     AgentActivate,
     AgentDecommission,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentResume,
     AgentRotateKey,
     AgentSuspend,
@@ -66,6 +69,7 @@ class Organisation(InMemoryRegistry):
             self.last_part = self.made(self.part(by, to, self.last_part))
         self._directory()
         self._keys()
+        self._renewals()
 
     def _directory(self) -> None:
         groups = (GroupDelegation(group="Leads", roles=("sponsor",)),)
@@ -91,6 +95,27 @@ class Organisation(InMemoryRegistry):
         self.give(
             self.user_set("olga", "rich", keys=tuple(record_of(new_key("rich")) for _ in range(MAX_KEYS)))
         )
+
+    def _renewals(self) -> None:
+        """renewer renewed its first key, which would have lived for an hour, just now."""
+        self.first = self.key("renewer", "agent")
+        self.given = self.first.record(self.clock.ms // 1000 + 3600)
+        self.give(self.register("sam", "renewer", "sam", keys=(self.given,)))
+        self.second = SigningKey.generate(self.first.id)
+        self.give(self.renewal("renewer", key=self.second.public))
+
+    def renewal(self, agent: str, **fields: Any) -> AgentRenewKey:
+        """A renewal for a new key, as of `iat`."""
+        id = self.key(agent, "agent").id
+        given = {"iss": id, "agent_id": agent, "key": SigningKey.generate(id).public}
+        claims = self.claims(AgentRenewKey, "sam", **{**given, **fields})
+        return claims.model_copy(update={"exp": claims.iat + 300})
+
+    def later(self, claims: Any, key: SigningKey, days: float) -> object:
+        """Hand in a command after some days."""
+        at_s = self.clock.ms // 1000 + round(days * 86_400)
+        late = claims.model_copy(update={"iat": at_s, "exp": at_s + 300})
+        return self.give(late, key, at_ms=at_s * 1000)
 
     def made(self, claims: Any) -> str:
         """The id of the task that a command made."""
@@ -159,6 +184,7 @@ REFUSALS: Final[dict[Code, Callable[[Organisation], Any]]] = {
     Code.KEY_KNOWN: lambda org: org.by_sponsor(AgentRotateKey, key=org.key_record(org.key("bot", "agent"))),
     Code.DECOMMISSIONED: lambda org: org.by_sponsor(AgentSuspend, "ended", reason="x"),
     Code.NOT_ACTIVE: lambda org: org.by_sponsor(AgentSuspend, "waiting", reason="x"),
+    Code.NOT_THE_AGENT: lambda org: org.by_sponsor(AgentRenewKey, key=new_key("bot").public),
     Code.NOT_REGISTERED: lambda org: org.by_sponsor(AgentActivate),
     Code.NOT_SUSPENDED: lambda org: org.by_sponsor(AgentResume, reason="x"),
     Code.NOT_OPERATOR: lambda org: org.by_sponsor(AgentResume, "halted", reason="x"),
@@ -222,6 +248,15 @@ BESIDES: Final[dict[Code, Callable[[Organisation], object]]] = {
     Code.PASSKEY_NOT_ALLOWED: lambda org: org.give(org.register("suzy", "new", "suzy"), org.passkey),
     Code.PASSKEY_TOO_LATE: lambda org: org.give(
         org.assign("suzy", "second", iat=org.clock.ms // 1000 - MAX_AGE_S - 1), org.passkey
+    ),
+    Code.RENEWAL_EARLY: lambda org: org.give(org.renewal("renewer"), org.second),
+    Code.KEY_LINE_ENDED: lambda org: org.later(org.renewal("bot"), org.key("bot", "agent"), 401),
+    Code.KEY_REUSED_LATE: lambda org: org.later(org.renewal("renewer"), org.first, 0.1),
+    Code.REUSE_UNPROVEN: lambda org: org.give(
+        org.claims(
+            AgentReportReuse, "sam", iss=org.policy.id, agent_id="bot", message=org.signed(org.renewal("bot"))
+        ),
+        org.policy,
     ),
     Code.TOO_EARLY: lambda org: org.give(org.user_set("olga", "new"), at_ms=org.clock.ms - 1001),
     Code.RECORD_TOO_LARGE: lambda org: check_size(org.register("sam", "new", "sam"), MAX_RECORD_BYTES + 1),

@@ -13,6 +13,8 @@ REMEDIES: Final[Mapping[str, str]] = {
     Code.IDENTITY_WRONG: "name the right key file with --identity FILE; make one with: ringfence key new",
     Code.KAFKA_FAILED: "ringfence doctor",
     Code.KEY_FILE_INVALID: "name another key file with --identity FILE; make one with: ringfence key new",
+    Code.KEY_LINE_ENDED: "have the agent's sponsor run: ringfence agent rotate-key",
+    Code.KEY_REUSED: "find who has a copy of the key file; its sponsor runs: ringfence agent rotate-key",
     Code.LEASE_UNKNOWN: "ringfence lease list",
     Code.NOT_AUDITOR: "name the key file of an auditor with --identity FILE",
     Code.NOT_OPERATOR: "name the key file of an operator with --identity FILE",
