@@ -47,6 +47,8 @@ from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentState,
     AgentTransfer,
     AgentTransferConsent,
@@ -293,7 +295,10 @@ class AuditFixtures:
             key_proof=given.key_proof if given else None,
             key_proof_problem=given.key_proof_problem if given else None,
         )
-        state = apply(state, claims, context)  # type: ignore[arg-type]
+        if isinstance(claims, AgentRenewKey | AgentReportReuse):
+            state = chains.agent_after(id, jws, self.now_ms)
+        else:
+            state = apply(state, claims, context)  # type: ignore[arg-type]
         commands = (*commands, EmbeddedCommand(jws=jws, appended_at_ms=self.now_ms))
         self.states[topic, id] = (revision + 1, state, commands)
         record = self.record_of(topic, id)

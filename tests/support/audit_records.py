@@ -20,6 +20,8 @@ from ringfence.messages.registry import (
     AgentActivate,
     AgentDecommission,
     AgentRegister,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentResume,
     AgentRotateKey,
     AgentSetAttestation,
@@ -195,7 +197,7 @@ def every_record(office: AuditFixtures) -> dict[str, Received]:
     found["finding"] = office.service_event(
         "finding", "record", "policy", reasons=reason, result=office.key("agent", "deploy-bot").id
     )
-    for code in ("key_shared", "key_taken", "token_replayed"):
+    for code in ("key_reused", "key_reused_late", "key_shared", "key_taken", "token_replayed"):
         why = (Reason(code=code, message="two at once"),)
         found[code] = office.service_event("finding", "x", "policy", reasons=why, agent_id="deploy-bot")
     enrolled = EnrolledInstance(
@@ -290,6 +292,10 @@ def commands(office: AuditFixtures) -> dict[str, Received]:
         (AgentSetAttestation, sam, {**bot, "attestation": (_SELECTOR,)}),
         (AgentActivate, sam, bot),
         (AgentRotateKey, sam, {**bot, "key": key, "overlap_s": 60}),
+        (AgentRenewKey, office.key("agent", "deploy-bot"), {**bot, "key": key.jwk}),
+        (AgentReportReuse, office.key("service", "policy"), {
+            **bot, "message": sign(office.request(), office.key("agent", "deploy-bot")),
+        }),
         (AgentSetCeiling, sam, {**bot, "ceiling": office.scope}),
         (AgentTransfer, sam, {**bot, "sponsor": "maria", "consent": office.transfer_consent("maria")}),
         (AgentTransfer, olga, {**bot, "sponsor": "maria", "without_consent": True}),
@@ -397,6 +403,7 @@ def changes(office: AuditFixtures) -> dict[str, Received]:
         for topic, id, model, by, fields in orders
     }
     found["compromised"] = compromised
+    found |= renewals(office)
     found["changed by task.delegate"] = handed_on
     found["changed by user.set"] = office.user("maria", "sponsor")
     found |= keys_of_people(office)
@@ -413,6 +420,33 @@ def changes(office: AuditFixtures) -> dict[str, Received]:
     found["command provisioner.link"] = office.signed(REGISTRY_COMMAND, link, scim)
     found["changed by provisioner.link"] = office.carry_out(USER, "scim", link, scim)
     found["first record again"] = office.received(AGENT, first.value, key="deploy-bot")
+    return found
+
+
+def renewals(office: AuditFixtures) -> dict[str, Received]:
+    """An agent renews its key, and then its former key signs again: a request, and a renewal."""
+    found: dict[str, Received] = {}
+    sam = office.key("user", "sam")
+    for name in ("renewer", "copied"):
+        first = office.key("agent", name)
+        bot = {"agent_id": name}
+        given = {"sponsor": "sam", "description": "x", "ceiling": ()}
+        record = first.record(office.now_ms // 1000 + 86_400)
+        office.carry_out(AGENT, name, office.claims(AgentRegister, sam, **bot, **given, keys=(record,)), sam)
+        keys = [SigningKey.generate(first.id).public for _ in range(2)]
+        renewal = office.claims(AgentRenewKey, first, **bot, key=keys[0])
+        found["changed by agent.renew-key"] = office.carry_out(AGENT, name, renewal, first)
+        office.now_ms += 600_000
+        if name == "renewer":
+            again = office.claims(AgentRenewKey, first, **bot, key=keys[1])
+            found["a key renewed twice"] = office.carry_out(AGENT, name, again, first)
+            continue
+        policy = office.key("service", "policy")
+        release = office.claims(
+            RevocationRequest, first, kind="release", lease_id=str(uuid.uuid4()), reason="x"
+        )
+        report = office.claims(AgentReportReuse, policy, **bot, message=sign(release, first))
+        found["changed by agent.report-reuse"] = office.carry_out(AGENT, name, report, policy)
     return found
 
 

@@ -234,6 +234,10 @@ _ALL: tuple[Message, ...] = (
         overlap_s=3600,
         reason="once a quarter",
     ),
+    registry.AgentRenewKey(**_command(_BOT), agent_id="deploy-bot", key=_KEY.jwk),
+    registry.AgentReportReuse(
+        **_command(f"spiffe://{TD}/service/policy"), agent_id="deploy-bot", message=_JWS
+    ),
     registry.AgentSetCeiling(**_command(_SAM), agent_id="deploy-bot", ceiling=_PERMISSIONS),
     registry.AgentTransfer(**_command(_SAM), agent_id="deploy-bot", sponsor="petra"),
     registry.AgentSuspend(**_command(_SAM), agent_id="deploy-bot", reason="odd requests overnight"),

@@ -264,7 +264,7 @@ class Administrator(CommandClient):
             agent_id=agent_id,
             sponsor=sponsor or self._user_id("name the sponsor"),
             description=description,
-            keys=self.key_records(keys, AGENT_KEY_S),
+            keys=self._key_records(keys, AGENT_KEY_S),
             ceiling=ceiling,
             attestation=attestation,
             inactive=inactive or None,
@@ -305,7 +305,7 @@ class Administrator(CommandClient):
         return await self._command(
             AgentRotateKey,
             agent_id=agent_id,
-            key=None if key is None else self.key_records([key], AGENT_KEY_S)[0],
+            key=None if key is None else self._key_records([key], AGENT_KEY_S)[0],
             replaces=None if replaces is None else texts("replaces", replaces),
             overlap_s=0 if compromised else overlap_s,
             compromised=compromised or None,
@@ -640,8 +640,11 @@ class Administrator(CommandClient):
 
     # --- ---
 
-    def key_records(self, keys: Sequence[AnyKey], life_s: int = KEY_LIFE_S) -> tuple[KeyRecord, ...]:
-        """Return keys in the form of commands. A key without an end is valid for `life_s` seconds from now."""
+    def key_records(self, keys: Sequence[AnyKey]) -> tuple[KeyRecord, ...]:
+        """Return keys in the form of commands. A key without an end is valid for a year."""
+        return self._key_records(keys, KEY_LIFE_S)
+
+    def _key_records(self, keys: Sequence[AnyKey], life_s: int) -> tuple[KeyRecord, ...]:
         end = self._now_s() + life_s
         given = instances(
             "keys", keys, (SigningKey, PublicJwk, KeyRecord), '[SigningKey.load(Path("agent.json"))]'
