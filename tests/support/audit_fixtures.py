@@ -297,6 +297,7 @@ class AuditFixtures:
         )
         if isinstance(claims, AgentRenewKey | AgentReportReuse):
             state = chains.agent_after(id, jws, self.now_ms)
+            assert state is not None
         else:
             state = apply(state, claims, context)  # type: ignore[arg-type]
         commands = (*commands, EmbeddedCommand(jws=jws, appended_at_ms=self.now_ms))

@@ -144,7 +144,7 @@ AgentKeyDaysOption = Annotated[
         metavar="DAYS",
         min=1,
         max=90,
-        help="How many days the key is valid. The agent renews it by itself; each key lives as long as this one.",
+        help="How many days the key is valid; the agent renews it.",
     ),
 ]
 
