@@ -23,6 +23,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.agent_keys import DAY_S, is_lost
+from ringfence.model.requests.facts import agent_revision
 from ringfence.model.verdict import Allowed
 from tests.support import leases
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
@@ -202,6 +203,20 @@ def test_record_of_a_line_of_400_days_is_read_by_a_new_reader(ledger: InMemoryRe
     assert read is not None
     assert read.state == agent(ledger)
     assert len(read.compact) < 120_000
+
+
+def test_renewal_keeps_the_revision_that_approvals_name(ledger: InMemoryRegistry):
+    def named() -> int:
+        entry = ledger.directory.agent("bot")
+        assert entry is not None
+        return agent_revision(entry)
+
+    first, before = ledger.key("bot", "agent"), named()
+    renew(ledger, first)
+    assert named() == before
+    advance(ledger, 600)
+    renew(ledger, first)  # reuse
+    assert named() == before + 1
 
 
 def test_key_renewed_from_a_compromised_persons_key_signs_nothing(ledger: InMemoryRegistry):

@@ -103,7 +103,10 @@ export class Evidence {
     return { claims, instance, id: await messageId(claims.iss, claims.jti), digest: await digest(compact) };
   }
 
-  /** The records that a credential or an action is about, each at the revision that `revisions` names. */
+  /**
+   * The records that a credential or an action is about, each at the revision that `revisions` names. Renewals of an
+   * agent's keys are not counted.
+   */
   ground(agentId, taskId, targetId, revisions) {
     const [agent, task, target] = [
       this.record("agent", agentId),
@@ -114,8 +117,9 @@ export class Evidence {
     if (task.state.agent_id !== agentId) throw new RefusedError("the task is another agent's");
     const named = { agent, task, target, user };
     for (const [kind, record] of Object.entries(named)) {
-      if (revisions?.[kind] !== record.revision) {
-        throw new RefusedError(`the record of the ${kind} has revision ${record.revision}, and another one is signed`);
+      const revision = record.revision - (kind === "agent" ? (record.state.renewed ?? []).length : 0);
+      if (revisions?.[kind] !== revision) {
+        throw new RefusedError(`the record of the ${kind} has revision ${revision}, and another one is signed`);
       }
     }
     return { agent: agent.state, task: task.state, target: target.state, user: user.state };
