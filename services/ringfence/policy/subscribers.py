@@ -13,6 +13,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import SealedReply
+from ringfence.messages.registry import AgentReportReuse
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,
     APPROVAL_RESPONSE,
@@ -63,6 +64,7 @@ def router(
             CREDENTIAL_REPLY: (SealedReply,),
             SERVICE_EVENT: SERVICE_EVENT.models,
             DEAD_LETTER: DEAD_LETTER.models,
+            REGISTRY_COMMAND: (AgentReportReuse,),
         }
     )
     # One group, so that one member has an agent's requests and the answers about them.

@@ -111,6 +111,7 @@ CREATED = {
     "target.set": event_kind("target.created", _E, "Create", "Low"),
 }
 COMPROMISED = {
+    "agent.renew-key": event_kind("agent.key_renewed_again", _E, "Update", "High", alert=True),
     "agent.rotate-key": event_kind("agent.key_compromised", _E, "Update", "High", alert=True),
     "user.end-key": event_kind("user.key_compromised", _E, "Update", "High", alert=True),
 }
@@ -190,9 +191,7 @@ def recorded(
         "entity_result": {**entity, "version": str(claims.revision), "data": _data(state)},
     }
     compromised = isinstance(by, AgentRotateKey | UserEndKey) and by.compromised
-    chosen = (COMPROMISED if compromised else CREATED if created else DONE)[by.typ]
-    if reused:
-        chosen = DONE[AgentReportReuse.typ]
+    chosen = (COMPROMISED if compromised or reused else CREATED if created else DONE)[by.typ]
     # The chain of the record was verified, and the embedded consent with it.
     message += _consent(by, by.sponsor if isinstance(by, AgentTransfer) and by.consent else None, fields)
     fields |= {"sponsors": sponsors or None, "revision": claims.revision, "status": state.status}
