@@ -82,7 +82,7 @@ class InMemoryRegistry:
         self.alarms: list[Alarm] = []
         self.directory = self.reader(self.alarms.append)
         self.memory = Memory(self.directory, self.trust, 0)
-        self.keys: dict[str, SigningKey] = {"root": self.root}
+        self.keys: dict[str, SigningKey] = {"root": self.root, "service/policy": self.policy}
         self._jtis = count()
         self._offsets = count()
 

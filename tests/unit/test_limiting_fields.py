@@ -39,6 +39,8 @@ from ringfence.messages.registry import (
     COMMANDS,
     AgentActivate,
     AgentDecommission,
+    AgentRenewKey,
+    AgentReportReuse,
     AgentResume,
     AgentRotateKey,
     AgentSetAttestation,
@@ -190,6 +192,16 @@ def commands(ledger: InMemoryRegistry) -> Iterable[Any]:
         "sam",
         agent_id="bot",
         attestation=(selector.model_copy(update={"key_bound": True}),),
+    )
+    yield ledger.register("sam", "renewer", "sam")
+    renewed = ledger.key("renewer", "agent")
+    yield claims(
+        AgentRenewKey, "sam", iss=renewed.id, agent_id="renewer", key=SigningKey.generate(renewed.id).public
+    )
+    ledger.clock.ms += 400_000
+    again = claims(AgentRenewKey, "sam", iss=renewed.id, agent_id="renewer", key=ledger.key("other").public)
+    yield claims(
+        AgentReportReuse, "sam", iss=ledger.policy.id, agent_id="renewer", message=sign(again, renewed)
     )
     key = ledger.key_record(ledger.key("bot-2", "agent"))
     yield claims(AgentRotateKey, "sam", agent_id="bot", key=key, overlap_s=60)

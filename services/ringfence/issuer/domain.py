@@ -194,10 +194,14 @@ def _missing_revision(decision: Decision, directory: Directory) -> str | None:
     except ChainError as error:
         return str(error)  # records that this one depends on may still be on their way
     for name, entry, revision in wanted:
-        known = entry and (agent_revision(entry) if isinstance(entry.state, AgentState) else entry.revision)
-        if known is None or known < revision:
+        if entry is None or _revision(entry) < revision:
             return f"policy saw revision {revision} of {name}, which has not arrived here"
     return None
+
+
+def _revision(entry: VerifiedRecord[Any]) -> int:
+    """The revision of a record as decisions name it."""
+    return agent_revision(entry) if isinstance(entry.state, AgentState) else entry.revision
 
 
 def _parents(
