@@ -76,10 +76,20 @@ def state(broker: InMemoryRingfence) -> Any:
     return entry.state
 
 
+def events(broker: InMemoryRingfence) -> list[ServiceEvent]:
+    """The registry's events about the agent."""
+    found = [parse(record.value).unverified_claims(ServiceEvent) for record in broker._bus.of(SERVICE_EVENT)]
+    return [one for one in found if one.agent_id == "bot"]
+
+
 def findings(broker: InMemoryRingfence) -> list[str]:
     """The codes of the registry's findings about the agent."""
-    events = [parse(record.value).unverified_claims(ServiceEvent) for record in broker._bus.of(SERVICE_EVENT)]
-    return [one.reasons[0].code for one in events if one.kind == "finding" and one.agent_id == "bot"]
+    return [one.reasons[0].code for one in events(broker) if one.kind == "finding"]
+
+
+def answers(broker: InMemoryRingfence) -> list[str]:
+    """The registry's answers to renewals."""
+    return [one.kind for one in events(broker) if one.subject == AgentRenewKey.typ and one.kind != "finding"]
 
 
 def lost(broker: InMemoryRingfence, file: Path) -> list[str]:
@@ -168,6 +178,7 @@ async def test_two_processes_with_one_file_renew_once(broker: InMemoryRingfence,
         await asyncio.sleep(0)
     await starting
     assert len(state(broker).renewed) == 1
+    assert answers(broker) == ["accepted"]
     assert one.connection.key.kid == other.connection.key.kid == kid(file)
     await asyncio.gather(one.close(), other.close())
 
