@@ -191,10 +191,11 @@ def plant(request: pytest.FixtureRequest, place: Place) -> Iterator[Plant]:
                         "what the probes look for could not be planted: apt install iproute2, util-linux"
                     )
             plant = Plant(place, folder, process, given)
-            # A program of the same user that holds the canary in its environment, its arguments and its memory.
+            # A program of the same user that holds the canary in its environment, its arguments and its memory. It ends
+            # with its input, whatever ends this process.
             victim = subprocess.Popen(
-                [*plant.enter, *plant.as_user, "sh", "-c", "echo started; sleep 3600 & wait", canary],
-                env=plant.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd="/",
+                [*plant.enter, *plant.as_user, "sh", "-c", "echo started; read line", canary],
+                env=plant.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
             )  # fmt: skip
             assert victim.stdout is not None
             victim.stdout.readline()
@@ -202,8 +203,7 @@ def plant(request: pytest.FixtureRequest, place: Place) -> Iterator[Plant]:
             yield plant
         finally:
             if victim is not None:
-                victim.kill()
-                victim.wait()
+                victim.communicate()
             process.communicate()
 
 

@@ -97,19 +97,19 @@ def port_of(url: str) -> int:
 
 @contextlib.contextmanager
 def victim(canary: str) -> Iterator[int]:
-    """A program that holds the canary in environment, arguments and memory, and is called like init. Yields its pid."""
+    """A program that holds the canary in environment, arguments and memory, and is called like init. Yields its pid.
+
+    It ends with its input, whatever ends this process.
+    """
     process = subprocess.Popen(
-        ["sh", "-c", "echo started; sleep 3600 & wait", canary, "init/bootstrap.py"],
-        env={"PATH": os.environ["PATH"], "CANARY": canary}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        start_new_session=True,
+        ["sh", "-c", "echo started; read line", canary, "init/bootstrap.py"],
+        env={"PATH": os.environ["PATH"], "CANARY": canary}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
         process.stdout.readline()
         yield process.pid
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
         process.communicate()
 
 

@@ -140,6 +140,7 @@ def test_a_page_says_which_commands_no_test_runs(site: Path) -> None:
 
 # --- in a browser ---
 
+expect.set_options(timeout=20_000)  # where other programs have the machine, pages take their time
 WIDTHS = (390, 1300)
 FITS = "document.documentElement.scrollWidth <= window.innerWidth"
 
