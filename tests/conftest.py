@@ -38,7 +38,7 @@ free.
 """
 _FIRST = (
     ON_STACK, "tests/integration/test_upgrade.py", *_APART,
-    *(f"tests/runner/test_{name}" for name in ("fleet", "run_", "pages", "demo_runner")),
+    *(f"tests/runner/test_{name}" for name in ("fleet", "run_", "demo_runner")),
 )  # fmt: skip
 """What takes long though it has few tests begins first, so that it is not left for one process at the end."""
 BEFORE = "5e433043e474aee64aecd0a2190160745fc965e2"

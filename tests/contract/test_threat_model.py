@@ -16,23 +16,16 @@ ROWS = [line for line in PAGE.read_text().splitlines() if line.startswith("| ") 
 
 
 @cache
-def named_in(path: Path) -> frozenset[str]:
-    """The names of all test functions of a file."""
-    found = ast.walk(ast.parse(path.read_text()))
-    return frozenset(
-        node.name
-        for node in found
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
-    )
+def named_in(path: Path) -> dict[str, list[ast.FunctionDef | ast.AsyncFunctionDef]]:
+    """The test functions of a file, by name."""
+    found: dict[str, list[ast.FunctionDef | ast.AsyncFunctionDef]] = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_"):
+            found.setdefault(node.name, []).append(node)
+    return found
 
 
-@pytest.mark.parametrize(("path", "name"), sorted(set(NAMED.findall(PAGE.read_text()))))
-def test_a_named_test_exists(path: str, name: str) -> None:
-    file = ROOT / "tests" / path
-    assert file.is_file(), f"there is no {file.relative_to(ROOT)}"
-    assert name in named_in(file), f"{path} has no {name}"
-
-
+@cache
 def gated_folders() -> frozenset[str]:
     """The folders of `tests/` that .ci/run hands to pytest, by the targets of the Makefile that it calls."""
     called = set(
@@ -56,15 +49,14 @@ def unconditional(node: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
 
 
 @pytest.mark.parametrize(("path", "name"), sorted(set(NAMED.findall(PAGE.read_text()))))
-def test_the_gate_runs_a_named_test(path: str, name: str) -> None:
+def test_named_test_exists_and_is_run_by_the_gate(path: str, name: str) -> None:
+    file = ROOT / "tests" / path
+    assert file.is_file(), f"there is no {file.relative_to(ROOT)}"
+    assert name in named_in(file), f"{path} has no {name}"
     assert path.split("/")[0] in gated_folders(), f"{path} is in no suite of .ci/run"
-    tree = ast.parse((ROOT / "tests" / path).read_text())
-    found = [
-        node
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name == name
-    ]
-    assert all(unconditional(node) for node in found), f"{path}::{name} does not run everywhere"
+    assert all(unconditional(node) for node in named_in(file)[name]), (
+        f"{path}::{name} does not run everywhere"
+    )
 
 
 def test_every_cannot_names_its_test() -> None:

@@ -9,6 +9,8 @@ from typing import Any, Self
 
 from playwright.async_api import Page
 
+from ringfence.client.admin import user_keys
+from ringfence.client.passkeys import questions
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import Role
 from tests.passkeys.browser import Person
@@ -86,9 +88,22 @@ class Organisation:
             )  # fmt: skip
 
     async def enrol(self, person: Person, user_id: str, roles: Sequence[Role] = ("sponsor",)) -> None:
-        """Make a user whose only key is a passkey of this person."""
+        """Make a user whose only key is a passkey of this person, as the commands do, without a process for each."""
         await self.add_user(user_id, roles)
-        await self.add_key(user_id, await self.package(person, user_id))
+        async with self.realm.as_operator() as olga:
+            connection, directory = olga.connection, await olga.directory()
+            now_s = connection.clock.now_ms() // 1000
+            invitation = user_keys.invite(connection, user_id)
+            question = questions.invitation_question(
+                invitation, user_id, olga.id, directory, connection.trust
+            )
+            origin = questions.sign_origin(connection.trust, now_s)
+            page = await person.open(questions.question_link(origin, question))
+            package = user_keys.read_package(json.dumps(await enrolled(page)))
+            await olga.add_user_key(
+                user_id, package.record(now_s + 86_400, attested=False), invitation=package.invitation,
+                possession=package.possession,
+            )  # fmt: skip
 
     async def sponsor(self, person: Person) -> str:
         """Make the realm's agent the agent of somebody who has only a passkey. Returns their id."""

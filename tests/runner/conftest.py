@@ -67,23 +67,37 @@ def code() -> Iterator[Path]:
 @pytest.fixture
 def folder(place: Place) -> Iterator[Path]:
     """A folder of the runner's user. Not pytest's own: that is closed to other users."""
-    path = Path(tempfile.mkdtemp(prefix="ringfence-runner-"))
-    os.chown(path, place.uid, place.uid)
+    path = new_folder(place)
     yield path
     shutil.rmtree(path)
 
 
-@pytest.fixture
-async def runner(
-    request: pytest.FixtureRequest, place: Place, folder: Path, code: Path
-) -> AsyncIterator[Runner]:
-    """A runner process. When the test is over it must have left nothing."""
+def new_folder(place: Place) -> Path:
+    """A folder of the runner's user with a short path, as those of sockets are short."""
+    path = Path(tempfile.mkdtemp(prefix="ringfence-runner-"))
+    os.chown(path, place.uid, place.uid)
+    return path
+
+
+@pytest.fixture(scope="package")
+async def running_runner(request: pytest.FixtureRequest, place: Place, code: Path) -> AsyncIterator[Runner]:
+    """A runner process for all tests at a place."""
+    folder = new_folder(place)
     with needed(request):
         started = running(place, folder, code)
     async with started as runner:
         yield runner
-        left = [report for report in await runner.call("sweep") if not report["complete"]]
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+async def runner(running_runner: Runner, folder: Path) -> AsyncIterator[Runner]:
+    """The runner of the place, with this test's folder. When the test is over it must have left nothing."""
+    running_runner.folder = folder
+    yield running_runner
+    left = [report for report in await running_runner.call("sweep") if not report["complete"]]
     assert not left
+    assert not list(running_runner.state.glob("*"))
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ write is collected and returned by `wait`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -31,15 +32,15 @@ class Host:
         self._backend = backend
         self._sandboxes: dict[str, Sandbox] = {}
         self._said: dict[str, list[asyncio.Task[bytes]]] = {}
+        self._feeding: list[asyncio.Task[None]] = []
 
     async def start(self, spec: dict[str, Any], stdin: str | None = None) -> dict[str, Any]:
         made = _spec(spec)
         read_out, out = os.pipe2(os.O_CLOEXEC)
         read_err, err = os.pipe2(os.O_CLOEXEC)
         entrance, feed = os.pipe2(os.O_CLOEXEC)
-        if stdin is not None:
-            os.write(feed, stdin.encode())
-        os.close(feed)
+        # In a thread: it may be more than a pipe holds.
+        self._feeding.append(asyncio.create_task(asyncio.to_thread(_feed, feed, (stdin or "").encode())))
         try:
             sandbox = await self._backend.start(made, Streams(entrance, out, err))
         finally:
@@ -96,6 +97,11 @@ def _report(destruction: Any) -> dict[str, Any]:
         "left": [*destruction.processes, *destruction.mounts, *destruction.cgroups, *destruction.files],
         "usage": vars(destruction.usage),
     }
+
+
+def _feed(descriptor: int, data: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError), os.fdopen(descriptor, "wb") as file:
+        file.write(data)
 
 
 async def _collect(descriptor: int) -> bytes:

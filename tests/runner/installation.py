@@ -21,6 +21,7 @@ from typing import Any
 import psutil
 
 from ringfence.client.settings import ClientSettings
+from tests.support.mortal import mortal
 
 PROGRAM = Path(sys.executable).with_name("ringfence")
 WITHIN_S = 90
@@ -195,7 +196,7 @@ async def installation(
         here = Installation(Path(folder), notes, program=program, uid=uid)
         here.give(here.folder)
         process = await asyncio.create_subprocess_exec(
-            *program, "dev", "--free-ports", cwd=folder, env={**here.inherited(), **environment},
+            *mortal(*program, "dev", "--free-ports"), cwd=folder, env={**here.inherited(), **environment},
             stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
         )  # fmt: skip
         assert process.stdout is not None

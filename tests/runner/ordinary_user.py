@@ -51,7 +51,7 @@ def ordinary_user() -> Iterator[tuple[str, ...]]:
         os.chown(folder / "home", ORDINARY_UID, ORDINARY_UID)
         groups = [group for root in _roots() if (group := _delegated(root)) is not None]
         files = " ".join(str(group / "cgroup.procs") for group in groups)
-        identity = f"--reuid={ORDINARY_UID}", f"--regid={ORDINARY_UID}", "--clear-groups"
+        identity = f"--reuid={ORDINARY_UID}", f"--regid={ORDINARY_UID}", "--clear-groups", "--pdeathsig=keep"
         yield "sh", "-c", _START, "sh", files, "setpriv", *identity, str(program)
     finally:
         for group in groups:

@@ -68,6 +68,7 @@ class Runner:
         self.place = place
         self.process = process
         self.folder = folder
+        self.state = folder / "state"
         self._numbers = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Any]] = {}
         self._reading = asyncio.create_task(self._read())

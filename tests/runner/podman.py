@@ -17,6 +17,7 @@ from packaging.requirements import Requirement
 
 import ringfence
 from ringfence.dev.processes import StackError
+from tests.support.mortal import mortal
 
 PACKAGE = Path(ringfence.__file__).parent
 _PROGRAMS = ("cat", "chmod", "dash", "env", "id", "kill", "mkdir", "pwd", "python3", "sleep", "true")
@@ -67,7 +68,7 @@ class Podman:
             path.touch()
         self._log = (self.folder / "log").open("wb")
         self._process = subprocess.Popen(
-            ["unshare", "--mount", "sh", "-c", script],
+            mortal("unshare", "--mount", "sh", "-c", script),
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,

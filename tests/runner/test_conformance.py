@@ -423,7 +423,7 @@ async def test_a_folder_that_cannot_be_listed_is_refused(runner: Runner) -> None
 
 
 async def test_the_runners_records_are_never_mounted(runner: Runner) -> None:
-    for folder in (runner.folder, runner.folder / "state"):
+    for folder in (runner.state.parent, runner.state):
         with pytest.raises(CallError, match="records"):
             await runner.run("true", mounts=[[str(folder), "/mnt/m", False]])
 
@@ -460,7 +460,7 @@ async def test_destroying_ends_daemons_and_may_be_repeated(runner: Runner, folde
         assert (await daemon.read(), await command.read()) == (b"", b"")
         assert await runner.call("destroy", run_id=spec["run_id"]) == first
         assert (await runner.call("wait", run_id=spec["run_id"]))["reason"] == "killed"
-        assert not list((folder / "state").iterdir())
+        assert not list(runner.state.iterdir())
 
 
 async def test_a_frozen_sandbox_does_nothing_until_it_is_thawed(runner: Runner, folder: Path) -> None:

@@ -163,7 +163,7 @@ async def test_a_start_that_fails_leaves_nothing(runner: Runner, folder: Path) -
     with pytest.raises(CallError, match="sandbox_unavailable"):
         await runner.call("start", spec=spec)
     await gone(spec["run_id"])
-    assert not list((folder / "state").iterdir())
+    assert not list(runner.state.iterdir())
     assert not cgroups_of(spec["run_id"])
 
 

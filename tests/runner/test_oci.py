@@ -47,7 +47,7 @@ async def test_an_unknown_image_is_refused_and_leaves_nothing(
     with pytest.raises(CallError, match="sandbox_unavailable"):
         await runner.run("true", image="localhost/not-there:latest")
     assert containers(podman) == []
-    assert not list((folder / "state").iterdir())
+    assert not list(runner.state.iterdir())
 
 
 async def test_a_runtime_that_the_engine_does_not_use_is_refused(

@@ -1,19 +1,20 @@
-"""The bypass suite: each probe reaches what is planted outside, and nothing from inside.
+"""The bypass suite: each probe reaches what is planted outside, and nothing from inside. One sandbox runs many of them.
 
 A probe that does not reach it outside either proves nothing here: it is skipped with the reason, and pytest lists it.
 """
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import json
 import os
 import secrets
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from ringfence.dev.processes import StackError
 from tests.conftest import needed
 from tests.runner.conftest import BUBBLEWRAP
 from tests.runner.places import CallError, Place, Runner, interpreter, running
-from tests.runner.probe_programs import BLOCKED, PROBES, REACHED, program
+from tests.runner.probe_programs import BLOCKED, DRIVER, PROBES, REACHED, Results, program, results
 
 PLACES = [
     *BUBBLEWRAP,
@@ -115,21 +116,24 @@ class Plant:
     def canary(self) -> str:
         return str(self.given["canary"])[::-1]
 
-    async def outside(self, case: Case) -> tuple[int, str]:
-        """Run a probe as the runner's user, with what a shell of theirs has."""
+    def work(self, cases: Iterable[Case], **given: Any) -> str:
+        """What the driver is to do."""
+        return json.dumps(
+            [(case.name, program(case.program), {**self.given, **case.given, **given}) for case in cases]
+        )
+
+    def outside(self) -> Results:
+        """Run all probes as the runner's user, with what a shell of theirs has."""
         opened = os.open(self.secret, os.O_RDONLY)
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self.enter, *self.as_user, interpreter(self.place.uid), "-c", program(case.program),
-                json.dumps({**self.given, **case.given}),
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            done = subprocess.run(
+                [*self.enter, *self.as_user, interpreter(self.place.uid), "-c", DRIVER],
+                input=self.work(CASES), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=True,
                 env=self.environment, cwd="/", pass_fds=[opened],
             )  # fmt: skip
-            said, _ = await process.communicate()
         finally:
             os.close(opened)
-        assert process.returncode is not None
-        return process.returncode, said.decode(errors="replace").strip()
+        return results(done.stdout)
 
 
 @pytest.fixture(scope="package")
@@ -187,10 +191,11 @@ def plant(request: pytest.FixtureRequest, place: Place) -> Iterator[Plant]:
                         "what the probes look for could not be planted: apt install iproute2, util-linux"
                     )
             plant = Plant(place, folder, process, given)
-            # A program of the same user that holds the canary in its environment, its arguments and its memory.
+            # A program of the same user that holds the canary in its environment, its arguments and its memory. It ends
+            # with its input, whatever ends this process.
             victim = subprocess.Popen(
-                [*plant.enter, *plant.as_user, "sh", "-c", "echo started; sleep 3600 & wait", canary],
-                env=plant.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd="/",
+                [*plant.enter, *plant.as_user, "sh", "-c", "echo started; read line", canary],
+                env=plant.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd="/",
             )  # fmt: skip
             assert victim.stdout is not None
             victim.stdout.readline()
@@ -198,8 +203,7 @@ def plant(request: pytest.FixtureRequest, place: Place) -> Iterator[Plant]:
             yield plant
         finally:
             if victim is not None:
-                victim.kill()
-                victim.wait()
+                victim.communicate()
             process.communicate()
 
 
@@ -223,29 +227,57 @@ async def inside(plant: Plant, place: Place, code: Path) -> AsyncIterator[Runner
     os.close(opened)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-async def test_reached_outside_and_not_inside(place: Place, plant: Plant, inside: Runner, case: Case) -> None:
-    status, said = await plant.outside(case)
-    assert status in (REACHED, BLOCKED), f"the probe is broken: {said}"
-    if status == BLOCKED:
-        pytest.skip(f"not provable here: {case.name} as uid {place.uid}: {said}")
-    given = json.dumps({**plant.given, **case.given, "mounted": "/mnt/mounted"})
-    if place.capable and case.program == "setuid":
-        pytest.skip("it has every capability already")
-    for root_inside in (True,) if place.capable else (False, True):
+@pytest.fixture(scope="package")
+def outside(plant: Plant) -> Results:
+    """What each probe does outside."""
+    return plant.outside()
+
+
+@pytest.fixture(scope="package")
+async def blocked(place: Place, plant: Plant, inside: Runner) -> dict[str, list[Results]]:
+    """What each probe does inside, by case: as another user there, and as root. Those without limits of their own share
+    a sandbox.
+    """
+    found: dict[str, list[Results]] = {case.name: [] for case in CASES}
+    apart = [[case] for case in CASES if case.program in LIMITS]
+    together = [case for case in CASES if case.program not in LIMITS]
+    for cases, root_inside in itertools.product(
+        [together, *apart], (True,) if place.capable else (False, True)
+    ):
         try:
             ended = await inside.run(
-                "python3", "-c", program(case.program), given,
+                "python3", "-c", DRIVER, stdin=plant.work(cases, mounted="/mnt/mounted"),
                 mounts=[[plant.given["mounted"], "/mnt/mounted", place.backend == "bubblewrap"]],
-                limits={"ttl_s": 60, **LIMITS.get(case.program, {})},
+                limits={"ttl_s": 300, **LIMITS.get(cases[0].program, {})},
                 home_bytes=16 << 20, tmp_bytes=16 << 20, shm_bytes=16 << 20, root_inside=root_inside,
             )  # fmt: skip
         except CallError as refused:
-            if (refused.code, case.program) == ("sandbox_unavailable", "exhaust_memory"):
+            if (refused.code, cases[0].program) == ("sandbox_unavailable", "exhaust_memory"):
                 continue  # not started at all rather than without the limit
             raise
-        killed = case.program == "exhaust_memory" and ended.code == 137
-        assert killed or ended.code == BLOCKED, f"{ended.code}: {ended.stdout} {ended.stderr}"
+        if cases[0].program == "exhaust_memory" and ended.code == 137:
+            continue
+        assert ended.code == 0, ended
+        said = results(ended.stdout)
+        for case in cases:
+            found[case.name].append(said)
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+async def test_reached_outside_and_not_inside(
+    place: Place, outside: Results, blocked: dict[str, list[Results]], case: Case
+) -> None:
+    status, said = outside[case.name]
+    assert status in (REACHED, BLOCKED), f"the probe is broken: {said}"
+    if status == BLOCKED:
+        pytest.skip(f"not provable here: {case.name} as uid {place.uid}: {said}")
+    if place.capable and case.program == "setuid":
+        pytest.skip("it has every capability already")
+    assert blocked[case.name] or case.program == "exhaust_memory"
+    for code, why in [one[case.name] for one in blocked[case.name]]:
+        killed = case.program == "exhaust_memory" and code == -signal.SIGKILL
+        assert killed or code == BLOCKED, f"{code}: {why}"
 
 
 async def test_a_capable_place_has_all_capabilities(place: Place, inside: Runner) -> None:

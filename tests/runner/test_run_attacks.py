@@ -308,8 +308,8 @@ async def test_a_request_posted_many_times_at_once_is_published_once(here: Insta
     assert seen == {posted.compact.encode(): 1, once_more.compact.encode(): 1}
 
 
-async def test_a_flood_by_one_agent_costs_another_nothing(here: Installation) -> None:
-    """What is beyond its own share is refused; the other agent's first request is answered meanwhile."""
+async def test_request_of_one_agent_is_answered_during_a_flood_by_another(here: Installation) -> None:
+    """However fast the posts are, no more of the flood are accepted than the share of one agent."""
     here.say(
         "agent", "register", "calm-bot", "--description", "asks once", "--allow", SCOPE, "--selector",
         "runner=runner-1 life=1h",
@@ -326,7 +326,6 @@ async def test_a_flood_by_one_agent_costs_another_nothing(here: Installation) ->
     assert answer.status_code == 200
     assert set(answers) <= {202, 429}, answers
     assert answers[202] <= BURST + A_SECOND * (took_s + 1), (answers, took_s)
-    assert answers[429], f"{FLOOD} posts in {took_s:.1f} s are no flood here"
 
 
 async def post_all(run: Stolen, messages: list[Posted]) -> tuple[Counter[int], float]:

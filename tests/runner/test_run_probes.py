@@ -26,7 +26,7 @@ import pytest
 from tests.gateway.certificates import Certificates
 from tests.runner import planted
 from tests.runner.installation import PROGRAM, SCOPE, WITHIN_S, Installation, installation, until
-from tests.runner.probe_programs import BLOCKED, REACHED, program
+from tests.runner.probe_programs import BLOCKED, DRIVER, REACHED, Results, program, results
 
 FRONT, SHARED = "front:read:page/*", "shared:read:page/*"
 HIDDEN = "hidden.example"
@@ -34,23 +34,6 @@ ASK = "ringfence request --task $RINGFENCE_TASK --allow '{}' --reason look --del
 CAPABLE = Path(__file__).with_name("capable_run.py")
 KINDS = ("ordinary", "capable")
 """`capable`: the command is root of its namespace, with every capability there."""
-
-DRIVER = """
-import json, subprocess, sys, time
-results = {}
-for name, text, given in json.load(sys.stdin):
-    for _ in range(30):
-        done = subprocess.run(
-            [sys.executable, "-c", text, json.dumps(given)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, timeout=60,
-        )
-        # A gateway that waited too long for the processor denies everything, which proves nothing.
-        if b"stale_view" not in done.stdout:
-            break
-        time.sleep(1)
-    results[name] = [done.returncode, done.stdout.decode(errors="replace").strip()]
-print(json.dumps(results))
-"""
 
 
 @dataclass
@@ -80,8 +63,8 @@ class Planted:
     def sockets(self) -> Path:
         return self.here.folder / ".ringfence/tasks"
 
-    def outside(self, name: str, given: dict[str, Any], **more: Any) -> tuple[int, str]:
-        """A probe as a shell of the runner's user starts it, behind a proxy that leads everywhere."""
+    def outside(self, text: str, *arguments: str, **more: Any) -> tuple[int, str]:
+        """A program as a shell of the runner's user starts it, behind a proxy that leads everywhere."""
         environment = self.here.environment()
         environment |= {
             "HTTP_PROXY": f"http://{planted.LOOPBACK}:{self.ports['proxy']}",
@@ -89,9 +72,9 @@ class Planted:
         }
         environment |= more.pop("environment", {})
         done = subprocess.run(
-            [sys.executable, "-c", program(name), json.dumps({**self.given, **given})], env=environment,
-            stdin=more.pop("stdin", subprocess.DEVNULL), stdout=more.pop("stdout", subprocess.PIPE),
-            stderr=subprocess.STDOUT, timeout=WITHIN_S, check=False, cwd="/", pass_fds=[self.secret], **more,
+            [sys.executable, "-c", text, *arguments], env=environment,
+            stdout=more.pop("stdout", subprocess.PIPE),
+            stderr=subprocess.STDOUT, check=False, cwd="/", pass_fds=[self.secret], **{"timeout": WITHIN_S, **more},
         )  # fmt: skip
         return done.returncode, (done.stdout or b"").decode(errors="replace").strip()
 
@@ -114,19 +97,19 @@ def port_of(url: str) -> int:
 
 @contextlib.contextmanager
 def victim(canary: str) -> Iterator[int]:
-    """A program that holds the canary in environment, arguments and memory, and is called like init. Yields its pid."""
+    """A program that holds the canary in environment, arguments and memory, and is called like init. Yields its pid.
+
+    It ends with its input, whatever ends this process.
+    """
     process = subprocess.Popen(
-        ["sh", "-c", "echo started; sleep 3600 & wait", canary, "init/bootstrap.py"],
-        env={"PATH": os.environ["PATH"], "CANARY": canary}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-        start_new_session=True,
+        ["sh", "-c", "echo started; read line", canary, "init/bootstrap.py"],
+        env={"PATH": os.environ["PATH"], "CANARY": canary}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     try:
         assert process.stdout is not None
         process.stdout.readline()
         yield process.pid
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 9)
         process.communicate()
 
 
@@ -302,7 +285,7 @@ class Inside:
     """What became of each probe in one run."""
 
     kind: str
-    results: dict[str, tuple[int, str]]
+    results: Results
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -315,7 +298,7 @@ def inside(request: pytest.FixtureRequest, plant: Planted) -> Inside:
     process = plant.run(request.param, "--", "sh", "-c", f'{asked} && exec python3 -c "$0"', DRIVER)
     said, problems = process.communicate(json.dumps(work).encode(), timeout=300)
     assert process.returncode == 0, problems.decode()
-    return Inside(request.param, {name: (code, text) for name, (code, text) in json.loads(said).items()})
+    return Inside(request.param, results(said.decode()))
 
 
 @pytest.mark.parametrize("case", CONTROLS, ids=lambda case: case.name)
@@ -323,14 +306,29 @@ def test_the_run_reaches_its_targets(inside: Inside, case: Case) -> None:
     assert inside.results[case.name][0] == REACHED, inside.results[case.name]
 
 
+@pytest.fixture(scope="module")
+def outside(plant: Planted) -> Results:
+    """What each probe does outside."""
+    found: Results = {}
+    with planted.reusable_listener() as port:
+        for taking in (False, True):
+            work = [
+                (case.name, program(case.program), {**plant.given, **filled(plant, case.given)})
+                for case in CASES
+                if (case.program == "take_port") == taking
+            ]
+            environment = {"HTTP_PROXY": f"http://{planted.LOOPBACK}:{port}"} if taking else {}
+            status, said = plant.outside(
+                DRIVER, input=json.dumps(work).encode(), environment=environment, timeout=300
+            )
+            assert status == 0, said
+            found |= results(said)
+    return found
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_reached_outside_and_not_in_a_run(plant: Planted, inside: Inside, case: Case) -> None:
-    with contextlib.ExitStack() as stack:
-        environment = {}
-        if case.program == "take_port":
-            port = stack.enter_context(planted.reusable_listener())
-            environment = {"HTTP_PROXY": f"http://{planted.LOOPBACK}:{port}"}
-        status, said = plant.outside(case.program, filled(plant, case.given), environment=environment)
+def test_reached_outside_and_not_in_a_run(outside: Results, inside: Inside, case: Case) -> None:
+    status, said = outside[case.name]
     assert status in (REACHED, BLOCKED), f"the probe is broken: {said}"
     if status == BLOCKED:
         pytest.skip(f"not provable here: {case.name}: {said}")
@@ -435,7 +433,7 @@ def test_a_command_that_keeps_process_1_from_ending_is_ended(plant: Planted, sha
 
 def test_a_run_whose_init_is_stopped_ends_in_its_time(plant: Planted) -> None:
     report, _ = report_of(
-        plant.run("ordinary", "--json", "--ttl", "20s", "--", "sh", "-c", "kill -STOP $PPID; sleep 600")
+        plant.run("ordinary", "--json", "--ttl", "5s", "--", "sh", "-c", "kill -STOP $PPID; sleep 600")
     )
     assert report["exit"] == {"code": 137, "reason": "its time was over"}
     assert report["destroyed"]["complete"], report
@@ -484,7 +482,11 @@ def test_a_terminal_as_standard_input_takes_no_typed_input(plant: Planted) -> No
         fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
 
     status, said = plant.outside(
-        "typed_input", {}, stdin=terminal, start_new_session=True, preexec_fn=controlling
+        program("typed_input"),
+        json.dumps(plant.given),
+        stdin=terminal,
+        start_new_session=True,
+        preexec_fn=controlling,
     )
     if status == BLOCKED:
         pytest.skip(f"not provable here: {said}")
@@ -505,9 +507,9 @@ def test_a_file_as_standard_output_is_not_read(plant: Planted, tmp_path: Path) -
     path.write_text(f"{plant.canary}\n")
     path.chmod(0o600)
     with path.open("ab") as file:
-        status, _ = plant.outside("reopen", {"descriptor": 1}, stdout=file)
-        assert status == REACHED
         given = json.dumps({**plant.given, "descriptor": 1})
+        status, _ = plant.outside(program("reopen"), given, stdin=subprocess.DEVNULL, stdout=file)
+        assert status == REACHED
         process = plant.run("ordinary", "--", "python3", "-c", program("reopen"), given, stdout=file)
         _, problems = process.communicate(timeout=WITHIN_S)
     assert process.returncode == BLOCKED, problems
@@ -522,13 +524,7 @@ def test_while_a_run_goes_on_its_control_socket_is_gone(plant: Planted) -> None:
     assert folder.stat().st_mode & 0o077 == 0
 
 
-@pytest.mark.parametrize(
-    "mount",
-    [
-        "{state}/tasks", "{state}/tasks:rw", "{state}/keys", "{state}/users", "{state}/runner", "{state}", "{folder}",
-        "{folder}/work/../.ringfence/tasks", "{folder}/link", "{folder}/link/tasks", "/tmp", "/proc", "/run", "/",
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("mount", ["{state}/tasks:rw", "{folder}/link/tasks", "/"])
 def test_a_mount_that_shows_what_is_the_runners_is_refused(plant: Planted, mount: str) -> None:
     folder = plant.here.folder
     (folder / "work").mkdir(exist_ok=True)

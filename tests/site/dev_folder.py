@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.support.mortal import mortal
+
 PROGRAM = Path(sys.executable).with_name("ringfence")
 WITHIN_S = 300
 
@@ -26,7 +28,7 @@ def dev_running(folder: Path, *options: str, **environment: str) -> Iterator[Pat
     log = folder / "dev.log"
     with log.open("wb") as out:
         dev = subprocess.Popen(
-            [PROGRAM, "dev", "--free-ports", *options], cwd=folder, env=inherited() | environment,
+            mortal(str(PROGRAM), "dev", "--free-ports", *options), cwd=folder, env=inherited() | environment,
             stdout=out, stderr=out, stdin=subprocess.DEVNULL,
         )  # fmt: skip
     try:
