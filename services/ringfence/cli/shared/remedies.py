@@ -15,6 +15,8 @@ REMEDIES: Final[Mapping[str, str]] = {
     Code.KEY_FILE_INVALID: "name another key file with --identity FILE; make one with: ringfence key new",
     Code.LEASE_UNKNOWN: "ringfence lease list",
     Code.NOT_AUDITOR: "name the key file of an auditor with --identity FILE",
+    Code.REPORT_UNKNOWN: "list the reports of a user's keys with: ringfence user keys USER",
+    Code.RESTS_ON_COMPROMISED: "set anew what is held, or have the report lifted: ringfence user confirm-compromise",
     Code.NOT_OPERATOR: "name the key file of an operator with --identity FILE",
     Code.NOT_SPONSOR: "name the key file of the agent's sponsor with --identity FILE",
     Code.SEVERAL_TARGETS: "ask for each target with its own request",

@@ -15,6 +15,14 @@ from __future__ import annotations
 from ringfence.model.lifecycle.apply import apply, command_subject, may_widen, subject_key
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
+from ringfence.model.lifecycle.holds import (
+    check_hold,
+    elements_set_by,
+    held_keys,
+    hold_of,
+    hold_text,
+    is_apart,
+)
 from ringfence.model.lifecycle.key_history import (
     NO_HISTORY,
     WAIT_S,
@@ -42,7 +50,13 @@ __all__ = [
     "agents_of",
     "apply",
     "check_endorsement",
+    "check_hold",
     "command_subject",
+    "elements_set_by",
+    "held_keys",
+    "hold_of",
+    "hold_text",
+    "is_apart",
     "may_be_dropped",
     "may_widen",
     "still_needed",

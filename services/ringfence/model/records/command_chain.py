@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.base.ids import message_id
-from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, verify
+from ringfence.kernel.base.ids import digest, message_id
+from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, is_by_passkey, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
@@ -43,6 +43,7 @@ from ringfence.messages.registry import (
     UserDisable,
     UserEndKey,
     UserRecord,
+    UserReviewCompromise,
     UserSet,
     UserState,
 )
@@ -58,6 +59,7 @@ from ringfence.model.lifecycle import (
     KeyProof,
     SignerKey,
     apply,
+    hold_of,
     subject_key,
 )
 from ringfence.model.records.consent import Consent, verified_consent
@@ -101,6 +103,11 @@ class Authorised:
         return message_id(self.signed.claims.iss, self.signed.claims.jti)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the command (compact JWS)."""
+        return digest(self.signed.compact)
+
+    @property
     def consent_by(self) -> str | None:
         """The user who consented."""
         return self.consent.user_id if self.consent else None
@@ -112,7 +119,9 @@ RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
 """The same for records of any kind."""
 BY_AGENTS = (TaskDelegate, TaskEnd)
 """Commands that agents may give too."""
-_ABOUT_USERS = (UserSet, UserDisable, UserAddKey, UserEndKey, ProvisionerSet, ProvisionerLink)
+_ABOUT_USERS = (
+    UserSet, UserDisable, UserAddKey, UserEndKey, UserReviewCompromise, ProvisionerSet, ProvisionerLink
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,12 +192,15 @@ class Chains:
             key = key or self.command_key(iss, kid, appended_at_ms, own)
             if key is None and model in BY_AGENTS:
                 key = self.agent_key(iss, kid, appended_at_ms)
+            if key is None and model is UserEndKey:
+                key = self._accused_key(jws, iss, kid, appended_at_ms, own)
             return key
 
         signed = verify(jws, model, find, audience=self._trust.trust_domain, appended_at_ms=appended_at_ms)
         actor = self._actor(signed.claims.iss, appended_at_ms, own)
         people = self._people(appended_at_ms, own, own_keys)
         origin = people.origin_of(actor.user_id, jws.header.kid) if actor.user_id else None
+        actor = replace(actor, kid=jws.header.kid, origin=origin, by_passkey=is_by_passkey(jws.compact))
         signer = SignerKey(actor.user_id, jws.header.kid, origin)
         consent, consent_problem, proof, proof_problem = None, None, None, None
         try:
@@ -218,6 +230,23 @@ class Chains:
         """As `user_key`, but for commands: provisioners give some too."""
         user = self._user_of(iss, at_ms, own)
         return self._key_of(user, kid, at_ms) if user else None
+
+    def _accused_key(
+        self, jws: UnverifiedJws, iss: str, kid: str, at_ms: int, own: UserState | None
+    ) -> VerificationKey | None:
+        """An ended key that a report accuses, while that is not reviewed: it may report the reporter's key alone."""
+        user = self._user_of(iss, at_ms, own)
+        claims = jws.unverified_claims(UserEndKey)  # only to know whom it accuses: `verify` comes next
+        if user is None or not claims.compromised or kid not in (user.compromised or ()):
+            return None
+        keys = tuple(
+            key.model_copy(update={"not_after": at_ms // 1000 + 1})
+            for key in user.keys
+            for one in user.holds
+            if key.kid == kid and one.user_id == user.user_id and one.status == "held"
+            if (one.by, one.by_kid) == (claims.user_id, claims.kid) and key.not_after == one.at_ms // 1000
+        )
+        return user_key(keys[:1], kid, at_ms / 1000, self._trust)
 
     def agent_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the agent `iss` if it was valid at `at_ms`, whatever the agent's status; else None."""
@@ -251,9 +280,9 @@ class Chains:
         Raises ChainError if the user's record does not verify.
         """
         history = self._history(user_id)
-        return self._key_history_at(user_id, history.appended_ms[-1] + 1) if history else NO_HISTORY
+        return self.key_history_at(user_id, history.appended_ms[-1] + 1) if history else NO_HISTORY
 
-    def _key_history_at(self, user_id: str, at_ms: int) -> KeyHistory:
+    def key_history_at(self, user_id: str, at_ms: int) -> KeyHistory:
         """Where the keys of a user came from just before `at_ms`. Raises ChainError."""
         history = self._history(user_id)
         if history is None or self.user_at(user_id, at_ms) is None:
@@ -418,6 +447,8 @@ class Chains:
                 actor=given.actor,
                 at_s=at_ms // 1000,
                 command_id=given.command_id,
+                at_ms=at_ms,
+                command_digest=given.digest,
                 roles_of=lambda user_id: self.roles_at(user_id, at_ms),
                 task_at=lambda task_id: self.task_at(task_id, at_ms),
                 last_signed_s=signed_s,
@@ -451,7 +482,7 @@ class Chains:
         def origin_of(user_id: str, kid: str) -> KeyOrigin | None:
             if own is not None and own.user_id == user_id:
                 return own_keys.origins.get(kid)
-            return self._key_history_at(user_id, at_ms).origins.get(kid)
+            return self.key_history_at(user_id, at_ms).origins.get(kid)
 
         return PeopleThen(find_key, roles_of, origin_of)
 
@@ -462,12 +493,12 @@ class Chains:
             agent = self.agent_at(agent_id, at_ms)
             if agent is None:  # whose key then was it?
                 raise ChainError(f"there was no agent {agent_id} then")
-            return Actor(None, frozenset(), agent=agent)
+            return Actor(None, frozenset(), agent=agent, hold=hold_of(agent))
         user = self._user_of(iss, at_ms, own)
         if user is None:  # whose key then was it?
             raise ChainError(f"there was no user {iss} then")
         by = user.provisioned.by if user.provisioned else None
-        return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
+        return Actor(user.user_id, frozenset(user.roles), user.delegation, by, hold=hold_of(user))
 
     def _key_of(self, user: UserState, kid: str, at_ms: int) -> VerificationKey | None:
         return user_key(user.keys, kid, at_ms / 1000, self._trust)
