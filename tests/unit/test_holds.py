@@ -165,15 +165,21 @@ def test_held_ceiling_is_refused_until_somebody_entitled_sets_it_anew(org: Organ
     assert org.resting() == {}
 
 
-def test_held_operator_grants_and_reports_nothing(org: Organisation) -> None:
+HELD = {
+    "grants": (Code.RESTS_ON_COMPROMISED, lambda org, own: org.give(org.user_set("o2", "o9"), own)),
+    "reports": (Code.RESTS_ON_COMPROMISED, lambda org, own: org.report("o2", "otto", own)),
+}
+
+
+@pytest.mark.parametrize(("code", "act"), HELD.values(), ids=HELD)
+def test_held_operator_is_refused(org: Organisation, code: Code, act: Any) -> None:
     org.give(org.user_set("olga", "o2", ["operator"]))
     own = SigningKey.generate(f"spiffe://{TD}/user/o2")
     org.give(org.user_set("root", "o2", ["operator"], keys=(org.key_record(own),)), org.root)
     org.give(org.user_set("olga", "o2", ["operator", "sponsor"], keys=(org.key_record(own),)))
     org.report()
     assert org.held("user", "o2") is not None
-    assert refusal(lambda: org.give(org.user_set("o2", "o9"), own)) == Code.RESTS_ON_COMPROMISED
-    assert refusal(lambda: org.report("o2", "otto", own)) == Code.RESTS_ON_COMPROMISED
+    assert refusal(lambda: act(org, own)) == code
 
 
 def test_record_that_does_not_rest_on_the_key_is_not_held(org: Organisation) -> None:

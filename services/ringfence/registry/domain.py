@@ -317,7 +317,8 @@ def _context(
 
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
-    return not (may_widen(command) or isinstance(command, AgentRegister | TaskAssign | TaskDelegate))
+    lifts = isinstance(command, UserReviewCompromise) and command.outcome == "lift"
+    return not (lifts or may_widen(command) or isinstance(command, AgentRegister | TaskAssign | TaskDelegate))
 
 
 def check_size(command: Command, size: int) -> None:

@@ -114,14 +114,12 @@ def held_keys(state: AnyState) -> frozenset[str]:
 
 def check_hold(state: UserState | AgentState, kid: str) -> Verdict:
     """Check that neither a signer's record nor the key that they sign with is held."""
+    hold = hold_of(state)
+    if hold is None and kid not in held_keys(state):
+        return ALLOWED
     what = f"user {state.user_id}" if isinstance(state, UserState) else f"agent {state.agent_id}"
-    if (hold := hold_of(state)) is not None:
-        return refused(Code.RESTS_ON_COMPROMISED, hold_text(what, hold))
-    if kid in held_keys(state):
-        return refused(
-            Code.RESTS_ON_COMPROMISED, f"key {kid} of {what} rests on a compromised key; use another"
-        )
-    return ALLOWED
+    key_text = f"key {kid} of {what} rests on a compromised key; use another"
+    return refused(Code.RESTS_ON_COMPROMISED, hold_text(what, hold) if hold else key_text)
 
 
 def hold_text(what: str, hold: Hold) -> str:
