@@ -1,7 +1,7 @@
 """Holds: what a report of a compromised key takes from other records, and how it is reviewed. Pure.
 
 A hold only takes away. It ends when somebody entitled sets the held part anew, or when a second operator lifts the
-report; it never changes what it holds, so that lifting it revives nothing else (ADR 0092).
+report; it never changes what it holds, so that lifting it revives nothing else (ADR 0101).
 """
 
 from __future__ import annotations
