@@ -237,7 +237,9 @@ class Administrator(CommandClient):
         """Confirm (`void`) or lift a report of a compromised key, as an operator who is neither its signer nor
         `user_id`, and rests on neither; or as the root.
 
-        `hold`: the report, as the record of the key's user has it.
+        Args:
+            hold: the report, as the record of the key's user has it.
+            outcome: `void` confirms it, `lift` frees what it holds.
         """
         return await self._command(
             UserReviewCompromise,
