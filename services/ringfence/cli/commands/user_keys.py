@@ -408,7 +408,9 @@ def end_key(
         "kid": whole,
         "holds": [{**one.held.model_dump(mode="json"), "given_ms": one.given_ms} for one in resting],
     }
-    print_accepted(accepted, f"key {whole} of {user} ended", wants_json(as_json), document)
+    # A report that waits for a second operator is accepted too, and ends nothing.
+    done = "reported as compromised" if compromised else "ended"
+    print_accepted(accepted, f"key {whole} of {user} {done}", wants_json(as_json), document)
     if compromised:
         note(f"see what is in effect with: ringfence user keys {user}")
 
