@@ -124,6 +124,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "user.disable": {"user.disabled"},
         "user.add-key": {"user.key_added"},
         "user.end-key": {"user.key_ended", "user.key_compromised"},
+        "user.review-compromise": {"user.compromise_reviewed"},
         "provisioner.set": {"provisioner.created", "provisioner.changed"},
         "provisioner.link": {"provisioner.linked"},
     },
@@ -219,6 +220,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "user.set", "user.disable", "user.add-key", "user.end-key", "user.key_added", "user.key_ended",
+            "user.review-compromise", "user.compromise_reviewed",
             "user.key_compromised", "key.added", "provisioner.set", "provisioner.link", "target.set",
             "target.remove",
             "user.created", "user.changed", "user.disabled", "provisioner.created", "provisioner.changed",

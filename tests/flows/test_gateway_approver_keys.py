@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ async def test_a_key_whose_voucher_is_compromised_lets_nothing_pass(stage: Stage
                 kid=oscar.key.kid,
                 reason="stolen",
                 compromised=True,
-                since_ms=0,
+                since_ms=int(time.time() * 1000) - 86_400_000,
             ),
             oscar,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from ringfence.kernel.crypto.jws import sign
@@ -112,7 +113,7 @@ async def test_keys_that_a_compromised_key_vouched_for_count_no_more(world: Worl
         lent = await give_key(world, otto, office.sam, oscar)
         end = world.claims(
             UserEndKey, world.operator, user_id="otto", kid=otto.key.kid, reason="stolen", compromised=True,
-            since_ms=0,
+            since_ms=int(time.time() * 1000) - 86_400_000,
         )  # fmt: skip
         await world.accepted(end, world.operator)
         asked = await office.ask(DEPLOY)

@@ -285,7 +285,9 @@ class AuditFixtures:
             else None
         )
         context = Context(
-            actor=Actor(person, frozenset() if agent is not None else everything, agent=agent),
+            actor=Actor(person, frozenset() if agent is not None else everything, agent=agent, kid=by.kid),
+            at_ms=self.now_ms,
+            command_digest=digest(jws),
             task_at=lambda task_id: chains.task_at(task_id, self.now_ms),
             at_s=self.now_ms // 1000,
             command_id=message_id(claims.iss, claims.jti),

@@ -7,7 +7,7 @@ from typing import Any
 
 from ringfence.kernel.base.ids import derived_id, digest, message_id
 from ringfence.kernel.crypto.jwe import EncryptionKey, enclose, seal
-from ringfence.kernel.crypto.jws import sign
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, Approval, BreakGlassReview, Grant, GrantWithdraw
@@ -46,6 +46,7 @@ from ringfence.messages.registry import (
     UserDisable,
     UserEndKey,
     UserInvite,
+    UserReviewCompromise,
     UserSet,
     VerbFloor,
 )
@@ -283,6 +284,10 @@ def commands(office: AuditFixtures) -> dict[str, Received]:
         (UserDisable, olga, {"user_id": "maria", "reason": "left"}),
         (UserAddKey, olga, {"user_id": "maria", "key": key}),
         (UserEndKey, olga, {"user_id": "maria", "kid": key.kid, "reason": "lost"}),
+        (UserReviewCompromise, olga, {
+            "user_id": "maria", "report": "00000000-0000-5000-8000-000000000000", "report_digest": "0" * 64,
+            "outcome": "lift", "reason": "found",
+        }),
         (ProvisionerSet, olga, {
             "provisioner_id": "scim", "name": "Directory", "keys": (key,), "delegation": office.delegation(),
         }),
@@ -468,6 +473,13 @@ def keys_of_people(office: AuditFixtures) -> dict[str, Received]:
         )  # fmt: skip
         name = "key of a user compromised" if compromised else "changed by user.end-key"
         found[name] = office.carry_out(USER, "maria", end, olga)
+    report = office.states[USER, "maria"][2][-1].jws
+    reported = parse(report).unverified_claims(UserEndKey)
+    review = office.claims(
+        UserReviewCompromise, office.root, user_id="maria", report=message_id(reported.iss, reported.jti),
+        report_digest=digest(report), outcome="lift", reason="found",
+    )  # fmt: skip
+    found["changed by user.review-compromise"] = office.carry_out(USER, "maria", review, office.root)
     return found
 
 

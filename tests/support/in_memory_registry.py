@@ -40,10 +40,10 @@ from ringfence.messages.topics import AGENT, TARGET, TASK, USER
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import Context, apply, command_subject, subject_key
-from ringfence.model.records.command_chain import Chains, subject_spiffe, unverified_command
+from ringfence.model.records.command_chain import Chains, subject_spiffe
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.model.verdict import Refused
-from ringfence.registry.domain import TASK_MAX_S, Change, Current, Embedded, decide
+from ringfence.registry.domain import TASK_MAX_S, Change, Current, changes_elsewhere, decide
 from ringfence.registry.store import Memory
 from tests.support.passkeys import ORIGINS, RP_ID
 
@@ -214,6 +214,10 @@ class InMemoryRegistry:
         change = decide(self.current(kind, id), given, self.memory, task_max_s=self.task_max_s)
         if change is not None:
             self.admit(self.sign_record(change.state, change.commands, change.revision))
+        if kind == "user" and (user := self.directory.user(id)):
+            for _, other in changes_elsewhere(user.state, given, self.memory):
+                problem = self.admit(self.sign_record(other.state, other.commands, other.revision))
+                assert problem is None, problem
         self.clock.ms = max(self.clock.ms, at_ms) + passing_ms
         return change
 
@@ -222,11 +226,7 @@ class InMemoryRegistry:
         return sign(claims, key or (self.root if kind == "root" else self.key(id, kind)))
 
     def current(self, kind: SubjectKind, id: str) -> Current | None:
-        entry = self.directory.entry(kind, id)
-        if entry is None:
-            return None
-        commands = tuple(Embedded(unverified_command(c), c) for c in entry.record.commands)
-        return Current(entry.state, entry.revision, commands)
+        return self.memory.current(kind, id)
 
     def admit(self, compact: str, reader: Directory | None = None) -> str | None:
         """Hand a record to a reader (its own directory where none is named). Returns why not, as `code: message`."""

@@ -11,6 +11,7 @@ from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserAddKey, UserEndKey, UserInvite
 from ringfence.model.lifecycle import KeyHistory, KeyOrigin
+from ringfence.model.lifecycle.holds import AT_ONCE_S
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
 from tests.support.passkeys import SoftwarePasskey
 from tests.support.world import Party, World
@@ -95,9 +96,9 @@ def add_key(
 
 
 def end_key(ledger: InMemoryRegistry, by: str, user: str, kid: str, **fields: Any) -> UserEndKey:
-    """The end of a key; of a compromised one, which always was, unless the fields say otherwise."""
+    """The end of a key; of a compromised one, which was for a month, unless the fields say otherwise."""
     given = {"user_id": user, "kid": kid, "reason": "a test"}
-    since = {"since_ms": 0} if fields.get("compromised") else {}
+    since = {"since_ms": ledger.clock.ms - AT_ONCE_S * 1000} if fields.get("compromised") else {}
     return ledger.claims(UserEndKey, by, **{**given, **since, **fields})
 
 

@@ -46,7 +46,7 @@ class People:
     def user(self, user_id: str) -> Any:
         status = "disabled" if user_id == "gone" else "active"
         keys = (SimpleNamespace(kid=f"key of {user_id}", use=None, not_after=1),)
-        state = SimpleNamespace(roles=ROLES[user_id], status=status, keys=keys, compromised=None)
+        state = SimpleNamespace(roles=ROLES[user_id], status=status, keys=keys, compromised=None, holds=())
         return SimpleNamespace(state=state) if user_id in ROLES else None
 
     def key_history(self, user_id: str) -> KeyHistory:

@@ -60,6 +60,7 @@ from ringfence.messages.registry import (
     TaskDelegate,
     TaskEnd,
     UserDisable,
+    UserReviewCompromise,
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
@@ -219,6 +220,14 @@ def commands(ledger: InMemoryRegistry) -> Iterable[Any]:
     yield ledger.transfer("olga", "helper", "suzy")
     yield claims(AgentDecommission, "olga", agent_id="helper", reason="over")
     yield claims(UserDisable, "olga", user_id="dora", reason="left")
+    yield user_keys.end_key(ledger, "olga", "otto", ledger.key("otto").kid, compromised=True)
+    otto = ledger.directory.user("otto")
+    assert otto is not None
+    (report,) = otto.state.holds
+    yield ledger.claims(
+        UserReviewCompromise, "root", user_id="otto", report=report.report, report_digest=report.report_digest,
+        outcome="lift", reason="found",
+    )  # fmt: skip
 
 
 def test_the_registry_takes_no_command_that_gives_with_one_and_every_command_that_takes_away() -> None:

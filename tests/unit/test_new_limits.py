@@ -34,7 +34,7 @@ OF_0_1 = {
     "user_disabled",
 }  # fmt: skip
 """What the registry's own rules refused in 0.1.0."""
-OF_A_NEW_FIELD = {"consent_stale", "rp_id_unexpected"}
+OF_A_NEW_FIELD = {"consent_stale", "rp_id_unexpected", "endorsement_not_apart"}
 """About a field that commands of before do not have: no record of before can lack what it asks for."""
 
 

@@ -206,6 +206,14 @@ _ALL: tuple[Message, ...] = (
         **_command(_OLGA), user_id="maria", key=_KEY, invitation=_JWS, possession=_JWS, endorsement=_JWS
     ),
     registry.UserEndKey(**_command(_MARIA), user_id="maria", kid=_KEY.kid, reason="lost with the laptop"),
+    registry.UserReviewCompromise(
+        **_command(_OLGA),
+        user_id="maria",
+        report="0a4e5e23-52a2-5d2b-9a8c-3c0f6c1d8b11",
+        report_digest="0" * 64,
+        outcome="lift",
+        reason="the laptop was found",
+    ),
     registry.ProvisionerSet(
         **_command(_OLGA),
         provisioner_id="directory",

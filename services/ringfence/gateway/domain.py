@@ -17,6 +17,7 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.http_targets import Action
+from ringfence.model.lifecycle import hold_of, hold_text
 from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
@@ -286,6 +287,8 @@ def _agent_reasons(agent_id: str, directory: Directory) -> list[Reason]:
         return [Reason(code=Code.RECORD_UNTRUSTED, message=str(error)[:1000])]
     if agent is None:
         return [Reason(code=Code.AGENT_UNKNOWN, message=f"there is no agent {agent_id}")]
+    if (hold := hold_of(agent.state)) is not None:
+        return [Reason(code=Code.RESTS_ON_COMPROMISED, message=hold_text(f"agent {agent_id}", hold))]
     if agent.state.status != "active":
         return [
             Reason(

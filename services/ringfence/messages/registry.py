@@ -231,8 +231,32 @@ class UserAddKey(ExpiringClaims):
     """A `KeyEndorsement` by another operator."""
 
 
+HoldPart = Annotated[
+    str,
+    Field(
+        pattern=r"^(roles|entitlements|delegation|ceiling|attestation|sponsor|status|target|task|key:[A-Za-z0-9_-]{43})$"
+    ),
+]
+"""What of a record rests on a compromised key. A key does alone; every other part holds the whole subject."""
+MAX_HELD = 32
+"""The most subjects that one command holds: each of their records embeds the command."""
+
+
+class HeldSubject(Message):
+    """A subject that rests on a compromised key, as the signer saw its record."""
+
+    kind: Literal["user", "agent", "target", "task"]
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+    revision: Annotated[int, Field(ge=1)]
+    digest: Digest
+    """SHA-256 of the last command in the record (compact JWS)."""
+    parts: Annotated[tuple[HoldPart, ...], Field(min_length=1, max_length=64)]
+
+
 class UserEndKey(ExpiringClaims):
-    """End one key of a user, and change nothing else. Signed by that user, or by an operator."""
+    """End one key of a user. Signed by that user, or by an operator. Of a compromised key, it also holds what rests on
+    the key elsewhere.
+    """
 
     typ: ClassVar[str] = "user.end-key"
     passkey_use = "sign"
@@ -245,6 +269,9 @@ class UserEndKey(ExpiringClaims):
     since_ms: Millis | None = None
     """Of a compromised key, and then always set: the append time since which it may have been in other hands. What it
     gave to others before stays. Signed by no operator, the append time of this command counts instead."""
+    holds: Annotated[tuple[HeldSubject, ...], Field(min_length=1, max_length=MAX_HELD)] | None = None
+    """What else rests on a compromised key: nothing more is issued on it until somebody entitled sets it anew. Signed
+    by an operator or the root. The registry skips what no longer rests on the key."""
 
     @model_validator(mode="after")
     def _since_when_of_each_compromised_key(self) -> UserEndKey:
@@ -252,7 +279,50 @@ class UserEndKey(ExpiringClaims):
             raise ValueError(
                 "a compromised key has since_ms, and no other key: since when was it in other hands?"
             )
+        if self.holds and not self.compromised:
+            raise ValueError("only the report of a compromised key holds what rests on it")
         return self
+
+
+class UserReviewCompromise(ExpiringClaims):
+    """Confirm or lift what a `user.end-key` of a compromised key holds. Signed by the root, or by an operator who is
+    neither its signer nor the key's user, and rests on neither.
+    """
+
+    typ: ClassVar[str] = "user.review-compromise"
+
+    user_id: Name
+    """Whose key was ended."""
+    report: Uuid
+    """The UUIDv5 of the (`iss`, `jti`) of the `user.end-key`."""
+    report_digest: Digest
+    """SHA-256 of that command (compact JWS), and so of its list."""
+    outcome: Literal["void", "lift"]
+    """`void`: it was compromised. `lift`: it was not, and what it gave before its end counts again."""
+    reason: NonEmpty
+
+
+HoldStatus = Literal["proposed", "held", "void"]
+
+
+class Hold(Message):
+    """What one report of a compromised key holds of a record, until it is set anew or the report is lifted."""
+
+    report: Uuid
+    report_digest: Digest
+    by: Name | None = None
+    """The operator who signed the report; None: the root."""
+    by_kid: NonEmpty
+    user_id: Name
+    """Whose key is compromised."""
+    kid: NonEmpty
+    parts: tuple[HoldPart, ...] = ()
+    """Often none in the record of the key's own user, whose keys end at once."""
+    at_ms: Millis
+    """The append time of the report."""
+    status: HoldStatus
+    """`proposed`: a second operator has to report the same key before anything happens. `void`: confirmed."""
+    since_ms: Millis
 
 
 MAX_SESSION_S = 8 * 3600
@@ -298,6 +368,7 @@ class UserState(Message):
     """Set for a provisioner, which is no person: it has neither roles nor entitlements."""
     linked: tuple[GroupLink, ...] = ()
     """Set for a provisioner: the groups that its directory has reported."""
+    holds: tuple[Hold, ...] = ()
 
 
 # --- agents -----------------------------------------------------------------------------------------------------------
@@ -482,6 +553,7 @@ class AgentState(Message):
     """Those of them that may be in other hands: nothing that they asked for is issued, whenever that was."""
     renewed: tuple[RenewedKey, ...] = ()
     """Those that the agent renewed itself."""
+    holds: tuple[Hold, ...] = ()
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------
@@ -593,6 +665,7 @@ class TargetState(Message):
     max_ttl_s: TtlSeconds
     keys: tuple[KeyRecord, ...]
     status: Literal["active", "removed"]
+    holds: tuple[Hold, ...] = ()
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------
@@ -675,6 +748,7 @@ class TaskState(Message):
     """The task that this one is a part of, where an agent handed it on."""
     act: Annotated[tuple[Name, ...], Field(min_length=2)] | None = None
     """The agents then: the task's own first, the one that a user chose last."""
+    holds: tuple[Hold, ...] = ()
 
 
 # --- records ----------------------------------------------------------------------------------------------------------
@@ -731,6 +805,7 @@ Command = (
     | UserDisable
     | UserAddKey
     | UserEndKey
+    | UserReviewCompromise
     | ProvisionerSet
     | ProvisionerLink
     | AgentRegister

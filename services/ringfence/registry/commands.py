@@ -40,10 +40,10 @@ from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, TRUST, USE
 from ringfence.messages.trust import TrustBundle
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import CommandRefusedError, KeyOrigin, command_subject
-from ringfence.model.records.command_chain import Authorised, ChainError, unverified_command
+from ringfence.model.records.command_chain import Authorised, ChainError
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.model.verdict import Refused
-from ringfence.registry.domain import Change, Current, Embedded, Subject, check_size, decide
+from ringfence.registry.domain import Change, Subject, changes_elsewhere, check_size, decide
 from ringfence.registry.store import Memory
 
 log = logging.getLogger(__name__)
@@ -111,6 +111,7 @@ class Registry:
                 )
                 return
             # The process ended after the record and before the answer.
+            await self._publish_elsewhere(authorised, record.traceparent)
             await self._report_added_keys(authorised, record)
             await self._answer_done(authorised, record, changed=True)
         else:
@@ -121,13 +122,14 @@ class Registry:
         subject = command_subject(authorised.claims, authorised.command_id)
         try:
             change = decide(
-                self._current(subject),
+                self._memory.current(*subject),
                 authorised,
                 self._memory,
                 task_max_s=self._runtime.settings.task_max_s,
             )
             if change is not None:
                 await self._publish(subject, change, authorised, record.traceparent)
+            await self._publish_elsewhere(authorised, record.traceparent)
         except (CommandRefusedError, ChainError) as error:
             await self._answer("refused", authorised, record, str(error), error.code)
             if error.code in _FINDINGS:
@@ -136,12 +138,13 @@ class Registry:
         await self._report_added_keys(authorised, record)
         await self._answer_done(authorised, record, changed=change is not None)
 
-    def _current(self, subject: Subject) -> Current | None:
-        entry = self._directory.entry(*subject)
-        if entry is None:
-            return None
-        commands = tuple(Embedded(unverified_command(c), c) for c in entry.record.commands)
-        return Current(entry.state, entry.revision, commands)
+    async def _publish_elsewhere(self, authorised: Authorised, traceparent: str | None) -> None:
+        """Publish the records of other subjects that a report of a compromised key, or its review, changes."""
+        kind, id = command_subject(authorised.claims, authorised.command_id)
+        user = self._directory.user(id) if kind == "user" else None
+        if user is not None:
+            for subject, change in changes_elsewhere(user.state, authorised, self._memory):
+                await self._publish(subject, change, authorised, traceparent)
 
     async def _publish(
         self, subject: Subject, change: Change, authorised: Authorised, traceparent: str | None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ringfence.kernel.base.clock import LAST_MOMENT_S, utc_text
+from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
@@ -27,6 +28,7 @@ from ringfence.messages.registry import (
     AnyState,
     Command,
     EmbeddedCommand,
+    HeldSubject,
     KeyEndorsement,
     KeyPossession,
     ProvisionerSet,
@@ -41,6 +43,7 @@ from ringfence.messages.registry import (
     UserAddKey,
     UserEndKey,
     UserInvite,
+    UserReviewCompromise,
     UserSet,
     UserState,
 )
@@ -58,6 +61,8 @@ from ringfence.model.lifecycle import (
     still_needed,
 )
 from ringfence.model.records.command_chain import Authorised
+from ringfence.model.records.directory import VerifiedRecord
+from ringfence.model.records.key_compromise import KeyCompromise
 from ringfence.model.records.provisioning import given_by
 from ringfence.model.target_settings import problems, reserved_name
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
@@ -137,6 +142,18 @@ class Surroundings(Protocol):
         """Check that a key of a user or an agent rests on no compromised key."""
         ...
 
+    def current(self, kind: SubjectKind, id: str) -> Current | None:
+        """Return the verified record of a subject, or None. Raises ChainError."""
+        ...
+
+    def compromise(self, user_id: str, kid: str, since_ms: int) -> KeyCompromise:
+        """Return what rests on a key of a user since a moment."""
+        ...
+
+    def roles_rest(self, user_id: str, on: str, at_ms: int) -> bool:
+        """Return whether a role that a user had just before a moment rests on the word of another user, `on`."""
+        ...
+
     @property
     def rp_id(self) -> str | None:
         """Return the domain that passkeys are made for, by the trust bundle."""
@@ -162,6 +179,8 @@ class Embedded:
 @dataclass(frozen=True, slots=True)
 class Current:
     """The verified record of a subject as it is now."""
+
+    entry: VerifiedRecord[AnyState]
 
     state: AnyState
     revision: int
@@ -201,28 +220,10 @@ def decide(
             code=Code.TOO_LARGE,
         )
     kind, id = command_subject(command, authorised.command_id)
-    people = [one for one in current.commands if by_person(one.claims)] if current else []
-    context = Context(
-        actor=authorised.actor,
-        at_s=at_ms // 1000,
-        command_id=authorised.command_id,
-        roles_of=lambda user_id: around.roles_at(user_id, at_ms),
-        task_at=lambda task_id: around.task_at(task_id, at_ms),
-        last_signed_s=max((one.claims.iat for one in people), default=0),
-        person_signed_s=max((one.embedded.appended_at_ms // 1000 for one in people), default=0),
-        consent_by=authorised.consent_by,
-        consent_problem=authorised.consent_problem,
-        transfer_consent=authorised.consent.transfer if authorised.consent else None,
-        key_history=_key_history(around, kind, id),
-        signer_kid=authorised.signer_key.kid,
-        reuse=authorised.reuse,
-        reuse_problem=authorised.reuse_problem,
-        key_proof=authorised.key_proof,
-        key_proof_problem=authorised.key_proof_problem,
-        sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
-    )
+    context = _context(authorised, around, current, (kind, id))
     state = apply(current.state if current else None, command, context)
     _check_signer_key(authorised, around)
+    _check_apart(state, authorised, around)
     _check_fields(command, (kind, id), authorised, around)
     _check_keys(command, (kind, id), around, context.at_s)
     if isinstance(command, TargetSet):
@@ -250,11 +251,96 @@ def _key_history(around: Surroundings, kind: SubjectKind, id: str) -> KeyHistory
     return around.agent_key_history(id) if kind == "agent" else NO_HISTORY
 
 
+def changes_elsewhere(
+    state: UserState, authorised: Authorised, around: Surroundings
+) -> list[tuple[Subject, Change]]:
+    """Return the changes that a report of a compromised key, or its review, makes in the records of other subjects.
+
+    Records that embed the command already are left out, so a redelivery completes what is missing.
+
+    Args:
+        state: the key's user after the command.
+        authorised: the command, which was accepted for the key's user.
+    """
+    command, at_ms = authorised.claims, authorised.appended_at_ms
+    compromise: KeyCompromise | None = None
+    if isinstance(command, UserEndKey) and command.holds:
+        own = next((one for one in state.holds if one.report == authorised.command_id), None)
+        if own is None or own.status == "proposed":
+            return []
+        listed = command.holds
+        compromise = around.compromise(command.user_id, command.kid, own.since_ms)
+    elif isinstance(command, UserReviewCompromise):
+        listed = _listed(command, around)
+    else:
+        return []
+    changes: list[tuple[Subject, Change]] = []
+    for one in listed:
+        subject: Subject = (one.kind, one.id)
+        current = around.current(*subject)
+        compact = authorised.signed.compact
+        if current is None or subject == ("user", command.user_id):
+            continue
+        if any(known.embedded.jws == compact for known in current.commands):
+            continue
+        if compromise is not None:
+            resting = compromise.resting_of(one.kind, current.entry, at_ms / 1000)
+            if resting is None or set(resting.held.parts).isdisjoint(one.parts):
+                continue
+        elif isinstance(command, UserReviewCompromise) and all(
+            hold.report != command.report for hold in current.state.holds
+        ):
+            continue
+        after = apply(current.state, command, _context(authorised, around, current, subject))
+        embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
+        commands = (*(known.embedded for known in current.commands), embedded)
+        changes.append((subject, Change(after, current.revision + 1, commands)))
+    return changes
+
+
+def _listed(command: UserReviewCompromise, around: Surroundings) -> tuple[HeldSubject, ...]:
+    """Return what the reviewed report lists, by the record of the key's user."""
+    current = around.current("user", command.user_id)
+    for known in current.commands if current else ():
+        claims = known.claims
+        if isinstance(claims, UserEndKey) and message_id(claims.iss, claims.jti) == command.report:
+            return claims.holds or ()
+    return ()
+
+
+def _context(
+    authorised: Authorised, around: Surroundings, current: Current | None, subject: Subject
+) -> Context:
+    at_ms, (kind, id) = authorised.appended_at_ms, subject
+    people = [one for one in current.commands if by_person(one.claims)] if current else []
+    return Context(
+        actor=authorised.actor,
+        at_s=at_ms // 1000,
+        at_ms=at_ms,
+        command_digest=authorised.digest,
+        command_id=authorised.command_id,
+        roles_of=lambda user_id: around.roles_at(user_id, at_ms),
+        task_at=lambda task_id: around.task_at(task_id, at_ms),
+        last_signed_s=max((one.claims.iat for one in people), default=0),
+        person_signed_s=max((one.embedded.appended_at_ms // 1000 for one in people), default=0),
+        consent_by=authorised.consent_by,
+        consent_problem=authorised.consent_problem,
+        transfer_consent=authorised.consent.transfer if authorised.consent else None,
+        key_history=_key_history(around, kind, id),
+        signer_kid=authorised.signer_key.kid,
+        reuse=authorised.reuse,
+        reuse_problem=authorised.reuse_problem,
+        key_proof=authorised.key_proof,
+        key_proof_problem=authorised.key_proof_problem,
+        sponsor_of=lambda agent_id: agent.sponsor if (agent := around.agent(agent_id)) else None,
+    )
+
+
 def only_reduces(command: Command) -> bool:
     """Return whether a command can only reduce what is allowed. Nothing may stand in the way of such a command."""
-    return not (
-        may_widen(command) or isinstance(command, AgentRegister | AgentRenewKey | TaskAssign | TaskDelegate)
-    )
+    lifts = isinstance(command, UserReviewCompromise) and command.outcome == "lift"
+    grants = AgentRegister | AgentRenewKey | TaskAssign | TaskDelegate
+    return not (lifts or may_widen(command) or isinstance(command, grants))
 
 
 def check_size(command: Command, size: int) -> None:
@@ -296,7 +382,10 @@ def _check_signer_key(command: Authorised, around: Surroundings) -> None:
 
     Only for new commands: a reader judges by the end of the key itself.
     """
-    if only_reduces(command.claims):
+    reports = isinstance(command.claims, UserEndKey) and command.claims.compromised
+    own = reports and command.actor.user_id == command_subject(command.claims, command.command_id)[1]
+    judges = isinstance(command.claims, UserReviewCompromise) or (reports and not own)
+    if only_reduces(command.claims) and not judges:
         return
     signers = [(command.claims.iss, command.signer_key.kid)]
     if command.consent is not None and command.consent.kid is not None:
@@ -305,6 +394,35 @@ def _check_signer_key(command: Authorised, around: Surroundings) -> None:
         if isinstance(verdict := around.check_vouchers(iss, kid), Refused):
             message = f"{verdict.reason.message}; sign with another key"
             raise CommandRefusedError(message, code=Code.KEY_VOUCHER_COMPROMISED)
+
+
+def _check_apart(state: AnyState, authorised: Authorised, around: Surroundings) -> None:
+    """Refuse a review, or a second report, by an operator whose roles rest on one of the people concerned.
+
+    Only for new commands: a reader judges by the keys, which it knows without other records.
+    """
+    command, user_id = authorised.claims, authorised.actor.user_id
+    people: set[str | None] = set()
+    current = around.current(*command_subject(command, authorised.command_id))
+    before = current.state.holds if current else ()
+    if isinstance(command, UserReviewCompromise):
+        people = {
+            person for one in before if one.report == command.report for person in (one.by, one.user_id)
+        }
+    elif (
+        isinstance(command, UserEndKey)
+        and len(state.holds) > len(before)
+        and state.holds[-1].status == "held"
+    ):
+        people = {one.by for one in before if one.kid == command.kid and one.status == "proposed"}
+    if user_id is None:
+        return
+    for person in sorted(people - {None, user_id}, key=str):
+        if around.roles_rest(user_id, str(person), authorised.appended_at_ms):
+            raise CommandRefusedError(
+                f"the roles of {user_id} rest on the word of {person}: another operator, or the root, has to sign",
+                code=Code.ENDORSEMENT_NOT_APART,
+            )
 
 
 def _check_fields(command: Command, subject: Subject, authorised: Authorised, around: Surroundings) -> None:

@@ -31,8 +31,9 @@ from ringfence.model.lifecycle import KeyHistory
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.consent import unverified_mark
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.key_compromise import KeyCompromise
 from ringfence.model.verdict import Verdict
-from ringfence.registry.domain import Subject, keys_of, uses_consent
+from ringfence.registry.domain import Current, Embedded, Subject, keys_of, uses_consent
 
 REMEMBERED_MS = (MAX_LIFE_S + LEEWAY_S + 600) * 1000
 """How long a command is remembered: the longest life of a command, and ten minutes more.
@@ -167,6 +168,19 @@ class Memory:
 
     def check_vouchers(self, iss: str, kid: str) -> Verdict:
         return self._directory.check_vouchers(iss, kid)
+
+    def current(self, kind: SubjectKind, id: str) -> Current | None:
+        entry = self._directory.entry(kind, id)
+        if entry is None:
+            return None
+        commands = tuple(Embedded(unverified_command(c), c) for c in entry.record.commands)
+        return Current(entry, entry.state, entry.revision, commands)
+
+    def compromise(self, user_id: str, kid: str, since_ms: int) -> KeyCompromise:
+        return KeyCompromise(self._directory, user_id, kid, since_ms)
+
+    def roles_rest(self, user_id: str, on: str, at_ms: int) -> bool:
+        return KeyCompromise(self._directory, on, None).roles_rest(user_id, at_ms)
 
     @property
     def rp_id(self) -> str | None:

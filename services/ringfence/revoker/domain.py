@@ -14,6 +14,7 @@ from ringfence.messages.registry import (
     AgentState,
     AnyRecord,
     AnyState,
+    Hold,
     TargetState,
     TaskState,
     UserRecord,
@@ -21,6 +22,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.model.leases.lifecycle import end_status, is_over, matches, selector_key_of
+from ringfence.model.lifecycle import hold_of, hold_text, subject_key
 from ringfence.model.records.agent_keys import is_lost
 from ringfence.model.records.command_chain import unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
@@ -91,6 +93,8 @@ def consequences(
 
     `ever_sponsor`: whether a user may have been a sponsor. If not, this record makes no agent an orphan.
     """
+    if (hold := hold_of(state)) is not None:
+        return _of_held(state, hold)
     match state:
         case AgentState():
             return _of_agent(state, revision)
@@ -109,6 +113,22 @@ def consequences(
                 return ()
             reason = f"target {state.target_id} was removed"
             return (SelectorEnd("target_removed", Selector(target_id=state.target_id), reason),)
+
+
+def _of_held(state: AnyState, hold: Hold) -> tuple[SelectorEnd, ...]:
+    """All leases end that rest on a record which rests on a compromised key."""
+    kind, id = subject_key(state)
+    reason = hold_text(f"{kind} {id}", hold)
+    match state:
+        case AgentState():
+            selectors = [Selector(agent_id=id)]
+        case UserState():
+            selectors = [Selector(user_id=id), Selector(sponsor=id)]
+        case TaskState():
+            selectors = [Selector(task_id=id)]
+        case _:
+            selectors = [Selector(target_id=id)]
+    return tuple(SelectorEnd("key_compromised", selector, reason) for selector in selectors)
 
 
 def _of_agent(state: AgentState, revision: int) -> tuple[SelectorEnd | Narrowing, ...]:

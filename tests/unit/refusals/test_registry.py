@@ -31,6 +31,7 @@ from ringfence.messages.registry import (
     TaskEnd,
     TaskState,
     UserDisable,
+    UserReviewCompromise,
     UserSet,
     VerbFloor,
 )
@@ -229,6 +230,15 @@ REFUSALS: Final[dict[Code, Callable[[Organisation], Any]]] = {
     Code.ATTESTATION_NOT_VERIFIED: attested_by_its_owner,
     Code.POSSESSION_INVALID: lambda org: without(org, "invitation", "possession"),
     Code.INVITATION_USED: invited_again,
+    Code.REPORT_UNKNOWN: lambda org: org.claims(
+        UserReviewCompromise,
+        "olga",
+        user_id="suzy",
+        report="00000000-0000-5000-8000-000000000000",
+        report_digest="0" * 64,
+        outcome="void",
+        reason="x",
+    ),
     # Provisioners
     Code.NOT_A_PROVISIONER: lambda org: org.claims(
         ProvisionerSet, "olga", **{**org.scim, "provisioner_id": "sam", "keys": (record_of(new_key("sam")),)}

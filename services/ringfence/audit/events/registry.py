@@ -54,6 +54,7 @@ from ringfence.messages.registry import (
     TaskState,
     UserAddKey,
     UserEndKey,
+    UserReviewCompromise,
     UserSet,
     UserState,
 )
@@ -80,6 +81,9 @@ _VERBS: Mapping[str, _Verb] = {
     "user.disable": _Verb("Disable", "disable", "disabled", "user.disabled", "Low"),
     "user.add-key": _Verb("Update", "add a key to", "given another key", "user.key_added", "Low"),
     "user.end-key": _Verb("Update", "end a key of", "left without a key", "user.key_ended", "Low"),
+    "user.review-compromise": _Verb(
+        "Update", "review a compromised key of", "reviewed for a compromised key", "user.compromise_reviewed", "High",
+    ),
     "agent.register": _Verb("Create", "register", "registered", "agent.registered"),
     "agent.set-attestation": _Verb(
         "Update", "set who attests instances of", "told anew who attests its instances", "agent.attestation_set",
@@ -172,8 +176,8 @@ def recorded(
     """
     claims, state = signed.claims, signed.claims.state
     kind, id, fields = _subject_of_state(state)
-    if isinstance(by, UserAddKey | UserEndKey):
-        fields |= subject_of_command(by)[2]
+    if isinstance(by, UserAddKey | UserEndKey | UserReviewCompromise):
+        fields = subject_of_command(by)[2] | fields
     fields.setdefault("sponsor", sponsor)
     actor, entity = user_of(by.iss), _entity_object(claims.aud, kind, id)
     created = claims.revision == 1 and by.typ in CREATED
@@ -184,6 +188,8 @@ def recorded(
         and thumbprint(by.key) not in {key.kid for key in state.keys}
     )
     done = "created" if created else _VERBS[AgentReportReuse.typ if reused else by.typ].done
+    if isinstance(by, UserEndKey) and id != by.user_id:
+        done = f"held, for what rests on a key of {by.user_id},"
     message = f"{kind} {id} was {done} by {actor['name']}{_terms_text(state, by)}"
     attributes = {
         "actor": {"user": actor},
@@ -331,6 +337,8 @@ def _command_terms(claims: ExpiringClaims) -> str:
             since_ms = claims.since_ms
             compromised = "" if since_ms is None else f", compromised since {event_time(since_ms // 1000)}"
             return f": {claims.kid}{compromised}"
+        case UserReviewCompromise():
+            return f", report {claims.report}: {claims.outcome}"
         case ProvisionerSet():
             return "".join(
                 f"; group {scrubbed(one.group)} may give roles {', '.join(one.roles) or 'none'}, "

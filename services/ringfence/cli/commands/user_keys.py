@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -40,16 +40,16 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import moment, note, print_json, print_table, say, visible_name
 from ringfence.cli.shared.output_files import is_stdout, output_file
 from ringfence.cli.shared.tables import ending, ids, prose
-from ringfence.client.errors import InvalidCallError, RefusedError
-from ringfence.messages.registry import UserState
+from ringfence.client.errors import InvalidCallError
+from ringfence.messages.registry import MAX_HELD, Hold, UserState
 from ringfence.model.identity.spiffe_ids import spiffe_id
 
 if TYPE_CHECKING:
     from ringfence.client.admin.administrator import Administrator
     from ringfence.client.admin.command_client import Accepted
-    from ringfence.client.admin.key_compromise import KeyCompromise, RestingKey, RestingRight
     from ringfence.client.admin.user_keys import KeyOfUser, KeyPackage
     from ringfence.model.records.directory import Directory
+    from ringfence.model.records.key_compromise import Resting
 
 UserArgument = Annotated[str, typer.Argument(metavar="USER", callback=check_name, help="The user's id.")]
 PackageOption = Annotated[
@@ -288,16 +288,24 @@ def keys(
     """List a person's keys: who vouched for each, and since when it counts for approvals."""
     from ringfence.client.admin import user_keys
 
-    async def work() -> tuple[str, list[KeyOfUser]]:
+    async def work() -> tuple[str, list[KeyOfUser], tuple[Hold, ...]]:
         async with connect.administrator(signer(me, passkey, as_user)) as administrator:
             directory = await administrator.directory()
             whose = user or administrator.id
-            return whose, user_keys.keys_of(directory, _require_user(directory, whose))
+            state = _require_user(directory, whose)
+            return whose, user_keys.keys_of(directory, state), state.holds
 
-    whose, found = run(work())
+    whose, found, reports = run(work())
     if wants_json(as_json):
-        print_json({"user": whose, "keys": [_document(one) for one in found]})
+        documents = [one.model_dump(mode="json") for one in reports]
+        print_json({"user": whose, "keys": [_document(one) for one in found], "reports": documents})
         return
+    for one in reports:
+        rests = f"; held here: {', '.join(one.parts)}" if one.parts else ""
+        note(
+            f"key {one.kid} of {one.user_id}: reported by {one.by or 'the root'}, {one.status}{rests}",
+            "warning",
+        )
     now_s = time.time()
     print_table(
         [ids("key"), "kind", prose("vouched for by"), "counts", "attested", ending("ends")],
@@ -325,7 +333,7 @@ def end_key(
         bool,
         typer.Option(
             "--compromised",
-            help="It may be in other hands: it never comes back, and the keys that it gave, agents' too, end as well.",
+            help="It may be in other hands: it never comes back, and what rests on it is held.",
         ),
     ] = False,
     since: Annotated[
@@ -344,161 +352,155 @@ def end_key(
 ) -> None:
     """End a key of a person: it signs nothing new. What it signed stays valid. As that person, or as an operator.
 
-    With --compromised, first lists all that it gave: keys of people and agents, which end as well, and rights, each
-    with the command that undoes it. Repeat the command to end what was given meanwhile.
+    With --compromised, first lists all that rests on it, in all records. An operator's command holds that: its leases
+    end, and nothing is issued until somebody entitled sets it anew, or a second operator lifts the report (`ringfence
+    user confirm-compromise`). More than 30 days back, or by a passkey about somebody else, nothing happens until a
+    second operator gives the same command.
     """
     if since and not compromised:
         raise typer.BadParameter("only of a compromised key: add --compromised", param_hint="--since")
     since_ms = None if since is None else moment_ms(since)
     who = signer(me, passkey, as_user)
 
-    async def work() -> tuple[Accepted, KeyCompromise, list[tuple[RestingKey, bool]], list[RestingRight]]:
-        from ringfence.client.admin.key_compromise import KeyCompromise
+    async def work() -> tuple[Accepted, str, list[Resting]]:
+        from ringfence.model.records.key_compromise import KeyCompromise
 
         async with connect.administrator(who) as administrator:
             directory = await administrator.directory()
-            clock = administrator.connection.clock
-            if since_ms is not None and since_ms > clock.now_ms():
+            now_ms = administrator.connection.clock.now_ms()
+            if since_ms is not None and since_ms > now_ms:
                 raise InvalidCallError(f"--since {since} is still to come; say since when it was")
             state = _require_user(directory, user)
-            found = KeyCompromise(directory, user, _whole_kid(state, kid), since_ms or 0)
-            resting = found.keys() if compromised else []
-            rights = found.rights(clock.now_ms() / 1000) if compromised else []
-            _print_resting(resting, rights)
-            if since is None and (resting or rights):
-                first_ms = min([one.given_ms for one in resting] + [one.given_ms for one in rights])
-                first = moment(first_ms / 1000).replace(" ", "T")
-                raise InvalidCallError(
-                    f"the key gave {len(resting)} keys and {len(rights)} rights; say since when it may have been in "
-                    f"other hands, with --since TIME; --since {first} is all of it"
-                )
-            ended = found.own_keys() if compromised else {found.kid}
-            confirm(_question(state, ended, resting), yes or signs_on_page(who))
-            origin = directory.key_history(user).origins.get(found.kid)
-            always_ms = origin.added_ms if origin else 0  # where it gave nothing, no other time is asked for
-            accepted = await administrator.end_user_key(
-                user,
-                found.kid,
-                reason=reason,
-                compromised=compromised,
-                since_ms=(always_ms if since_ms is None else since_ms) if compromised else None,
-            )
+            whole = _whole_kid(state, kid)
             if not compromised:
-                return accepted, found, [], []
-            others = await _end_resting(administrator, found, reason)
-            return accepted, found, others, [*rights, *_given_meanwhile(found, rights, clock.now_ms() / 1000)]
+                confirm(_question(state, {whole}, 0), yes or signs_on_page(who))
+                return await administrator.end_user_key(user, whole, reason=reason), whole, []
+            found = KeyCompromise(directory, user, whole, since_ms or 0)
+            resting = found.resting(now_ms / 1000)
+            for one in resting:
+                note(f"rests on it: {_resting_text(one)}", "warning")
+            if since_ms is None and resting:
+                first = moment(resting[0].given_ms / 1000).replace(" ", "T")
+                raise InvalidCallError(
+                    f"{len(resting)} records rest on the key; say since when it may have been in other hands, with "
+                    f"--since TIME; --since {first} is all of it"
+                )
+            operator = administrator.is_root or _is_operator(directory, administrator.id)
+            held = resting if operator else []
+            confirm(_question(state, found.own_keys, len(held)), yes or signs_on_page(who))
+            # Where nothing rests on it, no other time is asked for; further back it takes a second operator.
+            at_ms = now_ms - _DEFAULT_SINCE_MS if since_ms is None else since_ms
+            accepted = None
+            for part in _lists(held) or [[]]:
+                accepted = await administrator.end_user_key(
+                    user,
+                    whole,
+                    reason=reason,
+                    compromised=True,
+                    since_ms=at_ms,
+                    holds=[one.held for one in part],
+                )
+            assert accepted is not None
+            return accepted, whole, resting
 
-    accepted, found, others, rights = run(work())
+    accepted, whole, resting = run(work())
     document: dict[str, Any] = {
-        "kid": found.kid,
-        "others": [
-            {"kind": one.kind, "id": one.id, "kid": one.kid, "ended": is_ended} for one, is_ended in others
-        ],
-        "rights": [
-            {"kind": one.kind, "id": one.id, "what": one.what, "at_ms": one.given_ms, "undo": one.undo}
-            for one in rights
-        ],
+        "kid": whole,
+        "holds": [{**one.held.model_dump(mode="json"), "given_ms": one.given_ms} for one in resting],
     }
-    print_accepted(accepted, f"key {found.kid} of {user} ended", wants_json(as_json), document)
-    for one, is_ended in others:
-        if is_ended:
-            note(f"key {one.kid} of {one.kind} {one.id}, which rests on it, ended as well")
-        else:
-            note(
-                f"key {one.kid} of {one.kind} {one.id}, which rests on it, has not ended; another operator ends it, "
-                "with this same command and a key file",
-                "warning",
-            )
+    # A report that waits for a second operator is accepted too, and ends nothing.
+    done = "reported as compromised" if compromised else "ended"
+    print_accepted(accepted, f"key {whole} of {user} {done}", wants_json(as_json), document)
+    if compromised:
+        note(f"see what is in effect with: ringfence user keys {user}")
 
 
-_MOST_PASSES = 8
-"""How often `end-key` looks for keys that were given while it ended others."""
+_DEFAULT_SINCE_MS = 29 * 24 * 3600 * 1000
+_LIST_BYTES = 4096
+"""How long the list of one command may be, in JSON: each record that it holds embeds the command."""
 
 
-async def _end_resting(
-    administrator: Administrator, found: KeyCompromise, reason: str
-) -> list[tuple[RestingKey, bool]]:
-    """End the keys that rest on a compromised key, as far as the signer may; return all, and whether each ended.
+def _lists(resting: Sequence[Resting]) -> list[list[Resting]]:
+    """Return the lists of the commands that hold all of these."""
+    lists: list[list[Resting]] = []
+    size = _LIST_BYTES
+    for one in resting:
+        length = len(one.held.model_dump_json())
+        if size + length > _LIST_BYTES or len(lists[-1]) == MAX_HELD:
+            lists.append([])
+            size = 0
+        lists[-1].append(one)
+        size += length
+    return lists
 
-    A refused end leaves those of other keys.
+
+def _resting_text(one: Resting) -> str:
+    held = one.held
+    return (
+        f"{held.kind} {held.id} (revision {held.revision}): {', '.join(held.parts)}, given "
+        f"{moment(one.given_ms / 1000)}"
+    )
+
+
+def confirm_compromise(
+    user: UserArgument,
+    kid: KidArgument,
+    reason: ReasonOption,
+    lift: Annotated[
+        bool, typer.Option("--lift", help="Lift the reports: the key was not in other hands. It stays ended.")
+    ] = False,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Confirm that a key was compromised, as a second operator, or lift the reports that say so.
+
+    You may not be the operator who reported it, nor the key's user, and your key and roles must rest on neither. What
+    is held stays refused until somebody entitled sets it anew; --lift frees it. Nothing else changes.
     """
-    tried: list[RestingKey] = []
-    for _ in range(_MOST_PASSES):
-        await administrator.connection.current_directory()
-        left = found.keys()
-        new = [one for one in left if one not in tried and _may_end(administrator, found, one)]
-        if not new:
-            break
-        for keys in _ended_at_once(new):
-            try:
-                await _end_keys(administrator, keys, found.since_ms, reason)
-            except RefusedError as error:
-                note(f"keys of {keys[0].kind} {keys[0].id}: {error}", "warning")
-        tried += new
-    await administrator.connection.current_directory()
-    left = found.keys()
-    return [*((one, True) for one in tried if one not in left), *((one, False) for one in left)]
+
+    async def work() -> tuple[Accepted, str]:
+        async with connect.administrator(identity(me)) as administrator:
+            directory = await administrator.directory()
+            state = _require_user(directory, user)
+            whole = _whole_kid(state, kid)
+            reports = [
+                one
+                for one in state.holds
+                if one.kid == whole and one.status != "proposed" and (lift or one.status == "held")
+            ]
+            if not reports:
+                raise InvalidCallError(f"no report of key {whole} waits for a review").with_remedy(
+                    f"ringfence user keys {user}"
+                )
+            ids = {one.report for one in reports}
+            for kind in ("user", "agent", "target", "task"):
+                for entry in directory.entries(kind):
+                    parts = [part for one in entry.state.holds if one.report in ids for part in one.parts]
+                    if parts:
+                        note(f"held: {entry.record.sub}: {', '.join(parts)}", "warning")
+            by = ", ".join(sorted({one.by or "the root" for one in reports}))
+            what = "Lift the reports" if lift else "Confirm"
+            confirm(f"{what} that key {whole} of {user} was compromised, as {by} reported?", yes)
+            accepted = None
+            for one in reports:
+                accepted = await administrator.review_compromise(
+                    user, one, "lift" if lift else "void", reason=reason
+                )
+            assert accepted is not None
+            return accepted, whole
+
+    accepted, whole = run(work())
+    done = "lifted" if lift else "confirmed"
+    print_accepted(accepted, f"reports of key {whole} of {user} {done}", wants_json(as_json), {"kid": whole})
 
 
-def _given_meanwhile(found: KeyCompromise, known: list[RestingRight], now_s: float) -> list[RestingRight]:
-    """Print and return the rights that were given since somebody was asked, and before the keys ended."""
-    given = [one for one in found.rights(now_s) if one not in known]
-    _print_resting([], given)
-    return given
-
-
-def _ended_at_once(keys: list[RestingKey]) -> Iterator[list[RestingKey]]:
-    """Yield the keys that one command ends: one of a person, or several of an agent, whose record has little room."""
-    from ringfence.client.admin.key_compromise import MAX_KEYS_AT_ONCE
-
-    of_agents: dict[str, list[RestingKey]] = {}
-    for key in keys:
-        if key.kind == "user":
-            yield [key]
-        else:
-            of_agents.setdefault(key.id, []).append(key)
-    for same in of_agents.values():
-        for first in range(0, len(same), MAX_KEYS_AT_ONCE):
-            yield same[first : first + MAX_KEYS_AT_ONCE]
-
-
-async def _end_keys(administrator: Administrator, keys: list[RestingKey], since_ms: int, reason: str) -> None:
-    kind, id, kids = keys[0].kind, keys[0].id, [one.kid for one in keys]
-    if kind == "user":
-        await administrator.end_user_key(id, kids[0], reason=reason, compromised=True, since_ms=since_ms)
-    else:
-        await administrator.rotate_key(id, None, replaces=kids, compromised=True, reason=reason)
-
-
-def _may_end(administrator: Administrator, found: KeyCompromise, key: RestingKey) -> bool:
-    """Return whether the signer may end a key that rests on the compromised one; not the key that they sign with."""
-    connection = administrator.connection
-    own_kid = connection.key.kid if connection.passkey_user is None else None
-    if own_kid == key.kid or own_kid in found.own_keys():
-        return False
-    operator = administrator.is_root or _is_operator(found.directory, administrator.id)
-    if key.kind == "user":
-        return operator or administrator.id == key.id
-    return own_kid is not None and (operator or administrator.id == key.sponsor)
-
-
-def _print_resting(keys: list[RestingKey], rights: list[RestingRight]) -> None:
-    for key in keys:
-        note(f"rests on it: key {key.kid} of {key.kind} {key.id}, given {moment(key.given_ms / 1000)}")
-    for right in rights:
-        note(
-            f"rests on it: {right.kind} {right.id}: {right.what}, {moment(right.given_ms / 1000)}; stays, unless "
-            f"undone with: {right.undo}",
-            "warning",
-        )
-
-
-def _question(state: UserState, ended: Collection[str], others: list[RestingKey]) -> str:
+def _question(state: UserState, ended: Collection[str], held: int) -> str:
     now_s = time.time()
     left = [key.kid for key in state.keys if key.not_after > now_s and key.kid not in ended]
     question = f"End {', '.join(sorted(ended))} of {state.user_id}"
-    if others:
-        question += f", and the {len(others)} keys of others that rest on it"
+    if held:
+        question += f", and hold {held} records that rest on it"
     return f"{question}? {'' if left else f'{state.user_id} has no key then. '}".strip()
 
 
@@ -595,3 +597,4 @@ def add_to(app: typer.Typer) -> None:
     app.command(name="endorse-key")(endorse_key)
     app.command()(keys)
     app.command(name="end-key", cls=EndKeyCommand)(end_key)
+    app.command(name="confirm-compromise", cls=EndKeyCommand)(confirm_compromise)

@@ -17,6 +17,8 @@ REMEDIES: Final[Mapping[str, str]] = {
     Code.KEY_REUSED: "find who has a copy of the key file; its sponsor runs: ringfence agent rotate-key",
     Code.LEASE_UNKNOWN: "ringfence lease list",
     Code.NOT_AUDITOR: "name the key file of an auditor with --identity FILE",
+    Code.REPORT_UNKNOWN: "list the reports of a user's keys with: ringfence user keys USER",
+    Code.RESTS_ON_COMPROMISED: "set anew what is held, or have the report lifted: ringfence user confirm-compromise",
     Code.NOT_OPERATOR: "name the key file of an operator with --identity FILE",
     Code.NOT_SPONSOR: "name the key file of the agent's sponsor with --identity FILE",
     Code.SEVERAL_TARGETS: "ask for each target with its own request",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ringfence.client.admin.command_client import UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
@@ -39,6 +39,8 @@ from ringfence.messages.registry import (
     BackendSettings,
     Delegation,
     Entitlements,
+    HeldSubject,
+    Hold,
     ProvisionerSet,
     Provisioning,
     RequestRule,
@@ -52,6 +54,7 @@ from ringfence.messages.registry import (
     UserAddKey,
     UserDisable,
     UserEndKey,
+    UserReviewCompromise,
     UserSet,
     VerbFloor,
 )
@@ -205,6 +208,7 @@ class Administrator(CommandClient):
         reason: str,
         compromised: bool = False,
         since_ms: int | None = None,
+        holds: Sequence[HeldSubject] = (),
     ) -> Accepted:
         """End the key `kid` of a user, as that user or as an operator. What it signed stays valid.
 
@@ -213,7 +217,10 @@ class Administrator(CommandClient):
                 back.
             since_ms: of a compromised key, and then required: the append time since which it may have been in other
                 hands. Where an operator signs, no key of others that it gave since then approves anything; 0 of an
-                operator's key may be the whole organisation.
+                operator's key may be the whole organisation. More than 30 days back, nothing happens until a second
+                operator reports the same key.
+            holds: what else rests on the key (`KeyCompromise.resting`), at most `MAX_HELD`. It is refused until
+                somebody entitled sets it anew.
         """
         return await self._command(
             UserEndKey,
@@ -222,6 +229,26 @@ class Administrator(CommandClient):
             reason=reason,
             compromised=compromised or None,
             since_ms=since_ms,
+            holds=tuple(holds) or None,
+        )
+
+    async def review_compromise(
+        self, user_id: str, hold: Hold, outcome: Literal["void", "lift"], *, reason: str
+    ) -> Accepted:
+        """Confirm (`void`) or lift a report of a compromised key, as an operator who is neither its signer nor
+        `user_id`, and rests on neither; or as the root.
+
+        Args:
+            hold: the report, as the record of the key's user has it.
+            outcome: `void` confirms it, `lift` frees what it holds.
+        """
+        return await self._command(
+            UserReviewCompromise,
+            user_id=user_id,
+            report=hold.report,
+            report_digest=hold.report_digest,
+            outcome=outcome,
+            reason=reason,
         )
 
     async def set_provisioner(

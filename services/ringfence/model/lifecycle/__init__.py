@@ -16,6 +16,14 @@ from ringfence.model.lifecycle.agents import REUSE_AFTER_S
 from ringfence.model.lifecycle.apply import apply, by_person, command_subject, may_widen, subject_key
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context, KeyUse
 from ringfence.model.lifecycle.evidence import may_be_dropped, still_needed
+from ringfence.model.lifecycle.holds import (
+    check_hold,
+    elements_set_by,
+    held_keys,
+    hold_of,
+    hold_text,
+    is_apart,
+)
 from ringfence.model.lifecycle.key_history import (
     NO_HISTORY,
     WAIT_S,
@@ -46,7 +54,13 @@ __all__ = [
     "apply",
     "by_person",
     "check_endorsement",
+    "check_hold",
     "command_subject",
+    "elements_set_by",
+    "held_keys",
+    "hold_of",
+    "hold_text",
+    "is_apart",
     "may_be_dropped",
     "may_widen",
     "still_needed",

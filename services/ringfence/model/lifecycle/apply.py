@@ -7,6 +7,7 @@ from typing import Any
 from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     AgentActivate,
+    AgentRegister,
     AgentRenewKey,
     AgentReportReuse,
     AgentResume,
@@ -28,12 +29,14 @@ from ringfence.messages.registry import (
     UserAddKey,
     UserDisable,
     UserEndKey,
+    UserReviewCompromise,
     UserSet,
     UserState,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle.agents import apply_to_agent
 from ringfence.model.lifecycle.context import CommandRefusedError, Context, operator_only
+from ringfence.model.lifecycle.holds import check_not_held, elements_set_by, hold_other, review, without_parts
 from ringfence.model.lifecycle.provisioners import BY_PROVISIONERS, apply_to_provisioner
 from ringfence.model.lifecycle.tasks import apply_to_task
 from ringfence.model.lifecycle.users import apply_to_user
@@ -70,7 +73,15 @@ def by_person(command: Command) -> bool:
 
 def apply(state: AnyState | None, command: Command, context: Context) -> AnyState:
     """Return the state after `command`. Raises CommandRefusedError with a reason; a refused command changes nothing."""
+    grants = may_widen(command) or isinstance(
+        command, AgentRegister | AgentRenewKey | TaskAssign | TaskDelegate
+    )
+    check_not_held(command, context, widens=grants)
     if state is not None and subject_key(state) != command_subject(command, context.command_id):
+        if isinstance(command, UserReviewCompromise):
+            return review(state, command, context)
+        if isinstance(command, UserEndKey):
+            return hold_other(state, subject_key(state), command, context)
         raise CommandRefusedError("the command is about another subject", code=Code.WRONG_SUBJECT)
     if may_widen(command) and command.iat < context.last_signed_s:
         raise CommandRefusedError(
@@ -82,6 +93,14 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
             f"{context.actor.user_id} is a provisioner, which only sets and disables users",
             code=Code.PROVISIONER_ONLY,
         )
+    new = _applied(state, command, context)
+    if isinstance(command, UserEndKey | UserReviewCompromise) or state is None or not state.holds:
+        return new
+    anew = frozenset(elements_set_by(command)) if grants else frozenset()
+    return new.model_copy(update={"holds": without_parts(state, anew)})
+
+
+def _applied(state: AnyState | None, command: Command, context: Context) -> AnyState:
     # The type of the state follows from its kind, which was just compared.
     held: Any = state
     match command:
@@ -93,6 +112,8 @@ def apply(state: AnyState | None, command: Command, context: Context) -> AnyStat
             return apply_to_target(held, command, context)
         case TaskAssign() | TaskDelegate() | TaskEnd():
             return apply_to_task(held, command, context)
+        case UserReviewCompromise():
+            return review(held, command, context)
         case _:
             return apply_to_agent(held, command, context)
 
@@ -116,7 +137,7 @@ def command_subject(command: Command, command_id: str) -> tuple[SubjectKind, str
     `command_id` is the UUIDv5 of its (`iss`, `jti`): the id of a new task.
     """
     match command:
-        case UserSet() | UserDisable() | UserAddKey() | UserEndKey():
+        case UserSet() | UserDisable() | UserAddKey() | UserEndKey() | UserReviewCompromise():
             return "user", command.user_id
         case ProvisionerSet() | ProvisionerLink():
             return "user", command.provisioner_id

@@ -17,12 +17,13 @@ from ringfence.messages.registry import (
     AgentState,
     AgentTransferConsent,
     Delegation,
+    Hold,
     Role,
     TaskState,
     UserState,
 )
 from ringfence.model.identity.attestation import problem, selector_id
-from ringfence.model.lifecycle.key_history import NO_HISTORY, KeyHistory, KeyProof
+from ringfence.model.lifecycle.key_history import NO_HISTORY, KeyHistory, KeyOrigin, KeyProof
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
 
@@ -48,6 +49,12 @@ class Actor:
     """The signing agent's state at that time. Agents may give few commands."""
     is_service: bool = False
     """Whether a service signed it. Services only report what other signatures prove."""
+    kid: str = ""
+    """The key that signed the command."""
+    origin: KeyOrigin | None = None
+    by_passkey: bool = False
+    hold: Hold | None = None
+    """Why the signer grants nothing: their record rests on a compromised key."""
 
     @property
     def is_root(self) -> bool:
@@ -78,6 +85,10 @@ class Context:
     """The UUIDv5 of (`iss`, `jti`): the id of what the command creates."""
     roles_of: Callable[[str], frozenset[Role]]
     """Returns the roles that a user had at that time."""
+    at_ms: int = 0
+    """The append time of the command, in milliseconds."""
+    command_digest: str = ""
+    """SHA-256 of the command (compact JWS)."""
     last_signed_s: int = 0
     """The latest `iat` of the commands that led to the state, in seconds."""
     consent_by: str | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from ringfence.messages.registry import (
     AgentRenewKey,
@@ -19,6 +19,7 @@ from ringfence.messages.registry import (
     UserSet,
 )
 from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.lifecycle.holds import elements_set_by
 
 T = TypeVar("T")
 
@@ -59,9 +60,42 @@ def _needed_since(commands: Sequence[tuple[Command, T]], latest: Command) -> lis
     elif isinstance(latest, UserSet) and len(commands) > 1:
         # Only the entitlements (or the name) changed, and changed again: the command in between is not needed.
         (first, _), (between, _) = commands[-2:]
-        if _same_standing(first, between, latest) and not _by_oneself(latest):
+        same = _givers(commands[:-1], latest) == _givers(commands, latest)
+        if same and _same_standing(first, between, latest) and not _by_oneself(latest):
             return [item for _, item in commands[:-1]]
-    return [item for command, item in commands if not isinstance(command, superseded)]
+    kept = 0
+    left = list(commands)
+    for at in reversed(range(len(commands))):
+        if not isinstance(commands[at][0], superseded):
+            continue
+        rest = left[:at] + left[at + 1 :]
+        if kept == MAX_FIRST_GIVERS or _givers(rest, latest) == _givers(left, latest):
+            left = rest
+        else:
+            kept += 1
+    return [item for _, item in left]
+
+
+MAX_FIRST_GIVERS: Final = 16
+"""The most superseded commands of one type that stay because they gave something first. Beyond, the oldest go."""
+
+
+def _givers(commands: Sequence[tuple[Command, Any]], latest: Command) -> dict[tuple[str, str], str]:
+    """Return the `jti` of the command that gave each element of what `latest` sets, and gave it without a break since.
+
+    Who gave something decides what ends with a compromised key (`holds`).
+    """
+    givers: dict[tuple[str, str], str] = {}
+    parts = elements_set_by(latest)
+    for command in (*(command for command, _ in commands), latest):
+        for part, elements in elements_set_by(command).items():
+            if part in parts:
+                before = {key: by for key, by in givers.items() if key[0] != part}
+                same = {
+                    (part, one): givers.get((part, one), f"{command.iss} {command.jti}") for one in elements
+                }
+                givers = before | same
+    return givers
 
 
 def _without_stops_of(iss: str, commands: Sequence[tuple[Command, T]]) -> list[T]:

@@ -22,6 +22,7 @@ from ringfence.model.lifecycle.context import (
     ended_keys,
     operator_only,
 )
+from ringfence.model.lifecycle.holds import report
 from ringfence.model.lifecycle.provisioners import disable_by_provisioner, provisioned_of, set_by_provisioner
 from ringfence.model.scope.scope import missing
 
@@ -184,6 +185,14 @@ def _end_key(state: UserState, command: UserEndKey, context: Context) -> UserSta
             f"{state.user_id} has no key {command.kid}; see: ringfence user keys {state.user_id}",
             code=Code.UNKNOWN_KEY,
         )
+    if command.holds and not context.actor.is_root:
+        operator_only(context, "hold what rests on a compromised key")
+    reported, acts = None, True
+    if command.compromised and context.actor.is_operator:
+        reported, acts = report(state, command, context)
+    holds = (*state.holds, reported) if reported else state.holds
+    if reported and not acts:
+        return state.model_copy(update={"holds": holds})
     ended = {command.kid}
     if command.compromised:
         ended |= context.key_history.added_by(command.kid)
@@ -194,12 +203,12 @@ def _end_key(state: UserState, command: UserEndKey, context: Context) -> UserSta
     if command.since_ms is None:
         return state.model_copy(update={"keys": keys})
     # It voids what others have now: only for an operator's word, since anybody may end a key of their own.
-    since_ms = command.since_ms if context.actor.is_operator else context.at_s * 1000
+    since_ms = reported.since_ms if reported else context.at_s * 1000
     known = state.compromised or {}
     new = {
         key.kid: min(since_ms, known.get(key.kid, since_ms)) for key in keys if key.kid in ended
     }  # an earlier time adds to what ends, a later one takes nothing back
-    return state.model_copy(update={"keys": keys, "compromised": {**known, **new}})
+    return state.model_copy(update={"keys": keys, "compromised": {**known, **new}, "holds": holds})
 
 
 def _left_to_provisioner(state: UserState | None, command: UserSet) -> Provisioned | None:

@@ -14,6 +14,7 @@ from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentState, AnyState, UserState
+from ringfence.model.lifecycle import held_keys
 
 DAY_S: Final = 86_400
 WARN_BEFORE_S: Final = (14 * DAY_S, 3 * DAY_S, DAY_S)
@@ -63,13 +64,14 @@ def is_lost(lease: Lease, agent: AgentState) -> bool:
 
     It is also True if the key is unknown. A request after such a key had ended was not made with it.
     """
-    if not agent.compromised:
+    lost = {*agent.compromised, *held_keys(agent)}
+    if not lost:
         return False
     kids = [lease.key_thumbprint] if lease.agent_id == agent.agent_id else []
     kids += [one.key_thumbprint for one in lease.delegators or () if one.agent_id == agent.agent_id]
     if not kids or None not in kids:
-        return any(kid in agent.compromised for kid in kids)
-    ends = [key.not_after for key in agent.keys if key.kid in agent.compromised]
+        return any(kid in lost for kid in kids)
+    ends = [key.not_after for key in agent.keys if key.kid in lost]
     return lease.requested_at_ms < max(ends, default=0) * 1000
 
 

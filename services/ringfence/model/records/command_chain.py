@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.claims import LEEWAY_S
-from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, parse, verify
+from ringfence.kernel.crypto.jws import Signed, UnverifiedJws, is_by_passkey, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
@@ -48,6 +48,7 @@ from ringfence.messages.registry import (
     UserDisable,
     UserEndKey,
     UserRecord,
+    UserReviewCompromise,
     UserSet,
     UserState,
 )
@@ -65,6 +66,7 @@ from ringfence.model.lifecycle import (
     SignerKey,
     apply,
     by_person,
+    hold_of,
     subject_key,
 )
 from ringfence.model.records.consent import Consent, verified_consent
@@ -116,6 +118,11 @@ class Authorised:
         return message_id(self.signed.claims.iss, self.signed.claims.jti)
 
     @property
+    def digest(self) -> str:
+        """SHA-256 of the command (compact JWS)."""
+        return digest(self.signed.compact)
+
+    @property
     def consent_by(self) -> str | None:
         """The user who consented."""
         return self.consent.user_id if self.consent else None
@@ -127,7 +134,9 @@ RecordLookup = Callable[[SubjectKind, str], AnyRecord | None]
 """The same for records of any kind."""
 BY_AGENTS = (TaskDelegate, TaskEnd, AgentRenewKey)
 """Commands that agents may give too."""
-_ABOUT_USERS = (UserSet, UserDisable, UserAddKey, UserEndKey, ProvisionerSet, ProvisionerLink)
+_ABOUT_USERS = (
+    UserSet, UserDisable, UserAddKey, UserEndKey, UserReviewCompromise, ProvisionerSet, ProvisionerLink
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +207,7 @@ class Chains:
         own_agent = own if isinstance(own, AgentState) else None
         own = own if isinstance(own, UserState) else None
         signed = verify(
-            jws, model, lambda iss, kid: self.signer_key(model, iss, kid, appended_at_ms, own, own_agent),
+            jws, model, lambda iss, kid: self.signer_key(model, iss, kid, appended_at_ms, own, own_agent, jws),
             audience=self._trust.trust_domain, appended_at_ms=appended_at_ms,
         )  # fmt: skip
         if model is AgentReportReuse:
@@ -207,6 +216,7 @@ class Chains:
             actor = self._actor(signed.claims.iss, appended_at_ms, own, own_agent)
         people = self._people(appended_at_ms, own, own_keys)
         origin = people.origin_of(actor.user_id, jws.header.kid) if actor.user_id else None
+        actor = replace(actor, kid=jws.header.kid, origin=origin, by_passkey=is_by_passkey(jws.compact))
         signer = SignerKey(actor.user_id, jws.header.kid, origin)
         consent, consent_problem, proof, proof_problem = None, None, None, None
         try:
@@ -246,16 +256,20 @@ class Chains:
         at_ms: int,
         own: UserState | None = None,
         own_agent: AgentState | None = None,
+        jws: UnverifiedJws | None = None,
     ) -> VerificationKey | None:
         """The key `kid` of `iss` if it may sign commands of this type at `at_ms`; else None.
 
-        An agent's renewal is verified by its former keys too: a repeat is answered again, and another message shows
-        that a former key is in other hands.
+        A report of a compromised key (`jws`) is verified by the key that it answers too. An agent's renewal is verified
+        by its former keys too: a repeat is answered again, and another message shows that a former key is in other
+        hands.
         """
         if model is AgentReportReuse:
             return self._trust.finder(*model.signed_by, at_s=at_ms / 1000)(iss, kid)
         key: VerificationKey | None = self._trust.root_key(iss, kid, at_ms / 1000)
         key = key or self.command_key(iss, kid, at_ms, own)
+        if key is None and model is UserEndKey and jws is not None:
+            return self._accused_key(jws, iss, kid, at_ms, own)
         if key is not None or model not in BY_AGENTS:
             return key
         agent = self._agent_of(iss, at_ms, own_agent)
@@ -278,6 +292,23 @@ class Chains:
         """As `user_key`, but for commands: provisioners give some too."""
         user = self._user_of(iss, at_ms, own)
         return self._key_of(user, kid, at_ms) if user else None
+
+    def _accused_key(
+        self, jws: UnverifiedJws, iss: str, kid: str, at_ms: int, own: UserState | None
+    ) -> VerificationKey | None:
+        """An ended key that a report accuses, while that is not reviewed: it may report the reporter's key alone."""
+        user = self._user_of(iss, at_ms, own)
+        claims = jws.unverified_claims(UserEndKey)  # only to know whom it accuses: `verify` comes next
+        if user is None or not claims.compromised or kid not in (user.compromised or ()):
+            return None
+        keys = tuple(
+            key.model_copy(update={"not_after": at_ms // 1000 + 1})
+            for key in user.keys
+            for one in user.holds
+            if key.kid == kid and one.user_id == user.user_id and one.status == "held"
+            if (one.by, one.by_kid) == (claims.user_id, claims.kid) and key.not_after == one.at_ms // 1000
+        )
+        return user_key(keys[:1], kid, at_ms / 1000, self._trust)
 
     def agent_key(self, iss: str, kid: str, at_ms: int) -> PublicKey | None:
         """The key `kid` of the agent `iss` if it was valid at `at_ms`, whatever the agent's status; else None."""
@@ -334,9 +365,9 @@ class Chains:
         Raises ChainError if the user's record does not verify.
         """
         history = self._history(user_id)
-        return self._key_history_at(user_id, history.appended_ms[-1] + 1) if history else NO_HISTORY
+        return self.key_history_at(user_id, history.appended_ms[-1] + 1) if history else NO_HISTORY
 
-    def _key_history_at(self, user_id: str, at_ms: int) -> KeyHistory:
+    def key_history_at(self, user_id: str, at_ms: int) -> KeyHistory:
         """Where the keys of a user came from just before `at_ms`. Raises ChainError."""
         history = self._history(user_id)
         if history is None or self.user_at(user_id, at_ms) is None:
@@ -516,6 +547,8 @@ class Chains:
         context = Context(
             actor=given.actor,
             at_s=at_ms // 1000,
+            at_ms=at_ms,
+            command_digest=given.digest,
             command_id=given.command_id,
             roles_of=lambda user_id: self.roles_at(user_id, at_ms),
             task_at=lambda task_id: self.task_at(task_id, at_ms),
@@ -553,7 +586,7 @@ class Chains:
         def origin_of(user_id: str, kid: str) -> KeyOrigin | None:
             if own is not None and own.user_id == user_id:
                 return own_keys.origins.get(kid)
-            return self._key_history_at(user_id, at_ms).origins.get(kid)
+            return self.key_history_at(user_id, at_ms).origins.get(kid)
 
         return PeopleThen(find_key, roles_of, origin_of)
 
@@ -564,12 +597,12 @@ class Chains:
             agent = self._agent_of(iss, at_ms, own_agent)
             if agent is None:  # whose key then was it?
                 raise ChainError(f"there was no agent {agent_id} then")
-            return Actor(None, frozenset(), agent=agent)
+            return Actor(None, frozenset(), agent=agent, hold=hold_of(agent))
         user = self._user_of(iss, at_ms, own)
         if user is None:  # whose key then was it?
             raise ChainError(f"there was no user {iss} then")
         by = user.provisioned.by if user.provisioned else None
-        return Actor(user.user_id, frozenset(user.roles), user.delegation, by)
+        return Actor(user.user_id, frozenset(user.roles), user.delegation, by, hold=hold_of(user))
 
     def _key_of(self, user: UserState, kid: str, at_ms: int) -> VerificationKey | None:
         return user_key(user.keys, kid, at_ms / 1000, self._trust)

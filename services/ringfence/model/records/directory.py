@@ -40,7 +40,15 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, RUN, TARGET, TASK, USER
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
-from ringfence.model.lifecycle import NO_HISTORY, Giver, KeyHistory, KeyOrigin, may_be_dropped
+from ringfence.model.lifecycle import (
+    NO_HISTORY,
+    Giver,
+    KeyHistory,
+    KeyOrigin,
+    check_hold,
+    held_keys,
+    may_be_dropped,
+)
 from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
 from ringfence.model.records.runs import RunTable
 from ringfence.model.records.user_keys import user_key
@@ -415,7 +423,9 @@ class Directory:
         if found is None or agent_id is None:
             return None
         origin = self.agent_key_history(agent_id).origins.get(kid)
-        return None if origin is None or self.compromised_giver(origin) else found
+        if origin is None or entry is None or kid in held_keys(entry.state) or self.compromised_giver(origin):
+            return None
+        return found
 
     def user_key(self, iss: str, kid: str, at_s: float) -> VerificationKey | None:
         """The key `kid` of the active user `iss` if it is valid at `at_s` (seconds), by the present record. Raises
@@ -462,11 +472,14 @@ class Directory:
         return None
 
     def check_vouchers(self, iss: str, kid: str) -> Verdict:
-        """Check that the key `kid` of the user or agent `iss` rests on no compromised key.
+        """Check that neither the key `kid` of the user or agent `iss` nor their record rests on a compromised key.
 
         A key that does gives nothing more, also before somebody ends it (ADR 0087). Raises ChainError.
         """
         user_id, agent_id = (subject_of(self._trust.trust_domain, iss, kind) for kind in ("user", "agent"))
+        entry = self.user(user_id) if user_id else self.agent(agent_id or "")
+        if entry is not None and isinstance(verdict := check_hold(entry.state, kid), Refused):
+            return verdict
         history = self.key_history(user_id) if user_id else self.agent_key_history(agent_id or "")
         origin = history.origins.get(kid)
         giver = self.compromised_giver(origin) if origin is not None else None

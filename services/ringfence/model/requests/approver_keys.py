@@ -18,7 +18,7 @@ from ringfence.messages.codes import Code
 from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import FloorKey, TargetState
 from ringfence.model.identity.spiffe_ids import subject_of
-from ringfence.model.lifecycle import KeyOrigin
+from ringfence.model.lifecycle import KeyOrigin, check_hold
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import RecordContext
@@ -72,6 +72,11 @@ def check_approver_key(
         signer = _key_of(approval, directory)
     except ChainError as error:
         return _refused(Code.RECORD_UNTRUSTED, str(error))
+    entry = directory.user(signer.user_id) if signer is not None else None
+    if signer is not None and entry is not None:
+        held = check_hold(entry.state, signer.key.kid)
+        if isinstance(held, Refused):
+            return _refused(Code.RESTS_ON_COMPROMISED, held.reason.message)
     if signer is None:
         message = f"the record of {approval.claims.iss} does not say where this key comes from"
         return _refused(Code.KEY_UNKNOWN, message)

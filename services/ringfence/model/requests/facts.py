@@ -18,6 +18,7 @@ from ringfence.messages.registry import (
     AgentRegister,
     AgentState,
     AgentTransfer,
+    AnyState,
     ApprovalClass,
     TargetState,
     TaskState,
@@ -25,6 +26,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.lifecycle import hold_of, hold_text
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import check_enrolment, enrolment_of, ref_of
@@ -314,6 +316,7 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
         records.user.state,
         records.target.state,
     )
+    found += _held(records)
     found += _agent_violations(agent, records.sponsor)
     for step in records.delegations:
         found += _agent_violations(step.agent.state, step.sponsor)
@@ -359,6 +362,24 @@ def _status_violations(records: RecordContext, wanted: Scope, now_s: float) -> l
             )
             found.append(_reason(Code.VERB_UNKNOWN, message, permission, "target"))
     return found
+
+
+def _held(records: RecordContext) -> Iterator[Reason]:
+    """A violation for each record that rests on a compromised key."""
+    states: dict[str, AnyState] = {}
+    for agent, sponsor, task in (
+        (records.agent, records.sponsor, records.task),
+        *((step.agent, step.sponsor, step.task) for step in records.delegations),
+    ):
+        states[f"agent {agent.state.agent_id}"] = agent.state
+        states[f"task {task.state.task_id}"] = task.state
+        if sponsor is not None:
+            states[f"user {sponsor.state.user_id}"] = sponsor.state
+    states[f"user {records.user.state.user_id}"] = records.user.state
+    states[f"target {records.target.state.target_id}"] = records.target.state
+    for what, state in states.items():
+        if (hold := hold_of(state)) is not None:
+            yield _reason(Code.RESTS_ON_COMPROMISED, hold_text(what, hold))
 
 
 def _agent_violations(agent: AgentState, sponsored_by: VerifiedRecord[UserState] | None) -> Iterator[Reason]:

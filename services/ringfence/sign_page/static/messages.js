@@ -302,6 +302,7 @@ function endKey(claims, evidence) {
       row("Key", `${key.use === "webauthn" ? "passkey" : "key file"} ${name(claims.kid)}`, "code"),
       row("May be in other hands", claims.compromised ? "yes: keys that it added end too" : "no"),
       ...(claims.compromised || claims.since_ms !== undefined ? [row("Since", moment(Math.floor(int(claims.since_ms) / 1000)))] : []),
+      ...(claims.holds ?? []).map((one) => row("Holds", `${one.kind} ${name(one.id)}: ${one.parts.map(name).join(", ")}`)),
       ...reason(claims),
     ],
     warnings,
@@ -418,7 +419,7 @@ const MESSAGES = {
   "grant.withdraw": entry(grantWithdraw, ["grant_id", "reason"]),
   "break_glass.review": entry(review, ["request_id", "decision_digest", "agent_id", "note"], false),
   "revocation.request": entry(revocation, ["kind", "lease_id", "selector", "reason"], false),
-  "user.end-key": entry(endKey, ["user_id", "kid", "reason", "compromised", "since_ms"]),
+  "user.end-key": entry(endKey, ["user_id", "kid", "reason", "compromised", "since_ms", "holds"]),
   "agent.suspend": entry(
     agentCommand("Suspend", "Suspend", false, ["Its leases end, and nothing is issued."]), ["agent_id", "reason"],
   ),
