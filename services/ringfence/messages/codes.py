@@ -590,7 +590,7 @@ class Code(StrEnum):
     """The life is longer than was asked for or is allowed; ask for a shorter one."""
 
     # Targets and backends
-    ACCESS_MISSING = "access_missing"
+    ACCESS_MISSING = "access_missing", 503
     """The broker's own credentials for a target are not configured, or not where the reference says."""
     BACKEND_CANNOT = "backend_cannot"
     """The backend of the target cannot make a credential for exactly this scope."""
@@ -599,7 +599,7 @@ class Code(StrEnum):
     BACKEND_UNKNOWN = "backend_unknown"
     """The target wants a kind of credential that this issuer does not make."""
     DELIVERY_GATEWAY_ONLY = "delivery_gateway_only"
-    """The secret of this target is never handed out; ask for delivery to the gateway."""
+    """Credentials of this target go to gateways only; ask for delivery to the gateway."""
     RULE_NOT_UNDERSTOOD = "rule_not_understood"
     """The map of the target has a rule with a field that is not known here."""
     TARGET_INVALID = "target_invalid"
