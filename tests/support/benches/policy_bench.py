@@ -110,7 +110,7 @@ class PolicyBench:
             "request_id": asked.request_id,
             "request_digest": digest(asked.request),
             "ttl_s": asked.ttl_s,
-            "delivery": asked.delivery or "agent",
+            "delivery": asked.delivery,
             "revisions": asked.revisions,
         }
         return sign(self.world.claims(Approval, by, **{**given, **fields}), by.key)

@@ -132,7 +132,6 @@ class CredentialMapper(RecordMapper):
         if facts is not None:
             embedded.append("credential.request")
             facts.decision = claims.jti
-            facts.delivery = claims.delivery
             facts.policy_revision = claims.revisions.policy if claims.revisions is not None else None
             signed_by = zip([*claims.approvals, *(claims.grants or ())], [*approvers, *grantors], strict=True)
             known = [(user, kid_of(compact)) for compact, user in signed_by if user is not None]
