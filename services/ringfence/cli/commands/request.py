@@ -78,8 +78,8 @@ def request(
         Delivery | None,
         typer.Option(
             "--delivery",
-            help="To whom the credential goes; as the target says, if not given. gateway: it is injected there, and "
-            "the agent gets the lease's handle. agent is denied where the target says gateway.",
+            help="To whom the credential goes; the target's if not given. A gateway injects it, and the agent gets "
+            "the lease's handle.",
         ),
     ] = None,
     break_glass: Annotated[

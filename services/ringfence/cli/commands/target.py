@@ -155,8 +155,8 @@ def add(
         Delivery | None,
         typer.Option(
             "--delivery",
-            help="gateway: credentials go to gateways alone, and a request for the agent is denied. agent: a request "
-            "may name either. If not given: gateway where requests are mapped and a gateway can inject it, else agent.",
+            help="gateway denies requests for delivery to the agent; the default where requests are mapped and a gateway "
+            "can inject the credential, else agent.",
         ),
     ] = None,
     public_key: PublicKeyOption = None,
