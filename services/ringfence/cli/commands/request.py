@@ -194,7 +194,8 @@ def _use_lines(lease: GatewayCredential, own: ClientSettings, key: Path | None) 
     yield "the path at the target for PATH:"
     if socket is not None:
         name = str(_nearest(socket))
-        yield f"  curl --unix-socket {shlex.quote(name)} \\"
+        yield "  curl \\"
+        yield f"    --unix-socket {shlex.quote(name)} \\"
         yield f"    -H {shlex.quote(header)} \\"
         yield f"    http://gateway/{path}"
         yield "or in Python:"
@@ -205,7 +206,7 @@ def _use_lines(lease: GatewayCredential, own: ClientSettings, key: Path | None) 
     elif door.startswith("http"):
         yield f"  httpx.get('{door.rstrip('/')}/{path}', auth=DpopAuth("
         yield f"    '{lease.handle}',"
-        yield f"    SigningKey.load({str(key or own.identity)!r})))"
+        yield f"    SigningKey.load({str(key or own.identity or 'KEY')!r})))"
         yield "with DpopAuth and SigningKey from ringfence. curl needs the task's socket: set"
         yield "RINGFENCE_GATEWAY_SOCKETS to the gateway's folder."
     else:

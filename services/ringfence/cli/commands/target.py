@@ -155,8 +155,8 @@ def add(
         Delivery | None,
         typer.Option(
             "--delivery",
-            help="gateway denies requests for delivery to the agent; the default where requests are mapped and a gateway "
-            "can inject the credential, else agent.",
+            help="gateway denies requests for delivery to the agent; the default where requests are mapped and a "
+            "gateway can inject the credential, else agent.",
         ),
     ] = None,
     public_key: PublicKeyOption = None,
