@@ -590,7 +590,7 @@ class Code(StrEnum):
     """The life is longer than was asked for or is allowed; ask for a shorter one."""
 
     # Targets and backends
-    ACCESS_MISSING = "access_missing", 503
+    ACCESS_MISSING = "access_missing"
     """The broker's own credentials for a target are not configured, or not where the reference says."""
     BACKEND_CANNOT = "backend_cannot"
     """The backend of the target cannot make a credential for exactly this scope."""
