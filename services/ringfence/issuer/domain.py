@@ -341,7 +341,7 @@ def _check_terms(decision: Decision, facts: RequestContext, terms: Terms, *, unc
         message = f"the decision gives {claims.ttl_s} s, break glass {BREAK_GLASS_TTL_S} s at most"
         raise _RefusedError(_reason(Code.TTL_TOO_LONG, message), finding=True)
     if claims.delivery == "agent" and target.delivery == "gateway":
-        message = f"credentials of {target.target_id} go to gateways only"
+        message = f"credentials of {target.target_id} go to gateways only; ask for delivery to the gateway"
         raise _RefusedError(_reason(Code.DELIVERY_GATEWAY_ONLY, message), finding=unchanged)
     if claims.delivery != facts.delivery:
         message = f"asked was delivery to the {facts.delivery}, decided was to the {claims.delivery}"
