@@ -48,7 +48,6 @@ async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str
             "task_id": task_id,
             "scope": [{"target": target, "verbs": [verb], "resources": [resource]}],
             "ttl_s": 300,
-            "delivery": "agent",
             "reason": "an example without the SDK",
             "reply_key": public,
         },
@@ -75,7 +74,7 @@ async def ask(key_file: str, task_id: str, target: str, verb: str, resource: str
                     continue
                 decision = jwt.decode(reply["decision"], options={"verify_signature": False})
                 if decision["outcome"] != "approval_required" and (
-                    "delivery" in reply or "refusal" in reply or decision["outcome"] == "denied"
+                    "lease" in reply or "refusal" in reply or decision["outcome"] == "denied"
                 ):
                     return {**reply, "decision": decision}
         raise AssertionError("not reached")
@@ -104,9 +103,11 @@ if __name__ == "__main__":
     answer = asyncio.run(ask(*sys.argv[1:6]))
     delivery = answer.get("delivery")
     credential = jwt.decode(delivery, options={"verify_signature": False})["credential"] if delivery else None
+    lease = jwt.decode(answer["lease"], options={"verify_signature": False}) if "lease" in answer else {}
     print(json.dumps({
         "request_id": answer["request_id"],
         "outcome": answer["decision"]["outcome"],
         "reasons": answer["decision"].get("reasons", []),
         "credential": {k: v for k, v in credential.items() if k != "value"} if credential else None,
+        "lease": lease.get("lease_id"),  # without a credential, it is the handle for the gateway
     }))  # fmt: skip

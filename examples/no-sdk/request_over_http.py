@@ -60,7 +60,7 @@ def ask(key_file: str, task_id: str, target: str, verb: str, resource: str) -> d
     claims = {
         "iss": identity["id"], "aud": TRUST_DOMAIN, "iat": now, "exp": now + 60, "jti": str(uuid.uuid4()),
         "task_id": task_id, "scope": [{"target": target, "verbs": [verb], "resources": [resource]}],
-        "ttl_s": 300, "delivery": "agent", "reason": "an example over HTTP",
+        "ttl_s": 300, "reason": "an example over HTTP",
         "reply_key": {name: reply_key.as_dict(private=False)[name] for name in ("kty", "crv", "x", "y")},
     }  # fmt: skip
     header = {"alg": gateway.alg, "kid": key.thumbprint(), "typ": "ringfence.credential.request+jwt"}
@@ -82,6 +82,11 @@ def ask(key_file: str, task_id: str, target: str, verb: str, resource: str) -> d
         if "delivery" in reply:
             credential = verified(reply["delivery"], "credential.delivery", "issuer", trusted)["credential"]
             return {"outcome": "allowed", "credential": {k: v for k, v in credential.items() if k != "value"}}
+        if "lease" in reply:  # the credential is at the gateway
+            return {
+                "outcome": "allowed",
+                "lease": verified(reply["lease"], "lease", "issuer", trusted)["lease_id"],
+            }
         if decision["outcome"] == "denied":
             return {"outcome": "denied", "reasons": decision["reasons"]}
         print(f"{decision['outcome']}: waiting", file=sys.stderr)

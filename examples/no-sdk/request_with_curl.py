@@ -22,7 +22,7 @@ def verified(signed: str, type: str, keys: dict[str, Any]) -> dict[str, Any]:
 me = json.loads(Path(RUN, "key.json").read_text() if RUN else Path(os.environ["RINGFENCE_IDENTITY"]).read_text())
 key, reply_key = import_key(me["jwk"]), ECKey.generate_key("P-256")
 claims = {"iss": me["id"], "aud": os.environ["RINGFENCE_TRUST_DOMAIN"], "iat": now, "exp": now + 60, "task_id": task,
-          "jti": str(uuid.uuid4()), "ttl_s": 300, "delivery": "agent", "reason": "an example without the SDK",
+          "jti": str(uuid.uuid4()), "ttl_s": 300, "reason": "an example without the SDK",
           "scope": [{"target": target, "verbs": [verb], "resources": [resource]}],
           "reply_key": {name: reply_key.as_dict(private=False)[name] for name in ("kty", "crv", "x", "y")},
           **({"enrolment": Path(RUN, "enrolment.jws").read_text()} if RUN else {})}
@@ -43,5 +43,7 @@ while True:  # one reply after the other: those about approvals come before the 
         if "delivery" in reply:
             delivery = verified(reply["delivery"], "credential.delivery", keys["issuer"])
             sys.exit(print("allowed:", delivery["credential"]["kind"]))  # and its "value", which nobody should print
+        if "lease" in reply:  # the credential is at the gateway
+            sys.exit(print("allowed: lease", verified(reply["lease"], "lease", keys["issuer"])["lease_id"]))
         if decision["outcome"] == "denied" or "refusal" in reply:
             sys.exit(f"denied: {reply.get('refusal') or decision['reasons']}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ringfence.client.agent.credentials import RedisCredential as RedisCredential
     from ringfence.client.agent.credentials import SshCredential as SshCredential
     from ringfence.client.agent.credentials import TokenCredential as TokenCredential
+    from ringfence.client.agent.httpx_auth import DpopAuth as DpopAuth
     from ringfence.client.agent.replies import PendingRequest as PendingRequest
     from ringfence.client.approvals.action_approvals import PendingAction as PendingAction
     from ringfence.client.approvals.grants import Grantor as Grantor
@@ -108,6 +109,7 @@ __all__ = [
     "CredentialUseError",
     "Delegation",
     "Delivery",
+    "DpopAuth",
     "EnrolmentRefusedError",
     "GatewayCredential",
     "GitHubActions",
@@ -190,6 +192,7 @@ _MODULES = {
     "CredentialUseError": "ringfence.client.errors",
     "Delegation": "ringfence.messages.registry",
     "Delivery": "ringfence.messages.credential",
+    "DpopAuth": "ringfence.client.agent.httpx_auth",
     "EnrolmentRefusedError": "ringfence.client.errors",
     "GatewayCredential": "ringfence.client.agent.credentials",
     "GitHubActions": "ringfence.client.token_sources",

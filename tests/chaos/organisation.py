@@ -81,6 +81,7 @@ class Organisation:
             await olga.set_target(
                 target, description="a target", backend=backend, keys=[self.key("target", target)],
                 verbs=[VerbFloor(verb="read"), VerbFloor(verb="write")], requests=REQUESTS,
+                delivery="gateway" if "url" in (backend.model_extra or {}) else "agent",
             )  # fmt: skip
         for agent in self.agents:
             await self.administrators[self.sponsor_of(agent)].register_agent(

@@ -221,11 +221,11 @@ async def test_gateway_only_target_is_denied_to_the_agent_with_the_option_to_use
         office = await PolicyBench.open(world)
         static = BackendSettings.model_validate({"kind": "http", "url": "https://api.example"})
         await world.target("platform", verbs=VERBS, backend=static)
-        to_itself = await office.final(await office.ask())
+        to_itself = await office.final(await office.ask(delivery="agent"))
         assert (to_itself.outcome, codes(to_itself)) == ("denied", {"delivery_gateway_only"})
         assert "--delivery gateway" in to_itself.reasons[0].message
         # No two operators are asked for what cannot be: nothing could be handed out.
-        by_force = await office.final(await office.ask(break_glass=True))
+        by_force = await office.final(await office.ask(break_glass=True, delivery="agent"))
         assert (by_force.outcome, codes(by_force)) == ("denied", {"delivery_gateway_only"})
         to_gateway = await office.final(await office.ask(delivery="gateway"))
         assert (to_gateway.outcome, to_gateway.delivery) == ("allowed", "gateway")

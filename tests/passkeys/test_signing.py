@@ -169,6 +169,7 @@ async def hub(organisation: Organisation) -> AsyncIterator[Hub]:
                     RequestRule(method="GET", path="/{path*}", verb="read", resource="{path*}"),
                     RequestRule(method="DELETE", path="/{path*}", verb="write", resource="{path*}"),
                 ],
+                delivery="agent",
             )
         yield Hub(organisation, notes)
 

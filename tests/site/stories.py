@@ -15,6 +15,10 @@ class Story:
 
 _READER = "source tests/site/reader.sh\n"
 _CREDENTIAL = _READER + "source .ringfence/dev.sh\ncredential\n"
+_SOCKET = {
+    "curl --unix-socket .ringfence/tasks/$TASK.sock http": 'socket "$TASK"; '
+    "curl --unix-socket .ringfence/tasks/$TASK.sock http"
+}
 _ASSIGN = (
     'ringfence --identity .ringfence/users/maria.json task assign my-bot --purpose "try it" '
     "--allow 'platform:read,deploy:env/staging/*' --for 30m"
@@ -22,7 +26,7 @@ _ASSIGN = (
 
 GROUPS: dict[str, dict[str, Story]] = {
     "an agent": {
-        "docs/agents/README.md": Story(),
+        "docs/agents/README.md": Story(before=_READER, replaced=_SOCKET),
     },
     "the audit trail": {
         "docs/delegation.md": Story(),
@@ -48,9 +52,11 @@ GROUPS: dict[str, dict[str, Story]] = {
     },
     "approvals": {
         "docs/tutorial.md": Story(
+            before=_READER,
             replaced={
                 _ASSIGN: f"TASK=$({_ASSIGN.replace('ringfence ', 'ringfence --json ', 1)} | jq -r .task_id)",
                 "--task TASK": '--task "$TASK"',
+                "curl --unix-socket .ringfence/tasks/TASK.sock": 'socket "$TASK"; curl --unix-socket .ringfence/tasks/$TASK.sock',
                 "ringfence approvals approve REQUEST": "until REQUEST=$(ringfence --json approvals list | jq -er "
                 "'.[0].request_id'); do sleep 1; done; ringfence approvals approve \"$REQUEST\" --yes",
             },
@@ -71,10 +77,7 @@ GROUPS: dict[str, dict[str, Story]] = {
         ),
         "docs/gateway.md": Story(
             before=_READER,
-            replaced={
-                "curl --unix-socket .ringfence/tasks/$TASK.sock http": 'socket "$TASK"; '
-                "curl --unix-socket .ringfence/tasks/$TASK.sock http"
-            },
+            replaced=_SOCKET,
         ),
         "docs/http-access.md": Story(
             before=_READER,
@@ -87,7 +90,7 @@ GROUPS: dict[str, dict[str, Story]] = {
     "users": {
         "docs/sponsors/README.md": Story(),
         "docs/security/README.md": Story(),
-        "README.md": Story(),
+        "README.md": Story(before=_READER, replaced=_SOCKET),
         "docs/users.md": Story(
             before=_READER + "python -m tests.site.given login\n",
             replaced={

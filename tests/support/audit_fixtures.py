@@ -407,7 +407,7 @@ class AuditFixtures:
         """deploy-bot asks to deploy to staging."""
         bot = self.key("agent", "deploy-bot")
         return self.claims(CredentialRequest, bot, **{
-            "task_id": self.task, "scope": self.scope, "ttl_s": 300, "reason": "deploy build 421",
+            "task_id": self.task, "scope": self.scope, "ttl_s": 300, "delivery": "agent", "reason": "deploy build 421",
             "reply_key": REPLY_KEY.public, **fields,
         })  # fmt: skip
 

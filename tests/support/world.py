@@ -370,14 +370,18 @@ class World:
         requests: Sequence[RequestRule] = (),
         **fields: Any,
     ) -> Party:
-        """A new target with the backend `jwt`; the party returned is its resource server."""
+        """A new target with the backend `jwt`, whose credentials agents may get; the party returned is its resource
+        server.
+        """
         target = self.party("target", name)
+        backend = fields.pop("backend", BackendSettings(kind="jwt"))
         given = {
             "target_id": name,
             "description": "made by a test",
-            "backend": BackendSettings(kind="jwt"),
+            "backend": backend,
             "verbs": tuple(verbs),
             "requests": tuple(requests),
+            "delivery": "gateway" if backend.kind == "http" else "agent",
             "keys": (target.key_record(),),
         }
         await self.accepted(self.claims(TargetSet, self.operator, **{**given, **fields}), self.operator)

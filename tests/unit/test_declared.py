@@ -53,6 +53,14 @@ def test_only_what_the_gateway_enforces_is_never_handed_out() -> None:
         assert declared.delivery_refusals(target(kind, keys=False), "agent") == ()
 
 
+def test_target_with_gateway_floor_denies_delivery_to_agent() -> None:
+    floored = target("jwt").model_copy(update={"delivery": "gateway"})
+    (reason,) = declared.delivery_refusals(floored, "agent")
+    assert reason.code == "delivery_gateway_only"
+    assert "--delivery gateway" in reason.message
+    assert declared.delivery_refusals(floored, "gateway") == ()
+
+
 def test_a_backend_that_fails_counts_for_the_least(caplog: pytest.LogCaptureFixture) -> None:
     class Broken:
         kind, enforced_by = "broken", "target"

@@ -39,6 +39,34 @@ def test_delivery_is_not_changed(bench: DecisionBench) -> None:
     assert bench.refused(delivery="gateway") == (["delivery_changed"], True)
 
 
+def test_delivery_to_agent_at_gateway_target_is_refused_whatever_policy_decides(bench: DecisionBench) -> None:
+    bench.set_floor()
+    for request in (bench.request(delivery="agent"), bench.request()):
+        lie = bench.decision(request, delivery="agent")
+        assert bench.refused(lie) == (["delivery_gateway_only"], True)
+    downgraded = bench.decision(bench.request(delivery="agent"), delivery="gateway")
+    assert bench.refused(downgraded) == (["delivery_changed"], True)
+
+
+def test_request_without_delivery_takes_that_of_target(bench: DecisionBench) -> None:
+    request = bench.request()
+    assert bench.issued(bench.decision(request, delivery="agent")).lease.delivery == "agent"
+    bench.set_floor()
+    assert bench.issued(bench.decision(request, delivery="gateway")).lease.delivery == "gateway"
+
+
+def test_target_changed_between_decision_and_issue_is_refused_without_finding(bench: DecisionBench) -> None:
+    named, unnamed, before = bench.request(delivery="agent"), bench.request(), bench.revisions()
+    bench.set_floor()
+    for request in (named, unnamed):
+        decision = bench.decision(request, delivery="agent", revisions=before)
+        assert bench.refused(decision) == (["delivery_gateway_only"], False)
+    before = bench.revisions()
+    bench.set_target(delivery="agent")
+    stale = bench.decision(unnamed, delivery="gateway", revisions=before)
+    assert bench.refused(stale) == (["delivery_changed"], False)
+
+
 def test_a_reply_goes_to_no_key_that_everybody_has(bench: DecisionBench) -> None:
     zero = bench.reply_key.public.model_copy(update={"kty": "OKP", "crv": "X25519", "x": "A" * 43, "y": None})
     found = bench.weigh(bench.decision(bench.request(reply_key=zero)))

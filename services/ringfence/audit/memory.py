@@ -49,7 +49,8 @@ class RequestFacts:
     privileges: list[str]
     scope_text: str
     ttl_s: int
-    delivery: str
+    delivery: str | None
+    """As requested; None if the request left it to the target."""
     reason: str
     sponsor: str | None
     on_behalf_of: str | None

@@ -12,6 +12,8 @@ from ringfence.messages.registry import TargetState
 
 log = logging.getLogger(__name__)
 
+_ASK = "ask for delivery to the gateway (--delivery gateway), or leave the delivery to the target"
+
 
 class BackendCapabilities:
     """Asks the backends. For a backend that is not installed here it assumes the weakest capabilities."""
@@ -24,10 +26,9 @@ class BackendCapabilities:
 
         Returns an empty tuple if it may.
         """
-        if delivery != "agent" or self(target)["enforced_by"] == "target":
+        if delivery == "gateway" or (target.delivery == "agent" and self(target)["enforced_by"] == "target"):
             return ()
-        ask = "ask for delivery to the gateway (--delivery gateway)"
-        message = f"what {target.target_id} takes is never handed out: {ask}"
+        message = f"credentials of {target.target_id} go to gateways only: {_ASK}"
         return (Reason(code=Code.DELIVERY_GATEWAY_ONLY, message=message),)
 
     def __call__(self, target: TargetState) -> dict[str, str]:

@@ -276,6 +276,14 @@ class StaticSecrets:
             cached = self._made[target.target_id] = settings, secret, made
         return cached[2]
 
+    def problem(self, target_id: str) -> str | None:
+        """Return why the secret of a target cannot be read here, None if it can. A secret in Vault is not fetched."""
+        try:
+            self._access.at_hand(target_id)
+        except AccessError as error:
+            return str(error)
+        return None
+
     async def close(self) -> None:
         """Close all connections."""
         await self._access.close()

@@ -6,8 +6,6 @@ A `Narrator` reports each step as it happens. A step that fails raises `StoryErr
 from __future__ import annotations
 
 import asyncio
-import secrets
-import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
@@ -24,11 +22,10 @@ from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.errors import ApiError, RequestDeniedError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
-from ringfence.dev.organisation import DEPLOY_STAGING, PLATFORM, READ_ALL, key_of
-from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
+from ringfence.dev.demo_target import PATIENCE_S, start_platform
+from ringfence.dev.organisation import DEPLOY_STAGING, PLATFORM, READ_ALL, key_of, seed
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
@@ -36,8 +33,6 @@ from ringfence.messages.codes import Code
 from ringfence.messages.lease import Lease
 from ringfence.messages.topics import LEASE
 
-PATIENCE_S = 120.0
-"""The limit for one step. It takes a moment, but on a busy machine everything takes ten times as long."""
 SHORT_TTL_S = 5
 _REFUSED = "refused"
 """In the trail of a request: policy's final answer."""
@@ -74,13 +69,18 @@ class DemoStory:
     narrator: Narrator
     ask: Callable[[PendingApproval], Awaitable[bool]] | None
     """Interactive mode: returns whether the person at the keyboard approves."""
+    _platform_url: str = ""
 
     async def tell(self) -> None:
-        """Run act 0 and act 1, which a denial ends early. Raises StoryError, or the error of the part that failed."""
+        """Make a small organisation, and run act 0 and act 1, which a denial ends early.
+
+        Raises StoryError, or the error of the part that failed.
+        """
         folder, settings, domain = self.stack.trust, self.settings, self.settings.trust_domain
-        legacy_token = secrets.token_urlsafe(24)
-        server = self._start_platform(legacy_token)
+        server, self._platform_url, legacy_token = start_platform(self.stack)
         try:
+            self.narrator.waiting("making a small organisation")
+            await seed(folder, settings, self.stack.options.operator, platform_url=self._platform_url)
             async with AsyncExitStack() as stack:
                 http = await stack.enter_async_context(
                     httpx.AsyncClient(base_url=self._platform_url, timeout=10, trust_env=False)
@@ -102,29 +102,6 @@ class DemoStory:
             raise StoryError(f"the platform at {self._platform_url} does not answer: {reason}") from None
         finally:
             server.stop()
-
-    # --- the platform: a resource server in a process of its own ---
-
-    def _start_platform(self, legacy_token: str) -> Child:
-        state, domain = self.stack.options.state, self.settings.trust_domain
-        key_of(self.stack.trust, domain, "target", PLATFORM)
-        token_file = state / "legacy-admin-token"
-        write_private(token_file, legacy_token)
-        port = free_port()
-        self._platform_url = f"http://{LOOPBACK}:{port}"
-        argv = [sys.executable, "-P", "-m", "ringfence.dev.demo_target", "--port", str(port)]
-        argv += ["--issuer-url", self.stack.url("issuer"), "--audience", "https://platform.example"]
-        argv += [
-            "--key-file",
-            str(state / "targets" / f"{PLATFORM}.json"),
-            "--legacy-token-file",
-            str(token_file),
-        ]
-        child = spawn("platform", argv, log_path=state / "logs" / "platform.log")
-        child.wait_until(lambda: answers(f"{self._platform_url}/healthz"), PATIENCE_S, "answers")
-        return child
-
-    _platform_url: str = ""
 
     # --- act 0 ---
 
@@ -239,8 +216,8 @@ class DemoStory:
             request.cancel()
         tell.step(
             "credential.issued",
-            f"The issuer checked every signature and the rule itself. Lease {credential.lease_id}, sealed to the "
-            "agent's one-time key.",
+            f"The issuer checked every signature and the rule itself. Lease {credential.lease_id}: the token is sealed "
+            "to the gateway. The agent gets the lease's id alone, and no secret.",
             lease=credential.lease_id,
             request=credential.request_id,
             expires_at=credential.expires_at,
@@ -295,18 +272,35 @@ class DemoStory:
         return await pending_task
 
     async def _use(self, http: httpx.AsyncClient, credential: IssuedCredential) -> None:
-        answer = await http.put("/env/staging/web", json={"build": "build-421"}, headers=credential.headers())
+        answer = await self._deploy(http, credential, "build-421")
         deployed = await _deployed(http, "staging")
         if answer.status_code != 200 or deployed != "build-421":
             raise StoryError(f"the platform should have accepted the credential; it said {answer.text}")
         body = answer.json()
         self.narrator.step(
             "credential.verified",
-            f"The platform verified the token by itself (JWKS, introspection) and runs {deployed} on staging. Its log "
-            f"says: by {body['by']}, on behalf of {body['on_behalf_of']}, lease {body['lease']}.",
+            "deploy-bot deploys through the gateway, which puts the token into the request. The platform verified it "
+            f"by itself (JWKS, introspection) and runs {deployed} on staging. Its log says: by {body['by']}, on behalf "
+            f"of {body['on_behalf_of']}, lease {body['lease']}.",
             lease=credential.lease_id,
             build=deployed,
         )
+
+    async def _deploy(
+        self, http: httpx.AsyncClient, credential: IssuedCredential, build: str
+    ) -> httpx.Response:
+        """Send a build to staging through the gateway. A gateway that has not read the new lease yet is asked again."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            answer = await http.put(
+                f"{self.stack.door}/{PLATFORM}/env/staging/web",
+                json={"build": build},
+                auth=credential.auth(),
+            )
+            known = answer.status_code != 401 or answer.json().get("code") != Code.HANDLE_UNKNOWN
+            if known or time.monotonic() > deadline:
+                return answer
+            await asyncio.sleep(0.1)
 
     async def _reach_for_production(self, task: str, bot: Agent) -> None:
         try:
@@ -337,12 +331,13 @@ class DemoStory:
     ) -> None:
         await bot.release(credential, reason="deployed")
         end = await ends.of(credential.lease_id)
-        again = await http.put("/env/staging/web", json={"build": "build-1"}, headers=credential.headers())
-        if end.claims.status != "released" or again.status_code != 401:
-            raise StoryError(f"the released credential should be refused; the platform said {again.text}")
+        again = await self._deploy(http, credential, "build-1")
+        if end.claims.status != "released" or again.status_code != 403:
+            raise StoryError(f"the released lease should be refused; the gateway said {again.text}")
         self.narrator.step(
             "credential.released",
-            "deploy-bot gives it back. The token is not old, yet the platform refuses it at once.",
+            "deploy-bot gives it back. The token is not old, yet the gateway uses it no more, at once: "
+            f"{again.json()['code']}.",
             lease=credential.lease_id,
         )
 
@@ -428,14 +423,6 @@ class _Ends:
             if claims.status in ("released", "revoked", "expired"):
                 self._ends[claims.lease_id] = _End(claims, record.appended_at_ms)
                 self._changed.set()
-
-
-def answers(url: str) -> bool:
-    """Return whether a server answers at a URL."""
-    try:
-        return httpx.get(url, timeout=10, trust_env=False).status_code == 200
-    except httpx.HTTPError:
-        return False
 
 
 async def trace_of(api: ReadApi, id: str) -> Any:

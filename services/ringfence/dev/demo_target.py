@@ -10,8 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import secrets
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import httpx
 import uvicorn
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -21,9 +24,16 @@ from starlette.routing import Route
 
 from ringfence.client.resource_server.asgi import TOKEN, App, Needs, Scope, TokenGuard
 from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
-from ringfence.dev.processes import LOOPBACK
+from ringfence.dev.organisation import PLATFORM, PLATFORM_AUDIENCE, key_of
+from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
+from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.crypto.keys import SigningKey
 
+if TYPE_CHECKING:
+    from ringfence.dev.stack import Stack
+
+PATIENCE_S = 120.0
+"""The limit for one step. It takes a moment, but on a busy machine everything takes ten times as long."""
 ENVIRONMENTS = ("staging", "production")
 
 
@@ -106,6 +116,32 @@ async def _serve(options: argparse.Namespace) -> None:
             lifespan="off",
         )
         await uvicorn.Server(config).serve()
+
+
+def start_platform(stack: Stack) -> tuple[Child, str, str]:
+    """Start the platform in a process of its own, for a stack that runs.
+
+    Returns the process, the platform's URL and its admin token. Raises StackError if it does not answer.
+    """
+    state, token, port = stack.options.state, secrets.token_urlsafe(24), free_port()
+    key_file, token_file = state / "targets" / f"{PLATFORM}.json", state / "legacy-admin-token"
+    key_of(stack.trust, stack.options.trust_domain, "target", PLATFORM)
+    write_private(token_file, token.encode())
+    url = f"http://{LOOPBACK}:{port}"
+    argv = [sys.executable, "-P", "-m", "ringfence.dev.demo_target", "--port", str(port)]
+    argv += ["--issuer-url", stack.url("issuer"), "--audience", PLATFORM_AUDIENCE]
+    argv += ["--key-file", str(key_file), "--legacy-token-file", str(token_file)]
+    child = spawn(PLATFORM, argv, log_path=state / "logs" / f"{PLATFORM}.log")
+    child.wait_until(lambda: answers(f"{url}/healthz"), PATIENCE_S, "answers")
+    return child, url, token
+
+
+def answers(url: str) -> bool:
+    """Return whether a server answers at a URL."""
+    try:
+        return httpx.get(url, timeout=10, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
 
 PLATFORM = "platform"
 """The id of the target `ringfence.dev.demo_target`."""
+PLATFORM_AUDIENCE = "https://platform.example"
 
 READ_ALL = Permission(target=PLATFORM, verbs=("read",), resources=("env/**",))
 DEPLOY_STAGING = Permission(target=PLATFORM, verbs=("deploy",), resources=("env/staging/*",))
@@ -59,13 +60,20 @@ def key_of(folder: TrustFolder, trust_domain: str, kind: Kind, id: str) -> Signi
 
 
 async def seed(
-    folder: TrustFolder, settings: ClientSettings, operator: str = "olga", *, runner: str | None = None
+    folder: TrustFolder,
+    settings: ClientSettings,
+    operator: str = "olga",
+    *,
+    platform_url: str | None = None,
+    runner: str | None = None,
 ) -> None:
     """Create people, target and agents by signed commands. Raises RefusedError, UnavailableError.
 
-    `runner`: the runner that may start runs of the agents.
+    `platform_url`: where the gateway reaches the target; None gives its credentials to agents. `runner`: the runner
+    that may start runs of the agents.
     """
     domain = settings.trust_domain
+    where = {} if platform_url is None else {"url": platform_url}
     async with Administrator.connect(folder.user_key(operator), settings) as olga:
         for person in PEOPLE:
             await olga.set_user(
@@ -78,12 +86,13 @@ async def seed(
         await olga.set_target(
             PLATFORM,
             description="deploys builds to staging and production",
-            backend=BackendSettings(kind="jwt", audience="https://platform.example"),
+            backend=BackendSettings.model_validate({"kind": "jwt", "audience": PLATFORM_AUDIENCE, **where}),
             verbs=[VerbFloor(verb="read"), VerbFloor(verb="deploy", floor="sponsor")],
             requests=[
                 RequestRule(method="GET", path="/env/{env}/{app}", verb="read", resource="env/{env}/{app}"),
                 RequestRule(method="PUT", path="/env/{env}/{app}", verb="deploy", resource="env/{env}/{app}"),
             ],
+            delivery="gateway" if platform_url is not None else "agent",
             keys=[key_of(folder, domain, "target", PLATFORM)],
         )
     async with Administrator.connect(folder.user_key("sam"), settings) as sam:

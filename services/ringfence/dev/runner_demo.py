@@ -32,7 +32,8 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.dev import reviewer
 from ringfence.dev.code_host import BRANCH, DEVELOPER, PULL_REQUEST, REPOSITORY
-from ringfence.dev.demo import PATIENCE_S, Narrator, StoryError, answers, trace_of
+from ringfence.dev.demo import Narrator, StoryError, trace_of
+from ringfence.dev.demo_target import PATIENCE_S, answers
 from ringfence.dev.organisation import PEOPLE, key_of
 from ringfence.dev.processes import LOOPBACK, free_port, spawn
 from ringfence.dev.stack import Stack

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from starlette.requests import Request
@@ -28,6 +28,7 @@ from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import UUID
+from ringfence.messages.registry import TargetState
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.key_reuse import ReuseReporter
 from ringfence.model.verdict import Refused
@@ -77,17 +78,57 @@ def build_agent_api(runtime: Runtime, core: Core, own: GatewaySettings) -> Agent
 
 
 _LEASE_PATH = "/v1/leases/{lease_id}"
+_TARGET_PATH = "/v1/targets/{target_id}"
+_LOOK_AGAIN_MS: Final = 1000
+_MOST_NAMED: Final = 3
+
+TargetProblem = Callable[[TargetState], str | None]
 
 
 class GatewayApi:
     """The handlers of the gateway's HTTP API for people."""
 
-    def __init__(self, authenticator: Authenticator, view: View) -> None:
+    def __init__(
+        self, authenticator: Authenticator, view: View, problem: TargetProblem, clock: Clock
+    ) -> None:
+        """`problem`: returns why requests to a target cannot be sent from here; None if they can."""
         self._authenticator = authenticator
         self._view = view
+        self._problem = problem
+        self._clock = clock
+        self._warned: tuple[int, str | None] = (0, None)
 
     def routes(self) -> Sequence[BaseRoute]:
-        return [Route(_LEASE_PATH, self.lease)]
+        return [Route(_LEASE_PATH, self.lease), Route(_TARGET_PATH, self.target)]
+
+    async def target(self, request: Request) -> Response:
+        """Report whether requests to a target can be sent from here, and if not, why. For operators and auditors."""
+        caller, target_id = self._authenticator.authenticate(request), request.path_params["target_id"]
+        entry = self._view.directory.target(target_id) if caller.sees_all else None
+        if entry is None:
+            raise NotFoundError(f"this gateway knows no target {target_id[:64]} that you may see")
+        metrics.HTTP_REQUESTS.labels(_TARGET_PATH, "200").inc()
+        return JSONResponse(
+            {"target_id": target_id, "revision": entry.revision, "problem": self._problem(entry.state)}
+        )
+
+    def unserved(self) -> str | None:
+        """Return a warning that names targets with delivery to gateways that this gateway cannot serve. Looked up at
+        most every `_LOOK_AGAIN_MS`.
+        """
+        now_ms = self._clock.now_ms()
+        if now_ms - self._warned[0] >= _LOOK_AGAIN_MS:
+            self._warned = now_ms, self._unserved()
+        return self._warned[1]
+
+    def _unserved(self) -> str | None:
+        problems: list[str] = []
+        for entry in self._view.directory.entries("target"):
+            state = entry.state
+            if isinstance(state, TargetState) and (state.status, state.delivery) == ("active", "gateway"):
+                problems += [problem] if (problem := self._problem(state)) else []
+        more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        return "; ".join(problems[:_MOST_NAMED]) + more or None
 
     async def lease(self, request: Request) -> Response:
         """Report whether a lease can be used here now, and if not, why. For callers who may see its agent."""
@@ -122,10 +163,11 @@ def build(
     own = own or load(GatewaySettings)
     runtime = Runtime("gateway", settings, clock)
     core = build_core(runtime, settings, own, fast_path=fast_path)
-    runtime.routes += GatewayApi(
-        Authenticator(core.view.directory, runtime.role, runtime.clock), core.view
-    ).routes()
+    authenticator = Authenticator(core.view.directory, runtime.role, runtime.clock)
+    api = GatewayApi(authenticator, core.view, core.gate.problem, runtime.clock)
+    runtime.routes += api.routes()
     if own.listen is not None or own.sockets is not None:
+        runtime.warns_when(api.unserved)
         agent_api = build_agent_api(runtime, core, own) if own.agent_api else None
         listening = Listeners(runtime, core, own, fast_path=fast_path, agent_api=agent_api)
         runtime.background("data plane", listening.run)

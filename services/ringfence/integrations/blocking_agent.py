@@ -65,7 +65,7 @@ class BlockingAgent:
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
         break_glass: bool = False,
-        delivery: Delivery = "agent",
+        delivery: Delivery | None = None,
     ) -> IssuedCredential:
         """See `Agent.request`. `on_pending` is called in the agent's thread."""
         return self.run(
@@ -137,7 +137,7 @@ class BlockingCredentialSource:
         ttl_s: int = 300,
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
-        delivery: Delivery = "agent",
+        delivery: Delivery | None = None,
         refresh_before_s: float = REFRESH_BEFORE_S,
     ) -> None:
         """See `CredentialSource`."""

@@ -46,7 +46,7 @@ class CredentialSource:
         ttl_s: int = 300,
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
-        delivery: Delivery = "agent",
+        delivery: Delivery | None = None,
         refresh_before_s: float = REFRESH_BEFORE_S,
     ) -> None:
         """The arguments of `Agent.request`; and `refresh_before_s`, how long before its end a credential is replaced.
@@ -61,7 +61,7 @@ class CredentialSource:
         self._ttl_s = ttl_s
         self._timeout_s = timeout_s
         self._on_pending = on_pending
-        self._delivery: Delivery = delivery
+        self._delivery = delivery
         self._refresh_before_ms = refresh_before_s * 1000
         self._current: IssuedCredential | None = None
         self._replace_at_ms: dict[str, float] = {}

@@ -351,9 +351,13 @@ def _check_terms(decision: Decision, facts: RequestContext, terms: Terms, *, unc
     if facts.break_glass and claims.ttl_s > BREAK_GLASS_TTL_S:
         message = f"the decision gives {claims.ttl_s} s, break glass {BREAK_GLASS_TTL_S} s at most"
         raise _RefusedError(_reason(Code.TTL_TOO_LONG, message), finding=True)
-    if claims.delivery != request.delivery:
-        message = f"asked was delivery to the {request.delivery}, decided was to the {claims.delivery}"
-        raise _RefusedError(_reason(Code.DELIVERY_CHANGED, message), finding=True)
+    if claims.delivery == "agent" and target.delivery == "gateway":
+        message = f"credentials of {target.target_id} go to gateways only; ask for delivery to the gateway"
+        raise _RefusedError(_reason(Code.DELIVERY_GATEWAY_ONLY, message), finding=unchanged)
+    if claims.delivery != facts.delivery:
+        message = f"asked was delivery to the {facts.delivery}, decided was to the {claims.delivery}"
+        finding = unchanged or request.delivery is not None
+        raise _RefusedError(_reason(Code.DELIVERY_CHANGED, message), finding=finding)
     try:
         check_reply_key(request.reply_key)
     except InvalidMessageError as error:
@@ -364,7 +368,7 @@ def _check_terms(decision: Decision, facts: RequestContext, terms: Terms, *, unc
             f"{target.target_id} wants credentials of kind {target.backend.kind}; this issuer makes {known}"
         )
         raise _RefusedError(_reason(Code.BACKEND_UNKNOWN, message))
-    if request.delivery != "gateway" and target.backend.kind in terms.injected:
+    if claims.delivery != "gateway" and target.backend.kind in terms.injected:
         message = (
             f"the secret that {target.target_id} takes is never handed out; ask for delivery to the gateway"
         )
@@ -496,7 +500,7 @@ def _new_lease(
         task_id=facts.task.state.task_id,
         target_id=facts.target.state.target_id,
         backend=facts.target.state.backend.kind,
-        delivery=request.delivery,
+        delivery=decision.claims.delivery,
         scope=request.scope,
         requested_at_ms=decision.claims.source.appended_at_ms,
         deadline=deadline,

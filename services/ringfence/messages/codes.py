@@ -615,7 +615,7 @@ class Code(StrEnum):
     BACKEND_UNKNOWN = "backend_unknown"
     """The target wants a kind of credential that this issuer does not make."""
     DELIVERY_GATEWAY_ONLY = "delivery_gateway_only"
-    """The secret of this target is never handed out; ask for delivery to the gateway."""
+    """Credentials of this target go to gateways only; ask for delivery to the gateway."""
     RULE_NOT_UNDERSTOOD = "rule_not_understood"
     """The map of the target has a rule with a field that is not known here."""
     TARGET_INVALID = "target_invalid"

@@ -23,8 +23,8 @@ from ringfence.messages.base import (
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.permission import Permission
 from ringfence.messages.registry import ApprovalClass
+from ringfence.messages.registry import Delivery as Delivery
 
-Delivery = Literal["agent", "gateway"]
 RequiredClass = ApprovalClass | Literal["break_glass"]
 """What a decision can wait for: `break_glass` occurs twice, once for each of the two operators."""
 Outcome = Literal["allowed", "denied", "approval_required"]
@@ -65,7 +65,8 @@ class CredentialRequest(ExpiringClaims):
     task_id: Uuid
     scope: Annotated[tuple[Permission, ...], Field(min_length=1, max_length=64)]
     ttl_s: TtlSeconds
-    delivery: Delivery = "agent"
+    delivery: Delivery | None = None
+    """None takes the delivery of the target."""
     reason: NonEmpty
     reply_key: PublicJwk
     """A fresh ECDH key (P-256 or X25519) that the reply is sealed to."""

@@ -630,6 +630,10 @@ class BackendSettings(Message):
     """The `aud` of its tokens; the target's SPIFFE ID where none is given."""
 
 
+Delivery = Literal["agent", "gateway"]
+"""To whom a credential goes: to the agent, or to gateways, which inject it."""
+
+
 class TargetSet(ExpiringClaims):
     """Create or replace a target. Signed by an operator."""
 
@@ -641,6 +645,9 @@ class TargetSet(ExpiringClaims):
     verbs: Annotated[tuple[VerbFloor, ...], Field(min_length=1, max_length=256)]
     requests: Annotated[tuple[RequestRule, ...], Field(max_length=1024)] = ()
     max_ttl_s: TtlSeconds = 3600
+    delivery: Delivery | None = None
+    """As in the state. None: `gateway` if `requests` is given and a gateway can inject the credential, or if the
+    credential is a static secret; else `agent`."""
     keys: Annotated[tuple[KeyRecord, ...], Field(max_length=16)] = ()
     """The resource server's own keys: with them it signs its calls to introspection."""
 
@@ -663,6 +670,8 @@ class TargetState(Message):
     verbs: tuple[VerbFloor, ...]
     requests: tuple[RequestRule, ...]
     max_ttl_s: TtlSeconds
+    delivery: Delivery = "agent"
+    """`gateway` is a floor: no credential goes to an agent. Requests that name no delivery take this one."""
     keys: tuple[KeyRecord, ...]
     status: Literal["active", "removed"]
     holds: tuple[Hold, ...] = ()

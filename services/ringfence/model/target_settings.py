@@ -17,7 +17,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ringfence.kernel.base.text import did_you_mean, visible_name
-from ringfence.messages.registry import BackendSettings
+from ringfence.messages.registry import BackendSettings, Delivery
 
 Address = Annotated[str, Field(pattern=r"^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\]):[0-9]{1,5}$")]
 """`host:port`, where agents reach the target."""
@@ -195,6 +195,27 @@ def problems(backend: BackendSettings) -> list[str]:
             else:
                 sentences.append(f"{name or 'the settings'}: {one['msg'].removeprefix('Value error, ')}")
     return sentences + [f"{name} is malformed: {_WRITE[name]}" for name in sorted(malformed)]
+
+
+def default_delivery(backend: BackendSettings, *, mapped: bool) -> Delivery:
+    """Return the delivery of a target whose command names none. `mapped`: whether it has a request map."""
+    if delivery_problem(backend, "gateway") is not None:
+        return "agent"
+    return "gateway" if mapped or not CREDENTIAL_KINDS[backend.kind].handed_out else "agent"
+
+
+def delivery_problem(backend: BackendSettings, delivery: Delivery) -> str | None:
+    """Return why a target with this backend cannot have a delivery, in a sentence; None if it can."""
+    kind = CREDENTIAL_KINDS.get(backend.kind)
+    if delivery == "agent":
+        if kind is None or kind.handed_out:
+            return None
+        return f"a secret of kind {backend.kind} is never given to agents: its delivery is gateway"
+    if kind is None or not kind.fits_header:
+        return f"the gateway cannot inject a credential of kind {backend.kind}: its delivery is agent"
+    if (backend.model_extra or {}).get("dpop") == "required":
+        return "tokens with dpop=required are bound to the agent's key: their delivery is agent"
+    return None
 
 
 def reserved_name(target_id: str, backend: BackendSettings) -> str | None:

@@ -160,6 +160,7 @@ class InputBuilder:
             "now_s": now_s,
             "request": {
                 **_asked(facts.request.claims),
+                "delivery": facts.delivery,
                 "id": facts.request_id,
                 "agent_id": facts.agent.state.agent_id,
                 "requested_at_s": requested_at_s,

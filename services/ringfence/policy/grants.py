@@ -45,7 +45,7 @@ class GrantBook:
         for grant in self._table.of_task(facts.task.state.task_id):
             covers = check_grant(
                 grant.claims, facts,
-                at_ms=at_ms, ttl_s=ruling.ttl_s, delivery=case.request.claims.delivery, revisions=revisions,
+                at_ms=at_ms, ttl_s=ruling.ttl_s, delivery=facts.delivery, revisions=revisions,
             )  # fmt: skip
             if (
                 isinstance(covers, Refused)

@@ -42,6 +42,7 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     ApprovalClass,
     BackendSettings,
+    Delivery,
     Entitlements,
     RequestRule,
     Role,
@@ -182,6 +183,7 @@ class InMemoryRingfence:
         dpop: bool = False,
         credential: str | None = None,
         requests: Sequence[RequestRule] = (),
+        delivery: Delivery | None = None,
         ask: Mapping[str, ActionClass] | None = None,
         server: Server | None = None,
         **settings: Any,
@@ -194,6 +196,7 @@ class InMemoryRingfence:
             kind: of its credentials. Tokens ("jwt") are real; of all other kinds `credential` is what agents get.
             max_ttl_s: how long a credential may live at the most, in seconds.
             requests: the map from HTTP requests to verbs, for the gateway.
+            delivery: `gateway` denies delivery to the agent; None takes the default of `Administrator.set_target`.
             ask: the verbs of which the gateway asks a person about each request: `{"merge": "sponsor"}`.
             server: what answers the requests that the gateway forwards: an httpx transport, an ASGI application, or a
                 function from `httpx.Request` to `httpx.Response`. Without it no connection to the target can be had.
@@ -229,6 +232,7 @@ class InMemoryRingfence:
             verbs=verb_floors,
             requests=rules,
             max_ttl_s=max_ttl_s,
+            delivery=delivery,
             keys=(self._key_record(self.key(f"target/{target_id}")),),
         )
         if credential is not None:

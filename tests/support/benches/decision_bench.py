@@ -77,6 +77,10 @@ class DecisionBench:
             **{"agent": agent, "user": user, "task": task_, "target": target, "policy": "p" * 64, **fields}
         )
 
+    def set_floor(self) -> None:
+        """From now on credentials of `staging` go to gateways only."""
+        self.set_target(delivery="gateway")
+
     def request(self, key: SigningKey | None = None, agent: str = "bot", **fields: Any) -> str:
         ledger = self.ledger
         given = {
@@ -113,7 +117,7 @@ class DecisionBench:
             ),
             "outcome": "allowed",
             "ttl_s": claims.ttl_s,
-            "delivery": claims.delivery,
+            "delivery": claims.delivery or "agent",
             "revisions": self.revisions(),
         }
         decided = CredentialDecision(
@@ -149,7 +153,7 @@ class DecisionBench:
             "request_id": message_id(claims.iss, claims.jti),
             "request_digest": digest(request),
             "ttl_s": claims.ttl_s,
-            "delivery": claims.delivery,
+            "delivery": claims.delivery or "agent",
             "revisions": self.revisions(),
         }
         ledger = self.ledger

@@ -132,7 +132,7 @@ class IssuerBench:
             "request_id": asked.id,
             "request_digest": digest(asked.compact),
             "ttl_s": asked.claims.ttl_s,
-            "delivery": asked.claims.delivery,
+            "delivery": asked.claims.delivery or "agent",
             "revisions": self.revisions,
         }
         return sign(self.world.claims(Approval, by, **{**given, **fields}), by.key)
@@ -146,7 +146,7 @@ class IssuerBench:
             "source": asked.source,
             "outcome": "allowed",
             "ttl_s": asked.claims.ttl_s,
-            "delivery": asked.claims.delivery,
+            "delivery": asked.claims.delivery or "agent",
             "revisions": self.revisions,
         }
         return self.world.claims(CredentialDecision, policy, **{**given, **fields})

@@ -14,7 +14,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, StreamingResponse
 from starlette.routing import Route
 
-from ringfence import Agent, GatewayCredential, InvalidCallError, Permission, RequestRule
+from ringfence import (
+    Agent,
+    GatewayCredential,
+    InvalidCallError,
+    Permission,
+    RequestDeniedError,
+    RequestRule,
+    TokenCredential,
+)
 from ringfence.testing import InMemoryRingfence, NothingPendingError, People
 
 SCOPE = [Permission(target="forge", verbs=("read", "merge"), resources=("repos/a/**",))]
@@ -75,7 +83,7 @@ async def lease(broker: InMemoryRingfence, task: str, **more: Any) -> GatewayCre
         "target": "forge", "verbs": ["read", "merge"], "resources": ["repos/a/**"], "reason": "a test",
     }  # fmt: skip
     broker.answer_all("approved")
-    credential = await broker.agent("merge-bot").request(task=task, delivery="gateway", **{**given, **more})
+    credential = await broker.agent("merge-bot").request(task=task, **{**given, **more})
     broker.answer_all(None)
     assert isinstance(credential, GatewayCredential)
     return credential
@@ -91,6 +99,47 @@ async def http(broker: InMemoryRingfence, task: str) -> AsyncIterator[httpx.Asyn
 
 
 # --- delivery ---
+
+
+@pytest.mark.parametrize("delivery", [None, "gateway"])
+async def test_request_at_mapped_target_gets_a_handle_that_works_at_the_gateway(
+    broker: InMemoryRingfence, task: str, http: httpx.AsyncClient, server: Server, delivery: Any
+) -> None:
+    credential = await lease(broker, task, delivery=delivery)
+    assert credential.delivery == "gateway"
+    answer = await http.get("/repos/a/1", headers={"Authorization": f"DPoP {credential.handle}"})
+    assert (answer.status_code, len(server.requests)) == (200, 1)
+
+
+async def test_request_for_delivery_to_agent_at_mapped_target_is_denied(agent: Agent, task: str) -> None:
+    with pytest.raises(RequestDeniedError) as denied:
+        await agent.request(
+            task=task,
+            target="forge",
+            verbs=["read"],
+            resources=["repos/a/**"],
+            reason="a test",
+            delivery="agent",
+        )
+    assert (denied.value.by, [one.code for one in denied.value.reasons]) == (
+        "policy",
+        ["delivery_gateway_only"],
+    )
+
+
+async def test_request_takes_the_delivery_of_target_as_it_is_when_decided(
+    broker: InMemoryRingfence, agent: Agent, task: str, server: Server
+) -> None:
+    named: dict[str, Any] = {
+        "task": task, "target": "forge", "verbs": ["read"], "resources": ["repos/a/**"], "reason": "a test",
+    }  # fmt: skip
+    broker.target("forge", verbs=["read"], requests=REQUESTS[:1], delivery="agent", server=server)
+    assert type(await agent.request(**named)) is TokenCredential
+    assert type(await agent.request(**named, delivery="gateway")) is GatewayCredential
+    broker.target("forge", verbs=["read"], requests=REQUESTS[:1], delivery="gateway", server=server)
+    assert type(await agent.request(**named)) is GatewayCredential
+    with pytest.raises(RequestDeniedError):
+        await agent.request(**named, delivery="agent")
 
 
 async def test_allowed_request_reaches_the_server_with_the_injected_credential(

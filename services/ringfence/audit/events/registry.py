@@ -400,7 +400,8 @@ def _data(state: AnyState) -> dict[str, Any]:
                 "description": scrubbed(state.description), "backend": state.backend.kind,
                 "audience": state.backend.audience, "floors": {one.verb: one.floor for one in state.verbs},
                 **_given(floor_keys={one.verb: one.key for one in state.verbs if one.key is not None}),
-                "max_ttl_s": state.max_ttl_s, "keys": _keys(state.keys), "status": state.status,
+                "max_ttl_s": state.max_ttl_s, "delivery": state.delivery, "keys": _keys(state.keys),
+                "status": state.status,
             }  # fmt: skip
         case TaskState():
             return {

@@ -53,7 +53,6 @@ def demo(
         raise typer.BadParameter("nobody is asked in the story of --runner", param_hint="--interactive")
     from ringfence.cli.commands.dev import client_settings, ended_by_signals
     from ringfence.dev.demo import DemoStory
-    from ringfence.dev.organisation import seed
     from ringfence.dev.stack import Stack, StackOptions
 
     if interactive and not sys.stdin.isatty():
@@ -71,13 +70,7 @@ def demo(
             Stack(StackOptions(Path(folder)), say=narrator.waiting) as stack,
         ):
             settings = client_settings(stack.environment())
-
-            async def play() -> None:
-                narrator.waiting("making a small organisation")
-                await seed(stack.trust, settings, stack.options.operator)
-                await DemoStory(stack, settings, narrator, ask_approval if interactive else None).tell()
-
-            asyncio.run(play())
+            asyncio.run(DemoStory(stack, settings, narrator, ask_approval if interactive else None).tell())
     finally:
         narrator.done()
     narrator.next_steps(next_commands(Path()))

@@ -81,7 +81,8 @@ def command_lines(folder: Path, state: Path, task: str | None) -> Iterator[str]:
         yield "  ringfence inventory"
         return
     agent = f"ringfence --identity {_quoted(state / 'agents/deploy-bot.json')} request"
-    yield "The agent gets a credential to read. To deploy, it waits for Sam's approval:"
+    yield "The agent gets a lease to read, and is told how to use it through the gateway."
+    yield "To deploy, it waits for Sam's approval:"
     yield from _command(
         agent, f"--task {task}", "--allow platform:read:env/staging/web --reason 'look around'"
     )
@@ -152,6 +153,7 @@ def dev(
 
     Each start is a fresh one: the broker's data of the last are gone, the keys are kept.
     """
+    from ringfence.dev.demo_target import start_platform
     from ringfence.dev.stack import Stack, StackOptions
 
     out = console(markup=True)
@@ -164,7 +166,11 @@ def dev(
         runner=_RUNNER,
         sign_page=True,
     )
-    with ended_by_signals(), Stack(options, say=lambda text: out.print(f"[aside]{text} ...[/]")) as stack:
+    with (
+        ended_by_signals(),
+        Stack(options, say=lambda text: out.print(f"[aside]{text} ...[/]")) as stack,
+        contextlib.ExitStack() as parts,
+    ):
         reach = {
             "RINGFENCE_GATEWAY_SOCKETS": str(stack.sockets),
             "RINGFENCE_GATEWAY_CA_FILE": str(stack.gateway_ca),
@@ -175,8 +181,12 @@ def dev(
         task: str | None = None
         if seed:
             out.print("[aside]making the organisation ...[/]")
+            platform, platform_url, _ = start_platform(stack)
+            parts.callback(platform.stop)
             task = asyncio.run(
-                _make_organisation(stack.trust, client_settings(stack.environment()), options.operator)
+                _make_organisation(
+                    stack.trust, client_settings(stack.environment()), options.operator, platform_url
+                )
             )
         whose = "sam" if seed else options.operator
         shell = shell_file(options.state, f"users/{whose}.json")
@@ -224,12 +234,14 @@ def _selected_services(besides: Sequence[str]) -> list[ServiceRole]:
     return [role for role in _WITH if role in besides]
 
 
-async def _make_organisation(folder: TrustFolder, settings: ClientSettings, operator: str) -> str:
+async def _make_organisation(
+    folder: TrustFolder, settings: ClientSettings, operator: str, platform_url: str
+) -> str:
     """Make people, a target, agents and a task. Returns the task's id."""
     from ringfence.dev.organisation import assign_first_task
     from ringfence.dev.organisation import seed as make_organisation
 
-    await make_organisation(folder, settings, operator, runner=_RUNNER)
+    await make_organisation(folder, settings, operator, platform_url=platform_url, runner=_RUNNER)
     return await assign_first_task(folder, settings)
 
 

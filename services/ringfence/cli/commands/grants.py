@@ -81,7 +81,7 @@ def grant(
     ] = None,
     delivery: Annotated[
         Literal["agent", "gateway"] | None,
-        typer.Option("--delivery", help="To whom credentials are delivered; the agent if not given."),
+        typer.Option("--delivery", help="To whom credentials go; as the target says, if not given."),
     ] = None,
     comment: Annotated[str | None, typer.Option("--comment", help="Stands in the trail.")] = None,
     yes: YesOption = False,
@@ -119,7 +119,7 @@ def grant(
             "task_id": await whole_id("task", task, who) if task else "",
             "scope": scope,
             "ttl_s": ttl_s,
-            "delivery": delivery or "agent",
+            "delivery": delivery,
         }
         if like is not None:
             one = await asked(like)

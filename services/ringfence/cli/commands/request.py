@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, get_args
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -33,15 +35,16 @@ from ringfence.cli.shared.options import (
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
 from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.signals import not_ignored
+from ringfence.kernel.base.text import Lines
 from ringfence.messages.credential import Delivery
 
 if TYPE_CHECKING:
     from ringfence.client.agent.agent import Agent
-    from ringfence.client.agent.credentials import IssuedCredential
+    from ringfence.client.agent.credentials import GatewayCredential, IssuedCredential
     from ringfence.client.agent.replies import PendingRequest
+    from ringfence.client.settings import ClientSettings
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP)
-_DELIVERIES: tuple[Delivery, ...] = get_args(Delivery)
 
 
 def request(
@@ -72,13 +75,13 @@ def request(
         str, typer.Option("--timeout", metavar="DURATION", help="How long to wait, approvals included.")
     ] = "1m",
     delivery: Annotated[
-        str,
+        Delivery | None,
         typer.Option(
             "--delivery",
-            metavar="agent|gateway",
-            help="To whom the credential goes. gateway: it is injected there, and the agent gets the lease's handle.",
+            help="To whom the credential goes; the target's if not given. A gateway injects it, and the agent gets "
+            "the lease's handle.",
         ),
-    ] = "agent",
+    ] = None,
     break_glass: Annotated[
         bool,
         typer.Option(
@@ -95,15 +98,13 @@ def request(
 
     With --exec, only one command gets the credential, in its environment: for postgres PGPASSWORD and the other
     variables of libpq, for redis REDIS_URL, for ssh RINGFENCE_SSH_CONFIG (a file for ssh -F), else
-    RINGFENCE_CREDENTIAL. With --delivery gateway it gets RINGFENCE_LEASE. Of RINGFENCE_*, it gets no key, token or
-    identity but the agent's own. The exit status is then the command's.
+    RINGFENCE_CREDENTIAL. For a gateway it gets RINGFENCE_LEASE. Of RINGFENCE_*, it gets no key, token or identity but
+    the agent's own. The exit status is then the command's.
     """
     from ringfence.client.agent.credentials import GatewayCredential, applied, own_environment
 
     if not allow:
         raise typer.BadParameter("say what is needed", param_hint="--allow")
-    if delivery not in _DELIVERIES:
-        raise typer.BadParameter(f"{delivery!r} is none of {', '.join(_DELIVERIES)}", param_hint="--delivery")
     if execute != bool(command):
         raise typer.BadParameter("write --exec and the command: --exec ... -- COMMAND", param_hint="--exec")
     if command and shutil.which(command[0]) is None:
@@ -174,8 +175,50 @@ def request(
     note(f"lease {credential.lease_id}, until {until(credential.expires_at, time.time())}", "heading")
     note(show_scope(credential.scope))
     value = credential.handle if isinstance(credential, GatewayCredential) else credential.value
+    if isinstance(credential, GatewayCredential):
+        note(Lines(_use_lines(credential, settings(), identity(me))))
     # Byte for byte for programs. On a terminal, a target's text must not move the cursor.
     sys.stdout.write((visible_lines(value) if sys.stdout.isatty() else value) + "\n")
+
+
+def _use_lines(lease: GatewayCredential, own: ClientSettings, key: Path | None) -> Iterator[str]:
+    """Yield how to send requests under a lease through the gateway, by the address in the settings."""
+    door, path = own.door or "", f"{lease.target}/PATH"
+    header = f"Authorization: DPoP {lease.handle}"
+    socket: Path | None = None
+    if door.startswith("unix:"):
+        socket = Path(door.removeprefix("unix:"))
+    elif own.gateway_sockets is not None:
+        socket = own.gateway_sockets / f"{lease.task_id}.sock"
+    yield "The credential is at the gateway; this is the lease's handle. To use it, with"
+    yield "the path at the target for PATH:"
+    if socket is not None:
+        name = str(_nearest(socket))
+        yield "  curl \\"
+        yield f"    --unix-socket {shlex.quote(name)} \\"
+        yield f"    -H {shlex.quote(header)} \\"
+        yield f"    http://gateway/{path}"
+        yield "or in Python:"
+        yield "  httpx.Client(transport=httpx.HTTPTransport("
+        yield f"    uds={name!r}"
+        yield f"  )).get('http://gateway/{path}', headers={{"
+        yield f"    'Authorization': 'DPoP {lease.handle}'}})"
+    elif door.startswith("http"):
+        yield f"  httpx.get('{door.rstrip('/')}/{path}', auth=DpopAuth("
+        yield f"    '{lease.handle}',"
+        yield f"    SigningKey.load({str(key or own.identity or 'KEY')!r})))"
+        yield "with DpopAuth and SigningKey from ringfence. curl needs the task's socket: set"
+        yield "RINGFENCE_GATEWAY_SOCKETS to the gateway's folder."
+    else:
+        yield "  ringfence gateway connect --socket FILE \\"
+        yield f"    --task {lease.task_id} -- COMMAND"
+        yield "Set RINGFENCE_GATEWAY_SOCKETS to the gateway's folder of sockets, or"
+        yield "RINGFENCE_DOOR to its URL, to see the commands for curl and httpx here."
+
+
+def _nearest(path: Path) -> Path:
+    """Return a path relative to the working directory if it is below that, else as it is."""
+    return path.relative_to(Path.cwd()) if path.is_absolute() and path.is_relative_to(Path.cwd()) else path
 
 
 @contextlib.contextmanager

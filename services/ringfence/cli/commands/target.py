@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import sys
 from collections.abc import Iterable
+from http import HTTPStatus
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
@@ -36,13 +39,14 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note
 from ringfence.cli.shared.records import list_records, show_record, target_fields
-from ringfence.client.errors import checked
+from ringfence.client.errors import ApiError, checked
 from ringfence.kernel.base.text import Lines
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.registry import (
     ActionClass,
     ApprovalClass,
     BackendSettings,
+    Delivery,
     FloorKey,
     McpRule,
     RequestRule,
@@ -51,7 +55,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.http_targets import RequestMap, RequestMapError
 from ringfence.model.identity.spiffe_ids import spiffe_id
-from ringfence.model.target_settings import CREDENTIAL_KINDS
+from ringfence.model.target_settings import CREDENTIAL_KINDS, default_delivery, delivery_problem
 
 if TYPE_CHECKING:
     from ringfence.client.admin.command_client import Accepted
@@ -65,6 +69,7 @@ _FLOORS: tuple[ApprovalClass, ...] = get_args(ApprovalClass)
 _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _FLOOR_KEYS: tuple[FloorKey, ...] = get_args(FloorKey)
 _KINDS = " or ".join(", ".join(CREDENTIAL_KINDS).rsplit(", ", 1))
+_GATEWAY_READS_WITHIN_S, _ASK_AGAIN_S = 3.0, 0.1
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A valid setting name. The backends define which settings exist."""
 _REQUEST = re.compile(
@@ -146,6 +151,14 @@ def add(
     max_ttl: Annotated[
         str, typer.Option("--max-ttl", metavar="DURATION", help="The longest life of a credential.")
     ] = "1h",
+    delivery: Annotated[
+        Delivery | None,
+        typer.Option(
+            "--delivery",
+            help="gateway denies requests for delivery to the agent; the default where requests are mapped and a "
+            "gateway can inject the credential, else agent.",
+        ),
+    ] = None,
     public_key: PublicKeyOption = None,
     new_key: NewKeyOption = None,
     key_days: KeyDaysOption = 365,
@@ -178,9 +191,12 @@ def add(
     made_of = _backend_settings(kind, audience, own)
     _check_backend(made_of, anyway)
     max_ttl_s = credential_life_s(max_ttl)
+    delivery = delivery or default_delivery(made_of, mapped=bool(requests))
+    if wrong := delivery_problem(made_of, delivery):
+        raise typer.BadParameter(wrong, param_hint="--delivery")
     keys = key_records(public_key, new_key, id, key_days)
 
-    async def work() -> tuple[Accepted, dict[str, Any]]:
+    async def work() -> tuple[Accepted, dict[str, Any], str | None]:
         async with connect.administrator(identity(me)) as administrator:
             entry = (await administrator.directory()).target(target)
             with checked("the target"):
@@ -191,6 +207,7 @@ def add(
                     verbs=tuple(verbs),
                     requests=tuple(requests),
                     max_ttl_s=max_ttl_s,
+                    delivery=delivery,
                     keys=keys,
                     status="active",
                 )
@@ -206,15 +223,21 @@ def add(
                 backend=made_of,
                 requests=requests,
                 max_ttl_s=max_ttl_s,
+                delivery=delivery,
                 keys=keys,
                 anyway=anyway,
             )
-            return accepted, details
+        gap = None
+        if delivery == "gateway":
+            gap = await _gateway_gap(target, entry.revision + 1 if entry else 1, identity(me))
+        return accepted, details, gap
 
     with keep_key_if_accepted(new_key):
-        accepted, details = run(work())
+        accepted, details, gap = run(work())
     key_file_field = {"key_file": str(new_key)} if new_key else {}
     print_accepted(accepted, f"target {target} set", wants_json(as_json), details, **key_file_field)
+    if gap:
+        note(f"no agent can use it yet: {gap}", "warning")
     if _tells_address(kind) and "address" not in own:
         note(
             f"no --address: agents are told the one that Ringfence itself connects to, in RINGFENCE_BACKENDS_ACCESS of "
@@ -222,6 +245,32 @@ def add(
             "HOST:PORT",
             "warning",
         )
+
+
+async def _gateway_gap(target: str, revision: int, me: Path | None) -> str | None:
+    """Return why the configured gateway cannot send requests to a target, and what to do; None if it can.
+
+    `revision`: that of the record which the gateway must have. It is waited for.
+    """
+    from ringfence.client.reports.read_api import ReadApi
+
+    answer: dict[str, Any] = {}
+    async with ReadApi(me, timeout_s=_GATEWAY_READS_WITHIN_S) as api:
+        try:
+            async with asyncio.timeout(_GATEWAY_READS_WITHIN_S):
+                while answer.get("revision", 0) < revision:
+                    try:
+                        answer = await api.get("gateway", "targets", target)
+                    except ApiError as error:
+                        if error.status != HTTPStatus.NOT_FOUND:
+                            raise
+                    await asyncio.sleep(_ASK_AGAIN_S)
+        except ApiError as error:
+            return f"{error}; start one: ringfence serve gateway"
+        except TimeoutError:
+            return "the gateway has not read its record yet; see later: ringfence doctor"
+    problem: str | None = answer["problem"]
+    return problem
 
 
 @app.command()
@@ -450,6 +499,10 @@ def _replacement(before: TargetState, after: TargetState) -> Replacement | None:
         replacement.warnings.append(
             f"it has no verb {', '.join(sorted(gone))} any more; what holds it keeps it until its lease ends"
         )
+    if (before.delivery, after.delivery) == ("gateway", "agent"):
+        replacement.warnings.append("wider: from then on agents may get its credentials themselves")
+    elif before.delivery != after.delivery:
+        replacement.warnings.append("narrower: what agents hold already stays with them until its lease ends")
     return replacement if replacement.lines else None
 
 

@@ -111,7 +111,14 @@ def _agent_row(agent: AgentState) -> Sequence[str]:
 
 
 def _target_row(target: TargetState) -> Sequence[str]:
-    return target.target_id, target.status, target.backend.kind, _verbs(target), target.description
+    return (
+        target.target_id,
+        target.status,
+        target.backend.kind,
+        target.delivery,
+        _verbs(target),
+        target.description,
+    )
 
 
 def _task_row(task: TaskState) -> Sequence[str]:
@@ -129,7 +136,10 @@ def _task_row(task: TaskState) -> Sequence[str]:
 _ROWS: Mapping[SubjectKind, tuple[Sequence[str | Column], Callable[[Any], Sequence[str]]]] = {
     "user": (("user", state("status"), "roles", "name", "entitled to"), _user_row),
     "agent": (("agent", state("status"), "sponsor", prose("for"), "ceiling"), _agent_row),
-    "target": (("target", state("status"), "backend", prose("verbs"), prose("what it is")), _target_row),
+    "target": (
+        ("target", state("status"), "backend", "delivery", prose("verbs"), prose("what it is")),
+        _target_row,
+    ),
     "task": ((ids("task"), state("status"), "agent", "for", "ends", "scope", prose("purpose")), _task_row),
 }
 
@@ -172,6 +182,7 @@ def target_fields(target: TargetState) -> dict[str, str]:
         "verbs": _verbs(target),
         "each action waits": ", ".join(asks),
         "requests": Lines(requests),
+        "delivery": target.delivery,
         "longest life": f"{target.max_ttl_s} s",
         "keys": _keys(target.keys),
     }

@@ -38,6 +38,7 @@ from ringfence.messages.registry import (
     AgentTransferConsent,
     BackendSettings,
     Delegation,
+    Delivery,
     Entitlements,
     HeldSubject,
     Hold,
@@ -65,6 +66,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.records.runs import run_id_of
 from ringfence.model.requests.run_orders import check_order, check_stop, order_id_of
 from ringfence.model.scope.scope import validate_scope
+from ringfence.model.target_settings import delivery_problem
 from ringfence.model.verdict import Refused
 
 KEY_LIFE_S = 365 * 24 * 3600
@@ -407,13 +409,15 @@ class Administrator(CommandClient):
         backend: BackendSettings,
         requests: Sequence[RequestRule] = (),
         max_ttl_s: int = 3600,
+        delivery: Delivery | None = None,
         keys: Sequence[AnyKey] = (),
         anyway: bool = False,
     ) -> Accepted:
         """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
 
         `max_ttl_s`: how long a credential may live at the most, in seconds. `requests`: the map from requests to verbs,
-        for a gateway.
+        for a gateway. `delivery`: `gateway` denies all requests for delivery to the agent. None takes `gateway` where
+        `requests` is given and the gateway can inject the credential, else `agent`; for kind `http` always `gateway`.
 
         `anyway`: accept a backend of another package that is not installed here.
 
@@ -423,7 +427,8 @@ class Administrator(CommandClient):
         verbs = instances("verbs", verbs, VerbFloor, '[VerbFloor(verb="read")]')
         requests = instances("requests", requests, RequestRule, "[RequestRule(...)]")
         RequestMap(requests).check_order(verbs)
-        if wrong := backend_problem(backend, anyway=anyway):
+        wrong = backend_problem(backend, anyway=anyway)
+        if wrong := wrong or (delivery_problem(backend, delivery) if delivery else None):
             raise InvalidCallError(wrong)
         return await self._command(
             TargetSet,
@@ -433,6 +438,7 @@ class Administrator(CommandClient):
             verbs=verbs,
             requests=requests,
             max_ttl_s=max_ttl_s,
+            delivery=delivery,
             keys=self.key_records(keys),
         )
 

@@ -219,7 +219,7 @@ class Agent(Lifetime):
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
         break_glass: bool = False,
-        delivery: Delivery = "agent",
+        delivery: Delivery | None = None,
     ) -> IssuedCredential:
         """Request one credential and wait for it.
 
@@ -232,7 +232,9 @@ class Agent(Lifetime):
             on_pending: called once when a person has to approve.
             break_glass: policy denies the request, and two operators are asked to allow it once, for 15 minutes at
                 most.
-            delivery: with `gateway` the gateway injects the credential: the agent gets a handle, and no secret.
+            delivery: with `gateway` the gateway injects the credential: the agent gets a `GatewayCredential`, a handle
+                and no secret. None takes the target's delivery. Where that is `gateway`, `agent` is denied
+                (`delivery_gateway_only`).
 
         Raises:
             RequestDeniedError: with every reason of policy or issuer.
@@ -267,7 +269,7 @@ class Agent(Lifetime):
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
         break_glass: bool = False,
-        delivery: Delivery = "agent",
+        delivery: Delivery | None = None,
     ) -> IssuedCredential:
         """Like `request`, with several permissions at one target: different verbs on different resources.
 
@@ -362,7 +364,7 @@ class Agent(Lifetime):
         timeout_s: float | None = 60.0,
         on_pending: OnPending | None = None,
         break_glass: bool = False,
-        delivery: Delivery = "agent",
+        delivery: Delivery | None = None,
     ) -> AsyncIterator[IssuedCredential]:
         """Like `request`, as a context manager.
 

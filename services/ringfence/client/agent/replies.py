@@ -153,7 +153,8 @@ def _issued(
         raise _mismatch("the lease belongs to another request")
     if lease.decision_digest != digest(content.decision):
         raise _mismatch("the lease was given on another decision")
-    if (lease.agent_id, lease.task_id, lease.delivery) != (agent_id, request.task_id, request.delivery):
+    as_asked = request.delivery in (None, lease.delivery)
+    if (lease.agent_id, lease.task_id) != (agent_id, request.task_id) or not as_asked:
         raise _mismatch("the lease is for another agent, task or delivery")
     if lease.scope != request.scope:
         raise _mismatch("the lease has another scope than what was asked for")

@@ -186,14 +186,14 @@ class Grantor(CommandClient):
         count: int,
         lasts_s: int,
         ttl_s: int | None = None,
-        delivery: Delivery = "agent",
+        delivery: Delivery | None = None,
         comment: str | None = None,
     ) -> Proposal:
         """Build the grant that `give` would sign, to be looked at. Nothing is sent.
 
         Args:
             scope: what each credential may allow, all at one target.
-            delivery: to whom each credential goes: `agent` or `gateway`.
+            delivery: to whom each credential goes: `agent` or `gateway`; None takes the target's delivery.
             count: the number of credentials.
             lasts_s: for how many seconds from now, but never past the end of the task.
             ttl_s: how long each credential may live, in seconds; None takes the target's maximum.
@@ -229,7 +229,7 @@ class Grantor(CommandClient):
             scope=scope,
             count=count,
             ttl_s=ttl_s or ground.target.state.max_ttl_s,
-            delivery=delivery,
+            delivery=delivery or ground.target.state.delivery,
             revisions=ground.revisions(revision),
             comment=comment,
         )

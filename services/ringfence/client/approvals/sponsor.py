@@ -394,7 +394,7 @@ class Sponsor(Lifetime):
             requested_ttl_s=request.ttl_s,
             requested_at=request.iat,
             ttl_s=question.ttl_s,
-            delivery=request.delivery,
+            delivery=facts.delivery,
             required=question.required,
             mine=mine,
             expires_at=question.expires_at,
@@ -422,13 +422,13 @@ class Sponsor(Lifetime):
         claims = request.claims
         if message_id(claims.iss, claims.jti) != question.request_id:
             raise InvalidMessageError("it names another request than the one that it embeds")
-        if question.ttl_s > claims.ttl_s or question.delivery != claims.delivery:
-            raise InvalidMessageError("its terms go beyond what the agent asked for")
         facts = load_context(directory, request)
         if facts.revisions(question.revisions.policy) != question.revisions:
             raise InvalidMessageError(
                 "agent, user, task or target changed since it was asked, or the change has not arrived here yet"
             )
+        if question.ttl_s > claims.ttl_s or question.delivery != facts.delivery:
+            raise InvalidMessageError("its terms go beyond what the agent asked for")
         return facts
 
     def _require_directory(self) -> Directory:

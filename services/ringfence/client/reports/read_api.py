@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Filters = Mapping[str, str | int | None]
 """Filters by name. Those with the value None are left out."""
-Service = Literal["registry", "policy", "issuer", "revoker", "audit"]
+Service = Literal["registry", "policy", "issuer", "revoker", "audit", "gateway"]
 
 
 class ReadApi(Lifetime):

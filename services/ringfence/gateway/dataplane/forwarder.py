@@ -135,11 +135,14 @@ class UpstreamPool:
             ) from None
         except ssl.SSLError:
             raise RequestRefusedError(
-                Code.TARGET_NOT_VERIFIED, "the target's certificate does not stand for its name"
+                Code.TARGET_NOT_VERIFIED,
+                "the target's certificate does not verify; if a CA of its own signed it, an operator sets "
+                "RINGFENCE_GATEWAY_TARGETS_CA_FILE of the gateway",
             ) from None
         except OSError:
             raise RequestRefusedError(
-                Code.TARGET_UNREACHABLE, "no connection to the target can be had"
+                Code.TARGET_UNREACHABLE,
+                "the gateway cannot connect to the target's url; an operator runs: ringfence target show TARGET",
             ) from None
         return stream
 

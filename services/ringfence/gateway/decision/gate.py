@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
+from ringfence.backends.target_settings import TargetSettingsError
 from ringfence.gateway.contract import (
     Attempt,
     CachedAllowance,
@@ -70,6 +71,10 @@ _RETRY_HOLD_S: Final = 25.0
 """The time for which an MCP client's retry is held while a person is asked. The official SDKs give a retry 30 s or
 more, and try ten times.
 """
+
+
+_FOR_OPERATORS: Final = frozenset({Code.TARGET_NOWHERE, Code.ACCESS_MISSING})
+"""Refusals that no retry resolves: an operator configures target or gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +227,13 @@ class DecisionGate:
         if url is None:
             raise UnavailableError(_no_url_message(target))
         return url
+
+    def problem(self, target: TargetState) -> str | None:
+        """Return why this gateway cannot send requests to a target with a credential, for operators; None if it can."""
+        try:
+            return self._injector.problem(target) if self._targets.url_of(target) else _no_url_message(target)
+        except TargetSettingsError as error:
+            return str(error)
 
     def on_lease_end(self, lease_id: str, on_ended: Callable[[], None]) -> Callable[[], None]:
         if self._view.stale() is not None:
@@ -574,7 +586,7 @@ class DecisionGate:
             target=context.target.state if context.target is not None else None,
             action=context.action,
             nonce=self._authenticator.nonce() if by_proof else None,
-            retry_after_s=_RATE_RETRY_S if status in (UNAVAILABLE, TOO_MANY_REQUESTS) else None,
+            retry_after_s=None if refusal is None else _retry_after_s(refusal),
             task_id=context.task_id,
             observed=context.observed,
             mcp=self._mcp_exchange(context, attempt) if allowed else None,
@@ -644,8 +656,18 @@ def _check_run_socket(target: CompiledTarget, attempt: Attempt, sender: Sender) 
     return refuse(Code.STDIO_OUTSIDE_RUN, message)
 
 
+def _retry_after_s(refusal: Refusal) -> int | None:
+    """How soon to retry; None where only an operator can help."""
+    if refusal.status not in (UNAVAILABLE, TOO_MANY_REQUESTS):
+        return None
+    return None if any(one.code in _FOR_OPERATORS for one in refusal.reasons) else _RATE_RETRY_S
+
+
 def _no_url_message(target: TargetState) -> str:
-    return f"target {target.target_id} does not say where it is: an operator adds it with --setting url=https://..."
+    return (
+        f"target {target.target_id} does not say where it is; an operator runs: ringfence target add "
+        f"{target.target_id} ... --setting url=https://HOST"
+    )
 
 
 def _pending_action(context: DecisionContext, approval: ApprovalRequired) -> ActionToApprove | None:

@@ -25,7 +25,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.codes import ReceivedCode
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import Credential, CredentialDelivery
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
@@ -40,6 +40,9 @@ _TIMEOUT_S: Final = 12.0
 """The issuer reads Kafka for up to 10 s."""
 _NEGATIVE_CACHE_MS: Final = 1000
 """The time for which a failed fetch is remembered, since many requests ask at once."""
+_NO_SEAL_KEY: Final = (
+    "this gateway has no key that credentials are sealed to: set RINGFENCE_GATEWAY_SEAL_KEY_FILE"
+)
 
 
 class SealedCredentials:
@@ -108,6 +111,10 @@ class SealedCredentials:
             raise UnavailableError(f"the credential of lease {lease.lease_id} has expired")
         return delivery.credential
 
+    def problem(self) -> str | None:
+        """Return why no credential can be opened here; None if they can."""
+        return _NO_SEAL_KEY if self._seal is None else None
+
     async def close(self) -> None:
         """Forget all credentials, and close connections."""
         self._deliveries.clear()
@@ -161,9 +168,7 @@ class SealedCredentials:
 
     async def _fetch(self, lease: Lease) -> CredentialDelivery:
         if self._seal is None:
-            raise UnavailableError(
-                "this gateway has no key that credentials are sealed to: set RINGFENCE_GATEWAY_SEAL_KEY_FILE"
-            )
+            raise UnavailableError(_NO_SEAL_KEY)
         if self._http is None:
             self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False)
         url = f"{self._issuer_url}/v1/leases/{lease.lease_id}/sealed-credential"
@@ -209,10 +214,22 @@ class Injector:
                 error,
                 extra=rate_limited(lease.target_id),
             )
-            raise UnavailableError(f"Ringfence has no credential for target {target.target_id} now") from None
+            message = (
+                f"this gateway has no credential for target {target.target_id}: an operator runs ringfence doctor, "
+                "which says what to set"
+            )
+            raise UnavailableError(message, code=Code.ACCESS_MISSING) from None
         if isinstance(live := self._table.check_live(lease), Refused):
             raise UnavailableError(live.reason.message, code=ReceivedCode(live.reason.code))
         return headers
+
+    def problem(self, target: TargetState) -> str | None:
+        """Return why nothing can be injected here for a target, for operators; None if it can."""
+        return (
+            self._secrets.problem(target.target_id)
+            if target.backend.kind == "http"
+            else self._sealed.problem()
+        )
 
     def cached_headers(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:
         """The headers, if no await is needed; otherwise None. Raises an error if the credential cannot be used."""

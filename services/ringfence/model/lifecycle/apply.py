@@ -40,6 +40,7 @@ from ringfence.model.lifecycle.holds import check_not_held, elements_set_by, hol
 from ringfence.model.lifecycle.provisioners import BY_PROVISIONERS, apply_to_provisioner
 from ringfence.model.lifecycle.tasks import apply_to_task
 from ringfence.model.lifecycle.users import apply_to_user
+from ringfence.model.target_settings import default_delivery, delivery_problem
 
 _MAY_WIDEN: tuple[type[Any], ...] = (
     UserSet,
@@ -171,6 +172,10 @@ def apply_to_target(
         raise CommandRefusedError(
             f"requests name verbs that are not listed: {sorted(unknown)}", code=Code.UNKNOWN_VERB
         )
+    delivery = command.delivery or default_delivery(command.backend, mapped=bool(command.requests))
+    if problem := delivery_problem(command.backend, delivery):
+        code = Code.DELIVERY_GATEWAY_ONLY if delivery == "agent" else Code.NOT_INJECTABLE
+        raise CommandRefusedError(problem, code=code)
     return TargetState(
         target_id=command.target_id,
         description=command.description,
@@ -178,6 +183,7 @@ def apply_to_target(
         verbs=command.verbs,
         requests=command.requests,
         max_ttl_s=command.max_ttl_s,
+        delivery=delivery,
         keys=command.keys,
         status="active",
     )

@@ -10,7 +10,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.codes import AnyCode, Code, ReceivedCode, inactive_agent
-from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
+from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Delivery, Reason, Revisions
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.lease import Delegator
 from ringfence.messages.permission import Permission, Scope
@@ -164,6 +164,11 @@ class RequestContext(RecordContext):
         """The latest end of the credential, in seconds: the end of the task, or of the instance's key."""
         task_end: int = self.task.state.not_after
         return min(task_end, self.instance.key.not_after) if self.instance else task_end
+
+    @property
+    def delivery(self) -> Delivery:
+        """To whom the credential goes: as the request says, or else as the target does."""
+        return self.request.claims.delivery or self.target.state.delivery
 
     @property
     def break_glass(self) -> bool:

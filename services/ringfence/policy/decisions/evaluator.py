@@ -195,7 +195,7 @@ class RequestEvaluator:
         ]
         max_age_s = self._runtime.settings.entitlements_max_age_s
         against = violations(facts, at_ms / 1000, max_age_s)
-        against += self._declared.delivery_refusals(facts.target.state, case.request.claims.delivery)
+        against += self._declared.delivery_refusals(facts.target.state, facts.delivery)
         agent, now_s = facts.agent.state, at_ms // 1000
         held = self._holdings.held(agent.agent_id, now_s, but_for=case.request_id)
         if len(held) > MAX_HELD:

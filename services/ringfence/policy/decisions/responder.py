@@ -20,7 +20,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.tracing.api import Span, Tracing, Work
 from ringfence.messages.approval import Approval, ApprovalRequest, Grant
 from ringfence.messages.codes import Code
-from ringfence.messages.credential import CredentialDecision, Outcome, Reason, ReplyContent
+from ringfence.messages.credential import CredentialDecision, Delivery, Outcome, Reason, ReplyContent
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context
@@ -82,7 +82,7 @@ class DecisionPublisher:
             outcome=ruling.outcome,
             reasons=ruling.reasons,
             ttl_s=None if isinstance(ruling, RequestRefused) else ruling.ttl_s,
-            delivery=case.request.claims.delivery,
+            delivery=_delivery(case, evaluation),
             required=ruling.required,
             approvals=tuple(approval.compact for approval in approvals),
             grants=tuple(grant.compact for grant in evaluation.grants) or None,
@@ -218,6 +218,13 @@ def _times_of_passkeys(
         digest: at_ms[digest] for digest, compact in answers if digest in at_ms and is_by_passkey(compact)
     }
     return times or None
+
+
+def _delivery(case: Case, evaluation: Evaluation) -> Delivery:
+    """Return the delivery of a request. Of one that is denied because its records are missing, what it names."""
+    if evaluation.facts is not None:
+        return evaluation.facts.delivery
+    return case.request.claims.delivery or "gateway"
 
 
 def _too_large(decision: CredentialDecision) -> CredentialDecision:
