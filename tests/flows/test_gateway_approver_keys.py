@@ -119,17 +119,6 @@ async def test_a_floor_for_attested_keys_takes_no_other(stage: Stage, keys: Keys
         assert passed(stage, "/dev/attested")
 
 
-async def test_a_floor_for_key_files_takes_no_passkey(stage: Stage, keys: Keys) -> None:
-    await set_floors(stage)
-    actor = await stage.actor()
-    async with held(stage, actor, "DELETE", "/dev/file") as waiting:
-        for key in (keys.passkey, keys.cosigned):
-            assert await waiting.answer(key) == "key_not_file"
-        assert not passed(stage, "/dev/file")
-        assert await waiting.answer(keys.file) is None
-        assert passed(stage, "/dev/file")
-
-
 async def test_the_client_says_which_kind_of_key_a_floor_wants(stage: Stage, keys: Keys) -> None:
     await set_floors(stage)
     actor = await stage.actor()

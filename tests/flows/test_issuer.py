@@ -28,7 +28,7 @@ from ringfence.messages.base import ServiceRole, Topic
 from ringfence.messages.credential import Coordinates, CredentialDelivery, ReplyContent
 from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import EndCause
-from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, BackendSettings, TaskEnd
+from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, TaskEnd
 from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, DEAD_LETTER, LEASE
 from ringfence.model.lease_store import LeaseStore, SignedLease, Step
 from ringfence.model.lease_store.keys import uuid_bytes
@@ -350,15 +350,6 @@ async def test_an_approval_that_does_not_count(desk: IssuerBench, code: str, wro
     assert await desk.is_finding(asked)
 
 
-async def test_one_person_does_not_count_twice(desk: IssuerBench) -> None:
-    asked = await desk.ask("deploy")
-    twice = (desk.approval(asked, desk.sam), desk.approval(asked, desk.sam))
-    await desk.decide(asked, approvals=twice, required=("second_person",))
-    refusal = await desk.refused(asked)
-    assert [reason.code for reason in refusal.reasons] == ["approval_lacking"]
-    assert "second_person" in refusal.reasons[0].message
-
-
 async def test_an_approval_given_before_a_change_is_stale_and_no_finding(desk: IssuerBench) -> None:
     asked = await desk.ask("deploy")
     approval = desk.approval(asked, desk.sam)
@@ -400,18 +391,6 @@ async def test_a_task_that_was_ended_meanwhile_gives_nothing_and_that_is_no_find
         desk.world.key("policy").id,
     )
     assert not await desk.is_finding(asked)
-
-
-async def test_a_kind_of_credential_that_nobody_makes_is_refused(desk: IssuerBench) -> None:
-    wide = scope("mainframe", ("read",), ("**",))
-    await desk.world.target("mainframe", backend=BackendSettings(kind="punch-card"))
-    ulla = await desk.world.user("ulla", entitlements=wide)
-    desk.bot = await desk.world.agent("puncher", sponsor=desk.sam, ceiling=wide)
-    desk.task = await desk.world.task(desk.bot, by=ulla, scope=wide)
-    asked = await desk.ask(scope=scope("mainframe", ("read",), ("a",)))
-    await desk.decide(asked)
-    refusal = await desk.refused(asked)
-    assert [reason.code for reason in refusal.reasons] == ["backend_unknown"]
 
 
 async def test_request_fenced_before_issuance_is_not_issued(desk: IssuerBench, store: LeaseStore) -> None:

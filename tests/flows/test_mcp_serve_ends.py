@@ -81,7 +81,7 @@ async def test_server_ends_when_its_output_is_closed(world: World, tmp_path: Pat
         assert (status in (0, 1), said) == (True, "")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_server_ends_by_a_signal(world: World, tmp_path: Path, number: signal.Signals) -> None:
     async with started(world, tmp_path) as process:
         process.send_signal(number)

@@ -188,23 +188,6 @@ async def test_lives_of_nothing_and_of_for_ever(world: World):
         assert (decision.outcome, codes(decision)) == ("denied", {"ttl_too_long"})
 
 
-async def test_a_life_is_shortened_to_what_target_and_task_leave(world: World):
-    async with world.running("registry", "policy"):
-        office = await PolicyBench.open(world)
-        await world.target("brief", max_ttl_s=60)
-        wanted = scope("brief", ["read"], ["env/staging/web"])
-        lena = await world.user("lena", entitlements=wanted)
-        bot = office.bot = await world.agent("brief-bot", sponsor=office.sam, ceiling=wanted)
-        office.task = await world.task(bot, by=lena, scope=wanted)
-        decision = await office.final(await office.ask(wanted))
-        assert (decision.outcome, decision.ttl_s, codes(decision)) == ("allowed", 60, {"ttl_shortened"})
-        office.task = await world.task(bot, by=lena, scope=wanted, life_s=30)
-        decision = await office.final(await office.ask(wanted))
-        assert decision.outcome == "allowed"
-        assert decision.ttl_s is not None
-        assert decision.ttl_s <= 30
-
-
 async def test_a_scope_too_long_to_be_told_is_denied_not_stumbled_over(world: World):
     async with world.running("registry", "policy"):
         office = await PolicyBench.open(world)
@@ -246,17 +229,6 @@ async def test_gateway_only_target_is_denied_to_the_agent_with_the_option_to_use
 
 
 # --- the bundle ---
-
-
-async def test_a_bundle_that_answers_nonsense_denies(world: World, tmp_path: Path):
-    (tmp_path / "d.rego").write_text(
-        "package ringfence.issuance\n\n"
-        'decision := {"allow": true, "deny": [], "approvals": "sponsor", "max_ttl_s": 60}\n'
-    )
-    async with world.running("registry", "policy", own={"policy": PolicySettings(bundle=tmp_path)}):
-        office = await PolicyBench.open(world)
-        decision = await office.final(await office.ask(READ))
-        assert (decision.outcome, codes(decision)) == ("denied", {"policy_invalid"})
 
 
 async def test_a_bundle_that_allows_everything_widens_nothing(world: World, tmp_path: Path):

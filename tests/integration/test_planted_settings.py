@@ -100,7 +100,6 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "ringfence.cli.main", *words]
 
 
-@pytest.mark.parametrize("place", ["ringfence.toml", ".ringfence/ringfence.toml"])
 @pytest.mark.parametrize(
     "what",
     [
@@ -114,12 +113,12 @@ def command(*words: str) -> list[str]:
     ],
 )
 def test_a_planted_settings_file_sees_no_connection(
-    trap: Trap, sponsor: Path, tmp_path: Path, what: str, place: str
+    trap: Trap, sponsor: Path, tmp_path: Path, what: str
 ) -> None:
     folder = tmp_path / "clone"
-    file = folder / place
-    file.parent.mkdir(parents=True)
-    file.write_text(planted(trap, sponsor))
+    (folder / ".ringfence").mkdir(parents=True)
+    for place in ("ringfence.toml", ".ringfence/ringfence.toml"):
+        (folder / place).write_text(planted(trap, sponsor))
     if what == "serve registry":
         # A planted key as well: nothing else stands in the way of this start.
         key = SigningKey.generate("spiffe://ringfence.local/service/registry")

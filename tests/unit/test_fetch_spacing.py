@@ -44,7 +44,7 @@ def at(client: Client, node: int, api_key: int = _FETCH) -> list[float]:
     return [when for n, key, when in client.sent if (n, key) == (node, api_key)]
 
 
-FETCH, HEARTBEAT = SimpleNamespace(API_KEY=_FETCH), SimpleNamespace(API_KEY=_HEARTBEAT)
+FETCH, HEARTBEAT = SimpleNamespace(API_KEY=_FETCH, topics=()), SimpleNamespace(API_KEY=_HEARTBEAT)
 
 
 async def test_fetches_from_one_broker_start_apart() -> None:

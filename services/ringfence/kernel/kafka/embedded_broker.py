@@ -35,6 +35,14 @@ first of a row costs three times what those cost that are sent again."""
 _SHARE_OF_SILENCE = 1 / 16
 
 
+async def pause(seconds: float, client: Any, topics: Any) -> None:
+    """Wait before a fetch. Where producers share the process, as in tests, a replacement ends with their next record.
+
+    `client` is the consumer's; `topics` are those of its fetch request.
+    """
+    await asyncio.sleep(seconds)
+
+
 def adapt_to_embedded_broker(
     consumer: AIOKafkaConsumer, *, linger_ms: int = QUICK_MS, ceiling_ms: int = CEILING_MS
 ) -> None:
@@ -77,7 +85,7 @@ def hold_fetches(
         hold_until_s = loop.time() + hold_ms / 1000
         again: _Again | None = None
         while True:
-            await asyncio.sleep(due_s.get(node_id, 0) - loop.time())
+            await pause(due_s.get(node_id, 0) - loop.time(), client, request.topics)
             due_s[node_id] = loop.time() + linger_ms / 1000
             response = await (send(node_id, request, **options) if again is None else again.send())
             now_s = loop.time()
