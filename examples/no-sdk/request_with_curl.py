@@ -40,10 +40,8 @@ while True:  # one reply after the other: those about approvals come before the 
         count, reply = count + 1, json.loads(jwe.decrypt_compact(sealed, reply_key).plaintext or b"")
         decision = verified(reply["decision"], "credential.decision", keys["policy"])
         assert decision["request"] == request, "the decision is about another request"
-        if "delivery" in reply:
-            delivery = verified(reply["delivery"], "credential.delivery", keys["issuer"])
-            sys.exit(print("allowed:", delivery["credential"]["kind"]))  # and its "value", which nobody should print
-        if "lease" in reply:  # the credential is at the gateway
-            sys.exit(print("allowed: lease", verified(reply["lease"], "lease", keys["issuer"])["lease_id"]))
+        name, typ = ("delivery", "credential.delivery") if "delivery" in reply else ("lease", "lease")
+        if name in reply:  # a delivery has the "credential", with its secret "value"; else the gateway has it
+            sys.exit(print("allowed: lease", verified(reply[name], typ, keys["issuer"])["lease_id"]))
         if decision["outcome"] == "denied" or "refusal" in reply:
             sys.exit(f"denied: {reply.get('refusal') or decision['reasons']}")

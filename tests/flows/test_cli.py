@@ -93,6 +93,7 @@ async def organisation(shell: Shell) -> str:
     await shell(
         "olga", "target", "add", "platform", "--description", "deploys", "--verb", "read", "--verb", "deploy=sponsor",
         "--request", "GET /env/{name*} read env/{name*}", "--new-key", str(folder / "platform.json"),
+        "--delivery", "agent",
     )  # fmt: skip
     key = ("--new-key", str(folder / "maria.json"))
     allow = ("--allow", "platform:read:env/**", "--allow", "platform:deploy:env/staging/*")
@@ -590,15 +591,14 @@ async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(
     assigned = ("task", "assign", "bot", "--purpose", "read it", "--for", "1h", "--allow", wanted)
     task = (await shell.json("maria", *assigned))["task_id"]
     asked = ("request", "--task", task, "--reason", "read it", "--allow", wanted)
-    refused = await shell("bot", *asked, status=1)
-    assert "never handed out" in refused
-    assert "--delivery gateway" in refused
-    issued = await shell.json("bot", *asked, "--delivery", "gateway")
+    refused = await shell("bot", *asked, "--delivery", "agent", status=1)
+    assert "credentials of hub go to gateways only" in refused
+    issued = await shell.json("bot", *asked)
     assert (issued["delivery"], issued["kind"], issued["value"]) == ("gateway", "http", None)
-    printed = await shell("bot", *asked, "--delivery", "gateway")
+    printed = await shell("bot", *asked)
     assert UUID.fullmatch(printed.strip())
     code = "import os, sys; sys.exit('RINGFENCE_LEASE' not in os.environ or 'RINGFENCE_CREDENTIAL' in os.environ)"
-    await shell("bot", *asked, "--delivery", "gateway", "--exec", "--", sys.executable, "-c", code)
+    await shell("bot", *asked, "--exec", "--", sys.executable, "-c", code)
     monkeypatch.setenv("RINGFENCE_IDENTITY", str(folder / "sam.json"))
     monkeypatch.setenv("RINGFENCE_RUNNER_KEY_FILE", str(folder / "sam.json"))
     own = str(folder / "bot.json")
@@ -606,7 +606,7 @@ async def test_a_static_secret_is_never_handed_out_and_its_lease_is_a_handle(
         "import os, sys; sys.exit(any('sam.json' in value for value in os.environ.values())"
         " or os.environ['RINGFENCE_IDENTITY'] != sys.argv[1])"
     )
-    await shell("bot", *asked, "--delivery", "gateway", "--exec", "--", sys.executable, "-c", code, own)
+    await shell("bot", *asked, "--exec", "--", sys.executable, "-c", code, own)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 7), (signal.SIGTERM, 143)], ids=str)

@@ -187,12 +187,13 @@ def test_a_step_is_read_with_what_it_prints(tmp_path: Path) -> None:
 
 
 async def test_a_line_that_does_not_come_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules[__name__], "WITHIN_S", 0.2)
     (tmp_path / ".ringfence").mkdir()
     (tmp_path / ".ringfence/ringfence.toml").write_text('kafka = "127.0.0.1:1"')
-    async with Reader(tmp_path).shell() as shell:
-        with pytest.raises(AssertionError, match="two"):
-            await shell.run("echo one", ["one", "two"])
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "WITHIN_S", 0.2)
+        async with Reader(tmp_path).shell() as shell:
+            with pytest.raises(AssertionError, match="two"):
+                await shell.run("echo one", ["one", "two"])
     async with Reader(tmp_path).shell() as shell:
         with pytest.raises(AssertionError, match="end of the command: 1"):
             await shell.run("false", [])

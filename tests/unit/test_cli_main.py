@@ -138,7 +138,7 @@ def test_every_import_is_the_sdks_or_of_an_extra_that_can_be_named() -> None:
         ),
         (
             ["request", "--task", ID, "--reason", "x", "--allow", "s:r:a", "--delivery", "pigeon"],
-            "none of agent, gateway",
+            "'pigeon' is not one of 'agent', 'gateway'",
         ),
         (["key", "new", "k.json", "--id", "maria"], "user/NAME"),
         (["key", "new", "k.json", "--id", "agent/My-Bot"], "must be a name"),

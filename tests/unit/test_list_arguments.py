@@ -71,6 +71,9 @@ ADMINISTRATOR: dict[str, tuple[str, Call]] = {
     "set_user, roles": ("roles", lambda a, v: a.set_user("u", name="U", roles=v)),
     "set_user, keys": ("keys", lambda a, v: a.set_user("u", name="U", keys=v)),
     "set_user, entitlements": ("entitlements", lambda a, v: a.set_user("u", name="U", entitlements=v)),
+    "end_user_key": (
+        "holds", lambda a, v: a.end_user_key("u", "k", reason="r", compromised=True, since_ms=0, holds=v)
+    ),
     "set_provisioner": ("keys", lambda a, v: a.set_provisioner("p", name="P", keys=v, delegation=None)),
     "register_agent, keys": (
         "keys", lambda a, v: a.register_agent("b", description="d", keys=v, ceiling=SCOPE)

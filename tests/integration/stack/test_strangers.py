@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.broker
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples/no-sdk/request_by_hand.py"
 OVER_HTTP = ROOT / "examples/no-sdk/request_over_http.py"
+LEASE_ALLOWED = r"allowed: lease [0-9a-f-]{36}\n"
 WITH_CURL = ROOT / "examples/no-sdk/request_with_curl.py"
 
 
@@ -132,13 +134,13 @@ async def test_a_request_with_curl_goes_through_the_socket_of_its_task(
         words = (str(WITH_CURL), realm.task, realm.target, verb, resource)
         return await run(sys.executable, *words, env=environment)
 
-    assert await ask("read", "env/staging/web") == (0, "allowed: jwt\n", "")
+    assert re.fullmatch(LEASE_ALLOWED, (await ask("read", "env/staging/web"))[1])
     status, _, err = await ask("write", "env/production/web")
     assert (status, "beyond_scope" in err) == (1, True), err
     async with realm.sponsor() as sam:
         asked = asyncio.create_task(ask("write", "env/staging/web"))
         await sam.approve(await first_pending(sam))
-        assert (await asked)[:2] == (0, "allowed: jwt\n")
+        assert re.fullmatch(LEASE_ALLOWED, (await asked)[1])
 
 
 async def test_a_request_by_hand_passes_over_what_is_for_others(realm: RunningStack, tmp_path: Path) -> None:

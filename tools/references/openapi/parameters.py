@@ -16,6 +16,7 @@ _STREAM = "f67e39a0a4d34d56b3aa1bc4cff0069f"
 _PATHS: Mapping[str, tuple[str, str]] = {
     "request_id": ("the id of a request", _REQUEST),
     "lease_id": ("the id of a lease", _LEASE),
+    "target_id": ("the id of a target", "staging"),
     "agent_id": ("the id of an agent", "deploy-bot"),
     "grant_id": ("the id of a grant", _REQUEST),
     "credential_id": ("the id of a passkey, as its authenticator made it", "mNr0-Qq1W7cH3mFzqj1n2w"),

@@ -313,12 +313,16 @@ _AUDIT = Api(
 )  # fmt: skip
 
 _GATEWAY = Api(
-    "Gateway, for people", "Whether a lease can be used at this gateway.", PORTS["gateway"],
+    "Gateway, for people", "Whether a lease or a target can be used at this gateway.", PORTS["gateway"],
     (
         *COMMON,
         Operation(
             "GET", "/v1/leases/{lease_id}", "Whether a lease can be used here now, and if not, why.",
             {**ok(lease_id=TEXT, status=TEXT, usable=YES_NO, reason=maybe(TEXT)), **_NOT_FOUND},
+        ),
+        Operation(
+            "GET", "/v1/targets/{target_id}", "Whether requests to a target can be sent from here, and if not, why.",
+            {**ok(target_id=TEXT, revision=NUMBER, problem=maybe(TEXT)), **_NOT_FOUND},
         ),
     ),
 )  # fmt: skip

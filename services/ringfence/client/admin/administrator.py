@@ -231,7 +231,7 @@ class Administrator(CommandClient):
             reason=reason,
             compromised=compromised or None,
             since_ms=since_ms,
-            holds=tuple(holds) or None,
+            holds=instances("holds", holds, HeldSubject, "[HeldSubject(...)]") or None,
         )
 
     async def review_compromise(

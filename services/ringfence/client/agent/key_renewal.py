@@ -12,7 +12,6 @@ The state of an attempt is in these files alone, so a crash at any point loses n
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
@@ -82,7 +81,7 @@ class KeyRenewal:
             async with self._locked() as locked:
                 if locked and self._is_due(now_s):
                     await self._renew(send, now_s)
-        except (OSError, RingfenceError) as error:
+        except (OSError, ImportError, RingfenceError) as error:
             log.warning("the key in %s was not renewed: %s", self.path, error)
 
     async def _renew(self, send: SendRenewal, now_s: int) -> None:
@@ -135,6 +134,8 @@ class KeyRenewal:
 
 
 async def _lock(descriptor: int) -> bool:
+    import fcntl  # which not every system has: without locks, keys are not renewed
+
     loop = asyncio.get_running_loop()
     until = loop.time() + _LOCK_TIMEOUT_S
     while loop.time() < until:
