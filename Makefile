@@ -29,7 +29,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner test-containers chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -101,6 +101,9 @@ test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x a
 
 test-runner: $(STAMP) ## sandboxes of every kind, and programs that try to get out (needs bubblewrap and libseccomp, root for all of it; OCI=podman)
 	$(if $(OCI),RINGFENCE_TEST_OCI=$(OCI)) $(BIN)/python -m pytest tests/runner $(SHARED) $(ARGS)
+
+test-containers: $(STAMP) ## the image and docker-compose.yml on Podman (needs root, debootstrap, Podman and a JDK; makes its base images once, in two minutes)
+	$(BIN)/python -m pytest tests/containers $(SHARED) $(ARGS)
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
 	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)
