@@ -11,6 +11,7 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
+    AgentRenewKey,
     AgentResume,
     AgentRotateKey,
     AgentSetCeiling,
@@ -114,6 +115,18 @@ def test_key_of_agent_by_stolen_key_of_sponsor_rests_on_it(org: Organisation) ->
     assert org.directory.agent_key(key.id, key.kid, org.clock.ms / 1000) is None
     own = org.key("bot", "agent")
     assert org.directory.agent_key(own.id, own.kid, org.clock.ms / 1000) is not None
+
+
+def test_renewal_of_key_by_stolen_key_rests_on_it(org: Organisation) -> None:
+    key, renewed, last = (SigningKey.generate(f"spiffe://{TD}/agent/bot") for _ in range(3))
+    org.give(org.claims(AgentRotateKey, "sam", agent_id="bot", key=org.key_record(key), overlap_s=0))
+    org.give(org.claims(AgentRenewKey, "sam", iss=key.id, agent_id="bot", key=renewed.public), key)
+    assert f"key:{renewed.kid}" in org.resting("sam")["agent", "bot"]
+    org.report("otto", "sam")
+    assert org.directory.agent_key(renewed.id, renewed.kid, org.clock.ms / 1000) is None
+    org.clock.ms += 86_400_000
+    with pytest.raises(RingfenceError):
+        org.give(org.claims(AgentRenewKey, "sam", iss=key.id, agent_id="bot", key=last.public), renewed)
 
 
 def test_permission_of_thief_that_honest_command_repeats_rests_on_thief(org: Organisation) -> None:
