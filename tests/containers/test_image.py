@@ -18,7 +18,7 @@ LOCKED_DOWN = ("run", "--rm", "--network", "none", "--read-only", "--cap-drop", 
 def test_image_without_root_and_with_a_read_only_root_runs_the_command_line(
     podman: Podman, image: str
 ) -> None:
-    assert "Commands" in podman(*LOCKED_DOWN, image, "--help").stdout
+    assert "Usage: ringfence" in podman(*LOCKED_DOWN, image, "--help").stdout
     assert "uid=10001" in podman(*LOCKED_DOWN, "--entrypoint", "id", image).stdout
 
 
