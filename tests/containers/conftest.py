@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -34,9 +37,11 @@ def image(podman: Podman) -> str:
 
 
 @pytest.fixture(scope="module")
-def compose(podman: Podman, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Compose]:
+def compose(podman: Podman, image: str) -> Iterator[Compose]:
     """Everything that `docker compose up` starts, healthy, with the trust bundle published."""
-    made = Compose(podman, tmp_path_factory.mktemp("compose"))
+    # A short path, as those of sockets are short.
+    folder = tempfile.mkdtemp(prefix="rf-")
+    made = Compose(podman, Path(folder))
     try:
         made.up("kafka", "valkey")
         made.compose("up", "--detach", "--no-build", "--no-deps", "topics")
@@ -45,4 +50,5 @@ def compose(podman: Podman, image: str, tmp_path_factory: pytest.TempPathFactory
         made.up("registry", "policy", "issuer", "revoker", "audit", "gateway")
         yield made
     finally:
-        made.compose("down", "--volumes", "--timeout", "30")
+        made.down("--volumes")
+        shutil.rmtree(folder)

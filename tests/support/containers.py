@@ -64,11 +64,18 @@ class Compose:
 
     def run_cli(self, *arguments: str) -> str:
         """Run a command in the container `cli`, and return what it printed. Raises StackError."""
-        return self.compose("--profile", "cli", "run", "--rm", "--no-deps", "cli", *arguments)
+        return self.compose("--profile", "cli", "run", "--rm", "-T", "--no-deps", "cli", *arguments)
 
     def compose(self, *arguments: str) -> str:
         """Run a command of Compose. Raises StackError."""
-        argv = [f"{sys.prefix}/bin/podman-compose", "--podman-path", self.podman.program, *arguments]
+        argv = [
+            f"{sys.prefix}/bin/podman-compose",
+            "--podman-path",
+            self.podman.program,
+            "--in-pod",
+            "false",
+            *arguments,
+        ]
         return self._run(argv)
 
     def up(self, *services: str, profile: str | None = None) -> None:
@@ -80,6 +87,10 @@ class Compose:
         self.compose(*chosen, "up", "--detach", "--no-build", "--no-deps", *services)
         for service in services:
             self.wait_healthy(service)
+
+    def down(self, *options: str) -> None:
+        """Remove all containers, those of profiles too. Raises StackError."""
+        self.compose("--profile", "signals", "--profile", "scim", "down", "--timeout", "30", *options)
 
     def wait_healthy(self, service: str) -> None:
         """Wait until the health check of a service passes. Raises StackError with the end of its log."""
