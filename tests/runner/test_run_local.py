@@ -187,7 +187,7 @@ def test_a_run_asks_with_curl_and_forty_lines_of_python(here: Installation) -> N
     assert code == 0, report
     assert re.fullmatch(rb"allowed: lease [0-9a-f-]{36}\n", out)
     (lease,) = report["allowed"]
-    assert (lease["delivery"], lease["ended_by"]) == ("agent", "run_ended")
+    assert (lease["delivery"], lease["ended_by"]) == ("gateway", "run_ended")
 
 
 def test_the_instance_of_a_run_acts_in_no_other_task(here: Installation) -> None:
@@ -442,7 +442,8 @@ def test_the_commands_of_the_page_of_runs(reader: Reader) -> None:
     out = reader.succeeds(first.replace("TASK", task, 1))
     assert "uid=1000" in out
     assert "RINGFENCE_RUN_INSTANCE" in out
-    assert UUID(reader.succeeds(second, "maria").strip()), "the handle: the gateway has the credential"
+    handle = reader.succeeds(second, "maria").strip()
+    assert str(UUID(handle)) == handle, "the gateway has the credential"
     inside = f"{request} && {look}".replace("http://notes.example", f"http://127.0.0.1:{here.notes.port}")
     out = reader.succeeds(f"ringfence run --task {here.task} -- sh -c {shlex.quote(inside)}")
     assert out.endswith("buy milk\n")
