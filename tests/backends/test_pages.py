@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.backends.ssh.server import SshLogin
+from ringfence.backends.ssh.backend import SshLogin
 from tests.backends.kinds import SSH_USERS
 from tests.site.dev_folder import dev_running, inherited
 from tests.site.page_commands import ROOT, blocks_of, run_page

@@ -21,9 +21,9 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from ringfence.backends import AccessError, SshBackend, TargetError, TargetRefusedError
+from ringfence.backends.ssh.backend import SshLogin
 from ringfence.backends.ssh.certificates import for_ringfence, private_text
 from ringfence.backends.ssh.host_helper import serial_of
-from ringfence.backends.ssh.server import SshLogin
 from ringfence.messages.lease import Lease
 from ringfence.messages.permission import Permission
 from tests.backends.kinds import SSH_USERS, TARGET, SshKind, allow, lease, state

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ringfence.audit.detections.events import EVENT_KINDS
+from ringfence.audit.detections.detector import EVENT_KINDS
 from ringfence.audit.settings import AuditSettings
 
 ROOT = Path(__file__).parents[2]

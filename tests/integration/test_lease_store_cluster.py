@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.cli.doctor.checks import redis_findings
+from ringfence.cli.doctor.command import redis_findings
 from ringfence.dev.processes import free_port
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli.doctor.checks import redis_findings
+from ringfence.cli.doctor.command import redis_findings
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.model.lease_store import LeaseStore, SignedLease

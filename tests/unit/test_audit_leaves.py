@@ -7,9 +7,7 @@ import sqlite3
 
 import pytest
 
-from ringfence.audit.trail import merkle_leaves, tree_hashes
-from ringfence.audit.trail.merkle_leaves import Leaves
-from ringfence.audit.trail.tree_hashes import TreeHashes
+from ringfence.audit.trail.proofs import HASHES_TABLE, LEAVES_TABLE, Leaves, TreeHashes
 from ringfence.model.audit_log.chain import NOTHING
 from ringfence.model.audit_log.merkle import Hash, TreeHead, leaf_hash
 
@@ -19,7 +17,7 @@ Way = list[tuple[int, str, Hash]]
 @pytest.fixture
 def db() -> sqlite3.Connection:
     made = sqlite3.connect(":memory:", isolation_level=None)
-    made.executescript(tree_hashes.TABLE + merkle_leaves.TABLE)
+    made.executescript(HASHES_TABLE + LEAVES_TABLE)
     return made
 
 

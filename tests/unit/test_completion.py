@@ -14,10 +14,9 @@ import pytest
 import typer
 
 from ringfence.cli.completion import command_line
-from ringfence.cli.completion.candidates import MAX_CANDIDATES, MAX_DESCRIPTION, Candidate, one_line, safe
 from ringfence.cli.completion.command import SCRIPTS, Shell
-from ringfence.cli.completion.complete import answer, complete, words_of
-from ringfence.cli.completion.sources import SOURCES
+from ringfence.cli.completion.command_line import MAX_CANDIDATES, MAX_DESCRIPTION, Candidate, one_line, safe
+from ringfence.cli.completion.complete import SOURCES, answer, complete, words_of
 from ringfence.cli.main import COMMANDS, app, main
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.crypto.keys import SigningKey

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli.doctor.checks import (
+from ringfence.cli.doctor.command import (
     SOON_S,
     bundle_findings,
     eviction,

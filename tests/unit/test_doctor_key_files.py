@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ringfence.cli.doctor.checks import key_files
+from ringfence.cli.doctor.command import key_files
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.keys import SigningKey
 

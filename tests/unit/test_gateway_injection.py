@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import pytest
 
-from ringfence.backends.access import TargetAccess
 from ringfence.backends.http import StaticSecrets
+from ringfence.backends.secret_sources import TargetAccess
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.errors import UnavailableError

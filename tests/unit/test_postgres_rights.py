@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ringfence.backends.postgres.backend import verifier
 from ringfence.backends.postgres.privileges import (
     RIGHTS,
     Level,
@@ -19,7 +20,6 @@ from ringfence.backends.postgres.privileges import (
     quoted,
     rights,
 )
-from ringfence.backends.postgres.server import verifier
 from ringfence.backends.target_settings import InexactError
 from ringfence.messages.permission import Permission
 from ringfence.model.scope.globs import parse_glob

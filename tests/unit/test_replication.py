@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.commands import init as init_command
-from ringfence.cli.doctor.checks import replication_findings
+from ringfence.cli.doctor.command import replication_findings
 from ringfence.cli.main import main
 from ringfence.client.admin.trust_setup import TrustFolder
 from ringfence.kernel.base.errors import UnavailableError

@@ -20,12 +20,9 @@ from typing import Any, NamedTuple
 from ringfence.audit.events import services
 from ringfence.audit.events.ocsf import MAX_EVENT_BYTES, OcsfEvent, shortened
 from ringfence.audit.events.trust import BundleHistory
-from ringfence.audit.mappers.approvals import ApprovalMapper
-from ringfence.audit.mappers.credentials import CredentialMapper, LeaseMapper
+from ringfence.audit.mappers.credentials import ApprovalMapper, CredentialMapper, LeaseMapper
 from ringfence.audit.mappers.mapper import PENDING_CODES, Mapper, RecordMapper, ReplayError
-from ringfence.audit.mappers.registry import RegistryMapper
-from ringfence.audit.mappers.runs import RunMapper
-from ringfence.audit.mappers.services import ServiceMapper
+from ringfence.audit.mappers.services import RegistryMapper, RunMapper, ServiceMapper
 from ringfence.audit.trail.handover import Intake, PendingEvent
 from ringfence.audit.verification import OutdatedError, RecordVerifier, require_trust
 from ringfence.kernel.base import metrics

@@ -18,12 +18,11 @@ from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import ClassVar, Literal, Protocol
 
-from ringfence.backends.access import BackendSettings, TargetAccess
 from ringfence.backends.http import CircuitBreaker, HttpBackend, StaticSecrets
 from ringfence.backends.jwt import JwtBackend, TokenKey, TokenKeyError, TokenKeys
 from ringfence.backends.postgres.backend import PostgresBackend
 from ringfence.backends.redis import RedisBackend
-from ringfence.backends.secret_sources import AccessError, SecretSource
+from ringfence.backends.secret_sources import AccessError, BackendSettings, SecretSource, TargetAccess
 from ringfence.backends.ssh.backend import SshBackend
 from ringfence.backends.target_settings import (
     BackendError,

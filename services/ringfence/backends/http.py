@@ -19,8 +19,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Generic, Literal, Protocol, TypeVar
 
-from ringfence.backends.access import TargetAccess
-from ringfence.backends.secret_sources import AccessError
+from ringfence.backends.secret_sources import AccessError, TargetAccess
 from ringfence.backends.target_settings import (
     CircuitOpenError,
     TargetError,

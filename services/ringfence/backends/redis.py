@@ -25,9 +25,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 from urllib.parse import quote
 
-from ringfence.backends.access import TargetAccess
 from ringfence.backends.http import ConnectionCache
-from ringfence.backends.secret_sources import AccessError
+from ringfence.backends.secret_sources import AccessError, TargetAccess
 from ringfence.backends.target_settings import (
     InexactError,
     TargetError,

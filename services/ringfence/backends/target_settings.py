@@ -12,7 +12,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from ringfence.backends.access import TargetAccess
+from ringfence.backends.secret_sources import TargetAccess
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.codes import Code

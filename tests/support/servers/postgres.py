@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 from ringfence.backends import PostgresBackend
-from ringfence.backends.postgres.server import verifier
+from ringfence.backends.postgres.backend import verifier
 from ringfence.dev.processes import LOOPBACK, Child, StackError, free_port, spawn
 from tests.support.servers.redis_target import Placed
 

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.text import Text
 
-from ringfence.cli.commands.audit_coverage import coverage
 from ringfence.cli.commands.audit_export import export
 from ringfence.cli.commands.audit_trace import FAILED, clock, trace_lines
-from ringfence.cli.commands.audit_who import who
+from ringfence.cli.commands.audit_reports import coverage, who
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.audit_filters import (

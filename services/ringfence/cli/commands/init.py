@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ringfence.cli.commands import oidc_issuers, origins
+from ringfence.cli.commands import bundle_changes
 from ringfence.cli.shared.options import JsonOption, run, wants_json
 from ringfence.cli.shared.output import note, print_json, say
 from ringfence.cli.shared.output_files import output_folder
@@ -85,15 +85,15 @@ def init(
             "that the trust was made without. Repeatable.",
         ),
     ] = None,
-    oidc_issuer: oidc_issuers.IssuerOption = None,
-    jwks: oidc_issuers.JwksOption = None,
-    oidc_for: oidc_issuers.ForOption = None,
-    oidc_discovery: oidc_issuers.DiscoveryOption = False,
-    oidc_user_claim: oidc_issuers.ClaimOption = "sub",
-    oidc_user_suffix: oidc_issuers.SuffixOption = None,
-    oidc_external_id: oidc_issuers.ExternalOption = False,
-    oidc_emails_verified: oidc_issuers.EmailsVerifiedOption = False,
-    remove_oidc_issuer: oidc_issuers.RemoveOption = None,
+    oidc_issuer: bundle_changes.IssuerOption = None,
+    jwks: bundle_changes.JwksOption = None,
+    oidc_for: bundle_changes.ForOption = None,
+    oidc_discovery: bundle_changes.DiscoveryOption = False,
+    oidc_user_claim: bundle_changes.ClaimOption = "sub",
+    oidc_user_suffix: bundle_changes.SuffixOption = None,
+    oidc_external_id: bundle_changes.ExternalOption = False,
+    oidc_emails_verified: bundle_changes.EmailsVerifiedOption = False,
+    remove_oidc_issuer: bundle_changes.RemoveOption = None,
     rotate_service: Annotated[
         list[str] | None,
         typer.Option(
@@ -140,10 +140,10 @@ def init(
             help="Sign the next trust bundle: the same keys for another year, by the root that is there.",
         ),
     ] = False,
-    sign_origin: origins.SignOption = None,
-    session_origin: origins.SessionOption = None,
-    end_origin: origins.EndOption = None,
-    rp_id: origins.RpIdOption = None,
+    sign_origin: bundle_changes.SignOption = None,
+    session_origin: bundle_changes.SessionOption = None,
+    end_origin: bundle_changes.EndOption = None,
+    rp_id: bundle_changes.RpIdOption = None,
     publish: Annotated[
         bool,
         typer.Option(
@@ -177,7 +177,7 @@ def init(
             "one change at a time: --add-gateway, --add-runner, --add-service, --rotate-service, --rotate-root, "
             "--renew, --oidc-issuer or --remove-oidc-issuer"
         )
-    origin_change = origins.change_of(sign_origin, session_origin, end_origin, rp_id)
+    origin_change = bundle_changes.change_of(sign_origin, session_origin, end_origin, rp_id)
     if origin_change and sum(map(bool, changes)) > bool(renew):
         raise typer.BadParameter("one change at a time: origins change by themselves, or with --renew")
     settings, trust, result = load(BusSettings), TrustFolder(folder), _Result(wants_json(as_json))
@@ -196,7 +196,7 @@ def init(
     elif renew:
         following = partial(_renew, trust, result, origin_change)
     elif oidc_issuer:
-        issuer = oidc_issuers.IssuerOptions(
+        issuer = bundle_changes.IssuerOptions(
             oidc_issuer, jwks, oidc_for or [], discovery=oidc_discovery, claim=oidc_user_claim,
             suffix=oidc_user_suffix, external=oidc_external_id, emails_verified=oidc_emails_verified,
         )  # fmt: skip
@@ -432,13 +432,13 @@ def _say_origins(bundle: TrustBundle, result: _Result) -> None:
     }
 
 
-def _add_issuer(trust: TrustFolder, issuer: oidc_issuers.IssuerOptions, result: _Result) -> int:
-    version, sentence = oidc_issuers.add(trust, issuer)
+def _add_issuer(trust: TrustFolder, issuer: bundle_changes.IssuerOptions, result: _Result) -> int:
+    version, sentence = bundle_changes.add(trust, issuer)
     result.line(sentence)
     return version
 
 
 def _remove_issuer(trust: TrustFolder, issuer: str, result: _Result) -> int:
-    version, sentence = oidc_issuers.remove(trust, issuer)
+    version, sentence = bundle_changes.remove(trust, issuer)
     result.line(sentence)
     return version

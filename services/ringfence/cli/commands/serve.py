@@ -83,9 +83,9 @@ def _package(name: str) -> str:
 
 _BESIDES = {
     "policy": ("ringfence.rego.settings",),
-    "issuer": ("ringfence.backends.access",),
-    "revoker": ("ringfence.backends.access",),
-    "gateway": ("ringfence.rego.settings", "ringfence.backends.access"),
+    "issuer": ("ringfence.backends.secret_sources",),
+    "revoker": ("ringfence.backends.secret_sources",),
+    "gateway": ("ringfence.rego.settings", "ringfence.backends.secret_sources"),
     "runner": ("ringfence.client.settings",),
     "console": ("ringfence.client.settings",),
 }

@@ -17,7 +17,7 @@ from ringfence.kernel.base.text import did_you_mean
 _PREFIX = "RINGFENCE_"
 DECLARED_IN = (
     "ringfence.client.settings",
-    "ringfence.backends.access",
+    "ringfence.backends.secret_sources",
     "ringfence.policy.settings",
     "ringfence.rego.settings",
     "ringfence.issuer.settings",
