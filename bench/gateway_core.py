@@ -37,8 +37,7 @@ from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import stale_view
 from ringfence.gateway.events.recorder import Recorder, RefusalCounts
 from ringfence.gateway.events.spool import Spool
-from ringfence.gateway.proxies import envoy, forward_auth
-from ringfence.gateway.proxies.authz import ProxyAuth
+from ringfence.gateway.proxies import READERS, ProxyAuth
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.crypto.keys import SigningKey
@@ -219,8 +218,7 @@ async def _serve(places: Places) -> None:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(places.certificate)
     await plane.listen(LOOPBACK, places.listen, names=[f"localhost:{places.listen}"], tls=context)
-    readers = {forward_auth.PREFIX: forward_auth.read, envoy.PREFIX: envoy.read}
-    server = HttpServer(ProxyAuth(gate, readers), LOOPBACK, places.authz)
+    server = HttpServer(ProxyAuth(gate, READERS), LOOPBACK, places.authz)
     serving = asyncio.create_task(server.run_until_stopped())
     world.ledger.key("bot", "agent").save(places.agent_key)
     places.ready.write_text(world.handle)

@@ -44,6 +44,11 @@ if TYPE_CHECKING:
     from ringfence.client.errors import RequestTimeoutError as RequestTimeoutError
     from ringfence.client.errors import StaleApprovalError as StaleApprovalError
     from ringfence.client.errors import TokenRejectedError as TokenRejectedError
+    from ringfence.client.instance_enrolment import GitHubActions as GitHubActions
+    from ringfence.client.instance_enrolment import GoogleMetadata as GoogleMetadata
+    from ringfence.client.instance_enrolment import TokenFile as TokenFile
+    from ringfence.client.instance_enrolment import TokenSource as TokenSource
+    from ringfence.client.instance_enrolment import TokenSourceError as TokenSourceError
     from ringfence.client.passkeys.questions import NotSignedError as NotSignedError
     from ringfence.client.passkeys.questions import PasskeyUser as PasskeyUser
     from ringfence.client.resource_server.asgi import Needs as Needs
@@ -58,11 +63,6 @@ if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings as ClientSettings
     from ringfence.client.task_view import HeldLease as HeldLease
     from ringfence.client.task_view import TaskView as TaskView
-    from ringfence.client.token_sources import GitHubActions as GitHubActions
-    from ringfence.client.token_sources import GoogleMetadata as GoogleMetadata
-    from ringfence.client.token_sources import TokenFile as TokenFile
-    from ringfence.client.token_sources import TokenSource as TokenSource
-    from ringfence.client.token_sources import TokenSourceError as TokenSourceError
     from ringfence.kernel.base.clock import Clock as Clock
     from ringfence.kernel.base.errors import InvalidMessageError as InvalidMessageError
     from ringfence.kernel.base.errors import RingfenceError as RingfenceError
@@ -195,8 +195,8 @@ _MODULES = {
     "DpopAuth": "ringfence.client.agent.httpx_auth",
     "EnrolmentRefusedError": "ringfence.client.errors",
     "GatewayCredential": "ringfence.client.agent.credentials",
-    "GitHubActions": "ringfence.client.token_sources",
-    "GoogleMetadata": "ringfence.client.token_sources",
+    "GitHubActions": "ringfence.client.instance_enrolment",
+    "GoogleMetadata": "ringfence.client.instance_enrolment",
     "Grant": "ringfence.messages.approval",
     "Grantor": "ringfence.client.approvals.grants",
     "HeldLease": "ringfence.client.task_view",
@@ -247,11 +247,11 @@ _MODULES = {
     "TaskTerms": "ringfence.messages.registry",
     "TaskView": "ringfence.client.task_view",
     "TokenCredential": "ringfence.client.agent.credentials",
-    "TokenFile": "ringfence.client.token_sources",
+    "TokenFile": "ringfence.client.instance_enrolment",
     "TokenGuard": "ringfence.client.resource_server.asgi",
     "TokenRejectedError": "ringfence.client.errors",
-    "TokenSource": "ringfence.client.token_sources",
-    "TokenSourceError": "ringfence.client.token_sources",
+    "TokenSource": "ringfence.client.instance_enrolment",
+    "TokenSourceError": "ringfence.client.instance_enrolment",
     "TokenVerifier": "ringfence.client.resource_server.verifier",
     "UnavailableError": "ringfence.kernel.base.errors",
     "VerbFloor": "ringfence.messages.registry",

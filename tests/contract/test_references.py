@@ -20,7 +20,7 @@ from pydantic import BaseModel
 import ringfence
 import ringfence.testing
 from ringfence.backends import Backend
-from ringfence.cli.shared.removals import SETTINGS as REMOVED
+from ringfence.cli.shared.settings_check import SETTINGS as REMOVED
 from ringfence.kernel.base.settings import problems
 from tests.support.audit_fixtures import AuditFixtures
 from tests.support.audit_records import every_record

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from ringfence.audit.settings import AuditSettings
 from ringfence.client.agent.dpop import proof
 from ringfence.dev.processes import free_port
-from ringfence.gateway.proxies.authz import HANDLE
+from ringfence.gateway.proxies import HANDLE
 from ringfence.kernel.service.http import HttpServer
 from ringfence.messages.topics import ACTION, AUDIT
 from tests.brokers import RedisServer

@@ -23,8 +23,7 @@ from ringfence.client.agent.httpx_auth import BearerAuth, DpopAuth
 from ringfence.client.errors import InvalidCallError, RequestDeniedError, TokenRejectedError
 from ringfence.client.resource_server.asgi import TOKEN, TokenGuard
 from ringfence.client.resource_server.dpop_proofs import Nonces
-from ringfence.client.resource_server.issuer_keys import KEYS_LIFE_S
-from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
+from ringfence.client.resource_server.verifier import KEYS_LIFE_S, TokenVerifier, VerifiedToken
 from ringfence.dev.processes import free_port
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.kernel.crypto.keys import SigningKey

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from ringfence.gateway.contract import Answer, ApiRequest
 from ringfence.gateway.dataplane.exchange import Timeouts
-from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.messages.codes import Code
 from tests.gateway.conftest import Place, placed
 

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 
 from ringfence.gateway.dataplane.headers import request_head
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.http1.body import ChunkedBody, chunk
-from ringfence.kernel.http1.head import parse_request, take_head
+from ringfence.kernel.http1.head import RequestRefusedError, parse_request, take_head
 from ringfence.model.http_targets import RequestMap
 from tests.gateway.conftest import Place, placed
 from tests.gateway.table_gate import RULES, SECRET

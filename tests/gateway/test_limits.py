@@ -13,7 +13,7 @@ import pytest
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits, sender_at
 from ringfence.gateway.dataplane.stream import DeadlineTimer, PeerTimeoutError, Stream
-from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.http1.head import RequestRefusedError
 from tests.gateway.conftest import placed
 from tests.gateway.raw import Raw, connected, connected_unix
 from tests.gateway.target import OK, Reader, Target, Writer

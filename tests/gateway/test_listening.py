@@ -22,8 +22,8 @@ from ringfence.gateway.dataplane.forwarder import UpstreamPool
 from ringfence.gateway.dataplane.plane import DataPlane, ListenError
 from ringfence.gateway.dataplane.stream import DeadlineTimer
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.http1.head import RequestRefusedError
 from tests.gateway.certificates import Certificates
 from tests.gateway.conftest import Place
 from tests.gateway.raw import Raw, connected, connected_unix

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 
-from ringfence.gateway.dataplane.run_sockets import RunSockets, RunSocketSettings
+from ringfence.gateway.dataplane.listeners import RunSockets, RunSocketSettings
 from ringfence.gateway.events.recorder import Recorder, RefusalCounts, RefusalKind
 from ringfence.gateway.events.spool import Spool
 from ringfence.gateway.events.task_history import RunEvents

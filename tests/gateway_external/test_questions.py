@@ -11,7 +11,7 @@ import pytest
 from ringfence.client.agent.dpop import proof
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.dev.processes import LOOPBACK
-from ringfence.gateway.proxies.authz import PROBLEM
+from ringfence.gateway.proxies import PROBLEM
 from ringfence.model.http_targets import MAX_BODY_BYTES
 from tests.gateway_external.agent import HOST, Agent, Answer, Headers, exchange, request
 from tests.gateway_external.conftest import HUB, Stage, next_action

@@ -11,8 +11,7 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from ringfence.cli.main import COMMANDS, load, main
-from ringfence.cli.shared.field_options import with_options
-from ringfence.cli.shared.remedies import REMEDIES
+from ringfence.cli.shared.refused_records import REMEDIES, with_options
 from ringfence.client.errors import ApiError, InvalidCallError, RefusedError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError

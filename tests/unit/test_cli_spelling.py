@@ -11,8 +11,7 @@ import pytest
 
 import ringfence
 from ringfence.cli.main import main
-from ringfence.cli.shared.removals import SETTINGS
-from ringfence.cli.shared.settings_check import known_settings, mistyped
+from ringfence.cli.shared.settings_check import SETTINGS, known_settings, mistyped
 from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.kernel.crypto.keys import SigningKey
 

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 
 from ringfence.client.errors import ApiError
-from ringfence.console.page_digests import PageDigests, digest_of
-from ringfence.console.page_templates import beginning
+from ringfence.console.page_templates import PageDigests, beginning, digest_of
 from ringfence.console.views.page import Page
 from ringfence.messages.permission import Permission
 

@@ -21,12 +21,11 @@ from ringfence.gateway.agent_api.publications import (
 )
 from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.request_reader import ApiTarget, ListenerContext, read_api_target
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.kernel.http1.head import parse_request
+from ringfence.kernel.http1.head import RequestRefusedError, parse_request
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.messages.credential import CredentialRequest

@@ -19,14 +19,12 @@ from ringfence.gateway.contract import (
     PresentedIdentity,
     Verdict,
 )
-from ringfence.gateway.proxies import envoy, forward_auth
-from ringfence.gateway.proxies.authz import PROBLEM, ProxyAuth, WaitingProxy
+from ringfence.gateway.proxies import PROBLEM, READERS, ProxyAuth, WaitingProxy
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 
 ID = "d9428888-122b-51e1-b85c-61cd3cbb3210"
-READERS = {forward_auth.PREFIX: forward_auth.read, envoy.PREFIX: envoy.read}
 ALLOWED = Verdict(ID, allowed=True, status=200)
 FORWARDED = [
     ("X-Forwarded-Method", "PUT"), ("X-Forwarded-Uri", "/a%2Fb?x=%20y"), ("X-Forwarded-Host", "hub.example:8443"),

@@ -15,9 +15,7 @@ from ringfence.gateway.contract import PresentedIdentity, Verdict
 from ringfence.gateway.decision.context import STILL_DENIED
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.domain import ApprovalRequired, Sender, refuse
-from ringfence.gateway.proxies import envoy as authz_envoy
-from ringfence.gateway.proxies import forward_auth
-from ringfence.gateway.proxies.authz import HANDLE, NO_CREDENTIAL, ProxyAuth
+from ringfence.gateway.proxies import HANDLE, NO_CREDENTIAL, READERS, ProxyAuth
 from ringfence.gateway.settings import GatewaySettings
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import load
@@ -240,9 +238,6 @@ async def test_without_the_setting_nothing_is_observed() -> None:
 
 
 # --- what proxies are told ---
-
-
-READERS = {forward_auth.PREFIX: forward_auth.read, authz_envoy.PREFIX: authz_envoy.read}
 
 
 async def told(gate: Any, **headers: str) -> httpx.Response:

@@ -10,7 +10,7 @@ import orjson
 import pytest
 
 from ringfence.gateway.contract import Attempt
-from ringfence.gateway.decision.fast_path.event import AllowedEvents
+from ringfence.gateway.decision.fast_path import AllowedEvents
 from ringfence.gateway.events.recorder import Recorder
 from ringfence.gateway.events.spool import Spool, SpoolFullError
 from ringfence.messages.enrolment import InstanceRef, RunRef

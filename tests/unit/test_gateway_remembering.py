@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.gateway.contract import Attempt, PresentedIdentity
 from ringfence.gateway.decision.context import ActionIds
-from ringfence.gateway.decision.fast_path.cache import ChosenLeaseCache, RequestCache, valid_until_s
+from ringfence.gateway.decision.fast_path import ChosenLeaseCache, RequestCache, valid_until_s
 from ringfence.gateway.domain import ChosenLease, Sender
 from ringfence.kernel.crypto.jws import sign
 from ringfence.messages.registry import AgentSetCeiling

@@ -17,8 +17,7 @@ from ringfence.gateway.dataplane.mcp_responses import (
     McpResponseFilter,
     media_type,
 )
-from ringfence.gateway.errors import RequestRefusedError
-from ringfence.kernel.http1.head import FieldSection, ResponseHead
+from ringfence.kernel.http1.head import FieldSection, RequestRefusedError, ResponseHead
 from ringfence.messages.codes import Code
 from ringfence.model.mcp.results import MAX_LISTED, Grants
 from tests.support.verdicts import refusal_code

@@ -12,7 +12,7 @@ import pytest
 
 import ringfence
 from ringfence.cli.main import COMMANDS, load, main
-from ringfence.cli.shared.output_files import kept_file, output_file, output_folder
+from ringfence.cli.shared.output import kept_file, output_file, output_folder
 
 INPUTS = frozenset({
     "--attestation-root", "--baseline", "--bundle", "--ca-file", "--consent", "--delegation", "--endorsement",

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from ringfence.client.agent.http_connection import process_id
-from ringfence.gateway.decision.shared_keys import SharedKeys
+from ringfence.gateway.decision.sender import SharedKeys
 from ringfence.model.records.agent_keys import WINDOW_MS, KeyUses
 from tests.support.in_memory_registry import TD, FixedClock
 from tests.support.world import WITHIN_S

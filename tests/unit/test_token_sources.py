@@ -10,7 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.client.token_sources import (
+from ringfence.client.instance_enrolment import (
     GitHubActions,
     GoogleMetadata,
     TokenFile,

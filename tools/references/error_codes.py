@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ringfence.cli.shared.remedies import REMEDIES
+from ringfence.cli.shared.refused_records import REMEDIES
 from ringfence.messages import codes
 from ringfence.messages.codes import Code
 

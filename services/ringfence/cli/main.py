@@ -26,8 +26,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from ringfence.cli.shared import context, styles
-from ringfence.cli.shared.field_options import with_options
-from ringfence.cli.shared.refused_records import summarised_refusals
+from ringfence.cli.shared.refused_records import summarised_refusals, with_options
 from ringfence.kernel.base.errors import RingfenceError, SettingsError
 from ringfence.kernel.base.terminal import filter_stderr
 from ringfence.kernel.base.text import Lines, did_you_mean, shown, visible_lines
@@ -190,21 +189,9 @@ def _visible_usage_errors() -> Iterator[None]:
             problem = problem_of(first)
             quoted = f"{first['input']!r} " if isinstance(first["input"], str) else ""
             error.message = problem if problem.startswith(quoted) else quoted + problem
-        if instead := _instead_of_removed(error):
-            error.message = instead  # type: ignore[attr-defined]
         if says := getattr(error, "format_message", None):
             error.format_message = lambda: shown(says())  # type: ignore[attr-defined]
         raise
-
-
-def _instead_of_removed(error: Exception) -> str | None:
-    """Return what to use instead of a removed command that the command line names, or None."""
-    from ringfence.cli.shared.removals import COMMANDS as REMOVED
-
-    group = getattr(getattr(error, "ctx", None), "command_path", "")
-    found = re.match(r"No such command '(\S+)'", str(getattr(error, "message", "")))
-    command = f"{group} {found[1]}" if found else ""
-    return f"{command} was removed: {REMOVED[command]}" if command in REMOVED else None
 
 
 class LazyGroup(TyperGroup):
@@ -498,7 +485,7 @@ def _report(error: RingfenceError, as_json: bool) -> None:
         _say_error(visible_lines(message if says_remedy else f"{message}; {error.remedy}"))
         return
     from ringfence.cli.shared.output import escaped_json
-    from ringfence.cli.shared.remedies import REMEDIES
+    from ringfence.cli.shared.refused_records import REMEDIES
 
     reasons = [reason.model_dump(mode="json", exclude_none=True) for reason in getattr(error, "reasons", ())]
     document = {

@@ -12,7 +12,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.console.commands import Commands
 from ringfence.console.http import Console, Site
 from ringfence.console.offers import Offers
-from ringfence.console.page_digests import PageDigests
+from ringfence.console.page_templates import PageDigests
 from ringfence.console.questions import Questions
 from ringfence.console.reads import SessionReads
 from ringfence.console.security import Guard, SealedValues, Sessions

@@ -26,8 +26,7 @@ from ringfence.client.signed_messages import topic_of
 from ringfence.console.assets import assets
 from ringfence.console.commands import KINDS, Commands
 from ringfence.console.offers import Offers
-from ringfence.console.page_digests import PageDigest, PageDigests, digest_of
-from ringfence.console.page_templates import render
+from ringfence.console.page_templates import PageDigest, PageDigests, digest_of, render
 from ringfence.console.questions import MAX_ANSWER_BYTES, Question, Questions
 from ringfence.console.reads import SessionReads
 from ringfence.console.security import COOKIE, QUESTION_PATH, SealedValues, Session, Sessions

@@ -19,8 +19,7 @@ except ModuleNotFoundError as error:
         "ringfence.faststream needs FastStream; run: pip install 'ringfence[faststream]'", name=error.name
     ) from None
 
-from ringfence.faststream.record_decoder import UnknownMessage
-from ringfence.faststream.router import RingfenceRouter, Subscription
+from ringfence.faststream.router import RingfenceRouter, Subscription, UnknownMessage
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.audit import AuditEvent
 from ringfence.messages.lease import Lease, LeaseEpoch

@@ -16,8 +16,7 @@ from ringfence.gateway.agent_api.replies import SealedReplies, WaitingRequests
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits
 from ringfence.gateway.dataplane.listeners import Listeners
 from ringfence.gateway.decision.sender import AgentKeys
-from ringfence.gateway.proxies import envoy, forward_auth
-from ringfence.gateway.proxies.authz import ProxyAuth
+from ringfence.gateway.proxies import READERS, ProxyAuth
 from ringfence.gateway.settings import GatewaySettings, host_and_port
 from ringfence.gateway.state.view import View
 from ringfence.gateway.wiring import Core, build_core, spool_folder
@@ -175,9 +174,8 @@ def build(
         runtime.on_stop(listening.close)
     if own.authz is not None:
         host, port = host_and_port(own.authz)
-        readers = {forward_auth.PREFIX: forward_auth.read, envoy.PREFIX: envoy.read}
         server = HttpServer(
-            ProxyAuth(core.gate, readers, core.blocked.add),
+            ProxyAuth(core.gate, READERS, core.blocked.add),
             host,
             port,
             setting="RINGFENCE_GATEWAY_AUTHZ",

@@ -410,3 +410,7 @@ class AgentApi(Protocol):
     async def answer(self, request: ApiRequest) -> Answer:
         """Answer one request. Raises RequestRefusedError for a request that is refused, and reported as blocked."""
         ...
+
+
+AnswerVerdict = Callable[[Verdict], tuple[int, Mapping[str, str], bytes]]
+"""Returns status, headers and body of the answer to a verdict that does not allow."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final, Literal
 from urllib.parse import urlsplit
 
-from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.messages.codes import Code
 from ringfence.model.target_settings import RESERVED_NAME
 

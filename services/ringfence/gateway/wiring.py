@@ -20,8 +20,7 @@ from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
 from ringfence.gateway.decision.relays import Relays
-from ringfence.gateway.decision.sender import SenderAuthenticator
-from ringfence.gateway.decision.shared_keys import SharedKeys
+from ringfence.gateway.decision.sender import SenderAuthenticator, SharedKeys
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.events.recorder import Recorder, RefusalCounts
 from ringfence.gateway.events.spool import Spool

@@ -8,8 +8,7 @@ import httpx
 
 from ringfence.client.errors import InvalidCallError
 from ringfence.integrations.blocking_agent import BlockingCredentialSource
-from ringfence.integrations.presented_auth import PresentedAuth
-from ringfence.integrations.source import CredentialSource
+from ringfence.integrations.source import CredentialSource, PresentedAuth
 
 __all__ = ["LeaseAuth"]
 

@@ -9,7 +9,7 @@ import httpx
 
 from ringfence.client.agent.dpop import NONCE_HEADER
 from ringfence.integrations.blocking_agent import BlockingCredentialSource
-from ringfence.integrations.presented_auth import PresentedAuth
+from ringfence.integrations.source import PresentedAuth
 
 try:
     import requests

@@ -28,14 +28,13 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts
-from ringfence.gateway.dataplane.fast_path.path import FastPaths
+from ringfence.gateway.dataplane.fast_path import FastPaths
 from ringfence.gateway.dataplane.forwarder import Forwarder, UpstreamPool
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DeadlineTimer, DisconnectedError, Stream
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.events.recorder import Recorder, outbound_of
 from ringfence.gateway.hosts import Origin, Scheme, canonical, origin_of
 from ringfence.gateway.settings import LOOPBACK
@@ -50,7 +49,7 @@ from ringfence.kernel.http1.body import (
     request_body,
     response_body,
 )
-from ringfence.kernel.http1.head import parse_request, parse_response, take_head
+from ringfence.kernel.http1.head import RequestRefusedError, parse_request, parse_response, take_head
 from ringfence.kernel.tracing.api import NOT_TRACING
 from ringfence.messages.codes import Code
 from ringfence.messages.operations import ActionAnswered, ActionDecided, RelayEnded

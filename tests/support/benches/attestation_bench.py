@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 
 from ringfence.client.agent.agent import Agent
-from ringfence.client.token_sources import TokenSource
+from ringfence.client.instance_enrolment import TokenSource
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import ExpiringClaims, ServiceRole

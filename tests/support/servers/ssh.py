@@ -27,7 +27,7 @@ import psutil
 
 from ringfence.backends import SshBackend
 from ringfence.backends.ssh import host_helper
-from ringfence.client.agent.ssh_files import ssh_files
+from ringfence.client.agent.credentials import ssh_files
 from ringfence.dev.processes import LOOPBACK, Child, StackError, free_port, spawn
 from tests.support.servers.redis_target import Placed
 

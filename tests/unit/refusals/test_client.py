@@ -19,11 +19,11 @@ from ringfence.client.agent.credentials import PostgresCredential, Secret
 from ringfence.client.arguments import texts
 from ringfence.client.connection import subject
 from ringfence.client.exports import resume
+from ringfence.client.instance_enrolment import TokenFile
 from ringfence.client.resource_server.challenges import read_presented_token
 from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.client.settings import ClientSettings
 from ringfence.client.task_proxy.server import TaskProxy
-from ringfence.client.token_sources import TokenFile
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.http1.head import parse_request
 from ringfence.messages.codes import Code

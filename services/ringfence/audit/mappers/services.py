@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ringfence.audit.events import actions, registry, runs, services, trust
+from ringfence.audit.events import actions, registry, services, trust
 from ringfence.audit.events.ocsf import credential_fields
 from ringfence.audit.events.trust import BundleHistory
 from ringfence.audit.mappers.mapper import MappedEvent, Mapper, RecordMapper, lacks_names
@@ -123,7 +123,7 @@ class RunMapper(RecordMapper):
         claims = signed.claims
         fields = self._agent_fields(claims.agent_id, claims.task_id)
         self._first(signed, lambda: fields)
-        event = runs.ordered(signed, fields)
+        event = services.ordered(signed, fields)
         return MappedEvent(event, lacks_names(event))
 
     def _stop(self, record: Received) -> MappedEvent:
@@ -132,7 +132,7 @@ class RunMapper(RecordMapper):
         fields = self._run_fields(claims.run_id)
         self._first(signed, lambda: fields)
         # Of an order that waits, no runner has said anything yet.
-        return MappedEvent(runs.stop_ordered(signed, fields), not fields)
+        return MappedEvent(services.stop_ordered(signed, fields), not fields)
 
     def _run(self, record: Received) -> MappedEvent:
         signed = self._verifier.by_service(record, Run, *Run.signed_by)
@@ -140,7 +140,7 @@ class RunMapper(RecordMapper):
         fields = self._agent_fields(claims.agent_id, claims.task_id)
         self._first(signed, lambda: fields)
         counts = self._verifier.run_counted(record, claims)
-        event = runs.told(signed, fields, counts=counts is not False)
+        event = services.told(signed, fields, counts=counts is not False)
         return MappedEvent(event, counts is None or lacks_names(event))
 
 

@@ -15,8 +15,8 @@ import typer
 from rich.text import Text
 
 from ringfence.cli.commands.audit_export import export
-from ringfence.cli.commands.audit_trace import FAILED, clock, trace_lines
 from ringfence.cli.commands.audit_reports import coverage, who
+from ringfence.cli.commands.audit_trace import FAILED, clock, trace_lines
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.audit_filters import (
@@ -35,6 +35,7 @@ from ringfence.cli.shared.id_lookup import IdKind, is_prefix, known_ids, only_on
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, wants_json, when_ms
 from ringfence.cli.shared.output import (
     console,
+    kept_file,
     line_width,
     note,
     print_json,
@@ -43,7 +44,6 @@ from ringfence.cli.shared.output import (
     say,
     visible,
 )
-from ringfence.cli.shared.output_files import kept_file
 from ringfence.cli.shared.progress import progress
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.key_file import load_key

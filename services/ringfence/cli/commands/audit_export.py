@@ -22,8 +22,16 @@ from ringfence.cli.shared.audit_filters import (
 )
 from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
-from ringfence.cli.shared.output import escaped_json, moment, note, print_json, say, visible
-from ringfence.cli.shared.output_files import is_stdout, output_file
+from ringfence.cli.shared.output import (
+    escaped_json,
+    is_stdout,
+    moment,
+    note,
+    output_file,
+    print_json,
+    say,
+    visible,
+)
 from ringfence.cli.shared.progress import counting
 from ringfence.client.reports.read_api import ReadApi
 
@@ -31,15 +39,11 @@ if TYPE_CHECKING:
     from ringfence.client.exports import ExportFile, ExportProgress, ExportQuery, ExportWriter, Format
 
 _FORMATS: Final = ("ocsf", "csv")
-_REMOVED: Final = {
-    "ecs": "ecs was removed: export ocsf, and map its fields in the SIEM",
-    "parquet": "parquet was removed: export ocsf or csv, and convert the file",
-}
 
 
 def _format_of(text: str) -> str:
     if text not in _FORMATS:
-        raise typer.BadParameter(_REMOVED.get(text, f"{text!r} is not one of {', '.join(_FORMATS)}"))
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(_FORMATS)}")
     return text
 
 

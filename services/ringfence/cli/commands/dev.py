@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from ringfence.cli.shared.output import console, span
-from ringfence.cli.shared.output_files import output_folder
+from ringfence.cli.shared.output import console, output_folder, span
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.base.text import Lines, visible, visible_lines

@@ -14,8 +14,7 @@ import typer
 
 from ringfence.cli.commands import bundle_changes
 from ringfence.cli.shared.options import JsonOption, run, wants_json
-from ringfence.cli.shared.output import note, print_json, say
-from ringfence.cli.shared.output_files import output_folder
+from ringfence.cli.shared.output import note, output_folder, print_json, say
 from ringfence.cli.shared.progress import progress
 from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.key_rotation import renew as renewed

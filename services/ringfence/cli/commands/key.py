@@ -11,8 +11,7 @@ import typer
 from pydantic import TypeAdapter, ValidationError
 
 from ringfence.cli.shared.options import JsonOption, check_folder, settings, wants_json
-from ringfence.cli.shared.output import print_fields, print_json, say
-from ringfence.cli.shared.output_files import kept_file
+from ringfence.cli.shared.output import kept_file, print_fields, print_json, say
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.keys import SigningKey

@@ -20,15 +20,17 @@ from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, duration_s, identity, run, wants_json
 from ringfence.cli.shared.output import (
     console,
+    is_stdout,
     moment,
     note,
+    output_file,
     print_fields,
     print_json,
     print_table,
     say,
     visible,
+    write_output,
 )
-from ringfence.cli.shared.output_files import is_stdout, output_file, write_output
 from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.tables import ids, prose
 from ringfence.client.errors import ApiError

@@ -29,8 +29,7 @@ from ringfence.cli.shared.options import (
     settings,
     wants_json,
 )
-from ringfence.cli.shared.output import note, print_json, print_table
-from ringfence.cli.shared.output_files import kept_file
+from ringfence.cli.shared.output import kept_file, note, print_json, print_table
 from ringfence.cli.shared.tables import prose, state
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ringfence.cli.shared.options import JsonOption, WideOption, duration_s, wants_json
-from ringfence.cli.shared.output import moment, note, print_json, print_table, say
-from ringfence.cli.shared.output_files import output_file, write_output
+from ringfence.cli.shared.output import moment, note, output_file, print_json, print_table, say, write_output
 from ringfence.cli.shared.progress import progress
 from ringfence.cli.shared.tables import Column, prose
 from ringfence.kernel.base.errors import RingfenceError

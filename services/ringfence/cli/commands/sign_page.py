@@ -8,8 +8,7 @@ from typing import Annotated
 import typer
 
 from ringfence.cli.shared.options import JsonOption, wants_json
-from ringfence.cli.shared.output import print_json, say
-from ringfence.cli.shared.output_files import output_folder
+from ringfence.cli.shared.output import output_folder, print_json, say
 
 app = typer.Typer(help="The page on which people sign with passkeys.", no_args_is_help=True)
 

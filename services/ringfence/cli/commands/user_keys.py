@@ -37,8 +37,16 @@ from ringfence.cli.shared.options import (
     signs_on_page,
     wants_json,
 )
-from ringfence.cli.shared.output import moment, note, print_json, print_table, say, visible_name
-from ringfence.cli.shared.output_files import is_stdout, output_file
+from ringfence.cli.shared.output import (
+    is_stdout,
+    moment,
+    note,
+    output_file,
+    print_json,
+    print_table,
+    say,
+    visible_name,
+)
 from ringfence.cli.shared.tables import ending, ids, prose
 from ringfence.client.errors import InvalidCallError
 from ringfence.messages.registry import MAX_HELD, Hold, UserState

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from ringfence.cli.shared import context
 from ringfence.cli.shared.arguments import check_name
-from ringfence.cli.shared.output_files import kept_file
+from ringfence.cli.shared.output import kept_file
 from ringfence.client.errors import InvalidCallError, NotAnsweredError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import shown

@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ringfence.cli.shared.removals import SETTINGS as REMOVED
 from ringfence.kernel.base.config_file import CONFIG_FILE_ENV, read_config
 from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.kernel.base.text import did_you_mean
@@ -95,6 +94,4 @@ def _flat(config: Mapping[str, Any], known: frozenset[str]) -> Iterator[tuple[st
 
 
 def _sentence(written: str, name: str, known: frozenset[str]) -> str:
-    if name in REMOVED:
-        return f"{written} was removed: {REMOVED[name]}"
     return f"{written} is no setting, and counts for nothing{did_you_mean(name, known, cutoff=0.8)}"

@@ -32,11 +32,16 @@ from ringfence.client.errors import (
     RequestTimeoutError,
     checked,
 )
-from ringfence.client.instance_enrolment import Attested, EnrolledInstanceKey, RunInstance
+from ringfence.client.instance_enrolment import (
+    Attested,
+    EnrolledInstanceKey,
+    RunInstance,
+    TokenSource,
+    source_of,
+)
 from ringfence.client.settings import ClientSettings, load_settings
 from ringfence.client.signed_messages import task_terms
 from ringfence.client.task_view import TaskView
-from ringfence.client.token_sources import TokenSource, source_of
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid

@@ -4,13 +4,18 @@
 third-party backend has no class here: only its value is known. A program gets a credential in environment variables
 that programs of its kind read. What it only reads from files is written with mode 0600 to a folder that is deleted
 when the program ends.
+
+The files that OpenSSH's client needs: key, certificate and host keys, in a temporary folder.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import re
 import shlex
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -20,10 +25,10 @@ from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from ringfence.client.agent.dpop import proof
-from ringfence.client.agent.ssh_files import ssh_client
 from ringfence.client.errors import CredentialOverError, CredentialUseError, InvalidCallError
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
+from ringfence.kernel.base.private_files import open_private
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.tracing.traceparent import trace_id
 from ringfence.messages.credential import Delivery
@@ -31,6 +36,56 @@ from ringfence.messages.permission import Scope
 
 if TYPE_CHECKING:
     import httpx
+
+_SSH_CONFIG = """\
+Host {target}
+    HostName {host}
+    Port {port}
+    User {user}
+    HostKeyAlias {target}
+    IdentityFile "{folder}/key"
+    CertificateFile "{folder}/key-cert.pub"
+    IdentitiesOnly yes
+    IdentityAgent none
+    UserKnownHostsFile "{folder}/known_hosts"
+    GlobalKnownHostsFile none
+    StrictHostKeyChecking yes
+    PreferredAuthentications publickey
+    BatchMode yes
+"""
+
+
+@contextlib.contextmanager
+def ssh_client(value: str, target: str) -> Iterator[list[str]]:
+    """Yield `ssh -F FILE`, in which the host has the target's id. The files are deleted at the end of the block."""
+    # In memory where the machine offers that, so that the key is never on a disk.
+    memory = os.environ.get("XDG_RUNTIME_DIR", "")
+    folder_of = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="ringfence-", dir=folder_of) as folder:
+        yield ["ssh", "-F", str(ssh_files(value, target, Path(folder)))]
+
+
+def ssh_files(value: str, target: str, folder: Path) -> Path:
+    """Write the files of an SSH credential to `folder`. Returns the config file for `ssh -F`."""
+    credential = json.loads(value)
+    url = urlsplit(credential["url"])
+    known_hosts = "".join(f"{target} {key}\n" for key in credential["host_keys"])
+    config = _SSH_CONFIG.format(
+        target=target,
+        host=url.hostname,
+        port=url.port or 22,
+        user=url.username,
+        folder=str(folder).replace("%", "%%"),
+    )
+    for name, text in (
+        ("key", credential["private_key"]),
+        ("key-cert.pub", credential["certificate"] + "\n"),
+        ("known_hosts", known_hosts),
+        ("config", config),
+    ):
+        with os.fdopen(open_private(folder / name, os.O_WRONLY | os.O_EXCL), "w") as file:
+            file.write(text)
+    return folder / "config"
 
 
 class Secret:

@@ -12,8 +12,7 @@ from typing import Any, Final
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.access_report import coverage_report
 from ringfence.console.views.approvals import approval, approvals
-from ringfence.console.views.audit import audit, findings, trace
-from ringfence.console.views.gateway import SPAN_NAMES, SPANS, gateway
+from ringfence.console.views.audit import SPAN_NAMES, SPANS, audit, findings, gateway, trace
 from ringfence.console.views.page import MakePage, Page, View
 from ringfence.model.records.agent_keys import WARN_BEFORE_S
 

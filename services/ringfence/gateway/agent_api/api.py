@@ -33,11 +33,11 @@ from ringfence.gateway.contract import Answer, ApiRequest, PresentedIdentity
 from ringfence.gateway.dataplane.limits import SenderLimits
 from ringfence.gateway.decision.sender import AgentKeys, unverified_thumbprint
 from ringfence.gateway.domain import run_id_of_lease
-from ringfence.gateway.errors import RequestRefusedError, problem_answer
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.kernel.http1.head import RequestRefusedError, problem_answer
 from ringfence.kernel.tracing.traceparent import well_formed
 from ringfence.messages.base import UUID
 from ringfence.messages.codes import Code, ReceivedCode

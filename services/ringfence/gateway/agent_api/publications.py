@@ -23,7 +23,6 @@ from typing import Any, Final
 import orjson
 from aiokafka.errors import KafkaError
 
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, UnavailableError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.log_limiter import rate_limited
@@ -31,6 +30,7 @@ from ringfence.kernel.base.private_files import NotPrivateError, open_private, w
 from ringfence.kernel.crypto.jwe import check_reply_key
 from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse
 from ringfence.kernel.crypto.webauthn import VerificationKey
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import Topic, typ_header

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.crypto.jwe import unverified_kid
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import UUID
 from ringfence.messages.codes import Code

@@ -11,7 +11,7 @@ from typing import Final
 
 from ringfence.gateway.contract import ApiRequest, Attempt, BlockedRequest, PresentedIdentity, Verdict
 from ringfence.gateway.dataplane.exchange import ForwardedRequest, cut_error
-from ringfence.gateway.dataplane.fast_path.path import FastPaths
+from ringfence.gateway.dataplane.fast_path import FastPaths
 from ringfence.gateway.dataplane.forwarder import is_forwarded
 from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import (
@@ -26,7 +26,6 @@ from ringfence.gateway.dataplane.request_reader import (
 from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
-from ringfence.gateway.errors import RequestRefusedError, answer_head, problem_answer
 from ringfence.gateway.events.spool import destination_of_line, unparsed_line
 from ringfence.gateway.hosts import AGENT_API, canonical, split_host_and_port
 from ringfence.kernel.base import metrics
@@ -35,7 +34,10 @@ from ringfence.kernel.http1.head import (
     LINGER_BYTES,
     MAX_HEAD_BYTES,
     RequestHead,
+    RequestRefusedError,
+    answer_head,
     parse_request,
+    problem_answer,
     take_head,
 )
 from ringfence.messages.codes import AnyCode, Code

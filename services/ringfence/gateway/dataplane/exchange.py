@@ -26,7 +26,6 @@ from ringfence.gateway.dataplane.mcp_responses import (
 from ringfence.gateway.dataplane.secret_redaction import Redactor, needles_of, redact
 from ringfence.gateway.dataplane.stream import DisconnectedError, PeerTimeoutError, Stream
 from ringfence.gateway.dataplane.websockets import accepts_websocket, asks_for_websocket, tunnel
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.http1.body import (
@@ -41,6 +40,7 @@ from ringfence.kernel.http1.body import (
 from ringfence.kernel.http1.head import (
     LINGER_S,
     RequestHead,
+    RequestRefusedError,
     ResponseHead,
     parse_response,
     take_head,

@@ -27,10 +27,10 @@ from ringfence.gateway.dataplane.exchange import (
     never_expired,
 )
 from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, origin_of, stdio_origin
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.http_client import socket_address
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.messages.codes import Code
 from ringfence.model.target_settings import STDIO_URL
 

@@ -9,7 +9,7 @@ import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.errors import RequestRefusedError
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.messages.codes import Code
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 

@@ -11,9 +11,8 @@ from typing import Any, Final
 import orjson
 
 from ringfence.gateway.contract import McpExchange, McpOutcome
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.strict_json import json_object
-from ringfence.kernel.http1.head import ResponseHead
+from ringfence.kernel.http1.head import RequestRefusedError, ResponseHead
 from ringfence.messages.codes import Code
 from ringfence.model.mcp.results import ResultFilter, TooLongListError, UnreadableResultError
 

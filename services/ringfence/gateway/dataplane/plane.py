@@ -25,6 +25,7 @@ from typing import Any, Final
 
 from ringfence.gateway.contract import (
     AgentApi,
+    AnswerVerdict,
     BlockedRequest,
     DecisionCore,
     PresentedIdentity,
@@ -32,7 +33,7 @@ from ringfence.gateway.contract import (
 from ringfence.gateway.dataplane.connection import AgentConnection
 from ringfence.gateway.dataplane.denials import denial_answer
 from ringfence.gateway.dataplane.exchange import Timeouts
-from ringfence.gateway.dataplane.fast_path.path import FastPaths
+from ringfence.gateway.dataplane.fast_path import FastPaths
 from ringfence.gateway.dataplane.forwarder import Forwarder, UpstreamPool
 from ringfence.gateway.dataplane.limits import Allowance, SenderLimits, sender_at
 from ringfence.gateway.dataplane.request_reader import ListenerContext
@@ -40,7 +41,6 @@ from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.shared import DataPlaneContext
 from ringfence.gateway.dataplane.stream import DeadlineTimer, Stream, WriteBatcher
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority, TlsListener
-from ringfence.gateway.errors import AnswerVerdict
 from ringfence.gateway.hosts import Scheme, canonical
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import SystemClock

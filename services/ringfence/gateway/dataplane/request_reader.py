@@ -20,10 +20,9 @@ from ringfence.gateway.dataplane.headers import (
     is_handle,
 )
 from ringfence.gateway.dataplane.websockets import asks_for_websocket
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import AGENT_API, Scheme, canonical
 from ringfence.kernel.http1.body import CONTENTLESS_METHODS, has_risky_body
-from ringfence.kernel.http1.head import FieldSection, RequestHead
+from ringfence.kernel.http1.head import FieldSection, RequestHead, RequestRefusedError
 from ringfence.messages.codes import Code
 
 _VERSION: Final = b"mcp-protocol-version"

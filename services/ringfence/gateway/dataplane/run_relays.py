@@ -19,8 +19,8 @@ from ringfence.gateway.dataplane.forwarder import UpstreamPool
 from ringfence.gateway.dataplane.secret_redaction import Redactor
 from ringfence.gateway.dataplane.stream import DisconnectedError, Stream
 from ringfence.gateway.dataplane.websockets import RelayedBytes, tunnel
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.hosts import Origin, split_host_and_port
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import Reason
 from ringfence.model.verdict import Refused

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ringfence.gateway.contract import AgentApi, Gate, ReportBlocked
+from ringfence.gateway.contract import AgentApi, AnswerVerdict, Gate, ReportBlocked
 from ringfence.gateway.dataplane.exchange import Timeouts
 from ringfence.gateway.dataplane.forwarder import Forwarder, UpstreamPool
 from ringfence.gateway.dataplane.limits import SenderLimits
 from ringfence.gateway.dataplane.run_relays import RunRelays
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
-from ringfence.gateway.errors import AnswerVerdict
 
 
 @dataclass(frozen=True, slots=True)

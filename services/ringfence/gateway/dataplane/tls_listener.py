@@ -27,9 +27,9 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from ringfence.gateway.contract import BlockedRequest, ReportBlocked
 from ringfence.gateway.dataplane.limits import SenderLimits, sender_at
 from ringfence.gateway.dataplane.stream import Stream, WriteBatcher
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.kernel.base.clock import Clock, utc_datetime
 from ringfence.kernel.base.private_files import write_private
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.messages.codes import Code
 
 CA_LIFE: Final = datetime.timedelta(days=90)

@@ -12,7 +12,7 @@ from typing import Final
 
 from ringfence.gateway.contract import Attempt, BlockedRequest, McpOutcome, PresentedIdentity, Verdict
 from ringfence.gateway.decision.context import DecisionContext
-from ringfence.gateway.decision.fast_path.path import DecisionFastPath
+from ringfence.gateway.decision.fast_path import DecisionFastPath
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
 from ringfence.gateway.domain import Access, Refusal, access_of, run_id_of_lease
 from ringfence.gateway.events.recorder import (

@@ -30,7 +30,7 @@ from ringfence.gateway.decision.approvals import ActionToApprove, Approvals
 from ringfence.gateway.decision.context import ActionIds, DecisionContext, ObserveMode
 from ringfence.gateway.decision.decision_events import DecisionEvents
 from ringfence.gateway.decision.evaluator import Evaluator
-from ringfence.gateway.decision.fast_path.path import DecisionFastPath
+from ringfence.gateway.decision.fast_path import DecisionFastPath
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.mcp import McpRequests, rpc_error_reply
 from ringfence.gateway.decision.sender import SenderAuthenticator

@@ -28,11 +28,11 @@ from ringfence.gateway.domain import (
     lease_reasons,
     refuse,
 )
-from ringfence.gateway.errors import RequestRefusedError
 from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.gateway.hosts import split_host_and_port
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base.clock import Clock
+from ringfence.kernel.http1.head import RequestRefusedError
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease

@@ -8,8 +8,7 @@ import os
 import signal
 from pathlib import Path
 
-from ringfence.client.task_proxy.server import TaskProxy, Traffic
-from ringfence.client.task_proxy.target_relay import TargetRelay
+from ringfence.client.task_proxy.server import TargetRelay, TaskProxy, Traffic
 from ringfence.runner.control.messages import InitReport
 from ringfence.runner.init import process
 from ringfence.runner.init.listeners import Listeners, RunnerConnection

@@ -3,6 +3,20 @@
 The answer 200 carries the headers to inject. It always has `Authorization`, which replaces the agent's own. Every
 refusal is 401 or 403, since other statuses mean different things to different proxies. The problem details are in the
 body, and shortened in a header, for proxies that do not pass on the body of a refusal (nginx).
+
+Questions of Envoy's HTTP `ext_authz`: the request itself under a path prefix.
+
+With `path_prefix: /authz/envoy` the host of the request names the target. With `/authz/envoy-target/TARGET` Envoy's
+configuration names it, whatever the host is. With `with_request_body` the question contains the body, and says whether
+it is complete (`x-envoy-auth-partial-body`). An incomplete body is never decided on.
+
+Questions of forward auth: nginx `auth_request`, Caddy `forward_auth`, Traefik ForwardAuth and HAProxy.
+
+`X-Forwarded-Method`, `X-Forwarded-Uri`, `X-Forwarded-Host` and `X-Forwarded-Proto` describe the request. The proxy must
+replace whatever an agent sends under these names. `/authz/fwd` finds the target by the host. `/authz/fwd/TARGET` is for
+a proxy whose configuration names the target. `?body=whole` says that the body of the question is the whole body of the
+request (Traefik's `forwardBody`); otherwise no body counts as read. `?body=whole&headers=whole` also promises that the
+question has every header that is forwarded; otherwise no person is asked for approval.
 """
 
 from __future__ import annotations
@@ -13,6 +27,7 @@ import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, Literal
 
 from starlette.requests import Request
@@ -39,6 +54,90 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.operations import Destination
 from ringfence.messages.registry import TargetState
 from ringfence.model.http_targets import MAX_BODY_BYTES
+
+FORWARD_AUTH_PREFIX: Final = "/authz/fwd"
+_BODY_SHOWN: Final = b"body=whole"
+_ALL_SHOWN: Final = b"body=whole&headers=whole"
+
+
+async def read_forward_auth(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
+    """The request that the proxy asks about; None if it is incomplete or ambiguous."""
+    rest = request.scope["path"].removeprefix(FORWARD_AUTH_PREFIX)
+    target_id = rest.removeprefix("/") or None
+    query = request.scope.get("query_string") or b""
+    if (rest and not rest.startswith("/")) or query not in (b"", _BODY_SHOWN, _ALL_SHOWN):
+        return None
+    try:
+        method, uri, host, proto = (
+            single_header(request, f"x-forwarded-{name}") for name in ("method", "uri", "host", "proto")
+        )
+        (handle, header_names), proof = handle_and_header_names(request), single_header(request, "dpop")
+        label = single_header(request, LABEL)
+        json = shows_json(request)
+    except ValueError:
+        return None
+    if not (method and uri and host) or proto not in ("http", "https") or not uri.startswith("/"):
+        return None
+    htu = f"{proto}://{host}{uri.partition('?')[0]}"
+    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=header_names)
+    attempt = Attempt(
+        authority=host if target_id is None else None,
+        scheme="http" if proto == "http" else "https",
+        method=method,
+        target=uri,
+        target_id=target_id,
+        body=await whole_body(request) if query else None,
+        json=json,
+        label=label,
+        headers=partial(shown_headers, request) if query == _ALL_SHOWN else None,
+    )
+    return presented, attempt
+
+
+ENVOY_PREFIX: Final = "/authz/envoy"
+_BY_TARGET: Final = re.compile(rb"/authz/envoy-target/([^/]+)(/.*)", re.DOTALL)
+PARTIAL: Final = "x-envoy-auth-partial-body"
+
+
+async def read_envoy(request: Request) -> tuple[PresentedIdentity, Attempt] | None:
+    """The request that the proxy asks about; None if it is incomplete or ambiguous."""
+    query: bytes = request.scope.get("query_string") or b""
+    target_id, path = _target_and_path(request.scope.get("raw_path") or b"")
+    try:
+        host, proto = single_header(request, "host"), single_header(request, "x-forwarded-proto")
+        (handle, header_names), proof = handle_and_header_names(request), single_header(request, "dpop")
+        partial, label = single_header(request, PARTIAL), single_header(request, LABEL)
+        json = shows_json(request)
+        target = (path + (b"?" + query if query else b"")).decode("ascii")
+    except ValueError:
+        return None
+    if not path.startswith(b"/") or not host or proto not in ("http", "https"):
+        return None
+    if partial not in (None, "false"):
+        return None
+    body = await whole_body(request) if partial is not None else None
+    htu = f"{proto}://{host}{target.partition('?')[0]}"
+    presented = PresentedIdentity(handle=handle, proof=proof, htu=htu, header_names=header_names)
+    attempt = Attempt(
+        authority=host if target_id is None else None,
+        scheme="http" if proto == "http" else "https",
+        method=request.method,
+        target=target,
+        target_id=target_id,
+        body=body,
+        json=json,
+        label=label,
+    )
+    return presented, attempt
+
+
+def _target_and_path(raw: bytes) -> tuple[str | None, bytes]:
+    """The target if the path names it, and the path of the request; an empty path if there is none."""
+    if (match := _BY_TARGET.fullmatch(raw)) is not None:
+        return match[1].decode("latin-1"), match[2]
+    by_host = f"{ENVOY_PREFIX}/".encode()
+    return None, raw[len(ENVOY_PREFIX) :] if raw.startswith(by_host) else b""
+
 
 log = logging.getLogger(__name__)
 
@@ -269,3 +368,7 @@ def _shortened(details: dict[str, Any]) -> str:
             return text
         members.pop(name, None)
     return json.dumps(members)
+
+
+READERS: Final = {FORWARD_AUTH_PREFIX: read_forward_auth, ENVOY_PREFIX: read_envoy}
+"""How the question is read, by the path that a proxy asks at."""
