@@ -33,8 +33,8 @@ from ringfence.dev.stack import Stack
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower
+from ringfence.messages.base import Permission
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.permission import Permission
 from ringfence.messages.topics import ACTION, AUDIT
 from tests.support.audit_fixtures import AuditFixtures
 

@@ -23,8 +23,8 @@ from redis.asyncio import Redis
 from bench.machine import percentile
 from ringfence.backends import Backend, JwtBackend, StaticSecrets, TargetAccess, TokenKey, TokenKeys
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from tests.support.servers.postgres import PostgresServer, PostgresTarget, server_programs
 from tests.support.servers.redis_target import valkey_target

@@ -33,9 +33,8 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
-from ringfence.messages.base import ServiceRole
+from ringfence.messages.base import Permission, ServiceRole
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     BackendSettings,
     KeyPossession,

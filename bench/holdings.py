@@ -15,8 +15,8 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord
 from ringfence.messages.topics import LEASE
 from ringfence.messages.trust import ServiceIdentity, TrustBundle

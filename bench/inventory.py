@@ -29,9 +29,8 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound
-from ringfence.messages.base import Topic
+from ringfence.messages.base import Permission, Topic
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,

@@ -20,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ringfence.scan.external_scanners import ADAPTERS, places_of
-from ringfence.scan.findings import SecretValue
-from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.findings import Fingerprinter, SecretValue
 from ringfence.scan.scanner import ScanOptions, scanning
 from tests.support.scan_corpus import Case, plant
 

@@ -71,15 +71,15 @@ if TYPE_CHECKING:
     from ringfence.kernel.crypto.keys import KeyFileError as KeyFileError
     from ringfence.kernel.crypto.keys import SigningKey as SigningKey
     from ringfence.messages.approval import Grant as Grant
+    from ringfence.messages.base import KeyRecord as KeyRecord
+    from ringfence.messages.base import Permission as Permission
+    from ringfence.messages.base import PublicJwk as PublicJwk
+    from ringfence.messages.base import Scope as Scope
     from ringfence.messages.credential import Delivery as Delivery
     from ringfence.messages.credential import Reason as Reason
     from ringfence.messages.credential import RequiredClass as RequiredClass
     from ringfence.messages.credential import Revisions as Revisions
     from ringfence.messages.enrolment import AttestationSelector as AttestationSelector
-    from ringfence.messages.keys import KeyRecord as KeyRecord
-    from ringfence.messages.keys import PublicJwk as PublicJwk
-    from ringfence.messages.permission import Permission as Permission
-    from ringfence.messages.permission import Scope as Scope
     from ringfence.messages.registry import BackendSettings as BackendSettings
     from ringfence.messages.registry import Delegation as Delegation
     from ringfence.messages.registry import Provisioning as Provisioning
@@ -206,7 +206,7 @@ _MODULES = {
     "InvalidMessageError": "ringfence.kernel.base.errors",
     "IssuedCredential": "ringfence.client.agent.credentials",
     "KeyFileError": "ringfence.kernel.crypto.keys",
-    "KeyRecord": "ringfence.messages.keys",
+    "KeyRecord": "ringfence.messages.base",
     "Needs": "ringfence.client.resource_server.asgi",
     "Nonces": "ringfence.client.resource_server.dpop_proofs",
     "NotAnsweredError": "ringfence.client.errors",
@@ -217,14 +217,14 @@ _MODULES = {
     "PendingAction": "ringfence.client.approvals.action_approvals",
     "PendingApproval": "ringfence.client.approvals.history_comparison",
     "PendingRequest": "ringfence.client.agent.replies",
-    "Permission": "ringfence.messages.permission",
+    "Permission": "ringfence.messages.base",
     "PostgresCredential": "ringfence.client.agent.credentials",
     "Preview": "ringfence.client.admin.preview",
     "ProofError": "ringfence.client.resource_server.dpop_proofs",
     "ProofMemory": "ringfence.client.resource_server.dpop_proofs",
     "Proposal": "ringfence.client.approvals.grants",
     "Provisioning": "ringfence.messages.registry",
-    "PublicJwk": "ringfence.messages.keys",
+    "PublicJwk": "ringfence.messages.base",
     "Reason": "ringfence.messages.credential",
     "RedisCredential": "ringfence.client.agent.credentials",
     "RefusedError": "ringfence.client.errors",
@@ -237,7 +237,7 @@ _MODULES = {
     "Revisions": "ringfence.messages.credential",
     "RingfenceError": "ringfence.kernel.base.errors",
     "Role": "ringfence.messages.registry",
-    "Scope": "ringfence.messages.permission",
+    "Scope": "ringfence.messages.base",
     "ScopeError": "ringfence.model.scope.globs",
     "SettingsError": "ringfence.kernel.base.errors",
     "SigningKey": "ringfence.kernel.crypto.keys",

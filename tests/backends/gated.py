@@ -15,8 +15,8 @@ from typing import Any
 
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.kernel.base.settings import ServiceSettings
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import TERMINAL, Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.backends.gateway_process import GatewayProcess
 from tests.backends.insisting import MARK, STREAM, InsistingApi

@@ -38,9 +38,9 @@ from ringfence.backends import (
 )
 from ringfence.backends.ssh.certificates import private_text, public_text
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.model.scope.globs import parse_glob
 from tests.backends.gated import SECRET, Gated

@@ -18,8 +18,8 @@ from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.crypto.jwe import EncryptionKey, unverified_about
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialDelivery, Delivery
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from tests.brokers import RedisServer

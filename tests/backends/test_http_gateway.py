@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ringfence.cli.commands.target_templates import TEMPLATES
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.backends.gated import SECRET, VERBS, Gated, gated
 from tests.backends.insisting import MARK, WAIT

@@ -16,8 +16,8 @@ from ringfence.backends import PostgresBackend, TargetRefusedError
 from ringfence.backends.postgres import privileges
 from ringfence.backends.postgres.backend import LOCK
 from ringfence.dev.processes import LOOPBACK
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetState
 from tests.backends.kinds import TARGET, PostgresKind, allow, lease, state
 from tests.support.servers.postgres import (

@@ -24,8 +24,8 @@ from ringfence.backends import AccessError, SshBackend, TargetError, TargetRefus
 from ringfence.backends.ssh.backend import SshLogin
 from ringfence.backends.ssh.certificates import for_ringfence, private_text
 from ringfence.backends.ssh.host_helper import serial_of
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from tests.backends.kinds import SSH_USERS, TARGET, SshKind, allow, lease, state
 from tests.support.servers.ssh import BROKER, SshTarget, client, keygen, lives, may
 

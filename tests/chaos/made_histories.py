@@ -9,9 +9,9 @@ from typing import Any
 
 from ringfence.kernel.base.clock import MAX_SKEW_MS
 from ringfence.kernel.base.ids import derived_id, digest
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentState, Entitlements, TaskState, UserState
 from ringfence.model.leases.lifecycle import end_status, record_id, restated, statement
 from tests.chaos.checker import GRACE_MS

@@ -14,7 +14,7 @@ from ringfence.client.agent.agent import Agent
 from ringfence.client.arguments import Lifetime
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id
 

@@ -27,9 +27,9 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.approval import ActionRequest, ShownHeader
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, Role, VerbFloor
 from ringfence.messages.topics import ACTION, APPROVAL_REQUEST
 from ringfence.model.requests.facts import load_records

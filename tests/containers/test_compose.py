@@ -15,7 +15,7 @@ from ringfence.client.admin.administrator import Administrator
 from ringfence.client.agent.agent import Agent
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from tests.support.compose import ROOT

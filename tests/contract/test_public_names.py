@@ -81,11 +81,3 @@ def test_the_list_is_read_as_it_was_written(tmp_path: Path) -> None:
     file.write_text(written(LISTED))
     assert read(file) == LISTED
     assert file.read_text().splitlines()[-3:] == ["error code c", "metric a: counter", "metric b: gauge"]
-
-
-def test_modules_that_the_documentation_named_are_still_there() -> None:
-    import ringfence
-    from ringfence.kernel import errors, keys
-
-    assert errors.UnavailableError is ringfence.UnavailableError
-    assert keys.SigningKey is ringfence.SigningKey

@@ -20,7 +20,6 @@ from pydantic import BaseModel
 import ringfence
 import ringfence.testing
 from ringfence.backends import Backend
-from ringfence.cli.shared.settings_check import SETTINGS as REMOVED
 from ringfence.kernel.base.settings import problems
 from tests.support.audit_fixtures import AuditFixtures
 from tests.support.audit_records import every_record
@@ -242,7 +241,7 @@ def test_every_variable_that_the_code_names_is_a_setting_of_the_reference() -> N
     text = "\n".join(file.read_text() for file in (ROOT / "services").rglob("*.py"))
     named = set(re.findall(r"\bRINGFENCE_[A-Z][A-Z_]*[A-Z]\b", text))
     prefixes = {name for name in named if any(one.startswith(f"{name}_") for one in headings("settings.md"))}
-    assert named - prefixes - FOR_OTHERS - REMOVED.keys() - headings("settings.md") == set()
+    assert named - prefixes - FOR_OTHERS - headings("settings.md") == set()
     assert "RINGFENCE_GRACE_S" in named
 
 

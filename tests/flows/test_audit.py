@@ -22,7 +22,7 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.topics_admin import partitions_of
-from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id
+from ringfence.kernel.tracing.api import new_traceparent, trace_id
 from ringfence.messages.approval import Approval
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions

@@ -191,8 +191,7 @@ async def test_an_export_is_the_topic_in_every_format(shell: Any, world: World) 
     assert "begin anew" in await shell("olga", *mine, "--resume", "-o", str(shell.folder / "x"), status=1)
     for wrong, remedy in (
         (("--format", "xml"), "ocsf"),
-        (("--format", "parquet"), "export ocsf or csv"),
-        (("--format", "ecs"), "export ocsf"),
+        (("--format", "parquet"), "is not one of ocsf, csv"),
         (("--resume",), "-o FILE"),
         (("--class", "API"), "--class"),
         (("--code", "a*b"), "action.*"),

@@ -24,10 +24,10 @@ from ringfence.client.errors import (
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Reason, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.operations import DeadLetter, ServiceEvent
-from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REQUEST, DEAD_LETTER, REVOCATION_REQUEST, SERVICE_EVENT
 from ringfence.model.scope.globs import ScopeError
 from ringfence.policy.incoming.admission import is_request_withdrawal

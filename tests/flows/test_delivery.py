@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 from ringfence.client.agent.credentials import GatewayCredential
 from ringfence.client.agent.replies import SentRequest, read_reply
 from ringfence.dev.processes import free_port
-from ringfence.issuer.resealing import Resealer
+from ringfence.issuer.http import Resealer
 from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -27,7 +27,7 @@ from ringfence.kernel.crypto.jwe import (
 from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.tracing.traceparent import new_traceparent
+from ringfence.kernel.tracing.api import new_traceparent
 from ringfence.messages.credential import Credential, CredentialDelivery, ReplyContent
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY, LEASE

@@ -23,8 +23,7 @@ from ringfence.cli.main import main
 from ringfence.client.agent.agent import Agent
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.issuer.settings import IssuerSettings
-from ringfence.messages.base import ServiceRole
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission, ServiceRole
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.sdk_clients import client, first

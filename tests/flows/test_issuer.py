@@ -24,9 +24,8 @@ from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import ServiceRole, Topic
+from ringfence.messages.base import PublicJwk, ServiceRole, Topic
 from ringfence.messages.credential import Coordinates, CredentialDelivery, ReplyContent
-from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import EndCause
 from ringfence.messages.registry import AgentSetCeiling, AgentSuspend, TaskEnd
 from ringfence.messages.topics import CREDENTIAL_DECISION, CREDENTIAL_REPLY, DEAD_LETTER, LEASE

@@ -18,8 +18,8 @@ import pytest
 from mcp import ClientSession, StdioServerParameters
 from mcp.client.stdio import stdio_client
 
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Reason
-from ringfence.messages.permission import Permission
 from ringfence.messages.topics import CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from tests.flows.test_client_agent import arrived, revocation, withdrawal
 from tests.support.benches.agent_api_bench import WIDE, by_gateway

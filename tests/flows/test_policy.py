@@ -14,7 +14,7 @@ from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.kernel.kafka.record import Outbound, Received
-from ringfence.kernel.tracing.traceparent import trace_id
+from ringfence.kernel.tracing.api import trace_id
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.operations import ServiceEvent

@@ -26,8 +26,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, DEAD_LETTER, LEASE, REVOCATION_REQUEST, TARGET, TASK, USER
 from ringfence.model.lease_store import Activation, LeaseStore, SignedLease
-from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
-from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
+from ringfence.revoker.consistency.lease_watch import IssuedLeaseRecheck
+from ringfence.revoker.lease_end.lease_ender import OwnRecordCache
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.benches.issuer_bench import Asked, IssuerBench, another, opened_office

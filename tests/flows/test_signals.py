@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.kernel.crypto.jws import sign
-from ringfence.messages.signals import SignalStream
+from ringfence.messages.operations import SignalStream
 from ringfence.messages.topics import LEASE, SERVICE_EVENT, SIGNAL_STREAM
 from ringfence.signals.push import MAX_REFUSALS
 from tests.gateway.certificates import Certificates

@@ -28,8 +28,7 @@ from ringfence.kernel.kafka.record import Received, partition_of
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, ServiceRole, Topic
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.operations import DeadLetter, Heartbeat
-from ringfence.messages.signals import SignalStream
+from ringfence.messages.operations import DeadLetter, Heartbeat, SignalStream
 from ringfence.messages.topics import (
     AUDIT,
     AUDIT_CHECKPOINT,

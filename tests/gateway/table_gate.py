@@ -26,10 +26,10 @@ from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetState, VerbFloor
 from ringfence.model.http_targets import RequestMap
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused

@@ -25,7 +25,7 @@ from ringfence.dev.processes import LOOPBACK, free_port
 from ringfence.dev.stack import Stack, StackOptions
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import GATEWAY_PORT
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from tests.brokers import RedisServer

@@ -18,9 +18,9 @@ import pytest
 from ringfence.cli.commands.dev import client_settings
 from ringfence.client.agent.agent import Agent
 from ringfence.dev.stack import Stack, StackOptions
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import TERMINAL
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.messages.topics import ACTION, LEASE
 from tests.gateway.raw import Raw, connected_unix

@@ -11,8 +11,8 @@ import pytest
 from ringfence.backends import RedisBackend
 from ringfence.backends.redis import MAX_PATTERNS, READ, WRITE, rules
 from ringfence.backends.target_settings import InexactError
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.model.scope.globs import parse_glob
 from tests.support.servers.redis_target import ValkeyTarget, valkey_target, works

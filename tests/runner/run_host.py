@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from ringfence.messages.keys import PublicJwk
+from ringfence.messages.base import PublicJwk
 from ringfence.runner.control.channel import ControlChannel, ControlLostError
 from ringfence.runner.control.messages import (
     InitReport,

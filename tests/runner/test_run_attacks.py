@@ -25,9 +25,9 @@ from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.enrolment import InstanceEnrolment
-from ringfence.messages.permission import Permission
 from ringfence.messages.run import Run
 from ringfence.messages.topics import CREDENTIAL_REQUEST, RUN
 from tests.runner.installation import SCOPE, WITHIN_S, Installation, until

@@ -21,8 +21,8 @@ from ringfence.kernel.crypto.jws import parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey, b64decode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG
 from ringfence.messages.approval import Approval
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import KeyPossession, UserInvite
 from ringfence.messages.trust import TrustBundle
 from tests.support import platform_tokens

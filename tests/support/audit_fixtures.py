@@ -25,7 +25,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionRequest, Approval, ApprovalRequest
-from ringfence.messages.base import Claims, ExpiringClaims, Message, ServiceRole, Topic
+from ringfence.messages.base import Claims, ExpiringClaims, Message, Permission, ServiceRole, Topic
 from ringfence.messages.credential import (
     Coordinates,
     CredentialDecision,
@@ -43,7 +43,6 @@ from ringfence.messages.operations import (
     RelayEnded,
     ServiceEvent,
 )
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,

@@ -14,9 +14,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import Claims, ExpiringClaims, Topic
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Claims, ExpiringClaims, KeyRecord, Permission, Topic
 from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,

@@ -6,8 +6,8 @@ import uuid
 
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
+from ringfence.messages.base import KeyRecord, PublicJwk
 from ringfence.messages.enrolment import InstanceEnrolment, RunRef
-from ringfence.messages.keys import KeyRecord, PublicJwk
 
 
 def enrolment_of(jwk: PublicJwk, agent: str, begins_s: int, ends_s: int) -> str:

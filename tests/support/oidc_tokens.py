@@ -10,7 +10,7 @@ import jwt
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from ringfence.kernel.crypto.oidc import read_jwks
-from ringfence.messages.oidc import OidcIssuer, OidcKey, OidcUse
+from ringfence.messages.trust import OidcIssuer, OidcKey, OidcUse
 
 
 class TokenIssuer:

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.webauthn import WEBAUTHN_ALG, challenge_of
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.registry import KeyPossession, UserAddKey, UserInvite
 from ringfence.messages.trust import Origin
 

@@ -9,8 +9,8 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment, RunRef
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import AgentSetAttestation
 from ringfence.messages.run import Run, RunLimits, RunStatus
 from ringfence.messages.topics import RUN

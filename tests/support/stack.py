@@ -25,11 +25,10 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
-from ringfence.messages.base import Claims, ServiceRole, Topic
+from ringfence.messages.base import Claims, Permission, ServiceRole, Topic
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.operations import ServiceEvent
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import AUDIT, CREDENTIAL_DECISION, DEAD_LETTER, LEASE, SERVICE_EVENT
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id

@@ -17,7 +17,7 @@ from ringfence.cli.main import main
 from ringfence.client.approvals.history_comparison import RequestGroup
 from ringfence.client.approvals.sponsor import Sponsor
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from tests.unit.test_action_questions import pending as pending_action
 from tests.unit.test_questions import ONE
 

@@ -8,7 +8,7 @@ from typing import Any
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserAddKey, UserEndKey, UserInvite
 from ringfence.model.lifecycle import KeyHistory, KeyOrigin
 from ringfence.model.lifecycle.holds import AT_ONCE_S

@@ -42,11 +42,9 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.api import ApiToken, api_audience
-from ringfence.messages.base import Claims, ExpiringClaims, ServiceRole, Topic
+from ringfence.messages.base import Claims, ExpiringClaims, KeyRecord, Permission, ServiceRole, Topic
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.operations import DeadLetter, ServiceEvent
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentRegister,
     AgentTransfer,

@@ -11,9 +11,8 @@ from pydantic import ValidationError
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import Signed, parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.base import Claims
+from ringfence.messages.base import Claims, KeyRecord
 from ringfence.messages.credential import CredentialRequest
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Delegator, Lease
 from ringfence.messages.registry import (
     AgentActivate,

@@ -31,8 +31,8 @@ from ringfence.kernel.base.api_errors import CursorLostError
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.http import application
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Reason
-from ringfence.messages.permission import Permission
 from ringfence.messages.topics import AUDIT
 from ringfence.model.records.api_access import Authenticator
 from tests.support.audit_fixtures import TD, AuditFixtures

@@ -18,11 +18,10 @@ from ringfence.kernel.crypto.jws import parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval
-from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.base import ExpiringClaims, Permission
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason
 from ringfence.messages.lease import RevocationAck, RevocationRequest, Selector
 from ringfence.messages.operations import ServiceEvent
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentResume,

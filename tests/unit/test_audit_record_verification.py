@@ -14,8 +14,8 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import PublicKey, SigningKey
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.audit import IntakeEntry
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
-from ringfence.messages.permission import Permission
 from ringfence.messages.topics import (
     APPROVAL_REQUEST,
     AUDITED,

@@ -117,8 +117,3 @@ def test_value_that_is_not_utf8_is_shown_with_its_source(
     shown = printed(capsys, "config", "show")
     assert by_name(shown)["RINGFENCE_KAFKA"] == ("broker:9092", "RINGFENCE_CONFIG")
     assert by_name(shown)["RINGFENCE_REDIS_URL"] == ("redis://a\udcff", "environment")
-
-
-def test_removed_command_says_what_to_use_instead(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--json", "config", "trust", "ringfence.toml"]) == 2
-    assert "config trust was removed: name the settings file with RINGFENCE_CONFIG" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 
 import ringfence
 from ringfence.cli.main import main
-from ringfence.cli.shared.settings_check import SETTINGS, known_settings, mistyped
+from ringfence.cli.shared.settings_check import known_settings, mistyped
 from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.kernel.crypto.keys import SigningKey
 
@@ -37,14 +37,6 @@ def test_mistyped_settings_are_reported_with_a_suggestion() -> None:
     ]
     assert mistyped(["RINGFENCE_SOMETHING_OF_MY_OWN"], {}) == [
         "RINGFENCE_SOMETHING_OF_MY_OWN is no setting, and counts for nothing"
-    ]
-
-
-def test_removed_setting_says_what_to_do() -> None:
-    assert not SETTINGS.keys() & known_settings()
-    assert mistyped(["RINGFENCE_RUNNER_PATIENCE_S"], {"audit": {"detect_late_s": 5}}) == [
-        "RINGFENCE_RUNNER_PATIENCE_S was removed: it is 5 s now; unset it",
-        "audit.detect_late_s was removed: it is 60 s now; unset it",
     ]
 
 

@@ -22,8 +22,7 @@ from ringfence.cli.shared.arguments import (
 from ringfence.cli.shared.options import duration_s, moment_s, when_ms
 from ringfence.cli.shared.output import moment, span, until, visible, visible_name
 from ringfence.client.errors import InvalidCallError, checked
-from ringfence.messages.base import Name, SpiffeId, TargetId, Uuid
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Name, Permission, SpiffeId, TargetId, Uuid
 
 
 def test_a_permission_in_its_short_form() -> None:

@@ -18,7 +18,8 @@ from ringfence.kernel.crypto.jwe import ReplyKey, seal, unverified_kid
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.kernel.tracing.traceparent import new_traceparent
+from ringfence.kernel.tracing.api import new_traceparent
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import (
     Coordinates,
     Credential,
@@ -30,7 +31,6 @@ from ringfence.messages.credential import (
     ReplyContent,
 )
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 
 TD = "acme.example"

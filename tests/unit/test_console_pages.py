@@ -10,7 +10,7 @@ import pytest
 from ringfence.client.errors import ApiError
 from ringfence.console.page_templates import PageDigests, beginning, digest_of
 from ringfence.console.views.page import Page
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 
 RESOURCES = [f"{'ж' * 500}/{number}" for number in range(60)]
 LONG: list[dict[str, Any]] = [{"target": "platform", "verbs": ["read"], "resources": RESOURCES}]

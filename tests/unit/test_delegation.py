@@ -11,8 +11,7 @@ import pytest
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.base import Claims
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Claims, Permission, Scope
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentResume,

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Permission
 from ringfence.messages.operations import Heartbeat, PartitionDigest
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentResume,
     AgentSetCeiling,

@@ -20,7 +20,7 @@ from ringfence.kernel.crypto.jwe import (
     usable,
 )
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64encode, thumbprint
-from ringfence.messages.keys import KeyRecord, PublicJwk
+from ringfence.messages.base import KeyRecord, PublicJwk
 
 END_S = 10**10
 ONE, TWO, STRANGER = (EncryptionKey.generate(f"spiffe://acme.example/service/{n}") for n in ("a", "b", "c"))

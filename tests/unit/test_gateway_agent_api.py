@@ -28,9 +28,9 @@ from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.http1.head import RequestRefusedError, parse_request
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings
 from ringfence.messages.topics import CREDENTIAL_REPLY
 from ringfence.model.target_settings import reserved_name

@@ -25,10 +25,10 @@ from ringfence.gateway.domain import (
 )
 from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.enrolment import AttestationSelector, InstanceRef
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentRotateKey,

@@ -17,8 +17,8 @@ from ringfence.gateway.dataplane.denials import (
     problem_body,
     problem_details,
 )
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Reason
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetRecord
 from ringfence.model.http_targets import Action
 from tools.schemas.examples import EXAMPLES

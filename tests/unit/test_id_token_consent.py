@@ -10,8 +10,8 @@ import jwt
 import pytest
 
 from ringfence.kernel.crypto.jws import sign
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import TaskAssign, TaskTerms, UserDisable
+from ringfence.messages.trust import OidcIssuer
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.consent import MAX_AGE_S, canonical_terms, nonce_of

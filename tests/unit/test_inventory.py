@@ -14,9 +14,9 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseStatus
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentRotateKey,

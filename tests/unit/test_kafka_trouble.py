@@ -10,7 +10,7 @@ import pytest
 from aiokafka.errors import CommitFailedError, KafkaConnectionError, NodeNotReadyError
 
 from ringfence.kernel.base.settings import BusSettings
-from ringfence.kernel.kafka.outage_log import REPORT_EVERY_S, OutageLog
+from ringfence.kernel.kafka.probe import REPORT_EVERY_S, OutageLog
 
 CLIENT = logging.getLogger("aiokafka.client")
 REFUSED = ConnectionRefusedError(111, "Connection refused")

@@ -40,8 +40,7 @@ from ringfence.kernel.crypto.jwe import (
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, b64decode, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.base import ServiceRole
-from ringfence.messages.keys import PublicJwk
+from ringfence.messages.base import PublicJwk, ServiceRole
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from tests.support.old_trust import without_signals
 

@@ -14,8 +14,8 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id, lease_id
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import Delegator, EndCause, Lease, LeaseStatus
-from ringfence.messages.permission import Permission
 from ringfence.model.lease_store.codec.records import (
     pack,
     unpack,

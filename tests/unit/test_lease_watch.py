@@ -16,7 +16,7 @@ from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import follow
 from ringfence.model.leases.unverified_records import summary_of
 from ringfence.revoker.consistency.lease_watch import LeaseWatch
-from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
+from ringfence.revoker.lease_end.lease_ender import OwnRecordCache
 from tests.support.leases import REVOKER, lease, signed
 
 EPOCH, BEFORE = "2.aaaaaaaa", "1.aaaaaaaa"

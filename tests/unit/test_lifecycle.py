@@ -7,8 +7,7 @@ from typing import Any
 import pytest
 
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.base import Claims
-from ringfence.messages.keys import KeyRecord, PublicJwk
+from ringfence.messages.base import Claims, KeyRecord, PublicJwk
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentResume,

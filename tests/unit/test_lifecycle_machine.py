@@ -20,8 +20,7 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.permission import Scope
+from ringfence.messages.base import KeyRecord, Scope
 from ringfence.messages.registry import (
     AgentActivate,
     AgentDecommission,

@@ -30,11 +30,10 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, parse, sign, sign_payload
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import ActionApproval, Approval, Grant
+from ringfence.messages.base import PublicJwk
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment, InstanceRef
-from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     COMMANDS,
     AgentActivate,
@@ -64,6 +63,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import REGISTRY_COMMAND, REVOCATION_REQUEST
+from ringfence.messages.trust import OidcIssuer
 from ringfence.model.http_targets import Action, RequestMap
 from ringfence.model.identity.attestation import matching, selector_id
 from ringfence.model.leases.lifecycle import selector_key_of

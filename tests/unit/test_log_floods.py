@@ -17,7 +17,7 @@ from ringfence.kernel.base.log_limiter import EVERY_S, FIRST, QUIET_S, LogLimite
 from ringfence.kernel.kafka.batch_handlers import sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Outbound, Received
-from ringfence.kernel.service import logging as ringfence_logging
+from ringfence.kernel.service.process import configure
 from ringfence.messages.codes import Code
 from ringfence.messages.topics import HEARTBEAT, REGISTRY_COMMAND
 
@@ -48,7 +48,7 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
     made, root = Lines(), logging.getLogger()
     before, level = root.handlers[:], root.level
     monkeypatch.setattr("sys.stderr", made.out)
-    ringfence_logging.configure("test", filters=[made.floods])
+    configure("test", filters=[made.floods])
     yield made
     root.handlers[:] = before
     root.setLevel(level)

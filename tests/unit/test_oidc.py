@@ -21,8 +21,7 @@ from ringfence.client.admin.trust_setup import (
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.oidc import JwksError, TokenError, read_jwks, unverified_issuer, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.oidc import OidcIssuer
-from ringfence.messages.trust import TrustBundle
+from ringfence.messages.trust import OidcIssuer, TrustBundle
 from tests.support.oidc_tokens import TokenIssuer
 
 TD = "acme.example"

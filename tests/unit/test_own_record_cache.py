@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ringfence.model.leases.unverified_records import summarise, summary_of
-from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
+from ringfence.revoker.lease_end.lease_ender import OwnRecordCache
 from tests.support.leases import lease, signed, step
 
 

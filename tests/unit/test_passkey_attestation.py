@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from ringfence.client.admin.user_keys import AttestationError, KeyPackage, verify_attestation
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.crypto.keys import b64decode, b64encode
-from ringfence.messages.keys import PublicJwk
+from ringfence.messages.base import PublicJwk
 from tests.support.passkey_makers import Maker, certificate
 
 AAGUID = bytes(range(16))

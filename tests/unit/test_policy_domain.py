@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.kafka.producer import to_json
 from ringfence.messages.approval import Approval
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.credential import CredentialRequest, Reason, RequiredClass
 from ringfence.messages.enrolment import InstanceEnrolment
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRecord, TargetRecord, TaskRecord, UserRecord, VerbFloor
 from ringfence.model.lifecycle import KeyHistory, KeyOrigin
 from ringfence.model.records.directory import Directory, VerifiedRecord

@@ -14,11 +14,11 @@ from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import ReceivedCode
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest
 from ringfence.messages.lease import Lease, LeaseEpoch, LeaseStatus
 from ringfence.messages.operations import ServiceEvent
-from ringfence.messages.permission import Permission
 from ringfence.messages.topics import LEASE, SERVICE_EVENT
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.leases.epochs import marker_key

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jwe import ReplyKey, check_reply_key, seal
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode
-from ringfence.messages.keys import PublicJwk
+from ringfence.messages.base import PublicJwk
 
 P256 = [SigningKey.generate("x", "ES256").public for _ in range(20)]
 P = 2**256 - 2**224 + 2**192 + 2**96 - 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.policy.agents.usage import (
     DAY_S,
     MAX_SHOWN,

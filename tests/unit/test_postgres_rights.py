@@ -21,7 +21,7 @@ from ringfence.backends.postgres.privileges import (
     rights,
 )
 from ringfence.backends.target_settings import InexactError
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.model.scope.globs import parse_glob
 
 SCHEMAS = [(1, "a"), (2, "b"), (3, "a/b")]

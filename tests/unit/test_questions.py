@@ -18,8 +18,8 @@ from ringfence.client.approvals.history_comparison import (
     compare,
     group_equivalent,
 )
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import Reason, Revisions
-from ringfence.messages.permission import Permission
 from tests.support.world import Scope, scope
 
 WEB = scope("staging", ["deploy"], ["env/staging/web"])

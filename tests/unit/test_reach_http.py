@@ -10,7 +10,7 @@ import pytest
 
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.service.http import application
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.messages.registry import AgentSuspend, VerbFloor
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records.api_access import Authenticator

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.keys import b64encode
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.registry import UserDisable, UserState
 from ringfence.model.records.api_access import Authenticator
 from ringfence.registry.http import MAX_SIGN_INS_PER_S, RegistryApi

@@ -12,8 +12,7 @@ from ringfence.cli.doctor.command import replication_findings
 from ringfence.cli.main import main
 from ringfence.client.admin.trust_setup import TrustFolder
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.kernel.kafka.replication import Replication, TopicReplication
-from ringfence.kernel.kafka.topics_admin import TopicDifference, TopicsAdmin
+from ringfence.kernel.kafka.topics_admin import Replication, TopicDifference, TopicReplication, TopicsAdmin
 
 
 def cluster(brokers: int, *topics: tuple[int, int | None]) -> Replication:

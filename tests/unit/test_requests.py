@@ -12,10 +12,10 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Reason, Revisions
 from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment
 from ringfence.messages.lease import Delegator
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentDecommission,
     AgentRecord,

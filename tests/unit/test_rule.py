@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.registry import Entitlements
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.rule import (

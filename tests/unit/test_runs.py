@@ -30,13 +30,13 @@ from ringfence.messages.enrolment import (
     RunRef,
 )
 from ringfence.messages.lease import Lease
-from ringfence.messages.oidc import IssuerUrl, OidcIssuer, OidcKey
 from ringfence.messages.registry import (
     AgentSetAttestation,
     TaskDelegate,
 )
 from ringfence.messages.run import Run, RunLimits, RunStatus
 from ringfence.messages.topics import RUN
+from ringfence.messages.trust import IssuerUrl, OidcIssuer, OidcKey
 from ringfence.model.identity.attestation import problem, selector_id
 from ringfence.model.identity.runners import runner_issuer, runner_name, runner_selector
 from ringfence.model.lifecycle import CommandRefusedError

@@ -31,8 +31,7 @@ from ringfence.scan.documents import (
     xml_texts,
 )
 from ringfence.scan.file_scan import FileScanner, Job, JobResults
-from ringfence.scan.findings import Note, Report
-from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.findings import Fingerprinter, Note, Report
 from ringfence.scan.output_guard import OutputGuard
 from ringfence.scan.readers import FILE_READERS, TEXT_READER
 from ringfence.scan.readers.clouds import _rows
@@ -213,7 +212,7 @@ def hang_in_c(self: object, file: SourceFile) -> Iterator[None]:
 
 
 def test_worker_that_hangs_in_c_is_killed_and_other_files_are_read(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("ringfence.scan.worker_pool.FILE_TIME_LIMIT_S", 0.3)
+    monkeypatch.setattr("ringfence.scan.scanner.FILE_TIME_LIMIT_S", 0.3)
     monkeypatch.setattr(type(TEXT_READER), "read", hang_in_c)
     for name in ("a", "c"):
         (tmp_path / f"{name}.txt").write_text("hang")
@@ -516,7 +515,7 @@ def test_documents_that_swell_stay_within_the_memory_of_a_scan(tmp_path: Path) -
         file.parent.mkdir(exist_ok=True)
         file.write_text(text)
     code = (
-        "import resource, sys\nfrom pathlib import Path\nfrom ringfence.scan.fingerprint import Fingerprinter\n"
+        "import resource, sys\nfrom pathlib import Path\nfrom ringfence.scan.findings import Fingerprinter\n"
         "from ringfence.scan.scanner import ScanOptions, scanning\n"
         "with scanning(ScanOptions(paths=[Path(sys.argv[1])]), Fingerprinter(b'k' * 32)) as one: report = one.run()\n"
         "lines = Path('/proc/self/status').read_text().splitlines()\n"

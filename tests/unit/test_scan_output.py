@@ -22,12 +22,10 @@ import pytest
 from rich.cells import cell_len
 
 from ringfence.cli.commands.scan import _is_accepted, _print
-from ringfence.scan.baseline import baseline_text
 from ringfence.scan.candidates import MARKERS, public_prefix_length
-from ringfence.scan.findings import Pattern
-from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.findings import Fingerprinter, Pattern
 from ringfence.scan.output_guard import PIECE
-from ringfence.scan.reports import html_document, ocsf_events, report_document, sarif_document
+from ringfence.scan.reports import baseline_text, html_document, ocsf_events, report_document, sarif_document
 from ringfence.scan.rings import verdicts
 from ringfence.scan.scanner import ScanOptions, scanning
 from tests.support.ocsf import problems

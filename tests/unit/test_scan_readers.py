@@ -18,8 +18,7 @@ import pytest
 
 from ringfence.scan.candidates import formats_in
 from ringfence.scan.file_scan import PathIndex
-from ringfence.scan.findings import Finding, Report, SecretValue
-from ringfence.scan.fingerprint import Fingerprinter
+from ringfence.scan.findings import Finding, Fingerprinter, Report, SecretValue
 from ringfence.scan.kinds import FORMATS
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER
 from ringfence.scan.readers.reader import Machine

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.model.scope import glob_intersection
 from ringfence.model.scope import scope as module
 from ringfence.model.scope.globs import ScopeError

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from ringfence.client.admin.scope_changes import with_added, with_removed
 from ringfence.client.errors import InvalidCallError
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.model.scope.scope import intersect, missing
 
 

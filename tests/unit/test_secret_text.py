@@ -9,7 +9,7 @@ import pytest
 
 from ringfence.audit.events.ocsf import scrubbed
 from ringfence.kernel.base.secret_refs import without_secrets
-from ringfence.kernel.service.logging import redact
+from ringfence.kernel.service.process import redact
 
 MARK = "Canary0Canary0Canary0Canary0Canary0Canary0Canary0Canary0"
 SAID = {
@@ -77,7 +77,7 @@ def test_harmless_text_is_unchanged(said: str) -> None:
 
 LONG = """
 from ringfence.audit.events.ocsf import scrubbed
-from ringfence.kernel.service.logging import redact
+from ringfence.kernel.service.process import redact
 
 for piece in (
     "a", "a.", "-", "_", "'", ":", "://", "://a:", "a@", "token", "token=", "bearer ", "AKIA", "whsec_", "s.",

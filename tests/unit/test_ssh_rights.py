@@ -6,7 +6,7 @@ import pytest
 
 from ringfence.backends.ssh.certificates import MAX_COMMANDS, AllowedCommands, Rights, allowed, plan
 from ringfence.backends.target_settings import InexactError
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 
 THERE: Rights = {
     "deploy": {"read": ["log", "log.old", "status"], "write": ["restart"], "may": ["shell", "terminal"]},

@@ -19,10 +19,10 @@ from ringfence.runner.stdio_mcp.server_channel import (
     ExchangeRefusedError,
     ServerChannel,
     ServerGoneError,
+    StdioUpstream,
     header_value,
     outline_of,
 )
-from ringfence.runner.stdio_mcp.upstream import StdioUpstream
 
 WITHIN_S = 20
 
@@ -205,7 +205,7 @@ async def test_a_request_is_answered_by_events_and_only_its_body_gets_to_the_ser
 async def test_a_stream_says_that_it_lives_while_the_server_is_silent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ringfence.runner.stdio_mcp.upstream.KEEP_ALIVE_S", 0.01)
+    monkeypatch.setattr("ringfence.runner.stdio_mcp.server_channel.KEEP_ALIVE_S", 0.01)
     async with played() as server, upstream(server, tmp_path) as http:
         body = json.dumps(message(1, "tools/call"))
         async with asyncio.timeout(WITHIN_S), http.stream("POST", "/mcp", content=body) as answer:

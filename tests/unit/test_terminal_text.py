@@ -118,8 +118,8 @@ def test_kid_and_iss_and_names_of_unknown_fields_are_marked(text: str) -> None:
 
 LOGS = """
 import json, logging, sys
-from ringfence.kernel.service import logging as ringfence_logging
-ringfence_logging.configure("test", format=sys.argv[1])
+from ringfence.kernel.service.process import configure
+configure("test", format=sys.argv[1])
 hostile = json.loads(sys.argv[2])
 log = logging.getLogger("ringfence.test")
 log.warning("no valid key %s of anybody", hostile)

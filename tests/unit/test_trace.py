@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.tracing.traceparent import (
+from ringfence.kernel.tracing.api import (
     nearest,
     new_traceparent,
     trace_id,

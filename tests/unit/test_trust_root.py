@@ -14,10 +14,9 @@ from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import ServiceRole, typ_header
 from ringfence.messages.lease import Lease
-from ringfence.messages.oidc import OidcIssuer, OidcUse
 from ringfence.messages.registry import UserRecord
 from ringfence.messages.topics import LEASE
-from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
+from ringfence.messages.trust import OidcIssuer, OidcUse, RootHandover, ServiceIdentity, TrustBundle
 from ringfence.model.records.command_chain import ChainError
 from tests.support.in_memory_registry import START_MS, TD, FixedClock, InMemoryRegistry
 

@@ -6,7 +6,7 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.messages.registry import BackendSettings
 
 KEPT = (

@@ -18,7 +18,7 @@ from ringfence.messages.approval import (
     GrantWithdraw,
     ShownHeader,
 )
-from ringfence.messages.base import Message
+from ringfence.messages.base import KeyRecord, Message, Permission, PublicJwk
 from ringfence.messages.credential import (
     Coordinates,
     Credential,
@@ -36,9 +36,7 @@ from ringfence.messages.credential import (
     SealedReply,
 )
 from ringfence.messages.enrolment import AttestationSelector, InstanceEnrol, InstanceEnrolment
-from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import EndCause, Lease, LeaseEpoch, RevocationAck, RevocationRequest
-from ringfence.messages.oidc import OidcIssuer, OidcKey
 from ringfence.messages.operations import (
     ActionAnswered,
     ActionDecided,
@@ -48,11 +46,10 @@ from ringfence.messages.operations import (
     PartitionDigest,
     RelayEnded,
     ServiceEvent,
+    SignalStream,
 )
-from ringfence.messages.permission import Permission
 from ringfence.messages.run import Mount, Run, RunExit, RunLimits, RunOrder, RunStop
-from ringfence.messages.signals import SignalStream
-from ringfence.messages.trust import Origin, ServiceIdentity, TrustBundle
+from ringfence.messages.trust import OidcIssuer, OidcKey, Origin, ServiceIdentity, TrustBundle
 
 TD = "acme.example"
 AT = 1_790_000_000

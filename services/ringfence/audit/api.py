@@ -45,7 +45,7 @@ from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.replay_memory import BoundedDict
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.leases.lifecycle import SHORT_LIVED_S
 from ringfence.model.records.api_access import Authenticator, sponsored_agents

@@ -18,8 +18,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.messages.audit import AuditCheckpoint, AuditWitness
 from ringfence.messages.base import Claims, typ_header
 from ringfence.messages.codes import Code
-from ringfence.messages.operations import Heartbeat
-from ringfence.messages.signals import SignalStream
+from ringfence.messages.operations import Heartbeat, SignalStream
 from ringfence.messages.topics import ALL, AUDIT_CHECKPOINT
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError

@@ -24,10 +24,10 @@ from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import SigningKey, b64encode, public_key
+from ringfence.messages.base import PERMISSION_TYPE
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import PERMISSION_TYPE
 from ringfence.messages.registry import TargetState
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.target_settings import JwtSettings, TokenAlgorithm

@@ -34,10 +34,9 @@ from ringfence.backends.target_settings import (
     problem_of,
     settings_of,
 )
-from ringfence.messages.base import UUID
+from ringfence.messages.base import UUID, Permission
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TargetState
 from ringfence.model.scope.globs import ScopeError, parse_glob
 from ringfence.model.target_settings import TargetSettings

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from ringfence.backends.secret_sources import TargetAccess
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.validation_problems import explain
+from ringfence.messages.base import Scope
 from ringfence.messages.codes import Code
-from ringfence.messages.permission import Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.target_settings import TargetSettings
 

@@ -12,8 +12,8 @@ from typing import Final, Self, TypeVar, cast
 from pydantic import BaseModel
 
 from ringfence.client.errors import InvalidCallError
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import RequiredClass
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import Role
 
 MIN_PREFIX_LENGTH: Final = 4

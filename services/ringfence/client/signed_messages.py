@@ -17,10 +17,9 @@ from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.approval import ActionApproval, ActionRequest, Approval, Grant
-from ringfence.messages.base import Claims, ExpiringClaims, ServiceRole, Topic
+from ringfence.messages.base import Claims, ExpiringClaims, Permission, ServiceRole, Topic
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest, Selector
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AgentResume,
     AgentSetCeiling,

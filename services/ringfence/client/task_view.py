@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import ValidationError
 
 from ringfence.kernel.base.errors import UnavailableError
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.registry import TaskState
 
 

@@ -9,8 +9,8 @@ from ringfence.client.admin.administrator import Administrator
 from ringfence.client.admin.trust_setup import TrustFolder
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
 from ringfence.messages.enrolment import AttestationSelector
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, Role, VerbFloor
 from ringfence.model.identity.runners import runner_selector
 from ringfence.model.identity.spiffe_ids import Kind, spiffe_id

@@ -39,8 +39,8 @@ from ringfence.dev.processes import LOOPBACK, free_port, spawn
 from ringfence.dev.stack import Stack
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_private_folder, write_private
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import Code
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import BackendSettings, RequestRule, VerbFloor
 from ringfence.model.identity.runners import runner_selector
 from ringfence.runner.init.command import init_command

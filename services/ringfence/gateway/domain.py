@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal, Protocol
 
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.codes import AnyCode, Code, inactive_agent, status_of
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ActionClass, TargetState
 from ringfence.model.http_targets import Action
 from ringfence.model.lifecycle import hold_of, hold_text

@@ -20,10 +20,9 @@ from ringfence.backends import (
 )
 from ringfence.issuer.decisions import DecisionChecks, DecisionHandler, IssuanceSteps
 from ringfence.issuer.domain import Terms
-from ringfence.issuer.http import IssuerHttp
+from ringfence.issuer.http import GatewayHttp, IssuerHttp, Resealer
 from ringfence.issuer.limits import GrantKeeper, LeaseLimits, LeaseLimitValues
 from ringfence.issuer.minting import GatewayDelivery, Minter
-from ringfence.issuer.resealing import GatewayHttp, Resealer
 from ringfence.issuer.settings import IssuerSettings
 from ringfence.issuer.subscribers import router
 from ringfence.kernel.base.clock import Clock

@@ -28,9 +28,9 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Credential, CredentialDelivery, Reason
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import TERMINAL, Lease
 from ringfence.messages.topics import LEASE
 from ringfence.model.lease_store import Activation, LeaseStore, Preparation, SignedLease, StoredLease

@@ -19,10 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ringfence.client.errors import RefusedError, RequestDeniedError, RequestTimeoutError
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.messages.base import TargetId, Uuid, Verb
+from ringfence.messages.base import Glob, Permission, Scope, TargetId, Uuid, Verb
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
-from ringfence.messages.permission import Glob, Permission, Scope
 
 _ASK_BY_CODE: Final[Mapping[str, str]] = {
     Code.APPROVAL_DENIED: "a person said no: do not ask again for the same without new reasons",

@@ -14,13 +14,13 @@ from ringfence.messages.base import (
     Message,
     Name,
     NonEmpty,
+    Permission,
     Seconds,
     TargetId,
     TtlSeconds,
     Uuid,
 )
 from ringfence.messages.credential import Coordinates, Delivery, Reason, RequiredClass, Revisions
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import ActionClass
 
 

@@ -14,14 +14,14 @@ from ringfence.messages.base import (
     Message,
     Millis,
     NonEmpty,
+    Permission,
+    PublicJwk,
     Sealed,
     Seconds,
     TargetId,
     TtlSeconds,
     Uuid,
 )
-from ringfence.messages.keys import PublicJwk
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.registry import Delivery as Delivery
 

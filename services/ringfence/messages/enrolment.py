@@ -11,15 +11,16 @@ from ringfence.messages.base import (
     Digest,
     ExpiringClaims,
     Jws,
+    KeyRecord,
     Message,
     Name,
     NonEmpty,
+    PublicJwk,
     Seconds,
     SpiffeId,
     Uuid,
 )
-from ringfence.messages.keys import KeyRecord, PublicJwk
-from ringfence.messages.oidc import IssuerUrl
+from ringfence.messages.trust import IssuerUrl
 
 ClaimName = Annotated[str, Field(pattern=r"^(/.{1,255}|[^/*\s][^/*\s]{0,127})$")]
 """A member of a token's claims by its name, or by a JSON Pointer (RFC 6901): `/kubernetes.io/namespace`."""

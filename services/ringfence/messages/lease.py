@@ -14,6 +14,7 @@ from ringfence.messages.base import (
     Millis,
     Name,
     NonEmpty,
+    Permission,
     Seconds,
     SpiffeId,
     TargetId,
@@ -21,7 +22,6 @@ from ringfence.messages.base import (
 )
 from ringfence.messages.credential import Delivery
 from ringfence.messages.enrolment import InstanceRef
-from ringfence.messages.permission import Permission
 
 LeaseStatus = Literal["minting", "active", "ending", "released", "revoked", "expired", "aborted"]
 TERMINAL: frozenset[LeaseStatus] = frozenset({"released", "revoked", "expired", "aborted"})

@@ -15,10 +15,13 @@ from ringfence.messages.base import (
     Digest,
     ExpiringClaims,
     Jws,
+    KeyRecord,
     Message,
     Millis,
     Name,
     NonEmpty,
+    PublicJwk,
+    Scope,
     Seconds,
     SpiffeId,
     TargetId,
@@ -27,8 +30,6 @@ from ringfence.messages.base import (
     Verb,
 )
 from ringfence.messages.enrolment import AttestationSelector
-from ringfence.messages.keys import KeyRecord, PublicJwk
-from ringfence.messages.permission import Scope
 
 Role = Literal["sponsor", "operator", "auditor"]
 ActionClass = Literal["sponsor", "second_person", "operator"]

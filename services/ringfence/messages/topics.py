@@ -39,10 +39,10 @@ from ringfence.messages.operations import (
     Heartbeat,
     RelayEnded,
     ServiceEvent,
+    SignalStream,
 )
 from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
 from ringfence.messages.run import Run, RunOrder, RunStop
-from ringfence.messages.signals import SignalStream
 from ringfence.messages.trust import TrustBundle
 
 _HOUR = 3600

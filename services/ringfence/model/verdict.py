@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import AnyCode
 from ringfence.messages.credential import Reason
-from ringfence.messages.permission import Permission
 
 MAX_MESSAGE_LENGTH: Final = 1000
 """The length in characters that the message of a reason is cut to."""

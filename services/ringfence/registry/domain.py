@@ -15,10 +15,8 @@ from ringfence.kernel.base.text import with_article
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.kernel.crypto.keys import thumbprint
-from ringfence.messages.base import Message
+from ringfence.messages.base import KeyRecord, Message
 from ringfence.messages.codes import Code, inactive_agent
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentRegister,
     AgentRenewKey,
@@ -47,6 +45,7 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
+from ringfence.messages.trust import OidcIssuer
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import (
     NO_HISTORY,

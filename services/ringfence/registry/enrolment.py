@@ -28,6 +28,7 @@ from ringfence.kernel.crypto.oidc import (
     verify_token,
 )
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.codes import Code, inactive_agent
 from ringfence.messages.credential import Reason
 from ringfence.messages.enrolment import (
@@ -37,10 +38,9 @@ from ringfence.messages.enrolment import (
     InstanceEnrolment,
     RunRef,
 )
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.oidc import OidcIssuer, OidcKey
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentState
+from ringfence.messages.trust import OidcIssuer, OidcKey
 from ringfence.model.identity.attestation import bound_audience, matching, selector_id
 from ringfence.model.identity.runners import issuer_of_instances, runner_name
 from ringfence.model.identity.spiffe_ids import subject_of

@@ -24,7 +24,7 @@ from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.webauthn import PasskeyKey
 from ringfence.kernel.service.http import number_in, position_in, position_text
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import agents_of, subject_key

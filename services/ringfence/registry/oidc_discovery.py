@@ -19,7 +19,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.crypto.oidc import JwksError, read_jwks
-from ringfence.messages.oidc import OidcKey
+from ringfence.messages.trust import OidcKey
 
 if TYPE_CHECKING:
     import httpx

@@ -14,9 +14,8 @@ from ringfence.kernel.crypto.claims import LEEWAY_S, MAX_LIFE_S
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.oidc import TokenError, unverified_issuer
 from ringfence.kernel.crypto.trust_store import TrustStore
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.credential import Coordinates
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import (
     AgentState,
     EmbeddedCommand,
@@ -26,6 +25,7 @@ from ringfence.messages.registry import (
     TaskState,
     UserState,
 )
+from ringfence.messages.trust import OidcIssuer
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import KeyHistory
 from ringfence.model.records.command_chain import ChainError, unverified_command

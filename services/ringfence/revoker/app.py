@@ -21,14 +21,12 @@ from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.model.records.signed_messages import SessionEvents
-from ringfence.revoker.consistency.issued_lease_recheck import IssuedLeaseRecheck
-from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, LeaseWatch
+from ringfence.revoker.consistency.lease_watch import BACK_MS, LINGER_MS, IssuedLeaseRecheck, LeaseWatch
 from ringfence.revoker.consistency.rebuild import Rebuilder
 from ringfence.revoker.http import LeasesApi, RunsApi
 from ringfence.revoker.lease_end.credential_removal import CredentialRemover
 from ringfence.revoker.lease_end.expiry import Expiry, Overdue
-from ringfence.revoker.lease_end.lease_ender import LeaseEnder
-from ringfence.revoker.lease_end.own_record_cache import OwnRecordCache
+from ringfence.revoker.lease_end.lease_ender import LeaseEnder, OwnRecordCache
 from ringfence.revoker.maintenance import HeartbeatSender, LeaseTombstoner, OrphanSweeper
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
 from ringfence.revoker.revocations.record_changes import RecordHandler

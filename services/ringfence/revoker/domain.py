@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import Any
 
 from ringfence.kernel.base.ids import derived_id
+from ringfence.messages.base import Scope
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
-from ringfence.messages.permission import Scope
 from ringfence.messages.registry import (
     AgentState,
     AnyRecord,

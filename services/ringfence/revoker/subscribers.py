@@ -9,7 +9,7 @@ from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.faststream_adapter import ConsumerGroup, GroupRouter
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.topics import DEAD_LETTER, HEARTBEAT, LEASE, REVOCATION_REQUEST, RUN, SERVICE_EVENT
-from ringfence.revoker.consistency.issued_lease_recheck import BATCH_SIZE, LINGER_MS
+from ringfence.revoker.consistency.lease_watch import BATCH_SIZE, LINGER_MS
 from ringfence.revoker.revocations.record_changes import RECORD_TOPICS
 
 GROUP = "revoker"

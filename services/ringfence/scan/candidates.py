@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from ringfence.scan import checksums, kinds, names
+from ringfence.scan import kinds, names
 from ringfence.scan.findings import Access, Confidence, Pattern, SecretValue
 from ringfence.scan.kinds import FORMATS, SCHEMES, Format, Kind
 
@@ -129,7 +129,7 @@ def candidate_of(kind: Kind, value: str, field: str, **more: Any) -> Candidate:
         and value[:4] in ("AKIA", "ASIA")
         and opens.account is None
     ):
-        opens = replace(opens, account=checksums.aws_account(value))
+        opens = replace(opens, account=kinds.aws_account(value))
     if invalid := kind_of_invalid(value):
         more["remarks"] = (
             *more.get("remarks", ()),
@@ -140,7 +140,7 @@ def candidate_of(kind: Kind, value: str, field: str, **more: Any) -> Candidate:
 
 def of_jwt(token: str, field: str, *, kind: Kind | None = None, **more: Any) -> Candidate | None:
     """Return a candidate for a JWT with its unverified claims; None if it is no JWT."""
-    parts = checksums.jwt_parts(token)
+    parts = kinds.jwt_parts(token)
     if parts is None:
         return None
     claims = parts[1]

@@ -16,9 +16,7 @@ from typing import Final
 
 from ringfence.scan.candidates import MARKERS, Candidate, public_prefix_length
 from ringfence.scan.documents import DocumentError
-from ringfence.scan.findings import Finding, Note, Place, Readable, SecretValue
-from ringfence.scan.fingerprint import Fingerprinter
-from ringfence.scan.limits import taken_limits
+from ringfence.scan.findings import Finding, Fingerprinter, Note, Place, Readable, SecretValue, taken_limits
 from ringfence.scan.names import is_generated
 from ringfence.scan.output_guard import OutputGuard, address_space, limit_memory
 from ringfence.scan.readers import FILE_READERS, MACHINE_READERS, TEXT_READER

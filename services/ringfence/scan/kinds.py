@@ -1,14 +1,109 @@
-"""The catalogue of credential kinds: the format of each, its issuer, and how a person revokes it."""
+"""The catalogue of credential kinds: the format of each, its issuer, and how a person revokes it.
+
+Checksums in issued credentials, which distinguish a real token from text of the same format.
+"""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import json
 import re
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
-from ringfence.scan import checksums
 from ringfence.scan.findings import Pattern
+
+_BASE62: Final = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+_BECH32: Final = "qpzry9x8gf2tvdw0s3jn54khce6mua7l"
+_BECH32_GENERATORS: Final = (0x3B6A57B2, 0x26508E6D, 0x1EA119FA, 0x3D4233DD, 0x2A1462B3)
+
+
+def base62(number: int, length: int) -> str:
+    """Return a number in base 62 (digits, upper case, lower case), with leading zeros."""
+    digits = ""
+    while number:
+        number, digit = divmod(number, 62)
+        digits = _BASE62[digit] + digits
+    return digits.rjust(length, "0")
+
+
+def crc32_base62(token: str) -> bool:
+    """Check the last six characters against the CRC-32 of the characters between the prefix and them (GitHub, npm)."""
+    body = token.rpartition("_")[2]
+    return base62(zlib.crc32(body[:-6].encode()), 6) == body[-6:]
+
+
+def crc32_hex(token: str) -> bool:
+    """Check the last eight characters against the CRC-32 of all before the underscore (Grafana)."""
+    body, _, checksum = token.rpartition("_")
+    return f"{zlib.crc32(body.encode()):08x}" == checksum.lower()
+
+
+def aws_account(key_id: str) -> str | None:
+    """Return the account number in an AWS access key id; None for ids of the older form, which have none."""
+    try:
+        raw = base64.b32decode(key_id[4:20])
+    except binascii.Error:
+        return None
+    number = (int.from_bytes(raw[:6], "big") & 0x7FFF_FFFF_FF80) >> 7
+    return f"{number:012d}" if 0 < number < 10**12 else None
+
+
+def macaroon_pypi(token: str) -> bool:
+    """Check that the token is a macaroon of pypi.org or test.pypi.org."""
+    body = token.removeprefix("pypi-")
+    try:
+        raw = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
+    except (binascii.Error, ValueError):
+        return False
+    return b"pypi.org" in raw[:24]
+
+
+def bech32(text: str) -> bool:
+    """Check a Bech32 string (BIP 173), such as the secret key of age."""
+    text = text.lower()
+    prefix, _, data = text.rpartition("1")
+    if not prefix or not set(data) <= set(_BECH32):
+        return False
+    values = [ord(char) >> 5 for char in prefix] + [0] + [ord(char) & 31 for char in prefix]
+    values += [_BECH32.index(char) for char in data]
+    check = 1
+    for value in values:
+        top = check >> 25
+        check = (check & 0x1FF_FFFF) << 5 ^ value
+        for bit, generator in enumerate(_BECH32_GENERATORS):
+            if top >> bit & 1:
+                check ^= generator
+    return check == 1
+
+
+def jwt_parts(token: str) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """Return header and claims of a compact JWS, unverified; None if it is none."""
+    parts = token.split(".")
+    if len(parts) != 3:
+        return None
+    found = []
+    for part in parts[:2]:
+        try:
+            document = json.loads(base64.urlsafe_b64decode(part + "=" * (-len(part) % 4)))
+        except (ValueError, RecursionError):
+            return None
+        if not isinstance(document, dict):
+            return None
+        found.append(document)
+    return (found[0], found[1]) if "alg" in found[0] else None
+
+
+def base64_key(token: str) -> bool:
+    """Check that the text is base64 of 64 bytes: a key of an Azure storage account."""
+    try:
+        return len(base64.b64decode(token, validate=True)) == 64
+    except (binascii.Error, ValueError):
+        return False
+
 
 Template = Literal["postgres", "redis", "ssh", "federation", "http", "mcp", "github-api"]
 """The templates of `ringfence target add`."""
@@ -152,11 +247,11 @@ _GITHUB_APP = Kind(
     "github-app", "GitHub App installation token", _A, "GitHub", "api.github.com", "github-api",
     "https://github.com/settings/installations",
 )  # fmt: skip
-_add(_GITHUB_PAT, "ghp_", r"ghp_[A-Za-z0-9]{36}", checksums.crc32_base62)
+_add(_GITHUB_PAT, "ghp_", r"ghp_[A-Za-z0-9]{36}", crc32_base62)
 _add(_GITHUB_PAT, "github_pat_", r"github_pat_[A-Za-z0-9]{22}_[A-Za-z0-9]{59}")
 for _prefix in ("gho", "ghu", "ghr"):
-    _add(GITHUB_LOGIN, f"{_prefix}_", rf"{_prefix}_[A-Za-z0-9]{{36,76}}", checksums.crc32_base62)
-_add(_GITHUB_APP, "ghs_", r"ghs_[A-Za-z0-9]{36}", checksums.crc32_base62)
+    _add(GITHUB_LOGIN, f"{_prefix}_", rf"{_prefix}_[A-Za-z0-9]{{36,76}}", crc32_base62)
+_add(_GITHUB_APP, "ghs_", r"ghs_[A-Za-z0-9]{36}", crc32_base62)
 _key("gitlab-pat", "GitLab", "gitlab.com", "https://gitlab.com/-/user_settings/personal_access_tokens", "glpat-",
      r"glpat-[\w-]{20,64}(?:\.[\w.]{2,40})?", title="GitLab personal access token")  # fmt: skip
 for _prefix, _what in (
@@ -206,9 +301,9 @@ _key("stripe-key", "Stripe", "api.stripe.com", "https://dashboard.stripe.com/api
 _key("sendgrid-key", "SendGrid", "api.sendgrid.com", "https://app.sendgrid.com/settings/api_keys", "SG.",
      r"SG\.[\w-]{22}\.[\w-]{43}")  # fmt: skip
 _key("npm-token", "npm", "registry.npmjs.org", "https://www.npmjs.com/settings/~/tokens", "npm_",
-     r"npm_[A-Za-z0-9]{36}", check=checksums.crc32_base62, title="npm token")  # fmt: skip
+     r"npm_[A-Za-z0-9]{36}", check=crc32_base62, title="npm token")  # fmt: skip
 _key("pypi-token", "PyPI", "upload.pypi.org", "https://pypi.org/manage/account/token/", "pypi-AgE",
-     r"pypi-AgE[\w-]{50,1000}", check=checksums.macaroon_pypi, title="PyPI token")  # fmt: skip
+     r"pypi-AgE[\w-]{50,1000}", check=macaroon_pypi, title="PyPI token")  # fmt: skip
 _key("cargo-token", "crates.io", "crates.io", "https://crates.io/settings/tokens", "cio",
      r"cio[A-Za-z0-9]{32}", title="crates.io token")  # fmt: skip
 _key("rubygems-key", "RubyGems", "rubygems.org", "https://rubygems.org/profile/api_keys", "rubygems_",
@@ -230,7 +325,7 @@ _key("atlassian-token", "Atlassian", "api.atlassian.com",
      "https://id.atlassian.com/manage-profile/security/api-tokens", "ATATT3x",
      r"ATATT3x[\w=.-]{100,250}", title="Atlassian API token")  # fmt: skip
 _key("grafana-token", "Grafana", "grafana.com", None, "glsa_", r"glsa_[A-Za-z0-9]{32}_[0-9a-fA-F]{8}",
-     check=checksums.crc32_hex, title="Grafana service account token")  # fmt: skip
+     check=crc32_hex, title="Grafana service account token")  # fmt: skip
 _key("tailscale-key", "Tailscale", "api.tailscale.com", "https://login.tailscale.com/admin/settings/keys",
      "tskey-", r"tskey-(?:api|auth|client)-[A-Za-z0-9]{8,20}-[A-Za-z0-9]{20,40}",
      public="tskey-(?:api|auth|client)-")  # fmt: skip
@@ -261,9 +356,9 @@ _key("terraform-cloud-token", "HCP Terraform", "app.terraform.io", "https://app.
 _add(Kind("onepassword-service-account", "1Password service account token", _A, "1Password", "1password.com"),
      "ops_eyJ", r"ops_eyJ[\w=+/-]{200,1200}")  # fmt: skip
 _key("age-key", "age", "", None, "AGE-SECRET-KEY-1", r"AGE-SECRET-KEY-1[02-9AC-HJ-NP-Z]{58}",
-     check=checksums.bech32, title="age secret key")  # fmt: skip
+     check=bech32, title="age secret key")  # fmt: skip
 _add(Kind("azure-storage-key", "Azure storage account key", _A, "Azure", "core.windows.net", "federation"),
-     "AccountKey=", r"AccountKey=([A-Za-z0-9+/]{86}==)", checksums.base64_key)  # fmt: skip
+     "AccountKey=", r"AccountKey=([A-Za-z0-9+/]{86}==)", base64_key)  # fmt: skip
 
 FORMATS: Final = tuple(_FORMATS)
 """All kinds that can be told by their look alone."""

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 from typing import Final, Literal
 
-from ringfence.scan.limits import limit_reached
+from ringfence.scan.findings import limit_reached
 
 NameKind = Literal["password", "secret", "none"]
 

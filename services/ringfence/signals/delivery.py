@@ -30,8 +30,7 @@ from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
-from ringfence.messages.operations import EventSubject
-from ringfence.messages.signals import DeliveryMethod
+from ringfence.messages.operations import DeliveryMethod, EventSubject
 from ringfence.messages.topics import LEASE
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.unverified_records import verify_lease

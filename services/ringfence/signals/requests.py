@@ -29,7 +29,7 @@ from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import NonEmpty, TargetId
 from ringfence.messages.codes import Code
 from ringfence.messages.lease import EndKind, Lease
-from ringfence.messages.signals import DeliveryMethod
+from ringfence.messages.operations import DeliveryMethod
 from ringfence.signals.settings import safe_url
 
 EVERY = "*"

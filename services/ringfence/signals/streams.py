@@ -15,7 +15,7 @@ from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.signals import DeliveryMethod, SignalStream
+from ringfence.messages.operations import DeliveryMethod, SignalStream
 from ringfence.messages.topics import SIGNAL_STREAM
 from ringfence.signals.events import SUPPORTED
 

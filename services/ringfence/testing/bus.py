@@ -15,7 +15,7 @@ from ringfence.kernel.kafka.batch_handlers import BatchHandler
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Reader
-from ringfence.kernel.tracing.traceparent import new_traceparent
+from ringfence.kernel.tracing.api import new_traceparent
 from ringfence.messages.base import Claims, Topic
 from ringfence.testing.clock import MovableClock
 

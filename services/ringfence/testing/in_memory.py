@@ -29,12 +29,10 @@ from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.base import ExpiringClaims, KeyRecord, Permission, Scope
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionDecided, ServiceEvent
-from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import (
     AGENT_KEY_S,
     ActionClass,

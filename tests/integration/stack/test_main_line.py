@@ -14,7 +14,7 @@ from ringfence.client.errors import ApiError, RefusedError, RequestDeniedError, 
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.resource_server.verifier import TokenVerifier
 from ringfence.kernel.crypto.jws import parse
-from ringfence.kernel.tracing.traceparent import trace_id
+from ringfence.kernel.tracing.api import trace_id
 from ringfence.messages.approval import ApprovalRequest
 from ringfence.messages.audit import AuditEvent
 from ringfence.messages.lease import Lease

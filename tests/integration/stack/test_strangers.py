@@ -20,7 +20,7 @@ from joserfc import jws
 from joserfc.jwk import ECKey
 from jsonschema.validators import Draft202012Validator
 
-from ringfence.kernel.tracing.traceparent import trace_id
+from ringfence.kernel.tracing.api import trace_id
 from ringfence.messages.base import Topic
 from ringfence.messages.topics import (
     ALL,

@@ -18,8 +18,8 @@ from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import ExpiringClaims, ServiceRole
 from ringfence.messages.enrolment import AttestationSelector, InstanceEnrol
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentSetAttestation
+from ringfence.messages.trust import OidcIssuer
 from ringfence.model.identity.attestation import audience, bound_audience
 from ringfence.registry.settings import RegistrySettings
 from tests.gateway.certificates import Certificates

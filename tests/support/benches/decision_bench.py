@@ -12,8 +12,8 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Revisions
 from ringfence.messages.enrolment import AttestationSelector, InstanceEnrolment
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentRotateKey, AgentSetAttestation, TaskDelegate, VerbFloor
+from ringfence.messages.trust import OidcIssuer
 from ringfence.model.identity.attestation import selector_id
 from ringfence.model.lifecycle import subject_key
 from ringfence.model.records.directory import Directory

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-from ringfence.scan.checksums import base62
+from ringfence.scan.kinds import base62
 
 ALNUM = string.ascii_letters + string.digits
 HEX = "0123456789abcdef"

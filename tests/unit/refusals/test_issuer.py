@@ -12,8 +12,8 @@ from ringfence.issuer.limits import GrantKeeper, LeaseLimits, LeaseLimitValues
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import Grant
+from ringfence.messages.base import PublicJwk
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import PublicJwk
 from ringfence.messages.registry import AgentSetCeiling, BackendSettings, VerbFloor
 from ringfence.model.requests.approvals import append_time_of
 from tests.support.benches.decision_bench import DEPLOY, EVERYTHING, READ, WIPE, DecisionBench

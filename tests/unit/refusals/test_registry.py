@@ -9,8 +9,8 @@ import pytest
 
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.webauthn import MAX_AGE_S
+from ringfence.messages.base import KeyRecord, PublicJwk
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.registry import (
     MAX_KEYS,
     AgentActivate,

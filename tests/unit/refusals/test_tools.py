@@ -21,8 +21,8 @@ from ringfence.messages.codes import Code
 from ringfence.messages.registry import AgentSuspend
 from ringfence.policy.notifications.webhook import parse_webhook
 from ringfence.rego.bundle import load_bundle
-from ringfence.scan.baseline import load_baseline
 from ringfence.scan.external_scanners import adapters
+from ringfence.scan.reports import load_baseline
 from ringfence.scan.scanner import Scanner, ScanOptions
 from ringfence.sign_page.build import PageConfig
 from tests.support.in_memory_registry import FixedClock

@@ -9,8 +9,8 @@ from pydantic import BaseModel, TypeAdapter
 
 from ringfence.client.approvals.action_approvals import PendingAction
 from ringfence.messages.audit import AuditEvent
+from ringfence.messages.base import Permission
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentState, TargetState, TaskState, UserState
 from ringfence.messages.run import Run
 from tools.references.openapi.operation import (

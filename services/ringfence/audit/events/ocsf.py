@@ -25,12 +25,11 @@ from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.secret_refs import without_secrets, without_tokens
 from ringfence.kernel.crypto.jws import sign_count
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.tracing.traceparent import trace_id
+from ringfence.kernel.tracing.api import trace_id
 from ringfence.messages.audit import OCSF_VERSION
-from ringfence.messages.base import Claims
+from ringfence.messages.base import Claims, Permission
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Delegator
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import TaskState
 from ringfence.model.audit_log.chain import Source
 from ringfence.model.lifecycle import agents_of

@@ -30,10 +30,9 @@ from ringfence.audit.events.ocsf import (
 )  # fmt: skip
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import thumbprint
-from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.base import ExpiringClaims, KeyRecord
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
     AgentRegister,

@@ -15,9 +15,9 @@ from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import Origin, TrustBundle
 
 _MAX_NAMED_CHANGES: Final = 20

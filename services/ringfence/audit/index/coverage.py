@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, ReportQueries
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import Code
-from ringfence.messages.permission import Permission
 from ringfence.model.leases.lifecycle import CLOCKS_S, is_short_lived, is_task_bound
 from ringfence.model.scope.scope import intersect
 

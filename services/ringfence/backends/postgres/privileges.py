@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
 from ringfence.backends.target_settings import InexactError
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 
 HERE: Final = """

@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 
 from ringfence.backends.ssh.host_helper import COMMAND_VERBS, KEY_ID, PRINCIPAL, WAYS, serial_of
 from ringfence.backends.target_settings import InexactError
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 
 VERBS: Final = (*COMMAND_VERBS, *WAYS)

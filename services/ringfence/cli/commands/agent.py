@@ -57,8 +57,7 @@ from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import KeyRecord, Permission
 from ringfence.messages.registry import AgentState, AgentTransferConsent
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.scope.scope import missing

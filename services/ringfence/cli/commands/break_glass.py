@@ -20,7 +20,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import moment, print_json, print_table, say
 from ringfence.cli.shared.tables import ids, prose
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 
 app = typer.Typer(help="What two operators allowed against policy; review it.", no_args_is_help=True)
 

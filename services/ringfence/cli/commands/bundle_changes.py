@@ -21,7 +21,7 @@ from ringfence.client.admin.trust_setup import (
 )
 from ringfence.client.errors import checked
 from ringfence.kernel.crypto.oidc import read_jwks
-from ringfence.messages.oidc import OidcIssuer, OidcUse
+from ringfence.messages.trust import OidcIssuer, OidcUse
 
 SignOption = Annotated[
     list[str] | None,

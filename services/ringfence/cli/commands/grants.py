@@ -41,7 +41,7 @@ from ringfence.cli.shared.output import (
 from ringfence.cli.shared.tables import ids, state
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 
 if TYPE_CHECKING:
     from ringfence.client.admin.command_client import Accepted

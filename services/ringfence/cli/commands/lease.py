@@ -22,7 +22,7 @@ from ringfence.cli.shared.output import (
 )
 from ringfence.cli.shared.tables import ending, ids, state
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 
 app = typer.Typer(help="The lives of issued credentials.", no_args_is_help=True)
 

@@ -34,7 +34,7 @@ from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
     from ringfence.cli.commands.run_local import LocalRun
-    from ringfence.messages.permission import Scope
+    from ringfence.messages.base import Scope
     from ringfence.runner.lifecycle.report import RunReport
 
 _URL_USER: Final = re.compile(r"://([^/?#@:\s]+):?@")

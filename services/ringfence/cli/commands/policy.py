@@ -36,7 +36,7 @@ from ringfence.cli.shared.tables import ids, prose
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.model.scope.scope import missing
 
 if TYPE_CHECKING:

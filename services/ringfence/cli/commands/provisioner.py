@@ -35,8 +35,7 @@ from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.private_files import open_private
 from ringfence.kernel.base.text import Lines
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import KeyRecord, Permission
 from ringfence.messages.registry import Delegation, GroupDelegation, Role, UserState
 from ringfence.model.identity.spiffe_ids import spiffe_id
 

@@ -16,8 +16,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
-    from ringfence.scan.findings import Finding, Report
-    from ringfence.scan.fingerprint import Fingerprinter
+    from ringfence.scan.findings import Finding, Fingerprinter, Report
     from ringfence.scan.scanner import ScanOptions
 
 _PATTERNS = ("static-key", "user-token", "service-account", "password", "other")
@@ -209,9 +208,9 @@ def _options(
 def _scan(
     options: ScanOptions, scanners: list[str], *, as_json: bool, history: bool, baseline: Path | None
 ) -> Report:
-    from ringfence.scan.baseline import apply_baseline, compare_with_last, load_baseline
     from ringfence.scan.external_scanners import adapters, include
-    from ringfence.scan.fingerprint import state_folder
+    from ringfence.scan.findings import state_folder
+    from ringfence.scan.reports import apply_baseline, compare_with_last, load_baseline
     from ringfence.scan.scanner import scanning
 
     known = load_baseline(baseline) if baseline is not None else None
@@ -243,7 +242,7 @@ def _fingerprinter(folder: Path | None) -> tuple[Fingerprinter, str]:
     """Return what makes fingerprints, and a warning where they cannot be compared with those of other scans."""
     import secrets
 
-    from ringfence.scan.fingerprint import Fingerprinter, load_key
+    from ringfence.scan.findings import Fingerprinter, load_key
 
     problem = "there is no home folder: fingerprints are for this scan alone; set HOME or XDG_STATE_HOME"
     if folder is not None:
@@ -276,7 +275,7 @@ def _write_files(
 
         write_output(html, html_document(report, __version__).encode("utf-8", "replace"))
     if write_baseline is not None:
-        from ringfence.scan.baseline import baseline_text
+        from ringfence.scan.reports import baseline_text
 
         # It holds no secret, and is meant to be committed.
         write_output(write_baseline, escaped_json(baseline_text(report.findings)), public=True)

@@ -41,8 +41,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.records import list_records, show_record
 from ringfence.client.errors import InvalidCallError
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.permission import Scope
+from ringfence.messages.base import KeyRecord, Scope
 from ringfence.messages.registry import Provisioning, Role, UserState
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.scope.scope import missing

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -33,9 +33,11 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.service_keys import NEXT
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.kafka.replication import Replication
 from ringfence.messages.topics import HEARTBEAT, TRUST
 from ringfence.messages.trust import ServiceIdentity
+
+if TYPE_CHECKING:
+    from ringfence.kernel.kafka.topics_admin import Replication
 
 Verdict = Literal["good", "bad", "unknown"]
 

@@ -15,8 +15,7 @@ from ringfence.cli.shared.output import visible_name, visible_resource
 from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.base.text import Lines
 from ringfence.kernel.base.validation_problems import explain
-from ringfence.messages.base import Name, TargetId, Uuid
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Name, Permission, Scope, TargetId, Uuid
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
 

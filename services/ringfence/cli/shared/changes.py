@@ -18,7 +18,7 @@ from ringfence.client.admin.scope_changes import with_added, with_removed
 from ringfence.client.errors import StaleApprovalError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import Lines
-from ringfence.messages.permission import Scope
+from ringfence.messages.base import Scope
 from ringfence.model.scope.scope import missing
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ringfence.cli.shared.output import note, print_json, say
 from ringfence.client.errors import InvalidCallError
-from ringfence.messages.permission import Permission
+from ringfence.messages.base import Permission
 
 if TYPE_CHECKING:
     from ringfence.client.admin.administrator import Administrator

@@ -29,7 +29,7 @@ from ringfence.kernel.crypto.claims import MAX_LIFE_S
 if TYPE_CHECKING:
     from ringfence.client.passkeys.questions import PasskeyUser
     from ringfence.client.settings import ClientSettings
-    from ringfence.messages.keys import KeyRecord, PublicJwk
+    from ringfence.messages.base import KeyRecord, PublicJwk
 
 T = TypeVar("T")
 
@@ -310,7 +310,7 @@ def read_public_key(path: Path) -> PublicJwk:
     Raises KeyFileError.
     """
     from ringfence.kernel.crypto.keys import KeyFileError, public_key
-    from ringfence.messages.keys import PublicJwk
+    from ringfence.messages.base import PublicJwk
 
     try:
         data = json.loads(path.read_bytes())
@@ -365,7 +365,7 @@ def key_records(public: Path | None, new: Path | None, id: str, days: int) -> tu
     Raises KeyFileError; typer.BadParameter where both are given.
     """
     from ringfence.kernel.crypto.keys import SigningKey, thumbprint
-    from ringfence.messages.keys import KeyRecord
+    from ringfence.messages.base import KeyRecord
 
     if public and new:
         raise typer.BadParameter("give --public-key or --new-key, and not both")

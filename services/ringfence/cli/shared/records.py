@@ -17,7 +17,7 @@ from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_refs import without_secrets
 from ringfence.kernel.base.text import Lines, did_you_mean
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.registry import (
     AgentState,
     AnyState,

@@ -18,12 +18,10 @@ from ringfence.client.signed_messages import task_terms
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
 from ringfence.kernel.crypto.keys import SigningKey, thumbprint
-from ringfence.messages.base import ExpiringClaims
+from ringfence.messages.base import ExpiringClaims, KeyRecord, Permission, PublicJwk
 from ringfence.messages.codes import Code
 from ringfence.messages.enrolment import AttestationSelector
-from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.lease import RevocationRequest, Selector
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import (
     AGENT_KEY_S,
     AgentActivate,

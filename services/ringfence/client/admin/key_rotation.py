@@ -23,7 +23,7 @@ from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.service_keys import file_before, files_before, next_file
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.trust import RootHandover, ServiceIdentity, TrustBundle
 
 OVERLAP_S = 48 * 3600

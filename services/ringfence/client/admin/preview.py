@@ -13,7 +13,7 @@ from ringfence.client.admin.unknown_subjects import unknown_subject
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import did_you_mean
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.registry import TargetState, TaskTerms
 from ringfence.model.records.directory import Directory
 from ringfence.model.scope.rule import Excess, are_in_force, effective, exceeding, limits_of

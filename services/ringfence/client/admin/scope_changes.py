@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ringfence.client.errors import InvalidCallError
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.model.scope.glob_intersection import meet
 from ringfence.model.scope.globs import within
 from ringfence.model.scope.scope import missing, validate_scope

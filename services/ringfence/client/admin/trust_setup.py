@@ -24,13 +24,11 @@ from ringfence.kernel.crypto.jws import parse, sign, verify
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
 from ringfence.kernel.kafka.record import Outbound
-from ringfence.messages.base import Name, ServiceRole
+from ringfence.messages.base import KeyRecord, Name, ServiceRole
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import Entitlements, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
-from ringfence.messages.trust import Origin, ServiceIdentity, TrustBundle
+from ringfence.messages.trust import OidcIssuer, Origin, ServiceIdentity, TrustBundle
 from ringfence.model.identity.runners import runner_name
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields

@@ -24,9 +24,8 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey, b64decode, b64encode, thumbprint
-from ringfence.messages.base import Claims
+from ringfence.messages.base import Claims, KeyRecord, PublicJwk
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord, PublicJwk
 from ringfence.messages.registry import KeyEndorsement, KeyPossession, UserInvite, UserState
 from ringfence.model.lifecycle import KeyOrigin
 from ringfence.model.records.directory import Directory

@@ -48,11 +48,10 @@ from ringfence.kernel.crypto.jwe import ReplyKey, unverified_kid
 from ringfence.kernel.crypto.jws import Signed, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.kernel.tracing.api import Work
-from ringfence.kernel.tracing.traceparent import new_traceparent
+from ringfence.kernel.tracing.api import Work, new_traceparent
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.permission import Permission
 from ringfence.messages.registry import AgentRenewKey, TaskDelegate, TaskEnd
 from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,

@@ -30,9 +30,9 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.private_files import open_private
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.kernel.tracing.traceparent import trace_id
+from ringfence.kernel.tracing.api import trace_id
+from ringfence.messages.base import Scope
 from ringfence.messages.credential import Delivery
-from ringfence.messages.permission import Scope
 
 if TYPE_CHECKING:
     import httpx

@@ -23,9 +23,9 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import MAX_GRANT_LIFE_S, BreakGlassReview, Grant, GrantWithdraw
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Delivery, Reason
-from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import ApprovalClass
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from ringfence.model.identity.spiffe_ids import subject_of

@@ -18,7 +18,7 @@ from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import Approval, Grant
-from ringfence.messages.base import Jws, typ_header
+from ringfence.messages.base import Jws, Scope, typ_header
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import (
     CredentialRequest,
@@ -27,7 +27,6 @@ from ringfence.messages.credential import (
     RequiredClass,
     Revisions,
 )
-from ringfence.messages.permission import Scope
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory

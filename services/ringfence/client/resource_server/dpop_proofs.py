@@ -18,8 +18,8 @@ from ringfence.kernel.base.replay_memory import ReplayMemory, ReplayMemoryFullEr
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import PublicKey, b64decode, b64encode, public_key
+from ringfence.messages.base import PublicJwk
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import PublicJwk
 
 PROOF_ALGORITHMS: Final = ("ES256", "EdDSA")
 PROOF_LIFE_S: Final = 60

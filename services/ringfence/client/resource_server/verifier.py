@@ -33,8 +33,8 @@ from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import PERMISSION_TYPE, Permission, Scope
 from ringfence.messages.codes import Code
-from ringfence.messages.permission import PERMISSION_TYPE, Permission, Scope
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.scope.globs import ScopeError, parse_name
 from ringfence.model.scope.scope import missing

@@ -24,8 +24,8 @@ from ringfence.console.commands import shown_digest
 from ringfence.console.views.page import Page, View
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialRequest, Reason, Revisions
-from ringfence.messages.permission import Permission
 
 _DAY_MS: Final = 86_400_000
 

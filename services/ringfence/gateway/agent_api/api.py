@@ -38,12 +38,11 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.http1.head import RequestRefusedError, problem_answer
-from ringfence.kernel.tracing.traceparent import well_formed
-from ringfence.messages.base import UUID
+from ringfence.kernel.tracing.api import well_formed
+from ringfence.messages.base import UUID, Scope
 from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.permission import Scope
 from ringfence.messages.registry import AgentRenewKey, TaskState
 from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of

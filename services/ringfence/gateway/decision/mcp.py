@@ -26,9 +26,9 @@ from ringfence.gateway.state.leases import LeaseTable
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import Code, status_of
 from ringfence.messages.lease import Lease
-from ringfence.messages.permission import Permission
 from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.mcp import canonical
 from ringfence.model.mcp.headers import (

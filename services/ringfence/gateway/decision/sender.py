@@ -21,10 +21,9 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import RingfenceError, UnavailableError
 from ringfence.kernel.crypto.keys import b64decode, thumbprint
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.messages.base import UUID
+from ringfence.messages.base import UUID, PublicJwk
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
-from ringfence.messages.keys import PublicJwk
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import ActionDecided
 from ringfence.messages.registry import AgentRecord

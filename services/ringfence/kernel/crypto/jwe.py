@@ -27,8 +27,8 @@ from ringfence.kernel.crypto.keys import (
     thumbprint,
     unusable,
 )
+from ringfence.messages.base import KeyRecord, PublicJwk
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord, PublicJwk
 
 if TYPE_CHECKING:
     from joserfc import jwe

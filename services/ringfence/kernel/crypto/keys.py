@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.private_files import make_folders, open_private, others_can_access, write_private
+from ringfence.messages.base import KeyRecord, PublicJwk
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord, PublicJwk
 
 _ECDSA = ec.ECDSA(hashes.SHA256())
 _ECDSA_REPEATABLE = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)

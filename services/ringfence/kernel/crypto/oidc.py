@@ -20,7 +20,7 @@ from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.keys import b64decode
 from ringfence.messages.codes import AnyCode, Code
-from ringfence.messages.oidc import OidcAlgorithm, OidcKey
+from ringfence.messages.trust import OidcAlgorithm, OidcKey
 
 if TYPE_CHECKING:
     # Imported by the first token: many programs that import this module never see one.

@@ -18,9 +18,8 @@ from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jwe import EncryptionKey, recipients_of
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
-from ringfence.messages.base import ServiceRole
+from ringfence.messages.base import KeyRecord, ServiceRole
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord
 
 log = logging.getLogger(__name__)
 

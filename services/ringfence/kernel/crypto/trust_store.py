@@ -17,11 +17,9 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError, Un
 from ringfence.kernel.crypto.jwe import usable
 from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key
-from ringfence.messages.base import Claims, ServiceRole, Topic
+from ringfence.messages.base import Claims, KeyRecord, PublicJwk, ServiceRole, Topic
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord, PublicJwk
-from ringfence.messages.oidc import OidcIssuer, OidcUse
-from ringfence.messages.trust import Origin, RootHandover, TrustBundle
+from ringfence.messages.trust import OidcIssuer, OidcUse, Origin, RootHandover, TrustBundle
 
 log = logging.getLogger(__name__)
 

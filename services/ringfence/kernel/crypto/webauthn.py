@@ -21,9 +21,8 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.text import visible_name
 from ringfence.kernel.crypto.claims import LEEWAY_S, ExpiredError
 from ringfence.kernel.crypto.keys import PublicKey, b64decode, b64encode, public_key
-from ringfence.messages.base import PasskeyUse
+from ringfence.messages.base import KeyRecord, PasskeyUse
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.trust import Origin
 
 WEBAUTHN_ALG: Final = "urn:ringfence:webauthn:ES256"

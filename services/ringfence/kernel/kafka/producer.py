@@ -35,8 +35,7 @@ from ringfence.kernel.kafka.record import (
     partition_of,
     partitioner,
 )
-from ringfence.kernel.tracing.api import NOT_TRACING, Span, Tracing
-from ringfence.kernel.tracing.traceparent import new_traceparent
+from ringfence.kernel.tracing.api import NOT_TRACING, Span, Tracing, new_traceparent
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.codes import Code
 

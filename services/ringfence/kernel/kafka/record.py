@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.keys import b64decode, b64encode
-from ringfence.kernel.tracing.api import NO_SPAN, Span
-from ringfence.kernel.tracing.traceparent import traceparent_of, well_formed
+from ringfence.kernel.tracing.api import NO_SPAN, Span, traceparent_of, well_formed
 from ringfence.messages.base import Topic
 from ringfence.messages.credential import Coordinates
 

@@ -16,8 +16,18 @@ from opentelemetry.trace import Link, NonRecordingSpan, SpanContext, SpanKind, S
 from opentelemetry.util.types import AttributeValue
 
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.tracing.api import NO_SPAN, NOT_TRACING, Span, TraceableRecord, Tracing, Work
-from ringfence.kernel.tracing.traceparent import new_traceparent, trace_id, well_formed, written
+from ringfence.kernel.tracing.api import (
+    NO_SPAN,
+    NOT_TRACING,
+    Span,
+    TraceableRecord,
+    Tracing,
+    Work,
+    new_traceparent,
+    trace_id,
+    well_formed,
+    written,
+)
 from ringfence.messages.codes import Code
 
 SCOPE = "ringfence"

@@ -15,7 +15,7 @@ from ringfence.kernel.crypto.jws import compact_jws
 from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.enrolment import AttestationSelector, RunRef
-from ringfence.messages.oidc import OidcIssuer, OidcKey
+from ringfence.messages.trust import OidcIssuer, OidcKey
 from ringfence.model.identity.attestation import bound_audience
 from ringfence.model.identity.spiffe_ids import spiffe_id
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from ringfence.kernel.tracing.api import Span, Tracing, Work
-from ringfence.kernel.tracing.traceparent import nearest
+from ringfence.kernel.tracing.api import Span, Tracing, Work, nearest
 from ringfence.messages.lease import Lease
 
 

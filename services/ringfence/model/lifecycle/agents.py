@@ -7,8 +7,8 @@ from typing import Final
 
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.keys import thumbprint
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     MAX_AGENT_KEY_S,
     AgentActivate,

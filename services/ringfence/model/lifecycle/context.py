@@ -9,10 +9,9 @@ from dataclasses import dataclass
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import public_key
+from ringfence.messages.base import KeyRecord, Scope
 from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.enrolment import AttestationSelector
-from ringfence.messages.keys import KeyRecord
-from ringfence.messages.permission import Scope
 from ringfence.messages.registry import (
     AgentState,
     AgentTransferConsent,

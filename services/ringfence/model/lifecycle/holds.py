@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Final
 
 from ringfence.kernel.base.ids import digest
+from ringfence.messages.base import Scope
 from ringfence.messages.codes import Code
-from ringfence.messages.permission import Scope
 from ringfence.messages.registry import (
     AgentActivate,
     AgentRegister,

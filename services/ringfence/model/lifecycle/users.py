@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ringfence.kernel.crypto.claims import LEEWAY_S
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import (
     MAX_KEYS,
     Provisioned,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ringfence.kernel.base.replay_memory import BoundedDict
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import AgentState, AnyState, UserState
 from ringfence.model.lifecycle import held_keys

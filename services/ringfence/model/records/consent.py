@@ -23,8 +23,8 @@ from ringfence.kernel.crypto.oidc import (
 )
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.codes import Code
-from ringfence.messages.oidc import OidcIssuer
 from ringfence.messages.registry import AgentTransferConsent, TaskTerms, UserState
+from ringfence.messages.trust import OidcIssuer
 
 MAX_AGE_S = 600
 """The greatest age of an ID token when the assignment is appended."""

@@ -20,8 +20,8 @@ from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.enrolment import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef, RunRef
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.oidc import OidcKey
 from ringfence.messages.registry import AgentState
+from ringfence.messages.trust import OidcKey
 from ringfence.model.identity.attestation import audience, bound_audience, claim, fits, selector_id
 from ringfence.model.identity.runners import issuer_of_instances, runner_name
 from ringfence.model.records.directory import Directory

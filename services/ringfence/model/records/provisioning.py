@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ringfence.messages.permission import Scope
+from ringfence.messages.base import Scope
 from ringfence.messages.registry import Delegation, Role, UserState
 from ringfence.model.unknown_fields import is_understood
 

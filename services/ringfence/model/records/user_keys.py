@@ -5,7 +5,7 @@ from __future__ import annotations
 from ringfence.kernel.crypto.keys import valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import PasskeyKey, VerificationKey
-from ringfence.messages.keys import KeyRecord
+from ringfence.messages.base import KeyRecord
 
 
 def user_key(keys: tuple[KeyRecord, ...], kid: str, at_s: float, trust: TrustStore) -> VerificationKey | None:

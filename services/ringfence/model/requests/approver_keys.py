@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.crypto.jws import Signed, kid_of
 from ringfence.messages.approval import ActionApproval, Approval, Grant
+from ringfence.messages.base import KeyRecord
 from ringfence.messages.codes import Code
-from ringfence.messages.keys import KeyRecord
 from ringfence.messages.registry import FloorKey, TargetState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lifecycle import KeyOrigin, check_hold

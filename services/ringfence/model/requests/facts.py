@@ -9,11 +9,11 @@ from functools import lru_cache
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.jws import Signed, kid_of
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.codes import AnyCode, Code, ReceivedCode, inactive_agent
 from ringfence.messages.credential import CredentialRequest, DelegatorRevisions, Delivery, Reason, Revisions
 from ringfence.messages.enrolment import InstanceEnrolment
 from ringfence.messages.lease import Delegator
-from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import (
     AgentRegister,
     AgentState,

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.codes import Code
-from ringfence.messages.permission import Permission, Scope
 from ringfence.messages.registry import Entitlements
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import intersect, missing

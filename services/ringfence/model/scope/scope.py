@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import islice, product
 from typing import Final
 
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.model.scope.glob_intersection import meet, without_contained
 from ringfence.model.scope.globs import ScopeError, is_glob, parse_glob, quoted, within
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields

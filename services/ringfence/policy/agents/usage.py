@@ -13,8 +13,8 @@ from typing import Any, Final
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import kid_of
+from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialDecision
-from ringfence.messages.permission import Permission
 
 WINDOW_DAYS = 30
 """The length of the window, today included."""

@@ -28,9 +28,9 @@ from ringfence.kernel.base.strict_json import json_object
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.kernel.crypto.jws import Signed
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.base import Permission
 from ringfence.messages.codes import Code, status_of
 from ringfence.messages.credential import Coordinates, CredentialRequest
-from ringfence.messages.permission import Permission
 from ringfence.model.records.api_access import Authenticator, ForbiddenError
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.domain import Case, Evaluation, RequestAllowed

@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.approval import Grant
-from ringfence.messages.permission import Permission, Scope
+from ringfence.messages.base import Permission, Scope
 from ringfence.messages.registry import TargetState
 from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.directory import Directory

@@ -14,7 +14,7 @@ from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
-from ringfence.kernel.tracing.traceparent import nearest
+from ringfence.kernel.tracing.api import nearest
 from ringfence.messages.approval import Approval, Grant
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, CredentialRequest, Reason, RequestWithdraw

@@ -2,6 +2,8 @@
 
 From the cut on the credential is refused. If something of it may be at its target, the lease is handed over between the
 two records, and `end_removed` writes the terminal one once the credential is removed there.
+
+Cache of the records that this process has published: read back from Kafka, they need no parsing.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from dataclasses import dataclass
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.kafka.batch_handlers import gather_all
 from ringfence.kernel.kafka.record import Outbound
@@ -35,8 +38,32 @@ from ringfence.model.lease_store import (
 )
 from ringfence.model.leases.lifecycle import follow, is_over, matches, restated
 from ringfence.model.leases.tracing import work_on
-from ringfence.model.leases.unverified_records import LeaseSummary, summary_of, verify_lease
+from ringfence.model.leases.unverified_records import LeaseSummary, summarise, summary_of, verify_lease
 from ringfence.revoker.domain import next_status
+
+MAX_RECORDS = 10_000
+"""The most cached records, about 1.5 kB each: more than are on their way to Kafka and back."""
+
+
+class OwnRecordCache:
+    """The latest records that this process has published, byte for byte, with their summaries."""
+
+    def __init__(self, max_records: int = MAX_RECORDS) -> None:
+        """`max_records`: evicts the oldest records beyond it; 0 switches the cache off."""
+        self._summaries: BoundedDict[bytes, LeaseSummary] = BoundedDict(max_records)
+
+    def add(self, record: bytes, summary: LeaseSummary) -> None:
+        """Add a record that this process publishes, with its summary."""
+        self._summaries[record] = summary
+
+    def has(self, record: bytes) -> bool:
+        """Whether the cache has exactly these bytes."""
+        return record in self._summaries
+
+    def summarise(self, record: bytes) -> LeaseSummary | None:
+        """The summary of any lease record, cached or not, as `unverified_records.summarise` returns it."""
+        return self._summaries.get(record) or summarise(record)
+
 
 log = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.crypto import jws as signed
 from ringfence.kernel.crypto.keys import public_key
+from ringfence.messages.base import PublicJwk
 from ringfence.messages.codes import Code
 from ringfence.messages.enrolment import InstanceEnrol
-from ringfence.messages.keys import PublicJwk
 from ringfence.runner.control.messages import (
     MAX_FROM_INIT_BYTES,
     ControlMessageError,

@@ -51,7 +51,6 @@ from ringfence.runner.sandbox.cgroups import (
     find_hierarchies,
     processes_limited_without_cgroup,
 )
-from ringfence.runner.sandbox.descriptors import high, read_until, readable
 from ringfence.runner.sandbox.network import set_up_network
 from ringfence.runner.sandbox.processes import (
     Namespaces,
@@ -59,6 +58,9 @@ from ringfence.runner.sandbox.processes import (
     children,
     descendants,
     describe,
+    high,
+    read_until,
+    readable,
     with_name,
 )
 from ringfence.runner.sandbox.records import SandboxRecord, SandboxRecords

@@ -15,7 +15,7 @@ import httpx
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.codes import Code
-from ringfence.runner.sandbox.descriptors import readable
+from ringfence.runner.sandbox.processes import readable
 
 _API = "/v1.41"
 _ANSWERS_WITHIN_S = 60

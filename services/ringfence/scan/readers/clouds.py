@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, Final
 
-from ringfence.scan import checksums, kinds
+from ringfence.scan import kinds
 from ringfence.scan.candidates import Candidate, candidate_of, classify, of_jwt, of_pem
 from ringfence.scan.documents import DocumentLimitError, ini_options, mapping, parse_json, sequence, text_of
-from ringfence.scan.findings import Access
-from ringfence.scan.limits import limit_reached
+from ringfence.scan.findings import Access, limit_reached
 from ringfence.scan.names import is_placeholder
 from ringfence.scan.readers.reader import FileReader, secret_or_format
 from ringfence.scan.source_files import SourceFile
@@ -45,7 +44,7 @@ class AwsCredentialsReader(FileReader):
     def _of_profile(self, profile: str, options: dict[str, tuple[str, int]]) -> Iterator[Candidate]:
         key_id = options.get("aws_access_key_id", ("", 0))[0]
         role = options.get("role_arn", ("", 0))[0] or None
-        account = checksums.aws_account(key_id) if key_id[:4] in ("AKIA", "ASIA") else None
+        account = kinds.aws_account(key_id) if key_id[:4] in ("AKIA", "ASIA") else None
         is_session = key_id.startswith("ASIA") or "aws_session_token" in options
         for name, (value, line) in options.items():
             if (

@@ -10,8 +10,7 @@ from typing import Final
 from ringfence.scan import kinds
 from ringfence.scan.candidates import Candidate, candidate_of, of_login
 from ringfence.scan.documents import ini_options
-from ringfence.scan.findings import Access
-from ringfence.scan.limits import limit_reached
+from ringfence.scan.findings import Access, limit_reached
 from ringfence.scan.names import is_placeholder
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile

@@ -17,8 +17,7 @@ from typing import Final
 
 from ringfence.scan.candidates import Candidate, classify
 from ringfence.scan.documents import assignments
-from ringfence.scan.findings import Note
-from ringfence.scan.limits import limit_reached
+from ringfence.scan.findings import Note, limit_reached
 from ringfence.scan.readers.reader import FileReader, Machine, MachineReader, classify_command, once
 from ringfence.scan.source_files import SourceFile
 

@@ -16,8 +16,7 @@ from typing import Any, ClassVar, Final
 from ringfence.scan import kinds
 from ringfence.scan.candidates import Candidate, candidate_of, classify, of_basic, of_format, of_login, of_url
 from ringfence.scan.documents import mapping, walk
-from ringfence.scan.findings import Note
-from ringfence.scan.limits import limit_reached
+from ringfence.scan.findings import Note, limit_reached
 from ringfence.scan.names import is_placeholder, is_reference, looks_random
 from ringfence.scan.source_files import SourceFile
 

@@ -20,7 +20,7 @@ from ringfence.scan.candidates import (
     of_url,
     pems_in,
 )
-from ringfence.scan.limits import limit_reached
+from ringfence.scan.findings import limit_reached
 from ringfence.scan.names import is_secret, looks_random, words_of
 from ringfence.scan.readers.reader import FileReader
 from ringfence.scan.source_files import SourceFile
