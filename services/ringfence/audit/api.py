@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -64,25 +65,20 @@ _MAX_MS = 2**53
 _MOST_VIEWERS = 1000
 
 
+@dataclass(slots=True, eq=False)
 class AuditApi:
     """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/break-glass`, `GET /v1/coverage/{what}`."""
 
-    def __init__(
-        self,
-        index: EventIndex,
-        directory: Directory,
-        clock: Clock,
-        authenticator: Authenticator,
-        complete: Callable[[], bool],
-    ) -> None:
-        """`complete`: whether the index holds all events from before the start of this process."""
-        self._index = index
-        self._viewers: BoundedDict[str, tuple[tuple[int, int | None], Viewer]] = BoundedDict(_MOST_VIEWERS)
-        """By user: of which version of the records, and their agents. To find these may mean to verify records."""
-        self._complete = complete
-        self._directory = directory
-        self._clock = clock
-        self._authenticator = authenticator
+    index: EventIndex
+    directory: Directory
+    clock: Clock
+    authenticator: Authenticator
+    complete: Callable[[], bool]
+    """Whether the index holds all events from before the start of this process."""
+    _viewers: BoundedDict[str, tuple[tuple[int, int | None], Viewer]] = field(
+        init=False, default_factory=lambda: BoundedDict(_MOST_VIEWERS)
+    )
+    """By user: of which version of the records, and their agents. To find these may mean to verify records."""
 
     def routes(self) -> list[Route]:
         return [
@@ -100,7 +96,7 @@ class AuditApi:
         kind = request.query_params.get("kind")
         if kind is not None and kind not in TRACE_KINDS:
             raise WrongQueryError(f"kind is one of {', '.join(TRACE_KINDS)}")
-        trace = self._index.trace(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
+        trace = self.index.trace(id, kind, viewer, limit_of(request, 50, _MAX_REQUESTS))
         if trace is None:
             raise NotFoundError(
                 f"no lease, request, task, agent, user or run {id[:80]} that you may see was audited"
@@ -118,11 +114,11 @@ class AuditApi:
         limit, event_filter = limit_of(request, 100, _MAX_EVENTS), filter_of(request)
         before = query.get("before")
         if before is None:
-            page = self._index.page(viewer, query.get("after"), limit, event_filter)
+            page = self.index.page(viewer, query.get("after"), limit, event_filter)
         elif "after" in query:
             raise WrongQueryError("after and before exclude each other: later events or older ones")
         else:
-            page = self._index.older(viewer, before, limit, event_filter)
+            page = self.index.older(viewer, before, limit, event_filter)
         metrics.HTTP_REQUESTS.labels("/v1/events", "200").inc()
         return JSONResponse({
             "events": page.events,
@@ -134,7 +130,7 @@ class AuditApi:
     async def _actions(self, request: Request) -> Response:
         viewer, span_ms = await self._complete_span(request)
         query = request.query_params
-        page = self._index.actions(
+        page = self.index.actions(
             viewer,
             span_ms,
             query.get("after"),
@@ -157,13 +153,13 @@ class AuditApi:
     async def _lease_coverage(self, request: Request) -> Response:
         viewer, span_ms = await self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
-        page = self._index.issued(viewer, span_ms, after, limit)
-        basis = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in page.events})
+        page = self.index.issued(viewer, span_ms, after, limit)
+        basis = load_basis(self.index, {event["unmapped"].get("lease") or "" for event in page.events})
         counts = count_leases(
             page.events,
             basis,
             self._is_user,
-            now_s=self._clock.now_ms() / 1000,
+            now_s=self.clock.now_ms() / 1000,
             short_s=number_of(request, "short_s", SHORT_LIVED_S, 86_400),
         )
         metrics.HTTP_REQUESTS.labels("/v1/coverage/leases", "200").inc()
@@ -172,9 +168,9 @@ class AuditApi:
     async def _action_coverage(self, request: Request) -> Response:
         viewer, span_ms = await self._complete_span(request)
         after, limit = request.query_params.get("after"), limit_of(request, _MAX_COVERED, _MAX_COVERED)
-        page = self._index.actions(viewer, span_ms, after, limit)
+        page = self.index.actions(viewer, span_ms, after, limit)
         actions = went_through(page.events)
-        basis = load_basis(self._index, {event["unmapped"].get("lease") or "" for event in actions})
+        basis = load_basis(self.index, {event["unmapped"].get("lease") or "" for event in actions})
         counts = count_actions(actions, basis, self._is_user)
         metrics.HTTP_REQUESTS.labels("/v1/coverage/actions", "200").inc()
         return JSONResponse({**counts, "agents": self._agents(actions), **_report_cursor(span_ms, page)})
@@ -182,12 +178,12 @@ class AuditApi:
     async def _complete_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
         """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
         viewer = await self.viewer(request)
-        if not self._complete():
+        if not self.complete():
             raise UnavailableError(
                 "audit is reading what was audited; what it counted now would be too little"
             )
         since_ms = number_of(request, "since_ms", 0, _MAX_MS)
-        return viewer, (since_ms, number_of(request, "until_ms", self._clock.now_ms(), _MAX_MS))
+        return viewer, (since_ms, number_of(request, "until_ms", self.clock.now_ms(), _MAX_MS))
 
     def _agents(self, events: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
         """The agents in events, and whether a verified record of each exists; "" stands for no agent."""
@@ -199,12 +195,12 @@ class AuditApi:
 
     def _is_known(self, kind: SubjectKind, id: str) -> bool:
         try:
-            return self._directory.entry(kind, id) is not None
+            return self.directory.entry(kind, id) is not None
         except ChainError:
             return False
 
     async def _break_glass(self, request: Request) -> Response:
-        uses = collect_uses(self._index.findings(await self.viewer(request)))
+        uses = collect_uses(self.index.findings(await self.viewer(request)))
         if request.query_params.get("unreviewed"):
             uses = [use for use in uses if use["review"] is None]
         metrics.HTTP_REQUESTS.labels("/v1/break-glass", "200").inc()
@@ -212,13 +208,13 @@ class AuditApi:
 
     async def viewer(self, request: Request) -> Viewer | None:
         """Authenticate the caller; None for one who sees everything. Raises as `Authenticator.authenticate` does."""
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         if caller.sees_all:
             return None
-        me, version = caller.user.user_id, self._directory.versions
+        me, version = caller.user.user_id, self.directory.versions
         known = self._viewers.get(me)
         if known is None or known[0] != version:
-            own = await sponsored_agents(self._directory, me)
+            own = await sponsored_agents(self.directory, me)
             self._viewers[me] = known = (version, Viewer(me, own))
         return known[1]
 
@@ -234,19 +230,16 @@ _MAX_ANSWERS: Final = 500
 """Of an agent, the latest ones."""
 
 
+@dataclass(slots=True, eq=False)
 class ApprovalHistoryApi:
-    """`GET /v1/approval-history?agent=ID&agent=ID…&since_ms=N&except=REQUEST…`."""
+    """`GET /v1/approval-history?agent=ID&agent=ID…&since_ms=N&except=REQUEST…`.
 
-    def __init__(
-        self,
-        index: EventIndex,
-        viewer_of: Callable[[Request], Awaitable[Viewer | None]],
-        complete: Callable[[], bool],
-    ) -> None:
-        """`viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events."""
-        self._index = index
-        self._viewer_of = viewer_of
-        self._complete = complete
+    `viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events.
+    """
+
+    index: EventIndex
+    viewer_of: Callable[[Request], Awaitable[Viewer | None]]
+    complete: Callable[[], bool]
 
     def routes(self) -> list[Route]:
         return [Route("/v1/approval-history", self._history, methods=["GET"])]
@@ -256,7 +249,7 @@ class ApprovalHistoryApi:
 
         Query: `agent`, at most 100 of them; `since_ms`; `except`, ids of requests whose answers are left out.
         """
-        viewer, query = await self._viewer_of(request), request.query_params
+        viewer, query = await self.viewer_of(request), request.query_params
         agents, left_out = dict.fromkeys(query.getlist("agent")), frozenset(query.getlist("except"))
         if not 0 < len(agents) <= MAX_AGENTS:
             raise WrongQueryError(
@@ -264,12 +257,12 @@ class ApprovalHistoryApi:
             )
         if len(left_out) > MAX_EXCEPT:
             raise WrongQueryError(f"except is the id of a request, at most {MAX_EXCEPT} times")
-        if not self._complete():
+        if not self.complete():
             raise UnavailableError("audit is reading what was audited; what it told now would be too little")
         since_ms = number_of(request, "since_ms", 0, _MAX_MS)
         found = {}
         for agent in agents:
-            found[agent] = _counted(self._index.answers(agent, viewer, since_ms, _MAX_ANSWERS), left_out)
+            found[agent] = _counted(self.index.answers(agent, viewer, since_ms, _MAX_ANSWERS), left_out)
             await asyncio.sleep(0)  # let other tasks run
         metrics.HTTP_REQUESTS.labels("/v1/approval-history", "200").inc()
         return JSONResponse({"agents": found})
@@ -294,16 +287,14 @@ def _counted(events: Iterable[Mapping[str, Any]], left_out: frozenset[str]) -> l
     ]
 
 
+@dataclass(slots=True, eq=False)
 class ProofApi:
     """`GET /v1/checkpoints`, `GET /v1/checkpoints/{tree}/consistency?from=N`, `GET /v1/events/{uid}/proof`."""
 
-    def __init__(
-        self, index: EventIndex, proofs: ProofStore, viewer_of: Callable[[Request], Awaitable[Viewer | None]]
-    ) -> None:
-        """`viewer_of`: authenticates the caller, as `AuditApi.viewer` does."""
-        self._index = index
-        self._proofs = proofs
-        self._viewer_of = viewer_of
+    index: EventIndex
+    proofs: ProofStore
+    viewer_of: Callable[[Request], Awaitable[Viewer | None]]
+    """Authenticates the caller, as `AuditApi.viewer` does."""
 
     def routes(self) -> list[Route]:
         return [
@@ -314,7 +305,7 @@ class ProofApi:
 
     async def _inclusion(self, request: Request) -> Response:
         uid = request.path_params["uid"]
-        events = self._index.events(uid, await self._viewer_of(request))
+        events = self.index.events(uid, await self.viewer_of(request))
         if not events:
             raise NotFoundError(f"no event {uid[:80]} that you may see was audited")
         event, inclusion = self._proven(events)
@@ -331,20 +322,20 @@ class ProofApi:
         """The event that is in the hash chain, of those with one uid; the others are forged. Raises NoProofError."""
         for event in events[:-1]:
             with contextlib.suppress(NoProofError):
-                return event, self._proofs.inclusion(event)
-        return events[-1], self._proofs.inclusion(events[-1])
+                return event, self.proofs.inclusion(event)
+        return events[-1], self.proofs.inclusion(events[-1])
 
     async def _checkpoints(self, request: Request) -> Response:
-        await self._viewer_of(request)
+        await self.viewer_of(request)
         metrics.HTTP_REQUESTS.labels("/v1/checkpoints", "200").inc()
-        return JSONResponse({"checkpoints": [head.jws for head in self._proofs.heads()]})
+        return JSONResponse({"checkpoints": [head.jws for head in self.proofs.heads()]})
 
     async def _consistency(self, request: Request) -> Response:
-        await self._viewer_of(request)
+        await self.viewer_of(request)
         old = request.query_params.get("from", "")
         if not old.isdecimal():
             raise WrongQueryError("from is a number of events: the size of the tree that you know")
-        proof, head = self._proofs.consistency(request.path_params["tree"], int(old[:17]))
+        proof, head = self.proofs.consistency(request.path_params["tree"], int(old[:17]))
         metrics.HTTP_REQUESTS.labels("/v1/checkpoints/consistency", "200").inc()
         return JSONResponse({"proof": [step.hex() for step in proof], "checkpoint": head.jws})
 
@@ -355,21 +346,17 @@ _MAX_EXPORTED = 1000
 _ANY_VERB = "any"
 
 
+@dataclass(slots=True, eq=False)
 class ReportApi:
-    """`GET /v1/who` and `GET /v1/export`. Each answers with a page, after a bounded number of events was scanned."""
+    """`GET /v1/who` and `GET /v1/export`. Each answers with a page, after a bounded number of events was scanned.
 
-    def __init__(
-        self,
-        index: EventIndex,
-        clock: Clock,
-        viewer_of: Callable[[Request], Awaitable[Viewer | None]],
-        complete: Callable[[], bool],
-    ) -> None:
-        """`viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events."""
-        self._index = index
-        self._clock = clock
-        self._viewer_of = viewer_of
-        self._complete = complete
+    `viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events.
+    """
+
+    index: EventIndex
+    clock: Clock
+    viewer_of: Callable[[Request], Awaitable[Viewer | None]]
+    complete: Callable[[], bool]
 
     def routes(self) -> list[Route]:
         return [
@@ -382,8 +369,8 @@ class ReportApi:
         permission, query = _permission_of(request), request.query_params
         span_ms = (max(since_ms - HELD_BEFORE_MS, 0), until_ms)
         limit = limit_of(request, _MAX_SCANNED, _MAX_SCANNED)
-        page = self._index.at_target(permission.target, viewer, span_ms, query.get("after"), limit)
-        lease_events = self._index.basis_events(issued_leases(page.events), (), ())
+        page = self.index.at_target(permission.target, viewer, span_ms, query.get("after"), limit)
+        lease_events = self.index.basis_events(issued_leases(page.events), (), ())
         metrics.HTTP_REQUESTS.labels("/v1/who", "200").inc()
         return JSONResponse(
             {
@@ -396,7 +383,7 @@ class ReportApi:
 
     async def _export(self, request: Request) -> Response:
         viewer, span_ms = await self._viewer_and_span(request)
-        page = self._index.export(
+        page = self.index.export(
             viewer,
             span_ms,
             request.query_params.get("after"),
@@ -416,13 +403,13 @@ class ReportApi:
 
     async def _viewer_and_span(self, request: Request) -> tuple[Viewer | None, tuple[int, int]]:
         """Viewer and time span of a report. Raises UnavailableError while the index is incomplete."""
-        viewer = await self._viewer_of(request)
-        if not self._complete():
+        viewer = await self.viewer_of(request)
+        if not self.complete():
             raise UnavailableError(
                 "audit is reading what was audited; what it told now would be too little. Ask again when it is ready"
             )
         since_ms = number_of(request, "since_ms", 0, _MAX_MS)
-        return viewer, (since_ms, number_of(request, "until_ms", self._clock.now_ms(), _MAX_MS))
+        return viewer, (since_ms, number_of(request, "until_ms", self.clock.now_ms(), _MAX_MS))
 
 
 def _permission_of(request: Request) -> Permission:

@@ -8,6 +8,7 @@ each longer chain gets a checkpoint: two versions that could not read each other
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from ringfence.audit.verification import require_trust
 from ringfence.kernel.base.clock import Clock
@@ -34,36 +35,30 @@ _ELSEWHERE = frozenset(
 """The typs of messages that belong on other topics. Here they are invalid, whatever key signed them."""
 
 
+@dataclass(slots=True, eq=False)
 class MalformedRecordHandler:
     """Verifies heartbeats, checkpoints, witness statements and signal streams. Those that fail are dead-lettered.
 
     One consumer group reads each record once, whichever replica does it. Valid records have no effect here.
     """
 
-    def __init__(
-        self,
-        trust: TrustStore,
-        directory: Directory,
-        clock: Clock,
-        caught_up: Callable[[float], Awaitable[bool]],
-    ) -> None:
-        """`caught_up`: `Runtime.tables_caught_up` for the tables in `directory`."""
-        self._trust = trust
-        self._directory = directory
-        self._clock = clock
-        self._caught_up = caught_up
+    trust: TrustStore
+    directory: Directory
+    clock: Clock
+    caught_up: Callable[[float], Awaitable[bool]]
+    """`Runtime.tables_caught_up` for the tables in `directory`."""
 
     async def heartbeat(self, record: Received) -> None:
         """Verify a record of `heartbeat`. Raises InvalidMessageError if it fails, UnavailableError without trust."""
         self._require_trust(record)
-        find = self._trust.finder(*Heartbeat.signed_by, at_s=record.appended_at_ms / 1000)
-        verify(parse(record.value), Heartbeat, find, audience=self._trust.trust_domain)
+        find = self.trust.finder(*Heartbeat.signed_by, at_s=record.appended_at_ms / 1000)
+        verify(parse(record.value), Heartbeat, find, audience=self.trust.trust_domain)
 
     async def signal_stream(self, record: Received) -> None:
         """Likewise for `signal.stream`."""
         self._require_trust(record)
-        find = self._trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
-        claims = verify(parse(record.value), SignalStream, find, audience=self._trust.trust_domain).claims
+        find = self.trust.finder(*SignalStream.signed_by, at_s=record.appended_at_ms / 1000)
+        claims = verify(parse(record.value), SignalStream, find, audience=self.trust.trust_domain).claims
         _check_place(record, claims.receiver)
 
     async def checkpoint(self, record: Received) -> None:
@@ -72,17 +67,17 @@ class MalformedRecordHandler:
         jws, at_s = parse(record.value), record.appended_at_ms / 1000
         if jws.header.typ == typ_header(AuditWitness):
             await self._witness(record, jws)
-        elif jws.header.typ in _ELSEWHERE or not self._trust.signed_by_service(
+        elif jws.header.typ in _ELSEWHERE or not self.trust.signed_by_service(
             jws, at_s, AuditCheckpoint.signed_by
         ):
-            find = self._trust.finder(*AuditCheckpoint.signed_by, at_s=at_s)
-            verify(jws, AuditCheckpoint, find, audience=self._trust.trust_domain)
+            find = self.trust.finder(*AuditCheckpoint.signed_by, at_s=at_s)
+            verify(jws, AuditCheckpoint, find, audience=self.trust.trust_domain)
 
     async def _witness(self, record: Received, jws: UnverifiedJws) -> None:
         try:
             self._verify_witness(record, jws)
         except (InvalidMessageError, ChainError):
-            if not await self._caught_up(_CAUGHT_UP_S):
+            if not await self.caught_up(_CAUGHT_UP_S):
                 raise UnavailableError("the local tables may be behind a witness's word") from None
             try:
                 self._verify_witness(record, jws)
@@ -90,17 +85,17 @@ class MalformedRecordHandler:
                 raise InvalidMessageError(str(error), code=error.code) from None
 
     def _verify_witness(self, record: Received, jws: UnverifiedJws) -> None:
-        at_ms, chains = record.appended_at_ms, self._directory.chains
+        at_ms, chains = record.appended_at_ms, self.directory.chains
         claims = verify(
-            jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self._trust.trust_domain
+            jws, AuditWitness, lambda iss, kid: chains.user_key(iss, kid, at_ms), audience=self.trust.trust_domain
         ).claims  # fmt: skip
-        auditor = subject_of(self._trust.trust_domain, claims.iss, "user") or ""
+        auditor = subject_of(self.trust.trust_domain, claims.iss, "user") or ""
         if "auditor" not in chains.roles_at(auditor, at_ms):
             raise InvalidMessageError("the signer is no auditor", code=Code.NOT_AUDITOR)
         _check_place(record, f"{claims.tree}/{auditor}")
 
     def _require_trust(self, record: Received) -> None:
-        require_trust(self._trust, [record], self._clock.now_ms())
+        require_trust(self.trust, [record], self.clock.now_ms())
 
 
 def _check_place(record: Received, key: str) -> None:

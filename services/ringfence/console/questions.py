@@ -94,38 +94,38 @@ Publish = Callable[[Topic[Any], str, str, Claims], Awaitable[None]]
 """Publishes a message that a person signed: topic, key, compact JWS, claims."""
 
 
+@dataclass(slots=True, eq=False)
 class Questions:
     """Seals questions, opens them, and takes the answers."""
 
-    def __init__(
-        self, sealed: SealedValues, trust: TrustStore, clock: Clock, trust_domain: str, publish: Publish
-    ) -> None:
-        self._sealed = sealed
-        self._trust = trust
-        self._clock = clock
-        self._trust_domain = trust_domain
-        self._publish = publish
-        self._answered: BoundedDict[str, None] = BoundedDict(_MOST_REMEMBERED)
+    sealed: SealedValues
+    trust: TrustStore
+    clock: Clock
+    trust_domain: str
+    publish: Publish
+    _answered: BoundedDict[str, None] = field(
+        init=False, default_factory=lambda: BoundedDict(_MOST_REMEMBERED)
+    )
 
     def now_s(self) -> int:
         """The time, in seconds since 1970."""
-        return self._clock.now_ms() // 1000
+        return self.clock.now_ms() // 1000
 
     def stamp(self, user_id: str, asked_at: int, life_s: int = LIFE_S) -> dict[str, Any]:
         """Claims to be replaced by the sign page, with `exp` where `life_s` is not 0."""
-        iss = spiffe_id(self._trust_domain, "user", user_id)
-        return stamp(iss, self._trust_domain, asked_at, life_s)
+        iss = spiffe_id(self.trust_domain, "user", user_id)
+        return stamp(iss, self.trust_domain, asked_at, life_s)
 
     def path_of(self, question: Question) -> str:
         """The last part of its path. Raises WrongFormError if its texts are too long for an address."""
-        path = self._sealed.seal("question", asdict(question))
+        path = self.sealed.seal("question", asdict(question))
         if len(path) > MAX_PATH_CHARS:
             raise WrongFormError("that is too much text for one question; say it in fewer words")
         return path
 
     def at(self, path: str) -> Question | None:
         """The question at this path; None if there is none, or its time is over."""
-        value = self._sealed.open("question", path)
+        value = self.sealed.open("question", path)
         question = Question(**value) if value else None
         if question is None or not 0 <= self.now_s() - question.asked_at < LIFE_S:
             return None
@@ -172,27 +172,27 @@ class Questions:
         self._answered[question.nonce] = None
         try:
             if (topic := topic_of(model)) is not None:
-                await self._publish(topic, question.key, compact, claims)
+                await self.publish(topic, question.key, compact, claims)
         except BaseException:
             self._answered.pop(question.nonce, None)
             raise
         return compact
 
     def _verified(self, question: Question, model: type[Claims], record: str, compact: str) -> Claims:
-        now_ms = self._clock.now_ms()
+        now_ms = self.clock.now_ms()
         jws = parse(compact)
         if jws.header.alg != WEBAUTHN_ALG:
             raise WrongAnswerError("the answer is not signed by a passkey")
-        me = spiffe_id(self._trust_domain, "user", question.user_id)
+        me = spiffe_id(self.trust_domain, "user", question.user_id)
 
         def find(iss: str, kid: str) -> VerificationKey | None:
             # The registry gave the record to this console just now; services look it up again.
             user = _user_of(record)
             if user is None or user.state.user_id != question.user_id or iss != me:
                 return None
-            return user_key(user.state.keys, kid, now_ms / 1000, self._trust)
+            return user_key(user.state.keys, kid, now_ms / 1000, self.trust)
 
-        signed = verify(jws, model, find, audience=self._trust_domain, appended_at_ms=now_ms).claims
+        signed = verify(jws, model, find, audience=self.trust_domain, appended_at_ms=now_ms).claims
         if terms_digest(signed) != question.terms or signed.iss != me:
             raise WrongAnswerError("something else was signed than was asked; nothing was sent")
         return signed

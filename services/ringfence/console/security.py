@@ -16,7 +16,7 @@ import secrets
 import uuid
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
@@ -59,33 +59,27 @@ class Session:
     cookie_digest: str
 
 
+@dataclass(slots=True, eq=False)
 class Sessions:
     """Begins, reads and ends sessions. Whether a statement counts, the services say at each call."""
 
-    def __init__(
-        self,
-        key: Callable[[], SigningKey],
-        clock: Clock,
-        trust_domain: str,
-        life_s: int,
-    ) -> None:
-        self._key = key
-        self._clock = clock
-        self._trust_domain = trust_domain
-        self._life_s = life_s
-        self._ended: BoundedDict[str, None] = BoundedDict(_MOST_ENDED)
+    key: Callable[[], SigningKey]
+    clock: Clock
+    trust_domain: str
+    life_s: int
+    _ended: BoundedDict[str, None] = field(init=False, default_factory=lambda: BoundedDict(_MOST_ENDED))
 
     def begin(self, user_id: str) -> tuple[str, SessionStatement]:
         """A fresh secret for the cookie, and the statement that the person has to sign for it."""
         secret, now_s = secrets.token_urlsafe(32), self._now_s()
         return secret, SessionStatement(
-            iss=spiffe_id(self._trust_domain, "user", user_id),
-            aud=self._trust_domain,
+            iss=spiffe_id(self.trust_domain, "user", user_id),
+            aud=self.trust_domain,
             iat=now_s,
-            exp=now_s + self._life_s,
+            exp=now_s + self.life_s,
             jti=str(uuid.uuid4()),
             user_id=user_id,
-            console_kid=self._key().kid,
+            console_kid=self.key().kid,
             cookie_digest=_digest(secret),
         )
 
@@ -103,7 +97,7 @@ class Sessions:
         digest = _digest(secret)
         if (
             not hmac.compare_digest(digest, said.cookie_digest)
-            or said.console_kid != self._key().kid
+            or said.console_kid != self.key().kid
             or not said.iat - 60 <= self._now_s() < said.exp
             or digest in self._ended
         ):
@@ -135,11 +129,11 @@ class Sessions:
         return cookie_digest in self._ended
 
     def _mac(self, secret: str, statement: str) -> str:
-        key = self._key().derived_key(_SESSION_INFO)
+        key = self.key().derived_key(_SESSION_INFO)
         return b64encode(hmac.digest(key, f"{secret}.{statement}".encode(), "sha256"))
 
     def _now_s(self) -> int:
-        return self._clock.now_ms() // 1000
+        return self.clock.now_ms() // 1000
 
 
 def _digest(secret: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from starlette.requests import Request
@@ -84,60 +85,58 @@ _MOST_NAMED: Final = 3
 TargetProblem = Callable[[TargetState], str | None]
 
 
+@dataclass(slots=True, eq=False)
 class GatewayApi:
     """The handlers of the gateway's HTTP API for people."""
 
-    def __init__(
-        self, authenticator: Authenticator, view: View, problem: TargetProblem, clock: Clock
-    ) -> None:
-        """`problem`: returns why requests to a target cannot be sent from here; None if they can."""
-        self._authenticator = authenticator
-        self._view = view
-        self._problem = problem
-        self._clock = clock
-        self._warned: tuple[int, str | None] = (0, None)
+    authenticator: Authenticator
+    view: View
+    problem: TargetProblem
+    """Returns why requests to a target cannot be sent from here; None if they can."""
+    clock: Clock
+    _warned: tuple[int, str | None] = field(init=False, default_factory=lambda: (0, None))
 
     def routes(self) -> Sequence[BaseRoute]:
         return [Route(_LEASE_PATH, self.lease), Route(_TARGET_PATH, self.target)]
 
     async def target(self, request: Request) -> Response:
         """Report whether requests to a target can be sent from here, and if not, why. For operators and auditors."""
-        caller, target_id = self._authenticator.authenticate(request), request.path_params["target_id"]
-        entry = self._view.directory.target(target_id) if caller.sees_all else None
+        caller, target_id = self.authenticator.authenticate(request), request.path_params["target_id"]
+        entry = self.view.directory.target(target_id) if caller.sees_all else None
         if entry is None:
             raise NotFoundError(f"this gateway knows no target {target_id[:64]} that you may see")
         metrics.HTTP_REQUESTS.labels(_TARGET_PATH, "200").inc()
         return JSONResponse(
-            {"target_id": target_id, "revision": entry.revision, "problem": self._problem(entry.state)}
+            {"target_id": target_id, "revision": entry.revision, "problem": self.problem(entry.state)}
         )
 
     def unserved(self) -> str | None:
         """Return a warning that names targets with delivery to gateways that this gateway cannot serve. Looked up at
         most every `_LOOK_AGAIN_MS`.
         """
-        now_ms = self._clock.now_ms()
+        now_ms = self.clock.now_ms()
         if now_ms - self._warned[0] >= _LOOK_AGAIN_MS:
             self._warned = now_ms, self._unserved()
         return self._warned[1]
 
     def _unserved(self) -> str | None:
         problems: list[str] = []
-        for entry in self._view.directory.entries("target"):
+        for entry in self.view.directory.entries("target"):
             state = entry.state
             if isinstance(state, TargetState) and (state.status, state.delivery) == ("active", "gateway"):
-                problems += [problem] if (problem := self._problem(state)) else []
+                problems += [problem] if (problem := self.problem(state)) else []
         more = f"; and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         return "; ".join(problems[:_MOST_NAMED]) + more or None
 
     async def lease(self, request: Request) -> Response:
         """Report whether a lease can be used here now, and if not, why. For callers who may see its agent."""
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         lease_id = request.path_params["lease_id"]
-        lease = self._view.table.get(lease_id) if UUID.fullmatch(lease_id) else None
-        agent = self._view.directory.agent(lease.agent_id) if lease is not None else None
+        lease = self.view.table.get(lease_id) if UUID.fullmatch(lease_id) else None
+        agent = self.view.directory.agent(lease.agent_id) if lease is not None else None
         if lease is None or agent is None or not caller.may_see_agent_of(agent.state.sponsor):
             raise NotFoundError(f"this gateway knows no lease {lease_id[:64]} that you may see")
-        stale, live = self._view.stale(), self._view.table.check_live(lease)
+        stale, live = self.view.stale(), self.view.table.check_live(lease)
         reason = stale or (live.reason.message if isinstance(live, Refused) else None)
         if reason is None and lease.delivery != "gateway":
             reason = "its credential was delivered to the agent itself"

@@ -130,22 +130,15 @@ class IssuanceSteps:
     delivery: GatewayDelivery
 
 
+@dataclass(slots=True, eq=False)
 class DecisionHandler:
     """The batch handler of `credential.decision`."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        store: LeaseStore,
-        backends: Mapping[str, Backend],
-        checks: DecisionChecks,
-        steps: IssuanceSteps,
-    ) -> None:
-        self._runtime = runtime
-        self._store = store
-        self._backends = backends
-        self._checks = checks
-        self._steps = steps
+    runtime: Runtime
+    store: LeaseStore
+    backends: Mapping[str, Backend]
+    checks: DecisionChecks
+    steps: IssuanceSteps
 
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Handle a batch of decisions until every effect is durable.
@@ -159,7 +152,7 @@ class DecisionHandler:
         others: list[tuple[Decision, Issue | Refusal]] = []
         admitted = await self._admitted(decisions)
         for decision, one in zip(decisions, admitted, strict=True):
-            if isinstance(one, Issue) and not self._backends[one.lease.backend].stateless:
+            if isinstance(one, Issue) and not self.backends[one.lease.backend].stateless:
                 by_target.setdefault(one.lease.target_id, []).append((decision, one))
             else:
                 others.append((decision, one))
@@ -169,10 +162,10 @@ class DecisionHandler:
 
     async def _admitted(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
         work = (Work(one.traceparent, {"request_id": one.claims.request_id}) for one in decisions)
-        with self._runtime.tracing.steps("check", work) as spans:
+        with self.runtime.tracing.steps("check", work) as spans:
             weighed = [self._checked(one) for one in await self._weigh(decisions)]
-            admitted = await self._steps.limits.admit(decisions, self._steps.delivery.admit(weighed))
-            admitted = await self._steps.grants.admit(admitted)
+            admitted = await self.steps.limits.admit(decisions, self.steps.delivery.admit(weighed))
+            admitted = await self.steps.grants.admit(admitted)
             for span, one in zip(spans, admitted, strict=False):
                 note_outcome(span, one)
         return admitted
@@ -180,7 +173,7 @@ class DecisionHandler:
     async def _issue(self, weighed: Sequence[tuple[Decision, Issue | Refusal]]) -> None:
         decisions = [decision for decision, _ in weighed]
         work = (work_on(one.lease) for _, one in weighed if isinstance(one, Issue))
-        with self._runtime.tracing.steps("activate", work):
+        with self.runtime.tracing.steps("activate", work):
             outcomes = await self._activate(decisions, [one for _, one in weighed])
         await self._answer(decisions, outcomes)
 
@@ -189,22 +182,22 @@ class DecisionHandler:
 
         A stateless token is made after its lease is active, so the check comes before.
         """
-        if isinstance(one, Refusal) or not self._backends[one.lease.backend].stateless:
+        if isinstance(one, Refusal) or not self.backends[one.lease.backend].stateless:
             return one
-        problem = self._backends[one.lease.backend].problem(one.lease, one.target)
+        problem = self.backends[one.lease.backend].problem(one.lease, one.target)
         return one if problem is None else cannot(problem, one.request)
 
     async def _mint(self, issues: Sequence[tuple[Decision, Issue]]) -> None:
         await self._answer(
             [decision for decision, _ in issues],
-            await self._steps.minter.mint([issue for _, issue in issues]),
+            await self.steps.minter.mint([issue for _, issue in issues]),
         )
 
     async def _answer(self, decisions: Sequence[Decision], outcomes: Sequence[_Outcome]) -> None:
         done = list(zip(decisions, outcomes, strict=True))
         live = [(decision, one) for decision, one in done if isinstance(one, _Live | Minted)]
         epochs = {epoch for _, one in live if (epoch := one.issue.lease.epoch) is not None}
-        written_in, loop = self._store.epoch if live else None, asyncio.get_running_loop()
+        written_in, loop = self.store.epoch if live else None, asyncio.get_running_loop()
         until = loop.time() + _PROMPT_S
         leases = await self._publish([one for _, one in live])
         replies: list[_Reply] = []
@@ -214,14 +207,14 @@ class DecisionHandler:
                 replies.append(await self._credential(decision, one))
         finally:
             await gather_all(leases)
-        self._store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
+        self.store.published((one.issue.lease.lease_id, one.issue.lease.seq) for _, one in live)
         if written_in is not None and loop.time() > until:
             epochs.add(written_in)
         for epoch in epochs:
-            await self._store.confirm(epoch)
+            await self.store.confirm(epoch)
         # An agent may use the handle of a lease at once: gateways must have the credential before.
         await gather_all([await self._send_envelope(reply) for reply in replies if reply.envelope])
-        sent = await self._runtime.publisher.send_many(
+        sent = await self.runtime.publisher.send_many(
             CREDENTIAL_REPLY, CREDENTIAL_REPLY.what, [reply.outbound() for reply in replies]
         )
         no = [(decision, one) for decision, one in done if isinstance(one, Refusal | Replayed)]
@@ -240,8 +233,8 @@ class DecisionHandler:
                 signed: Signed[CredentialDecision] = verify(
                     parse(record.value),
                     DecidedTerms,
-                    self._runtime.trust.finder(*DecidedTerms.signed_by, at_s=record.appended_at_ms / 1000),
-                    audience=self._checks.terms.trust_domain,
+                    self.runtime.trust.finder(*DecidedTerms.signed_by, at_s=record.appended_at_ms / 1000),
+                    audience=self.checks.terms.trust_domain,
                     appended_at_ms=record.appended_at_ms,
                 )
             except InvalidMessageError as error:
@@ -249,7 +242,7 @@ class DecisionHandler:
                 continue
             if signed.claims.outcome == "allowed":
                 verified.append(Decision(signed, record.coordinates, record.traceparent))
-        await gather_all(self._runtime.dead_letters.send(record, problem) for record, problem in failed)
+        await gather_all(self.runtime.dead_letters.send(record, problem) for record, problem in failed)
         return verified
 
     async def _weigh(self, decisions: Sequence[Decision]) -> list[Issue | Refusal]:
@@ -258,10 +251,10 @@ class DecisionHandler:
         A record that policy has seen and that has not arrived here *yet* is waited for, not refused.
         """
         loop = asyncio.get_running_loop()
-        until = loop.time() + self._checks.patience_s
+        until = loop.time() + self.checks.patience_s
         weighed = [self._weigh_one(decision) for decision in decisions]
         if not all(isinstance(one, Issue) for one in weighed):
-            await self._runtime.tables_caught_up(self._checks.patience_s)
+            await self.runtime.tables_caught_up(self.checks.patience_s)
             self._weigh_again(decisions, weighed, (Refusal, StaleView))
         while any(isinstance(one, StaleView) for one in weighed) and loop.time() < until:
             await asyncio.sleep(_RECHECK_EVERY_S)
@@ -269,7 +262,7 @@ class DecisionHandler:
         return [one.refusal() if isinstance(one, StaleView) else one for one in weighed]
 
     def _weigh_one(self, decision: Decision) -> Issue | Refusal | StaleView:
-        return weigh(decision, self._checks.directory, self._checks.terms, self._checks.halts())
+        return weigh(decision, self.checks.directory, self.checks.terms, self.checks.halts())
 
     def _weigh_again(
         self,
@@ -287,8 +280,8 @@ class DecisionHandler:
         self, decisions: Sequence[Decision], weighed: Sequence[Issue | Refusal]
     ) -> list[_Outcome]:
         issues = [one for one in weighed if isinstance(one, Issue)]
-        signed = [SignedLease(one.lease, sign(one.lease, self._runtime.key)) for one in issues]
-        activations = iter(zip(issues, signed, await self._store.activate(signed), strict=True))
+        signed = [SignedLease(one.lease, sign(one.lease, self.runtime.key)) for one in issues]
+        activations = iter(zip(issues, signed, await self.store.activate(signed), strict=True))
         outcomes: list[_Outcome] = []
         for decision, one in zip(decisions, weighed, strict=True):
             if isinstance(one, Issue):
@@ -315,7 +308,7 @@ class DecisionHandler:
     def _existing(self, issue: Issue, stored: StoredLease) -> _Outcome:
         try:
             # Verified: a writer to Redis must not make this issuer publish a record of their own.
-            lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
+            lease = verify_lease(stored.jws, self.runtime.trust, self.runtime.clock)
         except InvalidMessageError as error:
             # The same batch would fail again, and block all others behind it.
             log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
@@ -334,22 +327,22 @@ class DecisionHandler:
         if refusal.request is None:
             return None
         id = lease_id(decision.claims.request_id)
-        stored = (await self._store.get([id])).get(id)
+        stored = (await self.store.get([id])).get(id)
         if stored is None or stored.status != "active":
             return None
         live = self._recovered(decision, refusal.request, stored)
-        if live is None or self._backends[live.issue.lease.backend].stateless:
+        if live is None or self.backends[live.issue.lease.backend].stateless:
             return live
-        return await self._steps.minter.remint(live.issue, live.jws)
+        return await self.steps.minter.remint(live.issue, live.jws)
 
     def _recovered(self, decision: Decision, request: CredentialRequest, stored: StoredLease) -> _Live | None:
         try:
-            lease = verify_lease(stored.jws, self._runtime.trust, self._runtime.clock)
-            target = self._checks.directory.target(lease.target_id)
+            lease = verify_lease(stored.jws, self.runtime.trust, self.runtime.clock)
+            target = self.checks.directory.target(lease.target_id)
         except (InvalidMessageError, ChainError):
             return None
         origin = origin_of(lease.lease_id, decision.at)
-        if target is None or not has_origin(lease, origin) or lease.backend not in self._backends:
+        if target is None or not has_origin(lease, origin) or lease.backend not in self.backends:
             return None
         issue = Issue(lease, origin, request, target.state)
         if isinstance(self._checked(issue), Refusal):
@@ -366,7 +359,7 @@ class DecisionHandler:
         ]
         return [
             asyncio.ensure_future(sending)
-            for sending in await self._runtime.publisher.send_many(LEASE, Lease.typ, records)
+            for sending in await self.runtime.publisher.send_many(LEASE, Lease.typ, records)
         ]
 
     # --- 4: reply to agents, report refusals to audit ---
@@ -386,24 +379,24 @@ class DecisionHandler:
         reply = self._sealed(decision, content, issue.request)
         if credential is None or not to_gateway:
             return reply
-        return replace(reply, envelope=self._steps.delivery.sealed(issue, credential, id=_envelope_id(reply)))
+        return replace(reply, envelope=self.steps.delivery.sealed(issue, credential, id=_envelope_id(reply)))
 
     def _signed(self, live: _Live | Minted, credential: Credential) -> str:
         lease = live.issue.lease
         id = derived_id(CredentialDelivery.typ, lease.lease_id, "agent")
         fresh = isinstance(live, _Live) and live.fresh
         return signed_delivery(
-            lease, credential, self._runtime.key, id=id, lease_digest=digest(live.jws) if fresh else None
+            lease, credential, self.runtime.key, id=id, lease_digest=digest(live.jws) if fresh else None
         )
 
     async def _credential_of(self, live: _Live | Minted) -> Credential | None:
         """Return the credential, or None if the gateway reads the secret from a source of its own."""
         if isinstance(live, Minted):
             return live.credential
-        issue, backend = live.issue, self._backends[live.issue.lease.backend]
+        issue, backend = live.issue, self.backends[live.issue.lease.backend]
         if backend.enforced_by == "gateway":
             return None
-        with step_of(issue.lease, "mint", self._runtime.tracing):
+        with step_of(issue.lease, "mint", self.runtime.tracing):
             return await backend.mint(issue.lease, issue.target)
 
     async def _reject(self, decision: Decision, outcome: Refusal | Replayed) -> None:
@@ -428,8 +421,8 @@ class DecisionHandler:
     async def _send_refusal(self, decision: Decision, refusal: Refusal, request: CredentialRequest) -> None:
         """Encrypt the signed refusal to the agent and publish it."""
         claims = IssuerRefusal(
-            iss=self._checks.terms.id,
-            aud=self._checks.terms.trust_domain,
+            iss=self.checks.terms.id,
+            aud=self.checks.terms.trust_domain,
             iat=decision.at.appended_at_ms // 1000,
             jti=derived_id("issuer.refusal", *_decision_order(decision)),
             request_id=decision.claims.request_id,
@@ -439,7 +432,7 @@ class DecisionHandler:
         content = ReplyContent(
             request_id=decision.claims.request_id,
             decision=decision.signed.compact,
-            refusal=sign(claims, self._runtime.key),
+            refusal=sign(claims, self.runtime.key),
         )
         try:
             await (await self._send(self._sealed(decision, content, request)))
@@ -456,21 +449,21 @@ class DecisionHandler:
         text = orjson.dumps(content.model_dump(exclude_none=True))
         sealed = seal(text, request.reply_key, kid=content.request_id)
         return _Reply(
-            agent_id=subject_of(self._checks.terms.trust_domain, request.iss, "agent") or "",
-            id=derived_id("credential.reply", self._checks.terms.id, *_decision_order(decision)),
+            agent_id=subject_of(self.checks.terms.trust_domain, request.iss, "agent") or "",
+            id=derived_id("credential.reply", self.checks.terms.id, *_decision_order(decision)),
             jwe=sealed,
             traceparent=decision.traceparent,
         )
 
     async def _send(self, reply: _Reply) -> Awaitable[object]:
-        return await self._runtime.publisher.send(
+        return await self.runtime.publisher.send(
             CREDENTIAL_REPLY,
             CREDENTIAL_REPLY.what,
             reply.outbound(),
         )
 
     async def _send_envelope(self, reply: _Reply) -> Awaitable[object]:
-        return await self._runtime.publisher.send(
+        return await self.runtime.publisher.send(
             CREDENTIAL_REPLY,
             CredentialDelivery.typ,
             Outbound(reply.agent_id, reply.envelope or "", _envelope_id(reply), reply.traceparent),
@@ -484,8 +477,8 @@ class DecisionHandler:
         reasons: Sequence[Reason],
         request: CredentialRequest | None = None,
     ) -> None:
-        agent_id = subject_of(self._checks.terms.trust_domain, request.iss, "agent") if request else None
-        await self._runtime.event(
+        agent_id = subject_of(self.checks.terms.trust_domain, request.iss, "agent") if request else None
+        await self.runtime.event(
             kind,
             CredentialDecision.typ,
             about=_decision_order(decision),

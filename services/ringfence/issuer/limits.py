@@ -120,24 +120,19 @@ def _refusal(code: Code, message: str, issue: Issue, retry_after_s: int) -> Refu
     return Refusal((Reason(code=code, message=message),), issue.request, retry_after_s=retry_after_s)
 
 
+@dataclass(slots=True, eq=False)
 class GrantKeeper:
-    """Admission control by grants: the last check before a lease is issued."""
+    """Admission control by grants: the last check before a lease is issued.
 
-    def __init__(
-        self,
-        table: GrantTable,
-        store: LeaseStore,
-        caught_up: Callable[[float], Awaitable[bool]],
-        patience_s: float,
-    ) -> None:
-        """Args:
-            caught_up: reads the topic up to its present end within so many seconds, and returns whether it did.
-            patience_s: how long that may take.
-        """  # fmt: skip
-        self._table = table
-        self._store = store
-        self._caught_up = caught_up
-        self._patience_s = patience_s
+    Args:
+    caught_up: reads the topic up to its present end within so many seconds, and returns whether it did.
+    patience_s: how long that may take.
+    """
+
+    table: GrantTable
+    store: LeaseStore
+    caught_up: Callable[[float], Awaitable[bool]]
+    patience_s: float
 
     async def admit(self, weighed: Sequence[Issue | Refusal]) -> list[Issue | Refusal]:
         """Return `weighed`, with a refusal in place of each issue that its grant no longer covers.
@@ -146,7 +141,7 @@ class GrantKeeper:
         """
         if not any(isinstance(one, Issue) and one.grants for one in weighed):
             return list(weighed)
-        fresh = await self._caught_up(self._patience_s)
+        fresh = await self.caught_up(self.patience_s)
         return list(await asyncio.gather(*(self._admit(one, fresh=fresh) for one in weighed)))
 
     async def _admit(self, one: Issue | Refusal, *, fresh: bool) -> Issue | Refusal:
@@ -156,9 +151,7 @@ class GrantKeeper:
             message = "whether the grant was taken back cannot be read from Kafka now; ask again"
             return _refusal(Code.STALE_VIEW, message, one, RETRY_AFTER_S)
         for grant in one.grants:
-            if self._table.is_withdrawn(
-                grant, sponsor=one.lease.sponsor, on_behalf_of=one.lease.on_behalf_of
-            ):
+            if self.table.is_withdrawn(grant, sponsor=one.lease.sponsor, on_behalf_of=one.lease.on_behalf_of):
                 return _refusal(
                     Code.GRANT_WITHDRAWN, f"grant {id_of(grant)} was taken back; ask anew", one, RETRY_AFTER_S
                 )
@@ -173,4 +166,4 @@ class GrantKeeper:
         return one
 
     async def _use(self, grant: Grant, issue: Issue) -> bool:
-        return await self._store.use_grant(id_of(grant), issue.lease.lease_id, limit=grant.count)
+        return await self.store.use_grant(id_of(grant), issue.lease.lease_id, limit=grant.count)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from ringfence.backends import AccessError, Backend, CircuitBreaker, CircuitOpenError, TargetRefusedError
 from ringfence.issuer.domain import FULL, FULL_RETRY_S, LATE, OVER, Issue, Refusal, cannot, fenced
@@ -67,26 +67,19 @@ def signed_delivery(
     return compact_jws(text, key.sign(text, repeatable=False))
 
 
+@dataclass(slots=True, eq=False)
 class GatewayDelivery:
-    """Encrypts credentials that gateways inject. It is stateless: the trust bundle says who the gateways are."""
+    """Encrypts credentials that gateways inject. It is stateless: the trust bundle says who the gateways are.
 
-    def __init__(
-        self,
-        trust: TrustStore,
-        key: Callable[[], SigningKey],
-        own: EncryptionKeys | None,
-        clock: Clock,
-        trust_domain: str,
-    ) -> None:
-        """`key` returns the current signing key.
+    `key` returns the current signing key.
+    `own` holds the issuer's encryption keys. Without `own` no credential is delivered to gateways.
+    """
 
-        `own` holds the issuer's encryption keys. Without `own` no credential is delivered to gateways.
-        """
-        self._trust = trust
-        self._key = key
-        self._own = own
-        self._clock = clock
-        self._trust_domain = trust_domain
+    trust: TrustStore
+    key: Callable[[], SigningKey]
+    own: EncryptionKeys | None
+    clock: Clock
+    trust_domain: str
 
     def admit(self, weighed: Sequence[Issue | Refusal]) -> list[Issue | Refusal]:
         """Return `weighed`, with a refusal in place of each issue that no gateway could decrypt."""
@@ -95,7 +88,7 @@ class GatewayDelivery:
     def _admit(self, one: Issue | Refusal) -> Issue | Refusal:
         if isinstance(one, Refusal) or one.lease.delivery != "gateway":
             return one
-        if self._own is None:
+        if self.own is None:
             log.error("no key that is sealed to: make one with ringfence init --add-gateway NAME")
             message = "this issuer has no key to keep credentials for gateways; ask an operator"
         elif not self._gateways():
@@ -110,16 +103,16 @@ class GatewayDelivery:
         If all gateways have gone meanwhile, the credential is encrypted to the issuer alone, and gateways ask the
         issuer for it. Raises UnavailableError if nobody could decrypt it.
         """
-        if self._own is None:
+        if self.own is None:
             raise UnavailableError("the key that credentials for gateways are kept by has gone; put it back")
         lease = issue.lease
-        signed = signed_delivery(lease, credential, self._key(), id=id)
-        now_s = self._clock.now_ms() / 1000
-        to = [*self._own.records(self._trust, "issuer", now_s, lease.deadline), *self._gateways()]
+        signed = signed_delivery(lease, credential, self.key(), id=id)
+        now_s = self.clock.now_ms() / 1000
+        to = [*self.own.records(self.trust, "issuer", now_s, lease.deadline), *self._gateways()]
         return enclose(signed.encode(), to[:MAX_RECIPIENTS], about=lease.request_id)
 
     def _gateways(self) -> tuple[KeyRecord, ...]:
-        return self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000)
+        return self.trust.encryption_keys("gateway", self.clock.now_ms() / 1000)
 
 
 RETRY_AFTER_S = 5
@@ -154,24 +147,17 @@ class _Attempt:
     outcome: Outcome | None = None
 
 
+@dataclass(slots=True, eq=False)
 class Minter:
     """Mints credentials at targets and activates their leases."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        store: LeaseStore,
-        backends: Mapping[str, Backend],
-        caller: CircuitBreaker,
-        *,
-        mint_ms: int,
-    ) -> None:
-        """`mint_ms`: how long after the announcement a revoker leaves the lease to this issuer."""
-        self._runtime = runtime
-        self._store = store
-        self._backends = backends
-        self._caller = caller
-        self._mint_ms = mint_ms
+    runtime: Runtime
+    store: LeaseStore
+    backends: Mapping[str, Backend]
+    caller: CircuitBreaker
+    _: KW_ONLY
+    mint_ms: int
+    """How long after the announcement a revoker leaves the lease to this issuer."""
 
     async def mint(self, issues: Sequence[Issue]) -> list[Outcome]:
         """Mint credentials for one target. Returns their outcomes in the order of `issues`.
@@ -196,7 +182,7 @@ class Minter:
             credential = await self._call_backend(issue)
         except RingfenceError as error:
             return Refusal((_reason_of(error),), issue.request, retry_after_s=_retry_after_s(error))
-        if (await self._store.look(issue.lease.lease_id)).active:
+        if (await self.store.look(issue.lease.lease_id)).active:
             return self._current(issue, jws, credential)
         await self._undo(issue)
         return Refusal(OVER, issue.request)
@@ -206,32 +192,32 @@ class Minter:
 
         A lease of another epoch may be void.
         """
-        key, lease = self._runtime.key, issue.lease
-        if lease.epoch in (None, self._store.epoch):
+        key, lease = self.runtime.key, issue.lease
+        if lease.epoch in (None, self.store.epoch):
             return Minted(issue, jws, credential)
-        lease = restated(lease, by=key.id, epoch=self._store.epoch)
+        lease = restated(lease, by=key.id, epoch=self.store.epoch)
         return Minted(replace(issue, lease=lease), sign(lease, key), credential)
 
     # --- the steps ---
 
     def _attempt(self, issue: Issue) -> _Attempt:
         lease = before_minting(issue.lease)
-        problem = self._backends[lease.backend].problem(issue.lease, issue.target)
+        problem = self.backends[lease.backend].problem(issue.lease, issue.target)
         if problem is None:
-            return _Attempt(issue, SignedLease(lease, sign(lease, self._runtime.key)))
+            return _Attempt(issue, SignedLease(lease, sign(lease, self.runtime.key)))
         return _Attempt(issue, SignedLease(lease, ""), outcome=cannot(problem, issue.request))
 
     async def _announce(self, attempts: Sequence[_Attempt], token: str) -> None:
         if not attempts:
             return
         announced = [one.minting for one in attempts]
-        preparations = await self._store.prepare(announced, token=token, mint_ms=self._mint_ms)
+        preparations = await self.store.prepare(announced, token=token, mint_ms=self.mint_ms)
         await gather_all(
             self._prepared(one, preparation) for one, preparation in zip(attempts, preparations, strict=True)
         )
         prepared = [one.minting for one in attempts if one.outcome is None]
         await gather_all([await self._send(one) for one in prepared])
-        self._store.published((one.claims.lease_id, one.claims.seq) for one in prepared)
+        self.store.published((one.claims.lease_id, one.claims.seq) for one in prepared)
 
     async def _prepared(self, attempt: _Attempt, preparation: Preparation) -> None:
         issue, stored = attempt.issue, preparation.stored
@@ -282,10 +268,10 @@ class Minter:
             return
         records = []
         for one in attempts:
-            claims = after_minting(one.minting.claims, epoch=self._store.epoch)
-            one.active = SignedLease(claims, sign(claims, self._runtime.key))
+            claims = after_minting(one.minting.claims, epoch=self.store.epoch)
+            one.active = SignedLease(claims, sign(claims, self.runtime.key))
             records.append(one.active)
-        activations = await self._store.activate(records, token=token)
+        activations = await self.store.activate(records, token=token)
         await gather_all(
             self._activated(one, activation) for one, activation in zip(attempts, activations, strict=True)
         )
@@ -318,16 +304,16 @@ class Minter:
     # --- helpers ---
 
     async def _call_backend(self, issue: Issue) -> Credential:
-        lease, backend = issue.lease, self._backends[issue.lease.backend]
-        with step_of(lease, "mint", self._runtime.tracing):
-            return await self._caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
+        lease, backend = issue.lease, self.backends[issue.lease.backend]
+        with step_of(lease, "mint", self.runtime.tracing):
+            return await self.caller.call(lease.target_id, lambda: backend.mint(lease, issue.target))
 
     async def _undo(self, issue: Issue) -> None:
         """Remove a credential that nobody received. If that fails, a revoker finds it by itself and removes it."""
-        lease, backend = issue.lease, self._backends[issue.lease.backend]
+        lease, backend = issue.lease, self.backends[issue.lease.backend]
         try:
-            with step_of(lease, "undo", self._runtime.tracing):
-                await self._caller.call(
+            with step_of(lease, "undo", self.runtime.tracing):
+                await self.caller.call(
                     lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
                 )
         except RingfenceError as error:
@@ -336,13 +322,13 @@ class Minter:
     async def _give_up(self, attempt: _Attempt) -> None:
         """Hand the lease to a revoker now, before its minting deadline."""
         try:
-            await self._store.postpone({attempt.issue.lease.lease_id: 0})
+            await self.store.postpone({attempt.issue.lease.lease_id: 0})
         except UnavailableError as error:
             log.info("a revoker takes the lease later: %s", error)
 
     async def _send(self, record: SignedLease) -> Awaitable[object]:
         claims = record.claims
-        return await self._runtime.publisher.send(
+        return await self.runtime.publisher.send(
             LEASE,
             Lease.typ,
             Outbound(claims.lease_id, record.jws, id=claims.jti, traceparent=claims.traceparent),
@@ -353,8 +339,8 @@ class Minter:
         try:
             parsed = parse(stored.jws)
             at_s = parsed.unverified_claims(Lease).iat
-            find = self._runtime.trust.finder(*Lease.signed_by, at_s=at_s)
-            lease = verify(parsed, Lease, find, audience=self._runtime.settings.trust_domain).claims
+            find = self.runtime.trust.finder(*Lease.signed_by, at_s=at_s)
+            lease = verify(parsed, Lease, find, audience=self.runtime.settings.trust_domain).claims
         except InvalidMessageError as error:
             log.error("the record of lease %s in Redis does not hold: %s", issue.lease.lease_id, error)
             return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -34,22 +35,15 @@ from ringfence.revoker.runner_pools import RunnerPools
 MAX_LISTED = 1000
 
 
+@dataclass(slots=True, eq=False)
 class RunsApi:
     """The routes that read the table of runs, and the pools that runners say they have."""
 
-    def __init__(
-        self,
-        directory: Directory,
-        pools: RunnerPools,
-        broker_now_ms: Callable[[], int],
-        clock: Clock,
-        authenticator: Authenticator,
-    ) -> None:
-        self._directory = directory
-        self._pools = pools
-        self._broker_now_ms = broker_now_ms
-        self._clock = clock
-        self._authenticator = authenticator
+    directory: Directory
+    pools: RunnerPools
+    broker_now_ms: Callable[[], int]
+    clock: Clock
+    authenticator: Authenticator
 
     def routes(self) -> list[BaseRoute]:
         """To be added to the runtime's routes."""
@@ -61,11 +55,11 @@ class RunsApi:
 
     async def _list(self, request: Request) -> Response:
         """Runs that are not over, the latest first. `?all=1`: also those that are. `?agent=`, `?task=`, `?runner=`."""
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         asked = request.query_params
         runs = [
             run
-            for run in self._directory.runs.all()
+            for run in self.directory.runs.all()
             if (asked.get("all") == "1" or not self._is_over(run))
             and asked.get("agent") in (None, "", run.agent_id)
             and asked.get("task") in (None, "", run.task_id)
@@ -78,8 +72,8 @@ class RunsApi:
 
     async def _one(self, request: Request) -> Response:
         """One run, by its own id or by its order's."""
-        caller, id = self._authenticator.authenticate(request), request.path_params["id"]
-        table = self._directory.runs
+        caller, id = self.authenticator.authenticate(request), request.path_params["id"]
+        table = self.directory.runs
         run = table.get(id) or table.get(run_id_of("", order_id=id))
         if run is None or not self._may_see(caller, run):
             raise NotFoundError(
@@ -90,13 +84,13 @@ class RunsApi:
 
     async def _list_pools(self, request: Request) -> Response:
         """Pools with a runner that was heard lately, by name. `?label=NAME=VALUE`, repeatable: those that have it."""
-        self._authenticator.authenticate(request)
+        self.authenticator.authenticate(request)
         asked = [text.partition("=") for text in request.query_params.getlist("label")]
         labels = {name: value for name, _, value in asked}
-        return JSONResponse({"pools": self._pools.listed(self._broker_now_ms(), labels)})
+        return JSONResponse({"pools": self.pools.listed(self.broker_now_ms(), labels)})
 
     def _is_over(self, run: Run) -> bool:
-        return run.status in OVER or run.deadline <= self._clock.now_ms() // 1000
+        return run.status in OVER or run.deadline <= self.clock.now_ms() // 1000
 
     def _json(self, run: Run) -> dict[str, Any]:
         claims = run.model_dump(
@@ -109,7 +103,7 @@ class RunsApi:
         if caller.sees_all:
             return True
         try:
-            task, agent = self._directory.task(run.task_id), self._directory.agent(run.agent_id)
+            task, agent = self.directory.task(run.task_id), self.directory.agent(run.agent_id)
         except ChainError:
             return False
         if task is not None and caller.user.user_id in (task.state.assigned_by, task.state.on_behalf_of):
@@ -126,26 +120,17 @@ _FILTERS = ("agent", "task", "target", "user", "sponsor")
 """`agent`, `task` and `sponsor` also find leases of delegated tasks. `user`: on whose behalf a lease is."""
 
 
+@dataclass(slots=True, eq=False)
 class LeasesApi:
     """The routes that read the lease store."""
 
-    def __init__(
-        self,
-        store: LeaseStore,
-        ender: LeaseEnder,
-        overdue: Overdue,
-        directory: Directory,
-        verifier: RevocationVerifier,
-        clock: Clock,
-        authenticator: Authenticator,
-    ) -> None:
-        self._store = store
-        self._ender = ender
-        self._overdue = overdue
-        self._directory = directory
-        self._verifier = verifier
-        self._clock = clock
-        self._authenticator = authenticator
+    store: LeaseStore
+    ender: LeaseEnder
+    overdue: Overdue
+    directory: Directory
+    verifier: RevocationVerifier
+    clock: Clock
+    authenticator: Authenticator
 
     def routes(self) -> list[BaseRoute]:
         """To be added to the runtime's routes."""
@@ -153,7 +138,7 @@ class LeasesApi:
 
     async def _list(self, request: Request) -> Response:
         """Leases that have not ended. `?status=`, each of `_FILTERS`; `?overdue=1`: cut, credential not removed yet."""
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         filters = {kind: value for kind in _FILTERS if (value := request.query_params.get(kind))}
         status = request.query_params.get("status")
         late = request.query_params.get("overdue") == "1"
@@ -164,7 +149,7 @@ class LeasesApi:
                 for lease in leases.values()
                 if all(matches(lease, f"{kind}:{value}") for kind, value in filters.items())
                 and status in (None, lease.status)
-                and not (late and self._overdue.since_ms(lease, self._clock.now_ms()) is None)
+                and not (late and self.overdue.since_ms(lease, self.clock.now_ms()) is None)
                 and self._may_see(caller, lease)
             ]
             if len(found_leases) > MAX_LISTED:
@@ -184,22 +169,22 @@ class LeasesApi:
         if selector_key == ALL_LEASES and not caller.sees_all:
             # Verifying all leases to show a sponsor a few of them would take seconds.
             me = caller.user.user_id
-            agents = await sponsored_agents(self._directory, me)
-            delegates = (self._verifier.known_holders(f"agent:{agent}") for agent in agents)
-            ids = await self._store.find(f"user:{me}", holders=frozenset(agents).union(*delegates))
+            agents = await sponsored_agents(self.directory, me)
+            delegates = (self.verifier.known_holders(f"agent:{agent}") for agent in agents)
+            ids = await self.store.find(f"user:{me}", holders=frozenset(agents).union(*delegates))
             for start in range(0, len(ids), BATCH_SIZE):
-                yield await self._ender.read(await self._store.get(ids[start : start + BATCH_SIZE]))
+                yield await self.ender.read(await self.store.get(ids[start : start + BATCH_SIZE]))
             return
-        agent_id = agent_of_task(filters["task"], self._directory) if "task" in filters else None
-        holders = self._verifier.known_holders(selector_key)
-        async for leases in self._ender.find(selector_key, statuses, agent_id=agent_id, holders=holders):
+        agent_id = agent_of_task(filters["task"], self.directory) if "task" in filters else None
+        holders = self.verifier.known_holders(selector_key)
+        async for leases in self.ender.find(selector_key, statuses, agent_id=agent_id, holders=holders):
             yield leases
 
     async def _one(self, request: Request) -> Response:
         """One lease, as long as Redis keeps it after its end. `?records=1` adds the signed record."""
-        caller, id = self._authenticator.authenticate(request), request.path_params["id"]
-        stored = await self._store.get([id]) if UUID.fullmatch(id) else {}
-        lease = (await self._ender.read(stored)).get(id)
+        caller, id = self.authenticator.authenticate(request), request.path_params["id"]
+        stored = await self.store.get([id]) if UUID.fullmatch(id) else {}
+        lease = (await self.ender.read(stored)).get(id)
         if lease is None or not self._may_see(caller, lease):
             raise NotFoundError(
                 f"there is no lease {id} that {caller.user.user_id} may see, or it ended long ago; "
@@ -214,7 +199,7 @@ class LeasesApi:
         claims = lease.model_dump(
             mode="json", exclude_none=True, exclude={"lease_id", "aud", "iss", "jti", "iat"}
         )
-        late_ms = self._overdue.since_ms(lease, self._clock.now_ms())
+        late_ms = self.overdue.since_ms(lease, self.clock.now_ms())
         late = {} if late_ms is None else {"overdue_s": late_ms // 1000}
         return {"id": lease.lease_id, "written_by": lease.iss, "written_at": lease.iat, **claims, **late}
 
@@ -226,7 +211,7 @@ class LeasesApi:
 
     def _is_sponsor(self, caller: Caller, agent_id: str) -> bool:
         try:
-            agent = self._directory.agent(agent_id)
+            agent = self.directory.agent(agent_id)
         except ChainError:
             return False
         return agent is not None and caller.may_see_agent_of(agent.state.sponsor)

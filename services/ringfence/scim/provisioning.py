@@ -10,6 +10,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import cast
 
 from pydantic import ValidationError
@@ -379,6 +380,7 @@ def free_id(user_name: str, mail_domain: str | None, is_retired: Callable[[str],
     return next((id for id in ids_for(user_name, mail_domain) if not is_retired(id)), None)
 
 
+@dataclass(slots=True, eq=False)
 class EntitlementRefresh:
     """Refreshes users' entitlements from the delegation periodically.
 
@@ -387,39 +389,36 @@ class EntitlementRefresh:
     are confirmed. If it no longer calls, nothing is confirmed, and they expire.
     """
 
-    def __init__(
-        self, view: DirectoryView, writer: ProvisioningWriter, settings: ScimSettings, clock: Clock
-    ) -> None:
-        self._view = view
-        self._writer = writer
-        self._settings = settings
-        self._clock = clock
-        self._last_request_s = 0
+    view: DirectoryView
+    writer: ProvisioningWriter
+    settings: ScimSettings
+    clock: Clock
+    _last_request_s: int = field(init=False, default=0)
 
     def note_request(self) -> None:
         """Record an authenticated call of the directory."""
-        self._last_request_s = self._clock.now_ms() // 1000
+        self._last_request_s = self.clock.now_ms() // 1000
 
     async def run(self) -> None:
         """Refresh every `check_s` seconds, for ever."""
         await run_periodically(
-            self._settings.check_s, self.refresh, "users could not be confirmed this time", log,
+            self.settings.check_s, self.refresh, "users could not be confirmed this time", log,
             expected=(RingfenceError, OSError), at_once=True,
         )  # fmt: skip
 
     async def refresh(self) -> int:
         """Reprovision the users that need it. Returns how many."""
         try:
-            delegation = self._view.delegation()
+            delegation = self.view.delegation()
         except UnavailableError:
             return 0
-        now_s, refreshed = self._clock.now_ms() // 1000, 0
-        for record in list(self._view.all()):
+        now_s, refreshed = self.clock.now_ms() // 1000, 0
+        for record in list(self.view.all()):
             as_of = self._as_of(record, delegation, now_s)
             if as_of is None:
                 continue
             try:
-                await self._writer.reprovision(record, as_of)
+                await self.writer.reprovision(record, as_of)
                 refreshed += 1
             except RingfenceError as error:  # a user whose command fails does not stop the others
                 log.warning("user %s could not be confirmed: %s", record.state.user_id, error)
@@ -435,6 +434,6 @@ class EntitlementRefresh:
         return self._last_request_s if self._is_due(record, now_s) else None
 
     def _is_due(self, record: UserRecord, now_s: int) -> bool:
-        if record.state.status != "active" or now_s - self._last_request_s > self._settings.heard_s:
+        if record.state.status != "active" or now_s - self._last_request_s > self.settings.heard_s:
             return False
-        return self._last_request_s - record.state.entitlements.as_of > self._settings.confirm_s
+        return self._last_request_s - record.state.entitlements.as_of > self.settings.confirm_s

@@ -6,6 +6,7 @@ Each record on `trust` is classified once, by offset: it activated a bundle, rep
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final, Literal, NamedTuple
 
 from ringfence.audit.events import kinds
@@ -126,20 +127,20 @@ class BundleRecord(NamedTuple):
     """The bundle in force until then."""
 
 
+@dataclass(slots=True, eq=False)
 class BundleHistory:
     """Classifies every record on `trust` once, in offset order: the topic has one partition.
 
     The topic is read from the beginning at each start, so classifications survive a restart.
     """
 
-    def __init__(self, trust: TrustStore) -> None:
-        """`trust`: an empty trust store that nobody else loads."""
-        self._trust = trust
-        self._in_force: TrustBundle | None = None
-        self._next = 0
-        self._classified: BoundedDict[int, BundleRecord | InvalidMessageError] = BoundedDict(
-            _REMEMBERED_RECORDS
-        )
+    trust: TrustStore
+    """An empty trust store that nobody else loads."""
+    _in_force: TrustBundle | None = field(init=False, default=None)
+    _next: int = field(init=False, default=0)
+    _classified: BoundedDict[int, BundleRecord | InvalidMessageError] = field(
+        init=False, default_factory=lambda: BoundedDict(_REMEMBERED_RECORDS)
+    )
 
     def on_records(self, records: Sequence[Received]) -> None:
         """Classify the records of the topic."""
@@ -168,8 +169,8 @@ class BundleHistory:
     def _classify(self, record: Received) -> BundleRecord:
         if not record.value:
             raise InvalidMessageError("a bundle is never deleted", code=Code.TOMBSTONE)
-        current, before = self._trust.compact, self._in_force
-        newer = self._trust.load(record.value, record.appended_at_ms / 1000)
+        current, before = self.trust.compact, self._in_force
+        newer = self.trust.load(record.value, record.appended_at_ms / 1000)
         jws = parse(record.value)
         bundle = jws.unverified_claims(TrustBundle)  # the trust store verified it
         if newer:

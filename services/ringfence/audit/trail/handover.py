@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from itertools import zip_longest
 from typing import Any, Final, NamedTuple
 
@@ -85,39 +86,33 @@ class HandoverCache:
         return events if finder(key.id, key.kid) is not None else None
 
 
+@dataclass(slots=True, eq=False)
 class Intake:
-    """Hands events over. All of one partition of `audit` go into one partition of `audit.intake`, in their order."""
+    """Hands events over. All of one partition of `audit` go into one partition of `audit.intake`, in their order.
 
-    def __init__(
-        self,
-        publisher: Publisher,
-        key: Callable[[], SigningKey],
-        trust_domain: str,
-        clock: Clock,
-        cache: HandoverCache | None = None,
-    ) -> None:
-        """Args:
-            key: returns the signing key; called for each handover. Raises UnavailableError while no reader would trust
-                the key: otherwise the event would be lost, and its dead letter would be the next event.
-            cache: keeps what is handed over, if this process may also be the chain writer.
-        """  # fmt: skip
-        self._cache = cache
-        self._publisher = publisher
-        self._key = key
-        self._trust_domain = trust_domain
-        self._clock = clock
+    Args:
+    key: returns the signing key; called for each handover. Raises UnavailableError while no reader would trust
+    the key: otherwise the event would be lost, and its dead letter would be the next event.
+    cache: keeps what is handed over, if this process may also be the chain writer.
+    """
+
+    publisher: Publisher
+    key: Callable[[], SigningKey]
+    trust_domain: str
+    clock: Clock
+    cache: HandoverCache | None = None
 
     async def hand_over(self, events: Iterable[PendingEvent]) -> None:
         """Hand events over; returns after Kafka acknowledged them. Raises UnavailableError: hand them over again."""
-        partitions = await self._publisher.partitions(AUDIT)
+        partitions = await self.publisher.partitions(AUDIT)
         by_partition: dict[int, list[PendingEvent]] = {}
         for event in events:
             by_partition.setdefault(partition_of(event.key, partitions), []).append(event)
         if not by_partition:
             return
-        key = self._key()
+        key = self.key()
         await gather_all(
-            self._publisher.send_to(
+            self.publisher.send_to(
                 partition,
                 AUDIT_INTAKE,
                 AuditIntake.typ,
@@ -125,21 +120,21 @@ class Intake:
             )
             for partition, some in by_partition.items()
         )
-        _require_same_key(key, self._key())
+        _require_same_key(key, self.key())
 
     def _signed(self, events: Sequence[PendingEvent], key: SigningKey) -> Outbound:
         jti = derived_id(AuditIntake.typ, *(event.uid for event in events))
         claims = {
             "iss": key.id,
-            "aud": self._trust_domain,
-            "iat": self._clock.now_ms() // 1000,
+            "aud": self.trust_domain,
+            "iat": self.clock.now_ms() // 1000,
             "jti": jti,
             "entries": [_entry(event) for event in events],
         }
         compact = sign_payload(AuditIntake, orjson.dumps(claims), key)
         message = Outbound(events[0].key, compact.encode(), jti)
-        if self._cache is not None:
-            self._cache.put(message, key, events)
+        if self.cache is not None:
+            self.cache.put(message, key, events)
         return message
 
 
@@ -211,44 +206,38 @@ ContentDigest = bytes
 """SHA-256 of an event without its chain link: identifies it before and after it is chained."""
 
 
+@dataclass(slots=True, eq=False)
 class HandoverLookup:
     """Looks for events on `audit.intake`."""
 
-    def __init__(
-        self,
-        kafka: Stretches,
-        trust: TrustStore,
-        chained: Mapping[int, int],
-        *,
-        max_others: int = MAX_OTHERS,
-    ) -> None:
-        """`chained`: by partition, the offset after the last message whose events are chained."""
-        self._kafka = kafka
-        self._trust = trust
-        self._chained = chained
-        self._max_others = max_others
+    kafka: Stretches
+    trust: TrustStore
+    chained: Mapping[int, int]
+    """By partition, the offset after the last message whose events are chained."""
+    _: KW_ONLY
+    max_others: int = MAX_OTHERS
 
     async def find(self, partition: int, events: Mapping[Hash, ContentDigest]) -> frozenset[Hash]:
         """The events, by their leaf hashes, that an audit service handed over.
 
         Only messages that the topic still keeps count.
         """
-        start, end = await self._kafka.bounds(AUDIT_INTAKE, partition)
-        chained = min(max(self._chained.get(partition, start), start), end)
+        start, end = await self.kafka.bounds(AUDIT_INTAKE, partition)
+        chained = min(max(self.chained.get(partition, start), start), end)
         missing, others = _Missing(events), 0
         later, earlier = _forward_ranges(chained, end), _backward_ranges(start, chained)
         for forward, backward in zip_longest(later, earlier, fillvalue=_EMPTY_RANGE):
             if missing:
                 await self._search(partition, *forward, missing)
-            if missing and others < self._max_others:
+            if missing and others < self.max_others:
                 others += await self._search(partition, *backward, missing)
         return frozenset(events) - missing.hashes
 
     async def _search(self, partition: int, start: int, end: int, missing: _Missing) -> int:
         """Remove from `missing` the events in these messages. Returns how many other events they contain."""
         others = 0
-        async for record in self._kafka.records(AUDIT_INTAKE, partition, start, end):
-            events, missing_before = _events_of(record, self._trust), len(missing.hashes)
+        async for record in self.kafka.records(AUDIT_INTAKE, partition, start, end):
+            events, missing_before = _events_of(record, self.trust), len(missing.hashes)
             for event in events:
                 digest = content_digest(orjson.loads(event.body))
                 missing.hashes.difference_update(missing.by_digest.get(digest, ()))

@@ -16,6 +16,7 @@ import os
 import socket
 import ssl
 from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -220,25 +221,18 @@ _RETRY_DELAY_S: Final = 0.1
 StreamCallback = Callable[[Stream], None]
 
 
+@dataclass(slots=True, eq=False)
 class TlsListener:
     """One listener."""
 
-    def __init__(
-        self,
-        tls: ssl.SSLContext,
-        limits: SenderLimits,
-        blocked: ReportBlocked,
-        write_batcher: WriteBatcher,
-        *,
-        handshake_s: float,
-    ) -> None:
-        self._tls = tls
-        self._limits = limits
-        self._blocked = blocked
-        self._write_batcher = write_batcher
-        self._handshake_s = handshake_s
-        self._listening: list[socket.socket] = []
-        self._work: set[asyncio.Task[None]] = set()
+    tls: ssl.SSLContext
+    limits: SenderLimits
+    blocked: ReportBlocked
+    write_batcher: WriteBatcher
+    _: KW_ONLY
+    handshake_s: float
+    _listening: list[socket.socket] = field(init=False, default_factory=list)
+    _work: set[asyncio.Task[None]] = field(init=False, default_factory=set)
 
     async def open(
         self, host: str, port: int, backlog: int, on_open: StreamCallback, on_lost: StreamCallback
@@ -287,11 +281,11 @@ class TlsListener:
                 await asyncio.sleep(_RETRY_DELAY_S)
                 continue
             address = sender_at(peer[0])
-            if self._limits.begin_handshake(address):
+            if self.limits.begin_handshake(address):
                 self._start(self._handshake(connection, address, on_open, on_lost))
             else:
                 connection.close()
-                self._blocked(
+                self.blocked(
                     BlockedRequest(Code.TOO_MANY_CONNECTIONS, "too many connections of this address")
                 )
 
@@ -304,7 +298,7 @@ class TlsListener:
             nonlocal pending
             if pending:
                 pending = False
-                self._limits.end_handshake(address)
+                self.limits.end_handshake(address)
 
         def opened(stream: Stream) -> None:
             end_handshake()
@@ -312,12 +306,12 @@ class TlsListener:
 
         try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: Stream(opened, on_lost, self._write_batcher),
+                lambda: Stream(opened, on_lost, self.write_batcher),
                 connection,
-                ssl=self._tls,
-                ssl_handshake_timeout=self._handshake_s,
+                ssl=self.tls,
+                ssl_handshake_timeout=self.handshake_s,
             )
         except OSError:
-            self._blocked(BlockedRequest(Code.TLS_FAILED, "the client did not agree to TLS, or not in time"))
+            self.blocked(BlockedRequest(Code.TLS_FAILED, "the client did not agree to TLS, or not in time"))
         finally:
             end_handshake()

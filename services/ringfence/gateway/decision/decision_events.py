@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Final
 
 from ringfence.gateway.contract import Attempt, BlockedRequest, McpOutcome, PresentedIdentity, Verdict
@@ -53,21 +54,15 @@ _REPLACED_MESSAGES: Final[Mapping[str, str]] = {
 """The original messages quote what the sender wrote."""
 
 
+@dataclass(slots=True, eq=False)
 class BlockedRequests:
     """Attributes blocked requests to senders and targets, and records each kind at most once a second."""
 
-    def __init__(
-        self,
-        refusal_counts: RefusalCounts,
-        directory: Directory,
-        targets: Targets,
-        *,
-        trust_domain: str,
-    ) -> None:
-        self.refusal_counts = refusal_counts
-        self._directory = directory
-        self._targets = targets
-        self._trust_domain = trust_domain
+    refusal_counts: RefusalCounts
+    directory: Directory
+    targets: Targets
+    _: KW_ONLY
+    trust_domain: str
 
     def add(self, blocked: BlockedRequest) -> None:
         """Record or count one blocked request (the `ReportBlocked` of data planes)."""
@@ -110,16 +105,16 @@ class BlockedRequests:
         """Agent and task, as far as the connection alone shows them."""
         if presented.task_id is not None:
             try:
-                task = self._directory.task(presented.task_id)
+                task = self.directory.task(presented.task_id)
             except ChainError:
                 return None, None
             return (task.state.agent_id, presented.task_id) if task is not None else (None, None)
         if presented.certificate is not None:
-            return subject_of(self._trust_domain, presented.certificate, "agent"), None
+            return subject_of(self.trust_domain, presented.certificate, "agent"), None
         return None, None
 
     def _target_of(self, attempt: Attempt | None) -> CompiledTarget | None:
-        target = self._targets.find(attempt) if attempt is not None else None
+        target = self.targets.find(attempt) if attempt is not None else None
         return target if isinstance(target, CompiledTarget) else None
 
 

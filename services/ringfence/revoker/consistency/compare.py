@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Literal
 
@@ -84,23 +84,16 @@ class LeaseDifference:
     redis: str
 
 
+@dataclass(slots=True, eq=False)
 class Checker:
     """Finds differences. It only reads, so it needs no signing key."""
 
-    def __init__(
-        self,
-        settings: ServiceSettings,
-        directory: Directory,
-        trust: TrustStore,
-        clock: Clock,
-        *,
-        record_keep_ms: int,
-    ) -> None:
-        self._settings = settings
-        self._directory = directory
-        self._trust = trust
-        self._clock = clock
-        self._record_keep_ms = record_keep_ms
+    settings: ServiceSettings
+    directory: Directory
+    trust: TrustStore
+    clock: Clock
+    _: KW_ONLY
+    record_keep_ms: int
 
     async def differences(self) -> list[LeaseDifference]:
         """Lasting differences: those found twice, `AGAIN_S` apart. Others are only late. Raises UnavailableError."""
@@ -115,7 +108,7 @@ class Checker:
         return sorted(differences.values(), key=lambda difference: (difference.what, difference.about))
 
     async def _find_differences(self) -> dict[tuple[str, DifferenceKind], LeaseDifference]:
-        restoration = Restoration(self._settings)
+        restoration = Restoration(self.settings)
         try:
             await restoration.look()
             return {
@@ -126,13 +119,13 @@ class Checker:
             await restoration.close()
 
     async def _compare(self, restoration: Restoration) -> AsyncIterator[LeaseDifference]:
-        now_ms = self._clock.now_ms()
+        now_ms = self.clock.now_ms()
         ids = await restoration.ids()
         unpublished = await restoration.waiting()
 
-        new_fold = partial(LeaseFold, trust=self._trust, over_before_s=(now_ms - self._record_keep_ms) / 1000)
+        new_fold = partial(LeaseFold, trust=self.trust, over_before_s=(now_ms - self.record_keep_ms) / 1000)
         fold = new_fold(needed=frozenset(ids))
-        await read_leases(self._settings, fold)
+        await read_leases(self.settings, fold)
         if not restoration.complete:
             yield LeaseDifference("epoch", "missing", str(fold.epochs.highest()), "")
         for epoch in sorted(restoration.epochs):
@@ -156,12 +149,12 @@ class Checker:
                 if keys.stored is not None and keys.stored.status not in TERMINAL:
                     alive[id] = LiveLease.of(keys.stored)
                 for difference in _differences(
-                    id, records.get(id), keys, selector_keys[id], unpublished, now_ms, self._record_keep_ms
+                    id, records.get(id), keys, selector_keys[id], unpublished, now_ms, self.record_keep_ms
                 ):
                     yield difference
         async for difference in self._uncounted(restoration, records, now_ms):
             yield difference
-        revocations = await read_revocations(self._settings, self._directory, self._trust)
+        revocations = await read_revocations(self.settings, self.directory, self.trust)
         async for stray in restoration.survey(
             alive, KafkaKnowledge(fold, records, revocations), now_ms
         ).strays():
@@ -222,7 +215,7 @@ class Checker:
                     to_verify[id] = record
         verified = {id: record for id, record in fold.highest.items() if id not in to_verify}
         async for leases in verify_records(
-            self._settings, self._trust, self._clock, to_verify, fold.contested, new_fold
+            self.settings, self.trust, self.clock, to_verify, fold.contested, new_fold
         ):
             for lease in leases:
                 claims = lease.claims

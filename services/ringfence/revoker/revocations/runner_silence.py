@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final, NoReturn
 
 from aiokafka.errors import KafkaError
@@ -211,27 +211,20 @@ class RunnerSilence:
             self._named[run_id] = heartbeat
 
 
+@dataclass(slots=True, eq=False)
 class SilentRunEnder:
     """Revokes the leases of runs whose runners fell silent."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        silence: RunnerSilence,
-        revoker: RunRevoker,
-        is_leader: Callable[[], bool],
-        *,
-        patience_s: float,
-    ) -> None:
-        """`patience_s`: the longest wait for the local tables to catch up."""
-        self._runtime = runtime
-        self._silence = silence
-        self._revoker = revoker
-        self._is_leader = is_leader
-        self._patience_s = patience_s
-        self._reported: set[str] = set()
-        self._done: set[str] = set()
-        """Silent runs whose leases this revoker looks for no more."""
+    runtime: Runtime
+    silence: RunnerSilence
+    revoker: RunRevoker
+    is_leader: Callable[[], bool]
+    _: KW_ONLY
+    patience_s: float
+    """The longest wait for the local tables to catch up."""
+    _reported: set[str] = field(init=False, default_factory=set)
+    _done: set[str] = field(init=False, default_factory=set)
+    """Silent runs whose leases this revoker looks for no more."""
 
     async def run(self) -> NoReturn:
         """Look every second."""
@@ -243,14 +236,14 @@ class SilentRunEnder:
     async def look(self) -> None:
         """Revoke what runs of silent runners hold now. Raises UnavailableError."""
         # Heartbeats of a runner may be in a partition that is read later than that of this revoker.
-        silent = {run.run_id for run, _ in self._silence.silent()}
+        silent = {run.run_id for run, _ in self.silence.silent()}
         self._reported &= silent
         self._done &= silent
-        if not silent or not self._is_leader():
+        if not silent or not self.is_leader():
             return
-        if not await self._runtime.tables_caught_up(self._patience_s):
+        if not await self.runtime.tables_caught_up(self.patience_s):
             return
-        for run, silence_ms in self._silence.silent():
+        for run, silence_ms in self.silence.silent():
             reason = f"the runner of run {run.run_id} is silent"
             if run.run_id not in self._reported:
                 metrics.RUNS_SILENCED.inc()
@@ -258,6 +251,6 @@ class SilentRunEnder:
                 log.error("%s: no heartbeat has named it for %.0f s", reason, silence_ms / 1000)
             if run.run_id in self._done:
                 continue
-            await self._revoker.revoke(run, reason)
-            if silence_ms > self._silence.grace_ms + _LOOK_AGAIN_MS:
+            await self.revoker.revoke(run, reason)
+            if silence_ms > self.silence.grace_ms + _LOOK_AGAIN_MS:
                 self._done.add(run.run_id)
