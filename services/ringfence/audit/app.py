@@ -72,7 +72,6 @@ def build(settings: ServiceSettings, own: AuditSettings | None = None, clock: Cl
     detector = Detector(own, index, intake, runtime.clock, settings.trust_domain) if own.detect else None
 
     def on_trail(records: Sequence[Received]) -> None:
-        """All of one topic, as they come."""
         if records[0].topic is AUDIT_CHECKPOINT:
             proofs.add_checkpoints(records)
             return

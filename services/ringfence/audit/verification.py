@@ -111,13 +111,11 @@ class RecordVerifier:
     # --- signatures: each method raises InvalidMessageError or ChainError if verification fails ---
 
     def request(self, record: Received) -> VerifiedMessage[CredentialRequest]:
-        """Verify a credential request, signed by an agent."""
         jws = parse(record.value)
         find = self._agents(jws, CredentialRequest, record.appended_at_ms)
         return self._verify(record, jws, CredentialRequest, find, self._embedded.get(jws.compact))
 
     def request_withdrawal(self, record: Received) -> VerifiedMessage[RequestWithdraw]:
-        """Verify the withdrawal of a request, signed by an agent."""
         jws = parse(record.value)
         find = self._agents(jws, RequestWithdraw, record.appended_at_ms)
         return self._verify(record, jws, RequestWithdraw, find)
@@ -286,7 +284,6 @@ class RecordVerifier:
         return facts
 
     def lease(self, lease_id: str) -> LeaseFacts | None:
-        """Facts of a lease, by its id."""
         return self._leases.get(lease_id)
 
     def remember_request(
@@ -325,7 +322,6 @@ class RecordVerifier:
         return facts
 
     def remember_approval(self, compact: str, claims: Approval) -> str | None:
-        """Remember and return the signer of a verified approval; None for a denial."""
         user = subject_of(self._trust.trust_domain, claims.iss, "user")
         if user is None or claims.verdict != "approved":
             return None
@@ -349,7 +345,6 @@ class RecordVerifier:
         return self._grants.get(grant_id) or {}
 
     def remember_revocation(self, claims: RevocationRequest, fields: Mapping[str, Any]) -> None:
-        """Remember the fields of a verified revocation, for the acknowledgements of gateways."""
         shared_fields = {name: fields[name] for name in _REVOCATION_FIELDS if fields.get(name) is not None}
         self._revocations[derived_id("revocation", claims.iss, claims.jti)] = shared_fields
 
@@ -382,7 +377,6 @@ class RecordVerifier:
         return lease
 
     def sponsor_of(self, agent: str) -> str | None:
-        """The present sponsor of an agent, or None."""
         try:
             entry = self._directory.agent(agent)
         except ChainError:
@@ -390,7 +384,6 @@ class RecordVerifier:
         return entry.state.sponsor if entry is not None else None
 
     def sponsors_of(self, agents: Sequence[str]) -> list[str]:
-        """The present sponsors of agents, each once."""
         return list(dict.fromkeys(filter(None, map(self.sponsor_of, agents))))
 
     def key_origin(self, user: str, kid: str) -> KeyOrigin | None:
@@ -444,7 +437,6 @@ class RecordVerifier:
         return entry.state.roles if entry is not None and entry.state.status == "active" else ()
 
     def task_of(self, task: str) -> TaskState | None:
-        """The present state of a task, or None."""
         try:
             entry = self._directory.task(task)
         except ChainError:
@@ -452,7 +444,6 @@ class RecordVerifier:
         return entry.state if entry is not None else None
 
     def _on_behalf_of(self, agent: str, task: str) -> str | None:
-        """The user on whose behalf an agent acts in a task, if the task is its own."""
         state = self._own_task(agent, task)
         return state.on_behalf_of if state is not None else None
 

@@ -142,16 +142,13 @@ class TokenKey:
         return cls(key)
 
     def jwk(self) -> dict[str, Any]:
-        """Return the public key (RFC 7517)."""
         return {**self._pair.jwk(), "kid": self.kid, "use": "sig", "alg": self.alg}
 
     def sign(self, claims: dict[str, Any]) -> str:
-        """Return a signed token with these claims."""
         signing_input = self._head + b64encode(orjson.dumps(claims)).encode()
         return f"{signing_input.decode()}.{b64encode(self._pair.sign(signing_input))}"
 
     def verifies(self, signature: bytes, data: bytes) -> bool:
-        """Return whether this key made the signature over `data`."""
         return self._pair.verifies(signature, data)
 
 
@@ -175,7 +172,6 @@ class TokenKeys:
 
     @property
     def algorithms(self) -> tuple[TokenAlgorithm, ...]:
-        """Return the algorithms that tokens can be signed with."""
         return tuple(alg for alg in get_args(TokenAlgorithm) if alg in self._signing)
 
     def signer(self, alg: TokenAlgorithm) -> TokenKey:
@@ -185,7 +181,6 @@ class TokenKeys:
         return self._signing[alg]
 
     def jwks(self) -> dict[str, Any]:
-        """Return the public keys as a JWK set (RFC 7517)."""
         return {"keys": [key.jwk() for key in self._known.values()]}
 
     def verified(self, token: str) -> dict[str, Any] | None:

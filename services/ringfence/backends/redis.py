@@ -159,7 +159,6 @@ class _Server:
             raise AccessError(f"the rights at target {target_id} are no redis:// URL") from None
 
     async def close(self) -> None:
-        """Disconnect."""
         await self.client.aclose()
 
 
@@ -226,7 +225,6 @@ class RedisBackend:
     standing = existing
 
     async def close(self) -> None:
-        """Disconnect from all targets."""
         await self._servers.close()
 
     # --- the server ---

@@ -49,9 +49,7 @@ class SecretSource(Protocol):
         """Return the same as `read` if that needs no I/O to another service, else None. Raises AccessError."""
         ...
 
-    async def close(self) -> None:
-        """Close all connections."""
-        ...
+    async def close(self) -> None: ...
 
 
 class LocalSource:
@@ -121,7 +119,6 @@ class VaultSource:
         return value if value and self._seconds() - at < KEPT_S else None
 
     async def close(self) -> None:
-        """Close the HTTP client."""
         self._kept.clear()
         await self._client.aclose()
 
@@ -246,6 +243,5 @@ class TargetAccess:
         return found
 
     async def close(self) -> None:
-        """Close all connections."""
         for source in self._sources.values():
             await source.close()

@@ -100,7 +100,6 @@ class DeadLetterLog:
                 event.set()
 
     def reason(self, at: Coordinate | None) -> str | None:
-        """Why the record at these coordinates was dead-lettered; None if it was not, or `at` is None."""
         return self._reasons.get(at) if at else None
 
     async def wait_for(self, at: Coordinate) -> str:
@@ -293,7 +292,6 @@ class Connection(Lifetime):
 
     @property
     def key_path(self) -> Path | None:
-        """The file that the identity came from, if it came from one."""
         return self._key_file.path if self._key_file is not None else None
 
     def renew_key(self) -> None:

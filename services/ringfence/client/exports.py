@@ -135,9 +135,7 @@ _CONTROL: Final = ("\t", "\r", "\n", "\x00")
 class ExportWriter(Protocol):
     """Writes events to a file, page by page."""
 
-    def page(self, events: Sequence[str]) -> None:
-        """Write a page of events completely."""
-        ...
+    def page(self, events: Sequence[str]) -> None: ...
 
 
 class OcsfWriter:

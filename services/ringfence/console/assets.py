@@ -37,7 +37,6 @@ class Asset:
 
 @cache
 def assets() -> dict[str, Asset]:
-    """The files by name."""
     folder = files("ringfence.console").joinpath("static")
     made = {}
     for name in (*SCRIPTS, STYLE, ICON):

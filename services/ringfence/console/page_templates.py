@@ -45,7 +45,6 @@ class _Look(NamedTuple):
 
 
 def digest_of(page: Page) -> str:
-    """The digest of all that a page shows."""
     return hashlib.sha256(repr((page.template, page.title, page.values)).encode()).hexdigest()
 
 
@@ -85,7 +84,6 @@ _MAX_SCOPE_CHARS: Final = 1000
 
 
 def render(template: str, **values: Any) -> str:
-    """The HTML of a page."""
     return _environment().get_template(template).render(**values)
 
 

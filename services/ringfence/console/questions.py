@@ -108,7 +108,6 @@ class Questions:
     )
 
     def now_s(self) -> int:
-        """The time, in seconds since 1970."""
         return self.clock.now_ms() // 1000
 
     def stamp(self, user_id: str, asked_at: int, life_s: int = LIFE_S) -> dict[str, Any]:
@@ -201,7 +200,6 @@ class Questions:
 def new_question(
     kind: str, form: Mapping[str, str], session: Session, draft: Draft, *, asked_at: int, back: str
 ) -> Question:
-    """The question of a draft."""
     return Question(
         kind=kind,
         form={name: value for name, value in form.items() if value},

@@ -48,7 +48,6 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def main() -> None:
-    """Run the server until it is stopped."""
     parser = argparse.ArgumentParser(prog="python -m ringfence.dev.attacker_server", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     AttackerServer(parser.parse_args().port).serve_forever()

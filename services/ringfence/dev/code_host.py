@@ -171,7 +171,6 @@ async def _serve(options: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Run the code host until it is stopped."""
     parser = argparse.ArgumentParser(prog="python -m ringfence.dev.code_host", description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--issuer-url", required=True)

@@ -47,9 +47,7 @@ class StoryError(RingfenceError):
 class Narrator(Protocol):
     """Prints the demo's steps."""
 
-    def act(self, title: str) -> None:
-        """Begin a new act."""
-        ...
+    def act(self, title: str) -> None: ...
 
     def step(self, step: str, text: str, **ids: Any) -> None:
         """Report a step. `step` is a stable name; `ids` are the ids of what it is about."""

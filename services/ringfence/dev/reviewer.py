@@ -189,7 +189,6 @@ def _say(step: str, ok: bool, text: str, **more: Any) -> None:
 
 
 def main() -> None:
-    """Review one pull request."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("pull_request_url")
     parser.add_argument("--checkout", type=Path, required=True)

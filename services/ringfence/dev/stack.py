@@ -138,7 +138,6 @@ class Stack:
         return shared | urls
 
     def child(self, role: ServiceRole) -> Child:
-        """Return the process of a service."""
         return self._children[role]
 
     def children(self) -> dict[str, int]:
@@ -315,7 +314,6 @@ class Stack:
         return reason is None
 
     def ended(self) -> str | None:
-        """Return which process ended by itself and why, or None."""
         servers = [server.child for server in (self._broker, self._valkey) if server and server.child]
         pages = [self._sign_page] if self._sign_page else []
         for child in [*servers, *pages, *self._children.values()]:

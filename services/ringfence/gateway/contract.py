@@ -226,9 +226,7 @@ class CachedAllowance(Protocol):
     """
 
     @property
-    def lease(self) -> Lease:
-        """The lease that allowed it."""
-        ...
+    def lease(self) -> Lease: ...
 
     @property
     def target(self) -> TargetState: ...

@@ -241,7 +241,6 @@ def check_run_of_lease(sender: Sender, lease: Lease) -> Allowed | Refused:
 
 
 def run_id_of_lease(lease: Lease) -> str | None:
-    """The run whose instance asked for a lease; None if none did."""
     return (
         lease.instance.run.run_id if lease.instance is not None and lease.instance.run is not None else None
     )
@@ -280,7 +279,6 @@ def _lease_of_handle(sender: Sender, target: TargetState, leases: Leases) -> Lea
 
 
 def _agent_reasons(agent_id: str, directory: Directory) -> list[Reason]:
-    """The reasons against an agent whose task is unknown."""
     try:
         agent = directory.agent(agent_id)
     except ChainError as error:

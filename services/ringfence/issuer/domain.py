@@ -200,7 +200,6 @@ def _missing_revision(decision: Decision, directory: Directory) -> str | None:
 
 
 def _revision(entry: VerifiedRecord[Any]) -> int:
-    """The revision of a record as decisions name it."""
     return agent_revision(entry) if isinstance(entry.state, AgentState) else entry.revision
 
 

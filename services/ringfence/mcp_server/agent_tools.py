@@ -74,7 +74,6 @@ class OpenRequests:
         self._number = 0
 
     def waiting(self, task_id: str) -> list[OpenRequest]:
-        """The requests of a task that have no answer yet."""
         return [one for one in self._requests.values() if one.task_id == task_id and not one.answer.done()]
 
     def start(self, task_id: str, reason: str, ask: Ask) -> OpenRequest:

@@ -37,7 +37,6 @@ class ClientOutput:
         self._on_closed = on_closed
 
     async def write(self, text: str) -> None:
-        """Write one message."""
         try:
             await self._file.write(text)
             await self._file.flush()

@@ -310,5 +310,4 @@ names what came earlier."""
 
 
 def by_name(prefix: str) -> dict[str, Topic[Any]]:
-    """All topics by their names under a prefix."""
     return {topic.name(prefix): topic for topic in ALL}

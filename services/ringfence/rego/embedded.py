@@ -61,7 +61,6 @@ class Worker(asyncio.Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether it can be asked."""
         return self._transport is not None and not self._transport.is_closing()
 
     async def ask(self, message: bytes) -> bytes:

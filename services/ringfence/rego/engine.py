@@ -66,9 +66,7 @@ class PolicyEngine(Protocol):
     """Evaluates one bundle at a time."""
 
     @property
-    def revision(self) -> str:
-        """The revision of the bundle in force."""
-        ...
+    def revision(self) -> str: ...
 
     async def start(self) -> None:
         """Get ready to evaluate.

@@ -118,7 +118,6 @@ class _Connection(asyncio.Protocol):
         return answer
 
     def close(self) -> None:
-        """Close it at once."""
         if self._transport is not None:
             self._transport.abort()
 

@@ -46,7 +46,6 @@ class RunsApi:
     authenticator: Authenticator
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to the runtime's routes."""
         return [
             Route("/v1/runs", self._list),
             Route("/v1/runs/{id}", self._one),
@@ -133,7 +132,6 @@ class LeasesApi:
     authenticator: Authenticator
 
     def routes(self) -> list[BaseRoute]:
-        """To be added to the runtime's routes."""
         return [Route("/v1/leases", self._list), Route("/v1/leases/{id}", self._one)]
 
     async def _list(self, request: Request) -> Response:

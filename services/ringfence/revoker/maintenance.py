@@ -56,7 +56,6 @@ class HeartbeatSender:
         self._follower = follower
 
     async def run(self) -> None:
-        """Send heartbeats, for ever."""
         await run_periodically(
             _EVERY_S, self.send, "a heartbeat is left out", log,
             expected=(RingfenceError, KafkaError, OSError), at_once=True,
@@ -105,7 +104,6 @@ class OrphanSweeper:
         """By backend and target: orphans, and when each was first seen."""
 
     async def run(self) -> None:
-        """Sweep, for ever."""
         while True:
             if self._is_leader():
                 await gather_all(self._sweep_safely(kind, target_id) for kind, target_id in self._targets())
@@ -186,7 +184,6 @@ class LeaseTombstoner:
         """By partition: the offset to continue at. A restart reads the whole topic once more."""
 
     async def run(self) -> None:
-        """Delete old leases, for ever."""
         await run_periodically(
             self._every_s, self._delete_if_leader, "old leases are deleted later", log,
             expected=(KafkaError, RingfenceError, OSError), at_once=True,

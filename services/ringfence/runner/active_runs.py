@@ -155,7 +155,6 @@ class RunningRuns:
         self._closed = False
 
     def ids(self) -> Iterable[str]:
-        """The ids of the running runs."""
         return tuple(self._jobs)
 
     def __contains__(self, run_id: object) -> bool:
@@ -212,7 +211,6 @@ class RunningRuns:
         return job.plan if job is not None else None
 
     def stop(self, run_id: str, reason: str) -> None:
-        """End a run, if it runs here."""
         job = self._jobs.get(run_id)
         if job is not None:
             job.execution.stop(reason)
@@ -222,7 +220,6 @@ class RunningRuns:
         await gather_all(job.execution.freeze() for job in list(self._jobs.values()))
 
     async def thaw(self) -> None:
-        """Thaw all runs."""
         await gather_all(job.execution.thaw() for job in list(self._jobs.values()))
 
     async def destroy(self, reason: str) -> None:

@@ -134,7 +134,6 @@ class SilenceGuard:
 
     @property
     def frozen(self) -> bool:
-        """Whether the runs are frozen because of a silence."""
         return self._frozen
 
     def silent(self) -> str | None:
@@ -145,7 +144,6 @@ class SilenceGuard:
         return f"Kafka has acknowledged no heartbeat of this runner for {silence_s:.0f} s"
 
     async def run(self) -> NoReturn:
-        """Check the silence until cancelled."""
         while True:
             await self.look()
             await asyncio.sleep(min(_LOOK_EVERY_S, self._grace_s / 20))

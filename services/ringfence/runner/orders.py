@@ -93,12 +93,10 @@ class OrderIntake:
         """Set once runs that this runner left unfinished are reported. No order is taken before."""
 
     def read_by(self, consumer: Consumer) -> None:
-        """Set the consumer whose batches this handles."""
         self._consumer = consumer
 
     @property
     def waiting(self) -> int:
-        """The number of queued orders."""
         return sum(isinstance(one, _Waiting) for one in self._line)
 
     async def __call__(self, batch: Sequence[Received]) -> None:

@@ -275,5 +275,4 @@ def sequence(value: Any) -> Sequence[Any]:
 
 
 def text_of(value: Any) -> str | None:
-    """Return the value if it is a text that is not empty, otherwise None."""
     return value if isinstance(value, str) and value else None

@@ -228,10 +228,8 @@ def is_secret(name: str, value: str) -> NameKind:
 
 
 def is_url(value: str) -> bool:
-    """Return whether a value is a URL, with or without a password in it."""
     return "://" in value[:12]
 
 
 def is_uuid(value: str) -> bool:
-    """Return whether a value is a UUID."""
     return _UUID.fullmatch(value) is not None

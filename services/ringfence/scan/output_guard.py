@@ -90,7 +90,6 @@ class OutputGuard:
         self._strong: set[int] = set()
 
     def __len__(self) -> int:
-        """Return the number of pieces in the guard."""
         return len(self._all)
 
     def add(self, value: SecretValue, *, public: int = 0, common: Collection[str] = ()) -> None:

@@ -131,7 +131,6 @@ VERSION = 1
 
 
 def report_document(report: Report) -> dict[str, Any]:
-    """Return the whole report as plain values."""
     return {
         "version": VERSION,
         "roots": list(report.roots),
@@ -149,7 +148,6 @@ def report_document(report: Report) -> dict[str, Any]:
 
 
 def finding_document(finding: Finding) -> dict[str, Any]:
-    """Return one finding as plain values."""
     return {
         "reader": finding.reader,
         "path": finding.place.path,
@@ -216,7 +214,6 @@ th,td,section{border-color:#3a414b}.violated,.compromised{background:#5a211c}.pa
 
 
 def html_document(report: Report, version: str) -> str:
-    """Return the page. `version`: of this program."""
     totals = summary(report)
     began = _moment(report.began_s)
     rows = "".join(
@@ -317,7 +314,6 @@ _SEVERITIES: Final = {
 
 
 def ocsf_events(report: Report, version: str) -> Iterator[dict[str, Any]]:
-    """Yield one event for each finding. `version`: of this program."""
     for one in report.findings:
         yield _event(one, report.began_s, version)
 
@@ -367,7 +363,6 @@ SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sar
 
 
 def sarif_document(report: Report, version: str) -> dict[str, Any]:
-    """Return a SARIF log with one run. `version`: of this program."""
     return {
         "$schema": SCHEMA,
         "version": "2.1.0",

@@ -58,5 +58,4 @@ _MATRIX: Final[Mapping[Pattern, tuple[tuple[RingState, str], ...]]] = {
 
 
 def verdicts(pattern: Pattern) -> tuple[RingVerdict, ...]:
-    """Return one verdict for each ring, in order."""
     return tuple(RingVerdict(ring, state, why) for ring, (state, why) in enumerate(_MATRIX[pattern], start=1))

@@ -104,7 +104,6 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """Kill all workers."""
         while self._workers:
             self._end(self._workers[-1])
 

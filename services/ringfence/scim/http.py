@@ -7,6 +7,7 @@ import logging
 import operator
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -66,32 +67,24 @@ ReportRefusal = Callable[[tuple[object, ...], Reason], Awaitable[None]]
 """Reports a refused call to audit, once for each event id."""
 
 
+@dataclass(slots=True, eq=False)
 class ScimApi:
-    """The routes of one provisioner's endpoint."""
+    """The routes of one provisioner's endpoint.
 
-    def __init__(
-        self,
-        view: DirectoryView,
-        writer: ProvisioningWriter,
-        tokens: Tokens,
-        clock: Clock,
-        *,
-        url: str | None,
-        on_request: Callable[[], None],
-        report_refusal: ReportRefusal,
-    ) -> None:
-        """`on_request` is called with each authenticated request."""
-        self._view = view
-        self._writer = writer
-        self._tokens = tokens
-        self._clock = clock
-        self._url = url
-        self._on_request = on_request
-        self._report_refusal = report_refusal
-        self._wrong_tokens = WrongTokens()
+    `on_request` is called with each authenticated request.
+    """
+
+    view: DirectoryView
+    writer: ProvisioningWriter
+    tokens: Tokens
+    clock: Clock
+    _: KW_ONLY
+    url: str | None
+    on_request: Callable[[], None]
+    report_refusal: ReportRefusal
+    _wrong_tokens: WrongTokens = field(init=False, default_factory=WrongTokens)
 
     def routes(self) -> list[BaseRoute]:
-        """The routes, for `Runtime.routes`."""
         found: dict[str, dict[str, Endpoint]] = {
             "/ServiceProviderConfig": {"GET": self._config},
             **self._discovery_routes("/ResourceTypes", resource_types),
@@ -147,71 +140,71 @@ class ScimApi:
         url = self._base(request)
         search = await _search(request, User)
         return _page_response(
-            search, [user_resource(resource, url, self._view.id) for resource in self._view.all()]
+            search, [user_resource(resource, url, self.view.id) for resource in self.view.all()]
         )
 
     async def _create_user(self, request: Request) -> Response:
         user = User.model_validate_json(
             await _read_body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
         )
-        return self._user(request, await self._writer.create_user(user), Context.RESOURCE_CREATION_RESPONSE)
+        return self._user(request, await self.writer.create_user(user), Context.RESOURCE_CREATION_RESPONSE)
 
     async def _get_user(self, request: Request) -> Response:
-        return self._user(request, self._writer.user(request.path_params["id"]))
+        return self._user(request, self.writer.user(request.path_params["id"]))
 
     async def _replace_user(self, request: Request) -> Response:
         user = User.model_validate_json(
             await _read_body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
         )
-        return self._user(request, await self._writer.replace_user(request.path_params["id"], user))
+        return self._user(request, await self.writer.replace_user(request.path_params["id"], user))
 
     async def _patch_user(self, request: Request) -> Response:
         patch = PatchOp[User].model_validate_json(
             await _read_body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
         )
-        return self._user(request, await self._writer.patch_user(request.path_params["id"], patch))
+        return self._user(request, await self.writer.patch_user(request.path_params["id"], patch))
 
     async def _delete_user(self, request: Request) -> Response:
-        await self._writer.delete_user(request.path_params["id"])
+        await self.writer.delete_user(request.path_params["id"])
         return Response(status_code=204)
 
     def _user(
         self, request: Request, record: UserRecord, context: Context = Context.RESOURCE_QUERY_RESPONSE
     ) -> Response:
         parameters = _parameters(request, ResponseParameters[User])
-        resource = user_resource(record, self._base(request), self._view.id)
+        resource = user_resource(record, self._base(request), self.view.id)
         return _scim_response(resource, context, parameters)
 
     # --- groups ---
 
     async def _list_groups(self, request: Request) -> Response:
         search = await _search(request, Group)
-        return _page_response(search, [self._group_of(request, link) for link in self._view.links()])
+        return _page_response(search, [self._group_of(request, link) for link in self.view.links()])
 
     async def _create_group(self, request: Request) -> Response:
         group = Group.model_validate_json(
             await _read_body(request), scim_ctx=Context.RESOURCE_CREATION_REQUEST, scim_policy=_TOLERANT
         )
-        link = await self._writer.create_group(group)
+        link = await self.writer.create_group(group)
         return self._group(request, link, Context.RESOURCE_CREATION_RESPONSE)
 
     async def _get_group(self, request: Request) -> Response:
-        return self._group(request, self._writer.group(request.path_params["id"]))
+        return self._group(request, self.writer.group(request.path_params["id"]))
 
     async def _replace_group(self, request: Request) -> Response:
         group = Group.model_validate_json(
             await _read_body(request), scim_ctx=Context.RESOURCE_REPLACEMENT_REQUEST, scim_policy=_TOLERANT
         )
-        return self._group(request, await self._writer.replace_group(request.path_params["id"], group))
+        return self._group(request, await self.writer.replace_group(request.path_params["id"], group))
 
     async def _patch_group(self, request: Request) -> Response:
         patch = PatchOp[Group].model_validate_json(
             await _read_body(request), scim_ctx=Context.RESOURCE_PATCH_REQUEST, scim_policy=_TOLERANT
         )
-        return self._group(request, await self._writer.patch_group(request.path_params["id"], patch))
+        return self._group(request, await self.writer.patch_group(request.path_params["id"], patch))
 
     async def _delete_group(self, request: Request) -> Response:
-        await self._writer.delete_group(request.path_params["id"])
+        await self.writer.delete_group(request.path_params["id"])
         return Response(status_code=204)
 
     def _group(
@@ -221,22 +214,22 @@ class ScimApi:
         return _scim_response(self._group_of(request, link), context, parameters)
 
     def _group_of(self, request: Request, link: GroupLink) -> Group:
-        members = self._view.members(link.group)
-        provisioner = self._view.provisioner()
+        members = self.view.members(link.group)
+        provisioner = self.view.provisioner()
         return group_resource(provisioner, link.group, link.external_id, members, self._base(request))
 
     async def _search_all(self, request: Request) -> Response:
         search = await _search(request, User | Group)
         url = self._base(request)
-        users = [user_resource(resource, url, self._view.id) for resource in self._view.all()]
+        users = [user_resource(resource, url, self.view.id) for resource in self.view.all()]
         return _page_response(
-            search, [*users, *(self._group_of(request, link) for link in self._view.links())]
+            search, [*users, *(self._group_of(request, link) for link in self.view.links())]
         )
 
     # --- around each ---
 
     def _base(self, request: Request) -> str:
-        return (self._url or str(request.base_url).rstrip("/") + BASE).rstrip("/")
+        return (self.url or str(request.base_url).rstrip("/") + BASE).rstrip("/")
 
     def _guarded(self, endpoints: Mapping[str, Endpoint], path: str) -> Endpoint:
         """Authenticate the caller by its bearer token, and turn errors into answers (RFC 7644, 3.12)."""
@@ -244,7 +237,7 @@ class ScimApi:
         async def guarded(request: Request) -> Response:
             response = await self._authenticate(request)
             if response is None:
-                self._on_request()
+                self.on_request()
                 endpoint = endpoints.get(request.method)
                 if endpoint is None:
                     allowed = {"Allow": ", ".join(endpoints)}
@@ -258,9 +251,9 @@ class ScimApi:
 
     async def _authenticate(self, request: Request) -> Response | None:
         """None if the bearer token is valid; otherwise the answer, 401 or 429."""
-        if self._tokens.name_of(request.headers.get("authorization")) is not None:
+        if self.tokens.name_of(request.headers.get("authorization")) is not None:
             return None
-        now_ms = self._clock.now_ms()
+        now_ms = self.clock.now_ms()
         if not self._wrong_tokens.add(now_ms):
             return _failure(
                 429,
@@ -272,7 +265,7 @@ class ScimApi:
         reason = Reason(
             code=Code.TOKEN_UNKNOWN, message=f"a call from {where} without a token that is let in"
         )
-        await self._report_refusal((uuid.uuid4(),), reason)
+        await self.report_refusal((uuid.uuid4(),), reason)
         return _failure(
             401,
             "this needs a bearer token that is let in",

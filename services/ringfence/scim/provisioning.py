@@ -82,14 +82,12 @@ class DirectoryView:
         return record if record is not None and is_of(record.state, self.id) else None
 
     def all(self) -> Iterator[UserRecord]:
-        """The records of all users of this provisioner."""
         for entry in self._directory.entries("user"):
             record = cast(UserRecord, entry.record)
             if is_of(record.state, self.id):
                 yield record
 
     def members(self, group: str) -> list[UserRecord]:
-        """The members of a group."""
         return [one for one in self.all() if one.state.provisioned and group in one.state.provisioned.groups]
 
     def links(self) -> tuple[GroupLink, ...]:
@@ -125,7 +123,6 @@ class ProvisioningWriter:
     # --- users ---
 
     async def create_user(self, user: User) -> UserRecord:
-        """Create a user."""
         async with self._lock:
             delegation = self._view.delegation()
             provisioning = _parse_user(user, ())
@@ -139,7 +136,6 @@ class ProvisioningWriter:
             return await self._change(self.user(user_id), user)
 
     async def patch_user(self, user_id: str, patch: PatchOp[User]) -> UserRecord:
-        """Change some attributes of a user."""
         async with self._lock:
             record = self.user(user_id)
             user = user_resource(record, "", self._view.id)
@@ -234,7 +230,6 @@ class ProvisioningWriter:
     # --- groups ---
 
     async def create_group(self, group: Group) -> GroupLink:
-        """Create a delegated group."""
         async with self._lock:
             name, links = group.display_name or "", self._view.links()
             if name not in {one.group for one in self._view.delegation().groups}:
@@ -252,7 +247,6 @@ class ProvisioningWriter:
             return link
 
     async def replace_group(self, id: str, group: Group) -> GroupLink:
-        """Replace a group."""
         async with self._lock:
             return await self._change_group(self.group(id), group)
 

@@ -150,7 +150,6 @@ def group_id(provisioner_id: str, group: str) -> str:
 
 
 def user_resource(record: UserRecord, url: str, provisioner_id: str) -> User:
-    """The SCIM resource of a user's record; `url` is that of the endpoint."""
     state, said = record.state, record.state.provisioned or Provisioning()
     name = FullName(formatted=said.formatted_name, family_name=said.family_name, given_name=said.given_name)
     return User(
@@ -170,7 +169,6 @@ def user_resource(record: UserRecord, url: str, provisioner_id: str) -> User:
 def group_resource(
     provisioner: UserRecord, group: str, external_id: str | None, members: Sequence[UserRecord], url: str
 ) -> Group:
-    """The SCIM resource of a delegated group; `url` is that of the endpoint."""
     id = group_id(provisioner.state.user_id, group)
     return Group(
         id=id,
@@ -204,7 +202,6 @@ def to_provisioning(user: User, groups: Sequence[str]) -> Provisioning:
 
 
 def display_name_of(provisioning: Provisioning, user_id: str) -> str:
-    """The name to show for a user."""
     both = " ".join(part for part in (provisioning.given_name, provisioning.family_name) if part)
     return (
         provisioning.display_name or provisioning.formatted_name or both or provisioning.user_name or user_id

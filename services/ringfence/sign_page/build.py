@@ -111,12 +111,10 @@ def _checksums(files: Mapping[str, bytes]) -> dict[str, str]:
 
 
 def content_type(name: str) -> str:
-    """The media type of one of the files."""
     return _TYPES[Path(name).suffix]
 
 
 def build(config: PageConfig) -> Page:
-    """Build the page for a configuration."""
     source = {
         entry.name: entry.read_bytes()
         for entry in files("ringfence.sign_page").joinpath("static").iterdir()

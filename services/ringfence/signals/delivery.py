@@ -103,7 +103,6 @@ class Delivery:
         self.consumer = consumers[group_name(stream.id)]
 
     async def run(self) -> None:
-        """Deliver until cancelled."""
         try:
             await self._groups.prepare()
             await self.consumer.run()
@@ -119,11 +118,9 @@ class Delivery:
 
     @property
     def is_owner(self) -> bool:
-        """Whether this replica delivers the stream."""
         return self.consumer.owns(LEASE.name(self._runtime.settings.topic_prefix), 0)
 
     def sign(self, event: UnsignedSet) -> str:
-        """The signed SET of an event."""
         return sign_set(event, self._runtime.key)
 
     def verify(self, event: UnsignedSet) -> None:
@@ -332,7 +329,6 @@ class DeliverySupervisor:
             self._epochs.took(record)
 
     def of(self, stream_id: str) -> Delivery | None:
-        """The running delivery of a stream; None if there is none."""
         running = self._running.get(stream_id)
         return running[0] if running else None
 

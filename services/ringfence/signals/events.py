@@ -123,7 +123,6 @@ def matches_subject(subject: Subject, other: Subject) -> bool:
 
 
 def is_removed(subject: Subject, removed: Sequence[Subject]) -> bool:
-    """Whether a receiver has removed a subject from its stream."""
     return any(matches_subject(subject, one) for one in removed)
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -74,29 +75,20 @@ class StreamNotFoundError(RingfenceError):
     code = Code.NOT_FOUND
 
 
+@dataclass(slots=True, eq=False)
 class SignalsApi:
     """The routes of the API."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        settings: SignalsSettings,
-        streams: StreamTable,
-        deliveries: DeliverySupervisor,
-        receivers: Mapping[str, Receiver],
-        tokens: Tokens,
-    ) -> None:
-        self._runtime = runtime
-        self._settings = settings
-        self._streams = streams
-        self._deliveries = deliveries
-        self._receivers = receivers
-        self._tokens = tokens
-        self._wrong_tokens = WrongTokens()
-        self._verified_ms: dict[str, int] = {}
+    runtime: Runtime
+    settings: SignalsSettings
+    streams: StreamTable
+    deliveries: DeliverySupervisor
+    receivers: Mapping[str, Receiver]
+    tokens: Tokens
+    _wrong_tokens: WrongTokens = field(init=False, default_factory=WrongTokens)
+    _verified_ms: dict[str, int] = field(init=False, default_factory=dict)
 
     def routes(self) -> list[BaseRoute]:
-        """The routes, for `Runtime.routes`."""
         guarded: tuple[tuple[str, str, Endpoint], ...] = (
             ("POST", STREAMS, self._create),
             ("GET", STREAMS, self._read_stream),
@@ -119,7 +111,7 @@ class SignalsApi:
     # --- for everybody ---
 
     async def _metadata(self, _: Request) -> Response:
-        url = self._settings.url
+        url = self.settings.url
         return JSONResponse(
             {
                 "spec_version": "1_0",
@@ -139,11 +131,11 @@ class SignalsApi:
 
     async def _jwks(self, _: Request) -> Response:
         """All currently valid keys of this service, including the next one."""
-        now_s = self._runtime.clock.now_ms() / 1000
+        now_s = self.runtime.clock.now_ms() / 1000
         keys = [
             {**key.jwk.model_dump(exclude_none=True), "kid": key.kid, "use": "sig", "alg": _alg(key.jwk.kty)}
-            for service in self._runtime.trust.require(now_s).services
-            if service.id == self._runtime.key.id
+            for service in self.runtime.trust.require(now_s).services
+            if service.id == self.runtime.key.id
             for key in service.keys
             if key.not_before <= now_s < key.not_after
         ]
@@ -155,22 +147,20 @@ class SignalsApi:
         asked_for = parse_request(StreamConfiguration, await _read_body(request) or _EMPTY_BODY)
         delivery = asked_for.delivery or DeliveryRequest(method=POLL)
         _check_delivery(delivery, receiver)
-        stream = await self._streams.create(
-            receiver.name, delivery.method, **_configuration_fields(asked_for)
-        )
+        stream = await self.streams.create(receiver.name, delivery.method, **_configuration_fields(asked_for))
         if stream is None:
             return _failure(
                 409, Code.INVALID_REQUEST, "there is a stream of yours already; each receiver has one"
             )
-        await self._deliveries.reconciled()
+        await self.deliveries.reconciled()
         log.info("receiver %s has a stream: %s", receiver.name, stream.id)
         return JSONResponse(self._stream_view(stream, receiver), 201)
 
     async def _read_stream(self, request: Request, receiver: Receiver) -> Response:
-        await self._streams.caught_up()
+        await self.streams.caught_up()
         stream_id = request.query_params.get("stream_id")
         if stream_id is None:
-            stream = self._streams.of(receiver.name)
+            stream = self.streams.of(receiver.name)
             return _json_response([] if stream is None else [self._stream_view(stream, receiver)])
         return _json_response(self._stream_view(self._own_stream(receiver, stream_id), receiver))
 
@@ -191,7 +181,7 @@ class SignalsApi:
     async def _changed(
         self, receiver: Receiver, asked_for: StreamChange, body: bytes, changed: dict[str, Any]
     ) -> Response:
-        await self._streams.caught_up()
+        await self.streams.caught_up()
         view = self._stream_view(self._own_stream(receiver, asked_for.stream_id), receiver)
         members = json_object(body)
         for name in _TRANSMITTER_MEMBERS:
@@ -206,7 +196,7 @@ class SignalsApi:
 
     async def _delete(self, request: Request, receiver: Receiver) -> Response:
         stream_id = request.query_params.get("stream_id", "")
-        await self._streams.caught_up()
+        await self.streams.caught_up()
         self._own_stream(receiver, stream_id)
         await self._change(receiver, stream_id, status="deleted")
         self._verified_ms.pop(stream_id, None)
@@ -215,7 +205,7 @@ class SignalsApi:
     # --- status, subjects, verification ---
 
     async def _status(self, request: Request, receiver: Receiver) -> Response:
-        await self._streams.caught_up()
+        await self.streams.caught_up()
         stream = self._own_stream(receiver, request.query_params.get("stream_id", ""))
         return _json_response(_status_of(stream, receiver))
 
@@ -249,20 +239,20 @@ class SignalsApi:
     async def _verify(self, request: Request, receiver: Receiver) -> Response:
         asked_for = parse_request(VerificationRequest, await _read_body(request))
         stream = await self._current_stream(receiver, asked_for.stream_id)
-        delivery = self._deliveries.of(stream.id)
+        delivery = self.deliveries.of(stream.id)
         if delivery is None:
             raise InvalidRequestError(f"the stream is {stream.claims.status}, and carries nothing now")
-        now_ms = self._runtime.clock.now_ms()
-        wait_ms = self._settings.verification_interval_s * 1000
+        now_ms = self.runtime.clock.now_ms()
+        wait_ms = self.settings.verification_interval_s * 1000
         if now_ms - self._verified_ms.get(stream.id, -wait_ms) < wait_ms:
             why = "too soon after the one before: see min_verification_interval"
-            wait = {"Retry-After": str(self._settings.verification_interval_s)}
+            wait = {"Retry-After": str(self.settings.verification_interval_s)}
             return _failure(429, Code.INVALID_REQUEST, why, wait)
         self._verified_ms[stream.id] = now_ms
         delivery.verify(
             verification(
                 stream_id=stream.id,
-                issuer=self._settings.url,
+                issuer=self.settings.url,
                 audience=receiver.audience,
                 state=asked_for.state,
                 now_ms=now_ms,
@@ -278,11 +268,11 @@ class SignalsApi:
         asked_for = parse_request(PollRequest, await _read_body(request) or _EMPTY_BODY)
         if stream.claims.method != POLL:
             raise InvalidRequestError("this stream is pushed; change its delivery to poll")
-        delivery = self._deliveries.of(stream.id)
+        delivery = self.deliveries.of(stream.id)
         if delivery is None:
             return _json_response({"sets": {}})
         await _settle(delivery, asked_for, receiver)
-        wait_s = 0.0 if asked_for.return_immediately else self._settings.poll_s
+        wait_s = 0.0 if asked_for.return_immediately else self.settings.poll_s
         events, more = await delivery.window.next_batch(asked_for.max_events, wait_s)
         if not events and asked_for.max_events and not delivery.is_owner:
             raise UnavailableError("another replica has this stream, or none yet; ask again")
@@ -293,24 +283,24 @@ class SignalsApi:
 
     def _own_stream(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
         """The receiver's stream with this id. Raises StreamNotFoundError."""
-        stream = self._streams.of(receiver.name)
+        stream = self.streams.of(receiver.name)
         if stream is None or stream.id != stream_id:
             raise _stream_not_found()
         return stream
 
     async def _current_stream(self, receiver: Receiver, stream_id: str) -> SignalStreamState:
-        await self._streams.caught_up()
+        await self.streams.caught_up()
         return self._own_stream(receiver, stream_id)
 
     async def _change(self, receiver: Receiver, stream_id: str, **changed: Any) -> SignalStreamState:
-        stream = await self._streams.change(receiver.name, stream_id, **changed)
+        stream = await self.streams.change(receiver.name, stream_id, **changed)
         if stream is None:
             raise _stream_not_found()
-        await self._deliveries.reconciled()  # what is paused says nothing once this is answered
+        await self.deliveries.reconciled()  # what is paused says nothing once this is answered
         return stream
 
     def _poll_url(self, stream_id: str) -> str:
-        return f"{self._settings.url}{POLLS}/{stream_id}"
+        return f"{self.settings.url}{POLLS}/{stream_id}"
 
     def _stream_view(self, stream: SignalStreamState, receiver: Receiver) -> dict[str, Any]:
         """A stream's configuration (SSF 1.0, 8.1.1)."""
@@ -319,12 +309,12 @@ class SignalsApi:
         delivery = {"method": claims.method, **({} if url is None else {"endpoint_url": url})}
         view: dict[str, Any] = {
             "stream_id": stream.id,
-            "iss": self._settings.url,
+            "iss": self.settings.url,
             "aud": receiver.audience,
             "delivery": delivery,
             "events_supported": list(SUPPORTED),
             "events_delivered": list(stream.delivered),
-            "min_verification_interval": self._settings.verification_interval_s,
+            "min_verification_interval": self.settings.verification_interval_s,
         }
         if claims.events_requested is not None:
             view["events_requested"] = list(claims.events_requested)
@@ -338,10 +328,10 @@ class SignalsApi:
         """Authenticate the receiver by its bearer token, and turn errors into answers."""
 
         async def guarded(request: Request) -> Response:
-            name = self._tokens.name_of(request.headers.get("authorization"))
+            name = self.tokens.name_of(request.headers.get("authorization"))
             if name is None:
                 response = await self._refuse_unauthenticated(request)
-            elif (receiver := self._receivers.get(name)) is None:
+            elif (receiver := self.receivers.get(name)) is None:
                 response = _failure(403, Code.ACCESS_DENIED, f"the operator declared no receiver {name}")
             else:
                 response = await _respond(endpoint, request, receiver)
@@ -353,7 +343,7 @@ class SignalsApi:
 
     async def _refuse_unauthenticated(self, request: Request) -> Response:
         what = "this needs a bearer token of a receiver"
-        if not self._wrong_tokens.add(self._runtime.clock.now_ms()):
+        if not self._wrong_tokens.add(self.runtime.clock.now_ms()):
             wait = {"Retry-After": str(WRONG_WINDOW_MS // 1000)}
             return _failure(
                 429, Code.AUTHENTICATION_FAILED, "too many calls without a token that is let in", wait
@@ -363,7 +353,7 @@ class SignalsApi:
         reason = Reason(
             code=Code.TOKEN_UNKNOWN, message=f"a call from {where} without a token that is let in"
         )
-        await self._runtime.event("refused", EventSubject.SIGNALS, about=(uuid.uuid4(),), reasons=(reason,))
+        await self.runtime.event("refused", EventSubject.SIGNALS, about=(uuid.uuid4(),), reasons=(reason,))
         return _failure(401, Code.AUTHENTICATION_FAILED, what, {"WWW-Authenticate": 'Bearer realm="signals"'})
 
 

@@ -54,7 +54,6 @@ class Window:
         return len(self._waiting) >= WINDOW_SIZE
 
     def add(self, events: Iterable[UnsignedSet]) -> None:
-        """Add waiting events."""
         self._waiting |= {event.jti: event for event in events}
         if self._waiting and self.waiting_since_ms is None:
             self.waiting_since_ms = self._clock.now_ms()

@@ -67,12 +67,10 @@ class StreamTable:
             self.changed.set()
 
     def of(self, receiver: str) -> SignalStreamState | None:
-        """The stream of a receiver; None if it has none."""
         found = self._by_receiver.get(receiver)
         return None if found is None or found.claims.status == "deleted" else found
 
     def all(self) -> list[SignalStreamState]:
-        """Every stream that there is."""
         return [one for one in self._by_receiver.values() if one.claims.status != "deleted"]
 
     async def caught_up(self) -> None:

@@ -72,7 +72,6 @@ class InMemoryBus:
             self._readers[topic].append(reader)
 
     def forget(self, reader: Reader) -> None:
-        """Tell a reader nothing more."""
         for readers in self._readers.values():
             readers[:] = [one for one in readers if one != reader]
 
@@ -86,7 +85,6 @@ class InMemoryBus:
         self._when_idle.append(work)
 
     def of(self, topic: Topic[Any]) -> list[Received]:
-        """All records of a topic, in their order."""
         return [record for record in self._records if record.topic is topic]
 
     # --- writing ---

@@ -19,6 +19,7 @@ import inspect
 import socket
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -304,24 +305,20 @@ async def _write_response(stream: Stream, method: str, response: httpx.Response)
 # --- from the client to the gateway ---
 
 
+@dataclass(slots=True, eq=False)
 class Delivery:
-    """One request on its way through the gateway, and its response."""
+    """One request on its way through the gateway, and its response.
 
-    def __init__(
-        self,
-        shared: DataPlaneContext,
-        listener: ListenerContext,
-        upstreams: InMemoryUpstreams,
-        on_end: Callable[[], None],
-    ) -> None:
-        """`on_end` is called once the gateway has finished the request."""
-        self._shared = shared
-        self._listener = listener
-        self._upstreams = upstreams
-        self._on_end = on_end
-        self._client: Stream | None = None
-        self._serving: asyncio.Task[None] | None = None
-        self._timer = DeadlineTimer()
+    `on_end` is called once the gateway has finished the request.
+    """
+
+    shared: DataPlaneContext
+    listener: ListenerContext
+    upstreams: InMemoryUpstreams
+    on_end: Callable[[], None]
+    _client: Stream | None = field(init=False, default=None)
+    _serving: asyncio.Task[None] | None = field(init=False, default=None)
+    _timer: DeadlineTimer = field(init=False, default_factory=DeadlineTimer)
 
     async def send(self, request: httpx.Request) -> httpx.Response:
         """Send the request. Returns its response, whose body is read and closed by the caller.
@@ -332,7 +329,7 @@ class Delivery:
         self._client = client
         self._timer.start()
         self._timer.watch(served)
-        agent = AgentConnection(served, self._listener, self._shared, FastPaths(self._shared, enabled=False))
+        agent = AgentConnection(served, self.listener, self.shared, FastPaths(self.shared, enabled=False))
         self._serving = asyncio.create_task(agent.run(), name="connection of an agent")
         timeout_s: float | None = request.extensions.get("timeout", {}).get("read")
 
@@ -352,8 +349,8 @@ class Delivery:
                 head = parse_response(await read_head(client, read_more))
         except DisconnectedError:
             raise self._lost(request) from None
-        if self._upstreams.errors:
-            raise self._upstreams.errors[0]
+        if self.upstreams.errors:
+            raise self.upstreams.errors[0]
         body = response_body(head, request.method)
         return httpx.Response(
             head.status,
@@ -371,19 +368,19 @@ class Delivery:
             raise self._lost(request) from None
 
     def _lost(self, request: httpx.Request) -> Exception:
-        if self._upstreams.errors:
-            return self._upstreams.errors[0]
+        if self.upstreams.errors:
+            return self.upstreams.errors[0]
         return httpx.RemoteProtocolError("the gateway closed the connection", request=request)
 
     async def end(self) -> None:
         """Close all connections. When it returns, the gateway has recorded the request."""
         if self._client is not None:
             self._client.abort()
-        await self._upstreams.end()
+        await self.upstreams.end()
         if self._serving is not None:
             await asyncio.gather(self._serving, return_exceptions=True)
         self._timer.stop()
-        self._on_end()
+        self.on_end()
 
 
 class GatewayTransport(httpx.AsyncBaseTransport, httpx.BaseTransport):

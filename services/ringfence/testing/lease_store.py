@@ -125,7 +125,6 @@ class InMemoryLeaseStore(LeaseStore):
         return {key: sum(matches(one, key) for one in live) for key in selector_keys}
 
     def latest(self) -> list[Lease]:
-        """The latest record of each lease, the oldest lease first."""
         return [one.claims for one in self._leases.values()]
 
     def due(self) -> list[Lease]:

@@ -68,7 +68,6 @@ class GivenSecrets(NoRightsNeeded):
         return self.at_hand(target_id)
 
     def at_hand(self, target_id: str) -> str:
-        """As `read`."""
         secret = self._credential_of(target_id)
         if secret is None:
             raise AccessError(f"the test gave no credential for target {target_id}")

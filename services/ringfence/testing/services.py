@@ -82,7 +82,6 @@ class ServiceContext:
     """The keys that credentials for the gateway are sealed to."""
 
     def runtime(self, role: ServiceRole) -> InMemoryRuntime:
-        """The runtime of one service."""
         return InMemoryRuntime(role, self.settings, self.clock, self.keys[role], self.trust, self.bus)
 
 

@@ -84,7 +84,6 @@ _SUBJECT_FIELDS = ("agent", "act", "task", "on_behalf_of", "sponsor", "request",
 
 
 def finding_event(finding: Finding, trust_domain: str) -> OcsfEvent:
-    """Build the event of a finding."""
     summary, agent = finding.trigger, finding.trigger.field("agent")
     info: dict[str, Any] = {
         "uid": finding.uid,
@@ -142,9 +141,7 @@ _BACK_S = 86_400
 class DetectorTrail(TrailQueries, Protocol):
     """The trail, as the detector and its rules query it."""
 
-    def has_uid(self, uid: str) -> bool:
-        """Whether an event with this uid is on the trail."""
-        ...
+    def has_uid(self, uid: str) -> bool: ...
 
 
 def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:

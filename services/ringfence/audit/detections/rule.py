@@ -93,9 +93,7 @@ class Rule(Protocol):
 class TrailQueries(Protocol):
     """The queries of rules over the trail so far."""
 
-    def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:
-        """Whether an event with one of these codes exists for a request or a lease."""
-        ...
+    def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool: ...
 
     def ended_at(self, lease: str, ends: Collection[str]) -> tuple[str, int] | None:
         """(uid of the event that shows it, time in ms) of the earliest end of a lease, or None.

@@ -59,7 +59,6 @@ _REVOKED_TASK = Copied(LeaseFacts, "task sponsor on_behalf_of request target per
 
 
 def requested(signed: VerifiedMessage[Any], facts: RequestFacts) -> OcsfEvent:
-    """An agent asked for a credential."""
     how = " by break glass" if facts.break_glass else ""
     message = (
         f"agent {facts.agent} asked{how} for {facts.scope_text}, for {facts.ttl_s} s, in task {facts.task}, "
@@ -224,7 +223,6 @@ def _sealed(
 
 
 def leased(signed: VerifiedMessage[Lease], lease: LeaseFacts, facts: RequestFacts | None) -> OcsfEvent:
-    """A lease entered another status."""
     claims, cause = signed.claims, signed.claims.cause
     active = claims.status == "active"
     actor = cause.by if cause is not None and cause.by is not None else claims.iss

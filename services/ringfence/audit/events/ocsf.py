@@ -299,7 +299,6 @@ def user_of(spiffe: str) -> dict[str, Any]:
 
 
 def permission(one: Permission) -> dict[str, Any]:
-    """A permission as plain JSON."""
     return {"target": one.target, "verbs": list(one.verbs), "resources": list(one.resources)}
 
 

@@ -123,7 +123,6 @@ REFUSED = {typ: event_kind("command.refused", _E, verb.activity, "Low", "Failure
 
 
 def command_typs() -> frozenset[str]:
-    """The typs of all registry commands."""
     return frozenset(_VERBS)
 
 

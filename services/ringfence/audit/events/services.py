@@ -324,7 +324,6 @@ def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
 
 
 def is_shared_identity(claims: ServiceEvent) -> bool:
-    """Whether a service event is a finding about shared identity."""
     return (
         claims.kind == "finding" and bool(claims.reasons) and claims.reasons[0].code in kinds.SHARED_IDENTITY
     )

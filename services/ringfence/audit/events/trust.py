@@ -68,7 +68,6 @@ def bundle_event(record: Received, classified: BundleRecord) -> OcsfEvent:
 
 
 def _data(bundle: TrustBundle, root: str) -> dict[str, Any]:
-    """The contents of a bundle, with keys by their ids."""
     services = [
         {
             "id": one.id, "roles": list(one.roles), "keys": _keys(one.keys),
@@ -143,7 +142,6 @@ class BundleHistory:
     )
 
     def on_records(self, records: Sequence[Received]) -> None:
-        """Classify the records of the topic."""
         for record in records:
             self._read(record)
 

@@ -60,7 +60,6 @@ def access_report(
 
 
 def issued_leases(events: Iterable[Event]) -> set[str]:
-    """The ids of the leases that these events issue."""
     return {
         event["unmapped"]["lease"]
         for event in events
@@ -205,7 +204,6 @@ class LeaseBasis:
 
 
 def load_basis(trail: ReportQueries, leases: Iterable[str]) -> LeaseBasis:
-    """Load all events that are needed to trace these leases."""
     basis = LeaseBasis()
     for event in trail.basis_events(leases, (), ()):
         _add_to_basis(basis, event)

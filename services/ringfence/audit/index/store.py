@@ -493,7 +493,6 @@ class SqliteIndex:
         return [bytes(row[0]) for row in self._db.execute(query, {**values, "uid": uid})]
 
     def has_uid(self, uid: str) -> bool:
-        """Whether an event with this uid is indexed."""
         return self._db.execute("SELECT 1 FROM event WHERE uid = ?", (uid,)).fetchone() is not None
 
     def has_event(self, kind: Literal["request", "lease"], id: str, codes: Sequence[str]) -> bool:

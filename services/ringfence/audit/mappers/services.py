@@ -51,7 +51,6 @@ class RegistryMapper(RecordMapper):
     """Maps `trust`, `registry.command` and the compacted topics of the registry."""
 
     def __init__(self, verifier: RecordVerifier, trust_domain: str, bundles: BundleHistory) -> None:
-        """`bundles`: the trust bundles read so far."""
         super().__init__(verifier, trust_domain)
         self._bundles = bundles
 

@@ -63,7 +63,6 @@ class HandoverCache:
         self._entries: OrderedDict[str, tuple[bytes, SigningKey, Sequence[PendingEvent]]] = OrderedDict()
 
     def put(self, message: Outbound, key: SigningKey, events: Sequence[PendingEvent]) -> None:
-        """Keep a message that `key` has signed, and its events."""
         self.take(message.id)
         self._entries[message.id] = (message.payload, key, events)
         self._free_bytes -= len(message.payload)
@@ -71,7 +70,6 @@ class HandoverCache:
             self.take(next(iter(self._entries)))
 
     def take(self, id: str) -> tuple[bytes, SigningKey, Sequence[PendingEvent]] | None:
-        """Remove and return the entry with this id, or None."""
         entry = self._entries.pop(id, None)
         if entry is not None:
             self._free_bytes += len(entry[0])
@@ -182,7 +180,6 @@ def _entry(event: PendingEvent) -> dict[str, object]:
 
 
 def _chunks(events: Sequence[PendingEvent]) -> Iterator[Sequence[PendingEvent]]:
-    """Split events into chunks that fit into one message each."""
     start = size = 0
     for index, event in enumerate(events):
         if index > start and size + len(event.body) > _MAX_CHUNK_BYTES:

@@ -284,7 +284,6 @@ class Leaves:
         return row[0] if row is not None else None
 
     def _add_candidate(self, number: int, leaf: Hash, prev: Hash) -> bool:
-        """Add a candidate. False if it is one already."""
         added = self._db.execute(
             "INSERT OR IGNORE INTO candidates VALUES (?, ?, ?, ?)", (self._tree, number, leaf, prev)
         ).rowcount
@@ -292,7 +291,6 @@ class Leaves:
         return added == 1
 
     def _delete_candidates(self, first_number: int, *leaves: Hash) -> None:
-        """Delete candidates that follow one another."""
         self._db.executemany(
             "DELETE FROM candidates WHERE tree = ? AND number = ? AND leaf = ?",
             ((self._tree, number, leaf) for number, leaf in enumerate(leaves, first_number)),
@@ -359,7 +357,6 @@ class ProofStore:
         self._db.close()
 
     def heads(self) -> list[SignedHead]:
-        """The last checkpoint of each tree."""
         return [self._heads[tree] for tree in sorted(self._heads)]
 
     # --- input ---

@@ -95,7 +95,6 @@ class UnauthorisedRecords:
         self._update_waiting()
 
     def add_written(self, partition: int, offsets: range) -> None:
-        """Add the offsets that Kafka acknowledged to the writer."""
         state = self._partitions.get(partition)
         if state is None:
             return
@@ -149,7 +148,6 @@ class UnauthorisedRecords:
         return UnauthorisedOffsets(offsets.partition, ranges) if ranges else None
 
     def dead_lettered(self, offsets: UnauthorisedOffsets) -> None:
-        """Remove offsets whose records are dead-lettered."""
         state = self._partitions.get(offsets.partition)
         if state is not None:
             state.remove(range(offsets.start, offsets.stop))

@@ -356,7 +356,6 @@ class PostgresBackend:
     standing = existing
 
     async def close(self) -> None:
-        """Disconnect from all targets."""
         await self._servers.close()
 
 

@@ -343,7 +343,6 @@ def quoted(name: str) -> str:
 
 
 def grants(role: str, database: str, wanted: Iterable[Right]) -> Iterator[str]:
-    """Yield the GRANT statements for a role."""
     by_object: dict[tuple[str, str], list[str]] = {}
     for right in wanted:
         match right.level:

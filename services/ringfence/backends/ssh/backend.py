@@ -209,7 +209,6 @@ class SshServer:
         raise TargetError(f"target {self._target_id} does not answer (connection lost)")
 
     async def close(self) -> None:
-        """Disconnect."""
         link, self._link = self._link, None
         if link is not None:
             link.abort()
@@ -359,7 +358,6 @@ class SshBackend:
     standing = existing
 
     async def close(self) -> None:
-        """Disconnect from all targets."""
         await self._servers.close()
 
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 
 def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
-    """Return the table row of one pending action."""
     return (
         one.request_id,
         "in " + span(one.expires_at - now_s),
@@ -36,7 +35,6 @@ def row(one: PendingAction, now_s: float) -> tuple[str, ...]:
 
 
 def show(pending: PendingAction, as_json: bool) -> None:
-    """Show one pending action."""
     if as_json:
         print_json(approval_views.action_as_json(pending))
     else:

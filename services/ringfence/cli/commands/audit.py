@@ -296,7 +296,6 @@ def _print_report(report: TrailReport, witnessed: int) -> None:
 
 
 def event_line(event: Mapping[str, Any]) -> Text:
-    """One OCSF event on one line."""
     line = Text(clock(event.get("time"), date=True), style="aside")
     failed = event.get("status_id") == 2
     code = str(event.get("metadata", {}).get("event_code", event.get("class_uid", "")))

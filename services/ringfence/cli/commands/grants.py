@@ -225,6 +225,5 @@ def _print_proposal(proposal: Proposal) -> None:
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the commands to the group of approvals."""
     for command in (grant, grants, withdraw):
         app.command()(command)

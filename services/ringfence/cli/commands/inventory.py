@@ -163,7 +163,6 @@ def inventory(
 
 
 def _inventory_view(found: Inventory, keys_within: str, width: int | None) -> Group:
-    """Return the view of the sums and the listed agents."""
     sums = [visible(line) for line in _sums(found.totals, keys_within)]
     parts: list[Any] = [Text(part) for line in sums for part in (wrapped(line, width) if width else [line])]
     if found.agents:

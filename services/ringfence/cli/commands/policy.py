@@ -249,7 +249,6 @@ def _fired_rules(found: Mapping[str, Any], folder: Path | None) -> list[tuple[st
 
 
 def _value_lines(value: Any) -> list[str]:
-    """Return the value of a rule, one entry per line."""
     if value is True:
         return ["holds"]
     entries = value if isinstance(value, list) else [value]

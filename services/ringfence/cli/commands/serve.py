@@ -152,7 +152,6 @@ def _key_path_by_name(name: str, settings: ServiceSettings) -> str | None:
 
 
 def _classes(services: Sequence[str]) -> Iterator[type[RingfenceSettings]]:
-    """Yield the settings classes of these services, each once."""
     modules = [
         module
         for name in services

@@ -599,7 +599,6 @@ def _document(one: KeyOfUser) -> dict[str, Any]:
 
 
 def add_to(app: typer.Typer) -> None:
-    """Add the commands to the group of users."""
     app.command()(invite)
     app.command(name="add-key")(add_key)
     app.command(name="endorse-key")(endorse_key)

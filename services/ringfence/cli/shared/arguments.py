@@ -31,7 +31,6 @@ def check_name(text: str | None) -> str | None:
 
 
 def check_target_id(text: str | None) -> str | None:
-    """Validate the id of a target."""
     return _validate_id(TargetId, text)
 
 

@@ -82,7 +82,6 @@ class Replacement:
     """Further consequences, a sentence each."""
 
     def scope(self, name: str, before: Scope, after: Scope) -> None:
-        """Add the change of a scope."""
         self.lines |= {f"{name} before": show_scope(before), f"{name} after": show_scope(after)}
         if gone := missing(before, after):
             self.lines["taken away"] = show_scope(gone)

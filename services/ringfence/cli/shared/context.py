@@ -35,5 +35,4 @@ def identity(of_command: Path | None) -> Path | None:
 
 
 def wants_json(of_command: bool) -> bool:
-    """Return whether JSON was requested, after the command or before it."""
     return of_command or _said.json

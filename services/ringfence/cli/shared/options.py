@@ -167,7 +167,6 @@ _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9
 
 
 def settings() -> ClientSettings:
-    """Return the client settings of this call."""
     from ringfence.client.settings import ClientSettings
     from ringfence.kernel.base.settings import load
 
@@ -219,7 +218,6 @@ def _show_link(link: str) -> None:
 
 
 def wants_json(option: bool) -> bool:
-    """Return whether JSON was requested."""
     return context.wants_json(option)
 
 

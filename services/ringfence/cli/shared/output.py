@@ -37,7 +37,6 @@ from ringfence.kernel.base.text import shown, visible, visible_lines, visible_na
 
 
 def is_stdout(path: Path) -> bool:
-    """Return whether an output path names stdout."""
     return str(path) in ("-", "/dev/stdout")
 
 
@@ -129,7 +128,6 @@ def console(*, stderr: bool = False, markup: bool = False) -> Console:
 
 
 def print_json(document: Any) -> None:
-    """Print one JSON document on stdout."""
     _write(_json_of(document, orjson.OPT_INDENT_2))
 
 

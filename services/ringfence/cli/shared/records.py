@@ -60,7 +60,6 @@ def list_records(
 
 
 def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> None:
-    """Print one record."""
 
     async def work() -> Any:
         async with ReadApi(key) as api:

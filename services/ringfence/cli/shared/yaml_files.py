@@ -48,7 +48,6 @@ class YamlFile:
             raise YamlFileError(f"{path} is empty")
 
     def problem(self, node: Any, text: str) -> None:
-        """Record a problem at a node."""
         self._problems.append((_line(node), text))
 
     def finish(self) -> None:
@@ -112,5 +111,4 @@ class YamlFile:
 
 
 def _line(what: Any) -> int:
-    """Return the line of a node or an event, counted from 1."""
     return int(what.start_mark.line) + 1

@@ -183,7 +183,6 @@ class OpenActions:
         return check_approver_key(answer, self._directory, records, {claims.verb}, at_ms=at_ms)
 
     def answered(self, digest: str) -> None:
-        """Mark an action as answered by this person."""
         self._answered.add(digest)
 
     def pending(self, *, everyone: bool = False, user_id: str | None = None) -> list[PendingAction]:
@@ -262,7 +261,6 @@ class OpenActions:
 
 
 def is_action(record: Received, model: type[ActionRequest] | type[ActionApproval]) -> bool:
-    """Whether an unverified record claims to be a message of this type."""
     try:
         return parse(record.value).header.typ == typ_header(model)
     except InvalidMessageError:

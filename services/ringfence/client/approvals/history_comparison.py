@@ -104,7 +104,6 @@ class RequestGroup:
 
 
 def group_equivalent(requests: Iterable[PendingApproval]) -> list[RequestGroup]:
-    """Group equivalent requests. Groups, and requests in a group, keep the order of the input."""
     groups: dict[GroupKey, list[PendingApproval]] = {}
     for request in requests:
         groups.setdefault(group_key(request), []).append(request)

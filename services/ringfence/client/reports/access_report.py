@@ -50,7 +50,6 @@ class Coverage:
 
     @property
     def shares(self) -> dict[str, Ratio | None]:
-        """Return all shares by name."""
         sums, leases = self.sums, self.sums.get("leases", 0)
         return {
             "agents_sponsored": self.sponsored,

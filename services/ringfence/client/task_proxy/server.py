@@ -289,7 +289,6 @@ class TaskProxy:
             task.result()
 
     async def _serve(self, client: _Client) -> None:
-        """Serve the one request of a connection."""
         with contextlib.suppress(OSError):  # one of the two sides is gone
             try:
                 await self._serve_request(client)

@@ -195,7 +195,6 @@ def _folded(steps: list[dict[str, Any]]) -> list[tuple[bool, list[dict[str, Any]
 
 
 def event_row(event: dict[str, Any]) -> dict[str, Any]:
-    """An OCSF event as a row."""
     fields = event.get("unmapped", {})
     return {
         "uid": event["metadata"]["uid"],

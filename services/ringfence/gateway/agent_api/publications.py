@@ -204,7 +204,6 @@ class PublicationJournal:
         return self._lines > self._max_lines
 
     def rewrite(self, entries: Iterable[JournalEntry]) -> None:
-        """Replace the file by one with these entries alone."""
         self.close()
         lines = [orjson.dumps(entry) + b"\n" for entry in entries]
         try:
@@ -215,7 +214,6 @@ class PublicationJournal:
             self._failed(error)
 
     def close(self) -> None:
-        """Close the file. Idempotent."""
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
@@ -283,7 +281,6 @@ class Publications:
             self._keep(entry.id, publication)
 
     async def close(self) -> None:
-        """Close the journal."""
         if self._journal is not None:
             self._journal.close()
 
@@ -297,7 +294,6 @@ class Publications:
         )
 
     def find(self, id: str) -> Publication | None:
-        """The message with this id, if it is remembered."""
         return self._by_id.get(id)
 
     async def publish(self, message: PostedMessage, traceparent: str | None) -> None:

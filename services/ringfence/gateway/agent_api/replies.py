@@ -59,7 +59,6 @@ class SealedReplies:
                 self._keep((record.key, id), record.value)
 
     def has(self, agent_id: str, id: str) -> bool:
-        """Whether there is a reply to this request of this agent."""
         return (agent_id, id) in self._replies
 
     def get(self, agent_id: str, id: str, after: int) -> bytes | None:

@@ -111,7 +111,6 @@ def _rpc_code_and_status(verdict: Verdict, rpc: RpcErrorReply) -> tuple[int, int
 
 
 def rpc_error(verdict: Verdict, rpc: RpcErrorReply, code: int) -> bytes:
-    """The problem details as a JSON-RPC error with this code."""
     details = problem_details(verdict)
     if code == _UNSUPPORTED_VERSION:
         details |= {"supported": list(SELF_STATED), "requested": rpc.requested or ""}

@@ -176,7 +176,6 @@ class Exchange:
         return self._repeatable
 
     def on_lease_end(self) -> None:
-        """Stop the exchange in both directions."""
         self._cut(cut_error(self._check_view()))
 
     def _check_cut(self) -> None:
@@ -193,7 +192,6 @@ class Exchange:
         return self._refused is None
 
     def finish(self) -> None:
-        """Release the resources of the exchange."""
         self.unsubscribe()
         self._client.on_disconnect = None
         if self._uploading is not None:
@@ -354,7 +352,6 @@ class Exchange:
         )
 
     async def _read_whole_body(self, upstream: Stream, body: Body) -> bytes:
-        """Read the whole body of a response."""
         pieces = bytearray()
         while True:
             try:

@@ -106,7 +106,6 @@ class PlanCache:
         return self._plans.get(key)
 
     def put(self, key: bytes, plan: RequestPlan) -> None:
-        """Cache a plan. `key`: the route (`route_key`) and the head."""
         self._plans[key] = plan
         if len(self._plans) > self._limit:
             self._plans.popitem(last=False)

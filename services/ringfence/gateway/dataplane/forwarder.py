@@ -99,14 +99,12 @@ class UpstreamPool:
                 del self._idle[origin]
 
     def close(self) -> None:
-        """Close all idle connections."""
         for idle in self._idle.values():
             for stream, _ in idle:
                 stream.abort()
         self._idle.clear()
 
     def acquire_idle(self, origin: Origin) -> Stream | None:
-        """An idle connection, or None."""
         idle = self._idle.get(origin)
         now = time.monotonic()
         while idle:

@@ -167,7 +167,6 @@ def _unchanged_lines(request: RequestHead) -> bytes:
 
 
 def response_head(response: ResponseHead, *, chunked: bool, close: bool) -> bytes:
-    """The head of a target's response, for the agent."""
     head = b"HTTP/1.1 %b\r\n%b" % (response.line, _response_lines(response.section))
     if chunked:
         head += b"Transfer-Encoding: chunked\r\n"
@@ -187,7 +186,6 @@ def _response_lines(section: FieldSection) -> bytes:
 
 @functools.lru_cache(maxsize=1024)
 def _is_dropped_from_response(name: bytes) -> bool:
-    """Whether a response field is not forwarded."""
     return name in _HOP_BY_HOP or name in _DROPPED_RESPONSE_FIELDS or name.startswith(b"proxy-")
 
 

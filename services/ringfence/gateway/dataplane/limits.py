@@ -93,13 +93,11 @@ class SenderLimits:
         return True
 
     def close_connection(self, sender: str) -> None:
-        """Count the end of a connection."""
         self.connections -= 1
         self.of_addresses -= sender.startswith(ADDRESS)
         _decrement(self._connections, sender)
 
     def connections_of(self, sender: str) -> int:
-        """The number of connections of this sender."""
         return self._connections.get(sender, 0)
 
     def begin_handshake(self, address: str) -> bool:
@@ -206,7 +204,6 @@ class SenderUsage:
         """The requests in progress."""
 
     def end(self) -> None:
-        """Count the end of a request."""
         self.running -= 1
 
 

@@ -243,7 +243,6 @@ class Listeners:
         return None if self._open else "the gateway does not listen for agents yet"
 
     async def close(self) -> None:
-        """Stop listening."""
         await self._plane.close()
 
     def _update_ca(self) -> None:

@@ -126,11 +126,9 @@ class DataPlane:
 
     @property
     def connections(self) -> int:
-        """The number of connections of agents."""
         return len(self._running)
 
     async def start(self) -> None:
-        """Start the timers, in the running loop."""
         self._deadline_timer.start()
         self._sweep()
 

@@ -232,7 +232,6 @@ class Stream(asyncio.Protocol):
             self.deadline = ended
 
     def close(self) -> None:
-        """Close once everything is sent."""
         self.flush()
         if not self.transport.is_closing():
             self.transport.close()
@@ -253,7 +252,6 @@ class Stream(asyncio.Protocol):
             self.transport.write_eof()
 
     def abort(self) -> None:
-        """Close at once."""
         self._held_data = b""
         self.transport.abort()
 

@@ -134,7 +134,6 @@ class ApprovalKey:
 
 
 def revisions_text(revisions: Revisions) -> str:
-    """Revisions as text, for comparison."""
     return revisions.model_dump_json()
 
 
@@ -189,16 +188,13 @@ class OpenQuestions:
         self._waiting: Counter[str] = Counter()
 
     def approval_key(self, key: ApprovalKey, now_ms: int) -> Question | None:
-        """The open question with this key, or None."""
         self.sweep(now_ms)
         return self._by_key.get(key)
 
     def by_digest(self, request_digest: str) -> Question | None:
-        """The open question with this digest, or None."""
         return self._by_digest.get(request_digest)
 
     def was_used(self, request_digest: str) -> bool:
-        """Whether an approval of this question was used already."""
         return request_digest in self._used
 
     def check_open(self, agent_id: str) -> Allowed | Refusal:
@@ -212,7 +208,6 @@ class OpenQuestions:
         )
 
     def add(self, question: Question) -> None:
-        """Open a question."""
         self._by_key[question.approval_key] = question
         self._by_digest[question.signed.digest] = question
         self._open[question.approval_key.agent_id] += 1
@@ -234,12 +229,10 @@ class OpenQuestions:
         self._waiting[question.approval_key.agent_id] += 1
 
     def stop_waiting(self, question: Question, waiter: asyncio.Future[None]) -> None:
-        """Remove a request that waited for the answer."""
         question.waiting.pop(waiter, None)
         _less(self._waiting, question.approval_key.agent_id)
 
     def sweep(self, now_ms: int) -> None:
-        """Drop expired questions and digests."""
         for question in [open_question for open_question in self if open_question.ends_ms <= now_ms]:
             self._drop(question)
         for digest in [digest for digest, until_ms in self._used.items() if until_ms <= now_ms]:

@@ -80,7 +80,6 @@ class BlockedRequests:
             self.flush()
 
     async def close(self) -> None:
-        """Flush, before the recorder is closed."""
         self.flush()
 
     def _kind(self, blocked: BlockedRequest) -> RefusalKind:

@@ -36,6 +36,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from dataclasses import KW_ONLY, dataclass
 from typing import Final, Generic, TypeVar
 
 import orjson
@@ -174,7 +175,6 @@ class ValidatedCache(Generic[K, V]):
         return value if validity.is_valid(now_s) else None
 
     def put(self, key: K, value: V, chosen: ChosenLease, until_s: float) -> None:
-        """Cache a value that was computed just now, with the lease that was chosen for it."""
         self._entries[key] = value, CacheValidity(self._table, self._directory, chosen, until_s)
         self._entries.move_to_end(key)
         if len(self._entries) > self._limit:
@@ -238,7 +238,6 @@ class RequestCache(Generic[V]):
     def put(
         self, presented: PresentedIdentity, attempt: Attempt, value: V, chosen: ChosenLease, until_s: float
     ) -> None:
-        """Cache what a request led to just now, with the lease that was chosen for it."""
         if attempt.body is None and len(attempt.target) <= _MAX_TARGET_CHARS:
             self._cache.put(_request_key(presented, attempt), value, chosen, until_s)
 
@@ -251,32 +250,20 @@ def _request_key(presented: PresentedIdentity, attempt: Attempt) -> _RequestKey:
     )  # fmt: skip
 
 
+@dataclass(slots=True, eq=False)
 class FastPathDependencies:
     """The parts of the gate that a check uses without an await. Shared by all cached decisions of a gate."""
 
-    __slots__ = ("clock", "evaluator", "gateway", "ids", "injector", "recorder", "task_history", "view")
-
-    def __init__(
-        self,
-        view: View,
-        evaluator: Evaluator,
-        injector: Injector,
-        recorder: Recorder,
-        task_history: TaskHistory,
-        ids: ActionIds,
-        clock: Clock,
-        *,
-        gateway: str,
-    ) -> None:
-        """`gateway`: the SPIFFE ID of this one, for events."""
-        self.view = view
-        self.evaluator = evaluator
-        self.injector = injector
-        self.recorder = recorder
-        self.task_history = task_history
-        self.ids = ids
-        self.clock = clock
-        self.gateway = gateway
+    view: View
+    evaluator: Evaluator
+    injector: Injector
+    recorder: Recorder
+    task_history: TaskHistory
+    ids: ActionIds
+    clock: Clock
+    _: KW_ONLY
+    gateway: str
+    """The SPIFFE ID of this one, for events."""
 
 
 class CachedDecision:

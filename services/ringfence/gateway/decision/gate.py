@@ -153,7 +153,6 @@ class DecisionGate:
 
     @property
     def events(self) -> DecisionEvents:
-        """Records decisions. Decisions on relays are recorded by it as well."""
         return self._events
 
     # --- interface of data planes ---

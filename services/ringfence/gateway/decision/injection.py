@@ -116,7 +116,6 @@ class SealedCredentials:
         return _NO_SEAL_KEY if self._seal is None else None
 
     async def close(self) -> None:
-        """Forget all credentials, and close connections."""
         self._deliveries.clear()
         if self._http is not None:
             await self._http.aclose()

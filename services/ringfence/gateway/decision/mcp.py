@@ -77,11 +77,9 @@ class BindingTable:
         return True
 
     def lease_of(self, target_id: str, id: str) -> str | None:
-        """The live lease that an id is bound to."""
         return self._lease.get((target_id, id))
 
     def end(self, lease_id: str) -> None:
-        """Forget all ids of a lease that ended."""
         for key in self._of.pop(lease_id, {}):
             del self._lease[key]
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass, field
 from http import HTTPStatus
 from typing import Final
 
@@ -102,25 +103,21 @@ def address_of(target: TargetState) -> Address | None:
         return None
 
 
+@dataclass(slots=True, eq=False)
 class Relays:
     """The `RelayGate` of this gateway. See the protocol for the contract of each method."""
 
-    def __init__(
-        self,
-        view: View,
-        authenticator: SenderAuthenticator,
-        events: DecisionEvents,
-        clock: Clock,
-        *,
-        entitlements_max_age_s: int,
-    ) -> None:
-        self._view = view
-        self._targets = RelayTargets(view.directory)
-        self._authenticator = authenticator
-        self._events = events
-        self._clock = clock
-        self._entitlements_max_age_s = entitlements_max_age_s
-        self._ids = ActionIds()
+    view: View
+    authenticator: SenderAuthenticator
+    events: DecisionEvents
+    clock: Clock
+    _: KW_ONLY
+    entitlements_max_age_s: int
+    _targets: RelayTargets = field(init=False)
+    _ids: ActionIds = field(init=False, default_factory=ActionIds)
+
+    def __post_init__(self) -> None:
+        self._targets = RelayTargets(self.view.directory)
 
     def may_be_at(self, host: str, port: int) -> bool:
         return self._targets.may_be_at((host, port))
@@ -138,7 +135,7 @@ class Relays:
         context.took_ns = time.perf_counter_ns() - began_ns
         verdict = _verdict(context, found)
         try:
-            self._events.record(context, presented, verdict)
+            self.events.record(context, presented, verdict)
         except SpoolFullError as error:
             log.error("no relay is opened: %s", error)
             reason = Reason(
@@ -147,7 +144,7 @@ class Relays:
             return Verdict(context.id, allowed=False, status=UNAVAILABLE, reasons=(reason,)), None
         if isinstance(found, Refusal) or context.sender is None:
             return verdict, None
-        return verdict, _Permit(self, self._view, self._events, context, (host, port), found)
+        return verdict, _Permit(self, self.view, self.events, context, (host, port), found)
 
     async def _decide(
         self, context: DecisionContext, presented: PresentedIdentity, address: Address, rate_check: RateCheck
@@ -159,9 +156,9 @@ class Relays:
         3. The data plane's rate limits allow one more request of its agent.
         4. The run has leases at the address (`leases`).
         """
-        if isinstance(freshness := self._view.check_freshness(), Refused):
+        if isinstance(freshness := self.view.check_freshness(), Refused):
             return Refusal(UNAVAILABLE, (freshness.reason,))
-        sender = await self._authenticator.authenticate(presented, context.attempt)
+        sender = await self.authenticator.authenticate(presented, context.attempt)
         if isinstance(sender, Refusal):
             context.sender = sender.sender
             return sender
@@ -183,7 +180,7 @@ class Relays:
         5. The run has a live lease there that was delivered to it; with a handle, that one (`no_lease`).
         6. Everything that these leases' credentials allow is still allowed (`_chosen`).
         """
-        now_s = self._clock.now_ms() / 1000
+        now_s = self.clock.now_ms() / 1000
         try:
             targets = {target.target_id: target for target in self._targets.at(address)}
         except ChainError as error:
@@ -199,12 +196,12 @@ class Relays:
                     "reaches: no relay goes there; have an operator add the host without that verb"
                 )
                 return refuse(Code.FORWARD_NOT_RELAYED, message)
-        named = self._view.table.get(sender.lease_id) if sender.lease_id is not None else None
+        named = self.view.table.get(sender.lease_id) if sender.lease_id is not None else None
         if named is not None and isinstance(elsewhere := check_run_of_lease(sender, named), Refused):
             return Refusal(FORBIDDEN, (elsewhere.reason,))
         leases = [
             lease
-            for lease in self._view.table.delivered_to_run(sender.run_id or "")
+            for lease in self.view.table.delivered_to_run(sender.run_id or "")
             if lease.target_id in targets and lease.backend == targets[lease.target_id].backend.kind
         ]
         if not leases or sender.lease_id not in (None, *(lease.lease_id for lease in leases)):
@@ -221,13 +218,13 @@ class Relays:
 
     def _chosen(self, sender: Sender, lease: Lease, now_s: float) -> ChosenLease | Refusal:
         """A lease, with the records by which all that its credential allows is still allowed."""
-        directory, wanted = self._view.directory, lease.scope
+        directory, wanted = self.view.directory, lease.scope
         try:
             ground = load_records(directory, sender.agent_id, lease.task_id, lease.target_id)
         except DeniedError as error:
             return Refusal(FORBIDDEN, (error.reason,))
         reasons = [
-            *violations_of(ground, wanted, now_s, self._entitlements_max_age_s),
+            *violations_of(ground, wanted, now_s, self.entitlements_max_age_s),
             *lease_reasons(lease, ground, wanted, directory, now_s),
         ]
         if sender.task_id != lease.task_id:

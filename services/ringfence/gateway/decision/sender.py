@@ -54,7 +54,6 @@ class SharedKeys:
             self._findings.put_nowait((agent_id, kid, address, other_address, at_ms))
 
     async def report(self) -> None:
-        """Publish findings, forever."""
         while True:
             sharing = await self._findings.get()
             try:
@@ -125,7 +124,6 @@ class SenderAuthenticator:
         self._keys = AgentKeys(directory)
 
     def nonce(self) -> str | None:
-        """The nonce for the next proof."""
         return self._proofs.nonce()
 
     def without_proof(self, presented: PresentedIdentity) -> Sender | None:

@@ -100,7 +100,6 @@ class Targets:
         return False
 
     def hosts(self) -> frozenset[str]:
-        """The hosts of all targets, without ports."""
         return frozenset(host for (_, host, _), ids in self._ids_by_endpoint.items() if ids)
 
     def _by_id(self, target_id: str) -> CompiledTarget | Refusal:

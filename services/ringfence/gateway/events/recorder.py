@@ -287,11 +287,9 @@ class Recorder:
         return self._spool.end_mark()
 
     def is_published(self, mark: SpoolMark) -> bool:
-        """Return whether Kafka has all events before this place."""
         return self._spool.is_published(mark)
 
     async def publish(self) -> None:
-        """Publish events, forever."""
         last_error = ""
         while True:
             try:
@@ -346,7 +344,6 @@ def _parts(entry: bytes) -> tuple[bytes, bytes, bytes, bytes]:
 
 
 def outbound_of(entry: bytes) -> Outbound:
-    """The record of a spool entry."""
     key, id, traceparent, value = _parts(entry)
     return Outbound(key.decode(), value, id.decode(), traceparent.decode() or None)
 

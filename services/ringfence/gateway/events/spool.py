@@ -292,7 +292,6 @@ class Spool:
             os.pwrite(self._mark, struct.pack(">QQ", self._read_number, self._read_offset), 0)
 
     def close(self) -> None:
-        """Sync, and unlock the folder."""
         self._unsynced = True
         self.sync()
         for descriptor in (self._file, self._mark, self._lock):

@@ -28,7 +28,6 @@ class RunEvents:
         return self._recorder.end_mark() if self._refusal_counts.flush(run_id) else None
 
     def is_published(self, mark: SpoolMark) -> bool:
-        """Return whether Kafka has all events before this place."""
         return self._recorder.is_published(mark)
 
 
@@ -57,7 +56,6 @@ class TaskHistory:
     def add(
         self, task_id: str, target_id: str | None, verb: str | None, *, allowed: bool, now_ms: int
     ) -> None:
-        """Count one decision."""
         task = self._tasks.get(task_id)
         if task is None:
             task = self._tasks[task_id] = _Task(now_ms)

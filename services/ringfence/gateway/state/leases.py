@@ -133,7 +133,6 @@ class LeaseTable:
             heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
 
     def revoke(self, lease_id: str, appended_at_ms: int) -> None:
-        """Cut one lease."""
         self._revoked[lease_id] = appended_at_ms
         self._notify_end(lease_id)
 
@@ -247,7 +246,6 @@ class LeaseTable:
         return self._versions.get(key, -1)
 
     def tasks(self) -> set[str]:
-        """The tasks that have leases for gateways."""
         return {task_id for tasks in self._usable.values() for task_id in tasks}
 
     def check_live(self, lease: Lease) -> Allowed | Refused:

@@ -134,7 +134,6 @@ def signing_input(claims: Claims, key: SigningKey) -> bytes:
 
 
 def compact_jws(signing_input: bytes, signature: bytes) -> str:
-    """The compact JWS of a signing input and its signature."""
     return f"{signing_input.decode()}.{b64encode(signature)}"
 
 

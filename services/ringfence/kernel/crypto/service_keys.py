@@ -38,7 +38,6 @@ append time is what counts.
 
 
 def next_file(file: Path) -> Path:
-    """The file of the key that follows the one in `file`."""
     return file.with_name(f"{file.stem}{NEXT}{file.suffix}")
 
 
@@ -93,7 +92,6 @@ class ServiceKeys:
 
     @property
     def current(self) -> SigningKey:
-        """The key to sign with now."""
         if self._clock.now_ms() >= self._choose_at_s * 1000:
             self._choose()
         return self._current

@@ -59,7 +59,6 @@ class TrustStore:
 
     @property
     def version(self) -> int | None:
-        """The version of the bundle in force; None if there is none."""
         return self._bundle.version if self._bundle else None
 
     @property

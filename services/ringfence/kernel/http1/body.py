@@ -177,7 +177,6 @@ def has_risky_body(head: RequestHead) -> bool:
 
 
 def request_body(head: RequestHead) -> Body:
-    """The body of a request (RFC 9112, 6.3)."""
     if head.chunked:
         return ChunkedBody()
     return SizedBody(head.length) if head.length else Body()

@@ -422,12 +422,10 @@ class OffsetCommitter:
 
     @property
     def waiting(self) -> bool:
-        """Whether any offset is done and not committed."""
         return bool(self._ends)
 
     @property
     def due(self) -> bool:
-        """Whether it is time to commit."""
         return self.waiting and asyncio.get_running_loop().time() >= self._since_s + COMMIT_MS / 1000
 
     async def flush(self) -> None:

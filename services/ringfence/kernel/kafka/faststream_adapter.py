@@ -273,7 +273,6 @@ class GroupBroker(GroupRegistrator, KafkaBroker):
         return None
 
     def halted(self) -> tuple[str, ...]:
-        """The groups that have halted in this process, with the topic prefix."""
         return tuple(sorted(consumer.group for consumer in self.consumers if consumer.halted is not None))
 
 
@@ -384,5 +383,4 @@ def _topic_of(name: str, topics: Iterable[Topic[Any]]) -> Topic[Any]:
 
 
 def payload_schema(models: Sequence[type[Message]]) -> dict[str, Any]:
-    """The JSON Schema of a message that is one of these."""
     return TypeAdapter(functools.reduce(operator.or_, models)).json_schema()

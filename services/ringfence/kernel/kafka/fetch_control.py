@@ -133,7 +133,6 @@ class BatchDelay:
     """
 
     def __init__(self, full: int) -> None:
-        """`full` is the largest number of records in a batch."""
         self._full = full
         self._before = 1
 

@@ -103,7 +103,6 @@ class Publisher:
         self._producer = producer
 
     def _producer_options(self) -> dict[str, Any]:
-        """Further options of the producer."""
         return {}
 
     async def stop(self) -> None:
@@ -242,7 +241,6 @@ class Publisher:
             await client.force_metadata_update()
 
     async def partitions(self, topic: Topic[Any]) -> list[int]:
-        """The partitions of a topic."""
         return sorted(await self._connected().partitions_for(topic.name(self._settings.topic_prefix)))
 
     async def send_signed(

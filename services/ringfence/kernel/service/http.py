@@ -134,7 +134,6 @@ def position_in(query: Mapping[str, str]) -> Position | None:
 
 
 def position_text(position: Position | None) -> str | None:
-    """A position as text for `after` of the next page."""
     return f"{position[0]}.{position[1]}" if position else None
 
 
@@ -194,7 +193,6 @@ class ConnectionLimit:
         self._waiting.pop(connection, None)
 
     def leave(self, connection: Requests) -> None:
-        """Note that the connection is closed."""
         self._addresses.pop(connection, None)
         self._waiting.pop(connection, None)
 

@@ -181,7 +181,6 @@ class Runtime:
 
     @property
     def consumers(self) -> Sequence[Consumer]:
-        """One for each consumer group."""
         return self._groups.consumers
 
     def background(self, name: str, work: Callable[[], Awaitable[None]]) -> None:
@@ -313,7 +312,6 @@ class Runtime:
         return acknowledged
 
     def halted(self) -> tuple[str, ...]:
-        """The consumer groups of this service that have halted in this process."""
         return self._groups.halted()
 
     # --- the life ---

@@ -30,7 +30,6 @@ async def placeholder(*_: object) -> Any:
 
 
 def describe(role: ServiceRole, router: GroupRouter) -> FastStream:
-    """The application of a service, from the router that its `subscribers.py` makes."""
     broker = KafkaBroker(
         "localhost:9092", description="`RINGFENCE_KAFKA` says where it is.", consumer_only=True, logger=None
     )

@@ -22,12 +22,10 @@ _TRACEPARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-
 
 
 def written(trace: str, span: str, *, sampled: bool) -> str:
-    """Format a `traceparent`."""
     return f"00-{trace}-{span}-{sampled:02x}"
 
 
 def new_traceparent(*, sampled: bool = True) -> str:
-    """Return a `traceparent` that starts a trace."""
     # The id distinguishes spans; it is not secret.
     return written(secrets.token_hex(16), f"{random.getrandbits(63) + 1:016x}", sampled=sampled)
 
@@ -44,7 +42,6 @@ def well_formed(traceparent: str | None) -> str | None:
 
 
 def trace_id(traceparent: str | None) -> str | None:
-    """Return the trace id of a `traceparent`, or None if it is invalid."""
     match = _TRACEPARENT.fullmatch(traceparent or "")
     return match.group(1) if match else None
 

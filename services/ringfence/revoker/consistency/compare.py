@@ -261,7 +261,6 @@ def _differences(
 def _inconsistent(
     id: str, kafka: str, keys: LeaseKeys, selector_keys: Sequence[str], now_ms: int, record_keep_ms: int
 ) -> Iterator[LeaseDifference]:
-    """Keys that do not fit the record that Redis has of a lease."""
     for misplaced in _misplaced(keys, selector_keys, now_ms):
         yield LeaseDifference(id, "misplaced", kafka, misplaced)
     for mistimed in _mistimed(keys, now_ms, record_keep_ms):

@@ -82,7 +82,6 @@ class LeaseFold:
         return lease_id in self.highest or bytes.fromhex(lease_id.replace("-", "")) in self._over
 
     def add(self, records: Iterable[Received]) -> None:
-        """Add records, in any order."""
         for record in records:
             self._add(record)
 

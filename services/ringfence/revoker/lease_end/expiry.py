@@ -189,7 +189,6 @@ class Expiry:
         self._failure: Exception | None = None
 
     async def run(self) -> None:
-        """End due leases, for ever."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 now = asyncio.get_running_loop().time()

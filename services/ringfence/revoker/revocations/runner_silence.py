@@ -227,7 +227,6 @@ class SilentRunEnder:
     """Silent runs whose leases this revoker looks for no more."""
 
     async def run(self) -> NoReturn:
-        """Look every second."""
         await run_periodically(
             _EVERY_S, self.look, "silent runners are looked for again soon", log,
             expected=(RingfenceError, KafkaError, OSError),

@@ -106,7 +106,6 @@ class RunnerHost:
 
     @property
     def name(self) -> str:
-        """The runner's name in the trust bundle."""
         return self.connection.key.id.rpartition("/")[2]
 
 

@@ -97,7 +97,6 @@ class RunReport:
     """Why `allowed`, `denied` and `relays` may be incomplete."""
 
     def as_json(self) -> dict[str, Any]:
-        """Return the report as JSON values."""
         gone = self.destruction
         return {
             "run_id": self.run_id,

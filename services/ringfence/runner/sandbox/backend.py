@@ -244,13 +244,9 @@ class Sandbox(Protocol):
     """A started sandbox. Whoever started it calls `destroy` once it has ended, or to end it."""
 
     @property
-    def pid(self) -> int:
-        """The first process of the sandbox, as a pid of this machine."""
-        ...
+    def pid(self) -> int: ...
 
-    async def wait(self) -> SandboxExit:
-        """Wait for the end of the sandbox."""
-        ...
+    async def wait(self) -> SandboxExit: ...
 
     def signal(self, number: int) -> None:
         """Send a signal to the command's process group. Has no effect if the command has ended."""

@@ -201,7 +201,6 @@ class ControlGroup:
             await asyncio.sleep(0.01)
 
     def processes(self) -> list[int]:
-        """The pids of all processes that are in one of the groups."""
         found: set[int] = set()
         for path in self.paths:
             with contextlib.suppress(OSError):
@@ -252,7 +251,6 @@ class ControlGroup:
 
     @classmethod
     def recorded(cls, paths: list[str]) -> ControlGroup:
-        """The groups that a record names, for their removal."""
         group = cls("", Hierarchies())
         for path in map(Path, paths):
             if path.name.startswith(PREFIX):

@@ -56,7 +56,6 @@ class Survey:
 
     @property
     def endpoints(self) -> Iterator[str]:
-        """The sockets and named pipes."""
         return (path for path, entry in self.entries.items() if entry.is_endpoint)
 
 

@@ -164,7 +164,6 @@ def descendants(pid: int) -> list[ProcessId]:
 
 
 def children(parent: ProcessId) -> list[ProcessId]:
-    """The direct children, oldest first."""
     try:
         pids = [int(pid) for pid in (_PROC / f"{parent.pid}/task/{parent.pid}/children").read_text().split()]
     except OSError:  # a kernel without CONFIG_PROC_CHILDREN, or the parent is gone

@@ -156,7 +156,6 @@ class ClientBridge:
     # --- calls ---
 
     async def _post(self, line: bytes, outline: Outline) -> None:
-        """Post a message, and write the answers to it."""
         answered = False
 
         def pass_on(message: bytes) -> None:
@@ -467,7 +466,6 @@ class StdioWrap:
                 await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _write_out(self) -> None:
-        """Write messages to the client, in order."""
         while (message := await self._out.get()) is not None:
             try:
                 await asyncio.to_thread(_write_all, self._client[1], message + b"\n")
