@@ -90,7 +90,8 @@ async def waiting(realm: RunningStack) -> AsyncIterator[dict[str, str]]:
         pending = await first_pending(sam)
         yield {
             "lease_id": lease.lease_id, "request_id": pending.request_id, "agent_id": realm.agent, "tree": "0",
-            "grant_id": NOBODY, "credential_id": "a" * 24, "uid": NOBODY, "id": lease.lease_id, "target_id": realm.target,
+            "grant_id": NOBODY, "credential_id": "a" * 24, "uid": NOBODY, "id": lease.lease_id,
+            "target_id": realm.target,
         }  # fmt: skip
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
