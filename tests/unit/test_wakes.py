@@ -38,7 +38,8 @@ async def _paused(consumer: Any) -> asyncio.Task[None]:
     """A consumer that has seen all, and waits for more: the first pause only notes what was written so far."""
     topics = [("of-wakes", 0)]
     await wakes._pause(PAUSE_S, consumer, topics)
-    wakes._seen[consumer] = wakes._written["of-wakes"]
+    before = len(wakes._waiting)
     waiting = asyncio.create_task(wakes._pause(PAUSE_S, consumer, topics))
-    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # the task runs up to its wait
+    assert len(wakes._waiting) == before + 1
     return waiting
