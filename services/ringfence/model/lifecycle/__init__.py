@@ -35,6 +35,7 @@ from ringfence.model.lifecycle.key_history import (
     check_endorsement,
 )
 from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
+from ringfence.model.lifecycle.widening import delegates_operator, widens
 
 __all__ = [
     "MAX_DEPTH",
@@ -56,6 +57,7 @@ __all__ = [
     "check_endorsement",
     "check_hold",
     "command_subject",
+    "delegates_operator",
     "elements_set_by",
     "held_keys",
     "hold_of",
@@ -65,4 +67,5 @@ __all__ = [
     "may_widen",
     "still_needed",
     "subject_key",
+    "widens",
 ]
