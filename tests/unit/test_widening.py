@@ -311,7 +311,11 @@ PROVISIONED = Provisioning(groups=("ops",), active=False, user_name="sam")
 )
 def test_provisioning_of_user_by_operator_needs_second_person(change: dict[str, Any], widening: bool) -> None:
     hr = Actor("hr", frozenset(), Delegation(source="test", groups=(GROUP, GroupDelegation(group="dev"))))
-    fields = {"keys": (), "roles": (), "entitlements": Entitlements(source="test", as_of=NOW_S - 9)}
+    fields: dict[str, Any] = {
+        "keys": (),
+        "roles": (),
+        "entitlements": Entitlements(source="test", as_of=NOW_S - 9),
+    }
     made = command(UserSet, "hr", provisioned=PROVISIONED, **fields)
     before = applied(None, made, hr)
     assert not widens(None, before, made)
