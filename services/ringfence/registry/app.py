@@ -17,7 +17,7 @@ from ringfence.model.records.directory import TABLES, Directory
 from ringfence.model.records.signed_messages import SessionEvents
 from ringfence.registry.commands import Registry
 from ringfence.registry.enrolment import EnrolApi, Enroller
-from ringfence.registry.http import RegistryApi
+from ringfence.registry.http import ProposalApi, RegistryApi
 from ringfence.registry.key_expiry_warnings import KeyWarnings
 from ringfence.registry.oidc_discovery import Discovery
 from ringfence.registry.proposals import ProposalTable
@@ -79,9 +79,11 @@ def build(
     registry.on_own_event = enroller.on_event
     runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
+    runtime.routes += ProposalApi(registry.proposals, authenticator).routes()
     runtime.routes += RegistryApi(
         directory,
-        Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime)),
+        authenticator,
         runtime.clock,
         passkeys=memory.passkeys,
         task_max_s=runtime.settings.task_max_s,

@@ -22,7 +22,6 @@ from ringfence.messages.operations import EventKind
 from ringfence.messages.registry import (
     MAX_PROPOSAL_S,
     MAX_PROPOSALS,
-    AnyState,
     CommandSecond,
     CommandWithdraw,
     EmbeddedCommand,
@@ -142,37 +141,27 @@ class Proposals:
             at_ms=proposed_ms,
         )
         await self._publish(proposal, traceparent)
-        people = ", ".join(self.seconders(authorised, waits.state)) or "nobody yet: it takes another operator"
+        people = ", ".join(self.seconders(authorised.embedded)) or "nobody yet: it takes another operator"
         return (
             f"{claims.typ} waits for a second person until {utc_text(proposal.ends_at_ms / 1000)}; who may: {people}; "
             f"by: ringfence proposal second {key[:12]}"
         )
 
-    def seconders(self, authorised: Authorised, state: AnyState) -> list[str]:
-        """Return the ids of the users who may second a command now, sorted. `state`: the subject as it would be."""
-        now_ms = max(self._runtime.clock.now_ms(), authorised.appended_at_ms)
-        return [
-            user_id
-            for user_id, person in self._candidates(now_ms)
-            if self._may(person, authorised, state, now_ms)
-        ]
+    def seconders(self, command: EmbeddedCommand) -> list[str]:
+        """Return the ids of the users who may second a proposed command now, sorted."""
+        try:
+            given = self._directory.chains.authorise(parse(command.jws), command.appended_at_ms)
+            current = self._around.current(*command_subject(given.claims, given.command_id))
+        except (InvalidMessageError, ChainError):
+            return []
+        now_ms = max(self._runtime.clock.now_ms(), command.appended_at_ms)
+        sponsors = sponsors_of((), given.claims) | former_sponsors(current)
 
-    def _may(self, people: Iterable[Person], authorised: Authorised, state: AnyState, now_ms: int) -> bool:
-        current = self._around.current(*command_subject(authorised.claims, authorised.command_id))
-        sponsors = sponsors_of((state,), authorised.claims) | former_sponsors(current)
-        author = authorised.signatures.author
-        return any(
-            isinstance(
-                check_second(
-                    state,
-                    authorised.claims,
-                    Signatures(author, now_ms, person, authorised.proposed_at_ms),
-                    sponsors,
-                ),
-                Allowed,
-            )
-            for person in people
-        )
+        def may(person: Person) -> bool:
+            both = Signatures(given.signatures.author, now_ms, person, command.appended_at_ms)
+            return isinstance(check_second(given.claims, both, sponsors), Allowed)
+
+        return [user_id for user_id, people in self._candidates(now_ms) if any(map(may, people))]
 
     def _candidates(self, now_ms: int) -> Iterable[tuple[str, list[Person]]]:
         """Yield active operators and sponsors, each with their live keys."""

@@ -30,6 +30,7 @@ from ringfence.messages.registry import (
     UserState,
 )
 from ringfence.messages.trust import SecondPerson
+from ringfence.model.lifecycle.apply import command_subject
 from ringfence.model.lifecycle.context import Actor
 from ringfence.model.lifecycle.holds import hold_text
 from ringfence.model.lifecycle.key_history import WAIT_S
@@ -170,7 +171,7 @@ def check_widening(
     if signatures.second is None:
         message = f"{command.typ} widens what somebody may do, and waits for a second person"
         return refused(Code.SECOND_MISSING, message)
-    return check_second(new, command, signatures, sponsors)
+    return check_second(command, signatures, sponsors)
 
 
 def check_author(signatures: Signatures) -> Verdict:
@@ -178,10 +179,8 @@ def check_author(signatures: Signatures) -> Verdict:
     return _check_key(signatures.author, signatures.proposed_ms or signatures.at_ms)
 
 
-def check_second(
-    state: AnyState, command: Command, signatures: Signatures, sponsors: Collection[str]
-) -> Verdict:
-    """Check a second person, in this order. `state`: the subject after the command; `sponsors`: see `check_widening`.
+def check_second(command: Command, signatures: Signatures, sponsors: Collection[str]) -> Verdict:
+    """Check a second person, in this order. `sponsors`: see `check_widening`.
 
     1. It is within a day of the proposal (`proposal_lapsed`).
     2. It is a person, somebody else than the author (`second_is_author`), and not the user whom it is about.
@@ -198,7 +197,7 @@ def check_second(
     who = second.actor.user_id
     if who is not None and who == author.actor.user_id:
         return refused(Code.SECOND_IS_AUTHOR, f"{who} proposed it; somebody else has to second it")
-    if not may_second(state, command, second.actor, sponsors):
+    if not may_second(command, second.actor, sponsors):
         return refused(
             Code.SECOND_NOT_ENTITLED, f"{who or 'this signer'} may not second it: {_entitled_text(command)}"
         )
@@ -218,11 +217,11 @@ def check_second(
     return ALLOWED
 
 
-def may_second(state: AnyState, command: Command, actor: Actor, sponsors: Collection[str]) -> bool:
+def may_second(command: Command, actor: Actor, sponsors: Collection[str]) -> bool:
     """Return whether a person has the role to second a command, whoever proposed it."""
     if actor.user_id is None or actor.delegation is not None:
         return False
-    if isinstance(state, UserState) and state.user_id == actor.user_id:
+    if command_subject(command, "") == ("user", actor.user_id):
         return False
     if actor.is_operator:
         return True

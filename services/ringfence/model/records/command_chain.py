@@ -85,7 +85,10 @@ from ringfence.model.verdict import Refused
 
 COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
 """The class of a command, by its `typ` header."""
-_SIGNED_COMMANDS = COMMAND_OF_TYP | {typ_header(command): command for command in PROPOSAL_COMMANDS}
+SIGNED_COMMANDS: dict[str, type[ExpiringClaims]] = COMMAND_OF_TYP | {
+    typ_header(command): command for command in PROPOSAL_COMMANDS
+}
+"""Those and the commands about a proposal, which no record is folded from."""
 SIGNED_BY_AGENTS: dict[str, type[Claims]] = {
     typ_header(model): model
     for model in (CredentialRequest, RequestWithdraw, RevocationRequest, TaskDelegate, TaskEnd, AgentRenewKey)
@@ -241,7 +244,7 @@ class Chains:
         """
         own = folded.state if folded is not None else None
         own_keys = folded.keys if folded is not None else NO_HISTORY
-        model = _SIGNED_COMMANDS.get(jws.header.typ)
+        model = SIGNED_COMMANDS.get(jws.header.typ)
         if model is None:
             raise InvalidMessageError(
                 f"typ {jws.header.typ[:80]!r} names no command", code=Code.TYP_UNEXPECTED
