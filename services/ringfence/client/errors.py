@@ -86,7 +86,7 @@ class RefusedError(RingfenceError):
 
 
 class ProposedError(RingfenceError):
-    """A widening command was taken, and waits for a second person: nothing has changed yet. `proposal` is its digest."""
+    """A widening command waits for a second person, and nothing has changed yet. `proposal` is its digest."""
 
     code = Code.SECOND_MISSING
 

@@ -27,7 +27,6 @@ from ringfence.messages.registry import (
     AgentRenewKey,
     AgentReportReuse,
     AnyRecord,
-    Command,
     CommandSecond,
     CommandWithdraw,
     TargetRecord,
@@ -47,7 +46,7 @@ from ringfence.model.records.command_chain import Authorised, ChainError
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.model.verdict import Refused
 from ringfence.registry.domain import Change, Subject, Waits, changes_elsewhere, check_size, decide
-from ringfence.registry.proposals import Proposals, ProposalTable, author_of
+from ringfence.registry.proposals import Proposals, ProposalTable, author_of, proposal_digest
 from ringfence.registry.store import Memory
 
 log = logging.getLogger(__name__)
@@ -289,7 +288,7 @@ class Registry:
             traceparent=record.traceparent,
             actor=command.iss,
             ref=command.jti,
-            result=self._result(command, id) if kind in ("accepted", "proposed") else None,
+            result=self._result(authorised, kind, id),
             agent_id=self._agent_id(authorised),
             task_id=id if subject_kind == "task" else None,
         )
@@ -301,8 +300,15 @@ class Registry:
             return None, claims.proposal
         return command_subject(authorised.claims, authorised.command_id)
 
-    def _result(self, command: Command, id: str) -> str:
-        """Return the id of what a command created; of a renewal, the end of the new key in seconds since 1970."""
+    def _result(self, authorised: Authorised, kind: EventKind, id: str) -> str | None:
+        """Return the id of what a command created; of a renewal, the end of the new key in seconds since 1970; of a
+        proposal, its digest.
+        """
+        command = authorised.claims
+        if kind == "proposed":
+            return proposal_digest(parse(authorised.signed.compact))
+        if kind != "accepted":
+            return None
         agent = self._memory.agent(id) if isinstance(command, AgentRenewKey) else None
         if agent is None or not isinstance(command, AgentRenewKey):
             return id
