@@ -271,8 +271,10 @@ async def test_one_operators_key_alone_obtains_no_lease(world: World) -> None:
         sponsor, approver, mule = (
             world.party(kind, name) for kind, name in (("user", "mole"), ("user", "abe"), ("agent", "mule"))
         )
-        for user, roles in ((sponsor, ("sponsor",)), (approver, ("sponsor", "operator"))):
-            command = world.user_set(olga, user, roles, WIDE)
+        for command in (
+            world.user_set(olga, sponsor, ("sponsor",), WIDE),
+            world.user_set(olga, approver, ("sponsor", "operator"), WIDE),
+        ):
             await office.propose(command, olga)
             assert await office.code(office.word(command, olga, olga, 0), olga) == Code.SECOND_IS_AUTHOR
         register = world.claims(

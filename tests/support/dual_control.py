@@ -97,6 +97,10 @@ class DualControl(InMemoryRegistry):
         """Have a widening command proposed, and seconded by somebody."""
         return self.second(by, self.propose(claims))
 
+    def forward(self, ms: int) -> None:
+        """Let time pass."""
+        self.clock.ms += ms
+
     def refusal(self, call: Any) -> str | None:
         """The code with which a call is refused, or None."""
         try:

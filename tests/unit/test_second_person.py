@@ -12,6 +12,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
+    MAX_PROPOSALS,
     AgentActivate,
     AgentRenewKey,
     AgentResume,
@@ -19,9 +20,11 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentState,
     AgentSuspend,
+    CommandSecond,
     Delegation,
     EmbeddedCommand,
     GroupDelegation,
+    ProposalStatus,
     ProvisionerSet,
     Provisioning,
     SecondSignature,
@@ -32,7 +35,8 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.trust import SecondPersonMode
 from ringfence.model.records.key_compromise import KeyCompromise
-from tests.support.dual_control import DAY_MS, DualControl, waits
+from ringfence.registry.proposals import Proposals, ProposalTable
+from tests.support.dual_control import DAY_MS, DualControl, Proposed, waits
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 from tests.support.user_keys import add_key, end_key, new_key, new_passkey
 
@@ -132,16 +136,16 @@ def test_users_of_a_directory_need_no_proposal_each(org: DualControl) -> None:
     assert org.directory.user("user19") is not None
 
 
-def test_only_the_root_lets_a_directory_make_operators(org: DualControl) -> None:
-    given = {
-        "provisioner_id": "hr", "name": "HR", "keys": (org.key_record(org.key("hr")),),
-        "delegation": Delegation(source="scim", groups=(GroupDelegation(group="Ops", roles=("operator",)),)),
-    }  # fmt: skip
-    assert (
-        code_of(org, lambda: org.give(org.claims(ProvisionerSet, "olga", **given)))
-        == Code.OPERATOR_NEEDS_ROOT
-    )
-    org.give(org.claims(ProvisionerSet, "root", **given))
+def directory_of_operators(org: DualControl, by: str) -> ProvisionerSet:
+    """The command that lets a directory make operators."""
+    return org.claims(
+        ProvisionerSet, by, provisioner_id="hr", name="HR", keys=(org.key_record(org.key("hr")),),
+        delegation=Delegation(source="scim", groups=(GroupDelegation(group="Ops", roles=("operator",)),)),
+    )  # fmt: skip
+
+
+def test_root_lets_a_directory_make_operators(org: DualControl) -> None:
+    org.give(directory_of_operators(org, "root"))
 
 
 # --- the mode ---
@@ -274,13 +278,7 @@ def test_two_puppets_of_one_person_cannot_second_each_other() -> None:
 
 
 def test_users_of_one_directory_cannot_second_each_other(org: DualControl) -> None:
-    delegation = Delegation(source="scim", groups=(GroupDelegation(group="Ops", roles=("operator",)),))
-    org.give(
-        org.claims(
-            ProvisionerSet, "root", provisioner_id="hr", name="HR", keys=(org.key_record(org.key("hr")),),
-            delegation=delegation,
-        )
-    )  # fmt: skip
+    org.give(directory_of_operators(org, "root"))
     for name in ("ada", "bea"):
         org.give(
             org.user_set(
@@ -388,11 +386,84 @@ def test_second_signature_of_another_command_is_refused(org: DualControl) -> Non
     assert forged(org, embedded) == Code.CHAIN_BROKEN
 
 
-def test_what_was_seconded_by_stolen_key_rests_on_it(org: DualControl) -> None:
+def test_ceiling_seconded_by_stolen_key_rests_on_it(org: DualControl) -> None:
     since_ms = org.clock.ms
     org.seconded("otto", ceiling(org))
     found = KeyCompromise(org.directory, "otto", org.key("otto").kid, since_ms).resting(org.clock.ms / 1000)
     assert [(one.held.id, one.held.parts) for one in found] == [("bot", ("ceiling",))]
+
+
+# --- each refusal, with its code ---
+
+
+class Desk(DualControl):
+    """olga has a proposal, and proposals that were withdrawn and seconded; dora has a key that olga gave her."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proposed = self.propose(ceiling(self))
+        self.lent = new_key("oona")
+        self.table = ProposalTable(self.trust)
+        self.proposals = Proposals(NO_RUNTIME, self.directory, self.memory, self.table)
+
+    def word_on(self, status: ProposalStatus, **fields: Any) -> None:
+        """otto's word on a proposal with this status."""
+        kept = self.proposal(self.proposed).model_copy(update={"status": status})
+        self.table.drop(kept)
+        self.table.put(kept)
+        given = {
+            "author": self.proposed.claims.iss,
+            "command": self.proposed.claims.jti,
+            "proposal": kept.digest,
+        }
+        word = self.claims(CommandSecond, "otto", **{**given, "revision": 1, **fields})
+        self.proposals.required(word, self.clock.ms)
+
+    def propose_again(self) -> None:
+        for number in range(MAX_PROPOSALS):
+            command = self.proposal(self.propose(ceiling(self, "olga", permission(f"env/{number}"))))
+            self.table.put(command)
+        self.proposals.check_limit(self.key("olga").id, "0" * 64)
+
+    def by_pias_makers(self) -> Proposed:
+        """A proposal of olga, after she and otto made pia an operator."""
+        self.seconded("otto", self.user_set("olga", "pia", ["operator"]))
+        self.forward(DAY_MS)
+        return self.propose(ceiling(self))
+
+    def after(self, act: Callable[[], object]) -> None:
+        act()
+        self.second("otto", self.proposed)
+
+
+NO_RUNTIME: Any = None
+REFUSALS: dict[Code, Callable[[Desk], object]] = {
+    Code.SECOND_MISSING: lambda desk: desk.give(ceiling(desk)),
+    Code.SECOND_IS_AUTHOR: lambda desk: desk.second("olga", desk.proposed),
+    Code.SECOND_NOT_ENTITLED: lambda desk: desk.second("sam", desk.proposed),
+    Code.SECOND_NOT_APART: lambda desk: desk.second("pia", desk.by_pias_makers()),
+    Code.KEY_TOO_NEW: lambda desk: (
+        desk.seconded("otto", add_key(desk, "olga", "oona", desk.lent)),
+        desk.second("oona", desk.proposed, desk.lent),
+    ),
+    Code.SUBJECT_CHANGED: lambda desk: desk.after(
+        lambda: desk.give(desk.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    ),
+    Code.PROPOSAL_LAPSED: lambda desk: desk.after(lambda: desk.forward(DAY_MS)),
+    Code.KEY_ENDED: lambda desk: desk.after(
+        lambda: desk.give(end_key(desk, "olga", "olga", desk.key("olga").kid))
+    ),
+    Code.PROPOSAL_UNKNOWN: lambda desk: desk.word_on("open", command="another"),
+    Code.PROPOSAL_CLOSED: lambda desk: desk.word_on("withdrawn"),
+    Code.TOO_MANY_PROPOSED: lambda desk: desk.propose_again(),
+    Code.OPERATOR_NEEDS_ROOT: lambda desk: desk.give(directory_of_operators(desk, "olga")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("code", "act"), REFUSALS.items(), ids=REFUSALS)
+def test_act_is_refused(code: Code, act: Callable[[Desk], object]) -> None:
+    desk = Desk()
+    assert code_of(desk, lambda: act(desk)) == code
 
 
 # --- a registry that lies ---

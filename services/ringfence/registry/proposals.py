@@ -120,13 +120,7 @@ class Proposals:
         """
         claims, proposed_ms = authorised.claims, authorised.appended_at_ms
         key = proposal_digest(parse(authorised.signed.compact))
-        others = [one for one in self.table.open() if one.digest != key and author_of(one) == claims.iss]
-        if len(others) >= MAX_PROPOSALS:
-            raise CommandRefusedError(
-                f"{authorised.actor.user_id} has {len(others)} open proposals, and no more can be; have one seconded, "
-                "or withdraw one with: ringfence proposal withdraw",
-                code=Code.TOO_MANY_PROPOSED,
-            )
+        self.check_limit(claims.iss, key)
         proposal = Proposal(
             iss=self._runtime.key.id,
             aud=self._runtime.settings.trust_domain,
@@ -146,6 +140,18 @@ class Proposals:
             f"{claims.typ} waits for a second person until {utc_text(proposal.ends_at_ms / 1000)}; who may: {people}; "
             f"by: ringfence proposal second {key[:12]}"
         )
+
+    def check_limit(self, author: str, digest: str) -> None:
+        """Raise CommandRefusedError if an author (SPIFFE ID) has as many open proposals besides this one as are
+        allowed.
+        """
+        others = [one for one in self.table.open() if one.digest != digest and author_of(one) == author]
+        if len(others) >= MAX_PROPOSALS:
+            raise CommandRefusedError(
+                f"{author.rpartition('/')[2]} has {len(others)} open proposals, and no more can be; have one seconded, "
+                "or withdraw one with: ringfence proposal withdraw",
+                code=Code.TOO_MANY_PROPOSED,
+            )
 
     def seconders(self, command: EmbeddedCommand) -> list[str]:
         """Return the ids of the users who may second a proposed command now, sorted."""

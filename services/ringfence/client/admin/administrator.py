@@ -143,7 +143,10 @@ class Administrator(CommandClient):
     # --- proposals ---
 
     async def second(self, proposal: Proposal) -> Accepted:
-        """Second a widening command of somebody else, which takes effect then. See `read_proposal`."""
+        """Second a widening command of somebody else, which takes effect then.
+
+        `proposal`: what `ringfence.client.admin.proposals.read_proposal` returned.
+        """
         return await self._command(
             CommandSecond,
             author=proposal.command.iss,
@@ -153,7 +156,10 @@ class Administrator(CommandClient):
         )
 
     async def withdraw(self, digest: str) -> Accepted:
-        """Withdraw an own widening command that waits. `digest`: that of the proposal."""
+        """Withdraw an own widening command that waits.
+
+        `digest`: that of the proposal.
+        """
         return await self._command(CommandWithdraw, proposal=digest)
 
     # --- users ---

@@ -1,0 +1,71 @@
+"""Proposals by commands alone: what waits is said with who may second it, shown, seconded and withdrawn."""
+
+from __future__ import annotations
+
+import pytest
+
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.registry import UserInvite
+from tests.flows.test_cli import Shell, shell
+from tests.flows.test_proposals import Office
+from tests.support.world import World
+
+__all__ = ["shell"]
+WIDER = ("agent", "set-ceiling", "bot", "--allow", "platform:deploy:env/production/web", "--yes", "--anyway")
+
+
+@pytest.fixture
+async def office(shell: Shell, world: World) -> Office:
+    office = Office(world)
+    await office.staff()
+    for party in (office.otto, office.oona, office.sam):
+        party.key.save(shell.folder / f"{party.name}.json")
+    return office
+
+
+async def test_change_waits_is_shown_and_seconded(shell: Shell, office: Office) -> None:
+    waits = await shell("sam", *WIDER, status=1)
+    assert "agent.set-ceiling waits for a second person until" in waits
+    assert "who may: olga, oona, otto; by: ringfence proposal second" in waits
+    (listed,) = await shell.json("otto", "proposal", "list")
+    assert (listed["author"], listed["subject"], listed["status"]) == ("sam", "agent bot", "open")
+    table = await shell("otto", "proposal", "list")
+    assert listed["id"][:12] in table
+    shown = await shell.json("otto", "proposal", "show", listed["id"][:8])
+    assert shown["now"]["ceiling"] == []
+    assert shown["wanted"]["ceiling"][0]["resources"] == ["env/production/web"]
+    assert "env/production/web" in await shell("otto", "proposal", "show", listed["id"][:8])
+    assert (await shell.json("olga", "agent", "show", "bot"))["state"]["ceiling"] == []
+    await shell("otto", "proposal", "second", listed["id"][:12], "--yes")
+    assert (await shell.json("olga", "agent", "show", "bot"))["state"]["ceiling"] != []
+    assert "no change waits" in await shell("otto", "proposal", "list")
+    (after,) = await shell.json("otto", "proposal", "list", "--all")
+    assert (after["status"], after["by"]) == ("seconded", "otto")
+
+
+async def test_author_withdraws_and_cannot_second(shell: Shell, office: Office) -> None:
+    await shell("olga", *WIDER, status=1)
+    (listed,) = await shell.json("olga", "proposal", "list")
+    refused = await shell("olga", "proposal", "second", listed["id"], "--yes", status=1)
+    assert "somebody else has to second it" in refused
+    assert "no proposal that you may see" in await shell("otto", "proposal", "show", "ffffff", status=1)
+    await shell("olga", "proposal", "withdraw", listed["id"][:12])
+    assert await shell.json("olga", "proposal", "list") == []
+    again = await shell("otto", "proposal", "second", listed["id"], "--yes", status=1)
+    assert "withdrawn by olga before" in again
+
+
+async def test_sponsor_sees_proposals_about_agents_only(shell: Shell, office: Office) -> None:
+    await shell("olga", *WIDER, status=1)
+    key = str(shell.folder / "uma.json")
+    await shell("olga", "user", "add", "uma", "--name", "Uma", "--new-key", key, status=1)
+    assert [one["subject"] for one in await shell.json("sam", "proposal", "list")] == ["agent bot"]
+    assert len(await shell.json("otto", "proposal", "list")) == 2
+
+
+async def test_root_invites_a_second_operator(shell: Shell, world: World) -> None:  # noqa: F811
+    """The invitation that `init --second-operator` verifies."""
+    world.root.key.save(shell.folder / "root.json")
+    invitation = (await shell("root", "user", "invite", "petra")).strip()
+    claims = parse(invitation).unverified_claims(UserInvite)
+    assert (claims.iss, claims.user_id) == (world.root.id, "petra")
