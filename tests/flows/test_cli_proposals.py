@@ -66,6 +66,6 @@ async def test_sponsor_sees_proposals_about_agents_only(shell: Shell, office: Of
 async def test_root_invites_a_second_operator(shell: Shell, world: World) -> None:  # noqa: F811
     """The invitation that `init --second-operator` verifies."""
     world.root.key.save(shell.folder / "root.json")
-    invitation = (await shell("root", "user", "invite", "petra")).strip()
+    invitation = (await shell.json("root", "user", "invite", "petra"))["invitation"]
     claims = parse(invitation).unverified_claims(UserInvite)
     assert (claims.iss, claims.user_id) == (world.root.id, "petra")
