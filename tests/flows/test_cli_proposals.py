@@ -63,7 +63,7 @@ async def test_sponsor_sees_proposals_about_agents_only(shell: Shell, office: Of
     assert len(await shell.json("otto", "proposal", "list")) == 2
 
 
-async def test_root_invites_a_second_operator(shell: Shell, world: World) -> None:  # noqa: F811
+async def test_root_invites_a_second_operator(shell: Shell, world: World) -> None:
     """The invitation that `init --second-operator` verifies."""
     world.root.key.save(shell.folder / "root.json")
     invitation = (await shell.json("root", "user", "invite", "petra"))["invitation"]

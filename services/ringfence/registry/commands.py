@@ -44,6 +44,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import CommandRefusedError, KeyOrigin, command_subject, widens
 from ringfence.model.records.command_chain import Authorised, ChainError
 from ringfence.model.records.directory import Alarm, Directory
+from ringfence.model.records.seconders import independent_operators
 from ringfence.model.verdict import Refused
 from ringfence.registry.domain import Change, Subject, Waits, changes_elsewhere, check_size, decide
 from ringfence.registry.proposals import Proposals, ProposalTable, author_of, proposal_digest
@@ -520,7 +521,7 @@ class Registry:
         trust, now_s = self._runtime.trust, self._runtime.clock.now_ms() / 1000
         if trust.unready() or trust.second_person(now_s) != "required":
             return None
-        count = self.proposals.independent_operators()
+        count = independent_operators(self._directory, self._runtime.clock.now_ms())
         if count >= 2:
             return None
         return (

@@ -288,7 +288,7 @@ def _waits(
     """
     before, signatures = current.state if current else None, authorised.signatures
     command, kind = authorised.claims, around.second_person(signatures.proposed_ms)
-    sponsors = sponsors_of((before,), command) | former_sponsors(current)
+    sponsors = sponsors_of((before,), command) | _former_sponsors(current)
     verdict = check_widening(before, state, command, signatures, kind, sponsors)
     if isinstance(verdict, Allowed):
         if authorised.second is not None:
@@ -301,8 +301,7 @@ def _waits(
     return Waits(state, current.revision if current else 0)
 
 
-def former_sponsors(current: Current | None) -> frozenset[str]:
-    """Return all who are or were the sponsor of an agent, by its record."""
+def _former_sponsors(current: Current | None) -> frozenset[str]:
     commands = [one.claims for one in current.commands] if current else []
     return frozenset(one.sponsor for one in commands if isinstance(one, AgentRegister | AgentTransfer))
 

@@ -6,7 +6,7 @@ signature is judged like a command of its own; then the proposed command is deci
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 from ringfence.kernel.base.clock import utc_text
@@ -33,19 +33,13 @@ from ringfence.messages.registry import (
 from ringfence.messages.topics import PROPOSAL
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.lifecycle import (
-    Actor,
     CommandRefusedError,
-    Person,
-    Signatures,
-    check_second,
     command_subject,
-    hold_of,
-    sponsors_of,
 )
 from ringfence.model.records.command_chain import Authorised, ChainError, subject_spiffe, unverified_command
 from ringfence.model.records.directory import Directory
-from ringfence.model.verdict import Allowed
-from ringfence.registry.domain import Surroundings, Waits, changed_since, former_sponsors
+from ringfence.model.records.seconders import seconders
+from ringfence.registry.domain import Surroundings, Waits, changed_since
 
 _KEPT_MS: Final = 3_600_000
 """How long what became of a proposal stays on the topic after its day."""
@@ -155,52 +149,7 @@ class Proposals:
 
     def seconders(self, command: EmbeddedCommand) -> list[str]:
         """Return the ids of the users who may second a proposed command now, sorted."""
-        try:
-            given = self._directory.chains.authorise(parse(command.jws), command.appended_at_ms)
-            current = self._around.current(*command_subject(given.claims, given.command_id))
-        except (InvalidMessageError, ChainError):
-            return []
-        now_ms = max(self._runtime.clock.now_ms(), command.appended_at_ms)
-        sponsors = sponsors_of((), given.claims) | former_sponsors(current)
-
-        def may(person: Person) -> bool:
-            both = Signatures(given.signatures.author, now_ms, person, command.appended_at_ms)
-            return isinstance(check_second(given.claims, both, sponsors), Allowed)
-
-        return [user_id for user_id, people in self._candidates(now_ms) if any(map(may, people))]
-
-    def _candidates(self, now_ms: int) -> Iterable[tuple[str, list[Person]]]:
-        """Yield active operators and sponsors, each with their live keys."""
-        chains = self._directory.chains
-        for user_id in self._directory.users_with("operator", "sponsor"):
-            user = self._around.user(user_id)
-            if user is None or user.status != "active":
-                continue
-            provenance = chains.provenance_at(user_id, now_ms)
-            roles = frozenset(user.roles)
-            people = [
-                Person(
-                    Actor(user_id, roles, kid=key.kid, by_passkey=key.use is not None, hold=hold_of(user)),
-                    provenance,
-                )
-                for key in user.keys
-                if key.not_before * 1000 <= now_ms < key.not_after * 1000
-            ]
-            yield user_id, people
-
-    def independent_operators(self) -> int:
-        """Return how many operators there are with a live key, of whom no two rest on one person's word."""
-        now_ms = self._runtime.clock.now_ms()
-        taken: set[str] = set()
-        count = 0
-        for user_id, people in self._candidates(now_ms):
-            if not people or not people[0].actor.is_operator or people[0].actor.hold is not None:
-                continue
-            behind = {user_id, *people[0].provenance.people(now_ms)}
-            if taken.isdisjoint(behind):
-                taken |= behind
-                count += 1
-        return count
+        return seconders(self._directory, command, max(self._runtime.clock.now_ms(), command.appended_at_ms))
 
     # --- the second person ---
 

@@ -97,8 +97,8 @@ def invite(
 ) -> None:
     """Invite a person to make a key of their own, and print the link to the sign page.
 
-    As an operator, or with a key file of one's own; as the root, for `ringfence init --second-operator`. The invitation adds nothing: what the person sends back is added by
-    `ringfence user add-key`.
+    As an operator, or with a key file of one's own; as the root, for `ringfence init --second-operator`. The invitation
+    adds nothing: what the person sends back is added by `ringfence user add-key`.
     """
 
     async def work() -> tuple[str, str | None]:
