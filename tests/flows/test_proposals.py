@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign
@@ -21,6 +22,8 @@ from ringfence.messages.registry import (
     AgentSuspend,
     CommandSecond,
     CommandWithdraw,
+    Proposal,
+    UserDisable,
     UserEndKey,
 )
 from ringfence.messages.topics import (
@@ -296,3 +299,36 @@ async def test_one_operators_key_alone_obtains_no_lease(world: World) -> None:
         assert await world.records(LEASE) == []
         assert {r.key for r in await world.records(USER)} == {"olga", "otto", "oona", "sam"}
         assert {r.key for r in await world.records(AGENT)} == {"bot"}
+
+
+class Ahead(SystemClock):
+    """A clock that is a day and two hours ahead."""
+
+    def now_ms(self) -> int:
+        return super().now_ms() + 26 * 3_600_000
+
+
+async def test_proposal_lapses_after_a_day_and_is_deleted(world: World) -> None:
+    async with opened(world) as office:
+        command = office.ceiling(office.olga)
+        event = await office.propose(command, office.olga)
+    async with world.running("registry", clock=Ahead()):
+        lapsed = await office.closing("lapsed", command.jti)
+        assert lapsed.reasons[0].code == Code.PROPOSAL_LAPSED
+        last = [record for record in await world.records(PROPOSAL) if record.key == event.result][-1]
+        assert world.opened(last, Proposal, "registry").status == "lapsed"
+    async with world.running("registry", clock=Ahead()):
+        gone = await world.consume_until(PROPOSAL, lambda r: r.key == event.result and not r.value)
+        assert gone.value == b""
+
+
+async def test_registry_warns_without_two_independent_operators(world: World) -> None:
+    async with opened(world):
+        ready = (await world.get("registry", "/readyz")).json()
+        assert ready.get("warnings", []) == []
+        for user in ("otto", "oona"):
+            await world.accepted(
+                world.claims(UserDisable, world.root, user_id=user, reason="left"), world.root
+            )
+        (warning,) = (await world.get("registry", "/readyz")).json()["warnings"]
+        assert "independent operators with a live key: 1 of 2" in warning

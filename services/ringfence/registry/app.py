@@ -29,7 +29,7 @@ RECALL_S = 5.0
 """How long an instance that enrols waits for the registry's memory."""
 _HEARTBEAT_S = 1.0
 """The interval at which the tables are confirmed; well below `RINGFENCE_GRACE_S`."""
-_SETTLE_S = 30.0
+_SETTLE_S = 5.0
 """The interval at which proposals whose day is over are reported, and removed later."""
 
 

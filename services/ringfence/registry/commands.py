@@ -513,7 +513,8 @@ class Registry:
                 await self.proposals.settle(self._runtime.clock.now_ms(), forget=True)
 
         await run_periodically(
-            every_s, settle, "proposals are settled later", log, expected=(KafkaError, RingfenceError, OSError),
+            every_s, settle, "proposals are settled later", log,
+            expected=(KafkaError, RingfenceError, OSError), at_once=True,
         )  # fmt: skip
 
     def second_person_warning(self) -> str | None:
@@ -525,7 +526,7 @@ class Registry:
         if count >= 2:
             return None
         return (
-            f"widening commands need a second person, and there are {count} independent operators with a live key: "
+            f"widening commands need a second person; independent operators with a live key: {count} of 2; "
             "make another with the root: ringfence user set --key root.json"
         )
 
