@@ -386,6 +386,17 @@ def test_second_signature_of_another_command_is_refused(org: DualControl) -> Non
     assert forged(org, embedded) == Code.CHAIN_BROKEN
 
 
+def test_second_signature_of_another_text_with_the_same_jti_is_refused(org: DualControl) -> None:
+    """An author who signs two commands with one `jti` shows one of them, and hands in the other."""
+    shown = org.propose(ceiling(org, "olga", WEB))
+    other = org.propose(
+        org.claims(AgentSetCeiling, "olga", agent_id="bot", ceiling=(DB,), jti=shown.claims.jti)
+    )
+    word = SecondSignature(jws=org.word("otto", shown), proposed_at_ms=other.at_ms)
+    embedded = EmbeddedCommand(jws=other.jws, appended_at_ms=org.clock.ms, second=word)
+    assert forged(org, embedded) == Code.CHAIN_BROKEN
+
+
 def test_ceiling_seconded_by_stolen_key_rests_on_it(org: DualControl) -> None:
     since_ms = org.clock.ms
     org.seconded("otto", ceiling(org))
@@ -512,7 +523,8 @@ def test_reader_refuses_what_a_lying_registry_adds(org: DualControl) -> None:
 
 def test_reader_refuses_second_signature_over_a_change_in_between(org: DualControl) -> None:
     proposed = org.propose(ceiling(org))
-    org.give(org.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
+    stop = org.claims(AgentSuspend, "sam", agent_id="bot", reason="x", iat=proposed.claims.iat)
+    org.give(stop)  # not overtaken: it was signed in the same second
     assert forged(org, org.embedded("otto", proposed)) == Code.CHAIN_BROKEN
 
 
