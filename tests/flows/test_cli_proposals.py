@@ -69,3 +69,15 @@ async def test_root_invites_a_second_operator(shell: Shell, world: World) -> Non
     invitation = (await shell.json("root", "user", "invite", "petra"))["invitation"]
     claims = parse(invitation).unverified_claims(UserInvite)
     assert (claims.iss, claims.user_id) == (world.root.id, "petra")
+
+
+async def test_key_file_made_for_a_proposal_is_kept_and_counts_once_seconded(
+    shell: Shell,
+    office: Office,
+) -> None:
+    file = shell.folder / "uma.json"
+    await shell("olga", "user", "add", "uma", "--name", "Uma", "--new-key", str(file), status=1)
+    assert file.exists()
+    (listed,) = await shell.json("otto", "proposal", "list")
+    await shell("otto", "proposal", "second", listed["id"], "--yes")
+    assert (await shell.json("uma", "user", "show", "uma"))["state"]["name"] == "Uma"

@@ -28,7 +28,7 @@ from ringfence.client.reports.read_api import ReadApi
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from ringfence.client.admin.proposals import Proposal
+    from ringfence.client.admin.proposals import ProposedCommand
 
 app = typer.Typer(
     help="Changes that give somebody more, and wait for a second person: list, show, second, withdraw.",
@@ -130,7 +130,7 @@ def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: Jso
     print_accepted(accepted, f"{listed['typ']} of {found.kind} {found.id} is withdrawn", wants_json(as_json))
 
 
-async def _found(text: str, who: Path | None) -> tuple[dict[str, Any], Proposal, dict[str, Any]]:
+async def _found(text: str, who: Path | None) -> tuple[dict[str, Any], ProposedCommand, dict[str, Any]]:
     """Return the one proposal whose id begins so: as listed, verified, and with its subject as it is now."""
     from ringfence.client.admin.proposals import read_proposal
 
@@ -164,7 +164,9 @@ def _ends_in(listed: dict[str, Any]) -> str:
     return until(listed["ends_at_ms"] / 1000, time.time())
 
 
-def _print(listed: dict[str, Any], found: Proposal, now: dict[str, Any], *, to_people: bool = False) -> None:
+def _print(
+    listed: dict[str, Any], found: ProposedCommand, now: dict[str, Any], *, to_people: bool = False
+) -> None:
     fields = {
         "command": found.command.typ,
         "of": f"{found.kind} {found.id}",

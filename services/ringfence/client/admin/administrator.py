@@ -8,7 +8,7 @@ from typing import Any, Final, Literal
 
 from ringfence.client.admin.command_client import UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
-from ringfence.client.admin.proposals import Proposal
+from ringfence.client.admin.proposals import ProposedCommand
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.admin.unknown_subjects import similar_id, unknown_subject
 from ringfence.client.arguments import instances, permissions, roles_of, texts
@@ -142,7 +142,7 @@ class Administrator(CommandClient):
 
     # --- proposals ---
 
-    async def second(self, proposal: Proposal) -> Accepted:
+    async def second(self, proposal: ProposedCommand) -> Accepted:
         """Second a widening command of somebody else, which takes effect then.
 
         `proposal`: what `ringfence.client.admin.proposals.read_proposal` returned.

@@ -19,7 +19,7 @@ _ENVELOPE = frozenset({"iss", "aud", "iat", "exp", "jti"})
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class ProposedCommand:
     """A widening command whose author's signature was verified."""
 
     digest: str
@@ -41,7 +41,7 @@ class Proposal:
         return {name: (state.get(name), value) for name, value in wanted.items() if state.get(name) != value}
 
 
-def read_proposal(directory: Directory, listed: Mapping[str, Any]) -> Proposal:
+def read_proposal(directory: Directory, listed: Mapping[str, Any]) -> ProposedCommand:
     """Return a proposal of the registry's list, after the author's signature was verified by the records on Kafka.
 
     Raises InvalidCallError if it does not verify: nobody should second it.
@@ -53,4 +53,4 @@ def read_proposal(directory: Directory, listed: Mapping[str, Any]) -> Proposal:
         raise InvalidCallError(f"the registry lists a proposal that does not verify: {error}") from None
     kind, id = command_subject(given.claims, given.command_id)
     author = given.actor.user_id or "root"
-    return Proposal(digest(jws.signing_input), given.claims, author, kind, id, listed["revision"])
+    return ProposedCommand(digest(jws.signing_input), given.claims, author, kind, id, listed["revision"])
