@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from ringfence.kernel.crypto.jws import parse
+from ringfence.client.admin.trust_setup import TrustFolder
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.messages.registry import UserInvite
 from tests.flows.test_cli import Shell, shell
 from tests.flows.test_proposals import Office
@@ -81,3 +82,32 @@ async def test_key_file_made_for_a_proposal_is_kept_and_counts_once_seconded(
     (listed,) = await shell.json("otto", "proposal", "list")
     await shell("otto", "proposal", "second", listed["id"], "--yes")
     assert (await shell.json("uma", "user", "show", "uma"))["state"]["name"] == "Uma"
+
+
+async def test_second_operator_and_the_mode_required_are_published_together(
+    shell: Shell,
+    world: World,
+) -> None:
+    folder, package = shell.folder / "trust", shell.folder / "package"
+    trust = TrustFolder(folder)
+    folder.mkdir(mode=0o700)
+    for file in (trust.root_key, shell.folder / "root.json"):
+        world.root.key.save(file)
+    trust.bundle.write_text(sign(world.bundle, world.root.key, header_jwk=True))
+    invitation = shell.folder / "invitation"
+    invitation.write_text((await shell.json("root", "user", "invite", "petra"))["invitation"])
+    key = str(shell.folder / "petra.json")
+    await shell("olga", "key", "new", key, "--id", "user/petra")
+    package.write_text(await shell("petra", "key", "prove", key, "--invitation", str(invitation)))
+    made = ("init", "--folder", str(folder), "--second-operator", str(package), "--publish")
+    said = await shell.json("root", *made)
+    assert (said["operator"], said["second_person"]["mode"], said["trust_bundle"]) == ("petra", "required", 2)
+    registry = world.runtimes["registry"]
+    await world.until(lambda: registry.trust.version == 2 or None, "the bundle of two operators")
+    begins_s = said["second_person"]["not_before"]
+    assert [registry.trust.second_person(at_s) for at_s in (begins_s - 1, begins_s)] == [
+        "reported",
+        "required",
+    ]
+    await world.event_where(lambda event: event.kind == "accepted" and event.result == "petra")
+    assert (await shell.json("petra", "user", "show", "petra"))["state"]["roles"] == ["operator"]
