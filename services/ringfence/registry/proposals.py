@@ -242,6 +242,8 @@ class Proposals:
             key = self._directory.chains.command_key(claims.iss, jws.header.kid, at_ms)
         except ChainError:
             return None  # nothing is done on a record that does not verify
+        if current is not None and any(one.embedded.jws == proposal.command.jws for one in current.commands):
+            return None  # seconded; the second signature is delivered again, if its answer is missing
         if changed_since(current, proposal):
             return "lapsed", Code.SUBJECT_CHANGED, "its subject has changed since"
         if key is None:
