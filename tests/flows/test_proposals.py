@@ -7,7 +7,10 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import pytest
+
 from ringfence.kernel.base.clock import SystemClock
+from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jwe import ReplyKey
 from ringfence.kernel.crypto.jws import parse, sign
@@ -36,6 +39,7 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.messages.trust import SecondPersonMode
+from ringfence.registry.commands import Registry
 from tests.support.world import Party, World, scope
 
 WIDE = scope("platform", ["deploy"], ["env/production/web"])
@@ -332,3 +336,26 @@ async def test_registry_warns_without_two_independent_operators(world: World) ->
             )
         (warning,) = (await world.get("registry", "/readyz")).json()["warnings"]
         assert "independent operators with a live key: 1 of 2" in warning
+
+
+async def test_second_whose_answer_was_lost_is_answered_once_and_changes_nothing_more(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the registry ended after the record and before the answers: the second signature is delivered again."""
+    answer, failures = Registry._answer_seconded, [UnavailableError("it ended here")]
+
+    async def answer_later(self: Registry, *given: Any) -> None:
+        if failures:
+            raise failures.pop()
+        await answer(self, *given)
+
+    monkeypatch.setattr(Registry, "_answer_seconded", answer_later)
+    async with opened(world) as office:
+        command, revision = office.ceiling(office.olga), await office.revision()
+        await office.propose(command, office.olga)
+        await world.accepted(office.word(command, office.olga, office.otto, revision), office.otto)
+        assert failures == []
+        assert await office.revision() == revision + 1
+        await office.closing("accepted", command.jti)
+        (one,) = (await world.get("registry", "/v1/proposals", office.otto, all="1")).json()["proposals"]
+        assert one["status"] == "seconded"
