@@ -21,6 +21,7 @@ from xdist.scheduler import LoadFileScheduling
 from ringfence.dev.processes import StackError
 from tests.brokers import KafkaServer, RedisServer, start_kafka, start_redis
 from tests.support.servers.postgres import PostgresServer, server_programs
+from tests.support.signals import handle_ignored
 from tests.support.switches import switch_off
 from tests.support.time_limits import TimeLimits, add_settings
 from tests.support.world import World
@@ -148,6 +149,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesAndStac
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    handle_ignored()
     config.pluginmanager.register(TimeLimits(config), "ringfence-time-limits")
     for option, role, path, _ in _SWITCHES:
         if config.getoption(option):

@@ -22,6 +22,7 @@ from ringfence.messages.base import Permission
 from ringfence.messages.credential import CredentialDelivery, Delivery
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from ringfence.messages.topics import CREDENTIAL_REPLY
+from ringfence.model.target_settings import CREDENTIAL_KINDS
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.stack import WITHIN_S, RunningStack, Seen, first_pending
@@ -44,6 +45,11 @@ class Thing:
     @classmethod
     def of(cls, target_id: str, template: str, verbs: tuple[str, ...], resource: str) -> Thing:
         return cls(target_id, TEMPLATES[template], verbs, (resource,))
+
+    @property
+    def delivery(self) -> Delivery:
+        """To the agent where the kind allows it, so that a story can ask for both."""
+        return "agent" if CREDENTIAL_KINDS[self.template.backend].handed_out else "gateway"
 
     @property
     def scope(self) -> Permission:
@@ -98,7 +104,7 @@ async def staff(realm: RunningStack, *things: Thing) -> None:
                     {"kind": template.backend, **template.settings, **thing.settings}
                 ),
                 verbs=[VerbFloor(verb=verb, floor=floor) for verb, floor in floors.items()],
-                requests=template.requests,
+                requests=template.requests, delivery=thing.delivery,
             )  # fmt: skip
     async with realm.administrator("sam") as sam:
         key = realm.key("agent", realm.agent)

@@ -21,7 +21,9 @@ _CLUSTER_FILE = "nodes.conf"
 SLOTS = 16384
 
 
-class _Server(EmbeddedRedis):
+class Server(EmbeddedRedis):
+    """A Valkey that is killed, emptied or restored from a snapshot."""
+
     def call(self, *command: Any) -> Any:
         """The answer to one command. Raises redis.RedisError."""
         with redis.Redis(port=self.port, socket_timeout=10, decode_responses=True) as client:
@@ -79,10 +81,10 @@ class ChaosValkey:
         self._server = self._next()
         self._links: list[Link] = []
 
-    def _next(self) -> _Server:
+    def _next(self) -> Server:
         self._count += 1
         name = f"{self.name}-{self._count}"
-        return _Server(
+        return Server(
             self._folder / name, log_path=self._folder / "logs" / f"{self.name}.log", options=self._options
         )
 
@@ -236,7 +238,7 @@ async def follow(replica: ChaosValkey, node: ChaosValkey, nodes: int) -> None:
         await is_replica(replica)
 
 
-async def is_replica(node: _Server | ChaosValkey) -> None:
+async def is_replica(node: Server | ChaosValkey) -> None:
     """Return once a node has what the one has that it follows."""
     async with asyncio.timeout(_SYNC_WITHIN_S):
         while "connected" not in await asyncio.to_thread(node.call, "ROLE"):

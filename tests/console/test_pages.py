@@ -20,9 +20,10 @@ from tests.passkeys.browser import Person
 from tests.support.sign_page import Site
 
 PATHS = (
-    "/approvals", "/approvals?show=others", "/approvals/{request}", "/grants", "/grants?show=all", "/agents",
-    "/agents/{agent}", "/agents/night-bot", "/agents/nobody", "/offers/{offer}", "/leases", "/leases/{lease}",
-    "/tasks", "/tasks?status=all", "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway", "/findings", "/coverage",
+    "/approvals", "/approvals?show=others", "/approvals/{request}", "/grants", "/grants?show=all", "/proposals",
+    "/agents", "/agents/{agent}", "/agents/night-bot", "/agents/nobody", "/offers/{offer}", "/leases",
+    "/leases/{lease}", "/tasks", "/tasks?status=all", "/tasks/{task}", "/audit", "/trace/{lease}", "/gateway",
+    "/findings", "/coverage",
 )  # fmt: skip
 LivedIn = tuple[Visitor, dict[str, str]]
 

@@ -20,7 +20,7 @@ from ringfence.messages.base import ExpiringClaims, Message, Topic, typ_header
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import EndKind, RevocationRequest
 from ringfence.messages.operations import ActionDecided
-from ringfence.messages.registry import COMMANDS
+from ringfence.messages.registry import COMMANDS, PROPOSAL_COMMANDS
 from ringfence.messages.topics import ALL, AUDITED
 from ringfence.model.records.command_chain import COMMAND_OF_TYP
 from tests.support.audit_fixtures import AuditFixtures, steps
@@ -33,6 +33,7 @@ NOT_READ: dict[str, str] = {
     "audit": "these are the events",
     "audit.checkpoint": "heads of the chains, and who saw them: an event about one would make the next; "
     "`audit verify` reads them",
+    "proposal": "commands that wait, with what became of them; the registry says the same on service.event",
     "signal.stream": "what one receiver of signals chose for itself; nothing is issued or ended by it, and what it is "
     "refused is on service.event",
 }
@@ -99,6 +100,10 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "accepted": {"command.accepted", "message.accepted", "session.begun"},
         "refused": {"command.refused", "credential.refused", "message.refused"},
         "replayed": {"message.replayed"},
+        "proposed": {"command.proposed"},
+        "withdrawn": {"command.withdrawn"},
+        "lapsed": {"command.lapsed"},
+        "widened": {"command.widened", "command.widened_by_root"},
         "finding": {
             "finding",
             "key.added",
@@ -150,7 +155,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "task.delegate": {"task.delegated"},
         "task.end": {"task.ended"},
     },
-    **{command.__name__: {"": {command.typ}} for command in COMMANDS},
+    **{command.__name__: {"": {command.typ}} for command in (*COMMANDS, *PROPOSAL_COMMANDS)},
 }
 """What each message becomes, by the outcome that it tells of (of a record: by the command that led to it)."""
 
@@ -214,6 +219,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
             "agent.key_compromised", "agent.transferred", "agent.suspended", "agent.resumed",
             "agent.decommissioned", "record.revision_fell", "command.accepted", "key.ending", "key.shared",
             "key.taken", "token.replayed", "command.refused", "finding",
+            "command.proposed", "command.withdrawn", "command.lapsed", "command.widened",
+            "command.widened_by_root",
         ),
         OF_AGENT,
     ),
@@ -226,7 +233,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
             "user.created", "user.changed", "user.disabled", "provisioner.created", "provisioner.changed",
             "provisioner.linked", "target.created", "target.changed", "target.removed", "lease.epoch",
             "service.started", "service.stopped", "session.begun", "trust.changed", "trust.repeated",
-            "trust.version_fell",
+            "trust.version_fell", "command.second", "command.withdraw",
         ),
         OF_NOBODY,
     ),

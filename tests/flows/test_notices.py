@@ -33,6 +33,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REQUEST, REVOCATION_REQUEST
 from ringfence.policy.settings import PolicySettings
+from tests.flows.test_proposals import Office
 from tests.support.benches.policy_bench import DEPLOY, READ, PolicyBench, rewind
 from tests.support.passkeys import SoftwarePasskey, add_passkey
 from tests.support.user_keys import give_key
@@ -398,3 +399,27 @@ async def test_embedded_message_of_a_passkey_has_a_receipt_for_its_signer(
             await settled(world)
             assert len(of_maria.got) == 4
             assert receiver.got == []  # sam signed with a key file
+
+
+async def test_people_who_may_second_a_proposal_are_told_of_it(
+    world: World, receiver: Receiver, tmp_path: Path
+) -> None:
+    places = settings(tmp_path, otto=receiver, olga=receiver)
+    async with world.running("registry", "policy", own=places):
+        staff = Office(world)
+        await staff.staff()
+        receiver.got.clear()
+        command = staff.ceiling(staff.olga)
+        event = await staff.propose(command, staff.olga)
+        await world.until(
+            lambda: [one for one in receiver.got if b"proposal" in one[2]] or None, "the notice to otto"
+        )
+        bodies = [json.loads(body)["text"] for _, _, body in receiver.got if b"proposal" in body]
+        assert len(bodies) == 1
+        wanted = (
+            "`olga` proposes `agent.set-ceiling`",
+            "`agent bot`",
+            f"proposal second {str(event.result)[:12]}",
+        )
+        for part in wanted:
+            assert part in bodies[0]

@@ -288,7 +288,12 @@ async def test_redelivered_commands_are_carried_out_once(world: World):
         # Whatever came after everything else is answered: so all of it was gone through.
         await world.accepted(world.claims(AgentSetCeiling, sam, agent_id="deploy-bot", ceiling=()), sam)
         after = await answers(world)
-    assert {event.kind for event in after} == {"accepted", "refused", "finding"}  # of the first key of sam
+    assert {event.kind for event in after} == {
+        "accepted",
+        "refused",
+        "finding",
+        "widened",
+    }  # of the first key of sam
     assert len({event.jti for event in after} - told) == 1
     assert len(await values(world, AGENT, "deploy-bot")) == 5
     for topic in (USER, TASK):

@@ -29,6 +29,8 @@ from ringfence.messages.registry import (
     AgentSuspend,
     AgentTransfer,
     BackendSettings,
+    CommandSecond,
+    CommandWithdraw,
     Entitlements,
     GroupLink,
     KeyPossession,
@@ -182,6 +184,14 @@ def every_record(office: AuditFixtures) -> dict[str, Received]:
     found["signed in"] = office.service_event(
         "accepted", "session.statement", "registry", actor=sam.id, ref="a-session"
     )
+    for kind in ("proposed", "withdrawn", "lapsed", "widened"):
+        found[f"ceiling {kind}"] = office.service_event(
+            kind, "agent.set-ceiling", agent_id="deploy-bot", ref=f"ceiling {kind}", actor=sam.id
+        )
+    why = (Reason(code="widened_by_root", message="the root alone widened agent deploy-bot"),)
+    found["ceiling widened by the root"] = office.service_event(
+        "widened", "agent.set-ceiling", agent_id="deploy-bot", ref="ceiling by the root", reasons=why
+    )
     found["service started"] = office.service_event("started", "policy", "policy")
     found["service stopped"] = office.service_event("stopped", "policy", "policy")
     found["replay told"] = office.service_event(
@@ -315,6 +325,8 @@ def commands(office: AuditFixtures) -> dict[str, Received]:
         (TaskAssign, sam, {"terms": terms, "on_behalf_of": "maria", "consent": consent}),
         (TaskDelegate, office.key("agent", "deploy-bot"), {"parent": office.task, "terms": terms}),
         (TaskEnd, maria, {"task_id": office.task, "reason": "done"}),
+        (CommandSecond, olga, {"author": sam.id, "command": "x", "proposal": "0" * 64, "revision": 1}),
+        (CommandWithdraw, sam, {"proposal": "0" * 64}),
     ]  # fmt: skip
     return {
         model.typ: office.signed(REGISTRY_COMMAND, office.claims(model, by, **more), by)

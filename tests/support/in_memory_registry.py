@@ -15,6 +15,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.base import Claims, ExpiringClaims, KeyRecord, Permission, Topic
+from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
     AgentRecord,
     AgentRegister,
@@ -35,13 +36,13 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.messages.topics import AGENT, TARGET, TASK, USER
-from ringfence.messages.trust import ServiceIdentity, TrustBundle
+from ringfence.messages.trust import SecondPersonMode, ServiceIdentity, TrustBundle
 from ringfence.model.identity.spiffe_ids import SubjectKind
-from ringfence.model.lifecycle import Context, apply, command_subject, subject_key
+from ringfence.model.lifecycle import CommandRefusedError, Context, apply, command_subject, subject_key
 from ringfence.model.records.command_chain import Chains, subject_spiffe
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.model.verdict import Refused
-from ringfence.registry.domain import TASK_MAX_S, Change, Current, changes_elsewhere, decide
+from ringfence.registry.domain import TASK_MAX_S, Change, Current, Waits, changes_elsewhere, decide
 from ringfence.registry.store import Memory
 from tests.support.passkeys import ORIGINS, RP_ID
 
@@ -70,6 +71,9 @@ class FixedClock:
 class InMemoryRegistry:
     """A registry's memory and rules. Time passes by a second with each command, unless the test says otherwise."""
 
+    second_person: tuple[SecondPersonMode, ...] = ()
+    """The modes in the trust bundle."""
+
     def __init__(self) -> None:
         self.clock = FixedClock()
         self.task_max_s = TASK_MAX_S
@@ -92,7 +96,7 @@ class InMemoryRegistry:
         now_s = START_MS // 1000
         bundle = TrustBundle(
             iss=self.root.id, aud=TD, iat=now_s, exp=now_s + validity_s, jti="bundle", version=1,
-            rp_id=RP_ID, origins=ORIGINS,
+            rp_id=RP_ID, origins=ORIGINS, second_person=self.second_person,
             services=(
                 ServiceIdentity(
                     id=self.registry.id, roles=("registry",), keys=(self.registry.record(now_s + validity_s),)
@@ -210,6 +214,8 @@ class InMemoryRegistry:
         given = self.directory.chains.authorise(parse(self.signed(claims, key)), at_ms)
         kind, id = command_subject(given.claims, given.command_id)
         change = decide(self.current(kind, id), given, self.memory, task_max_s=self.task_max_s)
+        if isinstance(change, Waits):
+            raise CommandRefusedError("it waits for a second person", code=Code.SECOND_MISSING)
         if change is not None:
             self.admit(self.sign_record(change.state, change.commands, change.revision))
         if kind == "user" and (user := self.directory.user(id)):

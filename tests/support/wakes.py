@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -58,7 +58,9 @@ def _wake(topics: Iterable[str]) -> None:
     _written.update(topics)
     for future, wanted in tuple(_waiting.items()):
         if not wanted.isdisjoint(topics):
-            future.get_loop().call_soon_threadsafe(_end, future)
+            # A command in another thread may have closed its loop since; the record is written all the same.
+            with suppress(RuntimeError):
+                future.get_loop().call_soon_threadsafe(_end, future)
 
 
 def _end(future: asyncio.Future[None]) -> None:

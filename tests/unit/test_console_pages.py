@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from ringfence.client.errors import ApiError
-from ringfence.console.page_templates import PageDigests, beginning, digest_of
+from ringfence.console.page_templates import PageDigests, beginning, digest_of, render
 from ringfence.console.views.page import Page
+from ringfence.console.views.pages import proposals
 from ringfence.messages.base import Permission
 
 RESOURCES = [f"{'ж' * 500}/{number}" for number in range(60)]
@@ -65,3 +67,34 @@ def test_digest_is_of_all_that_services_answered() -> None:
     page = Page("a.html", "A", {"scope": [Permission(target="t", verbs=("v",), resources=("ж",))]})
     again = Page("a.html", "A", {"scope": [Permission(target="t", verbs=("v",), resources=("ж",))]})
     assert digest_of(page) == digest_of(again) != digest_of(Page("a.html", "A", {"scope": []}))
+
+
+class ProposalReads:
+    """What the registry would list."""
+
+    async def proposals(self) -> list[dict[str, Any]]:
+        common = {
+            "status": "open",
+            "typ": "agent.set-ceiling",
+            "author": "olga",
+            "at_ms": 1,
+            "ends_at_ms": 2000,
+        }
+        return [
+            {**common, "id": "a" * 64, "subject": "agent <b>x</b>", "may_second": ["oona"]},
+            {**common, "id": "b" * 64, "subject": "user uma", "may_second": ["oona", "otto"]},
+        ]
+
+
+async def test_proposals_that_a_person_may_second_come_first_with_the_command() -> None:
+    view: Any = SimpleNamespace(reads=ProposalReads(), session=SimpleNamespace(user_id="otto"))
+    page = await proposals(view)
+    assert [one["mine"] for one in page.values["proposals"]] == [True, False]
+    html = render(
+        page.template, title=page.title, section=page.section, sections={}, session=None, is_live=False, notice="",
+        trust_domain="acme.example", **page.values,
+    )  # fmt: skip
+    assert f"ringfence proposal second {'b' * 12}" in html
+    assert f"ringfence proposal second {'a' * 12}" not in html
+    assert f"ringfence proposal show {'a' * 12}" in html
+    assert "<b>x</b>" not in html

@@ -241,6 +241,17 @@ def test_review_by_operator_whose_role_alone_rests_on_reporter_is_refused(org: O
     assert refusal(lambda: org.review("o2", report, "void")) == Code.ENDORSEMENT_NOT_APART
 
 
+def test_review_in_the_second_in_which_the_root_gave_the_key_is_accepted(org: Organisation) -> None:
+    org.ceiling("olga", WEB, DB)
+    report = org.report()
+    org.clock.ms += 1500 - org.clock.ms % 1000
+    org.give(org.user_set("root", "o2", ["operator"]), org.root, passing_ms=1)
+    org.review("o2", report, "void")
+    hold = org.held("agent", "bot")
+    assert hold is not None
+    assert hold.status == "void"
+
+
 def test_review_of_unknown_report_is_refused(org: Organisation) -> None:
     report = org.report()
     other = report.model_copy(update={"reason": "another"})

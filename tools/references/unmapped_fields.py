@@ -130,6 +130,8 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "without_consent": ("boolean", "The agent was transferred without the new sponsor's consent."),
         "result": ("string", "What the command created."),
         "key": ("string", "The thumbprint of a key that was added to a user, or ended."),
+        "proposal": ("string", "The digest of a command that waits for a second person."),
+        "seconded_by": ("string", "The second person, whose signature let a widening command take effect."),
         "revision": ("integer", "The revision of the record; of a trust bundle its version."),
         "known_revision": ("integer", "The revision that was seen before."),
         "status": ("string", "The status of the record."),

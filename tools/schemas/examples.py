@@ -203,6 +203,16 @@ _ALL: tuple[Message, ...] = (
         **_command(_OLGA), user_id="maria", key=_KEY, invitation=_JWS, possession=_JWS, endorsement=_JWS
     ),
     registry.UserEndKey(**_command(_MARIA), user_id="maria", kid=_KEY.kid, reason="lost with the laptop"),
+    registry.CommandSecond(
+        **_command(f"spiffe://{TD}/user/otto"), author=f"spiffe://{TD}/user/olga", command="4f0c7a52-9a0e-4c1b-8d2e-7a529a0e5c1b",
+        proposal=_DIGEST, revision=7,
+    ),
+    registry.CommandWithdraw(**_command(f"spiffe://{TD}/user/olga"), proposal=_DIGEST),
+    registry.Proposal(
+        **_claims(_service("registry")), digest=_DIGEST, sub=f"spiffe://{TD}/agent/deploy-bot", revision=7,
+        command=registry.EmbeddedCommand(jws=_JWS, appended_at_ms=AT_MS), ends_at_ms=AT_MS + 86_400_000,
+        status="open", at_ms=AT_MS,
+    ),
     registry.UserReviewCompromise(
         **_command(_OLGA),
         user_id="maria",

@@ -34,7 +34,7 @@ from ringfence.messages.run import Run
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.lifecycle import statement
 from ringfence.model.lifecycle import KeyOrigin, agents_of
-from ringfence.model.records.command_chain import COMMAND_OF_TYP, ChainError
+from ringfence.model.records.command_chain import COMMAND_OF_TYP, SIGNED_COMMANDS, ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import enrolment_of, keys_of_agents, ref_of
 from ringfence.model.requests.approvals import append_time_of
@@ -150,7 +150,7 @@ class RecordVerifier:
         """
         at_ms = record.appended_at_ms
         jws = parse(record.value)
-        model = COMMAND_OF_TYP.get(jws.header.typ)
+        model = SIGNED_COMMANDS.get(jws.header.typ)
         if model is None:
             raise InvalidMessageError("typ names no command", code=Code.TYP_UNEXPECTED)
         chains = self._directory.chains

@@ -105,6 +105,9 @@ COMMANDS: dict[str, CommandEntry] = {
         "commands.target", "app", _WHO, "Systems that agents act on: verbs and approval floors."
     ),
     "task": CommandEntry("commands.task", "app", _WHO, "Tasks: assign, with what all sides allow; end."),
+    "proposal": CommandEntry(
+        "commands.proposal", "app", _WHO, "Changes that wait for a second person: show, second, withdraw."
+    ),
     "inventory": CommandEntry(
         "commands.inventory", "inventory", _WHO, "All agents now: reach, leases, sponsors, orphans."
     ),

@@ -85,6 +85,16 @@ class RefusedError(RingfenceError):
         self.by = by
 
 
+class ProposedError(RingfenceError):
+    """A widening command waits for a second person, and nothing has changed yet. `proposal` is its digest."""
+
+    code = Code.SECOND_MISSING
+
+    def __init__(self, message: str, proposal: str) -> None:
+        super().__init__(message)
+        self.proposal = proposal
+
+
 class NotAnsweredError(RingfenceError):
     """A service did not answer a command in time. The command may still be carried out."""
 

@@ -26,6 +26,8 @@ from ringfence.messages.registry import (
     AgentSuspend,
     AgentTransfer,
     AgentTransferConsent,
+    CommandSecond,
+    CommandWithdraw,
     TaskAssign,
     TaskConsent,
     TaskDelegate,
@@ -114,6 +116,8 @@ def key_of(claims: Claims) -> str:
     match claims:
         case TaskAssign() | TaskDelegate():
             return message_id(claims.iss, claims.jti)
+        case CommandSecond() | CommandWithdraw():
+            return claims.proposal
         case RevocationRequest(selector=Selector() as one):
             return one.agent_id or one.task_id or one.sponsor or one.target_id or one.user_id or "all"
         case _:

@@ -42,6 +42,7 @@ CONSOLE_ROUTES: Final[Mapping[ServiceRole, tuple[str, ...]]] = {
         "/v1/targets/{id}",
         "/v1/tasks",
         "/v1/tasks/{id}",
+        "/v1/proposals",
     ),
     "policy": (
         "/v1/inventory",

@@ -57,7 +57,18 @@ class SignalStream(Claims):
     again."""
 
 
-EventKind = Literal["started", "stopped", "accepted", "refused", "replayed", "finding"]
+EventKind = Literal[
+    "started",
+    "stopped",
+    "accepted",
+    "refused",
+    "replayed",
+    "finding",
+    "proposed",
+    "withdrawn",
+    "lapsed",
+    "widened",
+]
 
 
 class EventSubject(StrEnum):
@@ -76,8 +87,9 @@ class EventSubject(StrEnum):
 class ServiceEvent(Claims):
     """What a service did with a message, or found out. `jti` is derived from what it reports.
 
-    `accepted` and `refused` answer a command. Its sender waits for the event with the command's `jti` as `ref` and its
-    `iss` as `actor`.
+    `accepted`, `refused` and `proposed` answer a command. Its sender waits for the event with the command's `jti` as
+    `ref` and its `iss` as `actor`. A proposed command waits for a second person: then it is `accepted` after all,
+    `withdrawn`, or `lapsed`. `widened`: one person alone widened something.
     """
 
     typ: ClassVar[str] = "service.event"

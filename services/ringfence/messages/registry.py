@@ -764,11 +764,83 @@ class TaskState(Message):
 # --- records ----------------------------------------------------------------------------------------------------------
 
 
+MAX_PROPOSAL_S = 24 * 3600
+"""How long a widening command waits for a second person."""
+MAX_PROPOSALS = 20
+"""The most open proposals of one author besides the next one."""
+
+
+class CommandSecond(ExpiringClaims):
+    """Second another person's widening command, which takes effect with this. Signed by an operator; about an agent,
+    also by a sponsor who neither is nor was the agent's and for whom it does not work.
+    """
+
+    typ: ClassVar[str] = "command.second"
+    passkey_use = "sign"
+
+    author: SpiffeId
+    """The `iss` of the command."""
+    command: NonEmpty
+    """The `jti` of the command."""
+    proposal: Digest
+    """SHA-256 of the command's JWS Signing Input (RFC 7515, 5.1): what its author signed, whatever the signature."""
+    revision: Annotated[int, Field(ge=0)]
+    """Of the record of the command's subject, as the second person saw it. 0: there is none."""
+
+
+class CommandWithdraw(ExpiringClaims):
+    """Withdraw an own widening command that waits for a second person. Signed by its author."""
+
+    typ: ClassVar[str] = "command.withdraw"
+    passkey_use = "sign"
+
+    proposal: Digest
+    """As in `CommandSecond`."""
+
+
+class SecondSignature(Message):
+    """The second person's signature of a widening command, as a record embeds it."""
+
+    jws: Jws
+    """The `CommandSecond`."""
+    proposed_at_ms: Millis
+    """The broker's append time of the command itself, by which its `exp` was judged."""
+
+
 class EmbeddedCommand(Message):
     """A command as received: its JWS, and the broker's append time, by which its `exp` was judged."""
 
     jws: Jws
     appended_at_ms: Millis
+    """Of a command with a second person: the append time of the second signature. It takes effect then."""
+    second: SecondSignature | None = None
+
+
+ProposalStatus = Literal["open", "seconded", "withdrawn", "lapsed"]
+
+
+class Proposal(Claims):
+    """A widening command that waits for a second person, on the topic `proposal`; or what became of it."""
+
+    typ: ClassVar[str] = "proposal"
+    signed_by = ("registry",)
+
+    digest: Digest
+    """SHA-256 of the command's JWS Signing Input: the key on the topic."""
+    command: EmbeddedCommand
+    sub: SpiffeId
+    """The subject of the command."""
+    revision: Annotated[int, Field(ge=0)]
+    """Of the subject's record, when the command was proposed. 0: there was none."""
+    ends_at_ms: Millis
+    """It lapses unless somebody seconds it before."""
+    status: ProposalStatus
+    by: SpiffeId | None = None
+    """Who seconded or withdrew it. None: nobody."""
+    code: NonEmpty | None = None
+    """Why it ended, where nobody ended it: an error code."""
+    at_ms: Millis
+    """The append time of what led to the status."""
 
 
 class Record(Claims):
@@ -836,5 +908,7 @@ Command = (
     | TaskEnd
 )
 COMMANDS: tuple[type[ExpiringClaims], ...] = get_args(Command)
+PROPOSAL_COMMANDS: tuple[type[ExpiringClaims], ...] = (CommandSecond, CommandWithdraw)
+"""Commands about a command. No record is folded from them."""
 AnyState = UserState | AgentState | TargetState | TaskState
 AnyRecord = UserRecord | AgentRecord | TargetRecord | TaskRecord

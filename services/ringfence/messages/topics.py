@@ -41,7 +41,15 @@ from ringfence.messages.operations import (
     ServiceEvent,
     SignalStream,
 )
-from ringfence.messages.registry import COMMANDS, AgentRecord, TargetRecord, TaskRecord, UserRecord
+from ringfence.messages.registry import (
+    COMMANDS,
+    PROPOSAL_COMMANDS,
+    AgentRecord,
+    Proposal,
+    TargetRecord,
+    TaskRecord,
+    UserRecord,
+)
 from ringfence.messages.run import Run, RunOrder, RunStop
 from ringfence.messages.trust import TrustBundle
 
@@ -61,7 +69,7 @@ TRUST = Topic(
 )
 REGISTRY_COMMAND: Topic[Any] = Topic(
     "registry.command",
-    COMMANDS,
+    (*COMMANDS, *PROPOSAL_COMMANDS),
     "subject id",
     "jws",
     (
@@ -80,6 +88,8 @@ USER = Topic("user", (UserRecord,), "user id", "jws", ("registry",), _VERIFIERS)
 AGENT = Topic("agent", (AgentRecord,), "agent id", "jws", ("registry",), _VERIFIERS)
 TARGET = Topic("target", (TargetRecord,), "target id", "jws", ("registry",), _VERIFIERS)
 TASK = Topic("task", (TaskRecord,), "task id", "jws", ("registry",), _VERIFIERS)
+PROPOSAL = Topic("proposal", (Proposal,), "digest", "jws", ("registry",), ("registry", "policy (notices)"))
+"""Widening commands that wait for a second person. Each is deleted when its day is over."""
 CREDENTIAL_REQUEST: Topic[Any] = Topic(
     "credential.request",
     (CredentialRequest, RequestWithdraw),
@@ -264,6 +274,7 @@ ALL: tuple[Topic[Any], ...] = (
     AGENT,
     TARGET,
     TASK,
+    PROPOSAL,
     CREDENTIAL_REQUEST,
     CREDENTIAL_DECISION,
     APPROVAL_REQUEST,

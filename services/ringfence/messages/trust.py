@@ -98,6 +98,21 @@ class Origin(Message):
     """None: until the root says otherwise."""
 
 
+SecondPerson = Literal["required", "reported"]
+"""`required`: a widening command takes effect once a second person signed it. `reported`: at once, and it is reported.
+"""
+
+
+class SecondPersonMode(Message):
+    """Whether widening commands need a second person, from `not_before` on, by their append time.
+
+    One with a field that its reader does not know is read as `required`.
+    """
+
+    mode: SecondPerson
+    not_before: Seconds
+
+
 class RootHandover(Claims):
     """A handover: a root names the next one. Embedded in trust bundles; its JWS header carries the root's key (`jwk`).
 
@@ -131,3 +146,5 @@ class TrustBundle(ExpiringClaims):
     above all of them. None if nobody uses passkeys."""
     origins: tuple[Origin, ...] = ()
     """The origins where people use passkeys. Ended ones stay here: what was signed there in their time still counts."""
+    second_person: tuple[SecondPersonMode, ...] = ()
+    """All modes so far: the last one that has begun applies. Before the first: `reported`."""

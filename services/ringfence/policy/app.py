@@ -70,7 +70,12 @@ from ringfence.policy.incoming.credential_requests import (
 )
 from ringfence.policy.incoming.grants import GrantHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
-from ringfence.policy.notifications.notices import Notices, key_notice_sender, notice_sender
+from ringfence.policy.notifications.notices import (
+    Notices,
+    key_notice_sender,
+    notice_sender,
+    proposal_notice_sender,
+)
 from ringfence.policy.notifications.receipts import receipt_sender
 from ringfence.policy.settings import PolicySettings
 from ringfence.policy.subscribers import NoticeHandlers, router
@@ -224,6 +229,7 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
         notice_sender(runtime, directory, notices),
         key_notice_sender(runtime, directory, notices),
         receipt_sender(runtime, directory, notices),
+        proposal_notice_sender(runtime, directory, notices),
         # A gateway that is taken over must not take policy out of use: hints are lost at most.
         DeadLetters(
             runtime.publisher,
@@ -287,7 +293,7 @@ def described() -> FastStream:
         router(
             requests=placeholder,
             responses=placeholder,
-            notices=NoticeHandlers(placeholder, placeholder, placeholder, dead_letters=None),
+            notices=NoticeHandlers(placeholder, placeholder, placeholder, placeholder, dead_letters=None),
             on_assigned=placeholder,
             dead_letters=None,
         ),

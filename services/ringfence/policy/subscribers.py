@@ -21,6 +21,7 @@ from ringfence.messages.topics import (
     CREDENTIAL_REPLY,
     CREDENTIAL_REQUEST,
     DEAD_LETTER,
+    PROPOSAL,
     REGISTRY_COMMAND,
     REVOCATION_REQUEST,
     SERVICE_EVENT,
@@ -41,6 +42,8 @@ class NoticeHandlers:
     """Of keys that were added to them."""
     receipt: Handler
     """Of what their passkeys signed."""
+    proposal: Handler
+    """Of changes that they may second."""
     dead_letters: DeadLetters | None
     """Never halt."""
 
@@ -96,6 +99,11 @@ def router(
         async def on_user(record: Received) -> Awaitable[object] | None:
             """Tell a person by webhook that a key was added to them."""
             return await tell.key(record)
+
+        @router.subscriber(PROPOSAL, group=group, order="sequential")
+        async def on_proposal(record: Received) -> Awaitable[object] | None:
+            """Tell people by webhook that a change waits for a second person, whom they may be."""
+            return await tell.proposal(record)
 
         @router.subscriber(*SIGNED_BY_PEOPLE, group=group, order="sequential")
         async def on_signed(record: Received) -> Awaitable[object] | None:

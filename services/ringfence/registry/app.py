@@ -10,16 +10,17 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.kernel.service.service_description import describe, placeholder
-from ringfence.messages.topics import REGISTRY_COMMAND, SERVICE_EVENT
+from ringfence.messages.topics import PROPOSAL, REGISTRY_COMMAND, SERVICE_EVENT
 from ringfence.model.records.alarms import report_alarms
 from ringfence.model.records.api_access import Authenticator
 from ringfence.model.records.directory import TABLES, Directory
 from ringfence.model.records.signed_messages import SessionEvents
 from ringfence.registry.commands import Registry
 from ringfence.registry.enrolment import EnrolApi, Enroller
-from ringfence.registry.http import RegistryApi
+from ringfence.registry.http import ProposalApi, RegistryApi
 from ringfence.registry.key_expiry_warnings import KeyWarnings
 from ringfence.registry.oidc_discovery import Discovery
+from ringfence.registry.proposals import ProposalTable
 from ringfence.registry.settings import RegistrySettings
 from ringfence.registry.store import REMEMBERED_MS, Memory
 from ringfence.registry.subscribers import GROUP, router
@@ -28,6 +29,8 @@ RECALL_S = 5.0
 """How long an instance that enrols waits for the registry's memory."""
 _HEARTBEAT_S = 1.0
 """The interval at which the tables are confirmed; well below `RINGFENCE_GRACE_S`."""
+_SETTLE_S = 5.0
+"""The interval at which proposals whose day is over are reported, and removed later."""
 
 
 def build(
@@ -42,8 +45,10 @@ def build(
     directory = Directory(runtime.trust, runtime.clock, grace_ms=None, on_alarm=on_alarm)
     memory = Memory(directory, runtime.trust, since_ms)
     warnings = KeyWarnings(runtime, directory)
-    registry = Registry(runtime, directory, memory, on_alarm, warnings.remember)
+    proposals = ProposalTable(runtime.trust)
+    registry = Registry(runtime, directory, memory, on_alarm, warnings.remember, proposals)
     runtime.table(TABLES, directory.on_records)
+    runtime.table((PROPOSAL,), proposals.on_records)
     on_events = runtime.redeliver_after_rotation(registry.on_events)
     registry.history = runtime.history((SERVICE_EVENT,), on_events, since_ms=since_ms)
     consumers = runtime.consume(
@@ -59,6 +64,8 @@ def build(
     runtime.background(
         "key warnings", lambda: warnings.run(lambda: mine() and registry.untrusted() is None, own.key_check_s)
     )
+    runtime.background("proposals", lambda: registry.settle_while(mine, _SETTLE_S))
+    runtime.warns_when(registry.second_person_warning)
     discovery = Discovery(runtime.clock, own.oidc_ca_file)
     runtime.on_stop(discovery.close)
 
@@ -72,9 +79,11 @@ def build(
     registry.on_own_event = enroller.on_event
     runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)
+    authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
+    runtime.routes += ProposalApi(registry.proposals, authenticator).routes()
     runtime.routes += RegistryApi(
         directory,
-        Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime)),
+        authenticator,
         runtime.clock,
         passkeys=memory.passkeys,
         task_max_s=runtime.settings.task_max_s,

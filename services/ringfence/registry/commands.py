@@ -22,11 +22,13 @@ from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.credential import Coordinates, Reason
 from ringfence.messages.operations import EventKind, EventSubject, Heartbeat, ServiceEvent
 from ringfence.messages.registry import (
+    PROPOSAL_COMMANDS,
     AgentRecord,
     AgentRenewKey,
     AgentReportReuse,
     AnyRecord,
-    Command,
+    CommandSecond,
+    CommandWithdraw,
     TargetRecord,
     TaskAssign,
     TaskDelegate,
@@ -38,12 +40,14 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import AGENT, HEARTBEAT, TARGET, TASK, TRUST, USER
 from ringfence.messages.trust import TrustBundle
-from ringfence.model.identity.spiffe_ids import SubjectKind
-from ringfence.model.lifecycle import CommandRefusedError, KeyOrigin, command_subject
+from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
+from ringfence.model.lifecycle import CommandRefusedError, KeyOrigin, command_subject, widens
 from ringfence.model.records.command_chain import Authorised, ChainError
 from ringfence.model.records.directory import Alarm, Directory
+from ringfence.model.records.seconders import independent_operators
 from ringfence.model.verdict import Refused
-from ringfence.registry.domain import Change, Subject, changes_elsewhere, check_size, decide
+from ringfence.registry.domain import Change, Subject, Waits, changes_elsewhere, check_size, decide
+from ringfence.registry.proposals import Proposals, ProposalTable, author_of, proposal_digest
 from ringfence.registry.store import Memory
 
 log = logging.getLogger(__name__)
@@ -72,13 +76,18 @@ class Registry:
         memory: Memory,
         on_alarm: Callable[[Alarm], None] = lambda alarm: None,
         on_finding: Callable[[ServiceEvent], None] = lambda event: None,
+        proposals: ProposalTable | None = None,
     ) -> None:
-        """`on_finding` receives each recent finding of a registry when its own events are read back."""
+        """`on_finding` receives each recent finding of a registry when its own events are read back.
+
+        `proposals`: those on the topic; None: none so far.
+        """
         self._runtime = runtime
         self._directory = directory
         self._memory = memory
         self._on_alarm = on_alarm
         self._on_finding = on_finding
+        self.proposals = Proposals(runtime, directory, memory, proposals or ProposalTable(runtime.trust))
         self._compared = False
         self.history: Follower | None = None
         """The reader of this registry's own events. The wiring sets it."""
@@ -105,18 +114,26 @@ class Registry:
             return
         embedded = self._memory.embedded(iss, jti)
         if embedded is not None:
-            if (embedded.jws, embedded.appended_at_ms) != (authorised.signed.compact, record.appended_at_ms):
+            signed = embedded.jws if embedded.second is None else embedded.second.jws
+            if (signed, embedded.appended_at_ms) != (authorised.signed.compact, record.appended_at_ms):
                 await self._answer(
                     "replayed", authorised, record, f"handled before, at {embedded.appended_at_ms} ms"
                 )
                 return
             # The process ended after the record and before the answer.
+            if embedded.second is not None:
+                await self._answer_seconded(self.proposals.seconded_before(embedded), authorised, record)
+                self._memory.remember(iss, jti, record.coordinates)
+                return
             await self._publish_elsewhere(authorised, record.traceparent)
             await self._report_added_keys(authorised, record)
             await self._answer_done(authorised, record, changed=True)
+        elif isinstance(authorised.signed.claims, PROPOSAL_COMMANDS):
+            await self._handle_about_proposal(authorised, record)
         else:
             await self._handle(authorised, record)
         self._memory.remember(iss, jti, record.coordinates)
+        await self.proposals.settle(record.appended_at_ms + 1)
 
     async def _handle(self, authorised: Authorised, record: Received) -> None:
         subject = command_subject(authorised.claims, authorised.command_id)
@@ -127,6 +144,10 @@ class Registry:
                 self._memory,
                 task_max_s=self._runtime.settings.task_max_s,
             )
+            if isinstance(change, Waits):
+                message = await self.proposals.propose(authorised, change, record.traceparent)
+                await self._answer("proposed", authorised, record, message, Code.SECOND_MISSING)
+                return
             if change is not None:
                 await self._publish(subject, change, authorised, record.traceparent)
             await self._publish_elsewhere(authorised, record.traceparent)
@@ -137,6 +158,42 @@ class Registry:
             return
         await self._report_added_keys(authorised, record)
         await self._answer_done(authorised, record, changed=change is not None)
+
+    async def _handle_about_proposal(self, authorised: Authorised, record: Received) -> None:
+        """Handle a second signature, which carries out the proposed command, or a withdrawal."""
+        claims, at_ms = authorised.signed.claims, authorised.appended_at_ms
+        try:
+            if isinstance(claims, CommandSecond):
+                given = self.proposals.seconded(authorised)
+                subject = command_subject(given.claims, given.command_id)
+                max_s = self._runtime.settings.task_max_s
+                change = decide(self._memory.current(*subject), given, self._memory, task_max_s=max_s)
+                if isinstance(change, Change):
+                    await self._publish(subject, change, given, record.traceparent)
+                await self._answer_seconded(given, authorised, record)
+            elif isinstance(claims, CommandWithdraw):
+                proposal = self.proposals.required(claims, at_ms)
+                if claims.iss != author_of(proposal):
+                    raise CommandRefusedError(
+                        "only its author withdraws a proposal; leave it, and it lapses within a day",
+                        code=Code.NOT_ENTITLED,
+                    )
+                await self.proposals.close(proposal, "withdrawn", at_ms, claims.iss)
+                await self.proposals.report("withdrawn", proposal)
+                await self._answer("accepted", authorised, record)
+        except (CommandRefusedError, ChainError, InvalidMessageError) as error:
+            await self._answer("refused", authorised, record, str(error), error.code)
+
+    async def _answer_seconded(self, given: Authorised, second: Authorised, record: Received) -> None:
+        """Publish what became of the proposal, and the answers to both people."""
+        claims = second.signed.claims
+        assert isinstance(claims, CommandSecond)
+        proposal = self.proposals.table.get(claims.proposal)
+        if proposal is not None and proposal.status == "open":
+            await self.proposals.close(proposal, "seconded", record.appended_at_ms, claims.iss)
+        await self._report_added_keys(given, record)
+        await self._answer("accepted", given, record)
+        await self._answer("accepted", second, record)
 
     async def _publish_elsewhere(self, authorised: Authorised, traceparent: str | None) -> None:
         """Publish the records of other subjects that a report of a compromised key, or its review, changes."""
@@ -165,7 +222,29 @@ class Registry:
         )
         compact = sign(claims, key)
         check_size(authorised.claims, len(compact))
+        await self._report_widening(subject, change, authorised)
         await self._append(kind, id, compact, claims.jti, traceparent)
+
+    async def _report_widening(self, subject: Subject, change: Change, authorised: Authorised) -> None:
+        """Publish an event if one person alone, perhaps the root, widens something by this change."""
+        current, command = self._memory.current(*subject), authorised.claims
+        before = current.state if current else None
+        if authorised.second is not None or not widens(before, change.state, command):
+            return
+        root = authorised.actor.is_root
+        code = Code.WIDENED_BY_ROOT if root else Code.WIDENED_ALONE
+        who = "the root" if root else authorised.actor.user_id
+        message = f"{who} alone widened {' '.join(subject)} by {command.typ}, without a second person"
+        await self._runtime.event(
+            "widened",
+            command.typ,
+            about=(command.iss, command.jti),
+            reasons=(Reason(code=code, message=message),),
+            actor=command.iss,
+            ref=command.jti,
+            result=f"spiffe://{self._runtime.settings.trust_domain}/{'/'.join(subject)}",
+            agent_id=self._agent_id(authorised),
+        )
 
     async def _append(
         self, kind: SubjectKind, id: str, compact: str, jti: str, traceparent: str | None = None
@@ -195,7 +274,7 @@ class Registry:
     ) -> None:
         """Publish the signed result of a command."""
         command = authorised.claims
-        subject_kind, id = command_subject(command, authorised.command_id)
+        subject_kind, id = self._subject_of(authorised)
         at = record.coordinates
         id_parts: tuple[object, ...] = (command.iss, command.jti)
         if kind == "replayed":
@@ -210,13 +289,27 @@ class Registry:
             traceparent=record.traceparent,
             actor=command.iss,
             ref=command.jti,
-            result=self._result(command, id) if kind == "accepted" else None,
+            result=self._result(authorised, kind, id),
             agent_id=self._agent_id(authorised),
             task_id=id if subject_kind == "task" else None,
         )
 
-    def _result(self, command: Command, id: str) -> str:
-        """Return the id of what a command created; of a renewal, the end of the new key in seconds since 1970."""
+    def _subject_of(self, authorised: Authorised) -> tuple[SubjectKind | None, str]:
+        """Return (kind, id) of a command's subject; of one about a proposal, no kind and the proposal's digest."""
+        claims = authorised.signed.claims
+        if isinstance(claims, CommandSecond | CommandWithdraw):
+            return None, claims.proposal
+        return command_subject(authorised.claims, authorised.command_id)
+
+    def _result(self, authorised: Authorised, kind: EventKind, id: str) -> str | None:
+        """Return the id of what a command created; of a renewal, the end of the new key in seconds since 1970; of a
+        proposal, its digest.
+        """
+        command = authorised.claims
+        if kind == "proposed":
+            return proposal_digest(parse(authorised.signed.compact))
+        if kind != "accepted":
+            return None
         agent = self._memory.agent(id) if isinstance(command, AgentRenewKey) else None
         if agent is None or not isinstance(command, AgentRenewKey):
             return id
@@ -287,7 +380,10 @@ class Registry:
             )
 
     def _agent_id(self, authorised: Authorised) -> str | None:
-        kind, id = command_subject(authorised.claims, authorised.command_id)
+        kind, id = self._subject_of(authorised)
+        if kind is None:
+            proposal = self.proposals.table.get(id)
+            return subject_of(proposal.aud, proposal.sub, "agent") if proposal else None
         if kind == "agent":
             return id
         if isinstance(authorised.claims, TaskAssign | TaskDelegate):
@@ -327,7 +423,12 @@ class Registry:
                 ).claims
             except InvalidMessageError:
                 continue  # its writer is not the registry
-            if event.kind in ("accepted", "refused") and event.actor and event.ref and event.source:
+            if (
+                event.kind in ("accepted", "refused", "proposed")
+                and event.actor
+                and event.ref
+                and event.source
+            ):
                 self._memory.remember(event.actor, event.ref, event.source)
             elif event.kind == "finding":
                 self._on_finding(event)
@@ -398,6 +499,35 @@ class Registry:
             await self._runtime.publisher.send(
                 TRUST, TrustBundle.typ, Outbound(str(trust.version), trust.compact, id=id)
             )
+        )
+
+    # --- proposals ---
+
+    async def settle_while(self, mine: Callable[[], bool], every_s: float) -> None:
+        """End proposals whose day is over, every `every_s` seconds while `mine()` says that this replica handles the
+        commands. Never returns.
+        """
+
+        async def settle() -> None:
+            if mine() and self.untrusted() is None and await self._runtime.tables_caught_up(1.0):
+                await self.proposals.settle(self._runtime.clock.now_ms(), forget=True)
+
+        await run_periodically(
+            every_s, settle, "proposals are settled later", log,
+            expected=(KafkaError, RingfenceError, OSError), at_once=True,
+        )  # fmt: skip
+
+    def second_person_warning(self) -> str | None:
+        """Return why widening commands that need a second person cannot get one, or None."""
+        trust, now_s = self._runtime.trust, self._runtime.clock.now_ms() / 1000
+        if trust.unready() or trust.second_person(now_s) != "required":
+            return None
+        count = independent_operators(self._directory, self._runtime.clock.now_ms())
+        if count >= 2:
+            return None
+        return (
+            f"widening commands need a second person; independent operators with a live key: {count} of 2; "
+            "make another with the root: ringfence user set --key root.json"
         )
 
     async def beat_while(self, mine: Callable[[], bool], every_s: float) -> None:

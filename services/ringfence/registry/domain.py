@@ -5,7 +5,7 @@ Those checks need other subjects and the order of all commands. The module is pu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,19 +16,21 @@ from ringfence.kernel.crypto.claims import LEEWAY_S
 from ringfence.kernel.crypto.jws import MAX_JWS_BYTES, parse
 from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.messages.base import KeyRecord, Message
-from ringfence.messages.codes import Code, inactive_agent
+from ringfence.messages.codes import Code, ReceivedCode, inactive_agent
 from ringfence.messages.registry import (
     AgentRegister,
     AgentRenewKey,
     AgentReportReuse,
     AgentRotateKey,
     AgentState,
+    AgentTransfer,
     AnyState,
     Command,
     EmbeddedCommand,
     HeldSubject,
     KeyEndorsement,
     KeyPossession,
+    Proposal,
     ProvisionerSet,
     Role,
     TargetSet,
@@ -45,7 +47,7 @@ from ringfence.messages.registry import (
     UserSet,
     UserState,
 )
-from ringfence.messages.trust import OidcIssuer
+from ringfence.messages.trust import OidcIssuer, SecondPerson
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import (
     NO_HISTORY,
@@ -55,8 +57,11 @@ from ringfence.model.lifecycle import (
     agents_of,
     apply,
     by_person,
+    check_author,
+    check_widening,
     command_subject,
     may_widen,
+    sponsors_of,
     still_needed,
 )
 from ringfence.model.records.command_chain import Authorised
@@ -65,7 +70,7 @@ from ringfence.model.records.key_compromise import KeyCompromise
 from ringfence.model.records.provisioning import given_by
 from ringfence.model.target_settings import problems, reserved_name
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
-from ringfence.model.verdict import Refused, Verdict
+from ringfence.model.verdict import Allowed, Refused, Verdict
 
 Subject = tuple[SubjectKind, str]
 
@@ -153,6 +158,18 @@ class Surroundings(Protocol):
         """Return whether a role that a user had just before a moment rests on the word of another user, `on`."""
         ...
 
+    def second_person(self, at_ms: int) -> SecondPerson:
+        """Return whether widening commands that are appended at a moment need a second person."""
+        ...
+
+    def is_compared(self, command: Command, embedded: EmbeddedCommand, state: AnyState) -> bool:
+        """Return whether a command of the record of `state` was only compared with those before it."""
+        ...
+
+    def works_for(self, agent_id: str) -> Collection[str]:
+        """Return the users on whose behalf an agent has running tasks."""
+        ...
+
     @property
     def rp_id(self) -> str | None:
         """Return the domain that passkeys are made for, by the trust bundle."""
@@ -195,14 +212,25 @@ class Change:
     commands: tuple[EmbeddedCommand, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Waits:
+    """A widening command that nothing speaks against, and that waits for a second person."""
+
+    state: AnyState
+    """The subject as it would be."""
+    revision: int
+    """Of the subject's record as it is; 0: there is none."""
+
+
 def decide(
     current: Current | None,
     authorised: Authorised,
     around: Surroundings,
     *,
     task_max_s: int = TASK_MAX_S,
-) -> Change | None:
-    """Decide a command: return the changed record, or None if what the command asks for is already so.
+) -> Change | Waits | None:
+    """Decide a command: return the changed record, that it waits for a second person, or None if what the command asks
+    for is already so.
 
     `task_max_s`: how long a new task may last, in seconds. Records of longer tasks stay valid.
 
@@ -235,13 +263,94 @@ def decide(
     if isinstance(command, TaskDelegate) and isinstance(state, TaskState):
         _check_part(state, around)
         _check_task_length(command.terms, at_ms, task_max_s)
-    embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
+    if current is not None and state == current.state:
+        return None
+    waits = _waits(current, state, authorised, around)
+    if waits is not None:
+        return waits
+    embedded = authorised.embedded
     if current is None:
         return Change(state, 1, (embedded,))
-    if state == current.state:
-        return None
-    remaining = still_needed([(e.claims, e.embedded) for e in current.commands], command)
+    remaining = still_needed(
+        [(e.claims, e.embedded) for e in current.commands], command, _compared_in(current, authorised, around)
+    )
     return Change(state, current.revision + 1, (*remaining, embedded))
+
+
+def _waits(
+    current: Current | None, state: AnyState, authorised: Authorised, around: Surroundings
+) -> Waits | None:
+    """Return that a command waits for a second person; None if it needs none, or has one.
+
+    Raises CommandRefusedError if nobody can second it, or if this second person may not.
+    """
+    before, signatures = current.state if current else None, authorised.signatures
+    command, kind = authorised.claims, around.second_person(signatures.proposed_ms)
+    sponsors = sponsors_of((before,), command) | _former_sponsors(current)
+    verdict = check_widening(before, state, command, signatures, kind, sponsors)
+    if isinstance(verdict, Allowed):
+        if authorised.second is not None:
+            _check_second(state, authorised, around)
+        return None
+    if verdict.reason.code != Code.SECOND_MISSING:
+        raise _refusal(verdict)
+    if isinstance(early := check_author(signatures), Refused):
+        raise _refusal(early)
+    return Waits(state, current.revision if current else 0)
+
+
+def _former_sponsors(current: Current | None) -> frozenset[str]:
+    commands = [one.claims for one in current.commands] if current else []
+    return frozenset(one.sponsor for one in commands if isinstance(one, AgentRegister | AgentTransfer))
+
+
+def _check_second(state: AnyState, authorised: Authorised, around: Surroundings) -> None:
+    """Make the checks of a second person that need other records: no agent of the change works for a sponsor who
+    seconds, and the second key rests on no compromised key. Raises CommandRefusedError.
+    """
+    second = authorised.second
+    assert second is not None
+    who = second.actor.user_id or ""
+    if (
+        isinstance(state, AgentState)
+        and not second.actor.is_operator
+        and who in around.works_for(state.agent_id)
+    ):
+        raise CommandRefusedError(
+            f"agent {state.agent_id} works for {who}, who may not second what it gets",
+            code=Code.SECOND_NOT_ENTITLED,
+        )
+    if second.appended_at_ms <= around.changed_ms("user", who):
+        raise CommandRefusedError(
+            f"appended in the same moment as a change of its signer, {who}; sign and send it again",
+            code=Code.TOO_EARLY,
+        )
+    if isinstance(verdict := around.check_vouchers(second.signed.claims.iss, second.signer_key.kid), Refused):
+        raise _refusal(verdict)
+
+
+def _refusal(verdict: Refused) -> CommandRefusedError:
+    return CommandRefusedError(verdict.reason.message, code=ReceivedCode(verdict.reason.code))
+
+
+def _compared_in(current: Current, authorised: Authorised, around: Surroundings) -> Callable[[Command], bool]:
+    """Return the function that says of each command of a record, and of the new one, whether it was only compared with
+    those before it.
+    """
+    of = {(one.claims.iss, one.claims.jti): one.embedded for one in current.commands}
+    of[authorised.claims.iss, authorised.claims.jti] = authorised.embedded
+    return lambda command: around.is_compared(command, of[command.iss, command.jti], current.state)
+
+
+def changed_since(current: Current | None, proposal: Proposal) -> bool:
+    """Return whether the subject of a proposal has changed since, other than by renewals of an agent's own key."""
+    revision, since_ms = (current.revision if current else 0), proposal.command.appended_at_ms
+    renewals = [
+        one
+        for one in (current.commands if current else ())
+        if isinstance(one.claims, AgentRenewKey) and one.embedded.appended_at_ms >= since_ms
+    ]
+    return revision - len(renewals) != proposal.revision
 
 
 def _key_history(around: Surroundings, kind: SubjectKind, id: str) -> KeyHistory:

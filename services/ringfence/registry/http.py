@@ -25,13 +25,14 @@ from ringfence.kernel.crypto.keys import b64decode
 from ringfence.kernel.crypto.webauthn import PasskeyKey
 from ringfence.kernel.service.http import number_in, position_in, position_text
 from ringfence.messages.base import KeyRecord
-from ringfence.messages.registry import AgentState, AnyState, TaskState, UserState
+from ringfence.messages.registry import AgentState, AnyState, Proposal, TaskState, UserState
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import agents_of, subject_key
 from ringfence.model.records.api_access import Authenticator, Caller
-from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.registry.domain import TASK_MAX_S, task_is_longer
+from ringfence.registry.proposals import Proposals, may_see
 
 _PAUSE_EVERY = 50
 """After so many entries the loop yields to the rest of the process: the first look verifies each chain."""
@@ -243,6 +244,51 @@ class RegistryApi:
         except ChainError:
             return None
         return entry.state if entry else None
+
+
+class ProposalApi:
+    """HTTP route over the proposals. Operators and auditors see all, others their own and those that they may second:
+    sponsors those about agents.
+    """
+
+    def __init__(self, proposals: Proposals, authenticator: Authenticator) -> None:
+        self._proposals = proposals
+        self._authenticator = authenticator
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes to add to those of the runtime."""
+        return [Route("/v1/proposals", self._all)]
+
+    async def _all(self, request: Request) -> Response:
+        """Serve widening commands that wait, oldest first; with `?all=1`, also those of the last day that no longer do:
+        `{proposals}`.
+        """
+        caller = self._authenticator.authenticate(request)
+        wanted = [
+            one
+            for one in self._proposals.table.all()
+            if (one.status == "open" or request.query_params.get("all") == "1")
+            and (caller.sees_all or may_see(one, caller.user))
+        ]
+        return JSONResponse({"proposals": [self._json(one) for one in wanted]})
+
+    def _json(self, proposal: Proposal) -> dict[str, Any]:
+        command = unverified_command(proposal.command)  # the registry verified it
+        kind, id = proposal.sub.split("/")[-2:]
+        return {
+            "id": proposal.digest,
+            "status": proposal.status,
+            "typ": command.typ,
+            "subject": f"{kind} {id}",
+            "author": command.iss.rpartition("/")[2],
+            "at_ms": proposal.command.appended_at_ms,
+            "ends_at_ms": proposal.ends_at_ms,
+            "revision": proposal.revision,
+            "by": proposal.by.rpartition("/")[2] if proposal.by else None,
+            "code": proposal.code,
+            "may_second": self._proposals.seconders(proposal.command) if proposal.status == "open" else [],
+            "command": proposal.command.jws,
+        }
 
 
 def _json(entry: VerifiedRecord[Any], request: Request) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from ringfence.messages.base import KeyRecord
 from ringfence.messages.credential import Coordinates
 from ringfence.messages.registry import (
     AgentState,
+    AnyState,
+    Command,
+    CommandSecond,
     EmbeddedCommand,
     Role,
     TaskAssign,
@@ -25,12 +28,12 @@ from ringfence.messages.registry import (
     TaskState,
     UserState,
 )
-from ringfence.messages.trust import OidcIssuer
+from ringfence.messages.trust import OidcIssuer, SecondPerson
 from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
-from ringfence.model.lifecycle import KeyHistory
+from ringfence.model.lifecycle import KeyHistory, agents_of
 from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.consent import unverified_mark
-from ringfence.model.records.directory import Directory
+from ringfence.model.records.directory import Directory, compared_command
 from ringfence.model.records.key_compromise import KeyCompromise
 from ringfence.model.verdict import Verdict
 from ringfence.registry.domain import Current, Embedded, Subject, keys_of, uses_consent
@@ -182,6 +185,20 @@ class Memory:
     def roles_rest(self, user_id: str, on: str, at_ms: int) -> bool:
         return KeyCompromise(self._directory, on, None).roles_rest(user_id, at_ms)
 
+    def second_person(self, at_ms: int) -> SecondPerson:
+        return self._trust.second_person(at_ms / 1000)
+
+    def is_compared(self, command: Command, embedded: EmbeddedCommand, state: AnyState) -> bool:
+        return compared_command(command, embedded, state, self._trust)
+
+    def works_for(self, agent_id: str) -> Collection[str]:
+        tasks = (entry.state for entry in self._directory.entries("task"))
+        return {
+            task.on_behalf_of
+            for task in tasks
+            if isinstance(task, TaskState) and task.status == "active" and agent_id in agents_of(task)
+        }
+
     @property
     def rp_id(self) -> str | None:
         return self._trust.require().rp_id
@@ -223,6 +240,9 @@ class Memory:
         try:
             claims = unverified_command(embedded)
             self._embedded.setdefault((claims.iss, claims.jti), embedded)
+            if embedded.second is not None:
+                second = parse(embedded.second.jws).unverified_claims(CommandSecond)
+                self._embedded.setdefault((second.iss, second.jti), embedded)
             if isinstance(claims, TaskAssign) and uses_consent(
                 claims, subject_of(claims.aud, claims.iss, "user")
             ):

@@ -12,6 +12,7 @@ from ringfence.messages.topics import (
     AGENT,
     DEAD_LETTER,
     HEARTBEAT,
+    PROPOSAL,
     REGISTRY_COMMAND,
     SERVICE_EVENT,
     TARGET,
@@ -21,7 +22,7 @@ from ringfence.messages.topics import (
 )
 
 GROUP = "registry"
-_PUBLISHED = (TRUST, USER, AGENT, TARGET, TASK, SERVICE_EVENT, HEARTBEAT, DEAD_LETTER)
+_PUBLISHED = (TRUST, USER, AGENT, TARGET, TASK, PROPOSAL, SERVICE_EVENT, HEARTBEAT, DEAD_LETTER)
 
 
 def router(

@@ -91,6 +91,7 @@ async def waiting(realm: RunningStack) -> AsyncIterator[dict[str, str]]:
         yield {
             "lease_id": lease.lease_id, "request_id": pending.request_id, "agent_id": realm.agent, "tree": "0",
             "grant_id": NOBODY, "credential_id": "a" * 24, "uid": NOBODY, "id": lease.lease_id,
+            "target_id": realm.target,
         }  # fmt: skip
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
@@ -193,7 +194,7 @@ async def _refusals(calls: Calls, values: dict[str, str], olga: SigningKey) -> N
     await _wrong_methods(calls, values)
 
 
-UNKNOWN = ("request_id", "lease_id", "agent_id", "grant_id", "uid")
+UNKNOWN = ("request_id", "lease_id", "agent_id", "grant_id", "uid", "target_id")
 
 
 async def _wrong_methods(calls: Calls, values: dict[str, str]) -> None:

@@ -94,6 +94,15 @@ _REGISTRY = Api(
             "beyond_limit": "`1`: only those that last longer than a new one may",
             "limit": "the most entries of a page; without it all come", "after": _PAGE["after"],
         }),
+        Operation(
+            "GET", "/v1/proposals", "Widening commands that wait for a second person, and that the caller may see.",
+            ok(proposals=objects(record(
+                id=TEXT, status=TEXT, typ=TEXT, subject=TEXT, author=TEXT, at_ms=NUMBER, ends_at_ms=NUMBER,
+                revision=NUMBER, by=maybe(TEXT), code=maybe(TEXT), may_second={"type": "array", "items": TEXT},
+                command=TEXT,
+            ))),
+            query={"all": "`1`: also those of the last day that no longer wait"},
+        ),
         Operation("GET", "/v1/trust", "The trust bundle in force.", ok(trust=TEXT), "console"),
         Operation(
             "GET", "/v1/passkeys/{credential_id}", "Whose passkey made an assertion.",

@@ -53,11 +53,11 @@ _ACTIVITIES: dict[int, dict[str, int]] = {
     },
     API_ACTIVITY: {"Create": 1, "Read": 2, "Update": 3, "Delete": 4},
 }  # fmt: skip
-Severity = Literal["Informational", "Low", "Medium", "High"]
+Severity = Literal["Informational", "Low", "Medium", "High", "Critical"]
 Status = Literal["Success", "Failure", "New", "Resolved", "Requested", "Pending"]
 """Detection Findings are `New` or `Resolved`. `Requested` and `Pending` are ours: OCSF has no number for them."""
 Action = Literal["Allowed", "Denied", "Observed"]
-_SEVERITIES: dict[Severity, int] = {"Informational": 1, "Low": 2, "Medium": 3, "High": 4}
+_SEVERITIES: dict[Severity, int] = {"Informational": 1, "Low": 2, "Medium": 3, "High": 4, "Critical": 5}
 _STATUSES: dict[Status, int] = {"Success": 1, "Failure": 2, "New": 1, "Resolved": 4}
 _ACTIONS: dict[Action, int] = {"Allowed": 1, "Denied": 2, "Observed": 3}
 _OTHER = 99

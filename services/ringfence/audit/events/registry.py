@@ -29,6 +29,7 @@ from ringfence.audit.events.ocsf import (
     user_of,
 )  # fmt: skip
 from ringfence.kernel.base.ids import message_id
+from ringfence.kernel.crypto.jws import parse
 from ringfence.kernel.crypto.keys import thumbprint
 from ringfence.messages.base import ExpiringClaims, KeyRecord
 from ringfence.messages.codes import Code
@@ -44,6 +45,8 @@ from ringfence.messages.registry import (
     AgentTransfer,
     AnyRecord,
     AnyState,
+    CommandSecond,
+    CommandWithdraw,
     ProvisionerLink,
     ProvisionerSet,
     TargetState,
@@ -106,7 +109,10 @@ _VERBS: Mapping[str, _Verb] = {
     "task.end": _Verb("Deactivate", "end", "ended", "task.ended"),
 }
 _E = ENTITY_MANAGEMENT
-COMMANDS = {typ: event_kind(typ, _E, verb.activity, status="Requested") for typ, verb in _VERBS.items()}
+_ABOUT_PROPOSALS = {"command.second": "second", "command.withdraw": "withdraw"}
+_ASKS = {typ: verb.ask for typ, verb in _VERBS.items()} | _ABOUT_PROPOSALS
+_ACTIVITIES = {typ: verb.activity for typ, verb in _VERBS.items()} | dict.fromkeys(_ABOUT_PROPOSALS, "Update")
+COMMANDS = {typ: event_kind(typ, _E, activity, status="Requested") for typ, activity in _ACTIVITIES.items()}
 DONE = {typ: event_kind(verb.code, _E, verb.activity, verb.severity) for typ, verb in _VERBS.items()}
 CREATED = {
     "user.set": event_kind("user.created", _E, "Create", "Low"),
@@ -118,7 +124,18 @@ COMPROMISED = {
     "agent.rotate-key": event_kind("agent.key_compromised", _E, "Update", "High", alert=True),
     "user.end-key": event_kind("user.key_compromised", _E, "Update", "High", alert=True),
 }
-REFUSED = {typ: event_kind("command.refused", _E, verb.activity, "Low", "Failure") for typ, verb in _VERBS.items()}
+REFUSED = {
+    typ: event_kind("command.refused", _E, activity, "Low", "Failure") for typ, activity in _ACTIVITIES.items()
+}
+PROPOSALS = {
+    "proposed": event_kind("command.proposed", _E, "Update", "Medium", "Pending"),
+    "withdrawn": event_kind("command.withdrawn", _E, "Update", "Low"),
+    "lapsed": event_kind("command.lapsed", _E, "Update", "Low", "Failure"),
+}
+WIDENED = {
+    Code.WIDENED_ALONE: event_kind("command.widened", _E, "Update", "High", alert=True),
+    Code.WIDENED_BY_ROOT: event_kind("command.widened_by_root", _E, "Update", "Critical", alert=True),
+}
 # fmt: on
 
 
@@ -151,7 +168,7 @@ def commanded(
         fields |= {"on_behalf_of": parent.on_behalf_of, "act": [fields["agent"], *agents_of(parent)]}
     fields.setdefault("sponsor", sponsor)
     actor = user_of(claims.iss)
-    message = f"{actor['name']} asked to {_VERBS[claims.typ].ask} {kind} {id}{_command_terms(claims)}"
+    message = f"{actor['name']} asked to {_ASKS[claims.typ]} {kind} {id}{_command_terms(claims)}"
     message += _consent(claims, consent_by, fields)
     attributes = {"actor": {"user": actor}, "entity": _entity_object(claims.aud, kind, id)}
     return _event(signed, COMMANDS[claims.typ], claims, message, attributes, fields)
@@ -196,7 +213,10 @@ def recorded(
     }
     compromised = isinstance(by, AgentRotateKey | UserEndKey) and by.compromised
     chosen = (COMPROMISED if compromised or reused else CREATED if created else DONE)[by.typ]
-    # The chain of the record was verified, and the embedded consent with it.
+    # The chain of the record was verified, and the embedded consent and second signature with it.
+    if (second := claims.commands[-1].second) is not None:
+        fields["seconded_by"] = parse(second.jws).unverified_claims(CommandSecond).iss.rpartition("/")[2]
+        message += f", seconded by {fields['seconded_by']}"
     message += _consent(by, by.sponsor if isinstance(by, AgentTransfer) and by.consent else None, fields)
     fields |= {"sponsors": sponsors or None, "revision": claims.revision, "status": state.status}
     return _event(signed, chosen, by, message, attributes, fields)
@@ -245,7 +265,10 @@ def revision_fell(signed: VerifiedMessage[AnyRecord], newer: int) -> OcsfEvent:
 
 
 def answered(signed: VerifiedMessage[ServiceEvent], subject_fields: dict[str, Any]) -> OcsfEvent:
-    """The registry accepted or refused a command. `subject_fields`: those of its agent, by the present records."""
+    """The registry accepted or refused a command, or says what became of a proposal.
+
+    `subject_fields`: those of its agent, by the present records.
+    """
     claims = signed.claims
     kind = claims.subject.partition(".")[0]
     id = claims.agent_id or claims.task_id or claims.result or claims.ref or "unknown"
@@ -254,13 +277,21 @@ def answered(signed: VerifiedMessage[ServiceEvent], subject_fields: dict[str, An
         "actor": {"user": user_of(claims.iss)},
         "entity": {"name": id, "type_id": 99, "type": kind.capitalize() or "Command"},
     }
-    if claims.kind == "accepted":
-        chosen = kinds.COMMAND_ACCEPTED
-        message = f"the registry accepted {claims.subject} by {commander}, about {id}"
-    else:
-        chosen = REFUSED.get(claims.subject, kinds.COMMAND_REFUSED)
-        text = "; ".join(reason.message for reason in claims.reasons) or "no reason was given"
-        message = f"the registry refused {claims.subject} by {commander}: {scrubbed(text)}"
+    text = scrubbed("; ".join(reason.message for reason in claims.reasons))
+    match claims.kind:
+        case "accepted":
+            chosen = kinds.COMMAND_ACCEPTED
+            message = f"the registry accepted {claims.subject} by {commander}, about {id}"
+        case "proposed" | "withdrawn" | "lapsed":
+            chosen = PROPOSALS[claims.kind]
+            message = f"{claims.subject} by {commander} was {claims.kind}{f': {text}' if text else ''}"
+        case "widened":
+            code = claims.reasons[0].code if claims.reasons else None
+            chosen = WIDENED[Code.WIDENED_BY_ROOT if code == Code.WIDENED_BY_ROOT else Code.WIDENED_ALONE]
+            message = text or f"{commander} alone widened something by {claims.subject}"
+        case _:
+            chosen = REFUSED.get(claims.subject, kinds.COMMAND_REFUSED)
+            message = f"the registry refused {claims.subject} by {commander}: {text or 'no reason was given'}"
     fields = {
         "agent": claims.agent_id, "task": claims.task_id, **subject_fields, "command": claims.ref,
         "given_by": claims.actor, "result": claims.result, "outcome": claims.kind,
@@ -276,6 +307,8 @@ def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]
     """(kind, id, event fields) of the subject of a command."""
     fields: dict[str, Any]
     match claims:
+        case CommandSecond() | CommandWithdraw():
+            return "proposal", claims.proposal, {"proposal": claims.proposal}
         case ProvisionerSet() | ProvisionerLink():
             return "user", claims.provisioner_id, {"user": claims.provisioner_id}
         case TaskAssign() | TaskDelegate():

@@ -46,6 +46,9 @@ from ringfence.messages.topics import (
 )
 from ringfence.model.identity.spiffe_ids import subject_of
 
+_ANSWERS = frozenset({"accepted", "refused", *registry.PROPOSALS, "widened"})
+"""What a registry says of a command."""
+
 
 class RegistryMapper(RecordMapper):
     """Maps `trust`, `registry.command` and the compacted topics of the registry."""
@@ -161,7 +164,7 @@ class ServiceMapper(RecordMapper):
         facts = self._verifier.facts(request_id) if request_id is not None else None
         fields = credential_fields(lease, facts) or self._agent_fields(self._agent_in(claims), claims.task_id)
         self._first(signed, lambda: fields)
-        if claims.kind in ("accepted", "refused") and claims.subject in registry.command_typs():
+        if claims.kind in _ANSWERS and claims.subject in registry.command_typs():
             event = registry.answered(signed, fields)
         elif services.is_sign_in(claims):
             event = services.session_begun(signed)

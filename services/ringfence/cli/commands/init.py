@@ -29,17 +29,22 @@ from ringfence.client.admin.trust_setup import (
     load_root_and_bundle,
     make_trust,
     publish_bundle,
+    publish_operator,
     publish_trust,
     require_newest,
+    set_second_person,
 )
+from ringfence.client.admin.trust_setup import second_operator as second_operator_by
+from ringfence.client.admin.user_keys import read_package
 from ringfence.client.errors import InvalidCallError
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.settings import BusSettings, ServiceSettings, load
 from ringfence.kernel.crypto.service_keys import files_before, next_file
-from ringfence.messages.trust import TrustBundle
+from ringfence.messages.trust import SecondPerson, TrustBundle
 
 _OPERATOR = "operator"
+_FIRST_NAME = "First operator"
 
 
 def init(
@@ -53,7 +58,7 @@ def init(
             show_default=_OPERATOR,
         ),
     ] = None,
-    name: Annotated[str, typer.Option(help="Their name.")] = "First operator",
+    name: Annotated[str, typer.Option(help="Their name.")] = _FIRST_NAME,
     gateway: Annotated[
         list[str] | None,
         typer.Option("--gateway", metavar="NAME", help="A gateway that gets a key of its own. Repeatable."),
@@ -143,6 +148,22 @@ def init(
     session_origin: bundle_changes.SessionOption = None,
     end_origin: bundle_changes.EndOption = None,
     rp_id: bundle_changes.RpIdOption = None,
+    second_operator: Annotated[
+        Path | None,
+        typer.Option(
+            "--second-operator",
+            metavar="FILE",
+            help="A package of somebody's own key (ringfence key prove): the root makes them an operator, and from "
+            "an hour later two people sign what gives more. With --publish.",
+        ),
+    ] = None,
+    second_person: Annotated[
+        SecondPerson | None,
+        typer.Option(
+            "--second-person",
+            help="Sign the next trust bundle: commands that give more wait for a second person, or are reported only.",
+        ),
+    ] = None,
     publish: Annotated[
         bool,
         typer.Option(
@@ -170,11 +191,13 @@ def init(
         renew,
         oidc_issuer,
         remove_oidc_issuer,
+        second_operator,
+        second_person,
     )
     if sum(map(bool, changes)) > 1:
         raise typer.BadParameter(
             "one change at a time: --add-gateway, --add-runner, --add-service, --rotate-service, --rotate-root, "
-            "--renew, --oidc-issuer or --remove-oidc-issuer"
+            "--renew, --oidc-issuer, --remove-oidc-issuer, --second-operator or --second-person"
         )
     origin_change = bundle_changes.change_of(sign_origin, session_origin, end_origin, rp_id)
     if origin_change and sum(map(bool, changes)) > bool(renew):
@@ -202,10 +225,16 @@ def init(
         following = partial(_add_issuer, trust, issuer, result)
     elif remove_oidc_issuer:
         following = partial(_remove_issuer, trust, remove_oidc_issuer, result)
+    elif second_person:
+        following = partial(_set_second_person, trust, second_person, result)
     elif origin_change and trust.root_key.exists():
         following = partial(_set_origins, trust, origin_change, result)
     try:
-        if following is not None:
+        if second_operator is not None:
+            if not publish:
+                raise typer.BadParameter("the second operator is made on Kafka: add --publish")
+            _make_second_operator(trust, settings, second_operator, name, result)
+        elif following is not None:
             if publish:  # before anything is signed: a new root could not be taken back
                 run(require_newest(trust, settings))
             result.data["trust_bundle"] = following()
@@ -289,6 +318,35 @@ def _publish(
         result.data["operator"] = operator
     result.data |= {"trust_bundle": version, "published": True}
     _warn_of_replication(result)
+
+
+def _set_second_person(trust: TrustFolder, mode: SecondPerson, result: _Result) -> int:
+    bundle = set_second_person(trust, mode)
+    begins = utc_text(bundle.second_person[-1].not_before)
+    what = "wait for a second person" if mode == "required" else "take effect at once, and are reported"
+    result.line(
+        f"From {begins} on, commands that give more {what}. Publish trust bundle {bundle.version} before."
+    )
+    result.data["second_person"] = {"mode": mode, "not_before": bundle.second_person[-1].not_before}
+    return bundle.version
+
+
+def _make_second_operator(
+    trust: TrustFolder, settings: BusSettings, file: Path, name: str, result: _Result
+) -> None:
+    """Publish the second operator, and a bundle that requires a second person, unless it does so already."""
+    try:
+        package = read_package(file.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidCallError(f"cannot read {file}: {error}") from None
+    command = second_operator_by(trust, package, name if name != _FIRST_NAME else package.user_id)
+    run(require_newest(trust, settings))
+    modes = load_root_and_bundle(trust)[1].second_person
+    if not modes or modes[-1].mode != "required":
+        result.data["trust_bundle"] = _set_second_person(trust, "required", result)
+    _publishing(publish_operator(trust, settings, command), result)
+    result.data |= {"operator": package.user_id, "published": True}
+    result.line(f"Operator {package.user_id} is on Kafka at {settings.kafka}, with key {package.kid}.")
 
 
 def _publishing(work: Coroutine[Any, Any, Any], result: _Result) -> None:

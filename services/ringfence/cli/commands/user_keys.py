@@ -105,8 +105,8 @@ def invite(
 ) -> None:
     """Invite a person to make a key of their own, and print the link to the sign page.
 
-    As an operator, or with a key file of one's own. The invitation adds nothing: what the person sends back is added by
-    `ringfence user add-key`.
+    As an operator, or with a key file of one's own; as the root, for `ringfence init --second-operator`. The invitation
+    adds nothing: what the person sends back is added by `ringfence user add-key`.
     """
 
     async def work() -> tuple[str, str | None]:
@@ -114,8 +114,10 @@ def invite(
 
         async with connect.administrator(identity(me)) as administrator:
             directory = await administrator.directory()
-            _require_user(directory, user)
             invitation = user_keys.invite(administrator.connection, user, duration_s(valid))
+            if administrator.is_root:  # of an operator who is no user yet: ringfence init --second-operator
+                return invitation, None
+            _require_user(directory, user)
             return invitation, _sign_page_link(administrator, directory, invitation, user)
 
     invitation, link = run(work())

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
@@ -117,7 +117,8 @@ def replication_findings(replication: Replication) -> Iterator[CheckResult]:
 
 # Checks of Redis for `ringfence doctor`: eviction, persistence, notifications and clock.
 
-_OPTIONS = ("maxmemory-policy", "appendonly", "save")
+_ASKED = (("INFO", "memory", "persistence", "replication"), ("TIME",))
+"""TIME comes last: it is compared with our clock when the answer arrives."""
 
 
 async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult]:
@@ -128,22 +129,22 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult
         says = "not looked at: that needs the extra `server` (ringfence[server]): pip install '.[server]'"
         yield CheckResult("Redis", "unknown", says)
         return
-    link = RedisConnection(settings.redis_url, lambda run_id: True)
-    questions, ours = [*(("CONFIG", "GET", name) for name in _OPTIONS), ("TIME",)], SystemClock()
+    link, ours = RedisConnection(settings, lambda run_id: True), SystemClock()
     try:
-        servers = {name: (ours.now_ms(), answers) async for name, answers in link.ask_each(questions)}
+        servers = {name: (ours.now_ms(), answers) async for name, answers in link.ask_each(_ASKED)}
     except RingfenceError as error:
         yield CheckResult("Redis", "bad", str(error))
         await link.close()
         return
-    for address, (now_ms, (*answers, (seconds, micros))) in servers.items():
+    for address, (now_ms, (info, (seconds, micros))) in servers.items():
         name = "Redis" if len(servers) == 1 else f"Redis at {address}"
         skew = SkewCheck(name)
         skew.observe(int(seconds) * 1000 + int(micros) // 1000, now_ms)
         yield clock_finding(name, skew)
-        options = {option: _option(answer) for option, answer in zip(_OPTIONS, answers, strict=True)}
-        for finding in (eviction(options), persistence(options)):
+        for finding in (eviction(info), persistence(info)):
             yield replace(finding, what=finding.what.replace("Redis", name))
+        if link.by_sentinel:
+            yield replicas(info, settings.grace_s)
     try:
         yield notifications(await link.missed_expirations(settings.redis_prefix, settings.redis_shards))
     except RingfenceError as error:
@@ -152,13 +153,42 @@ async def redis_findings(settings: ServiceSettings) -> AsyncIterator[CheckResult
         await link.close()
 
 
-def eviction(options: Mapping[str, str]) -> CheckResult:
-    """Check by its options whether Redis keeps all data."""
-    evicts = options["maxmemory-policy"]
+def eviction(info: Mapping[str, Any]) -> CheckResult:
+    """Check by an answer to INFO whether Redis keeps all data."""
+    evicts = info["maxmemory_policy"]
     if evicts != "noeviction":
         says = f"maxmemory-policy is {evicts}: leases could be evicted; set it to noeviction"
         return CheckResult("Redis", "bad", says)
     return CheckResult("Redis", "good", "answers, never evicts")
+
+
+def replicas(info: Mapping[str, Any], grace_s: float) -> CheckResult:
+    """Check by an answer to INFO whether a primary that is cut off from its replicas stops taking writes.
+
+    The server tells the number of replicas that count for `min-replicas-to-write` if that is set, and the lag of each.
+    It does not tell its limit for the lag: a replica that counts beyond the grace shows that the limit is too high.
+    """
+    check = "Redis, replicas"
+    config = f"set min-replicas-to-write to 1, and min-replicas-max-lag to less than {grace_s:g} (RINGFENCE_GRACE_S)"
+    if (counting := info.get("min_slaves_good_slaves")) is None:
+        return CheckResult(check, "bad", f"a primary that was replaced would go on taking writes; {config}")
+    lags = [
+        one["lag"]
+        for name, one in info.items()
+        if name.startswith("slave") and isinstance(one, dict) and one.get("state") == "online"
+    ]
+    fresh = sum(lag < grace_s for lag in lags)
+    if counting > fresh:
+        says = f"a replica counts that has been silent for {max(lags)} s; {config}"
+        return CheckResult(check, "bad", says)
+    if counting < 1:
+        return CheckResult(check, "bad", "no replica follows the primary, so it takes no writes; start one")
+    if counting == 1:
+        says = (
+            "one replica: after a failover nothing is written until a second server follows; run two replicas"
+        )
+        return CheckResult(check, "unknown", says)
+    return CheckResult(check, "good", f"{counting} replicas follow, and without one no write is taken")
 
 
 def notifications(silent: Sequence[str]) -> CheckResult:
@@ -173,23 +203,16 @@ def notifications(silent: Sequence[str]) -> CheckResult:
     return CheckResult(check, "good", "a key that expired was notified: the TTL of a lease ends it")
 
 
-def persistence(options: Mapping[str, str]) -> CheckResult:
-    """Check by its options what remains after a restart of Redis."""
+def persistence(info: Mapping[str, Any]) -> CheckResult:
+    """Check by an answer to INFO what remains after a restart of Redis."""
     check = "Redis, restart"
-    if options["appendonly"] == "yes":
+    if info["aof_enabled"]:
         return CheckResult(check, "good", "appendonly is on: it comes back with what it had")
-    saved_by = f"snapshots ({options['save']})" if options["save"] else "nothing"
     says = (
-        f"appendonly is off, {saved_by} stays over a restart: no lease is lost, as all is rebuilt from Kafka, and "
-        "everything denies meanwhile; to be back at once, set appendonly to yes"
+        "appendonly is off, so at most a snapshot stays over a restart: no lease is lost, as all is rebuilt from "
+        "Kafka, and everything denies meanwhile; to be back at once, set appendonly to yes"
     )
     return CheckResult(check, "unknown", says)
-
-
-def _option(answer: object) -> str:
-    """Return the value in an answer to CONFIG GET, for either protocol version."""
-    values = list(answer.values()) if isinstance(answer, dict) else list(answer or [])[1:]  # type: ignore[call-overload]
-    return values[0].decode() if values and isinstance(values[0], bytes) else str(values[0] if values else "")
 
 
 # Checks of keys and trust for `ringfence doctor`: files, the bundle on Kafka, its keys, and which bundle services have.

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from ringfence.cli.shared import context
 from ringfence.cli.shared.arguments import check_name
 from ringfence.cli.shared.output import kept_file
-from ringfence.client.errors import InvalidCallError, NotAnsweredError
+from ringfence.client.errors import InvalidCallError, NotAnsweredError, ProposedError
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.text import shown
 from ringfence.kernel.crypto.claims import MAX_LIFE_S
@@ -334,11 +334,12 @@ def keep_key_if_accepted(key_file: Path | None) -> Iterator[None]:
     """Delete the key file that was made for a command if the command is refused, because it would block the next
     attempt.
 
-    If nobody answered, the file stays, because the command may still be carried out.
+    If nobody answered, or if the command waits for a second person, the file stays: the command may still be carried
+    out.
     """
     try:
         yield
-    except NotAnsweredError:
+    except (NotAnsweredError, ProposedError):
         raise
     except (RingfenceError, typer.Abort):
         if key_file is not None:

@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from ringfence.client.admin.command_client import UNKNOWN_OUTCOME, Accepted, CommandClient
 from ringfence.client.admin.preview import Preview, preview, unknown_names
+from ringfence.client.admin.proposals import ProposedCommand
 from ringfence.client.admin.target_backends import backend_problem
 from ringfence.client.admin.unknown_subjects import similar_id, unknown_subject
 from ringfence.client.arguments import instances, permissions, roles_of, texts
@@ -35,6 +36,8 @@ from ringfence.messages.registry import (
     AgentTransfer,
     AgentTransferConsent,
     BackendSettings,
+    CommandSecond,
+    CommandWithdraw,
     Delegation,
     Delivery,
     Entitlements,
@@ -121,7 +124,8 @@ class Administrator(CommandClient):
         on_behalf_of: the user whose rights the task uses; None: whoever signs.
         timeout_s: how long to wait for each answer, in seconds.
 
-    Each command raises RefusedError with the reasons of the service, NotAnsweredError after `timeout_s`,
+    Each command raises RefusedError with the reasons of the service, ProposedError if it waits for a second person now,
+    NotAnsweredError after `timeout_s`,
     InvalidCallError or ScopeError where nothing was sent, and UnavailableError where Kafka did not take it.
     """
 
@@ -133,6 +137,28 @@ class Administrator(CommandClient):
     @staticmethod
     def _signer_id(connection: Connection) -> str:
         return "root" if _by_root(connection) else subject(connection.key, "user", connection.settings)
+
+    # --- proposals ---
+
+    async def second(self, proposal: ProposedCommand) -> Accepted:
+        """Second a widening command of somebody else, which takes effect then.
+
+        `proposal`: what `ringfence.client.admin.proposals.read_proposal` returned.
+        """
+        return await self._command(
+            CommandSecond,
+            author=proposal.command.iss,
+            command=proposal.command.jti,
+            proposal=proposal.digest,
+            revision=proposal.revision,
+        )
+
+    async def withdraw(self, digest: str) -> Accepted:
+        """Withdraw an own widening command that waits.
+
+        `digest`: that of the proposal.
+        """
+        return await self._command(CommandWithdraw, proposal=digest)
 
     # --- users ---
 

@@ -11,7 +11,7 @@ from typing import Any, Self
 
 from ringfence.client.arguments import Lifetime
 from ringfence.client.connection import Connection, Coordinate, subject
-from ringfence.client.errors import NotAnsweredError, RefusedError
+from ringfence.client.errors import NotAnsweredError, ProposedError, RefusedError
 from ringfence.client.passkeys.questions import PasskeyUser
 from ringfence.client.settings import ClientSettings
 from ringfence.client.signed_messages import ANSWERED_BY, key_of, topic_of
@@ -32,7 +32,8 @@ TIMEOUT_S = 15.0
 class CommandClient(Lifetime):
     """A user's key that signs commands, connected. Each command waits for the service's signed answer.
 
-    Every command raises RefusedError (with the reasons), NotAnsweredError (no answer within `timeout_s`),
+    Every command raises RefusedError (with the reasons), ProposedError (a second person has to sign it first, see
+    `ringfence.client.admin.proposals`), NotAnsweredError (no answer within `timeout_s`),
     InvalidCallError or ScopeError (nothing was sent), UnavailableError (Kafka did not take it).
     """
 
@@ -133,6 +134,7 @@ class CommandOutcomes:
 
         Raises:
             RefusedError: with the service's reasons.
+            ProposedError: it waits for a second person.
             NotAnsweredError: no answer came within `timeout_s`.
             UnavailableError: Kafka did not take it.
         """
@@ -153,6 +155,9 @@ class CommandOutcomes:
             del self._waiting[claims.jti]
         if event.kind == "refused":
             raise RefusedError(claims.typ, event.reasons, by)
+        if event.kind == "proposed":
+            message = "; ".join(reason.message for reason in event.reasons)
+            raise ProposedError(message, event.result or "")
         return Accepted(claims.typ, message_id(claims.iss, claims.jti), event.result, event.at_ms)
 
     async def _answer(
@@ -207,5 +212,5 @@ class CommandOutcomes:
         by, answer = self._waiting[unverified.ref]
         find = self._connection.trust.finder(by, at_s=record.appended_at_ms / 1000)
         event = verify(jws, ServiceEvent, find, audience=self._connection.settings.trust_domain).claims
-        if event.kind in ("accepted", "refused") and not answer.done():
+        if event.kind in ("accepted", "refused", "proposed") and not answer.done():
             answer.set_result(event)

@@ -15,20 +15,28 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from ringfence.client.admin.user_keys import KeyPackage
 from ringfence.client.errors import checked
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.jws import parse, sign, verify
-from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key
+from ringfence.kernel.crypto.keys import KeyFileError, SigningKey, public_key, thumbprint
 from ringfence.kernel.crypto.service_keys import BEFORE, NEXT
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.messages.base import KeyRecord, Name, ServiceRole
 from ringfence.messages.codes import Code
-from ringfence.messages.registry import Entitlements, UserSet
+from ringfence.messages.registry import Entitlements, KeyPossession, UserInvite, UserSet
 from ringfence.messages.topics import REGISTRY_COMMAND, TRUST
-from ringfence.messages.trust import OidcIssuer, Origin, ServiceIdentity, TrustBundle
+from ringfence.messages.trust import (
+    OidcIssuer,
+    Origin,
+    SecondPerson,
+    SecondPersonMode,
+    ServiceIdentity,
+    TrustBundle,
+)
 from ringfence.model.identity.runners import runner_name
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.unknown_fields import describe_unknown, unknown_fields
@@ -47,6 +55,8 @@ _SEALED_TO: tuple[ServiceRole, ...] = ("issuer", "gateway")
 """Roles with an encryption key, to which credentials are encrypted."""
 SEAL = "-seal"
 YEAR_S = 365 * 24 * 3600
+SECOND_PERSON_AFTER_S = 3600
+"""How long after its signature a bundle requires the second person: it has to be published before."""
 _NAME = TypeAdapter(Name)
 
 
@@ -152,6 +162,7 @@ def _make_trust(
         services=tuple(services),
         rp_id=rp_id,
         origins=origins,
+        second_person=(SecondPersonMode(mode="reported", not_before=now_s),),
     )
     write_private(folder.bundle, sign(bundle, root, header_jwk=True) + "\n")
     root.save(folder.root_key)
@@ -248,6 +259,23 @@ def remove_oidc_issuer(folder: TrustFolder, issuer: str) -> TrustBundle:
         names_text = ", ".join(one.issuer for one in remaining) or "none"
         raise CeremonyError(f"the trust bundle has no issuer {issuer}; it has {names_text}")
     return sign_next_bundle(folder, bundle, root, int(time.time()), oidc_issuers=remaining)
+
+
+def set_second_person(folder: TrustFolder, mode: SecondPerson) -> TrustBundle:
+    """Sign the next version of the trust bundle: widening commands need a second person (`required`), or are only
+    reported.
+
+    `required` begins after `SECOND_PERSON_AFTER_S`: what is appended before the registry reads the bundle would count
+    for nothing otherwise. Returns the bundle. Needs the root's key. Raises CeremonyError if the mode is set already, or
+    there is no trust root.
+    """
+    root, bundle = load_root_and_bundle(folder)
+    now_s = int(time.time())
+    if bundle.second_person and bundle.second_person[-1].mode == mode:
+        raise CeremonyError(f"the second person is {mode} already, by trust bundle {bundle.version}")
+    begins_s = now_s + (SECOND_PERSON_AFTER_S if mode == "required" else 0)
+    modes = (*bundle.second_person, SecondPersonMode(mode=mode, not_before=begins_s))
+    return sign_next_bundle(folder, bundle, root, now_s, second_person=modes)
 
 
 def sign_next_bundle(
@@ -349,20 +377,75 @@ def first_operator(folder: TrustFolder, trust_domain: str, operator: str, name: 
     )
 
 
+def second_operator(folder: TrustFolder, package: KeyPackage, name: str) -> UserSet:
+    """Return the root's unsigned command that makes somebody an operator, by a package of a key of their own
+    (`ringfence key prove`), in answer to an invitation by the root. The root never sees their private key.
+
+    Raises CeremonyError if the package does not verify, or there is no trust root.
+    """
+    root, bundle = load_root_and_bundle(folder)
+    now_ms, owner = int(time.time()) * 1000, spiffe_id(bundle.aud, "user", package.user_id)
+    key = public_key(package.jwk)
+    try:
+        invited = verify(
+            parse(package.invitation), UserInvite,
+            lambda iss, kid: public_key(root.public) if (iss, kid) == (root.id, root.kid) else None,
+            audience=bundle.aud, appended_at_ms=now_ms,
+        ).claims  # fmt: skip
+        possessed = verify(
+            parse(package.possession), KeyPossession,
+            lambda iss, kid: key if (iss, kid) == (owner, key.kid) else None,
+            audience=bundle.aud, appended_at_ms=now_ms,
+        ).claims  # fmt: skip
+    except InvalidMessageError as error:
+        raise CeremonyError(
+            f"the package does not show that {package.user_id} has this key: {error}; the root invites them with: "
+            f"ringfence user invite {package.user_id}"
+        ) from None
+    if (invited.user_id, possessed.user_id, possessed.invitation, thumbprint(possessed.jwk)) != (
+        package.user_id,
+        package.user_id,
+        invited.jti,
+        key.kid,
+    ):
+        raise CeremonyError("invitation and possession in the package are of different people or keys")
+    if folder.user_key(package.user_id).exists():
+        raise CeremonyError(
+            f"{folder.user_key(package.user_id)} is here: one machine that has the keys of both operators is one person"
+        )
+    now_s = now_ms // 1000
+    return UserSet(
+        iss=root.id,
+        aud=bundle.aud,
+        iat=now_s,
+        jti=str(uuid.uuid4()),
+        exp=now_s + 3600,
+        user_id=package.user_id,
+        name=name,
+        roles=("operator",),
+        keys=(package.record(now_s + YEAR_S),),
+        entitlements=Entitlements(scope=(), source="root", as_of=now_s),
+    )
+
+
+async def publish_operator(folder: TrustFolder, settings: BusSettings, command: UserSet) -> None:
+    """Put the folder's bundle and an operator on Kafka. Needs the root's key. Raises as `publish_trust`."""
+    from ringfence.kernel.kafka.producer import Publisher
+
+    root, _ = load_root_and_bundle(folder)
+    async with Publisher(settings, root.id) as publisher:
+        await publisher.require(TRUST, REGISTRY_COMMAND)
+        await publish_bundle(folder, settings)
+        await publisher.publish_signed(REGISTRY_COMMAND, f"user/{command.user_id}", command, root)
+
+
 async def publish_trust(folder: TrustFolder, settings: BusSettings, operator: str, name: str) -> None:
     """Put the trust bundle and the first operator on Kafka. Needs the root's key.
 
     Raises CeremonyError if `make_trust` has not run, or for another operator; UnavailableError if Kafka does not
     answer.
     """
-    from ringfence.kernel.kafka.producer import Publisher
-
-    root, _ = load_root_and_bundle(folder)
-    command = first_operator(folder, settings.trust_domain, operator, name)
-    async with Publisher(settings, root.id) as publisher:
-        await publisher.require(TRUST, REGISTRY_COMMAND)
-        await publish_bundle(folder, settings)
-        await publisher.publish_signed(REGISTRY_COMMAND, f"user/{operator}", command, root)
+    await publish_operator(folder, settings, first_operator(folder, settings.trust_domain, operator, name))
 
 
 async def publish_bundle(folder: TrustFolder, settings: BusSettings) -> None:

@@ -113,6 +113,13 @@ class ReadApi(Lifetime):
         """One user, agent, target or task: `{id, revision, state}`. Raises ApiError (404) if there is none."""
         return await self.get("registry", f"{kind}s", id)
 
+    async def proposals(self, *, all: bool = False) -> list[Any]:
+        """Widening commands that wait for a second person and that the caller may see, oldest first; with `all`, also
+        those of the last day that no longer wait. See `ringfence.client.admin.proposals`.
+        """
+        listed: list[Any] = (await self.get("registry", "proposals", all=1 if all else None))["proposals"]
+        return listed
+
     # --- policy ---
 
     async def usage(self, agent_id: str) -> Any:

@@ -145,6 +145,15 @@ async def grants(view: View) -> Page:
     )
 
 
+async def proposals(view: View) -> Page:
+    """The changes that wait for a second person: first those that the person may second."""
+    found = await view.reads.proposals()
+    for one in found:
+        one["mine"] = view.session.user_id in one["may_second"]
+    found.sort(key=lambda one: (not one["mine"], one["ends_at_ms"]))
+    return Page("proposals.html", "Changes that wait for you", {"proposals": found}, "approvals")
+
+
 LEASE_FILTERS = ("agent", "task", "target", "user", "sponsor", "status")
 BARS = 24
 """Steps of five minutes in the chart of ends; the last one has all that end later."""
@@ -261,6 +270,7 @@ PAGES: Final[dict[str, MakePage]] = {
     "/approvals": approvals,
     "/approvals/{id}": approval,
     "/grants": grants,
+    "/proposals": proposals,
     "/agents": agents,
     "/agents/{id}": agent,
     "/offers/{id}": offer,

@@ -184,7 +184,8 @@ class ServiceSettings(BusSettings):
     """Settings that all services share."""
 
     redis_url: str = "redis://127.0.0.1:6379/0"
-    """Valkey or Redis with the live leases; a cluster is `redis+cluster://host:port,host:port`."""
+    """Valkey or Redis with the live leases; sentinels are `redis+sentinel://host:port,host:port/NAME`, a cluster is
+    `redis+cluster://host:port,host:port`."""
     redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
     """The beginning of all keys in Redis."""
     redis_shards: Annotated[int, Field(ge=1, le=1024)] = 16

@@ -19,7 +19,7 @@ from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, public_key, thumbprint, valid_key
 from ringfence.messages.base import Claims, KeyRecord, PublicJwk, ServiceRole, Topic
 from ringfence.messages.codes import Code
-from ringfence.messages.trust import OidcIssuer, OidcUse, Origin, RootHandover, TrustBundle
+from ringfence.messages.trust import OidcIssuer, OidcUse, Origin, RootHandover, SecondPerson, TrustBundle
 
 log = logging.getLogger(__name__)
 
@@ -246,6 +246,16 @@ class TrustStore:
             and (origin.not_after is None or at_s < origin.not_after)
             and not origin.model_extra
         )
+
+    def second_person(self, at_s: float) -> SecondPerson:
+        """Whether widening commands that are appended at `at_s` (seconds) need a second person."""
+        if self._bundle is None:
+            return "required"
+        begun = [one for one in self._bundle.second_person if one.not_before <= at_s]
+        if not begun:
+            return "reported"
+        last = max(begun, key=lambda one: one.not_before)
+        return "required" if last.model_extra else last.mode
 
     def oidc_issuer(self, issuer: str, use: OidcUse, at_s: float) -> OidcIssuer | None:
         """The OIDC issuer with this name, if its tokens are accepted for `use` at `at_s`; else None."""

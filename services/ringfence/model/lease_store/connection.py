@@ -1,23 +1,20 @@
-"""Connection to Redis or Valkey, standalone or a cluster: pipelines and scripts, and errors translated to ours."""
+"""Connection to Redis or Valkey: pipelines and scripts, and errors translated to ours. `address` makes the clients."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
-from urllib.parse import unquote, urlsplit
 from uuid import uuid4
 
-import hiredis
-from redis.asyncio import ConnectionPool, Redis, RedisCluster
+from redis.asyncio import Redis, RedisCluster
 from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.connection import AbstractConnection, Connection
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
 from redis.crc import key_slot
 from redis.exceptions import (
     AuthenticationError,
@@ -33,23 +30,21 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
+from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.messages.codes import Code
+from ringfence.model.lease_store.address import NoPrimaryError, RedisAddress, close
 from ringfence.model.lease_store.scripts import LOST, Argument, Command, Script
 
 log = logging.getLogger(__name__)
 
 _PIPELINE = 500
 """The most commands in one round trip: other tasks must run in between."""
-_ANSWERS_WITHIN_S = 5
 _ALL_WITHIN_S = 15
 """The limit for one round trip to a standalone Redis: as long as three tries for one answer. A timer for each answer,
 as redis-py sets it, costs as much as all else that redis-py does."""
-_CONNECTS_WITHIN_S = 2
 WHO = ("INFO", "server", "replication")
 """The command that identifies a server; `server_id` reads the answer. A server that was a replica for a while and leads
 again has its old `run_id` and the data of the other server, but a new replication id."""
-_CLUSTER_SCHEMES = {"redis+cluster": False, "rediss+cluster": True}
-"""Schemes of the URL of a cluster, and whether they speak TLS."""
 _MAX_QUEUED_KEYS = 1000
 _NOTIFIES_WITHIN_S = 2.0
 _LOOK_FOR_NODES_S = 10.0
@@ -83,13 +78,6 @@ class Call:
         return ("EVALSHA", self.script.sha, len(self.keys), *self.keys, *self.args)
 
 
-class _FastPacking:
-    """A connection that serialises pipelines in C: redis-py's own way takes longer than all the rest of a call."""
-
-    def pack_commands(self, commands: Iterable[Command]) -> list[bytes]:
-        return [b"".join([hiredis.pack_command(command) for command in commands])]  # type: ignore[arg-type]
-
-
 class RedisConnection:
     """Connections to one Redis, or to all nodes of a cluster.
 
@@ -97,13 +85,18 @@ class RedisConnection:
     read from, or written to, a server that has replaced another one.
     """
 
-    def __init__(self, url: str, knows: Callable[[str], bool]) -> None:
-        """`url`: `redis://`, `rediss://`, `unix://`, or `redis+cluster://host:port,host:port`. Raises SettingsError."""
+    def __init__(self, settings: ServiceSettings, knows: Callable[[str], bool]) -> None:
+        """`settings`: `redis_url` names the servers, `grace_s` bounds the use of a primary that no majority of the
+        sentinels confirms. Raises SettingsError."""
         self._knows = knows
+        self._grace_s = settings.grace_s
+        self._confirmed_s = time.monotonic()
+        self._primary: tuple[str, int] | None = None
+        """With Sentinel: the server of the connections that are open."""
         self._servers: dict[tuple[str, int], str] = {}
         """Of a cluster: the server id behind each node's host and port."""
         try:
-            self._address = _Address.parse(url)
+            self._address = RedisAddress.of(settings)
             self._client = self._address.client(self._check_server)
             self._within_s = None if self._address.nodes else _ALL_WITHIN_S
         except ValueError as error:
@@ -192,7 +185,7 @@ class RedisConnection:
             try:
                 return [one async for one in self._inspected(client, keys)]
             finally:
-                await _close(client)
+                await close(client)
 
     async def _inspected(
         self, client: Redis | RedisCluster, keys: Sequence[str]
@@ -227,9 +220,43 @@ class RedisConnection:
         run_id = server_id({name: value for name, _, value in (line.partition(":") for line in lines)})
         if not self._knows(run_id):
             raise _WrongServerError
+        to = cast(Connection, connection)
         if self._address.nodes:
-            to = cast(Connection, connection)
             self._servers[to.host, int(to.port)] = run_id
+        elif self._address.sentinels:
+            self._primary = (to.host, int(to.port))
+
+    @property
+    def by_sentinel(self) -> bool:
+        """Whether sentinels name the server."""
+        return self._address.sentinels is not None
+
+    async def confirm_primary(self) -> None:
+        """With Sentinel: check that a majority of the sentinels names the server of the open connections.
+
+        A primary that is cut off from the sentinels may have been replaced, and still answers. Connections are closed
+        if the sentinels name another server, or if no majority answered for `grace_s`. Raises LostError or
+        UnavailableError then.
+        """
+        if (sentinels := self._address.sentinels) is None:
+            return
+        try:
+            with self._translated():
+                primary = await sentinels.primary()
+        except UnavailableError:
+            if time.monotonic() - self._confirmed_s <= self._grace_s:
+                return
+            await self._disconnect()
+            raise
+        self._confirmed_s = time.monotonic()
+        if self._primary not in (None, primary):
+            await self._disconnect()
+            raise LostError(f"Redis at {self._address} has another primary now")
+
+    async def _disconnect(self) -> None:
+        self._primary = None
+        with contextlib.suppress(RedisError, OSError):
+            await cast(Redis, self._client).connection_pool.disconnect()
 
     def server_of(self, key: str) -> str | None:
         """The id of the cluster node that holds a key now; None if it is unknown, or Redis is standalone.
@@ -331,7 +358,12 @@ class RedisConnection:
     async def _nodes(self) -> dict[str, Callable[[], Redis]]:
         """By server name, how to connect to each server that holds keys."""
         if isinstance(self._client, Redis):
-            return {"": lambda: cast(Redis, self._address.client(None))}
+            name = ""
+            if sentinels := self._address.sentinels:
+                with contextlib.suppress(RedisError, OSError):
+                    await sentinels.primary()
+                name = str(sentinels.named)  # another primary is another server to listen to
+            return {name: lambda: cast(Redis, self._address.client(None))}
         with contextlib.suppress(RedisError, RedisClusterException, OSError):
             await self._client.initialize()
         return {node.name: partial(self._address.node_client, node) for node in self._client.get_primaries()}
@@ -340,7 +372,9 @@ class RedisConnection:
 
     async def close(self) -> None:
         """Disconnect."""
-        await _close(self._client)
+        await close(self._client)
+        if self._address.sentinels:
+            await self._address.sentinels.close()
 
     @contextlib.asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -355,6 +389,8 @@ class RedisConnection:
             yield
         except _WrongServerError:
             raise LostError(f"Redis at {self._address} is not the server that it was") from None
+        except NoPrimaryError as error:
+            raise UnavailableError(f"{error}; see that they run, and RINGFENCE_REDIS_URL") from None
         except AuthenticationError:
             raise UnavailableError(
                 f"Redis at {self._address} wants another user or password; set RINGFENCE_REDIS_URL "
@@ -372,14 +408,16 @@ class RedisConnection:
         except ReadOnlyError:
             raise LostError(f"Redis at {self._address} follows another server") from None
         except ResponseError as error:
+            if str(error).startswith("NOREPLICAS"):
+                raise UnavailableError(
+                    f"Redis at {self._address} has no replica that follows it, and takes no writes "
+                    "(min-replicas-to-write): start a replica"
+                ) from None
             if str(error).startswith(LOST):
                 raise LostError(f"Redis at {self._address} was emptied, or is being rebuilt") from None
             raise UnavailableError(f"Redis at {self._address} refuses to work: {str(error)[:200]}") from error
         except RedisError as error:
             raise UnavailableError(f"Redis at {self._address} refuses to work: {str(error)[:200]}") from error
-
-
-Greeting = Callable[[AbstractConnection], Any] | None
 
 
 async def _set_expiring(client: Redis, keys: Sequence[str]) -> str | None:
@@ -389,121 +427,6 @@ async def _set_expiring(client: Redis, keys: Sequence[str]) -> str | None:
             await client.set(key, "", px=1)
             return key
     return None
-
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """Redis's address, and clients for it. Its text has no password."""
-
-    url: str = field(repr=False)
-    nodes: tuple[tuple[str, int], ...] = ()
-    """The nodes of a cluster that are asked for the others; empty for a standalone Redis."""
-    tls: bool = False
-    username: str | None = None
-    password: str | None = field(default=None, repr=False)
-
-    @classmethod
-    def parse(cls, url: str) -> _Address:
-        """Raises ValueError."""
-        parts = urlsplit(url)
-        if parts.scheme not in _CLUSTER_SCHEMES:
-            return cls(url)
-        who, _, hosts = parts.netloc.rpartition("@")
-        username, _, password = who.partition(":")
-        if parts.path.strip("/") or parts.query:
-            raise ValueError(
-                "a cluster has one database and no options: redis+cluster://host:port[,host:port]"
-            )
-        return cls(
-            url,
-            tuple(_host_and_port(host) for host in hosts.split(",")),
-            _CLUSTER_SCHEMES[parts.scheme],
-            unquote(username) or None,
-            unquote(password) or None,
-        )
-
-    @property
-    def db(self) -> int:
-        if self.nodes:
-            return 0
-        return int(ConnectionPool.from_url(self.url).connection_kwargs.get("db") or 0)
-
-    def client(self, greet: Greeting) -> Redis | RedisCluster:
-        """A client. `greet` is awaited with each new connection before it is used."""
-        return self._cluster(greet) if self.nodes else self._standalone_client(greet)
-
-    def _standalone_client(self, greet: Greeting) -> Redis:
-        pool = ConnectionPool.from_url(
-            self.url,
-            decode_responses=False,
-            socket_connect_timeout=_CONNECTS_WITHIN_S,
-            socket_timeout=_ANSWERS_WITHIN_S if greet is None else None,  # else see `_in_time`
-            # Retries are harmless, a long wait is not: introspection of a credential may wait for the answer.
-            retry=_retry(),
-            **({"redis_connect_func": greet} if greet else {}),
-        )
-        pool.connection_class = _with_fast_packing(pool.connection_class)
-        return Redis.from_pool(pool)
-
-    def _cluster(self, greet: Greeting) -> RedisCluster:
-        client = RedisCluster(
-            startup_nodes=[ClusterNode(host, port) for host, port in self.nodes],
-            ssl=self.tls,
-            username=self.username,
-            password=self.password,
-            socket_connect_timeout=_CONNECTS_WITHIN_S,
-            socket_timeout=_ANSWERS_WITHIN_S,
-            retry=_retry(),
-            dynamic_startup_nodes=False,
-        )
-        # No parameter sets how connections to discovered nodes are made. The named nodes are only asked for the others.
-        kwargs = client.connection_kwargs
-        kwargs["connection_class"] = _with_fast_packing(kwargs.get("connection_class", Connection))
-        if greet:
-            kwargs["redis_connect_func"] = greet
-        return client
-
-    def node_client(self, node: ClusterNode) -> Redis:
-        """A client of one node of a cluster."""
-        return Redis(
-            host=node.host,
-            port=int(node.port),
-            ssl=self.tls,
-            username=self.username,
-            password=self.password,
-            socket_connect_timeout=_CONNECTS_WITHIN_S,
-        )
-
-    def __str__(self) -> str:
-        if self.nodes:
-            return ",".join(f"{host}:{port}" for host, port in self.nodes)
-        where = ConnectionPool.from_url(self.url).connection_kwargs
-        return f"{where.get('host', where.get('path', 'localhost'))}:{where.get('port', '')}".rstrip(":")
-
-
-async def _close(client: Redis | RedisCluster) -> None:
-    """Disconnect, also from nodes that a cluster client does not close: one that failed to start closes none."""
-    await client.aclose()
-    if isinstance(client, RedisCluster):
-        manager = client.nodes_manager
-        for node in (*client.startup_nodes, *manager.startup_nodes.values(), *manager.nodes_cache.values()):
-            with contextlib.suppress(RedisError, OSError):
-                await node.disconnect()
-
-
-def _retry() -> Retry:
-    return Retry(ExponentialBackoff(cap=0.2, base=0.02), 2)
-
-
-def _with_fast_packing(kind: type[AbstractConnection]) -> type[AbstractConnection]:
-    return type("PackingConnection", (_FastPacking, kind), {})
-
-
-def _host_and_port(text: str) -> tuple[str, int]:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host or not port.isdigit():
-        raise ValueError("the nodes of a cluster are written host:port[,host:port]")
-    return host.strip("[]"), int(port)
 
 
 def _node_of(client: Redis | RedisCluster, key: str) -> ClusterNode | None:

@@ -109,7 +109,7 @@ class Restoration:
         self._record_keep_ms = record_keep_ms
         self._run_ids: list[str] = []
         """The server of each shard."""
-        self._link = RedisConnection(settings.redis_url, lambda run_id: run_id in self._run_ids)
+        self._link = RedisConnection(settings, lambda run_id: run_id in self._run_ids)
         self._nonce = secrets.token_hex(8)
         self.epochs: set[str] = set()
         """The epochs of the shards; set by `look`."""

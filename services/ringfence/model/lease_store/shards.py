@@ -70,7 +70,7 @@ class Shards:
     def __init__(self, settings: ServiceSettings) -> None:
         """Raises SettingsError if the URL is not one of Redis."""
         self.keys = [Keys(settings.redis_prefix, shard) for shard in range(settings.redis_shards)]
-        self.link = RedisConnection(settings.redis_url, lambda run_id: run_id in self._run_ids)
+        self.link = RedisConnection(settings, lambda run_id: run_id in self._run_ids)
         self._epochs: list[bytes] | None = None
         """The value that each shard's epoch key must have; None if it is unknown, or was found to differ."""
         self._run_ids: frozenset[str] = frozenset()

@@ -144,6 +144,7 @@ class LeaseStore(Shards):
         """Check once a second that Redis answers and has not lost leases, for ever; more often while it is lost."""
         while True:
             try:
+                await self.link.confirm_primary()
                 await self._guarded([], self.keys)
                 self._down = None
                 await self._ask_servers()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import takewhile
 from typing import Any, Final, TypeVar
 
@@ -24,12 +24,21 @@ from ringfence.model.lifecycle.holds import elements_set_by
 T = TypeVar("T")
 
 
-def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list[T]:
+IsCompared = Callable[[Command], bool]
+"""Returns whether a command counts only because it narrows what those before it gave (`is_compared`)."""
+
+
+def still_needed(
+    commands: Sequence[tuple[Command, T]],
+    latest: Command,
+    is_compared: IsCompared = lambda command: False,
+) -> list[T]:
     """Drop the commands that `latest` makes irrelevant, so that a record does not grow with every change.
 
     Args:
         commands: the embedded commands and anything that stands for them, oldest first.
         latest: the command that was just accepted and comes after them.
+        is_compared: nothing is dropped before such a command, which could widen what is left.
 
     Returns:
         The second elements of those to keep. Applying them and the latest gives the same state as applying all. What a
@@ -39,7 +48,13 @@ def still_needed(commands: Sequence[tuple[Command, T]], latest: Command) -> list
     """
     renewals = [i for i, (command, _) in enumerate(commands) if isinstance(command, AgentRenewKey)]
     since = renewals[-1] + 1 if renewals else 0
-    return [*(item for _, item in commands[:since]), *_needed_since(commands[since:], latest)]
+    kept = [*(item for _, item in commands[:since]), *_needed_since(commands[since:], latest)]
+    left = {id(item) for item in kept}
+    first_dropped = next((i for i, (_, item) in enumerate(commands) if id(item) not in left), len(commands))
+    later = [command for command, item in commands[first_dropped:] if id(item) in left]
+    if any(map(is_compared, (*later, latest))):
+        return [item for _, item in commands]
+    return kept
 
 
 def _needed_since(commands: Sequence[tuple[Command, T]], latest: Command) -> list[T]:
@@ -61,7 +76,9 @@ def _needed_since(commands: Sequence[tuple[Command, T]], latest: Command) -> lis
         # Only the entitlements (or the name) changed, and changed again: the command in between is not needed.
         (first, _), (between, _) = commands[-2:]
         same = _givers(commands[:-1], latest) == _givers(commands, latest)
-        if same and _same_standing(first, between, latest) and not _by_oneself(latest):
+        if (
+            same and _same_standing(first, between, latest) and not (_by_oneself(latest) or _by_root(between))
+        ):  # what the root set rests on nobody, and says so
             return [item for _, item in commands[:-1]]
     kept = 0
     left = list(commands)
@@ -115,17 +132,23 @@ def _without_stops_of(iss: str, commands: Sequence[tuple[Command, T]]) -> list[T
     return kept
 
 
-def may_be_dropped(command: Command, before: Command | None, after: Sequence[Command]) -> bool:
+def may_be_dropped(
+    command: Command,
+    before: Command | None,
+    after: Sequence[Command],
+    is_compared: IsCompared = lambda command: False,
+) -> bool:
     """Return whether an honest registry may have dropped `command` from a record that now holds others.
 
     Args:
         before: the last remaining command that came before it.
         after: those that came after it, oldest first.
+        is_compared: such a command replaces none (`still_needed`).
     """
     # What a renewal of a key rests on stays.
     after = list(takewhile(lambda later: not isinstance(later, AgentRenewKey), after))
     # A replacement was signed later: an old command must not be replayed to undo a newer one.
-    newer = [later for later in after if later.iat >= command.iat]
+    newer = [later for later in after if later.iat >= command.iat and not is_compared(later)]
     match command:
         case AgentSetCeiling():
             return any(isinstance(later, AgentSetCeiling) for later in newer)
@@ -165,6 +188,10 @@ def _ownership(command: UserSet) -> tuple[object, ...]:
     provisioned = command.provisioned
     active = provisioned.active if provisioned else None
     return command.roles, command.keys, active, command.iss if provisioned else None
+
+
+def _by_root(command: Command) -> bool:
+    return subject_of(command.aud, command.iss, "user") is None
 
 
 def _by_oneself(command: Command) -> bool:

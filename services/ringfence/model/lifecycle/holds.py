@@ -198,7 +198,7 @@ def report(state: UserState, command: UserEndKey, context: Context) -> tuple[Hol
         if (
             first.kid == command.kid
             and first.status == "proposed"
-            and is_apart(actor, context.at_s, first.by)
+            and is_apart(actor, context.at_ms, first.by)
         ):
             since_ms = max(since_ms, first.since_ms)
             return _hold(command, context, since_ms=since_ms, status="held"), True
@@ -214,7 +214,7 @@ def _hold(command: UserEndKey, context: Context, *, since_ms: int, status: HoldS
     )  # fmt: skip
 
 
-def is_apart(actor: Actor, at_s: int, *people: str | None) -> bool:
+def is_apart(actor: Actor, at_ms: int, *people: str | None) -> bool:
     """Return whether a signer is none of these people, and their key rests on none of them.
 
     The root is apart from everybody. A key that somebody else added less than a day ago is not.
@@ -224,7 +224,7 @@ def is_apart(actor: Actor, at_s: int, *people: str | None) -> bool:
     origin = actor.origin
     rests_on = {actor.user_id}
     if origin is not None:
-        if origin.counts_from_ms > at_s * 1000:
+        if origin.counts_from_ms > at_ms:
             return False
         rests_on |= origin.vouchers | {giver.user_id for giver in origin.givers}
     return rests_on.isdisjoint({person for person in people if person is not None})
@@ -252,7 +252,7 @@ def review(state: AnyState | None, command: UserReviewCompromise, context: Conte
         )
     if not context.actor.is_root:
         operator_only(context, "review a report of a compromised key")
-    if not is_apart(context.actor, context.at_s, hold.by, hold.user_id):
+    if not is_apart(context.actor, context.at_ms, hold.by, hold.user_id):
         raise CommandRefusedError(
             f"{context.actor.user_id} cannot review this report: it takes an operator who is neither "
             f"{hold.by or 'the root'} nor {hold.user_id} and rests on neither, or the root",

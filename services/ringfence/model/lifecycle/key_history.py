@@ -127,6 +127,7 @@ class KeyHistory:
         at_ms: int,
         signer: SignerKey,
         proof: KeyProof | None = None,
+        second: SignerKey | None = None,
     ) -> KeyHistory:
         """Return the history after a command that made `state` of `before`.
 
@@ -134,6 +135,7 @@ class KeyHistory:
             at_ms: the append time of the command.
             signer: the key that signed it.
             proof: what it embeds, if it is a `user.add-key`.
+            second: the key that seconded it.
         """
         at_s = at_ms // 1000
         live = [key for key in state.keys if key.not_after > at_s]
@@ -149,13 +151,14 @@ class KeyHistory:
             new = {
                 kid: replace(parent, kid=kid, added_ms=at_ms, by_kid=signer.kid, counts_from_ms=at_ms)
                 if parent
-                else _given(kid, signer, None, at_ms=at_ms, first=True)
+                else _given(kid, (signer, None, second), at_ms=at_ms, first=True)
                 for kid in given
             }
             return KeyHistory(MappingProxyType({**self.origins, **new}))
         first = not self.origins
         endorser = proof.endorser if proof else None
-        new = {kid: _origin(kid, state.user_id, signer, endorser, at_ms=at_ms, first=first) for kid in given}
+        vouching = (signer, endorser, second)
+        new = {kid: _origin(kid, state.user_id, vouching, at_ms=at_ms, first=first) for kid in given}
         if not first:
             new = {kid: self._added_again(origin) for kid, origin in new.items()}
         for kid in of_root:  # whatever it rested on before
@@ -181,10 +184,15 @@ class KeyHistory:
 NO_HISTORY: Final = KeyHistory()
 
 
-def _given(kid: str, signer: SignerKey, endorser: SignerKey | None, *, at_ms: int, first: bool) -> KeyOrigin:
+_Vouching = tuple[SignerKey, SignerKey | None, SignerKey | None]
+"""The key that signed a command, the one that co-signed the new key, and the one that seconded the command."""
+
+
+def _given(kid: str, vouching: _Vouching, *, at_ms: int, first: bool) -> KeyOrigin:
     """Return the origin of a key that counts at once and has no vouchers."""
+    signer = vouching[0]
     givers: set[Giver] = set()
-    for one in (signer, endorser) if signer.user_id else ():  # what the root gave rests on no other key
+    for one in vouching if signer.user_id else ():  # what the root gave rests on no other key
         if one is not None and one.user_id is not None:
             givers.add(Giver(one.user_id, one.kid, at_ms))
             givers |= one.origin.givers if one.origin else frozenset()
@@ -193,10 +201,9 @@ def _given(kid: str, signer: SignerKey, endorser: SignerKey | None, *, at_ms: in
     )
 
 
-def _origin(
-    kid: str, user_id: str, signer: SignerKey, endorser: SignerKey | None, *, at_ms: int, first: bool
-) -> KeyOrigin:
-    plain = _given(kid, signer, endorser, at_ms=at_ms, first=first)
+def _origin(kid: str, user_id: str, vouching: _Vouching, *, at_ms: int, first: bool) -> KeyOrigin:
+    plain = _given(kid, vouching, at_ms=at_ms, first=first)
+    signer, endorser, _ = vouching
     if first:
         return plain
     inherited = signer.origin
@@ -206,9 +213,9 @@ def _origin(
         return replace(
             plain, counts_from_ms=max(at_ms, inherited.counts_from_ms), vouchers=inherited.vouchers
         )
-    vouching = [signer, *([endorser] if endorser else [])]
-    people = {one.user_id for one in vouching if one.user_id} | {
-        person for one in vouching if one.origin for person in one.origin.vouchers
+    known = [one for one in vouching if one is not None]
+    people = {one.user_id for one in known if one.user_id} | {
+        person for one in known if one.origin for person in one.origin.vouchers
     }
     return replace(
         plain,

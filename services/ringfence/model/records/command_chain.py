@@ -22,11 +22,12 @@ from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.messages.base import Claims, ExpiringClaims, typ_header
-from ringfence.messages.codes import Code
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import CredentialRequest, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import (
     COMMANDS,
+    PROPOSAL_COMMANDS,
     AgentRenewKey,
     AgentReportReuse,
     AgentState,
@@ -35,10 +36,12 @@ from ringfence.messages.registry import (
     AnyRecord,
     AnyState,
     Command,
+    CommandSecond,
     EmbeddedCommand,
     ProvisionerLink,
     ProvisionerSet,
     Role,
+    SecondSignature,
     TaskAssign,
     TaskConsent,
     TaskDelegate,
@@ -56,6 +59,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind, subject_of
 from ringfence.model.lifecycle import (
     MAX_DEPTH,
     NO_HISTORY,
+    NO_PROVENANCE,
     Actor,
     CommandRefusedError,
     Context,
@@ -63,18 +67,28 @@ from ringfence.model.lifecycle import (
     KeyOrigin,
     KeyProof,
     KeyUse,
+    Person,
+    Provenance,
+    Signatures,
     SignerKey,
     apply,
     by_person,
+    check_widening,
     hold_of,
+    sponsors_of,
     subject_key,
 )
 from ringfence.model.records.consent import Consent, verified_consent
 from ringfence.model.records.key_proofs import PeopleThen, unverified_signers, verified_key_proof
 from ringfence.model.records.user_keys import user_key
+from ringfence.model.verdict import Refused
 
 COMMAND_OF_TYP: dict[str, type[ExpiringClaims]] = {typ_header(command): command for command in COMMANDS}
 """The class of a command, by its `typ` header."""
+SIGNED_COMMANDS: dict[str, type[ExpiringClaims]] = COMMAND_OF_TYP | {
+    typ_header(command): command for command in PROPOSAL_COMMANDS
+}
+"""Those and the commands about a proposal, which no record is folded from."""
 SIGNED_BY_AGENTS: dict[str, type[Claims]] = {
     typ_header(model): model
     for model in (CredentialRequest, RequestWithdraw, RevocationRequest, TaskDelegate, TaskEnd, AgentRenewKey)
@@ -108,6 +122,31 @@ class Authorised:
     reuse: KeyUse | None = None
     """What an `agent.report-reuse` embeds, where its signature holds."""
     reuse_problem: str | None = None
+    provenance: Provenance = NO_PROVENANCE
+    """On whose word the signer rests, if they are a user."""
+    second: Authorised | None = None
+    """The `command.second`, verified. What it says of the command was compared; who may second was not."""
+    proposed_at_ms: int = 0
+    """Of a command with a second person: its own append time. `appended_at_ms` is that of the second signature."""
+
+    @property
+    def embedded(self) -> EmbeddedCommand:
+        """The command as a record embeds it."""
+        given = EmbeddedCommand(jws=self.signed.compact, appended_at_ms=self.appended_at_ms)
+        if self.second is None:
+            return given
+        second = SecondSignature(jws=self.second.signed.compact, proposed_at_ms=self.proposed_at_ms)
+        return given.model_copy(update={"second": second})
+
+    @property
+    def signatures(self) -> Signatures:
+        """Who signed it, for the rules about the second person."""
+        return Signatures(
+            Person(self.actor, self.provenance),
+            self.appended_at_ms,
+            Person(self.second.actor, self.second.provenance) if self.second else None,
+            self.proposed_at_ms if self.second else self.appended_at_ms,
+        )
 
     @property
     def claims(self) -> Command:
@@ -153,6 +192,10 @@ class _Step:
     """What this one command rests on."""
     keys: KeyHistory = NO_HISTORY
     """Of a user or an agent: where their keys come from."""
+    provenance: Provenance = NO_PROVENANCE
+    """Of a user: on whose word they rest."""
+    changed_ms: int = 0
+    """When the last command took effect that was no renewal of a key by the agent itself."""
 
 
 @dataclass(slots=True)
@@ -187,18 +230,21 @@ class Chains:
         self,
         jws: UnverifiedJws,
         appended_at_ms: int,
-        own: UserState | AgentState | None = None,
-        own_keys: KeyHistory = NO_HISTORY,
+        folded: _Step | None = None,
+        second: SecondSignature | None = None,
     ) -> Authorised:
         """Verify the signature of a command, as of its append time.
 
-        `own` and `own_keys` are the state so far, and the origins of the keys, of the user or agent whose own record is
-        being folded.
+        `folded` is the user or agent so far whose own record is being folded. With a `second` signature,
+        `appended_at_ms` is the append time of that one.
 
         Raises InvalidMessageError if the command is malformed, expired, or not signed by a user or the root of this
-        trust domain, and ChainError if the signer's record does not verify.
+        trust domain, or if the second signature is not of this command; and ChainError if a signer's record does not
+        verify.
         """
-        model = COMMAND_OF_TYP.get(jws.header.typ)
+        own = folded.state if folded is not None else None
+        own_keys = folded.keys if folded is not None else NO_HISTORY
+        model = SIGNED_COMMANDS.get(jws.header.typ)
         if model is None:
             raise InvalidMessageError(
                 f"typ {jws.header.typ[:80]!r} names no command", code=Code.TYP_UNEXPECTED
@@ -206,26 +252,36 @@ class Chains:
 
         own_agent = own if isinstance(own, AgentState) else None
         own = own if isinstance(own, UserState) else None
+        signed_ms = second.proposed_at_ms if second else appended_at_ms
         signed = verify(
-            jws, model, lambda iss, kid: self.signer_key(model, iss, kid, appended_at_ms, own, own_agent, jws),
-            audience=self._trust.trust_domain, appended_at_ms=appended_at_ms,
+            jws, model, lambda iss, kid: self.signer_key(model, iss, kid, signed_ms, own, own_agent, jws),
+            audience=self._trust.trust_domain, appended_at_ms=signed_ms,
         )  # fmt: skip
+        seconded = None
+        if second is not None:
+            if self.command_key(signed.claims.iss, jws.header.kid, appended_at_ms, own) is None:
+                raise InvalidMessageError(
+                    f"the key {jws.header.kid} of its author ended before it was seconded",
+                    code=Code.KEY_ENDED,
+                )
+            seconded = self._seconded(jws, signed.claims, second, appended_at_ms, folded)
         if model is AgentReportReuse:
             actor = Actor(None, frozenset(), is_service=True)
         else:
             actor = self._actor(signed.claims.iss, appended_at_ms, own, own_agent)
-        people = self._people(appended_at_ms, own, own_keys)
+        # What a command embeds is judged by its own append time: a passkey's possession is fresh only then.
+        people = self._people(signed_ms, own, own_keys)
         origin = people.origin_of(actor.user_id, jws.header.kid) if actor.user_id else None
         actor = replace(actor, kid=jws.header.kid, origin=origin, by_passkey=is_by_passkey(jws.compact))
         signer = SignerKey(actor.user_id, jws.header.kid, origin)
         consent, consent_problem, proof, proof_problem = None, None, None, None
         try:
-            consent = self._consent(signed.claims, appended_at_ms)
+            consent = self._consent(signed.claims, signed_ms)
         except InvalidMessageError as error:
             consent_problem = str(error)
         if isinstance(signed.claims, UserAddKey):
             try:
-                proof = verified_key_proof(signed.claims, signer, people, self._trust, appended_at_ms)
+                proof = verified_key_proof(signed.claims, signer, people, self._trust, signed_ms)
             except InvalidMessageError as error:
                 proof_problem = str(error)
         reuse, reuse_problem = None, None
@@ -246,7 +302,45 @@ class Chains:
             proof_problem,
             reuse,
             reuse_problem,
+            self._provenance_at(actor.user_id, appended_at_ms, folded),
+            seconded,
+            signed_ms,
         )
+
+    def _seconded(
+        self,
+        jws: UnverifiedJws,
+        claims: ExpiringClaims,
+        second: SecondSignature,
+        at_ms: int,
+        folded: _Step | None,
+    ) -> Authorised:
+        """Verify the second signature of a command. Raises InvalidMessageError if it is of something else."""
+        found = self.authorise(parse(second.jws), at_ms, folded)
+        said = found.signed.claims
+        if not isinstance(said, CommandSecond) or (said.author, said.command, said.proposal) != (
+            claims.iss,
+            claims.jti,
+            digest(jws.signing_input),
+        ):
+            raise InvalidMessageError(
+                "its second signature is of another command", code=Code.PROPOSAL_UNKNOWN
+            )
+        return found
+
+    def provenance_at(self, user_id: str, at_ms: int) -> Provenance:
+        """On whose word a user rested just before `at_ms`. Raises ChainError."""
+        return self._provenance_at(user_id, at_ms, None)
+
+    def _provenance_at(self, user_id: str | None, at_ms: int, folded: _Step | None) -> Provenance:
+        if user_id is None:
+            return NO_PROVENANCE
+        if folded is not None and isinstance(folded.state, UserState) and folded.state.user_id == user_id:
+            return folded.provenance
+        if self.user_at(user_id, at_ms) is None:
+            return NO_PROVENANCE
+        history = self._histories[user_id]
+        return history.steps[bisect_left(history.appended_ms, at_ms) - 1].provenance
 
     def signer_key(
         self,
@@ -518,6 +612,8 @@ class Chains:
                 raise ChainError(f"the record of user {user_id} embeds a command that is about no user")
             claims = jws.unverified_claims(model)
             signers = [claims.iss, *(unverified_signers(claims) if isinstance(claims, UserAddKey) else ())]
+            if embedded.second is not None:
+                signers.append(parse(embedded.second.jws).unverified_claims(CommandSecond).iss)
         except InvalidMessageError as error:
             raise ChainError(f"an embedded command does not hold: {error}") from None
         return tuple(subject_of(self._trust.trust_domain, iss, "user") or "" for iss in signers)
@@ -537,9 +633,11 @@ class Chains:
         signed_s = steps[-1].last_signed_s if steps else 0
         person_s = steps[-1].person_signed_s if steps else 0
         before = state
-        own = state if isinstance(state, UserState | AgentState) else None
         keys = steps[-1].keys if steps else NO_HISTORY
-        given = self.authorise(parse(embedded.jws), at_ms, own, keys)
+        provenance = steps[-1].provenance if steps else NO_PROVENANCE
+        given = self.authorise(parse(embedded.jws), at_ms, steps[-1] if steps else None, embedded.second)
+        if isinstance(given.claims, PROPOSAL_COMMANDS):
+            raise ChainError(f"a record embeds a {given.claims.typ} by itself")
         if any(step.command_id == given.command_id for step in steps):
             raise ChainError("one command is embedded twice")
         if given.consent and any(step.consent and step.consent.mark == given.consent.mark for step in steps):
@@ -565,12 +663,45 @@ class Chains:
             reuse_problem=given.reuse_problem,
         )
         state = apply(state, given.claims, context)
+        self._check_widening(steps, state, given)
+        second = given.second.signer_key if given.second else None
         if isinstance(state, UserState | AgentState):
             assert before is None or isinstance(before, UserState | AgentState)
-            keys = keys.after(before, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof)
+            keys = keys.after(
+                before, state, at_ms=at_ms, signer=given.signer_key, proof=given.key_proof, second=second
+            )
+        if isinstance(state, UserState):
+            assert before is None or isinstance(before, UserState)
+            endorser = self._endorser(given, steps[-1] if steps else None)
+            provenance = provenance.after(before, state, given.claims, given.signatures, endorser)
+        changed_ms = steps[-1].changed_ms if steps else 0
         if by_person(given.claims):
             signed_s, person_s = max(signed_s, given.claims.iat), at_ms // 1000
-        return _Step(state, given.command_id, signed_s, person_s, given.consent, keys)
+        if not isinstance(given.claims, AgentRenewKey):
+            changed_ms = at_ms
+        return _Step(
+            state, given.command_id, signed_s, person_s, given.consent, keys, provenance, changed_ms
+        )  # fmt: skip
+
+    def _check_widening(self, steps: Sequence[_Step], state: AnyState, given: Authorised) -> None:
+        """Check that a widening command has the second person that it needs. Raises CommandRefusedError."""
+        signatures = given.signatures
+        if given.second is not None and steps and steps[-1].changed_ms > given.proposed_at_ms:
+            raise CommandRefusedError("its subject changed after it was proposed", code=Code.SUBJECT_CHANGED)
+        before = steps[-1].state if steps else None
+        mode = self._trust.second_person(signatures.proposed_ms / 1000)
+        sponsors = sponsors_of((step.state for step in steps), given.claims)
+        verdict = check_widening(before, state, given.claims, signatures, mode, sponsors)
+        if isinstance(verdict, Refused):
+            raise CommandRefusedError(verdict.reason.message, code=ReceivedCode(verdict.reason.code))
+
+    def _endorser(self, given: Authorised, folded: _Step | None) -> Person | None:
+        """Who co-signed a `user.add-key`, with what they rest on."""
+        endorser = given.key_proof.endorser if given.key_proof else None
+        if endorser is None:
+            return None
+        provenance = self._provenance_at(endorser.user_id, given.appended_at_ms, folded)
+        return Person(Actor(endorser.user_id, frozenset()), provenance)
 
     def _people(self, at_ms: int, own: UserState | None, own_keys: KeyHistory) -> PeopleThen:
         """The people as of just before `at_ms`; `own` as it is so far."""
@@ -686,6 +817,6 @@ def _check_order(record: AnyRecord) -> None:
 def _common(old: Sequence[EmbeddedCommand], new: Sequence[EmbeddedCommand]) -> int:
     """The length of the common beginning of two histories."""
     for index, (a, b) in enumerate(zip(old, new, strict=False)):
-        if (a.jws, a.appended_at_ms) != (b.jws, b.appended_at_ms):
+        if (a.jws, a.appended_at_ms, a.second) != (b.jws, b.appended_at_ms, b.second):
             return index
     return min(len(old), len(new))

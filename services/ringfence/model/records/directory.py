@@ -13,7 +13,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 from ringfence.kernel.base.clock import Clock, RemoteClock
 from ringfence.kernel.base.errors import InvalidMessageError
@@ -30,7 +30,9 @@ from ringfence.messages.registry import (
     AgentState,
     AnyRecord,
     AnyState,
+    Command,
     EmbeddedCommand,
+    Role,
     TargetRecord,
     TargetState,
     TaskRecord,
@@ -47,6 +49,7 @@ from ringfence.model.lifecycle import (
     KeyOrigin,
     check_hold,
     held_keys,
+    is_compared,
     may_be_dropped,
 )
 from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
@@ -273,7 +276,7 @@ class Directory:
                 known = slot.record.revision
                 message = f"{record.sub} has revision {known}, this says {record.revision}"
                 return refused(Code.REVISION_FELL, message)
-            history = _check_history(record, slot.record.commands)
+            history = _check_history(record, slot.record.commands, self._trust)
             if isinstance(history, Refused):
                 return history
         self._slots[kind][id] = _Slot(record, compact, source)
@@ -396,6 +399,16 @@ class Directory:
     def entries(self, kind: SubjectKind, prefix: str = "") -> Iterator[VerifiedRecord[AnyState]]:
         """All verified records of a kind whose ids begin so, sorted by id. Records with a broken chain are left out."""
         return self._verified(kind, (id for id in self._slots[kind] if id.startswith(prefix)))
+
+    def users_with(self, *roles: Role) -> list[str]:
+        """The ids of the users who have one of these roles by their record, sorted. The records are not verified yet:
+        look each up with `user`.
+        """
+        return sorted(
+            id
+            for id, slot in self._slots["user"].items()
+            if not set(roles).isdisjoint(cast(UserState, slot.record.state).roles)
+        )
 
     def agents_of(self, sponsor: str) -> Iterator[VerifiedRecord[AgentState]]:
         """The verified records of the agents that a user sponsors, sorted by id. Records with a broken chain are left
@@ -580,23 +593,29 @@ class Directory:
         return cast(UserRecord, slot.record) if slot else None
 
 
-def _check_history(record: AnyRecord, known: Sequence[EmbeddedCommand]) -> Verdict:
+def _check_history(record: AnyRecord, known: Sequence[EmbeddedCommand], trust: TrustStore) -> Verdict:
     """Check that the commands of a newer record continue those of the known one.
 
     A registry may append commands, and drop commands that later ones made irrelevant (`may_be_dropped`); nothing else.
     So it can leave out no suspension, register no name a second time, and slip in no command.
     """
     what, new = f"revision {record.revision} of {record.sub}", record.commands
-    new_commands = {(command.jws, command.appended_at_ms) for command in new}
+    new_commands = {_identity(command) for command in new}
     kept: list[EmbeddedCommand] = []
     try:
         for command in known:
-            if (command.jws, command.appended_at_ms) in new_commands:
+            if _identity(command) in new_commands:
                 kept.append(command)
                 continue
             before = unverified_command(kept[-1]) if kept else None
-            after = [unverified_command(later) for later in new[len(kept) :]]
-            if not may_be_dropped(unverified_command(command), before, after):
+            later = new[len(kept) :]
+            after = [unverified_command(one) for one in later]
+            known_of = {(claims.iss, claims.jti): one for claims, one in zip(after, later, strict=True)}
+
+            def compared(claims: Command, known_of: Any = known_of) -> bool:
+                return compared_command(claims, known_of[claims.iss, claims.jti], record.state, trust)
+
+            if not may_be_dropped(unverified_command(command), before, after, compared):
                 message = f"{what} leaves out a command of {command.appended_at_ms} ms that still counts"
                 return refused(Code.HISTORY_CHANGED, message)
     except InvalidMessageError as error:
@@ -607,6 +626,24 @@ def _check_history(record: AnyRecord, known: Sequence[EmbeddedCommand]) -> Verdi
             Code.HISTORY_CHANGED, f"{what} changes the order of its commands, or adds to their past"
         )
     return ALLOWED
+
+
+def compared_command(command: Command, embedded: EmbeddedCommand, state: AnyState, trust: TrustStore) -> bool:
+    """Return whether a command in a record counts only because it narrows what those before it gave.
+
+    `state` is that of the record: it names a user's provisioner. It need not be verified, because one that lies does
+    not verify later.
+    """
+    provisioned = state.provisioned if isinstance(state, UserState) else None
+    by = subject_of(trust.trust_domain, command.iss, "user")
+    alone = command.iss == trust.root_id or (provisioned is not None and provisioned.by == by)
+    mode = trust.second_person(embedded.appended_at_ms / 1000)
+    return is_compared(command, embedded.second, mode, alone=alone)
+
+
+def _identity(command: EmbeddedCommand) -> tuple[object, ...]:
+    second = command.second
+    return (command.jws, command.appended_at_ms, second and (second.jws, second.proposed_at_ms))
 
 
 def _record_hash(id: str, revision: int) -> int:

@@ -16,6 +16,7 @@ from ringfence.messages.registry import (
     AgentState,
     AnyState,
     Command,
+    CommandSecond,
     EmbeddedCommand,
     HeldSubject,
     TargetState,
@@ -221,6 +222,8 @@ def _users(directory: Directory) -> Iterator[VerifiedRecord[UserState]]:
 def _signers(command: Command, embedded: EmbeddedCommand) -> Iterator[tuple[str, str]]:
     """Yield (`iss`, `kid`) of everybody on whose signature a verified command rests."""
     yield command.iss, kid_of(embedded.jws)
+    if embedded.second is not None:
+        yield parse(embedded.second.jws).unverified_claims(CommandSecond).iss, kid_of(embedded.second.jws)
     if isinstance(command, TaskAssign) and command.consent is not None:
         try:
             yield parse(command.consent).unverified_claims(TaskConsent).iss, kid_of(command.consent)

@@ -30,9 +30,11 @@ from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.base import typ_header
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialRequest
+from ringfence.messages.registry import Proposal
 from ringfence.model.lifecycle import WAIT_S
-from ringfence.model.records.command_chain import ChainError
+from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.seconders import seconders
 from ringfence.model.requests.facts import DeniedError, load_context, load_records
 from ringfence.policy.decision_log import Decisions
 from ringfence.policy.notifications.webhook import (
@@ -41,6 +43,7 @@ from ringfence.policy.notifications.webhook import (
     body_of,
     body_of_action,
     body_of_key,
+    body_of_proposal,
     parse_webhook,
     signed_headers,
 )
@@ -308,5 +311,42 @@ def key_notice_sender(
                     partial(body_of_key, user_id, origin),
                 )
             )
+
+    return tell
+
+
+def proposal_notice_sender(
+    runtime: Runtime, directory: Directory, notices: Notices
+) -> Callable[[Received], Awaitable[None]]:
+    """Return a handler of `proposal` records, which sends a notice to everybody who may second an open one."""
+
+    async def tell(record: Received) -> None:
+        """Raises InvalidMessageError if no registry signed it."""
+        if not record.value:
+            return
+        find = runtime.trust.finder(*Proposal.signed_by, at_s=record.appended_at_ms / 1000)
+        audience = runtime.settings.trust_domain
+        proposal = verify(parse(record.value), Proposal, find, audience=audience).claims
+        now_ms = runtime.clock.now_ms()
+        if proposal.status != "open" or proposal.ends_at_ms <= now_ms:
+            return
+        await runtime.tables_caught_up(runtime.settings.grace_s)
+        command = unverified_command(proposal.command)
+        subject = " ".join(proposal.sub.split("/")[-2:])
+        for user_id in seconders(directory, proposal.command, now_ms):
+            id = derived_id("proposal", proposal.digest, user_id)
+            if notices.wants(user_id, id):
+                ends_s = proposal.ends_at_ms // 1000
+                body = partial(
+                    body_of_proposal,
+                    proposal.digest,
+                    command.typ,
+                    subject,
+                    command.iss.rpartition("/")[2],
+                    ends_s,
+                )
+                notices.deliver(
+                    Notice(id, user_id, f"proposal {proposal.digest}", ends_s, lambda: True, body)
+                )
 
     return tell

@@ -139,6 +139,18 @@ def body_of_key(user_id: str, origin: KeyOrigin) -> bytes:
     return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
 
 
+def body_of_proposal(digest: str, typ: str, subject: str, author: str, ends_at_s: float) -> bytes:
+    """Return the body about a change that waits for a second person: `subject` is its kind and id."""
+    id = digest[:12]
+    lines = [
+        f"{_code(author)} proposes {_code(typ)} of {_code(subject)}. It gives more, and waits for a second person.",
+        f"You may be that person, until {utc_text(ends_at_s)}.",
+        f"Look at it first: {_code(f'ringfence proposal show {id}')}",
+        f"To let it take effect: {_code(f'ringfence proposal second {id}')}",
+    ]
+    return orjson.dumps({"text": "\n".join(lines), "unfurl_links": False, "unfurl_media": False})
+
+
 def body_of_receipt(
     user_id: str, kid: str, typ: str, signed_at_s: int, lines: Sequence[tuple[str, str]]
 ) -> bytes:

@@ -1,0 +1,185 @@
+"""`ringfence proposal`: widening commands that wait for a second person."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ringfence.cli.shared import connect
+from ringfence.cli.shared.command_results import print_accepted
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    WideOption,
+    YesOption,
+    confirm,
+    identity,
+    run,
+    wants_json,
+)
+from ringfence.cli.shared.output import note, print_fields, print_json, print_table, until
+from ringfence.cli.shared.tables import ids, state
+from ringfence.client.errors import ApiError, InvalidCallError
+from ringfence.client.reports.read_api import ReadApi
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from ringfence.client.admin.proposals import ProposedCommand
+
+app = typer.Typer(
+    help="Changes that give somebody more, and wait for a second person: list, show, second, withdraw.",
+    no_args_is_help=True,
+)
+_SHOWN = 12
+_MIN_PREFIX = 6
+ProposalArgument = Annotated[
+    str, typer.Argument(metavar="PROPOSAL", help="The proposal's id, or how it begins.")
+]
+
+
+@app.command("list")
+def list_proposals(
+    all_of_them: Annotated[
+        bool, typer.Option("--all", help="Also those of the last day that no longer wait.")
+    ] = False,
+    wide: WideOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List changes that wait for a second person, and who may second each."""
+
+    async def work() -> list[Any]:
+        async with ReadApi(identity(me)) as api:
+            return await api.proposals(all=all_of_them)
+
+    listed = run(work())
+    if wants_json(as_json):
+        print_json(listed)
+        return
+    rows = (
+        (
+            one["id"] if wide else one["id"][:_SHOWN],
+            one["status"],
+            one["typ"],
+            one["subject"],
+            one["author"],
+            _ends_in(one) if one["status"] == "open" else "",
+            ", ".join(one["may_second"]) or ("nobody" if one["status"] == "open" else ""),
+        )
+        for one in listed
+    )
+    columns = (
+        ids("proposal"),
+        state("status"),
+        "command",
+        "subject",
+        "author",
+        "until",
+        "who may second it",
+    )
+    print_table(columns, rows, empty="no change waits for a second person", wide=wide)
+
+
+@app.command()
+def show(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Show one change that waits: what it gives, beside what there is now."""
+    listed, found, now = run(_found(proposal, identity(me)))
+    if wants_json(as_json):
+        print_json({**listed, "now": now, "wanted": found.command.model_dump(mode="json", exclude_none=True)})
+    else:
+        _print(listed, found, now)
+
+
+@app.command()
+def second(
+    proposal: ProposalArgument,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Second another person's change, which takes effect then. As somebody whom `proposal list` names."""
+    who = identity(me)
+    listed, found, now = run(_found(proposal, who))
+    if not (yes and wants_json(as_json)):
+        _print(listed, found, now, to_people=True)
+    confirm(f"second this {found.command.typ} by {found.author}?", yes)
+
+    async def work() -> Any:
+        async with connect.administrator(who) as administrator:
+            return await administrator.second(found)
+
+    sentence = f"{found.kind} {found.id} is changed, by {found.author} and you"
+    print_accepted(run(work()), sentence, wants_json(as_json))
+
+
+@app.command()
+def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
+    """Withdraw an own change that waits."""
+    who = identity(me)
+    listed, found, _ = run(_found(proposal, who))
+
+    async def work() -> Any:
+        async with connect.administrator(who) as administrator:
+            return await administrator.withdraw(found.digest)
+
+    accepted = run(work())
+    print_accepted(accepted, f"{listed['typ']} of {found.kind} {found.id} is withdrawn", wants_json(as_json))
+
+
+async def _found(text: str, who: Path | None) -> tuple[dict[str, Any], ProposedCommand, dict[str, Any]]:
+    """Return the one proposal whose id begins so: as listed, verified, and with its subject as it is now."""
+    from ringfence.client.admin.proposals import read_proposal
+
+    if len(text) < _MIN_PREFIX:
+        raise InvalidCallError(
+            f"give at least {_MIN_PREFIX} characters of the id; see: ringfence proposal list"
+        )
+    async with ReadApi(who) as api:
+        fitting = [one for one in await api.proposals(all=True) if one["id"].startswith(text)]
+        if len(fitting) != 1:
+            how_many = "no proposal" if not fitting else f"{len(fitting)} proposals"
+            raise InvalidCallError(
+                f"{how_many} that you may see begins with {text}; see: ringfence proposal list"
+            )
+        (listed,) = fitting
+        kind, _, id = listed["subject"].partition(" ")
+        try:
+            now = (await api.record(kind, id))["state"]
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            now = {}
+    async with connect.administrator(who) as administrator:
+        found = read_proposal(await administrator.connection.current_directory(), listed)
+    if found.digest != listed["id"]:
+        raise InvalidCallError("the registry lists another command under this id; ask its operator")
+    return listed, found, now
+
+
+def _ends_in(listed: dict[str, Any]) -> str:
+    return until(listed["ends_at_ms"] / 1000, time.time())
+
+
+def _print(
+    listed: dict[str, Any], found: ProposedCommand, now: dict[str, Any], *, to_people: bool = False
+) -> None:
+    fields = {
+        "command": found.command.typ,
+        "of": f"{found.kind} {found.id}",
+        "author": found.author,
+        "status": listed["status"],
+        "until": _ends_in(listed),
+        "who may second it": ", ".join(listed["may_second"]) or "nobody",
+    }
+    for name, (before, after) in found.changes(now).items():
+        fields[f"{name} now"] = json.dumps(before, ensure_ascii=False)
+        fields[f"{name} then"] = json.dumps(after, ensure_ascii=False)
+    if to_people:
+        for name, value in fields.items():
+            note(f"  {name}: {value}")
+    else:
+        print_fields(fields, title=f"proposal {found.digest[:_SHOWN]}")
