@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from ringfence.client.errors import InvalidCallError as InvalidCallError
     from ringfence.client.errors import NotAnsweredError as NotAnsweredError
     from ringfence.client.errors import NotYoursError as NotYoursError
+    from ringfence.client.errors import ProposedError as ProposedError
     from ringfence.client.errors import RefusedError as RefusedError
     from ringfence.client.errors import RequestDeniedError as RequestDeniedError
     from ringfence.client.errors import RequestTimeoutError as RequestTimeoutError
@@ -140,6 +141,7 @@ __all__ = [
     "ProofError",
     "ProofMemory",
     "Proposal",
+    "ProposedError",
     "Provisioning",
     "PublicJwk",
     "Reason",
@@ -223,6 +225,7 @@ _MODULES = {
     "ProofError": "ringfence.client.resource_server.dpop_proofs",
     "ProofMemory": "ringfence.client.resource_server.dpop_proofs",
     "Proposal": "ringfence.client.approvals.grants",
+    "ProposedError": "ringfence.client.errors",
     "Provisioning": "ringfence.messages.registry",
     "PublicJwk": "ringfence.messages.base",
     "Reason": "ringfence.messages.credential",

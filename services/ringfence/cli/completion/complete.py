@@ -226,6 +226,12 @@ async def _grants(ask: Lookup) -> list[Candidate]:
     ]
 
 
+async def _proposals(ask: Lookup) -> list[Candidate]:
+    async with ask.api() as api:
+        listed = await api.proposals()
+    return [Candidate(one["id"], f"{one['typ']} {one['subject']}, by {one['author']}") for one in listed]
+
+
 async def _any(ask: Lookup) -> list[Candidate]:
     """Return what a trace can begin with."""
     kind = ask.typed.option("kind")
@@ -248,6 +254,7 @@ SOURCES: Final[Mapping[str, Source]] = {
     "GRANT": _grants,
     "ID": _any,
     "LEASE": _leases,
+    "PROPOSAL": _proposals,
     "PROVISIONER": _provisioners,
     "REQUEST": _requests,
     "RUN": _runs,
