@@ -16,7 +16,8 @@ from ringfence.cli.shared.output import kept_file, output_file, output_folder
 
 INPUTS = frozenset({
     "--attestation-root", "--baseline", "--bundle", "--ca-file", "--consent", "--delegation", "--endorsement",
-    "--id-token", "--identity", "--invitation", "--jwks", "--key-file", "--package", "--public-key", "--second-operator", "--socket",
+    "--id-token", "--identity", "--invitation", "--jwks", "--key-file", "--package", "--public-key",
+    "--second-operator", "--socket",
     "key prove file", "key show file", "scan paths", "user sync file",
 })  # fmt: skip
 """Options and arguments whose files are only read. A new path is either here, or has a callback of `output_files`."""
