@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 from docker.errors import DockerException  # type: ignore[import-untyped,unused-ignore]
 from testcontainers.core.container import DockerContainer
-from testcontainers.core.wait_strategies import LogMessageWaitStrategy
 
+from ringfence.dev.kafka import kafka_answers
 from ringfence.dev.processes import LOOPBACK, StackError, free_port
+from ringfence.dev.redis import redis_answers
 from tests.brokers.apache import server_properties
 
 # As in docker-compose.yml: with a digest, only that very image is used.
 KAFKA_IMAGE = os.environ.get("RINGFENCE_KAFKA_IMAGE") or "apache/kafka:4.3.1"
 VALKEY_IMAGE = os.environ.get("RINGFENCE_VALKEY_IMAGE") or "valkey/valkey:9.1.2"
 
+_START_S = 120.0
 _VALKEY_OPTIONS = "--appendonly yes --notify-keyspace-events Ex --maxmemory-policy noeviction"
 
 
@@ -28,14 +31,18 @@ class _Container:
         self._container: Any = None
 
     def start(self) -> None:
-        """Raises StackError where there is no Docker engine, or the image cannot be had."""
+        """Start the container. Returns once the server in it answers.
+
+        Raises StackError where there is no Docker engine, the image is missing, or the server does not answer in time.
+        """
         try:
-            self._container = self._build()
+            self._container = self._build().with_bind_ports(self.port, self.port)
             self._container.start()
         except DockerException as error:
             raise StackError(
                 f"No container could be started ({error}): start Docker, or choose embedded instead of docker."
             ) from error
+        self._wait()
 
     def stop(self) -> None:
         if self._container is not None:
@@ -43,8 +50,23 @@ class _Container:
 
     def restart(self) -> None:
         self._container.get_wrapped_container().restart()
+        self._wait()
+
+    def _wait(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while not self._answers():
+            if time.monotonic() > deadline:
+                logs = b"".join(self._container.get_logs()).decode(errors="replace")
+                self.stop()
+                raise StackError(
+                    f"The server in the container did not answer in {_START_S:.0f} s: {logs[-1500:]}"
+                )
+            time.sleep(0.2)
 
     def _build(self) -> Any:
+        raise NotImplementedError
+
+    def _answers(self) -> bool:
         raise NotImplementedError
 
 
@@ -56,12 +78,10 @@ class DockerKafka(_Container):
     def _build(self) -> Any:
         properties = server_properties(self.bootstrap, "localhost:19093", listen_host="0.0.0.0")
         environment = {f"KAFKA_{name.upper().replace('.', '_')}": value for name, value in properties.items()}
-        return (
-            DockerContainer(KAFKA_IMAGE)
-            .with_envs(**environment)
-            .with_bind_ports(self.port, self.port)
-            .waiting_for(LogMessageWaitStrategy("Kafka Server started"))
-        )
+        return DockerContainer(KAFKA_IMAGE).with_envs(**environment)
+
+    def _answers(self) -> bool:
+        return kafka_answers(self.port)
 
 
 class DockerValkey(_Container):
@@ -70,9 +90,9 @@ class DockerValkey(_Container):
         return f"redis://{LOOPBACK}:{self.port}/0"
 
     def _build(self) -> Any:
-        return (
-            DockerContainer(VALKEY_IMAGE)
-            .with_command(f"valkey-server --port {self.port} {_VALKEY_OPTIONS}")
-            .with_bind_ports(self.port, self.port)
-            .waiting_for(LogMessageWaitStrategy("Ready to accept connections"))
+        return DockerContainer(VALKEY_IMAGE).with_command(
+            f"valkey-server --port {self.port} {_VALKEY_OPTIONS}"
         )
+
+    def _answers(self) -> bool:
+        return redis_answers(self.port)

@@ -95,7 +95,7 @@ class EmbeddedRedis:
         self.child = spawn("redis (valkey-server)", argv, log_path=self._log_path, umask=PRIVATE)
         try:
             self.child.wait_until(
-                lambda: _answers(self.port), _START_TIMEOUT_S, f"answers PING on {LOOPBACK}:{self.port}"
+                lambda: redis_answers(self.port), _START_TIMEOUT_S, f"answers PING on {LOOPBACK}:{self.port}"
             )
         except BaseException:
             self.child.kill()
@@ -107,7 +107,7 @@ class EmbeddedRedis:
             shutil.rmtree(self._store, ignore_errors=True)
 
 
-def _answers(port: int) -> bool:
+def redis_answers(port: int) -> bool:
     """Return whether the server is up and has loaded its data. While it loads, it answers PING with an error."""
     try:
         with socket.create_connection((LOOPBACK, port), _ANSWER_TIMEOUT_S) as connection:

@@ -193,4 +193,4 @@ async def held_mint(
 def caller_of(desk: IssuerBench) -> Any:
     (group,) = desk.world.runtimes["issuer"]._groups.groups
     declared = inspect.getclosurevars(group.subscribers[0].function)
-    return declared.nonlocals["decisions"].steps.minter._caller
+    return declared.nonlocals["decisions"].steps.minter.caller

@@ -1,0 +1,63 @@
+"""The suite's own option `--kafka docker`: Apache Kafka and Valkey by testcontainers, on Podman's socket."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ringfence.dev.processes import StackError
+from tests.support.compose import ROOT
+from tests.support.containers import WITHIN_S, Podman
+
+
+@pytest.fixture
+def engine(podman: Podman) -> Iterator[str]:
+    """The address of Podman's API, which speaks Docker's protocol."""
+    folder = tempfile.mkdtemp(prefix="rf-")  # a short path, as those of sockets are short
+    socket = Path(folder, "podman.sock")
+    service = subprocess.Popen(
+        [podman.program, "system", "service", "--time=0", f"unix://{socket}"], stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + WITHIN_S
+        while not socket.is_socket():
+            if service.poll() is not None or time.monotonic() > deadline:
+                raise StackError("podman system service does not listen")
+            time.sleep(0.1)
+        yield f"unix://{socket}"
+    finally:
+        service.terminate()
+        service.wait()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.timeout(600)
+def test_broker_tests_pass_on_containers_of_kafka_and_valkey(podman: Podman, engine: str) -> None:
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("RINGFENCE_", "PYTEST_"))
+    }
+    environment |= {
+        "DOCKER_HOST": engine,
+        "TESTCONTAINERS_CONNECTION_MODE": "docker_host",
+        # Its image is of a registry; the test ends its containers by itself.
+        "TESTCONTAINERS_RYUK_DISABLED": "true",
+    }
+    before = set(podman("ps", "--quiet").stdout.split())
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "pytest", "tests/integration", "-m", "broker and not apache and not tools",
+            "--kafka", "docker", "--redis", "docker", "-n", "0", "-q", "-p", "no:cacheprovider",
+        ],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
+    assert set(podman("ps", "--quiet").stdout.split()) == before, "a container was left running"
