@@ -186,6 +186,8 @@ class Code(StrEnum):
     """A record has a lower revision than one before it, and is rejected."""
     SECOND_IS_AUTHOR = "second_is_author"
     """The author of a proposal cannot second it; somebody else has to."""
+    SECOND_LISTED = "second_listed"
+    """One second signature names commands that cannot be seconded together; second each alone."""
     SECOND_MISSING = "second_missing"
     """The command widens what somebody may do, and waits for a second person."""
     SECOND_NOT_APART = "second_not_apart"

@@ -770,13 +770,12 @@ MAX_PROPOSALS = 20
 """The most open proposals of one author besides the next one."""
 
 
-class CommandSecond(ExpiringClaims):
-    """Second another person's widening command, which takes effect with this. Signed by an operator; about an agent,
-    also by a sponsor who neither is nor was the agent's and for whom it does not work.
-    """
+MAX_SECONDED = 100
+"""The most widening commands of one second signature. Lists are of users and keys only (`user.set`, `user.add-key`)."""
 
-    typ: ClassVar[str] = "command.second"
-    passkey_use = "sign"
+
+class SecondedCommand(Message):
+    """One widening command that a second person names."""
 
     author: SpiffeId
     """The `iss` of the command."""
@@ -788,6 +787,28 @@ class CommandSecond(ExpiringClaims):
     """Of the record of the command's subject, as the second person saw it. 0: there is none."""
 
 
+class CommandSecond(ExpiringClaims):
+    """Second widening commands of others, which take effect with this: all of them, or none. Signed by an operator;
+    about an agent, also by a sponsor who neither is nor was the agent's and for whom it does not work.
+    """
+
+    typ: ClassVar[str] = "command.second"
+    passkey_use = "sign"
+
+    commands: Annotated[tuple[SecondedCommand, ...], Field(min_length=1, max_length=MAX_SECONDED)]
+    """More than one: only of users and keys."""
+
+    @property
+    def proposal(self) -> str:
+        """The digest of the first proposal: the key on the topic."""
+        return self.commands[0].proposal
+
+    def names(self, iss: str, jti: str, digest: str) -> SecondedCommand | None:
+        """Return what the second person signed about a command, or None."""
+        wanted = (iss, jti, digest)
+        return next((o for o in self.commands if (o.author, o.command, o.proposal) == wanted), None)
+
+
 class CommandWithdraw(ExpiringClaims):
     """Withdraw an own widening command that waits for a second person. Signed by its author."""
 
@@ -795,7 +816,7 @@ class CommandWithdraw(ExpiringClaims):
     passkey_use = "sign"
 
     proposal: Digest
-    """As in `CommandSecond`."""
+    """As in `SecondedCommand`."""
 
 
 class SecondSignature(Message):

@@ -63,6 +63,7 @@ from ringfence.model.lifecycle import (
     may_widen,
     sponsors_of,
     still_needed,
+    subject_key,
 )
 from ringfence.model.records.command_chain import Authorised
 from ringfence.model.records.directory import VerifiedRecord
@@ -340,6 +341,25 @@ def _compared_in(current: Current, authorised: Authorised, around: Surroundings)
     of = {(one.claims.iss, one.claims.jti): one.embedded for one in current.commands}
     of[authorised.claims.iss, authorised.claims.jti] = authorised.embedded
     return lambda command: around.is_compared(command, of[command.iss, command.jti], current.state)
+
+
+def check_apart(changes: Sequence[Change]) -> None:
+    """Check that the changes of one list do not concern each other: each was decided as if the others were not there.
+
+    Raises CommandRefusedError.
+    """
+    seen: set[object] = set()
+    for change in changes:
+        keys = () if isinstance(change.state, TaskState | AgentState) else change.state.keys
+        subject = subject_key(change.state)
+        credentials = {key.credential_id for key in keys if key.credential_id is not None}
+        own = {subject, *(key.kid for key in keys), *credentials}
+        if not seen.isdisjoint(own):
+            raise CommandRefusedError(
+                f"the list names {' '.join(subject)}, or a key of theirs, twice; second one of both alone",
+                code=Code.SECOND_LISTED,
+            )
+        seen |= own
 
 
 def changed_since(current: Current | None, proposal: Proposal) -> bool:

@@ -47,6 +47,7 @@ from ringfence.messages.registry import (
     Provisioning,
     RequestRule,
     Role,
+    SecondedCommand,
     TargetRemove,
     TargetSet,
     TaskAssign,
@@ -140,18 +141,23 @@ class Administrator(CommandClient):
 
     # --- proposals ---
 
-    async def second(self, proposal: ProposedCommand) -> Accepted:
-        """Second a widening command of somebody else, which takes effect then.
+    async def second(self, *proposals: ProposedCommand) -> Accepted:
+        """Second widening commands of others, which take effect then: all, or none.
 
-        `proposal`: what `ringfence.client.admin.proposals.read_proposal` returned.
+        `proposals`: what `ringfence.client.admin.proposals.read_proposal` returned. More than one, at most
+        `MAX_SECONDED`: only of users and keys.
         """
-        return await self._command(
-            CommandSecond,
-            author=proposal.command.iss,
-            command=proposal.command.jti,
-            proposal=proposal.digest,
-            revision=proposal.revision,
-        )
+        with checked("the list of proposals"):
+            commands = tuple(
+                SecondedCommand(
+                    author=one.command.iss,
+                    command=one.command.jti,
+                    proposal=one.digest,
+                    revision=one.revision,
+                )
+                for one in proposals
+            )
+        return await self._command(CommandSecond, commands=commands)
 
     async def withdraw(self, digest: str) -> Accepted:
         """Withdraw an own widening command that waits.
