@@ -184,6 +184,8 @@ class Code(StrEnum):
     """The same message was seen before; a repeat changes nothing."""
     REVISION_FELL = "revision_fell"
     """A record has a lower revision than one before it, and is rejected."""
+    REVISION_STALE = "revision_stale"
+    """The subject has changed since the signer of a wider state saw it; look at it, and sign anew."""
     SECOND_IS_AUTHOR = "second_is_author"
     """The author of a proposal cannot second it; somebody else has to."""
     SECOND_LISTED = "second_listed"

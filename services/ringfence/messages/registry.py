@@ -104,7 +104,16 @@ class Provisioned(Provisioning):
     """The provisioner said that the person left for ever, and never sets them again."""
 
 
-class UserSet(ExpiringClaims):
+class WholeStateCommand(ExpiringClaims):
+    """A command that replaces what it does not repeat."""
+
+    revision: Annotated[int, Field(ge=0)] | None = None
+    """Of the record that it replaces, as its signer saw it, without renewals of keys. 0: there was none. If the record
+    has changed since, the command is refused where it widens (`revision_stale`). None: the signer saw none.
+    """
+
+
+class UserSet(WholeStateCommand):
     """Create or replace a user. Signed by an operator, or by the root for the first one; or by a provisioner, within
     what an operator delegated to it.
     """
@@ -157,7 +166,7 @@ class GroupLink(Message):
     external_id: NonEmpty | None = None
 
 
-class ProvisionerSet(ExpiringClaims):
+class ProvisionerSet(WholeStateCommand):
     """Create or replace a provisioner: a key that sets users within named groups, and does nothing else. Signed by an
     operator.
     """
@@ -399,7 +408,7 @@ class AgentActivate(ExpiringClaims):
     agent_id: Name
 
 
-class AgentSetAttestation(ExpiringClaims):
+class AgentSetAttestation(WholeStateCommand):
     """Replace the selectors; keys of other instances no longer count. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.set-attestation"
@@ -408,7 +417,7 @@ class AgentSetAttestation(ExpiringClaims):
     attestation: Annotated[tuple[AttestationSelector, ...], Field(max_length=32)]
 
 
-class AgentSetCeiling(ExpiringClaims):
+class AgentSetCeiling(WholeStateCommand):
     """Replace the most the agent may ever hold. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.set-ceiling"
@@ -635,7 +644,7 @@ Delivery = Literal["agent", "gateway"]
 """To whom a credential goes: to the agent, or to gateways, which inject it."""
 
 
-class TargetSet(ExpiringClaims):
+class TargetSet(WholeStateCommand):
     """Create or replace a target. Signed by an operator."""
 
     typ: ClassVar[str] = "target.set"

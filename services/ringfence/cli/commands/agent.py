@@ -200,7 +200,7 @@ def set_ceiling(
                 question = f"Set the ceiling of {agent} so?"
                 details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
                 await check_unchanged(administrator, "agent", agent, entry)
-            return await administrator.set_ceiling(agent, ceiling), details
+            return await administrator.set_ceiling(agent, ceiling, revision=entry.named_revision), details
 
     accepted, details = run(work())
     print_accepted(accepted, f"ceiling of {agent} set", wants_json(as_json), details)

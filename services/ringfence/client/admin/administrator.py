@@ -122,6 +122,8 @@ class Administrator(CommandClient):
         ceiling, scope: permissions, each with a target, verbs and resources (globs).
         ends_in_s, not_after: the end of a task: seconds from now, or seconds since 1970. Give one of them.
         terms: what `terms` returned.
+        revision: of the record as you saw it (`VerifiedRecord.named_revision`; 0: there was none). If it has changed
+            since, a command that gives more is refused (`revision_stale`). None: not compared.
         on_behalf_of: the user whose rights the task uses; None: whoever signs.
         timeout_s: how long to wait for each answer, in seconds.
 
@@ -179,6 +181,7 @@ class Administrator(CommandClient):
         source: str = "operator",
         as_of: int | None = None,
         provisioned: Provisioning | None = None,
+        revision: int | None = None,
     ) -> Accepted:
         """Create or replace a user. Keys that are not listed end now.
 
@@ -201,6 +204,7 @@ class Administrator(CommandClient):
             keys=self.key_records(keys),
             entitlements=entitled,
             provisioned=provisioned,
+            revision=revision,
         )
 
     async def disable_user(self, user_id: str, *, reason: str) -> Accepted:
@@ -284,7 +288,13 @@ class Administrator(CommandClient):
         )
 
     async def set_provisioner(
-        self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
+        self,
+        provisioner_id: str,
+        *,
+        name: str,
+        keys: Sequence[AnyKey],
+        delegation: Delegation,
+        revision: int | None = None,
     ) -> Accepted:
         """Create or replace a provisioner: a key that sets users within the groups delegated to it.
 
@@ -296,6 +306,7 @@ class Administrator(CommandClient):
             name=name,
             keys=self.key_records(keys),
             delegation=delegation,
+            revision=revision,
         )
 
     # --- agents ---
@@ -329,13 +340,18 @@ class Administrator(CommandClient):
             inactive=inactive or None,
         )
 
-    async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
+    async def set_attestation(
+        self, agent_id: str, attestation: Sequence[AttestationSelector], *, revision: int | None = None
+    ) -> Accepted:
         """Replace the selectors (`attestation`) of instances that may enrol a key.
 
         Instances that match none get nothing new.
         """
         return await self._command(
-            AgentSetAttestation, agent_id=agent_id, attestation=_selectors(attestation)
+            AgentSetAttestation,
+            agent_id=agent_id,
+            attestation=_selectors(attestation),
+            revision=revision,
         )
 
     async def activate_agent(self, agent_id: str) -> Accepted:
@@ -371,11 +387,13 @@ class Administrator(CommandClient):
             reason=reason,
         )
 
-    async def set_ceiling(self, agent_id: str, ceiling: Sequence[Permission]) -> Accepted:
+    async def set_ceiling(
+        self, agent_id: str, ceiling: Sequence[Permission], *, revision: int | None = None
+    ) -> Accepted:
         """Replace the agent's ceiling, the most that it may ever hold. Leases beyond it end."""
         ceiling = permissions("ceiling", ceiling)
         validate_scope(ceiling, allow_empty=True)
-        return await self._command(AgentSetCeiling, agent_id=agent_id, ceiling=ceiling)
+        return await self._command(AgentSetCeiling, agent_id=agent_id, ceiling=ceiling, revision=revision)
 
     async def transfer_agent(
         self, agent_id: str, *, sponsor: str, consent: str | None = None, without_consent: bool = False
@@ -442,6 +460,7 @@ class Administrator(CommandClient):
         delivery: Delivery | None = None,
         keys: Sequence[AnyKey] = (),
         anyway: bool = False,
+        revision: int | None = None,
     ) -> Accepted:
         """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
 
@@ -470,6 +489,7 @@ class Administrator(CommandClient):
             max_ttl_s=max_ttl_s,
             delivery=delivery,
             keys=self.key_records(keys),
+            revision=revision,
         )
 
     async def remove_target(self, target_id: str, *, reason: str) -> Accepted:
