@@ -8,10 +8,10 @@ import pytest
 
 from ringfence.client.admin.trust_setup import TrustFolder
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.messages.registry import UserDisable, UserInvite
+from ringfence.messages.registry import AgentSetCeiling, UserDisable, UserInvite
 from tests.flows.test_cli import Shell, shell
 from tests.flows.test_proposals import Office
-from tests.support.world import World
+from tests.support.world import World, scope
 
 __all__ = ["shell"]
 WIDER = ("agent", "set-ceiling", "bot", "--allow", "platform:deploy:env/production/web", "--yes", "--anyway")
@@ -64,6 +64,22 @@ async def test_sponsor_sees_proposals_about_agents_only(shell: Shell, office: Of
     await shell("olga", "user", "add", "uma", "--name", "Uma", "--new-key", key, status=1)
     assert [one["subject"] for one in await shell.json("sam", "proposal", "list")] == ["agent bot"]
     assert len(await shell.json("otto", "proposal", "list")) == 2
+
+
+async def test_author_and_second_see_the_whole_ceiling(shell: Shell, office: Office, world: World) -> None:
+    """What the agent holds already is shown too, with whether it used it."""
+    given = scope("platform", ["read", "deploy"], ["env/staging"])
+    await world.accepted(world.claims(AgentSetCeiling, world.root, agent_id="bot", ceiling=given), world.root)
+    added = ("agent", "set-ceiling", "bot", "--add", "platform:deploy:env/*", "--yes", "--anyway")
+    await shell("sam", *added, status=1)
+    author = shell.noted
+    (listed,) = await shell.json("otto", "proposal", "list")
+    shown = await shell("otto", "proposal", "show", listed["id"])
+    await shell("otto", "proposal", "second", listed["id"], "--yes")
+    for text in (author, shown, shell.noted):
+        assert "whole ceiling then" in text
+        assert "not used in 30 days" in text
+        assert "(new)" in text
 
 
 async def test_list_of_users_is_shown_whole_and_seconded_at_once(shell: Shell, office: Office) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from pydantic import TypeAdapter
 
 from ringfence.cli.shared import connect
+from ringfence.cli.shared.changes import ceiling_lines, note_field, usage_of
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     IdentityOption,
@@ -21,11 +23,12 @@ from ringfence.cli.shared.options import (
     run,
     wants_json,
 )
-from ringfence.cli.shared.output import note, print_fields, print_json, print_table, until
+from ringfence.cli.shared.output import print_fields, print_json, print_table, until
 from ringfence.cli.shared.tables import ids, state
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.messages.registry import MAX_SECONDED
+from ringfence.messages.base import Scope
+from ringfence.messages.registry import MAX_SECONDED, AgentRegister, AgentSetCeiling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -158,6 +161,9 @@ async def _found(
         every = await api.proposals(all=True)
         listed = [_one_of(every, text) for text in texts]
         now = [await _state(api, one["subject"]) for one in listed]
+        for one in listed:
+            kind, _, id = one["subject"].partition(" ")
+            one["usage"] = await usage_of(api, id) if kind == "agent" else None
     async with connect.administrator(who) as administrator:
         directory = await administrator.connection.current_directory()
         found = [read_proposal(directory, one) for one in listed]
@@ -212,8 +218,11 @@ def _print(
     for name, (before, after) in found.changes(now).items():
         fields[f"{name} now"] = json.dumps(before, ensure_ascii=False)
         fields[f"{name} then"] = json.dumps(after, ensure_ascii=False)
+    if isinstance(found.command, AgentRegister | AgentSetCeiling):
+        former = TypeAdapter(Scope).validate_python(now.get("ceiling", ()), strict=False)
+        fields["whole ceiling then"] = ceiling_lines(found.command.ceiling, former, listed["usage"])
     if to_people:
         for name, value in fields.items():
-            note(f"  {name}: {value}")
+            note_field(name, value)
     else:
         print_fields(fields, title=f"proposal {found.digest[:_SHOWN]}")
