@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from ringfence.client.admin.trust_setup import TrustFolder
 from ringfence.kernel.crypto.jws import parse, sign
-from ringfence.messages.registry import UserInvite
+from ringfence.messages.registry import AgentSetCeiling, UserDisable, UserInvite
 from tests.flows.test_cli import Shell, shell
 from tests.flows.test_proposals import Office
-from tests.support.world import World
+from tests.support.world import World, scope
 
 __all__ = ["shell"]
 WIDER = ("agent", "set-ceiling", "bot", "--allow", "platform:deploy:env/production/web", "--yes", "--anyway")
@@ -62,6 +64,57 @@ async def test_sponsor_sees_proposals_about_agents_only(shell: Shell, office: Of
     await shell("olga", "user", "add", "uma", "--name", "Uma", "--new-key", key, status=1)
     assert [one["subject"] for one in await shell.json("sam", "proposal", "list")] == ["agent bot"]
     assert len(await shell.json("otto", "proposal", "list")) == 2
+
+
+async def test_author_and_second_see_the_whole_ceiling(shell: Shell, office: Office, world: World) -> None:
+    """What the agent holds already is shown too, with whether it used it."""
+    given = scope("platform", ["read", "deploy"], ["env/staging"])
+    await world.accepted(world.claims(AgentSetCeiling, world.root, agent_id="bot", ceiling=given), world.root)
+    added = ("agent", "set-ceiling", "bot", "--add", "platform:deploy:env/*", "--yes", "--anyway")
+    await shell("sam", *added, status=1)
+    author = shell.noted
+    (listed,) = await shell.json("otto", "proposal", "list")
+    shown = await shell("otto", "proposal", "show", listed["id"])
+    await shell("otto", "proposal", "second", listed["id"], "--yes")
+    for text in (author, shown, shell.noted):
+        assert "whole ceiling then" in text
+        assert "not used in 30 days" in text
+        assert "(new)" in text
+
+
+async def test_list_of_users_is_shown_whole_and_seconded_at_once(shell: Shell, office: Office) -> None:
+    for name in ("uma", "uri"):
+        key = str(shell.folder / f"{name}.json")
+        await shell("olga", "user", "add", name, "--name", name.title(), "--new-key", key, status=1)
+    await shell("olga", *WIDER, status=1)
+    listed = {one["subject"]: one["id"] for one in await shell.json("otto", "proposal", "list")}
+    mixed = await shell("otto", "proposal", "second", *listed.values(), "--yes", status=1)
+    assert "only users and keys are seconded in a list" in mixed
+    assert len(await shell.json("otto", "proposal", "list")) == 3
+    ids = [listed["user uma"], listed["user uri"]]
+    assert "given twice" in await shell("otto", "proposal", "second", ids[0], ids[0], "--yes", status=1)
+    too_many = await shell("otto", "proposal", "second", *ids * 51, "--yes", status=1)
+    assert "102 proposals; one signature seconds at most 100" in too_many
+    said = await shell("otto", "proposal", "second", *ids, "--yes")
+    for name in ("Uma", "Uri"):
+        assert f'"{name}"' in shell.noted, "each change is shown"
+    assert "user uma, user uri are changed, by olga and you" in said
+    assert (await shell.json("uri", "user", "show", "uri"))["state"]["name"] == "Uri"
+
+
+async def test_doctor_says_that_no_second_operator_is_independent(
+    shell: Shell, office: Office, world: World
+) -> None:
+    async def registry(status: int = 0) -> dict[str, str]:
+        await shell("olga", "--json", "doctor", status=status)
+        return next(one for one in json.loads(shell.printed)["findings"] if one["what"] == "registry")
+
+    assert "independent operators" not in (await registry(1))["says"]
+    for user in ("otto", "oona"):
+        await world.accepted(world.claims(UserDisable, world.root, user_id=user, reason="left"), world.root)
+    found = await registry(1)
+    assert found["verdict"] == "bad"
+    assert "independent operators with a live key: 1 of 2; make another with the root" in found["says"]
 
 
 async def test_root_invites_a_second_operator(shell: Shell, world: World) -> None:

@@ -26,6 +26,7 @@ from ringfence.messages.registry import (
     CommandSecond,
     CommandWithdraw,
     Proposal,
+    SecondedCommand,
     UserDisable,
     UserEndKey,
 )
@@ -86,11 +87,17 @@ class Office:
         return event
 
     def word(self, claims: Any, author: Party, by: Party, revision: int, **fields: Any) -> CommandSecond:
+        return self.words([self.named(claims, author, revision, **fields)], by)
+
+    def named(self, claims: Any, author: Party, revision: int = 0, **fields: Any) -> SecondedCommand:
         given = {
             "author": claims.iss, "command": claims.jti, "revision": revision,
             "proposal": digest(parse(sign(claims, author.key)).signing_input),
         }  # fmt: skip
-        return self.world.claims(CommandSecond, by, **{**given, **fields})
+        return SecondedCommand(**{**given, **fields})
+
+    def words(self, named: list[SecondedCommand], by: Party) -> CommandSecond:
+        return self.world.claims(CommandSecond, by, commands=tuple(named))
 
     async def code(self, claims: Any, by: Party) -> str:
         event = await self.world.command(claims, by)

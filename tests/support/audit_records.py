@@ -36,6 +36,7 @@ from ringfence.messages.registry import (
     KeyPossession,
     ProvisionerLink,
     ProvisionerSet,
+    SecondedCommand,
     TargetRemove,
     TargetSet,
     TargetState,
@@ -325,7 +326,10 @@ def commands(office: AuditFixtures) -> dict[str, Received]:
         (TaskAssign, sam, {"terms": terms, "on_behalf_of": "maria", "consent": consent}),
         (TaskDelegate, office.key("agent", "deploy-bot"), {"parent": office.task, "terms": terms}),
         (TaskEnd, maria, {"task_id": office.task, "reason": "done"}),
-        (CommandSecond, olga, {"author": sam.id, "command": "x", "proposal": "0" * 64, "revision": 1}),
+        (CommandSecond, olga, {"commands": (
+            SecondedCommand(author=sam.id, command="x", proposal="0" * 64, revision=1),
+            SecondedCommand(author=sam.id, command="y", proposal="1" * 64, revision=0),
+        )}),
         (CommandWithdraw, sam, {"proposal": "0" * 64}),
     ]  # fmt: skip
     return {

@@ -10,7 +10,13 @@ from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.codes import Code
-from ringfence.messages.registry import CommandSecond, EmbeddedCommand, Proposal, SecondSignature
+from ringfence.messages.registry import (
+    CommandSecond,
+    EmbeddedCommand,
+    Proposal,
+    SecondedCommand,
+    SecondSignature,
+)
 from ringfence.messages.trust import SecondPersonMode
 from ringfence.model.lifecycle import CommandRefusedError, command_subject
 from ringfence.registry.domain import Change, Waits, changed_since, decide
@@ -53,13 +59,25 @@ class DualControl(InMemoryRegistry):
         self.clock.ms += 1000
         return Proposed(claims, jws, at_ms, waits.revision)
 
-    def word(self, by: str, proposed: Proposed, key: SigningKey | None = None, **fields: Any) -> str:
-        """A second signature, compact."""
-        given: dict[str, Any] = {
-            "author": proposed.claims.iss, "command": proposed.claims.jti, "revision": proposed.revision,
-            "proposal": digest(parse(proposed.jws).signing_input),
-        }  # fmt: skip
-        return sign(self.claims(CommandSecond, by, **{**given, **fields}), key or self.key(by))
+    def word(
+        self,
+        by: str,
+        proposed: Proposed,
+        key: SigningKey | None = None,
+        also: Proposed | None = None,
+        **fields: Any,
+    ) -> str:
+        """A second signature, compact; `also`: over another command too."""
+        named = [
+            SecondedCommand(
+                **{
+                    "author": one.claims.iss, "command": one.claims.jti, "revision": one.revision,
+                    "proposal": digest(parse(one.jws).signing_input), **fields,
+                }
+            )
+            for one in (proposed, also) if one is not None
+        ]  # fmt: skip
+        return sign(self.claims(CommandSecond, by, commands=tuple(named)), key or self.key(by))
 
     def embedded(
         self, by: str, proposed: Proposed, key: SigningKey | None = None, **fields: Any

@@ -23,7 +23,6 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.lifecycle import CommandRefusedError
 from ringfence.model.records.agent_keys import DAY_S, is_lost
-from ringfence.model.requests.facts import agent_revision
 from ringfence.model.verdict import Allowed
 from tests.support import leases
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry
@@ -209,7 +208,7 @@ def test_renewal_keeps_the_revision_that_approvals_name(ledger: InMemoryRegistry
     def named() -> int:
         entry = ledger.directory.agent("bot")
         assert entry is not None
-        return agent_revision(entry)
+        return entry.named_revision
 
     first, before = ledger.key("bot", "agent"), named()
     renew(ledger, first)

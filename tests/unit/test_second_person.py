@@ -20,13 +20,13 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentState,
     AgentSuspend,
-    CommandSecond,
     Delegation,
     EmbeddedCommand,
     GroupDelegation,
     ProposalStatus,
     ProvisionerSet,
     Provisioning,
+    SecondedCommand,
     SecondSignature,
     TargetSet,
     UserAddKey,
@@ -427,14 +427,14 @@ class Desk(DualControl):
             "command": self.proposed.claims.jti,
             "proposal": kept.digest,
         }
-        word = self.claims(CommandSecond, "otto", **{**given, "revision": 1, **fields})
-        self.proposals.required(word, self.clock.ms)
+        named = SecondedCommand(**{**given, "revision": 1, **fields})
+        self.proposals.required(named, self.clock.ms)
 
     def propose_again(self) -> None:
         for number in range(MAX_PROPOSALS):
             command = self.proposal(self.propose(ceiling(self, "olga", permission(f"env/{number}"))))
             self.table.put(command)
-        self.proposals.check_limit(self.key("olga").id, "0" * 64)
+        self.proposals.check_limit(ceiling(self, "olga"), "0" * 64)
 
     def by_pias_makers(self) -> Proposed:
         """A proposal of olga, after she and otto made pia an operator."""
@@ -467,6 +467,7 @@ REFUSALS: dict[Code, Callable[[Desk], object]] = {
     Code.PROPOSAL_UNKNOWN: lambda desk: desk.word_on("open", command="another"),
     Code.PROPOSAL_CLOSED: lambda desk: desk.word_on("withdrawn"),
     Code.TOO_MANY_PROPOSED: lambda desk: desk.propose_again(),
+    Code.SECOND_LISTED: lambda desk: desk.second("otto", desk.proposed, also=desk.proposed),
     Code.OPERATOR_NEEDS_ROOT: lambda desk: desk.give(directory_of_operators(desk, "olga")),
 }  # fmt: skip
 
@@ -518,6 +519,12 @@ def test_reader_refuses_what_a_lying_registry_adds(org: DualControl) -> None:
     assert forged(org, org.embedded("olga", proposed)) == Code.CHAIN_BROKEN
     assert forged(org, org.embedded("sam", proposed)) == Code.CHAIN_BROKEN
     assert forged(org, org.embedded("otto", proposed, org.key("olga"))) == Code.CHAIN_BROKEN
+    assert forged(org, org.embedded("otto", proposed)) is None
+
+
+def test_reader_refuses_a_list_that_names_a_ceiling(org: DualControl) -> None:
+    proposed, user = org.propose(ceiling(org)), org.propose(org.user_set("olga", "uma", []))
+    assert forged(org, org.embedded("otto", proposed, also=user)) == Code.CHAIN_BROKEN
     assert forged(org, org.embedded("otto", proposed)) is None
 
 

@@ -131,6 +131,7 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "result": ("string", "What the command created."),
         "key": ("string", "The thumbprint of a key that was added to a user, or ended."),
         "proposal": ("string", "The digest of a command that waits for a second person."),
+        "proposals": ("array", "The digests of all commands that a second person named."),
         "seconded_by": ("string", "The second person, whose signature let a widening command take effect."),
         "revision": ("integer", "The revision of the record; of a trust bundle its version."),
         "known_revision": ("integer", "The revision that was seen before."),

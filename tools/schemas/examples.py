@@ -204,8 +204,13 @@ _ALL: tuple[Message, ...] = (
     ),
     registry.UserEndKey(**_command(_MARIA), user_id="maria", kid=_KEY.kid, reason="lost with the laptop"),
     registry.CommandSecond(
-        **_command(f"spiffe://{TD}/user/otto"), author=f"spiffe://{TD}/user/olga", command="4f0c7a52-9a0e-4c1b-8d2e-7a529a0e5c1b",
-        proposal=_DIGEST, revision=7,
+        **_command(f"spiffe://{TD}/user/otto"),
+        commands=(
+            registry.SecondedCommand(
+                author=f"spiffe://{TD}/user/olga", command="4f0c7a52-9a0e-4c1b-8d2e-7a529a0e5c1b",
+                proposal=_DIGEST, revision=7,
+            ),
+        ),
     ),
     registry.CommandWithdraw(**_command(f"spiffe://{TD}/user/olga"), proposal=_DIGEST),
     registry.Proposal(

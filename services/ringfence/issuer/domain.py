@@ -23,7 +23,7 @@ from ringfence.messages.credential import (
     Revisions,
 )
 from ringfence.messages.lease import Lease
-from ringfence.messages.registry import AgentState, TargetState, TaskState
+from ringfence.messages.registry import TargetState, TaskState
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.leases.lifecycle import origin_of, record_id
 from ringfence.model.leases.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
@@ -43,7 +43,6 @@ from ringfence.model.requests.approver_keys import KeyRefused
 from ringfence.model.requests.facts import (
     DeniedError,
     RequestContext,
-    agent_revision,
     load_context,
     violations,
 )
@@ -194,13 +193,9 @@ def _missing_revision(decision: Decision, directory: Directory) -> str | None:
     except ChainError as error:
         return str(error)  # records that this one depends on may still be on their way
     for name, entry, revision in wanted:
-        if entry is None or _revision(entry) < revision:
+        if entry is None or entry.named_revision < revision:
             return f"policy saw revision {revision} of {name}, which has not arrived here"
     return None
-
-
-def _revision(entry: VerifiedRecord[Any]) -> int:
-    return agent_revision(entry) if isinstance(entry.state, AgentState) else entry.revision
 
 
 def _parents(

@@ -104,7 +104,16 @@ class Provisioned(Provisioning):
     """The provisioner said that the person left for ever, and never sets them again."""
 
 
-class UserSet(ExpiringClaims):
+class WholeStateCommand(ExpiringClaims):
+    """A command that replaces what it does not repeat."""
+
+    revision: Annotated[int, Field(ge=0)] | None = None
+    """Of the record that it replaces, as its signer saw it, without renewals of keys. 0: there was none. If the record
+    has changed since, the command is refused where it widens (`revision_stale`). None: the signer saw none.
+    """
+
+
+class UserSet(WholeStateCommand):
     """Create or replace a user. Signed by an operator, or by the root for the first one; or by a provisioner, within
     what an operator delegated to it.
     """
@@ -157,7 +166,7 @@ class GroupLink(Message):
     external_id: NonEmpty | None = None
 
 
-class ProvisionerSet(ExpiringClaims):
+class ProvisionerSet(WholeStateCommand):
     """Create or replace a provisioner: a key that sets users within named groups, and does nothing else. Signed by an
     operator.
     """
@@ -399,7 +408,7 @@ class AgentActivate(ExpiringClaims):
     agent_id: Name
 
 
-class AgentSetAttestation(ExpiringClaims):
+class AgentSetAttestation(WholeStateCommand):
     """Replace the selectors; keys of other instances no longer count. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.set-attestation"
@@ -408,7 +417,7 @@ class AgentSetAttestation(ExpiringClaims):
     attestation: Annotated[tuple[AttestationSelector, ...], Field(max_length=32)]
 
 
-class AgentSetCeiling(ExpiringClaims):
+class AgentSetCeiling(WholeStateCommand):
     """Replace the most the agent may ever hold. Signed by its sponsor or an operator."""
 
     typ: ClassVar[str] = "agent.set-ceiling"
@@ -635,7 +644,7 @@ Delivery = Literal["agent", "gateway"]
 """To whom a credential goes: to the agent, or to gateways, which inject it."""
 
 
-class TargetSet(ExpiringClaims):
+class TargetSet(WholeStateCommand):
     """Create or replace a target. Signed by an operator."""
 
     typ: ClassVar[str] = "target.set"
@@ -770,13 +779,12 @@ MAX_PROPOSALS = 20
 """The most open proposals of one author besides the next one."""
 
 
-class CommandSecond(ExpiringClaims):
-    """Second another person's widening command, which takes effect with this. Signed by an operator; about an agent,
-    also by a sponsor who neither is nor was the agent's and for whom it does not work.
-    """
+MAX_SECONDED = 100
+"""The most widening commands of one second signature. Lists are of users and keys only (`user.set`, `user.add-key`)."""
 
-    typ: ClassVar[str] = "command.second"
-    passkey_use = "sign"
+
+class SecondedCommand(Message):
+    """One widening command that a second person names."""
 
     author: SpiffeId
     """The `iss` of the command."""
@@ -788,6 +796,28 @@ class CommandSecond(ExpiringClaims):
     """Of the record of the command's subject, as the second person saw it. 0: there is none."""
 
 
+class CommandSecond(ExpiringClaims):
+    """Second widening commands of others, which take effect with this: all of them, or none. Signed by an operator;
+    about an agent, also by a sponsor who neither is nor was the agent's and for whom it does not work.
+    """
+
+    typ: ClassVar[str] = "command.second"
+    passkey_use = "sign"
+
+    commands: Annotated[tuple[SecondedCommand, ...], Field(min_length=1, max_length=MAX_SECONDED)]
+    """More than one: only of users and keys."""
+
+    @property
+    def proposal(self) -> str:
+        """The digest of the first proposal: the key on the topic."""
+        return self.commands[0].proposal
+
+    def names(self, iss: str, jti: str, digest: str) -> SecondedCommand | None:
+        """Return what the second person signed about a command, or None."""
+        wanted = (iss, jti, digest)
+        return next((o for o in self.commands if (o.author, o.command, o.proposal) == wanted), None)
+
+
 class CommandWithdraw(ExpiringClaims):
     """Withdraw an own widening command that waits for a second person. Signed by its author."""
 
@@ -795,7 +825,7 @@ class CommandWithdraw(ExpiringClaims):
     passkey_use = "sign"
 
     proposal: Digest
-    """As in `CommandSecond`."""
+    """As in `SecondedCommand`."""
 
 
 class SecondSignature(Message):

@@ -46,7 +46,15 @@ from ringfence.model.records.command_chain import Authorised, ChainError
 from ringfence.model.records.directory import Alarm, Directory
 from ringfence.model.records.seconders import independent_operators
 from ringfence.model.verdict import Refused
-from ringfence.registry.domain import Change, Subject, Waits, changes_elsewhere, check_size, decide
+from ringfence.registry.domain import (
+    Change,
+    Subject,
+    Waits,
+    changes_elsewhere,
+    check_apart,
+    check_size,
+    decide,
+)
 from ringfence.registry.proposals import Proposals, ProposalTable, author_of, proposal_digest
 from ringfence.registry.store import Memory
 
@@ -122,7 +130,7 @@ class Registry:
                 return
             # The process ended after the record and before the answer.
             if embedded.second is not None:
-                await self._answer_seconded(self.proposals.seconded_before(embedded), authorised, record)
+                await self._handle_about_proposal(authorised, record)
                 self._memory.remember(iss, jti, record.coordinates)
                 return
             await self._publish_elsewhere(authorised, record.traceparent)
@@ -138,12 +146,7 @@ class Registry:
     async def _handle(self, authorised: Authorised, record: Received) -> None:
         subject = command_subject(authorised.claims, authorised.command_id)
         try:
-            change = decide(
-                self._memory.current(*subject),
-                authorised,
-                self._memory,
-                task_max_s=self._runtime.settings.task_max_s,
-            )
+            change = self._decide(subject, authorised)
             if isinstance(change, Waits):
                 message = await self.proposals.propose(authorised, change, record.traceparent)
                 await self._answer("proposed", authorised, record, message, Code.SECOND_MISSING)
@@ -159,18 +162,17 @@ class Registry:
         await self._report_added_keys(authorised, record)
         await self._answer_done(authorised, record, changed=change is not None)
 
+    def _decide(self, subject: Subject, authorised: Authorised) -> Change | Waits | None:
+        max_s = self._runtime.settings.task_max_s
+        return decide(self._memory.current(*subject), authorised, self._memory, task_max_s=max_s)
+
     async def _handle_about_proposal(self, authorised: Authorised, record: Received) -> None:
-        """Handle a second signature, which carries out the proposed command, or a withdrawal."""
+        """Handle a second signature, which carries out the proposed commands, or a withdrawal."""
         claims, at_ms = authorised.signed.claims, authorised.appended_at_ms
         try:
             if isinstance(claims, CommandSecond):
-                given = self.proposals.seconded(authorised)
-                subject = command_subject(given.claims, given.command_id)
-                max_s = self._runtime.settings.task_max_s
-                change = decide(self._memory.current(*subject), given, self._memory, task_max_s=max_s)
-                if isinstance(change, Change):
-                    await self._publish(subject, change, given, record.traceparent)
-                await self._answer_seconded(given, authorised, record)
+                await self._second(claims, authorised, record)
+                await self._answer("accepted", authorised, record)
             elif isinstance(claims, CommandWithdraw):
                 proposal = self.proposals.required(claims, at_ms)
                 if claims.iss != author_of(proposal):
@@ -184,16 +186,42 @@ class Registry:
         except (CommandRefusedError, ChainError, InvalidMessageError) as error:
             await self._answer("refused", authorised, record, str(error), error.code)
 
-    async def _answer_seconded(self, given: Authorised, second: Authorised, record: Received) -> None:
-        """Publish what became of the proposal, and the answers to both people."""
-        claims = second.signed.claims
-        assert isinstance(claims, CommandSecond)
-        proposal = self.proposals.table.get(claims.proposal)
+    async def _second(self, claims: CommandSecond, second: Authorised, record: Received) -> None:
+        """Carry out the commands that a second person signed: all, or none if one is refused.
+
+        If the process ended within a list, the commands in records are answered, and the others are judged again.
+
+        Raises CommandRefusedError, ChainError, InvalidMessageError.
+        """
+        due: list[tuple[str, Authorised, Change | None]] = []
+        for one in claims.commands:
+            embedded = self._memory.embedded(one.author, one.command)
+            if embedded and embedded.second and embedded.second.jws == second.signed.compact:
+                await self._answer_seconded(
+                    one.proposal, self.proposals.seconded_before(embedded), record, claims.iss
+                )
+                continue
+            given = self.proposals.seconded(second, one)
+            subject = command_subject(given.claims, given.command_id)
+            change = self._decide(subject, given)
+            assert not isinstance(change, Waits)  # it has a second person
+            if change is not None:
+                check_size(given.claims, len(self._signed(subject, change, given)[1]))
+            due.append((one.proposal, given, change))
+        check_apart([change for _, _, change in due if change is not None])
+        for proposal, given, change in due:
+            if change is not None:
+                subject = command_subject(given.claims, given.command_id)
+                await self._publish(subject, change, given, record.traceparent)
+            await self._answer_seconded(proposal, given, record, claims.iss)
+
+    async def _answer_seconded(self, digest: str, given: Authorised, record: Received, by: str) -> None:
+        """Publish what became of a proposal, and the answer to its author."""
+        proposal = self.proposals.table.get(digest)
         if proposal is not None and proposal.status == "open":
-            await self.proposals.close(proposal, "seconded", record.appended_at_ms, claims.iss)
+            await self.proposals.close(proposal, "seconded", record.appended_at_ms, by)
         await self._report_added_keys(given, record)
         await self._answer("accepted", given, record)
-        await self._answer("accepted", second, record)
 
     async def _publish_elsewhere(self, authorised: Authorised, traceparent: str | None) -> None:
         """Publish the records of other subjects that a report of a compromised key, or its review, changes."""
@@ -207,6 +235,13 @@ class Registry:
         self, subject: Subject, change: Change, authorised: Authorised, traceparent: str | None
     ) -> None:
         """Publish a record and apply it to the directory at once, because the next command is decided on it."""
+        jti, compact = self._signed(subject, change, authorised)
+        check_size(authorised.claims, len(compact))
+        await self._report_widening(subject, change, authorised)
+        await self._append(*subject, compact, jti, traceparent)
+
+    def _signed(self, subject: Subject, change: Change, authorised: Authorised) -> tuple[str, str]:
+        """Return the `jti` of a record, and the record."""
         kind, id = subject
         key = self._runtime.key
         claims: AnyRecord = RECORDS[kind](
@@ -220,10 +255,7 @@ class Registry:
             commands=change.commands,
             state=change.state,
         )
-        compact = sign(claims, key)
-        check_size(authorised.claims, len(compact))
-        await self._report_widening(subject, change, authorised)
-        await self._append(kind, id, compact, claims.jti, traceparent)
+        return claims.jti, sign(claims, key)
 
     async def _report_widening(self, subject: Subject, change: Change, authorised: Authorised) -> None:
         """Publish an event if one person alone, perhaps the root, widens something by this change."""

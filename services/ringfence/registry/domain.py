@@ -46,6 +46,7 @@ from ringfence.messages.registry import (
     UserReviewCompromise,
     UserSet,
     UserState,
+    WholeStateCommand,
 )
 from ringfence.messages.trust import OidcIssuer, SecondPerson
 from ringfence.model.identity.spiffe_ids import SubjectKind
@@ -63,7 +64,9 @@ from ringfence.model.lifecycle import (
     may_widen,
     sponsors_of,
     still_needed,
+    subject_key,
 )
+from ringfence.model.lifecycle.widening import grows
 from ringfence.model.records.command_chain import Authorised
 from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.records.key_compromise import KeyCompromise
@@ -265,6 +268,7 @@ def decide(
         _check_task_length(command.terms, at_ms, task_max_s)
     if current is not None and state == current.state:
         return None
+    _check_revision(command, current, state)
     waits = _waits(current, state, authorised, around)
     if waits is not None:
         return waits
@@ -296,7 +300,7 @@ def _waits(
         raise _refusal(verdict)
     if isinstance(early := check_author(signatures), Refused):
         raise _refusal(early)
-    return Waits(state, current.revision if current else 0)
+    return Waits(state, named_revision(current))
 
 
 def _former_sponsors(current: Current | None) -> frozenset[str]:
@@ -342,15 +346,46 @@ def _compared_in(current: Current, authorised: Authorised, around: Surroundings)
     return lambda command: around.is_compared(command, of[command.iss, command.jti], current.state)
 
 
+def check_apart(changes: Sequence[Change]) -> None:
+    """Check that the changes of one list do not concern each other: each was decided as if the others were not there.
+
+    Raises CommandRefusedError.
+    """
+    seen: set[object] = set()
+    for change in changes:
+        keys = () if isinstance(change.state, TaskState | AgentState) else change.state.keys
+        subject = subject_key(change.state)
+        credentials = {key.credential_id for key in keys if key.credential_id is not None}
+        own = {subject, *(key.kid for key in keys), *credentials}
+        if not seen.isdisjoint(own):
+            raise CommandRefusedError(
+                f"the list names {' '.join(subject)}, or a key of theirs, twice; second one of both alone",
+                code=Code.SECOND_LISTED,
+            )
+        seen |= own
+
+
+def _check_revision(command: Command, current: Current | None, state: AnyState) -> None:
+    """Refuse a whole state that widens, and whose signer saw an older one. Narrowing always lands (ADR 0102)."""
+    seen = command.revision if isinstance(command, WholeStateCommand) else None
+    now = named_revision(current)
+    if seen is None or seen == now or not grows(current.state if current else None, state):
+        return
+    raise CommandRefusedError(
+        f"its signer saw revision {seen}, and it is at {now}: somebody changed it meanwhile; look at it "
+        "again, and sign anew",
+        code=Code.REVISION_STALE,
+    )
+
+
+def named_revision(current: Current | None) -> int:
+    """Return the revision of a record that people name, 0 if there is none."""
+    return current.entry.named_revision if current else 0
+
+
 def changed_since(current: Current | None, proposal: Proposal) -> bool:
     """Return whether the subject of a proposal has changed since, other than by renewals of an agent's own key."""
-    revision, since_ms = (current.revision if current else 0), proposal.command.appended_at_ms
-    renewals = [
-        one
-        for one in (current.commands if current else ())
-        if isinstance(one.claims, AgentRenewKey) and one.embedded.appended_at_ms >= since_ms
-    ]
-    return revision - len(renewals) != proposal.revision
+    return named_revision(current) != proposal.revision
 
 
 def _key_history(around: Surroundings, kind: SubjectKind, id: str) -> KeyHistory:

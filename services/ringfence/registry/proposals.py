@@ -22,11 +22,13 @@ from ringfence.messages.operations import EventKind
 from ringfence.messages.registry import (
     MAX_PROPOSAL_S,
     MAX_PROPOSALS,
-    CommandSecond,
+    MAX_SECONDED,
+    Command,
     CommandWithdraw,
     EmbeddedCommand,
     Proposal,
     ProposalStatus,
+    SecondedCommand,
     SecondSignature,
     UserState,
 )
@@ -36,7 +38,13 @@ from ringfence.model.lifecycle import (
     CommandRefusedError,
     command_subject,
 )
-from ringfence.model.records.command_chain import Authorised, ChainError, subject_spiffe, unverified_command
+from ringfence.model.records.command_chain import (
+    LISTED,
+    Authorised,
+    ChainError,
+    subject_spiffe,
+    unverified_command,
+)
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.seconders import seconders
 from ringfence.registry.domain import Surroundings, Waits, changed_since
@@ -114,7 +122,7 @@ class Proposals:
         """
         claims, proposed_ms = authorised.claims, authorised.appended_at_ms
         key = proposal_digest(parse(authorised.signed.compact))
-        self.check_limit(claims.iss, key)
+        self.check_limit(claims, key)
         proposal = Proposal(
             iss=self._runtime.key.id,
             aud=self._runtime.settings.trust_domain,
@@ -135,15 +143,18 @@ class Proposals:
             f"by: ringfence proposal second {key[:12]}"
         )
 
-    def check_limit(self, author: str, digest: str) -> None:
-        """Raise CommandRefusedError if an author (SPIFFE ID) has as many open proposals besides this one as are
-        allowed.
+    def check_limit(self, command: Command, digest: str) -> None:
+        """Raise CommandRefusedError if an author has as many open proposals besides this one as are allowed: of users
+        and keys, which are seconded in a list, one list; of all others `MAX_PROPOSALS`.
         """
-        others = [one for one in self.table.open() if one.digest != digest and author_of(one) == author]
-        if len(others) >= MAX_PROPOSALS:
+        listed = isinstance(command, LISTED)
+        open_ones = [unverified_command(one.command) for one in self.table.open() if one.digest != digest]
+        others = [one for one in open_ones if one.iss == command.iss and isinstance(one, LISTED) == listed]
+        if len(others) >= (MAX_SECONDED if listed else MAX_PROPOSALS):
+            what = "of users and keys" if listed else "of other changes"
             raise CommandRefusedError(
-                f"{author.rpartition('/')[2]} has {len(others)} open proposals, and no more can be; have one seconded, "
-                "or withdraw one with: ringfence proposal withdraw",
+                f"{command.iss.rpartition('/')[2]} has {len(others)} open proposals {what}, and no more can be; have "
+                "one seconded, or withdraw one with: ringfence proposal withdraw",
                 code=Code.TOO_MANY_PROPOSED,
             )
 
@@ -153,12 +164,12 @@ class Proposals:
 
     # --- the second person ---
 
-    def required(self, claims: CommandSecond | CommandWithdraw, at_ms: int) -> Proposal:
+    def required(self, about: SecondedCommand | CommandWithdraw, at_ms: int) -> Proposal:
         """Return the open proposal that a command is about. Raises CommandRefusedError."""
-        proposal = self.table.get(claims.proposal)
+        proposal = self.table.get(about.proposal)
         if proposal is None or (
-            isinstance(claims, CommandSecond)
-            and (claims.author, claims.command)
+            isinstance(about, SecondedCommand)
+            and (about.author, about.command)
             != (author_of(proposal), unverified_command(proposal.command).jti)
         ):
             raise CommandRefusedError(
@@ -179,19 +190,17 @@ class Proposals:
         by = f" by {proposal.by.rpartition('/')[2]}" if proposal.by else ""
         raise CommandRefusedError(f"the proposal was {proposal.status}{by} before", code=Code.PROPOSAL_CLOSED)
 
-    def seconded(self, second: Authorised) -> Authorised:
-        """Return the proposed command with its second signature, as of the append of that.
+    def seconded(self, second: Authorised, one: SecondedCommand) -> Authorised:
+        """Return a proposed command that a second person names, with their signature, as of the append of that.
 
         Raises CommandRefusedError, ChainError; InvalidMessageError if the author's key has ended.
         """
-        claims = second.signed.claims
-        assert isinstance(claims, CommandSecond)
         at_ms = second.appended_at_ms
-        proposal = self.required(claims, at_ms)
+        proposal = self.required(one, at_ms)
         signature = SecondSignature(jws=second.signed.compact, proposed_at_ms=proposal.command.appended_at_ms)
         given = self._directory.chains.authorise(parse(proposal.command.jws), at_ms, None, signature)
         current = self._around.current(*command_subject(given.claims, given.command_id))
-        if claims.revision != proposal.revision or changed_since(current, proposal):
+        if one.revision != proposal.revision or changed_since(current, proposal):
             raise _subject_changed(proposal)
         return given
 

@@ -179,6 +179,7 @@ def invited_again(org: Organisation) -> Any:
 REFUSALS: Final[dict[Code, Callable[[Organisation], Any]]] = {
     # Agents
     Code.NAME_TAKEN: lambda org: org.register("sam", "ended", "sam"),
+    Code.REVISION_STALE: lambda org: org.user_set("olga", "uma", ["sponsor"], revision=7),
     Code.NOT_A_SPONSOR: lambda org: org.register("olga", "new", "uma"),
     Code.NOT_SPONSOR: lambda org: org.by_sponsor(AgentSuspend, by="suzy", reason="x"),
     Code.NO_VALID_KEY: lambda org: org.register("sam", "new", "sam", keys=()),

@@ -307,7 +307,10 @@ def subject_of_command(claims: ExpiringClaims) -> tuple[str, str, dict[str, Any]
     """(kind, id, event fields) of the subject of a command."""
     fields: dict[str, Any]
     match claims:
-        case CommandSecond() | CommandWithdraw():
+        case CommandSecond():
+            named = [one.proposal for one in claims.commands]
+            return "proposal", claims.proposal, {"proposal": claims.proposal, "proposals": named}
+        case CommandWithdraw():
             return "proposal", claims.proposal, {"proposal": claims.proposal}
         case ProvisionerSet() | ProvisionerLink():
             return "user", claims.provisioner_id, {"user": claims.provisioner_id}

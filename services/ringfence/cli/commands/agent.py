@@ -20,7 +20,14 @@ from ringfence.cli.shared.arguments import (
     write_permission,
 )
 from ringfence.cli.shared.attestation import SelectorOption, parse_selectors, set_attestation
-from ringfence.cli.shared.changes import Replacement, check_unchanged, parse_scope_options
+from ringfence.cli.shared.changes import (
+    Replacement,
+    ceiling_lines,
+    check_unchanged,
+    note_field,
+    parse_scope_options,
+    usage_of,
+)
 from ringfence.cli.shared.command_results import print_accepted, refuse_unknown
 from ringfence.cli.shared.options import (
     AddOption,
@@ -200,7 +207,11 @@ def set_ceiling(
                 question = f"Set the ceiling of {agent} so?"
                 details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
                 await check_unchanged(administrator, "agent", agent, entry)
-            return await administrator.set_ceiling(agent, ceiling), details
+            if missing(ceiling, former) and not signs_on_page(who) and not wants_json(as_json):
+                async with ReadApi(identity(me)) as api:
+                    usage = await usage_of(api, agent)
+                note_field("whole ceiling then", ceiling_lines(ceiling, former, usage))
+            return await administrator.set_ceiling(agent, ceiling, revision=entry.named_revision), details
 
     accepted, details = run(work())
     print_accepted(accepted, f"ceiling of {agent} set", wants_json(as_json), details)

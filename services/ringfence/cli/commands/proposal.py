@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
+from pydantic import TypeAdapter
 
 from ringfence.cli.shared import connect
+from ringfence.cli.shared.changes import ceiling_lines, note_field, usage_of
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     IdentityOption,
@@ -20,15 +23,18 @@ from ringfence.cli.shared.options import (
     run,
     wants_json,
 )
-from ringfence.cli.shared.output import note, print_fields, print_json, print_table, until
+from ringfence.cli.shared.output import print_fields, print_json, print_table, until
 from ringfence.cli.shared.tables import ids, state
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.messages.base import Scope
+from ringfence.messages.registry import MAX_SECONDED, AgentRegister, AgentSetCeiling
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ringfence.client.admin.proposals import ProposedCommand
+    from ringfence.model.identity.spiffe_ids import SubjectKind
 
 app = typer.Typer(
     help="Changes that give somebody more, and wait for a second person: list, show, second, withdraw.",
@@ -87,7 +93,7 @@ def list_proposals(
 @app.command()
 def show(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Show one change that waits: what it gives, beside what there is now."""
-    listed, found, now = run(_found(proposal, identity(me)))
+    ((listed, found, now),) = run(_found([proposal], identity(me)))
     if wants_json(as_json):
         print_json({**listed, "now": now, "wanted": found.command.model_dump(mode="json", exclude_none=True)})
     else:
@@ -96,23 +102,34 @@ def show(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOpt
 
 @app.command()
 def second(
-    proposal: ProposalArgument,
+    proposals: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="PROPOSAL...",
+            help=f"The proposals' ids, or how each begins. Of users and keys up to {MAX_SECONDED} at once: all take "
+            "effect, or none.",
+        ),
+    ],
     yes: YesOption = False,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Second another person's change, which takes effect then. As somebody whom `proposal list` names."""
+    """Second other people's changes, which take effect then. As somebody whom `proposal list` names."""
     who = identity(me)
-    listed, found, now = run(_found(proposal, who))
-    if not (yes and wants_json(as_json)):
-        _print(listed, found, now, to_people=True)
-    confirm(f"second this {found.command.typ} by {found.author}?", yes)
+    seconded = run(_found(proposals, who))
+    for listed, found, now in seconded:
+        if not (yes and wants_json(as_json)):
+            _print(listed, found, now, to_people=True)
+    what = ", ".join(dict.fromkeys(f"{found.command.typ} by {found.author}" for _, found, _ in seconded))
+    confirm(f"second {f'these {len(seconded)} changes' if seconded[1:] else 'this'} ({what})?", yes)
 
     async def work() -> Any:
         async with connect.administrator(who) as administrator:
-            return await administrator.second(found)
+            return await administrator.second(*(found for _, found, _ in seconded))
 
-    sentence = f"{found.kind} {found.id} is changed, by {found.author} and you"
+    changed = ", ".join(f"{found.kind} {found.id}" for _, found, _ in seconded)
+    authors = ", ".join(dict.fromkeys(found.author for _, found, _ in seconded))
+    sentence = f"{changed} {'are' if seconded[1:] else 'is'} changed, by {authors} and you"
     print_accepted(run(work()), sentence, wants_json(as_json))
 
 
@@ -120,7 +137,7 @@ def second(
 def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Withdraw an own change that waits."""
     who = identity(me)
-    listed, found, _ = run(_found(proposal, who))
+    ((listed, found, _),) = run(_found([proposal], who))
 
     async def work() -> Any:
         async with connect.administrator(who) as administrator:
@@ -130,34 +147,57 @@ def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: Jso
     print_accepted(accepted, f"{listed['typ']} of {found.kind} {found.id} is withdrawn", wants_json(as_json))
 
 
-async def _found(text: str, who: Path | None) -> tuple[dict[str, Any], ProposedCommand, dict[str, Any]]:
-    """Return the one proposal whose id begins so: as listed, verified, and with its subject as it is now."""
+async def _found(
+    texts: Sequence[str], who: Path | None
+) -> list[tuple[dict[str, Any], ProposedCommand, dict[str, Any]]]:
+    """Return the proposals whose ids begin so: each as listed, verified, and with its subject as it is now."""
     from ringfence.client.admin.proposals import read_proposal
 
+    if len(texts) > MAX_SECONDED:
+        raise InvalidCallError(
+            f"{len(texts)} proposals; one signature seconds at most {MAX_SECONDED}: take several"
+        )
+    async with ReadApi(who) as api:
+        every = await api.proposals(all=True)
+        listed = [_one_of(every, text) for text in texts]
+        now = [await _state(api, one["subject"]) for one in listed]
+        for one in listed:
+            kind, _, id = one["subject"].partition(" ")
+            one["usage"] = await usage_of(api, id) if kind == "agent" else None
+    async with connect.administrator(who) as administrator:
+        directory = await administrator.connection.current_directory()
+        found = [read_proposal(directory, one) for one in listed]
+    if [one.digest for one in found] != [one["id"] for one in listed]:
+        raise InvalidCallError("the registry lists another command under this id; ask its operator")
+    if len({one.digest for one in found}) < len(found):
+        raise InvalidCallError("a proposal is given twice")
+    return list(zip(listed, found, now, strict=True))
+
+
+def _one_of(every: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
     if len(text) < _MIN_PREFIX:
         raise InvalidCallError(
             f"give at least {_MIN_PREFIX} characters of the id; see: ringfence proposal list"
         )
-    async with ReadApi(who) as api:
-        fitting = [one for one in await api.proposals(all=True) if one["id"].startswith(text)]
-        if len(fitting) != 1:
-            how_many = "no proposal" if not fitting else f"{len(fitting)} proposals"
-            raise InvalidCallError(
-                f"{how_many} that you may see begins with {text}; see: ringfence proposal list"
-            )
-        (listed,) = fitting
-        kind, _, id = listed["subject"].partition(" ")
-        try:
-            now = (await api.record(kind, id))["state"]
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            now = {}
-    async with connect.administrator(who) as administrator:
-        found = read_proposal(await administrator.connection.current_directory(), listed)
-    if found.digest != listed["id"]:
-        raise InvalidCallError("the registry lists another command under this id; ask its operator")
-    return listed, found, now
+    fitting = [one for one in every if one["id"].startswith(text)]
+    if len(fitting) != 1:
+        how_many = "no proposal" if not fitting else f"{len(fitting)} proposals"
+        raise InvalidCallError(
+            f"{how_many} that you may see begins with {text}; see: ringfence proposal list"
+        )
+    return fitting[0]
+
+
+async def _state(api: ReadApi, subject: str) -> dict[str, Any]:
+    """Return the state of a subject now; empty if there is none."""
+    kind, _, id = cast("tuple[SubjectKind, str, str]", subject.partition(" "))
+    try:
+        state: dict[str, Any] = (await api.record(kind, id))["state"]
+    except ApiError as error:
+        if error.status != 404:
+            raise
+        return {}
+    return state
 
 
 def _ends_in(listed: dict[str, Any]) -> str:
@@ -178,8 +218,11 @@ def _print(
     for name, (before, after) in found.changes(now).items():
         fields[f"{name} now"] = json.dumps(before, ensure_ascii=False)
         fields[f"{name} then"] = json.dumps(after, ensure_ascii=False)
+    if isinstance(found.command, AgentRegister | AgentSetCeiling):
+        former = TypeAdapter(Scope).validate_python(now.get("ceiling", ()), strict=False)
+        fields["whole ceiling then"] = ceiling_lines(found.command.ceiling, former, listed["usage"])
     if to_people:
         for name, value in fields.items():
-            note(f"  {name}: {value}")
+            note_field(name, value)
     else:
         print_fields(fields, title=f"proposal {found.digest[:_SHOWN]}")

@@ -97,7 +97,11 @@ def change(
                     await check_unchanged(administrator, "user", provisioner, entry)
             called = name or (entry.state.name if entry else provisioner)
             accepted = await administrator.set_provisioner(
-                provisioner, name=called, keys=keys or current_keys, delegation=delegation
+                provisioner,
+                name=called,
+                keys=keys or current_keys,
+                delegation=delegation,
+                revision=entry.named_revision if entry else 0,
             )
             return accepted, details
 

@@ -226,6 +226,7 @@ def add(
                 delivery=delivery,
                 keys=keys,
                 anyway=anyway,
+                revision=entry.named_revision if entry else 0,
             )
         gap = None
         if delivery == "gateway":

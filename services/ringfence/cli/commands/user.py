@@ -88,7 +88,7 @@ def add(
                 raise InvalidCallError(f"user {user} exists; change them with: ringfence user set {user}")
             await refuse_unknown(administrator, scope, anyway)
             return await administrator.set_user(
-                user, name=name, roles=roles, keys=keys, entitlements=scope, source=source
+                user, name=name, roles=roles, keys=keys, entitlements=scope, source=source, revision=0
             )
 
     with keep_key_if_accepted(new_key):
@@ -165,6 +165,7 @@ def change(
                 **_changed_fields(state, name, roles, scope, source, confirmed=refresh or options.gives),
                 keys=keys or _current_keys(state),
                 provisioned=None if take_over else _provisioning(state),
+                revision=entry.named_revision,
             )
             return accepted, details
 

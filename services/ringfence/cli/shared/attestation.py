@@ -89,7 +89,9 @@ def set_attestation(
                 question = f"Set the selectors of {agent} so?"
                 details = await replacement.ask(question, identity(me), yes=yes, quiet=wants_json(as_json))
                 await check_unchanged(administrator, "agent", agent, entry)
-            return await administrator.set_attestation(agent, selectors), details
+            return await administrator.set_attestation(
+                agent, selectors, revision=entry.named_revision
+            ), details
 
     accepted, details = run(work())
     print_accepted(accepted, f"{len(selectors)} selectors of {agent} set", wants_json(as_json), details)

@@ -4,18 +4,18 @@ signed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from ringfence.cli.shared.arguments import parse_scope, show_scope
+from ringfence.cli.shared.arguments import parse_scope, show_permission, show_scope
 from ringfence.cli.shared.options import confirm
 from ringfence.cli.shared.output import note
 from ringfence.client.admin.scope_changes import with_added, with_removed
-from ringfence.client.errors import StaleApprovalError
+from ringfence.client.errors import ApiError, StaleApprovalError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import Lines
 from ringfence.messages.base import Scope
@@ -68,6 +68,46 @@ def parse_scope_options(
     return ScopeOptions(whole, parse_scope(add, may_be_empty=True), parse_scope(remove, may_be_empty=True))
 
 
+async def usage_of(api: ReadApi, agent: str) -> dict[str, Any] | None:
+    """Return what an agent used in 30 days; None if it is not known, or not for this person to see."""
+    try:
+        usage: dict[str, Any] = await api.usage(agent)
+    except ApiError:
+        return None
+    return usage
+
+
+def ceiling_lines(wanted: Scope, now: Scope, usage: Mapping[str, Any] | None) -> Lines:
+    """Return a line for each permission and verb of a whole ceiling: what is new in it, or its use in 30 days.
+
+    Args:
+        now: the ceiling as it is.
+        usage: what `usage_of` returned.
+    """
+    days = {(one["target"], one["verb"]): one["days"] for one in usage["used"]} if usage else {}
+    lines = []
+    for permission in wanted:
+        for verb in permission.verbs:
+            one = permission.model_copy(update={"verbs": (verb,)})
+            used = days.get((one.target, verb), 0)
+            if new := missing((one,), now):
+                mark = "new" if new == (one,) else f"partly new: {show_scope(new)}"
+            elif usage is None:
+                mark = "its use is not known"
+            else:
+                mark = f"used on {used} of 30 days" if used else "not used in 30 days"
+            lines.append(f"{show_permission(one)} ({mark})")
+    return Lines(lines or ["nothing"])
+
+
+def note_field(name: str, value: str) -> None:
+    """Print a field for people on stderr, each of its lines on one of its own."""
+    if isinstance(value, Lines) and "\n" in value:
+        note(Lines([f"  {name}:", *(f"    {line}" for line in value.split("\n"))]))
+    else:
+        note(f"  {name}: {value}")
+
+
 @dataclass(slots=True)
 class Replacement:
     """The changes, line by line, and the leases that they end."""
@@ -110,10 +150,7 @@ class Replacement:
         if not (quiet and yes):
             note(f"{self.what}:", "heading")
             for name, value in self.lines.items():
-                if isinstance(value, Lines) and "\n" in value:
-                    note(Lines([f"  {name}:", *(f"    {line}" for line in value.split("\n"))]))
-                else:
-                    note(f"  {name}: {value}")
+                note_field(name, value)
             note(f"  leases that end: {ending.describe()}", "warning" if ending.ids or ending.gap else "")
             for warning in self.warnings:
                 note(f"  {warning}", "warning")

@@ -47,6 +47,7 @@ from ringfence.messages.registry import (
     Provisioning,
     RequestRule,
     Role,
+    SecondedCommand,
     TargetRemove,
     TargetSet,
     TaskAssign,
@@ -121,6 +122,8 @@ class Administrator(CommandClient):
         ceiling, scope: permissions, each with a target, verbs and resources (globs).
         ends_in_s, not_after: the end of a task: seconds from now, or seconds since 1970. Give one of them.
         terms: what `terms` returned.
+        revision: of the record as you saw it (`VerifiedRecord.named_revision`; 0: there was none). If it has changed
+            since, a command that gives more is refused (`revision_stale`). None: not compared.
         on_behalf_of: the user whose rights the task uses; None: whoever signs.
         timeout_s: how long to wait for each answer, in seconds.
 
@@ -140,18 +143,23 @@ class Administrator(CommandClient):
 
     # --- proposals ---
 
-    async def second(self, proposal: ProposedCommand) -> Accepted:
-        """Second a widening command of somebody else, which takes effect then.
+    async def second(self, *proposals: ProposedCommand) -> Accepted:
+        """Second widening commands of others, which take effect then: all, or none.
 
-        `proposal`: what `ringfence.client.admin.proposals.read_proposal` returned.
+        `proposals`: what `ringfence.client.admin.proposals.read_proposal` returned. More than one, at most
+        `MAX_SECONDED`: only of users and keys.
         """
-        return await self._command(
-            CommandSecond,
-            author=proposal.command.iss,
-            command=proposal.command.jti,
-            proposal=proposal.digest,
-            revision=proposal.revision,
-        )
+        with checked("the list of proposals"):
+            commands = tuple(
+                SecondedCommand(
+                    author=one.command.iss,
+                    command=one.command.jti,
+                    proposal=one.digest,
+                    revision=one.revision,
+                )
+                for one in proposals
+            )
+        return await self._command(CommandSecond, commands=commands)
 
     async def withdraw(self, digest: str) -> Accepted:
         """Withdraw an own widening command that waits.
@@ -173,6 +181,7 @@ class Administrator(CommandClient):
         source: str = "operator",
         as_of: int | None = None,
         provisioned: Provisioning | None = None,
+        revision: int | None = None,
     ) -> Accepted:
         """Create or replace a user. Keys that are not listed end now.
 
@@ -195,6 +204,7 @@ class Administrator(CommandClient):
             keys=self.key_records(keys),
             entitlements=entitled,
             provisioned=provisioned,
+            revision=revision,
         )
 
     async def disable_user(self, user_id: str, *, reason: str) -> Accepted:
@@ -278,7 +288,13 @@ class Administrator(CommandClient):
         )
 
     async def set_provisioner(
-        self, provisioner_id: str, *, name: str, keys: Sequence[AnyKey], delegation: Delegation
+        self,
+        provisioner_id: str,
+        *,
+        name: str,
+        keys: Sequence[AnyKey],
+        delegation: Delegation,
+        revision: int | None = None,
     ) -> Accepted:
         """Create or replace a provisioner: a key that sets users within the groups delegated to it.
 
@@ -290,6 +306,7 @@ class Administrator(CommandClient):
             name=name,
             keys=self.key_records(keys),
             delegation=delegation,
+            revision=revision,
         )
 
     # --- agents ---
@@ -323,13 +340,18 @@ class Administrator(CommandClient):
             inactive=inactive or None,
         )
 
-    async def set_attestation(self, agent_id: str, attestation: Sequence[AttestationSelector]) -> Accepted:
+    async def set_attestation(
+        self, agent_id: str, attestation: Sequence[AttestationSelector], *, revision: int | None = None
+    ) -> Accepted:
         """Replace the selectors (`attestation`) of instances that may enrol a key.
 
         Instances that match none get nothing new.
         """
         return await self._command(
-            AgentSetAttestation, agent_id=agent_id, attestation=_selectors(attestation)
+            AgentSetAttestation,
+            agent_id=agent_id,
+            attestation=_selectors(attestation),
+            revision=revision,
         )
 
     async def activate_agent(self, agent_id: str) -> Accepted:
@@ -365,11 +387,13 @@ class Administrator(CommandClient):
             reason=reason,
         )
 
-    async def set_ceiling(self, agent_id: str, ceiling: Sequence[Permission]) -> Accepted:
+    async def set_ceiling(
+        self, agent_id: str, ceiling: Sequence[Permission], *, revision: int | None = None
+    ) -> Accepted:
         """Replace the agent's ceiling, the most that it may ever hold. Leases beyond it end."""
         ceiling = permissions("ceiling", ceiling)
         validate_scope(ceiling, allow_empty=True)
-        return await self._command(AgentSetCeiling, agent_id=agent_id, ceiling=ceiling)
+        return await self._command(AgentSetCeiling, agent_id=agent_id, ceiling=ceiling, revision=revision)
 
     async def transfer_agent(
         self, agent_id: str, *, sponsor: str, consent: str | None = None, without_consent: bool = False
@@ -436,6 +460,7 @@ class Administrator(CommandClient):
         delivery: Delivery | None = None,
         keys: Sequence[AnyKey] = (),
         anyway: bool = False,
+        revision: int | None = None,
     ) -> Accepted:
         """Create or replace a target. `keys`: those of its resource server, with which it calls introspection.
 
@@ -464,6 +489,7 @@ class Administrator(CommandClient):
             max_ttl_s=max_ttl_s,
             delivery=delivery,
             keys=self.key_records(keys),
+            revision=revision,
         )
 
     async def remove_target(self, target_id: str, *, reason: str) -> Accepted:

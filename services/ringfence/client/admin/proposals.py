@@ -15,7 +15,7 @@ from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle import command_subject
 from ringfence.model.records.directory import Directory
 
-_ENVELOPE = frozenset({"iss", "aud", "iat", "exp", "jti"})
+_ENVELOPE = frozenset({"iss", "aud", "iat", "exp", "jti", "revision"})
 
 
 @dataclass(frozen=True, slots=True)

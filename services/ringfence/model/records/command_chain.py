@@ -89,6 +89,8 @@ SIGNED_COMMANDS: dict[str, type[ExpiringClaims]] = COMMAND_OF_TYP | {
     typ_header(command): command for command in PROPOSAL_COMMANDS
 }
 """Those and the commands about a proposal, which no record is folded from."""
+LISTED = (UserSet, UserAddKey)
+"""The commands of which one second signature can name several (ADR 0102)."""
 SIGNED_BY_AGENTS: dict[str, type[Claims]] = {
     typ_header(model): model
     for model in (CredentialRequest, RequestWithdraw, RevocationRequest, TaskDelegate, TaskEnd, AgentRenewKey)
@@ -318,13 +320,17 @@ class Chains:
         """Verify the second signature of a command. Raises InvalidMessageError if it is of something else."""
         found = self.authorise(parse(second.jws), at_ms, folded)
         said = found.signed.claims
-        if not isinstance(said, CommandSecond) or (said.author, said.command, said.proposal) != (
-            claims.iss,
-            claims.jti,
-            digest(jws.signing_input),
+        if not isinstance(said, CommandSecond) or not said.names(
+            claims.iss, claims.jti, digest(jws.signing_input)
         ):
             raise InvalidMessageError(
                 "its second signature is of another command", code=Code.PROPOSAL_UNKNOWN
+            )
+        if len(said.commands) > 1 and not isinstance(claims, LISTED):
+            raise InvalidMessageError(
+                f"one second signature is of several commands, among them {claims.typ}: only users and keys are "
+                "seconded in a list; second it alone",
+                code=Code.SECOND_LISTED,
             )
         return found
 

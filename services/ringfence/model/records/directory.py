@@ -92,6 +92,15 @@ class VerifiedRecord(Generic[S]):
     record: AnyRecord
     compact: bytes = b""
 
+    @property
+    def named_revision(self) -> int:
+        """The revision that approvals, grants, decisions, proposals and commands name.
+
+        An agent's renewals of its key are not counted, since they change nothing that a person decides on.
+        """
+        renewals = len(self.state.renewed) if isinstance(self.state, AgentState) else 0
+        return self.revision - renewals
+
 
 @dataclass(frozen=True, slots=True)
 class Alarm:

@@ -51,14 +51,6 @@ class DeniedError(RingfenceError):
         self.reason = reason
 
 
-def agent_revision(entry: VerifiedRecord[AgentState]) -> int:
-    """The revision of an agent's record that approvals, grants and decisions name.
-
-    Renewals of keys are not counted, since they change nothing that a person decides on.
-    """
-    return entry.revision - len(entry.state.renewed)
-
-
 @dataclass(frozen=True, slots=True)
 class DelegationStep:
     """One step of a delegation chain: an agent that handed on its task, its sponsor, and the task."""
@@ -133,13 +125,13 @@ class RecordContext:
     def revisions(self, policy: str) -> Revisions:
         """The revisions of the records and of the policy bundle that an approval or a decision is based on."""
         return Revisions(
-            agent=agent_revision(self.agent),
+            agent=self.agent.named_revision,
             user=self.user.revision,
             task=self.task.revision,
             target=self.target.revision,
             policy=policy,
             delegators=tuple(
-                DelegatorRevisions(agent=agent_revision(step.agent), task=step.task.revision)
+                DelegatorRevisions(agent=step.agent.named_revision, task=step.task.revision)
                 for step in self.delegations
             )
             or None,

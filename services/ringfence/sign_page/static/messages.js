@@ -325,12 +325,19 @@ const agentCommand = (title, action, gives, warnings) => (claims, evidence) => {
   };
 };
 
+/** The revision that the command replaces: if it is another one by then, the registry refuses to widen. */
+function seenRows(claims) {
+  if (claims.revision === undefined) return [];
+  if (!Number.isSafeInteger(claims.revision) || claims.revision < 0) throw new RefusedError("the revision is no number");
+  return [row("Unless it has changed since", `revision ${claims.revision}, renewals of keys not counted`)];
+}
+
 function setCeiling(claims, evidence) {
   const { state, revision } = evidence.record("agent", claims.agent_id);
   return {
     title: `Replace the ceiling of ${name(claims.agent_id)}`,
     action: "Replace the ceiling",
-    rows: [...agentRows(state), ...scopeRows(state.ceiling, `May hold, by revision ${revision}`), ...scopeRows(claims.ceiling, "May hold then")],
+    rows: [...agentRows(state), ...scopeRows(state.ceiling, `May hold, by revision ${revision}`), ...scopeRows(claims.ceiling, "May hold then"), ...seenRows(claims)],
     warnings: ["Leases beyond the new ceiling end."],
   };
 }
@@ -424,7 +431,7 @@ const MESSAGES = {
     agentCommand("Suspend", "Suspend", false, ["Its leases end, and nothing is issued."]), ["agent_id", "reason"],
   ),
   "agent.resume": entry(agentCommand("Resume", "Resume", true, []), ["agent_id", "reason"]),
-  "agent.set-ceiling": entry(setCeiling, ["agent_id", "ceiling"]),
+  "agent.set-ceiling": entry(setCeiling, ["agent_id", "ceiling", "revision"]),
   "agent.transfer": entry(transfer, ["agent_id", "sponsor", "consent", "without_consent"]),
   "agent.transfer-consent": entry(transferConsent, ["agent_id", "from_sponsor", "revision"]),
   "task.assign": entry(taskAssign, ["terms", "on_behalf_of", "consent", "id_token"]),
