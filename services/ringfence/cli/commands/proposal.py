@@ -22,7 +22,7 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import note, print_fields, print_json, print_table, until
 from ringfence.cli.shared.tables import ids, state
-from ringfence.client.errors import ApiError, InvalidCallError
+from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 
 if TYPE_CHECKING:
@@ -87,11 +87,15 @@ def list_proposals(
 @app.command()
 def show(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Show one change that waits: what it gives, beside what there is now."""
-    listed, found, now = run(_found(proposal, identity(me)))
+    from ringfence.client.admin.proposals import state_as_json
+
+    listed, found = run(_found(proposal, identity(me)))
     if wants_json(as_json):
-        print_json({**listed, "now": now, "wanted": found.command.model_dump(mode="json", exclude_none=True)})
+        wanted = found.command.model_dump(mode="json", exclude_none=True)
+        states = {"now": state_as_json(found.now), "then": state_as_json(found.then)}
+        print_json({**listed, **states, "wanted": wanted})
     else:
-        _print(listed, found, now)
+        _print(listed, found)
 
 
 @app.command()
@@ -103,9 +107,11 @@ def second(
 ) -> None:
     """Second another person's change, which takes effect then. As somebody whom `proposal list` names."""
     who = identity(me)
-    listed, found, now = run(_found(proposal, who))
+    listed, found = run(_found(proposal, who))
     if not (yes and wants_json(as_json)):
-        _print(listed, found, now, to_people=True)
+        _print(listed, found, to_people=True)
+    if listed["status"] == "open" and found.then is None:
+        raise InvalidCallError("its subject has changed, and the command no longer fits it: propose it anew")
     confirm(f"second this {found.command.typ} by {found.author}?", yes)
 
     async def work() -> Any:
@@ -120,7 +126,7 @@ def second(
 def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Withdraw an own change that waits."""
     who = identity(me)
-    listed, found, _ = run(_found(proposal, who))
+    listed, found = run(_found(proposal, who))
 
     async def work() -> Any:
         async with connect.administrator(who) as administrator:
@@ -130,8 +136,8 @@ def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: Jso
     print_accepted(accepted, f"{listed['typ']} of {found.kind} {found.id} is withdrawn", wants_json(as_json))
 
 
-async def _found(text: str, who: Path | None) -> tuple[dict[str, Any], ProposedCommand, dict[str, Any]]:
-    """Return the one proposal whose id begins so: as listed, verified, and with its subject as it is now."""
+async def _found(text: str, who: Path | None) -> tuple[dict[str, Any], ProposedCommand]:
+    """Return the one proposal whose id begins so: as listed, and verified."""
     from ringfence.client.admin.proposals import read_proposal
 
     if len(text) < _MIN_PREFIX:
@@ -146,27 +152,18 @@ async def _found(text: str, who: Path | None) -> tuple[dict[str, Any], ProposedC
                 f"{how_many} that you may see begins with {text}; see: ringfence proposal list"
             )
         (listed,) = fitting
-        kind, _, id = listed["subject"].partition(" ")
-        try:
-            now = (await api.record(kind, id))["state"]
-        except ApiError as error:
-            if error.status != 404:
-                raise
-            now = {}
     async with connect.administrator(who) as administrator:
         found = read_proposal(await administrator.connection.current_directory(), listed)
     if found.digest != listed["id"]:
         raise InvalidCallError("the registry lists another command under this id; ask its operator")
-    return listed, found, now
+    return listed, found
 
 
 def _ends_in(listed: dict[str, Any]) -> str:
     return until(listed["ends_at_ms"] / 1000, time.time())
 
 
-def _print(
-    listed: dict[str, Any], found: ProposedCommand, now: dict[str, Any], *, to_people: bool = False
-) -> None:
+def _print(listed: dict[str, Any], found: ProposedCommand, *, to_people: bool = False) -> None:
     fields = {
         "command": found.command.typ,
         "of": f"{found.kind} {found.id}",
@@ -175,7 +172,9 @@ def _print(
         "until": _ends_in(listed),
         "who may second it": ", ".join(listed["may_second"]) or "nobody",
     }
-    for name, (before, after) in found.changes(now).items():
+    if reason := getattr(found.command, "reason", None):
+        fields["reason"] = reason
+    for name, (before, after) in (found.changes() if found.then is not None else {}).items():
         fields[f"{name} now"] = json.dumps(before, ensure_ascii=False)
         fields[f"{name} then"] = json.dumps(after, ensure_ascii=False)
     if to_people:
