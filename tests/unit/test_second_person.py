@@ -144,6 +144,21 @@ def directory_of_operators(org: DualControl, by: str) -> ProvisionerSet:
     )  # fmt: skip
 
 
+def test_narrower_delegation_lands_at_once(org: DualControl) -> None:
+    """One operator takes groups away from a directory, also if its key is stolen and a second operator is asleep."""
+    org.give(directory_of_operators(org, "root"))
+    narrower = org.claims(
+        ProvisionerSet, "otto", provisioner_id="hr", name="HR", keys=(org.key_record(org.key("hr")),),
+        delegation=Delegation(source="scim", groups=()),
+    )  # fmt: skip
+    assert narrower.iat > START_MS // 1000
+    org.give(narrower)
+    hr = org.directory.user("hr")
+    assert hr is not None
+    assert hr.state.delegation is not None
+    assert hr.state.delegation.groups == ()
+
+
 def test_root_lets_a_directory_make_operators(org: DualControl) -> None:
     org.give(directory_of_operators(org, "root"))
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import TypeAdapter
 
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.changes import ceiling_lines, note_field, usage_of
@@ -25,16 +24,14 @@ from ringfence.cli.shared.options import (
 )
 from ringfence.cli.shared.output import print_fields, print_json, print_table, until
 from ringfence.cli.shared.tables import ids, state
-from ringfence.client.errors import ApiError, InvalidCallError
+from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.messages.base import Scope
-from ringfence.messages.registry import MAX_SECONDED, AgentRegister, AgentSetCeiling
+from ringfence.messages.registry import MAX_SECONDED, AgentRegister, AgentSetCeiling, AgentState
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from ringfence.client.admin.proposals import ProposedCommand
-    from ringfence.model.identity.spiffe_ids import SubjectKind
 
 app = typer.Typer(
     help="Changes that give somebody more, and wait for a second person: list, show, second, withdraw.",
@@ -93,11 +90,15 @@ def list_proposals(
 @app.command()
 def show(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Show one change that waits: what it gives, beside what there is now."""
-    ((listed, found, now),) = run(_found([proposal], identity(me)))
+    from ringfence.client.admin.proposals import state_as_json
+
+    ((listed, found),) = run(_found([proposal], identity(me)))
     if wants_json(as_json):
-        print_json({**listed, "now": now, "wanted": found.command.model_dump(mode="json", exclude_none=True)})
+        wanted = found.command.model_dump(mode="json", exclude_none=True)
+        states = {"now": state_as_json(found.now), "then": state_as_json(found.then)}
+        print_json({**listed, **states, "wanted": wanted})
     else:
-        _print(listed, found, now)
+        _print(listed, found)
 
 
 @app.command()
@@ -117,18 +118,25 @@ def second(
     """Second other people's changes, which take effect then. As somebody whom `proposal list` names."""
     who = identity(me)
     seconded = run(_found(proposals, who))
-    for listed, found, now in seconded:
+    for listed, found in seconded:
         if not (yes and wants_json(as_json)):
-            _print(listed, found, now, to_people=True)
-    what = ", ".join(dict.fromkeys(f"{found.command.typ} by {found.author}" for _, found, _ in seconded))
+            _print(listed, found, to_people=True)
+    if stale := [
+        listed["id"] for listed, found in seconded if listed["status"] == "open" and found.then is None
+    ]:
+        raise InvalidCallError(
+            f"the subject of {', '.join(one[:_SHOWN] for one in stale)} has changed, and the command no longer "
+            "fits it: propose it anew"
+        )
+    what = ", ".join(dict.fromkeys(f"{found.command.typ} by {found.author}" for _, found in seconded))
     confirm(f"second {f'these {len(seconded)} changes' if seconded[1:] else 'this'} ({what})?", yes)
 
     async def work() -> Any:
         async with connect.administrator(who) as administrator:
-            return await administrator.second(*(found for _, found, _ in seconded))
+            return await administrator.second(*(found for _, found in seconded))
 
-    changed = ", ".join(f"{found.kind} {found.id}" for _, found, _ in seconded)
-    authors = ", ".join(dict.fromkeys(found.author for _, found, _ in seconded))
+    changed = ", ".join(f"{found.kind} {found.id}" for _, found in seconded)
+    authors = ", ".join(dict.fromkeys(found.author for _, found in seconded))
     sentence = f"{changed} {'are' if seconded[1:] else 'is'} changed, by {authors} and you"
     print_accepted(run(work()), sentence, wants_json(as_json))
 
@@ -137,7 +145,7 @@ def second(
 def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Withdraw an own change that waits."""
     who = identity(me)
-    ((listed, found, _),) = run(_found([proposal], who))
+    ((listed, found),) = run(_found([proposal], who))
 
     async def work() -> Any:
         async with connect.administrator(who) as administrator:
@@ -147,10 +155,8 @@ def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: Jso
     print_accepted(accepted, f"{listed['typ']} of {found.kind} {found.id} is withdrawn", wants_json(as_json))
 
 
-async def _found(
-    texts: Sequence[str], who: Path | None
-) -> list[tuple[dict[str, Any], ProposedCommand, dict[str, Any]]]:
-    """Return the proposals whose ids begin so: each as listed, verified, and with its subject as it is now."""
+async def _found(texts: Sequence[str], who: Path | None) -> list[tuple[dict[str, Any], ProposedCommand]]:
+    """Return the proposals whose ids begin so: each as listed, and verified."""
     from ringfence.client.admin.proposals import read_proposal
 
     if len(texts) > MAX_SECONDED:
@@ -160,7 +166,6 @@ async def _found(
     async with ReadApi(who) as api:
         every = await api.proposals(all=True)
         listed = [_one_of(every, text) for text in texts]
-        now = [await _state(api, one["subject"]) for one in listed]
         for one in listed:
             kind, _, id = one["subject"].partition(" ")
             one["usage"] = await usage_of(api, id) if kind == "agent" else None
@@ -171,7 +176,7 @@ async def _found(
         raise InvalidCallError("the registry lists another command under this id; ask its operator")
     if len({one.digest for one in found}) < len(found):
         raise InvalidCallError("a proposal is given twice")
-    return list(zip(listed, found, now, strict=True))
+    return list(zip(listed, found, strict=True))
 
 
 def _one_of(every: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
@@ -188,25 +193,11 @@ def _one_of(every: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
     return fitting[0]
 
 
-async def _state(api: ReadApi, subject: str) -> dict[str, Any]:
-    """Return the state of a subject now; empty if there is none."""
-    kind, _, id = cast("tuple[SubjectKind, str, str]", subject.partition(" "))
-    try:
-        state: dict[str, Any] = (await api.record(kind, id))["state"]
-    except ApiError as error:
-        if error.status != 404:
-            raise
-        return {}
-    return state
-
-
 def _ends_in(listed: dict[str, Any]) -> str:
     return until(listed["ends_at_ms"] / 1000, time.time())
 
 
-def _print(
-    listed: dict[str, Any], found: ProposedCommand, now: dict[str, Any], *, to_people: bool = False
-) -> None:
+def _print(listed: dict[str, Any], found: ProposedCommand, *, to_people: bool = False) -> None:
     fields = {
         "command": found.command.typ,
         "of": f"{found.kind} {found.id}",
@@ -215,11 +206,13 @@ def _print(
         "until": _ends_in(listed),
         "who may second it": ", ".join(listed["may_second"]) or "nobody",
     }
-    for name, (before, after) in found.changes(now).items():
+    if reason := getattr(found.command, "reason", None):
+        fields["reason"] = reason
+    for name, (before, after) in (found.changes() if found.then is not None else {}).items():
         fields[f"{name} now"] = json.dumps(before, ensure_ascii=False)
         fields[f"{name} then"] = json.dumps(after, ensure_ascii=False)
     if isinstance(found.command, AgentRegister | AgentSetCeiling):
-        former = TypeAdapter(Scope).validate_python(now.get("ceiling", ()), strict=False)
+        former = found.now.ceiling if isinstance(found.now, AgentState) else ()
         fields["whole ceiling then"] = ceiling_lines(found.command.ceiling, former, listed["usage"])
     if to_people:
         for name, value in fields.items():

@@ -128,6 +128,11 @@ def _scope_grows(old: Scope, new: Scope) -> bool:
     return bool(missing(new, old))
 
 
+def _entitlements_grow(old: Entitlements, new: Entitlements) -> bool:
+    """Entitlements without a scope give nothing, however new they are: those of each provisioner, for one."""
+    return bool(new.scope or new.model_extra) and _wider(old, new)
+
+
 def _optional(old: Message | None, new: Message | None) -> bool:
     """Compare messages of which there may be none. That one comes or goes may free from a limit."""
     return _differs(old, new) if old is None or new is None else _wider(old, new)
@@ -184,7 +189,7 @@ COMPARISONS: Final[Mapping[type[Message], Mapping[str, Comparison]]] = {
         "name": _never,
         "roles": _gained,
         "keys": _keys_grow,
-        "entitlements": _wider,
+        "entitlements": _entitlements_grow,
         "status": _activated,
         "compromised": _compromised_shrink,
         "provisioned": _optional,

@@ -74,6 +74,7 @@ from ringfence.model.lifecycle import (
     apply,
     by_person,
     check_widening,
+    command_subject,
     hold_of,
     sponsors_of,
     subject_key,
@@ -496,6 +497,22 @@ class Chains:
         steps = self._others["agent", agent_id].steps
         return cast(AgentState, self._fold(steps, EmbeddedCommand(jws=command, appended_at_ms=at_ms)).state)
 
+    def state_with(self, given: Authorised) -> AnyState:
+        """Return the state of a command's subject as its record has it, with the command: what a proposal would give.
+
+        Raises CommandRefusedError and ChainError.
+        """
+        kind, id = command_subject(given.claims, given.command_id)
+        record = self._unverified_user(id) if kind == "user" else self._unverified(kind, id)
+        if record is None:
+            return self._applied((), given)
+        after_ms = record.commands[-1].appended_at_ms + 1
+        if kind == "user":
+            self.user_at(id, after_ms)
+            return self._applied(self._histories[id].steps, given)
+        self._other_at(kind, id, after_ms)
+        return self._applied(self._others[kind, id].steps, given)
+
     def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
         """The state of a task just before `at_ms`, folded from its commands. Raises ChainError."""
         return cast("TaskState | None", self._other_at("task", task_id, at_ms))
@@ -635,10 +652,9 @@ class Chains:
     def _fold(self, steps: Sequence[_Step], embedded: EmbeddedCommand) -> _Step:
         """As `_next`. Raises InvalidMessageError and CommandRefusedError as they come."""
         at_ms = embedded.appended_at_ms
-        state = steps[-1].state if steps else None
+        before = steps[-1].state if steps else None
         signed_s = steps[-1].last_signed_s if steps else 0
         person_s = steps[-1].person_signed_s if steps else 0
-        before = state
         keys = steps[-1].keys if steps else NO_HISTORY
         provenance = steps[-1].provenance if steps else NO_PROVENANCE
         given = self.authorise(parse(embedded.jws), at_ms, steps[-1] if steps else None, embedded.second)
@@ -648,27 +664,7 @@ class Chains:
             raise ChainError("one command is embedded twice")
         if given.consent and any(step.consent and step.consent.mark == given.consent.mark for step in steps):
             raise ChainError("one consent is used twice")
-        context = Context(
-            actor=given.actor,
-            at_s=at_ms // 1000,
-            at_ms=at_ms,
-            command_digest=given.digest,
-            command_id=given.command_id,
-            roles_of=lambda user_id: self.roles_at(user_id, at_ms),
-            task_at=lambda task_id: self.task_at(task_id, at_ms),
-            last_signed_s=signed_s,
-            consent_by=given.consent_by,
-            consent_problem=given.consent_problem,
-            transfer_consent=given.consent.transfer if given.consent else None,
-            key_history=keys,
-            key_proof=given.key_proof,
-            key_proof_problem=given.key_proof_problem,
-            signer_kid=given.signer_key.kid,
-            person_signed_s=person_s,
-            reuse=given.reuse,
-            reuse_problem=given.reuse_problem,
-        )
-        state = apply(state, given.claims, context)
+        state = self._applied(steps, given)
         self._check_widening(steps, state, given)
         second = given.second.signer_key if given.second else None
         if isinstance(state, UserState | AgentState):
@@ -688,6 +684,31 @@ class Chains:
         return _Step(
             state, given.command_id, signed_s, person_s, given.consent, keys, provenance, changed_ms
         )  # fmt: skip
+
+    def _applied(self, steps: Sequence[_Step], given: Authorised) -> AnyState:
+        """Apply a command onto `steps`, whether or not it needs a second person. Raises CommandRefusedError."""
+        at_ms, last = given.appended_at_ms, steps[-1] if steps else None
+        context = Context(
+            actor=given.actor,
+            at_s=at_ms // 1000,
+            at_ms=at_ms,
+            command_digest=given.digest,
+            command_id=given.command_id,
+            roles_of=lambda user_id: self.roles_at(user_id, at_ms),
+            task_at=lambda task_id: self.task_at(task_id, at_ms),
+            last_signed_s=last.last_signed_s if last else 0,
+            consent_by=given.consent_by,
+            consent_problem=given.consent_problem,
+            transfer_consent=given.consent.transfer if given.consent else None,
+            key_history=last.keys if last else NO_HISTORY,
+            key_proof=given.key_proof,
+            key_proof_problem=given.key_proof_problem,
+            signer_kid=given.signer_key.kid,
+            person_signed_s=last.person_signed_s if last else 0,
+            reuse=given.reuse,
+            reuse_problem=given.reuse_problem,
+        )
+        return apply(last.state if last else None, given.claims, context)
 
     def _check_widening(self, steps: Sequence[_Step], state: AnyState, given: Authorised) -> None:
         """Check that a widening command has the second person that it needs. Raises CommandRefusedError."""
