@@ -255,6 +255,7 @@ SOURCES: Final[Mapping[str, Source]] = {
     "ID": _any,
     "LEASE": _leases,
     "PROPOSAL": _proposals,
+    "PROPOSAL...": _proposals,
     "PROVISIONER": _provisioners,
     "REQUEST": _requests,
     "RUN": _runs,
