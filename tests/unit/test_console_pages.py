@@ -13,6 +13,8 @@ from ringfence.console.page_templates import PageDigests, beginning, digest_of, 
 from ringfence.console.views.page import Page
 from ringfence.console.views.pages import proposals
 from ringfence.messages.base import Permission
+from ringfence.messages.registry import AgentSetCeiling
+from tests.support.in_memory_registry import InMemoryRegistry, permission
 
 RESOURCES = [f"{'ж' * 500}/{number}" for number in range(60)]
 LONG: list[dict[str, Any]] = [{"target": "platform", "verbs": ["read"], "resources": RESOURCES}]
@@ -69,8 +71,22 @@ def test_digest_is_of_all_that_services_answered() -> None:
     assert digest_of(page) == digest_of(again) != digest_of(Page("a.html", "A", {"scope": []}))
 
 
+_COMMAND = InMemoryRegistry().claims(
+    AgentSetCeiling, "olga", agent_id="bot", ceiling=(permission("env/web", "env/db", verbs=("read",)),)
+)
+
+
 class ProposalReads:
-    """What the registry would list."""
+    """What the registry would list, and policy say."""
+
+    def __init__(self, status: int = 200) -> None:
+        self.status = status
+
+    async def usage(self, agent: str) -> dict[str, Any]:
+        if self.status != 200:
+            raise ApiError("no such agent", status=self.status)
+        held = {"target": "staging", "verbs": ["read", "deploy"], "resources": ["env/web"]}
+        return {"ceiling": [held], "never_used": [{"target": "staging", "verb": "read"}]}
 
     async def proposals(self) -> list[dict[str, Any]]:
         common = {
@@ -81,8 +97,20 @@ class ProposalReads:
             "ends_at_ms": 2000,
         }
         return [
-            {**common, "id": "a" * 64, "subject": "agent <b>x</b>", "may_second": ["oona"]},
-            {**common, "id": "b" * 64, "subject": "user uma", "may_second": ["oona", "otto"]},
+            {
+                **common,
+                "id": "a" * 64,
+                "subject": "agent <b>x</b>",
+                "may_second": ["oona"],
+                "command": InMemoryRegistry().signed(_COMMAND),
+            },
+            {
+                **common,
+                "id": "b" * 64,
+                "typ": "user.set",
+                "subject": "user uma",
+                "may_second": ["oona", "otto"],
+            },
         ]
 
 
@@ -98,3 +126,17 @@ async def test_proposals_that_a_person_may_second_come_first_with_the_command() 
     assert f"ringfence proposal second {'a' * 12}" not in html
     assert f"ringfence proposal show {'a' * 12}" in html
     assert "<b>x</b>" not in html
+    assert page.values["proposals"][0]["ceiling"] is None
+    ceiling = page.values["proposals"][1]["ceiling"]
+    assert ceiling["whole"] == _COMMAND.ceiling
+    assert ceiling["new"] == (permission("env/db", verbs=("read",)),)
+    assert ceiling["unused"] == [{"target": "staging", "verb": "read"}]
+    assert html.count("env/web") == 1, "the whole ceiling"
+    assert html.count("env/db") == 2, "and what is new of it"
+    assert "read at staging" in html
+
+
+async def test_proposed_ceiling_of_an_agent_that_a_person_may_not_see_is_marked_so() -> None:
+    view: Any = SimpleNamespace(reads=ProposalReads(404), session=SimpleNamespace(user_id="otto"))
+    ceiling = (await proposals(view)).values["proposals"][1]["ceiling"]
+    assert ceiling == {"whole": _COMMAND.ceiling, "new": None, "unused": None}

@@ -228,7 +228,9 @@ def paths(model: type[Message], prefix: str = "") -> Iterator[str]:
 
 @pytest.mark.parametrize("model", CHANGES)
 def test_every_field_of_a_command_has_a_change(model: type[Message]) -> None:
-    known = {*CHANGES[model], *ENVELOPE, *IDS, *STATE_ONLY} | (OF_PROVISIONERS if model is UserSet else set())
+    known = {*CHANGES[model], *ENVELOPE, "revision", *IDS, *STATE_ONLY} | (
+        OF_PROVISIONERS if model is UserSet else set()
+    )
     assert set(paths(model)) - known == set()
 
 

@@ -14,7 +14,11 @@ from ringfence.client.reports.access_report import coverage_report
 from ringfence.console.views.approvals import approval, approvals
 from ringfence.console.views.audit import SPAN_NAMES, SPANS, audit, findings, gateway, trace
 from ringfence.console.views.page import MakePage, Page, View
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.base import Permission
+from ringfence.messages.registry import AgentRegister, AgentSetCeiling
 from ringfence.model.records.agent_keys import WARN_BEFORE_S
+from ringfence.model.scope.scope import missing
 
 ROWS = 50
 KEYS_SOON_S = WARN_BEFORE_S[0]
@@ -150,9 +154,35 @@ async def proposals(view: View) -> Page:
     found = await view.reads.proposals()
     for one in found:
         one["mine"] = view.session.user_id in one["may_second"]
+        one["ceiling"] = await _proposed_ceiling(view, one)
     found.sort(key=lambda one: (not one["mine"], one["ends_at_ms"]))
     return Page("proposals.html", "Changes that wait for you", {"proposals": found}, "approvals")
 
+
+async def _proposed_ceiling(view: View, listed: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the whole ceiling that a proposal gives, what is new in it, and what of it was not used in 30 days;
+    None if it gives none.
+
+    The console verifies no signature: the command line does, before somebody seconds it.
+    """
+    model = _WITH_CEILING.get(listed["typ"])
+    if model is None:
+        return None
+    whole = parse(listed["command"]).unverified_claims(model).ceiling
+    try:
+        usage = await view.reads.usage(listed["subject"].partition(" ")[2])
+    except ApiError:
+        return {"whole": whole, "new": None, "unused": None}
+    now = tuple(Permission.model_validate(one, strict=False) for one in usage["ceiling"])
+    kept = {(one.target, verb) for one in whole for verb in one.verbs}
+    unused = [one for one in usage["never_used"] if (one["target"], one["verb"]) in kept]
+    return {"whole": whole, "new": missing(whole, now), "unused": unused}
+
+
+_WITH_CEILING: Final[dict[str, type[AgentRegister | AgentSetCeiling]]] = {
+    AgentRegister.typ: AgentRegister,
+    AgentSetCeiling.typ: AgentSetCeiling,
+}
 
 LEASE_FILTERS = ("agent", "task", "target", "user", "sponsor", "status")
 BARS = 24
