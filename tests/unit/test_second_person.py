@@ -35,6 +35,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.trust import SecondPersonMode
 from ringfence.model.records.key_compromise import KeyCompromise
+from ringfence.registry.domain import changed_since
 from ringfence.registry.proposals import Proposals, ProposalTable
 from tests.support.dual_control import DAY_MS, DualControl, Proposed, waits
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
@@ -364,6 +365,17 @@ def test_renewal_of_the_agents_own_key_does_not_count_as_change(org: DualControl
     org.second("otto", proposed)
 
 
+def test_commands_before_a_proposal_are_not_parsed_to_compare_it(org: DualControl) -> None:
+    """All proposals are compared after each command: a long record of one agent would slow down every command."""
+    proposed = org.proposal(org.propose(ceiling(org)))
+    entry = org.directory.agent("bot")
+    assert entry is not None
+    old = EmbeddedCommand(jws="not.a.command", appended_at_ms=proposed.at_ms - 1)
+    record = entry.record.model_copy(update={"commands": (old,)})
+    assert not changed_since(record, proposed)
+    assert changed_since(record.model_copy(update={"revision": 2}), proposed)
+
+
 def test_two_seconds_at_once_take_effect_once(org: DualControl) -> None:
     proposed = org.propose(ceiling(org))
     org.second("otto", proposed)
@@ -429,7 +441,7 @@ class Desk(DualControl):
         self.proposed = self.propose(ceiling(self))
         self.lent = new_key("oona")
         self.table = ProposalTable(self.trust)
-        self.proposals = Proposals(NO_RUNTIME, self.directory, self.memory, self.table)
+        self.proposals = Proposals(NO_RUNTIME, self.directory, self.table)
 
     def word_on(self, status: ProposalStatus, **fields: Any) -> None:
         """otto's word on a proposal with this status."""

@@ -24,6 +24,7 @@ from ringfence.messages.registry import (
     AgentRotateKey,
     AgentState,
     AgentTransfer,
+    AnyRecord,
     AnyState,
     Command,
     EmbeddedCommand,
@@ -64,7 +65,7 @@ from ringfence.model.lifecycle import (
     sponsors_of,
     still_needed,
 )
-from ringfence.model.records.command_chain import Authorised
+from ringfence.model.records.command_chain import Authorised, unverified_command
 from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.records.key_compromise import KeyCompromise
 from ringfence.model.records.provisioning import given_by
@@ -342,14 +343,15 @@ def _compared_in(current: Current, authorised: Authorised, around: Surroundings)
     return lambda command: around.is_compared(command, of[command.iss, command.jti], current.state)
 
 
-def changed_since(current: Current | None, proposal: Proposal) -> bool:
-    """Return whether the subject of a proposal has changed since, other than by renewals of an agent's own key."""
-    revision, since_ms = (current.revision if current else 0), proposal.command.appended_at_ms
-    renewals = [
-        one
-        for one in (current.commands if current else ())
-        if isinstance(one.claims, AgentRenewKey) and one.embedded.appended_at_ms >= since_ms
-    ]
+def changed_since(record: AnyRecord | None, proposal: Proposal) -> bool:
+    """Return whether the subject of a proposal has changed since, other than by renewals of an agent's own key.
+
+    `record`: the verified record of the subject, or None. Only its commands since the proposal are parsed, because all
+    proposals are compared after each command.
+    """
+    revision, since_ms = (record.revision if record else 0), proposal.command.appended_at_ms
+    later = [one for one in (record.commands if record else ()) if one.appended_at_ms >= since_ms]
+    renewals = [one for one in later if isinstance(unverified_command(one), AgentRenewKey)]
     return revision - len(renewals) != proposal.revision
 
 
