@@ -90,9 +90,8 @@ class DualControl(InMemoryRegistry):
         """Append a second signature. Raises what the registry would answer; a reader has to believe the record."""
         embedded = self.embedded(by, proposed, key, **fields)
         given = self.directory.chains.authorise(parse(embedded.jws), self.clock.ms, None, embedded.second)
-        if changed_since(
-            self.current(*command_subject(given.claims, given.command_id)), self.proposal(proposed)
-        ):
+        entry = self.directory.entry(*command_subject(given.claims, given.command_id))
+        if changed_since(entry, self.proposal(proposed)):
             raise CommandRefusedError("its subject has changed", code=Code.SUBJECT_CHANGED)
         change = decide(self.current(*command_subject(given.claims, given.command_id)), given, self.memory)
         assert isinstance(change, Change), change

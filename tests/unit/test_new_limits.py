@@ -34,7 +34,9 @@ OF_0_1 = {
     "user_disabled",
 }  # fmt: skip
 """What the registry's own rules refused in 0.1.0."""
-OF_A_NEW_FIELD = {"consent_stale", "rp_id_unexpected", "endorsement_not_apart"}
+OF_A_NEW_FIELD = {
+    "consent_stale", "rp_id_unexpected", "endorsement_not_apart", "revision_stale", "second_listed",
+}  # fmt: skip
 """About a field that commands of before do not have: no record of before can lack what it asks for."""
 OF_A_MODE = {"second_missing", "second_not_entitled"}
 """Of a mode in the trust bundle, which has a beginning: commands of before are judged by none."""

@@ -433,7 +433,6 @@ def test_other_libraries_take_no_passkeys_message_for_a_plain_one() -> None:
 
 MAY_SIGN = {
     "approval", "action.approval", "grant", "grant.withdraw", "break_glass.review", "revocation.request",
-    "command.second", "command.withdraw",
     "user.end-key", "agent.suspend", "agent.resume", "agent.transfer", "agent.set-ceiling", "task.assign", "task.end",
 }  # fmt: skip
 EMBEDDED = {"key.possession", "agent.transfer-consent", "task.consent"}

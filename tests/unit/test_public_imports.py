@@ -22,7 +22,7 @@ NOT_FOR_SDK_USERS = {
     "RequestRefusedError": "of the proxy before a task's socket, which answers it itself",
     "SocketGoneError": "of the proxy before a task's socket",
 }
-CAUGHT = {"DeniedError", "JwksError", "ReplayMemoryFullError", "TokenError"}
+CAUGHT = {"CommandRefusedError", "DeniedError", "JwksError", "ReplayMemoryFullError", "TokenError"}
 """What the client catches, or raises as an error that is public."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.errors import RingfenceError, SignatureError
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.codes import Code
 from ringfence.messages.registry import (
@@ -328,14 +328,15 @@ def test_key_that_somebody_else_gave_proposes_and_seconds_nothing_for_a_day(org:
     org.second("oona", org.propose(ceiling(org, "omar", DB)), child)
 
 
-def test_change_of_user_takes_a_key_file_and_ceiling_takes_none(org: DualControl) -> None:
+def test_passkey_proposes_a_ceiling_and_seconds_nothing(org: DualControl) -> None:
+    """The sign page does not show proposals, so that nobody would see what their passkey seconds."""
     passkeys = {name: new_passkey(name) for name in ("olga", "otto")}
     for name, passkey in passkeys.items():
         org.give(add_passkey(org, name, passkey))
     proposed = org.propose(ceiling(org, "olga"), passkeys["olga"])
-    org.second("otto", proposed, passkeys["otto"])
-    user = org.propose(org.user_set("olga", "uma"))
-    org.second("otto", user, passkeys["otto"])
+    with pytest.raises(SignatureError, match="no passkey may sign command.second"):
+        org.second("otto", proposed, passkeys["otto"])
+    org.second("otto", proposed)
     for model in (UserSet, UserAddKey, ProvisionerSet, TargetSet):
         assert model.passkey_use is None
 
@@ -430,7 +431,7 @@ class Desk(DualControl):
         self.proposed = self.propose(ceiling(self))
         self.lent = new_key("oona")
         self.table = ProposalTable(self.trust)
-        self.proposals = Proposals(NO_RUNTIME, self.directory, self.memory, self.table)
+        self.proposals = Proposals(NO_RUNTIME, self.directory, self.table)
 
     def word_on(self, status: ProposalStatus, **fields: Any) -> None:
         """otto's word on a proposal with this status."""

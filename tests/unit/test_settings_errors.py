@@ -114,3 +114,8 @@ def test_missing_setting_is_reported_with_its_misspelt_name(
         "RINGFENCE_TRUST_ROTO is no setting, and counts for nothing; did you mean RINGFENCE_TRUST_ROOT?"
         in told
     )
+
+
+def test_password_in_the_address_of_redis_is_not_shown() -> None:
+    """A service object shows its settings where a log or a traceback has it."""
+    assert "canary" not in repr(ServiceSettings(redis_url="redis://user:canary@127.0.0.1:6379/0"))

@@ -95,7 +95,7 @@ class Registry:
         self._memory = memory
         self._on_alarm = on_alarm
         self._on_finding = on_finding
-        self.proposals = Proposals(runtime, directory, memory, proposals or ProposalTable(runtime.trust))
+        self.proposals = Proposals(runtime, directory, proposals or ProposalTable(runtime.trust))
         self._compared = False
         self.history: Follower | None = None
         """The reader of this registry's own events. The wiring sets it."""

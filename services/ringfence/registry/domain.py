@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from ringfence.kernel.base.clock import LAST_MOMENT_S, utc_text
 from ringfence.kernel.base.ids import message_id
@@ -383,9 +383,12 @@ def named_revision(current: Current | None) -> int:
     return current.entry.named_revision if current else 0
 
 
-def changed_since(current: Current | None, proposal: Proposal) -> bool:
-    """Return whether the subject of a proposal has changed since, other than by renewals of an agent's own key."""
-    return named_revision(current) != proposal.revision
+def changed_since(entry: VerifiedRecord[Any] | None, proposal: Proposal) -> bool:
+    """Return whether the subject of a proposal has changed since, other than by renewals of an agent's own key.
+
+    `entry`: the record of the subject. Its commands are not parsed: all proposals are compared after each command.
+    """
+    return (entry.named_revision if entry else 0) != proposal.revision
 
 
 def _key_history(around: Surroundings, kind: SubjectKind, id: str) -> KeyHistory:

@@ -270,7 +270,11 @@ class ProposalApi:
             if (one.status == "open" or request.query_params.get("all") == "1")
             and (caller.sees_all or may_see(one, caller.user))
         ]
-        return JSONResponse({"proposals": [self._json(one) for one in wanted]})
+        listed = []
+        for one in wanted:
+            listed.append(self._json(one))
+            await asyncio.sleep(0)  # who may second each is looked up among all people
+        return JSONResponse({"proposals": listed})
 
     def _json(self, proposal: Proposal) -> dict[str, Any]:
         command = unverified_command(proposal.command)  # the registry verified it

@@ -47,7 +47,7 @@ from ringfence.model.records.command_chain import (
 )
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.seconders import seconders
-from ringfence.registry.domain import Surroundings, Waits, changed_since
+from ringfence.registry.domain import Waits, changed_since
 
 _KEPT_MS: Final = 3_600_000
 """How long what became of a proposal stays on the topic after its day."""
@@ -105,12 +105,9 @@ class ProposalTable:
 class Proposals:
     """Takes proposals, second signatures and withdrawals, one after the other."""
 
-    def __init__(
-        self, runtime: Runtime, directory: Directory, surroundings: Surroundings, table: ProposalTable
-    ) -> None:
+    def __init__(self, runtime: Runtime, directory: Directory, table: ProposalTable) -> None:
         self._runtime = runtime
         self._directory = directory
-        self._around = surroundings
         self.table = table
 
     # --- proposing ---
@@ -199,8 +196,8 @@ class Proposals:
         proposal = self.required(one, at_ms)
         signature = SecondSignature(jws=second.signed.compact, proposed_at_ms=proposal.command.appended_at_ms)
         given = self._directory.chains.authorise(parse(proposal.command.jws), at_ms, None, signature)
-        current = self._around.current(*command_subject(given.claims, given.command_id))
-        if one.revision != proposal.revision or changed_since(current, proposal):
+        entry = self._directory.entry(*command_subject(given.claims, given.command_id))
+        if one.revision != proposal.revision or changed_since(entry, proposal):
             raise _subject_changed(proposal)
         return given
 
@@ -247,13 +244,14 @@ class Proposals:
         jws = parse(proposal.command.jws)
         claims = unverified_command(proposal.command)
         try:
-            current = self._around.current(*command_subject(claims, message_id(claims.iss, claims.jti)))
+            entry = self._directory.entry(*command_subject(claims, message_id(claims.iss, claims.jti)))
             key = self._directory.chains.command_key(claims.iss, jws.header.kid, at_ms)
         except ChainError:
             return None  # nothing is done on a record that does not verify
-        if current is not None and any(one.embedded.jws == proposal.command.jws for one in current.commands):
+        record = entry.record if entry else None
+        if record is not None and any(one.jws == proposal.command.jws for one in record.commands):
             return None  # seconded; the second signature is delivered again, if its answer is missing
-        if changed_since(current, proposal):
+        if changed_since(entry, proposal):
             return "lapsed", Code.SUBJECT_CHANGED, "its subject has changed since"
         if key is None:
             return "withdrawn", Code.KEY_ENDED, "the key of its author has ended"

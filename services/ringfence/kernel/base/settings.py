@@ -183,7 +183,7 @@ class BusSettings(RingfenceSettings):
 class ServiceSettings(BusSettings):
     """Settings that all services share."""
 
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: Annotated[str, Field(repr=False)] = "redis://127.0.0.1:6379/0"
     """Valkey or Redis with the live leases; sentinels are `redis+sentinel://host:port,host:port/NAME`, a cluster is
     `redis+cluster://host:port,host:port`."""
     redis_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9._-]+$")] = "rf"
