@@ -334,7 +334,7 @@ def test_passkey_proposes_a_ceiling_and_seconds_nothing(org: DualControl) -> Non
     for name, passkey in passkeys.items():
         org.give(add_passkey(org, name, passkey))
     proposed = org.propose(ceiling(org, "olga"), passkeys["olga"])
-    with pytest.raises(SignatureError, match="no passkey may sign command.second"):
+    with pytest.raises(SignatureError, match=r"no passkey may sign command\.second"):
         org.second("otto", proposed, passkeys["otto"])
     org.second("otto", proposed)
     for model in (UserSet, UserAddKey, ProvisionerSet, TargetSet):
