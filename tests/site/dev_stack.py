@@ -30,7 +30,8 @@ class DevStack:
     def read(self, page: Path, story: Story) -> str:
         """Do what a reader of the page does. Returns what the commands printed.
 
-        The reader is in a clone after `make dev`: in a folder of their own, which has all that the clone has.
+        The reader is in a clone after `make dev`: in a folder of their own, which has all that the clone has. A trust
+        bundle that the page publishes is there for the reader of the next page, because the next change follows it.
         """
         clone = linked_clone(self.folder / "readers" / page.relative_to(ROOT).with_suffix(""))
         _link(self.folder / ".ringfence", clone / ".ringfence")
@@ -40,7 +41,9 @@ class DevStack:
         replaced = {old: self._here(new) for old, new in story.replaced.items()}
         replaced |= {usual: here for usual, here in self.addresses.items() if usual in text}
         environment = inherited() | {"HOME": str(home)}
-        return run_page(page, clone, environment, replaced, self._here(story.before))
+        printed = run_page(page, clone, environment, replaced, self._here(story.before))
+        shutil.copy2(clone / ".ringfence/trust-bundle.jws", self.folder / ".ringfence")
+        return printed
 
     def _here(self, text: str) -> str:
         for usual, here in self.addresses.items():
