@@ -234,10 +234,10 @@ async def test_a_rebalance_in_the_middle_of_a_batch_loses_nothing(
             (joined,) = two.consumers
             await until(lambda: any(joined.owns(name, p) for p in range(settings.partitions)))
             may.set()
-            await until(lambda: set(first) | set(second) == set(keys))
+            # The first member handles its whole batch. What it may not commit comes again to the other.
+            await until(lambda: second and set(first) | set(second) == set(keys))
             await one.drain()
             await two.drain()
-    assert second, "the member that joined took over a partition"
     assert await committed(settings) == len(keys)
 
 
