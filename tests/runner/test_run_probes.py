@@ -433,7 +433,7 @@ def test_a_command_that_keeps_process_1_from_ending_is_ended(plant: Planted, sha
 
 def test_a_run_whose_init_is_stopped_ends_in_its_time(plant: Planted) -> None:
     report, _ = report_of(
-        plant.run("ordinary", "--json", "--ttl", "5s", "--", "sh", "-c", "kill -STOP $PPID; sleep 600")
+        plant.run("ordinary", "--json", "--ttl", "12s", "--", "sh", "-c", "kill -STOP $PPID; sleep 600")
     )
     assert report["exit"] == {"code": 137, "reason": "its time was over"}
     assert report["destroyed"]["complete"], report
