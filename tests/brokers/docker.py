@@ -36,7 +36,9 @@ class _Container:
         Raises StackError where there is no Docker engine, the image is missing, or the server does not answer in time.
         """
         try:
-            self._container = self._build().with_bind_ports(self.port, self.port)
+            self._container = self._build()
+            # By itself testcontainers publishes on all addresses of the machine.
+            self._container.ports = {self.port: (LOOPBACK, self.port)}
             self._container.start()
         except DockerException as error:
             raise StackError(

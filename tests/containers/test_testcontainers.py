@@ -51,13 +51,24 @@ def test_broker_tests_pass_on_containers_of_kafka_and_valkey(podman: Podman, eng
         "TESTCONTAINERS_RYUK_DISABLED": "true",
     }
     before = set(podman("ps", "--quiet").stdout.split())
-    done = subprocess.run(
+    published = set[str]()
+    with subprocess.Popen(
         [
             sys.executable, "-m", "pytest", "tests/integration", "-m", "broker and not apache and not tools",
             "--kafka", "docker", "--redis", "docker", "-n", "0", "-q", "-p", "no:cacheprovider",
         ],
-        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
-    assert " passed" in done.stdout
+        cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    ) as tests:  # fmt: skip
+        while True:
+            published |= set(podman("ps", "--format", "{{.Ports}}").stdout.split("\n"))
+            try:
+                output, _ = tests.communicate(timeout=1)
+            except subprocess.TimeoutExpired:
+                continue
+            break
+    assert tests.returncode == 0, output[-5000:]
+    assert " passed" in output
     assert set(podman("ps", "--quiet").stdout.split()) == before, "a container was left running"
+    published -= {""}
+    assert published
+    assert all(ports.startswith("127.0.0.1:") for ports in published), published
