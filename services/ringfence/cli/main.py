@@ -61,6 +61,9 @@ EXTRAS = {
 }
 """The extra that installs each import name."""
 
+_COMMAND_EXTRAS = {"demo": "dev", "dev": "dev"}
+"""The extra of commands that need more than the first import that fails; it installs that one, too."""
+
 _FEW_SEARCHES = 100_000
 """New objects between two searches for cycles. With Python's 700, loading a service took a sixth longer."""
 
@@ -419,6 +422,8 @@ def _run(words: list[str]) -> int:
         extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
+        command = next((word for word in words if word in COMMANDS), "")
+        extra = _COMMAND_EXTRAS.get(command, extra)
         remedy = f"pip install '.[{extra}]'"
         _report(
             RingfenceError(
