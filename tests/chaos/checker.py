@@ -37,6 +37,7 @@ Kind = Literal[
     "forwarded",
     "uncaused",
     "unentitled",
+    "resting",
     "revived",
     "broken",
     "unanswered",
@@ -53,6 +54,7 @@ KINDS: dict[Kind, str] = {
     "forwarded": "a gateway forwarded what it had said that it would not, or must have known to be over",
     "uncaused": "an end that has neither a deadline nor a signed request as its cause, or not such a one",
     "unentitled": "an order was followed whose signer had no say in it",
+    "resting": "a lease was issued that rests on a key reported as compromised",
     "revived": "the last record of a lease on the topic is not its end: compaction would bring it back",
     "broken": "records of a lease that do not follow each other",
     "unanswered": "a request to which nobody ever replied",
@@ -92,6 +94,7 @@ def check(history: History) -> list[Problem]:
         *_records(history, lives),
         *_causes(lives, orders),
         *_unentitled(history, lives, orders),
+        *_resting(history, lives),
         *_early_records(lives),
         *_early_refusals(history, lives, orders),
         *_worked(history, lives),
@@ -270,6 +273,15 @@ def _unentitled(history: History, lives: dict[str, list[LeaseRecord]], orders: _
         followed = _name(order) in words or derived_id("revocation", *_name(order)) in cut
         if followed and (why := orders.objection(order, lease)) is not None:
             yield Problem("unentitled", order.claims.lease_id, f"{order.claims.jti} was followed: {why}")
+
+
+def _resting(history: History, lives: dict[str, list[LeaseRecord]]) -> Iterator[Problem]:
+    """Nothing is issued on what was held for longer than an issuer may not know of it."""
+    offices = Offices(history.states, GRACE_MS + MAX_SKEW_MS)
+    for lease_id, life in lives.items():
+        issued = next((one for one in life if one.claims.status == "active"), None)
+        if issued and (held := offices.held(issued.claims, issued.at.appended_at_ms)):
+            yield Problem("resting", lease_id, f"issued at {issued.at.appended_at_ms} while {held} was held")
 
 
 def _causes(lives: dict[str, list[LeaseRecord]], orders: _Orders) -> Iterator[Problem]:

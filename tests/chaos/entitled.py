@@ -15,6 +15,7 @@ from ringfence.kernel.base.ids import derived_id
 from ringfence.messages.lease import EndKind, Lease
 from ringfence.messages.registry import AgentState, AnyState, TargetState, TaskState, UserState
 from ringfence.model.identity.spiffe_ids import subject_of
+from ringfence.model.lifecycle.holds import hold_of
 from ringfence.model.scope.scope import missing
 from tests.chaos.history import Order, State
 
@@ -56,6 +57,18 @@ class Offices:
             if state.at_ms <= order.at.appended_at_ms and self._follows(order, state, lease, until_ms):
                 return None
         return f"no record says that, by which {claims.iss} could have ordered it"
+
+    def held(self, lease: Lease, at_ms: int) -> str | None:
+        """What a lease rests on that a report of a compromised key held since the grace before; None: nothing."""
+        subjects: list[tuple[type[Any], str]] = [
+            (AgentState, lease.agent_id), (TaskState, lease.task_id), (TargetState, lease.target_id),
+            (UserState, lease.on_behalf_of), (UserState, lease.sponsor),
+        ]  # fmt: skip
+        for kind, id in subjects:
+            was = self._during(kind, id, at_ms - self._grace_ms, at_ms)
+            if was and all(hold_of(one) is not None for one in was):
+                return f"{kind.__name__} {id}"
+        return None
 
     # --- people ---
 
@@ -156,7 +169,9 @@ _SAYS: dict[EndKind, Callable[[AnyState, Lease | None], bool]] = {
     "agent_orphaned": lambda state, _: isinstance(state, UserState) and "sponsor" not in state.roles,
     "target_removed": lambda state, _: isinstance(state, TargetState) and state.status != "active",
     "scope_narrowed": _is_narrowed,
-    "key_compromised": lambda state, _: isinstance(state, AgentState) and bool(state.compromised),
+    "key_compromised": lambda state, _: (
+        hold_of(state) is not None or (isinstance(state, AgentState) and bool(state.compromised))
+    ),
 }
 
 

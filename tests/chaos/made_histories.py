@@ -12,7 +12,7 @@ from ringfence.kernel.base.ids import derived_id, digest
 from ringfence.messages.base import Permission
 from ringfence.messages.credential import Coordinates, Delivery
 from ringfence.messages.lease import EndCause, EndKind, Lease, LeaseStatus, RevocationRequest, Selector
-from ringfence.messages.registry import AgentState, Entitlements, TaskState, UserState
+from ringfence.messages.registry import AgentState, Entitlements, Hold, TaskState, UserState
 from ringfence.model.leases.lifecycle import end_status, record_id, restated, statement
 from tests.chaos.checker import GRACE_MS
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order, Probe, State
@@ -42,6 +42,13 @@ ISSUER = f"spiffe://{TD}/service/issuer"
 
 
 SCOPE = Permission(target="shop", verbs=("read",), resources=("env/a",))
+
+
+HOLD = Hold(
+    report="3f2c1a60-0000-4000-8000-000000000001", report_digest="0" * 64, by="olga", by_kid="olga-1", user_id="otto",
+    kid="otto-1", parts=("ceiling",), at_ms=T0 - 20_000, status="held", since_ms=T0 - 60_000,
+)  # fmt: skip
+"""What a report of a compromised key holds of an agent's record."""
 
 
 def user(user_id: str) -> str:
@@ -80,10 +87,12 @@ class Past:
         *,
         status: str = "active",
         verb: str = "read",
+        holds: tuple[Hold, ...] = (),
     ) -> State:
         ceiling = (SCOPE.model_copy(update={"verbs": (verb,)}),)
         return self._state(
-            AgentState, f"agent/{agent_id}", ms, agent_id=agent_id, sponsor=sponsor, status=status, ceiling=ceiling
+            AgentState, f"agent/{agent_id}", ms, agent_id=agent_id, sponsor=sponsor, status=status, ceiling=ceiling,
+            holds=holds,
         )  # fmt: skip
 
     def task(

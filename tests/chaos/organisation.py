@@ -77,6 +77,11 @@ class Organisation:
             self.administrators[id] = await self._on_the_line(
                 Administrator.connect(self.key("user", id), self.settings)
             )
+        await olga.set_user("otto", name="Otto", roles=["operator"], keys=[self.key("user", "otto")])
+        await olga.set_user("nina", name="Nina", keys=[self.key("user", "nina")])
+        self.administrators["otto"] = await self._on_the_line(
+            Administrator.connect(self.key("user", "otto"), self.settings)
+        )
         for target, backend in self.targets.items():
             await olga.set_target(
                 target, description="a target", backend=backend, keys=[self.key("target", target)],

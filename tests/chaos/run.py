@@ -31,6 +31,7 @@ from tests.chaos.checker import Problem, check, lives_of, tally
 from tests.chaos.doors import ForwardingDoor, GatewayDoor, IntrospectionDoor
 from tests.chaos.faults import KINDS, Fault, faults_of
 from tests.chaos.history import History
+from tests.chaos.insider import Insider
 from tests.chaos.nemesis import Nemesis, plan
 from tests.chaos.organisation import Organisation
 from tests.chaos.prober import Prober
@@ -140,12 +141,13 @@ async def _course(options: Options, stack: AsyncExitStack) -> Outcome:
     prober = _prober(system, organisation, stack)
     watch = await stack.enter_async_context(Watch(system.settings(), prober.nudge))
     workload = Workload(organisation, seed, prober.add)
+    insider = Insider(organisation, seed, prober.add, workload.counts)
     nemesis = Nemesis(system, options.faults, blows)
     supervising = asyncio.create_task(system.supervise())
     standing = asyncio.create_task(system.stand(nemesis.has_hold_of))
     for task in (supervising, standing):
         stack.callback(task.cancel)
-    suffering = _suffered(options.seconds, system, watch, prober, workload, nemesis)
+    suffering = _suffered(options.seconds, system, watch, prober, workload, insider, nemesis)
     history, unsettled = await while_standing(standing, suffering)
     (folder / "history.pickle").write_bytes(pickle.dumps(history))  # so that it can be judged once more
     worked = sum(probe.worked for probe in prober.probes)
@@ -172,14 +174,21 @@ async def while_standing(standing: asyncio.Task[None], work: Coroutine[Any, Any,
 
 
 async def _suffered(
-    seconds: float, system: System, watch: Watch, prober: Prober, workload: Workload, nemesis: Nemesis
+    seconds: float,
+    system: System,
+    watch: Watch,
+    prober: Prober,
+    workload: Workload,
+    insider: Insider,
+    nemesis: Nemesis,
 ) -> tuple[History, str | None]:
     """What there was, and what did not come to its end."""
-    working = asyncio.create_task(workload.run())
+    working = asyncio.gather(workload.run(), insider.run(seconds))
     _say("everything is ready: the faults begin")
     await asyncio.gather(nemesis.run(), asyncio.sleep(seconds))
     _say("the faults are over: waiting for everything to come to its end")
     workload.stop()
+    insider.stop()
     await system.ready()
     await working
     await prober.finish()

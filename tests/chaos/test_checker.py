@@ -12,7 +12,20 @@ from ringfence.messages.lease import EndCause
 from ringfence.model.audit_log.verification import Fault
 from tests.chaos.checker import GRACE_MS, KINDS, check, tally
 from tests.chaos.history import History, Leftover
-from tests.chaos.made_histories import DEADLINE, REVOKER, SAM, T0, T0_S, TD, TTL_S, Past, Plant, clean, user
+from tests.chaos.made_histories import (
+    DEADLINE,
+    HOLD,
+    REVOKER,
+    SAM,
+    T0,
+    T0_S,
+    TD,
+    TTL_S,
+    Past,
+    Plant,
+    clean,
+    user,
+)
 
 
 def stopped_by_its_sponsor(past: Past) -> None:
@@ -91,6 +104,25 @@ def ended_beyond_a_ceiling(past: Past) -> None:
     past.end(lease, past.derived(T0 + 500, "scope_narrowed", narrowed, lease), T0 + 510)
 
 
+def ended_as_its_agent_was_held(past: Past) -> None:
+    lease = past.issue()
+    held = past.agent(lease.agent_id, lease.sponsor, T0 + 490, holds=(HOLD,))
+    past.end(lease, past.derived(T0 + 500, "key_compromised", held, agent_id=lease.agent_id), T0 + 510)
+
+
+def issued_within_the_grace_after_a_hold(past: Past) -> None:
+    lease = past.issue()
+    past.agent(lease.agent_id, lease.sponsor, T0 - 2_000, holds=(HOLD,))
+    past.expire(lease)
+
+
+def issued_after_a_hold_was_lifted(past: Past) -> None:
+    lease = past.issue()
+    past.agent(lease.agent_id, lease.sponsor, T0 - 20_000, holds=(HOLD,))
+    past.agent(lease.agent_id, lease.sponsor, T0 - 1_000)
+    past.expire(lease)
+
+
 def refused_to_who_had_no_say(past: Past) -> None:
     """Nothing comes of it, and the lease is good to its deadline."""
     lease = past.issue()
@@ -106,7 +138,8 @@ TRUE: list[Plant] = [
     stopped_by_who_gave_it_away_a_moment_ago, stopped_by_who_was_given_it_before_a_gateway_gave_its_word,
     stopped_by_who_it_is_for, stopped_by_who_assigned_its_task,
     ended_with_its_task, ended_as_its_agent_was_suspended_and_resumed, ended_as_its_agent_had_no_sponsor_any_more,
-    ended_beyond_a_ceiling,
+    ended_beyond_a_ceiling, ended_as_its_agent_was_held,
+    issued_within_the_grace_after_a_hold, issued_after_a_hold_was_lifted,
     refused_to_who_had_no_say,
 ]  # fmt: skip
 
@@ -392,6 +425,12 @@ def aborted_by_a_deadline_that_has_not_come(past: Past) -> None:
     past.next(lease, "aborted", T0 + 400, EndCause(kind="deadline", at_ms=DEADLINE))
 
 
+def issued_on_what_was_held(past: Past) -> None:
+    lease = past.issue()
+    past.agent(lease.agent_id, lease.sponsor, T0 - 20_000, holds=(HOLD,))
+    past.expire(lease)
+
+
 def revoked_and_said_to_have_expired(past: Past) -> None:
     lease = past.issue(backend="redis")
     ending = past.next(lease, "ending", T0 + 510, past.order(T0 + 500, lease))
@@ -528,6 +567,7 @@ PLANTED: list[tuple[str, Plant]] = [
     ("uncaused", ended_by_what_came_later),
     ("uncaused", ended_by_an_order_about_others),
     ("uncaused", ended_by_an_order_from_before_its_request),
+    ("resting", issued_on_what_was_held),
     ("unentitled", released_by_another_agent),
     ("unentitled", stopped_by_another_sponsor),
     ("unentitled", stopped_by_a_sponsor_who_gave_it_away_long_ago),

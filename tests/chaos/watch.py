@@ -18,7 +18,8 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.base import typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import TERMINAL, Lease, LeaseEpoch
-from ringfence.messages.topics import AUDIT, CREDENTIAL_REPLY, CREDENTIAL_REQUEST, LEASE
+from ringfence.messages.operations import DeadLetter
+from ringfence.messages.topics import AUDIT, CREDENTIAL_REPLY, CREDENTIAL_REQUEST, DEAD_LETTER, LEASE
 from ringfence.model.leases.epochs import Epochs
 from tests.chaos.reading import TOLD
 
@@ -37,6 +38,9 @@ class Watch:
         self._asked: set[str] = set()
         """Requests, as to whom a reply must be sealed."""
         self._answered: set[str] = set()
+        self._dead: set[tuple[str, int, int]] = set()
+        self._asked_at: dict[tuple[str, int, int], str] = {}
+        """Requests by where they are: one that does not verify becomes a dead letter, and gets no reply."""
 
     async def __aenter__(self) -> Watch:
         await self._follower.start()
@@ -63,13 +67,17 @@ class Watch:
         except TimeoutError:
             return (
                 f"{len(self._open)} leases have not ended, {len(self._untold)} records have no audit event, "
-                f"{len(self._asked - self._answered)} requests are not answered"
+                f"{len(self._unanswered)} requests are not answered"
             )
         return None
 
     @property
     def _missing(self) -> int:
-        return len(self._open) + len(self._untold) + len(self._asked - self._answered)
+        return len(self._open) + len(self._untold) + len(self._unanswered)
+
+    @property
+    def _unanswered(self) -> set[str]:
+        return self._asked - self._answered - {id for at, id in self._asked_at.items() if at in self._dead}
 
     def _take(self, records: Sequence[Received]) -> None:
         for record in records:
@@ -87,6 +95,9 @@ class Watch:
                 self._lease(record)
             elif record.topic is CREDENTIAL_REQUEST:
                 self._request(record)
+            elif record.topic is DEAD_LETTER:
+                source = DeadLetter.model_validate_json(record.value).source
+                self._dead.add((source.topic, source.partition, source.offset))
 
     def _tell(self, at: tuple[str, int, int]) -> None:
         self._told.add(at)
@@ -97,7 +108,9 @@ class Watch:
             request = parse(record.value).unverified_claims(CredentialRequest)
         except InvalidMessageError:
             return
-        self._asked.add(message_id(request.iss, request.jti))
+        id = message_id(request.iss, request.jti)
+        self._asked.add(id)
+        self._asked_at[record.topic_name, record.partition, record.offset] = id
 
     def _lease(self, record: Received) -> None:
         try:
