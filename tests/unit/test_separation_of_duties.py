@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
+from ringfence.cli.shared.changes import ceiling_findings
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import Signed, parse
 from ringfence.kernel.service.http import application
@@ -230,6 +231,21 @@ def test_people_whom_two_independent_people_made_rest_on_neither_alone() -> None
         org.seconded("otto", org.user_set("olga", name, ["sponsor"]))
     assert sole_givers(org.directory, ("uma", "uri"), org.clock.ms) == frozenset()
     assert sole_givers(org.directory, ("olga",), org.clock.ms) == frozenset(), "the root gave olga hers"
+
+
+def test_author_and_second_person_see_who_is_alone_behind_a_ceiling() -> None:
+    ledger = InMemoryRegistry()
+    ledger.organisation()
+
+    def fields(*people: str, combinations: list[str] | None) -> dict[str, str]:
+        return dict(ceiling_findings(combinations, ledger.directory, people, ledger.clock.ms))
+
+    assert fields("olga", "otto", combinations=[]) == {}
+    assert fields("sam", "suzy", combinations=[]) == {
+        "one person": "sam and suzy have all rights by the word of olga alone"
+    }
+    assert fields("otto", combinations=["a, b"]) == {"forbidden combinations": "a, b"}
+    assert "not known" in fields("otto", combinations=None)["forbidden combinations"]
 
 
 def test_giver_who_is_one_of_the_three_is_found() -> None:
