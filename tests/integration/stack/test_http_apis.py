@@ -213,6 +213,7 @@ async def _posts(calls: Calls) -> None:
     """Every operation with a body: one that counts, and those that do not."""
     realm, key = calls.realm, calls.realm.key("target", calls.realm.target)
     sam = realm.key("user", realm.name("sam"))
+    as_sam = {"headers": lambda: calls.token(sam)}
     question = {
         "subject": {"type": "agent", "id": realm.agent}, "action": {"name": "read"},
         "resource": {"type": realm.target, "id": "env/staging/web"}, "context": {"task_id": realm.task},
@@ -239,10 +240,10 @@ async def _posts(calls: Calls) -> None:
             ("POST /access/v1/evaluations", {"json": {"evaluations": 7}}, 400),
             ("POST /access/v1/evaluations", {"json": others}, 403),
             ("POST /access/v1/evaluations", {"content": too_large, "type": json_type}, 413),
-            ("POST /v1/combinations", {"json": {"ceiling": []}, "headers": lambda: calls.token(sam)}, 200),
-            ("POST /v1/combinations", {"json": {}, "headers": lambda: calls.token(sam)}, 400),
+            ("POST /v1/combinations", {"json": {"ceiling": []}, **as_sam}, 200),
+            ("POST /v1/combinations", {"json": {}, **as_sam}, 400),
             ("POST /v1/combinations", {"json": {"ceiling": []}, "headers": lambda: calls.console_token(sam)}, 403),
-            ("POST /v1/combinations", {"content": too_large, "type": json_type, "headers": lambda: calls.token(sam)}, 413),
+            ("POST /v1/combinations", {"content": too_large, "type": json_type, **as_sam}, 413),
         ],
     }  # fmt: skip
     for operation, options, status in posts.get(calls.service, []):
