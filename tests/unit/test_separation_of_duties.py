@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -62,10 +62,9 @@ class Ceilings:
     def __init__(self) -> None:
         self.ledger = InMemoryRegistry()
         self.ledger.organisation()
-        self.runtime: Any = Published(self.ledger)
-        self.found = CeilingCombinations(
-            self.runtime, self.ledger.directory, InProcessEngine(entry_point=CEILING)
-        )
+        self.runtime = Published(self.ledger)
+        engine = InProcessEngine(entry_point=CEILING)
+        self.found = CeilingCombinations(cast(Any, self.runtime), self.ledger.directory, engine)
         for agent in ("bot", "other"):
             self.ledger.give(self.ledger.register("olga", agent, "sam", ceiling=()))
 
@@ -169,8 +168,9 @@ async def test_people_who_set_ceilings_ask_for_the_combinations_of_one(ceilings:
         assert text.startswith("what writes a change must not be what approves it")
     assert (await ceilings.ask("olga", {"ceiling": []})).json() == {"combinations": []}
     assert (await ceilings.ask("uma", wanted)).status_code == 403
-    for wrong in ({}, {"ceiling": "all"}, []):
-        assert (await ceilings.ask("olga", wrong)).status_code == 400
+    wrong: tuple[object, ...] = ({}, {"ceiling": "all"}, [])
+    for body in wrong:
+        assert (await ceilings.ask("olga", body)).status_code == 400
 
 
 # --- one person ---
@@ -181,8 +181,8 @@ class Leases:
 
     def __init__(self) -> None:
         self.bench = DecisionBench()
-        self.runtime: Any = Published(self.bench.ledger)
-        self.detector = OnePersonDetector(self.runtime, self.bench.ledger.directory)
+        self.runtime = Published(self.bench.ledger)
+        self.detector = OnePersonDetector(cast(Any, self.runtime), self.bench.ledger.directory)
 
     async def decide(self, *approvers: str, allowed: bool = True) -> list[str]:
         bench = self.bench
