@@ -106,6 +106,8 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "widened": {"command.widened", "command.widened_by_root"},
         "finding": {
             "finding",
+            "ceiling.combination",
+            "credential.one_person",
             "key.added",
             "key.ending",
             "key.reused",
@@ -218,7 +220,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
             "agent.activated", "agent.attestation_set", "agent.ceiling_set", "agent.key_rotated",
             "agent.key_compromised", "agent.transferred", "agent.suspended", "agent.resumed",
             "agent.decommissioned", "record.revision_fell", "command.accepted", "key.ending", "key.shared",
-            "key.taken", "token.replayed", "command.refused", "finding",
+            "key.taken", "token.replayed", "ceiling.combination", "credential.one_person", "command.refused", "finding",
             "command.proposed", "command.withdrawn", "command.lapsed", "command.widened",
             "command.widened_by_root",
         ),

@@ -82,6 +82,20 @@ async def test_author_and_second_see_the_whole_ceiling(shell: Shell, office: Off
         assert "(new)" in text
 
 
+async def test_author_and_second_see_the_forbidden_combinations(
+    shell: Shell, office: Office, world: World
+) -> None:
+    both = ("agent", "set-ceiling", "bot", "--allow", "platform:push,merge:web", "--yes", "--anyway")
+    await shell("sam", *both, status=1)
+    author = shell.noted
+    (listed,) = await shell.json("otto", "proposal", "list")
+    shown = await shell("otto", "proposal", "show", listed["id"])
+    found = await shell.json("otto", "proposal", "show", listed["id"])
+    await shell("otto", "proposal", "second", listed["id"], "--yes")
+    for text in (author, shown, shell.noted, found["findings"]["forbidden combinations"]):
+        assert "what writes a change must not be what approves it" in " ".join(text.split())
+
+
 async def test_list_of_users_is_shown_whole_and_seconded_at_once(shell: Shell, office: Office) -> None:
     for name in ("uma", "uri"):
         key = str(shell.folder / f"{name}.json")

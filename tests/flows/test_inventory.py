@@ -15,7 +15,10 @@ from ringfence.client.errors import ApiError
 from ringfence.client.reports.access_report import read_inventory
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
+from ringfence.kernel.crypto.jws import parse
+from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import AgentSuspend, UserDisable
+from ringfence.messages.topics import SERVICE_EVENT
 from tests.flows import test_cli
 from tests.support.world import DAY_S, WITHIN_S, Party, World, scope
 
@@ -70,6 +73,21 @@ async def staff(world: World) -> AsyncIterator[Staff]:
             while (await staff.ask(staff.adam))["gaps"]:  # until the registry's heartbeat was heard
                 await asyncio.sleep(0.05)
         yield staff
+
+
+async def test_ceiling_with_a_forbidden_combination_is_listed_and_a_finding(staff: Staff) -> None:
+    """By the bundle in a worker process, as policy runs it."""
+    pair = scope("platform", ("push", "merge"), ("web",))
+    await staff.world.agent("both", staff.sam, pair)
+    async with asyncio.timeout(WITHIN_S):
+        while not (await staff.until(staff.adam, "both"))["combinations"]:
+            await asyncio.sleep(0.05)
+    record = await staff.world.consume_until(
+        SERVICE_EVENT, lambda record: "ceiling_combination" in str(parse(record.value).payload)
+    )
+    found = parse(record.value).unverified_claims(ServiceEvent)
+    assert (found.kind, found.agent_id) == ("finding", "both")
+    assert (await staff.ask(staff.adam))["totals"]["with_combination"] == 1
 
 
 # --- who sees what ----------------------------------------------------------------------------------------------------

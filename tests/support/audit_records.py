@@ -209,7 +209,8 @@ def every_record(office: AuditFixtures) -> dict[str, Received]:
     found["finding"] = office.service_event(
         "finding", "record", "policy", reasons=reason, result=office.key("agent", "deploy-bot").id
     )
-    for code in ("key_reused", "key_reused_late", "key_shared", "key_taken", "token_replayed"):
+    detections = ("key_reused", "key_reused_late", "key_shared", "key_taken", "token_replayed")
+    for code in (*detections, "ceiling_combination", "one_person"):
         why = (Reason(code=code, message="two at once"),)
         found[code] = office.service_event("finding", "x", "policy", reasons=why, agent_id="deploy-bot")
     enrolled = EnrolledInstance(

@@ -9,11 +9,15 @@ import httpx
 import pytest
 
 from ringfence.kernel.service.http import application
+from ringfence.messages.base import Permission
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.records.api_access import Authenticator
+from ringfence.policy.agents.ceilings import CeilingCombinations
 from ringfence.policy.api import inventory
 from ringfence.policy.api import inventory as agents
 from ringfence.policy.api.inventory import InventoryApi
+from ringfence.rego.engine import CEILING
+from ringfence.testing.parts import InProcessEngine
 from tests.support.in_memory_registry import TD
 from tests.unit.test_inventory import Book
 
@@ -24,10 +28,20 @@ class Desk(Book):
     def __init__(self) -> None:
         super().__init__()
         self.stale: str | None = None
-        runtime: Any = SimpleNamespace(clock=self.clock, settings=SimpleNamespace(trust_domain=TD))
+        runtime: Any = SimpleNamespace(
+            clock=self.clock, settings=SimpleNamespace(trust_domain=TD), key=self.issuer, event=self._publish
+        )
         authenticator = Authenticator(self.ledger.directory, "policy", self.clock)
-        api = InventoryApi(runtime, self.ledger.directory, authenticator, self.roster, lambda: self.stale)
+        self.ceilings = CeilingCombinations(
+            runtime, self.ledger.directory, InProcessEngine(entry_point=CEILING)
+        )
+        api = InventoryApi(
+            runtime, self.ledger.directory, authenticator, self.roster, lambda: self.stale, self.ceilings
+        )
         self.app = application(api.routes(), [])
+
+    async def _publish(self, *event: object, **fields: object) -> None:
+        """What a finding says has tests of its own."""
 
     async def get(self, who: str, path: str = "/v1/inventory", **query: str) -> httpx.Response:
         token = api_token(self.ledger.key(who), "policy", now_ms=self.now_s * 1000)
@@ -38,8 +52,10 @@ class Desk(Book):
 
 
 @pytest.fixture
-def desk() -> Desk:
-    return Desk()
+async def desk() -> Desk:
+    desk = Desk()
+    await desk.ceilings.check_marked()
+    return desk
 
 
 async def test_inventory_is_unavailable_before_the_tables_are_complete(desk: Desk):
@@ -89,3 +105,24 @@ async def test_more_changes_than_can_be_told_are_begun_anew(desk: Desk, monkeypa
     monkeypatch.setattr(inventory, "MAX_ROWS", 2)
     answer = await desk.get("olga", "/v1/inventory/changes", after=cursor)
     assert (answer.status_code, answer.json()["error"]) == (400, "cursor_lost")
+
+
+async def test_ceiling_with_a_forbidden_combination_is_listed_and_summed(desk: Desk):
+    desk.roster.complete = True
+    pair = Permission(target="platform", verbs=("push", "merge"), resources=("web",))
+    desk.register("robot", ceiling=(pair,))
+    await desk.ceilings.check_marked()
+    answer = (await desk.get("adam")).json()
+    combinations = {agent["id"]: agent["combinations"] for agent in answer["agents"]}
+    assert combinations["bot"] == []
+    assert combinations["robot"][0].endswith("; it allows push, and merge")
+    assert answer["totals"]["with_combination"] == 1
+    assert (await desk.get("adam", agent="bot")).json()["totals"]["with_combination"] == 0
+
+
+async def test_ceilings_that_were_not_checked_are_a_gap():
+    unchecked = Desk()
+    unchecked.roster.complete = True
+    answer = (await unchecked.get("adam")).json()
+    assert answer["gaps"] == ["which ceilings allow a forbidden combination: they are still being checked"]
+    assert (await unchecked.get("uma")).json()["gaps"] == []

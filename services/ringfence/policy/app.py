@@ -41,6 +41,7 @@ from ringfence.model.records.signed_messages import SessionEvents
 from ringfence.model.requests.grants import KEEP_MS as GRANTS_KEEP_MS
 from ringfence.model.requests.grants import GrantTable, kind_of
 from ringfence.policy.agents.agent_index import AgentIndex
+from ringfence.policy.agents.ceilings import CeilingCombinations
 from ringfence.policy.agents.holdings import LEASES_SINCE_MS, REFUSALS_SINCE_MS, Holdings
 from ringfence.policy.agents.inventory import SharedKeyDetector
 from ringfence.policy.agents.usage import KeyLastSeen
@@ -49,9 +50,10 @@ from ringfence.policy.api.decisions import DecisionsApi
 from ringfence.policy.api.grants import GrantApi, ReachApi
 from ringfence.policy.api.inventory import InventoryApi
 from ringfence.policy.api.usage import KEEP_MS as QUESTIONS_KEEP_MS
-from ringfence.policy.api.usage import ActionQuestions, ActionsApi, UsageApi
+from ringfence.policy.api.usage import ActionQuestions, ActionsApi, CeilingApi, UsageApi
 from ringfence.policy.decision_log import HISTORY_MS, Approvers, Decisions, InMemoryDecisionLog
 from ringfence.policy.decisions.evaluator import RequestEvaluator
+from ringfence.policy.decisions.one_person import OnePersonDetector
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.grants import GrantBook
 from ringfence.policy.incoming.admission import (
@@ -81,7 +83,7 @@ from ringfence.policy.settings import PolicySettings
 from ringfence.policy.subscribers import NoticeHandlers, router
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
-from ringfence.rego.engine import ISSUANCE, PolicyEngine
+from ringfence.rego.engine import CEILING, ISSUANCE, PolicyEngine
 from ringfence.rego.settings import OpaSettings, engine_of
 
 log = logging.getLogger(__name__)
@@ -99,6 +101,7 @@ class PolicyParts:
     directory: Directory
     engine: PolicyEngine
     declared: BackendCapabilities
+    ceilings: CeilingCombinations
 
 
 def build(
@@ -108,7 +111,8 @@ def build(
     own = own or load(PolicySettings)
     with of_setting("RINGFENCE_POLICY_BUNDLE"):
         bundle = load_bundle(own.bundle)
-    engine = engine_of(load(OpaSettings), bundle, timeout_ms=own.evaluation_timeout_ms, entry_point=ISSUANCE)
+    opa, timeout_ms = load(OpaSettings), own.evaluation_timeout_ms
+    engine = engine_of(opa, bundle, timeout_ms=timeout_ms, entry_point=ISSUANCE)
     runtime = Runtime("policy", settings, clock)
     directory = Directory(
         runtime.trust,
@@ -125,9 +129,12 @@ def build(
         )
 
     runtime.table(RUN_TABLES, directory.on_records)
-    runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
+    ceiling_engine = engine_of(opa, bundle, timeout_ms=timeout_ms, entry_point=CEILING)
+    ceilings = CeilingCombinations(runtime, directory, ceiling_engine)
+    watch = BundleWatch(own.bundle, engine, bundle_refused, then=ceilings.use)
+    runtime.background("policy bundle", watch.run)
     runtime.denies_when(directory.stale)
-    _, decisions = wire(PolicyParts(runtime, own, directory, engine, declared))
+    _, decisions = wire(PolicyParts(runtime, own, directory, engine, declared, ceilings))
     register_pending_gauges(decisions, runtime.clock)
     return runtime
 
@@ -185,7 +192,8 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
                 await asyncio.sleep(0.5)
 
     notices = Notices(own.webhooks, directory, decisions, runtime.clock)
-    publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices)
+    one_person = OnePersonDetector(runtime, directory)
+    publisher = DecisionPublisher(runtime, directory, decisions, Approvers(directory), notices, one_person)
     verifier = MessageVerifier(runtime, directory)
     judge = RequestEvaluator(runtime, directory, engine, holdings, (history,), grants, parts.declared)
     limits = AdmissionLimits(own.agent_requests_per_minute, own.sponsor_requests_per_minute, own.wait_s)
@@ -262,6 +270,8 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
     runtime.on_stop(notices.close)
     runtime.background("overdue approvals", close_overdue)
     runtime.background("inventory", agent_index.keep)
+    runtime.background("combinations in ceilings", parts.ceilings.keep)
+    runtime.on_stop(parts.ceilings.close)
     runtime.background("load shedding", shed.run)
     runtime.on_stop(shed.close)
     runtime.ready_when(decisions.unready)
@@ -277,7 +287,10 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
     runtime.routes += decisions_api.routes()
     runtime.routes += ActionsApi(questions, directory, authenticator).routes()
     runtime.routes += UsageApi(directory, authenticator, holdings, key_last_seen, runtime.clock).routes()
-    runtime.routes += InventoryApi(runtime, directory, authenticator, agent_index, directory.stale).routes()
+    runtime.routes += CeilingApi(authenticator, parts.ceilings).routes()
+    runtime.routes += InventoryApi(
+        runtime, directory, authenticator, agent_index, directory.stale, parts.ceilings
+    ).routes()
     runtime.routes += ReachApi(runtime, directory, authenticator, agent_index, directory.stale).routes()
     runtime.routes += GrantApi(
         runtime, directory, authenticator, grant_table, grants, lambda: judge.policy_revision

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.ids import digest
-from ringfence.rego.bundle import OWN_BUNDLE, BundleError, bundle_files, load_bundle
+from ringfence.rego.bundle import OWN_BUNDLE, Bundle, BundleError, bundle_files, load_bundle
 from ringfence.rego.engine import PolicyEngine, PolicyUnavailableError
 
 log = logging.getLogger(__name__)
@@ -29,12 +29,18 @@ class BundleWatch:
         refused: Callable[[str, str], Awaitable[None]],
         *,
         look_s: float = LOOK_S,
+        then: Callable[[Bundle], Awaitable[None]] | None = None,
     ) -> None:
-        """`refused` is told of each bundle that did not come into force: a digest that names it, and why."""
+        """Args:
+            refused: is told of each bundle that did not come into force: a digest that names it, and why.
+            look_s: the time between two looks.
+            then: is given each bundle that came into force.
+        """  # fmt: skip
         self._folder = folder or OWN_BUNDLE
         self._engine = engine
         self._refused = refused
         self._look_s = look_s
+        self._then = then
         self._tried: _Signature | None = None
 
     async def run(self) -> None:
@@ -53,6 +59,8 @@ class BundleWatch:
             if bundle.revision != self._engine.revision:
                 await self._engine.use(bundle)
                 log.warning("policy bundle %s is in force", bundle.revision)
+                if self._then is not None:
+                    await self._then(bundle)
         except BundleError as error:
             self._tried = signature
             metrics.POLICY_BUNDLE_REFUSED.set(1)

@@ -19,6 +19,8 @@ ISSUANCE = "data.ringfence.issuance.decision"
 """The entry point that decides on credential requests."""
 ACTION = "data.ringfence.action.decision"
 """The entry point that decides on a single action of an agent."""
+CEILING = "data.ringfence.ceiling.decision"
+"""The entry point that names the forbidden combinations of a ceiling. It decides nothing."""
 
 _FIELDS = frozenset({"allow", "deny", "approvals", "max_ttl_s", "notes"})
 _CLASSES = frozenset(get_args(ApprovalClass))

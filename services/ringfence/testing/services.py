@@ -35,13 +35,14 @@ from ringfence.messages.topics import (
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.records.directory import RUN_TABLES, Directory
 from ringfence.policy import app as policy
+from ringfence.policy.agents.ceilings import CeilingCombinations
 from ringfence.policy.app import PolicyParts
 from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.settings import PolicySettings
 from ringfence.registry.commands import Registry
 from ringfence.registry.store import Memory
 from ringfence.rego.bundle import Bundle, MissingRuleError
-from ringfence.rego.engine import ACTION
+from ringfence.rego.engine import ACTION, CEILING
 from ringfence.revoker.domain import deadline_cause
 from ringfence.revoker.lease_end.lease_ender import EndRequest, LeaseEnder
 from ringfence.revoker.revocations.cut_confirmation import CutTracker
@@ -115,12 +116,14 @@ def create_context(root: SigningKey, settings: ServiceSettings, clock: MovableCl
     return ServiceContext(bus, clock, settings, trust, keys, seals)
 
 
-def _action_engine(bundle: Bundle | None) -> InProcessEngine:
-    """The gateway's engine. A bundle that decides on credentials alone leaves it the one that comes with Ringfence."""
+def _engine(bundle: Bundle | None, entry_point: str) -> InProcessEngine:
+    """An engine beside that of requests. A bundle that decides on credentials alone leaves it the one that comes with
+    Ringfence.
+    """
     try:
-        return InProcessEngine(bundle, entry_point=ACTION)
+        return InProcessEngine(bundle, entry_point=entry_point)
     except MissingRuleError:
-        return InProcessEngine(entry_point=ACTION)
+        return InProcessEngine(entry_point=entry_point)
 
 
 class Services:
@@ -168,8 +171,9 @@ class Services:
     def _build_policy(self, bundle: Bundle | None) -> ApprovalHandler:
         runtime = self._context.runtime("policy")
         own = PolicySettings.model_construct()
+        ceilings = CeilingCombinations(runtime, self.directory, _engine(bundle, CEILING))
         approvals, _ = policy.wire(
-            PolicyParts(runtime, own, self.directory, InProcessEngine(bundle), self._declared)
+            PolicyParts(runtime, own, self.directory, InProcessEngine(bundle), self._declared, ceilings)
         )
         return approvals
 
@@ -192,7 +196,7 @@ class Services:
                 runtime,
                 GatewaySettings.model_construct(),
                 InMemoryView(runtime),
-                _action_engine(bundle),
+                _engine(bundle, ACTION),
                 self._declared,
                 context.seals["gateway"],
                 StaticSecrets(GivenSecrets(credential_of)),

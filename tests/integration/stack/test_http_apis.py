@@ -212,6 +212,8 @@ async def _wrong_methods(calls: Calls, values: dict[str, str]) -> None:
 async def _posts(calls: Calls) -> None:
     """Every operation with a body: one that counts, and those that do not."""
     realm, key = calls.realm, calls.realm.key("target", calls.realm.target)
+    sam = realm.key("user", realm.name("sam"))
+    as_sam = {"headers": lambda: calls.token(sam)}
     question = {
         "subject": {"type": "agent", "id": realm.agent}, "action": {"name": "read"},
         "resource": {"type": realm.target, "id": "env/staging/web"}, "context": {"task_id": realm.task},
@@ -238,13 +240,18 @@ async def _posts(calls: Calls) -> None:
             ("POST /access/v1/evaluations", {"json": {"evaluations": 7}}, 400),
             ("POST /access/v1/evaluations", {"json": others}, 403),
             ("POST /access/v1/evaluations", {"content": too_large, "type": json_type}, 413),
+            ("POST /v1/combinations", {"json": {"ceiling": []}, **as_sam}, 200),
+            ("POST /v1/combinations", {"json": {}, **as_sam}, 400),
+            ("POST /v1/combinations", {"json": {"ceiling": []}, "headers": lambda: calls.console_token(sam)}, 403),
+            ("POST /v1/combinations", {"content": too_large, "type": json_type, **as_sam}, 413),
         ],
     }  # fmt: skip
     for operation, options, status in posts.get(calls.service, []):
         more = options.pop("type", {})
+        caller = options.pop("headers", lambda: calls.token(key))
         async with asyncio.timeout(WITHIN_S):
             while True:
-                headers = {**calls.token(key), **more} if calls.service != "registry" else more
+                headers = {**caller(), **more} if calls.service != "registry" else more
                 answer = await calls.send(operation, headers, {}, **options)
                 if answer.status_code != 401:
                     break

@@ -17,7 +17,7 @@ from ringfence.messages.topics import APPROVAL_RESPONSE
 from ringfence.model.requests.facts import load_context
 from ringfence.model.requests.grants import MOST_OF_ONE, GrantTable, id_of
 from ringfence.model.verdict import ALLOWED
-from ringfence.policy.api.authzen import _AuthzenRequest, _parsed
+from ringfence.policy.api.authzen import _AuthzenRequest, parse_question
 from ringfence.policy.decisions.responder import _too_large
 from ringfence.policy.domain import Case, RequestAllowed, rule
 from ringfence.policy.incoming.admission import AdmissionControl, AdmissionLimits
@@ -107,7 +107,7 @@ REFUSALS: Final[dict[Code, Callable[[Policy], object]]] = {
     Code.BREAK_GLASS_NOT_NEEDED: lambda policy: policy.rules(break_glass=True),
     Code.TTL_SHORTENED: lambda policy: policy.rules(ttl_s=60),
     Code.DECISION_TOO_LARGE: lambda policy: _too_large(policy.bench.decision().claims),
-    Code.QUESTION_INVALID: lambda policy: _parsed(_AuthzenRequest, {}),
+    Code.QUESTION_INVALID: lambda policy: parse_question(_AuthzenRequest, {}),
     # Grants
     Code.NOT_A_PERSON: lambda policy: policy.grants(iss=f"spiffe://{TD}/agent/bot"),
     Code.KEY_UNEXPECTED: lambda policy: policy.grants(key="other"),

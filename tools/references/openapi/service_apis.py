@@ -179,6 +179,17 @@ _POLICY = Api(
         Operation("GET", "/v1/grants/{grant_id}", "One of them.", {**ok(ref("Grant")), **_NOT_FOUND}),
         Operation("GET", "/v1/agents/{agent_id}/usage", "What an agent may, holds and used.", {**ok(ref("Usage")), **_NOT_FOUND}),
         Operation(
+            "POST", "/v1/combinations", "Which forbidden combinations a ceiling would allow by itself; nothing changes.",
+            {
+                **ok(combinations=objects(TEXT)),
+                400: error("the body is no ceiling; the message says why", "question_invalid"),
+                403: error("the caller is neither operator, auditor nor sponsor, or a console", "forbidden"),
+                413: error("the body is too large", "too_large"),
+            },
+            body=(JSON, record(ceiling=objects(ref("Permission")))),
+            example={"ceiling": [{"target": "web", "verbs": ["push", "merge"], "resources": ["**"]}]},
+        ),
+        Operation(
             "GET", "/v1/inventory", "Agents page by page; the first page has sums over all.",
             {
                 **ok(record(at_ms=NUMBER, agents=objects(record(id=TEXT)), after=maybe(TEXT), cursor=TEXT, gaps=objects(TEXT), optional={"totals": record()})),

@@ -140,13 +140,16 @@ FINDINGS: Mapping[str, EventKind] = {
     Code.KEY_ADDED: kind("key.added", _A, "Warn", "Medium", alert=True),
 }
 """By their reason code, if it is the only one. All others are a `FINDING`."""
-SHARED_IDENTITY: Mapping[str, EventKind] = {
+DETECTIONS: Mapping[str, EventKind] = {
+    Code.CEILING_COMBINATION: kind("ceiling.combination", _F, "Create", "Medium", "New", alert=True),
     Code.KEY_REUSED: kind("key.reused", _F, "Create", "High", "New", alert=True),
     Code.KEY_REUSED_LATE: kind("key.reused_late", _F, "Create", "Medium", "New", alert=True),
     Code.KEY_SHARED: kind("key.shared", _F, "Create", "High", "New", alert=True),
     Code.KEY_TAKEN: kind("key.taken", _F, "Create", "Medium", "New", alert=True),
+    Code.ONE_PERSON: kind("credential.one_person", _F, "Create", "High", "New", alert=True),
     Code.TOKEN_REPLAYED: kind("token.replayed", _F, "Create", "High", "New", alert=True),
 }
+"""Detection Findings of services, by their first reason code."""
 DEAD_LETTER = kind("record.dead_lettered", _A, "Dead Letter", "Low", "Failure", "Denied")
 MALFORMED = kind("record.not_believed", _A, "Logon", "Medium", "Failure", "Denied")
 FORGED = kind("record.not_believed", _A, "Logon", "High", "Failure", "Denied", alert=True)

@@ -4,7 +4,8 @@ Every signature is a logon for one act. So a record whose signature fails, or th
 unknown user; a service that starts or stops logs on or off. Answers to requests are Authorize Session events (3003).
 
 Findings of services about shared identity are Detection Findings (2004): a key that two use at once, a key that two
-identities own, an identity token that two instances present. One identity must have one runner.
+identities own, an identity token that two instances present. One identity must have one runner. So are findings about
+separation of duties: a ceiling that allows a forbidden combination, a lease that rests on one person.
 
 Events of runs: orders are Authorize Session events (OCSF class 3003), and runs Authentication events (3002).
 
@@ -136,13 +137,16 @@ def _mounts(mounts: tuple[Mount, ...]) -> list[dict[str, Any]] | None:
 PROTOCOL = {"auth_protocol_id": 99, "auth_protocol": "JWS"}
 _ASKS_FOR_A_CREDENTIAL = frozenset({CredentialRequest.typ, CredentialDecision.typ})
 _SUBJECT = Copied(ServiceEvent, "agent task request lease")
-_SHARED_IDENTITY_TITLES = {
+_DETECTION_TITLES = {
+    Code.CEILING_COMBINATION: "A ceiling allows a forbidden combination",
     Code.KEY_REUSED: "A renewed key was used again",
     Code.KEY_REUSED_LATE: "An old copy of a renewed key was used",
     Code.KEY_SHARED: "Two use one key at once",
     Code.KEY_TAKEN: "One key for two identities",
+    Code.ONE_PERSON: "One person is behind a lease",
     Code.TOKEN_REPLAYED: "One identity token for two instances",
 }
+_SEPARATION_OF_DUTIES = frozenset({Code.CEILING_COMBINATION, Code.ONE_PERSON})
 
 # Error messages may quote text of an unverified writer, so events have these texts instead.
 _REASON_TEXTS: Mapping[str, str] = {
@@ -323,23 +327,24 @@ def dead_lettered(record: Received, claims: DeadLetter) -> OcsfEvent:
     )  # fmt: skip
 
 
-def is_shared_identity(claims: ServiceEvent) -> bool:
-    return (
-        claims.kind == "finding" and bool(claims.reasons) and claims.reasons[0].code in kinds.SHARED_IDENTITY
-    )
+def is_detection(claims: ServiceEvent) -> bool:
+    """Return whether a service event is a finding with an event kind of its own."""
+    return claims.kind == "finding" and bool(claims.reasons) and claims.reasons[0].code in kinds.DETECTIONS
 
 
-def shared_identity(signed: VerifiedMessage[ServiceEvent], fields: Mapping[str, Any]) -> OcsfEvent:
-    """A service found keys or tokens shared between identities.
+def detected(signed: VerifiedMessage[ServiceEvent], fields: Mapping[str, Any]) -> OcsfEvent:
+    """A service found keys or tokens shared between identities, or duties that are not separated.
 
     `fields`: the known fields of the subject: agent, sponsor, task and the like.
     """
     claims, service = signed.claims, user_of(signed.claims.iss)
     code = Code(claims.reasons[0].code)
-    message = f"{service['name']} found: {scrubbed(claims.reasons[0].message)}"
+    text = scrubbed("; ".join(reason.message for reason in claims.reasons))
+    message = f"{service['name']} found: {text}"
+    types = ["Separation of Duties" if code in _SEPARATION_OF_DUTIES else "Shared Identity"]
     attributes = {
         "finding_info": {
-            "uid": claims.jti, "title": _SHARED_IDENTITY_TITLES[code], "types": ["Shared Identity"],
+            "uid": claims.jti, "title": _DETECTION_TITLES[code], "types": types,
             "created_time": claims.at_ms,
         },
         "evidences": [{"actor": {"user": user_of(claims.actor or claims.iss)}}],
@@ -352,7 +357,7 @@ def shared_identity(signed: VerifiedMessage[ServiceEvent], fields: Mapping[str, 
         "outcome": claims.kind,
         "about": claims.source.model_dump(exclude_none=True) if claims.source is not None else None,
     }
-    key, kind = str(fields["agent"] or service["name"]), kinds.SHARED_IDENTITY[code]
+    key, kind = str(fields["agent"] or service["name"]), kinds.DETECTIONS[code]
     return event(signed, kind, message, attributes, fields, EventContext(key, key), reasons=claims.reasons)
 
 

@@ -168,8 +168,8 @@ class ServiceMapper(RecordMapper):
             event = registry.answered(signed, fields)
         elif services.is_sign_in(claims):
             event = services.session_begun(signed)
-        elif services.is_shared_identity(claims):
-            event = services.shared_identity(signed, fields)
+        elif services.is_detection(claims):
+            event = services.detected(signed, fields)
         else:
             origin = lease or facts
             trace = origin.traceparent if origin is not None else None

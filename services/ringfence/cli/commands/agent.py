@@ -22,8 +22,10 @@ from ringfence.cli.shared.arguments import (
 from ringfence.cli.shared.attestation import SelectorOption, parse_selectors, set_attestation
 from ringfence.cli.shared.changes import (
     Replacement,
+    ceiling_findings,
     ceiling_lines,
     check_unchanged,
+    combinations_of,
     note_field,
     parse_scope_options,
     usage_of,
@@ -210,7 +212,12 @@ def set_ceiling(
             if missing(ceiling, former) and not signs_on_page(who) and not wants_json(as_json):
                 async with ReadApi(identity(me)) as api:
                     usage = await usage_of(api, agent)
+                    combinations = await combinations_of(api, ceiling)
                 note_field("whole ceiling then", ceiling_lines(ceiling, former, usage))
+                people = (administrator.id, entry.state.sponsor)
+                now_ms = administrator.connection.clock.now_ms()
+                for name, text in ceiling_findings(combinations, directory, people, now_ms).items():
+                    note_field(name, text)
             return await administrator.set_ceiling(agent, ceiling, revision=entry.named_revision), details
 
     accepted, details = run(work())

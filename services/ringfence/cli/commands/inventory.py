@@ -181,6 +181,7 @@ def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
     if not totals["agents"] and not totals["decommissioned"]:
         return ["no such agent that you may see"]
     overdue, long = totals["overdue_leases"], totals.get("long_tasks")
+    combined = totals["with_combination"]
     beyond = f" ({'?' if long is None else long} of them longer than a new one may be)" if long != 0 else ""
     return [
         f"{_count(totals['agents'], 'agent')}: {totals['live_sponsor']} with a live sponsor, "
@@ -194,6 +195,7 @@ def _sums(totals: Mapping[str, int | None], keys_within: str) -> list[str]:
         "revoked and not taken back",
         f"in 30 days: {totals['used']} of {_count(totals['granted'], 'granted verb')} used, "
         f"{_count(totals['not_seen'], 'agent')} not seen",
+        *([f"ceilings that allow a forbidden combination: {combined}"] if combined else []),
     ]
 
 
@@ -213,7 +215,8 @@ def _agent_row(agent: Mapping[str, Any]) -> tuple[str, ...]:
         moment(seen / 1000) if seen else "not in 30 days",
         moment(agent["keys_end"])[:10],
         f"{leave['by'].rpartition('/')[2]}, {moment(leave['at_ms'] / 1000)[:10]}" if leave else "",
-        Lines(map(_reach, agent["reach"])) or "nothing",
+        Lines([*map(_reach, agent["reach"]), *map("forbidden combination: {}".format, agent["combinations"])])
+        or "nothing",
     )
 
 

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ringfence.cli.shared import connect
-from ringfence.cli.shared.changes import ceiling_lines, note_field, usage_of
+from ringfence.cli.shared.changes import (
+    ceiling_findings,
+    ceiling_lines,
+    combinations_of,
+    note_field,
+    usage_of,
+)
 from ringfence.cli.shared.command_results import print_accepted
 from ringfence.cli.shared.options import (
     IdentityOption,
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from ringfence.client.admin.proposals import ProposedCommand
+    from ringfence.model.records.directory import Directory
 
 app = typer.Typer(
     help="Changes that give somebody more, and wait for a second person: list, show, second, withdraw.",
@@ -172,11 +179,23 @@ async def _found(texts: Sequence[str], who: Path | None) -> list[tuple[dict[str,
     async with connect.administrator(who) as administrator:
         directory = await administrator.connection.current_directory()
         found = [read_proposal(directory, one) for one in listed]
+        async with ReadApi(who) as api:
+            for one, proposed in zip(listed, found, strict=True):
+                one["findings"] = await _findings(api, directory, proposed)
     if [one.digest for one in found] != [one["id"] for one in listed]:
         raise InvalidCallError("the registry lists another command under this id; ask its operator")
     if len({one.digest for one in found}) < len(found):
         raise InvalidCallError("a proposal is given twice")
     return list(zip(listed, found, strict=True))
+
+
+async def _findings(api: ReadApi, directory: Directory, found: ProposedCommand) -> dict[str, str]:
+    """Return what speaks against the ceiling that a proposal sets; nothing of another proposal."""
+    if not isinstance(found.command, AgentRegister | AgentSetCeiling):
+        return {}
+    people = {found.author, *(one.sponsor for one in (found.then, found.now) if isinstance(one, AgentState))}
+    combinations = await combinations_of(api, found.command.ceiling)
+    return dict(ceiling_findings(combinations, directory, people, int(time.time() * 1000)))
 
 
 def _one_of(every: Sequence[dict[str, Any]], text: str) -> dict[str, Any]:
@@ -214,6 +233,7 @@ def _print(listed: dict[str, Any], found: ProposedCommand, *, to_people: bool = 
     if isinstance(found.command, AgentRegister | AgentSetCeiling):
         former = found.now.ceiling if isinstance(found.now, AgentState) else ()
         fields["whole ceiling then"] = ceiling_lines(found.command.ceiling, former, listed["usage"])
+    fields |= listed["findings"]
     if to_people:
         for name, value in fields.items():
             note_field(name, value)

@@ -19,12 +19,13 @@ from ringfence.client.errors import ApiError, StaleApprovalError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.text import Lines
 from ringfence.messages.base import Scope
+from ringfence.model.records.seconders import sole_givers
 from ringfence.model.scope.scope import missing
 
 if TYPE_CHECKING:
     from ringfence.client.admin.administrator import Administrator
     from ringfence.client.admin.preview import Loss
-    from ringfence.model.records.directory import VerifiedRecord
+    from ringfence.model.records.directory import Directory, VerifiedRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,36 @@ async def usage_of(api: ReadApi, agent: str) -> dict[str, Any] | None:
     except ApiError:
         return None
     return usage
+
+
+async def combinations_of(api: ReadApi, ceiling: Scope) -> list[str] | None:
+    """Return the forbidden combinations that a ceiling would allow by itself; None if policy does not say."""
+    try:
+        return await api.combinations(ceiling)
+    except ApiError:
+        return None
+
+
+def ceiling_findings(
+    combinations: Sequence[str] | None, directory: Directory, people: Iterable[str], now_ms: int
+) -> dict[str, Lines]:
+    """Return what speaks against a whole ceiling, as fields for people; none if nothing does.
+
+    Args:
+        combinations: what `combinations_of` returned.
+        people: the author of the ceiling, and the agent's sponsor.
+    """
+    fields = {}
+    if combinations is None:
+        fields["forbidden combinations"] = Lines(["not known: policy does not say"])
+    elif combinations:
+        fields["forbidden combinations"] = Lines(combinations)
+    names = sorted(set(people))
+    if givers := sole_givers(directory, names, now_ms):
+        verb = "has" if len(names) == 1 else "have"
+        text = f"{' and '.join(names)} {verb} all rights by the word of {', '.join(sorted(givers))} alone"
+        fields["one person"] = Lines([text])
+    return fields
 
 
 def ceiling_lines(wanted: Scope, now: Scope, usage: Mapping[str, Any] | None) -> Lines:

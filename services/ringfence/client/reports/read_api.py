@@ -18,6 +18,7 @@ from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.base.http_client import web_client
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Scope
 from ringfence.model.identity.api_tokens import api_token
 from ringfence.model.identity.spiffe_ids import SubjectKind
 
@@ -58,6 +59,11 @@ class ReadApi(Lifetime):
 
         Raises ApiError with the service's own message; its `status` is None if the service did not answer.
         """
+        params = {name: value for name, value in query.items() if value is not None}
+        return await self._ask(service, path, params=params)
+
+    async def _ask(self, service: Service, path: Sequence[str], **request: Any) -> Any:
+        """Return the answer to a GET, or to a POST if `request` has `json`. It changes nothing at the service."""
         import httpx
 
         if nothing := [part for part in path if not part or "/" in part]:
@@ -65,14 +71,13 @@ class ReadApi(Lifetime):
             raise ApiError(f"there is no {nothing[0]!r}: what has an id has one without a slash", status=404)
         base = str(getattr(self.settings, f"{service}_url")).rstrip("/")
         url = "/".join([base, "v1", *(quote(part, safe="") for part in path)])
-        params = {name: value for name, value in query.items() if value is not None}
         try:
             try:
-                response = await self._send(service, url, params)
+                response = await self._send(service, url, request)
             except (
                 httpx.RemoteProtocolError
             ):  # a kept connection was closed just then: it is a read, and safe again
-                response = await self._send(service, url, params)
+                response = await self._send(service, url, request)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ApiError(
                 f"the {service} at {base} does not answer ({type(error).__name__}); is it running? "
@@ -96,11 +101,10 @@ class ReadApi(Lifetime):
             )
         return answer
 
-    async def _send(
-        self, service: Service, url: str, params: Mapping[str, str | int | Sequence[str]]
-    ) -> httpx.Response:
+    async def _send(self, service: Service, url: str, request: Mapping[str, Any]) -> httpx.Response:
         headers = {"Authorization": f"Bearer {self._token(service)}"}  # each token counts once
-        return await self._http.get(url, params=params, headers=headers)
+        method = "POST" if "json" in request else "GET"
+        return await self._http.request(method, url, headers=headers, **request)
 
     # --- registry ---
 
@@ -131,6 +135,12 @@ class ReadApi(Lifetime):
         held, narrower}`; `narrower` is a ceiling that would have sufficed, or None where all was used.
         """
         return await self.get("policy", "agents", agent_id, "usage")
+
+    async def combinations(self, ceiling: Scope) -> list[str]:
+        """Return a sentence for each forbidden combination that a ceiling would allow by itself. Raises ApiError."""
+        document = {"ceiling": [permission.model_dump(mode="json") for permission in ceiling]}
+        answer = await self._ask("policy", ("combinations",), json=document)
+        return [str(one) for one in answer["combinations"]]
 
     async def inventory(
         self, filters: Filters | None = None, *, after: str | None = None, limit: int = 100

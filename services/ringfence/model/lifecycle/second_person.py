@@ -66,6 +66,10 @@ class Provenance:
         """Return the ids of the people on whose word the user rests at `at_ms`."""
         return frozenset(one.user_id for one in self.words if one.until_ms is None or at_ms < one.until_ms)
 
+    def alone(self) -> frozenset[str]:
+        """Return the ids of the people each of whom gave the user something without an independent second person."""
+        return frozenset(one.user_id for one in self.words if one.until_ms is None)
+
     def after(
         self,
         before: UserState | None,

@@ -1,10 +1,10 @@
 """Who may second a proposed command, by the records of a directory: for lists, notices and warnings, which decide
-nothing. The second signature itself is judged when it comes.
+nothing. The second signature itself is judged when it comes. And who is alone behind several users.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.crypto.jws import parse
@@ -53,6 +53,21 @@ def independent_operators(directory: Directory, now_ms: int) -> int:
             taken |= behind
             count += 1
     return count
+
+
+def sole_givers(directory: Directory, user_ids: Iterable[str], now_ms: int) -> frozenset[str]:
+    """Return the ids of the people by whose word alone all of these users have what they have at `now_ms`.
+
+    Each of the users is that person, or rests on their word without an independent second person, at any depth. Nobody
+    is found for one user who rests on themself, and for users whose record does not verify.
+    """
+    users = set(user_ids)
+    try:
+        behind = [{one, *directory.chains.provenance_at(one, now_ms).alone()} for one in users]
+    except ChainError:
+        return frozenset()
+    common = frozenset(set.intersection(*behind)) if behind else frozenset()
+    return common - users if len(users) == 1 else common
 
 
 def _candidates(directory: Directory, now_ms: int) -> Iterator[tuple[str, list[Person]]]:

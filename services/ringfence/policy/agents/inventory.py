@@ -188,7 +188,7 @@ def row_of(facts: AgentFacts, targets: AbstractSet[str]) -> dict[str, Any]:
         "granted": line.granted,
         "unused": line.unused,
         "reach": _reach(facts, targets),
-        "ceiling_by": next((one for one in reversed(authorised) if one["command"] in _SETS_CEILING), None),
+        "ceiling_by": ceiling_command(facts.commands),
         "authorised_by": authorised,
         "keys": [
             {
@@ -275,6 +275,11 @@ def _reach(facts: AgentFacts, targets: AbstractSet[str]) -> list[dict[str, Any]]
         }
         for target, verbs in by_target.items()
     ]
+
+
+def ceiling_command(commands: Sequence[EmbeddedCommand]) -> dict[str, Any]:
+    """Return who gave the last command of an agent's record that set its ceiling, and when: `{command, by, at_ms}`."""
+    return next(one for one in _authorised(reversed(commands)) if one["command"] in _SETS_CEILING)
 
 
 def _authorised(commands: Iterable[EmbeddedCommand]) -> Iterator[dict[str, Any]]:

@@ -118,7 +118,7 @@ class AuthZen:
 
     async def _evaluation(self, request: Request) -> dict[str, Any]:
         target_id = self._caller(request)
-        question = _parsed(_AuthzenRequest, await _body(request))
+        question = parse_question(_AuthzenRequest, await question_body(request))
         return await self._answered(question, target_id)
 
     async def _evaluations(self, request: Request) -> dict[str, Any]:
@@ -129,16 +129,18 @@ class AuthZen:
         A mistake in one of them becomes its own answer, a denial, and affects no other.
         """
         target_id = self._caller(request)
-        document = await _body(request)
-        batch = _parsed(_Batch, document)
+        document = await question_body(request)
+        batch = parse_question(_Batch, document)
         if not batch.evaluations:
-            return await self._answered(_parsed(_AuthzenRequest, document), target_id)
+            return await self._answered(parse_question(_AuthzenRequest, document), target_id)
         defaults = {name: document[name] for name in _AuthzenRequest.model_fields if name in document}
         stops_at = _STOPS_AT.get(batch.options.evaluations_semantic)
         answers: list[dict[str, Any]] = []
         for one in batch.evaluations:
             try:
-                answers.append(await self._answered(_parsed(_AuthzenRequest, {**defaults, **one}), target_id))
+                answers.append(
+                    await self._answered(parse_question(_AuthzenRequest, {**defaults, **one}), target_id)
+                )
             except RingfenceError as error:
                 problem = {"status": status_of(error.code, 400), "message": str(error)}
                 answers.append({"decision": False, "context": {"error": problem}})
@@ -221,7 +223,8 @@ def _answering(
     return answer
 
 
-async def _body(request: Request) -> dict[str, Any]:
+async def question_body(request: Request) -> dict[str, Any]:
+    """Return the JSON object that a question is. Raises BadQuestionError."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise BadQuestionError("a question has the Content-Type application/json")
     body = b""
@@ -235,7 +238,8 @@ async def _body(request: Request) -> dict[str, Any]:
         raise BadQuestionError("a question is a JSON object in which no name comes twice") from None
 
 
-def _parsed(model: type[M], document: dict[str, Any]) -> M:
+def parse_question(model: type[M], document: dict[str, Any]) -> M:
+    """Raises BadQuestionError if a question is not as `model` says."""
     try:
         return model.model_validate(document)
     except ValidationError as error:

@@ -28,6 +28,7 @@ from ringfence.model.records.api_access import Authenticator, Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.policy.agents.agent_index import AgentIndex
+from ringfence.policy.agents.ceilings import CeilingCombinations
 from ringfence.policy.agents.inventory import InventoryRow, row_of, totals
 
 _SETTLED_AT_ONCE: Final = 4000
@@ -142,6 +143,18 @@ class _AgentFilters:
 class InventoryApi(AgentsApi):
     """`GET /v1/inventory` and `GET /v1/inventory/changes`."""
 
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        authenticator: Authenticator,
+        agent_index: AgentIndex,
+        stale: Callable[[], str | None],
+        ceilings: CeilingCombinations,
+    ) -> None:
+        super().__init__(runtime, directory, authenticator, agent_index, stale)
+        self._ceilings = ceilings
+
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
         return [
@@ -215,7 +228,11 @@ class InventoryApi(AgentsApi):
             keys_ending=query.get("keys_ending") == "1",
             keys_by_s=now_ms // 1000 + _number(request, "keys_within_s", KEYS_WITHIN_S, 0, 10**9),
         )
-        return filters, await self._gaps(caller)
+        gaps = await self._gaps(caller)
+        unknown = self._ceilings.unknown
+        if unknown is not None and (caller.sees_all or "sponsor" in caller.user.roles):
+            gaps.append(f"which ceilings allow a forbidden combination: {unknown}")
+        return filters, gaps
 
     def _candidate_ids(self, filters: _AgentFilters) -> list[str]:
         """Return sorted agents that include all matching ones. Most queries need to look at few."""
@@ -252,6 +269,7 @@ class InventoryApi(AgentsApi):
             for name, count in totals(filter(None, rows), now_s, filters.keys_by_s).items():
                 sums[name] += count
             await asyncio.sleep(0)
+        sums["with_combination"] = sum(bool(self._ceilings.of_agent(agent_id)) for agent_id in ids)
         return sums
 
     async def _rows(self, ids: list[str]) -> AsyncIterator[dict[str, Any]]:
@@ -259,7 +277,7 @@ class InventoryApi(AgentsApi):
             facts = self._agent_index.facts(agent_id)
             if facts is not None:
                 existing_targets = {p.target for p in facts.agent.ceiling if self._target(p.target)}
-                yield row_of(facts, existing_targets)
+                yield {**row_of(facts, existing_targets), "combinations": self._ceilings.of_agent(agent_id)}
             if seen % _ROWS_A_TURN == 0:
                 await asyncio.sleep(0)
 

@@ -1,4 +1,5 @@
-"""HTTP APIs to read an agent's ceiling and usage, and the open questions about single actions that gateways hold.
+"""HTTP APIs to read an agent's ceiling and usage, the combinations that a ceiling allows, and the open questions about
+single actions that gateways hold.
 
 Usage includes the agent's holdings, and a narrower ceiling that would suffice.
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -18,14 +20,18 @@ from ringfence.client.approvals.action_approvals import OpenActions, PendingActi
 from ringfence.client.signed_messages import Subject, evidence_of, ground_of
 from ringfence.kernel.base.api_errors import NotFoundError
 from ringfence.kernel.base.clock import Clock
-from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.kafka.record import Received
 from ringfence.messages.approval import ActionApproval, ActionRequest
-from ringfence.model.records.api_access import Authenticator, Caller
+from ringfence.messages.base import Scope
+from ringfence.model.records.api_access import Authenticator, Caller, ForbiddenError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.policy.agents.ceilings import CeilingCombinations
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, KeyLastSeen, narrower, verbs_of
+from ringfence.policy.api.authzen import parse_question, question_body
+from ringfence.rego.engine import PolicyFailedError
 
 KEEP_MS = 24 * 3600 * 1000
 """How far back questions are read: no longer than the longest may wait."""
@@ -55,6 +61,33 @@ class ActionQuestions:
                     self.open.on_answer(record)
                 except (InvalidMessageError, ChainError):
                     continue
+
+
+class CeilingApi:
+    """`POST /v1/combinations`: which forbidden combinations a ceiling would allow by itself. It changes nothing."""
+
+    def __init__(self, authenticator: Authenticator, ceilings: CeilingCombinations) -> None:
+        self._authenticator = authenticator
+        self._ceilings = ceilings
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes to add to those of the runtime."""
+        return [Route("/v1/combinations", self._combinations, methods=["POST"])]
+
+    async def _combinations(self, request: Request) -> Response:
+        caller = self._authenticator.authenticate(request)
+        if not (caller.sees_all or "sponsor" in caller.user.roles):
+            raise ForbiddenError("operators, auditors and sponsors see what ceilings allow")
+        question = parse_question(_Ceiling, await question_body(request))
+        try:
+            found = await self._ceilings.of(question.ceiling)
+        except PolicyFailedError as error:
+            raise UnavailableError(f"which combinations it allows is not known: {error}") from None
+        return JSONResponse({"combinations": [reason.message for reason in found]})
+
+
+class _Ceiling(BaseModel):
+    ceiling: Scope
 
 
 class ActionsApi:

@@ -25,6 +25,7 @@ from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CRE
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context
 from ringfence.policy.decision_log import Approvers, Decisions, RecordPosition, RequestState
+from ringfence.policy.decisions.one_person import OnePersonDetector
 from ringfence.policy.domain import ApprovalRequired, Case, Evaluation, RequestRefused, people_to_ask
 from ringfence.policy.notifications.notices import Notices
 
@@ -44,12 +45,14 @@ class DecisionPublisher:
         decisions: Decisions,
         approvers: Approvers,
         notices: Notices,
+        one_person: OnePersonDetector,
     ) -> None:
         self._runtime = runtime
         self._directory = directory
         self._decisions = decisions
         self._approvers = approvers
         self._notices = notices
+        self._one_person = one_person
 
     async def decide(
         self,
@@ -108,6 +111,7 @@ class DecisionPublisher:
         metrics.DECISIONS.labels(decision.outcome).inc()
         if case.request.claims.break_glass:
             metrics.BREAK_GLASS.labels(decision.outcome).inc()
+        await self._one_person.observe(case, evaluation, approvals)
         place = RecordPosition(at.partition, at.offset)
         return self._decisions.keep(decision, jws, place, at.timestamp, case.traceparent)
 
