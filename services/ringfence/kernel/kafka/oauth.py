@@ -249,15 +249,15 @@ class SessionConnection(AIOKafkaConnection):  # type: ignore[misc]
     async def _authenticated(self, answer: Awaitable[Any]) -> Any:
         """The answer to a token. Raises SaslAuthenticationFailed if it is a refusal, which is a JSON object in an
         answer that is no error (RFC 7628, 3.2.2)."""
+        sent_s = time.monotonic()  # the broker counts from its answer, which takes a while to arrive
         response = await answer
         if response.error_code == 0 and response.sasl_auth_bytes:
             raise SaslAuthenticationFailed(
                 f"the broker refused the token ({_status(response.sasl_auth_bytes)})"
             )
         if life_s := getattr(response, "session_lifetime_ms", 0) / 1000:
-            now_s = time.monotonic()
-            self._ends_at_s = now_s + life_s
-            self._renew_at_s = now_s + max(life_s * _SIGNED_IN_AGAIN_AT, _SESSION_AT_LEAST_S)
+            self._ends_at_s = sent_s + life_s
+            self._renew_at_s = sent_s + max(life_s * _SIGNED_IN_AGAIN_AT, _SESSION_AT_LEAST_S)
         return response
 
     async def _sign_in_again(self) -> None:
