@@ -161,8 +161,8 @@ class BusSettings(RingfenceSettings):
     kafka_sasl_token_source: Annotated[
         str, Field(pattern=r"^(https://[^\s/@]+(/\S*)?|(file|exec):\S.*)?$")
     ] = ""
-    """Where the tokens of `OAUTHBEARER` come from: the `https://` URL of a token endpoint, `file:PATH` of mode 0600,
-    which is read for each sign-in, or `exec:PROGRAM ARGUMENT ...`, which prints a token, and runs without a shell."""
+    """Where the tokens of `OAUTHBEARER` come from: the `https://` URL of a token endpoint, `file:PATH` of mode 0600, or
+    `exec:PROGRAM ARGUMENT ...`, which prints a token. A file is read for each sign-in. No shell runs the program."""
     kafka_sasl_scope: str = ""
     """The `scope` that the token endpoint is asked for."""
     kafka_sasl_ca_file: Path | None = None
