@@ -96,7 +96,6 @@ def all_start(here: Installation, settings: Mapping[str, Mapping[str, str]]) -> 
 
 def test_all_services_with_the_settings_of_the_page(here: Installation, secured: SecuredKafka) -> None:
     (admin_tls, own_tls), (admin_sasl, own_sasl) = section_of(PAGE, TLS), section_of(PAGE, SASL)
-    admin_token, own_token = section_of(PAGE, TOKENS)
     here.say("init", "--operator", "olga")
     here.change(trust_root=here.trust.fingerprint())
     admin = exported(here, secured, ADMIN, admin_tls)
@@ -122,22 +121,28 @@ def test_all_services_with_the_settings_of_the_page(here: Installation, secured:
     assert {one["RINGFENCE_KAFKA_SECURITY_PROTOCOL"] for one in sasl.values()} == {"SASL_SSL"}
     all_start(here, sasl)
     here.say("release", held, who="bot")
-    held = lease(here, task, "10m")
-    here.stop(*STARTED)
-
-    for name in (ADMIN, *STARTED):
-        claims = ISSUER.claims(AUDIENCE, sub=name if name == ADMIN else f"{TOPICS}-{name}")
-        private(here.folder / f"{name}-token", ISSUER.token(claims))
-    admin = exported(here, secured, ADMIN, admin_token)
-    tokens = {name: exported(here, secured, name, own_token, admin) for name in STARTED}
-    assert {one["RINGFENCE_KAFKA_SASL_MECHANISM"] for one in tokens.values()} == {"OAUTHBEARER"}
-    all_start(here, tokens)
-    here.say("release", held, who="bot")
     assert lease(here, task, "10m")
 
-    # A service whose token is of another audience says so at its start.
+
+def test_all_services_with_tokens_as_the_page_says(here: Installation, secured: SecuredKafka) -> None:
+    topics = "tokens"
+    here.change(topic_prefix=topics)
+    for name in (ADMIN, *STARTED):
+        claims = ISSUER.claims(AUDIENCE, sub=name if name == ADMIN else f"{topics}-{name}")
+        private(here.folder / f"{name}-token", ISSUER.token(claims))
+    admin_block, own_block = section_of(PAGE, TOKENS)
+    here.say("init", "--operator", "olga")
+    here.change(trust_root=here.trust.fingerprint())
+    admin = exported(here, secured, ADMIN, admin_block)
+    tokens = {name: exported(here, secured, name, own_block, admin) for name in STARTED}
+    here.say("init", "--operator", "olga", "--publish")
+    assert {one["RINGFENCE_KAFKA_SASL_MECHANISM"] for one in tokens.values()} == {"OAUTHBEARER"}
+    all_start(here, tokens)
+    assert lease(here, organise(here), "10m")
+
+    # A service whose token is for another audience says so at its start.
     here.stop("policy")
-    private(here.folder / "policy-token", ISSUER.token(ISSUER.claims("another", sub=f"{TOPICS}-policy")))
+    private(here.folder / "policy-token", ISSUER.token(ISSUER.claims("another", sub=f"{topics}-policy")))
     child = here.launch("policy", tokens["policy"])
     refusal = "the broker refused the token (invalid_token); see that the token has the issuer, the audience"
     child.wait_until(lambda: refusal in here.log("policy").read_text(), WITHIN_S, "says what was refused")
