@@ -137,8 +137,8 @@ async def test_token_that_ends_unrenewed_denies_until_the_file_has_another(
     await producer.send_and_wait(topic, b"1")
     async with asyncio.timeout(30):
         while "has expired; see what renews it" not in caplog.text:
-            waiting = asyncio.ensure_future(await producer.send(topic, b"2"))
-            await asyncio.wait([waiting], timeout=0.5)
+            await asyncio.wait([asyncio.ensure_future(await producer.send(topic, b"2"))], timeout=0.5)
+        waiting = asyncio.ensure_future(await producer.send(topic, b"3"))
     assert not waiting.done()
     assert "Unable connect to node with id 1: TokenError: the file" in caplog.text
     private(file, signed())
