@@ -124,7 +124,7 @@ async def test_tokens_of_seconds_are_renewed_without_a_gap(
         record.levelno == logging.DEBUG and record.name == "aiokafka.conn" for record in caplog.records
     )
     for secret in (SECRET, *given):
-        assert secret not in caplog.text
+        assert secret[:60] not in caplog.text, "aiokafka shortens what it logs"
 
 
 async def test_token_that_ends_unrenewed_denies_until_the_file_has_another(
