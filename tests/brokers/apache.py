@@ -55,6 +55,8 @@ class ApacheKafka:
         self._adapt = adapt
         self._format_options = format_options
         self._restored_from = restored_from
+        self.java_options: Sequence[str] = ()
+        """Options of Java's, for the broker alone."""
         self.child: Child | None = None
         self._controller_port = 0
         self._store = data_dir / "apache-kafka"
@@ -133,6 +135,7 @@ class ApacheKafka:
 
     def _launch(self) -> None:
         options = ["-Xmx512m"] if self._long_lived else ["-Xmx512m", _COMPILE_QUICKLY]
+        options += self.java_options
         argv = [*_java(kafka_jars(), *options), "kafka.Kafka", str(self._properties)]
         self.child = spawn("Apache Kafka", argv, log_path=self._log_path)
         try:

@@ -20,9 +20,12 @@ from cryptography.x509.oid import NameOID
 
 from ringfence.dev.processes import LOOPBACK, free_port
 from tests.brokers.apache import ApacheKafka
+from tests.support.oidc_tokens import TokenIssuer
 
 ADMIN = "kafka-admin"
-"""Who administers the broker, by certificate or by password: may do everything."""
+"""Who administers the broker, by certificate, password or token: may do everything."""
+AUDIENCE = "kafka.test"
+"""The `aud` of the tokens that the broker takes."""
 
 
 class Authority:
@@ -80,9 +83,19 @@ class Authority:
 class SecuredKafka:
     """The broker, and how each party connects to it."""
 
-    def __init__(self, folder: Path, parties: Iterable[str], passwords: Mapping[str, str]) -> None:
-        """`parties` get certificates, `CN=<party>`; the keys of `passwords` are users of SCRAM-SHA-512."""
-        self._authority = Authority(folder)
+    def __init__(
+        self,
+        folder: Path,
+        parties: Iterable[str],
+        passwords: Mapping[str, str],
+        tokens: TokenIssuer | None = None,
+    ) -> None:
+        """`parties` get certificates, `CN=<party>`; the keys of `passwords` are users of SCRAM-SHA-512.
+
+        `tokens` for `AUDIENCE` let their `sub` in by OAUTHBEARER, as Kafka's own validator decides.
+        """
+        self.authority = self._authority = Authority(folder)
+        self._tokens, self._token_port, self._jwks = tokens, free_port(), folder / "jwks.json"
         self._files = {party: self._authority.issue(party) for party in parties}
         self._broker_file = self._authority.issue("broker")
         self._tls_port, self._scram_port = free_port(), free_port()
@@ -92,6 +105,10 @@ class SecuredKafka:
             adapt=self._secure,
             format_options=[part for user in users for part in ("--add-scram", user)],
         )
+        if tokens is not None:
+            self._jwks.write_text(tokens.jwks())
+            allowed = f"-Dorg.apache.kafka.sasl.oauthbearer.allowed.urls={self._jwks.as_uri()}"
+            self.server.java_options = (allowed,)
 
     def by_certificate(self, party: str, **fields: Any) -> dict[str, Any]:
         """Settings of a client that shows the certificate of a party."""
@@ -114,6 +131,17 @@ class SecuredKafka:
             **fields,
         }
 
+    def by_token(self, source: str, **fields: Any) -> dict[str, Any]:
+        """Settings of a client with tokens of a source."""
+        return {
+            "kafka": f"{LOOPBACK}:{self._token_port}",
+            "kafka_security_protocol": "SASL_SSL",
+            "kafka_ssl_ca_file": self._authority.file,
+            "kafka_sasl_mechanism": "OAUTHBEARER",
+            "kafka_sasl_token_source": source,
+            **fields,
+        }
+
     def _secure(self, properties: dict[str, str]) -> None:
         tls, scram = f"{LOOPBACK}:{self._tls_port}", f"{LOOPBACK}:{self._scram_port}"
         for name in ("listeners", "advertised.listeners"):
@@ -131,6 +159,25 @@ class SecuredKafka:
             ),
             "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
             "super.users": f"User:ANONYMOUS;User:CN={ADMIN};User:{ADMIN}",
+        }
+        if self._tokens is not None:
+            self._take_tokens(properties, self._tokens)
+
+    def _take_tokens(self, properties: dict[str, str], tokens: TokenIssuer) -> None:
+        for name in ("listeners", "advertised.listeners"):
+            properties[name] += f",TOKEN://{LOOPBACK}:{self._token_port}"
+        properties["listener.security.protocol.map"] += ",TOKEN:SASL_SSL"
+        package, listener = "org.apache.kafka.common.security.oauthbearer", "listener.name.token"
+        properties |= {
+            f"{listener}.sasl.enabled.mechanisms": "OAUTHBEARER",
+            f"{listener}.oauthbearer.sasl.jaas.config": f"{package}.OAuthBearerLoginModule required;",
+            f"{listener}.oauthbearer.sasl.server.callback.handler.class": (
+                f"{package}.OAuthBearerValidatorCallbackHandler"
+            ),
+            f"{listener}.oauthbearer.sasl.oauthbearer.jwks.endpoint.url": self._jwks.as_uri(),
+            f"{listener}.oauthbearer.sasl.oauthbearer.expected.issuer": tokens.issuer,
+            f"{listener}.oauthbearer.sasl.oauthbearer.expected.audience": AUDIENCE,
+            f"{listener}.oauthbearer.sasl.oauthbearer.clock.skew.seconds": "0",
         }
 
 

@@ -13,13 +13,17 @@ import pytest
 
 from ringfence.kernel.kafka.acls import PARTIES
 from tests.brokers import RedisServer
-from tests.brokers.secured import ADMIN, SecuredKafka
+from tests.brokers.secured import ADMIN, AUDIENCE, SecuredKafka
 from tests.conftest import needed
 from tests.site.page_commands import ROOT, Block, run_page, section_of
 from tests.support.installation import STARTED, THIS_CLONE, WITHIN_S, Installation, lease, organise
+from tests.support.oidc_tokens import TokenIssuer
+from tests.support.token_endpoint import private
 
 PAGE = ROOT / "docs/operators/kafka-and-redis.md"
 TLS, SASL = "TLS with a certificate for each party", "SASL with a name and a password"
+TOKENS = "SASL with OAuth tokens"
+ISSUER = TokenIssuer("https://login.acme.example")
 PASSWORD = "a-password-of-this-test"
 TOPICS = "secured"
 NOTHING: Mapping[str, str] = {}
@@ -31,7 +35,7 @@ pytestmark = [pytest.mark.apache, pytest.mark.timeout(600)]
 def secured(request: pytest.FixtureRequest) -> Iterator[SecuredKafka]:
     with tempfile.TemporaryDirectory(prefix="ringfence-secured-") as folder:
         users = dict.fromkeys((ADMIN, *(f"{TOPICS}-{party}" for party in STARTED)), PASSWORD)
-        kafka = SecuredKafka(Path(folder), [*PARTIES, ADMIN], users)
+        kafka = SecuredKafka(Path(folder), [*PARTIES, ADMIN], users, ISSUER)
         with needed(request):
             kafka.server.start()
         yield kafka
@@ -66,9 +70,12 @@ def exported(
     replaced = {
         "kafka-1.acme.example:9093,kafka-2.acme.example:9093": tls["kafka"],
         "kafka-1.acme.example:9094,kafka-2.acme.example:9094": scram["kafka"],
+        "kafka-1.acme.example:9095,kafka-2.acme.example:9095": secured.by_token("")["kafka"],
         "/etc/ringfence/kafka-ca.pem": str(tls["kafka_ssl_ca_file"]),
         "/run/secrets/kafka-admin-password": str(here.folder / "kafka-password"),
         "/run/secrets/kafka-password": str(here.folder / "kafka-password"),
+        "/run/secrets/kafka-admin-token": str(here.folder / f"{ADMIN}-token"),
+        "/run/secrets/kafka-token": str(here.folder / f"{party}-token"),
         "ringfence-policy": f"{TOPICS}-{party}",
     }
     for name, settings in (("policy", tls), (ADMIN, admin)):
@@ -115,3 +122,28 @@ def test_all_services_with_the_settings_of_the_page(here: Installation, secured:
     all_start(here, sasl)
     here.say("release", held, who="bot")
     assert lease(here, task, "10m")
+
+
+def test_all_services_with_tokens_as_the_page_says(here: Installation, secured: SecuredKafka) -> None:
+    topics = "tokens"
+    here.change(topic_prefix=topics)
+    for name in (ADMIN, *STARTED):
+        claims = ISSUER.claims(AUDIENCE, sub=name if name == ADMIN else f"{topics}-{name}")
+        private(here.folder / f"{name}-token", ISSUER.token(claims))
+    admin_block, own_block = section_of(PAGE, TOKENS)
+    here.say("init", "--operator", "olga")
+    here.change(trust_root=here.trust.fingerprint())
+    admin = exported(here, secured, ADMIN, admin_block)
+    tokens = {name: exported(here, secured, name, own_block, admin) for name in STARTED}
+    here.say("init", "--operator", "olga", "--publish")
+    assert {one["RINGFENCE_KAFKA_SASL_MECHANISM"] for one in tokens.values()} == {"OAUTHBEARER"}
+    all_start(here, tokens)
+    assert lease(here, organise(here), "10m")
+
+    # A service whose token is for another audience says so at its start.
+    here.stop("policy")
+    private(here.folder / "policy-token", ISSUER.token(ISSUER.claims("another", sub=f"{topics}-policy")))
+    child = here.launch("policy", tokens["policy"])
+    refusal = "the broker refused the token (invalid_token); see that the token has the issuer, the audience"
+    child.wait_until(lambda: refusal in here.log("policy").read_text(), WITHIN_S, "says what was refused")
+    child.kill()

@@ -41,6 +41,31 @@ def test_brokers_are_always_verified():
             "use it with SASL_SSL",
         ),
         ({"SSL_KEY_FILE": "key.pem"}, "RINGFENCE_KAFKA_SSL_CERT_FILE"),
+        ({"SECURITY_PROTOCOL": "SASL_SSL", "SASL_MECHANISM": "OAUTHBEARER"}, "RINGFENCE_KAFKA_SASL_TOKEN_SOURCE"),
+        (
+            {
+                "SECURITY_PROTOCOL": "SASL_PLAINTEXT", "SASL_MECHANISM": "OAUTHBEARER",
+                "SASL_TOKEN_SOURCE": "file:token",
+            },
+            "use it with SASL_SSL",
+        ),
+        (
+            {
+                "SECURITY_PROTOCOL": "SASL_SSL", "SASL_MECHANISM": "OAUTHBEARER",
+                "SASL_TOKEN_SOURCE": "https://login.example/token",
+            },
+            "RINGFENCE_KAFKA_SASL_USERNAME",
+        ),
+        (
+            {
+                "SECURITY_PROTOCOL": "SASL_SSL", "SASL_MECHANISM": "OAUTHBEARER",
+                "SASL_TOKEN_SOURCE": "exec:print-token 'hunter2",
+            },
+            "correct the quotes",
+        ),
+        ({"SASL_TOKEN_SOURCE": "hunter2"}, "RINGFENCE_KAFKA_SASL_TOKEN_SOURCE"),
+        ({"SASL_TOKEN_SOURCE": "http://login.example/token"}, "RINGFENCE_KAFKA_SASL_TOKEN_SOURCE"),
+        ({"SASL_TOKEN_SOURCE": "https://me:hunter2@login.example/"}, "RINGFENCE_KAFKA_SASL_TOKEN_SOURCE"),
         ({"SECURITY_PROTOCOL": "ssl"}, "RINGFENCE_KAFKA_SECURITY_PROTOCOL"),
         ({"SASL_PASSWORD": "hunter2"}, "RINGFENCE_KAFKA_SASL_PASSWORD"),
     ],

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
-from aiokafka.conn import AIOKafkaConnection
+from aiokafka.conn import AIOKafkaConnection, create_conn
 from aiokafka.consumer.fetcher import Fetcher, FetchResult, PartitionRecords
 from faststream.kafka.subscriber.usecase import BatchSubscriber
 from packaging.requirements import Requirement
@@ -51,6 +51,8 @@ async def test_private_names_of_aiokafka() -> None:
         assert missing(producer._txn_manager, "maybe_add_partition_to_txn") == []
         assert missing(admin, "_send_request_to_node", "_send_to_controller") == []
         assert missing(connection, "_versions", "_client_id", "_writer", "_requests") == []
+        assert missing(connection, "_sasl_oauth_token_provider", "_do_sasl_handshake") == []
+        assert "AIOKafkaConnection" in create_conn.__code__.co_names
         assert missing(fetcher, "_records") == []
         assert missing(fetched, "_partition_records") == []
         assert (

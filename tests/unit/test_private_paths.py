@@ -93,6 +93,15 @@ def test_place_of_personal_settings_file_is_in_no_writable_mount(
         check(folder, "elsewhere", writable=True)
 
 
+def test_command_for_kafka_tokens_is_in_no_mount(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check(folder, "elsewhere")
+    monkeypatch.setenv(
+        "RINGFENCE_KAFKA_SASL_TOKEN_SOURCE", f"exec:{folder}/elsewhere/print-token --audience kafka"
+    )
+    with pytest.raises(RunRefusedError, match="RINGFENCE_KAFKA_SASL_TOKEN_SOURCE"):
+        check(folder, "elsewhere", writable=True)
+
+
 NAMED: dict[str, tuple[str, str]] = {
     "RINGFENCE_GATEWAY_SPOOL": ("gateway", 'spool = "{}"'),
     "RINGFENCE_GATEWAY_TARGETS_CA_FILE": ("gateway", 'targets_ca_file = "{}"'),

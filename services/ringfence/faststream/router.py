@@ -21,7 +21,7 @@ from faststream import AckPolicy, BaseMiddleware
 from faststream.exceptions import IgnoredException, SetupError
 from faststream.kafka import KafkaBroker, KafkaMessage, KafkaRouter
 from faststream.kafka.schemas import Topic as KafkaTopic
-from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+from faststream.security import BaseSecurity, SASLOAuthBearer, SASLPlaintext, SASLScram256, SASLScram512
 from pydantic import ValidationError
 
 from ringfence.client.connection import READY_TIMEOUT_S
@@ -295,7 +295,11 @@ class RingfenceRouter(KafkaRouter):
 
         Raises SettingsError if a certificate or password is not where the settings say.
         """
-        options = {"allow_auto_create_topics": False, "security": _security(self._settings), **options}
+        security = _security(self._settings)
+        provider = connection(self._settings).get("sasl_oauth_token_provider")
+        options = {
+            "allow_auto_create_topics": False, "security": security, "sasl_oauth_token_provider": provider, **options
+        }  # fmt: skip
         return KafkaBroker(self._settings.kafka, routers=[self], **options)
 
     @asynccontextmanager
@@ -442,6 +446,8 @@ def _security(settings: ClientSettings) -> BaseSecurity:
     tls: dict[str, Any] = {"ssl_context": options.get("ssl_context"), "use_ssl": "ssl_context" in options}
     if "sasl_mechanism" not in options:
         return BaseSecurity(**tls)
+    if options["sasl_mechanism"] == "OAUTHBEARER":
+        return SASLOAuthBearer(**tls)
     mechanism = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
     return mechanism[options["sasl_mechanism"]](
         username=options["sasl_plain_username"], password=options["sasl_plain_password"], **tls

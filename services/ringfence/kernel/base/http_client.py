@@ -44,22 +44,26 @@ _IDLE_AT_MOST_S = 2.0
 """Services close a connection that is idle for 5 s. A call on it at that moment would have no answer."""
 
 
-def web_client(*, timeout_s: float) -> httpx.AsyncClient:
+def web_client(*, timeout_s: float, ca_file: Path | None = None) -> httpx.AsyncClient:
     """Return a client that honours HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, but never uses a proxy for a
     loopback address.
 
-    A proxy would reach its own loopback, not this machine's. Raises SettingsError if the environment names an unusable
-    proxy.
+    A proxy would reach its own loopback, not this machine's. `ca_file` has the authorities (PEM) to trust instead of
+    the machine's. Raises SettingsError if it has none, or if the environment names an unusable proxy.
     """
     import httpx
 
     try:
+        verify = ssl.create_default_context(cafile=ca_file) if ca_file else _LazyAuthorities()
+    except (OSError, ssl.SSLError):
+        raise SettingsError(
+            f"{ca_file} holds no certificate (PEM) of an authority; correct its setting"
+        ) from None
+    try:
         limits = httpx.Limits(
             max_connections=100, max_keepalive_connections=20, keepalive_expiry=_IDLE_AT_MOST_S
         )
-        return httpx.AsyncClient(
-            verify=_LazyAuthorities(), timeout=timeout_s, limits=limits, mounts=dict.fromkeys(_HERE)
-        )
+        return httpx.AsyncClient(verify=verify, timeout=timeout_s, limits=limits, mounts=dict.fromkeys(_HERE))
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         reason = (
             "SOCKS needs another package: pip install 'httpx[socks]'"

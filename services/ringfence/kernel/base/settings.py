@@ -9,6 +9,7 @@ import ast
 import contextlib
 import inspect
 import re
+import shlex
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -58,6 +59,14 @@ def _fingerprint(text: str) -> str:
             f"{text!r} is no fingerprint, which has 43 letters, digits, - or _, as ringfence init prints it"
         )
     return text
+
+
+def _check_command(source: str) -> None:
+    """Validate the quotes of `exec:PROGRAM ARGUMENT ...`, as a shell would read them."""
+    try:
+        shlex.split(source)
+    except ValueError as error:
+        raise ValueError(f"RINGFENCE_KAFKA_SASL_TOKEN_SOURCE: {error}; correct the quotes") from None
 
 
 def _is_port(text: str) -> bool:
@@ -143,12 +152,21 @@ class BusSettings(RingfenceSettings):
     """The certificate (PEM) that this client shows the brokers (mutual TLS)."""
     kafka_ssl_key_file: Path | None = None
     """Its private key (PEM); in the file of the certificate where not set."""
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    """How the user proves who they are; `PLAIN` only with `SASL_SSL`."""
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512", "OAUTHBEARER"] = "SCRAM-SHA-512"
+    """How the user proves who they are; `PLAIN` and `OAUTHBEARER` only with `SASL_SSL`."""
     kafka_sasl_username: str = ""
-    """The user by which this process is known to the brokers."""
+    """The user by which this process is known to the brokers; for a token endpoint, the client id."""
     kafka_sasl_password: SecretRef | None = None
-    """Where the password is read from: `env:NAME`, or `file:PATH` of mode 0600."""
+    """Where the password, or the client secret, is read from: `env:NAME`, or `file:PATH` of mode 0600."""
+    kafka_sasl_token_source: Annotated[
+        str, Field(pattern=r"^(https://[^\s/@]+(/\S*)?|(file|exec):\S.*)?$")
+    ] = ""
+    """Where the tokens of `OAUTHBEARER` come from: the `https://` URL of a token endpoint, `file:PATH` of mode 0600, or
+    `exec:PROGRAM ARGUMENT ...`, which prints a token. A file is read for each sign-in. No shell runs the program."""
+    kafka_sasl_scope: str = ""
+    """The `scope` that the token endpoint is asked for."""
+    kafka_sasl_ca_file: Path | None = None
+    """The authority (PEM) that the token endpoint's certificate is verified by; the machine's own where not set."""
     topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")] = "ringfence"
     """The beginning of the names of all topics and consumer groups; one for each trust domain."""
     trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
@@ -161,9 +179,27 @@ class BusSettings(RingfenceSettings):
     embedded_broker: bool = False
     """Set for the embedded broker alone, whose manners differ (`ringfence.kernel.kafka.embedded_broker`)."""
 
+    @property
+    def signs_in_with_tokens(self) -> bool:
+        """Whether this process shows the brokers OAuth tokens."""
+        return self.kafka_security_protocol.startswith("SASL") and self.kafka_sasl_mechanism == "OAUTHBEARER"
+
     @model_validator(mode="after")
     def _names_itself_to_kafka(self) -> Self:
-        if self.kafka_security_protocol.startswith("SASL"):
+        if self.signs_in_with_tokens:
+            if self.kafka_security_protocol != "SASL_SSL":
+                raise ValueError(
+                    "RINGFENCE_KAFKA_SASL_MECHANISM: OAUTHBEARER sends the token as it is; use it with SASL_SSL alone"
+                )
+            if not self.kafka_sasl_token_source:
+                raise ValueError(
+                    "RINGFENCE_KAFKA_SASL_MECHANISM: OAUTHBEARER needs RINGFENCE_KAFKA_SASL_TOKEN_SOURCE: the https:// "
+                    "URL of a token endpoint, file:PATH or exec:PROGRAM"
+                )
+            _check_command(self.kafka_sasl_token_source)
+        if self.kafka_security_protocol.startswith("SASL") and (
+            not self.signs_in_with_tokens or self.kafka_sasl_token_source.startswith("https:")
+        ):
             if not (self.kafka_sasl_username and self.kafka_sasl_password):
                 raise ValueError(
                     f"RINGFENCE_KAFKA_SECURITY_PROTOCOL: {self.kafka_security_protocol} needs "

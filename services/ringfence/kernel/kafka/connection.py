@@ -6,9 +6,12 @@ import ssl
 from collections.abc import Mapping
 from typing import Any
 
+from aiokafka.errors import KafkaError, SaslAuthenticationFailed
+
 from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.secret_refs import PlaceError, read_secret
 from ringfence.kernel.base.settings import BusSettings
+from ringfence.kernel.kafka.oauth import TokenError, provider_of, sign_in
 from ringfence.kernel.kafka.probe import Found, Listener, Silence, look
 
 
@@ -23,7 +26,9 @@ def connection(settings: BusSettings) -> dict[str, Any]:
     }
     if settings.kafka_security_protocol.endswith("SSL"):
         options["ssl_context"] = _tls(settings)
-    if settings.kafka_security_protocol.startswith("SASL"):
+    if settings.signs_in_with_tokens:
+        options |= {"sasl_mechanism": "OAUTHBEARER", "sasl_oauth_token_provider": provider_of(settings)}
+    elif settings.kafka_security_protocol.startswith("SASL"):
         options |= {
             "sasl_mechanism": settings.kafka_sasl_mechanism,
             "sasl_plain_username": settings.kafka_sasl_username,
@@ -34,8 +39,25 @@ def connection(settings: BusSettings) -> dict[str, Any]:
 
 async def no_answer(settings: BusSettings, error: Exception) -> UnavailableError:
     """The error for a failed connection. A broker does not tell strangers the reason, so this probes for it."""
-    found = await look(settings, connection(settings).get("ssl_context"))
+    options = connection(settings)
+    found = await look(settings, options.get("ssl_context"))
+    if settings.signs_in_with_tokens:
+        del options["bootstrap_servers"]
+        error = await _refusal(options, found) or error
     return UnavailableError(diagnosis(settings, error, found))
+
+
+async def _refusal(options: dict[str, Any], found: Mapping[str, Found]) -> Exception | None:
+    """The error of a sign-in at the first listener. aiokafka only reports that there is no connection."""
+    for at, one in found.items():
+        if isinstance(one, Listener) and one.sasl and not one.disbelieved:
+            host, _, port = at.rpartition(":")
+            try:
+                await sign_in(host, int(port), options)
+            except (KafkaError, OSError, TimeoutError) as error:
+                return error
+            return None
+    return None
 
 
 def diagnosis(settings: BusSettings, error: Exception, found: Mapping[str, Found]) -> str:
@@ -84,6 +106,13 @@ def diagnosis(settings: BusSettings, error: Exception, found: Mapping[str, Found
         return (
             f"Kafka at {at} knows {', '.join(listener.mechanisms)}, and we came by {mechanism}; set "
             "RINGFENCE_KAFKA_SASL_MECHANISM"
+        )
+    if isinstance(error, TokenError):
+        return f"there is no token to sign in to Kafka at {at}: {error.args[0]}"
+    if isinstance(error, SaslAuthenticationFailed) and settings.signs_in_with_tokens:
+        return (
+            f"Kafka at {at} does not let us in: {error.args[0]}; see that the token has the issuer, the audience and "
+            "the scope that it expects: RINGFENCE_KAFKA_SASL_TOKEN_SOURCE, RINGFENCE_KAFKA_SASL_SCOPE"
         )
     why = type(error).__name__
     if wanted == "PLAINTEXT":

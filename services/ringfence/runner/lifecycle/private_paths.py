@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,9 @@ def _paths_in(value: Any, *, is_path: bool) -> Iterator[Path]:
     elif isinstance(value, str) and value[:1] in ("[", "{"):
         with contextlib.suppress(ValueError):
             yield from _paths_in(json.loads(value), is_path=is_path)
+    elif isinstance(value, str) and value.startswith("exec:"):
+        with contextlib.suppress(ValueError):
+            yield from _paths_in(shlex.split(value.removeprefix("exec:")), is_path=False)
     elif isinstance(value, str) and value:
         reference = next((kind for kind in _REFERENCES if value.startswith(kind)), "")
         if reference or is_path or value.startswith("/"):
