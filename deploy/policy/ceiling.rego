@@ -5,11 +5,20 @@
 #   ceiling see what it names, and policy reports it as a finding. Requests are denied by combinations.rego.
 package ringfence.ceiling
 
+default decision := {
+	"allow": false,
+	"deny": [{"code": "undecided", "message": "the input holds no ceiling"}],
+	"approvals": [],
+	"max_ttl_s": 0,
+}
+
 decision := {
 	"allow": count(combinations) == 0,
 	"deny": sort(combinations),
 	"approvals": [],
 	"max_ttl_s": 0,
+} if {
+	is_array(input.ceiling)
 }
 
 combinations contains {"code": "ceiling_combination", "message": message} if {

@@ -8,6 +8,12 @@ test_ceiling_without_a_combination if {
 
 test_empty_ceiling if ceiling.decision.allow with input as allowing([])
 
+test_input_without_a_ceiling_is_undecided if {
+	found := ceiling.decision with input as {}
+	found.allow == false
+	[{"code": "undecided", "message": _}] := found.deny
+}
+
 test_both_halves_at_one_target if {
 	found := ceiling.decision with input as allowing([["web", ["clone", "run-ci", "read"]]])
 	found.allow == false

@@ -84,7 +84,7 @@ GONE = _Gone()
 
 @dataclass(frozen=True)
 class Case:
-    """`entry` is issuance or action. Allowed where nothing is denied."""
+    """`entry` is issuance, action or ceiling. Allowed where nothing is denied."""
 
     name: str
     entry: str
@@ -584,6 +584,25 @@ def _actions() -> Iterator[Case]:
         yield _action(f"without {part}", {part: GONE}, *UNDECIDED)
 
 
+def _ceilings() -> Iterator[Case]:
+    def ceiling(name: str, *permissions: tuple[str, str], says: str = "", combinations: int = 0) -> Case:
+        held = [{"target": target, "verbs": verbs.split(), "resources": ["*"]} for target, verbs in permissions]
+        deny = ("ceiling_combination",) * combinations
+        return Case(f"ceiling: {name}", "ceiling", {"ceiling": held}, deny, (), 0, says)
+
+    yield ceiling("empty")
+    yield ceiling("one half of each pair", ("web", "pull merge"))
+    yield ceiling("only the first half", ("web", "clone pull push commit"))
+    yield ceiling("only the second half", ("web", "run-ci dispatch review merge"))
+    both = "with CI's own secrets; it allows clone, and run-ci"
+    yield ceiling("both halves at one target", ("web", "clone run-ci read"), says=both, combinations=1)
+    split = "must not be what approves it; it allows commit, push, and merge, review"
+    yield ceiling(
+        "halves at two targets", ("web", "push commit"), ("reviews", "review merge"), says=split, combinations=1
+    )
+    yield ceiling("two pairs", ("web", "pull run-ci push merge"), combinations=2)
+
+
 def _nothing() -> Iterator[Case]:
     yield _case("without user", {"user": GONE}, "user_disabled")
     nobody = ("agent_unknown", "agent_orphaned", "task_other_agent")
@@ -601,7 +620,7 @@ def _nothing() -> Iterator[Case]:
         {"decision": {"allow": True}},
     )
     for given in nonsense:
-        for entry in ("issuance", "action"):
+        for entry in ("issuance", "action", "ceiling"):
             yield Case(f"{entry} of {given!r}", entry, given, UNDECIDED, (), 0)
 
 
@@ -615,5 +634,6 @@ CASES: tuple[Case, ...] = (
     *_history(),
     *_delivery(),
     *_actions(),
+    *_ceilings(),
     *_nothing(),
 )

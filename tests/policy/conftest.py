@@ -11,7 +11,7 @@ import pytest
 
 from ringfence.rego.bundle import Bundle, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
-from ringfence.rego.engine import ACTION, ISSUANCE, PolicyEngine
+from ringfence.rego.engine import ACTION, CEILING, ISSUANCE, PolicyEngine
 from ringfence.rego.opa import OpaEngine
 from tests.conftest import needed
 from tests.policy.opa_server import opa_binary, running_opa
@@ -67,7 +67,7 @@ class Engines:
 async def engines(request: pytest.FixtureRequest, bundle: Bundle) -> AsyncIterator[Engines]:
     url = request.getfixturevalue("opa_url") if request.param == "opa" else None
     found: dict[str, PolicyEngine] = {}
-    for entry_point in (ISSUANCE, ACTION):
+    for entry_point in (ISSUANCE, ACTION, CEILING):
         if url is None:
             found[entry_point] = EmbeddedEngine(bundle, timeout_ms=TIMEOUT_MS, entry_point=entry_point)
         else:

@@ -6,7 +6,7 @@ import orjson
 import pytest
 
 from ringfence.rego.bundle import Bundle
-from ringfence.rego.engine import ACTION, ISSUANCE
+from ringfence.rego.engine import ACTION, CEILING, ISSUANCE
 from tests.policy.cases import CASES, Case
 from tests.policy.conftest import Engines
 
@@ -21,7 +21,7 @@ async def test_case(engines: Engines, bundle: Bundle, case: Case):
 def test_cases_are_numerous_and_have_distinct_names():
     assert len(CASES) >= 200
     assert len({case.name for case in CASES}) == len(CASES)
-    assert {case.entry_point for case in CASES} == {ISSUANCE, ACTION}
+    assert {case.entry_point for case in CASES} == {ISSUANCE, ACTION, CEILING}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ import pytest
 import regorus
 
 from ringfence.rego.bundle import BundleError, Module, load_bundle
-from ringfence.rego.engine import ACTION, ISSUANCE, PolicyFailedError, result_of
+from ringfence.rego.engine import ACTION, CEILING, ISSUANCE, PolicyFailedError, result_of
 from ringfence.rego.regorus_programs import compiled
 from tests.policy.cases import CASES, Case
 from tests.policy.mutants import Mutant, mutants_of, rules_of
@@ -35,7 +35,7 @@ class Regorus:
     def __init__(self, modules: list[Module]) -> None:
         """Raises BundleError."""
         self._machines = {}
-        for entry_point in (ISSUANCE, ACTION):
+        for entry_point in (ISSUANCE, ACTION, CEILING):
             machine = self._machines[entry_point] = regorus.Rvm()
             machine.load_program(compiled(modules, entry_point))
 
