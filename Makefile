@@ -151,7 +151,7 @@ wheel-check: $(STAMP) ## build the wheel and use it alone, without the extras
 compile = $(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 	--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt, .ci/mcp.txt, tests/mcp_sdks/node (UPGRADE=1: to the newest versions)
+lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt, .ci/mcp.txt, .ci/sbom.txt, tests/mcp_sdks/node (UPGRADE=1: to the newest versions)
 	$(need_python)
 	@$(PYTHON) -m venv $(UV)
 	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
@@ -163,6 +163,7 @@ lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci
 	$(compile) .ci/mitmproxy.in -o .ci/mitmproxy.txt
 	$(compile) .ci/scanners.in -o .ci/scanners.txt
 	$(compile) .ci/mcp.in -o .ci/mcp.txt
+	$(compile) .ci/sbom.in -o .ci/sbom.txt
 	cd tests/mcp_sdks/node && npm install --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund
 
 clean: ## remove environments, caches and builds; the keys and data in .ringfence stay

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
 from ringfence.kernel.base.ids import digest, message_id
 from ringfence.kernel.crypto.jwe import unverified_kid
 from ringfence.kernel.crypto.jws import parse, verify
+from ringfence.kernel.crypto.keys import valid_key
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
@@ -22,7 +24,15 @@ from ringfence.kernel.kafka.table_reader import Follower
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import Lease, RevocationAck, RevocationRequest
 from ringfence.messages.operations import ServiceEvent
-from ringfence.messages.registry import AgentRecord, AnyRecord, TargetRecord, TaskRecord, UserRecord
+from ringfence.messages.registry import (
+    AgentRecord,
+    AgentState,
+    AnyRecord,
+    TargetRecord,
+    TaskRecord,
+    UserRecord,
+    UserState,
+)
 from ringfence.messages.topics import (
     ACTION,
     AGENT,
@@ -43,6 +53,7 @@ from ringfence.messages.topics import (
 )
 from ringfence.model.leases.epochs import Epochs
 from ringfence.model.leases.lifecycle import statement
+from ringfence.model.lifecycle.holds import held_keys, hold_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from tests.chaos.history import Ack, Followed, History, LeaseRecord, Order, State
@@ -101,6 +112,7 @@ class _History:
         self._trust = TrustStore(settings.trust_domain, settings.trust_root)
         self._directory = Directory(self._trust, SystemClock(), grace_ms=None)
         self._epochs = Epochs(self._trust)
+        self._states: dict[str, list[State]] = defaultdict(list)
 
     def build(self) -> History:
         for record in self._of(TRUST):
@@ -110,15 +122,17 @@ class _History:
         history = History()
         for record in self._of(LEASE):
             self._lease(record, history)
+        for table in TABLES:
+            for record in self._of(table):
+                self._state(record, history)
+        for state in sorted(history.states, key=lambda one: one.at_ms):
+            self._states[state.subject].append(state)
         for record in self._of(REVOCATION_REQUEST):
             with contextlib.suppress(InvalidMessageError):  # nobody's word: it may not cause anything either
                 order = verify(
                     parse(record.value), RevocationRequest, self._signer(record), audience=self._domain
                 )
                 history.orders.append(Order(order.claims, record.coordinates))
-        for table in TABLES:
-            for record in self._of(table):
-                self._state(record, history)
         for record in self._of(SERVICE_EVENT):
             self._event(record, history)
         for record in self._of(REVOCATION_ACK):
@@ -188,8 +202,17 @@ class _History:
                     self._directory.agent_key(iss, kid, at_s)
                     or self._directory.user_key(iss, kid, at_s)
                     or self._trust.service_key(iss, kid, ("revoker", "registry"), at_s)
+                    or self._former_key(iss, kid, record.appended_at_ms)
                 )
             except ChainError:
                 return None
 
         return find
+
+    def _former_key(self, iss: str, kid: str, at_ms: int) -> VerificationKey | None:
+        """The key of an agent or user that is held by now, if its record at that time did not hold it."""
+        former = [one.state for one in self._states[iss] if one.at_ms <= at_ms]
+        if not former or hold_of(former[-1]) is not None or kid in held_keys(former[-1]):
+            return None
+        state = former[-1]
+        return valid_key(state.keys, kid, at_ms / 1000) if isinstance(state, AgentState | UserState) else None

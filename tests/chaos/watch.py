@@ -67,7 +67,7 @@ class Watch:
         except TimeoutError:
             return (
                 f"{len(self._open)} leases have not ended, {len(self._untold)} records have no audit event, "
-                f"{len(self._unanswered)} requests are not answered"
+                f"{len(self._unanswered)} requests are not answered {sorted(self._unanswered)[:5]}"
             )
         return None
 
