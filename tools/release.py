@@ -79,7 +79,8 @@ def make(folder: Path, *, key: Path | None, podman: str | None, build_options: S
 def check(folder: Path, *, signers: Path, podman: str | None) -> None:
     """Verify a release, install it from its folder alone, and run the demo of what was installed.
 
-    `signers` names who may sign (principal `release`). Without `podman` the image is verified and not started.
+    `signers` names who may sign (principal `release`). Without `podman` the image is verified and not started; with it,
+    the image is loaded and keeps its name.
     Raises ReleaseError.
     """
     verify(folder, signers=signers)
@@ -105,7 +106,7 @@ def verify(folder: Path, *, signers: Path) -> None:
         raise ReleaseError(f"{folder} is no signed release: {error.strerror}: {error.filename}") from None
     command: _Command = ["ssh-keygen", "-Y", "verify", "-f", signers, "-I", SIGNER, "-n", NAMESPACE, "-s"]
     if _status([*command, folder / SIGNATURE], input=sums) != 0:
-        raise ReleaseError(f"{SIGNATURE} is by nobody whom {signers} names; do not install this")
+        raise ReleaseError(f"{SIGNATURE} holds no signature of a signer in {signers}; do not install this")
     lines = (line.partition("  ") for line in sums.decode().splitlines())
     signed = {name: digest for digest, _, name in lines}
     found = {str(path.relative_to(folder)) for path in _files(folder)} - {SUMS, SIGNATURE}
@@ -113,7 +114,7 @@ def verify(folder: Path, *, signers: Path) -> None:
         missing = "is missing" if difference[0] in signed else "is not signed"
         raise ReleaseError(f"{difference[0]} {missing}; do not install this")
     for name, expected in sorted(signed.items()):
-        if _digest(folder / name) != expected:
+        if digest_of(folder / name) != expected:
             raise ReleaseError(f"{name} is not what was signed; do not install this")
 
 
@@ -168,15 +169,29 @@ def _write_sbom(made: Path, environment: Path, variables: dict[str, str]) -> Non
 
 
 def _build_image(podman: str, options: Sequence[str], source: Path, made: Path, epoch: str) -> None:
-    name = f"localhost/ringfence-release-{os.getpid()}:{version()}"
-    stamped = ["--no-cache", "--timestamp", epoch, "--build-arg", f"SOURCE_DATE_EPOCH={epoch}"]
+    """Build the image of deploy/Dockerfile and keep it as an OCI archive, which names it as docker-compose.yml does."""
+    layout, id_file = source.with_name("image"), source.with_name("image-id")
+    stamped = [
+        "--layers=false",
+        "--no-cache",
+        "--timestamp",
+        epoch,
+        "--build-arg",
+        f"SOURCE_DATE_EPOCH={epoch}",
+    ]
     dockerfile = source / "deploy" / "Dockerfile"
-    _run([podman, "build", "--quiet", *stamped, *options, "--file", dockerfile, "--tag", name, source])
-    layout = source.with_name("image")
+    _run([podman, "build", "--quiet", "--iidfile", id_file, *stamped, *options, "--file", dockerfile, source])
+    built = id_file.read_text().strip()
     try:
-        _run([podman, "save", "--quiet", "--format", "oci-dir", "--output", layout, name])
+        _run([podman, "save", "--quiet", "--format", "oci-dir", "--output", layout, built])
     finally:
-        _status([podman, "image", "rm", "--force", name])
+        _status([podman, "image", "rm", built])
+    index = layout / "index.json"
+    document = json.loads(index.read_text())
+    document["manifests"][0]["annotations"] = {
+        "org.opencontainers.image.ref.name": f"localhost/ringfence:{version()}"
+    }
+    index.write_text(json.dumps(document))
     # Podman's own archive holds the time of day.
     owner = ["--owner=0", "--group=0", "--numeric-owner", "--mode=a+rX,u+w,go-w", f"--mtime=@{epoch}"]
     archive = made / f"ringfence-{version()}-image.tar"
@@ -185,7 +200,7 @@ def _build_image(podman: str, options: Sequence[str], source: Path, made: Path, 
 
 def _write_sums(made: Path) -> None:
     names = sorted(str(path.relative_to(made)) for path in _files(made))
-    (made / SUMS).write_text("".join(f"{_digest(made / name)}  {name}\n" for name in names))
+    (made / SUMS).write_text("".join(f"{digest_of(made / name)}  {name}\n" for name in names))
 
 
 def _install(folder: Path, environment: Path) -> Path:
@@ -218,13 +233,11 @@ def _compare_sbom(folder: Path, python: Path) -> None:
 
 
 def _start_image(podman: str, archive: Path, told: str) -> None:
+    """Load the image, which keeps its name, and run its command line."""
     loaded = _output([podman, "load", "--quiet", "--input", archive]).rpartition(": ")[2].strip()
-    try:
-        run: _Command = [podman, "run", "--rm", "--network", "none", "--read-only", loaded, "--version"]
-        if (said := _output(run).strip()) != told:
-            raise ReleaseError(f"the image holds {said!r}, the wheel {told!r}")
-    finally:
-        _status([podman, "image", "rm", "--force", loaded])
+    run: _Command = [podman, "run", "--rm", "--network", "none", "--read-only", loaded, "--version"]
+    if (said := _output(run).strip()) != told:
+        raise ReleaseError(f"the image holds {said!r}, the wheel {told!r}")
 
 
 def _environment(folder: Path) -> Path:
@@ -245,11 +258,12 @@ def _one(folder: Path, pattern: str) -> Path:
             raise ReleaseError(f"{folder} holds {len(found)} files {pattern}, not one")
 
 
-def _digest(file: Path) -> str:
+def digest_of(file: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal; a link has none."""
     if file.is_symlink():
         return "a link"
     with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+        return hashlib.filedigest_of(opened, "sha256").hexdigest()
 
 
 @contextmanager

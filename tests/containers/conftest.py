@@ -12,7 +12,7 @@ import pytest
 
 from ringfence.dev.processes import StackError
 from tests.support.compose import ROOT
-from tests.support.containers import Compose, Podman
+from tests.support.containers import BUILD_OPTIONS, Compose, Podman
 
 
 @pytest.fixture(scope="session")
@@ -27,11 +27,8 @@ def podman() -> Podman:
 @pytest.fixture(scope="session")
 def image(podman: Podman) -> str:
     """The image of Ringfence, built of this clone by deploy/Dockerfile. Only certificates of this machine are added."""
-    certificates = "/etc/ssl/certs"
     podman(
-        "build", "--pull=never", "--network", "host", "--ulimit", "nofile=20000:20000",
-        "--volume", f"{certificates}:{certificates}:ro", "--env", f"PIP_CERT={certificates}/ca-certificates.crt",
-        "--file", str(ROOT / "deploy/Dockerfile"), "--tag", "ringfence:0.1.0", str(ROOT),
+        "build", *BUILD_OPTIONS, "--file", str(ROOT / "deploy/Dockerfile"), "--tag", "ringfence:0.1.0", str(ROOT)
     )  # fmt: skip
     return "localhost/ringfence:0.1.0"
 

@@ -15,6 +15,12 @@ from tests.support.compose import COMPOSE_FILE, ROOT
 USER = 1000
 """Who owns the keys, here and in the containers: the tests run as root, and no container does."""
 WITHIN_S = 120.0
+_CERTIFICATES = "/etc/ssl/certs"
+BUILD_OPTIONS = (
+    "--pull=never", "--network", "host", "--ulimit", "nofile=20000:20000", "--volume", f"{_CERTIFICATES}:{_CERTIFICATES}:ro",
+    "--env", f"PIP_CERT={_CERTIFICATES}/ca-certificates.crt",
+)  # fmt: skip
+"""Options of `podman build`: the network and the certificates of this machine."""
 
 
 class Podman:
