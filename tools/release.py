@@ -129,18 +129,8 @@ def _collect_wheels(made: Path, work: Path) -> None:
     python = _environment(work / "environment")
     wanted = f"{_one(made, 'ringfence-*.whl')}[{EXTRAS}]"
     report = work / "report.json"
-    install = [
-        "--python",
-        python,
-        "install",
-        "--no-index",
-        "--find-links",
-        fetched,
-        "--report",
-        report,
-        wanted,
-    ]
-    _run([*pip, *install])
+    install = ["--python", python, "install", "--no-index", "--find-links", fetched]
+    _run([*pip, *install, "--report", report, wanted])
     for one in json.loads(report.read_text())["install"]:
         name = one["download_info"]["url"].rpartition("/")[2]
         if (fetched / name).exists():
@@ -263,7 +253,7 @@ def digest_of(file: Path) -> str:
     if file.is_symlink():
         return "a link"
     with file.open("rb") as opened:
-        return hashlib.filedigest_of(opened, "sha256").hexdigest()
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextmanager

@@ -17,7 +17,8 @@ USER = 1000
 WITHIN_S = 120.0
 _CERTIFICATES = "/etc/ssl/certs"
 BUILD_OPTIONS = (
-    "--pull=never", "--network", "host", "--ulimit", "nofile=20000:20000", "--volume", f"{_CERTIFICATES}:{_CERTIFICATES}:ro",
+    "--pull=never", "--network", "host", "--ulimit", "nofile=20000:20000",
+    "--volume", f"{_CERTIFICATES}:{_CERTIFICATES}:ro",
     "--env", f"PIP_CERT={_CERTIFICATES}/ca-certificates.crt",
 )  # fmt: skip
 """Options of `podman build`: the network and the certificates of this machine."""
