@@ -29,7 +29,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner test-containers chaos mutants schemas schemas-check references docs test-docs bench wheel-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner test-containers chaos mutants schemas schemas-check references docs test-docs bench wheel-check release release-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -146,6 +146,12 @@ bench: $(STAMP) ## the benchmarks: each prints its numbers and the machine
 
 wheel-check: $(STAMP) ## build the wheel and use it alone, without the extras
 	@PYTHON="$(BIN)/python" .ci/wheel-check
+
+release: $(STAMP) ## one folder with everything that an installation needs: FOLDER=..., signed by the SSH key KEY=..., with an image by PODMAN=podman
+	@PYTHON="$(BIN)/python" $(BIN)/python -m tools.release make $(FOLDER) $(if $(KEY),--key $(KEY)) $(if $(PODMAN),--podman $(PODMAN)) $(ARGS)
+
+release-check: $(STAMP) ## verify the release in FOLDER=... by SIGNERS=..., install from it alone and run the demo (PODMAN=podman: its image, too)
+	@$(BIN)/python -m tools.release check $(FOLDER) --signers $(SIGNERS) $(if $(PODMAN),--podman $(PODMAN)) $(ARGS)
 
 # uv itself is installed by the hashes of .ci/uv.txt; each of these writes a file in which everything has its hashes.
 compile = $(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \

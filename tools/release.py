@@ -121,7 +121,7 @@ def verify(folder: Path, *, signers: Path) -> None:
 def _collect_wheels(made: Path, work: Path) -> None:
     """Fetch what the lock names by its hashes, and keep what the extras need."""
     fetched, wheels = work / "fetched", made / "wheels"
-    pip: _Command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     lock = made / "requirements.lock"
     download: _Command = ["download", "--require-hashes", "--only-binary", ":all:", "--dest", fetched]
     _run([*pip, *download, "--requirement", lock])
@@ -129,7 +129,7 @@ def _collect_wheels(made: Path, work: Path) -> None:
     python = _environment(work / "environment")
     wanted = f"{_one(made, 'ringfence-*.whl')}[{EXTRAS}]"
     report = work / "report.json"
-    install = ["--python", python, "install", "--no-index", "--find-links", fetched]
+    install: _Command = ["--python", python, "install", "--no-index", "--find-links", fetched]
     _run([*pip, *install, "--report", report, wanted])
     for one in json.loads(report.read_text())["install"]:
         name = one["download_info"]["url"].rpartition("/")[2]
