@@ -586,7 +586,9 @@ def _actions() -> Iterator[Case]:
 
 def _ceilings() -> Iterator[Case]:
     def ceiling(name: str, *permissions: tuple[str, str], says: str = "", combinations: int = 0) -> Case:
-        held = [{"target": target, "verbs": verbs.split(), "resources": ["*"]} for target, verbs in permissions]
+        held = [
+            {"target": target, "verbs": verbs.split(), "resources": ["*"]} for target, verbs in permissions
+        ]
         deny = ("ceiling_combination",) * combinations
         return Case(f"ceiling: {name}", "ceiling", {"ceiling": held}, deny, (), 0, says)
 
@@ -598,7 +600,11 @@ def _ceilings() -> Iterator[Case]:
     yield ceiling("both halves at one target", ("web", "clone run-ci read"), says=both, combinations=1)
     split = "must not be what approves it; it allows commit, push, and merge, review"
     yield ceiling(
-        "halves at two targets", ("web", "push commit"), ("reviews", "review merge"), says=split, combinations=1
+        "halves at two targets",
+        ("web", "push commit"),
+        ("reviews", "review merge"),
+        says=split,
+        combinations=1,
     )
     yield ceiling("two pairs", ("web", "pull run-ci push merge"), combinations=2)
 
