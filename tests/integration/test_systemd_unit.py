@@ -1,7 +1,8 @@
-"""deploy/systemd: valid for systemd, closed, and enough for every service with the settings file of the page."""
+"""`ringfence init --install`: valid for systemd, closed, and enough for every service."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -11,16 +12,19 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.shared.settings_check import known_settings
-from ringfence.client.admin.trust_setup import SERVICE_ROLES
+from ringfence.client.admin.systemd_layout import write_systemd_layout
+from ringfence.client.admin.trust_setup import SERVICE_ROLES, TrustFolder, make_trust
 from ringfence.dev.processes import Child, free_port, spawn
 from ringfence.dev.stack import readiness
+from ringfence.kernel.base.settings import ServiceSettings
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
 from tests.support.compose import ROOT
 from tests.support.installation import STARTED, THIS_CLONE, WITHIN_S, Installation
 
-UNIT = ROOT / "deploy/systemd/ringfence@.service"
-PAGE = (ROOT / "docs/operators/README.md").read_text()
+UNIT = ROOT / "services/ringfence/client/admin/ringfence@.service"
+MAX_EXPOSURE = "20"
+"""Tenths of the score of `systemd-analyze security`, 0 to 100: a service without any protection has 96."""
 
 
 def values(name: str) -> list[str]:
@@ -49,16 +53,44 @@ def test_a_service_has_its_own_user_and_no_privilege() -> None:
 
 @pytest.mark.tools
 def test_systemd_takes_the_unit(tmp_path: Path) -> None:
-    analyze = shutil.which("systemd-analyze")
-    assert analyze, "systemd-analyze is not installed; on Debian: apt-get install systemd"
     here = tmp_path / UNIT.name
     # It looks for the program, and for the user, on this machine.
     text = UNIT.read_text().replace("/opt/ringfence/bin/ringfence", THIS_CLONE.program)
     here.write_text(text.replace("=ringfence-%i\nGroup=ringfence-%i\n", "=root\nGroup=root\n"))
-    done = subprocess.run(
-        [analyze, "verify", str(here)], capture_output=True, text=True, check=False, timeout=60
-    )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert systemd("analyze", "verify", str(here)) == ""
+    systemd("analyze", "security", "--offline=true", f"--threshold={MAX_EXPOSURE}", "--no-pager", str(here))
+
+
+@pytest.mark.tools
+def test_systemd_makes_the_users_and_gives_each_its_keys(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.fail("only root gives files to other users: run this as root")
+    trust, machine = TrustFolder(tmp_path / ".ringfence"), tmp_path / "machine"
+    make_trust(trust, "acme.example", "olga")
+    write_systemd_layout(machine, trust, ServiceSettings(), ["policy", "issuer"])
+    systemd("sysusers", f"--root={machine}")
+    for _ in range(2):  # also at the next boot
+        assert systemd("tmpfiles", f"--root={machine}", "--create") == ""
+    users = {
+        line.split(":")[0]: int(line.split(":")[2])
+        for line in (machine / "etc/passwd").read_text().splitlines()
+    }
+    assert users.keys() == {"ringfence-policy", "ringfence-issuer"}
+    for role in ("policy", "issuer"):
+        folder = machine / "etc/ringfence/keys" / role
+        for path in (folder, *folder.iterdir()):
+            status = path.stat()
+            assert (status.st_uid, status.st_mode & 0o077) == (users[f"ringfence-{role}"], 0)
+    assert (machine / "etc/ringfence/ringfence.toml").stat().st_mode & 0o777 == 0o644
+
+
+def systemd(program: str, *arguments: str) -> str:
+    """Run a program of systemd, and return its complaints."""
+    found = shutil.which(f"systemd-{program}")
+    assert found, f"systemd-{program} is not installed; on Debian: apt-get install systemd"
+    done = subprocess.run([found, *arguments], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return "" if program == "sysusers" else done.stderr
 
 
 @pytest.fixture
@@ -74,31 +106,14 @@ def services(
         redis_url=redis_server.url,
     )
     here.make()
-    etc = tmp_path / "etc/ringfence"
-    etc.mkdir(parents=True)
-    given = here.environment()
-    # The file of the page, with this installation's values and those that keep tests apart.
-    names = re.findall(r"^    ([a-z_]+) = ", _page_file(), re.MULTILINE)
-    names += ["topic_prefix", "redis_prefix", "embedded_broker"]
-    own = {name: given.get(f"RINGFENCE_{name.upper()}", "https://issuer.acme.example") for name in names}
-    # JSON and TOML write texts, numbers and truth values alike.
-    plain = {"replication", "partitions", "embedded_broker"}
-    (etc / "ringfence.toml").write_text(
-        "".join(
-            f"{name} = {value if name in plain else chr(34) + value + chr(34)}\n"
-            for name, value in own.items()
-        )
-    )
+    machine = tmp_path / "machine"
+    here.say("init", "--install", str(machine), *(f"--service={name}" for name in STARTED))
     children: dict[str, tuple[Child, int]] = {}
     try:
         for name in STARTED:
-            keys = etc / "keys" / name
-            keys.mkdir(parents=True)
-            for file in (here.folder / ".ringfence/keys").glob(f"{name}*.json"):
-                shutil.copy2(file, keys)
             port = free_port()
             environment_here = {
-                key: value.replace("/etc/", f"{tmp_path}/etc/").replace("/var/lib/", f"{tmp_path}/var-")
+                key: value.replace("/etc/", f"{machine}/etc/").replace("/var/lib/", f"{tmp_path}/var-")
                 for key, value in environment(name).items()
             }
             child = spawn(
@@ -113,12 +128,6 @@ def services(
     finally:
         for child, _ in children.values():
             child.kill()
-
-
-def _page_file() -> str:
-    (block,) = re.findall(r"^    ```toml\n(.*?)^    ```", PAGE, re.MULTILINE | re.DOTALL)
-    found: str = block
-    return found
 
 
 def test_every_service_becomes_ready_with_it(services: dict[str, tuple[Child, int]]) -> None:

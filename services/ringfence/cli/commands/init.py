@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -20,6 +20,7 @@ from ringfence.client.admin.key_rotation import OVERLAP_S, rotate_services
 from ringfence.client.admin.key_rotation import renew as renewed
 from ringfence.client.admin.key_rotation import rotate_root as root_rotated
 from ringfence.client.admin.origins import NO_CHANGE, OriginChange, changed_origins, set_origins
+from ringfence.client.admin.systemd_layout import write_systemd_layout
 from ringfence.client.admin.trust_setup import (
     ON_DEMAND,
     TrustFolder,
@@ -171,9 +172,28 @@ def init(
             help="Put the bundle on Kafka, and with the first one the first operator; makes them where they are not.",
         ),
     ] = False,
+    install: Annotated[
+        Path | None,
+        typer.Option(
+            "--install",
+            metavar="DIR",
+            callback=output_folder,
+            help="Lay out what systemd needs on a machine below a new folder: units, users, keys, settings.",
+        ),
+    ] = None,
+    service: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--service",
+            metavar="NAME",
+            help="With --install: a service or gateway of that machine. Repeatable; all but runners if not given.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Make the offline root key, a key for each service, and the first operator's key."""
+    if service and not install:
+        raise typer.BadParameter("--service is about a machine: add --install")
     if not name.strip():
         raise typer.BadParameter("say what they are called", param_hint="--name")
     if compromised and not rotate_service:
@@ -193,11 +213,12 @@ def init(
         remove_oidc_issuer,
         second_operator,
         second_person,
+        install,
     )
     if sum(map(bool, changes)) > 1:
         raise typer.BadParameter(
             "one change at a time: --add-gateway, --add-runner, --add-service, --rotate-service, --rotate-root, "
-            "--renew, --oidc-issuer, --remove-oidc-issuer, --second-operator or --second-person"
+            "--renew, --oidc-issuer, --remove-oidc-issuer, --second-operator, --second-person or --install"
         )
     origin_change = bundle_changes.change_of(sign_origin, session_origin, end_origin, rp_id)
     if origin_change and sum(map(bool, changes)) > bool(renew):
@@ -230,7 +251,9 @@ def init(
     elif origin_change and trust.root_key.exists():
         following = partial(_set_origins, trust, origin_change, result)
     try:
-        if second_operator is not None:
+        if install is not None:
+            _install(trust, install, service or (), result)
+        elif second_operator is not None:
             if not publish:
                 raise typer.BadParameter("the second operator is made on Kafka: add --publish")
             _make_second_operator(trust, settings, second_operator, name, result)
@@ -294,6 +317,25 @@ def _make(
     result.line(f"Operator key:  {trust.user_key(operator)}")
     if first_origins:
         _say_origins(load_root_and_bundle(trust)[1], result)
+
+
+def _install(trust: TrustFolder, destination: Path, services: Sequence[str], result: _Result) -> None:
+    made = write_systemd_layout(destination, trust, load(ServiceSettings), services)
+    result.data |= {
+        "folder": str(destination),
+        "services": list(made.services),
+        "left_out": list(made.left_out),
+    }
+    units = " ".join(f"ringfence@{one}" for one in made.services)
+    result.line(f"{destination} holds the files of a machine that runs {', '.join(made.services)}.")
+    result.line("Install the package there into /opt/ringfence. Then, as root:")
+    result.line(f"  cp --recursive {destination}/. /")
+    result.line("  systemd-sysusers && systemd-tmpfiles --create /etc/tmpfiles.d/ringfence.conf")
+    result.line(f"  systemctl daemon-reload && systemctl enable --now {units}")
+    if made.left_out:
+        result.line(f"Left out, as it holds a password: {', '.join(made.left_out)}. Put it into drop-ins:")
+        result.line(f"  systemctl edit ringfence@{made.services[0]}   # and the others")
+    result.line(f"Then delete {destination}: it holds private keys.")
 
 
 def _publish(
