@@ -20,7 +20,7 @@ from ringfence.client.errors import EnrolmentRefusedError, IdentityError, Invali
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, UnavailableError
-from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.http_client import service_client
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
@@ -332,7 +332,7 @@ async def post_enrolment(settings: ClientSettings, request: str) -> str:
 
     url = settings.registry_url.rstrip("/") + "/v1/enrol"
     answer, failed = None, ""
-    async with web_client(timeout_s=_TIMEOUT_S) as http:
+    async with service_client(settings, timeout_s=_TIMEOUT_S) as http:
         for tries_left in reversed(range(_TRIES)):
             try:
                 answer = await http.post(url, content=request, headers={"Content-Type": "application/jose"})

@@ -19,7 +19,7 @@ from ringfence.console.security import Guard, SealedValues, Sessions
 from ringfence.console.settings import ConsoleSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SettingsError
-from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.http_client import service_client
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.crypto.keys import KeyFileError, SigningKey
@@ -27,6 +27,7 @@ from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound
 from ringfence.kernel.service.http import HttpServer
+from ringfence.kernel.service.server_tls import http_tls
 from ringfence.messages.api import CONSOLE_PORT
 from ringfence.messages.base import Claims, Topic
 
@@ -61,7 +62,7 @@ class ConsoleServer:
         self._clock = clock
         self._trust = TrustStore(settings.trust_domain, settings.trust_root)
         self._publisher = Publisher(settings, self._key.id, clock)
-        self._http = web_client(timeout_s=_READ_TIMEOUT_S)
+        self._http = service_client(settings, timeout_s=_READ_TIMEOUT_S)
         self._connected = False
         sealed = SealedValues(lambda: self._key)
         sessions = Sessions(lambda: self._key, clock, settings.trust_domain, own.session_s)
@@ -89,6 +90,7 @@ class ConsoleServer:
             host,
             int(port or CONSOLE_PORT),
             connections=settings.http_connections,
+            tls=http_tls(settings),
         )
 
     def unready(self) -> list[str]:

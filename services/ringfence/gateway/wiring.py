@@ -29,6 +29,7 @@ from ringfence.gateway.settings import GatewaySettings
 from ringfence.gateway.state.leases import LEASES_SINCE_MS
 from ringfence.gateway.state.view import View
 from ringfence.kernel.base import metrics
+from ringfence.kernel.base.http_client import service_tls
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
 from ringfence.kernel.crypto.jwe import Opener
 from ringfence.kernel.crypto.service_keys import EncryptionKeys
@@ -124,6 +125,7 @@ def wire_core(parts: CoreParts, *, fast_path: bool = True) -> Core:
     sealed = SealedCredentials(
         view.table, runtime.trust, clock,
         key=lambda: runtime.key, seal=parts.seal, issuer_url=own.issuer or settings.issuer_url,
+        tls=service_tls(settings),
     )  # fmt: skip
     injector = Injector(view.table, sealed, parts.secrets)
     counted = RefusalCounts(recorder.record, clock, gateway=runtime.key.id)

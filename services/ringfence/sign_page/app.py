@@ -10,6 +10,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.service.http import HttpServer
+from ringfence.kernel.service.server_tls import http_tls
 from ringfence.messages.api import SIGN_PAGE_PORT
 from ringfence.sign_page.build import CSP_HEADER, Page, content_type, page_config
 from ringfence.sign_page.build import build as build_page
@@ -78,9 +79,14 @@ class SignPageServer:
 
     role = "sign-page"
 
-    def __init__(self, app: ASGIApp, host: str, port: int, connections: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, settings: ServiceSettings) -> None:
         self._server = HttpServer(
-            app, host, port, setting="RINGFENCE_SIGN_PAGE_HTTP", connections=connections
+            app,
+            host,
+            port,
+            setting="RINGFENCE_SIGN_PAGE_HTTP",
+            connections=settings.http_connections,
+            tls=http_tls(settings),
         )
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -107,5 +113,5 @@ def build(settings: ServiceSettings) -> SignPageServer:
         FileServer(build_page(config), frozenset(name.lower() for name in (authority, *page.hosts))),
         host,
         int(port or SIGN_PAGE_PORT),
-        settings.http_connections,
+        settings,
     )

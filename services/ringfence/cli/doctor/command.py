@@ -26,7 +26,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import SkewCheck, SystemClock, utc_text
 from ringfence.kernel.base.config_file import unread_here
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError, SettingsError, UnavailableError
-from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.http_client import service_client
 from ringfence.kernel.base.settings import ServiceSettings, load
 from ringfence.kernel.crypto.jwe import EncryptionKey
 from ringfence.kernel.crypto.keys import SigningKey
@@ -420,7 +420,7 @@ async def examine(
         ("gateway", client.gateway_url),
     ):
         now_examining(f"waiting for the {role} at {url}")
-        yield await _check_service(role, url, in_force, may_be_away=role == "gateway")
+        yield await _check_service(client, role, url, in_force, may_be_away=role == "gateway")
     if finding_of_all := versions(trust.version, in_force):
         yield finding_of_all
     now_examining("examining OPA")
@@ -506,7 +506,12 @@ async def _on_kafka(settings: ServiceSettings, trust: TrustStore) -> AsyncIterat
 
 
 async def _check_service(
-    role: str, url: str, in_force: dict[str, int | None], *, may_be_away: bool = False
+    settings: ClientSettings,
+    role: str,
+    url: str,
+    in_force: dict[str, int | None],
+    *,
+    may_be_away: bool = False,
 ) -> CheckResult:
     """Check one service.
 
@@ -515,7 +520,7 @@ async def _check_service(
     import httpx
 
     try:
-        async with web_client(timeout_s=3) as http:
+        async with service_client(settings, timeout_s=3) as http:
             answer = await http.get(f"{url}/readyz")
             body = answer.json()
             reasons, denies = body.get("reasons", []), body.get("denies", [])

@@ -27,7 +27,7 @@ from ringfence.client.settings import ClientSettings
 from ringfence.client.task_view import TaskView
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, SettingsError, UnavailableError
-from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.http_client import service_client
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.base.replay_memory import BoundedDict
 from ringfence.kernel.base.retry import backoff
@@ -140,7 +140,7 @@ class HttpConnection(Connection):
 
     def _client(self) -> httpx.AsyncClient:
         if self._socket is None:
-            return web_client(timeout_s=_ANSWER_WITHIN_S)
+            return service_client(self.settings, timeout_s=_ANSWER_WITHIN_S)
         transport = httpx.AsyncHTTPTransport(uds=self._socket)
         return httpx.AsyncClient(transport=transport, timeout=_ANSWER_WITHIN_S, trust_env=False)
 

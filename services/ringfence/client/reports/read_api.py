@@ -15,7 +15,7 @@ from ringfence.client.key_file import load_key
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.config_file import unread_here
-from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.http_client import service_client
 from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Scope
@@ -48,7 +48,7 @@ class ReadApi(Lifetime):
         self.settings = settings or load(ClientSettings)
         self.key = load_key(key, self.settings)
         self._clock: Clock = clock or SystemClock()
-        self._http = web_client(timeout_s=timeout_s)
+        self._http = service_client(self.settings, timeout_s=timeout_s)
 
     async def close(self) -> None:
         """Disconnect. `async with` does it."""

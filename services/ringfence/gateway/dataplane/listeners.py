@@ -36,6 +36,7 @@ from ringfence.kernel.base.errors import SettingsError
 from ringfence.kernel.base.log_limiter import rate_limited
 from ringfence.kernel.base.private_files import make_folders
 from ringfence.kernel.service.runtime import Runtime
+from ringfence.kernel.service.server_tls import ServerTls, trust
 from ringfence.messages.run import Run
 from ringfence.model.identity.runners import runner_issuer_of, runner_name
 from ringfence.model.records.command_chain import ChainError
@@ -300,39 +301,23 @@ def _prepare_socket_folder(folder: Path) -> None:
 
 
 def _tls_for_agents(own: GatewaySettings) -> ssl.SSLContext | None:
+    """Return the TLS of `listen`. An agent may show a certificate, and may do without one."""
     if own.tls_cert_file is None:
         return None
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(own.tls_cert_file, own.tls_key_file)
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"RINGFENCE_GATEWAY_TLS_CERT_FILE: {_pem_error(error)}") from None
-    if own.tls_client_ca_file is not None:
-        context.verify_mode = ssl.CERT_OPTIONAL
-        _trust(context, own.tls_client_ca_file, "RINGFENCE_GATEWAY_TLS_CLIENT_CA_FILE")
-    return context
+    return ServerTls(
+        "RINGFENCE_GATEWAY_TLS",
+        own.tls_cert_file,
+        own.tls_key_file,
+        own.tls_client_ca_file,
+        client_required=False,
+    ).context
 
 
 def _tls_for_targets(own: GatewaySettings) -> ssl.SSLContext:
     context = ssl.create_default_context()
     if own.targets_ca_file is not None:
-        _trust(context, own.targets_ca_file, "RINGFENCE_GATEWAY_TARGETS_CA_FILE")
+        trust(context, own.targets_ca_file, "RINGFENCE_GATEWAY_TARGETS_CA_FILE")
     return context
-
-
-def _trust(context: ssl.SSLContext, path: Path, setting: str) -> None:
-    try:
-        context.load_verify_locations(path)
-    except (OSError, ssl.SSLError) as error:
-        raise SettingsError(f"{setting}: {_pem_error(error)}") from None
-
-
-def _pem_error(error: OSError) -> str:
-    """The error of a PEM file, without any of its contents."""
-    if isinstance(error, ssl.SSLError):
-        return f"no usable PEM ({error.reason or 'unreadable'})"
-    return f"cannot be read: {error.strerror}"
 
 
 def _raise_file_limit(count: int) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
@@ -57,8 +58,10 @@ class SealedCredentials:
         key: Callable[[], SigningKey],
         seal: Opener | None,
         issuer_url: str,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
-        """`key`: returns the key that signs requests to the issuer; `seal`: opens envelopes."""
+        """`key`: returns the key that signs requests to the issuer; `seal`: opens envelopes; `tls`: verifies the
+        issuer, by the machine's authorities if None."""
         self._table = table
         self._trust = trust
         self._clock = clock
@@ -68,6 +71,7 @@ class SealedCredentials:
         self._deliveries: BoundedDict[str, CredentialDelivery] = BoundedDict(MAX_CREDENTIALS)
         self._fetches: dict[str, asyncio.Task[CredentialDelivery]] = {}
         self._missing_until_ms: dict[str, int] = {}
+        self._tls = tls
         self._http: httpx.AsyncClient | None = None
         table.on_lease_end(self._forget)
 
@@ -169,7 +173,7 @@ class SealedCredentials:
         if self._seal is None:
             raise UnavailableError(_NO_SEAL_KEY)
         if self._http is None:
-            self._http = httpx.AsyncClient(timeout=_TIMEOUT_S, trust_env=False)
+            self._http = httpx.AsyncClient(verify=self._tls or True, timeout=_TIMEOUT_S, trust_env=False)
         url = f"{self._issuer_url}/v1/leases/{lease.lease_id}/sealed-credential"
         try:
             answer = await self._http.get(url, headers={"Authorization": f"Bearer {self._token()}"})

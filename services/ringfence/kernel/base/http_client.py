@@ -19,6 +19,8 @@ from ringfence.kernel.base.errors import SettingsError
 if TYPE_CHECKING:
     import httpx
 
+    from ringfence.kernel.base.settings import BusSettings
+
 
 LONGEST_ADDRESS: Final = 107
 """The most bytes of a unix socket's address (unix(7))."""
@@ -44,26 +46,54 @@ _IDLE_AT_MOST_S = 2.0
 """Services close a connection that is idle for 5 s. A call on it at that moment would have no answer."""
 
 
-def web_client(*, timeout_s: float, ca_file: Path | None = None) -> httpx.AsyncClient:
-    """Return a client that honours HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, but never uses a proxy for a
-    loopback address.
+def service_client(settings: BusSettings, *, timeout_s: float) -> httpx.AsyncClient:
+    """Return a `web_client` for the HTTP of services. Raises SettingsError."""
+    return web_client(timeout_s=timeout_s, verify=service_tls(settings))
 
-    A proxy would reach its own loopback, not this machine's. `ca_file` has the authorities (PEM) to trust instead of
-    the machine's. Raises SettingsError if it has none, or if the environment names an unusable proxy.
+
+def service_tls(settings: BusSettings) -> ssl.SSLContext:
+    """Return the TLS of calls to services, with the authorities and the certificate of the settings.
+
+    Raises SettingsError if a file has none.
     """
-    import httpx
-
+    context = tls_by(settings.http_ca_file) if settings.http_ca_file else _LazyAuthorities()
+    if (file := settings.http_client_cert_file) is None:
+        return context
+    if settings.http_ca_file is None:
+        context = ssl.create_default_context()
     try:
-        verify = ssl.create_default_context(cafile=ca_file) if ca_file else _LazyAuthorities()
+        context.load_cert_chain(file, password="")
+    except (OSError, ssl.SSLError):
+        raise SettingsError(f"{file} holds no certificate with its key (PEM); correct its setting") from None
+    return context
+
+
+def tls_by(ca_file: Path) -> ssl.SSLContext:
+    """Return a client's TLS that trusts the authorities (PEM) in a file alone. Raises SettingsError if it has none."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
     except (OSError, ssl.SSLError):
         raise SettingsError(
             f"{ca_file} holds no certificate (PEM) of an authority; correct its setting"
         ) from None
+
+
+def web_client(*, timeout_s: float, verify: ssl.SSLContext | None = None) -> httpx.AsyncClient:
+    """Return a client that honours HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and NO_PROXY, but never uses a proxy for a
+    loopback address.
+
+    A proxy would reach its own loopback, not this machine's. `verify` replaces the machine's authorities. Raises
+    SettingsError if the environment names an unusable proxy.
+    """
+    import httpx
+
     try:
         limits = httpx.Limits(
             max_connections=100, max_keepalive_connections=20, keepalive_expiry=_IDLE_AT_MOST_S
         )
-        return httpx.AsyncClient(verify=verify, timeout=timeout_s, limits=limits, mounts=dict.fromkeys(_HERE))
+        return httpx.AsyncClient(
+            verify=verify or _LazyAuthorities(), timeout=timeout_s, limits=limits, mounts=dict.fromkeys(_HERE)
+        )
     except (ImportError, ValueError, httpx.InvalidURL) as error:
         reason = (
             "SOCKS needs another package: pip install 'httpx[socks]'"

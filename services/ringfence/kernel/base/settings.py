@@ -167,6 +167,10 @@ class BusSettings(RingfenceSettings):
     """The `scope` that the token endpoint is asked for."""
     kafka_sasl_ca_file: Path | None = None
     """The authority (PEM) that the token endpoint's certificate is verified by; the machine's own where not set."""
+    http_ca_file: Path | None = None
+    """The authorities (PEM) that the services' HTTP is verified by; the machine's own where not set."""
+    http_client_cert_file: Path | None = None
+    """The certificate and key (PEM, in one file) that this process shows to services that demand one."""
     topic_prefix: Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9._-]*$")] = "ringfence"
     """The beginning of the names of all topics and consumer groups; one for each trust domain."""
     trust_domain: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]*$")] = "ringfence.local"
@@ -235,6 +239,13 @@ class ServiceSettings(BusSettings):
         "127.0.0.1"
     )
     """`host` or `host:port` of the service's HTTP (health, metrics, API); each service has a port of its own."""
+    http_tls_cert_file: Path | None = None
+    """The certificate (PEM) of the service's HTTP, which then takes TLS alone. All three files are read again when
+    they change."""
+    http_tls_key_file: Path | None = None
+    """The private key of that certificate (PEM); if not set, it is in the file of the certificate."""
+    http_tls_client_ca_file: Path | None = None
+    """The authorities (PEM) of clients: a client without a certificate of theirs is refused, a health check too."""
     http_connections: Annotated[int, Field(ge=8, le=65_535)] = 512
     """So many connections to it are open at once, half as many of one address. Those that bring nothing make room."""
     issuer_url: Url = "http://127.0.0.1:8703"
@@ -263,6 +274,12 @@ class ServiceSettings(BusSettings):
     """`json` writes one object a line to stderr, `console` text for people."""
     log_level: Annotated[str, Field(pattern=r"^(debug|info|warning|error)$")] = "info"
     """Less important log lines are left out."""
+
+    @model_validator(mode="after")
+    def _has_a_certificate(self) -> Self:
+        if self.http_tls_cert_file is None and (self.http_tls_key_file or self.http_tls_client_ca_file):
+            raise ValueError("RINGFENCE_HTTP_TLS_CERT_FILE: needed with the key or the authority of clients")
+        return self
 
 
 def load(cls: type[S], **overrides: Any) -> S:

@@ -30,7 +30,7 @@ from aiokafka.protocol.admin import ApiVersionRequest, SaslAuthenticateRequest, 
 
 from ringfence.kernel.base.clock import Clock, SystemClock
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.http_client import web_client
+from ringfence.kernel.base.http_client import tls_by, web_client
 from ringfence.kernel.base.programs import find_program
 from ringfence.kernel.base.retry import backoff
 from ringfence.kernel.base.secret_refs import read_secret
@@ -149,7 +149,8 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         )
         auth = quote_plus(settings.kafka_sasl_username), quote_plus(secret)
         try:
-            async with web_client(timeout_s=WITHIN_S, ca_file=settings.kafka_sasl_ca_file) as http:
+            verify = tls_by(settings.kafka_sasl_ca_file) if settings.kafka_sasl_ca_file else None
+            async with web_client(timeout_s=WITHIN_S, verify=verify) as http:
                 answer = await http.post(settings.kafka_sasl_token_source, data=form, auth=auth)
         except httpx.HTTPError as error:
             raise self._failed(f"does not answer ({type(error).__name__}: {error})") from None

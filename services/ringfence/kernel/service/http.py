@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ringfence.kernel.base.api_errors import WrongQueryError
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.service.server_tls import ServerTls
 from ringfence.messages.codes import Code, status_of
 
 log = logging.getLogger(__name__)
@@ -338,10 +339,11 @@ class HttpServer(uvicorn.Server):
         *,
         setting: str = "RINGFENCE_HTTP",
         connections: int | None = None,
+        tls: ServerTls | None = None,
     ) -> None:
         """`setting` names, in errors, the setting of the address.
 
-        `connections` is the most connections that are open at once.
+        `connections` is the most connections that are open at once. Without `tls` it serves plain HTTP.
         """
         self._setting = setting
         limit = ConnectionLimit(connections) if connections is not None else None
@@ -349,6 +351,7 @@ class HttpServer(uvicorn.Server):
             uvicorn.Config(
                 app, host=host, port=port, log_config=None, access_log=False, lifespan="off", server_header=False,
                 http=type("LimitedRequests", (Requests,), {"limit": limit}), ws="none", timeout_graceful_shutdown=5,
+                ssl_context_factory=(lambda *_: tls.context) if tls is not None else None,
             )
         )  # fmt: skip
 

@@ -30,6 +30,7 @@ from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
 from ringfence.kernel.service.http import HttpServer, ReadyCheck, application
+from ringfence.kernel.service.server_tls import http_tls
 from ringfence.kernel.service.trust_updates import DeferredRecords, apply_bundle
 from ringfence.kernel.tracing.api import Work
 from ringfence.kernel.tracing.settings import of_service
@@ -335,6 +336,7 @@ class Runtime:
             host,
             int(port or PORTS[self.role]),
             connections=self.settings.http_connections,
+            tls=http_tls(self.settings),
         )
         work: list[asyncio.Task[None]] = [asyncio.create_task(server.run_until_stopped(), name="http")]
         stopping = asyncio.create_task(stop.wait())
