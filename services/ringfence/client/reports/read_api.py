@@ -30,6 +30,18 @@ Filters = Mapping[str, str | int | None]
 Service = Literal["registry", "policy", "issuer", "revoker", "audit", "gateway"]
 
 
+def _why(error: Exception, url: str) -> str:
+    """The reason of a failed call. By TLS it may be either side's certificate, which no type of error tells."""
+    name = type(error).__name__
+    if "certificate verify failed" in str(error):
+        return f"{name}: its certificate does not verify, see RINGFENCE_HTTP_CA_FILE"
+    return (
+        f"{name}; if it wants a certificate, see RINGFENCE_HTTP_CLIENT_CERT_FILE"
+        if url.startswith("https:")
+        else name
+    )
+
+
 class ReadApi(Lifetime):
     """One user's view: operators and auditors see all, sponsors their own agents.
 
@@ -80,7 +92,7 @@ class ReadApi(Lifetime):
                 response = await self._send(service, url, request)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ApiError(
-                f"the {service} at {base} does not answer ({type(error).__name__}); is it running? "
+                f"the {service} at {base} does not answer ({_why(error, base)}); is it running? "
                 f"Its address is RINGFENCE_{service.upper()}_URL{unread_here()}"
             ) from None
         try:

@@ -228,8 +228,9 @@ class Requests(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        # `pause_writing` and `resume_writing` then show what the client has accepted.
-        transport.set_write_buffer_limits(0)
+        # `pause_writing` and `resume_writing` then show what the client has accepted. With TLS a transport pauses at
+        # its limit, not above it, so 0 would pause for ever.
+        transport.set_write_buffer_limits(1 if transport.get_extra_info("sslcontext") else 0)
         if self.limit is not None:
             if not self.limit.admit(self, self.client[0] if self.client else ""):
                 transport.write(_NO_ROOM)
