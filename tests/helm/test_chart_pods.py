@@ -1,6 +1,6 @@
-"""Each pod of deploy/kubernetes starts as its manifest says, and its probes pass: on this machine, without a cluster.
+"""Each pod of the chart starts as its template says, and its probes pass: on this machine, without a cluster.
 
-The steps are those of docs/operators/kubernetes.md. Only what an operator puts into the manifests is replaced.
+The steps are those of docs/operators/kubernetes.md. Only what an operator chooses is replaced.
 """
 
 from __future__ import annotations
@@ -19,26 +19,21 @@ from ringfence.kernel.service.bearer_tokens import new_token
 from tests.brokers import RedisServer
 from tests.brokers.secured import Authority
 from tests.conftest import Kafka
+from tests.support.chart import documents, environment_of, pod_of, secrets_of, workloads
 from tests.support.installation import THIS_CLONE, Installation, lease, organise
-from tests.support.manifests import AGENTS, FOLDERS, container_of, documents, environment_of, workloads
 from tests.support.pods import Node, Pod
-
-pytestmark = pytest.mark.tools
 
 WITHIN_S = 60.0
 ORIGINS = (
     "--sign-origin", "https://sign.acme.example", "--session-origin", "https://console.acme.example",
     "--rp-id", "acme.example",
 )  # fmt: skip
-WORKLOADS = {
-    one["metadata"]["name"].removeprefix("ringfence-"): one
-    for _, one in workloads(*FOLDERS, AGENTS)
-    if container_of(one).get("args")
-}
-"""All pods of Ringfence, by the names of their services; `topics` is the Job. An agent has an image of its own."""
-SERVING = tuple(name for name in WORKLOADS if name != "topics")
+WORKLOADS = {one["metadata"]["name"].removeprefix("ringfence-"): one for _, one in workloads()}
+"""All pods of Ringfence, by the names of their services."""
+JOBS = ("topics", "trust-bundle")
+SERVING = tuple(name for name in WORKLOADS if name not in JOBS)
 PLACES = {"RINGFENCE_KAFKA", "RINGFENCE_REDIS_URL", "RINGFENCE_TRUST_ROOT", "RINGFENCE_REPLICATION"}
-"""Settings of the manifests that an operator replaces. A pod gets each only if its manifest names it."""
+"""Settings that an operator chooses. A pod gets each only if the chart gives it to this pod."""
 
 
 @dataclass
@@ -50,7 +45,7 @@ class Cluster:
     given: dict[str, dict[str, bytes]]
     """The files of each Secret."""
     of_operator: dict[str, str]
-    """What the operator put into the manifests, and what keeps tests apart."""
+    """What the operator chose, and what keeps tests apart."""
     pods: dict[str, Pod] = field(default_factory=dict)
     unready_before: dict[str, str | None] = field(default_factory=dict)
     """What the readiness probe of each pod said before the trust bundle was published."""
@@ -63,7 +58,7 @@ class Cluster:
         changed: Mapping[str, str] | None = None,
         key_mode: int | None = None,
     ) -> Pod:
-        """Start a pod. `changed` are variables that differ from the manifest's, `key_mode` the mode of its keys."""
+        """Start a pod. `changed` are variables that differ from the chart's, `key_mode` the mode of its keys."""
         own = environment_of(WORKLOADS[name], replica)
         placed = {key: value for key, value in self.of_operator.items() if key in own or key not in PLACES}
         pod = Pod(self.node, WORKLOADS[name], own | placed | dict(changed or {}), replica)
@@ -84,8 +79,8 @@ def cluster(
     here.say("init", "--operator", "olga", *ORIGINS)
     here.change(trust_root=here.trust.fingerprint())
     node = Node(folder)
-    made = Cluster(here, node, secrets_of(here, folder), settings_of(here, kafka, redis_server))
-    for name, one in documents(*FOLDERS, AGENTS).items():
+    made = Cluster(here, node, files_of_secrets(here, folder), settings_of(here, kafka, redis_server))
+    for name, one in documents().items():
         if name.startswith("Service/"):
             meta = one["metadata"]
             node.name(node.address(f"{meta['name']}-0"), meta["name"], f"{meta['name']}.{meta['namespace']}")
@@ -120,10 +115,10 @@ def await_probe(pod: Pod, kind: str) -> None:
 
 
 def settings_of(here: Installation, kafka: Kafka, redis_server: RedisServer) -> dict[str, str]:
-    """What the operator puts into the manifests. Kafka and Redis keep the names that they have there."""
+    """What the operator chooses. Kafka and Redis keep the names that they have in the values."""
     outside = here.environment()
     redis, (kafka_host, _, kafka_port) = urlsplit(redis_server.url), kafka.bootstrap.rpartition(":")
-    settings = environment_of(WORKLOADS["registry"])
+    settings = environment_of(WORKLOADS["issuer"])
     broker = settings["RINGFENCE_KAFKA"].partition(":")[0]
     store = urlsplit(settings["RINGFENCE_REDIS_URL"])
     by_name = kafka_host in ("127.0.0.1", "localhost") and redis.hostname in ("127.0.0.1", "localhost")
@@ -144,7 +139,7 @@ def settings_of(here: Installation, kafka: Kafka, redis_server: RedisServer) -> 
     }
 
 
-def secrets_of(here: Installation, folder: Path) -> dict[str, dict[str, bytes]]:
+def files_of_secrets(here: Installation, folder: Path) -> dict[str, dict[str, bytes]]:
     """The Secrets of the page, and those of the gateway."""
     keys = here.trust.service_key("registry").parent
     provisioner = folder / "provisioner.json"
@@ -156,25 +151,28 @@ def secrets_of(here: Installation, folder: Path) -> dict[str, dict[str, bytes]]:
         "provisioner.json": provisioner.read_bytes(),
         "receivers.toml": receivers.encode(),
         "tokens": tokens,
+        "tls.crt": certificate,
+        "tls.key": certificate,
     }
-    given: dict[str, dict[str, bytes]] = {
-        "ringfence-gateway-tls": {"tls.crt": certificate, "tls.key": certificate}
-    }
+    given: dict[str, dict[str, bytes]] = {}
     place = "/run/secrets/ringfence/"
-    for name, workload in WORKLOADS.items():
+    for workload in WORKLOADS.values():
         named = [
             value.removeprefix(place)
             for value in environment_of(workload).values()
             if value.startswith(place)
         ]
-        given[f"ringfence-{name}-keys"] = {
-            one: written[one] if one in written else (keys / one).read_bytes() for one in named
-        }
+        for secret in secrets_of(pod_of(workload)):
+            given[secret] = {
+                one: written[one] if one in written else (keys / one).read_bytes()
+                for one in named
+                if one.startswith("tls.") == secret.endswith("-tls")
+            }
     return given
 
 
 @pytest.mark.parametrize("name", SERVING)
-def test_every_probe_of_a_pod_passes(cluster: Cluster, name: str) -> None:
+def test_probes_of_a_pod_pass(cluster: Cluster, name: str) -> None:
     pod = cluster.pods[name]
     for kind in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert pod.probe(kind) is None
