@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from ringfence.client.admin.trust_setup import TrustFolder, make_trust
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.service.bearer_tokens import new_token
 from tests.brokers import RedisServer
@@ -43,7 +44,7 @@ class Cluster:
     here: Installation
     node: Node
     given: dict[str, dict[str, bytes]]
-    """The files of each Secret."""
+    """The files of each Secret, and of the ConfigMap with the trust bundle."""
     of_operator: dict[str, str]
     """What the operator chose, and what keeps tests apart."""
     pods: dict[str, Pod] = field(default_factory=dict)
@@ -64,6 +65,12 @@ class Cluster:
         pod = Pod(self.node, WORKLOADS[name], own | placed | dict(changed or {}), replica)
         pod.start(self.given, key_mode=key_mode)
         return pod
+
+    def run_job(self, name: str, *, status: int = 0) -> str:
+        """Run a Job to its end, and return the end of its log. Its exit status must be `status`."""
+        job = self.start(name)
+        assert job.child.wait(WITHIN_S) == status, job.child.log_tail()
+        return job.child.log_tail()
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +99,16 @@ def cluster(
         }
     )
     try:
-        job = made.start("topics")
-        assert job.child.wait(WITHIN_S) == 0, job.child.log_tail()
+        assert "created" in made.run_job("topics")
         for name in SERVING:
             made.pods[name] = made.start(name)
         for name, pod in made.pods.items():
             await_probe(pod, "startupProbe")
             made.unready_before[name] = pod.probe("readinessProbe")
-        here.say("init", "--operator", "olga", "--publish")
+        assert "Trust bundle 1 is on Kafka now" in made.run_job("trust-bundle")
         for pod in made.pods.values():
             await_probe(pod, "readinessProbe")
+        here.say("init", "--operator", "olga", "--publish")
         yield made
     finally:
         for pod in made.pods.values():
@@ -154,7 +161,8 @@ def files_of_secrets(here: Installation, folder: Path) -> dict[str, dict[str, by
         "tls.crt": certificate,
         "tls.key": certificate,
     }
-    given: dict[str, dict[str, bytes]] = {}
+    bundle = here.trust.bundle.read_bytes()
+    given: dict[str, dict[str, bytes]] = {"ringfence-trust-bundle": {"trust-bundle.jws": bundle}}
     place = "/run/secrets/ringfence/"
     for workload in WORKLOADS.values():
         named = [
@@ -183,6 +191,21 @@ def test_probes_of_a_pod_pass(cluster: Cluster, name: str) -> None:
 def test_a_pod_waits_for_the_trust_bundle_and_is_not_restarted_meanwhile(cluster: Cluster) -> None:
     ready = {name for name, says in cluster.unready_before.items() if says is None}
     assert ready == {"sign-page"}, "it has its trust root in its files"
+
+
+def test_job_of_a_trust_bundle_that_kafka_has_publishes_nothing_and_succeeds(cluster: Cluster) -> None:
+    assert "has trust bundle 1 already" in cluster.run_job("trust-bundle")
+
+
+def test_job_rejects_a_trust_bundle_of_another_root(cluster: Cluster, tmp_path: Path) -> None:
+    other = TrustFolder(tmp_path)
+    make_trust(other, "acme.example", "eve")
+    own = cluster.given["ringfence-trust-bundle"]
+    cluster.given["ringfence-trust-bundle"] = {"trust-bundle.jws": other.bundle.read_bytes()}
+    try:
+        assert "signed by root" in cluster.run_job("trust-bundle", status=1)
+    finally:
+        cluster.given["ringfence-trust-bundle"] = own
 
 
 def test_the_services_work_together(cluster: Cluster) -> None:

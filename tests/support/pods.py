@@ -93,7 +93,10 @@ class Pod:
         return self._child
 
     def start(self, given: Mapping[str, Mapping[str, bytes]], *, key_mode: int | None = None) -> Child:
-        """Start its container. `given` has the files of each Secret. `key_mode` replaces the mode that these get."""
+        """Start its container. `given`: the files of each Secret and ConfigMap.
+
+        `key_mode` replaces the mode that these files get.
+        """
         context = self._pod["securityContext"]
         uid, gid = context["runAsUser"], context["runAsGroup"]
         group = context.get("fsGroup", gid)
@@ -112,6 +115,9 @@ class Pod:
                     file: content for one in secrets_of(self._pod) for file, content in given[one].items()
                 }
                 folder = self._secret(files, mode if key_mode is None else key_mode, group)
+                mounts += ["--ro-bind", str(folder), place]
+            elif "configMap" in volume:
+                folder = self._secret(given[volume["configMap"]["name"]], 0o644, group)
                 mounts += ["--ro-bind", str(folder), place]
             elif volume.get("emptyDir", {}).get("medium") == "Memory":
                 mounts += ["--perms", "1777", "--tmpfs", place]
@@ -192,7 +198,10 @@ class Pod:
         ]  # fmt: skip
 
     def _secret(self, files: Mapping[str, bytes], mode: int, group: int) -> Path:
-        """A volume of Secrets, as the kubelet writes it: links to files in a folder that it replaces as a whole."""
+        """A volume of Secrets or of a ConfigMap, as the kubelet writes it.
+
+        The files are links into a folder that it replaces as a whole.
+        """
         folder = self._node.folder / f"{self.name}-{secrets.token_hex(4)}"
         (folder / "..written").mkdir(parents=True)
         (folder / "..data").symlink_to("..written")
