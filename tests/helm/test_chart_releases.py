@@ -68,7 +68,7 @@ class Release:
 
     def install(self) -> list[str]:
         """Install it, and return the names of the Jobs in the order in which Helm let them run."""
-        with self.server.jobs_end(self.namespace) as ended:
+        with self.server.controllers(self.namespace) as ended:
             self.helm("install")
         return [one["metadata"]["name"] for one in ended]
 
@@ -169,7 +169,7 @@ def test_upgrade_changes_replicas_and_image_and_rollback_takes_them_back(release
     release.install()
     before = release.workload("StatefulSet", "policy")["spec"]
     following = {"services": {"policy": {"replicas": 3}}, "image": {"digest": "", "tag": "0.1.1"}}
-    with release.server.jobs_end(release.namespace) as ended:
+    with release.server.controllers(release.namespace) as ended:
         release.helm("upgrade", changes=following)
     assert [container_of(job)["image"] for job in ended] == ["registry.example/ringfence:0.1.1"] * 2
     policy = release.workload("StatefulSet", "policy")
@@ -196,7 +196,7 @@ def test_upgrade_of_one_service_leaves_the_others_alone(release: Release) -> Non
         for name, one in release.objects().items()
         if "StatefulSet" in name
     }
-    with release.server.jobs_end(release.namespace):
+    with release.server.controllers(release.namespace):
         release.helm("upgrade", changes={"services": {"audit": {"image": {"tag": "0.1.1"}}}})
     after = {
         name: one["metadata"]["generation"]
@@ -211,7 +211,7 @@ def test_upgrade_of_one_service_leaves_the_others_alone(release: Release) -> Non
 def test_failed_job_stops_the_upgrade_and_stays_with_its_log(release: Release) -> None:
     release.install()
     before = release.workload("StatefulSet", "policy")["metadata"]["generation"]
-    with release.server.jobs_end(release.namespace, failing="ringfence-topics") as ended:
+    with release.server.controllers(release.namespace, failing="ringfence-topics") as ended:
         done = release.server.helm(
             "upgrade", "ringfence", str(CHART), "--namespace", release.namespace, "--timeout", "60s",
             values=merged(release.values, {"image": {"digest": "", "tag": "0.1.1"}}),
@@ -221,7 +221,7 @@ def test_failed_job_stops_the_upgrade_and_stays_with_its_log(release: Release) -
     assert [one["metadata"]["name"] for one in ended] == ["ringfence-topics"], "the next Job is not begun"
     assert release.workload("StatefulSet", "policy")["metadata"]["generation"] == before
     assert "Job/ringfence-topics" in release.objects()
-    with release.server.jobs_end(release.namespace):
+    with release.server.controllers(release.namespace):
         release.helm("upgrade", changes={"image": {"digest": "", "tag": "0.1.1"}})
     assert "Job/ringfence-topics" not in release.objects()
 
@@ -234,13 +234,13 @@ def test_uninstalled_release_leaves_nothing(release: Release) -> None:
 
 def test_service_that_is_switched_off_later_is_removed(release: Release) -> None:
     release.install()
-    with release.server.jobs_end(release.namespace):
+    with release.server.controllers(release.namespace):
         release.helm("upgrade", changes={"services": {"console": {"enabled": False}}})
     assert not [name for name in release.objects() if name.endswith("/ringfence-console")]
 
 
 def test_notes_name_the_next_commands(release: Release) -> None:
-    with release.server.jobs_end(release.namespace):
+    with release.server.controllers(release.namespace):
         printed = release.helm("install")
         again = release.helm("upgrade")
     assert "ringfence init --publish" in printed

@@ -89,13 +89,24 @@ class ApiServer:
         )  # fmt: skip
 
     @contextlib.contextmanager
-    def jobs_end(self, namespace: str, *, failing: str = "") -> Iterator[list[Document]]:
-        """End each Job of a namespace, as the controller of a cluster does after its pod: successfully, unless it has
-        this name. Yields the Jobs that were ended so far.
+    def controllers(self, *namespaces: str, failing: str = "") -> Iterator[list[Document]]:
+        """Report, in the place of a cluster's controllers, that pods did what they are for, in these namespaces.
+
+        Each Job succeeds, unless it has the name `failing`, and each StatefulSet and Deployment is rolled out. Yields
+        the Jobs that ended so far.
         """
         ended: list[Document] = []
         stop = threading.Event()
-        thread = threading.Thread(target=self._end_jobs, args=(namespace, failing, ended, stop))
+
+        def work() -> None:
+            while not stop.wait(0.1):
+                for namespace in namespaces:
+                    ended.extend(
+                        self._end_jobs(namespace, failing, {one["metadata"]["uid"] for one in ended})
+                    )
+                    self._roll_out(namespace)
+
+        thread = threading.Thread(target=work)
         thread.start()
         try:
             yield ended
@@ -103,33 +114,51 @@ class ApiServer:
             stop.set()
             thread.join()
 
-    def _end_jobs(self, namespace: str, failing: str, ended: list[Document], stop: threading.Event) -> None:
+    def _end_jobs(self, namespace: str, failing: str, before: set[str]) -> Iterator[Document]:
         jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
-        while not stop.wait(0.1):
-            for job in self.call("GET", jobs).json()["items"]:
-                name, uid = job["metadata"]["name"], job["metadata"]["uid"]
-                if uid in {one["metadata"]["uid"] for one in ended}:
+        for job in self.call("GET", jobs).json()["items"]:
+            name = job["metadata"]["name"]
+            if job["metadata"]["uid"] in before:
+                continue
+            status = {"status": ended_status(success=name != failing)}
+            if self.call("PATCH", f"{jobs}/{name}/status", status).is_success:
+                yield job
+
+    def _roll_out(self, namespace: str) -> None:
+        for kind in ("statefulsets", "deployments"):
+            path = f"/apis/apps/v1/namespaces/{namespace}/{kind}"
+            for one in self.call("GET", path).json()["items"]:
+                generation, replicas = one["metadata"]["generation"], one["spec"]["replicas"]
+                if one["status"].get("observedGeneration") == generation:
                     continue
-                done = self.call(
-                    "PATCH", f"{jobs}/{name}/status", {"status": ended_status(success=name != failing)}
-                )
-                if done.is_success:
-                    ended.append(job)
+                names = ("replicas", "readyReplicas", "availableReplicas", "updatedReplicas")
+                status: Document = {"observedGeneration": generation, **dict.fromkeys(names, replicas)}
+                if kind == "statefulsets":
+                    status |= {"currentReplicas": replicas, "currentRevision": "1", "updateRevision": "1"}
+                else:
+                    status["conditions"] = [
+                        _condition("Available", "MinimumReplicasAvailable"),
+                        _condition("Progressing", "NewReplicaSetAvailable"),
+                    ]
+                self.call("PATCH", f"{path}/{one['metadata']['name']}/status", {"status": status})
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _condition(kind: str, reason: str) -> dict[str, str]:
+    return {"type": kind, "status": "True", "reason": reason, "lastTransitionTime": _now()}
 
 
 def ended_status(*, success: bool) -> Document:
     """The status of a Job that ended, as the server accepts it of a controller."""
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-    def condition(kind: str) -> dict[str, str]:
-        return {"type": kind, "status": "True", "reason": "Test", "lastTransitionTime": now}
-
+    now = _now()
+    kinds = ("SuccessCriteriaMet", "Complete") if success else ("FailureTarget", "Failed")
+    conditions = [_condition(kind, "Test") for kind in kinds]
     if success:
-        return {
-            "startTime": now, "completionTime": now, "succeeded": 1,
-            "conditions": [condition("SuccessCriteriaMet"), condition("Complete")],
-        }  # fmt: skip
-    return {"startTime": now, "failed": 1, "conditions": [condition("FailureTarget"), condition("Failed")]}
+        return {"startTime": now, "completionTime": now, "succeeded": 1, "conditions": conditions}
+    return {"startTime": now, "failed": 1, "conditions": conditions}
 
 
 @contextlib.contextmanager
