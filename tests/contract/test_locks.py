@@ -136,7 +136,6 @@ def test_every_jar_of_kafka_is_listed() -> None:
 
 GO_MODULES = {
     "tests/policy/opa": "opa",
-    "tests/kubernetes": "kube-authn",
     "tests/kubernetes/apiserver": "go-program",
     "tests/kubernetes/helm": "go-program",
 }

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import ssl
 import subprocess
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -162,8 +163,13 @@ def ended_status(*, success: bool) -> Document:
 
 
 @contextlib.contextmanager
-def running_api_server(folder: Path) -> Iterator[ApiServer]:
-    """Start etcd and the API server at ports of their own. Raises StackError where they cannot start."""
+def running_api_server(
+    folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[ApiServer]:
+    """Start etcd and the API server at ports of their own. Raises StackError where they cannot start.
+
+    `flags` are more flags of the server, `environment` more variables.
+    """
     authority = Authority(folder)
     certificate = authority.issue("apiserver")
     signing = folder / "accounts.pem"
@@ -196,8 +202,8 @@ def running_api_server(folder: Path) -> Iterator[ApiServer]:
              "--token-auth-file", str(tokens), "--authorization-mode", "RBAC", "--endpoint-reconciler-type", "none",
              "--service-account-issuer", ISSUER, "--service-account-key-file", str(signing),
              "--service-account-signing-key-file", str(signing), "--service-cluster-ip-range", "10.96.0.0/16",
-             "--cert-dir", str(folder / "certificates")],
-            log_path=server.log,
+             "--cert-dir", str(folder / "certificates"), *flags],
+            log_path=server.log, env={**os.environ, **(environment or {})},
         )  # fmt: skip
         try:
             api.wait_until(lambda: _ready(server), 2 * WITHIN_S, f"was ready at {server.url}")
