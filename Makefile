@@ -29,7 +29,7 @@ define need_python
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner test-containers chaos mutants schemas schemas-check references docs test-docs bench wheel-check release release-check lock clean
+.PHONY: help demo demo-runner dev lint format test test-slow-path test-apache test-tools test-upgrade test-opa test-backends test-gateways test-passkeys test-console screenshots test-mcp test-runner test-containers test-helm chaos mutants schemas schemas-check references docs test-docs bench wheel-check release release-check lock clean
 
 help: ## show the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -104,6 +104,9 @@ test-runner: $(STAMP) ## sandboxes of every kind, and programs that try to get o
 
 test-containers: $(STAMP) ## the image and docker-compose.yml on Podman (needs root, debootstrap, Podman and a JDK; makes its base images once, in two minutes)
 	$(BIN)/python -m pytest tests/containers $(SHARED) $(ARGS)
+
+test-helm: $(STAMP) ## the Helm chart, each of its pods, and releases on a real API server (needs etcd, Go 1.21+ and bubblewrap; builds Helm and the server once, in ten minutes)
+	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/helm $(SHARED) $(ARGS)
 
 chaos: $(STAMP) ## everything fails for SECONDS=60, as SEED=n has it, and no lease may be forgotten (JDK 17+, Maven)
 	$(BIN)/python -m tests.chaos.run --seconds $(or $(SECONDS),60) $(if $(SEED),--seed $(SEED)) $(ARGS)

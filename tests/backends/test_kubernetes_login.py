@@ -1,14 +1,11 @@
-"""Workload federation with Kubernetes: the API server's own authenticator, by the configuration of
-docs/targets/federation.md."""
+"""Workload federation with Kubernetes: a real API server, with the configuration of docs/targets/federation.md."""
 
 from __future__ import annotations
 
 import asyncio
 import datetime
 import ipaddress
-import json
 import re
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,12 +25,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from ringfence.dev.processes import StackError, free_port
+from ringfence.dev.processes import free_port
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import BackendSettings, VerbFloor
 from tests.brokers import RedisServer
 from tests.conftest import Kafka, needed
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks
+from tests.support.servers.kubernetes import ApiServer, running_api_server
 from tests.support.world import WITHIN_S, Party, World, scope
 
 ROOT = Path(__file__).parents[2]
@@ -44,11 +42,9 @@ CLUSTER = "prod-cluster"
 
 @dataclass
 class Cluster:
-    """What an API server knows: its configuration, and the authority of the issuer's certificate."""
+    """An API server that trusts the issuer."""
 
-    program: Path
-    configuration: Path
-    authority: Path
+    server: ApiServer
     desk: IssuerBench
 
     async def token(self, verb: str = "assume", audience: str = AUDIENCE) -> str:
@@ -64,32 +60,35 @@ class Cluster:
 
     async def user(self, token: str) -> dict[str, Any]:
         """Who the API server takes the bearer for."""
-        ended = await self._authenticate(token)
-        assert ended.returncode == 0, ended.stderr
-        user: dict[str, Any] = json.loads(ended.stdout)
+        answer = await self._review(token)
+        assert answer.status_code == 201, self.log()
+        user: dict[str, Any] = answer.json()["status"]["userInfo"]
         return user
 
     async def refusal(self, token: str) -> str:
-        """Why the API server takes the bearer for nobody."""
-        ended = await self._authenticate(token)
-        assert ended.returncode == 1, ended.stdout
-        return ended.stderr
+        """Why the API server takes the bearer for nobody, which it says in its log alone."""
+        before = len(self.log())
+        answer = await self._review(token)
+        assert answer.status_code == 401, answer.text
+        async with asyncio.timeout(WITHIN_S):
+            while "Unable to authenticate" not in (said := self.log()[before:]):
+                await asyncio.sleep(0.05)
+        return said
 
-    async def _authenticate(self, token: str) -> subprocess.CompletedProcess[str]:
-        argv, environment = (
-            [str(self.program), str(self.configuration)],
-            {"SSL_CERT_FILE": str(self.authority)},
-        )
-        return await asyncio.to_thread(
-            subprocess.run,
-            argv,
-            env=environment,
-            input=token,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=90,
-        )
+    async def ready(self) -> None:
+        """Once the server has the issuer's keys, which it fetches in the background."""
+        token = await self.token()
+        async with asyncio.timeout(WITHIN_S):
+            while (await self._review(token)).status_code != 201:
+                await asyncio.sleep(0.1)
+
+    def log(self) -> str:
+        return self.server.log.read_text()
+
+    async def _review(self, token: str) -> httpx.Response:
+        review = {"apiVersion": "authentication.k8s.io/v1", "kind": "SelfSubjectReview"}
+        path = "/apis/authentication.k8s.io/v1/selfsubjectreviews"
+        return await asyncio.to_thread(self.server.call, "POST", path, review, token=token)
 
 
 def certificate(folder: Path) -> tuple[Path, Path]:
@@ -148,17 +147,11 @@ async def with_tls(port: int, certificate_file: Path, key_file: Path, behind: st
 
 
 @pytest.fixture(scope="module")
-def program(request: pytest.FixtureRequest) -> Path:
-    built = subprocess.run([ROOT / ".ci" / "kube-authn"], capture_output=True, text=True, check=False)
-    with needed(request):
-        if built.returncode:
-            raise StackError(f"the authenticator of Kubernetes is not to be had: {built.stderr}")
-    return Path(built.stdout.strip())
-
-
-@pytest.fixture(scope="module")
 async def cluster(
-    program: Path, kafka: Kafka, redis_server: RedisServer, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
+    kafka: Kafka,
+    redis_server: RedisServer,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> AsyncIterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
     authority, key_file = certificate(folder)
@@ -176,7 +169,12 @@ async def cluster(
     ):
         office.maria = await world.user("mara", entitlements=everything)
         desk = await another(office, ceiling=everything, task_scope=everything)
-        yield Cluster(program, configuration, authority, desk)
+        flags = ("--authentication-config", str(configuration))
+        trusted = {"SSL_CERT_FILE": str(authority)}
+        with needed(request), running_api_server(folder, *flags, environment=trusted) as server:
+            made = Cluster(server, desk)
+            await made.ready()
+            yield made
 
 
 async def test_an_agent_is_a_user_of_the_cluster(cluster: Cluster) -> None:
@@ -184,7 +182,7 @@ async def test_an_agent_is_a_user_of_the_cluster(cluster: Cluster) -> None:
     lease = jwt.decode(token, options={"verify_signature": False})["jti"]
     user = await cluster.user(token)
     assert user["username"] == f"ringfence:{cluster.desk.bot.id}"
-    assert user["groups"] == ["ringfence:agents"]
+    assert user["groups"] == ["ringfence:agents", "system:authenticated"]
     assert user["extra"]["ringfence.example/lease"] == [lease]
     assert user["extra"]["ringfence.example/on-behalf-of"] == [cluster.desk.maria.id]
 

@@ -58,20 +58,6 @@ def test_rsyslog_and_kcat_on_siem_md(folder: Path) -> None:
         assert not problems(orjson.loads(first)), name
 
 
-def test_kubernetes_md(folder: Path) -> None:
-    before = (
-        "source .ringfence/dev.sh\nringfence key new reader-bot.json --id agent/reader-bot\n"
-        "ringfence agent register reader-bot --description reads --key-file reader-bot.json "
-        "--allow 'platform:read:env/*'\n"
-    )
-    run_page(DOCS / "kubernetes.md", folder, inherited(), {}, JWKS + before)
-
-
-def test_the_trust_root_of_operators_kubernetes_md(tmp_path: Path) -> None:
-    run_page(DOCS / "operators/kubernetes.md", tmp_path, inherited())
-    assert (tmp_path / ".ringfence/keys/issuer-seal.json").exists()
-
-
 def test_an_installation_by_operations_md(tmp_path: Path, kafka: Kafka, redis_server: RedisServer) -> None:
     environment = inherited() | {
         "RINGFENCE_KAFKA": kafka.bootstrap,

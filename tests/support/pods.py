@@ -1,4 +1,4 @@
-"""What every pod of the Kubernetes manifests has to be, and a pod as this machine can run it, without a cluster."""
+"""What every pod of the Helm chart has to be, and a pod as this machine can run it, without a cluster."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import httpx
 import psutil
 
 from ringfence.dev.processes import Child, spawn
+from tests.support.chart import Document, container_of, pod_of, port_of, secrets_of
 from tests.support.compose import ROOT
-from tests.support.manifests import Document, container_of, pod_of, port_of
 
 IMAGE_FOLDER = "/opt/ringfence"
 """The working directory of the image (deploy/Dockerfile)."""
@@ -65,7 +65,7 @@ class Node:
 class Pod:
     """One pod of a workload, in a container of bubblewrap.
 
-    As in a cluster, it has the user, groups, environment, arguments and mounts of the manifest, a read-only root, no
+    As in a cluster, it has the user, groups, environment, arguments and mounts of the chart, a read-only root, no
     capability, files of secrets as the kubelet makes them, and an address of its own. Unlike there, it shares the
     network and the processes' list of this machine, and has no seccomp filter.
     """
@@ -73,7 +73,7 @@ class Pod:
     def __init__(
         self, node: Node, workload: Document, environment: Mapping[str, str], replica: int = 0
     ) -> None:
-        """`environment` is the one of the manifest, with what the operator of this installation put there."""
+        """`environment` is the one of the chart, with what the operator of this installation put there."""
         self.name = f"{workload['metadata']['name']}-{replica}"
         self.address = node.address(self.name)
         self.container = container_of(workload)
@@ -93,7 +93,10 @@ class Pod:
         return self._child
 
     def start(self, given: Mapping[str, Mapping[str, bytes]], *, key_mode: int | None = None) -> Child:
-        """Start its container. `given` has the files of each Secret. `key_mode` replaces the mode that these get."""
+        """Start its container. `given`: the files of each Secret and ConfigMap.
+
+        `key_mode` replaces the mode that these files get.
+        """
         context = self._pod["securityContext"]
         uid, gid = context["runAsUser"], context["runAsGroup"]
         group = context.get("fsGroup", gid)
@@ -106,12 +109,15 @@ class Pod:
                 one for one in [*self._pod["volumes"], *({"name": name} for name in self._claims)]
                 if one["name"] == mount["name"]
             ]  # fmt: skip
-            if "secret" in volume:
-                wanted = volume["secret"]
-                mode = wanted["defaultMode"] | (0o440 if "fsGroup" in context else 0)
-                folder = self._secret(
-                    given[wanted["secretName"]], mode if key_mode is None else key_mode, group
-                )
+            if "projected" in volume:
+                mode = volume["projected"]["defaultMode"] | (0o440 if "fsGroup" in context else 0)
+                files = {
+                    file: content for one in secrets_of(self._pod) for file, content in given[one].items()
+                }
+                folder = self._secret(files, mode if key_mode is None else key_mode, group)
+                mounts += ["--ro-bind", str(folder), place]
+            elif "configMap" in volume:
+                folder = self._secret(given[volume["configMap"]["name"]], 0o644, group)
                 mounts += ["--ro-bind", str(folder), place]
             elif volume.get("emptyDir", {}).get("medium") == "Memory":
                 mounts += ["--perms", "1777", "--tmpfs", place]
@@ -151,7 +157,7 @@ class Pod:
         return next(one for one in below if one.name() != "bwrap")
 
     def probe(self, kind: str, *, headers: bool = True) -> str | None:
-        """Ask as a probe of the manifest does. Returns why it fails; None if it succeeds."""
+        """Ask as a probe of the chart does. Returns why it fails; None if it succeeds."""
         get = self.container[kind]["httpGet"]
         url = f"http://{self.address}:{port_of(self.container, get['port'])}{get['path']}"
         sent = {one["name"]: one["value"] for one in get.get("httpHeaders", ())} if headers else {}
@@ -192,7 +198,10 @@ class Pod:
         ]  # fmt: skip
 
     def _secret(self, files: Mapping[str, bytes], mode: int, group: int) -> Path:
-        """A volume of a Secret, as the kubelet writes it: links to files in a folder that it replaces as a whole."""
+        """A volume of Secrets or of a ConfigMap, as the kubelet writes it.
+
+        The files are links into a folder that it replaces as a whole.
+        """
         folder = self._node.folder / f"{self.name}-{secrets.token_hex(4)}"
         (folder / "..written").mkdir(parents=True)
         (folder / "..data").symlink_to("..written")

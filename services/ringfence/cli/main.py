@@ -168,6 +168,9 @@ COMMANDS: dict[str, CommandEntry] = {
         "doctor.command", "doctor", _RUN, "Examine all that Ringfence stands on; say what to do."
     ),
     "topics": CommandEntry("commands.topics", "app", _RUN, "Create the topics, and check them."),
+    "trust": CommandEntry(
+        "commands.trust", "app", _RUN, "The signed trust bundle: publish it without the root."
+    ),
     "sign-page": CommandEntry(
         "commands.sign_page", "app", _RUN, "Build the page on which people sign with passkeys."
     ),
