@@ -66,6 +66,7 @@ def make(folder: Path, *, key: Path | None, podman: str | None, build_options: S
         build: _Command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", made, source]
         _run(build, env=environment)
         (made / "requirements.lock").write_bytes((source / "requirements.lock").read_bytes())
+        _pack_chart(source / "deploy" / "helm" / "ringfence", made, epoch)
         _collect_wheels(made, work)
         _write_sbom(made, work / "environment", environment)
         if podman is not None:
@@ -135,6 +136,14 @@ def _collect_wheels(made: Path, work: Path) -> None:
         name = one["download_info"]["url"].rpartition("/")[2]
         if (fetched / name).exists():
             shutil.copy(fetched / name, wheels / name)
+
+
+def _pack_chart(chart: Path, made: Path, epoch: str) -> None:
+    """Pack the Helm chart. `helm package` would put the time of day into it, and keeps no links."""
+    owner = ["--owner=0", "--group=0", "--numeric-owner", "--mode=a+rX,u+w,go-w", f"--mtime=@{epoch}"]
+    tar = ["tar", "--create", "--sort=name", "--dereference", *owner, "--directory", chart.parent, chart.name]
+    packed = subprocess.run(["gzip", "--no-name"], input=_run(tar), check=True, capture_output=True).stdout
+    (made / f"ringfence-{version()}.tgz").write_bytes(packed)
 
 
 def _write_sbom(made: Path, environment: Path, variables: dict[str, str]) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.chart import VALUES
 from tests.support.compose import ROOT
 from tests.support.containers import BUILD_OPTIONS, Podman
 from tools import release
@@ -88,6 +89,17 @@ def test_bill_of_materials_names_licences_and_dependencies_and_no_path_of_this_m
     assert len(own["dependsOn"]) >= 10
     assert str(ROOT) not in file.read_text()
     assert "file:" not in file.read_text()
+
+
+def test_chart_of_the_release_is_rendered_by_helm(made: Release) -> None:
+    (chart,) = made.folder.glob("ringfence-*.tgz")
+    helm = subprocess.run([ROOT / ".ci/helm"], capture_output=True, text=True, check=True).stdout.strip()
+    rendered = subprocess.run(
+        [helm, "template", "here", chart, "--values", "-"],
+        input=json.dumps(VALUES), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert rendered.returncode == 0, rendered.stderr
+    assert "kind: Deployment" in rendered.stdout
 
 
 def test_changed_wheel_is_rejected(made: Release, tmp_path: Path) -> None:
