@@ -141,7 +141,16 @@ def _collect_wheels(made: Path, work: Path) -> None:
 def _pack_chart(chart: Path, made: Path, epoch: str) -> None:
     """Pack the Helm chart. `helm package` would put the time of day into it, and keeps no links."""
     owner = ["--owner=0", "--group=0", "--numeric-owner", "--mode=a+rX,u+w,go-w", f"--mtime=@{epoch}"]
-    tar = ["tar", "--create", "--sort=name", "--dereference", *owner, "--directory", chart.parent, chart.name]
+    tar: _Command = [
+        "tar",
+        "--create",
+        "--sort=name",
+        "--dereference",
+        *owner,
+        "--directory",
+        chart.parent,
+        chart.name,
+    ]
     packed = subprocess.run(["gzip", "--no-name"], input=_run(tar), check=True, capture_output=True).stdout
     (made / f"ringfence-{version()}.tgz").write_bytes(packed)
 
