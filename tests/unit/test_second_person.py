@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.base.errors import RingfenceError, SignatureError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.codes import Code
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.registry import (
     MAX_PROPOSALS,
     AgentActivate,
@@ -28,13 +28,12 @@ from ringfence.messages.registry import (
     Provisioning,
     SecondedCommand,
     SecondSignature,
-    TargetSet,
-    UserAddKey,
     UserDisable,
-    UserSet,
 )
 from ringfence.messages.trust import SecondPersonMode
+from ringfence.model.lifecycle import Actor, CommandRefusedError, Person, Signatures, check_second
 from ringfence.model.records.key_compromise import KeyCompromise
+from ringfence.model.verdict import ALLOWED, Refused, Verdict
 from ringfence.registry.proposals import Proposals, ProposalTable
 from tests.support.dual_control import DAY_MS, DualControl, Proposed, waits
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
@@ -328,17 +327,36 @@ def test_key_that_somebody_else_gave_proposes_and_seconds_nothing_for_a_day(org:
     org.second("oona", org.propose(ceiling(org, "omar", DB)), child)
 
 
-def test_passkey_proposes_a_ceiling_and_seconds_nothing(org: DualControl) -> None:
-    """The sign page does not show proposals, so that nobody would see what their passkey seconds."""
+def test_passkeys_propose_and_second_a_ceiling(org: DualControl) -> None:
     passkeys = {name: new_passkey(name) for name in ("olga", "otto")}
     for name, passkey in passkeys.items():
         org.give(add_passkey(org, name, passkey))
-    proposed = org.propose(ceiling(org, "olga"), passkeys["olga"])
-    with pytest.raises(SignatureError, match=r"no passkey may sign command\.second"):
-        org.second("otto", proposed, passkeys["otto"])
-    org.second("otto", proposed)
-    for model in (UserSet, UserAddKey, ProvisionerSet, TargetSet):
-        assert model.passkey_use is None
+    org.second("otto", org.propose(ceiling(org, "olga"), passkeys["olga"]), passkeys["otto"])
+
+
+def test_passkey_seconds_what_a_key_file_proposed_of_users_and_targets(org: DualControl) -> None:
+    passkey = new_passkey("otto")
+    org.give(add_passkey(org, "otto", passkey))
+    key = add_key(org, "olga", "sam", new_key("sam"))
+    for command in (org.user_set("olga", "uma"), org.target_set("olga", "platform"), key):
+        org.second("otto", org.propose(command), passkey)
+
+
+def by_passkeys(org: DualControl, command: Any) -> Verdict:
+    """The verdict on a command of olga with a second signature of otto, both by passkeys."""
+    olga, otto = (Person(Actor(name, frozenset({"operator"}), by_passkey=True)) for name in ("olga", "otto"))
+    return check_second(command, Signatures(olga, org.clock.ms, otto, org.clock.ms), ())
+
+
+def test_two_passkeys_change_agents_only(org: DualControl) -> None:
+    """No passkey signs the commands of the others. This holds also for a command that one would sign some day."""
+    delegation = directory_of_operators(org, "olga")
+    for command in (org.user_set("olga", "uma"), org.target_set("olga", "platform"), delegation):
+        verdict = by_passkeys(org, command)
+        assert isinstance(verdict, Refused)
+        assert verdict.reason.code == Code.SECOND_BY_PASSKEY
+        assert type(command).passkey_use is None
+    assert by_passkeys(org, ceiling(org)) is ALLOWED
 
 
 def add_passkey(org: DualControl, user: str, passkey: Any) -> Any:
@@ -458,6 +476,11 @@ class Desk(DualControl):
         self.forward(DAY_MS)
         return self.propose(ceiling(self))
 
+    def second_by_passkeys(self) -> None:
+        verdict = by_passkeys(self, self.user_set("olga", "uma"))
+        if isinstance(verdict, Refused):
+            raise CommandRefusedError(verdict.reason.message, code=ReceivedCode(verdict.reason.code))
+
     def after(self, act: Callable[[], object]) -> None:
         act()
         self.second("otto", self.proposed)
@@ -467,6 +490,7 @@ NO_RUNTIME: Any = None
 REFUSALS: dict[Code, Callable[[Desk], object]] = {
     Code.SECOND_MISSING: lambda desk: desk.give(ceiling(desk)),
     Code.SECOND_IS_AUTHOR: lambda desk: desk.second("olga", desk.proposed),
+    Code.SECOND_BY_PASSKEY: lambda desk: desk.second_by_passkeys(),
     Code.SECOND_NOT_ENTITLED: lambda desk: desk.second("sam", desk.proposed),
     Code.SECOND_NOT_APART: lambda desk: desk.second("pia", desk.by_pias_makers()),
     Code.KEY_TOO_NEW: lambda desk: (
