@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
+import pytest
+from playwright.async_api import expect
+
 from ringfence.client.admin.proposals import read_proposal, state_as_json
+from ringfence.client.passkeys.questions import check_answer, question_link
+from ringfence.client.signed_messages import Subject, evidence_of, unstamped
+from ringfence.kernel.base.ids import digest
+from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.approval import CeilingReport
 from ringfence.messages.base import PublicJwk
 from ringfence.messages.registry import (
     COMMANDS,
@@ -17,15 +26,22 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentSuspend,
     AttestationSelector,
+    CommandSecond,
+    CommandWithdraw,
     Delegation,
     GroupDelegation,
     ProvisionerSet,
+    SecondedCommand,
 )
+from ringfence.model.identity.spiffe_ids import spiffe_id
 from tests.passkeys.browser import Person
-from tests.passkeys.questions import claims_of
+from tests.passkeys.organisation import Organisation
+from tests.passkeys.questions import Question, altered, claims_of
+from tests.passkeys.test_attacks import refused
 from tests.passkeys.test_page_modules import modules
 from tests.support.dual_control import DAY_MS, DualControl
 from tests.support.in_memory_registry import TD, permission
+from tests.support.sign_page import Site
 from tests.support.user_keys import add_key, new_key
 
 __all__ = ["modules"]
@@ -126,3 +142,143 @@ async def test_page_knows_each_member_of_each_command_that_it_seconds(modules: P
     stamped = {"iss", "aud", "iat", "jti", "exp"}
     for typ, members in (await members_on_the_page(modules)).items():
         assert set(members) == fields[typ] - stamped, typ
+
+
+# --- the whole question, in a running installation ---
+
+
+async def question_of(organisation: Organisation, user_id: str) -> tuple[CommandSecond, Question]:
+    """Whether `user_id` seconds a ceiling of the operator, as a console composes it: the message, and the question."""
+    realm = organisation.realm
+    async with realm.as_operator() as olga:
+        connection, directory = olga.connection, await olga.directory()
+        agent = directory.agent(realm.agent)
+        assert agent is not None
+        ceiling = (*agent.state.ceiling, realm.permission(["write"], "env/new"))
+        command = connection.compose(AgentSetCeiling, agent_id=realm.agent, ceiling=ceiling)
+        jws = sign(command, organisation.operator())
+        named = SecondedCommand(
+            author=command.iss, command=command.jti, proposal=digest(parse(jws).signing_input),
+            revision=agent.named_revision,
+        )  # fmt: skip
+        iss = spiffe_id(realm.settings.trust_domain, "user", user_id)
+        asked = connection.compose(CommandSecond, commands=(named,)).model_copy(update={"iss": iss})
+        subjects: list[Subject] = [("user", user_id), ("user", olga.id), ("agent", realm.agent)]
+        policy = SigningKey.load(realm.stack.trust.service_key("policy"))
+        report = CeilingReport(
+            iss=policy.id, aud=command.aud, iat=command.iat, jti="report", agent_id=realm.agent, ceiling=ceiling,
+            people=(olga.id, agent.state.sponsor), combinations=("push and merge",), used=(),
+        )  # fmt: skip
+        evidence = evidence_of(directory, connection.trust, subjects)
+        return asked, {
+            "user": user_id,
+            "message": {"typ": asked.typ, "claims": unstamped(asked)},
+            "evidence": {**evidence, "commands": [jws], "report": sign(report, policy)},
+        }
+
+
+def link_of(organisation: Organisation, site: Site, question: Question) -> str:
+    return question_link(site.sign, json.dumps(question).encode())
+
+
+@pytest.fixture
+async def second(organisation: Organisation, person: Person) -> str:
+    """A second operator, who has a passkey and no key file."""
+    user_id: str = organisation.realm.name("otto")
+    await organisation.enrol(person, user_id, ("operator",))
+    return user_id
+
+
+async def test_whole_ceiling_is_shown_and_seconded_with_a_passkey(
+    organisation: Organisation, site: Site, person: Person, second: str
+) -> None:
+    asked, question = await question_of(organisation, second)
+    page = await person.open(link_of(organisation, site, question))
+    await expect(page.get_by_role("heading", level=1)).to_contain_text("Second a change of agent")
+    for text in (
+        "env/new",
+        "(new, or written anew)",
+        "not used in 30 days",
+        "push and merge",
+        "ceiling now",
+        "As of",
+    ):
+        await expect(page.locator("dl")).to_contain_text(text)
+    await page.get_by_role("button", name="Second it").click()
+    answer = await page.get_by_label("Answer").input_value()
+    async with organisation.realm.as_operator() as olga:
+        directory, now_ms = await olga.directory(), olga.connection.clock.now_ms()
+    signed = check_answer(asked, answer, directory, trust_domain=asked.aud, now_ms=now_ms)
+    assert signed.claims.commands == asked.commands
+    assert person.complaints == []
+
+
+def other_ceiling(question: Question) -> None:
+    (jws,) = question["evidence"]["commands"]
+    question["evidence"]["commands"] = [altered(jws, ceiling=[])]
+
+
+def other_proposal(question: Question) -> None:
+    question["message"]["claims"]["commands"][0]["proposal"] = "0" * 64
+
+
+def other_revision(question: Question) -> None:
+    question["message"]["claims"]["commands"][0]["revision"] += 1
+
+
+def other_use(question: Question) -> None:
+    question["evidence"]["report"] = altered(question["evidence"]["report"], combinations=[])
+
+
+def report_of_another_ceiling(question: Question) -> None:
+    del question["evidence"]["commands"][0]
+
+
+def other_state(question: Question) -> None:
+    records = question["evidence"]["records"]
+    at = next(i for i, one in enumerate(records) if "/agent/" in claims_of(one)["sub"])
+    records[at] = altered(records[at], state={**claims_of(records[at])["state"], "ceiling": []})
+
+
+def without_subject(question: Question) -> None:
+    records = question["evidence"]["records"]
+    question["evidence"]["records"] = [one for one in records if "/agent/" not in claims_of(one)["sub"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (other_ceiling, "its signature does not verify"),
+        (other_proposal, "it is another proposal"),
+        (other_revision, "and another one is signed"),
+        (other_use, "policy's report: its signature does not verify"),
+        (report_of_another_ceiling, "the proposed command did not come with it"),
+        (other_state, "its signature does not verify"),
+        (without_subject, "there is no record of its subject"),
+    ],
+)
+async def test_tampered_proposal_is_refused_and_not_shown(
+    organisation: Organisation,
+    site: Site,
+    person: Person,
+    second: str,
+    change: Callable[[Question], None],
+    reason: str,
+) -> None:
+    _, question = await question_of(organisation, second)
+    change(question)
+    await refused(await person.open(link_of(organisation, site, question)), reason)
+
+
+async def test_author_withdraws_with_a_passkey(
+    organisation: Organisation, site: Site, person: Person, second: str
+) -> None:
+    _, question = await question_of(organisation, second)
+    proposal = question["message"]["claims"]["commands"][0]["proposal"]
+    claims = {"proposal": proposal, "exp": question["message"]["claims"]["exp"]}
+    question["message"] = {"typ": CommandWithdraw.typ, "claims": claims}
+    page = await person.open(link_of(organisation, site, question))
+    await expect(page.locator("dl")).to_contain_text("env/new")
+    await page.get_by_role("button", name="Withdraw it").click()
+    answer = parse(await page.get_by_label("Answer").input_value())
+    assert answer.unverified_claims(CommandWithdraw).proposal == proposal
