@@ -439,15 +439,23 @@ class Directory:
 
         A key that a compromised key gave is valid no more, also before somebody ends it (ADR 0087).
         """
-        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
-        entry = self.agent(agent_id) if agent_id else None
-        found = valid_key(entry.state.keys, kid, at_s) if entry else None
+        agent_id, entry = subject_of(self._trust.trust_domain, iss, "agent"), self._agent_of(iss)
+        found = self.held_agent_key(iss, kid, at_s)
         if found is None or agent_id is None:
             return None
         origin = self.agent_key_history(agent_id).origins.get(kid)
         if origin is None or entry is None or kid in held_keys(entry.state) or self.compromised_giver(origin):
             return None
         return found
+
+    def held_agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """As `agent_key`, also if the key rests on a compromised one. To answer its holder, never to allow anything."""
+        entry = self._agent_of(iss)
+        return valid_key(entry.state.keys, kid, at_s) if entry else None
+
+    def _agent_of(self, iss: str) -> VerifiedRecord[AgentState] | None:
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
+        return self.agent(agent_id) if agent_id else None
 
     def user_key(self, iss: str, kid: str, at_s: float) -> VerificationKey | None:
         """The key `kid` of the active user `iss` if it is valid at `at_s` (seconds), by the present record. Raises
