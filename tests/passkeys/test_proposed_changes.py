@@ -17,6 +17,7 @@ from ringfence.kernel.crypto.jws import parse, sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.approval import CeilingReport
 from ringfence.messages.base import PublicJwk
+from ringfence.messages.enrolment import AttestationSelector
 from ringfence.messages.registry import (
     COMMANDS,
     AgentRenewKey,
@@ -25,7 +26,6 @@ from ringfence.messages.registry import (
     AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
-    AttestationSelector,
     CommandSecond,
     CommandWithdraw,
     Delegation,

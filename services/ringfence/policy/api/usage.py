@@ -34,7 +34,7 @@ from ringfence.model.records.seconders import sole_givers
 from ringfence.policy.agents.ceilings import CeilingCombinations
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, KeyLastSeen, narrower, verbs_of
-from ringfence.policy.api.authzen import parse_question, question_body
+from ringfence.policy.api.authzen import BadQuestionError, parse_question, question_body
 from ringfence.rego.engine import PolicyFailedError
 
 KEEP_MS = 24 * 3600 * 1000
@@ -120,23 +120,17 @@ class CeilingReportApi:
     async def _report(self, request: Request) -> Response:
         """Serve `{report}`, a signed `CeilingReport`. Query: `ceiling` (JSON) and `people` (ids, by commas).
 
-        Who may not see the agent's use gets a report without it.
+        Who may not see the agent's use, or combinations, gets a report without them.
         """
         caller, query = self._authenticator.authenticate(request), request.query_params
-        if not (caller.sees_all or "sponsor" in caller.user.roles):
-            raise ForbiddenError("operators, auditors and sponsors see what ceilings allow")
         agent_id = request.path_params["agent_id"]
         try:
             document = json_object(b'{"ceiling":%s}' % query.get("ceiling", "").encode())
-        except ValueError:
-            raise WrongQueryError("ceiling is no JSON; give a list of permissions") from None
-        ceiling = parse_question(_Ceiling, document).ceiling
+            ceiling = parse_question(_Ceiling, document).ceiling
+        except (ValueError, BadQuestionError):
+            raise WrongQueryError("ceiling is a JSON list of permissions") from None
         people = tuple(sorted({one for one in query.get("people", "").split(",") if one}))
         now_ms = self._runtime.clock.now_ms()
-        try:
-            combinations = [reason.message for reason in await self._ceilings.of(ceiling)]
-        except PolicyFailedError:
-            combinations = None
         key = self._runtime.believed_key()
         stamped = stamp(key.id, self._runtime.settings.trust_domain, now_ms // 1000, 0)
         report = compose(
@@ -146,10 +140,18 @@ class CeilingReportApi:
             ceiling=ceiling,
             people=people,
             used=self._used(agent_id, caller, now_ms // 1000),
-            combinations=combinations,
+            combinations=await self._combinations(ceiling, caller),
             givers=tuple(sorted(sole_givers(self._directory, people, now_ms))),
         )
         return JSONResponse({"report": sign(report, key)})
+
+    async def _combinations(self, ceiling: Scope, caller: Caller) -> tuple[str, ...] | None:
+        if not (caller.sees_all or "sponsor" in caller.user.roles):
+            return None
+        try:
+            return tuple(reason.message for reason in await self._ceilings.of(ceiling))
+        except PolicyFailedError:
+            return None
 
     def _used(self, agent_id: str, caller: Caller, now_s: int) -> tuple[UsedVerb, ...] | None:
         try:
