@@ -409,6 +409,19 @@ class Directory:
         """All verified records of a kind whose ids begin so, sorted by id. Records with a broken chain are left out."""
         return self._verified(kind, (id for id in self._slots[kind] if id.startswith(prefix)))
 
+    def entries_since(self, kind: SubjectKind, since_ms: int) -> Iterator[VerifiedRecord[AnyState]]:
+        """As `entries`, of records that have a command of `since_ms` (append time) or later. No others are verified:
+        after a start, verifying all takes minutes where there are very many.
+        """
+        return self._verified(
+            kind,
+            (
+                id
+                for id, slot in self._slots[kind].items()
+                if slot.record.commands[-1].appended_at_ms >= since_ms
+            ),
+        )
+
     def users_with(self, *roles: Role) -> list[str]:
         """The ids of the users who have one of these roles by their record, sorted. The records are not verified yet:
         look each up with `user`.
