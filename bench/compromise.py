@@ -78,8 +78,9 @@ def run(_: str, agents: int = RECORDS) -> None:
                 holds=holds,
             )
         )
-    held = sum(1 for entry in directory.entries("agent") if entry.state.holds)
-    print(f"  {held} held by {len(lists)} commands, decided and signed in {_since(began)}")
+    took = _since(began)
+    held = sum(1 for one in found if (entry := directory.agent(one.held.id)) and entry.state.holds)
+    print(f"  {held} held by {len(lists)} commands, decided and signed in {took}")
 
 
 def _since(began: float) -> str:

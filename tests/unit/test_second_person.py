@@ -29,6 +29,7 @@ from ringfence.messages.registry import (
     SecondedCommand,
     SecondSignature,
     UserDisable,
+    UserSet,
 )
 from ringfence.messages.trust import SecondPersonMode
 from ringfence.model.lifecycle import Actor, CommandRefusedError, Person, Signatures, check_second
@@ -382,6 +383,104 @@ def test_renewal_of_the_agents_own_key_does_not_count_as_change(org: DualControl
         org.key("bot", "agent"),
     )
     org.second("otto", proposed)
+
+
+def renamed(org: DualControl, user: str, by: str = "root", **fields: Any) -> UserSet:
+    """A user set anew as they are; `fields` differ."""
+    entry = org.directory.user(user)
+    assert entry is not None
+    state = entry.state
+    same = {"name": state.name, "roles": state.roles, "keys": state.keys, "entitlements": state.entitlements}
+    return org.claims(UserSet, by, user_id=user, **{**same, **fields})
+
+
+def minor_change(org: DualControl, what: str) -> object:
+    """A change of sam that people do not decide on."""
+    if what == "key":
+        return org.give(add_key(org, "sam", "sam", new_key("sam")))
+    if what == "name":
+        return org.give(renamed(org, "sam", name="Samuel"))
+    return org.give(renamed(org, "sam", entitlements=org.entitlements(as_of=org.clock.ms // 1000)))
+
+
+@pytest.mark.parametrize("what", ["key", "name", "as_of"])
+def test_minor_change_of_the_user_does_not_count_as_change(org: DualControl, what: str) -> None:
+    proposed = org.propose(org.user_set("olga", "sam", ["sponsor", "auditor"]))
+    minor_change(org, what)
+    entry = org.directory.user("sam")
+    assert entry is not None
+    assert (entry.revision, entry.minor, entry.named_revision) == (2, 1, 1)
+    org.second("otto", proposed)
+    assert entry is not None
+    assert org.admit((org.directory.user("sam") or entry).compact.decode(), org_reader(org)) is None
+
+
+def org_reader(org: DualControl) -> Any:
+    """A reader that knows everybody but sam."""
+    reader = org.reader()
+    for user in ("olga", "otto", "oona"):
+        record = org.directory.user(user)
+        assert record is not None
+        assert org.admit(record.compact.decode(), reader) is None
+    return reader
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"roles": ("sponsor", "operator")}, {"keys": ()}, {"entitlements": None}],
+    ids=lambda f: next(iter(f)),
+)
+def test_other_change_of_the_user_counts_as_change(org: DualControl, fields: dict[str, Any]) -> None:
+    proposed = org.propose(org.user_set("olga", "sam", ["sponsor", "auditor"]))
+    if "entitlements" in fields:
+        fields = {"entitlements": org.entitlements(WEB)}
+    org.give(renamed(org, "sam", **fields))
+    assert code_of(org, lambda: org.second("otto", proposed)) == Code.SUBJECT_CHANGED
+
+
+def test_reader_believes_a_minor_change_of_a_user_whose_rights_were_narrowed_before(org: DualControl) -> None:
+    """A directory narrows the entitlements, and then renews their date: without the command before, the second would
+    look to readers like the first.
+    """
+    delegation = Delegation(source="scim", groups=(GroupDelegation(group="Leads", scope=(WEB, DB)),))
+    org.seconded(
+        "otto",
+        org.claims(
+            ProvisionerSet, "olga", provisioner_id="hr", name="HR", keys=(org.key_record(org.key("hr")),),
+            delegation=delegation,
+        ),
+    )  # fmt: skip
+
+    def set_by_hr(*scope: Any) -> None:
+        entitlements = org.entitlements(*scope, as_of=org.clock.ms // 1000)
+        org.give(
+            org.user_set(
+                "hr", "uma", keys=(), provisioned=Provisioning(groups=("Leads",)),
+                entitlements=entitlements.model_copy(update={"source": "scim"}),
+            )
+        )  # fmt: skip
+
+    set_by_hr(WEB, DB)
+    set_by_hr(WEB)
+    proposed = org.propose(add_key(org, "olga", "uma", new_key("uma")))
+    set_by_hr(WEB)
+    entry = org.directory.user("uma")
+    assert entry is not None
+    assert entry.minor == 1
+    org.second("otto", proposed)
+
+
+def test_reader_refuses_a_record_that_counts_another_change_as_minor(org: DualControl) -> None:
+    entry = org.directory.user("sam")
+    assert entry is not None
+    reader = org_reader(org)
+    assert org.admit(entry.compact.decode(), reader) is None
+    org.give(renamed(org, "sam", roles=("sponsor", "operator")))
+    changed = org.directory.user("sam")
+    assert changed is not None
+    forged = org.sign_record(changed.state, changed.record.commands, changed.revision, minor=1)
+    assert (org.admit(forged, reader) or "").startswith(Code.REVISION_FELL)
+    assert org.admit(changed.compact.decode(), reader) is None
 
 
 def test_two_seconds_at_once_take_effect_once(org: DualControl) -> None:

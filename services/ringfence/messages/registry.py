@@ -889,6 +889,9 @@ class UserRecord(Record):
 
     typ: ClassVar[str] = "user"
     state: UserState
+    minor: Annotated[int, Field(ge=0)] = 0
+    """How many of its revisions changed only names, `as_of` and added keys. What people sign names a revision without
+    these."""
 
 
 class AgentRecord(Record):

@@ -50,6 +50,7 @@ from ringfence.model.lifecycle import (
     check_hold,
     held_keys,
     is_compared,
+    is_minor,
     may_be_dropped,
 )
 from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
@@ -96,10 +97,16 @@ class VerifiedRecord(Generic[S]):
     def named_revision(self) -> int:
         """The revision that approvals, grants, decisions, proposals and commands name.
 
-        An agent's renewals of its key are not counted, since they change nothing that a person decides on.
+        Minor changes are not counted, since they change nothing that a person decides on.
         """
-        renewals = len(self.state.renewed) if isinstance(self.state, AgentState) else 0
-        return self.revision - renewals
+        return self.revision - self.minor
+
+    @property
+    def minor(self) -> int:
+        """How many minor changes there were: renewals of an agent's key, and what a user's record says."""
+        if isinstance(self.record, UserRecord):
+            return self.record.minor
+        return len(self.state.renewed) if isinstance(self.state, AgentState) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +268,7 @@ class Directory:
         3. Its subject's id is `key`, if that is given.
         4. Its revision is higher than the known one. The same record again, perhaps signed anew, changes nothing.
         5. Its commands continue those of the known record.
+        6. It counts as minor only changes of a user that are.
 
         `key` is the Kafka key, if it has to equal the id. Otherwise compaction would let a record replace another
         subject's.
@@ -288,6 +296,8 @@ class Directory:
             history = _check_history(record, slot.record.commands, self._trust)
             if isinstance(history, Refused):
                 return history
+            if isinstance(fell := _check_minor(slot.record, record), Refused):
+                return fell
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
         if kind != "target":  # other records may rest on it
@@ -621,6 +631,24 @@ class Directory:
     def _unverified_user(self, user_id: str) -> UserRecord | None:
         slot = self._slots["user"].get(user_id)
         return cast(UserRecord, slot.record) if slot else None
+
+
+def _check_minor(known: AnyRecord, record: AnyRecord) -> Verdict:
+    """Check that a newer record of a user counts as minor only changes that are. If revisions in between are missing,
+    its registry is believed.
+    """
+    if not (isinstance(known, UserRecord) and isinstance(record, UserRecord)):
+        return ALLOWED
+    more, revisions = record.minor - known.minor, record.revision - known.revision
+    if 0 <= more <= revisions and not (
+        revisions == more == 1
+        and not is_minor(known.state, record.state, unverified_command(record.commands[-1]))
+    ):
+        return ALLOWED
+    message = (
+        f"revision {record.revision} of {record.sub} counts {record.minor} minor changes, and has others"
+    )
+    return refused(Code.REVISION_FELL, message)
 
 
 def _check_history(record: AnyRecord, known: Sequence[EmbeddedCommand], trust: TrustStore) -> Verdict:

@@ -41,7 +41,7 @@ export class Evidence {
       if (!Number.isSafeInteger(claims.revision)) throw new RefusedError(`the record of ${typ} ${id} has no revision`);
       const seen = this.highestSeen(key, claims.revision);
       const { revision, state } = claims;
-      const named = revision - (typ === "agent" ? (state.renewed ?? []).length : 0);
+      const named = revision - (typ === "agent" ? (state.renewed ?? []).length : (claims.minor ?? 0));
       this.records.set(key, { typ, id, state, revision, named, at: claims.iat, seen });
     }
   }
