@@ -267,10 +267,13 @@ class InMemoryRegistry:
         key: SigningKey | None = None,
         sub: str | None = None,
         *,
-        minor: int = 0,
+        minor: int | None = None,
     ) -> str:
-        """A record with whatever content, signed by the registry."""
+        """A record with whatever content, signed by the registry. `minor`: None for that of the known record."""
         record = self.record(state, commands, revision, sub)
+        if minor is None:
+            known = self.directory.unverified("user", state.user_id) if isinstance(state, UserState) else None
+            minor = known.minor if isinstance(known, UserRecord) else 0
         counted = {"minor": minor} if isinstance(state, UserState) else {}
         return sign(record.model_copy(update=counted), key or self.registry)
 

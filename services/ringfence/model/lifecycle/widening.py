@@ -87,8 +87,11 @@ def is_minor(old: AnyState | None, new: AnyState, command: Command) -> bool:
     """
     if isinstance(command, AgentRenewKey):
         return True
-    if not (isinstance(old, UserState) and isinstance(new, UserState)):
-        return False
+    return isinstance(old, UserState) and isinstance(new, UserState) and is_minor_for_user(old, new)
+
+
+def is_minor_for_user(old: UserState, new: UserState) -> bool:
+    """As `is_minor`, of a user, whatever the command."""
     keys = {key.kid: key for key in new.keys}
     return all(keys.get(key.kid) == key for key in old.keys) and _decided(old) == _decided(new)
 

@@ -50,7 +50,7 @@ from ringfence.model.lifecycle import (
     check_hold,
     held_keys,
     is_compared,
-    is_minor,
+    is_minor_for_user,
     may_be_dropped,
 )
 from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
@@ -641,8 +641,7 @@ def _check_minor(known: AnyRecord, record: AnyRecord) -> Verdict:
         return ALLOWED
     more, revisions = record.minor - known.minor, record.revision - known.revision
     if 0 <= more <= revisions and not (
-        revisions == more == 1
-        and not is_minor(known.state, record.state, unverified_command(record.commands[-1]))
+        revisions == more == 1 and not is_minor_for_user(known.state, record.state)
     ):
         return ALLOWED
     message = (
