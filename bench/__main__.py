@@ -10,6 +10,7 @@ from bench import (
     backends,
     bus,
     cli,
+    compromise,
     console,
     credentials,
     ends,
@@ -35,6 +36,7 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "ends": ends.run,
     "killswitch": killswitch.run,
     "rebuild": rebuild.run,
+    "compromise": compromise.run,
     "policy": policy.run,
     "inventory": inventory.run,
     "console": console.run,
@@ -55,7 +57,7 @@ def main() -> None:
     parser.add_argument("--events", type=int, default=audit.EVENTS, help="of audit: how many its index has")
     parser.add_argument("--revokers", type=int, default=1, help="of ends: how many share the work")
     parser.add_argument("--runs", type=int, default=runs.RUNS, help="of run: how many go on at once")
-    parser.add_argument("--agents", type=int, default=console.AGENTS, help="of console: how many there are")
+    parser.add_argument("--agents", type=int, default=console.AGENTS, help="of console and compromise")
     options = parser.parse_args()
     print(f"machine: {describe()}\n{pace()}")
     for name in options.names or BENCHMARKS:
@@ -66,6 +68,8 @@ def main() -> None:
             ends.run(options.kafka, options.revokers)
         elif name == "console":
             console.run(options.kafka, options.agents)
+        elif name == "compromise":
+            compromise.run(options.kafka, options.agents)
         elif name == "run":
             runs.run(options.kafka, options.runs)
         else:

@@ -376,7 +376,8 @@ async def test_change_of_a_user_who_was_no_sponsor_orphans_no_agent(
     ).staff()
     held, _ = await desk.issued("read")
     await world.accepted(
-        world.user_set(world.operator, user, entitlements=everything, name="Another"), world.operator
+        world.user_set(world.operator, user, entitlements=scope("staging", ("read", "deploy"), ("**",))),
+        world.operator,
     )
     desk.revisions = desk.revisions.model_copy(update={"user": 2})
     after, _ = await desk.issued("read")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +14,8 @@ from ringfence.kernel.base.clock import SystemClock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.ids import digest
 from ringfence.kernel.crypto.jwe import ReplyKey
-from ringfence.kernel.crypto.jws import parse, sign
+from ringfence.kernel.crypto.jws import parse, sign, verify
+from ringfence.messages.approval import CeilingReport
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.operations import ServiceEvent
@@ -144,6 +146,43 @@ async def test_command_waits_and_takes_effect_with_second_signature(world: World
         assert (await world.get("registry", "/v1/proposals", office.otto)).json()["proposals"] == []
         gone = (await world.get("registry", "/v1/proposals", office.otto, all="1")).json()["proposals"]
         assert [(one["status"], one["by"]) for one in gone] == [("seconded", "otto")]
+
+
+async def test_evidence_of_a_proposal_is_for_its_author_and_who_may_second_it(world: World) -> None:
+    async with opened(world) as office:
+        command = office.ceiling(office.olga)
+        event = await office.propose(command, office.olga)
+        path = f"/v1/proposals/{event.result}/evidence"
+        for by in (office.olga, office.otto):
+            found = (await world.get("registry", path, by)).json()
+            assert found["commands"] == [sign(command, office.olga.key)]
+            subjects = [json.loads(parse(one).payload)["sub"].rpartition("/")[2] for one in found["records"]]
+            assert subjects == list(dict.fromkeys([by.name, "olga", "bot"]))
+        assert (await world.get("registry", path, office.sam)).status_code == 404
+        await world.accepted(world.claims(CommandWithdraw, office.olga, proposal=event.result), office.olga)
+        assert (await world.get("registry", path, office.otto)).status_code == 404
+
+
+async def test_report_of_a_ceiling_is_signed_and_shows_use_to_those_who_may_see_it(world: World) -> None:
+    async with opened(world, "policy") as office:
+        una = await world.user("una", roles=("sponsor",), by=world.root)
+        uma = await world.user("uma", roles=(), by=world.root)
+        ceiling = json.dumps([one.model_dump(mode="json") for one in WIDE])
+        seen = {}
+        for by in (office.otto, office.sam, una, uma):
+            answer = await world.get(
+                "policy", "/v1/agents/bot/ceiling-report", by, ceiling=ceiling, people="olga,sam"
+            )
+            report = parse(answer.json()["report"])
+            claims = verify(
+                report,
+                CeilingReport,
+                world.trust.finder("policy", at_s=time.time()),
+                audience=world.trust.trust_domain,
+            ).claims
+            assert (claims.agent_id, claims.ceiling, claims.people) == ("bot", WIDE, ("olga", "sam"))
+            seen[by.name] = (claims.used, claims.combinations)
+        assert seen == {"otto": ((), ()), "sam": ((), ()), "una": (None, ()), "uma": (None, None)}
 
 
 async def test_replays_change_nothing(world: World) -> None:

@@ -95,7 +95,7 @@ class DualControl(InMemoryRegistry):
             raise CommandRefusedError("its subject has changed", code=Code.SUBJECT_CHANGED)
         change = decide(self.current(*command_subject(given.claims, given.command_id)), given, self.memory)
         assert isinstance(change, Change), change
-        record = self.sign_record(change.state, change.commands, change.revision)
+        record = self.sign_record(change.state, change.commands, change.revision, minor=change.minor)
         problem = self.admit(record)
         assert problem is None, problem
         self.directory.entry(*command_subject(given.claims, given.command_id))

@@ -33,6 +33,7 @@ from ringfence.messages.registry import (
     TaskTerms,
     UserRecord,
     UserSet,
+    UserState,
     VerbFloor,
 )
 from ringfence.messages.topics import AGENT, TARGET, TASK, USER
@@ -217,10 +218,12 @@ class InMemoryRegistry:
         if isinstance(change, Waits):
             raise CommandRefusedError("it waits for a second person", code=Code.SECOND_MISSING)
         if change is not None:
-            self.admit(self.sign_record(change.state, change.commands, change.revision))
+            self.admit(self.sign_record(change.state, change.commands, change.revision, minor=change.minor))
         if kind == "user" and (user := self.directory.user(id)):
             for _, other in changes_elsewhere(user.state, given, self.memory):
-                problem = self.admit(self.sign_record(other.state, other.commands, other.revision))
+                problem = self.admit(
+                    self.sign_record(other.state, other.commands, other.revision, minor=other.minor)
+                )
                 assert problem is None, problem
         self.clock.ms = max(self.clock.ms, at_ms) + passing_ms
         return change
@@ -263,9 +266,16 @@ class InMemoryRegistry:
         revision: int = 1,
         key: SigningKey | None = None,
         sub: str | None = None,
+        *,
+        minor: int | None = None,
     ) -> str:
-        """A record with whatever content, signed by the registry."""
-        return sign(self.record(state, commands, revision, sub), key or self.registry)
+        """A record with whatever content, signed by the registry. `minor`: None for that of the known record."""
+        record = self.record(state, commands, revision, sub)
+        if minor is None:
+            known = self.directory.unverified("user", state.user_id) if isinstance(state, UserState) else None
+            minor = known.minor if isinstance(known, UserRecord) else 0
+        counted = {"minor": minor} if isinstance(state, UserState) else {}
+        return sign(record.model_copy(update=counted), key or self.registry)
 
     def record(
         self, state: AnyState, commands: Sequence[EmbeddedCommand], revision: int = 1, sub: str | None = None

@@ -122,8 +122,9 @@ async def test_proposals_that_a_person_may_second_come_first_with_the_command() 
         page.template, title=page.title, section=page.section, sections={}, session=None, is_live=False, notice="",
         trust_domain="acme.example", **page.values,
     )  # fmt: skip
-    assert f"ringfence proposal second {'b' * 12}" in html
-    assert f"ringfence proposal second {'a' * 12}" not in html
+    assert html.count('action="/sign/second"') == 1
+    assert f'action="/sign/second">\n    <input type="hidden" name="id" value="{"b" * 64}"' in html
+    assert "/sign/withdraw-proposal" not in html, "these are another author's"
     assert f"ringfence proposal show {'a' * 12}" in html
     assert "<b>x</b>" not in html
     assert page.values["proposals"][0]["ceiling"] is None
@@ -134,6 +135,17 @@ async def test_proposals_that_a_person_may_second_come_first_with_the_command() 
     assert html.count("env/web") == 1, "the whole ceiling"
     assert html.count("env/db") == 2, "and what is new of it"
     assert "read at staging" in html
+
+
+async def test_author_of_proposals_has_a_button_to_withdraw_each() -> None:
+    view: Any = SimpleNamespace(reads=ProposalReads(), session=SimpleNamespace(user_id="olga"))
+    page = await proposals(view)
+    html = render(
+        page.template, title=page.title, section=page.section, sections={}, session=None, is_live=False, notice="",
+        trust_domain="acme.example", **page.values,
+    )  # fmt: skip
+    assert html.count('action="/sign/withdraw-proposal"') == 2
+    assert "/sign/second" not in html
 
 
 async def test_proposed_ceiling_of_an_agent_that_a_person_may_not_see_is_marked_so() -> None:

@@ -434,6 +434,7 @@ def test_other_libraries_take_no_passkeys_message_for_a_plain_one() -> None:
 MAY_SIGN = {
     "approval", "action.approval", "grant", "grant.withdraw", "break_glass.review", "revocation.request",
     "user.end-key", "agent.suspend", "agent.resume", "agent.transfer", "agent.set-ceiling", "task.assign", "task.end",
+    "command.second", "command.withdraw",
 }  # fmt: skip
 EMBEDDED = {"key.possession", "agent.transfer-consent", "task.consent"}
 

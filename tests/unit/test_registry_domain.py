@@ -217,6 +217,7 @@ def with_a_consent_by_another_key(ledger: InMemoryRegistry) -> Any:
         ),
         (lambda r: r.target_set("olga", "prod", keys=(r.key_record(r.key("sam")),)), "key_taken"),
         (lambda r: r.target_set("olga", "ringfence"), "name_reserved"),
+        (lambda r: r.user_set("olga", "root"), "name_reserved"),
         (
             lambda r: r.target_set(
                 "olga", "prod", backend=BackendSettings.model_validate({"kind": "jwt", "nonsense": 1})

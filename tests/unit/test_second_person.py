@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from ringfence.kernel.base.errors import RingfenceError, SignatureError
+from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import SigningKey
-from ringfence.messages.codes import Code
+from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.registry import (
     MAX_PROPOSALS,
     AgentActivate,
@@ -28,13 +28,13 @@ from ringfence.messages.registry import (
     Provisioning,
     SecondedCommand,
     SecondSignature,
-    TargetSet,
-    UserAddKey,
     UserDisable,
     UserSet,
 )
 from ringfence.messages.trust import SecondPersonMode
+from ringfence.model.lifecycle import Actor, CommandRefusedError, Person, Signatures, check_second
 from ringfence.model.records.key_compromise import KeyCompromise
+from ringfence.model.verdict import ALLOWED, Refused, Verdict
 from ringfence.registry.proposals import Proposals, ProposalTable
 from tests.support.dual_control import DAY_MS, DualControl, Proposed, waits
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
@@ -328,17 +328,36 @@ def test_key_that_somebody_else_gave_proposes_and_seconds_nothing_for_a_day(org:
     org.second("oona", org.propose(ceiling(org, "omar", DB)), child)
 
 
-def test_passkey_proposes_a_ceiling_and_seconds_nothing(org: DualControl) -> None:
-    """The sign page does not show proposals, so that nobody would see what their passkey seconds."""
+def test_passkeys_propose_and_second_a_ceiling(org: DualControl) -> None:
     passkeys = {name: new_passkey(name) for name in ("olga", "otto")}
     for name, passkey in passkeys.items():
         org.give(add_passkey(org, name, passkey))
-    proposed = org.propose(ceiling(org, "olga"), passkeys["olga"])
-    with pytest.raises(SignatureError, match=r"no passkey may sign command\.second"):
-        org.second("otto", proposed, passkeys["otto"])
-    org.second("otto", proposed)
-    for model in (UserSet, UserAddKey, ProvisionerSet, TargetSet):
-        assert model.passkey_use is None
+    org.second("otto", org.propose(ceiling(org, "olga"), passkeys["olga"]), passkeys["otto"])
+
+
+def test_passkey_seconds_what_a_key_file_proposed_of_users_and_targets(org: DualControl) -> None:
+    passkey = new_passkey("otto")
+    org.give(add_passkey(org, "otto", passkey))
+    key = add_key(org, "olga", "sam", new_key("sam"))
+    for command in (org.user_set("olga", "uma"), org.target_set("olga", "platform"), key):
+        org.second("otto", org.propose(command), passkey)
+
+
+def by_passkeys(org: DualControl, command: Any) -> Verdict:
+    """The verdict on a command of olga with a second signature of otto, both by passkeys."""
+    olga, otto = (Person(Actor(name, frozenset({"operator"}), by_passkey=True)) for name in ("olga", "otto"))
+    return check_second(command, Signatures(olga, org.clock.ms, otto, org.clock.ms), ())
+
+
+def test_two_passkeys_change_agents_only(org: DualControl) -> None:
+    """No passkey signs the commands of the others. This holds also for a command that one would sign some day."""
+    delegation = directory_of_operators(org, "olga")
+    for command in (org.user_set("olga", "uma"), org.target_set("olga", "platform"), delegation):
+        verdict = by_passkeys(org, command)
+        assert isinstance(verdict, Refused)
+        assert verdict.reason.code == Code.SECOND_BY_PASSKEY
+        assert type(command).passkey_use is None
+    assert by_passkeys(org, ceiling(org)) is ALLOWED
 
 
 def add_passkey(org: DualControl, user: str, passkey: Any) -> Any:
@@ -364,6 +383,104 @@ def test_renewal_of_the_agents_own_key_does_not_count_as_change(org: DualControl
         org.key("bot", "agent"),
     )
     org.second("otto", proposed)
+
+
+def renamed(org: DualControl, user: str, by: str = "root", **fields: Any) -> UserSet:
+    """A user set anew as they are; `fields` differ."""
+    entry = org.directory.user(user)
+    assert entry is not None
+    state = entry.state
+    same = {"name": state.name, "roles": state.roles, "keys": state.keys, "entitlements": state.entitlements}
+    return org.claims(UserSet, by, user_id=user, **{**same, **fields})
+
+
+def minor_change(org: DualControl, what: str) -> object:
+    """A change of sam that people do not decide on."""
+    if what == "key":
+        return org.give(add_key(org, "sam", "sam", new_key("sam")))
+    if what == "name":
+        return org.give(renamed(org, "sam", name="Samuel"))
+    return org.give(renamed(org, "sam", entitlements=org.entitlements(as_of=org.clock.ms // 1000)))
+
+
+@pytest.mark.parametrize("what", ["key", "name", "as_of"])
+def test_minor_change_of_the_user_does_not_count_as_change(org: DualControl, what: str) -> None:
+    proposed = org.propose(org.user_set("olga", "sam", ["sponsor", "auditor"]))
+    minor_change(org, what)
+    entry = org.directory.user("sam")
+    assert entry is not None
+    assert (entry.revision, entry.minor, entry.named_revision) == (2, 1, 1)
+    org.second("otto", proposed)
+    assert entry is not None
+    assert org.admit((org.directory.user("sam") or entry).compact.decode(), org_reader(org)) is None
+
+
+def org_reader(org: DualControl) -> Any:
+    """A reader that knows everybody but sam."""
+    reader = org.reader()
+    for user in ("olga", "otto", "oona"):
+        record = org.directory.user(user)
+        assert record is not None
+        assert org.admit(record.compact.decode(), reader) is None
+    return reader
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"roles": ("sponsor", "operator")}, {"keys": ()}, {"entitlements": None}],
+    ids=lambda f: next(iter(f)),
+)
+def test_other_change_of_the_user_counts_as_change(org: DualControl, fields: dict[str, Any]) -> None:
+    proposed = org.propose(org.user_set("olga", "sam", ["sponsor", "auditor"]))
+    if "entitlements" in fields:
+        fields = {"entitlements": org.entitlements(WEB)}
+    org.give(renamed(org, "sam", **fields))
+    assert code_of(org, lambda: org.second("otto", proposed)) == Code.SUBJECT_CHANGED
+
+
+def test_reader_believes_a_minor_change_of_a_user_whose_rights_were_narrowed_before(org: DualControl) -> None:
+    """A directory narrows the entitlements, and then renews their date: without the command before, the second would
+    look to readers like the first.
+    """
+    delegation = Delegation(source="scim", groups=(GroupDelegation(group="Leads", scope=(WEB, DB)),))
+    org.seconded(
+        "otto",
+        org.claims(
+            ProvisionerSet, "olga", provisioner_id="hr", name="HR", keys=(org.key_record(org.key("hr")),),
+            delegation=delegation,
+        ),
+    )  # fmt: skip
+
+    def set_by_hr(*scope: Any) -> None:
+        entitlements = org.entitlements(*scope, as_of=org.clock.ms // 1000)
+        org.give(
+            org.user_set(
+                "hr", "uma", keys=(), provisioned=Provisioning(groups=("Leads",)),
+                entitlements=entitlements.model_copy(update={"source": "scim"}),
+            )
+        )  # fmt: skip
+
+    set_by_hr(WEB, DB)
+    set_by_hr(WEB)
+    proposed = org.propose(add_key(org, "olga", "uma", new_key("uma")))
+    set_by_hr(WEB)
+    entry = org.directory.user("uma")
+    assert entry is not None
+    assert entry.minor == 1
+    org.second("otto", proposed)
+
+
+def test_reader_refuses_a_record_that_counts_another_change_as_minor(org: DualControl) -> None:
+    entry = org.directory.user("sam")
+    assert entry is not None
+    reader = org_reader(org)
+    assert org.admit(entry.compact.decode(), reader) is None
+    org.give(renamed(org, "sam", roles=("sponsor", "operator")))
+    changed = org.directory.user("sam")
+    assert changed is not None
+    forged = org.sign_record(changed.state, changed.record.commands, changed.revision, minor=1)
+    assert (org.admit(forged, reader) or "").startswith(Code.REVISION_FELL)
+    assert org.admit(changed.compact.decode(), reader) is None
 
 
 def test_two_seconds_at_once_take_effect_once(org: DualControl) -> None:
@@ -458,6 +575,11 @@ class Desk(DualControl):
         self.forward(DAY_MS)
         return self.propose(ceiling(self))
 
+    def second_by_passkeys(self) -> None:
+        verdict = by_passkeys(self, self.user_set("olga", "uma"))
+        if isinstance(verdict, Refused):
+            raise CommandRefusedError(verdict.reason.message, code=ReceivedCode(verdict.reason.code))
+
     def after(self, act: Callable[[], object]) -> None:
         act()
         self.second("otto", self.proposed)
@@ -467,6 +589,7 @@ NO_RUNTIME: Any = None
 REFUSALS: dict[Code, Callable[[Desk], object]] = {
     Code.SECOND_MISSING: lambda desk: desk.give(ceiling(desk)),
     Code.SECOND_IS_AUTHOR: lambda desk: desk.second("olga", desk.proposed),
+    Code.SECOND_BY_PASSKEY: lambda desk: desk.second_by_passkeys(),
     Code.SECOND_NOT_ENTITLED: lambda desk: desk.second("sam", desk.proposed),
     Code.SECOND_NOT_APART: lambda desk: desk.second("pia", desk.by_pias_makers()),
     Code.KEY_TOO_NEW: lambda desk: (

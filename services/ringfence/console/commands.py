@@ -30,18 +30,26 @@ from ringfence.messages.approval import (
     Grant,
     GrantWithdraw,
 )
-from ringfence.messages.base import Claims
+from ringfence.messages.base import Claims, typ_header
 from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.lease import RevocationRequest, Selector
 from ringfence.messages.registry import (
+    AgentRecord,
+    AgentRegister,
     AgentResume,
     AgentSetCeiling,
     AgentSuspend,
     AgentTransfer,
     AgentTransferConsent,
+    Command,
+    CommandSecond,
+    CommandWithdraw,
+    EmbeddedCommand,
+    SecondedCommand,
     TaskEnd,
 )
 from ringfence.messages.topics import CREDENTIAL_DECISION
+from ringfence.model.records.command_chain import unverified_command
 
 Form = Mapping[str, str]
 MAX_TEXT_CHARS: Final = 1000
@@ -319,6 +327,55 @@ class Commands:
         claims = self._compose(asking, TaskEnd, task_id=task_id, reason=asking.required("reason"))
         return await self._draft_with_records(asking, f"end task {task_id[:8]}", claims)
 
+    # --- proposals ---
+
+    async def second(self, asking: Asking) -> Draft:
+        """Second a widening command of somebody else."""
+        listed = await self._proposal(asking)
+        command = _proposed(listed)
+        named = SecondedCommand(
+            author=command.iss,
+            command=command.jti,
+            proposal=listed["id"],
+            revision=listed["revision"],
+        )
+        claims = self._compose(asking, CommandSecond, commands=(named,))
+        evidence = await self._evidence_of_proposal(asking, listed)
+        return Draft(f"second {listed['typ']} of {listed['subject']}", claims, claims.proposal, evidence)
+
+    async def withdraw(self, asking: Asking) -> Draft:
+        """Withdraw an own widening command that waits."""
+        listed = await self._proposal(asking)
+        claims = self._compose(asking, CommandWithdraw, proposal=listed["id"])
+        evidence = await self._evidence_of_proposal(asking, listed)
+        return Draft(f"withdraw {listed['typ']} of {listed['subject']}", claims, claims.proposal, evidence)
+
+    async def _proposal(self, asking: Asking) -> dict[str, Any]:
+        id = asking.required("id")
+        for one in await asking.reads.proposals():
+            if one["id"] == id:
+                return dict(one)
+        raise ApiError("there is no such change that waits and that you may see; it may be over", status=404)
+
+    async def _evidence_of_proposal(self, asking: Asking, listed: Mapping[str, Any]) -> dict[str, Any]:
+        """The evidence by which the sign page shows a proposal; of a ceiling also policy's report, if it comes."""
+        evidence = await asking.reads.proposal_evidence(listed["id"])
+        command = _proposed(listed)
+        if not isinstance(command, AgentRegister | AgentSetCeiling):
+            return evidence
+        people = {listed["author"]}
+        if isinstance(command, AgentRegister):
+            people.add(command.sponsor)
+        for record in evidence["records"]:
+            claims = parse(record)
+            if claims.header.typ == typ_header(AgentRecord):
+                people.add(claims.unverified_claims(AgentRecord).state.sponsor)
+        try:
+            report = await asking.reads.ceiling_report(command.agent_id, command.ceiling, people)
+        except ApiError:
+            return evidence  # the page says that use and combinations are not known
+        return {**evidence, "report": report}
+
     # --- leases ---
 
     async def revoke_lease(self, asking: Asking) -> Draft:
@@ -356,6 +413,11 @@ class Commands:
         return self._trust.compact.decode().strip()
 
 
+def _proposed(listed: Mapping[str, Any]) -> Command:
+    """The claims of a listed command. The sign page verifies it."""
+    return unverified_command(EmbeddedCommand(jws=listed["command"], appended_at_ms=listed["at_ms"]))
+
+
 @dataclass(frozen=True, slots=True)
 class Kind:
     """One form that leads to the sign page."""
@@ -387,6 +449,8 @@ KINDS: Final[Mapping[str, Kind]] = {
     "narrow": Kind(Commands.narrow, AgentSetCeiling),
     "transfer": Kind(Commands.transfer, AgentTransfer),
     "take-over": Kind(Commands.take_over, AgentTransferConsent),
+    "second": Kind(Commands.second, CommandSecond),
+    "withdraw-proposal": Kind(Commands.withdraw, CommandWithdraw),
     "end-task": Kind(Commands.end_task, TaskEnd),
     "revoke-lease": Kind(Commands.revoke_lease, RevocationRequest),
     "revoke-all": Kind(Commands.revoke_all, RevocationRequest),

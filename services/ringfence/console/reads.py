@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ringfence.client.errors import ApiError
@@ -12,6 +14,7 @@ from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.api import MAX_API_TOKEN_S, ConsoleToken, api_audience
+from ringfence.messages.base import Scope
 
 if TYPE_CHECKING:
     import httpx
@@ -68,6 +71,17 @@ class SessionReads(ReadApi):
         """The signed messages by which the sign page shows a request: `{trust, question, records}`."""
         view: dict[str, Any] = await self.get("policy", "approvals", request_id, "evidence")
         return view
+
+    async def proposal_evidence(self, id: str) -> dict[str, Any]:
+        """The signed messages by which the sign page shows a proposal: `{trust, records, commands}`."""
+        view: dict[str, Any] = await self.get("registry", "proposals", id, "evidence")
+        return view
+
+    async def ceiling_report(self, agent_id: str, ceiling: Scope, people: Iterable[str]) -> str:
+        """What policy knows of a proposed ceiling, signed (`CeilingReport`). Raises ApiError."""
+        text = json.dumps([one.model_dump(mode="json") for one in ceiling], separators=(",", ":"))
+        query = {"ceiling": text, "people": ",".join(sorted(people))}
+        return str((await self.get("policy", "agents", agent_id, "ceiling-report", **query))["report"])
 
     async def action_approvals(self) -> list[dict[str, Any]]:
         """The single actions that wait and that the person may see, oldest first."""

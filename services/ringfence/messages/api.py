@@ -43,11 +43,13 @@ CONSOLE_ROUTES: Final[Mapping[ServiceRole, tuple[str, ...]]] = {
         "/v1/tasks",
         "/v1/tasks/{id}",
         "/v1/proposals",
+        "/v1/proposals/{proposal_id}/evidence",
     ),
     "policy": (
         "/v1/inventory",
         "/v1/inventory/changes",
         "/v1/agents/{agent_id}/usage",
+        "/v1/agents/{agent_id}/ceiling-report",
         "/v1/approvals",
         "/v1/approvals/{request_id}",
         "/v1/approvals/{request_id}/evidence",

@@ -15,10 +15,12 @@ from ringfence.messages.base import (
     Name,
     NonEmpty,
     Permission,
+    Scope,
     Seconds,
     TargetId,
     TtlSeconds,
     Uuid,
+    Verb,
 )
 from ringfence.messages.credential import Coordinates, Delivery, Reason, RequiredClass, Revisions
 from ringfence.messages.registry import ActionClass
@@ -41,6 +43,33 @@ class ApprovalRequest(Claims):
     revisions: Revisions
     reasons: tuple[Reason, ...] = ()
     expires_at: Seconds
+
+
+class UsedVerb(Message):
+    """A verb that an agent used at a target within 30 days."""
+
+    target: TargetId
+    verb: Verb
+    days: Annotated[int, Field(ge=1)]
+    """On how many days."""
+
+
+class CeilingReport(Claims):
+    """What policy knows of a whole ceiling that somebody proposes for an agent. Served over HTTP, never on a topic."""
+
+    typ: ClassVar[str] = "ceiling.report"
+    signed_by = ("policy",)
+
+    agent_id: Name
+    ceiling: Scope
+    people: tuple[Name, ...]
+    """Those who set it: its author, and the agent's sponsor."""
+    used: tuple[UsedVerb, ...] | None = None
+    """None: the reader may not see it, or there is no such agent yet."""
+    combinations: tuple[NonEmpty, ...] | None = None
+    """A sentence for each forbidden combination that it would allow by itself. None: not known."""
+    givers: tuple[Name, ...] = ()
+    """By whose word alone all of `people` have their rights (`one_person`)."""
 
 
 class Approval(ExpiringClaims):

@@ -186,6 +186,8 @@ class Code(StrEnum):
     """A record has a lower revision than one before it, and is rejected."""
     REVISION_STALE = "revision_stale"
     """The subject has changed since the signer of a wider state saw it; look at it, and sign anew."""
+    SECOND_BY_PASSKEY = "second_by_passkey"
+    """Author and second person both signed with a passkey, and this kind of change needs a key file of one of them."""
     SECOND_IS_AUTHOR = "second_is_author"
     """The author of a proposal cannot second it; somebody else has to."""
     SECOND_LISTED = "second_listed"

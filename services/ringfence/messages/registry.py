@@ -802,6 +802,7 @@ class CommandSecond(ExpiringClaims):
     """
 
     typ: ClassVar[str] = "command.second"
+    passkey_use = "sign"
 
     commands: Annotated[tuple[SecondedCommand, ...], Field(min_length=1, max_length=MAX_SECONDED)]
     """More than one: only of users and keys."""
@@ -821,6 +822,7 @@ class CommandWithdraw(ExpiringClaims):
     """Withdraw an own widening command that waits for a second person. Signed by its author."""
 
     typ: ClassVar[str] = "command.withdraw"
+    passkey_use = "sign"
 
     proposal: Digest
     """As in `SecondedCommand`."""
@@ -887,6 +889,9 @@ class UserRecord(Record):
 
     typ: ClassVar[str] = "user"
     state: UserState
+    minor: Annotated[int, Field(ge=0)] = 0
+    """How many of its revisions changed only names, `as_of` and added keys. What people sign names a revision without
+    these."""
 
 
 class AgentRecord(Record):

@@ -50,7 +50,13 @@ from ringfence.policy.api.decisions import DecisionsApi
 from ringfence.policy.api.grants import GrantApi, ReachApi
 from ringfence.policy.api.inventory import InventoryApi
 from ringfence.policy.api.usage import KEEP_MS as QUESTIONS_KEEP_MS
-from ringfence.policy.api.usage import ActionQuestions, ActionsApi, CeilingApi, UsageApi
+from ringfence.policy.api.usage import (
+    ActionQuestions,
+    ActionsApi,
+    CeilingApi,
+    CeilingReportApi,
+    UsageApi,
+)
 from ringfence.policy.decision_log import HISTORY_MS, Approvers, Decisions, InMemoryDecisionLog
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.one_person import OnePersonDetector
@@ -288,6 +294,7 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
     runtime.routes += ActionsApi(questions, directory, authenticator).routes()
     runtime.routes += UsageApi(directory, authenticator, holdings, key_last_seen, runtime.clock).routes()
     runtime.routes += CeilingApi(authenticator, parts.ceilings).routes()
+    runtime.routes += CeilingReportApi(runtime, directory, authenticator, parts.ceilings, holdings).routes()
     runtime.routes += InventoryApi(
         runtime, directory, authenticator, agent_index, directory.stale, parts.ceilings
     ).routes()

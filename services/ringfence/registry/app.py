@@ -80,7 +80,7 @@ def build(
     runtime.routes += EnrolApi(enroller).routes()
     runtime.ready_when(registry.untrusted)
     authenticator = Authenticator(directory, runtime.role, runtime.clock, SessionEvents(runtime))
-    runtime.routes += ProposalApi(registry.proposals, authenticator).routes()
+    runtime.routes += ProposalApi(registry.proposals, directory, authenticator).routes()
     runtime.routes += RegistryApi(
         directory,
         authenticator,

@@ -254,6 +254,7 @@ class Registry:
             revision=change.revision,
             commands=change.commands,
             state=change.state,
+            **({"minor": change.minor} if kind == "user" else {}),
         )
         return claims.jti, sign(claims, key)
 

@@ -61,6 +61,7 @@ from ringfence.model.lifecycle import (
     check_author,
     check_widening,
     command_subject,
+    is_minor,
     may_widen,
     sponsors_of,
     still_needed,
@@ -213,6 +214,8 @@ class Change:
     state: AnyState
     revision: int
     commands: tuple[EmbeddedCommand, ...]
+    minor: int = 0
+    """`UserRecord.minor`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,7 +281,8 @@ def decide(
     remaining = still_needed(
         [(e.claims, e.embedded) for e in current.commands], command, _compared_in(current, authorised, around)
     )
-    return Change(state, current.revision + 1, (*remaining, embedded))
+    minor = current.entry.minor + (isinstance(state, UserState) and is_minor(current.state, state, command))
+    return Change(state, current.revision + 1, (*remaining, embedded), minor)
 
 
 def _waits(
@@ -384,7 +388,7 @@ def named_revision(current: Current | None) -> int:
 
 
 def changed_since(entry: VerifiedRecord[Any] | None, proposal: Proposal) -> bool:
-    """Return whether the subject of a proposal has changed since, other than by renewals of an agent's own key.
+    """Return whether the subject of a proposal has changed since, other than by minor changes (`is_minor`).
 
     `entry`: the record of the subject. Its commands are not parsed: all proposals are compared after each command.
     """
@@ -440,7 +444,7 @@ def changes_elsewhere(
         after = apply(current.state, command, _context(authorised, around, current, subject))
         embedded = EmbeddedCommand(jws=compact, appended_at_ms=at_ms)
         commands = (*(known.embedded for known in current.commands), embedded)
-        changes.append((subject, Change(after, current.revision + 1, commands)))
+        changes.append((subject, Change(after, current.revision + 1, commands, current.entry.minor)))
     return changes
 
 
@@ -467,7 +471,8 @@ def _context(
         command_id=authorised.command_id,
         roles_of=lambda user_id: around.roles_at(user_id, at_ms),
         task_at=lambda task_id: around.task_at(task_id, at_ms),
-        last_signed_s=max((one.claims.iat for one in people), default=0),
+        # Of a command with a second person this was compared when it was proposed, and only minor changes came since.
+        last_signed_s=0 if authorised.second else max((one.claims.iat for one in people), default=0),
         person_signed_s=max((one.embedded.appended_at_ms // 1000 for one in people), default=0),
         consent_by=authorised.consent_by,
         consent_problem=authorised.consent_problem,

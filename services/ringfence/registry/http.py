@@ -12,12 +12,13 @@ import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from ringfence.client.signed_messages import Subject, evidence_of
 from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
@@ -43,6 +44,7 @@ FIRST_TOUCH: Final = re.compile(r"[A-Za-z0-9_-]{43}")
 """What a passkey signs in a browser that does not know yet whose it is. No JWS Signing Input, which has a period."""
 MAX_PAGE: Final = 1000
 """Tasks on one page."""
+_NOT_OPEN: Final = "no proposal with this id waits that you could second or withdraw; it may be over"
 Filter = Callable[[VerifiedRecord[AnyState], Request], bool]
 
 
@@ -247,17 +249,21 @@ class RegistryApi:
 
 
 class ProposalApi:
-    """HTTP route over the proposals. Operators and auditors see all, others their own and those that they may second:
+    """HTTP routes over the proposals. Operators and auditors see all, others their own and those that they may second:
     sponsors those about agents.
     """
 
-    def __init__(self, proposals: Proposals, authenticator: Authenticator) -> None:
+    def __init__(self, proposals: Proposals, directory: Directory, authenticator: Authenticator) -> None:
         self._proposals = proposals
+        self._directory = directory
         self._authenticator = authenticator
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
-        return [Route("/v1/proposals", self._all)]
+        return [
+            Route("/v1/proposals", self._all),
+            Route("/v1/proposals/{proposal_id}/evidence", self._evidence),
+        ]
 
     async def _all(self, request: Request) -> Response:
         """Serve widening commands that wait, oldest first; with `?all=1`, also those of the last day that no longer do:
@@ -267,14 +273,33 @@ class ProposalApi:
         wanted = [
             one
             for one in self._proposals.table.all()
-            if (one.status == "open" or request.query_params.get("all") == "1")
-            and (caller.sees_all or may_see(one, caller.user))
+            if (one.status == "open" or request.query_params.get("all") == "1") and may_see(one, caller)
         ]
         listed = []
         for one in wanted:
             listed.append(self._json(one))
             await asyncio.sleep(0)  # who may second each is looked up among all people
         return JSONResponse({"proposals": listed})
+
+    async def _evidence(self, request: Request) -> Response:
+        """Serve the signed messages by which the sign page shows a proposal: `{trust, records, commands}`.
+
+        `commands` is the proposed command alone. `records` are the caller's, the author's, and the subject's if there
+        is one. Only its author and who may second it get them.
+        """
+        caller = self._authenticator.authenticate(request)
+        me, proposal = caller.user.user_id, self._proposals.table.get(request.path_params["proposal_id"])
+        if proposal is None or proposal.status != "open" or not may_see(proposal, caller):
+            raise NotFoundError(_NOT_OPEN)
+        author = unverified_command(proposal.command).iss.rpartition("/")[2]  # the registry verified it
+        if me != author and me not in self._proposals.seconders(proposal.command):
+            raise NotFoundError(_NOT_OPEN)
+        subjects: list[Subject] = [("user", me), ("user", author)]
+        if proposal.revision:
+            kind, id = proposal.sub.split("/")[-2:]
+            subjects.append((cast(SubjectKind, kind), id))
+        evidence = evidence_of(self._directory, self._directory.trust, subjects)
+        return JSONResponse({**evidence, "commands": [proposal.command.jws]})
 
     def _json(self, proposal: Proposal) -> dict[str, Any]:
         command = unverified_command(proposal.command)  # the registry verified it

@@ -30,7 +30,6 @@ from ringfence.messages.registry import (
     ProposalStatus,
     SecondedCommand,
     SecondSignature,
-    UserState,
 )
 from ringfence.messages.topics import PROPOSAL
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -38,6 +37,7 @@ from ringfence.model.lifecycle import (
     CommandRefusedError,
     command_subject,
 )
+from ringfence.model.records.api_access import Caller
 from ringfence.model.records.command_chain import (
     LISTED,
     Authorised,
@@ -307,10 +307,13 @@ def _subject_changed(proposal: Proposal) -> CommandRefusedError:
     )
 
 
-def may_see(proposal: Proposal, user: UserState) -> bool:
-    """Return whether a person who is neither operator nor auditor may see a proposal: their own, those about
+def may_see(proposal: Proposal, caller: Caller) -> bool:
+    """Return whether a person may see a proposal. Operators and auditors see all; others their own, those about
     themselves, and, as a sponsor, those about agents, which sponsors may second.
     """
+    if caller.sees_all:
+        return True
+    user = caller.user
     claims = unverified_command(proposal.command)
     own = claims.iss.endswith(f"/user/{user.user_id}") or proposal.sub.endswith(f"/user/{user.user_id}")
     return own or ("sponsor" in user.roles and "/agent/" in proposal.sub)

@@ -26,6 +26,7 @@ ELSEWHERE = {
     "GET /v1/runs/{id}": "there is no runner in this stack: tests/runner",
     "GET /v1/action-approvals/{request_id}": "no action waits: tests/flows/test_gateway_approvals.py",
     "GET /v1/action-approvals/{request_id}/evidence": "no action waits: tests/console",
+    "GET /v1/proposals/{proposal_id}/evidence": "nothing waits for a second person: tests/flows/test_proposals.py",
     "GET /v1/grants/{grant_id}": "there is no grant: tests/flows/test_grants.py",
 }
 """Operations that answer 404 here as the document says, and where they are tested with more."""
@@ -90,7 +91,7 @@ async def waiting(realm: RunningStack) -> AsyncIterator[dict[str, str]]:
         pending = await first_pending(sam)
         yield {
             "lease_id": lease.lease_id, "request_id": pending.request_id, "agent_id": realm.agent, "tree": "0",
-            "grant_id": NOBODY, "credential_id": "a" * 24, "uid": NOBODY, "id": lease.lease_id,
+            "grant_id": NOBODY, "credential_id": "a" * 24, "proposal_id": "0" * 64, "uid": NOBODY, "id": lease.lease_id,
             "target_id": realm.target,
         }  # fmt: skip
         asking.cancel()
@@ -100,6 +101,7 @@ async def waiting(realm: RunningStack) -> AsyncIterator[dict[str, str]]:
 QUERIES: dict[str, dict[str, str]] = {
     "GET /v1/checkpoints/{tree}/consistency": {"from": "1"},
     "GET /v1/reach": {"target": "TARGET"},
+    "GET /v1/agents/{agent_id}/ceiling-report": {"ceiling": "[]", "people": "sam"},
     "GET /v1/who": {"target": "TARGET"},
     "GET /v1/approval-history": {"agent": "deploy-bot"},
     "GET /v1/events": {"limit": "3"},
@@ -148,6 +150,7 @@ NOT_HERE: dict[ServiceRole, set[str]] = {
         *_for_each(CONSOLES, 200),
         *_for_each(["GET /v1/passkeys/{credential_id}"], 400, 404),
         "POST /v1/enrol 200",
+        "GET /v1/proposals/{proposal_id}/evidence 200",
     },
     "policy": {
         *_for_each((one for one in ELSEWHERE if "approvals" in one or "grants" in one), 200),

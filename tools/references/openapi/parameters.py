@@ -19,6 +19,7 @@ _PATHS: Mapping[str, tuple[str, str]] = {
     "target_id": ("the id of a target", "staging"),
     "agent_id": ("the id of an agent", "deploy-bot"),
     "grant_id": ("the id of a grant", _REQUEST),
+    "proposal_id": ("the id of a proposal: the digest of its command", "9f2c41d07ab3" + "0" * 52),
     "credential_id": ("the id of a passkey, as its authenticator made it", "mNr0-Qq1W7cH3mFzqj1n2w"),
     "tree": ("the name of a chain: one for each partition of `audit`", "0"),
     "uid": ("`metadata.uid` of an event", "0b8e1f5c-52a7-5e36-a3a5-0a3a1f6a3a10"),
@@ -49,6 +50,7 @@ _NUMBERS = {
     "count", "from", "class",
 }  # fmt: skip
 _EXAMPLES: Mapping[str, Any] = {
+    "ceiling": '[{"target":"staging","verbs":["read"],"resources":["env/*"]}]', "people": "maria,sam",
     "after": "deploy-bot", "agent": "deploy-bot", "all": "1", "assertion": "eyJhZCI6IlN6In0", "attributes": "userName,active",
     "before": "1767225600000.8f9e2c1a-7d3b-5c4e-9a21-0b6d5e4f3a2b", "beyond_limit": "1",
     "class": 3003, "code": "action.*", "count": 50, "ended": "1", "except": _REQUEST, "excludedAttributes": "members",

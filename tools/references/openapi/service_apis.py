@@ -103,6 +103,11 @@ _REGISTRY = Api(
             ))),
             query={"all": "`1`: also those of the last day that no longer wait"},
         ),
+        Operation(
+            "GET", "/v1/proposals/{proposal_id}/evidence",
+            "The signed messages by which the sign page shows a proposal, for its author and who may second it.",
+            {**ok(trust=TEXT, records=objects(TEXT), commands=objects(TEXT)), **_NOT_FOUND},
+        ),
         Operation("GET", "/v1/trust", "The trust bundle in force.", ok(trust=TEXT), "console"),
         Operation(
             "GET", "/v1/passkeys/{credential_id}", "Whose passkey made an assertion.",
@@ -178,6 +183,12 @@ _POLICY = Api(
         Operation("GET", "/v1/grants", "Approvals in advance.", ok(grants=objects(ref("Grant")))),
         Operation("GET", "/v1/grants/{grant_id}", "One of them.", {**ok(ref("Grant")), **_NOT_FOUND}),
         Operation("GET", "/v1/agents/{agent_id}/usage", "What an agent may, holds and used.", {**ok(ref("Usage")), **_NOT_FOUND}),
+        Operation(
+            "GET", "/v1/agents/{agent_id}/ceiling-report", "What policy knows of a ceiling that somebody proposes, signed.",
+            {**ok(report=TEXT), **_WRONG_QUERY},
+            query={"ceiling": "a JSON list of permissions", "people": "the ids of its author and sponsors, by commas"},
+            required=("ceiling",),
+        ),
         Operation(
             "POST", "/v1/combinations", "Which forbidden combinations a ceiling would allow by itself; nothing changes.",
             {

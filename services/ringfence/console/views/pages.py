@@ -154,6 +154,7 @@ async def proposals(view: View) -> Page:
     found = await view.reads.proposals()
     for one in found:
         one["mine"] = view.session.user_id in one["may_second"]
+        one["own"] = view.session.user_id == one["author"]
         one["ceiling"] = await _proposed_ceiling(view, one)
     found.sort(key=lambda one: (not one["mine"], one["ends_at_ms"]))
     return Page("proposals.html", "Changes that wait for you", {"proposals": found}, "approvals")
@@ -163,7 +164,7 @@ async def _proposed_ceiling(view: View, listed: dict[str, Any]) -> dict[str, Any
     """Return the whole ceiling that a proposal gives, what is new in it, and what of it was not used in 30 days;
     None if it gives none.
 
-    The console verifies no signature: the command line does, before somebody seconds it.
+    The console verifies no signature: the sign page and the command line do, before somebody seconds it.
     """
     model = _WITH_CEILING.get(listed["typ"])
     if model is None:

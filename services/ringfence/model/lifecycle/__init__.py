@@ -48,7 +48,7 @@ from ringfence.model.lifecycle.second_person import (
     sponsors_of,
 )
 from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
-from ringfence.model.lifecycle.widening import delegates_operator, widens
+from ringfence.model.lifecycle.widening import delegates_operator, is_minor, is_minor_for_user, widens
 
 __all__ = [
     "MAX_DEPTH",
@@ -84,6 +84,8 @@ __all__ = [
     "hold_text",
     "is_apart",
     "is_compared",
+    "is_minor",
+    "is_minor_for_user",
     "may_be_dropped",
     "may_second",
     "may_widen",

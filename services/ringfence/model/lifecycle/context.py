@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.crypto.keys import public_key
@@ -25,6 +26,9 @@ from ringfence.model.identity.attestation import problem, selector_id
 from ringfence.model.lifecycle.key_history import NO_HISTORY, KeyHistory, KeyOrigin, KeyProof
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
+
+ROOT_NAME: Final = "root"
+"""How lists and messages name the root key where they name users."""
 
 
 class CommandRefusedError(RingfenceError):
@@ -189,6 +193,15 @@ def ended_keys(state: UserState | None, new: Sequence[KeyRecord], at_s: int) -> 
     listed = {key.kid for key in new}
     unlisted = [key for key in (state.keys if state else ()) if key.kid not in listed]
     return tuple(key.model_copy(update={"not_after": min(key.not_after, at_s)}) for key in unlisted)
+
+
+def check_user_id(user_id: str) -> None:
+    """Raise CommandRefusedError for the id of a user that people would take for the root."""
+    if user_id == ROOT_NAME:
+        raise CommandRefusedError(
+            f"{ROOT_NAME} is no id for a user: lists name the root key so; choose another",
+            code=Code.NAME_RESERVED,
+        )
 
 
 def check_scope(scope: Scope, *, allow_empty: bool = False) -> None:

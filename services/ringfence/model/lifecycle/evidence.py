@@ -13,6 +13,7 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentSuspend,
     Command,
+    Entitlements,
     ProvisionerLink,
     TargetRemove,
     TargetSet,
@@ -77,7 +78,11 @@ def _needed_since(commands: Sequence[tuple[Command, T]], latest: Command) -> lis
         (first, _), (between, _) = commands[-2:]
         same = _givers(commands[:-1], latest) == _givers(commands, latest)
         if (
-            same and _same_standing(first, between, latest) and not (_by_oneself(latest) or _by_root(between))
+            same
+            and _same_standing(first, between, latest)
+            and not (_by_oneself(latest) or _by_root(between))
+            # Else a minor change would look to readers like the change before it.
+            and (_same_rights(first, between) or not _same_rights(between, latest))
         ):  # what the root set rests on nobody, and says so
             return [item for _, item in commands[:-1]]
     kept = 0
@@ -179,6 +184,22 @@ def _same_standing(*commands: Command) -> bool:
     return isinstance(first, UserSet) and all(
         isinstance(c, UserSet) and _ownership(c) == _ownership(first) for c in commands
     )
+
+
+def _same_rights(one: Command, other: Command) -> bool:
+    """Return whether two `user.set` give the same entitlements, whatever their `as_of`."""
+    assert isinstance(one, UserSet)
+    assert isinstance(other, UserSet)
+    return _without_as_of(one) == _without_as_of(other) and _groups(one) == _groups(other)
+
+
+def _without_as_of(command: UserSet) -> Entitlements:
+    return command.entitlements.model_copy(update={"as_of": 0})
+
+
+def _groups(command: UserSet) -> tuple[object, ...]:
+    said = command.provisioned
+    return (said.groups, said.user_name, said.external_id, said.emails) if said else ()
 
 
 def _ownership(command: UserSet) -> tuple[object, ...]:

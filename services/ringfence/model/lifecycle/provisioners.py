@@ -26,6 +26,7 @@ from ringfence.model.lifecycle.context import (
     Context,
     check_keys,
     check_scope,
+    check_user_id,
     ended_keys,
     operator_only,
 )
@@ -53,6 +54,7 @@ def apply_to_provisioner(
             "another operator must sign",
             code=Code.SELF_WIDENING,
         )
+    check_user_id(command.provisioner_id)
     check_keys(command.keys, context.at_s, at_least=1)
     _check_delegation(command.delegation)
     delegated = {one.group for one in command.delegation.groups}
@@ -90,6 +92,7 @@ def set_by_provisioner(state: UserState | None, command: UserSet, context: Conte
         )
     if command.entitlements.as_of > context.at_s + LEEWAY_S:
         raise CommandRefusedError("entitlements are as of a moment to come", code=Code.AS_OF_IN_FUTURE)
+    check_user_id(command.user_id)
     _check_within(command, provisioning, delegation)
     provisioned = provisioned_of(
         provisioning, context.actor.user_id, blocked=before is not None and before.blocked

@@ -189,10 +189,9 @@ def check_second(command: Command, signatures: Signatures, sponsors: Collection[
     1. It is within a day of the proposal (`proposal_lapsed`).
     2. It is a person, somebody else than the author (`second_is_author`), and not the user whom it is about.
     3. They have the role (`second_not_entitled`), and their record rests on no compromised key.
-    4. Nobody else gave their keys within a day (`key_too_new`).
-    5. No person is, or is behind, both (`second_not_apart`).
-
-    Of changes of users, targets and provisioners one signature is by a key file: no passkey signs such a command.
+    4. Unless it is about an agent, one of both signs with a key file (`second_by_passkey`).
+    5. Nobody else gave their keys within a day (`key_too_new`).
+    6. No person is, or is behind, both (`second_not_apart`).
     """
     author, second, at_ms = signatures.author, signatures.second, signatures.at_ms
     assert second is not None
@@ -207,6 +206,12 @@ def check_second(command: Command, signatures: Signatures, sponsors: Collection[
         )
     if second.actor.hold is not None:
         return refused(Code.RESTS_ON_COMPROMISED, hold_text(f"user {who}", second.actor.hold))
+    if author.actor.by_passkey and second.actor.by_passkey and not isinstance(command, _ABOUT_AGENTS):
+        return refused(
+            Code.SECOND_BY_PASSKEY,
+            f"{author.actor.user_id} and {who} both signed with a passkey; one of both needs a key file for a "
+            f"{command.typ}",
+        )
     for person, since_ms in ((author, signatures.proposed_ms), (second, at_ms)):
         verdict = _check_key(person, since_ms)
         if verdict is not ALLOWED:

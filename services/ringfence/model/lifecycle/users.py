@@ -19,6 +19,7 @@ from ringfence.model.lifecycle.context import (
     Context,
     check_keys,
     check_scope,
+    check_user_id,
     ended_keys,
     operator_only,
 )
@@ -48,6 +49,7 @@ def _set(state: UserState | None, command: UserSet, context: Context) -> UserSta
     if not context.actor.is_root:
         operator_only(context, "set or disable users")
     provisioned = _left_to_provisioner(state, command)
+    check_user_id(command.user_id)
     check_scope(command.entitlements.scope, allow_empty=True)
     check_keys(command.keys, context.at_s, at_least=0, passkeys=True)
     _check_known_keys(state, command.keys, context.at_s)

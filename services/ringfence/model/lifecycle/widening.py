@@ -79,6 +79,34 @@ def _operator_groups(state: AnyState | None) -> frozenset[str]:
     return frozenset(one.group for one in groups if "operator" in one.roles)
 
 
+def is_minor(old: AnyState | None, new: AnyState, command: Command) -> bool:
+    """Return whether a change is none that people decide on: what they sign names a revision without it.
+
+    It is a renewal of an agent's key, or changes of a user only names, `as_of`, and keys in addition to those that they
+    have. The registry counts such changes (`UserRecord.minor`), and readers let a proposal outlast them.
+    """
+    if isinstance(command, AgentRenewKey):
+        return True
+    return isinstance(old, UserState) and isinstance(new, UserState) and is_minor_for_user(old, new)
+
+
+def is_minor_for_user(old: UserState, new: UserState) -> bool:
+    """As `is_minor`, of a user, whatever the command."""
+    keys = {key.kid: key for key in new.keys}
+    return all(keys.get(key.kid) == key for key in old.keys) and _decided(old) == _decided(new)
+
+
+def _decided(user: UserState) -> UserState:
+    """Return a user without what changes as a minor change."""
+    entitlements = user.entitlements.model_copy(update={"as_of": 0})
+    provisioned = user.provisioned and user.provisioned.model_copy(update=dict.fromkeys(_NAMES))
+    plain = {"name": "-", "keys": (), "entitlements": entitlements, "provisioned": provisioned}
+    return user.model_copy(update=plain)
+
+
+_NAMES: Final = ("display_name", "formatted_name", "given_name", "family_name")
+
+
 def _wider(old: Message, new: Message) -> bool:
     if old == new:
         return False

@@ -76,6 +76,7 @@ from ringfence.model.lifecycle import (
     check_widening,
     command_subject,
     hold_of,
+    is_minor,
     sponsors_of,
     subject_key,
 )
@@ -197,8 +198,10 @@ class _Step:
     """Of a user or an agent: where their keys come from."""
     provenance: Provenance = NO_PROVENANCE
     """Of a user: on whose word they rest."""
+    decided_signed_s: int = 0
+    """As `last_signed_s`, of commands that were no minor changes. A proposal outlasts those (`is_minor`)."""
     changed_ms: int = 0
-    """When the last command took effect that was no renewal of a key by the agent itself."""
+    """When the last command took effect that was no minor change (`is_minor`)."""
 
 
 @dataclass(slots=True)
@@ -505,13 +508,13 @@ class Chains:
         kind, id = command_subject(given.claims, given.command_id)
         record = self._unverified_user(id) if kind == "user" else self._unverified(kind, id)
         if record is None:
-            return self._applied((), given)
+            return self._applied((), given, proposed=True)
         after_ms = record.commands[-1].appended_at_ms + 1
         if kind == "user":
             self.user_at(id, after_ms)
-            return self._applied(self._histories[id].steps, given)
+            return self._applied(self._histories[id].steps, given, proposed=True)
         self._other_at(kind, id, after_ms)
-        return self._applied(self._others[kind, id].steps, given)
+        return self._applied(self._others[kind, id].steps, given, proposed=True)
 
     def task_at(self, task_id: str, at_ms: int) -> TaskState | None:
         """The state of a task just before `at_ms`, folded from its commands. Raises ChainError."""
@@ -677,16 +680,28 @@ class Chains:
             endorser = self._endorser(given, steps[-1] if steps else None)
             provenance = provenance.after(before, state, given.claims, given.signatures, endorser)
         changed_ms = steps[-1].changed_ms if steps else 0
+        decided_s = steps[-1].decided_signed_s if steps else 0
+        minor = is_minor(before, state, given.claims)
         if by_person(given.claims):
             signed_s, person_s = max(signed_s, given.claims.iat), at_ms // 1000
-        if not isinstance(given.claims, AgentRenewKey):
-            changed_ms = at_ms
+            decided_s = decided_s if minor else max(decided_s, given.claims.iat)
         return _Step(
-            state, given.command_id, signed_s, person_s, given.consent, keys, provenance, changed_ms
-        )  # fmt: skip
+            state,
+            given.command_id,
+            signed_s,
+            person_s,
+            given.consent,
+            keys,
+            provenance,
+            decided_s,
+            changed_ms if minor else at_ms,
+        )
 
-    def _applied(self, steps: Sequence[_Step], given: Authorised) -> AnyState:
-        """Apply a command onto `steps`, whether or not it needs a second person. Raises CommandRefusedError."""
+    def _applied(self, steps: Sequence[_Step], given: Authorised, *, proposed: bool = False) -> AnyState:
+        """Apply a command onto `steps`, whether or not it needs a second person. Raises CommandRefusedError.
+
+        `proposed`: whether it waits for one. Only minor changes came since then.
+        """
         at_ms, last = given.appended_at_ms, steps[-1] if steps else None
         context = Context(
             actor=given.actor,
@@ -696,7 +711,9 @@ class Chains:
             command_id=given.command_id,
             roles_of=lambda user_id: self.roles_at(user_id, at_ms),
             task_at=lambda task_id: self.task_at(task_id, at_ms),
-            last_signed_s=last.last_signed_s if last else 0,
+            last_signed_s=(last.decided_signed_s if given.second or proposed else last.last_signed_s)
+            if last
+            else 0,
             consent_by=given.consent_by,
             consent_problem=given.consent_problem,
             transfer_consent=given.consent.transfer if given.consent else None,

@@ -50,6 +50,7 @@ from ringfence.model.lifecycle import (
     check_hold,
     held_keys,
     is_compared,
+    is_minor_for_user,
     may_be_dropped,
 )
 from ringfence.model.records.command_chain import ChainError, Chains, unverified_command
@@ -96,10 +97,16 @@ class VerifiedRecord(Generic[S]):
     def named_revision(self) -> int:
         """The revision that approvals, grants, decisions, proposals and commands name.
 
-        An agent's renewals of its key are not counted, since they change nothing that a person decides on.
+        Minor changes are not counted, since they change nothing that a person decides on.
         """
-        renewals = len(self.state.renewed) if isinstance(self.state, AgentState) else 0
-        return self.revision - renewals
+        return self.revision - self.minor
+
+    @property
+    def minor(self) -> int:
+        """How many minor changes there were: renewals of an agent's key, and what a user's record says."""
+        if isinstance(self.record, UserRecord):
+            return self.record.minor
+        return len(self.state.renewed) if isinstance(self.state, AgentState) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,6 +268,7 @@ class Directory:
         3. Its subject's id is `key`, if that is given.
         4. Its revision is higher than the known one. The same record again, perhaps signed anew, changes nothing.
         5. Its commands continue those of the known record.
+        6. It counts as minor only changes of a user that are.
 
         `key` is the Kafka key, if it has to equal the id. Otherwise compaction would let a record replace another
         subject's.
@@ -288,6 +296,8 @@ class Directory:
             history = _check_history(record, slot.record.commands, self._trust)
             if isinstance(history, Refused):
                 return history
+            if isinstance(fell := _check_minor(slot.record, record), Refused):
+                return fell
         self._slots[kind][id] = _Slot(record, compact, source)
         self.version += 1
         if kind != "target":  # other records may rest on it
@@ -409,6 +419,19 @@ class Directory:
         """All verified records of a kind whose ids begin so, sorted by id. Records with a broken chain are left out."""
         return self._verified(kind, (id for id in self._slots[kind] if id.startswith(prefix)))
 
+    def entries_since(self, kind: SubjectKind, since_ms: int) -> Iterator[VerifiedRecord[AnyState]]:
+        """As `entries`, of records that have a command of `since_ms` (append time) or later. No others are verified:
+        after a start, verifying all takes minutes where there are very many.
+        """
+        return self._verified(
+            kind,
+            (
+                id
+                for id, slot in self._slots[kind].items()
+                if slot.record.commands[-1].appended_at_ms >= since_ms
+            ),
+        )
+
     def users_with(self, *roles: Role) -> list[str]:
         """The ids of the users who have one of these roles by their record, sorted. The records are not verified yet:
         look each up with `user`.
@@ -439,15 +462,23 @@ class Directory:
 
         A key that a compromised key gave is valid no more, also before somebody ends it (ADR 0087).
         """
-        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
-        entry = self.agent(agent_id) if agent_id else None
-        found = valid_key(entry.state.keys, kid, at_s) if entry else None
+        agent_id, entry = subject_of(self._trust.trust_domain, iss, "agent"), self._agent_of(iss)
+        found = self.held_agent_key(iss, kid, at_s)
         if found is None or agent_id is None:
             return None
         origin = self.agent_key_history(agent_id).origins.get(kid)
         if origin is None or entry is None or kid in held_keys(entry.state) or self.compromised_giver(origin):
             return None
         return found
+
+    def held_agent_key(self, iss: str, kid: str, at_s: float) -> PublicKey | None:
+        """As `agent_key`, also if the key rests on a compromised one. To answer its holder, never to allow anything."""
+        entry = self._agent_of(iss)
+        return valid_key(entry.state.keys, kid, at_s) if entry else None
+
+    def _agent_of(self, iss: str) -> VerifiedRecord[AgentState] | None:
+        agent_id = subject_of(self._trust.trust_domain, iss, "agent")
+        return self.agent(agent_id) if agent_id else None
 
     def user_key(self, iss: str, kid: str, at_s: float) -> VerificationKey | None:
         """The key `kid` of the active user `iss` if it is valid at `at_s` (seconds), by the present record. Raises
@@ -600,6 +631,23 @@ class Directory:
     def _unverified_user(self, user_id: str) -> UserRecord | None:
         slot = self._slots["user"].get(user_id)
         return cast(UserRecord, slot.record) if slot else None
+
+
+def _check_minor(known: AnyRecord, record: AnyRecord) -> Verdict:
+    """Check that a newer record of a user counts as minor only changes that are. If revisions in between are missing,
+    its registry is believed.
+    """
+    if not (isinstance(known, UserRecord) and isinstance(record, UserRecord)):
+        return ALLOWED
+    more, revisions = record.minor - known.minor, record.revision - known.revision
+    if 0 <= more <= revisions and not (
+        revisions == more == 1 and not is_minor_for_user(known.state, record.state)
+    ):
+        return ALLOWED
+    message = (
+        f"revision {record.revision} of {record.sub} counts {record.minor} minor changes, and has others"
+    )
+    return refused(Code.REVISION_FELL, message)
 
 
 def _check_history(record: AnyRecord, known: Sequence[EmbeddedCommand], trust: TrustStore) -> Verdict:

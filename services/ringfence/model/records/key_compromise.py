@@ -85,9 +85,8 @@ class KeyCompromise:
         found = [
             one
             for kind in kinds
-            for entry in self._directory.entries(kind)
-            if entry.record.commands[-1].appended_at_ms >= self.since_ms
-            and (one := self.resting_of(kind, entry, now_s)) is not None
+            for entry in self._directory.entries_since(kind, self.since_ms)
+            if (one := self.resting_of(kind, entry, now_s)) is not None
         ]
         return sorted(found, key=lambda one: (one.given_ms, one.held.kind, one.held.id))
 
@@ -196,8 +195,7 @@ class KeyCompromise:
         commands = sorted(
             (
                 (embedded.appended_at_ms, entry.state.user_id, number)
-                for entry in _users(self._directory)
-                if entry.record.commands[-1].appended_at_ms >= self.since_ms
+                for entry in _users(self._directory, self.since_ms)
                 for number, embedded in enumerate(entry.record.commands)
             ),
         )
@@ -213,8 +211,8 @@ class KeyCompromise:
                 steps.append((at_ms, rest))
 
 
-def _users(directory: Directory) -> Iterator[VerifiedRecord[UserState]]:
-    for entry in directory.entries("user"):
+def _users(directory: Directory, since_ms: int) -> Iterator[VerifiedRecord[UserState]]:
+    for entry in directory.entries_since("user", since_ms):
         assert isinstance(entry.state, UserState)
         yield VerifiedRecord(entry.state, entry.revision, entry.record, entry.compact)
 

@@ -84,7 +84,16 @@ def _candidates(directory: Directory, now_ms: int) -> Iterator[tuple[str, list[P
         yield (
             user_id,
             [
-                Person(Actor(user_id, frozenset(user.roles), kid=key.kid, hold=hold_of(user)), provenance)
+                Person(
+                    Actor(
+                        user_id,
+                        frozenset(user.roles),
+                        kid=key.kid,
+                        by_passkey=key.use == "webauthn",
+                        hold=hold_of(user),
+                    ),
+                    provenance,
+                )
                 for key in user.keys
                 if key.not_before * 1000 <= now_ms < key.not_after * 1000
             ],

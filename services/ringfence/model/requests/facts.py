@@ -126,7 +126,7 @@ class RecordContext:
         """The revisions of the records and of the policy bundle that an approval or a decision is based on."""
         return Revisions(
             agent=self.agent.named_revision,
-            user=self.user.revision,
+            user=self.user.named_revision,
             task=self.task.revision,
             target=self.target.revision,
             policy=policy,

@@ -17,20 +17,24 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ringfence.client.approvals.action_approvals import OpenActions, PendingAction, is_action
-from ringfence.client.signed_messages import Subject, evidence_of, ground_of
-from ringfence.kernel.base.api_errors import NotFoundError
+from ringfence.client.signed_messages import Subject, compose, evidence_of, ground_of, stamp
+from ringfence.kernel.base.api_errors import NotFoundError, WrongQueryError
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
+from ringfence.kernel.base.strict_json import json_object
+from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.approval import ActionApproval, ActionRequest
+from ringfence.kernel.service.runtime import Runtime
+from ringfence.messages.approval import ActionApproval, ActionRequest, CeilingReport, UsedVerb
 from ringfence.messages.base import Scope
 from ringfence.model.records.api_access import Authenticator, Caller, ForbiddenError
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.seconders import sole_givers
 from ringfence.policy.agents.ceilings import CeilingCombinations
 from ringfence.policy.agents.holdings import Holdings
 from ringfence.policy.agents.usage import DAY_S, WINDOW_DAYS, KeyLastSeen, narrower, verbs_of
-from ringfence.policy.api.authzen import parse_question, question_body
+from ringfence.policy.api.authzen import BadQuestionError, parse_question, question_body
 from ringfence.rego.engine import PolicyFailedError
 
 KEEP_MS = 24 * 3600 * 1000
@@ -88,6 +92,76 @@ class CeilingApi:
 
 class _Ceiling(BaseModel):
     ceiling: Scope
+
+
+class CeilingReportApi:
+    """`GET /v1/agents/{agent_id}/ceiling-report`: what policy knows of a whole ceiling that somebody proposes. It is
+    signed, so that the sign page need not believe the console.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        directory: Directory,
+        authenticator: Authenticator,
+        ceilings: CeilingCombinations,
+        holdings: Holdings,
+    ) -> None:
+        self._runtime = runtime
+        self._directory = directory
+        self._authenticator = authenticator
+        self._ceilings = ceilings
+        self._holdings = holdings
+
+    def routes(self) -> list[BaseRoute]:
+        """Return the routes to add to those of the runtime."""
+        return [Route("/v1/agents/{agent_id}/ceiling-report", self._report)]
+
+    async def _report(self, request: Request) -> Response:
+        """Serve `{report}`, a signed `CeilingReport`. Query: `ceiling` (JSON) and `people` (ids, by commas).
+
+        Who may not see the agent's use, or combinations, gets a report without them.
+        """
+        caller, query = self._authenticator.authenticate(request), request.query_params
+        agent_id = request.path_params["agent_id"]
+        try:
+            document = json_object(b'{"ceiling":%s}' % query.get("ceiling", "").encode())
+            ceiling = parse_question(_Ceiling, document).ceiling
+        except (ValueError, BadQuestionError):
+            raise WrongQueryError("ceiling is a JSON list of permissions") from None
+        people = tuple(sorted({one for one in query.get("people", "").split(",") if one}))
+        now_ms = self._runtime.clock.now_ms()
+        key = self._runtime.believed_key()
+        stamped = stamp(key.id, self._runtime.settings.trust_domain, now_ms // 1000, 0)
+        report = compose(
+            CeilingReport,
+            stamped,
+            agent_id=agent_id,
+            ceiling=ceiling,
+            people=people,
+            used=self._used(agent_id, caller, now_ms // 1000),
+            combinations=await self._combinations(ceiling, caller),
+            givers=tuple(sorted(sole_givers(self._directory, people, now_ms))),
+        )
+        return JSONResponse({"report": sign(report, key)})
+
+    async def _combinations(self, ceiling: Scope, caller: Caller) -> tuple[str, ...] | None:
+        if not (caller.sees_all or "sponsor" in caller.user.roles):
+            return None
+        try:
+            return tuple(reason.message for reason in await self._ceilings.of(ceiling))
+        except PolicyFailedError:
+            return None
+
+    def _used(self, agent_id: str, caller: Caller, now_s: int) -> tuple[UsedVerb, ...] | None:
+        try:
+            entry = self._directory.agent(agent_id)
+        except ChainError:
+            entry = None
+        if entry is None or not caller.may_see_agent_of(entry.state.sponsor):
+            return None
+        used = sorted(self._holdings.used(agent_id, now_s), key=lambda one: (one.target, one.verb))
+        return tuple(UsedVerb(target=one.target, verb=one.verb, days=one.days) for one in used)
 
 
 class ActionsApi:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from math import ceil
 from typing import TypeVar
 
-from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jwe import check_reply_key
-from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse
+from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse, verify
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received, partition_of
 from ringfence.kernel.service.runtime import Runtime
@@ -65,15 +65,27 @@ class MessageVerifier:
         self._report_reuse = ReuseReporter(runtime, directory)
         self._partitions: list[int] = []
 
-    async def request(self, record: Received) -> tuple[Case, ExpiredError | None]:
-        """Return the request in a record, signed by an agent, and the error if it came too late."""
+    async def request(self, record: Received) -> tuple[Case, InvalidMessageError | None]:
+        """Return the request in a record, signed by an agent, and why it is denied whatever it asks for: it came too
+        late, or the key rests on a compromised one. Such an agent is answered, so that it need not wait in vain.
+        """
         if self._runtime.clock.now_ms() - record.appended_at_ms > MAX_AGE_MS:
             raise InvalidMessageError(
                 "the request has waited longer than any request may live; ask anew", code=Code.TOO_OLD
             )
-        request, late = await self._verified(record, CredentialRequest, key_of_agent, MAX_REQUEST_BYTES)
+        request: Signed[CredentialRequest]
+        late: InvalidMessageError | None
+        try:
+            request, late = await self._verified(record, CredentialRequest, key_of_agent, MAX_REQUEST_BYTES)
+        except SignatureError as error:
+            if error.code != Code.KEY_UNKNOWN:
+                raise
+            request, late = self._of_held_key(record, error)
         claims = request.claims
-        if late is not None and record.appended_at_ms - claims.exp * 1000 > ANSWER_EXPIRED_WITHIN_MS:
+        if (
+            isinstance(late, ExpiredError)
+            and record.appended_at_ms - claims.exp * 1000 > ANSWER_EXPIRED_WITHIN_MS
+        ):
             raise late
         agent_id = subject_of(claims.aud, claims.iss, "agent") or ""
         if record.key != agent_id:
@@ -86,6 +98,36 @@ class MessageVerifier:
         check_reply_key(claims.reply_key)
         id = message_id(claims.iss, claims.jti)
         return Case(request, id, agent_id, record.coordinates, record.traceparent), late
+
+    def _of_held_key(
+        self, record: Received, unknown: SignatureError
+    ) -> tuple[Signed[CredentialRequest], InvalidMessageError]:
+        """Return a request by a key that rests on a compromised one, and the reason to deny it. Raises `unknown` if it
+        is no such key.
+        """
+        at_s = record.appended_at_ms / 1000
+
+        def find(iss: str, kid: str) -> VerificationKey | None:
+            return key_of_agent(
+                iss, kid, at_s, lambda iss, kid: self._directory.held_agent_key(iss, kid, at_s)
+            )
+
+        jws = parse(record.value)
+        try:
+            signed = verify(
+                jws,
+                CredentialRequest,
+                find,
+                audience=self._runtime.settings.trust_domain,
+                appended_at_ms=record.appended_at_ms,
+            )
+            verdict = self._directory.check_vouchers(signed.claims.iss, jws.header.kid)
+        except (InvalidMessageError, ChainError):
+            raise unknown from None
+        if isinstance(verdict, Allowed):
+            raise unknown
+        reason = verdict.reason
+        return signed, InvalidMessageError(reason.message, code=ReceivedCode(reason.code))
 
     async def check_placement(self, record: Received, agent_id: str) -> Verdict:
         """Check that a record about an agent is in the agent's partition.

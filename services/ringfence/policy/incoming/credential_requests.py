@@ -217,9 +217,11 @@ class RequestHandler:
             await self._publisher.notify(state, case)
 
     def _check_admission(
-        self, case: Case, late: ExpiredError | None, *, first: bool
+        self, case: Case, late: InvalidMessageError | None, *, first: bool
     ) -> Allowed | RequestRefused:
-        """Check that a request came in time, and that it is admitted; one that was tried before was."""
+        """Check that a request came in time and by a key that counts, and that it is admitted; one that was tried
+        before was.
+        """
         if late is not None:
             return refuse(late.code, str(late))
         return self._checks.admission.admit(case, self._runtime.clock.now_ms()) if first else ALLOWED

@@ -7,6 +7,7 @@
 
 import { RefusedError, digest, messageId } from "./encoding.js";
 import { LEEWAY_S, isTime, ordinaryKey, parse, verify } from "./jws.js";
+import { isByPasskey, usablePasskeys, verifyPasskey } from "./passkeys.js";
 
 const KINDS = ["user", "agent", "target", "task"];
 const MAX_RECORDS = 64;
@@ -39,7 +40,9 @@ export class Evidence {
       if (this.records.has(key)) throw new RefusedError(`the record of ${typ} ${id} comes twice`);
       if (!Number.isSafeInteger(claims.revision)) throw new RefusedError(`the record of ${typ} ${id} has no revision`);
       const seen = this.highestSeen(key, claims.revision);
-      this.records.set(key, { typ, id, state: claims.state, revision: claims.revision, at: claims.iat, seen });
+      const { revision, state } = claims;
+      const named = revision - (typ === "agent" ? (state.renewed ?? []).length : (claims.minor ?? 0));
+      this.records.set(key, { typ, id, state, revision, named, at: claims.iat, seen });
     }
   }
 
@@ -85,6 +88,22 @@ export class Evidence {
     return { claims: jws.claims, signer: state };
   }
 
+  /** Verify a message that a user signed with a key file, or with a passkey. Returns its type and claims, and who. */
+  async signedByPerson(compact, what) {
+    const jws = parse(compact, what);
+    const typ = /^ringfence\.([a-z.-]+)\+jwt$/.exec(jws.header.typ)?.[1];
+    if (typ === undefined) throw new RefusedError(`${what} is of no known type`);
+    if (!isByPasskey(jws)) return { typ, byPasskey: false, ...(await this.signedByUser(typ, compact, what)) };
+    const { claims, header } = jws;
+    const { state } = this.record("user", this.subject("user", claims.iss));
+    const key = usablePasskeys(state, this.config, claims.iat).find((one) => one.kid === header.kid);
+    if (state.status !== "active" || key === undefined) {
+      throw new RefusedError(`${what} is signed by no valid passkey of ${state.user_id}`);
+    }
+    await verifyPasskey(jws, key, this.trust.origins("sign", claims.iat), this.config, what);
+    return { typ, byPasskey: true, claims, signer: state };
+  }
+
   /** Verify a request as its agent signed it: with a key of its record, or with one that the registry enrolled. */
   async agentRequest(compact) {
     const what = "the agent's request";
@@ -117,9 +136,8 @@ export class Evidence {
     if (task.state.agent_id !== agentId) throw new RefusedError("the task is another agent's");
     const named = { agent, task, target, user };
     for (const [kind, record] of Object.entries(named)) {
-      const revision = record.revision - (kind === "agent" ? (record.state.renewed ?? []).length : 0);
-      if (revisions?.[kind] !== revision) {
-        throw new RefusedError(`the record of the ${kind} has revision ${revision}, and another one is signed`);
+      if (revisions?.[kind] !== record.named) {
+        throw new RefusedError(`the record of the ${kind} has revision ${record.named}, and another one is signed`);
       }
     }
     return { agent: agent.state, task: task.state, target: target.state, user: user.state };

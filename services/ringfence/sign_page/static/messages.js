@@ -5,6 +5,7 @@
 
 import { RefusedError, digest, messageId } from "./encoding.js";
 import { isTime, parse } from "./jws.js";
+import { changesOf, proposedCommand, sorted } from "./proposals.js";
 import { duration, moment, visibleLines, visibleName, visibleResource } from "./text.js";
 
 const COMMON = ["exp"];
@@ -408,11 +409,110 @@ function taskEnd(claims, evidence) {
   };
 }
 
-/** A copy whose members are in one order, to compare by. */
-function sorted(value) {
-  if (Array.isArray(value)) return value.map(sorted);
-  if (typeof value !== "object" || value === null) return value;
-  return Object.fromEntries(Object.keys(value).sort().map((key) => [key, sorted(value[key])]));
+// --- proposals ---
+
+const REPORT_S = 3600;
+const SHORT = 12;
+
+/** The proposed command that came with the question, which has the digest `wanted`. */
+async function proposalOf(extra, evidence, wanted) {
+  if (!Array.isArray(extra.commands) || extra.commands.length !== 1) throw new RefusedError("the proposed command did not come with it");
+  const found = await proposedCommand(extra.commands[0], evidence);
+  if (found.digest !== wanted) throw new RefusedError("it is another proposal than the one that came with it");
+  return found;
+}
+
+const asText = (value) => (value === undefined ? "none" : JSON.stringify(value, null, 1).split("\n").map(visibleName).join("\n"));
+
+/** What a proposal changes, by the records that were verified, as `ringfence proposal show` has it. */
+async function proposalRows(found, evidence, extra) {
+  const rows = [
+    row("Proposal", found.digest.slice(0, SHORT), "code"),
+    row("Command", `${found.typ} of ${found.kind} ${name(found.id)}`),
+    row("Proposed by", name(found.author)),
+    row("Proposed at", moment(int(found.claims.iat))),
+  ];
+  if (found.claims.reason !== undefined) rows.push(row("Their reason", prose(found.claims.reason), "quote"));
+  if (found.now === undefined) rows.push(row("Now", `there is no ${found.kind} ${name(found.id)}`));
+  for (const [member, before, after] of changesOf(found.now, found.then)) {
+    rows.push(row(`${name(member)} now`, asText(before), "code"), row(`${name(member)} then`, asText(after), "code"));
+  }
+  if (found.claims.ceiling !== undefined) rows.push(...(await ceilingRows(found, evidence, extra)));
+  return rows;
+}
+
+/** The whole ceiling: what is new in it, what was used, and what speaks against it, as policy signed that. */
+async function ceilingRows(found, evidence, extra) {
+  const report = extra.report === undefined ? {} : await ceilingReport(found, evidence, extra.report);
+  const held = new Set((found.now?.ceiling ?? []).flatMap(rightsOf));
+  const days = report.used && new Map(report.used.map((one) => [`${one.target} ${one.verb}`, one.days]));
+  const lines = found.claims.ceiling.flatMap((permission) => permission.verbs.map((verb) => {
+    const one = { ...permission, verbs: [verb] };
+    const text = `${name(verb)}  on  ${permission.resources.map(resource).join(", ")}  at  ${name(permission.target)}`;
+    const used = days?.get(`${permission.target} ${verb}`);
+    if (!rightsOf(one).every((right) => held.has(right))) return `${text}  (new, or written anew)`;
+    if (days === undefined || days === null) return `${text}  (its use is not known)`;
+    return `${text}  (${used === undefined ? "not used in 30 days" : `used on ${int(used)} of 30 days`})`;
+  }));
+  const combinations = report.combinations ?? ["not known: policy does not say"];
+  const rows = [row("Whole ceiling then", lines.join("\n") || "nothing", "code")];
+  if (combinations.length > 0) rows.push(row("Forbidden combinations", combinations.map(prose).join("\n")));
+  if (report.givers?.length > 0) {
+    const who = report.people.map(name).join(" and ");
+    rows.push(row("One person", `${who}: all rights by the word of ${report.givers.map(name).join(", ")} alone`));
+  }
+  return rows;
+}
+
+const rightsOf = ({ target, verbs, resources }) =>
+  verbs.flatMap((verb) => resources.map((one) => JSON.stringify([target, verb, one])));
+
+async function ceilingReport(found, evidence, compact) {
+  const report = await evidence.trust.signedBy(["policy"], "ceiling.report", compact, "policy's report");
+  const people = [found.author, found.then.sponsor, ...(found.now === undefined ? [] : [found.now.sponsor])];
+  if (
+    report.agent_id !== found.id || evidence.now - report.iat > REPORT_S ||
+    JSON.stringify(sorted(report.ceiling)) !== JSON.stringify(sorted(found.claims.ceiling)) ||
+    !people.every((one) => report.people.includes(one))
+  ) {
+    throw new RefusedError("policy's report is of another ceiling, or too old; ask anew");
+  }
+  return report;
+}
+
+async function second(claims, evidence, extra) {
+  if (!Array.isArray(claims.commands) || claims.commands.length !== 1) {
+    throw new RefusedError("this page seconds one change at a time; second several with a key file");
+  }
+  const [said] = claims.commands;
+  known(["author", "command", "proposal", "revision"], said);
+  const found = await proposalOf(extra, evidence, said.proposal);
+  if (said.author !== found.claims.iss || said.command !== found.claims.jti) {
+    throw new RefusedError("it is another proposal than the one that came with it");
+  }
+  if (said.revision !== found.revision) {
+    throw new RefusedError(`the record of ${found.kind} ${name(found.id)} has revision ${found.revision}, and another one is signed`);
+  }
+  return {
+    title: `Second a change of ${found.kind} ${name(found.id)}`,
+    action: "Second it",
+    rows: [
+      ...(await proposalRows(found, evidence, extra)),
+      row("Unless it has changed since", `revision ${said.revision}`),
+    ],
+    warnings: ["It takes effect at once, by its author and you."],
+  };
+}
+
+async function withdraw(claims, evidence, extra) {
+  const found = await proposalOf(extra, evidence, claims.proposal);
+  return {
+    title: `Withdraw a change of ${found.kind} ${name(found.id)}`,
+    action: "Withdraw it",
+    gives: false,
+    rows: await proposalRows(found, evidence, extra),
+    warnings: ["Nobody can second it any more."],
+  };
 }
 
 const entry = (describe, members, expires = true) => ({ describe, members, expires });
@@ -427,6 +527,8 @@ const MESSAGES = {
   "break_glass.review": entry(review, ["request_id", "decision_digest", "agent_id", "note"], false),
   "revocation.request": entry(revocation, ["kind", "lease_id", "selector", "reason"], false),
   "user.end-key": entry(endKey, ["user_id", "kid", "reason", "compromised", "since_ms", "holds"]),
+  "command.second": entry(second, ["commands"]),
+  "command.withdraw": entry(withdraw, ["proposal"]),
   "agent.suspend": entry(
     agentCommand("Suspend", "Suspend", false, ["Its leases end, and nothing is issued."]), ["agent_id", "reason"],
   ),

@@ -24,7 +24,7 @@ export function usablePasskeys(state, config, now) {
 export async function sign(typ, claims, key, config) {
   const header = { alg: ALG, kid: key.kid, typ: `ringfence.${typ}+jwt` };
   const signingInput = [header, claims].map((part) => encode64(utf8(JSON.stringify(part)))).join(".");
-  const challenge = await sha256(new Uint8Array([...PREFIX, ...utf8(signingInput)]));
+  const challenge = await challengeOf(utf8(signingInput));
   const credential = await prompted(() =>
     navigator.credentials.get({
       publicKey: {
@@ -41,7 +41,7 @@ export async function sign(typ, claims, key, config) {
     new Uint8Array(credential.response.clientDataJSON),
     new Uint8Array(credential.response.signature),
   ];
-  await check(data, client, signature, challenge, key.jwk, config);
+  await check(data, client, signature, challenge, key.jwk, [config.origin], config.rpId);
   const third = JSON.stringify({ ad: encode64(data), cd: encode64(client), sig: encode64(signature) });
   return `${signingInput}.${encode64(utf8(third))}`;
 }
@@ -106,13 +106,32 @@ function aaguid(data) {
   return hex.replace(/^(.{8})(.{4})(.{4})(.{4})(.{12})$/, "$1-$2-$3-$4-$5");
 }
 
+/**
+ * Verify a message that somebody else signed with a passkey, `key` of their record, on one of `origins`. Services check
+ * more of the authenticator data; no message that they refused is ever seconded. Throws RefusedError.
+ */
+export async function verifyPasskey(jws, key, origins, config, what) {
+  if (jws.claims.aud !== config.trustDomain) throw new RefusedError(`${what} is for another trust domain`);
+  if ((await thumbprint(key.jwk)) !== jws.header.kid) throw new RefusedError(`${what}: its key is not the one it names`);
+  const parts = ASSERTION.exec(fromUtf8(jws.signature));
+  if (parts === null) throw new RefusedError(`${what}: its signature is malformed`);
+  const [data, client, signature] = parts.slice(1).map(decode64);
+  await check(data, client, signature, await challengeOf(jws.signingInput), key.jwk, origins, config.rpId);
+}
+
+export const isByPasskey = (jws) => jws.header.alg === ALG;
+
+const ASSERTION = /^\{"ad":"([\w-]+)","cd":"([\w-]+)","sig":"([\w-]+)"\}$/;
+
+const challengeOf = (signingInput) => sha256(new Uint8Array([...PREFIX, ...signingInput]));
+
 // What every verifier checks again: here only so that a person learns at once that something is wrong.
-async function check(data, client, signature, challenge, jwk, config) {
+async function check(data, client, signature, challenge, jwk, origins, rpId) {
   const said = parseObject(fromUtf8(client));
   const flags = data[32];
-  const rp = await sha256(utf8(config.rpId));
+  const rp = await sha256(utf8(rpId));
   if (
-    said.type !== "webauthn.get" || said.challenge !== encode64(challenge) || said.origin !== config.origin ||
+    said.type !== "webauthn.get" || said.challenge !== encode64(challenge) || !origins.includes(said.origin) ||
     said.crossOrigin === true || said.topOrigin !== undefined || !rp.every((byte, at) => data[at] === byte) ||
     !(flags & UP) || !(flags & UV) || flags & AT
   ) {

@@ -20,11 +20,11 @@ export class Trust {
     return ordinaryKey(service?.keys, kid, at)?.jwk;
   }
 
-  /** The origins with this use that are valid now. */
-  origins(use) {
+  /** The origins with this use that are valid at `at`. */
+  origins(use, at = this.now) {
     return (this.bundle.origins ?? [])
       .filter((one) => Object.keys(one).every((name) => ORIGIN_MEMBERS.includes(name)))
-      .filter((one) => one.use === use && one.not_before <= this.now && !(one.not_after <= this.now))
+      .filter((one) => one.use === use && one.not_before <= at && !(one.not_after <= at))
       .map((one) => one.origin);
   }
 
