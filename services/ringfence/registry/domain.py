@@ -67,7 +67,7 @@ from ringfence.model.lifecycle import (
     still_needed,
     subject_key,
 )
-from ringfence.model.lifecycle.widening import grows
+from ringfence.model.lifecycle.state_comparison import grows
 from ringfence.model.records.command_chain import Authorised
 from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.records.key_compromise import KeyCompromise

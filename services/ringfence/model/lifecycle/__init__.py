@@ -47,8 +47,8 @@ from ringfence.model.lifecycle.second_person import (
     needs_second,
     sponsors_of,
 )
+from ringfence.model.lifecycle.state_comparison import delegates_operator, is_minor, is_minor_for_user, widens
 from ringfence.model.lifecycle.tasks import MAX_DEPTH, agents_of
-from ringfence.model.lifecycle.widening import delegates_operator, is_minor, is_minor_for_user, widens
 
 __all__ = [
     "MAX_DEPTH",

@@ -34,7 +34,7 @@ from ringfence.model.lifecycle.apply import command_subject
 from ringfence.model.lifecycle.context import Actor
 from ringfence.model.lifecycle.holds import hold_text
 from ringfence.model.lifecycle.key_history import WAIT_S
-from ringfence.model.lifecycle.widening import delegates_operator, grows, widens
+from ringfence.model.lifecycle.state_comparison import delegates_operator, grows, widens
 from ringfence.model.verdict import ALLOWED, Verdict, refused
 
 REST_S: Final = 7 * 24 * 3600
