@@ -40,6 +40,7 @@ from tests.support.audit_stories import (
     refused_by_issuer,
     refused_by_policy,
     request_leaves,
+    rests_on_one_person,
     waits,
 )
 from tests.support.benches.policy_bench import DEPLOY, EVERYTHING, READ, Asked, PolicyBench, codes
@@ -326,10 +327,12 @@ async def test_a_change_between_the_decision_and_the_issue(world: World):
                 for request in asked:
                     by, why = await one.came_to_nothing(request)
                     assert (by, bool(why)) == ("issuer", True), name
-                    approval = waits("floor") + approved("sam") if request is asked[1] else ""
+                    floor = request is asked[1]
+                    approval = waits("floor") + approved("sam") if floor else ""
+                    let = allowed() + (rests_on_one_person() if floor else "")
                     reason = "approval_stale" if name == "floor" and request is asked[1] else WHY[name]
                     await one.told(
-                        request, asked_for() + approval + allowed() + refused_by_issuer(reason, finding=False)
+                        request, asked_for() + approval + let + refused_by_issuer(reason, finding=False)
                     )
             # It was not for want of anything else.
             await world.consume_until(LEASE, lambda r: r.key == lease_id(good.id))

@@ -194,6 +194,11 @@ def allowed(bot: str = "bot") -> str:
     return f"3003 Decide: Success/Allowed request.allowed by policy for {bot}\n"
 
 
+def rests_on_one_person(bot: str = "bot") -> str:
+    """User, sponsor and approver all have their rights by one person's word: a finding."""
+    return f"2004 Create: New credential.one_person [one_person] by policy for {bot}\n"
+
+
 def sent(bot: str = "bot") -> str:
     """A sealed reply stands on its topic."""
     return f"3003 Deliver: Success/Observed reply.sent by nobody known for {bot}\n"

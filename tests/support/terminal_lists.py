@@ -65,7 +65,8 @@ INVENTORY = {
     "at_ms": NOW_S * 1000, "after": None, "cursor": "c", "gaps": [],
     "totals": dict.fromkeys(
         ("agents", "decommissioned", "live_sponsor", "orphans", "registered", "suspended", "keys_ending", "keys_ended",
-         "running_tasks", "leases", "standing_leases", "used", "granted", "not_seen", "long_tasks"), 1),
+         "running_tasks", "leases", "standing_leases", "used", "granted", "not_seen", "long_tasks",
+         "with_combination"), 1),
     "agents": [
         {
             "id": agent, "status": "active", "sponsor": SPONSOR, "sponsor_is": "disabled", "orphan": True,
@@ -73,6 +74,7 @@ INVENTORY = {
             "reach": [{"target": TARGET, "verbs": ["select", "update"], "unused": ["update"], "exists": True}],
             "ceiling_by": {"by": f"spiffe://ringfence.local/user/{SPONSOR}", "at_ms": NOW_S * 1000},
             "keys_end": NOW_S + 86_400,
+            "combinations": ["what reads code must not run CI; it allows clone, and run-ci"],
         }
         for agent in (AGENT, OTHER_AGENT)
     ],

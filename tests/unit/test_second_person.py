@@ -60,7 +60,7 @@ def code_of(org: DualControl, call: Callable[[], object]) -> str:
 # --- what waits, and what does not ---
 
 
-def test_state_comparison_command_of_one_person_changes_nothing(org: DualControl) -> None:
+def test_widening_command_of_one_person_changes_nothing(org: DualControl) -> None:
     before = org.directory.version
     for command in (
         ceiling(org, "sam"),
