@@ -90,7 +90,10 @@ def test_key_that_rests_on_key_compromised_since_is_refused_without_finding(benc
     assert bench.issued(decided).lease.agent_id == "other"
     kid = ledger.key("sam").kid
     ledger.give(end_key(ledger, "otto", "sam", kid, compromised=True, since_ms=since_ms))
-    assert bench.refused(waiting) == (["key_unknown"], False)
+    assert bench.refused(waiting) == (["key_voucher_compromised"], False)
+    answered = bench.weigh(waiting)
+    assert isinstance(answered, Refusal)
+    assert answered.request is not None, "its agent would wait in vain for a reply"
     assert bench.refused(decided) == (["key_voucher_compromised"], False)
     assert bench.issued(bench.decision(honest)).lease.agent_id == "bot"
 

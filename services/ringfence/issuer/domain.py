@@ -31,6 +31,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
 from ringfence.model.records.instances import keys_of_agents, ref_of
 from ringfence.model.records.runs import BY_TIME_OR_END
+from ringfence.model.records.signed_messages import request_of_held_key
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
     append_time_of,
@@ -139,9 +140,12 @@ class _VerifiedRequest:
 
 
 class _RefusedError(Exception):
-    def __init__(self, *reasons: Reason, finding: bool = False) -> None:
+    def __init__(
+        self, *reasons: Reason, finding: bool = False, request: CredentialRequest | None = None
+    ) -> None:
+        """`request`: one that does not hold, but whose agent is answered."""
         super().__init__(*(reason.code for reason in reasons))
-        self.reasons, self.finding = reasons, finding
+        self.reasons, self.finding, self.request = reasons, finding, request
 
 
 def weigh(
@@ -162,7 +166,7 @@ def weigh(
         refused = _RefusedError(_reason(Code.STALE_VIEW, stale))
     except _RefusedError as error:
         refused = error
-    request = verified.signed.claims if verified else None
+    request = verified.signed.claims if verified else refused.request
     missing_revision = stale or _missing_revision(decision, directory)
     if missing_revision is not None:
         return StaleView(missing_revision, request)
@@ -228,6 +232,10 @@ def _request(decision: Decision, directory: Directory, terms: Terms) -> _Verifie
     except ChainError as error:
         raise _RefusedError(_reason(Code.RECORD_UNTRUSTED, str(error))) from None
     except InvalidMessageError as error:
+        held = request_of_held_key(directory, claims.request, terms.trust_domain, source.appended_at_ms)
+        if held is not None:
+            signed, reason = held
+            raise _RefusedError(reason, request=signed.claims) from None
         message = f"the request that the decision embeds does not hold: {error}"
         finding = not _ended_in_between(claims.request, source, directory)
         raise _RefusedError(_reason(error.code, message), finding=finding) from None

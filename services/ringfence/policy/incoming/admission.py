@@ -15,7 +15,7 @@ from ringfence.kernel.base.errors import InvalidMessageError, SignatureError
 from ringfence.kernel.base.ids import message_id
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jwe import check_reply_key
-from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse, verify
+from ringfence.kernel.crypto.jws import KeyFinder, Signed, parse
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received, partition_of
 from ringfence.kernel.service.runtime import Runtime
@@ -27,7 +27,12 @@ from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.key_reuse import ReuseReporter
-from ringfence.model.records.signed_messages import FindKey, SignedMessageVerifier, key_of_agent
+from ringfence.model.records.signed_messages import (
+    FindKey,
+    SignedMessageVerifier,
+    key_of_agent,
+    request_of_held_key,
+)
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
 from ringfence.policy.domain import Case, RequestRefused, refuse
@@ -105,28 +110,12 @@ class MessageVerifier:
         """Return a request by a key that rests on a compromised one, and the reason to deny it. Raises `unknown` if it
         is no such key.
         """
-        at_s = record.appended_at_ms / 1000
-
-        def find(iss: str, kid: str) -> VerificationKey | None:
-            return key_of_agent(
-                iss, kid, at_s, lambda iss, kid: self._directory.held_agent_key(iss, kid, at_s)
-            )
-
-        jws = parse(record.value)
-        try:
-            signed = verify(
-                jws,
-                CredentialRequest,
-                find,
-                audience=self._runtime.settings.trust_domain,
-                appended_at_ms=record.appended_at_ms,
-            )
-            verdict = self._directory.check_vouchers(signed.claims.iss, jws.header.kid)
-        except (InvalidMessageError, ChainError):
-            raise unknown from None
-        if isinstance(verdict, Allowed):
+        held = request_of_held_key(
+            self._directory, record.value, self._runtime.settings.trust_domain, record.appended_at_ms
+        )
+        if held is None:
             raise unknown
-        reason = verdict.reason
+        signed, reason = held
         return signed, InvalidMessageError(reason.message, code=ReceivedCode(reason.code))
 
     async def check_placement(self, record: Received, agent_id: str) -> Verdict:
