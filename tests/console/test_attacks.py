@@ -136,6 +136,8 @@ FORMS = {
     "take-over": {"offer": "agent"},
     "end-task": {"id": "task", "reason": "x"},
     "revoke-lease": {"id": "lease", "reason": "x"},
+    "second": {"id": "proposal"},
+    "withdraw-proposal": {"id": "proposal"},
 }
 
 

@@ -120,10 +120,16 @@ class CeilingReportApi:
     async def _report(self, request: Request) -> Response:
         """Serve `{report}`, a signed `CeilingReport`. Query: `ceiling` (JSON) and `people` (ids, by commas).
 
-        Who may not see the agent's use, or combinations, gets a report without them.
+        It is for people who may see the agent's use: who gave what to the people is in it.
         """
         caller, query = self._authenticator.authenticate(request), request.query_params
         agent_id = request.path_params["agent_id"]
+        try:
+            entry = self._directory.agent(agent_id)
+        except ChainError:
+            entry = None
+        if not (caller.sees_all or (entry is not None and caller.may_see_agent_of(entry.state.sponsor))):
+            raise NotFoundError("there is no such agent that you may see")
         try:
             document = json_object(b'{"ceiling":%s}' % query.get("ceiling", "").encode())
             ceiling = parse_question(_Ceiling, document).ceiling
@@ -139,27 +145,19 @@ class CeilingReportApi:
             agent_id=agent_id,
             ceiling=ceiling,
             people=people,
-            used=self._used(agent_id, caller, now_ms // 1000),
-            combinations=await self._combinations(ceiling, caller),
+            used=self._used(agent_id, now_ms // 1000) if entry is not None else None,
+            combinations=await self._combinations(ceiling),
             givers=tuple(sorted(sole_givers(self._directory, people, now_ms))),
         )
         return JSONResponse({"report": sign(report, key)})
 
-    async def _combinations(self, ceiling: Scope, caller: Caller) -> tuple[str, ...] | None:
-        if not (caller.sees_all or "sponsor" in caller.user.roles):
-            return None
+    async def _combinations(self, ceiling: Scope) -> tuple[str, ...] | None:
         try:
             return tuple(reason.message for reason in await self._ceilings.of(ceiling))
         except PolicyFailedError:
             return None
 
-    def _used(self, agent_id: str, caller: Caller, now_s: int) -> tuple[UsedVerb, ...] | None:
-        try:
-            entry = self._directory.agent(agent_id)
-        except ChainError:
-            entry = None
-        if entry is None or not caller.may_see_agent_of(entry.state.sponsor):
-            return None
+    def _used(self, agent_id: str, now_s: int) -> tuple[UsedVerb, ...]:
         used = sorted(self._holdings.used(agent_id, now_s), key=lambda one: (one.target, one.verb))
         return tuple(UsedVerb(target=one.target, verb=one.verb, days=one.days) for one in used)
 
