@@ -185,7 +185,7 @@ _POLICY = Api(
         Operation("GET", "/v1/agents/{agent_id}/usage", "What an agent may, holds and used.", {**ok(ref("Usage")), **_NOT_FOUND}),
         Operation(
             "GET", "/v1/agents/{agent_id}/ceiling-report", "What policy knows of a ceiling that somebody proposes, signed.",
-            {**ok(report=TEXT), **_WRONG_QUERY},
+            {**ok(report=TEXT), **_WRONG_QUERY, **_NOT_FOUND},
             query={"ceiling": "a JSON list of permissions", "people": "the ids of its author and sponsors, by commas"},
             required=("ceiling",),
         ),
