@@ -29,9 +29,8 @@ from ringfence.model.leases.lifecycle import origin_of, record_id
 from ringfence.model.leases.revoker_halts import RETRY_AFTER_S as HALTED_RETRY_S
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory, VerifiedRecord
-from ringfence.model.records.instances import keys_of_agents, ref_of
+from ringfence.model.records.instances import keys_of_agents, ref_of, request_of_held_key
 from ringfence.model.records.runs import BY_TIME_OR_END
-from ringfence.model.records.signed_messages import request_of_held_key
 from ringfence.model.requests.approvals import (
     BREAK_GLASS_TTL_S,
     append_time_of,

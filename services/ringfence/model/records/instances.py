@@ -11,19 +11,20 @@ from pydantic import ValidationError
 from ringfence.kernel.base.errors import InvalidMessageError
 from ringfence.kernel.base.ids import derived_id
 from ringfence.kernel.crypto.claims import LEEWAY_S
-from ringfence.kernel.crypto.jws import KeyFinder, UnverifiedJws, parse, verify
+from ringfence.kernel.crypto.jws import KeyFinder, Signed, UnverifiedJws, parse, verify
 from ringfence.kernel.crypto.keys import PublicKey, valid_key
 from ringfence.kernel.crypto.oidc import IdentityToken, TokenError, verify_token
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.messages.base import Claims
 from ringfence.messages.codes import Code
-from ringfence.messages.credential import CredentialRequest, RequestWithdraw
+from ringfence.messages.credential import CredentialRequest, Reason, RequestWithdraw
 from ringfence.messages.enrolment import MAX_ENROLMENT_S, InstanceEnrolment, InstanceRef, RunRef
 from ringfence.messages.lease import RevocationRequest
 from ringfence.messages.registry import AgentState
 from ringfence.messages.trust import OidcKey
 from ringfence.model.identity.attestation import audience, bound_audience, claim, fits, selector_id
 from ringfence.model.identity.runners import issuer_of_instances, runner_name
+from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.unknown_fields import describe_unknown, is_understood, unknown_fields
 from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
@@ -55,6 +56,27 @@ def keys_of_agents(directory: Directory, jws: UnverifiedJws, model: type[Claims]
         return valid_key((enrolment.key,), kid, at_s)
 
     return find
+
+
+def request_of_held_key(
+    directory: Directory, value: str | bytes, audience: str, at_ms: int
+) -> tuple[Signed[CredentialRequest], Reason] | None:
+    """Return a request that was appended at `at_ms` by a key that rests on a compromised one, and why it is denied;
+    None if it is not such a request.
+
+    It is for the answer to the agent, which would wait in vain. Nothing may be given on it.
+    """
+
+    def find(iss: str, kid: str) -> PublicKey | None:
+        return directory.held_agent_key(iss, kid, at_ms / 1000)
+
+    try:
+        jws = parse(value)
+        signed = verify(jws, CredentialRequest, find, audience=audience, appended_at_ms=at_ms)
+        verdict = directory.check_vouchers(signed.claims.iss, jws.header.kid)
+    except (InvalidMessageError, ChainError):
+        return None
+    return (signed, verdict.reason) if isinstance(verdict, Refused) else None
 
 
 def _unverified_enrolment(jws: UnverifiedJws, model: type[Claims]) -> str | None:

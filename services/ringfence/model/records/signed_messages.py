@@ -24,13 +24,11 @@ from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.base import Claims
 from ringfence.messages.codes import Code
-from ringfence.messages.credential import CredentialRequest, Reason
 from ringfence.messages.registry import SessionStatement
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import keys_of_agents
 from ringfence.model.records.key_reuse import ReuseReporter, ended_by_renewal, renewed_key
-from ringfence.model.verdict import Refused
 
 log = logging.getLogger(__name__)
 
@@ -83,27 +81,6 @@ def key_of_agent(iss: str, kid: str, at_s: float, of_agents: KeyFinder) -> Verif
         return of_agents(iss, kid)
     except ChainError:
         return None
-
-
-def request_of_held_key(
-    directory: Directory, value: str | bytes, audience: str, at_ms: int
-) -> tuple[Signed[CredentialRequest], Reason] | None:
-    """Return a request that was appended at `at_ms` by a key that rests on a compromised one, and why it is denied;
-    None if it is not such a request.
-
-    It is for the answer to the agent, which would wait in vain. Nothing may be given on it.
-    """
-
-    def find(iss: str, kid: str) -> VerificationKey | None:
-        return directory.held_agent_key(iss, kid, at_ms / 1000)
-
-    try:
-        jws = parse(value)
-        signed = verify(jws, CredentialRequest, find, audience=audience, appended_at_ms=at_ms)
-        verdict = directory.check_vouchers(signed.claims.iss, jws.header.kid)
-    except (InvalidMessageError, ChainError):
-        return None
-    return (signed, verdict.reason) if isinstance(verdict, Refused) else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,12 +26,12 @@ from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, 
 from ringfence.model.identity.spiffe_ids import subject_of
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
+from ringfence.model.records.instances import request_of_held_key
 from ringfence.model.records.key_reuse import ReuseReporter
 from ringfence.model.records.signed_messages import (
     FindKey,
     SignedMessageVerifier,
     key_of_agent,
-    request_of_held_key,
 )
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
