@@ -59,7 +59,8 @@ class Insider:
         number = 0
         while not self._stopping.is_set():
             number += 1
-            tasks.create_task(self._give(number, random.Random(f"{self.seed}:insider:{number}")))
+            given = self._give(number, random.Random(f"{self.seed}:insider:{number}"))
+            tasks.create_task(self._try("connection", given))
             await self._pause(chance.expovariate(1 / _GIFT_EVERY_S))
 
     async def _give(self, number: int, chance: random.Random) -> None:
@@ -111,7 +112,10 @@ class Insider:
         olga, reported = self.organisation.administrators["olga"], False
         kid = self.organisation.key("user", THIEF).kid
         while not self._stopping.is_set():
-            directory = await olga.directory()
+            directory = await self._try("reading", olga.directory())
+            if directory is None:
+                await self._pause(1)
+                continue
             rest = [
                 one.held
                 for one in KeyCompromise(directory, THIEF, kid, since_ms).resting(time.time())
@@ -134,7 +138,8 @@ class Insider:
         except _EXPECTED as error:
             self.counts[f"insider's {what}: {error.code}"] += 1
             return None
-        self.counts[f"insider's {what}"] += 1
+        if result is not None:
+            self.counts[f"insider's {what}"] += 1
         return result
 
     async def _pause(self, s: float) -> bool:
