@@ -85,6 +85,12 @@ def credentials(secured: SecuredKafka, endpoint: TokenEndpoint) -> BusSettings:
     return BusSettings(**fields)
 
 
+@pytest.fixture(autouse=True)
+def lines_of_aiokafka(caplog: pytest.LogCaptureFixture) -> None:
+    """Commands that ran in this process before have silenced them."""
+    caplog.set_level(logging.DEBUG, logger="aiokafka")
+
+
 async def test_tokens_of_seconds_are_renewed_without_a_gap(
     secured: SecuredKafka, endpoint: TokenEndpoint, topic: str, caplog: pytest.LogCaptureFixture
 ) -> None:
