@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from ringfence.dev.processes import free_port
 from ringfence.kernel.base.errors import SettingsError
@@ -54,9 +54,6 @@ def authority(folder: Path) -> Certificates:
     return Certificates(folder)
 
 
-Serve = Callable[[ServerTls], AsyncIterator[str]]
-
-
 async def serving(tls: ServerTls) -> AsyncIterator[str]:
     port = free_port()
     server = HttpServer(application([], []), "127.0.0.1", port, tls=tls)
@@ -93,10 +90,9 @@ async def status(url: str, by: Certificates, certificate: Path | None = None) ->
 async def serial(url: str, by: Certificates) -> object:
     """The serial number of the certificate that the server shows."""
     host, port = httpx.URL(url).host, httpx.URL(url).port
-    reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=by.trusting(), server_hostname=host)
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=by.trusting(), server_hostname=host)
     shown = writer.get_extra_info("ssl_object").getpeercert()["serialNumber"]
     writer.close()
-    del reader
     return shown
 
 
@@ -191,10 +187,7 @@ def test_unusable_file_is_refused_at_start(
 
 
 def test_key_with_a_password_is_refused_without_a_question(files: Files, tmp_path: Path) -> None:
-    assert os.isatty(0) is False
     key = files.cert.read_bytes().partition(b"-----BEGIN CERTIFICATE-----")[0]
-    from cryptography.hazmat.primitives import serialization
-
     locked = serialization.load_pem_private_key(key, None).private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
