@@ -140,17 +140,7 @@ def _collect_wheels(made: Path, work: Path) -> None:
 
 def _pack_chart(chart: Path, made: Path, epoch: str) -> None:
     """Pack the Helm chart. `helm package` would put the time of day into it, and keeps no links."""
-    owner = ["--owner=0", "--group=0", "--numeric-owner", "--mode=a+rX,u+w,go-w", f"--mtime=@{epoch}"]
-    tar: _Command = [
-        "tar",
-        "--create",
-        "--sort=name",
-        "--dereference",
-        *owner,
-        "--directory",
-        chart.parent,
-        chart.name,
-    ]
+    tar: _Command = [*_reproducible_tar(epoch), "--dereference", "--directory", chart.parent, chart.name]
     packed = subprocess.run(["gzip", "--no-name"], input=_run(tar), check=True, capture_output=True).stdout
     (made / f"ringfence-{version()}.tgz").write_bytes(packed)
 
@@ -201,9 +191,14 @@ def _build_image(podman: str, options: Sequence[str], source: Path, made: Path, 
     }
     index.write_text(json.dumps(document))
     # Podman's own archive holds the time of day.
-    owner = ["--owner=0", "--group=0", "--numeric-owner", "--mode=a+rX,u+w,go-w", f"--mtime=@{epoch}"]
     archive = made / f"ringfence-{version()}-image.tar"
-    _run(["tar", "--create", "--sort=name", *owner, "--directory", layout, "--file", archive, "."])
+    _run([*_reproducible_tar(epoch), "--directory", layout, "--file", archive, "."])
+
+
+def _reproducible_tar(epoch: str) -> list[str]:
+    """Return the beginning of a command whose archive depends on nothing but names and contents."""
+    owner = ["--owner=0", "--group=0", "--numeric-owner", "--mode=a+rX,u+w,go-w"]
+    return ["tar", "--create", "--sort=name", *owner, f"--mtime=@{epoch}"]
 
 
 def _write_sums(made: Path) -> None:
