@@ -229,7 +229,3 @@ def is_secret(name: str, value: str) -> NameKind:
 
 def is_url(value: str) -> bool:
     return "://" in value[:12]
-
-
-def is_uuid(value: str) -> bool:
-    return _UUID.fullmatch(value) is not None

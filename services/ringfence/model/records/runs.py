@@ -116,11 +116,6 @@ class RunTable:
         """All runs that are not forgotten, as they are now."""
         return [known.run for known in self._runs.values()]
 
-    def first_claim(self, run_id: str) -> tuple[int, int] | None:
-        """Partition and offset of the first record of a run that counted; None if there is none."""
-        known = self._runs.get(run_id)
-        return known.accepted[0] if known is not None else None
-
     def goes_on(self, run_id: str) -> bool:
         """Whether a run has started and is not over, and nothing that is not known here may limit it."""
         run = self.get(run_id)
