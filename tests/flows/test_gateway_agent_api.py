@@ -343,6 +343,26 @@ async def test_on_a_tls_listener_a_certificate_is_the_agents_own_and_proves_no_m
         assert code(await caller(other.bot.id, desk.bot.key).get(asked)) == (403, "certificate_other_agent")
 
 
+async def test_tls_listener_shows_a_renewed_certificate_without_a_restart(
+    office: ApiOffice, tmp_path: Path
+) -> None:
+    certificates, port = Certificates(tmp_path), free_port()
+    file = certificates.server_file("127.0.0.1")
+
+    async def serial() -> object:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=certificates.trusting())
+        writer.close()
+        return writer.get_extra_info("ssl_object").getpeercert()["serialNumber"]
+
+    own = {"listen": str(port), "spool": tmp_path / "spool", "tls_cert_file": file}
+    async with gateway(office.world, **own, names=(f"127.0.0.1:{port}",)):
+        before = await serial()
+        file.write_bytes(certificates.server_file("127.0.0.1").read_bytes())
+        async with asyncio.timeout(WITHIN_S):
+            while await serial() == before:
+                await asyncio.sleep(0.1)
+
+
 async def test_only_who_posted_a_request_fetches_its_reply(office: ApiOffice, desk: IssuerBench) -> None:
     caller, asked, other = office.over_tcp(desk), request(desk), await agent_desk(office)
     socket = await with_socket(office, desk)
