@@ -35,7 +35,7 @@ _OF_ONE_PROCESS = frozenset({"http", "identity", "instance", "key_dir", "key_fil
 
 @dataclass(frozen=True, slots=True)
 class SystemdLayout:
-    """What was laid out."""
+    """The services of a machine, and the settings that its files lack."""
 
     services: tuple[ServiceRole, ...]
     left_out: tuple[str, ...]

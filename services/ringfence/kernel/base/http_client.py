@@ -56,11 +56,12 @@ def service_tls(settings: BusSettings) -> ssl.SSLContext:
 
     Raises SettingsError if a file has none.
     """
-    context = tls_by(settings.http_ca_file) if settings.http_ca_file else _LazyAuthorities()
-    if (file := settings.http_client_cert_file) is None:
+    ca_file, file = settings.http_ca_file, settings.http_client_cert_file
+    if ca_file is None and file is None:
+        return _LazyAuthorities()
+    context = tls_by(ca_file) if ca_file else ssl.create_default_context()
+    if file is None:
         return context
-    if settings.http_ca_file is None:
-        context = ssl.create_default_context()
     try:
         context.load_cert_chain(file, password="")
     except (OSError, ssl.SSLError):

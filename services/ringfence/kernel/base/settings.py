@@ -157,11 +157,11 @@ class BusSettings(RingfenceSettings):
     kafka_sasl_username: str = ""
     """The user by which this process is known to the brokers; for a token endpoint, the client id."""
     kafka_sasl_password: SecretRef | None = None
-    """Where the password, or the client secret, is read from: `env:NAME`, or `file:PATH` of mode 0600."""
+    """The place of the password, or of the client secret: `env:NAME`, or `file:PATH` of mode 0600."""
     kafka_sasl_token_source: Annotated[
         str, Field(pattern=r"^(https://[^\s/@]+(/\S*)?|(file|exec):\S.*)?$")
     ] = ""
-    """Where the tokens of `OAUTHBEARER` come from: the `https://` URL of a token endpoint, `file:PATH` of mode 0600, or
+    """The source of the tokens of `OAUTHBEARER`: the `https://` URL of a token endpoint, `file:PATH` of mode 0600, or
     `exec:PROGRAM ARGUMENT ...`, which prints a token. A file is read for each sign-in. No shell runs the program."""
     kafka_sasl_scope: str = ""
     """The `scope` that the token endpoint is asked for."""
@@ -185,7 +185,7 @@ class BusSettings(RingfenceSettings):
 
     @property
     def signs_in_with_tokens(self) -> bool:
-        """Whether this process shows the brokers OAuth tokens."""
+        """True if this process shows the brokers OAuth tokens."""
         return self.kafka_security_protocol.startswith("SASL") and self.kafka_sasl_mechanism == "OAUTHBEARER"
 
     @model_validator(mode="after")

@@ -63,7 +63,7 @@ class TokenError(KafkaError):  # type: ignore[misc]
 class _Token:
     value: str = field(repr=False)
     renew_s: float
-    """When to get another one, and when it ends: seconds since the epoch."""
+    """The times of its renewal and of its end, in seconds since the epoch."""
     ends_s: float
 
 
@@ -173,7 +173,7 @@ class TokenProvider(AbstractTokenProvider):  # type: ignore[misc]
         return value, life_s if isinstance(life_s, int | float) and not isinstance(life_s, bool) else None
 
     async def _from_command(self) -> str:
-        """What the command prints. Its errors are not read: they could quote the token."""
+        """Return the output of the command. Its errors are not read: they could quote the token."""
         name, *arguments = shlex.split(self._place)
         program = find_program(name)
         if program is None:
@@ -269,7 +269,7 @@ class SessionConnection(AIOKafkaConnection):  # type: ignore[misc]
         except TokenError:  # the provider has logged it; the session may last a while
             self._renew_at_s = time.monotonic() + _SESSION_AT_LEAST_S
         except (KafkaError, OSError, TimeoutError) as error:
-            log.error("Kafka at %s:%s ended the session, signing in anew: %s", self.host, self.port, error)
+            log.error("Kafka at %s:%s ended the session, signing in again: %s", self.host, self.port, error)
             self.close(CloseReason.AUTH_FAILURE, error)
         finally:
             self._signing_in, self._renewal = False, None

@@ -50,7 +50,7 @@ class ServerTls:
         self._looked_s = time.monotonic()
         self._current = self._load()
         self.context = self._load()
-        """What a listener is started with. It passes each handshake on to the newest context."""
+        """The context to start a listener with. It passes each handshake on to the newest context."""
         self.context.sni_callback = self._choose  # called without a server name, too
 
     def _choose(self, handshake: ssl.SSLObject, _: str | None, __: ssl.SSLContext) -> None:

@@ -87,7 +87,7 @@ class CeilingCombinations:
             self._mark(agent_id)
 
     async def keep(self) -> None:
-        """Check the ceilings of marked agents for ever, and publish a finding for each with a combination."""
+        """Check the ceilings of marked agents until it is cancelled, and publish a finding for each combination."""
         try:
             await self._engine.start()
         except BundleError as error:

@@ -475,7 +475,7 @@ async function ceilingReport(found, evidence, compact) {
     JSON.stringify(sorted(report.ceiling)) !== JSON.stringify(sorted(found.claims.ceiling)) ||
     !people.every((one) => report.people.includes(one))
   ) {
-    throw new RefusedError("policy's report is of another ceiling, or too old; ask anew");
+    throw new RefusedError("policy's report is of another ceiling, or too old; go back and open it again");
   }
   return report;
 }
