@@ -11,10 +11,11 @@ import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Match, Route
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from ringfence.kernel.base.api_errors import WrongQueryError
@@ -40,6 +41,7 @@ def application(
     denials: Sequence[ReadyCheck] = (),
     warnings: Sequence[ReadyCheck] = (),
     facts: Callable[[], Mapping[str, object]] = dict,
+    started: Callable[[], bool] = lambda: True,
 ) -> Starlette:
     """Return the ASGI application of a service.
 
@@ -48,6 +50,8 @@ def application(
         denials: return why the service denies requests although it is ready and answers what it can.
         warnings: return what people should know although the service works.
         facts: values for comparing services with each other.
+        started: whether the records are read. Until then `routes` answer 503: without records a caller is unknown, and
+            a console takes 401 for the end of a session.
     """
 
     async def healthz(_: Request) -> Response:
@@ -91,10 +95,28 @@ def application(
 
     own = [Route("/healthz", healthz), Route("/readyz", readyz), Route("/metrics", metrics)]
     handlers = {RingfenceError: refused, HTTPException: no_route}
-    made = Starlette(routes=[*own, *routes], exception_handlers=handlers)
+    gate = Middleware(_StartGate, started=started, open_paths=frozenset(one.path for one in own))
+    made = Starlette(routes=[*own, *routes], exception_handlers=handlers, middleware=[gate])
     # A redirect would send the token in the body to whatever host the request names.
     made.router.redirect_slashes = False
     return made
+
+
+class _StartGate:
+    """ASGI middleware: answers 503 until the service has started, but for `open_paths`."""
+
+    def __init__(self, app: ASGIApp, started: Callable[[], bool], open_paths: frozenset[str]) -> None:
+        self._app, self._started, self._open_paths = app, started, open_paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and scope["path"] not in self._open_paths and not self._started():
+            refusal = {
+                "error": Code.UNAVAILABLE,
+                "message": "the service is starting, and has not read the records yet; try again in a moment",
+            }
+            app = JSONResponse(refusal, status_code=503, headers={"Retry-After": "1"})
+        await app(scope, receive, send)
 
 
 def _methods_of(request: Request) -> list[str]:

@@ -332,7 +332,14 @@ class Runtime:
         """
         host, _, port = self.settings.http.partition(":")
         server = HttpServer(
-            application(self.routes, self._checks, self._denials, self._warnings, self._facts),
+            application(
+                self.routes,
+                self._checks,
+                self._denials,
+                self._warnings,
+                self._facts,
+                started=lambda: self._started,
+            ),
             host,
             int(port or PORTS[self.role]),
             connections=self.settings.http_connections,
