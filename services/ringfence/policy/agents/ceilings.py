@@ -83,6 +83,8 @@ class CeilingCombinations:
             self._unfit = None
         except BundleError as error:
             self._unfit = str(error)
+        self._checked = False
+        self._changed.set()
         for agent_id in self._agents:
             self._mark(agent_id)
 
@@ -103,8 +105,11 @@ class CeilingCombinations:
             await self._changed.wait()
 
     async def check_marked(self) -> None:
-        """Check the marked agents. If that fails for one, it and the others stay marked. Raises PolicyFailedError."""
-        while self._marked:
+        """Check the marked agents. If that fails for one, it and the others stay marked. Raises PolicyFailedError.
+
+        By a bundle that does not say, none is checked; the next bundle marks all of them.
+        """
+        while self._marked and self._unfit is None:
             agent_id = next(iter(self._marked))
             del self._marked[agent_id]
             try:
@@ -114,7 +119,7 @@ class CeilingCombinations:
                 self._failed = str(error)
                 raise
         self._changed.clear()
-        self._failed, self._checked = None, True
+        self._failed, self._checked = None, self._unfit is None
 
     async def close(self) -> None:
         """Release the engine."""
