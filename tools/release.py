@@ -45,22 +45,31 @@ def version() -> str:
     return str(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"])
 
 
-def make(folder: Path, *, key: Path | None, podman: str | None, build_options: Sequence[str] = ()) -> None:
-    """Build a release of HEAD into `folder`, which must not exist.
+def make(
+    folder: Path,
+    *,
+    key: Path | None,
+    podman: str | None,
+    build_options: Sequence[str] = (),
+    clone: Path = ROOT,
+) -> None:
+    """Build a release of HEAD of `clone` into `folder`, which must not exist.
 
     Without `key` nothing is signed; without `podman`, a program, it has no image. `build_options` are those of
     `podman build` that this machine needs. Raises ReleaseError.
     """
     if folder.exists():
         raise ReleaseError(f"{folder} exists; name a folder that does not")
-    if changed := _output(["git", "status", "--porcelain"], cwd=ROOT).strip():
-        raise ReleaseError(f"this clone has changes that are not committed; commit them first:\n{changed}")
-    epoch = _output(["git", "log", "-1", "--format=%ct"], cwd=ROOT).strip()
+    if changed := _output(["git", "status", "--porcelain"], cwd=clone).strip():
+        raise ReleaseError(f"{clone} has changes that are not committed; commit them first:\n{changed}")
+    epoch = _output(["git", "log", "-1", "--format=%ct"], cwd=clone).strip()
     environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch}
     with _work_folder() as work:
         source, made = work / "source", work / "release"
         source.mkdir()
-        archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, capture_output=True).stdout
+        archive = subprocess.run(
+            ["git", "archive", "HEAD"], cwd=clone, check=True, capture_output=True
+        ).stdout
         _run(["tar", "--extract", "--directory", source], input=archive)
         made.mkdir()
         build: _Command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", made, source]

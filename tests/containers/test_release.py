@@ -30,13 +30,19 @@ class Release:
 
 @pytest.fixture(scope="module")
 def made(podman: Podman, tmp_path_factory: pytest.TempPathFactory) -> Release:
-    """A release of the committed files of a clone, made twice."""
+    """A release of the committed files of a clone, made twice. The clone is fresh: this one may have changes."""
     work = tmp_path_factory.mktemp("release")
+    clone = work / "clone"
+    subprocess.run(["git", "clone", "--quiet", f"file://{ROOT}", clone], check=True)
     signers = work / "signers"
     signers.write_text(f"{release.SIGNER} {ssh_key(work / 'key')}\n")
     for name in ("one", "two"):
         release.make(
-            work / name, key=work / "key", podman=podman.program, build_options=(*BUILD_OPTIONS, *NOT_KEPT)
+            work / name,
+            key=work / "key",
+            podman=podman.program,
+            build_options=(*BUILD_OPTIONS, *NOT_KEPT),
+            clone=clone,
         )
     return Release(work / "one", work / "two", signers)
 
