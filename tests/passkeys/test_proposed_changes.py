@@ -29,9 +29,11 @@ from ringfence.messages.registry import (
     CommandSecond,
     CommandWithdraw,
     Delegation,
+    Entitlements,
     GroupDelegation,
     ProvisionerSet,
     SecondedCommand,
+    UserSet,
 )
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from tests.passkeys.browser import Person
@@ -266,6 +268,109 @@ async def test_tampered_proposal_is_refused_and_not_shown(
     reason: str,
 ) -> None:
     _, question = await question_of(organisation, second)
+    change(question)
+    await refused(await person.open(link_of(organisation, site, question)), reason)
+
+
+# --- a list of users and keys ---
+
+
+async def list_of(organisation: Organisation, user_id: str) -> Question:
+    """Whether `user_id` seconds two new users of the operator and a wider ceiling, which no list may hold."""
+    realm = organisation.realm
+    async with realm.as_operator() as olga:
+        connection, directory = olga.connection, await olga.directory()
+        agent = directory.agent(realm.agent)
+        assert agent is not None
+        commands = [
+            connection.compose(
+                UserSet, user_id=realm.name(name), name=name, roles=("sponsor",), keys=(),
+                entitlements=Entitlements(scope=(), source="manual", as_of=1),
+            )
+            for name in ("uma", "ulf")
+        ]  # fmt: skip
+        ceiling = connection.compose(AgentSetCeiling, agent_id=realm.agent, ceiling=agent.state.ceiling)
+        signed = [sign(one, organisation.operator()) for one in (*commands, ceiling)]
+        revisions = (0, 0, agent.named_revision)
+        named = [
+            SecondedCommand(
+                author=one.iss, command=one.jti, proposal=digest(parse(jws).signing_input), revision=revision
+            )
+            for one, jws, revision in zip((*commands, ceiling), signed, revisions, strict=True)
+        ]
+        iss = spiffe_id(realm.settings.trust_domain, "user", user_id)
+        asked = connection.compose(CommandSecond, commands=tuple(named)).model_copy(update={"iss": iss})
+        subjects: list[Subject] = [("user", user_id), ("user", olga.id), ("agent", realm.agent)]
+        evidence = evidence_of(directory, connection.trust, subjects)
+        message = {"typ": asked.typ, "claims": unstamped(asked)}
+        return {"user": user_id, "message": message, "evidence": {**evidence, "commands": signed}}
+
+
+def choose(question: Question, *chosen: int) -> None:
+    """Leave only some of the commands, in this order."""
+    claims, evidence = question["message"]["claims"], question["evidence"]
+    claims["commands"] = [claims["commands"][at] for at in chosen]
+    evidence["commands"] = [evidence["commands"][at] for at in chosen]
+
+
+async def test_each_user_of_a_list_is_shown_and_seconded_with_one_passkey(
+    organisation: Organisation, site: Site, person: Person, second: str
+) -> None:
+    question = await list_of(organisation, second)
+    choose(question, 0, 1)
+    page = await person.open(link_of(organisation, site, question))
+    await expect(page.get_by_role("heading", level=1)).to_have_text("Second 2 changes of users and keys")
+    for name in ("uma", "ulf"):
+        await expect(page.locator("dl")).to_contain_text(f"there is no user {organisation.realm.name(name)}")
+    await page.get_by_role("button", name="Second all 2").click()
+    answer = parse(await page.get_by_label("Answer").input_value()).unverified_claims(CommandSecond)
+    assert [one.proposal for one in answer.commands] == [
+        one["proposal"] for one in question["message"]["claims"]["commands"]
+    ]
+    assert person.complaints == []
+
+
+def commands_in_another_order(question: Question) -> None:
+    choose(question, 0, 1)
+    question["evidence"]["commands"].reverse()
+
+
+def one_command_hidden(question: Question) -> None:
+    choose(question, 0, 1)
+    del question["evidence"]["commands"][1]
+
+
+def one_command_twice(question: Question) -> None:
+    choose(question, 0, 0)
+
+
+def ceiling_among_users(question: Question) -> None:
+    choose(question, 0, 2)
+
+
+def no_command(question: Question) -> None:
+    choose(question)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (commands_in_another_order, "it is another proposal"),
+        (one_command_hidden, "did not come with it"),
+        (one_command_twice, "names a subject twice"),
+        (ceiling_among_users, "only users and keys are seconded in a list"),
+        (no_command, "it seconds no change"),
+    ],
+)
+async def test_list_that_hides_a_change_is_refused(
+    organisation: Organisation,
+    site: Site,
+    person: Person,
+    second: str,
+    change: Callable[[Question], None],
+    reason: str,
+) -> None:
+    question = await list_of(organisation, second)
     change(question)
     await refused(await person.open(link_of(organisation, site, question)), reason)
 

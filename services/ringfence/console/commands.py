@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -61,6 +61,8 @@ _FIELDS: Final = {
 _TEXTS: Final = ("comment", "reason", "note")
 _MAX_FIELD_CHARS: Final = 8 * 1024
 _CONSENT_LIFE_S: Final = 3600
+SECONDED_TOGETHER: Final = 20
+"""Proposals that one touch seconds. The command line takes up to 100; a question's address has less room."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,40 +332,59 @@ class Commands:
     # --- proposals ---
 
     async def second(self, asking: Asking) -> Draft:
-        """Second a widening command of somebody else."""
-        listed = await self._proposal(asking)
-        command = _proposed(listed)
-        named = SecondedCommand(
-            author=command.iss,
-            command=command.jti,
-            proposal=listed["id"],
-            revision=listed["revision"],
-        )
-        claims = self._compose(asking, CommandSecond, commands=(named,))
-        evidence = await self._evidence_of_proposal(asking, listed)
-        return Draft(f"second {listed['typ']} of {listed['subject']}", claims, claims.proposal, evidence)
+        """Second widening commands of others: one, or several users and keys, whose ids `id` lists by spaces."""
+        listed = await self._proposals(asking)
+        named = []
+        for one in listed:
+            command = _proposed(one)
+            named.append(
+                SecondedCommand(
+                    author=command.iss,
+                    command=command.jti,
+                    proposal=one["id"],
+                    revision=one["revision"],
+                )
+            )
+        claims = self._compose(asking, CommandSecond, commands=tuple(named))
+        evidence = await self._evidence_of_proposals(asking, listed)
+        what = f"{listed[0]['typ']} of {listed[0]['subject']}"
+        title = f"second {what}" if len(listed) == 1 else f"second {len(listed)} changes of users and keys"
+        return Draft(title, claims, claims.proposal, evidence)
 
     async def withdraw(self, asking: Asking) -> Draft:
         """Withdraw an own widening command that waits."""
-        listed = await self._proposal(asking)
+        (listed,) = await self._proposals(asking, most=1)
         claims = self._compose(asking, CommandWithdraw, proposal=listed["id"])
-        evidence = await self._evidence_of_proposal(asking, listed)
+        evidence = await self._evidence_of_proposals(asking, [listed])
         return Draft(f"withdraw {listed['typ']} of {listed['subject']}", claims, claims.proposal, evidence)
 
-    async def _proposal(self, asking: Asking) -> dict[str, Any]:
-        id = asking.required("id")
-        for one in await asking.reads.proposals():
-            if one["id"] == id:
-                return dict(one)
-        raise ApiError("there is no such change that waits and that you may see; it may be over", status=404)
+    async def _proposals(self, asking: Asking, most: int = SECONDED_TOGETHER) -> list[dict[str, Any]]:
+        """Return the proposals that a form names, in its order. Raises WrongFormError; ApiError if one is not open."""
+        ids = asking.required("id").split()
+        if len(ids) > most:
+            raise WrongFormError(f"at most {most} of these can be signed with one touch")
+        open_ones = {one["id"]: one for one in await asking.reads.proposals()}
+        try:
+            return [dict(open_ones[id]) for id in ids]
+        except KeyError:
+            raise ApiError(
+                "there is no such change that waits and that you may see; it may be over", status=404
+            ) from None
 
-    async def _evidence_of_proposal(self, asking: Asking, listed: Mapping[str, Any]) -> dict[str, Any]:
-        """The evidence by which the sign page shows a proposal; of a ceiling also policy's report, if it comes."""
-        evidence = await asking.reads.proposal_evidence(listed["id"])
-        command = _proposed(listed)
-        if not isinstance(command, AgentRegister | AgentSetCeiling):
+    async def _evidence_of_proposals(
+        self, asking: Asking, listed: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """The evidence by which the sign page shows proposals; of a ceiling also policy's report, if it comes."""
+        each = [await asking.reads.proposal_evidence(one["id"]) for one in listed]
+        evidence = {
+            "trust": each[0]["trust"],
+            "records": list(dict.fromkeys(record for one in each for record in one["records"])),
+            "commands": [command for one in each for command in one["commands"]],
+        }
+        command = _proposed(listed[0])
+        if len(listed) > 1 or not isinstance(command, AgentRegister | AgentSetCeiling):
             return evidence
-        people = {listed["author"]}
+        people = {listed[0]["author"]}
         if isinstance(command, AgentRegister):
             people.add(command.sponsor)
         for record in evidence["records"]:

@@ -7,10 +7,12 @@ was used. An offer is an agent that its sponsor offers to anyone with the addres
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.access_report import coverage_report
+from ringfence.console.commands import SECONDED_TOGETHER
 from ringfence.console.views.approvals import approval, approvals
 from ringfence.console.views.audit import SPAN_NAMES, SPANS, audit, findings, gateway, trace
 from ringfence.console.views.page import MakePage, Page, View
@@ -18,6 +20,7 @@ from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.base import Permission
 from ringfence.messages.registry import AgentRegister, AgentSetCeiling
 from ringfence.model.records.agent_keys import WARN_BEFORE_S
+from ringfence.model.records.command_chain import LISTED
 from ringfence.model.scope.scope import missing
 
 ROWS = 50
@@ -157,7 +160,18 @@ async def proposals(view: View) -> Page:
         one["own"] = view.session.user_id == one["author"]
         one["ceiling"] = await _proposed_ceiling(view, one)
     found.sort(key=lambda one: (not one["mine"], one["ends_at_ms"]))
-    return Page("proposals.html", "Changes that wait for you", {"proposals": found}, "approvals")
+    context = {"proposals": found, "together": _seconded_together(found)}
+    return Page("proposals.html", "Changes that wait for you", context, "approvals")
+
+
+def _seconded_together(proposals: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the ids of the users and keys that the person may second with one touch: of each subject one, those that
+    end first; empty if there are not two.
+    """
+    listed = [one for one in proposals if one["mine"] and one["typ"] in _LISTED]
+    of_subject = {one["subject"]: one["id"] for one in reversed(listed)}
+    ids = list(reversed(of_subject.values()))[:SECONDED_TOGETHER]
+    return ids if len(ids) > 1 else []
 
 
 async def _proposed_ceiling(view: View, listed: dict[str, Any]) -> dict[str, Any] | None:
@@ -180,6 +194,7 @@ async def _proposed_ceiling(view: View, listed: dict[str, Any]) -> dict[str, Any
     return {"whole": whole, "new": missing(whole, now), "unused": unused}
 
 
+_LISTED: Final = {model.typ for model in LISTED}
 _WITH_CEILING: Final[dict[str, type[AgentRegister | AgentSetCeiling]]] = {
     AgentRegister.typ: AgentRegister,
     AgentSetCeiling.typ: AgentSetCeiling,

@@ -10,7 +10,7 @@ import { LEEWAY_S, isTime, ordinaryKey, parse, verify } from "./jws.js";
 import { isByPasskey, usablePasskeys, verifyPasskey } from "./passkeys.js";
 
 const KINDS = ["user", "agent", "target", "task"];
-const MAX_RECORDS = 64;
+const MAX_RECORDS = 256;
 const DAY_S = 86400;
 
 /** The verified evidence of one question. `memory` has `getItem` and `setItem`. */

@@ -414,11 +414,19 @@ function taskEnd(claims, evidence) {
 const REPORT_S = 3600;
 const SHORT = 12;
 
-/** The proposed command that came with the question, which has the digest `wanted`. */
-async function proposalOf(extra, evidence, wanted) {
-  if (!Array.isArray(extra.commands) || extra.commands.length !== 1) throw new RefusedError("the proposed command did not come with it");
-  const found = await proposedCommand(extra.commands[0], evidence);
-  if (found.digest !== wanted) throw new RefusedError("it is another proposal than the one that came with it");
+const MAX_SECONDED = 100;
+const LISTED = ["user.set", "user.add-key"];
+
+/** The proposed commands that came with the question, which have the digests `wanted`, in that order. */
+async function proposalsOf(extra, evidence, wanted) {
+  if (!Array.isArray(extra.commands) || extra.commands.length !== wanted.length) {
+    throw new RefusedError("the proposed command did not come with it");
+  }
+  const found = [];
+  for (const compact of extra.commands) found.push(await proposedCommand(compact, evidence));
+  if (found.some((one, at) => one.digest !== wanted[at])) {
+    throw new RefusedError("it is another proposal than the one that came with it");
+  }
   return found;
 }
 
@@ -480,32 +488,42 @@ async function ceilingReport(found, evidence, compact) {
   return report;
 }
 
+/** One second person's signature of one change, or of several users and keys: each is shown, by its verified record. */
 async function second(claims, evidence, extra) {
-  if (!Array.isArray(claims.commands) || claims.commands.length !== 1) {
-    throw new RefusedError("this page seconds one change at a time; second several with a key file");
+  const named = claims.commands;
+  if (!Array.isArray(named) || named.length < 1 || named.length > MAX_SECONDED) {
+    throw new RefusedError(`it seconds no change, or more than ${MAX_SECONDED}`);
   }
-  const [said] = claims.commands;
-  known(["author", "command", "proposal", "revision"], said);
-  const found = await proposalOf(extra, evidence, said.proposal);
-  if (said.author !== found.claims.iss || said.command !== found.claims.jti) {
-    throw new RefusedError("it is another proposal than the one that came with it");
+  named.forEach((said) => known(["author", "command", "proposal", "revision"], said));
+  const found = await proposalsOf(extra, evidence, named.map((said) => said.proposal));
+  if (found.length > 1 && found.some((one) => !LISTED.includes(one.typ))) {
+    throw new RefusedError("only users and keys are seconded in a list; second each other change alone");
   }
-  if (said.revision !== found.revision) {
-    throw new RefusedError(`the record of ${found.kind} ${name(found.id)} has revision ${found.revision}, and another one is signed`);
+  if (new Set(found.map((one) => `${one.kind} ${one.id}`)).size < found.length) {
+    throw new RefusedError("the list names a subject twice; second one of both alone");
   }
+  const rows = [];
+  for (const [at, one] of found.entries()) {
+    const said = named[at];
+    if (said.author !== one.claims.iss || said.command !== one.claims.jti) {
+      throw new RefusedError("it is another proposal than the one that came with it");
+    }
+    if (said.revision !== one.revision) {
+      throw new RefusedError(`the record of ${one.kind} ${name(one.id)} has revision ${one.revision}, and another one is signed`);
+    }
+    rows.push(...(await proposalRows(one, evidence, extra)), row("Unless it has changed since", `revision ${said.revision}`));
+  }
+  const [{ kind, id }] = found;
   return {
-    title: `Second a change of ${found.kind} ${name(found.id)}`,
-    action: "Second it",
-    rows: [
-      ...(await proposalRows(found, evidence, extra)),
-      row("Unless it has changed since", `revision ${said.revision}`),
-    ],
-    warnings: ["It takes effect at once, by its author and you."],
+    title: found.length === 1 ? `Second a change of ${kind} ${name(id)}` : `Second ${found.length} changes of users and keys`,
+    action: found.length === 1 ? "Second it" : `Second all ${found.length}`,
+    rows,
+    warnings: [found.length === 1 ? "It takes effect at once, by its author and you." : "They take effect at once, by their authors and you: all, or none."],
   };
 }
 
 async function withdraw(claims, evidence, extra) {
-  const found = await proposalOf(extra, evidence, claims.proposal);
+  const [found] = await proposalsOf(extra, evidence, [claims.proposal]);
   return {
     title: `Withdraw a change of ${found.kind} ${name(found.id)}`,
     action: "Withdraw it",
