@@ -196,7 +196,7 @@ def test_killed_dev_leaves_no_process_behind(tmp_path: Path) -> None:
     try:
         said = wait_until_up(process)
         assert "deploy-bot" in said, "it says what was made"
-        assert "A restart forgets it" in said
+        assert "Made now; --fresh begins anew" in said
         children = descendants(process.pid)
         assert len(children) >= 8, "broker, Valkey and six services"
         listed = subprocess.run(
@@ -260,7 +260,9 @@ def test_all_that_dev_prints_fits_80_columns_and_each_command_works_as_it_is_pri
     terminal, shell = Terminal([*RINGFENCE, "dev", "--free-ports"], tmp_path), Shell(tmp_path)
     try:
         lines = terminal.read_until("Ctrl-C ends everything").splitlines()
-        assert [line for line in lines if len(line) > 80 and not line.startswith("  cd ")] == []
+        assert [
+            line for line in lines if len(line) > 80 and not line.startswith(("  cd ", "  http://localhost:"))
+        ] == []
         commands = commands_in(lines)
         assert len(commands) == 7
 
@@ -336,6 +338,46 @@ def test_one_stack_a_folder_and_the_next_start_has_the_same_keys(tmp_path: Path)
         assert again.wait(WITHIN_S) == 0, "ending it is its usual end"
     finally:
         again.kill()
+
+
+def command(folder: Path, *arguments: str) -> str:
+    """What a command of the operator prints on the stack of a folder."""
+    called = subprocess.run(
+        [*RINGFENCE, "--identity", ".ringfence/users/olga.json", *arguments],
+        cwd=folder, env=environment() | {"RINGFENCE_CONFIG": ".ringfence/ringfence.toml"}, capture_output=True,
+        text=True, timeout=WITHIN_S,
+    )  # fmt: skip
+    assert called.returncode == 0, called.stderr
+    return called.stdout
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_dev_keeps_what_was_added_unless_it_was_killed(tmp_path: Path, end: signal.Signals) -> None:
+    started: list[subprocess.Popen[str]] = []
+    try:
+        started.append(start_dev(tmp_path))
+        first = wait_until_up(started[-1])
+        command(tmp_path, "user", "add", "zoe", "--name", "Zoe")
+        children = descendants(started[-1].pid)
+        started[-1].send_signal(end)
+        started[-1].wait(WITHIN_S)
+        assert gone(children)
+        kept = end == signal.SIGTERM
+        started.append(start_dev(tmp_path))
+        again = wait_until_up(started[-1])
+        assert ("Kept from the last run" in again) is kept
+        assert ("zoe" in command(tmp_path, "user", "list")) is kept
+        assert (re.findall("--task [0-9a-f-]+", first) == re.findall("--task [0-9a-f-]+", again)) is kept
+        started[-1].terminate()
+        assert started[-1].wait(WITHIN_S) == 0
+        if kept:
+            started.append(start_dev(tmp_path, "--fresh", "--no-seed"))
+            assert "Made now" in wait_until_up(started[-1])
+            assert "zoe" not in command(tmp_path, "user", "list")
+    finally:
+        for one in started:
+            one.kill()
 
 
 @pytest.mark.timeout(600)

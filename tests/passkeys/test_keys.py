@@ -13,6 +13,7 @@ from playwright.async_api import Browser, expect
 
 from ringfence.client.connection import Connection
 from ringfence.client.passkeys.questions import invitation_question, question_link
+from ringfence.dev.first_passkey import offer_first_passkey
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import UserInvite
@@ -33,6 +34,31 @@ async def test_an_invitation_adds_nothing_before_an_operator_adds_the_key(
     added = await organisation.add_key(user_id, package)
     listed = await (await organisation.run("user", "keys", as_user=user_id)).result()
     assert [key["kid"] for key in listed["keys"]] == [added["kid"]]
+    assert person.complaints == []
+
+
+async def test_link_of_dev_makes_and_adds_the_first_passkey(
+    organisation: Organisation, person: Person
+) -> None:
+    realm, said = organisation.realm, asyncio.Queue[str]()
+    sam, loop = realm.name("sam"), asyncio.get_running_loop()
+
+    def say(text: str) -> None:
+        loop.call_soon_threadsafe(said.put_nowait, text)
+
+    def link() -> str | None:
+        return offer_first_passkey(realm.key("user", sam), sam, realm.settings, say)
+
+    invited = await asyncio.to_thread(link)
+    assert invited is not None
+    page = await person.open(invited)
+    await page.get_by_role("button", name="Make a passkey").click()
+    await page.get_by_role("button", name="Prove it", exact=True).click()
+    await expect(page.get_by_text("It was handed to the program that asked.")).to_be_visible()
+    assert await said.get() == f"{sam} has a passkey now, and can sign in to the console."
+    listed = await (await organisation.run("user", "keys", as_user=sam)).result()
+    assert len(listed["keys"]) == 2, "the key file and the passkey"
+    assert await asyncio.to_thread(link) is None
     assert person.complaints == []
 
 

@@ -25,7 +25,7 @@ from starlette.routing import Route
 from ringfence.client.resource_server.asgi import TOKEN, App, Needs, Scope, TokenGuard
 from ringfence.client.resource_server.verifier import TokenVerifier, VerifiedToken
 from ringfence.dev.organisation import PLATFORM, PLATFORM_AUDIENCE, key_of
-from ringfence.dev.processes import LOOPBACK, Child, free_port, spawn
+from ringfence.dev.processes import LOOPBACK, Child, claim_port, spawn
 from ringfence.kernel.base.private_files import write_private
 from ringfence.kernel.crypto.keys import SigningKey
 
@@ -118,12 +118,17 @@ async def _serve(options: argparse.Namespace) -> None:
         await uvicorn.Server(config).serve()
 
 
-def start_platform(stack: Stack) -> tuple[Child, str, str]:
-    """Start the platform in a process of its own, for a stack that runs.
+def start_platform(stack: Stack, port: int = 0) -> tuple[Child, str, str]:
+    """Start the platform in a process of its own, for a stack that runs, at `port`; 0 takes a free one.
 
-    Returns the process, the platform's URL and its admin token. Raises StackError if it does not answer.
+    Returns the process, the platform's URL and its admin token. Raises StackError if it does not answer, or the port
+    is in use.
     """
-    state, token, port = stack.options.state, secrets.token_urlsafe(24), free_port()
+    state, token, port = (
+        stack.options.state,
+        secrets.token_urlsafe(24),
+        claim_port(port, "The platform", "--fresh"),
+    )
     key_file, token_file = state / "targets" / f"{PLATFORM}.json", state / "legacy-admin-token"
     key_of(stack.trust, stack.options.trust_domain, "target", PLATFORM)
     write_private(token_file, token.encode())

@@ -40,8 +40,9 @@ _NODE_ID = "1"
 class EmbeddedKafka:
     """One embedded broker. `start` and `stop` block; both may be called again.
 
-    Its data is in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`. `port` 0 takes a
-    free port, once, for the life of this object. Its output is appended to `log_path` (`data_dir/kafka.log`).
+    Its data is in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`, or unless that
+    call says otherwise. `port` 0 takes a free port, once, for the life of this object. Its output is appended to
+    `log_path` (`data_dir/kafka.log`).
     """
 
     def __init__(
@@ -58,23 +59,25 @@ class EmbeddedKafka:
         """`127.0.0.1:port`, for `bootstrap_servers`."""
         return f"{LOOPBACK}:{self.port}"
 
-    def start(self) -> None:
-        """Start the broker. Returns once it answers Kafka requests. Naming a topic does not create it.
+    def start(self, *, resume: bool = False) -> None:
+        """Start the broker, with `resume` on the data that it finds. Returns once it answers Kafka requests.
 
-        Raises StackError if the package is missing, the port is in use or the broker does not start.
+        Naming a topic does not create it. Raises StackError if the package is missing, the port is in use or the broker
+        does not start.
         """
         if self.child is not None and self.child.alive:
             return
-        self._clear()
+        self._clear(self._keep or resume)
         self._launch()
 
-    def stop(self) -> None:
-        """Stop the broker and, unless `keep`, delete its data."""
+    def stop(self, *, keep: bool = False) -> None:
+        """Stop the broker and delete its data, unless it is kept."""
+        kept = self._keep or keep
         if self.child is not None:
             # Without the data there is nothing to write; the last snapshot can take seconds.
-            self.child.stop(_KEEPING_GRACE_S) if self._keep else self.child.kill()
+            self.child.stop(_KEEPING_GRACE_S) if kept else self.child.kill()
             self.child = None
-        self._clear()
+        self._clear(kept)
 
     def restart(self) -> None:
         """Shut down the broker and start it again on the same port, with the same topics and records."""
@@ -103,8 +106,8 @@ class EmbeddedKafka:
             self.child = None
             raise
 
-    def _clear(self) -> None:
-        if not self._keep:
+    def _clear(self, keep: bool) -> None:
+        if not keep:
             shutil.rmtree(self._store, ignore_errors=True)
 
 

@@ -117,6 +117,16 @@ def _runs_by(runner: str | None, domain: str, agent_id: str) -> list[Attestation
     return [runner_selector(domain, runner, agent_id)] if runner is not None else []
 
 
+async def task_to_try(folder: TrustFolder, settings: ClientSettings, task_id: str) -> str:
+    """Return the task of a former start, or a new one like it if that is over. Raises as `assign_first_task`."""
+    async with Administrator.connect(folder.user_key("maria"), settings) as maria:
+        found = (await maria.directory()).task(task_id)
+        now_s = maria.connection.clock.now_ms() // 1000
+    if found is not None and found.state.status == "active" and found.state.not_after > now_s:
+        return task_id
+    return await assign_first_task(folder, settings)
+
+
 async def assign_first_task(folder: TrustFolder, settings: ClientSettings) -> str:
     """Let Maria assign deploy-bot a task on her own behalf. Returns its id. Raises RefusedError, UnavailableError."""
     async with Administrator.connect(folder.user_key("maria"), settings) as maria:

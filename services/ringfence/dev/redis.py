@@ -23,8 +23,9 @@ class EmbeddedRedis:
 
     It never evicts, publishes expired-key events (`Ex`), and with `append_only` syncs its append-only file every
     second. `hz` is how often per second it looks for expired keys. `options` are further server options. Its data is in
-    a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`. `port` 0 takes a free port, once,
-    for the life of this object. Its output is appended to `log_path` (`data_dir/redis.log`).
+    a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`, or unless that call says
+    otherwise. `port` 0 takes a free port, once, for the life of this object. Its output is appended to `log_path`
+    (`data_dir/redis.log`).
     """
 
     def __init__(
@@ -52,22 +53,22 @@ class EmbeddedRedis:
         """`redis://127.0.0.1:port/0`."""
         return f"redis://{LOOPBACK}:{self.port}/0"
 
-    def start(self) -> None:
-        """Start the server. Returns once it answers PING.
+    def start(self, *, resume: bool = False) -> None:
+        """Start the server, with `resume` on the data that it finds. Returns once it answers PING.
 
         Raises StackError if the package is missing, the port is in use or the server does not start.
         """
         if self.child is not None and self.child.alive:
             return
-        self._clear()
+        self._clear(self._keep or resume)
         self._launch()
 
-    def stop(self) -> None:
-        """Stop the server and, unless `keep`, delete its data."""
+    def stop(self, *, keep: bool = False) -> None:
+        """Stop the server and delete its data, unless it is kept."""
         if self.child is not None:
             self.child.stop(_GRACE_S)
             self.child = None
-        self._clear()
+        self._clear(self._keep or keep)
 
     def restart(self) -> None:
         """Shut down the server and start it again on the same port; with `append_only`, with its keys."""
@@ -102,8 +103,8 @@ class EmbeddedRedis:
             self.child = None
             raise
 
-    def _clear(self) -> None:
-        if not self._keep:
+    def _clear(self, keep: bool) -> None:
+        if not keep:
             shutil.rmtree(self._store, ignore_errors=True)
 
 

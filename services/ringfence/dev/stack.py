@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from ringfence.client.admin.origins import OriginChange, changed_origins, set_origins
@@ -25,6 +26,7 @@ from ringfence.client.admin.trust_setup import (
     load_root_and_bundle,
     make_trust,
     missing_on_demand_services,
+    publish_bundle,
     publish_trust,
 )
 from ringfence.dev import kafka as embedded_kafka
@@ -33,7 +35,7 @@ from ringfence.dev.kafka import EmbeddedKafka
 from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, free_port, spawn
 from ringfence.dev.redis import EmbeddedRedis
 from ringfence.kernel.base.errors import RingfenceError
-from ringfence.kernel.base.private_files import make_private_folder, open_private
+from ringfence.kernel.base.private_files import make_private_folder, open_private, write_private
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.topics_admin import TopicsAdmin
 from ringfence.messages.api import CONSOLE_PORT, GATEWAY_PORT, PORTS, SIGN_PAGE_PORT
@@ -72,6 +74,8 @@ class StackOptions:
     """Use the services' default ports, so that other programs find them; else free ports."""
     kafka_port: int = 0
     redis_port: int = 0
+    resume: bool = False
+    """Whether to start with the data that the stack before in this folder left, if it did (`Stack.note`)."""
     partitions: int = 4
     keep_bytes: int = 4 * 1024 * 1024
     """The size limit of each partition that is not compacted, on the embedded broker. The broker holds all data in
@@ -100,6 +104,10 @@ class Stack:
         """The gateway's port for agents."""
         self.origins: dict[PasskeyUse, str] = {}
         """Where passkeys are used on this stack: the sign page's origin, and the console's."""
+        self.note: dict[str, Any] | None = None
+        """What `stop` notes for the next stack in this folder, which then resumes with the data; None deletes the data.
+        After `start` it is the note of the stack before, if this one resumed.
+        """
         self._claim: int | None = None
         """The open file whose lock protects the state folder."""
         self.kafka = options.kafka or ""
@@ -159,6 +167,7 @@ class Stack:
         state = self.options.state
         make_private_folder(state)
         self._claim_state()
+        self.note = self._take_note()
         self._claim_ports()
         self._make_trust()
         if not self.kafka:
@@ -166,14 +175,14 @@ class Stack:
             self._broker = EmbeddedKafka(
                 state / "kafka", self.options.kafka_port, log_path=state / "logs" / "kafka.log"
             )
-            self._broker.start()
+            self._broker.start(resume=self.note is not None)
             self.kafka = self._broker.bootstrap
         if not self.redis_url:
             self._say("starting Valkey")
             self._valkey = EmbeddedRedis(
                 state / "redis", self.options.redis_port, log_path=state / "logs" / "redis.log"
             )
-            self._valkey.start()
+            self._valkey.start(resume=self.note is not None)
             self.redis_url = self._valkey.url
         asyncio.run(self._prepare())
         self._say(f"starting {', '.join(self.options.services)}")
@@ -257,7 +266,10 @@ class Stack:
         settings = self.settings()
         async with TopicsAdmin(settings) as admin:
             await admin.apply(keep_bytes=self.options.keep_bytes if settings.embedded_broker else None)
-        await publish_trust(self.trust, settings, self.options.operator, self.options.operator.title())
+        if self.note is not None:
+            await publish_bundle(self.trust, settings)
+        else:
+            await publish_trust(self.trust, settings, self.options.operator, self.options.operator.title())
 
     def start_service(self, role: ServiceRole) -> None:
         """Start a service, or start it again. Does not wait until it is ready."""
@@ -337,11 +349,14 @@ class Stack:
         self._children.clear()
         self._sign_page = None
         if self._valkey is not None:
-            self._valkey.stop()
+            self._valkey.stop(keep=self.note is not None)
             self._valkey = None
         if self._broker is not None:
-            self._broker.stop()
+            self._broker.stop(keep=self.note is not None)
             self._broker = None
+        if self.note is not None:
+            write_private(self._note_file, json.dumps(self.note).encode())
+            self.note = None
         if self._claim is not None:
             os.close(self._claim)
             self._claim = None
@@ -350,6 +365,19 @@ class Stack:
             for child, status in ended.items()
             if status
         ]
+
+    @property
+    def _note_file(self) -> Path:
+        return self.options.state / "kept.json"
+
+    def _take_note(self) -> dict[str, Any] | None:
+        """Return what the stack before noted, and remove the note: a stack that is killed leaves no data to resume."""
+        try:
+            note: dict[str, Any] = json.loads(self._note_file.read_bytes())
+        except (OSError, ValueError):
+            return None
+        self._note_file.unlink()
+        return note if self.options.resume and self.trust.root_key.exists() else None
 
     def forget(self) -> None:
         """Delete the state folder; only after `stop`."""

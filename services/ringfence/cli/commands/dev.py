@@ -1,6 +1,6 @@
 """`ringfence dev`: run the whole stack on this machine, and print a summary once everything runs.
 
-The summary fits 80 columns, except where a path is long. Its commands work as printed.
+The summary fits 80 columns, except a long path and the link for a passkey. Its commands work as printed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
+from urllib.parse import urlsplit
 
 import typer
 from rich.text import Text
@@ -52,7 +53,7 @@ def shell_file(state: Path, identity: str) -> str:
 
 
 def organisation_lines(operator: str, task: str | None) -> Iterator[str]:
-    """Yield what was made at this start. `task`: the id of deploy-bot's task; None where only an operator was made."""
+    """Yield what was made at first. `task`: the id of deploy-bot's task; None where only an operator was made."""
     from ringfence.dev.organisation import OPERATOR_ABOUT, PEOPLE, PLATFORM, TASK_LIFE_S
 
     yield from _about(operator, OPERATOR_ABOUT)
@@ -135,6 +136,10 @@ def dev(
     free_ports: Annotated[
         bool, typer.Option("--free-ports", help="Take free ports instead of the usual ones.")
     ] = False,
+    fresh: Annotated[
+        bool,
+        typer.Option("--fresh", help="Begin anew: drop what was kept of the last run, but not the keys."),
+    ] = False,
     seed: Annotated[bool, typer.Option(help="Make a small organisation: people, a target, agents.")] = True,
     besides: Annotated[
         list[str] | None,
@@ -150,7 +155,7 @@ def dev(
 
     Exit 0 if that was the end; 1 if a part ended by itself, or did not end in good order.
 
-    Each start is a fresh one: the broker's data of the last are gone, the keys are kept.
+    What you add is there again at the next start in the same folder, unless this one was killed or you ask for --fresh.
     """
     from ringfence.dev.demo_target import start_platform
     from ringfence.dev.stack import Stack, StackOptions
@@ -164,6 +169,7 @@ def dev(
         redis_port=0 if free_ports else 6379,
         runner=_RUNNER,
         sign_page=True,
+        resume=not fresh,
     )
     with (
         ended_by_signals(),
@@ -177,24 +183,29 @@ def dev(
             "RINGFENCE_RUNNER_STATE": str(options.state / "runner"),
         }
         write_config(stack.environment() | reach, options.state / "ringfence.toml")
-        task: str | None = None
+        kept = stack.note or {}
+        client, task = client_settings(stack.environment()), kept.get("task")
+        seed = seed or task is not None
         if seed:
-            out.print("[aside]making the organisation ...[/]")
-            platform, platform_url, _ = start_platform(stack)
+            platform, platform_url, _ = start_platform(stack, kept.get("platform_port", 0))
             parts.callback(platform.stop)
-            task = asyncio.run(
-                _make_organisation(
-                    stack.trust, client_settings(stack.environment()), options.operator, platform_url
-                )
-            )
+            if task is None:
+                out.print("[aside]making the organisation ...[/]")
+                task = asyncio.run(_make_organisation(stack.trust, client, options.operator, platform_url))
+            else:
+                task = asyncio.run(_task_again(stack.trust, client, task))
+            kept = {"task": task, "platform_port": urlsplit(platform_url).port}
+        resumed, stack.note = stack.note is not None, kept
         whose = "sam" if seed else options.operator
         shell = shell_file(options.state, f"users/{whose}.json")
         write_private(options.state / SHELL_FILE, shell.encode())
         out.print("\n[ok]Ringfence is up.[/]")
         _print_lines(out, _address_lines(stack))
-        out.print("\n[bold]Made now. A restart forgets it, and all that you add; the keys stay:[/]")
+        what = "Kept from the last run, with all that you added" if resumed else "Made now"
+        out.print(f"\n[bold]{what}; --fresh begins anew:[/]")
         _print_lines(out, organisation_lines(options.operator, task))
         out.print()
+        _print_lines(out, _passkey_lines(out, stack.trust.user_key(whose), whose, client))
         _print_lines(out, command_lines(Path.cwd(), state, task))
         try:
             out.print("\nCtrl-C ends everything.")
@@ -231,6 +242,32 @@ def _selected_services(besides: Sequence[str]) -> list[ServiceRole]:
             f"unknown: {', '.join(unknown)}; known: {', '.join(_WITH)}", param_hint="--with"
         )
     return [role for role in _WITH if role in besides]
+
+
+async def _task_again(folder: TrustFolder, settings: ClientSettings, task: str) -> str:
+    """Return the kept task, or a new one if that is over and people have changed nothing that forbids it."""
+    from ringfence.client.errors import RefusedError
+    from ringfence.dev.organisation import task_to_try
+
+    try:
+        return await task_to_try(folder, settings, task)
+    except RefusedError:
+        return task
+
+
+def _passkey_lines(out: Console, key_file: Path, user: str, settings: ClientSettings) -> Iterator[str]:
+    """Yield the link that makes a person's passkey, unless they have one."""
+    from ringfence.dev.first_passkey import offer_first_passkey
+    from ringfence.kernel.crypto.keys import SigningKey
+
+    def say(text: str) -> None:
+        _print_lines(out, [f"\n{text}"])
+
+    link = offer_first_passkey(SigningKey.load(key_file), user, settings, say)
+    if link is not None:
+        yield f"To use the console as {user.title()}, open this once, and make a passkey:"
+        yield f"  {link}"
+        yield ""
 
 
 async def _make_organisation(

@@ -110,13 +110,22 @@ def compose(
 
 
 def invitation_question(
-    invitation: str, user_id: str, signer_id: str, directory: Directory, trust: TrustStore
+    invitation: str,
+    user_id: str,
+    signer_id: str,
+    directory: Directory,
+    trust: TrustStore,
+    return_to: str | None = None,
 ) -> bytes:
-    """The question of an invitation (`user.invite`, signed by `signer_id`) for a user, as JSON. Raises as `compose`."""
+    """The question of an invitation (`user.invite`, signed by `signer_id`) for a user, as JSON. Raises as `compose`.
+
+    `return_to`: where the page posts the passkey; without, the person gets it as text and file.
+    """
     subjects: list[Subject] = [("user", signer_id)]
     if directory.user(user_id) is not None:
         subjects.append(("user", user_id))
-    return _json({"invitation": invitation, "evidence": evidence_of(directory, trust, subjects)})
+    question = {"invitation": invitation, "evidence": evidence_of(directory, trust, subjects)}
+    return _json(question | ({"return_to": return_to} if return_to else {}))
 
 
 def question_link(origin: str, question: bytes) -> str:
