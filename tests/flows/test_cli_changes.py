@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import json
 import threading
 from typing import Any
 
@@ -404,6 +405,39 @@ async def test_a_target_that_is_there_is_shown_before_it_is_replaced(
 
 
 # --- revoking ---------------------------------------------------------------------------------------------------------
+
+
+async def test_map_of_an_openapi_document_is_shown_before_it_is_used(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = shell.folder / "api.json"
+    paths = {
+        "/orders/{id}": {"get": {"tags": ["orders"]}, "delete": {"tags": ["orders"]}},
+        "/graphql": {"post": {}},
+    }
+    servers = [{"url": "https://elsewhere.example"}]
+    file.write_text(json.dumps({"openapi": "3.1.0", "servers": servers, "paths": paths}))
+    adding = ("target", "add", "shop", "--description", "x", "--openapi", str(file))
+    where = ("--setting", "url=https://shop.example")
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert "add --yes to do it" in await shell("olga", *adding, *where, status=2)
+    for part in (
+        "2 operations have a rule", "orders:delete (operator): 1", "orders:read (none): 1",
+        "POST /graphql: its body says what is done",
+        "the document names https://elsewhere.example; the gateway sends requests where --setting url= says",
+    ):  # fmt: skip
+        assert part in shell.noted
+    assert "url" in await shell("olga", *adding, "--yes", status=2), (
+        "the document names no place for a secret"
+    )
+    assert "not both" in await shell("olga", *adding, *where, "--template", "http", status=2)
+    await shell("olga", *adding, *where, "--yes", "--verb", "orders:read=sponsor")
+    shop = await state(shell, "target", "shop")
+    assert {one["verb"]: one["floor"] for one in shop["verbs"]} == {
+        "orders:delete": "operator", "orders:read": "sponsor",
+    }  # fmt: skip
+    assert (shop["backend"]["kind"], shop["backend"]["url"]) == ("http", "https://shop.example")
+    assert shop["delivery"] == "gateway"
 
 
 async def test_revoke_says_that_the_agent_may_ask_again_and_how_to_stop_it(shell: Shell) -> None:

@@ -16,7 +16,7 @@ from ringfence.cli.shared.output import kept_file, output_file, output_folder
 
 INPUTS = frozenset({
     "--attestation-root", "--baseline", "--bundle", "--ca-file", "--consent", "--delegation", "--endorsement",
-    "--id-token", "--identity", "--invitation", "--jwks", "--key-file", "--package", "--public-key",
+    "--id-token", "--identity", "--invitation", "--jwks", "--key-file", "--openapi", "--package", "--public-key",
     "--second-operator", "--socket",
     "key prove file", "key show file", "scan paths", "trust publish file", "user sync file",
 })  # fmt: skip

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import sys
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from http import HTTPStatus
 from importlib.resources import files
 from pathlib import Path
@@ -70,6 +71,7 @@ _CLASSES: tuple[ActionClass, ...] = get_args(ActionClass)
 _FLOOR_KEYS: tuple[FloorKey, ...] = get_args(FloorKey)
 _KINDS = " or ".join(", ".join(CREDENTIAL_KINDS).rsplit(", ", 1))
 _GATEWAY_READS_WITHIN_S, _ASK_AGAIN_S = 3.0, 0.1
+_GAPS_SHOWN = 20
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A valid setting name. The backends define which settings exist."""
 _REQUEST = re.compile(
@@ -111,6 +113,21 @@ def add(
     template: Annotated[
         str | None,
         typer.Option("--template", help=f"Backend and verbs as they usually are: {', '.join(TEMPLATES)}."),
+    ] = None,
+    openapi: Annotated[
+        Path | None,
+        typer.Option(
+            "--openapi",
+            metavar="FILE",
+            help="Propose verbs and requests from the OpenAPI document of an HTTP API, and ask first. What cannot be "
+            "told by method and path stays denied.",
+        ),
+    ] = None,
+    openapi_tag: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--openapi-tag", metavar="TAG", help="Only operations with this tag of the document. Repeatable."
+        ),
     ] = None,
     request: Annotated[
         list[str] | None,
@@ -180,7 +197,9 @@ def add(
     do not repeat is removed.
     """
     id = spiffe_id(settings().trust_domain, "target", target)
-    base = _template(template)
+    if openapi is not None and template is not None:
+        raise typer.BadParameter("give --openapi or --template, not both", param_hint="--openapi")
+    base = _proposed_map(openapi, openapi_tag or (), yes) if openapi is not None else _template(template)
     verbs = _with_action_approval(_merge_verbs(base, verb or ()), ask or ())
     verbs = _with_approver_keys(verbs, approver_key or ())
     requests = [*map(_parse_request_rule, request or ()), *(base.requests if base else ())]
@@ -373,6 +392,25 @@ def _check_map(requests: list[RequestRule], verbs: list[VerbFloor]) -> None:
         RequestMap(requests).check_order(verbs)
     except RequestMapError as error:
         raise typer.BadParameter(str(error), param_hint="--request") from None
+
+
+def _proposed_map(file: Path, tags: Sequence[str], yes: bool) -> Template:
+    """Return the map that a document proposes, shown and confirmed."""
+    from ringfence.cli.commands.openapi_map import read_openapi
+
+    found = read_openapi(file, tags)
+    template = found.template
+    note(f"{len(template.requests)} operations have a rule:")
+    counts = Counter(rule.verb for rule in template.requests)
+    note(Lines(f"  {verb} ({template.verbs[verb]}): {count}" for verb, count in sorted(counts.items())))
+    if found.gaps:
+        shown, more = found.gaps[:_GAPS_SHOWN], len(found.gaps) - _GAPS_SHOWN
+        note(f"{len(found.gaps)} have none, and stay denied:", "warning")
+        note(Lines(f"  {gap}" for gap in (*shown, *([f"and {more} more"] if more > 0 else []))))
+    if found.server is not None:
+        note(f"the document names {found.server}; the gateway sends requests where --setting url= says")
+    confirm("Use this map?", yes)
+    return template
 
 
 def _template(name: str | None) -> Template | None:

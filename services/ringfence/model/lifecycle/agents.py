@@ -119,7 +119,8 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
 def _register(state: AgentState | None, command: AgentRegister, context: Context) -> AgentState:
     if state is not None:
         raise CommandRefusedError(
-            f"the name {command.agent_id} was given before and is never given again", code=Code.NAME_TAKEN
+            f"there is or was an agent {command.agent_id}, and no name is given twice; choose another name",
+            code=Code.NAME_TAKEN,
         )
     actor = context.actor
     if not (actor.is_operator or (actor.user_id == command.sponsor and "sponsor" in actor.roles)):
