@@ -104,6 +104,56 @@ async def test_a_request_over_http_beyond_the_rule_is_told_why(realm: RunningSta
     assert any(reason["code"] == "beyond_scope" for reason in answer["reasons"])  # type: ignore[attr-defined]
 
 
+NO_SDK = ROOT / "examples/no-sdk"
+
+
+async def built(language: str, folder: Path) -> list[str]:
+    """The command that runs the example in a language, built with its pinned library."""
+    if language == "go":
+        words = ("go", "build", "-C", str(NO_SDK / "go"), "-o", str(folder / "request"), ".")
+        command = [str(folder / "request")]
+    else:
+        for name in ("package.json", "request.mjs"):
+            (folder / name).write_text((NO_SDK / "node" / name).read_text())
+        words = ("npm", "install", "--prefix", str(folder), "--ignore-scripts", "--no-audit", "--no-fund")
+        command = ["node", str(folder / "request.mjs")]
+    status, out, err = await run(*words, env={"npm_config_update_notifier": "false"})
+    assert status == 0, out + err
+    return command
+
+
+@pytest.mark.tools
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("language", ["node", "go"])
+async def test_request_in_another_language_is_approved_denied_and_verified(
+    realm: RunningStack, tmp_path: Path, language: str
+) -> None:
+    command = await built(language, tmp_path)
+    key_file = tmp_path / "bot.json"
+    realm.key("agent", realm.agent).save(key_file)
+    environment = {**realm.stack.environment(), "RINGFENCE_DOOR": realm.stack.door or ""}
+
+    async def ask(verb: str, resource: str, **env: str) -> tuple[int, str, str]:
+        words = (str(key_file), realm.task, realm.target, verb, resource)
+        return await run(*command, *words, env={**environment, **env})
+
+    async with realm.sponsor() as sam:
+        asked = asyncio.create_task(ask("write", "env/staging/web"))
+        await sam.approve(await first_pending(sam))
+        status, out, err = await asked
+    assert status == 0, err
+    answer = json.loads(out)
+    assert (answer["outcome"], answer["credential"]["kind"]) == ("allowed", "jwt")
+    assert "value" not in answer["credential"]
+    assert "approval_required: waiting" in err
+    status, out, err = await ask("write", "env/production/web")
+    assert status == 0, err
+    assert "beyond_scope" in {reason["code"] for reason in json.loads(out)["reasons"]}
+    status, out, err = await ask("read", "env/staging/web", RINGFENCE_TRUST_ROOT="A" * 43)
+    assert (status, out) == (1, "")
+    assert "another root signed the trust bundle" in err
+
+
 def test_the_example_with_curl_has_forty_lines() -> None:
     lines = [line.strip() for line in WITH_CURL.read_text().splitlines()[1:]]
     assert len([line for line in lines if line and not line.startswith("#")]) <= 40
