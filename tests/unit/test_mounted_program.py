@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ringfence.cli.main import main
-from ringfence.cli.shared.run_options import check_program
+from ringfence.cli.shared.run_options import check_program, node_problem
 from ringfence.client.errors import InvalidCallError
 
 
@@ -81,3 +81,22 @@ def test_command_refuses_program_before_it_connects(
     monkeypatch.setattr("ringfence.cli.commands.run_local.connected_host", None)
     assert main([*words, "--mount", str(project), "--", ".venv/bin/python"]) == 1
     assert f"add --mount {project.parent}/pyenv/versions/3.12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("version", "fails"),
+    [
+        ("v20.20.2", True), ("v22.20.0", True), ("v22.21.0", False), ("v23.11.1", True), ("v24.0.0", False),
+        ("v26.1.0-nightly", False), ("what?", False),
+    ],
+)  # fmt: skip
+def test_node_that_knows_no_proxy_is_named(tmp_path: Path, version: str, fails: bool) -> None:
+    node = tmp_path / "node"
+    node.write_text(f"#!/bin/sh\necho '{version}'\n")
+    node.chmod(0o755)
+    for program in ("node", "npx"):
+        problem = node_problem(program, str(tmp_path))
+        assert (problem is not None) is fails
+        assert not fails or (problem is not None and version in problem)
+    assert node_problem("python3", str(tmp_path)) is None
+    assert node_problem("node", str(tmp_path / "elsewhere")) is None

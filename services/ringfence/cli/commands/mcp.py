@@ -29,7 +29,7 @@ from ringfence.cli.shared.options import (
     size_bytes,
 )
 from ringfence.cli.shared.output import note, visible
-from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, check_program
+from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, check_program, node_problem
 from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
@@ -131,6 +131,8 @@ def wrap(
     mounts = parse_mounts(mount or [], hide or [])
     if image is None:
         check_program(command[0], [one.host for one in mounts])
+        if problem := node_problem(command[0]):
+            note(problem, "warning")
     limits = RunLimits(memory_bytes=size_bytes(memory), cpu_millis=round(cpus * 1000), pids=pids)
     wanted = parse_scope(allow) if allow else ()
     local = LocalRun(tuple(command), mounts, environment, limits, duration_s(ttl), image, backend)

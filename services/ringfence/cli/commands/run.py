@@ -15,7 +15,15 @@ from ringfence.cli.commands.run_orders import list_runs, order, pools, show, sto
 from ringfence.cli.shared.arguments import check_name, parse_scope
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, duration_s, identity, size_bytes
-from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption, check_program
+from ringfence.cli.shared.output import note
+from ringfence.cli.shared.run_options import (
+    CpusOption,
+    MemoryOption,
+    PidsOption,
+    RunTtlOption,
+    check_program,
+    node_problem,
+)
 
 
 class RunGroup(TyperGroup):
@@ -157,6 +165,8 @@ def run(
     mounts = parse_mounts(mount or [], hide or [])
     if image is None:
         check_program(command[0], [one.host for one in mounts])
+        if problem := node_problem(command[0]):
+            note(problem, "warning")
     scope = parse_scope(assign) if assign else ()
     local = LocalRun(
         tuple(command), mounts, parse_environment(env or []), limits, duration_s(ttl), image, backend

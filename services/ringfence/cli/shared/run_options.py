@@ -7,6 +7,9 @@ environments (pyenv, uv, conda). The kernel would only report a missing file.
 from __future__ import annotations
 
 import os
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Final
@@ -17,6 +20,8 @@ from ringfence.client.errors import InvalidCallError
 
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives")
 """The folders of the host in a sandbox without an image."""
+_OF_NODE: Final = ("node", "npm", "npx")
+_NODE_S: Final = 5.0
 _MOST_LINKS: Final = 40
 """As many as the kernel follows (path_resolution(7))."""
 
@@ -38,6 +43,34 @@ def check_program(program: str, folders: Sequence[Path]) -> None:
             raise InvalidCallError(f"{what} a link to {hidden}, which is in no mounted folder").with_remedy(
                 f"add --mount {folder}"
             )
+
+
+def node_problem(program: str, search: str = os.defpath) -> str | None:
+    """Return why requests of a Node.js program in a run without an image do not reach the gateway; None if they do.
+
+    Node.js follows the proxy of its environment since 22.21 and 24.0 (`NODE_USE_ENV_PROXY`,
+    https://nodejs.org/api/cli.html).
+    `search`: the folders that are searched for `node`, the system's own; no mounted program is started here.
+    """
+    node = shutil.which("node", path=search) if program in _OF_NODE else None
+    if node is None:
+        return None
+    try:
+        answer = subprocess.run(
+            [node, "--version"], capture_output=True, text=True, timeout=_NODE_S, check=False, env={}
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.fullmatch(r"v(\d+)\.(\d+)\.\d+\S*", answer.stdout.strip())
+    if found is None:
+        return None
+    version = (int(found[1]), int(found[2]))
+    if version >= (24, 0) or (version[0] == 22 and version[1] >= 21):
+        return None
+    return (
+        f"Node.js {found[0]} knows no proxy of its environment, so its own requests do not reach the gateway and fail; "
+        "use 22.21, or 24 or newer"
+    )
 
 
 def _interpreter(path: Path) -> Path | None:
