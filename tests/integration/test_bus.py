@@ -26,7 +26,7 @@ from ringfence.kernel.kafka.dead_letters import MAX_INVALID_SIGNED, DeadLetters,
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.kafka.table_reader import Follower, Reader
-from ringfence.kernel.kafka.topics_admin import TopicsAdmin, partitions_of
+from ringfence.kernel.kafka.topics_admin import TopicError, TopicsAdmin, partitions_of
 from ringfence.messages.base import Topic, typ_header
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision
@@ -167,6 +167,14 @@ async def test_fewer_replicas_than_asked_for_are_a_difference(settings: ServiceS
         found = await admin.check()
         assert {(one.what, one.expected, one.found) for one in found} == {("replicas", "3", "1")}
         assert await admin.set_right() == ([], found)
+
+
+async def test_replication_beyond_the_brokers_names_the_setting(settings: ServiceSettings) -> None:
+    wrong = settings.model_copy(update={"replication": 3, "topic_prefix": f"r{uuid.uuid4().hex[:8]}"})
+    async with TopicsAdmin(wrong) as admin:
+        with pytest.raises(TopicError, match="replication") as refused:
+            await admin.apply()
+    assert refused.value.remedy == "set RINGFENCE_REPLICATION to no more than there are brokers"
 
 
 async def test_of_a_bounded_broker_heartbeats_take_little_and_what_is_compacted_is_whole(

@@ -14,7 +14,13 @@ from typing import Any
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.admin.config_resource import ConfigResource, ConfigResourceType
-from aiokafka.errors import CommitFailedError, KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.errors import (
+    CommitFailedError,
+    InvalidReplicationFactorError,
+    KafkaError,
+    TopicAlreadyExistsError,
+    for_code,
+)
 from aiokafka.protocol.admin import CreateAclsRequest
 from aiokafka.protocol.api import Request, RequestStruct, Response
 from aiokafka.protocol.metadata import MetadataRequest
@@ -208,8 +214,13 @@ class TopicsAdmin:
             if not code:
                 created.append(name)
             elif for_code(code) is not TopicAlreadyExistsError:
-                raise TopicError(
+                refused = TopicError(
                     f"the broker refused topic {name}: {for_code(code).__name__} {rest[0] if rest else ''}"
+                )
+                raise (
+                    refused.with_remedy("set RINGFENCE_REPLICATION to no more than there are brokers")
+                    if for_code(code) is InvalidReplicationFactorError
+                    else refused
                 )
         names = {topic.name(self._settings.topic_prefix) for topic in wanted}
 
