@@ -17,7 +17,6 @@ async def test_a_sponsor_suspends_and_resumes_their_agent(
     await page.get_by_role("link", name=agent).click()
     await expect(page.get_by_role("heading", level=1)).to_have_text(f"Agent {agent}")
     await expect(page.locator("#facts .state")).to_have_text("active")
-    await page.get_by_text("Suspend the agent").first.click()
     await page.get_by_label("Your reason").first.fill("it behaves oddly")
     await sponsor.signs("Suspend the agent", "Suspend")
     await expect(page.locator("#facts .state")).to_have_text("suspended")

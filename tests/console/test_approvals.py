@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator
@@ -77,7 +78,9 @@ async def test_a_sponsor_approves_with_one_look_and_one_touch(
         # The page follows by itself.
         card = page.locator("article")
         await expect(card).to_have_count(1)
-        await expect(card.get_by_role("heading")).to_contain_text(f"{realm.agent} asks for write")
+        await expect(card.get_by_role("heading")).to_have_text(
+            re.compile(rf"^\s*{realm.agent} wants to\s+write env/staging/web\s+at {realm.target}")
+        )
         await expect(card).to_contain_text(f"write on env/staging/web at {realm.target}")
         await expect(card).to_contain_text("to deploy")
         await expect(card).to_contain_text(realm.name("maria"))
@@ -90,6 +93,24 @@ async def test_a_sponsor_approves_with_one_look_and_one_touch(
         assert parse(answer.value).unverified_claims(Approval).comment == "go ahead"
         await expect(card).to_have_count(0)
         await expect(page.get_by_text("Signed and sent: approve request")).to_be_visible()
+
+
+async def test_buttons_of_a_request_are_in_the_first_screen_of_a_phone(
+    sponsor: Visitor, organisation: Organisation
+) -> None:
+    page = await sponsor.sign_in("/approvals")
+    await page.set_viewport_size({"width": 360, "height": 740})
+    async with asking(organisation):
+        button = page.locator("article").get_by_role("button", name="Approve", exact=True)
+        await expect(button).to_be_in_viewport(ratio=1)
+
+
+async def test_hidden_characters_of_a_reason_are_marked(sponsor: Visitor, organisation: Organisation) -> None:
+    page = await sponsor.sign_in("/approvals")
+    async with asking(organisation, "to de\u200bploy \\u200b"):
+        reason = page.locator("article blockquote").first
+        await expect(reason).to_have_text("to de‹U+200B›ploy \\u200b")
+        await expect(reason.locator("mark")).to_have_text(["‹U+200B›"])
 
 
 async def test_a_denial_reaches_the_agent(sponsor: Visitor, organisation: Organisation) -> None:

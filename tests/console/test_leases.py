@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from playwright.async_api import expect
 
 from tests.console.conftest import Visitor
@@ -19,6 +21,11 @@ async def test_a_lease_is_revoked(sponsor: Visitor, organisation: Organisation) 
         await sponsor.signs("Revoke this lease", "Revoke")
         assert (await realm.end_of(agent, seen, lease.lease_id)).status == "revoked"
         await expect(page.locator("#facts .state")).to_have_text("revoked")
+        ended = page.locator("dt", has_text="Ended").locator("+ dd")
+        await expect(ended).to_have_text(
+            re.compile(rf"^\d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d \S+, by {sponsor.user_id}$")
+        )
+        await expect(page.locator("dt", has_text="Why").locator("+ dd")).to_have_text("no longer needed")
 
 
 async def test_all_leases_of_an_agent_are_revoked(sponsor: Visitor, organisation: Organisation) -> None:
@@ -29,7 +36,7 @@ async def test_all_leases_of_an_agent_are_revoked(sponsor: Visitor, organisation
         await expect(page.locator("tbody tr")).to_have_count(2)
         await page.get_by_text("Revoke many at once").click()
         await page.get_by_label("Its name or id").fill(realm.agent)
-        await page.get_by_label("Your reason").fill("stop everything")
+        await page.locator("#kill-details").get_by_label("Your reason").fill("stop everything")
         await sponsor.signs("Revoke them all", "Revoke")
         for lease in leases:
             assert (await realm.end_of(agent, seen, lease.lease_id)).status == "revoked"

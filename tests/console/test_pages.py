@@ -120,6 +120,7 @@ async def test_pages_show_what_there_is(lived_in: LivedIn) -> None:
     await expect(page.locator("article", has_text="deploy build")).to_contain_text("As usual")
     # What somebody wrote about the agent cannot say who its sponsor is.
     assert "pia" not in await unusual.locator("dd", has=page.locator("blockquote")).first.inner_text()
+    await unusual.get_by_text("Task, agent and policy").click()
     await expect(unusual.locator("dt", has_text="Sponsor").locator("+ dd")).to_have_text("pia")
     page = await visitor.open("/agents?orphans=1")
     orphan = page.get_by_role("row").filter(has_text="support-bot")
@@ -153,7 +154,7 @@ SIGNED = {
     "grant": ("/approvals", ["Approve ahead", "Credentials like this one", "Approve ahead"], "Approve"),
     "answer one request": ("/approvals/{request}", ["Your comment", "Approve"], "Approve"),
     "withdraw": ("/grants?show=all", ["Take it back", "Your reason", "Take it back"], "Take back"),
-    "suspend": ("/agents/{agent}", ["Suspend the agent", "Your reason", "Suspend the agent"], "Suspend"),
+    "suspend": ("/agents/{agent}", ["Your reason", "Suspend the agent"], "Suspend"),
     "resume": ("/agents/night-bot", ["Resume the agent", "Your reason", "Resume the agent"], "Resume"),
     "narrow": ("/agents/{agent}", ["Narrow the ceiling to what it used", "Narrow the ceiling"], ""),
     "transfer": (
@@ -167,6 +168,7 @@ SIGNED = {
     "kill switch": (
         "/leases", ["Revoke many at once", "All leases of", "Your reason", "Revoke them all"], "Revoke",
     ),
+    "revoke a lease of the list": ("/leases", ["Revoke", "Your reason", "Revoke"], "Revoke"),
     "revoke a lease": ("/leases/{lease}", ["Revoke this lease", "Your reason", "Revoke this lease"], "Revoke"),
     "end a task": ("/tasks/{task}", ["End the task", "Your reason", "End the task"], "End"),
 }  # fmt: skip

@@ -129,7 +129,6 @@ async def test_expired_session_returns_to_the_page_after_sign_in(
     sponsor: Visitor, organisation: Organisation
 ) -> None:
     page = await sponsor.sign_in(f"/agents/{organisation.realm.agent}?kept=1")
-    await page.get_by_text("Suspend the agent").first.click()
     await page.get_by_label("Your reason").first.fill("it behaves oddly")
     await page.route("**/live?*", lambda route: route.abort())  # so that the page does not see it first
     await page.context.clear_cookies()
@@ -167,7 +166,6 @@ async def test_a_page_says_that_it_is_not_live_while_the_console_does_not_answer
     agent = organisation.realm.agent
     page = await sponsor.sign_in(f"/agents/{agent}")
     await expect(page.locator("#live-state")).to_have_text("Live")
-    await page.get_by_text("Suspend the agent").first.click()
     reason = page.get_by_label("Your reason").first
     await reason.fill("it behaves oddly")
     here, away = sponsor.url(f"/agents/{agent}"), asyncio.Event()

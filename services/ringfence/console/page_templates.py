@@ -104,9 +104,11 @@ def _environment() -> Environment:
         "resources": lambda scope: sum(len(_permission(one)["resources"]) for one in scope),
         "segment": lambda text: quote(str(text), safe=""),
         "until": _until,
+        "within": lambda seconds: _time(seconds, Markup('data-until="{}" data-within').format(int(seconds))),
         "when": _when,
         "at": _at,
         "span": span,
+        "prose": _prose,
         "plural": lambda count, one, many=None: f"{count:,} {one if count == 1 else many or one + 's'}",
     }
     made.globals |= {"assets": assets(), "style": Markup(assets()[STYLE].content.decode())}  # noqa: S704 - a file of this package
@@ -119,6 +121,14 @@ def _shown(value: Any) -> Any:
     if isinstance(value, str):
         return visible_lines(value)
     return "" if value is None else value
+
+
+def _prose(text: Any) -> Markup:
+    """Somebody's words. Characters that are hidden, or turn the direction of text, are written out and marked."""
+    marked = Markup('<mark title="hidden character">{}</mark>')
+    return Markup().join(
+        one if (shown := visible_lines(one)) == one else marked.format(shown) for one in str(text)
+    )
 
 
 def beginning(scope: Iterable[Any]) -> list[dict[str, Any]]:

@@ -21,7 +21,14 @@ function ago(millis) {
   const seconds = Math.max(0, Math.floor((Date.now() - millis) / SECOND));
   if (seconds < 5) return "just now";
   if (seconds < 172_800) return `${span(seconds)} ago`;
-  return new Date(millis).toLocaleString();
+  return moment(millis);
+}
+
+/** A moment in ISO order, in the reader's zone, which is named. */
+function moment(millis) {
+  const parts = { year: "numeric", month: "2-digit", day: "2-digit", hour: "2-digit", minute: "2-digit", second: "2-digit", hourCycle: "h23", timeZoneName: "short" };
+  const found = Object.fromEntries(new Intl.DateTimeFormat("en-GB", parts).formatToParts(millis).map((one) => [one.type, one.value]));
+  return `${found.year}-${found.month}-${found.day} ${found.hour}:${found.minute}:${found.second} ${found.timeZoneName}`;
 }
 
 /** Write the times below a node as they are now. */
@@ -29,12 +36,12 @@ function tick(root) {
   const now = Math.floor(Date.now() / SECOND);
   for (const node of root.querySelectorAll("time[data-until]")) {
     const left = Number(node.dataset.until) - now;
-    const text = left > 0 ? `in ${span(left)}` : "over";
+    const text = left <= 0 ? "over" : node.dataset.within === undefined ? `in ${span(left)}` : span(left);
     if (node.textContent !== text) node.textContent = text;
     node.classList.toggle("urgent", left > 0 && left < 60);
   }
   for (const node of root.querySelectorAll("time[data-at]")) {
-    const text = node.dataset.exact === undefined ? ago(Number(node.dataset.at)) : new Date(Number(node.dataset.at)).toLocaleString();
+    const text = node.dataset.exact === undefined ? ago(Number(node.dataset.at)) : moment(Number(node.dataset.at));
     if (node.textContent !== text) node.textContent = text;
   }
 }

@@ -6,7 +6,7 @@ What gateways blocked and allowed: by agent, target, read or write and reason, a
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any, Final
 from urllib.parse import urlencode
@@ -118,7 +118,7 @@ async def audit(view: View) -> Page:
         "audit.html",
         "Audit",
         {
-            "events": [event_row(one) for one in reversed(answer["events"])],
+            "events": _grouped(answer["events"]),
             "filters": {name: str(value or "") for name, value in filters.items()},
             "names": FILTERS,
             "newest": before is None,
@@ -172,7 +172,7 @@ async def findings(view: View) -> Page:
         "findings.html",
         "Findings",
         {
-            "events": [event_row(one) for one in reversed(answer["events"])],
+            "events": _grouped(answer["events"]),
             "uses": sorted(uses, key=lambda one: (one["review"] is not None, -one["at_ms"]))[:50],
             "waiting": sum(one["review"] is None for one in uses),
             "older_url": _older_url({"code": _FINDINGS}, answer),
@@ -192,6 +192,17 @@ def _folded(steps: list[dict[str, Any]]) -> list[tuple[bool, list[dict[str, Any]
         if folded := alike[len(open_ones) :]:
             parts.append((True, folded))
     return parts
+
+
+def _grouped(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of events, the latest first: one for repeats in a row that say the same, with `times` and `since_ms`."""
+    rows: list[dict[str, Any]] = []
+    for _, alike in groupby(
+        map(event_row, reversed(events)), key=lambda row: (row["code"], row["message"], row["severity"])
+    ):
+        repeats = list(alike)
+        rows.append({**repeats[0], "times": len(repeats), "since_ms": repeats[-1]["at_ms"]})
+    return rows
 
 
 def event_row(event: dict[str, Any]) -> dict[str, Any]:
