@@ -93,7 +93,7 @@ test-passkeys: $(STAMP) ## people sign with passkeys in a real browser, on the r
 test-console: $(STAMP) ## the console in a real browser, on the running stack (needs Chromium; fetches axe-core once by npm)
 	$(BIN)/python -m pytest tests/console $(SHARED) $(ARGS)
 
-screenshots: $(STAMP) ## pictures of every page of the console, in both themes and at two widths, to docs/images/console
+screenshots: $(STAMP) ## the pictures of the console that docs/console.md shows (ARGS=--png: every page, in both themes and at two widths)
 	$(BIN)/python -m tests.console.screenshots docs/images/console $(ARGS)
 
 test-mcp: $(STAMP) ## MCP through the gateway by its official SDKs, Python 1.x and 2.x and TypeScript, and the conformance suite (fetches them once, 320 MB; needs bubblewrap)
