@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import tempfile
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from playwright.async_api import expect
 
@@ -37,7 +40,12 @@ def stack_of_two(kafka: Kafka, redis_server: RedisServer) -> Iterator[Stack]:
     """A stack of one test, whose trust bundle requires a second person later on."""
     with tempfile.TemporaryDirectory(prefix="ringfence-second-person-") as folder:
         options = options_of_stack(
-            Path(folder), kafka, redis_server, "second", services=(*SERVICE_ROLES, "console"), sign_page=True
+            Path(folder),
+            kafka,
+            redis_server,
+            f"second-{uuid.uuid4().hex[:8]}",
+            services=(*SERVICE_ROLES, "console"),
+            sign_page=True,
         )
         with Stack(options) as running:
             yield running
@@ -64,10 +72,19 @@ async def two_people(
         await added.result()
         root, bundle = load_root_and_bundle(trust)
         required = SecondPersonMode(mode="required", not_before=now_s())
-        sign_next_bundle(trust, bundle, root, now_s(), second_person=(*bundle.second_person, required))
+        modes = (*bundle.second_person, required)
+        published = sign_next_bundle(trust, bundle, root, now_s(), second_person=modes)
         await publish_bundle(trust, realm.settings)
+        await until_read(f"{stack_of_two.url('registry')}/readyz", published.version)
         yield realm, Visitor(person, otto, site)
     assert person.complaints == []
+
+
+async def until_read(probe: str, version: int) -> None:
+    """Wait until a service follows a version of the trust bundle."""
+    async with httpx.AsyncClient() as http, asyncio.timeout(60):
+        while (await http.get(probe)).json().get("trust_bundle") != version:
+            await asyncio.sleep(0.05)
 
 
 async def proposed(command: Awaitable[Any]) -> None:
