@@ -340,7 +340,9 @@ def test_hang_after_a_hang_ends_too(tmp_path: Path) -> None:
         "test_leaves_a_thread": {"FAILED"},
         "test_leaves_two": {"PASSED", "ERROR"},
     }, said
-    assert said.count("took longer than 0.4 s and was ended\n--- thread") == 3, "of what was never there, once"
+    assert said.count("took longer than 0.4 s and was ended\n--- thread") == 3, (
+        "of what was never there, once"
+    )
     assert "the inner one is torn down" in said
     assert "the last one is torn down" in said
     assert "A thread is left that this process waits for" in said
