@@ -21,10 +21,10 @@ from tests.support.world import World
 
 
 @pytest.fixture(scope="module", autouse=True)
-async def wakes() -> AsyncIterator[None]:
+async def wakes(kafka: Kafka) -> AsyncIterator[None]:
     """Services run in this process: they read what they write to each other at once, start and stop quickly."""
     with instant_wakes.installed():
-        async with quick_services.installed():
+        async with quick_services.installed(embedded_broker=kafka.embedded):
             yield
 
 

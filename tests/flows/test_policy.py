@@ -285,6 +285,7 @@ async def test_repeated_requests_over_the_rate_are_dropped_and_counted(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("ringfence.policy.incoming.admission.TOLD_NO", 2)
+    monkeypatch.setattr("ringfence.policy.incoming.load_shedding._TELL_EVERY_S", 0.2)
     own: dict[ServiceRole, Any] = {"policy": PolicySettings(agent_requests_per_minute=2)}
     async with world.running("registry", "policy", own=own):
         office = await PolicyBench.open(world)

@@ -47,6 +47,12 @@ from tests.support.world import Party, World, scope
 WIDE = scope("platform", ["deploy"], ["env/production/web"])
 
 
+@pytest.fixture(autouse=True)
+def _settled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry looks for proposals that ended without a command."""
+    monkeypatch.setattr("ringfence.registry.app._SETTLE_S", 0.1)
+
+
 class Office:
     """olga, otto and oona are operators by the root, sam is a sponsor and has the agent bot, all by the root."""
 

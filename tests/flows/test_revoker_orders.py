@@ -164,7 +164,7 @@ async def test_a_kill_switch_does_not_wait_behind_leases_that_are_due_together(
     monkeypatch.setattr(expiry, "BATCH_SIZE", 1)
     stopped = await another(issuer_bench)
     live, _ = await stopped.issued("read")
-    due = [one for one, _ in await asyncio.gather(*(desk.issued("read", ttl_s=8) for _ in range(6)))]
+    due = [one for one, _ in await asyncio.gather(*(desk.issued("read", ttl_s=6) for _ in range(6)))]
     async with asyncio.timeout(WITHIN_S):
         while len(taken) < CONCURRENT_BATCHES:
             await asyncio.sleep(0.02)

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import uvicorn.server
 from aiokafka.client import AIOKafkaClient
@@ -32,18 +33,17 @@ _UVICORN_HURRY = 10
 """How much more often uvicorn looks."""
 
 _members: defaultdict[str, set[str]] = defaultdict(set)
-"""By group: the members of this process that joined and did not leave."""
+"""By group: the members of this process that join or have joined, and did not leave."""
 
 
 @asynccontextmanager
-async def installed() -> AsyncIterator[None]:
-    """Within it, services of this process start and stop so."""
-    send, waits, start_worker = AIOKafkaClient.send, uvicorn.server.asyncio, embedded.start_worker
-    workers = _KeptWorkers()
+async def installed(*, embedded_broker: bool) -> AsyncIterator[None]:
+    """Within it, services of this process start and stop so; groups of another broker are left as they are."""
+    send, workers = AIOKafkaClient.send, _KeptWorkers()
 
     async def quick_send(client: Any, node_id: int, request: Any, **options: Any) -> Any:
         joins = request.API_KEY == _JOIN
-        alone = joins and request._member_id and not _others(request)
+        alone = embedded_broker and joins and request._member_id and _is_alone(request)
         if alone:
             request._rebalance_timeout = _REBALANCE_TIMEOUT_MS
         response = await send(client, node_id, request, **options)
@@ -51,20 +51,22 @@ async def installed() -> AsyncIterator[None]:
             _members[request._group].add(response.member_id)
             if alone:
                 _complete(response, request)
-        elif request.API_KEY == _LEAVE:
+        elif joins or request.API_KEY == _LEAVE:
             _members[request._group].discard(request._member_id)
         return response
 
     async def hurried_sleep(delay_s: float) -> None:
         await asyncio.sleep(delay_s / _UVICORN_HURRY)
 
-    AIOKafkaClient.send, embedded.start_worker = quick_send, workers.start
-    uvicorn.server.asyncio = SimpleNamespace(**{**vars(asyncio), "sleep": hurried_sleep})  # type: ignore[assignment]
+    hurried = SimpleNamespace(**{**vars(asyncio), "sleep": hurried_sleep})
     try:
-        yield
+        with (
+            patch.object(AIOKafkaClient, "send", quick_send),
+            patch.object(uvicorn.server, "asyncio", hurried),
+            patch.object(embedded, "start_worker", workers.start),
+        ):
+            yield
     finally:
-        AIOKafkaClient.send, embedded.start_worker = send, start_worker
-        uvicorn.server.asyncio = waits  # type: ignore[misc]
         await workers.end()
 
 
@@ -99,8 +101,11 @@ class _KeptWorkers:
                 await embedded.Worker.end(worker)
 
 
-def _others(request: Any) -> set[str]:
-    return _members[request._group] - {request._member_id}
+def _is_alone(request: Any) -> bool:
+    """Whether no other member is there; from now on this one is."""
+    members = _members[request._group]
+    members.add(request._member_id)
+    return len(members) == 1
 
 
 def _complete(response: Any, request: Any) -> None:
