@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +13,19 @@ from tests.brokers import RedisServer
 from tests.chaos.proxy import Link
 from tests.chaos.valkey import ChaosValkey
 from tests.conftest import Kafka
+from tests.support import quick_services
+from tests.support import wakes as instant_wakes
 from tests.support.benches.issuer_bench import IssuerBench, another, opened_desks, opened_office
 from tests.support.benches.lost_redis_bench import LostRedisBench
-from tests.support.wakes import installed
 from tests.support.world import World
 
 
 @pytest.fixture(scope="module", autouse=True)
-def wakes() -> Iterator[None]:
-    """Services run in this process: they read what they write to each other at once."""
-    with installed():
-        yield
+async def wakes(kafka: Kafka) -> AsyncIterator[None]:
+    """Services run in this process: they read what they write to each other at once, start and stop quickly."""
+    with instant_wakes.installed():
+        async with quick_services.installed(embedded_broker=kafka.embedded):
+            yield
 
 
 @pytest.fixture(scope="module")

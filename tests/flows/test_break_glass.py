@@ -27,7 +27,6 @@ from ringfence.kernel.base import metrics
 from ringfence.kernel.crypto.jws import sign
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.kafka.record import Received
-from ringfence.messages.approval import Grant
 from ringfence.messages.base import ServiceRole
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.lease import Lease
@@ -473,26 +472,6 @@ async def test_a_lying_policy_breaks_no_glass(desk: IssuerBench, who: str):
     expected = "approval_other_request" if who.startswith("a pair") else "approval_lacking"
     assert refusal.reasons[0].code == expected
     assert await desk.is_finding(asked)
-
-
-async def test_grant_is_refused_for_a_break_glass_request(desk: IssuerBench):
-    olga, otto = desk.world.operator, desk.sue
-    asked = await desk.ask("read", break_glass=True)
-    grants = [
-        sign(
-            desk.world.claims(
-                Grant, by, agent_id=desk.bot.name, task_id=desk.task, scope=desk.scope("read"), count=9, ttl_s=600,
-                delivery="agent", revisions=desk.revisions,
-            ),
-            by.key,
-        )
-        for by in (olga, otto)
-    ]  # fmt: skip
-    await desk.decide(asked, approvals=(desk.approval(asked, olga),), grants=tuple(grants[1:]))
-    assert (await desk.refused(asked)).reasons[0].code == "grant_breaks_no_glass"
-    asked = await desk.ask("read", break_glass=True)
-    await desk.decide(asked, grants=tuple(grants))
-    assert (await desk.refused(asked)).reasons[0].code == "grant_breaks_no_glass"
 
 
 async def test_a_lying_policy_gives_no_long_life_no_floor_and_no_reach(desk: IssuerBench):

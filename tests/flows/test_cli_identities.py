@@ -107,7 +107,7 @@ async def test_an_agents_key_is_replaced_while_it_runs_and_when_it_was_stolen(sh
             second["lease_id"]
         }:
             pass
-    assert "key_unknown" in await shell("bot", *wanted, "--timeout", "30s", status=1)
+    assert "key_unknown" in await shell("bot", *wanted, "--timeout", "8s", status=1)
     assert (await shell.json("third", *wanted))["lease_id"]
     assert "(compromised)" in await shell("sam", "agent", "show", "bot")
 

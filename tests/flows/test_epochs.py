@@ -126,7 +126,7 @@ async def test_an_end_that_was_held_up_is_void_where_the_lease_ended_otherwise_m
 ) -> None:
     desk = place.desk
     async with place.world.running("revoker"):  # two of them
-        asked, _ = await desk.issued("read", ttl_s=20)
+        asked, _ = await desk.issued("read", ttl_s=14)
         async with held_end(monkeypatch, place, asked.lease_id) as (is_held, goes_on):
             order, _ = await desk.revoke(desk.bot, "release", lease_id=asked.lease_id)
             await asyncio.wait_for(is_held.wait(), 60)
@@ -188,7 +188,7 @@ async def test_an_activation_that_was_held_up_while_redis_was_rebuilt_with_it_is
     lasting: None, place: LostRedisBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     desk = place.desk
-    asked = await desk.ask(scope=desk.scope("read"), ttl_s=20)
+    asked = await desk.ask(scope=desk.scope("read"), ttl_s=14)
     async with held_activation(monkeypatch, asked.lease_id) as (is_held, goes_on):
         await desk.decide(asked)
         await asyncio.wait_for(is_held.wait(), 30)

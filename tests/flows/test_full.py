@@ -35,7 +35,7 @@ async def test_a_lease_reaches_its_deadline_and_redis_is_rebuilt_while_it_is_ful
     place: LostRedisBench,
 ) -> None:
     desk = place.desk
-    expiring, _ = await desk.issued("read", ttl_s=15)
+    expiring, _ = await desk.issued("read", ttl_s=8)
     kept, _ = await desk.issued("read")
     before = await place.epochs()
     async with Redis.from_url(place.world.settings("issuer").redis_url) as client:

@@ -25,7 +25,7 @@ from ringfence.kernel.crypto.keys import SigningKey, b64encode
 from ringfence.kernel.kafka.producer import Publisher
 from ringfence.kernel.kafka.record import partition_of
 from ringfence.messages.credential import RequestWithdraw
-from ringfence.messages.registry import BackendSettings, TargetSet, TaskEnd, VerbFloor
+from ringfence.messages.registry import BackendSettings, TaskEnd
 from ringfence.messages.topics import CREDENTIAL_REPLY, CREDENTIAL_REQUEST
 from tests.brokers import RedisServer
 from tests.conftest import Kafka
@@ -731,28 +731,6 @@ async def test_curl_is_enough(office: ApiOffice, desk: IssuerBench, tmp_path: Pa
 
 
 # --- the name is reserved ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("ringfence", {"kind": "jwt", "url": "https://other.example"}),
-        ("other", {"kind": "jwt", "url": "https://ringfence"}),
-        ("other", {"kind": "jwt", "url": "https://RINGFENCE:8443"}),
-        ("other", {"kind": "http", "url": "https://Ringfence"}),
-        ("other", {"kind": "ssh", "address": "ringfence:22"}),
-    ],
-)
-async def test_no_new_target_has_the_reserved_name(
-    office: ApiOffice, name: str, settings: dict[str, str]
-) -> None:
-    world = office.world
-    claims = world.claims(
-        TargetSet, world.operator, target_id=name, description="x",
-        backend=BackendSettings.model_validate(settings), verbs=(VerbFloor(verb="read"),),
-    )  # fmt: skip
-    refused = await world.command(claims, world.operator)
-    assert (refused.kind, refused.reasons[0].code) == ("refused", "name_reserved")
 
 
 async def test_a_target_of_that_name_from_before_stays_and_takes_no_calls(

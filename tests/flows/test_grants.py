@@ -186,19 +186,6 @@ async def test_a_grant_opens_nothing_that_the_rule_denies(grants: Grants) -> Non
     assert beyond.grants is None
 
 
-async def test_grants_that_count_for_nothing_are_refused(grants: Grants) -> None:
-    office, world = grants.office, grants.world
-    assert await grants.refused(office.maria) == "not_approver"
-    forged = grants.grant()
-    sent = await office.send(APPROVAL_RESPONSE, sign(forged, world.party("user", "sam").key))
-    assert (await office.letter(sent)).code == "key_unknown"
-    for count in (0, -1, 1001):
-        wrong = forged.model_copy(update={"count": count})
-        sent = await office.send(APPROVAL_RESPONSE, sign(wrong, office.sam.key))
-        assert (await office.letter(sent)).code == "claims_invalid"
-    await grants.asks()
-
-
 async def test_a_grant_given_again_counts_for_nothing_more(grants: Grants) -> None:
     grant = await grants.given(count=2)  # one goes to what waited
     again = await grants.office.send(APPROVAL_RESPONSE, sign(grant, grants.office.sam.key))

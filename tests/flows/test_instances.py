@@ -357,17 +357,6 @@ async def test_an_instance_withdraws_requests_only_while_its_agent_lets_it_in(ya
         assert await why_not(connected) == "instance_void"
 
 
-async def test_a_decommissioned_agents_instances_get_nothing(yard: AttestationBench) -> None:
-    agent = await yard.agent(yard.selector("github"))
-    task = await yard.task(agent)
-    async with yard.connected(agent, Given(yard.pinned["github"])) as connected:
-        await yard.command(agent, AgentDecommission, reason="old")
-        await yard.known("policy")
-        with pytest.raises(RequestDeniedError) as denied:
-            await connected.request(task=task, **ASK)
-        assert denied.value.code == "agent_decommissioned"
-
-
 async def counts_for_nothing(
     yard: AttestationBench,
     agent: Party,

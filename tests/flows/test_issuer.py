@@ -363,16 +363,6 @@ async def test_an_approval_given_before_a_change_is_stale_and_no_finding(desk: I
     assert not await desk.is_finding(asked)
 
 
-async def test_an_agent_that_was_suspended_meanwhile_gets_nothing(desk: IssuerBench) -> None:
-    asked = await desk.ask("read")
-    suspend = desk.world.claims(AgentSuspend, desk.sam, agent_id=desk.bot.name, reason="a test")
-    await desk.world.accepted(suspend, desk.sam)
-    await arrived(desk)
-    await desk.decide(asked)
-    refusal = await desk.refused(asked)
-    assert [reason.code for reason in refusal.reasons] == ["agent_suspended"]
-
-
 async def test_a_task_that_was_ended_meanwhile_gives_nothing_and_that_is_no_finding(
     desk: IssuerBench,
 ) -> None:

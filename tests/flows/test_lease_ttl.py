@@ -33,7 +33,7 @@ async def forget_deadline(store: LeaseStore, lease_id: str, deadline_s: int) -> 
     assert sum(removed) == 1
 
 
-async def without_deadline(desk: IssuerBench, store: LeaseStore, ttl_s: int = 8) -> Asked:
+async def without_deadline(desk: IssuerBench, store: LeaseStore, ttl_s: int = 5) -> Asked:
     """A new lease that only its TTL can end."""
     asked, _ = await desk.issued("read", ttl_s=ttl_s)
     await forget_deadline(store, asked.lease_id, (await desk.lease(asked.lease_id, "active")).deadline)
@@ -79,7 +79,7 @@ async def test_deadline_sets_alone_end_a_lease(
     monkeypatch.setattr(Expiry, "_scan_on", AsyncMock(return_value={}))
     await place.store.connect()
     await place.store.link.pipeline([("CONFIG", "SET", "notify-keyspace-events", "")])
-    asked, _ = await place.desk.issued("read", ttl_s=8)
+    asked, _ = await place.desk.issued("read", ttl_s=5)
     assert await place.life(asked) == ["active", "expired"]
 
 
@@ -99,7 +99,7 @@ async def test_notification_ends_a_lease_without_a_scan(
 
 
 async def test_lease_whose_deadline_comes_while_redis_restarts_is_ended(place: LostRedisBench) -> None:
-    asked, _ = await place.desk.issued("read", ttl_s=8)
+    asked, _ = await place.desk.issued("read", ttl_s=5)
     deadline_ms = (await place.desk.lease(asked.lease_id, "active")).deadline * 1000
     before = await place.epochs()
     await place.redis.killed(max(0.0, deadline_ms / 1000 + 0.5 - time.time()))

@@ -20,7 +20,6 @@ from ringfence.messages.codes import Code
 from ringfence.messages.credential import CredentialDecision, CredentialRequest
 from ringfence.messages.operations import ServiceEvent
 from ringfence.messages.registry import (
-    MAX_PROPOSALS,
     AgentRecord,
     AgentRegister,
     AgentSetCeiling,
@@ -46,6 +45,12 @@ from ringfence.registry.commands import Registry
 from tests.support.world import Party, World, scope
 
 WIDE = scope("platform", ["deploy"], ["env/production/web"])
+
+
+@pytest.fixture(autouse=True)
+def _settled_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The registry looks for proposals that ended without a command."""
+    monkeypatch.setattr("ringfence.registry.app._SETTLE_S", 0.1)
 
 
 class Office:
@@ -220,23 +225,6 @@ async def test_second_of_two_seconds_is_refused(world: World) -> None:
         assert await office.revision() == revision + 1
 
 
-async def test_author_and_strangers_second_nothing(world: World) -> None:
-    async with opened(world) as office:
-        command, revision = office.ceiling(office.olga), await office.revision()
-        await office.propose(command, office.olga)
-        own = office.word(command, office.olga, office.olga, revision)
-        assert await office.code(own, office.olga) == Code.SECOND_IS_AUTHOR
-        sponsors = office.word(command, office.olga, office.sam, revision)
-        assert await office.code(sponsors, office.sam) == Code.SECOND_NOT_ENTITLED
-        other = office.word(command, office.olga, office.otto, revision, proposal="0" * 64)
-        assert await office.code(other, office.otto) == Code.PROPOSAL_UNKNOWN
-        misnamed = office.word(command, office.olga, office.otto, revision, command="another")
-        assert await office.code(misnamed, office.otto) == Code.PROPOSAL_UNKNOWN
-        stale = office.word(command, office.olga, office.otto, revision + 1)
-        assert await office.code(stale, office.otto) == Code.SUBJECT_CHANGED
-        await world.accepted(office.word(command, office.olga, office.otto, revision), office.otto)
-
-
 async def test_only_the_author_withdraws(world: World) -> None:
     async with opened(world) as office:
         command, revision = office.ceiling(office.olga), await office.revision()
@@ -268,16 +256,6 @@ async def test_change_of_subject_and_end_of_authors_key_end_a_proposal(world: Wo
         assert withdrawn.reasons[0].code == Code.KEY_ENDED
         word = office.word(command, office.oona, office.otto, revision)
         assert await office.code(word, office.otto) == Code.KEY_ENDED
-
-
-async def test_author_has_a_limit_of_open_proposals(world: World) -> None:
-    async with opened(world) as office:
-        for number in range(MAX_PROPOSALS):
-            await office.propose(
-                office.ceiling(office.olga, scope("platform", ["deploy"], [f"env/{number}"])), office.olga
-            )
-        assert await office.code(office.ceiling(office.olga), office.olga) == Code.TOO_MANY_PROPOSED
-        await office.propose(office.ceiling(office.oona), office.oona)
 
 
 async def test_proposals_outlive_the_registry(world: World) -> None:

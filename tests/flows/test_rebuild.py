@@ -56,7 +56,7 @@ async def test_a_lost_redis_is_rebuilt_with_what_is_alive_and_what_has_ended(
 ) -> None:
     desk = place.desk
     (kept, _), (gone, _), (soon, _) = await asyncio.gather(
-        desk.issued("read"), desk.issued("read"), desk.issued("read", ttl_s=15)
+        desk.issued("read"), desk.issued("read"), desk.issued("read", ttl_s=8)
     )
     await place.release(gone)
     assert await place.life(gone) == ["active", "ending", "released"]
@@ -161,7 +161,7 @@ async def test_an_old_snapshot_revives_nothing_and_has_forgotten_nothing(
 ) -> None:
     desk = place.desk
     (kept, _), (released, _), (due, _) = await asyncio.gather(
-        desk.issued("read"), desk.issued("read"), desk.issued("read", ttl_s=12)
+        desk.issued("read"), desk.issued("read"), desk.issued("read", ttl_s=7)
     )
     before = await place.epochs()
     snapshot = await place.redis.saved()
@@ -193,7 +193,7 @@ async def test_a_server_that_followed_one_which_lagged_and_leads_again_is_not_ta
     async with place.redis.failed_back():
         await place.rebuilt(before)  # the first replica begins another history, too
         kept, _ = await desk.issued("read")
-        due, _ = await desk.issued("read", ttl_s=15)
+        due, _ = await desk.issued("read", ttl_s=10)
         gone, _ = await desk.issued("read")
         await place.release(gone)
         assert await place.life(gone) == ["active", "ending", "released"]
@@ -205,7 +205,7 @@ async def test_a_server_that_followed_one_which_lagged_and_leads_again_is_not_ta
 
 
 async def test_a_deadline_that_was_missed_meanwhile_ends_its_lease_at_once(place: LostRedisBench) -> None:
-    asked, _ = await place.desk.issued("read", ttl_s=10)
+    asked, _ = await place.desk.issued("read", ttl_s=6)
     lease = await place.desk.lease(asked.lease_id, "active")
     place.redis._server.kill()
     while time.time() < lease.deadline:
@@ -730,7 +730,7 @@ async def test_evicted_lease_indexes_are_restored_even_if_the_record_remains(
 ) -> None:
     """Redis says that keys are gone, and not which: that a lease's record is there says nothing."""
     desk, store = place.desk, place.store
-    asked, _ = await desk.issued("read", ttl_s=12)
+    asked, _ = await desk.issued("read", ttl_s=10)
     at, id = store.at(asked.lease_id), uuid_bytes(asked.lease_id)
     before = await place.epochs()
     async with Redis.from_url(place.world.settings("revoker").redis_url) as redis:

@@ -218,22 +218,6 @@ async def test_commands_sent_at_once_are_each_answered(world: World):
         ]
 
 
-async def test_a_record_that_would_be_too_long(world: World):
-    """384 KiB is the limit for what gives; suspending still goes."""
-    async with world.running("registry"):
-        sam = await world.user("sam", ("sponsor",))
-        huge = tuple(
-            permission
-            for n in range(64)
-            for permission in scope("staging", ["deploy"], [f"env/{n}/{m}/" + "x" * 440 for m in range(9)])
-        )
-        await world.agent("deploy-bot", sam, huge[:30])
-        claims = world.claims(AgentSetCeiling, sam, agent_id="deploy-bot", ceiling=huge)
-        event = await world.command(claims, sam)
-        assert (event.kind, event.reasons[0].code) == ("refused", "record_too_large")
-        await world.accepted(world.claims(AgentSuspend, sam, agent_id="deploy-bot", reason="x"), sam)
-
-
 # --- repeats ----------------------------------------------------------------------------------------------------------
 
 

@@ -331,7 +331,9 @@ async def test_a_withdrawn_request_waits_no_more_and_counts_as_asked(world: Worl
     async with world.running("registry", "policy", own=own):
         office = await PolicyBench.open(world)
         # The limit is by the broker's minute: all four requests come in one.
-        await world.until(lambda: time.time() % 60 < 30 or None, "the first half of a minute", within_s=60)
+        await world.until(
+            lambda: time.time() % 60 < 45 or None, "a quarter of a minute that is left", within_s=60
+        )
         for _ in range(3):
             asked = await office.ask(DEPLOY)
             assert (await office.decision(asked)).outcome == "approval_required"

@@ -41,7 +41,7 @@ async def issuer_bench(kafka: Kafka, redis_server: RedisServer) -> AsyncIterator
 async def test_a_lease_expires_by_itself_once_and_not_before_its_deadline(
     desk: IssuerBench, store: LeaseStore
 ) -> None:
-    asked, _ = await desk.issued("read", ttl_s=8)
+    asked, _ = await desk.issued("read", ttl_s=5)
     await expired_in_time(desk, store, asked)
 
 
@@ -49,7 +49,7 @@ async def test_two_revokers_share_the_work_and_each_lease_ends_once(world: World
     async with opened_desks(world) as first, world.running("issuer", "revoker", own=QUICK):
         desk = await another(first)
         async with world.running("revoker", own=QUICK):
-            leases = await asyncio.gather(*(desk.issued("read", ttl_s=15) for _ in range(24)))
+            leases = await asyncio.gather(*(desk.issued("read", ttl_s=9) for _ in range(24)))
             for asked, _ in leases:
                 assert statuses(await ended(desk, asked)) == ["active", "expired"]
 
@@ -229,7 +229,7 @@ async def test_one_lease_is_shown_also_past_its_end(desk: IssuerBench) -> None:
 
 
 async def test_the_revoker_measures_how_late_it_is(desk: IssuerBench) -> None:
-    asked, _ = await desk.issued("read", ttl_s=8)
+    asked, _ = await desk.issued("read", ttl_s=5)
     await ended(desk, asked)
     text = (await desk.world.get("revoker", "/metrics")).text
     assert 'ringfence_leases_ended_total{status="expired"}' in text

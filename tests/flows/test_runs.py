@@ -217,17 +217,6 @@ async def test_a_runner_that_the_agent_does_not_name_enrols_nobody(yard: Attesta
     assert refused.value.code == "instance_unmatched"
 
 
-async def test_a_service_that_is_no_runner_enrols_nobody(yard: AttestationBench) -> None:
-    agent = await agent_of(yard, "policy")
-    run = LiveRun(yard, agent, await yard.task(agent))
-    run.key = yard.world.key("policy")
-    run.starts = False
-    with pytest.raises(EnrolmentRefusedError) as refused:
-        async with yard.connected(agent, run):
-            pass
-    assert refused.value.code == "issuer_untrusted"
-
-
 async def test_a_forged_record_of_a_run_changes_nothing_and_is_told(yard: AttestationBench) -> None:
     world, agent = yard.world, await agent_of(yard)
     task = await yard.task(agent)

@@ -73,7 +73,7 @@ async def test_released_it_is_cut_taken_back_and_only_then_over(desk: IssuerBenc
 
 
 async def test_expired_credential_is_removed_from_its_target(desk: IssuerBench, yard: Yard) -> None:
-    asked, content = await desk.issued(scope=desk.scope("read"), ttl_s=10)
+    asked, content = await desk.issued(scope=desk.scope("read"), ttl_s=7)
     assert await works(url(content))
     life = await ended(desk, asked)
     assert statuses(life) == ["minting", "active", "ending", "expired"]

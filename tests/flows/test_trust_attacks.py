@@ -42,6 +42,7 @@ from ringfence.messages.topics import (
     USER,
 )
 from ringfence.model.leases.lifecycle import follow
+from ringfence.registry.settings import RegistrySettings
 from tests.support.audit_stories import (
     asked_for,
     buried,
@@ -198,7 +199,10 @@ async def test_no_other_service_writes_records(world: World, role: ServiceRole):
 @pytest.mark.parametrize("what", ["a wider ceiling", "another sponsor", "other keys"])
 async def test_a_record_of_the_registry_without_a_users_command_counts_for_nothing(world: World, what: str):
     """It can take an agent out of use that way. It cannot give it anything."""
-    async with world.running("registry", "policy"):
+    own: dict[ServiceRole, Any] = {
+        "registry": RegistrySettings(key_check_s=0.05)
+    }  # it looks at new keys then
+    async with world.running("registry", "policy", own=own):
         office = await PolicyBench.open(world)
         narrow = await world.agent("narrow", sponsor=office.sam, ceiling=READ)
         task = await world.task(narrow, by=office.maria, scope=EVERYTHING)

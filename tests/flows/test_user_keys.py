@@ -12,7 +12,7 @@ from ringfence.messages.registry import UserEndKey, VerbFloor
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from tests.support.benches.issuer_bench import IssuerBench
 from tests.support.benches.policy_bench import DEPLOY, VERBS, PolicyBench
-from tests.support.user_keys import add_key_in, give_key
+from tests.support.user_keys import give_key
 from tests.support.world import Party, World, scope
 
 BOTH = scope("platform", ["deploy", "wipe"], ["env/staging/web"])
@@ -137,28 +137,6 @@ async def test_floors_that_demand_a_kind_of_key(world: World) -> None:
         again = await office.ask(DEPLOY)
         await office.approve(await office.question(again, office.sam), office.sam)
         assert (await office.final(again)).outcome == "allowed"
-
-
-async def test_an_ended_key_approves_nothing_and_an_invitation_counts_once(world: World) -> None:
-    async with world.running("registry", "policy"):
-        office = await PolicyBench.open(world)
-        own = await give_key(world, office.sam, office.sam)
-        asked = await office.ask(DEPLOY)
-        question = await office.question(asked, office.sam)
-        end = world.claims(UserEndKey, own, user_id="sam", kid=own.key.kid, reason="lost")
-        await world.accepted(end, own)
-        sent = await office.send(APPROVAL_RESPONSE, office.approval(question, own))
-        assert (await office.letter(sent)).code == "key_unknown"
-
-        command = add_key_in(world, office.sam, world.party("user", "sam"))
-        await world.accepted(command, office.sam)
-        other = add_key_in(world, office.sam, world.party("user", "sam"))
-        replayed = other.model_copy(update={"invitation": command.invitation})
-        event = await world.command(replayed, office.sam)
-        assert [one.code for one in event.reasons] == ["possession_invalid"]
-        again = command.model_copy(update={"jti": "another", "key": command.key})
-        event = await world.command(again, office.sam)
-        assert event.kind == "refused"
 
 
 async def test_the_user_is_told_of_a_key_that_was_added(world: World) -> None:

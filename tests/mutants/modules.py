@@ -11,7 +11,7 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_id_token_consent.py", "test_provisioners.py", "test_directory.py", "test_transfers.py",
         "test_trust_root.py", "test_lifecycle.py", "test_user_keys.py", "test_key_history.py",
     ),
-    "model/records/runs.py": ("test_runs.py",),
+    "model/records/runs.py": ("test_runs.py", "refusals/test_model.py"),
     "model/records/user_keys.py": ("test_passkeys.py", "test_passkey_records.py"),
     "model/requests/run_orders.py": ("test_run_orders.py",),
     "model/records/key_proofs.py": ("test_user_keys.py", "test_key_history.py", "test_passkey_records.py"),
@@ -22,7 +22,9 @@ MODULES: dict[str, tuple[str, ...]] = {
     "model/requests/approvals.py": (
         "test_approvals.py", "test_delegation.py", "test_limiting_fields.py", "test_approver_keys.py",
     ),
-    "model/requests/approver_keys.py": ("test_approver_keys.py", "test_user_keys.py", "test_key_history.py"),
+    "model/requests/approver_keys.py": (
+        "test_approver_keys.py", "test_user_keys.py", "test_key_history.py", "refusals/test_model.py",
+    ),
     "model/requests/facts.py": (
         "test_requests.py", "test_delegation.py", "test_approvals.py", "test_agent_keys.py",
         "test_limiting_fields.py", "test_runs.py", "test_run_orders.py",
@@ -37,18 +39,20 @@ MODULES: dict[str, tuple[str, ...]] = {
         "test_trust_root.py", "test_keys_and_seals.py", "test_service_keys.py", "test_seal_keys.py",
         "test_runs.py", "test_run_orders.py", "test_origins.py",
     ),
-    "policy/domain.py": ("test_policy_domain.py",),
-    "gateway/domain.py": ("test_gateway_domain.py", "test_runs.py"),
+    "policy/domain.py": ("test_policy_domain.py", "refusals/test_policy.py"),
+    "gateway/domain.py": ("test_gateway_domain.py", "test_runs.py", "refusals/test_gateway.py"),
     "issuer/domain.py": (
         "test_issuer_approvals.py", "test_issuer_grants.py", "test_issuer_invariant.py", "test_issuer_leases.py",
         "test_issuer_limits.py", "test_issuer_passkeys.py", "test_issuer_records.py", "test_issuer_refusals.py",
         "test_issuer_request_times.py", "test_issuer_requests.py", "test_issuer_terms.py",
         "test_issuer_vouched_keys.py", "test_limiting_fields.py", "test_passkey_records.py", "test_runs.py",
+        "refusals/test_issuer.py",
     ),
     "revoker/domain.py": ("test_revoker_domain.py",),
     "registry/domain.py": (
         "test_registry_domain.py", "test_delegation.py", "test_id_token_consent.py", "test_limiting_fields.py",
         "test_provisioners.py", "test_task_length.py", "test_transfers.py", "test_user_keys.py", "test_key_history.py",
+        "refusals/test_registry.py",
     ),
     "audit/trail/chain_recovery.py": ("test_chain_recovery.py", "test_strays.py"),
     "client/resource_server/dpop_proofs.py": ("test_client_dpop.py",),

@@ -454,7 +454,7 @@ class World:
         return watch
 
     async def until(self, find: Callable[[], Any], what: str, within_s: float = WITHIN_S) -> Any:
-        """What `find` returns once that is not None: asked again with all that is read, and every 100 ms."""
+        """What `find` returns once that is not None: asked again with all that is read, and every 20 ms."""
         try:
             async with asyncio.timeout(within_s):
                 while True:
@@ -462,10 +462,9 @@ class World:
                     if (found := find()) is not None:
                         return found
                     self._fail_of_dead_services()
-                    with contextlib.suppress(
-                        TimeoutError
-                    ):  # look again now and then: a service may have ended
-                        await asyncio.wait_for(news.wait(), 0.1)
+                    # Look again now and then: a service may be ready, or have ended.
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(news.wait(), 0.02)
         except TimeoutError:
             raise AssertionError(f"{what} did not come within {within_s:.0f} s") from None
 

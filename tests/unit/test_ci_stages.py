@@ -62,7 +62,7 @@ def test_a_test_that_its_limit_ended_is_named(tmp_path: Path) -> None:
 
 
 def test_a_test_that_ran_when_its_stage_was_stopped_is_named(tmp_path: Path) -> None:
-    patient = re.sub(r"timeout = 1$", "timeout = 600", SETTINGS, flags=re.MULTILINE)
+    patient = re.sub(r"^timeout = 0.4$", "timeout = 600", SETTINGS, flags=re.MULTILINE)
     code = "import asyncio\nimport pathlib\n\n\nasync def test_hangs():\n    pathlib.Path('ran').touch()\n"
     code += "    await asyncio.Event().wait()\n"
     # As `timeout` does at the limit of the stage, but not before the test has begun.

@@ -157,14 +157,6 @@ def test_delegated_task_ends_no_later_than_the_task(ledger: InMemoryRegistry, ta
     assert made(ledger, part(ledger, "bot", task, "second", not_after=end))
 
 
-def test_delegation_beyond_the_maximal_depth_is_refused(ledger: InMemoryRegistry, task: str):
-    at = task
-    for by, to in pairwise(AGENTS[: MAX_DEPTH + 1]):
-        at = made(ledger, part(ledger, by, at, to))
-    deeper = part(ledger, AGENTS[MAX_DEPTH], at, AGENTS[MAX_DEPTH + 1])
-    assert refused(ledger, deeper) == "delegation_too_deep"
-
-
 def test_delegation_back_to_a_delegating_agent_is_refused(ledger: InMemoryRegistry, task: str):
     assert refused(ledger, part(ledger, "bot", task, "bot")) == "delegation_loop"
     first = made(ledger, part(ledger, "bot", task, "second"))

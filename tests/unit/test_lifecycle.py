@@ -166,14 +166,6 @@ def test_a_sponsor_registers_for_themself_and_an_operator_for_any_sponsor(ledger
     assert refused(ledger, ledger.register("olga", "third", "nobody")) == "not_a_sponsor"
 
 
-def test_a_name_is_given_once(ledger: InMemoryRegistry):
-    ledger.give(ledger.register("sam", "bot", "sam"))
-    fresh = ledger.key_record(SigningKey.generate("spiffe://test.example/agent/bot"))
-    assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(fresh,))) == "name_taken"
-    ledger.give(ledger.claims(AgentDecommission, "sam", agent_id="bot", reason="done"))
-    assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(fresh,))) == "name_taken"
-
-
 def test_an_agent_needs_a_key_that_is_valid_now(ledger: InMemoryRegistry):
     key = ledger.key("bot", "agent").record(ledger.clock.ms // 1000)
     assert refused(ledger, ledger.register("sam", "bot", "sam", keys=(key,))) == "no_valid_key"

@@ -69,6 +69,13 @@ def consented(ledger: InMemoryRegistry, agent: str, user: str) -> TaskAssign:
     return ledger.assign("sam", agent, terms=terms, on_behalf_of=user, consent=ledger.consent(user, terms))
 
 
+def at_reserved_host(kind: str, **settings: str) -> Make:
+    """A target at the address by which agents reach the gateway's own API."""
+    backend = BackendSettings.model_validate({"kind": kind, **settings})
+    delivery = "agent" if kind == "ssh" else "gateway"
+    return lambda ledger: ledger.target_set("olga", "other", backend=backend, delivery=delivery)
+
+
 def of_size(ledger: InMemoryRegistry, size: int) -> AgentSuspend:
     """A signed command of exactly so many bytes, or as few more as base64 allows."""
     padding = 0
@@ -217,6 +224,9 @@ def with_a_consent_by_another_key(ledger: InMemoryRegistry) -> Any:
         ),
         (lambda r: r.target_set("olga", "prod", keys=(r.key_record(r.key("sam")),)), "key_taken"),
         (lambda r: r.target_set("olga", "ringfence"), "name_reserved"),
+        (at_reserved_host("jwt", url="https://RINGFENCE:8443"), "name_reserved"),
+        (at_reserved_host("http", url="https://Ringfence"), "name_reserved"),
+        (at_reserved_host("ssh", address="ringfence:22"), "name_reserved"),
         (lambda r: r.user_set("olga", "root"), "name_reserved"),
         (
             lambda r: r.target_set(

@@ -368,12 +368,6 @@ def add_passkey(org: DualControl, user: str, passkey: Any) -> Any:
 # --- between proposal and second ---
 
 
-def test_changed_subject_is_refused(org: DualControl) -> None:
-    proposed = org.propose(ceiling(org))
-    org.give(org.claims(AgentSuspend, "sam", agent_id="bot", reason="x"))
-    assert code_of(org, lambda: org.second("otto", proposed)) == Code.SUBJECT_CHANGED
-
-
 def test_renewal_of_the_agents_own_key_does_not_count_as_change(org: DualControl) -> None:
     org.clock.ms += DAY_MS
     proposed = org.propose(ceiling(org))

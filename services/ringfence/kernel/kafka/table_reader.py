@@ -110,9 +110,12 @@ class Follower:
         try:
             await consumer.start()
             partitions = await self._partitions(consumer)
-            consumer.assign(partitions)
             self._goal = dict(await consumer.end_offsets(partitions))
-            await self._seek(consumer, partitions)
+            starts = await self._starts(consumer, partitions)
+            # aiokafka fetches at once only if it finds a position with each assignment; otherwise 200 ms later.
+            consumer.assign(partitions)
+            for partition, offset in starts.items():
+                consumer.seek(partition, offset)
         except KafkaError as error:
             await consumer.stop()
             raise await no_answer(self._settings, error) from None
@@ -139,15 +142,19 @@ class Follower:
         every = sorted(partitions)
         return every if self._key is None or not every else [partitioner(self._key, every, every)]
 
-    async def _seek(self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition]) -> None:
+    async def _starts(
+        self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition]
+    ) -> dict[TopicPartition, int]:
+        """The offset of each partition to read from."""
         together: dict[int | None, list[TopicPartition]] = {}
         for partition in partitions:
             together.setdefault(self._followed[partition.topic].since_ms, []).append(partition)
+        starts: dict[TopicPartition, int] = {}
         for since_ms, some in together.items():
-            for partition, offset in (await self._starts(consumer, some, since_ms)).items():
-                consumer.seek(partition, offset)
+            starts |= await self._starts_since(consumer, some, since_ms)
+        return starts
 
-    async def _starts(
+    async def _starts_since(
         self, consumer: AIOKafkaConsumer, partitions: list[TopicPartition], since_ms: int | None
     ) -> dict[TopicPartition, int]:
         if since_ms is None:
