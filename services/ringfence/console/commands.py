@@ -322,7 +322,6 @@ class Commands:
         return Draft(f"take over agent {offer.agent_id}", claims, offer.agent_id, evidence)
 
     async def end_task(self, asking: Asking) -> Draft:
-        """End a task, and the leases of it."""
         task_id = asking.required("id")
         claims = self._compose(asking, TaskEnd, task_id=task_id, reason=asking.required("reason"))
         return await self._draft_with_records(asking, f"end task {task_id[:8]}", claims)
@@ -379,7 +378,6 @@ class Commands:
     # --- leases ---
 
     async def revoke_lease(self, asking: Asking) -> Draft:
-        """End one lease."""
         lease = await asking.reads.get("revoker", "leases", asking.required("id"), records=1)
         claims = self._compose(
             asking,

@@ -137,7 +137,6 @@ def start_platform(stack: Stack) -> tuple[Child, str, str]:
 
 
 def answers(url: str) -> bool:
-    """Return whether a server answers at a URL."""
     try:
         return httpx.get(url, timeout=10, trust_env=False).status_code == 200
     except httpx.HTTPError:

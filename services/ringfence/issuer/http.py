@@ -170,8 +170,6 @@ SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"
 
 
 class GatewayHttp:
-    """HTTP routes for gateways."""
-
     def __init__(self, resealer: Resealer, authenticator: Authenticator) -> None:
         self._resealer = resealer
         self._authenticator = authenticator
@@ -198,8 +196,6 @@ _JWKS_MAX_AGE_S = 300
 
 
 class IssuerHttp:
-    """HTTP routes of the issuer."""
-
     def __init__(
         self,
         *,

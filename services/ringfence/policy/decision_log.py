@@ -51,16 +51,12 @@ HISTORY_MS = MAX_AGE_MS + 60 * 60 * 1000
 
 
 class RecordPosition(NamedTuple):
-    """The position of a record in its topic."""
-
     partition: int
     offset: int
 
 
 @dataclass(slots=True)
 class RequestState:
-    """The state of one request."""
-
     request_id: str
     agent_id: str
     at: RecordPosition

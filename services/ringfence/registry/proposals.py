@@ -86,7 +86,6 @@ class ProposalTable:
             self._proposals[proposal.digest] = proposal
 
     def drop(self, proposal: Proposal) -> None:
-        """Forget a proposal."""
         self._proposals.pop(proposal.digest, None)
 
     def get(self, digest: str) -> Proposal | None:

@@ -197,7 +197,6 @@ class LeaseBasis:
     """The events that leases rest on: issues and ends by lease, decisions by request, task records by task."""
 
     issued: dict[str, Event] = field(default_factory=dict)
-    """The first issue of each lease."""
     ended: set[str] = field(default_factory=set)
     allowed: dict[str, list[Event]] = field(default_factory=dict)
     tasks: dict[str, Event] = field(default_factory=dict)

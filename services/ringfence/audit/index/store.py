@@ -101,8 +101,6 @@ class ExportPage:
 
 
 class ReportQueries(Protocol):
-    """The queries of the reports."""
-
     def actions(
         self,
         viewer: Viewer | None,

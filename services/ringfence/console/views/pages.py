@@ -29,7 +29,6 @@ FLAGS = {"orphans": "without a live sponsor", "keys_ending": "keys end soon", "s
 
 
 async def agents(view: View) -> Page:
-    """The inventory, page by page."""
     filters: dict[str, str | int | None] = {
         name: value for name in (*AGENT_FILTERS, *FLAGS) if (value := view.query.get(name, "").strip())
     }
@@ -255,7 +254,6 @@ async def offer(view: View) -> Page:
 
 
 TASKS_SHOWN = 100
-"""Tasks of one page."""
 OF_ONE = 50
 """Leases, and parts, of one task on its page."""
 

@@ -182,7 +182,6 @@ def line_of(facts: AgentFacts, ceiling: Scope, tasks: list[dict[str, Any]]) -> M
 
 
 def plain(scope: Scope) -> list[dict[str, Any]]:
-    """Return a scope as JSON."""
     return [permission.model_dump(mode="json") for permission in scope]
 
 

@@ -258,7 +258,6 @@ def _too_large(decision: CredentialDecision) -> CredentialDecision:
 
 
 def step_of(case: Case, name: str, tracing: Tracing) -> Span:
-    """Return a tracing span for one step of a request."""
     facts = {
         "request_id": case.request_id,
         "agent_id": case.agent_id,

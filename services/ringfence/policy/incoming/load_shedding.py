@@ -129,7 +129,6 @@ class ShedRequests:
         return self._decisions.get(id) is not None
 
     def count(self, record: Received) -> None:
-        """Count one shed request."""
         if record.offset <= self._counted.get(record.partition, -1):
             return
         self._counted[record.partition] = record.offset
