@@ -9,8 +9,8 @@ import os
 import re
 import sys
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
     from ringfence.messages.base import KeyRecord, PublicJwk
 
+C = TypeVar("C")
 T = TypeVar("T")
 
 COMMON = "Common options"
@@ -226,6 +227,16 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     # For a broker that does not answer, our own error is one line with a remedy.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     return asyncio.run(work)
+
+
+def call(client: AbstractAsyncContextManager[C], method: Callable[[C], Awaitable[T]]) -> T:
+    """Run one call of a client, which is connected for it. Raises as both do."""
+
+    async def work() -> T:
+        async with client as connected:
+            return await method(connected)
+
+    return run(work())
 
 
 def duration_s(text: str) -> int:
