@@ -29,6 +29,7 @@ FLAGS = {"orphans": "without a live sponsor", "keys_ending": "keys end soon", "s
 
 
 async def agents(view: View) -> Page:
+    """The inventory, page by page."""
     filters: dict[str, str | int | None] = {
         name: value for name in (*AGENT_FILTERS, *FLAGS) if (value := view.query.get(name, "").strip())
     }
