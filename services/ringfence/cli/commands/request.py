@@ -28,13 +28,13 @@ from ringfence.cli.shared.options import (
     credential_life_s,
     duration_s,
     identity,
+    not_ignored,
     run,
     settings,
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
 from ringfence.cli.shared.progress import progress
-from ringfence.cli.shared.signals import not_ignored
 from ringfence.kernel.base.text import Lines
 from ringfence.messages.credential import Delivery
 

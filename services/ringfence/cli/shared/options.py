@@ -7,7 +7,9 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -237,6 +239,16 @@ def call(client: AbstractAsyncContextManager[C], method: Callable[[C], Awaitable
             return await method(connected)
 
     return run(work())
+
+
+def not_ignored(*numbers: signal.Signals) -> tuple[signal.Signals, ...]:
+    """Return those signals that whoever started this program has not made it ignore, as `nohup` does with SIGHUP.
+
+    None outside the main thread, where Python handles no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return ()
+    return tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def duration_s(text: str) -> int:
