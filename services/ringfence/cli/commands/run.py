@@ -15,7 +15,15 @@ from ringfence.cli.commands.run_orders import list_runs, order, pools, show, sto
 from ringfence.cli.shared.arguments import check_name, parse_scope
 from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, duration_s, identity, size_bytes
-from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, RunTtlOption, check_program
+from ringfence.cli.shared.run_options import (
+    BackendOption,
+    CpusOption,
+    ImageOption,
+    MemoryOption,
+    PidsOption,
+    RunTtlOption,
+    check_program,
+)
 
 
 class RunGroup(TyperGroup):
@@ -107,12 +115,7 @@ def run(
             help="A file or folder in a mounted folder that the command sees empty, such as a socket. Repeatable.",
         ),
     ] = None,
-    image: Annotated[
-        str | None,
-        typer.Option(
-            "--image", metavar="IMAGE", help="The container image, by its digest; for the backend oci."
-        ),
-    ] = None,
+    image: ImageOption = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
@@ -123,12 +126,7 @@ def run(
     memory: MemoryOption = "2G",
     cpus: CpusOption = 1.0,
     pids: PidsOption = 256,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend", metavar="bubblewrap|oci", help="What makes the sandbox; the first that is here."
-        ),
-    ] = None,
+    backend: BackendOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -119,6 +119,12 @@ AgentOption = Annotated[
     ),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the trail.")]
+SinceOption = Annotated[
+    str,
+    typer.Option(
+        "--since", metavar="WHEN", help="From when: a duration ago, or a moment. Audit keeps 365 days."
+    ),
+]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 PublicKeyOption = Annotated[
     Path | None,
