@@ -25,7 +25,7 @@ from ringfence.messages.credential import CredentialDecision, Delivery, Outcome,
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context
-from ringfence.policy.decision_log import Approvers, Decisions, RecordPosition, RequestState
+from ringfence.policy.decision_log import Approvers, DecisionLog, RecordPosition, RequestState
 from ringfence.policy.decisions.one_person import OnePersonDetector
 from ringfence.policy.domain import ApprovalRequired, Case, Evaluation, RequestRefused, people_to_ask
 from ringfence.policy.notifications.notices import Notices
@@ -42,7 +42,7 @@ class DecisionPublisher:
 
     runtime: Runtime
     directory: Directory
-    decisions: Decisions
+    decisions: DecisionLog
     approvers: Approvers
     notices: Notices
     one_person: OnePersonDetector

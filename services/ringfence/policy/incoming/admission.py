@@ -34,7 +34,7 @@ from ringfence.model.records.signed_messages import (
     key_of_agent,
 )
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
-from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
+from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, DecisionLog
 from ringfence.policy.domain import Case, RequestRefused, refuse
 from ringfence.policy.incoming.load_shedding import BacklogMonitor, Stage
 
@@ -313,7 +313,7 @@ class PendingApprovalLimit:
     """
 
     directory: Directory
-    decisions: Decisions
+    decisions: DecisionLog
     limits: PendingLimits
     _asking: dict[str, str] = field(default_factory=dict, init=False)
     """Requests that are about to wait, by id, with their agents."""

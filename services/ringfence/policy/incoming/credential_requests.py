@@ -25,7 +25,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import check_enrolment, enrolment_of
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.agents.inventory import SharedKeyDetector
-from ringfence.policy.decision_log import Decisions, RecordPosition
+from ringfence.policy.decision_log import DecisionLog, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.domain import ApprovalRequired, Case, Evaluation, RequestRefused, refuse
@@ -48,7 +48,7 @@ class WithdrawalHandler:
     verifier: MessageVerifier
     admission: AdmissionControl
     shed: ShedRequests
-    decisions: Decisions
+    decisions: DecisionLog
     approvals: ApprovalHandler
 
     async def handle(self, record: Received) -> Awaitable[object] | None:
@@ -166,7 +166,7 @@ class RequestHandler:
         runtime: Runtime,
         checks: RequestChecks,
         evaluator: RequestEvaluator,
-        decisions: Decisions,
+        decisions: DecisionLog,
         publisher: DecisionPublisher,
         recall: Callable[[], Awaitable[None]],
         *,
