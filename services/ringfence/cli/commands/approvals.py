@@ -120,7 +120,7 @@ def list_approvals(
                 )
                 for group in groups
             ),
-            *(_action_row(one, now_s) for one in actions),
+            *(action_row(one, now_s) for one in actions),
         ],
         empty="nothing waits for you",
         wide=wide,
@@ -142,7 +142,7 @@ def show(
 
     question = _find_question(request, signer(me, passkey, as_user))
     if isinstance(question, PendingAction):
-        _show_action(question, wants_json(as_json))
+        show_action(question, wants_json(as_json))
     else:
         _show(*question, as_json)
 
@@ -314,7 +314,7 @@ def _show(group: RequestGroup, comparison: Comparison, as_json: bool) -> None:
 grants.add_to(app)
 
 
-def _action_row(one: PendingAction, now_s: float) -> tuple[str, ...]:
+def action_row(one: PendingAction, now_s: float) -> tuple[str, ...]:
     return (
         one.request_id,
         "in " + span(one.expires_at - now_s),
@@ -331,7 +331,7 @@ def _action_row(one: PendingAction, now_s: float) -> tuple[str, ...]:
     )
 
 
-def _show_action(pending: PendingAction, as_json: bool) -> None:
+def show_action(pending: PendingAction, as_json: bool) -> None:
     if as_json:
         print_json(approval_views.action_as_json(pending))
     else:
@@ -355,7 +355,7 @@ def _answer_action(
             )
 
     if not as_json:
-        _show_action(pending, as_json)
+        show_action(pending, as_json)
     confirm(f"{verb.title()} this action?", yes)
     approval_id, verdict = run(work()), "approved" if verb == "approve" else "denied"
     if as_json:
