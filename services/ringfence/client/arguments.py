@@ -6,6 +6,7 @@ Python takes a string for a list of characters, and a message for its fields, so
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from types import TracebackType
 from typing import Final, Self, TypeVar, cast
 
 from pydantic import BaseModel
@@ -46,7 +47,9 @@ class Lifetime:
         await self.start()
         return self
 
-    async def __aexit__(self, *error: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         await self.close()
 
 

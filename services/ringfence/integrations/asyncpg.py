@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from types import TracebackType
 from typing import Any, Final, Self
 
 from ringfence.client.agent.credentials import IssuedCredential, PostgresCredential
@@ -107,7 +108,9 @@ class LeasePool:
         await self.start()
         return self
 
-    async def __aexit__(self, *error: object) -> None:
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         await self.close()
 
     async def _connect(self, *_: Any, **options: Any) -> Any:

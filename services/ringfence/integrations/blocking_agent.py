@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Sequence
+from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from ringfence.client.agent.agent import Agent, OnPending
@@ -108,7 +109,9 @@ class BlockingAgent:
         self.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
 
     def _stop(self) -> None:
@@ -168,5 +171,7 @@ class BlockingCredentialSource:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None
+    ) -> None:
         self.close()
