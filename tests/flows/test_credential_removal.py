@@ -257,7 +257,7 @@ async def test_postponed_removals_resume_once_the_target_answers(
     stuck = [(await desk.issued(scope=desk.scope("read")))[0].lease_id for _ in range(12)]
 
     async def by_whom(self: CredentialRemover, *args: Any) -> None:
-        callers.append(self._breaker)
+        callers.append(self.breaker)
         await putting_off(self, *args)
 
     async def for_long(self: LeaseStore, delays_ms: dict[str, int]) -> None:

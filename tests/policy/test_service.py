@@ -19,7 +19,7 @@ from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.credential import CredentialDecision
 from ringfence.messages.registry import VerbFloor
 from ringfence.messages.topics import CREDENTIAL_DECISION
-from ringfence.policy.decision_log import InMemoryDecisionLog
+from ringfence.policy.decision_log import DecisionLog
 from ringfence.policy.settings import PolicySettings
 from ringfence.rego.bundle import Bundle, load_bundle
 from tests.policy.bundles import ALLOWS, EXPLODES, write
@@ -204,7 +204,7 @@ async def test_forgotten_decision_is_explained_from_audit(
         decision = await office.final(asked)
         await office.final(other)
         place = await world.consume_until(CREDENTIAL_DECISION, lambda r: office.opened(r).jti == decision.jti)
-        monkeypatch.setattr(InMemoryDecisionLog, "get", lambda self, request_id: None)
+        monkeypatch.setattr(DecisionLog, "get", lambda self, request_id: None)
         monkeypatch.setenv("RINGFENCE_TRUST_DOMAIN", world.td)
         for role in ("policy", "audit"):
             monkeypatch.setenv(f"RINGFENCE_{role.upper()}_URL", f"http://127.0.0.1:{world.ports[role]}")

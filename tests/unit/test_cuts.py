@@ -198,7 +198,7 @@ async def test_the_grace_stands_for_the_word_of_a_gateway_that_gives_none(
 async def test_a_clock_that_was_set_back_makes_the_grace_no_longer(
     cuts: CutTracker, clock: FixedClock, measured: Measured, judging: Judging
 ) -> None:
-    cuts._grace_ms = 50
+    cuts.grace_ms = 50
     cuts.on_heartbeats([beat(ONE, START_MS), beat(TWO, START_MS)])
     clock.ms = START_MS - 3_600_000
     cuts.refused(order(), START_MS)

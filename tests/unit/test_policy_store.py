@@ -16,7 +16,7 @@ from ringfence.messages.approval import Approval
 from ringfence.messages.credential import Coordinates, CredentialDecision, CredentialRequest, Outcome
 from ringfence.messages.topics import CREDENTIAL_DECISION
 from ringfence.messages.trust import ServiceIdentity, TrustBundle
-from ringfence.policy.decision_log import KEEP_MS, MAX_AGE_MS, InMemoryDecisionLog, RecordPosition
+from ringfence.policy.decision_log import KEEP_MS, MAX_AGE_MS, DecisionLog, RecordPosition
 from tools.schemas.examples import EXAMPLES
 
 TD = "test.example"
@@ -35,7 +35,7 @@ def claims(iss: SigningKey, jti: str = "x", **more: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def memory() -> InMemoryDecisionLog:
+def memory() -> DecisionLog:
     trust = TrustStore(TD, ROOT.kid)
     services = tuple(
         ServiceIdentity(id=key.id, roles=(role,), keys=(key.record(NOW + 10**6),))  # type: ignore[arg-type]
@@ -43,7 +43,7 @@ def memory() -> InMemoryDecisionLog:
     )
     bundle = TrustBundle(**claims(ROOT, exp=NOW + 10**6), version=1, services=services)
     trust.load(sign(bundle, ROOT, header_jwk=True), NOW)
-    return InMemoryDecisionLog(trust)
+    return DecisionLog(trust)
 
 
 def request(jti: str = "one", exp: int = NOW + 60) -> CredentialRequest:
@@ -75,7 +75,7 @@ def record(of: CredentialDecision, offset: int, by: SigningKey = POLICY, at_ms: 
     )
 
 
-async def test_decisions_are_known_after_a_restart(memory: InMemoryDecisionLog):
+async def test_decisions_are_known_after_a_restart(memory: DecisionLog):
     one, two, three = request("one"), request("two"), request("three")
     given = approval()
     waiting = decision(two, "approval_required", 8, approvals=(given,))
@@ -104,7 +104,7 @@ async def test_decisions_are_known_after_a_restart(memory: InMemoryDecisionLog):
 
 
 async def test_the_texts_of_the_last_denials_are_kept_and_who_was_denied_stays_known(
-    memory: InMemoryDecisionLog, monkeypatch: pytest.MonkeyPatch
+    memory: DecisionLog, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("ringfence.policy.decision_log.MOST_DENIALS", 2)
     await memory.settle()
@@ -117,7 +117,7 @@ async def test_the_texts_of_the_last_denials_are_kept_and_who_was_denied_stays_k
     ]  # fmt: skip
 
 
-async def test_the_last_request_of_which_something_is_known(memory: InMemoryDecisionLog):
+async def test_the_last_request_of_which_something_is_known(memory: DecisionLog):
     await memory.settle()
     assert memory.reached(1) == -1
     memory.on_records([record(decision(request("one"), "denied", 7), 0)])
@@ -127,7 +127,7 @@ async def test_the_last_request_of_which_something_is_known(memory: InMemoryDeci
     assert memory.reached(1) == 9
 
 
-async def test_a_redelivery_is_where_it_was_and_a_replay_elsewhere(memory: InMemoryDecisionLog):
+async def test_a_redelivery_is_where_it_was_and_a_replay_elsewhere(memory: DecisionLog):
     await memory.settle()
     one = request()
     id = message_id(one.iss, one.jti)
@@ -140,7 +140,7 @@ async def test_a_redelivery_is_where_it_was_and_a_replay_elsewhere(memory: InMem
     assert first.at == (1, 9)
 
 
-async def test_the_first_final_decision_stands_whoever_is_heard_first(memory: InMemoryDecisionLog):
+async def test_the_first_final_decision_stands_whoever_is_heard_first(memory: DecisionLog):
     await memory.settle()
     one = request()
     id = message_id(one.iss, one.jti)
@@ -157,7 +157,7 @@ async def test_the_first_final_decision_stands_whoever_is_heard_first(memory: In
     assert (known.outcome, known.decided_at) == ("denied", (1, 4))
 
 
-async def test_only_policy_is_believed(memory: InMemoryDecisionLog):
+async def test_only_policy_is_believed(memory: DecisionLog):
     await memory.settle()
     one = request()
     memory.on_records([record(decision(one, "allowed"), 0, by=ISSUER)])
@@ -166,7 +166,7 @@ async def test_only_policy_is_believed(memory: InMemoryDecisionLog):
     assert memory.get(message_id(one.iss, one.jti)) is None
 
 
-async def test_junk_at_the_start_is_not_believed_either(memory: InMemoryDecisionLog):
+async def test_junk_at_the_start_is_not_believed_either(memory: DecisionLog):
     one, two = request("one"), request("two")
     junk = Received(CREDENTIAL_DECISION, "decisions", 1, 0, NOW_MS, None, b"\x00junk", ())
     memory.on_records(
@@ -177,7 +177,7 @@ async def test_junk_at_the_start_is_not_believed_either(memory: InMemoryDecision
     assert memory.get(message_id(two.iss, two.jti)) is not None
 
 
-async def test_decisions_are_forgotten_by_topic_time_not_by_the_clock(memory: InMemoryDecisionLog):
+async def test_decisions_are_forgotten_by_topic_time_not_by_the_clock(memory: DecisionLog):
     """Whatever the last batch before a crash decided is known after it, however long the service was down."""
     await memory.settle()
     long_ago = NOW_MS - 20 * 3600 * 1000
@@ -191,7 +191,7 @@ async def test_decisions_are_forgotten_by_topic_time_not_by_the_clock(memory: In
     assert memory.get(message_id(BOT.id, "later")) is not None
 
 
-async def test_pending_request_is_kept_until_it_expires(memory: InMemoryDecisionLog):
+async def test_pending_request_is_kept_until_it_expires(memory: DecisionLog):
     await memory.settle()
     one = request("one", exp=NOW + 60)
     memory.on_records([record(decision(one, "approval_required", expires_at=NOW + 80_000), 0)])
@@ -205,7 +205,7 @@ async def test_pending_request_is_kept_until_it_expires(memory: InMemoryDecision
 
 
 async def test_expired_decisions_are_dropped_unverified_at_start(
-    memory: InMemoryDecisionLog, monkeypatch: pytest.MonkeyPatch
+    memory: DecisionLog, monkeypatch: pytest.MonkeyPatch
 ):
     verified: list[float] = []
     find = TrustStore.finder

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ringfence.cli.commands import action_approvals
+from ringfence.cli.commands import approvals
 from ringfence.cli.main import main
 from ringfence.cli.shared.context import WrongUseError
 from ringfence.cli.shared.options import confirm
@@ -317,11 +317,11 @@ ACTION = PendingAction(
 def test_look_alike_letters_in_single_actions_are_marked(capsys: pytest.CaptureFixture[str]) -> None:
     spoofed = replace(ACTION, verb=LOOK_ALIKE, resource=f"env/{LOOK_ALIKE}", url=f"http://{LOOK_ALIKE}/")
     marked = "de\u0440‹U+0440›loy"
-    action_approvals.show(spoofed, as_json=False)
+    approvals.show_action(spoofed, as_json=False)
     shown = capsys.readouterr().out
     assert f"{marked} on env/{marked}" in shown
     assert f"GET http://{marked}/" in shown
-    row = action_approvals.row(spoofed, 0)
+    row = approvals.action_row(spoofed, 0)
     assert f"staging:{marked}:env/{marked}" in row
     assert f"ONE ACTION: GET http://{marked}/" in row
 

@@ -24,8 +24,15 @@ from ringfence.kernel.base.errors import SettingsError, UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.tracing import export as tracing_export
-from ringfence.kernel.tracing.api import NOT_TRACING, Span, Tracing, Work, new_traceparent, trace_id
-from ringfence.kernel.tracing.application import of_application
+from ringfence.kernel.tracing.api import (
+    NOT_TRACING,
+    Span,
+    Tracing,
+    Work,
+    new_traceparent,
+    of_application,
+    trace_id,
+)
 from ringfence.kernel.tracing.export import MOST_WAITING, Exporting
 from ringfence.kernel.tracing.otel import SpanTracing
 from ringfence.kernel.tracing.settings import of_service, where_to

@@ -38,7 +38,7 @@ from ringfence.audit.index.filters import (
     number_of,
     unknown_destinations,
 )
-from ringfence.audit.index.store import TRACE_KINDS, ActionPage, EventIndex, Viewer
+from ringfence.audit.index.store import TRACE_KINDS, ActionPage, SqliteIndex, Viewer
 from ringfence.audit.index.trace import trace_tree
 from ringfence.audit.trail.proofs import Inclusion, NoProofError, ProofStore
 from ringfence.kernel.base import metrics
@@ -69,7 +69,7 @@ _MOST_VIEWERS = 1000
 class AuditApi:
     """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/break-glass`, `GET /v1/coverage/{what}`."""
 
-    index: EventIndex
+    index: SqliteIndex
     directory: Directory
     clock: Clock
     authenticator: Authenticator
@@ -237,7 +237,7 @@ class ApprovalHistoryApi:
     `viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events.
     """
 
-    index: EventIndex
+    index: SqliteIndex
     viewer_of: Callable[[Request], Awaitable[Viewer | None]]
     complete: Callable[[], bool]
 
@@ -291,7 +291,7 @@ def _counted(events: Iterable[Mapping[str, Any]], left_out: frozenset[str]) -> l
 class ProofApi:
     """`GET /v1/checkpoints`, `GET /v1/checkpoints/{tree}/consistency?from=N`, `GET /v1/events/{uid}/proof`."""
 
-    index: EventIndex
+    index: SqliteIndex
     proofs: ProofStore
     viewer_of: Callable[[Request], Awaitable[Viewer | None]]
     """Authenticates the caller, as `AuditApi.viewer` does."""
@@ -353,7 +353,7 @@ class ReportApi:
     `viewer_of`: authenticates, as `AuditApi.viewer`. `complete`: whether the index holds all earlier events.
     """
 
-    index: EventIndex
+    index: SqliteIndex
     clock: Clock
     viewer_of: Callable[[Request], Awaitable[Viewer | None]]
     complete: Callable[[], bool]

@@ -135,9 +135,7 @@ class CircuitBreaker:
 class Connected(Protocol):
     """What the cache keeps for a target."""
 
-    async def close(self) -> None:
-        """Close all connections."""
-        ...
+    async def close(self) -> None: ...
 
 
 S = TypeVar("S", bound=Connected)
@@ -171,7 +169,6 @@ class ConnectionCache(Generic[S]):
         return server
 
     async def close(self) -> None:
-        """Close all connections."""
         servers = [server for _, server in self._known.values()]
         self._known.clear()
         for server in servers:
@@ -284,7 +281,6 @@ class StaticSecrets:
         return None
 
     async def close(self) -> None:
-        """Close all connections."""
         await self._access.close()
 
     def _settings_of(self, target: TargetState) -> HttpSettings:

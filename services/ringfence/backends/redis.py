@@ -139,8 +139,6 @@ def _check(glob: str, segment: str) -> None:
 
 
 class _Server:
-    """One server and its connection."""
-
     def __init__(self, target_id: str, url: str) -> None:
         """Raises AccessError if the URL is unusable."""
         # Policy and gateway know the backend, and never come here.

@@ -25,8 +25,6 @@ _TYPES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """One file."""
-
     path: str
     """Below the origin; another content has another path, so browsers keep it for good."""
     content: bytes

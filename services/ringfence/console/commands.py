@@ -94,13 +94,13 @@ class Asking:
         return self.form.get("comment", "").strip() or None
 
 
+@dataclass(slots=True, eq=False)
 class Commands:
     """Composes questions. Whether the person may, the services decide when they have signed."""
 
-    def __init__(self, questions: Questions, trust: TrustStore, offers: Offers) -> None:
-        self._questions = questions
-        self._trust = trust
-        self._offers = offers
+    questions: Questions
+    trust: TrustStore
+    offers: Offers
 
     async def ask(self, kind: str, reads: SessionReads, session: Session, form: Form, back: str) -> Question:
         """The question of a form.
@@ -114,7 +114,7 @@ class Commands:
             most = MAX_TEXT_CHARS if name in _TEXTS else _MAX_FIELD_CHARS
             if len(value) > most:
                 raise WrongFormError(f"{name} is too long: {most:,} characters at most")
-        asked_at = self._questions.now_s()
+        asked_at = self.questions.now_s()
         draft = await self._draft(kind, Asking(reads, session.user_id, kept, asked_at))
         return new_question(kind, kept, session, draft, asked_at=asked_at, back=back)
 
@@ -133,7 +133,7 @@ class Commands:
             raise WrongFormError(f"{where}: {first['msg']}") from None
 
     def _compose(self, asking: Asking, model: type[C], *, life_s: int = LIFE_S, **fields: Any) -> C:
-        return compose(model, self._questions.stamp(asking.user_id, asking.asked_at, life_s), **fields)
+        return compose(model, self.questions.stamp(asking.user_id, asking.asked_at, life_s), **fields)
 
     async def _draft_with_records(
         self, asking: Asking, title: str, claims: Claims, *, key: str | None = None, **evidence: str
@@ -309,8 +309,8 @@ class Commands:
 
     async def take_over(self, asking: Asking) -> Draft:
         """Consent to answer for an agent that its sponsor offers. The sponsor embeds it in the transfer."""
-        offer = self._offers.opened(asking.required("offer"))
-        agent = await self._offers.reads(offer).signed_record("agent", offer.agent_id)
+        offer = self.offers.opened(asking.required("offer"))
+        agent = await self.offers.reads(offer).signed_record("agent", offer.agent_id)
         mine = await asking.reads.signed_record("user", asking.user_id)
         claims = self._compose(
             asking,
@@ -324,7 +324,6 @@ class Commands:
         return Draft(f"take over agent {offer.agent_id}", claims, offer.agent_id, evidence)
 
     async def end_task(self, asking: Asking) -> Draft:
-        """End a task, and the leases of it."""
         task_id = asking.required("id")
         claims = self._compose(asking, TaskEnd, task_id=task_id, reason=asking.required("reason"))
         return await self._draft_with_records(asking, f"end task {task_id[:8]}", claims)
@@ -400,7 +399,6 @@ class Commands:
     # --- leases ---
 
     async def revoke_lease(self, asking: Asking) -> Draft:
-        """End one lease."""
         lease = await asking.reads.get("revoker", "leases", asking.required("id"), records=1)
         claims = self._compose(
             asking,
@@ -431,7 +429,7 @@ class Commands:
         return await self._draft_with_records(asking, title, claims)
 
     def _compact_trust(self) -> str:
-        return self._trust.compact.decode().strip()
+        return self.trust.compact.decode().strip()
 
 
 def _proposed(listed: Mapping[str, Any]) -> Command:

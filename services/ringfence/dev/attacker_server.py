@@ -17,8 +17,6 @@ _MAX_BYTES: Final = 1024 * 1024
 
 
 class AttackerServer(ThreadingHTTPServer):
-    """The server, and what it was sent."""
-
     def __init__(self, port: int) -> None:
         super().__init__((LOOPBACK, port), _Handler)
         self.collected: list[str] = []

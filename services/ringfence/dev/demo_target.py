@@ -142,7 +142,6 @@ def start_platform(stack: Stack, port: int = 0) -> tuple[Child, str, str]:
 
 
 def answers(url: str) -> bool:
-    """Return whether a server answers at a URL."""
     try:
         return httpx.get(url, timeout=10, trust_env=False).status_code == 200
     except httpx.HTTPError:

@@ -16,18 +16,15 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import shutil
 import socket
 import struct
 from pathlib import Path
 
-from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, spawn
+from ringfence.dev.processes import LOOPBACK, PRIVATE, EmbeddedServer, StackError, claim_port, spawn
 from ringfence.kernel.base.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0
-# With `keep`, it writes all data before it ends.
-_KEEPING_GRACE_S = 30.0
 
 _WRITER = "autosave"
 _PAUSE_S = 60
@@ -37,53 +34,20 @@ _BROKER_RESOURCE = 4
 _NODE_ID = "1"
 
 
-class EmbeddedKafka:
-    """One embedded broker. `start` and `stop` block; both may be called again.
+class EmbeddedKafka(EmbeddedServer):
+    """One embedded broker. `log_path` is `data_dir/kafka.log` by default. Naming a topic does not create it."""
 
-    Its data is in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`, or unless that
-    call says otherwise. `port` 0 takes a free port, once, for the life of this object. Its output is appended to
-    `log_path` (`data_dir/kafka.log`).
-    """
+    grace_s = 30.0  # with `keep`, it writes all data before it ends
 
     def __init__(
         self, data_dir: Path, port: int = 0, log_path: Path | None = None, *, keep: bool = False
     ) -> None:
-        self.port = port
-        self.child: Child | None = None
-        self._store = data_dir / "noida-db"
-        self._log_path = log_path or data_dir / "kafka.log"
-        self._keep = keep
+        super().__init__(data_dir / "noida-db", port, log_path or data_dir / "kafka.log", keep=keep)
 
     @property
     def bootstrap(self) -> str:
         """`127.0.0.1:port`, for `bootstrap_servers`."""
         return f"{LOOPBACK}:{self.port}"
-
-    def start(self, *, resume: bool = False) -> None:
-        """Start the broker, with `resume` on the data that it finds. Returns once it answers Kafka requests.
-
-        Naming a topic does not create it. Raises StackError if the package is missing, the port is in use or the broker
-        does not start.
-        """
-        if self.child is not None and self.child.alive:
-            return
-        self._clear(self._keep or resume)
-        self._launch()
-
-    def stop(self, *, keep: bool = False) -> None:
-        """Stop the broker and delete its data, unless it is kept."""
-        kept = self._keep or keep
-        if self.child is not None:
-            # Without the data there is nothing to write; the last snapshot can take seconds.
-            self.child.stop(_KEEPING_GRACE_S) if kept else self.child.kill()
-            self.child = None
-        self._clear(kept)
-
-    def restart(self) -> None:
-        """Shut down the broker and start it again on the same port, with the same topics and records."""
-        if self.child is not None:
-            self.child.stop(_KEEPING_GRACE_S)
-        self._launch()
 
     def _launch(self) -> None:
         binary = program()
@@ -105,10 +69,6 @@ class EmbeddedKafka:
             self.child.kill()
             self.child = None
             raise
-
-    def _clear(self, keep: bool) -> None:
-        if not keep:
-            shutil.rmtree(self._store, ignore_errors=True)
 
 
 def kafka_answers(port: int, host: str = LOOPBACK) -> bool:

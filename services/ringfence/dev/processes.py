@@ -397,3 +397,55 @@ def claim_port(port: int, server: str, option: str) -> int:
             f"{server} cannot start: port {port} is in use. End what listens there, or choose another by {option}."
         )
     return port
+
+
+class EmbeddedServer:
+    """One server with data of its own on a loopback port. `start` and `stop` block; both may be called again.
+
+    Its data is in a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`, or unless that
+    call says otherwise. `port` 0 takes a free port, once, for the life of this object.
+    """
+
+    grace_s: float
+    """How long a stop waits before it kills the server."""
+
+    def __init__(self, store: Path, port: int, log_path: Path, *, keep: bool) -> None:
+        """`log_path`: its output is appended there."""
+        self.port = port
+        self.child: Child | None = None
+        self._store = store
+        self._log_path = log_path
+        self._keep = keep
+
+    def start(self, *, resume: bool = False) -> None:
+        """Start the server, with `resume` on the data that it finds. Returns once it answers.
+
+        Raises StackError if the package is missing, the port is in use or the server does not start.
+        """
+        if self.child is not None and self.child.alive:
+            return
+        self._clear(self._keep or resume)
+        self._launch()
+
+    def stop(self, *, keep: bool = False) -> None:
+        """Stop the server and delete its data, unless it is kept."""
+        kept = self._keep or keep
+        if self.child is not None:
+            # Without the data there is nothing to write, which can take seconds.
+            self.child.stop(self.grace_s) if kept else self.child.kill()
+            self.child = None
+        self._clear(kept)
+
+    def restart(self) -> None:
+        """Shut down the server and start it again on the same port, with the data that it keeps."""
+        if self.child is not None:
+            self.child.stop(self.grace_s)
+        self._launch()
+
+    def _launch(self) -> None:
+        """Start the process, set `child`, and wait until it answers. Raises as `start`."""
+        raise NotImplementedError
+
+    def _clear(self, keep: bool) -> None:
+        if not keep:
+            shutil.rmtree(self._store, ignore_errors=True)

@@ -5,28 +5,26 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
-import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 
-from ringfence.dev.processes import LOOPBACK, PRIVATE, Child, StackError, claim_port, spawn
+from ringfence.dev.processes import LOOPBACK, PRIVATE, EmbeddedServer, StackError, claim_port, spawn
 from ringfence.kernel.base.private_files import make_private_folder
 
 _ANSWER_TIMEOUT_S = 10.0
 _START_TIMEOUT_S = 20.0
-_GRACE_S = 10.0
 
 
-class EmbeddedRedis:
-    """One Valkey server. `start` and `stop` block; both may be called again.
+class EmbeddedRedis(EmbeddedServer):
+    """One Valkey server.
 
     It never evicts, publishes expired-key events (`Ex`), and with `append_only` syncs its append-only file every
-    second. `hz` is how often per second it looks for expired keys. `options` are further server options. Its data is in
-    a folder of its own inside `data_dir`, emptied at start and at stop unless `keep`, or unless that call says
-    otherwise. `port` 0 takes a free port, once, for the life of this object. Its output is appended to `log_path`
-    (`data_dir/redis.log`).
+    second, so that a restart has its keys. `hz` is how often per second it looks for expired keys. `options` are
+    further server options. `log_path` is `data_dir/redis.log` by default.
     """
+
+    grace_s = 10.0
 
     def __init__(
         self,
@@ -39,42 +37,15 @@ class EmbeddedRedis:
         keep: bool = False,
         options: Mapping[str, str] | None = None,
     ) -> None:
-        self.port = port
-        self.child: Child | None = None
-        self._store = data_dir / "valkey"
-        self._log_path = log_path or data_dir / "redis.log"
+        super().__init__(data_dir / "valkey", port, log_path or data_dir / "redis.log", keep=keep)
         self._append_only = append_only
         self._hz = hz
-        self._keep = keep
         self._options = options or {}
 
     @property
     def url(self) -> str:
         """`redis://127.0.0.1:port/0`."""
         return f"redis://{LOOPBACK}:{self.port}/0"
-
-    def start(self, *, resume: bool = False) -> None:
-        """Start the server, with `resume` on the data that it finds. Returns once it answers PING.
-
-        Raises StackError if the package is missing, the port is in use or the server does not start.
-        """
-        if self.child is not None and self.child.alive:
-            return
-        self._clear(self._keep or resume)
-        self._launch()
-
-    def stop(self, *, keep: bool = False) -> None:
-        """Stop the server and delete its data, unless it is kept."""
-        if self.child is not None:
-            self.child.stop(_GRACE_S)
-            self.child = None
-        self._clear(self._keep or keep)
-
-    def restart(self) -> None:
-        """Shut down the server and start it again on the same port; with `append_only`, with its keys."""
-        if self.child is not None:
-            self.child.stop(_GRACE_S)
-        self._launch()
 
     def _launch(self) -> None:
         binary = program()
@@ -102,10 +73,6 @@ class EmbeddedRedis:
             self.child.kill()
             self.child = None
             raise
-
-    def _clear(self, keep: bool) -> None:
-        if not keep:
-            shutil.rmtree(self._store, ignore_errors=True)
 
 
 def redis_answers(port: int) -> bool:

@@ -6,8 +6,8 @@ Enters: records of the topics `audit`, `approval.request`, `lease` and `action`;
 Leaves: typed messages to handlers, at least once, signatures verified where there are any; `UnknownMessage`
 for others.
 Imports: every package below, and no `testing` beside it; it uses `client.settings`, `kernel` and `messages`.
-Read first: `router.py` (`RingfenceRouter`, the subscriptions and the pause after a failure),
-`record_decoder.py` (records into verified messages).
+Read first: `router.py` (`RingfenceRouter`, the subscriptions and the pause after a failure,
+records into verified messages).
 """
 
 from __future__ import annotations

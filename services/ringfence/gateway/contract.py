@@ -137,7 +137,6 @@ class McpOutcome:
 
     kind: AnswerKind = "none"
     status: int | None = None
-    """The HTTP status."""
     code: int | None = None
     """The code of the JSON-RPC error."""
 

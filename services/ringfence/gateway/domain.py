@@ -241,6 +241,7 @@ def check_run_of_lease(sender: Sender, lease: Lease) -> Allowed | Refused:
 
 
 def run_id_of_lease(lease: Lease) -> str | None:
+    """The run whose instance asked for a lease; None if none did."""
     return (
         lease.instance.run.run_id if lease.instance is not None and lease.instance.run is not None else None
     )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
+from ringfence.kernel.base.http_client import is_loopback
 from ringfence.kernel.base.settings import RingfenceSettings
 from ringfence.messages.base import Name, TargetId
 from ringfence.rego.embedded import TIMEOUT_MS
@@ -103,7 +103,7 @@ class GatewaySettings(RingfenceSettings):
     def _not_in_clear(self) -> Self:
         if self.listen is not None and self.tls_cert_file is None:
             host, _ = host_and_port(self.listen)
-            if host != "localhost" and not _is_loopback(host):
+            if not is_loopback(host):
                 raise ValueError(
                     f"RINGFENCE_GATEWAY_LISTEN: {host} is not this machine's loopback, and takes TLS; set "
                     "RINGFENCE_GATEWAY_TLS_CERT_FILE"
@@ -113,10 +113,3 @@ class GatewaySettings(RingfenceSettings):
                 "RINGFENCE_GATEWAY_TLS_CERT_FILE: needed with the key or the authority of clients"
             )
         return self
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -49,25 +50,18 @@ _AT_ONCE = 4
 _WITHIN_S = 10.0
 
 
+@dataclass(slots=True, eq=False)
 class Resealer:
     """Finds the encrypted credential of a live lease on Kafka, from the time of its decision on, and encrypts it
     again.
     """
 
-    def __init__(
-        self,
-        settings: BusSettings,
-        trust: TrustStore,
-        store: LeaseStore,
-        own: Opener | None,
-        clock: Clock,
-    ) -> None:
-        self._settings = settings
-        self._trust = trust
-        self._store = store
-        self._own = own
-        self._clock = clock
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+    settings: BusSettings
+    trust: TrustStore
+    store: LeaseStore
+    own: Opener | None
+    clock: Clock
+    _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_AT_ONCE), init=False)
 
     async def reseal(self, lease_id: str, gateway: str) -> str:
         """Return the envelope (JWE) of a live lease for one gateway, given by its SPIFFE ID.
@@ -75,7 +69,7 @@ class Resealer:
         Raises ForbiddenError if the trust bundle has no encryption key of the gateway, NotFoundError if the lease is
         not live or not for gateways, and UnavailableError if Redis or Kafka does not answer in time.
         """
-        keys = self._trust.encryption_keys("gateway", self._clock.now_ms() / 1000, of=gateway)
+        keys = self.trust.encryption_keys("gateway", self.clock.now_ms() / 1000, of=gateway)
         if not keys:
             raise ForbiddenError(f"{gateway} has no key to seal to in the trust bundle; sign one that has it")
         lease = await self._live(lease_id)
@@ -86,15 +80,15 @@ class Resealer:
         return enclose(delivery, keys, about=lease.request_id)
 
     async def _live(self, lease_id: str) -> Lease:
-        stored = (await self._store.get([lease_id])).get(lease_id)
+        stored = (await self.store.get([lease_id])).get(lease_id)
         if stored is None:
             raise _not_live(lease_id)
         try:
-            lease = verify_lease(stored.jws, self._trust, self._clock)
+            lease = verify_lease(stored.jws, self.trust, self.clock)
         except InvalidMessageError as error:
             log.error("the record of lease %s in Redis does not hold: %s", lease_id, error)
             raise _not_live(lease_id) from None
-        lookup = await self._store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
+        lookup = await self.store.look(lease_id, (*selector_keys(lease), ALL_LEASES))
         if not lookup.active or lookup.is_cut or lease.delivery != "gateway":
             raise _not_live(lease_id)
         return lease
@@ -113,7 +107,7 @@ class Resealer:
             async with (
                 asyncio.timeout(_WITHIN_S),
                 Follower(
-                    self._settings, [CREDENTIAL_REPLY], take_in, since_ms=since_ms, key=lease.agent_id
+                    self.settings, [CREDENTIAL_REPLY], take_in, since_ms=since_ms, key=lease.agent_id
                 ) as follower,
             ):
                 await _wait_for_either(delivery_found, follower.complete)
@@ -129,15 +123,15 @@ class Resealer:
     def _delivery(self, record: Received, lease: Lease) -> bytes | None:
         """Return the signed delivery in a record, if it is this lease's and an issuer signed it, else None."""
         # Unverified: it only saves decrypting the others.
-        if self._own is None or unverified_about(record.value) != lease.request_id:
+        if self.own is None or unverified_about(record.value) != lease.request_id:
             return None
         try:
-            plain = self._own.open(record.value)
+            plain = self.own.open(record.value)
             claims = verify(
                 parse(plain),
                 CredentialDelivery,
-                self._trust.finder("issuer", at_s=record.appended_at_ms / 1000),
-                audience=self._trust.trust_domain,
+                self.trust.finder("issuer", at_s=record.appended_at_ms / 1000),
+                audience=self.trust.trust_domain,
             ).claims
         except InvalidMessageError as error:
             log.warning(
@@ -170,8 +164,6 @@ SEALED_PATH = "/v1/leases/{lease_id}/sealed-credential"
 
 
 class GatewayHttp:
-    """HTTP routes for gateways."""
-
     def __init__(self, resealer: Resealer, authenticator: Authenticator) -> None:
         self._resealer = resealer
         self._authenticator = authenticator
@@ -198,8 +190,6 @@ _JWKS_MAX_AGE_S = 300
 
 
 class IssuerHttp:
-    """HTTP routes of the issuer."""
-
     def __init__(
         self,
         *,

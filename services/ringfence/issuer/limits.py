@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ringfence.issuer.domain import FULL, FULL_RETRY_S, RETRY_AFTER_S, Decision, Issue, Refusal
 from ringfence.kernel.base.clock import Clock
@@ -46,21 +46,21 @@ class _Count:
     read_at_s: float
 
 
+@dataclass(slots=True, eq=False)
 class LeaseLimits:
     """Admission control by lease counts and by the age of decisions."""
 
-    def __init__(self, store: LeaseStore, clock: Clock, limits: LeaseLimitValues) -> None:
-        self._store = store
-        self._clock = clock
-        self._limits = limits
-        self._counts: dict[str, _Count] = {}
+    store: LeaseStore
+    clock: Clock
+    limits: LeaseLimitValues
+    _counts: dict[str, _Count] = field(default_factory=dict, init=False)
 
     async def admit(
         self, decisions: Sequence[Decision], weighed: Sequence[Issue | Refusal]
     ) -> list[Issue | Refusal]:
         """Return `weighed`, with a refusal in place of each issue beyond a limit. Raises UnavailableError."""
         await self._refresh_counts(one for one in weighed if isinstance(one, Issue))
-        now_ms = self._clock.now_ms()
+        now_ms = self.clock.now_ms()
         return [
             self._check(decision, one, now_ms) if isinstance(one, Issue) else one
             for decision, one in zip(decisions, weighed, strict=True)
@@ -69,10 +69,10 @@ class LeaseLimits:
     def _check(self, decision: Decision, issue: Issue, now_ms: int) -> Issue | Refusal:
         """Check that a decision has not waited for too long, and count its lease, if no limit is reached."""
         waited_s = (now_ms - decision.at.appended_at_ms) / 1000
-        if not self._limits.wait_s or waited_s <= self._limits.wait_s:
+        if not self.limits.wait_s or waited_s <= self.limits.wait_s:
             return self._count_lease(issue)
         message = f"the issuer is behind: the decision waited for {waited_s:.0f} s; ask again later"
-        return _refusal(Code.OVERLOADED, message, issue, self._limits.wait_s)
+        return _refusal(Code.OVERLOADED, message, issue, self.limits.wait_s)
 
     def _count_lease(self, issue: Issue) -> Issue | Refusal:
         limits = self._limits_of(issue)
@@ -89,8 +89,8 @@ class LeaseLimits:
 
     def _limits_of(self, issue: Issue) -> dict[str, int]:
         both = {
-            agent_selector_key(issue.lease.agent_id): self._limits.agent_leases,
-            sponsor_selector_key(issue.lease.sponsor): self._limits.sponsor_leases,
+            agent_selector_key(issue.lease.agent_id): self.limits.agent_leases,
+            sponsor_selector_key(issue.lease.sponsor): self.limits.sponsor_leases,
         }
         return {mark: limit for mark, limit in both.items() if limit}
 
@@ -105,7 +105,7 @@ class LeaseLimits:
             return
         if len(self._counts) > _MOST_REMEMBERED:
             self._counts = {mark: self._counts[mark] for mark in limits if mark in self._counts}
-        for mark, leases in (await self._store.count(unknown)).items():
+        for mark, leases in (await self.store.count(unknown)).items():
             self._counts[mark] = _Count(leases, now_s)
 
     def _is_old(self, mark: str, limit: int, now_s: float) -> bool:

@@ -55,8 +55,6 @@ Ask = Callable[[Callable[[PendingRequest], None]], Awaitable[IssuedCredential]]
 
 @dataclass(slots=True)
 class OpenRequest:
-    """One request and what is known of it."""
-
     name: str
     """What tool calls name it by."""
     task_id: str
@@ -67,8 +65,6 @@ class OpenRequest:
 
 
 class OpenRequests:
-    """The requests of one server."""
-
     def __init__(self) -> None:
         self._requests: dict[str, OpenRequest] = {}
         self._number = 0

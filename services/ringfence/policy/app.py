@@ -57,7 +57,7 @@ from ringfence.policy.api.usage import (
     CeilingReportApi,
     UsageApi,
 )
-from ringfence.policy.decision_log import HISTORY_MS, Approvers, Decisions, InMemoryDecisionLog
+from ringfence.policy.decision_log import HISTORY_MS, Approvers, DecisionLog
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.one_person import OnePersonDetector
 from ringfence.policy.decisions.responder import DecisionPublisher
@@ -145,7 +145,7 @@ def build(
     return runtime
 
 
-def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
+def wire(parts: PolicyParts) -> tuple[ApprovalHandler, DecisionLog]:
     """Register all that policy reads, does and serves at its runtime.
 
     Returns the handler of what waits for people, and the decisions.
@@ -162,7 +162,7 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, Decisions]:
 
     key_last_seen = KeyLastSeen()
     agent_index = AgentIndex(directory, holdings, key_last_seen, runtime.clock)
-    decisions = InMemoryDecisionLog(runtime.trust, allowed, key_last_seen.on_decision)
+    decisions = DecisionLog(runtime.trust, allowed, key_last_seen.on_decision)
 
     def read_back(topic: Topic[Any], reader: Callable[[Sequence[Received]], None], for_ms: int) -> Follower:
         since_ms = max(runtime.clock.now_ms() - for_ms, 1)

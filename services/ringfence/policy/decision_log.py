@@ -12,7 +12,7 @@ import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, cast
+from typing import NamedTuple, cast
 
 import orjson
 
@@ -51,16 +51,12 @@ HISTORY_MS = MAX_AGE_MS + 60 * 60 * 1000
 
 
 class RecordPosition(NamedTuple):
-    """The position of a record in its topic."""
-
     partition: int
     offset: int
 
 
 @dataclass(slots=True)
 class RequestState:
-    """The state of one request."""
-
     request_id: str
     agent_id: str
     at: RecordPosition
@@ -95,43 +91,8 @@ class RequestState:
         self.approvals[id] = (approval.digest, at)
 
 
-class Decisions(Protocol):
-    """Interface of the decision log."""
-
-    def claim(
-        self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
-    ) -> RequestState:
-        """Return the state of a verified request. An unknown request is added.
-
-        `at_ms` is its append time, `exp` its expiry in seconds since 1970.
-        """
-        ...
-
-    def get(self, request_id: str) -> RequestState | None:
-        """Return the state of a request, or None."""
-        ...
-
-    def keep(
-        self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
-    ) -> RequestState:
-        """Add a decision of this service at position `at`, appended at `at_ms`. The first final one counts."""
-        ...
-
-    def reached(self, partition: int) -> int:
-        """Return the offset of the last known request in a partition; -1 if there is none."""
-        ...
-
-    def pending(self) -> Iterator[RequestState]:
-        """Yield all requests that wait for approvals."""
-        ...
-
-    def waiting(self) -> Mapping[str, int]:
-        """Return the number of requests that wait for approvals, by agent. Do not change the mapping."""
-        ...
-
-
-class InMemoryDecisionLog:
-    """`Decisions` in this process, fed by what it publishes and by what it reads back.
+class DecisionLog:
+    """The state of each request, fed by what it publishes and by what it reads back.
 
     Its time is the append time of the decisions in each partition, not the clock. So it remembers whatever could be
     delivered again after a crash, however long the service was down.
@@ -160,11 +121,15 @@ class InMemoryDecisionLog:
         self._unread: dict[int, list[tuple[int, int, Received]]] | None = {}
         self._settling = asyncio.Lock()
 
-    # --- Decisions ---
+    # --- requests and decisions ---
 
     def claim(
         self, request_id: str, agent_id: str, at: RecordPosition, *, at_ms: int, exp: int
     ) -> RequestState:
+        """Return the state of a verified request. An unknown request is added.
+
+        `at_ms` is its append time, `exp` its expiry in seconds since 1970.
+        """
         state = self._known.get(request_id)
         if state is None:
             state = self._known[request_id] = RequestState(request_id, agent_id, at, exp)
@@ -173,23 +138,28 @@ class InMemoryDecisionLog:
         return state
 
     def get(self, request_id: str) -> RequestState | None:
+        """Return the state of a request, or None."""
         return self._known.get(request_id)
 
     def keep(
         self, decision: CredentialDecision, jws: str, at: RecordPosition, at_ms: int, traceparent: str | None
     ) -> RequestState:
+        """Add a decision of this service at position `at`, appended at `at_ms`. The first final one counts."""
         before = self._known.get(decision.request_id)
         if before is None or before.decided_at != at:  # otherwise it was read back before it was acknowledged
             self._published.add(at)
         return self._take(decision, jws, at, at_ms, traceparent)
 
     def reached(self, partition: int) -> int:
+        """Return the offset of the last known request in a partition; -1 if there is none."""
         return self._reached.get(partition, -1)
 
     def pending(self) -> Iterator[RequestState]:
+        """Yield all requests that wait for approvals."""
         yield from list(self._pending.values())
 
     def waiting(self) -> Mapping[str, int]:
+        """Return the number of requests that wait for approvals, by agent. Do not change the mapping."""
         return self._waiting
 
     # --- reading back ---

@@ -79,8 +79,6 @@ class ApprovalRequired:
 
 @dataclass(frozen=True, slots=True)
 class RequestRefused:
-    """The request is denied."""
-
     outcome: ClassVar[Outcome] = "denied"
 
     reasons: tuple[Reason, ...] = ()

@@ -12,6 +12,7 @@ import re
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Final, cast
 
 from starlette.requests import Request
@@ -248,15 +249,15 @@ class RegistryApi:
         return entry.state if entry else None
 
 
+@dataclass(slots=True, eq=False)
 class ProposalApi:
     """HTTP routes over the proposals. Operators and auditors see all, others their own and those that they may second:
     sponsors those about agents.
     """
 
-    def __init__(self, proposals: Proposals, directory: Directory, authenticator: Authenticator) -> None:
-        self._proposals = proposals
-        self._directory = directory
-        self._authenticator = authenticator
+    proposals: Proposals
+    directory: Directory
+    authenticator: Authenticator
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -269,10 +270,10 @@ class ProposalApi:
         """Serve widening commands that wait, oldest first; with `?all=1`, also those of the last day that no longer do:
         `{proposals}`.
         """
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         wanted = [
             one
-            for one in self._proposals.table.all()
+            for one in self.proposals.table.all()
             if (one.status == "open" or request.query_params.get("all") == "1") and may_see(one, caller)
         ]
         listed = []
@@ -287,18 +288,18 @@ class ProposalApi:
         `commands` is the proposed command alone. `records` are the caller's, the author's, and the subject's if there
         is one. Only its author and who may second it get them.
         """
-        caller = self._authenticator.authenticate(request)
-        me, proposal = caller.user.user_id, self._proposals.table.get(request.path_params["proposal_id"])
+        caller = self.authenticator.authenticate(request)
+        me, proposal = caller.user.user_id, self.proposals.table.get(request.path_params["proposal_id"])
         if proposal is None or proposal.status != "open" or not may_see(proposal, caller):
             raise NotFoundError(_NOT_OPEN)
         author = unverified_command(proposal.command).iss.rpartition("/")[2]  # the registry verified it
-        if me != author and me not in self._proposals.seconders(proposal.command):
+        if me != author and me not in self.proposals.seconders(proposal.command):
             raise NotFoundError(_NOT_OPEN)
         subjects: list[Subject] = [("user", me), ("user", author)]
         if proposal.revision:
             kind, id = proposal.sub.split("/")[-2:]
             subjects.append((cast(SubjectKind, kind), id))
-        evidence = evidence_of(self._directory, self._directory.trust, subjects)
+        evidence = evidence_of(self.directory, self.directory.trust, subjects)
         return JSONResponse({**evidence, "commands": [proposal.command.jws]})
 
     def _json(self, proposal: Proposal) -> dict[str, Any]:
@@ -315,7 +316,7 @@ class ProposalApi:
             "revision": proposal.revision,
             "by": proposal.by.rpartition("/")[2] if proposal.by else None,
             "code": proposal.code,
-            "may_second": self._proposals.seconders(proposal.command) if proposal.status == "open" else [],
+            "may_second": self.proposals.seconders(proposal.command) if proposal.status == "open" else [],
             "command": proposal.command.jws,
         }
 

@@ -80,7 +80,6 @@ class Discovery:
         return cached.keys
 
     async def close(self) -> None:
-        """Close the HTTP client."""
         if self._http is not None:
             await self._http.aclose()
 

@@ -7,6 +7,7 @@ signature is judged like a command of its own; then the proposed command is deci
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from ringfence.kernel.base.clock import utc_text
@@ -86,7 +87,6 @@ class ProposalTable:
             self._proposals[proposal.digest] = proposal
 
     def drop(self, proposal: Proposal) -> None:
-        """Forget a proposal."""
         self._proposals.pop(proposal.digest, None)
 
     def get(self, digest: str) -> Proposal | None:
@@ -102,13 +102,13 @@ class ProposalTable:
         return [one for one in self.all() if one.status == "open"]
 
 
+@dataclass(slots=True, eq=False)
 class Proposals:
     """Takes proposals, second signatures and withdrawals, one after the other."""
 
-    def __init__(self, runtime: Runtime, directory: Directory, table: ProposalTable) -> None:
-        self._runtime = runtime
-        self._directory = directory
-        self.table = table
+    runtime: Runtime
+    directory: Directory
+    table: ProposalTable
 
     # --- proposing ---
 
@@ -121,13 +121,13 @@ class Proposals:
         key = proposal_digest(parse(authorised.signed.compact))
         self.check_limit(claims, key)
         proposal = Proposal(
-            iss=self._runtime.key.id,
-            aud=self._runtime.settings.trust_domain,
+            iss=self.runtime.key.id,
+            aud=self.runtime.settings.trust_domain,
             iat=proposed_ms // 1000,
             jti=derived_id("proposal", key, "open"),
             digest=key,
             command=authorised.embedded,
-            sub=subject_spiffe(self._runtime.settings.trust_domain, waits.state),
+            sub=subject_spiffe(self.runtime.settings.trust_domain, waits.state),
             revision=waits.revision,
             ends_at_ms=proposed_ms + MAX_PROPOSAL_S * 1000,
             status="open",
@@ -157,7 +157,7 @@ class Proposals:
 
     def seconders(self, command: EmbeddedCommand) -> list[str]:
         """Return the ids of the users who may second a proposed command now, sorted."""
-        return seconders(self._directory, command, max(self._runtime.clock.now_ms(), command.appended_at_ms))
+        return seconders(self.directory, command, max(self.runtime.clock.now_ms(), command.appended_at_ms))
 
     # --- the second person ---
 
@@ -195,8 +195,8 @@ class Proposals:
         at_ms = second.appended_at_ms
         proposal = self.required(one, at_ms)
         signature = SecondSignature(jws=second.signed.compact, proposed_at_ms=proposal.command.appended_at_ms)
-        given = self._directory.chains.authorise(parse(proposal.command.jws), at_ms, None, signature)
-        entry = self._directory.entry(*command_subject(given.claims, given.command_id))
+        given = self.directory.chains.authorise(parse(proposal.command.jws), at_ms, None, signature)
+        entry = self.directory.entry(*command_subject(given.claims, given.command_id))
         if one.revision != proposal.revision or changed_since(entry, proposal):
             raise _subject_changed(proposal)
         return given
@@ -204,7 +204,7 @@ class Proposals:
     def seconded_before(self, embedded: EmbeddedCommand) -> Authorised:
         """Return a command that a record embeds with its second signature. Raises ChainError, InvalidMessageError."""
         jws = parse(embedded.jws)
-        return self._directory.chains.authorise(jws, embedded.appended_at_ms, None, embedded.second)
+        return self.directory.chains.authorise(jws, embedded.appended_at_ms, None, embedded.second)
 
     async def close(
         self,
@@ -215,7 +215,7 @@ class Proposals:
         code: AnyCode | None = None,
     ) -> None:
         """Publish what became of a proposal."""
-        key = self._runtime.key
+        key = self.runtime.key
         claims = proposal.model_copy(
             update={
                 "iss": key.id, "iat": at_ms // 1000, "jti": derived_id("proposal", proposal.digest, status),
@@ -244,8 +244,8 @@ class Proposals:
         jws = parse(proposal.command.jws)
         claims = unverified_command(proposal.command)
         try:
-            entry = self._directory.entry(*command_subject(claims, message_id(claims.iss, claims.jti)))
-            key = self._directory.chains.command_key(claims.iss, jws.header.kid, at_ms)
+            entry = self.directory.entry(*command_subject(claims, message_id(claims.iss, claims.jti)))
+            key = self.directory.chains.command_key(claims.iss, jws.header.kid, at_ms)
         except ChainError:
             return None  # nothing is done on a record that does not verify
         record = entry.record if entry else None
@@ -260,7 +260,7 @@ class Proposals:
     async def report(self, kind: EventKind, proposal: Proposal, reason: Reason | None = None) -> None:
         """Publish an event about a proposal, as the answer to its author."""
         claims = unverified_command(proposal.command)
-        await self._runtime.event(
+        await self.runtime.event(
             kind,
             claims.typ,
             about=(proposal.digest,),
@@ -268,12 +268,12 @@ class Proposals:
             actor=claims.iss,
             ref=claims.jti,
             result=proposal.digest,
-            agent_id=subject_of(self._runtime.settings.trust_domain, proposal.sub, "agent"),
+            agent_id=subject_of(self.runtime.settings.trust_domain, proposal.sub, "agent"),
         )
 
     async def _publish(self, proposal: Proposal, traceparent: str | None) -> None:
-        compact = sign(proposal, self._runtime.key)
-        sent = await self._runtime.publisher.send(
+        compact = sign(proposal, self.runtime.key)
+        sent = await self.runtime.publisher.send(
             PROPOSAL,
             Proposal.typ,
             Outbound(proposal.digest, compact, id=proposal.jti, traceparent=traceparent),
@@ -282,7 +282,7 @@ class Proposals:
         self.table.put(proposal)
 
     async def _delete(self, proposal: Proposal) -> None:
-        sent = await self._runtime.publisher.send(
+        sent = await self.runtime.publisher.send(
             PROPOSAL, Proposal.typ, Outbound(proposal.digest, b"", id=f"{proposal.jti}.deleted")
         )
         await sent

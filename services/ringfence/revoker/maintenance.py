@@ -15,6 +15,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from aiokafka.errors import KafkaError
 
@@ -47,13 +48,13 @@ log = logging.getLogger(__name__)
 _EVERY_S = 1.0
 
 
+@dataclass(slots=True, eq=False)
 class HeartbeatSender:
     """Sends heartbeats over what `follower` has read into `streams`."""
 
-    def __init__(self, runtime: Runtime, streams: StreamDigests, follower: Follower) -> None:
-        self._runtime = runtime
-        self._streams = streams
-        self._follower = follower
+    runtime: Runtime
+    streams: StreamDigests
+    follower: Follower
 
     async def run(self) -> None:
         await run_periodically(
@@ -63,19 +64,19 @@ class HeartbeatSender:
 
     async def send(self) -> None:
         """Sign the digests of what was read so far, and the halted consumer groups."""
-        positions = await self._follower.positions(CONFIRMED)
-        key, now_ms, halted = self._runtime.key, self._runtime.clock.now_ms(), self._runtime.halted()
+        positions = await self.follower.positions(CONFIRMED)
+        key, now_ms, halted = self.runtime.key, self.runtime.clock.now_ms(), self.runtime.halted()
         heartbeat = Heartbeat(
             iss=key.id,
-            aud=self._runtime.settings.trust_domain,
+            aud=self.runtime.settings.trust_domain,
             iat=now_ms // 1000,
             jti=derived_id("heartbeat", key.id, now_ms),
             # A halt must count even if our clock is wrong. By the broker's clock it is not taken for an old heartbeat.
-            at_ms=self._runtime.broker_now_ms() if halted else now_ms,
-            streams=self._streams.digests(positions),
+            at_ms=self.runtime.broker_now_ms() if halted else now_ms,
+            streams=self.streams.digests(positions),
             halted=halted,
         )
-        await self._runtime.publisher.publish_signed(HEARTBEAT, self._runtime.role, heartbeat, key)
+        await self.runtime.publisher.publish_signed(HEARTBEAT, self.runtime.role, heartbeat, key)
 
 
 class OrphanSweeper:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final, Protocol
 
 from ringfence.kernel.base import metrics
@@ -132,27 +132,20 @@ class _Job:
     task: asyncio.Task[None]
 
 
+@dataclass(slots=True, eq=False)
 class RunningRuns:
     """Starts and tracks runs. A runner that is cut off freezes and destroys them (`Freezable`)."""
 
-    def __init__(
-        self,
-        execution_of: Callable[[RunPlan, Claimed], Execution],
-        is_claimed_here: Callable[[RunPlan], Awaitable[bool]],
-        *,
-        concurrency: int,
-    ) -> None:
-        """Args:
-            execution_of: makes the execution of a plan.
-            is_claimed_here: whether this runner's claim of a run counts. Called once its claim is on Kafka.
-            concurrency: the most runs at once.
-        """  # fmt: skip
-        self._execution_of = execution_of
-        self._is_claimed_here = is_claimed_here
-        self._concurrency = concurrency
-        self._jobs: dict[str, _Job] = {}
-        self._changed = asyncio.Event()
-        self._closed = False
+    execution_of: Callable[[RunPlan, Claimed], Execution]
+    """Makes the execution of a plan."""
+    is_claimed_here: Callable[[RunPlan], Awaitable[bool]]
+    """Whether this runner's claim of a run counts. Called once its claim is on Kafka."""
+    _: KW_ONLY
+    concurrency: int
+    """The most runs at once."""
+    _jobs: dict[str, _Job] = field(default_factory=dict, init=False)
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _closed: bool = field(default=False, init=False)
 
     def ids(self) -> Iterable[str]:
         return tuple(self._jobs)
@@ -168,7 +161,7 @@ class RunningRuns:
     @property
     def free(self) -> int:
         """The number of runs that may start now."""
-        return 0 if self._closed else max(0, self._concurrency - len(self._jobs))
+        return 0 if self._closed else max(0, self.concurrency - len(self._jobs))
 
     @property
     def changed(self) -> asyncio.Event:
@@ -183,11 +176,11 @@ class RunningRuns:
         claimed = asyncio.Event()
 
         async def on_claimed() -> None:
-            if not await self._is_claimed_here(plan):
+            if not await self.is_claimed_here(plan):
                 raise ClaimLostError(f"run {plan.run_id} was claimed by another runner before")
             claimed.set()
 
-        execution = self._execution_of(plan, on_claimed)
+        execution = self.execution_of(plan, on_claimed)
         task = asyncio.create_task(self._execute(execution, plan, claimed), name=f"run {plan.run_id}")
         self._jobs[plan.run_id] = _Job(plan, execution, task)
         metrics.RUNS_RUNNING.set(len(self._jobs))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import KW_ONLY, dataclass, field
 from typing import NoReturn, Protocol
 
 from aiokafka.errors import KafkaError
@@ -123,14 +124,15 @@ class Freezable(Protocol):
         ...
 
 
+@dataclass(slots=True, eq=False)
 class SilenceGuard:
     """Freezes all runs at half of the grace, destroys them at its end, and thaws them if Kafka answers in between."""
 
-    def __init__(self, heartbeats: Heartbeats, runs: Freezable, *, grace_s: float) -> None:
-        self._heartbeats = heartbeats
-        self._runs = runs
-        self._grace_s = grace_s
-        self._frozen = False
+    heartbeats: Heartbeats
+    runs: Freezable
+    _: KW_ONLY
+    grace_s: float
+    _frozen: bool = field(default=False, init=False)
 
     @property
     def frozen(self) -> bool:
@@ -138,32 +140,32 @@ class SilenceGuard:
 
     def silent(self) -> str | None:
         """The reason why nothing new may start now, or None."""
-        silence_s = self._heartbeats.silence_s
-        if silence_s < self._grace_s / 2:
+        silence_s = self.heartbeats.silence_s
+        if silence_s < self.grace_s / 2:
             return None
         return f"Kafka has acknowledged no heartbeat of this runner for {silence_s:.0f} s"
 
     async def run(self) -> NoReturn:
         while True:
             await self.look()
-            await asyncio.sleep(min(_LOOK_EVERY_S, self._grace_s / 20))
+            await asyncio.sleep(min(_LOOK_EVERY_S, self.grace_s / 20))
 
     async def look(self) -> None:
         """Freeze, destroy or thaw the runs, by the length of the silence. A failed step is retried at the next call."""
-        silence_s = self._heartbeats.silence_s
+        silence_s = self.heartbeats.silence_s
         try:
-            if silence_s >= self._grace_s:
-                await self._runs.destroy(
-                    f"Kafka acknowledged no heartbeat of the runner for {self._grace_s:g} s"
+            if silence_s >= self.grace_s:
+                await self.runs.destroy(
+                    f"Kafka acknowledged no heartbeat of the runner for {self.grace_s:g} s"
                 )
-            elif silence_s >= self._grace_s / 2:
+            elif silence_s >= self.grace_s / 2:
                 # Again at each look: a run may have started since.
-                await self._runs.freeze()
+                await self.runs.freeze()
                 if not self._frozen:
                     log.warning("all runs are frozen: %s", self.silent())
                 self._frozen = True
             elif self._frozen:
-                await self._runs.thaw()
+                await self.runs.thaw()
                 self._frozen = False
                 log.warning("all runs go on: Kafka acknowledges heartbeats again")
         except (RingfenceError, OSError) as error:

@@ -12,7 +12,7 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.errors import InvalidMessageError, UnavailableError
@@ -60,37 +60,26 @@ class _Settled:
     """By topic and partition."""
 
 
+@dataclass(slots=True, eq=False)
 class OrderIntake:
     """The handler of the consumer group of a pool."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        directory: Directory,
-        pool: Pool,
-        runs: RunningRuns,
-        stops: StopTable,
-        *,
-        hold: Callable[[], str | None],
-        patience_s: float,
-    ) -> None:
-        """Args:
-            hold: returns the reason why nothing may start now, or None.
-            patience_s: the longest wait for records that have not arrived in the local tables yet.
-        """  # fmt: skip
-        self._runtime = runtime
-        self._directory = directory
-        self._pool = pool
-        self._runs = runs
-        self._stops = stops
-        self._hold = hold
-        self._patience_s = patience_s
-        self._consumer: Consumer | None = None
-        self._line: deque[_Waiting | _Settled] = deque()
-        self._recent: BoundedDict[str, None] = BoundedDict(_MAX_SETTLED)
-        """Runs that were claimed or refused here, which the local table may not have yet."""
-        self.opened = asyncio.Event()
-        """Set once runs that this runner left unfinished are reported. No order is taken before."""
+    runtime: Runtime
+    directory: Directory
+    pool: Pool
+    runs: RunningRuns
+    stops: StopTable
+    _: KW_ONLY
+    hold: Callable[[], str | None]
+    """Returns the reason why nothing may start now, or None."""
+    patience_s: float
+    """The longest wait for records that have not arrived in the local tables yet."""
+    _consumer: Consumer | None = field(default=None, init=False)
+    _line: deque[_Waiting | _Settled] = field(default_factory=deque, init=False)
+    _recent: BoundedDict[str, None] = field(default_factory=lambda: BoundedDict(_MAX_SETTLED), init=False)
+    """Runs that were claimed or refused here, which the local table may not have yet."""
+    opened: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    """Set once runs that this runner left unfinished are reported. No order is taken before."""
 
     def read_by(self, consumer: Consumer) -> None:
         self._consumer = consumer
@@ -110,7 +99,7 @@ class OrderIntake:
         try:
             await self._admit(batch)
             while self._line or reading is not None:
-                changed = self._runs.changed
+                changed = self.runs.changed
                 await self._refuse_those_over()
                 await self._advance()
                 if not self._line:
@@ -135,10 +124,10 @@ class OrderIntake:
         """Queue each valid order of these records, as far as the queue has room."""
         if not records:
             return
-        if not await self._runtime.tables_caught_up(self._patience_s):
+        if not await self.runtime.tables_caught_up(self.patience_s):
             raise UnavailableError("the records that orders rest on could not be read to their end")
         for record in records:
-            waiting = await self._judged(record) if record.key == self._pool.name else None
+            waiting = await self._judged(record) if record.key == self.pool.name else None
             if waiting is not None:
                 self._line.append(waiting)
                 await self._advance()
@@ -149,13 +138,13 @@ class OrderIntake:
     async def _judged(self, record: Received) -> _Waiting | None:
         """The order in a record, if it may be queued. Otherwise its result is on Kafka already."""
         try:
-            signed = verified_order(record.value, self._directory, record.appended_at_ms)
+            signed = verified_order(record.value, self.directory, record.appended_at_ms)
             order = signed.claims
             if order.pool != record.key:
                 raise InvalidMessageError("the Kafka key of an order is its pool", code=Code.KEY_UNEXPECTED)
         except InvalidMessageError as error:
             metrics.RUN_ORDERS_REFUSED.labels("invalid").inc()
-            await self._runtime.dead_letters.send(record, error)
+            await self.runtime.dead_letters.send(record, error)
             return None
         order_id = order_id_of(order)
         run_id = run_id_of("", order_id=order_id)
@@ -178,14 +167,14 @@ class OrderIntake:
         3. There is room for it, in the pool or in the queue.
         """
         order = waiting.order
-        by_records = check_order(order, waiting.kid, self._directory, waiting.record.appended_at_ms / 1000)
+        by_records = check_order(order, waiting.kid, self.directory, waiting.record.appended_at_ms / 1000)
         if isinstance(by_records, Refused):
             return by_records
-        by_pool = self._pool.check_order(order)
+        by_pool = self.pool.check_order(order)
         if isinstance(by_pool, Refused):
             return by_pool
-        if not self._has_room() and self.waiting >= self._pool.queue_length:
-            message = f"{self.waiting} orders of pool {self._pool.name} wait already; order again later"
+        if not self._has_room() and self.waiting >= self.pool.queue_length:
+            message = f"{self.waiting} orders of pool {self.pool.name} wait already; order again later"
             return refused(Code.QUEUE_FULL, message)
         return ALLOWED
 
@@ -212,7 +201,7 @@ class OrderIntake:
         Their offsets are committed once all before them are: until then a restart reads them again, and finds them
         refused.
         """
-        self._stops.retry()  # the user's record may have come after the stop
+        self.stops.retry()  # the user's record may have come after the stop
         for place, one in list(enumerate(self._line)):
             if isinstance(one, _Waiting) and isinstance(verdict := self._check_waiting(one), Refused):
                 await self._refuse(one, verdict.reason)
@@ -220,23 +209,23 @@ class OrderIntake:
 
     async def _take(self, waiting: _Waiting) -> None:
         """Claim and start the run of an order whose turn it is, or refuse it. It is on Kafka when this returns."""
-        if not await self._runtime.tables_caught_up(self._patience_s):
+        if not await self.runtime.tables_caught_up(self.patience_s):
             raise UnavailableError("the records that orders rest on could not be read to their end")
         if self._is_settled(waiting.run_id):
             return
-        order, now_s = waiting.order, self._runtime.broker_now_ms() / 1000
+        order, now_s = waiting.order, self.runtime.broker_now_ms() / 1000
         verdict = self._check_waiting(waiting)
         if isinstance(verdict, Allowed):
-            verdict = check_order(order, waiting.kid, self._directory, now_s)
+            verdict = check_order(order, waiting.kid, self.directory, now_s)
         if isinstance(verdict, Allowed):
-            task = self._directory.task(order.task_id)
+            task = self.directory.task(order.task_id)
             assert task is not None
             deadline_s = min(int(now_s) + order.ttl_s, task.state.not_after)
-            plan = self._pool.plan(
+            plan = self.pool.plan(
                 order, order_id=waiting.order_id, run_id=waiting.run_id, deadline_s=deadline_s
             )
             try:
-                verdict = await self._runs.start(plan)
+                verdict = await self.runs.start(plan)
             except ClaimLostError as error:
                 log.warning("%s", error)
         if isinstance(verdict, Refused):
@@ -246,22 +235,22 @@ class OrderIntake:
     def _check_waiting(self, waiting: _Waiting) -> Verdict:
         """Check that an order that waits was not stopped, and is still valid."""
         order = waiting.order
-        stopped = self._stops.reason(
+        stopped = self.stops.reason(
             waiting.run_id, agent_id=order.agent_id, task_id=order.task_id, ordered_by=order.iss
         )
         if stopped is not None:
             return refused(Code.RUN_STOPPED, stopped)
-        if order.exp < self._runtime.broker_now_ms() // 1000:
+        if order.exp < self.runtime.broker_now_ms() // 1000:
             return refused(Code.ORDER_EXPIRED, "the order waited for longer than it is valid")
         return ALLOWED
 
     async def _refuse(self, waiting: _Waiting, reason: Reason) -> None:
         """Publish on the topic `run` why an order starts nothing. Its signer is verified, so a user waits for it."""
-        order, now_ms = waiting.order, self._runtime.clock.now_ms()
-        key = self._runtime.believed_key()
+        order, now_ms = waiting.order, self.runtime.clock.now_ms()
+        key = self.runtime.believed_key()
         record = Run(
             iss=key.id,
-            aud=self._runtime.settings.trust_domain,
+            aud=self.runtime.settings.trust_domain,
             iat=now_ms // 1000,
             jti=str(uuid.uuid4()),
             run_id=waiting.run_id,
@@ -271,7 +260,7 @@ class OrderIntake:
             task_id=order.task_id,
             status="ended",
             deadline=now_ms // 1000,
-            backend=self._pool.backend,
+            backend=self.pool.backend,
             limits=order.limits,
             image_digest=order.image,
             mounts=order.mounts,
@@ -279,7 +268,7 @@ class OrderIntake:
             refused=reason,
             at_ms=now_ms,
         )
-        await self._runtime.publisher.publish_signed(RUN, record.run_id, record, key)
+        await self.runtime.publisher.publish_signed(RUN, record.run_id, record, key)
         self._recent[waiting.run_id] = None
         metrics.RUN_ORDERS_REFUSED.labels(reason.code).inc()
         log.warning(
@@ -291,10 +280,10 @@ class OrderIntake:
         )
 
     def _is_settled(self, run_id: str) -> bool:
-        return run_id in self._recent or run_id in self._runs or self._directory.runs.get(run_id) is not None
+        return run_id in self._recent or run_id in self.runs or self.directory.runs.get(run_id) is not None
 
     def _has_room(self) -> bool:
-        return self._runs.has_room and self._hold() is None
+        return self.runs.has_room and self.hold() is None
 
     def _settle(self, record: Received) -> None:
         if not self._line or not isinstance(self._line[-1], _Settled):

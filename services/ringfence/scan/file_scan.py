@@ -126,7 +126,6 @@ _DIGESTS: Final = frozenset((
 
 
 def is_published(value: str) -> bool:
-    """Return whether a value is a published example."""
     return hashlib.sha256(value[:_BEGIN].encode("utf-8", "surrogatepass")).hexdigest()[:32] in _DIGESTS
 
 

@@ -200,8 +200,6 @@ class Remedy:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of a credential."""
-
     path: str
     field: str
     line: int | None = None

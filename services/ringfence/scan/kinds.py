@@ -111,8 +111,6 @@ Template = Literal["postgres", "redis", "ssh", "federation", "http", "mcp", "git
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One kind of credential."""
-
     id: str
     title: str
     pattern: Pattern

@@ -469,7 +469,6 @@ def _urgency(one: Finding) -> tuple[object, ...]:
 
 
 def identities(findings: Iterable[Finding]) -> frozenset[Identity]:
-    """Return the identities of these findings."""
     return frozenset(one.identity for one in findings)
 
 

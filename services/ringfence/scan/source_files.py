@@ -36,8 +36,6 @@ class UnreadableError(Exception):
 
 @dataclass(slots=True, frozen=True)
 class FileFacts:
-    """The metadata of a file."""
-
     mode: int
     uid: int
     size: int

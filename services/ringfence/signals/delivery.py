@@ -74,8 +74,6 @@ class _Outstanding:
 
 
 class Delivery:
-    """The delivery of one stream."""
-
     def __init__(
         self,
         runtime: Runtime,

@@ -77,8 +77,6 @@ class StreamNotFoundError(RingfenceError):
 
 @dataclass(slots=True, eq=False)
 class SignalsApi:
-    """The routes of the API."""
-
     runtime: Runtime
     settings: SignalsSettings
     streams: StreamTable

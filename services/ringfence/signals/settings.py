@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlsplit
@@ -10,6 +9,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
+from ringfence.kernel.base.http_client import is_loopback
 from ringfence.kernel.base.settings import RingfenceSettings
 
 
@@ -20,7 +20,7 @@ def safe_url(url: str) -> str:
     parts.port  # noqa: B018 - raises where it is none
     if not host or parts.username or parts.password or parts.fragment:
         raise ValueError("must be https://HOST[:PORT]/PATH, without a user or a fragment")
-    if parts.scheme != "https" and not (parts.scheme == "http" and _is_loopback(host)):
+    if parts.scheme != "https" and not (parts.scheme == "http" and is_loopback(host)):
         raise ValueError("must be https://; http:// is for this machine alone")
     return url
 
@@ -30,13 +30,6 @@ def _issuer(url: str) -> str:
     if parts.path not in ("", "/") or parts.query:
         raise ValueError("must have no path and no query: its metadata are looked for right below it")
     return url.rstrip("/")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class SignalsSettings(RingfenceSettings):

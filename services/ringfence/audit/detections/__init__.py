@@ -5,5 +5,5 @@ Leaves: findings, handed over to the hash chain by `audit.trail.handover.Intake`
 Imports: `audit.events`, `audit.trail`, `audit.settings`; below: `model`, `kernel`, `messages`. The rules are
 pure.
 Read first: detector.py (runs the rules, publishes each finding once), rule.py (the protocol of a rule),
-order.py (rules about order and timing; reach.py and grants.py have the others).
+order.py (rules about order and timing; reach.py has the others).
 """

@@ -145,7 +145,6 @@ class DetectorTrail(TrailQueries, Protocol):
 
 
 def rules(own: AuditSettings, trail: TrailQueries) -> tuple[Rule, ...]:
-    """The rules that the settings switch on."""
     optional_rules: Iterable[tuple[float, Callable[[], Rule]]] = (
         (own.detect_beyond_user, lambda: BeyondUser(_MIN_INTERVAL_S)),
         (own.detect_denials, lambda: DenialBurst(own.detect_denials, _DENIALS_WITHIN_S, _MIN_INTERVAL_S)),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, ReportQueries
+from ringfence.audit.index.store import ALLOWED, ENDED, ISSUED, SqliteIndex
 from ringfence.messages.base import Permission
 from ringfence.messages.codes import Code
 from ringfence.model.leases.lifecycle import CLOCKS_S, is_short_lived, is_task_bound
@@ -197,13 +197,12 @@ class LeaseBasis:
     """The events that leases rest on: issues and ends by lease, decisions by request, task records by task."""
 
     issued: dict[str, Event] = field(default_factory=dict)
-    """The first issue of each lease."""
     ended: set[str] = field(default_factory=set)
     allowed: dict[str, list[Event]] = field(default_factory=dict)
     tasks: dict[str, Event] = field(default_factory=dict)
 
 
-def load_basis(trail: ReportQueries, leases: Iterable[str]) -> LeaseBasis:
+def load_basis(trail: SqliteIndex, leases: Iterable[str]) -> LeaseBasis:
     basis = LeaseBasis()
     for event in trail.basis_events(leases, (), ()):
         _add_to_basis(basis, event)

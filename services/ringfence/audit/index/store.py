@@ -16,7 +16,7 @@ import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import orjson
 
@@ -100,101 +100,6 @@ class ExportPage:
     cursor: str | None
 
 
-class ReportQueries(Protocol):
-    """The queries of the reports."""
-
-    def actions(
-        self,
-        viewer: Viewer | None,
-        span_ms: tuple[int, int],
-        after: str | None,
-        limit: int,
-        **filters: str | None,
-    ) -> ActionPage:
-        """Actions through gateways; `limit` are scanned. `filters`: agent, target. Raises CursorLostError."""
-        ...
-
-    def issued(
-        self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
-    ) -> ActionPage:
-        """Issues of credentials; `limit` are scanned. Raises CursorLostError."""
-        ...
-
-    def at_target(
-        self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
-    ) -> ActionPage:
-        """Actions at a target, and issues of credentials for it; `limit` are scanned. Raises CursorLostError."""
-        ...
-
-    def basis_events(
-        self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
-    ) -> list[dict[str, Any]]:
-        """Issues and ends of these leases, decisions that allowed these requests, and records of these tasks."""
-        ...
-
-
-class EventIndex(ReportQueries, Protocol):
-    """The index over audit events."""
-
-    def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
-        """Index records of the `audit` topic. A repeated event counts once; a record that is no event is skipped.
-
-        Of two different events with one uid, one is forged, as uids can be predicted: both are indexed.
-
-        `events`: the parsed JSON of each record, if the caller has it.
-        """
-        ...
-
-    def trace(self, id: str, kind: TraceKind | None, viewer: Viewer | None, limit: int) -> EventTrace | None:
-        """The events of the object with this id: its latest `limit` requests. None if the viewer may see none."""
-        ...
-
-    def page(
-        self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
-    ) -> EventPage:
-        """Events that were indexed after a cursor, or the latest ones by time; at most `limit`.
-
-        A bounded number of events is scanned, unless an index serves the filter; the cursors are past those.
-        """
-        ...
-
-    def older(
-        self, viewer: Viewer | None, before: str | None, limit: int, event_filter: EventFilter = NO_FILTER
-    ) -> EventPage:
-        """Events before a cursor by time and uid, or the latest ones. Raises CursorLostError.
-
-        A bounded number is scanned, and `before` is past those. It stays valid when the index is built anew.
-        """
-        ...
-
-    def export(
-        self,
-        viewer: Viewer | None,
-        span_ms: tuple[int, int],
-        after: str | None,
-        limit: int,
-        event_filter: EventFilter = NO_FILTER,
-    ) -> ExportPage:
-        """At most `limit` events of a span, out of a bounded number scanned. Raises CursorLostError."""
-        ...
-
-    def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
-        """The bytes of the event with this uid as on the topic, and of others that claim the same uid."""
-        ...
-
-    def answers(self, agent: str, viewer: Viewer | None, since_ms: int, limit: int) -> list[dict[str, Any]]:
-        """Return the latest `limit` answers of people to an agent since a time, grants included, the last one first."""
-        ...
-
-    def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
-        """All Detection Findings, oldest first; uses of break glass and their reviews among them."""
-        ...
-
-    def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
-        """The `unmapped` fields of a use of break glass by its request's id, or None if there is none."""
-        ...
-
-
 _ANSWERS = "code IN ('approval.given', 'approval.denied', 'grant.given')"
 _SCHEMA = f"""
 CREATE TABLE event (
@@ -271,7 +176,7 @@ _VISIBLE = (
 
 
 class SqliteIndex:
-    """`EventIndex` in SQLite, in memory or in a file."""
+    """The index over audit events: SQLite, in memory or in a file."""
 
     def __init__(self, file: Path | None) -> None:
         """`file`: None for memory. Raises OSError, NotPrivateError."""
@@ -287,6 +192,12 @@ class SqliteIndex:
     # --- input ---
 
     def add(self, records: Sequence[Received], events: Sequence[Any] | None = None) -> None:
+        """Index records of the `audit` topic. A repeated event counts once; a record that is no event is skipped.
+
+        Of two different events with one uid, one is forged, as uids can be predicted: both are indexed.
+
+        `events`: the parsed JSON of each record, if the caller has it.
+        """
         rows: list[tuple[Any, ...]] = []
         findings: list[dict[str, Any]] = []
         for record, event in zip(
@@ -328,6 +239,7 @@ class SqliteIndex:
     # --- queries ---
 
     def trace(self, id: str, kind: TraceKind | None, viewer: Viewer | None, limit: int) -> EventTrace | None:
+        """The events of the object with this id: its latest `limit` requests. None if the viewer may see none."""
         for candidate in (kind,) if kind is not None else TRACE_KINDS:
             trace = self._trace_of(candidate, id, viewer, limit)
             if trace is not None:
@@ -337,6 +249,10 @@ class SqliteIndex:
     def page(
         self, viewer: Viewer | None, after: str | None, limit: int, event_filter: EventFilter = NO_FILTER
     ) -> EventPage:
+        """Events that were indexed after a cursor, or the latest ones by time; at most `limit`.
+
+        A bounded number of events is scanned, unless an index serves the filter; the cursors are past those.
+        """
         if after is None:
             latest = self.older(viewer, None, limit, event_filter)
             return replace(latest, after=self._end_cursor(self._seq))
@@ -363,6 +279,10 @@ class SqliteIndex:
     def older(
         self, viewer: Viewer | None, before: str | None, limit: int, event_filter: EventFilter = NO_FILTER
     ) -> EventPage:
+        """Events before a cursor by time and uid, or the latest ones. Raises CursorLostError.
+
+        A bounded number is scanned, and `before` is past those. It stays valid when the index is built anew.
+        """
         where, values = self._visible_to(viewer)
         conditions, more = event_filter.where()
         name = event_filter.index
@@ -401,6 +321,7 @@ class SqliteIndex:
         return f"{self._epoch}.{seq}.{time}"
 
     def answers(self, agent: str, viewer: Viewer | None, since_ms: int, limit: int) -> list[dict[str, Any]]:
+        """Return the latest `limit` answers of people to an agent since a time, grants included, the last one first."""
         conditions, values = self._visible_to(viewer)
         where = " AND ".join([_ANSWERS, "agent = :agent", "time >= :since", *conditions])
         rows = self._db.execute(
@@ -417,6 +338,7 @@ class SqliteIndex:
         limit: int,
         **filters: str | None,
     ) -> ActionPage:
+        """Actions through gateways; `limit` are scanned. `filters`: agent, target. Raises CursorLostError."""
         conditions, values = self._visible_to(viewer)
         for name in ("agent", "target"):
             if filters.get(name) is not None:
@@ -427,6 +349,7 @@ class SqliteIndex:
     def issued(
         self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
     ) -> ActionPage:
+        """Issues of credentials; `limit` are scanned. Raises CursorLostError."""
         conditions, values = self._visible_to(viewer)
         return self._scan_span(
             "event_issued", "code = 'credential.issued'", conditions, values, span_ms, after, limit
@@ -435,6 +358,7 @@ class SqliteIndex:
     def at_target(
         self, target: str, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int
     ) -> ActionPage:
+        """Actions at a target, and issues of credentials for it; `limit` are scanned. Raises CursorLostError."""
         conditions, values = self._visible_to(viewer)
         condition = "(code = 'credential.issued' OR class_uid = 6003) AND target = :target"
         values |= {"target": target}
@@ -448,6 +372,7 @@ class SqliteIndex:
         limit: int,
         event_filter: EventFilter = NO_FILTER,
     ) -> ExportPage:
+        """At most `limit` events of a span, out of a bounded number scanned. Raises CursorLostError."""
         where, values = self._visible_to(viewer)
         conditions, more = event_filter.where()
         time, uid, conflict = _position(after) if after is not None else (span_ms[0], "", "")
@@ -480,6 +405,7 @@ class SqliteIndex:
     def basis_events(
         self, leases: Iterable[str], requests: Iterable[str], tasks: Iterable[str]
     ) -> list[dict[str, Any]]:
+        """Issues and ends of these leases, decisions that allowed these requests, and records of these tasks."""
         collected: dict[str, tuple[int, bytes]] = {}
         self._collect(collected, "lease", leases, f"code IN ({_sql_list((ISSUED, *ENDED))})")
         self._collect(collected, "request", requests, f"code IN ({_sql_list(ALLOWED)})")
@@ -487,6 +413,7 @@ class SqliteIndex:
         return [orjson.loads(json) for _, json in collected.values()]
 
     def events(self, uid: str, viewer: Viewer | None) -> list[bytes]:
+        """The bytes of the event with this uid as on the topic, and of others that claim the same uid."""
         where, values = self._visible_to(viewer)
         condition = " AND ".join(("uid = :uid", *where))
         query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
@@ -510,12 +437,14 @@ class SqliteIndex:
         return (min(end_times)[1], min(end_times)[0]) if end_times else None
 
     def findings(self, viewer: Viewer | None) -> list[dict[str, Any]]:
+        """All Detection Findings, oldest first; uses of break glass and their reviews among them."""
         where, values = self._visible_to(viewer)
         condition = " AND ".join(("class_uid = 2004", *where))
         query = f"SELECT json FROM event WHERE {condition} ORDER BY seq"  # noqa: S608 - own names
         return [orjson.loads(row[0]) for row in self._db.execute(query, values)]
 
     def use_of_break_glass(self, request_id: str) -> Mapping[str, Any] | None:
+        """The `unmapped` fields of a use of break glass by its request's id, or None if there is none."""
         query = "SELECT json FROM event WHERE request = ? AND class_uid = 2004 ORDER BY seq"
         for row in self._db.execute(query, (request_id,)):
             event: dict[str, Any] = orjson.loads(row[0])

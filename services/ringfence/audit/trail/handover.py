@@ -39,8 +39,6 @@ _MAX_CHUNK_BYTES = 320 * 1024
 
 
 class PendingEvent(NamedTuple):
-    """An event that is to be chained."""
-
     key: str
     """The Kafka key."""
     uid: str

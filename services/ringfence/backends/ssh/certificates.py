@@ -196,7 +196,6 @@ def for_ringfence(authority: Ed25519PrivateKey, key: Ed25519PublicKey, user: str
 
 
 def private_text(key: Ed25519PrivateKey) -> str:
-    """Return a private key in OpenSSH format."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()).decode()
 
 

@@ -152,11 +152,8 @@ app.command(name="set-attestation")(set_attestation)
 def activate(agent: AgentArgument, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """Take on an agent that was registered with --inactive. As its sponsor."""
 
-    async def work() -> Accepted:
-        async with connect.administrator(identity(me)) as administrator:
-            return await administrator.activate_agent(agent)
-
-    print_accepted(run(work()), f"agent {agent} is active", wants_json(as_json))
+    accepted = connect.administer(identity(me), lambda person: person.activate_agent(agent))
+    print_accepted(accepted, f"agent {agent} is active", wants_json(as_json))
 
 
 @app.command(name="set-ceiling")
@@ -360,14 +357,13 @@ def rotate_key(
     overlap_s = 0 if overlap == "0" else duration_s(overlap or "1h")
     key = _one_key(agent, key_file, public_key, new_key, key_days)
 
-    async def work() -> Accepted:
-        async with connect.administrator(identity(me)) as administrator:
-            return await administrator.rotate_key(
-                agent, key, overlap_s=overlap_s, replaces=replaces, compromised=compromised, reason=reason
-            )
-
     with keep_key_if_accepted(new_key):
-        accepted = run(work())
+        accepted = connect.administer(
+            identity(me),
+            lambda person: person.rotate_key(
+                agent, key, overlap_s=overlap_s, replaces=replaces, compromised=compromised, reason=reason
+            ),
+        )
     key_file_field = {"key_file": str(new_key)} if new_key else {}
     ends = "end now, and their leases too" if compromised else f"count for {overlap or '1h'} yet"
     sentence = f"agent {agent} has key {key.kid}; the keys that it replaces {ends}"
@@ -385,11 +381,10 @@ def suspend(
 ) -> None:
     """Stop the agent for now: nothing is issued, its leases end. As its sponsor or an operator."""
 
-    async def work() -> Accepted:
-        async with connect.administrator(signer(me, passkey, as_user)) as administrator:
-            return await administrator.suspend_agent(agent, reason=reason)
-
-    print_accepted(run(work()), f"agent {agent} suspended; its leases end", wants_json(as_json))
+    accepted = connect.administer(
+        signer(me, passkey, as_user), lambda person: person.suspend_agent(agent, reason=reason)
+    )
+    print_accepted(accepted, f"agent {agent} suspended; its leases end", wants_json(as_json))
 
 
 @app.command()
@@ -403,11 +398,10 @@ def resume(
 ) -> None:
     """Let a suspended agent go on. What an operator suspended only an operator resumes."""
 
-    async def work() -> Accepted:
-        async with connect.administrator(signer(me, passkey, as_user)) as administrator:
-            return await administrator.resume_agent(agent, reason=reason)
-
-    print_accepted(run(work()), f"agent {agent} is active again", wants_json(as_json))
+    accepted = connect.administer(
+        signer(me, passkey, as_user), lambda person: person.resume_agent(agent, reason=reason)
+    )
+    print_accepted(accepted, f"agent {agent} is active again", wants_json(as_json))
 
 
 @app.command()
@@ -421,11 +415,10 @@ def decommission(
     """End the agent for good: its leases end, and its name is never given again. As its sponsor or an operator."""
     confirm(f"End agent {agent} for good?", yes)
 
-    async def work() -> Accepted:
-        async with connect.administrator(identity(me)) as administrator:
-            return await administrator.decommission_agent(agent, reason=reason)
-
-    print_accepted(run(work()), f"agent {agent} decommissioned", wants_json(as_json))
+    accepted = connect.administer(
+        identity(me), lambda person: person.decommission_agent(agent, reason=reason)
+    )
+    print_accepted(accepted, f"agent {agent} decommissioned", wants_json(as_json))
 
 
 @app.command(name="list")

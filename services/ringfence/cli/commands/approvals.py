@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from ringfence.cli.commands import action_approvals, grants
+from ringfence.cli.commands import grants
 from ringfence.cli.shared import approval_views, connect, styles
-from ringfence.cli.shared.arguments import check_id_prefix, show_scope
+from ringfence.cli.shared.arguments import check_id_prefix, show_act, show_scope
 from ringfence.cli.shared.id_lookup import only_one, require_whole_id
 from ringfence.cli.shared.options import (
     AsOption,
@@ -37,6 +37,7 @@ from ringfence.cli.shared.output import (
     say,
     span,
     visible,
+    visible_name,
 )
 from ringfence.cli.shared.tables import Column, ending, ids
 from ringfence.client.arguments import find_by_prefix
@@ -119,7 +120,7 @@ def list_approvals(
                 )
                 for group in groups
             ),
-            *(action_approvals.row(one, now_s) for one in actions),
+            *(action_row(one, now_s) for one in actions),
         ],
         empty="nothing waits for you",
         wide=wide,
@@ -141,7 +142,7 @@ def show(
 
     question = _find_question(request, signer(me, passkey, as_user))
     if isinstance(question, PendingAction):
-        action_approvals.show(question, wants_json(as_json))
+        show_action(question, wants_json(as_json))
     else:
         _show(*question, as_json)
 
@@ -200,9 +201,7 @@ def watch(
             if not wants_json(as_json):
                 note("waiting for requests; Ctrl-C ends", "aside")
             async with asyncio.TaskGroup() as both:
-                both.create_task(
-                    action_approvals.watch(sponsor, everyone=everyone, as_json=wants_json(as_json))
-                )
+                both.create_task(_watch_actions(sponsor, everyone=everyone, as_json=wants_json(as_json)))
                 printed: set[tuple[str, GroupKey]] = set()
                 async for pending in sponsor.watch(everyone=everyone):
                     group, comparison = RequestGroup(sponsor.alike(pending)), history.compared(pending)
@@ -249,7 +248,7 @@ def _send_answers(
     # With a passkey the person sees it again on the sign page, and answers there.
     yes = yes or signs_on_page(who)
     if isinstance(question, PendingAction):
-        action_approvals.answer(question, verb, comment, yes, who, wants_json(as_json))
+        _answer_action(question, verb, comment, yes, who, wants_json(as_json))
         return
     group, comparison = question
     if not wants_json(as_json):
@@ -313,3 +312,64 @@ def _show(group: RequestGroup, comparison: Comparison, as_json: bool) -> None:
 
 
 grants.add_to(app)
+
+
+def action_row(one: PendingAction, now_s: float) -> tuple[str, ...]:
+    return (
+        one.request_id,
+        "in " + span(one.expires_at - now_s),
+        one.agent,
+        one.on_behalf_of,
+        "1",
+        show_act(one.target, one.verb, one.resource),
+        Lines(
+            (
+                f"ONE ACTION: {visible_name(one.method)} {visible_name(one.url)}",
+                *approval_views.shown_headers(one),
+            )
+        ),
+    )
+
+
+def show_action(pending: PendingAction, as_json: bool) -> None:
+    if as_json:
+        print_json(approval_views.action_as_json(pending))
+    else:
+        approval_views.print_action(pending)
+
+
+def _answer_action(
+    pending: PendingAction,
+    verb: Literal["approve", "deny"],
+    comment: str | None,
+    yes: bool,
+    who: Path | PasskeyUser | None,
+    as_json: bool,
+) -> None:
+    """Sign an approval or a denial of exactly the action that is shown."""
+
+    async def work() -> str:
+        async with connect.sponsor(who) as sponsor:
+            return await (sponsor.approve_action if verb == "approve" else sponsor.deny_action)(
+                pending, comment
+            )
+
+    if not as_json:
+        show_action(pending, as_json)
+    confirm(f"{verb.title()} this action?", yes)
+    approval_id, verdict = run(work()), "approved" if verb == "approve" else "denied"
+    if as_json:
+        result = {"approval_id": approval_id, "request_id": pending.request_id, "digest": pending.digest}
+        print_json({"kind": "action", "verdict": verdict, **result})
+    else:
+        say(f"{verdict}: action {pending.request_id}", verdict)
+
+
+async def _watch_actions(sponsor: Sponsor, *, everyone: bool, as_json: bool) -> None:
+    """Show each pending action as it arrives, for ever."""
+    async for pending in sponsor.watch_actions(everyone=everyone):
+        if as_json:
+            print_json_line(approval_views.action_as_json(pending))
+        else:
+            approval_views.print_action(pending)
+            say(f"ringfence approvals approve {pending.request_id}")

@@ -21,7 +21,15 @@ from ringfence.cli.shared.audit_filters import (
     filters_of,
 )
 from ringfence.cli.shared.id_lookup import whole_id
-from ringfence.cli.shared.options import IdentityOption, JsonOption, identity, run, span_ms, wants_json
+from ringfence.cli.shared.options import (
+    IdentityOption,
+    JsonOption,
+    SinceOption,
+    identity,
+    run,
+    span_ms,
+    wants_json,
+)
 from ringfence.cli.shared.output import (
     escaped_json,
     is_stdout,
@@ -54,12 +62,7 @@ def export(
             "--format", metavar="FORMAT", parser=_format_of, help="ocsf: one event a line, to the byte; csv."
         ),
     ] = "ocsf",
-    since: Annotated[
-        str,
-        typer.Option(
-            "--since", metavar="WHEN", help="From when: a duration ago, or a moment. Audit keeps 365 days."
-        ),
-    ] = "30d",
+    since: SinceOption = "30d",
     until: Annotated[
         str | None,
         typer.Option("--until", metavar="WHEN", help="Until when, not included; until now where not given."),

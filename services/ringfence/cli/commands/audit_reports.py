@@ -16,6 +16,7 @@ from ringfence.cli.shared.arguments import check_target_id
 from ringfence.cli.shared.options import (
     IdentityOption,
     JsonOption,
+    SinceOption,
     WideOption,
     duration_s,
     identity,
@@ -49,12 +50,7 @@ _SURVEY = (
 
 
 def coverage(
-    since: Annotated[
-        str,
-        typer.Option(
-            "--since", metavar="WHEN", help="From when: a duration ago, or a moment. Audit keeps 365 days."
-        ),
-    ] = "30d",
+    since: SinceOption = "30d",
     until: Annotated[
         str | None, typer.Option("--until", metavar="WHEN", help="Until when, in the same way; until now.")
     ] = None,
@@ -169,12 +165,7 @@ def who(
         str | None,
         typer.Option("--resource", metavar="RESOURCE", help="Only this resource, or what these globs share."),
     ] = None,
-    since: Annotated[
-        str,
-        typer.Option(
-            "--since", metavar="WHEN", help="From when: a duration ago, or a moment. Audit keeps 365 days."
-        ),
-    ] = "30d",
+    since: SinceOption = "30d",
     until: Annotated[
         str | None, typer.Option("--until", metavar="WHEN", help="Until when, in the same way; until now.")
     ] = None,

@@ -24,7 +24,7 @@ from ringfence.cli.shared.settings_check import import_settings
 from ringfence.cli.shared.tables import prose
 from ringfence.kernel.base.config_file import ConfigFile, read_config, unread_here
 from ringfence.kernel.base.secret_refs import REDACTED, without_secrets
-from ringfence.kernel.base.settings import RingfenceSettings, table_of
+from ringfence.kernel.base.settings import RingfenceSettings, settings_classes, table_of
 
 app = typer.Typer(help="Which settings apply, and where each comes from.", no_args_is_help=True)
 
@@ -87,7 +87,7 @@ def _settings(file: ConfigFile | None) -> Iterator[Setting]:
     import_settings()
     environment = {name.upper(): value for name, value in os.environ.items()}
     listed = set[str]()
-    for cls in _classes(RingfenceSettings):
+    for cls in settings_classes(RingfenceSettings):
         table = {name.lower(): value for name, value in table_of(cls, file).items()}
         prefix = str(cls.model_config.get("env_prefix") or "")
         for field, info in cls.model_fields.items():
@@ -102,12 +102,6 @@ def _settings(file: ConfigFile | None) -> Iterator[Setting]:
             else:
                 default = None if info.is_required() else info.get_default(call_default_factory=True)
                 yield Setting(name, _plain(default), "default")
-
-
-def _classes(cls: type[RingfenceSettings]) -> Iterator[type[RingfenceSettings]]:
-    yield cls
-    for narrower in cls.__subclasses__():
-        yield from _classes(narrower)
 
 
 def _without_secrets(name: str, value: Any, info: FieldInfo | None = None) -> Any:

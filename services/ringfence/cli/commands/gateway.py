@@ -25,13 +25,13 @@ from ringfence.cli.shared.options import (
     JsonOption,
     duration_s,
     identity,
+    not_ignored,
     run,
     settings,
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, print_json_line, print_table, say, visible
 from ringfence.cli.shared.progress import counting
-from ringfence.cli.shared.signals import not_ignored
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings

@@ -20,6 +20,7 @@ from ringfence.cli.shared.options import (
     ReasonOption,
     WideOption,
     YesOption,
+    call,
     confirm,
     credential_life_s,
     duration_s,
@@ -149,11 +150,7 @@ def grant(
 def grants(wide: WideOption = False, me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List what was approved ahead, and how much of it was used."""
 
-    async def work() -> list[dict[str, Any]]:
-        async with ReadApi(identity(me)) as api:
-            return await api.grants()
-
-    found, now_s = run(work()), time.time()
+    found, now_s = call(ReadApi(identity(me)), lambda api: api.grants()), time.time()
     if wants_json(as_json):
         print_json(found)
         return

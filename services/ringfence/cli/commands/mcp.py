@@ -17,7 +17,7 @@ import typer
 
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_target_id, parse_scope
-from ringfence.cli.shared.id_lookup import check_whole_id
+from ringfence.cli.shared.id_lookup import TaskOption, check_whole_id
 from ringfence.cli.shared.options import (
     AgentOption,
     AllowOption,
@@ -29,7 +29,15 @@ from ringfence.cli.shared.options import (
     size_bytes,
 )
 from ringfence.cli.shared.output import note, visible
-from ringfence.cli.shared.run_options import CpusOption, MemoryOption, PidsOption, check_program, node_problem
+from ringfence.cli.shared.run_options import (
+    BackendOption,
+    CpusOption,
+    ImageOption,
+    MemoryOption,
+    PidsOption,
+    check_program,
+    node_problem,
+)
 from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
@@ -50,15 +58,7 @@ def wrap(
             help="The target whose rules decide; its url is stdio://run.",
         ),
     ],
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task",
-            metavar="TASK",
-            callback=check_whole_id,
-            help="The whole id of the task that this is for.",
-        ),
-    ],
+    task: TaskOption,
     command: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- SERVER...]", help="The server and its arguments.", show_default=False),
@@ -102,18 +102,8 @@ def wrap(
     memory: MemoryOption = "2G",
     cpus: CpusOption = 1.0,
     pids: PidsOption = 256,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend", metavar="bubblewrap|oci", help="What makes the sandbox; the first that is here."
-        ),
-    ] = None,
-    image: Annotated[
-        str | None,
-        typer.Option(
-            "--image", metavar="IMAGE", help="The container image, by its digest; for the backend oci."
-        ),
-    ] = None,
+    backend: BackendOption = None,
+    image: ImageOption = None,
 ) -> None:
     """Run an MCP server in a fresh sandbox, and decide each message between its client and it at the gateway.
 

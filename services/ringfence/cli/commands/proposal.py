@@ -23,6 +23,7 @@ from ringfence.cli.shared.options import (
     JsonOption,
     WideOption,
     YesOption,
+    call,
     confirm,
     identity,
     run,
@@ -62,11 +63,7 @@ def list_proposals(
 ) -> None:
     """List changes that wait for a second person, and who may second each."""
 
-    async def work() -> list[Any]:
-        async with ReadApi(identity(me)) as api:
-            return await api.proposals(all=all_of_them)
-
-    listed = run(work())
+    listed = call(ReadApi(identity(me)), lambda api: api.proposals(all=all_of_them))
     if wants_json(as_json):
         print_json(listed)
         return
@@ -138,14 +135,11 @@ def second(
     what = ", ".join(dict.fromkeys(f"{found.command.typ} by {found.author}" for _, found in seconded))
     confirm(f"second {f'these {len(seconded)} changes' if seconded[1:] else 'this'} ({what})?", yes)
 
-    async def work() -> Any:
-        async with connect.administrator(who) as administrator:
-            return await administrator.second(*(found for _, found in seconded))
-
+    accepted = connect.administer(who, lambda person: person.second(*(found for _, found in seconded)))
     changed = ", ".join(f"{found.kind} {found.id}" for _, found in seconded)
     authors = ", ".join(dict.fromkeys(found.author for _, found in seconded))
     sentence = f"{changed} {'are' if seconded[1:] else 'is'} changed, by {authors} and you"
-    print_accepted(run(work()), sentence, wants_json(as_json))
+    print_accepted(accepted, sentence, wants_json(as_json))
 
 
 @app.command()
@@ -154,11 +148,7 @@ def withdraw(proposal: ProposalArgument, me: IdentityOption = None, as_json: Jso
     who = identity(me)
     ((listed, found),) = run(_found([proposal], who))
 
-    async def work() -> Any:
-        async with connect.administrator(who) as administrator:
-            return await administrator.withdraw(found.digest)
-
-    accepted = run(work())
+    accepted = connect.administer(who, lambda person: person.withdraw(found.digest))
     print_accepted(accepted, f"{listed['typ']} of {found.kind} {found.id} is withdrawn", wants_json(as_json))
 
 

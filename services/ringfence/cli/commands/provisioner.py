@@ -21,6 +21,7 @@ from ringfence.cli.shared.options import (
     PublicKeyOption,
     ReasonOption,
     YesOption,
+    call,
     confirm,
     identity,
     keep_key_if_accepted,
@@ -140,11 +141,8 @@ def _granted_lines(group: GroupDelegation | None) -> list[str]:
 def list_provisioners(me: IdentityOption = None, as_json: JsonOption = False) -> None:
     """List provisioners: what each may give, by group. Operators and auditors see all."""
 
-    async def work() -> Any:
-        async with ReadApi(identity(me)) as api:
-            return await api.records("user")
-
-    provisioners = [item for item in run(work()) if item["state"].get("delegation")]
+    users = call(ReadApi(identity(me)), lambda api: api.records("user"))
+    provisioners = [item for item in users if item["state"].get("delegation")]
     if wants_json(as_json):
         print_json(provisioners)
         return
@@ -178,11 +176,10 @@ def disable(
     """
     confirm(f"Disable provisioner {provisioner}?", yes)
 
-    async def work() -> Accepted:
-        async with connect.administrator(identity(me)) as administrator:
-            return await administrator.disable_user(provisioner, reason=reason)
-
-    print_accepted(run(work()), f"provisioner {provisioner} disabled", wants_json(as_json))
+    accepted = connect.administer(
+        identity(me), lambda person: person.disable_user(provisioner, reason=reason)
+    )
+    print_accepted(accepted, f"provisioner {provisioner} disabled", wants_json(as_json))
 
 
 @app.command(name="new-token")

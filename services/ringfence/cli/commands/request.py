@@ -18,7 +18,7 @@ import typer
 
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import parse_scope, show_scope
-from ringfence.cli.shared.id_lookup import check_whole_id
+from ringfence.cli.shared.id_lookup import TaskOption
 from ringfence.cli.shared.options import (
     AgentOption,
     AllowOption,
@@ -28,13 +28,13 @@ from ringfence.cli.shared.options import (
     credential_life_s,
     duration_s,
     identity,
+    not_ignored,
     run,
     settings,
     wants_json,
 )
 from ringfence.cli.shared.output import note, print_json, until, visible_lines
 from ringfence.cli.shared.progress import progress
-from ringfence.cli.shared.signals import not_ignored
 from ringfence.kernel.base.text import Lines
 from ringfence.messages.credential import Delivery
 
@@ -48,15 +48,7 @@ _ENDING = (signal.SIGTERM, signal.SIGHUP)
 
 
 def request(
-    task: Annotated[
-        str,
-        typer.Option(
-            "--task",
-            metavar="TASK",
-            callback=check_whole_id,
-            help="The whole id of the task that this is for.",
-        ),
-    ],
+    task: TaskOption,
     reason: Annotated[str, typer.Option("--reason", help="Why, in a sentence that an approver reads.")],
     command: Annotated[
         list[str] | None,

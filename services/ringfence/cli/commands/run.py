@@ -17,7 +17,9 @@ from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, duration_s, identity, size_bytes
 from ringfence.cli.shared.output import note
 from ringfence.cli.shared.run_options import (
+    BackendOption,
     CpusOption,
+    ImageOption,
     MemoryOption,
     PidsOption,
     RunTtlOption,
@@ -115,12 +117,7 @@ def run(
             help="A file or folder in a mounted folder that the command sees empty, such as a socket. Repeatable.",
         ),
     ] = None,
-    image: Annotated[
-        str | None,
-        typer.Option(
-            "--image", metavar="IMAGE", help="The container image, by its digest; for the backend oci."
-        ),
-    ] = None,
+    image: ImageOption = None,
     env: Annotated[
         list[str] | None,
         typer.Option(
@@ -131,12 +128,7 @@ def run(
     memory: MemoryOption = "2G",
     cpus: CpusOption = 1.0,
     pids: PidsOption = 256,
-    backend: Annotated[
-        str | None,
-        typer.Option(
-            "--backend", metavar="bubblewrap|oci", help="What makes the sandbox; the first that is here."
-        ),
-    ] = None,
+    backend: BackendOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -17,6 +17,7 @@ from ringfence.cli.shared.options import (
     ReasonOption,
     WideOption,
     YesOption,
+    call,
     confirm,
     credential_life_s,
     duration_s,
@@ -156,11 +157,7 @@ def pools(
     """List the pools whose runners work now, with their labels and how many more runs each may start."""
     labels = _labels(label or ())
 
-    async def work() -> Any:
-        async with ReadApi(identity(me)) as api:
-            return await api.pools(labels)
-
-    found = run(work())
+    found = call(ReadApi(identity(me)), lambda api: api.pools(labels))
     if wants_json(as_json):
         print_json({"pools": found})
         return
@@ -307,11 +304,7 @@ def stop(
     confirm(f"End run {run_id}{of}?", yes)
     known = {name: found.get(name) for name in ("agent_id", "task_id", "ordered_by")} if found else {}
 
-    async def work() -> None:
-        async with connect.administrator(identity(me)) as person:
-            await person.stop_run(run_id, reason=reason, **known)
-
-    run(work())
+    connect.administer(identity(me), lambda person: person.stop_run(run_id, reason=reason, **known))
     if wants_json(as_json):
         print_json({"run_id": run_id, "stopped": True})
         return

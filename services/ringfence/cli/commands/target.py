@@ -304,11 +304,8 @@ def remove(
     """Issue nothing more for a target, and end its leases. As an operator."""
     confirm(f"Remove target {target} and end all its leases?", yes)
 
-    async def work() -> Accepted:
-        async with connect.administrator(identity(me)) as administrator:
-            return await administrator.remove_target(target, reason=reason)
-
-    print_accepted(run(work()), f"target {target} removed; its leases end", wants_json(as_json))
+    accepted = connect.administer(identity(me), lambda person: person.remove_target(target, reason=reason))
+    print_accepted(accepted, f"target {target} removed; its leases end", wants_json(as_json))
 
 
 @app.command(name="list")

@@ -1,6 +1,6 @@
 """Splits what is typed into words, and finds what may come next by the commands' own declarations.
 
-A new command, option or choice needs nothing here. A new kind of id needs a row in `sources.SOURCES`; a test fails for
+A new command, option or choice needs nothing here. A new kind of id needs a row in `complete.SOURCES`; a test fails for
 a placeholder (`metavar`) that is neither there nor in `NOT_COMPLETED`.
 
 Candidates of a completion, made safe for a shell.

@@ -356,8 +356,6 @@ def complete(root: Any, helps: dict[str, str], before: Sequence[str], current: s
 
 
 def _looked_up(typed: Typed, where: Slot) -> Completion:
-    from ringfence.cli.completion.complete import NEW_NAMES, SOURCES, lookup
-
     source = SOURCES.get(where.param.metavar)
     if source is None or (where.param.param_type_name == "argument" and typed.path in NEW_NAMES):
         return NOTHING

@@ -108,10 +108,10 @@ def action_as_json(one: PendingAction) -> dict[str, Any]:
 
 
 def _compared(comparison: Comparison) -> list[str]:
-    from ringfence.client.approvals.history_comparison import DAYS
+    from ringfence.client.approvals.history_comparison import DAYS, times
 
     if not comparison.differences:
-        return [f"as usual: {_times(comparison.approved)} approved for it in {DAYS} days"]
+        return [f"as usual: {times(comparison.approved)} approved for it in {DAYS} days"]
     return [_difference(one) for one in comparison.differences]
 
 
@@ -120,7 +120,3 @@ def _difference(one: Deviation) -> str:
         f": {show_scope(one.scope).replace(chr(10), ', ')}" if one.scope and one.code != Code.TARGET else ""
     )
     return f"UNUSUAL  {one.message}{what}"
-
-
-def _times(count: int) -> str:
-    return "once" if count == 1 else f"{count} times"

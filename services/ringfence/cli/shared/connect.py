@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ringfence.cli.shared.options import call
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
     from pathlib import Path
 
     from ringfence.client.admin.administrator import Administrator
@@ -12,6 +15,13 @@ if TYPE_CHECKING:
     from ringfence.client.approvals.grants import Grantor
     from ringfence.client.approvals.sponsor import Sponsor
     from ringfence.client.passkeys.questions import PasskeyUser
+
+T = TypeVar("T")
+
+
+def administer(key: Path | PasskeyUser | None, command: Callable[[Administrator], Awaitable[T]]) -> T:
+    """Connect as an administrator, run one command, and disconnect."""
+    return call(administrator(key), command)
 
 
 def administrator(key: Path | PasskeyUser | None, **more: Any) -> Administrator:

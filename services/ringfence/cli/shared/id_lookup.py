@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
 import typer
 
@@ -52,6 +52,14 @@ def check_whole_id(text: str | None) -> str | None:
     if text is not None:
         require_whole_id(text)
     return check_uuid(text)
+
+
+TaskOption = Annotated[
+    str,
+    typer.Option(
+        "--task", metavar="TASK", callback=check_whole_id, help="The whole id of the task that this is for."
+    ),
+]
 
 
 def require_whole_id(

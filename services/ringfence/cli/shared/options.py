@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import time
-from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from ringfence.client.settings import ClientSettings
     from ringfence.messages.base import KeyRecord, PublicJwk
 
+C = TypeVar("C")
 T = TypeVar("T")
 
 COMMON = "Common options"
@@ -116,6 +119,12 @@ AgentOption = Annotated[
     ),
 ]
 ReasonOption = Annotated[str, typer.Option("--reason", help="Why; it stands in the trail.")]
+SinceOption = Annotated[
+    str,
+    typer.Option(
+        "--since", metavar="WHEN", help="From when: a duration ago, or a moment. Audit keeps 365 days."
+    ),
+]
 YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 PublicKeyOption = Annotated[
     Path | None,
@@ -226,6 +235,26 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     # For a broker that does not answer, our own error is one line with a remedy.
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     return asyncio.run(work)
+
+
+def call(client: AbstractAsyncContextManager[C], method: Callable[[C], Awaitable[T]]) -> T:
+    """Run one call of a client, which is connected for it. Raises as both do."""
+
+    async def work() -> T:
+        async with client as connected:
+            return await method(connected)
+
+    return run(work())
+
+
+def not_ignored(*numbers: signal.Signals) -> tuple[signal.Signals, ...]:
+    """Return those signals that whoever started this program has not made it ignore, as `nohup` does with SIGHUP.
+
+    None outside the main thread, where Python handles no signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return ()
+    return tuple(number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN)
 
 
 def duration_s(text: str) -> int:

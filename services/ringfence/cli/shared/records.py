@@ -10,7 +10,7 @@ from typing import Any
 
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.attestation import show_selector
-from ringfence.cli.shared.options import run
+from ringfence.cli.shared.options import call
 from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, span, until
 from ringfence.cli.shared.tables import Column, ids, prose, state
 from ringfence.client.errors import ApiError
@@ -45,11 +45,7 @@ def list_records(
 ) -> None:
     """Print all records of a kind that the caller may see."""
 
-    async def work() -> Any:
-        async with ReadApi(key) as api:
-            return await api.records(kind, **query)
-
-    records = run(work())
+    records = call(ReadApi(key), lambda api: api.records(kind, **query))
     if as_json:
         print_json(records)
         return
@@ -60,12 +56,7 @@ def list_records(
 
 
 def show_record(kind: SubjectKind, id: str, key: Path | None, as_json: bool) -> None:
-
-    async def work() -> Any:
-        async with ReadApi(key) as api:
-            return await read_record(api, kind, id)
-
-    record = run(work())
+    record = call(ReadApi(key), lambda api: read_record(api, kind, id))
     if as_json:
         print_json(record)
     else:

@@ -18,6 +18,16 @@ import typer
 
 from ringfence.client.errors import InvalidCallError
 
+BackendOption = Annotated[
+    str | None,
+    typer.Option(
+        "--backend", metavar="bubblewrap|oci", help="What makes the sandbox; the first that is here."
+    ),
+]
+ImageOption = Annotated[
+    str | None,
+    typer.Option("--image", metavar="IMAGE", help="The container image, by its digest; for the backend oci."),
+]
 _SYSTEM: Final = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32", "/etc/alternatives")
 """The folders of the host in a sandbox without an image."""
 _OF_NODE: Final = ("node", "npm", "npx")

@@ -188,7 +188,7 @@ def compare(scope: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAns
     # Of the denied parts, those that overlap as a whole: the same again, or a part of it.
     denied_before = sum(not missing(scope, one.scope) for one in denied)
     if denied_before:
-        deviations.append(Deviation(Code.DENIED, f"this was denied before, {_times(denied_before)}"))
+        deviations.append(Deviation(Code.DENIED, f"this was denied before, {times(denied_before)}"))
     return Comparison(len(approved), len(denied), tuple(deviations))
 
 
@@ -217,7 +217,7 @@ def _deviations(scope: Scope, approved: Sequence[PastAnswer]) -> list[Deviation]
     return deviations
 
 
-def _times(count: int) -> str:
+def times(count: int) -> str:
     return "once" if count == 1 else f"{count} times"
 
 

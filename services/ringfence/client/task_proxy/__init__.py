@@ -6,6 +6,5 @@ loopback.
 Enters: HTTP or raw connections of local programs. Leaves: the same over the task's unix socket.
 Imports: `kernel.base` and `kernel.http1`; init needs it without pydantic, httpx, Kafka, `client.agent` and
 `client.connection`.
-Read first: `server.py` (the HTTP proxy), `target_relay.py` (other protocols), `environment.py` (variables of
-programs).
+Read first: `server.py` (the HTTP proxy, and relays for other protocols), `environment.py` (variables of programs).
 """

@@ -270,7 +270,6 @@ async def offer(view: View) -> Page:
 
 
 TASKS_SHOWN = 100
-"""Tasks of one page."""
 OF_ONE = 50
 """Leases, and parts, of one task on its page."""
 

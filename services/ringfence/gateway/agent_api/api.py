@@ -100,8 +100,6 @@ _RENEWED_POLL_S: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class PostedMessages:
-    """The handlers of posted messages."""
-
     verifier: PostedMessageVerifier
     limits: SenderLimits
     """The limits of each agent's posts."""

@@ -16,7 +16,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -169,22 +169,23 @@ class JournalEntry:
     at_s: int
 
 
+@dataclass(slots=True, eq=False)
 class PublicationJournal:
     """An append-only file. An error is logged only: agents then post again after a restart."""
 
-    def __init__(self, path: Path, *, now_s: Callable[[], int], max_lines: int = MAX_LINES) -> None:
-        """`path`: in a folder that this process alone uses. `now_s`: seconds since 1970."""
-        self._path = path
-        self._now_s = now_s
-        self._max_lines = max_lines
-        self._file: int | None = None
-        self._lines = 0
+    path: Path
+    """In a folder that this process alone uses. `now_s`: seconds since 1970."""
+    _: KW_ONLY
+    now_s: Callable[[], int]
+    max_lines: int = MAX_LINES
+    _file: int | None = field(default=None, init=False)
+    _lines: int = field(default=0, init=False)
 
     def open(self) -> list[JournalEntry]:
         """Open the file, and return the entries of the last day, oldest first. Malformed lines are dropped."""
-        since_s, entries = self._now_s() - KEPT_S, dict[str, JournalEntry]()
+        since_s, entries = self.now_s() - KEPT_S, dict[str, JournalEntry]()
         with contextlib.suppress(OSError):
-            for line in self._path.read_bytes().splitlines():
+            for line in self.path.read_bytes().splitlines():
                 with contextlib.suppress(ValueError, TypeError):
                     entry = JournalEntry(**orjson.loads(line))
                     if entry.at_s >= since_s:
@@ -201,14 +202,14 @@ class PublicationJournal:
         except OSError as error:
             self._failed(error)
         self._lines += 1
-        return self._lines > self._max_lines
+        return self._lines > self.max_lines
 
     def rewrite(self, entries: Iterable[JournalEntry]) -> None:
         self.close()
         lines = [orjson.dumps(entry) + b"\n" for entry in entries]
         try:
-            write_private(self._path, b"".join(lines))
-            self._file = open_private(self._path, os.O_WRONLY | os.O_APPEND)
+            write_private(self.path, b"".join(lines))
+            self._file = open_private(self.path, os.O_WRONLY | os.O_APPEND)
             self._lines = len(lines)
         except (OSError, NotPrivateError) as error:
             self._failed(error)
@@ -221,7 +222,7 @@ class PublicationJournal:
     def _failed(self, error: Exception) -> None:
         log.warning(
             "after a restart agents have to post their requests again: %s cannot be written: %s",
-            self._path,
+            self.path,
             error,
             extra=rate_limited("journal", type(error).__name__),
         )

@@ -68,7 +68,6 @@ class RequestPlan:
         self.cached_allowance = cached
         self.origin = origin
         self.length = request.length or 0
-        """The length of the body."""
         self._needles: tuple[bytes, ...] = ()
         self._injects: Mapping[str, str] | None = None
         self._head = b""
@@ -136,7 +135,6 @@ class ResponsePlan:
         self.head = head
         """The head for the agent."""
         self.length = length
-        """The length of the body."""
         self.plain = plain
         """Whether the body is empty or uncompressed."""
         self.reusable = reusable

@@ -13,6 +13,7 @@ import stat
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -182,13 +183,13 @@ def is_forwarded(verdict: Verdict) -> bool:
     return verdict.allowed or is_observed(verdict)
 
 
+@dataclass(slots=True, eq=False)
 class Forwarder:
     """Runs exchanges on pooled connections."""
 
-    def __init__(self, gate: Gate, upstreams: UpstreamPool, timeouts: Timeouts) -> None:
-        self._gate = gate
-        self._upstreams = upstreams
-        self._timeouts = timeouts
+    gate: Gate
+    upstreams: UpstreamPool
+    timeouts: Timeouts
 
     async def forward(self, client: Stream, request: ForwardedRequest) -> bool:
         """Forward a request, and send the response to the client. Returns whether the client's connection can be
@@ -198,15 +199,15 @@ class Forwarder:
         if the client fails.
         """
         injected, origin = await self._credential_and_origin(request.verdict, request.server_socket)
-        view_expired = never_expired if is_observed(request.verdict) else self._gate.view_expired
+        view_expired = never_expired if is_observed(request.verdict) else self.gate.view_expired
         exchange = Exchange(
-            client, request, injected, origin, self._timeouts, view_expired, self._gate.check_view
+            client, request, injected, origin, self.timeouts, view_expired, self.gate.check_view
         )
         exchange.unsubscribe = self._on_lease_end(request.verdict, exchange.on_lease_end)
         try:
             # An approved request is sent once, so not on a pooled connection, which could turn out to be closed.
             fresh = request.verdict.headers is not None
-            return await self._run(exchange, *await self._upstreams.acquire(origin, fresh=fresh))
+            return await self._run(exchange, *await self.upstreams.acquire(origin, fresh=fresh))
         finally:
             exchange.finish()
 
@@ -220,13 +221,13 @@ class Forwarder:
     ) -> Exchange:
         """The exchange of an allowed request that was sent to `upstream` already. Pass it to `resume`."""
         assert request.verdict.lease is not None, "it was allowed"
-        gate = self._gate
+        gate = self.gate
         exchange = Exchange(
-            client, request, injected, origin, self._timeouts, gate.view_expired, gate.check_view
+            client, request, injected, origin, self.timeouts, gate.view_expired, gate.check_view
         )
         exchange.upstream = upstream
         client.on_disconnect = exchange.on_client_disconnect
-        exchange.unsubscribe = self._gate.on_lease_end(request.verdict.lease.lease_id, exchange.on_lease_end)
+        exchange.unsubscribe = self.gate.on_lease_end(request.verdict.lease.lease_id, exchange.on_lease_end)
         return exchange
 
     async def resume(self, exchange: Exchange) -> bool:
@@ -245,8 +246,8 @@ class Forwarder:
         if verdict.target is None or (verdict.lease is None and not as_it_came):
             raise RequestRefusedError(Code.UNDECIDED, "the decision names no lease; try again")
         try:
-            injected = None if as_it_came else await self._gate.headers_to_inject(verdict)
-            url = self._gate.upstream(verdict.target)
+            injected = None if as_it_came else await self.gate.headers_to_inject(verdict)
+            url = self.gate.upstream(verdict.target)
             if url == STDIO_URL and server_socket is not None:
                 # The bridge is of the run, and no target: it gets no credential. The server gets the message alone.
                 return {}, stdio_origin(verdict.target.target_id, server_socket)
@@ -259,7 +260,7 @@ class Forwarder:
     def _on_lease_end(self, verdict: Verdict, ended: Callable[[], None]) -> Callable[[], None]:
         if verdict.lease is None or is_observed(verdict):
             return do_nothing  # it uses no lease
-        return self._gate.on_lease_end(verdict.lease.lease_id, ended)
+        return self.gate.on_lease_end(verdict.lease.lease_id, ended)
 
     async def _run(self, exchange: Exchange, upstream: Stream, reused: bool, *, begun: bool = False) -> bool:
         while True:
@@ -271,7 +272,7 @@ class Forwarder:
                 upstream.abort()
                 if not reused or not exchange.can_repeat:
                     raise RequestRefusedError(Code.TARGET_GONE, "the target closed the connection") from None
-                upstream, reused = await self._upstreams.acquire(exchange.origin, fresh=True)
+                upstream, reused = await self.upstreams.acquire(exchange.origin, fresh=True)
                 begun = False
                 continue
             except BaseException:
@@ -283,7 +284,7 @@ class Forwarder:
                 upstream.abort()
                 raise
             if keep_upstream:
-                self._upstreams.release(exchange.origin, upstream)
+                self.upstreams.release(exchange.origin, upstream)
             else:
                 upstream.abort()
             return keep_client

@@ -57,7 +57,6 @@ class McpResponseFilter:
             raise RequestRefusedError(Code.MCP_SESSION_TAKEN, text)
 
     def finish(self) -> None:
-        """Record the outcome, at the end of the response."""
         self._mcp.record_outcome(self.outcome)
 
     def message(self, data: bytes) -> bytes | None:

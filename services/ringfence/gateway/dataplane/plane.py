@@ -64,8 +64,6 @@ class ListenError(RingfenceError):
 
 @dataclass(frozen=True, slots=True)
 class DataPlaneSettings:
-    """The settings of a data plane."""
-
     allowance: Allowance = field(default_factory=Allowance)
     timeouts: Timeouts = field(default_factory=Timeouts)
     fast_path: bool = True

@@ -11,6 +11,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Final
 
 from ringfence.gateway.contract import PresentedIdentity, RateCheck, RelayGate, RelayPermit, Verdict
@@ -29,28 +30,27 @@ PER_RUN: Final = 32
 """The most relays of one run at a time."""
 
 
+@dataclass(slots=True, eq=False)
 class RunRelays:
     """Opens relays, within limits."""
 
-    def __init__(
-        self, gate: RelayGate, upstreams: UpstreamPool, timeouts: Timeouts, *, per_run: int = PER_RUN
-    ) -> None:
-        self._gate = gate
-        self._upstreams = upstreams
-        self._timeouts = timeouts
-        self._per_run = per_run
-        self._open: Counter[str] = Counter()
+    gate: RelayGate
+    upstreams: UpstreamPool
+    timeouts: Timeouts
+    _: KW_ONLY
+    per_run: int = PER_RUN
+    _open: Counter[str] = field(default_factory=Counter, init=False)
 
     def may_be_at(self, authority: str) -> bool:
         """Whether a target that relays go to may be at a canonical `host[:port]`."""
-        return self._gate.may_be_at(*split_host_and_port(authority, "https"))
+        return self.gate.may_be_at(*split_host_and_port(authority, "https"))
 
     @contextlib.contextmanager
     def place(self, sender: str) -> Iterator[None]:
         """Take a place for one relay of a run's socket. Raises RequestRefusedError (429)."""
-        if self._open[sender] >= self._per_run:
+        if self._open[sender] >= self.per_run:
             raise RequestRefusedError(
-                Code.RELAYS_LIMIT, f"a run has {self._per_run} relays at a time; close one first",
+                Code.RELAYS_LIMIT, f"a run has {self.per_run} relays at a time; close one first",
                 headers={"Retry-After": "1"},
             )  # fmt: skip
         self._open[sender] += 1
@@ -66,7 +66,7 @@ class RunRelays:
     ) -> tuple[Verdict, RelayPermit | None]:
         """See `RelayGate.decide`."""
         host, port = split_host_and_port(authority, "https")
-        return await self._gate.decide(presented, authority, host, port, rate_check)
+        return await self.gate.decide(presented, authority, host, port, rate_check)
 
     async def run(self, client: Stream, permit: RelayPermit, authority: str, established: bytes) -> None:
         """Connect to the address, send `established` to the client, and relay until one side or the permit ends.
@@ -90,7 +90,7 @@ class RunRelays:
         try:
             relay.check()
             # Never a pooled connection, and never kept: it is in an unknown state after one byte.
-            upstream, _ = await self._upstreams.acquire(Origin("http", host, port, authority), fresh=True)
+            upstream, _ = await self.upstreams.acquire(Origin("http", host, port, authority), fresh=True)
             relay.upstream = upstream
             try:
                 relay.check()
@@ -98,7 +98,7 @@ class RunRelays:
                     raise DisconnectedError("the client left")
                 relay.established = True
                 client.write(established)
-                idle_s = self._timeouts.stream_s
+                idle_s = self.timeouts.stream_s
                 client.deadline = upstream.deadline = time.monotonic() + idle_s
                 await tunnel(client, upstream, Redactor(()), relay.check, idle_s=idle_s, relayed=relay.bytes)
             finally:
@@ -107,7 +107,7 @@ class RunRelays:
             unsubscribe()
         # What the target sent last may still be on its way. A client that does not take it is not waited for.
         client.close()
-        asyncio.get_running_loop().call_later(self._timeouts.piece_s, client.abort)
+        asyncio.get_running_loop().call_later(self.timeouts.piece_s, client.abort)
 
 
 class _Relay:

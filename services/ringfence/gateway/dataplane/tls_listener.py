@@ -223,8 +223,6 @@ StreamCallback = Callable[[Stream], None]
 
 @dataclass(slots=True, eq=False)
 class TlsListener:
-    """One listener."""
-
     tls: ssl.SSLContext
     limits: SenderLimits
     blocked: ReportBlocked

@@ -174,8 +174,6 @@ class Question:
 
 
 class OpenQuestions:
-    """All open questions of this gateway."""
-
     def __init__(self, *, per_agent: int, in_total: int) -> None:
         """`per_agent`: the most open questions of one agent, and its most waiting requests; `in_total`: of all."""
         self._per_agent = per_agent

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import secrets
 from collections.abc import Coroutine, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 from aiokafka.errors import KafkaError
@@ -78,21 +78,19 @@ class ActionToApprove:
     approval: ApprovalRequired
 
 
+@dataclass(slots=True, eq=False)
 class Approvals:
     """Asks people to approve actions, and takes in their answers."""
 
-    def __init__(
-        self, runtime: Runtime, directory: Directory, table: LeaseTable, questions: OpenQuestions,
-        *, wait_s: float, life_s: int,
-    ) -> None:  # fmt: skip
-        """`wait_s`: the longest time for which a request is held; `life_s`: the life of a question. In seconds."""
-        self._runtime = runtime
-        self._directory = directory
-        self._table = table
-        self._questions = questions
-        self._wait_s = wait_s
-        self._life_s = life_s
-        self._tasks: set[asyncio.Task[None]] = set()
+    runtime: Runtime
+    directory: Directory
+    table: LeaseTable
+    questions: OpenQuestions
+    _: KW_ONLY
+    wait_s: float
+    """The longest time for which a request is held; `life_s`: the life of a question. In seconds."""
+    life_s: int
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     # --- questions ---
 
@@ -113,26 +111,26 @@ class Approvals:
            (`OpenQuestions.check_waiting`).
         6. There is an answer in time (`_wait`), and it approves the request (`_check_answer`).
         """
-        wait_s = self._wait_s if wait_s is None else min(wait_s, self._wait_s)
+        wait_s = self.wait_s if wait_s is None else min(wait_s, self.wait_s)
         if isinstance(showable := _check_showable(pending), Refusal):
             return None, showable
         claims = self._claims(pending)
         agent_id = claims.agent_id
-        question = self._questions.approval_key(ApprovalKey.of(claims), self._runtime.clock.now_ms())
+        question = self.questions.approval_key(ApprovalKey.of(claims), self.runtime.clock.now_ms())
         if question is None:
-            if isinstance(room := self._questions.check_open(agent_id), Refusal):
+            if isinstance(room := self.questions.check_open(agent_id), Refusal):
                 return None, room
-            if wait_s and isinstance(room := self._questions.check_waiting(agent_id), Refusal):
+            if wait_s and isinstance(room := self.questions.check_waiting(agent_id), Refusal):
                 return None, room
-            question = Question(Signed(claims, sign(claims, self._runtime.key)), ApprovalKey.of(claims))
-            self._questions.add(question)
+            question = Question(Signed(claims, sign(claims, self.runtime.key)), ApprovalKey.of(claims))
+            self.questions.add(question)
             if isinstance(published := await self._publish_question(question, pending), Refusal):
                 return None, published
         if question.settled:
             return question, _check_answer(question)
         if not wait_s:
             return question, self._timeout_refusal(question)
-        if isinstance(room := self._questions.check_waiting(agent_id), Refusal):
+        if isinstance(room := self.questions.check_waiting(agent_id), Refusal):
             return question, room
         return question, await self._wait(question, pending, holdable, wait_s)
 
@@ -150,47 +148,47 @@ class Approvals:
         5. The person's key still counts (`_check_key`).
         """
         claims = question.signed.claims
-        if self._questions.by_digest(question.signed.digest) is not question:
+        if self.questions.by_digest(question.signed.digest) is not question:
             message = (
                 "an approval counts once, and another request just like this one used it, or its time is over"
             )
             return refuse(Code.APPROVAL_USED, f"{message}; send it again to ask anew")
-        if self._runtime.clock.now_ms() >= question.ends_ms:
+        if self.runtime.clock.now_ms() >= question.ends_ms:
             return refuse(
                 Code.APPROVAL_TIMEOUT, "the time of the approval is over; send it again to ask anew"
             )
         try:
-            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            ground = load_records(self.directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
             return refuse(error.code, error.reason.message)
         if revisions_text(ground.revisions(claims.revisions.policy)) != revisions_text(claims.revisions):
             return refuse(
                 Code.APPROVAL_STALE, "records changed since it was approved; send it again to ask anew"
             )
-        if not may_approve(self._directory, question.answered_by or "", claims.required, ground):
-            self._questions.drop(question)
+        if not may_approve(self.directory, question.answered_by or "", claims.required, ground):
+            self.questions.drop(question)
             return refuse(
                 Code.APPROVAL_STALE, f"{question.answered_by} cannot approve this any more; ask anew"
             )
         if question.answer is not None:
-            key = self._check_key(question.answer, question, ground, self._runtime.clock.now_ms())
+            key = self._check_key(question.answer, question, ground, self.runtime.clock.now_ms())
             if isinstance(key, Refused):
-                self._questions.drop(question)
+                self.questions.drop(question)
                 return Refusal(403, (key.reason,))
-        self._questions.use(question)
+        self.questions.use(question)
         return ALLOWED
 
     def _claims(self, pending: ActionToApprove) -> ActionRequest:
         lease, ground, now_s = (
             pending.chosen.lease,
             pending.chosen.ground,
-            self._runtime.clock.now_ms() // 1000,
+            self.runtime.clock.now_ms() // 1000,
         )
         return ActionRequest(
-            iss=self._runtime.key.id,
-            aud=self._runtime.settings.trust_domain,
+            iss=self.runtime.key.id,
+            aud=self.runtime.settings.trust_domain,
             iat=now_s,
-            exp=min(now_s + self._life_s, lease.deadline),
+            exp=min(now_s + self.life_s, lease.deadline),
             jti=secrets.token_urlsafe(32),
             action_id=pending.action_id,
             agent_id=lease.agent_id,
@@ -214,7 +212,7 @@ class Approvals:
         claims = question.signed.claims
         try:
             async with asyncio.timeout(_PUBLISH_TIMEOUT_S):
-                sent = await self._runtime.publisher.send(
+                sent = await self.runtime.publisher.send(
                     APPROVAL_REQUEST, claims.typ,
                     Outbound(pending.chosen.ground.agent.state.sponsor, question.signed.compact, id=question.id),
                     content_type="application/jose",
@@ -253,11 +251,11 @@ class Approvals:
             has_left = True
             wake()
 
-        now_ms = self._runtime.clock.now_ms()
+        now_ms = self.runtime.clock.now_ms()
         ends_ms = min(now_ms + int(wait_s * 1000), question.signed.claims.exp * 1000)
-        self._questions.add_waiter(question, waiter, ends_ms)
+        self.questions.add_waiter(question, waiter, ends_ms)
         metrics.ACTIONS_WAITING.inc()
-        unwatch = self._table.watch(lease.lease_id, wake)
+        unwatch = self.table.watch(lease.lease_id, wake)
         stay = holdable.on_disconnect(on_left) if holdable is not None else None
         try:
             async with asyncio.timeout(max(0.0, (ends_ms - now_ms) / 1000)):
@@ -265,7 +263,7 @@ class Approvals:
         except TimeoutError:
             return _check_answer(question) if question.settled else self._timeout_refusal(question)
         finally:
-            self._questions.stop_waiting(question, waiter)
+            self.questions.stop_waiting(question, waiter)
             metrics.ACTIONS_WAITING.dec()
             unwatch()
             if stay is not None:
@@ -274,21 +272,21 @@ class Approvals:
             return refuse(Code.CLIENT_GONE, "whoever sent this did not wait for the answer")
         if question.settled:
             return _check_answer(question)
-        if isinstance(live := self._table.check_live(lease), Refused):
+        if isinstance(live := self.table.check_live(lease), Refused):
             return refuse_for(live.reason)
-        if self._runtime.clock.now_ms() >= ends_ms:
+        if self.runtime.clock.now_ms() >= ends_ms:
             return self._timeout_refusal(question)
         return refuse(Code.STALE_VIEW, "what this gateway knows got too old while this waited")
 
     def end_waits(self) -> None:
         """End the waits whose time is over by the gateway's clock. Timers end them unless that clock was moved."""
-        for question in self._questions:
-            question.wake(self._runtime.clock.now_ms())
+        for question in self.questions:
+            question.wake(self.runtime.clock.now_ms())
 
     def _timeout_refusal(self, question: Question) -> Refusal:
         """The refusal of a request whose question has no answer yet, and that waits no longer."""
         claims = question.signed.claims
-        if self._runtime.clock.now_ms() >= claims.exp * 1000:
+        if self.runtime.clock.now_ms() >= claims.exp * 1000:
             message = (
                 f"nobody answered question {question.id} in time; send the same request again to ask anew"
             )
@@ -301,7 +299,7 @@ class Approvals:
 
     def _close(self, question: Question, refusal: Refusal) -> None:
         question.closed = refusal
-        self._questions.drop(question)
+        self.questions.drop(question)
         question.wake()
 
     # --- answers ---
@@ -327,12 +325,12 @@ class Approvals:
             if jws.header.typ != _TYP:
                 return None
             claimed = jws.unverified_claims(ActionApproval)
-            if self._questions.by_digest(claimed.request_digest) is not None:
+            if self.questions.by_digest(claimed.request_digest) is not None:
                 return jws
             request = parse(claimed.request).unverified_claims(ActionRequest)
         except InvalidMessageError:
             return None  # not an answer; audit reports it
-        return jws if request.iss == self._runtime.key.id else None
+        return jws if request.iss == self.runtime.key.id else None
 
     async def _handle_answer(self, jws: UnverifiedJws, record: Received) -> None:
         try:
@@ -348,7 +346,7 @@ class Approvals:
             )
             return
         # The person may have seen records that have not arrived here yet.
-        await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
+        await self.runtime.tables_caught_up(self.runtime.settings.grace_s)
         if isinstance(applied := self._apply(answer, record), Refused):
             await self._report_refused(answer, applied.reason, record)
 
@@ -356,12 +354,12 @@ class Approvals:
         """Raises InvalidMessageError, ChainError."""
 
         def find(iss: str, kid: str) -> VerificationKey | None:
-            return self._directory.user_key(iss, kid, record.appended_at_ms / 1000)
+            return self.directory.user_key(iss, kid, record.appended_at_ms / 1000)
 
         def opened() -> Signed[ActionApproval]:
             return verify(
                 jws, ActionApproval, find,
-                audience=self._runtime.settings.trust_domain, appended_at_ms=record.appended_at_ms,
+                audience=self.runtime.settings.trust_domain, appended_at_ms=record.appended_at_ms,
             )  # fmt: skip
 
         try:
@@ -371,7 +369,7 @@ class Approvals:
         except SignatureError as error:
             if error.code != Code.KEY_UNKNOWN:
                 raise
-            await self._runtime.tables_caught_up(self._runtime.settings.grace_s)
+            await self.runtime.tables_caught_up(self.runtime.settings.grace_s)
             return opened()
 
     def _apply(self, answer: Signed[ActionApproval], record: Received) -> Allowed | Refused:
@@ -382,8 +380,8 @@ class Approvals:
         3. The answer is valid (`_check_signed_answer`).
         """
         claims = answer.claims
-        question = self._questions.by_digest(claims.request_digest)
-        if question is None and not self._questions.was_used(claims.request_digest):
+        question = self.questions.by_digest(claims.request_digest)
+        if question is None and not self.questions.was_used(claims.request_digest):
             return refused(
                 Code.REQUEST_UNKNOWN, "no such question stands here: it is over, or was never asked"
             )
@@ -435,7 +433,7 @@ class Approvals:
         """Close a question if records have changed since it was asked: the person might answer differently now."""
         claims = question.signed.claims
         try:
-            ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
+            ground = load_records(self.directory, claims.agent_id, claims.task_id, claims.target_id)
         except DeniedError as error:
             self._close(question, Refusal(403, (error.reason,)))
             return Refused(error.reason)
@@ -452,8 +450,8 @@ class Approvals:
     ) -> Allowed | Refused:
         """Check that the user may approve this (`not_approver`), by a key that counts (`_check_key`)."""
         claims = question.signed.claims
-        ground = load_records(self._directory, claims.agent_id, claims.task_id, claims.target_id)
-        if not may_approve(self._directory, user_id, claims.required, ground):
+        ground = load_records(self.directory, claims.agent_id, claims.task_id, claims.target_id)
+        if not may_approve(self.directory, user_id, claims.required, ground):
             return refused(
                 Code.NOT_APPROVER, f"{user_id} cannot give what is asked for here: {claims.required}"
             )
@@ -466,12 +464,12 @@ class Approvals:
         if answer.claims.verdict != "approved":
             return ALLOWED
         verbs = {question.signed.claims.verb}
-        return check_approver_key(answer, self._directory, ground, verbs, at_ms=at_ms)
+        return check_approver_key(answer, self.directory, ground, verbs, at_ms=at_ms)
 
     async def _report_refused(self, answer: Signed[ActionApproval], reason: Reason, record: Received) -> None:
         """Report that a signed answer does not count, because the person who gave it expects an effect."""
         try:
-            await self._runtime.event(
+            await self.runtime.event(
                 "refused",
                 ActionApproval.typ,
                 about=(record.topic_name, record.partition, record.offset),

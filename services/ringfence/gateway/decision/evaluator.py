@@ -41,7 +41,6 @@ class CachedAnswer:
 
     def __init__(self, revision: str, until_ms: int) -> None:
         self.revision = revision
-        """The revision of the bundle."""
         self.until_ms = until_ms
         """The time in ms until which the answer is valid."""
 

@@ -100,8 +100,6 @@ class DecisionLog:
 
 @dataclass(frozen=True, slots=True)
 class DecisionSettings:
-    """The settings of a gate."""
-
     entitlements_max_age_s: int
     observe: Collection[str] = ()
     """The ids of the targets that are only observed."""

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final
 
 import httpx
@@ -196,13 +197,13 @@ class SealedCredentials:
         return api_token(self._key(), "issuer", now_ms=self._clock.now_ms())
 
 
+@dataclass(slots=True, eq=False)
 class Injector:
     """Makes the headers that carry a lease's credential."""
 
-    def __init__(self, table: LeaseTable, sealed: SealedCredentials, secrets: StaticSecrets) -> None:
-        self._table = table
-        self._sealed = sealed
-        self._secrets = secrets
+    table: LeaseTable
+    sealed: SealedCredentials
+    secrets: StaticSecrets
 
     async def headers(self, lease: Lease, target: TargetState) -> Mapping[str, str]:
         """The headers. Raises UnavailableError if there are none now, or if the lease has ended meanwhile."""
@@ -222,31 +223,29 @@ class Injector:
                 "which says what to set"
             )
             raise UnavailableError(message, code=Code.ACCESS_MISSING) from None
-        if isinstance(live := self._table.check_live(lease), Refused):
+        if isinstance(live := self.table.check_live(lease), Refused):
             raise UnavailableError(live.reason.message, code=ReceivedCode(live.reason.code))
         return headers
 
     def problem(self, target: TargetState) -> str | None:
         """Return why nothing can be injected here for a target, for operators; None if it can."""
         return (
-            self._secrets.problem(target.target_id)
-            if target.backend.kind == "http"
-            else self._sealed.problem()
+            self.secrets.problem(target.target_id) if target.backend.kind == "http" else self.sealed.problem()
         )
 
     def cached_headers(self, lease: Lease, target: TargetState) -> Mapping[str, str] | None:
         """The headers, if no await is needed; otherwise None. Raises an error if the credential cannot be used."""
         self._check(lease, target)
         if lease.backend == "http":
-            return self._secrets.headers_at_hand(target)
-        credential = self._sealed.cached(lease)
+            return self.secrets.headers_at_hand(target)
+        credential = self.sealed.cached(lease)
         return _bearer(credential) if credential is not None else None
 
     async def _headers(self, lease: Lease, target: TargetState) -> Mapping[str, str]:
         self._check(lease, target)
         if lease.backend == "http":
-            return await self._secrets.headers(target)
-        return _bearer(await self._sealed.get(lease))
+            return await self.secrets.headers(target)
+        return _bearer(await self.sealed.get(lease))
 
     def _check(self, lease: Lease, target: TargetState) -> None:
         if lease.target_id != target.target_id or lease.backend != target.backend.kind:

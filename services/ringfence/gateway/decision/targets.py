@@ -27,8 +27,6 @@ Endpoint = tuple[str, str, int]
 
 @dataclass(frozen=True, slots=True)
 class CompiledTarget:
-    """One revision of a target, compiled."""
-
     state: TargetState
     record: AnyRecord
     map: RequestMap

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ringfence.gateway.domain import run_id_of_lease
 from ringfence.kernel.base.clock import MAX_SKEW_MS, Clock
 from ringfence.messages.codes import AnyCode, Code
 from ringfence.messages.lease import Lease
@@ -122,7 +123,7 @@ class LeaseTable:
                 self._versions[key] = next(self._numbers)
                 tasks = self._usable.setdefault(key, {})
                 tasks.setdefault(lease.task_id, {})[lease.lease_id] = lease
-            elif (run_id := _run_of(lease)) is not None:
+            elif (run_id := run_id_of_lease(lease)) is not None:
                 self._of_runs.setdefault(run_id, {})[lease.lease_id] = lease
             if entry is None:
                 heapq.heappush(self._due, (lease.deadline * 1000, lease.lease_id))
@@ -167,7 +168,7 @@ class LeaseTable:
         self._ended_runs[run_id] = self._clock.now_ms()
         for lease_id in list(self._watchers):
             entry = self._entries.get(lease_id)
-            if entry is not None and entry.lease is not None and _run_of(entry.lease) == run_id:
+            if entry is not None and entry.lease is not None and run_id_of_lease(entry.lease) == run_id:
                 self._notify_end(lease_id)
 
     def sweep(self) -> None:
@@ -219,7 +220,7 @@ class LeaseTable:
         if not tasks:
             self._usable.pop(key, None)
             self._versions.pop(key, None)
-        if (run_id := _run_of(lease)) is not None and run_id in self._of_runs:
+        if (run_id := run_id_of_lease(lease)) is not None and run_id in self._of_runs:
             self._of_runs[run_id].pop(lease.lease_id, None)
             if not self._of_runs[run_id]:
                 del self._of_runs[run_id]
@@ -275,7 +276,7 @@ class LeaseTable:
             return self._refused_by_deadline(lease_id, entry.lease.deadline * 1000, now_ms)
         if lease_id in self._revoked:
             return _refused(Code.LEASE_CUT, "was revoked", lease_id)
-        if entry.lease.instance is not None and _run_of(entry.lease) in self._ended_runs:
+        if entry.lease.instance is not None and run_id_of_lease(entry.lease) in self._ended_runs:
             return _refused(Code.RUN_ENDED, "is of a run that has ended", lease_id)
         if entry.fences_seen != self._fence_changes:
             entry.fenced, entry.fences_seen = self._is_fenced(entry.lease), self._fence_changes
@@ -339,13 +340,6 @@ class LeaseTable:
     def _notify_watchers(self, lease_id: str) -> None:
         for ended in self._watchers.pop(lease_id, ()):
             ended()
-
-
-def _run_of(lease: Lease) -> str | None:
-    """The run whose instance asked for a lease; None if none did."""
-    return (
-        lease.instance.run.run_id if lease.instance is not None and lease.instance.run is not None else None
-    )
 
 
 def _refused(code: AnyCode, problem: str, lease_id: str) -> Refused:

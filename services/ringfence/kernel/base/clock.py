@@ -93,8 +93,6 @@ class Clock(Protocol):
 
 
 class SystemClock:
-    """The clock of this machine."""
-
     def now_ms(self) -> int:
         return time.time_ns() // 1_000_000
 

@@ -7,6 +7,7 @@ have not.
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import os
 import ssl
 from collections.abc import Iterable, Iterator
@@ -130,3 +131,11 @@ def _authorities() -> ssl.SSLContext:
     import httpx
 
     return httpx.create_ssl_context()
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether a host, a name or an address, is the loopback of this machine."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

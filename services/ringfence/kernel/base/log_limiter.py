@@ -51,7 +51,6 @@ class LogLimiter(logging.Filter):
         """For each kind: its counter, and the logger name and level of its last line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to log the record."""
         own = record.__dict__.pop(_KIND, None)  # else it would be written as well
         if own is None:
             return True

@@ -19,7 +19,6 @@ class TalliedCounter(Counter):
     tallied = 0
 
     def tally(self) -> None:
-        """Count one event."""
         self.tallied += 1
 
     def _child_samples(self) -> Iterable[Sample]:

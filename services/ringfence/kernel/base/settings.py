@@ -378,3 +378,10 @@ def description_of(cls: type[BaseSettings], field: str) -> str:
                     if name == field:
                         return " ".join(text.split())
     return ""
+
+
+def settings_classes(cls: type[RingfenceSettings]) -> Iterator[type[RingfenceSettings]]:
+    """Yield a class of settings, and all its subclasses that are imported."""
+    yield cls
+    for narrower in cls.__subclasses__():
+        yield from settings_classes(narrower)

@@ -55,8 +55,6 @@ class JwksError(RingfenceError):
 
 @dataclass(frozen=True, slots=True)
 class IdentityToken:
-    """A verified identity token."""
-
     issuer: str
     subject: str
     issued_at_s: int

@@ -51,8 +51,6 @@ _CANCEL_AGAIN_S = 3.0
 
 @dataclass(eq=False)
 class ConsumerGroup(ConsumerOptions):
-    """A consumer group of a service."""
-
     dead_letters: DeadLetters | None = None
     """Where invalid records go. A group whose subscribers take single records is not read without."""
     audit_data_loss: bool = True

@@ -157,7 +157,6 @@ class FetchControl:
         """
         self._linger_s = linger_ms / 1000
         self.held = False
-        """Whether fetches are paused."""
         self._open = asyncio.Event()
         self._open.set()
         self._not_before_s = 0.0

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
@@ -102,15 +103,17 @@ def application(
     return made
 
 
+@dataclass(slots=True, eq=False)
 class _StartGate:
     """ASGI middleware: answers 503 until the service has started, but for `open_paths`."""
 
-    def __init__(self, app: ASGIApp, started: Callable[[], bool], open_paths: frozenset[str]) -> None:
-        self._app, self._started, self._open_paths = app, started, open_paths
+    app: ASGIApp
+    started: Callable[[], bool]
+    open_paths: frozenset[str]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
-        if scope["type"] == "http" and scope["path"] not in self._open_paths and not self._started():
+        app = self.app
+        if scope["type"] == "http" and scope["path"] not in self.open_paths and not self.started():
             refusal = {
                 "error": Code.UNAVAILABLE,
                 "message": "the service is starting, and has not read the records yet; try again in a moment",

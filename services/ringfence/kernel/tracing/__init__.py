@@ -4,7 +4,7 @@ Enters: received records, records to send and steps of work, from `kernel.kafka`
 Leaves: spans over OTLP/HTTP, or nothing without a tracing backend; `traceparent` headers.
 Imports: `kernel.base` (and `messages`) only. Only `otel` and `export` need the extra `otel`.
 Read first:
-- `api.py`: `Tracing` and `Span`, which callers use; without a backend every method does nothing.
-- `traceparent.py`: parses and writes the header.
+- `api.py`: `Tracing` and `Span`, which callers use; without a backend every method does nothing. It parses and
+  writes the header.
 - `otel.py`: the same as spans of OpenTelemetry.
 """

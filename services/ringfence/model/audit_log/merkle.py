@@ -43,7 +43,6 @@ class TreeHead:
             raise ValueError(f"a tree of {self.size} leaves has not {len(self.peaks)} peaks")
 
     def grown(self, leaves: Iterable[Hash]) -> TreeHead:
-        """Return the tree with these leaves appended."""
         size, peaks = self.size, list(self.peaks)
         for leaf in leaves:
             carried = leaf

@@ -10,7 +10,6 @@ SubjectKind = Literal["user", "agent", "target", "task"]
 
 
 def spiffe_id(trust_domain: str, kind: Kind, id: str) -> str:
-    """The SPIFFE ID of one subject."""
     return f"spiffe://{trust_domain}/{kind}/{id}"
 
 

@@ -240,7 +240,6 @@ class RedisAddress:
         return client
 
     def node_client(self, node: ClusterNode) -> Redis:
-        """A client of one node of a cluster."""
         return Redis(host=node.host, port=int(node.port), **self._node_options())
 
     def _node_options(self) -> dict[str, Any]:

@@ -371,7 +371,6 @@ class RedisConnection:
     # --- closing, errors ---
 
     async def close(self) -> None:
-        """Disconnect."""
         await close(self._client)
         if self._address.sentinels:
             await self._address.sentinels.close()

@@ -123,7 +123,6 @@ class Restoration:
         """Whether all leases are to be written again, also those that Redis has; set by `begin`."""
 
     async def close(self) -> None:
-        """Disconnect."""
         await self._link.close()
 
     # --- the rebuild ---

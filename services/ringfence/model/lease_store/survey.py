@@ -153,7 +153,6 @@ class Survey:
                 yield one
 
     async def strays(self) -> AsyncIterator[Stray]:
-        """All stray entries."""
         async for one in self.outbox_and_signers():
             yield one
         for at in self._keys:
@@ -422,14 +421,12 @@ class Survey:
         return _REVOCATIONS_STAY_MS - SLACK_MS < age_ms < 2 * SELECTOR_KEEP_MS and 0 <= left_ms <= at_most_ms
 
     def _is_of_shard(self, id: bytes, at: Keys) -> bool:
-        """Whether this is a lease id of this shard."""
         return len(id) == ID_BYTES and shard_of(uuid_text(id), len(self._keys)) == at.shard
 
     def _is_alive(self, id: bytes, at: Keys) -> bool:
         return self._is_of_shard(id, at) and uuid_text(id) in self._alive
 
     def _belongs(self, id: str, at: Keys) -> bool:
-        """Whether a derived id belongs to this shard."""
         try:
             return uuid_text(uuid_bytes(id)) == id and shard_of(id, len(self._keys)) == at.shard
         except ValueError:

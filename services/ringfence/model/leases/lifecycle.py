@@ -206,7 +206,6 @@ def shared_selector_keys(lease: Lease) -> tuple[str, ...]:
 
 
 def matches(lease: Lease, selector_key: str) -> bool:
-    """Whether the lease matches a selector key."""
     return selector_key == ALL_LEASES or selector_key in selector_keys(lease)
 
 

@@ -15,6 +15,7 @@ import hashlib
 import logging
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, Final
 
 from ringfence.kernel.base.clock import Clock, RemoteClock
@@ -84,19 +85,20 @@ class StreamDigests:
         return tuple(results)
 
 
+@dataclass(slots=True, eq=False)
 class StreamCheck:
     """Compares a reader's view with the digests that revokers sign."""
 
-    def __init__(self, streams: StreamDigests, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
-        self._streams = streams
-        self._trust = trust
-        self._clock = clock
-        self._grace_ms = grace_ms
-        self._since: dict[Partition, int] = {}
-        self._waiting: dict[Partition, deque[tuple[StreamDigest, int]]] = {}
-        self._confirmed_ms: dict[Partition, int] = {}
-        self._broker = RemoteClock()
-        self._broken: str | None = None
+    streams: StreamDigests
+    trust: TrustStore
+    clock: Clock
+    _: KW_ONLY
+    grace_ms: int
+    _since: dict[Partition, int] = field(default_factory=dict, init=False)
+    _waiting: dict[Partition, deque[tuple[StreamDigest, int]]] = field(default_factory=dict, init=False)
+    _confirmed_ms: dict[Partition, int] = field(default_factory=dict, init=False)
+    _broker: RemoteClock = field(default_factory=RemoteClock, init=False)
+    _broken: str | None = field(default=None, init=False)
 
     def begin(self, positions: Mapping[Partition, int]) -> None:
         """Everything from these offsets on was read: digests of earlier records are not compared."""
@@ -106,10 +108,10 @@ class StreamCheck:
     def on_heartbeats(self, records: Iterable[Received]) -> None:
         """Process records of `heartbeat`. Those of other services are ignored."""
         for record in records:
-            find = self._trust.finder("revoker", at_s=record.appended_at_ms / 1000)
+            find = self.trust.finder("revoker", at_s=record.appended_at_ms / 1000)
             try:
                 heartbeat = verify(
-                    parse(record.value), Heartbeat, find, audience=self._trust.trust_domain
+                    parse(record.value), Heartbeat, find, audience=self.trust.trust_domain
                 ).claims
             except InvalidMessageError:
                 continue
@@ -130,7 +132,7 @@ class StreamCheck:
 
     def _compare(self, partition: Partition, stream: StreamDigest, at_ms: int) -> None:
         if stream.start >= self._since.get(partition, 0):
-            seen = self._streams.digest(partition, stream.start, stream.end)
+            seen = self.streams.digest(partition, stream.start, stream.end)
             if seen is not None and f"{seen:064x}" != stream.digest:
                 self._broken = f"{partition[0]}/{partition[1]} is not what a revoker has read there"
                 log.error("%s, from %d to %d", self._broken, stream.start, stream.end)
@@ -145,8 +147,8 @@ class StreamCheck:
             return "nothing has been read yet"
         oldest_ms, partition = min((at_ms, one) for one, at_ms in self._confirmed_ms.items())
         # Our own clock may be set back: the broker's time counts too.
-        age_ms = max(self._clock.now_ms(), self._broker.now_ms()) - oldest_ms
-        if age_ms <= self._grace_ms:
+        age_ms = max(self.clock.now_ms(), self._broker.now_ms()) - oldest_ms
+        if age_ms <= self.grace_ms:
             return None
         return f"{partition[0]}/{partition[1]} was not confirmed by a revoker within the grace"
 

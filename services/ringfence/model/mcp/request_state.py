@@ -40,8 +40,6 @@ class RequestStateError(RingfenceError):
 
 @dataclass(frozen=True, slots=True)
 class RequestState:
-    """What a state was made for."""
-
     round: Round
     agent_id: str
     task_id: str

@@ -55,7 +55,6 @@ class CompiledMcpRule:
         self.conditional = bool(self._conditions)
 
     def is_for(self, method: str) -> bool:
-        """Return whether the rule is one for this method."""
         return self._method == method or (
             self._method == _ANY_NOTIFICATION and method.startswith("notifications/")
         )

@@ -43,7 +43,6 @@ def renewed_key(directory: Directory, jws: UnverifiedJws) -> tuple[str, RenewedK
 
 
 def ended_by_renewal(kid: str) -> SignatureError:
-    """The error for a message that a renewed key signed."""
     return SignatureError(
         f"key {kid} was renewed, and signs nothing any more; read the key file again", code=Code.KEY_ENDED
     )

@@ -169,7 +169,6 @@ class RequestContext(RecordContext):
 
     @property
     def verbs(self) -> frozenset[str]:
-        """The requested verbs."""
         return frozenset(verb for permission in self.request.claims.scope for verb in permission.verbs)
 
     def floors(self) -> frozenset[ApprovalClass]:

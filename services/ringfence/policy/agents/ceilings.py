@@ -122,7 +122,6 @@ class CeilingCombinations:
         self._failed, self._checked = None, self._unfit is None
 
     async def close(self) -> None:
-        """Release the engine."""
         await self._engine.close()
 
     async def _check(self, agent_id: str) -> None:

@@ -73,7 +73,6 @@ class AgentFacts:
     commands: Sequence[EmbeddedCommand]
     sponsor: UserState | None
     tasks: Sequence[TaskState]
-    """Its running tasks."""
     endings: Sequence[LeaseGroup]
     live: Callable[[], Sequence[Live]]
     """Returns each of these leases. There may be very many."""
@@ -128,7 +127,6 @@ def sponsor_is(sponsor: UserState | None) -> SponsorIs:
 
 
 def inventory_row(facts: AgentFacts) -> InventoryRow:
-    """Return the row of an agent."""
     agent, granted = facts.agent, verbs_of(facts.agent.ceiling)
     return InventoryRow(
         status=agent.status,

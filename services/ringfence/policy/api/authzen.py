@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError
@@ -86,13 +87,13 @@ class _Batch(BaseModel):
     options: _Options = Field(default_factory=_Options)
 
 
+@dataclass(slots=True, eq=False)
 class AuthZen:
     """The two endpoints and their metadata."""
 
-    def __init__(self, runtime: Runtime, authenticator: Authenticator, evaluator: RequestEvaluator) -> None:
-        self._runtime = runtime
-        self._authenticator = authenticator
-        self._evaluator = evaluator
+    runtime: Runtime
+    authenticator: Authenticator
+    evaluator: RequestEvaluator
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -107,7 +108,7 @@ class AuthZen:
 
         If the decision point has a path of its own, the well-known path with that suffix also leads here.
         """
-        base = self._runtime.settings.policy_url.rstrip("/")
+        base = self.runtime.settings.policy_url.rstrip("/")
         return JSONResponse(
             {
                 "policy_decision_point": base,
@@ -149,18 +150,18 @@ class AuthZen:
         return {"evaluations": answers}
 
     def _caller(self, request: Request) -> str:
-        return self._authenticator.target(request.headers.get("authorization"))
+        return self.authenticator.target(request.headers.get("authorization"))
 
     async def _answered(self, question: _AuthzenRequest, target_id: str) -> dict[str, Any]:
         if question.resource.type != target_id:
             raise ForbiddenError(f"resource.type has to be {target_id}, the target that asks")
-        now_ms = self._runtime.clock.now_ms()
-        evaluation = await self._evaluator.evaluate(self._as_case(question, now_ms), now_ms, binding=False)
+        now_ms = self.runtime.clock.now_ms()
+        evaluation = await self.evaluator.evaluate(self._as_case(question, now_ms), now_ms, binding=False)
         return _authzen_response(evaluation)
 
     def _as_case(self, question: _AuthzenRequest, now_ms: int) -> Case:
         """Return the question as an unsigned request. It may be evaluated, and used for nothing else."""
-        settings = self._runtime.settings
+        settings = self.runtime.settings
         try:
             permission = Permission(
                 target=question.resource.type,

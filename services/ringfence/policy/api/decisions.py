@@ -24,7 +24,7 @@ from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import RequestContext
 from ringfence.policy.api.pending_index import PendingIndex, Show
-from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
+from ringfence.policy.decision_log import DecisionLog, RecordPosition, RequestState
 from ringfence.policy.decisions.explanation import NOT_SEEN, Explainer
 from ringfence.policy.decisions.responder import question_for
 
@@ -44,7 +44,7 @@ class DecisionsApi:
         runtime: Runtime,
         directory: Directory,
         authenticator: Authenticator,
-        decisions: Decisions,
+        decisions: DecisionLog,
         policy_revision: Callable[[], str],
     ) -> None:
         self._directory = directory

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from starlette.requests import Request
@@ -182,28 +183,19 @@ def line_of(facts: AgentFacts, ceiling: Scope, tasks: list[dict[str, Any]]) -> M
 
 
 def plain(scope: Scope) -> list[dict[str, Any]]:
-    """Return a scope as JSON."""
     return [permission.model_dump(mode="json") for permission in scope]
 
 
+@dataclass(slots=True, eq=False)
 class GrantApi:
     """HTTP routes over the grants that this replica knows, which are all."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        directory: Directory,
-        authenticator: Authenticator,
-        table: GrantTable,
-        book: GrantBook,
-        policy_revision: Callable[[], str],
-    ) -> None:
-        self._runtime = runtime
-        self._directory = directory
-        self._authenticator = authenticator
-        self._table = table
-        self._book = book
-        self._policy_revision = policy_revision
+    runtime: Runtime
+    directory: Directory
+    authenticator: Authenticator
+    table: GrantTable
+    book: GrantBook
+    policy_revision: Callable[[], str]
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -215,30 +207,30 @@ class GrantApi:
 
     async def _bundle(self, request: Request) -> Response:
         self._caller(request)
-        return JSONResponse({"revision": self._policy_revision()})
+        return JSONResponse({"revision": self.policy_revision()})
 
     async def _grants(self, request: Request) -> Response:
         caller = self._caller(request)
-        views = [view for grant in self._table.all() if (view := self._view(grant.claims, caller))]
+        views = [view for grant in self.table.all() if (view := self._view(grant.claims, caller))]
         return JSONResponse({"grants": sorted(views, key=lambda view: int(view["ends_at"]))})
 
     async def _grant(self, request: Request) -> Response:
         caller = self._caller(request)
-        entry = self._table.get(request.path_params["grant_id"])
+        entry = self.table.get(request.path_params["grant_id"])
         view = self._view(entry.signed.claims, caller) if entry else None
         if view is None:
             raise NotFoundError("no grant with this id that you could see is remembered here")
         return JSONResponse(view)
 
     def _caller(self, request: Request) -> Caller:
-        return self._authenticator.authenticate(request)
+        return self.authenticator.authenticate(request)
 
     def _view(self, grant: Grant, caller: Caller) -> dict[str, Any] | None:
         """Return a grant for a caller who may see it: operators, auditors, its signer, the sponsor, and the user it
         is on behalf of.
         """
         try:
-            ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
+            ground = load_records(self.directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError:
             ground = None
         concerned = {signer_of(grant)}
@@ -258,18 +250,18 @@ class GrantApi:
             "by": signer_of(grant),
             "given_at": grant.iat,
             "ends_at": grant.exp,
-            "used": self._book.used(id),
+            "used": self.book.used(id),
             "status": self._status(grant, ground),
         }
 
     def _status(self, grant: Grant, ground: RecordContext | None) -> str:
-        if grant.exp * 1000 <= self._runtime.clock.now_ms():
+        if grant.exp * 1000 <= self.runtime.clock.now_ms():
             return "ended"
         if ground is None:
             return "stale"
         sponsor, on_behalf_of = ground.agent.state.sponsor, ground.task.state.on_behalf_of
-        if self._table.is_withdrawn(grant, sponsor=sponsor, on_behalf_of=on_behalf_of):
+        if self.table.is_withdrawn(grant, sponsor=sponsor, on_behalf_of=on_behalf_of):
             return "withdrawn"
-        if grant.revisions != ground.revisions(self._policy_revision()):
+        if grant.revisions != ground.revisions(self.policy_revision()):
             return "stale"
-        return "used_up" if self._book.used(id_of(grant)) >= grant.count else "live"
+        return "used_up" if self.book.used(id_of(grant)) >= grant.count else "live"

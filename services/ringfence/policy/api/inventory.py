@@ -88,7 +88,6 @@ class AgentsApi:
 
 
 def answered(document: Any) -> Response:
-    """Return the document as a JSON response."""
     return Response(orjson.dumps(document), media_type="application/json")
 
 

@@ -23,7 +23,7 @@ from ringfence.model.records.api_access import Caller
 from ringfence.model.records.command_chain import ChainError
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, RequestContext, load_context
-from ringfence.policy.decision_log import Decisions, RequestState
+from ringfence.policy.decision_log import DecisionLog, RequestState
 from ringfence.policy.domain import may_approve_any
 
 Show = Literal["mine", "others", "all"]
@@ -63,7 +63,7 @@ class PendingIndex:
     """The pending requests of a decision log, with the records that each is about."""
 
     def __init__(
-        self, directory: Directory, decisions: Decisions, policy_revision: Callable[[], str]
+        self, directory: Directory, decisions: DecisionLog, policy_revision: Callable[[], str]
     ) -> None:
         self._directory = directory
         self._decisions = decisions

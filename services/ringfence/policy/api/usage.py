@@ -9,7 +9,7 @@ A question is visible to operators and auditors, to the agent's sponsor, and to 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -94,24 +94,17 @@ class _Ceiling(BaseModel):
     ceiling: Scope
 
 
+@dataclass(slots=True, eq=False)
 class CeilingReportApi:
     """`GET /v1/agents/{agent_id}/ceiling-report`: what policy knows of a whole ceiling that somebody proposes. It is
     signed, so that the sign page need not believe the console.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        directory: Directory,
-        authenticator: Authenticator,
-        ceilings: CeilingCombinations,
-        holdings: Holdings,
-    ) -> None:
-        self._runtime = runtime
-        self._directory = directory
-        self._authenticator = authenticator
-        self._ceilings = ceilings
-        self._holdings = holdings
+    runtime: Runtime
+    directory: Directory
+    authenticator: Authenticator
+    ceilings: CeilingCombinations
+    holdings: Holdings
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -122,10 +115,10 @@ class CeilingReportApi:
 
         It is for people who may see the agent's use: who gave what to the people is in it.
         """
-        caller, query = self._authenticator.authenticate(request), request.query_params
+        caller, query = self.authenticator.authenticate(request), request.query_params
         agent_id = request.path_params["agent_id"]
         try:
-            entry = self._directory.agent(agent_id)
+            entry = self.directory.agent(agent_id)
         except ChainError:
             entry = None
         if not (caller.sees_all or (entry is not None and caller.may_see_agent_of(entry.state.sponsor))):
@@ -136,9 +129,9 @@ class CeilingReportApi:
         except (ValueError, BadQuestionError):
             raise WrongQueryError("ceiling is a JSON list of permissions") from None
         people = tuple(sorted({one for one in query.get("people", "").split(",") if one}))
-        now_ms = self._runtime.clock.now_ms()
-        key = self._runtime.believed_key()
-        stamped = stamp(key.id, self._runtime.settings.trust_domain, now_ms // 1000, 0)
+        now_ms = self.runtime.clock.now_ms()
+        key = self.runtime.believed_key()
+        stamped = stamp(key.id, self.runtime.settings.trust_domain, now_ms // 1000, 0)
         report = compose(
             CeilingReport,
             stamped,
@@ -147,30 +140,28 @@ class CeilingReportApi:
             people=people,
             used=self._used(agent_id, now_ms // 1000) if entry is not None else None,
             combinations=await self._combinations(ceiling),
-            givers=tuple(sorted(sole_givers(self._directory, people, now_ms))),
+            givers=tuple(sorted(sole_givers(self.directory, people, now_ms))),
         )
         return JSONResponse({"report": sign(report, key)})
 
     async def _combinations(self, ceiling: Scope) -> tuple[str, ...] | None:
         try:
-            return tuple(reason.message for reason in await self._ceilings.of(ceiling))
+            return tuple(reason.message for reason in await self.ceilings.of(ceiling))
         except PolicyFailedError:
             return None
 
     def _used(self, agent_id: str, now_s: int) -> tuple[UsedVerb, ...]:
-        used = sorted(self._holdings.used(agent_id, now_s), key=lambda one: (one.target, one.verb))
+        used = sorted(self.holdings.used(agent_id, now_s), key=lambda one: (one.target, one.verb))
         return tuple(UsedVerb(target=one.target, verb=one.verb, days=one.days) for one in used)
 
 
+@dataclass(slots=True, eq=False)
 class ActionsApi:
     """`GET /v1/action-approvals`, one of them, and the evidence by which the sign page shows it."""
 
-    def __init__(
-        self, questions: ActionQuestions, directory: Directory, authenticator: Authenticator
-    ) -> None:
-        self._questions = questions
-        self._directory = directory
-        self._authenticator = authenticator
+    questions: ActionQuestions
+    directory: Directory
+    authenticator: Authenticator
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
@@ -181,24 +172,24 @@ class ActionsApi:
         ]
 
     async def _list(self, request: Request) -> Response:
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         return JSONResponse({"actions": [asdict(one) for one in self._visible(caller)]})
 
     async def _one(self, request: Request) -> Response:
-        return JSONResponse(asdict(self._found(request, self._authenticator.authenticate(request))))
+        return JSONResponse(asdict(self._found(request, self.authenticator.authenticate(request))))
 
     async def _evidence(self, request: Request) -> Response:
         """Serve `{trust, records}`; only who could answer gets them."""
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         action = self._found(request, caller)
         if not action.mine:
             raise NotFoundError(_NOT_WAITING)
-        ground = ground_of(self._directory, action.agent, action.task_id, action.target)
+        ground = ground_of(self.directory, action.agent, action.task_id, action.target)
         subjects: list[Subject] = [("user", caller.user.user_id), *ground]
-        return JSONResponse(evidence_of(self._directory, self._directory.trust, subjects))
+        return JSONResponse(evidence_of(self.directory, self.directory.trust, subjects))
 
     def _visible(self, caller: Caller) -> list[PendingAction]:
-        pending = self._questions.open.pending(everyone=True, user_id=caller.user.user_id)
+        pending = self.questions.open.pending(everyone=True, user_id=caller.user.user_id)
         return [one for one in pending if one.mine or caller.may_see_agent_of(one.sponsor)]
 
     def _found(self, request: Request, caller: Caller) -> PendingAction:
@@ -209,38 +200,31 @@ class ActionsApi:
         raise NotFoundError(_NOT_WAITING)
 
 
+@dataclass(slots=True, eq=False)
 class UsageApi:
     """One HTTP route. Every replica knows the leases of all agents."""
 
-    def __init__(
-        self,
-        directory: Directory,
-        authenticator: Authenticator,
-        holdings: Holdings,
-        key_last_seen: KeyLastSeen,
-        clock: Clock,
-    ) -> None:
-        self._directory = directory
-        self._authenticator = authenticator
-        self._clock = clock
-        self._holdings = holdings
-        self._key_last_seen = key_last_seen
+    directory: Directory
+    authenticator: Authenticator
+    holdings: Holdings
+    key_last_seen: KeyLastSeen
+    clock: Clock
 
     def routes(self) -> list[BaseRoute]:
         """Return the routes to add to those of the runtime."""
         return [Route("/v1/agents/{agent_id}/usage", self._usage)]
 
     async def _usage(self, request: Request) -> Response:
-        caller = self._authenticator.authenticate(request)
+        caller = self.authenticator.authenticate(request)
         try:
-            entry = self._directory.agent(request.path_params["agent_id"])
+            entry = self.directory.agent(request.path_params["agent_id"])
         except ChainError:
             entry = None
         if entry is None or not caller.may_see_agent_of(entry.state.sponsor):
             raise NotFoundError("no agent with this id that you could see")
-        agent, now_s = entry.state, self._clock.now_ms() // 1000
-        used = self._holdings.used(agent.agent_id, now_s)
-        held = self._holdings.held(agent.agent_id, now_s)
+        agent, now_s = entry.state, self.clock.now_ms() // 1000
+        used = self.holdings.used(agent.agent_id, now_s)
+        held = self.holdings.held(agent.agent_id, now_s)
         used_verbs = {(one.target, one.verb) for one in used}
         used_verbs |= {(p["target"], verb) for lease in held for p in lease["scope"] for verb in p["verbs"]}
         unused = sorted(verbs_of(agent.ceiling) - used_verbs)
@@ -265,7 +249,7 @@ class UsageApi:
                 "held": held,
                 "keys_seen": [
                     {"kid": kid, "last_seen_ms": at_ms}
-                    for kid, at_ms in sorted(self._key_last_seen.of(agent.agent_id).items())
+                    for kid, at_ms in sorted(self.key_last_seen.of(agent.agent_id).items())
                 ],
                 "narrower": [p.model_dump(mode="json") for p in narrowed] if unused else None,
             }

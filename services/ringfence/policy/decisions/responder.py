@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import orjson
@@ -24,7 +25,7 @@ from ringfence.messages.credential import CredentialDecision, Delivery, Outcome,
 from ringfence.messages.topics import APPROVAL_REQUEST, CREDENTIAL_DECISION, CREDENTIAL_REPLY
 from ringfence.model.records.directory import Directory
 from ringfence.model.requests.facts import DeniedError, load_context
-from ringfence.policy.decision_log import Approvers, Decisions, RecordPosition, RequestState
+from ringfence.policy.decision_log import Approvers, DecisionLog, RecordPosition, RequestState
 from ringfence.policy.decisions.one_person import OnePersonDetector
 from ringfence.policy.domain import ApprovalRequired, Case, Evaluation, RequestRefused, people_to_ask
 from ringfence.policy.notifications.notices import Notices
@@ -32,27 +33,19 @@ from ringfence.policy.notifications.notices import Notices
 log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True, eq=False)
 class DecisionPublisher:
     """Publishes decisions, approval requests and replies to agents.
 
     All ids are derived: a repetition is the same message.
     """
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        directory: Directory,
-        decisions: Decisions,
-        approvers: Approvers,
-        notices: Notices,
-        one_person: OnePersonDetector,
-    ) -> None:
-        self._runtime = runtime
-        self._directory = directory
-        self._decisions = decisions
-        self._approvers = approvers
-        self._notices = notices
-        self._one_person = one_person
+    runtime: Runtime
+    directory: Directory
+    decisions: DecisionLog
+    approvers: Approvers
+    notices: Notices
+    one_person: OnePersonDetector
 
     async def decide(
         self,
@@ -72,7 +65,7 @@ class DecisionPublisher:
             approvals_at_ms: their append times by the digest of each, at least of those that passkeys signed.
             expires_at: until when approvals are awaited (seconds since 1970), if the outcome requires approval.
         """
-        runtime, ruling = self._runtime, evaluation.ruling
+        runtime, ruling = self.runtime, evaluation.ruling
         at_ms = {**approvals_at_ms, **evaluation.grants_at_ms}
         decision = CredentialDecision(
             iss=runtime.key.id,
@@ -111,9 +104,9 @@ class DecisionPublisher:
         metrics.DECISIONS.labels(decision.outcome).inc()
         if case.request.claims.break_glass:
             metrics.BREAK_GLASS.labels(decision.outcome).inc()
-        await self._one_person.observe(case, evaluation, approvals)
+        await self.one_person.observe(case, evaluation, approvals)
         place = RecordPosition(at.partition, at.offset)
-        return self._decisions.keep(decision, jws, place, at.timestamp, case.traceparent)
+        return self.decisions.keep(decision, jws, place, at.timestamp, case.traceparent)
 
     async def notify(self, state: RequestState, case: Case) -> None:
         """Publish what follows a decision: requests to approvers, and to the agent a denial or a notice that it must
@@ -129,19 +122,19 @@ class DecisionPublisher:
 
     def _people(self, decision: CredentialDecision, case: Case) -> tuple[str, ...]:
         try:
-            facts = load_context(self._directory, case.request)
+            facts = load_context(self.directory, case.request)
         except DeniedError:
             return ()  # its subject is gone: nobody can approve it any more
         only_sponsor = decision.required == ("sponsor",)
-        candidates = (facts.agent.state.sponsor,) if only_sponsor else self._approvers.ids()
-        return people_to_ask(self._directory, facts, decision.required, candidates)
+        candidates = (facts.agent.state.sponsor,) if only_sponsor else self.approvers.ids()
+        return people_to_ask(self.directory, facts, decision.required, candidates)
 
     async def _ask(self, decision: CredentialDecision, user_id: str, case: Case) -> None:
-        message = question_for(decision, user_id, self._runtime.key.id)
-        await self._runtime.publisher.publish_signed(
-            APPROVAL_REQUEST, user_id, message, self._runtime.key, traceparent=case.traceparent
+        message = question_for(decision, user_id, self.runtime.key.id)
+        await self.runtime.publisher.publish_signed(
+            APPROVAL_REQUEST, user_id, message, self.runtime.key, traceparent=case.traceparent
         )
-        self._notices.notify(message, case.request)
+        self.notices.notify(message, case.request)
 
     async def _reply(self, state: RequestState, case: Case) -> None:
         if state.jws is None:
@@ -156,7 +149,7 @@ class DecisionPublisher:
         except InvalidMessageError as error:
             log.warning("nobody can be told of decision %s: %s", state.decision_id, error)
             return
-        acknowledged = await self._runtime.publisher.send(
+        acknowledged = await self.runtime.publisher.send(
             CREDENTIAL_REPLY,
             CREDENTIAL_REPLY.what,
             Outbound(
@@ -258,7 +251,6 @@ def _too_large(decision: CredentialDecision) -> CredentialDecision:
 
 
 def step_of(case: Case, name: str, tracing: Tracing) -> Span:
-    """Return a tracing span for one step of a request."""
     facts = {
         "request_id": case.request_id,
         "agent_id": case.agent_id,

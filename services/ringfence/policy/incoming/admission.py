@@ -7,7 +7,7 @@ other, and says when a new request may succeed.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil
 from typing import TypeVar
 
@@ -34,7 +34,7 @@ from ringfence.model.records.signed_messages import (
     key_of_agent,
 )
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
-from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, Decisions
+from ringfence.policy.decision_log import ANSWER_EXPIRED_WITHIN_MS, MAX_AGE_MS, DecisionLog
 from ringfence.policy.domain import Case, RequestRefused, refuse
 from ringfence.policy.incoming.load_shedding import BacklogMonitor, Stage
 
@@ -304,6 +304,7 @@ class AdmissionControl:
         return refuse(Code.RATE_LIMITED, message, retry_after_s=left_s)
 
 
+@dataclass(slots=True, eq=False)
 class PendingApprovalLimit:
     """Limits pending approvals: at the limit, a request that would have to wait for a person is denied.
 
@@ -311,25 +312,22 @@ class PendingApprovalLimit:
     reading.
     """
 
-    def __init__(self, directory: Directory, decisions: Decisions, limits: PendingLimits) -> None:
-        self._directory = directory
-        self._decisions = decisions
-        self._limits = limits
-        self._asking: dict[str, str] = {}
-        """Requests that are about to wait, by id, with their agents."""
+    directory: Directory
+    decisions: DecisionLog
+    limits: PendingLimits
+    _asking: dict[str, str] = field(default_factory=dict, init=False)
+    """Requests that are about to wait, by id, with their agents."""
 
     def admit(self, case: Case, sponsor: str) -> Allowed | RequestRefused:
         """Check that people can be asked about a request. If so, it counts as waiting from now on."""
         asking = self._about_to_wait(but_for=case.request_id)
-        waiting = self._decisions.waiting()
+        waiting = self.decisions.waiting()
         count = waiting.get(case.agent_id, 0) + asking[case.agent_id]
-        admission = self._check_count(f"agent {case.agent_id}", count, self._limits.agent)
-        if isinstance(admission, Allowed) and self._limits.sponsor:
-            theirs = [
-                agent for agent in {*waiting, *asking} if _sponsor_of(self._directory, agent) == sponsor
-            ]
+        admission = self._check_count(f"agent {case.agent_id}", count, self.limits.agent)
+        if isinstance(admission, Allowed) and self.limits.sponsor:
+            theirs = [agent for agent in {*waiting, *asking} if _sponsor_of(self.directory, agent) == sponsor]
             count = sum(waiting.get(agent, 0) + asking[agent] for agent in theirs)
-            admission = self._check_count(f"the agents of {sponsor}", count, self._limits.sponsor)
+            admission = self._check_count(f"the agents of {sponsor}", count, self.limits.sponsor)
         if isinstance(admission, Allowed):
             self._asking[case.request_id] = case.agent_id
         return admission
@@ -337,7 +335,7 @@ class PendingApprovalLimit:
     def _about_to_wait(self, *, but_for: str) -> Counter[str]:
         """Return, by agent, how many requests were admitted and are not among the waiting ones yet."""
         for id in list(self._asking):
-            state = self._decisions.get(id)
+            state = self.decisions.get(id)
             if state is None or state.outcome is not None:
                 del self._asking[id]
         return Counter(agent for id, agent in self._asking.items() if id != but_for)

@@ -24,7 +24,7 @@ from ringfence.model.requests.approvals import check_approval, check_approver_ke
 from ringfence.model.requests.approver_keys import check_approver_key, check_not_voucher
 from ringfence.model.requests.facts import DeniedError, load_context, violations
 from ringfence.model.verdict import ALLOWED, Refused, Verdict, refused
-from ringfence.policy.decision_log import Decisions, RecordPosition, RequestState
+from ringfence.policy.decision_log import DecisionLog, RecordPosition, RequestState
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.domain import (
@@ -95,7 +95,7 @@ class ApprovalHandler:
         directory: Directory,
         verifier: MessageVerifier,
         evaluator: RequestEvaluator,
-        decisions: Decisions,
+        decisions: DecisionLog,
         publisher: DecisionPublisher,
         recall: Callable[[], Awaitable[None]],
     ) -> None:
@@ -538,13 +538,13 @@ def _stale() -> Reason:
 # Gauges of pending approvals: how many, and since when. An alert uses them, as nobody else notices unanswered ones.
 
 
-def register_pending_gauges(decisions: Decisions, clock: Clock) -> None:
+def register_pending_gauges(decisions: DecisionLog, clock: Clock) -> None:
     """Register the Prometheus gauges of pending approvals, read on scrape. All replicas know all of them."""
     metrics.APPROVALS_WAITING.set_function(lambda: len(list(decisions.pending())))
     metrics.APPROVALS_OLDEST.set_function(lambda: _oldest_s(decisions, clock.now_ms()))
 
 
-def _oldest_s(decisions: Decisions, now_ms: int) -> float:
+def _oldest_s(decisions: DecisionLog, now_ms: int) -> float:
     """Return the longest wait in seconds since the broker's append time; 0 if nothing waits."""
     appended = [one.pending.source.appended_at_ms for one in decisions.pending() if one.pending]
     return max(0, now_ms - min(appended)) / 1000 if appended else 0

@@ -25,7 +25,7 @@ from ringfence.model.records.directory import Directory
 from ringfence.model.records.instances import check_enrolment, enrolment_of
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.agents.inventory import SharedKeyDetector
-from ringfence.policy.decision_log import Decisions, RecordPosition
+from ringfence.policy.decision_log import DecisionLog, RecordPosition
 from ringfence.policy.decisions.evaluator import RequestEvaluator
 from ringfence.policy.decisions.responder import DecisionPublisher
 from ringfence.policy.domain import ApprovalRequired, Case, Evaluation, RequestRefused, refuse
@@ -39,44 +39,35 @@ from ringfence.policy.incoming.approvals import ApprovalHandler
 from ringfence.policy.incoming.load_shedding import ShedRequests
 
 
+@dataclass(slots=True, eq=False)
 class WithdrawalHandler:
     """Processes withdrawals one at a time. One that changes nothing is refused by a `service.event`."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        directory: Directory,
-        verifier: MessageVerifier,
-        admission: AdmissionControl,
-        shed: ShedRequests,
-        decisions: Decisions,
-        approvals: ApprovalHandler,
-    ) -> None:
-        self._runtime = runtime
-        self._directory = directory
-        self._verifier = verifier
-        self._admission = admission
-        self._shed = shed
-        self._decisions = decisions
-        self._approvals = approvals
+    runtime: Runtime
+    directory: Directory
+    verifier: MessageVerifier
+    admission: AdmissionControl
+    shed: ShedRequests
+    decisions: DecisionLog
+    approvals: ApprovalHandler
 
     async def handle(self, record: Received) -> Awaitable[object] | None:
         """Process one withdrawal. Raises InvalidMessageError if it is malformed, or if no agent signed it.
 
         Await the result, if any, for the broker's acknowledgement of the event about it.
         """
-        overloaded = self._admission.should_shed(record, self._runtime.clock.now_ms())
+        overloaded = self.admission.should_shed(record, self.runtime.clock.now_ms())
         if overloaded and not self._names_pending(record):
-            self._shed.count(record)
+            self.shed.count(record)
             return None
-        withdrawal, late = await self._verifier.request_withdrawal(record)
+        withdrawal, late = await self.verifier.request_withdrawal(record)
         agent_id = subject_of(withdrawal.claims.aud, withdrawal.claims.iss, "agent") or ""
         verdict = await self._check_signer(withdrawal, agent_id, late, record.appended_at_ms)
         if isinstance(verdict, Allowed):
-            verdict = await self._approvals.withdraw(withdrawal, agent_id, record)
+            verdict = await self.approvals.withdraw(withdrawal, agent_id, record)
         if isinstance(verdict, Allowed):
             return None
-        self._admission.count_refusal(agent_id)
+        self.admission.count_refusal(agent_id)
         return await self._report(withdrawal.claims, agent_id, verdict.reason, record)
 
     def _names_pending(self, record: Received) -> bool:
@@ -86,7 +77,7 @@ class WithdrawalHandler:
             id = str(orjson.loads(parse(record.value).payload)["request_id"])
         except (InvalidMessageError, ValueError, TypeError, KeyError):
             return False
-        state = self._decisions.get(id)
+        state = self.decisions.get(id)
         return state is not None and state.pending is not None
 
     async def _check_signer(
@@ -97,7 +88,7 @@ class WithdrawalHandler:
             return refused(late.code, str(late))
         if isinstance(self._check_instance(withdrawal, agent_id), Refused):
             # Nobody is refused for a record that has not arrived here yet.
-            await self._approvals.records.wait_until_known(at_ms)
+            await self.approvals.records.wait_until_known(at_ms)
         return self._check_instance(withdrawal, agent_id)
 
     def _check_instance(self, withdrawal: Signed[RequestWithdraw], agent_id: str) -> Verdict:
@@ -106,7 +97,7 @@ class WithdrawalHandler:
         if enrolment is None:
             return ALLOWED
         try:
-            agent = self._directory.agent(agent_id)
+            agent = self.directory.agent(agent_id)
         except ChainError as error:
             return Refused(Reason(code=error.code, message=str(error)))
         if agent is None:
@@ -116,7 +107,7 @@ class WithdrawalHandler:
     async def _report(
         self, claims: RequestWithdraw, agent_id: str, why: Reason, record: Received
     ) -> Awaitable[object]:
-        return await self._runtime.event_soon(
+        return await self.runtime.event_soon(
             "replayed" if why.code == Code.REPLAYED else "refused",
             RequestWithdraw.typ,
             about=(record.topic_name, record.partition, record.offset),
@@ -175,7 +166,7 @@ class RequestHandler:
         runtime: Runtime,
         checks: RequestChecks,
         evaluator: RequestEvaluator,
-        decisions: Decisions,
+        decisions: DecisionLog,
         publisher: DecisionPublisher,
         recall: Callable[[], Awaitable[None]],
         *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from ringfence.kernel.crypto.claims import ExpiredError
 from ringfence.kernel.crypto.jws import Signed
@@ -30,31 +31,20 @@ from ringfence.model.verdict import ALLOWED, Allowed, Refused, Verdict, refused
 from ringfence.policy.incoming.admission import MessageVerifier
 
 
+@dataclass(slots=True, eq=False)
 class GrantHandler:
     """Processes grants and withdrawals. Each is answered by a `service.event`."""
 
-    def __init__(
-        self,
-        runtime: Runtime,
-        directory: Directory,
-        verifier: MessageVerifier,
-        table: GrantTable,
-        policy_revision: Callable[[], str],
-        records: Callable[[int], Awaitable[None]],
-        reconsider: Callable[[Grant, int], Awaitable[None]],
-    ) -> None:
-        """Args:
-            policy_revision: returns the revision of the bundle in force.
-            records: returns when the records are known that were on Kafka at an append time.
-            reconsider: evaluates waiting requests again after a grant was given (at an append time).
-        """  # fmt: skip
-        self._runtime = runtime
-        self._directory = directory
-        self._verifier = verifier
-        self._table = table
-        self._policy_revision = policy_revision
-        self._records = records
-        self._reconsider = reconsider
+    runtime: Runtime
+    directory: Directory
+    verifier: MessageVerifier
+    table: GrantTable
+    policy_revision: Callable[[], str]
+    """Returns the revision of the bundle in force."""
+    records: Callable[[int], Awaitable[None]]
+    """Returns when the records are known that were on Kafka at an append time."""
+    reconsider: Callable[[Grant, int], Awaitable[None]]
+    """Evaluates waiting requests again after a grant was given (at an append time)."""
 
     async def handle(self, record: Received) -> None:
         """Process one record. Raises InvalidMessageError if it is neither, or if nobody known signed it."""
@@ -64,19 +54,19 @@ class GrantHandler:
             await self._withdraw(record)
 
     async def _grant(self, record: Received) -> None:
-        grant, late = await self._verifier.grant(record)
+        grant, late = await self.verifier.grant(record)
         # The person may have seen records that have not arrived here yet.
-        await self._records(record.appended_at_ms)
+        await self.records(record.appended_at_ms)
         verdict = self._check_grant(grant, late, record)
         if isinstance(verdict, Allowed):
             verdict = self._keep(grant, record)
         if isinstance(verdict, Allowed):  # whoever reads the acceptance sees its effects on waiting requests
-            await self._reconsider(grant.claims, record.appended_at_ms)
+            await self.reconsider(grant.claims, record.appended_at_ms)
         await self._answer(grant.claims, verdict, record)
 
     def _keep(self, grant: Signed[Grant], record: Received) -> Verdict:
         """Keep a grant, unless its signer gave too many, or it was given before elsewhere."""
-        entry = self._table.keep(grant, record.partition, record.offset, record.appended_at_ms)
+        entry = self.table.keep(grant, record.partition, record.offset, record.appended_at_ms)
         if entry is None:
             message = f"{grant.claims.iss} has given {MOST_OF_ONE} grants already; let some end"
             return refused(Code.GRANTS_TOO_MANY, message)
@@ -118,7 +108,7 @@ class GrantHandler:
             return refused(Code.SEVERAL_TARGETS, "a grant is for one target; give one for each")
         try:
             validate_scope(grant.scope)
-            ground = load_records(self._directory, grant.agent_id, grant.task_id, targets.pop())
+            ground = load_records(self.directory, grant.agent_id, grant.task_id, targets.pop())
         except ScopeError as error:
             return Refused(Reason(code=Code.SCOPE_INVALID, message=str(error)))
         except DeniedError as error:
@@ -126,17 +116,17 @@ class GrantHandler:
         if ground.task.state.agent_id != grant.agent_id:
             return refused(Code.TASK_OTHER_AGENT, f"task {grant.task_id} was assigned to another agent")
         if not any(
-            may_approve(self._directory, user_id, one, ground)
+            may_approve(self.directory, user_id, one, ground)
             for one in ("sponsor", "second_person", "operator")
         ):
             return refused(
                 Code.NOT_APPROVER, f"{user_id} can approve nothing of agent {grant.agent_id} in this task"
             )
         verbs = {verb for permission in grant.scope for verb in permission.verbs}
-        by_key = check_approver_key(signed, self._directory, ground, verbs, at_ms=record.appended_at_ms)
+        by_key = check_approver_key(signed, self.directory, ground, verbs, at_ms=record.appended_at_ms)
         if isinstance(by_key, Refused):
             return by_key
-        if grant.revisions != ground.revisions(self._policy_revision()):
+        if grant.revisions != ground.revisions(self.policy_revision()):
             return refused(
                 Code.GRANT_STALE,
                 "agent, user, task, target or policy changed before the grant came here; sign it anew",
@@ -144,15 +134,15 @@ class GrantHandler:
         return ALLOWED
 
     async def _withdraw(self, record: Received) -> None:
-        signed, late = await self._verifier.withdrawal(record)
+        signed, late = await self.verifier.withdrawal(record)
         claims = signed.claims
         if late is None and isinstance(self._check_withdrawal(claims), Refused):
             # Nobody is refused for a record that has not arrived here yet.
-            await self._records(record.appended_at_ms)
+            await self.records(record.appended_at_ms)
         verdict = refused(late.code, str(late)) if late else self._check_withdrawal(claims)
         if isinstance(verdict, Allowed):
             user_id = subject_of(claims.aud, claims.iss, "user") or ""
-            self._table.take_back(claims.grant_id, user_id, record.appended_at_ms)
+            self.table.take_back(claims.grant_id, user_id, record.appended_at_ms)
         await self._answer(claims, verdict, record)
 
     def _check_withdrawal(self, claims: GrantWithdraw) -> Verdict:
@@ -162,7 +152,7 @@ class GrantHandler:
         2. The records that it is about are there.
         3. The person signed it, sponsors the agent, or is whom the task is on behalf of.
         """
-        entry = self._table.get(claims.grant_id)
+        entry = self.table.get(claims.grant_id)
         user_id = subject_of(claims.aud, claims.iss, "user")
         if entry is None:
             return refused(
@@ -170,7 +160,7 @@ class GrantHandler:
             )
         grant = entry.signed.claims
         try:
-            ground = load_records(self._directory, grant.agent_id, grant.task_id, grant.scope[0].target)
+            ground = load_records(self.directory, grant.agent_id, grant.task_id, grant.scope[0].target)
         except DeniedError as error:
             return Refused(error.reason)
         concerned = {signer_of(grant), ground.agent.state.sponsor, ground.task.state.on_behalf_of}
@@ -185,11 +175,11 @@ class GrantHandler:
 
     async def _answer(self, claims: Grant | GrantWithdraw, verdict: Verdict, record: Received) -> None:
         grant_id = id_of(claims) if isinstance(claims, Grant) else claims.grant_id
-        entry = self._table.get(grant_id)
+        entry = self.table.get(grant_id)
         grant = claims if isinstance(claims, Grant) else entry.signed.claims if entry else None
         reasons = (verdict.reason,) if isinstance(verdict, Refused) else ()
         replayed = any(reason.code == Code.GRANT_REPLAYED for reason in reasons)
-        await self._runtime.event(
+        await self.runtime.event(
             "replayed" if replayed else "refused" if reasons else "accepted",
             claims.typ,
             about=(record.topic_name, record.partition, record.offset),

@@ -25,7 +25,7 @@ from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.service.runtime import Runtime
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Coordinates, CredentialRequest, Reason
-from ringfence.policy.decision_log import Decisions
+from ringfence.policy.decision_log import DecisionLog
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class _ShedCount:
 class ShedRequests:
     """Counts shed requests, and reports them as a finding: how many, from which offset to which."""
 
-    def __init__(self, runtime: Runtime, decisions: Decisions) -> None:
+    def __init__(self, runtime: Runtime, decisions: DecisionLog) -> None:
         self._runtime = runtime
         self._decisions = decisions
         self._tallies: dict[int, _ShedCount] = {}
@@ -129,7 +129,6 @@ class ShedRequests:
         return self._decisions.get(id) is not None
 
     def count(self, record: Received) -> None:
-        """Count one shed request."""
         if record.offset <= self._counted.get(record.partition, -1):
             return
         self._counted[record.partition] = record.offset

@@ -36,7 +36,7 @@ from ringfence.model.records.command_chain import ChainError, unverified_command
 from ringfence.model.records.directory import Directory
 from ringfence.model.records.seconders import seconders
 from ringfence.model.requests.facts import DeniedError, load_context, load_records
-from ringfence.policy.decision_log import Decisions
+from ringfence.policy.decision_log import DecisionLog
 from ringfence.policy.notifications.webhook import (
     Webhook,
     WebhookError,
@@ -96,7 +96,7 @@ class Notices:
         self,
         places: Mapping[str, str],
         directory: Directory,
-        decisions: Decisions,
+        decisions: DecisionLog,
         clock: Clock,
         *,
         first_delay_s: float = _FIRST_DELAY_S,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import hmac
-import ipaddress
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -18,6 +17,7 @@ import orjson
 
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.http_client import is_loopback
 from ringfence.kernel.base.text import visible, visible_name
 from ringfence.messages.approval import ActionRequest, ApprovalRequest
 from ringfence.messages.codes import Code
@@ -193,14 +193,7 @@ def _is_allowed(url: str) -> bool:
         return False
     if not host or parts.username or parts.password:
         return False
-    return parts.scheme == "https" or (parts.scheme == "http" and _is_loopback(host))
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    return parts.scheme == "https" or (parts.scheme == "http" and is_loopback(host))
 
 
 def _webhook_secret(secret: str) -> bytes:

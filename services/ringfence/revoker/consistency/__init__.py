@@ -6,7 +6,6 @@ Leaves: restored records in Redis, republished records and epoch markers on `lea
 Imports: `revoker.lease_end`, `revoker.domain`, `revoker.settings`; not
 `revoker.revocations`.
 Read first:
-  lease_watch.py           repairs differences as they appear
-  rebuild.py               rebuilds Redis after data loss, and marks a new epoch
-  issued_lease_recheck.py  revokes leases that were issued on stale records
+  lease_watch.py  repairs differences as they appear, and revokes leases that were issued on stale records
+  rebuild.py      rebuilds Redis after data loss, and marks a new epoch
 """

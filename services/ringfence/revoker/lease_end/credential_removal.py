@@ -15,7 +15,7 @@ import logging
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from ringfence.backends import Backend, CircuitBreaker, CircuitOpenError
 from ringfence.kernel.base.clock import Clock
@@ -66,33 +66,24 @@ class _Results:
     """Failed leases that are tried when that time is over, with that time in ms."""
 
 
+@dataclass(slots=True, eq=False)
 class CredentialRemover:
     """Removes credentials: at most one try of a lease at a time, and a bounded number at each target."""
 
-    def __init__(
-        self,
-        store: LeaseStore,
-        backends: Mapping[str, Backend],
-        breaker: CircuitBreaker,
-        overdue: Overdue,
-        clock: Clock,
-        tracing: Tracing,
-        *,
-        longest_delay_ms: int,
-    ) -> None:
-        self._store = store
-        self._backends = backends
-        self._breaker = breaker
-        self._overdue = overdue
-        self._clock = clock
-        self._tracing = tracing
-        self._longest_delay_ms = longest_delay_ms
-        self._queues: dict[str, _TargetQueue] = {}
-        self._in_progress: set[str] = set()
-        """Leases that are queued, being tried, or whose result is not written yet."""
-        self._workers: set[asyncio.Task[None]] = set()
-        self._results = _Results()
-        self._has_results = asyncio.Event()
+    store: LeaseStore
+    backends: Mapping[str, Backend]
+    breaker: CircuitBreaker
+    overdue: Overdue
+    clock: Clock
+    tracing: Tracing
+    _: KW_ONLY
+    longest_delay_ms: int
+    _queues: dict[str, _TargetQueue] = field(default_factory=dict, init=False)
+    _in_progress: set[str] = field(default_factory=set, init=False)
+    """Leases that are queued, being tried, or whose result is not written yet."""
+    _workers: set[asyncio.Task[None]] = field(default_factory=set, init=False)
+    _results: _Results = field(default_factory=_Results, init=False)
+    _has_results: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     def enqueue(self, requests: Iterable[EndRequest]) -> None:
         """Remove the credentials of leases that are cut, or were never active.
@@ -106,7 +97,7 @@ class CredentialRemover:
                 continue
             self._in_progress.add(lease.lease_id)
             queue.waiting.append(request)
-            if queue.workers < self._breaker.concurrency:
+            if queue.workers < self.breaker.concurrency:
                 queue.workers += 1
                 worker = asyncio.create_task(self._work(queue), name=f"removing at {lease.target_id}")
                 self._workers.add(worker)
@@ -131,7 +122,7 @@ class CredentialRemover:
         try:
             while queue.waiting:
                 request = queue.waiting.popleft()
-                open_ms = self._breaker.open_for_ms(request.lease.target_id)
+                open_ms = self.breaker.open_for_ms(request.lease.target_id)
                 if open_ms:
                     self._fail_all(queue, [request, *queue.waiting], open_ms)
                     queue.waiting.clear()
@@ -167,11 +158,11 @@ class CredentialRemover:
         self._has_results.set()
 
     async def _remove(self, lease: Lease) -> None:
-        backend = self._backends.get(lease.backend)
+        backend = self.backends.get(lease.backend)
         if backend is None:
             raise NoBackendError(f"no backend {lease.backend}")
-        with step_of(lease, "undo", self._tracing):
-            await self._breaker.call(
+        with step_of(lease, "undo", self.tracing):
+            await self.breaker.call(
                 lease.target_id, lambda: backend.undo(lease.lease_id, target_id=lease.target_id)
             )
 
@@ -181,21 +172,21 @@ class CredentialRemover:
         for start in range(0, len(results.removed), _BATCH_SIZE):
             batch = results.removed[start : start + _BATCH_SIZE]
             await self._release_after(end_removed(batch), [request.lease.lease_id for request in batch])
-            self._overdue.done(request.lease.lease_id for request in batch)
+            self.overdue.done(request.lease.lease_id for request in batch)
         for start in range(0, len(results.failed), _BATCH_SIZE):
             await self._postpone(results.failed[start : start + _BATCH_SIZE], results.probes)
         await self._retry_postponed({request.lease.target_id for request in results.removed})
 
     async def _postpone(self, failed: Sequence[tuple[Lease, int]], probes: Mapping[str, int]) -> None:
-        now_ms = self._clock.now_ms()
+        now_ms = self.clock.now_ms()
         delays = {lease.lease_id: self._delay_ms(lease, now_ms, open_ms) for lease, open_ms in failed}
         delays |= {id: open_ms for id, open_ms in probes.items() if id in delays}
         for lease, open_ms in failed:
             postponed = self._queues[lease.target_id].postponed
-            if (open_ms or self._breaker.open_for_ms(lease.target_id)) and len(postponed) < MAX_QUEUED:
+            if (open_ms or self.breaker.open_for_ms(lease.target_id)) and len(postponed) < MAX_QUEUED:
                 postponed.add(lease.lease_id)
-        await self._release_after(self._store.postpone(delays), delays)
-        await self._overdue.failed([lease for lease, _ in failed], now_ms)
+        await self._release_after(self.store.postpone(delays), delays)
+        await self.overdue.failed([lease for lease, _ in failed], now_ms)
 
     async def _retry_postponed(self, target_ids: Iterable[str]) -> None:
         """Try the postponed leases of these targets at once, as the targets work again."""
@@ -204,7 +195,7 @@ class CredentialRemover:
             ids, queue.postponed = list(queue.postponed - self._in_progress), set()
             for start in range(0, len(ids), _BATCH_SIZE):
                 batch = ids[start : start + _BATCH_SIZE]
-                await self._release_after(self._store.postpone(dict.fromkeys(batch, 0)), ())
+                await self._release_after(self.store.postpone(dict.fromkeys(batch, 0)), ())
 
     async def _release_after(self, work: Awaitable[object], ids: Iterable[str]) -> None:
         """Await `work`, then accept these leases again. A failure is logged; the leases are claimed again later."""
@@ -223,7 +214,7 @@ class CredentialRemover:
     def _delay_ms(self, lease: Lease, now_ms: int, open_ms: int) -> int:
         """Exponential backoff with jitter: as long as the lease has failed so far."""
         failed_for_ms = now_ms - lease.iat * 1000
-        delay_ms = min(self._longest_delay_ms, max(_FIRST_DELAY_MS, failed_for_ms, open_ms))
+        delay_ms = min(self.longest_delay_ms, max(_FIRST_DELAY_MS, failed_for_ms, open_ms))
         return int(delay_ms * random.uniform(0.5, 1.0)) + 1  # noqa: S311 - jitter, not a secret
 
 

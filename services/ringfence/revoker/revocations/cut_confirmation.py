@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -55,21 +55,24 @@ class _Cut:
     timer: asyncio.TimerHandle | None = field(default=None, repr=False)
 
 
+@dataclass(slots=True, eq=False)
 class CutTracker:
     """Measures cuts, by heartbeats and acknowledgements of gateways."""
 
-    def __init__(self, trust: TrustStore, clock: Clock, *, grace_ms: int) -> None:
-        self._trust = trust
-        self._clock = clock
-        self._grace_ms = grace_ms
-        self._heartbeats: dict[str, _LastHeartbeat] = {}
-        self._acks: BoundedDict[str, dict[str, int]] = BoundedDict(_MAX_ACKS)
-        """By revocation: gateways, and the append times of their acknowledgements, in ms."""
-        self._open: dict[str, _Cut] = {}
-        """By id of the revocation."""
-        self._expired: list[str] = []
-        """Revocations whose grace is over, while acknowledgements given within it may not be read yet."""
-        self._has_expired = asyncio.Event()
+    trust: TrustStore
+    clock: Clock
+    _: KW_ONLY
+    grace_ms: int
+    _heartbeats: dict[str, _LastHeartbeat] = field(default_factory=dict, init=False)
+    _acks: BoundedDict[str, dict[str, int]] = field(
+        default_factory=lambda: BoundedDict(_MAX_ACKS), init=False
+    )
+    """By revocation: gateways, and the append times of their acknowledgements, in ms."""
+    _open: dict[str, _Cut] = field(default_factory=dict, init=False)
+    """By id of the revocation."""
+    _expired: list[str] = field(default_factory=list, init=False)
+    """Revocations whose grace is over, while acknowledgements given within it may not be read yet."""
+    _has_expired: asyncio.Event = field(default_factory=asyncio.Event, init=False)
 
     # --- messages of gateways ---
 
@@ -79,7 +82,7 @@ class CutTracker:
             try:
                 heartbeat = verify(
                     parse(record.value), Heartbeat,
-                    self._trust.finder("gateway", at_s=record.appended_at_ms / 1000), audience=self._trust.trust_domain,
+                    self.trust.finder("gateway", at_s=record.appended_at_ms / 1000), audience=self.trust.trust_domain,
                 ).claims  # fmt: skip
             except InvalidMessageError:
                 continue
@@ -95,8 +98,8 @@ class CutTracker:
             try:
                 ack = verify(
                     parse(record.value), RevocationAck,
-                    self._trust.finder(*RevocationAck.signed_by, at_s=record.appended_at_ms / 1000),
-                    audience=self._trust.trust_domain,
+                    self.trust.finder(*RevocationAck.signed_by, at_s=record.appended_at_ms / 1000),
+                    audience=self.trust.trust_domain,
                 ).claims  # fmt: skip
             except InvalidMessageError as error:
                 log.warning(
@@ -113,7 +116,7 @@ class CutTracker:
 
     def live(self, revoked_at_ms: int | None = None) -> frozenset[str]:
         """The gateways whose last heartbeat is within the grace, before now or, if earlier, before the revocation."""
-        since_ms = self._clock.now_ms() - self._grace_ms
+        since_ms = self.clock.now_ms() - self.grace_ms
         if revoked_at_ms is not None:
             since_ms = min(since_ms, revoked_at_ms)
         return frozenset(id for id, last in self._heartbeats.items() if last.appended_at_ms >= since_ms)
@@ -131,7 +134,7 @@ class CutTracker:
             return
         self._open[revocation.id] = cut
         # Even if our own clock is wrong, the wait is no longer than the grace.
-        left_ms = min(self._grace_ms, max(0, revoked_at_ms + self._grace_ms - self._clock.now_ms()))
+        left_ms = min(self.grace_ms, max(0, revoked_at_ms + self.grace_ms - self.clock.now_ms()))
         cut.timer = asyncio.get_running_loop().call_later(left_ms / 1000, self._grace_over, revocation.id)
 
     async def run(self, caught_up: Callable[[float], Awaitable[bool]]) -> None:
@@ -154,7 +157,7 @@ class CutTracker:
 
     def _acks_in_time(self, id: str, cut: _Cut) -> dict[str, int]:
         """The gateways that have acknowledged within the grace, and when, in ms."""
-        until_ms = cut.revoked_at_ms + self._grace_ms
+        until_ms = cut.revoked_at_ms + self.grace_ms
         return {gateway: at_ms for gateway, at_ms in self._acks.get(id, {}).items() if at_ms <= until_ms}
 
     def _complete_if_acknowledged(self, id: str) -> None:
@@ -177,7 +180,7 @@ class CutTracker:
             id,
             ", ".join(sorted(self._missing(id, cut))),
         )
-        self._complete(id, cut, at_least_ms=cut.revoked_at_ms + self._grace_ms)
+        self._complete(id, cut, at_least_ms=cut.revoked_at_ms + self.grace_ms)
 
     def _complete(self, id: str, cut: _Cut, at_least_ms: int = 0) -> None:
         if cut.timer is not None:

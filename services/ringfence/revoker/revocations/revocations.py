@@ -53,30 +53,30 @@ async def fence(store: LeaseStore, revocations: Sequence[Revocation]) -> tuple[l
     return first, await store.fence(fences, cut=True)
 
 
+@dataclass(slots=True, eq=False)
 class FenceHandler:
     """Batch handler of `revocation.request` that only fences. `RevocationHandler` answers those that are refused."""
 
-    def __init__(self, verifier: RevocationVerifier, store: LeaseStore, cuts: CutTracker) -> None:
-        self._verifier = verifier
-        self._store = store
-        self._cuts = cuts
+    verifier: RevocationVerifier
+    store: LeaseStore
+    cuts: CutTracker
 
     async def __call__(self, batch: Sequence[Received]) -> None:
         """Fence off the leases that the selectors of the batch cover."""
-        verified, _ = await self._verifier.verify(list(filter(may_have_selector, batch)))
+        verified, _ = await self.verifier.verify(list(filter(may_have_selector, batch)))
         selecting = [revocation for revocation in verified if revocation.claims.selector is not None]
         if not selecting:
             return
-        verdicts = await self._verifier.check(selecting, {})
+        verdicts = await self.verifier.check(selecting, {})
         followed = [
             revocation
             for revocation, verdict in zip(selecting, verdicts, strict=True)
             if isinstance(verdict, Allowed)
         ]
-        first_positions, at_ms = await fence(self._store, followed)
+        first_positions, at_ms = await fence(self.store, followed)
         for revocation, first in zip(followed, first_positions, strict=True):
             if revocation.at == first:
-                self._cuts.refused(revocation, at_ms)
+                self.cuts.refused(revocation, at_ms)
 
 
 log = logging.getLogger(__name__)

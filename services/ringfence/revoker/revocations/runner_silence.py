@@ -38,6 +38,7 @@ from ringfence.revoker.revocations.record_changes import RECORD_AGE_MS
 _MAX_REVOKED = 10_000
 
 
+@dataclass(slots=True, eq=False)
 class RunEndHandler:
     """The handler of `run`.
 
@@ -45,32 +46,30 @@ class RunEndHandler:
     rebuild of Redis revokes again.
     """
 
-    def __init__(
-        self, runtime: Runtime, directory: Directory, revoker: RunRevoker, *, patience_s: float
-    ) -> None:
-        """`patience_s`: the longest wait for the local tables to catch up."""
-        self._runtime = runtime
-        self._directory = directory
-        self._revoker = revoker
-        self._patience_s = patience_s
+    runtime: Runtime
+    directory: Directory
+    revoker: RunRevoker
+    _: KW_ONLY
+    patience_s: float
+    """The longest wait for the local tables to catch up."""
 
     async def __call__(self, received: Received) -> None:
         """Revoke the leases of a run, if its record says that it is over, and counts.
 
         Raises InvalidMessageError if no runner signed such a record, UnavailableError if that is not known yet.
         """
-        now_ms = self._runtime.clock.now_ms()
+        now_ms = self.runtime.clock.now_ms()
         if not received.value or received.appended_at_ms < now_ms - RECORD_AGE_MS:
             return
-        said = self._directory.runs.verified(received)
+        said = self.directory.runs.verified(received)
         if said.status not in OVER:
             return
-        if not await self._runtime.tables_caught_up(self._patience_s):
+        if not await self.runtime.tables_caught_up(self.patience_s):
             raise UnavailableError(f"run {said.run_id} as it is now is not known here yet")
-        run = self._directory.runs.get(said.run_id)
+        run = self.directory.runs.get(said.run_id)
         if run is None or run.status not in OVER:
             return  # somebody else's word, which the table refused and logged
-        await self._revoker.revoke(run, f"run {run.run_id} is {run.status}", traceparent=received.traceparent)
+        await self.revoker.revoke(run, f"run {run.run_id} is {run.status}", traceparent=received.traceparent)
 
 
 class RunRevoker:

@@ -41,7 +41,6 @@ class InstanceKey:
             "x": _base64url(numbers.x.to_bytes(32)),
             "y": _base64url(numbers.y.to_bytes(32)),
         }
-        """The public key."""
         members = {name: self.jwk[name] for name in sorted(self.jwk)}
         self.kid = _base64url(hashlib.sha256(_json(members)).digest())
         """Its thumbprint."""

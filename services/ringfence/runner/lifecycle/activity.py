@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,25 +26,29 @@ _MAX_DENIALS = 1000
 _MAX_RELAYS = 1000
 
 
+@dataclass(slots=True, eq=False)
 class RunActivity:
     """The leases, denials, blocked actions and relays of one run, as far as this runner may read the topics."""
 
-    def __init__(self, connection: Connection, run_id: str, agent_id: str) -> None:
-        self._connection = connection
-        self._run_id = run_id
-        self._agent_id = agent_id
-        self._key_thumbprint = ""
-        self._leases: BoundedDict[str, Lease] = BoundedDict(_MAX_LEASES)
-        self._denials: BoundedDict[str, dict[str, Any]] = BoundedDict(_MAX_DENIALS)
-        self._relays: BoundedDict[str, dict[str, Any]] = BoundedDict(_MAX_RELAYS)
-        self._changed = asyncio.Event()
-        self.problem: str | None = None
-        """Why the report does not know; None if it does."""
+    connection: Connection
+    run_id: str
+    agent_id: str
+    _key_thumbprint: str = field(default="", init=False)
+    _leases: BoundedDict[str, Lease] = field(default_factory=lambda: BoundedDict(_MAX_LEASES), init=False)
+    _denials: BoundedDict[str, dict[str, Any]] = field(
+        default_factory=lambda: BoundedDict(_MAX_DENIALS), init=False
+    )
+    _relays: BoundedDict[str, dict[str, Any]] = field(
+        default_factory=lambda: BoundedDict(_MAX_RELAYS), init=False
+    )
+    _changed: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    problem: str | None = field(default=None, init=False)
+    """Why the report does not know; None if it does."""
 
     async def follow(self) -> None:
         """Start to read. A topic that cannot be read is said in `problem`: the run goes on without."""
         try:
-            await self._connection.follow(
+            await self.connection.follow(
                 [LEASE, CREDENTIAL_DECISION, ACTION], self._on_records, since_ms=None
             )
         except UnavailableError as error:
@@ -112,12 +117,12 @@ class RunActivity:
                 continue  # nobody's word, or of another message of the topic
 
     def _on_lease(self, record: Received) -> None:
-        find = self._connection.trust.finder(*Lease.signed_by, at_s=record.appended_at_ms / 1000)
+        find = self.connection.trust.finder(*Lease.signed_by, at_s=record.appended_at_ms / 1000)
         lease = verify(
-            parse(record.value), Lease, find, audience=self._connection.settings.trust_domain
+            parse(record.value), Lease, find, audience=self.connection.settings.trust_domain
         ).claims
         run = lease.instance.run if lease.instance is not None else None
-        if run is None or run.run_id != self._run_id:
+        if run is None or run.run_id != self.run_id:
             return
         known = self._leases.get(lease.lease_id)
         if known is None or lease.seq > known.seq:
@@ -125,8 +130,8 @@ class RunActivity:
             self._changed.set()
 
     def _on_decision(self, record: Received) -> None:
-        domain = self._connection.settings.trust_domain
-        find = self._connection.trust.finder(*CredentialDecision.signed_by, at_s=record.appended_at_ms / 1000)
+        domain = self.connection.settings.trust_domain
+        find = self.connection.trust.finder(*CredentialDecision.signed_by, at_s=record.appended_at_ms / 1000)
         decision = verify(parse(record.value), DecidedTerms, find, audience=domain).claims
         request = parse(decision.request)
         if decision.outcome != "denied" or request.header.kid != self._key_thumbprint:
@@ -141,14 +146,14 @@ class RunActivity:
 
     def _on_action(self, record: Received) -> None:
         # Most events are of other runs: their JSON is not read.
-        if self._run_id.encode() not in record.value:
+        if self.run_id.encode() not in record.value:
             return
         document = json.loads(record.value)
         if "allowed" not in document:
             self._on_relay(document)
             return
         action = ActionDecided.model_validate(document)
-        if action.allowed or (action.run_id, action.agent_id) != (self._run_id, self._agent_id):
+        if action.allowed or (action.run_id, action.agent_id) != (self.run_id, self.agent_id):
             return
         told = action.model_dump(
             mode="json",
@@ -160,7 +165,7 @@ class RunActivity:
     def _on_relay(self, document: dict[str, Any]) -> None:
         """An answer at an endpoint of MCP is no relay: it fails to validate, and is passed over."""
         relay = RelayEnded.model_validate(document)
-        if (relay.run_id, relay.agent_id) == (self._run_id, self._agent_id):
+        if (relay.run_id, relay.agent_id) == (self.run_id, self.agent_id):
             self._relays[relay.action_id] = relay.model_dump(
                 mode="json",
                 include={"target_id", "destination", "sent_bytes", "received_bytes", "duration_ms", "reason"},

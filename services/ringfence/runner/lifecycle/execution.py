@@ -14,7 +14,7 @@ import logging
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -128,41 +128,30 @@ class _Progress:
     """What it changed in each writable mount."""
 
 
+@dataclass(slots=True, eq=False)
 class RunExecution:
     """One run. Use it once."""
 
-    def __init__(
-        self,
-        host: RunnerHost,
-        plan: RunPlan,
-        streams: Streams = NO_STREAMS,
-        *,
-        on_claimed: Callable[[], Awaitable[None]] | None = None,
-        follows_activity: bool = True,
-        awaits_events: bool = False,
-        ends_with_lease_at: str | None = None,
-    ) -> None:
-        """Args:
-            on_claimed: awaited once the claim is on Kafka, before anything exists. If it raises, nothing starts and
-                nothing more is published.
-            follows_activity: whether the report has what the run was allowed and denied. It takes readers of three
-                topics, until the connection is closed.
-            awaits_events: whether the report waits for what the gateway blocked last. Needs `follows_activity`.
-            ends_with_lease_at: end the run when a lease of it at this target has ended. Needs `follows_activity`.
-        """  # fmt: skip
-        self._on_claimed = on_claimed
-        self._follows_activity = follows_activity
-        self._awaits_events = awaits_events
-        self._ends_with_lease_at = ends_with_lease_at
-        self._host = host
-        self._plan = plan
-        self._streams = streams
-        self._at = _Progress()
-        self._stopped = asyncio.Event()
-        self._relay: GatewayRelay | None = None
-        self._folder: Path | None = None
-        self._ca_pem: str | None = None
-        self._before: dict[str, Survey] = {}
+    host: RunnerHost
+    plan: RunPlan
+    streams: Streams = NO_STREAMS
+    _: KW_ONLY
+    on_claimed: Callable[[], Awaitable[None]] | None = None
+    """Awaited once the claim is on Kafka, before anything exists. If it raises, nothing starts and nothing more is
+    published."""
+    follows_activity: bool = True
+    """Whether the report has what the run was allowed and denied. It takes readers of three topics, until the
+    connection is closed."""
+    awaits_events: bool = False
+    """Whether the report waits for what the gateway blocked last. Needs `follows_activity`."""
+    ends_with_lease_at: str | None = None
+    """End the run when a lease of it at this target has ended. Needs `follows_activity`."""
+    _at: _Progress = field(default_factory=_Progress, init=False)
+    _stopped: asyncio.Event = field(default_factory=asyncio.Event, init=False)
+    _relay: GatewayRelay | None = field(default=None, init=False)
+    _folder: Path | None = field(default=None, init=False)
+    _ca_pem: str | None = field(default=None, init=False)
+    _before: dict[str, Survey] = field(default_factory=dict, init=False)
 
     def signal(self, number: int) -> None:
         """Send a signal to the command. Before it has started, the run is stopped instead."""
@@ -196,27 +185,27 @@ class RunExecution:
             RingfenceError: it was claimed and could not be started. Everything of it is gone, and its end is published.
         """
         began = time.monotonic()
-        connection, plan = self._host.connection, self._plan
+        connection, plan = self.host.connection, self.plan
         directory = await connection.directory()
-        check_plan(plan, directory, connection.settings.trust_domain, self._host.name, self._now_s())
-        check_private_paths(plan.mounts, self._host.private_paths)
+        check_plan(plan, directory, connection.settings.trust_domain, self.host.name, self._now_s())
+        check_private_paths(plan.mounts, self.host.private_paths)
         check_owners(plan.mounts)
-        if reasons := await self._host.backend.available():
+        if reasons := await self.host.backend.available():
             raise RunRefusedError("; ".join(reasons), code=Code.SANDBOX_UNAVAILABLE)
         self._ca_pem = self._read_ca()
         for mount in plan.mounts:
             if mount.writable:
                 self._before[mount.name] = await asyncio.to_thread(survey_mount, mount.for_sandbox())
         activity = RunActivity(connection, plan.run_id, plan.agent_id)
-        if self._follows_activity:
+        if self.follows_activity:
             await activity.follow()
         if plan.order_id is None:
             # Before the claim: if this process is killed right after it, or does not learn of it, the next run on this
             # machine finds the folder, and reports the run as lost if there is one.
             self._folder = await asyncio.to_thread(make_run_folder, plan.run_id)
         await self._publish("claimed")
-        if self._on_claimed is not None:
-            await self._on_claimed()
+        if self.on_claimed is not None:
+            await self.on_claimed()
         try:
             await self._until_stopped(self._carry_out(activity))
         except RingfenceError as error:
@@ -226,13 +215,13 @@ class RunExecution:
         if self._at.failure is not None and self._at.code is None:
             raise self._at.failure
         live = await activity.leases_ended(_LEASES_END_WITHIN_S) if self._at.published else ()
-        missing = await self._await_events(activity) if self._awaits_events else None
+        missing = await self._await_events(activity) if self.awaits_events else None
         assert self._at.destruction is not None
         return RunReport(
             run_id=plan.run_id,
             agent_id=plan.agent_id,
             task_id=plan.task_id,
-            backend=self._host.backend.name,
+            backend=self.host.backend.name,
             code=_KILLED if self._at.code is None else self._at.code,
             reason=self._reason(),
             wall_s=time.monotonic() - began,
@@ -261,7 +250,7 @@ class RunExecution:
             reason = "the end of the run is not on Kafka, so the gateway does not know of it"
         elif not await self._relay.wait_for_removal(_EVENTS_WITHIN_S):
             reason = f"the gateway did not publish all of it within {_EVENTS_WITHIN_S:g} s"
-        elif not await self._host.connection.caught_up(max(0.0, until - time.monotonic())):
+        elif not await self.host.connection.caught_up(max(0.0, until - time.monotonic())):
             reason = f"Kafka's topics were not read to their end within {_EVENTS_WITHIN_S:g} s"
         else:
             return None
@@ -269,7 +258,7 @@ class RunExecution:
 
     def _read_ca(self) -> str | None:
         """The gateway's CA certificate. Raises RunRefusedError."""
-        path = self._host.gateway_ca_file
+        path = self.host.gateway_ca_file
         try:
             return path.read_text() if path is not None else None
         except (OSError, UnicodeDecodeError):
@@ -280,7 +269,7 @@ class RunExecution:
     # --- the way to the command ---
 
     async def _carry_out(self, activity: RunActivity) -> None:
-        plan, host = self._plan, self._host
+        plan, host = self.plan, self.host
         if self._folder is None:
             self._folder = await asyncio.to_thread(make_run_folder, plan.run_id)
         folder = self._folder
@@ -292,7 +281,7 @@ class RunExecution:
             await relay.listen()
             relays = self._relays(await host.connection.directory())
             self._at.sandbox = sandbox = await host.backend.start(
-                self._spec(control.path, relay.path, relays), self._streams
+                self._spec(control.path, relay.path, relays), self.streams
             )
             await _while_alive(sandbox, control.accept(_INIT_WITHIN_S))
             kid = thumbprint(await control.public_key())
@@ -319,7 +308,7 @@ class RunExecution:
 
     def _relays(self, directory: Directory) -> tuple[Relay, ...]:
         """The relays of the task's targets without HTTP. Targets without a relay are logged, and the run continues."""
-        addresses, without = raw_addresses(directory, self._plan.task_id)
+        addresses, without = raw_addresses(directory, self.plan.task_id)
         usable = list[tuple[str, int]]()
         for address in addresses:
             try:
@@ -328,12 +317,12 @@ class RunExecution:
             except RelayError as error:
                 without.append(str(error))
         for reason in without:
-            log.warning("run %s: no relay: %s", self._plan.run_id, reason)
+            log.warning("run %s: no relay: %s", self.plan.run_id, reason)
         return relays_of(usable)
 
     def _spec(self, control: Path, gateway: Path, relays: Sequence[Relay]) -> SandboxSpec:
-        plan = self._plan
-        init = init_command(self._host.backend.name)
+        plan = self.plan
+        init = init_command(self.host.backend.name)
         limits = ResourceLimits(
             memory_bytes=plan.limits.memory_bytes,
             cpus=plan.limits.cpu_millis / 1000,
@@ -355,7 +344,7 @@ class RunExecution:
 
     async def _enrol(self, control: ControlChannel, kid: str) -> str:
         """Let the key that was made inside be enrolled. Returns the enrolment."""
-        connection, plan = self._host.connection, self._plan
+        connection, plan = self.host.connection, self.plan
         domain = connection.settings.trust_domain
         token = enrolment_token(
             connection.key,
@@ -372,7 +361,7 @@ class RunExecution:
     def _start_command(
         self, enrolment: str, relays: Sequence[Relay], *, loopback_direct: bool
     ) -> StartCommand:
-        plan, settings = self._plan, self._host.connection.settings
+        plan, settings = self.plan, self.host.connection.settings
         through_proxy = {} if loopback_direct else {"NO_PROXY": "", "no_proxy": ""}
         return StartCommand(
             argv=plan.argv,
@@ -415,15 +404,15 @@ class RunExecution:
             self._at.init = await control.ended()
 
     async def _watch_lease(self, activity: RunActivity) -> None:
-        if self._ends_with_lease_at is not None:
-            lease_id = await activity.lease_over(self._ends_with_lease_at)
-            self.stop(f"its lease {lease_id} at {self._ends_with_lease_at} has ended")
+        if self.ends_with_lease_at is not None:
+            lease_id = await activity.lease_over(self.ends_with_lease_at)
+            self.stop(f"its lease {lease_id} at {self.ends_with_lease_at} has ended")
 
     async def _watch_records(self) -> None:
-        directory = await self._host.connection.directory()
+        directory = await self.host.connection.directory()
         while True:
             try:
-                task, agent = directory.task(self._plan.task_id), directory.agent(self._plan.agent_id)
+                task, agent = directory.task(self.plan.task_id), directory.agent(self.plan.agent_id)
             except ChainError as error:
                 self.stop(f"a record does not verify: {error.code}")
                 return
@@ -452,7 +441,7 @@ class RunExecution:
         self._at.destruction = await self._destroyed()
         if self._relay is not None:
             await self._relay.close()
-        self._at.left = {mount.name: _UNSURVEYED for mount in self._plan.mounts if mount.writable}
+        self._at.left = {mount.name: _UNSURVEYED for mount in self.plan.mounts if mount.writable}
         surveys = asyncio.create_task(self._survey_mounts())
         _, late = await asyncio.wait({surveys}, timeout=_SURVEYS_WITHIN_S)
         with contextlib.suppress(UnavailableError):
@@ -460,14 +449,14 @@ class RunExecution:
             self._at.published = True
         # Not before: the end of a run that is not on Kafka is reported by the next one that finds its folder. The
         # runner of an ordered run does that itself.
-        if self._folder is not None and (self._at.published or self._plan.order_id is not None):
+        if self._folder is not None and (self._at.published or self.plan.order_id is not None):
             await asyncio.to_thread(remove_run_folder, self._folder)
         await surveys
         for left in self._left_in_mounts() if late else ():
-            log.warning("run %s: %s", self._plan.run_id, left)
+            log.warning("run %s: %s", self.plan.run_id, left)
 
     async def _survey_mounts(self) -> None:
-        for mount in self._plan.mounts:
+        for mount in self.plan.mounts:
             if mount.writable:
                 self._at.left[mount.name] = await asyncio.to_thread(
                     changes_of, mount.for_sandbox(), self._before[mount.name]
@@ -476,13 +465,13 @@ class RunExecution:
     async def _destroyed(self) -> Destruction:
         """Destroy the sandbox. What cannot be looked at counts as left: the end is published whatever happens here."""
         if self._at.sandbox is None:
-            return Destruction(self._plan.run_id)
+            return Destruction(self.plan.run_id)
         try:
             return await self._at.sandbox.destroy()
         except (OSError, RingfenceError) as error:
-            log.exception("run %s could not be destroyed", self._plan.run_id)
+            log.exception("run %s could not be destroyed", self.plan.run_id)
             return Destruction(
-                self._plan.run_id, processes=(f"unknown: {type(error).__name__}: {error}"[:300],)
+                self.plan.run_id, processes=(f"unknown: {type(error).__name__}: {error}"[:300],)
             )
 
     def _reason(self) -> str | None:
@@ -524,7 +513,7 @@ class RunExecution:
 
         `within_s`: try again for so long.
         """
-        connection, plan = self._host.connection, self._plan
+        connection, plan = self.host.connection, self.plan
         record = Run(
             iss=connection.key.id,
             aud=connection.settings.trust_domain,
@@ -539,9 +528,9 @@ class RunExecution:
             status=status,
             key_thumbprint=kid,
             deadline=plan.deadline_s,
-            backend=self._host.backend.name,
+            backend=self.host.backend.name,
             limits=plan.limits,
-            policy_digest=plan.rules_digest(self._host.backend.name),
+            policy_digest=plan.rules_digest(self.host.backend.name),
             image_digest=plan.image_digest,
             mounts=tuple(mount.for_record() for mount in plan.mounts),
             exit=self._exit() if status == "ended" else None,
@@ -568,7 +557,7 @@ class RunExecution:
         self._at.status, self._at.kid = status, kid
 
     def _now_s(self) -> float:
-        return self._host.connection.clock.now_ms() / 1000
+        return self.host.connection.clock.now_ms() / 1000
 
 
 async def _while_alive(sandbox: Sandbox, work: Coroutine[Any, Any, None]) -> None:

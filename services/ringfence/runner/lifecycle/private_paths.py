@@ -17,7 +17,7 @@ from typing import Any, Final, get_args
 
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.config_file import personal_path, read_config
-from ringfence.kernel.base.settings import RingfenceSettings, table_of
+from ringfence.kernel.base.settings import RingfenceSettings, settings_classes, table_of
 from ringfence.runner.lifecycle.plan import PlannedMount, RunRefusedError
 from ringfence.runner.sandbox.mount_points import mount_points, place_of, shown_by
 
@@ -48,7 +48,7 @@ def private_paths(settings: ClientSettings) -> list[PrivatePath]:
     if personal := personal_path():  # also one that is not there yet: a run could write it
         add("the personal settings file", personal, readable=True)
     environment = {name.upper(): value for name, value in os.environ.items()}
-    for cls in _classes(RingfenceSettings):
+    for cls in settings_classes(RingfenceSettings):
         prefix, table = str(cls.model_config.get("env_prefix") or ""), table_of(cls, file)
         for field, info in cls.model_fields.items():
             name = f"{prefix}{field}".upper()
@@ -58,12 +58,6 @@ def private_paths(settings: ClientSettings) -> list[PrivatePath]:
             for path in _paths_in(given, is_path=_has_path(info.annotation)):
                 add(f"what {name} names", path, readable=name.endswith(_WITHOUT_SECRETS))
     return [*found.values()]
-
-
-def _classes(cls: type[RingfenceSettings]) -> Iterator[type[RingfenceSettings]]:
-    yield cls
-    for narrower in cls.__subclasses__():
-        yield from _classes(narrower)
 
 
 def _has_path(annotation: Any) -> bool:

@@ -189,7 +189,6 @@ class ExitReason(StrEnum):
     """Why a sandbox ended."""
 
     COMMAND = "command"
-    """The command ended."""
     TTL = "ttl"
     """Its time was over."""
     KILLED = "killed"

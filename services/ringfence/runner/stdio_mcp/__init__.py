@@ -9,5 +9,5 @@ server pass the gateway too.
 Enters: the client's lines, the gateway's requests; called by `ringfence mcp wrap`.
 Leaves: the server's messages.
 Imports: `runner.lifecycle`, `runner.sandbox.backend`; below: `model`, `kernel`, `messages`.
-Read first: wrap.py (runs server and bridges), server_channel.py (exchanges), upstream.py (HTTP).
+Read first: wrap.py (runs server and bridges), server_channel.py (exchanges, HTTP).
 """

@@ -63,27 +63,27 @@ class UpstreamError(RingfenceError):
     code = Code.CANNOT_LISTEN
 
 
+@dataclass(slots=True, eq=False)
 class StdioUpstream:
     """Serves one server to the gateway, under the name of one target."""
 
-    def __init__(self, path: Path, target_id: str, channel: ServerChannel) -> None:
-        """`path`: `RUN.stdio` in the gateway's folder; `target_id`: requests for another target are refused."""
-        self._path = path
-        self._target_id = target_id
-        self._channel = channel
-        self._server: asyncio.Server | None = None
-        self._connections: set[asyncio.Task[None]] = set()
+    path: Path
+    """`RUN.stdio` in the gateway's folder; `target_id`: requests for another target are refused."""
+    target_id: str
+    channel: ServerChannel
+    _server: asyncio.Server | None = field(default=None, init=False)
+    _connections: set[asyncio.Task[None]] = field(default_factory=set, init=False)
 
     async def listen(self) -> None:
         """Open the socket, readable for the gateway's user alone. Raises UpstreamError."""
         before = os.umask(0o177)
         try:
-            with socket_address(self._path) as address:
+            with socket_address(self.path) as address:
                 self._server = await asyncio.start_unix_server(self._accept, address)
             if os.geteuid() == 0:
-                os.chown(self._path, self._path.parent.stat().st_uid, -1)
+                os.chown(self.path, self.path.parent.stat().st_uid, -1)
         except OSError as error:
-            raise UpstreamError(f"cannot listen at {self._path}: {error.strerror or error}").with_remedy(
+            raise UpstreamError(f"cannot listen at {self.path}: {error.strerror or error}").with_remedy(
                 "start it as the user of the gateway, or as root"
             ) from None
         finally:
@@ -94,7 +94,7 @@ class StdioUpstream:
         server, self._server = self._server, None
         if server is not None:
             server.close()
-            self._path.unlink(missing_ok=True)
+            self.path.unlink(missing_ok=True)
         for connection in list(self._connections):
             connection.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
@@ -109,7 +109,7 @@ class StdioUpstream:
             pass  # the gateway has gone
         except RequestRefusedError as error:
             # The gateway sends nothing of the kind: somebody else is there.
-            log.warning("refused at %s: %s", self._path, error.code)
+            log.warning("refused at %s: %s", self.path, error.code)
         finally:
             self._connections.discard(this)
             writer.transport.abort()
@@ -118,10 +118,10 @@ class StdioUpstream:
         buffer = bytearray()
         while (head := await _read_head(reader, buffer)) is not None:
             body = await _read_body(reader, buffer, head)
-            if head.section.values.get(b"host", b"").decode("latin-1") != self._target_id:
+            if head.section.values.get(b"host", b"").decode("latin-1") != self.target_id:
                 await _answer(writer, HTTPStatus.MISDIRECTED_REQUEST)
             elif head.method == "GET":
-                with self._channel.stream() as stream:
+                with self.channel.stream() as stream:
                     await self._send_events(reader, writer, stream)
             elif head.method == "POST":
                 await self._post(reader, writer, body)
@@ -137,11 +137,11 @@ class StdioUpstream:
             return
         try:
             if not outline.is_request:
-                await self._channel.send(line)
+                await self.channel.send(line)
                 writer.write(_ACCEPTED)
                 await writer.drain()
                 return
-            exchange = await self._channel.request(line, outline)
+            exchange = await self.channel.request(line, outline)
         except ServerGoneError:
             await _answer(writer, HTTPStatus.BAD_GATEWAY)
             return
@@ -152,7 +152,7 @@ class StdioUpstream:
         try:
             await self._send_events(reader, writer, exchange)
         finally:
-            await asyncio.shield(self._channel.abandon(exchange))
+            await asyncio.shield(self.channel.abandon(exchange))
 
     async def _send_events(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, exchange: Exchange

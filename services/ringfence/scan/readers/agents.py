@@ -314,5 +314,4 @@ def _of_server(settings: Any, field: str, used_by: str) -> Iterator[Candidate]:
 
 
 def readers() -> tuple[McpClientReader, ...]:
-    """Return one reader for each client."""
     return tuple(map(McpClientReader, _CLIENTS))
