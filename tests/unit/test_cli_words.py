@@ -20,8 +20,9 @@ from ringfence.cli.shared.arguments import (
     write_permission,
 )
 from ringfence.cli.shared.options import duration_s, moment_s, when_ms
-from ringfence.cli.shared.output import moment, span, until, visible, visible_name
+from ringfence.cli.shared.output import moment, until, visible, visible_name
 from ringfence.client.errors import InvalidCallError, checked
+from ringfence.kernel.base.text import span
 from ringfence.messages.base import Name, Permission, SpiffeId, TargetId, Uuid
 
 

@@ -26,7 +26,7 @@ def operation(*tags: str) -> dict[str, Any]:
 def actions(found: OpenApiMap, *requests: str) -> list[str]:
     """What the gateway makes of requests, as `verb resource`; empty where it denies."""
     rules = RequestMap(found.template.requests)
-    acts = [rules.action(*request.split(" ")) for request in requests]
+    acts = [rules.action(method, target) for method, _, target in (one.partition(" ") for one in requests)]
     return ["" if one is None else f"{one.verb} {one.resource}" for one in acts]
 
 

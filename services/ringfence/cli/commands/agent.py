@@ -59,12 +59,13 @@ from ringfence.cli.shared.options import (
     signs_on_page,
     wants_json,
 )
-from ringfence.cli.shared.output import note, print_json, print_table, say, span, until, visible_name
+from ringfence.cli.shared.output import note, print_json, print_table, say, until, visible_name
 from ringfence.cli.shared.records import list_records, print_record, read_record
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.text import span
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.base import KeyRecord, Permission
 from ringfence.messages.registry import AgentState, AgentTransferConsent

@@ -35,14 +35,13 @@ from ringfence.cli.shared.output import (
     print_json_line,
     print_table,
     say,
-    span,
     visible,
     visible_name,
 )
 from ringfence.cli.shared.tables import Column, ending, ids
 from ringfence.client.arguments import find_by_prefix
 from ringfence.client.errors import InvalidCallError
-from ringfence.kernel.base.text import Lines
+from ringfence.kernel.base.text import Lines, span
 
 if TYPE_CHECKING:
     from ringfence.client.approvals.action_approvals import PendingAction

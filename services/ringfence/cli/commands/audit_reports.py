@@ -24,12 +24,12 @@ from ringfence.cli.shared.options import (
     span_ms,
     wants_json,
 )
-from ringfence.cli.shared.output import moment, note, print_json, print_table, say, span
+from ringfence.cli.shared.output import moment, note, print_json, print_table, say
 from ringfence.cli.shared.progress import counting
 from ringfence.cli.shared.tables import Column, ids, prose
 from ringfence.client.errors import ApiError, InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
-from ringfence.kernel.base.text import Lines, did_you_mean
+from ringfence.kernel.base.text import Lines, did_you_mean, span
 
 if TYPE_CHECKING:
     from ringfence.client.reports.access_report import AccessReport, Coverage, Ratio

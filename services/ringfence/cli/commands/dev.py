@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 import typer
 from rich.text import Text
 
-from ringfence.cli.shared.output import console, output_folder, span
+from ringfence.cli.shared.output import console, output_folder
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base.private_files import write_private
-from ringfence.kernel.base.text import Lines, visible, visible_lines
+from ringfence.kernel.base.text import Lines, span, visible, visible_lines
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -30,18 +30,11 @@ from ringfence.cli.shared.options import (
     signs_on_page,
     wants_json,
 )
-from ringfence.cli.shared.output import (
-    note,
-    print_fields,
-    print_json,
-    print_table,
-    span,
-    until,
-    visible,
-)
+from ringfence.cli.shared.output import note, print_fields, print_json, print_table, until, visible
 from ringfence.cli.shared.tables import ids, state
 from ringfence.client.errors import InvalidCallError
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.text import span
 from ringfence.messages.base import Permission
 
 if TYPE_CHECKING:

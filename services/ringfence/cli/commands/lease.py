@@ -11,17 +11,10 @@ import typer
 from ringfence.cli.shared.arguments import check_id_prefix, check_name, check_target_id, show_scope
 from ringfence.cli.shared.id_lookup import whole_id
 from ringfence.cli.shared.options import IdentityOption, JsonOption, WideOption, identity, run, wants_json
-from ringfence.cli.shared.output import (
-    moment,
-    note,
-    print_fields,
-    print_json,
-    print_table,
-    span,
-    until,
-)
+from ringfence.cli.shared.output import moment, note, print_fields, print_json, print_table, until
 from ringfence.cli.shared.tables import ending, ids, state
 from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.text import span
 from ringfence.messages.base import Permission, Scope
 
 app = typer.Typer(help="The lives of issued credentials.", no_args_is_help=True)

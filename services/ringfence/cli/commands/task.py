@@ -34,12 +34,12 @@ from ringfence.cli.shared.options import (
     signer,
     wants_json,
 )
-from ringfence.cli.shared.output import moment, note, print_json, say, span
+from ringfence.cli.shared.output import moment, note, print_json, say
 from ringfence.cli.shared.records import list_records, print_record
 from ringfence.client.errors import InvalidCallError, checked
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.errors import InvalidMessageError, RingfenceError
-from ringfence.kernel.base.text import Lines
+from ringfence.kernel.base.text import Lines, span
 from ringfence.kernel.crypto.jws import parse
 from ringfence.messages.registry import TaskConsent, TaskTerms
 from ringfence.model.records.consent import canonical_terms, nonce_of

@@ -34,10 +34,11 @@ from ringfence.cli.completion.command_line import (
     static_completion,
 )
 from ringfence.cli.shared.id_lookup import IdKind, known_ids
-from ringfence.cli.shared.output import moment, span
+from ringfence.cli.shared.output import moment
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.client.settings import ClientSettings
 from ringfence.kernel.base.settings import load
+from ringfence.kernel.base.text import span
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.registry import TaskState
 

@@ -10,8 +10,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from ringfence.cli.shared.arguments import show_scope
-from ringfence.cli.shared.output import print_fields, span, until, visible, visible_name, visible_resource
-from ringfence.kernel.base.text import Lines
+from ringfence.cli.shared.output import print_fields, until, visible, visible_name, visible_resource
+from ringfence.kernel.base.text import Lines, span
 from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:

@@ -33,7 +33,7 @@ from ringfence.cli.shared.progress import hidden
 from ringfence.cli.shared.tables import Column, list_lines, wrapped
 from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.base.private_files import OutputFileError, check_output, write_private, write_public
-from ringfence.kernel.base.text import shown, visible, visible_lines, visible_name, visible_resource
+from ringfence.kernel.base.text import shown, span, visible, visible_lines, visible_name, visible_resource
 
 
 def is_stdout(path: Path) -> bool:
@@ -229,17 +229,6 @@ def print_fields(fields: Mapping[str, str], *, title: str | None = None) -> None
 def moment(seconds: float | None) -> str:
     """Return a time in UTC, to the second."""
     return "" if seconds is None else utc_text(seconds)
-
-
-def span(seconds: float) -> str:
-    """Return a duration in words: `45 s`, `4 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
-    remaining_s = int(abs(seconds))
-    parts = []
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
-        count, remaining_s = divmod(remaining_s, size)
-        if count:
-            parts.append(f"{count} {unit}")
-    return " ".join(parts[:2]) or "0 s"
 
 
 def until(seconds: float, now_s: float) -> str:

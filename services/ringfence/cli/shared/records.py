@@ -11,12 +11,12 @@ from typing import Any
 from ringfence.cli.shared.arguments import show_scope
 from ringfence.cli.shared.attestation import show_selector
 from ringfence.cli.shared.options import call
-from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, span, until
+from ringfence.cli.shared.output import moment, print_fields, print_json, print_table, until
 from ringfence.cli.shared.tables import Column, ids, prose, state
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.read_api import ReadApi
 from ringfence.kernel.base.secret_refs import without_secrets
-from ringfence.kernel.base.text import Lines, did_you_mean
+from ringfence.kernel.base.text import Lines, did_you_mean, span
 from ringfence.messages.base import KeyRecord
 from ringfence.messages.registry import (
     AgentState,

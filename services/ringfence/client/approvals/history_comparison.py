@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ringfence.kernel.base.errors import InvalidMessageError
+from ringfence.kernel.base.text import span
 from ringfence.kernel.crypto.jws import parse, verify
 from ringfence.kernel.crypto.webauthn import VerificationKey
 from ringfence.kernel.kafka.record import Received
@@ -182,7 +183,9 @@ def compare(scope: Scope, ttl_s: int, delivery: Delivery, past: Iterable[PastAns
     denied = [one for one in answers if one.verdict == "denied"]
     deviations = _deviations(scope, approved)
     if approved and ttl_s > (longest := max(one.ttl_s for one in approved)):
-        deviations.append(Deviation(Code.TTL, f"for {ttl_s} s, and at most {longest} s was approved before"))
+        deviations.append(
+            Deviation(Code.TTL, f"for {span(ttl_s)}, and at most {span(longest)} was approved before")
+        )
     if approved and delivery not in {one.delivery for one in approved}:
         deviations.append(Deviation(Code.DELIVERY, f"delivered to the {delivery}, and never was before"))
     # Of the denied parts, those that overlap as a whole: the same again, or a part of it.

@@ -70,6 +70,17 @@ def with_article(word: str) -> str:
     return f"an {word}" if word[:1].lower() in set("aeio") else f"a {word}"
 
 
+def span(seconds: float) -> str:
+    """Return a duration in words: `45 s`, `4 min 10 s`, `3 h 5 min`, `2 d 4 h`."""
+    remaining_s = int(abs(seconds))
+    parts = []
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, remaining_s = divmod(remaining_s, size)
+        if count:
+            parts.append(f"{count} {unit}")
+    return " ".join(parts[:2]) or "0 s"
+
+
 def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
     """The name in `known` whose spelling is closest to `name`, without regard to case; None if none is close.
 
