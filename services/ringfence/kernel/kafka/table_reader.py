@@ -197,7 +197,9 @@ class Follower:
 
         A table may simply not hold a record *yet*. After this wait, nobody is refused for that. A sender who saw a
         record acknowledged before sending is judged with that record. Costs one round trip if nothing is outstanding.
-        If something is outstanding, fetches do not linger until it is read. False if `timeout_s` passed first, or if Kafka did not answer.
+        Otherwise fetches do not linger until it is read.
+
+        False if `timeout_s` passed first, or if Kafka did not answer.
         """
         if self._consumer is None:
             return False
