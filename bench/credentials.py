@@ -227,7 +227,7 @@ async def _approvals(stack: Stack, settings: ClientSettings, pids: dict[str, int
 
 
 @contextlib.asynccontextmanager
-async def _approving(key: SigningKey | SoftwarePasskey, settings: ClientSettings) -> AsyncIterator[None]:
+async def _approving(key: SigningKey, settings: ClientSettings) -> AsyncIterator[None]:
     """A sponsor who approves each request at once."""
     seen: set[str] = set()
 
