@@ -46,7 +46,7 @@ SATURATION_S = 15
 SILENCE_S = 30
 RATE = 100
 RATE_S = 20
-APPROVALS, APPROVALS_IN_FLIGHT = 400, 16
+ALONE, APPROVALS, APPROVALS_IN_FLIGHT = 60, 400, 16
 VERIFICATIONS = 1000
 WARM_UP = {"embedded": 0, "apache": 4000}
 """So many credentials first: for its first minute a Java machine compiles more than it does."""
@@ -216,20 +216,20 @@ async def _approvals(stack: Stack, settings: ClientSettings, pids: dict[str, int
             invitation=sign(invitation, file), possession=sign(possession, passkey),
         )  # fmt: skip
     async with Agent.connect(key_of(stack.trust, domain, "agent", "deploy-bot"), settings) as bot:
-        for name, key in (
-            ("a key file", file),
-            ("a passkey", passkey),
-            ("a key file", file),
-            ("a passkey", passkey),
-        ):
-            async with Sponsor.connect(key, settings) as sponsor:
-                await _approved(bot, task, sponsor, name, pids)
+        for in_flight, count in ((1, ALONE), (APPROVALS_IN_FLIGHT, APPROVALS)):
+            await _ask(bot, task, "read", "without an approval", in_flight, count, pids)
+            async with _approving(file, settings):
+                await _ask(bot, task, "deploy", "approved by a key file", in_flight, count, pids)
+        for name, key in (("a passkey", passkey), ("a key file", file), ("a passkey", passkey)):
+            async with _approving(key, settings):
+                await _ask(bot, task, "deploy", f"approved by {name}", APPROVALS_IN_FLIGHT, APPROVALS, pids)
     await _verification(file, passkey, stack)
 
 
-async def _approved(bot: Agent, task: str, sponsor: Sponsor, name: str, pids: dict[str, int]) -> None:
-    latencies: list[float] = []
-    numbers = iter(range(APPROVALS))
+@contextlib.asynccontextmanager
+async def _approving(key: SigningKey, settings: ClientSettings) -> AsyncIterator[None]:
+    """A sponsor who approves each request at once."""
+    seen: set[str] = set()
 
     async def approve() -> None:
         async for pending in sponsor.watch():
@@ -237,25 +237,37 @@ async def _approved(bot: Agent, task: str, sponsor: Sponsor, name: str, pids: di
                 seen.add(pending.request_id)
                 await sponsor.approve(pending)
 
+    async with Sponsor.connect(key, settings) as sponsor:
+        approving = asyncio.create_task(approve())
+        try:
+            yield
+        finally:
+            approving.cancel()
+
+
+async def _ask(
+    bot: Agent, task: str, verb: str, name: str, in_flight: int, count: int, pids: dict[str, int]
+) -> None:
+    """Ask for `count` credentials, and print how long each took and what it cost."""
+    latencies: list[float] = []
+    numbers = iter(range(count))
+
     async def ask() -> None:
         for _ in numbers:
             start = time.perf_counter()
             await bot.request(
-                task=task, target=PLATFORM, verbs=["deploy"], resources=["env/staging/web"], reason="bench",
+                task=task, target=PLATFORM, verbs=[verb], resources=["env/staging/web"], reason="bench",
                 ttl_s=60, timeout_s=60,
             )  # fmt: skip
             latencies.append((time.perf_counter() - start) * 1000)
 
-    seen: set[str] = set()
-    approving = asyncio.create_task(approve())
-    before = cpu_s(pids)
-    await asyncio.gather(*(ask() for _ in range(APPROVALS_IN_FLIGHT)))
-    after = cpu_s(pids)
-    approving.cancel()
-    each = {role: (after[role] - before[role]) / APPROVALS * 1e6 for role in ("policy", "issuer", "audit")}
+    before, start = cpu_s(pids), time.perf_counter()
+    await asyncio.gather(*(ask() for _ in range(in_flight)))
+    rate, after = count / (time.perf_counter() - start), cpu_s(pids)
+    each = {role: (after[role] - before[role]) / count * 1e6 for role in ("policy", "issuer", "audit")}
     print(
-        f"approved by {name}, {APPROVALS_IN_FLIGHT} in flight: request to credential p50 "
-        f"{percentile(latencies, 0.5):.1f} ms, p99 {percentile(latencies, 0.99):.1f} ms; CPU µs a credential: "
+        f"{name}, {in_flight} in flight, {rate:.0f}/s: request to credential p50 {percentile(latencies, 0.5):.1f} ms, "
+        f"p99 {percentile(latencies, 0.99):.1f} ms; CPU µs a credential: "
         + ", ".join(f"{role} {cost:.0f}" for role, cost in each.items())
     )
 

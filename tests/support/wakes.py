@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 from aiokafka.client import AIOKafkaClient
 
 from ringfence.kernel.kafka import embedded_broker
+from ringfence.kernel.kafka.fetch_control import FetchPauses
 
 _PRODUCE, _END_TRANSACTION = 0, 26
 """API keys of the Kafka protocol."""
@@ -68,7 +69,7 @@ def _end(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-async def _pause(seconds: float, client: Any, topics: Any) -> None:
+async def _pause(seconds: float, client: Any, topics: Any, pauses: FetchPauses) -> None:
     names = frozenset(name for name, _ in topics)
     if seconds > 0 and sum(_written[name] for name in names) == _seen.get(client):
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()

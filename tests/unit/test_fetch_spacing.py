@@ -90,6 +90,35 @@ async def test_after_what_came_records_gather_and_the_first_after_a_silence_does
     assert await asyncio.wait_for(client.send(2, FETCH), 0.049), "nor does another broker"
 
 
+async def test_lingering_fetch_goes_out_at_once_while_somebody_waits_for_records() -> None:
+    client = Client([answer(b"record")] * 4)
+    pauses = FetchControl(of(client), linger_ms=600_000).pauses
+    await client.send(1, FETCH)
+    lingering = asyncio.create_task(client.send(1, FETCH))
+    await asyncio.sleep(0)  # the task runs up to its wait
+    assert len(at(client, 1)) == 1
+    async with asyncio.timeout(10):
+        with pauses.hurried():
+            await lingering
+            await client.send(1, FETCH)
+    lingering = asyncio.create_task(client.send(1, FETCH))
+    await asyncio.sleep(0.01)
+    assert not lingering.done(), "records gather again once nobody waits"
+    lingering.cancel()
+
+
+async def test_held_fetch_of_the_embedded_broker_goes_out_at_once_while_somebody_waits_for_records() -> None:
+    client = Client([answer(b"record"), answer(), answer(), answer(b"record")])
+    pauses = hold_fetches(of(client), linger_ms=600_000, ceiling_ms=600_000, hold_ms=10**9)
+    await client.send(1, FETCH)
+    held = asyncio.create_task(client.send(1, FETCH))
+    await asyncio.sleep(0)  # the task runs up to its wait
+    assert len(at(client, 1)) == 1
+    with pauses.hurried():
+        assert (await asyncio.wait_for(held, 10)).topics == answer(b"record").topics
+    assert len(at(client, 1)) == 4
+
+
 async def test_after_a_fetch_that_failed_the_next_waits_where_it_can_be_called_off() -> None:
     """aiokafka waits after a failure as well, and then what it calls off comes out of its `stop` as a cancellation."""
     client = Client()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from ringfence.kernel.kafka.fetch_control import FetchPauses
 from tests.support import wakes
 
 PAUSE_S = 60
@@ -37,9 +38,9 @@ async def test_write_passes_over_a_consumer_whose_loop_is_closed() -> None:
 async def _paused(consumer: Any) -> asyncio.Task[None]:
     """A consumer that has seen all, and waits for more: the first pause only notes what was written so far."""
     topics = [("of-wakes", 0)]
-    await wakes._pause(PAUSE_S, consumer, topics)
+    await wakes._pause(PAUSE_S, consumer, topics, FetchPauses())
     before = len(wakes._waiting)
-    waiting = asyncio.create_task(wakes._pause(PAUSE_S, consumer, topics))
+    waiting = asyncio.create_task(wakes._pause(PAUSE_S, consumer, topics, FetchPauses()))
     await asyncio.sleep(0)  # the task runs up to its wait
     assert len(wakes._waiting) == before + 1
     return waiting

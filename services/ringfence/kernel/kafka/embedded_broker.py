@@ -18,6 +18,8 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.client import ConnectionGroup
 from aiokafka.errors import KafkaConnectionError
 
+from ringfence.kernel.kafka.fetch_control import FetchPauses
+
 # Api keys and error codes of the Kafka protocol.
 _FETCH, _OFFSET_COMMIT = 1, 8
 _ILLEGAL_GENERATION, _REBALANCE_IN_PROGRESS = 22, 27
@@ -35,29 +37,31 @@ first of a row costs three times what those cost that are sent again."""
 _SHARE_OF_SILENCE = 1 / 16
 
 
-async def pause(seconds: float, client: Any, topics: Any) -> None:
+async def pause(seconds: float, client: Any, topics: Any, pauses: FetchPauses) -> None:
     """Wait before a fetch. Where producers share the process, as in tests, a replacement ends with their next record.
 
     `client` is the consumer's; `topics` are those of its fetch request.
     """
-    await asyncio.sleep(seconds)
+    await pauses.sleep(seconds)
 
 
 def adapt_to_embedded_broker(
     consumer: AIOKafkaConsumer, *, linger_ms: int = QUICK_MS, ceiling_ms: int = CEILING_MS
-) -> None:
+) -> FetchPauses:
     """All adapters below. Call it once, before `consumer.start()`, and for the embedded broker only.
 
-    `linger_ms` is the least time from fetch to fetch; `ceiling_ms` the longest while nothing comes.
+    `linger_ms` is the least time from fetch to fetch; `ceiling_ms` the longest while nothing comes. Returns the pauses
+    between fetches.
     """
-    hold_fetches(consumer, linger_ms=linger_ms, ceiling_ms=max(ceiling_ms, 2 * linger_ms))
+    pauses = hold_fetches(consumer, linger_ms=linger_ms, ceiling_ms=max(ceiling_ms, 2 * linger_ms))
     rejoin_on_refused_commit(consumer)
     pass_over_old_aborts(consumer)
+    return pauses
 
 
 def hold_fetches(
     consumer: AIOKafkaConsumer, *, linger_ms: int, ceiling_ms: int = CEILING_MS, hold_ms: int = HOLD_MS
-) -> None:
+) -> FetchPauses:
     """Let a fetch of `consumer` wait for records, as Apache Kafka does it for `fetch_max_wait_ms`.
 
     The embedded broker answers at once, and an idle consumer of it spins: 0.9 of a core. So the same fetch is sent
@@ -77,6 +81,7 @@ def hold_fetches(
     send = client.send
     due_s: dict[int, float] = {}
     heard_s: dict[int, float] = {}
+    pauses = FetchPauses()
 
     async def delayed_send(node_id: int, request: Any, **options: Any) -> Any:
         if request.API_KEY != _FETCH:
@@ -85,7 +90,7 @@ def hold_fetches(
         hold_until_s = loop.time() + hold_ms / 1000
         again: _Again | None = None
         while True:
-            await pause(due_s.get(node_id, 0) - loop.time(), client, request.topics)
+            await pause(due_s.get(node_id, 0) - loop.time(), client, request.topics, pauses)
             due_s[node_id] = loop.time() + linger_ms / 1000
             response = await (send(node_id, request, **options) if again is None else again.send())
             now_s = loop.time()
@@ -100,6 +105,7 @@ def hold_fetches(
                 return response
 
     client.send = delayed_send
+    return pauses
 
 
 class _Again:

@@ -107,6 +107,8 @@ MUCH_BYTES = 256 * 1024
 WAIT_MS = 500
 """How long a broker holds a fetch that finds nothing. Other requests on the same connection wait behind it."""
 _AFTER_FAILURE_S = 0.1
+_HURRIED_S = 0.002
+"""Not zero: a transaction may hold back records that are on Kafka."""
 _GATHER_MS = 2
 _GATHER_AT_MOST_MS = 12
 _NOTHING = SimpleNamespace(topics=())
@@ -147,14 +149,57 @@ class BatchDelay:
         return 0 if handled >= self._full else min(_GATHER_MS * (fewer - 1), _GATHER_AT_MOST_MS) / 1000
 
 
+class FetchPauses:
+    """The pauses between the fetches of one consumer, which end early while somebody waits for its records."""
+
+    def __init__(self) -> None:
+        self._hurried = 0
+        self._under_way: set[asyncio.Future[None]] = set()
+
+    async def sleep(self, seconds: float) -> None:
+        """Sleep for so long, or until `hurried` ends it. Within `hurried` for `_HURRIED_S` at most."""
+        if seconds <= 0:
+            await asyncio.sleep(0)
+            return
+        loop = asyncio.get_running_loop()
+        end: asyncio.Future[None] = loop.create_future()
+        timer = loop.call_later(min(seconds, _HURRIED_S) if self._hurried else seconds, _resolve, end)
+        self._under_way.add(end)
+        try:
+            await end
+        finally:
+            timer.cancel()
+            self._under_way.discard(end)
+
+    @contextlib.contextmanager
+    def hurried(self) -> Iterator[None]:
+        """Fetch now, and without pauses until the end of the block: records that Kafka has are waited for."""
+        self._hurried += 1
+        for end in tuple(self._under_way):
+            _resolve(end)
+        try:
+            yield
+        finally:
+            self._hurried -= 1
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
 class FetchControl:
     """The fetches of one consumer. Create it once, before `consumer.start()`."""
 
-    def __init__(self, consumer: AIOKafkaConsumer, *, linger_ms: int = 0) -> None:
-        """`linger_ms`: after a response with few records, let more gather at the broker for so long.
-
-        The first record after a silence is read at once all the same.
-        """
+    def __init__(
+        self, consumer: AIOKafkaConsumer, *, linger_ms: int = 0, pauses: FetchPauses | None = None
+    ) -> None:
+        """Args:
+            linger_ms: after a response with few records, let more gather at the broker for so long. The first record
+                after a silence is read at once all the same.
+            pauses: those of another adapter of the same consumer, if there is one.
+        """  # fmt: skip
+        self.pauses = pauses or FetchPauses()
         self._linger_s = linger_ms / 1000
         self.held = False
         self._open = asyncio.Event()
@@ -190,7 +235,7 @@ class FetchControl:
             return _NOTHING
         wait_s = max(self._not_before_s, self._due_s.get(node_id, 0)) - loop.time()
         if wait_s > 0:
-            await asyncio.sleep(wait_s)
+            await self.pauses.sleep(wait_s)
         try:
             response = await self._send(node_id, request, **options)
         except KafkaError as error:

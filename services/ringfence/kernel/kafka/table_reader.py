@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -15,7 +15,7 @@ from ringfence.kernel.base.settings import BusSettings
 from ringfence.kernel.kafka.connection import connection, no_answer
 from ringfence.kernel.kafka.data_loss import NO_RESET, LossAwareReader
 from ringfence.kernel.kafka.embedded_broker import QUICK_MS, TABLE_MS, adapt_to_embedded_broker
-from ringfence.kernel.kafka.fetch_control import FetchControl, fetch_options
+from ringfence.kernel.kafka.fetch_control import FetchControl, FetchPauses, fetch_options
 from ringfence.kernel.kafka.record import Received, missing_topics, partitioner, received
 from ringfence.messages.base import Topic
 
@@ -32,8 +32,8 @@ def paced(
         quick_ms: if somebody waits: the time between fetches from the embedded broker, which holds no fetch.
     """
     if settings.embedded_broker:
-        adapt_to_embedded_broker(consumer, linger_ms=linger_ms or quick_ms)
-        return FetchControl(consumer)
+        pauses = adapt_to_embedded_broker(consumer, linger_ms=linger_ms or quick_ms)
+        return FetchControl(consumer, pauses=pauses)
     return FetchControl(consumer, linger_ms=linger_ms)
 
 
@@ -76,6 +76,7 @@ class Follower:
         self._followed: dict[str, _Followed] = {}
         self._linger_ms = linger_ms
         self._consumer: AIOKafkaConsumer | None = None
+        self._pauses = FetchPauses()
         self._goal: dict[TopicPartition, int] = {}
         self._task: asyncio.Task[None] | None = None
         self._asking: AIOKafkaConsumer | None = None
@@ -105,7 +106,8 @@ class Follower:
             **fetch_options(self._topics.values()),
         )
         whole = all(followed.since_ms == 0 for followed in self._followed.values())
-        paced(consumer, self._settings, self._linger_ms, quick_ms=TABLE_MS if whole else QUICK_MS)
+        quick_ms = TABLE_MS if whole else QUICK_MS
+        self._pauses = paced(consumer, self._settings, self._linger_ms, quick_ms=quick_ms).pauses
         try:
             await consumer.start()
             partitions = await self._partitions(consumer)
@@ -178,9 +180,9 @@ class Follower:
             for partition, records in batches.items():
                 reader = self._followed[partition.topic].reader
                 reader([received(record, self._topics) for record in records])
-            if batches:
-                advanced, self._advanced = self._advanced, asyncio.Event()
-                advanced.set()
+            # Also without records: a position moves past markers of transactions.
+            advanced, self._advanced = self._advanced, asyncio.Event()
+            advanced.set()
             if behind:
                 behind = {p for p in behind if await consumer.position(p) < self._goal[p]}
 
@@ -201,6 +203,8 @@ class Follower:
 
         A table may simply not hold a record *yet*. After this wait, nobody is refused for that. A sender who saw a
         record acknowledged before sending is judged with that record. Costs one round trip if nothing is outstanding.
+        Otherwise fetches do not linger until it is read.
+
         False if `timeout_s` passed first, or if Kafka did not answer.
         """
         if self._consumer is None:
@@ -228,11 +232,15 @@ class Follower:
             except KafkaError as error:
                 log.warning("not known where %s end: %r", ", ".join(self._topics), error)
                 return False
-        while True:
-            advanced = self._advanced
-            if not [p for p, end in ends.items() if await consumer.position(p) < end]:
-                return True
-            await advanced.wait()
+        advanced = self._advanced
+        if not await _is_behind(consumer, ends):
+            return True
+        with self._pauses.hurried():
+            while True:
+                await advanced.wait()
+                advanced = self._advanced
+                if not await _is_behind(consumer, ends):
+                    return True
 
     async def _asking_consumer(self) -> AIOKafkaConsumer:
         """A second connection: on the reading one, a request waits behind the fetch that waits for records."""
@@ -275,3 +283,10 @@ class Follower:
 
     async def __aexit__(self, *error: object) -> None:
         await self.stop()
+
+
+async def _is_behind(consumer: AIOKafkaConsumer, ends: Mapping[TopicPartition, int]) -> bool:
+    for partition, end in ends.items():
+        if await consumer.position(partition) < end:
+            return True
+    return False
