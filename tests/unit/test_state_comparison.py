@@ -30,6 +30,7 @@ from ringfence.messages.registry import (
     Entitlements,
     GroupDelegation,
     Hold,
+    ModelRule,
     ProvisionerLink,
     ProvisionerSet,
     Provisioning,

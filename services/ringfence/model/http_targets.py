@@ -272,7 +272,7 @@ class RequestMap:
                 if rule.unknown:
                     return rule
                 if rule.rule.model is not None:
-                    request = read_model_request(rule.rule.model.api, query, body)
+                    request = read_model_request(rule.rule.model.api, query, body if _is_seen(body) else None)
                     if request.uses_server_tools and not rule.rule.model.server_tools:
                         continue
                     captures[_MODEL] = request.model
@@ -291,7 +291,7 @@ class RequestMap:
         for rule in self._by_method.get(method, ()) if segments is not None else ():
             if rule.rule.model is not None and rule.captures(segments or ()) is not None:
                 try:
-                    read_model_request(rule.rule.model.api, query, body)
+                    read_model_request(rule.rule.model.api, query, body if _is_seen(body) else None)
                 except ModelRequestError as error:
                     return str(error)
         return None

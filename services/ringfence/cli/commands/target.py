@@ -74,7 +74,8 @@ _GATEWAY_READS_WITHIN_S, _ASK_AGAIN_S = 3.0, 0.1
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A valid setting name. The backends define which settings exist."""
 _REQUEST = re.compile(
-    r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?|model:[a-z]+(?:=server-tools)?))*)"
+    r"(\S+) (\S+) (\S+) (\S+)"
+    r"((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?|model:[a-z]+(?:=server-tools)?))*)"
 )
 
 
@@ -335,7 +336,14 @@ def _parse_request_rule(text: str) -> RequestRule:
     try:
         mcp, model = _parse_mcp_rule(text, conditions), _parse_model_rule(text, conditions)
         return RequestRule(
-            method=method, path=path, query=query, body=body, mcp=mcp, model=model, verb=verb, resource=resource
+            method=method,
+            path=path,
+            query=query,
+            body=body,
+            mcp=mcp,
+            model=model,
+            verb=verb,
+            resource=resource,
         )
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None

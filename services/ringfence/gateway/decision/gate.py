@@ -556,7 +556,10 @@ class DecisionGate:
             )
             return refuse(Code.BODY_NOT_JSON, message)
         if (problem := target.map.model_request_problem(attempt.method, attempt.target, shown)) is not None:
-            return refuse(Code.MODEL_REQUEST_INVALID, f"which model of {id} this request is for is not certain: {problem}")
+            return refuse(
+                Code.MODEL_REQUEST_INVALID,
+                f"which model of {id} this request is for is not certain: {problem}",
+            )
         return refuse(Code.REQUEST_UNMAPPED, f"the map of target {id} does not say what this request does")
 
     # --- the verdict ---
