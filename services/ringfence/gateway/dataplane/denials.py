@@ -42,7 +42,8 @@ _FIXED_BY_NEW_CREDENTIAL: Final = frozenset({
 def problem_details(verdict: Verdict) -> dict[str, Any]:
     """The problem details of a denial: the first reason, and all of them under `reasons`.
 
-    `type` is derived from the code of the reason. `message` is for clients of models. `instance` is the id of the action, by which audit finds it.
+    `type` is derived from the code of the reason. `instance` is the id of the action, by which audit finds it.
+    Denials at targets with rules for models have a `message` too.
     """
     first = verdict.reasons[0] if verdict.reasons else Reason(code=Code.DENIED, message="it is not allowed")
     body: dict[str, Any] = {
