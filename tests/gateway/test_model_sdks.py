@@ -235,6 +235,24 @@ async def test_sdk_uses_server_tools_with_a_lease_for_them(tmp_path: Path) -> No
 
 
 JSON = {"Content-Type": "application/json"}
+
+
+@pytest.mark.parametrize(
+    ("provider", "path"), [("openai", "/v1/chat/completions"), ("anthropic", "/v1/messages")]
+)
+async def test_provider_key_replaces_the_agents_and_is_hidden_from_it(
+    tmp_path: Path, provider: str, path: str
+) -> None:
+    own = {"Authorization": f"Bearer {OWN}"} | ({"X-Api-Key": OWN} if provider == "anthropic" else {})
+    async with model_placed(provider, tmp_path) as place, httpx.AsyncClient() as http:
+        answer = await http.post(f"{place.url}{path}", json=MESSAGE, headers=own)
+        assert answer.status_code == 200
+        assert "Hello" in answer.text
+        assert SECRET not in answer.text
+        assert len(place.server.requests) == 1
+        place.check_credential()
+
+
 BODY = json.dumps(CHAT).encode()
 
 
