@@ -72,7 +72,7 @@ test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switche
 test-apache: $(STAMP) ## what is about Kafka itself, on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "(broker or apache) and not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
 
-test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish, age, bubblewrap, and scanners that it fetches once (140 MB)
+test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish, age, bubblewrap, and scanners and SDKs of model providers that it fetches once (190 MB)
 	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(SHARED) $(ARGS)
 
 test-upgrade: $(STAMP) ## upgrade an installation of the version before, by the wheels of both (needs its commit in this clone)
@@ -160,7 +160,7 @@ release-check: $(STAMP) ## verify the release in FOLDER=... by SIGNERS=..., inst
 compile = $(UV)/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url \
 	--python-version 3.11 --custom-compile-command "make lock" $(if $(UPGRADE),--upgrade)
 
-lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt, .ci/mcp.txt, .ci/sbom.txt, tests/mcp_sdks/node (UPGRADE=1: to the newest versions)
+lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci/scanners.txt, .ci/mcp.txt, .ci/model-sdks.txt, .ci/sbom.txt, tests/mcp_sdks/node (UPGRADE=1: to the newest versions)
 	$(need_python)
 	@$(PYTHON) -m venv $(UV)
 	@$(UV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes --only-binary :all: \
@@ -172,6 +172,7 @@ lock: ## renew the locks: requirements*.lock, .ci/uv.txt, .ci/mitmproxy.txt, .ci
 	$(compile) .ci/mitmproxy.in -o .ci/mitmproxy.txt
 	$(compile) .ci/scanners.in -o .ci/scanners.txt
 	$(compile) .ci/mcp.in -o .ci/mcp.txt
+	$(compile) .ci/model-sdks.in -o .ci/model-sdks.txt
 	$(compile) .ci/sbom.in -o .ci/sbom.txt
 	cd tests/mcp_sdks/node && npm install --package-lock-only --omit-lockfile-registry-resolved --ignore-scripts --no-audit --no-fund
 

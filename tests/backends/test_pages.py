@@ -67,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.rights.mkdir()
     access = {
         name: f"file:{place.rights / f'{name}.rights'}"
-        for name in ("shop", "cache", "files", "partner", "hub")
+        for name in ("shop", "cache", "files", "partner", "hub", "llm", "claude")
     }
     with dev_running(place.folder, RINGFENCE_BACKENDS_ACCESS=json.dumps(access)):
         yield place
@@ -110,6 +110,10 @@ def test_github(place: Place) -> None:
         "targets/github-api.md",
         '{"target": "hub", "verbs": ["contents:read"], "resources": ["repos/octo/hello/**"]}',
     )
+
+
+def test_model(place: Place) -> None:
+    place.run("targets/model.md", "llm:generate:model/gpt-5")
 
 
 def test_ssh(place: Place, ssh_server: SshServer) -> None:

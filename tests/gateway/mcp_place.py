@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, cast
 
 import httpx
 from mcp import ClientSession
 from mcp.client.streamable_http import streamable_http_client
 
+from ringfence.backends.http import StaticSecrets
 from ringfence.gateway.contract import Attempt, DecisionCore, PresentedIdentity
 from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
@@ -20,13 +22,14 @@ from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionS
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Sender
 from ringfence.kernel.base.clock import SystemClock
+from ringfence.messages.base import Permission
 from ringfence.messages.operations import ActionAnswered, ActionDecided
 from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
 from ringfence.model.verdict import ALLOWED, Allowed
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import permission
 from tests.support.switches import build_options
-from tests.unit.test_gateway_domain import GATEWAY_KEY, Place
+from tests.unit.test_gateway_domain import GATEWAY_KEY, WIDE, Place
 
 URL = "http://gateway/staging/mcp"
 TOKEN = "Bearer t0ken-of-the-lease"
@@ -65,6 +68,8 @@ class McpPlace(PlayedRecorder):
     agent: str = "bot"
     handle: str | None = None
     plane: DataPlane | None = None
+    secrets: StaticSecrets | None = None
+    """Where the target's secret is; if None, a token is injected."""
 
     # --- what of the core asks others ---
 
@@ -97,7 +102,7 @@ class McpPlace(PlayedRecorder):
         return ALLOWED
 
     async def headers(self, lease: Any, target: Any) -> dict[str, str]:
-        return {"Authorization": TOKEN}
+        return {"Authorization": TOKEN} if self.secrets is None else await self.secrets.headers(target)
 
     def record(self, event: ActionDecided | ActionAnswered) -> None:
         if isinstance(event, ActionDecided):
@@ -142,23 +147,29 @@ async def mcp_placed(
     tls: ssl.SSLContext | None = None,
     observe: Collection[str] = (),
     rules: Sequence[RequestRule] = RULES,
+    verbs: Sequence[VerbFloor] = (VerbFloor(verb="read"), VerbFloor(verb="deploy")),
+    settings: Mapping[str, str] = MappingProxyType({"kind": "jwt"}),
+    secrets: StaticSecrets | None = None,
+    wide: Permission = WIDE,
 ) -> AsyncIterator[McpPlace]:
     """The gateway before what listens at `port`, with a lease of each of these permissions and no other.
 
     `tls`: what the target is verified by, where it speaks TLS, as `localhost`; `observe`: targets only observed;
-    `rules`: the target's request map.
+    `rules`, `verbs`, `settings`: of the target; `secrets`: where its secret is, for kind `http`;
+    `wide`: what the task may do.
     """
-    place = Place()
+    place = Place(wide)
     place.table.revoke(place.lease.lease_id, 1)
     url = f"https://localhost:{port}" if tls is not None else f"http://127.0.0.1:{port}"
-    backend = BackendSettings.model_validate({"kind": "jwt", "url": url})
-    verbs = (VerbFloor(verb="read"), VerbFloor(verb="deploy"))
+    backend = BackendSettings.model_validate({**settings, "url": url})
     ledger = place.ledger
-    found = McpPlace(place)
+    found = McpPlace(place, secrets=secrets)
     targets = Targets(ledger.directory)
-    ledger.give(ledger.target_set("olga", "staging", backend=backend, requests=tuple(rules), verbs=verbs))
+    ledger.give(
+        ledger.target_set("olga", "staging", backend=backend, requests=tuple(rules), verbs=tuple(verbs))
+    )
     for one in leases:
-        place.leased(one)
+        place.leased(one, backend=backend.kind)
     played = cast(Any, found)
     gate = DecisionGate(
         played,

@@ -56,16 +56,17 @@ WIDE = permission("env/**", verbs=("read", "deploy"))
 class Place:
     """sam sponsors bot; uma assigned it a task; it has a lease at `staging`."""
 
-    def __init__(self) -> None:
+    def __init__(self, wide: Permission = WIDE) -> None:
+        """`wide`: what the task, the agents and uma may do."""
         self.ledger = InMemoryRegistry()
         self.ledger.organisation()
         give, ledger = self.ledger.give, self.ledger
-        give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(WIDE)))
+        give(ledger.user_set("olga", "uma", entitlements=ledger.entitlements(wide)))
         give(ledger.target_set("olga", "staging"))
         give(ledger.target_set("olga", "other"))
-        give(ledger.register("sam", "bot", "sam", ceiling=(WIDE,)))
-        give(ledger.register("sam", "thief", "sam", ceiling=(WIDE,)))
-        terms = ledger.terms("bot", scope=(WIDE,))
+        give(ledger.register("sam", "bot", "sam", ceiling=(wide,)))
+        give(ledger.register("sam", "thief", "sam", ceiling=(wide,)))
+        terms = ledger.terms("bot", scope=(wide,))
         change = give(ledger.assign("uma", "bot", terms=terms))
         assert change is not None
         self.task = change.state.task_id  # type: ignore[union-attr]

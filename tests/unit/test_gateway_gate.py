@@ -30,7 +30,14 @@ from ringfence.gateway.events.spool import SpoolFullError
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.operations import ActionDecided, Destination
-from ringfence.messages.registry import AgentSuspend, BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.messages.registry import (
+    AgentSuspend,
+    BackendSettings,
+    McpRule,
+    ModelRule,
+    RequestRule,
+    VerbFloor,
+)
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.switches import build_options, is_on
@@ -413,12 +420,28 @@ def move_target_nowhere(parts: Parts) -> None:
     parts.place.ledger.give(parts.place.ledger.target_set("olga", "staging", requests=RULES))
 
 
+def add_model_endpoint(parts: Parts) -> None:
+    rule = RequestRule(
+        method="POST", path="/m", verb="read", resource="{model*}", model=ModelRule(api="openai")
+    )
+    state = parts.place.target()
+    parts.place.ledger.give(
+        parts.place.ledger.target_set("olga", "staging", backend=state.backend, requests=(*RULES, rule))
+    )
+
+
 @pytest.mark.parametrize(
     ("code", "status", "change", "asked"),
     [
         (Code.UNDECIDED, 503, lambda parts: setattr(parts, "refuses", RuntimeError("boom")), attempt()),
         (Code.SPOOL_FULL, 503, lambda parts: setattr(parts, "full", True), attempt()),
         (Code.BODY_NOT_JSON, 403, lambda parts: None, attempt("POST", "/r", body=FORM)),
+        (
+            Code.MODEL_REQUEST_INVALID,
+            403,
+            add_model_endpoint,
+            attempt("POST", "/m", body=b'{"model": "a", "model": "b"}', json=True),
+        ),
         (Code.TARGET_NOWHERE, 503, move_target_nowhere, BY_ID),
     ],
 )

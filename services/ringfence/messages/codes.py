@@ -778,6 +778,8 @@ class Code(StrEnum):
     """Kafka did not take the message; post the same bytes again."""
     MALFORMED_HTTP = "malformed_http", 400
     """The HTTP message is malformed, or two readers could understand it differently."""
+    MODEL_REQUEST_INVALID = "model_request_invalid"
+    """Which model the request is for is not certain; the message says what to change."""
     OBSERVE_MODE = "observe_mode"
     """A finding: a gateway only observes at some targets."""
     OVERRIDE_REFUSED = "override_refused", 400

@@ -606,6 +606,22 @@ class McpRule(Message):
     these, makes the message match no rule."""
 
 
+ModelApi = Literal["openai", "anthropic"]
+"""Whose API a request to a language model has the shape of."""
+
+
+class ModelRule(Message):
+    """Which requests to a language model; see `RequestRule.model`.
+
+    An unknown field counts as one of the rule around it.
+    """
+
+    api: ModelApi
+    server_tools: bool = False
+    """Whether a request may have the provider run tools, fetch URLs, use what it stores, or do what is not known here.
+    If not, such requests do not match the rule."""
+
+
 class RequestRule(Message):
     """Maps requests to a verb. The first matching rule counts; a request without a match has no verb.
 
@@ -626,6 +642,9 @@ class RequestRule(Message):
     """If set, the path is an endpoint of the Model Context Protocol, and only rules with this field decide what is
     posted there. `method` is then `MCP`, which no request has, so that an older reader does not apply the rule as a
     plain one. There are neither `query` nor `body`."""
+    model: ModelRule | None = None
+    """If set, the body of the POST is a request to a language model, with exactly one `model`. `{model*}` in the
+    resource is its name. There are neither `query` nor `body`. A request that is ambiguous matches no rule."""
     verb: Verb
     resource: NonEmpty
     """The resource name, with the captures of `path` in braces, written as there. With `mcp` also those of its name.

@@ -30,6 +30,7 @@ from ringfence.model.mcp.rules import (
     meets,
     takes_arguments,
 )
+from ringfence.model.model_requests import ModelRequestError, read_model_request
 from ringfence.model.scope.globs import ScopeError, parse_glob, parse_name
 from ringfence.model.unknown_fields import names_of, unknown_fields
 
@@ -44,6 +45,8 @@ _FLOORS: Final[tuple[ApprovalClass, ...]] = get_args(ApprovalClass)
 _ASKS: Final[tuple[ActionClass | None, ...]] = (None, *get_args(ActionClass))
 _MCP: Final = "MCP"
 """The method of rules for MCP messages; no HTTP request has it."""
+_MODEL: Final = "model*"
+"""The capture of a model's name."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
 _RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
@@ -88,10 +91,20 @@ class _Rule:
 
     @property
     def conditions(self) -> frozenset[tuple[str, str]]:
-        """Where the rule has a condition: the query, the body or the arguments, and the name there."""
+        """Where the rule has a condition: the query, the body or the arguments, and the name there.
+
+        A rule for requests to models without server tools has a condition on the whole body.
+        """
         arguments = self.rule.mcp.arguments if self.rule.mcp is not None else None
         given = {"query": self.rule.query, "body": self.rule.body, "argument": arguments}
-        return frozenset((where, name) for where, some in given.items() for name in some or ())
+        named = frozenset((where, name) for where, some in given.items() for name in some or ())
+        model = self.rule.model
+        return named | {("body", "")} if model is not None and not model.server_tools else named
+
+    @property
+    def reads_body(self) -> bool:
+        """Whether the rule has to see the body."""
+        return bool(self.rule.body) or self.rule.model is not None
 
     @property
     def _depth(self) -> tuple[int, float]:
@@ -148,9 +161,9 @@ class RequestMap:
             some = self._mcp if rule.mcp is not None else self._by_method.setdefault(rule.rule.method, [])
             some.append(rule)
         self._looked_at = {
-            method for method, some in self._by_method.items() if any(one.rule.body for one in some)
+            method for method, some in self._by_method.items() if any(one.reads_body for one in some)
         }
-        """The methods with a rule that has conditions on the body."""
+        """The methods with a rule that reads the body."""
         self._nearly = [rule.folded() for rule in self._mcp]
 
     def check_order(self, verbs: Sequence[VerbFloor]) -> None:
@@ -206,7 +219,7 @@ class RequestMap:
                     continue
             except CannotTellError:
                 return False
-            return bool(rule.rule.body)
+            return rule.reads_body
         return False
 
     def action(self, method: str, target: str, body: bytes | None = None) -> Action | None:
@@ -254,10 +267,33 @@ class RequestMap:
             if captures is None:
                 continue
             try:
-                if _query_fits(rule.rule.query, query) and _body_fits(rule.rule.body, body):
-                    return rule if rule.unknown else _action(rule.rule, captures)
+                if not (_query_fits(rule.rule.query, query) and _body_fits(rule.rule.body, body)):
+                    continue
+                if rule.unknown:
+                    return rule
+                if rule.rule.model is not None:
+                    request = read_model_request(rule.rule.model.api, query, body if _is_seen(body) else None)
+                    if request.uses_server_tools and not rule.rule.model.server_tools:
+                        continue
+                    captures[_MODEL] = request.model
+                return _action(rule.rule, captures)
             except CannotTellError:
                 return None
+        return None
+
+    def model_request_problem(self, method: str, target: str, body: bytes | None) -> str | None:
+        """What is wrong with a request to a model that has no action; None if it is none, or nothing is wrong.
+
+        Arguments as for `action`.
+        """
+        path, _, query = target.partition("?")
+        segments = _decoded(path) if len(target) <= MAX_TARGET_CHARS else None
+        for rule in self._by_method.get(method, ()) if segments is not None else ():
+            if rule.rule.model is not None and rule.captures(segments or ()) is not None:
+                try:
+                    read_model_request(rule.rule.model.api, query, body if _is_seen(body) else None)
+                except ModelRequestError as error:
+                    return str(error)
         return None
 
     def mcp_actions(self, target: str, message: McpMessage) -> tuple[Action, ...] | None:
@@ -360,6 +396,12 @@ def _compiled(rule: RequestRule) -> _Rule:
     found = {name for name in (*names, rest and f"{rest}*") if name is not None}
     if mcp is not None and (twice := found & set(mcp.captures)):
         raise wrong(f"{{{min(twice)}}} is captured twice, of the path and of the name")
+    if rule.model is not None:
+        if rule.method != "POST" or rule.query or rule.body or mcp is not None or {"model", _MODEL} & found:
+            raise wrong(
+                "a rule for requests to models is for POST, without other conditions, and the path captures no model"
+            )
+        found.add(_MODEL)
     _check_resource(rule, found | set(mcp.captures if mcp is not None else ()), wrong)
     return _Rule(tuple(segments), tuple(names), rest, rule, mcp, names_of(unknown_fields(rule)))
 

@@ -50,6 +50,7 @@ from ringfence.messages.registry import (
     Delivery,
     FloorKey,
     McpRule,
+    ModelRule,
     RequestRule,
     TargetState,
     VerbFloor,
@@ -75,7 +76,8 @@ _GAPS_SHOWN = 20
 _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A valid setting name. The backends define which settings exist."""
 _REQUEST = re.compile(
-    r"(\S+) (\S+) (\S+) (\S+)((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?))*)"
+    r"(\S+) (\S+) (\S+) (\S+)"
+    r"((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?|model:[a-z]+(?:=server-tools)?))*)"
 )
 
 
@@ -134,7 +136,8 @@ def add(
         typer.Option(
             "--request",
             metavar="'METHOD PATH VERB RESOURCE [query:NAME=VALUE,...] [body:NAME=VALUE,...]', or "
-            "'MCP PATH VERB RESOURCE message:METHOD[=TOOL] [argument:NAME=VALUE,...]'",
+            "'MCP PATH VERB RESOURCE message:METHOD[=TOOL] [argument:NAME=VALUE,...]', or "
+            "'POST PATH VERB RESOURCE model:openai|anthropic[=server-tools]'",
             help="Which requests are which verb, e.g. 'GET /envs/{name} read env/{name}'. Repeatable; the first "
             "that matches counts, and those of a template come last.",
         ),
@@ -342,14 +345,21 @@ def _parse_request_rule(text: str) -> RequestRule:
     if match is None:
         raise typer.BadParameter(
             f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE', and conditions after them: query:NAME=VALUE, "
-            "body:NAME=VALUE, message:METHOD[=TOOL], argument:NAME=VALUE"
+            "body:NAME=VALUE, message:METHOD[=TOOL], argument:NAME=VALUE, model:API[=server-tools]"
         )
     method, path, verb, resource, conditions = match.groups()
     query, body = (_parse_conditions(where, conditions) for where in ("query", "body"))
     try:
-        mcp = _parse_mcp_rule(text, conditions)
+        mcp, model = _parse_mcp_rule(text, conditions), _parse_model_rule(text, conditions)
         return RequestRule(
-            method=method, path=path, query=query, body=body, mcp=mcp, verb=verb, resource=resource
+            method=method,
+            path=path,
+            query=query,
+            body=body,
+            mcp=mcp,
+            model=model,
+            verb=verb,
+            resource=resource,
         )
     except ValidationError as error:
         raise typer.BadParameter(f"{text!r}: {explain(error)}") from None
@@ -367,6 +377,15 @@ def _parse_mcp_rule(text: str, conditions: str) -> McpRule | None:
         return None
     method, _, name = details[0].partition("=")
     return McpRule(method=method, name=name or None, arguments=arguments)
+
+
+def _parse_model_rule(text: str, conditions: str) -> ModelRule | None:
+    """Parse a rule for requests to models. Raises ValidationError."""
+    found = [one.removeprefix("model:") for one in conditions.split() if one.startswith("model:")]
+    if len(found) > 1:
+        raise typer.BadParameter(f"{text!r}: write one model:API[=server-tools]")
+    api, _, more = found[0].partition("=") if found else ("", "", "")
+    return ModelRule.model_validate({"api": api, "server_tools": bool(more)}) if found else None
 
 
 def _parse_conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:

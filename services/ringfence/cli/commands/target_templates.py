@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ringfence.messages.registry import ApprovalClass, McpRule, RequestRule
+from ringfence.messages.registry import ApprovalClass, McpRule, ModelApi, ModelRule, RequestRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,33 @@ def _mcp() -> Iterator[RequestRule]:
         yield RequestRule(method="MCP", path="/mcp", mcp=mcp, verb="connect", resource="server")
     mcp = McpRule(method="tools/call", name="{tool*}")
     yield RequestRule(method="MCP", path="/mcp", mcp=mcp, verb="call", resource="tool/{tool*}")
+
+
+# --- language models, in the shapes of OpenAI's and Anthropic's APIs --------------------------------------------------
+
+_MODEL_PATHS: Mapping[ModelApi, tuple[str, ...]] = {
+    "openai": ("/v1/chat/completions", "/v1/responses", "/v1/embeddings"),
+    "anthropic": ("/v1/messages", "/v1/messages/count_tokens"),
+}
+_MODEL_BATCHES = {"batches": "/v1/batches", "messages/batches": "/v1/messages/batches", "files": "/v1/files"}
+
+
+def _model() -> Iterator[RequestRule]:
+    for api, paths in _MODEL_PATHS.items():
+        for path in paths:
+            for verb, rule in (
+                ("generate", ModelRule(api=api)),
+                ("server-tools", ModelRule(api=api, server_tools=True)),
+            ):
+                yield RequestRule(method="POST", path=path, model=rule, verb=verb, resource="model/{model*}")
+    yield RequestRule(method="GET", path="/v1/models", verb="read", resource="models")
+    yield RequestRule(method="GET", path="/v1/models/{name*}", verb="read", resource="model/{name*}")
+    for resource, path in _MODEL_BATCHES.items():
+        for method in ("GET", "POST", "DELETE"):
+            yield RequestRule(method=method, path=path, verb="batch", resource=resource)
+            yield RequestRule(
+                method=method, path=f"{path}/{{path*}}", verb="batch", resource=f"{resource}/{{path*}}"
+            )
 
 
 # --- GitHub's REST API ------------------------------------------------------------------------------------------------
@@ -175,6 +202,12 @@ TEMPLATES: dict[str, Template] = {
         "http", {"read": "none", "write": "sponsor", "delete": "operator"}, requests=tuple(_http())
     ),
     "mcp": Template("http", {"connect": "none", "call": "sponsor"}, requests=tuple(_mcp())),
+    # A batch names its models in a file, and a provider's tools reach whatever the provider lets them reach.
+    "model": Template(
+        "http",
+        {"generate": "none", "read": "none", "server-tools": "operator", "batch": "operator"},
+        requests=tuple(_model()),
+    ),
     "github-api": Template(
         "http",
         {

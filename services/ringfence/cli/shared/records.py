@@ -196,6 +196,8 @@ def _conditions(rule: RequestRule) -> str:
         texts += [
             f"argument:{name}={','.join(values)}" for name, values in (rule.mcp.arguments or {}).items()
         ]
+    if rule.model is not None:
+        texts.append(f"model:{rule.model.api}" + ("=server-tools" if rule.model.server_tools else ""))
     return "".join(f" {condition}" for condition in texts)
 
 

@@ -43,6 +43,7 @@ def problem_details(verdict: Verdict) -> dict[str, Any]:
     """The problem details of a denial: the first reason, and all of them under `reasons`.
 
     `type` is derived from the code of the reason. `instance` is the id of the action, by which audit finds it.
+    Denials at targets with rules for models have a `message` too.
     """
     first = verdict.reasons[0] if verdict.reasons else Reason(code=Code.DENIED, message="it is not allowed")
     body: dict[str, Any] = {
@@ -52,6 +53,9 @@ def problem_details(verdict: Verdict) -> dict[str, Any]:
         "instance": f"urn:uuid:{verdict.action_id}",
         **_reason_details(first),
     }
+    if verdict.target is not None and any(rule.model is not None for rule in verdict.target.requests):
+        # OpenAI's SDK shows nothing else of an error.
+        body["message"] = f"{first.code}: {first.message}"
     if len(verdict.reasons) > 1:
         body["reasons"] = [_reason_details(reason) for reason in verdict.reasons]
     if verdict.retry_after_s is not None:

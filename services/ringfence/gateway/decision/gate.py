@@ -534,7 +534,8 @@ class DecisionGate:
         1. The map has a rule that this gateway does not understand (`rule_not_understood`).
         2. A rule reads the body, and that was not seen whole (`body_unseen`).
         3. A rule reads the body, and that is not JSON for certain (`body_not_json`).
-        4. No rule fits (`request_unmapped`).
+        4. It is a request to a model that is ambiguous (`model_request_invalid`).
+        5. No rule fits (`request_unmapped`).
         """
         id = target.state.target_id
         body = attempt.body
@@ -552,6 +553,11 @@ class DecisionGate:
                 "UTF-8 and without Content-Encoding, so that it cannot be read as something else"
             )
             return refuse(Code.BODY_NOT_JSON, message)
+        if (problem := target.map.model_request_problem(attempt.method, attempt.target, shown)) is not None:
+            return refuse(
+                Code.MODEL_REQUEST_INVALID,
+                f"which model of {id} this request is for is not certain: {problem}",
+            )
         return refuse(Code.REQUEST_UNMAPPED, f"the map of target {id} does not say what this request does")
 
     # --- the verdict ---
