@@ -30,9 +30,9 @@ from ringfence.kernel.tracing.api import (
     Tracing,
     Work,
     new_traceparent,
-    of_application,
     trace_id,
 )
+from ringfence.kernel.tracing.application import of_application
 from ringfence.kernel.tracing.export import MOST_WAITING, Exporting
 from ringfence.kernel.tracing.otel import SpanTracing
 from ringfence.kernel.tracing.settings import of_service, where_to

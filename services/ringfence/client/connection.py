@@ -28,7 +28,7 @@ from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.kernel.crypto.trust_store import TrustStore
 from ringfence.kernel.kafka.record import Outbound, Received
 from ringfence.kernel.service.trust_updates import apply_bundle
-from ringfence.kernel.tracing.api import of_application
+from ringfence.kernel.tracing.application import of_application
 from ringfence.messages.base import Claims, Topic
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason

@@ -14,7 +14,6 @@ import contextlib
 import random
 import re
 import secrets
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, Self
@@ -154,12 +153,3 @@ class Tracing:
 
 
 NOT_TRACING = Tracing()
-
-
-def of_application() -> Tracing:
-    """Return the application's tracing, or one that records nothing if the application has set up no tracer."""
-    if "opentelemetry.trace" not in sys.modules:  # then no tracer can be set
-        return NOT_TRACING
-    from ringfence.kernel.tracing.otel import in_application
-
-    return in_application()
