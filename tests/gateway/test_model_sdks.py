@@ -267,12 +267,15 @@ BODY = json.dumps(CHAT).encode()
         (JSON, b"", "model_request_invalid"),
         (JSON, BODY.replace(b"m-1", b"../m-1"), "model_request_invalid"),
         (JSON, BODY.replace(b"Hello", b"x" * 1024 * 1024), "body_unseen"),
-        ({**JSON, "Content-Encoding": "gzip"}, gzip.compress(BODY), "body_not_json"),
+        ({**JSON, "Content-Encoding": "gzip"}, gzip.compress(BODY, mtime=0), "body_not_json"),
         ({"Content-Type": "text/plain"}, BODY, "body_not_json"),
         ({"Content-Type": "application/json; charset=utf-16"}, BODY, "body_not_json"),
         ({}, BODY, "body_not_json"),
     ],
-    ids=str,
+    ids=[
+        "valid", "two models", "escaped second model", "BOM", "two values", "empty", "dots in the name", "too long", "gzip",
+        "text", "UTF-16", "no media type",
+    ],
 )  # fmt: skip
 async def test_ambiguous_request_does_not_reach_the_server(
     tmp_path: Path, headers: dict[str, str], body: bytes, code: str | None
