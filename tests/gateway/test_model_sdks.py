@@ -273,8 +273,8 @@ BODY = json.dumps(CHAT).encode()
         ({}, BODY, "body_not_json"),
     ],
     ids=[
-        "valid", "two models", "escaped second model", "BOM", "two values", "empty", "dots in the name", "too long", "gzip",
-        "text", "UTF-16", "no media type",
+        "valid", "two models", "escaped second model", "BOM", "two values", "empty", "dots in the name", "too long",
+        "gzip", "text", "UTF-16", "no media type",
     ],
 )  # fmt: skip
 async def test_ambiguous_request_does_not_reach_the_server(
