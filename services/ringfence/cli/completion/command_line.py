@@ -87,7 +87,7 @@ COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]", "[-- SERVER...]"})
 NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "KID", "MOMENT",
     "NAME=VALUE", "NAME[:rw]", "NUMBER", "ORIGIN", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT",
-    "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TEXT", "THUMBPRINT", "TIME", "URL", "UTC", "VERB",
+    "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TAG", "TEXT", "THUMBPRINT", "TIME", "URL", "UTC", "VERB",
     "VERB=KIND", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
