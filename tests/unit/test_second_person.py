@@ -125,7 +125,7 @@ def test_users_of_a_directory_need_no_proposal_each(org: DualControl) -> None:
         delegation=delegation,
     )  # fmt: skip
     org.seconded("otto", hr)
-    for number in range(20):
+    for number in range(10_000):
         org.give(
             org.user_set(
                 "hr", f"user{number}", ["sponsor"], keys=(), provisioned=Provisioning(groups=("Leads",)),
@@ -133,7 +133,7 @@ def test_users_of_a_directory_need_no_proposal_each(org: DualControl) -> None:
             ),
             passing_ms=1,
         )  # fmt: skip
-    assert org.directory.user("user19") is not None
+    assert org.directory.user("user9999") is not None
 
 
 def directory_of_operators(org: DualControl, by: str) -> ProvisionerSet:
