@@ -196,7 +196,7 @@ def test_killed_dev_leaves_no_process_behind(tmp_path: Path) -> None:
     try:
         said = wait_until_up(process)
         assert "deploy-bot" in said, "it says what was made"
-        assert "Made now; --fresh begins anew" in said
+        assert "Made now, and kept for the next start" in said
         children = descendants(process.pid)
         assert len(children) >= 8, "broker, Valkey and six services"
         listed = subprocess.run(

@@ -100,6 +100,7 @@ def test_more_specific_path_of_another_verb_comes_first(tmp_path: Path) -> None:
         ({"/a/{x}": {"get": operation("a")}, "/a/{y}": {"get": operation("b")}}, ["GET /a/1"]),
         ({"/{x}": {"post": operation("a")}, "/graphql": {"post": operation("a")}}, ["POST /graphql", "POST /1"]),
         ({"/f/{x}": {"get": operation("a")}, "/f/{x}.zip": {"get": operation("b")}}, ["GET /f/1.zip", "GET /f/1"]),
+        ({"/jobs": {"post": operation("a")}, "/jobs?action=stop": {"post": operation("b")}}, ["POST /jobs"]),
         # One that is dropped leaves its requests to a third, which is dropped then as well.
         (
             {

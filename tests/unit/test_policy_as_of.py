@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, cast
 
 import pytest
@@ -93,3 +94,22 @@ async def test_after_a_failure_or_without_an_answer_all_is_asked_for_again(
     for _ in range(2):
         await as_of.wait_until_known(5000)
     assert kafka.asked == 3
+
+
+async def test_messages_that_wait_together_share_one_read(kafka: Kafka, as_of: ReadBarrier) -> None:
+    as_of.received(5000)
+    await asyncio.gather(*(as_of.wait_until_known(at_ms) for at_ms in (4000, 5000, 4500)))
+    assert kafka.asked == 1
+
+
+async def test_failure_during_a_read_makes_the_read_prove_nothing(kafka: Kafka) -> None:
+    async def ask() -> None:
+        await kafka.ask()
+        if kafka.asked == 1:
+            as_of.invalidate()
+
+    kafka.past_ms, as_of = 6000, ReadBarrier(cast("Any", kafka), ask)
+    as_of.received(5000)
+    for _ in range(3):
+        await as_of.wait_until_known(5000)
+    assert kafka.asked == 2

@@ -67,7 +67,7 @@ class StackOptions:
     redis_prefix: str = "rf"
     services: Sequence[ServiceRole] = SERVICE_ROLES
     sign_page: bool = False
-    """Whether to serve the page on which people sign with passkeys, at its origin."""
+    """Serve the page on which people sign with passkeys, at its origin."""
     runner: str | None = None
     """The name of a runner to have a key for, for `ringfence run`. It is no process of the stack."""
     fixed_ports: bool = False
@@ -75,7 +75,7 @@ class StackOptions:
     kafka_port: int = 0
     redis_port: int = 0
     resume: bool = False
-    """Whether to start with the data that the stack before in this folder left, if it did (`Stack.note`)."""
+    """Start with the data that the stack before in this folder left, if it did (`Stack.note`)."""
     partitions: int = 4
     keep_bytes: int = 4 * 1024 * 1024
     """The size limit of each partition that is not compacted, on the embedded broker. The broker holds all data in
@@ -237,7 +237,7 @@ class Stack:
         except RingfenceError as error:
             raise StackError(
                 f"{error.message.removesuffix('; run: ringfence init')}. Repair {self.options.state}, delete it to "
-                "begin anew, or choose another folder by --state."
+                "start without it, or choose another folder by --state."
             ) from None
 
     def _choose_origins(self, before: Sequence[Origin]) -> OriginChange:

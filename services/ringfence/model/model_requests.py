@@ -62,7 +62,7 @@ _SOURCE_MEMBERS: Final = frozenset({"content", "data", "media_type", "type"})
 
 
 class ModelRequestError(CannotTellError):
-    """Raised when nobody can say for certain which model a request is for. The message says what is wrong."""
+    """Raised for a request whose model is not certain. The message says what is wrong."""
 
 
 @dataclass(frozen=True, slots=True)

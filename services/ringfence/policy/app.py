@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from faststream import FastStream
@@ -16,7 +17,7 @@ from ringfence.client.approvals.action_approvals import OpenActions
 from ringfence.kernel.base.clock import Clock
 from ringfence.kernel.base.errors import UnavailableError
 from ringfence.kernel.base.settings import ServiceSettings, load, of_setting
-from ringfence.kernel.kafka.batch_handlers import sequential
+from ringfence.kernel.kafka.batch_handlers import concurrent, sequential
 from ringfence.kernel.kafka.dead_letters import DeadLetters
 from ringfence.kernel.kafka.record import Received
 from ringfence.kernel.kafka.table_reader import Follower
@@ -227,17 +228,15 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, DecisionLog]:
         lambda: judge.policy_revision, approvals.records.wait_until_known, approvals.reconsider,
     )  # fmt: skip
 
-    async def respond(record: Received) -> Awaitable[object] | None:
-        if kind_of(record) is None:
-            return await approvals.handle(record)
-        await granting.handle(record)
-        return None
+    approve, grant = (
+        concurrent(approvals.handle, runtime.dead_letters),
+        sequential(granting.handle, runtime.dead_letters),
+    )
 
-    responses = sequential(respond, runtime.dead_letters)
-
-    async def respond_to_all(batch: Sequence[Received]) -> None:
+    async def respond(batch: Sequence[Received]) -> None:
         approvals.received(batch)
-        await responses(batch)
+        for is_approval, records in groupby(batch, lambda record: kind_of(record) is None):
+            await (approve if is_approval else grant)(list(records))
 
     notice_handlers = NoticeHandlers(
         notice_sender(runtime, directory, notices),
@@ -259,7 +258,7 @@ def wire(parts: PolicyParts) -> tuple[ApprovalHandler, DecisionLog]:
             requests=requests_then_withdrawals(
                 requests.handle, withdrawals.handle, approvals.received, runtime.dead_letters
             ),
-            responses=respond_to_all,
+            responses=respond,
             notices=notice_handlers if own.webhooks else None,
             on_assigned=load_before_assignment,
             dead_letters=runtime.dead_letters,

@@ -138,7 +138,7 @@ def dev(
     ] = False,
     fresh: Annotated[
         bool,
-        typer.Option("--fresh", help="Begin anew: drop what was kept of the last run, but not the keys."),
+        typer.Option("--fresh", help="Delete the data of the last run, but not the keys."),
     ] = False,
     seed: Annotated[bool, typer.Option(help="Make a small organisation: people, a target, agents.")] = True,
     besides: Annotated[
@@ -201,8 +201,8 @@ def dev(
         write_private(options.state / SHELL_FILE, shell.encode())
         out.print("\n[ok]Ringfence is up.[/]")
         _print_lines(out, _address_lines(stack))
-        what = "Kept from the last run, with all that you added" if resumed else "Made now"
-        out.print(f"\n[bold]{what}; --fresh begins anew:[/]")
+        what = "Kept from the last run; --fresh deletes it" if resumed else "Made now, and kept for the next start"
+        out.print(f"\n[bold]{what}:[/]")
         _print_lines(out, organisation_lines(options.operator, task))
         out.print()
         _print_lines(out, _passkey_lines(out, stack.trust.user_key(whose), whose, client))

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
@@ -38,13 +39,13 @@ _ENDPOINTS: Final = frozenset({"graphql", "jsonrpc", "rpc", "batch", "$batch"})
 
 @dataclass(frozen=True, slots=True)
 class OpenApiMap:
-    """What a document proposes."""
+    """The template that a document proposes, and what the template leaves out."""
 
     template: Template
     gaps: tuple[str, ...]
     """The operations that stay denied, each with the reason."""
     server: str | None
-    """The origin that the document names. It is a stranger's word: no secret goes there because of it."""
+    """The origin that the document names. The document is untrusted: no secret goes there because of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class _Operation:
     """A string says why there is none."""
 
     def overlaps(self, other: _Operation) -> bool:
-        """Whether one request may be either."""
+        """Tell if one request may be either."""
         return (
             self.method == other.method
             and len(self.segments) == len(other.segments)
@@ -69,7 +70,7 @@ class _Operation:
         )
 
     def precedes(self, other: _Operation) -> bool:
-        """Whether it is the more specific of two that overlap, so that its rule comes before, as in OpenAPI."""
+        """Tell if it is the more specific of two that overlap, so that its rule comes before, as in OpenAPI."""
         pairs = list(zip(self.segments, other.segments, strict=True))
         return self.segments != other.segments and all(two in (None, one) for one, two in pairs)
 
@@ -86,24 +87,27 @@ def read_openapi(file: Path, tags: Sequence[str]) -> OpenApiMap:
     for path, method, own in _named(document):
         if method is None:
             gaps.append(f"{path}: it is not written out in this document")
-        elif not any(one.name == f"{method} {prefix}{path}" for one in operations):
+        else:
             wanted = not tags or not set(own).isdisjoint(tags)
             tag = next((one for one in own if not tags or one in tags), None)
             operations.append(
                 _operation(method, f"{prefix}{path}", tag if wanted else next(iter(own), None), wanted)
             )
-    kept = {one.name: one for one in operations if isinstance(one.rule, RequestRule)}
-    while clashes := {name: clash for name, one in kept.items() if (clash := _clash(one, operations, kept))}:
-        gaps += [f"{name}: some of its requests could also be {clash}" for name, clash in clashes.items()]
-        kept = {name: one for name, one in kept.items() if name not in clashes}
+    kept = [one for one in operations if isinstance(one.rule, RequestRule)]
+    while clashes := {id(one): clash for one in kept if (clash := _clash(one, operations, kept))}:
+        gaps += [
+            f"{one.name}: some of its requests could also be {clashes[id(one)]}"
+            for one in kept
+            if id(one) in clashes
+        ]
+        kept = [one for one in kept if id(one) not in clashes]
     gaps += [
         f"{one.name}: {one.rule}"
         for one in operations
         if isinstance(one.rule, str) and one.rule != _OTHER_TAG
     ]
-    rules = [
-        one.rule for one in sorted(kept.values(), key=_specific_first) if isinstance(one.rule, RequestRule)
-    ]
+    found = [one.rule for one in sorted(kept, key=_specific_first) if isinstance(one.rule, RequestRule)]
+    rules = [rule for rule, _ in groupby(found)]  # paths that differ in a query alone have the same rule
     if not rules:
         raise InvalidCallError(f"{file} has no operation that the gateway could tell by method and path")
     if len(rules) > MAX_RULES:
@@ -212,13 +216,15 @@ def _slug(text: str, between: str) -> str:
     return re.sub(r"[^a-z0-9]+", between, words).strip(between)[:40]
 
 
-def _clash(one: _Operation, operations: Sequence[_Operation], kept: Mapping[str, _Operation]) -> str | None:
+def _clash(one: _Operation, operations: Sequence[_Operation], kept: Collection[_Operation]) -> str | None:
     """Return another operation, of another verb, that requests of `one` could as well be; None if there is none."""
     for other in operations:
         if other is one or other.verb == one.verb or not one.overlaps(other) or one.precedes(other):
             continue
-        if not (other.name in kept and other.precedes(one)):
-            return f"{other.name}, which {'is another verb' if other.name in kept else 'has no rule'}"
+        if other not in kept:
+            return f"{other.name}, which has no rule"
+        if not other.precedes(one):
+            return f"{other.name}, which is another verb"
     return None
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from weakref import WeakValueDictionary
 
 from ringfence.kernel.base import metrics
 from ringfence.kernel.base.clock import Clock
@@ -58,9 +59,10 @@ class ReadBarrier:
         """`ask` reads up to the present end of the topics; it returns False if that is uncertain."""
         self._runtime = runtime
         self._ask = ask
+        self._asking = asyncio.Lock()
         self._known_to_ms = -1
         self._here_to_ms = -1
-        self._came = 0
+        self._came = self._invalidated = 0
         self._past_ms = -1
         """A time that had passed on every broker's clock when Kafka was last asked."""
 
@@ -72,22 +74,32 @@ class ReadBarrier:
         self._came += 1
 
     def invalidate(self) -> None:
-        """Note that what was known may no longer be true."""
+        """Note that what was known may no longer be true; a read that runs now proves nothing either."""
         self._known_to_ms = self._past_ms = -1
+        self._invalidated += 1
 
     async def wait_until_known(self, at_ms: int | None) -> None:
-        """Return once everything is known that was on Kafka at `at_ms` (the broker's clock), or now."""
-        if at_ms is not None and at_ms <= self._known_to_ms:
+        """Return once everything is known that was on Kafka at `at_ms` (the broker's clock), or now.
+
+        Messages of one batch wait for one read together.
+        """
+        if self._is_known(at_ms):
             return
-        batches, past_ms = self._came, self._runtime.broker_past_ms()
-        if await self._ask() is not False:
-            self._past_ms = -1 if past_ms is None else past_ms
-            here_to_ms = self._here_to_ms if batches == self._came else -1
-            self._known_to_ms = max(here_to_ms, self._past_ms)
+        async with self._asking:
+            if self._is_known(at_ms):
+                return
+            batches, invalidated, past_ms = self._came, self._invalidated, self._runtime.broker_past_ms()
+            if await self._ask() is not False and invalidated == self._invalidated:
+                self._past_ms = -1 if past_ms is None else past_ms
+                here_to_ms = self._here_to_ms if batches == self._came else -1
+                self._known_to_ms = max(here_to_ms, self._past_ms)
+
+    def _is_known(self, at_ms: int | None) -> bool:
+        return at_ms is not None and at_ms <= self._known_to_ms
 
 
 class ApprovalHandler:
-    """Ends waiting requests, one at a time, by people's answers, withdrawals or time: only one of them may count."""
+    """Ends waiting requests by people's answers, withdrawals or time: for each request one at a time."""
 
     def __init__(
         self,
@@ -106,7 +118,7 @@ class ApprovalHandler:
         self._evaluator = evaluator
         self._decisions = decisions
         self._publisher = publisher
-        self._one_at_a_time = asyncio.Lock()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._decided = ReadBarrier(runtime, recall)
         self.records = ReadBarrier(runtime, evaluator.caught_up)
         """For users, agents, tasks and targets: a person who answers may have seen newer records than this process."""
@@ -129,17 +141,20 @@ class ApprovalHandler:
         if is_for_others(record):
             return None
         approval, late = await self._verifier.approval(record)
-        async with self._locked(record.appended_at_ms):
+        async with self._locked(approval.claims.request_id, record.appended_at_ms):
             verdict = await self._apply(approval, late, record)
         return await self._refuse(approval, verdict.reason, record) if isinstance(verdict, Refused) else None
 
     @contextlib.asynccontextmanager
-    async def _locked(self, at_ms: int | None = None) -> AsyncIterator[None]:
-        """Hold the lock, with every decision known that was on Kafka at `at_ms`, or now.
+    async def _locked(self, request_id: str, at_ms: int | None = None) -> AsyncIterator[None]:
+        """Hold the request's lock, with every decision known that was on Kafka at `at_ms`, or now.
 
         A decision that was published before a failure counts, even if its acknowledgement was lost.
         """
-        async with self._one_at_a_time:
+        turn = self._turns.get(request_id)
+        if turn is None:
+            turn = self._turns[request_id] = asyncio.Lock()
+        async with turn:
             try:
                 await self._decided.wait_until_known(at_ms)
                 yield
@@ -346,7 +361,7 @@ class ApprovalHandler:
             `Refused` if it changes nothing. The repeat of an effective withdrawal at another position has the code
             `replayed`.
         """
-        async with self._locked(record.appended_at_ms):
+        async with self._locked(withdrawal.claims.request_id, record.appended_at_ms):
             state = self._decisions.get(withdrawal.claims.request_id)
             if state is None or state.outcome is None:
                 return refused(Code.REQUEST_UNKNOWN, "no request with this id is known here")
@@ -396,7 +411,7 @@ class ApprovalHandler:
         for known in list(self._decisions.pending()):
             if known.agent_id != grant.agent_id:
                 continue
-            async with self._locked(at_ms):
+            async with self._locked(known.request_id, at_ms):
                 pending = known.pending
                 if pending is None or at_ms >= (pending.expires_at or 0) * 1000:
                     continue
@@ -453,7 +468,7 @@ class ApprovalHandler:
         self._checked_versions = still_waiting
 
     async def _close_one(self, state: RequestState, owns: Callable[[str, int], bool]) -> None:
-        async with self._locked():
+        async with self._locked(state.request_id):
             if state.pending is None or not self._is_own(state, owns):
                 return
             if self._is_overdue(state):

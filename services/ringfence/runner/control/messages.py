@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Final, TypeVar
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import json_object
 from ringfence.messages.codes import Code
-from ringfence.runner.sandbox.backend import is_host_address
+from ringfence.runner.sandbox.backend import is_address, is_host_address
 
 MAX_FROM_INIT_BYTES: Final = 64 * 1024
 """The longest line that a runner reads. The longest message has a token of at most 16 KiB."""
@@ -290,7 +290,7 @@ def _address_of(host: str) -> str | None:
     """The address inside that is the host itself; None for a name. Raises RelayError."""
     if host == "localhost":
         return _LOCALHOST
-    if _is_address(host):
+    if is_address(host):
         if ":" in host and not _IPV6.exists():
             raise RelayError(f"{host} is an IPv6 address, and this machine has no IPv6").with_remedy(
                 "give the target a host name, or switch IPv6 on"
@@ -320,7 +320,7 @@ def hosts_of(relays: Iterable[Relay]) -> Mapping[str, str]:
     return {
         relay.host: relay.address
         for relay in relays
-        if relay.host != "localhost" and not _is_address(relay.host)
+        if relay.host != "localhost" and not is_address(relay.host)
     }
 
 
@@ -332,11 +332,3 @@ def addresses_of(relays: Iterable[Relay]) -> tuple[str, ...]:
 def needs_low_ports(relays: Iterable[Relay]) -> bool:
     """Whether a relay listens below port 1024, as `SandboxSpec.low_ports` has it."""
     return any(relay.port < 1024 for relay in relays)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True

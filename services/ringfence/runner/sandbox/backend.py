@@ -154,7 +154,7 @@ class SandboxSpec:
         for argument in self.argv:
             _without_nul(argument, "an argument of the command")
         for name, address in self.hosts.items():
-            if not _HOST.fullmatch(name) or name in _OWN_NAMES or _is_address(name):
+            if not _HOST.fullmatch(name) or name in _OWN_NAMES or is_address(name):
                 raise SandboxSpecError(f"{name!r} is no host name in lower case that /etc/hosts may have")
             if not _is_loopback(address):
                 raise SandboxSpecError(
@@ -398,7 +398,8 @@ def sockets(spec: SandboxSpec) -> list[tuple[Path, str]]:
     return [(host, inside) for host, inside in wanted if host is not None]
 
 
-def _is_address(text: str) -> bool:
+def is_address(text: str) -> bool:
+    """Tell if a text is an IPv4 or IPv6 address."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
