@@ -282,18 +282,14 @@ def test_the_table_fits_80_columns_on_a_terminal(home: Home, project: Path) -> N
         status, told = terminal.to_the_end()
     assert status == 0, told
     lines = ESCAPES.sub("", told).replace("\r", "").split("\n")
-    sentences = (
-        "broken:",
-        "what each opens",
-        "4 credentials",
-    )  # folded by the terminal, as all sentences are
+    # Folded by the terminal, as all sentences are.
+    sentences = ("what ", "4 credentials", "    ", "  /")
     assert [line for line in lines if cell_len(line) > 80 and not line.startswith(sentences)] == []
     whole = "\n".join(lines)
     for word in (
-        "where",
+        "GitHub, api.github.com: breaks inputs",
         "GitHub personal access token",
-        "1 inputs",
-        "4 promotion",
+        "promotion",
         "unknown",
         "compromised",
     ):
@@ -302,7 +298,7 @@ def test_the_table_fits_80_columns_on_a_terminal(home: Home, project: Path) -> N
 
 def test_details_have_the_way_out(home: Home, project: Path) -> None:
     told = home.scan(str(project), "--details").stdout
-    for text in ("ring 3, outputs", "compromised", "ringfence target add", "--template github-api",
+    for text in ("breaks ", "outputs", "ringfence target add", "--template github-api",
                  "ringfence task assign", "https://github.com/settings/tokens",
                  "delete GITHUB_TOKEN from"):  # fmt: skip
         assert text in told
@@ -718,3 +714,28 @@ def test_the_home_folder_of_a_developer_has_the_report_that_is_expected(home: Ho
     # What the machine has besides depends on where the test runs.
     entries = [one for one in json.loads(written.read_text())["findings"] if one["path"].startswith("~/")]
     assert entries == json.loads(EXPECTED_HOME.read_text())["findings"]
+
+
+def test_findings_are_grouped_by_target_the_most_dangerous_first(home: Home, project: Path) -> None:
+    lines = [line for line in home.scan(str(project)).stdout.splitlines() if ": breaks " in line]
+    assert [line.partition(",")[0] for line in lines] == [
+        "Google Cloud",
+        "GitHub",
+        "unknown service: breaks inputs",
+    ]
+
+
+def test_interpreters_and_package_caches_of_a_home_are_skipped(home: Home, project: Path) -> None:
+    token = (project / ".env").read_text()
+    for folder in (
+        ".pyenv/versions/3.11.7/lib", "go/pkg/mod/example.com", ".cache/pip/http", ".cache/huggingface/hub",
+        ".m2/repository/a", ".local/share/uv/python/x", "usr/lib/python3.11/test", ".cargo/registry/src",
+    ):  # fmt: skip
+        (project / folder).mkdir(parents=True)
+        (project / folder / "settings.env").write_text(token)
+    (project / ".cache/huggingface/token.env").write_text(token)
+    found = {one["path"] for one in document(home.scan(str(project), "--json"))["findings"]}
+    assert str(project / ".cache/huggingface/token.env") in found
+    assert not [path for path in found if path.endswith("settings.env")]
+    named = document(home.scan(str(project / "go/pkg/mod"), "--json"))
+    assert named["summary"]["findings"] > 0

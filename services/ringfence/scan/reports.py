@@ -200,6 +200,27 @@ def matrix(report: Report) -> list[tuple[str, int, list[str]]]:
     ]
 
 
+def by_target(findings: Iterable[Finding]) -> list[tuple[str, list[Finding]]]:
+    """Return the findings of each service and host, the most dangerous first: what breaks most rings, then what more
+    people can read.
+    """
+    groups: dict[str, list[Finding]] = {}
+    for one in sorted(findings, key=_danger):
+        opens = one.opens
+        known = [opens.service, opens.host or opens.account]
+        groups.setdefault(", ".join(filter(None, known)) or "unknown service", []).append(one)
+    return list(groups.items())
+
+
+def _danger(one: Finding) -> tuple[int, int, str, int]:
+    return (
+        -sum({"unknown": 0, "partly": 1}.get(ring.state, 2) for ring in one.rings),
+        ("everyone", "group").index(one.readable_by) if one.readable_by in ("everyone", "group") else 2,
+        one.place.path,
+        one.place.line or 0,
+    )
+
+
 _STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem;color:#1c2026;background:#fff}
 table{border-collapse:collapse;width:100%;margin:1rem 0}

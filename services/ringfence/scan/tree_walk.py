@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,14 @@ SKIPPED_FOLDERS: Final = frozenset(
      ".pytest_cache", ".hg", ".svn", ".bzr", ".terraform", ".gradle-cache", "bower_components", ".import_linter_cache")
 )  # fmt: skip
 """Folders of packages and caches, whose text is other people's. A `.git` folder is read for its configuration alone."""
+_SKIPPED_BELOW: Final = re.compile(
+    r"(?:^|/)(?:\.pyenv/versions|\.rbenv/versions|\.nvm/versions|\.asdf/installs|mise/installs|\.sdkman/candidates"
+    r"|uv/python|\.rustup/toolchains|\.cargo/(?:registry|git)|go/pkg/mod|\.m2/repository|\.gradle/(?:caches|wrapper)"
+    r"|\.npm/_cacache|\.bun/install|pnpm/store|\.yarn/(?:cache|berry)|(?:ana|mini)conda3/(?:pkgs|envs)|\.julia/packages"
+    r"|lib(?:64)?/python[23]\.\d+|Library/Caches"
+    r"|\.cache/(?!huggingface$)[^/]+|\.cache/huggingface/[^/]+)$"
+)
+"""Interpreters and package caches of a home. Hugging Face keeps its token in its cache, as a file."""
 SKIPPED_ENDINGS: Final = (
     ".png", ".jpg", ".jpeg", ".gif", ".webp", ".ico", ".pdf", ".zip", ".gz", ".bz2", ".xz", ".zst", ".7z",
     ".tar", ".jar",
@@ -94,7 +103,11 @@ def walk_tree(
                     if entry.name == ".git":
                         if _is_file(".git/config", descriptor):
                             yield WalkedFile(f"{relative}/config")
-                    elif entry.name in SKIPPED_FOLDERS or str(root.real / relative) in _PSEUDO:
+                    elif (
+                        entry.name in SKIPPED_FOLDERS
+                        or str(root.real / relative) in _PSEUDO
+                        or _SKIPPED_BELOW.search(f"{root.real.name}/{relative}")
+                    ):
                         continue
                     elif depth + 1 >= MAX_DEPTH:
                         notes.append(Note(prefix + relative, f"is more than {MAX_DEPTH} folders deep"))

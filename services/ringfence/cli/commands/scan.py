@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,23 +12,17 @@ import typer
 from ringfence.cli.shared.options import JsonOption, WideOption, duration_s, wants_json
 from ringfence.cli.shared.output import moment, note, output_file, print_json, print_table, say, write_output
 from ringfence.cli.shared.progress import progress
-from ringfence.cli.shared.tables import Column, prose
+from ringfence.cli.shared.tables import prose
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.messages.codes import Code
 
 if TYPE_CHECKING:
-    from ringfence.scan.findings import Finding, Fingerprinter, Report
+    from ringfence.scan.findings import Finding, Fingerprinter, Remedy, Report
     from ringfence.scan.scanner import ScanOptions
 
 _PATTERNS = ("static-key", "user-token", "service-account", "password", "other")
 _RINGS = ("1", "2", "3", "4")
 _FAIL_ON = (*_PATTERNS, *_RINGS, "any")
-_SHORT_STATES = {
-    "violated": "violated",
-    "partly": "partly",
-    "compromised": "compromised",
-    "unknown": "unknown",
-}
 _MOST_NOTES_SHOWN = 10
 _KIB = 1024
 
@@ -282,22 +277,26 @@ def _write_files(
 
 
 def _print(report: Report, *, wide: bool, details: bool) -> None:
-    from ringfence.scan.reports import matrix
+    from ringfence.scan.reports import by_target, matrix
     from ringfence.scan.rings import RING_NAMES
 
-    if details:
-        for one in report.findings:
-            _print_finding(one)
-    else:
-        print_table(
-            [prose("where"), prose("credential"), Column("rings"), Column("shared")],
-            ([_place(one), _credential(one), _rings(one), "yes" if one.is_shared else ""] for one in report.findings),
-            empty="", wide=wide,
-        )  # fmt: skip
+    for target, findings in by_target(report.findings):
+        if details:
+            for one in findings:
+                _print_finding(one)
+            _print_remedies(dict.fromkeys(step for one in findings for step in one.remedies))
+            continue
+        say(f"{target}: breaks {_broken(findings[0])}", "heading")
+        for one in findings:
+            say(f"  {_place(one)}")
+            others = len(one.shared_with)
+            shared = f"; the same value is in {others} more place{'s' * (others > 1)}" if others else ""
+            say(f"    {one.title}, {one.place.field}{shared}")
     if rows := matrix(report):
-        say("")
+        if not details:
+            say("")
         print_table(
-            [prose("pattern"), "found", *(f"{ring} {name}" for ring, name in RING_NAMES.items())],
+            [prose("pattern"), "found", *RING_NAMES.values()],
             ([title, str(count), *states] for title, count, states in rows),
             empty="", wide=wide,
         )  # fmt: skip
@@ -310,24 +309,20 @@ def _place(one: Finding) -> str:
     return f"{one.place}{mark}"
 
 
-def _credential(one: Finding) -> str:
-    opens = one.opens
-    where = opens.host or opens.account or opens.subject or ""
-    return f"{one.title}{f' for {where}' if where else ''}, {one.place.field}"
+def _broken(one: Finding) -> str:
+    """Return the names of the rings that it breaks."""
+    from ringfence.scan.rings import RING_NAMES
 
-
-def _rings(one: Finding) -> str:
-    """Return the rings that it breaks; a partly broken one in brackets."""
-    return " ".join(
-        f"({ring.ring})" if ring.state == "partly" else str(ring.ring)
+    broken = [
+        f"{'partly ' * (ring.state == 'partly')}{RING_NAMES[ring.ring]}"
         for ring in one.rings
         if ring.state != "unknown"
-    )
+    ]
+    return ", ".join(broken)
 
 
 def _print_finding(one: Finding) -> None:
     from ringfence.cli.shared.output import print_fields
-    from ringfence.scan.rings import RING_NAMES
 
     opens = one.opens.words()
     expires = opens.pop("expires_s", None)
@@ -345,10 +340,13 @@ def _print_finding(one: Finding) -> None:
         "also in": ", ".join(map(str, one.shared_with)),
         "value": f"{one.length} characters, fingerprint {one.fingerprint}" if one.fingerprint else "not read",
         "remarks": "; ".join(one.remarks),
-        **{f"ring {ring.ring}, {RING_NAMES[ring.ring]}": f"{ring.state}: {ring.why}" for ring in one.rings},
+        "breaks": _broken(one),
     }
     print_fields({name: value for name, value in facts.items() if value}, title=one.title)
-    for number, step in enumerate(one.remedies, start=1):
+
+
+def _print_remedies(steps: Iterable[Remedy]) -> None:
+    for number, step in enumerate(steps, start=1):
         say(f"{number}. {step.purpose}{f': {step.url}' if step.url else ''}")
         if step.command:
             say(f"   {step.command}", "heading")
@@ -367,10 +365,9 @@ def _print_summary(report: Report, *, details: bool) -> None:
         known = f", {count - new} of them in the baseline" if count != new else ""
         shared = f", {totals['shared']} in several places" if totals["shared"] else ""
         say(f"{count} credential{'' if count == 1 else 's'} that agents inherit{known}{shared}; {rate}")
-        broken = [f"ring {ring} by {number}" for ring, number in totals["rings"].items() if number]
-        say(f"broken: {', '.join(broken)}; unknown is never good: a scan cannot see it")
+        say("what the rings mean, and why each is broken: docs/scan.md")
         if not details:
-            say("what each opens, and the commands that replace it: ringfence scan --details")
+            say("what each credential opens, and the commands that replace it: ringfence scan --details")
     if report.gone:
         since = f" since {moment(report.gone_since_s)}" if report.gone_since_s else ""
         say(f"gone{since}: {len(report.gone)}")
