@@ -1,4 +1,4 @@
-"""`python -m bench [NAME...] [--kafka embedded|apache] [--events N] [--revokers N] [--runs N]`; all by default."""
+"""`python -m bench [NAME...] [OPTIONS]`; all but `soak` by default."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from bench import (
     rebuild,
     runs,
     scan,
+    soak,
     text,
 )
 from bench.machine import describe, pace
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, Callable[..., None]] = {
     "gateway": gateway.run,
     "run": runs.run,
     "scan": scan.run,
+    "soak": soak.run,
     "text": text.run,
 }
 
@@ -58,9 +60,10 @@ def main() -> None:
     parser.add_argument("--revokers", type=int, default=1, help="of ends: how many share the work")
     parser.add_argument("--runs", type=int, default=runs.RUNS, help="of run: how many go on at once")
     parser.add_argument("--agents", type=int, default=console.AGENTS, help="of console and compromise")
+    parser.add_argument("--hours", type=float, default=soak.HOURS, help="of soak: how long the load lasts")
     options = parser.parse_args()
     print(f"machine: {describe()}\n{pace()}")
-    for name in options.names or BENCHMARKS:
+    for name in options.names or [name for name in BENCHMARKS if name != "soak"]:
         print(f"\n{name} (Kafka: {options.kafka})")
         if name == "audit":
             audit.run(options.kafka, options.events)
@@ -70,6 +73,8 @@ def main() -> None:
             console.run(options.kafka, options.agents)
         elif name == "compromise":
             compromise.run(options.kafka, options.agents)
+        elif name == "soak":
+            soak.run(options.kafka, options.hours)
         elif name == "run":
             runs.run(options.kafka, options.runs)
         else:
