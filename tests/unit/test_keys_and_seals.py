@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -439,3 +440,23 @@ def test_a_bundle_of_another_root_is_told_with_both_fingerprints(
 
 def _iat(folder: TrustFolder) -> int:
     return parse(folder.bundle.read_text().strip()).unverified_claims(TrustBundle).iat
+
+
+def test_plaintext_is_freed_without_a_search_for_cycles() -> None:
+    reader, reply_key = EncryptionKey.generate("spiffe://ringfence.local/gateway/a"), ReplyKey()
+    record = reader.record(2_000_000_000)
+    gc.collect()
+    gc.disable()
+    try:
+        assert reply_key.open(seal(b"secret", reply_key.public, kid="k")) == b"secret"
+        assert reader.open(enclose(b"secret", [record], about="lease")) == b"secret"
+        with pytest.raises(InvalidMessageError):
+            seal(b"secret", reader.public.model_copy(update={"x": "AA"}), kid="k")
+        left = [
+            type(one).__name__
+            for one in gc.get_objects()
+            if type(one).__module__.startswith("joserfc._rfc7516.models")
+        ]
+    finally:
+        gc.enable()
+    assert left == []

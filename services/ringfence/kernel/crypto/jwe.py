@@ -2,7 +2,8 @@
 
 Anybody can encrypt to a public key. So the content must say by a signature who wrote it.
 
-joserfc is imported by the first JWE: most readers of keys, commands above all, never see one.
+joserfc is imported by the first JWE: most readers of keys, commands above all, never see one. Its objects refer to each
+other, and services search for such cycles seldom. So each is taken apart after use, and its plaintext freed at once.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ class ReplyKey:
 
         try:
             key = OKPKey.import_key(self._key)
-            return jwe.decrypt_compact(compact, key, registry=_registry("ECDH-ES")).plaintext or b""
+            opened = jwe.decrypt_compact(compact, key, registry=_registry("ECDH-ES"))
+            opened.recipient = None
+            return opened.plaintext or b""
         except (JoseError, *_MALFORMED) as error:
             raise InvalidMessageError(
                 f"cannot open the sealed reply: {type(error).__name__}", code=Code.SEAL_BROKEN
@@ -120,11 +123,20 @@ def seal(plaintext: bytes, to: PublicJwk, *, kid: str) -> str:
     from joserfc import jwe
     from joserfc.errors import JoseError
 
+    recipients = list[object]()
+
+    def key_of(recipient: object) -> ECKey | OKPKey:
+        recipients.append(recipient)
+        return _recipient(to)
+
     header = {"alg": "ECDH-ES", "enc": "A256GCM", "kid": kid}
     try:
-        return jwe.encrypt_compact(header, plaintext, _recipient(to), registry=_registry("ECDH-ES"))
+        return jwe.encrypt_compact(header, plaintext, key_of, registry=_registry("ECDH-ES"))
     except (JoseError, ValueError) as error:
         raise _unusable_reply_key(error) from None
+    finally:
+        for one in recipients:
+            vars(one).clear()
 
 
 def check_reply_key(to: PublicJwk) -> None:
@@ -229,14 +241,15 @@ class EncryptionKey:
         try:
             only = cast(jwe.GeneralJSONSerialization, {**data, "recipients": mine})
             key, registry = OKPKey.import_key(self._key), _registry("ECDH-ES+A256KW")
-            plaintext = jwe.decrypt_json(only, key, registry=registry).plaintext
+            opened = jwe.decrypt_json(only, key, registry=registry)
+            opened.recipients.clear()
         except (JoseError, *_MALFORMED) as error:
             raise InvalidMessageError(
                 f"cannot open the envelope: {type(error).__name__}", code=Code.SEAL_BROKEN
             ) from None
-        if plaintext is None:
+        if opened.plaintext is None:
             raise InvalidMessageError("the envelope is empty", code=Code.SEAL_BROKEN)
-        return plaintext
+        return opened.plaintext
 
 
 def usable(keys: Iterable[KeyRecord], at_s: float) -> tuple[KeyRecord, ...]:
@@ -273,6 +286,7 @@ def enclose(plaintext: bytes, to: Iterable[KeyRecord], *, about: str) -> str:
     for record in recipients:
         envelope.add_recipient({"alg": "ECDH-ES+A256KW", "kid": record.kid}, _recipient(record.jwk))
     sealed = jwe.encrypt_json(envelope, None, registry=_registry("ECDH-ES+A256KW"))
+    envelope.recipients.clear()
     return json.dumps(sealed, separators=(",", ":"))
 
 
