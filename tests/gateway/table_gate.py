@@ -149,6 +149,9 @@ class TableGate:
         target_id = self._target(attempt)
         return target_id is not None and self._maps[target_id].reads_body(attempt.method, attempt.target)
 
+    def git_endpoint(self, attempt: Attempt) -> None:
+        return None
+
     async def decide(
         self,
         presented: PresentedIdentity,
