@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import resource
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +139,96 @@ async def test_one_refused_ref_refuses_the_push(tmp_path: Path) -> None:
         assert f"--allow staging:push:{REPO}/ref/heads/main" in outcome.err
         assert place.refs() == before
         assert not any(line.startswith("POST") and "receive-pack" in line for line in place.server.requests)
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(
+    ("push", "verb", "ref"),
+    [
+        (("--force", "HEAD~1:main"), "push", "heads/main"),
+        (("--delete", "main"), "delete", "heads/main"),
+        (("--delete", "agent/a"), "delete", "heads/agent/a"),
+        (("HEAD:refs/notes/x",), "push-other", "notes/x"),
+        (("HEAD:refs/for/main",), "push-other", "for/main"),
+        (("v1:refs/tags/w1",), "tag", "tags/w1"),
+        (("--atomic", "HEAD:refs/heads/agent/b", "HEAD:refs/heads/c"), "push", "heads/c"),
+        (("--mirror",), "delete", "heads/agent/a"),
+    ],
+    ids=["force", "delete", "delete own", "notes", "review", "other tag", "atomic", "mirror"],
+)
+async def test_push_needs_the_verb_of_each_ref(
+    tmp_path: Path, push: tuple[str, ...], verb: str, ref: str
+) -> None:
+    async with git_placed(tmp_path, WRITER) as place:
+        await place.clone()
+        git(place.bare, "branch", "agent/a", "main")
+        git(place.work, "tag", "v1")
+        before = place.refs()
+        outcome = await place.git("push", "origin", *push)
+        assert outcome.code == 1
+        assert f"beyond_lease: no live lease allows {verb} on {REPO}/ref/{ref} at staging" in outcome.err
+        assert place.refs() == before
+        assert place.actions[-1] == (False, verb, f"{REPO}/ref/{ref}")
+
+
+@pytest.mark.tools
+async def test_delete_and_other_refs_with_a_lease_for_them(tmp_path: Path) -> None:
+    async with git_placed(tmp_path, DELETER) as place:
+        git(place.bare, "branch", "old", "main")
+        await place.clone()
+        outcome = await place.git("push", "-q", "origin", ":old", "HEAD:refs/notes/x", "+HEAD~1:main")
+        assert outcome.code == 0, outcome
+        outcome = await place.git("push", "-q", "--delete", "origin", "refs/notes/x")
+        assert outcome.code == 0, outcome
+        assert place.refs() == {"refs/heads/main": git(place.work, "rev-parse", "HEAD~1")}
+
+
+@pytest.mark.tools
+@pytest.mark.parametrize(
+    ("argv", "verb"), [(("fetch",), "fetch on repo/octo/other"), (("push", "HEAD:main"), "push on repo/octo/other/ref/**")]
+)  # fmt: skip
+async def test_git_shows_why_a_repository_is_refused(
+    tmp_path: Path, argv: tuple[str, ...], verb: str
+) -> None:
+    async with git_placed(tmp_path, WRITER) as place:
+        place.server.repository("octo/other.git")
+        await place.clone()
+        seen = len(place.server.requests)
+        command, *rest = argv
+        outcome = await place.git(command, place.url.replace("hello", "other"), *rest)
+        assert outcome.code != 0
+        assert f"remote: beyond_lease: no live lease allows {verb} at staging" in outcome.err
+        assert "remote: ask for it: ringfence request --task" in outcome.err
+        assert len(place.server.requests) == seen
+
+
+@pytest.mark.tools
+async def test_git_finds_no_push_options(tmp_path: Path) -> None:
+    async with git_placed(tmp_path, WRITER) as place:
+        await place.clone()
+        outcome = await place.git("push", "--push-option=ci.skip", "origin", "HEAD:refs/heads/agent/a")
+        assert "the receiving end does not support push options" in outcome.err
+
+
+@pytest.mark.tools
+async def test_long_pack_is_streamed_and_a_refused_one_reported(tmp_path: Path) -> None:
+    """The pack is longer than what Git sends at once, so Git probes first, and sends it in chunks."""
+    megabytes = int(os.environ.get("RINGFENCE_TEST_PACK_MB", "32"))
+    async with git_placed(tmp_path, WRITER) as place:
+        await place.clone()
+        git(place.work, "config", "core.compression", "0")
+        git(place.work, "config", "pack.window", "0")
+        for number in range(megabytes // 8):
+            commit(place.work, f"large-{number}", os.urandom(8 * 1024 * 1024))
+        refused = await place.git("push", "-q", "origin", "HEAD:main")
+        assert refused.code == 1
+        assert "[remote rejected] HEAD -> main (beyond_lease:" in refused.err
+        before_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        outcome = await place.git("push", "-q", "origin", "HEAD:refs/heads/agent/a")
+        assert outcome.code == 0, outcome
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kb < 12 * 1024
+        posted = [
+            line for line in place.server.requests if line.startswith("POST /octo/hello.git/git-receive")
+        ]
+        assert len(posted) == 3, "two probes and a pack"
+        assert place.refs()["refs/heads/agent/a"] == git(place.work, "rev-parse", "HEAD")
