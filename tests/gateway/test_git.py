@@ -185,8 +185,13 @@ async def test_delete_and_other_refs_with_a_lease_for_them(tmp_path: Path) -> No
 
 @pytest.mark.tools
 @pytest.mark.parametrize(
-    ("argv", "verb"), [(("fetch",), "fetch on repo/octo/other"), (("push", "HEAD:main"), "push on repo/octo/other/ref/**")]
-)  # fmt: skip
+    ("argv", "verb"),
+    [
+        (("fetch",), "fetch on repo/octo/other"),
+        (("push", "HEAD:main"), "push on repo/octo/other/ref/**"),
+    ],
+    ids=["fetch", "push"],
+)
 async def test_git_shows_why_a_repository_is_refused(
     tmp_path: Path, argv: tuple[str, ...], verb: str
 ) -> None:
