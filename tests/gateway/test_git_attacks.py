@@ -239,7 +239,7 @@ async def test_advertisement_has_the_capabilities_that_pass(tmp_path: Path) -> N
         ("POST", UPLOAD, 400),
     ],
 )  # fmt: skip
-async def test_everything_but_smart_http_is_refused(
+async def test_request_beside_smart_http_is_refused(
     tmp_path: Path, method: str, path: str, status: int
 ) -> None:
     async with attacked(tmp_path, permission("**", verbs=VERBS)) as place:
