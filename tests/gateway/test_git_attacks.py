@@ -15,6 +15,7 @@ import pytest
 
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.dev.processes import free_port
+from ringfence.gateway.domain import ApprovalRequired
 from ringfence.messages.registry import VerbFloor
 from tests.gateway.mcp_place import McpPlace, mcp_placed
 from tests.gateway.target import Received, Target
@@ -203,6 +204,21 @@ async def test_probe_and_advertisement_need_a_verb_of_pushes(tmp_path: Path, lea
             assert answer.status_code == status
             assert (answer.headers["content-type"] == "text/plain; charset=utf-8") is (status == 403)
         assert [one.body for one in place.seen] == ([FLUSH, b""] if status == 200 else [])
+
+
+async def test_push_is_refused_where_a_person_would_be_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ask(*args: Any, **kwargs: Any) -> ApprovalRequired:
+        return ApprovalRequired("sponsor", "1")
+
+    async with attacked(tmp_path) as place:
+        monkeypatch.setattr(place.place, "answer", ask)
+        answer = await place.send("POST", PUSH, command() + FLUSH + PACK, PUSH_TYPE)
+        assert b"ng refs/heads/a body_unseen: nobody can be asked about a push" in answer.content
+        answer = await place.send("GET", "/o/n.git/info/refs?service=git-receive-pack")
+        assert answer.text.startswith("body_unseen: ")
+        assert place.seen == []
 
 
 async def test_advertisement_has_the_capabilities_that_pass(tmp_path: Path) -> None:
