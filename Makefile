@@ -72,7 +72,7 @@ test-slow-path: $(STAMP) ## the tests of what has a fast path, with that switche
 test-apache: $(STAMP) ## what is about Kafka itself, on a real Apache Kafka (needs a JDK 17+ and Maven)
 	$(BIN)/python -m pytest tests/integration -m "(broker or apache) and not tools and not upgrade" --kafka apache $(SHARED) $(ARGS)
 
-test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, npm, rsyslog, promtool, zsh, fish, age, bubblewrap, and scanners and SDKs of model providers that it fetches once (190 MB)
+test-tools: $(STAMP) ## the tests with programs of others: kcat, curl, git, nginx, fcgiwrap, npm, rsyslog, promtool, zsh, fish, age, bubblewrap, and scanners and SDKs of model providers that it fetches once (190 MB)
 	PYTHON="$(BIN)/python" $(BIN)/python -m pytest tests/integration tests/gateway tests/flows -m tools $(SHARED) $(ARGS)
 
 test-upgrade: $(STAMP) ## upgrade an installation of the version before, by the wheels of both (needs its commit in this clone)

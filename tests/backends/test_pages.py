@@ -67,7 +67,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.rights.mkdir()
     access = {
         name: f"file:{place.rights / f'{name}.rights'}"
-        for name in ("shop", "cache", "files", "partner", "hub", "llm", "claude")
+        for name in ("shop", "cache", "files", "partner", "hub", "llm", "claude", "code")
     }
     with dev_running(place.folder, RINGFENCE_BACKENDS_ACCESS=json.dumps(access)):
         yield place
@@ -114,6 +114,10 @@ def test_github(place: Place) -> None:
 
 def test_model(place: Place) -> None:
     place.run("targets/model.md", "llm:generate:model/gpt-5")
+
+
+def test_git(place: Place) -> None:
+    place.run("targets/git.md", "code:fetch:repo/octo/hello")
 
 
 def test_ssh(place: Place, ssh_server: SshServer) -> None:

@@ -31,6 +31,7 @@ from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings, RequestRule, TargetState, VerbFloor
+from ringfence.model.git.endpoints import GitEndpoint
 from ringfence.model.http_targets import RequestMap
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
 from tests.support.switches import build_options
@@ -149,6 +150,14 @@ class TableGate:
         target_id = self._target(attempt)
         return target_id is not None and self._maps[target_id].reads_body(attempt.method, attempt.target)
 
+    def git_endpoint(self, attempt: Attempt) -> GitEndpoint | None:
+        target_id = self._target(attempt)
+        return (
+            self._maps[target_id].git_endpoint(attempt.method, attempt.target)
+            if target_id is not None
+            else None
+        )
+
     async def decide(
         self,
         presented: PresentedIdentity,
@@ -248,7 +257,13 @@ class TableGate:
         if target_id is None:
             return _denied(403, "target_unknown", "there is no such target")
         body = attempt.body if attempt.json else None
-        action = self._maps[target_id].action(attempt.method, attempt.target, body)
+        map = self._maps[target_id]
+        action = map.action(attempt.method, attempt.target, body)
+        if attempt.git is not None:
+            updates = attempt.git.commands.updates if attempt.git.commands is not None else ()
+            found = map.git_actions(attempt.git.endpoint, updates) or map.git_offers(attempt.git.endpoint)
+            verbs = self.targets[target_id].verbs
+            action = next((one for one in found if one.verb not in verbs), found[0])
         if action is None and attempt.body is None and self.reads_body(attempt):
             return _denied(413, "body_unseen", "the body was not seen whole")
         if action is None or action.verb not in self.targets[target_id].verbs:

@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
+from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.client.task_proxy.server import TaskProxy
 from ringfence.gateway.dataplane.plane import DataPlane
 from tests.gateway.agents import Sandbox, bridged, missing
@@ -26,12 +27,7 @@ from tests.gateway.certificates import Certificates
 from tests.gateway.table_gate import SECRET, TASK, Entry, TableGate, data_plane, rule, with_entry
 from tests.gateway.target import Received, Target
 
-GIT_RULES = (
-    rule("GET", "/{repo}/info/refs", "fetch", "repo/{repo}", query={"service": ("git-upload-pack",)}),
-    rule("POST", "/{repo}/git-upload-pack", "fetch", "repo/{repo}"),
-    rule("GET", "/{repo}/info/refs", "push", "repo/{repo}", query={"service": ("git-receive-pack",)}),
-    rule("POST", "/{repo}/git-receive-pack", "push", "repo/{repo}"),
-)
+GIT_RULES = TEMPLATES["git"].requests
 NPM_RULES = (
     rule("GET", "/{name}", "read", "package/{name}"),
     rule("GET", "/{name}/-/{file}", "read", "package/{name}"),
@@ -197,7 +193,7 @@ async def test_git(shop: Shop, tmp_path: Path) -> None:
     assert "403" in outcome.err
     assert not any("receive-pack" in one.target for one in shop.git.requests)
 
-    with_entry(shop.gate, "git", verbs=frozenset({"fetch", "push"}))
+    with_entry(shop.gate, "git", verbs=frozenset(TEMPLATES["git"].verbs))
     outcome = await run("git", "push", "-q", cwd=work)
     assert outcome.code == 0, outcome
     assert _git(shop.repositories / "one.git", "rev-parse", "main") == _git(work, "rev-parse", "HEAD")

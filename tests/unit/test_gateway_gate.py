@@ -33,6 +33,7 @@ from ringfence.messages.operations import ActionDecided, Destination
 from ringfence.messages.registry import (
     AgentSuspend,
     BackendSettings,
+    GitRule,
     McpRule,
     ModelRule,
     RequestRule,
@@ -420,6 +421,16 @@ def move_target_nowhere(parts: Parts) -> None:
     parts.place.ledger.give(parts.place.ledger.target_set("olga", "staging", requests=RULES))
 
 
+def add_repositories(parts: Parts) -> None:
+    rule = RequestRule(
+        method="GIT", path="/{repo*}", verb="read", resource="{repo*}", git=GitRule(operation="fetch")
+    )
+    state = parts.place.target()
+    parts.place.ledger.give(
+        parts.place.ledger.target_set("olga", "staging", backend=state.backend, requests=(*RULES, rule))
+    )
+
+
 def add_model_endpoint(parts: Parts) -> None:
     rule = RequestRule(
         method="POST", path="/m", verb="read", resource="{model*}", model=ModelRule(api="openai")
@@ -442,6 +453,7 @@ def add_model_endpoint(parts: Parts) -> None:
             add_model_endpoint,
             attempt("POST", "/m", body=b'{"model": "a", "model": "b"}', json=True),
         ),
+        (Code.GIT_NEEDS_PLANE, 403, add_repositories, attempt("POST", "/o/n/git-upload-pack")),
         (Code.TARGET_NOWHERE, 503, move_target_nowhere, BY_ID),
     ],
 )

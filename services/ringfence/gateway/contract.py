@@ -18,6 +18,8 @@ from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.operations import AnswerKind, Destination
 from ringfence.messages.registry import TargetState
+from ringfence.model.git.endpoints import GitEndpoint
+from ringfence.model.git.push import CommandList
 from ringfence.model.http_targets import Action
 from ringfence.model.mcp.results import Grants
 from ringfence.model.verdict import Allowed, Refused
@@ -71,6 +73,20 @@ class McpHeaders:
 
 
 @dataclass(frozen=True, slots=True)
+class GitRequest:
+    """A request to a Git server, as the data plane read it. Exactly that is forwarded."""
+
+    endpoint: GitEndpoint
+    commands: CommandList | None = None
+    """Of a push; None for every other request."""
+
+    @property
+    def reads(self) -> bool:
+        """Whether it changes nothing."""
+        return self.commands is None or not self.commands.updates
+
+
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One request, undecoded. The bytes that are decided on are the bytes that are sent."""
 
@@ -90,6 +106,8 @@ class Attempt:
     """The origin of the request, as the sender's tooling names it. Used only in reports."""
     mcp_headers: McpHeaders | None = None
     """None from data planes that cannot filter the target's responses: MCP is refused there."""
+    git: GitRequest | None = None
+    """Set for requests to Git servers. None from data planes that cannot read them: Git is refused there."""
     sent_by_gateway: bool = False
     """Whether the gateway forwards the request itself. Then it needs the target's URL."""
     headers: Callable[[], Headers | None] | None = field(default=None, repr=False, compare=False)
@@ -183,6 +201,8 @@ class Verdict:
     """Set if the request was allowed at an MCP endpoint."""
     rpc: RpcErrorReply | None = None
     """Set if the request was posted to an MCP endpoint and refused."""
+    git: GitRequest | None = None
+    """Set if the request was for a Git server and refused: the answer is one that Git shows."""
     observed: bool = False
     """It is not allowed, but forwarded to `target` as the agent sent it (observe mode): with its own `Authorization`,
     without the headers of its handle and proof. Nothing is injected, and no lease is involved.
@@ -255,6 +275,10 @@ class Gate(Protocol):
 
     def reads_body(self, attempt: Attempt) -> bool:
         """Whether the target's map reads the body of such a request. Then the data plane must read all of it first."""
+        ...
+
+    def git_endpoint(self, attempt: Attempt) -> GitEndpoint | None:
+        """The endpoint of a Git server that the request is for. Then the data plane must set `Attempt.git` first."""
         ...
 
     async def decide(

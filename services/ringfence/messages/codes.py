@@ -762,6 +762,10 @@ class Code(StrEnum):
     """The only expectation that is supported is 100-continue."""
     FORWARD_NOT_RELAYED = "forward_not_relayed"
     """The target forwards to everything that its server reaches, so no relay goes there."""
+    GIT_NEEDS_PLANE = "git_needs_plane"
+    """Only the gateway's own data plane decides on the refs of a push; the request came through another."""
+    GIT_REQUEST_INVALID = "git_request_invalid", 400
+    """What the request does to which refs is not certain; the message says what to change."""
     GONE = "gone"
     """The peer closed the connection, or it was lost."""
     HEAD_TIMEOUT = "head_timeout", 408

@@ -622,6 +622,20 @@ class ModelRule(Message):
     If not, such requests do not match the rule."""
 
 
+GitOperation = Literal["fetch", "push", "delete", "tag", "push-other"]
+"""What a request does to a Git repository: read it, or set refs: `push` those under `refs/heads`, `tag` those under
+`refs/tags`, `push-other` all others; `delete` any."""
+
+
+class GitRule(Message):
+    """Which requests to a Git server; see `RequestRule.git`.
+
+    An unknown field counts as one of the rule around it.
+    """
+
+    operation: GitOperation
+
+
 class RequestRule(Message):
     """Maps requests to a verb. The first matching rule counts; a request without a match has no verb.
 
@@ -645,6 +659,9 @@ class RequestRule(Message):
     model: ModelRule | None = None
     """If set, the body of the POST is a request to a language model, with exactly one `model`. `{model*}` in the
     resource is its name. There are neither `query` nor `body`. A request that is ambiguous matches no rule."""
+    git: GitRule | None = None
+    """If set, the path is that of repositories at a Git server that speaks smart HTTP, without `.git` at the end.
+    `method` is then `GIT`, which no request has. `{ref*}` in the resource of a push is the ref without `refs/`."""
     verb: Verb
     resource: NonEmpty
     """The resource name, with the captures of `path` in braces, written as there. With `mcp` also those of its name.

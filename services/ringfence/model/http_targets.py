@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, get_args
 from urllib.parse import unquote_to_bytes
@@ -17,7 +17,9 @@ from urllib.parse import unquote_to_bytes
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import case_folded, json_object
 from ringfence.messages.codes import Code
-from ringfence.messages.registry import ActionClass, ApprovalClass, RequestRule, VerbFloor
+from ringfence.messages.registry import ActionClass, ApprovalClass, GitOperation, RequestRule, VerbFloor
+from ringfence.model.git.endpoints import GitEndpoint, git_endpoint, is_near_endpoint
+from ringfence.model.git.push import RefUpdate
 from ringfence.model.mcp.messages import McpMessage, McpMessageError, read_message
 from ringfence.model.mcp.rules import (
     ARGUMENT,
@@ -47,6 +49,10 @@ _MCP: Final = "MCP"
 """The method of rules for MCP messages; no HTTP request has it."""
 _MODEL: Final = "model*"
 """The capture of a model's name."""
+_GIT: Final = "GIT"
+"""The method of rules for Git servers; it matches no HTTP request."""
+_REF: Final = "ref*"
+"""The capture of a ref."""
 _NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _LITERAL: Final = re.compile(r"[A-Za-z0-9._~!$&'()+,=:@-]+")
 _RAW_SEGMENT: Final = re.compile(r"(?:[A-Za-z0-9._~!$&'()*+,=:@-]|%[0-9A-Fa-f]{2})+")
@@ -157,8 +163,15 @@ class RequestMap:
         """Raises RequestMapError if a rule is invalid."""
         self._by_method: dict[str, list[_Rule]] = {}
         self._mcp: list[_Rule] = []
+        self._git: list[_Rule] = []
         for rule in map(_compiled, rules):
-            some = self._mcp if rule.mcp is not None else self._by_method.setdefault(rule.rule.method, [])
+            some = (
+                self._mcp
+                if rule.mcp is not None
+                else self._git
+                if rule.rule.git is not None
+                else self._by_method.setdefault(rule.rule.method, [])
+            )
             some.append(rule)
         self._looked_at = {
             method for method, some in self._by_method.items() if any(one.reads_body for one in some)
@@ -205,7 +218,7 @@ class RequestMap:
         """
         if method == "POST" and self.speaks_mcp(target):
             return True
-        if method not in self._looked_at:
+        if method not in self._looked_at or self.git_endpoint(method, target) is not None:
             return False
         path, _, query = target.partition("?")
         segments = _decoded(path) if len(target) <= MAX_TARGET_CHARS and "#" not in query else None
@@ -262,6 +275,8 @@ class RequestMap:
             return None
         if self._nearly and method == "POST" and self._is_nearly_endpoint(segments):
             return None
+        if self._git and is_near_endpoint(segments):
+            return None
         for rule in self._by_method.get(method, ()):
             captures = rule.captures(segments)
             if captures is None:
@@ -295,6 +310,49 @@ class RequestMap:
                 except ModelRequestError as error:
                     return str(error)
         return None
+
+    def git_endpoint(self, method: str, target: str) -> GitEndpoint | None:
+        """The endpoint of a Git server that a request is for; None if it is for none. Arguments as for `action`."""
+        path, _, query = target.partition("?")
+        segments = _decoded(path) if self._git and len(target) <= MAX_TARGET_CHARS else None
+        found = git_endpoint(method, segments, query) if segments is not None else None
+        if found is None or not any(rule.captures(found.repository) is not None for rule in self._git):
+            return None
+        return found
+
+    def git_actions(self, endpoint: GitEndpoint, updates: Sequence[RefUpdate]) -> tuple[Action, ...] | None:
+        """The actions of a fetch, or of each update of a push, which all have to be allowed; None if one has none."""
+        if endpoint.service == "git-upload-pack":
+            wanted: list[tuple[GitOperation, str | None]] = [("fetch", None)]
+        else:
+            wanted = [(one.operation, one.ref.removeprefix("refs/")) for one in updates]
+        actions = [self._git_action(endpoint, operation, ref) for operation, ref in wanted]
+        found = tuple(action for action in actions if action is not None)
+        return found if len(found) == len(actions) else None
+
+    def _git_action(self, endpoint: GitEndpoint, operation: GitOperation, ref: str | None) -> Action | None:
+        for rule, captures in self._git_rules(endpoint):
+            if rule.git is not None and rule.git.operation == operation:
+                return _action(rule, captures if ref is None else {**captures, _REF: ref})
+        return None
+
+    def git_offers(self, endpoint: GitEndpoint) -> tuple[Action, ...]:
+        """The actions that a push to this repository may come to, for any ref. Their resources are globs."""
+        found: list[Action] = []
+        for rule, captures in self._git_rules(endpoint):
+            if rule.git is not None and rule.git.operation != "fetch":
+                with contextlib.suppress(ScopeError):
+                    found.append(_offered(rule, captures))
+        return tuple(found)
+
+    def _git_rules(self, endpoint: GitEndpoint) -> Iterator[tuple[RequestRule, dict[str, str]]]:
+        """The rules for a repository, up to one with an unknown field, which may be for any operation."""
+        for rule in self._git:
+            captures = rule.captures(endpoint.repository)
+            if captures is not None and rule.unknown:
+                return
+            if captures is not None:
+                yield rule.rule, captures
 
     def mcp_actions(self, target: str, message: McpMessage) -> tuple[Action, ...] | None:
         """The actions of all parts of an MCP message, which all have to be allowed; None if a part has none."""
@@ -402,6 +460,13 @@ def _compiled(rule: RequestRule) -> _Rule:
                 "a rule for requests to models is for POST, without other conditions, and the path captures no model"
             )
         found.add(_MODEL)
+    if (rule.git is not None) != (rule.method == _GIT):
+        raise wrong("a rule with the method GIT says which operation it means, and no other rule does")
+    if rule.git is not None:
+        if rule.query or rule.body or mcp is not None or rule.model is not None or _REF in found:
+            raise wrong("a rule for Git has no other conditions, and the path captures no ref")
+        if rule.git.operation != "fetch":
+            found.add(_REF)
     _check_resource(rule, found | set(mcp.captures if mcp is not None else ()), wrong)
     return _Rule(tuple(segments), tuple(names), rest, rule, mcp, names_of(unknown_fields(rule)))
 

@@ -44,6 +44,7 @@ from ringfence.messages.credential import CredentialRequest
 from ringfence.messages.enrolment import InstanceRef, RunRef
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings, VerbFloor
+from ringfence.model.git.fetch import read_fetch
 from ringfence.model.http_targets import Action, RequestMap
 from ringfence.model.mcp.headers import STATELESS
 from ringfence.model.mcp.messages import CAPABILITIES_KEY, VERSION_KEY
@@ -333,6 +334,8 @@ LEASES: Final[dict[Code, Callable[[Place], object]]] = {
     Code.MCP_STATE_OTHER_TASK: lambda place: place.bound("state", task_id=NO_SUCH),
     Code.MCP_STATE_OTHER_LEASE: lambda place: place.bound("state", lease_id=place.to_agent.lease_id),
     Code.TARGET_INVALID: lambda place: place.targets.find(attempt(target_id="broken")),
+    # Requests to Git servers
+    Code.GIT_REQUEST_INVALID: lambda place: read_fetch(b"0004", ""),
     # Messages to the MCP server
     Code.MCP_COMPRESSED: lambda place: place.posts(content_encoding="gzip"),
     Code.MCP_MEDIA_TYPE: lambda place: place.posts(content_type="text/plain"),

@@ -49,6 +49,7 @@ from ringfence.messages.registry import (
     BackendSettings,
     Delivery,
     FloorKey,
+    GitRule,
     McpRule,
     ModelRule,
     RequestRule,
@@ -77,7 +78,8 @@ _SETTING = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 """A valid setting name. The backends define which settings exist."""
 _REQUEST = re.compile(
     r"(\S+) (\S+) (\S+) (\S+)"
-    r"((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?|model:[a-z]+(?:=server-tools)?))*)"
+    r"((?: (?:(?:query|body|argument):[^\s=]+=\S+|message:[^\s=]+(?:=\S+)?|model:[a-z]+(?:=server-tools)?"
+    r"|git:[a-z-]+))*)"
 )
 
 
@@ -137,7 +139,8 @@ def add(
             "--request",
             metavar="'METHOD PATH VERB RESOURCE [query:NAME=VALUE,...] [body:NAME=VALUE,...]', or "
             "'MCP PATH VERB RESOURCE message:METHOD[=TOOL] [argument:NAME=VALUE,...]', or "
-            "'POST PATH VERB RESOURCE model:openai|anthropic[=server-tools]'",
+            "'POST PATH VERB RESOURCE model:openai|anthropic[=server-tools]', or "
+            "'GIT PATH VERB RESOURCE git:OPERATION'",
             help="Which requests are which verb, e.g. 'GET /envs/{name} read env/{name}'. Repeatable; the first "
             "that matches counts, and those of a template come last.",
         ),
@@ -345,12 +348,14 @@ def _parse_request_rule(text: str) -> RequestRule:
     if match is None:
         raise typer.BadParameter(
             f"{text!r}: write four words, 'METHOD PATH VERB RESOURCE', and conditions after them: query:NAME=VALUE, "
-            "body:NAME=VALUE, message:METHOD[=TOOL], argument:NAME=VALUE, model:API[=server-tools]"
+            "body:NAME=VALUE, message:METHOD[=TOOL], argument:NAME=VALUE, model:API[=server-tools], "
+            "git:OPERATION"
         )
     method, path, verb, resource, conditions = match.groups()
     query, body = (_parse_conditions(where, conditions) for where in ("query", "body"))
     try:
         mcp, model = _parse_mcp_rule(text, conditions), _parse_model_rule(text, conditions)
+        git = _parse_git_rule(text, conditions)
         return RequestRule(
             method=method,
             path=path,
@@ -358,6 +363,7 @@ def _parse_request_rule(text: str) -> RequestRule:
             body=body,
             mcp=mcp,
             model=model,
+            git=git,
             verb=verb,
             resource=resource,
         )
@@ -386,6 +392,14 @@ def _parse_model_rule(text: str, conditions: str) -> ModelRule | None:
         raise typer.BadParameter(f"{text!r}: write one model:API[=server-tools]")
     api, _, more = found[0].partition("=") if found else ("", "", "")
     return ModelRule.model_validate({"api": api, "server_tools": bool(more)}) if found else None
+
+
+def _parse_git_rule(text: str, conditions: str) -> GitRule | None:
+    """Parse a rule for Git servers. Raises ValidationError."""
+    found = [one.removeprefix("git:") for one in conditions.split() if one.startswith("git:")]
+    if len(found) > 1:
+        raise typer.BadParameter(f"{text!r}: write one git:OPERATION")
+    return GitRule.model_validate({"operation": found[0]}) if found else None
 
 
 def _parse_conditions(where: str, text: str) -> dict[str, tuple[str, ...]] | None:

@@ -7,7 +7,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ringfence.messages.registry import ApprovalClass, McpRule, ModelApi, ModelRule, RequestRule
+from ringfence.messages.registry import (
+    ApprovalClass,
+    GitOperation,
+    GitRule,
+    McpRule,
+    ModelApi,
+    ModelRule,
+    RequestRule,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +91,24 @@ def _model() -> Iterator[RequestRule]:
             yield RequestRule(
                 method=method, path=f"{path}/{{path*}}", verb="batch", resource=f"{resource}/{{path*}}"
             )
+
+
+# --- a Git server over smart HTTP -------------------------------------------------------------------------------------
+
+_GIT_FLOORS: dict[GitOperation, ApprovalClass] = {
+    "fetch": "none",
+    "push": "sponsor",
+    "tag": "sponsor",
+    "delete": "operator",
+    "push-other": "operator",
+}
+
+
+def _git() -> Iterator[RequestRule]:
+    for operation in _GIT_FLOORS:
+        resource = "repo/{repo*}" if operation == "fetch" else "repo/{repo*}/ref/{ref*}"
+        git = GitRule(operation=operation)
+        yield RequestRule(method="GIT", path="/{repo*}", git=git, verb=operation, resource=resource)
 
 
 # --- GitHub's REST API ------------------------------------------------------------------------------------------------
@@ -207,6 +233,9 @@ TEMPLATES: dict[str, Template] = {
         "http",
         {"generate": "none", "read": "none", "server-tools": "operator", "batch": "operator"},
         requests=tuple(_model()),
+    ),
+    "git": Template(
+        "http", {str(verb): floor for verb, floor in _GIT_FLOORS.items()}, requests=tuple(_git())
     ),
     "github-api": Template(
         "http",

@@ -198,6 +198,8 @@ def _conditions(rule: RequestRule) -> str:
         ]
     if rule.model is not None:
         texts.append(f"model:{rule.model.api}" + ("=server-tools" if rule.model.server_tools else ""))
+    if rule.git is not None:
+        texts.append(f"git:{rule.git.operation}")
     return "".join(f" {condition}" for condition in texts)
 
 

@@ -7,12 +7,22 @@ import dataclasses
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from http import HTTPStatus
 from typing import Final
 
-from ringfence.gateway.contract import ApiRequest, Attempt, BlockedRequest, PresentedIdentity, Verdict
+from ringfence.gateway.contract import (
+    ApiRequest,
+    Attempt,
+    BlockedRequest,
+    GitRequest,
+    PresentedIdentity,
+    Verdict,
+)
 from ringfence.gateway.dataplane.exchange import ForwardedRequest, cut_error
 from ringfence.gateway.dataplane.fast_path import FastPaths
 from ringfence.gateway.dataplane.forwarder import is_forwarded
+from ringfence.gateway.dataplane.git import check_git_head, content_coding, git_head
+from ringfence.gateway.dataplane.headers import forwarded_headers
 from ringfence.gateway.dataplane.limits import HANDSHAKE_COST
 from ringfence.gateway.dataplane.request_reader import (
     ApiTarget,
@@ -41,6 +51,10 @@ from ringfence.kernel.http1.head import (
     take_head,
 )
 from ringfence.messages.codes import AnyCode, Code
+from ringfence.model.git.endpoints import GitEndpoint
+from ringfence.model.git.fetch import MAX_FETCH_BYTES, read_fetch
+from ringfence.model.git.pkt_lines import GitRequestError
+from ringfence.model.git.push import CommandReader
 
 MAX_READ_BYTES: Final = 1024 * 1024
 """The most bytes of a body that are read before the decision."""
@@ -155,6 +169,8 @@ class AgentConnection:
                 max_bytes=MAX_READ_BYTES,
             )
             self._attempt = attempt
+            if (endpoint := shared.gate.git_endpoint(attempt)) is not None:
+                return await self._decide_and_forward_git(request, body, presented, endpoint, sent)
             reads_body = shared.gate.reads_body(attempt)
             check_body(request, read_by_map=reads_body)
             if reads_body:
@@ -178,6 +194,67 @@ class AgentConnection:
             )
         finally:
             self._slot.end()
+
+    async def _decide_and_forward_git(
+        self,
+        request: RequestHead,
+        body: Body,
+        presented: PresentedIdentity,
+        endpoint: GitEndpoint,
+        sent: ReceivedRequest,
+    ) -> bool:
+        """As `_decide_and_forward`, for a Git server: what was understood of head and body is written anew."""
+        assert self._attempt is not None, "it was read"
+        check_body(request, read_by_map=False)
+        try:
+            check_git_head(request, endpoint)
+            git, rebuilt = await self._read_git_body(request, body, endpoint, sent)
+        except GitRequestError as error:
+            raise RequestRefusedError(error.code, error.message) from None
+        added = len(rebuilt) - len(sent.body) if rebuilt is not None and sent.body is not None else 0
+        head = git_head(request, endpoint, added)
+        attempt = self._attempt = dataclasses.replace(
+            self._attempt,
+            git=git,
+            body=rebuilt if git.commands is None else None,
+            headers=partial(forwarded_headers, head, upgrade=False),
+        )
+        verdict = await self._shared.gate.decide(presented, attempt, self._slot.check_agent, sent)
+        if not is_forwarded(verdict):
+            answer = self._shared.answer(verdict)
+            if git.commands is not None and answer[0] == HTTPStatus.OK:
+                await self._discard(body)
+            return await self._send_answer(answer, request, close=not body.done, body=body)
+        if not verdict.allowed:  # observed: it is forwarded as it came
+            head, rebuilt = request, sent.body
+        return await self._forward(ForwardedRequest(head, attempt, verdict, body, rebuilt))
+
+    async def _read_git_body(
+        self, request: RequestHead, body: Body, endpoint: GitEndpoint, sent: ReceivedRequest
+    ) -> tuple[GitRequest, bytes | None]:
+        """Read as much of the body as decides. Returns what it asks for, and the bytes to forward instead.
+
+        Raises GitRequestError, and what `_read_body` raises.
+        """
+        if endpoint.advertises:
+            return GitRequest(endpoint), None
+        waits = _expects_continue(request)
+        if endpoint.service == "git-upload-pack":
+            sent.body = await self._read_body(body, expects_continue=waits, limit=MAX_FETCH_BYTES)
+            return GitRequest(endpoint), read_fetch(sent.body, content_coding(request))
+        reader = CommandReader()
+        sent.body = await self._read_body(body, expects_continue=waits, enough=reader.enough)
+        commands = reader.command_list(sent.body, ended=body.done)
+        return GitRequest(endpoint, commands), commands.encoded() + sent.body[reader.end :]
+
+    async def _discard(self, body: Body) -> None:
+        """Read the rest of a refused pack. Git shows the answer only once it has sent everything."""
+        client = self._client
+        while not body.done:
+            client.deadline = time.monotonic() + self._shared.timeouts.piece_s
+            await client.read_more()
+            body.take(client.buffer)
+        client.deadline = None
 
     def _api_target(self, request: RequestHead) -> ApiTarget | None:
         if self._shared.agent_api is None:
@@ -232,8 +309,15 @@ class AgentConnection:
             await self._linger(forwarded.body)
         return keep
 
-    async def _read_body(self, body: Body, *, expects_continue: bool, limit: int = MAX_READ_BYTES) -> bytes:
-        """Read the body, up to a little more than the limit.
+    async def _read_body(
+        self,
+        body: Body,
+        *,
+        expects_continue: bool,
+        limit: int = MAX_READ_BYTES,
+        enough: Callable[[bytearray], bool] | None = None,
+    ) -> bytes:
+        """Read the body, up to a little more than the limit, or until `enough` of it is here.
 
         Raises RequestRefusedError: 408 on a timeout, 400 if its framing is wrong.
         """
@@ -242,7 +326,7 @@ class AgentConnection:
             client.write(_CONTINUE)
         pieces = bytearray(body.take(client.buffer))
         client.deadline = time.monotonic() + self._shared.timeouts.piece_s
-        while not body.done and len(pieces) <= limit:
+        while not ((enough is not None and enough(pieces)) or body.done or len(pieces) > limit):
             try:
                 await client.read_more()
             except PeerTimeoutError:

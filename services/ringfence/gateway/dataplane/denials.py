@@ -10,6 +10,7 @@ from typing import Any, Final
 import orjson
 
 from ringfence.gateway.contract import RpcErrorReply, Verdict
+from ringfence.gateway.dataplane.git import git_denial
 from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.model.mcp.headers import SELF_STATED
@@ -92,6 +93,9 @@ def how_to_ask(verdict: Verdict) -> str | None:
 def denial_answer(verdict: Verdict) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the answer. The data plane adds `Cache-Control`."""
     headers = {name: value for name, value in denial_headers(verdict).items() if name != "Cache-Control"}
+    if verdict.git is not None:
+        status, media, content = git_denial(verdict, verdict.git, how_to_ask(verdict))
+        return status, {**headers, "Content-Type": media}, content
     if verdict.rpc is None or verdict.status in _HTTP_STATUSES:
         return verdict.status, headers, problem_body(verdict)
     if verdict.rpc.request_state is not None:

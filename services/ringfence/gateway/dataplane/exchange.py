@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, NoReturn
 
 from ringfence.gateway.contract import Attempt, Verdict
+from ringfence.gateway.dataplane.git import advertisement_filter
 from ringfence.gateway.dataplane.headers import request_head, response_head, switching_head
 from ringfence.gateway.dataplane.mcp_responses import (
     EVENTS,
@@ -46,12 +47,15 @@ from ringfence.kernel.http1.head import (
     take_head,
 )
 from ringfence.messages.codes import Code, ReceivedCode
+from ringfence.model.git.advertisement import AdvertisementFilter
+from ringfence.model.git.pkt_lines import GitRequestError
 from ringfence.model.verdict import Allowed, Refused
 
 _REPEATABLE: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Safe methods whose request may be sent again if a pooled connection turns out to be closed (RFC 9110, 9.2.2)."""
 
 _MAX_INTERIM_RESPONSES: Final = 8
+_BodyFilter = EventStreamFilter | AdvertisementFilter
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +249,12 @@ class Exchange:
         until_closed = isinstance(body, CloseDelimitedBody)
         modern = self._request.head.minor == 1
         whole, event_filter = await self._filter_mcp(upstream, response, body)
-        if whole is not None or event_filter is not None:  # filtering changes the length
+        git = self._request.attempt.git if self._request.verdict.allowed else None
+        body_filter = event_filter or advertisement_filter(git, response)
+        if whole is not None or body_filter is not None:  # filtering changes the length
             response = replace(response, length=None if whole is None else len(whole), chunked=whole is None)
         sized = (
-            whole is not None or (isinstance(body, SizedBody) and event_filter is None) or type(body) is Body
+            whole is not None or (isinstance(body, SizedBody) and body_filter is None) or type(body) is Body
         )
         in_chunks = not sized and not until_closed and modern
         framed = sized or in_chunks
@@ -265,7 +271,7 @@ class Exchange:
             if self._client.blocked:
                 await self._drain_client()
         else:
-            await self._stream_body(upstream, body, head, event_filter, in_chunks=in_chunks)
+            await self._stream_body(upstream, body, head, body_filter, in_chunks=in_chunks)
         clean = (
             not until_closed
             and response.minor == 1
@@ -374,7 +380,7 @@ class Exchange:
         upstream: Stream,
         body: Body,
         head: bytes,
-        event_filter: EventStreamFilter | None,
+        body_filter: _BodyFilter | None,
         *,
         in_chunks: bool,
     ) -> None:
@@ -383,9 +389,9 @@ class Exchange:
         while True:
             try:
                 piece = body.take(upstream.buffer)
-                if event_filter is not None:
-                    piece = event_filter.last(piece) if body.done else event_filter.feed(piece)
-            except RequestRefusedError as error:
+                if body_filter is not None:
+                    piece = body_filter.last(piece) if body.done else body_filter.feed(piece)
+            except (RequestRefusedError, GitRequestError) as error:
                 self._abort_response(client, _unreadable(error))
             if piece or body.done:
                 piece = redactor.last(piece) if body.done else redactor.feed(piece)
@@ -404,15 +410,15 @@ class Exchange:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RequestRefusedError as error:
                 if isinstance(body, CloseDelimitedBody) and error.code == Code.TARGET_GONE:
-                    client.write(redactor.last(self._last_event(event_filter)))
+                    client.write(redactor.last(self._last_event(body_filter)))
                     return
                 self._abort_response(client, error)
 
-    def _last_event(self, event_filter: EventStreamFilter | None) -> bytes:
+    def _last_event(self, body_filter: _BodyFilter | None) -> bytes:
         """The rest of the data in the filter, at the end of the connection."""
         try:
-            return event_filter.last(b"") if event_filter is not None else b""
-        except RequestRefusedError as error:
+            return body_filter.last(b"") if body_filter is not None else b""
+        except (RequestRefusedError, GitRequestError) as error:
             self._abort_response(self._client, error)
 
     async def _drain_client(self) -> None:
@@ -423,7 +429,7 @@ class Exchange:
         if self._uploaded():
             client.deadline = None
 
-    def _abort_response(self, client: Stream, error: RequestRefusedError) -> NoReturn:
+    def _abort_response(self, client: Stream, error: RequestRefusedError | GitRequestError) -> NoReturn:
         """Break off a response that was begun, so that the client sees that it is incomplete."""
         client.fail(DisconnectedError(error.message))
         raise DisconnectedError(error.message)
@@ -502,7 +508,7 @@ async def _drain(upstream: Stream) -> bool:
     return True
 
 
-def _unreadable(error: RequestRefusedError) -> RequestRefusedError:
+def _unreadable(error: RequestRefusedError | GitRequestError) -> RequestRefusedError:
     return RequestRefusedError(
         Code.TARGET_UNREADABLE, f"the target's response is not forwarded: {error.message}"
     )

@@ -127,6 +127,8 @@ class DecisionContext:
     target: CompiledTarget | None = None
     action: Action | None = None
     chosen: ChosenLease | None = None
+    more_actions: tuple[Action, ...] = ()
+    """Of a push of several refs: those besides `action`, which stand for no other action in events."""
     mcp_request: McpRequest | None = None
     request_state: str | None = None
     """The state with which an MCP client is told to retry, while a person is asked."""

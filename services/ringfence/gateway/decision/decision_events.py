@@ -341,9 +341,11 @@ class DecisionEvents:
 
 def _access(context: DecisionContext) -> Access | None:
     """Read or write. All MCP messages are posted: there the method of the message decides, and for a tool call its
-    verb.
+    verb. Fetches from Git servers are posted, too.
     """
     message = context.mcp_request.message if context.mcp_request is not None else None
+    if context.attempt.git is not None:
+        return "read" if context.attempt.git.reads else "write"
     if message is None:
         return access_of(context.attempt.method)
     reads = context.action is not None and context.action.verb == _READ_VERB

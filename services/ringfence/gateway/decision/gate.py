@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -31,6 +31,7 @@ from ringfence.gateway.decision.context import ActionIds, DecisionContext, Obser
 from ringfence.gateway.decision.decision_events import DecisionEvents
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.fast_path import DecisionFastPath
+from ringfence.gateway.decision.git import git_actions
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.mcp import McpRequests, rpc_error_reply
 from ringfence.gateway.decision.sender import SenderAuthenticator
@@ -58,6 +59,7 @@ from ringfence.messages.codes import Code, ReceivedCode
 from ringfence.messages.credential import Reason
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
+from ringfence.model.git.endpoints import GitEndpoint
 from ringfence.model.http_targets import MAX_BODY_BYTES, Action
 from ringfence.model.mcp.headers import is_known
 from ringfence.model.target_settings import STDIO_URL
@@ -159,6 +161,14 @@ class DecisionGate:
         target = self._targets.find(attempt)
         return isinstance(target, CompiledTarget) and target.map.reads_body(attempt.method, attempt.target)
 
+    def git_endpoint(self, attempt: Attempt) -> GitEndpoint | None:
+        target = self._targets.find(attempt)
+        return (
+            target.map.git_endpoint(attempt.method, attempt.target)
+            if isinstance(target, CompiledTarget)
+            else None
+        )
+
     async def decide(
         self,
         presented: PresentedIdentity,
@@ -177,6 +187,9 @@ class DecisionGate:
         verdict = self._verdict(context, presented, attempt, result)
         try:
             self._events.record(context, presented, verdict)
+            for action in context.more_actions if verdict.allowed else ():
+                one = replace(context, id=self._ids.new(), action=action)
+                self._events.record(one, presented, verdict)
         except SpoolFullError as error:
             log.error("nothing is let pass: %s", error)
             reason = Reason(
@@ -321,7 +334,8 @@ class DecisionGate:
 
         1. The request has a target.
         2. For a target inside of a run: it came through that run's socket (`_check_run_socket`).
-        3. For an MCP message: all of its actions are allowed (`_authorize_mcp`). Otherwise:
+        3. For an MCP message: all of its actions are allowed (`_authorize_mcp`).
+           At a Git server: all of the request's actions are allowed (`_authorize_git`). Otherwise:
         4. The target's request map says what the request does.
         5. A lease allows that (`domain.authorize`).
         6. The bundle allows it (`Evaluator.answer`).
@@ -335,6 +349,8 @@ class DecisionGate:
             run_socket = _check_run_socket(target, attempt, sender)
             if isinstance(run_socket, Refusal):
                 return run_socket
+        if target.map.git_endpoint(attempt.method, attempt.target) is not None:
+            return await self._authorize_git(context, target, sender)
         if target.map.speaks_mcp(attempt.target):
             return await self._authorize_mcp(context, target, sender)
         action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
@@ -354,9 +370,8 @@ class DecisionGate:
 
         1. The message can be read, and belongs to the sender (`McpRequests.read`).
         2. The target's request map has a rule for each of its actions.
-        3. For each action: a lease allows it (`domain.authorize`), which is the one of the actions before.
-        4. For each action: the bundle allows it (`Evaluator.answer`).
-        5. At most one action requires a person's approval.
+        3. All actions are allowed (`_authorize_all`).
+        4. At most one action requires a person's approval.
         """
         mcp_request = self._mcp.read(context.attempt, target, sender)
         if isinstance(mcp_request, Refusal):
@@ -370,6 +385,58 @@ class DecisionGate:
                 text = f"no revision of MCP has {message.method[:64]}, and no rule of the target names it"
                 return refuse(Code.MCP_METHOD, text)
             return self._unmapped_refusal(target, context.attempt)
+        required = await self._authorize_all(context, target, sender, actions)
+        if isinstance(required, Refusal):
+            return required
+        if len(required) > 1:
+            text = "several things in this message need a person's approval each: send them one at a time"
+            return refuse(Code.MCP_SEVERAL_APPROVALS, text)
+        if required:
+            context.action, context.chosen, approval = required[0]
+            return approval
+        context.action = actions[0]
+        return ALLOWED
+
+    async def _authorize_git(
+        self, context: DecisionContext, target: CompiledTarget, sender: Sender
+    ) -> Allowed | Refusal | ApprovalRequired:
+        """Authorize all actions of one request to a Git server, by one lease.
+
+        1. The data plane reads such requests (`git_needs_plane`).
+        2. The target's request map has a rule for each of its actions.
+        3. All actions are allowed (`_authorize_all`).
+        4. No action of a push requires a person's approval: nobody sees a pack (`body_unseen`).
+        """
+        request = context.attempt.git
+        if request is None:
+            message = f"{target.state.target_id} is a Git server: go through the gateway's own data plane"
+            return refuse(Code.GIT_NEEDS_PLANE, message)
+        actions = git_actions(request, target, sender, self._view.table)
+        if actions is None:
+            return self._unmapped_refusal(target, context.attempt)
+        required = await self._authorize_all(context, target, sender, actions)
+        if isinstance(required, Refusal):
+            return required
+        if required and request.endpoint.service == "git-receive-pack":
+            message = (
+                "nobody can be asked about a push, whose pack is not seen: have a floor for the verb instead"
+            )
+            return refuse(Code.BODY_UNSEEN, message)
+        if required:
+            context.action, context.chosen, approval = required[0]
+            return approval
+        context.action, *more = actions
+        context.more_actions = tuple(more)
+        return ALLOWED
+
+    async def _authorize_all(
+        self, context: DecisionContext, target: CompiledTarget, sender: Sender, actions: Sequence[Action]
+    ) -> Refusal | list[tuple[Action, ChosenLease, ApprovalRequired]]:
+        """Authorize several actions by one lease. Returns those that require a person's approval.
+
+        1. For each action: a lease allows it (`domain.authorize`), which is the one of the actions before.
+        2. For each action: the bundle allows it (`Evaluator.answer`).
+        """
         required: list[tuple[Action, ChosenLease, ApprovalRequired]] = []
         for action in actions:
             context.action = action
@@ -383,14 +450,7 @@ class DecisionGate:
             if not isinstance(result, Allowed):
                 required.append((action, chosen, result))
             sender = replace(sender, lease_id=chosen.lease.lease_id, task_id=chosen.lease.task_id)
-        if len(required) > 1:
-            text = "several things in this message need a person's approval each: send them one at a time"
-            return refuse(Code.MCP_SEVERAL_APPROVALS, text)
-        if required:
-            context.action, context.chosen, approval = required[0]
-            return approval
-        context.action = actions[0]
-        return ALLOWED
+        return required
 
     def _authorize_uncached(
         self, sender: Sender, target: TargetState, action: Action
@@ -413,7 +473,7 @@ class DecisionGate:
             chosen,
             action,
             id=context.id,
-            reads=context.attempt.method in SAFE_METHODS,
+            reads=_reads(context.attempt),
             task_history=lambda: self._task_history.of(chosen.lease.task_id, now_ms),
             now_ms=now_ms,
         )
@@ -594,6 +654,7 @@ class DecisionGate:
             observed=context.observed,
             mcp=self._mcp_exchange(context, attempt) if allowed else None,
             rpc=self._rpc_error_reply(context, attempt) if not allowed else None,
+            git=attempt.git if not allowed else None,
             body=_forwarded_body(context) if allowed or context.observed else None,
             headers=_approved_headers(context) if allowed else None,
             injected=context.injected if allowed else None,
@@ -618,6 +679,11 @@ class DecisionGate:
             return None
         reply = rpc_error_reply(attempt)
         return replace(reply, request_state=context.request_state) if reply.id is not None else reply
+
+
+def _reads(attempt: Attempt) -> bool:
+    """Whether a request only reads."""
+    return attempt.git.reads if attempt.git is not None else attempt.method in SAFE_METHODS
 
 
 def _hold_s(context: DecisionContext) -> float | None:
