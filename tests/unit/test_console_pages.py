@@ -151,4 +151,4 @@ async def test_author_of_proposals_has_a_button_to_withdraw_each() -> None:
 async def test_proposed_ceiling_of_an_agent_that_a_person_may_not_see_is_marked_so() -> None:
     view: Any = SimpleNamespace(reads=ProposalReads(404), session=SimpleNamespace(user_id="otto"))
     ceiling = (await proposals(view)).values["proposals"][1]["ceiling"]
-    assert ceiling == {"whole": _COMMAND.ceiling, "new": None, "unused": None}
+    assert ceiling == {"whole": _COMMAND.ceiling, "limits": None, "new": None, "unused": None}

@@ -422,6 +422,8 @@ class Code(StrEnum):
     """The task was handed on as often as is allowed."""
     LATER_THAN_PARENT = "later_than_parent"
     """The parent task ends earlier; set an earlier end."""
+    LIMIT_BEYOND_CEILING = "limit_beyond_ceiling"
+    """The agent's ceiling has a lower limit of tokens or requests; give the task as much, or less."""
     NOT_TASK_AGENT = "not_task_agent"
     """Only the agent of the task hands on parts of it."""
     ON_BEHALF_OF_UNSIGNED = "on_behalf_of_unsigned"

@@ -183,15 +183,16 @@ async def _proposed_ceiling(view: View, listed: dict[str, Any]) -> dict[str, Any
     model = _WITH_CEILING.get(listed["typ"])
     if model is None:
         return None
-    whole = parse(listed["command"]).unverified_claims(model).ceiling
+    claims = parse(listed["command"]).unverified_claims(model)
+    whole, limits = claims.ceiling, claims.limits
     try:
         usage = await view.reads.usage(listed["subject"].partition(" ")[2])
     except ApiError:
-        return {"whole": whole, "new": None, "unused": None}
+        return {"whole": whole, "limits": limits, "new": None, "unused": None}
     now = tuple(Permission.model_validate(one, strict=False) for one in usage["ceiling"])
     kept = {(one.target, verb) for one in whole for verb in one.verbs}
     unused = [one for one in usage["never_used"] if (one["target"], one["verb"]) in kept]
-    return {"whole": whole, "new": missing(whole, now), "unused": unused}
+    return {"whole": whole, "limits": limits, "new": missing(whole, now), "unused": unused}
 
 
 _LISTED: Final = {model.typ for model in LISTED}

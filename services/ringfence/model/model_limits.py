@@ -1,0 +1,19 @@
+"""Limits of what tasks use of language models: comparison, and text for people. Pure."""
+
+from __future__ import annotations
+
+from ringfence.messages.registry import ModelLimits
+
+
+def higher_limits(limits: ModelLimits | None, most: ModelLimits | None) -> list[str]:
+    """Return the names of the limits that are higher than those of `most`. A limit that one of them lacks is not."""
+    if limits is None or most is None:
+        return []
+    named = (("tokens", limits.tokens, most.tokens), ("requests", limits.requests, most.requests))
+    return [name for name, one, other in named if one is not None and other is not None and one > other]
+
+
+def limits_text(limits: ModelLimits | None) -> str:
+    """Return limits for people: `tokens=200000 requests=500`, or `none`."""
+    given = limits.model_dump(exclude_none=True) if limits is not None else {}
+    return " ".join(f"{name}={value}" for name, value in given.items()) or "none"
