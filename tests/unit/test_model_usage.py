@@ -241,7 +241,9 @@ def counted(given: int, output: int) -> dict[str, int]:
         "unlimited", "no answer", "refused", "redirected",
     ],
 )  # fmt: skip
-def test_what_is_counted(answer: AnswerReader | None, reserved: bool, tokens: int, why: str) -> None:
+def test_count_of_an_ended_request(
+    answer: AnswerReader | None, reserved: bool, tokens: int, why: str
+) -> None:
     usage: ModelUsage = usage_of(answer, REQUEST, reserved=reserved)
     assert (usage.tokens, usage.counted) == (tokens, why)
 

@@ -327,7 +327,7 @@ class Administrator(CommandClient):
         """Register an agent. `sponsor` defaults to the signer; only an operator may name another.
 
         With `inactive` nothing is issued before the sponsor accepts it with `activate_agent`. With `attestation` it
-        needs no key: its running instances enrol their own.
+        needs no key: its running instances enrol their own. `limits`: of what each of its tasks uses of models.
         """
         ceiling, attestation = permissions("ceiling", ceiling), _selectors(attestation)
         validate_scope(ceiling, allow_empty=True)
@@ -523,7 +523,8 @@ class Administrator(CommandClient):
     ) -> TaskTerms:
         """Build the terms of a task. Nothing is sent. Raises InvalidCallError where they cannot be.
 
-        Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970).
+        Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970). `limits`: of what it
+        uses of models.
         """
         return task_terms(
             agent_id, purpose, scope, self._now_s(), ends_in_s=ends_in_s, not_after=not_after, limits=limits
