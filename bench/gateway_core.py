@@ -32,6 +32,7 @@ from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.injection import Injector
+from ringfence.gateway.decision.model_budget import ModelMeters
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import stale_view
@@ -48,6 +49,7 @@ from ringfence.model.verdict import ALLOWED, Allowed, Refused
 from ringfence.rego.bundle import OWN_BUNDLE, load_bundle
 from ringfence.rego.embedded import EmbeddedEngine
 from ringfence.rego.engine import ACTION
+from ringfence.testing.services import InMemoryBudgets
 from tests.support import leases
 from tests.support.in_memory_registry import START_MS, TD, InMemoryRegistry, permission
 
@@ -183,7 +185,14 @@ class _World:
         key = SigningKey.generate(name)
         return DecisionGate(
             _View(self.ledger, self.table),  # type: ignore[arg-type]
-            DecisionSteps(self.identifier, self.targets, Evaluator(engine, declared), None, injector),  # type: ignore[arg-type]
+            DecisionSteps(
+                self.identifier,
+                self.targets,
+                Evaluator(engine, declared),
+                None,  # type: ignore[arg-type]
+                injector,
+                ModelMeters(InMemoryBudgets()),
+            ),
             DecisionLog(name, recorder, RefusalCounts(recorder.record, self.clock, gateway=name)),
             DecisionSettings(30 * _DAY_S),
             clock=self.clock,

@@ -83,6 +83,7 @@ if TYPE_CHECKING:
     from ringfence.messages.enrolment import AttestationSelector as AttestationSelector
     from ringfence.messages.registry import BackendSettings as BackendSettings
     from ringfence.messages.registry import Delegation as Delegation
+    from ringfence.messages.registry import ModelLimits as ModelLimits
     from ringfence.messages.registry import Provisioning as Provisioning
     from ringfence.messages.registry import RequestRule as RequestRule
     from ringfence.messages.registry import Role as Role
@@ -125,6 +126,7 @@ __all__ = [
     "IssuedCredential",
     "KeyFileError",
     "KeyRecord",
+    "ModelLimits",
     "Needs",
     "Nonces",
     "NotAnsweredError",
@@ -247,6 +249,7 @@ _MODULES = {
     "Sponsor": "ringfence.client.approvals.sponsor",
     "SshCredential": "ringfence.client.agent.credentials",
     "StaleApprovalError": "ringfence.client.errors",
+    "ModelLimits": "ringfence.messages.registry",
     "TaskTerms": "ringfence.messages.registry",
     "TaskView": "ringfence.client.task_view",
     "TokenCredential": "ringfence.client.agent.credentials",

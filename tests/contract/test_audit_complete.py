@@ -86,7 +86,7 @@ OUTCOMES: dict[str, dict[str, set[str]]] = {
         "denied": {"action.denied", "action.by_another"},
     },
     "ActionAnswered": {
-        "result": {"action.answered"},
+        "result": {"action.answered", "model.usage_understated"},
         "accepted": {"action.answered"},
         "tool_error": {"action.failed"},
         "rpc_error": {"action.failed"},
@@ -199,7 +199,8 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "action.answered": (*OF_TASK, "lease", "request", "policy_revision"),
     **dict.fromkeys(
         (
-            "action.denied", "action.observed", "action.failed", "relay.ended", "grant.given", "grant.withdrawn",
+            "action.denied", "action.observed", "action.failed", "relay.ended", "model.usage_understated",
+            "grant.given", "grant.withdrawn",
             "task.assign",
             "task.delegate", "task.end", "task.assigned", "task.delegated", "task.ended", "revocation.requested",
             "run.ordered", "run.stop_ordered", "run.claimed", "run.started", "run.ended", "run.remained", "run.lost",

@@ -19,13 +19,15 @@ from ringfence.gateway.contract import Attempt, DecisionCore, PresentedIdentity
 from ringfence.gateway.dataplane.plane import DataPlane, DataPlaneSettings
 from ringfence.gateway.dataplane.tls_listener import CertificateAuthority
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
+from ringfence.gateway.decision.model_budget import Budgets, ModelMeters
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import Sender
 from ringfence.kernel.base.clock import SystemClock
 from ringfence.messages.base import Permission
 from ringfence.messages.operations import ActionAnswered, ActionDecided
-from ringfence.messages.registry import BackendSettings, McpRule, RequestRule, VerbFloor
+from ringfence.messages.registry import BackendSettings, McpRule, ModelLimits, RequestRule, VerbFloor
 from ringfence.model.verdict import ALLOWED, Allowed
+from ringfence.testing.services import InMemoryBudgets
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import permission
 from tests.support.switches import build_options
@@ -70,6 +72,7 @@ class McpPlace(PlayedRecorder):
     plane: DataPlane | None = None
     secrets: StaticSecrets | None = None
     """Where the target's secret is; if None, a token is injected."""
+    budgets: Budgets = field(default_factory=InMemoryBudgets)
 
     # --- what of the core asks others ---
 
@@ -151,19 +154,22 @@ async def mcp_placed(
     settings: Mapping[str, str] = MappingProxyType({"kind": "jwt"}),
     secrets: StaticSecrets | None = None,
     wide: Permission = WIDE,
+    limits: ModelLimits | None = None,
+    budgets: Budgets | None = None,
 ) -> AsyncIterator[McpPlace]:
     """The gateway before what listens at `port`, with a lease of each of these permissions and no other.
 
     `tls`: what the target is verified by, where it speaks TLS, as `localhost`; `observe`: targets only observed;
     `rules`, `verbs`, `settings`: of the target; `secrets`: where its secret is, for kind `http`;
-    `wide`: what the task may do.
+    `wide`: what the task may do; `limits`: of what it uses of models;
+    `budgets`: what that is counted by.
     """
-    place = Place(wide)
+    place = Place(wide, limits)
     place.table.revoke(place.lease.lease_id, 1)
     url = f"https://localhost:{port}" if tls is not None else f"http://127.0.0.1:{port}"
     backend = BackendSettings.model_validate({**settings, "url": url})
     ledger = place.ledger
-    found = McpPlace(place, secrets=secrets)
+    found = McpPlace(place, secrets=secrets, budgets=budgets or InMemoryBudgets())
     targets = Targets(ledger.directory)
     ledger.give(
         ledger.target_set("olga", "staging", backend=backend, requests=tuple(rules), verbs=tuple(verbs))
@@ -173,7 +179,7 @@ async def mcp_placed(
     played = cast(Any, found)
     gate = DecisionGate(
         played,
-        DecisionSteps(played, targets, played, played, played),
+        DecisionSteps(played, targets, played, played, played, ModelMeters(found.budgets)),
         DecisionLog("spiffe://acme.example/service/gateway", played, played),
         DecisionSettings(10**9, observe, **build_options("gateway")),
         clock=ledger.clock,

@@ -40,6 +40,10 @@ class Target:
     respond: Respond = lambda _: OK
     script: Script | None = None
     """Instead of reading requests: all that happens in a connection."""
+    hangs_up: bool = False
+    """Whether it closes a connection after its answer."""
+    answers: asyncio.Event | None = None
+    """If given, no answer is sent before it is set."""
     requests: list[Received] = field(default_factory=list)
     raw: list[bytearray] = field(default_factory=list)
     """All bytes of each connection."""
@@ -80,8 +84,12 @@ class Target:
             if received is None:
                 return
             self.requests.append(received)
+            if self.answers is not None:
+                await self.answers.wait()
             writer.write(self.respond(received))
             await writer.drain()
+            if self.hangs_up:
+                return
             left = machine.trailing_data[0]
             assert not left, f"more came than one request: {left!r}"
 

@@ -21,7 +21,8 @@ from ringfence.backends.http import StaticSecrets
 from ringfence.backends.secret_sources import TargetAccess
 from ringfence.cli.commands.target_templates import TEMPLATES
 from ringfence.dev.processes import free_port
-from ringfence.messages.registry import VerbFloor
+from ringfence.gateway.decision.model_budget import Budgets
+from ringfence.messages.registry import ModelLimits, VerbFloor
 from tests.gateway.mcp_place import McpPlace, mcp_placed
 from tests.gateway.target import Received, Target
 from tests.support.in_memory_registry import permission
@@ -52,11 +53,11 @@ class ModelPlace:
     provider: str
     url: str
 
-    async def call(self, *calls: tuple[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    async def call(self, *calls: tuple[str, dict[str, Any]], retries: int = 0) -> list[dict[str, Any]]:
         """What the SDK returns or raises for each call."""
         process = await asyncio.create_subprocess_exec(
             str(_sdks() / "python"), str(Path(__file__).with_name("model_client.py")),
-            self.provider, self.url, json.dumps(calls),
+            self.provider, self.url, json.dumps(calls), str(retries),
             stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE, env={"PATH": os.environ["PATH"]},
         )  # fmt: skip
         out, err = await asyncio.wait_for(process.communicate(), WITHIN_S)
@@ -84,22 +85,32 @@ def _sdks() -> Path:
 
 
 @contextlib.asynccontextmanager
-async def model_placed(provider: str, folder: Path, *leases: Any) -> AsyncIterator[ModelPlace]:
+async def model_placed(
+    provider: str,
+    folder: Path,
+    *leases: Any,
+    server: Target | None = None,
+    limits: ModelLimits | None = None,
+    budgets: Budgets | None = None,
+) -> AsyncIterator[ModelPlace]:
+    """`server`: in the place of one that does not say what is used; `limits`: of the task; `budgets`: what they are
+    counted by."""
     secret = folder / "key"
     secret.touch(mode=0o600)
     secret.write_text(SECRET)
     verbs = tuple(VerbFloor(verb=verb, floor=floor) for verb, floor in TEMPLATE.verbs.items())
     async with (
-        Target(respond=_respond).serving() as server,
+        (server or Target(respond=_respond)).serving() as serving,
         mcp_placed(
-            server.port, folder, *(leases or (LEASE,)), rules=TEMPLATE.requests, verbs=verbs,
-            settings=HEADERS[provider], wide=WIDE, secrets=StaticSecrets(TargetAccess({"staging": f"file:{secret}"})),
+            serving.port, folder, *(leases or (LEASE,)), rules=TEMPLATE.requests, verbs=verbs,
+            settings=HEADERS[provider], wide=WIDE, limits=limits, budgets=budgets,
+            secrets=StaticSecrets(TargetAccess({"staging": f"file:{secret}"})),
         ) as place,
     ):  # fmt: skip
         assert place.plane is not None
         port = free_port()
         await place.plane.listen("127.0.0.1", port, names=[f"localhost:{port}"])
-        yield ModelPlace(place, server, provider, f"http://localhost:{port}/staging")
+        yield ModelPlace(place, serving, provider, f"http://localhost:{port}/staging")
 
 
 def _respond(received: Received) -> bytes:

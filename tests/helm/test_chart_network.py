@@ -131,9 +131,10 @@ def test_gateway_reaches_targets_everywhere() -> None:
     assert policy_of(services()["gateway"])["egress"] == [{}]
 
 
-def test_issuer_and_revoker_are_the_services_with_redis() -> None:
+def test_issuer_revoker_and_gateway_are_the_services_with_redis() -> None:
     assert {name for name in CHARTED if has_redis(name)} == {"issuer", "revoker"}
     assert {name for name in CHARTED if "RINGFENCE_REDIS_URL" in environment_of(services()[name])} == {
+        "gateway",
         "issuer",
         "revoker",
     }

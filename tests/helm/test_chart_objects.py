@@ -157,8 +157,8 @@ NOT_OF_A_POD = {"gateway": {"RINGFENCE_GATEWAY_SOCKETS", "RINGFENCE_GATEWAY_CA_F
 def test_pod_has_the_settings_that_compose_gives_the_service(name: str) -> None:
     compose = set(compose_loaded("docker-compose.yml")["services"][name]["environment"])
     missing = compose - environment_of(services()[name]).keys() - LEFT_TO_OPERATORS
-    # Only who has the live leases is told where they are.
-    without_redis = set() if name in ("issuer", "revoker") else {"RINGFENCE_REDIS_URL"}
+    # Only services that have leases or budgets in Redis get its address.
+    without_redis = set() if name in ("gateway", "issuer", "revoker") else {"RINGFENCE_REDIS_URL"}
     assert missing == NOT_OF_A_POD.get(name, set()) | without_redis
 
 

@@ -15,7 +15,7 @@ from ringfence.messages.base import ExpiringClaims, Topic
 from ringfence.messages.credential import Reason, RequestWithdraw
 from ringfence.messages.enrolment import AttestationSelector, EnrolledInstance
 from ringfence.messages.lease import EndCause, RevocationAck, RevocationRequest, Selector
-from ringfence.messages.operations import Destination
+from ringfence.messages.operations import Destination, ModelUsage
 from ringfence.messages.registry import (
     AgentActivate,
     AgentDecommission,
@@ -606,6 +606,10 @@ def actions(office: AuditFixtures, lease_id: str) -> dict[str, Received]:
         "with a result": {"lease_id": lease_id},
         "that it was heard": {"answer": "accepted", "lease_id": lease_id},
         "with a tool's error": {"answer": "tool_error"},
+        "that says too little of its usage": {
+            "resource": "model/gpt-5",
+            "usage": ModelUsage(input_tokens=0, output_tokens=0, tokens=40, counted="estimate"),
+        },
         "with an error of JSON-RPC": {"answer": "rpc_error", "rpc_code": -32602},
         "with an error of HTTP": {"answer": "transport_error", "http_status": 502},
         "by nobody known": {"answer": "none", "http_status": None, "agent_id": None, "task_id": None},

@@ -11,7 +11,7 @@ import pytest
 from ringfence.client.errors import ApiError
 from ringfence.console.page_templates import PageDigests, beginning, digest_of, render
 from ringfence.console.views.page import Page
-from ringfence.console.views.pages import proposals
+from ringfence.console.views.pages import proposals, task
 from ringfence.messages.base import Permission
 from ringfence.messages.registry import AgentSetCeiling
 from tests.support.in_memory_registry import InMemoryRegistry, permission
@@ -151,4 +151,53 @@ async def test_author_of_proposals_has_a_button_to_withdraw_each() -> None:
 async def test_proposed_ceiling_of_an_agent_that_a_person_may_not_see_is_marked_so() -> None:
     view: Any = SimpleNamespace(reads=ProposalReads(404), session=SimpleNamespace(user_id="otto"))
     ceiling = (await proposals(view)).values["proposals"][1]["ceiling"]
-    assert ceiling == {"whole": _COMMAND.ceiling, "new": None, "unused": None}
+    assert ceiling == {"whole": _COMMAND.ceiling, "limits": None, "new": None, "unused": None}
+
+
+class TaskReads:
+    """A task with limits, and what audit says of its models."""
+
+    def __init__(self, *, away: bool = False) -> None:
+        self.away = away
+
+    async def record(self, kind: str, id: str) -> dict[str, Any]:
+        state = {
+            "task_id": id, "agent_id": "bot", "purpose": "summarise", "scope": [], "not_after": 2_000_000_000,
+            "on_behalf_of": "uma", "assigned_by": "uma", "status": "active", "act": None,
+            "limits": {"tokens": 1000, "requests": 9},
+        }  # fmt: skip
+        return {"id": id, "revision": 1, "state": state}
+
+    async def records(self, kind: str, **_: Any) -> list[Any]:
+        return []
+
+    async def leases(self, **_: Any) -> dict[str, Any]:
+        return {"leases": [], "more": False}
+
+    async def model_usage(self, **_: Any) -> dict[str, Any]:
+        if self.away:
+            raise ApiError("audit is away", status=503)
+        group = {
+            "day": "2026-12-03", "agent": "bot", "task": "t", "target": "llm", "model": "<b>gpt", "requests": 2,
+            "tokens": 150, "input_tokens": 50, "output_tokens": 100, "not_stated": 0,
+        }  # fmt: skip
+        return {"groups": [group], "until_ms": 9, "looked_at_ms": [1, 5], "after": None}
+
+
+@pytest.mark.parametrize("away", [False, True])
+async def test_task_page_has_the_usage_of_models_against_its_limits(away: bool) -> None:
+    view: Any = SimpleNamespace(
+        reads=TaskReads(away=away), id="11111111-1111-5111-8111-111111111111", now_ms=10**12
+    )
+    page = await task(view)
+    html = render(
+        page.template, title=page.title, section=page.section, sections={}, session=None, is_live=False, notice="",
+        trust_domain="acme.example", **page.values,
+    )  # fmt: skip
+    assert "1000 tokens, 9 requests" in html
+    assert "<b>gpt" not in html
+    if away:
+        assert "Audit does not say now" in html
+    else:
+        assert "150 of 1000 tokens, 2 of 9 requests" in html
+        assert "150 tokens, 2 requests" in html

@@ -19,6 +19,7 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentSuspend,
     AnyRecord,
+    ModelLimits,
     TaskDelegate,
     TaskEnd,
     TaskState,
@@ -146,6 +147,14 @@ def test_delegated_task_is_no_wider_than_the_task(ledger: InMemoryRegistry, task
 def test_delegated_task_is_no_wider_than_the_one_above(ledger: InMemoryRegistry, task: str):
     first = made(ledger, part(ledger, "bot", task, "second", scope=NARROW))
     assert refused(ledger, part(ledger, "second", first, "third", scope=WIDE)) == "beyond_parent"
+
+
+def test_delegated_task_has_no_higher_limit_than_the_task(ledger: InMemoryRegistry) -> None:
+    terms = ledger.terms("bot", limits=ModelLimits(tokens=100))
+    task = made(ledger, ledger.assign("uma", "bot", terms=terms))
+    higher = part(ledger, "bot", task, "second", limits=ModelLimits(tokens=101))
+    assert refused(ledger, higher) == "beyond_parent"
+    made(ledger, part(ledger, "bot", task, "second", limits=ModelLimits(tokens=100, requests=5)))
 
 
 def test_delegated_task_ends_no_later_than_the_task(ledger: InMemoryRegistry, task: str):

@@ -16,6 +16,7 @@ from ringfence.gateway.contract import Attempt, Headers, PresentedIdentity, Verd
 from ringfence.gateway.decision.approval_questions import OpenQuestions, digest_of_headers
 from ringfence.gateway.decision.approvals import Approvals
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
+from ringfence.gateway.decision.model_budget import ModelMeters
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
 from ringfence.kernel.base.errors import UnavailableError
@@ -35,6 +36,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.messages.topics import APPROVAL_RESPONSE
 from ringfence.model.verdict import ALLOWED, Allowed, Refused
+from ringfence.testing.services import InMemoryBudgets
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.in_memory_registry import TD
 from tests.support.switches import build_options
@@ -98,7 +100,7 @@ class Gateway(PlayedRecorder):
         played = cast(Any, self)
         self.gate = DecisionGate(
             played,
-            DecisionSteps(played, targets, played, self.approvals, played),
+            DecisionSteps(played, targets, played, self.approvals, played, ModelMeters(InMemoryBudgets())),
             DecisionLog(self.key.id, played, played),
             DecisionSettings(10**9, **build_options("gateway")),
             clock=ledger.clock,

@@ -35,6 +35,7 @@ from ringfence.messages.registry import (
     AgentSetAttestation,
     AgentSetCeiling,
     AgentSuspend,
+    ModelLimits,
     TargetRemove,
     TargetState,
     TaskDelegate,
@@ -56,8 +57,8 @@ WIDE = permission("env/**", verbs=("read", "deploy"))
 class Place:
     """sam sponsors bot; uma assigned it a task; it has a lease at `staging`."""
 
-    def __init__(self, wide: Permission = WIDE) -> None:
-        """`wide`: what the task, the agents and uma may do."""
+    def __init__(self, wide: Permission = WIDE, limits: ModelLimits | None = None) -> None:
+        """`wide`: what the task, the agents and uma may do; `limits`: of the task."""
         self.ledger = InMemoryRegistry()
         self.ledger.organisation()
         give, ledger = self.ledger.give, self.ledger
@@ -66,7 +67,7 @@ class Place:
         give(ledger.target_set("olga", "other"))
         give(ledger.register("sam", "bot", "sam", ceiling=(wide,)))
         give(ledger.register("sam", "thief", "sam", ceiling=(wide,)))
-        terms = ledger.terms("bot", scope=(wide,))
+        terms = ledger.terms("bot", scope=(wide,), limits=limits)
         change = give(ledger.assign("uma", "bot", terms=terms))
         assert change is not None
         self.task = change.state.task_id  # type: ignore[union-attr]

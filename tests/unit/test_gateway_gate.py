@@ -23,6 +23,7 @@ from ringfence.gateway.dataplane.exchange import cut_error
 from ringfence.gateway.decision.evaluator import NO_ANSWER, CachedAnswer
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.mcp import BindingTable
+from ringfence.gateway.decision.model_budget import Budgets, ModelMeters
 from ringfence.gateway.decision.targets import Targets
 from ringfence.gateway.domain import ApprovalRequired, Refusal, Sender, refuse, stale_view
 from ringfence.gateway.events.recorder import RefusalCounts
@@ -40,6 +41,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.model.verdict import ALLOWED, Allowed, Refused, refused
+from ringfence.testing.services import InMemoryBudgets
 from tests.gateway.recorder import PlayedRecorder
 from tests.support.switches import build_options, is_on
 from tests.support.unknown_field_cases import as_before
@@ -59,7 +61,7 @@ GATEWAY = "spiffe://acme.example/service/gateway"
 class Parts(PlayedRecorder):
     """The core with a real table, records and map; what asks others is played."""
 
-    def __init__(self) -> None:
+    def __init__(self, budgets: Budgets | None = None) -> None:
         self.place = Place()
         ledger = self.place.ledger
         self.targets = Targets(ledger.directory)
@@ -76,7 +78,9 @@ class Parts(PlayedRecorder):
         self.counted = RefusalCounts(self.record, ledger.clock, gateway=GATEWAY)
         self.gate: Gate = DecisionGate(
             played,
-            DecisionSteps(played, self.targets, played, played, played),
+            DecisionSteps(
+                played, self.targets, played, played, played, ModelMeters(budgets or InMemoryBudgets())
+            ),
             DecisionLog("spiffe://acme.example/service/gateway", played, self.counted),
             DecisionSettings(10**9, **build_options("gateway")),
             clock=ledger.clock,

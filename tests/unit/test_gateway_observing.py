@@ -14,6 +14,7 @@ from ringfence.gateway import app as gateway_app
 from ringfence.gateway.contract import PresentedIdentity, Verdict
 from ringfence.gateway.decision.context import STILL_DENIED
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
+from ringfence.gateway.decision.model_budget import ModelMeters
 from ringfence.gateway.domain import ApprovalRequired, Sender, refuse
 from ringfence.gateway.proxies import HANDLE, NO_CREDENTIAL, READERS, ProxyAuth
 from ringfence.gateway.settings import GatewaySettings
@@ -22,6 +23,7 @@ from ringfence.kernel.base.settings import load
 from ringfence.kernel.service import process
 from ringfence.messages.codes import Code
 from ringfence.messages.registry import AgentSuspend, BackendSettings, TargetRemove, TaskEnd, UserDisable
+from ringfence.testing.services import InMemoryBudgets
 from tests.support.switches import build_options
 from tests.support.unknown_field_cases import as_before, planted
 from tests.unit.test_gateway_domain import GATEWAY_KEY
@@ -42,7 +44,7 @@ class Watched(Parts):
         ledger.give(ledger.target_set("olga", "other", backend=backend, requests=RULES))
         self.gate = DecisionGate(
             played,
-            DecisionSteps(played, self.targets, played, played, played),
+            DecisionSteps(played, self.targets, played, played, played, ModelMeters(InMemoryBudgets())),
             DecisionLog("spiffe://acme.example/service/gateway", played, self.counted),
             DecisionSettings(10**9, observe or ("staging",), **build_options("gateway")),
             clock=ledger.clock,

@@ -17,6 +17,7 @@ from ringfence.messages.registry import (
     AgentSetCeiling,
     AgentSuspend,
     Hold,
+    ModelLimits,
     UserEndKey,
     UserReviewCompromise,
 )
@@ -141,6 +142,15 @@ def test_permission_that_thief_only_repeats_or_narrows_rests_on_nobody(org: Orga
     org.ceiling("olga", WEB)
     org.give(org.claims(AgentSuspend, "olga", agent_id="bot", reason="x"))
     assert org.resting() == {}
+
+
+@pytest.mark.parametrize("limits", [None, ModelLimits(tokens=2)], ids=["removed", "raised"])
+def test_limits_changed_by_thief_make_the_whole_ceiling_theirs(
+    org: Organisation, limits: ModelLimits | None
+) -> None:
+    org.give(org.claims(AgentSetCeiling, "sam", agent_id="bot", ceiling=(WEB,), limits=ModelLimits(tokens=1)))
+    org.give(org.claims(AgentSetCeiling, "olga", agent_id="bot", ceiling=(WEB,), limits=limits))
+    assert org.resting() == {("agent", "bot"): ("ceiling",)}
 
 
 def test_permission_given_again_after_it_was_taken_rests_on_its_last_giver(org: Organisation) -> None:

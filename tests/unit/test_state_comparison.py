@@ -31,6 +31,7 @@ from ringfence.messages.registry import (
     GitRule,
     GroupDelegation,
     Hold,
+    ModelLimits,
     ModelRule,
     ProvisionerLink,
     ProvisionerSet,
@@ -63,6 +64,7 @@ SHORT_KEY = KEY.model_copy(update={"not_after": KEY.not_after - 1})
 LATE_KEY = KEY.model_copy(update={"not_before": NOW_S - 1})
 RULE = RequestRule(method="GET", path="/{name}", verb="read", resource="{name}")
 SELECTOR = AttestationSelector(issuer="https://ci.example", claims={"sub": "a"})
+LIMITS = ModelLimits(tokens=1000, requests=10)
 GROUP = GroupDelegation(group="ops", roles=("sponsor",), scope=(WIDE,))
 
 BASES: dict[type[Message], dict[str, Any]] = {
@@ -73,7 +75,7 @@ BASES: dict[type[Message], dict[str, Any]] = {
     ProvisionerSet: {
         "provisioner_id": "hr", "name": "HR", "keys": (KEY,), "delegation": Delegation(source="hr", groups=(GROUP,)),
     },
-    AgentSetCeiling: {"agent_id": "bot", "ceiling": (WIDE,)},
+    AgentSetCeiling: {"agent_id": "bot", "ceiling": (WIDE,), "limits": LIMITS},
     AgentSetAttestation: {"agent_id": "bot", "attestation": (SELECTOR,)},
     TargetSet: {
         "target_id": "platform", "description": "it", "backend": BackendSettings(kind="http", audience="a"),
@@ -153,6 +155,15 @@ CHANGES: dict[type[Message], dict[str, list[Change]]] = {
         "ceiling": [
             ({"ceiling": (WIDE, permission("env/web", verbs=["wipe"]))}, True), ({"ceiling": (NARROW,)}, False),
             ({"ceiling": (NARROW, WIDE)}, False),
+        ],
+        "limits": [({"limits": None}, True), ({"limits": ModelLimits(tokens=1000)}, True)],
+        "limits.tokens": [
+            ({"limits": ModelLimits(tokens=1001, requests=10)}, True), ({"limits": ModelLimits(requests=10)}, True),
+            ({"limits": ModelLimits(tokens=999, requests=10)}, False),
+        ],
+        "limits.requests": [
+            ({"limits": ModelLimits(tokens=1, requests=11)}, True),
+            ({"limits": ModelLimits(tokens=1, requests=9)}, False),
         ],
     },
     AgentSetAttestation: {
@@ -264,7 +275,7 @@ def applied(state: AnyState | None, given: Any, actor: Actor | None = None) -> A
 def agent(**fields: Any) -> AgentState:
     given = {
         "agent_id": "bot", "sponsor": "sam", "description": "it", "keys": (KEY,), "ceiling": (WIDE,),
-        "status": "active", "attestation": (SELECTOR,),
+        "limits": LIMITS, "status": "active", "attestation": (SELECTOR,),
     }  # fmt: skip
     return AgentState(**{**given, **fields})
 
@@ -299,6 +310,13 @@ def test_changed_field_of_key_needs_second_person(name: str) -> None:
     values = {"jwk": OTHER_KEY.jwk, "backup_eligible": True, "attested": True}
     key = KEY.model_copy(update={name: values.get(name, "other")})
     assert widens(before, before.model_copy(update={"keys": (key,)}), command(AgentSetCeiling))
+
+
+def test_first_limit_narrows_and_unknown_field_of_limits_widens() -> None:
+    unlimited, given = agent(limits=None), command(AgentSetCeiling)
+    assert not widens(unlimited, agent(), given)
+    newer = ModelLimits.model_validate({"tokens": 1000, "requests": 10, "per_day": True})
+    assert widens(agent(), agent(limits=newer), given)
 
 
 PROVISIONED = Provisioning(groups=("ops",), active=False, user_name="sam")

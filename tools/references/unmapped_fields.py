@@ -104,6 +104,11 @@ GROUPS: dict[str, dict[str, tuple[str, str]]] = {
         "answer": ("string", "What became of a request to an MCP server."),
         "http_status": ("integer", "The HTTP status of the target's answer."),
         "rpc_code": ("integer", "The code of a JSON-RPC error."),
+        "usage": (
+            "object",
+            "What a language model used: `input_tokens` and `output_tokens` as the answer says, `tokens` that count, and "
+            "`counted`, by what.",
+        ),
         "sent_bytes": ("integer", "Bytes that a relay passed to the target, as the gateway counted them."),
         "received_bytes": ("integer", "Bytes that it passed back."),
         "duration_ms": ("integer", "For how many milliseconds the relay was open."),

@@ -37,6 +37,7 @@ from ringfence.audit.index.filters import (
     limit_of,
     number_of,
     unknown_destinations,
+    usage_groups,
 )
 from ringfence.audit.index.store import TRACE_KINDS, ActionPage, SqliteIndex, Viewer
 from ringfence.audit.index.trace import trace_tree
@@ -67,7 +68,9 @@ _MOST_VIEWERS = 1000
 
 @dataclass(slots=True, eq=False)
 class AuditApi:
-    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/break-glass`, `GET /v1/coverage/{what}`."""
+    """`GET /v1/trace/{id}`, `GET /v1/events`, `GET /v1/actions`, `GET /v1/model-usage`, `GET /v1/break-glass`,
+    `GET /v1/coverage/{what}`.
+    """
 
     index: SqliteIndex
     directory: Directory
@@ -85,6 +88,7 @@ class AuditApi:
             Route("/v1/trace/{id}", self._trace, methods=["GET"]),
             Route("/v1/events", self._events, methods=["GET"]),
             Route("/v1/actions", self._actions, methods=["GET"]),
+            Route("/v1/model-usage", self._model_usage, methods=["GET"]),
             Route("/v1/break-glass", self._break_glass, methods=["GET"]),
             Route("/v1/coverage/leases", self._lease_coverage, methods=["GET"]),
             Route("/v1/coverage/actions", self._action_coverage, methods=["GET"]),
@@ -149,6 +153,16 @@ class AuditApi:
             **over_time,
             **_report_cursor(span_ms, page),
         })  # fmt: skip
+
+    async def _model_usage(self, request: Request) -> Response:
+        viewer, span_ms = await self._complete_span(request)
+        query = request.query_params
+        limit = limit_of(request, _MAX_ACTIONS, _MAX_ACTIONS)
+        page = self.index.model_answers(
+            viewer, span_ms, query.get("after"), limit, agent=query.get("agent"), task=query.get("task")
+        )
+        metrics.HTTP_REQUESTS.labels("/v1/model-usage", "200").inc()
+        return JSONResponse({"groups": usage_groups(page.events), **_report_cursor(span_ms, page)})
 
     async def _lease_coverage(self, request: Request) -> Response:
         viewer, span_ms = await self._complete_span(request)

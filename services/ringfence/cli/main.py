@@ -151,6 +151,9 @@ COMMANDS: dict[str, CommandEntry] = {
         _TRAIL,
         "What gateways let pass and blocked; a proxy to the socket of a task.",
     ),
+    "usage": CommandEntry(
+        "commands.usage", "usage", _TRAIL, "Tokens of language models, by agent, task, model and day."
+    ),
     "audit": CommandEntry(
         "commands.audit", "app", _TRAIL, "Follow the trail; trace one credential back to the human."
     ),

@@ -28,6 +28,7 @@ from ringfence.messages.registry import (
     AgentTransferConsent,
     CommandSecond,
     CommandWithdraw,
+    ModelLimits,
     TaskAssign,
     TaskConsent,
     TaskDelegate,
@@ -87,6 +88,7 @@ def task_terms(
     *,
     ends_in_s: int | None,
     not_after: int | None,
+    limits: ModelLimits | None = None,
 ) -> TaskTerms:
     """The terms of a task, which ends either `ends_in_s` seconds from now or at `not_after`.
 
@@ -98,7 +100,7 @@ def task_terms(
         raise InvalidCallError("a task needs its end: give either ends_in_s or not_after")
     end = not_after if not_after is not None else now_s + (ends_in_s or 0)
     with checked("the task"):
-        return TaskTerms(agent_id=agent_id, purpose=purpose, scope=scope, not_after=end)
+        return TaskTerms(agent_id=agent_id, purpose=purpose, scope=scope, not_after=end, limits=limits)
 
 
 def unstamped(claims: Claims) -> dict[str, Any]:

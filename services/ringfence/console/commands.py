@@ -280,7 +280,8 @@ class Commands:
             raise WrongFormError(
                 f"agent {agent_id} used all of its ceiling in 30 days: there is nothing to take"
             )
-        claims = self._compose(asking, AgentSetCeiling, agent_id=agent_id, ceiling=ceiling)
+        limits = (await asking.reads.record("agent", agent_id))["state"].get("limits")
+        claims = self._compose(asking, AgentSetCeiling, agent_id=agent_id, ceiling=ceiling, limits=limits)
         return await self._draft_with_records(asking, f"narrow the ceiling of agent {agent_id}", claims)
 
     async def transfer(self, asking: Asking) -> Draft:

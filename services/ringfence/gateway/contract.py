@@ -179,6 +179,29 @@ class McpExchange:
     """The revision that the request stated."""
 
 
+class UsageMeter(Protocol):
+    """Measures what an allowed request to a language model uses, by its answer. No method raises."""
+
+    @property
+    def reserves(self) -> bool:
+        """Whether the task pays a reservation unless the answer is seen: then a request is sent once."""
+        ...
+
+    def on_sent(self) -> None:
+        """The request goes to the target now."""
+        ...
+
+    def on_response_head(self, status: int, media_type: bytes) -> None: ...
+
+    def feed(self, piece: bytes, *, done: bool) -> None:
+        """A piece of the answer's body, decoded from its framing. `done`: it was the last one."""
+        ...
+
+    def finish(self) -> None:
+        """The exchange is over, or never began. Later calls do nothing."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """The decision on one attempt. It has been recorded before a data plane gets it."""
@@ -199,6 +222,8 @@ class Verdict:
     """The task that the request counted for, if known."""
     mcp: McpExchange | None = None
     """Set if the request was allowed at an MCP endpoint."""
+    meter: UsageMeter | None = field(default=None, repr=False, compare=False)
+    """Set if the request was allowed and is one to a language model. Whoever gets the verdict calls `finish`."""
     rpc: RpcErrorReply | None = None
     """Set if the request was posted to an MCP endpoint and refused."""
     git: GitRequest | None = None
@@ -210,7 +235,8 @@ class Verdict:
     headers: Headers | None = field(default=None, repr=False, compare=False)
     """Set if a person approved the request: only these headers and the credential are forwarded."""
     body: bytes | None = field(default=None, repr=False, compare=False)
-    """Set if the forwarded body is not the one that was sent: an MCP message that was built anew."""
+    """Set if the forwarded body is not the one that was sent: an MCP message, or a request to a model with limits,
+    that was built anew."""
     injected: Mapping[str, str] | None = field(default=None, repr=False, compare=False)
     """For the core alone: data planes call `Gate.headers_to_inject`."""
 

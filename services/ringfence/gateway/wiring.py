@@ -19,6 +19,7 @@ from ringfence.gateway.decision.decision_events import BlockedRequests
 from ringfence.gateway.decision.evaluator import Evaluator
 from ringfence.gateway.decision.gate import DecisionGate, DecisionLog, DecisionSettings, DecisionSteps
 from ringfence.gateway.decision.injection import Injector, SealedCredentials
+from ringfence.gateway.decision.model_budget import Budgets, ModelMeters
 from ringfence.gateway.decision.relays import Relays
 from ringfence.gateway.decision.sender import SenderAuthenticator, SharedKeys
 from ringfence.gateway.decision.targets import Targets
@@ -40,6 +41,7 @@ from ringfence.messages.codes import Code
 from ringfence.messages.credential import Reason
 from ringfence.messages.operations import EventSubject
 from ringfence.messages.topics import APPROVAL_RESPONSE, CREDENTIAL_REPLY
+from ringfence.model.lease_store import LeaseStoreBudgets
 from ringfence.model.records.agent_keys import KeyUses
 from ringfence.rego.bundle import load_bundle
 from ringfence.rego.bundle_watch import BundleWatch
@@ -64,6 +66,7 @@ class CoreParts:
     """Opens the credentials that are sealed to this gateway. Without it, only static secrets are injected."""
     secrets: StaticSecrets
     recorder: Recorder
+    budgets: Budgets
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +110,9 @@ def build_core(
     if own.observe:
         _announce_observe_mode(runtime, own)
     runtime.background("policy bundle", BundleWatch(own.bundle, engine, bundle_refused).run)
-    parts = CoreParts(runtime, own, view, engine, declared, seal, secrets, recorder)
+    budgets = LeaseStoreBudgets(settings)
+    runtime.on_stop(budgets.close)
+    parts = CoreParts(runtime, own, view, engine, declared, seal, secrets, recorder, budgets)
     return wire_core(parts, fast_path=fast_path)
 
 
@@ -135,9 +140,11 @@ def wire_core(parts: CoreParts, *, fast_path: bool = True) -> Core:
         OpenQuestions(per_agent=own.agent_pending_approvals, in_total=own.pending_approvals),
         wait_s=own.approval_wait_s, life_s=own.approval_life_s,
     )  # fmt: skip
+    meters = ModelMeters(parts.budgets)
+    evaluator = Evaluator(parts.engine, parts.declared)
     gate = DecisionGate(
         view,
-        DecisionSteps(authenticator, targets, Evaluator(parts.engine, parts.declared), approvals, injector),
+        DecisionSteps(authenticator, targets, evaluator, approvals, injector, meters),
         DecisionLog(runtime.key.id, recorder, counted),
         DecisionSettings(settings.entitlements_max_age_s, observe=own.observe, fast_path=fast_path),
         clock=clock,
@@ -159,6 +166,7 @@ def wire_core(parts: CoreParts, *, fast_path: bool = True) -> Core:
     runtime.history([APPROVAL_RESPONSE], approvals.on_records, since_ms=max(clock.now_ms(), 1))
     runtime.background("blocked requests", blocked.run)
     runtime.on_start(parts.engine.start)
+    runtime.on_stop(meters.close)
     runtime.on_stop(parts.secrets.close)
     runtime.on_stop(sealed.close)
     runtime.on_stop(parts.engine.close)

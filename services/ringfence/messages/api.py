@@ -67,6 +67,7 @@ CONSOLE_ROUTES: Final[Mapping[ServiceRole, tuple[str, ...]]] = {
         "/v1/trace/{id}",
         "/v1/events",
         "/v1/actions",
+        "/v1/model-usage",
         "/v1/approval-history",
         "/v1/break-glass",
         "/v1/who",

@@ -422,6 +422,8 @@ class Code(StrEnum):
     """The task was handed on as often as is allowed."""
     LATER_THAN_PARENT = "later_than_parent"
     """The parent task ends earlier; set an earlier end."""
+    LIMIT_BEYOND_CEILING = "limit_beyond_ceiling"
+    """The agent's ceiling has a lower limit of tokens or requests; give the task as much, or less."""
     NOT_TASK_AGENT = "not_task_agent"
     """Only the agent of the task hands on parts of it."""
     ON_BEHALF_OF_UNSIGNED = "on_behalf_of_unsigned"
@@ -752,6 +754,12 @@ class Code(StrEnum):
     """A request with this method may have no body: some servers execute it as the next request."""
     BODY_TIMEOUT = "body_timeout", 408
     """The body of the request did not come in time."""
+    BUDGET_LOST = "budget_lost"
+    """Redis lost what the task has used of its limits; have the task assigned anew."""
+    BUDGET_SPENT = "budget_spent"
+    """The task has used its limit of tokens or requests; ask for less, or have a new task assigned."""
+    BUDGET_UNMETERED = "budget_unmetered"
+    """Only the gateway's own data plane meters answers, and the task has a limit; go through it."""
     CLIENT_GONE = "client_gone"
     """The client did not wait for the answer."""
     CONNECT_REFUSED = "connect_refused", 400
@@ -780,6 +788,8 @@ class Code(StrEnum):
     """The host is neither the gateway nor a target of it."""
     KAFKA_UNAVAILABLE = "kafka_unavailable", 503
     """Kafka did not take the message; post the same bytes again."""
+    LIMIT_NOT_UNDERSTOOD = "limit_not_understood"
+    """A limit of task or ceiling has a field that this gateway does not know; upgrade it."""
     MALFORMED_HTTP = "malformed_http", 400
     """The HTTP message is malformed, or two readers could understand it differently."""
     MODEL_REQUEST_INVALID = "model_request_invalid"

@@ -255,8 +255,23 @@ class ActionDecided(Message):
     traceparent: str | None = None
 
 
+class ModelUsage(Message):
+    """What one request to a language model used, and what is counted for its task."""
+
+    input_tokens: Annotated[int, Field(ge=0)] | None = None
+    """As the answer says, with those of caches; None if it does not say."""
+    output_tokens: Annotated[int, Field(ge=0)] | None = None
+    tokens: Annotated[int, Field(ge=0)]
+    """The tokens that are counted."""
+    counted: Literal["usage", "estimate", "reservation", "nothing"]
+    """Why: `usage`: the answer says so; `estimate`: by the bytes of request and answer, as the answer does not say, or
+    says less than a quarter of that; `reservation`: the answer ended too early, or does not say; `nothing`: the target
+    refused the request."""
+
+
 class ActionAnswered(Message):
-    """What came of an action at an endpoint of MCP, at its end: the ways to fail are kept apart."""
+    """What came of an action at an endpoint of MCP or at a language model, at its end: the ways to fail are kept
+    apart."""
 
     action_id: NonEmpty
     """Of the `ActionDecided` that let it pass."""
@@ -273,6 +288,8 @@ class ActionAnswered(Message):
     http_status: Annotated[int, Field(ge=100, le=599)] | None = None
     rpc_code: Annotated[int, Field(ge=-(2**53), le=2**53)] | None = None
     """Of the JSON-RPC error. What it says in words stays between agent and target."""
+    usage: ModelUsage | None = None
+    """Of a language model."""
     at_ms: Millis
     traceparent: str | None = None
 

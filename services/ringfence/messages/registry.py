@@ -381,6 +381,24 @@ class UserState(Message):
     holds: tuple[Hold, ...] = ()
 
 
+# --- limits of models ---
+
+MAX_LIMIT = 10**15
+"""The greatest limit. Redis adds up numbers as exactly as JSON has them."""
+
+
+class ModelLimits(Message):
+    """The most that one task may use of language models, with all parts of it that were handed on.
+
+    Of a ceiling: the most that each task of the agent may use. A limit that is not given is none. With an unknown
+    field, no request to a model is allowed.
+    """
+
+    tokens: Annotated[int, Field(ge=1, le=MAX_LIMIT)] | None = None
+    """Of requests and answers together."""
+    requests: Annotated[int, Field(ge=1, le=MAX_LIMIT)] | None = None
+
+
 # --- agents -----------------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +413,8 @@ class AgentRegister(ExpiringClaims):
     keys: Annotated[tuple[KeyRecord, ...], Field(max_length=16)]
     """None where its instances enrol keys of their own."""
     ceiling: Scope
+    limits: ModelLimits | None = None
+    """Part of the ceiling."""
     attestation: Annotated[tuple[AttestationSelector, ...], Field(max_length=32)] = ()
     inactive: Literal[True] | None = None
     """Set where nothing is to be issued before the sponsor has taken it on (`agent.activate`)."""
@@ -425,6 +445,8 @@ class AgentSetCeiling(WholeStateCommand):
 
     agent_id: Name
     ceiling: Scope
+    limits: ModelLimits | None = None
+    """Part of the ceiling: None removes all limits."""
 
 
 class AgentTransferConsent(ExpiringClaims):
@@ -552,6 +574,8 @@ class AgentState(Message):
     description: NonEmpty
     keys: tuple[KeyRecord, ...]
     ceiling: Scope
+    limits: ModelLimits | None = None
+    """Part of the ceiling."""
     status: Literal["registered", "active", "suspended", "decommissioned"]
     """`registered`: its sponsor has not taken it on yet."""
     suspended_by_operator: bool = False
@@ -734,6 +758,7 @@ class TaskTerms(Message):
     scope: Scope
     not_after: Seconds
     """The end of the task, and the latest end of every lease in it."""
+    limits: ModelLimits | None = None
 
 
 class TaskConsent(ExpiringClaims):
@@ -794,6 +819,7 @@ class TaskState(Message):
     agent_id: Name
     purpose: NonEmpty
     scope: Scope
+    limits: ModelLimits | None = None
     not_after: Seconds
     on_behalf_of: Name
     assigned_by: Name

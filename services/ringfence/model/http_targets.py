@@ -17,7 +17,14 @@ from urllib.parse import unquote_to_bytes
 from ringfence.kernel.base.errors import RingfenceError
 from ringfence.kernel.base.strict_json import case_folded, json_object
 from ringfence.messages.codes import Code
-from ringfence.messages.registry import ActionClass, ApprovalClass, GitOperation, RequestRule, VerbFloor
+from ringfence.messages.registry import (
+    ActionClass,
+    ApprovalClass,
+    GitOperation,
+    ModelApi,
+    RequestRule,
+    VerbFloor,
+)
 from ringfence.model.git.endpoints import GitEndpoint, git_endpoint, is_near_endpoint
 from ringfence.model.git.push import RefUpdate
 from ringfence.model.mcp.messages import McpMessage, McpMessageError, read_message
@@ -177,6 +184,7 @@ class RequestMap:
             method for method, some in self._by_method.items() if any(one.reads_body for one in some)
         }
         """The methods with a rule that reads the body."""
+        self._models = [one for one in self._by_method.get("POST", ()) if one.rule.model is not None]
         self._nearly = [rule.folded() for rule in self._mcp]
 
     def check_order(self, verbs: Sequence[VerbFloor]) -> None:
@@ -294,6 +302,16 @@ class RequestMap:
                 return _action(rule.rule, captures)
             except CannotTellError:
                 return None
+        return None
+
+    def model_api(self, method: str, target: str) -> ModelApi | None:
+        """The API whose shape such a request to a model has; None if it is none. Arguments as for `action`."""
+        if method != "POST" or not self._models or len(target) > MAX_TARGET_CHARS:
+            return None
+        segments = _decoded(target.partition("?")[0])
+        for rule in self._models if segments is not None else ():
+            if rule.rule.model is not None and rule.captures(segments or ()) is not None:
+                return rule.rule.model.api
         return None
 
     def model_request_problem(self, method: str, target: str, body: bytes | None) -> str | None:

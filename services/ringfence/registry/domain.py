@@ -68,6 +68,7 @@ from ringfence.model.lifecycle import (
     subject_key,
 )
 from ringfence.model.lifecycle.state_comparison import grows
+from ringfence.model.model_limits import higher_limits
 from ringfence.model.records.command_chain import Authorised
 from ringfence.model.records.directory import VerifiedRecord
 from ringfence.model.records.key_compromise import KeyCompromise
@@ -265,9 +266,11 @@ def decide(
         _check_transfer_consent(authorised, current.revision)
     if isinstance(command, TaskAssign):
         _check_task(command, authorised, around)
+        _check_limits(command.terms, around)
         _check_task_length(command.terms, at_ms, task_max_s)
     if isinstance(command, TaskDelegate) and isinstance(state, TaskState):
         _check_part(state, around)
+        _check_limits(command.terms, around)
         _check_task_length(command.terms, at_ms, task_max_s)
     if current is not None and state == current.state:
         return None
@@ -728,6 +731,17 @@ def _check_part(task: TaskState, around: Surroundings) -> None:
         raise CommandRefusedError(
             f"{MAX_PARTS} parts of task {parent} were handed on, and no more can be; have another task assigned",
             code=Code.TOO_MANY_PARTS,
+        )
+
+
+def _check_limits(terms: TaskTerms, around: Surroundings) -> None:
+    """Refuse limits of a task that its agent's ceiling does not have. Gateways apply the ceiling's in any case."""
+    agent = around.agent(terms.agent_id)
+    if higher := higher_limits(terms.limits, agent.limits if agent is not None else None):
+        raise CommandRefusedError(
+            f"the ceiling of {terms.agent_id} has a lower limit of {' and '.join(higher)}: give the task as much, or "
+            "less",
+            code=Code.LIMIT_BEYOND_CEILING,
         )
 
 

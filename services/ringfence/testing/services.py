@@ -6,9 +6,10 @@ What is left out is what only a cluster needs: heartbeats, rebuilds, outboxes, s
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 from starlette.applications import Starlette
 
@@ -39,10 +40,12 @@ from ringfence.messages.trust import ServiceIdentity, TrustBundle
 from ringfence.model.lease_store import (
     MIN_LEFT_MS,
     Activation,
+    Budget,
     LeaseLookup,
     LeaseStore,
     Preparation,
     SignedLease,
+    Spent,
     Step,
     StepResult,
     StoredLease,
@@ -215,6 +218,7 @@ class Services:
                 context.seals["gateway"],
                 StaticSecrets(GivenSecrets(credential_of)),
                 recorder,
+                InMemoryBudgets(),
             )
         )
 
@@ -240,6 +244,28 @@ class Services:
 
 _EPOCH = "1.00000000"
 """A dictionary never loses anything, so that there is one epoch."""
+
+
+class InMemoryBudgets:
+    """What tasks have used of their limits of models, for one gateway (`Budgets`)."""
+
+    def __init__(self) -> None:
+        self.used: Counter[tuple[str, str]] = Counter()
+        """By task and `tokens` or `requests`, with what is reserved."""
+
+    async def reserve(self, budget: Budget, tokens: int) -> Literal["reserved", "lost"] | Spent:
+        for task_id, limits in budget.limits:
+            for what, wanted, limit in (("tokens", tokens, limits.tokens), ("requests", 1, limits.requests)):
+                used = self.used[task_id, what]
+                if limit is not None and used + wanted > limit:
+                    return Spent(task_id, "tokens" if what == "tokens" else "requests", used, limit)
+        await self.settle(budget, tokens=tokens, requests=1)
+        return "reserved"
+
+    async def settle(self, budget: Budget, *, tokens: int, requests: int) -> None:
+        for task_id, _ in budget.limits:
+            self.used[task_id, "tokens"] += tokens
+            self.used[task_id, "requests"] += requests
 
 
 class InMemoryLeaseStore(LeaseStore):

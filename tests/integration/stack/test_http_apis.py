@@ -109,6 +109,7 @@ QUERIES: dict[str, dict[str, str]] = {
     "GET /v1/events": {"limit": "3"},
     "GET /v1/export": {"limit": "3"},
     "GET /v1/actions": {"limit": "3"},
+    "GET /v1/model-usage": {"limit": "3"},
 }
 
 

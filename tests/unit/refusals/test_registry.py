@@ -23,6 +23,7 @@ from ringfence.messages.registry import (
     Delegation,
     Entitlements,
     GroupDelegation,
+    ModelLimits,
     ProvisionerSet,
     Provisioning,
     RequestRule,
@@ -59,6 +60,7 @@ class Organisation(InMemoryRegistry):
             )
         for name in ("second", "third", "fourth", "fifth"):
             self.give(self.register("suzy", name, "suzy", ceiling=WIDE))
+        self.give(self.register("sam", "limited", "sam", ceiling=WIDE, limits=ModelLimits(tokens=100)))
         self.give(self.claims(AgentSuspend, "sam", agent_id="idle", reason="x"))
         self.give(self.claims(AgentSuspend, "olga", agent_id="halted", reason="x"))
         self.give(self.claims(AgentDecommission, "sam", agent_id="ended", reason="x"))
@@ -215,6 +217,9 @@ REFUSALS: Final[dict[Code, Callable[[Organisation], Any]]] = {
     Code.DELEGATION_LOOP: lambda org: org.part("fourth", "bot", org.last_part),
     Code.DELEGATION_TOO_DEEP: lambda org: org.part("fourth", "fifth", org.last_part),
     Code.BEYOND_PARENT: lambda org: org.part("bot", "second", org.task, scope=(permission("**"),)),
+    Code.LIMIT_BEYOND_CEILING: lambda org: org.assign(
+        "uma", "limited", terms=org.terms("limited", limits=ModelLimits(tokens=101))
+    ),
     Code.LATER_THAN_PARENT: lambda org: org.part(
         "bot", "second", org.task, not_after=START_MS // 1000 + 7200
     ),

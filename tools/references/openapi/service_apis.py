@@ -311,6 +311,11 @@ _AUDIT = Api(
             query={**_PAGE, **_SPAN, "agent": _FILTERS["agent"], "target": _FILTERS["target"], "step_ms": "adds counts over time, in steps of so many milliseconds"},
         ),
         Operation(
+            "GET", "/v1/model-usage", "What requests to language models used, by day, agent, task, target and model.",
+            {**ok(record(groups=objects(record()), **_REPORT)), **_WRONG_CURSOR},
+            query={**_PAGE, **_SPAN, "agent": _FILTERS["agent"], "task": _FILTERS["task"]},
+        ),
+        Operation(
             "GET", "/v1/approval-history", "How people answered requests of agents before: equal answers by their number.",
             {**ok(agents=record()), **_WRONG_QUERY},
             query={"agent": "an agent; at most 100 of them", "since_ms": _SPAN["since_ms"], "except": "a request whose answers are left out; at most 1000 of them"},

@@ -101,11 +101,21 @@ def answered(
     subject_fields: Mapping[str, Any],
     trust_domain: str,
 ) -> OcsfEvent:
-    """The event of the answer to an allowed request at an MCP endpoint. Arguments as for `acted`."""
-    fields = {**_action_fields(claims, subject_fields), **_ANSWER(claims)}
+    """The event of the answer to an allowed request to an MCP endpoint or a model. Arguments as for `acted`."""
+    usage = claims.usage
+    fields = {
+        **_action_fields(claims, subject_fields),
+        **_ANSWER(claims),
+        "usage": usage.model_dump(exclude_none=True) if usage is not None else None,
+    }
     request = f"{claims.verb} on {claims.resource} at {claims.target_id}"
     message = f"{claims.agent_id or 'somebody'} {_ANSWER_TEXTS[claims.answer]} for {request}"
     kind = kinds.ACTION_ANSWERED if claims.answer in ("result", "accepted") else kinds.ACTION_FAILED
+    if usage is not None:
+        message += f", {usage.tokens} tokens are counted"
+        if usage.counted == "estimate" and usage.input_tokens is not None:
+            kind = kinds.USAGE_UNDERSTATED
+            message += f", though it says {usage.input_tokens + (usage.output_tokens or 0)}"
     attributes = _attributes(claims, claims.verb, trust_domain)
     return event(record, kind, message, attributes, fields, _context(record, claims, lease, fields))
 

@@ -106,6 +106,8 @@ ACTIONS_OBSERVED = _actions("action.observed", "Low", "Failure", "Observed")
 ACTIONS_BY_ANOTHER = _actions("action.by_another", "High", "Failure", "Denied", alert=True)
 ACTION_ANSWERED = kind("action.answered", API_ACTIVITY, "Call")
 ACTION_FAILED = kind("action.failed", API_ACTIVITY, "Call", "Low", "Failure")
+USAGE_UNDERSTATED = kind("model.usage_understated", API_ACTIVITY, "Call", "Medium", "Failure", alert=True)
+"""An answer of a language model says that it used less than its text can have."""
 RELAY_ENDED = kind("relay.ended", API_ACTIVITY, "Call")
 
 # --- runs ---

@@ -47,6 +47,7 @@ from ringfence.messages.registry import (
     AnyState,
     CommandSecond,
     CommandWithdraw,
+    ModelLimits,
     ProvisionerLink,
     ProvisionerSet,
     TargetState,
@@ -62,6 +63,7 @@ from ringfence.messages.registry import (
 )
 from ringfence.model.identity.spiffe_ids import spiffe_id
 from ringfence.model.lifecycle import agents_of
+from ringfence.model.model_limits import limits_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -350,9 +352,10 @@ def _subject_of_state(state: AnyState) -> tuple[str, str, dict[str, Any]]:
 def _command_terms(claims: ExpiringClaims) -> str:
     match claims:
         case AgentRegister() | AgentTransfer():
-            return f", sponsor {claims.sponsor}"
+            limits = _limits(claims.limits) if isinstance(claims, AgentRegister) else ""
+            return f", sponsor {claims.sponsor}{limits}"
         case AgentSetCeiling():
-            return f" to {scope_text(claims.ceiling)}"
+            return f" to {scope_text(claims.ceiling)}{_limits(claims.limits)}"
         case AgentRotateKey():
             old = "all others" if claims.replaces is None else ", ".join(claims.replaces)
             how = "compromised" if claims.compromised else f"which count for {claims.overlap_s} s yet"
@@ -385,11 +388,15 @@ def _command_terms(claims: ExpiringClaims) -> str:
             if isinstance(claims, TaskDelegate):
                 part = f" as a part of task {claims.parent}"
             return (
-                f"{part} to agent {terms.agent_id}{behalf}, for {scope_text(terms.scope)}, until "
-                f"{event_time(terms.not_after)}: {scrubbed(terms.purpose)}"
+                f"{part} to agent {terms.agent_id}{behalf}, for {scope_text(terms.scope)}"
+                f"{_limits(terms.limits)}, until {event_time(terms.not_after)}: {scrubbed(terms.purpose)}"
             )
         case _:
             return ""
+
+
+def _limits(limits: ModelLimits | None) -> str:
+    return f", at most {limits_text(limits)}" if limits is not None else ""
 
 
 def _terms_text(state: AnyState, by: ExpiringClaims) -> str:

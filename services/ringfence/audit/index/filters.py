@@ -14,6 +14,7 @@ from typing import Any, Final
 from starlette.requests import Request
 
 from ringfence.kernel.base.api_errors import WrongQueryError
+from ringfence.kernel.base.clock import utc_text
 from ringfence.kernel.service.http import number_in
 from ringfence.messages.codes import Code
 
@@ -47,6 +48,39 @@ def action_groups(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if "answer" not in event["unmapped"]:
             counts[_group_key(event)] += int(event.get("count", 1))
     return [{**dict(zip(BY, common, strict=True)), "count": count} for common, count in counts.items()]
+
+
+_LAST_S: Final = 253_402_300_799
+"""The end of the year 9999: forged events have any time."""
+USAGE_BY: Final = ("day", "agent", "task", "target", "model")
+"""The grouping key of usage of language models."""
+
+
+def usage_groups(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What requests to language models used, in groups: `[{day, agent, task, target, model, requests, tokens,
+    input_tokens, output_tokens, not_stated}]`.
+
+    `day` is the date in UTC. `tokens` are those that count, `input_tokens` and `output_tokens` what answers state.
+    Of `not_stated` requests, an estimate or a reservation counts. The events are unsigned: malformed ones are left out.
+    """
+    sums: dict[tuple[str | None, ...], Counter[str]] = {}
+    for event in events:
+        fields = event["unmapped"]
+        usage = fields.get("usage")
+        if not isinstance(usage, dict) or not all(type(usage.get(name, 0)) is int for name in _TOKENS):
+            continue
+        day = utc_text(max(0, min(event["time"] // 1000, _LAST_S)))[:10]
+        resource = fields.get("resource")
+        model = resource.removeprefix("model/") if isinstance(resource, str) else None
+        key = (day, fields.get("agent"), fields.get("task"), fields.get("target"), model)
+        group = sums.setdefault(key, Counter(dict.fromkeys((*_TOKENS, "requests", "not_stated"), 0)))
+        group.update({name: usage.get(name, 0) for name in _TOKENS})
+        group["requests"] += 1
+        group["not_stated"] += usage.get("counted") in ("estimate", "reservation")
+    return [{**dict(zip(USAGE_BY, key, strict=True)), **group} for key, group in sums.items()]
+
+
+_TOKENS: Final = ("tokens", "input_tokens", "output_tokens")
 
 
 def unknown_destinations(events: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:

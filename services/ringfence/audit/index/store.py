@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 ISSUED = "credential.issued"
 ENDED = ("credential.released", "credential.revoked", "lease.expired", "credential.aborted")
 ALLOWED = ("request.allowed", "break_glass.used")
+ANSWERED = ("action.answered", "action.failed", "model.usage_understated")
 TraceKind = Literal["lease", "request", "task", "agent", "user", "run"]
 TRACE_KINDS: tuple[TraceKind, ...] = get_args(TraceKind)
 
@@ -345,6 +346,29 @@ class SqliteIndex:
                 conditions.append(f"{name} = :{name}")
                 values[name] = filters[name]
         return self._scan_span("event_action", "class_uid = 6003", conditions, values, span_ms, after, limit)
+
+    def model_answers(
+        self,
+        viewer: Viewer | None,
+        span_ms: tuple[int, int],
+        after: str | None,
+        limit: int,
+        *,
+        agent: str | None = None,
+        task: str | None = None,
+    ) -> ActionPage:
+        """Answers to actions, those of language models among them; `limit` events are scanned: of a task, else of an
+        agent, else all actions. Raises CursorLostError.
+        """
+        conditions, values = self._visible_to(viewer)
+        conditions.append(f"code IN ({_sql_list(ANSWERED)})")
+        index, condition = "event_action", "class_uid = 6003"
+        for name, value in (("agent", agent), ("task", task)):
+            if value is not None:
+                index, condition = f"event_{name}_time", f"{name} = :{name}"
+                conditions.append(condition)
+                values[name] = value
+        return self._scan_span(index, condition, conditions, values, span_ms, after, limit)
 
     def issued(
         self, viewer: Viewer | None, span_ms: tuple[int, int], after: str | None, limit: int

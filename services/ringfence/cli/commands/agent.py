@@ -14,6 +14,7 @@ import typer
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import (
     check_name,
+    parse_limits,
     parse_scope,
     show_permission,
     show_scope,
@@ -40,6 +41,7 @@ from ringfence.cli.shared.options import (
     ConsentValidOption,
     IdentityOption,
     JsonOption,
+    LimitOption,
     NewKeyOption,
     PasskeyOption,
     PublicKeyOption,
@@ -98,6 +100,7 @@ def register(
     allow_nothing: Annotated[
         bool, typer.Option("--allow-nothing", help="An empty ceiling, to be raised later.")
     ] = False,
+    limit: LimitOption = None,
     sponsor: SponsorOption = None,
     key_file: KeyFileOption = None,
     public_key: PublicKeyOption = None,
@@ -117,7 +120,7 @@ def register(
     """
     if not allow and not allow_nothing:
         raise typer.BadParameter("say the ceiling with --allow, or --allow-nothing", param_hint="--allow")
-    ceiling = parse_scope(allow, may_be_empty=True)
+    ceiling, limits = parse_scope(allow, may_be_empty=True), parse_limits(limit)
     attestation = parse_selectors(selector, agent)
     key_source = key_file or public_key or new_key
     if not (key_source or attestation):
@@ -135,6 +138,7 @@ def register(
                 description=description,
                 keys=keys,
                 ceiling=ceiling,
+                limits=limits,
                 sponsor=sponsor,
                 attestation=attestation,
                 inactive=inactive,
@@ -164,6 +168,7 @@ def set_ceiling(
     allow_nothing: Annotated[bool, typer.Option("--allow-nothing", help="An empty ceiling.")] = False,
     add: AddOption = None,
     remove: RemoveOption = None,
+    limit: LimitOption = None,
     anyway: AnywayOption = False,
     yes: YesOption = False,
     passkey: PasskeyOption = False,
@@ -173,13 +178,14 @@ def set_ceiling(
 ) -> None:
     """Set the most the agent may ever hold; leases that no longer fit end. As its sponsor or an operator.
 
-    --allow says the whole ceiling and replaces what was; --add and --remove change parts of it. First shows what is
-    taken away and which leases end, and asks.
+    --allow says the whole ceiling and replaces what was; --add and --remove change parts of it. --limit changes one
+    limit of it, and tokens=none removes that. First shows what is taken away and which leases end, and asks.
     """
     from ringfence.client.admin.preview import Loss
 
     options = parse_scope_options(allow, allow_nothing, add, remove)
-    if not options:
+    parse_limits(limit)
+    if not options and not limit:
         raise typer.BadParameter(
             "say the whole new ceiling with --allow, or --allow-nothing; or what changes of it with --add and --remove",
             param_hint="--allow",
@@ -198,6 +204,7 @@ def set_ceiling(
             former = entry.state.ceiling
             await refuse_unknown(administrator, options.permissions, anyway, former)
             ceiling = options.applied(former)
+            limits = parse_limits(limit, entry.state.limits)
             details: dict[str, Any] = {}
             if ceiling != former and not signs_on_page(who) and (options.whole is not None or options.remove):
                 replacement = Replacement(f"ceiling of {agent}")
@@ -216,7 +223,10 @@ def set_ceiling(
                 now_ms = administrator.connection.clock.now_ms()
                 for name, text in ceiling_findings(combinations, directory, people, now_ms).items():
                     note_field(name, text)
-            return await administrator.set_ceiling(agent, ceiling, revision=entry.named_revision), details
+            accepted = await administrator.set_ceiling(
+                agent, ceiling, limits=limits, revision=entry.named_revision
+            )
+            return accepted, details
 
     accepted, details = run(work())
     print_accepted(accepted, f"ceiling of {agent} set", wants_json(as_json), details)

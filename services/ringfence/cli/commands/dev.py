@@ -201,7 +201,11 @@ def dev(
         write_private(options.state / SHELL_FILE, shell.encode())
         out.print("\n[ok]Ringfence is up.[/]")
         _print_lines(out, _address_lines(stack))
-        what = "Kept from the last run; --fresh deletes it" if resumed else "Made now, and kept for the next start"
+        what = (
+            "Kept from the last run; --fresh deletes it"
+            if resumed
+            else "Made now, and kept for the next start"
+        )
         out.print(f"\n[bold]{what}:[/]")
         _print_lines(out, organisation_lines(options.operator, task))
         out.print()

@@ -11,6 +11,7 @@ from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import (
     check_id_prefix,
     check_name,
+    parse_limits,
     parse_scope,
     show_permission,
     show_scope,
@@ -23,6 +24,7 @@ from ringfence.cli.shared.options import (
     ConsentValidOption,
     IdentityOption,
     JsonOption,
+    LimitOption,
     PasskeyOption,
     ReasonOption,
     WideOption,
@@ -73,6 +75,7 @@ def assign(
     allow: AllowOption = None,
     lasts: ForOption = None,
     until: UntilOption = None,
+    limit: LimitOption = None,
     consent: Annotated[
         Path | None,
         typer.Option(
@@ -107,10 +110,10 @@ def assign(
 ) -> None:
     """Assign a task to an agent, on your behalf. First shows what task, ceiling and entitlements allow together."""
     consented = None if consent is None else _read_consent(consent)
-    if consented is not None and (purpose or allow or lasts or until):
+    if consented is not None and (purpose or allow or lasts or until or limit):
         raise typer.BadParameter("the terms are in the consent; give none beside it", param_hint="--consent")
     token = _read_id_token(id_token, on_behalf_of, consent, until)
-    fields = _task_terms(purpose, allow, lasts, until) if consented is None else {}
+    fields = _task_terms(purpose, allow, lasts, until, limit) if consented is None else {}
 
     async def work() -> tuple[TaskTerms, str, Preview, str | None]:
         async with connect.administrator(signer(me, passkey, as_user)) as administrator:
@@ -151,6 +154,7 @@ def consent(
     allow: AllowOption = None,
     lasts: ForOption = None,
     until: UntilOption = None,
+    limit: LimitOption = None,
     valid: ConsentValidOption = "1h",
     passkey: PasskeyOption = False,
     as_user: AsOption = None,
@@ -159,7 +163,7 @@ def consent(
 ) -> None:
     """Sign the terms of a task that somebody else will assign on your behalf; prints the consent."""
     who = signer(me, passkey, as_user)
-    fields, life_s = _task_terms(purpose, allow, lasts, until), consent_life_s(valid, who)
+    fields, life_s = _task_terms(purpose, allow, lasts, until, limit), consent_life_s(valid, who)
 
     async def work() -> tuple[TaskTerms, str]:
         async with connect.administrator(who) as administrator:
@@ -181,6 +185,7 @@ def nonce(
     purpose: PurposeOption = None,
     allow: AllowOption = None,
     until: UntilOption = None,
+    limit: LimitOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Print the nonce with which an OIDC ID token consents to these terms; nothing is sent.
@@ -190,10 +195,14 @@ def nonce(
     """
     if until is None:
         raise typer.BadParameter("say until when; a token cannot consent to a duration", param_hint="--until")
-    fields = _task_terms(purpose, allow, None, until)
+    fields = _task_terms(purpose, allow, None, until, limit)
     with checked("the task"):
         terms = TaskTerms(
-            agent_id=agent, purpose=fields["purpose"], scope=fields["scope"], not_after=fields["not_after"]
+            agent_id=agent,
+            purpose=fields["purpose"],
+            scope=fields["scope"],
+            not_after=fields["not_after"],
+            limits=fields["limits"],
         )
     if wants_json(as_json):
         print_json({"nonce": nonce_of(terms), "terms": canonical_terms(terms).decode()})
@@ -209,11 +218,12 @@ def delegate(
     allow: AllowOption = None,
     lasts: ForOption = None,
     until: UntilOption = None,
+    limit: LimitOption = None,
     me: IdentityOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hand part of a task to another agent: no wider, and no longer. As the agent of the task."""
-    fields = _task_terms(purpose, allow, lasts, until)
+    fields = _task_terms(purpose, allow, lasts, until, limit)
     scope, ends_in_s, not_after = fields["scope"], fields["ends_in_s"], fields["not_after"]
 
     async def work() -> str:
@@ -225,6 +235,7 @@ def delegate(
                 scope=scope,
                 ends_in_s=ends_in_s,
                 until=not_after,
+                limits=fields["limits"],
             )
 
     part = run(work())
@@ -291,7 +302,11 @@ def show(task: TaskArgument, me: IdentityOption = None, as_json: JsonOption = Fa
 
 
 def _task_terms(
-    purpose: str | None, allow: list[str] | None, lasts: str | None, until: str | None
+    purpose: str | None,
+    allow: list[str] | None,
+    lasts: str | None,
+    until: str | None,
+    limit: list[str] | None,
 ) -> dict[str, Any]:
     """Return the terms from the options, validated. Raises typer.BadParameter."""
     if not purpose:
@@ -309,6 +324,7 @@ def _task_terms(
         "scope": parse_scope(allow),
         "ends_in_s": None if lasts is None else duration_s(lasts),
         "not_after": None if until is None else moment_s(until),
+        "limits": parse_limits(limit),
     }
 
 

@@ -86,9 +86,9 @@ COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]", "[-- SERVER...]"})
 """A program's own words: the shell completes file names there."""
 NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "KID", "MOMENT",
-    "NAME=VALUE", "NAME[:rw]", "NUMBER", "ORIGIN", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL", "PORT",
-    "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TAG", "TEXT", "THUMBPRINT", "TIME", "URL", "UTC", "VERB",
-    "VERB=KIND", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
+    "NAME=NUMBER", "NAME=VALUE", "NAME[:rw]", "NUMBER", "ORIGIN", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL",
+    "PORT", "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TAG", "TEXT", "THUMBPRINT", "TIME", "URL", "UTC",
+    "VERB", "VERB=KIND", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 

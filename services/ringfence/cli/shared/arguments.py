@@ -16,6 +16,7 @@ from ringfence.kernel.base.strict_json import once
 from ringfence.kernel.base.text import Lines
 from ringfence.kernel.base.validation_problems import explain
 from ringfence.messages.base import Name, Permission, Scope, TargetId, Uuid
+from ringfence.messages.registry import ModelLimits
 from ringfence.model.scope.globs import ScopeError
 from ringfence.model.scope.scope import validate_scope
 
@@ -138,6 +139,25 @@ def _read_file(name: str) -> tuple[Permission, ...]:
         raise typer.BadParameter(f"@{name}: {error.strerror}") from None
     except ValidationError as error:
         raise typer.BadParameter(f"@{name}: not a JSON list of permissions: {_explained(error)}") from None
+
+
+def parse_limits(texts: Sequence[str] | None, former: ModelLimits | None = None) -> ModelLimits | None:
+    """The limits from repeated options, such as `tokens=200000`; `tokens=none` removes that one.
+
+    `former`: those that stay unless an option names them. Raises typer.BadParameter.
+    """
+    given = {} if former is None else former.model_dump()
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if name not in ModelLimits.model_fields or not (value == "none" or value.isdecimal()):
+            raise typer.BadParameter(
+                f"{text!r}: write tokens=NUMBER or requests=NUMBER", param_hint="--limit"
+            )
+        given[name] = None if value == "none" else int(value)
+    try:
+        return ModelLimits(**given) if any(one is not None for one in given.values()) else None
+    except ValidationError as error:
+        raise typer.BadParameter(_explained(error), param_hint="--limit") from None
 
 
 def show_permission(permission: Permission) -> str:

@@ -80,6 +80,14 @@ AllowOption = Annotated[
         "Repeatable.",
     ),
 ]
+LimitOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--limit",
+        metavar="NAME=NUMBER",
+        help="The most that a task may use of language models: tokens=200000, requests=500. Repeatable.",
+    ),
+]
 AddOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -28,6 +28,7 @@ from ringfence.messages.registry import (
     VerbFloor,
 )
 from ringfence.model.identity.spiffe_ids import SubjectKind
+from ringfence.model.model_limits import limits_text
 from ringfence.model.records.agent_keys import endings
 from ringfence.model.unknown_fields import names_of, unknown_fields
 
@@ -152,6 +153,7 @@ def _agent_fields(agent: AgentState) -> dict[str, str]:
         "status": _status(agent),
         "sponsor": f"{agent.sponsor} (did not consent)" if agent.without_consent else agent.sponsor,
         "ceiling": show_scope(agent.ceiling),
+        "limits of a task": limits_text(agent.limits) if agent.limits else "",
         **({"instances": "; ".join(map(show_selector, agent.attestation))} if agent.attestation else {}),
         "keys": _keys(agent.keys, agent),
     }
@@ -213,6 +215,7 @@ def _task_fields(task: TaskState) -> dict[str, str]:
         "part of": f"task {task.parent}" if task.parent else "",
         "handed on by": ", then ".join(reversed((task.act or ())[1:])),
         "scope": show_scope(task.scope),
+        "limits": limits_text(task.limits) if task.limits else "",
         "ends": until(task.not_after, time.time()),
     }
 

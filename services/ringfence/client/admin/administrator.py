@@ -43,6 +43,7 @@ from ringfence.messages.registry import (
     Entitlements,
     HeldSubject,
     Hold,
+    ModelLimits,
     ProvisionerSet,
     Provisioning,
     RequestRule,
@@ -321,11 +322,12 @@ class Administrator(CommandClient):
         sponsor: str | None = None,
         inactive: bool = False,
         attestation: Sequence[AttestationSelector] = (),
+        limits: ModelLimits | None = None,
     ) -> Accepted:
         """Register an agent. `sponsor` defaults to the signer; only an operator may name another.
 
         With `inactive` nothing is issued before the sponsor accepts it with `activate_agent`. With `attestation` it
-        needs no key: its running instances enrol their own.
+        needs no key: its running instances enrol their own. `limits`: of what each of its tasks uses of models.
         """
         ceiling, attestation = permissions("ceiling", ceiling), _selectors(attestation)
         validate_scope(ceiling, allow_empty=True)
@@ -336,6 +338,7 @@ class Administrator(CommandClient):
             description=description,
             keys=self._key_records(keys, AGENT_KEY_S),
             ceiling=ceiling,
+            limits=limits,
             attestation=attestation,
             inactive=inactive or None,
         )
@@ -388,12 +391,22 @@ class Administrator(CommandClient):
         )
 
     async def set_ceiling(
-        self, agent_id: str, ceiling: Sequence[Permission], *, revision: int | None = None
+        self,
+        agent_id: str,
+        ceiling: Sequence[Permission],
+        *,
+        limits: ModelLimits | None = None,
+        revision: int | None = None,
     ) -> Accepted:
-        """Replace the agent's ceiling, the most that it may ever hold. Leases beyond it end."""
+        """Replace the agent's ceiling, the most that it may ever hold. Leases beyond it end.
+
+        `limits`: of what each of its tasks uses of models. They are part of the ceiling: None removes them.
+        """
         ceiling = permissions("ceiling", ceiling)
         validate_scope(ceiling, allow_empty=True)
-        return await self._command(AgentSetCeiling, agent_id=agent_id, ceiling=ceiling, revision=revision)
+        return await self._command(
+            AgentSetCeiling, agent_id=agent_id, ceiling=ceiling, limits=limits, revision=revision
+        )
 
     async def transfer_agent(
         self, agent_id: str, *, sponsor: str, consent: str | None = None, without_consent: bool = False
@@ -506,12 +519,16 @@ class Administrator(CommandClient):
         scope: Sequence[Permission],
         ends_in_s: int | None = None,
         not_after: int | None = None,
+        limits: ModelLimits | None = None,
     ) -> TaskTerms:
         """Build the terms of a task. Nothing is sent. Raises InvalidCallError where they cannot be.
 
-        Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970).
+        Give its end as one of `ends_in_s` (seconds from now) and `not_after` (seconds since 1970). `limits`: of what it
+        uses of models.
         """
-        return task_terms(agent_id, purpose, scope, self._now_s(), ends_in_s=ends_in_s, not_after=not_after)
+        return task_terms(
+            agent_id, purpose, scope, self._now_s(), ends_in_s=ends_in_s, not_after=not_after, limits=limits
+        )
 
     async def preview(self, terms: TaskTerms, *, on_behalf_of: str | None = None) -> Preview:
         """Preview what a task would allow, and what each limit removes from it.
@@ -557,13 +574,16 @@ class Administrator(CommandClient):
         not_after: int | None = None,
         on_behalf_of: str | None = None,
         consent: str | None = None,
+        limits: ModelLimits | None = None,
     ) -> str:
         """Assign a task; returns its id.
 
         `on_behalf_of` is whoever signs where None. For another user, `consent` is their `consent_to_task` over the very
-        same terms (use `assign_terms`, so that they are).
+        same terms (use `assign_terms`, so that they are). `limits`: of what the task uses of models.
         """
-        terms = self.terms(agent_id, purpose=purpose, scope=scope, ends_in_s=ends_in_s, not_after=not_after)
+        terms = self.terms(
+            agent_id, purpose=purpose, scope=scope, ends_in_s=ends_in_s, not_after=not_after, limits=limits
+        )
         return await self.assign_terms(terms, on_behalf_of=on_behalf_of, consent=consent)
 
     async def assign_terms(

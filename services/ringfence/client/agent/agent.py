@@ -52,7 +52,7 @@ from ringfence.kernel.tracing.api import Work, new_traceparent
 from ringfence.messages.base import Permission
 from ringfence.messages.credential import MAX_REQUEST_BYTES, CredentialRequest, Delivery, RequestWithdraw
 from ringfence.messages.lease import RevocationRequest
-from ringfence.messages.registry import AgentRenewKey, TaskDelegate, TaskEnd
+from ringfence.messages.registry import AgentRenewKey, ModelLimits, TaskDelegate, TaskEnd
 from ringfence.messages.topics import (
     CREDENTIAL_REQUEST,
     REVOCATION_REQUEST,
@@ -439,6 +439,7 @@ class Agent(Lifetime):
         scope: Sequence[Permission],
         ends_in_s: int | None = None,
         until: int | None = None,
+        limits: ModelLimits | None = None,
         timeout_s: float = COMMAND_TIMEOUT_S,
     ) -> str:
         """Hand part of a task to another agent. Returns the id of its task, which ends with this one at the latest.
@@ -449,6 +450,7 @@ class Agent(Lifetime):
             purpose: what for, in a sentence that approvers will read.
             scope: no wider than that of `task`.
             ends_in_s, until: when it ends, in seconds from now, or since 1970; one of them.
+            limits: of what it uses of models. What it uses is used of `task`, too.
 
         Raises:
             RefusedError: by the registry, with the reason. NotAnsweredError: it gave no word within `timeout_s`.
@@ -457,7 +459,7 @@ class Agent(Lifetime):
         if (ends_in_s is None) == (until is None):
             raise InvalidCallError("say when the task ends: ends_in_s or until")
         now_s = self.connection.clock.now_ms() // 1000
-        terms = task_terms(to, purpose, scope, now_s, ends_in_s=ends_in_s, not_after=until)
+        terms = task_terms(to, purpose, scope, now_s, ends_in_s=ends_in_s, not_after=until, limits=limits)
         await self._renew_key()
         claims = self.connection.compose(TaskDelegate, parent=task, terms=terms)
         return (await self._outcomes.send(claims, timeout_s=timeout_s)).command_id

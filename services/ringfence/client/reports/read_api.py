@@ -330,6 +330,30 @@ class ReadApi(Lifetime):
             "audit", "export", since_ms=since_ms, until_ms=until_ms, after=after, **(filters or {})
         )
 
+    async def model_usage(
+        self,
+        *,
+        since_ms: int,
+        until_ms: int | None = None,
+        after: str | None = None,
+        agent: str | None = None,
+        task: str | None = None,
+    ) -> Any:
+        """Return a page of what requests to language models used. See `ringfence.client.reports.model_usage_report`.
+
+        `{groups: [{day, agent, task, target, model, requests, tokens, input_tokens, output_tokens, not_stated}],
+        until_ms, looked_at_ms, after}`; continue with `after` until it is None.
+        """
+        return await self.get(
+            "audit",
+            "model-usage",
+            since_ms=since_ms,
+            until_ms=until_ms,
+            after=after,
+            agent=agent,
+            task=task,
+        )
+
     async def actions(
         self,
         *,

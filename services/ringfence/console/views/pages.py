@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from ringfence.client.errors import ApiError
 from ringfence.client.reports.access_report import coverage_report
+from ringfence.client.reports.model_usage_report import ModelUsageReport, model_usage_report
 from ringfence.console.commands import SECONDED_TOGETHER
 from ringfence.console.views.approvals import approval, approvals
 from ringfence.console.views.audit import SPAN_NAMES, SPANS, audit, findings, gateway, trace
@@ -52,6 +53,22 @@ async def agents(view: View) -> Page:
     )
 
 
+USAGE_DAYS: Final = 30
+_USAGE_PAGES: Final = 3
+"""Of audit, each of at most 1000 events. A page of the console does not wait for more."""
+
+
+async def _model_usage(view: View, **of: str) -> ModelUsageReport | None:
+    """Return what an agent or a task used of language models in `USAGE_DAYS`; None if audit does not say."""
+    since_ms = view.now_ms - USAGE_DAYS * 24 * 3600 * 1000
+    try:
+        return await model_usage_report(
+            view.reads, since_ms, lambda share: None, most_pages=_USAGE_PAGES, **of
+        )
+    except ApiError:
+        return None
+
+
 async def agent(view: View) -> Page:
     """One agent: its state, its ceiling against what it used, its tasks and leases. Raises ApiError (404)."""
     record = await view.reads.record("agent", view.id)
@@ -66,6 +83,7 @@ async def agent(view: View) -> Page:
             "revision": record["revision"],
             "row": _row(rows[0], view) if rows else None,
             "usage": usage,
+            "models": await _model_usage(view, agent=view.id),
             "leases": leases["leases"][:LEASES],
             "more": leases["more"] or len(leases["leases"]) > LEASES,
         },
@@ -183,15 +201,16 @@ async def _proposed_ceiling(view: View, listed: dict[str, Any]) -> dict[str, Any
     model = _WITH_CEILING.get(listed["typ"])
     if model is None:
         return None
-    whole = parse(listed["command"]).unverified_claims(model).ceiling
+    claims = parse(listed["command"]).unverified_claims(model)
+    whole, limits = claims.ceiling, claims.limits
     try:
         usage = await view.reads.usage(listed["subject"].partition(" ")[2])
     except ApiError:
-        return {"whole": whole, "new": None, "unused": None}
+        return {"whole": whole, "limits": limits, "new": None, "unused": None}
     now = tuple(Permission.model_validate(one, strict=False) for one in usage["ceiling"])
     kept = {(one.target, verb) for one in whole for verb in one.verbs}
     unused = [one for one in usage["never_used"] if (one["target"], one["verb"]) in kept]
-    return {"whole": whole, "new": missing(whole, now), "unused": unused}
+    return {"whole": whole, "limits": limits, "new": missing(whole, now), "unused": unused}
 
 
 _LISTED: Final = {model.typ for model in LISTED}
@@ -302,6 +321,7 @@ async def task(view: View) -> Page:
             "state": record["state"],
             "leases": leases["leases"][:OF_ONE],
             "more": leases["more"] or len(leases["leases"]) > OF_ONE,
+            "models": await _model_usage(view, task=view.id),
             "parts": parts[:OF_ONE],
             "more_parts": max(0, len(parts) - OF_ONE),
             "over": record["state"]["status"] == "ended"

@@ -116,6 +116,7 @@ class Exchange:
         "_in_chunks",
         "_injects",
         "_mcp_filter",
+        "_meter",
         "_needles",
         "_no_reuse",
         "_refused",
@@ -157,6 +158,7 @@ class Exchange:
         self._refused: RequestRefusedError | None = None
         self._answering = False
         self._mcp_filter = McpResponseFilter(request.verdict.mcp) if request.verdict.mcp is not None else None
+        self._meter = request.verdict.meter
         self._upgrade = self._mcp_filter is None and asks_for_websocket(request.head)
         self._whole_body = whole = request.body_read if request.body.done else None
         self._no_reuse = has_risky_body(request.head)
@@ -210,6 +212,8 @@ class Exchange:
         if not self._client.alive:
             raise DisconnectedError("the client left")
         self._client.on_disconnect = self.on_client_disconnect
+        if self._meter is not None:
+            self._meter.on_sent()
         self._send(upstream)
 
     async def read_response_head(self, upstream: Stream) -> ResponseHead:
@@ -248,6 +252,8 @@ class Exchange:
             )
         until_closed = isinstance(body, CloseDelimitedBody)
         modern = self._request.head.minor == 1
+        if self._meter is not None:
+            self._meter.on_response_head(response.status, media_type(response.values.get(b"content-type")))
         whole, event_filter = await self._filter_mcp(upstream, response, body)
         git = self._request.attempt.git if self._request.verdict.allowed else None
         body_filter = event_filter or advertisement_filter(git, response)
@@ -389,6 +395,8 @@ class Exchange:
         while True:
             try:
                 piece = body.take(upstream.buffer)
+                if self._meter is not None:
+                    self._meter.feed(piece, done=body.done)
                 if body_filter is not None:
                     piece = body_filter.last(piece) if body.done else body_filter.feed(piece)
             except (RequestRefusedError, GitRequestError) as error:
@@ -410,6 +418,8 @@ class Exchange:
                 await self._read_more(upstream, self._timeouts.stream_s, began=True)
             except RequestRefusedError as error:
                 if isinstance(body, CloseDelimitedBody) and error.code == Code.TARGET_GONE:
+                    if self._meter is not None:
+                        self._meter.feed(b"", done=True)
                     client.write(redactor.last(self._last_event(body_filter)))
                     return
                 self._abort_response(client, error)

@@ -198,6 +198,13 @@ class Forwarder:
         Raises RequestRefusedError as long as nothing of a response was sent, and DisconnectedError or PeerTimeoutError
         if the client fails.
         """
+        try:
+            return await self._forward(client, request)
+        finally:
+            if request.verdict.meter is not None:
+                request.verdict.meter.finish()
+
+    async def _forward(self, client: Stream, request: ForwardedRequest) -> bool:
         injected, origin = await self._credential_and_origin(request.verdict, request.server_socket)
         view_expired = never_expired if is_observed(request.verdict) else self.gate.view_expired
         exchange = Exchange(
@@ -205,8 +212,9 @@ class Forwarder:
         )
         exchange.unsubscribe = self._on_lease_end(request.verdict, exchange.on_lease_end)
         try:
-            # An approved request is sent once, so not on a pooled connection, which could turn out to be closed.
-            fresh = request.verdict.headers is not None
+            # A request that was approved, or has a reservation, is sent once: a pooled connection may turn out closed.
+            meter = request.verdict.meter
+            fresh = request.verdict.headers is not None or (meter is not None and meter.reserves)
             return await self._run(exchange, *await self.upstreams.acquire(origin, fresh=fresh))
         finally:
             exchange.finish()

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from ringfence.backends.http import secret_header
-from ringfence.gateway.contract import Attempt, HoldableRequest, PresentedIdentity
+from ringfence.gateway.contract import Attempt, HoldableRequest, PresentedIdentity, UsageMeter
 from ringfence.gateway.decision.approval_questions import Question
 from ringfence.gateway.decision.mcp import McpRequest
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
@@ -136,6 +136,10 @@ class DecisionContext:
     """The question to a person, if one was asked."""
     waited_ns: int = 0
     injected: Mapping[str, str] | None = None
+    meter: UsageMeter | None = None
+    """Of an allowed request to a language model."""
+    metered_body: bytes | None = None
+    """The request with the output limit that its reservation has."""
     observed: bool = False
     unexamined: bool = False
     """Whether the request itself was not examined: its sender was not authenticated, or exceeded a limit."""

@@ -38,7 +38,9 @@ from ringfence.messages.operations import (
     ActionAnswered,
     ActionAsked,
     ActionDecided,
+    AnswerKind,
     Destination,
+    ModelUsage,
     RelayEnded,
 )
 from ringfence.model.identity.spiffe_ids import subject_of
@@ -256,8 +258,21 @@ class DecisionEvents:
         )
 
     def record_mcp_outcome(self, context: DecisionContext, outcome: McpOutcome) -> None:
-        """Record the outcome of an MCP request. A full spool is only logged: it is too late to deny the request."""
+        """Record the outcome of an MCP request."""
         metrics.MCP_ANSWERS.labels(outcome.kind).inc()
+        self._record_answer(context, outcome)
+
+    def record_usage(
+        self, context: DecisionContext, kind: AnswerKind, status: int | None, usage: ModelUsage
+    ) -> None:
+        """Record what came of a request to a language model, and what it used."""
+        metrics.MODEL_TOKENS.labels(usage.counted).inc(usage.tokens)
+        self._record_answer(context, McpOutcome(kind, status), usage)
+
+    def _record_answer(
+        self, context: DecisionContext, outcome: McpOutcome, usage: ModelUsage | None = None
+    ) -> None:
+        """Record an answer. A full spool is only logged: it is too late to deny the request."""
         assert context.lease is not None, "it was allowed"
         assert context.action is not None, "it was allowed"
         event = ActionAnswered(
@@ -274,6 +289,7 @@ class DecisionEvents:
             answer=outcome.kind,
             http_status=outcome.status,
             rpc_code=outcome.code,
+            usage=usage,
             at_ms=self._clock.now_ms(),
             traceparent=context.lease.traceparent,
         )

@@ -421,8 +421,11 @@ class DecisionFastPath:
         target = self._targets.find(attempt)
         if sender is None or isinstance(target, Refusal) or target.map.speaks_mcp(attempt.target):
             return None
-        if not target.can_be_sent(attempt):
-            return None
+        if (
+            not target.can_be_sent(attempt)
+            or target.map.model_api(attempt.method, attempt.target) is not None
+        ):
+            return None  # what a model uses is reserved and metered for each request
         action = target.map.action(attempt.method, attempt.target, attempt.body if attempt.json else None)
         chosen = self.authorize(sender, target.state, action) if action is not None else None
         if action is None or chosen is None or isinstance(chosen, Refusal):

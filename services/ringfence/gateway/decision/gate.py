@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Final
 
 from ringfence.backends.target_settings import TargetSettingsError
@@ -34,6 +35,7 @@ from ringfence.gateway.decision.fast_path import DecisionFastPath
 from ringfence.gateway.decision.git import git_actions
 from ringfence.gateway.decision.injection import Injector
 from ringfence.gateway.decision.mcp import McpRequests, rpc_error_reply
+from ringfence.gateway.decision.model_budget import ModelMeters
 from ringfence.gateway.decision.sender import SenderAuthenticator
 from ringfence.gateway.decision.targets import CompiledTarget, Targets
 from ringfence.gateway.domain import (
@@ -88,6 +90,7 @@ class DecisionSteps:
     evaluator: Evaluator
     approvals: Approvals
     injector: Injector
+    meters: ModelMeters
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +132,7 @@ class DecisionGate:
         self._authenticator = steps.authenticator
         self._evaluator = steps.evaluator
         self._injector = steps.injector
+        self._meters = steps.meters
         self._refusal_counts = decision_log.refusal_counts
         self._approvals = steps.approvals
         self._clock = clock
@@ -191,6 +195,8 @@ class DecisionGate:
                 one = replace(context, id=self._ids.new(), action=action)
                 self._events.record(one, presented, verdict)
         except SpoolFullError as error:
+            if context.meter is not None:
+                context.meter.finish()
             log.error("nothing is let pass: %s", error)
             reason = Reason(
                 code=error.code, message="what is decided cannot be recorded now; ask again later"
@@ -278,6 +284,7 @@ class DecisionGate:
         2. The target can be reached (`_check_url`).
         3. The credential is available, and the lease still live (`_fetch_credential`).
         4. The approval, if one was required, can be used (`Approvals.use_approval`).
+        5. A request to a language model is within the limits of its task (`ModelMeters.open`).
         """
         began_ns = time.perf_counter_ns()
         try:
@@ -290,6 +297,8 @@ class DecisionGate:
             result = await self._fetch_credential(context, context.chosen.lease, context.target.state)
         if isinstance(result, Allowed) and context.question is not None:
             result = self._approvals.use_approval(context.question)
+        if isinstance(result, Allowed):
+            result = await self._open_meter(context)
         if isinstance(result, Refusal):
             self._apply_observe_mode(context, result, presented, attempt)
         return result
@@ -498,6 +507,14 @@ class DecisionGate:
             return freshness
         return fetched
 
+    async def _open_meter(self, context: DecisionContext) -> Allowed | Refusal:
+        opened = await self._meters.open(context, partial(self._events.record_usage, context))
+        if isinstance(opened, Refusal):
+            return opened
+        if opened is not None:
+            context.meter, context.metered_body = opened, opened.body
+        return ALLOWED
+
     def _check_freshness(self) -> Allowed | Refusal:
         """Check that the view is fresh; if it is not, nothing can be decided (503)."""
         freshness = self._view.check_freshness()
@@ -653,6 +670,7 @@ class DecisionGate:
             task_id=context.task_id,
             observed=context.observed,
             mcp=self._mcp_exchange(context, attempt) if allowed else None,
+            meter=context.meter if allowed else None,
             rpc=self._rpc_error_reply(context, attempt) if not allowed else None,
             git=attempt.git if not allowed else None,
             body=_forwarded_body(context) if allowed or context.observed else None,
@@ -695,6 +713,8 @@ def _hold_s(context: DecisionContext) -> float | None:
 
 def _forwarded_body(context: DecisionContext) -> bytes | None:
     """The body to forward, if that is not the one that was sent."""
+    if context.metered_body is not None:
+        return context.metered_body
     if context.mcp_request is None:
         return None
     return context.mcp_request.forwarded_body(approved=context.question is not None and not context.observed)

@@ -174,6 +174,12 @@ MCP_ANSWERS = Counter(
     ["outcome"],
 )
 """`outcome`: result, tool_error, rpc_error, accepted, transport_error, none."""
+MODEL_TOKENS = Counter(
+    "ringfence_gateway_model_tokens_total",
+    "Tokens of language models that were counted",
+    ["counted"],
+)
+"""`counted`: usage, estimate, reservation, nothing."""
 OBSERVED_TARGETS = Gauge(
     "ringfence_gateway_observed_targets",
     "Targets at which the gateway blocks nothing, and only records (observe mode)",

@@ -14,6 +14,7 @@ Read first: `store.py` (the operations), `scripts.py` (their Lua), `keys.py` (ev
 
 from __future__ import annotations
 
+from ringfence.model.lease_store.budgets import Budget, LeaseStoreBudgets, Spent
 from ringfence.model.lease_store.codec import unpack
 from ringfence.model.lease_store.connection import FullError, LostError
 from ringfence.model.lease_store.keys import (
@@ -53,6 +54,7 @@ __all__ = [
     "SELECTOR_KEEP_MS",
     "SLACK_MS",
     "Activation",
+    "Budget",
     "ClaimedLeases",
     "ExpiredScan",
     "FullError",
@@ -60,6 +62,7 @@ __all__ = [
     "LeaseKeys",
     "LeaseLookup",
     "LeaseStore",
+    "LeaseStoreBudgets",
     "LiveLease",
     "LostError",
     "OutboxRecord",
@@ -67,6 +70,7 @@ __all__ = [
     "RecordVersion",
     "Restoration",
     "SignedLease",
+    "Spent",
     "Step",
     "StepResult",
     "StoredLease",

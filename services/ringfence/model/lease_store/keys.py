@@ -14,6 +14,8 @@ SELECTOR_KEEP_MS = 31 * DAY_MS
 """How long it is remembered where a selector was seen first: longer than Kafka keeps it."""
 GRANT_KEEP_MS = 13 * 3600 * 1000
 """How long it is remembered which leases named a grant: longer than a grant lives, shorter than their records stay."""
+BUDGET_KEEP_MS = DAY_MS
+"""How long it is remembered what a task used, after its end: answers of its last requests are still settled."""
 MIN_LEFT_MS = 300
 """A lease with less time left is not activated. So a revoker that looks more often than this misses no deadline."""
 AHEAD_MS = 60_000
@@ -40,6 +42,7 @@ LIVE = "live:"
 OUTBOX = "outbox"
 SELECTOR = "selector:"
 GRANT = "grant:"
+BUDGET = "budget:"
 THUMBPRINT = "key"
 """A field in the hash of an agent's leases: the thumbprint of its key, which stored records leave out."""
 
@@ -59,6 +62,8 @@ class Keys:
         Without it every operation fails: Redis may have forgotten leases. `REBUILD_ALL` if a person wants a rebuild."""
         self.spread = base + SPREAD
         """String: the number of shards when this one was last rebuilt. It decides the shard of a lease."""
+        self.begun = base + "begun"
+        """String: when the epoch began, in ms. What was counted before may be lost."""
         self.rebuilding = base + REBUILDING
         """String: the claim of the revoker that rebuilds the shard now, expiring unless it is renewed."""
         self.leases = base + LEASES
@@ -122,6 +127,11 @@ class Keys:
         """Set: the ids of the leases that name a grant, on the grant's shard. It expires `GRANT_KEEP_MS` after the
         last."""
         return f"{self._base}{GRANT}{id}"
+
+    def budget(self, task_id: str) -> str:
+        """Hash: the epoch in which it began, and by `<task>:tokens` and `<task>:requests` what a task that a person
+        assigned, and each part of it, have used or reserved. It expires `BUDGET_KEEP_MS` after the end of the task."""
+        return f"{self._base}{BUDGET}{task_id}"
 
     def selector(self, id: str) -> str:
         """String: where on Kafka a selector was seen first, as `<topic> <partition> <offset> <append time>`."""

@@ -283,7 +283,9 @@ class Restoration:
         """Redis is complete: all services may use it again, in this epoch."""
         await self._link.scripts(
             [
-                self._call(RESUME, at, (at.epoch, at.spread), (f"{run_id}.{epoch}", len(self._keys)))
+                self._call(
+                    RESUME, at, (at.epoch, at.spread, at.begun), (f"{run_id}.{epoch}", len(self._keys))
+                )
                 for at, run_id in zip(self._keys, self._run_ids, strict=True)
             ]
         )

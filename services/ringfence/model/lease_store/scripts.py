@@ -237,6 +237,46 @@ USE_GRANT = Script(_USE_GRANT)
 RECOUNT = Script(_USE_GRANT, always=True)
 """As USE_GRANT, for leases that are issued already."""
 
+# Reserves for a task and all tasks that it is a part of, or for none of them. A budget of another epoch, and a missing
+# one of a task that is older than this epoch, may lack what was used.
+# KEYS: budget, begun. ARGV: tokens, when the first task was assigned, until when the budget is kept (both in ms),
+#       then for each task: id, limit of tokens, limit of requests ('' for none)
+RESERVE = Script(
+    """
+local epoch = redis.call('HGET', KEYS[1], 'epoch')
+local begun = tonumber(redis.call('GET', KEYS[2]) or now)
+if epoch ~= expected and (epoch or tonumber(ARGV[2]) < begun) then return {'lost'} end
+local wanted = {tokens = tonumber(ARGV[1]), requests = 1}
+for i = 4, #ARGV, 3 do
+    for j, what in ipairs({'tokens', 'requests'}) do
+        local used = tonumber(redis.call('HGET', KEYS[1], ARGV[i] .. ':' .. what) or 0)
+        local limit = tonumber(ARGV[i + j])
+        if limit and used + wanted[what] > limit then return {'spent', ARGV[i], what, used, limit} end
+    end
+end
+redis.call('HSET', KEYS[1], 'epoch', expected)
+for i = 4, #ARGV, 3 do
+    redis.call('HINCRBY', KEYS[1], ARGV[i] .. ':tokens', ARGV[1])
+    redis.call('HINCRBY', KEYS[1], ARGV[i] .. ':requests', 1)
+end
+redis.call('PEXPIREAT', KEYS[1], ARGV[3])
+return {'reserved'}
+"""
+)
+
+# Corrects a reservation, unless its budget is gone. KEYS: budget. ARGV: tokens and requests to add, task id...
+SETTLE = Script(
+    """
+if redis.call('HGET', KEYS[1], 'epoch') ~= expected then return 0 end
+for i = 3, #ARGV do
+    redis.call('HINCRBY', KEYS[1], ARGV[i] .. ':tokens', ARGV[1])
+    redis.call('HINCRBY', KEYS[1], ARGV[i] .. ':requests', ARGV[2])
+end
+return 1
+""",
+    always=True,
+)
+
 # KEYS: live, fences. ARGV: id, selector key...
 LOOK = Script(
     RECORDS_LUA
@@ -535,10 +575,11 @@ return found
 
 # --- rebuild: the guard is the rebuild's claim ------------------------------------------------------------------------
 
-# KEYS: epoch, spread. ARGV: epoch, number of shards. The claim is given up.
+# KEYS: epoch, spread, begun. ARGV: epoch, number of shards. The claim is given up.
 RESUME = Script(
     """
 redis.call('SET', KEYS[2], ARGV[2])
+redis.call('SET', KEYS[3], now)
 redis.call('SET', KEYS[1], ARGV[1])
 redis.call('DEL', guard)
 return {}

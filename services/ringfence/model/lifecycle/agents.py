@@ -84,7 +84,7 @@ def apply_to_agent(state: AgentState | None, command: AgentCommand, context: Con
             return _rotate_key(state, command, context)
         case AgentSetCeiling():
             check_scope(command.ceiling, allow_empty=True)
-            return state.model_copy(update={"ceiling": command.ceiling})
+            return state.model_copy(update={"ceiling": command.ceiling, "limits": command.limits})
         case AgentSetAttestation():
             check_attestation(command.attestation)
             return state.model_copy(update={"attestation": command.attestation})
@@ -137,6 +137,7 @@ def _register(state: AgentState | None, command: AgentRegister, context: Context
         description=command.description,
         keys=command.keys,
         ceiling=command.ceiling,
+        limits=command.limits,
         status="registered" if command.inactive else "active",
         attestation=command.attestation,
     )

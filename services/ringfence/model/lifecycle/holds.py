@@ -36,6 +36,7 @@ from ringfence.messages.registry import (
 from ringfence.model.identity.attestation import selector_id
 from ringfence.model.identity.spiffe_ids import SubjectKind
 from ringfence.model.lifecycle.context import Actor, CommandRefusedError, Context, operator_only
+from ringfence.model.model_limits import limits_text
 from ringfence.model.verdict import ALLOWED, Verdict, refused
 
 AT_ONCE_S: Final = 30 * 24 * 3600
@@ -57,13 +58,13 @@ def elements_set_by(command: Command) -> dict[str, frozenset[str]]:
             return {"delegation": frozenset(given)}
         case AgentRegister():
             return {
-                "ceiling": _pairs(command.ceiling),
+                "ceiling": _limited_pairs(command),
                 "attestation": frozenset(map(selector_id, command.attestation)),
                 "sponsor": frozenset({command.sponsor}),
                 "status": frozenset() if command.inactive else _ACTIVE,
             }
         case AgentSetCeiling():
-            return {"ceiling": _pairs(command.ceiling)}
+            return {"ceiling": _limited_pairs(command)}
         case AgentSetAttestation():
             return {"attestation": frozenset(map(selector_id, command.attestation))}
         case AgentTransfer():
@@ -88,6 +89,12 @@ def _pairs(scope: Scope) -> frozenset[str]:
     return frozenset(
         f"{one.target} {verb} {resource}" for one in scope for verb in one.verbs for resource in one.resources
     )
+
+
+def _limited_pairs(command: AgentRegister | AgentSetCeiling) -> frozenset[str]:
+    """The pairs of a ceiling, each with the limits: who changes these gives all of it anew."""
+    pairs = _pairs(command.ceiling)
+    return frozenset(f"{one} {limits_text(command.limits)}" for one in pairs) if command.limits else pairs
 
 
 def is_own(state: AnyState, hold: Hold) -> bool:

@@ -20,6 +20,7 @@ from ringfence.messages.registry import (
     Entitlements,
     GroupDelegation,
     Hold,
+    ModelLimits,
     Provisioned,
     TargetState,
     TaskAssign,
@@ -166,6 +167,14 @@ def _optional(old: Message | None, new: Message | None) -> bool:
     return _differs(old, new) if old is None or new is None else _wider(old, new)
 
 
+def _limits_grow(old: ModelLimits | None, new: ModelLimits | None) -> bool:
+    return old is not None and (new is None or _wider(old, new))
+
+
+def _limit_raised(old: int | None, new: int | None) -> bool:
+    return old is not None and (new is None or new > old)
+
+
 def _keys_grow(old: Sequence[KeyRecord], new: Sequence[KeyRecord]) -> bool:
     known = {key.kid: key for key in old}
     return any(key.kid not in known or _wider(known[key.kid], key) for key in new)
@@ -237,11 +246,13 @@ COMPARISONS: Final[Mapping[type[Message], Mapping[str, Comparison]]] = {
     },
     Delegation: {"groups": _groups_grow},
     GroupDelegation: {"roles": _gained, "scope": _scope_grows},
+    ModelLimits: {"tokens": _limit_raised, "requests": _limit_raised},
     KeyRecord: {"not_before": _smaller, "not_after": _greater},
     AgentState: {
         "description": _never,
         "keys": _keys_grow,
         "ceiling": _scope_grows,
+        "limits": _limits_grow,
         "status": _activated,
         "suspended_by_operator": _set_to_false,
         "attestation": _gained,

@@ -12,6 +12,7 @@ from ringfence.messages.registry import (
     TaskState,
 )
 from ringfence.model.lifecycle.context import CommandRefusedError, Context, check_scope
+from ringfence.model.model_limits import higher_limits
 from ringfence.model.scope.scope import missing
 
 TaskCommand = TaskAssign | TaskDelegate | TaskEnd
@@ -44,6 +45,7 @@ def apply_to_task(state: TaskState | None, command: TaskCommand, context: Contex
         agent_id=command.terms.agent_id,
         purpose=command.terms.purpose,
         scope=command.terms.scope,
+        limits=command.terms.limits,
         not_after=command.terms.not_after,
         on_behalf_of=command.on_behalf_of,
         assigned_by=context.actor.user_id,
@@ -118,6 +120,11 @@ def delegate(command: TaskDelegate, context: Context) -> TaskState:
             f"task {parent.task_id} does not allow {names[:500]}: hand on what it allows, or less",
             code=Code.BEYOND_PARENT,
         )
+    if higher := higher_limits(terms.limits, parent.limits):
+        raise CommandRefusedError(
+            f"task {parent.task_id} has a lower limit of {' and '.join(higher)}: hand on as much, or less",
+            code=Code.BEYOND_PARENT,
+        )
     if terms.not_after > parent.not_after:
         raise CommandRefusedError(
             f"task {parent.task_id} ends {terms.not_after - parent.not_after} s earlier than that; set an earlier end",
@@ -132,6 +139,7 @@ def delegate(command: TaskDelegate, context: Context) -> TaskState:
         agent_id=terms.agent_id,
         purpose=terms.purpose,
         scope=terms.scope,
+        limits=terms.limits,
         not_after=terms.not_after,
         on_behalf_of=parent.on_behalf_of,
         assigned_by=parent.assigned_by,

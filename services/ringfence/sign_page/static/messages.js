@@ -338,7 +338,7 @@ function setCeiling(claims, evidence) {
   return {
     title: `Replace the ceiling of ${name(claims.agent_id)}`,
     action: "Replace the ceiling",
-    rows: [...agentRows(state), ...scopeRows(state.ceiling, `May hold, by revision ${revision}`), ...scopeRows(claims.ceiling, "May hold then"), ...seenRows(claims)],
+    rows: [...agentRows(state), ...scopeRows(state.ceiling, `May hold, by revision ${revision}`), ...scopeRows(claims.ceiling, "May hold then"), ...limitRows(state.limits, "Limits of a task now"), ...limitRows(claims.limits, "Limits of a task then"), ...seenRows(claims)],
     warnings: ["Leases beyond the new ceiling end."],
   };
 }
@@ -365,13 +365,21 @@ function transferConsent(claims, evidence) {
   };
 }
 
+/** The limits of what a task uses of language models; "none" says that there are none. */
+function limitRows(limits, title) {
+  if (limits === undefined) return [row(title, "none")];
+  known(["tokens", "requests"], limits);
+  return [row(title, Object.entries(limits).map(([what, most]) => `${int(most)} ${what}`).join(", "))];
+}
+
 function termsRows(terms, evidence) {
-  known(["agent_id", "purpose", "scope", "not_after"], terms);
+  known(["agent_id", "purpose", "scope", "not_after", "limits"], terms);
   const { state } = evidence.record("agent", terms.agent_id);
   return [
     ...agentRows(state),
     row("Purpose", prose(terms.purpose), "quote"),
     ...scopeRows(terms.scope, "The task allows"),
+    ...limitRows(terms.limits, "Limits of models"),
     row("Ends", moment(int(terms.not_after))),
   ];
 }
@@ -551,7 +559,7 @@ const MESSAGES = {
     agentCommand("Suspend", "Suspend", false, ["Its leases end, and nothing is issued."]), ["agent_id", "reason"],
   ),
   "agent.resume": entry(agentCommand("Resume", "Resume", true, []), ["agent_id", "reason"]),
-  "agent.set-ceiling": entry(setCeiling, ["agent_id", "ceiling", "revision"]),
+  "agent.set-ceiling": entry(setCeiling, ["agent_id", "ceiling", "limits", "revision"]),
   "agent.transfer": entry(transfer, ["agent_id", "sponsor", "consent", "without_consent"]),
   "agent.transfer-consent": entry(transferConsent, ["agent_id", "from_sponsor", "revision"]),
   "task.assign": entry(taskAssign, ["terms", "on_behalf_of", "consent", "id_token"]),

@@ -40,7 +40,7 @@ function register(claims, state) {
   if (state !== undefined) throw new RefusedError("there is an agent of this name");
   return {
     agent_id: claims.agent_id, sponsor: claims.sponsor, description: claims.description, keys: claims.keys,
-    ceiling: claims.ceiling, status: claims.inactive ? "registered" : "active", suspended_by_operator: false,
+    ceiling: claims.ceiling, limits: claims.limits, status: claims.inactive ? "registered" : "active", suspended_by_operator: false,
     attestation: claims.attestation,
   };
 }
@@ -84,10 +84,12 @@ const COMMANDS = {
   ),
   "provisioner.set": command("user", "provisioner_id", provisionerSet, ["name", "keys", "delegation"], ["revision"]),
   "agent.register": command(
-    "agent", "agent_id", register, ["sponsor", "description", "keys", "ceiling", "attestation"], ["inactive"],
+    "agent", "agent_id", register, ["sponsor", "description", "keys", "ceiling", "attestation"], ["limits", "inactive"],
   ),
   "agent.set-ceiling": command(
-    "agent", "agent_id", present((claims, state) => ({ ...state, ceiling: claims.ceiling })), ["ceiling"], ["revision"],
+    "agent", "agent_id", present((claims, state) => (
+      { ...state, ceiling: claims.ceiling, limits: claims.limits }
+    )), ["ceiling"], ["limits", "revision"],
   ),
   "agent.set-attestation": command(
     "agent", "agent_id", present((claims, state) => ({ ...state, attestation: claims.attestation })), ["attestation"], ["revision"],
