@@ -184,18 +184,13 @@ class TargetAccess:
     A replaced secret takes effect without a restart.
     """
 
-    def __init__(
-        self,
-        places: Mapping[str, str],
-        sources: Mapping[str, SecretSource] | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        """`places` maps a target to its secret reference. `folder` has the secrets of further targets, by their ids.
+    def __init__(self, places: Mapping[str, str], sources: Mapping[str, SecretSource] | None = None) -> None:
+        """`places` maps a target to its secret reference.
 
         `sources` maps the prefix before the colon to a source; by default `env` and `file`.
         """
         self._places = dict(places)
-        self._folder = folder
+        self._folder: Path | None = None
         self._sources = sources or _LOCAL
         self._read_at: dict[str, tuple[SecretSource, str, str]] = {}
         """By target: the source of its secret, the location, and what messages call it."""
@@ -214,7 +209,8 @@ class TargetAccess:
                 ca_file=settings.vault_ca_file,
                 namespace=settings.vault_namespace,
             )
-        access = cls(settings.access, sources, settings.secrets)
+        access = cls(settings.access, sources)
+        access._folder = settings.secrets
         for target_id in settings.access:
             access.check(target_id)
         return access

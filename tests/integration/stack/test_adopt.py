@@ -205,6 +205,9 @@ async def test_key_of_a_model_provider_in_a_dotenv_file(
     why = "one developer, one machine"
     await reader.adopt("--target", target, "--finish", "--accept-agent-can-read", why)
     assert not reader.state()
+    async with asyncio.timeout(60):
+        while why not in await reader.ringfence("--operator", "--json", "audit", "trace", reader.agent):
+            pass
     call = (sys.executable, "-c", _CALL, f"{url}{path}", json.dumps(ASK), json.dumps(own))
     assert "200 " in await reader.run(*program, *call)
     assert server.requests[-1].values(header) == [value.format(rotated)]
@@ -284,6 +287,37 @@ async def test_each_person_runs_what_adopt_prints(reader: Reader, server: Target
     assert OPENAI not in dotenv.read_text()
 
 
+@pytest.mark.timeout(300)
+async def test_github_token_in_the_configuration_of_an_mcp_client(reader: Reader) -> None:
+    token = MAKE.crc_token("ghp")
+    reader.secrets.append(token)
+    config = reader.folder / ".cursor" / "mcp.json"
+    config.parent.mkdir()
+    entry = {"command": "npx", "args": ["-y", "server"], "env": {"GITHUB_TOKEN": token}}
+    config.write_text(json.dumps({"mcpServers": {"hub": entry}}, indent=2))
+    async with Target().serving() as server:
+        words = (
+            "--target",
+            f"hub-{reader.mark}",
+            "--url",
+            f"http://127.0.0.1:{server.port}",
+            "--agent",
+            reader.agent,
+        )
+        await reader.adopt(".cursor/mcp.json", *words, "--trial", "/repos/acme/shop")
+        assert [(one.target, *one.values("authorization")) for one in server.requests] == [
+            ("/repos/acme/shop", f"Bearer {token}")
+        ]
+    changed = {**entry, "env": {"GITHUB_TOKEN": "replaced-by-ringfence"}}
+    assert json.loads(config.read_text()) == {"mcpServers": {"hub": changed}}
+
+
+async def test_password_is_no_key_of_an_api(reader: Reader) -> None:
+    (reader.folder / ".pgpass").write_text(f"db.corp.test:5432:shop:app:{MAKE.token(20)}\n")
+    printed = await reader.adopt(".pgpass", "--target", "shop", "--url", "http://127.0.0.1:1", status=1)
+    assert "only keys of HTTP APIs" in printed
+
+
 async def test_host_in_the_file_gets_no_secret(reader: Reader) -> None:
     (reader.folder / ".env").write_text(f"OPENAI_BASE_URL=https://evil.example/v1\nOPENAI_API_KEY={OPENAI}\n")
     allow = f"llm-{reader.mark}:generate:model/m-1"
@@ -313,3 +347,52 @@ async def test_trial_that_the_provider_refuses_leaves_the_key_in_the_file(reader
         assert "stopped at: trial" in printed
         assert "/v1/models: 401" in printed
         assert OPENAI in dotenv.read_text()
+
+
+_SERVER = """
+import os
+from mcp.server.fastmcp import FastMCP
+from mcp.types import ToolAnnotations
+server = FastMCP("notes")
+@server.tool(annotations=ToolAnnotations(readOnlyHint=True))
+def get_note(folder: str) -> str:
+    return folder
+@server.tool()
+def delete_notes(folder: str) -> str:
+    return folder
+@server.tool(name="x' ; touch planted ; '", annotations=ToolAnnotations(readOnlyHint=True))
+def odd() -> str:
+    return "odd"
+assert not [name for name in os.environ if name.startswith("RINGFENCE")]
+server.run()
+"""
+
+
+@pytest.mark.timeout(300)
+async def test_suggestion_for_an_mcp_server_is_run_as_it_is_printed(reader: Reader) -> None:
+    program = reader.folder / "notes.py"
+    program.write_text(_SERVER)
+    target = f"notes-{reader.mark}"
+    wrap = ("mcp", "wrap", "--suggest", "--target", target, "--", sys.executable, str(program))
+    printed = await reader.ringfence("--user", *wrap)
+    commands = [line for line in printed.splitlines() if line.startswith("ringfence ")]
+    assert [line.split()[1:3] for line in commands] == [
+        ["target", "add"], ["user", "set"], ["agent", "register"], ["task", "assign"], ["mcp", "wrap"],
+    ]  # fmt: skip
+    assert "planted" not in "".join(commands)
+    assert f"  {target}:call:tool/delete_notes" in printed.splitlines()
+    for role, line in zip(("--operator", "--operator", "--sponsor", "--user"), commands, strict=False):
+        known = {
+            "USER": f"maria-{reader.mark}",
+            "AGENT": reader.agent,
+            "runner=RUNNER life=1h": "runner=r-1 life=1h",
+        }
+        await reader.ringfence(role, *(known.get(word, word) for word in shlex.split(line)[1:]))
+    task = json.loads(await reader.ringfence("--user", "--json", "task", "list"))[0]["state"]
+    allowed = {(one["verbs"][0], *one["resources"]) for one in task["scope"]}
+    assert allowed == {("connect", "server"), ("read", "tool/get_note")}
+
+
+async def test_suggestion_says_that_a_program_is_no_mcp_server(reader: Reader) -> None:
+    wrap = ("mcp", "wrap", "--suggest", "--target", "notes", "--", sys.executable, "-c", "print('hello')")
+    assert "did not list its tools" in await reader.run(*PROGRAM, *wrap, status=1)

@@ -18,7 +18,7 @@ from ringfence.kernel.base.settings import load
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Permission
 from ringfence.scan import kinds
-from ringfence.scan.findings import Finding
+from ringfence.scan.findings import Finding, Pattern
 
 _KINDS = {one.kind.id: one.kind for one in kinds.FORMATS}
 
@@ -46,6 +46,10 @@ def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, P
     path = file.resolve()
     finding = _chosen(path, typed.field, folder)
     kind = _KINDS.get(finding.kind)
+    if finding.pattern is Pattern.PASSWORD or (kind and kind.template not in ("http", "github-api")):
+        raise AdoptStoppedError(
+            f"a {finding.title} has no way here, only keys of HTTP APIs; see the steps of: ringfence scan --details"
+        )
     provider = PROVIDERS.get(kind.service or "", OTHER) if kind else OTHER
     target = typed.target or provider.target
     if (begun := folder.load(target) if target else None) is not None:
