@@ -59,7 +59,10 @@ def adopt(
     agent_key: Annotated[
         Path | None,
         typer.Option(
-            "--agent-key", metavar="FILE", help="The agent's key file; made if missing. AGENT.json."
+            "--agent-key",
+            metavar="FILE",
+            callback=kept_file,
+            help="The agent's key file; made if missing. AGENT.json.",
         ),
     ] = None,
     operator: Annotated[
