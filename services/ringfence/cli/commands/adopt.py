@@ -11,7 +11,7 @@ import typer
 
 from ringfence.cli.shared.arguments import check_name, check_target_id
 from ringfence.cli.shared.options import AllowOption, IdentityOption, YesOption, confirm, identity
-from ringfence.cli.shared.output import note, say
+from ringfence.cli.shared.output import kept_file, note, say
 
 if TYPE_CHECKING:
     from ringfence.cli.adopt.steps import Place
