@@ -49,7 +49,7 @@ def adopt(
     trial: Annotated[
         str | None,
         typer.Option(
-            "--trial", metavar="PATH", help="A path at the target that a GET may read, for the trial."
+            "--trial", metavar="TEXT", help="A path at the target that a GET may read, for the trial."
         ),
     ] = None,
     agent: Annotated[
