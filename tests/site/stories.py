@@ -48,6 +48,7 @@ GROUPS: dict[str, dict[str, Story]] = {
         "docs/lifecycle.md": Story(),
         "docs/audit-trail.md": Story(),
         "docs/scan.md": Story(before="mkdir -p ~/projects\n"),
+        "docs/adopt.md": Story(),
         "docs/leases-in-redis.md": Story(before="source .ringfence/dev.sh\n"),
     },
     "approvals": {

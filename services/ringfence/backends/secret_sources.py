@@ -165,6 +165,9 @@ class BackendSettings(RingfenceSettings):
 
     access: dict[str, SecretPlace] = Field(default_factory=dict)
     """By target: where the URL stands with which Ringfence itself works there."""
+    secrets: Path | None = None
+    """A folder with one file of mode 0600 for each target that `access` does not name; the file has the target's id as
+    its name. A new file counts at once, without a restart."""
     vault_url: str | None = None
     """Where Vault or OpenBao is, e.g. `https://vault.example:8200`."""
     vault_token_file: Path | None = None
@@ -187,6 +190,7 @@ class TargetAccess:
         `sources` maps the prefix before the colon to a source; by default `env` and `file`.
         """
         self._places = dict(places)
+        self._folder: Path | None = None
         self._sources = sources or _LOCAL
         self._read_at: dict[str, tuple[SecretSource, str, str]] = {}
         """By target: the source of its secret, the location, and what messages call it."""
@@ -206,6 +210,7 @@ class TargetAccess:
                 namespace=settings.vault_namespace,
             )
         access = cls(settings.access, sources)
+        access._folder = settings.secrets
         for target_id in settings.access:
             access.check(target_id)
         return access
@@ -215,11 +220,7 @@ class TargetAccess:
 
         Reads no secret.
         """
-        if target_id not in self._places:
-            raise AccessError(
-                f"no rights at target {target_id} are named; name where they are in RINGFENCE_BACKENDS_ACCESS"
-            )
-        kind = self._places[target_id].partition(":")[0]
+        kind = self._place_of(target_id).partition(":")[0]
         if kind not in self._sources:
             raise AccessError(
                 f"the rights at target {target_id} are in {kind}; set RINGFENCE_BACKENDS_VAULT_URL and "
@@ -236,9 +237,20 @@ class TargetAccess:
         source, location, name = self._read_at.get(target_id) or self._source_of(target_id)
         return source.at_hand(location, name)
 
+    def _place_of(self, target_id: str) -> str:
+        """Return the secret reference of a target. Raises AccessError if there is none."""
+        if target_id in self._places:
+            return self._places[target_id]
+        if self._folder is not None and (file := self._folder / target_id).is_file():
+            return f"file:{file}"
+        beside = "" if self._folder is None else f", or write the file {self._folder / target_id}"
+        raise AccessError(
+            f"no rights at target {target_id} are named; name where they are in RINGFENCE_BACKENDS_ACCESS{beside}"
+        )
+
     def _source_of(self, target_id: str) -> tuple[SecretSource, str, str]:
         self.check(target_id)
-        kind, _, location = self._places[target_id].partition(":")
+        kind, _, location = self._place_of(target_id).partition(":")
         found = self._read_at[target_id] = self._sources[kind], location, f"the rights at target {target_id}"
         return found
 

@@ -97,6 +97,9 @@ COMMANDS: dict[str, CommandEntry] = {
     "scan": CommandEntry(
         "commands.scan", "scan", _START, "Find credentials that agents inherit, and the rings they break."
     ),
+    "adopt": CommandEntry(
+        "commands.adopt", "adopt", _START, "From what a scan found to an agent that works without it."
+    ),
     "user": CommandEntry("commands.user", "app", _WHO, "People: roles, keys, entitlements."),
     "provisioner": CommandEntry(
         "commands.provisioner", "app", _WHO, "Directories that users come from: what they may give."

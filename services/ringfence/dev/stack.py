@@ -134,6 +134,11 @@ class Stack:
         """Return the certificate by which agents trust the gateway as their proxy."""
         return self.options.state / "gateway-ca.pem"
 
+    @property
+    def secrets(self) -> Path:
+        """Return the folder with Ringfence's own secrets for targets, a file for each."""
+        return self.options.state / "secrets"
+
     def settings(self) -> ServiceSettings:
         """Return the settings that this stack's services share."""
         return ServiceSettings(**self._shared())  # type: ignore[arg-type]
@@ -143,7 +148,7 @@ class Stack:
         shared = {f"RINGFENCE_{name.upper()}": str(value) for name, value in self._shared().items()}
         chosen_roles = [role for role in self.options.services if role in SERVICE_ROLES]
         urls = {f"RINGFENCE_{role.upper()}_URL": self.url(role) for role in chosen_roles}
-        return shared | urls
+        return shared | urls | {"RINGFENCE_BACKENDS_SECRETS": str(self.secrets)}
 
     def child(self, role: ServiceRole) -> Child:
         return self._children[role]
@@ -166,6 +171,7 @@ class Stack:
             embedded_redis.program()
         state = self.options.state
         make_private_folder(state)
+        make_private_folder(self.secrets)
         self._claim_state()
         self.note = self._take_note()
         self._claim_ports()

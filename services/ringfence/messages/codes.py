@@ -1074,6 +1074,8 @@ class Code(StrEnum):
     # The command line, the console, scans and demos
     ABORTED = "aborted"
     """The command was aborted; nothing was done."""
+    ADOPT_STOPPED = "adopt_stopped"
+    """The next step of ringfence adopt has to be done by another person, failed, or would not be safe."""
     KAFKA_FAILED = "kafka_failed"
     """Kafka did not do what was asked; run ringfence doctor."""
     QUESTION_CHANGED = "question_changed"

@@ -268,6 +268,18 @@ class FileScanner:
                 return
             results.findings.append(self.finding(reader, job.shown, candidate, facts.readable_by, file))
 
+    def credentials(self, name: str) -> Iterator[tuple[Finding, SecretValue]]:
+        """Yield the findings of the first root, a single file, each with its secret; for `ringfence adopt`, which moves
+        it. A scan keeps no secret. `name` is the path that says which reader reads it. Raises UnreadableError.
+        """
+        root = self._roots[0]
+        job = Job(0, root.real.name, name)
+        file = SourceFile(job.shown, *root.read(job.relative, max_bytes=self._max_bytes))
+        for reader, candidate in self._candidates(job, file, JobResults()):
+            if candidate.value is not None and not is_published(candidate.value.reveal()):
+                found = self.finding(reader, job.shown, candidate, file.facts.readable_by, file)
+                yield found, candidate.value
+
     def _candidates(self, job: Job, file: SourceFile, results: JobResults) -> Iterator[tuple[str, Candidate]]:
         reader = self._reader_of(job, file)
         if reader is not None:

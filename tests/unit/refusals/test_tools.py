@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pytest
 
+from ringfence.cli.adopt.files import credentials_in
 from ringfence.cli.shared.yaml_files import YamlFile
 from ringfence.client.agent.credentials import IssuedCredential
 from ringfence.client.agent.replies import PendingRequest
@@ -92,6 +93,7 @@ def tool(name: str, **arguments: Any) -> object:
 REFUSALS: Final[dict[Code, Callable[[], object]]] = {
     Code.FILE_INVALID: lambda: YamlFile(MISSING),
     Code.BUNDLE_INVALID: lambda: load_bundle(MISSING),
+    Code.ADOPT_STOPPED: lambda: list(credentials_in(MISSING, NOTHING)),
     Code.SCAN_BASELINE_INVALID: lambda: load_baseline(MISSING),
     Code.SCAN_SCANNER_MISSING: lambda: adapters(["other"]),
     Code.SIGN_PAGE_FAILED: lambda: page(rp_id="other.example"),

@@ -123,6 +123,8 @@ _RUNNER = "runner-1"
 _CONSOLE: ServiceRole = "console"
 """Optional elsewhere; here it runs always."""
 _WITH = tuple(role for role in ON_DEMAND if role != _CONSOLE)
+_BACKENDS = "backends_"
+"""The settings that stand in a table of their own."""
 _LOOK_AGAIN_S = 0.5
 _GRACE_S = 20.0
 """Longer than services take to shut down while the broker is running."""
@@ -303,9 +305,16 @@ def _print_lines(out: Console, lines: Iterable[str]) -> None:
 
 def write_config(environment: dict[str, str], path: Path) -> None:
     """Write `RINGFENCE_*` as a TOML settings file without secrets."""
+    names = {name: name.removeprefix("RINGFENCE_").lower() for name in sorted(environment)}
     lines = [
-        f"{name.removeprefix('RINGFENCE_').lower()} = {_toml(value)}"
-        for name, value in sorted(environment.items())
+        f"{short} = {_toml(environment[name])}"
+        for name, short in names.items()
+        if not short.startswith(_BACKENDS)
+    ]
+    lines += ["[backends]"] + [
+        f"{short.removeprefix(_BACKENDS)} = {_toml(environment[name])}"
+        for name, short in names.items()
+        if short.startswith(_BACKENDS)
     ]
     write_private(path, ("\n".join(lines) + "\n").encode())
 

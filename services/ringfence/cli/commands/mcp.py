@@ -17,7 +17,7 @@ import typer
 
 from ringfence.cli.shared import connect
 from ringfence.cli.shared.arguments import check_target_id, parse_scope
-from ringfence.cli.shared.id_lookup import TaskOption, check_whole_id
+from ringfence.cli.shared.id_lookup import check_whole_id
 from ringfence.cli.shared.options import (
     AgentOption,
     AllowOption,
@@ -58,7 +58,15 @@ def wrap(
             help="The target whose rules decide; its url is stdio://run.",
         ),
     ],
-    task: TaskOption,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            "--task",
+            metavar="TASK",
+            callback=check_whole_id,
+            help="The whole id of the task that this is for; needed without --suggest.",
+        ),
+    ] = None,
     command: Annotated[
         list[str] | None,
         typer.Argument(metavar="[-- SERVER...]", help="The server and its arguments.", show_default=False),
@@ -104,6 +112,14 @@ def wrap(
     pids: PidsOption = 256,
     backend: BackendOption = None,
     image: ImageOption = None,
+    suggest: Annotated[
+        bool,
+        typer.Option(
+            "--suggest",
+            help="Start SERVER once without a sandbox, with an empty environment, list its tools, and print commands "
+            "for target, ceiling and task. Nothing else is done.",
+        ),
+    ] = False,
 ) -> None:
     """Run an MCP server in a fresh sandbox, and decide each message between its client and it at the gateway.
 
@@ -116,6 +132,13 @@ def wrap(
 
     if not command:
         raise typer.BadParameter("write the server: ringfence mcp wrap --task TASK --target TARGET -- SERVER")
+    if suggest:
+        from ringfence.cli.commands.mcp_suggestion import suggest as print_suggestion
+
+        print_suggestion(target, command)
+        return
+    if task is None:
+        raise typer.BadParameter("name the task", param_hint="--task")
     environment = parse_environment(env or [])
     _refuse_static_keys(environment, command)
     mounts = parse_mounts(mount or [], hide or [])

@@ -80,7 +80,7 @@ _ASSIGNMENT = re.compile(r"[A-Za-z_]\w*=", re.ASCII)
 _WORD_ENDS: Final = frozenset(" \t\n")
 _OPERATORS: Final = frozenset("|&;")
 
-FILE_METAVARS: Final = frozenset({"FILE", "PATH", "[PATH]", "[PATH...]"})
+FILE_METAVARS: Final = frozenset({"FILE", "[FILE]", "PATH", "[PATH]", "[PATH...]"})
 FOLDER_METAVARS: Final = frozenset({"DIR", "DIR[:rw]", "FOLDER"})
 COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]", "[-- SERVER...]"})
 """A program's own words: the shell completes file names there."""

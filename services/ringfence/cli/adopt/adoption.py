@@ -1,0 +1,159 @@
+"""The plan of one adoption, and how far it has come: a private file for each target, so that it can be continued.
+
+It has no secret, only keyed fingerprints (`ringfence.scan.findings.Fingerprinter`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ringfence.kernel.base.errors import RingfenceError
+from ringfence.kernel.base.private_files import make_private_folder, write_private
+from ringfence.messages.codes import Code
+from ringfence.scan.findings import Fingerprinter, load_key, state_folder
+
+COPY_DAYS = 7
+
+
+class AdoptStoppedError(RingfenceError):
+    """Raised when the next step has to be done by another person, failed, or would not be safe. Says how to go on."""
+
+    code = Code.ADOPT_STOPPED
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """How a kind of credential becomes a target. The host is ours, never that of a scanned file."""
+
+    target: str
+    url: str
+    """Empty: the person types it."""
+    add: tuple[str, ...]
+    """Options of `ringfence target add`."""
+    scope: tuple[tuple[str, ...], str] | None = None
+    """Verbs and resources where the person types no permission; None: they have to."""
+    reads: tuple[tuple[str, ...], str] | None = None
+    """What the trial needs, if that is no part of the rest."""
+    allowed: str = ""
+    """The request of the trial that must succeed; empty: the person types a path. It only reads."""
+    refused: str = ""
+    """The request that must be refused. It does no harm where it is not."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+_MODELS = (("read",), "models")
+_READS = ("metadata:read", "contents:read", "issues:read", "pulls:read")
+PROVIDERS: Mapping[str, Provider] = {
+    "OpenAI": Provider(
+        "openai",
+        "https://api.openai.com",
+        ("--template", "model"),
+        reads=_MODELS,
+        allowed="GET /v1/models",
+        refused="GET /v1/files",
+    ),
+    "Anthropic": Provider(
+        "anthropic",
+        "https://api.anthropic.com",
+        ("--template", "model", "--setting", "auth=header", "--setting", "header=x-api-key"),
+        reads=_MODELS,
+        allowed="GET /v1/models",
+        refused="GET /v1/files",
+        headers={"anthropic-version": "2023-06-01"},
+    ),
+    "GitHub": Provider(
+        "github",
+        "https://api.github.com",
+        ("--template", "github-api"),
+        (_READS, "repos/**"),
+        refused="GET /user",
+    ),
+}
+"""By the service of the kind of credential, which the scan knows by the credential's format."""
+OTHER = Provider("", "", ("--template", "http"), (("read",), "path/**"), refused="OPTIONS /")
+
+
+class Adoption(BaseModel):
+    """One adoption. Paths are absolute."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    target: str
+    title: str
+    """Of the credential."""
+    file: Path
+    reader: str
+    field: str
+    exposed: str
+    """The fingerprint of the credential."""
+    content: str
+    """The identity of the file: inode and fingerprint of what is in it."""
+    place: Path
+    """Where Ringfence's own secret goes."""
+    url: str
+    typed: bool
+    """Whether the person typed the URL; otherwise it is the template's."""
+    add: tuple[str, ...]
+    allow: tuple[str, ...]
+    agent: str
+    agent_key: Path
+    new_agent: bool
+    user: str
+    lasts: str
+    allowed: str
+    refused: str
+    headers: dict[str, str]
+    rotate: str | None
+    """The page where the provider's key is rotated."""
+    task: str | None = None
+    done: tuple[str, ...] = ()
+    started_s: int = 0
+
+
+class AdoptFolder:
+    """The state of all adoptions of this user, and the copies of files as they were."""
+
+    def __init__(self) -> None:
+        """Raises AdoptStoppedError without a home folder, OSError, and ValueError for an unusable key."""
+        scan = state_folder()
+        if scan is None:
+            raise AdoptStoppedError("there is no home folder for the state; set HOME or XDG_STATE_HOME")
+        self.fingerprinter = Fingerprinter(load_key(scan))
+        self._path = scan.parent / "adopt"
+        make_private_folder(self._path)
+
+    def state_file(self, target: str) -> Path:
+        return self._path / f"{target}.json"
+
+    def copy_file(self, target: str) -> Path:
+        return self._path / f"{target}.old"
+
+    def load(self, target: str) -> Adoption | None:
+        """Return the adoption of a target that has begun. Raises AdoptStoppedError if its file is damaged."""
+        try:
+            return Adoption.model_validate_json(self.state_file(target).read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValidationError:
+            raise AdoptStoppedError(
+                f"{self.state_file(target)} is damaged; look at it, and delete it"
+            ) from None
+
+    def save(self, adoption: Adoption) -> None:
+        write_private(self.state_file(adoption.target), adoption.model_dump_json(), durable=True)
+
+    def forget(self, target: str) -> None:
+        self.copy_file(target).unlink(missing_ok=True)
+        self.state_file(target).unlink(missing_ok=True)
+
+    def expire_copies(self) -> Iterator[Path]:
+        """Delete copies older than `COPY_DAYS`, and yield their paths."""
+        for copy in self._path.glob("*.old"):
+            if time.time() - copy.stat().st_mtime > COPY_DAYS * 86_400:
+                copy.unlink()
+                yield copy

@@ -1,0 +1,164 @@
+"""Files with secrets: the credential in a file, its move to its place, and the file without it.
+
+A file is edited only while it is the one that was looked at: the same inode with the same content.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+from ringfence.cli.adopt.adoption import AdoptFolder, Adoption, AdoptStoppedError
+from ringfence.kernel.base.private_files import open_private, write_private
+from ringfence.scan.file_scan import FileScanner
+from ringfence.scan.findings import Finding, Fingerprinter, SecretValue
+from ringfence.scan.output_guard import OutputGuard
+from ringfence.scan.source_files import MAX_FILE_BYTES, Root, UnreadableError
+
+PLACEHOLDER = "replaced-by-ringfence"
+"""Programs want some text as a key. The gateway puts the credential in its place."""
+_SHORTEST = 16
+"""A shorter value may be part of something else in the file, and is not replaced."""
+
+
+def credentials_in(
+    path: Path, fingerprinter: Fingerprinter, name: Path | None = None
+) -> Iterator[tuple[Finding, SecretValue]]:
+    """Yield each credential of a file once, with its finding. `name`: the path of the file that this is a copy of.
+
+    Raises AdoptStoppedError if the file cannot be read.
+    """
+    try:
+        with Root(path) as root:
+            scanner = FileScanner((root,), fingerprinter, OutputGuard(), MAX_FILE_BYTES)
+            found = list(scanner.credentials(str(name or path)))
+    except (UnreadableError, OSError) as error:
+        raise AdoptStoppedError(f"{path} cannot be read: {error}") from None
+    seen = set()
+    for finding, value in found:
+        if finding.fingerprint not in seen:
+            seen.add(finding.fingerprint)
+            yield finding, value
+
+
+def secret_of(adoption: Adoption, path: Path, fingerprinter: Fingerprinter) -> SecretValue:
+    """Return the credential of an adoption from a file: its own, or the copy. Raises AdoptStoppedError."""
+    for finding, value in credentials_in(path, fingerprinter, adoption.file):
+        if finding.fingerprint == adoption.exposed:
+            return value
+    raise AdoptStoppedError(f"the credential is no longer in {path}; look at it, and begin anew after --undo")
+
+
+def identity_of(path: Path, fingerprinter: Fingerprinter) -> tuple[str, bytes, int]:
+    """Return the identity of a file, its content and its mode. Raises AdoptStoppedError.
+
+    The digest is keyed: nobody can test guesses of a password with it.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            status, data = os.fstat(descriptor), file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise AdoptStoppedError(f"{path} cannot be read: {error.strerror}") from None
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or len(data) > MAX_FILE_BYTES:
+        raise AdoptStoppedError(f"{path} is no small file of this user; it is left alone")
+    digest = fingerprinter.of(SecretValue(data.decode("utf-8", "surrogateescape")))
+    return f"{status.st_ino}:{digest}", data, stat.S_IMODE(status.st_mode)
+
+
+def put_secret(adoption: Adoption, fingerprinter: Fingerprinter) -> None:
+    """Write the secret to its place, a new file of mode 0600. Raises AdoptStoppedError if another secret is there."""
+    secret = secret_of(adoption, adoption.file, fingerprinter)
+    try:
+        descriptor = open_private(adoption.place, os.O_WRONLY | os.O_EXCL)
+    except FileExistsError:
+        if placed_fingerprint(adoption, fingerprinter) == adoption.exposed:
+            return  # an interrupted start put it there
+        raise AdoptStoppedError(
+            f"{adoption.place} exists: it has another secret for target {adoption.target}; name another --target"
+        ) from None
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secret.reveal())
+        file.flush()
+        os.fsync(descriptor)
+
+
+def placed_fingerprint(adoption: Adoption, fingerprinter: Fingerprinter) -> str:
+    """Return the fingerprint of the secret in its place. Raises OSError."""
+    return fingerprinter.of(SecretValue(adoption.place.read_text().strip()))
+
+
+def remove_secret(adoption: Adoption, fingerprinter: Fingerprinter) -> str:
+    """Delete the secret from its place, unless it was replaced there meanwhile. Returns what was left, for people."""
+    try:
+        if placed_fingerprint(adoption, fingerprinter) != adoption.exposed:
+            return f"{adoption.place} has a newer secret, and stays; delete it yourself"
+        adoption.place.unlink()
+    except FileNotFoundError:
+        pass
+    return ""
+
+
+def edit_file(adoption: Adoption, folder: AdoptFolder) -> None:
+    """Write the file without the credential, and keep a private copy of it as it was.
+
+    Raises AdoptStoppedError if it changed since it was looked at.
+    """
+    now, data, mode = identity_of(adoption.file, folder.fingerprinter)
+    copy = folder.copy_file(adoption.target)
+    if now != adoption.content:
+        if copy.exists() and data == _edited(adoption, copy.read_bytes(), folder.fingerprinter, copy):
+            return  # an interrupted start wrote it
+        raise AdoptStoppedError(
+            f"{adoption.file} changed since it was looked at, and is left alone; take the credential out of it "
+            f"yourself, or begin anew after: ringfence adopt --target {adoption.target} --undo"
+        )
+    after = _edited(adoption, data, folder.fingerprinter, adoption.file)
+    copy.unlink(missing_ok=True)  # of an interrupted start: the file is still as it was
+    with os.fdopen(open_private(copy, os.O_WRONLY | os.O_EXCL), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    if identity_of(adoption.file, folder.fingerprinter)[0] != adoption.content:
+        raise AdoptStoppedError(f"{adoption.file} changed just now, and is left alone; run the command again")
+    write_private(adoption.file, after, durable=True)
+    adoption.file.chmod(mode)
+
+
+def restore_file(adoption: Adoption, folder: AdoptFolder) -> None:
+    """Write the file as it was, from the copy. Raises AdoptStoppedError if it changed since the edit."""
+    now, data, mode = identity_of(adoption.file, folder.fingerprinter)
+    if now == adoption.content:
+        return
+    copy = folder.copy_file(adoption.target)
+    if not copy.exists():
+        raise AdoptStoppedError(f"the copy of {adoption.file} is gone; write the credential into it yourself")
+    before = copy.read_bytes()
+    if data != _edited(adoption, before, folder.fingerprinter, copy):
+        raise AdoptStoppedError(
+            f"{adoption.file} changed since it was edited, and is left alone; its copy is {copy}: take what you need, "
+            "and delete the copy"
+        )
+    write_private(adoption.file, before, durable=True)
+    adoption.file.chmod(mode)
+
+
+def _edited(adoption: Adoption, data: bytes, fingerprinter: Fingerprinter, path: Path) -> bytes:
+    """Return the content of the file without the credential. Raises AdoptStoppedError."""
+    secret = secret_of(adoption, path, fingerprinter).reveal().encode()
+    if len(secret) < _SHORTEST or secret not in data:
+        raise AdoptStoppedError(f"the credential in {adoption.file} is too short, or written in another form")
+    return data.replace(secret, PLACEHOLDER.encode())
+
+
+def readable_by(path: Path, user: str) -> bool:
+    """Return whether a user of this machine can read a file, by its owner and mode. Raises AdoptStoppedError."""
+    try:
+        uid = pwd.getpwnam(user).pw_uid
+    except KeyError:
+        raise AdoptStoppedError(f"there is no user {user} on this machine") from None
+    status = path.stat()
+    return uid in (0, status.st_uid) or bool(status.st_mode & 0o077)

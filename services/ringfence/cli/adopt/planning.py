@@ -1,0 +1,139 @@
+"""The plan of a new adoption, from a credential in a file and what the person typed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ringfence.backends.secret_sources import BackendSettings
+from ringfence.cli.adopt.adoption import OTHER, PROVIDERS, AdoptFolder, Adoption, AdoptStoppedError, Provider
+from ringfence.cli.adopt.files import credentials_in, identity_of
+from ringfence.cli.adopt.steps import Place, Role
+from ringfence.cli.shared.arguments import parse_scope, write_permission
+from ringfence.cli.shared.options import duration_s
+from ringfence.client.reports.read_api import ReadApi
+from ringfence.kernel.base.settings import load
+from ringfence.kernel.crypto.keys import SigningKey
+from ringfence.messages.base import Permission
+from ringfence.scan import kinds
+from ringfence.scan.findings import Finding, Pattern
+
+_KINDS = {one.kind.id: one.kind for one in kinds.FORMATS}
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """What the person typed. Nothing of it comes from a scanned file."""
+
+    field: str | None
+    target: str | None
+    url: str | None
+    trial: str | None
+    allow: tuple[str, ...]
+    agent: str
+    agent_key: Path | None
+    on_behalf_of: str | None
+    lasts: str
+
+
+def planned(file: Path, typed: Typed, folder: AdoptFolder, keys: Mapping[Role, Path]) -> Adoption:
+    """Return the adoption of a credential: a new one, or the one of this target that has begun.
+
+    Raises AdoptStoppedError where something is missing that only the person can say.
+    """
+    path = file.resolve()
+    finding = _chosen(path, typed.field, folder)
+    kind = _KINDS.get(finding.kind)
+    if finding.pattern is Pattern.PASSWORD or (kind and kind.template not in ("http", "github-api")):
+        raise AdoptStoppedError(
+            f"a {finding.title} has no way here, only keys of HTTP APIs; see the steps of: ringfence scan --details"
+        )
+    provider = PROVIDERS.get(kind.service or "", OTHER) if kind else OTHER
+    target = typed.target or provider.target
+    if (begun := folder.load(target) if target else None) is not None:
+        if begun.exposed != finding.fingerprint:
+            raise AdoptStoppedError(f"another credential became target {target}; name another --target")
+        return begun
+    url = typed.url or provider.url
+    if not target or not url:
+        raise AdoptStoppedError(
+            f"{finding.title} has no template; type --target, --url and --trial, as it is not known"
+        )
+    if not (allowed := f"GET {typed.trial}" if typed.trial else provider.allowed):
+        raise AdoptStoppedError("name a path that a GET may read, for the trial: --trial PATH")
+    places = load(BackendSettings).secrets
+    if places is None:
+        raise AdoptStoppedError(
+            "there is no folder for secrets; set RINGFENCE_BACKENDS_SECRETS for issuer, revoker, gateway and here"
+        )
+    user = typed.on_behalf_of or _user_of(keys)
+    key = (typed.agent_key or Path(f"{typed.agent}.json")).absolute()
+    duration_s(typed.lasts)
+    assert finding.fingerprint is not None
+    adoption = Adoption(
+        target=target, title=finding.title, file=path, reader=finding.reader, field=finding.place.field,
+        exposed=finding.fingerprint, content=identity_of(path, folder.fingerprinter)[0],
+        place=places.absolute() / target, url=url.rstrip("/"), typed=typed.url is not None, add=provider.add,
+        allow=_allow(target, provider, typed.allow), agent=typed.agent, agent_key=key, new_agent=True, user=user,
+        lasts=typed.lasts, allowed=allowed, refused=provider.refused, headers=dict(provider.headers),
+        rotate=kind.revoke_url if kind else None, started_s=int(time.time()),
+    )  # fmt: skip
+    _check_records(Place(adoption, folder, keys))
+    return adoption
+
+
+def _check_records(place: Place) -> None:
+    """Note whether the agent is there already, and the target was. Raises AdoptStoppedError if the target is."""
+    adoption = place.adoption
+
+    async def status(api: ReadApi) -> str:
+        return str((await api.record("target", adoption.target))["state"]["status"])
+
+    async def agent(api: ReadApi) -> str:
+        return str((await api.record("agent", adoption.agent))["id"])
+
+    before = place.found(status)
+    if before == "active":
+        raise AdoptStoppedError(f"there is a target {adoption.target} already; name another --target")
+    if before is not None:
+        adoption.add = (*adoption.add, "--yes")  # it was removed, and nothing is there to be replaced
+    adoption.new_agent = place.found(agent) is None
+    if not adoption.new_agent and not adoption.agent_key.exists():
+        raise AdoptStoppedError(f"agent {adoption.agent} is registered; name its key file with --agent-key")
+
+
+def _chosen(path: Path, field: str | None, folder: AdoptFolder) -> Finding:
+    found = [one for one, _ in credentials_in(path, folder.fingerprinter)]
+    chosen = [one for one in found if field in (None, one.place.field)]
+    if len(chosen) == 1:
+        return chosen[0]
+    fields = ", ".join(sorted({one.place.field for one in found}))
+    if not found:
+        raise AdoptStoppedError(f"there is no credential in {path} that the scan knows")
+    raise AdoptStoppedError(f"say which credential of {path} with --field: {fields}")
+
+
+def _user_of(keys: Mapping[Role, Path]) -> str:
+    if (key := keys.get("user")) is None:
+        raise AdoptStoppedError("say whom the agent works for: --user KEYFILE, or --on-behalf-of USER")
+    return SigningKey.load(key).id.rpartition("/")[2]
+
+
+def _allow(target: str, provider: Provider, typed: tuple[str, ...]) -> tuple[str, ...]:
+    """Return what task, ceiling and entitlement allow: as typed, else as the template usually has it; and the trial."""
+
+    def permission(verbs: tuple[str, ...], resource: str) -> Permission:
+        return Permission(target=target, verbs=verbs, resources=(resource,))
+
+    if not typed and provider.scope is None:
+        raise AdoptStoppedError(
+            f"name the models that the agent may use: --allow '{target}:generate:model/NAME'; repeatable"
+        )
+    scope = list(parse_scope(typed)) if typed else [permission(*provider.scope)] if provider.scope else []
+    if any(one.target != target for one in scope):
+        raise AdoptStoppedError(f"--allow names another target than {target}")
+    if provider.reads is not None:
+        scope.append(permission(*provider.reads))
+    return tuple(dict.fromkeys(map(write_permission, scope)))

@@ -1,0 +1,239 @@
+"""`ringfence adopt`: plan, question, steps; `--undo` and `--finish`."""
+
+from __future__ import annotations
+
+import getpass
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ringfence.cli.shared.arguments import check_name, check_target_id
+from ringfence.cli.shared.options import AllowOption, IdentityOption, YesOption, confirm, identity
+from ringfence.cli.shared.output import kept_file, note, say
+
+if TYPE_CHECKING:
+    from ringfence.cli.adopt.steps import Place
+
+
+def adopt(
+    file: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[FILE]",
+            help="The file with the credential, as the scan names it. Without it, the adoption of --target goes on.",
+            show_default=False,
+        ),
+    ] = None,
+    field: Annotated[
+        str | None,
+        typer.Option("--field", metavar="TEXT", help="Which credential of the file, by its field."),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            "--target", metavar="TARGET", callback=check_target_id, help="The id of the new target."
+        ),
+    ] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            "--url",
+            metavar="URL",
+            help="Where the secret may be sent, if not to the host of the template. Type it: do not take it from a "
+            "file of strangers.",
+        ),
+    ] = None,
+    allow: AllowOption = None,
+    trial: Annotated[
+        str | None,
+        typer.Option(
+            "--trial", metavar="TEXT", help="A path at the target that a GET may read, for the trial."
+        ),
+    ] = None,
+    agent: Annotated[
+        str,
+        typer.Option("--agent", metavar="AGENT", callback=check_name, help="The agent; made if it is new."),
+    ] = "my-agent",
+    agent_key: Annotated[
+        Path | None,
+        typer.Option(
+            "--agent-key",
+            metavar="FILE",
+            callback=kept_file,
+            help="The agent's key file; made if missing. AGENT.json.",
+        ),
+    ] = None,
+    operator: Annotated[
+        Path | None, typer.Option("--operator", metavar="FILE", help="The operator's key file.")
+    ] = None,
+    sponsor: Annotated[
+        Path | None, typer.Option("--sponsor", metavar="FILE", help="The sponsor's key file.")
+    ] = None,
+    user: Annotated[
+        Path | None, typer.Option("--user", metavar="FILE", help="The key file of whom the agent works for.")
+    ] = None,
+    on_behalf_of: Annotated[
+        str | None,
+        typer.Option(
+            "--on-behalf-of",
+            metavar="USER",
+            callback=check_name,
+            help="Whom the agent works for, where their key file is elsewhere.",
+        ),
+    ] = None,
+    lasts: Annotated[str, typer.Option("--for", metavar="DURATION", help="How long the task lasts.")] = "8h",
+    agent_user: Annotated[
+        str | None,
+        typer.Option(
+            "--agent-user",
+            metavar="USER",
+            help="The user of this machine as whom the agent runs; you if not given.",
+        ),
+    ] = None,
+    accept: Annotated[
+        str | None,
+        typer.Option(
+            "--accept-agent-can-read",
+            metavar="TEXT",
+            help="With --finish: why it is acceptable that the agent's user can read the secret. Audit has the words.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show the steps.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Go back to before the adoption of --target.")] = False,
+    finish: Annotated[
+        bool,
+        typer.Option("--finish", help="After the rotation: delete the copy of the old file, and be done."),
+    ] = False,
+    yes: YesOption = False,
+    me: IdentityOption = None,
+) -> None:
+    """Go from a credential that agents inherit to an agent that works without it, for one target at a time.
+
+    Shows all steps, asks once, and does them: the secret to its place, target, entitlement, agent, task, a trial
+    through the gateway, and only then the file without the secret. What is done by another person is printed. Run it
+    again to go on after that, or after an interruption.
+    """
+    from ringfence.cli.adopt.adoption import AdoptFolder, AdoptStoppedError
+    from ringfence.cli.adopt.planning import Typed, planned
+    from ringfence.cli.adopt.steps import Place, Role
+    from ringfence.scan.output_guard import protect_process
+
+    protect_process()
+    if sum((dry_run, undo, finish)) > 1:
+        raise typer.BadParameter("give one of --dry-run, --undo, --finish")
+    folder = AdoptFolder()
+    for copy in folder.expire_copies():
+        note(f"deleted {copy}: it was kept for seven days", "warning")
+    given: dict[Role, Path | None] = {"operator": operator, "sponsor": sponsor, "user": user}
+    keys = {role: key.absolute() for role, one in given.items() if (key := one or identity(me)) is not None}
+    adoption = folder.load(target) if target else None
+    if adoption is None and file is not None and not (undo or finish):
+        typed = Typed(field, target, url, trial, tuple(allow or ()), agent, agent_key, on_behalf_of, lasts)
+        adoption = planned(file, typed, folder, keys)
+    if adoption is None:
+        raise AdoptStoppedError(
+            "no such adoption has begun; begin with: ringfence adopt FILE, or name its --target"
+        )
+    place = Place(adoption, folder, keys)
+    who = agent_user or getpass.getuser()
+    if finish:
+        _finish(place, who, accept)
+    elif undo:
+        _undo(place, yes)
+    else:
+        _go_on(place, who, dry_run=dry_run, yes=yes)
+
+
+def _go_on(place: Place, agent_user: str, *, dry_run: bool, yes: bool) -> None:
+    """Do all steps that are not done. Raises AdoptStoppedError where it cannot go on now."""
+    from ringfence.cli.adopt.adoption import AdoptStoppedError
+    from ringfence.cli.adopt.steps import steps_of
+
+    adoption = place.adoption
+    say(f"{adoption.title}, {adoption.field} in {adoption.file}: target {adoption.target}", "heading")
+    steps = steps_of(place)
+    for number, step in enumerate(steps, start=1):
+        mark = " (done)" if step.name in adoption.done else ""
+        for line, text in enumerate(step.describe(place)):
+            say(f"{f'{number}.' if line == 0 else '  '} {text}{mark if line == 0 else ''}")
+    if dry_run:
+        return
+    confirm("Do all this?", yes)
+    place.folder.save(adoption)
+    for step in steps:
+        if step.name in adoption.done:
+            continue
+        try:
+            step.do(place)
+        except AdoptStoppedError:
+            place.folder.save(adoption)
+            note(f"stopped at: {step.name}; go on: ringfence adopt --target {adoption.target}", "warning")
+            raise
+        adoption.done = (*adoption.done, step.name)
+        place.folder.save(adoption)
+        say(f"done: {step.name}", "ok")
+    _say_what_follows(place, agent_user)
+
+
+def _say_what_follows(place: Place, agent_user: str) -> None:
+    from ringfence.cli.adopt.files import readable_by
+    from ringfence.cli.adopt.steps import launch_words
+
+    one = place.adoption
+    say("The agent's program keeps its base URL, and starts so:", "heading")
+    words = launch_words(one, "1h", place.allows, f"work with {one.target}")
+    say(f"  {shlex.join(words)} COMMAND")
+    page = f" at {one.rotate}" if one.rotate else ""
+    say(
+        f"Now rotate the key{page}: whoever read {one.file} has it. Write the new one to {one.place}, then run:"
+    )
+    say(f"  ringfence adopt --target {one.target} --finish")
+    if readable_by(one.place, agent_user):
+        note(f"agent_can_read: {agent_user}, as whom the agent runs, can read {one.place}", "warning")
+
+
+def _undo(place: Place, yes: bool) -> None:
+    from ringfence.cli.adopt.steps import steps_of
+
+    adoption = place.adoption
+    confirm(f"Undo the adoption of {adoption.target}?", yes)
+    # A step that was begun may have done its work without being marked as done.
+    steps = steps_of(place)
+    for step in reversed(steps[: len(adoption.done) + 1]):
+        step.undo(place)
+        adoption.done = tuple(name for name in adoption.done if name != step.name)
+        place.folder.save(adoption)
+        say(f"undone: {step.name}")
+    place.folder.forget(adoption.target)
+    say(f"agent {adoption.agent} keeps its name and its key, and nothing at {adoption.target}")
+
+
+def _finish(place: Place, agent_user: str, accept: str | None) -> None:
+    """Raises AdoptStoppedError unless all is done, the key was rotated, and the agent cannot read the new one."""
+    from ringfence.cli.adopt.adoption import AdoptStoppedError
+    from ringfence.cli.adopt.files import placed_fingerprint, readable_by
+    from ringfence.cli.adopt.steps import steps_of
+
+    one = place.adoption
+    if missing := [step.name for step in steps_of(place) if step.name not in one.done]:
+        raise AdoptStoppedError(
+            f"not done yet: {', '.join(missing)}; go on: ringfence adopt --target {one.target}"
+        )
+    if placed_fingerprint(one, place.folder.fingerprinter) == one.exposed:
+        page = f" at {one.rotate}" if one.rotate else ""
+        raise AdoptStoppedError(
+            f"{one.place} still has the credential that was in {one.file}; rotate it{page}, and write the new one there"
+        )
+    if readable_by(one.place, agent_user):
+        if accept is None:
+            raise AdoptStoppedError(
+                f"agent_can_read: {agent_user}, as whom the agent runs, can read {one.place}. Run the agent as another "
+                "user and name it with --agent-user, or accept it with --accept-agent-can-read WORDS"
+            )
+        # What is revoked is of before the rotation; the reason is what audit keeps.
+        reason = f"ringfence adopt --finish: accepted that {agent_user} can read the secret of {one.target}: {accept}"
+        place.command("sponsor", ("revoke", "--task", str(one.task), "--reason", reason))
+    place.folder.forget(one.target)
+    say(f"{one.target} is adopted; the copy of {one.file} is deleted", "ok")
