@@ -106,10 +106,10 @@ async def test_failure_during_a_read_makes_the_read_prove_nothing(kafka: Kafka) 
     async def ask() -> None:
         await kafka.ask()
         if kafka.asked == 1:
-            as_of.invalidate()
+            barrier.invalidate()
 
-    kafka.past_ms, as_of = 6000, ReadBarrier(cast("Any", kafka), ask)
-    as_of.received(5000)
+    kafka.past_ms, barrier = 6000, ReadBarrier(cast("Any", kafka), ask)
+    barrier.received(5000)
     for _ in range(3):
-        await as_of.wait_until_known(5000)
+        await barrier.wait_until_known(5000)
     assert kafka.asked == 2
