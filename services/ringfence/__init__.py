@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ringfence.client.agent.agent import OnPending as OnPending
     from ringfence.client.agent.credentials import GatewayCredential as GatewayCredential
     from ringfence.client.agent.credentials import IssuedCredential as IssuedCredential
+    from ringfence.client.agent.credentials import MysqlCredential as MysqlCredential
     from ringfence.client.agent.credentials import PostgresCredential as PostgresCredential
     from ringfence.client.agent.credentials import RedisCredential as RedisCredential
     from ringfence.client.agent.credentials import SshCredential as SshCredential
@@ -127,6 +128,7 @@ __all__ = [
     "KeyFileError",
     "KeyRecord",
     "ModelLimits",
+    "MysqlCredential",
     "Needs",
     "Nonces",
     "NotAnsweredError",
@@ -211,6 +213,7 @@ _MODULES = {
     "IssuedCredential": "ringfence.client.agent.credentials",
     "KeyFileError": "ringfence.kernel.crypto.keys",
     "KeyRecord": "ringfence.messages.base",
+    "MysqlCredential": "ringfence.client.agent.credentials",
     "Needs": "ringfence.client.resource_server.asgi",
     "Nonces": "ringfence.client.resource_server.dpop_proofs",
     "NotAnsweredError": "ringfence.client.errors",

@@ -1,4 +1,4 @@
-"""The real servers of the suite: a Valkey, a PostgreSQL, an sshd, an OpenBao. What cannot start fails the run."""
+"""The real servers of the suite: Valkey, PostgreSQL, MariaDB, sshd, OpenBao. What cannot start fails the run."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ringfence.backends import BackendContext, built_in
 from ringfence.model.target_settings import CREDENTIAL_KINDS
 from tests.backends.gated import gated
 from tests.backends.kinds import (
+    MYSQL_ODD,
+    MYSQL_TABLES,
     ODD_TABLES,
     SSH_USERS,
     TABLES,
@@ -17,6 +19,7 @@ from tests.backends.kinds import (
     HttpKind,
     JwtKind,
     Kind,
+    MysqlKind,
     PostgresKind,
     RedisKind,
     SshKind,
@@ -24,6 +27,7 @@ from tests.backends.kinds import (
 )
 from tests.brokers import RedisServer
 from tests.conftest import Kafka, needed
+from tests.support.servers.mariadb import MariadbServer, MariadbTarget
 from tests.support.servers.openbao import Vault, running_vault
 from tests.support.servers.postgres import PostgresServer, PostgresTarget
 from tests.support.servers.redis_target import valkey_target
@@ -49,6 +53,24 @@ async def postgres_kind(
     quoted = [name.replace('"', '""') for name in ODD_TABLES]
     await target.make([*TABLES, *(f'CREATE TABLE shop."{name}" (id int)' for name in quoted)])
     return PostgresKind(target)
+
+
+@pytest.fixture(scope="package")
+def mariadb_server(request: pytest.FixtureRequest) -> Iterator[MariadbServer]:
+    """One MariaDB for all tests of backends."""
+    server = MariadbServer()
+    with needed(request):
+        server.start()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="package")
+def mysql_kind(mariadb_server: MariadbServer, tmp_path_factory: pytest.TempPathFactory) -> MysqlKind:
+    target = MariadbTarget(TARGET, mariadb_server, tmp_path_factory.mktemp("mariadb"))
+    quoted = [name.replace("`", "``") for name in MYSQL_ODD]
+    target.make([*MYSQL_TABLES, *(f"CREATE TABLE shop.`{name}` (id int)" for name in quoted)])
+    return MysqlKind(target)
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from ringfence.backends import (
     Backend,
     HttpBackend,
     JwtBackend,
+    MysqlBackend,
     PostgresBackend,
     RedisBackend,
     SshBackend,
@@ -36,6 +37,7 @@ from ringfence.backends import (
     TokenKey,
     TokenKeys,
 )
+from ringfence.backends.mysql import lease_of
 from ringfence.backends.ssh.certificates import private_text, public_text
 from ringfence.kernel.crypto.keys import SigningKey
 from ringfence.messages.base import Permission
@@ -44,7 +46,8 @@ from ringfence.messages.lease import Lease
 from ringfence.messages.registry import BackendSettings, TargetRecord, TargetState
 from ringfence.model.scope.globs import parse_glob
 from tests.backends.gated import SECRET, Gated
-from tests.support.servers import postgres, ssh
+from tests.support.servers import mariadb, postgres, ssh
+from tests.support.servers.mariadb import MariadbTarget
 from tests.support.servers.postgres import PostgresTarget
 from tests.support.servers.redis_target import ValkeyTarget
 from tests.support.servers.ssh import SshTarget
@@ -561,6 +564,135 @@ class PostgresKind(_AtTarget[PostgresTarget]):
             "another database": f"{login}@{self.address}/nowhere",
             "an option": f"{login}@{self.address}/shop?options=wrong-secret",
             "a certificate": f"{login}@{self.address}/shop?sslmode=verify-full&sslrootcert=/nowhere",
+        }
+
+    async def restart(self) -> None:
+        server = self.target.server
+        await asyncio.to_thread(server.halt)
+        await asyncio.to_thread(server.launch)
+
+
+# --- mysql ------------------------------------------------------------------------------------------------------------
+
+MYSQL_TABLES = (
+    "CREATE DATABASE shop",
+    "CREATE TABLE shop.a (id int, note text)",
+    "CREATE TABLE shop.b (id int, note text)",
+    "CREATE TABLE shop.secrets (id int, note text)",
+    "CREATE TABLE shop.people (id int, name text, salary int)",
+    "CREATE VIEW shop.names AS SELECT name FROM shop.people",
+    "CREATE PROCEDURE shop.all_secrets() SELECT * FROM shop.secrets",
+    "INSERT INTO shop.a VALUES (1, 'one')",
+    "INSERT INTO shop.b VALUES (1, 'one')",
+    "INSERT INTO shop.secrets VALUES (1, 'canary')",
+    "INSERT INTO shop.people VALUES (1, 'maria', 1000)",
+    "CREATE DATABASE vault",
+    "CREATE TABLE vault.a (id int)",
+    "CREATE DATABASE `sh_p`",
+    "CREATE TABLE `sh_p`.a (id int)",
+)
+MYSQL_ODD = (
+    'we"ird', "a` TO PUBLIC --", "a`, shop.`secrets", "o'brien", "é", "日本", "UPPER", "a b", "$1", "select", "x.y",
+    "PUBLIC", "n" * 64, "é" * 30, "_", "s_crets",
+)  # fmt: skip
+_MYSQL_BEYOND = (
+    "SELECT * FROM shop.secrets",
+    "SELECT * FROM vault.a",
+    "SELECT * FROM shop.a, shop.secrets",
+    "SELECT * FROM shop.people",
+    "SELECT * FROM shop.names",
+    "CALL shop.all_secrets()",
+    "UPDATE shop.a SET note = 'y'",
+    "DELETE FROM shop.a",
+    "TRUNCATE shop.b",
+    "DROP TABLE shop.b",
+    "ALTER TABLE shop.b ADD COLUMN x int",
+    "CREATE TABLE shop.c (id int)",
+    "CREATE TEMPORARY TABLE shop.c (id int)",
+    "CREATE DATABASE c",
+    "CREATE USER c",
+    "CREATE VIEW shop.c AS SELECT * FROM shop.a",
+    "CREATE TRIGGER shop.t BEFORE INSERT ON shop.b FOR EACH ROW SET NEW.id = 1",
+    "CREATE FUNCTION shop.f() RETURNS int RETURN 1",
+    "CREATE INDEX i ON shop.b (id)",
+    "LOCK TABLES shop.b WRITE",
+    "SET GLOBAL general_log = 0",
+    "SELECT * FROM mysql.global_priv",
+    "SELECT * FROM mysql.user",
+    "GRANT SELECT ON shop.secrets TO CURRENT_USER",
+    "GRANT SELECT ON shop.a TO root@localhost",
+    "SELECT * FROM shop.a INTO OUTFILE '/tmp/x'",
+    "LOAD DATA INFILE '/etc/passwd' INTO TABLE shop.b",
+    "SHUTDOWN",
+    "FLUSH PRIVILEGES",
+    "ALTER USER CURRENT_USER WITH MAX_USER_CONNECTIONS 0",
+    "DROP USER CURRENT_USER",
+)
+
+
+def _mysql_select(table: str) -> Act:
+    quoted = table.replace("`", "``")
+    return (f"SELECT * FROM shop.`{quoted}`",)
+
+
+class MysqlKind(_AtTarget[MariadbTarget]):
+    """A MariaDB server."""
+
+    name: ClassVar[str] = "mysql"
+    forgets: ClassVar[bool] = False
+    read_a: Act = ("SELECT id FROM shop.a",)
+    write_a: Act = ("INSERT INTO shop.a VALUES (2, 'x')",)
+    read_b: Act = ("SELECT * FROM shop.b",)
+    write_b: Act = (
+        "INSERT INTO shop.b VALUES (2, 'x')",
+        "UPDATE shop.b SET note = 'y'",
+        "DELETE FROM shop.b",
+    )
+    beyond: Sequence[Act] = tuple((statement,) for statement in _MYSQL_BEYOND)
+    odd: Sequence[Odd] = tuple(Odd(f"shop/{name}", _mysql_select(name)) for name in MYSQL_ODD)
+    unsayable: Sequence[str] = (
+        "**", "*/a", "shop", "shop/a`; DROP TABLE shop.b", "shop/a\nb", "shop/a\x00b", "shop/" + "n" * 65,
+        "shop/a/b/c", "s" * 65 + "/a", "mysql/user", "MySQL/user", "sys/**", "information_schema/TABLES",
+    )  # fmt: skip
+
+    def backend(self, trust_domain: str = "test.example", access: TargetAccess | None = None) -> Backend:
+        return MysqlBackend(trust_domain, access or self.target.access())
+
+    def resource(self, thing: str) -> str:
+        return f"shop/{thing}"
+
+    async def may(self, value: str, act: Act) -> bool:
+        return await mariadb.may(value, *act)
+
+    @asynccontextmanager
+    async def session(self, value: str) -> AsyncIterator[Any]:
+        connection = await asyncio.to_thread(mariadb.connect, value)
+        try:
+            yield lambda: mariadb.lives(connection)
+        finally:
+            if connection.open:
+                connection.close()
+
+    async def names(self) -> set[str]:
+        """With the lease of each, which its name has in another form."""
+        users = await asyncio.to_thread(self.target.users)
+        return {f"{user} {lease_of(user)}" for user in users}
+
+    def secret_of(self, value: str) -> str:
+        return str(urlsplit(value).password)
+
+    def said(self) -> bytes:
+        return self.target.server.log.read_bytes()
+
+    def wrong_secrets(self) -> dict[str, str]:
+        login = f"mysql://{mariadb.BROKER}:wrong-secret"
+        return {
+            "password": f"{login}@{self.address}/",
+            "address": f"{login}@127.0.0.1:1/",
+            "no url": "wrong-secret",
+            "a database that is not there": f"{login}@{self.address}/nowhere",
+            "an option": f"{login}@{self.address}/?options=wrong-secret",
+            "a certificate": f"{login}@{self.address}/?sslmode=verify-full&sslrootcert=/nowhere",
         }
 
     async def restart(self) -> None:

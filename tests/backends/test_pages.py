@@ -14,6 +14,7 @@ from ringfence.backends.ssh.backend import SshLogin
 from tests.backends.kinds import SSH_USERS
 from tests.site.dev_folder import dev_running, inherited
 from tests.site.page_commands import ROOT, blocks_of, run_page
+from tests.support.servers.mariadb import MariadbServer, MariadbTarget
 from tests.support.servers.postgres import PostgresServer, PostgresTarget
 from tests.support.servers.redis_target import valkey_target
 from tests.support.servers.ssh import SshServer, SshTarget
@@ -67,7 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place.rights.mkdir()
     access = {
         name: f"file:{place.rights / f'{name}.rights'}"
-        for name in ("shop", "cache", "files", "partner", "hub", "llm", "claude", "code")
+        for name in ("shop", "stock", "cache", "files", "partner", "hub", "llm", "claude", "code")
     }
     with dev_running(place.folder, RINGFENCE_BACKENDS_ACCESS=json.dumps(access)):
         yield place
@@ -81,6 +82,20 @@ async def test_postgres(place: Place, own_postgres_server: PostgresServer) -> No
     there = {"db.example:5432": target.address}
     printed = place.run("targets/postgres.md", "shop:read:shop/**", there, str(own_postgres_server.programs))
     assert re.search(r"count *\n-+\n +2\n", printed), printed
+
+
+def test_mysql(place: Place, mariadb_server: MariadbServer) -> None:
+    target = MariadbTarget("stock", mariadb_server, place.rights)
+    mariadb_server.admin(
+        "DROP USER IF EXISTS ringfence",
+        "CREATE DATABASE IF NOT EXISTS shop",
+        "CREATE TABLE shop.orders (id int)",
+        "INSERT INTO shop.orders VALUES (7), (8)",
+    )
+    target.make([])
+    there = {"stock.example:3306": target.address}
+    printed = place.run("targets/mysql.md", "stock:read:shop/**", there)
+    assert "count(*)\n2\n" in printed, printed
 
 
 async def test_redis(place: Place) -> None:

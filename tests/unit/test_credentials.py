@@ -16,6 +16,7 @@ import pytest
 from ringfence.client.agent.credentials import (
     GatewayCredential,
     IssuedCredential,
+    MysqlCredential,
     PostgresCredential,
     RedisCredential,
     Secret,
@@ -45,6 +46,7 @@ def issued(kind: str, value: str = CANARY, delivery: Delivery = "agent", left_s:
     ("kind", "delivery", "is_a"),
     [
         ("jwt", "agent", TokenCredential),
+        ("mysql", "agent", MysqlCredential),
         ("postgres", "agent", PostgresCredential),
         ("redis", "agent", RedisCredential),
         ("ssh", "agent", SshCredential),

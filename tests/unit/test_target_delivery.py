@@ -54,6 +54,7 @@ def test_target_of_tokens_takes_either_delivery(delivery: str) -> None:
     [
         ("http", HTTP, "agent", "delivery_gateway_only"),
         ("postgres", {"address": "db:5432"}, "gateway", "not_injectable"),
+        ("mysql", {"address": "db:3306"}, "gateway", "not_injectable"),
         ("ssh", {"address": "host:22"}, "gateway", "not_injectable"),
         ("jwt", {"dpop": "required"}, "gateway", "not_injectable"),
         ("of-a-package", {}, "gateway", "not_injectable"),

@@ -118,7 +118,7 @@ def test_no_value_is_quoted(kind: str, name: str) -> None:
 
 def test_a_backend_of_another_package_is_known_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     paper = backend("paper", colour="green")
-    assert "there is no backend paper. There are http, jwt, postgres, redis, ssh." in str(
+    assert "there is no backend paper. There are http, jwt, mysql, postgres, redis, ssh." in str(
         backend_problem(paper, anyway=False)
     )
     assert backend_problem(paper, anyway=True) is None

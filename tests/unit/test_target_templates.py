@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
+from ringfence.backends import mysql
 from ringfence.backends.postgres.privileges import RIGHTS
 from ringfence.backends.ssh.certificates import VERBS
 from ringfence.cli.commands.target import _merge_verbs, _parse_request_rule, _parse_settings, _template
@@ -20,6 +22,7 @@ from ringfence.model.target_settings import HttpSettings
 
 def test_the_templates_have_every_verb_there_is() -> None:
     assert TEMPLATES["postgres"].verbs.keys() == RIGHTS.keys()
+    assert TEMPLATES["mysql"].verbs.keys() == mysql.RIGHTS.keys()
     assert TEMPLATES["ssh"].verbs.keys() == set(VERBS)
 
 
@@ -230,6 +233,23 @@ def test_libpq_is_told_what_the_url_says() -> None:
 def test_credential_without_a_file_is_only_in_the_environment() -> None:
     with applied(issued("redis", "redis://u:p@h:1/0")) as variables:
         assert variables == {"REDIS_URL": "redis://u:p@h:1/0"}
+
+
+def test_mysql_client_reads_an_option_file_that_is_gone_after() -> None:
+    url = "mysql://user:p%40ss@db.example:3307/shop?sslmode=verify-full"
+    with applied(issued("mysql", url)) as variables:
+        assert variables.keys() == {"MYSQL_HOME", "DATABASE_URL"}
+        file = Path(variables["MYSQL_HOME"]) / "my.cnf"
+        assert file.stat().st_mode & 0o077 == 0
+        options = ConfigParser(allow_no_value=True)
+        options.read_string(file.read_text())
+        client = options["client"]
+        assert (client["host"], client["port"], client["user"], client["password"]) == (
+            "db.example", "3307", "user", "p@ss",
+        )  # fmt: skip
+        assert {"loose-ssl-verify-server-cert", "loose-ssl-mode"} <= client.keys()
+        assert options["mysql"]["database"] == '"shop"'
+    assert not file.exists()
 
 
 def test_ssh_is_told_by_files_that_are_gone_after(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from typing import ClassVar, Literal, Protocol
 
 from ringfence.backends.http import CircuitBreaker, HttpBackend, StaticSecrets
 from ringfence.backends.jwt import JwtBackend, TokenKey, TokenKeyError, TokenKeys
+from ringfence.backends.mysql import MysqlBackend
 from ringfence.backends.postgres.backend import PostgresBackend
 from ringfence.backends.redis import RedisBackend
 from ringfence.backends.secret_sources import AccessError, BackendSettings, SecretSource, TargetAccess
@@ -142,6 +143,7 @@ def built_in(material: BackendContext) -> dict[str, Backend]:
     backends: tuple[Backend, ...] = (
         HttpBackend(),
         JwtBackend(material.trust_domain, material.issuer_url, material.token_keys),
+        MysqlBackend(material.trust_domain, material.access),
         PostgresBackend(material.trust_domain, material.access),
         RedisBackend(material.trust_domain, material.access),
         SshBackend(material.trust_domain, material.access),
@@ -187,6 +189,7 @@ __all__ = [
     "HttpBackend",
     "JwtBackend",
     "Material",
+    "MysqlBackend",
     "OwnExpiry",
     "PostgresBackend",
     "RedisBackend",

@@ -95,19 +95,31 @@ class HttpSettings(TargetSettings):
         return self
 
 
-class PostgresSettings(TargetSettings):
-    """Settings of a PostgreSQL target."""
+class DatabaseSettings(TargetSettings):
+    """Settings that all databases have."""
 
     sslmode: SslMode | None = None
     """What agents should require; by default what Ringfence itself requires."""
     connection_limit: Annotated[int, Field(ge=1, le=100)] = 4
     """How many sessions a credential may have at once."""
+    public: Literal["refuse", "accept"] = "refuse"
+    """What to do where PUBLIC may more than the lease: refuse, or accept that every role may that."""
+
+
+class PostgresSettings(DatabaseSettings):
+    """Settings of a PostgreSQL target."""
+
     statement_timeout_s: Annotated[int, Field(ge=1, le=86_400)] = 60
     """How long a statement may take, as long as the agent does not set it otherwise."""
     owned: Owned = "drop"
     """What becomes of what the lease's role made: it goes with the role, or Ringfence's own role keeps it."""
-    public: Literal["refuse", "accept"] = "refuse"
-    """What to do where PUBLIC may more than the lease: refuse, or accept that every role may that."""
+
+
+class MysqlSettings(DatabaseSettings):
+    """Settings of a MariaDB or MySQL target."""
+
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:%/-]{1,60}$")] = "%"
+    """From which hosts a credential logs in, as the server writes it: `10.0.%`, `10.0.0.0/255.255.0.0`, `%`."""
 
 
 def _networks(text: str) -> str:
@@ -145,6 +157,7 @@ class CredentialKind:
 CREDENTIAL_KINDS: Final[Mapping[str, CredentialKind]] = MappingProxyType({
     "http": CredentialKind(HttpSettings, handed_out=False, fits_header=True),
     "jwt": CredentialKind(JwtSettings, takes_audience=True, fits_header=True),
+    "mysql": CredentialKind(MysqlSettings, tells_address=True),
     "postgres": CredentialKind(PostgresSettings, tells_address=True),
     "redis": CredentialKind(TargetSettings, tells_address=True),
     "ssh": CredentialKind(SshSettings, tells_address=True),

@@ -105,7 +105,7 @@ def base64_key(token: str) -> bool:
         return False
 
 
-Template = Literal["postgres", "redis", "ssh", "federation", "http", "mcp", "github-api"]
+Template = Literal["postgres", "mysql", "redis", "ssh", "federation", "http", "mcp", "github-api"]
 """The templates of `ringfence target add`."""
 
 
@@ -186,7 +186,7 @@ KUBERNETES_SERVICE_ACCOUNT = Kind(
 CLOUD_METADATA = Kind("cloud-metadata", "credentials from cloud metadata", _A, template="federation")
 REGISTRY = Kind("registry-password", "container registry password", _P, "container registry")
 DATABASE = Kind("database-password", "database password", _P, "PostgreSQL", template="postgres")
-MYSQL = Kind("mysql-password", "MySQL password", _P, "MySQL")
+MYSQL = Kind("mysql-password", "MySQL password", _P, "MySQL", template="mysql")
 OAUTH_LOGIN = Kind("oauth-login", "OAuth login of a user", _U)
 GITHUB_LOGIN = Kind(
     "github-login", "GitHub login of a user", _U, "GitHub", "api.github.com", "github-api",
@@ -390,7 +390,7 @@ _WORDS: Final[Mapping[str, tuple[str, str, Template]]] = {
     "sentry": ("Sentry", "sentry.io", "http"),
     "cloudflare": ("Cloudflare", "api.cloudflare.com", "http"),
     "twilio": ("Twilio", "api.twilio.com", "http"),
-    "mysql": ("MySQL", "", "http"),
+    "mysql": ("MySQL", "", "mysql"),
 }
 
 
@@ -413,8 +413,8 @@ SCHEMES: Final[Mapping[str, tuple[str, Template]]] = {
     "valkey": ("Valkey", "redis"),
     "ssh": ("SSH", "ssh"),
     "sftp": ("SSH", "ssh"),
-    "mysql": ("MySQL", "http"),
-    "mariadb": ("MariaDB", "http"),
+    "mysql": ("MySQL", "mysql"),
+    "mariadb": ("MariaDB", "mysql"),
     "mongodb": ("MongoDB", "http"),
     "mongodb+srv": ("MongoDB", "http"),
     "amqp": ("RabbitMQ", "http"),

@@ -19,10 +19,11 @@ from ringfence.scan.kinds import Template
 _HOST: Final = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9](?:[A-Za-z0-9.-]*[A-Za-z0-9])?(:\d{1,5})?\Z")
 _ROLE: Final = re.compile(r"arn:aws[a-z-]*:(?:iam|sts)::\d{12}:[A-Za-z0-9+=,.@_/-]{1,200}\Z")
 _NOT_IN_IDS: Final = re.compile(r"[^a-z0-9]+")
-_PORTS: Final = {"postgres": 5432, "redis": 6379, "ssh": 22}
+_PORTS: Final = {"mysql": 3306, "postgres": 5432, "redis": 6379, "ssh": 22}
 _FORMAT_TEMPLATES: Final = {one.kind.id: one.kind.template for one in kinds.FORMATS}
 _SERVICE_TEMPLATES: Final[dict[str, Template]] = {
-    "GitHub": "github-api", "PostgreSQL": "postgres", "Redis": "redis", "Valkey": "redis", "SSH": "ssh",
+    "GitHub": "github-api", "PostgreSQL": "postgres", "MySQL": "mysql", "MariaDB": "mysql", "Redis": "redis",
+    "Valkey": "redis", "SSH": "ssh",
     "AWS": "federation",
     "Google Cloud": "federation", "Azure": "federation", "Kubernetes": "federation", "Vault": "federation",
 }  # fmt: skip

@@ -82,7 +82,7 @@ class PostgresServer:
     def start(self) -> None:
         """Return once it answers. Raises StackError."""
         self._folder = Path(tempfile.mkdtemp(prefix="ringfence-postgres-"))
-        _certificates(self._folder)
+        certificates(self._folder)
         self._own(self._folder, *self._folder.iterdir())
         made = subprocess.run(
             [
@@ -188,7 +188,7 @@ def _unprivileged() -> tuple[int, int] | None:
     raise StackError("PostgreSQL cannot run as root, and there is no user postgres or nobody here.")
 
 
-def _certificates(folder: Path) -> None:
+def certificates(folder: Path) -> None:
     """A certificate for the loopback that is its own authority."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
@@ -226,13 +226,13 @@ def _certificates(folder: Path) -> None:
 
 BROKER = "ringfence_broker"
 BROKER_SECRET = "broker-secret"
-DOCUMENT = Path(__file__).parents[3] / "docs" / "targets" / "postgres.md"
-"""What is set up here is what it says."""
+PAGES = Path(__file__).parents[3] / "docs" / "targets"
+"""What is set up here is what they say."""
 
 
-def documented(heading: str) -> list[str]:
-    """The SQL statements below a heading of the document."""
-    text = DOCUMENT.read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
+def documented(heading: str, page: str = "postgres") -> list[str]:
+    """The SQL statements below a heading of a target's page."""
+    text = (PAGES / f"{page}.md").read_text().partition(f"## {heading}\n")[2].partition("\n## ")[0]
     blocks = [block.partition("```")[0] for block in text.split("```sql\n")[1:]]
     lines = [line.partition("--")[0].rstrip() for line in "\n".join(blocks).splitlines()]
     return [statement.strip() for statement in "\n".join(lines).split(";") if statement.strip()]

@@ -22,14 +22,13 @@ import hmac
 import logging
 import re
 import secrets
-import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
 from uuid import UUID
 
+from ringfence.backends.database import DatabaseLogin, agent_address, agent_sslmode, agent_url
 from ringfence.backends.http import ConnectionCache
 from ringfence.backends.postgres import privileges as queries
 from ringfence.backends.postgres.privileges import (
@@ -42,7 +41,7 @@ from ringfence.backends.postgres.privileges import (
     quoted,
     rights,
 )
-from ringfence.backends.secret_sources import AccessError, TargetAccess
+from ringfence.backends.secret_sources import TargetAccess
 from ringfence.backends.target_settings import (
     InexactError,
     TargetError,
@@ -54,7 +53,7 @@ from ringfence.kernel.base.clock import utc_datetime
 from ringfence.messages.credential import Credential
 from ringfence.messages.lease import Lease
 from ringfence.messages.registry import TargetState
-from ringfence.model.target_settings import Owned, PostgresSettings, SslMode
+from ringfence.model.target_settings import Owned, PostgresSettings
 
 if TYPE_CHECKING:
     import asyncpg
@@ -62,8 +61,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Connection = Any
 """An asyncpg connection. The package ships no types."""
-_MODES: Final[tuple[SslMode, ...]] = ("disable", "prefer", "require", "verify-ca", "verify-full")
-_PARAMETERS: Final = frozenset({"sslmode", "sslrootcert", "host"})
 _CONNECT_S: Final = 3.0
 """The limit for opening a connection, and for waiting for a free one."""
 _IDLE_S: Final = 60.0
@@ -90,68 +87,15 @@ _NOT_THIS: Final = {
 """SQLSTATE codes that concern one credential and not the server's health."""
 
 
-@dataclass(frozen=True, slots=True)
-class PostgresLogin:
-    """Ringfence's own login: `postgresql://user:password@host:port/database?sslmode=...`."""
-
-    host: str
-    port: int
-    user: str
-    password: str
-    database: str
-    sslmode: SslMode
-    root_certificate: str | None
-
-    @classmethod
-    def parse(cls, url: str) -> PostgresLogin:
-        """Parse a URL. Raises ValueError, which quotes no value."""
-        parts = urlsplit(url)
-        query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
-        host = query.get("host") or parts.hostname
-        if parts.scheme not in ("postgresql", "postgres") or not host or not parts.username:
-            raise ValueError("it is no postgresql://user:password@host:port/database")
-        if unknown := set(query) - _PARAMETERS:
-            raise ValueError(f"it has {', '.join(sorted(map(ascii, unknown)))}, which is not known here")
-        # An attacker in between could downgrade a connection from TLS, and then obtain the password.
-        ssl_mode = query.get("sslmode") or ("prefer" if _is_local(host) else "verify-full")
-        sslmode = next((mode for mode in _MODES if mode == ssl_mode), None)
-        if sslmode is None:
-            raise ValueError(f"its sslmode is none of {', '.join(_MODES)}")
-        return cls(
-            host,
-            parts.port or 5432,
-            unquote(parts.username),
-            unquote(parts.password or ""),
-            unquote(parts.path.removeprefix("/")) or "postgres",
-            sslmode,
-            query.get("sslrootcert"),
-        )
-
-    def tls(self) -> ssl.SSLContext | Literal["prefer"] | bool:
-        """Return the `ssl` argument for asyncpg. Raises OSError for a missing certificate file."""
-        if self.sslmode == "disable" or self.host.startswith("/"):
-            return False
-        if self.sslmode == "prefer":
-            return "prefer"
-        context = ssl.create_default_context(cafile=self.root_certificate)
-        context.check_hostname = self.sslmode == "verify-full"
-        if self.sslmode == "require":
-            context.verify_mode = ssl.CERT_NONE
-        return context
-
-
 class PostgresServer:
     """One server, with a connection pool for each database in use."""
 
     def __init__(self, target_id: str, url: str) -> None:
         """Raises AccessError if the URL is unusable."""
         self.target_id = target_id
-        try:
-            self.login = PostgresLogin.parse(url)
-            self._tls = self.login.tls()
-        except (ValueError, OSError) as error:
-            reason = str(error) if type(error) is ValueError else "its root certificate cannot be read"
-            raise AccessError(f"the rights at target {target_id} are wrong: {reason}") from None
+        login = DatabaseLogin.of_target(target_id, url, ("postgresql", "postgres"), 5432)
+        self.login = login if login.database else replace(login, database="postgres")
+        self._tls = self.login.tls() or False
         self._pools: dict[str, Any] = {}
 
     async def run(self, database: str, work: Callable[[Connection], Awaitable[T]]) -> T:
@@ -223,11 +167,6 @@ class PostgresServer:
 
 async def _keep(connection: Connection) -> None:
     """Do nothing on return to the pool: no call leaves session state behind that would need a reset."""
-
-
-def _is_local(host: str) -> bool:
-    """Return whether the host is a socket or the loopback, where nobody can listen in between."""
-    return host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")
 
 
 # SCRAM-SHA-256 (RFC 5802, RFC 7677): the part that a server stores.
@@ -308,7 +247,7 @@ class PostgresBackend:
         """
         settings = settings_of(target, PostgresSettings)
         server = await self._servers.at(lease.target_id)
-        address = _address(server, settings)
+        address = agent_address(server.target_id, server.login, settings)
         letter = next(letter for letter, owned in _OWNED.items() if owned == settings.owned)
         role, password = (
             f"{self.roles_of(lease.lease_id)}{secrets.token_hex(3)}_{letter}",
@@ -325,9 +264,10 @@ class PostgresBackend:
             encrypted = await server.run(privileges.database, make)
         except InexactError as error:
             raise TargetRefusedError(str(error)) from None
+        sslmode = agent_sslmode(server.login, settings, encrypted=encrypted)
         return Credential(
             kind=self.kind,
-            value=_url(role, password, address, privileges.database, _sslmode(server, settings, encrypted)),
+            value=agent_url("postgresql", role, password, address, privileges.database, sslmode),
             expires_at=lease.deadline,
         )
 
@@ -504,30 +444,3 @@ async def _drop(connection: Connection, role: str, oid: int) -> None:
 def _is_gone(error: Exception) -> bool:
     # undefined_object: another process undoes it concurrently
     return getattr(error, "sqlstate", "") == "42704"
-
-
-# --- what agents are told ---------------------------------------------------------------------------------------------
-
-
-def _address(server: PostgresServer, settings: PostgresSettings) -> str:
-    if settings.address is not None:
-        return settings.address
-    host, port = server.login.host, server.login.port
-    if host.startswith("/"):
-        raise AccessError(
-            f"Ringfence reaches target {server.target_id} by a socket; give its backend an address"
-        )
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _sslmode(server: PostgresServer, settings: PostgresSettings, encrypted: bool) -> SslMode | None:
-    if settings.sslmode is not None:
-        return settings.sslmode
-    if server.login.sslmode in ("verify-ca", "verify-full"):
-        return server.login.sslmode
-    return "require" if encrypted else None
-
-
-def _url(role: str, password: str, address: str, database: str, sslmode: SslMode | None) -> str:
-    query = f"?sslmode={sslmode}" if sslmode else ""
-    return f"postgresql://{role}:{password}@{address}/{quote(database, safe='')}{query}"

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
+from ringfence.backends.database import PrivilegeRequest, Privileges, requests_of
 from ringfence.backends.target_settings import InexactError
 from ringfence.messages.base import Permission
-from ringfence.model.scope.globs import Glob, ScopeError, parse_glob
 
 HERE: Final = """
     SELECT d.oid, d.datname::text AS name,
@@ -146,6 +146,9 @@ MAX_NAME_BYTES: Final = 63
 """PostgreSQL truncates longer names, and the name would then mean another object."""
 MAX_RIGHTS: Final = 5000
 _DEPTH: Final[dict[Level, int]] = {"database": 1, "schema": 2, "table": 3, "sequence": 3, "column": 4}
+_KNOWN: Final = Privileges(
+    RIGHTS, _DEPTH, MAX_NAME_BYTES, lambda name: len(name.encode()), "bytes", "database/schema/table"
+)
 
 
 class Relation(NamedTuple):
@@ -173,33 +176,6 @@ class Right(NamedTuple):
     schema: str
     table: str
     column_name: str
-
-
-@dataclass(frozen=True, slots=True)
-class PrivilegeRequest:
-    """One verb on one resource pattern."""
-
-    verb: str
-    glob: Glob
-
-    def __str__(self) -> str:
-        return f"{self.verb} {self.glob.text!a}"
-
-    def rights(self, level: Level) -> tuple[str, ...]:
-        """Return the privileges that the verb means on a kind of object."""
-        return RIGHTS[self.verb].get(level, ())
-
-    def covers(self, *names: str) -> bool:
-        """Return whether the pattern matches the object at this path."""
-        return self.glob.matches("/".join(names)) and not any("/" in name for name in names)
-
-    @property
-    def wants_columns(self) -> bool:
-        """Return whether the pattern can match a column of a table that it does not match as a whole."""
-        segments = self.glob.segments
-        if not self.rights("column") or not self.glob.reaches(4):
-            return False
-        return not (segments[-1] == "**" and len(segments) <= 4 and "**" not in segments[:-1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,43 +208,11 @@ class PrivilegePlan:
 
 def plan(scope: Iterable[Permission]) -> PrivilegePlan:
     """Parse a scope without access to a server. Raises InexactError."""
-    requests = [
-        PrivilegeRequest(_checked_verb(verb), _resource_glob(resource))
-        for permission in scope
-        for resource in permission.resources
-        for verb in permission.verbs
-    ]
-    if not requests:
-        raise InexactError("the scope is empty")
-    for request in requests:
-        if not any(request.glob.reaches(_DEPTH[level]) for level in RIGHTS[request.verb]):
-            levels = " or ".join(sorted(set(RIGHTS[request.verb])))
-            raise InexactError(f"{request}: {request.verb} is a right on a {levels}, which this cannot name")
+    requests = requests_of(scope, _KNOWN)
     databases = {request.glob.segments[0] for request in requests}
     if len(databases) > 1:
         raise InexactError("a credential is for one database: ask for one for each")
-    return PrivilegePlan(databases.pop(), tuple(dict.fromkeys(requests)))
-
-
-def _checked_verb(verb: str) -> str:
-    if verb not in RIGHTS:
-        raise InexactError(f"the verb {verb!a} is none: write one of {', '.join(RIGHTS)}")
-    return verb
-
-
-def _resource_glob(text: str) -> Glob:
-    try:
-        glob = parse_glob(text)
-    except ScopeError as error:
-        raise InexactError(str(error)) from None
-    if "*" in glob.segments[0]:
-        raise InexactError(f"{text!a} names no database: write database/schema/table")
-    for segment in glob.segments:
-        if len(segment.encode()) > MAX_NAME_BYTES:
-            raise InexactError(
-                f"{text!a} has a name of more than {MAX_NAME_BYTES} bytes: PostgreSQL has none such"
-            )
-    return glob
+    return PrivilegePlan(databases.pop(), requests)
 
 
 def rights(

@@ -88,10 +88,10 @@ def request(
 ) -> None:
     """Ask for a credential. It alone goes to stdout, everything else to stderr: TOKEN=$(ringfence request ...).
 
-    With --exec, only one command gets the credential, in its environment: for postgres PGPASSWORD and the other
-    variables of libpq, for redis REDIS_URL, for ssh RINGFENCE_SSH_CONFIG (a file for ssh -F), else
-    RINGFENCE_CREDENTIAL. For a gateway it gets RINGFENCE_LEASE. Of RINGFENCE_*, it gets no key, token or identity but
-    the agent's own. The exit status is then the command's.
+    With --exec, only one command gets the credential, in its environment. For postgres: PGPASSWORD and the other
+    variables of libpq. For mysql: MYSQL_HOME (a folder with a my.cnf) and DATABASE_URL. For redis: REDIS_URL. For ssh:
+    RINGFENCE_SSH_CONFIG (a file for ssh -F). Else: RINGFENCE_CREDENTIAL. For a gateway it gets RINGFENCE_LEASE. Of
+    RINGFENCE_*, it gets no key, token or identity but the agent's own. The exit status is then the command's.
     """
     from ringfence.client.agent.credentials import GatewayCredential, applied, own_environment
 

@@ -211,6 +211,17 @@ TEMPLATES: dict[str, Template] = {
             "create": "operator",
         },
     ),
+    "mysql": Template(
+        "mysql",
+        {
+            "read": "none",
+            "select": "none",
+            "write": "sponsor",
+            "insert": "sponsor",
+            "update": "sponsor",
+            "delete": "sponsor",
+        },
+    ),
     "redis": Template("redis", {"read": "none", "write": "sponsor"}),
     "ssh": Template(
         "ssh",

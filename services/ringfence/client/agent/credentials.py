@@ -58,11 +58,22 @@ Host {target}
 @contextlib.contextmanager
 def ssh_client(value: str, target: str) -> Iterator[list[str]]:
     """Yield `ssh -F FILE`, in which the host has the target's id. The files are deleted at the end of the block."""
-    # In memory where the machine offers that, so that the key is never on a disk.
+    with _private_folder() as folder:
+        yield ["ssh", "-F", str(ssh_files(value, target, folder))]
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    # In memory where the machine offers that, so that no secret is ever on a disk.
     memory = os.environ.get("XDG_RUNTIME_DIR", "")
     folder_of = memory if os.access(memory, os.W_OK) else None
     with tempfile.TemporaryDirectory(prefix="ringfence-", dir=folder_of) as folder:
-        yield ["ssh", "-F", str(ssh_files(value, target, Path(folder)))]
+        yield Path(folder)
+
+
+def _write_private(file: Path, text: str) -> None:
+    with os.fdopen(open_private(file, os.O_WRONLY | os.O_EXCL), "w") as opened:
+        opened.write(text)
 
 
 def ssh_files(value: str, target: str, folder: Path) -> Path:
@@ -83,8 +94,7 @@ def ssh_files(value: str, target: str, folder: Path) -> Path:
         ("known_hosts", known_hosts),
         ("config", config),
     ):
-        with os.fdopen(open_private(folder / name, os.O_WRONLY | os.O_EXCL), "w") as file:
-            file.write(text)
+        _write_private(folder / name, text)
     return folder / "config"
 
 
@@ -244,6 +254,39 @@ class PostgresCredential(IssuedCredential):
         raise CredentialUseError("a login for PostgreSQL is no HTTP header; apply() gives its DSN")
 
 
+class MysqlCredential(IssuedCredential):
+    """A temporary login at a MariaDB or MySQL server, kind `mysql`."""
+
+    __slots__ = ()
+
+    def apply(self) -> dict[str, Any]:
+        """The arguments of `pymysql.connect(**credential.apply())`, and of `mysql.connector.connect`."""
+        return mysql_arguments(self.usable())
+
+    def headers(self, method: str | None = None, url: str | None = None) -> dict[str, str]:
+        raise CredentialUseError(
+            "a login for MySQL is no HTTP header; apply() gives the arguments of connect"
+        )
+
+    def auth(self) -> httpx.Auth:
+        raise CredentialUseError(
+            "a login for MySQL is no HTTP header; apply() gives the arguments of connect"
+        )
+
+
+def mysql_arguments(value: str) -> dict[str, Any]:
+    """Return the arguments that PyMySQL and MySQL Connector have in common, for a credential of kind `mysql`."""
+    url = urlsplit(value)
+    sslmode = dict(parse_qsl(url.query)).get("sslmode")
+    arguments: dict[str, Any] = {
+        "host": url.hostname, "port": url.port or 3306, "user": unquote(url.username or ""),
+        "password": unquote(url.password or ""), "database": unquote(url.path.removeprefix("/")) or None,
+    }  # fmt: skip
+    if sslmode in ("verify-ca", "verify-full"):
+        arguments |= {"ssl_verify_cert": True, "ssl_verify_identity": sslmode == "verify-full"}
+    return arguments
+
+
 class RedisCredential(IssuedCredential):
     """A temporary user at a Valkey or Redis server, kind `redis`."""
 
@@ -320,6 +363,7 @@ class GatewayCredential(IssuedCredential):
 
 CLASSES: Mapping[str, type[IssuedCredential]] = {
     "jwt": TokenCredential,
+    "mysql": MysqlCredential,
     "postgres": PostgresCredential,
     "redis": RedisCredential,
     "ssh": SshCredential,
@@ -371,8 +415,14 @@ def applied(credential: IssuedCredential) -> Iterator[dict[str, str]]:
     """Environment variables for one command, valid inside the block.
 
     `ssh`: `RINGFENCE_SSH_CONFIG`, a file for `ssh -F` in which the host has the target's id, and variables that make
-        git and rsync use it. Any other kind: see `environment`.
+        git and rsync use it. `mysql`: `MYSQL_HOME`, a folder with a `my.cnf` that the clients `mariadb`, `mysql` and
+        `mysqldump` read. Any other kind: see `environment`.
     """
+    if credential.kind == "mysql" and not isinstance(credential, GatewayCredential):
+        with _private_folder() as folder:
+            _write_private(folder / "my.cnf", _option_file(credential.value))
+            yield environment(credential) | {"MYSQL_HOME": str(folder)}
+        return
     if credential.kind != "ssh" or isinstance(credential, GatewayCredential):
         yield environment(credential)
         return
@@ -384,9 +434,9 @@ def applied(credential: IssuedCredential) -> Iterator[dict[str, str]]:
 def environment(credential: IssuedCredential) -> dict[str, str]:
     """Environment variables for one command, by the credential's kind.
 
-    `postgres`: what libpq reads (psql, psycopg, asyncpg, JDBC wrappers and others), and `DATABASE_URL`. `redis`:
-        `REDIS_URL`. Any other kind: the value, e.g. the access token, in `RINGFENCE_CREDENTIAL`. A gateway lease of any
-        kind: its handle in `RINGFENCE_LEASE`.
+    `postgres`: what libpq reads (psql, psycopg, asyncpg, JDBC wrappers and others), and `DATABASE_URL`. `mysql`:
+        `DATABASE_URL`. `redis`: `REDIS_URL`. Any other kind: the value, e.g. the access token, in
+        `RINGFENCE_CREDENTIAL`. A gateway lease of any kind: its handle in `RINGFENCE_LEASE`.
     """
     if isinstance(credential, GatewayCredential):
         return {"RINGFENCE_LEASE": credential.handle}
@@ -411,12 +461,33 @@ def _libpq(value: str) -> dict[str, str]:
     return {name: text for name, text in variables.items() if text}
 
 
+_OPTIONS: Mapping[str, str] = {
+    "require": "loose-ssl\nloose-ssl-mode = REQUIRED\n",
+    "verify-ca": "loose-ssl\nloose-ssl-mode = VERIFY_CA\n",
+    "verify-full": "loose-ssl-verify-server-cert\nloose-ssl-mode = VERIFY_IDENTITY\n",
+}
+"""By sslmode, the options of the clients of MariaDB and of MySQL. Each skips those of the other."""
+
+
+def _option_file(value: str) -> str:
+    login = mysql_arguments(value)
+    lines = "".join(f"{name} = {login[name]}\n" for name in ("host", "port", "user", "password"))
+    sslmode = dict(parse_qsl(urlsplit(value).query)).get("sslmode", "")
+    database = f'[mysql]\ndatabase = "{login["database"]}"\n' if login["database"] else ""
+    return f"[client]\n{lines}protocol = tcp\n{_OPTIONS.get(sslmode, '')}{database}"
+
+
+def _mysql(value: str) -> dict[str, str]:
+    return {"DATABASE_URL": value}
+
+
 def _redis(value: str) -> dict[str, str]:
     return {"REDIS_URL": value}
 
 
 VARIABLES: Mapping[str, Callable[[str], dict[str, str]]] = {
     "jwt": _value,
+    "mysql": _mysql,
     "postgres": _libpq,
     "redis": _redis,
     "ssh": _value,
