@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import uuid
 from pathlib import Path
 
 import pytest
+import typer
 
-from ringfence.cli.commands.dev import command_lines, organisation_lines, shell_file
+from ringfence.cli.commands.dev import _secret_places, command_lines, organisation_lines, shell_file
 from ringfence.dev.organisation import PEOPLE
 
 TASK = str(uuid.uuid4())
@@ -57,3 +59,22 @@ def test_control_characters_in_a_path_are_not_printed() -> None:
     lines = list(command_lines(Path("/tmp/\x1b[2J"), Path(".ringfence"), TASK))
     assert "\x1b" not in "".join(lines)
     assert shlex.split(lines[1]), "and the line is still one for a shell"
+
+
+def test_secrets_of_targets_are_named_by_their_places(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RINGFENCE_BACKENDS_ACCESS", '{"shop": "env:SHOP"}')
+    assert _secret_places([]) == {}
+    places = json.loads(_secret_places(["hub=file:hub.token", "llm=env:LLM"])["RINGFENCE_BACKENDS_ACCESS"])
+    assert places == {"shop": "env:SHOP", "hub": f"file:{tmp_path / 'hub.token'}", "llm": "env:LLM"}
+
+
+@pytest.mark.parametrize(
+    "text", ["sk-secret", "hub=sk-secret", "hub=vault:sk-secret", "hub=file:", "=env:sk-secret"]
+)
+def test_secret_that_is_no_place_is_refused_and_not_quoted(text: str) -> None:
+    with pytest.raises(typer.BadParameter) as refusal:
+        _secret_places([text])
+    assert "sk-secret" not in str(refusal.value)

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import shlex
 import signal
 import sys
@@ -20,6 +22,7 @@ from urllib.parse import urlsplit
 import typer
 from rich.text import Text
 
+from ringfence.cli.shared.arguments import check_target_id
 from ringfence.cli.shared.output import console, output_folder
 from ringfence.client.admin.trust_setup import ON_DEMAND, SERVICE_ROLES
 from ringfence.kernel.base.private_files import write_private
@@ -125,6 +128,7 @@ _CONSOLE: ServiceRole = "console"
 _WITH = tuple(role for role in ON_DEMAND if role != _CONSOLE)
 _BACKENDS = "backends_"
 """The settings that stand in a table of their own."""
+_ACCESS = "RINGFENCE_BACKENDS_ACCESS"
 _LOOK_AGAIN_S = 0.5
 _GRACE_S = 20.0
 """Longer than services take to shut down while the broker is running."""
@@ -152,6 +156,14 @@ def dev(
             "environment. Repeatable.",
         ),
     ] = None,
+    secret: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--secret",
+            metavar="TARGET=PLACE",
+            help="Where Ringfence's own secret for a target is: file:PATH (mode 0600) or env:NAME. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Run all services with an embedded broker and Valkey. Ctrl-C ends everything.
 
@@ -172,6 +184,7 @@ def dev(
         runner=_RUNNER,
         sign_page=True,
         resume=not fresh,
+        environment=_secret_places(secret or ()),
     )
     with (
         ended_by_signals(),
@@ -240,6 +253,25 @@ def ended_by_signals() -> Iterator[None]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+def _secret_places(given: Sequence[str]) -> dict[str, str]:
+    """Return the setting that names the places of targets' secrets, those of the environment included.
+
+    Raises typer.BadParameter for anything else, which may be the secret itself: the error does not quote it.
+    """
+    places: dict[str, str] = json.loads(os.environ.get(_ACCESS) or "{}") if given else {}
+    for one in given:
+        target, _, place = one.partition("=")
+        kind, _, where = place.partition(":")
+        if not where or kind not in ("file", "env"):
+            raise typer.BadParameter(
+                "write TARGET=file:PATH or TARGET=env:NAME: the place of the secret, never the secret",
+                param_hint="--secret",
+            )
+        check_target_id(target)
+        places[target] = f"file:{Path(where).absolute()}" if kind == "file" else place
+    return {_ACCESS: json.dumps(places)} if places else {}
 
 
 def _selected_services(besides: Sequence[str]) -> list[ServiceRole]:
