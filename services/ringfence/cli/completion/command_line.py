@@ -87,8 +87,8 @@ COMMAND_METAVARS: Final = frozenset({"[-- COMMAND...]", "[-- SERVER...]"})
 NOT_COMPLETED: Final = frozenset({
     "CLAIM", "CODE", "DAYS", "DIGEST", "DOMAIN", "DURATION", "HOST:PORT", "HOURS", "IMAGE", "KIB", "KID", "MOMENT",
     "NAME=NUMBER", "NAME=VALUE", "NAME[:rw]", "NUMBER", "ORIGIN", "PARTY=PRINCIPAL", "PERCENT", "PERMISSION", "POOL",
-    "PORT", "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TAG", "TARGET=PLACE", "TEXT", "THUMBPRINT", "TIME", "URL",
-    "UTC", "VERB", "VERB=KIND", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
+    "PORT", "RESOURCE", "RUNNER", "SECONDS", "SELECTOR", "SIZE", "TAG", "TARGET=PLACE", "TEXT", "THUMBPRINT", "TIME",
+    "URL", "UTC", "VERB", "VERB=KIND", "VERB[=CLASS]", "VERB[=FLOOR]", "WHEN",
 })  # fmt: skip
 """Placeholders of what only the caller knows."""
 
