@@ -117,7 +117,7 @@ async def test_wildcards_stand_for_what_is_there_now(backend: MysqlBackend, targ
         ("execute", "shop/all_secrets", "the verb"),
     ],
 )
-async def test_what_cannot_be_granted_exactly_is_refused(
+async def test_grant_that_would_be_inexact_is_refused(
     backend: MysqlBackend, verb: str, resource: str, says: str
 ) -> None:
     one = wanting(allow("read", "shop/a").model_copy(update={"verbs": (verb,), "resources": (resource,)}))

@@ -219,7 +219,7 @@ def test_help_shows_flags_without_a_type_and_whole_sentences(
         told = capsys.readouterr().out
         assert "<bool>" not in told
         assert "<str>" not in told
-    assert "for redis REDIS_URL, for" in " ".join(told.split())
+    assert "For redis: REDIS_URL. For ssh" in " ".join(told.split())
 
 
 @pytest.mark.parametrize(

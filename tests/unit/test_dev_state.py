@@ -27,7 +27,9 @@ def test_a_broken_trust_is_named_with_its_remedy(file: str, content: str | None,
         (tmp_path / file).chmod(0o600)
     stack = Stack(StackOptions(tmp_path))
     with (
-        pytest.raises(StackError, match=f"Repair {tmp_path}, delete it to begin anew, or choose another"),
+        pytest.raises(
+            StackError, match=f"Repair {tmp_path}, delete it to start without it, or choose another"
+        ),
         stack,
     ):
         pass

@@ -36,6 +36,7 @@ OF_0_1 = {
 """What the registry's own rules refused in 0.1.0."""
 OF_A_NEW_FIELD = {
     "consent_stale", "rp_id_unexpected", "endorsement_not_apart", "revision_stale", "second_listed",
+    "limit_beyond_ceiling",
 }  # fmt: skip
 """About a field that commands of before do not have: no record of before can lack what it asks for."""
 OF_A_MODE = {"second_missing", "second_not_entitled"}

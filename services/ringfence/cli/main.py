@@ -46,6 +46,7 @@ EXTRAS = {
     "jinja2": "server",
     "markupsafe": "server",
     "prometheus_client": "server",
+    "pymysql": "server",
     "redis": "server",
     "regorus": "server",
     "scim2_models": "server",

@@ -24,20 +24,32 @@ def main() -> int:
     with httpx.Client(
         headers={**headers, "Authorization": "Bearer replaced-by-ringfence"}, timeout=_WITHIN_S
     ) as http:
-        deadline_s = time.monotonic() + _WITHIN_S
-        while True:
-            answer = http.request(*allowed.split(" ", 1))
-            code = _code(answer)
-            if code not in _NOT_YET or time.monotonic() > deadline_s:
-                break
-            time.sleep(_AGAIN_S)
-        sys.stdout.write(f"{allowed}: {answer.status_code} {code}".rstrip() + "\n")
+        answer = _first_answer(http, allowed)
+        if answer is None:
+            return 1
+        sys.stdout.write(f"{allowed}: {answer.status_code} {_code(answer)}".rstrip() + "\n")
         if not answer.is_success:
             return 1
         answer = http.request(*refused.split(" ", 1))
         code = _code(answer)
         sys.stdout.write(f"{refused}: {answer.status_code} {code}".rstrip() + "\n")
         return 0 if answer.status_code == httpx.codes.FORBIDDEN and code else 1
+
+
+def _first_answer(http: httpx.Client, request: str) -> httpx.Response | None:
+    """Return the first answer of a gateway that knows the newest records; None if none comes in time."""
+    deadline_s = time.monotonic() + _WITHIN_S
+    while True:
+        late = time.monotonic() > deadline_s
+        try:
+            answer = http.request(*request.split(" ", 1))
+            if late or _code(answer) not in _NOT_YET:
+                return answer
+        except httpx.TransportError as error:  # the gateway may have no socket of the task yet
+            if late:
+                sys.stdout.write(f"{request}: {type(error).__name__}\n")
+                return None
+        time.sleep(_AGAIN_S)
 
 
 def _code(answer: httpx.Response) -> str:

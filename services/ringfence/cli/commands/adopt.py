@@ -88,7 +88,7 @@ def adopt(
         str | None,
         typer.Option(
             "--agent-user",
-            metavar="USER",
+            metavar="TEXT",
             help="The user of this machine as whom the agent runs; you if not given.",
         ),
     ] = None,
