@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from statistics import median
 
@@ -33,7 +34,7 @@ _MIB = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Minute:
-    """What the stack holds at the end of a minute, and what the load saw in it."""
+    """Memory, handles, keys and records at the end of a minute; issues and latency of the load."""
 
     memory: Mapping[str, float]
     """Unique memory of each process and its children, in MiB."""
@@ -80,8 +81,8 @@ def growth(minutes: Sequence[Minute]) -> list[str]:
 
     found = []
     for name in minutes[0].memory:
-        found += grew(f"memory of {name} (MiB)", lambda one, name=name: one.memory[name], 0.05, 8)  # type: ignore[misc]
-        found += grew(f"handles of {name}", lambda one, name=name: one.handles[name], 0, 3)  # type: ignore[misc]
+        found += grew(f"memory of {name} (MiB)", partial(_item, "memory", name), 0.05, 8)
+        found += grew(f"handles of {name}", partial(_item, "handles", name), 0, 3)
     found += grew("Redis keys", lambda one: one.redis_keys, 0.5, 20)
     found += grew("p99 (ms)", lambda one: one.p99_ms, 0.5, 50)
     each = [
@@ -91,6 +92,10 @@ def growth(minutes: Sequence[Minute]) -> list[str]:
     if abs(each[1] - each[0]) > 0.1 * each[0]:
         found.append(f"Kafka records a credential {each[0]:.2f} to {each[1]:.2f}")
     return found
+
+
+def _item(member: str, name: str, one: Minute) -> float:
+    return float(getattr(one, member)[name])
 
 
 async def _soak(stack: Stack, settings: ClientSettings, pids: Mapping[str, int], length: int) -> list[Minute]:
@@ -117,7 +122,7 @@ async def _soak(stack: Stack, settings: ClientSettings, pids: Mapping[str, int],
                     await redis.dbsize(),
                     await _records(consumer),
                     asked,
-                    percentile(taken, 0.99),
+                    percentile(taken, 0.99) if taken else _MINUTE_S * 1000,
                 )
                 minutes.append(one)
                 print(

@@ -215,7 +215,7 @@ async def test_push_is_refused_where_a_person_would_be_asked(
     async with attacked(tmp_path) as place:
         monkeypatch.setattr(place.place, "answer", ask)
         answer = await place.send("POST", PUSH, command() + FLUSH + PACK, PUSH_TYPE)
-        assert b"ng refs/heads/a body_unseen: nobody can be asked about a push" in answer.content
+        assert b"ng refs/heads/a body_unseen: a person cannot approve a single push" in answer.content
         answer = await place.send("GET", "/o/n.git/info/refs?service=git-receive-pack")
         assert answer.text.startswith("body_unseen: ")
         assert place.seen == []

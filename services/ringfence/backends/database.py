@@ -1,5 +1,4 @@
-"""What the backends of databases share: Ringfence's own login there, what agents are told of the server, and a scope as
-privileges that are requested.
+"""Shared by the backends of databases: Ringfence's login, address and URL for agents, a scope as privileges.
 
 Enters: the secret of a target (`DatabaseLogin.parse`), a scope (`requests_of`), settings of a target.
 Leaves: a login, the URL of an agent's login, privilege requests; AccessError, InexactError, ValueError.
@@ -85,7 +84,7 @@ class DatabaseLogin:
 
 
 def _is_local(host: str) -> bool:
-    """Return whether the host is a socket or the loopback, where nobody can listen in between."""
+    """Return whether the host is a socket or the loopback: connections that do not leave the machine."""
     return host.startswith("/") or host in ("localhost", "127.0.0.1", "::1")
 
 

@@ -83,7 +83,10 @@ def router(
 
     @router.subscriber(APPROVAL_RESPONSE, group=policy)
     async def on_responses(batch: Sequence[Received]) -> None:
-        """Take what people sign: approvals and grants, in their order. Each may decide requests that waited."""
+        """Take approvals and grants. Approvals of different requests are taken at once; grants in their order.
+
+        Each may decide requests that waited.
+        """
         await responses(batch)
 
     if notices is not None:

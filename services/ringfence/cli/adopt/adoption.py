@@ -28,7 +28,7 @@ class AdoptStoppedError(RingfenceError):
 
 @dataclass(frozen=True, slots=True)
 class Provider:
-    """How a kind of credential becomes a target. The host is ours, never that of a scanned file."""
+    """The target of a kind of credential. Its host is from this table, never from a scanned file."""
 
     target: str
     url: str
@@ -38,7 +38,7 @@ class Provider:
     scope: tuple[tuple[str, ...], str] | None = None
     """Verbs and resources where the person types no permission; None: they have to."""
     reads: tuple[tuple[str, ...], str] | None = None
-    """What the trial needs, if that is no part of the rest."""
+    """Verbs and resources of the trial, if they are no part of the rest."""
     allowed: str = ""
     """The request of the trial that must succeed; empty: the person types a path. It only reads."""
     refused: str = ""
@@ -94,10 +94,10 @@ class Adoption(BaseModel):
     content: str
     """The identity of the file: inode and fingerprint of what is in it."""
     place: Path
-    """Where Ringfence's own secret goes."""
+    """The file of Ringfence's own secret for the target."""
     url: str
     typed: bool
-    """Whether the person typed the URL; otherwise it is the template's."""
+    """True if the person typed the URL; otherwise it is the template's."""
     add: tuple[str, ...]
     allow: tuple[str, ...]
     agent: str

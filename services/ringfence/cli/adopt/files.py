@@ -49,13 +49,15 @@ def secret_of(adoption: Adoption, path: Path, fingerprinter: Fingerprinter) -> S
     for finding, value in credentials_in(path, fingerprinter, adoption.file):
         if finding.fingerprint == adoption.exposed:
             return value
-    raise AdoptStoppedError(f"the credential is no longer in {path}; look at it, and begin anew after --undo")
+    raise AdoptStoppedError(
+        f"the credential is no longer in {path}; check the file, then run --undo and adopt it again"
+    )
 
 
 def identity_of(path: Path, fingerprinter: Fingerprinter) -> tuple[str, bytes, int]:
     """Return the identity of a file, its content and its mode. Raises AdoptStoppedError.
 
-    The digest is keyed: nobody can test guesses of a password with it.
+    The digest is keyed, so that it cannot serve to test guesses of a password.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -72,18 +74,13 @@ def identity_of(path: Path, fingerprinter: Fingerprinter) -> tuple[str, bytes, i
 def put_secret(adoption: Adoption, fingerprinter: Fingerprinter) -> None:
     """Write the secret to its place, a new file of mode 0600. Raises AdoptStoppedError if another secret is there."""
     secret = secret_of(adoption, adoption.file, fingerprinter)
-    try:
-        descriptor = open_private(adoption.place, os.O_WRONLY | os.O_EXCL)
-    except FileExistsError:
+    if adoption.place.exists():
         if placed_fingerprint(adoption, fingerprinter) == adoption.exposed:
             return  # an interrupted start put it there
         raise AdoptStoppedError(
             f"{adoption.place} exists: it has another secret for target {adoption.target}; name another --target"
-        ) from None
-    with os.fdopen(descriptor, "w") as file:
-        file.write(secret.reveal())
-        file.flush()
-        os.fsync(descriptor)
+        )
+    write_private(adoption.place, secret.reveal(), durable=True)  # whole or not at all
 
 
 def placed_fingerprint(adoption: Adoption, fingerprinter: Fingerprinter) -> str:
@@ -114,7 +111,7 @@ def edit_file(adoption: Adoption, folder: AdoptFolder) -> None:
             return  # an interrupted start wrote it
         raise AdoptStoppedError(
             f"{adoption.file} changed since it was looked at, and is left alone; take the credential out of it "
-            f"yourself, or begin anew after: ringfence adopt --target {adoption.target} --undo"
+            f"yourself, or undo and adopt it again: ringfence adopt --target {adoption.target} --undo"
         )
     after = _edited(adoption, data, folder.fingerprinter, adoption.file)
     copy.unlink(missing_ok=True)  # of an interrupted start: the file is still as it was

@@ -37,7 +37,7 @@ _TRIAL_TTL = "2m"
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """What the steps work on: the adoption, its folder, and the key files of the persons."""
+    """Input of the steps: the adoption, its folder, and the key files of the persons."""
 
     adoption: Adoption
     folder: AdoptFolder

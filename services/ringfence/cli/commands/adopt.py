@@ -22,7 +22,7 @@ def adopt(
         Path | None,
         typer.Argument(
             metavar="[FILE]",
-            help="The file with the credential, as the scan names it. Without it, the adoption of --target goes on.",
+            help="The file with the credential, as the scan names it. Without it, the adoption of --target continues.",
             show_default=False,
         ),
     ] = None,
@@ -116,7 +116,7 @@ def adopt(
     again to go on after that, or after an interruption.
     """
     from ringfence.cli.adopt.adoption import AdoptFolder, AdoptStoppedError
-    from ringfence.cli.adopt.planning import Typed, planned
+    from ringfence.cli.adopt.plan import Typed, planned
     from ringfence.cli.adopt.steps import Place, Role
     from ringfence.scan.output_guard import protect_process
 
@@ -187,7 +187,7 @@ def _say_what_follows(place: Place, agent_user: str) -> None:
     say(f"  {shlex.join(words)} COMMAND")
     page = f" at {one.rotate}" if one.rotate else ""
     say(
-        f"Now rotate the key{page}: whoever read {one.file} has it. Write the new one to {one.place}, then run:"
+        f"Now rotate the key{page}: every reader of {one.file} may have it. Write the new one to {one.place}, then run:"
     )
     say(f"  ringfence adopt --target {one.target} --finish")
     if readable_by(one.place, agent_user):

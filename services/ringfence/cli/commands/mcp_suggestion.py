@@ -36,7 +36,7 @@ _PLAIN: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 class Tool:
     name: str
     reads: bool
-    """Whether the server says so itself (`readOnlyHint`); nobody has verified it."""
+    """The server's own word (`readOnlyHint`), unverified."""
 
     @property
     def verb(self) -> str:

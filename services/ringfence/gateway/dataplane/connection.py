@@ -203,7 +203,7 @@ class AgentConnection:
         endpoint: GitEndpoint,
         sent: ReceivedRequest,
     ) -> bool:
-        """As `_decide_and_forward`, for a Git server: what was understood of head and body is written anew."""
+        """Decide and forward a request to a Git server. Head and body are written anew from their parsed form."""
         assert self._attempt is not None, "it was read"
         check_body(request, read_by_map=False)
         try:

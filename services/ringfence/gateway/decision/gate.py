@@ -414,7 +414,7 @@ class DecisionGate:
         1. The data plane reads such requests (`git_needs_plane`).
         2. The target's request map has a rule for each of its actions.
         3. All actions are allowed (`_authorize_all`).
-        4. No action of a push requires a person's approval: nobody sees a pack (`body_unseen`).
+        4. No action of a push requires a person's approval: the pack cannot be shown (`body_unseen`).
         """
         request = context.attempt.git
         if request is None:
@@ -428,7 +428,7 @@ class DecisionGate:
             return required
         if required and request.endpoint.service == "git-receive-pack":
             message = (
-                "nobody can be asked about a push, whose pack is not seen: have a floor for the verb instead"
+                "a person cannot approve a single push, as its pack cannot be shown: set a floor for the verb"
             )
             return refuse(Code.BODY_UNSEEN, message)
         if required:
@@ -700,7 +700,7 @@ class DecisionGate:
 
 
 def _reads(attempt: Attempt) -> bool:
-    """Whether a request only reads."""
+    """Tell if a request only reads."""
     return attempt.git.reads if attempt.git is not None else attempt.method in SAFE_METHODS
 
 

@@ -24,6 +24,7 @@ from ringfence.model.model_limits import lowest_limits
 from ringfence.model.model_requests import ModelRequestError
 from ringfence.model.requests.facts import RecordContext
 from ringfence.model.unknown_fields import is_understood
+from ringfence.model.verdict import ALLOWED, Allowed
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ RecordUsage = Callable[[AnswerKind, int | None, ModelUsage], None]
 
 
 class Budgets(Protocol):
-    """What tasks have used of their limits. See `LeaseStoreBudgets`; every method raises UnavailableError."""
+    """Budgets of tasks. See `LeaseStoreBudgets`; every method raises UnavailableError."""
 
     async def reserve(self, budget: Budget, tokens: int) -> Literal["reserved", "lost"] | Spent: ...
 
@@ -75,7 +76,7 @@ class ModelMeters:
             return refusal
         return ModelMeter(prepared, budget, self, record)
 
-    async def _reserve(self, budget: Budget, prepared: PreparedRequest) -> Refusal | None:
+    async def _reserve(self, budget: Budget, prepared: PreparedRequest) -> Allowed | Refusal:
         try:
             outcome = await self._budgets.reserve(budget, prepared.reservation)
         except UnavailableError as error:
@@ -93,7 +94,7 @@ class ModelMeters:
         if outcome == "lost":
             message = f"Redis lost what task {budget.task_id} has used: have the task assigned anew"
             return refuse(Code.BUDGET_LOST, message, side="task")
-        return None
+        return ALLOWED
 
     def settle(self, budget: Budget, *, tokens: int, requests: int) -> None:
         """Correct a reservation, later. If that fails the task pays the reservation."""
@@ -186,7 +187,7 @@ def _limits(ground: RecordContext) -> Iterator[tuple[str, ModelLimits]]:
             yield task.state.task_id, limits
 
 
-def _check_meterable(budget: Budget, attempt: Attempt) -> Refusal | None:
+def _check_meterable(budget: Budget, attempt: Attempt) -> Allowed | Refusal:
     if not all(is_understood(limits) for _, limits in budget.limits):
         message = "the task, or the ceiling of an agent of it, has a limit that this gateway does not know: upgrade it"
         return refuse(Code.LIMIT_NOT_UNDERSTOOD, message)
@@ -196,4 +197,4 @@ def _check_meterable(budget: Budget, attempt: Attempt) -> Refusal | None:
             "gateway's own data plane"
         )
         return refuse(Code.BUDGET_UNMETERED, message)
-    return None
+    return ALLOWED

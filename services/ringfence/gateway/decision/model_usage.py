@@ -1,4 +1,4 @@
-"""What requests to language models may use, by the request, and what they used, by the answer. Pure.
+"""Usage of language models: the reservation for a request, and the tokens of its answer. Pure.
 
 The shapes are those of OpenAI's chat completions, responses and embeddings, and of Anthropic's messages. Answers are
 read as they pass, plain or as server-sent events (HTML, 9.2.6), in bounded memory.
@@ -197,7 +197,7 @@ class AnswerReader:
 
 
 def usage_of(answer: AnswerReader | None, prepared: PreparedRequest, *, reserved: bool) -> ModelUsage:
-    """What an ended request used, and what is counted for it.
+    """Return the usage of an ended request, and the tokens that its task pays.
 
     `answer`: None if no head of an answer came. `reserved`: whether the task has a reservation, which it pays where the
     answer does not say what was used.

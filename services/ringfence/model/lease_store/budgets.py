@@ -1,4 +1,4 @@
-"""Budgets in Redis: what tasks have used of their limits of models, shared by all gateways.
+"""Budgets in Redis: usage of models by task, shared by all gateways.
 
 A reservation is counted before a request is forwarded, and corrected by what it used. What is never corrected, as its
 gateway died, stays counted. Nothing restores a budget that Redis lost: its task is denied then (ADR 0104).

@@ -6,5 +6,6 @@ requests. InvalidMessageError sends a record to the dead letters.
 Imports: `policy.agents`, `policy.decision_log`, `policy.decisions`, `policy.domain`; below: `model`,
 `kernel`, `messages`.
 Read first: credential_requests.py (decides requests; a batch may run concurrently), approvals.py (ends
-waiting requests, one at a time), admission.py (verifies records, limits rates and pending approvals).
+waiting requests; of each request one answer at a time), admission.py (verifies records, limits rates and
+pending approvals).
 """

@@ -25,7 +25,7 @@ _KINDS = {one.kind.id: one.kind for one in kinds.FORMATS}
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """What the person typed. Nothing of it comes from a scanned file."""
+    """Options that the person typed. None of them comes from a scanned file."""
 
     field: str | None
     target: str | None
