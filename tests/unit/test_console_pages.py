@@ -201,3 +201,28 @@ async def test_task_page_has_the_usage_of_models_against_its_limits(away: bool) 
     else:
         assert "150 of 1000 tokens, 2 of 9 requests" in html
         assert "150 tokens, 2 requests" in html
+
+
+async def test_task_without_language_models_costs_no_scan_of_audit() -> None:
+    reads = TaskReads()
+    record = await reads.record("task", "t")
+    record["state"] |= {
+        "limits": None,
+        "scope": [{"target": "shop", "verbs": ["read"], "resources": ["path/**"]}],
+    }
+    asked = list[str]()
+
+    async def no_models(kind: str, id: str) -> dict[str, Any]:
+        return record
+
+    async def model_usage(**_: Any) -> dict[str, Any]:
+        asked.append("audit")
+        return {"groups": [], "until_ms": 9, "looked_at_ms": [1, 5], "after": None}
+
+    reads.record, reads.model_usage = no_models, model_usage  # type: ignore[method-assign]
+    view: Any = SimpleNamespace(reads=reads, id="t", now_ms=10**12)
+    assert (await task(view)).costly is False
+    assert asked == []
+    record["state"]["scope"][0]["resources"] = ["model/gpt-5"]
+    assert (await task(view)).costly is True
+    assert asked == ["audit"]

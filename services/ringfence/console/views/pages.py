@@ -7,7 +7,7 @@ was used. An offer is an agent that its sponsor offers to anyone with the addres
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from ringfence.client.errors import ApiError
@@ -58,9 +58,19 @@ _USAGE_PAGES: Final = 3
 """Of audit, each of at most 1000 events. A page of the console does not wait for more."""
 
 
-async def _model_usage(view: View, **of: str) -> ModelUsageReport | None:
-    """Return what an agent or a task used of language models in `USAGE_DAYS`; None if audit does not say."""
+def _uses_models(scope: Iterable[Mapping[str, Any]], limits: object) -> bool:
+    """Tell if audit is asked for the usage of models: it reads thousands of events, each time that a page is compared."""
+    return bool(limits) or any(name.startswith("model/") for one in scope for name in one["resources"])
+
+
+async def _model_usage(view: View, asked: bool, **of: str) -> ModelUsageReport | None:
+    """Return the usage of language models by an agent or a task in `USAGE_DAYS`; None if audit does not answer.
+
+    It is empty unless `asked`.
+    """
     since_ms = view.now_ms - USAGE_DAYS * 24 * 3600 * 1000
+    if not asked:
+        return ModelUsageReport(since_ms, view.now_ms)
     try:
         return await model_usage_report(
             view.reads, since_ms, lambda share: None, most_pages=_USAGE_PAGES, **of
@@ -72,6 +82,8 @@ async def _model_usage(view: View, **of: str) -> ModelUsageReport | None:
 async def agent(view: View) -> Page:
     """One agent: its state, its ceiling against what it used, its tasks and leases. Raises ApiError (404)."""
     record = await view.reads.record("agent", view.id)
+    state = record["state"]
+    models = _uses_models(state["ceiling"], state.get("limits"))
     rows = (await view.reads.inventory({"agent": view.id}, limit=1))["agents"]
     usage = await view.reads.usage(view.id)
     leases = await view.reads.leases(agent=view.id)
@@ -83,11 +95,12 @@ async def agent(view: View) -> Page:
             "revision": record["revision"],
             "row": _row(rows[0], view) if rows else None,
             "usage": usage,
-            "models": await _model_usage(view, agent=view.id),
+            "models": await _model_usage(view, models, agent=view.id),
             "leases": leases["leases"][:LEASES],
             "more": leases["more"] or len(leases["leases"]) > LEASES,
         },
         "agents",
+        costly=models,
     )
 
 
@@ -312,6 +325,7 @@ async def tasks(view: View) -> Page:
 async def task(view: View) -> Page:
     """One task, its leases, and the parts that were handed on. Raises ApiError (404)."""
     record = await view.reads.record("task", view.id)
+    models = _uses_models(record["state"]["scope"], record["state"].get("limits"))
     leases = await view.reads.leases(task=view.id)
     parts: list[Any] = await view.reads.records("task", parent=view.id)
     return Page(
@@ -321,13 +335,14 @@ async def task(view: View) -> Page:
             "state": record["state"],
             "leases": leases["leases"][:OF_ONE],
             "more": leases["more"] or len(leases["leases"]) > OF_ONE,
-            "models": await _model_usage(view, task=view.id),
+            "models": await _model_usage(view, models, task=view.id),
             "parts": parts[:OF_ONE],
             "more_parts": max(0, len(parts) - OF_ONE),
             "over": record["state"]["status"] == "ended"
             or record["state"]["not_after"] * 1000 <= view.now_ms,
         },
         "tasks",
+        costly=models,
     )
 
 
