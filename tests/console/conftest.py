@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.async_api import Browser, Page, expect
+from playwright.async_api import Browser, Error, Page, expect
 
 from ringfence.client.admin.trust_setup import SERVICE_ROLES
 from ringfence.dev.stack import Stack
@@ -61,7 +61,12 @@ class Visitor:
 
     async def open(self, path: str) -> Page:
         """Open a page of the console."""
-        await self.page.goto(self.url(path))
+        try:
+            await self.page.goto(self.url(path))
+        except Error as error:
+            if "interrupted by another navigation" not in error.message:
+                raise
+            await self.page.goto(self.url(path))  # a live page had begun to load itself again
         return self.page
 
     async def sign_in(self, path: str = "/") -> Page:

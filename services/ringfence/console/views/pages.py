@@ -59,7 +59,7 @@ _USAGE_PAGES: Final = 3
 
 
 def _uses_models(scope: Iterable[Mapping[str, Any]], limits: object) -> bool:
-    """Tell if audit is asked for the usage of models: it reads thousands of events, each time that a page is compared."""
+    """Tell if audit is asked for the usage of models: it reads thousands of events at each comparison of a page."""
     return bool(limits) or any(name.startswith("model/") for one in scope for name in one["resources"])
 
 
