@@ -31,7 +31,8 @@ def engine(request: pytest.FixtureRequest) -> Iterator[Podman]:
 async def here(engine: Podman) -> AsyncIterator[Installation]:
     async with installation() as here:
         settings = here.folder / ".ringfence/ringfence.toml"
-        settings.write_text(settings.read_text() + f'runner_oci_socket = "{engine.socket}"\n')
+        # Before the first table of the file.
+        settings.write_text(f'runner_oci_socket = "{engine.socket}"\n' + settings.read_text())
         yield here
 
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import termios
+import tomllib
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,12 +149,9 @@ async def plant(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Plant
             stack.callback(server.close)
         async with installation(RINGFENCE_GATEWAY_TARGETS_CA_FILE=str(certificates.file)) as here:
             plant = Planted(here, canary, folder, {name: server.port for name, server in servers.items()})
-            settings = dict(
-                line.split(" = ", 1)
-                for line in (here.folder / ".ringfence/ringfence.toml").read_text().splitlines()
-            )
+            settings = tomllib.loads((here.folder / ".ringfence/ringfence.toml").read_text())
             for name in ("registry_url", "gateway_url", "policy_url", "kafka", "redis_url"):
-                plant.services[name.removesuffix("_url")] = port_of(settings[name].strip('"'))
+                plant.services[name.removesuffix("_url")] = port_of(settings[name])
             for target, url in (("front", "https://localhost"), ("shared", "http://127.0.0.1")):
                 here.say(
                     "target", "add", target, "--description", target, "--backend", "jwt", "--setting",
