@@ -3,6 +3,7 @@
 request TASK KEY_FILE    request.jws, a signed credential request
 kubernetes               jwks.json and token: a cluster's keys, and a token of its service account
 login                    jwks.json of an issuer for users
+notes                    notes.py, the MCP server of docs/gateway-mcp.md on standard input and output
 """
 
 from __future__ import annotations
@@ -57,6 +58,12 @@ def kubernetes() -> None:
 def login() -> None:
     """Write the keys of an issuer that users sign in at."""
     Path("jwks.json").write_text(TokenIssuer("https://login.acme.example").jwks())
+
+
+def notes() -> None:
+    """Write the server for the version of the SDK that is installed here, which is the first."""
+    over_http = Path("docs/examples/mcp_1/notes.py").read_text()
+    Path("notes.py").write_text(over_http.replace('transport="streamable-http"', ""))
 
 
 def passkey(user: str, invitation: str, maker: Maker | None = None) -> None:
@@ -118,6 +125,8 @@ if __name__ == "__main__":
             kubernetes()
         case ["login"]:
             login()
+        case ["notes"]:
+            notes()
         case ["passkey", user, invitation]:
             passkey(user, invitation)
         case ["attested", user, invitation]:

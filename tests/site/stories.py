@@ -110,7 +110,10 @@ GROUPS: dict[str, dict[str, Story]] = {
                 "ringfence serve signals > signals.log 2>&1"
             },
         ),
-        "docs/mcp-servers.md": Story(),
+        "docs/mcp-servers.md": Story(
+            before="python -m tests.site.given notes\n",
+            replaced={"/srv/notes/bin/python /srv/notes/notes.py": ".venv/bin/python notes.py"},
+        ),
         "docs/passkeys.md": Story(
             before=_READER,
             replaced={
