@@ -119,7 +119,7 @@ async def targets(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ssh
                 "task", "assign", "ssh-bot", "--purpose", "look", *scope, "--for", "30m", who="maria"
             )
             targets = SshTargets(here, canary, service.port, made["task_id"], here.folder / "ssh-bot.json")
-            # On a busy machine the issuer's first connection to a host may take longer than its limit; later ones keep it.
+            # On a busy machine the first connection to a host may take longer than its limit; later ones keep it.
             until(
                 lambda: "all is well" in targets.outside(STATUS, "files", "read", "deploy/status"),
                 "an answer of files",
